@@ -1,0 +1,174 @@
+"""Training batches of ShapesQA: a pure function of (seed, stage, step), made in a worker process."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .packing import Packer
+from .questions import (
+    FREE_FORM_SUFFIX,
+    Question,
+    ask,
+    families,
+    letter,
+    letters_prompt,
+    mlvu_prompt,
+    mvbench_prompt,
+)
+from .render import owner_map, render
+from .scenes import COLORS, SHAPES, Scene, image_scene, video_scene
+from .shapesqa import stream
+
+IMAGE_SIZES = ((224, 224), (280, 224), (196, 252), (280, 280), (168, 168))
+VIDEO_FORMS = ((224, 224, 8), (224, 224, 16), (168, 224, 8), (224, 224, 12))
+MIN_COVER = 60  # px of an object in one 28 px cell from which its label counts
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one batch holds.
+
+    ``kind`` is "vision" (per-token labels), "pairs" (one-hop pairs) or "questions"; ``media`` is
+    "image" or "video"; ``choice`` the share of multiple-choice questions; ``varied`` the share of
+    batches of another size or frame count than 224×224 × 8; ``dialog`` the share of batches that
+    are chats of several turns.
+    """
+
+    kind: str
+    media: str = "image"
+    batch: int = 32
+    room: int = 230
+    objects: tuple[int, int] = (2, 5)
+    choice: float = 0.25
+    varied: float = 0.2
+    dialog: float = 0.0
+
+
+def _codec_noise(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What files do to pixels: JPEG with 4:2:0 chroma, on half of the samples."""
+    if rng.random() < 0.5:
+        return frames
+    t, h, w, _ = frames.shape
+    buffer = io.BytesIO()
+    quality = int(rng.integers(70, 96))
+    Image.fromarray(frames.reshape(t * h, w, 3)).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer)).reshape(t, h, w, 3)
+
+
+def _question_text(asked: Question, choice: float, rng: np.random.Generator) -> tuple[str, str]:
+    """Prompt and expected text in one of the forms users and benchmarks use."""
+    if rng.random() < choice:
+        forms = (mvbench_prompt, mlvu_prompt, letters_prompt)
+        return forms[int(rng.integers(3))](asked), letter(asked)
+    return asked.text + (FREE_FORM_SUFFIX if rng.random() < 0.2 else ""), asked.answer
+
+
+def _pairs(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """All unambiguous one-hop pairs: shape to colour and colour to shape."""
+    out = []
+    for attribute, other in (("shape", "color"), ("color", "shape")):
+        words = [getattr(thing, attribute) for thing in scene.things]
+        for thing in scene.things:
+            word = getattr(thing, attribute)
+            if words.count(word) == 1:
+                out.append((f" {word}", getattr(thing, other)))
+    return [out[i] for i in rng.permutation(len(out))]
+
+
+def cell_labels(scene: Scene, time: float, cell: int) -> np.ndarray:
+    """Colour and shape per token: int64 (rows, columns, 2); 0 = background, -100 = too little.
+
+    A cell belongs to the object that covers most of it.
+    """
+    owner = owner_map(scene, time)
+    rows, columns = scene.height // cell, scene.width // cell
+    cells = owner[: rows * cell, : columns * cell].reshape(rows, cell, columns, cell)
+    cells = cells.transpose(0, 2, 1, 3).reshape(rows, columns, cell * cell)
+    labels = np.zeros((rows, columns, 2), np.int64)
+    if not scene.things:
+        return labels
+    area = np.stack([(cells == i).sum(-1) for i in range(len(scene.things))], -1)
+    best, most = area.argmax(-1), area.max(-1)
+    colors = np.array([COLORS.index(t.color) + 1 for t in scene.things])
+    shapes = np.array([SHAPES.index(t.shape) + 1 for t in scene.things])
+    labels[most > 0] = -100
+    sure = most >= MIN_COVER
+    labels[sure] = np.stack([colors[best], shapes[best]], -1)[sure]
+    return labels
+
+
+class BatchMaker:
+    """Builds the batch of one step. Picklable parts only, so it can live in a worker."""
+
+    def __init__(self, packer: Packer, seed: int, cell: int):
+        self.packer, self.seed, self.cell = packer, seed, cell
+
+    def make(self, stage: int, step: int, source: Source) -> dict[str, np.ndarray | str | list]:
+        rng = stream("train", self.seed, stage, step)
+        if source.kind == "vision":
+            return self._vision(source, rng)
+        varied = rng.random() < source.varied
+        if source.media == "image":
+            width, height = IMAGE_SIZES[int(rng.integers(1, 5))] if varied else IMAGE_SIZES[0]
+            frames = 1
+        else:
+            width, height, frames = VIDEO_FORMS[int(rng.integers(1, 4))] if varied else VIDEO_FORMS[0]
+        batch = max(4, source.batch * 8 // frames) if frames > 8 else source.batch
+        shape = (frames, height, width)
+        length = len(self.packer.prefix(source.media, shape)[0]) + source.room
+        dialog = rng.random() < source.dialog
+        rows, pixels, names = [], [], []
+        for _ in range(batch):
+            scene = self._scene(source, width, height, frames, rng)
+            pixels.append(self._pixels(scene, rng))
+            segments, labels = self._segments(scene, source, rng)
+            rows.append(self.packer.pack(source.media, shape, segments, length, dialog))
+            names.append(labels)
+        stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        used = int((stacked["segment"] >= 0).any(0).sum())
+        stacked = {key: value[..., :used] for key, value in stacked.items()}
+        return {**stacked, "frames": np.stack(pixels), "media": source.media, "names": names}
+
+    def _scene(self, source, width: int, height: int, frames: int, rng) -> Scene:
+        if source.media == "image":
+            return image_scene(rng, width, height, source.objects)
+        return video_scene(rng, width, height, frames)
+
+    def _pixels(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
+        phase = 0.0 if scene.frames == 1 else float(rng.integers(0, 4)) / 4
+        return _codec_noise(render(scene, [k + phase for k in range(scene.frames)]), rng)
+
+    def _segments(self, scene: Scene, source: Source, rng: np.random.Generator):
+        if source.kind == "pairs":
+            found = _pairs(scene, rng)[:12]
+            return [self.packer.pair(*pair) for pair in found], ["pairs"] * len(found)
+        kinds = families(source.media) + (("video_existence",) if source.media == "video" else ())
+        asked: dict[str, tuple[list, str]] = {}
+        for name in (str(name) for _ in range(4) for name in rng.permutation(kinds)):
+            question = ask(scene, name, rng)
+            if question is not None:
+                text, answer = _question_text(question, source.choice, rng)
+                form = "" if answer == question.answer else "/choice"
+                segment = self.packer.segment(source.media, text, answer)
+                asked.setdefault(text, (segment, name + form))
+        segments = list(asked.values())
+        return [s for s, _ in segments], [n for _, n in segments]
+
+    def _vision(self, source: Source, rng: np.random.Generator):
+        """Images, or clips of two frames, with the labels of both frames for every token."""
+        pixels, labels = [], []
+        for _ in range(source.batch):
+            if source.media == "image":
+                scene, times = image_scene(rng, objects=(3, 7), small=0.4), [0.0, 0.0]
+            else:
+                scene = video_scene(rng)
+                first = 2 * int(rng.integers(scene.frames // 2))
+                times = [float(first), float(first + 1)]
+            shown = times[:1] if source.media == "image" else times
+            pixels.append(_codec_noise(render(scene, shown), rng))
+            labels.append(np.stack([cell_labels(scene, time, self.cell) for time in times]))
+        return {"frames": np.stack(pixels), "cells": np.stack(labels), "media": source.media}

@@ -1,0 +1,63 @@
+"""How each tiny model is built. One family is one file; training code knows none of them by name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ...errors import UnknownNameError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+FAMILIES = {"tiny-qwen2-vl": ".qwen2_vl"}
+
+
+class Family(Protocol):
+    """What training, evaluation and packing need to know of an architecture."""
+
+    chat_template: str
+
+    def build(self, tokenizer) -> torch.nn.Module:
+        """A freshly initialised stock HF model for the vocabulary of ``tokenizer``."""
+
+    def processor(self, tokenizer) -> Any:
+        """The stock HF processor around ``tokenizer``."""
+
+    def expand(self, ids, kind: str, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Expand the one placeholder in ``ids`` for media of (frames, height, width) px.
+
+        Returns ids (n,) and positions (rows, n), both int64.
+        """
+
+    def pixels(self, frames: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
+        """Model inputs for uint8 frames (batch, frames, height, width, 3).
+
+        The same numbers as the HF processor gives, computed for the whole batch at once.
+        """
+
+    def tokens(self, model, frames: torch.Tensor, kind: str) -> torch.Tensor:
+        """Projected visual tokens (batch, t, rows, columns, hidden), special tokens left out."""
+
+    def vision_parameters(self, model) -> list[torch.nn.Parameter]:
+        """Vision tower and projector."""
+
+    def language_config(self, model) -> Any:
+        """Config of the text decoder."""
+
+    def tokens_per(self, kind: str, shape: tuple[int, int, int]) -> int:
+        """Visual tokens of one image or video of (frames, height, width) px."""
+
+
+def family(name: str) -> Family:
+    """Load the family of a tiny model by name.
+
+    Raises
+    ------
+    UnknownNameError
+        For a name that has no builder.
+    """
+    if name not in FAMILIES:
+        raise UnknownNameError(f"No tiny model {name!r} can be built. Choose one of {[*FAMILIES]}.")
+    return importlib.import_module(FAMILIES[name], __name__).FAMILY

@@ -1,0 +1,154 @@
+"""Tiny Qwen2-VL: the stock architecture with 14 px patches, 2×2 merger, M-RoPE, frame pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..tokenizer import SYSTEM
+
+PATCH, MERGE, PAIR = 14, 2, 2
+CELL = PATCH * MERGE
+# Qwen2-VL's chat format: a default system turn, media between vision marks, ChatML turns.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if loop.first and message['role'] != 'system' -%}"
+    "{{- '<|im_start|>system\\n" + SYSTEM + "<|im_end|>\\n' -}}"
+    "{%- endif -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}"
+    "{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] in ('image', 'image_url') -%}"
+    "{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
+    "{%- elif part['type'] == 'video' -%}"
+    "{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}"
+    "{%- elif 'text' in part -%}{{- part['text'] -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+
+class TinyQwen2VL:
+    """See :class:`~tokencomp.zoo.families.Family`."""
+
+    chat_template = CHAT_TEMPLATE
+    min_pixels, max_pixels = 56 * 56, 336 * 336
+
+    def config(self, tokenizer) -> dict[str, Any]:
+        """The flat config.json that every supported transformers version and vLLM read."""
+        token = tokenizer.convert_tokens_to_ids
+        text = {
+            "vocab_size": (len(tokenizer) + 63) // 64 * 64,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "hidden_act": "silu",
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+            "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+            "use_sliding_window": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": token("<|endoftext|>"),
+            "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>"),
+            "tie_word_embeddings": False,
+        }
+        return {
+            "architectures": ["Qwen2VLForConditionalGeneration"],
+            "model_type": "qwen2_vl",
+            **text,
+            "image_token_id": token("<|image_pad|>"),
+            "video_token_id": token("<|video_pad|>"),
+            "vision_start_token_id": token("<|vision_start|>"),
+            "vision_end_token_id": token("<|vision_end|>"),
+            "vision_token_id": token("<|vision_pad|>"),
+            "vision_config": {
+                "model_type": "qwen2_vl",
+                "depth": 3,
+                "embed_dim": 96,
+                "num_heads": 3,
+                "mlp_ratio": 3,
+                "hidden_size": text["hidden_size"],
+                "in_channels": 3,
+                "in_chans": 3,
+                "patch_size": PATCH,
+                "spatial_patch_size": PATCH,
+                "spatial_merge_size": MERGE,
+                "temporal_patch_size": PAIR,
+                "hidden_act": "quick_gelu",
+            },
+        }
+
+    def build(self, tokenizer) -> torch.nn.Module:
+        from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+        return Qwen2VLForConditionalGeneration(Qwen2VLConfig(**self.config(tokenizer)))
+
+    def processor(self, tokenizer) -> Any:
+        from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+        size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+        image = Qwen2VLImageProcessor(size=size)
+        video = Qwen2VLVideoProcessor(size=size)
+        return Qwen2VLProcessor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
+
+    def grid(self, kind: str, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Merged token grid (t, rows, columns) of media of (frames, height, width) px."""
+        frames, height, width = shape
+        return max(1, frames // PAIR), height // CELL, width // CELL
+
+    def tokens_per(self, kind: str, shape: tuple[int, int, int]) -> int:
+        return int(np.prod(self.grid(kind, shape)))
+
+    def expand(self, ids, kind: str, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+        t, rows, columns = self.grid(kind, shape)
+        at = len(ids) - 2  # placeholder, then the end mark
+        n = t * rows * columns
+        full = np.concatenate([ids[:at], np.full(n, ids[at]), ids[at + 1 :]]).astype(np.int64)
+        before = np.tile(np.arange(at), (3, 1))
+        visual = np.indices((t, rows, columns)).reshape(3, n) + at
+        after = np.full((3, 1), at + max(t, rows, columns))
+        return full, np.concatenate([before, visual, after], axis=1)
+
+    def pixels(self, frames: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
+        from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+        mean, std = torch.tensor(OPENAI_CLIP_MEAN) * 255, torch.tensor(OPENAI_CLIP_STD) * 255
+        x = (frames.float() - mean) / std
+        if kind == "image":
+            x = x.expand(-1, PAIR, -1, -1, -1)
+        b, count, height, width, _ = x.shape
+        t, h, w = count // PAIR, height // CELL, width // CELL
+        x = x.view(b, t, PAIR, h, MERGE, PATCH, w, MERGE, PATCH, 3)
+        x = x.permute(0, 1, 3, 6, 4, 7, 9, 2, 5, 8)
+        flat = x.reshape(b * t * h * w * MERGE**2, 3 * PAIR * PATCH**2)
+        grid = torch.tensor([[t, h * MERGE, w * MERGE]]).expand(b, -1)
+        if kind == "image":
+            return {"pixel_values": flat, "image_grid_thw": grid}
+        return {"pixel_values_videos": flat, "video_grid_thw": grid}
+
+    def tokens(self, model, frames: torch.Tensor, kind: str) -> torch.Tensor:
+        flat, grid = self.pixels(frames, kind).values()
+        out = model.model.visual(flat, grid_thw=grid)
+        merged = getattr(out, "pooler_output", out)
+        t, rows, columns = self.grid(kind, frames.shape[1:4])
+        return merged.view(len(frames), t, rows, columns, -1)
+
+    def vision_parameters(self, model) -> list[torch.nn.Parameter]:
+        return list(model.model.visual.parameters())
+
+    def language_config(self, model) -> Any:
+        return model.config.get_text_config()
+
+
+FAMILY = TinyQwen2VL()

@@ -1,0 +1,142 @@
+"""Training sequences: many questions about one image or video share its visual tokens.
+
+``isolated`` packs let every question see the media and itself only, at the positions it would have
+in a chat of one turn, so each is trained exactly as it is asked at inference. ``dialog`` packs are
+plain chats of several turns. Only answers are predicted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+MARK = "\x1f"  # stands for user text while the chat template is taken apart
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """Text around questions and answers, read off a chat template.
+
+    ``prefix`` is everything up to the first question (placeholder tokens not yet expanded),
+    ``middle`` leads from a question to its answer, ``between`` from an answer to the next question.
+    """
+
+    prefix: str
+    middle: str
+    between: str
+
+    @staticmethod
+    def from_tokenizer(tokenizer, kind: str) -> ChatForm:
+        media = {"type": kind}
+        question = {"type": "text", "text": MARK}
+        chat = [
+            {"role": "user", "content": [media, question]},
+            {"role": "assistant", "content": [question]},
+            {"role": "user", "content": [question]},
+        ]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        prefix, middle, between, _ = text.split(MARK)
+        return ChatForm(prefix, middle, between)
+
+
+class Packer:
+    """Turns (question, answer) strings into token ids, positions, segments and labels."""
+
+    def __init__(self, tokenizer, family):
+        self.tokenizer, self.family = tokenizer, family
+        self.forms = {kind: ChatForm.from_tokenizer(tokenizer, kind) for kind in ("image", "video")}
+        self._ids = lru_cache(maxsize=50_000)(self._encode)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def prefix(self, kind: str, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (n,) and positions (rows, n) of the shared part for media of (frames, h, w) px."""
+        ids = self._ids(self.forms[kind].prefix)
+        return self.family.expand(ids, kind, shape)
+
+    def segment(self, kind: str, question: str, answer: str) -> tuple[list[int], list[int]]:
+        """One question with its answer and end token; labels are set on answer and end."""
+        form, end = self.forms[kind], self.tokenizer.eos_token_id
+        asked = [*self._ids(question + form.middle)]
+        told = [*self._ids(answer), end]
+        return asked + told, [IGNORE] * len(asked) + told
+
+    def pair(self, key: str, value: str) -> tuple[list[int], list[int]]:
+        """One-hop pair: the last token of ``key`` predicts ``value``."""
+        asked, told = self._ids(key), self._ids(value)
+        return [*asked, *told], [IGNORE] * len(asked) + [*told]
+
+    def glue(self, kind: str) -> list[int]:
+        """Tokens between the end of an answer and the next question of a dialog."""
+        return [*self._ids(self.forms[kind].between)][1:]
+
+    def pack(
+        self,
+        kind: str,
+        shape: tuple[int, int, int],
+        segments: list[tuple[list[int], list[int]]],
+        length: int,
+        dialog: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """Fill one row of ``length`` tokens with as many segments as fit.
+
+        Returns
+        -------
+        dict
+            ``ids``, ``labels`` (already shifted: ``labels[i]`` is predicted at ``i``), ``segment``
+            (0 shared, 1.. one question each, -1 padding), ``which`` (index of the source segment
+            at labelled places, else -1): int64 (length,); ``positions``: int64 (rows, length).
+        """
+        ids, prefix_positions = self.prefix(kind, shape)
+        rows = prefix_positions.shape[0]
+        out = {name: np.full(length, fill, np.int64) for name, fill in _FILL.items()}
+        positions = np.zeros((rows, length), np.int64)
+        at = len(ids)
+        out["ids"][:at], out["segment"][:at] = ids, 0
+        positions[:, :at] = prefix_positions
+        start = int(prefix_positions.max()) + 1
+        glue, offset = self.glue(kind) if dialog else [], 0
+        for number, (tokens, labels) in enumerate(segments):
+            if dialog and number:
+                tokens, labels = glue + tokens, [IGNORE] * len(glue) + labels
+            n = len(tokens)
+            if at + n > length:
+                break
+            out["ids"][at : at + n] = tokens
+            out["labels"][at - 1 : at + n - 1] = labels
+            told = np.flatnonzero(np.asarray(labels) != IGNORE) + at - 1
+            out["which"][told] = number
+            out["segment"][at : at + n] = 0 if dialog else number + 1
+            positions[:, at : at + n] = start + offset + np.arange(n)
+            at += n
+            offset += n if dialog else 0
+        return {**out, "positions": positions}
+
+
+_FILL = {"ids": 0, "labels": IGNORE, "segment": -1, "which": -1}
+
+
+def attention_mask(segment):
+    """Who sees whom: causal, shared part plus own segment; padding sees itself.
+
+    Parameters
+    ----------
+    segment : torch.Tensor
+        int64 (batch, length) as :meth:`Packer.pack` gives it.
+
+    Returns
+    -------
+    torch.Tensor
+        bool (batch, 1, length, length), True where query (rows) may see key (columns).
+    """
+    import torch
+
+    query, key = segment[:, :, None], segment[:, None, :]
+    causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool).tril()
+    seen = causal & ((key == 0) | (key == query)) & (key >= 0)
+    own = torch.eye(segment.shape[1], dtype=torch.bool)
+    return (seen | own)[:, None]

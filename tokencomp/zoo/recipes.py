@@ -1,0 +1,80 @@
+"""Training recipes of the tiny models: which batches, for how many steps, at which rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .batches import Source
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some optimizer steps over a mixture of sources.
+
+    ``sources`` are (weight, source); ``vision_lr`` and ``text_lr`` are the peaks of the two
+    parameter groups. The rate warms up over ``warmup`` steps and, in the last stages of a recipe,
+    follows one cosine from ``start`` to ``end`` (fractions of the peak).
+    """
+
+    name: str
+    steps: int
+    sources: tuple[tuple[float, Source], ...]
+    vision_lr: float
+    text_lr: float
+    warmup: int = 20
+    start: float = 1.0
+    end: float = 1.0
+
+
+_IMAGES = Source("questions", "image")
+_VIDEOS = Source("questions", "video", batch=12, room=210)
+_IMAGE_PAIRS = Source("pairs", "image", room=44, objects=(2, 4), varied=0.0)
+_VIDEO_PAIRS = Source("pairs", "video", batch=12, room=44, varied=0.0)
+
+STAGED = (
+    Stage(
+        "vision",
+        600,
+        (
+            (0.6, Source("vision", "image", batch=48)),
+            (0.4, Source("vision", "video", batch=48)),
+        ),
+        vision_lr=2e-3,
+        text_lr=2e-3,
+        end=0.2,
+    ),
+    Stage("pairs", 300, ((1.0, _IMAGE_PAIRS),), vision_lr=5e-4, text_lr=1.5e-3),
+    Stage(
+        "images",
+        350,
+        ((0.3, _IMAGE_PAIRS), (0.7, replace(_IMAGES, choice=0.1, varied=0.1))),
+        vision_lr=5e-4,
+        text_lr=1.5e-3,
+    ),
+    Stage(
+        "videos",
+        300,
+        ((0.3, _VIDEO_PAIRS), (0.4, replace(_VIDEOS, choice=0.1, varied=0.0)), (0.3, _IMAGES)),
+        vision_lr=5e-4,
+        text_lr=1.5e-3,
+    ),
+    Stage(
+        "mixture",
+        1300,
+        (
+            (0.05, _IMAGE_PAIRS),
+            (0.45, replace(_IMAGES, dialog=0.15)),
+            (0.50, replace(_VIDEOS, dialog=0.15)),
+        ),
+        vision_lr=5e-4,
+        text_lr=1.5e-3,
+        end=0.04,
+    ),
+)
+
+RECIPES: dict[str, tuple[Stage, ...]] = {"tiny-qwen2-vl": STAGED}
+
+
+def shorten(stages: tuple[Stage, ...], factor: float) -> tuple[Stage, ...]:
+    """The same recipe with ``factor`` times the steps, at least one per stage."""
+    return tuple(replace(s, steps=max(1, round(s.steps * factor))) for s in stages)

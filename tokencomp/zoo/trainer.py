@@ -1,0 +1,224 @@
+"""Staged, seeded, resumable training of a tiny model. Knows no architecture by name."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .batches import BatchMaker
+from .families import Family
+from .packing import IGNORE, Packer, attention_mask
+from .recipes import Stage
+from .scenes import COLORS, SHAPES
+from .shapesqa import stream
+
+log = logging.getLogger(__name__)
+CELL = 28  # px of the side of one visual token in every tiny model
+
+
+class _Steps(Dataset):
+    """The batches of one stage from ``first`` on, one per step."""
+
+    def __init__(self, maker: BatchMaker, number: int, stage: Stage, first: int):
+        self.maker, self.number, self.stage, self.first = maker, number, stage, first
+
+    def __len__(self) -> int:
+        return self.stage.steps - self.first
+
+    def __getitem__(self, index: int):
+        step = self.first + index
+        rng = stream("train", self.maker.seed, self.number, step, 1)
+        weights = np.array([weight for weight, _ in self.stage.sources])
+        source = self.stage.sources[int(rng.choice(len(weights), p=weights / weights.sum()))][1]
+        return source.kind, self.maker.make(self.number, step, source)
+
+
+class Trainer:
+    """Runs the stages of a recipe and keeps ``folder/checkpoint.pt`` up to date.
+
+    Batches depend on (seed, stage, step) only, so a run that was killed and started again ends with
+    the same weights as one that was not.
+
+    Parameters
+    ----------
+    family, tokenizer
+        Architecture and vocabulary.
+    stages : tuple of Stage
+    folder : Path
+        Where the checkpoint lives.
+    seed : int
+    workers : int
+        Processes that render batches; 0 renders in this process.
+    save_every : int
+        Steps between checkpoints.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        tokenizer,
+        stages: tuple[Stage, ...],
+        folder: Path,
+        seed: int = 0,
+        workers: int = 1,
+        save_every: int = 100,
+    ):
+        torch.manual_seed(seed)
+        self.family, self.stages, self.folder = family, stages, Path(folder)
+        self.workers, self.save_every = workers, save_every
+        self.maker = BatchMaker(Packer(tokenizer, family), seed, CELL)
+        self.model = family.build(tokenizer).float().train()
+        width = family.language_config(self.model).hidden_size
+        self.heads = nn.Linear(width, 2 * (len(COLORS) + 1 + len(SHAPES) + 1))
+        vision = family.vision_parameters(self.model)
+        known = {id(p) for p in vision}
+        text = [p for p in self.model.parameters() if id(p) not in known]
+        groups = [{"params": [*vision, *self.heads.parameters()]}, {"params": text}]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
+        self.stage, self.step, self.seconds = 0, 0, 0.0
+        self.scores: dict[str, float] = {}
+        self._resume()
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def run(self, stop_after: int | None = None) -> bool:
+        """Train until the recipe is done (True) or ``stop_after`` steps were made (False)."""
+        made = 0
+        while self.stage < len(self.stages):
+            stage = self.stages[self.stage]
+            for kind, batch in self._bar(stage):
+                begin = time.perf_counter()
+                self._set_rate(stage)
+                self._update(kind, batch)
+                self.step += 1
+                made += 1
+                self.seconds += time.perf_counter() - begin
+                if self.step % self.save_every == 0:
+                    self.save()
+                if made == stop_after:
+                    self.save()
+                    return False
+            self.stage, self.step = self.stage + 1, 0
+            self.save()
+        return True
+
+    def _bar(self, stage: Stage):
+        data = _Steps(self.maker, self.stage, stage, self.step)
+        loader = DataLoader(data, batch_size=None, shuffle=False, num_workers=self.workers)
+        bar = tqdm(loader, desc=stage.name, initial=self.step, total=stage.steps, mininterval=2)
+        for batch in bar:
+            yield batch
+            shown = {k: f"{100 * v:.0f}" for k, v in sorted(self.scores.items())}
+            bar.set_postfix(shown, refresh=False)
+            if self.step % 50 == 0:
+                log.info("%s %d %s", stage.name, self.step, shown)
+
+    def _set_rate(self, stage: Stage) -> None:
+        done = self.step / max(1, stage.steps)
+        shape = stage.end + (stage.start - stage.end) * 0.5 * (1 + math.cos(math.pi * done))
+        factor = shape * min(1.0, (self.step + 1) / stage.warmup)
+        for group, peak in zip(
+            self.optimizer.param_groups, (stage.vision_lr, stage.text_lr), strict=True
+        ):
+            group["lr"] = peak * factor
+
+    def _update(self, kind: str, batch: dict) -> None:
+        loss = self._vision_loss(batch) if kind == "vision" else self._answer_loss(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+
+    def _vision_loss(self, batch: dict) -> torch.Tensor:
+        """Colour and shape of the object in every token's cell, for both frames of the token."""
+        frames, cells = _tensor(batch["frames"]), _tensor(batch["cells"])
+        tokens = self.family.tokens(self.model, frames, batch["media"])[:, 0]
+        sizes = [len(COLORS) + 1, len(SHAPES) + 1] * 2
+        loss = torch.zeros(())
+        for index, logits in enumerate(self.heads(tokens).split(sizes, -1)):
+            frame, word = divmod(index, 2)
+            wanted = cells[:, frame, :, :, word].flatten()
+            logits = logits.flatten(0, -2)
+            weight = torch.where(wanted > 0, 1.0, 0.3) * (wanted != IGNORE)
+            each = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none")
+            loss = loss + (each * weight).sum() / weight.sum().clamp(min=1)
+            seen = wanted > 0
+            if seen.any():
+                right = (logits.argmax(-1) == wanted)[seen].float().mean().item()
+                self._note(f"{batch['media']}-{('color', 'shape')[word]}", right)
+        return loss
+
+    def _answer_loss(self, batch: dict) -> torch.Tensor:
+        """Cross entropy over answer tokens alone; the head runs on those positions only."""
+        ids, labels, segment = (_tensor(batch[k]) for k in ("ids", "labels", "segment"))
+        pixels = self.family.pixels(_tensor(batch["frames"]), batch["media"])
+        positions = _tensor(batch["positions"]).transpose(0, 1)
+        hidden = self.model.model(
+            input_ids=ids,
+            attention_mask=attention_mask(segment),
+            position_ids=positions if len(positions) > 1 else positions[0],
+            use_cache=False,
+            **pixels,
+        ).last_hidden_state
+        told = labels != IGNORE
+        logits = self.model.lm_head(hidden[told])
+        self._score(batch, told, logits.argmax(-1) == labels[told])
+        return F.cross_entropy(logits, labels[told])
+
+    def _score(self, batch: dict, told: torch.Tensor, right: torch.Tensor) -> None:
+        """Share of fresh questions answered right, per family: batches never repeat."""
+        row = told.nonzero()[:, 0].tolist()
+        which = _tensor(batch["which"])[told].tolist()
+        whole: dict[tuple[int, int], bool] = defaultdict(lambda: True)
+        for r, w, ok in zip(row, which, right.tolist(), strict=True):
+            whole[r, w] &= ok
+        tally = defaultdict(list)
+        for (r, w), ok in whole.items():
+            tally[batch["names"][r][w]].append(ok)
+        for name, oks in tally.items():
+            self._note(name if name != "pairs" else f"pairs-{batch['media']}", float(np.mean(oks)))
+
+    def _note(self, name: str, value: float, decay: float = 0.95) -> None:
+        self.scores[name] = decay * self.scores.get(name, value) + (1 - decay) * value
+
+    def save(self) -> None:
+        """Write the checkpoint; a kill in the middle leaves the previous one intact."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": (self.stage, self.step, self.seconds),
+            "scores": self.scores,
+        }
+        part = self.checkpoint.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, self.checkpoint)
+
+    def _resume(self) -> None:
+        if not self.checkpoint.exists():
+            return
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stage, self.step, self.seconds = state["progress"]
+        self.scores = dict(state["scores"])
+
+
+def _tensor(array) -> torch.Tensor:
+    return array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
