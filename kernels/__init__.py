@@ -1,0 +1,39 @@
+"""Kernels that score and move visual tokens; plain PyTorch on a CPU, Triton on a GPU.
+
+Every op is one folder: the public function (a torch custom op with a fake implementation, so it
+works under ``torch.compile``), ``naive.py`` (plain PyTorch: the CPU path and the reference) and
+``triton.py``. Nothing here imports Triton, transformers or the rest of tokencomp until an op needs
+Triton. ``TOKENCOMP_KERNELS`` chooses the implementation, see :mod:`tokencomp.kernels.dispatch`.
+"""
+
+# Imported eagerly because the folders carry the names of their functions: a lazily resolved name
+# would be shadowed by the submodule as soon as anything imported it.
+from .attention_colsum import attention_colsum, attention_lse
+from .bipartite_match import bipartite_match
+from .ccam_attention import ccam_attention, visible_frames
+from .dispatch import status, which
+from .errors import KernelError
+from .frame_pool import frame_pool
+from .gather_rows import gather_rows
+from .maxmin_select import maxmin_select
+from .merge_rows import MergedRows, merge_rows
+from .nearest_previous_frame import nearest_previous_frame
+from .topk_stable import topk_stable
+
+__all__ = [
+    "KernelError",
+    "MergedRows",
+    "attention_colsum",
+    "attention_lse",
+    "bipartite_match",
+    "ccam_attention",
+    "frame_pool",
+    "gather_rows",
+    "maxmin_select",
+    "merge_rows",
+    "nearest_previous_frame",
+    "status",
+    "topk_stable",
+    "visible_frames",
+    "which",
+]

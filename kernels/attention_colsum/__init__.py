@@ -1,0 +1,280 @@
+"""Column sums of an attention matrix that is never built."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch
+from ..errors import KernelError
+from . import naive
+from .visibility import Rows, dense_rows, packed_rows
+
+HEADS = ("mean", "rms", "none")
+MAX_HEAD_DIM = 256
+
+
+def attention_colsum(
+    q: Tensor,
+    k: Tensor,
+    row_weights: Tensor | None = None,
+    *,
+    q_index: Tensor | None = None,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    temperature: float = 1.0,
+    causal: bool = True,
+    lse: Tensor | None = None,
+    heads: str = "mean",
+    iterations: int = 1,
+) -> Tensor:
+    r"""Attention that every key receives from the probe rows.
+
+    .. math:: out_j = \sum_i w_i \, \mathrm{softmax}(q_i \cdot k \; scale / temperature)_j
+
+    per head, then the mean or root mean square over heads. The softmax of row i runs over the keys
+    that row i sees. Nothing of size rows × keys is stored.
+
+    Parameters
+    ----------
+    q
+        Probe rows after RoPE, ``(B, Hq, R, D)``, R from 1 to the sequence length; or packed,
+        ``(Tq, Hq, D)`` with `cu_seqlens_q`. Float16, bfloat16 or float32 (float64: PyTorch path).
+    k
+        Keys after RoPE, ``(B, Hkv, N, D)`` as in a KV cache (grouped heads: Hq a multiple of Hkv);
+        or packed, ``(Tk, Hkv, D)`` with `cu_seqlens_k`. Same dtype and device as `q`.
+    row_weights
+        w: ``(R,)``, ``(B, R)`` or ``(B, Hq, R)``; packed ``(Tq,)`` or ``(Hq, Tq)``. None: all 1.
+    q_index
+        Key column of every probe row, ``(R,)`` or ``(B, R)``, any order, negative for a padding
+        row (ignored). Packed: ``(Tq,)``, counted within the row's own sequence. None: row i is key
+        i if R = N, else the rows are the last ones, row i at ``kv_end - R + i``; rows outside
+        ``[kv_start, kv_end)`` are padding.
+    kv_start, kv_end
+        ``(B,)``, first valid key column (left padding) and one past the last. None: 0 and N.
+    cu_seqlens_q, cu_seqlens_k
+        ``(sequences + 1,)`` offsets of a packed batch.
+    scale
+        Logit scale. None: ``D ** -0.5``.
+    temperature
+        Softmax temperature τ > 0.
+    causal
+        Row i sees the keys up to its own column; otherwise all valid keys.
+    lse
+        ``(B, Hq, R)`` (packed ``(Hq, Tq)``) log-sum-exp of every row, from :func:`attention_lse`
+        with the same arguments or from FlashAttention (then ``temperature`` must be 1 and the mask
+        the same): saves the first of the two passes. Not finite: the row is ignored.
+    heads
+        ``"mean"``, ``"rms"`` or ``"none"`` (one result per query head).
+    iterations
+        s ← sM, so many times with one LSE pass; `row_weights` is the first s. Per head. Needs a
+        probe row for every key (R = N) and `q_index` (default: the last N).
+
+    Returns
+    -------
+    Tensor
+        fp32, ``(B, N)``; ``(B, Hq, N)`` for ``heads="none"``; packed ``(Tk,)`` or ``(Hq, Tk)``.
+        0 at keys that no row sees. Not differentiable.
+
+    Raises
+    ------
+    KernelError
+        On shapes, dtypes or devices that do not fit together, head dimensions above 256 (Triton),
+        or options out of range.
+
+    Notes
+    -----
+    FLOPs ``2·(1 + iterations)·B·Hq·R·N·D`` (half if causal over all rows; without the 1 when `lse`
+    is given); bytes ``(1 + iterations)·B·Hkv·N·D·itemsize + 4·B·Hq·N`` for few rows. Reads each key
+    once per pass for all heads of its group. Idea of two streaming passes: FlashAttention
+    (arXiv 2205.14135); the use as PageRank over attention: AIM (arXiv 2412.03248).
+    """
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    checks.choice("heads", heads, HEADS)
+    _check(q, k, packed, temperature)
+    q, k, rows = _canonical(
+        q, k, q_index, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, packed, causal
+    )
+    if iterations < 1 or (iterations > 1 and q.shape[2] != k.shape[2]):
+        raise KernelError(
+            f"iterations={iterations} with {q.shape[2]} rows and {k.shape[2]} keys: "
+            "needs at least 1, and more than 1 needs one probe row per key"
+        )
+    weights = _per_row("row_weights", row_weights, q, packed)
+    lse = None if lse is None else _per_row("lse", lse, q, packed)
+    scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
+    per_head = _op(q, k, weights, rows.lo, rows.hi, rows.key, lse, scale, iterations, heads)
+    return per_head[0] if packed else per_head
+
+
+def attention_lse(
+    q: Tensor,
+    k: Tensor,
+    *,
+    q_index: Tensor | None = None,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    temperature: float = 1.0,
+    causal: bool = True,
+) -> Tensor:
+    """Log-sum-exp of every probe row's visible logits; arguments as :func:`attention_colsum`.
+
+    Returns
+    -------
+    Tensor
+        fp32, ``(B, Hq, R)``, packed ``(Hq, Tq)``; natural logarithm; -inf where a row sees no key.
+
+    Notes
+    -----
+    FLOPs ``2·B·Hq·R·N·D``; bytes ``B·Hkv·N·D·itemsize`` for few rows.
+    """
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    _check(q, k, packed, temperature)
+    q, k, rows = _canonical(
+        q, k, q_index, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, packed, causal
+    )
+    scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
+    out = _lse_op(q, k, rows.lo, rows.hi, scale)
+    return out[0] if packed else out
+
+
+@torch.library.custom_op("tokencomp::attention_colsum", mutates_args=())
+def _op(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    key: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    iterations: int,
+    heads: str,
+) -> Tensor:
+    implementation = _implementation(q)
+    if lse is None and iterations > 1:
+        lse = implementation.attention_lse(q, k, lo, hi, scale)
+    for step in range(iterations):
+        out = implementation.attention_colsum(q, k, weights, lo, hi, lse, scale)
+        if step + 1 < iterations:
+            at = key.clamp(min=0).long()[:, None].expand_as(weights)
+            weights = out.gather(2, at).masked_fill_(key[:, None] < 0, 0.0)
+    if heads == "mean":
+        return out.mean(1)
+    return out.square().mean(1).sqrt() if heads == "rms" else out
+
+
+@_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    key: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    iterations: int,
+    heads: str,
+) -> Tensor:
+    batch, query_heads, keys = q.shape[0], q.shape[1], k.shape[2]
+    shape = (batch, query_heads, keys) if heads == "none" else (batch, keys)
+    return q.new_empty(shape, dtype=_accumulation_dtype(q))
+
+
+@torch.library.custom_op("tokencomp::attention_lse", mutates_args=())
+def _lse_op(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
+    return _implementation(q).attention_lse(q, k, lo, hi, scale)
+
+
+@_lse_op.register_fake
+def _(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))
+
+
+def _implementation(q: Tensor) -> ModuleType:
+    if dispatch.which(q) == "naive":
+        return naive
+    checks.triton_dtype("q", q)
+    if q.shape[3] > MAX_HEAD_DIM:
+        raise KernelError(
+            f"head dimension {q.shape[3]} is above {MAX_HEAD_DIM}, the largest the Triton kernel "
+            "compiles for; set TOKENCOMP_KERNELS=naive"
+        )
+    from . import triton
+
+    return triton
+
+
+def _accumulation_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _check(q: Tensor, k: Tensor, packed: bool, temperature: float) -> None:
+    form = "packed (T, heads, D)" if packed else "(B, heads, length, D)"
+    for name, tensor in (("q", q), ("k", k)):
+        checks.shape(name, tensor, 3 if packed else 4, form)
+        checks.floating(name, tensor)
+        checks.int32_sizes(**{f"{name} length": tensor.shape[0 if packed else 2]})
+    checks.same_device(q=q, k=k)
+    checks.same_dtype(q=q, k=k)
+    if q.shape[-1] != k.shape[-1] or (not packed and q.shape[0] != k.shape[0]):
+        raise KernelError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head dimension"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise KernelError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
+    if not temperature > 0:
+        raise KernelError(f"temperature must be above 0; got {temperature}")
+
+
+def _canonical(
+    q: Tensor,
+    k: Tensor,
+    q_index: Tensor | None,
+    kv_start: Tensor | None,
+    kv_end: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    packed: bool,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Rows]:
+    """Dense ``(B, H, length, D)`` views and the visible range of every row."""
+    q, k = checks.rows_contiguous(q.detach()), checks.rows_contiguous(k.detach())
+    if not packed:
+        return q, k, dense_rows(q, k, q_index, kv_start, kv_end, causal)
+    if cu_q is None or cu_k is None or kv_start is not None or kv_end is not None:
+        raise KernelError(
+            "a packed batch needs both cu_seqlens_q and cu_seqlens_k, and neither kv_start nor "
+            "kv_end"
+        )
+    rows = packed_rows(q, k, q_index, cu_q, cu_k, causal)
+    return q.transpose(0, 1)[None], k.transpose(0, 1)[None], rows
+
+
+def _per_row(name: str, value: Tensor | None, q: Tensor, packed: bool) -> Tensor:
+    """A per-row value as fp32 ``(B, Hq, R)``."""
+    shape = q.shape[:3]
+    dtype = _accumulation_dtype(q)
+    if value is None:
+        return torch.ones(shape, dtype=dtype, device=q.device)
+    checks.same_device(q=q, **{name: value})
+    value = value.detach().to(dtype)
+    if packed and value.dim() == 2:
+        value = value[None]
+    elif not packed and value.dim() == 2:
+        value = value[:, None]
+    if value.dim() not in (1, 3) or value.shape[-1] != shape[2]:
+        raise KernelError(f"{name} {tuple(value.shape)} does not fit {tuple(shape)} probe rows")
+    try:
+        return value.expand(shape).contiguous()
+    except RuntimeError as error:
+        raise KernelError(
+            f"{name} {tuple(value.shape)} does not fit {tuple(shape)} probe rows"
+        ) from error

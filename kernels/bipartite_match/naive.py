@@ -1,0 +1,44 @@
+"""Plain PyTorch version of :func:`tokencomp.kernels.bipartite_match`."""
+
+import torch
+from torch import Tensor
+
+from ..segments import groups, stacked
+
+# Similarities held at once (fp32: 16 MiB).
+BLOCK_ELEMENTS = 1 << 22
+
+
+def bipartite_match(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Batches frames of one length; holds one block of similarities at a time."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    similarity = torch.full((len(x),), -torch.inf, dtype=dtype, device=x.device)
+    partner = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
+    for length, starts in groups(lengths).items():
+        if length < 2:
+            continue
+        evens, odds = (length + 1) // 2, length // 2
+        frames = max(1, BLOCK_ELEMENTS // (evens * odds))
+        rows = max(1, BLOCK_ELEMENTS // odds)
+        for first in range(0, len(starts), frames):
+            chosen = starts[first : first + frames]
+            unit = normalise(stacked(x, chosen, length).to(dtype))
+            start = torch.tensor(chosen, device=x.device)[:, None]
+            for row in range(0, evens, rows):
+                block = unit[:, 2 * row : 2 * (row + rows) : 2] @ unit[:, 1::2].transpose(1, 2)
+                value, index = first_max(block)
+                place = start + 2 * torch.arange(row, row + block.shape[1], device=x.device)
+                similarity[place] = value
+                partner[place] = start + 2 * index + 1
+    return similarity, partner
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Rows scaled to length 1; zero rows stay zero."""
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum over the last dimension and the first index that has it; NaN wins."""
+    index = x.argmax(-1)  # documented to return the first of equals, unlike max(dim)
+    return x.gather(-1, index[..., None]).squeeze(-1), index

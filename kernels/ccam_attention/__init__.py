@@ -1,0 +1,108 @@
+"""Cross-attention of queries to the frames of a video, causal by frame."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch
+from ..errors import KernelError
+from . import naive
+from .rule import visible_frames
+
+__all__ = ["MAX_HEAD_DIM", "ccam_attention", "visible_frames"]
+
+MAX_HEAD_DIM = 128
+
+
+def ccam_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    frames: int | Sequence[int],
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    r"""Softmax attention where query i of Q sees the first ``floor(i·F/Q) + 1`` of F frames.
+
+    The mask follows from indices (:func:`visible_frames`): it is never stored, and key blocks that
+    a query block cannot see are never read.
+
+    Parameters
+    ----------
+    q
+        ``(B, H, Q, D)``.
+    k, v
+        ``(B, H, F·P, D)``, P tokens per frame, frames one after the other.
+    frames
+        F, or one count per sample (samples with fewer frames are padded at the end; 0 allowed).
+        P is the number of keys over the largest F.
+    causal
+        False: every query sees every frame.
+    scale
+        None: ``D ** -0.5``.
+
+    Returns
+    -------
+    Tensor
+        ``(B, H, Q, D)`` in the dtype of `q`; 0 for a sample without frames.
+
+    Raises
+    ------
+    KernelError
+        If shapes, dtypes or devices do not fit, or frames do not divide the keys.
+
+    Notes
+    -----
+    FLOPs ``4·B·H·Q·F·P·D`` (about half if causal); bytes ``2·B·H·(Q + F·P)·D·itemsize``.
+    Differentiable (through PyTorch's attention; the Triton kernel runs when no gradient is asked
+    for). Rule: Video-CCAM, arXiv 2408.14023.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        checks.shape(name, tensor, 4, "(B, H, length, D)")
+        checks.floating(name, tensor)
+        checks.int32_sizes(**{f"{name} length": tensor.shape[2]})
+    checks.same_device(q=q, k=k, v=v)
+    checks.same_dtype(q=q, k=k, v=v)
+    batch, heads, _, dim = q.shape
+    if k.shape != v.shape or k.shape[:2] != (batch, heads) or k.shape[3] != dim:
+        raise KernelError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
+    counts = [frames] * batch if isinstance(frames, int) else [int(f) for f in frames]
+    if len(counts) != batch or min(counts, default=0) < 0:
+        raise KernelError(f"frames must be one count >= 0 per sample ({batch}); got {counts[:9]}")
+    most = max(counts, default=0)
+    if (most == 0 and k.shape[2]) or (most and k.shape[2] % most):
+        raise KernelError(f"{k.shape[2]} keys are not a multiple of {most} frames")
+    per_frame = k.shape[2] // most if most else 0
+    if per_frame == 0:
+        return torch.zeros_like(q)
+    scale = dim**-0.5 if scale is None else scale
+    if checks.needs_grad(q, k, v):
+        return naive.ccam_attention(q, k, v, counts, per_frame, causal, scale)
+    return _op(q, k, v, counts, per_frame, causal, scale)
+
+
+@torch.library.custom_op("tokencomp::ccam_attention", mutates_args=())
+def _op(
+    q: Tensor, k: Tensor, v: Tensor, frames: list[int], per_frame: int, causal: bool, scale: float
+) -> Tensor:
+    if dispatch.which(q) == "naive":
+        return naive.ccam_attention(q, k, v, frames, per_frame, causal, scale).contiguous()
+    checks.triton_dtype("q", q)
+    if q.shape[3] > MAX_HEAD_DIM:
+        raise KernelError(
+            f"head dimension {q.shape[3]} is above {MAX_HEAD_DIM}, the largest the Triton kernel "
+            "compiles for; set TOKENCOMP_KERNELS=naive"
+        )
+    from . import triton
+
+    q, k, v = checks.rows_contiguous(q), checks.rows_contiguous(k), checks.rows_contiguous(v)
+    return triton.ccam_attention(q, k, v, frames, per_frame, causal, scale)
+
+
+@_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, frames: list[int], per_frame: int, causal: bool, scale: float
+) -> Tensor:
+    return q.new_empty(q.shape)

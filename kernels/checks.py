@@ -1,0 +1,94 @@
+"""Input checks shared by the ops. Every failure is a :class:`KernelError`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .errors import KernelError
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TRITON_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+INT32_MAX = 2**31 - 1
+
+
+def shape(name: str, tensor: Tensor, dims: int | tuple[int, ...], form: str) -> None:
+    """Require `tensor` to have `dims` dimensions; `form` names them, e.g. ``(B, H, N, D)``."""
+    allowed = (dims,) if isinstance(dims, int) else dims
+    if tensor.dim() not in allowed:
+        raise KernelError(f"{name} must have shape {form}; got {tuple(tensor.shape)}")
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    """Require a floating-point dtype."""
+    if tensor.dtype not in FLOATS:
+        names = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
+        raise KernelError(f"{name} must be one of {names}; got {tensor.dtype}")
+
+
+def integer(name: str, tensor: Tensor) -> None:
+    """Require int32 or int64."""
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise KernelError(f"{name} must be int32 or int64; got {tensor.dtype}")
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    """Require all given tensors to live on one device."""
+    seen = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(seen.values())) > 1:
+        listing = ", ".join(f"{name} on {device}" for name, device in seen.items())
+        raise KernelError(f"all tensors must be on one device; got {listing}. Move them with .to()")
+
+
+def same_dtype(**tensors: Tensor) -> None:
+    """Require all given tensors to share a dtype."""
+    if len({t.dtype for t in tensors.values()}) > 1:
+        listing = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
+        raise KernelError(f"all tensors must have one dtype; got {listing}. Convert with .to()")
+
+
+def triton_dtype(name: str, tensor: Tensor) -> None:
+    """Require a dtype that the Triton kernels compute with."""
+    if tensor.dtype not in TRITON_FLOATS:
+        raise KernelError(
+            f"{name} is {tensor.dtype}; the Triton kernels take float16, bfloat16 and float32. "
+            "Convert it, or set TOKENCOMP_KERNELS=naive"
+        )
+
+
+def int32_sizes(**sizes: int) -> None:
+    """Require row counts that fit the kernels' 32-bit row indices."""
+    for name, size in sizes.items():
+        if size > INT32_MAX:
+            raise KernelError(
+                f"{name}={size} does not fit 32-bit row indices (at most {INT32_MAX})"
+            )
+
+
+def count(name: str, value: int, low: int, high: int) -> None:
+    """Require ``low <= value <= high``."""
+    if not low <= value <= high:
+        raise KernelError(f"{name} must be in [{low}, {high}]; got {value}")
+
+
+def choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Require `value` to be one of `allowed`."""
+    if value not in allowed:
+        raise KernelError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}")
+
+
+def holds(condition: Tensor, message: str) -> None:
+    """Require a device-side condition (one element); skipped where checks are off."""
+    if dispatch.checks_enabled(condition) and not bool(condition):
+        raise KernelError(message)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd must see the computation (then the PyTorch path runs)."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """`tensor` itself when its last dimension is contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

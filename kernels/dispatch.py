@@ -1,0 +1,159 @@
+"""Which implementation runs: plain PyTorch (``naive``) or Triton.
+
+The environment variable ``TOKENCOMP_KERNELS`` decides:
+
+``auto`` (default)
+    Triton for CUDA tensors where Triton can be imported and the device has compute capability
+    8.0 or newer, plain PyTorch everywhere else.
+``naive``
+    Plain PyTorch always.
+``triton``
+    Triton always; an error where it cannot run. CPU tensors are accepted under Triton's
+    interpreter (``TRITON_INTERPRET=1``), which is how the kernels are tested without a GPU.
+
+Value checks (NaN scores, indices out of range) need one host round trip on a GPU. They are on by
+default, are skipped while a CUDA graph is captured, and ``TOKENCOMP_KERNELS_CHECK=0`` turns them
+off.
+"""
+
+import functools
+import importlib
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import KernelError
+
+MODES = ("auto", "naive", "triton")
+MIN_TRITON = (3, 2)
+MIN_CAPABILITY = (8, 0)
+OPS = (
+    "attention_colsum",
+    "bipartite_match",
+    "ccam_attention",
+    "frame_pool",
+    "gather_rows",
+    "maxmin_select",
+    "merge_rows",
+    "nearest_previous_frame",
+    "topk_stable",
+)
+
+_log = logging.getLogger(__name__)
+
+
+def mode() -> str:
+    """Return the requested mode; raise :class:`KernelError` when it is not one of ``MODES``."""
+    value = os.environ.get("TOKENCOMP_KERNELS", "auto").strip().lower() or "auto"
+    if value not in MODES:
+        raise KernelError(
+            f"TOKENCOMP_KERNELS={value!r} is not known; allowed: {', '.join(MODES)}. "
+            "Unset it for the default, 'auto'."
+        )
+    return value
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """Why Triton cannot be used in this process, or None when it can."""
+    try:
+        triton = importlib.import_module("triton")
+    except Exception as error:
+        return f"triton cannot be imported ({error}); install it with `pip install triton`"
+    version = getattr(triton, "__version__", "0")
+    if _version(version) < MIN_TRITON:
+        wanted = ".".join(map(str, MIN_TRITON))
+        return f"triton {version} is too old; install triton>={wanted}"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton's CPU interpreter is on (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def which(tensor: Tensor) -> str:
+    """Return ``"naive"`` or ``"triton"`` for an op whose main operand is `tensor`.
+
+    Raises
+    ------
+    KernelError
+        If ``TOKENCOMP_KERNELS=triton`` and Triton cannot run on the tensor's device.
+    """
+    wanted = mode()
+    if wanted == "naive":
+        return "naive"
+    problem = triton_problem() or _device_problem(tensor.device)
+    if problem is None:
+        on_cpu = tensor.device.type == "cpu"
+        return "naive" if on_cpu and wanted == "auto" else "triton"
+    if wanted == "triton":
+        raise KernelError(
+            f"TOKENCOMP_KERNELS=triton, but {problem}. "
+            "Use TOKENCOMP_KERNELS=auto to run plain PyTorch where Triton cannot run."
+        )
+    if tensor.device.type == "cuda":
+        _warn_once(problem)
+    return "naive"
+
+
+def checks_enabled(tensor: Tensor) -> bool:
+    """Whether checks that read values back to the host run for `tensor`."""
+    if os.environ.get("TOKENCOMP_KERNELS_CHECK", "1") == "0":
+        return False
+    return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def status() -> dict[str, Any]:
+    """What ``tokencomp doctor`` shows: mode, Triton, device and the backend of every op."""
+    problem = triton_problem()
+    info: dict[str, Any] = {
+        "mode": mode(),
+        "triton": None if problem else importlib.import_module("triton").__version__,
+        "problem": problem,
+        "interpreter": interpreting(),
+        "checks": os.environ.get("TOKENCOMP_KERNELS_CHECK", "1") != "0",
+        "device": "cpu",
+        "capability": None,
+    }
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        info["device"] = torch.cuda.get_device_name(device)
+        info["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    try:
+        backend = which(torch.empty(0, device=device))
+    except KernelError as error:
+        backend, info["problem"] = "unavailable", str(error)
+    info["ops"] = dict.fromkeys(OPS, backend)
+    return info
+
+
+def _device_problem(device: torch.device) -> str | None:
+    """Why Triton cannot run on `device`, or None when it can."""
+    if device.type == "cpu":
+        if interpreting():
+            return None
+        return "the tensor is on the CPU and TRITON_INTERPRET=1 is not set"
+    if device.type != "cuda":
+        return f"the tensor is on {device.type!r}; the Triton kernels run on 'cuda'"
+    if torch.version.hip is not None:
+        return "the Triton kernels are compiled and tested for NVIDIA GPUs only"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability} is below {MIN_CAPABILITY}"
+    return None
+
+
+def _version(text: str) -> tuple[int, int]:
+    """``"3.9.0+git1"`` to ``(3, 9)``."""
+    numbers = [int(part) if part.isdigit() else 0 for part in text.split("+")[0].split(".")[:2]]
+    return (numbers[0], numbers[1] if len(numbers) > 1 else 0)
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    _log.warning("tokencomp kernels run in plain PyTorch on this GPU: %s", problem)

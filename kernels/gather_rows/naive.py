@@ -1,0 +1,35 @@
+"""Plain PyTorch version of :func:`tokencomp.kernels.gather_rows` (differentiable)."""
+
+import torch
+from torch import Tensor
+
+
+def gather_rows(
+    tensors: list[Tensor], index: Tensor, seq_dims: list[int], batch_dims: list[int]
+) -> list[Tensor]:
+    """One ``index_select`` (batch of one) or ``gather`` per tensor."""
+    padding = index < 0
+    source = index.clamp(min=0)
+    padded = bool(padding.any())
+    out = []
+    for tensor, seq, batch in zip(tensors, seq_dims, batch_dims, strict=True):
+        shape = [1] * tensor.dim()
+        shape[seq], shape[batch] = index.shape[1], index.shape[0]
+        if index.shape[0] == 1:
+            rows = tensor.index_select(seq, source[0])
+        else:
+            full = list(tensor.shape)
+            full[seq], full[batch] = shape[seq], shape[batch]
+            wide = list(tensor.shape)
+            wide[batch] = index.shape[0]
+            at = _oriented(source, shape, seq, batch).expand(full)
+            rows = torch.gather(tensor.expand(wide), seq, at)
+        if padded:
+            rows = rows.masked_fill(_oriented(padding, shape, seq, batch), 0)
+        out.append(rows.contiguous())
+    return out
+
+
+def _oriented(index: Tensor, shape: list[int], seq: int, batch: int) -> Tensor:
+    """``(B, M)`` laid out along the batch and sequence dimensions of a tensor."""
+    return (index if batch < seq else index.T).reshape(shape)

@@ -1,0 +1,133 @@
+"""Greedy max-min selection of diverse (and relevant) rows."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch, segments
+from ..errors import KernelError
+from . import naive
+
+
+def maxmin_select(
+    x: Tensor,
+    k: int | Sequence[int],
+    weights: Tensor | None = None,
+    *,
+    spans: int | Sequence[int] | Tensor | None = None,
+    centred: bool = False,
+    start: Tensor | None = None,
+    ascending: bool = True,
+) -> Tensor:
+    r"""Choose rows one by one, each as far as possible from those chosen before.
+
+    .. math:: next = \arg\max_i \; w_i \cdot \min_{j \in chosen} (1 - \cos(x_i, x_j))
+
+    within every span; ties go to the lower index. Distances are clamped at 0.
+
+    Parameters
+    ----------
+    x
+        ``(n, D)`` features, spans one after the other.
+    k
+        Rows to choose in every span (int), or per span; 0 ≤ k ≤ rows of the span.
+    weights
+        ``(n,)`` relevance w ≥ 0 (raise it to a power beforehand). None: all 1.
+    spans
+        Rows per span (int), or one length per span. None: one span.
+    centred
+        Subtract the span's mean before the cosine.
+    start
+        int ``(spans,)``, first row of every span, counted within the span. None: the largest
+        weight; without weights the row with the lowest cosine to the span's mean.
+    ascending
+        Sort the result; otherwise rows come in the order chosen (so that the first m of a span
+        are what ``k=m`` would have chosen).
+
+    Returns
+    -------
+    Tensor
+        int64 ``(Σ k,)`` rows of `x`, spans one after the other.
+
+    Raises
+    ------
+    KernelError
+        If `k` exceeds a span, spans do not cover `x`, weights are negative or not finite, or
+        features are NaN or infinite.
+
+    Notes
+    -----
+    FLOPs ``2·L²·D`` per span of L rows (cosines, once), then k steps that read L values each;
+    bytes ``L·D·itemsize + 4·L² + 4·k·L``. Spans of more than 8192 rows do not store cosines:
+    ``k·L·D·itemsize`` bytes, O(L) memory. No host round trip between steps. Kin: farthest-point
+    sampling; DivPrune (arXiv 2503.02175). The weighted rule is ours.
+    """
+    checks.shape("x", x, 2, "(n, D)")
+    checks.floating("x", x)
+    checks.int32_sizes(n=len(x))
+    lengths = segments.lengths_of("spans", spans, len(x))
+    counts = [k] * len(lengths) if isinstance(k, int) else [int(c) for c in k]
+    if len(counts) != len(lengths):
+        raise KernelError(f"{len(counts)} values of k for {len(lengths)} spans")
+    for count, length in zip(counts, lengths, strict=True):
+        checks.count("k", count, 0, length)
+    checks.same_device(x=x, weights=weights, start=start)
+    if weights is not None:
+        if weights.shape != (len(x),):
+            raise KernelError(f"weights must be ({len(x)},); got {tuple(weights.shape)}")
+        weights = weights.detach().float()
+    if start is not None:
+        checks.integer("start", start)
+        if start.shape != (len(lengths),):
+            raise KernelError(f"start must be ({len(lengths)},); got {tuple(start.shape)}")
+        start = start.long()
+    chosen = _op(x.detach(), counts, weights, lengths, centred, start)
+    return chosen.sort().values if ascending else chosen
+
+
+@torch.library.custom_op("tokencomp::maxmin_select", mutates_args=())
+def _op(
+    x: Tensor,
+    counts: list[int],
+    weights: Tensor | None,
+    lengths: list[int],
+    centred: bool,
+    start: Tensor | None,
+) -> Tensor:
+    _check_values(x, weights, lengths, start)
+    if dispatch.which(x) == "naive":
+        return naive.maxmin_select(x, counts, weights, lengths, centred, start)
+    from . import triton
+
+    checks.triton_dtype("x", x)
+    x = checks.rows_contiguous(x)
+    return triton.maxmin_select(x, counts, weights, lengths, centred, start)
+
+
+@_op.register_fake
+def _(
+    x: Tensor,
+    counts: list[int],
+    weights: Tensor | None,
+    lengths: list[int],
+    centred: bool,
+    start: Tensor | None,
+) -> Tensor:
+    return x.new_empty(sum(counts), dtype=torch.int64)
+
+
+def _check_values(
+    x: Tensor, weights: Tensor | None, lengths: list[int], start: Tensor | None
+) -> None:
+    """Finite features, finite weights >= 0, starts inside their spans."""
+    if not dispatch.checks_enabled(x):
+        return
+    # A sum is finite only if no element is NaN or infinite (fp32 sums of model features).
+    checks.holds(x.sum(dtype=torch.float32).isfinite(), "x has NaN or infinite features")
+    if weights is not None:
+        good = (weights.isfinite() & (weights >= 0)).all()
+        checks.holds(good, "weights must be finite and at least 0")
+    if start is not None:
+        length = segments.table(lengths, x.device, torch.int64)
+        checks.holds(((start >= 0) & (start < length)).all(), "start must lie inside its span")

@@ -1,0 +1,177 @@
+"""Size-weighted means of rows that merge into one another."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch, segments
+from ..errors import KernelError
+from . import naive
+
+POSITIONS = ("keep", "first", "mean")
+
+
+class MergedRows(NamedTuple):
+    """`x` ``(k, D)`` in the input dtype, `sizes` fp32 ``(k,)``, `positions` ``(P, k)`` or None."""
+
+    x: Tensor
+    sizes: Tensor
+    positions: Tensor | None
+
+
+def merge_rows(
+    x: Tensor,
+    target: Tensor,
+    keep: Tensor,
+    sizes: Tensor | None = None,
+    *,
+    frames: int | Sequence[int] | Tensor | None = None,
+    positions: Tensor | None = None,
+    weighted: bool = True,
+    position: str = "keep",
+) -> MergedRows:
+    r"""Mean of every kept row with the rows that merge into it.
+
+    .. math:: out_j = \sum_{i : target_i = keep_j} w_i x_i \; / \sum_{i : target_i = keep_j} w_i
+
+    with w the sizes (tokens already merged into a row), or 1 if not `weighted`.
+
+    Parameters
+    ----------
+    x
+        ``(n, D)``.
+    target
+        int ``(n,)``: the row of `x` that row i merges into, itself for a kept row, -1 to drop it.
+    keep
+        int ``(k,)``, kept rows, ascending; ``target[keep] == keep``.
+    sizes
+        ``(n,)``, > 0. None: all 1.
+    frames
+        Tokens per frame (int, or one length per frame), a promise that rows merge only within
+        their frame; lets the GPU kernel look for members there alone. None: anywhere.
+    positions
+        int64 ``(P, n)`` or ``(n,)`` position ids (three rows for M-RoPE).
+    weighted
+        Weigh by `sizes` (ToMe, arXiv 2210.09461) or take plain means (AIM, arXiv 2412.03248).
+    position
+        Position of a merged row: that of the kept row (``"keep"``), of the member with the lowest
+        index (``"first"``), or the weighted mean rounded half up (``"mean"``).
+
+    Returns
+    -------
+    MergedRows
+        Merged rows, new sizes (always summed), positions (same rank as given).
+
+    Raises
+    ------
+    KernelError
+        If shapes do not fit, a target is not a kept row, or `keep` is not ascending.
+
+    Notes
+    -----
+    FLOPs ``2·n·D``; bytes ``(n + k)·D·itemsize`` plus indices: every row is read once and every
+    kept row written once, in fp32, in row order: the result is deterministic, no atomics.
+    Differentiable in `x` (through PyTorch; the Triton kernel runs when no gradient is asked for).
+    """
+    checks.shape("x", x, 2, "(n, D)")
+    checks.floating("x", x)
+    checks.int32_sizes(n=len(x))
+    checks.choice("position", position, POSITIONS)
+    target, keep, sizes = _indices(x, target, keep, sizes)
+    if positions is None:
+        grid = torch.empty(0, len(x), dtype=torch.int64, device=x.device)
+    else:
+        grid = positions[None] if positions.dim() == 1 else positions
+    if grid.dim() != 2 or grid.shape[1] != len(x):
+        raise KernelError(f"positions must be (P, {len(x)}); got {tuple(grid.shape)}")
+    checks.integer("positions", grid)
+    checks.same_device(x=x, target=target, keep=keep, sizes=sizes, positions=grid)
+    if checks.needs_grad(x):
+        merged, total, moved = naive.merge_rows(x, target, keep, sizes, grid, weighted, position)
+    else:
+        lengths = [] if frames is None else segments.lengths_of("frames", frames, len(x))
+        merged, total, moved = _op(x, target, keep, sizes, grid, lengths, weighted, position)
+    if positions is None:
+        return MergedRows(merged, total, None)
+    return MergedRows(merged, total, moved[0] if positions.dim() == 1 else moved)
+
+
+@torch.library.custom_op("tokencomp::merge_rows", mutates_args=())
+def _op(
+    x: Tensor,
+    target: Tensor,
+    keep: Tensor,
+    sizes: Tensor | None,
+    positions: Tensor,
+    lengths: list[int],
+    weighted: bool,
+    position: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_values(target, keep)
+    if dispatch.which(x) == "naive":
+        return naive.merge_rows(x, target, keep, sizes, positions, weighted, position)
+    from . import triton
+
+    checks.triton_dtype("x", x)
+    x = checks.rows_contiguous(x)
+    return triton.merge_rows(x, target, keep, sizes, positions, lengths, weighted, position)
+
+
+@_op.register_fake
+def _(
+    x: Tensor,
+    target: Tensor,
+    keep: Tensor,
+    sizes: Tensor | None,
+    positions: Tensor,
+    lengths: list[int],
+    weighted: bool,
+    position: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        x.new_empty(len(keep), x.shape[1]),
+        x.new_empty(len(keep), dtype=dtype),
+        positions.new_empty(len(positions), len(keep)),
+    )
+
+
+def _indices(
+    x: Tensor, target: Tensor, keep: Tensor, sizes: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check index shapes; int64 and contiguous."""
+    for name, index in (("target", target), ("keep", keep)):
+        checks.integer(name, index)
+        checks.shape(name, index, 1, "(n,)" if name == "target" else "(k,)")
+    if len(target) != len(x) or len(keep) > len(x):
+        raise KernelError(
+            f"x has {len(x)} rows: target must have as many, keep at most; "
+            f"got {len(target)} and {len(keep)}"
+        )
+    if sizes is not None:
+        if sizes.shape != target.shape:
+            raise KernelError(f"sizes must be ({len(x)},); got {tuple(sizes.shape)}")
+        sizes = sizes.float().contiguous() if x.dtype != torch.float64 else sizes.double()
+    return target.long().contiguous(), keep.long().contiguous(), sizes
+
+
+def _check_values(target: Tensor, keep: Tensor) -> None:
+    """`keep` ascending and in range, every target a kept row or -1."""
+    if not dispatch.checks_enabled(target):
+        return
+    rows = len(target)
+    kept = torch.zeros(rows + 1, dtype=torch.bool, device=target.device)
+    kept[-1] = True  # where target -1 looks
+    inside = ((keep >= 0) & (keep < rows)).all() & ((target >= -1) & (target < rows)).all()
+    safe = keep.clamp(0, max(rows - 1, 0))
+    if rows:
+        kept[safe] = True
+    good = inside & (keep.diff() > 0).all() & kept[target.clamp(-1, rows - 1)].all()
+    good &= (target[safe] == keep).all()
+    checks.holds(
+        good,
+        f"keep must be ascending rows in [0, {rows}) with target[keep] == keep, and every target "
+        "a kept row or -1",
+    )

@@ -1,0 +1,52 @@
+"""Plain PyTorch version of :func:`tokencomp.kernels.merge_rows` (differentiable in `x`)."""
+
+import torch
+from torch import Tensor
+
+
+def merge_rows(
+    x: Tensor,
+    target: Tensor,
+    keep: Tensor,
+    sizes: Tensor | None,
+    positions: Tensor,
+    weighted: bool,
+    position: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scatter into the kept rows in row order, so that sums do not depend on scheduling."""
+    count = len(keep)
+    slot = torch.full((len(x) + 1,), -1, dtype=torch.int64, device=x.device)
+    slot[keep] = torch.arange(count, device=x.device)
+    slot = slot[target]  # target -1 reads the extra last entry: dropped
+    members = (slot >= 0).nonzero().squeeze(1)
+    slot = slot[members]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    ones = torch.ones(len(members), dtype=dtype, device=x.device)
+    size = ones if sizes is None else sizes[members].to(dtype)
+    weight = size if weighted else ones
+    total = x.new_zeros(count, dtype=dtype).index_add(0, slot, weight)
+    merged = x.new_zeros(count, x.shape[1], dtype=dtype)
+    merged = merged.index_add(0, slot, x[members].to(dtype) * weight[:, None]) / total[:, None]
+    new_sizes = total if weighted else total.new_zeros(count).index_add(0, slot, size)
+    moved = _positions(positions, keep, members, slot, weight, total, position)
+    return merged.to(x.dtype), new_sizes, moved
+
+
+def _positions(
+    positions: Tensor,
+    keep: Tensor,
+    members: Tensor,
+    slot: Tensor,
+    weight: Tensor,
+    total: Tensor,
+    rule: str,
+) -> Tensor:
+    """Positions ``(P, k)`` of the merged rows."""
+    if rule == "keep":
+        return positions[:, keep]
+    if rule == "first":
+        first = torch.full_like(keep, positions.shape[1])
+        return positions[:, first.scatter_reduce(0, slot, members, "amin")]
+    mean = torch.zeros(len(positions), len(keep), dtype=torch.float64, device=positions.device)
+    mean.index_add_(1, slot, positions[:, members].double() * weight.double())
+    return (mean / total + 0.5).floor().to(positions.dtype)

@@ -1,0 +1,65 @@
+"""How much of a frame was already there in the frame before."""
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch
+from . import naive
+
+MAX_RADIUS = 3
+
+
+def nearest_previous_frame(x: Tensor, radius: int = 0) -> tuple[Tensor, Tensor]:
+    """Cosine of every token with its most similar token nearby in the previous frame.
+
+    Parameters
+    ----------
+    x
+        ``(T, H, W, D)`` features of a video.
+    radius
+        Half side of the square window around the token's own place; 0 compares the same place
+        only, as efficient video sampling does (arXiv 2510.14624). At most 3.
+
+    Returns
+    -------
+    similarity : Tensor
+        fp32 ``(T, H, W)``; -inf in frame 0, which has no predecessor.
+    index : Tensor
+        int64 ``(T, H, W)``, raster index in the previous frame (the lowest of equals); -1 in
+        frame 0.
+
+    Raises
+    ------
+    KernelError
+        On a wrong shape or radius, or NaN or infinite features.
+
+    Notes
+    -----
+    FLOPs ``6·T·H·W·D·(2·radius + 1)²``; bytes ``T·H·W·(D·itemsize + 12)`` (each frame is read again
+    as predecessor, from cache). A zero row has cosine 0 with everything.
+    """
+    checks.shape("x", x, 4, "(T, H, W, D)")
+    checks.floating("x", x)
+    checks.count("radius", radius, 0, MAX_RADIUS)
+    checks.int32_sizes(tokens=x.shape[0] * x.shape[1] * x.shape[2])
+    similarity, index = _op(x.detach(), radius)
+    return similarity, index
+
+
+@torch.library.custom_op("tokencomp::nearest_previous_frame", mutates_args=())
+def _op(x: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+    if dispatch.which(x) == "naive":
+        similarity, index = naive.nearest_previous_frame(x, radius)
+    else:
+        from . import triton
+
+        checks.triton_dtype("x", x)
+        similarity, index = triton.nearest_previous_frame(x.contiguous(), radius)
+    checks.holds(~similarity.isnan().any(), "x has NaN or infinite features: cosine is undefined")
+    return similarity, index
+
+
+@_op.register_fake
+def _(x: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape[:3], dtype=dtype), x.new_empty(x.shape[:3], dtype=torch.int64)

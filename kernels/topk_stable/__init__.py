@@ -1,0 +1,59 @@
+"""Indices of the k largest scores in a defined order.
+
+``torch.topk`` does not say which of several equal scores it returns, and differs between devices
+and versions. Kept tokens must not depend on that.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..errors import KernelError
+from . import naive
+
+
+def topk_stable(scores: Tensor, k: int) -> Tensor:
+    """Indices of the `k` largest scores: ties go to the lower index, result ascending.
+
+    Parameters
+    ----------
+    scores
+        ``(..., n)``, any real dtype; compared in fp32. Infinities are allowed, NaN is not.
+    k
+        How many to keep, ``0 <= k <= n``.
+
+    Returns
+    -------
+    Tensor
+        int64, ``(..., k)``, ascending along the last dimension.
+
+    Raises
+    ------
+    KernelError
+        If `k` is out of range, or a score is NaN.
+
+    Notes
+    -----
+    A stable sort on every device (`torch.sort` guarantees the order; no Triton kernel is needed):
+    O(n log n) comparisons, about ``12 n`` bytes of workspace per row.
+    """
+    if scores.dim() == 0 or scores.is_complex():
+        raise KernelError(
+            f"scores must be real, (..., n); got {scores.dtype} {tuple(scores.shape)}"
+        )
+    checks.count("k", k, 0, scores.shape[-1])
+    return _op(scores.detach().float(), k)
+
+
+@torch.library.custom_op("tokencomp::topk_stable", mutates_args=())
+def _op(scores: Tensor, k: int) -> Tensor:
+    checks.holds(
+        ~torch.isnan(scores).any(),
+        "scores contain NaN: no order is defined. Check the features (or attention) they come from",
+    )
+    return naive.topk_stable(scores, k)
+
+
+@_op.register_fake
+def _(scores: Tensor, k: int) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], k), dtype=torch.int64)
