@@ -1,0 +1,69 @@
+"""Inference-time visual-token compression for open multimodal LLMs.
+
+>>> handle = tokencomp.patch(model, ratio=0.5)      # doctest: +SKIP
+>>> model.generate(**inputs)                        # doctest: +SKIP
+>>> tokencomp.unpatch(model)                        # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "patch": "tokencomp.patching",
+    "unpatch": "tokencomp.patching",
+    "Handle": "tokencomp.patching",
+    "Plan": "tokencomp.plan",
+    "Stage": "tokencomp.plan",
+    "Reducer": "tokencomp.reducers.base",
+    "register_reducer": "tokencomp.reducers.base",
+    "available_reducers": "tokencomp.reducers.base",
+    "make_reducer": "tokencomp.reducers.base",
+    "available_models": "tokencomp.adapters.base",
+    "Reduction": "tokencomp.context",
+    "VisualTokens": "tokencomp.context",
+    "TokenCompError": "tokencomp.errors",
+}
+
+__all__ = [
+    "Handle",
+    "Plan",
+    "Reducer",
+    "Reduction",
+    "Stage",
+    "TokenCompError",
+    "VisualTokens",
+    "__version__",
+    "available_models",
+    "available_reducers",
+    "make_reducer",
+    "patch",
+    "register_reducer",
+    "unpatch",
+]
+
+if TYPE_CHECKING:
+    from tokencomp.adapters.base import available_models
+    from tokencomp.context import Reduction, VisualTokens
+    from tokencomp.errors import TokenCompError
+    from tokencomp.patching import Handle, patch, unpatch
+    from tokencomp.plan import Plan, Stage
+    from tokencomp.reducers.base import (
+        Reducer,
+        available_reducers,
+        make_reducer,
+        register_reducer,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'tokencomp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

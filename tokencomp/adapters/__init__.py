@@ -1,0 +1,1 @@
+"""One model family per file; see `tokencomp.adapters.base` for the contract."""

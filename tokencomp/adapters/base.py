@@ -1,0 +1,179 @@
+"""What tokencomp must know about a model family: names, and how to read its visual spans."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, ClassVar, Literal, TypeVar
+
+from torch import Tensor, nn
+
+from tokencomp.context import VisualSpan
+from tokencomp.errors import SpanError, UnsupportedModelError
+
+KINDS: dict[int, Literal["image", "video"]] = {1: "image", 2: "video"}
+
+
+@dataclass
+class Call:
+    """One forward call that carries visual features, as the adapter sees it.
+
+    Attributes
+    ----------
+    kinds : Tensor of int8 on the CPU, shape (B, L)
+        0 text, 1 image placeholder, 2 video placeholder.
+    embeds : Tensor, shape (B, L, d)
+        Decoder input, visual features in place.
+    positions : Tensor of int64 on the CPU, shape (3, B, L), or None
+        M-RoPE positions (t, h, w); None for models with one position per token.
+    body : nn.Module
+        The module that put the features in place.
+    """
+
+    kinds: Tensor
+    embeds: Tensor
+    positions: Tensor | None
+    body: nn.Module
+
+    def runs(self, row: int) -> list[tuple[int, int, Literal["image", "video"]]]:
+        """(start, stop, kind) of every run of equal placeholders in a sample."""
+        found, start = [], 0
+        for kind, group in groupby(self.kinds[row].tolist()):
+            stop = start + sum(1 for _ in group)
+            if kind:
+                found.append((start, stop, KINDS[kind]))
+            start = stop
+        return found
+
+
+class Adapter:
+    """Base class: one subclass per family, one file per subclass.
+
+    Attributes
+    ----------
+    family, model_types
+        Display name, and the `config.model_type` values it serves.
+    mrope
+        True if the decoder takes three rows of positions.
+    first_layer_stage
+        Earliest decoder layer before which tokens may leave (0 = entry is possible, always is).
+    """
+
+    family: ClassVar[str] = ""
+    model_types: ClassVar[tuple[str, ...]] = ()
+    mrope: ClassVar[bool] = False
+    first_layer_stage: ClassVar[int] = 1
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def body(self) -> nn.Module:
+        """The module that assembles embeddings and calls the decoder."""
+        return self.model.model
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The text decoder (no lm_head)."""
+        return self.body.language_model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.decoder.layers
+
+    @property
+    def text_config(self) -> Any:
+        return self.decoder.config
+
+    def placeholder_ids(self) -> dict[int, int]:
+        """Token id → kind (1 image, 2 video)."""
+        config = self.model.config
+        ids = {config.image_token_id: 1}
+        video = getattr(config, "video_token_id", None)
+        return {**ids, video: 2} if video is not None else ids
+
+    def spans(self, call: Call) -> list[list[VisualSpan]]:
+        """Visual spans of every sample, in order.
+
+        Raises
+        ------
+        SpanError
+            A run of visual tokens does not have the shape this family produces.
+        """
+        return [self.row_spans(call, b) for b in range(call.kinds.shape[0])]
+
+    def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
+        """Visual spans of one sample."""
+        raise SpanError(f"{type(self).__name__} does not say how to read visual spans.")
+
+    def gather_extra(
+        self, kwargs: MutableMapping[str, Any], index: Tensor, valid: Tensor | None
+    ) -> None:
+        """Gather further decoder arguments that follow the sequence. Default: none."""
+
+
+A = TypeVar("A", bound=type[Adapter])
+_REGISTRY: dict[str, type[Adapter]] = {}
+
+
+def register_adapter(cls: A) -> A:
+    """Class decorator that makes an adapter available for its model types."""
+    for model_type in cls.model_types:
+        _REGISTRY[model_type] = cls
+    return cls
+
+
+def available_models() -> dict[str, type[Adapter]]:
+    """Adapters by `config.model_type`."""
+    package = importlib.import_module("tokencomp.adapters")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"tokencomp.adapters.{module.name}")
+    return dict(sorted(_REGISTRY.items()))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside torch.compile and PEFT wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        if inner is None or inner is model:
+            return model
+        model = inner
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of a model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        No adapter serves the model's type, or its decoder has layers that are not full attention.
+    """
+    model = unwrap(model)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    known = available_models()
+    if model_type not in known:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model_type={model_type!r}) has no adapter. Supported: "
+            f"{', '.join(known)}. A new family is one file: see CONTRIBUTING.md."
+        )
+    adapter = known[model_type](model)
+    for part in ("body", "decoder", "layers"):
+        try:
+            getattr(adapter, part)
+        except AttributeError:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no {part!r} where {type(adapter).__name__} expects "
+                "it. Pass the ...ForConditionalGeneration model, from transformers >= 4.57."
+            ) from None
+    kinds = set(getattr(adapter.text_config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {', '.join(sorted(kinds))} layers; only full attention "
+            "can be compressed exactly. Set use_sliding_window=False where the model allows it."
+        )
+    return adapter

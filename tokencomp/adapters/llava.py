@@ -1,0 +1,76 @@
+"""LLaVA-OneVision: any-resolution images with line breaks, pooled video frames."""
+
+from __future__ import annotations
+
+import math
+
+from tokencomp.adapters.base import Adapter, Call, register_adapter
+from tokencomp.context import VisualSpan
+from tokencomp.errors import SpanError
+
+
+@register_adapter
+class LlavaOnevisionAdapter(Adapter):
+    """An image is a base tile, then rows of the unpadded mosaic, each ended by `image_newline`.
+
+    Base tile and mosaic become two spans; the line breaks are special tokens of the mosaic. A
+    video is one span of frames that ends in one line break.
+    """
+
+    family = "LLaVA-OneVision"
+    model_types = ("llava_onevision",)
+
+    @property
+    def tile_side(self) -> int:
+        vision = self.model.config.vision_config
+        return vision.image_size // vision.patch_size
+
+    def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
+        spans: list[VisualSpan] = []
+        for start, stop, kind in call.runs(row):
+            if kind == "video":
+                spans += self._video(start, stop, row)
+            else:
+                newline = self.body.image_newline.to(call.embeds)
+                breaks = (call.embeds[row, start:stop] == newline).all(-1).nonzero()[:, 0]
+                spans += self._images(start, stop, row, [start + int(b) for b in breaks.tolist()])
+        return spans
+
+    def _video(self, start: int, stop: int, row: int) -> list[VisualSpan]:
+        side = math.ceil(self.tile_side / 2)
+        frames, rest = divmod(stop - start, side * side)
+        if rest != 1:
+            # several videos side by side: each ends in one line break, so they cannot be told apart
+            raise SpanError(
+                f"video tokens {start} … {stop - 1} of sample {row}: expected frames of {side}×"
+                f"{side} tokens and one line break. Put text between videos."
+            )
+        grid = (frames, side, side)
+        return [VisualSpan(start, stop - start, grid, "video", special=(stop - start - 1,))]
+
+    def _images(self, start: int, stop: int, row: int, breaks: list[int]) -> list[VisualSpan]:
+        """Cut a run of one or more images at its line breaks."""
+        side, spans, cursor, i = self.tile_side, [], start, 0
+        while cursor < stop:
+            first = cursor + side * side
+            width = breaks[i] - first if i < len(breaks) else -1
+            if width < 0:
+                raise SpanError(
+                    f"image tokens {start} … {stop - 1} of sample {row}: expected a base tile of "
+                    f"{side}×{side} tokens followed by rows that end in the image_newline "
+                    "embedding."
+                )
+            if width == 0:
+                spans.append(
+                    VisualSpan(cursor, side * side + 1, (1, side, side), special=(side * side,))
+                )
+                cursor, i = breaks[i] + 1, i + 1
+                continue
+            rows, i = 1, i + 1
+            while i < len(breaks) and breaks[i] - breaks[i - 1] == width + 1:
+                rows, i = rows + 1, i + 1
+            special = tuple((width + 1) * r + width for r in range(rows))
+            spans.append(VisualSpan(cursor, side * side, (1, side, side)))
+            spans.append(VisualSpan(first, rows * (width + 1), (1, rows, width), special=special))
+            cursor = first + rows * (width + 1)
+        return spans

@@ -1,0 +1,43 @@
+"""Qwen2-VL: three-row rotary positions, one run per image or video, no special tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from tokencomp.adapters.base import Adapter, Call, register_adapter
+from tokencomp.context import VisualSpan
+from tokencomp.errors import SpanError
+
+
+@register_adapter
+class Qwen2VLAdapter(Adapter):
+    """Grids are read back from the M-RoPE positions, which every version hands to the decoder."""
+
+    family = "Qwen2-VL"
+    model_types = ("qwen2_vl",)
+    mrope = True
+
+    def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
+        if call.positions is None:
+            raise SpanError(
+                "the decoder got no M-RoPE positions for a prompt with visual tokens. Pass "
+                "input_ids (and mm_token_type_ids) as the processor returns them."
+            )
+        spans = []
+        for start, stop, kind in call.runs(row):
+            _, h, w = call.positions[:, row, start:stop]
+            rows, cols = int(h.max() - h.min()) + 1, int(w.max() - w.min()) + 1
+            n = stop - start
+            raster = torch.arange(n)
+            regular = n % (rows * cols) == 0 and (
+                torch.equal(h - h[0], raster // cols % rows)
+                and torch.equal(w - w[0], raster % cols)
+            )
+            if not regular:
+                raise SpanError(
+                    f"visual tokens {start} … {stop - 1} of sample {row} do not form one t×h×w "
+                    "grid. Expected whole images or videos, each between its own start and end "
+                    "tokens, with the positions the model computes."
+                )
+            spans.append(VisualSpan(start, n, (n // (rows * cols), rows, cols), kind))
+        return spans

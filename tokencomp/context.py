@@ -1,0 +1,143 @@
+"""The plain data that adapters, hooks and reducers exchange."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class VisualSpan:
+    """A run of visual positions of one grid (an image, an image tile, or a video) in one sample.
+
+    Attributes
+    ----------
+    start, length
+        Columns `start … start + length - 1` of the uncompressed sequence of this forward call.
+    grid
+        (t, h, w) after the projector; `t * h * w + len(special) == length`.
+    kind
+        "image" or "video".
+    special
+        Offsets inside the span of tokens that carry no patch (line breaks, separators). They are
+        never scored, merged or dropped unless the whole span goes.
+    """
+
+    start: int
+    length: int
+    grid: Grid
+    kind: Literal["image", "video"] = "image"
+    special: tuple[int, ...] = ()
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+    def special_mask(self, device: torch.device | str = "cpu") -> Tensor:
+        """Boolean mask of the special tokens, shape (length,)."""
+        mask = torch.zeros(self.length, dtype=torch.bool)
+        if self.special:
+            mask[list(self.special)] = True
+        return mask.to(device)
+
+
+@dataclass
+class VisualTokens:
+    """What a reducer sees of one span. Plain tensors, never Hugging Face objects.
+
+    Attributes
+    ----------
+    features : Tensor, shape (n, d)
+        Projected features at entry, hidden states between layers; the model's dtype.
+    grid
+        (t, h, w) of the *uncompressed* span.
+    special : Tensor of bool, shape (n,)
+        True for tokens that must stay.
+    index : Tensor of int64, shape (n,), or None
+        Offsets of the tokens inside the uncompressed span, ascending. None while none is missing.
+    scores : Tensor of float32, shape (n,), or None
+        Importance from the signal the reducer asked for.
+    query : Tensor, shape (m, d), or None
+        Embeddings of the text tokens after the span.
+    kind
+        "image" or "video".
+    """
+
+    features: Tensor
+    grid: Grid
+    special: Tensor
+    index: Tensor | None = None
+    scores: Tensor | None = None
+    query: Tensor | None = None
+    kind: Literal["image", "video"] = "image"
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    @property
+    def offsets(self) -> Tensor:
+        """Offsets inside the uncompressed span, shape (n,)."""
+        if self.index is not None:
+            return self.index
+        return torch.arange(len(self), device=self.features.device)
+
+    def cells(self) -> Tensor:
+        """Raster index (t·H·W + h·W + w) of every token, shape (n,); -1 for special tokens.
+
+        Only for spans from which nothing has been dropped yet (entry stage).
+        """
+        patch = ~self.special
+        return torch.where(patch, patch.cumsum(0) - 1, -1)
+
+
+@dataclass
+class Reduction:
+    """What a reducer returns for one span.
+
+    Attributes
+    ----------
+    keep : Tensor of int64, shape (k,)
+        Rows of `VisualTokens.features` that stay, ascending; k is exactly the asked count.
+    merged : Tensor, shape (k, d), or None
+        New content of the kept rows; None keeps them as they are.
+    sizes : Tensor of float32, shape (k,), or None
+        How many original tokens every kept row stands for.
+    """
+
+    keep: Tensor
+    merged: Tensor | None = None
+    sizes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The signal "text-to-visual attention of the layer before the stage" (layer 0 at entry).
+
+    Attributes
+    ----------
+    rows
+        Query rows that vote: "last" (last prompt token), "text" (text tokens after the span),
+        "all" (every token: column mass of the whole causal map).
+    iterations
+        0 sums softmax columns once; n > 0 repeats s ← s·M from the uniform vector (PageRank).
+    temperature
+        Divides the logits.
+    heads
+        How scores of heads are joined: "mean" or "rms".
+    """
+
+    rows: Literal["last", "text", "all"] = "last"
+    iterations: int = 0
+    temperature: float = 1.0
+    heads: Literal["mean", "rms"] = "mean"
+
+
+FEATURES = "features"
+QUERY = "query"
+VIT_ATTENTION = "vit_attention"
+Signal = str | Attention

@@ -1,0 +1,78 @@
+"""Typed errors. Every message says what was given, what is allowed, and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TokenCompError(Exception):
+    """Base class of every error that tokencomp raises on purpose."""
+
+
+class RatioError(TokenCompError, ValueError):
+    """A ratio outside [0, 1), or not a number."""
+
+
+class OptionError(TokenCompError, ValueError):
+    """An option that the reducer, schedule or command does not have, or a value it cannot take."""
+
+
+class UnknownNameError(TokenCompError, LookupError):
+    """A reducer, model, task or schedule name that is not registered."""
+
+
+class PlanError(TokenCompError, ValueError):
+    """A plan that cannot be executed on this model."""
+
+
+class UnsupportedModelError(TokenCompError, TypeError):
+    """A model that no adapter knows, or a feature of it that cannot be compressed exactly."""
+
+
+class UnsupportedCacheError(TokenCompError, TypeError):
+    """A KV cache whose layout cannot hold rows of different logical and physical length."""
+
+
+class PaddingError(TokenCompError, ValueError):
+    """A batch that is padded on the right."""
+
+
+class SpanError(TokenCompError, ValueError):
+    """Visual tokens in the prompt that do not form the grid the model should have produced."""
+
+
+class NoVisualInputError(TokenCompError, ValueError):
+    """`strict=True` and a prompt without any image or video."""
+
+
+class AlreadyCompressedError(TokenCompError, RuntimeError):
+    """Another method has already shortened the visual tokens of this model."""
+
+
+class AttentionOutputError(TokenCompError, ValueError):
+    """`output_attentions=True` together with a plan that drops tokens between layers."""
+
+
+class ScoreError(TokenCompError, ValueError):
+    """Scores that are not finite."""
+
+
+class MediaError(TokenCompError, ValueError):
+    """An image or video file that cannot be read, is empty, or is too small."""
+
+
+class WeightsError(TokenCompError, ValueError):
+    """Reducer weights that are missing, or were made for another model."""
+
+
+class MissingDependencyError(TokenCompError, ImportError):
+    """An optional package is needed; the message names the extra that installs it."""
+
+
+def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> UnknownNameError:
+    """Build the error for an unknown `kind` ("reducer", "model", ...), with close matches."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(given, names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    return UnknownNameError(f"unknown {kind} {given!r}.{hint} Available: {', '.join(names)}.")

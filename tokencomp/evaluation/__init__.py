@@ -1,0 +1,1 @@
+"""Accuracy with paired intervals, baselines, reports."""

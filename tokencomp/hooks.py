@@ -1,0 +1,325 @@
+"""The hooks: the only code that touches arguments of Hugging Face modules.
+
+top       notes `labels` / `logits_to_keep`: must the output have full length?
+body      notes where visual placeholders are, if this call carries visual features
+decoder   entry stage, masks, positions; afterwards the cache layers and the output length
+rotary    (one position per token only) original positions of the kept tokens
+layer k   layer stage, and the mask of layers that hold fewer rows
+attention scores for the layer stage that follows
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp import _compat
+from tokencomp.adapters.base import Adapter, Call
+from tokencomp.cache import CompressedLayer, check_cache, compress_layer
+from tokencomp.errors import (
+    AlreadyCompressedError,
+    AttentionOutputError,
+    NoVisualInputError,
+    UnsupportedCacheError,
+)
+from tokencomp.plan import Plan
+from tokencomp.ragged import restore, take
+from tokencomp.run import Run, build_segments, check_padding
+from tokencomp.stats import Stats
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+FEATURE_NAMES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+MASKLESS = ("sdpa", "flash")
+
+
+class Hooks:
+    """Installs and removes the hooks of one patched model; state lives in thread-local storage."""
+
+    def __init__(self, adapter: Adapter, plan: Plan, strict: bool) -> None:
+        self.adapter, self.plan, self.strict = adapter, plan, strict
+        self.stats: Stats | None = None
+        self._local = threading.local()
+        self._handles: list[RemovableHandle] = []
+        self._staged = False
+
+    # -- installation ---------------------------------------------------------------------------
+
+    def install(self) -> None:
+        a, add = self.adapter, self._handles.append
+        for module, pre, post in (
+            (a.model, self._top, self._top_done),
+            (a.body, self._body, self._body_done),
+            (a.decoder, self._decoder, self._decoder_done),
+        ):
+            add(module.register_forward_pre_hook(pre, with_kwargs=True))
+            add(module.register_forward_hook(post, with_kwargs=True, always_call=True))
+        if not a.mrope:
+            add(a.decoder.rotary_emb.register_forward_pre_hook(self._rotary))
+        self._install_layers()
+        if hasattr(a.model, "_prefill"):
+            a.model.__dict__["_prefill"] = types.MethodType(_one_pass_prefill, a.model)
+
+    def _install_layers(self) -> None:
+        stages = self.plan.layer_stages
+        if not stages and not self._staged:  # once staged, caches with uneven layers may be about
+            return
+        self._staged = True
+        for i, layer in enumerate(self.adapter.layers):
+            hook = layer.register_forward_pre_hook(self._layer(i), with_kwargs=True)
+            self._handles.append(hook)
+        for stage in stages:
+            for signal in stage.reducer.needs:
+                if not isinstance(signal, str):
+                    attn = self.adapter.layers[stage.layer - 1].self_attn
+                    hook = self._attention(stage.layer, signal)
+                    self._handles.append(attn.register_forward_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.adapter.model.__dict__.pop("_prefill", None)
+
+    @property
+    def disabled(self) -> bool:
+        return getattr(self._local, "disabled", 0) > 0
+
+    def disable(self, by: int) -> None:
+        """Count calls of `Handle.disabled()` in this thread up or down."""
+        self._local.disabled = getattr(self._local, "disabled", 0) + by
+
+    # -- top and body ---------------------------------------------------------------------------
+
+    def _top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        keep = kwargs.get("logits_to_keep", 0)
+        if kwargs.get("labels") is not None or not isinstance(keep, int):
+            keep = 0
+        self._local.logits = keep
+
+    def _top_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        self._local.logits = 0
+
+    def _body(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._local.kinds = self._local.run = None
+        if self.disabled or not self.plan.stages:
+            return
+        named = _compat.bind(module, args, kwargs)
+        if any(_given(named.get(name)) for name in FEATURE_NAMES):
+            self._local.kinds = self._placeholders(named).cpu()
+        elif self.strict and not _length(_compat.get_cache(named)):
+            raise NoVisualInputError(
+                "strict=True and this prompt has no image or video, so nothing can be compressed. "
+                "Pass pixel_values / pixel_values_videos, or patch(..., strict=False)."
+            )
+
+    def _body_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        self._local.kinds = self._local.run = None
+
+    def _placeholders(self, named: dict[str, Any]) -> Tensor:
+        """Kind of every column: 0 text, 1 image, 2 video; int8, shape (B, L)."""
+        ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
+        shape, device = (
+            (ids.shape, ids.device) if ids is not None else (embeds.shape[:2], embeds.device)
+        )
+        kinds = torch.zeros(shape, dtype=torch.int8, device=device)
+        for token, kind in self.adapter.placeholder_ids().items():
+            if ids is not None:
+                kinds.masked_fill_(ids == token, kind)
+            else:
+                table = self.adapter.model.get_input_embeddings()
+                placeholder = table(torch.tensor(token, device=device))
+                kinds.masked_fill_((embeds == placeholder).all(-1), kind)
+        return kinds
+
+    # -- decoder --------------------------------------------------------------------------------
+
+    def _decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        kinds = getattr(self._local, "kinds", None)
+        cache = _compat.get_cache(_compat.bind(module, args, kwargs))
+        if kinds is not None and bool(kinds.any()):
+            kwargs = dict(_compat.bind(module, args, kwargs))
+            self._compress(kwargs, kinds, cache)
+            return (), kwargs
+        layers = getattr(cache, "layers", None)
+        if layers and isinstance(layers[0], CompressedLayer):
+            kwargs = dict(_compat.bind(module, args, kwargs))
+            self._go_on(kwargs, layers)
+            return (), kwargs
+        return None
+
+    def _compress(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
+        """Prefill with visual tokens: plan, reduce at entry, positions, masks."""
+        x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        check_cache(cache)
+        if x.shape[:2] != kinds.shape:
+            raise AlreadyCompressedError(
+                f"the decoder got {tuple(x.shape[:2])} tokens for a prompt of "
+                f"{tuple(kinds.shape)}: something else already shortened it. Undo the other "
+                "method before patch()."
+            )
+        if isinstance(mask, dict) or (mask is not None and mask.ndim != 2):
+            raise UnsupportedCacheError(
+                "the attention mask was prepared before the decoder (static cache, or a custom "
+                "4-D mask). Use the default DynamicCache and a 2-D attention_mask."
+            )
+        if self.plan.layer_stages and kwargs.get("output_attentions"):
+            raise AttentionOutputError(
+                "output_attentions=True with tokens dropped between layers: attention maps would "
+                "differ in size. Use an entry reducer, or handle.disabled()."
+            )
+        lengths = check_padding(mask, kinds.shape)
+        positions = self._positions(kwargs, cache)
+        rows = positions.cpu() if self.adapter.mrope else None
+        spans = self.adapter.spans(Call(kinds, x, rows, self.adapter.body))
+        run = Run(self.adapter, self.plan, spans, lengths, x.shape[1], self._draft())
+        run.segments = build_segments(run, cache, mask, x.device)
+        x, index = run.entry(x, positions, cache)
+        valid = run.frame.valid(x.device)
+        if index is not None:
+            positions = take(positions, index, dim=positions.ndim - 1)
+            self.adapter.gather_extra(kwargs, index, valid)
+        kwargs["inputs_embeds"] = x
+        self._set_positions(kwargs, run, positions)
+        first = run.segments[0]
+        kwargs["attention_mask"] = first.padding_mask(valid, x.shape[0], x.shape[1], x.device)
+        _compat.set_cache_position(kwargs, first.logical, x.shape[1])
+        self._local.run = run
+
+    def _go_on(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
+        """Later tokens on a compressed cache: masks only, and for one unpadded token none."""
+        x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        if kwargs.get("position_ids") is not None and self.adapter.mrope:
+            kwargs["position_ids"] = kwargs["position_ids"][-3:]
+        n, new = x.shape[1], None
+        if n > 1 and mask is not None:
+            new = mask[:, -n:].bool()
+            new = None if bool(new.all()) else new
+        backend = _compat.attention_implementation(self.adapter.text_config)
+        plain = new is None and all(layer.valid is None for layer in layers)
+        if n == 1 and plain and any(name in backend for name in MASKLESS):
+            kwargs["attention_mask"] = None
+            return
+        run = Run.continuation(self.adapter, layers, new, n)
+        first = run.segments[0]
+        kwargs["attention_mask"] = first.padding_mask(new, x.shape[0], n, x.device)
+        self._local.run = run
+
+    def _decoder_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        run: Run | None = getattr(self._local, "run", None)
+        self._local.run = None
+        if run is None or out is None:
+            return None
+        cache = _compat.get_cache(kwargs, out)
+        if not run.compresses:
+            run.extend_valid(cache)
+            return None
+        check_cache(cache)
+        if cache is not None:
+            for segment in run.segments:
+                valid = segment.all_valid(segment.frame.valid(torch.device("cpu")))
+                for i in range(segment.first, segment.stop):
+                    layer = cache.layers[i]
+                    here = valid if valid is None else valid.to(layer.keys.device)
+                    compress_layer(
+                        layer, run.width - segment.frame.width, here, i == segment.first and i > 0
+                    )
+        self.stats = run.stats(cache)
+        return self._restored(run, out)
+
+    def _restored(self, run: Run, out: Any) -> Any:
+        """Give the output full length unless only text after the last span is asked for."""
+        keep = getattr(self._local, "logits", 0)
+        if 0 < keep <= run.tail:
+            return None
+        if isinstance(out, tuple):
+            return (restore(out[0], run.frame, run.width), *out[1:])
+        out.last_hidden_state = restore(out.last_hidden_state, run.frame, run.width)
+        return out
+
+    def _draft(self) -> int:
+        """Speculative tokens at the end of a first forward call (assisted decoding)."""
+        return max(getattr(self._local, "logits", 0) - 1, 0)
+
+    # -- positions ------------------------------------------------------------------------------
+
+    def _positions(self, kwargs: dict[str, Any], cache: Any) -> Tensor:
+        """Positions of the uncompressed call: (3, B, L) for M-RoPE, else (B, L)."""
+        x, given = kwargs["inputs_embeds"], kwargs.get("position_ids")
+        batch, n = x.shape[:2]
+        if given is None:
+            start = _length(cache)
+            given = torch.arange(start, start + n, device=x.device)[None]
+        if not self.adapter.mrope:
+            return given.expand(batch, -1)
+        if given.ndim == 2:
+            given = given[None]
+        return given[-3:].expand(3, batch, -1)
+
+    def _set_positions(self, kwargs: dict[str, Any], run: Run, positions: Tensor) -> None:
+        if self.adapter.mrope:
+            kwargs["position_ids"] = positions
+            return
+        # Gaps in one-row positions look like packed sequences to mask code and FlashAttention;
+        # contiguous ids go there, the true ones to the rotary embedding alone.
+        run.rotary = positions
+        n = positions.shape[1]
+        kwargs["position_ids"] = torch.arange(n, device=positions.device)[None]
+
+    def _rotary(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        run: Run | None = getattr(self._local, "run", None)
+        if run is None or run.rotary is None:
+            return None
+        hidden, _, *rest = args
+        return (hidden, run.rotary, *rest)
+
+    # -- layers ---------------------------------------------------------------------------------
+
+    def _layer(self, i: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            run: Run | None = getattr(self._local, "run", None)
+            return None if run is None else run.before_layer(i, args, kwargs)
+
+        return hook
+
+    def _attention(self, stage_layer: int, signal: Any) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+            run: Run | None = getattr(self._local, "run", None)
+            if run is not None and run.compresses:
+                named = _compat.bind(module, args, kwargs)
+                run.score(stage_layer, module, named, signal)
+
+        return hook
+
+
+def _given(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(v is not None for v in value.values())
+    return value is not None
+
+
+def _length(cache: Any) -> int:
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def _one_pass_prefill(
+    self: Any, input_ids: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kw: Any
+) -> Any:
+    """Replaces `model._prefill` while patched: prompts with visual input go in one pass.
+
+    With `prefill_chunk_size` a chunk boundary could cut a span, and the question that some
+    reducers look at comes last; the compressed prompt is what chunking was meant to make small.
+    Text-only prompts stay chunked.
+    """
+    visual = any(_given(model_kwargs.get(name)) for name in FEATURE_NAMES)
+    if visual and getattr(generation_config, "prefill_chunk_size", None) is not None:
+        generation_config = copy.copy(generation_config)
+        generation_config.prefill_chunk_size = None
+    return type(self)._prefill(self, input_ids, generation_config, model_kwargs, *args, **kw)

@@ -1,0 +1,1 @@
+"""Model code that transformers lacks, built from its stock parts."""

@@ -1,0 +1,141 @@
+"""Plans: which reducer acts at which decoder layer and what fraction it leaves.
+
+The only place where fractions become token counts. Everything here is plain Python.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tokencomp.errors import PlanError, RatioError
+
+if TYPE_CHECKING:
+    from tokencomp.context import Grid, VisualSpan
+    from tokencomp.reducers.base import Reducer
+
+MAX_RATIO = 0.95
+
+
+def check_ratio(ratio: float) -> float:
+    """Return `ratio` as a float in [0, 1); raise `RatioError` otherwise."""
+    try:
+        value = float(ratio)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0.0 <= value < 1.0:
+        raise RatioError(
+            f"ratio={ratio!r}: expected a number in [0, 1), the fraction of visual-token work to "
+            "remove (0 = off, 0.75 = a quarter is left). Use e.g. ratio=0.5."
+        )
+    return value
+
+
+def count(total: int, fraction: float, special: int = 0) -> int:
+    """Tokens that stay of `total` at `fraction`, ties rounded up (ours).
+
+    Parameters
+    ----------
+    total
+        Tokens of the uncompressed span, special ones included.
+    fraction
+        Fraction to keep. 0 drops the whole span; anything more leaves every special token and
+        at least one patch.
+    special
+        How many of `total` are special.
+    """
+    if fraction <= 0.0 or total == 0:
+        return 0
+    wanted = math.floor(total * fraction + 0.5 + 1e-9)
+    return min(total, max(wanted, special + (1 if total > special else 0)))
+
+
+def kept_count(grid: Grid, ratio: float, special: int = 0) -> int:
+    """Tokens that stay of one span at entry: a pure function of grid and ratio.
+
+    Raises
+    ------
+    RatioError
+        `ratio` is not in [0, 1).
+    """
+    return count(math.prod(grid) + special, 1.0 - check_ratio(ratio), special)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From decoder layer `layer` on, `fraction` of the uncompressed visual tokens is left.
+
+    layer 0 is the entry stage; `fraction` is relative to the *uncompressed* prompt.
+    """
+
+    layer: int
+    fraction: float
+    reducer: Reducer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages in ascending layer order, with non-increasing fractions."""
+
+    stages: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        layers = [s.layer for s in self.stages]
+        fractions = [1.0, *(s.fraction for s in self.stages)]
+        if layers != sorted(set(layers)) or any(layer < 0 for layer in layers):
+            raise PlanError(f"stage layers {layers}: expected ascending, distinct, from 0 on.")
+        if any(b > a + 1e-9 or b < 0 for a, b in itertools.pairwise(fractions)):
+            raise PlanError(
+                f"stage fractions {fractions[1:]}: expected non-increasing numbers in [0, 1]; they "
+                "are relative to the uncompressed prompt, not to the previous stage."
+            )
+
+    @property
+    def entry(self) -> Stage | None:
+        """The stage before layer 0, if any."""
+        return self.stages[0] if self.stages and self.stages[0].layer == 0 else None
+
+    @property
+    def layer_stages(self) -> tuple[Stage, ...]:
+        return tuple(s for s in self.stages if s.layer > 0)
+
+    def fractions(self, num_layers: int) -> list[float]:
+        """Fraction of visual tokens seen by each of `num_layers` decoder layers."""
+        seen, current, stages = [], 1.0, {s.layer: s.fraction for s in self.stages}
+        for layer in range(num_layers):
+            current = stages.get(layer, current)
+            seen.append(current)
+        return seen
+
+    def ratio(self, num_layers: int) -> float:
+        """1 - mean over layers of the fraction seen: the ratio before rounding to tokens."""
+        return 1.0 - sum(self.fractions(num_layers)) / num_layers
+
+    def check(self, num_layers: int) -> None:
+        """Raise `PlanError` if a stage lies outside the decoder."""
+        late = [s.layer for s in self.stages if s.layer >= num_layers]
+        if late:
+            raise PlanError(
+                f"stages at layers {late}, but the decoder has {num_layers} layers (0 … "
+                f"{num_layers - 1}). Move the stages or drop them."
+            )
+
+    def counts(self, span: VisualSpan) -> list[int]:
+        """Tokens of `span` left after each stage, one number per stage, non-increasing."""
+        kept, current = [], span.length
+        for stage in self.stages:
+            current = min(current, count(span.length, stage.fraction, len(span.special)))
+            kept.append(current)
+        return kept
+
+
+def from_profile(profile: list[float], reducer: Reducer) -> Plan:
+    """Turn the fraction seen by each layer into a plan with a stage at every change."""
+    stages, current = [], 1.0
+    for layer, fraction in enumerate(profile):
+        if fraction < current - 1e-12:
+            stages.append(Stage(layer, max(fraction, 0.0), reducer))
+            current = fraction
+    return Plan(tuple(stages))

@@ -1,0 +1,1 @@
+"""FLOPs, KV bytes, and where the time to first token goes."""

@@ -1,0 +1,156 @@
+"""The contract of a reducer, and the registry. One method = one file + one decorator."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from tokencomp.context import Grid, Reduction, Signal, VisualTokens
+from tokencomp.errors import OptionError, ScoreError, unknown_name
+from tokencomp.plan import Plan, Stage, check_ratio, kept_count
+
+_REGISTRY: dict[str, type[Reducer]] = {}
+_loaded = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Reducer:
+    """Base class: a frozen dataclass whose fields are its options in Python, JSON and the CLI.
+
+    A reducer is stateless, batch-invariant (it sees one span at a time) and stage-agnostic.
+    Subclasses implement `reduce`; methods that act between layers override `plan`.
+
+    Attributes
+    ----------
+    name
+        Registry name.
+    summary
+        One line for `tokencomp list`, with the source.
+    serving_safe
+        True if the kept count is a pure function of (grid, ratio), nothing depends on the text,
+        and it acts at entry: the same object then runs inside vLLM.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    serving_safe: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """Signals the hooks must supply in `VisualTokens` beyond features and grid."""
+        return frozenset()
+
+    def plan(self, ratio: float, num_layers: int) -> Plan:
+        """Stages that remove `ratio` of the visual-token work of a `num_layers` decoder."""
+        ratio = check_ratio(ratio)
+        return Plan((Stage(0, 1.0 - ratio, self),)) if ratio > 0 else Plan()
+
+    def kept_count(self, grid: Grid, ratio: float, special: int = 0) -> int:
+        """Tokens left of one span at entry (see `tokencomp.plan.kept_count`)."""
+        return kept_count(grid, ratio, special)
+
+    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        """Choose (and possibly rewrite) exactly `keep` of the tokens of one span."""
+        raise OptionError(f"reducer {self.name!r} is a preset: it has a plan but no own step.")
+
+    def options(self) -> dict[str, Any]:
+        """The options of this object, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+R = TypeVar("R", bound=type[Reducer])
+
+
+def register_reducer(name: str) -> Callable[[R], R]:
+    """Class decorator that makes a reducer available by name."""
+
+    def decorate(cls: R) -> R:
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return decorate
+
+
+def _load_all() -> None:
+    global _loaded
+    if not _loaded:
+        _loaded = True
+        package = importlib.import_module("tokencomp.reducers")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"tokencomp.reducers.{module.name}")
+
+
+def available_reducers() -> dict[str, type[Reducer]]:
+    """All registered reducers by name."""
+    _load_all()
+    return dict(sorted(_REGISTRY.items()))
+
+
+def make_reducer(name: str | Reducer, **options: Any) -> Reducer:
+    """Build a reducer from its registry name and options.
+
+    Raises
+    ------
+    UnknownNameError
+        No reducer has that name (close matches are named).
+    OptionError
+        An option the reducer does not have, or a value it refuses.
+    """
+    if isinstance(name, Reducer):
+        if options:
+            raise OptionError(
+                f"options {sorted(options)} were given beside a ready {name.name!r} object. Set "
+                "them when you build it."
+            )
+        return name
+    registry = available_reducers()
+    if name not in registry:
+        raise unknown_name("reducer", str(name), registry)
+    cls = registry[name]
+    allowed = [f.name for f in dataclasses.fields(cls)]
+    wrong = sorted(set(options) - set(allowed))
+    if wrong:
+        raise OptionError(
+            f"reducer {name!r} has no option {', '.join(map(repr, wrong))}. "
+            f"It has: {', '.join(allowed) or 'none'}."
+        )
+    return cls(**options)
+
+
+def check_choice(owner: str, option: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise `OptionError` unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise OptionError(f"{owner}: {option}={value!r}; allowed: {', '.join(map(repr, allowed))}.")
+
+
+def top_k(scores: Tensor, special: Tensor, keep: int) -> Tensor:
+    """Indices of the `keep` best-scored tokens, special ones first, ascending.
+
+    Scored in fp32; ties go to the lower index.
+
+    Parameters
+    ----------
+    scores : Tensor, shape (n,)
+    special : Tensor of bool, shape (n,)
+    keep : int
+
+    Raises
+    ------
+    ScoreError
+        A score is NaN.
+    """
+    scores = scores.float()
+    if torch.isnan(scores).any():
+        raise ScoreError(
+            f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN. The hidden "
+            "states or attention logits overflowed; run the model in bfloat16 or float32."
+        )
+    ranked = scores.masked_fill(special, torch.inf).sort(descending=True, stable=True).indices
+    return ranked[:keep].sort().values

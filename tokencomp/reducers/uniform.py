@@ -1,0 +1,28 @@
+"""Baseline: every m-th token in raster order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tokencomp.context import Reduction, VisualTokens
+from tokencomp.reducers.base import Reducer, register_reducer
+
+
+@register_reducer("uniform")
+@dataclass(frozen=True)
+class Uniform(Reducer):
+    """Keep evenly spaced tokens: token floor((i + ½)·n/k) of the n patches, i = 0 … k-1. Ours."""
+
+    summary = "evenly spaced tokens in raster order (baseline)"
+    serving_safe = True
+
+    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        special = tokens.special.nonzero()[:, 0]
+        patches = (~tokens.special).nonzero()[:, 0]
+        k = keep - special.numel()
+        n = patches.numel()
+        steps = torch.arange(k, device=patches.device)
+        chosen = patches[(2 * steps + 1) * n // (2 * max(k, 1))]
+        return Reduction(torch.cat([special, chosen]).sort().values)

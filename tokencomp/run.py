@@ -1,0 +1,280 @@
+"""One forward call under compression: its segments of layers, and the steps between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp import _compat
+from tokencomp.adapters.base import Adapter
+from tokencomp.cache import CompressedLayer, physical_length
+from tokencomp.context import QUERY, Reduction, VisualSpan, VisualTokens
+from tokencomp.errors import PaddingError
+from tokencomp.plan import Plan, Stage
+from tokencomp.probes import entry_scores, layer_scores
+from tokencomp.ragged import Frame, compact, full_frame, take, write_merged
+from tokencomp.stats import Stats, collect
+
+
+@dataclass
+class Segment:
+    """Layers `first … stop - 1`: they see the same rows, of this call and of earlier ones.
+
+    `physical`, `dropped`, `past` describe their cache layers at the start of the call.
+    """
+
+    first: int
+    stop: int
+    physical: int = 0
+    dropped: int = 0
+    past: Tensor | None = None
+    frame: Frame = field(default_factory=lambda: Frame(0, [], []))
+    stage: Stage | None = None
+    tables: tuple[Tensor, Tensor] | None = None
+    mask: Any = None
+    ready: bool = False
+
+    @property
+    def logical(self) -> int:
+        return self.physical + self.dropped
+
+    def all_valid(self, new: Tensor | None) -> Tensor | None:
+        """Real rows among past and new ones, (B, rows); None if all are."""
+        if self.past is None and new is None:
+            return None
+        batch = (new if new is not None else self.past).shape[0]  # type: ignore[union-attr]
+        past = self.past
+        if past is None:
+            past = new.new_ones(batch, self.physical)  # type: ignore[union-attr]
+        if new is None:
+            new = past.new_ones(batch, self.frame.width)
+        return torch.cat([past.to(new.device), new], dim=1)
+
+    def padding_mask(
+        self, new: Tensor | None, batch: int, width: int, device: torch.device
+    ) -> Tensor | None:
+        """The 2-D mask in transformers' logical frame: dropped columns count as real."""
+        if self.past is None and new is None:
+            return None
+        self.frame.width = width
+        valid = self.all_valid(new)
+        ones = torch.ones(batch, self.dropped, dtype=torch.bool, device=device)
+        return torch.cat([ones, valid.to(device)], dim=1)  # type: ignore[union-attr]
+
+
+class Run:
+    """State of one decoder call.
+
+    Attributes
+    ----------
+    compresses
+        True for a prefill with visual tokens, False for later tokens on a compressed cache.
+    width, lengths
+        Columns of the uncompressed call, and real tokens per sample.
+    frame
+        Where tokens stand after the latest stage.
+    tail
+        Text tokens after the last span, at least, over all samples.
+    rotary
+        True positions (B, n) for decoders with one position per token.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        plan: Plan,
+        spans: list[list[VisualSpan]],
+        lengths: list[int],
+        width: int,
+        draft: int,
+    ) -> None:
+        self.adapter, self.plan, self.draft = adapter, plan, draft
+        self.width, self.lengths, self.spans = width, lengths, spans
+        self.frame = full_frame(width, lengths, spans)
+        self.counts = [[plan.counts(s) for s in row] for row in spans]
+        self.tail = min((width - row[-1].stop for row in spans if row), default=width)
+        self.segments: list[Segment] = []
+        self.rotary: Tensor | None = None
+        self.compresses = True
+        self.kept: list[Frame] = []
+        self._scores: dict[int, list[list[Tensor]]] = {}
+        self._new: Tensor | None = None
+
+    @classmethod
+    def continuation(
+        cls, adapter: Adapter, layers: list[Any], new: Tensor | None, width: int
+    ) -> Run:
+        """The run of later tokens on a compressed cache."""
+        run = cls(adapter, Plan(), [], [], width, 0)
+        run.compresses, run._new = False, new
+        starts = [i for i, layer in enumerate(layers) if i == 0 or layer.starts_segment]
+        for first, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
+            layer = layers[first]
+            run.segments.append(
+                Segment(first, stop, layer.rows, layer.dropped, layer.valid, Frame(width, [], []))
+            )
+        return run
+
+    # -- entry ----------------------------------------------------------------------------------
+
+    def entry(self, x: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Tensor | None]:
+        """Apply the entry stage; x (B, L, d) → (B, n, d) and the index (B, n), or None."""
+        stage = self.plan.entry
+        if stage is None:
+            self.segments[0].frame = self.frame
+            return x, None
+        for signal in stage.reducer.needs:
+            if not isinstance(signal, str):
+                tables = self.adapter.decoder.rotary_emb(x, positions)
+                self._scores[0] = entry_scores(
+                    self.adapter.layers[0], x, tables, signal, self.frame, self.draft, cache
+                )
+        x, index = self._reduce(stage, x)
+        self.segments[0].frame = self.frame
+        return x, index
+
+    def _reduce(self, stage: Stage, x: Tensor) -> tuple[Tensor, Tensor]:
+        order = self.plan.stages.index(stage)
+        scores = self._scores.pop(stage.layer, None)
+        reductions = []
+        for b, row in enumerate(self.frame.spans):
+            query = self._query(stage, x, b)
+            reduced = []
+            for j, live in enumerate(row):
+                keep = self.counts[b][j][order]
+                if keep == live.count or keep == 0:
+                    reduced.append(Reduction(torch.arange(keep, device=x.device)))
+                    continue
+                special = live.span.special_mask(x.device)
+                tokens = VisualTokens(
+                    features=x[b, live.start : live.start + live.count],
+                    grid=live.span.grid,
+                    special=special if live.index is None else special[live.index],
+                    index=live.index,
+                    scores=None if scores is None else scores[b][j],
+                    query=query,
+                    kind=live.span.kind,
+                )
+                reduced.append(stage.reducer.reduce(tokens, keep))
+            reductions.append(reduced)
+        self.frame, index = compact(self.frame, reductions, x.device)
+        self.kept.append(self.frame)
+        return write_merged(take(x, index), self.frame, reductions), index
+
+    def _query(self, stage: Stage, x: Tensor, b: int) -> Tensor | None:
+        """Text embeddings after the last span of a sample, for reducers that ask for them."""
+        if QUERY not in stage.reducer.needs or not self.frame.spans[b]:
+            return None
+        last = self.frame.spans[b][-1]
+        stop = self.frame.width - self.draft
+        return x[b, last.start + last.count : stop]
+
+    # -- layers ---------------------------------------------------------------------------------
+
+    def score(self, layer: int, attn: nn.Module, kwargs: dict[str, Any], signal: Any) -> None:
+        """Scores for the stage before `layer`, from the attention call that has just run."""
+        self._scores[layer] = layer_scores(attn, kwargs, signal, self.frame, self.draft)
+
+    def before_layer(
+        self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Arguments of layer `i`, with rows, rotary tables and mask of its segment."""
+        segment = next(s for s in self.segments if s.first <= i < s.stop)
+        if segment.first == 0:
+            return None
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if not segment.ready:
+            hidden = self._enter(segment, hidden, kwargs)
+        kwargs["attention_mask"], kwargs["position_ids"] = segment.mask, None
+        if segment.tables is not None:
+            kwargs["position_embeddings"] = tuple(t.to(hidden.device) for t in segment.tables)
+        if args:
+            return (hidden, *args[1:]), kwargs
+        kwargs["hidden_states"] = hidden
+        return args, kwargs
+
+    def _enter(self, segment: Segment, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """First layer of a segment: the stage, if there is one, then tables and mask."""
+        previous = self.segments[self.segments.index(segment) - 1]
+        segment.tables = previous.tables
+        if segment.stage is not None:
+            tables = previous.tables or kwargs["position_embeddings"]
+            hidden, index = self._reduce(segment.stage, hidden)
+            segment.tables = tuple(  # type: ignore[assignment]
+                take(t, index, dim=_compat.sequence_dim(t)) for t in tables
+            )
+        new = self._new
+        if self.compresses:
+            segment.frame = self.frame
+            new = self.frame.valid(hidden.device)
+        mask = segment.padding_mask(new, hidden.shape[0], hidden.shape[1], hidden.device)
+        view = _compat.MaskView(segment.physical, segment.dropped)
+        segment.mask = _compat.causal_mask(self.adapter.text_config, hidden, mask, view)
+        segment.ready = True
+        return hidden
+
+    # -- afterwards -----------------------------------------------------------------------------
+
+    def extend_valid(self, cache: Any) -> None:
+        """Note padding among later tokens (the cache layers assume there is none)."""
+        if self._new is None or cache is None:
+            return
+        for segment in self.segments:
+            valid = segment.all_valid(self._new)
+            for layer in cache.layers[segment.first : segment.stop]:
+                layer.valid = valid
+
+    def stats(self, cache: Any) -> Stats:
+        """What this call did, as `Handle.stats`."""
+        return collect(self, cache)
+
+
+def build_segments(
+    run: Run, cache: Any, mask: Tensor | None, device: torch.device
+) -> list[Segment]:
+    """Cut the decoder where a stage acts now or has acted in an earlier turn."""
+    layers = list(getattr(cache, "layers", None) or [])
+    stages = {s.layer: s for s in run.plan.stages}
+    total = len(run.adapter.layers)
+    old = {i for i, layer in enumerate(layers) if getattr(layer, "starts_segment", False)}
+    starts = sorted({0, *stages, *old})
+    segments = []
+    for first, stop in zip(starts, [*starts[1:], total], strict=True):
+        segment = Segment(first, stop, stage=stages.get(first))
+        if first < len(layers):
+            layer = layers[first]
+            segment.physical = physical_length(layer)
+            if isinstance(layer, CompressedLayer):
+                segment.dropped, segment.past = layer.dropped, layer.valid
+            elif mask is not None and segment.physical:
+                past = mask[:, : segment.physical].bool()
+                segment.past = None if bool(past.all()) else past
+        segments.append(segment)
+    return segments
+
+
+def check_padding(mask: Tensor | None, shape: torch.Size) -> list[int]:
+    """Real tokens per sample of this call.
+
+    Raises
+    ------
+    PaddingError
+        The last columns of `mask` are not zeros followed by ones.
+    """
+    batch, width = shape
+    if mask is None:
+        return [width] * batch
+    here = mask[:, -width:].bool().cpu()
+    lengths = here.sum(1).tolist()
+    for b, n in enumerate(lengths):
+        if n == 0 or not bool(here[b, width - n :].all()):
+            raise PaddingError(
+                f"sample {b}: attention_mask is not zeros followed by ones. Compression needs "
+                "left padding: set processor.tokenizer.padding_side = 'left' (generation needs it "
+                "anyway), and do not mask single tokens."
+            )
+    return lengths

@@ -1,0 +1,131 @@
+"""What the last compressed call saved, exactly: tokens per layer, FLOPs, KV bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tokencomp.profiling.flops import DecoderShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tokencomp.context import VisualSpan
+    from tokencomp.run import Run
+
+
+@dataclass
+class Stats:
+    """Counts of one prefill. Nothing is computed before it is asked for.
+
+    Attributes
+    ----------
+    spans
+        Visual spans per sample, uncompressed.
+    counts
+        Per sample, per span: tokens left after each stage.
+    lengths
+        Real tokens per sample, uncompressed (text and visual).
+    stage_layers
+        Decoder layer of each stage.
+    past
+        Logical tokens that were in the cache before.
+    """
+
+    spans: list[list[VisualSpan]]
+    counts: list[list[list[int]]]
+    lengths: list[int]
+    stage_layers: list[int]
+    shape: DecoderShape
+    past: int = 0
+    _kept: list[list[list[Tensor | None]]] = field(default_factory=list, repr=False)
+
+    @property
+    def tokens_before(self) -> list[int]:
+        """Visual tokens per sample before compression."""
+        return [sum(s.length for s in row) for row in self.spans]
+
+    @property
+    def tokens_after(self) -> list[list[int]]:
+        """Visual tokens per sample seen by each decoder layer."""
+        result = []
+        for row, counts in zip(self.spans, self.counts, strict=True):
+            seen, current = [], sum(s.length for s in row)
+            for layer in range(self.shape.num_layers):
+                if layer in self.stage_layers:
+                    order = self.stage_layers.index(layer)
+                    current = sum(c[order] for c in counts)
+                seen.append(current)
+            result.append(seen)
+        return result
+
+    @property
+    def ratio(self) -> float:
+        """Achieved ratio: 1 - visual tokens seen / without compression, over layers and samples."""
+        before = sum(self.tokens_before) * self.shape.num_layers
+        after = sum(sum(seen) for seen in self.tokens_after)
+        return 1.0 - after / before if before else 0.0
+
+    def _lengths_after(self) -> list[list[int]]:
+        text = [n - v for n, v in zip(self.lengths, self.tokens_before, strict=True)]
+        return [[t + v for v in seen] for t, seen in zip(text, self.tokens_after, strict=True)]
+
+    @property
+    def flops_before(self) -> int:
+        """FLOPs of the decoder layers for this prefill without compression."""
+        layers = self.shape.num_layers
+        return sum(self.shape.layer_flops(n, self.past) * layers for n in self.lengths)
+
+    @property
+    def flops_after(self) -> int:
+        """FLOPs of the decoder layers with compression (the reducer's own work not included)."""
+        rows = self._lengths_after()
+        return sum(self.shape.layer_flops(n, self.past) for row in rows for n in row)
+
+    @property
+    def kv_bytes_before(self) -> int:
+        """Bytes of keys and values this prefill would have cached (no padding)."""
+        return sum(self.lengths) * self.shape.kv_bytes_per_token * self.shape.num_layers
+
+    @property
+    def kv_bytes_after(self) -> int:
+        """Bytes of keys and values it caches for real tokens (padding of a ragged batch apart)."""
+        return sum(sum(row) for row in self._lengths_after()) * self.shape.kv_bytes_per_token
+
+    def kept(self, sample: int = 0) -> list[list[list[int]]]:
+        """Offsets inside each span that are left, per stage: `kept(b)[stage][span]`."""
+        result = []
+        for stage in self._kept:
+            row = zip(self.spans[sample], stage[sample], strict=True)
+            result.append([list(range(s.length)) if i is None else i.tolist() for s, i in row])
+        return result
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers as plain types, ready for JSON."""
+        return {
+            "tokens_before": self.tokens_before,
+            "tokens_after": self.tokens_after,
+            "ratio": self.ratio,
+            "flops_before": self.flops_before,
+            "flops_after": self.flops_after,
+            "kv_bytes_before": self.kv_bytes_before,
+            "kv_bytes_after": self.kv_bytes_after,
+        }
+
+
+def collect(run: Run, cache: Any) -> Stats:
+    """Stats of a finished run."""
+    weight = next(run.adapter.decoder.parameters())
+    dtype = weight.dtype
+    layers = getattr(cache, "layers", None)
+    if layers and layers[0].keys is not None:
+        dtype = layers[0].keys.dtype
+    return Stats(
+        spans=run.spans,
+        counts=run.counts,
+        lengths=run.lengths,
+        stage_layers=[s.layer for s in run.plan.stages],
+        shape=DecoderShape.from_config(run.adapter.text_config, dtype.itemsize),
+        past=run.segments[0].logical,
+        _kept=[[[live.index for live in row] for row in frame.spans] for frame in run.kept],
+    )

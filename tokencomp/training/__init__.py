@@ -1,0 +1,1 @@
+"""Training of the methods that are trained ones."""
