@@ -180,7 +180,7 @@ def _span_scores(row: _Row, k: Tensor, spans: list[LiveSpan], signal: Attention)
 def _voters(
     signal: Attention, stop: int, n: int, spans: list[LiveSpan], first: int
 ) -> list[int] | None:
-    """Query rows, in thows that vote on a span ending at `stop`, in the sample's numbering; None: all."""
+    """Query rows that vote on a span ending at `stop`, in the sample's numbering; None: all."""
     if signal.rows == "all":
         return None
     if signal.rows == "last":

@@ -79,26 +79,41 @@ def _pairs(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
     return [out[i] for i in rng.permutation(len(out))]
 
 
-def cell_labels(scene: Scene, time: float, cell: int) -> np.ndarray:
-    """Colour and shape per token: int64 (rows, columns, 2); 0 = background, -100 = too little.
+def _cells(pixels: np.ndarray, cell: int) -> np.ndarray:
+    """(height, width) cut into cells: (rows, columns, cell, cell)."""
+    rows, columns = pixels.shape[0] // cell, pixels.shape[1] // cell
+    cut = pixels[: rows * cell, : columns * cell].reshape(rows, cell, columns, cell)
+    return cut.transpose(0, 2, 1, 3)
 
-    A cell belongs to the object that covers most of it.
+
+def cell_labels(scene: Scene, time: float, cell: int) -> dict[str, np.ndarray]:
+    """What each token's cell shows. A cell belongs to the object that covers most of it.
+
+    Returns
+    -------
+    dict
+        ``words`` int64 (rows, columns, 2): colour and shape, 0 = background, -100 = too little to
+        tell; ``mask`` float32 (rows, columns, 49): object or not on a 7×7 lattice; ``box`` float32
+        (rows, columns, 4): centre of the object relative to the cell's and its size, in cells, then
+        the share of the object that lies in this cell relative to its best cell.
     """
-    owner = owner_map(scene, time)
-    rows, columns = scene.height // cell, scene.width // cell
-    cells = owner[: rows * cell, : columns * cell].reshape(rows, cell, columns, cell)
-    cells = cells.transpose(0, 2, 1, 3).reshape(rows, columns, cell * cell)
-    labels = np.zeros((rows, columns, 2), np.int64)
-    if not scene.things:
-        return labels
-    area = np.stack([(cells == i).sum(-1) for i in range(len(scene.things))], -1)
+    cells = _cells(owner_map(scene, time), cell)
+    rows, columns = cells.shape[:2]
+    lattice = cells.reshape(rows, columns, 7, cell // 7, 7, cell // 7) >= 0
+    mask = lattice.mean((3, 5)).reshape(rows, columns, 49).astype(np.float32)
+    words = np.zeros((rows, columns, 2), np.int64)
+    box = np.zeros((rows, columns, 4), np.float32)
+    area = np.stack([(cells == i).sum((2, 3)) for i in range(len(scene.things))], -1)
     best, most = area.argmax(-1), area.max(-1)
-    colors = np.array([COLORS.index(t.color) + 1 for t in scene.things])
-    shapes = np.array([SHAPES.index(t.shape) + 1 for t in scene.things])
-    labels[most > 0] = -100
-    sure = most >= MIN_COVER
-    labels[sure] = np.stack([colors[best], shapes[best]], -1)[sure]
-    return labels
+    words[most > 0] = -100
+    for row, column in zip(*np.nonzero(most >= MIN_COVER), strict=True):
+        index = best[row, column]
+        thing = scene.things[index]
+        words[row, column] = COLORS.index(thing.color) + 1, SHAPES.index(thing.shape) + 1
+        x, y = thing.center(time)
+        share = most[row, column] / area[..., index].max()
+        box[row, column] = x / cell - column - 0.5, y / cell - row - 0.5, thing.size / cell, share
+    return {"words": words, "mask": mask, "box": box}
 
 
 class BatchMaker:
@@ -170,5 +185,7 @@ class BatchMaker:
                 times = [float(first), float(first + 1)]
             shown = times[:1] if source.media == "image" else times
             pixels.append(_codec_noise(render(scene, shown), rng))
-            labels.append(np.stack([cell_labels(scene, time, self.cell) for time in times]))
-        return {"frames": np.stack(pixels), "cells": np.stack(labels), "media": source.media}
+            both = [cell_labels(scene, time, self.cell) for time in times]
+            labels.append({key: np.stack([one[key] for one in both]) for key in both[0]})
+        stacked = {key: np.stack([one[key] for one in labels]) for key in labels[0]}
+        return {**stacked, "frames": np.stack(pixels), "media": source.media}

@@ -22,8 +22,11 @@ class Family(Protocol):
     def build(self, tokenizer) -> torch.nn.Module:
         """A freshly initialised stock HF model for the vocabulary of ``tokenizer``."""
 
-    def processor(self, tokenizer) -> Any:
-        """The stock HF processor around ``tokenizer``."""
+    def files(self, tokenizer) -> dict[str, dict[str, Any]]:
+        """Configuration files of the HF folder, by file name."""
+
+    def weight_name(self, name: str) -> str:
+        """Name of a parameter in published checkpoints of this architecture."""
 
     def expand(self, ids, kind: str, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Expand the one placeholder in ``ids`` for media of (frames, height, width) px.

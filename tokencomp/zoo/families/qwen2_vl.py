@@ -66,6 +66,7 @@ class TinyQwen2VL:
         return {
             "architectures": ["Qwen2VLForConditionalGeneration"],
             "model_type": "qwen2_vl",
+            "torch_dtype": "float16",
             **text,
             "image_token_id": token("<|image_pad|>"),
             "video_token_id": token("<|video_pad|>"),
@@ -75,8 +76,8 @@ class TinyQwen2VL:
             "vision_config": {
                 "model_type": "qwen2_vl",
                 "depth": 3,
-                "embed_dim": 96,
-                "num_heads": 3,
+                "embed_dim": 128,
+                "num_heads": 4,
                 "mlp_ratio": 3,
                 "hidden_size": text["hidden_size"],
                 "in_channels": 3,
@@ -92,15 +93,48 @@ class TinyQwen2VL:
     def build(self, tokenizer) -> torch.nn.Module:
         from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-        return Qwen2VLForConditionalGeneration(Qwen2VLConfig(**self.config(tokenizer)))
+        config = Qwen2VLConfig(**self.config(tokenizer))
+        for part in (config, config.get_text_config(), config.vision_config):
+            part.initializer_range = 0.06  # about 1 / sqrt(width): 0.02 starts slowly this narrow
+        return Qwen2VLForConditionalGeneration(config)
 
-    def processor(self, tokenizer) -> Any:
-        from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+    def files(self, tokenizer) -> dict[str, dict[str, Any]]:
+        """Configuration files of the HF folder, by file name."""
+        from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-        size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
-        image = Qwen2VLImageProcessor(size=size)
-        video = Qwen2VLVideoProcessor(size=size)
-        return Qwen2VLProcessor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
+        pixels = {
+            "processor_class": "Qwen2VLProcessor",
+            "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "patch_size": PATCH,
+            "merge_size": MERGE,
+            "temporal_patch_size": PAIR,
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "rescale_factor": 1 / 255,
+            "resample": 3,
+            "image_mean": list(OPENAI_CLIP_MEAN),
+            "image_std": list(OPENAI_CLIP_STD),
+        }
+        image = {"image_processor_type": "Qwen2VLImageProcessor", **pixels}
+        video = {
+            "video_processor_type": "Qwen2VLVideoProcessor",
+            **pixels,
+            "do_sample_frames": False,
+            "cap_pixels_per_frame": False,
+        }
+        return {
+            "config.json": self.config(tokenizer),
+            "preprocessor_config.json": image,
+            "video_preprocessor_config.json": video,
+        }
+
+    def weight_name(self, name: str) -> str:
+        """Name of a parameter in published Qwen2-VL checkpoints."""
+        return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
 
     def grid(self, kind: str, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Merged token grid (t, rows, columns) of media of (frames, height, width) px."""
