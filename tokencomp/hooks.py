@@ -76,7 +76,7 @@ class Hooks:
             hook = layer.register_forward_pre_hook(self._layer(i), with_kwargs=True)
             self._handles.append(hook)
         for stage in stages:
-            for signal in stage.reducer.needs:
+            for signal in stage.reducer.needs if stage.fraction > 0 else ():
                 if not isinstance(signal, str):
                     attn = self.adapter.layers[stage.layer - 1].self_attn
                     hook = self._attention(stage.layer, signal)

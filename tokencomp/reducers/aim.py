@@ -1,0 +1,48 @@
+"""AIM: merging at entry, then layerwise pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokencomp.plan import Plan, Stage, check_ratio, from_profile
+from tokencomp.reducers.base import Reducer, register_reducer
+from tokencomp.reducers.merge import Merge
+from tokencomp.reducers.prune import Prune
+from tokencomp.schedules import aim, natural_aim
+
+
+@register_reducer("aim")
+@dataclass(frozen=True)
+class Aim(Reducer):
+    """Preset of AIM (arXiv 2412.03248): similarity merging, then PageRank pruning on its ramp.
+
+    The pruning ramp has its published place; merging removes the rest of the ratio. Ratios that
+    the ramp alone exceeds use the ramp alone, started later (ours).
+
+    Attributes
+    ----------
+    weighted
+        As in `merge`.
+    start, stop
+        The ramp as fractions of the depth; published: 14/28 … 22/28 for video, 13/32 … 21/32 for
+        images.
+    """
+
+    weighted: bool = True
+    start: float = 0.5
+    stop: float = 22 / 28
+
+    summary = "merge at entry + PageRank pruning between layers (AIM 2412.03248)"
+
+    def plan(self, ratio: float, num_layers: int) -> Plan:
+        target = 1.0 - check_ratio(ratio)
+        if target == 1.0:
+            return Plan()
+        natural = natural_aim(num_layers, self.start, self.stop)
+        mean = sum(natural) / num_layers
+        if target >= mean:
+            return from_profile(aim(num_layers, target, self.start, self.stop), Prune())
+        entry = target / mean
+        prune = from_profile([entry * f for f in natural], Prune()).stages
+        merge = Stage(0, entry, Merge(weighted=self.weighted))
+        return Plan((merge, *(s for s in prune if s.layer > 0)))

@@ -1,0 +1,78 @@
+"""Layerwise pruning by the decoder's own attention (AIM stage B, FastV, PyramidDrop)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokencomp.context import Attention, Reduction, Signal, VisualTokens
+from tokencomp.plan import Plan, check_ratio, from_profile
+from tokencomp.reducers.base import Reducer, check_choice, register_reducer, top_k
+from tokencomp.schedules import SCHEDULES, schedule
+
+SCORES = ("pagerank", "last_query", "text_query")
+
+
+@register_reducer("prune")
+@dataclass(frozen=True)
+class Prune(Reducer):
+    """Drop the visual tokens that the layer before the stage attends to least.
+
+    Attributes
+    ----------
+    score
+        "pagerank": five steps s ← s·M of the layer's causal attention M = softmax(logits / τ)
+        from the uniform vector, per head, root mean square over heads (AIM, arXiv 2412.03248).
+        "last_query": attention of the last prompt token, mean over heads (PyramidDrop,
+        arXiv 2410.17247; FastV, arXiv 2403.06764). "text_query": mean over the text tokens after
+        the span (ours).
+    schedule
+        "aim", "pyramid" or "fastv" (see `tokencomp.schedules`).
+    temperature, iterations
+        PageRank's τ and number of steps.
+
+    Notes
+    -----
+    The authors mask; here rows leave physically: hidden states, rotary tables, masks and KV. A
+    stage at layer 0 (budgets that a later start cannot meet) is scored by layer 0's q and k.
+    """
+
+    score: str = "pagerank"
+    schedule: str = "aim"
+    temperature: float = 0.1
+    iterations: int = 5
+
+    summary = (
+        "layerwise pruning by the decoder's own attention (AIM 2412.03248, FastV, PyramidDrop)"
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("prune", "score", self.score, SCORES)
+        check_choice("prune", "schedule", self.schedule, tuple(SCHEDULES))
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        if self.score == "pagerank":
+            signal = Attention("all", self.iterations, self.temperature, "rms")
+        else:
+            signal = Attention("last" if self.score == "last_query" else "text")
+        return frozenset({signal})
+
+    def plan(self, ratio: float, num_layers: int) -> Plan:
+        ratio = check_ratio(ratio)
+        if ratio == 0:
+            return Plan()
+        return from_profile(schedule(self.schedule)(num_layers, 1.0 - ratio), self)
+
+    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        return Reduction(top_k(_scores(tokens), tokens.special, keep))
+
+
+def _scores(tokens: VisualTokens):
+    if tokens.scores is None:
+        from tokencomp.errors import ScoreError
+
+        raise ScoreError(
+            "prune needs attention scores and got none. Run it through tokencomp.patch, or set "
+            "VisualTokens.scores."
+        )
+    return tokens.scores

@@ -1,0 +1,106 @@
+"""Layer schedules: the fraction of visual tokens seen by every layer, solved for a budget.
+
+Each schedule has a natural shape from its paper. Budgets below its mean prune the same shape
+earlier (ours), budgets above it start later or drop less, so that the mean over layers is always
+exactly the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tokencomp.errors import OptionError
+
+Schedule = Callable[[int, float], list[float]]
+
+
+def early(natural: list[float], target: float) -> list[float]:
+    """Lower a natural profile to mean `target` with one more step at the very start.
+
+    The step comes after layer 0 if that leaves at least half of the budget to the later layers;
+    otherwise before it.
+    """
+    layers = len(natural)
+    for free in (1, 0):
+        height = (target * layers - free) / max(sum(natural[free:]), 1e-9)
+        if height >= target / 2 or free == 0:
+            return [1.0] * free + [height * f for f in natural[free:]]
+    return natural
+
+
+def bisect(mean_at: Callable[[float], list[float]], target: float, lo: float, hi: float) -> float:
+    """The parameter in [lo, hi] at which a profile, whose mean grows with it, has mean `target`."""
+    for _ in range(80):
+        mid = (lo + hi) / 2
+        profile = mean_at(mid)
+        if sum(profile) / len(profile) < target:
+            lo = mid
+        else:
+            hi = mid
+    return hi
+
+
+def ramp(num_layers: int, start: float, width: float) -> list[float]:
+    """AIM's ramp: layer l lets clamp(1 - (l - start + 1)/width, 0, 1) through to layer l + 1.
+
+    `start` may be fractional: the mean is continuous in it.
+    """
+    seen = [1.0]
+    for layer in range(num_layers - 1):
+        fraction = 1.0 - (layer - start + 1) / width
+        seen.append(min(seen[-1], max(min(fraction, 1.0), 0.0)))
+    return seen
+
+
+def natural_aim(num_layers: int, start: float = 0.5, stop: float = 22 / 28) -> list[float]:
+    """AIM's video schedule, layers 14 … 22 of 28, scaled to the depth (arXiv 2412.03248)."""
+    first, last = round(start * num_layers), round(stop * num_layers)
+    return ramp(num_layers, first, max(last - first, 1))
+
+
+def aim(num_layers: int, target: float, start: float = 0.5, stop: float = 22 / 28) -> list[float]:
+    """AIM's ramp, moved later for large budgets and lowered from the start for small ones."""
+    natural = natural_aim(num_layers, start, stop)
+    if target <= sum(natural) / num_layers:
+        return early(natural, target)
+    first, last = round(start * num_layers), round(stop * num_layers)
+    width = max(last - first, 1)
+    later = bisect(lambda s: ramp(num_layers, s, width), target, first, num_layers + width)
+    return ramp(num_layers, later, width)
+
+
+def pyramid(num_layers: int, target: float) -> list[float]:
+    """PyramidDrop: × ½ at 1/4, 1/2 and 3/4 of the depth (arXiv 2410.17247); × more if it can."""
+
+    def profile(factor: float) -> list[float]:
+        return [factor ** (4 * layer // num_layers) for layer in range(num_layers)]
+
+    natural = profile(0.5)
+    if target <= sum(natural) / num_layers:
+        return early(natural, target)
+    return profile(bisect(profile, target, 0.5, 1.0))
+
+
+def fastv(num_layers: int, target: float) -> list[float]:
+    """FastV: once, after layer 2 (arXiv 2403.06764); earlier where the budget is too small."""
+    for free in (2, 1, 0):
+        left = (target * num_layers - free) / max(num_layers - free, 1)
+        if left >= target / 2 or free == 0:
+            return [1.0] * free + [left] * (num_layers - free)
+    return [target] * num_layers
+
+
+SCHEDULES: dict[str, Schedule] = {"aim": aim, "pyramid": pyramid, "fastv": fastv}
+
+
+def schedule(name: str) -> Schedule:
+    """A schedule by name.
+
+    Raises
+    ------
+    OptionError
+        No schedule has that name.
+    """
+    if name not in SCHEDULES:
+        raise OptionError(f"schedule={name!r}; allowed: {', '.join(map(repr, SCHEDULES))}.")
+    return SCHEDULES[name]
