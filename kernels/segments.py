@@ -74,3 +74,19 @@ def table(values: Sequence[int], device: torch.device, dtype: torch.dtype = torc
 @functools.lru_cache(maxsize=64)
 def _table(values: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=16)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    size = torch.tensor(lengths, dtype=torch.int32)
+    end = size.cumsum(0, dtype=torch.int32)
+    repeat = size.long()
+    return (
+        (end - size).repeat_interleave(repeat).to(device),
+        end.repeat_interleave(repeat).to(device),
+    )
+
+
+def bounds(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """First row, and one past the last, of the segment of every row: int32 ``(n,)`` each; cached."""
+    return _bounds(tuple(lengths), device)

@@ -8,6 +8,9 @@ from ..segments import starts
 
 # Cosines held at once (fp32: 64 MiB); spans with more rows recompute one row of them per step.
 GRAM_ELEMENTS = 1 << 24
+# A centred row has no direction if its squared norm is below this share of the uncentred one's:
+# what is left of it is rounding. Its cosine is 0 with everything.
+UNDIRECTED = 1e-5
 
 
 def maxmin_select(
@@ -47,7 +50,7 @@ def _greedy(
     if start is None:
         far = 1 - (normalise(x) @ normalise(mean).transpose(1, 2)).squeeze(2)
         start = (far if weight is None else weight).argmax(1)
-    unit = normalise(x - mean if centred else x)
+    unit = _centred(x, mean) if centred else normalise(x)
     gram = unit @ unit.transpose(1, 2) if unit.shape[1] ** 2 <= GRAM_ELEMENTS else None
     span = torch.arange(len(x), device=x.device)
     nearest = x.new_full(x.shape[:2], torch.inf)
@@ -65,3 +68,10 @@ def _greedy(
             torch.mul(nearest, weight, out=score)
         order.append(score.masked_fill_(taken, -1.0).argmax(1))
     return torch.stack(order, dim=1)
+
+
+def _centred(x: Tensor, mean: Tensor) -> Tensor:
+    """Unit vectors of ``x - mean``; zero where x is the mean up to rounding."""
+    offset = x - mean
+    directed = offset.square().sum(-1) > UNDIRECTED * x.square().sum(-1)
+    return normalise(offset) * directed[..., None]

@@ -1,0 +1,250 @@
+"""Triton versions of ``attention_colsum`` and ``attention_lse``.
+
+Two passes over the keys. The first gives every probe row its log-sum-exp; query heads that share a
+key head are stacked as rows of one tile, so a key is read once for its whole group, and long key
+ranges are split between programs, so that one row × 16k keys still fills the GPU. The second pass
+keeps one block of keys in place and lets the rows pass by: its sums need no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..tile import LOG2E, dot, log_sum, multiprocessors, padded
+
+# From how many probe rows on the column pass computes which row blocks can see a key block, and
+# spreads heads over programs instead of looping over them.
+MANY_ROWS = 256
+
+
+@triton.jit
+def lse_kernel(
+    q, k, lo, hi, out, scale,
+    stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_kn,
+    rows, kv_heads, split_stride,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of BLOCK_R (head of the group, row) pairs over one split of their keys."""
+    sample = tl.program_id(1) // kv_heads
+    kv_head = tl.program_id(1) % kv_heads
+    split = tl.program_id(2)
+    item = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = item < GROUP * rows
+    row = item % rows
+    head = kv_head * GROUP + item // rows
+    low = tl.load(lo + sample.to(tl.int64) * rows + row, mask=inside, other=0)
+    high = tl.load(hi + sample.to(tl.int64) * rows + row, mask=inside, other=0)
+    begin = tl.min(tl.where(high > low, low, 2147483647), axis=0)
+    end = tl.max(high, axis=0)
+    begin = tl.minimum(begin, end)
+    share = (end - begin + SPLITS - 1) // SPLITS
+    share = (share + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    begin += split * share
+    end = tl.minimum(end, begin + share)
+
+    d = tl.arange(0, BLOCK_D)
+    q_row = q + sample.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    q_row += row.to(tl.int64) * stride_qr
+    q_tile = tl.load(
+        q_row[:, None] + d[None, :], mask=inside[:, None] & (d[None, :] < DIM), other=0.0
+    )
+    k += sample.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
+    top = tl.full([BLOCK_R], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for first in range(begin, end, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        k_tile = tl.load(
+            k + column.to(tl.int64)[:, None] * stride_kn + d[None, :],
+            mask=(column < end)[:, None] & (d[None, :] < DIM),
+            other=0.0,
+        )
+        zeros = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+        logits = dot(q_tile, tl.trans(k_tile), zeros) * scale
+        seen = (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
+        seen = seen & (column[None, :] < end)
+        logits = tl.where(seen, logits, -float("inf"))
+        new_top = tl.maximum(top, tl.max(logits, axis=1))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        total = total * tl.exp2((top - shift) * LOG2E)
+        total += tl.sum(tl.exp2((logits - shift[:, None]) * LOG2E), axis=1)
+        top = new_top
+    result = log_sum(top, total)
+    place = (sample.to(tl.int64) * kv_heads * GROUP + head) * rows + row
+    tl.store(out + split.to(tl.int64) * split_stride + place, result, mask=inside)
+
+
+@triton.jit
+def combine_kernel(partial, out, count, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Log-sum-exp over the splits of every row."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    top = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(SPLITS):
+        value = tl.load(partial + split * count.to(tl.int64) + place, mask=inside, other=0.0)
+        new_top = tl.maximum(top, value)
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        total = total * tl.exp2((top - shift) * LOG2E) + tl.exp2((value - shift) * LOG2E)
+        top = new_top
+    tl.store(out + place, log_sum(top, total), mask=inside)
+
+
+@triton.jit
+def colsum_kernel(
+    q, k, weights, lse, lo, hi, first_block, last_block, out, scale,
+    stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_kn,
+    rows, keys, kv_heads, row_blocks,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, BOUNDED: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Column sums of BLOCK_N keys for HEADS query heads of one key head."""
+    block = tl.program_id(0)
+    parts = kv_heads * (GROUP // HEADS)
+    sample = tl.program_id(1) // parts
+    part = tl.program_id(1) % parts
+    kv_head = part * HEADS // GROUP
+    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    k += sample.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
+    k_tile = tl.load(
+        k + column.to(tl.int64)[:, None] * stride_kn + d[None, :],
+        mask=(column < keys)[:, None] & (d[None, :] < DIM),
+        other=0.0,
+    )
+    start, stop = 0, row_blocks
+    if BOUNDED:
+        start = tl.load(first_block + sample * tl.num_programs(0) + block)
+        stop = tl.load(last_block + sample * tl.num_programs(0) + block)
+    lo += sample.to(tl.int64) * rows
+    hi += sample.to(tl.int64) * rows
+    q += sample.to(tl.int64) * stride_qb
+    for which in range(HEADS):
+        head = part * HEADS + which
+        at = (sample.to(tl.int64) * kv_heads * GROUP + head) * rows
+        sums = tl.zeros([BLOCK_N], tl.float32)
+        for step in range(start, stop):
+            row = step * BLOCK_R + tl.arange(0, BLOCK_R)
+            inside = row < rows
+            q_tile = tl.load(
+                q
+                + head.to(tl.int64) * stride_qh
+                + row.to(tl.int64)[:, None] * stride_qr
+                + d[None, :],
+                mask=inside[:, None] & (d[None, :] < DIM),
+                other=0.0,
+            )
+            low = tl.load(lo + row, mask=inside, other=0)
+            high = tl.load(hi + row, mask=inside, other=0)
+            norm = tl.load(lse + at + row, mask=inside, other=0.0)
+            weight = tl.load(weights + at + row, mask=inside, other=0.0)
+            # Not finite: the row is ignored.
+            live = (norm > -float("inf")) & (norm < float("inf"))
+            norm = tl.where(live, norm, 0.0)
+            high = tl.where(live, high, 0)
+            zeros = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+            logits = dot(k_tile, tl.trans(q_tile), zeros) * scale
+            seen = (column[:, None] >= low[None, :]) & (column[:, None] < high[None, :])
+            share = tl.where(seen, (logits - norm[None, :]) * LOG2E, -float("inf"))
+            sums += tl.sum(tl.exp2(share) * weight[None, :], axis=1)
+        place = (sample.to(tl.int64) * kv_heads * GROUP + head) * keys + column
+        tl.store(out + place, sums, mask=column < keys)
+
+
+def attention_lse(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
+    """See :func:`tokencomp.kernels.attention_colsum.naive.attention_lse`."""
+    batch, heads, rows, dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    group = heads // kv_heads
+    out = torch.full((batch, heads, rows), -torch.inf, dtype=torch.float32, device=q.device)
+    if out.numel() == 0 or keys == 0:
+        return out
+    block_r, block_n, warps = lse_blocks(group * rows, dim, q.element_size())
+    tiles = triton.cdiv(group * rows, block_r)
+    splits = split_count(tiles * batch * kv_heads, triton.cdiv(keys, block_n), q.device)
+    partial = out if splits == 1 else out.new_empty(splits, *out.shape)
+    lse_kernel[(tiles, batch * kv_heads, splits)](
+        q, k, lo, hi, partial, scale, *q.stride()[:3], *k.stride()[:3],
+        rows, kv_heads, out.numel(),
+        GROUP=group, DIM=dim, BLOCK_D=padded(dim), BLOCK_R=block_r, BLOCK_N=block_n,
+        SPLITS=splits, num_warps=warps, num_stages=3,
+    )  # fmt: skip
+    if splits > 1:
+        grid = (triton.cdiv(out.numel(), 256),)
+        combine_kernel[grid](partial, out, out.numel(), SPLITS=splits, BLOCK=256, num_warps=4)
+    return out
+
+
+def attention_colsum(
+    q: Tensor, k: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, lse: Tensor | None, scale: float
+) -> Tensor:
+    """See :func:`tokencomp.kernels.attention_colsum.naive.attention_colsum`."""
+    batch, heads, rows, dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    group = heads // kv_heads
+    out = torch.zeros((batch, heads, keys), dtype=torch.float32, device=q.device)
+    if out.numel() == 0 or rows == 0:
+        return out
+    if lse is None:
+        lse = attention_lse(q, k, lo, hi, scale)
+    block_r, block_n, warps = colsum_blocks(rows, dim, q.element_size())
+    many = rows >= MANY_ROWS
+    first, last = row_block_bounds(lo, hi, block_r, block_n, keys) if many else (lo, lo)
+    per_program = 1 if many else group
+    grid = (triton.cdiv(keys, block_n), batch * heads // per_program)
+    colsum_kernel[grid](
+        q, k, weights, lse, lo, hi, first, last, out, scale, *q.stride()[:3], *k.stride()[:3],
+        rows, keys, kv_heads, triton.cdiv(rows, block_r),
+        GROUP=group, HEADS=per_program, BOUNDED=many, DIM=dim, BLOCK_D=padded(dim),
+        BLOCK_R=block_r, BLOCK_N=block_n, num_warps=warps, num_stages=3 if many else 2,
+    )  # fmt: skip
+    return out
+
+
+def row_block_bounds(
+    lo: Tensor, hi: Tensor, block_r: int, block_n: int, keys: int
+) -> tuple[Tensor, Tensor]:
+    """First and one past the last row block that can see each key block, int32 ``(B, blocks)``.
+
+    Exact for any row order: blocks outside see nothing of the key block; tight for ascending rows.
+    """
+    pad = -lo.shape[1] % block_r
+    seen = hi > lo
+    low = torch.nn.functional.pad(lo.masked_fill(~seen, keys), (0, pad), value=keys)
+    high = torch.nn.functional.pad(hi.masked_fill(~seen, 0), (0, pad), value=0)
+    reach = high.unflatten(1, (-1, block_r)).amax(2).cummax(1).values
+    begin = low.unflatten(1, (-1, block_r)).amin(2).flip(1).cummin(1).values.flip(1)
+    edges = torch.arange(0, keys, block_n, device=lo.device, dtype=lo.dtype)
+    edges = edges.expand(len(lo), -1).contiguous()
+    first = torch.searchsorted(reach.contiguous(), edges, right=True)
+    last = torch.searchsorted(begin.contiguous(), edges + block_n)
+    return first.int(), last.int()
+
+
+def lse_blocks(items: int, dim: int, itemsize: int) -> tuple[int, int, int]:
+    """(rows, keys, warps) of a tile of the first pass."""
+    wide = padded(dim) * itemsize
+    if items <= 16:
+        return 16, 64 if wide > 256 else 128, 4
+    if items <= 64 or wide > 256:
+        return 64 if wide <= 512 else 32, 64 if wide <= 512 else 32, 4
+    return 128, 64, 8
+
+
+def colsum_blocks(rows: int, dim: int, itemsize: int) -> tuple[int, int, int]:
+    """(rows, keys, warps) of a tile of the second pass."""
+    wide = padded(dim) * itemsize
+    if rows <= 64 or wide > 512:
+        return 16 if rows <= 16 else 32, 64, 4
+    return 64, 128 if wide <= 256 else 64, 8 if wide <= 256 else 4
+
+
+def split_count(programs: int, blocks: int, device: torch.device) -> int:
+    """A power of two: enough splits for four programs per multiprocessor, two key blocks each."""
+    wanted = triton.cdiv(4 * multiprocessors(device), programs)
+    limit = max(1, min(64, blocks // 2))
+    splits = 1
+    while splits < wanted and splits * 2 <= limit:
+        splits *= 2
+    return splits

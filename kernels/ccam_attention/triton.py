@@ -1,0 +1,152 @@
+"""Triton version of ``ccam_attention``: online softmax over the visible keys only."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..segments import table
+from ..tile import LOG2E, dot, log_sum, multiprocessors, padded
+
+
+@triton.jit
+def ccam_kernel(
+    q, k, v, frames, out, lse, scale,
+    stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, queries, per_frame, heads, split_keys,
+    CAUSAL: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_Q queries over one split of the keys; writes their normalised sum and LSE."""
+    # The last queries see the most keys: they start first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    sample = tl.program_id(1) // heads
+    head = tl.program_id(1) % heads
+    split = tl.program_id(2)
+    count = tl.load(frames + sample)
+    query = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    inside = query < queries
+    if CAUSAL:
+        limit = tl.minimum(query * count // queries + 1, count) * per_frame
+    else:
+        limit = tl.zeros([BLOCK_Q], tl.int32) + count * per_frame
+    limit = tl.where(inside, limit, 0)
+    begin = split * split_keys
+    end = tl.minimum(tl.max(limit, axis=0), begin + split_keys)
+
+    d = tl.arange(0, BLOCK_D)
+    q += sample.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    k += sample.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
+    v += sample.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh
+    q_tile = tl.load(
+        q + query.to(tl.int64)[:, None] * stride_qi + d[None, :],
+        mask=inside[:, None] & (d < DIM)[None, :],
+        other=0.0,
+    )
+    top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for first in range(begin, end, BLOCK_N):
+        key = first + tl.arange(0, BLOCK_N)
+        mask = (key < end)[:, None] & (d < DIM)[None, :]
+        at = key.to(tl.int64)[:, None]
+        k_tile = tl.load(k + at * stride_kn + d[None, :], mask=mask, other=0.0)
+        zeros = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
+        logits = dot(q_tile, tl.trans(k_tile), zeros) * (scale * LOG2E)
+        seen = key[None, :] < tl.minimum(limit, end)[:, None]
+        logits = tl.where(seen, logits, -float("inf"))
+        new_top = tl.maximum(top, tl.max(logits, axis=1))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        share = tl.exp2(logits - shift[:, None])
+        old = tl.exp2(top - shift)
+        total = total * old + tl.sum(share, axis=1)
+        v_tile = tl.load(v + at * stride_vn + d[None, :], mask=mask, other=0.0)
+        result = dot(share.to(v_tile.dtype), v_tile, result * old[:, None])
+        top = new_top
+    result = tl.where(
+        (total > 0.0)[:, None], result / tl.where(total > 0.0, total, 1.0)[:, None], 0.0
+    )
+    row = (sample.to(tl.int64) * heads + head) * queries + query
+    row += split.to(tl.int64) * tl.num_programs(1) * queries
+    tl.store(
+        out + row[:, None] * DIM + d[None, :],
+        result.to(out.dtype.element_ty),
+        mask=inside[:, None] & (d < DIM)[None, :],
+    )
+    tl.store(lse + row, log_sum(top / LOG2E, total), mask=inside)
+
+
+@triton.jit
+def combine_kernel(
+    partial, lse, out, rows,
+    SPLITS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Weigh the splits of every query by their share of the softmax."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    inside = row < rows
+    mask = inside[:, None] & (d < DIM)[None, :]
+    top = tl.full([BLOCK], -float("inf"), tl.float32)
+    for split in range(SPLITS):
+        top = tl.maximum(
+            top, tl.load(lse + split * rows.to(tl.int64) + row, mask=inside, other=0.0)
+        )
+    top = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.zeros([BLOCK], tl.float32)
+    result = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for split in range(SPLITS):
+        at = split * rows.to(tl.int64) + row
+        weight = tl.exp2((tl.load(lse + at, mask=inside, other=0.0) - top) * LOG2E)
+        value = tl.load(partial + at[:, None] * DIM + d[None, :], mask=mask, other=0.0)
+        result += value * weight[:, None]
+        total += weight
+    result = tl.where(
+        (total > 0.0)[:, None], result / tl.where(total > 0.0, total, 1.0)[:, None], 0.0
+    )
+    tl.store(out + row[:, None] * DIM + d[None, :], result.to(out.dtype.element_ty), mask=mask)
+
+
+def ccam_attention(
+    q: Tensor, k: Tensor, v: Tensor, frames: list[int], per_frame: int, causal: bool, scale: float
+) -> Tensor:
+    """See :func:`tokencomp.kernels.ccam_attention.naive.ccam_attention`."""
+    batch, heads, queries, dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    block_q, block_n, warps, stages = blocks(queries, dim, q.element_size())
+    tiles = triton.cdiv(queries, block_q)
+    key_blocks = triton.cdiv(k.shape[2], block_n)
+    splits = split_count(tiles * batch * heads, key_blocks, q.device)
+    split_keys = triton.cdiv(key_blocks, splits) * block_n
+    rows = batch * heads * queries
+    partial = out if splits == 1 else out.new_empty(splits, *q.shape, dtype=torch.float32)
+    lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
+    ccam_kernel[(tiles, batch * heads, splits)](
+        q, k, v, table(frames, q.device), partial, lse, scale,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        queries, per_frame, heads, split_keys,
+        CAUSAL=causal, DIM=dim, BLOCK_D=padded(dim), BLOCK_Q=block_q, BLOCK_N=block_n,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    if splits > 1:
+        combine_kernel[(triton.cdiv(rows, 16),)](
+            partial, lse, out, rows,
+            SPLITS=splits, DIM=dim, BLOCK_D=padded(dim), BLOCK=16, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def blocks(queries: int, dim: int, itemsize: int) -> tuple[int, int, int, int]:
+    """(queries, keys, warps, stages) of a tile."""
+    if itemsize == 4:
+        return 32, 32, 4, 1
+    if queries <= 64:
+        return 16 if queries <= 16 else 64, 64, 4, 2
+    return 128, 64, 8 if dim > 64 else 4, 3 if dim <= 64 else 2
+
+
+def split_count(programs: int, blocks: int, device: torch.device) -> int:
+    """Splits of the keys: four programs per multiprocessor, at least eight key blocks each."""
+    wanted = triton.cdiv(4 * multiprocessors(device), programs)
+    return max(1, min(wanted, 32, blocks // 8))

@@ -1,0 +1,87 @@
+"""Triton version of ``frame_pool``: one program per output token."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def pool_kernel(
+    x, cells, out, stride_t, stride_y, stride_x, height, width, dim,
+    BILINEAR: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Weighted sum over the input cells that one output token covers."""
+    token = tl.program_id(0).to(tl.int64)
+    frame = tl.load(cells + token * 4)
+    cell = tl.load(cells + token * 4 + 1)
+    rows = tl.load(cells + token * 4 + 2)
+    columns = tl.load(cells + token * 4 + 3)
+    i, j = cell // columns, cell % columns
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    x += frame.to(tl.int64) * stride_t
+    weight_y = 0.0
+    weight_x = 0.0
+    if BILINEAR:
+        at_y = tl.maximum((i + 0.5) * (height / rows) - 0.5, 0.0)
+        at_x = tl.maximum((j + 0.5) * (width / columns) - 0.5, 0.0)
+        y0 = at_y.to(tl.int32)
+        x0 = at_x.to(tl.int32)
+        weight_y = at_y - y0
+        weight_x = at_x - x0
+        high, wide = 2, 2
+    else:
+        y0 = i * height // rows
+        x0 = j * width // columns
+        high = ((i + 1) * height + rows - 1) // rows - y0
+        wide = ((j + 1) * width + columns - 1) // columns - x0
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for tap in range(high * wide):
+        dy, dx = tap // wide, tap % wide
+        y = tl.minimum(y0 + dy, height - 1)
+        column = tl.minimum(x0 + dx, width - 1)
+        at = y.to(tl.int64) * stride_y + column.to(tl.int64) * stride_x
+        value = tl.load(x + at + d, mask=d < dim, other=0.0).to(tl.float32)
+        if BILINEAR:
+            value *= tl.where(dy == 0, 1.0 - weight_y, weight_y)
+            value *= tl.where(dx == 0, 1.0 - weight_x, weight_x)
+        total += value
+    if not BILINEAR:
+        total /= high * wide
+    tl.store(out + token * dim + d, total.to(out.dtype.element_ty), mask=d < dim)
+
+
+def frame_pool(x: Tensor, heights: list[int], widths: list[int], mode: str) -> Tensor:
+    """See :func:`tokencomp.kernels.frame_pool.naive.frame_pool`."""
+    _, height, width, dim = x.shape
+    cells = cell_table(tuple(heights), tuple(widths), x.device)
+    out = x.new_empty(len(cells), dim)
+    if out.numel() == 0:
+        return out
+    block_d, warps = blocks(dim)
+    pool_kernel[(len(cells), triton.cdiv(dim, block_d))](
+        x, cells, out, *x.stride()[:3], height, width, dim,
+        BILINEAR=mode == "bilinear", BLOCK_D=block_d, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+@functools.lru_cache(maxsize=16)
+def cell_table(heights: tuple[int, ...], widths: tuple[int, ...], device: torch.device) -> Tensor:
+    """(frame, cell, grid rows, grid columns) of every output token, int32 ``(n, 4)``; cached."""
+    grid = torch.tensor([heights, widths]).T.reshape(-1, 2)
+    count = grid.prod(1)
+    frame = torch.arange(len(grid)).repeat_interleave(count)
+    cell = torch.arange(len(frame)) - (count.cumsum(0) - count)[frame]
+    columns = torch.column_stack([frame, cell, grid[frame]])
+    return columns.to(torch.int32).to(device)
+
+
+def blocks(dim: int) -> tuple[int, int]:
+    """(features, warps): 16 bytes per thread and load."""
+    block_d = min(1024, max(64, triton.next_power_of_2(dim)))
+    while block_d > 256 and dim % block_d:  # a divisor leaves no lane idle
+        block_d //= 2
+    return block_d, max(1, min(4, block_d // 256))

@@ -1,0 +1,118 @@
+"""Triton version of ``merge_rows``: one program per kept row gathers its members in row order."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..segments import bounds
+
+# Rows in which a program looks for the members of its kept row itself; beyond, members come sorted.
+MAX_SCAN = 4096
+NONE = tl.constexpr(2147483647)
+
+
+@triton.jit
+def merge_kernel(
+    x, target, keep, sizes, begins, ends, order, positions, out, new_sizes, new_positions,
+    stride, dim, rows, count, planes,
+    SCAN: tl.constexpr, HAS_SIZES: tl.constexpr, WEIGHTED: tl.constexpr, POSITION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Merge the members of one kept row; POSITION 0 keep, 1 first, 2 mean."""
+    slot = tl.program_id(0)
+    kept = tl.load(keep + slot)
+    if SCAN:
+        begin = tl.load(begins + kept)
+        place = begin + tl.arange(0, BLOCK_S)
+        inside = place < tl.load(ends + kept)
+        into = tl.load(target + place, mask=inside, other=-1)
+        # Members that are still to come, by row; NONE elsewhere.
+        waiting = tl.where(inside & (into == kept), place, NONE)
+        members = tl.sum((waiting != NONE).to(tl.int32), axis=0)
+    else:
+        begin = tl.load(begins + slot)
+        members = tl.load(ends + slot) - begin
+        waiting = tl.zeros([BLOCK_S], tl.int32)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    p = tl.arange(0, BLOCK_P)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    weights = 0.0
+    size = 0.0
+    first = rows
+    moved = tl.zeros([BLOCK_P], tl.float64)
+    for number in range(members):
+        if SCAN:
+            row = tl.min(waiting, axis=0)
+            waiting = tl.where(waiting == row, NONE, waiting)
+        else:
+            row = tl.load(order + begin + number).to(tl.int32)
+        own = 1.0
+        if HAS_SIZES:
+            own = tl.load(sizes + row)
+        weight = own if WEIGHTED else 1.0
+        first = tl.minimum(first, row)
+        value = tl.load(x + row.to(tl.int64) * stride + d, mask=d < dim, other=0.0)
+        total += value.to(tl.float32) * weight
+        weights += weight
+        size += own
+        if POSITION == 2:
+            at = tl.load(positions + p.to(tl.int64) * rows + row, mask=p < planes, other=0)
+            moved += at.to(tl.float64) * weight
+    place_out = slot.to(tl.int64) * dim + d
+    tl.store(out + place_out, (total / weights).to(out.dtype.element_ty), mask=d < dim)
+    if tl.program_id(1) == 0:
+        tl.store(new_sizes + slot, size)
+        source = kept
+        if POSITION == 1:
+            source = first.to(tl.int64)
+        moved_to = tl.load(positions + p.to(tl.int64) * rows + source, mask=p < planes, other=0)
+        if POSITION == 2:
+            moved_to = tl.floor(moved / weights + 0.5).to(moved_to.dtype)
+        tl.store(new_positions + p.to(tl.int64) * count + slot, moved_to, mask=p < planes)
+
+
+def merge_rows(
+    x: Tensor,
+    target: Tensor,
+    keep: Tensor,
+    sizes: Tensor | None,
+    positions: Tensor,
+    lengths: list[int],
+    weighted: bool,
+    position: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`tokencomp.kernels.merge_rows.naive.merge_rows`."""
+    rows, dim = x.shape
+    out = x.new_empty(len(keep), dim)
+    new_sizes = torch.empty(len(keep), dtype=torch.float32, device=x.device)
+    positions = positions.contiguous()
+    moved = positions.new_empty(len(positions), len(keep))
+    if len(keep) == 0:
+        return out, new_sizes, moved
+    lengths = lengths or [rows]
+    scan = max(lengths) <= MAX_SCAN
+    order = target
+    if scan:
+        begins, ends = bounds(lengths, x.device)
+    else:
+        ordered, order = torch.sort(target, stable=True)
+        begins = torch.searchsorted(ordered, keep, out_int32=True)
+        ends = torch.searchsorted(ordered, keep, right=True, out_int32=True)
+    block_d, warps = blocks(dim)
+    merge_kernel[(len(keep), triton.cdiv(dim, block_d))](
+        x, target, keep, target if sizes is None else sizes, begins, ends, order, positions,
+        out, new_sizes, moved, x.stride(0), dim, rows, len(keep), len(positions),
+        SCAN=scan, HAS_SIZES=sizes is not None, WEIGHTED=weighted,
+        POSITION=("keep", "first", "mean").index(position),
+        BLOCK_P=max(2, triton.next_power_of_2(len(positions))),
+        BLOCK_S=max(16, triton.next_power_of_2(max(lengths))) if scan else 16,
+        BLOCK_D=block_d, num_warps=warps, num_stages=1,
+    )  # fmt: skip
+    return out, new_sizes, moved
+
+
+def blocks(dim: int) -> tuple[int, int]:
+    """(features, warps): a whole row per program where it fits, 16 bytes per thread and load."""
+    block_d = min(4096, max(64, triton.next_power_of_2(dim)))
+    return block_d, max(1, min(8, block_d // 256))

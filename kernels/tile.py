@@ -1,0 +1,49 @@
+"""What the Triton kernels share. Imports Triton: only the ``triton.py`` files import this."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from .dispatch import interpreting
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(interpreting())
+
+
+@triton.jit
+def dot(a, b, accumulator):
+    """``accumulator + a @ b`` in fp32: tensor cores for 16-bit operands, exact fp32 otherwise."""
+    if INTERPRETED:
+        # The interpreter keeps bfloat16 as raw bits and would multiply those.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def log_sum(top, total):
+    """``log(total · exp(top))`` for a running maximum and sum; -inf where nothing was summed."""
+    some = total > 0.0
+    return tl.where(some, top + tl.log2(tl.where(some, total, 1.0)) / LOG2E, -float("inf"))
+
+
+@triton.jit
+def inverse_root(square):
+    """``1 / sqrt(square)``, 0 at 0."""
+    some = square != 0.0
+    return tl.where(some, 1.0 / tl.sqrt(tl.where(some, square, 1.0)), 0.0)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 8 under the interpreter (so that splits are tested)."""
+    if device.type != "cuda":
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def padded(size: int) -> int:
+    """`size` rounded up to what a dimension of ``tl.dot`` may be."""
+    return max(16, triton.next_power_of_2(size))
