@@ -30,7 +30,7 @@ from tokencomp.errors import (
 )
 from tokencomp.plan import Plan
 from tokencomp.ragged import restore, take
-from tokencomp.run import Run, build_segments, check_padding
+from tokencomp.run import Run, Segment, build_segments, check_padding
 from tokencomp.stats import Stats
 
 if TYPE_CHECKING:
@@ -43,8 +43,11 @@ MASKLESS = ("sdpa", "flash")
 class Hooks:
     """Installs and removes the hooks of one patched model; state lives in thread-local storage."""
 
-    def __init__(self, adapter: Adapter, plan: Plan, strict: bool) -> None:
+    def __init__(
+        self, adapter: Adapter, plan: Plan, strict: bool, compact_positions: bool = False
+    ) -> None:
         self.adapter, self.plan, self.strict = adapter, plan, strict
+        self.compact_positions = compact_positions
         self.stats: Stats | None = None
         self._local = threading.local()
         self._handles: list[RemovableHandle] = []
@@ -187,6 +190,8 @@ class Hooks:
             positions = take(positions, index, dim=positions.ndim - 1)
             self.adapter.gather_extra(kwargs, index, valid)
         kwargs["inputs_embeds"] = x
+        if self.compact_positions:
+            positions = _contiguous(run.segments[0], valid, x)
         self._set_positions(kwargs, run, positions)
         first = run.segments[0]
         kwargs["attention_mask"] = first.padding_mask(valid, x.shape[0], x.shape[1], x.device)
@@ -202,6 +207,9 @@ class Hooks:
         if n > 1 and mask is not None:
             new = mask[:, -n:].bool()
             new = None if bool(new.all()) else new
+        if self.compact_positions:
+            past = Segment(0, 1, layers[0].rows, layers[0].dropped, layers[0].valid)
+            kwargs["position_ids"] = _contiguous(past, new, x)
         backend = _compat.attention_implementation(self.adapter.text_config)
         plain = new is None and all(layer.valid is None for layer in layers)
         if n == 1 and plain and any(name in backend for name in MASKLESS):
@@ -307,6 +315,13 @@ def _given(value: Any) -> bool:
 
 def _length(cache: Any) -> int:
     return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def _contiguous(past: Segment, new: Tensor | None, x: Tensor) -> Tensor:
+    """Positions (B, n) that count real rows only, those of the cache first; x is (B, n, d)."""
+    valid = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if new is None else new.long()
+    start: Any = past.physical if past.past is None else past.past.to(x.device).sum(1, keepdim=True)
+    return (start + valid.cumsum(1) - 1).clamp(min=0)
 
 
 def _one_pass_prefill(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from tokencomp.adapters.base import adapter_for, unwrap
 from tokencomp.errors import AlreadyCompressedError, OptionError
 from tokencomp.hooks import Hooks
 from tokencomp.plan import Plan, check_ratio
-from tokencomp.reducers.base import Reducer, make_reducer
+from tokencomp.reducers.base import Reducer, check_choice, make_reducer
 from tokencomp.stats import Stats
 
 DEFAULT_REDUCER = "merge"
@@ -27,6 +27,7 @@ def patch(
     reducer: str | Reducer = "auto",
     plan: Plan | None = None,
     strict: bool = False,
+    positions: Literal["original", "compact"] = "original",
     **options: Any,
 ) -> Handle:
     """Compress the visual tokens of every later forward and generate call of `model`.
@@ -45,6 +46,11 @@ def patch(
         Stages made by hand, instead of `ratio` and `reducer`.
     strict
         Refuse prompts without visual input instead of passing them through.
+    positions
+        "original": kept tokens keep the positions of the full prompt, so that dropping equals
+        masking. "compact": kept tokens are renumbered without gaps, as serving engines do for
+        models with one position per token (refused for M-RoPE models, whose engine path keeps the
+        original positions too).
     **options
         Options of the named reducer.
 
@@ -57,7 +63,7 @@ def patch(
     Raises
     ------
     RatioError, UnknownNameError, OptionError
-        A bad ratio, reducer name, or reducer option.
+        A bad ratio, reducer name, reducer option or `positions`.
     UnsupportedModelError
         No adapter serves the model.
     AlreadyCompressedError
@@ -66,9 +72,16 @@ def patch(
     adapter = adapter_for(model)
     base = adapter.model
     _refuse_foreign(base)
+    check_choice("patch", "positions", positions, ("original", "compact"))
+    if positions == "compact" and adapter.mrope:
+        raise OptionError(
+            f"positions='compact': {adapter.family} has three rows of positions (time, height, "
+            "width), which cannot be renumbered without losing the grid. Leave it at 'original'."
+        )
     ready = _make_plan(plan, ratio, reducer, options, len(adapter.layers))
     unpatch(base)
-    handle = Handle(Hooks(adapter, ready, strict), ratio, reducer, options)
+    hooks = Hooks(adapter, ready, strict, positions == "compact")
+    handle = Handle(hooks, ratio, reducer, options)
     _HANDLES[base] = handle
     return handle
 
