@@ -20,7 +20,7 @@ from .questions import (
     mvbench_prompt,
 )
 from .render import owner_map, render
-from .scenes import COLORS, SHAPES, Scene, image_scene, video_scene
+from .scenes import COLORS, SHAPES, Scene, clip_scene, image_scene, video_scene
 from .shapesqa import stream
 
 IMAGE_SIZES = ((224, 224), (280, 224), (196, 252), (280, 280), (168, 168))
@@ -35,7 +35,7 @@ class Source:
     ``kind`` is "vision" (per-token labels), "pairs" (one-hop pairs) or "questions"; ``media`` is
     "image" or "video"; ``choice`` the share of multiple-choice questions; ``varied`` the share of
     batches of another size or frame count than 224×224 × 8; ``dialog`` the share of batches that
-    are chats of several turns.
+    are chats of several turns; ``size`` is for "vision" alone.
     """
 
     kind: str
@@ -46,6 +46,7 @@ class Source:
     choice: float = 0.25
     varied: float = 0.2
     dialog: float = 0.0
+    size: tuple[int, int] = (224, 224)
 
 
 def _codec_noise(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -103,6 +104,8 @@ def cell_labels(scene: Scene, time: float, cell: int) -> dict[str, np.ndarray]:
     mask = lattice.mean((3, 5)).reshape(rows, columns, 49).astype(np.float32)
     words = np.zeros((rows, columns, 2), np.int64)
     box = np.zeros((rows, columns, 4), np.float32)
+    if not scene.things:
+        return {"words": words, "mask": mask, "box": box}
     area = np.stack([(cells == i).sum((2, 3)) for i in range(len(scene.things))], -1)
     best, most = area.argmax(-1), area.max(-1)
     words[most > 0] = -100
@@ -178,13 +181,10 @@ class BatchMaker:
         pixels, labels = [], []
         for _ in range(source.batch):
             if source.media == "image":
-                scene, times = image_scene(rng, objects=(3, 7), small=0.4), [0.0, 0.0]
+                scene, times = image_scene(rng, *source.size, objects=source.objects), [0.0, 0.0]
             else:
-                scene = video_scene(rng)
-                first = 2 * int(rng.integers(scene.frames // 2))
-                times = [float(first), float(first + 1)]
-            shown = times[:1] if source.media == "image" else times
-            pixels.append(_codec_noise(render(scene, shown), rng))
+                scene, times = clip_scene(rng, *source.size), [0.0, 1.0]
+            pixels.append(_codec_noise(render(scene, times[: scene.frames]), rng))
             both = [cell_labels(scene, time, self.cell) for time in times]
             labels.append({key: np.stack([one[key] for one in both]) for key in both[0]})
         stacked = {key: np.stack([one[key] for one in labels]) for key in labels[0]}

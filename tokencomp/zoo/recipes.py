@@ -26,41 +26,35 @@ class Stage:
     end: float = 1.0
 
 
-_IMAGES = Source("questions", "image")
-_VIDEOS = Source("questions", "video", batch=12, room=210)
+_IMAGES = Source("questions", "image", batch=20)
+_VIDEOS = Source("questions", "video", batch=8, room=230)
 _IMAGE_PAIRS = Source("pairs", "image", room=44, objects=(2, 4), varied=0.0)
 _VIDEO_PAIRS = Source("pairs", "video", batch=12, room=44, varied=0.0)
 
+# Small pictures with as many objects: more labels per second than full scenes.
+_CROPS = Source("vision", "image", batch=80, size=(112, 112), objects=(2, 4))
+_CLIPS = Source("vision", "video", batch=80, size=(112, 112))
+
 STAGED = (
-    Stage(
-        "vision",
-        600,
-        (
-            (0.6, Source("vision", "image", batch=48)),
-            (0.4, Source("vision", "video", batch=48)),
-        ),
-        vision_lr=2e-3,
-        text_lr=2e-3,
-        end=0.2,
-    ),
-    Stage("pairs", 300, ((1.0, _IMAGE_PAIRS),), vision_lr=5e-4, text_lr=1.5e-3),
+    Stage("vision", 600, ((0.6, _CROPS), (0.4, _CLIPS)), vision_lr=2e-3, text_lr=2e-3, end=0.2),
+    Stage("pairs", 250, ((1.0, _IMAGE_PAIRS),), vision_lr=5e-4, text_lr=1.5e-3),
     Stage(
         "images",
-        350,
+        300,
         ((0.3, _IMAGE_PAIRS), (0.7, replace(_IMAGES, choice=0.1, varied=0.1))),
         vision_lr=5e-4,
         text_lr=1.5e-3,
     ),
     Stage(
         "videos",
-        300,
+        250,
         ((0.3, _VIDEO_PAIRS), (0.4, replace(_VIDEOS, choice=0.1, varied=0.0)), (0.3, _IMAGES)),
         vision_lr=5e-4,
         text_lr=1.5e-3,
     ),
     Stage(
         "mixture",
-        1300,
+        1200,
         (
             (0.05, _IMAGE_PAIRS),
             (0.45, replace(_IMAGES, dialog=0.15)),
@@ -78,3 +72,8 @@ RECIPES: dict[str, tuple[Stage, ...]] = {"tiny-qwen2-vl": STAGED}
 def shorten(stages: tuple[Stage, ...], factor: float) -> tuple[Stage, ...]:
     """The same recipe with ``factor`` times the steps, at least one per stage."""
     return tuple(replace(s, steps=max(1, round(s.steps * factor))) for s in stages)
+
+
+def recipe(name: str) -> tuple[Stage, ...]:
+    """Stages of the recipe of a tiny model."""
+    return RECIPES.get(name, STAGED)

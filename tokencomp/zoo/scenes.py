@@ -13,7 +13,7 @@ import numpy as np
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring")
 COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-SMALL = (14, 22)  # px, below one merged token (28 px) of the embedded models
+SMALL = (16, 24)  # px, below one merged token (28 px) of the embedded models
 MEDIUM = (28, 40)
 LARGE = (42, 62)
 MARGIN = 4  # px between two objects
@@ -162,6 +162,23 @@ def image_scene(
     for shape, color, size in zip(shapes, colors, sizes, strict=True):
         placer.place(shape=SHAPES[shape], color=COLORS[color], size=size)
     return Scene(width, height, 1, tuple(placer.things), int(rng.integers(2**31)))
+
+
+def clip_scene(rng: np.random.Generator, width: int, height: int) -> Scene:
+    """Sample two frames in which things move, come or go: what one video token can show."""
+    placer = _Placer(rng, width, height, 2)
+    for _ in range(int(rng.integers(1, 5))):
+        unit = DIRECTIONS[str(rng.choice(list(DIRECTIONS)))]
+        speed = rng.uniform(4, 16) if rng.random() < 0.4 else 0.0
+        seen = ((), (), ((0.0, 1.0),), ((1.0, 2.0),))[int(rng.integers(4))]
+        placer.place(
+            shape=str(rng.choice(SHAPES)),
+            color=str(rng.choice(COLORS)),
+            size=_draw_size(rng, 0.3),
+            velocity=(float(unit[0] * speed), float(unit[1] * speed)),
+            visible=seen,
+        )
+    return Scene(width, height, 2, tuple(placer.things), int(rng.integers(2**31)))
 
 
 def video_scene(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..errors import MissingDependencyError
 from .batches import BatchMaker
 from .families import Family
 from .packing import IGNORE, Packer, attention_mask
@@ -25,6 +26,7 @@ from .shapesqa import stream
 
 log = logging.getLogger(__name__)
 CELL = 28  # px of the side of one visual token in every tiny model
+MUON_SCALE = 6.0  # rate of Muon over the rate of AdamW
 HEADS = (len(COLORS) + 1, len(SHAPES) + 1, 49, 3)  # colour, shape, mask, box; for each frame
 
 
@@ -82,11 +84,8 @@ class Trainer:
         self.model = family.build(tokenizer).float().train()
         width = family.language_config(self.model).hidden_size
         self.heads = nn.Linear(width, 2 * sum(HEADS))
-        vision = family.vision_parameters(self.model)
-        known = {id(p) for p in vision}
-        text = [p for p in self.model.parameters() if id(p) not in known]
-        groups = [{"params": [*vision, *self.heads.parameters()]}, {"params": text}]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
+        vision = [*family.vision_parameters(self.model), *self.heads.parameters()]
+        self.optimizers = _optimizers(self.model, vision)
         self.stage, self.step, self.seconds = 0, 0, 0.0
         self.scores: dict[str, float] = {}
         self._resume()
@@ -131,18 +130,20 @@ class Trainer:
         done = self.step / max(1, stage.steps)
         shape = stage.end + (stage.start - stage.end) * 0.5 * (1 + math.cos(math.pi * done))
         factor = shape * min(1.0, (self.step + 1) / stage.warmup)
-        for group, peak in zip(
-            self.optimizer.param_groups, (stage.vision_lr, stage.text_lr), strict=True
-        ):
-            group["lr"] = peak * factor
+        for optimizer, scale in zip(self.optimizers, (1.0, MUON_SCALE), strict=True):
+            for group in optimizer.param_groups:
+                peak = stage.vision_lr if group["part"] == "vision" else stage.text_lr
+                group["lr"] = peak * factor * scale
 
     def _update(self, kind: str, batch: dict) -> None:
         loss = self._vision_loss(batch) if kind == "vision" else self._answer_loss(batch)
-        self.optimizer.zero_grad(set_to_none=True)
+        parameters = [*self.model.parameters(), *self.heads.parameters()]
+        for parameter in parameters:
+            parameter.grad = None
         loss.backward()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def _vision_loss(self, batch: dict) -> torch.Tensor:
         """What every token's cell shows, for both frames of the token. See ``cell_labels``.
@@ -216,7 +217,7 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "progress": (self.stage, self.step, self.seconds),
             "scores": self.scores,
         }
@@ -230,9 +231,35 @@ class Trainer:
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.stage, self.step, self.seconds = state["progress"]
         self.scores = dict(state["scores"])
+
+
+def _optimizers(model: nn.Module, vision: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """AdamW for embeddings, heads, norms and biases; Muon for the matrices inside the blocks."""
+    if not hasattr(torch.optim, "Muon"):
+        raise MissingDependencyError(
+            f"Training uses torch.optim.Muon, which torch {torch.__version__} lacks. "
+            "Install torch>=2.9; running the shipped models needs torch>=2.6 only."
+        )
+    seen = {id(p) for p in vision}
+    inner = {
+        id(p)
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and not any(part in name for part in ("embed", "lm_head"))
+    }
+    parts = {"vision": vision, "text": [p for p in model.parameters() if id(p) not in seen]}
+    groups: dict[bool, list[dict]] = {False: [], True: []}
+    for part, parameters in parts.items():
+        for muon, group in groups.items():
+            group.append({"params": [p for p in parameters if (id(p) in inner) is muon]})
+            group[-1]["part"] = part
+    return [
+        torch.optim.AdamW(groups[False], lr=0.0, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.Muon(groups[True], lr=0.0, weight_decay=0.01, momentum=0.95),
+    ]
 
 
 def _tensor(array) -> torch.Tensor:

@@ -1,0 +1,50 @@
+"""Writes a trained tiny model as a standard Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .families import Family
+from .tokenizer import load_tokenizer, write_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def export(model: torch.nn.Module, family: Family, folder: Path) -> Path:
+    """Write config, fp16 weights, tokenizer, processor and chat template into ``folder``.
+
+    The configuration files are written in the oldest form that every supported transformers
+    version, vLLM and lmms-eval still read, whatever version runs the training.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    write_tokenizer(folder, family.chat_template)
+    tokenizer = load_tokenizer(folder)
+    for name, value in family.files(tokenizer).items():
+        write_json(folder / name, value)
+    (folder / "chat_template.jinja").write_text(family.chat_template)
+    generation = {
+        "bos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        "eos_token_id": [
+            tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        ],
+        "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        "do_sample": False,
+    }
+    write_json(folder / "generation_config.json", generation)
+    weights = {
+        family.weight_name(name): tensor.detach().to(torch.float16).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

@@ -1,0 +1,142 @@
+"""``python -m tokencomp.zoo.train tiny-qwen2-vl``: train, export, measure and write the card.
+
+Killing the command loses at most the steps since the last checkpoint: start it again with the same
+arguments and it goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    name: Annotated[str, typer.Argument(help="Tiny model to train, e.g. tiny-qwen2-vl.")],
+    out: Annotated[Path | None, typer.Option(help="Folder; default runs/NAME-SEED.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that render batches.")] = 1,
+    scale: Annotated[float, typer.Option(help="Factor on all step counts, for trials.")] = 1.0,
+    items: Annotated[int, typer.Option(help="Test items per question family.")] = 200,
+) -> None:
+    """Train one tiny model and write a complete model folder to OUT/NAME."""
+    import torch
+
+    from ..errors import TokenCompError
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if threads:
+        torch.set_num_threads(threads)
+    out = Path("runs") / f"{name}-{seed}" if out is None else out
+    command = f"python -m tokencomp.zoo.train {name} --seed {seed}"
+    if scale != 1.0:
+        command += f" --scale {scale}"
+    try:
+        folder = run(name, out, seed, workers, scale, items, command)
+    except TokenCompError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(f"{folder}: model, processor, metrics.json and README.md")
+
+
+def run(
+    name: str, out: Path, seed: int, workers: int, scale: float, items: int, command: str
+) -> Path:
+    """Train (or go on), export to ``out/name`` and measure. Returns the model folder."""
+    import torch
+
+    from .export import export, write_json
+    from .families import family
+    from .recipes import recipe, shorten
+    from .tokenizer import load_tokenizer, write_tokenizer
+    from .trainer import Trainer
+
+    arch = family(name)
+    write_tokenizer(out / "tokenizer", arch.chat_template)
+    stages = shorten(recipe(name), scale)
+    trainer = Trainer(arch, load_tokenizer(out / "tokenizer"), stages, out, seed, workers)
+    trainer.run()
+    folder = export(trainer.model, arch, out / name)
+    training = {
+        "command": command,
+        "seed": seed,
+        "steps": sum(stage.steps for stage in stages),
+        "seconds": trainer.seconds,
+        "cores": torch.get_num_threads(),
+    }
+    write_json(folder / "metrics.json", measure(name, folder, items, training))
+    return write_report(folder)
+
+
+def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy of the exported folder on the test split, with the facts for the card."""
+    import torch
+    import transformers
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from .evaluate import FORMS, by_family, evaluate
+    from .families import family
+    from .questions import IMAGE_FAMILIES, VIDEO_FAMILIES
+    from .shapesqa import items as sample
+
+    arch = family(name)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    every = (*IMAGE_FAMILIES, *VIDEO_FAMILIES, "video_existence")
+    test = list(sample("test", items, every))
+    results = {form: by_family(evaluate(model, processor, test, form)) for form in FORMS}
+    others = []
+    for what, families, frames, shape in OTHER_SHAPES:
+        rows = evaluate(
+            model, processor, sample("test", items // 4, families, **shape), "free", frames
+        )
+        right = sum(row["correct"] for row in rows)
+        others.append({"what": what, "accuracy": right / len(rows), "items": len(rows)})
+    text = arch.language_config(model)
+    count = sum(p.numel() for p in model.parameters())
+    facts = {
+        "name": name,
+        "architecture": type(model).__name__.removesuffix("ForConditionalGeneration"),
+        "parameters": count / 1e6,
+        "vision": sum(p.numel() for p in arch.vision_parameters(model)) / 1e6,
+        "layers": text.num_hidden_layers,
+        "hidden": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "tokens": f"{arch.tokens_per('image', (1, 224, 224))} per 224×224 image, "
+        f"{arch.tokens_per('video', (8, 224, 224))} per video of 8 such frames",
+        "trained_on": "images of 168 to 280 px a side; videos of 8, 12 and 16 frames",
+    }
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "model": facts,
+        "training": {**training, **versions},
+        "test": results,
+        "other_shapes": others,
+    }
+
+
+OTHER_SHAPES = (
+    ("280×280 images", ("attribute", "existence", "count", "position"), 8, {"size": (280, 280)}),
+    ("16-frame videos", ("needle", "order", "direction"), 16, {"frames": 16}),
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Write README.md from metrics.json."""
+    import json
+
+    from .card import write_card
+
+    write_card(folder, json.loads((folder / "metrics.json").read_text()))
+    return folder
+
+
+if __name__ == "__main__":
+    app()
