@@ -41,7 +41,7 @@ class Family:
         torch.manual_seed(seed)
         model = self.model_class()(self.config()).eval()
         with torch.no_grad():
-            for p in model.model.language_model.parameters():
+            for p in self.decoder(model).parameters():
                 if p.ndim == 2:
                     p.mul_(5)  # sharp attention, so that mistakes show
             for name, p in model.named_parameters():
@@ -86,6 +86,10 @@ class Family:
             ids = inputs["input_ids"]
             inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
         return inputs
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The text decoder."""
+        return model.model.language_model
 
     def positions(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Positions of the uncompressed prompt, (3, B, L) or (B, L)."""

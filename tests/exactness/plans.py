@@ -1,0 +1,35 @@
+"""Plans of the exactness suite: entry stages, layer stages, both, and whole spans that leave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokencomp import Plan, Reducer, Reduction, Stage, VisualTokens, make_reducer
+
+
+@dataclass(frozen=True)
+class Ragged(Reducer):
+    """Keeps leading tokens; the only reducer here whose choice is trivially predictable."""
+
+    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        special = tokens.special.nonzero()[:, 0].tolist()
+        patches = (~tokens.special).nonzero()[:, 0].tolist()
+        rows = sorted(special + patches[: keep - len(special)])
+        return Reduction(tokens.offsets.new_tensor([0] + rows)[1:])
+
+
+def make(name: str, layers: int) -> Plan:
+    uniform, last = make_reducer("uniform"), make_reducer("prune", score="last_query")
+    plans = {
+        "entry": Plan((Stage(0, 0.4, uniform),)),
+        "layer": Plan((Stage(2, 0.5, uniform),)),
+        "both": Plan((Stage(0, 0.7, make_reducer("random")), Stage(1, 0.5, Ragged()))),
+        "attention": Plan((Stage(1, 0.6, last), Stage(3, 0.3, last))),
+        "vanish": Plan((Stage(0, 0.8, uniform), Stage(1, 0.5, uniform), Stage(3, 0.0, uniform))),
+        "pagerank": make_reducer("prune").plan(0.6, layers),
+    }
+    return plans[name]
+
+
+NAMES = ("entry", "layer", "both", "attention", "vanish", "pagerank")
+QUESTION_FREE = ("entry", "layer", "both", "vanish")

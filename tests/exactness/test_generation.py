@@ -1,0 +1,215 @@
+"""Every way to generate gives what the plainest way gives."""
+
+from __future__ import annotations
+
+import oracle
+import plans
+import pytest
+import tokencomp
+import torch
+from tests_support import Family, text
+from transformers import TextIteratorStreamer
+from transformers.cache_utils import DynamicLayer
+
+
+def rows(family: Family) -> list[list]:
+    torch.manual_seed(7)
+    return [
+        [text(3), family.image(0), text(9, 3)],
+        [family.video(4), text(3, 4), family.image(1), text(5, 5)],
+        [text(11, 6)],
+    ]
+
+
+def test_ratio_zero_changes_nothing(family: Family, backend: str) -> None:
+    model, inputs = family.build(backend), family.batch(rows(family))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        sequences = oracle.generate(model, inputs).sequences
+        with tokencomp.patch(model, 0.0):
+            assert torch.equal(model(**inputs).logits, expected)
+            out = oracle.generate(model, inputs)
+    assert torch.equal(out.sequences, sequences)
+    assert all(type(layer) is DynamicLayer for layer in oracle.cache_of(out).layers)
+
+
+@pytest.mark.parametrize("name", plans.NAMES)
+def test_batch_equals_singles(family: Family, name: str) -> None:
+    model, data = family.build(), rows(family)
+    with tokencomp.patch(model, plan=plans.make(name, family.layers)):
+        batch = oracle.generate(model, family.batch(data))
+        singles = [oracle.generate(model, family.batch([row])) for row in data]
+    for b, single in enumerate(singles):
+        for step in range(8):
+            assert (batch.logits[step][b] - single.logits[step][0]).abs().max() < 1e-4
+        assert torch.equal(batch.sequences[b, -8:], single.sequences[0, -8:])
+
+
+def test_text_only_passes_through(family: Family, backend: str) -> None:
+    model, inputs = family.build(backend), family.batch([[text(9)], [text(6, 2)]])
+    expected = oracle.generate(model, inputs)
+    with tokencomp.patch(model, 0.9, reducer="aim"):
+        out = oracle.generate(model, inputs)
+    assert torch.equal(torch.stack(out.logits), torch.stack(expected.logits))
+    assert all(type(layer) is DynamicLayer for layer in oracle.cache_of(out).layers)
+
+
+@pytest.mark.parametrize("name", ["entry", "both", "attention"])
+def test_beams(family: Family, name: str) -> None:
+    model, data = family.build(), rows(family)
+    options = dict(num_beams=3, num_return_sequences=2)
+    with tokencomp.patch(model, plan=plans.make(name, family.layers)):
+        batch = oracle.generate(model, family.batch(data), **options)
+        for b, row in enumerate(data):
+            single = oracle.generate(model, family.batch([row]), **options)
+            assert torch.equal(batch.sequences[2 * b : 2 * b + 2, -8:], single.sequences[:, -8:])
+
+
+@pytest.mark.parametrize("name", plans.NAMES)
+def test_prompt_lookup_equals_greedy(family: Family, name: str) -> None:
+    model = family.build()
+    repeats = text(4, 3) * 3
+    inputs = family.batch([[text(3), family.image(0), repeats]])
+    with tokencomp.patch(model, plan=plans.make(name, family.layers)):
+        greedy = model.generate(**inputs, max_new_tokens=24)
+        assisted = model.generate(
+            **inputs, max_new_tokens=24, prompt_lookup_num_tokens=4, max_matching_ngram_size=1
+        )
+    assert torch.equal(greedy, assisted)
+
+
+@pytest.mark.parametrize("name", plans.QUESTION_FREE)
+def test_second_turn_on_reused_cache(family: Family, name: str) -> None:
+    model = family.build()
+    turn1 = family.batch([[text(3), family.image(0), text(5, 3)]])
+    with tokencomp.patch(model, plan=plans.make(name, family.layers)):
+        first = oracle.generate(model, turn1, 5)
+        cache = oracle.cache_of(first)
+        ids = torch.cat([first.sequences, torch.tensor([text(4, 8)])], 1)
+        after = {**turn1, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        after = family.finish(after)
+        visual = {k for k in after if k.startswith(("pixel", "image_", "video_"))}
+        rest = {k: v for k, v in after.items() if k not in visual}
+        second = oracle.generate(model, rest, 6, past_key_values=cache)
+        whole = oracle.generate(model, after, 6)
+    assert torch.equal(second.sequences, whole.sequences)
+    for a, b in zip(second.logits, whole.logits, strict=True):
+        assert (a - b).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", plans.QUESTION_FREE)
+def test_second_image_on_reused_cache(family: Family, name: str) -> None:
+    """Turn 2 brings its own image: it is compressed on top of a compressed cache."""
+    model = family.build()
+    a, b = family.image(0), family.image(1)
+    first_row, second_row = [text(3), a, text(5, 3)], [text(2, 9), b, text(4, 8)]
+    whole = family.batch([[*first_row, *second_row]])
+    positions = family.positions(model, whole)
+    n = family.batch([first_row])["input_ids"].shape[1]
+    with tokencomp.patch(model, plan=plans.make(name, family.layers)), torch.no_grad():
+        out = model(**family.batch([first_row]), position_ids=positions[..., :n], use_cache=True)
+        turn2 = family.batch([second_row])
+        turn2["attention_mask"] = whole["attention_mask"]
+        last = model(
+            **turn2,
+            position_ids=positions[..., n:],
+            past_key_values=oracle.cache_of(out),
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        expected = model(**whole, position_ids=positions, logits_to_keep=1).logits
+    assert (last - expected).abs().max() < 1e-5
+
+
+def _chunks_visual_prompts(model: torch.nn.Module) -> bool:
+    return hasattr(model, "_expand_multimodal_outputs")  # transformers that pre-encode media
+
+
+@pytest.mark.parametrize("name", plans.NAMES)
+def test_chunked_prefill(family: Family, name: str) -> None:
+    model, inputs = family.build(), family.batch(rows(family)[:2])
+    if not _chunks_visual_prompts(model):
+        pytest.skip("this transformers cannot chunk prompts with media, patched or not")
+    with tokencomp.patch(model, plan=plans.make(name, family.layers)):
+        whole = oracle.generate(model, inputs)
+        chunked = oracle.generate(model, inputs, prefill_chunk_size=7)
+    assert torch.equal(whole.sequences, chunked.sequences)
+
+
+@pytest.mark.parametrize("name", ["entry", "both"])
+def test_chunked_second_turn(family: Family, name: str) -> None:
+    """Several tokens at once on a compressed, ragged cache."""
+    model, inputs = family.build(), family.batch(rows(family))
+    extra = torch.tensor([text(5, 20 + b) for b in range(3)])
+    with tokencomp.patch(model, plan=plans.make(name, family.layers)) as handle, torch.no_grad():
+        positions = family.positions(model, inputs)
+        out = model(**inputs, position_ids=positions, use_cache=True)
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+        last = positions.max(0).values.max(-1).values if positions.ndim == 3 else positions[:, -1]
+        more = last[:, None] + torch.arange(1, 6)
+        more = more.expand(3, -1, -1) if family.mrope else more
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(extra)], 1)
+        logits = model(
+            input_ids=extra,
+            attention_mask=mask,
+            position_ids=more,
+            past_key_values=oracle.cache_of(out),
+            use_cache=True,
+        ).logits
+    expected = oracle.masked_logits(model, family, inputs, masks, extra)[:, -5:]
+    assert (logits - expected).abs().max() < 1e-5
+
+
+def test_no_cache(family: Family) -> None:
+    model, inputs = family.build(), family.batch(rows(family)[:1])
+    with tokencomp.patch(model, 0.6, reducer="uniform"):
+        cached = oracle.generate(model, inputs)
+        bare = oracle.generate(model, inputs, use_cache=False)
+    assert torch.equal(cached.sequences, bare.sequences)
+
+
+def test_streaming(family: Family) -> None:
+    class Words:
+        def decode(self, ids, **_):
+            return "".join(f"{int(i)} " for i in ids)
+
+    model, inputs = family.build(), family.batch(rows(family)[:1])
+    streamer = TextIteratorStreamer(Words(), skip_prompt=True, timeout=10)
+    with tokencomp.patch(model, 0.6, reducer="uniform"):
+        out = model.generate(**inputs, max_new_tokens=6)
+        model.generate(**inputs, max_new_tokens=6, streamer=streamer)
+    new = out[0, inputs["input_ids"].shape[1] :]
+    assert "".join(streamer).split() == [str(int(i)) for i in new]
+
+
+def test_sampled_sequences(family: Family) -> None:
+    """num_return_sequences draws from the compressed model's distribution, row by row."""
+    model, inputs = family.build(), family.batch(rows(family)[:1])
+    options = dict(do_sample=True, num_return_sequences=3, temperature=1.5)
+    with tokencomp.patch(model, 0.6, reducer="uniform"):
+        torch.manual_seed(3)
+        many = oracle.generate(model, inputs, 4, **options)
+        greedy = oracle.generate(model, inputs, 1)
+    assert many.sequences.shape[0] == 3
+    for b in range(3):
+        assert (many.logits[0][b] - greedy.logits[0][0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", plans.NAMES)
+def test_kv_bytes(family: Family, name: str) -> None:
+    """An unpadded cache holds the kept tokens of every layer, to the byte."""
+    model, data = family.build(), rows(family)[1]
+    with tokencomp.patch(model, plan=plans.make(name, family.layers)) as handle, torch.no_grad():
+        out = model(**family.batch([data]), use_cache=True)
+        stats = handle.stats
+        masks = oracle.kept_columns(handle, family.batch([data]), family.layers)
+    held = sum(
+        t.numel() * t.element_size()
+        for layer in oracle.cache_of(out).layers
+        for t in (layer.keys, layer.values)
+    )
+    config = family.decoder(model).config
+    head_dim = config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_key_value_heads * head_dim * 4
+    assert held == sum(int(m.sum()) for m in masks) * per_token
+    assert held == stats.kv_bytes_after < stats.kv_bytes_before

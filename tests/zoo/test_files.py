@@ -1,0 +1,160 @@
+"""Real files: mp4 round trips through both decoders, readable errors, benchmark layouts."""
+
+import builtins
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokencomp import media
+from tokencomp.errors import MediaError, MissingDependencyError
+from tokencomp.zoo import layouts
+from tokencomp.zoo.render import render, write_mp4
+from tokencomp.zoo.shapesqa import item, items
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    one = item("validation", "needle", 0)
+    return one, write_mp4(one.scene, tmp_path_factory.mktemp("clip") / "needle.mp4")
+
+
+@pytest.mark.parametrize("reader", [media._read_decord, media._read_pyav])
+def test_mp4_round_trip(clip, reader):
+    pytest.importorskip("decord" if "decord" in reader.__name__ else "av")
+    one, path = clip
+    frames = media.as_array(reader(path, 8))
+    truth = render(one.scene, [k + 0.5 for k in range(8)])  # middles of the logical frames
+    assert frames.shape == truth.shape
+    assert np.abs(frames.astype(int) - truth).mean() < 9  # lossy, yet the same pictures in order
+    distance = [[np.abs(f.astype(int) - t).mean() for t in truth] for f in frames]
+    assert np.argmin(distance, 1)[one.evidence.frames[0]] == one.evidence.frames[0]
+
+
+def test_both_decoders_agree(clip):
+    pytest.importorskip("decord")
+    a, b = (media.as_array(r(clip[1], 8)) for r in (media._read_decord, media._read_pyav))
+    assert np.abs(a.astype(int) - b).max() <= 6  # colour conversion may round differently
+
+
+def test_pyav_steps_in(clip, monkeypatch):
+    def fail(path, frames):
+        raise RuntimeError("cannot decode")
+
+    monkeypatch.setattr(media, "_read_decord", fail)
+    assert len(media.load_media(clip[1], 4)) == 4
+
+
+def test_no_decoder(clip, monkeypatch):
+    real = builtins.__import__
+
+    def block(name, *args, **kwargs):
+        if name in ("av", "decord"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", block)
+    with pytest.raises(MissingDependencyError, match="av"):
+        media.load_media(clip[1])
+
+
+@pytest.mark.parametrize(("total", "frames"), [(32, 8), (33, 8), (7, 8), (1, 8), (100, 3), (8, 8)])
+def test_frame_indices(total, frames):
+    got = media.frame_indices(total, frames)
+    assert len(got) == min(total, frames) and got == sorted(set(got))
+    assert all(0 <= k < total for k in got)
+    if total >= frames:  # one index in each equal part
+        assert [int(k * frames // total) for k in got] == list(range(frames))
+
+
+def test_bad_files(tmp_path, clip):
+    with pytest.raises(MediaError, match="no such file"):
+        media.load_media(tmp_path / "nothing.png")
+    for name in ("empty.mp4", "empty.png"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(MediaError, match="empty"):
+            media.load_media(tmp_path / name)
+    for name in ("noise.mp4", "noise.png"):
+        (tmp_path / name).write_bytes(b"\x00\x01 not a picture" * 50)
+        with pytest.raises(MediaError, match=name):
+            media.load_media(tmp_path / name)
+    (tmp_path / "cut.mp4").write_bytes(clip[1].read_bytes()[:600])
+    with pytest.raises(MediaError, match="decoded"):
+        media.load_media(tmp_path / "cut.mp4")
+    image = tmp_path / "cut.jpg"
+    item("validation", "count", 0).image().save(image)
+    image.write_bytes(image.read_bytes()[:700])
+    with pytest.raises(MediaError, match="damaged"):
+        media.load_media(image)
+
+
+@pytest.mark.parametrize("frames", [0, -3, 2.5, True])
+def test_bad_frame_counts(clip, frames):
+    with pytest.raises(MediaError, match="at least 1 frame"):
+        media.load_media(clip[1], frames)
+
+
+def test_video_without_frames(tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(MediaError, match=r"sound\.mp4"):
+        media.load_media(path)
+
+
+def test_folders_animations_and_modes(tmp_path):
+    frames = item("validation", "order", 0).video()
+    for number, frame in enumerate(frames):
+        frame.save(tmp_path / f"{number:03d}.png")
+    assert np.array_equal(media.as_array(media.load_media(tmp_path, 8)), media.as_array(frames))
+    frames[0].resize((60, 60)).save(tmp_path / "000.png")
+    with pytest.raises(MediaError, match="differ in size"):
+        media.load_media(tmp_path, 8)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(MediaError, match="no frame images"):
+        media.load_media(tmp_path / "none")
+    gif = tmp_path / "clip.gif"
+    frames[0].save(gif, save_all=True, append_images=frames[1:])
+    assert len(media.load_media(gif, 4)) == 4
+    Image.new("RGBA", (30, 20), (1, 2, 3, 4)).save(tmp_path / "rgba.png")
+    assert media.load_media(tmp_path / "rgba.png").mode == "RGB"
+
+
+def test_freeform_layout(tmp_path):
+    path = layouts.write_freeform(items("test", 1, ("small_object", "order")), tmp_path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["family"] for row in rows] == ["small_object", "order"]
+    for row in rows:
+        assert row["options"]["ABCDE".index(row["letter"])] == row["answer"]
+        assert row["evidence"]["boxes"] and (tmp_path / row["media"]).is_file()
+        opened = media.load_media(tmp_path / row["media"])
+        assert isinstance(opened, list) == (row["kind"] == "video")
+
+
+def test_mvbench_layout(tmp_path):
+    layouts.write_mvbench(tmp_path, "test", 2)
+    card = (tmp_path / "README.md").read_text()
+    for task, folder in layouts.MVBENCH_TASKS.values():
+        rows = json.loads((tmp_path / "json" / f"{task}.json").read_text())
+        assert len(rows) == 2 and f"config_name: {task}" in card
+        for row in rows:
+            assert set(row) == {"video", "question", "candidates", "answer"}
+            assert row["answer"] in row["candidates"]
+            assert (tmp_path / "video" / folder / row["video"]).stat().st_size > 0
+
+
+def test_mlvu_layout(tmp_path):
+    layouts.write_mlvu(tmp_path, "test", 2)
+    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    assert {row["task_type"] for row in rows} == {"needle", "order", "count"}
+    for row in rows:
+        at = "ABCD".index(row["answer"])
+        assert f"({row['answer']}) {row['candidates'][at]}" in row["question"]
+        assert len(media.load_media(tmp_path / row["video_name"])) == 8
+        assert row["duration"] == 4.0

@@ -1,0 +1,190 @@
+"""ShapesQA: determinism, disjoint splits, free positions, and answers derived again by parsing."""
+
+import re
+from itertools import product
+
+import numpy as np
+import pytest
+
+from tokencomp.errors import UnknownNameError
+from tokencomp.zoo.questions import FAMILIES, IMAGE_FAMILIES, PLURALS, VIDEO_FAMILIES
+from tokencomp.zoo.render import background, owner_map, render
+from tokencomp.zoo.scenes import COLORS, SHAPES
+from tokencomp.zoo.shapesqa import SPLIT_SEEDS, item, items, stream
+
+EVERY = (*IMAGE_FAMILIES, *VIDEO_FAMILIES, "video_existence")
+
+
+def test_items_are_deterministic():
+    for family in EVERY:
+        first, second = item("train", family, 3), item("train", family, 3)
+        assert first.scene == second.scene and first.asked == second.asked
+        assert np.array_equal(first.pixels(), second.pixels())
+
+
+def test_indices_and_families_differ():
+    seen = [item("train", family, index).scene for family in EVERY for index in range(5)]
+    assert len({repr(scene) for scene in seen}) == len(seen)
+
+
+def test_splits_are_disjoint():
+    scenes = {
+        split: {repr(one.scene) for one in items(split, 30, ("attribute", "needle"))}
+        for split in SPLIT_SEEDS
+    }
+    for a, b in product(scenes, scenes):
+        if a != b:
+            assert not scenes[a] & scenes[b]
+    draws = [tuple(stream(split, 7, 1).integers(0, 2**62, 4)) for split in SPLIT_SEEDS]
+    assert len(set(draws)) == len(draws)
+
+
+def test_unknown_names_are_typed():
+    with pytest.raises(UnknownNameError, match="holdout"):
+        item("holdout", "attribute", 0)
+    with pytest.raises(UnknownNameError, match="colour"):
+        item("test", "colour", 0)
+
+
+def _in_frame(scene, time):
+    """Indices that a viewer sees at one time, read off the rendered ownership alone."""
+    return set(np.unique(owner_map(scene, time)).tolist()) - {-1}
+
+
+def _starts(scene, index):
+    """First logical frame of each appearance, found by looking at every frame."""
+    shown = [index in _in_frame(scene, frame) for frame in range(scene.frames)]
+    return [k for k in range(scene.frames) if shown[k] and not (k and shown[k - 1])]
+
+
+def _find(scene, **words):
+    return [
+        i
+        for i, thing in enumerate(scene.things)
+        if all(getattr(thing, key) == word for key, word in words.items())
+    ]
+
+
+def _centroid(scene, index, time=0.0):
+    y, x = np.nonzero(owner_map(scene, time) == index)
+    return float(x.mean()), float(y.mean())
+
+
+def _solve_image(scene, text):
+    words = re.findall(r"[a-z]+", text.lower())
+    singular = {plural: shape for shape, plural in PLURALS.items()}
+    shapes = [singular.get(w, w) for w in words if singular.get(w, w) in SHAPES]
+    colors = [w for w in words if w in COLORS]
+    if text.startswith("Is there"):
+        return "yes" if _find(scene, color=colors[0], shape=shapes[0]) else "no"
+    if text.startswith("How many") and "flash" not in text:
+        keys = {"color": colors[0]} if colors else {"shape": shapes[0]} if shapes else {}
+        return str(len(_find(scene, **keys)))
+    if text.startswith("What"):
+        small = {i for i, t in enumerate(scene.things) if max(t.size, t.size) < 28}
+        found = _find(scene, shape=shapes[0]) if shapes else _find(scene, color=colors[0])
+        if "small" in words:
+            found = [i for i in found if i in small]
+        assert len(found) == 1, "ambiguous"
+        return scene.things[found[0]].color if shapes else scene.things[found[0]].shape
+    places = [_centroid(scene, _find(scene, shape=shape)[0]) for shape in shapes]
+    assert all(len(_find(scene, shape=shape)) == 1 for shape in shapes), "ambiguous"
+    axis = 0 if "left" in words else 1
+    names = ("left", "right") if axis == 0 else ("top", "bottom")
+    if "half" in words:
+        return names[places[0][axis] > (scene.width, scene.height)[axis] / 2]
+    names = ("left", "right") if axis == 0 else ("above", "below")
+    return names[places[0][axis] > places[1][axis]]
+
+
+def _solve_video(scene, text):
+    words = re.findall(r"[a-z]+", text.lower())
+    shapes, colors = [w for w in words if w in SHAPES], [w for w in words if w in COLORS]
+    if "direction" in words:
+        (index,) = _find(scene, shape=shapes[0])
+        (x0, y0), (x1, y1) = (_centroid(scene, index, t) for t in (0, scene.frames - 1))
+        if abs(x1 - x0) > abs(y1 - y0):
+            return "right" if x1 > x0 else "left"
+        return "down" if y1 > y0 else "up"
+    if "flash" in words:
+        (index,) = _find(scene, shape=shapes[0])
+        return str(len(_starts(scene, index)))
+    if "before" in words:
+        a, b = (_starts(scene, _find(scene, shape=s)[0])[0] for s in shapes)
+        return "before" if a < b else "after"
+    if "appears" in words:
+        key = "shape" if shapes else "color"
+        names = shapes or colors
+        when = [_starts(scene, _find(scene, **{key: name})[0])[0] for name in names]
+        return names[int(np.argmin(when) if "first" in words else np.argmax(when))]
+    return _solve_image(scene, text)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_answers_rederived(family):
+    solve = _solve_image if family in IMAGE_FAMILIES else _solve_video
+    answers = set()
+    for one in items("validation", 40, (family,)):
+        assert solve(one.scene, one.question) == one.answer, (one.id, one.question)
+        assert one.answer in one.options and len(set(one.options)) == len(one.options)
+        assert one.options["ABCDE".index(one.letter)] == one.answer
+        assert " " not in one.answer and 2 <= len(one.options) <= 4
+        answers.add(one.answer)
+    assert len(answers) > 1
+
+
+def test_needle_is_visible_in_one_frame_only():
+    for one in items("validation", 20, ("needle",)):
+        (index,) = one.asked.things
+        frames = [t for t in range(one.scene.frames) if index in _in_frame(one.scene, t)]
+        assert len(frames) == 1 and frames == list(one.evidence.frames)
+
+
+def test_existence_is_balanced_and_counts_are_spread():
+    yes = [one.answer == "yes" for one in items("validation", 200, ("existence",))]
+    assert 70 < sum(yes) < 130
+    counts = {one.answer for one in items("validation", 200, ("count",))}
+    assert counts >= {"0", "1", "2", "3", "4", "5"}
+
+
+def test_objects_are_free_in_place_and_size():
+    things = [t for one in items("train", 150, ("attribute",)) for t in one.scene.things]
+    counts = [len(one.scene.things) for one in items("train", 150, ("attribute",))]
+    assert min(counts) >= 1 and max(counts) == 5 and np.mean(np.array(counts) >= 2) > 0.95
+    assert any(t.size < 28 for t in things) and any(t.size > 42 for t in things)
+    crossing = [t.box()[0] // 28 != (t.box()[2] - 1) // 28 for t in things]
+    assert 0.3 < np.mean(crossing) < 1.0
+    assert len({int(t.x) % 28 for t in things}) == 28
+
+
+@pytest.mark.parametrize("family", ["attribute", "needle", "direction"])
+def test_objects_stay_inside_and_never_overlap(family):
+    for one in items("train", 20, (family,)):
+        scene = one.scene
+        for time in range(scene.frames):
+            cover = np.zeros((scene.height, scene.width), int)
+            for thing in scene.visible_at(time):
+                left, top, right, bottom = thing.box(time)
+                assert 0 <= left and 0 <= top and right <= scene.width and bottom <= scene.height
+                cover[top:bottom, left:right] += 1
+            assert cover.max(initial=0) <= 1
+
+
+def test_backgrounds_are_hard_and_muted():
+    for seed in range(12):
+        canvas = background(seed, 224, 224)
+        assert canvas.std(axis=(0, 1)).mean() > 4, "almost flat"
+        value = canvas.max(-1)
+        saturation = (value - canvas.min(-1)) / np.maximum(value, 40)
+        assert np.quantile(saturation, 0.5) < 0.5
+
+
+def test_other_shapes_render():
+    one = item("train", "order", 0, size=(168, 224), frames=16)
+    assert one.pixels().shape == (16, 224, 168, 3)
+    assert item("train", "count", 0, size=(280, 196)).image().size == (280, 196)
+    assert render(one.scene, [0.5]).dtype == np.uint8
+
+
+def test_every_family_is_listed():
+    assert set(FAMILIES) == set(EVERY)
