@@ -1,0 +1,121 @@
+"""Accuracy under compression, with paired intervals and the exact McNemar test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokencomp.errors import OptionError
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Compressed accuracy as a fraction of the full model's, on the same items.
+
+    Attributes
+    ----------
+    value
+        mean(compressed) / mean(full); NaN if the full model scores 0.
+    low, high
+        Paired bootstrap percentile interval.
+    items
+        How many items were paired.
+    """
+
+    value: float
+    low: float
+    high: float
+    items: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Exact two-sided McNemar test of two methods on the same items.
+
+    `wins` items only the first got right, `losses` only the second.
+    """
+
+    wins: int
+    losses: int
+    p: float
+
+
+def _paired(first: Sequence[float], second: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.ndim != 1 or a.shape != b.shape or not a.size:
+        raise OptionError(
+            f"scores of shape {a.shape} and {b.shape}: expected one score per item, the same "
+            "items in the same order, and at least one item."
+        )
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise OptionError("scores hold NaN or infinity; leave failed items out of both runs.")
+    return a, b
+
+
+def retention(
+    compressed: Sequence[float],
+    full: Sequence[float],
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Retention:
+    """Retention with a paired bootstrap interval: items are drawn, both scores come along.
+
+    Parameters
+    ----------
+    compressed, full
+        Scores per item, in the same order; 0 or 1, or anything non-negative.
+    level
+        Coverage of the interval.
+    resamples, seed
+        Bootstrap draws, and the seed of their generator.
+
+    Raises
+    ------
+    OptionError
+        Different lengths, no items, or scores that are not finite.
+    """
+    a, b = _paired(compressed, full)
+    rng, n = np.random.default_rng(seed), a.size
+    ratios = np.empty(resamples)
+    step = max(1, 2_000_000 // n)
+    for start in range(0, resamples, step):
+        draw = rng.integers(n, size=(min(step, resamples - start), n))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios[start : start + step] = a[draw].sum(1) / b[draw].sum(1)
+    ratios = ratios[np.isfinite(ratios)]
+    tail = (1 - level) / 2
+    low, high = np.quantile(ratios, [tail, 1 - tail]) if ratios.size else (math.nan, math.nan)
+    value = a.sum() / b.sum() if b.sum() else math.nan
+    return Retention(float(value), float(low), float(high), n)
+
+
+def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
+    """Exact McNemar test: under the null, discordant items fall either way with probability ½.
+
+    Parameters
+    ----------
+    first, second
+        Right (1) or wrong (0) per item, in the same order; fractional scores count as right
+        from ½ on.
+
+    Raises
+    ------
+    OptionError
+        Different lengths, no items, or scores that are not finite.
+    """
+    a, b = _paired(first, second)
+    right, other = a >= 0.5, b >= 0.5
+    wins, losses = int((right & ~other).sum()), int((~right & other).sum())
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
+    return McNemar(wins, losses, min(1.0, 2 * tail / 2**n))
