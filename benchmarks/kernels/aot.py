@@ -1,0 +1,269 @@
+"""Compile every Triton kernel ahead of time, without a GPU, and read the machine code.
+
+    python benchmarks/kernels/aot.py [--targets 80 90 100] [--quick] [--out DIR]
+
+The kernels' own launchers run at real sizes with the launch itself replaced by a recorder, so what
+is compiled is what would run: same arguments, specialisation, tile sizes and warps. From each cubin
+the script reads registers, stack (spills), shared memory and whether tensor-core instructions are
+present, with the tools that ship in the Triton wheel. It writes ``aot.json`` and ``aot.md`` and
+fails if a kernel spills, exceeds the architecture's limits or lacks tensor-core instructions.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "0"
+os.environ["TOKENCOMP_KERNELS_CHECK"] = "0"
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from cases import CASES, Setup, ccam, colsum, gather, match, maxmin, merge, nearest, pool  # noqa: E402
+from tokencomp.kernels import dispatch  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+
+HERE = Path(__file__).parent
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+OPS = [op for op in dispatch.OPS if op != "topk_stable"]
+# Shared memory that one block may use, bytes.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+# Kernels whose work is a matrix product.
+DOTS = ("lse_kernel", "colsum_kernel", "match_kernel", "ccam_kernel", "gram_kernel")
+
+# Configurations that the benchmark's sizes do not reach: other head sizes and short inputs.
+EXTRA: list[Setup] = [
+    colsum("64 rows x 4k keys, 8/8 heads of 96", 64, 4096, 8, 8, 96),
+    colsum("8 rows x 4k keys, 8/4 heads of 256", 8, 4096, 8, 4, 256),
+    colsum("4k rows x 4k keys, 8/4 heads of 256", 0, 4096, 8, 4, 256),
+    colsum("4k rows x 4k keys, 14/2 heads of 64", 0, 4096, 14, 2, 64),
+    match("64 frames x 30 tokens x 896", 64, 30, 896),
+    merge("1 segment x 8192 rows x 896", 1, 8192, 896),
+    pool("16 frames x 14 x 14 x 896, bilinear", 16, 14, 896, "bilinear"),
+    ccam("64 queries x 8 frames of 196, 8 heads of 72", 64, 8, 196, 8, 72),
+    ccam("16 queries x 8 frames of 64, 4 heads of 16", 16, 8, 64, 4, 16),
+]
+QUICK: list[Setup] = [
+    colsum("64 rows x 16k keys, 28/4 heads of 128", 64, 16384, 28, 4, 128),
+    colsum("8k rows x 8k keys causal, 28/4 heads of 128", 0, 8192, 28, 4, 128),
+    match("32 frames x 196 tokens x 3584", 32, 196, 3584),
+    nearest("32 frames x 14 x 14 x 3584, same place", 32, 14, 3584, 0),
+    merge("32 frames x 196 tokens x 3584, half kept", 32, 196, 3584),
+    gather("7B layer, 8k rows, half kept", 1, 8192, 3584, 4, 128),
+    pool("128 frames x 14 x 14 x 3584, area", 128, 14, 3584, "area"),
+    ccam("1024 queries x 32 frames of 729, 9 heads of 128", 1024, 32, 729, 9, 128),
+    maxmin("1 span x 6272 tokens x 3584, a quarter kept", 1, 6272, 3584, 0.25, True),
+    maxmin("1 span x 16384 tokens x 3584, 2 steps", 1, 16384, 3584, 2 / 16384, False),
+]
+
+
+@dataclass
+class Row:
+    """What the compiler made of one kernel in one configuration."""
+
+    kernel: str
+    case: str
+    dtype: str
+    target: str
+    warps: int
+    stages: int
+    registers: int
+    stack: int
+    shared: int
+    tensor_cores: bool
+    problems: list[str]
+
+
+@dataclass
+class Launch:
+    """A recorded launch."""
+
+    kernel: JITFunction
+    case: str
+    dtype: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class Recorder:
+    """Stands in for a kernel and writes its launches down."""
+
+    def __init__(self, kernel: JITFunction, note: Callable[..., None]) -> None:
+        self.kernel, self.note = kernel, note
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: self.note(self.kernel, arguments, options)
+
+
+@contextmanager
+def recording(note: Callable[..., None], multiprocessors: int) -> Iterator[None]:
+    """Replace all launches and pretend to be on a GPU."""
+    with mock.patch.object(dispatch, "which", lambda tensor: "triton"):
+        patches = []
+        for op in OPS:
+            module = importlib.import_module(f"tokencomp.kernels.{op}.triton")
+            for name, value in vars(module).items():
+                if isinstance(value, JITFunction):
+                    patches.append(mock.patch.object(module, name, Recorder(value, note)))
+            if hasattr(module, "multiprocessors"):
+                patches.append(
+                    mock.patch.object(module, "multiprocessors", lambda device: multiprocessors)
+                )
+        for patch in patches:
+            patch.start()
+        try:
+            yield
+        finally:
+            for patch in patches:
+                patch.stop()
+
+
+def record(setups: list[Setup], dtype: torch.dtype, multiprocessors: int) -> list[Launch]:
+    """Every different launch of the given cases."""
+    launches: list[Launch] = []
+    current = ""
+
+    def note(kernel: JITFunction, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        name = str(dtype).removeprefix("torch.")
+        launches.append(Launch(kernel, current, name, arguments, options))
+
+    with recording(note, multiprocessors), mock.patch("cases._random", _uninitialised):
+        for setup in setups:
+            case = setup(torch.device("cpu"), dtype, 1.0)
+            current = case.name
+            case.call()
+    return launches
+
+
+def specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+    """The compiler's input for a launch, made by Triton's own argument binder."""
+    kernel, backend = launch.kernel, make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialisation, options = binder(*launch.arguments, **launch.options)
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialisation, options
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return source, {**parsed.__dict__}
+
+
+def compile_one(launch: Launch, source: ASTSource, options: dict[str, Any], arch: int) -> Row:
+    """Compile for ``sm_<arch>`` and inspect the cubin."""
+    name = launch.kernel.__name__
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", str(cubin))
+        sass = _tool("nvdisasm", "-c", str(cubin))
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage)}
+    shared = max(compiled.metadata.shared, found.get("SHARED", 0))
+    row = Row(
+        kernel=name,
+        case=launch.case,
+        dtype=launch.dtype,
+        target=f"sm_{arch}",
+        warps=compiled.metadata.num_warps,
+        stages=compiled.metadata.num_stages,
+        registers=found["REG"],
+        stack=found.get("STACK", 0),
+        shared=shared,
+        tensor_cores=bool(TENSOR_CORE.search(sass)),
+        problems=[],
+    )
+    if row.stack or re.search(r"\b(LDL|STL)\b", sass):
+        row.problems.append("spills")
+    if row.registers > 255:
+        row.problems.append("registers")
+    if shared > SHARED_LIMIT[arch]:
+        row.problems.append("shared memory")
+    if name in DOTS and launch.dtype != "float32" and not row.tensor_cores:
+        row.problems.append("no tensor-core instruction")
+    return row
+
+
+def compile_all(
+    setups: list[Setup], dtypes: list[torch.dtype], arch: int, quiet: bool = True
+) -> list[Row]:
+    """Compile all different launches of `setups` for one architecture."""
+    rows, seen = [], set()
+    target = GPUTarget("cuda", arch, 32)
+    for dtype in dtypes:
+        for launch in record(setups, dtype, MULTIPROCESSORS[arch]):
+            source, options = specialise(launch, target)
+            shape = (source.hash(), options["num_warps"], options["num_stages"])
+            if shape in seen:
+                continue
+            seen.add(shape)
+            rows.append(compile_one(launch, source, options, arch))
+            if not quiet:
+                print(rows[-1], file=sys.stderr)
+    return rows
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table, one line per kernel, configuration and architecture."""
+    lines = [
+        "| kernel | configuration | dtype | arch | warps | registers | spills | shared KiB | "
+        "tensor cores |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row.kernel} | {row.case} | {row.dtype} | {row.target} | {row.warps} | "
+            f"{row.registers} | {row.stack} | {row.shared / 1024:.1f} | "
+            f"{'yes' if row.tensor_cores else '-'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Compile, write the tables, fail on any problem."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", type=int, nargs="+", default=[80, 90], choices=[80, 90, 100])
+    parser.add_argument("--quick", action="store_true", help="one configuration per kernel, bf16")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for aot.json and aot.md")
+    arguments = parser.parse_args()
+    setups = QUICK if arguments.quick else CASES[:-1] + EXTRA
+    dtypes = [torch.bfloat16] if arguments.quick else [torch.bfloat16, torch.float32]
+    rows = [
+        row for arch in arguments.targets for row in compile_all(setups, dtypes, arch, quiet=False)
+    ]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    info = {"triton": triton.__version__, "torch": torch.__version__}
+    text = json.dumps({**info, "rows": [asdict(row) for row in rows]}, indent=1)
+    (arguments.out / "aot.json").write_text(text + "\n")
+    (arguments.out / "aot.md").write_text(markdown(rows))
+    bad = [row for row in rows if row.problems]
+    for row in bad:
+        print(f"{row.kernel} ({row.case}, {row.dtype}, {row.target}): {', '.join(row.problems)}")
+    print(f"{len(rows)} kernels compiled, {len(bad)} with problems")
+    return 1 if bad else 0
+
+
+def _tool(name: str, *arguments: str) -> str:
+    result = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    return result.stdout
+
+
+def _uninitialised(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Only shapes, strides and dtypes matter here."""
+    return torch.zeros((), device=device, dtype=dtype).expand(shape).contiguous()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
