@@ -319,9 +319,12 @@ def _length(cache: Any) -> int:
 
 def _contiguous(past: Segment, new: Tensor | None, x: Tensor) -> Tensor:
     """Positions (B, n) that count real rows only, those of the cache first; x is (B, n, d)."""
-    valid = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if new is None else new.long()
-    start: Any = past.physical if past.past is None else past.past.to(x.device).sum(1, keepdim=True)
-    return (start + valid.cumsum(1) - 1).clamp(min=0)
+    if new is None:
+        new = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    start: Any = past.physical
+    if past.past is not None:
+        start = past.past.to(x.device).sum(1, keepdim=True)
+    return (start + new.long().cumsum(1) - 1).clamp(min=0)
 
 
 def _one_pass_prefill(
