@@ -1,0 +1,36 @@
+"""Where the kernels run in these tests.
+
+Without a GPU the Triton kernels run in Triton's interpreter; with one (and TRITON_INTERPRET unset)
+they run on it, and ``pytest -m gpu tests/kernels`` is the same suite there.
+"""
+
+import os
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
+if not ON_GPU:
+    # Read when a kernel is defined, so it must be set before the first one is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+PLACES = [
+    pytest.param(("naive", "cpu"), id="naive-cpu"),
+    pytest.param(("triton", "cpu"), id="triton-cpu"),
+    pytest.param(("naive", "cuda"), id="naive-cuda", marks=pytest.mark.gpu),
+    pytest.param(("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device, with the implementation to test chosen."""
+    backend, device = request.param
+    if device == "cuda" and not ON_GPU:
+        pytest.skip("needs a CUDA device")
+    if (backend, device) == ("triton", "cpu"):
+        pytest.importorskip("triton")
+        if ON_GPU:
+            pytest.skip("on a GPU the kernels run there, not in the interpreter")
+    monkeypatch.setenv("TOKENCOMP_KERNELS", backend)
+    return torch.device(device)

@@ -1,0 +1,292 @@
+"""attention_colsum and attention_lse against a dense fp64 attention matrix."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokencomp.kernels import KernelError, attention_colsum, attention_lse
+from tokencomp.kernels.attention_colsum import naive
+
+# (batch, kv heads, group, rows, keys, head dim)
+SHAPES = [
+    (1, 1, 1, 1, 1, 64),
+    (2, 2, 4, 5, 77, 64),
+    (1, 1, 7, 1, 4097, 80),
+    (1, 2, 1, 64, 130, 96),
+    (2, 1, 4, 33, 257, 128),
+    (1, 1, 7, 16, 1023, 128),
+    (1, 2, 2, 300, 300, 16),
+    (1, 1, 1, 257, 513, 256),
+    (1, 1, 2, 3, 40, 5),
+]
+
+
+def matrix(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Dense attention ``(B, Hq, R, N)`` in fp64; rows that see nothing are 0."""
+    k = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    logits = q.double() @ k.transpose(-1, -2) * scale
+    logits = logits.masked_fill(~visible[:, None], -torch.inf)
+    return logits.softmax(-1).nan_to_num(0.0)
+
+
+def causal_mask(q_index: Tensor, keys: int, start: Tensor, end: Tensor) -> Tensor:
+    """``(B, R, N)``: column between the sample's bounds and not after the row's own."""
+    column = torch.arange(keys)
+    inside = (column >= start[:, None]) & (column < end[:, None])
+    return inside[:, None] & (column <= q_index[..., None]) & (q_index >= 0)[..., None]
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    batch, kv_heads, group, rows, keys, dim = shape
+    q = torch.randn(batch, kv_heads * group, rows, dim).to(dtype)
+    return q, torch.randn(batch, kv_heads, keys, dim).to(dtype)
+
+
+def check(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
+    """Absolute error relative to the largest column (sums grow with the rows)."""
+    assert not got.isnan().any()
+    assert got.shape == want.shape
+    scale = max(1.0, want.abs().max().item()) if want.numel() else 1.0
+    assert (got.cpu().double() - want).abs().max().item() <= tolerance * scale
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_last_rows_causal(place: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    q, k = inputs(shape, dtype)
+    rows, keys = shape[3], shape[4]
+    index = torch.arange(keys - rows, keys).expand(shape[0], -1)
+    bounds = torch.zeros(shape[0]), torch.full((shape[0],), keys)
+    want = matrix(q, k, causal_mask(index, keys, *bounds), shape[5] ** -0.5)
+    # Inputs of 16 bits are multiplied exactly and summed in fp32, so one tolerance serves all.
+    got = attention_colsum(q.to(place), k.to(place), heads="none")
+    check(got, want.sum(2))
+    check(attention_colsum(q.to(place), k.to(place)), want.sum(2).mean(1))
+
+
+def test_rows_anywhere_with_padding(place: torch.device) -> None:
+    q, k = inputs((3, 2, 2, 70, 150, 64))
+    start, end = torch.tensor([0, 40, 149]), torch.tensor([150, 100, 150])
+    index = torch.randint(-20, 150, (3, 70))
+    want = matrix(q, k, causal_mask(index, 150, start, end), 0.3).sum(2)
+    got = attention_colsum(
+        q.to(place), k.to(place), q_index=index.to(place), kv_start=start.to(place),
+        kv_end=end.to(place), scale=0.3, heads="none",
+    )  # fmt: skip
+    check(got, want)
+    column = torch.arange(150)
+    outside = (column < start[:, None]) | (column >= end[:, None])
+    assert (got.cpu()[outside[:, None].expand_as(got)] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [20, 300])
+def test_many_rows_in_any_order(place: torch.device, rows: int) -> None:
+    """Long inputs skip row blocks by their bounds: shuffled rows must not change the result."""
+    q, k = inputs((2, 1, 2, rows, 300, 32))
+    index = torch.stack([torch.randperm(300)[:rows] for _ in range(2)])
+    start = torch.tensor([0, 170])
+    want = matrix(q, k, causal_mask(index, 300, start, torch.tensor([300, 300])), 32**-0.5)
+    got = attention_colsum(
+        q.to(place), k.to(place), q_index=index.to(place), kv_start=start.to(place)
+    )
+    check(got, want.sum(2).mean(1))
+
+
+def test_non_causal(place: torch.device) -> None:
+    q, k = inputs((2, 2, 2, 9, 70, 64))
+    end = torch.tensor([70, 33])
+    visible = (torch.arange(70) < end[:, None])[:, None].expand(2, 9, 70)
+    got = attention_colsum(q.to(place), k.to(place), kv_end=end.to(place), causal=False)
+    check(got, matrix(q, k, visible, 64**-0.5).sum(2).mean(1))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_equals_separate(place: torch.device, causal: bool) -> None:
+    queries, keys = [3, 0, 300, 1], [90, 5, 300, 17]
+    q, k = torch.randn(sum(queries), 4, 64), torch.randn(sum(keys), 2, 64)
+    cu_q = torch.tensor([0, *torch.tensor(queries).cumsum(0)], dtype=torch.int32)
+    cu_k = torch.tensor([0, *torch.tensor(keys).cumsum(0)], dtype=torch.int32)
+    got = attention_colsum(
+        q.to(place), k.to(place), cu_seqlens_q=cu_q.to(place), cu_seqlens_k=cu_k.to(place),
+        causal=causal, heads="none",
+    )  # fmt: skip
+    parts = []
+    for rows, columns, some_q, some_k in zip(
+        queries, keys, q.split(queries), k.split(keys), strict=True
+    ):
+        index = torch.arange(columns - rows, columns)[None]
+        visible = causal_mask(index, columns, torch.zeros(1), torch.tensor([columns]))
+        visible = visible if causal else torch.ones_like(visible)
+        some_q, some_k = some_q.transpose(0, 1)[None], some_k.transpose(0, 1)[None]
+        parts.append(matrix(some_q, some_k, visible, 64**-0.5).sum(2)[0])
+    check(got, torch.cat(parts, dim=1))
+
+
+@pytest.mark.parametrize("form", ["row", "sample", "head"])
+def test_row_weights(place: torch.device, form: str) -> None:
+    q, k = inputs((2, 2, 2, 6, 40, 64))
+    shape = {"row": (6,), "sample": (2, 6), "head": (2, 4, 6)}[form]
+    weights = torch.rand(shape)
+    index = torch.arange(34, 40).expand(2, -1)
+    dense = matrix(q, k, causal_mask(index, 40, torch.zeros(2), torch.full((2,), 40)), 64**-0.5)
+    wide = {"row": weights[None, None], "sample": weights[:, None], "head": weights}[form]
+    got = attention_colsum(q.to(place), k.to(place), weights.to(place), heads="none")
+    check(got, (dense * wide[..., None]).sum(2))
+
+
+def test_head_aggregation(place: torch.device) -> None:
+    q, k = inputs((1, 2, 3, 4, 30, 64))
+    index = torch.arange(26, 30)[None]
+    dense = matrix(q, k, causal_mask(index, 30, torch.zeros(1), torch.tensor([30])), 64**-0.5)
+    sums = dense.sum(2)
+    check(attention_colsum(q.to(place), k.to(place), heads="rms"), sums.square().mean(1).sqrt())
+
+
+@pytest.mark.parametrize("size", [50, 280])
+def test_repeated_application(place: torch.device, size: int) -> None:
+    """s ← sM five times at temperature 0.1, left-padded, against matrix products."""
+    q, k = inputs((2, 1, 2, size, size, 32))
+    start = torch.tensor([0, 13])
+    index = torch.arange(size).expand(2, -1)
+    index = torch.where(index >= start[:, None], index, -1)
+    dense = matrix(q, k, causal_mask(index, size, start, torch.full((2,), size)), 32**-0.5 / 0.1)
+    scores = torch.full((2, 4, 1, size), 1 / size, dtype=torch.float64)[:, :2]
+    for _ in range(5):
+        scores = scores @ dense
+    want = scores[:, :, 0].square().mean(1).sqrt()
+    weights = torch.full((size,), 1 / size)
+    got = attention_colsum(
+        q.to(place), k.to(place), weights.to(place), kv_start=start.to(place), temperature=0.1,
+        heads="rms", iterations=5,
+    )  # fmt: skip
+    check(got, want)
+
+
+def test_lse_and_its_reuse(place: torch.device) -> None:
+    q, k = inputs((2, 2, 4, 21, 333, 64), torch.float16)
+    index = torch.randint(-3, 333, (2, 21))
+    start, end = torch.tensor([0, 100]), torch.tensor([333, 300])
+    visible = causal_mask(index, 333, start, end)
+    wide = k.double().repeat_interleave(4, dim=1)
+    logits = (q.double() @ wide.transpose(-1, -2) / 8).masked_fill(~visible[:, None], -torch.inf)
+    options = {
+        "q_index": index.to(place), "kv_start": start.to(place), "kv_end": end.to(place),
+    }  # fmt: skip
+    lse = attention_lse(q.to(place), k.to(place), **options)
+    want = logits.logsumexp(-1)
+    assert torch.equal(lse.cpu().isneginf(), want.isneginf())
+    check(lse.nan_to_num(neginf=0.0), want.nan_to_num(neginf=0.0))
+    fresh = attention_colsum(q.to(place), k.to(place), **options)
+    check(attention_colsum(q.to(place), k.to(place), lse=lse, **options), fresh.cpu().double())
+    # FlashAttention reports +inf where a row sees nothing: ignored as well.
+    flash = lse.masked_fill(lse.isneginf(), torch.inf)
+    check(attention_colsum(q.to(place), k.to(place), lse=flash, **options), fresh.cpu().double())
+
+
+@pytest.mark.parametrize("magnitude", [30.0, 1000.0])
+def test_extreme_logits(place: torch.device, magnitude: float) -> None:
+    q, k = inputs((1, 1, 2, 40, 200, 64))
+    q = q * magnitude
+    index = torch.arange(160, 200)[None]
+    dense = matrix(q, k, causal_mask(index, 200, torch.zeros(1), torch.tensor([200])), 64**-0.5)
+    got = attention_colsum(q.to(place), k.to(place))
+    # fp32 logits of this size are off by their own rounding, about 1e-7 of the logit.
+    check(got, dense.sum(2).mean(1), 1e-5 * magnitude)
+    assert torch.allclose(got.sum(-1).cpu(), torch.tensor([40.0]), rtol=1e-3)
+
+
+def test_empty_sequences_and_rows(place: torch.device) -> None:
+    q, k = inputs((2, 1, 2, 4, 10, 64))
+    nothing = torch.zeros(2, dtype=torch.int64, device=place)
+    assert (attention_colsum(q.to(place), k.to(place), kv_end=nothing) == 0).all()
+    assert attention_lse(q.to(place), k.to(place), kv_end=nothing).isneginf().all()
+    got = attention_colsum(q[:, :, :0].to(place), k.to(place))
+    assert got.shape == (2, 10) and (got == 0).all()
+    assert attention_colsum(q[:0].to(place), k[:0].to(place)).shape == (0, 10)
+
+
+def test_layouts_of_caches_and_determinism(place: torch.device) -> None:
+    """Views with any outer strides, a non-contiguous head dimension, and equal bits every time."""
+    q, k = inputs((2, 2, 2, 5, 60, 64))
+    q, k = q.to(place), k.to(place)
+    want = attention_colsum(q, k)
+    wide = torch.randn(2, 60, 2, 128, device=place)
+    wide[..., :64] = k.transpose(1, 2)
+    assert torch.equal(attention_colsum(q, wide[..., :64].transpose(1, 2)), want)
+    folded = k.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(attention_colsum(q, folded), want)
+    assert torch.equal(attention_colsum(q, k), want)
+
+
+def test_samples_do_not_touch_one_another(place: torch.device) -> None:
+    q, k = inputs((3, 1, 2, 5, 60, 64))
+    whole = attention_colsum(q.to(place), k.to(place)).cpu()
+    for b in range(3):
+        alone = attention_colsum(q[b : b + 1].to(place), k[b : b + 1].to(place)).cpu()
+        assert torch.allclose(whole[b], alone[0], atol=1e-6)
+
+
+def test_naive_streams_over_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
+    q, k = inputs((1, 2, 2, 37, 64, 16))
+    want = attention_colsum(q, k)
+    monkeypatch.setattr(naive, "BLOCK_ELEMENTS", 4 * 64 * 3)
+    sizes = [
+        logits.numel()
+        for *_, logits in naive._blocks(
+            q, k, torch.zeros(1, 37, dtype=torch.int32),
+            torch.full((1, 37), 64, dtype=torch.int32), 1.0,
+        )
+    ]  # fmt: skip
+    assert len(sizes) == 13 and max(sizes) <= 4 * 64 * 3
+    assert torch.allclose(attention_colsum(q, k), want, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": "max"}, "heads='max'"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"iterations": 0}, "iterations=0"),
+        ({"iterations": 2}, "one probe row per key"),
+        ({"row_weights": torch.ones(7)}, "row_weights"),
+        ({"lse": torch.ones(2, 4, 7)}, "lse"),
+        ({"q_index": torch.zeros(3, dtype=torch.int64)}, "q_index must be"),
+        ({"q_index": torch.zeros(5)}, "int32 or int64"),
+        ({"kv_start": torch.zeros(1, dtype=torch.int64)}, "kv_start must be"),
+        ({"k": torch.randn(2, 2, 9, 32)}, "head dimension"),
+        ({"k": torch.randn(2, 3, 9, 64)}, "not a multiple"),
+        ({"k": torch.randn(2, 2, 9, 64).half()}, "one dtype"),
+        ({"k": torch.randn(2, 2, 9, 64, device="meta")}, "one device"),
+        ({"k": torch.randn(2, 2, 3, 64)}, "5 probe rows but 3 keys"),
+        ({"k": torch.randn(2, 9, 64)}, "must have shape"),
+        ({"q": torch.zeros(2, 4, 5, 64, dtype=torch.int64)}, "must be one of"),
+        ({"cu_seqlens_q": torch.tensor([0, 5])}, "must have shape"),
+    ],
+)
+def test_bad_input(change: dict[str, object], message: str) -> None:
+    q, k = inputs((2, 2, 2, 5, 9, 64))
+    arguments: dict[str, object] = {"q": q, "k": k, **change}
+    with pytest.raises(KernelError, match=message):
+        attention_colsum(**arguments)  # type: ignore[arg-type]
+
+
+def test_bad_packed_offsets(place: torch.device) -> None:
+    q, k = torch.randn(5, 2, 16, device=place), torch.randn(9, 2, 16, device=place)
+    good = torch.tensor([0, 5], device=place)
+    for bad in ([0, 8], [1, 9], [0, 10, 9]):
+        with pytest.raises(KernelError, match="cu_seqlens_k"):
+            attention_colsum(
+                q, k, cu_seqlens_q=good, cu_seqlens_k=torch.tensor(bad, device=place)
+            )
+    with pytest.raises(KernelError, match="needs both"):
+        attention_colsum(q, k, cu_seqlens_q=good)
+
+
+def test_triton_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
+    with pytest.raises(KernelError, match="head dimension 320"):
+        attention_colsum(torch.randn(1, 1, 1, 320), torch.randn(1, 1, 4, 320))
+    with pytest.raises(KernelError, match="float64"):
+        attention_colsum(torch.randn(1, 1, 1, 64).double(), torch.randn(1, 1, 4, 64).double())

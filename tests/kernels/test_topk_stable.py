@@ -1,0 +1,57 @@
+"""topk_stable against sorting (score, index) pairs in Python."""
+
+import math
+
+import pytest
+import torch
+
+from tokencomp.kernels import KernelError, topk_stable
+
+
+def by_hand(scores: list[float], k: int) -> list[int]:
+    ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    return sorted(ranked[:k])
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64, 1000])
+@pytest.mark.parametrize("distinct", [1, 3, 10_000])
+def test_matches_sorted_pairs(place: torch.device, n: int, distinct: int) -> None:
+    scores = torch.randint(distinct, (3, n)).float() / 7
+    for k in {0, 1, n // 2, n - 1, n}:
+        got = topk_stable(scores.to(place), k).cpu()
+        assert got.dtype == torch.int64
+        assert got.tolist() == [by_hand(row, k) for row in scores.tolist()]
+
+
+def test_ties_infinities_and_signed_zeros(place: torch.device) -> None:
+    scores = [-0.0, 0.0, math.inf, -math.inf, 0.0, math.inf, -math.inf]
+    for k in range(len(scores) + 1):
+        got = topk_stable(torch.tensor(scores, device=place), k)
+        assert got.tolist() == by_hand(scores, k)
+
+
+def test_scored_in_fp32_for_every_dtype(place: torch.device) -> None:
+    scores = torch.tensor([3, 1, 2, 3], device=place)
+    for dtype in (torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.bool):
+        values = scores.to(dtype)
+        assert topk_stable(values, 2).tolist() == by_hand(values.float().tolist(), 2)
+
+
+def test_leading_dimensions_are_independent(place: torch.device) -> None:
+    scores = torch.randint(4, (2, 3, 50), device=place).float()
+    got = topk_stable(scores, 20)
+    assert got.shape == (2, 3, 20)
+    for i in range(2):
+        for j in range(3):
+            assert torch.equal(got[i, j], topk_stable(scores[i, j], 20))
+
+
+def test_nan_and_bad_k_are_refused(place: torch.device) -> None:
+    scores = torch.tensor([1.0, math.nan, 0.0], device=place)
+    with pytest.raises(KernelError, match="NaN"):
+        topk_stable(scores, 1)
+    for k in (-1, 4):
+        with pytest.raises(KernelError, match=r"k must be in \[0, 3\]"):
+            topk_stable(torch.zeros(3, device=place), k)
+    with pytest.raises(KernelError, match="real"):
+        topk_stable(torch.tensor(1.0, device=place), 0)

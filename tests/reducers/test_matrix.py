@@ -1,0 +1,179 @@
+"""What every reducer must do, whatever its method: one row per reducer in `matrix.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import matrix
+import pytest
+import tokencomp
+import torch
+from tests_support import Family, text
+from tokencomp import make_reducer
+from tokencomp.errors import OptionError, RatioError
+from tokencomp.plan import count
+
+Case = tuple[str, dict[str, Any]]
+every_case = pytest.mark.parametrize("case", matrix.cases(), ids=matrix.case_id)
+every_step = pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
+
+
+@every_step
+def test_budget_order_and_special_tokens(case: Case) -> None:
+    reducer = make_reducer(case[0], **case[1])
+    for grid in matrix.GRIDS:
+        for special in (0, 1, 3):
+            given = matrix.tokens(grid, special)
+            for keep in {count(len(given), 1 - r, special) for r in matrix.RATIOS} - {len(given)}:
+                got = reducer.reduce(given, keep)
+                assert got.keep.dtype == torch.int64
+                assert got.keep.tolist() == sorted(set(got.keep.tolist()))
+                assert len(got.keep) == keep
+                assert 0 <= got.keep[0] and got.keep[-1] < len(given)
+                assert given.special[got.keep].sum() == special
+                if got.merged is not None:
+                    assert got.merged.shape == (keep, given.features.shape[1])
+                    assert got.merged.dtype == given.features.dtype
+                    stay = given.special[got.keep]
+                    assert torch.equal(got.merged[stay], given.features[got.keep][stay])
+                    assert got.sizes is not None and (got.sizes >= 1).all()
+
+
+@every_step
+def test_inputs_are_left_alone(case: Case) -> None:
+    given, same = matrix.tokens((3, 3, 4), 2), matrix.tokens((3, 3, 4), 2)
+    make_reducer(case[0], **case[1]).reduce(given, 9)
+    for field in dataclasses.fields(given):
+        before, after = getattr(same, field.name), getattr(given, field.name)
+        if isinstance(before, torch.Tensor):
+            assert torch.equal(before, after), field.name
+
+
+@every_step
+def test_ties_go_to_the_lower_index(case: Case) -> None:
+    """Among equal tokens, those that come first stay; a repeated call chooses the same."""
+    reducer = make_reducer(case[0], **case[1])
+    given = matrix.tokens((1, 4, 5))
+    given.features = torch.ones_like(given.features)
+    given.scores = torch.full((20,), 0.25)
+    kept = reducer.reduce(given, 7).keep.tolist()
+    assert kept == reducer.reduce(given, 7).keep.tolist()
+    if matrix.ROWS.get(case[0], matrix.Row()).ties:
+        assert kept == list(range(7))
+
+
+@every_step
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scored_in_fp32(case: Case, dtype: torch.dtype) -> None:
+    """Low-precision features are chosen from as their exact fp32 copies would be."""
+    reducer = make_reducer(case[0], **case[1])
+    for grid in ((1, 6, 7), (4, 3, 3)):
+        low, wide = matrix.tokens(grid, 1), matrix.tokens(grid, 1)
+        for name in ("features", "query"):
+            setattr(low, name, getattr(low, name).to(dtype))
+            setattr(wide, name, getattr(low, name).float())
+        a, b = reducer.reduce(low, 12), reducer.reduce(wide, 12)
+        if a.merged is None:
+            assert torch.equal(a.keep, b.keep)
+        else:
+            assert a.merged.dtype == dtype
+
+
+@every_step
+def test_not_finite(case: Case) -> None:
+    """NaN in what a reducer looks at is a typed error, or the reducer does not look at it."""
+    reducer = make_reducer(case[0], **case[1])
+    given = matrix.tokens((2, 3, 4))
+    given.features[3], given.scores[3] = torch.nan, torch.nan
+    if case[0] in ("random", "uniform"):
+        assert len(reducer.reduce(given, 6).keep) == 6
+        return
+    with pytest.raises(ValueError, match=r"NaN|finite"):
+        reducer.reduce(given, 6)
+
+
+@every_case
+def test_options_survive_json(case: Case) -> None:
+    reducer = make_reducer(case[0], **case[1])
+    assert make_reducer(case[0], **json.loads(json.dumps(reducer.options()))) == reducer
+    assert hash(reducer) == hash(make_reducer(case[0], **case[1]))
+    assert reducer.summary
+
+
+@every_case
+def test_unknown_option(case: Case) -> None:
+    with pytest.raises(OptionError, match="has no option 'strength'"):
+        make_reducer(case[0], strength=1)
+
+
+@every_case
+def test_plan_meets_the_ratio(case: Case) -> None:
+    reducer = make_reducer(case[0], **case[1])
+    for layers in (2, 4, 7, 28, 32):
+        for ratio in matrix.RATIOS:
+            plan = reducer.plan(ratio, layers)
+            plan.check(layers)
+            assert plan.ratio(layers) == pytest.approx(ratio, abs=1e-6)
+    for bad in (-0.1, 1.0, float("nan"), "half"):
+        with pytest.raises(RatioError):
+            reducer.plan(bad, 28)
+
+
+@every_case
+def test_serving_safe_says_the_truth(case: Case) -> None:
+    reducer = make_reducer(case[0], **case[1])
+    if not reducer.serving_safe:
+        return
+    assert not reducer.needs
+    assert [s.layer for s in reducer.plan(0.5, 28).stages] == [0]
+    given, other = matrix.tokens((4, 3, 3)), matrix.tokens((4, 3, 3))
+    other.query, other.scores = torch.randn(9, 12), torch.rand(36)
+    kept = reducer.kept_count((4, 3, 3), 0.6)
+    assert torch.equal(reducer.reduce(given, kept).keep, reducer.reduce(other, kept).keep)
+
+
+def prompts(family: Family) -> list[list[Any]]:
+    return [
+        [text(3), family.image(0), text(5, 2)],
+        [family.video(4), text(3, 4), family.image(2), text(4, 5)],
+        [text(12, 6)],
+    ]
+
+
+@every_case
+@pytest.mark.parametrize("ratio", [0.3, 0.75, 0.95])
+def test_batch_equals_singles(case: Case, ratio: float, family: Family) -> None:
+    """A ragged batch keeps the same tokens, and says the same, as its samples one by one."""
+    model, rows = family.build(), prompts(family)
+    with tokencomp.patch(model, ratio, reducer=case[0], **case[1]) as handle, torch.no_grad():
+        together = model(**family.batch(rows), logits_to_keep=1).logits[:, -1]
+        kept = [handle.stats.kept(b) for b in range(3)]
+        for b, row in enumerate(rows):
+            alone = model(**family.batch([row]), logits_to_keep=1).logits[0, -1]
+            assert (together[b] - alone).abs().max() < 2e-5
+            if b < 2:
+                assert handle.stats.kept(0) == kept[b]
+
+
+@every_case
+def test_achieved_ratio(case: Case, family: Family) -> None:
+    """What ran is the plan, to the token; only rounding stands between it and the request."""
+    model, inputs = family.build(), family.batch(prompts(family)[:1])
+    for ratio in (0.0, 0.25, 0.5, 0.8):
+        handle = tokencomp.patch(model, ratio, reducer=case[0], **case[1])
+        with torch.no_grad():
+            model(**inputs, logits_to_keep=1)
+        if ratio == 0:
+            assert handle.stats is None
+            continue
+        stats, spans = handle.stats, handle.stats.spans[0]
+        total = sum(s.length for s in spans)
+        special = sum(len(s.special) for s in spans)
+        slack = (len(spans) * 0.5 + special + 1) / total
+        assert stats.ratio == pytest.approx(ratio, abs=slack)
+        assert [sum(map(len, stage)) for stage in stats.kept(0)] == [
+            sum(c[i] for c in stats.counts[0]) for i in range(len(handle.plan.stages))
+        ]
+    tokencomp.unpatch(model)

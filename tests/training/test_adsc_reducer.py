@@ -1,0 +1,148 @@
+"""The training-free reducer against plain loops."""
+
+from __future__ import annotations
+
+import pytest
+import tokencomp
+import torch
+from tests_support import Family, text
+from tokencomp import VisualTokens, make_reducer
+from tokencomp.errors import OptionError
+
+
+def tokens(
+    grid: tuple[int, int, int], special: tuple[int, ...] = (), index: list[int] | None = None
+) -> VisualTokens:
+    n = grid[0] * grid[1] * grid[2] + len(special)
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[list(special)] = True
+    if index is not None:
+        mask = mask[index]
+    return VisualTokens(
+        features=torch.zeros(len(mask), 4),
+        grid=grid,
+        special=mask,
+        index=None if index is None else torch.tensor(index),
+        kind="video",
+    )
+
+
+def loop_windows(live: list[int], quota: int, offset: int) -> list[int]:
+    kept = []
+    for i in range(quota):
+        window = live[i * len(live) // quota : (i + 1) * len(live) // quota]
+        place = len(window) + offset if offset < 0 else offset
+        kept.append(window[min(max(place, 0), len(window) - 1)])
+    return kept
+
+
+def loop_quotas(keep: int, counts: list[int]) -> list[int]:
+    quotas, seen = [], 0
+    for count in counts:
+        before = keep * seen // sum(counts)
+        seen += count
+        quotas.append(keep * seen // sum(counts) - before)
+    return quotas
+
+
+@pytest.mark.parametrize("offset", [-1, -2, 0, 1, 9])
+@pytest.mark.parametrize("grid", [(1, 8, 8), (3, 3, 5), (7, 1, 1), (4, 2, 3)])
+def test_windows_match_a_plain_loop(grid: tuple[int, int, int], offset: int) -> None:
+    t, h, w = grid
+    for keep in range(1, t * h * w):
+        quotas = loop_quotas(keep, [h * w] * t)
+        expected: list[int] = []
+        for frame, quota in enumerate(quotas):
+            live = list(range(frame * h * w, (frame + 1) * h * w))
+            expected += loop_windows(live, quota, offset)
+        got = make_reducer("adsc", offset=offset).reduce(tokens(grid), keep)
+        assert got.keep.tolist() == expected
+
+
+def test_later_stages_count_live_tokens_and_keep_special_ones() -> None:
+    grid, special = (2, 2, 4), (4, 9, 17)
+    live = [0, 2, 3, 4, 5, 7, 9, 10, 12, 14, 15, 17]  # specials stay, some patches are gone
+    frames = [[o for o in live if o not in special and (o < 9) is first] for first in (True, False)]
+    for keep in range(4, 12):
+        expected = set(special)
+        for mine, quota in zip(frames, loop_quotas(keep - 3, [len(f) for f in frames]), strict=True):
+            expected |= set(loop_windows(mine, quota, -1))
+        got = make_reducer("adsc").reduce(tokens(grid, special, live), keep)
+        assert {live[i] for i in got.keep.tolist()} == expected
+
+
+def test_powers_of_two_give_regular_lattices() -> None:
+    reducer = make_reducer("adsc", lattice="grid")
+    columns = reducer.reduce(tokens((1, 4, 8)), 16).keep
+    assert columns.tolist() == [r * 8 + c for r in range(4) for c in (1, 3, 5, 7)]
+    quarter = reducer.reduce(tokens((1, 4, 8)), 8).keep
+    assert quarter.tolist() == [r * 8 + c for r in (1, 3) for c in (1, 3, 5, 7)]
+    first = make_reducer("adsc", lattice="grid", offset=0).reduce(tokens((1, 4, 8)), 8).keep
+    assert first.tolist() == [r * 8 + c for r in (0, 2) for c in (0, 2, 4, 6)]
+
+
+@pytest.mark.parametrize("grid", [(1, 5, 7), (2, 3, 3), (1, 1, 6), (3, 4, 4)])
+def test_lattice_matches_a_plain_loop_and_is_nested(grid: tuple[int, int, int]) -> None:
+    t, h, w = grid
+
+    def outlives(row: int, column: int) -> int:
+        level, step = 0, 2
+        while step <= 2 * max(h, w):
+            if (w - 1 - column) % step:
+                return level
+            level += 1
+            if (h - 1 - row) % step:
+                return level
+            level, step = level + 1, step * 2
+        return level
+
+    reducer = make_reducer("adsc", lattice="grid")
+    for keep in range(1, t * h * w):
+        expected: list[int] = []
+        for frame, quota in enumerate(loop_quotas(keep, [h * w] * t)):
+            levels: dict[int, list[int]] = {}
+            for cell in range(h * w):
+                levels.setdefault(outlives(cell // w, cell % w), []).append(frame * h * w + cell)
+            for level in sorted(levels, reverse=True):
+                n = min(quota, len(levels[level]))
+                expected += loop_windows(levels[level], n, -1) if n else []
+                quota -= n
+        assert reducer.reduce(tokens(grid), keep).keep.tolist() == sorted(expected)
+
+
+@pytest.mark.parametrize("layers", [2, 4, 6, 24, 28, 32])
+def test_plans_meet_every_ratio(layers: int) -> None:
+    for step in range(1, 20):
+        plan = make_reducer("adsc").plan(step * 0.05, layers)
+        assert plan.ratio(layers) == pytest.approx(step * 0.05, abs=1e-6)
+
+
+def test_natural_plan_is_the_published_mean() -> None:
+    """Windows of two after layers 4, 11 and 16 of 32: about 192 of 576 tokens per layer."""
+    natural = (4 + 7 / 2 + 5 / 4 + 16 / 8) / 32
+    plan = make_reducer("adsc").plan(1 - natural, 32)
+    assert [s.layer for s in plan.stages] == [4, 11, 16]
+    assert [s.fraction for s in plan.stages] == pytest.approx([1 / 2, 1 / 4, 1 / 8], abs=1e-6)
+    assert natural * 576 == pytest.approx(192, abs=2)
+
+
+@pytest.mark.parametrize("lattice", ["raster", "grid"])
+def test_stages_act_on_every_family(family: Family, lattice: str) -> None:
+    model = family.build()
+    inputs = family.batch([[text(5), family.image(), text(4)], [family.video(), text(9)]])
+    with tokencomp.patch(model, 0.67, reducer="adsc", lattice=lattice) as handle, torch.no_grad():
+        model(**inputs, use_cache=False)
+        assert handle.stats.ratio == pytest.approx(0.67, abs=0.05)
+        for sample in (0, 1):
+            stages = [set(s[0]) for s in handle.stats.kept(sample)]
+            assert all(later <= earlier for earlier, later in zip(stages, stages[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lattice": "hex"}, {"stages": (0.5, 0.25)}, {"stages": (1.0,)}, {"stages": ()}, {"window": 1}],
+)
+def test_bad_options_are_refused(options: dict) -> None:
+    with pytest.raises(OptionError):
+        make_reducer("adsc", **options)
+
