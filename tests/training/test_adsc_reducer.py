@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
-import tokencomp
 import torch
 from tests_support import Family, text
+
+import tokencomp
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import OptionError
 
@@ -65,7 +68,9 @@ def test_later_stages_count_live_tokens_and_keep_special_ones() -> None:
     frames = [[o for o in live if o not in special and (o < 9) is first] for first in (True, False)]
     for keep in range(4, 12):
         expected = set(special)
-        for mine, quota in zip(frames, loop_quotas(keep - 3, [len(f) for f in frames]), strict=True):
+        for mine, quota in zip(
+            frames, loop_quotas(keep - 3, [len(f) for f in frames]), strict=True
+        ):
             expected |= set(loop_windows(mine, quota, -1))
         got = make_reducer("adsc").reduce(tokens(grid, special, live), keep)
         assert {live[i] for i in got.keep.tolist()} == expected
@@ -135,14 +140,19 @@ def test_stages_act_on_every_family(family: Family, lattice: str) -> None:
         assert handle.stats.ratio == pytest.approx(0.67, abs=0.05)
         for sample in (0, 1):
             stages = [set(s[0]) for s in handle.stats.kept(sample)]
-            assert all(later <= earlier for earlier, later in zip(stages, stages[1:], strict=False))
+            assert all(later <= earlier for earlier, later in itertools.pairwise(stages))
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"lattice": "hex"}, {"stages": (0.5, 0.25)}, {"stages": (1.0,)}, {"stages": ()}, {"window": 1}],
+    [
+        {"lattice": "hex"},
+        {"stages": (0.5, 0.25)},
+        {"stages": (1.0,)},
+        {"stages": ()},
+        {"window": 1},
+    ],
 )
 def test_bad_options_are_refused(options: dict) -> None:
     with pytest.raises(OptionError):
         make_reducer("adsc", **options)
-
