@@ -20,12 +20,15 @@ class VisualSpan:
     start, length
         Columns `start … start + length - 1` of the uncompressed sequence of this forward call.
     grid
-        (t, h, w) after the projector; `t * h * w + len(special) == length`.
+        (t, h, w) after the projector; `t * h * w + len(special) + len(text) == length`.
     kind
         "image" or "video".
     special
         Offsets inside the span of tokens that carry no patch (line breaks, separators). They are
         never scored, merged or dropped unless the whole span goes.
+    text
+        Offsets inside the span of text between the frames of a video (timestamps). It always
+        stays, and it does not count as visual.
     """
 
     start: int
@@ -33,16 +36,28 @@ class VisualSpan:
     grid: Grid
     kind: Literal["image", "video"] = "image"
     special: tuple[int, ...] = ()
+    text: tuple[int, ...] = ()
 
     @property
     def stop(self) -> int:
         return self.start + self.length
 
+    @property
+    def visual(self) -> int:
+        """Visual tokens of the span, special ones included."""
+        return self.length - len(self.text)
+
     def special_mask(self, device: torch.device | str = "cpu") -> Tensor:
-        """Boolean mask of the special tokens, shape (length,)."""
+        """Boolean mask of the tokens that carry no patch, shape (length,)."""
+        return self._mask([*self.special, *self.text], device)
+
+    def text_mask(self, device: torch.device | str = "cpu") -> Tensor:
+        """Boolean mask of the text between frames, shape (length,)."""
+        return self._mask(list(self.text), device)
+
+    def _mask(self, offsets: list[int], device: torch.device | str) -> Tensor:
         mask = torch.zeros(self.length, dtype=torch.bool)
-        if self.special:
-            mask[list(self.special)] = True
+        mask[offsets] = True
         return mask.to(device)
 
 

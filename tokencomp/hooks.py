@@ -11,8 +11,8 @@ attention scores for the layer stage that follows
 from __future__ import annotations
 
 import copy
+import functools
 import threading
-import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,6 @@ from tokencomp.stats import Stats
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-FEATURE_NAMES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 MASKLESS = ("sdpa", "flash")
 
 
@@ -58,7 +57,7 @@ class Hooks:
     def install(self) -> None:
         a, add = self.adapter, self._handles.append
         for module, pre, post in (
-            (a.model, self._top, self._top_done),
+            (a.top, self._top, self._top_done),
             (a.body, self._body, self._body_done),
             (a.decoder, self._decoder, self._decoder_done),
         ):
@@ -67,8 +66,11 @@ class Hooks:
         if not a.mrope:
             add(a.decoder.rotary_emb.register_forward_pre_hook(self._rotary))
         self._install_layers()
-        if hasattr(a.model, "_prefill"):
-            a.model.__dict__["_prefill"] = types.MethodType(_one_pass_prefill, a.model)
+        if hasattr(a.top, "_prefill"):
+            a.top.__dict__["_prefill"] = functools.partial(
+                _one_pass_prefill, a.carries_features, a.top
+            )
+        a.install()
 
     def _install_layers(self) -> None:
         stages = self.plan.layer_stages
@@ -89,7 +91,8 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.adapter.model.__dict__.pop("_prefill", None)
+        self.adapter.top.__dict__.pop("_prefill", None)
+        self.adapter.uninstall()
 
     @property
     def disabled(self) -> bool:
@@ -111,12 +114,13 @@ class Hooks:
         self._local.logits = 0
 
     def _body(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._local.kinds = self._local.run = None
+        self._local.kinds = self._local.inputs = self._local.run = None
         if self.disabled or not self.plan.stages:
             return
         named = _compat.bind(module, args, kwargs)
-        if any(_given(named.get(name)) for name in FEATURE_NAMES):
-            self._local.kinds = self._placeholders(named).cpu()
+        kinds = self.adapter.kinds(named)
+        if kinds is not None:
+            self._local.kinds, self._local.inputs = kinds.cpu(), named
         elif self.strict and not _length(_compat.get_cache(named)):
             raise NoVisualInputError(
                 "strict=True and this prompt has no image or video, so nothing can be compressed. "
@@ -124,23 +128,7 @@ class Hooks:
             )
 
     def _body_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        self._local.kinds = self._local.run = None
-
-    def _placeholders(self, named: dict[str, Any]) -> Tensor:
-        """Kind of every column: 0 text, 1 image, 2 video; int8, shape (B, L)."""
-        ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
-        shape, device = (
-            (ids.shape, ids.device) if ids is not None else (embeds.shape[:2], embeds.device)
-        )
-        kinds = torch.zeros(shape, dtype=torch.int8, device=device)
-        for token, kind in self.adapter.placeholder_ids().items():
-            if ids is not None:
-                kinds.masked_fill_(ids == token, kind)
-            else:
-                table = self.adapter.model.get_input_embeddings()
-                placeholder = table(torch.tensor(token, device=device))
-                kinds.masked_fill_((embeds == placeholder).all(-1), kind)
-        return kinds
+        self._local.kinds = self._local.inputs = self._local.run = None
 
     # -- decoder --------------------------------------------------------------------------------
 
@@ -181,7 +169,7 @@ class Hooks:
         lengths = check_padding(mask, kinds.shape)
         positions = self._positions(kwargs, cache)
         rows = positions.cpu() if self.adapter.mrope else None
-        spans = self.adapter.spans(Call(kinds, x, rows, self.adapter.body))
+        spans = self.adapter.spans(Call(kinds, x, rows, self.adapter.body, self._local.inputs))
         run = Run(self.adapter, self.plan, spans, lengths, x.shape[1], self._draft())
         run.segments = build_segments(run, cache, mask, x.device)
         x, index = run.entry(x, positions, cache)
@@ -307,12 +295,6 @@ class Hooks:
         return hook
 
 
-def _given(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(v is not None for v in value.values())
-    return value is not None
-
-
 def _length(cache: Any) -> int:
     return int(cache.get_seq_length()) if cache is not None else 0
 
@@ -328,7 +310,13 @@ def _contiguous(past: Segment, new: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _one_pass_prefill(
-    self: Any, input_ids: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kw: Any
+    carries_features: Callable[[dict[str, Any]], bool],
+    model: Any,
+    input_ids: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Replaces `model._prefill` while patched: prompts with visual input go in one pass.
 
@@ -336,8 +324,8 @@ def _one_pass_prefill(
     reducers look at comes last; the compressed prompt is what chunking was meant to make small.
     Text-only prompts stay chunked.
     """
-    visual = any(_given(model_kwargs.get(name)) for name in FEATURE_NAMES)
-    if visual and getattr(generation_config, "prefill_chunk_size", None) is not None:
+    chunked = getattr(generation_config, "prefill_chunk_size", None) is not None
+    if chunked and carries_features(model_kwargs):
         generation_config = copy.copy(generation_config)
         generation_config.prefill_chunk_size = None
-    return type(self)._prefill(self, input_ids, generation_config, model_kwargs, *args, **kw)
+    return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)

@@ -123,10 +123,10 @@ class Plan:
             )
 
     def counts(self, span: VisualSpan) -> list[int]:
-        """Tokens of `span` left after each stage, one number per stage, non-increasing."""
-        kept, current = [], span.length
+        """Visual tokens of `span` left after each stage, non-increasing."""
+        kept, current = [], span.visual
         for stage in self.stages:
-            current = min(current, count(span.length, stage.fraction, len(span.special)))
+            current = min(current, count(span.visual, stage.fraction, len(span.special)))
             kept.append(current)
         return kept
 

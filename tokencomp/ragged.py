@@ -23,6 +23,13 @@ class LiveSpan:
     count: int
     index: Tensor | None = None
 
+    def text_rows(self) -> Tensor:
+        """Rows of what is left that are text between frames, int64, ascending."""
+        mask = self.span.text_mask()
+        if self.index is not None:
+            mask = mask[self.index.cpu()]
+        return mask.nonzero()[:, 0]
+
 
 @dataclass
 class Frame:

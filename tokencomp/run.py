@@ -144,9 +144,11 @@ class Run:
             query = self._query(stage, x, b)
             reduced = []
             for j, live in enumerate(row):
-                keep = self.counts[b][j][order]
-                if keep == live.count or keep == 0:
-                    reduced.append(Reduction(torch.arange(keep, device=x.device)))
+                visual, text = self.counts[b][j][order], live.text_rows()
+                keep = visual + text.numel()
+                if keep == live.count or visual == 0:
+                    rows = torch.arange(keep) if keep == live.count else text
+                    reduced.append(Reduction(rows.to(x.device)))
                     continue
                 special = live.span.special_mask(x.device)
                 tokens = VisualTokens(

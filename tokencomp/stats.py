@@ -43,14 +43,14 @@ class Stats:
     @property
     def tokens_before(self) -> list[int]:
         """Visual tokens per sample before compression."""
-        return [sum(s.length for s in row) for row in self.spans]
+        return [sum(s.visual for s in row) for row in self.spans]
 
     @property
     def tokens_after(self) -> list[list[int]]:
         """Visual tokens per sample seen by each decoder layer."""
         result = []
         for row, counts in zip(self.spans, self.counts, strict=True):
-            seen, current = [], sum(s.length for s in row)
+            seen, current = [], sum(s.visual for s in row)
             for layer in range(self.shape.num_layers):
                 if layer in self.stage_layers:
                     order = self.stage_layers.index(layer)

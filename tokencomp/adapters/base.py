@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import MutableMapping
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from tokencomp.context import VisualSpan
 from tokencomp.errors import SpanError, UnsupportedModelError
 
+FEATURE_NAMES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 KINDS: dict[int, Literal["image", "video"]] = {1: "image", 2: "video"}
 
 
@@ -31,12 +33,15 @@ class Call:
         M-RoPE positions (t, h, w); None for models with one position per token.
     body : nn.Module
         The module that put the features in place.
+    inputs
+        Arguments of that module's call by name.
     """
 
     kinds: Tensor
     embeds: Tensor
     positions: Tensor | None
     body: nn.Module
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
     def runs(self, row: int) -> list[tuple[int, int, Literal["image", "video"]]]:
         """(start, stop, kind) of every run of equal placeholders in a sample."""
@@ -59,7 +64,7 @@ class Adapter:
     mrope
         True if the decoder takes three rows of positions.
     first_layer_stage
-        Earliest decoder layer before which tokens may leave (0 = entry is possible, always is).
+        Earliest decoder layer before which tokens may leave (entry, layer 0, is always possible).
     """
 
     family: ClassVar[str] = ""
@@ -69,6 +74,22 @@ class Adapter:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Adapter:
+        """The adapter of a model of one of `model_types`.
+
+        Raises
+        ------
+        UnsupportedModelError
+            The installed transformers release computes this family wrongly.
+        """
+        return cls(model)
+
+    @property
+    def top(self) -> nn.Module:
+        """The module that generates, and whose forward takes `labels` and `logits_to_keep`."""
+        return self.model
 
     @property
     def body(self) -> nn.Module:
@@ -95,6 +116,37 @@ class Adapter:
         video = getattr(config, "video_token_id", None)
         return {**ids, video: 2} if video is not None else ids
 
+    def carries_features(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether arguments of `body` or of a prefill hold images or videos."""
+        return any(given(inputs.get(name)) for name in FEATURE_NAMES)
+
+    def kinds(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Where the visual features of a call of `body` go.
+
+        Parameters
+        ----------
+        inputs
+            Arguments of the call by name.
+
+        Returns
+        -------
+        Tensor of int8, shape (B, L), or None
+            0 text, 1 image, 2 video. None if the call carries no visual features.
+        """
+        if not self.carries_features(inputs):
+            return None
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        source: Tensor = embeds if ids is None else ids  # type: ignore[assignment]
+        kinds = torch.zeros(source.shape[:2], dtype=torch.int8, device=source.device)
+        for token, kind in self.placeholder_ids().items():
+            if ids is not None:
+                kinds.masked_fill_(ids == token, kind)
+            else:
+                table = self.model.get_input_embeddings()
+                placeholder = table(torch.tensor(token, device=source.device))
+                kinds.masked_fill_((source == placeholder).all(-1), kind)
+        return kinds
+
     def spans(self, call: Call) -> list[list[VisualSpan]]:
         """Visual spans of every sample, in order.
 
@@ -112,7 +164,28 @@ class Adapter:
     def gather_extra(
         self, kwargs: MutableMapping[str, Any], index: Tensor, valid: Tensor | None
     ) -> None:
-        """Gather further decoder arguments that follow the sequence. Default: none."""
+        """Gather further decoder arguments that follow the sequence. Default: none.
+
+        Parameters
+        ----------
+        index : Tensor of int64, shape (B, n)
+            Column of the uncompressed call for every column that is left.
+        valid : Tensor of bool, shape (B, n), or None
+            False at padding; None if there is none.
+        """
+
+    def install(self) -> None:
+        """Called when the model is patched. Default: nothing."""
+
+    def uninstall(self) -> None:
+        """Undo `install`; safe to call twice."""
+
+
+def given(value: Any) -> bool:
+    """Whether a feature argument holds features (a dict of Nones does not)."""
+    if isinstance(value, Mapping):
+        return any(v is not None for v in value.values())
+    return value is not None
 
 
 A = TypeVar("A", bound=type[Adapter])
@@ -161,7 +234,7 @@ def adapter_for(model: nn.Module) -> Adapter:
             f"{type(model).__name__} (model_type={model_type!r}) has no adapter. Supported: "
             f"{', '.join(known)}. A new family is one file: see CONTRIBUTING.md."
         )
-    adapter = known[model_type](model)
+    adapter = known[model_type].of(model)
     for part in ("body", "decoder", "layers"):
         try:
             getattr(adapter, part)
