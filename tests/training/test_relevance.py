@@ -1,0 +1,85 @@
+"""Relevance rows against the plain product of full matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests_support import IMAGE, VIDEO, Family, text
+from torch import Tensor, nn
+
+from tokencomp import patch
+from tokencomp.errors import OptionError
+from tokencomp.training.relevance import relevance
+
+IGNORE = -100
+
+
+def with_answers(family: Family, rows: list[list[Any]], answers: list[list[int]]) -> tuple:
+    inputs = family.batch([[*row, answer] for row, answer in zip(rows, answers, strict=True)])
+    labels = torch.full_like(inputs["input_ids"], IGNORE)
+    for b, answer in enumerate(answers):
+        labels[b, -len(answer) :] = torch.tensor(answer)
+    return inputs, labels
+
+
+def brute_force(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Full matrices of all layers and one backward pass per answer token; one sample."""
+    rows = []
+    for at in (labels[0] != IGNORE).nonzero()[:, 0].tolist():
+        out = model(**inputs, output_attentions=True, use_cache=False)
+        weights = out.attentions
+        y = out.logits[0, at - 1, labels[0, at]]
+        full = torch.eye(labels.shape[1])
+        for a, g in zip(weights, torch.autograd.grad(y, weights), strict=True):
+            full = full + (a * g)[0].clamp(min=0).mean(0) @ full
+        rows.append(full[at - 1])
+    return torch.stack(rows).mean(0)
+
+
+@pytest.mark.parametrize("answers", [1, 3])
+def test_equals_the_product_of_full_matrices(family: Family, answers: int) -> None:
+    """Several spans, several answer tokens, and a left-padded batch against single samples."""
+    model = family.build("eager")
+    prompts = [[text(5), family.image(), text(4), family.image(1), text(6)],
+               [family.video(), text(9)]]  # fmt: skip
+    told = [text(answers, seed=3), text(max(answers - 1, 1), seed=4)]
+    inputs, labels = with_answers(family, prompts, told)
+    got = relevance(model, inputs, labels)
+    for b, prompt in enumerate(prompts):
+        alone, wanted = with_answers(family, [prompt], [told[b]])
+        ids = alone["input_ids"][0]
+        expected = brute_force(model, alone, wanted)[(ids == IMAGE) | (ids == VIDEO)]
+        scores = torch.cat(got[b])
+        assert (scores >= 0).all() and scores.max() > 0
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_backend_and_parameters_are_left_alone(family: Family) -> None:
+    model = family.build("sdpa")
+    inputs, labels = with_answers(family, [[family.image(), text(5)]], [text(2)])
+    before = model(**inputs).logits
+    sdpa = relevance(model, inputs, labels)[0][0]
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(before, model(**inputs).logits)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(sdpa, relevance(model, inputs, labels)[0][0])
+
+
+def test_log_probabilities_are_another_target(family: Family) -> None:
+    model = family.build()
+    inputs, labels = with_answers(family, [[family.image(), text(5)]], [text(2)])
+    logit = relevance(model, inputs, labels)[0][0]
+    logprob = relevance(model, inputs, labels, target="logprob")[0][0]
+    assert logprob.shape == logit.shape and not torch.allclose(logit, logprob)
+
+
+def test_answers_must_exist_and_the_model_must_not_be_patched(family: Family) -> None:
+    model = family.build()
+    inputs, labels = with_answers(family, [[family.image(), text(5)]], [text(2)])
+    with pytest.raises(OptionError, match="no answer tokens"):
+        relevance(model, inputs, torch.full_like(labels, IGNORE))
+    with patch(model, 0.5, reducer="uniform"), pytest.raises(OptionError, match="unpatch"):
+        relevance(model, inputs, labels)

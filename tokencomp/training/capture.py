@@ -1,0 +1,161 @@
+"""One uncompressed forward call, seen from the decoder: spans, layer inputs, layer-0 attention."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp import _compat
+from tokencomp.adapters.base import Adapter, Call, adapter_for
+from tokencomp.context import Attention, VisualSpan
+from tokencomp.errors import OptionError
+from tokencomp.probes import entry_scores
+from tokencomp.ragged import full_frame
+from tokencomp.run import check_padding
+
+INPUT_ONLY = ("labels", "logits_to_keep", "use_cache")
+
+
+@dataclass
+class Capture:
+    """What a forward call left behind; nothing in it carries gradients.
+
+    Attributes
+    ----------
+    spans
+        Visual spans per sample.
+    width, lengths
+        Columns, and real tokens per sample.
+    inputs
+        Input of every layer, (B, width, d); of the first one only if so asked.
+    arguments
+        Keyword arguments of every captured layer, without a cache.
+    last
+        Output of the last layer, (B, width, d), before the final norm.
+    """
+
+    adapter: Adapter
+    spans: list[list[VisualSpan]] = field(default_factory=list)
+    width: int = 0
+    lengths: list[int] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    arguments: list[dict[str, Any]] = field(default_factory=list)
+    last: Tensor | None = None
+
+    def attention_rows(self, answers: list[int]) -> list[list[Tensor]]:
+        """Layer-0 attention of the user's text to each span: what `selector` sees.
+
+        Parameters
+        ----------
+        answers
+            Answer tokens at the end of every sample; they do not vote.
+
+        Returns
+        -------
+        list per sample of list per span of Tensor, float32, shape (span.length,)
+        """
+        tables = self.arguments[0]["position_embeddings"]
+        found = []
+        for b, tail in enumerate(answers):
+            alone = [row if i == b else [] for i, row in enumerate(self.spans)]
+            frame = full_frame(self.width, self.lengths, alone)
+            layer, signal = self.adapter.layers[0], Attention("text")
+            found.append(entry_scores(layer, self.inputs[0], tables, signal, frame, tail)[b])
+        return found
+
+
+@torch.no_grad()
+def capture(model: nn.Module, inputs: dict[str, Any], layers: bool = True) -> Capture:
+    """Run `model` once and keep what the decoder layers were given.
+
+    Parameters
+    ----------
+    model
+        A supported Hugging Face model, not patched.
+    inputs
+        A left-padded batch as the processor returns it, on the model's device.
+    layers
+        False: only the first layer, whose run then ends the call.
+
+    Raises
+    ------
+    OptionError
+        The model is patched.
+    """
+    adapter = adapter_for(model)
+    made = Capture(adapter)
+    call = {k: v for k, v in inputs.items() if k not in INPUT_ONLY}
+    hooks = [adapter.decoder.register_forward_pre_hook(_spans_of(made, call), with_kwargs=True)]
+    for i, layer in enumerate(adapter.layers if layers else adapter.layers[:1]):
+        hooks.append(
+            layer.register_forward_pre_hook(_input_of(made, stop=not layers), with_kwargs=True)
+        )
+        if i == len(adapter.layers) - 1:
+            hooks.append(layer.register_forward_hook(_output_of(made)))
+    try:
+        with contextlib.suppress(_Enough):
+            adapter.body(**call, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return made
+
+
+class _Enough(Exception):
+    """The first layer has been reached and nothing after it is wanted."""
+
+
+def _spans_of(made: Capture, call: dict[str, Any]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        named = _compat.bind(module, args, kwargs)
+        ids, x, positions = call["input_ids"], named["inputs_embeds"], named.get("position_ids")
+        if x.shape[1] != ids.shape[1]:
+            raise OptionError("the model is patched: call tokencomp.unpatch(model) first.")
+        kinds = torch.zeros(ids.shape, dtype=torch.int8, device=ids.device)
+        for token, kind in made.adapter.placeholder_ids().items():
+            kinds.masked_fill_(ids == token, kind)
+        rows = None
+        if made.adapter.mrope and positions is not None:
+            rows = positions[-3:].expand(3, ids.shape[0], -1).cpu()
+        made.width = ids.shape[1]
+        made.lengths = check_padding(call.get("attention_mask"), ids.shape)
+        made.spans = made.adapter.spans(Call(kinds.cpu(), x, rows, made.adapter.body))
+
+    return hook
+
+
+def _input_of(made: Capture, stop: bool) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        named = dict(_compat.bind(module, args, kwargs))
+        made.inputs.append(named.pop("hidden_states"))
+        for name in (*_compat.CACHE_NAMES, "use_cache"):
+            named.pop(name, None)
+        made.arguments.append(named)
+        if stop:
+            raise _Enough
+
+    return hook
+
+
+def _output_of(made: Capture) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, out: Any) -> None:
+        made.last = out[0] if isinstance(out, tuple) else out
+
+    return hook
+
+
+@contextlib.contextmanager
+def eager_attention(adapter: Adapter) -> Iterator[None]:
+    """Eager attention in the decoder inside the block: the only one that shows its weights."""
+    config = adapter.text_config
+    before = _compat.attention_implementation(config)
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,147 @@
+"""Which visual tokens an answer rests on: explainability labels for the selector.
+
+Relevance propagation (Chefer et al., arXiv 2103.15679, as used by arXiv 2506.01097): with A_l the
+attention of layer l and y_t the logit of answer token t,
+
+    R ← R + mean_h (A_l ⊙ ∂y_t/∂A_l)⁺ · R        from the first layer to the last, R = I at first,
+
+and the row of R at the place that predicts y_t says how much every token contributed. Only that
+row is wanted, so it is carried from the *last* layer to the first instead (ours):
+
+    r ← r + r · mean_h (A_l ⊙ ∂y_t/∂A_l)⁺        r = e_t at first.
+
+The state is a vector of N numbers, and gradients go backwards in the same order, so each layer is
+run again from its saved input, differentiated, and its attention freed before the next one.
+
+Memory beside the model, for B samples of N tokens, T answer tokens, L layers of width d and H
+heads: layer inputs L·B·N·d, gradients T·B·N·d, rows T·B·N, and the attention of one layer with
+its gradient, about 4·B·H·N². The plain product needs L·B·H·N² and T·B·N² more.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.errors import OptionError, UnsupportedModelError
+from tokencomp.training.capture import Capture, capture, eager_attention
+
+IGNORE = -100
+Target = Literal["logit", "logprob"]
+
+
+def relevance(
+    model: nn.Module, inputs: dict[str, Any], labels: Tensor, target: Target = "logit"
+) -> list[list[Tensor]]:
+    """Relevance of every visual token for the answers of a batch.
+
+    Parameters
+    ----------
+    model
+        A supported Hugging Face model, not patched, in evaluation mode.
+    inputs
+        A left-padded batch whose `input_ids` end with the answers, on the model's device.
+    labels : Tensor of int64, shape (B, L)
+        The answer tokens at their own places, -100 elsewhere. Relevance is averaged over them.
+    target
+        "logit": the answer token's logit; "logprob": its log-probability.
+
+    Returns
+    -------
+    list per sample of list per span of Tensor, float32, shape (span.length,)
+        Non-negative.
+
+    Raises
+    ------
+    OptionError
+        A sample without answer tokens, or a patched model.
+    UnsupportedModelError
+        The decoder's attention modules do not return their weights.
+    """
+    empty = [b for b, row in enumerate((labels != IGNORE).any(1).tolist()) if not row]
+    if empty:
+        raise OptionError(
+            f"samples {empty} have no answer tokens, so nothing can be explained. Give every "
+            "question an answer (labels other than -100)."
+        )
+    return explain(model, inputs, labels, target)[1]
+
+
+def explain(
+    model: nn.Module, inputs: dict[str, Any], labels: Tensor, target: Target = "logit"
+) -> tuple[Capture, list[list[Tensor]]]:
+    """The forward call and the relevance read from it (see `relevance`)."""
+    from tokencomp.adapters.base import adapter_for
+
+    with eager_attention(adapter_for(model)):
+        seen = capture(model, inputs)
+        rows = propagate(seen, labels, target)
+    answers = (labels != IGNORE).sum(1)
+    mean = rows.sum(0) / answers[:, None].to(rows)
+    found = [[mean[b, s.start : s.stop] for s in row] for b, row in enumerate(seen.spans)]
+    return seen, found
+
+
+def propagate(seen: Capture, labels: Tensor, target: Target) -> Tensor:
+    """Rows r of every answer token after the first layer, float32 (T, B, N); 0 where none is."""
+    rows, grads = _start(seen, labels, target)
+    for i in reversed(range(len(seen.inputs))):
+        layer, x = seen.adapter.layers[i], seen.inputs[i].detach().requires_grad_()
+        with torch.enable_grad():
+            out, weights = _run(layer, x, seen.arguments[i])
+        for t in range(len(rows)):
+            keep = t < len(rows) - 1
+            by_weights, grads[t] = torch.autograd.grad(
+                out, (weights, x), grads[t], retain_graph=keep
+            )
+            mean = (weights.detach() * by_weights).clamp_(min=0).mean(1, dtype=torch.float32)
+            rows[t] += torch.bmm(rows[t, :, None], mean)[:, 0]
+        seen.inputs[i] = x.detach()
+    return rows
+
+
+def _start(seen: Capture, labels: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """Unit rows at the predicting places, and gradients of the targets by the last hidden state."""
+    if seen.last is None:
+        raise OptionError("relevance needs all layers: call capture(model, inputs, layers=True).")
+    batch, width = labels.shape
+    places = [(row != IGNORE).nonzero()[:, 0].tolist() for row in labels]
+    steps = max(map(len, places))
+    rows = torch.zeros(steps, batch, width, device=seen.last.device)
+    grads = torch.zeros(steps, *seen.last.shape, dtype=seen.last.dtype, device=seen.last.device)
+    head, norm = seen.adapter.model.get_output_embeddings(), seen.adapter.decoder.norm
+    for t in range(steps):
+        told = [(b, p[t]) for b, p in enumerate(places) if t < len(p)]
+        b, at = torch.tensor(told, device=seen.last.device).T
+        hidden = seen.last[b, at - 1].detach().requires_grad_()
+        with torch.enable_grad():
+            logits = head(norm(hidden[:, None]))[:, 0].float()
+            if target == "logprob":
+                logits = logits.log_softmax(-1)
+            value = logits.gather(1, labels[b, at][:, None]).sum()
+        grads[t, b, at - 1] = torch.autograd.grad(value, hidden)[0]
+        rows[t, b, at - 1] = 1.0
+    return rows, grads
+
+
+def _run(layer: nn.Module, x: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Output of a decoder layer, and the attention weights inside, both in one graph."""
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Any, out: Any) -> None:
+        if isinstance(out, tuple) and len(out) > 1 and out[1] is not None:
+            found.append(out[1])
+
+    handle = layer.self_attn.register_forward_hook(hook)
+    try:
+        out = layer(x, **arguments)
+    finally:
+        handle.remove()
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(layer.self_attn).__name__} does not return its attention weights with eager "
+            "attention, so answers of this model cannot be explained."
+        )
+    return (out[0] if isinstance(out, tuple) else out), found[0]
