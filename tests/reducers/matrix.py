@@ -10,18 +10,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from tokencomp import Reducer, VisualTokens, available_reducers, make_reducer
 
 
 @dataclass(frozen=True)
 class Row:
-    """Options sets to test; `ties`: of equal tokens the lowest indices stay."""
+    """Options sets to test, and what the method is like.
+
+    `ties`: of equal tokens the lowest indices stay. `blind`: it looks at places only.
+    """
 
     options: tuple[dict[str, Any], ...] = ({},)
     ties: bool = False
+    blind: bool = False
 
 
 ROWS = {
+    "adsc": Row(blind=True),
     "cdpruner": Row(({}, {"relevance": "attention"}, {"relevance": "none"}), ties=True),
     "condiv": Row(
         (
@@ -37,7 +43,8 @@ ROWS = {
     "merge": Row(({}, {"weighted": False}, {"temporal": True}, {"position": "first"})),
     "pool": Row(({}, {"group": 3, "stride": 1.5}, {"mode": "bilinear"})),
     "prune": Row(({}, {"score": "last_query", "schedule": "pyramid"}), ties=True),
-    "random": Row(({}, {"seed": 7})),
+    "random": Row(({}, {"seed": 7}), blind=True),
+    "uniform": Row(blind=True),
 }
 
 GRIDS = [(1, 1, 1), (1, 3, 5), (1, 8, 8), (4, 2, 4), (5, 3, 3), (9, 1, 1), (2, 1, 7)]

@@ -1,0 +1,271 @@
+"""Each method against its paper, written as plain loops over Python numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import matrix
+import numpy as np
+import pytest
+import torch
+
+from tokencomp import VisualTokens, make_reducer
+from tokencomp.errors import OptionError, PlanError, ScoreError
+
+GRIDS = [(1, 5, 6), (4, 3, 4), (6, 2, 3)]
+
+
+def rows_of(tokens: VisualTokens) -> tuple[list[int], list[list[float]]]:
+    """Places of the patches, and their features in double precision."""
+    places = [i for i in range(len(tokens)) if not tokens.special[i]]
+    return places, tokens.features[places].double().tolist()
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
+
+
+def farthest_first(x: list[list[float]], first: int, w: list[float], k: int) -> list[int]:
+    chosen = [first]
+    while len(chosen) < k:
+        best, value = -1, -1.0
+        for i in range(len(x)):
+            if i in chosen:
+                continue
+            gap = w[i] * min(max(1 - cosine(x[i], x[j]), 0) for j in chosen)
+            if gap > value:
+                best, value = i, gap
+        chosen.append(best)
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("keep", [1, 4, 11, 20])
+def test_divprune(grid: tuple[int, int, int], keep: int) -> None:
+    given = matrix.tokens(grid)
+    _, x = rows_of(given)
+    n = len(x)
+    near = [max(cosine(x[i], x[j]) for j in range(n) if j != i) for i in range(n)]
+    expected = farthest_first(x, near.index(min(near)), [1.0] * n, keep)
+    assert make_reducer("divprune").reduce(given, keep).keep.tolist() == expected
+
+
+def test_divprune_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokencomp.reducers import divprune
+
+    x = matrix.tokens((3, 5, 7)).features
+    whole = divprune.most_isolated(x)
+    monkeypatch.setattr(divprune, "BLOCK", 400)
+    assert divprune.most_isolated(x) == whole
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("power", "centred"), [(0.5, False), (1.0, True), (2.0, False)])
+def test_condiv_attention(grid: tuple[int, int, int], power: float, centred: bool) -> None:
+    given = matrix.tokens(grid, special=2)
+    places, x = rows_of(given)
+    if centred:
+        mean = [sum(c) / len(x) for c in zip(*x, strict=True)]
+        x = [[a - m for a, m in zip(row, mean, strict=True)] for row in x]
+    scores = [float(given.scores[p]) for p in places]
+    weights = [max(s / max(scores), 1e-3) ** power for s in scores]
+    chosen = farthest_first(x, weights.index(max(weights)), weights, 7)
+    expected = sorted([places[i] for i in chosen] + given.special.nonzero()[:, 0].tolist())
+    got = make_reducer("condiv", signal="attention", power=power, centred=centred)
+    assert got.reduce(given, 9).keep.tolist() == expected
+
+
+@pytest.mark.parametrize("signal", ["norm", "novelty"])
+def test_condiv_question_agnostic(signal: str) -> None:
+    t, h, w = 4, 3, 4
+    given = matrix.tokens((t, h, w))
+    _, x = rows_of(given)
+    if signal == "norm":
+        r = [math.sqrt(sum(a * a for a in row)) for row in x]
+    else:
+        r = [1.0 if i < h * w else min(1 - cosine(x[i], x[i - h * w]), 1.0) for i in range(len(x))]
+    weights = [max(s / max(r), 1e-3) for s in r]
+    expected = farthest_first(x, weights.index(max(weights)), weights, 15)
+    reducer = make_reducer("condiv", signal=signal, power=1.0)
+    assert reducer.serving_safe and not reducer.needs
+    assert reducer.reduce(given, 15).keep.tolist() == expected
+
+
+def test_condiv_merges_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokencomp.reducers import condiv
+
+    given = matrix.tokens((1, 5, 6), special=1)
+    places, x = rows_of(given)
+    plain = make_reducer("condiv", signal="none", power=0.0, centred=False)
+    merging = make_reducer("condiv", signal="none", power=0.0, centred=False, merge_rest=0.2)
+    kept = plain.reduce(given, 8).keep.tolist()
+    members: dict[int, list[int]] = {k: [k] for k in kept}
+    for place, row in zip(places, x, strict=True):
+        if place in kept:
+            continue
+        near = [(cosine(row, x[places.index(k)]), -k) for k in kept if k in places]
+        best, minus = max(near)
+        if best >= 0.2:
+            members[-minus].append(place)
+    for block in (1 << 24, 16):
+        monkeypatch.setattr(condiv, "BLOCK", block)
+        got = merging.reduce(given, 8)
+        assert got.keep.tolist() == kept
+        for i, k in enumerate(kept):
+            mean = given.features[members[k]].mean(0)
+            assert (got.merged[i] - mean).abs().max() < 1e-5
+            assert got.sizes[i] == len(members[k])
+    assert any(len(m) > 1 for m in members.values())
+
+
+@pytest.mark.parametrize("relevance", ["query", "attention", "none"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_cdpruner(grid: tuple[int, int, int], relevance: str) -> None:
+    """Each step adds the token with the largest determinant, computed from scratch."""
+    given = matrix.tokens(grid, dim=40)
+    _, x = rows_of(given)
+    n = len(x)
+    if relevance == "query":
+        question = given.query.double().tolist()
+        r = [sum(cosine(row, q) for q in question) / len(question) for row in x]
+    else:
+        r = given.scores.tolist() if relevance == "attention" else [1.0] * n
+    low, high = min(r), max(r)
+    r = [(s - low + 1e-6) / (high - low + 1e-6) for s in r]
+    kernel = np.array([[r[i] * cosine(x[i], x[j]) * r[j] for j in range(n)] for i in range(n)])
+    chosen: list[int] = []
+    for _ in range(9):
+        rest = [i for i in range(n) if i not in chosen]
+        sets = [[*chosen, i] for i in rest]
+        gains = [round(np.linalg.det(kernel[np.ix_(s, s)]), 12) for s in sets]
+        chosen.append(rest[int(np.argmax(gains))])
+    got = make_reducer("cdpruner", relevance=relevance).reduce(given, 9)
+    assert got.keep.tolist() == sorted(chosen)
+
+
+def test_cdpruner_beyond_the_rank() -> None:
+    """With d features no more than d tokens are independent; the most relevant others follow."""
+    given = matrix.tokens((1, 5, 6), dim=4)
+    reducer = make_reducer("cdpruner", relevance="attention")
+    first = reducer.reduce(given, 4).keep.tolist()
+    rest = sorted(set(range(30)) - set(first), key=lambda i: -float(given.scores[i]))
+    assert reducer.reduce(given, 9).keep.tolist() == sorted(first + rest[:5])
+
+
+def test_cdpruner_without_a_question() -> None:
+    given = matrix.tokens((1, 3, 3))
+    given.query = given.query[:0]
+    with pytest.raises(ScoreError, match="relevance='none'"):
+        make_reducer("cdpruner").reduce(given, 3)
+
+
+@pytest.mark.parametrize("keep", [12, 13, 20, 40])
+def test_evs(keep: int) -> None:
+    """The first frame, then the largest changes of the whole video."""
+    given = matrix.tokens((4, 3, 4))
+    _, x = rows_of(given)
+    change = sorted(range(12, 48), key=lambda i: (cosine(x[i], x[i - 12]), i))
+    expected = sorted([*range(12), *change[: keep - 12]])
+    assert make_reducer("evs").reduce(given, keep).keep.tolist() == expected
+
+
+def test_evs_small_budgets() -> None:
+    given = matrix.tokens((4, 3, 4))
+    _, x = rows_of(given)
+    change = sorted(range(12, 48), key=lambda i: (cosine(x[i], x[i - 12]), i))
+    kept = make_reducer("evs").reduce(given, 7).keep.tolist()
+    assert kept == sorted([1, 4, 7, 10, *change[:3]])
+    image = make_reducer("evs").reduce(matrix.tokens((1, 3, 4)), 3).keep
+    assert image.tolist() == [2, 6, 10]
+
+
+@pytest.mark.parametrize("keep", [5, 12, 30, 45])
+@pytest.mark.parametrize("temperature", [0.01, 0.5])
+def test_vidcom2(keep: int, temperature: float) -> None:
+    t, n, d = 4, 12, 12
+    given = matrix.tokens((t, 3, 4), dim=d)
+    _, x = rows_of(given)
+    spread = [np.var([row[c] for row in x]) for c in range(d)]
+    quiet = sorted(range(d), key=lambda c: spread[c])[: d // 2]
+    x = [[row[c] for c in quiet] for row in x]
+    x = [[a / math.sqrt(sum(b * b for b in row)) for a in row] for row in x]
+
+    def mean(rows: list[list[float]]) -> list[float]:
+        return [sum(c) / len(rows) for c in zip(*rows, strict=True)]
+
+    def gaussians(a: list[float], b: list[float]) -> float:
+        squared = sum((p - q) ** 2 for p, q in zip(a, b, strict=True))
+        return sum(math.exp(-squared / (2 * s)) for s in (0.125, 0.25, 0.5, 1.0, 2.0))
+
+    whole = mean(x)
+    video = [gaussians(row, whole) for row in x]
+    local = [gaussians(row, mean(x[i // n * n :][:n])) for i, row in enumerate(x)]
+    unusual = [-sum(video[f * n :][:n]) / n for f in range(t)]
+    weight = [math.exp((u - max(unusual)) / temperature) for u in unusual]
+    wanted = [keep / t * (1 + v / sum(weight) - 1 / t) for v in weight]
+    quota = [min(n, int(v)) for v in wanted]
+    while sum(quota) < keep:  # one token at a time to the largest remainder
+        open_ = [f for f in range(t) if quota[f] < n]
+        quota[max(open_, key=lambda f: (wanted[f] - quota[f], -f))] += 1
+    expected = []
+    for f in range(t):
+        order = sorted(range(f * n, f * n + n), key=lambda i: (video[i] + local[i], i))
+        expected += order[: quota[f]]
+    reducer = make_reducer("vidcom2", temperature=temperature)
+    assert reducer.reduce(given, keep).keep.tolist() == sorted(expected)
+
+
+def test_presets_are_prune() -> None:
+    for name, schedule in (("fastv", "fastv"), ("pyramiddrop", "pyramid")):
+        stages = make_reducer(name).plan(0.5, 32).stages
+        assert all(s.reducer.score == "last_query" for s in stages)
+        prune = make_reducer("prune", score="last_query", schedule=schedule)
+        assert stages == prune.plan(0.5, 32).stages
+    (cut,) = make_reducer("fastv").plan(0.5, 32).stages
+    assert (cut.layer, cut.fraction) == (2, pytest.approx(14 / 30))
+    halves = make_reducer("pyramiddrop").plan(1 - 15 / 32, 32).stages
+    assert [(s.layer, s.fraction) for s in halves] == [
+        (8, pytest.approx(0.5)),
+        (16, pytest.approx(0.25)),
+        (24, pytest.approx(0.125)),
+    ]
+
+
+@pytest.mark.parametrize("name", ["evs", "vidcom2", "pool"])
+def test_whole_grids_only(name: str) -> None:
+    given = matrix.tokens((2, 3, 4))
+    part = VisualTokens(given.features[:20], given.grid, given.special[:20], index=torch.arange(20))
+    with pytest.raises(PlanError, match="decoder entry"):
+        make_reducer(name).reduce(part, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("condiv", {"power": -1}),
+        ("condiv", {"power": math.nan}),
+        ("condiv", {"signal": "magic"}),
+        ("condiv", {"merge_rest": 2.0}),
+        ("cdpruner", {"relevance": "magic"}),
+        ("vidcom2", {"temperature": 0.0}),
+        ("vidcom2", {"channels": 1.5}),
+        ("pool", {"group": -1}),
+        ("pool", {"group": 2.5}),
+        ("pool", {"stride": 0.5}),
+        ("pool", {"mode": "max"}),
+    ],
+)
+def test_refused_options(name: str, options: dict[str, object]) -> None:
+    with pytest.raises(OptionError, match="allowed"):
+        make_reducer(name, **options)
+
+
+def test_pairs_of_spans_do_not_mix() -> None:
+    """Greedy methods see one span: another seed elsewhere changes nothing here."""
+    a, b = matrix.tokens((1, 4, 4)), matrix.tokens((1, 4, 4), seed=1)
+    for name, keep in itertools.product(("condiv", "divprune", "cdpruner"), (3, 7)):
+        first = make_reducer(name).reduce(a, keep).keep
+        make_reducer(name).reduce(b, keep)
+        assert torch.equal(first, make_reducer(name).reduce(a, keep).keep)

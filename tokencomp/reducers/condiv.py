@@ -1,0 +1,135 @@
+"""Conditional diversity: relevance × distance from what is already kept. Ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokencomp.context import Attention, Reduction, Signal, VisualTokens
+from tokencomp.errors import OptionError
+from tokencomp.reducers.base import Reducer, check_choice, register_reducer
+from tokencomp.reducers.rows import finite, given_scores, joined, split, whole_grid
+
+SIGNALS = ("attention", "norm", "novelty", "none")
+FLOOR = 1e-3
+BLOCK = 1 << 24
+
+
+@register_reducer("condiv")
+@dataclass(frozen=True)
+class ConDiv(Reducer):
+    r"""Greedy choice of tokens that are relevant and unlike those already kept.
+
+    .. math:: next = \arg\max_i \; r_i^p \cdot \min_{j \in kept} (1 - \cos(x_i, x_j))
+
+    Attention alone keeps many copies of one thing, diversity alone keeps outliers; the product
+    does neither. Ours; kin: DivPrune (arXiv 2503.02175), CDPruner (arXiv 2506.10967).
+
+    Attributes
+    ----------
+    power
+        p ≥ 0; 0 is plain max-min diversity.
+    signal
+        What r is. "attention": layer 0's attention of the text after the span, mean over heads
+        and tokens. "norm": length of the feature. "novelty": 1 - cosine with the same place of
+        the frame before (1 in the first frame; videos, at entry). "none": r = 1.
+    centred
+        Subtract the span's mean feature before the cosine.
+    merge_rest
+        Kept tokens become the mean of themselves and the dropped tokens nearest to them, of
+        cosine at least this; None leaves kept tokens as they are.
+
+    Notes
+    -----
+    Relevance is divided by its largest value and floored at 1e-3, so that no p silences the
+    distance. Question-agnostic, hence serving-safe, for every signal but "attention".
+    """
+
+    power: float = 0.5
+    signal: str = "attention"
+    centred: bool = False
+    merge_rest: float | None = None
+
+    summary = "relevance × diversity, greedy (ours)"
+
+    def __post_init__(self) -> None:
+        check_choice("condiv", "signal", self.signal, SIGNALS)
+        if not 0 <= self.power <= 16:
+            raise OptionError(f"condiv: power={self.power!r}; allowed: a number from 0 to 16.")
+        if self.merge_rest is not None and not -1 <= self.merge_rest <= 1:
+            raise OptionError(
+                f"condiv: merge_rest={self.merge_rest!r}; allowed: a cosine in [-1, 1], or None."
+            )
+        object.__setattr__(self, "serving_safe", not self.needs)
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        uses = self.signal == "attention" and self.power > 0
+        return frozenset({Attention("text")}) if uses else frozenset()
+
+    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        from tokencomp.kernels import maxmin_select
+
+        rows, special = split(tokens)
+        x = tokens.features[rows]
+        finite(x.norm(dim=1), "feature norms")
+        weights = self._weights(tokens, rows)
+        chosen = maxmin_select(x, keep - special.numel(), weights, centred=self.centred)
+        if self.merge_rest is None:
+            return joined(tokens, rows[chosen])
+        return merge_into(tokens, rows, chosen, self.merge_rest, self.centred)
+
+    def _weights(self, tokens: VisualTokens, rows: Tensor) -> Tensor | None:
+        if self.signal == "none" or self.power == 0:
+            return None
+        if self.signal == "attention":
+            relevance = given_scores(tokens, "condiv")[rows]
+        elif self.signal == "norm":
+            relevance = tokens.features[rows].float().norm(dim=1)
+        else:
+            relevance = novelty(tokens)
+        relevance = relevance.clamp(min=0)
+        return (relevance / relevance.max().clamp(min=1e-30)).clamp(min=FLOOR) ** self.power
+
+
+def novelty(tokens: VisualTokens) -> Tensor:
+    """1 - cosine of every patch with the same place of the frame before; 1 in the first frame."""
+    from tokencomp.kernels import nearest_previous_frame
+
+    t, h, w = tokens.grid
+    x = tokens.features[whole_grid(tokens, "condiv")]
+    similarity, _ = nearest_previous_frame(x.view(t, h, w, -1))
+    return (1 - similarity).flatten().clamp(max=1.0)
+
+
+def merge_into(
+    tokens: VisualTokens, rows: Tensor, chosen: Tensor, floor: float, centred: bool
+) -> Reduction:
+    """Merge every dropped patch into its nearest kept one, if their cosine is at least `floor`.
+
+    Parameters
+    ----------
+    rows : Tensor of int64, shape (n,)
+        Rows of the patches.
+    chosen : Tensor of int64, shape (k,)
+        Places in `rows` that stay, ascending.
+    """
+    from tokencomp.kernels import merge_rows
+
+    x = tokens.features[rows]
+    wide = x.float()
+    unit = torch.nn.functional.normalize(wide - wide.mean(0) if centred else wide, dim=1)
+    kept_unit, step = unit[chosen].T, max(1, BLOCK // chosen.numel())
+    blocks = [(unit[at : at + step] @ kept_unit).max(1) for at in range(0, len(unit), step)]
+    best, nearest = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    target = torch.where(best >= floor, chosen[nearest], -1)
+    target[chosen] = chosen
+    merged = merge_rows(x, target, chosen)
+    kept = joined(tokens, rows[chosen])
+    features = tokens.features[kept.keep].clone()
+    sizes = torch.ones(kept.keep.numel(), device=x.device)
+    patch = ~tokens.special[kept.keep]
+    features[patch], sizes[patch] = merged.x, merged.sizes.float()
+    return Reduction(kept.keep, features, sizes)

@@ -1,0 +1,47 @@
+"""Comparator: efficient video sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tokencomp.context import Reduction, VisualTokens
+from tokencomp.reducers.base import Reducer, register_reducer, top_k
+from tokencomp.reducers.rows import finite, whole_grid
+
+
+@register_reducer("evs")
+@dataclass(frozen=True)
+class EVS(Reducer):
+    """Drop what the frame before showed at the same place (EVS, arXiv 2510.14624).
+
+    The first frame stays whole; of the others, the tokens least similar (cosine) to the same
+    place of their previous frame stay, over the whole video.
+
+    Notes
+    -----
+    Ours, where the paper is silent: if the budget is smaller than one frame, the first frame gets
+    half of it, evenly spaced. A single image has no previous frame: evenly spaced tokens.
+    """
+
+    summary = "drop tokens unchanged since the previous frame (EVS 2510.14624)"
+    serving_safe = True
+
+    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        from tokencomp.kernels import nearest_previous_frame
+
+        t, h, w = tokens.grid
+        rows = whole_grid(tokens, "evs")
+        x = tokens.features[rows].view(t, h, w, -1)
+        finite(x.flatten(0, 2).norm(dim=1), "feature norms")
+        score = -nearest_previous_frame(x)[0].flatten()
+        budget = keep - int(tokens.special.sum())
+        if budget < h * w:
+            first = budget if t == 1 else -(-budget // 2)
+            steps = torch.arange(first, device=x.device)
+            score[: h * w] = -torch.inf
+            score[(2 * steps + 1) * h * w // (2 * first)] = torch.inf
+        scores = torch.zeros(len(tokens), device=x.device)
+        scores[rows] = score
+        return Reduction(top_k(scores, tokens.special, keep))

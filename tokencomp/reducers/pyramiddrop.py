@@ -1,0 +1,24 @@
+"""Comparator: pruning in stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokencomp.plan import Plan
+from tokencomp.reducers.base import Reducer, register_reducer
+from tokencomp.reducers.prune import Prune
+
+
+@register_reducer("pyramiddrop")
+@dataclass(frozen=True)
+class PyramidDrop(Reducer):
+    """Preset of PyramidDrop (arXiv 2410.17247): cuts at a quarter, half and three quarters.
+
+    Every cut keeps the same share (half, or more if the ratio allows), by the last prompt token's
+    attention. Ratios that three halvings cannot meet add a cut at the start (ours).
+    """
+
+    summary = "equal cuts at 1/4, 1/2, 3/4 of the depth (PyramidDrop 2410.17247)"
+
+    def plan(self, ratio: float, num_layers: int) -> Plan:
+        return Prune(score="last_query", schedule="pyramid").plan(ratio, num_layers)

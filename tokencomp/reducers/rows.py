@@ -1,0 +1,72 @@
+"""Small steps that several reducers share: patches apart from special tokens, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokencomp.context import Reduction, VisualTokens
+from tokencomp.errors import PlanError, ScoreError
+
+
+def split(tokens: VisualTokens) -> tuple[Tensor, Tensor]:
+    """Rows of patches and rows of special tokens, int64, ascending."""
+    return (~tokens.special).nonzero()[:, 0], tokens.special.nonzero()[:, 0]
+
+
+def joined(tokens: VisualTokens, chosen: Tensor) -> Reduction:
+    """The reduction that keeps all special tokens and the patches `chosen`.
+
+    Parameters
+    ----------
+    chosen : Tensor of int64
+        Rows of `tokens.features`, none of them special, in any order.
+    """
+    special = tokens.special.nonzero()[:, 0]
+    return Reduction(torch.cat([special, chosen]).sort().values)
+
+
+def whole_grid(tokens: VisualTokens, reducer: str) -> Tensor:
+    """Rows of the patches, as long as the span is whole (t·h·w of them).
+
+    Raises
+    ------
+    PlanError
+        An earlier stage has already dropped tokens of the span.
+    """
+    rows, _ = split(tokens)
+    t, h, w = tokens.grid
+    if rows.numel() != t * h * w:
+        raise PlanError(
+            f"reducer {reducer!r} compares places of a whole {t}×{h}×{w} grid, but "
+            f"{rows.numel()} of its tokens are left. Use it at decoder entry (layer 0)."
+        )
+    return rows
+
+
+def finite(values: Tensor, what: str) -> Tensor:
+    """Return `values` in fp32, or raise `ScoreError` if one is NaN or infinite."""
+    values = values.float()
+    bad = ~torch.isfinite(values)
+    if bad.any():
+        raise ScoreError(
+            f"{int(bad.sum())} of {values.numel()} {what} are NaN or infinite. The features or "
+            "attention logits overflowed; run the model in bfloat16 or float32."
+        )
+    return values
+
+
+def given_scores(tokens: VisualTokens, reducer: str) -> Tensor:
+    """The scores that the hooks supply, fp32.
+
+    Raises
+    ------
+    ScoreError
+        There are none, or one is not finite.
+    """
+    if tokens.scores is None:
+        raise ScoreError(
+            f"reducer {reducer!r} needs attention scores and got none. Run it through "
+            "tokencomp.patch, or set VisualTokens.scores."
+        )
+    return finite(tokens.scores, "scores")

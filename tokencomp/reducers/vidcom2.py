@@ -1,0 +1,85 @@
+"""Comparator: video compression commander."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tokencomp.context import Reduction, VisualTokens
+from tokencomp.errors import OptionError
+from tokencomp.reducers.base import Reducer, register_reducer
+from tokencomp.reducers.merge import best_per_group
+from tokencomp.reducers.rows import finite, joined, whole_grid
+
+BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))
+
+
+@register_reducer("vidcom2")
+@dataclass(frozen=True)
+class VidCom2(Reducer):
+    """Keep tokens unlike their video and their frame; unusual frames keep more.
+
+    VidCom² (arXiv 2505.14454): over the half of the channels with the lowest variance, every
+    unit-length token is compared with the mean token of the video and of its frame (sum of
+    Gaussians, bandwidths 1/8 … 2). The least similar tokens of each frame stay; frame budgets are
+    base · (1 + softmax(u / τ) - 1/T), u the frame's mean dissimilarity from the video.
+
+    Attributes
+    ----------
+    temperature
+        τ of the softmax over frames.
+    channels
+        Fraction of channels that count.
+
+    Notes
+    -----
+    Budgets are made whole by largest remainders, so that the count is exact (ours).
+    """
+
+    temperature: float = 0.01
+    channels: float = 0.5
+
+    summary = "uniqueness within frame and video, per-frame budgets (VidCom2 2505.14454)"
+    serving_safe = True
+
+    def __post_init__(self) -> None:
+        for name, value in (("temperature", self.temperature), ("channels", self.channels)):
+            if not 0 < value <= 1:
+                raise OptionError(f"vidcom2: {name}={value!r}; allowed: a number in (0, 1].")
+
+    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        t, h, w = tokens.grid
+        rows = whole_grid(tokens, "vidcom2")
+        x = tokens.features[rows].float()
+        finite(x.norm(dim=1), "feature norms")
+        budget = keep - int(tokens.special.sum())
+        quiet = x.var(0, unbiased=False).sort(stable=True).indices
+        quiet = quiet[: max(1, int(x.shape[1] * self.channels))]
+        frames = normalize(x[:, quiet], dim=1).view(t, h * w, -1)
+        video = similarity(frames, frames.mean((0, 1), keepdim=True))
+        local = similarity(frames, frames.mean(1, keepdim=True))
+        share = torch.softmax(-video.mean(1) / self.temperature, 0)
+        wanted = budget / t * (1 + share - 1 / t)
+        quota = whole(wanted.tolist(), budget, h * w)
+        chosen = best_per_group(-(video + local).flatten(), [h * w] * t, quota)
+        return joined(tokens, rows[chosen])
+
+
+def similarity(x: Tensor, centre: Tensor) -> Tensor:
+    """Sum of Gaussians of the distance between x (t, n, c) and centre, shape (t, n)."""
+    squared = (x - centre).square().sum(-1)
+    return torch.stack([torch.exp(-squared / (2 * a)) for a in BANDWIDTHS]).sum(0)
+
+
+def whole(wanted: list[float], total: int, most: int) -> list[int]:
+    """Round `wanted` to whole numbers in 0 … most that sum to `total`, by largest remainders."""
+    quota = [min(most, int(v)) for v in wanted]
+    order = sorted(range(len(quota)), key=lambda i: (int(wanted[i]) - wanted[i], i))
+    while (missing := total - sum(quota)) > 0:
+        open_ = [i for i in order if quota[i] < most]
+        for i in open_[:missing]:
+            quota[i] += 1
+    return quota
