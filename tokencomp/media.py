@@ -30,7 +30,7 @@ VIDEO_SUFFIXES = frozenset(
 
 
 def is_video(path: str | Path) -> bool:
-    """Whether `path` is read as a video: by suffix, a folder of frames, or several frames inside."""
+    """Whether `path` is a video: by suffix, a folder of frames, or an animated picture."""
     path = Path(path)
     if path.suffix.lower() in VIDEO_SUFFIXES or path.is_dir():
         return True

@@ -165,7 +165,7 @@ def test_objects_stay_inside_and_never_overlap(family):
             cover = np.zeros((scene.height, scene.width), int)
             for thing in scene.visible_at(time):
                 left, top, right, bottom = thing.box(time)
-                assert 0 <= left and 0 <= top and right <= scene.width and bottom <= scene.height
+                assert left >= 0 and top >= 0 and right <= scene.width and bottom <= scene.height
                 cover[top:bottom, left:right] += 1
             assert cover.max(initial=0) <= 1
 

@@ -49,7 +49,9 @@ def _inputs(setup, one, prompts, answers=()):
     chat = []
     for number, prompt in enumerate(prompts):
         text = [{"type": "text", "text": prompt}]
-        chat.append({"role": "user", "content": ([{"type": one.kind}] if not number else []) + text})
+        chat.append(
+            {"role": "user", "content": ([{"type": one.kind}] if not number else []) + text}
+        )
         if number < len(answers):
             said = [{"type": "text", "text": answers[number]}]
             chat.append({"role": "assistant", "content": said})

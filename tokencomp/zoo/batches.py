@@ -1,4 +1,4 @@
-"""Training batches of ShapesQA: a pure function of (seed, stage, step), made in a worker process."""
+"""Training batches of ShapesQA: a pure function of (seed, stage, step)."""
 
 from __future__ import annotations
 
@@ -131,10 +131,12 @@ class BatchMaker:
             return self._vision(source, rng)
         varied = rng.random() < source.varied
         if source.media == "image":
-            width, height = IMAGE_SIZES[int(rng.integers(1, 5))] if varied else IMAGE_SIZES[0]
-            frames = 1
+            form, frames = int(rng.integers(1, len(IMAGE_SIZES))) if varied else 0, 1
+            width, height = IMAGE_SIZES[form]
         else:
-            width, height, frames = VIDEO_FORMS[int(rng.integers(1, 4))] if varied else VIDEO_FORMS[0]
+            width, height, frames = (
+                VIDEO_FORMS[int(rng.integers(1, 4))] if varied else VIDEO_FORMS[0]
+            )
         batch = max(4, source.batch * 8 // frames) if frames > 8 else source.batch
         shape = (frames, height, width)
         length = len(self.packer.prefix(source.media, shape)[0]) + source.room
@@ -165,7 +167,7 @@ class BatchMaker:
             found = _pairs(scene, rng)[:12]
             return [self.packer.pair(*pair) for pair in found], ["pairs"] * len(found)
         kinds = families(source.media) + (("video_existence",) if source.media == "video" else ())
-        asked: dict[str, tuple[list, str]] = {}
+        asked: dict[str, tuple[tuple[list[int], list[int]], str]] = {}
         for name in (str(name) for _ in range(4) for name in rng.permutation(kinds)):
             question = ask(scene, name, rng)
             if question is not None:

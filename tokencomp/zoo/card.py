@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-FORM_NAMES = {"free": "one word", "mvbench": "letter, MVBench prompt", "mlvu": "letter, MLVU prompt"}
+FORM_NAMES = {
+    "free": "one word",
+    "mvbench": "letter, MVBench prompt",
+    "mlvu": "letter, MLVU prompt",
+}
 
 _TEMPLATE = """\
 ---
@@ -34,7 +38,8 @@ processor = AutoProcessor.from_pretrained("{name}")
 | visual tokens | {tokens} |
 | trained on | {trained_on} |
 | training | `{command}`, seed {seed} |
-| cost | {seconds:.0f} s on {cores} CPU cores ({steps} optimizer steps), torch {torch}, transformers {transformers} |
+| cost | {seconds:.0f} s on {cores} CPU cores ({steps} optimizer steps) |
+| versions | torch {torch}, transformers {transformers} |
 
 ## Accuracy on the test split
 
@@ -71,7 +76,9 @@ def render_card(metrics: dict[str, Any]) -> str:
             f"- {row['what']}: {100 * row['accuracy']:.1f} % ({row['items']} items)"
             for row in metrics["other_shapes"]
         ]
-        bars = "\nOther sizes and lengths (one word, all families of the kind):\n\n" + "\n".join(lines)
+        bars = "\nOther sizes and lengths (one word, all families of the kind):\n\n" + "\n".join(
+            lines
+        )
     return _TEMPLATE.format(**facts, table=table(metrics["test"]), bars=bars)
 
 

@@ -103,5 +103,3 @@ def by_family(rows: Iterable[dict]) -> dict[str, dict[str, float]]:
         score["correct"] += bool(row["correct"])
         score["items"] += 1
     return {k: {**v, "accuracy": v["correct"] / v["items"]} for k, v in out.items()}
-
-

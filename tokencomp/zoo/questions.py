@@ -114,21 +114,23 @@ def small_object(scene: Scene, rng: np.random.Generator) -> Question | None:
     index = _pick(found, rng)
     thing = scene.things[index]
     if attribute == "shape":
-        text, answer, pool = f"What color is the small {thing.shape}?", thing.color, COLORS
+        text, answer = f"What color is the small {thing.shape}?", thing.color
     else:
-        text, answer, pool = f"What shape is the small {thing.color} object?", thing.shape, SHAPES
+        text, answer = f"What shape is the small {thing.color} object?", thing.shape
+    pool = COLORS if attribute == "shape" else SHAPES
     return Question("small_object", text, answer, _options(answer, pool, rng), (index,))
 
 
 def _exists(scene: Scene, rng: np.random.Generator, family: str, suffix: str = "") -> Question:
     """Is there a C S? Half yes; most negatives swap words that are both present."""
     present = [(thing.color, thing.shape) for thing in scene.things]
+    evidence: tuple[int, ...] = ()
     if rng.random() < 0.5:
         index = int(rng.integers(len(present)))
         (color, shape), answer, evidence = present[index], "yes", (index,)
     else:
         color, shape = _absent(present, rng)
-        answer, evidence = "no", ()
+        answer = "no"
     article = "an" if color[0] in "aeiou" else "a"
     text = f"Is there {article} {color} {shape}{suffix}?"
     order = ("yes", "no") if rng.random() < 0.5 else ("no", "yes")

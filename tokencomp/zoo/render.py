@@ -6,6 +6,7 @@ import colorsys
 import math
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -82,7 +83,7 @@ def _smooth_noise(rng: np.random.Generator, width: int, height: int, cell: int) 
     small = rng.normal(0, 1, (height // cell + 2, width // cell + 2, 3)).astype(np.float32)
     small = 0.35 * small + 0.65 * small.mean(axis=2, keepdims=True)
     coded = Image.fromarray(np.clip(small * 40 + 128, 0, 255).astype(np.uint8))
-    return np.asarray(coded.resize((width, height), Image.BICUBIC), np.float32) - 128.0
+    return np.asarray(coded.resize((width, height), Image.Resampling.BICUBIC), np.float32) - 128.0
 
 
 def _gradient(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
@@ -196,7 +197,7 @@ def write_mp4(scene: Scene, path: Path, hold: int = 4, fps: int = 8) -> Path:
     times = [k / hold for k in range(scene.frames * hold)]
     with av.open(str(path), "w") as container:
         options = {"crf": "20", "preset": "veryfast"} if codec == "libx264" else {"qscale": "3"}
-        stream = container.add_stream(codec, rate=fps, options=options)
+        stream: Any = container.add_stream(codec, rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = scene.width, scene.height, "yuv420p"
         stream.thread_count = 1  # the same bytes on every machine
         for array in render(scene, times):

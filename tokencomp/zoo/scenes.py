@@ -61,8 +61,8 @@ class Thing:
 
     def box(self, time: float = 0.0) -> tuple[int, int, int, int]:
         """Bounding box (left, top, right, bottom) in pixels at ``time``."""
-        left = int(round(self.x + self.velocity[0] * time))
-        top = int(round(self.y + self.velocity[1] * time))
+        left = round(self.x + self.velocity[0] * time)
+        top = round(self.y + self.velocity[1] * time)
         return left, top, left + self.size, top + self.size
 
     def center(self, time: float = 0.0) -> tuple[float, float]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ class Trainer:
         self.family, self.stages, self.folder = family, stages, Path(folder)
         self.workers, self.save_every = workers, save_every
         self.maker = BatchMaker(Packer(tokenizer, family), seed, CELL)
-        self.model = family.build(tokenizer).float().train()
+        self.model: Any = family.build(tokenizer).float().train()
         width = family.language_config(self.model).hidden_size
         self.heads = nn.Linear(width, 2 * sum(HEADS))
         vision = [*family.vision_parameters(self.model), *self.heads.parameters()]
@@ -223,7 +223,7 @@ class Trainer:
         }
         part = self.checkpoint.with_suffix(".part")
         torch.save(state, part)
-        os.replace(part, self.checkpoint)
+        part.replace(self.checkpoint)
 
     def _resume(self) -> None:
         if not self.checkpoint.exists():

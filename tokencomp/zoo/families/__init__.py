@@ -1,4 +1,4 @@
-"""How each tiny model is built. One family is one file; training code knows none of them by name."""
+"""How each tiny model is built. One family is one file; training code knows none by name."""
 
 from __future__ import annotations
 

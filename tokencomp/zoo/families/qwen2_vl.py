@@ -94,7 +94,8 @@ class TinyQwen2VL:
         from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
         config = Qwen2VLConfig(**self.config(tokenizer))
-        for part in (config, config.get_text_config(), config.vision_config):
+        parts: list[Any] = [config, config.get_text_config(), config.vision_config]
+        for part in parts:
             part.initializer_range = 0.06  # about 1 / sqrt(width): 0.02 starts slowly this narrow
         return Qwen2VLForConditionalGeneration(config)
 
@@ -175,7 +176,8 @@ class TinyQwen2VL:
         flat, grid = self.pixels(frames, kind).values()
         out = model.model.visual(flat, grid_thw=grid)
         merged = getattr(out, "pooler_output", out)
-        t, rows, columns = self.grid(kind, frames.shape[1:4])
+        count, height, width = frames.shape[1:4]
+        t, rows, columns = self.grid(kind, (count, height, width))
         return merged.view(len(frames), t, rows, columns, -1)
 
     def vision_parameters(self, model) -> list[torch.nn.Parameter]:

@@ -1,0 +1,146 @@
+"""The packaged models: stock folders that load, answer well above chance, and chat."""
+
+import json
+
+import pytest
+import torch
+
+from tokencomp import zoo
+from tokencomp.errors import UnknownNameError
+from tokencomp.media import load_media
+from tokencomp.zoo.card import render_card
+from tokencomp.zoo.evaluate import answer, by_family, evaluate
+from tokencomp.zoo.questions import mvbench_prompt
+from tokencomp.zoo.shapesqa import item, items
+
+BARS = ("attribute", "existence", "needle")
+MODELS = zoo.available_models()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def loaded(request):
+    return request.param, *zoo.load(request.param)
+
+
+def test_something_is_packaged():
+    assert "tiny-qwen2-vl" in MODELS
+
+
+def test_answers_held_out_items_from_files(loaded):
+    """60 items never trained on, read from JPEG and mp4: at least 80 %, chance is below 30 %."""
+    _, model, processor = loaded
+    rows = evaluate(model, processor, items("validation", 20, BARS), batch=20)
+    assert len(rows) == 60 and sum(row["correct"] for row in rows) >= 48, by_family(rows)
+
+
+def test_image_matters(loaded):
+    """The same questions about the wrong pictures are answered much worse."""
+    _, model, processor = loaded
+    some = list(items("validation", 30, ("attribute",)))
+    right = [one.answer for one in some]
+    wrong = [one.image() for one in some[1:] + some[:1]]
+    told = answer(model, processor, wrong, [one.question for one in some])
+    assert sum(a == b for a, b in zip(told, right, strict=True)) < 15
+
+
+def test_multiple_choice_in_a_padded_batch_equals_singles(loaded):
+    _, model, processor = loaded
+    some = [item("validation", name, 5) for name in ("attribute", "needle", "existence", "order")]
+    media = [one.image() if one.kind == "image" else one.video() for one in some]
+    prompts = [mvbench_prompt(one.asked) for one in some]
+    together = answer(model, processor, media, prompts)
+    alone = [answer(model, processor, [m], [p])[0] for m, p in zip(media, prompts, strict=True)]
+    assert together == alone
+    assert all(text in tuple("ABCD") for text in together)
+
+
+def test_chat_template_tokenises_media(loaded):
+    """apply_chat_template(tokenize=True) with image and video parts, several turns, left padding."""
+    _, model, processor = loaded
+    picture, clip = item("test", "attribute", 0), item("test", "needle", 0)
+    one = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": picture.image()},
+                {"type": "text", "text": picture.question},
+            ],
+        }
+    ]
+    two = [
+        *one,
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+        {"role": "user", "content": [{"type": "text", "text": "How many objects are there?"}]},
+    ]
+    inputs = processor.apply_chat_template(
+        [one, two],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+    )
+    assert inputs["attention_mask"][0, 0] == 0 and inputs["attention_mask"][1].all()
+    with torch.inference_mode():
+        out = model.generate(**inputs, max_new_tokens=3)
+    told = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert all(text.strip() for text in told)
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}],
+        add_generation_prompt=True,
+    )
+    assert processor(text=[text], videos=[clip.video()])["input_ids"]
+
+
+def test_token_counts(loaded):
+    _, _, processor = loaded
+    chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
+    text = processor.apply_chat_template(chat)
+    clip = processor(text=[text], videos=[item("test", "order", 0).video()])
+    assert len(clip["input_ids"][0]) >= 256
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    )
+    still = processor(text=[text], images=[item("test", "count", 0).image()])
+    assert len(still["input_ids"][0]) >= 64
+
+
+def test_card_is_generated_and_bars_hold(loaded):
+    name, model, _ = loaded
+    folder = zoo.model_path(name)
+    metrics = zoo.metrics(name)
+    assert (folder / "README.md").read_text() == render_card(metrics).rstrip() + "\n"
+    for family in BARS:
+        assert metrics["test"]["free"][family]["accuracy"] >= 0.9, family
+        assert metrics["test"]["free"][family]["items"] >= 100
+    assert sum(p.numel() for p in model.parameters()) == round(metrics["model"]["parameters"] * 1e6)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert size < 6.5e6
+
+
+def test_samples_are_answered(loaded):
+    _, model, processor = loaded
+    rows = json.loads((zoo.SAMPLES / "questions.json").read_text())
+    media = [load_media(zoo.SAMPLES / row["media"]) for row in rows]
+    assert {isinstance(m, list) for m in media} == {True, False}
+    told = answer(model, processor, media, [row["question"] for row in rows])
+    assert sum(a == row["answer"] for a, row in zip(told, rows, strict=True)) >= 0.7 * len(rows)
+    assert sum(path.stat().st_size for path in zoo.SAMPLES.iterdir()) < 300_000
+
+
+def test_names():
+    assert zoo.resolve("tiny-qwen2-vl") == str(zoo.model_path("tiny-qwen2-vl"))
+    assert zoo.resolve("Qwen/Qwen2-VL-2B-Instruct") == "Qwen/Qwen2-VL-2B-Instruct"
+    assert zoo.resolve("/some/folder") == "/some/folder"
+    for call in (zoo.model_path, zoo.load, zoo.resolve):
+        with pytest.raises(UnknownNameError, match="tiny-qwen2-vl"):
+            call("tiny-qwen2vl")
+
+
+def test_importing_the_zoo_is_lazy():
+    import subprocess
+    import sys
+
+    code = "import sys, tokencomp.zoo; print(sorted({'torch', 'transformers'} & {*sys.modules}))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
