@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,8 @@ class Hooks:
         self._local = threading.local()
         self._handles: list[RemovableHandle] = []
         self._staged = False
+        # Qwen2-VL before transformers 5 swallows the argument and returns all logits
+        self._slices = "logits_to_keep" in inspect.signature(adapter.top.forward).parameters
 
     # -- installation ---------------------------------------------------------------------------
 
@@ -105,7 +108,7 @@ class Hooks:
     # -- top and body ---------------------------------------------------------------------------
 
     def _top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        keep = kwargs.get("logits_to_keep", 0)
+        keep = kwargs.get("logits_to_keep", 0) if self._slices else 0
         if kwargs.get("labels") is not None or not isinstance(keep, int):
             keep = 0
         self._local.logits = keep

@@ -1,0 +1,198 @@
+"""Bad input: typed errors that say what was given, what is allowed, and the fix."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import tokencomp
+import torch
+import transformers
+from tests_support import Family, text
+from tokencomp import Plan, Stage, errors, make_reducer
+
+
+def prompt(family: Family) -> dict[str, torch.Tensor]:
+    return family.batch([[text(3), family.image(0), text(6, 3)]])
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, math.nan, "half", None])
+def test_ratio(family: Family, ratio: object) -> None:
+    with pytest.raises(errors.RatioError, match=r"\[0, 1\)"):
+        tokencomp.patch(family.build(), ratio)
+
+
+def test_unknown_reducer_names_close_matches(family: Family) -> None:
+    with pytest.raises(errors.UnknownNameError, match="'merge'"):
+        tokencomp.patch(family.build(), 0.5, reducer="mrege")
+
+
+def test_unknown_option_and_choice(family: Family) -> None:
+    with pytest.raises(errors.OptionError, match="weighted"):
+        tokencomp.patch(family.build(), 0.5, reducer="merge", wheighted=True)
+    with pytest.raises(errors.OptionError, match="pagerank"):
+        tokencomp.patch(family.build(), 0.5, reducer="prune", score="pagernak")
+    with pytest.raises(errors.OptionError, match="ready"):
+        tokencomp.patch(family.build(), 0.5, reducer=make_reducer("merge"), weighted=True)
+
+
+def test_a_bad_request_keeps_the_earlier_patch(family: Family) -> None:
+    model, inputs = family.build(), prompt(family)
+    handle = tokencomp.patch(model, 0.5, reducer="uniform")
+    expected = model(**inputs).logits
+    with pytest.raises(errors.RatioError):
+        handle.set(ratio=2)
+    with pytest.raises(errors.UnknownNameError):
+        tokencomp.patch(model, 0.5, reducer="nothing")
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_unsupported_models() -> None:
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+    )  # fmt: skip
+    with pytest.raises(errors.UnsupportedModelError, match=r"llama.*qwen2_vl"):
+        tokencomp.patch(llama)
+    with pytest.raises(errors.UnsupportedModelError, match="no adapter"):
+        tokencomp.patch(torch.nn.Linear(2, 2))
+
+
+def test_body_instead_of_the_whole_model(family: Family) -> None:
+    with pytest.raises(errors.UnsupportedModelError, match="ForConditionalGeneration"):
+        tokencomp.patch(family.build().model)
+
+
+def test_stage_outside_the_decoder(family: Family) -> None:
+    plan = Plan((Stage(family.layers, 0.5, make_reducer("uniform")),))
+    with pytest.raises(errors.PlanError, match=f"{family.layers} layers"):
+        tokencomp.patch(family.build(), plan=plan)
+    with pytest.raises(errors.PlanError, match="non-increasing"):
+        Plan((Stage(0, 0.5, make_reducer("uniform")), Stage(2, 0.7, make_reducer("uniform"))))
+    with pytest.raises(errors.PlanError, match="ascending"):
+        Plan((Stage(2, 0.5, make_reducer("uniform")), Stage(0, 0.2, make_reducer("uniform"))))
+
+
+def test_right_padding(family: Family) -> None:
+    inputs = prompt(family)
+    pad = torch.zeros(1, 3, dtype=torch.long)
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if key in inputs:
+            inputs[key] = torch.cat([inputs[key], pad.to(inputs[key])], 1)
+    model = family.build()
+    with (
+        tokencomp.patch(model, 0.5),
+        pytest.raises(errors.PaddingError, match="padding_side = 'left'"),
+    ):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("kind", ["static", "sliding_window", "quantized-like"])
+def test_caches(family: Family, kind: str) -> None:
+    model, inputs = family.build(), prompt(family)
+    length = inputs["input_ids"].shape[1] + 4
+    if kind == "static":
+        cache = transformers.StaticCache(config=family.decoder(model).config, max_cache_len=length)
+    elif kind == "sliding_window":
+        from transformers.cache_utils import DynamicSlidingWindowLayer
+
+        cache = transformers.DynamicCache()
+        cache.layers = [DynamicSlidingWindowLayer(8) for _ in range(family.layers)]
+    else:
+        from transformers.cache_utils import DynamicLayer
+
+        class PackedLayer(DynamicLayer):
+            """Some other layout."""
+
+        cache = transformers.DynamicCache()
+        cache.layers = [PackedLayer() for _ in range(family.layers)]
+    with (
+        tokencomp.patch(model, 0.5),
+        pytest.raises(errors.UnsupportedCacheError, match="DynamicCache|DynamicLayer"),
+    ):
+        model(**inputs, past_key_values=cache, use_cache=True)
+
+
+def test_static_cache_through_generate(family: Family) -> None:
+    model = family.build()
+    with tokencomp.patch(model, 0.5), pytest.raises(errors.UnsupportedCacheError):
+        model.generate(**prompt(family), max_new_tokens=2, cache_implementation="static")
+
+
+def test_paged_cache(family: Family) -> None:
+    class PagedAttentionCache:
+        """Continuous batching hands the decoder a cache without layers."""
+
+        def get_seq_length(self, *_):
+            return 0
+
+    model = family.build()
+    with (
+        tokencomp.patch(model, 0.5),
+        pytest.raises(errors.UnsupportedCacheError, match="continuous batching"),
+    ):
+        model(**prompt(family), past_key_values=PagedAttentionCache(), use_cache=True)
+
+
+def test_output_attentions_under_layer_stages(family: Family) -> None:
+    model, inputs = family.build("eager"), prompt(family)
+    with (
+        tokencomp.patch(model, 0.5, reducer="prune"),
+        pytest.raises(errors.AttentionOutputError, match="entry reducer"),
+    ):
+        model(**inputs, output_attentions=True)
+
+
+def test_already_compressed(family: Family) -> None:
+    model = family.build()
+    model.config.video_pruning_rate = 0.5
+    with pytest.raises(errors.AlreadyCompressedError, match="video_pruning_rate"):
+        tokencomp.patch(model)
+    model = family.build()
+    model.model.get_image_features = lambda *a, **k: None
+    with pytest.raises(errors.AlreadyCompressedError, match="get_image_features"):
+        tokencomp.patch(model)
+
+
+def test_shortened_behind_our_back(family: Family) -> None:
+    model, inputs = family.build(), prompt(family)
+
+    def shorten(module, args, kwargs):
+        return args, {**kwargs, "inputs_embeds": kwargs["inputs_embeds"][:, 2:]}
+
+    with tokencomp.patch(model, 0.5):
+        decoder = family.decoder(model)
+        hook = decoder.register_forward_pre_hook(shorten, with_kwargs=True, prepend=True)
+        with pytest.raises(errors.AlreadyCompressedError, match="shortened"):
+            model(**inputs)
+        hook.remove()
+
+
+def test_strict_refuses_text_only(family: Family) -> None:
+    model, inputs = family.build(), family.batch([[text(5)]])
+    with tokencomp.patch(model, 0.5, strict=True):
+        with pytest.raises(errors.NoVisualInputError, match="strict"):
+            model(**inputs)
+        model.generate(**prompt(family), max_new_tokens=3)  # decode steps carry no media
+
+
+def test_nan_features(family: Family) -> None:
+    model, inputs = family.build(), prompt(family)
+    with torch.no_grad():
+        family.decoder(model).layers[0].self_attn.q_proj.weight.fill_(torch.nan)
+    with (
+        tokencomp.patch(model, 0.5, reducer="prune", score="last_query"),
+        pytest.raises(errors.ScoreError, match="NaN"),
+    ):
+        model(**inputs)
+
+
+def test_import_is_light() -> None:
+    """`import tokencomp` loads neither torch nor transformers, so it cannot touch a GPU."""
+    code = "import sys, tokencomp; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
