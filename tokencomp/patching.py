@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tokencomp.adapters.base import adapter_for, unwrap
+from tokencomp.adapters.base import Adapter, adapter_for, unwrap
 from tokencomp.errors import AlreadyCompressedError, OptionError
 from tokencomp.hooks import Hooks
 from tokencomp.plan import Plan, check_ratio
@@ -78,7 +78,7 @@ def patch(
             f"positions='compact': {adapter.family} has three rows of positions (time, height, "
             "width), which cannot be renumbered without losing the grid. Leave it at 'original'."
         )
-    ready = _make_plan(plan, ratio, reducer, options, len(adapter.layers))
+    ready = _make_plan(plan, ratio, reducer, options, adapter)
     unpatch(base)
     hooks = Hooks(adapter, ready, strict, positions == "compact")
     handle = Handle(hooks, ratio, reducer, options)
@@ -147,7 +147,7 @@ class Handle:
             old_reducer if reducer is None else reducer,
             merged,
         )
-        ready = _make_plan(plan, *request, len(self._hooks.adapter.layers))
+        ready = _make_plan(plan, *request, self._hooks.adapter)
         self._request = request
         self._hooks.remove()
         self._hooks.plan = ready
@@ -176,14 +176,15 @@ def _make_plan(
     ratio: float,
     reducer: str | Reducer,
     options: dict[str, Any],
-    num_layers: int,
+    adapter: Adapter,
 ) -> Plan:
+    num_layers = len(adapter.layers)
     if plan is None:
         ratio = check_ratio(ratio)
         made = make_reducer(DEFAULT_REDUCER if reducer == "auto" else reducer, **options)
-        plan = made.plan(ratio, num_layers)
-    plan.check(num_layers)
-    return plan
+        plan = made.plan(ratio, num_layers).not_before(adapter.first_layer_stage, num_layers)
+    plan.check(num_layers, adapter.first_layer_stage)
+    return plan.for_model(adapter.model)
 
 
 def _refuse_foreign(model: nn.Module) -> None:

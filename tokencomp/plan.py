@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tokencomp.errors import PlanError, RatioError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tokencomp.context import Grid, VisualSpan
     from tokencomp.reducers.base import Reducer
 
@@ -113,8 +115,18 @@ class Plan:
         """1 - mean over layers of the fraction seen: the ratio before rounding to tokens."""
         return 1.0 - sum(self.fractions(num_layers)) / num_layers
 
-    def check(self, num_layers: int) -> None:
-        """Raise `PlanError` if a stage lies outside the decoder."""
+    def check(self, num_layers: int, first: int = 1) -> None:
+        """Raise `PlanError` if a stage lies outside the decoder, or between layers before `first`.
+
+        `first` is the earliest layer stage that the model allows (`Adapter.first_layer_stage`).
+        """
+        early = [s.layer for s in self.stages if 0 < s.layer < first]
+        if early:
+            raise PlanError(
+                f"stages at layers {early}: this model adds visual features to its first {first} "
+                f"layers, so tokens can leave at entry (layer 0) or from layer {first} on. Move "
+                f"the stages to layer 0 or {first}."
+            )
         late = [s.layer for s in self.stages if s.layer >= num_layers]
         if late:
             raise PlanError(
@@ -122,13 +134,50 @@ class Plan:
                 f"{num_layers - 1}). Move the stages or drop them."
             )
 
+    def not_before(self, first: int, num_layers: int) -> Plan:
+        """The plan with no layer stage before `first`, and the same ratio (ours).
+
+        Layers before `first` keep the entry fraction and later ones pay for it; if that would cost
+        those more than half of what they see, tokens leave at entry instead.
+        """
+        if not any(0 < s.layer < first for s in self.stages):
+            return self
+        wanted = _delayed(self.fractions(num_layers), first)
+        by_layer = {s.layer: s.reducer for s in self.stages}
+        stages, current, reducer = [], 1.0, self.stages[0].reducer
+        for layer, fraction in enumerate(wanted):
+            reducer = by_layer.get(layer, reducer)
+            if fraction < current - 1e-12:
+                stages.append(Stage(layer, fraction, reducer))
+                current = fraction
+        return Plan(tuple(stages))
+
     def counts(self, span: VisualSpan) -> list[int]:
         """Visual tokens of `span` left after each stage, non-increasing."""
         kept, current = [], span.visual
         for stage in self.stages:
-            current = min(current, count(span.visual, stage.fraction, len(span.special)))
+            current = min(current, stage.reducer.span_count(span, stage.fraction))
             kept.append(current)
         return kept
+
+    def for_model(self, model: nn.Module) -> Plan:
+        """The same stages with reducers that have found and checked their weights for `model`."""
+        ready = (replace(s, reducer=s.reducer.for_model(model)) for s in self.stages)
+        return Plan(tuple(ready))
+
+
+def _delayed(old: list[float], first: int) -> list[float]:
+    """A profile with the mean of `old` and no change at layers 1 … first - 1."""
+    head, tail, total = old[0], old[first:], sum(old)
+    paid = sum(tail)
+    if paid > 0:
+        scale = (total - first * head) / paid
+        if scale >= 0.5:
+            return [head] * first + [scale * f for f in tail]
+        scale = total / (first * tail[0] + paid)
+        if scale * tail[0] <= 1.0:
+            return [scale * tail[0]] * first + [scale * f for f in tail]
+    return [total / len(old)] * len(old)
 
 
 def from_profile(profile: list[float], reducer: Reducer) -> Plan:

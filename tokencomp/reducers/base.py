@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tokencomp.context import Grid, Reduction, Signal, VisualTokens
+from tokencomp.context import Grid, Reduction, Signal, VisualSpan, VisualTokens
 from tokencomp.errors import OptionError, ScoreError, unknown_name
-from tokencomp.plan import Plan, Stage, check_ratio, kept_count
+from tokencomp.plan import Plan, Stage, check_ratio, count, kept_count
 
 _REGISTRY: dict[str, type[Reducer]] = {}
 _loaded = False
@@ -54,6 +54,14 @@ class Reducer:
     def kept_count(self, grid: Grid, ratio: float, special: int = 0) -> int:
         """Tokens left of one span at entry (see `tokencomp.plan.kept_count`)."""
         return kept_count(grid, ratio, special)
+
+    def span_count(self, span: VisualSpan, fraction: float) -> int:
+        """Visual tokens left of `span` by a stage that leaves `fraction` of it."""
+        return count(span.visual, fraction, len(span.special))
+
+    def for_model(self, model: nn.Module) -> Reducer:
+        """This reducer for `model`: trained ones find and check their weights here."""
+        return self
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         """Choose (and possibly rewrite) exactly `keep` of the tokens of one span."""
