@@ -55,7 +55,7 @@ def test_multiple_choice_in_a_padded_batch_equals_singles(loaded):
 
 
 def test_chat_template_tokenises_media(loaded):
-    """apply_chat_template(tokenize=True) with image and video parts, several turns, left padding."""
+    """apply_chat_template(tokenize=True) with media parts, several turns, left padding."""
     _, model, processor = loaded
     picture, clip = item("test", "attribute", 0), item("test", "needle", 0)
     one = [

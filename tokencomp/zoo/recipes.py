@@ -26,42 +26,45 @@ class Stage:
     end: float = 1.0
 
 
-_IMAGES = Source("questions", "image", batch=20)
-_VIDEOS = Source("questions", "video", batch=8, room=230)
-_IMAGE_PAIRS = Source("pairs", "image", room=44, objects=(2, 4), varied=0.0)
-_VIDEO_PAIRS = Source("pairs", "video", batch=12, room=44, varied=0.0)
-
 # Small pictures with as many objects: more labels per second than full scenes.
 _CROPS = Source("vision", "image", batch=80, size=(112, 112), objects=(2, 4))
 _CLIPS = Source("vision", "video", batch=80, size=(112, 112))
+_SCENES = Source("vision", "image", batch=24)
+_IMAGE_PAIRS = Source("pairs", "image", batch=24, room=44, objects=(2, 4), varied=0.0)
+_VIDEO_PAIRS = Source("pairs", "video", batch=8, room=44, varied=0.0)
+_IMAGES = Source("questions", "image", batch=20)
+_VIDEOS = Source("questions", "video", batch=8)
+_RATES = {"vision_lr": 5e-4, "text_lr": 1.5e-3}
 
 STAGED = (
     Stage("vision", 600, ((0.6, _CROPS), (0.4, _CLIPS)), vision_lr=2e-3, text_lr=2e-3, end=0.2),
-    Stage("pairs", 250, ((1.0, _IMAGE_PAIRS),), vision_lr=5e-4, text_lr=1.5e-3),
+    Stage("pairs", 200, ((0.9, _IMAGE_PAIRS), (0.1, _SCENES)), **_RATES),
     Stage(
         "images",
-        300,
-        ((0.3, _IMAGE_PAIRS), (0.7, replace(_IMAGES, choice=0.1, varied=0.1))),
-        vision_lr=5e-4,
-        text_lr=1.5e-3,
+        250,
+        ((0.3, _IMAGE_PAIRS), (0.6, replace(_IMAGES, choice=0.1, varied=0.1)), (0.1, _SCENES)),
+        **_RATES,
     ),
     Stage(
         "videos",
         250,
-        ((0.3, _VIDEO_PAIRS), (0.4, replace(_VIDEOS, choice=0.1, varied=0.0)), (0.3, _IMAGES)),
-        vision_lr=5e-4,
-        text_lr=1.5e-3,
+        (
+            (0.3, _VIDEO_PAIRS),
+            (0.4, replace(_VIDEOS, choice=0.1, varied=0.0)),
+            (0.2, _IMAGES),
+            (0.1, _SCENES),
+        ),
+        **_RATES,
     ),
     Stage(
         "mixture",
-        1200,
+        800,
         (
-            (0.05, _IMAGE_PAIRS),
-            (0.45, replace(_IMAGES, dialog=0.15)),
-            (0.50, replace(_VIDEOS, dialog=0.15)),
+            (0.05, _SCENES),
+            (0.40, replace(_IMAGES, dialog=0.15)),
+            (0.55, replace(_VIDEOS, dialog=0.15)),
         ),
-        vision_lr=5e-4,
-        text_lr=1.5e-3,
+        **_RATES,
         end=0.04,
     ),
 )
