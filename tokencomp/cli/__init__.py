@@ -1,0 +1,42 @@
+"""The `tokencomp` command. One command = one file here that defines `command`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script; a user's mistake ends in one message and exit code 2."""
+    from tokencomp.cli._app import build_app
+    from tokencomp.errors import TokenCompError
+
+    # Must be set before transformers is imported; what the user sets wins.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        # no list(...) here: the command module of that name is an attribute of this package
+        build_app()(args=[*(sys.argv[1:] if argv is None else argv)], prog_name="tokencomp")
+    except (TokenCompError, _kernel_error()) as error:
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {_escape(str(error))}")
+        raise SystemExit(2) from None
+
+
+def _kernel_error() -> type[Exception]:
+    """The kernels' error type if they were imported; nothing is imported for it."""
+    module = sys.modules.get("tokencomp.kernels.errors")
+    return module.KernelError if module is not None else _Never
+
+
+class _Never(Exception):
+    pass
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,5 @@
+"""`python -m tokencomp.cli`."""
+
+from tokencomp.cli import main
+
+main()

@@ -1,0 +1,47 @@
+"""The typer application, assembled from the command files."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Annotated
+
+import typer
+
+HELP = "Visual-token compression for multimodal LLMs: fewer tokens at a budget you state."
+
+
+def build_app() -> typer.Typer:
+    """Every module of this package that does not start with "_" gives one command."""
+    app = typer.Typer(
+        name="tokencomp",
+        help=HELP,
+        no_args_is_help=True,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    package = importlib.import_module("tokencomp.cli")
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.name.startswith("_"):
+            found = importlib.import_module(f"tokencomp.cli.{module.name}")
+            settings = getattr(found, "CONTEXT", None)
+            app.command(module.name, context_settings=settings)(found.command)
+    return app
+
+
+def _version(show: bool) -> None:
+    if show:
+        from tokencomp import __version__
+
+        typer.echo(f"tokencomp {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,165 @@
+"""`tokencomp list`: reducers, models and their options, read from the registries."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from tokencomp.cli._options import Json
+
+WHAT = ("reducers", "models")
+
+
+def command(
+    what: Annotated[str, typer.Argument(help="reducers, models, or all.")] = "all",
+    as_json: Json = False,
+) -> None:
+    """List reducers with their options, and the models that can be compressed."""
+    from tokencomp.errors import unknown_name
+
+    if what not in ("all", *WHAT):
+        raise unknown_name("list", what, ("all", *WHAT))
+    makers = {"reducers": reducers, "models": models}
+    found = {name: makers[name]() for name in WHAT if what in ("all", name)}
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    if "reducers" in found:
+        _print_reducers(console, found["reducers"])
+    if "models" in found:
+        _print_models(console, found["models"])
+
+
+def reducers() -> list[dict[str, Any]]:
+    """Every registered reducer, then the input baselines of the benchmark commands."""
+    import dataclasses
+
+    from tokencomp.evaluation.settings import INPUT_BASELINES
+    from tokencomp.patching import DEFAULT_REDUCER
+    from tokencomp.reducers.base import available_reducers
+
+    rows = []
+    for name, cls in available_reducers().items():
+        options = {f.name: _default(f) for f in dataclasses.fields(cls)}
+        rows.append(
+            {
+                "name": name,
+                "summary": cls.summary,
+                "stage": _stage(cls),
+                "serving_safe": cls.serving_safe,
+                "default": name == DEFAULT_REDUCER,
+                "options": options,
+            }
+        )
+    for name, summary in INPUT_BASELINES.items():
+        rows.append(
+            {
+                "name": name,
+                "summary": summary,
+                "stage": "input",
+                "serving_safe": False,
+                "default": False,
+                "options": {},
+            }
+        )
+    return rows
+
+
+def _default(field: Any) -> Any:
+    import dataclasses
+
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return "required"
+
+
+def _stage(cls: Any) -> str:
+    """Where it acts at ratio 0.75 in a 28-layer decoder: entry, layers, or both."""
+    from tokencomp.errors import TokenCompError
+
+    try:
+        plan = cls().plan(0.75, 28)
+    except (TokenCompError, TypeError):  # needs weights or required options
+        return "entry"
+    parts = ["entry"] if plan.entry is not None else []
+    return " + ".join(parts + (["layers"] if plan.layer_stages else []))
+
+
+def models() -> list[dict[str, Any]]:
+    """Every family: model types, stages, positions, embedded models."""
+    from tokencomp.adapters.base import available_models
+    from tokencomp.zoo import available_models as embedded
+
+    rows: dict[type, dict[str, Any]] = {}
+    for model_type, cls in available_models().items():
+        row = rows.setdefault(
+            cls,
+            {
+                "family": cls.family,
+                "model_types": [],
+                "stages": ["entry", "layers"],
+                "positions": "M-RoPE" if cls.mrope else "1-D",
+                "signals": ["features", "query", "llm_attention"],
+                "embedded": [],
+            },
+        )
+        row["model_types"].append(model_type)
+    kinds = {name: _model_type(name) for name in embedded()}
+    for row in rows.values():
+        row["embedded"] = [n for n, kind in kinds.items() if kind in row["model_types"]]
+    return sorted(rows.values(), key=lambda r: r["family"])
+
+
+def _model_type(name: str) -> str:
+    from tokencomp.zoo import model_path
+
+    return str(json.loads((model_path(name) / "config.json").read_text()).get("model_type"))
+
+
+def _print_reducers(console: Any, rows: list[dict[str, Any]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="Reducers", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("name", "stage", "vLLM", "what it does, and its options"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("name", "stage"))
+    for row in rows:
+        name = f"[bold]{row['name']}[/]" + (" (auto)" if row["default"] else "")
+        options = ", ".join(f"{k}={_short(v)}" for k, v in row["options"].items())
+        safe = "yes" if row["serving_safe"] else "–"
+        about = escape(row["summary"]) + (f"\n[dim]{escape(options)}[/]" if options else "")
+        table.add_row(name, row["stage"], safe, about)
+    console.print(table)
+    console.print(
+        '[dim]"auto" picks the reducer marked so. Set options with --set NAME=VALUE.[/]\n'
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(_short(v) for v in value) + ")"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _print_models(console: Any, rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title="Models", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("family", "model_type", "positions", "stages", "embedded model"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(
+            f"[bold]{row['family']}[/]",
+            ", ".join(row["model_types"]),
+            row["positions"],
+            ", ".join(row["stages"]),
+            ", ".join(row["embedded"]) or "–",
+        )
+    console.print(table)

@@ -1,0 +1,37 @@
+"""Self-contained HTML pages from the templates beside this file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokencomp.errors import OptionError
+
+
+def render(template: str, path: str | Path, **values: Any) -> Path:
+    """Fill a template and write it to `path`. Text is escaped; SVG must be wrapped in `Markup`."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(si=si, pct=lambda v, d=1: f"{100 * v:.{d}f} %")
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(environment.get_template(template).render(**values), encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"cannot write {path}: {error}. Give another -o/--output.") from error
+    return path
+
+
+def si(value: float, unit: str = "") -> str:
+    """A number with an SI prefix: 1.2 M, 35 k."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".strip()

@@ -1,0 +1,80 @@
+"""Loading a model and its processor by name, path or hub id."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tokencomp.errors import OptionError, UnsupportedModelError
+
+DEFAULT_MODEL = "tiny-qwen2-vl"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def pick_device(device: str = "auto") -> str:
+    """ "auto" is CUDA where there is one, else the CPU."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    """ "auto" is bfloat16 on CUDA and float32 on the CPU."""
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}.")
+    if dtype == "auto":
+        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    return getattr(torch, dtype)
+
+
+def load_model(
+    name: str = DEFAULT_MODEL,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str | None = None,
+) -> tuple[Any, Any]:
+    """Model in eval mode, and its processor.
+
+    Parameters
+    ----------
+    name
+        An embedded model, a local folder, or a hub id.
+    device, dtype
+        "auto", or a torch device; "auto", "float32", "bfloat16", "float16".
+    attention
+        Attention backend; None leaves the choice to transformers.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Nothing loadable has that name, or no adapter serves it.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    import tokencomp.models  # noqa: F401  (registers architectures that transformers lacks)
+    from tokencomp.adapters.base import adapter_for
+    from tokencomp.zoo import available_models, resolve
+
+    where = resolve(name)
+    device = pick_device(device)
+    extra = {} if attention is None else {"attn_implementation": attention}
+    try:
+        AutoConfig.from_pretrained(where)
+        processor = AutoProcessor.from_pretrained(where)
+        model = AutoModelForImageTextToText.from_pretrained(
+            where, dtype=pick_dtype(dtype, device), **extra
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"{name!r} cannot be loaded as an image-text model: {_first_line(error)} "
+            f"Give an embedded model ({', '.join(available_models()) or 'none packaged'}), a "
+            "folder in the Hugging Face layout, or the id of a hub model that can be reached."
+        ) from error
+    adapter_for(model)
+    return model.eval().to(device), processor
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,94 @@
+"""Plots as inline SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
+GREYS = {
+    "random": "#6b7280",
+    "uniform": "#9ca3af",
+    "downscale": "#111827",
+    "fewer_frames": "#374151",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting: position, and the interval of y (None without one)."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+def lines(
+    series: Mapping[str, Sequence[Point]],
+    *,
+    x: str,
+    y: str,
+    reference: float | None = None,
+    reference_label: str = "full model",
+    percent: bool = True,
+    log_x: bool = False,
+) -> str:
+    """One line per series, baselines dashed and grey; returns an `<svg>` element.
+
+    Parameters
+    ----------
+    series
+        Points by name, in the order of the legend.
+    x, y
+        Axis labels.
+    reference
+        y of a horizontal line.
+    percent
+        y is a fraction.
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    colors = iter(COLORS * (1 + len(series) // len(COLORS)))
+    for name, points in series.items():
+        baseline = name in GREYS
+        ordered = sorted(points, key=lambda p: p.x)
+        xs, ys = [p.x for p in ordered], [p.y for p in ordered]
+        style = {"color": GREYS.get(name) or next(colors), "label": name, "zorder": 3}
+        axes.plot(xs, ys, "o--" if baseline else "o-", markersize=5, linewidth=1.8, **style)
+        if all(p.low is not None for p in ordered) and len(ordered) > 1:
+            axes.fill_between(
+                xs,
+                [p.low for p in ordered],  # type: ignore[misc]
+                [p.high for p in ordered],  # type: ignore[misc]
+                color=style["color"],
+                alpha=0.08,
+                linewidth=0,
+            )
+    if reference is not None:
+        axes.axhline(reference, color="#111827", linewidth=1, zorder=1)
+        axes.annotate(
+            reference_label,
+            (0.01, reference),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            xytext=(0, 3),
+            fontsize=9,
+        )
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if log_x:
+        axes.set_xscale("log")
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]

@@ -1,0 +1,171 @@
+"""Where the time of one prefill goes, measured from the outside with hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from tokencomp.adapters.base import adapter_for
+
+
+@dataclass(frozen=True)
+class Split:
+    """Seconds of one forward pass over a prompt.
+
+    Attributes
+    ----------
+    vision
+        Vision tower, projector, scatter and positions: everything before the decoder.
+    reduce
+        The reducer at every stage: spans, scoring, selection, gather, and the cache afterwards.
+    prefill
+        Decoder layers and norm, without `reduce`.
+    total
+        The whole call, output head included.
+    """
+
+    vision: float
+    reduce: float
+    prefill: float
+    total: float
+
+    @property
+    def llm(self) -> float:
+        """What the LLM costs with the reducer: prefill + reduce."""
+        return self.prefill + self.reduce
+
+
+class _Clock:
+    """Marks on the device's own time line."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, stop: Any) -> float:
+        return start.elapsed_time(stop) / 1e3 if self.cuda else stop - start
+
+
+class _Watch:
+    """Marks before and after the hooks that tokencomp has on the decoder and its layers.
+
+    Hooks run in order of registration; one registered first (`prepend`) and one registered last
+    enclose the patch's own, so what lies between is the reducer.
+    """
+
+    def __init__(self, model: Any) -> None:
+        adapter = adapter_for(model)
+        self.clock = _Clock(next(adapter.decoder.parameters()).device)
+        self.marks: dict[str, Any] = {}
+        self.pairs: list[list[Any]] = []
+        self._hooks: list[Any] = []
+        self._on(adapter.model, self._named("start"), self._named("stop"))
+        self._on(adapter.body, self._named("body"), None)
+        self._on(adapter.decoder, self._named("decoder"), self._named("decoded"), last=False)
+        self._enclose(adapter.decoder, pre=True)
+        self._enclose(adapter.decoder, pre=False)
+        for layer in adapter.layers:
+            self._enclose(layer, pre=True)
+            self._enclose(layer.self_attn, pre=False)
+
+    def _named(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self.marks[name] = self.clock.mark()
+
+        return hook
+
+    def _on(self, module: Any, pre: Any, post: Any, last: bool = True) -> None:
+        self._hooks.append(module.register_forward_pre_hook(pre, prepend=True))
+        if post is not None:
+            self._hooks.append(module.register_forward_hook(post, prepend=not last))
+
+    def _enclose(self, module: Any, pre: bool) -> None:
+        def opened(*_: Any) -> None:
+            self.pairs.append([self.clock.mark()])
+
+        def closed(*_: Any) -> None:
+            self.pairs[-1].append(self.clock.mark())
+
+        register = module.register_forward_pre_hook if pre else module.register_forward_hook
+        self._hooks += [register(opened, prepend=True), register(closed)]
+
+    def split(self) -> Split:
+        if self.clock.cuda:
+            torch.cuda.synchronize()
+        span, marks = self.clock.seconds, self.marks
+        inside = sum(span(*pair) for pair in self.pairs)
+        finishing = span(*self.pairs[-1])
+        # the decoder's own forward hooks start when its forward is done: they come on top
+        prefill = span(marks["decoder"], marks["decoded"]) - (inside - finishing)
+        return Split(
+            vision=span(marks["body"], marks["decoder"]),
+            reduce=inside,
+            prefill=prefill,
+            total=span(marks["start"], marks["stop"]),
+        )
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def watch(model: Any) -> Iterator[_Watch]:
+    """Time the next forward call; put it inside the patch, whose hooks must exist already."""
+    watcher = _Watch(model)
+    try:
+        yield watcher
+    finally:
+        watcher.remove()
+
+
+@torch.inference_mode()
+def prefill_split(model: Any, inputs: dict[str, Any]) -> Split:
+    """Time one prefill (last logits only) of inputs that are on the model's device."""
+    with watch(model) as watcher:
+        model(**inputs, use_cache=True, logits_to_keep=1)
+        return watcher.split()
+
+
+def interleaved(
+    variants: Mapping[Any, Callable[[], Split]], rounds: int = 5, budget: float | None = None
+) -> dict[Any, Split]:
+    """Run all variants in turn, `rounds` times after a warm-up, and take medians.
+
+    Parameters
+    ----------
+    variants
+        Callables that run once and return their split.
+    rounds
+        How often each variant is timed.
+    budget
+        Seconds after which no further round is started (three rounds are always done).
+    """
+    for run in variants.values():
+        run()
+    start, samples = time.perf_counter(), {key: [] for key in variants}  # type: ignore[var-annotated]
+    for done in range(rounds):
+        if budget is not None and done >= 3 and time.perf_counter() - start > budget:
+            break
+        for key, run in variants.items():
+            samples[key].append(run())
+    return {key: median(splits) for key, splits in samples.items()}
+
+
+def median(splits: list[Split]) -> Split:
+    """Median of every part on its own."""
+    return Split(
+        **{f.name: statistics.median(getattr(s, f.name) for s in splits) for f in fields(Split)}
+    )
