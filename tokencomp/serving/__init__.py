@@ -1,1 +1,1 @@
-"""The vLLM plugin, and an OpenAI-compatible server for Hugging Face models."""
+"""Serving: a vLLM plugin, and an OpenAI-compatible server for everything else."""

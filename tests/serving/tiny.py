@@ -1,0 +1,186 @@
+"""Tiny random models as standard Hugging Face folders, and media for them. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+SHARPER = 2.5
+
+
+def _sharpen(model: torch.nn.Module) -> torch.nn.Module:
+    """Random weights give flat attention; scaled ones make mistakes visible."""
+    with torch.no_grad():
+        for parameter in model.model.language_model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(SHARPER)
+    return model
+
+
+def qwen2_vl(folder: Path) -> Path:
+    """The zoo's Qwen2-VL with random weights."""
+    from tokencomp.zoo.export import export
+    from tokencomp.zoo.families import family
+    from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
+
+    torch.manual_seed(0)
+    made = family("tiny-qwen2-vl")
+    write_tokenizer(folder, made.chat_template)
+    return export(_sharpen(made.build(load_tokenizer(folder))), made, folder)
+
+
+def qwen2_5_vl(folder: Path) -> Path:
+    """Qwen2.5-VL in the same shape: windowed vision tower, frames apart in time."""
+    from safetensors.torch import save_file
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from tokencomp.zoo.export import write_json
+
+    base = qwen2_vl(folder)
+    config = json.loads((base / "config.json").read_text())
+    vision = config["vision_config"]
+    config["architectures"], config["model_type"] = (
+        ["Qwen2_5_VLForConditionalGeneration"],
+        "qwen2_5_vl",
+    )
+    config["vision_config"] = {
+        "model_type": "qwen2_5_vl",
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "out_hidden_size": config["hidden_size"],
+        "in_channels": 3,
+        "in_chans": 3,
+        "hidden_act": "silu",
+        "patch_size": vision["patch_size"],
+        "spatial_patch_size": vision["patch_size"],
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],
+    }
+    write_json(base / "config.json", config)
+    for name in ("preprocessor_config.json",):
+        values = json.loads((base / name).read_text())
+        write_json(base / name, {**values, "processor_class": "Qwen2_5_VLProcessor"})
+    torch.manual_seed(1)
+    model = _sharpen(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)))
+    names = (("model.visual.", "visual."), ("model.language_model.", "model."))
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        for old, new in names:
+            name = name.replace(old, new)
+        weights[name] = tensor.half().contiguous()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+def llava_onevision(folder: Path) -> Path:
+    """LLaVA-OneVision with 8 × 8 tokens per tile, saved under the names of published checkpoints."""
+    from safetensors.torch import save_file
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
+
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for p in m['content'] %}{% if p['type'] in ('image', 'image_url') %}<image>"
+        "{% elif p['type'] == 'video' %}<video>{% elif 'text' in p %}{{ p['text'] }}{% endif %}"
+        "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    write_tokenizer(folder, template)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.image_token, tokenizer.video_token = "<image>", "<video>"
+    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in ("<image>", "<video>", "<|im_end|>")}
+    side, patch = 112, 14
+    pins = [[side * i, side * j] for i in range(1, 4) for j in range(1, 4)]
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+            image_size=side, patch_size=patch, vision_use_head=False,
+        ).to_dict(),
+        text_config=Qwen2Config(
+            vocab_size=(len(tokenizer) + 63) // 64 * 64, hidden_size=128, intermediate_size=256,
+            num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
+            max_position_embeddings=8192, rope_theta=1e6, tie_word_embeddings=False,
+            eos_token_id=ids["<|im_end|>"],
+        ).to_dict(),
+        image_token_index=ids["<image>"], video_token_index=ids["<video>"],
+        vision_feature_select_strategy="full", vision_feature_layer=-1,
+        vision_aspect_ratio="anyres_max_9", image_grid_pinpoints=pins, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = _sharpen(LlavaOnevisionForConditionalGeneration(config))
+    torch.nn.init.normal_(model.model.image_newline)
+    config.architectures = ["LlavaOnevisionForConditionalGeneration"]
+    config.save_pretrained(folder)
+    save_file(_published(model), folder / "model.safetensors", metadata={"format": "pt"})
+    size = {"height": side, "width": side}
+    LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pins),
+        tokenizer=tokenizer,
+        video_processor=LlavaOnevisionVideoProcessor(size=size, do_sample_frames=False),
+        num_image_tokens=(side // patch) ** 2,
+        vision_feature_select_strategy="full",
+        chat_template=template,
+        image_token="<image>",
+        video_token="<video>",
+        vision_aspect_ratio="anyres_max_9",
+    ).save_pretrained(folder)
+    return folder
+
+
+def _published(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        name = name.replace("lm_head.", "language_model.lm_head.")
+        name = name.replace("model.language_model.", "language_model.model.")
+        name = name.replace("model.vision_tower.", "vision_tower.")
+        if name.startswith("vision_tower.") and "vision_model" not in name:
+            name = name.replace("vision_tower.", "vision_tower.vision_model.")
+        name = name.removeprefix("model.")
+        weights[name] = tensor.half().contiguous()
+    return weights
+
+
+BUILDERS = {
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "llava_onevision": llava_onevision,
+}
+
+
+def image(seed: int, width: int = 224, height: int = 224) -> Image.Image:
+    """Blocks of 14 px in random colours."""
+    blocks = np.random.RandomState(seed).rand(max(height // 14, 1), max(width // 14, 1), 3)
+    return Image.fromarray((blocks * 255).astype("uint8")).resize((width, height), Image.NEAREST)
+
+
+def video(seed: int, frames: int = 8, width: int = 112, height: int = 84) -> np.ndarray:
+    """Uint8 frames (frames, height, width, 3)."""
+    return np.stack([np.asarray(image(seed * 1000 + i, width, height)) for i in range(frames)])
+
+
+def media(wanted: list[list[Any]]) -> dict[str, list[Any]]:
+    """`[["image", seed, w, h], ["video", seed, frames, w, h]]` → images and videos."""
+    made: dict[str, list[Any]] = {}
+    for kind, *numbers in wanted:
+        made.setdefault(kind, []).append((image if kind == "image" else video)(*numbers))
+    return made

@@ -1,0 +1,96 @@
+"""Runs one in-process vLLM engine over a list of jobs; a child process of the tests.
+
+usage: vllm_driver.py MODEL JOBS.json RESULTS.json
+
+JOBS: {"engine": {LLM arguments}, "runs": [[job, ...], ...]}; the jobs of a run are submitted
+together. A job: {"name", "prompt", "media", "tokencomp", "tokens", "positions", "reset"}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING",
+)  # fmt: skip
+sys.path.insert(0, str(Path(__file__).parent))
+
+RECORDED: list = []
+
+
+def record_positions() -> None:
+    """Note the positions that the stock forward finally gets."""
+    from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration as Stock
+
+    stock = Stock.forward
+
+    def forward(self, input_ids, positions, *args, **kwargs):
+        RECORDED.append(positions.clone())
+        return stock(self, input_ids, positions, *args, **kwargs)
+
+    Stock.forward = forward
+
+
+def request(job: dict) -> dict:
+    import tiny
+
+    made = {"prompt": job["prompt"], "multi_modal_data": tiny.media(job["media"])}
+    if "tokencomp" in job:
+        made["mm_processor_kwargs"] = {"tokencomp": job["tokencomp"]}
+    return made
+
+
+def run(llm, jobs: list[dict]) -> dict:
+    from vllm import SamplingParams
+
+    if any(job.get("reset") for job in jobs):
+        llm.reset_prefix_cache()
+    RECORDED.clear()
+    sampling = [
+        SamplingParams(max_tokens=job.get("tokens", 8), temperature=0, logprobs=1, ignore_eos=True)
+        for job in jobs
+    ]
+    try:
+        outputs = llm.generate([request(job) for job in jobs], sampling, use_tqdm=False)
+    except Exception as error:
+        return {job["name"]: {"error": f"{type(error).__name__}: {error}"} for job in jobs}
+    results = {}
+    for job, out in zip(jobs, outputs, strict=True):
+        best = out.outputs[0]
+        results[job["name"]] = {
+            "tokens": list(best.token_ids),
+            "logprobs": [d[t].logprob for t, d in zip(best.token_ids, best.logprobs, strict=True)],
+            "prompt": len(out.prompt_token_ids),
+            "cached": out.num_cached_tokens,
+        }
+        if job.get("positions"):
+            results[job["name"]]["positions"] = [p.tolist() for p in RECORDED]
+    return results
+
+
+def main() -> None:
+    model, jobs_file, results_file = sys.argv[1:]
+    plan = json.loads(Path(jobs_file).read_text())
+    from vllm import LLM
+
+    record_positions()
+    defaults = dict(
+        max_model_len=4096, max_num_batched_tokens=2048, enforce_eager=True, dtype="float32",
+        block_size=32, enable_prefix_caching=True, limit_mm_per_prompt={"image": 4, "video": 2},
+        max_num_seqs=8,
+    )  # fmt: skip
+    start = time.time()
+    llm = LLM(model, **{**defaults, **plan["engine"]})
+    results: dict = {"seconds to load": time.time() - start}
+    for jobs in plan["runs"]:
+        results.update(run(llm, jobs))
+    Path(results_file).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

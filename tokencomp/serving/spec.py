@@ -1,0 +1,163 @@
+"""What a server compresses with: reducer, ratio, and what a request may change of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokencomp.context import FEATURES
+from tokencomp.errors import OptionError, RatioError, UnknownNameError
+from tokencomp.plan import MAX_RATIO, check_ratio
+from tokencomp.reducers.base import Reducer, available_reducers, make_reducer
+
+DEFAULT_REDUCER = "merge"
+REQUEST_KEYS = ("reducer", "ratio", "options")
+SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "per_request")
+
+
+def servable_reducers() -> list[str]:
+    """Names of reducers that an engine with fixed placeholder counts can run."""
+    return [name for name, cls in available_reducers().items() if cls.serving_safe]
+
+
+def check_servable(reducer: Reducer) -> Reducer:
+    """Return `reducer` if an engine can run it.
+
+    Raises
+    ------
+    OptionError
+        Its kept count, or its choice, depends on more than the media item: the text, attention of
+        the LLM, or a decoder layer. Prefix caches would then mix questions up.
+    """
+    needs = [str(s) for s in reducer.needs if s != FEATURES]
+    if reducer.serving_safe and not needs:
+        return reducer
+    raise OptionError(
+        f"reducer {reducer.name!r} cannot run inside an engine that fixes placeholder counts "
+        "before the vision tower runs and caches media across questions. These can: "
+        f"{', '.join(servable_reducers())}. Serve {reducer.name!r} with `--engine hf` instead."
+    )
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Reducer and ratio of one request or of a server; hashable, and equal if it acts equally."""
+
+    reducer: Reducer | None = None
+    ratio: float = 0.0
+
+    @property
+    def active(self) -> bool:
+        return self.reducer is not None and self.ratio > 0
+
+    def describe(self) -> dict[str, Any]:
+        """Canonical plain form, every option spelled out; the same for all inactive specs."""
+        if self.reducer is None or not self.active:
+            return {"ratio": 0.0}
+        options = self.reducer.options()
+        return {"reducer": self.reducer.name, "ratio": self.ratio, "options": options}
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Default of a server, and the bounds of what a request may ask for.
+
+    Attributes
+    ----------
+    default : Spec
+    max_ratio : float
+        Largest ratio a request may ask for.
+    per_request : bool
+        False refuses requests that bring their own reducer, ratio or options.
+    """
+
+    default: Spec = field(default_factory=Spec)
+    max_ratio: float = MAX_RATIO
+    per_request: bool = True
+
+    @classmethod
+    def parse(cls, given: Any, engine: str = "vllm") -> ServerOptions:
+        """Options from JSON or a mapping: `{"reducer": "merge", "ratio": 0.5, "options": {}}`.
+
+        Raises
+        ------
+        OptionError, RatioError
+            Unknown key, reducer, option or ratio; a reducer that `engine` cannot run.
+        """
+        if given is None:
+            return cls()
+        values = as_mapping(given, SERVER_KEYS)
+        max_ratio = check_ratio(values.get("max_ratio", MAX_RATIO))
+        per_request = values.get("per_request", True)
+        if not isinstance(per_request, bool):
+            raise OptionError(f"per_request={per_request!r}: expected true or false.")
+        base = cls(max_ratio=max(max_ratio, check_ratio(values.get("ratio", 0.0))))
+        request = {k: v for k, v in values.items() if k in REQUEST_KEYS}
+        return cls(base.resolve(request, engine), max_ratio, per_request)
+
+    def resolve(self, given: Any, engine: str = "vllm") -> Spec:
+        """The spec of a request that asks for `given` (None: the server's default).
+
+        Raises
+        ------
+        OptionError, RatioError
+        """
+        if given is None:
+            return self.default
+        if not self.per_request:
+            raise OptionError(
+                "this server was started with per_request=false: leave 'tokencomp' out of the "
+                "request, or ask its operator."
+            )
+        values = as_mapping(given, REQUEST_KEYS)
+        ratio = check_ratio(values.get("ratio", self.default.ratio))
+        if ratio > self.max_ratio:
+            raise RatioError(
+                f"ratio={ratio}: this server allows ratios from 0 to {self.max_ratio}."
+            )
+        reducer = self._reducer(values)
+        return Spec(check_servable(reducer) if engine == "vllm" else reducer, ratio)
+
+    def _reducer(self, values: Mapping[str, Any]) -> Reducer:
+        options = as_mapping(values.get("options"), None)
+        name = values.get("reducer")
+        old = self.default.reducer
+        if name in (None, "auto"):
+            name = old.name if old is not None and name is None else DEFAULT_REDUCER
+        if not isinstance(name, str):
+            raise OptionError(
+                f"reducer={name!r}: expected one of {', '.join(available_reducers())}."
+            )
+        if old is not None and name == old.name:
+            options = {**old.options(), **options}
+        try:
+            return make_reducer(name, **options)
+        except UnknownNameError as error:
+            raise OptionError(str(error)) from None
+        except TypeError as error:
+            raise OptionError(f"reducer {name!r}, options {options}: {error}") from None
+
+
+def as_mapping(given: Any, allowed: tuple[str, ...] | None) -> dict[str, Any]:
+    """A dict with checked keys, from None, a mapping, or JSON text."""
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise OptionError(f"tokencomp options {given!r} are not JSON ({error}).") from None
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise OptionError(
+            f"tokencomp={given!r}: expected an object such as "
+            '{"reducer": "merge", "ratio": 0.5, "options": {}}.'
+        )
+    wrong = [k for k in given if allowed is not None and k not in allowed]
+    if wrong:
+        raise OptionError(
+            f"tokencomp options have no {', '.join(map(repr, wrong))}. Allowed: "
+            f"{', '.join(allowed or ())}; options of the reducer itself go under 'options'."
+        )
+    return dict(given)

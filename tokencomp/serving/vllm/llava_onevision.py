@@ -1,0 +1,62 @@
+"""LLaVA-OneVision for vLLM: one position per token, which the engine renumbers without gaps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.model_executor.models.llava_onevision import (
+    LlavaOnevisionDummyInputsBuilder,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionMultiModalProcessor,
+    LlavaOnevisionProcessingInfo,
+    get_anyres_image_grid_shape,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from tokencomp.serving.items import Layout
+from tokencomp.serving.vllm.model import CompressingModel
+from tokencomp.serving.vllm.processing import CompressingProcessor
+
+
+class LlavaOnevisionProcessor(CompressingProcessor, LlavaOnevisionMultiModalProcessor):
+    """An image is a base tile and a mosaic with a line break per row; a video ends in one."""
+
+    def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[Layout]]:
+        if modality == "image":
+            return [self._image(items.get_image_size(i)) for i in range(len(items))]
+        return [
+            self._video(items.get_frame_size(i), items.get_num_frames(i)) for i in range(len(items))
+        ]
+
+    def _image(self, size: Any) -> list[Layout]:
+        encoder = self.info.get_vision_encoder_info()
+        side = encoder.get_patch_grid_length()
+        rows, columns = get_anyres_image_grid_shape(
+            image_size=(size.height, size.width),
+            grid_pinpoints=self.info.get_hf_config().image_grid_pinpoints,
+            patch_size=encoder.get_image_size(),
+        )
+        patches, breaks = self.info._get_num_unpadded_features(
+            original_height=size.height,
+            original_width=size.width,
+            npatches=side,
+            num_patch_height=rows,
+            num_patch_width=columns,
+        )
+        return [Layout((1, side, side)), Layout((1, breaks, patches // breaks), "rows")]
+
+    def _video(self, size: Any, frames: int) -> list[Layout]:
+        per_frame = self.info._get_num_frame_tokens(
+            image_width=size.width, image_height=size.height
+        )
+        side = round(per_frame**0.5)
+        return [Layout((frames, side, side), "end")]
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    LlavaOnevisionProcessor,
+    info=LlavaOnevisionProcessingInfo,
+    dummy_inputs=LlavaOnevisionDummyInputsBuilder,
+)
+class TokencompLlavaOnevision(CompressingModel, LlavaOnevisionForConditionalGeneration):
+    """vLLM's LLaVA-OneVision with compressed media."""

@@ -1,0 +1,166 @@
+"""The processor half: plans every media item, and sizes its placeholders."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import BatchFeature
+from vllm.logger import init_logger
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import PromptUpdate
+
+import tokencomp
+from tokencomp.errors import OptionError
+from tokencomp.serving.items import ItemPlan, Layout
+from tokencomp.serving.spec import ServerOptions, Spec
+from tokencomp.serving.vllm import ENV_OPTIONS
+from tokencomp.serving.vllm.metrics import RequestCounts
+
+logger = init_logger("vllm.tokencomp")
+KEY = "tokencomp"
+SCOPED = ("images_kwargs", "videos_kwargs", "common_kwargs", "mm_kwargs")
+KINDS = ("image", "video")
+OFF = Spec()
+
+
+def field_name(modality: str) -> str:
+    """Name of the item field that carries the plan."""
+    return f"tokencomp_{modality}"
+
+
+def server_options(model_config: Any) -> ServerOptions:
+    """Options from `--mm-processor-kwargs`, else `--hf-overrides`, else the environment."""
+    given = (model_config.multimodal_config.mm_processor_kwargs or {}).get(KEY)
+    if given is None:
+        given = getattr(model_config.hf_config, KEY, None)
+    if given is None:
+        given = os.environ.get(ENV_OPTIONS)
+    return ServerOptions.parse(given)
+
+
+class CompressingProcessor:
+    """Mixin in front of a vLLM multimodal processor.
+
+    The plan of an item (spans, counts, reducer) is one field of the item. Placeholders here and
+    rows in the worker are both read from it, so they cannot disagree. Parameter names are vLLM's:
+    it passes them by keyword.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._options = server_options(self.info.ctx.model_config)  # type: ignore[attr-defined]
+        self._counts = RequestCounts()
+        default = json.dumps(self._options.default.describe())
+        logger.info_once("tokencomp %s: default %s", tokencomp.__version__, default)
+
+    # -- per model ------------------------------------------------------------------------------
+
+    def layouts(self, modality: str, items: Any, hf_inputs: BatchFeature) -> list[list[Layout]]:
+        """Spans of every item of a modality, uncompressed."""
+        raise OptionError(f"{type(self).__name__} does not say how its media are laid out.")
+
+    # -- options --------------------------------------------------------------------------------
+
+    def _spec(self, kwargs: Mapping[str, Any]) -> Spec:
+        for scope in SCOPED:
+            if isinstance(kwargs.get(scope), Mapping) and KEY in kwargs[scope]:
+                raise OptionError(f"'{KEY}' was given inside {scope}; put it beside it.")
+        given = kwargs.get(KEY)
+        return given if isinstance(given, Spec) else self._options.resolve(given)
+
+    @staticmethod
+    def _plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in kwargs.items() if k != KEY}
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Memory is profiled at full size: a request may turn compression off."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
+        inputs.hf_processor_mm_kwargs = {**inputs.hf_processor_mm_kwargs, KEY: OFF}
+        return inputs
+
+    # -- vLLM's processing steps ----------------------------------------------------------------
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        if inputs.hf_processor_mm_kwargs.get(KEY) is not OFF:
+            self._counts.add(result)
+        return result
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """Media hashes cover the resolved options; uncompressed items hash as without plugin."""
+        spec = self._spec(inputs.hf_processor_mm_kwargs)
+        kwargs = self._plain(inputs.hf_processor_mm_kwargs)
+        if spec.active:
+            kwargs[KEY] = {**spec.describe(), "version": tokencomp.__version__}
+        return super()._get_mm_hashes(  # type: ignore[misc]
+            replace(inputs, hf_processor_mm_kwargs=kwargs)
+        )
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> BatchFeature:
+        spec = self._spec(hf_kwargs)
+        data = super()._apply_hf_processor_main(  # type: ignore[misc]
+            mm_items=mm_items, hf_kwargs=self._plain(hf_kwargs)
+        )
+        for modality in KINDS:
+            if not spec.active or modality not in mm_items or not len(mm_items[modality]):
+                continue
+            items = mm_items[modality]
+            if items.get_passthrough_data():
+                raise OptionError(
+                    f"{modality} embeddings made elsewhere cannot be compressed; send pixels, or "
+                    'ask for {"ratio": 0}.'
+                )
+            plans = [
+                ItemPlan.make(modality, spans, spec)
+                for spans in self.layouts(modality, items, data)
+            ]
+            data[field_name(modality)] = [plan.to_tensor() for plan in plans]
+        return data
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        fields = dict(
+            super()._get_mm_fields_config(  # type: ignore[misc]
+                hf_inputs, self._plain(hf_processor_mm_kwargs)
+            )
+        )
+        for modality in KINDS:
+            if field_name(modality) in hf_inputs:
+                fields[field_name(modality)] = MultiModalFieldConfig.batched(
+                    modality, keep_on_cpu=True
+                )
+        return fields
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[PromptUpdate]:
+        updates = super()._get_prompt_updates(  # type: ignore[misc]
+            mm_items=mm_items,
+            hf_processor_mm_kwargs=self._plain(hf_processor_mm_kwargs),
+            out_mm_kwargs=out_mm_kwargs,
+        )
+        return [_shorten(u, out_mm_kwargs) if u.modality in KINDS else u for u in updates]
+
+
+def _shorten(update: Any, out_mm_kwargs: Any) -> Any:
+    """The same update with as many placeholders as the item's plan keeps."""
+    full, modality = update.replacement, update.modality
+
+    def kept(index: int) -> Any:
+        tokens = full(index)
+        item = out_mm_kwargs[modality][index]
+        if field_name(modality) not in item:
+            return tokens
+        plan = ItemPlan.from_tensor(item[field_name(modality)].data)
+        if len(tokens) != plan.full:
+            raise RuntimeError(
+                f"{modality} {index}: the engine expects {len(tokens)} tokens, the plan {plan.full}"
+            )
+        return tokens[: plan.kept]
+
+    return replace(update, replacement=kept)
