@@ -16,6 +16,7 @@ _LAZY = {
     "patch": "tokencomp.patching",
     "unpatch": "tokencomp.patching",
     "Handle": "tokencomp.patching",
+    "extend_visual_context": "tokencomp.context_window",
     "Plan": "tokencomp.plan",
     "Stage": "tokencomp.plan",
     "Reducer": "tokencomp.reducers.base",
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "available_models",
     "available_reducers",
+    "extend_visual_context",
     "make_reducer",
     "patch",
     "register_reducer",
@@ -48,6 +50,7 @@ __all__ = [
 if TYPE_CHECKING:
     from tokencomp.adapters.base import available_models
     from tokencomp.context import Reduction, VisualTokens
+    from tokencomp.context_window import extend_visual_context
     from tokencomp.errors import TokenCompError
     from tokencomp.patching import Handle, patch, unpatch
     from tokencomp.plan import Plan, Stage

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tokencomp import _compat
 from tokencomp.adapters.base import Adapter, Call
 from tokencomp.cache import CompressedLayer, check_cache, compress_layer
+from tokencomp.context_window import check_window
 from tokencomp.errors import (
     AlreadyCompressedError,
     AttentionOutputError,
@@ -173,6 +174,7 @@ class Hooks:
         positions = self._positions(kwargs, cache)
         rows = positions.cpu() if self.adapter.mrope else None
         spans = self.adapter.spans(Call(kinds, x, rows, self.adapter.body, self._local.inputs))
+        check_window(self.adapter.model, spans)
         run = Run(self.adapter, self.plan, spans, lengths, x.shape[1], self._draft())
         run.segments = build_segments(run, cache, mask, x.device)
         x, index = run.entry(x, positions, cache)

@@ -10,6 +10,12 @@ from typing import Any, Literal
 from torch import nn
 
 from tokencomp.adapters.base import Adapter, adapter_for, unwrap
+from tokencomp.context_window import (
+    VISUAL_WINDOW,
+    VisualContext,
+    extend_visual_context,
+    restore_visual_context,
+)
 from tokencomp.errors import AlreadyCompressedError, OptionError
 from tokencomp.hooks import Hooks
 from tokencomp.plan import Plan, check_ratio
@@ -28,6 +34,7 @@ def patch(
     plan: Plan | None = None,
     strict: bool = False,
     positions: Literal["original", "compact"] = "original",
+    extend_context: bool | int = False,
     **options: Any,
 ) -> Handle:
     """Compress the visual tokens of every later forward and generate call of `model`.
@@ -51,6 +58,9 @@ def patch(
         masking. "compact": kept tokens are renumbered without gaps, as serving engines do for
         models with one position per token (refused for M-RoPE models, whose engine path keeps the
         original positions too).
+    extend_context
+        Stretch the visual context window (`tokencomp.extend_visual_context`) for this many visual
+        tokens of the uncompressed prompt; True: four times LLaVA-OneVision's 6272.
     **options
         Options of the named reducer.
 
@@ -79,27 +89,38 @@ def patch(
             "width), which cannot be renumbered without losing the grid. Leave it at 'original'."
         )
     ready = _make_plan(plan, ratio, reducer, options, adapter)
-    unpatch(base)
+    if base in _HANDLES:
+        _HANDLES[base].remove()
+    context = None
+    if extend_context is not False:
+        target = 4 * VISUAL_WINDOW if extend_context is True else extend_context
+        context = extend_visual_context(base, target)
     hooks = Hooks(adapter, ready, strict, positions == "compact")
-    handle = Handle(hooks, ratio, reducer, options)
+    handle = Handle(hooks, ratio, reducer, options, context)
     _HANDLES[base] = handle
     return handle
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo `patch(model)`; nothing happens if the model is not patched."""
-    handle = _HANDLES.get(unwrap(model))
-    if handle is not None:
-        handle.remove()
+    """Undo `patch(model)` and `extend_visual_context(model, ...)`, if they were called."""
+    base = unwrap(model)
+    if base in _HANDLES:
+        _HANDLES[base].remove()
+    restore_visual_context(base)
 
 
 class Handle:
     """A patch in force. Use as a context manager, or call `remove()`."""
 
     def __init__(
-        self, hooks: Hooks, ratio: float, reducer: str | Reducer, options: dict[str, Any]
+        self,
+        hooks: Hooks,
+        ratio: float,
+        reducer: str | Reducer,
+        options: dict[str, Any],
+        context: VisualContext | None = None,
     ) -> None:
-        self._hooks = hooks
+        self._hooks, self._context = hooks, context
         self._request = (ratio, reducer, options)
         self._active = True
         hooks.install()
@@ -115,6 +136,8 @@ class Handle:
         if self._active:
             self._active = False
             self._hooks.remove()
+            if self._context is not None:
+                self._context.remove()
             _HANDLES.pop(self._hooks.adapter.model, None)
 
     @contextlib.contextmanager

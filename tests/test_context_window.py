@@ -1,0 +1,134 @@
+"""The stretched visual window against transformers' own YaRN."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tests_support import V4, Family, text
+
+import tokencomp
+from tokencomp.context_window import VISUAL_WINDOW, yarn
+from tokencomp.errors import OptionError, SpanError, UnsupportedModelError
+
+
+def test_ramp_of_qwen2() -> None:
+    """Between whole turns 32 and 1 in 6272 positions: dims 15 … 32 of Qwen2's 64 pairs."""
+    numbers = yarn(1e6, 128, VISUAL_WINDOW, 4.0)
+    assert (numbers.low, numbers.high) == (15, 32)
+    inv_freq = 1e6 ** (-torch.arange(0, 128, 2) / 128)
+    stretched = numbers.frequencies(inv_freq) / inv_freq
+    assert torch.allclose(stretched[:16], torch.ones(16))
+    assert torch.allclose(stretched[32:], torch.full((32,), 0.25))
+    assert (stretched[15:33].diff() < 0).all()
+
+
+def reference(base: float, heads: int, dim: int, window: int, factor: float):
+    """Frequencies and attention factor as transformers computes them."""
+    from transformers import Qwen2Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": window,
+        "rope_theta": base,
+    }
+    scaling = {"rope_scaling": rope, "rope_theta": base} if V4 else {"rope_parameters": rope}
+    config = Qwen2Config(
+        hidden_size=dim * heads,
+        num_attention_heads=heads,
+        max_position_embeddings=int(window * factor),
+        **scaling,
+    )
+    return ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("base", "dim", "window"), [(1e6, 128, 6272), (1e4, 64, 500), (5e5, 96, 64)]
+)
+@pytest.mark.parametrize("factor", [1.0, 2.5, 8.0])
+def test_frequencies(base: float, dim: int, window: int, factor: float) -> None:
+    numbers = yarn(base, dim, window, factor)
+    inv_freq, attention = reference(base, 4, dim, window, factor)
+    mine = numbers.frequencies(base ** (-torch.arange(0, dim, 2).float() / dim))
+    assert torch.allclose(mine, inv_freq, rtol=1e-5)
+    assert numbers.attention == pytest.approx(attention)
+
+
+def test_model(family: Family) -> None:
+    """Both kinds of positions: rotary tables are YaRN's, and everything comes back."""
+    model = family.build()
+    rotary = model.model.language_model.rotary_emb
+    before, scaling, state = rotary.inv_freq, rotary.attention_scaling, set(model.state_dict())
+    inputs = family.batch([[text(3), family.video(4), text(4, 2)]])
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        context = tokencomp.extend_visual_context(model, 40, window=10)
+        inv_freq, attention = reference(1e4, 4, 16, 10, 4.0)
+        assert torch.allclose(rotary.inv_freq, inv_freq, rtol=1e-5)
+        assert rotary.attention_scaling == pytest.approx(attention)
+        assert context.yarn.factor == 4.0
+        changed = model(**inputs).logits
+        assert (changed - plain).abs().max() > 1e-3
+        tokencomp.unpatch(model)
+        assert torch.equal(model(**inputs).logits, plain)
+    assert rotary.inv_freq is before and rotary.attention_scaling == scaling
+    assert set(model.state_dict()) == state
+    context.remove()
+
+
+def test_short_targets_change_nothing(family: Family) -> None:
+    model = family.build()
+    rotary = model.model.language_model.rotary_emb
+    before = rotary.inv_freq.clone()
+    with tokencomp.extend_visual_context(model, 100, window=200) as context:
+        assert context.yarn.factor == 1.0
+        assert torch.allclose(rotary.inv_freq, before)
+        assert rotary.attention_scaling == 1.0
+
+
+def test_again_and_with_patch(family: Family) -> None:
+    model = family.build()
+    rotary = model.model.language_model.rotary_emb
+    before = rotary.inv_freq.clone()
+    tokencomp.extend_visual_context(model, 40, window=10)
+    tokencomp.extend_visual_context(model, 80, window=10)  # replaces, does not pile up
+    assert torch.allclose(rotary.inv_freq, reference(1e4, 4, 16, 10, 8.0)[0], rtol=1e-5)
+    handle = tokencomp.patch(model, 0.5, reducer="uniform")  # leaves it alone
+    handle.remove()
+    assert rotary.attention_scaling == pytest.approx(0.1 * math.log(8) + 1)
+    tokencomp.unpatch(model)
+    assert torch.equal(rotary.inv_freq, before)
+    with tokencomp.patch(model, 0.5, reducer="pool", extend_context=12544) as handle:
+        assert rotary.attention_scaling == pytest.approx(0.1 * math.log(2) + 1)
+        model(**family.batch([[text(3), family.video(4), text(4, 2)]]))
+        assert handle.stats is not None
+    assert torch.equal(rotary.inv_freq, before)
+    with tokencomp.patch(model, 0.5, extend_context=True, reducer="pool"):
+        assert rotary.attention_scaling == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_too_long(family: Family) -> None:
+    model = family.build()
+    inputs = family.batch([[text(3), family.video(4), text(4, 2)]])
+    tokencomp.patch(model, 0.5, reducer="uniform", extend_context=5)
+    with pytest.raises(SpanError, match="extended to 5"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("bad", [0, -4, 2.5, "many", True])
+def test_bad_counts(family: Family, bad: object) -> None:
+    model = family.build()
+    with pytest.raises(OptionError, match="target_tokens"):
+        tokencomp.extend_visual_context(model, bad)
+    with pytest.raises(OptionError, match="window"):
+        tokencomp.extend_visual_context(model, 10, window=bad)
+
+
+def test_scaled_already(family: Family) -> None:
+    model = family.build()
+    model.model.language_model.rotary_emb.rope_type = "linear"
+    with pytest.raises(UnsupportedModelError, match="linear"):
+        tokencomp.extend_visual_context(model, 100)
