@@ -128,3 +128,54 @@ def rotate(attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def sequence_dim(table: Tensor) -> int:
     """Axis of a rotary table (B, L, D) or (3, B, L, D) that runs over the sequence."""
     return table.ndim - 2
+
+
+def rope_index(body: nn.Module, ids: Tensor, kinds: Tensor, **grids: Tensor) -> Tensor:
+    """M-RoPE positions (3, B, L) by the model's own `get_rope_index`.
+
+    Parameters
+    ----------
+    ids, kinds : Tensor, shape (B, L)
+        Token ids, and 0 text, 1 image, 2 video (an argument since 5.3).
+    """
+    names = inspect.signature(body.get_rope_index).parameters  # type: ignore[arg-type]
+    if "mm_token_type_ids" in names:
+        grids["mm_token_type_ids"] = kinds
+    return body.get_rope_index(ids, **grids)[0]  # type: ignore[operator]
+
+
+def check_rope_index(model: Any, kind: str) -> None:
+    """Refuse releases whose M-RoPE positions of images or videos are wrong.
+
+    A 1×2 image, or a video of two such frames one second apart, is placed by hand and compared.
+    Known: transformers 5.3.0 … 5.5.3 multiply the start by the time step and mix up the axes of
+    videos (both for Qwen2.5-VL, videos for Qwen2-VL); fixed in 5.5.4.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The positions differ.
+    """
+    import transformers
+
+    config, frames = model.config, 2 if kind == "video" else 1
+    merge = config.vision_config.spatial_merge_size
+    step = getattr(config.vision_config, "tokens_per_second", 1)
+    token = getattr(config, f"{kind}_token_id")
+    before, n = [0, 0, 0, config.vision_start_token_id], 2 * frames
+    ids = torch.tensor([[*before, *[token] * n, config.vision_end_token_id]])
+    kinds = torch.zeros_like(ids).int()
+    kinds[0, 4 : 4 + n] = 2 if kind == "video" else 1
+    grids = {f"{kind}_grid_thw": torch.tensor([[frames, merge, 2 * merge]])}
+    if kind == "video" and hasattr(config.vision_config, "tokens_per_second"):
+        grids["second_per_grid_ts"] = torch.tensor([1.0])
+    with torch.device("cpu"):
+        found = rope_index(model.model, ids, kinds, **grids)[:, 0, 4 : 4 + n]
+    time = torch.arange(frames).repeat_interleave(2) * step
+    expected = 4 + torch.stack([time, torch.zeros(n).long(), torch.arange(n) % 2])
+    if not torch.equal(found.long(), expected):
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} gives the {kind}s of {type(model).__name__} "
+            "wrong M-RoPE positions (a defect of 5.3.0 to 5.5.3), so the model itself misreads "
+            "them. Run: pip install 'transformers>=5.5.4'"
+        )

@@ -1,9 +1,11 @@
-"""Qwen2-VL: three-row rotary positions, one run per image or video, no special tokens."""
+"""Qwen2-VL and Qwen2.5-VL: three-row rotary positions, one run per image or video."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
+from tokencomp import _compat
 from tokencomp.adapters.base import Adapter, Call, register_adapter
 from tokencomp.context import VisualSpan
 from tokencomp.errors import SpanError
@@ -17,6 +19,11 @@ class Qwen2VLAdapter(Adapter):
     model_types = ("qwen2_vl",)
     mrope = True
 
+    @classmethod
+    def of(cls, model: nn.Module) -> Adapter:
+        _compat.check_rope_index(model, "image")
+        return cls(model)
+
     def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
         if call.positions is None:
             raise SpanError(
@@ -25,6 +32,8 @@ class Qwen2VLAdapter(Adapter):
             )
         spans = []
         for start, stop, kind in call.runs(row):
+            if kind == "video":
+                self.check_video()
             _, h, w = call.positions[:, row, start:stop]
             rows, cols = int(h.max() - h.min()) + 1, int(w.max() - w.min()) + 1
             n = stop - start
@@ -41,3 +50,15 @@ class Qwen2VLAdapter(Adapter):
                 )
             spans.append(VisualSpan(start, n, (n // (rows * cols), rows, cols), kind))
         return spans
+
+    def check_video(self) -> None:
+        """Raise `UnsupportedModelError` if the release gets positions of videos wrong."""
+        _compat.check_rope_index(self.model, "video")
+
+
+@register_adapter
+class Qwen25VLAdapter(Qwen2VLAdapter):
+    """Temporal positions are scaled by seconds; the tower's window order ends at its merger."""
+
+    family = "Qwen2.5-VL"
+    model_types = ("qwen2_5_vl",)

@@ -1,0 +1,1 @@
+"""Tiny random models of every family, one file per group."""

@@ -1,0 +1,106 @@
+"""The base class of a test family: a tiny random model, and prompts for it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+V4 = transformers.__version__.startswith("4")
+PAD, EOS, IMAGE, VIDEO, START, END = 0, 2, 150, 151, 152, 153
+VOCAB = 200
+NO_EOS = 199
+
+
+@dataclass
+class Media:
+    """One image or video: its placeholders' ids, and model inputs."""
+
+    ids: list[int]
+    inputs: dict[str, Tensor]
+
+
+class Family:
+    """How to build a model and its media; the rest of the suite is shared."""
+
+    name: ClassVar[str]
+    mrope: ClassVar[bool] = False
+    layers: ClassVar[int] = 4
+
+    def config(self) -> Any:
+        raise NotImplementedError
+
+    def build(self, backend: str = "sdpa", seed: int = 0) -> nn.Module:
+        torch.manual_seed(seed)
+        model = self.model_class()(self.config()).eval()
+        with torch.no_grad():
+            for p in self.decoder(model).parameters():
+                if p.ndim == 2:
+                    p.mul_(5)  # sharp attention, so that mistakes show
+            for name, p in model.named_parameters():
+                if "bias" in name or name.endswith("norm.weight"):
+                    p.add_(torch.randn_like(p) * 0.02)
+        model.set_attn_implementation(backend)
+        model.generation_config.pad_token_id = PAD
+        model.generation_config.eos_token_id = NO_EOS
+        model.generation_config.do_sample = False
+        return model
+
+    def model_class(self) -> type:
+        raise NotImplementedError
+
+    def image(self, size: int = 0) -> Media:
+        """An image; `size` 0, 1, 2 are different grids."""
+        raise NotImplementedError
+
+    def video(self, frames: int = 4) -> Media:
+        raise NotImplementedError
+
+    def batch(self, rows: list[list[Any]]) -> dict[str, Tensor]:
+        """Left-padded batch from rows of text ids (lists of ints) and `Media`."""
+        ids, parts = [], []
+        for row in rows:
+            flat: list[int] = []
+            for item in row:
+                flat += item.ids if isinstance(item, Media) else item
+            ids.append(flat)
+            parts.append([item.inputs for item in row if isinstance(item, Media)])
+        width = max(map(len, ids))
+        input_ids = torch.tensor([[PAD] * (width - len(r)) + r for r in ids])
+        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in ids])
+        return self.finish({"input_ids": input_ids, "attention_mask": mask, **self.collect(parts)})
+
+    def collect(self, rows: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+        """Model inputs of a batch from those of its media, per sample."""
+        parts = [p for row in rows for p in row]
+        keys = dict.fromkeys(k for p in parts for k in p)
+        return {key: torch.cat([p[key] for p in parts if key in p]) for key in keys}
+
+    def finish(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        parameters = inspect.signature(self.model_class().forward).parameters
+        if self.mrope and "mm_token_type_ids" in parameters:
+            ids = inputs["input_ids"]
+            inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        return inputs
+
+    def defect(self, test: str) -> str:
+        """Why the installed transformers release itself cannot do what `test` needs, or ""."""
+        return ""
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The text decoder."""
+        return model.model.language_model
+
+    def positions(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Positions of the uncompressed prompt, (3, B, L) or (B, L)."""
+        mask = inputs["attention_mask"]
+        if not self.mrope:
+            return (mask.cumsum(-1) - 1).clamp(min=0)
+        keys = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        names = inspect.signature(model.model.get_rope_index).parameters
+        extra = {k: inputs[k] for k in keys if k in inputs and k in names}
+        return model.model.get_rope_index(inputs["input_ids"], attention_mask=mask, **extra)[0]

@@ -1,0 +1,206 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import transformers
+
+from families_support.base import END, EOS, IMAGE, PAD, START, V4, VIDEO, VOCAB, Family, Media
+from tokencomp._compat import check_rope_index
+from tokencomp.errors import UnsupportedModelError
+
+
+def refused(model: torch.nn.Module, kind: str) -> str:
+    """Why the release's positions of "image" or "video" are refused, or ""."""
+    try:
+        check_rope_index(model, kind)
+    except UnsupportedModelError as error:
+        return str(error)
+    return ""
+
+
+class Qwen2VL(Family):
+    name = "qwen2_vl"
+    mrope = True
+
+    def model_class(self) -> type:
+        return transformers.Qwen2VLForConditionalGeneration
+
+    def config(self) -> Any:
+        section = {"mrope_section": [2, 3, 3]}
+        rope = (
+            {
+                "rope_theta": 1e4,
+                "rope_scaling": {"type": "mrope", "rope_type": "default", **section},
+            }
+            if V4
+            else {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **section}}
+        )
+        return transformers.Qwen2VLConfig(
+            text_config=dict(
+                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD, **rope,
+            ),
+            vision_config=dict(
+                depth=1, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=4,
+                temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
+            ),
+            image_token_id=IMAGE, video_token_id=VIDEO,
+            vision_start_token_id=START, vision_end_token_id=END,
+        )  # fmt: skip
+
+    def _media(self, grid: tuple[int, int, int], token: int, prefix: str) -> Media:
+        t, h, w = grid
+        pixels = torch.randn(t * h * w, 96)
+        suffix = "" if prefix == "image" else "_videos"
+        inputs = {f"pixel_values{suffix}": pixels, f"{prefix}_grid_thw": torch.tensor([grid])}
+        return Media([START] + [token] * (t * h * w // 4) + [END], inputs)
+
+    def image(self, size: int = 0) -> Media:
+        return self._media([(1, 8, 8), (1, 4, 8), (1, 6, 10)][size], IMAGE, "image")
+
+    def video(self, frames: int = 4) -> Media:
+        return self.two_images() if self.no_video() else self.whole_video(frames)
+
+    @functools.cache  # noqa: B019
+    def no_video(self) -> str:
+        """Why the release cannot place the frames of a video, or ""."""
+        return refused(self.build(), "video")
+
+    def two_images(self) -> Media:
+        a, b = self.image(1), self.image(1)
+        inputs = {k: torch.cat([v, b.inputs[k]]) for k, v in a.inputs.items()}
+        return Media(a.ids + b.ids, inputs)
+
+    def whole_video(self, frames: int) -> Media:
+        return self._media((frames // 2, 4, 8), VIDEO, "video")
+
+
+class Qwen25VL(Qwen2VL):
+    """Window attention in the tower, seconds in the temporal positions."""
+
+    name = "qwen2_5_vl"
+
+    def defect(self, test: str) -> str:
+        return refused(self.build(), "image")
+
+    def model_class(self) -> type:
+        return transformers.Qwen2_5_VLForConditionalGeneration
+
+    def config(self) -> Any:
+        section = {"mrope_section": [2, 3, 3]}
+        rope = (
+            {
+                "rope_theta": 1e4,
+                "rope_scaling": {"type": "mrope", "rope_type": "default", **section},
+            }
+            if V4
+            else {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **section}}
+        )
+        return transformers.Qwen2_5_VLConfig(
+            text_config=dict(
+                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD, **rope,
+            ),
+            vision_config=dict(
+                depth=2, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=2,
+                patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
+                window_size=16, fullatt_block_indexes=[1], tokens_per_second=2,
+            ),
+            image_token_id=IMAGE, video_token_id=VIDEO,
+            vision_start_token_id=START, vision_end_token_id=END,
+        )  # fmt: skip
+
+    def whole_video(self, frames: int) -> Media:
+        media = super().whole_video(frames)
+        media.inputs["second_per_grid_ts"] = torch.tensor([2.0])
+        return media
+
+
+class Qwen3VL(Qwen2VL):
+    """Deepstack features, a timestamp before every frame."""
+
+    name = "qwen3_vl"
+    deepstack: tuple[int, ...] = (0,)
+
+    def defect(self, test: str) -> str:
+        return self.beams_fail() if "beam" in test else ""
+
+    @functools.cache  # noqa: B019
+    def beams_fail(self) -> str:
+        """Early releases count the frames of a video as videos when they expand beams."""
+        inputs = self.batch([[self.video(4), [5, 6]]])
+        try:
+            self.build().generate(**inputs, max_new_tokens=1, num_beams=2)
+        except (RuntimeError, StopIteration) as error:
+            return f"unpatched model, beams and a video: {error!r}"
+        return ""
+
+    def model_class(self) -> type:
+        return transformers.Qwen3VLForConditionalGeneration
+
+    def text_config(self) -> dict[str, Any]:
+        section = {"mrope_section": [2, 3, 3], "mrope_interleaved": True}
+        rope = (
+            {"rope_theta": 1e4, "rope_scaling": {"rope_type": "default", **section}}
+            if V4
+            else {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **section}}
+        )
+        return dict(
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, bos_token_id=1,
+            max_position_embeddings=2048, eos_token_id=EOS, pad_token_id=PAD, **rope,
+        )  # fmt: skip
+
+    def config_class(self) -> type:
+        return transformers.Qwen3VLConfig
+
+    def config(self) -> Any:
+        return self.config_class()(
+            text_config=self.text_config(),
+            vision_config=dict(
+                depth=3, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=2,
+                patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
+                num_position_embeddings=64, deepstack_visual_indexes=list(self.deepstack),
+            ),
+            image_token_id=IMAGE, video_token_id=VIDEO,
+            vision_start_token_id=START, vision_end_token_id=END,
+        )  # fmt: skip
+
+    @functools.cache  # noqa: B019
+    def no_video(self) -> str:
+        """Some releases do not split the grid of a video into frames and fail."""
+        inputs = self.batch([[self.whole_video(4), [5, 6]]])
+        try:
+            self.positions(self.build(), inputs)
+        except (RuntimeError, StopIteration) as error:
+            return repr(error)
+        return ""
+
+    def whole_video(self, frames: int) -> Media:
+        media = self._media((frames // 2, 4, 8), VIDEO, "video")
+        ids: list[int] = []
+        for t in range(frames // 2):  # <t seconds> start, frame, end
+            ids += [140, 141 + t, 144, START, *[VIDEO] * 8, END]
+        return Media(ids, media.inputs)
+
+
+class Qwen3VLMoe(Qwen3VL):
+    """Mixture-of-experts layers in the same decoder."""
+
+    name = "qwen3_vl_moe"
+
+    def model_class(self) -> type:
+        return transformers.Qwen3VLMoeForConditionalGeneration
+
+    def config_class(self) -> type:
+        return transformers.Qwen3VLMoeConfig
+
+    def text_config(self) -> dict[str, Any]:
+        experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+        return {**super().text_config(), **experts}

@@ -1,0 +1,98 @@
+"""Qwen3-VL and its MoE variant: deepstack features, timestamps between the frames of a video."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+from tokencomp.adapters.base import Call, register_adapter
+from tokencomp.adapters.qwen_vl import Qwen2VLAdapter
+from tokencomp.context import VisualSpan
+from tokencomp.errors import SpanError
+
+
+@register_adapter
+class Qwen3VLAdapter(Qwen2VLAdapter):
+    """A video is one span of all its frames; the timestamps between them are text.
+
+    Features of intermediate vision layers ("deepstack", arXiv 2406.04334) are added to the hidden
+    states of visual tokens after each of the first decoder layers, so they are gathered with the
+    tokens at entry, and tokens can leave between layers only after the last addition.
+    """
+
+    family = "Qwen3-VL"
+    model_types = ("qwen3_vl", "qwen3_vl_moe")
+
+    @property
+    def first_layer_stage(self) -> int:  # type: ignore[override]
+        return max(1, len(self.model.config.vision_config.deepstack_visual_indexes))
+
+    def check_video(self) -> None:
+        """Frames have positions of their own, like images: every release gets them right."""
+
+    def spans(self, call: Call) -> list[list[VisualSpan]]:
+        lengths = iter(video_lengths(call, self.model.config.vision_config.spatial_merge_size))
+        return [
+            list(_join_frames(self.row_spans(call, b), lengths, b))
+            for b in range(call.kinds.shape[0])
+        ]
+
+    def gather_extra(
+        self, kwargs: MutableMapping[str, Any], index: Tensor, valid: Tensor | None
+    ) -> None:
+        mask = kwargs.get("visual_pos_masks")
+        if mask is None:
+            return
+        index = index.to(mask.device)
+        kept = mask.gather(1, index)
+        if valid is not None:
+            kept = kept & valid.to(mask.device)
+        number = mask.flatten().cumsum(0).view_as(mask) - 1
+        rows = number.gather(1, index)[kept]
+        kwargs["visual_pos_masks"] = kept
+        kwargs["deepstack_visual_embeds"] = [
+            features[rows.to(features.device)] for features in kwargs["deepstack_visual_embeds"]
+        ]
+
+
+def video_lengths(call: Call, merge: int) -> list[int]:
+    """Tokens of every video of the batch, in order, from the grids or from encoded features."""
+    grids = call.inputs.get("video_grid_thw")
+    if grids is not None:
+        return (grids.prod(-1) // merge**2).tolist()
+    encoded = (call.inputs.get("mm_encoder_outputs") or {}).get("video")
+    return [] if encoded is None else [len(features) for features in encoded.pooler_output]
+
+
+def _join_frames(
+    spans: list[VisualSpan], lengths: Iterator[int], row: int
+) -> Iterator[VisualSpan]:
+    frames: list[VisualSpan] = []
+    wanted = 0
+    for span in spans:
+        if span.kind == "image":
+            yield span
+            continue
+        wanted = wanted if frames else next(lengths, span.length)
+        frames.append(span)
+        wanted -= span.length
+        if wanted == 0:
+            yield _video(frames)
+            frames = []
+    if frames:
+        raise SpanError(
+            f"sample {row}: video tokens {frames[0].start} … {frames[-1].stop - 1} are not whole "
+            "videos: their frames do not add up to the grids of the encoded videos. Pass the "
+            "processor's input_ids and video_grid_thw of the same prompt."
+        )
+
+
+def _video(frames: list[VisualSpan]) -> VisualSpan:
+    """Frames of one video, and the text between them, as one span."""
+    start, stop = frames[0].start, frames[-1].stop
+    _, rows, cols = frames[0].grid
+    taken = {column for f in frames for column in range(f.start, f.stop)}
+    text = tuple(column - start for column in range(start, stop) if column not in taken)
+    return VisualSpan(start, stop - start, (len(frames), rows, cols), "video", text=text)
