@@ -111,7 +111,9 @@ def _start(seen: Capture, labels: Tensor, target: Target) -> tuple[Tensor, Tenso
     steps = max(map(len, places))
     rows = torch.zeros(steps, batch, width, device=seen.last.device)
     grads = torch.zeros(steps, *seen.last.shape, dtype=seen.last.dtype, device=seen.last.device)
-    head, norm = seen.adapter.model.get_output_embeddings(), seen.adapter.decoder.norm
+    top: Any = seen.adapter.model
+    decoder: Any = seen.adapter.decoder
+    head, norm = top.get_output_embeddings(), decoder.norm
     for t in range(steps):
         told = [(b, p[t]) for b, p in enumerate(places) if t < len(p)]
         b, at = torch.tensor(told, device=seen.last.device).T
@@ -126,7 +128,7 @@ def _start(seen: Capture, labels: Tensor, target: Target) -> tuple[Tensor, Tenso
     return rows, grads
 
 
-def _run(layer: nn.Module, x: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _run(layer: Any, x: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Output of a decoder layer, and the attention weights inside, both in one graph."""
     found: list[Tensor] = []
 

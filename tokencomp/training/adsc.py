@@ -1,0 +1,169 @@
+"""Training of ADSC: a LoRA adapter that lives with tokens leaving between its layers."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokencomp
+from tokencomp.adapters.base import adapter_for
+from tokencomp.errors import MissingDependencyError, OptionError
+from tokencomp.plan import check_ratio
+from tokencomp.reducers.base import make_reducer
+from tokencomp.training.data import questions
+from tokencomp.training.loop import Loop, LoopConfig, answer_loss
+from tokencomp.training.measure import Measurement, Way
+from tokencomp.weights import model_card, write_json
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CARD = "tokencomp.json"
+
+
+@dataclass(frozen=True)
+class AdscConfig(LoopConfig):
+    """What `tokencomp train adsc` can be told beyond the loop.
+
+    Attributes
+    ----------
+    schedule
+        Phases of equal length, each a ratio, or several that take turns: "0.5|0.67|0.8". Mild to
+        harsh and harsh to mild (the reverse curriculum of arXiv 2602.12618) are both lists. "0"
+        trains the uncompressed model.
+    reducer, options
+        What is in force while training; `adsc` by default, any reducer works.
+    rank, alpha, dropout
+        Of LoRA.
+    ratios
+        Evaluated at the end.
+    """
+
+    schedule: tuple[str, ...] = ("0.8", "0.67", "0.5", "0|0.5|0.67|0.8")
+    reducer: str = "adsc"
+    options: dict[str, Any] = field(default_factory=dict)
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    ratios: tuple[float, ...] = (0.0, 0.67, 0.8)
+
+    def __post_init__(self) -> None:
+        if not self.schedule:
+            raise OptionError("schedule: expected at least one ratio, e.g. 0.8,0.67,0.5.")
+        self.phases()
+        make_reducer(self.reducer, **self.options)
+
+    def phases(self) -> list[list[float]]:
+        """Ratios of every phase, checked."""
+        return [[check_ratio(r) for r in phase.split("|")] for phase in self.schedule]  # type: ignore[arg-type]
+
+    def ratio_at(self, step: int) -> float:
+        """Ratio of one step."""
+        phases = self.phases()
+        phase = phases[min(len(phases) - 1, step * len(phases) // max(1, self.steps))]
+        return phase[step % len(phase)]
+
+
+def train_adsc(model: Any, processor: Any, data: str, output: Path, config: AdscConfig) -> Any:
+    """Fine-tune LoRA on the decoder with the reducer active; save it as a PEFT adapter.
+
+    The vision tower, projector and embeddings stay frozen. `output` then loads with
+    `peft.PeftModel.from_pretrained(model, output)`.
+
+    Returns
+    -------
+    The PEFT model, in evaluation mode, not patched.
+
+    Raises
+    ------
+    MissingDependencyError
+        PEFT is not installed.
+    OptionError
+        Data without answers or media, or a checkpoint of another run in `output`.
+    """
+    begin = time.time()
+    card = {**model_card(model), "kind": "adsc", "data": data, "config": asdict(config)}
+    source = questions(data, config.kind, config.samples)
+    tuned = add_lora(model, config)
+    identity = {k: card[k] for k in ("fingerprint", "data")} | _plain(asdict(config))
+    loop = Loop(tuned, processor, tuned, source, config, output / "checkpoint.pt", identity)
+    tuned.train()
+    with tokencomp.patch(
+        tuned, config.ratio_at(0), reducer=config.reducer, **config.options
+    ) as handle:
+
+        def before(step: int) -> None:
+            handle.set(ratio=config.ratio_at(step))
+
+        loop.run(before, lambda i, labels: answer_loss(tuned, i, labels), "training adsc")
+    tuned.eval()
+    save_adapter(tuned, output, card["model_id"])
+    card["seconds"] = round(time.time() - begin, 1)
+    card["loss"] = [round(v, 4) for v in loop.history[:: max(1, len(loop.history) // 50)]]
+    if config.evaluate:
+        card["accuracy"] = evaluate(tuned, processor, data, config)
+    write_json(output / CARD, card)
+    return tuned
+
+
+def add_lora(model: Any, config: AdscConfig) -> Any:
+    """`model` with a fresh LoRA adapter on the linear layers of its decoder blocks."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise MissingDependencyError(
+            "training an adapter needs PEFT: pip install 'tokencomp[train]'."
+        ) from error
+    adapter = adapter_for(model)
+    named = adapter.model.named_modules()
+    prefix = next(name for name, module in named if module is adapter.decoder)
+    targets = rf"{re.escape(prefix)}\.layers\.\d+\.\w+\.({'|'.join(TARGETS)})"
+    import torch
+
+    torch.manual_seed(config.seed)
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+    )
+    return get_peft_model(model, lora)
+
+
+def save_adapter(tuned: Any, output: Path, model_id: str) -> None:
+    """Write the adapter's files whole or not at all."""
+    output.mkdir(parents=True, exist_ok=True)
+    tuned.peft_config["default"].base_model_name_or_path = model_id
+    with tempfile.TemporaryDirectory(dir=output) as folder:
+        tuned.save_pretrained(folder, save_embedding_layers=False)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (Path(folder) / name).replace(output / name)
+
+
+def ways(config: AdscConfig, variant: str = "tuned") -> list[Way]:
+    """Trained, training-free and random at every ratio; at 0 only the trained adapter."""
+    found = []
+    for ratio in config.ratios:
+        found.append(Way("trained", ratio, config.reducer, dict(config.options), variant))
+        if ratio > 0:
+            found += [
+                Way("training-free", ratio, config.reducer, dict(config.options)),
+                Way("random", ratio, "random"),
+            ]
+    return found
+
+
+def evaluate(tuned: Any, processor: Any, data: str, config: AdscConfig) -> list[dict[str, Any]]:
+    """Held-out accuracy against the training-free reducer and random choice."""
+    source = questions(data, config.kind, config.evaluate, "validation")
+    measured = Measurement({"": tuned, "tuned": tuned}, processor, config.frames, config.batch)
+    measured.run(source, ways(config), "evaluating")
+    return measured.table(ways(config))
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be resumed."""
+    skip = ("evaluate", "ratios", "save_every")
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if k not in skip}

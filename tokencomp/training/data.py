@@ -1,0 +1,224 @@
+"""Questions with answers to train on, and teacher-forced batches of them."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.answering import build_inputs
+from tokencomp.evaluation.examples import Example, media_kind
+
+IGNORE = -100
+EMBEDDED = "shapesqa"
+HELD_OUT = 20
+"""Of a data folder, one file in so many is held out for evaluation."""
+
+
+class ShapesQuestions(Sequence[Example]):
+    """The embedded benchmark, rendered when asked for; any number of items.
+
+    Parameters
+    ----------
+    kind
+        "image" or "video".
+    count
+        Items, spread evenly over the question families of that kind.
+    split
+        "train", "validation" or "test" of `tokencomp.zoo.shapesqa`.
+    scene
+        `size` and `frames` of the generator.
+    """
+
+    def __init__(self, kind: str, count: int, split: str = "train", **scene: Any) -> None:
+        from tokencomp.zoo.questions import families
+
+        self.families, self.total, self.split, self.scene = families(kind), count, split, scene
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        if not 0 <= index < self.total:
+            raise IndexError(index)
+        from tokencomp.zoo.shapesqa import item
+
+        family = self.families[index % len(self.families)]
+        one = item(self.split, family, index // len(self.families), **self.scene)
+        media = one.video() if one.kind == "video" else one.image()
+        return Example(one.id, one.question, one.answer, (media,), one.family)
+
+
+class FileQuestions(Sequence[Example]):
+    """Questions from a JSON Lines file; media paths are relative to it.
+
+    Every line holds `question`, `answer` and `media` (a path, or a list of paths); `id` and
+    `family` are optional.
+
+    Raises
+    ------
+    OptionError
+        No file, no lines, or a line without a question, answer or media.
+    """
+
+    def __init__(self, path: Path, held_out: bool | None = None, count: int | None = None) -> None:
+        file = path / "questions.jsonl" if path.is_dir() else path
+        if not file.is_file():
+            raise OptionError(
+                f"data {str(path)!r}: expected '{EMBEDDED}', a JSON Lines file, or a folder with "
+                "questions.jsonl (one object with question, answer and media per line)."
+            )
+        lines = [line for line in file.read_text().splitlines() if line.strip()]
+        rows = [self._row(file, n, line) for n, line in enumerate(lines)]
+        if held_out is not None:
+            rows = [r for r in rows if _held_out(r) is held_out]
+        self.rows = rows[:count]
+        if not self.rows:
+            raise OptionError(f"{file} holds no questions for this purpose ({len(lines)} lines).")
+
+    @staticmethod
+    def _row(file: Path, number: int, line: str) -> Example:
+        try:
+            row = json.loads(line)
+            media = row["media"] if isinstance(row["media"], list) else [row["media"]]
+            question, answer = str(row["question"]), str(row["answer"]).strip()
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise OptionError(
+                f"{file}, line {number + 1}: expected a JSON object with question, answer and "
+                f"media ({error!r})."
+            ) from error
+        if not answer:
+            raise OptionError(f"{file}, line {number + 1}: the answer is empty.")
+        paths = tuple(str(file.parent / m) for m in media)
+        key = str(row.get("id", number))
+        return Example(key, question, answer, paths, str(row.get("family", "")))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        return self.rows[index]
+
+
+def _held_out(example: Example) -> bool:
+    """By media, so that no picture is trained on and evaluated with."""
+    return zlib.crc32("|".join(map(str, example.media)).encode()) % HELD_OUT == 0
+
+
+def questions(data: str, kind: str, count: int, purpose: str = "train") -> Sequence[Example]:
+    """What `--data` names, for training ("train") or for evaluation ("validation", "test").
+
+    Parameters
+    ----------
+    data
+        "shapesqa", a JSON Lines file, or a folder with `questions.jsonl`.
+    kind
+        "image", "video", or "both"; files hold what they hold.
+    """
+    if data != EMBEDDED:
+        return FileQuestions(Path(data), held_out=purpose != "train", count=count)
+    if kind == "both":
+        halves = (count - count // 2, count // 2)
+        parts = [
+            ShapesQuestions(k, n, purpose) for k, n in zip(("image", "video"), halves, strict=True)
+        ]
+        return Joined(parts)
+    return ShapesQuestions(kind, count, purpose)
+
+
+class Joined(Sequence[Example]):
+    """Several sources, one after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Example]]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(index)
+
+
+def order(count: int, seed: int) -> Iterator[int]:
+    """Endless shuffled passes over `count` indices; the same for the same seed."""
+    epoch = 0
+    while True:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        yield from torch.randperm(count, generator=generator).tolist()
+        epoch += 1
+
+
+def batches(source: Sequence[Example], size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of indices; those of a `Joined` source stay within one part each.
+
+    Images and videos of one batch would be padded to the longest video.
+    """
+    parts = source.parts if isinstance(source, Joined) else [source]
+    starts = [sum(map(len, parts[:i])) for i in range(len(parts))]
+    orders = [order(len(part), seed + i) for i, part in enumerate(parts)]
+    weights = torch.tensor([float(len(part)) for part in parts])
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        i = int(torch.multinomial(weights, 1, generator=generator))
+        yield [starts[i] + next(orders[i]) for _ in range(size)]
+
+
+def load_batch(
+    examples: Sequence[Example], processor: Any, frames: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Prompts of a batch, left-padded, and the answers."""
+    media = [e.load(frames) for e in examples]
+    kinds = {media_kind(m) for row in media for m in row}
+    if not kinds:
+        raise OptionError(f"question {examples[0].id!r} has no image or video to compress.")
+    inputs = build_inputs(processor, media, [e.prompt for e in examples])
+    return inputs, [e.answer for e in examples]
+
+
+def answer_ids(processor: Any, model: Any, answers: Sequence[str], end: bool) -> list[list[int]]:
+    """Token ids of the answers, with the end-of-turn token if `end`."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    stop = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
+    stop = stop[0] if isinstance(stop, list) else stop
+    ids = [tokenizer(a, add_special_tokens=False)["input_ids"] for a in answers]
+    if any(not row for row in ids):
+        raise OptionError("an answer is empty; every training question needs one.")
+    return [[*row, stop] if end else list(row) for row in ids]
+
+
+def append(inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> tuple[dict, Tensor]:
+    """Teacher-forced batch: answers behind the prompts, still left-padded.
+
+    Returns
+    -------
+    inputs, labels
+        Everything that runs along the sequence is longer now; labels (B, L) are the answer ids at
+        their own places and -100 elsewhere.
+    """
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    lengths = mask.sum(1).tolist()
+    width = max(n + len(a) for n, a in zip(lengths, answers, strict=True))
+    along = [k for k, v in inputs.items() if isinstance(v, Tensor) and v.shape == ids.shape]
+    out = dict(inputs)
+    labels = torch.full((len(ids), width), IGNORE)
+    for key in along:
+        old = inputs[key]
+        pad = int(old[mask == 0][0]) if bool((mask == 0).any()) else 0
+        out[key] = old.new_full((len(ids), width), pad)
+        for b, (n, told) in enumerate(zip(lengths, answers, strict=True)):
+            fill = {"input_ids": torch.tensor(told), "attention_mask": torch.ones(len(told))}
+            out[key][b, width - n - len(told) : width - len(told)] = old[b, ids.shape[1] - n :]
+            out[key][b, width - len(told) :] = fill.get(key, torch.zeros(len(told))).to(old)
+    for b, told in enumerate(answers):
+        labels[b, width - len(told) :] = torch.tensor(told)
+    return out, labels

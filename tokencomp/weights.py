@@ -1,0 +1,164 @@
+"""Trained parts on disk: one safetensors file, and beside it a JSON card of where it belongs.
+
+The card says for which model the weights were made. What is compared when they are loaded is the
+architecture (type, layers, hidden size) and a fingerprint of the first layer's key projection,
+which survives changes of dtype and light fine-tuning, but not another checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.adapters.base import adapter_for
+from tokencomp.errors import WeightsError
+
+FINGERPRINT = 16
+SAME = 0.9
+
+
+def model_card(model: nn.Module) -> dict[str, Any]:
+    """What identifies `model`: id, type, layers, hidden size, fingerprint; plain types."""
+    adapter = adapter_for(model)
+    top: Any = adapter.model
+    first: Any = adapter.layers[0]
+    name = str(getattr(top.config, "_name_or_path", "") or "")
+    return {
+        "model_id": Path(name).name if Path(name).is_absolute() else name,
+        "model_type": top.config.model_type,
+        "num_layers": len(adapter.layers),
+        "hidden_size": int(adapter.text_config.hidden_size),
+        "fingerprint": fingerprint(first.self_attn.k_proj),
+    }
+
+
+@torch.no_grad()
+def fingerprint(projection: Any) -> list[float] | None:
+    """Sixteen sums of the weights under fixed random signs, scaled to norm 1; None if quantized."""
+    weight = getattr(projection, "base_layer", projection).weight
+    if not weight.is_floating_point():
+        return None
+    flat = weight.detach().float().cpu().flatten()
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (flat.numel(),), generator=generator) * 2.0 - 1.0
+    slot = torch.randint(0, FINGERPRINT, (flat.numel(),), generator=generator)
+    sums = torch.zeros(FINGERPRINT).index_add_(0, slot, flat * signs)
+    return [round(v, 5) for v in (sums / sums.norm().clamp(min=1e-12)).tolist()]
+
+
+def check_card(card: dict[str, Any], model: nn.Module, path: Path, train: str) -> None:
+    """Refuse weights that were made for another model.
+
+    Parameters
+    ----------
+    card
+        As `read` gives it.
+    train
+        The command that makes weights for this model.
+
+    Raises
+    ------
+    WeightsError
+        Type, number of layers, hidden size or fingerprint differ.
+    """
+    here = model_card(model)
+    wrong = [k for k in ("model_type", "num_layers", "hidden_size") if card.get(k) != here[k]]
+    if wrong:
+        told = ", ".join(f"{k} {card.get(k)!r} instead of {here[k]!r}" for k in wrong)
+        raise WeightsError(
+            f"{path} was made for {card.get('model_id') or 'another model'}: {told}. "
+            f"Train weights for this model: {train}"
+        )
+    made, mine = card.get("fingerprint"), here["fingerprint"]
+    if made and mine and sum(a * b for a, b in zip(made, mine, strict=True)) < SAME:
+        raise WeightsError(
+            f"{path} was made for another checkpoint ({card.get('model_id') or 'unnamed'}) of the "
+            f"same architecture. Train weights for this one: {train}"
+        )
+
+
+def locate(given: str | None, model: nn.Module, kind: str, train: str) -> Path:
+    """The weights file of `kind`: where the user says, else beside the model's own files.
+
+    Raises
+    ------
+    WeightsError
+        There is none.
+    """
+    name = f"{kind}.safetensors"
+    folder = str(getattr(adapter_for(model).model.config, "_name_or_path", "") or "")
+    path = Path(given) if given else Path(folder) / name
+    if path.is_dir():
+        path = path / name
+    if path.is_file():
+        return path
+    where = f"{path} does not exist" if given else f"no {name} lies beside the model"
+    raise WeightsError(
+        f"reducer={kind!r} needs trained weights, and {where}. Train them with `{train}`, then "
+        f"patch(model, reducer={kind!r}, weights='FOLDER')."
+    )
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and card.
+
+    Raises
+    ------
+    WeightsError
+        Either file is missing or broken.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    card = path.with_suffix(".json")
+    try:
+        return load_file(path), json.loads(card.read_text())
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise WeightsError(
+            f"{path} and its card {card.name} cannot be read ({error}). Copy both files of a "
+            "finished training run."
+        ) from error
+
+
+def write(path: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> Path:
+    """Write both files; each appears whole or not at all, the card last."""
+    write_tensors(path, tensors)
+    write_json(path.with_suffix(".json"), card)
+    return path
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """Write one safetensors file through a temporary one."""
+    from safetensors.torch import save_file
+
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    replace_file(path, lambda part: save_file(plain, part, metadata={"format": "pt"}))
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write JSON through a temporary file."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    replace_file(path, lambda part: part.write_text(text))
+    return path
+
+
+def replace_file(path: Path, make: Callable[[Path], Any]) -> None:
+    """Let `make` write a temporary file, then rename it; nothing is left if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        make(part)
+        part.chmod(0o644)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
