@@ -128,7 +128,7 @@ def extend_visual_context(
             raise OptionError(f"{name}={value!r}: expected a whole number of visual tokens, ≥ 1.")
     adapter = adapter_for(model)
     restore_visual_context(adapter.model)
-    rotary = adapter.decoder.rotary_emb
+    rotary: Any = adapter.decoder.rotary_emb
     kind = getattr(rotary, "rope_type", "default")
     if kind not in ("default", "mrope"):
         raise UnsupportedModelError(

@@ -41,12 +41,18 @@ ROWS = {
     ),
     "divprune": Row(ties=True),
     "merge": Row(({}, {"weighted": False}, {"temporal": True}, {"position": "first"})),
+    "oracle": Row(()),  # needs the true relevance of its prompt: see the training tests
     "pool": Row(({}, {"group": 3, "stride": 1.5}, {"mode": "bilinear"})),
     "prune": Row(({}, {"score": "last_query", "schedule": "pyramid"}), ties=True),
     "random": Row(({}, {"seed": 7}), blind=True),
     "uniform": Row(blind=True),
 }
 
+COMPOSITIONS = [
+    ("merge+prune", {}),
+    ("condiv+fastv", {"share": 0.7, "condiv.power": 1.0}),
+    ("pool+adsc", {"mode": "bilinear"}),
+]
 GRIDS = [(1, 1, 1), (1, 3, 5), (1, 8, 8), (4, 2, 4), (5, 3, 3), (9, 1, 1), (2, 1, 7)]
 RATIOS = [0.05 * i for i in range(20)]
 
@@ -58,7 +64,7 @@ def cases() -> list[tuple[str, dict[str, Any]]]:
         trained = "weights" in getattr(cls, "__dataclass_fields__", {})
         if name in ROWS or not trained:
             found += [(name, options) for options in ROWS.get(name, Row()).options]
-    return found
+    return [*found, *COMPOSITIONS]
 
 
 def case_id(case: tuple[str, dict[str, Any]]) -> str:

@@ -102,7 +102,7 @@ def available_reducers() -> dict[str, type[Reducer]]:
 
 
 def make_reducer(name: str | Reducer, **options: Any) -> Reducer:
-    """Build a reducer from its registry name and options.
+    """Build a reducer from its registry name and options; "merge+prune" composes two.
 
     Raises
     ------
@@ -119,6 +119,10 @@ def make_reducer(name: str | Reducer, **options: Any) -> Reducer:
             )
         return name
     registry = available_reducers()
+    if "+" in str(name):
+        from tokencomp.reducers.compose import compose
+
+        return compose(name, options)
     if name not in registry:
         raise unknown_name("reducer", str(name), registry)
     cls = registry[name]

@@ -1,0 +1,70 @@
+"""Compositions: the parts' own schedules, multiplied, and errors that name the way out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tokencomp import make_reducer
+from tokencomp.errors import OptionError, PlanError, UnknownNameError
+from tokencomp.plan import Plan, Stage
+from tokencomp.reducers.compose import plan_from_json, plan_to_json
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8, 0.95])
+def test_profile_is_a_product(share: float, ratio: float) -> None:
+    """Every layer sees what entry leaves times what the layer reducer alone would leave."""
+    plan = make_reducer("merge+pyramiddrop", share=share).plan(ratio, 28)
+    first = (1 - ratio) ** share
+    alone = make_reducer("pyramiddrop").plan(1 - (1 - ratio) / first, 28).fractions(28)
+    assert plan.fractions(28) == pytest.approx([first * f for f in alone])
+    assert plan.ratio(28) == pytest.approx(ratio)
+
+
+def test_options_find_their_part() -> None:
+    made = make_reducer("merge+prune", weighted=False, **{"prune.score": "last_query"})
+    entry, *later = made.plan(0.6, 28).stages
+    assert entry.reducer == make_reducer("merge", weighted=False)
+    assert {s.reducer for s in later} == {make_reducer("prune", score="last_query")}
+    assert made.name == "merge+prune" and not made.serving_safe
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("prune+merge", {}, "does not act at decoder entry"),
+        ("merge+condiv", {}, "does not act between layers"),
+        ("merge+merge", {}, "two different parts"),
+        ("merge+prune+fastv", {}, "two different parts"),
+        ("merge+prune", {"share": 1.5}, "share=1.5"),
+        ("merge+prune", {"fastv.score": 1}, "no part 'fastv'"),
+        ("merge+prune", {"merge.score": "last_query"}, "has no option 'score'"),
+        ("adsc+prune", {}, "does not act at decoder entry"),
+        ("random+prune", {"seeds": 3}, "neither part"),
+    ],
+)
+def test_refused(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        make_reducer(name, **options)
+
+
+def test_unknown_part() -> None:
+    with pytest.raises(UnknownNameError, match="merge"):
+        make_reducer("merg+prune")
+
+
+def test_plans_as_json() -> None:
+    plan = make_reducer("condiv+prune", share=0.4).plan(0.7, 28)
+    assert plan_from_json(json.loads(json.dumps(plan_to_json(plan)))) == plan
+    short = plan_from_json([{"layer": 2, "fraction": 0.5, "reducer": "uniform"}])
+    assert short == Plan((Stage(2, 0.5, make_reducer("uniform")),))
+
+
+@pytest.mark.parametrize(
+    "stage", [{"layer": 1}, {"layer": 1, "fraction": 1, "reducer": "merge", "k": 2}, 7]
+)
+def test_bad_json(stage: object) -> None:
+    with pytest.raises(PlanError, match="stage 0"):
+        plan_from_json([stage])

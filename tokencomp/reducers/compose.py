@@ -1,0 +1,158 @@
+"""Two reducers in one plan: one at decoder entry, one between layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tokencomp.errors import OptionError, PlanError
+from tokencomp.plan import Plan, Stage, check_ratio
+from tokencomp.reducers.base import Reducer, make_reducer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PROBE = (0.5, 32)
+
+
+@dataclass(frozen=True)
+class Compose(Reducer):
+    """An entry reducer, then a layer reducer on what it leaves; together they meet the ratio.
+
+    `make_reducer("merge+prune", share=0.7, **{"prune.score": "last_query"})`
+
+    Attributes
+    ----------
+    entry, layer
+        The two reducers.
+    share
+        How much of the reduction happens at entry, in [0, 1]: the entry stage leaves
+        (1 - ratio)^share of the tokens, and the layer reducer's own schedule, solved for the
+        rest, acts on those. Ours.
+    """
+
+    entry: Reducer
+    layer: Reducer
+    share: float = 0.5
+    name: str = field(init=False, compare=False)  # type: ignore[misc]
+
+    summary = "an entry reducer and a layer reducer, budget-matched together (ours)"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", f"{self.entry.name}+{self.layer.name}")
+        if not 0 <= self.share <= 1:
+            raise OptionError(f"{self.name}: share={self.share!r}; allowed: a number in [0, 1].")
+        if not _acts(self.entry, at_entry=True):
+            raise OptionError(
+                f"{self.name}: {self.entry.name!r} does not act at decoder entry, so it cannot "
+                "come first. First goes an entry reducer such as merge, condiv or pool."
+            )
+        if not _acts(self.layer, at_entry=False):
+            raise OptionError(
+                f"{self.name}: {self.layer.name!r} does not act between layers only, so it cannot "
+                "come second. Second goes a layer reducer such as prune, fastv or adsc."
+            )
+
+    def plan(self, ratio: float, num_layers: int) -> Plan:
+        left = 1.0 - check_ratio(ratio)
+        if left == 1.0:
+            return Plan()
+        first = left**self.share
+        later = self.layer.plan(max(1.0 - left / first, 0.0), num_layers).stages
+        # a layer schedule too steep for its layers starts at entry: that part joins the entry stage
+        start = later[0].fraction if later and later[0].layer == 0 else 1.0
+        entry = (Stage(0, first * start, self.entry),) if first * start < 1 else ()
+        scaled = [Stage(s.layer, first * s.fraction, s.reducer) for s in later if s.layer > 0]
+        return Plan((*entry, *scaled))
+
+    def for_model(self, model: nn.Module) -> Reducer:
+        return dataclasses.replace(
+            self, entry=self.entry.for_model(model), layer=self.layer.for_model(model)
+        )
+
+    def options(self) -> dict[str, Any]:
+        """Options as `make_reducer(self.name, **options)` takes them."""
+        parts = {
+            f"{part.name}.{key}": value
+            for part in (self.entry, self.layer)
+            for key, value in part.options().items()
+        }
+        return {"share": self.share, **parts}
+
+
+def _acts(reducer: Reducer, at_entry: bool) -> bool:
+    layers = [s.layer for s in reducer.plan(*PROBE).stages]
+    return layers == [0] if at_entry else 0 not in layers
+
+
+def compose(name: str, options: dict[str, Any]) -> Compose:
+    """Build "first+second" with options named "part.option", or "option" where only one has it.
+
+    Raises
+    ------
+    UnknownNameError, OptionError
+        A part that is not registered or is at the wrong place; an option that no part has, or
+        that both have.
+    """
+    names = [part.strip() for part in name.split("+")]
+    if len(names) != 2 or names[0] == names[1]:
+        raise OptionError(
+            f"reducer {name!r}: a composition has two different parts, an entry reducer and a "
+            'layer reducer, e.g. "merge+prune".'
+        )
+    fields = {
+        part: {f.name for f in dataclasses.fields(make_reducer(part))} - {"name"} for part in names
+    }
+    given: dict[str, dict[str, Any]] = {part: {} for part in names}
+    for key, value in options.items():
+        prefix, _, option = key.rpartition(".")
+        owners = [prefix] if prefix in given else [p for p in names if option in fields[p]]
+        if key == "share":
+            continue
+        if prefix and prefix not in given:
+            raise OptionError(f"reducer {name!r} has no part {prefix!r} (option {key!r}).")
+        if len(owners) != 1:
+            known = sorted(f"{p}.{o}" for p in names for o in fields[p])
+            why = "is an option of both parts" if owners else "is an option of neither part"
+            raise OptionError(
+                f"reducer {name!r}: {key!r} {why}. It has: share, {', '.join(known)}."
+            )
+        given[owners[0]][option] = value
+    entry, layer = (make_reducer(part, **given[part]) for part in names)
+    return Compose(entry, layer, options.get("share", 0.5))
+
+
+def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
+    """A plan as plain data: one object per stage with layer, fraction, reducer and options."""
+    return [
+        {
+            "layer": s.layer,
+            "fraction": s.fraction,
+            "reducer": s.reducer.name,
+            "options": s.reducer.options(),
+        }
+        for s in plan.stages
+    ]
+
+
+def plan_from_json(data: list[dict[str, Any]]) -> Plan:
+    """The plan written as by `plan_to_json`; `options` may be left out.
+
+    Raises
+    ------
+    PlanError
+        A stage without layer, fraction or reducer, with further keys, or stages out of order.
+    """
+    stages = []
+    for i, item in enumerate(data):
+        keys = set(item) if isinstance(item, dict) else set()
+        if keys - {"options"} != {"layer", "fraction", "reducer"}:
+            raise PlanError(
+                f"stage {i} of the plan is {item!r}; expected an object with layer, fraction, "
+                'reducer and, if needed, options, e.g. {"layer": 0, "fraction": 0.5, "reducer": '
+                '"merge"}.'
+            )
+        reducer = make_reducer(item["reducer"], **item.get("options", {}))
+        stages.append(Stage(int(item["layer"]), float(item["fraction"]), reducer))
+    return Plan(tuple(stages))
