@@ -19,8 +19,9 @@ from families_support.base import (
     Family,
     Media,
 )
-from families_support.llava import LlavaOnevision
+from families_support.llava import Llava, LlavaNext, LlavaNextVideo, LlavaOnevision
 from families_support.qwen import Qwen2VL, Qwen3VL, Qwen3VLMoe, Qwen25VL
+from families_support.tiles import Idefics3, InternVL, SmolVLM
 from torch import Tensor, nn
 
 __all__ = [
@@ -41,7 +42,20 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, Family] = {
-    f.name: f for f in (Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen3VLMoe(), LlavaOnevision())
+    f.name: f
+    for f in (
+        Qwen2VL(),
+        Qwen25VL(),
+        Qwen3VL(),
+        Qwen3VLMoe(),
+        Llava(),
+        LlavaNext(),
+        LlavaNextVideo(),
+        LlavaOnevision(),
+        InternVL(),
+        SmolVLM(),
+        Idefics3(),
+    )
 }
 
 

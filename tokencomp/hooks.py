@@ -68,7 +68,7 @@ class Hooks:
             add(module.register_forward_pre_hook(pre, with_kwargs=True))
             add(module.register_forward_hook(post, with_kwargs=True, always_call=True))
         if not a.mrope:
-            add(a.decoder.rotary_emb.register_forward_pre_hook(self._rotary))
+            add(a.decoder.rotary_emb.register_forward_pre_hook(self._rotary, with_kwargs=True))
         self._install_layers()
         if hasattr(a.top, "_prefill"):
             a.top.__dict__["_prefill"] = functools.partial(
@@ -274,12 +274,14 @@ class Hooks:
         n = positions.shape[1]
         kwargs["position_ids"] = torch.arange(n, device=positions.device)[None]
 
-    def _rotary(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+    def _rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run: Run | None = getattr(self._local, "run", None)
         if run is None or run.rotary is None:
             return None
+        if "position_ids" in kwargs:
+            return args, {**kwargs, "position_ids": run.rotary}
         hidden, _, *rest = args
-        return (hidden, run.rotary, *rest)
+        return (hidden, run.rotary, *rest), kwargs
 
     # -- layers ---------------------------------------------------------------------------------
 

@@ -47,3 +47,86 @@ class LlavaOnevision(Family):
     def video(self, frames: int = 4) -> Media:
         pixels = torch.randn(1, frames, 3, 16, 16)
         return Media([VIDEO] * (frames * 4 + 1) + [7], {"pixel_values_videos": pixels})
+
+
+def clip(side: int) -> transformers.CLIPVisionConfig:
+    """A tower with a class token."""
+    return transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        image_size=side, patch_size=4,
+    )  # fmt: skip
+
+
+def llama() -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+        bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
+    )  # fmt: skip
+
+
+class Llava(Family):
+    """LLaVA-1.5: CLIP without its class token, Llama."""
+
+    name = "llava"
+
+    def model_class(self) -> type:
+        return transformers.LlavaForConditionalGeneration
+
+    def config(self) -> Any:
+        return transformers.LlavaConfig(
+            vision_config=clip(16), text_config=llama(), image_token_id=IMAGE,
+            vision_feature_layer=-2, vision_feature_select_strategy="default",
+        )  # fmt: skip
+
+    def image(self, size: int = 0) -> Media:
+        return Media([IMAGE] * 16 + [7], {"pixel_values": torch.randn(1, 3, 16, 16)})
+
+    def video(self, frames: int = 4) -> Media:
+        """Frames as pictures in one run."""
+        pixels = torch.randn(frames, 3, 16, 16)
+        return Media([IMAGE] * (16 * frames) + [8], {"pixel_values": pixels})
+
+
+class LlavaNext(LlavaOnevision):
+    """Mosaic with line breaks as in LLaVA-OneVision, no pooled videos."""
+
+    name = "llava_next"
+
+    def model_class(self) -> type:
+        return transformers.LlavaNextForConditionalGeneration
+
+    def config_class(self) -> type:
+        return transformers.LlavaNextConfig
+
+    def config(self) -> Any:
+        return self.config_class()(
+            vision_config=clip(16), text_config=llama(), image_token_id=IMAGE,
+            image_grid_pinpoints=[[16, 16], [16, 32], [32, 16], [32, 32]],
+            vision_feature_layer=-2, vision_feature_select_strategy="default",
+        )  # fmt: skip
+
+    def video(self, frames: int = 4) -> Media:
+        return self.image(0)
+
+
+class LlavaNextVideo(LlavaNext):
+    """Frames pooled 2×2, side by side."""
+
+    name = "llava_next_video"
+
+    def model_class(self) -> type:
+        return transformers.LlavaNextVideoForConditionalGeneration
+
+    def config_class(self) -> type:
+        return transformers.LlavaNextVideoConfig
+
+    def config(self) -> Any:
+        config = super().config()
+        config.video_token_id = VIDEO
+        config.spatial_pool_stride = 2
+        return config
+
+    def video(self, frames: int = 4) -> Media:
+        pixels = torch.randn(1, frames, 3, 16, 16)
+        return Media([VIDEO] * (frames * 4) + [7], {"pixel_values_videos": pixels})

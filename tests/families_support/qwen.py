@@ -69,7 +69,8 @@ class Qwen2VL(Family):
     @functools.cache  # noqa: B019
     def no_video(self) -> str:
         """Why the release cannot place the frames of a video, or ""."""
-        return refused(self.build(), "video")
+        with torch.random.fork_rng():
+            return refused(self.build(), "video")
 
     def two_images(self) -> Media:
         a, b = self.image(1), self.image(1)
@@ -86,7 +87,8 @@ class Qwen25VL(Qwen2VL):
     name = "qwen2_5_vl"
 
     def defect(self, test: str) -> str:
-        return refused(self.build(), "image")
+        with torch.random.fork_rng():
+            return refused(self.build(), "image")
 
     def model_class(self) -> type:
         return transformers.Qwen2_5_VLForConditionalGeneration
@@ -134,9 +136,10 @@ class Qwen3VL(Qwen2VL):
     @functools.cache  # noqa: B019
     def beams_fail(self) -> str:
         """Early releases count the frames of a video as videos when they expand beams."""
-        inputs = self.batch([[self.video(4), [5, 6]]])
         try:
-            self.build().generate(**inputs, max_new_tokens=1, num_beams=2)
+            with torch.random.fork_rng():
+                inputs = self.batch([[self.video(4), [5, 6]]])
+                self.build().generate(**inputs, max_new_tokens=1, num_beams=2)
         except (RuntimeError, StopIteration) as error:
             return f"unpatched model, beams and a video: {error!r}"
         return ""
@@ -175,9 +178,10 @@ class Qwen3VL(Qwen2VL):
     @functools.cache  # noqa: B019
     def no_video(self) -> str:
         """Some releases do not split the grid of a video into frames and fail."""
-        inputs = self.batch([[self.whole_video(4), [5, 6]]])
         try:
-            self.positions(self.build(), inputs)
+            with torch.random.fork_rng():
+                model = self.build()
+                self.positions(model, self.batch([[self.whole_video(4), [5, 6]]]))
         except (RuntimeError, StopIteration) as error:
             return repr(error)
         return ""

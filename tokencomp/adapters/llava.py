@@ -1,52 +1,46 @@
-"""LLaVA-OneVision: any-resolution images with line breaks, pooled video frames."""
+"""LLaVA-1.5, LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision."""
 
 from __future__ import annotations
 
 import math
 
-from tokencomp.adapters.base import Adapter, Call, register_adapter
+from tokencomp.adapters.base import Call, register_adapter
+from tokencomp.adapters.tiles import TileAdapter
 from tokencomp.context import VisualSpan
 from tokencomp.errors import SpanError
 
 
 @register_adapter
-class LlavaOnevisionAdapter(Adapter):
+class LlavaAdapter(TileAdapter):
+    """One square tile per image, class token removed."""
+
+    family = "LLaVA-1.5"
+    model_types = ("llava",)
+
+
+@register_adapter
+class LlavaNextAdapter(TileAdapter):
     """An image is a base tile, then rows of the unpadded mosaic, each ended by `image_newline`.
 
-    Base tile and mosaic become two spans; the line breaks are special tokens of the mosaic. A
-    video is one span of frames that ends in one line break.
+    Base tile and mosaic become two spans; the line breaks are special tokens of the mosaic.
     """
 
-    family = "LLaVA-OneVision"
-    model_types = ("llava_onevision",)
-
-    @property
-    def tile_side(self) -> int:
-        vision = self.model.config.vision_config
-        return vision.image_size // vision.patch_size
+    family = "LLaVA-NeXT"
+    model_types = ("llava_next",)
 
     def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
         spans: list[VisualSpan] = []
         for start, stop, kind in call.runs(row):
             if kind == "video":
-                spans += self._video(start, stop, row)
+                spans += self._video(start, stop, row, call)
             else:
                 newline = self.body.image_newline.to(call.embeds)
                 breaks = (call.embeds[row, start:stop] == newline).all(-1).nonzero()[:, 0]
                 spans += self._images(start, stop, row, [start + int(b) for b in breaks.tolist()])
         return spans
 
-    def _video(self, start: int, stop: int, row: int) -> list[VisualSpan]:
-        side = math.ceil(self.tile_side / 2)
-        frames, rest = divmod(stop - start, side * side)
-        if rest != 1:
-            # several videos side by side: each ends in one line break, so they cannot be told apart
-            raise SpanError(
-                f"video tokens {start} … {stop - 1} of sample {row}: expected frames of {side}×"
-                f"{side} tokens and one line break. Put text between videos."
-            )
-        grid = (frames, side, side)
-        return [VisualSpan(start, stop - start, grid, "video", special=(stop - start - 1,))]
+    def _video(self, start: int, stop: int, row: int, call: Call) -> list[VisualSpan]:
+        raise SpanError(f"{self.family} takes no video; found video tokens in sample {row}.")
 
     def _images(self, start: int, stop: int, row: int, breaks: list[int]) -> list[VisualSpan]:
         """Cut a run of one or more images at its line breaks."""
@@ -74,3 +68,51 @@ class LlavaOnevisionAdapter(Adapter):
             spans.append(VisualSpan(first, rows * (width + 1), (1, rows, width), special=special))
             cursor = first + rows * (width + 1)
         return spans
+
+
+@register_adapter
+class LlavaNextVideoAdapter(LlavaNextAdapter):
+    """Videos are pooled frames side by side, without line breaks."""
+
+    family = "LLaVA-NeXT-Video"
+    model_types = ("llava_next_video",)
+
+    def _video(self, start: int, stop: int, row: int, call: Call) -> list[VisualSpan]:
+        side = self.tile_side // self.model.config.spatial_pool_stride
+        length = _video_length(call, side * side)
+        if length == 0 or (stop - start) % length:
+            raise SpanError(
+                f"video tokens {start} … {stop - 1} of sample {row}: no whole number of videos of "
+                f"{length} tokens (frames of {side}×{side})."
+            )
+        grid = (length // (side * side), side, side)
+        return [VisualSpan(s, length, grid, "video") for s in range(start, stop, length)]
+
+
+def _video_length(call: Call, frame: int) -> int:
+    """Tokens of each video of the batch (all have the same number of frames of `frame` tokens)."""
+    pixels = call.inputs.get("pixel_values_videos")
+    if pixels is not None:
+        return pixels.shape[1] * frame
+    encoded = (call.inputs.get("mm_encoder_outputs") or {}).get("video")
+    return 0 if encoded is None else encoded.pooler_output[0].numel() // call.embeds.shape[-1]
+
+
+@register_adapter
+class LlavaOnevisionAdapter(LlavaNextAdapter):
+    """Images as in LLaVA-NeXT; a video is one span of pooled frames that ends in one line break."""
+
+    family = "LLaVA-OneVision"
+    model_types = ("llava_onevision",)
+
+    def _video(self, start: int, stop: int, row: int, call: Call) -> list[VisualSpan]:
+        side = math.ceil(self.tile_side / 2)
+        frames, rest = divmod(stop - start, side * side)
+        if rest != 1:
+            # several videos side by side: each ends in one line break, so they cannot be told apart
+            raise SpanError(
+                f"video tokens {start} … {stop - 1} of sample {row}: expected frames of {side}×"
+                f"{side} tokens and one line break. Put text between videos."
+            )
+        grid = (frames, side, side)
+        return [VisualSpan(start, stop - start, grid, "video", special=(stop - start - 1,))]

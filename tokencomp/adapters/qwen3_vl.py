@@ -66,9 +66,7 @@ def video_lengths(call: Call, merge: int) -> list[int]:
     return [] if encoded is None else [len(features) for features in encoded.pooler_output]
 
 
-def _join_frames(
-    spans: list[VisualSpan], lengths: Iterator[int], row: int
-) -> Iterator[VisualSpan]:
+def _join_frames(spans: list[VisualSpan], lengths: Iterator[int], row: int) -> Iterator[VisualSpan]:
     frames: list[VisualSpan] = []
     wanted = 0
     for span in spans:

@@ -1,0 +1,112 @@
+"""InternVL, SmolVLM and Idefics3: square tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from families_support.base import END, EOS, IMAGE, PAD, START, VOCAB, Family, Media
+
+
+class InternVL(Family):
+    """Tiles and a thumbnail in one run; frames with "Frame1: " between them."""
+
+    name = "internvl"
+
+    def model_class(self) -> type:
+        return transformers.InternVLForConditionalGeneration
+
+    def config(self) -> Any:
+        return transformers.InternVLConfig(
+            text_config=transformers.Qwen2Config(
+                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
+            ),
+            vision_config=transformers.InternVLVisionConfig(
+                hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                image_size=[32, 32], patch_size=[4, 4], use_mean_pooling=True,
+            ),
+            image_token_id=IMAGE, downsample_ratio=0.5, image_seq_length=16,
+        )  # fmt: skip
+
+    def image(self, size: int = 0) -> Media:
+        tiles = [3, 1, 5][size]
+        pixels = torch.randn(tiles, 3, 32, 32)
+        return Media([START, *[IMAGE] * (16 * tiles), END], {"pixel_values": pixels})
+
+    def video(self, frames: int = 4) -> Media:
+        ids: list[int] = []
+        for i in range(frames):
+            ids += [130, 131 + i, START, *[IMAGE] * 16, END]
+        return Media(ids, {"pixel_values": torch.randn(frames, 3, 32, 32)})
+
+
+class SmolVLM(Family):
+    """Each tile in a run of its own; images of a sample stand along the second axis."""
+
+    name = "smolvlm"
+
+    def model_class(self) -> type:
+        return transformers.SmolVLMForConditionalGeneration
+
+    def config_class(self) -> type:
+        return transformers.SmolVLMConfig
+
+    def vision_config(self) -> dict[str, Any]:
+        return dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            image_size=32, patch_size=4,
+        )  # fmt: skip
+
+    def config(self) -> Any:
+        text = transformers.LlamaConfig(
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+            bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
+        )  # fmt: skip
+        return self.config_class()(
+            text_config=text, vision_config=self.vision_config(), scale_factor=2,
+            image_token_id=IMAGE, pad_token_id=PAD,
+        )  # fmt: skip
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        return model.model.text_model
+
+    def image(self, size: int = 0) -> Media:
+        return self._tiles([3, 1, 5][size])
+
+    def video(self, frames: int = 4) -> Media:
+        return self._tiles(frames)
+
+    def _tiles(self, n: int) -> Media:
+        ids: list[int] = []
+        for i in range(n):
+            ids += [130, 131 + i, *[IMAGE] * 16]
+        return Media([*ids, 130], {"pixel_values": torch.randn(n, 3, 32, 32)})
+
+    def collect(self, rows: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+        """Pad every sample to the same number of images, as the processor does."""
+        samples = [[p["pixel_values"] for p in row] for row in rows]
+        width = max((sum(len(p) for p in row) for row in samples), default=0)
+        if width == 0:
+            return {}
+        pixels = torch.zeros(len(rows), width, 3, 32, 32)
+        for sample, row in zip(pixels, samples, strict=True):
+            if row:
+                stacked = torch.cat(row)
+                sample[: len(stacked)] = stacked
+        return {"pixel_values": pixels}
+
+
+class Idefics3(SmolVLM):
+    name = "idefics3"
+
+    def model_class(self) -> type:
+        return transformers.Idefics3ForConditionalGeneration
+
+    def config_class(self) -> type:
+        return transformers.Idefics3Config

@@ -1,0 +1,24 @@
+"""SmolVLM and Idefics3: pixel-shuffled tiles between row and column tokens."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tokencomp.adapters.base import register_adapter
+from tokencomp.adapters.tiles import TileAdapter, shrunk
+
+
+@register_adapter
+class SmolVLMAdapter(TileAdapter):
+    """The decoder is called `text_model`; frames of a video are single tiles with timestamps."""
+
+    family = "SmolVLM"
+    model_types = ("smolvlm", "idefics3")
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.body.text_model
+
+    @property
+    def tile_side(self) -> int:
+        return shrunk(self.patches_per_side, 1 / self.model.config.scale_factor)

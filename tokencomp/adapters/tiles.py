@@ -1,0 +1,60 @@
+"""Models whose images are square tiles of equal size: LLaVA-1.5, InternVL, SmolVLM, Idefics3."""
+
+from __future__ import annotations
+
+import math
+
+from tokencomp.adapters.base import Adapter, Call
+from tokencomp.context import VisualSpan
+from tokencomp.errors import SpanError
+
+
+class TileAdapter(Adapter):
+    """Every tile (crop, thumbnail, or frame) is a span; tokens between tiles are text.
+
+    Subclasses say how many tokens a tile has on each side.
+    """
+
+    @property
+    def tile_side(self) -> int:
+        """Tokens per side of a tile, after the projector."""
+        return self.patches_per_side
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches per side of the vision tower's input."""
+        vision = self.model.config.vision_config
+        image, patch = (_one(vision, name) for name in ("image_size", "patch_size"))
+        return image // patch
+
+    def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
+        side, spans = self.tile_side, []
+        for start, stop, kind in call.runs(row):
+            tiles, rest = divmod(stop - start, side * side)
+            if rest:
+                raise SpanError(
+                    f"image tokens {start} … {stop - 1} of sample {row}: {stop - start} tokens are "
+                    f"no whole number of {side}×{side} tiles. {self.family} is supported with the "
+                    "fixed tile size of its vision config."
+                )
+            spans += [
+                VisualSpan(start + i * side * side, side * side, (1, side, side), kind)
+                for i in range(tiles)
+            ]
+        return spans
+
+
+def _one(config: object, name: str) -> int:
+    """A size that is a number or a pair of equal numbers."""
+    value = getattr(config, name)
+    if isinstance(value, int):
+        return value
+    height, width = value
+    if height != width:
+        raise SpanError(f"{name}={value!r}: only square tiles are supported.")
+    return int(height)
+
+
+def shrunk(side: int, factor: float) -> int:
+    """Side of a grid after pixel shuffle by `factor`."""
+    return math.floor(side * factor + 1e-6)
