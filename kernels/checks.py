@@ -66,6 +66,15 @@ def int32_sizes(**sizes: int) -> None:
             )
 
 
+def grid_size(name: str, size: int) -> None:
+    """Require a count that fits the second dimension of a CUDA grid."""
+    if size > 65535:
+        raise KernelError(
+            f"{name}={size} is above 65535, the limit of one launch: split the batch, or set "
+            "TOKENCOMP_KERNELS=naive"
+        )
+
+
 def count(name: str, value: int, low: int, high: int) -> None:
     """Require ``low <= value <= high``."""
     if not low <= value <= high:

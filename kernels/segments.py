@@ -88,5 +88,5 @@ def _bounds(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
 
 
 def bounds(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """First row, and one past the last, of the segment of every row: int32 ``(n,)`` each; cached."""
+    """Begin and end of the segment of every row: int32 ``(n,)`` each; cached."""
     return _bounds(tuple(lengths), device)

@@ -14,12 +14,32 @@ INTERPRETED = tl.constexpr(interpreting())
 
 @triton.jit
 def dot(a, b, accumulator):
-    """``accumulator + a @ b`` in fp32: tensor cores for 16-bit operands, exact fp32 otherwise."""
+    """``accumulator + a @ b`` in fp32; fp32 operands take three tf32 products (error 2^-21)."""
     if INTERPRETED:
         # The interpreter keeps bfloat16 as raw bits and would multiply those.
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, accumulator, input_precision="ieee")
+    return tl.dot(a, b, accumulator, input_precision="tf32x3")
+
+
+@triton.jit
+def long_dot(
+    a_rows, a_inside, b_rows, b_inside, accumulator, DIM: tl.constexpr, CHUNK: tl.constexpr
+):
+    """``accumulator + a @ b.T`` of rows given by pointers, CHUNK columns at a time.
+
+    For fp32 operands: whole rows of them do not fit the registers.
+    """
+    for chunk in range(0, DIM, CHUNK):
+        d = chunk + tl.arange(0, CHUNK)
+        a = tl.load(
+            a_rows[:, None] + d[None, :], mask=a_inside[:, None] & (d < DIM)[None, :], other=0.0
+        )
+        b = tl.load(
+            b_rows[:, None] + d[None, :], mask=b_inside[:, None] & (d < DIM)[None, :], other=0.0
+        )
+        accumulator = dot(a, tl.trans(b), accumulator)
+    return accumulator
 
 
 @triton.jit

@@ -27,13 +27,13 @@ from unittest import mock
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ["TOKENCOMP_KERNELS_CHECK"] = "0"
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from cases import CASES, Setup, ccam, colsum, gather, match, maxmin, merge, nearest, pool  # noqa: E402
-from tokencomp.kernels import dispatch  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler.compiler import ASTSource, make_backend  # noqa: E402
-from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+import torch
+import triton
+from cases import CASES, Setup, ccam, colsum, gather, match, maxmin, merge, nearest, pool
+from tokencomp.kernels import dispatch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 HERE = Path(__file__).parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -42,6 +42,7 @@ OPS = [op for op in dispatch.OPS if op != "topk_stable"]
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+GLOBAL_LOAD = re.compile(r"\bLDG(?:STS)?\.\S*")
 # Kernels whose work is a matrix product.
 DOTS = ("lse_kernel", "colsum_kernel", "match_kernel", "ccam_kernel", "gram_kernel")
 
@@ -85,6 +86,7 @@ class Row:
     stack: int
     shared: int
     tensor_cores: bool
+    load_bits: int  # widest load from global memory
     problems: list[str]
 
 
@@ -183,6 +185,7 @@ def compile_one(launch: Launch, source: ASTSource, options: dict[str, Any], arch
         stack=found.get("STACK", 0),
         shared=shared,
         tensor_cores=bool(TENSOR_CORE.search(sass)),
+        load_bits=max((_bits(load) for load in GLOBAL_LOAD.findall(sass)), default=0),
         problems=[],
     )
     if row.stack or re.search(r"\b(LDL|STL)\b", sass):
@@ -218,15 +221,15 @@ def compile_all(
 def markdown(rows: list[Row]) -> str:
     """The table, one line per kernel, configuration and architecture."""
     lines = [
-        "| kernel | configuration | dtype | arch | warps | registers | spills | shared KiB | "
-        "tensor cores |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| kernel | configuration | dtype | arch | warps | registers | stack bytes | shared KiB | "
+        "widest load, bits | tensor cores |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row.kernel} | {row.case} | {row.dtype} | {row.target} | {row.warps} | "
             f"{row.registers} | {row.stack} | {row.shared / 1024:.1f} | "
-            f"{'yes' if row.tensor_cores else '-'} |"
+            f"{row.load_bits} | {'yes' if row.tensor_cores else '-'} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -258,6 +261,11 @@ def main() -> int:
 def _tool(name: str, *arguments: str) -> str:
     result = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
     return result.stdout
+
+
+def _bits(load: str) -> int:
+    """Width of a load instruction, e.g. ``LDGSTS.E.BYPASS.128``; 32 where none is written."""
+    return next((int(part) for part in load.split(".") if part in ("64", "128", "256")), 32)
 
 
 def _uninitialised(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from tokencomp import kernels
 
 
@@ -164,7 +165,7 @@ def merge(name: str, frames: int, tokens: int, dim: int) -> Setup:
 
 
 def gather(name: str, batch: int, tokens: int, dim: int, kv_heads: int, head_dim: int) -> Setup:
-    """Hidden states, cos, sin, mask, M-RoPE positions, K and V of a layer; half of the rows stay."""
+    """Hidden states, cos, sin, mask, M-RoPE positions, K, V of a layer; half of the rows stay."""
 
     def setup(device: torch.device, dtype: torch.dtype, scale: float) -> Case:
         n = max(8, int(tokens * scale))

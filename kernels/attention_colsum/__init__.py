@@ -202,6 +202,7 @@ def _implementation(q: Tensor) -> ModuleType:
     if dispatch.which(q) == "naive":
         return naive
     checks.triton_dtype("q", q)
+    checks.grid_size("batch x heads", q.shape[0] * q.shape[1])
     if q.shape[3] > MAX_HEAD_DIM:
         raise KernelError(
             f"head dimension {q.shape[3]} is above {MAX_HEAD_DIM}, the largest the Triton kernel "

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tile import LOG2E, dot, log_sum, multiprocessors, padded
+from ..tile import LOG2E, dot, log_sum, long_dot, multiprocessors, padded
 
 # From how many probe rows on the column pass computes which row blocks can see a key block, and
 # spreads heads over programs instead of looping over them.
@@ -24,7 +24,7 @@ def lse_kernel(
     stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_kn,
     rows, kv_heads, split_stride,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of BLOCK_R (head of the group, row) pairs over one split of their keys."""
     sample = tl.program_id(1) // kv_heads
@@ -47,21 +47,27 @@ def lse_kernel(
     d = tl.arange(0, BLOCK_D)
     q_row = q + sample.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     q_row += row.to(tl.int64) * stride_qr
-    q_tile = tl.load(
-        q_row[:, None] + d[None, :], mask=inside[:, None] & (d[None, :] < DIM), other=0.0
-    )
+    if CHUNK == BLOCK_D:
+        q_tile = tl.load(
+            q_row[:, None] + d[None, :], mask=inside[:, None] & (d[None, :] < DIM), other=0.0
+        )
     k += sample.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
     top = tl.full([BLOCK_R], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     for first in range(begin, end, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
-        k_tile = tl.load(
-            k + column.to(tl.int64)[:, None] * stride_kn + d[None, :],
-            mask=(column < end)[:, None] & (d[None, :] < DIM),
-            other=0.0,
-        )
-        zeros = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
-        logits = dot(q_tile, tl.trans(k_tile), zeros) * scale
+        k_row = k + column.to(tl.int64) * stride_kn
+        logits = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+        if CHUNK == BLOCK_D:
+            k_tile = tl.load(
+                k_row[:, None] + d[None, :],
+                mask=(column < end)[:, None] & (d[None, :] < DIM),
+                other=0.0,
+            )
+            logits = dot(q_tile, tl.trans(k_tile), logits)
+        else:
+            logits = long_dot(q_row, inside, k_row, column < end, logits, DIM, CHUNK)
+        logits *= scale
         seen = (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
         seen = seen & (column[None, :] < end)
         logits = tl.where(seen, logits, -float("inf"))
@@ -98,6 +104,7 @@ def colsum_kernel(
     rows, keys, kv_heads, row_blocks,
     GROUP: tl.constexpr, HEADS: tl.constexpr, BOUNDED: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Column sums of BLOCK_N keys for HEADS query heads of one key head."""
     block = tl.program_id(0)
@@ -108,11 +115,13 @@ def colsum_kernel(
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     k += sample.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
-    k_tile = tl.load(
-        k + column.to(tl.int64)[:, None] * stride_kn + d[None, :],
-        mask=(column < keys)[:, None] & (d[None, :] < DIM),
-        other=0.0,
-    )
+    k_row = k + column.to(tl.int64) * stride_kn
+    if CHUNK == BLOCK_D:
+        k_tile = tl.load(
+            k_row[:, None] + d[None, :],
+            mask=(column < keys)[:, None] & (d[None, :] < DIM),
+            other=0.0,
+        )
     start, stop = 0, row_blocks
     if BOUNDED:
         start = tl.load(first_block + sample * tl.num_programs(0) + block)
@@ -127,14 +136,17 @@ def colsum_kernel(
         for step in range(start, stop):
             row = step * BLOCK_R + tl.arange(0, BLOCK_R)
             inside = row < rows
-            q_tile = tl.load(
-                q
-                + head.to(tl.int64) * stride_qh
-                + row.to(tl.int64)[:, None] * stride_qr
-                + d[None, :],
-                mask=inside[:, None] & (d[None, :] < DIM),
-                other=0.0,
-            )
+            q_row = q + head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qr
+            logits = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+            if CHUNK == BLOCK_D:
+                q_tile = tl.load(
+                    q_row[:, None] + d[None, :],
+                    mask=inside[:, None] & (d[None, :] < DIM),
+                    other=0.0,
+                )
+                logits = dot(k_tile, tl.trans(q_tile), logits)
+            else:
+                logits = long_dot(k_row, column < keys, q_row, inside, logits, DIM, CHUNK)
             low = tl.load(lo + row, mask=inside, other=0)
             high = tl.load(hi + row, mask=inside, other=0)
             norm = tl.load(lse + at + row, mask=inside, other=0.0)
@@ -143,8 +155,7 @@ def colsum_kernel(
             live = (norm > -float("inf")) & (norm < float("inf"))
             norm = tl.where(live, norm, 0.0)
             high = tl.where(live, high, 0)
-            zeros = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-            logits = dot(k_tile, tl.trans(q_tile), zeros) * scale
+            logits *= scale
             seen = (column[:, None] >= low[None, :]) & (column[:, None] < high[None, :])
             share = tl.where(seen, (logits - norm[None, :]) * LOG2E, -float("inf"))
             sums += tl.sum(tl.exp2(share) * weight[None, :], axis=1)
@@ -168,7 +179,7 @@ def attention_lse(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) ->
         q, k, lo, hi, partial, scale, *q.stride()[:3], *k.stride()[:3],
         rows, kv_heads, out.numel(),
         GROUP=group, DIM=dim, BLOCK_D=padded(dim), BLOCK_R=block_r, BLOCK_N=block_n,
-        SPLITS=splits, num_warps=warps, num_stages=3,
+        CHUNK=chunk(dim, q.element_size()), SPLITS=splits, num_warps=warps, num_stages=3,
     )  # fmt: skip
     if splits > 1:
         grid = (triton.cdiv(out.numel(), 256),)
@@ -197,7 +208,8 @@ def attention_colsum(
         q, k, weights, lse, lo, hi, first, last, out, scale, *q.stride()[:3], *k.stride()[:3],
         rows, keys, kv_heads, triton.cdiv(rows, block_r),
         GROUP=group, HEADS=per_program, BOUNDED=many, DIM=dim, BLOCK_D=padded(dim),
-        BLOCK_R=block_r, BLOCK_N=block_n, num_warps=warps, num_stages=3 if many else 2,
+        BLOCK_R=block_r, BLOCK_N=block_n, CHUNK=chunk(dim, q.element_size()),
+        num_warps=warps, num_stages=3 if many else 2,
     )  # fmt: skip
     return out
 
@@ -222,22 +234,29 @@ def row_block_bounds(
     return first.int(), last.int()
 
 
+def chunk(dim: int, itemsize: int) -> int:
+    """Head columns multiplied at once: all of them, but 32 in fp32."""
+    return min(padded(dim), 32) if itemsize == 4 else padded(dim)
+
+
 def lse_blocks(items: int, dim: int, itemsize: int) -> tuple[int, int, int]:
     """(rows, keys, warps) of a tile of the first pass."""
-    wide = padded(dim) * itemsize
+    if itemsize == 4:
+        return 16 if items <= 16 else 32, 64, 4
+    wide = padded(dim)
     if items <= 16:
-        return 16, 64 if wide > 256 else 128, 4
-    if items <= 64 or wide > 256:
-        return 64 if wide <= 512 else 32, 64 if wide <= 512 else 32, 4
+        return 16, 64 if wide > 128 else 128, 4
+    if items <= 64 or wide > 128:
+        return 64, 64, 4
     return 128, 64, 8
 
 
 def colsum_blocks(rows: int, dim: int, itemsize: int) -> tuple[int, int, int]:
     """(rows, keys, warps) of a tile of the second pass."""
-    wide = padded(dim) * itemsize
-    if rows <= 64 or wide > 512:
-        return 16 if rows <= 16 else 32, 64, 4
-    return 64, 128 if wide <= 256 else 64, 8 if wide <= 256 else 4
+    wide = padded(dim)
+    if rows <= 64 or itemsize == 4:
+        return 16 if rows <= 16 or itemsize == 4 else 32, 64, 4
+    return 64, 128 if wide <= 128 else 64, 8 if wide <= 128 else 4
 
 
 def split_count(programs: int, blocks: int, device: torch.device) -> int:

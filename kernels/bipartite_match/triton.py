@@ -58,7 +58,8 @@ def match_kernel(
             better = value > best
             best = tl.where(better, value, best)
             best_row = tl.where(better, 2 * (first + index) + 1, best_row)
-        cosine = best * inverse_root(a_square) + poison + a_square * 0.0
+        some = tl.where(best_row >= 0, best, 0.0)
+        cosine = some * inverse_root(a_square) + poison + a_square * 0.0
         # An even row owns its own entry and that of the odd row after it.
         place = start + a_row
         tl.store(similarity + place, tl.where(odds > 0, cosine, -float("inf")), mask=a_row < rows)

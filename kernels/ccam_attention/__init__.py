@@ -90,6 +90,7 @@ def _op(
     if dispatch.which(q) == "naive":
         return naive.ccam_attention(q, k, v, frames, per_frame, causal, scale).contiguous()
     checks.triton_dtype("q", q)
+    checks.grid_size("batch x heads", q.shape[0] * q.shape[1])
     if q.shape[3] > MAX_HEAD_DIM:
         raise KernelError(
             f"head dimension {q.shape[3]} is above {MAX_HEAD_DIM}, the largest the Triton kernel "

@@ -71,7 +71,7 @@ def frame_pool(x: Tensor, heights: list[int], widths: list[int], mode: str) -> T
 @functools.lru_cache(maxsize=16)
 def cell_table(heights: tuple[int, ...], widths: tuple[int, ...], device: torch.device) -> Tensor:
     """(frame, cell, grid rows, grid columns) of every output token, int32 ``(n, 4)``; cached."""
-    grid = torch.tensor([heights, widths]).T.reshape(-1, 2)
+    grid = torch.tensor([heights, widths], dtype=torch.int64).T
     count = grid.prod(1)
     frame = torch.arange(len(grid)).repeat_interleave(count)
     cell = torch.arange(len(frame)) - (count.cumsum(0) - count)[frame]

@@ -202,7 +202,8 @@ def unit_rows(x: Tensor, lengths: list[int], centred: bool) -> tuple[Tensor, Ten
     block_d = min(4096, triton.next_power_of_2(max(dim, 64)))
     unit_kernel[(rows,)](
         x, mean, span_of, unit, inverse, far, x.stride(0), dim,
-        CENTRED=centred, LIMIT=UNDIRECTED, BLOCK_D=block_d, num_warps=max(1, min(8, block_d // 256)),
+        CENTRED=centred, LIMIT=UNDIRECTED, BLOCK_D=block_d,
+        num_warps=max(1, min(8, block_d // 256)),
     )  # fmt: skip
     return unit, inverse, far
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import KernelError, attention_colsum, attention_lse
 from tokencomp.kernels.attention_colsum import naive
+from torch import Tensor
 
 # (batch, kv heads, group, rows, keys, head dim)
 SHAPES = [
@@ -276,9 +275,7 @@ def test_bad_packed_offsets(place: torch.device) -> None:
     good = torch.tensor([0, 5], device=place)
     for bad in ([0, 8], [1, 9], [0, 10, 9]):
         with pytest.raises(KernelError, match="cu_seqlens_k"):
-            attention_colsum(
-                q, k, cu_seqlens_q=good, cu_seqlens_k=torch.tensor(bad, device=place)
-            )
+            attention_colsum(q, k, cu_seqlens_q=good, cu_seqlens_k=torch.tensor(bad, device=place))
     with pytest.raises(KernelError, match="needs both"):
         attention_colsum(q, k, cu_seqlens_q=good)
 

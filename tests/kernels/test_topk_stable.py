@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from tokencomp.kernels import KernelError, topk_stable
 
 

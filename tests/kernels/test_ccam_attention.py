@@ -1,0 +1,152 @@
+"""ccam_attention against dense masked attention in fp64."""
+
+import math
+
+import pytest
+import torch
+from tokencomp.kernels import KernelError, ccam_attention, visible_frames
+from tokencomp.kernels.ccam_attention.rule import runs
+from torch import Tensor
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, frames: list[int], causal: bool, scale: float) -> Tensor:
+    queries, keys = q.shape[2], k.shape[2]
+    per_frame = keys // max(frames)
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for b, count in enumerate(frames):
+        mask = torch.zeros(queries, keys, dtype=torch.bool)
+        for i in range(queries):
+            seen = math.floor(i * count / queries) + 1 if causal else count
+            mask[i, : min(seen, count) * per_frame] = True
+        logits = q[b].double() @ k[b].double().transpose(-1, -2) * scale
+        weights = logits.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)
+        out[b] = weights @ v[b].double()
+    return out
+
+
+# (queries, frames per sample, tokens per frame, head dim)
+SHAPES = [
+    (1, [1], 1, 16),
+    (37, [5], 11, 24),
+    (5, [9, 4], 70, 64),
+    (64, [3, 0], 90, 72),
+    (130, [4, 7], 150, 80),
+    (16, [40], 30, 128),
+]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_dense(place: torch.device, shape: tuple, causal: bool) -> None:
+    queries, frames, tokens, dim = shape
+    q = torch.randn(len(frames), 2, queries, dim)
+    k, v = (torch.randn(len(frames), 2, max(frames) * tokens, dim) for _ in range(2))
+    want = dense(q, k, v, frames, causal, dim**-0.5)
+    got = ccam_attention(q.to(place), k.to(place), v.to(place), frames, causal=causal)
+    assert torch.allclose(got.cpu().double(), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits(place: torch.device, dtype: torch.dtype) -> None:
+    q = torch.randn(1, 3, 130, 64).to(dtype)
+    k, v = (torch.randn(1, 3, 6 * 100, 64).to(dtype) for _ in range(2))
+    want = dense(q, k, v, [6], True, 0.2)
+    got = ccam_attention(q.to(place), k.to(place), v.to(place), 6, scale=0.2)
+    assert got.dtype == dtype
+    # Probabilities and the result are rounded once each to the input dtype.
+    tolerance = 2 * torch.finfo(dtype).eps * v.abs().max().item()
+    assert (got.cpu().double() - want).abs().max() <= tolerance
+
+
+def test_one_image_sees_everything(place: torch.device) -> None:
+    q = torch.randn(2, 2, 8, 32)
+    k, v = (torch.randn(2, 2, 50, 32) for _ in range(2))
+    causal = ccam_attention(q.to(place), k.to(place), v.to(place), 1)
+    free = ccam_attention(q.to(place), k.to(place), v.to(place), 1, causal=False)
+    assert torch.allclose(causal, free, atol=1e-6)
+
+
+def test_later_frames_do_not_reach_early_queries(place: torch.device) -> None:
+    """What a query cannot see may be NaN and changes no bit."""
+    q = torch.randn(1, 2, 8, 32)
+    k, v = (torch.randn(1, 2, 4 * 70, 32) for _ in range(2))
+    want = ccam_attention(q.to(place), k.to(place), v.to(place), 4)
+    later = torch.full_like(k[:, :, 140:], 1e4)
+    k2, v2 = torch.cat([k[:, :, :140], later], 2), torch.cat([v[:, :, :140], later], 2)
+    got = ccam_attention(q.to(place), k2.to(place), v2.to(place), 4)
+    assert torch.allclose(got[:, :, :4], want[:, :, :4], atol=1e-6)
+    assert not torch.allclose(got[:, :, 4:], want[:, :, 4:], atol=1e-2)
+
+
+def test_extreme_logits(place: torch.device) -> None:
+    q = torch.randn(1, 1, 20, 32) * 1000
+    k, v = (torch.randn(1, 1, 120, 32) for _ in range(2))
+    got = ccam_attention(q.to(place), k.to(place), v.to(place), 3)
+    want = dense(q, k, v, [3], True, 32**-0.5)
+    assert torch.allclose(got.cpu().double(), want, atol=1e-2)
+
+
+def test_strided_inputs(place: torch.device) -> None:
+    q, k, v = (torch.randn(2, n, 3, 32, device=place) for n in (9, 60, 60))
+    views = [t.transpose(1, 2) for t in (q, k, v)]
+    want = ccam_attention(*(t.contiguous() for t in views), 5)
+    assert torch.allclose(ccam_attention(*views, 5), want, atol=1e-6)
+
+
+def test_gradient(place: torch.device) -> None:
+    q = torch.randn(1, 1, 4, 4, dtype=torch.float64, device=place, requires_grad=True)
+    k, v = (
+        torch.randn(1, 1, 6, 4, dtype=torch.float64, device=place, requires_grad=True)
+        for _ in range(2)
+    )
+    assert torch.autograd.gradcheck(lambda *t: ccam_attention(*t, 3), (q, k, v))
+
+
+@pytest.mark.parametrize(("queries", "frames"), [(1, 1), (4, 7), (7, 4), (1024, 96), (5, 100)])
+def test_rule(queries: int, frames: int) -> None:
+    seen = [visible_frames(i, queries, frames) for i in range(queries)]
+    assert seen == [i * frames // queries + 1 for i in range(queries)]
+    assert seen == sorted(seen) and seen[0] == 1 and seen[-1] <= frames
+    if frames <= queries:
+        assert seen[-1] == frames
+    flat = [s for first, end, s in runs(queries, frames) for _ in range(first, end)]
+    assert flat == seen
+
+
+def test_no_frames(place: torch.device) -> None:
+    q = torch.randn(2, 1, 4, 16, device=place)
+    k = torch.randn(2, 1, 0, 16, device=place)
+    assert (ccam_attention(q, k, k, 0) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"frames": 5}, "not a multiple of 5 frames"),
+        ({"frames": 0}, "not a multiple of 0 frames"),
+        ({"frames": [3]}, "one count >= 0 per sample"),
+        ({"frames": [3, -1]}, "one count >= 0 per sample"),
+        ({"k": torch.randn(2, 1, 9, 8)}, "do not fit"),
+        ({"v": torch.randn(2, 1, 12, 8).half()}, "one dtype"),
+        ({"v": torch.randn(2, 1, 12, 8, device="meta")}, "one device"),
+        ({"q": torch.randn(2, 4, 8)}, "must have shape"),
+    ],
+)
+def test_bad_input(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {
+        "q": torch.randn(2, 1, 4, 8),
+        "k": torch.randn(2, 1, 12, 8),
+        "v": torch.randn(2, 1, 12, 8),
+        "frames": 3,
+        **change,
+    }
+    with pytest.raises(KernelError, match=message):
+        ccam_attention(**arguments)  # type: ignore[arg-type]
+
+
+def test_triton_head_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
+    q = torch.randn(1, 1, 4, 160)
+    with pytest.raises(KernelError, match="head dimension 160"):
+        ccam_attention(q, q, q, 2)

@@ -1,0 +1,171 @@
+"""merge_rows against a loop over kept rows."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from tokencomp.kernels import KernelError, MergedRows, merge_rows
+from torch import Tensor
+
+
+def random_merge(lengths: list[int], kept: float = 0.4) -> tuple[Tensor, Tensor]:
+    """Targets within every segment; a tenth of the other rows is dropped."""
+    target, keep, start = [], [], 0
+    for length in lengths:
+        mine = (torch.rand(length) < kept).nonzero().squeeze(1)
+        if length and len(mine) == 0:
+            mine = torch.tensor([length - 1])
+        into = mine[torch.randint(max(1, len(mine)), (length,))] if length else mine.clone()
+        into[torch.rand(length) < 0.1] = -1 - start
+        into[mine] = mine
+        target.append(into + start)
+        keep.append(mine + start)
+        start += length
+    return torch.cat(target), torch.cat(keep)
+
+
+def by_hand(
+    x: Tensor, target: Tensor, keep: Tensor, sizes: Tensor, positions: Tensor, weighted: bool,
+    position: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x, positions = x.double(), positions.double()
+    merged, total, moved = [], [], []
+    for row in keep.tolist():
+        members = [i for i, into in enumerate(target.tolist()) if into == row]
+        weight = sizes[members].double() if weighted else torch.ones(len(members)).double()
+        merged.append((x[members] * weight[:, None]).sum(0) / weight.sum())
+        total.append(sizes[members].sum())
+        mean = ((positions[:, members] * weight).sum(1) / weight.sum() + 0.5).floor()
+        moved.append({"keep": positions[:, row], "first": positions[:, members[0]], "mean": mean}[
+            position
+        ])  # fmt: skip
+    return torch.stack(merged), torch.stack(total), torch.stack(moved, dim=1).long()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("position", ["keep", "first", "mean"])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(
+    ("lengths", "dim"), [([1], 5), ([6, 0, 33, 1], 70), ([100, 100], 130)], ids=str
+)
+def test_matches_loops(
+    place: torch.device, lengths: list[int], dim: int, weighted: bool, position: str,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    rows = sum(lengths)
+    x = torch.randn(rows, dim).to(dtype)
+    target, keep = random_merge(lengths)
+    sizes = torch.randint(1, 5, (rows,)).float()
+    positions = torch.randint(0, 40_000, (3, rows))
+    want = by_hand(x, target, keep, sizes, positions, weighted, position)
+    for frames in (lengths, None):
+        got = merge_rows(
+            x.to(place), target.to(place), keep.to(place), sizes.to(place), frames=frames,
+            positions=positions.to(place), weighted=weighted, position=position,
+        )  # fmt: skip
+        assert got.x.dtype == dtype
+        # One rounding to the output dtype; the interpreter truncates where a GPU rounds.
+        tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+        assert torch.allclose(got.x.cpu().double(), want[0], rtol=tolerance, atol=1e-5)
+        assert torch.allclose(got.sizes.cpu(), want[1])
+        assert got.positions is not None and torch.equal(got.positions.cpu(), want[2])
+
+
+def test_one_dimensional_positions_and_defaults(place: torch.device) -> None:
+    x = torch.randn(4, 8)
+    target, keep = torch.tensor([1, 1, 3, 3]), torch.tensor([1, 3])
+    got = merge_rows(
+        x.to(place), target.to(place), keep.to(place), positions=torch.arange(4, device=place)
+    )
+    assert got.sizes.tolist() == [2.0, 2.0]
+    assert got.positions is not None and got.positions.tolist() == [1, 3]
+    assert torch.allclose(got.x.cpu(), (x[::2] + x[1::2]) / 2, atol=1e-6)
+    assert merge_rows(x.to(place), target.to(place), keep.to(place)).positions is None
+
+
+def test_many_rows_are_sorted_not_scanned(
+    place: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond a segment length the kernel takes members from a sorted list."""
+    rows = 5000
+    target, keep = random_merge([rows], 0.05)
+    x, sizes = torch.randn(rows, 16), torch.rand(rows) + 0.5
+    positions = torch.arange(rows)[None]
+    want = by_hand(x, target, keep, sizes, positions, True, "first")
+    got = merge_rows(
+        x.to(place), target.to(place), keep.to(place), sizes.to(place),
+        positions=positions.to(place), position="first",
+    )  # fmt: skip
+    assert torch.allclose(got.x.cpu().double(), want[0], atol=1e-5)
+    assert got.positions is not None and torch.equal(got.positions.cpu(), want[2])
+
+
+def test_nothing_merged_copies_to_the_bit(place: torch.device) -> None:
+    x = torch.randn(50, 40).bfloat16()
+    index = torch.arange(50, device=place)
+    got = merge_rows(x.to(place), index, index, frames=25)
+    assert torch.equal(got.x.cpu(), x)
+
+
+def test_repeats_to_the_bit_and_takes_strided_rows(place: torch.device) -> None:
+    target, keep = random_merge([64], 0.1)
+    wide = torch.randn(64, 80, device=place)
+    target, keep = target.to(place), keep.to(place)
+    want = merge_rows(wide[:, :40].contiguous(), target, keep).x
+    for x in (wide[:, :40], wide[:, :40].contiguous(), wide[:, :40].T.contiguous().T):
+        assert torch.equal(merge_rows(x, target, keep).x, want)
+
+
+def test_gradient(place: torch.device) -> None:
+    x = torch.randn(12, 5, dtype=torch.float64, device=place, requires_grad=True)
+    target, keep = random_merge([12])
+    sizes = torch.rand(12, device=place) + 0.5
+
+    def merged(x: Tensor) -> Tensor:
+        return merge_rows(x, target.to(place), keep.to(place), sizes).x
+
+    assert torch.autograd.gradcheck(merged, x)
+
+
+def test_empty(place: torch.device) -> None:
+    none = torch.zeros(0, dtype=torch.int64, device=place)
+    got = merge_rows(torch.randn(0, 3, device=place), none, none)
+    assert isinstance(got, MergedRows) and got.x.shape == (0, 3) and got.sizes.shape == (0,)
+
+
+BAD: list[tuple[Callable[[dict[str, object]], None], str]] = [
+    (lambda a: a.update(target=torch.tensor([1, 1, 2, 3])), "keep must be ascending"),
+    (lambda a: a.update(target=torch.tensor([1, 1, 4, 3])), "keep must be ascending"),
+    (lambda a: a.update(target=torch.tensor([1, 3, 3, 3])), "keep must be ascending"),
+    (lambda a: a.update(keep=torch.tensor([3, 1])), "keep must be ascending"),
+    (lambda a: a.update(keep=torch.tensor([1, 4])), "keep must be ascending"),
+    (lambda a: a.update(target=torch.tensor([1, 1, 3])), "target must have as many"),
+    (lambda a: a.update(target=torch.tensor([1.0, 1, 3, 3])), "int32 or int64"),
+    (lambda a: a.update(sizes=torch.ones(3)), "sizes must be"),
+    (lambda a: a.update(positions=torch.ones(3)), "positions must be"),
+    (lambda a: a.update(positions=torch.ones(4)), "int32 or int64"),
+    (lambda a: a.update(position="median"), "position='median'"),
+    (lambda a: a.update(frames=3), "frames"),
+    (lambda a: a.update(x=torch.zeros(4, 2, device="meta")), "one device"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
+def test_bad_input(change: Callable[[dict[str, object]], None], message: str) -> None:
+    arguments: dict[str, object] = {
+        "x": torch.randn(4, 2),
+        "target": torch.tensor([1, 1, 3, 3]),
+        "keep": torch.tensor([1, 3]),
+    }
+    change(arguments)
+    with pytest.raises(KernelError, match=message):
+        merge_rows(**arguments)  # type: ignore[arg-type]
+
+
+def test_nan_stays_in_its_own_row(place: torch.device) -> None:
+    x = torch.randn(4, 3)
+    x[0, 1] = math.nan
+    target, keep = torch.tensor([1, 1, 3, 3]), torch.tensor([1, 3])
+    got = merge_rows(x.to(place), target.to(place), keep.to(place)).x
+    assert got.isnan().sum() == 1 and got[0, 1].isnan()
