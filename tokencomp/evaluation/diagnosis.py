@@ -36,7 +36,7 @@ def facts() -> dict[str, str]:
         "system": f"{where['system']}, {where['cpu']}, {where['cores']} cores",
         "GPU": gpus,
         "attention": ", ".join(attention_backends()),
-        "kernels": f"{'/'.join(ops)} (mode {kernels['mode']}, triton {kernels['triton'] or 'none'})",
+        "kernels": f"{'/'.join(ops)} (mode {kernels['mode']}, triton {kernels['triton']})",
         "video reader": ", ".join(video_readers()) or "none",
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ def render(template: str, path: str | Path, **values: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(si=si, pct=lambda v, d=1: f"{100 * v:.{d}f} %")
+    environment.filters.update(si=si, pct=percent, runs=compact)
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,6 +29,19 @@ def render(template: str, path: str | Path, **values: Any) -> Path:
     except OSError as error:
         raise OptionError(f"cannot write {path}: {error}. Give another -o/--output.") from error
     return path
+
+
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
+def compact(per_layer: Sequence[int]) -> str:
+    """Tokens per layer, runs joined: [64, 64, 64, 32] → "64×3 32"."""
+    found = []
+    for value, group in itertools.groupby(per_layer):
+        n = sum(1 for _ in group)
+        found.append(f"{value}×{n}" if n > 1 else str(value))
+    return " ".join(found)
 
 
 def si(value: float, unit: str = "") -> str:

@@ -34,6 +34,7 @@ def lines(
     reference_label: str = "full model",
     percent: bool = True,
     log_x: bool = False,
+    diagonal: bool = False,
 ) -> str:
     """One line per series, baselines dashed and grey; returns an `<svg>` element.
 
@@ -47,6 +48,10 @@ def lines(
         y of a horizontal line.
     percent
         y is a fraction.
+    log_x
+        Logarithmic x axis.
+    diagonal
+        Draw y = x, the limit of arithmetic.
     """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -80,6 +85,11 @@ def lines(
             xytext=(0, 3),
             fontsize=9,
         )
+    if diagonal:
+        axes.axline((0, 0), slope=1, color="#111827", linewidth=1, zorder=1)
+        axes.set_xlim(0, None)
+        axes.set_ylim(0, None)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if log_x:

@@ -1,4 +1,4 @@
-"""Ask a model every example under every setting, on the same inputs, and write down what it says."""
+"""Ask a model every example under every setting, and write down what it says."""
 
 from __future__ import annotations
 

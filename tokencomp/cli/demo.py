@@ -1,0 +1,159 @@
+"""`tokencomp demo`: see compression work, on the embedded model or on your own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokencomp.cli._options import (
+    Device,
+    Dtype,
+    Frames,
+    Images,
+    Model,
+    Question,
+    Ratios,
+    Reducers,
+    Set,
+    Videos,
+    check_reducers,
+    load_files,
+    names,
+    ratios,
+    reducer_options,
+)
+
+DEFAULT_QUESTION = "Describe what you see."
+
+
+def command(
+    model: Model = "tiny-qwen2-vl",
+    image: Images = None,
+    video: Videos = None,
+    question: Question = DEFAULT_QUESTION,
+    reducer: Reducers = "random,uniform,downscale,merge,prune,aim,auto",
+    ratio: Ratios = "0,0.5,0.75,0.9",
+    options: Set = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML report.")] = Path(
+        "tokencomp-demo.html"
+    ),
+    items: Annotated[int, typer.Option(min=1, help="ShapesQA questions per family.")] = 10,
+    results: Annotated[
+        Path | None, typer.Option(help="Keep per-item records in this folder (resumable).")
+    ] = None,
+    frames: Frames = 8,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+) -> None:
+    """Answer questions with and without compression; print a table and write an HTML report.
+
+    Without files: the embedded model, held-out ShapesQA questions and the packaged samples. With
+    --image or --video: any supported model on your files.
+    """
+    chosen, at = names(reducer), ratios(ratio)
+    check_reducers(chosen)
+    media = load_files(image, video, frames)
+    settings = _settings(chosen, at, reducer_options(options))
+    from rich.console import Console
+
+    from tokencomp.evaluation import demo as work
+    from tokencomp.evaluation import demo_report
+    from tokencomp.evaluation.loading import load_model
+
+    console = Console()
+    say = lambda text: console.print(f"[dim]{text} …[/]")  # noqa: E731
+    _needs_files(model, media)
+    loaded, processor = load_model(model, device=device, dtype=dtype)
+    if media:
+        label = ", ".join(p.name for p in [*(image or ()), *(video or ())])
+        shown = work.demo_files(loaded, processor, model, settings, media, label, question, say)
+    else:
+        shown = work.demo_embedded(
+            loaded, processor, model, settings, items, _picture_ratio(at), results, say
+        )
+    _print(console, shown)
+    path = demo_report.write(shown, output)
+    console.print(f"\nReport with plots and pictures: [bold]{path}[/]")
+
+
+def _settings(chosen: list[str], at: list[float], options: dict[str, Any]) -> list[Any]:
+    """The full model, then each reducer at each ratio; "auto" becomes the reducer it stands for."""
+    from tokencomp.evaluation.settings import grid
+    from tokencomp.patching import DEFAULT_REDUCER
+
+    resolved = [DEFAULT_REDUCER if name == "auto" else name for name in chosen]
+    return grid(dict.fromkeys(resolved), at, **options)
+
+
+def _picture_ratio(at: list[float]) -> float:
+    above = [r for r in at if r > 0]
+    return 0.75 if 0.75 in above else (max(above) if above else 0.0)
+
+
+def _needs_files(model: str, media: list[Any]) -> None:
+    from tokencomp.errors import OptionError
+    from tokencomp.zoo import available_models
+
+    known = available_models()
+    if not media and Path(model).name not in known and not (Path(model) / "config.json").exists():
+        raise OptionError(
+            f"model {model!r} was not trained on ShapesQA: give it something to look at with "
+            f"--image FILE or --video FILE, and --question. Embedded models need no files: "
+            f"{', '.join(known) or 'none is packaged'}."
+        )
+
+
+def _print(console: Any, shown: Any) -> None:
+    from rich.markup import escape
+
+    console.print(_table(shown))
+    for one in shown.shown:
+        expected = "" if one.expected is None else f" [dim](right: {escape(one.expected)})[/]"
+        console.print(f"\n[bold]{escape(one.question)}[/] [dim]{escape(one.name)}[/]{expected}")
+        for answer in one.answers:
+            label = f"{answer.setting.reducer} {answer.setting.ratio:g}"
+            console.print(f"  {label:<18} {escape(answer.text)}")
+
+
+def _table(shown: Any) -> Any:
+    from rich.table import Table
+
+    from tokencomp.evaluation.html import compact, si
+
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    columns = ["method", "ratio", "reached"]
+    columns += ["acc.", "retention"] if shown.items else []
+    for name in columns:
+        table.add_column(name, no_wrap=True)
+    table.add_column("tokens/layer", overflow="fold")
+    for name in ("FLOPs", "KV", "prefill"):
+        table.add_column(name, justify="right", no_wrap=True)
+    full, last = shown.rows[0], ""
+    for row in shown.rows:
+        name = row.setting.reducer
+        cells = [name if name != last else "", f"{row.setting.ratio:g}", f"{row.ratio:.3f}"]
+        if shown.items:
+            cells += [f"{row.accuracy:.1%}", _retained(row.retention)]
+        cells += [
+            compact(row.per_layer),
+            f"{row.flops / full.flops:.0%}",
+            f"{row.kv_bytes / full.kv_bytes:.0%}",
+            f"{row.prefill_ratio:.2f}×",
+        ]
+        table.add_row(*cells)
+        last = name
+    flops, kv = si(full.flops, "FLOP"), si(full.kv_bytes, "B")
+    table.caption = (
+        f"Prefill of the full model: {flops}, {kv} of KV. prefill: LLM time against the full "
+        "model, interleaved, medians. tokens/layer: n×k is k layers with n visual tokens."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _retained(kept: Any) -> str:
+    if kept is None or kept.value != kept.value:
+        return "–"
+    return f"{kept.value:.0%} [dim]{100 * kept.low:.0f}–{100 * kept.high:.0f}[/]"
