@@ -15,7 +15,7 @@ class Ragged(Reducer):
         special = tokens.special.nonzero()[:, 0].tolist()
         patches = (~tokens.special).nonzero()[:, 0].tolist()
         rows = sorted(special + patches[: keep - len(special)])
-        return Reduction(tokens.offsets.new_tensor([0] + rows)[1:])
+        return Reduction(tokens.offsets.new_tensor([0, *rows])[1:])
 
 
 def make(name: str, layers: int) -> Plan:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import oracle
 import plans
 import pytest
-import tokencomp
 import torch
 from tests_support import Family, text
+
+import tokencomp
 
 
 def prompts(family: Family) -> dict[str, torch.Tensor]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+
 import oracle
 import plans
 import pytest
-import tokencomp
 import torch
-from tests_support import Family, text
+from tests_support import NO_EOS, Family, text
 from transformers import TextIteratorStreamer
 from transformers.cache_utils import DynamicLayer
+
+import tokencomp
 
 
 def rows(family: Family) -> list[list]:
@@ -68,14 +71,20 @@ def test_beams(family: Family, name: str) -> None:
 @pytest.mark.parametrize("name", plans.NAMES)
 def test_prompt_lookup_equals_greedy(family: Family, name: str) -> None:
     model = family.build()
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+    if name in ("attention", "pagerank") and not takes:
+        pytest.skip("this release does not tell the model which tokens are drafts")
     repeats = text(4, 3) * 3
     inputs = family.batch([[text(3), family.image(0), repeats]])
     with tokencomp.patch(model, plan=plans.make(name, family.layers)):
-        greedy = model.generate(**inputs, max_new_tokens=24)
-        assisted = model.generate(
-            **inputs, max_new_tokens=24, prompt_lookup_num_tokens=4, max_matching_ngram_size=1
-        )
-    assert torch.equal(greedy, assisted)
+        # the penalty keeps a random model from repeating itself, so that drafts get rejected
+        options = dict(max_new_tokens=24, repetition_penalty=1.5, suppress_tokens=[NO_EOS])
+        greedy = model.generate(**inputs, **options)
+        lookup = dict(prompt_lookup_num_tokens=4, max_matching_ngram_size=1)
+        assisted = model.generate(**inputs, **options, **lookup)
+    n = min(greedy.shape[1], assisted.shape[1])  # some releases add one token more when assisted
+    assert n >= inputs["input_ids"].shape[1] + 24
+    assert torch.equal(greedy[:, :n], assisted[:, :n])
 
 
 @pytest.mark.parametrize("name", plans.QUESTION_FREE)

@@ -8,18 +8,18 @@ import threading
 import oracle
 import plans
 import pytest
-import tokencomp
 import torch
 from tests_support import Family, text
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
+import tokencomp
+
 
 def prompt(family: Family) -> dict[str, torch.Tensor]:
     torch.manual_seed(5)
-    return family.batch([[text(3), family.image(0), text(6, 3)], [text(2, 4), family.video(4)] + [
-        text(4, 5)
-    ]])  # fmt: skip
+    second = [text(2, 4), family.video(4), text(4, 5)]
+    return family.batch([[text(3), family.image(0), text(6, 3)], second])
 
 
 def hooks_of(model: nn.Module) -> list[tuple[int, int, int]]:
