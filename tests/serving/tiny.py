@@ -1,4 +1,4 @@
-"""Tiny random models as standard Hugging Face folders, and media for them. Nothing is downloaded."""
+"""Tiny random models as Hugging Face folders, and media for them. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def qwen2_5_vl(folder: Path) -> Path:
 
 
 def llava_onevision(folder: Path) -> Path:
-    """LLaVA-OneVision with 8 × 8 tokens per tile, saved under the names of published checkpoints."""
+    """LLaVA-OneVision with 8 × 8 tokens per tile, saved under published parameter names."""
     from safetensors.torch import save_file
     from transformers import (
         LlavaOnevisionConfig,
@@ -176,6 +176,21 @@ def image(seed: int, width: int = 224, height: int = 224) -> Image.Image:
 def video(seed: int, frames: int = 8, width: int = 112, height: int = 84) -> np.ndarray:
     """Uint8 frames (frames, height, width, 3)."""
     return np.stack([np.asarray(image(seed * 1000 + i, width, height)) for i in range(frames)])
+
+
+FPS = 1.0
+
+
+def metadata(frames: int) -> dict[str, Any]:
+    """What a video loader says about `frames` frames taken at `FPS`."""
+    return {
+        "fps": FPS,
+        "total_num_frames": frames,
+        "duration": frames / FPS,
+        "frames_indices": list(range(frames)),
+        "video_backend": "tests",
+        "do_sample_frames": False,
+    }
 
 
 def media(wanted: list[list[Any]]) -> dict[str, list[Any]]:

@@ -39,7 +39,10 @@ def record_positions() -> None:
 def request(job: dict) -> dict:
     import tiny
 
-    made = {"prompt": job["prompt"], "multi_modal_data": tiny.media(job["media"])}
+    media = tiny.media(job["media"])
+    if job.get("metadata") and "video" in media:
+        media["video"] = [(v, tiny.metadata(len(v))) for v in media["video"]]
+    made = {"prompt": job["prompt"], "multi_modal_data": media}
     if "tokencomp" in job:
         made["mm_processor_kwargs"] = {"tokencomp": job["tokencomp"]}
     return made

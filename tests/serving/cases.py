@@ -1,0 +1,66 @@
+"""The prompts that every engine and the Hugging Face path answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokencomp.serving.spec import servable_reducers
+
+MARKS = {
+    "llava_onevision": ("<image>", "<video>"),
+    "qwen2_vl": (
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        "<|vision_start|><|video_pad|><|vision_end|>",
+    ),
+}
+MARKS["qwen2_5_vl"] = MARKS["qwen2_vl"]
+TURN = "<|im_start|>user\n{}{}<|im_end|>\n<|im_start|>assistant\n"
+QUESTION = "What color is the small circle?"
+
+IMAGE = ["image", 0, 300, 200]
+OTHER = ["image", 4, 168, 280]
+VIDEO = ["video", 1, 8, 112, 84]
+
+
+def job(
+    model: str, media: list[list[Any]], ratio: float | None, question: str = QUESTION, **more: Any
+) -> dict[str, Any]:
+    """A job named after what is in it; `ratio` None sends no options at all."""
+    image, video = MARKS[model]
+    marks = " then ".join(image if kind == "image" else video for kind, *_ in media)
+    reducer = more.pop("reducer", "uniform")
+    options = more.pop("options", {})
+    made: dict[str, Any] = {
+        "prompt": TURN.format(marks, question),
+        "media": media,
+        "metadata": model == "qwen2_5_vl",
+        **more,
+    }
+    label = "plain"
+    if ratio is not None:
+        made["tokencomp"] = {"reducer": reducer, "ratio": ratio}
+        label = f"{reducer}@{ratio}"
+        if options:
+            made["tokencomp"]["options"] = options
+            label += f" {options}"
+    name = "+".join("".join(map(str, item)) for item in media)
+    made["name"] = f"{label} {name}{'' if question == QUESTION else ' ' + question}"
+    return made
+
+
+def matrix(model: str) -> list[dict[str, Any]]:
+    """Ratios, media and every servable reducer."""
+    jobs = [job(model, [m], r) for m in (IMAGE, VIDEO) for r in (0.3, 0.9)]
+    for name in servable_reducers():
+        jobs += [job(model, [m], 0.5, reducer=name) for m in (IMAGE, VIDEO)]
+        jobs.append(job(model, [IMAGE, VIDEO, OTHER], 0.75, reducer=name))
+    jobs.append(job(model, [IMAGE, OTHER], 0.5))
+    jobs.append(job(model, [["image", 2, 420, 112]], 0.6))
+    jobs.append(job(model, [["image", 3, 60, 60]], 0.5))
+    jobs.append(job(model, [IMAGE], 0.5, reducer="random", options={"seed": 3}))
+    return jobs
+
+
+def plain(model: str) -> list[dict[str, Any]]:
+    """Uncompressed prompts."""
+    return [job(model, [m], None) for m in (IMAGE, VIDEO)] + [job(model, [IMAGE, OTHER], None)]

@@ -1,0 +1,63 @@
+"""Engines are started once per session; every test reads what they answered."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+ENGINE_SECONDS = 300
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Name of a tiny random model → its folder, built on first use."""
+    import tiny
+
+    root = tmp_path_factory.mktemp("models")
+
+    @cache
+    def build(name: str) -> Path:
+        folder = root / name
+        folder.mkdir()
+        return tiny.BUILDERS[name](folder)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Run jobs in a vLLM engine of its own process; see `vllm_driver`."""
+    if not HAS_VLLM:
+        pytest.skip("vllm is not installed here (pip install tokencomp[vllm])")
+    root = tmp_path_factory.mktemp("engines")
+
+    def run(model: Path, runs: list[list[dict]], plugin: bool = True, **engine: Any) -> dict:
+        jobs, results = root / "jobs.json", root / "results.json"
+        results.unlink(missing_ok=True)
+        jobs.write_text(json.dumps({"engine": engine, "runs": runs}))
+        env = {**os.environ, "TOKENCOMP_VLLM": "on" if plugin else "off"}
+        command = [
+            sys.executable,
+            str(HERE / "vllm_driver.py"),
+            str(model),
+            str(jobs),
+            str(results),
+        ]
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=ENGINE_SECONDS
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        return {"log": done.stderr + done.stdout, **json.loads(results.read_text())}
+
+    return run
