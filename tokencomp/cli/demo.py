@@ -66,12 +66,13 @@ def command(
     say = lambda text: console.print(f"[dim]{text} …[/]")  # noqa: E731
     _needs_files(model, media)
     loaded, processor = load_model(model, device=device, dtype=dtype)
+    called = Path(model).name if Path(model).exists() else model
     if media:
         label = ", ".join(p.name for p in [*(image or ()), *(video or ())])
-        shown = work.demo_files(loaded, processor, model, settings, media, label, question, say)
+        shown = work.demo_files(loaded, processor, called, settings, media, label, question, say)
     else:
         shown = work.demo_embedded(
-            loaded, processor, model, settings, items, _picture_ratio(at), results, say
+            loaded, processor, called, settings, items, _picture_ratio(at), results, say
         )
     _print(console, shown)
     path = demo_report.write(shown, output)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DIM = 0.16
 TINT = np.array([18.0, 22.0, 38.0])
+LINE = (70, 76, 96)
 SIDE = 224
 MAX_FRAMES = 8
 
@@ -63,19 +64,14 @@ def overlay(image: Image.Image, share: np.ndarray, side: int = SIDE) -> Image.Im
     columns = np.arange(size[0]) * share.shape[1] // size[0]
     light = (DIM + (1 - DIM) * share)[rows][:, columns, None]
     out = Image.fromarray((pixels * light + TINT * (1 - light)).round().astype(np.uint8))
-    draw = ImageDraw.Draw(out)
+    draw, (width, height) = ImageDraw.Draw(out), size
     for k in range(1, share.shape[0]):
-        draw.line(
-            [(0, k * size[1] / share.shape[0]), (size[0], k * size[1] / share.shape[0])], TINT_LINE
-        )
+        y = k * height / share.shape[0]
+        draw.line([(0, y), (width, y)], LINE)
     for k in range(1, share.shape[1]):
-        draw.line(
-            [(k * size[0] / share.shape[1], 0), (k * size[0] / share.shape[1], size[1])], TINT_LINE
-        )
+        x = k * width / share.shape[1]
+        draw.line([(x, 0), (x, height)], LINE)
     return out
-
-
-TINT_LINE = (70, 76, 96)
 
 
 def strip(images: Sequence[Image.Image], gap: int = 6, columns: int = 4) -> Image.Image:
@@ -144,5 +140,5 @@ def group_spans(spans: Sequence[VisualSpan], media: Sequence[Any]) -> list[list[
 def data_uri(image: Image.Image) -> str:
     """The picture as a `data:` address for HTML."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, "JPEG", quality=86)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
