@@ -32,7 +32,9 @@ MIN_COVER = 60  # px of an object in one 28 px cell from which its label counts
 class Source:
     """What one batch holds.
 
-    ``kind`` is "vision" (per-token labels), "pairs" (one-hop pairs) or "questions"; ``media`` is
+    ``kind`` is "vision" (per-token labels), "pairs" (one-hop pairs), "facts" (question and answer
+    without the chat around them, one hop shorter) or "questions"; ``more`` names families that are
+    asked twice as often; ``media`` is
     "image" or "video"; ``choice`` the share of multiple-choice questions; ``varied`` the share of
     batches of another size or frame count than 224×224 × 8; ``dialog`` the share of batches that
     are chats of several turns; ``size`` is for "vision" alone.
@@ -47,6 +49,7 @@ class Source:
     varied: float = 0.2
     dialog: float = 0.0
     size: tuple[int, int] = (224, 224)
+    more: tuple[str, ...] = ()
 
 
 def _codec_noise(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -167,10 +170,14 @@ class BatchMaker:
             found = _pairs(scene, rng)[:12]
             return [self.packer.pair(*pair) for pair in found], ["pairs"] * len(found)
         kinds = families(source.media) + (("video_existence",) if source.media == "video" else ())
+        kinds += source.more
         asked: dict[str, tuple[tuple[list[int], list[int]], str]] = {}
         for name in (str(name) for _ in range(4) for name in rng.permutation(kinds)):
             question = ask(scene, name, rng)
-            if question is not None:
+            if question is not None and source.kind == "facts":
+                segment = self.packer.pair(question.text[:-1], question.answer)
+                asked.setdefault(question.text, (segment, name + "/fact"))
+            elif question is not None:
                 text, answer = _question_text(question, source.choice, rng)
                 form = "" if answer == question.answer else "/choice"
                 segment = self.packer.segment(source.media, text, answer)

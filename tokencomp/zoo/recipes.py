@@ -34,6 +34,10 @@ _IMAGE_PAIRS = Source("pairs", "image", batch=24, room=44, objects=(2, 4), varie
 _VIDEO_PAIRS = Source("pairs", "video", batch=8, room=44, varied=0.0)
 _IMAGES = Source("questions", "image", batch=20)
 _VIDEOS = Source("questions", "video", batch=8)
+_RELATIONS = ("existence", "count", "position")
+_EVENTS = ("order", "direction", "video_existence")
+_IMAGE_FACTS = Source("facts", "image", batch=24, room=110, more=_RELATIONS)
+_VIDEO_FACTS = Source("facts", "video", batch=8, room=110, more=_EVENTS)
 _RATES = {"vision_lr": 5e-4, "text_lr": 1.5e-3}
 
 STAGED = (
@@ -57,12 +61,24 @@ STAGED = (
         **_RATES,
     ),
     Stage(
-        "mixture",
-        800,
+        "facts",
+        350,
         (
+            (0.30, _IMAGE_FACTS),
+            (0.30, _VIDEO_FACTS),
+            (0.20, replace(_IMAGES, choice=0.1, more=_RELATIONS)),
+            (0.15, replace(_VIDEOS, choice=0.1, more=_EVENTS)),
             (0.05, _SCENES),
-            (0.40, replace(_IMAGES, dialog=0.15)),
-            (0.55, replace(_VIDEOS, dialog=0.15)),
+        ),
+        **_RATES,
+    ),
+    Stage(
+        "mixture",
+        1000,
+        (
+            (0.03, _SCENES),
+            (0.45, replace(_IMAGES, dialog=0.15, more=_RELATIONS)),
+            (0.52, replace(_VIDEOS, dialog=0.15, more=_EVENTS)),
         ),
         **_RATES,
         end=0.04,
