@@ -265,14 +265,14 @@ class Hooks:
         return given[-3:].expand(3, batch, -1)
 
     def _set_positions(self, kwargs: dict[str, Any], run: Run, positions: Tensor) -> None:
+        # Gaps in text positions look like packed sequences to mask code and FlashAttention: those
+        # get contiguous ids, the rotary embedding alone the true ones.
+        text = torch.arange(positions.shape[-1], device=positions.device)[None]
         if self.adapter.mrope:
-            kwargs["position_ids"] = positions
-            return
-        # Gaps in one-row positions look like packed sequences to mask code and FlashAttention;
-        # contiguous ids go there, the true ones to the rotary embedding alone.
-        run.rotary = positions
-        n = positions.shape[1]
-        kwargs["position_ids"] = torch.arange(n, device=positions.device)[None]
+            text = text.expand(1, positions.shape[1], -1)
+            kwargs["position_ids"] = torch.cat([text, positions])
+        else:
+            run.rotary, kwargs["position_ids"] = positions, text
 
     def _rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run: Run | None = getattr(self._local, "run", None)
