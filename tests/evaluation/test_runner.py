@@ -1,0 +1,181 @@
+"""Runs against answers generated one by one, and what survives a kill."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import tokencomp
+from tokencomp.errors import OptionError, UnknownNameError
+from tokencomp.evaluation import Example, Setting, evaluate, grid, sweep
+from tokencomp.evaluation.answering import build_inputs
+from tokencomp.evaluation.records import read_records
+
+HOW = {"max_new_tokens": 4, "progress": False}
+
+
+def one_by_one(loaded, example, reducer=None, ratio=0.0):
+    """The answer to a single prompt, straight through `generate`."""
+    model, processor = loaded
+    inputs = build_inputs(processor, [example.load(8)], [example.prompt])
+    handle = tokencomp.patch(model, ratio, reducer=reducer) if reducer else None
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+    if handle is not None:
+        handle.remove()
+    told = out[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(told, skip_special_tokens=True).strip()
+
+
+def test_batches_answer_like_single_prompts(loaded, examples):
+    settings = grid(["uniform", "prune"], [0.5])
+    runs = sweep(*loaded, examples, settings, batch_size=3, **HOW)
+    for setting in settings:
+        reducer = None if setting == Setting() else setting.reducer
+        told = [r["prediction"] for r in runs[setting].records]
+        assert told == [one_by_one(loaded, e, reducer, setting.ratio) for e in examples]
+        assert [r["id"] for r in runs[setting].records] == [e.id for e in examples]
+
+
+def test_costs_are_those_of_the_shapes(loaded, examples):
+    """64 tokens an image, 256 a video; FLOPs and bytes recomputed by hand."""
+    model, processor = loaded
+    run = evaluate(*loaded, examples, "uniform", 0.75, **HOW)
+    text = model.config.get_text_config()
+    d, f, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    for record, example in zip(run.records, examples, strict=True):
+        full = 256 if example.media[0].suffix == ".mp4" else 64
+        inputs = build_inputs(processor, [example.load(8)], [example.prompt])
+        n = inputs["input_ids"].shape[1] - full + full // 4
+        pairs = sum(range(1, n + 1))
+        assert record["visual_tokens"] == full
+        assert record["per_layer"] == [full // 4] * layers
+        assert record["ratio"] == 0.75
+        assert record["flops"] == layers * (2 * n * (4 * d * d + 3 * d * f) + 4 * d * pairs)
+        assert record["kv_bytes"] == layers * n * 2 * d * 4
+
+
+def test_resumes_where_it_was_killed(loaded, examples, tmp_path, monkeypatch):
+    whole = evaluate(*loaded, examples, "uniform", 0.5, tmp_path / "whole", batch_size=2, **HOW)
+    from tokencomp.evaluation import runner
+
+    calls = []
+    real = runner.generate
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(runner, "generate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*loaded, examples, "uniform", 0.5, tmp_path / "cut", batch_size=2, **HOW)
+    file = tmp_path / "cut" / "records.jsonl"
+    assert len(file.read_text().splitlines()) == 2
+    with file.open("a") as handle:
+        handle.write('{"id": "half a li')
+    asked = []
+    monkeypatch.setattr(runner, "generate", lambda *a: asked.append(1) or real(*a))
+    run = evaluate(*loaded, examples, "uniform", 0.5, tmp_path / "cut", batch_size=2, **HOW)
+    assert run.records == whole.records
+    assert len(asked) == 2  # three items were left
+    assert len(file.read_text().splitlines()) == len(examples)
+    assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["finished"] is True
+
+
+def test_a_folder_of_another_run_is_refused(loaded, examples, tmp_path):
+    evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
+    with pytest.raises(OptionError, match=r"ratio: 0.5 there, 0.75 now"):
+        evaluate(*loaded, examples[:1], "uniform", 0.75, tmp_path, **HOW)
+
+
+def test_bad_media_are_recorded_and_the_rest_goes_on(loaded, examples, tmp_path):
+    broken, empty = tmp_path / "broken.mp4", tmp_path / "empty.mp4"
+    broken.write_bytes(b"not a video at all" * 50)
+    empty.touch()
+    bad = [Example(p.stem, "?", "x", (p,)) for p in (broken, empty, tmp_path / "gone.png")]
+    run = evaluate(*loaded, [bad[0], examples[0], *bad[1:]], "uniform", 0.5, tmp_path / "r", **HOW)
+    assert [r["id"] for r in run.answered] == [examples[0].id]
+    reasons = {r["id"]: r["error"] for r in run.failed}
+    assert set(reasons) == {"broken", "empty", "gone"}
+    assert "empty" in reasons["empty"] and "no such file" in reasons["gone"]
+    assert run.manifest["summary"]["failed"] == 3
+
+
+def test_batch_halves_when_memory_runs_out(loaded, examples, monkeypatch):
+    from tokencomp.evaluation import runner
+
+    real = runner.generate
+
+    def small(model, processor, inputs, n):
+        if inputs["input_ids"].shape[0] > 2:
+            raise torch.OutOfMemoryError("pretend")
+        return real(model, processor, inputs, n)
+
+    expected = evaluate(*loaded, examples, "uniform", 0.5, batch_size=2, **HOW)
+    monkeypatch.setattr(runner, "generate", small)
+    run = evaluate(*loaded, examples, "uniform", 0.5, batch_size=8, **HOW)
+    assert [r["prediction"] for r in run.records] == [r["prediction"] for r in expected.records]
+    assert run.manifest["batch_size"] == 2 and run.manifest["batch_halved_by_oom"] is True
+
+
+@pytest.mark.parametrize("baseline", ["downscale", "fewer_frames"])
+def test_equal_token_baselines_come_near_the_budget(loaded, examples, baseline):
+    run = evaluate(*loaded, examples, baseline, 0.75, **HOW)
+    for record in run.records:
+        wanted = record["visual_tokens"] // 4
+        assert record["visual_tokens"] in (64, 256)
+        assert abs(record["per_layer"][0] - wanted) <= max(2, wanted // 8)
+
+
+def test_the_model_is_left_unpatched(loaded, examples):
+    model = loaded[0]
+    before = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    sweep(*loaded, examples[:1], grid(["aim", "downscale"], [0.5]), **HOW)
+    after = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    assert before == after
+
+
+def test_two_processes_share_the_items(loaded, examples, tmp_path, monkeypatch):
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        evaluate(*loaded, examples, "uniform", 0.5, tmp_path, **HOW)
+    files = sorted(p.name for p in tmp_path.glob("records*.jsonl"))
+    assert files == ["records.1.jsonl", "records.jsonl"]
+    assert sorted(r["id"] for r in read_records(tmp_path)) == sorted(e.id for e in examples)
+
+
+def test_settings_refuse_what_makes_no_sense():
+    with pytest.raises(UnknownNameError, match="merge"):
+        Setting("mergee", 0.5)
+    with pytest.raises(OptionError, match="no option"):
+        Setting("uniform", 0.5, {"seed": 1})
+    with pytest.raises(OptionError, match="no options"):
+        Setting("downscale", 0.5, {"seed": 1})
+    assert Setting("aim", 0.0) == Setting()
+    assert [s.label for s in grid(["aim"], [0, 0.5])] == ["full", "aim-0.5"]
+
+
+@pytest.mark.parametrize(
+    "answer, said, right",
+    [
+        ("red", "Red.", True),
+        ("red", "dark red", False),
+        ("A", "(A) red", True),
+        ("A", "A", True),
+        ("A", "An apple", False),
+        ("B", "A", False),
+    ],
+)
+def test_what_counts_as_right(answer, said, right):
+    assert Example("", "", answer).correct(said) is right
+
+
+def test_records_are_plain_json(loaded, examples, tmp_path):
+    evaluate(*loaded, examples[:1], "aim", 0.5, tmp_path, **HOW)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["identity"]["reducer"] == "aim"
+    assert {"torch", "transformers", "tokencomp"} <= set(manifest["versions"])
