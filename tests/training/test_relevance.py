@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokencomp import patch
 from tokencomp.errors import OptionError
-from tokencomp.training.relevance import relevance
+from tokencomp.training.relevance import explain, relevance
 
 IGNORE = -100
 
@@ -46,12 +46,13 @@ def test_equals_the_product_of_full_matrices(family: Family, answers: int) -> No
                [family.video(), text(9)]]  # fmt: skip
     told = [text(answers, seed=3), text(max(answers - 1, 1), seed=4)]
     inputs, labels = with_answers(family, prompts, told)
-    got = relevance(model, inputs, labels)
+    seen, got = explain(model, inputs, labels)
     for b, prompt in enumerate(prompts):
         alone, wanted = with_answers(family, [prompt], [told[b]])
         ids = alone["input_ids"][0]
         expected = brute_force(model, alone, wanted)[(ids == IMAGE) | (ids == VIDEO)]
-        scores = torch.cat(got[b])
+        pairs = zip(seen.spans[b], got[b], strict=True)
+        scores = torch.cat([s[~span.text_mask()] for span, s in pairs])
         assert (scores >= 0).all() and scores.max() > 0
         torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
 

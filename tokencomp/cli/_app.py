@@ -12,7 +12,7 @@ HELP = "Visual-token compression for multimodal LLMs: fewer tokens at a budget y
 
 
 def build_app() -> typer.Typer:
-    """Every module of this package that does not start with "_" gives one command."""
+    """Modules of this package without a leading "_" give a `command`, or a group as `app`."""
     app = typer.Typer(
         name="tokencomp",
         help=HELP,
@@ -26,6 +26,9 @@ def build_app() -> typer.Typer:
     for module in pkgutil.iter_modules(package.__path__):
         if not module.name.startswith("_"):
             found = importlib.import_module(f"tokencomp.cli.{module.name}")
+            if hasattr(found, "app"):
+                app.add_typer(found.app, name=module.name)
+                continue
             settings = getattr(found, "CONTEXT", None)
             app.command(module.name, context_settings=settings)(found.command)
     return app

@@ -116,15 +116,15 @@ def _spans_of(made: Capture, call: dict[str, Any]) -> Callable[..., None]:
         ids, x, positions = call["input_ids"], named["inputs_embeds"], named.get("position_ids")
         if x.shape[1] != ids.shape[1]:
             raise OptionError("the model is patched: call tokencomp.unpatch(model) first.")
-        kinds = torch.zeros(ids.shape, dtype=torch.int8, device=ids.device)
-        for token, kind in made.adapter.placeholder_ids().items():
-            kinds.masked_fill_(ids == token, kind)
+        kinds = made.adapter.kinds(call)
+        if kinds is None:
+            raise OptionError("this batch has no image or video, so there is nothing to explain.")
         rows = None
         if made.adapter.mrope and positions is not None:
             rows = positions[-3:].expand(3, ids.shape[0], -1).cpu()
         made.width = ids.shape[1]
         made.lengths = check_padding(call.get("attention_mask"), ids.shape)
-        made.spans = made.adapter.spans(Call(kinds.cpu(), x, rows, made.adapter.body))
+        made.spans = made.adapter.spans(Call(kinds.cpu(), x, rows, made.adapter.body, call))
 
     return hook
 

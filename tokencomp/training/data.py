@@ -14,11 +14,12 @@ from torch import Tensor
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.answering import build_inputs
 from tokencomp.evaluation.examples import Example, media_kind
+from tokencomp.reducers.base import check_choice
 
 IGNORE = -100
 EMBEDDED = "shapesqa"
 HELD_OUT = 20
-"""Of a data folder, one file in so many is held out for evaluation."""
+"""Of a data folder, one picture or video in so many is held out for evaluation."""
 
 
 class ShapesQuestions(Sequence[Example]):
@@ -77,7 +78,8 @@ class FileQuestions(Sequence[Example]):
         lines = [line for line in file.read_text().splitlines() if line.strip()]
         rows = [self._row(file, n, line) for n, line in enumerate(lines)]
         if held_out is not None:
-            rows = [r for r in rows if _held_out(r) is held_out]
+            aside = _held_out(rows, file.parent)
+            rows = [r for r in rows if (r.media in aside) is held_out]
         self.rows = rows[:count]
         if not self.rows:
             raise OptionError(f"{file} holds no questions for this purpose ({len(lines)} lines).")
@@ -95,7 +97,7 @@ class FileQuestions(Sequence[Example]):
             ) from error
         if not answer:
             raise OptionError(f"{file}, line {number + 1}: the answer is empty.")
-        paths = tuple(str(file.parent / m) for m in media)
+        paths = tuple(str(file.parent / str(m)) for m in media)
         key = str(row.get("id", number))
         return Example(key, question, answer, paths, str(row.get("family", "")))
 
@@ -106,9 +108,18 @@ class FileQuestions(Sequence[Example]):
         return self.rows[index]
 
 
-def _held_out(example: Example) -> bool:
-    """By media, so that no picture is trained on and evaluated with."""
-    return zlib.crc32("|".join(map(str, example.media)).encode()) % HELD_OUT == 0
+def _held_out(rows: Sequence[Example], root: Path) -> set[tuple[Any, ...]]:
+    """Media of the held-out questions: no picture is trained on and evaluated with.
+
+    A hash of the paths relative to `root` chooses, so the folder may move.
+    """
+
+    def rank(media: tuple[Any, ...]) -> int:
+        names = [Path(m).relative_to(root).as_posix() for m in media]
+        return zlib.crc32("|".join(names).encode())
+
+    distinct = sorted({r.media for r in rows}, key=rank)
+    return set(distinct[: max(1, len(distinct) // HELD_OUT)])
 
 
 def questions(data: str, kind: str, count: int, purpose: str = "train") -> Sequence[Example]:
@@ -121,6 +132,7 @@ def questions(data: str, kind: str, count: int, purpose: str = "train") -> Seque
     kind
         "image", "video", or "both"; files hold what they hold.
     """
+    check_choice("data", "kind", kind, ("image", "video", "both"))
     if data != EMBEDDED:
         return FileQuestions(Path(data), held_out=purpose != "train", count=count)
     if kind == "both":

@@ -111,7 +111,7 @@ def _start(seen: Capture, labels: Tensor, target: Target) -> tuple[Tensor, Tenso
     steps = max(map(len, places))
     rows = torch.zeros(steps, batch, width, device=seen.last.device)
     grads = torch.zeros(steps, *seen.last.shape, dtype=seen.last.dtype, device=seen.last.device)
-    top: Any = seen.adapter.model
+    top: Any = seen.adapter.top
     decoder: Any = seen.adapter.decoder
     head, norm = top.get_output_embeddings(), decoder.norm
     for t in range(steps):

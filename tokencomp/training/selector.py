@@ -19,7 +19,7 @@ from tokencomp.context import Attention, Reduction, Signal, VisualTokens
 from tokencomp.errors import OptionError, ScoreError
 from tokencomp.evaluation.answering import generate, to_model
 from tokencomp.evaluation.examples import Example
-from tokencomp.reducers.base import Reducer, top_k
+from tokencomp.reducers.base import Reducer, check_choice, top_k
 from tokencomp.reducers.selector import CHANNELS, SelectorNet
 from tokencomp.training.data import answer_ids, append, load_batch, order, questions
 from tokencomp.training.measure import Measurement, Way
@@ -70,6 +70,10 @@ class SelectorConfig:
     held_out: int = 500
     evaluate: int = 200
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("selector", "answers", self.answers, ("generated", "given"))
+        check_choice("selector", "target", self.target, ("logit", "logprob"))
 
 
 Pair = tuple[Tensor, Tensor]

@@ -1,0 +1,193 @@
+"""`tokencomp train`: the trained methods, each on any supported model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokencomp.cli import _options as opt
+
+app = typer.Typer(
+    help="Train a selector, an ADSC adapter, or a ccam projector.", no_args_is_help=True
+)
+
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        "-d",
+        help="'shapesqa' (embedded), a JSON Lines file, or a folder with questions.jsonl: one "
+        "object with question, answer and media (path or paths) per line.",
+    ),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder; a killed run goes on there.")]
+Kind = Annotated[str, typer.Option("--kind", help="Embedded questions: image, video or both.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Training questions.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Questions at once.")]
+Rate = Annotated[float, typer.Option("--learning-rate", help="Peak learning rate.")]
+Evaluate = Annotated[
+    int, typer.Option("--evaluate", min=0, help="Held-out questions answered at the end.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of order and initialisation.")]
+
+
+@app.command()
+def selector(
+    model: opt.Model,
+    output: Output,
+    data: Data = "shapesqa",
+    kind: Kind = "both",
+    samples: Samples = 8000,
+    batch: Batch = 16,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Of the network.")] = 20,
+    answers: Annotated[
+        str, typer.Option("--answers", help="Explain 'generated' or 'given' answers.")
+    ] = "generated",
+    held_out: Annotated[
+        int, typer.Option("--held-out", min=1, help="Held-out questions that are explained.")
+    ] = 500,
+    evaluate: Evaluate = 200,
+    frames: opt.Frames = 8,
+    seed: Seed = 0,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+) -> None:
+    """Explain answers, train the selector on it, evaluate, save (arXiv 2506.01097)."""
+    from tokencomp.training.selector import SelectorConfig, train_selector
+
+    config = SelectorConfig(
+        samples=samples,
+        kind=kind,
+        batch=batch,
+        epochs=epochs,
+        answers=answers,
+        held_out=held_out,
+        evaluate=evaluate,
+        frames=frames,
+        seed=seed,
+    )
+    path = train_selector(*_load(model, device, dtype), data, output, config)
+    _report(path.with_suffix(".json"), f"reducer='selector', weights='{output}'")
+
+
+@app.command()
+def adsc(
+    model: opt.Model,
+    output: Output,
+    data: Data = "shapesqa",
+    kind: Kind = "both",
+    schedule: Annotated[
+        str,
+        typer.Option(
+            "--schedule",
+            help="Ratios of equally long phases, mild to harsh or harsh to mild; 'a|b' take turns.",
+        ),
+    ] = "0.8,0.67,0.5,0|0.5|0.67|0.8",
+    reducer: Annotated[
+        str, typer.Option("--reducer", "-r", help="In force while training.")
+    ] = "adsc",
+    option: opt.Set = None,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Of LoRA.")] = 16,
+    samples: Samples = 8000,
+    steps: Steps = 1000,
+    batch: Batch = 16,
+    learning_rate: Rate = 1e-3,
+    evaluate: Evaluate = 200,
+    frames: opt.Frames = 8,
+    seed: Seed = 0,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+) -> None:
+    """LoRA on the decoder while tokens leave between its layers (arXiv 2602.12618)."""
+    from tokencomp.training.adsc import CARD, AdscConfig, train_adsc
+
+    config = AdscConfig(
+        schedule=tuple(part.strip() for part in schedule.split(",") if part.strip()),
+        reducer=reducer,
+        options=opt.reducer_options(option),
+        rank=rank,
+        alpha=2 * rank,
+        samples=samples,
+        kind=kind,
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        evaluate=evaluate,
+        frames=frames,
+        seed=seed,
+    )
+    train_adsc(*_load(model, device, dtype), data, output, config)
+    _report(output / CARD, f"peft.PeftModel.from_pretrained(model, '{output}')")
+
+
+@app.command()
+def ccam(
+    model: opt.Model,
+    output: Output,
+    data: Data = "shapesqa",
+    kind: Kind = "both",
+    queries: Annotated[int, typer.Option("--queries", min=1, help="Tokens per media.")] = 32,
+    causal: Annotated[bool, typer.Option(help="Queries see frames up to their own time.")] = True,
+    align: Annotated[
+        int, typer.Option("--align", min=0, help="First steps that only imitate pooled frames.")
+    ] = 200,
+    samples: Samples = 8000,
+    steps: Steps = 2000,
+    batch: Batch = 16,
+    learning_rate: Rate = 1e-3,
+    evaluate: Evaluate = 200,
+    frames: opt.Frames = 8,
+    seed: Seed = 0,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+) -> None:
+    """A projector to a fixed number of tokens, on the frozen model (arXiv 2408.14023)."""
+    from tokencomp.training.ccam import CcamConfig, train_ccam
+
+    config = CcamConfig(
+        queries=queries,
+        causal=causal,
+        align=align,
+        samples=samples,
+        kind=kind,
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        evaluate=evaluate,
+        frames=frames,
+        seed=seed,
+    )
+    path = train_ccam(*_load(model, device, dtype), data, output, config)
+    _report(path.with_suffix(".json"), f"reducer='ccam', weights='{output}'")
+
+
+def _load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
+    from tokencomp.evaluation.loading import load_model
+
+    return load_model(model, device=device, dtype=dtype)
+
+
+def _report(card: Path, use: str) -> None:
+    """A table of the held-out accuracy, where it was measured, and how to use the result."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    rows = json.loads(card.read_text()).get("accuracy") or []
+    if rows:
+        table = Table(
+            "method", "kind", "ratio", "accuracy", "retention", title="held-out questions"
+        )
+        for row in rows:
+            kept = row.get("retention")
+            low, high = row.get("interval") or (None, None)
+            told = "" if kept is None else f"{kept:.1%} [{low:.1%}, {high:.1%}]"
+            ratio, accuracy = f"{row['ratio']:.2f}", f"{row['accuracy']:.1%}"
+            table.add_row(row["name"], row.get("kind", ""), ratio, accuracy, told)
+        console.print(table)
+    console.print(f"Saved {card.parent}. Use it: {use}", highlight=False, markup=False)
