@@ -1,0 +1,156 @@
+"""Which implementation runs, what a user is told, and what importing costs."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokencomp.kernels import KernelError, bipartite_match, status, which
+from tokencomp.kernels import dispatch as module
+from tokencomp.kernels.bipartite_match import naive
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    module.triton_problem.cache_clear()
+    module._warn_once.cache_clear()
+
+
+def python(code: str, **environment: str) -> str:
+    """Run code in a fresh interpreter and return what it prints."""
+    import os
+
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON", "TOKENCOMP"))}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**env, **environment},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_loads_neither_triton_nor_transformers() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import tokencomp.kernels; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "print(sorted(new & {'triton', 'transformers', 'kernels'}))"
+    )
+    assert python(code).strip() == "[]"
+
+
+def test_ops_are_importable_after_their_modules() -> None:
+    """The folders carry the names of the functions: the functions must win."""
+    code = (
+        "import tokencomp.kernels.topk_stable, tokencomp.kernels.merge_rows.naive\n"
+        "from tokencomp import kernels\n"
+        "print([callable(getattr(kernels, name)) for name in kernels.__all__])"
+    )
+    assert "False" not in python(code)
+
+
+def test_cpu_tensors_run_pytorch_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TOKENCOMP_KERNELS", raising=False)
+    assert which(torch.zeros(1)) == "naive"
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
+    assert which(torch.zeros(1)) == "naive"
+
+
+def test_triton_mode_reaches_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
+    assert which(torch.zeros(1)) == "triton"
+    monkeypatch.setattr(naive, "bipartite_match", None)  # a silent fallback would fail
+    bipartite_match(torch.randn(4, 8))
+
+
+def test_triton_mode_without_interpreter_is_refused_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(KernelError, match="on the CPU and TRITON_INTERPRET=1 is not set"):
+        which(torch.zeros(1))
+
+
+def test_unknown_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "cuda")
+    with pytest.raises(KernelError, match="'cuda' is not known; allowed: auto, naive, triton"):
+        bipartite_match(torch.randn(4, 8))
+
+
+def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
+    with pytest.raises(KernelError, match="pip install triton"):
+        which(torch.zeros(1))
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "auto")
+    assert which(torch.zeros(1)) == "naive"
+    assert status()["triton"] is None and "pip install" in status()["problem"]
+
+
+def test_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.1.0")
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
+    with pytest.raises(KernelError, match=r"triton 3\.1\.0 is too old; install triton>="):
+        which(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "backend", "message"),
+    [
+        ((9, 0), None, "triton", None),
+        ((8, 0), None, "triton", None),
+        ((7, 5), None, "naive", "below"),
+        ((9, 0), "6.2", "naive", "NVIDIA"),
+    ],
+)
+def test_gpu_choice(
+    capability: tuple[int, int], hip: str | None, backend: str, message: str | None,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """What a GPU tensor gets, without one: old devices and AMD fall back and say so once."""
+    pytest.importorskip("triton")
+
+    class Cuda:
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "auto")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with caplog.at_level(logging.WARNING):
+        assert which(Cuda()) == backend  # type: ignore[arg-type]
+        which(Cuda())  # type: ignore[arg-type]
+    said = [record.message for record in caplog.records]
+    assert len(said) == (0 if message is None else 1)
+    assert message is None or message in said[0]
+
+
+def test_status_is_plain_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
+    info = json.loads(json.dumps(status()))
+    assert info["mode"] == "naive"
+    assert set(info["ops"].values()) == {"naive"} and "attention_colsum" in info["ops"]
+
+
+def test_checks_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.full((4, 2), torch.nan)
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
+    with pytest.raises(KernelError, match="NaN"):
+        bipartite_match(x)
+    monkeypatch.setenv("TOKENCOMP_KERNELS_CHECK", "0")
+    bipartite_match(x)
+
+
+def test_sizes_past_32_bits_are_refused() -> None:
+    """A view of one element that claims more rows than an int32 can count."""
+    huge = torch.zeros(1, 1).expand(2**31, 1)
+    with pytest.raises(KernelError, match="32-bit"):
+        bipartite_match(huge)
