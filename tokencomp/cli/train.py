@@ -18,7 +18,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         "-d",
-        help="'shapesqa' (embedded), a JSON Lines file, or a folder with questions.jsonl: one "
+        help="'shapesqa' (embedded; 'shapesqa:FAMILY,...' for some families), a JSON Lines file, or a folder with questions.jsonl: one "
         "object with question, answer and media (path or paths) per line.",
     ),
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.errors import OptionError
+from tokencomp.errors import OptionError, unknown_name
 from tokencomp.evaluation.answering import build_inputs
 from tokencomp.evaluation.examples import Example, media_kind
 from tokencomp.reducers.base import check_choice
@@ -27,20 +27,25 @@ class ShapesQuestions(Sequence[Example]):
 
     Parameters
     ----------
-    kind
-        "image" or "video".
+    families
+        Question families, all of images or all of videos.
     count
-        Items, spread evenly over the question families of that kind.
+        Items, spread evenly over the families.
     split
         "train", "validation" or "test" of `tokencomp.zoo.shapesqa`.
     scene
         `size` and `frames` of the generator.
     """
 
-    def __init__(self, kind: str, count: int, split: str = "train", **scene: Any) -> None:
-        from tokencomp.zoo.questions import families
+    def __init__(
+        self, families: Sequence[str], count: int, split: str = "train", **scene: Any
+    ) -> None:
+        from tokencomp.zoo.questions import FAMILIES
 
-        self.families, self.total, self.split, self.scene = families(kind), count, split, scene
+        wrong = [name for name in families if name not in FAMILIES]
+        if wrong or not families:
+            raise unknown_name("question family", wrong[0] if wrong else "", FAMILIES)
+        self.families, self.total, self.split, self.scene = list(families), count, split, scene
 
     def __len__(self) -> int:
         return self.total
@@ -128,20 +133,31 @@ def questions(data: str, kind: str, count: int, purpose: str = "train") -> Seque
     Parameters
     ----------
     data
-        "shapesqa", a JSON Lines file, or a folder with `questions.jsonl`.
+        "shapesqa", "shapesqa:FAMILY,FAMILY,...", a JSON Lines file, or a folder with
+        `questions.jsonl`.
     kind
-        "image", "video", or "both"; files hold what they hold.
+        "image", "video", or "both"; files and named families hold what they hold.
     """
     check_choice("data", "kind", kind, ("image", "video", "both"))
-    if data != EMBEDDED:
+    name, _, chosen = data.partition(":")
+    if name != EMBEDDED:
         return FileQuestions(Path(data), held_out=purpose != "train", count=count)
-    if kind == "both":
-        halves = (count - count // 2, count // 2)
-        parts = [
-            ShapesQuestions(k, n, purpose) for k, n in zip(("image", "video"), halves, strict=True)
-        ]
-        return Joined(parts)
-    return ShapesQuestions(kind, count, purpose)
+    from tokencomp.zoo.questions import IMAGE_FAMILIES, families
+
+    if chosen:
+        wanted = [part.strip() for part in chosen.split(",")]
+        groups = [[f for f in wanted if (f in IMAGE_FAMILIES) is image] for image in (True, False)]
+    else:
+        groups = [list(families(k)) for k in ("image", "video") if kind in (k, "both")]
+    groups = [g for g in groups if g]
+    total = sum(map(len, groups))
+    if chosen or len(groups) == 1:
+        shares = [count * len(g) // total for g in groups]
+    else:
+        shares = [count // 2] * 2
+    shares[0] += count - sum(shares)
+    parts = [ShapesQuestions(g, n, purpose) for g, n in zip(groups, shares, strict=True)]
+    return parts[0] if len(parts) == 1 else Joined(parts)
 
 
 class Joined(Sequence[Example]):
