@@ -1,0 +1,126 @@
+"""The console script: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tokencomp.cli import main
+
+
+def run(*args: object) -> int:
+    """Exit code of `tokencomp ARGS`, in this process."""
+    try:
+        main([str(a) for a in args])
+    except SystemExit as leave:
+        return int(leave.code or 0)
+    return 0
+
+
+def test_list_is_generated_from_the_registries(capsys):
+    from tokencomp import available_models, available_reducers
+
+    assert run("list", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    names = {row["name"] for row in told["reducers"]}
+    assert names == {*available_reducers(), "downscale", "fewer_frames"}
+    assert {t for row in told["models"] for t in row["model_types"]} == set(available_models())
+    merge = next(r for r in told["reducers"] if r["name"] == "merge")
+    assert merge["options"]["weighted"] is True and merge["stage"] == "entry"
+    assert next(r for r in told["reducers"] if r["name"] == "aim")["stage"] == "entry + layers"
+
+
+def test_list_prints_every_reducer(capsys):
+    from tokencomp import available_reducers
+
+    assert run("list", "reducers") == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^{re.escape(name)}\b", out, re.M) for name in available_reducers())
+
+
+def test_doctor_proves_that_layers_saw_fewer_tokens(folder, capsys):
+    assert run("doctor", "--model", folder, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    checks = {c["name"]: c for c in told["checks"]}
+    assert checks["uniform: layers see fewer tokens"]["detail"].endswith("ratio 0.500")
+    assert checks["prune: equals the masked run"]["ok"] is True
+    assert told["facts"]["torch"] == torch.__version__
+
+
+def test_doctor_says_what_is_broken(folder, capsys, monkeypatch):
+    """A patch that does nothing must be found out."""
+    from tokencomp import hooks
+
+    monkeypatch.setattr(hooks.Hooks, "install", lambda self: None)
+    assert run("doctor", "--model", folder) == 1
+    out = capsys.readouterr().out
+    assert "broken" in out and "uncompressed" in out
+
+
+def test_doctor_without_a_model_is_broken(tmp_path, capsys):
+    assert run("doctor", "--model", tmp_path, "--json") == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"] is False
+    assert "cannot be loaded" in told["checks"][-1]["detail"]
+
+
+def test_demo_on_held_out_questions(folder, tmp_path, capsys):
+    report, results = tmp_path / "demo.html", tmp_path / "runs"
+    code = run(
+        "demo", "--model", folder, "--items", 1, "--reducer", "random,aim", "--ratio", "0.75",
+        "-o", report, "--results", results,
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert code == 0
+    rows = (results / "aim-0.75" / "records.jsonl").read_text().splitlines()
+    correct = [json.loads(r)["correct"] for r in rows]
+    assert len(correct) == 9
+    assert re.search(rf"aim +0\.75 +0\.75\d +{100 * sum(correct) / 9:.1f}%", out)
+    page = report.read_text()
+    assert page.count("<svg") == 2 and "data:image/jpeg;base64," in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page), "the page loads nothing"
+
+
+def test_demo_on_a_video_of_ones_own(folder, tmp_path, capsys):
+    from tokencomp.zoo import SAMPLES
+
+    video = next(SAMPLES.glob("*.mp4"))
+    report = tmp_path / "demo.html"
+    code = run(
+        "demo", "--model", folder, "--video", video, "-q", "What color is the circle?",
+        "--reducer", "uniform", "--ratio", "0.5", "-o", report,
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert code == 0
+    assert "256×6" in out and "128×6" in out
+    assert video.name in report.read_text()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["demo", "--ratio", "1.5"], r"\[0, 1\)"),
+        (["demo", "--reducer", "mrge"], "Did you mean 'merge'"),
+        (["demo", "--image", "nowhere.png"], "no such file"),
+        (["demo", "--model", "some/model"], "--image FILE"),
+        (["demo", "--set", "weighted"], "NAME=VALUE"),
+        (["demo", "--reducer", "uniform", "--set", "seed=1"], "no option 'seed'"),
+        (["list", "reducer"], "Did you mean 'reducers'"),
+    ],
+)
+def test_mistakes_end_in_one_clean_message(args, message, capsys):
+    assert run(*args) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, err) and "Traceback" not in err
+    assert err.startswith("error: ")
+
+
+def test_the_command_starts_quickly_and_imports_no_torch():
+    code = "import sys; from tokencomp.cli._app import build_app as b; b(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
