@@ -22,6 +22,7 @@ from families_support.base import (
 from families_support.llava import Llava, LlavaNext, LlavaNextVideo, LlavaOnevision
 from families_support.qwen import Qwen2VL, Qwen3VL, Qwen3VLMoe, Qwen25VL
 from families_support.tiles import Idefics3, InternVL, SmolVLM
+from families_support.vila import Vila
 from torch import Tensor, nn
 
 __all__ = [
@@ -55,6 +56,7 @@ FAMILIES: dict[str, Family] = {
         InternVL(),
         SmolVLM(),
         Idefics3(),
+        Vila(),
     )
 }
 

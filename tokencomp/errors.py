@@ -62,6 +62,10 @@ class MediaError(TokenCompError, ValueError):
     """An image or video file that cannot be read, is empty, or is too small."""
 
 
+class CheckpointError(TokenCompError, ValueError):
+    """A model folder that lacks a part, or names one that this package cannot build."""
+
+
 class WeightsError(TokenCompError, ValueError):
     """Reducer weights that are missing, or were made for another model."""
 

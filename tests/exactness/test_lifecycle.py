@@ -121,8 +121,9 @@ def test_save_pretrained(family: Family, tmp_path) -> None:
     with tokencomp.patch(model, 0.7, reducer="aim"):
         model.save_pretrained(tmp_path / "patched")
     model.save_pretrained(tmp_path / "plain")
-    for file in (tmp_path / "plain").iterdir():
-        assert file.read_bytes() == (tmp_path / "patched" / file.name).read_bytes()
+    plain = tmp_path / "plain"
+    for file in (f for f in plain.rglob("*") if f.is_file()):
+        assert file.read_bytes() == (tmp_path / "patched" / file.relative_to(plain)).read_bytes()
     again = family.model_class().from_pretrained(tmp_path / "patched").eval()
     torch.testing.assert_close(again(**inputs).logits, expected, atol=1e-6, rtol=0)
 

@@ -1,1 +1,44 @@
 """Model code that transformers lacks, built from its stock parts."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_LAZY = {
+    "VilaConfig": "tokencomp.models.vila_config",
+    "VilaForConditionalGeneration": "tokencomp.models.vila",
+    "VilaProcessor": "tokencomp.models.vila_processor",
+    "VilaProjector": "tokencomp.models.vila_projector",
+}
+
+__all__ = [
+    "VilaConfig",
+    "VilaForConditionalGeneration",
+    "VilaProcessor",
+    "VilaProjector",
+    "register_auto_classes",
+]
+
+if TYPE_CHECKING:
+    from tokencomp.models.vila import VilaForConditionalGeneration
+    from tokencomp.models.vila_config import VilaConfig
+    from tokencomp.models.vila_processor import VilaProcessor
+    from tokencomp.models.vila_projector import VilaProjector
+
+
+def register_auto_classes() -> None:
+    """Let `AutoConfig` and `AutoModelForImageTextToText` load these models. Safe to call twice."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from tokencomp.models.vila import VilaForConditionalGeneration
+    from tokencomp.models.vila_config import VilaConfig
+
+    AutoConfig.register(VilaConfig.model_type, VilaConfig, exist_ok=True)
+    AutoModelForImageTextToText.register(VilaConfig, VilaForConditionalGeneration, exist_ok=True)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'tokencomp.models' has no attribute {name!r}")

@@ -1,0 +1,250 @@
+"""VILA and NVILA: tokencomp's own class, and models of the published remote code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.adapters.base import Adapter, Call, register_adapter
+from tokencomp.context import VisualSpan
+from tokencomp.errors import SpanError
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+
+@register_adapter
+class VilaAdapter(Adapter):
+    """Images and frames are squares, each followed by the special separator "\\n".
+
+    A video is one span of all its frames and separators. The model is its own body: its forward
+    places the features and calls the language model.
+    """
+
+    family = "VILA"
+    model_types = ("llava_llama", "vila")
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Adapter:
+        return VilaPortAdapter(model) if hasattr(model, "_embed") else cls(model)
+
+    @property
+    def body(self) -> nn.Module:
+        return self.model
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.llm.model
+
+    def spans(self, call: Call) -> list[list[VisualSpan]]:
+        frames = call.inputs.get("video_frames")
+        lengths = iter([] if frames is None else [n // self._pool[0] for n in frames.tolist()])
+        found = []
+        for row in range(call.kinds.shape[0]):
+            runs, spans = call.runs(row), []
+            while runs:
+                n = 1 if runs[0][2] == "image" else next(lengths, len(runs))
+                spans.append(self._span(runs[:n], call, row, n))
+                runs = runs[n:]
+            found.append(spans)
+        return found
+
+    @property
+    def _pool(self) -> tuple[int, int, int]:
+        return self.model.config.video_pool
+
+    def _span(self, runs: list[Any], call: Call, row: int, n: int) -> VisualSpan:
+        """One image, or the frames of one video, with their separators."""
+        config, side = self.model.config, self.model.side
+        kind = runs[0][2]
+        _, h, w = self._pool if kind == "video" else (1, 1, 1)
+        grid = (n, side // h, side // w)
+        if len(runs) != n or any(b - a != grid[1] * grid[2] for a, b, _ in runs):
+            raise SpanError(
+                f"sample {row}: {kind} tokens from {runs[0][0]} on are not {n} squares of "
+                f"{grid[1]}×{grid[2]} tokens. Make input_ids and pixels with VilaProcessor."
+            )
+        before, after = config.video_ends if kind == "video" else config.image_ends
+        start, stop = runs[0][0] - len(before), runs[-1][1] + len(after)
+        special, cursor = [], start
+        for a, b, _ in runs:
+            special += range(cursor - start, a - start)
+            cursor = b
+        special += range(cursor - start, stop - start)
+        if len(special) != n * (len(before) + len(after)) or stop > call.kinds.shape[1]:
+            raise SpanError(
+                f"sample {row}: {kind} tokens from {runs[0][0]} on lack their separators. Make "
+                "input_ids with VilaProcessor."
+            )
+        return VisualSpan(start, stop - start, grid, kind, special=tuple(special))
+
+
+@dataclass
+class _Media:
+    """One encoded image or video: its embeddings (n, d), and its layout."""
+
+    embeds: Tensor
+    grid: tuple[int, int, int]
+    kind: str
+    special: tuple[int, ...]
+
+
+class VilaPortAdapter(Adapter):
+    """A model of the remote code: `_embed` splices media and pads; `llm` does the rest.
+
+    Placeholders are gone when the language model is called, so what the encoders return is noted,
+    found again in the output of `_embed`, and matched with the next prefill of `llm`.
+    """
+
+    family = "VILA (remote code)"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._media: dict[str, list[_Media]] = {}
+        self._embeds: Tensor | None = None
+        self._spans: list[list[VisualSpan]] = []
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def top(self) -> nn.Module:
+        return self.model.llm
+
+    @property
+    def body(self) -> nn.Module:
+        return self.model.llm
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.llm.model
+
+    # -- recording ------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        self.uninstall()
+        for kind, encoder in self.model.encoders.items():
+            hook = self._record(kind)
+            self._handles.append(encoder.register_forward_hook(hook, with_kwargs=True))
+        self.model.__dict__["_embed"] = self._embed
+
+    def uninstall(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.model.__dict__.pop("_embed", None)
+        self._embeds = None
+
+    def _record(self, kind: str) -> Any:
+        def hook(encoder: nn.Module, args: Any, kwargs: Any, out: list[Tensor]) -> None:
+            media = args[0] if args else next(iter(kwargs.values()))
+            ends = tuple(self._ids(getattr(encoder, f"{e}_tokens", None)) for e in ("start", "end"))
+            self._media[kind] = [
+                _layout(features.detach(), kind, pixels.shape[0] if kind == "video" else 1, ends)
+                for pixels, features in zip(media, out, strict=True)
+            ]
+
+        return hook
+
+    def _ids(self, text: str | None) -> int:
+        return len(self.model.tokenizer(text).input_ids) if text else 0
+
+    def _embed(self, *args: Any, **kwargs: Any) -> Any:
+        """Replaces `model._embed` while patched: the same, and spans are noted."""
+        self._media = {}
+        out = type(self.model)._embed(self.model, *args, **kwargs)
+        self._embeds = out[0]
+        pending = {kind: list(media) for kind, media in self._media.items()}
+        self._spans = [_find(row, pending) for row in out[0]]
+        left = sum(map(len, pending.values()))
+        if left:
+            self._embeds = None
+            raise SpanError(
+                f"{left} encoded images or videos are not in the embeddings of the prompt. Was the "
+                "prompt truncated, or does something else change the media embeddings?"
+            )
+        return out
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def carries_features(self, inputs: Mapping[str, Any]) -> bool:
+        embeds = inputs.get("inputs_embeds")
+        return embeds is not None and self._copies(embeds) > 0 and any(self._spans)
+
+    def _copies(self, embeds: Tensor) -> int:
+        """How often the rows of the noted prompt are repeated in `embeds` (beams); 0: not it."""
+        noted = self._embeds
+        if noted is None or embeds.shape[1:] != noted.shape[1:] or len(embeds) % len(noted):
+            return 0
+        copies = len(embeds) // len(noted)
+        same = torch.equal(embeds[::copies], noted.to(embeds))
+        return copies if same else 0
+
+    def kinds(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        if not self.carries_features(inputs):
+            return None
+        embeds = inputs["inputs_embeds"]
+        kinds = torch.zeros(embeds.shape[:2], dtype=torch.int8)
+        for row, spans in enumerate(self._rows(embeds)):
+            for span in spans:
+                kinds[row, span.start : span.stop] = 2 if span.kind == "video" else 1
+        return kinds
+
+    def _rows(self, embeds: Tensor) -> list[list[VisualSpan]]:
+        copies = self._copies(embeds)
+        return [spans for spans in self._spans for _ in range(copies)]
+
+    def spans(self, call: Call) -> list[list[VisualSpan]]:
+        return self._rows(call.inputs["inputs_embeds"])
+
+
+def _layout(features: Tensor, kind: str, frames: int, ends: tuple[int, ...]) -> _Media:
+    """Grid and separators of one medium: `frames` squares, each between its end tokens."""
+    before, after = ends
+    per_frame, rest = divmod(len(features), frames)
+    patches = per_frame - before - after
+    side = round(max(patches, 0) ** 0.5)
+    if rest or side == 0 or side * side != patches:
+        raise SpanError(
+            f"{kind} of {len(features)} embeddings: no {frames} squares with {before} + {after} "
+            "separators each. Multi-scale (dynamic_s2) and pooling encoders are not supported here."
+        )
+    special = [
+        i * per_frame + j
+        for i in range(frames)
+        for j in range(per_frame)
+        if j < before or j >= per_frame - after
+    ]
+    return _Media(features, (frames, side, side), kind, tuple(special))
+
+
+def _find(row: Tensor, pending: dict[str, list[_Media]]) -> list[VisualSpan]:
+    """Spans of one prompt (L, d); found media are taken off the lists."""
+    spans: list[VisualSpan] = []
+    cursor = 0
+    while True:
+        found = []
+        for kind, media in pending.items():
+            start = _where(row, media[0].embeds, cursor) if media else -1
+            if start >= 0:
+                found.append((start, kind))
+        if not found:
+            return spans
+        start, kind = min(found)
+        item = pending[kind].pop(0)
+        n = len(item.embeds)
+        what: Any = "video" if item.kind == "video" else "image"
+        spans.append(VisualSpan(start, n, item.grid, what, special=item.special))
+        cursor = start + n
+
+
+def _where(row: Tensor, embeds: Tensor, cursor: int) -> int:
+    """First column from `cursor` on where `embeds` (n, d) stands in `row` (L, d), or -1."""
+    embeds = embeds.to(row)
+    starts = (row[cursor:] == embeds[0]).all(-1).nonzero()[:, 0] + cursor
+    for start in starts.tolist():
+        if torch.equal(row[start : start + len(embeds)], embeds):
+            return start
+    return -1

@@ -1,0 +1,152 @@
+"""The projectors of VILA and NVILA: space to depth, then a small MLP."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.errors import CheckpointError
+
+Order = Literal["rows", "columns"]
+DOWNSAMPLE = {"mlp_downsample": 2, "mlp_downsample_2x2_fix": 2, "mlp_downsample_3x3_fix": 3}
+KINDS = ("linear", "identity", "mlp2x_gelu (any depth)", *DOWNSAMPLE)
+
+
+class SpaceToDepth(nn.Module):
+    """Concatenate the channels of every factor × factor block of patches, row by row.
+
+    Sides that `factor` does not divide get zeros at the bottom and right. `order` is the order of
+    the blocks: "columns" runs down each column first, as the code did that trained the VILA-1.5
+    releases; the "_fix" projectors of NVILA run along rows.
+    """
+
+    def __init__(self, factor: int, order: Order = "rows") -> None:
+        super().__init__()
+        self.factor, self.order = factor, order
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, side², C) → (B, ⌈side / factor⌉², factor² · C)."""
+        batch, n, channels = x.shape
+        side, f = round(n**0.5), self.factor
+        small = -(-side // f)
+        x = x.view(batch, side, side, channels)
+        pad = small * f - side
+        x = nn.functional.pad(x, (0, 0, 0, pad, 0, pad))
+        x = x.view(batch, small, f, small, f, channels)
+        x = x.permute(0, 1, 3, 2, 4, 5) if self.order == "rows" else x.permute(0, 3, 1, 2, 4, 5)
+        return x.reshape(batch, small * small, f * f * channels)
+
+
+class VilaProjector(nn.Module):
+    """Vision features to LLM embeddings; parameter names as in published checkpoints.
+
+    Parameters
+    ----------
+    kind
+        `mm_projector_type` of the checkpoint.
+    vision_size, hidden_size
+        Channels of the vision tower and of the LLM.
+    order
+        Order of the output tokens. Default: "columns" for `mlp_downsample`, else "rows".
+
+    Raises
+    ------
+    CheckpointError
+        Unknown `kind`.
+    """
+
+    def __init__(
+        self, kind: str, vision_size: int, hidden_size: int, order: Order | None = None
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.factor = DOWNSAMPLE.get(kind, 1)
+        self.order: Order = order or ("columns" if kind == "mlp_downsample" else "rows")
+        self.layers = _build(kind, vision_size, hidden_size, self.factor, self.order)
+
+    def side(self, patches: int) -> int:
+        """Tokens per side of an image of `patches` patches per side."""
+        return -(-patches // self.factor)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, patches, vision_size) → (B, tokens, hidden_size)."""
+        return self.layers(features)
+
+
+def _build(kind: str, vision: int, hidden: int, factor: int, order: Order) -> nn.Module:
+    wide = factor * factor * vision
+    if kind == "identity":
+        return nn.Identity()
+    if kind == "linear":
+        return nn.Linear(vision, hidden)
+    if kind == "mlp_downsample_3x3_fix":
+        return nn.Sequential(
+            SpaceToDepth(factor, order),
+            nn.LayerNorm(wide),
+            nn.Linear(wide, 3 * vision),
+            nn.GELU(),
+            nn.LayerNorm(3 * vision),
+            nn.Linear(3 * vision, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+        )
+    if kind in DOWNSAMPLE:
+        return nn.Sequential(
+            SpaceToDepth(factor, order),
+            nn.LayerNorm(wide),
+            nn.Linear(wide, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+        )
+    depth = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+    if depth is None or int(depth[1]) < 1:
+        raise CheckpointError(
+            f"mm_projector_type={kind!r}: unknown projector. Known: {', '.join(KINDS)}. The "
+            "multi-scale (s2) variants are not supported."
+        )
+    layers: list[nn.Module] = [nn.Linear(vision, hidden)]
+    for _ in range(int(depth[1]) - 1):
+        layers += [nn.GELU(), nn.Linear(hidden, hidden)]
+    return nn.Sequential(*layers)
+
+
+def load_projector(projector: VilaProjector, folder: Path) -> None:
+    """Read weights from `model.safetensors` or `pytorch_model.bin` of `folder`.
+
+    Raises
+    ------
+    CheckpointError
+        No weight file, or names or shapes that do not fit the projector type.
+    """
+    safe, old = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if safe.exists():
+        from safetensors.torch import load_file
+
+        state = load_file(safe)
+    elif old.exists():
+        state = torch.load(old, map_location="cpu", weights_only=True)
+    else:
+        if not list(projector.parameters()):
+            return
+        raise CheckpointError(
+            f"{folder}: no projector weights. Expected model.safetensors or pytorch_model.bin."
+        )
+    try:
+        projector.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{folder}: the weights do not fit mm_projector_type={projector.kind!r} with these "
+            f"vision tower and LLM ({str(error).splitlines()[-1].strip()})."
+        ) from error
+
+
+def save_projector(projector: VilaProjector, folder: Path) -> None:
+    """Write `model.safetensors` to `folder`."""
+    from safetensors.torch import save_file
+
+    state = {k: v.contiguous().cpu() for k, v in projector.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
