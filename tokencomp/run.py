@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +100,7 @@ class Run:
         self.segments: list[Segment] = []
         self.rotary: Tensor | None = None
         self.compresses = True
+        self.reduce_seconds = 0.0
         self.kept: list[Frame] = []
         self._scores: dict[int, list[list[Tensor]]] = {}
         self._new: Tensor | None = None
@@ -137,6 +139,7 @@ class Run:
         return x, index
 
     def _reduce(self, stage: Stage, x: Tensor) -> tuple[Tensor, Tensor]:
+        started = time.perf_counter()
         order = self.plan.stages.index(stage)
         scores = self._scores.pop(stage.layer, None)
         reductions = []
@@ -164,7 +167,9 @@ class Run:
             reductions.append(reduced)
         self.frame, index = compact(self.frame, reductions, x.device)
         self.kept.append(self.frame)
-        return write_merged(take(x, index), self.frame, reductions), index
+        x = write_merged(take(x, index), self.frame, reductions)
+        self.reduce_seconds += time.perf_counter() - started
+        return x, index
 
     def _query(self, stage: Stage, x: Tensor, b: int) -> Tensor | None:
         """Text embeddings after the last span of a sample, for reducers that ask for them."""

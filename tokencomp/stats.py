@@ -30,6 +30,8 @@ class Stats:
         Decoder layer of each stage.
     past
         Logical tokens that were in the cache before.
+    reduce_seconds
+        Host time spent in the stages of this prefill (on a GPU: launching, not waiting).
     """
 
     spans: list[list[VisualSpan]]
@@ -38,6 +40,7 @@ class Stats:
     stage_layers: list[int]
     shape: DecoderShape
     past: int = 0
+    reduce_seconds: float = 0.0
     _kept: list[list[list[Tensor | None]]] = field(default_factory=list, repr=False)
 
     @property
@@ -127,5 +130,6 @@ def collect(run: Run, cache: Any) -> Stats:
         stage_layers=[s.layer for s in run.plan.stages],
         shape=DecoderShape.from_config(run.adapter.text_config, dtype.itemsize),
         past=run.segments[0].logical,
+        reduce_seconds=run.reduce_seconds,
         _kept=[[[live.index for live in row] for row in frame.spans] for frame in run.kept],
     )

@@ -1,0 +1,88 @@
+"""`tokencomp serve`: an OpenAI-compatible server with compression."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokencomp.cli._options import Device, Dtype, Model, Set, reducer_options
+
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def command(
+    context: typer.Context,
+    model: Model = "tiny-qwen2-vl",
+    ratio: Annotated[float, typer.Option("--ratio", help="Default ratio in [0, 1).")] = 0.5,
+    reducer: Annotated[
+        str, typer.Option("--reducer", "-r", help="Default reducer (tokencomp list).")
+    ] = "auto",
+    set_: Set = None,
+    engine: Annotated[str, typer.Option("--engine", help='"hf" or "vllm".')] = "hf",
+    host: Annotated[str, typer.Option("--host")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port")] = 8000,
+    max_ratio: Annotated[
+        float, typer.Option("--max-ratio", help="Largest ratio a request may ask for.")
+    ] = 0.95,
+    per_request: Annotated[
+        bool,
+        typer.Option("--per-request/--fixed", help="May requests bring their own options?"),
+    ] = True,
+    allowed_media_path: Annotated[
+        Path | None,
+        typer.Option("--allowed-media-path", help="Directory that file: URLs may point below."),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="TOKENCOMP_API_KEY", help="Bearer token.")
+    ] = None,
+    served_name: Annotated[
+        str | None, typer.Option("--served-model-name", help="Name that clients use.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    frames: Annotated[int, typer.Option("--frames", min=1, help="Frames of a video (hf).")] = 32,
+    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Batch size (hf).")] = 8,
+    max_model_len: Annotated[
+        int | None, typer.Option("--max-model-len", min=1, help="Prompt and answer (hf).")
+    ] = None,
+) -> None:
+    """Serve a model over OpenAI's chat-completions API.
+
+    `--engine hf` serves every supported model with every reducer; `--engine vllm` runs
+    `vllm serve` with tokencomp's plugin, and hands it all further arguments (after `--`).
+
+    Requests may bring `{"tokencomp": {"ratio": 0.75}}` (hf) or
+    `{"mm_processor_kwargs": {"tokencomp": {"ratio": 0.75}}}` (both).
+    """
+    from tokencomp.errors import OptionError
+    from tokencomp.serving.hf.media import Limits
+    from tokencomp.serving.serve import Bind, run_hf, run_vllm
+    from tokencomp.zoo import resolve
+
+    options = {
+        "reducer": reducer,
+        "ratio": ratio,
+        "options": reducer_options(set_),
+        "max_ratio": max_ratio,
+        "per_request": per_request,
+    }
+    limits = Limits(allowed_path=allowed_media_path, frames=frames)
+    bind = Bind(host, port, api_key)
+    if engine == "vllm":
+        extra = [*context.args]
+        if served_name:
+            extra += ["--served-model-name", served_name]
+        run_vllm(resolve(model), options, bind, limits, extra)
+        return
+    if engine != "hf":
+        raise OptionError(f"--engine {engine!r}: use 'hf' or 'vllm'.")
+    if context.args:
+        raise OptionError(f"unknown arguments {' '.join(context.args)} (only vllm takes more).")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run_hf(
+        model, options, bind, limits, device=device, dtype=dtype, served_name=served_name,
+        max_batch=max_batch, max_model_len=max_model_len,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server on transformers: every supported model, every reducer."""

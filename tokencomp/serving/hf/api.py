@@ -1,0 +1,203 @@
+"""The HTTP side: OpenAI's chat completions, health, models and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
+
+from tokencomp.serving.hf.engine import Engine
+from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.job import Job
+from tokencomp.serving.hf.media import Limits
+from tokencomp.serving.hf.schema import Prompt, parse
+
+DEFAULT_TOKENS = 256
+POLL = 0.5
+
+
+def build_app(engine: Engine, name: str, limits: Limits, api_key: str | None = None) -> FastAPI:
+    """The application.
+
+    Parameters
+    ----------
+    name
+        Model name that clients see.
+    limits
+        What a request may bring.
+    api_key
+        If given, `/v1` asks for it as a bearer token.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(engine.close)
+
+    app = FastAPI(title="tokencomp", docs_url=None, redoc_url=None, lifespan=lifespan)
+    server = Server(engine, name, limits, api_key)
+    app.add_api_route("/health", server.health)
+    app.add_api_route("/metrics", server.metrics)
+    app.add_api_route("/v1/models", server.models)
+    app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"])
+    app.add_exception_handler(RequestError, server.failed)
+    return app
+
+
+class Server:
+    """The routes."""
+
+    def __init__(self, engine: Engine, name: str, limits: Limits, api_key: str | None) -> None:
+        self.engine, self.name, self.limits, self.api_key = engine, name, limits, api_key
+        self.started = int(time.time())
+
+    async def health(self) -> Response:
+        return Response(status_code=200 if self.engine.alive else 503)
+
+    async def metrics(self) -> Response:
+        text = generate_latest(self.engine.metrics.registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    async def models(self, request: Request) -> Any:
+        self._authorize(request)
+        card = {
+            "id": self.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "tokencomp",
+            "max_model_len": self.engine.max_model_len,
+            "tokencomp": self.engine.options.default.describe(),
+        }
+        return {"object": "list", "data": [card]}
+
+    async def failed(self, request: Request, error: Any) -> Response:
+        """OpenAI's error body."""
+        self.engine.metrics.requests.labels(error.status).inc()
+        return JSONResponse(_error(error), status_code=error.status)
+
+    async def chat(self, request: Request) -> Response:
+        self._authorize(request)
+        body = await self._body(request)
+        prompt = await run_in_threadpool(parse, body, self.engine.options, self.limits)
+        asked = prompt.request
+        if asked.model not in ("", self.name):
+            raise RequestError(f"model {asked.model!r}: this server has {self.name!r}.", 404)
+        tokens = asked.max_completion_tokens or asked.max_tokens or DEFAULT_TOKENS
+        job = Job(prompt, asyncio.get_running_loop(), tokens)
+        self.engine.submit(job)
+        try:
+            kind, value = await self._next(job, request)
+        except asyncio.CancelledError:
+            job.cancelled = True
+            raise
+        if kind == "error":
+            raise value
+        if asked.stream:
+            stream = self._stream(job, prompt, _identity())
+            return StreamingResponse(stream, media_type="text/event-stream")
+        return await self._whole(job, request)
+
+    # -- answers --------------------------------------------------------------------------------
+
+    async def _whole(self, job: Job, request: Request) -> Response:
+        text, finish = "", "length"
+        while True:
+            kind, value = await self._next(job, request)
+            if kind == "error":
+                raise value
+            if kind == "end":
+                finish = value
+                break
+            text += value
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": finish,
+        }
+        self.engine.metrics.requests.labels(200).inc()
+        usage = job.usage.as_dict() if job.usage else None
+        body = {**_identity(), "object": "chat.completion", "model": self.name}
+        return JSONResponse({**body, "choices": [choice], "usage": usage})
+
+    async def _stream(
+        self, job: Job, prompt: Prompt, identity: dict[str, Any]
+    ) -> AsyncIterator[str]:
+        base = {**identity, "object": "chat.completion.chunk", "model": self.name}
+
+        def chunk(delta: dict[str, Any], finish: str | None = None) -> str:
+            choice = {"index": 0, "delta": delta, "finish_reason": finish}
+            return _event({**base, "choices": [choice]})
+
+        try:
+            yield chunk({"role": "assistant", "content": ""})
+            while True:
+                kind, value = await job.events.get()
+                if kind == "error":
+                    yield _event(_error(value))
+                    break
+                if kind == "end":
+                    yield chunk({}, value)
+                    break
+                yield chunk({"content": value})
+            options = prompt.request.stream_options
+            if options is not None and options.include_usage and job.usage is not None:
+                yield _event({**base, "choices": [], "usage": job.usage.as_dict()})
+            self.engine.metrics.requests.labels(200).inc()
+            yield "data: [DONE]\n\n"
+        finally:
+            job.cancelled = True  # the client has gone, or everything was sent
+
+    async def _next(self, job: Job, request: Request) -> tuple[str, Any]:
+        """The next event; gives the job up when the client hangs up."""
+        while True:
+            try:
+                return await asyncio.wait_for(job.events.get(), POLL)
+            except TimeoutError:
+                pass
+            except asyncio.TimeoutError:
+                pass
+            if await request.is_disconnected():
+                job.cancelled = True
+                raise RequestError("the client went away.", 499)
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def _authorize(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self.api_key and not hmac.compare_digest(given.encode(), self.api_key.encode()):
+            raise RequestError("missing or wrong API key.", 401)
+
+    async def _body(self, request: Request) -> Any:
+        limit = self.limits.max_bytes * 2
+        content = bytearray()
+        async for piece in request.stream():
+            content += piece
+            if len(content) > limit:
+                raise RequestError(f"request bodies may have {limit} bytes.", 413)
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError):
+            raise RequestError("the body is not JSON.") from None
+
+
+def _identity() -> dict[str, Any]:
+    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+def _error(error: RequestError) -> dict[str, Any]:
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    return {"error": {"message": str(error), "type": kind, "param": None, "code": error.status}}

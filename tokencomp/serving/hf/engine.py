@@ -1,0 +1,250 @@
+"""The engine: one thread that batches waiting requests and generates."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from tokencomp.adapters.base import adapter_for
+from tokencomp.errors import TokenCompError
+from tokencomp.evaluation.answering import prompt_lengths
+from tokencomp.patching import Handle, patch
+from tokencomp.serving.hf.batch import build_inputs
+from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.job import Job, Usage
+from tokencomp.serving.hf.metrics import Metrics
+from tokencomp.serving.spec import ServerOptions, Spec
+
+logger = logging.getLogger("tokencomp.serving")
+
+
+class Engine:
+    """Runs requests in batches of equal options; requests that arrive later wait for the next.
+
+    Parameters
+    ----------
+    model, processor
+        A supported Hugging Face model (it is patched here) and its processor.
+    options
+        Default reducer and ratio, and what requests may change.
+    max_batch, wait
+        Requests per batch, and seconds to wait for company.
+    max_model_len
+        Prompt and answer together, uncompressed; None is the model's own limit.
+    max_waiting
+        Requests in the queue before new ones are refused with 503.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        options: ServerOptions,
+        metrics: Metrics,
+        *,
+        max_batch: int = 8,
+        wait: float = 0.005,
+        max_model_len: int | None = None,
+        max_waiting: int = 256,
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.options, self.metrics = options, metrics
+        self.max_batch, self.wait, self.max_waiting = max_batch, wait, max_waiting
+        config = adapter_for(model).text_config
+        limit = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+        self.max_model_len = min(max_model_len or limit, limit)
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self._ends = _end_tokens(model)
+        self._handle: Handle = patch(model, 0.0, **_request(options.default))
+        self._jobs: deque[Job] = deque()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name="tokencomp-engine", daemon=True)
+        self._thread.start()
+
+    # -- from other threads ---------------------------------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        """Queue a request. Raises `RequestError` (503) when full or shut down."""
+        with self._wake:
+            if self._closed or len(self._jobs) >= self.max_waiting:
+                raise RequestError("the server is busy; try again later.", 503)
+            self._jobs.append(job)
+            self.metrics.waiting.set(len(self._jobs))
+            self._wake.notify()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._closed
+
+    def close(self) -> None:
+        """Stop after the running batch; waiting requests fail with 503."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join(timeout=60)
+        self._handle.remove()
+
+    # -- the engine thread ----------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._jobs or self._closed)
+                if self._closed:
+                    break
+                company = time.monotonic() + self.wait
+                while len(self._jobs) < self.max_batch and time.monotonic() < company:
+                    self._wake.wait(timeout=max(company - time.monotonic(), 0))
+                batch = self._take()
+            if batch:
+                self._run(batch)
+        for job in self._jobs:
+            job.send("error", RequestError("the server shuts down.", 503))
+
+    def _take(self) -> list[Job]:
+        """The oldest request and those that can go with it."""
+        waiting = [job for job in self._jobs if not job.cancelled]
+        batch = [j for j in waiting if j.group == waiting[0].group][: self.max_batch]
+        self._jobs = deque(j for j in waiting if j not in batch)
+        self.metrics.waiting.set(len(self._jobs))
+        return batch
+
+    def _run(self, batch: list[Job]) -> None:
+        """Generate for a batch; if a prompt breaks it, every request runs alone."""
+        try:
+            self._generate(batch)
+        except Exception as error:
+            waiting = [job for job in batch if not job.done]
+            untouched = all(job.usage is None for job in waiting)
+            if len(batch) > 1 and untouched and not isinstance(error, torch.OutOfMemoryError):
+                for job in waiting:
+                    self._run([job])
+                return
+            if not isinstance(error, TokenCompError):
+                logger.exception("a batch of %d failed", len(batch))
+            for job in waiting:
+                job.send("error", _for_client(error))
+
+    @torch.inference_mode()
+    def _generate(self, batch: list[Job]) -> None:
+        inputs = build_inputs(self.model, self.processor, [job.prompt for job in batch])
+        counts = prompt_lengths(self.model, inputs)
+        if self._too_long(batch, [total for total, _ in counts]):
+            batch = [job for job in batch if not job.done]
+            if batch:
+                self._generate(batch)
+            return
+        request, spec = batch[0].prompt.request, batch[0].prompt.spec
+        if request.seed is not None:
+            torch.manual_seed(request.seed)
+        rows = Rows(self, batch, counts)
+        with self._compressed(spec):
+            self.model.generate(
+                **inputs,
+                max_new_tokens=max(job.max_tokens for job in batch),
+                stopping_criteria=StoppingCriteriaList([rows]),
+                **_sampling(request.temperature, request.top_p),
+            )
+        for job in batch:
+            if not job.done:
+                job.send("end", "abort" if job.cancelled else "length")
+
+    def _too_long(self, batch: list[Job], lengths: list[int]) -> bool:
+        for job, length in zip(batch, lengths, strict=True):
+            room = self.max_model_len - length
+            if room < 1:
+                job.send(
+                    "error",
+                    RequestError(
+                        f"the prompt has {length} tokens before compression; this model takes "
+                        f"{self.max_model_len}, answer included. Send fewer or smaller media."
+                    ),
+                )
+            job.max_tokens = min(job.max_tokens, max(room, 1))
+        return any(job.done for job in batch)
+
+    def _compressed(self, spec: Spec) -> Any:
+        if not spec.active:
+            return self._handle.disabled()
+        self._handle.set(ratio=spec.ratio, reducer=spec.reducer)
+        return contextlib.nullcontext()
+
+    def started(self, batch: list[Job], counts: list[tuple[int, int]]) -> None:
+        """Note token counts once the prefill has run; counts are (all, visual) per request."""
+        before = [visual for _, visual in counts]
+        seen = [[visual] for visual in before]  # by every decoder layer
+        if batch[0].prompt.spec.active and sum(before):
+            stats = self._handle.stats
+            if stats is not None:
+                seen = stats.tokens_after
+                self.metrics.ratio.set(stats.ratio)
+                self.metrics.reduce.inc(stats.reduce_seconds)
+        after = [sum(row) / len(row) for row in seen]
+        self.metrics.before.inc(sum(before))
+        self.metrics.after.inc(sum(after))
+        self.metrics.batch.observe(len(batch))
+        for i, (job, (total, visual)) in enumerate(zip(batch, counts, strict=True)):
+            job.usage = Usage(total - visual + seen[i][0], 0, visual, after[i])
+            self.metrics.ttft.observe(time.monotonic() - job.arrived)
+            job.send("start", job.usage)
+
+    def is_end(self, token: int) -> bool:
+        """True for the model's end tokens."""
+        return token in self._ends
+
+
+class Rows(StoppingCriteria):
+    """Called after every step: hands the new tokens out, and ends rows one by one."""
+
+    def __init__(self, engine: Engine, batch: list[Job], counts: list[tuple[int, int]]) -> None:
+        self.engine, self.batch, self.counts = engine, batch, counts
+        self.steps = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self.steps == 0:
+            self.engine.started(self.batch, self.counts)
+        self.steps += 1
+        for job, token in zip(self.batch, input_ids[:, -1].tolist(), strict=True):
+            if not job.done:
+                self.engine.metrics.generated.inc()
+            job.add(token, self.engine.tokenizer, self.engine.is_end(token))
+        done = [job.done or job.cancelled for job in self.batch]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def _request(spec: Spec) -> dict[str, Any]:
+    return {} if spec.reducer is None else {"reducer": spec.reducer}
+
+
+def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
+    """Generation arguments; nothing given leaves the model's own generation config."""
+    if temperature == 0:
+        return {"do_sample": False}
+    given = {"temperature": temperature, "top_p": top_p}
+    found = {name: value for name, value in given.items() if value is not None}
+    return {"do_sample": True, **found} if found else {}
+
+
+def _end_tokens(model: Any) -> set[int]:
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return set(itertools.chain([ends] if isinstance(ends, int) else ends or []))
+
+
+def _for_client(error: Exception) -> RequestError:
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, TokenCompError):
+        return RequestError(str(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        return RequestError("out of memory for this request; send fewer or smaller media.", 503)
+    return RequestError(f"the model failed on this request ({type(error).__name__}).", 500)

@@ -1,0 +1,13 @@
+"""Errors that a client gets to see, with their HTTP status."""
+
+from __future__ import annotations
+
+from tokencomp.errors import TokenCompError
+
+
+class RequestError(TokenCompError, ValueError):
+    """A request that cannot be served; `status` is what HTTP calls it."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status

@@ -1,0 +1,139 @@
+"""The part of OpenAI's chat-completions request that is served; the rest is refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tokencomp.errors import OptionError, RatioError
+from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.media import Limits, load_image, load_video
+from tokencomp.serving.spec import ServerOptions, Spec
+
+UNSERVED = ("tools", "functions", "response_format", "logprobs", "logit_bias", "audio")
+
+
+class Url(BaseModel):
+    url: str
+
+
+class Part(BaseModel):
+    """One piece of a message."""
+
+    type: Literal["text", "image_url", "video_url"]
+    text: str | None = None
+    image_url: Url | None = None
+    video_url: Url | None = None
+
+
+class Message(BaseModel):
+    role: Literal["system", "user", "assistant"]
+    content: str | list[Part]
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """Sampling parameters left out mean the model's own generation config."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str = ""
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    n: int = 1
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    tokencomp: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        given = [self.stop] if isinstance(self.stop, str) else (self.stop or [])
+        return [text for text in given if text]
+
+
+@dataclass
+class Prompt:
+    """A request with its media decoded.
+
+    Attributes
+    ----------
+    chat
+        Messages as chat templates expect them.
+    images, videos
+        RGB images, and uint8 arrays (frames, height, width, 3), in prompt order.
+    spec
+        Reducer and ratio.
+    """
+
+    request: ChatRequest
+    chat: list[dict[str, Any]]
+    spec: Spec
+    images: list[Any] = field(default_factory=list)
+    videos: list[Any] = field(default_factory=list)
+
+
+def parse(body: Any, options: ServerOptions, limits: Limits) -> Prompt:
+    """Check a decoded JSON body and load its media.
+
+    Raises
+    ------
+    RequestError
+        With the HTTP status to answer.
+    """
+    try:
+        request = ChatRequest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise RequestError(f"{where}: {first['msg']}") from None
+    extra = request.model_extra or {}
+    wrong = [name for name in UNSERVED if extra.get(name)]
+    if wrong or request.n != 1:
+        raise RequestError(f"not served: {', '.join(wrong) or 'n above 1'}. Leave it out.")
+    prompt = Prompt(request, [], _spec(request, options))
+    for message in request.messages:
+        prompt.chat.append({"role": message.role, "content": _content(message, prompt, limits)})
+    return prompt
+
+
+def _spec(request: ChatRequest, options: ServerOptions) -> Spec:
+    given = request.tokencomp
+    if given is None:
+        given = (request.mm_processor_kwargs or {}).get("tokencomp")
+    try:
+        return options.resolve(given, engine="hf")
+    except (OptionError, RatioError) as error:
+        raise RequestError(str(error)) from None
+
+
+def _content(message: Message, prompt: Prompt, limits: Limits) -> list[dict[str, Any]]:
+    if isinstance(message.content, str):
+        return [{"type": "text", "text": message.content}]
+    parts: list[dict[str, Any]] = []
+    for part in message.content:
+        given = getattr(part, part.type)
+        if given is None:
+            raise RequestError(f"a part of type {part.type!r} needs a field {part.type!r}.")
+        if part.type == "text":
+            parts.append({"type": "text", "text": given})
+            continue
+        if len(prompt.images) + len(prompt.videos) >= limits.max_items:
+            raise RequestError(f"more than {limits.max_items} images and videos.", 413)
+        if part.type == "image_url":
+            prompt.images.append(load_image(given.url, limits))
+            parts.append({"type": "image"})
+        else:
+            prompt.videos.append(load_video(given.url, limits))
+            parts.append({"type": "video"})
+    return parts
