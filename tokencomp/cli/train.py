@@ -18,8 +18,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         "-d",
-        help="'shapesqa' (embedded; 'shapesqa:FAMILY,...' for some families), a JSON Lines file, or a folder with questions.jsonl: one "
-        "object with question, answer and media (path or paths) per line.",
+        help="'shapesqa' (embedded; 'shapesqa:FAMILY,...' for some of it), a JSON Lines file, or a "
+        "folder with questions.jsonl: one object with question, answer and media per line.",
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder; a killed run goes on there.")]

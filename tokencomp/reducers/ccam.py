@@ -82,7 +82,7 @@ class Ccam(Reducer):
         wanted = self.queries() + len(span.special)
         if span.visual < wanted:
             raise SpanError(
-                f"a {span.kind} of {span.visual} visual tokens is smaller than the {wanted} that "
+                f"{span.kind} of {span.visual} visual tokens: smaller than the {wanted} that "
                 "the ccam projector makes of it. Use larger media, or a projector with fewer "
                 "queries."
             )
