@@ -153,3 +153,10 @@ def with_true_positions(folder: Path, job: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         del model.model.get_rope_index
+
+
+def end_tokens(folder: Path) -> Any:
+    """The end tokens that the folder's own generation config names."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder).eos_token_id

@@ -1,0 +1,121 @@
+"""A server process on loopback, and the media that clients send."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+from PIL import Image
+
+START_SECONDS = 180
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def server(log: Path, *arguments: Any, **env: str) -> Iterator[str]:
+    """`tokencomp serve …` until the block ends; yields its base URL."""
+    port = free_port()
+    command = [sys.executable, "-m", "tokencomp.cli", "serve", "--port", port, *arguments]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=out, stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **env}, start_new_session=True,
+        )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait(url, process, log)
+        yield url
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        assert process.poll() is None, log.read_text()[-4000:]
+        with contextlib.suppress(OSError):
+            if get(url + "/health")[0] == 200:
+                return
+        time.sleep(0.3)
+    raise AssertionError("the server did not start:\n" + log.read_text()[-4000:])
+
+
+def get(url: str) -> tuple[int, str]:
+    """Status and body of a GET."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def metric(url: str, name: str) -> float:
+    """Sum of a metric over its labels."""
+    lines = [line for line in get(url + "/metrics")[1].splitlines() if not line.startswith("#")]
+    return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split()[0] == name)
+
+
+def image_url(seed: int, width: int = 224, height: int = 224) -> str:
+    return "data:image/png;base64," + _png(tiny.image(seed, width, height))
+
+
+def video_url(seed: int, frames: int = 8, width: int = 112, height: int = 84) -> str:
+    """Frames as the engines accept them, without loss."""
+    parts = [_png(Image.fromarray(f)) for f in tiny.video(seed, frames, width, height)]
+    return "data:video/jpeg;base64," + ",".join(parts)
+
+
+def mp4_url(seed: int, frames: int = 8) -> str:
+    """A real, encoded file."""
+    import av
+
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 112, 84, "yuv420p"
+        for array in tiny.video(seed, frames):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array))):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return "data:video/mp4;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _png(image: Image.Image) -> str:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def messages(text: str, *urls: str) -> list[dict[str, Any]]:
+    """One user turn, media first."""
+    parts: list[dict[str, Any]] = []
+    for url in urls:
+        kind = "video_url" if url.startswith("data:video") else "image_url"
+        parts.append({"type": kind, kind: {"url": url}})
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]

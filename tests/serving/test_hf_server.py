@@ -1,0 +1,222 @@
+"""`tokencomp serve --engine hf`: a real process, a real `openai` client."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+openai = pytest.importorskip("openai")
+
+import http_support as http  # noqa: E402
+import torch  # noqa: E402
+
+QUESTION = "What color is the circle?"
+
+
+@pytest.fixture(scope="module")
+def served(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder, root = tiny_folder("qwen2_vl"), tmp_path_factory.mktemp("hf")
+    (root / "media").mkdir()
+    arguments = ["--model", folder, "--ratio", 0.5, "--reducer", "uniform", "--max-batch", 8]
+    arguments += ["--served-model-name", "tiny", "--max-model-len", 1024]
+    arguments += ["--allowed-media-path", root / "media"]
+    with http.server(root / "log", *arguments, OMP_NUM_THREADS="1") as url:
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=60)
+        yield url, client, folder, root
+
+
+def ask(client: Any, *urls: str, text: str = QUESTION, **more: Any) -> Any:
+    options = more.pop("tokencomp", None)
+    body = {} if options is None else {"tokencomp": options}
+    return client.chat.completions.create(
+        model="tiny", messages=http.messages(text, *urls), max_tokens=more.pop("max_tokens", 8),
+        temperature=0, extra_body=body, **more,
+    )  # fmt: skip
+
+
+def expected(folder: Any, urls: list[str], spec: dict[str, Any], tokens: int = 8) -> Any:
+    """Text, prompt tokens and visual tokens of a direct `generate` on the patched model."""
+    import hf_reference
+    from PIL import Image
+
+    import tokencomp
+    from tokencomp.evaluation.answering import build_inputs
+    from tokencomp.serving.hf.media import Limits, load_image, load_video
+
+    model, processor = hf_reference.load(folder)
+    media = [
+        [Image.fromarray(f) for f in load_video(u, Limits())]
+        if u.startswith("data:video")
+        else load_image(u, Limits())
+        for u in urls
+    ]
+    inputs = build_inputs(processor, [media], [QUESTION])
+    model.generation_config.eos_token_id = hf_reference.end_tokens(folder)
+    with tokencomp.patch(model, spec["ratio"], reducer=spec["reducer"]) as handle, torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        stats = handle.stats
+    model.generation_config.eos_token_id = None
+    n = inputs["input_ids"].shape[1]
+    text = processor.tokenizer.decode(out[0, n:], skip_special_tokens=True)
+    before, after = stats.tokens_before[0], stats.tokens_after[0]
+    return text, n - before + after[0], before, sum(after) / len(after)
+
+
+@pytest.mark.parametrize("reducer", ["uniform", "fastv"])
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+def test_equals_a_direct_call(served: Any, reducer: str, ratio: float) -> None:
+    _, client, folder, _ = served
+    spec = {"reducer": reducer, "ratio": ratio}
+    image, video = http.image_url(1), http.video_url(2)
+    for urls in ([image], [video], [image, http.image_url(3, 168, 280)], [image, video]):
+        answer = ask(client, *urls, tokencomp=spec)
+        text, prompt, before, after = expected(folder, urls, spec)
+        assert answer.choices[0].message.content == text
+        assert answer.usage.prompt_tokens == prompt
+        told = answer.usage.model_extra["tokencomp"]
+        assert told["visual_tokens_before"] == before
+        assert told["visual_tokens_after"] == pytest.approx(after)
+        assert told["ratio"] == pytest.approx(1 - after / before)
+
+
+def test_server_default_and_ratio_zero(served: Any) -> None:
+    _, client, folder, _ = served
+    url = http.image_url(1)
+    default, off = ask(client, url), ask(client, url, tokencomp={"ratio": 0})
+    text, prompt, before, _ = expected(folder, [url], {"reducer": "uniform", "ratio": 0.5})
+    assert (default.choices[0].message.content, default.usage.prompt_tokens) == (text, prompt)
+    assert off.usage.prompt_tokens == prompt + before // 2
+    assert off.usage.model_extra["tokencomp"]["ratio"] == 0
+
+
+def test_streaming_gives_the_same_text_and_usage(served: Any) -> None:
+    _, client, _, _ = served
+    url = http.video_url(2)
+    whole = ask(client, url)
+    stream = ask(client, url, stream=True, stream_options={"include_usage": True})
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+
+
+def test_concurrent_requests_are_batched_and_none_is_lost(served: Any) -> None:
+    url, client, _, _ = served
+    urls = [http.image_url(seed, 112 + 28 * (seed % 4), 168) for seed in range(8)]
+    specs = [None, {"ratio": 0.75}]
+    jobs = [(urls[i % 8], specs[i // 8 % 2]) for i in range(64)]
+    alone = {(u, str(s)): ask(client, u, tokencomp=s) for u in urls for s in specs}
+    count = http.metric(url, "tokencomp_batch_size_count")
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda job: ask(client, job[0], tokencomp=job[1]), jobs))
+    for (u, s), answer in zip(jobs, answers, strict=True):
+        one = alone[u, str(s)]
+        assert answer.choices[0].message.content == one.choices[0].message.content
+        assert answer.usage == one.usage
+    assert http.metric(url, "tokencomp_batch_size_count") - count <= 32  # at least 2 per batch
+
+
+def test_stop_texts_end_the_answer_before_them(served: Any) -> None:
+    _, client, _, _ = served
+    url = http.image_url(1)
+    text = ask(client, url).choices[0].message.content
+    stop = text[len(text) // 2 :][:3]
+    cut = ask(client, url, stop=[stop])
+    assert cut.choices[0].message.content == text[: text.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+    stream = ask(client, url, stop=[stop], stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in stream) == text[: text.index(stop)]
+
+
+def test_an_abandoned_stream_frees_the_server(served: Any) -> None:
+    url, client, _, _ = served
+    before = http.metric(url, "tokencomp_generated_tokens_total")
+    stream = ask(client, http.image_url(1), stream=True, max_tokens=800)
+    next(iter(stream))
+    stream.close()
+    assert ask(client, http.image_url(2)).choices[0].message.content
+    generated = http.metric(url, "tokencomp_generated_tokens_total") - before
+    assert generated < 700
+
+
+def test_metrics_count_tokens(served: Any) -> None:
+    url, client, folder, _ = served
+    names = [f"tokencomp_visual_tokens_{n}_total" for n in ("before", "after")]
+    start = [http.metric(url, n) for n in names]
+    media = http.image_url(5)
+    ask(client, media, tokencomp={"ratio": 0.75})
+    _, _, before, after = expected(folder, [media], {"reducer": "uniform", "ratio": 0.75})
+    told = [http.metric(url, n) - s for n, s in zip(names, start, strict=True)]
+    assert told == [before, after]
+    assert http.metric(url, "tokencomp_reduce_seconds_total") > 0
+    assert http.metric(url, "tokencomp_time_to_first_token_seconds_count") > 0
+    assert http.get(url + "/health")[0] == 200
+    assert client.models.list().data[0].id == "tiny"
+
+
+def test_real_video_files_and_allowed_paths(served: Any) -> None:
+    pytest.importorskip("av")
+    import base64
+
+    _, client, _, root = served
+    url = http.mp4_url(3)
+    sent = ask(client, url)
+    file = root / "media" / "a clip.mp4"
+    file.write_bytes(base64.b64decode(url.partition(",")[2]))
+    parts = [{"type": "video_url", "video_url": {"url": file.as_uri()}}]
+    parts.append({"type": "text", "text": QUESTION})
+    chat = [{"role": "user", "content": parts}]
+    read = client.chat.completions.create(model="tiny", messages=chat, max_tokens=8, temperature=0)
+    assert read.choices[0].message.content == sent.choices[0].message.content
+    assert read.usage == sent.usage
+
+
+def bad_media(root: Any) -> list[str]:
+    secret = root / "secret.png"
+    http.tiny.image(1).save(secret)
+    link = root / "media" / "link.png"
+    if not link.exists():
+        link.symlink_to(secret)
+    good = http.image_url(1)
+    return [
+        "http://127.0.0.1:9/x.png", "https://example.com/x.png", "ftp://x/y", "nonsense",
+        secret.as_uri(), f"file://{root}/media/../secret.png", link.as_uri(), "file:///etc/passwd",
+        f"file://{root}/media/none.png", f"file://{root}/media", "data:image/png,abc",
+        "data:image/png;base64,????", "data:image/png;base64,aGVsbG8=", good[: len(good) // 2],
+        "data:video/mp4;base64,aGVsbG8=", "data:video/jpeg;base64,aGVsbG8=",
+        "data:video/mp4;base64,I0VYVE0zVQojRVhULVgtTUVESUE6VVJJPSJmaWxlOi8vL2V0Yy9wYXNzd2QiCg==",
+        "data:image/svg+xml;base64,PHN2Zy8+", http.image_url(1, 4, 4000),
+    ]  # fmt: skip
+
+
+def test_malformed_requests_get_4xx_and_the_server_goes_on(served: Any) -> None:
+    url, client, _, root = served
+    for bad in bad_media(root):
+        with pytest.raises(openai.APIStatusError) as error:
+            ask(client, bad)
+        assert 400 <= error.value.status_code < 500, bad
+        assert "passwd" not in str(error.value) and "secret" not in str(error.value)
+    image = http.image_url(1)
+    for options in (
+        {"ratio": 2},
+        {"ratio": "x"},
+        {"reducer": "none"},
+        {"rate": 0.5},
+        {"ratio": 0.99},
+    ):
+        with pytest.raises(openai.BadRequestError):
+            ask(client, image, tokencomp=options)
+    for more in ({"n": 2}, {"logprobs": True}, {"max_tokens": 0}, {"stop": 3}):
+        with pytest.raises(openai.BadRequestError):
+            ask(client, image, **more)
+    with pytest.raises(openai.BadRequestError, match="tokens before compression"):
+        ask(client, image, text="What " * 1200)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="other", messages=http.messages("x"))
+    assert ask(client, image).choices[0].message.content
+    assert http.get(url + "/health")[0] == 200
+    assert http.metric(url, "tokencomp_requests_total") > 20
