@@ -73,7 +73,7 @@ class Adapter:
     first_layer_stage: ClassVar[int] = 1
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model
 
     @classmethod
     def of(cls, model: nn.Module) -> Adapter:
@@ -87,17 +87,17 @@ class Adapter:
         return cls(model)
 
     @property
-    def top(self) -> nn.Module:
+    def top(self) -> Any:
         """The module that generates, and whose forward takes `labels` and `logits_to_keep`."""
         return self.model
 
     @property
-    def body(self) -> nn.Module:
+    def body(self) -> Any:
         """The module that assembles embeddings and calls the decoder."""
         return self.model.model
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The text decoder (no lm_head)."""
         return self.body.language_model
 
@@ -207,7 +207,7 @@ def available_models() -> dict[str, type[Adapter]]:
     return dict(sorted(_REGISTRY.items()))
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The Hugging Face model inside torch.compile and PEFT wrappers."""
     while True:
         inner = getattr(model, "_orig_mod", None)

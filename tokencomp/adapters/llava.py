@@ -35,7 +35,7 @@ class LlavaNextAdapter(TileAdapter):
                 spans += self._video(start, stop, row, call)
             else:
                 newline = self.body.image_newline.to(call.embeds)
-                breaks = (call.embeds[row, start:stop] == newline).all(-1).nonzero()[:, 0]
+                breaks = call.embeds[row, start:stop].eq(newline).all(-1).nonzero()[:, 0]
                 spans += self._images(start, stop, row, [start + int(b) for b in breaks.tolist()])
         return spans
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -16,7 +18,7 @@ class Qwen2VLAdapter(Adapter):
     """Grids are read back from the M-RoPE positions, which every version hands to the decoder."""
 
     family = "Qwen2-VL"
-    model_types = ("qwen2_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     mrope = True
 
     @classmethod

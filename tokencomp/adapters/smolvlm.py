@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from tokencomp.adapters.base import register_adapter
 from tokencomp.adapters.tiles import TileAdapter, shrunk
@@ -16,7 +16,7 @@ class SmolVLMAdapter(TileAdapter):
     model_types = ("smolvlm", "idefics3")
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         return self.body.text_model
 
     @property

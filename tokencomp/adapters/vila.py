@@ -33,11 +33,11 @@ class VilaAdapter(Adapter):
         return VilaPortAdapter(model) if hasattr(model, "_embed") else cls(model)
 
     @property
-    def body(self) -> nn.Module:
+    def body(self) -> Any:
         return self.model
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         return self.model.llm.model
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
@@ -70,7 +70,8 @@ class VilaAdapter(Adapter):
             )
         before, after = config.video_ends if kind == "video" else config.image_ends
         start, stop = runs[0][0] - len(before), runs[-1][1] + len(after)
-        special, cursor = [], start
+        special: list[int] = []
+        cursor = start
         for a, b, _ in runs:
             special += range(cursor - start, a - start)
             cursor = b
@@ -110,15 +111,15 @@ class VilaPortAdapter(Adapter):
         self._handles: list[RemovableHandle] = []
 
     @property
-    def top(self) -> nn.Module:
+    def top(self) -> Any:
         return self.model.llm
 
     @property
-    def body(self) -> nn.Module:
+    def body(self) -> Any:
         return self.model.llm
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         return self.model.llm.model
 
     # -- recording ------------------------------------------------------------------------------

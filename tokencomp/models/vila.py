@@ -25,6 +25,15 @@ from tokencomp.models.vila_config import VilaConfig, read_config, read_root
 from tokencomp.models.vila_projector import Order, VilaProjector, load_projector, save_projector
 from tokencomp.models.vila_tokens import load_tokenizer
 
+# Root config key → attribute of VilaConfig, and what a missing key means.
+ROOT_FIELDS: dict[str, tuple[str, Any]] = {
+    "image_aspect_ratio": ("image_aspect_ratio", "resize"),
+    "mm_vision_select_layer": ("select_layer", -2),
+    "num_video_frames": ("num_video_frames", 8),
+    "min_tiles": ("min_tiles", 1),
+    "max_tiles": ("max_tiles", 12),
+    "chat_template": ("chat_template", None),
+}
 MEDIA = ("pixel_values", "pixel_values_videos", "video_frames")
 
 
@@ -56,7 +65,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.post_init()  # before the parts, which initialise or load themselves
         self.llm = llm or AutoModelForCausalLM.from_config(config.text_config)
-        self.vision_tower = vision_tower or SiglipVisionModel(config.vision_config)
+        self.vision_tower = vision_tower or SiglipVisionModel(config.vision_config)  # type: ignore[arg-type]
         order: Order | None = config.token_order  # type: ignore[assignment]
         self.mm_projector = VilaProjector(
             config.projector_type,
@@ -125,32 +134,28 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _root(self) -> dict[str, Any]:
         """The root config as it was read, or one made from scratch."""
-        config = self.config
-        made = {
+        config, root = self.config, self.config.root
+        current = {name: getattr(config, field) for name, (field, _) in ROOT_FIELDS.items()}
+        if root:
+            for name, (_, default) in ROOT_FIELDS.items():
+                read = default if root.get(name) is None else root[name]
+                if current[name] == read:
+                    del current[name]
+            return {**root, **current}
+        made: dict[str, Any] = {
             "architectures": ["LlavaLlamaModel"],
             "model_type": config.model_type,
             "mm_vision_select_feature": "cls_patch",
             "mm_hidden_size": config.vision_config.hidden_size,
             "hidden_size": config.text_config.hidden_size,
-            **config.root,
-            "image_aspect_ratio": config.image_aspect_ratio,
-            "mm_vision_select_layer": config.select_layer,
-            "num_video_frames": config.num_video_frames,
-            "min_tiles": config.min_tiles,
-            "max_tiles": config.max_tiles,
+            **current,
         }
-        if not config.root:  # so that it loads without a tokenizer
-            made["media_tokens"] = {
-                "image_token_id": config.image_token_id,
-                "video_token_id": config.video_token_id,
-                "image_ends": config.image_ends,
-                "video_ends": config.video_ends,
-            }
-        if config.video_pool != (1, 1, 1) and "video_encoder" not in made:
+        # so that it loads without a tokenizer
+        names = ("image_token_id", "video_token_id", "image_ends", "video_ends")
+        made["media_tokens"] = {name: getattr(config, name) for name in names}
+        if config.video_pool != (1, 1, 1):
             pool = {"_target_": "TSPVideoEncoder", "pool_sizes": [list(config.video_pool)]}
             made["video_encoder"] = json.dumps(pool)
-        if config.chat_template is not None:
-            made["chat_template"] = config.chat_template
         return made
 
     # -- parts ----------------------------------------------------------------------------------
@@ -226,7 +231,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     # -- calls ----------------------------------------------------------------------------------
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -256,7 +261,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         caches = {"cache": cache, "past_key_values": past_key_values}
         kwargs.update({name: value for name, value in caches.items() if value is not None})
-        if inputs_embeds is None:
+        if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self.embed(input_ids, pixel_values, pixel_values_videos, video_frames)
         return self.llm(
             inputs_embeds=inputs_embeds,
@@ -288,10 +293,10 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         media = {name: kwargs.pop(name) for name in MEDIA if kwargs.get(name) is not None}
         if input_ids is not None and expand_size > 1:
             media = self._expand_media(media, input_ids, expand_size)
-        ids, kwargs = super()._expand_inputs_for_generation(
+        ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
-            input_ids=input_ids,
+            input_ids=input_ids,  # type: ignore[arg-type]
             **kwargs,
         )
         return ids, {**kwargs, **media}
@@ -339,4 +344,4 @@ def _load_part(loader: Any, folder: Path, kwargs: dict[str, Any]) -> Any:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -104,7 +104,9 @@ class VilaProcessor:
             )
         single = bool(conversation) and isinstance(conversation[0], dict)
         batch: Any = [conversation] if single else conversation
-        texts, images, videos = [], [], []
+        texts: list[str] = []
+        images: list[Any] = []
+        videos: list[Any] = []
         for messages in batch:
             plain = [{**m, "content": _flatten(m["content"], images, videos)} for m in messages]
             texts.append(
@@ -197,7 +199,7 @@ class VilaProcessor:
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
     @staticmethod
-    def _block(token: int, n: int, ends: tuple[list[int], list[int]]) -> list[int]:
+    def _block(token: int, n: int, ends: Sequence[list[int]]) -> list[int]:
         return [*ends[0], *[token] * n, *ends[1]]
 
     @property

@@ -1,0 +1,132 @@
+"""Prompts, pictures and videos as VILA takes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families_support import vila_folder
+from PIL import Image
+
+from tokencomp.errors import CheckpointError, MediaError
+from tokencomp.models import VilaProcessor
+from tokencomp.models.vila_images import even, tile_grid
+
+
+def processor(tmp_path: Path, **root: object) -> VilaProcessor:
+    return VilaProcessor.from_pretrained(vila_folder.write(tmp_path / "m", **root))
+
+
+def flat(color: int, size: tuple[int, int] = (28, 28)) -> Image.Image:
+    return Image.new("RGB", size, (color, color, color))
+
+
+def test_chat_template(tmp_path: Path) -> None:
+    made = processor(tmp_path)
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": flat(0)}, {"type": "text", "text": "\nWhat?"}],
+        },
+        {"role": "assistant", "content": "Black."},
+        {"role": "user", "content": "Sure?"},
+    ]
+    text = made.apply_chat_template(messages, tokenize=False)
+    assert text.endswith("USER: <image>\nWhat? ASSISTANT: Black.</s> USER: Sure? ASSISTANT:")
+    inputs = made.apply_chat_template(messages)
+    assert (inputs["input_ids"] == made.config.image_token_id).sum() == 16
+    batch = made.apply_chat_template([messages, messages[2:]])
+    assert batch["input_ids"].shape[0] == 2
+    assert batch["pixel_values"].shape == (1, 3, 28, 28)
+    with pytest.raises(MediaError, match="'audio'"):
+        made.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}])
+
+
+def test_no_template(tmp_path: Path) -> None:
+    made = processor(tmp_path, chat_template=None)
+    with pytest.raises(CheckpointError, match="vicuna_v1"):
+        made.apply_chat_template([{"role": "user", "content": "hi"}])
+    with pytest.raises(CheckpointError, match="'unheard'"):
+        processor(tmp_path / "x", chat_template="unheard")
+
+
+def test_evenly_spaced_frames(tmp_path: Path) -> None:
+    made = processor(tmp_path)
+    video = np.stack([np.full((28, 28, 3), 10 * i, np.uint8) for i in range(10)])
+    inputs = made("<vila/video>", videos=[video])
+    assert inputs["video_frames"].tolist() == [4]
+    shades = ((inputs["pixel_values_videos"].mean((1, 2, 3)) + 1) * 127.5).round().tolist()
+    assert shades == [0, 30, 60, 90]
+    assert made("<vila/video>", videos=[video], num_frames=2)["video_frames"].tolist() == [2]
+    assert made("<vila/video>", videos=[video[:3]])["video_frames"].tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("total", "limit", "expected"),
+    [(1, 8, [0]), (9, 3, [0, 4, 8]), (10, 4, [0, 3, 6, 9]), (5, 1, [0]), (7, 7, list(range(7)))],
+)
+def test_even(total: int, limit: int, expected: list[int]) -> None:
+    assert even(total, limit) == expected
+
+
+def test_tiles(tmp_path: Path) -> None:
+    """A 2:1 image becomes two tiles and a thumbnail, each with its own line in the prompt."""
+    made = processor(tmp_path, image_aspect_ratio="dynamic", max_tiles=4)
+    wide = Image.new("RGB", (56, 28), (0, 0, 0))
+    wide.paste((255, 255, 255), (28, 0, 56, 28))
+    inputs = made("<image>?", images=wide)
+    means = inputs["pixel_values"].mean((1, 2, 3))
+    torch.testing.assert_close(means[:2], torch.tensor([-1.0, 1.0]), atol=0.1, rtol=0)
+    assert len(means) == 3
+    image, newline = made.config.image_token_id, made.tokenizer("\n").input_ids
+    ids = inputs["input_ids"][0].tolist()
+    assert ids == ([image] * 16 + newline * 2) * 3 + made.tokenizer("?").input_ids
+    two = made("<image><image>", images=[wide, wide])  # only a single image is tiled
+    assert len(two["pixel_values"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "expected"),
+    [((100, 100), 12, (1, 1)), ((800, 800), 12, (3, 3)), ((300, 100), 12, (3, 1)),
+     ((100, 400), 6, (1, 4)), ((200, 100), 1, (1, 1))],
+)  # fmt: skip
+def test_tile_grid(size: tuple[int, int], most: int, expected: tuple[int, int]) -> None:
+    assert tile_grid(*size, side=200, least=1, most=most) == expected
+
+
+def test_pad(tmp_path: Path) -> None:
+    made = processor(tmp_path, image_aspect_ratio="pad")
+    pixels = made("<image>", images=flat(255, (28, 14)))["pixel_values"][0]
+    rows = pixels.mean((0, 2))
+    assert rows[14] > 0.9  # the picture
+    assert abs(rows[0]) < 0.1  # borders in the mean colour
+    assert abs(rows[-1]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "videos", "message"),
+    [
+        (["a", "<image><image>"], 1, 0, "prompt 1 has 2 <image>"),
+        (["<image>"], 2, 0, "2 images for 1 <image>"),
+        (["<vila/video>"], 0, 0, "prompt 0 has 1 <vila/video>"),
+        (["x"], 0, 1, "1 videos for 0"),
+    ],
+)
+def test_counts(tmp_path: Path, text: list[str], images: int, videos: int, message: str) -> None:
+    made = processor(tmp_path)
+    with pytest.raises(MediaError, match=message):
+        made(text, images=[flat(0)] * images, videos=[[flat(0)]] * videos)
+
+
+def test_bad_media(tmp_path: Path) -> None:
+    made = processor(tmp_path)
+    with pytest.raises(MediaError, match="video 0, frame 1: size 14×28"):
+        made("<vila/video>", videos=[[flat(0), flat(0, (14, 28))]])
+    with pytest.raises(MediaError, match="video 0: no frames"):
+        made("<vila/video>", videos=[[]])
+    with pytest.raises(MediaError, match="prompt 0, image 0"):
+        made("<image>", images=[np.zeros((4, 4), np.uint8)])
+    with pytest.raises(MediaError, match="no such file|cannot|damaged|missing"):
+        made("<image>", images=[tmp_path / "none.png"])
