@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -44,8 +45,7 @@ def vllm_command(
         )
     ServerOptions.parse(options)
     check_architecture(model)
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
-    command += ["--host", bind.host, "--port", str(bind.port)]
+    command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
     if limits.allowed_path is not None:
         command += ["--allowed-local-media-path", str(limits.allowed_path.resolve())]
     if bind.api_key:
@@ -63,6 +63,15 @@ def vllm_command(
     # lets the workers' times reach /metrics
     env.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="tokencomp-metrics-"))
     return [*command, *extra], env
+
+
+def _entry(model: str) -> list[str]:
+    """`vllm serve MODEL`; builds published under another name have a CLI that does not start."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
 
 
 def check_architecture(model: str) -> None:

@@ -37,4 +37,3 @@ def build_inputs(model: Any, processor: Any, prompts: list[Prompt]) -> dict[str,
     except Exception as error:  # templates and processors raise whatever they like
         raise RequestError(f"the model's processor refuses the prompt: {error}") from error
     return to_model(inputs, model)
-

@@ -1,0 +1,146 @@
+"""Server options, request options, and the plan of a media item."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import tests_support
+import torch
+
+import tokencomp
+from tokencomp.context import VisualSpan, VisualTokens
+from tokencomp.errors import OptionError, RatioError
+from tokencomp.reducers.base import available_reducers, make_reducer
+from tokencomp.serving.items import ItemPlan, Layout
+from tokencomp.serving.spec import ServerOptions, Spec, servable_reducers
+
+SERVABLE = servable_reducers()
+LAYOUTS = [
+    Layout((1, 5, 7)),
+    Layout((3, 4, 4)),
+    Layout((1, 6, 5), "rows"),
+    Layout((4, 3, 3), "end"),
+    Layout((1, 1, 1)),
+]
+
+
+def special_by_loops(layout: Layout) -> list[bool]:
+    t, h, w = layout.grid
+    if layout.special == "rows":
+        return [flag for _ in range(h) for flag in [*[False] * w, True]]
+    return [False] * (t * h * w) + [True] * (layout.special == "end")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_special_tokens(layout: Layout) -> None:
+    mask = layout.special_mask(torch.device("cpu")).tolist()
+    assert mask == special_by_loops(layout)
+    assert layout.length == len(mask) and layout.num_special == sum(mask)
+
+
+@pytest.mark.parametrize("name", SERVABLE)
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75, 0.95])
+def test_both_homes_count_and_reduce_alike(name: str, ratio: float) -> None:
+    """The count is the one the Hugging Face path plans; rows are its reducer's, span by span."""
+    reducer = make_reducer(name)
+    stages = reducer.plan(ratio, 4).stages
+    assert [s.layer for s in stages] == [0]
+    plan = ItemPlan.make("video", LAYOUTS, Spec(reducer, ratio))
+    x = torch.randn(plan.full, 16, generator=torch.Generator().manual_seed(1))
+    rows, index = plan.reduce(x)
+    start = at = 0
+    for layout, keep in zip(LAYOUTS, plan.keep, strict=True):
+        special = torch.tensor(special_by_loops(layout))
+        marks = tuple(special.nonzero()[:, 0].tolist())
+        span = VisualSpan(0, layout.length, layout.grid, "video", marks)
+        assert reducer.plan(ratio, 4).counts(span) == [keep]
+        part = x[start : start + layout.length]
+        if keep < layout.length:
+            done = reducer.reduce(VisualTokens(part, layout.grid, special, kind="video"), keep)
+            want = part[done.keep] if done.merged is None else done.merged
+            assert torch.equal(rows[at : at + keep], want)
+            assert torch.equal(index[at : at + keep], done.keep + start)
+        else:
+            assert torch.equal(rows[at : at + keep], part)
+        start, at = start + layout.length, at + keep
+    assert at == plan.kept == len(rows) == len(index)
+
+
+def test_layouts_are_the_spans_of_the_adapters() -> None:
+    """An image and a video of LLaVA-OneVision, cut by the adapter of the patched model."""
+    family = tests_support.FAMILIES["llava_onevision"]
+    model = family.build()
+    with tokencomp.patch(model, 0.5, reducer="uniform") as handle:
+        model(**family.batch([[family.image(1), [5], family.video(4)]]))
+        spans = handle.stats.spans[0]
+    for span, layout in zip(
+        spans,
+        [Layout((1, 4, 4)), Layout((1, 4, 8), "rows"), Layout((4, 2, 2), "end")],
+        strict=True,
+    ):
+        assert (span.grid, span.length) == (layout.grid, layout.length)
+        assert span.special_mask().tolist() == special_by_loops(layout)
+
+
+def test_plans_travel_unchanged() -> None:
+    plan = ItemPlan.make("image", LAYOUTS, Spec(make_reducer("random", seed=3), 0.4))
+    data = plan.to_tensor()
+    assert data.dtype == torch.uint8 and ItemPlan.from_tensor(data) == plan
+    with pytest.raises(RuntimeError, match="planned"):
+        plan.reduce(torch.zeros(plan.full + 1, 4))
+
+
+def test_request_options_go_before_the_server_default() -> None:
+    text = '{"reducer": "random", "ratio": 0.5, "options": {"seed": 7}, "max_ratio": 0.8}'
+    server = ServerOptions.parse(text)
+    assert server.default.describe() == {
+        "reducer": "random", "ratio": 0.5, "options": {"seed": 7}
+    }  # fmt: skip
+    assert server.resolve(None) is server.default
+    assert server.resolve({"ratio": 0.25}).describe()["options"] == {"seed": 7}
+    assert server.resolve({"options": {"seed": 8}}).describe()["options"] == {"seed": 8}
+    assert server.resolve({"reducer": "uniform"}).describe()["reducer"] == "uniform"
+    assert server.resolve({"ratio": 0}).describe() == Spec().describe()
+    assert hash(server.resolve({"ratio": 0.5})) == hash(server.default)
+    for wrong in ({"ratio": 0.81}, {"ratio": -1}, {"ratio": None}, {"ratio": "nan"}):
+        with pytest.raises(RatioError):
+            server.resolve(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"reducer": "nothing"}, {"reducer": 3}, {"rate": 0.5}, {"options": [1]}, "{", "3", [1],
+        {"options": {"sead": 1}, "reducer": "random"}, {"max_ratio": 0.5},
+    ],
+)  # fmt: skip
+def test_bad_request_options(wrong: Any) -> None:
+    with pytest.raises(OptionError):
+        ServerOptions().resolve(wrong)
+
+
+def test_fixed_servers_refuse_request_options() -> None:
+    server = ServerOptions.parse({"ratio": 0.5, "reducer": "uniform", "per_request": False})
+    assert server.resolve(None).ratio == 0.5
+    with pytest.raises(OptionError, match="per_request=false"):
+        server.resolve({"ratio": 0.1})
+    with pytest.raises(OptionError, match="true or false"):
+        ServerOptions.parse({"per_request": "no"})
+
+
+def test_reducers_an_engine_cannot_run_are_refused_with_those_it_can() -> None:
+    refused = [name for name in available_reducers() if name not in SERVABLE]
+    assert {"fastv", "aim"} <= set(refused)
+    for name in refused:
+        with pytest.raises(OptionError) as error:
+            ServerOptions.parse({"reducer": name, "ratio": 0.5})
+        assert all(good in str(error.value) for good in SERVABLE)
+        assert ServerOptions.parse({"reducer": name, "ratio": 0.5}, engine="hf").default.active
+
+
+def test_options_are_plain_json() -> None:
+    for name in SERVABLE:
+        described = Spec(make_reducer(name), 0.5).describe()
+        assert json.loads(json.dumps(described)) == described

@@ -1,0 +1,113 @@
+"""What the plugin refuses, and the arithmetic it rests on; no engine is started."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import conftest
+import pytest
+
+if not conftest.HAS_VLLM:
+    pytest.skip("vllm is not installed here", allow_module_level=True)
+
+import torch
+from vllm.config import CUDAGraphMode
+
+from tokencomp.errors import UnsupportedModelError
+from tokencomp.serving.vllm import checks
+from tokencomp.serving.vllm.model import batches
+from tokencomp.serving.vllm.mrope import pack_offsets, unpack_offsets
+
+
+def config(**changes: Any) -> Any:
+    """As much of a VllmConfig as the checks read, with dotted changes."""
+    made = SimpleNamespace(
+        model_config=SimpleNamespace(
+            multimodal_config=SimpleNamespace(video_pruning_rate=None, mm_encoder_tp_mode="weights")
+        ),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1, tensor_parallel_size=1, use_ubatching=False
+        ),
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE),
+        ec_transfer_config=None, kv_transfer_config=None, speculative_config=None,
+        use_v2_model_runner=False,
+    )  # fmt: skip
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        target = made
+        for parent in parents:
+            target = getattr(target, parent)
+        setattr(target, last, value)
+    return made
+
+
+WRONG = {"model_config__multimodal_config__video_pruning_rate": 0.5}
+WRONG_FOR_OFFSETS = {
+    "parallel_config__pipeline_parallel_size": 2,
+    "parallel_config__use_ubatching": True,
+    "speculative_config": object(),
+}
+UNPROVEN = {
+    "model_config__multimodal_config__mm_encoder_tp_mode": "data",
+    "ec_transfer_config": object(),
+    "kv_transfer_config": object(),
+}
+
+
+@pytest.mark.parametrize("name", [*WRONG, *WRONG_FOR_OFFSETS, *UNPROVEN, "use_v2_model_runner"])
+def test_unknown_settings_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = {**WRONG, **WRONG_FOR_OFFSETS, **UNPROVEN, "use_v2_model_runner": True}
+    bad = config(**{name: every[name]})
+    with pytest.raises(UnsupportedModelError, match="TOKENCOMP_VLLM=off"):
+        checks.check_engine(bad, offsets=True)
+    monkeypatch.setenv("TOKENCOMP_ALLOW_UNTESTED", "1")
+    if name in WRONG or name in WRONG_FOR_OFFSETS:  # known to be wrong: no way around
+        with pytest.raises(UnsupportedModelError):
+            checks.check_engine(bad, offsets=True)
+    else:
+        checks.check_engine(bad, offsets=True)
+
+
+def test_models_with_plain_positions_have_fewer_limits() -> None:
+    for name, value in WRONG_FOR_OFFSETS.items():
+        checks.check_engine(config(**{name: value}), offsets=False)
+    full = config(compilation_config__cudagraph_mode=CUDAGraphMode.FULL)
+    checks.check_engine(full, offsets=False)
+    assert full.compilation_config.cudagraph_mode is CUDAGraphMode.FULL
+
+
+def test_full_graphs_become_piecewise_where_offsets_are_added() -> None:
+    for mode in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_AND_PIECEWISE):
+        made = config(compilation_config__cudagraph_mode=mode)
+        checks.check_engine(made, offsets=True)
+        assert made.compilation_config.cudagraph_mode is CUDAGraphMode.PIECEWISE
+
+
+def test_other_engine_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("0.31.2", "0.33.0", "1.0", "0.320.0"):
+        monkeypatch.setattr(checks.vllm, "__version__", version)
+        with pytest.raises(UnsupportedModelError, match=rf"{version} .tested: 0\.32\.x"):
+            checks.check_engine(config(), offsets=False)
+    monkeypatch.setattr(checks.vllm, "__version__", "0.32.4")
+    checks.check_engine(config(), offsets=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_offsets_survive_any_dtype(dtype: torch.dtype) -> None:
+    offsets = torch.arange(65536).repeat(3, 1)
+    offsets[1], offsets[2] = offsets[1].flip(0), (offsets[2] * 7) % 65536
+    assert torch.equal(unpack_offsets(pack_offsets(offsets, dtype)), offsets)
+    with pytest.raises(RuntimeError, match="16 bits"):
+        pack_offsets(torch.tensor([[65536], [0], [0]]), dtype)
+
+
+def test_vision_batches_hold_full_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        sizes = torch.randint(1, 60, (int(torch.randint(1, 12, (1,), generator=generator)),))
+        sizes, budget = sizes.tolist(), int(torch.randint(1, 100, (1,), generator=generator))
+        runs = list(batches(sizes, budget))
+        assert [i for first, stop in runs for i in range(first, stop)] == list(range(len(sizes)))
+        for first, stop in runs:
+            assert stop - first == 1 or sum(sizes[first:stop]) <= budget

@@ -1,0 +1,151 @@
+"""`tokencomp serve --engine vllm`: real engine processes, a real `openai` client."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import Any
+
+import conftest
+import pytest
+
+if not conftest.HAS_VLLM:
+    pytest.skip("vllm is not installed here", allow_module_level=True)
+
+import http_support as http
+import openai
+
+QUESTION = "What color is the circle?"
+ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def served(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder, root = tiny_folder("qwen2_vl"), tmp_path_factory.mktemp("vllm")
+    (root / "media").mkdir()
+    arguments = ["--engine", "vllm", "--model", folder, "--ratio", 0.5, "--reducer", "uniform"]
+    arguments += ["--served-model-name", "tiny", "--allowed-media-path", root / "media"]
+    arguments += ["--", "--enforce-eager", "--dtype", "float32", "--max-model-len", 1024]
+    arguments += ["--block-size", 32, "--max-num-seqs", 16]
+    with http.server(root / "log", *arguments, **ENV) as url:
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=120)
+        yield url, client, folder, root
+
+
+def ask(client: Any, *urls: str, text: str = QUESTION, **more: Any) -> Any:
+    options = more.pop("tokencomp", None)
+    body: dict[str, Any] = {"ignore_eos": True}
+    if options is not None:
+        body["mm_processor_kwargs"] = {"tokencomp": options}
+    return client.chat.completions.create(
+        model="tiny", messages=http.messages(text, *urls), max_tokens=more.pop("max_tokens", 8),
+        temperature=0, extra_body=body, **more,
+    )  # fmt: skip
+
+
+def expected(folder: Any, urls: list[str], spec: dict[str, Any]) -> tuple[str, int, int]:
+    """Text, prompt tokens and visual tokens removed, from the patched Hugging Face model."""
+    import hf_reference
+    import torch
+    from PIL import Image
+
+    import tokencomp
+    from tokencomp.evaluation.answering import build_inputs
+    from tokencomp.serving.hf.media import Limits, load_image, load_video
+
+    model, processor = hf_reference.load(folder)
+    media = [
+        [Image.fromarray(f) for f in load_video(u, Limits())]
+        if u.startswith("data:video")
+        else load_image(u, Limits())
+        for u in urls
+    ]
+    inputs = build_inputs(processor, [media], [QUESTION])
+    with tokencomp.patch(model, spec["ratio"], reducer=spec["reducer"]) as handle, torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        stats = handle.stats
+    n = inputs["input_ids"].shape[1]
+    removed = stats.tokens_before[0] - stats.tokens_after[0][0]
+    text = processor.tokenizer.decode(out[0, n:], skip_special_tokens=True)
+    return text, n - removed, removed
+
+
+@pytest.mark.parametrize("reducer", ["uniform", "merge"])
+def test_equals_the_patched_model_over_http(served: Any, reducer: str) -> None:
+    _, client, folder, _ = served
+    spec = {"reducer": reducer, "ratio": 0.6}
+    image, video = http.image_url(1), http.video_url(2)
+    for urls in ([image], [video], [image, http.image_url(3, 168, 280)], [image, video]):
+        answer, plain = (
+            ask(client, *urls, tokencomp=spec),
+            ask(client, *urls, tokencomp={"ratio": 0}),
+        )
+        text, prompt, removed = expected(folder, urls, spec)
+        assert answer.choices[0].message.content == text
+        assert answer.usage.prompt_tokens == prompt
+        assert plain.usage.prompt_tokens - prompt == removed > 0
+
+
+def test_server_default(served: Any) -> None:
+    _, client, folder, _ = served
+    url = http.image_url(1)
+    text, prompt, _ = expected(folder, [url], {"reducer": "uniform", "ratio": 0.5})
+    answer = ask(client, url)
+    assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
+
+
+def test_64_concurrent_requests_and_none_is_lost(served: Any) -> None:
+    _, client, _, _ = served
+    urls = [http.image_url(seed, 112 + 28 * (seed % 4), 168) for seed in range(8)]
+    specs = [None, {"ratio": 0.75}]
+    jobs = [(urls[i % 8], specs[i // 8 % 2]) for i in range(64)]
+    alone = {(u, str(s)): ask(client, u, tokencomp=s) for u in urls for s in specs}
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda job: ask(client, job[0], tokencomp=job[1]), jobs))
+    for (u, s), answer in zip(jobs, answers, strict=True):
+        one = alone[u, str(s)]
+        assert answer.choices[0].message.content == one.choices[0].message.content
+        assert answer.usage.prompt_tokens == one.usage.prompt_tokens
+
+
+def test_an_abandoned_stream_is_aborted(served: Any) -> None:
+    url, client, _, _ = served
+    stream = ask(client, http.image_url(1), stream=True, max_tokens=800)
+    next(iter(stream))
+    stream.close()
+    assert ask(client, http.image_url(2)).choices[0].message.content
+    assert http.metric(url, "vllm:num_requests_running") == 0
+    assert http.metric(url, "vllm:generation_tokens_total") < 100_000
+
+
+def test_metrics_count_tokens(served: Any) -> None:
+    url, client, _, _ = served
+    names = [f"tokencomp_visual_tokens_{n}_total" for n in ("before", "after")]
+    media = http.image_url(5)
+    for _ in range(2):  # the second time the media come from the cache
+        start = [http.metric(url, n) for n in names]
+        ask(client, media, tokencomp={"ratio": 0.75})
+        told = [http.metric(url, n) - s for n, s in zip(names, start, strict=True)]
+        assert told == [64, 16]
+    assert http.metric(url, "tokencomp_reduce_seconds_total") > 0
+
+
+def test_malformed_requests_get_4xx_and_the_server_goes_on(served: Any) -> None:
+    url, client, _, root = served
+    http.tiny.image(1).save(root / "secret.png")
+    good = http.image_url(1)
+    media = [
+        "http://127.0.0.1:9/x.png", (root / "secret.png").as_uri(), "file:///etc/passwd",
+        "data:image/png;base64,aGVsbG8=", good[: len(good) // 2], "data:video/mp4;base64,aGVsbG8=",
+    ]  # fmt: skip
+    for bad in media:
+        with pytest.raises(openai.APIStatusError) as error:
+            ask(client, bad)
+        assert 400 <= error.value.status_code < 500, (bad, error.value)
+    wrong = [{"ratio": 2}, {"ratio": "x"}, {"reducer": "none"}, {"reducer": "fastv"}, {"rate": 1}]
+    for options in wrong:
+        with pytest.raises(openai.BadRequestError, match=r"ratio|reducer|Allowed"):
+            ask(client, good, tokencomp=options)
+    with pytest.raises(openai.BadRequestError):
+        ask(client, good, text="What " * 1500)
+    assert ask(client, good).choices[0].message.content
+    assert http.get(url + "/health")[0] == 200
