@@ -1,0 +1,151 @@
+"""Training of the ADSC adapter."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests_support import Family, text
+
+import tokencomp
+from tokencomp.errors import MissingDependencyError, OptionError, RatioError, UnknownNameError
+from tokencomp.training.adsc import AdscConfig, add_lora, train_adsc
+from tokencomp.training.loop import answer_loss
+
+pytest.importorskip("peft")
+SMALL = AdscConfig(
+    schedule=("0.67", "0|0.5"),
+    steps=4,
+    batch=2,
+    samples=8,
+    kind="image",
+    evaluate=2,
+    save_every=1,
+    ratios=(0.0, 0.67),
+)
+
+
+def copied(tiny: Any) -> tuple[Any, Any]:
+    """PEFT changes the model it wraps."""
+    return copy.deepcopy(tiny[0]), tiny[1]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Any, data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    output = tmp_path_factory.mktemp("adsc")
+    return train_adsc(*copied(tiny), data, output, SMALL), output
+
+
+def test_the_adapter_loads_with_peft(trained: Any, tiny: Any, data: str) -> None:
+    from peft import PeftModel
+
+    from tokencomp.training.data import load_batch, questions
+
+    tuned, output = trained
+    inputs, _ = load_batch([questions(data, "image", 1)[0]], tiny[1], 8)
+    again = PeftModel.from_pretrained(copied(tiny)[0], str(output)).eval()
+    with torch.no_grad():
+        expected, plain = tuned(**inputs).logits, tiny[0](**inputs).logits
+        assert torch.equal(again(**inputs).logits, expected)
+        assert not torch.allclose(expected, plain)
+        with tokencomp.patch(again, 0.67, reducer="adsc") as handle:
+            again(**inputs)
+            assert handle.stats.ratio == pytest.approx(0.67, abs=0.06)
+
+
+def test_only_linear_layers_of_the_decoder_are_adapted(trained: Any) -> None:
+    from safetensors.torch import load_file
+
+    names = list(load_file(trained[1] / "adapter_model.safetensors"))
+    assert len(names) == 6 * 7 * 2
+    assert all(".language_model.layers." in name and ".lora_" in name for name in names)
+
+
+def test_the_card_tells_the_run(trained: Any) -> None:
+    card = json.loads((trained[1] / "tokencomp.json").read_text())
+    assert card["config"]["schedule"] == ["0.67", "0|0.5"]
+    assert [(r["name"], r["ratio"]) for r in card["accuracy"]] == [
+        ("full", 0.0), ("trained", 0.0), ("trained", 0.67), ("training-free", 0.67),
+        ("random", 0.67),
+    ]  # fmt: skip
+    left = {p.name for p in trained[1].iterdir()}
+    assert left == {
+        "adapter_model.safetensors", "adapter_config.json", "tokencomp.json", "checkpoint.pt",
+    }  # fmt: skip
+    config = json.loads((trained[1] / "adapter_config.json").read_text())
+    assert not Path(config["base_model_name_or_path"]).is_absolute()
+
+
+def test_a_finished_run_is_resumed_and_another_is_refused(
+    trained: Any, tiny: Any, data: str
+) -> None:
+    _, output = trained
+    before = (output / "adapter_model.safetensors").read_bytes()
+    train_adsc(*copied(tiny), data, output, SMALL)
+    assert (output / "adapter_model.safetensors").read_bytes() == before
+    with pytest.raises(OptionError, match="rank"):
+        train_adsc(*copied(tiny), data, output, replace(SMALL, rank=4))
+
+
+def test_schedules_run_in_both_directions() -> None:
+    mild = AdscConfig(schedule=("0.5", "0.67", "0.8"), steps=9)
+    harsh = AdscConfig(schedule=("0.8", "0.67", "0.5"), steps=9)
+    ratios = [mild.ratio_at(step) for step in range(9)]
+    assert ratios == [0.5] * 3 + [0.67] * 3 + [0.8] * 3
+    assert [harsh.ratio_at(step) for step in range(9)] == ratios[::-1]
+    turns = AdscConfig(schedule=("0", "0.5|0.8"), steps=8)
+    assert [turns.ratio_at(step) for step in range(8)] == [0.0] * 4 + [0.5, 0.8] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"schedule": ()}, OptionError),
+        ({"schedule": ("0.5", "1.5")}, RatioError),
+        ({"schedule": ("a|b",)}, RatioError),
+        ({"reducer": "adcs"}, UnknownNameError),
+        ({"options": {"windows": 2}}, OptionError),
+    ],
+)
+def test_bad_settings_are_refused_before_training(changes: Any, error: type) -> None:
+    with pytest.raises(error):
+        AdscConfig(**changes)
+
+
+def test_missing_peft_is_named(
+    tiny: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingDependencyError, match=r"tokencomp\[train\]"):
+        train_adsc(*copied(tiny), data, tmp_path / "new", SMALL)
+    assert not (tmp_path / "new").exists()
+
+
+def test_losses_under_a_patch_see_full_length_labels(family: Family) -> None:
+    """Short logits at the end, or labels over the whole length: the same loss and gradients."""
+    model = family.build().train()
+    rows = [[text(4), family.image(), text(6), [9, 8]], [family.video(), text(7), [5, 4]]]
+    inputs = family.batch(rows)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -2:] = inputs["input_ids"][:, -2:]
+    weight = model.get_decoder().layers[0].self_attn.o_proj.weight
+    with tokencomp.patch(model, 0.5, reducer="adsc"):
+        short = answer_loss(model, inputs, labels)
+        full = model(**inputs, labels=labels, use_cache=False).loss
+        torch.testing.assert_close(short, full)
+        grads = [torch.autograd.grad(loss, weight)[0] for loss in (short, full)]
+    torch.testing.assert_close(*grads)
+    assert grads[0].abs().sum() > 0
+
+
+def test_lora_starts_as_the_model_itself(tiny: Any) -> None:
+    model, _ = copied(tiny)
+    tuned = add_lora(model, SMALL)
+    trainable = {n for n, p in tuned.named_parameters() if p.requires_grad}
+    assert trainable and all("lora_" in n and "visual" not in n for n in trainable)
