@@ -193,6 +193,9 @@ class Hooks:
 
     def _go_on(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
         """Later tokens on a compressed cache: masks only, and for one unpadded token none."""
+        if kwargs.get("inputs_embeds") is None:
+            kwargs["inputs_embeds"] = self.adapter.decoder.embed_tokens(kwargs["input_ids"])
+            kwargs["input_ids"] = None
         x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         if kwargs.get("position_ids") is not None and self.adapter.mrope:
             kwargs["position_ids"] = kwargs["position_ids"][-3:]

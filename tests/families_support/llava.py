@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import GenerationMixin
 
 from families_support.base import EOS, IMAGE, PAD, VIDEO, VOCAB, Family, Media
 
@@ -92,6 +93,11 @@ class LlavaNext(LlavaOnevision):
     """Mosaic with line breaks as in LLaVA-OneVision, no pooled videos."""
 
     name = "llava_next"
+
+    def defect(self, test: str) -> str:
+        if "beam" in test and not hasattr(GenerationMixin, "_expand_multimodal_outputs"):
+            return "the release repeats images one by one, beams of several images get mixed up"
+        return ""
 
     def model_class(self) -> type:
         return transformers.LlavaNextForConditionalGeneration

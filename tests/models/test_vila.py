@@ -10,7 +10,6 @@ import torch
 from families_support import vila_folder
 from PIL import Image
 from safetensors.torch import load_file
-from tests_support import VOCAB  # noqa: F401  (the shared support must import)
 from torch import Tensor
 
 from tokencomp.errors import CheckpointError, SpanError
@@ -150,10 +149,8 @@ def test_auto_classes(folder: Path) -> None:
 
 def test_pooled_video(tmp_path: Path) -> None:
     """Blocks of 2×2×2 tokens are averaged (NVILA's temporal and spatial pooling)."""
-    spec = json.dumps(
-        {"_target_": "llava.model.encoders.TSPVideoEncoder", "pool_sizes": [[2, 2, 2]]}
-    )
-    model, processor = load(vila_folder.write(tmp_path / "m", video_encoder=spec))
+    spec = {"_target_": "llava.model.encoders.TSPVideoEncoder", "pool_sizes": [[2, 2, 2]]}
+    model, processor = load(vila_folder.write(tmp_path / "m", video_encoder=json.dumps(spec)))
     frames = [picture(i) for i in range(4)]
     inputs = processor("<vila/video>", videos=[frames])
     with torch.no_grad():

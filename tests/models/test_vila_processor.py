@@ -128,5 +128,5 @@ def test_bad_media(tmp_path: Path) -> None:
         made("<vila/video>", videos=[[]])
     with pytest.raises(MediaError, match="prompt 0, image 0"):
         made("<image>", images=[np.zeros((4, 4), np.uint8)])
-    with pytest.raises(MediaError, match="no such file|cannot|damaged|missing"):
+    with pytest.raises(MediaError, match=r"none\.png"):
         made("<image>", images=[tmp_path / "none.png"])

@@ -1,0 +1,115 @@
+"""What every family's visual spans are, spelled out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests_support import FAMILIES, Media, text
+
+import tokencomp
+from tokencomp.context import VisualSpan
+from tokencomp.errors import SpanError
+
+
+def spans(name: str, *media: Media, before: int = 3) -> list[VisualSpan]:
+    """Spans of one prompt: `before` text tokens, the media with a text token between, text."""
+    family = FAMILIES[name]
+    if family.defect("") or getattr(family, "no_video", str)():
+        pytest.skip("the release cannot do this")
+    row: list[Any] = [text(before)]
+    for item in media:
+        row += [item, text(1)]
+    model = family.build()
+    with torch.no_grad(), tokencomp.patch(model, 0.3, reducer="uniform") as handle:
+        model(**family.batch([[*row, text(4)]]), use_cache=False)
+        return handle.stats.spans[0]
+
+
+def brief(found: list[VisualSpan]) -> list[tuple[Any, ...]]:
+    return [(s.start, s.length, s.grid, s.kind) for s in found]
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_qwen(name: str) -> None:
+    family = FAMILIES[name]
+    found = spans(name, family.image(0), family.video(6))
+    assert brief(found) == [(4, 16, (1, 4, 4), "image"), (23, 24, (3, 2, 4), "video")]
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe"])
+def test_qwen3_video_is_one_span(name: str) -> None:
+    """Timestamps between frames are text; two videos in a row are told apart."""
+    family = FAMILIES[name]
+    found = spans(name, family.video(4), family.video(6), family.image(1))
+    # per frame: < t > start, 8 tokens, end
+    assert brief(found) == [
+        (7, 21, (2, 2, 4), "video"),
+        (34, 34, (3, 2, 4), "video"),
+        (71, 8, (1, 2, 4), "image"),
+    ]
+    assert found[0].text == (8, 9, 10, 11, 12)
+    assert found[0].visual == 16
+    assert found[0].special == ()
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_next_video", "llava_onevision"])
+def test_mosaic(name: str) -> None:
+    found = spans(name, FAMILIES[name].image(0))
+    assert brief(found) == [(3, 16, (1, 4, 4), "image"), (19, 72, (1, 8, 8), "image")]
+    assert found[1].special == tuple(range(8, 72, 9))
+
+
+def test_next_video() -> None:
+    """Two videos side by side are two spans."""
+    family = FAMILIES["llava_next_video"]
+    a, b = family.video(3), family.video(3)
+    pixels = torch.cat([a.inputs["pixel_values_videos"], b.inputs["pixel_values_videos"]])
+    pair = Media(a.ids[:-1] + b.ids, {"pixel_values_videos": pixels})
+    found = spans("llava_next_video", pair)
+    assert brief(found) == [(3, 12, (3, 2, 2), "video"), (15, 12, (3, 2, 2), "video")]
+
+
+def test_tiles() -> None:
+    assert brief(spans("llava", FAMILIES["llava"].video(2))) == [
+        (3, 16, (1, 4, 4), "image"),
+        (19, 16, (1, 4, 4), "image"),
+    ]
+    found = spans("internvl", FAMILIES["internvl"].image(0), FAMILIES["internvl"].video(2))
+    assert [s.start for s in found] == [4, 20, 36, 57, 77]
+    assert {s.grid for s in found} == {(1, 4, 4)}
+    for name in ("smolvlm", "idefics3"):
+        found = spans(name, FAMILIES[name].image(0))
+        assert [s.start for s in found] == [5, 23, 41]
+        assert {s.grid for s in found} == {(1, 4, 4)}
+
+
+def test_vila() -> None:
+    """Separators are special, and a video is one span."""
+    family = FAMILIES["vila"]
+    found = spans("vila", family.image(1), family.video(3), family.video(2))
+    assert brief(found) == [
+        (3, 17, (1, 4, 4), "image"),
+        (20, 17, (1, 4, 4), "image"),
+        (38, 51, (3, 4, 4), "video"),
+        (90, 34, (2, 4, 4), "video"),
+    ]
+    assert found[2].special == (16, 33, 50)
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_wrong_tile_is_refused(name: str) -> None:
+    """A vision config that does not describe the tiles."""
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(1), text(4)]])
+    with torch.no_grad(), tokencomp.patch(model, 0.3, reducer="uniform"):
+        vision = model.config.vision_config
+        old = vision.patch_size
+        vision.patch_size = [3, 3] if isinstance(old, (list, tuple)) else 3
+        try:
+            with pytest.raises(SpanError, match="tiles"):
+                model(**inputs)
+        finally:
+            vision.patch_size = old
