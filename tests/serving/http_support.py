@@ -21,7 +21,7 @@ import numpy as np
 import tiny
 from PIL import Image
 
-START_SECONDS = 180
+START_SECONDS = 400
 
 
 def free_port() -> int:

@@ -43,7 +43,8 @@ def vllm_command(
             "`--engine vllm` needs vLLM: pip install 'tokencomp[vllm]' (in its own environment), "
             "or use --engine hf."
         )
-    ServerOptions.parse(options)
+    trusting = "--trust-request-mm-kwargs" in extra
+    parsed = ServerOptions.parse({**options, "only_own": not trusting})
     check_architecture(model)
     command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
     if limits.allowed_path is not None:
@@ -52,11 +53,14 @@ def vllm_command(
         command += ["--api-key", bind.api_key]
     env = {
         **os.environ,
-        "TOKENCOMP_SERVING": json.dumps(options),
+        "TOKENCOMP_SERVING": json.dumps({**options, "only_own": parsed.only_own}),
         "TOKENCOMP_VLLM": "on",
         # model runner V2 is untested with compressed M-RoPE media
         "VLLM_USE_V2_MODEL_RUNNER": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0"),
     }
+    if parsed.per_request and not trusting:
+        # vLLM hands the options of requests on only with this flag; only_own narrows it to ours
+        command.append("--trust-request-mm-kwargs")
     if "--allowed-media-domains" not in extra:
         # vLLM fetches remote media by default: allow no host
         command += ["--allowed-media-domains", "invalid."]

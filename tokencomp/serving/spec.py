@@ -14,7 +14,7 @@ from tokencomp.reducers.base import Reducer, available_reducers, make_reducer
 
 DEFAULT_REDUCER = "merge"
 REQUEST_KEYS = ("reducer", "ratio", "options")
-SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "per_request")
+SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "per_request", "only_own")
 
 
 def servable_reducers() -> list[str]:
@@ -71,11 +71,15 @@ class ServerOptions:
         Largest ratio a request may ask for.
     per_request : bool
         False refuses requests that bring their own reducer, ratio or options.
+    only_own : bool
+        True refuses all other processor options of a request (vLLM hands them through, and they
+        can make media many times larger).
     """
 
     default: Spec = field(default_factory=Spec)
     max_ratio: float = MAX_RATIO
     per_request: bool = True
+    only_own: bool = False
 
     @classmethod
     def parse(cls, given: Any, engine: str = "vllm") -> ServerOptions:
@@ -90,12 +94,14 @@ class ServerOptions:
             return cls()
         values = as_mapping(given, SERVER_KEYS)
         max_ratio = check_ratio(values.get("max_ratio", MAX_RATIO))
-        per_request = values.get("per_request", True)
-        if not isinstance(per_request, bool):
-            raise OptionError(f"per_request={per_request!r}: expected true or false.")
+        flags = {"per_request": True, "only_own": False}
+        for name, default in flags.items():
+            flags[name] = values.get(name, default)
+            if not isinstance(flags[name], bool):
+                raise OptionError(f"{name}={flags[name]!r}: expected true or false.")
         base = cls(max_ratio=max(max_ratio, check_ratio(values.get("ratio", 0.0))))
         request = {k: v for k, v in values.items() if k in REQUEST_KEYS}
-        return cls(base.resolve(request, engine), max_ratio, per_request)
+        return cls(base.resolve(request, engine), max_ratio, **flags)
 
     def resolve(self, given: Any, engine: str = "vllm") -> Spec:
         """The spec of a request that asks for `given` (None: the server's default).

@@ -85,6 +85,11 @@ class CompressingProcessor:
     # -- vLLM's processing steps ----------------------------------------------------------------
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        others = sorted(self._plain(inputs.hf_processor_mm_kwargs))
+        if others and self._options.only_own:
+            raise OptionError(
+                f"mm_processor_kwargs {', '.join(others)}: this server takes only {KEY!r} there."
+            )
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         if inputs.hf_processor_mm_kwargs.get(KEY) is not OFF:
             self._counts.add(result)
