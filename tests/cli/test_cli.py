@@ -9,17 +9,7 @@ import sys
 
 import pytest
 import torch
-
-from tokencomp.cli import main
-
-
-def run(*args: object) -> int:
-    """Exit code of `tokencomp ARGS`, in this process."""
-    try:
-        main([str(a) for a in args])
-    except SystemExit as leave:
-        return int(leave.code or 0)
-    return 0
+from cli_support import run
 
 
 def test_list_is_generated_from_the_registries(capsys):
@@ -121,6 +111,6 @@ def test_mistakes_end_in_one_clean_message(args, message, capsys):
 
 
 def test_the_command_starts_quickly_and_imports_no_torch():
-    code = "import sys; from tokencomp.cli._app import build_app as b; b(); print('torch' in sys.modules)"
+    code = "import sys, tokencomp.cli._app as a; a.build_app(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -89,3 +89,12 @@ def load_files(
         media = load_media(path, frames)
         loaded.append(media if isinstance(media, list) else [media])
     return loaded
+
+
+def settings_for(chosen: list[str], at: list[float], options: dict[str, Any]) -> list[Any]:
+    """The full model, then each reducer at each ratio; "auto" becomes the reducer it stands for."""
+    from tokencomp.evaluation.settings import grid
+    from tokencomp.patching import DEFAULT_REDUCER
+
+    resolved = [DEFAULT_REDUCER if name == "auto" else name for name in chosen]
+    return grid(dict.fromkeys(resolved), at, **options)

@@ -23,6 +23,7 @@ from tokencomp.cli._options import (
     names,
     ratios,
     reducer_options,
+    settings_for,
 )
 
 DEFAULT_QUESTION = "Describe what you see."
@@ -55,7 +56,7 @@ def command(
     chosen, at = names(reducer), ratios(ratio)
     check_reducers(chosen)
     media = load_files(image, video, frames)
-    settings = _settings(chosen, at, reducer_options(options))
+    settings = settings_for(chosen, at, reducer_options(options))
     from rich.console import Console
 
     from tokencomp.evaluation import demo as work
@@ -77,15 +78,6 @@ def command(
     _print(console, shown)
     path = demo_report.write(shown, output)
     console.print(f"\nReport with plots and pictures: [bold]{path}[/]")
-
-
-def _settings(chosen: list[str], at: list[float], options: dict[str, Any]) -> list[Any]:
-    """The full model, then each reducer at each ratio; "auto" becomes the reducer it stands for."""
-    from tokencomp.evaluation.settings import grid
-    from tokencomp.patching import DEFAULT_REDUCER
-
-    resolved = [DEFAULT_REDUCER if name == "auto" else name for name in chosen]
-    return grid(dict.fromkeys(resolved), at, **options)
 
 
 def _picture_ratio(at: list[float]) -> float:

@@ -93,7 +93,7 @@ def demo_embedded(
         for e in samples()
     ]
     full = runs[Setting()]
-    return Demo(name, _facts(model), rows, shown, len(full.answered), len(full.failed))
+    return Demo(name, model_facts(model), rows, shown, len(full.answered), len(full.failed))
 
 
 def demo_files(
@@ -111,7 +111,7 @@ def demo_files(
     answers = ask(model, processor, media, question, settings)
     say("timing the prefill of every setting in turn")
     rows = _rows(model, processor, [Example("prompt", question, "", tuple(media))], settings, None)
-    return Demo(name, _facts(model), rows, [Shown(label, question, None, answers)])
+    return Demo(name, model_facts(model), rows, [Shown(label, question, None, answers)])
 
 
 def samples() -> list[Example]:
@@ -200,7 +200,7 @@ def _accuracy(runs: dict[Setting, Run], setting: Setting) -> dict[str, Any]:
     return found
 
 
-def _facts(model: Any) -> dict[str, Any]:
+def model_facts(model: Any) -> dict[str, Any]:
     from tokencomp.adapters.base import adapter_for
 
     adapter = adapter_for(model)

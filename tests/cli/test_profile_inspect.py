@@ -1,0 +1,87 @@
+"""`profile` and `inspect` against counts made by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from cli_support import run
+from PIL import Image
+
+from tokencomp.zoo import SAMPLES
+
+VIDEO = next(SAMPLES.glob("*.mp4"))
+IMAGE = next(SAMPLES.glob("*.jpg"))
+
+
+def test_profile_of_a_video(folder, capsys):
+    code = run(
+        "profile", "--model", folder, "--video", VIDEO, "--reducer", "uniform,downscale",
+        "--ratio", "0.75", "--rounds", 1, "--json",
+    )  # fmt: skip
+    full, half, small = json.loads(capsys.readouterr().out)["rows"]
+    assert code == 0
+    assert full["tokens_per_layer"] == [256] * 6 and half["tokens_per_layer"] == [64] * 6
+    assert half["achieved_ratio"] == small["achieved_ratio"] == 0.75
+    bytes_per_token = 2 * 2 * 64 * 4 * 6
+    assert full["kv_bytes"] - half["kv_bytes"] == 192 * bytes_per_token
+    spent = full["prefill_s"] + full["reduce_s"]
+    assert half["speedup"] == pytest.approx(spent / (half["prefill_s"] + half["reduce_s"]))
+    assert half["limit_reached"] == pytest.approx(half["speedup"] / half["flop_limit"])
+    assert all(full[k] > 0 for k in ("preprocess_s", "vision_s", "decode_s_per_token"))
+
+
+def test_profile_of_a_named_shape(capsys):
+    code = run(
+        "profile", "--config", "llava-onevision-0.5b", "--layers", 1, "--vision-layers", 1,
+        "--tokens", 196, "--reducer", "random", "--ratio", "0.5", "--rounds", 1, "--json",
+    )  # fmt: skip
+    told = json.loads(capsys.readouterr().out)
+    assert code == 0 and "random weights" in told["model"]
+    assert told["rows"][0]["tokens_per_layer"] == [197]
+    assert told["rows"][0]["kv_bytes"] == (197 + 64) * 2 * 2 * 64 * 4
+    assert told["rows"][0]["preprocess_s"] is None
+
+
+def test_inspect_shows_what_is_kept(folder, tmp_path, capsys):
+    """Bright patches of the picture are the ones that `uniform` keeps."""
+    picture = tmp_path / "white.png"
+    Image.new("RGB", (224, 224), "white").save(picture)
+    out = tmp_path / "kept.png"
+    code = run(
+        "inspect", "--model", folder, "--image", picture, "-q", "What color is the circle?",
+        "-r", "uniform", "--ratio", "0.75", "-o", out, "--max-new-tokens", 2,
+    )  # fmt: skip
+    assert code == 0 and "16×6" in capsys.readouterr().out
+    sheet = np.asarray(Image.open(out).convert("L")).astype(int)
+    kept = sheet[:, -224:].reshape(8, 28, 8, 28)[:, 4:-4, :, 4:-4].mean((1, 3)) > 128
+    wanted = np.zeros(64, dtype=bool)
+    wanted[[(2 * i + 1) * 64 // 32 for i in range(16)]] = True
+    assert (kept == wanted.reshape(8, 8)).all()
+
+
+def test_inspect_page_has_a_picture_per_stage(folder, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    code = run(
+        "inspect", "--model", folder, "--image", IMAGE, "-q", "What color is the circle?",
+        "-r", "prune", "--ratio", "0.5", "-o", page, "--max-new-tokens", 2,
+    )  # fmt: skip
+    assert code == 0
+    told = page.read_text()
+    assert "from layer 1 on" in told and not re.search(r'(src|href)="(?!data:|#)', told)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["profile"], "nothing to look at"),
+        (["profile", "--config", "llava-onevision"], "Did you mean"),
+        (["profile", "--config", "qwen2-vl-2b", "-r", "downscale"], "before the processor"),
+        (["inspect"], "nothing to look at"),
+    ],
+)
+def test_mistakes(args, message, capsys):
+    assert run(*args) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,3 @@
+from embedded_support import examples, folder, loaded
+
+__all__ = ["examples", "folder", "loaded"]

@@ -1,0 +1,111 @@
+"""`tokencomp inspect`: which patches and frames survive, and what becomes of the answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokencomp.cli._options import (
+    Device,
+    Dtype,
+    Frames,
+    Images,
+    Model,
+    Question,
+    Ratios,
+    Reducers,
+    Set,
+    Videos,
+    check_reducers,
+    load_files,
+    names,
+    ratios,
+    reducer_options,
+    settings_for,
+)
+
+
+def command(
+    model: Model = "tiny-qwen2-vl",
+    image: Images = None,
+    video: Videos = None,
+    question: Question = "Describe what you see.",
+    reducer: Reducers = "auto",
+    ratio: Ratios = "0.75",
+    options: Set = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="HTML page; a .png or .jpg name gives a picture.")
+    ] = Path("tokencomp-inspect.html"),
+    frames: Frames = 8,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+) -> None:
+    """Show which patches and frames each reducer keeps, per stage, and the answers.
+
+    A patch is as bright as the share of decoder layers that see it.
+    """
+    from tokencomp.errors import OptionError
+
+    chosen = names(reducer)
+    check_reducers(chosen)
+    media = load_files(image, video, frames)
+    if not media:
+        raise OptionError("nothing to look at: give --image FILE or --video FILE.")
+    settings = settings_for(chosen, ratios(ratio), reducer_options(options))
+    from rich.console import Console
+    from rich.markup import escape
+
+    from tokencomp.evaluation.html import compact
+    from tokencomp.evaluation.loading import load_model
+    from tokencomp.evaluation.showcase import ask
+
+    loaded, processor = load_model(model, device=device, dtype=dtype)
+    answers = ask(loaded, processor, media, question, settings, max_new_tokens)
+    console = Console()
+    for a in answers:
+        name = f"{a.setting.reducer} {a.setting.ratio:g}"
+        told = compact(a.cost.per_layer)
+        console.print(f"[bold]{name:<18}[/] [dim]{told} tokens per layer[/]\n  {escape(a.text)}")
+    label = ", ".join(p.name for p in [*(image or ()), *(video or ())])
+    _write(answers, question, label, loaded, model, output)
+    console.print(f"\nPictures: [bold]{output}[/]")
+
+
+def _write(
+    answers: list[Any], question: str, label: str, loaded: Any, model: str, output: Path
+) -> None:
+    from tokencomp.evaluation.demo import model_facts
+    from tokencomp.evaluation.html import render
+    from tokencomp.evaluation.pictures import data_uri, strip
+
+    if output.suffix.lower() in (".png", ".jpg", ".jpeg"):
+        sheets = [p for a in answers for p in a.pictures]
+        size = max((p.size for p in sheets), key=lambda s: s[0] * s[1])
+        sheet = strip([p.resize(size) for p in sheets], columns=max(1, 1400 // size[0]))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(output)
+        return
+    rows = [
+        {
+            "name": a.setting.reducer,
+            "ratio": a.setting.ratio,
+            "text": a.text,
+            "cost": a.cost,
+            "uris": [data_uri(p) for p in a.pictures],
+            "stages": [(layer, [data_uri(p) for p in sheets]) for layer, sheets in a.layers],
+        }
+        for a in answers
+    ]
+    name = Path(model).name if Path(model).exists() else model
+    render(
+        "inspect.html",
+        output,
+        title=f"What {name} sees",
+        question=question,
+        label=label,
+        rows=rows,
+        facts=model_facts(loaded),
+    )

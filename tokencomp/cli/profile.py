@@ -1,0 +1,247 @@
+"""`tokencomp profile`: where time and memory go, with and without compression."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokencomp.cli._options import (
+    Device,
+    Dtype,
+    Frames,
+    Images,
+    Json,
+    Model,
+    Question,
+    Ratios,
+    Reducers,
+    Set,
+    Videos,
+    check_reducers,
+    load_files,
+    names,
+    ratios,
+    reducer_options,
+    settings_for,
+)
+
+
+def command(
+    model: Model = "tiny-qwen2-vl",
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="A real model shape with random weights instead of --model: "
+            "llava-onevision-0.5b, qwen2-vl-2b, qwen2.5-vl-3b, ...-7b."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Visual tokens of --config's prompt.")] = 2048,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Decoder layers of --config (default: all).")
+    ] = None,
+    vision_layers: Annotated[
+        int | None, typer.Option(min=1, help="Vision layers of --config (default: all).")
+    ] = None,
+    image: Images = None,
+    video: Videos = None,
+    question: Question = "Describe what you see.",
+    reducer: Reducers = "auto",
+    ratio: Ratios = "0.5,0.75,0.9",
+    options: Set = None,
+    frames: Frames = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds after a warm-up.")] = 5,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Split a prompt's time: preprocess, vision tower, reduce, LLM prefill, decode per token.
+
+    Full model and every reducer × ratio alternate in one process; medians. With peak memory, KV
+    bytes, FLOPs, and the fraction reached of the speed-up that FLOPs allow.
+    """
+    chosen = names(reducer)
+    check_reducers(chosen)
+    settings = settings_for(chosen, ratios(ratio), reducer_options(options))
+    media = load_files(image, video, frames)
+    if config is not None:
+        loaded, variants = _shape(config, tokens, layers, vision_layers, dtype, device, settings)
+        name = f"{config} (random weights)"
+    else:
+        loaded, variants = _real(model, media, question, dtype, device, settings)
+        name = Path(model).name if Path(model).exists() else model
+    from tokencomp.evaluation.environment import environment
+    from tokencomp.profiling.profiler import profile
+
+    full = variants[settings[0]][1]
+    costs = {s: _cost(loaded, s, inputs, full) for s, (_, inputs, _) in variants.items()}
+    found = profile(loaded, variants, costs, rounds=rounds)
+    report = {"model": name, **environment(), "rows": _rows(found)}
+    if output is not None:
+        output.write_text(json.dumps(report, indent=2) + "\n")
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _print(report)
+
+
+def _real(
+    model: str, media: list[Any], question: str, dtype: str, device: str, settings: list[Any]
+) -> tuple[Any, dict[Any, Any]]:
+    """Inputs of the processor, and how long it took (median of three)."""
+    import functools
+    import statistics
+    import time
+
+    from tokencomp.errors import OptionError
+    from tokencomp.evaluation.answering import build_inputs, to_model
+    from tokencomp.evaluation.loading import load_model
+    from tokencomp.evaluation.runner import patched
+    from tokencomp.evaluation.showcase import PromptMaker
+
+    if not media:
+        raise OptionError(
+            "nothing to look at: give --image FILE or --video FILE, or a model shape with "
+            "--config llava-onevision-0.5b."
+        )
+    loaded, processor = load_model(model, device=device, dtype=dtype)
+    maker, variants = PromptMaker(loaded, processor, [media], [question]), {}
+    for setting in settings:
+        given, times = maker.media_for(setting), []
+        for _ in range(3):
+            start = time.perf_counter()
+            inputs = build_inputs(processor, given, [question])
+            times.append(time.perf_counter() - start)
+        patch = functools.partial(patched, loaded, setting)
+        variants[setting] = (patch, to_model(inputs, loaded), statistics.median(times))
+    return loaded, variants
+
+
+def _shape(
+    config: str,
+    tokens: int,
+    layers: int | None,
+    vision_layers: int | None,
+    dtype: str,
+    device: str,
+    settings: list[Any],
+) -> tuple[Any, dict[Any, Any]]:
+    import functools
+
+    from tokencomp.errors import OptionError
+    from tokencomp.evaluation.loading import pick_device, pick_dtype
+    from tokencomp.evaluation.runner import patched
+    from tokencomp.profiling.shapes import accepted, build
+
+    baselines = [s.reducer for s in settings if s.input_baseline]
+    if baselines:
+        raise OptionError(
+            f"{', '.join(baselines)} shrink media before the processor, and --config has neither. "
+            "Use --model with --image or --video."
+        )
+    where = pick_device(device)
+    model, inputs = build(
+        config,
+        tokens,
+        layers=layers,
+        vision_layers=vision_layers,
+        dtype=pick_dtype(dtype, where),
+        device=where,
+    )
+    inputs = accepted(model, inputs)
+    return model, {s: (functools.partial(patched, model, s), inputs, None) for s in settings}
+
+
+def _cost(model: Any, setting: Any, inputs: dict[str, Any], full: dict[str, Any]) -> Any:
+    """Cost of the one prompt, from a real call; `full` are the full model's inputs."""
+    import torch
+
+    from tokencomp.adapters.base import adapter_for
+    from tokencomp.evaluation.answering import prompt_lengths
+    from tokencomp.evaluation.cost import compressed_costs, plain_costs
+    from tokencomp.evaluation.runner import patched
+    from tokencomp.profiling.flops import DecoderShape
+
+    with patched(model, setting) as handle, torch.inference_mode():
+        if handle is not None:
+            model(**inputs, use_cache=True, logits_to_keep=1)
+            return compressed_costs(handle.stats)[0]
+    shape = DecoderShape.from_config(adapter_for(model).text_config, model.dtype.itemsize)
+    before = [visual for _, visual in prompt_lengths(model, full)]
+    return plain_costs(shape, prompt_lengths(model, inputs), before)[0]
+
+
+def _rows(found: dict[Any, Any]) -> list[dict[str, Any]]:
+    full = next(iter(found.values()))
+    return [
+        {
+            "reducer": s.reducer,
+            "ratio": s.ratio,
+            "options": s.options,
+            "achieved_ratio": p.ratio,
+            "preprocess_s": p.preprocess,
+            "vision_s": p.split.vision,
+            "reduce_s": p.split.reduce,
+            "prefill_s": p.split.prefill,
+            "total_s": p.split.total,
+            "decode_s_per_token": p.decode,
+            "peak_bytes": p.peak_bytes,
+            "kv_bytes": p.kv_bytes,
+            "flops": p.flops,
+            "tokens_per_layer": p.per_layer,
+            "speedup": p.speedup(full),
+            "flop_limit": full.flops / p.flops,
+            "limit_reached": p.limit_reached(full),
+            "reduce_overhead": p.overhead(full),
+            "total_speedup": full.split.total / p.split.total,
+        }
+        for s, p in found.items()
+    ]
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tokencomp.evaluation.html import compact, si
+
+    rows = report["rows"]
+    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title=report["model"])
+    table.add_column("", no_wrap=True)
+    for row in rows:
+        label = row["reducer"] + (f"\n{row['ratio']:g}" if row["ratio"] else "")
+        table.add_column(label, justify="right")
+
+    def line(name: str, show: Any) -> None:
+        table.add_row(f"[bold]{name}[/]", *[show(row) for row in rows])
+
+    def ms(key: str) -> Any:
+        return lambda r: "–" if r[key] is None else f"{1e3 * r[key]:.1f} ms"
+
+    line("ratio reached", lambda r: f"{r['achieved_ratio']:.3f}")
+    line("tokens per layer", lambda r: compact(r["tokens_per_layer"]))
+    line("preprocess", ms("preprocess_s"))
+    line("vision tower", ms("vision_s"))
+    line("reduce", ms("reduce_s"))
+    line("LLM prefill", ms("prefill_s"))
+    line("total to first token", ms("total_s"))
+    line("decode per token", ms("decode_s_per_token"))
+    line("peak memory", lambda r: "–" if r["peak_bytes"] is None else si(r["peak_bytes"], "B"))
+    line("KV cache", lambda r: si(r["kv_bytes"], "B"))
+    line("LLM FLOPs", lambda r: si(r["flops"]))
+    line("LLM speed-up", lambda r: f"{r['speedup']:.2f}×")
+    line("limit by FLOPs", lambda r: f"{r['flop_limit']:.2f}×")
+    line("limit reached", lambda r: f"{r['limit_reached']:.0%}")
+    line("reducer overhead", lambda r: f"{r['reduce_overhead']:.1%}")
+    line("speed-up in all", lambda r: f"{r['total_speedup']:.2f}×")
+    console = Console()
+    console.print(table)
+    where = report["hardware"]
+    device = ", ".join(where["gpus"]) or f"{where['cpu']}, {where['threads']} threads"
+    console.print(
+        f"[dim]{device}; variants interleaved in one process, medians. LLM speed-up: prefill with "
+        "reducer; in all: vision tower included, preprocessing not.[/]"
+    )

@@ -1,0 +1,189 @@
+"""Where time and memory go, with and without compression, interleaved in one process."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokencomp.adapters.base import adapter_for
+from tokencomp.profiling.timing import Split, interleaved, prefill_split
+
+Patch = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One variant.
+
+    Attributes
+    ----------
+    preprocess
+        Seconds of the processor; None without one (random-weight shapes).
+    split
+        Vision tower, reducer, LLM prefill, total; medians.
+    decode
+        Seconds per generated token after the first.
+    peak_bytes
+        Peak memory of one prefill above what was held before it; None where it cannot be read.
+    kv_bytes
+        Bytes of keys and values in the cache after the prefill, counted on the cache itself.
+    flops
+        Of the decoder layers.
+    per_layer
+        Visual tokens seen by every layer.
+    ratio
+        Achieved ratio.
+    """
+
+    preprocess: float | None
+    split: Split
+    decode: float
+    peak_bytes: int | None
+    kv_bytes: int
+    flops: int
+    per_layer: list[int]
+    ratio: float
+
+    def speedup(self, full: Profile) -> float:
+        """LLM prefill, reducer included, against the full model."""
+        return full.split.llm / self.split.llm
+
+    def limit_reached(self, full: Profile) -> float:
+        """Speed-up over the limit of arithmetic, FLOPs_full / FLOPs_compressed."""
+        return self.speedup(full) / (full.flops / self.flops)
+
+    def overhead(self, full: Profile) -> float:
+        """Reducer time over the uncompressed prefill."""
+        return self.split.reduce / full.split.prefill
+
+
+def profile(
+    model: Any,
+    variants: dict[Any, tuple[Patch, dict[str, Any], float | None]],
+    costs: dict[Any, Any],
+    *,
+    rounds: int = 5,
+    decode_tokens: int = 16,
+) -> dict[Any, Profile]:
+    """Profile variants of one model.
+
+    Parameters
+    ----------
+    variants
+        Per key: a context manager that patches the model (or does nothing), inputs on the model's
+        device, and seconds of preprocessing.
+    costs
+        Per key: an object with `flops`, `per_layer` and `ratio` (`tokencomp.evaluation.cost.Cost`).
+    rounds
+        Timed rounds after one warm-up; every round runs every variant once.
+    decode_tokens
+        Tokens generated for the time per token.
+    """
+
+    def timed(patch: Patch, inputs: dict[str, Any]) -> Callable[[], Split]:
+        def run() -> Split:
+            with patch():
+                return prefill_split(model, inputs)
+
+        return run
+
+    splits = interleaved({k: timed(p, i) for k, (p, i, _) in variants.items()}, rounds)
+    found = {}
+    for key, (patch, inputs, preprocess) in variants.items():
+        with patch():
+            peak, kv = _memory(model, inputs)
+            decode = decode_seconds(model, inputs, decode_tokens)
+        cost = costs[key]
+        found[key] = Profile(
+            preprocess, splits[key], decode, peak, kv, cost.flops, cost.per_layer, cost.ratio
+        )
+    return found
+
+
+@torch.inference_mode()
+def decode_seconds(model: Any, inputs: dict[str, Any], tokens: int) -> float:
+    """Median seconds of the decoder's one-token steps in a greedy generation."""
+    device, marks = model.device, []
+
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        _synchronize(device)
+        marks.append(time.perf_counter())
+
+    hook = adapter_for(model).model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        model.generate(
+            **inputs, do_sample=False, max_new_tokens=tokens + 2, min_new_tokens=tokens + 2
+        )
+    finally:
+        hook.remove()
+    steps = [b - a for a, b in zip(marks[1:], marks[2:], strict=False)]
+    return statistics.median(steps)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def _memory(model: Any, inputs: dict[str, Any]) -> tuple[int | None, int]:
+    """Peak bytes of one prefill above the bytes held before, and bytes of its KV cache."""
+    with PeakMemory(model.device) as peak:
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+    cache = getattr(out, "past_key_values", None) or out["cache"]
+    kv = sum(t.numel() * t.element_size() for x in cache.layers for t in (x.keys, x.values))
+    return peak.bytes, kv
+
+
+class PeakMemory:
+    """Peak memory inside the block above what was held at its start.
+
+    CUDA: allocated bytes. CPU on Linux: resident set size, whose high-water mark the kernel resets
+    on request, after freed memory went back to the system (glibc); elsewhere `bytes` stays None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._before = device, 0
+        self.bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        elif _reset_high_water():
+            self._before = _status("VmRSS")
+        else:
+            self._before = -1
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        elif self._before >= 0:
+            self.bytes = _status("VmHWM") - self._before
+
+
+def _reset_high_water() -> bool:
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    except (OSError, AttributeError):
+        return False
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
