@@ -1,0 +1,69 @@
+"""What the scripts of the trained methods share: arguments, and files with their manifest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tokencomp.evaluation.environment import commit, hardware, versions
+from tokencomp.weights import replace_file, write_json
+
+HERE = Path(__file__).parent
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Arguments of every script."""
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--model", default="tiny-qwen2-vl")
+    made.add_argument("--weights", help="trained part; default: beside the model")
+    made.add_argument("--items", type=int, default=300, help="questions per set")
+    made.add_argument("--batch", type=int, default=30)
+    made.add_argument("--split", default="test", choices=("validation", "test"))
+    made.add_argument("--device", default="auto")
+    made.add_argument("--output", type=Path, default=HERE)
+    return made
+
+
+def publish(
+    name: str,
+    args: argparse.Namespace,
+    tables: dict[str, Any],
+    records: list[dict[str, Any]],
+    card: Path,
+) -> None:
+    """Write `name`.json and `name`.jsonl, and print the tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    trained = json.loads(card.read_text())
+    result = {
+        "command": f"python benchmarks/accuracy/{name}.py " + " ".join(sys.argv[1:]),
+        "model": args.model,
+        "split": args.split,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "trained": {k: trained.get(k) for k in ("config", "data", "seconds", "held_out", "spans")},
+        "tables": tables,
+    }
+    write_json(args.output / f"{name}.json", result)
+    lines = "".join(json.dumps(r) + "\n" for r in records)
+    replace_file(args.output / f"{name}.jsonl", lambda part: part.write_text(lines))
+    console = Console()
+    for title, found in tables.items():
+        table = Table("method", "ratio", "accuracy", "retention", "p against random", title=title)
+        for row in found["rows"]:
+            low, high = row.get("interval") or (None, None)
+            kept = row.get("retention")
+            told = "" if kept is None else f"{kept:.1%} [{low:.1%}, {high:.1%}]"
+            p = row.get("vs_random", {}).get("p")
+            ratio, accuracy = f"{row['ratio']:.3g}", f"{row['accuracy']:.1%}"
+            table.add_row(row["name"], ratio, accuracy, told, "" if p is None else f"{p:.2g}")
+        console.print(table)
