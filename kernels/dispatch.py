@@ -135,9 +135,14 @@ def status() -> dict[str, Any]:
 def _device_problem(device: torch.device) -> str | None:
     """Why Triton cannot run on `device`, or None when it can."""
     if device.type == "cpu":
-        if interpreting():
-            return None
-        return "the tensor is on the CPU and TRITON_INTERPRET=1 is not set"
+        if not interpreting():
+            return "the tensor is on the CPU and TRITON_INTERPRET=1 is not set"
+        library = importlib.import_module("triton.language")
+        if type(library.min).__name__ == "JITFunction":
+            return (
+                "TRITON_INTERPRET=1 was set after Triton was imported; set it earlier"
+            )
+        return None
     if device.type != "cuda":
         return f"the tensor is on {device.type!r}; the Triton kernels run on 'cuda'"
     if torch.version.hip is not None:

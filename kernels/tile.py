@@ -13,6 +13,12 @@ INTERPRETED = tl.constexpr(interpreting())
 
 
 @triton.jit
+def aligned(batch, head, row, ALIGN: tl.constexpr):
+    """The strides, written so that the compiler sees multiples of ALIGN and loads can be wide."""
+    return batch // ALIGN * ALIGN, head // ALIGN * ALIGN, row // ALIGN * ALIGN
+
+
+@triton.jit
 def dot(a, b, accumulator):
     """``accumulator + a @ b`` in fp32; fp32 operands take three tf32 products (error 2^-21)."""
     if INTERPRETED:
@@ -62,6 +68,15 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 8
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def alignment(*tensors: torch.Tensor) -> int:
+    """8 if every row of the tensors starts at a multiple of 8 elements, else 1.
+
+    Triton itself only looks for multiples of 16, which head dimension 72 (SigLIP) is not.
+    """
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
+    return 8 if all(stride % 8 == 0 for stride in strides) else 1
 
 
 def padded(size: int) -> int:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tile import LOG2E, dot, log_sum, long_dot, multiprocessors, padded
+from ..tile import LOG2E, aligned, alignment, dot, log_sum, long_dot, multiprocessors, padded
 
 # From how many probe rows on the column pass computes which row blocks can see a key block, and
 # spreads heads over programs instead of looping over them.
@@ -25,6 +25,7 @@ def lse_kernel(
     rows, kv_heads, split_stride,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of BLOCK_R (head of the group, row) pairs over one split of their keys."""
     sample = tl.program_id(1) // kv_heads
@@ -44,6 +45,8 @@ def lse_kernel(
     begin += split * share
     end = tl.minimum(end, begin + share)
 
+    stride_qb, stride_qh, stride_qr = aligned(stride_qb, stride_qh, stride_qr, ALIGN)
+    stride_kb, stride_kh, stride_kn = aligned(stride_kb, stride_kh, stride_kn, ALIGN)
     d = tl.arange(0, BLOCK_D)
     q_row = q + sample.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     q_row += row.to(tl.int64) * stride_qr
@@ -104,7 +107,7 @@ def colsum_kernel(
     rows, keys, kv_heads, row_blocks,
     GROUP: tl.constexpr, HEADS: tl.constexpr, BOUNDED: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Column sums of BLOCK_N keys for HEADS query heads of one key head."""
     block = tl.program_id(0)
@@ -113,6 +116,8 @@ def colsum_kernel(
     part = tl.program_id(1) % parts
     kv_head = part * HEADS // GROUP
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    stride_qb, stride_qh, stride_qr = aligned(stride_qb, stride_qh, stride_qr, ALIGN)
+    stride_kb, stride_kh, stride_kn = aligned(stride_kb, stride_kh, stride_kn, ALIGN)
     d = tl.arange(0, BLOCK_D)
     k += sample.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
     k_row = k + column.to(tl.int64) * stride_kn
@@ -179,7 +184,8 @@ def attention_lse(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) ->
         q, k, lo, hi, partial, scale, *q.stride()[:3], *k.stride()[:3],
         rows, kv_heads, out.numel(),
         GROUP=group, DIM=dim, BLOCK_D=padded(dim), BLOCK_R=block_r, BLOCK_N=block_n,
-        CHUNK=chunk(dim, q.element_size()), SPLITS=splits, num_warps=warps, num_stages=3,
+        CHUNK=chunk(dim, q.element_size()), SPLITS=splits,
+        ALIGN=alignment(q, k), num_warps=warps, num_stages=3,
     )  # fmt: skip
     if splits > 1:
         grid = (triton.cdiv(out.numel(), 256),)
@@ -209,7 +215,7 @@ def attention_colsum(
         rows, keys, kv_heads, triton.cdiv(rows, block_r),
         GROUP=group, HEADS=per_program, BOUNDED=many, DIM=dim, BLOCK_D=padded(dim),
         BLOCK_R=block_r, BLOCK_N=block_n, CHUNK=chunk(dim, q.element_size()),
-        num_warps=warps, num_stages=3 if many else 2,
+        ALIGN=alignment(q, k), num_warps=warps, num_stages=3 if many else 2,
     )  # fmt: skip
     return out
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..segments import table
-from ..tile import LOG2E, dot, log_sum, multiprocessors, padded
+from ..tile import LOG2E, aligned, alignment, dot, log_sum, multiprocessors, padded
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def ccam_kernel(
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, queries, per_frame, heads, split_keys,
     CAUSAL: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries over one split of the keys; writes their normalised sum and LSE."""
     # The last queries see the most keys: they start first.
@@ -34,6 +34,9 @@ def ccam_kernel(
     begin = split * split_keys
     end = tl.minimum(tl.max(limit, axis=0), begin + split_keys)
 
+    stride_qb, stride_qh, stride_qi = aligned(stride_qb, stride_qh, stride_qi, ALIGN)
+    stride_kb, stride_kh, stride_kn = aligned(stride_kb, stride_kh, stride_kn, ALIGN)
+    stride_vb, stride_vh, stride_vn = aligned(stride_vb, stride_vh, stride_vn, ALIGN)
     d = tl.arange(0, BLOCK_D)
     q += sample.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     k += sample.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
@@ -127,7 +130,7 @@ def ccam_attention(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         queries, per_frame, heads, split_keys,
         CAUSAL=causal, DIM=dim, BLOCK_D=padded(dim), BLOCK_Q=block_q, BLOCK_N=block_n,
-        num_warps=warps, num_stages=stages,
+        ALIGN=alignment(q, k, v), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(triton.cdiv(rows, 16),)](
@@ -140,7 +143,7 @@ def ccam_attention(
 def blocks(queries: int, dim: int, itemsize: int) -> tuple[int, int, int, int]:
     """(queries, keys, warps, stages) of a tile."""
     if itemsize == 4:
-        return 16, 32, 4, 1
+        return 16, 16, 4, 1
     if queries <= 64:
         return 16 if queries <= 16 else 64, 64, 4, 2
     return 128, 64, 8 if dim > 64 else 4, 3 if dim <= 64 else 2

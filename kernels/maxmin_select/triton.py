@@ -288,7 +288,7 @@ def gram_blocks(rows: int, itemsize: int) -> tuple[int, int, int]:
     """(rows, features, warps) of a tile of cosines."""
     if itemsize == 4:
         return 32 if rows <= 64 else 64, 32, 4
-    return (64, 64, 4) if rows <= 1024 else (128, 64, 8)
+    return (64, 64, 4) if rows <= 1024 else (128, 32, 8)
 
 
 def greedy_warps(block: int) -> int:

@@ -99,7 +99,7 @@ def merge_rows(
         ordered, order = torch.sort(target, stable=True)
         begins = torch.searchsorted(ordered, keep, out_int32=True)
         ends = torch.searchsorted(ordered, keep, right=True, out_int32=True)
-    block_d, warps = blocks(dim)
+    block_d, warps = blocks(dim, x.element_size())
     merge_kernel[(len(keep), triton.cdiv(dim, block_d))](
         x, target, keep, target if sizes is None else sizes, begins, ends, order, positions,
         out, new_sizes, moved, x.stride(0), dim, rows, len(keep), len(positions),
@@ -112,7 +112,7 @@ def merge_rows(
     return out, new_sizes, moved
 
 
-def blocks(dim: int) -> tuple[int, int]:
+def blocks(dim: int, itemsize: int) -> tuple[int, int]:
     """(features, warps): a whole row per program where it fits, 16 bytes per thread and load."""
     block_d = min(4096, max(64, triton.next_power_of_2(dim)))
-    return block_d, max(1, min(8, block_d // 256))
+    return block_d, max(1, min(8, block_d * itemsize // 512))

@@ -79,6 +79,17 @@ def test_triton_mode_without_interpreter_is_refused_on_a_cpu(
         which(torch.zeros(1))
 
 
+def test_interpreter_asked_for_too_late() -> None:
+    pytest.importorskip("triton")
+    code = (
+        "import os, triton, torch; from tokencomp.kernels import KernelError, which\n"
+        "os.environ.update(TRITON_INTERPRET='1', TOKENCOMP_KERNELS='triton')\n"
+        "try: which(torch.zeros(1))\n"
+        "except KernelError as error: print(error)"
+    )
+    assert "set after Triton was imported" in python(code)
+
+
 def test_unknown_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENCOMP_KERNELS", "cuda")
     with pytest.raises(KernelError, match="'cuda' is not known; allowed: auto, naive, triton"):
