@@ -25,7 +25,7 @@ from .shapesqa import stream
 
 IMAGE_SIZES = ((224, 224), (280, 224), (196, 252), (280, 280), (168, 168))
 VIDEO_FORMS = ((224, 224, 8), (224, 224, 16), (168, 224, 8), (224, 224, 12))
-MIN_COVER = 60  # px of an object in one 28 px cell from which its label counts
+MIN_COVER = 0.077  # share of a cell that an object must cover for its label to count
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,10 @@ def cell_labels(scene: Scene, time: float, cell: int) -> dict[str, np.ndarray]:
     """
     cells = _cells(owner_map(scene, time), cell)
     rows, columns = cells.shape[:2]
-    lattice = cells.reshape(rows, columns, 7, cell // 7, 7, cell // 7) >= 0
+    step = cell // 7
+    edge = (cell - 7 * step) // 2
+    inner = cells[..., edge : edge + 7 * step, edge : edge + 7 * step]
+    lattice = inner.reshape(rows, columns, 7, step, 7, step) >= 0
     mask = lattice.mean((3, 5)).reshape(rows, columns, 49).astype(np.float32)
     words = np.zeros((rows, columns, 2), np.int64)
     box = np.zeros((rows, columns, 4), np.float32)
@@ -112,7 +115,7 @@ def cell_labels(scene: Scene, time: float, cell: int) -> dict[str, np.ndarray]:
     area = np.stack([(cells == i).sum((2, 3)) for i in range(len(scene.things))], -1)
     best, most = area.argmax(-1), area.max(-1)
     words[most > 0] = -100
-    for row, column in zip(*np.nonzero(most >= MIN_COVER), strict=True):
+    for row, column in zip(*np.nonzero(most > MIN_COVER * cell**2 - 1), strict=True):
         index = best[row, column]
         thing = scene.things[index]
         words[row, column] = COLORS.index(thing.color) + 1, SHAPES.index(thing.shape) + 1
@@ -172,7 +175,7 @@ class BatchMaker:
         kinds = families(source.media) + (("video_existence",) if source.media == "video" else ())
         kinds += source.more
         asked: dict[str, tuple[tuple[list[int], list[int]], str]] = {}
-        for name in (str(name) for _ in range(4) for name in rng.permutation(kinds)):
+        for name in (str(name) for _ in range(5) for name in rng.permutation(kinds)):
             question = ask(scene, name, rng)
             if question is not None and source.kind == "facts":
                 segment = self.packer.pair(question.text[:-1], question.answer)

@@ -7,6 +7,7 @@ arguments and it goes on.
 from __future__ import annotations
 
 import logging
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,14 +55,16 @@ def run(
 
     from .export import export, write_json
     from .families import family
-    from .recipes import recipe, shorten
+    from .recipes import RECIPES, WARM_STARTS, shorten
     from .tokenizer import load_tokenizer, write_tokenizer
     from .trainer import Trainer
 
     arch = family(name)
     write_tokenizer(out / "tokenizer", arch.chat_template)
-    stages = shorten(recipe(name), scale)
+    stages = shorten(RECIPES[name], scale)
     trainer = Trainer(arch, load_tokenizer(out / "tokenizer"), stages, out, seed, workers)
+    if name in WARM_STARTS and (trainer.stage, trainer.step) == (0, 0):
+        warm_start(trainer.model, WARM_STARTS[name])
     trainer.run()
     folder = export(trainer.model, arch, out / name)
     training = {
@@ -75,6 +78,15 @@ def run(
     return write_report(folder)
 
 
+def warm_start(model: Any, name: str) -> None:
+    """Copy decoder, embeddings and head of a packaged tiny model of the same vocabulary."""
+    from . import load
+
+    source = load(name)[0]
+    model.model.language_model.load_state_dict(source.model.language_model.state_dict())
+    model.lm_head.load_state_dict(source.lm_head.state_dict())
+
+
 def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> dict[str, Any]:
     """Accuracy of the exported folder on the test split, with the facts for the card."""
     import torch
@@ -83,6 +95,7 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
 
     from .evaluate import FORMS, by_family, evaluate
     from .families import family
+    from .layouts import write_media
     from .questions import IMAGE_FAMILIES, VIDEO_FAMILIES
     from .shapesqa import items as sample
 
@@ -90,8 +103,9 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     every = (*IMAGE_FAMILIES, *VIDEO_FAMILIES, "video_existence")
-    test = list(sample("test", items, every))
-    results = {form: by_family(evaluate(model, processor, test, form)) for form in FORMS}
+    with tempfile.TemporaryDirectory() as media:
+        test = [write_media(one, Path(media)) for one in sample("test", items, every)]
+        results = {form: by_family(evaluate(model, processor, test, form)) for form in FORMS}
     others = []
     for what, families, frames, shape in OTHER_SHAPES:
         rows = evaluate(

@@ -25,7 +25,6 @@ from .scenes import COLORS, SHAPES
 from .shapesqa import stream
 
 log = logging.getLogger(__name__)
-CELL = 28  # px of the side of one visual token in every tiny model
 MUON_SCALE = 6.0  # rate of Muon over the rate of AdamW
 HEADS = (len(COLORS) + 1, len(SHAPES) + 1, 49, 3)  # colour, shape, mask, box; for each frame
 
@@ -80,7 +79,7 @@ class Trainer:
         torch.manual_seed(seed)
         self.family, self.stages, self.folder = family, stages, Path(folder)
         self.workers, self.save_every = workers, save_every
-        self.maker = BatchMaker(Packer(tokenizer, family), seed, CELL)
+        self.maker = BatchMaker(Packer(tokenizer, family), seed, family.cell)
         self.model: Any = family.build(tokenizer).float().train()
         width = family.language_config(self.model).hidden_size
         self.heads = nn.Linear(width, 2 * sum(HEADS))

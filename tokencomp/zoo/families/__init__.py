@@ -11,13 +11,15 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-FAMILIES = {"tiny-qwen2-vl": ".qwen2_vl"}
+FAMILIES = {"tiny-qwen2-vl": ".qwen2_vl", "tiny-llava-onevision": ".llava_onevision"}
 
 
 class Family(Protocol):
     """What training, evaluation and packing need to know of an architecture."""
 
     chat_template: str
+    cell: int
+    """Side in pixels of the square that one token of :meth:`tokens` covers in training."""
 
     def build(self, tokenizer) -> torch.nn.Module:
         """A freshly initialised stock HF model for the vocabulary of ``tokenizer``."""
@@ -41,7 +43,10 @@ class Family(Protocol):
         """
 
     def tokens(self, model, frames: torch.Tensor, kind: str) -> torch.Tensor:
-        """Projected visual tokens (batch, t, rows, columns, hidden), special tokens left out."""
+        """Projected tokens (batch, t, rows, columns, hidden), before pooling, none special.
+
+        ``t`` is 1 where a token covers a pair of frames, else the number of frames.
+        """
 
     def vision_parameters(self, model) -> list[torch.nn.Parameter]:
         """Vision tower and projector."""

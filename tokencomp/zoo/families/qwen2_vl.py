@@ -39,6 +39,7 @@ class TinyQwen2VL:
     """See :class:`~tokencomp.zoo.families.Family`."""
 
     chat_template = CHAT_TEMPLATE
+    cell = CELL
     min_pixels, max_pixels = 56 * 56, 336 * 336
 
     def config(self, tokenizer) -> dict[str, Any]:
