@@ -10,6 +10,7 @@ about videos of four times as many frames as the selector was trained on.
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def order(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     wrong: dict[str, list[str]] = {}
     for ratio in RATIOS:
         score = {r["name"]: r["accuracy"] for r in rows if r["ratio"] == ratio}
-        pairs = zip(ORDER, ORDER[1:], strict=False)
+        pairs = itertools.pairwise(ORDER)
         wrong[f"{ratio:g}"] = [f"{a} < {b}" for a, b in pairs if score[a] < score[b]]
     return wrong
 
