@@ -94,6 +94,7 @@ def sweep(
     seed: int = 0,
     name: str = "",
     progress: bool = True,
+    shard: bool = True,
 ) -> dict[Setting, Run]:
     """Evaluate several settings; every batch is decoded and preprocessed once for all of them.
 
@@ -118,6 +119,9 @@ def sweep(
         Seeds torch before every batch.
     name
         Model name for the manifest; default `model.name_or_path`.
+    shard
+        Under `accelerate launch`, every process takes its share of `items`; False if they have
+        been shared out already.
 
     Returns
     -------
@@ -125,7 +129,8 @@ def sweep(
         `Run` per setting, records in the order of `items`.
     """
     how = {"frames": frames, "max_new_tokens": max_new_tokens, "seed": seed}
-    return _Sweep(model, processor, items, settings, out_dir, batch_size, how, name).run(progress)
+    work = _Sweep(model, processor, items, settings, out_dir, batch_size, how, name, shard)
+    return work.run(progress)
 
 
 class _Sweep:
@@ -139,10 +144,11 @@ class _Sweep:
         batch_size: int,
         how: dict[str, Any],
         name: str,
+        shard: bool,
     ) -> None:
         self.model, self.processor, self.how = model, processor, how
         self.items, self.batch_size, self.halved = list(items), batch_size, False
-        self.rank, self.world = _process()
+        (self.rank, self.world), self.shard = _process(), shard
         adapter = adapter_for(model)
         self.shape = DecoderShape.from_config(adapter.text_config, model.dtype.itemsize)
         self.runs = {s: Run(s) for s in dict.fromkeys(settings)}
@@ -179,7 +185,7 @@ class _Sweep:
         from tqdm.auto import tqdm
 
         done = {s: f.done() for s, f in self.folders.items()}
-        mine = self.items[self.rank :: self.world]
+        mine = self.items[self.rank :: self.world] if self.shard else self.items
         todo = [e for e in mine if any(e.id not in done.get(s, ()) for s in self.runs)]
         todo.sort(key=lambda e: _is_video(e))
         self._manifests(finished=False)

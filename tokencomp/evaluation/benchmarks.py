@@ -1,0 +1,278 @@
+"""lmms-eval's own tasks, prompts and scoring, on a compressed model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokencomp.errors import MissingDependencyError, OptionError, unknown_name
+from tokencomp.evaluation.bench_data import LocalData, cache_dirs, use_home
+from tokencomp.evaluation.records import MANIFEST, RECORDS
+from tokencomp.evaluation.settings import Setting
+
+
+@dataclass(frozen=True)
+class Task:
+    """A single task of lmms-eval: its name, and what differs from its own configuration."""
+
+    name: str
+    changes: dict[str, Any]
+
+
+def find_tasks(names: Sequence[str], data: LocalData | None, home: Path) -> list[Task]:
+    """The single tasks behind names of tasks and groups.
+
+    With local data, sub-tasks of a group whose data are not there are left out.
+
+    Raises
+    ------
+    MissingDependencyError
+        lmms-eval is not installed.
+    UnknownNameError
+        A name that lmms-eval does not know (close matches are named).
+    OptionError
+        Data that are not there.
+    """
+    if data is not None:
+        use_home(home)
+    manager, found = _manager(), []
+    for name in names:
+        if name not in manager.all_tasks:
+            raise unknown_name("task", name, _close(name, manager.all_tasks))
+        members = list(_members(manager, name))
+        here = [m for m in members if data is None or data.has(_config(manager, m))]
+        if not here and data is not None:
+            raise data.missing(name, _config(manager, members[0]))
+        found += here
+    configs = {name: _config(manager, name) for name in found}
+    if data is None:
+        return [Task(name, {}) for name in found]
+    data.stage(home, cache_dirs(list(configs.values())))
+    return [
+        Task(name, {"dataset_path": str(data.folder(c["dataset_path"])), "dataset_kwargs": {}})
+        for name, c in configs.items()
+    ]
+
+
+def _manager() -> Any:
+    try:
+        import lmms_eval.tasks as tasks
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"running benchmarks needs lmms-eval ({error}): pip install 'tokencomp[eval]'."
+        ) from error
+    _quiet()
+    return tasks.TaskManager("ERROR")
+
+
+def _quiet() -> None:
+    from loguru import logger
+
+    logger.remove()
+    logger.add(sys.stderr, level="ERROR")
+
+
+def _close(name: str, known: Sequence[str]) -> list[str]:
+    """A few names for the message: lmms-eval knows over a thousand."""
+    import difflib
+
+    return difflib.get_close_matches(name, known, n=8, cutoff=0.4) or ["mlvu_dev", "mvbench"]
+
+
+def _config(manager: Any, name: str) -> dict[str, Any]:
+    return manager._get_config(name)
+
+
+def _members(manager: Any, name: str) -> Iterator[str]:
+    """Single tasks of a group, in order; a single task is its own member."""
+    listed = _config(manager, name).get("task") if manager._name_is_group(name) else None
+    if manager._name_is_tag(name):
+        listed = manager._get_tasklist(name)
+    if not isinstance(listed, list):
+        yield name
+        return
+    for member in listed:
+        yield from _members(manager, member if isinstance(member, str) else member["task"])
+
+
+def run_setting(
+    loaded: tuple[Any, Any],
+    name: str,
+    tasks: Sequence[Task],
+    setting: Setting,
+    out: Path,
+    *,
+    limit: int | None,
+    frames: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Evaluate one setting, and write records and manifest to `out`.
+
+    Answers are written as they come; an interrupted run takes them up again.
+
+    Returns
+    -------
+    dict
+        The manifest: lmms-eval's own scores under "scores", counts under "summary".
+    """
+    finished = _finished(out, name, setting, tasks, limit, frames)
+    if finished is not None:
+        return finished
+    from lmms_eval.evaluator import simple_evaluate
+
+    from tokencomp.evaluation.lmms_model import TokenComp
+
+    model = TokenComp(
+        pretrained=name,
+        reducer=setting.reducer,
+        ratio=setting.ratio,
+        options=json.dumps(setting.options),
+        frames=frames,
+        batch_size=batch_size,
+        results=str(out),
+        loaded=loaded,
+    )
+    told = simple_evaluate(
+        model=model,
+        tasks=[{"task": t.name, **t.changes} for t in tasks],
+        task_manager=_manager(),
+        limit=limit,
+        batch_size=batch_size,
+        bootstrap_iters=0,
+        log_samples=True,
+        verbosity="ERROR",
+    )
+    if told is None:  # not the main process
+        return {}
+    records = [r for t in tasks for r in _records(t.name, told["samples"][t.name], model.records)]
+    manifest = {
+        "identity": _identity(name, setting, tasks, limit, frames),
+        **model.run_manifest,
+        "scores": _scores(told["results"]),
+        "summary": _summary(records),
+    }
+    _write(out, records, manifest)
+    return manifest
+
+
+def _identity(
+    name: str, setting: Setting, tasks: Sequence[Task], limit: int | None, frames: int
+) -> dict[str, Any]:
+    return {
+        "model": Path(name).name if Path(name).exists() else name,
+        "reducer": setting.reducer,
+        "ratio": setting.ratio,
+        "options": setting.options,
+        "tasks": [t.name for t in tasks],
+        "data": [t.changes.get("dataset_path", "hub").rsplit("/", 3)[-1] for t in tasks],
+        "limit": limit,
+        "frames": frames,
+    }
+
+
+def _finished(
+    out: Path,
+    name: str,
+    setting: Setting,
+    tasks: Sequence[Task],
+    limit: int | None,
+    frames: int,
+) -> dict[str, Any] | None:
+    """The manifest of a finished run of the same thing, else None."""
+    if not (out / MANIFEST).exists():
+        return None
+    old = json.loads((out / MANIFEST).read_text())
+    same = json.loads(json.dumps(_identity(name, setting, tasks, limit, frames)))
+    if old["identity"] != same:
+        changed = [k for k in same if old["identity"].get(k) != same[k]]
+        raise OptionError(
+            f"{out} holds another run (it differs in {', '.join(changed)}). Give another -o, or "
+            "remove that folder."
+        )
+    return old
+
+
+def _records(
+    task: str, samples: Sequence[dict[str, Any]], asked: dict[str, dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Cost and answer from our side, right or wrong from lmms-eval's."""
+    for sample in samples:
+        record = dict(asked.get(f"{task}/{sample['doc_id']}", {}))
+        if not record:
+            continue
+        doc = sample.get("doc") or {}
+        record["family"] = str(doc.get("task_type") or task)
+        record["answer"] = str(sample.get("target", ""))
+        if not record.get("error"):
+            record["correct"] = item_score(sample)
+        yield record
+
+
+def item_score(sample: dict[str, Any]) -> float:
+    """Score of one item in [0, 1], from what the task's `process_results` returned.
+
+    Tasks return a number, or a dict with "score" or with the answers to compare.
+
+    Raises
+    ------
+    OptionError
+        Nothing of that kind is in the sample.
+    """
+    known = ("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "input")
+    for name, value in sample.items():
+        if name in known or name.endswith("_hash"):
+            continue
+        if isinstance(value, bool | int | float):
+            return float(value)
+        if isinstance(value, dict):
+            if isinstance(value.get("score"), bool | int | float):
+                return float(value["score"])
+            right = value.get("answer", value.get("gt_answer"))
+            for key in ("pred_answer", "parsed_pred", "pred"):
+                if key in value and right is not None:
+                    return float(value[key] == right)
+    raise OptionError(
+        f"this task gives no score per item that tokencomp can read (keys: {', '.join(sample)}); "
+        "its overall score is in the manifest under 'scores'."
+    )
+
+
+def _scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """lmms-eval's scores per task, numbers only."""
+    return {
+        task: {
+            k.split(",")[0]: float(v)
+            for k, v in values.items()
+            if isinstance(v, int | float) and "stderr" not in k and k != "samples"
+        }
+        for task, values in results.items()
+    }
+
+
+def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    good = [r for r in records if not r.get("error")]
+    n = max(len(good), 1)
+    return {
+        "items": len(good),
+        "failed": len(records) - len(good),
+        "accuracy": sum(r["correct"] for r in good) / n,
+        "achieved_ratio": sum(r["ratio"] for r in good) / n,
+        "flops": sum(r["flops"] for r in good) / n,
+        "kv_bytes": sum(r["kv_bytes"] for r in good) / n,
+    }
+
+
+def _write(out: Path, records: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> None:
+    """Records first, manifest last: a folder with a manifest is complete."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        (RECORDS, "".join(json.dumps(r, default=str) + "\n" for r in records)),
+        (MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n"),
+    ):
+        temporary = out / f".{name}"
+        temporary.write_text(text)
+        temporary.replace(out / name)
