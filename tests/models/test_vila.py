@@ -231,3 +231,14 @@ def test_placeholders_and_features_differ(folder: Path) -> None:
     inputs["pixel_values"] = inputs["pixel_values"].repeat(2, 1, 1, 1)
     with pytest.raises(SpanError, match="16 image placeholders for 32"):
         model(**inputs)
+    with pytest.raises(SpanError, match="no pixel_values"):
+        model(inputs["input_ids"])
+
+
+def test_without_cache(folder: Path) -> None:
+    """Media are encoded again for every token, and the tokens are the same."""
+    model, processor = load(folder)
+    inputs = processor(["<image>a", "<vila/video>b"], images=picture(0), videos=[[picture(1)] * 2])
+    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    cached = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, use_cache=False), cached)

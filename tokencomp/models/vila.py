@@ -215,11 +215,16 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises
         ------
         SpanError
-            The number of placeholders is not the number of features.
+            The number of placeholders is not the number of features, or there are none.
         """
-        config = self.config
-        image, video = (input_ids == t for t in (config.image_token_id, config.video_token_id))
+        image, video = self._placeholders(input_ids)
         embeds = self.get_input_embeddings()(input_ids.masked_fill(image | video, 0))
+        for kind, mask, pixels in (
+            ("pixel_values", image, pixel_values),
+            ("pixel_values_videos", video, pixel_values_videos),
+        ):
+            if pixels is None and input_ids.shape[1] > 1 and bool(mask.any()):
+                raise SpanError(f"{int(mask.sum())} placeholders, but no {kind}. Pass them too.")
         if pixel_values is not None:
             features = self.encode_images(pixel_values).flatten(0, 1)
             embeds = _splice(embeds, image, features, "image")
@@ -228,6 +233,10 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             features = self.encode_videos(pixel_values_videos, frames)
             embeds = _splice(embeds, video, features, "video")
         return embeds
+
+    def _placeholders(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Masks (B, L) of image and video placeholders."""
+        return input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
 
     # -- calls ----------------------------------------------------------------------------------
 
@@ -274,11 +283,11 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        first = kwargs.get("is_first_iteration")
-        if first is None:
-            position = inputs.get("cache_position")
-            first = position is None or int(position[0]) == 0
-        if not first:
+        first = kwargs.get("is_first_iteration", False)
+        position = inputs.get("cache_position")  # all that releases before 5.0 tell
+        if position is not None and len(position) > 1 and inputs.get("input_ids") is not None:
+            first = any(bool(mask.any()) for mask in self._placeholders(inputs["input_ids"]))
+        if not first and kwargs.get("use_cache", True):
             inputs.update(dict.fromkeys(MEDIA))
         return inputs
 
