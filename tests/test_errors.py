@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
-import tokencomp
 import torch
 import transformers
 from tests_support import Family, text
+
+import tokencomp
 from tokencomp import Plan, Stage, errors, make_reducer
 
 
@@ -63,8 +64,11 @@ def test_unsupported_models() -> None:
 
 
 def test_body_instead_of_the_whole_model(family: Family) -> None:
+    model = family.build()
+    if not hasattr(model, "model"):
+        pytest.skip("the whole model is its own body")
     with pytest.raises(errors.UnsupportedModelError, match="ForConditionalGeneration"):
-        tokencomp.patch(family.build().model)
+        tokencomp.patch(model.model)
 
 
 def test_stage_outside_the_decoder(family: Family) -> None:
@@ -112,7 +116,7 @@ def test_caches(family: Family, kind: str) -> None:
         cache.layers = [PackedLayer() for _ in range(family.layers)]
     with (
         tokencomp.patch(model, 0.5),
-        pytest.raises(errors.UnsupportedCacheError, match="DynamicCache|DynamicLayer"),
+        pytest.raises(errors.UnsupportedCacheError, match=r"DynamicCache|DynamicLayer"),
     ):
         model(**inputs, past_key_values=cache, use_cache=True)
 
@@ -153,7 +157,8 @@ def test_already_compressed(family: Family) -> None:
     with pytest.raises(errors.AlreadyCompressedError, match="video_pruning_rate"):
         tokencomp.patch(model)
     model = family.build()
-    model.model.get_image_features = lambda *a, **k: None
+    body = getattr(model, "model", model)
+    body.get_image_features = lambda *a, **k: None
     with pytest.raises(errors.AlreadyCompressedError, match="get_image_features"):
         tokencomp.patch(model)
 
@@ -193,6 +198,8 @@ def test_nan_features(family: Family) -> None:
 
 def test_import_is_light() -> None:
     """`import tokencomp` loads neither torch nor transformers, so it cannot touch a GPU."""
-    code = "import sys, tokencomp; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, tokencomp; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -234,15 +234,14 @@ def adapter_for(model: nn.Module) -> Adapter:
             f"{type(model).__name__} (model_type={model_type!r}) has no adapter. Supported: "
             f"{', '.join(known)}. A new family is one file: see CONTRIBUTING.md."
         )
-    adapter = known[model_type].of(model)
-    for part in ("body", "decoder", "layers"):
-        try:
-            getattr(adapter, part)
-        except AttributeError:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has no {part!r} where {type(adapter).__name__} expects "
-                "it. Pass the ...ForConditionalGeneration model, from transformers >= 4.57."
-            ) from None
+    try:
+        adapter = known[model_type].of(model)
+        _ = adapter.body, adapter.decoder, adapter.layers
+    except AttributeError as missing:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {missing}. Pass the ...ForConditionalGeneration model, from "
+            "transformers >= 4.57."
+        ) from None
     kinds = set(getattr(adapter.text_config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         raise UnsupportedModelError(
