@@ -53,10 +53,11 @@ def load_model(
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    import tokencomp.models  # noqa: F401  (registers architectures that transformers lacks)
     from tokencomp.adapters.base import adapter_for
+    from tokencomp.models import register_auto_classes
     from tokencomp.zoo import available_models, resolve
 
+    register_auto_classes()  # architectures that transformers lacks
     where = resolve(name)
     device = pick_device(device)
     extra = {} if attention is None else {"attn_implementation": attention}

@@ -25,6 +25,7 @@ from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.profiling.flops import DecoderShape
 
 Loaded = tuple[Example, list[Any]]
+KEPT = "kept.jpg"
 
 
 @dataclass
@@ -263,8 +264,10 @@ class _Sweep:
         start = time.perf_counter()
         with patched(self.model, setting) as handle:
             told = generate(self.model, self.processor, inputs, self.how["max_new_tokens"])
+            elapsed = time.perf_counter() - start
+            self.seconds[setting] += elapsed
             costs = self._costs(handle, inputs, original)
-        self.seconds[setting] += time.perf_counter() - start
+            self._picture(setting, handle, rows)
         return [
             {
                 "id": e.id,
@@ -273,10 +276,25 @@ class _Sweep:
                 "prediction": text,
                 "answer": e.answer,
                 "correct": e.correct(text),
+                "seconds": elapsed / len(rows),
                 **cost.record(),
             }
             for (e, _), text, cost in zip(rows, told, costs, strict=True)
         ]
+
+    def _picture(self, setting: Setting, handle: Any, rows: Sequence[Loaded]) -> None:
+        """Keep a picture of the first item: which of its patches the layers saw."""
+        folder = self.folders.get(setting)
+        if folder is None or self.rank or handle is None or handle.stats is None:
+            return
+        path, (example, media) = folder.path / KEPT, rows[0]
+        if not path.exists() and media and handle.stats.spans[0]:
+            from tokencomp.evaluation.pictures import group_spans, picture, survival
+
+            shares = survival(handle.stats)
+            groups = group_spans(handle.stats.spans[0], media)
+            first = picture(media[0], [shares[j] for j in groups[0]])
+            first.save(path, comment=f"{example.id}: {example.prompt}".encode())
 
     def _costs(
         self, handle: Any, inputs: dict[str, Any], original: list[Loaded] | None

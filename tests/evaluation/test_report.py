@@ -1,0 +1,94 @@
+"""The report's table against statistics computed from the raw record files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from cli_support import run
+
+from tokencomp.evaluation import grid, mcnemar, retention, sweep
+
+IDENTITY = {"model": "m", "dtype": "float32", "frames": 8}
+
+
+def write_run(root: Path, reducer: str, ratio: float, scores: dict[str, int], **more) -> Path:
+    """A run folder by hand."""
+    folder = root / f"{reducer}-{ratio}"
+    folder.mkdir(parents=True)
+    identity = {**IDENTITY, "reducer": reducer, "ratio": ratio, "options": {}, **more}
+    manifest = {
+        "identity": identity, "finished": True, "command": "tokencomp eval", "date": "today",
+        "commit": None, "versions": {"torch": "2"}, "batch_size": 8, "batch_halved_by_oom": False,
+        "hardware": {"cpu": "c", "cores": 2, "threads": 1, "gpus": []},
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    cost = {"ratio": ratio, "flops": 100 * (1 - ratio), "kv_bytes": 10, "seconds": 0.5}
+    lines = [
+        {"id": k, "family": k[0], "prediction": "", "answer": "", "correct": bool(v), **cost}
+        for k, v in scores.items()
+    ]
+    lines.append({"id": "broken", "family": "a", "error": "no frame of this video"})
+    (folder / "records.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    root = tmp_path / "runs"
+    write_run(root, "full", 0.0, {"a1": 1, "a2": 1, "a3": 1, "b1": 0, "b2": 1, "b3": 1})
+    write_run(root, "random", 0.5, {"a1": 0, "a2": 1, "a3": 0, "b1": 0, "b2": 0, "b3": 1})
+    write_run(root, "aim", 0.5, {"b3": 1, "a1": 1, "a2": 1, "a3": 0, "b1": 1, "b2": 1})
+    return root
+
+
+def test_table_is_paired_by_item(runs, tmp_path, capsys):
+    page = tmp_path / "r.html"
+    assert run("report", runs, "-o", page, "--json") == 0
+    full, random, aim = json.loads(capsys.readouterr().out)
+    assert (full["accuracy"], random["accuracy"], aim["accuracy"]) == (5 / 6, 2 / 6, 5 / 6)
+    order = [1, 1, 0, 1, 1, 1], [1, 1, 1, 0, 1, 1]
+    expected = retention(*order)
+    assert aim["retention"]["value"] == expected.value == 1.0
+    found = mcnemar([1, 1, 0, 1, 1, 1], [0, 1, 0, 0, 0, 1])
+    assert aim["against_random"] == {"wins": 3, "losses": 0, "p": found.p} and found.p == 0.25
+    assert aim["families"] == {"a": 2 / 3, "b": 1.0}
+    assert aim["failed"] == 1 and aim["flops"] == 0.5
+
+
+def test_page_is_one_file_and_says_what_failed(runs, tmp_path):
+    page = tmp_path / "r.html"
+    assert run("report", runs / "full-0.0", runs / "aim-0.5", "-o", page) == 0
+    told = page.read_text()
+    assert told.count("<svg") == 2 and not re.search(r'(src|href)="(?!data:|#)', told)
+    assert "no frame of this video" in told and "+1 failed" in told
+    assert 'name="viewport"' in told
+
+
+@pytest.mark.parametrize("case", ["mixed", "no full", "nothing", "unfinished"])
+def test_what_cannot_be_reported(runs, tmp_path, capsys, case):
+    given = [runs]
+    if case == "mixed":
+        write_run(runs, "prune", 0.5, {"a1": 1}, frames=16)
+        message = "differ in frames: 8 and 16"
+    elif case == "no full":
+        given, message = [runs / "aim-0.5"], "full model is missing"
+    elif case == "nothing":
+        (tmp_path / "empty").mkdir()
+        given, message = [tmp_path / "empty"], "no run folder"
+    else:
+        path = runs / "aim-0.5" / "manifest.json"
+        path.write_text(path.read_text().replace('"finished": true', '"finished": false'))
+        message = "goes on where it stopped"
+    assert run("report", *given, "-o", tmp_path / "x.html") == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_report_of_real_runs_shows_kept_patches(loaded, examples, tmp_path):
+    settings = grid(["random", "aim"], [0.75])
+    sweep(*loaded, examples[:2], settings, tmp_path, max_new_tokens=2, progress=False)
+    page = tmp_path / "r.html"
+    assert run("report", tmp_path, "-o", page) == 0
+    assert page.read_text().count("data:image/jpeg;base64,") == 2
