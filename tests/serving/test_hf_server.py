@@ -220,3 +220,20 @@ def test_malformed_requests_get_4xx_and_the_server_goes_on(served: Any) -> None:
     assert ask(client, image).choices[0].message.content
     assert http.get(url + "/health")[0] == 200
     assert http.metric(url, "tokencomp_requests_total") > 20
+
+
+def test_the_example_client(served: Any, tmp_path: Any) -> None:
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    url, _, _, _ = served
+    file = tmp_path / "image.png"
+    http.tiny.image(1).save(file)
+    script = Path(__file__).parents[2] / "examples" / "serve_client.py"
+    command = [sys.executable, script, file, QUESTION, "--url", url + "/v1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    counts = [int(line.split(":")[1].split()[0]) for line in done.stdout.splitlines()]
+    full, half, quarter = counts
+    assert (full - half, full - quarter) == (32, 48)  # of 64 visual tokens

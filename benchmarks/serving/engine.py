@@ -1,0 +1,77 @@
+"""Times one vLLM engine; a child process of `run.py`.
+
+usage: engine.py MODEL ARMS.json RESULTS.json
+ARMS: {"engine": {LLM arguments}, "frames": n, "side": px, "rounds": n, "requests": n,
+       "arms": {name: tokencomp options or null}}
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TURN = (
+    "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>What happens in the video?"
+    "<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def request(seed: int, frames: int, side: int, spec: Any) -> dict[str, Any]:
+    """A prompt with a video that no cache has seen: slowly changing noise."""
+    random = np.random.RandomState(seed)
+    base, step = random.rand(side, side, 3), random.rand(side, side, 3) / frames
+    video = np.stack([((base + i * step) % 1 * 255).astype("uint8") for i in range(frames)])
+    known = {
+        "fps": 2.0, "total_num_frames": frames, "duration": frames / 2,
+        "frames_indices": list(range(frames)), "video_backend": "bench", "do_sample_frames": False,
+    }  # fmt: skip
+    made = {"prompt": TURN, "multi_modal_data": {"video": [(video, known)]}}
+    if spec is not None:
+        made["mm_processor_kwargs"] = {"tokencomp": spec}
+    return made
+
+
+def main() -> None:
+    model, plan_file, results_file = sys.argv[1:]
+    plan = json.loads(Path(plan_file).read_text())
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model, max_model_len=4096, max_num_batched_tokens=4096, dtype="bfloat16",
+        enforce_eager=True, enable_prefix_caching=False, mm_processor_cache_gb=0,
+        limit_mm_per_prompt={"image": 0, "video": 1}, max_num_seqs=8, **plan["engine"],
+    )  # fmt: skip
+    first = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    several = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+    shape = plan["frames"], plan["side"]
+    seeds = iter(range(10**6))
+    found: dict[str, Any] = {
+        name: {"ttft": [], "throughput": [], "prompt": 0} for name in plan["arms"]
+    }
+    for spec in plan["arms"].values():  # warm up
+        llm.generate([request(next(seeds), *shape, spec)], several, use_tqdm=False)
+    for _ in range(plan["rounds"]):
+        for name, spec in plan["arms"].items():  # arms interleaved: drift hits all alike
+            one = [request(next(seeds), *shape, spec)]
+            start = time.perf_counter()
+            out = llm.generate(one, first, use_tqdm=False)
+            found[name]["ttft"].append(time.perf_counter() - start)
+            found[name]["prompt"] = len(out[0].prompt_token_ids)
+            many = [request(next(seeds), *shape, spec) for _ in range(plan["requests"])]
+            start = time.perf_counter()
+            llm.generate(many, several, use_tqdm=False)
+            found[name]["throughput"].append(plan["requests"] / (time.perf_counter() - start))
+    for values in found.values():
+        values["ttft_median_s"] = statistics.median(values["ttft"])
+        values["throughput_median_rps"] = statistics.median(values["throughput"])
+    Path(results_file).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

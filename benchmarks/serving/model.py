@@ -1,0 +1,46 @@
+"""Random-weight Qwen2.5-VL of a size that a CPU can serve: timing needs shapes, not knowledge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+
+def build(folder: Path, hidden: int = 512, layers: int = 8) -> Path:
+    """Write a Qwen2.5-VL folder with the zoo's tokenizer and processors."""
+    from safetensors.torch import save_file
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from tokencomp.zoo.export import write_json
+    from tokencomp.zoo.families import family
+    from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
+
+    made = family("tiny-qwen2-vl")
+    write_tokenizer(folder, made.chat_template)
+    tokenizer = load_tokenizer(folder)
+    for name, values in made.files(tokenizer).items():
+        write_json(folder / name, values)
+    config = made.config(tokenizer)
+    config.update(
+        architectures=["Qwen2_5_VLForConditionalGeneration"], model_type="qwen2_5_vl",
+        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 64, num_key_value_heads=2,
+        rope_scaling={"type": "mrope", "mrope_section": [8, 12, 12]},
+        vision_config={
+            "model_type": "qwen2_5_vl", "depth": 4, "hidden_size": 256, "intermediate_size": 512,
+            "num_heads": 4, "out_hidden_size": hidden, "in_channels": 3, "in_chans": 3,
+            "hidden_act": "silu", "patch_size": 14, "spatial_patch_size": 14,
+            "spatial_merge_size": 2, "temporal_patch_size": 2, "tokens_per_second": 2,
+            "window_size": 112, "fullatt_block_indexes": [1, 3],
+        },
+    )  # fmt: skip
+    write_json(folder / "config.json", config)
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+        weights[name] = tensor.to(torch.bfloat16).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
