@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+# serve_*.py need a running server: tests/serving runs them
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(p for p in FOLDER.glob("*.py") if not p.stem.startswith("serve_"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
