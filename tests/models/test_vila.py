@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+import tokencomp
 from tokencomp.errors import CheckpointError, SpanError
 from tokencomp.models import VilaForConditionalGeneration, VilaProcessor, register_auto_classes
 
@@ -145,6 +146,21 @@ def test_auto_classes(folder: Path) -> None:
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
     assert isinstance(model, VilaForConditionalGeneration)
     assert model.config.num_video_frames == 4
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    assert isinstance(processor, VilaProcessor)
+
+
+def test_loads_by_name(folder: Path) -> None:
+    """Whatever loads models for commands loads this folder, and answers a question with it."""
+    from tokencomp.evaluation.answering import build_inputs
+    from tokencomp.evaluation.loading import load_model
+
+    model, processor = load_model(str(folder), device="cpu", dtype="float32")
+    media = [[picture(0)], [[picture(1), picture(2)]]]
+    inputs = build_inputs(processor, media, ["What?", "And this?"])
+    with tokencomp.patch(model, 0.5) as handle:
+        model.generate(**inputs, max_new_tokens=2)
+        assert handle.stats.tokens_before == [17, 34]
 
 
 def test_pooled_video(tmp_path: Path) -> None:

@@ -33,15 +33,19 @@ def test_chat_template(tmp_path: Path) -> None:
         {"role": "assistant", "content": "Black."},
         {"role": "user", "content": "Sure?"},
     ]
-    text = made.apply_chat_template(messages, tokenize=False)
+    text = made.apply_chat_template(messages)
     assert text.endswith("USER: <image>\nWhat? ASSISTANT: Black.</s> USER: Sure? ASSISTANT:")
-    inputs = made.apply_chat_template(messages)
+    inputs = made.apply_chat_template(messages, tokenize=True)
     assert (inputs["input_ids"] == made.config.image_token_id).sum() == 16
-    batch = made.apply_chat_template([messages, messages[2:]])
+    batch = made.apply_chat_template([messages, messages[2:]], tokenize=True)
     assert batch["input_ids"].shape[0] == 2
     assert batch["pixel_values"].shape == (1, 3, 28, 28)
     with pytest.raises(MediaError, match="'audio'"):
         made.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}])
+    bare = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
+    assert "<vila/video>?" in made.apply_chat_template(bare)
+    with pytest.raises(MediaError, match="medium 0"):
+        made.apply_chat_template(bare, tokenize=True)
 
 
 def test_no_template(tmp_path: Path) -> None:

@@ -28,14 +28,16 @@ if TYPE_CHECKING:
 
 
 def register_auto_classes() -> None:
-    """Let `AutoConfig` and `AutoModelForImageTextToText` load these models. Safe to call twice."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    """Let transformers' Auto classes load these models and processors. Safe to call twice."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     from tokencomp.models.vila import VilaForConditionalGeneration
     from tokencomp.models.vila_config import VilaConfig
+    from tokencomp.models.vila_processor import VilaProcessor
 
     AutoConfig.register(VilaConfig.model_type, VilaConfig, exist_ok=True)
     AutoModelForImageTextToText.register(VilaConfig, VilaForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(VilaConfig, VilaProcessor, exist_ok=True)
 
 
 def __getattr__(name: str) -> Any:

@@ -83,19 +83,21 @@ class VilaProcessor:
         conversation: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
         *,
         add_generation_prompt: bool = True,
-        tokenize: bool = True,
+        tokenize: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """One conversation or a batch of them → model inputs (or, with tokenize=False, text).
+        """One conversation or a batch of them → text, or (with tokenize=True) model inputs.
 
         Content is a string, or a list of {"type": "text", "text": …},
         {"type": "image", "image": PIL image, array or path} and {"type": "video", "video": path
-        or frames}.
+        or frames}. For text alone the media may be left out.
 
         Raises
         ------
         CheckpointError
             The checkpoint names no conversation format.
+        MediaError
+            A content part of an unknown type, or without its medium where it is needed.
         """
         if self.chat_template is None:
             raise CheckpointError(
@@ -117,6 +119,9 @@ class VilaProcessor:
                     tokenize=False,
                 )
             )
+        for i, item in enumerate([*images, *videos] if tokenize else []):
+            if item is None:
+                raise MediaError(f"medium {i}: no image or video in its content part.")
         if not tokenize:
             return texts[0] if single else texts
         return self(texts, images=images or None, videos=videos or None)
@@ -276,8 +281,6 @@ def _flatten(content: Any, images: list[Any], videos: list[Any]) -> str:
             text += part["text"]
         elif kind in ("image", "video"):
             media = next((part[k] for k in (kind, "path", "url") if k in part), None)
-            if media is None:
-                raise MediaError(f"content part {part!r}: no {kind!r} in it.")
             (images if kind == "image" else videos).append(media)
             text += IMAGE if kind == "image" else VIDEO
         else:
