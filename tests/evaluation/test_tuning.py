@@ -1,0 +1,79 @@
+"""The search of `tokencomp tune` against a plain enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+
+import pytest
+from cli_support import run
+
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.tuning import Candidate, candidates, pareto, read_examples
+
+GRID = {"frames": [4, 8], "scales": [1.0, 0.5], "reducers": ["uniform"], "ratios": [0.5]}
+
+
+def test_candidates_are_all_that_fit(loaded, examples):
+    """Videos: 64 tokens per frame pair at full size, 16 at half size."""
+    videos = [e for e in examples if e.media[0].suffix == ".mp4"]
+    found = candidates(*loaded, videos, **GRID, tokens=64)
+    expected = set()
+    for frames, scale in itertools.product([4, 8], [1.0, 0.5]):
+        full = frames // 2 * (64 if scale == 1 else 16)
+        for ratio in {0.0, 0.5, max(0.0, 1 - 64 / full)}:
+            if full * (1 - ratio) <= 64:
+                expected.add((frames, scale, "full" if ratio == 0 else "uniform", ratio))
+    assert {(c.frames, c.scale, c.reducer, c.ratio) for c in found} == expected
+
+
+def test_a_budget_that_nothing_meets(loaded, examples):
+    with pytest.raises(OptionError, match="fewer --frames"):
+        candidates(*loaded, examples[-1:], **{**GRID, "frames": [8], "scales": [1.0]}, tokens=2)
+
+
+def test_pareto_front_by_brute_force():
+    rng = random.Random(0)
+    points = [
+        Candidate(8, 1.0, "uniform", k / 100, rng.randrange(20), 0.0, rng.randrange(10) / 10)
+        for k in range(60)
+    ]
+
+    def beaten(c, d):
+        better = d.accuracy > c.accuracy or d.tokens < c.tokens
+        return d.accuracy >= c.accuracy and d.tokens <= c.tokens and better
+
+    best = {(c.tokens, c.accuracy) for c in points if not any(beaten(c, d) for d in points)}
+    assert {(c.tokens, c.accuracy) for c in pareto(points)} == best
+
+
+def test_tune_stays_within_the_budget(folder, tmp_path, capsys):
+    out = tmp_path / "tuned.json"
+    code = run(
+        "tune", "--tokens", 64, "--model", folder, "--items", 1, "--families", "needle",
+        "--frames", "4,8", "--scale", "1,0.5", "-r", "uniform", "--ratio", "0.5", "-o", out,
+    )  # fmt: skip
+    told = json.loads(out.read_text())
+    assert code == 0 and "Pareto front" in capsys.readouterr().out
+    assert told["candidates"] and all(c["tokens"] <= 64 for c in told["candidates"])
+    assert any(c["pareto"] for c in told["candidates"])
+
+
+def test_examples_from_a_file(tmp_path):
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"question": "What?", "answer": 3, "media": "a.png"}\n')
+    (found,) = read_examples(file)
+    assert (found.prompt, found.answer, found.media) == ("What?", "3", (tmp_path / "a.png",))
+    file.write_text('{"question": "What?"}\n')
+    with pytest.raises(OptionError, match="line 1"):
+        read_examples(file)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [([], "give a budget"), (["--tokens", "9", "--frames", "2.5"], "whole positive numbers")],
+)
+def test_mistakes(args, message, capsys):
+    assert run("tune", *args) == 2
+    assert message in capsys.readouterr().err

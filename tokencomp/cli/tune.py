@@ -1,0 +1,147 @@
+"""`tokencomp tune`: spend a token or time budget on frames, pixels, reducer and ratio."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokencomp.cli._options import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Ratios,
+    Reducers,
+    check_reducers,
+    names,
+    ratios,
+)
+
+VIDEO_FAMILIES = "needle,order,direction,action_count"
+
+
+def command(
+    tokens: Annotated[
+        float | None, typer.Option(help="Visual tokens per item and decoder layer, at most.")
+    ] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Milliseconds of model time per answer, at most.")
+    ] = None,
+    model: Model = "tiny-qwen2-vl",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSON Lines with question, answer, media. Default: ShapesQA validation."),
+    ] = None,
+    items: Annotated[int, typer.Option(min=1, help="ShapesQA questions per family.")] = 12,
+    families: Annotated[str, typer.Option(help="ShapesQA families.")] = VIDEO_FAMILIES,
+    frames: Annotated[str, typer.Option(help="Frames per video to try.")] = "4,8,16",
+    scale: Annotated[str, typer.Option(help="Picture sides to try, original = 1.")] = "1,0.75,0.5",
+    reducer: Reducers = "auto,uniform",
+    ratio: Ratios = "0.5,0.75,0.9",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Search frames × pixels × reducer × ratio for the best validation accuracy at a budget.
+
+    Every combination within --tokens is measured; the worse half is dropped after a third of the
+    questions. Prints the Pareto front of accuracy against tokens (or time, with --latency).
+    """
+    from tokencomp.errors import OptionError
+
+    if tokens is None and latency is None:
+        raise OptionError("give a budget: --tokens 128 or --latency 50 (milliseconds per answer).")
+    chosen = names(reducer)
+    check_reducers(chosen)
+    grid = {
+        "frames": [int(n) for n in _numbers("frames", frames, whole=True)],
+        "scales": _numbers("scale", scale),
+        "reducers": _resolved(chosen),
+        "ratios": ratios(ratio),
+        "tokens": tokens,
+    }
+    from tokencomp.evaluation import tuning
+    from tokencomp.evaluation.environment import environment
+    from tokencomp.evaluation.loading import load_model
+
+    loaded = load_model(model, device=device, dtype=dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        asked = _shapesqa(names(families), items, folder) if data is None else None
+        asked = asked or tuning.read_examples(data or Path())
+        given = tuning.candidates(*loaded, asked, **grid)
+        measured = tuning.search(*loaded, asked, given, batch_size=batch_size)
+    within = [c for c in measured if latency is None or 1e3 * c.seconds <= latency]
+    cost = "tokens" if latency is None else "seconds"
+    facts = {"model": model, "budget": {"tokens": tokens, "latency_ms": latency}, **environment()}
+    text = tuning.as_json(within, cost, facts)
+    if output is not None:
+        output.write_text(text)
+    if as_json:
+        typer.echo(text)
+    else:
+        _print(within, tuning.pareto(within, cost), latency)
+
+
+def _shapesqa(families: list[str], count: int, folder: str) -> list[Any]:
+    from tokencomp.evaluation import shapesqa
+    from tokencomp.zoo.shapesqa import items
+
+    return shapesqa(items("validation", count, tuple(families)), folder)
+
+
+def _resolved(chosen: list[str]) -> list[str]:
+    from tokencomp.patching import DEFAULT_REDUCER
+
+    return list(dict.fromkeys(DEFAULT_REDUCER if n == "auto" else n for n in chosen))
+
+
+def _numbers(name: str, text: str, whole: bool = False) -> list[float]:
+    from tokencomp.errors import OptionError
+
+    try:
+        found = [float(part) for part in names(text)]
+    except ValueError:
+        found = []
+    if not found or min(found) <= 0 or (whole and any(n != int(n) for n in found)):
+        kind = "whole positive numbers" if whole else "positive numbers"
+        raise OptionError(f"--{name} {text!r}: expected {kind} separated by commas.")
+    return found
+
+
+def _print(measured: list[Any], front: list[Any], latency: float | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not front:
+        console.print(f"Nothing answered within {latency:g} ms; give more time or fewer frames.")
+        raise typer.Exit(1)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("", "frames", "scale", "method", "ratio", "tokens", "ms/answer", "accuracy", "n"):
+        table.add_column(name, no_wrap=True)
+    for c in measured:
+        mark = "[green]●[/]" if c in front else ("[dim]dropped[/]" if c.screened else "")
+        table.add_row(
+            mark,
+            str(c.frames),
+            f"{c.scale:g}",
+            c.reducer,
+            f"{c.ratio:.3g}",
+            f"{c.tokens:.0f}",
+            f"{1e3 * c.seconds:.0f}",
+            f"{c.accuracy:.1%}",
+            str(c.items),
+        )
+    console.print(table)
+    best = max(front, key=lambda c: c.accuracy)
+    console.print(
+        f"\n[green]●[/] Pareto front. Best: {best.frames} frames, scale {best.scale:g}, "
+        f"{best.reducer} at {best.ratio:.3g}: {best.accuracy:.1%} with {best.tokens:.0f} tokens.\n"
+        "[dim]Chosen on these questions, so its accuracy here flatters it: check on held-out "
+        "data.[/]"
+    )
