@@ -26,25 +26,22 @@ from tokencomp.evaluation.settings import Setting
 from tokencomp.zoo import available_models
 
 CANDIDATES: list[tuple[str, dict[str, Any]]] = [
-    *(
-        ("condiv", {"power": p, "centred": c, "signal": "attention"})
-        for c in (False, True)
-        for p in (0.25, 0.5, 1.0, 2.0, 4.0)
-    ),
+    ("condiv", {"power": 0.25}),
+    ("condiv", {"power": 0.5}),
+    ("condiv", {"power": 0.5, "centred": True}),
+    ("condiv", {"power": 1.0}),
+    ("condiv", {"power": 1.0, "centred": True}),
+    ("condiv", {"power": 2.0}),
+    ("condiv", {"power": 4.0}),
     ("condiv", {"power": 1.0, "merge_rest": 0.8}),
-    ("condiv", {"power": 0.0, "centred": False}),
     ("condiv", {"power": 0.0, "centred": True}),
     ("condiv", {"power": 0.5, "signal": "norm"}),
     ("condiv", {"power": 0.5, "signal": "novelty"}),
     ("cdpruner", {"relevance": "attention"}),
-    ("cdpruner", {}),
     ("divprune", {}),
     ("merge", {}),
     ("aim", {}),
     ("prune", {}),
-    ("pool", {}),
-    ("evs", {}),
-    ("vidcom2", {}),
     ("random", {}),
     ("uniform", {}),
 ]
