@@ -11,7 +11,7 @@ from collections import deque
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tokencomp.adapters.base import adapter_for
@@ -46,7 +46,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         processor: Any,
         options: ServerOptions,
         metrics: Metrics,
@@ -182,8 +182,8 @@ class Engine:
     def started(self, batch: list[Job], counts: list[tuple[int, int]]) -> None:
         """Note token counts once the prefill has run; counts are (all, visual) per request."""
         before = [visual for _, visual in counts]
-        seen = [[visual] for visual in before]  # by every decoder layer
-        if batch[0].prompt.spec.active and sum(before):
+        seen: list[list[int]] = [[visual] for visual in before]  # by every decoder layer
+        if batch[0].prompt.spec.active and any(before):
             stats = self._handle.stats
             if stats is not None:
                 seen = stats.tokens_after

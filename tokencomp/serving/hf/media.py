@@ -124,7 +124,7 @@ def load_image(url: str, limits: Limits) -> Image.Image:
 def _decode_image(content: bytes, limits: Limits) -> Image.Image:
     try:
         image: Any = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
-        _check_size(*image.size, limits)
+        _check_size(image.width, image.height, limits)
         return ImageOps.exif_transpose(image).convert("RGB")
     except RequestError:
         raise
@@ -177,7 +177,7 @@ def _decode_video(content: bytes, container: str, limits: Limits) -> np.ndarray:
     import av
 
     def frames() -> Any:
-        with av.open(io.BytesIO(content), format=container) as opened:
+        with av.open(io.BytesIO(content), "r", format=container) as opened:
             if not opened.streams.video:
                 raise RequestError("the file has no video stream.")
             stream = opened.streams.video[0]
@@ -195,7 +195,7 @@ def _decode_video(content: bytes, container: str, limits: Limits) -> np.ndarray:
 def _animation(content: bytes, limits: Limits) -> np.ndarray:
     try:
         image = Image.open(io.BytesIO(content), formats=("GIF", "WEBP"))
-        _check_size(*image.size, limits)
+        _check_size(image.width, image.height, limits)
         total = getattr(image, "n_frames", 1)
         if total > limits.max_decoded:
             raise RequestError(f"more than {limits.max_decoded} frames.", 413)

@@ -27,7 +27,7 @@ class CompressingModel:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_engine(vllm_config, self.needs_offsets)
         default = server_options(vllm_config.model_config).default.describe()
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._row_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self._timer = ReduceTimer()
         logger.info("tokencomp in worker %d: default %s", os.getpid(), default)
