@@ -40,7 +40,7 @@ processor = AutoProcessor.from_pretrained("{name}")
 | training | `{command}`, seed {seed} |
 | cost | {seconds:.0f} s on {cores} CPU cores ({steps} optimizer steps) |
 | versions | torch {torch}, transformers {transformers} |
-
+{note}
 ## Accuracy on the test split
 
 Full model, greedy decoding, JPEG and mp4 files read back from disk. The test split was not used for
@@ -79,6 +79,8 @@ def render_card(metrics: dict[str, Any]) -> str:
         bars = "\nOther sizes and lengths (one word, all families of the kind):\n\n" + "\n".join(
             lines
         )
+    note = facts.pop("note", "")
+    facts["note"] = f"\n{note}\n" if note else ""
     return _TEMPLATE.format(**facts, table=table(metrics["test"]), bars=bars)
 
 
