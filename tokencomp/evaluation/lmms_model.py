@@ -149,7 +149,8 @@ def _visuals(to_visual: Any, doc: Any) -> tuple[Any, ...]:
         found = to_visual(doc) or []
     except SystemExit as leave:
         return (Path(str(leave.code)),)
-    return tuple(found) if isinstance(found, list | tuple) else (found,)
+    listed = found if isinstance(found, list | tuple) else [found]
+    return tuple(Path(m).resolve() if isinstance(m, str) else m for m in listed)
 
 
 def _groups(
