@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests_support import FAMILIES, Media, text
+from tests_support import FAMILIES, VIDEO, Media, text
 
 import tokencomp
 from tokencomp.context import VisualSpan
@@ -96,6 +96,21 @@ def test_vila() -> None:
         (90, 34, (2, 4, 4), "video"),
     ]
     assert found[2].special == (16, 33, 50)
+
+
+def test_vila_pooled_video() -> None:
+    """Averaged blocks of 2×2×2 tokens: half of the frames, a quarter of each."""
+    family = FAMILIES["vila"]
+    model = family.build()
+    model.config.video_pool = (2, 2, 2)
+    media = family.video(4)
+    frame = [*[VIDEO] * 4, media.ids[-1]]
+    inputs = family.batch([[text(3), Media(frame * 2, media.inputs), text(4)]])
+    with torch.no_grad(), tokencomp.patch(model, 0.3, reducer="uniform") as handle:
+        model(**inputs)
+        found = handle.stats.spans[0]
+    assert brief(found) == [(3, 10, (2, 2, 2), "video")]
+    assert found[0].special == (4, 9)
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl"])

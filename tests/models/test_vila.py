@@ -220,6 +220,8 @@ def break_folder(folder: Path, what: str) -> None:
         ("shape", "do not fit"),
         ("tokenizer", "no media token <image>, <vila/video>"),
         ("dynamic_s2=true", "dynamic_s2"),
+        ("mm_use_im_start_end=true", "start and end tokens"),
+        ('mm_vision_select_feature="patch"', "'patch'"),
         ('model_type="llama"', "'llama'"),
         ('image_aspect_ratio="anyres"', "'anyres'"),
         ('video_encoder={"_target_": "x.Q"}', "'Q'"),

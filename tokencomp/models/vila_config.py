@@ -11,6 +11,11 @@ from transformers import AutoConfig, PretrainedConfig
 from tokencomp.errors import CheckpointError
 
 PARTS = {"llm": "the language model", "vision_tower": "SigLIP", "mm_projector": "the projector"}
+UNSUPPORTED = {
+    "s2": "multi-scale features",
+    "dynamic_s2": "multi-scale features",
+    "mm_use_im_start_end": "image start and end tokens",
+}
 ASPECTS = ("resize", "pad", "dynamic")
 MODEL_TYPES = ("llava_llama", "vila")
 
@@ -125,9 +130,15 @@ def read_root(folder: str | Path) -> dict[str, Any]:
                 f"{folder / part}: missing sub-checkpoint ({what}); no {part}/config.json. A VILA "
                 f"folder needs {', '.join(f'{p}/' for p in PARTS)}."
             )
-    for name in ("s2", "dynamic_s2"):
+    for name, what in UNSUPPORTED.items():
         if root.get(name):
-            raise CheckpointError(f"{path}: {name}=true; multi-scale vision is not supported.")
+            raise CheckpointError(f"{path}: {name}=true; {what} are not supported.")
+    feature = root.get("mm_vision_select_feature") or "cls_patch"
+    if feature != "cls_patch":
+        raise CheckpointError(
+            f"{path}: mm_vision_select_feature={feature!r}; SigLIP has no class token to leave "
+            "out, so 'cls_patch' (all patches) is expected."
+        )
     return root
 
 

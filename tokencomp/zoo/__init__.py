@@ -69,6 +69,9 @@ def load(name: str = "tiny-qwen2-vl", dtype: torch.dtype | None = None) -> tuple
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from tokencomp.models import register_auto_classes
+
+    register_auto_classes()
     folder = model_path(name)
     dtype = torch.float32 if dtype is None else dtype
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
