@@ -139,9 +139,7 @@ def _device_problem(device: torch.device) -> str | None:
             return "the tensor is on the CPU and TRITON_INTERPRET=1 is not set"
         library = importlib.import_module("triton.language")
         if type(library.min).__name__ == "JITFunction":
-            return (
-                "TRITON_INTERPRET=1 was set after Triton was imported; set it earlier"
-            )
+            return "TRITON_INTERPRET=1 was set after Triton was imported; set it earlier"
         return None
     if device.type != "cuda":
         return f"the tensor is on {device.type!r}; the Triton kernels run on 'cuda'"

@@ -56,6 +56,12 @@ def unit_kernel(
 
 
 @triton.jit
+def pitch(rows):
+    """Distance between rows of cosines: a multiple of 16, so that loads can be wide."""
+    return (rows + 15) // 16 * 16
+
+
+@triton.jit
 def gram_kernel(
     x, inverse, first_row, first_gram, gram, stride, dim,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -84,10 +90,11 @@ def gram_kernel(
             dots = dot(a, tl.trans(b), dots)
         left = tl.load(inverse + start + i, mask=i < rows, other=0.0)
         right = tl.load(inverse + start + j, mask=j < rows, other=0.0)
-        place = i.to(tl.int64)[:, None] * rows + j[None, :]
+        place = i.to(tl.int64)[:, None] * pitch(rows) + j[None, :]
         mask = (i < rows)[:, None] & (j < rows)[None, :]
         cosine = dots * left[:, None] * right[None, :]
-        tl.store(gram + tl.load(first_gram + span) + place, cosine, mask=mask)
+        begin = tl.load(first_gram + span) // 16 * 16
+        tl.store(gram + begin + place, cosine, mask=mask)
 
 
 @triton.jit
@@ -101,7 +108,7 @@ def greedy_kernel(
     rows = tl.load(first_row + span + 1) - start
     begin = tl.load(first_pick + span)
     count = tl.load(first_pick + span + 1) - begin
-    gram += tl.load(first_gram + span)
+    gram += tl.load(first_gram + span) // 16 * 16
     row = tl.arange(0, BLOCK)
     inside = row < rows
     nearest = tl.full([BLOCK], float("inf"), tl.float32)
@@ -113,7 +120,10 @@ def greedy_kernel(
     for step in range(count):
         tl.store(picks + begin + step, (start + last).to(tl.int64))
         weight = tl.where(row == last, -1.0, weight)
-        cosine = tl.load(gram + last.to(tl.int64) * rows + row, mask=inside, other=0.0)
+        # Up to the pitch, not the last row: a mask in units of 16 lets the loads be wide. What lies
+        # between is never chosen, its weight is negative.
+        at = gram + last.to(tl.int64) * pitch(rows) + row
+        cosine = tl.load(at, mask=row < pitch(rows), other=0.0)
         nearest = tl.minimum(nearest, tl.maximum(1.0 - cosine, 0.0))
         score = tl.where(weight < 0.0, -1.0, nearest * weight)
         last = tl.argmax(score, axis=0, tie_break_left=True)
@@ -247,7 +257,7 @@ def run(
         given = None if weights is None else weights[span]
         run_steps(x[span], inverse[span], given, start[first:], picks[pick[first] : pick[last]])
         return
-    squares = [lengths[span] ** 2 for span in group]
+    squares = [lengths[span] * triton.cdiv(lengths[span], 16) * 16 for span in group]
     gram = torch.empty(sum(squares), dtype=torch.float32, device=x.device)
     rows = table(row[first : last + 1], x.device)
     grams = table(starts(squares), x.device, torch.int64)
@@ -287,7 +297,7 @@ def run_steps(
 def gram_blocks(rows: int, itemsize: int) -> tuple[int, int, int]:
     """(rows, features, warps) of a tile of cosines."""
     if itemsize == 4:
-        return 32 if rows <= 64 else 64, 32, 4
+        return 32, 32, 4
     return (64, 64, 4) if rows <= 1024 else (128, 32, 8)
 
 
