@@ -22,7 +22,7 @@ ENGINE_SECONDS = 600
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Name of a tiny random model → its folder, built on first use."""
-    import tiny
+    import serving_models as tiny
 
     root = tmp_path_factory.mktemp("models")
 

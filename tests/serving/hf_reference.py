@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import tiny
+import serving_models as tiny
 import torch
 
 import tokencomp

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiny
+import serving_models as tiny
 from PIL import Image
 
 START_SECONDS = 400

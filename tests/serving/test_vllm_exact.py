@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import cases
 import pytest
+import serving_cases as cases
 import torch
 
 MODELS = ("qwen2_vl", "llava_onevision")

@@ -5,11 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import conftest
 import pytest
 
-if not conftest.HAS_VLLM:
-    pytest.skip("vllm is not installed here", allow_module_level=True)
+pytest.importorskip("vllm", reason="vllm is not installed here")
 
 import torch
 from vllm.config import CUDAGraphMode

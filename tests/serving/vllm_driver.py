@@ -37,7 +37,7 @@ def record_positions() -> None:
 
 
 def request(job: dict) -> dict:
-    import tiny
+    import serving_models as tiny
 
     media = tiny.media(job["media"])
     if job.get("metadata") and "video" in media:
