@@ -19,7 +19,7 @@ from tokencomp.training.adsc import CARD, AdscConfig, ways
 from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.measure import Measurement, Way
 
-SETS = {"image": ("attribute", "small_object"), "video": ("needle",)}
+SETS = {"image": (("attribute", "small_object", "existence"), 1), "video": (("needle",), 2)}
 RATIOS = (0.0, 0.5, 0.67, 0.8, 0.9)
 
 
@@ -34,8 +34,8 @@ def main(args: argparse.Namespace) -> None:
     asked = ways(AdscConfig(ratios=RATIOS))
     asked += [Way("trained, random", r, "random", {}, "tuned") for r in RATIOS if r]
     tables, records = {}, []
-    for name, families in SETS.items():
-        source = ShapesQuestions(families, args.items, args.split)
+    for name, (families, fewer) in SETS.items():
+        source = ShapesQuestions(families, args.items // fewer, args.split)
         measured = Measurement({"": tuned, "tuned": tuned}, processor, batch=args.batch)
         measured.run(source, asked, name)
         rows = measured.table(asked)
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
                 row["vs_training_free"] = {"wins": test.wins, "losses": test.losses, "p": test.p}
         tables[name] = {"rows": rows}
         records += [{"set": name, **r} for r in measured.records]
-    publish("adsc", args, tables, records, weights / CARD)
+        publish("adsc", args, tables, records, weights / CARD)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python benchmarks/accuracy/ccam.py
 
 writes ccam.json (tables, versions) and ccam.jsonl (every answer): images, videos of the trained 8
-frames, and of 12 and 48 frames. `--free FOLDER` adds a projector that was trained without the
+frames, and of 16 and 48 frames. `--free FOLDER` adds a projector that was trained without the
 causal mask (`--no-causal`).
 """
 
@@ -24,8 +24,8 @@ from tokencomp.training.measure import Measurement, Way
 SETS = {
     "image": (("attribute", "small_object"), {}, 1),
     "video, 8 frames": (("needle",), {"frames": 8}, 1),
-    "video, 12 frames": (("needle",), {"frames": 12}, 1),
-    "video, 48 frames": (("needle",), {"frames": 48}, 3),
+    "video, 16 frames": (("needle",), {"frames": 16}, 2),
+    "video, 48 frames": (("needle",), {"frames": 48}, 4),
 }
 
 
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
         measured.run(source, asked, name)
         tables[name] = {"rows": measured.table(asked)}
         records += [{"set": name, **r} for r in measured.records]
-    publish("ccam", args, tables, records, weights / "ccam.json")
+        publish("ccam", args, tables, records, weights / "ccam.json")
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from tokencomp.training.selector import RATIOS, ways
 
 ORDER = ("oracle", "selector", "attention", "random")
 SETS: dict[str, dict[str, Any]] = {
-    "image": {"families": ("attribute", "small_object")},
-    "video": {"families": ("needle",)},
-    "video, 4× the tokens": {"families": ("needle",), "frames": 32},
+    "image": {"families": ("attribute", "small_object", "existence"), "fewer": 1},
+    "video": {"families": ("needle",), "fewer": 2},
+    "video, 4× the tokens": {"families": ("needle",), "fewer": 4, "frames": 32},
 }
 
 
@@ -47,15 +47,15 @@ def main(args: argparse.Namespace) -> None:
     records = []
     asked = ways(weights, RATIOS, oracle=True)
     for name, settings in SETS.items():
-        scene = {k: v for k, v in settings.items() if k != "families"}
-        count = args.items // 2 if scene else args.items
+        scene = {k: v for k, v in settings.items() if k == "frames"}
+        count = args.items // settings["fewer"]
         source = ShapesQuestions(settings["families"], count, args.split, **scene)
         measured = Measurement({"": model}, processor, batch=8 if scene else args.batch)
         measured.run(source, asked, name)
         rows = measured.table(asked)
         tables[name] = {"rows": rows, "against_the_published_order": order(rows)}
         records += [{"set": name, **r} for r in measured.records]
-    publish("selector", args, tables, records, weights / "selector.json")
+        publish("selector", args, tables, records, weights / "selector.json")
 
 
 if __name__ == "__main__":
