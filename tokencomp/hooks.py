@@ -87,9 +87,9 @@ class Hooks:
         for stage in stages:
             for signal in stage.reducer.needs if stage.fraction > 0 else ():
                 if not isinstance(signal, str):
-                    attn = self.adapter.layers[stage.layer - 1].self_attn
-                    hook = self._attention(stage.layer, signal)
-                    self._handles.append(attn.register_forward_hook(hook, with_kwargs=True))
+                    attn: Any = self.adapter.layers[stage.layer - 1].self_attn
+                    score = self._attention(stage.layer, signal)
+                    self._handles.append(attn.register_forward_hook(score, with_kwargs=True))
 
     def remove(self) -> None:
         for handle in self._handles:
