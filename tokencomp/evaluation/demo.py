@@ -142,7 +142,7 @@ def _rows(
 ) -> list[Row]:
     media, texts = [e.load(8) for e in timed], [e.prompt for e in timed]
     maker = PromptMaker(model, processor, media, texts)
-    splits = time_prefill(maker, settings, budget=15.0)
+    splits = time_prefill(maker, settings, budget=8.0)
     rows = []
     for setting in settings:
         cost = _batch_cost(maker, setting)
