@@ -194,8 +194,21 @@ def metadata(frames: int) -> dict[str, Any]:
 
 
 def media(wanted: list[list[Any]]) -> dict[str, list[Any]]:
-    """`[["image", seed, w, h], ["video", seed, frames, w, h]]` → images and videos."""
+    """`[["image", seed, w, h], ["video", seed, frames, w, h]]` → images and videos.
+
+    The path of a file may stand in place of the numbers.
+    """
     made: dict[str, list[Any]] = {}
     for kind, *numbers in wanted:
-        made.setdefault(kind, []).append((image if kind == "image" else video)(*numbers))
+        if isinstance(numbers[0], str):
+            made.setdefault(kind, []).append(_from_file(numbers[0]))
+        else:
+            made.setdefault(kind, []).append((image if kind == "image" else video)(*numbers))
     return made
+
+
+def _from_file(path: str) -> Any:
+    from tokencomp.media import load_media
+
+    found = load_media(path, 8)
+    return np.stack([np.asarray(f) for f in found]) if isinstance(found, list) else found

@@ -140,6 +140,30 @@ def test_qwen2_5_frames_apart_in_time(tiny_folder: Any, run_engine: Any) -> None
             check(results, [job], folder, model, " together")
 
 
+def test_trained_model_on_real_files(run_engine: Any, tmp_path: Any) -> None:
+    """The packaged model on ShapesQA media: same answers in both homes at every ratio."""
+    import hf_reference
+
+    from tokencomp.evaluation.answering import chat_text
+    from tokencomp.evaluation.examples import shapesqa
+    from tokencomp.zoo import model_path
+    from tokencomp.zoo.shapesqa import items
+
+    folder = model_path("tiny-qwen2-vl")
+    _, processor = hf_reference.load(folder)
+    jobs = []
+    for i, example in enumerate(shapesqa(items("test", 1), tmp_path)):
+        loaded = example.load(8)
+        kinds = ["video" if isinstance(m, list) else "image" for m in loaded]
+        media = [[kind, str(path)] for kind, path in zip(kinds, example.media, strict=True)]
+        prompt = chat_text(processor, loaded, example.prompt)
+        spec = {"reducer": "merge", "ratio": (0.5, 0.75, 0.9)[i % 3]}
+        jobs.append({"name": f"item {i}", "prompt": prompt, "media": media, "tokencomp": spec})
+    results = run_engine(folder, [jobs])
+    check(results, jobs, folder, "qwen2_vl")
+    assert {job["media"][0][0] for job in jobs} == {"image", "video"}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_position_of_a_long_video(dtype: str, tiny_folder: Any, run_engine: Any) -> None:
     import hf_reference
