@@ -20,6 +20,7 @@ import functools
 import importlib
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 from .errors import KernelError
 
 MODES = ("auto", "naive", "triton")
-MIN_TRITON = (3, 2)
+MIN_TRITON = (3, 3)  # the first with tuples as kernel arguments
 MIN_CAPABILITY = (8, 0)
 OPS = (
     "attention_colsum",
@@ -98,6 +99,14 @@ def which(tensor: Tensor) -> str:
     if tensor.device.type == "cuda":
         _warn_once(problem)
     return "naive"
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's GPU the current one: Triton launches there, wherever the pointers lead.
+
+    Needed for models whose layers are spread over several GPUs.
+    """
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def checks_enabled(tensor: Tensor) -> bool:

@@ -158,13 +158,14 @@ def _op(
     heads: str,
 ) -> Tensor:
     implementation = _implementation(q)
-    if lse is None and iterations > 1:
-        lse = implementation.attention_lse(q, k, lo, hi, scale)
-    for step in range(iterations):
-        out = implementation.attention_colsum(q, k, weights, lo, hi, lse, scale)
-        if step + 1 < iterations:
-            at = key.clamp(min=0).long()[:, None].expand_as(weights)
-            weights = out.gather(2, at).masked_fill_(key[:, None] < 0, 0.0)
+    with dispatch.on_device(q):
+        if lse is None and iterations > 1:
+            lse = implementation.attention_lse(q, k, lo, hi, scale)
+        for step in range(iterations):
+            out = implementation.attention_colsum(q, k, weights, lo, hi, lse, scale)
+            if step + 1 < iterations:
+                at = key.clamp(min=0).long()[:, None].expand_as(weights)
+                weights = out.gather(2, at).masked_fill_(key[:, None] < 0, 0.0)
     if heads == "mean":
         return out.mean(1)
     return out.square().mean(1).sqrt() if heads == "rms" else out
@@ -190,7 +191,8 @@ def _(
 
 @torch.library.custom_op("tokencomp::attention_lse", mutates_args=())
 def _lse_op(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
-    return _implementation(q).attention_lse(q, k, lo, hi, scale)
+    with dispatch.on_device(q):
+        return _implementation(q).attention_lse(q, k, lo, hi, scale)
 
 
 @_lse_op.register_fake

@@ -99,7 +99,8 @@ def _op(
     from . import triton
 
     q, k, v = checks.rows_contiguous(q), checks.rows_contiguous(k), checks.rows_contiguous(v)
-    return triton.ccam_attention(q, k, v, frames, per_frame, causal, scale)
+    with dispatch.on_device(q):
+        return triton.ccam_attention(q, k, v, frames, per_frame, causal, scale)
 
 
 @_op.register_fake

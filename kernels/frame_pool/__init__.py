@@ -70,7 +70,8 @@ def _op(x: Tensor, heights: list[int], widths: list[int], mode: str) -> Tensor:
     from . import triton
 
     checks.triton_dtype("x", x)
-    return triton.frame_pool(checks.rows_contiguous(x), heights, widths, mode)
+    with dispatch.on_device(x):
+        return triton.frame_pool(checks.rows_contiguous(x), heights, widths, mode)
 
 
 @_op.register_fake

@@ -92,7 +92,8 @@ def _op(
         return naive.gather_rows(tensors, index, seq_dims, batch_dims)
     from . import triton
 
-    return triton.gather_rows(tensors, index.contiguous(), seq_dims, batch_dims)
+    with dispatch.on_device(index):
+        return triton.gather_rows(tensors, index.contiguous(), seq_dims, batch_dims)
 
 
 @_op.register_fake

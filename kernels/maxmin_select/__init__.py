@@ -102,7 +102,8 @@ def _op(
 
     checks.triton_dtype("x", x)
     x = checks.rows_contiguous(x)
-    return triton.maxmin_select(x, counts, weights, lengths, centred, start)
+    with dispatch.on_device(x):
+        return triton.maxmin_select(x, counts, weights, lengths, centred, start)
 
 
 @_op.register_fake

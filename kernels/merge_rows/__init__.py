@@ -116,7 +116,8 @@ def _op(
 
     checks.triton_dtype("x", x)
     x = checks.rows_contiguous(x)
-    return triton.merge_rows(x, target, keep, sizes, positions, lengths, weighted, position)
+    with dispatch.on_device(x):
+        return triton.merge_rows(x, target, keep, sizes, positions, lengths, weighted, position)
 
 
 @_op.register_fake

@@ -54,7 +54,8 @@ def _op(x: Tensor, radius: int) -> tuple[Tensor, Tensor]:
         from . import triton
 
         checks.triton_dtype("x", x)
-        similarity, index = triton.nearest_previous_frame(x.contiguous(), radius)
+        with dispatch.on_device(x):
+            similarity, index = triton.nearest_previous_frame(x.contiguous(), radius)
     checks.holds(~similarity.isnan().any(), "x has NaN or infinite features: cosine is undefined")
     return similarity, index
 

@@ -108,9 +108,9 @@ def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton")
-    monkeypatch.setattr(triton, "__version__", "3.1.0")
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
     monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
-    with pytest.raises(KernelError, match=r"triton 3\.1\.0 is too old; install triton>="):
+    with pytest.raises(KernelError, match=r"triton 3\.2\.0 is too old; install triton>="):
         which(torch.zeros(1))
 
 
