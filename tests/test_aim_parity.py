@@ -1,4 +1,4 @@
-"""AIM's two parts against references in the plainest loops, written from the paper's description."""
+"""AIM's two parts against references in the plainest loops, from the paper's description."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 
 import oracle_support as support
 import pytest
-import tokencomp
 import torch
 from tests_support import Family, text
+
+import tokencomp
 from tokencomp.context import VisualTokens
 from tokencomp.reducers.merge import Merge
 

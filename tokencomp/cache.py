@@ -56,12 +56,12 @@ class CompressedLayer(DynamicLayer):
         if rows >= self.rows:
             return
         rows = max(rows, 0)
-        self.keys, self.values = self.keys[..., :rows, :], self.values[..., :rows, :]
+        self.keys, self.values = self.keys[..., :rows, :], self.values[..., :rows, :]  # type: ignore[index]
         if self.valid is not None:
             self.valid = self.valid[:, :rows]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         if self.valid is not None:
             self.valid = self.valid.index_select(0, beam_idx.to(self.valid.device))
 

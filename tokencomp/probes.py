@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokencomp import _compat
 from tokencomp.cache import physical_length
@@ -19,7 +19,7 @@ from tokencomp.ragged import Frame, LiveSpan
 
 
 def layer_scores(
-    attn: nn.Module,
+    attn: Any,
     kwargs: Mapping[str, Any],
     signal: Attention,
     frame: Frame,
@@ -44,7 +44,7 @@ def layer_scores(
     cached = _cached_layer(_compat.get_cache(kwargs), attn.layer_idx)
     keys = None if cached is None else cached.keys
     past = 0 if keys is None else keys.shape[-2] - hidden.shape[1]
-    scores = []
+    scores: list[list[Tensor]] = []
     for b, spans in enumerate(frame.spans):
         if not spans:
             scores.append([])
@@ -60,7 +60,7 @@ def layer_scores(
 
 
 def entry_scores(
-    layer: nn.Module,
+    layer: Any,
     hidden: Tensor,
     tables: tuple[Tensor, Tensor],
     signal: Attention,
@@ -71,7 +71,7 @@ def entry_scores(
     """Scores from layer 0 before it runs: its input norm, q, k and RoPE only."""
     cached = _cached_layer(cache, 0)
     past = physical_length(cached)
-    scores = []
+    scores: list[list[Tensor]] = []
     for b, spans in enumerate(frame.spans):
         first, stop = frame.width - frame.lengths[b], frame.width - draft
         if not spans:
@@ -88,7 +88,7 @@ class _Row:
 
     def __init__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden: Tensor,
         cos: Tensor,
         sin: Tensor,

@@ -15,25 +15,21 @@ import json
 import resource
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import tokencomp
 from tokencomp.evaluation.environment import environment
 
 HERE = Path(__file__).parent
 TEXT_BEFORE, TEXT_AFTER = 16, 48
-REDUCERS = {
-    "uniform": {},
-    "merge": {},
-    "aim": {},
-    "prune": {},
-}
-OVERHEAD_LIMIT = {"uniform": 0.02, "merge": 0.02, "aim": 0.05, "prune": 0.05}
+REDUCERS = ("uniform", "merge", "condiv", "aim")
 
 
 def llava_onevision() -> tuple[nn.Module, Any]:
@@ -89,12 +85,11 @@ def setup(name: str, tokens: int, dtype: torch.dtype) -> tuple[nn.Module, dict[s
     n = base.shape[-2]
     video = config.video_token_id
     ids = torch.tensor([[9] * TEXT_BEFORE + [video] * n + [11] * TEXT_AFTER])
-    output = type("Output", (dict,), {"__getattr__": dict.get})
     pooled = base.to(dtype) if name.startswith("llava") else (base.to(dtype),)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "mm_encoder_outputs": {"video": output(pooler_output=pooled)},
+        "mm_encoder_outputs": {"video": BaseModelOutputWithPooling(pooler_output=pooled)},
         **grid,
     }
     if grid:
@@ -128,78 +123,79 @@ def peak_of(model: nn.Module, inputs: dict[str, Any]) -> int:
     return peak
 
 
-def reduce_seconds(model: nn.Module, inputs: dict[str, Any]) -> float:
-    """Time spent in the reducer and in its scores during one patched prefill."""
-    from tokencomp import run as module
+class ReduceTimer:
+    """Adds up the time spent in reducers and in their scores."""
 
-    total = 0.0
-    names = [("Run", "_reduce"), ("Run", "score")]
-    originals = [getattr(getattr(module, owner), name) for owner, name in names]
-    entry = module.entry_scores
+    def __init__(self) -> None:
+        from tokencomp import run
 
-    def timed(function):
-        def call(*args, **kwargs):
-            nonlocal total
+        self.seconds = 0.0
+        run.Run._reduce = self._timed(run.Run._reduce)
+        run.Run.score = self._timed(run.Run.score)
+        run.entry_scores = self._timed(run.entry_scores)
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                total += time.perf_counter() - start
+                self.seconds += time.perf_counter() - start
 
         return call
 
-    for (owner, name), original in zip(names, originals, strict=True):
-        setattr(getattr(module, owner), name, timed(original))
-    module.entry_scores = timed(entry)
-    try:
-        prefill(model, inputs)
-    finally:
-        for (owner, name), original in zip(names, originals, strict=True):
-            setattr(getattr(module, owner), name, original)
-        module.entry_scores = entry
-    return total
+    def take(self) -> float:
+        """Seconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
-def measure(name: str, tokens: int, dtype: torch.dtype, ratios: list[float], repeats: int):
-    """One record per reducer and ratio."""
+def measure(
+    name: str, tokens: int, dtype: torch.dtype, ratios: list[float], repeats: int
+) -> Iterator[dict[str, Any]]:
+    """One record per reducer and ratio; every repeat runs the full model, then each in turn."""
     model, inputs = setup(name, tokens, dtype)
-    prefill(model, inputs)
-    peak_full = peak_of(model, inputs)
-    for reducer in REDUCERS:
-        for ratio in ratios:
-            with tokencomp.patch(model, ratio, reducer=reducer, **REDUCERS[reducer]) as handle:
-                prefill(model, inputs)
-                peak = peak_of(model, inputs)
-                full, short, overhead = [], [], []
-                for _ in range(repeats):
-                    with handle.disabled():
-                        full.append(prefill(model, inputs))
-                    short.append(prefill(model, inputs))
-                    overhead.append(reduce_seconds(model, inputs))
-                stats = handle.stats
-            limit = stats.flops_before / stats.flops_after
-            speedup = statistics.median(full) / statistics.median(short)
-            yield {
-                "model": name,
-                "dtype": str(dtype).removeprefix("torch."),
-                "visual_tokens": stats.tokens_before[0],
-                "text_tokens": TEXT_BEFORE + TEXT_AFTER,
-                "reducer": reducer,
-                "ratio": ratio,
-                "achieved_ratio": round(stats.ratio, 4),
-                "seconds_full": full,
-                "seconds_compressed": short,
-                "speedup": round(speedup, 3),
-                "flop_limit": round(limit, 3),
-                "fraction_of_limit": round(speedup / limit, 3),
-                "reduce_overhead": round(
-                    statistics.median(overhead) / statistics.median(full), 4
-                ),
-                "peak_bytes_full": peak_full,
-                "peak_bytes_compressed": peak,
-                "kv_bytes_full": stats.kv_bytes_before,
-                "kv_bytes_compressed": stats.kv_bytes_after,
-            }
+    cases = [(reducer, ratio) for reducer in REDUCERS for ratio in ratios]
+    peak_full, full, timer = peak_of(model, inputs), [], ReduceTimer()
+    seconds = {case: [] for case in cases}
+    reduce: dict[Any, list[float]] = {case: [] for case in cases}
+    peaks, stats = {}, {}
+    with tokencomp.patch(model, 0.0) as handle:
+        for repeat in range(repeats):
+            with handle.disabled():
+                full.append(prefill(model, inputs))
+            for reducer, ratio in cases:
+                handle.set(ratio=ratio, reducer=reducer)
+                if repeat == 0:
+                    peaks[reducer, ratio] = peak_of(model, inputs)
+                timer.take()
+                seconds[reducer, ratio].append(prefill(model, inputs))
+                reduce[reducer, ratio].append(timer.take())
+                stats[reducer, ratio] = handle.stats
+    base = statistics.median(full)
+    for case in cases:
+        s = stats[case]
+        limit, speedup = s.flops_before / s.flops_after, base / statistics.median(seconds[case])
+        yield {
+            "model": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "visual_tokens": s.tokens_before[0],
+            "text_tokens": TEXT_BEFORE + TEXT_AFTER,
+            "reducer": case[0],
+            "ratio": case[1],
+            "achieved_ratio": round(s.ratio, 4),
+            "seconds_full": full,
+            "seconds_compressed": seconds[case],
+            "seconds_reduce": reduce[case],
+            "speedup": round(speedup, 3),
+            "flop_limit": round(limit, 3),
+            "fraction_of_limit": round(speedup / limit, 3),
+            "reduce_overhead": round(statistics.median(reduce[case]) / base, 4),
+            "peak_bytes_full": peak_full,
+            "peak_bytes_compressed": peaks[case],
+            "kv_bytes_full": s.kv_bytes_before,
+            "kv_bytes_compressed": s.kv_bytes_after,
+        }
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -214,7 +210,8 @@ def table(records: list[dict[str, Any]]) -> str:
         kv = r["kv_bytes_compressed"] / r["kv_bytes_full"]
         lines.append(
             f"| {r['model']} | {r['visual_tokens']} | {r['reducer']} | {r['ratio']} | "
-            f"{r['speedup']:.2f}× | {r['flop_limit']:.2f}× | {100 * r['fraction_of_limit']:.0f} % | "
+            f"{r['speedup']:.2f}× | {r['flop_limit']:.2f}× | "
+            f"{100 * r['fraction_of_limit']:.0f} % | "
             f"{100 * r['reduce_overhead']:.1f} % | {100 * peak:.0f} % | {100 * kv:.0f} % |"
         )
     return "\n".join(lines) + "\n"
@@ -226,7 +223,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.75, 0.9])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--out", type=Path, default=HERE / "prefill.jsonl")
     args = parser.parse_args()
     records = []

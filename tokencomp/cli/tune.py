@@ -58,7 +58,7 @@ def command(
         raise OptionError("give a budget: --tokens 128 or --latency 50 (milliseconds per answer).")
     chosen = names(reducer)
     check_reducers(chosen)
-    grid = {
+    grid: dict[str, Any] = {
         "frames": [int(n) for n in _numbers("frames", frames, whole=True)],
         "scales": _numbers("scale", scale),
         "reducers": _resolved(chosen),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 GREYS = {
@@ -64,13 +65,17 @@ def lines(
         baseline = name in GREYS
         ordered = sorted(points, key=lambda p: p.x)
         xs, ys = [p.x for p in ordered], [p.y for p in ordered]
-        style = {"color": GREYS.get(name) or next(colors), "label": name, "zorder": 3}
+        style: dict[str, Any] = {
+            "color": GREYS.get(name) or next(colors),
+            "label": name,
+            "zorder": 3,
+        }
         axes.plot(xs, ys, "o--" if baseline else "o-", markersize=5, linewidth=1.8, **style)
         if all(p.low is not None for p in ordered) and len(ordered) > 1:
             axes.fill_between(
                 xs,
-                [p.low for p in ordered],  # type: ignore[misc]
-                [p.high for p in ordered],  # type: ignore[misc]
+                [p.low for p in ordered],  # type: ignore[arg-type]
+                [p.high for p in ordered],  # type: ignore[arg-type]
                 color=style["color"],
                 alpha=0.08,
                 linewidth=0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -124,7 +125,7 @@ def decode_seconds(model: Any, inputs: dict[str, Any], tokens: int) -> float:
         )
     finally:
         hook.remove()
-    steps = [b - a for a, b in zip(marks[1:], marks[2:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(marks[1:])]
     return statistics.median(steps)
 
 

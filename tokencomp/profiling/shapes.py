@@ -125,7 +125,7 @@ def _mrope() -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **section}}
 
 
-_QWEN_TOKENS = {
+_QWEN_TOKENS: dict[str, Any] = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
     "vision_start_token_id": START,
@@ -201,8 +201,8 @@ def _llava_onevision(shape: Shape, layers: int, vision_layers: int | None) -> An
             image_size=384,
             patch_size=14,
         ),
-        image_token_id=151646,
-        video_token_id=151647,
+        image_token_id=151646,  # type: ignore[call-arg]
+        video_token_id=151647,  # type: ignore[call-arg]
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         tie_word_embeddings=shape.tied,
