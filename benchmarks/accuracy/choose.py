@@ -24,6 +24,7 @@ from run import HERE, RATIOS, answer_all
 
 from tokencomp.evaluation.settings import Setting
 from tokencomp.zoo import available_models
+from tokencomp.zoo.questions import FAMILIES
 
 CANDIDATES: list[tuple[str, dict[str, Any]]] = [
     ("condiv", {"power": 0.25}),
@@ -141,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=available_models())
     parser.add_argument("--per-family", type=int, default=40)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", action="store_true", help="only rebuild the choice")
@@ -148,7 +150,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     wanted = [Setting(), *(Setting(n, r, o) for (n, o), r in itertools.product(CANDIDATES, RATIOS))]
     for name in () if args.report else args.models:
-        answer_all(name, "validation", wanted, args.per_family, HERE / "results", args.batch)
+        answer_all(name, "validation", wanted, args, HERE / "results")
     results = [Results.read(HERE / "results" / name, "validation") for name in args.models]
     write_choice(rank(results), results)
 

@@ -29,6 +29,7 @@ from tokencomp.evaluation.examples import shapesqa
 from tokencomp.evaluation.runner import Run, sweep
 from tokencomp.evaluation.settings import DOWNSCALE, Setting
 from tokencomp.zoo import available_models, load
+from tokencomp.zoo.questions import FAMILIES
 from tokencomp.zoo.shapesqa import items
 
 HERE = Path(__file__).parent
@@ -76,14 +77,15 @@ def tower_once(model: torch.nn.Module) -> Iterator[None]:
 
 
 def answer_all(
-    name: str, split: str, wanted: list[Setting], per_family: int, folder: Path, batch: int
+    name: str, split: str, wanted: list[Setting], args: argparse.Namespace, folder: Path
 ) -> None:
     """Ask one model everything, then write the compact results."""
     model, processor = load(name)
-    examples = shapesqa(items(split, per_family), folder / "media" / split)
+    asked = items(split, args.per_family, tuple(args.families))
+    examples = shapesqa(asked, folder / "media" / split)
     where = folder / "runs" / name / split
     with tower_once(model):
-        runs = sweep(model, processor, examples, wanted, where, batch_size=batch, name=name)
+        runs = sweep(model, processor, examples, wanted, where, batch_size=args.batch, name=name)
     write(runs, folder / name, split)
 
 
@@ -125,6 +127,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--per-family", type=int, default=60)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -139,7 +142,7 @@ def main() -> None:
     for name in args.models:
         ready, refused = usable(load(name)[0], names)
         wanted = settings(ready, args.ratios)
-        answer_all(name, args.split, wanted, args.per_family, args.out, args.batch)
+        answer_all(name, args.split, wanted, args, args.out)
     for reducer, why in refused.items():
         print(f"left out {reducer}: {why}")
     if args.split == "test":
