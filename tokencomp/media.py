@@ -125,7 +125,7 @@ def _first_that_works(
     if not failures:
         raise MissingDependencyError(
             f"{path}: reading a video needs one of {', '.join(missing)}. "
-            "Install tokencomp[eval], or `pip install av`."
+            "Run `pip install av` (or decord)."
         )
     raise MediaError(
         f"{path}: no frame of this video can be decoded ({'; '.join(failures)}). "

@@ -44,26 +44,31 @@ processor = AutoProcessor.from_pretrained("{name}")
 ## Accuracy on the test split
 
 Full model, greedy decoding, JPEG and mp4 files read back from disk. The test split was not used for
-any choice.
+any choice. A blind guess is the commonest answer, or one of the options at random, whichever scores
+more: a family that is not clearly above it has not been learnt.
 
 {table}
 {bars}
 """
 
 
-def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Markdown table: families by prompt forms, with item counts."""
+def table(results: dict[str, dict[str, dict[str, float]]], blind: dict[str, float]) -> str:
+    """Markdown table: families by prompt forms, with item counts and the blind baseline."""
     forms = list(results)
     names = list(dict.fromkeys(family for form in forms for family in results[form]))
     lines = [
-        "| family | items | " + " | ".join(FORM_NAMES.get(form, form) for form in forms) + " |",
-        "|---|---|" + "---|" * len(forms),
+        "| family | items | blind guess | "
+        + " | ".join(FORM_NAMES.get(form, form) for form in forms)
+        + " |",
+        "|---|---|---|" + "---|" * len(forms),
     ]
     for name in names:
         cells = [results[form].get(name) for form in forms]
         items = next(cell["items"] for cell in cells if cell)
         shown = [f"{100 * cell['accuracy']:.1f} %" if cell else "" for cell in cells]
-        lines.append(f"| {name} | {items:.0f} | " + " | ".join(shown) + " |")
+        lines.append(
+            f"| {name} | {items:.0f} | {100 * blind[name]:.1f} % | " + " | ".join(shown) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -81,7 +86,7 @@ def render_card(metrics: dict[str, Any]) -> str:
         )
     note = facts.pop("note", "")
     facts["note"] = f"\n{note}\n" if note else ""
-    return _TEMPLATE.format(**facts, table=table(metrics["test"]), bars=bars)
+    return _TEMPLATE.format(**facts, table=table(metrics["test"], metrics["blind"]), bars=bars)
 
 
 def write_card(folder: Path, metrics: dict[str, Any]) -> Path:

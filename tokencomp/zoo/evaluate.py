@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -25,6 +27,12 @@ FORMS = {
 def wanted(item: Item, form: str) -> str:
     """The text that counts as right: the word, or the letter in multiple-choice forms."""
     return item.answer if form == "free" else item.letter
+
+
+def chosen_letter(text: str) -> str:
+    """The option letter in a reply such as "B", "(B)" or "red (B)"; "" if there is none."""
+    found = re.search(r"\b([A-E])\b", text)
+    return found[1] if found else ""
 
 
 @torch.inference_mode()
@@ -53,7 +61,7 @@ def answer(
     for name, value in inputs.items():
         if value.is_floating_point():
             inputs[name] = value.to(model.dtype)
-    out = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=8)
     told = out[:, inputs["input_ids"].shape[1] :]
     return [t.strip() for t in processor.batch_decode(told, skip_special_tokens=True)]
 
@@ -82,7 +90,8 @@ def evaluate(
             media = [load_media(one.media, frames) for one in part if one.media]
             told = answer(model, processor, media, [FORMS[form](one) for one in part])
             for one, text in zip(part, told, strict=True):
-                right = text.lower() == wanted(one, form).lower()
+                given = text if form == "free" else chosen_letter(text)
+                right = given.lower() == wanted(one, form).lower()
                 rows.append(
                     {
                         "id": one.id,
@@ -93,6 +102,19 @@ def evaluate(
                     }
                 )
     return rows
+
+
+def blind_guess(items: Iterable[Item]) -> dict[str, float]:
+    """Score of a model that sees nothing: the commonest answer, or one of the options at random."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.family, []).append(item)
+    scores = {}
+    for name, group in groups.items():
+        commonest = max(Counter(item.answer for item in group).values())
+        at_random = sum(1 / len(item.options) for item in group)
+        scores[name] = max(commonest, at_random) / len(group)
+    return scores
 
 
 def by_family(rows: Iterable[dict]) -> dict[str, dict[str, float]]:

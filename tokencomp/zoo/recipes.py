@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .batches import Source
 
@@ -38,7 +39,7 @@ _RELATIONS = ("existence", "count", "position")
 _EVENTS = ("order", "direction", "video_existence")
 _IMAGE_FACTS = Source("facts", "image", batch=20, room=200, more=_RELATIONS)
 _VIDEO_FACTS = Source("facts", "video", batch=8, room=230, more=_EVENTS)
-_RATES = {"vision_lr": 5e-4, "text_lr": 1.5e-3}
+_RATES: dict[str, Any] = {"vision_lr": 5e-4, "text_lr": 1.5e-3}
 
 STAGED = (
     Stage("vision", 600, ((0.6, _CROPS), (0.4, _CLIPS)), vision_lr=2e-3, text_lr=2e-3, end=0.2),
@@ -97,8 +98,8 @@ STAGED = (
 )
 
 _TILES = Source("vision", "image", batch=32, size=(192, 192), objects=(3, 7))
-_FEW = {"batch": 14, "varied": 0.1}
-_SHORT = {"batch": 6, "varied": 0.1}
+_FEW: dict[str, Any] = {"batch": 14, "varied": 0.1}
+_SHORT: dict[str, Any] = {"batch": 6, "varied": 0.1}
 
 # The decoder starts from tiny-qwen2-vl's, as the published models start from a trained one.
 ALIGNED = (

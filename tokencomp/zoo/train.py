@@ -93,7 +93,7 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
     import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from .evaluate import FORMS, by_family, evaluate
+    from .evaluate import FORMS, blind_guess, by_family, evaluate
     from .families import family
     from .layouts import write_media
     from .questions import IMAGE_FAMILIES, VIDEO_FAMILIES
@@ -132,6 +132,7 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
         "model": facts,
         "training": {**training, **versions},
         "test": results,
+        "blind": blind_guess(test),
         "other_shapes": others,
     }
 
