@@ -22,7 +22,7 @@ from tokencomp.plan import Plan, check_ratio
 from tokencomp.reducers.base import Reducer, check_choice, make_reducer
 from tokencomp.stats import Stats
 
-DEFAULT_REDUCER = "merge"
+DEFAULT_REDUCER = "condiv"  # chosen on validation: benchmarks/accuracy/CHOICE.md
 _HANDLES: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
 
 
