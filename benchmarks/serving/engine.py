@@ -52,22 +52,24 @@ def main() -> None:
     shape = plan["frames"], plan["side"]
     seeds = iter(range(10**6))
     found: dict[str, Any] = {
-        name: {"ttft": [], "throughput": [], "prompt": 0} for name in plan["arms"]
+        name: {"ttft": [], "cpu": [], "throughput": [], "prompt": 0} for name in plan["arms"]
     }
     for spec in plan["arms"].values():  # warm up
         llm.generate([request(next(seeds), *shape, spec)], several, use_tqdm=False)
     for _ in range(plan["rounds"]):
         for name, spec in plan["arms"].items():  # arms interleaved: drift hits all alike
             one = [request(next(seeds), *shape, spec)]
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             out = llm.generate(one, first, use_tqdm=False)
             found[name]["ttft"].append(time.perf_counter() - start)
+            found[name]["cpu"].append(time.process_time() - cpu)
             found[name]["prompt"] = len(out[0].prompt_token_ids)
             many = [request(next(seeds), *shape, spec) for _ in range(plan["requests"])]
             start = time.perf_counter()
             llm.generate(many, several, use_tqdm=False)
             found[name]["throughput"].append(plan["requests"] / (time.perf_counter() - start))
     for values in found.values():
+        values["cpu_median_s"] = statistics.median(values["cpu"])
         values["ttft_median_s"] = statistics.median(values["ttft"])
         values["throughput_median_rps"] = statistics.median(values["throughput"])
     Path(results_file).write_text(json.dumps(found))
