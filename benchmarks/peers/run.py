@@ -1,0 +1,162 @@
+"""What public peers from the package index do on the same model and inputs, in one process.
+
+    pip install --no-deps sparsevlm flowcut
+    python benchmarks/peers/run.py            # writes peers.json and peers.md beside this file
+
+Every peer gets the embedded Qwen2-VL and one image prompt, and is judged by what its decoder
+layers were really given: rows per layer, counted with hooks. An exception is the result, too.
+vLLM's own pruning is compared in the serving benchmark.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tokencomp
+from tokencomp.adapters.base import adapter_for
+from tokencomp.evaluation.answering import build_inputs
+from tokencomp.evaluation.environment import environment
+from tokencomp.evaluation.loading import load_model
+from tokencomp.zoo import SAMPLES
+
+HERE = Path(__file__).parent
+QUESTION = "What color is the circle?"
+
+
+@dataclass
+class Outcome:
+    """`rows` are the rows that each decoder layer got in the prefill."""
+
+    peer: str
+    version: str
+    what: str
+    works: bool
+    rows: list[int]
+    detail: str
+
+
+def rows_of(model: Any, run: Callable[[], None]) -> list[int]:
+    """Rows per decoder layer of the first pass that `run` causes."""
+    rows: list[int] = []
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rows.append(hidden.shape[1])
+
+    layers = adapter_for(model).layers
+    hooks = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
+    try:
+        run()
+    finally:
+        for h in hooks:
+            h.remove()
+    return rows[: len(layers)]
+
+
+def images(count: int) -> list[list[Any]]:
+    from tokencomp.media import load_media
+
+    files = sorted(SAMPLES.glob("*.jpg"))
+    return [[load_media(files[k % len(files)])] for k in range(count)]
+
+
+def answer(model: Any, inputs: dict[str, Any]) -> None:
+    with torch.inference_mode():
+        model.generate(**inputs, do_sample=False, max_new_tokens=4)
+
+
+def use_tokencomp(model: Any, inputs: dict[str, Any]) -> str:
+    with tokencomp.patch(model, 0.75) as handle:
+        answer(model, inputs)
+        return f"ratio reached {handle.stats.ratio:.3f}"  # type: ignore[union-attr]
+
+
+def use_sparsevlm(model: Any, inputs: dict[str, Any]) -> str:
+    peer = importlib.import_module("sparsevlm")
+    state = peer.apply_sparsevlm(model, n_vis=64, target_layers=[2], min_keep=8)
+    answer(model, inputs)
+    return f"its own count of visual tokens afterwards: {state.get('n_vis')}"
+
+
+def use_flowcut(model: Any, inputs: dict[str, Any]) -> str:
+    peer = importlib.import_module("flowcut")
+    peer.flowcut(model, target_num=16)
+    answer(model, inputs)
+    return ""
+
+
+PEERS = {"tokencomp": use_tokencomp, "sparsevlm": use_sparsevlm, "flowcut": use_flowcut}
+
+
+def attempt(peer: str, rows: int, attention: str) -> Outcome:
+    """One peer on a fresh model and a batch of `rows` prompts."""
+    model, processor = load_model(attention=attention, device="cpu")
+    inputs = build_inputs(processor, images(rows), [QUESTION] * rows)
+    full = rows_of(model, lambda: answer(model, inputs))
+    told: list[str] = []
+    seen: list[int] = []
+    try:
+        seen = rows_of(model, lambda: told.append(PEERS[peer](model, inputs)))
+    except Exception as error:  # whatever a peer raises is the finding
+        first = (str(error).strip().splitlines() or [""])[0]
+        told = [f"{type(error).__name__}: {first.split(' (/')[0]}"]
+        seen = []
+    works = bool(seen) and sum(seen) < sum(full)
+    if seen and not works:
+        told.append("ran, and no layer saw fewer tokens")
+    what = (
+        "one image prompt" if rows == 1 else f"batch of {rows} image prompts"
+    ) + f", {attention}"
+    return Outcome(peer, _version(peer), what, works, seen, "; ".join(t for t in told if t))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def table(found: list[Outcome]) -> str:
+    lines = [
+        "| peer | version | input | works | rows per layer | detail |",
+        "|---|---|---|---|---|---|",
+    ]
+    for o in found:
+        rows = " ".join(map(str, o.rows)) or "–"
+        detail = o.detail.replace("|", "\\|")
+        works = "yes" if o.works else "no"
+        lines.append(f"| {o.peer} | {o.version} | {o.what} | {works} | {rows} | {detail} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run every peer and write the two files."""
+    found = [
+        attempt(peer, rows, attention)
+        for peer in PEERS
+        for attention in ("sdpa", "eager")
+        for rows in (1, 2)
+    ]
+    facts = environment()
+    told = {**facts, "outcomes": [asdict(o) for o in found]}
+    (HERE / "peers.json").write_text(json.dumps(told, indent=2) + "\n")
+    versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
+    text = f"# Peers\n\n`python benchmarks/peers/run.py`, {facts['date'][:10]}; {versions}.\n\n"
+    text += (
+        "Embedded tiny-qwen2-vl, 64 visual tokens per image; works: some layer saw fewer rows.\n\n"
+    )
+    (HERE / "peers.md").write_text(text + table(found) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
