@@ -11,6 +11,9 @@ if not torch.cuda.is_available():
     # Without a GPU the kernels are tested in Triton's interpreter. Triton reads this when it is
     # first imported, which importing transformers may do.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Workers and the processes that tests start share the cores; tiny models gain nothing from more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 from tests_support import FAMILIES, Family
 
