@@ -47,7 +47,7 @@ class ConDiv(Reducer):
     distance. Question-agnostic, hence serving-safe, for every signal but "attention".
     """
 
-    power: float = 0.5
+    power: float = 1.0
     signal: str = "attention"
     centred: bool = False
     merge_rest: float | None = None
