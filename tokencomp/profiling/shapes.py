@@ -202,7 +202,7 @@ def _llava_onevision(shape: Shape, layers: int, vision_layers: int | None) -> An
             patch_size=14,
         ),
         image_token_id=151646,  # type: ignore[call-arg]
-        video_token_id=151647,  # type: ignore[call-arg]
+        video_token_id=151647,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         tie_word_embeddings=shape.tied,
