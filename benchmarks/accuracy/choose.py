@@ -3,11 +3,12 @@
     python benchmarks/accuracy/choose.py            # asks every candidate → CHOICE.md, choice.json
     python benchmarks/accuracy/choose.py --report   # from results that are there
 
-The rule, fixed before looking: for every candidate, retention at each ratio, model and kind
-(images, videos) over the question families the model has learned (`Results.learned`); its score is
-the mean. Candidates whose paired 95 % interval of the difference to the best includes 0 are tied
-with it; of those, the one with the best worst case (smallest retention anywhere) wins. Reducers
-that need training take part in the benchmark, not here: a default must work on any model.
+The rule, written before these results (but after a look at earlier checkpoints of the model, which
+narrowed the candidates): for every candidate, retention at each ratio, model and kind (images,
+videos) over the question families the model has learned (`Results.learned`); its score is the mean.
+Candidates whose paired 95 % interval of the difference to the best includes 0 are tied with it; of
+those, the one with the best worst case (smallest retention anywhere) wins. Reducers that need
+training take part in the benchmark, not here: a default must work on any model.
 """
 
 from __future__ import annotations
