@@ -40,7 +40,7 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML report.")] = Path(
         "tokencomp-demo.html"
     ),
-    items: Annotated[int, typer.Option(min=1, help="ShapesQA questions per family.")] = 8,
+    items: Annotated[int, typer.Option(min=1, help="ShapesQA questions per family.")] = 6,
     results: Annotated[
         Path | None, typer.Option(help="Keep per-item records in this folder (resumable).")
     ] = None,
