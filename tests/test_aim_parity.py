@@ -121,8 +121,10 @@ def test_attention_scores(family: Family, score: str) -> None:
     with tokencomp.patch(model, plan=plan) as handle, torch.no_grad():
         model(**inputs)
         stats = handle.stats
-    rows = attention[-1] if score == "last_query" else attention[stats.spans[0][-1].stop :].mean(0)
+    visual = {c for span in stats.spans[0] for c in range(span.start, span.stop)}
     for span, kept in zip(stats.spans[0], stats.kept(0)[0], strict=True):
+        later = [i for i in range(span.stop, attention.shape[0]) if i not in visual]
+        rows = attention[-1] if score == "last_query" else attention[later].mean(0)
         here = rows[span.start : span.stop].masked_fill(span.special_mask(), torch.inf)
         best = here.sort(descending=True, stable=True).indices[: len(kept)].sort().values
         assert kept == best.tolist()

@@ -60,7 +60,7 @@ def test_frequencies(base: float, dim: int, window: int, factor: float) -> None:
 def test_model(family: Family) -> None:
     """Both kinds of positions: rotary tables are YaRN's, and everything comes back."""
     model = family.build()
-    rotary = model.model.language_model.rotary_emb
+    rotary = family.decoder(model).rotary_emb
     before, scaling, state = rotary.inv_freq, rotary.attention_scaling, set(model.state_dict())
     inputs = family.batch([[text(3), family.video(4), text(4, 2)]])
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_model(family: Family) -> None:
 
 def test_short_targets_change_nothing(family: Family) -> None:
     model = family.build()
-    rotary = model.model.language_model.rotary_emb
+    rotary = family.decoder(model).rotary_emb
     before = rotary.inv_freq.clone()
     with tokencomp.extend_visual_context(model, 100, window=200) as context:
         assert context.yarn.factor == 1.0
@@ -91,7 +91,7 @@ def test_short_targets_change_nothing(family: Family) -> None:
 
 def test_again_and_with_patch(family: Family) -> None:
     model = family.build()
-    rotary = model.model.language_model.rotary_emb
+    rotary = family.decoder(model).rotary_emb
     before = rotary.inv_freq.clone()
     tokencomp.extend_visual_context(model, 40, window=10)
     tokencomp.extend_visual_context(model, 80, window=10)  # replaces, does not pile up
@@ -129,6 +129,6 @@ def test_bad_counts(family: Family, bad: object) -> None:
 
 def test_scaled_already(family: Family) -> None:
     model = family.build()
-    model.model.language_model.rotary_emb.rope_type = "linear"
+    family.decoder(model).rotary_emb.rope_type = "linear"
     with pytest.raises(UnsupportedModelError, match="linear"):
         tokencomp.extend_visual_context(model, 100)
