@@ -62,7 +62,8 @@ def run(model: Path, plugin: bool, plan: dict[str, Any], work: Path) -> dict[str
 def table(results: dict[str, Any]) -> str:
     """Markdown. Factors are against the uncompressed arm of the same engine, else the stock one.
 
-    Arms of one engine are interleaved. CPU is for the first token, and hardly depends on what else the machine does.
+    Arms of one engine are interleaved. CPU time is that of the first token; it hardly depends on
+    what else the machine does.
     """
     lines = [
         "| engine | arm | prompt tokens | first token, CPU ms | × | TTFT ms | requests/s | × |"
