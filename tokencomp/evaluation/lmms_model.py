@@ -14,6 +14,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
+from tokencomp.errors import OptionError
 from tokencomp.evaluation.examples import Example
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import FULL, Setting
@@ -95,12 +96,12 @@ class TokenComp(lmms):
         return self.model.device
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError(
+        raise OptionError(
             "tokencomp answers by generation; choose a task with output_type generate_until."
         )
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("multi-round tasks are not supported; choose single-round ones.")
+        raise OptionError("multi-round tasks are not supported; choose single-round ones.")
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy answers, in the order of the requests; failed items give an empty answer."""
