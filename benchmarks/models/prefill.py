@@ -178,6 +178,7 @@ def measure(
         limit, speedup = s.flops_before / s.flops_after, base / statistics.median(seconds[case])
         yield {
             "model": name,
+            "tokens": tokens,
             "dtype": str(dtype).removeprefix("torch."),
             "visual_tokens": s.tokens_before[0],
             "text_tokens": TEXT_BEFORE + TEXT_AFTER,
@@ -217,26 +218,46 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def fastest_dtype() -> torch.dtype:
+    """float32 or bfloat16, whichever multiplies faster here: CPUs differ by 3× either way."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2048, 1536).to(dtype), torch.randn(1536, 8960).to(dtype)
+        runs = [timed(lambda a=a, b=b: a @ b) for _ in range(6)]
+        seconds[dtype] = min(runs[1:])
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Records of earlier runs; a new run replaces those of its own models and lengths."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.75, 0.9])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--out", type=Path, default=HERE / "prefill.jsonl")
     args = parser.parse_args()
-    records = []
-    with args.out.open("w") as file:
-        for name in args.models:
-            for tokens in args.tokens:
-                dtype = getattr(torch, args.dtype)
-                for record in measure(name, tokens, dtype, args.ratios, args.repeats):
-                    record["environment"] = environment()
-                    records.append(record)
-                    file.write(json.dumps(record) + "\n")
-                    file.flush()
-                    print(table([record]).splitlines()[-1], flush=True)
+    dtype = fastest_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
+    pieces = [(name, tokens) for name in args.models for tokens in args.tokens]
+    records = [r for r in read(args.out) if (r["model"], r["tokens"]) not in pieces]
+    for name, tokens in pieces:
+        for record in measure(name, tokens, dtype, args.ratios, args.repeats):
+            records.append({**record, "environment": environment()})
+            print(table(records[-1:]).splitlines()[-1], flush=True)
+        records.sort(key=lambda r: (list(MODELS).index(r["model"]), r["tokens"]))
+        args.out.write_text("".join(json.dumps(r) + "\n" for r in records))
     args.out.with_suffix(".md").write_text(table(records))
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak resident memory of this process: {usage / 2**20:.1f} GiB")

@@ -37,8 +37,41 @@ def attention_lse(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) ->
     return out
 
 
+def is_triangular(hi: Tensor, key: Tensor) -> bool:
+    """Whether row i is key i and sees nothing after itself: what :func:`causal_powers` needs."""
+    index = torch.arange(hi.shape[1], device=hi.device, dtype=hi.dtype)
+    return bool(((key == index) | (key < 0)).all()) and bool((hi <= index + 1).all())
+
+
+def causal_powers(
+    q: Tensor, k: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, scale: float, steps: int
+) -> Tensor:
+    """s ← sM repeated `steps` times in one sweep over a lower triangular M, ``(B, Hq, N)``.
+
+    Entry j of the next s depends on rows i ≥ j alone, so a walk from the last block of rows to the
+    first knows every power of s in a block before it spreads any of them to earlier columns: M is
+    computed once, not once per step (ours).
+    """
+    powers = _accumulator(q, k.shape[2]).new_zeros(steps + 1, *q.shape[:2], k.shape[2])
+    powers[0] = weights
+    for rows, columns, logits in _blocks(q, k, lo, hi, scale, backwards=True):
+        matrix = logits.softmax(-1)
+        empty = (hi <= lo)[:, rows]
+        if bool(empty.any()):
+            matrix.masked_fill_(empty[:, None, :, None], 0.0)
+        first = max(rows.start - columns.start, 0)
+        own = slice(columns.start + first, columns.stop)
+        for step in range(steps):
+            spread = powers[step][:, :, None, rows] @ matrix[..., first:]
+            powers[step + 1][:, :, own] += spread.squeeze(2)
+        if first:
+            earlier = powers[:-1, :, :, rows].permute(1, 2, 0, 3) @ matrix[..., :first]
+            powers[1:, :, :, columns.start : own.start] += earlier.permute(2, 0, 1, 3)
+    return powers[-1]
+
+
 def _blocks(
-    q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float
+    q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float, backwards: bool = False
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield (rows, columns, masked logits ``(B, Hq, rows, columns)``) over all row blocks."""
     batch, heads, total, dim = q.shape
@@ -46,7 +79,8 @@ def _blocks(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     k = k.to(dtype)
     size = max(1, BLOCK_ELEMENTS // max(1, batch * heads * keys))
-    for first in range(0, total, size):
+    starts = range(0, total, size)
+    for first in reversed(starts) if backwards else starts:
         rows = slice(first, min(first + size, total))
         low, high = lo[:, rows], hi[:, rows]
         seen = high > low
@@ -57,10 +91,12 @@ def _blocks(
         block = block.reshape(batch, kv_heads, -1, dim)
         logits = block @ k[:, :, begin:end].transpose(-1, -2)
         logits = logits.view(batch, heads, -1, end - begin)
-        if int(low.max()) > begin or int(high.min()) < end:
-            column = torch.arange(begin, end, device=q.device)
+        # Columns before `shared` are seen by every row, if all begin at the same key.
+        shared = begin if int(low.max()) > begin else min(max(int(high.min()), begin), end)
+        if shared < end:
+            column = torch.arange(shared, end, device=q.device)
             hidden = (column < low[..., None]) | (column >= high[..., None])
-            logits.masked_fill_(hidden[:, None], -torch.inf)
+            logits[..., shared - begin :].masked_fill_(hidden[:, None], -torch.inf)
         yield rows, slice(begin, end), logits
 
 

@@ -141,9 +141,14 @@ def test_head_aggregation(place: torch.device) -> None:
     check(attention_colsum(q.to(place), k.to(place), heads="rms"), sums.square().mean(1).sqrt())
 
 
+@pytest.mark.parametrize("block", [None, 7 * 2 * 2 * 50], ids=["one block", "ragged blocks"])
 @pytest.mark.parametrize("size", [50, 280])
-def test_repeated_application(place: torch.device, size: int) -> None:
+def test_repeated_application(
+    place: torch.device, size: int, block: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """s ← sM five times at temperature 0.1, left-padded, against matrix products."""
+    if block:
+        monkeypatch.setattr(naive, "BLOCK_ELEMENTS", block)
     q, k = inputs((2, 1, 2, size, size, 32))
     start = torch.tensor([0, 13])
     index = torch.arange(size).expand(2, -1)
