@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -86,6 +86,21 @@ def causal_mask(config: Any, hidden: Tensor, mask: Tensor | None, view: MaskView
         start = view.get_seq_length()
         call["cache_position"] = torch.arange(start, start + hidden.shape[1], device=hidden.device)
     return create_causal_mask(**call)
+
+
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Let a config name `function` as its attention backend."""
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(name, function)
+
+
+def attention_function(module: nn.Module, config: Any) -> Callable[..., Any]:
+    """What the attention `module` calls for the backend that `config` names."""
+    code, name = sys.modules[type(module).__module__], attention_implementation(config)
+    if name == "eager":
+        return code.eager_attention_forward
+    return code.ALL_ATTENTION_FUNCTIONS[name]
 
 
 def attention_implementation(config: Any) -> str:

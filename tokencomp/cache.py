@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,12 +26,16 @@ class CompressedLayer(DynamicLayer):
         Logical length - rows held, the same for every sample.
     valid : Tensor of bool, shape (B, rows), or None
         False at rows that pad a ragged batch. None when every row is real.
+    sizes : Tensor of float32, shape (B, m), or None
+        Tokens that the first m rows stand for under proportional attention; the others, or all
+        where it is None, stand for one.
     starts_segment : bool
         True where this layer holds other rows than the layer before it.
     """
 
     dropped: int
     valid: Tensor | None
+    sizes: Tensor | None
     starts_segment: bool
 
     @property
@@ -57,28 +62,29 @@ class CompressedLayer(DynamicLayer):
             return
         rows = max(rows, 0)
         self.keys, self.values = self.keys[..., :rows, :], self.values[..., :rows, :]  # type: ignore[index]
-        if self.valid is not None:
-            self.valid = self.valid[:, :rows]
+        self._change(lambda t: t[:, :rows])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        if self.valid is not None:
-            self.valid = self.valid.index_select(0, beam_idx.to(self.valid.device))
+        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.valid is not None:
-            self.valid = self.valid.repeat_interleave(repeats, dim=0)
+        self._change(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        if self.valid is not None:
-            self.valid = self.valid[indices]
+        self._change(lambda t: t[indices])
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Do to `valid` and `sizes` what was done to the rows."""
+        self.valid = None if self.valid is None else change(self.valid)
+        self.sizes = None if self.sizes is None else change(self.sizes)
 
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
-        del self.dropped, self.valid, self.starts_segment
+        del self.dropped, self.valid, self.sizes, self.starts_segment
         self.__class__ = DynamicLayer  # type: ignore[assignment]
 
 
@@ -110,12 +116,18 @@ def check_cache(cache: Any) -> None:
         )
 
 
-def compress_layer(layer: Any, dropped: int, valid: Tensor | None, starts_segment: bool) -> None:
+def compress_layer(
+    layer: Any,
+    dropped: int,
+    valid: Tensor | None,
+    starts_segment: bool,
+    sizes: Tensor | None = None,
+) -> None:
     """Make `layer` a `CompressedLayer` (if it is none yet) with `dropped` more tokens left out."""
     before = 0
     if isinstance(layer, CompressedLayer):
         before, starts_segment = layer.dropped, starts_segment or layer.starts_segment
     else:
         layer.__class__ = CompressedLayer
-    layer.dropped, layer.valid = before + dropped, valid
+    layer.dropped, layer.valid, layer.sizes = before + dropped, valid, sizes
     layer.starts_segment = starts_segment

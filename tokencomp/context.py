@@ -81,6 +81,8 @@ class VisualTokens:
         Embeddings of the text tokens after the span.
     kind
         "image" or "video".
+    sizes : Tensor of float32, shape (n,), or None
+        How many original tokens every row stands for; None: one each.
     """
 
     features: Tensor
@@ -90,6 +92,7 @@ class VisualTokens:
     scores: Tensor | None = None
     query: Tensor | None = None
     kind: Literal["image", "video"] = "image"
+    sizes: Tensor | None = None
 
     def __len__(self) -> int:
         return self.features.shape[0]

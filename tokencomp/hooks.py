@@ -31,7 +31,8 @@ from tokencomp.errors import (
     UnsupportedCacheError,
 )
 from tokencomp.plan import Plan
-from tokencomp.ragged import restore, take
+from tokencomp.proportional import ProportionalAttention
+from tokencomp.ragged import Frame, restore
 from tokencomp.run import Run, Segment, build_segments, check_padding
 from tokencomp.stats import Stats
 
@@ -45,10 +46,18 @@ class Hooks:
     """Installs and removes the hooks of one patched model; state lives in thread-local storage."""
 
     def __init__(
-        self, adapter: Adapter, plan: Plan, strict: bool, compact_positions: bool = False
+        self,
+        adapter: Adapter,
+        plan: Plan,
+        strict: bool,
+        compact_positions: bool = False,
+        proportional: bool = False,
     ) -> None:
         self.adapter, self.plan, self.strict = adapter, plan, strict
         self.compact_positions = compact_positions
+        self.proportional = (
+            ProportionalAttention(adapter.layers, self._sizes) if proportional else None
+        )
         self.stats: Stats | None = None
         self._local = threading.local()
         self._handles: list[RemovableHandle] = []
@@ -70,6 +79,8 @@ class Hooks:
         if not a.mrope:
             add(a.decoder.rotary_emb.register_forward_pre_hook(self._rotary, with_kwargs=True))
         self._install_layers()
+        if self.proportional is not None:
+            self.proportional.install()
         if hasattr(a.top, "_prefill"):
             a.top.__dict__["_prefill"] = functools.partial(
                 _one_pass_prefill, a.carries_features, a.top
@@ -95,6 +106,8 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self.proportional is not None:
+            self.proportional.remove()
         self.adapter.top.__dict__.pop("_prefill", None)
         self.adapter.uninstall()
 
@@ -177,10 +190,9 @@ class Hooks:
         check_window(self.adapter.model, spans)
         run = Run(self.adapter, self.plan, spans, lengths, x.shape[1], self._draft())
         run.segments = build_segments(run, cache, mask, x.device)
-        x, index = run.entry(x, positions, cache)
+        x, positions, index = run.entry(x, positions, cache)
         valid = run.frame.valid(x.device)
         if index is not None:
-            positions = take(positions, index, dim=positions.ndim - 1)
             self.adapter.gather_extra(kwargs, index, valid)
         kwargs["inputs_embeds"] = x
         if self.compact_positions:
@@ -204,21 +216,29 @@ class Hooks:
             new = mask[:, -n:].bool()
             new = None if bool(new.all()) else new
         if self.compact_positions:
-            past = Segment(0, 1, layers[0].rows, layers[0].dropped, layers[0].valid)
+            past = Segment.after(layers[0], 0, 1, Frame(n, [], []))
             kwargs["position_ids"] = _contiguous(past, new, x)
         backend = _compat.attention_implementation(self.adapter.text_config)
         plain = new is None and all(layer.valid is None for layer in layers)
         if n == 1 and plain and any(name in backend for name in MASKLESS):
-            kwargs["attention_mask"] = None
+            kwargs["attention_mask"], self._local.cached = None, layers
             return
         run = Run.continuation(self.adapter, layers, new, n)
         first = run.segments[0]
         kwargs["attention_mask"] = first.padding_mask(new, x.shape[0], n, x.device)
         self._local.run = run
 
+    def _sizes(self, layer: int) -> Tensor | None:
+        """How many tokens the first rows of `layer` stand for in the call that runs now."""
+        run: Run | None = getattr(self._local, "run", None)
+        if run is not None:
+            return run.segment_of(layer).all_sizes()
+        cached = getattr(self._local, "cached", None)
+        return cached[layer].sizes if cached else None
+
     def _decoder_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         run: Run | None = getattr(self._local, "run", None)
-        self._local.run = None
+        self._local.run = self._local.cached = None
         if run is None or out is None:
             return None
         cache = _compat.get_cache(kwargs, out)
@@ -229,12 +249,13 @@ class Hooks:
         if cache is not None:
             for segment in run.segments:
                 valid = segment.all_valid(segment.frame.valid(torch.device("cpu")))
+                sizes = None if self.proportional is None else segment.all_sizes()
                 for i in range(segment.first, segment.stop):
                     layer = cache.layers[i]
                     here = valid if valid is None else valid.to(layer.keys.device)
-                    compress_layer(
-                        layer, run.width - segment.frame.width, here, i == segment.first and i > 0
-                    )
+                    starts = i == segment.first and i > 0
+                    dropped = run.width - segment.frame.width
+                    compress_layer(layer, dropped, here, starts, sizes)
         self.stats = run.stats(cache)
         return self._restored(run, out)
 

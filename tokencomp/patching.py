@@ -19,6 +19,7 @@ from tokencomp.context_window import (
 from tokencomp.errors import AlreadyCompressedError, OptionError
 from tokencomp.hooks import Hooks
 from tokencomp.plan import Plan, check_ratio
+from tokencomp.proportional import check_merges
 from tokencomp.reducers.base import Reducer, check_choice, make_reducer
 from tokencomp.stats import Stats
 
@@ -35,6 +36,7 @@ def patch(
     strict: bool = False,
     positions: Literal["original", "compact"] = "original",
     extend_context: bool | int = False,
+    proportional_attention: bool = False,
     **options: Any,
 ) -> Handle:
     """Compress the visual tokens of every later forward and generate call of `model`.
@@ -61,6 +63,10 @@ def patch(
     extend_context
         Stretch the visual context window (`tokencomp.extend_visual_context`) for this many visual
         tokens of the uncompressed prompt; True: four times LLaVA-OneVision's 6272.
+    proportional_attention
+        Let a merged token weigh as much as the tokens it stands for (log size is added to the
+        attention logits), for reducers that merge. Your attention backend does the adding, on a
+        few more head dimensions; the cache does not grow. Scores for pruning are taken without.
     **options
         Options of the named reducer.
 
@@ -73,7 +79,8 @@ def patch(
     Raises
     ------
     RatioError, UnknownNameError, OptionError
-        A bad ratio, reducer name, reducer option or `positions`.
+        A bad ratio, reducer name, reducer option or `positions`; proportional attention for a
+        reducer that merges nothing.
     UnsupportedModelError
         No adapter serves the model.
     AlreadyCompressedError
@@ -88,14 +95,14 @@ def patch(
             f"positions='compact': {adapter.family} has three rows of positions (time, height, "
             "width), which cannot be renumbered without losing the grid. Leave it at 'original'."
         )
-    ready = _make_plan(plan, ratio, reducer, options, adapter)
+    ready = _make_plan(plan, ratio, reducer, options, adapter, proportional_attention)
     if base in _HANDLES:
         _HANDLES[base].remove()
     context = None
     if extend_context is not False:
         target = 4 * VISUAL_WINDOW if extend_context is True else extend_context
         context = extend_visual_context(base, target)
-    hooks = Hooks(adapter, ready, strict, positions == "compact")
+    hooks = Hooks(adapter, ready, strict, positions == "compact", proportional_attention)
     handle = Handle(hooks, ratio, reducer, options, context)
     _HANDLES[base] = handle
     return handle
@@ -170,7 +177,8 @@ class Handle:
             old_reducer if reducer is None else reducer,
             merged,
         )
-        ready = _make_plan(plan, *request, self._hooks.adapter)
+        proportional = self._hooks.proportional is not None
+        ready = _make_plan(plan, *request, self._hooks.adapter, proportional)
         self._request = request
         self._hooks.remove()
         self._hooks.plan = ready
@@ -200,12 +208,16 @@ def _make_plan(
     reducer: str | Reducer,
     options: dict[str, Any],
     adapter: Adapter,
+    proportional: bool,
 ) -> Plan:
     num_layers = len(adapter.layers)
+    made: Reducer | None = None
     if plan is None:
         ratio = check_ratio(ratio)
         made = make_reducer(DEFAULT_REDUCER if reducer == "auto" else reducer, **options)
         plan = made.plan(ratio, num_layers).not_before(adapter.first_layer_stage, num_layers)
+    if proportional:
+        check_merges(plan, made)
     plan.check(num_layers, adapter.first_layer_stage)
     return plan.for_model(adapter.model)
 

@@ -6,6 +6,7 @@ that the last column is the last token of every sample.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,16 +44,25 @@ class Frame:
         Live spans per sample, in order.
     origin : Tensor of int64, shape (B, width), or None
         Column of the uncompressed call each token came from. None for the uncompressed frame.
+    sizes : Tensor of float32, shape (B, width), or None
+        How many original tokens every column stands for; None: one each.
     """
 
     width: int
     lengths: list[int]
     spans: list[list[LiveSpan]]
     origin: Tensor | None = None
+    sizes: Tensor | None = None
 
     @property
     def ragged(self) -> bool:
         return any(n != self.width for n in self.lengths)
+
+    def sizes_of(self, sample: int, live: LiveSpan) -> Tensor | None:
+        """Sizes of the tokens of a live span, shape (live.count,); None: one each."""
+        if self.sizes is None:
+            return None
+        return self.sizes[sample, live.start : live.start + live.count]
 
     def valid(self, device: torch.device) -> Tensor | None:
         """Mask of real columns, shape (B, width); None if all are."""
@@ -101,24 +111,52 @@ def compact(
         for item in moved:
             item.start += width - length
     origin = index if frame.origin is None else frame.origin.gather(1, index)
-    return Frame(width, lengths, spans, origin), index
+    moved_frame = Frame(width, lengths, spans, origin)
+    moved_frame.sizes = _sizes(frame, moved_frame, index, reductions)
+    return moved_frame, index
 
 
-def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
-    """Gather columns `index` (B, n) along sequence axis `dim` of x; the batch axis is `dim - 1`.
+def _sizes(
+    before: Frame, after: Frame, index: Tensor, reductions: list[list[Reduction]]
+) -> Tensor | None:
+    """Sizes of the columns of `after`; 1 at padding."""
+    merges = any(red.sizes is not None for row in reductions for red in row)
+    if before.sizes is None and not merges:
+        return None
+    if before.sizes is None:
+        sizes = torch.ones(index.shape, device=index.device)
+    else:
+        valid = after.valid(index.device)
+        sizes = before.sizes.gather(1, index)
+        sizes = sizes if valid is None else sizes.masked_fill(~valid, 1.0)
+    for b, (live, reduced) in enumerate(zip(after.spans, reductions, strict=True)):
+        for item, red in zip(live, reduced, strict=True):
+            if red.sizes is not None:
+                sizes[b, item.start : item.start + item.count] = red.sizes.to(sizes)
+    return sizes
 
-    A batch axis of 1 is broadcast to B.
+
+def take(
+    tensors: Sequence[Tensor], index: Tensor, dims: Sequence[int], valid: Tensor | None = None
+) -> list[Tensor]:
+    """Columns `index` of every tensor; one launch for all of them on a GPU.
+
+    Parameters
+    ----------
+    tensors
+        On one device with `index`, any dtypes. The batch axis stands before the sequence axis;
+        of size 1 it is shared by all samples.
+    index : Tensor of int64, shape (B, n)
+    dims
+        Sequence axis of each tensor, may be negative.
+    valid : Tensor of bool, shape (B, n), or None
+        False at padding, which becomes 0: copies of other tokens there could carry NaN along.
     """
-    index = index.to(x.device)
-    if index.shape[0] == 1 and x.shape[dim - 1] == 1:
-        return x.index_select(dim, index[0])
-    shape = list(x.shape)
-    shape[dim - 1] = index.shape[0]
-    x = x.expand(shape)
-    view = [1] * x.ndim
-    view[dim - 1], view[dim] = index.shape
-    shape[dim] = index.shape[1]
-    return x.gather(dim, index.view(view).expand(shape))
+    from tokencomp.kernels import gather_rows
+
+    if valid is not None:
+        index = index.masked_fill(~valid, -1)
+    return gather_rows(tensors, index, dims, [dim - 1 for dim in dims])
 
 
 def write_merged(x: Tensor, frame: Frame, reductions: list[list[Reduction]]) -> Tensor:

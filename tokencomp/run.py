@@ -24,7 +24,8 @@ from tokencomp.stats import Stats, collect
 class Segment:
     """Layers `first … stop - 1`: they see the same rows, of this call and of earlier ones.
 
-    `physical`, `dropped`, `past` describe their cache layers at the start of the call.
+    `physical`, `dropped`, `past`, `past_sizes` describe their cache layers at the start of the
+    call.
     """
 
     first: int
@@ -32,11 +33,17 @@ class Segment:
     physical: int = 0
     dropped: int = 0
     past: Tensor | None = None
+    past_sizes: Tensor | None = None
     frame: Frame = field(default_factory=lambda: Frame(0, [], []))
     stage: Stage | None = None
     tables: tuple[Tensor, Tensor] | None = None
     mask: Any = None
     ready: bool = False
+
+    @classmethod
+    def after(cls, layer: CompressedLayer, first: int, stop: int, frame: Frame) -> Segment:
+        """The segment of later tokens on cache layers like `layer`."""
+        return cls(first, stop, layer.rows, layer.dropped, layer.valid, layer.sizes, frame)
 
     @property
     def logical(self) -> int:
@@ -53,6 +60,16 @@ class Segment:
         if new is None:
             new = past.new_ones(batch, self.frame.width)
         return torch.cat([past.to(new.device), new], dim=1)
+
+    def all_sizes(self) -> Tensor | None:
+        """Tokens that the first rows, past and new, stand for, (B, m); None if one each."""
+        new, past = self.frame.sizes, self.past_sizes
+        if new is None or self.physical == 0:
+            return past if new is None else new
+        old = new.new_ones(new.shape[0], self.physical)
+        if past is not None:
+            old[:, : past.shape[1]] = past
+        return torch.cat([old, new], dim=1)
 
     def padding_mask(
         self, new: Tensor | None, batch: int, width: int, device: torch.device
@@ -114,31 +131,47 @@ class Run:
         run.compresses, run._new = False, new
         starts = [i for i, layer in enumerate(layers) if i == 0 or layer.starts_segment]
         for first, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
-            layer = layers[first]
-            run.segments.append(
-                Segment(first, stop, layer.rows, layer.dropped, layer.valid, Frame(width, [], []))
-            )
+            frame = Frame(width, [], [])
+            run.segments.append(Segment.after(layers[first], first, stop, frame))
         return run
+
+    def segment_of(self, layer: int) -> Segment:
+        """The segment that decoder layer `layer` belongs to."""
+        return next(s for s in self.segments if s.first <= layer < s.stop)
 
     # -- entry ----------------------------------------------------------------------------------
 
-    def entry(self, x: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Tensor | None]:
-        """Apply the entry stage; x (B, L, d) → (B, n, d) and the index (B, n), or None."""
+    def entry(
+        self, x: Tensor, positions: Tensor, cache: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Apply the entry stage to x (B, L, d) and positions (…, B, L).
+
+        Returns
+        -------
+        x, positions
+            With n columns.
+        index : Tensor of int64, shape (B, n), or None
+            Column that each column was; None without an entry stage.
+        """
         stage = self.plan.entry
         if stage is None:
             self.segments[0].frame = self.frame
-            return x, None
+            return x, positions, None
         for signal in stage.reducer.needs:
             if not isinstance(signal, str):
                 tables = self.adapter.decoder.rotary_emb(x, positions)
                 self._scores[0] = entry_scores(
                     self.adapter.layers[0], x, tables, signal, self.frame, self.draft, cache
                 )
-        x, index = self._reduce(stage, x)
+        (x, positions), index = self._reduce(stage, [x, positions], [1, -1])
         self.segments[0].frame = self.frame
-        return x, index
+        return x, positions, index
 
-    def _reduce(self, stage: Stage, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _reduce(
+        self, stage: Stage, tensors: list[Tensor], dims: list[int]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Apply a stage: the first of `tensors` is x (B, n, d), the others follow its columns."""
+        x = tensors[0]
         started = time.perf_counter()
         order = self.plan.stages.index(stage)
         scores = self._scores.pop(stage.layer, None)
@@ -162,14 +195,17 @@ class Run:
                     scores=None if scores is None else scores[b][j],
                     query=query,
                     kind=live.span.kind,
+                    sizes=self.frame.sizes_of(b, live),
                 )
                 reduced.append(stage.reducer.reduce(tokens, keep))
             reductions.append(reduced)
         self.frame, index = compact(self.frame, reductions, x.device)
         self.kept.append(self.frame)
-        x = write_merged(take(x, index), self.frame, reductions)
+        tensors = [t.to(x.device) for t in tensors]
+        tensors = take(tensors, index, dims, self.frame.valid(x.device))
+        write_merged(tensors[0], self.frame, reductions)
         self.reduce_seconds += time.perf_counter() - started
-        return x, index
+        return tensors, index
 
     def _query(self, stage: Stage, x: Tensor, b: int) -> Tensor | None:
         """Text embeddings after the last span of a sample, for reducers that ask for them."""
@@ -189,7 +225,7 @@ class Run:
         self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Arguments of layer `i`, with rows, rotary tables and mask of its segment."""
-        segment = next(s for s in self.segments if s.first <= i < s.stop)
+        segment = self.segment_of(i)
         if segment.first == 0:
             return None
         kwargs = dict(kwargs)
@@ -210,10 +246,9 @@ class Run:
         segment.tables = previous.tables
         if segment.stage is not None:
             tables = previous.tables or kwargs["position_embeddings"]
-            hidden, index = self._reduce(segment.stage, hidden)
-            segment.tables = tuple(  # type: ignore[assignment]
-                take(t, index, dim=_compat.sequence_dim(t)) for t in tables
-            )
+            dims = [1, *map(_compat.sequence_dim, tables)]
+            (hidden, cos, sin), _ = self._reduce(segment.stage, [hidden, *tables], dims)
+            segment.tables = cos, sin
         new = self._new
         if self.compresses:
             segment.frame = self.frame
@@ -257,6 +292,7 @@ def build_segments(
             segment.physical = physical_length(layer)
             if isinstance(layer, CompressedLayer):
                 segment.dropped, segment.past = layer.dropped, layer.valid
+                segment.past_sizes = layer.sizes
             elif mask is not None and segment.physical:
                 past = mask[:, : segment.physical].bool()
                 segment.past = None if bool(past.all()) else past

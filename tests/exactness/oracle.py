@@ -27,8 +27,13 @@ def kept_columns(handle: Any, inputs: dict[str, Tensor], num_layers: int) -> lis
 
 
 @contextlib.contextmanager
-def layer_masks(model: nn.Module, family: Family, masks: list[Tensor]) -> Iterator[None]:
-    """Give every decoder layer its own causal mask with hidden columns."""
+def layer_masks(
+    model: nn.Module, family: Family, masks: list[Tensor], bias: Tensor | None = None
+) -> Iterator[None]:
+    """Give every decoder layer its own causal mask with hidden columns.
+
+    `bias` (B, L) is added to the attention logits of every column.
+    """
     hooks = []
     for layer, mask in zip(family.decoder(model).layers, masks, strict=True):
 
@@ -36,9 +41,12 @@ def layer_masks(model: nn.Module, family: Family, masks: list[Tensor]) -> Iterat
             n = mask.shape[1]
             seen = torch.ones(n, n, dtype=torch.bool).tril()[None, None] & mask[:, None, None]
             seen = seen | torch.eye(n, dtype=torch.bool)  # no row without any key
-            if family.decoder(model).config._attn_implementation == "eager":
+            eager = family.decoder(model).config._attn_implementation == "eager"
+            if eager or bias is not None:
+                added = torch.zeros(mask.shape) if bias is None else bias
                 floor = torch.finfo(torch.float32).min
-                return args, {**kwargs, "attention_mask": torch.where(seen, 0.0, floor)}
+                dense = torch.where(seen, added[:, None, None], floor)
+                return args, {**kwargs, "attention_mask": dense}
             return args, {**kwargs, "attention_mask": seen}
 
         hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -55,6 +63,7 @@ def masked_logits(
     inputs: dict[str, Tensor],
     masks: list[Tensor],
     new: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Logits (B, L + T, V) of the masked run over the prompt and T further tokens `new`."""
     positions = family.positions(model, inputs)
@@ -72,7 +81,8 @@ def masked_logits(
             types = inputs["mm_token_type_ids"]
             inputs["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(new).to(types)], 1)
         masks = [torch.cat([m, ones.bool()], 1) for m in masks]
-    with torch.no_grad(), layer_masks(model, family, masks):
+        bias = None if bias is None else torch.cat([bias, torch.zeros(new.shape)], 1)
+    with torch.no_grad(), layer_masks(model, family, masks, bias):
         return model(**inputs, position_ids=positions, use_cache=False).logits
 
 

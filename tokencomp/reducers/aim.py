@@ -33,6 +33,7 @@ class Aim(Reducer):
     stop: float = 22 / 28
 
     summary = "merge at entry + PageRank pruning between layers (AIM 2412.03248)"
+    merges = True
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
         target = 1.0 - check_ratio(ratio)

@@ -35,11 +35,14 @@ class Reducer:
     serving_safe
         True if the kept count is a pure function of (grid, ratio), nothing depends on the text,
         and it acts at entry: the same object then runs inside vLLM.
+    merges
+        True if kept tokens take others in; `Reduction.sizes` then says how many.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     serving_safe: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -158,11 +161,12 @@ def top_k(scores: Tensor, special: Tensor, keep: int) -> Tensor:
     ScoreError
         A score is NaN.
     """
+    from tokencomp.kernels import topk_stable
+
     scores = scores.float()
     if torch.isnan(scores).any():
         raise ScoreError(
             f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN. The hidden "
             "states or attention logits overflowed; run the model in bfloat16 or float32."
         )
-    ranked = scores.masked_fill(special, torch.inf).sort(descending=True, stable=True).indices
-    return ranked[:keep].sort().values
+    return topk_stable(scores.masked_fill(special, torch.inf), keep)

@@ -41,6 +41,7 @@ class Compose(Reducer):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", f"{self.entry.name}+{self.layer.name}")
+        object.__setattr__(self, "merges", self.entry.merges or self.layer.merges)
         if not 0 <= self.share <= 1:
             raise OptionError(f"{self.name}: share={self.share!r}; allowed: a number in [0, 1].")
         if not _acts(self.entry, at_entry=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokencomp.context import Attention, Reduction, Signal, VisualTokens
 from tokencomp.errors import OptionError
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
-from tokencomp.reducers.rows import finite, given_scores, joined, split, whole_grid
+from tokencomp.reducers.rows import finite, given_scores, joined, sizes_before, split, whole_grid
 
 SIGNALS = ("attention", "norm", "novelty", "none")
 FLOOR = 1e-3
@@ -63,6 +63,7 @@ class ConDiv(Reducer):
                 f"condiv: merge_rest={self.merge_rest!r}; allowed: a cosine in [-1, 1], or None."
             )
         object.__setattr__(self, "serving_safe", not self.needs)
+        object.__setattr__(self, "merges", self.merge_rest is not None)
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -126,10 +127,10 @@ def merge_into(
     best, nearest = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     target = torch.where(best >= floor, chosen[nearest], -1)
     target[chosen] = chosen
-    merged = merge_rows(x, target, chosen)
+    before = sizes_before(tokens)
+    merged = merge_rows(x, target, chosen, before[rows])
     kept = joined(tokens, rows[chosen])
-    features = tokens.features[kept.keep].clone()
-    sizes = torch.ones(kept.keep.numel(), device=x.device)
+    features, sizes = tokens.features[kept.keep].clone(), before[kept.keep]
     patch = ~tokens.special[kept.keep]
     features[patch], sizes[patch] = merged.x, merged.sizes.float()
     return Reduction(kept.keep, features, sizes)

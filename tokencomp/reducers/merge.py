@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokencomp.context import Reduction, VisualTokens
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
+from tokencomp.reducers.rows import sizes_before
 
 
 @register_reducer("merge")
@@ -43,6 +44,7 @@ class Merge(Reducer):
 
     summary = "similarity merging inside each frame (AIM 2412.03248, ToMe 2210.09461)"
     serving_safe = True
+    merges = True
 
     def __post_init__(self) -> None:
         check_choice("merge", "position", self.position, ("keep", "first"))
@@ -53,14 +55,16 @@ class Merge(Reducer):
         budget = keep - special.numel()
         groups = self._groups(tokens, patches, budget)
         quota = split_evenly(budget, len(groups))
-        x, sizes, rows = self._merge(tokens.features[patches], patches, groups, quota)
+        before = sizes_before(tokens)
+        x, sizes, rows = self._merge(
+            tokens.features[patches], patches, before[patches], groups, quota
+        )
         order = torch.cat([special, rows])
         keep_rows, by = order.sort()
-        one = torch.ones(special.numel(), device=sizes.device)
         return Reduction(
             keep_rows,
             torch.cat([tokens.features[special], x])[by],
-            torch.cat([one, sizes])[by],
+            torch.cat([before[special], sizes])[by],
         )
 
     def _groups(self, tokens: VisualTokens, patches: Tensor, budget: int) -> list[int]:
@@ -82,12 +86,11 @@ class Merge(Reducer):
         return lengths
 
     def _merge(
-        self, x: Tensor, rows: Tensor, lengths: list[int], quota: list[int]
+        self, x: Tensor, rows: Tensor, sizes: Tensor, lengths: list[int], quota: list[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Merge every group down to its quota: features, sizes, positions (raster rows)."""
         from tokencomp.kernels import bipartite_match, merge_rows
 
-        sizes = torch.ones(x.shape[0], device=x.device)
         quota = [min(q, n) for q, n in zip(quota, lengths, strict=True)]
         while lengths != quota:
             steps = [min(n - q, n // 2) for n, q in zip(lengths, quota, strict=True)]

@@ -48,6 +48,7 @@ class Pool(Reducer):
 
     summary = "progressive pooling of frames, 2-D pooling of images (2409.20018)"
     serving_safe = True
+    merges = True
 
     def __post_init__(self) -> None:
         check_choice("pool", "mode", self.mode, ("area", "bilinear"))

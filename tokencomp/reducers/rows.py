@@ -14,6 +14,13 @@ def split(tokens: VisualTokens) -> tuple[Tensor, Tensor]:
     return (~tokens.special).nonzero()[:, 0], tokens.special.nonzero()[:, 0]
 
 
+def sizes_before(tokens: VisualTokens) -> Tensor:
+    """How many original tokens every row stands for so far, fp32, shape (n,)."""
+    if tokens.sizes is not None:
+        return tokens.sizes
+    return torch.ones(len(tokens), device=tokens.features.device)
+
+
 def joined(tokens: VisualTokens, chosen: Tensor) -> Reduction:
     """The reduction that keeps all special tokens and the patches `chosen`.
 
