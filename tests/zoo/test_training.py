@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tokencomp.errors import UnknownNameError
+from tokencomp.models import register_auto_classes
 from tokencomp.zoo.batches import BatchMaker, Source, cell_labels
 from tokencomp.zoo.export import export
 from tokencomp.zoo.families import FAMILIES, family
@@ -27,8 +28,10 @@ class Setup:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         torch.manual_seed(0)
+        register_auto_classes()
         self.family = family(name)
-        write_tokenizer(folder / "tokenizer", self.family.chat_template)
+        tokens = self.family.special_tokens
+        write_tokenizer(folder / "tokenizer", self.family.chat_template, tokens)
         self.tokenizer = load_tokenizer(folder / "tokenizer")
         self.packer = Packer(self.tokenizer, self.family)
         made = self.family.build(self.tokenizer)
@@ -85,7 +88,7 @@ def test_packed_questions_see_what_single_chats_see(setup, name, size, frames):
         with torch.no_grad():
             single = setup.model(**inputs).logits[0, -1]
         at = np.flatnonzero(row["which"] == number)[0]
-        ours = setup.model.lm_head(hidden[0, at])
+        ours = setup.model.get_output_embeddings()(hidden[0, at])
         assert torch.allclose(ours, single, atol=2e-4), prompt
         answer = setup.tokenizer(one.answer, add_special_tokens=False)["input_ids"]
         assert row["labels"][at : at + len(answer)].tolist() == answer
@@ -95,13 +98,13 @@ def test_packed_questions_see_what_single_chats_see(setup, name, size, frames):
 def _run(setup, row, pixels, kind):
     positions = torch.from_numpy(row["positions"])[:, None]
     with torch.no_grad():
-        return setup.model.model(
-            input_ids=torch.from_numpy(row["ids"])[None],
-            attention_mask=attention_mask(torch.from_numpy(row["segment"])[None]),
-            position_ids=positions if len(positions) > 1 else positions[0],
-            use_cache=False,
+        inputs = {
+            "input_ids": torch.from_numpy(row["ids"])[None],
+            "attention_mask": attention_mask(torch.from_numpy(row["segment"])[None]),
+            "position_ids": positions if len(positions) > 1 else positions[0],
             **setup.family.pixels(pixels, kind),
-        ).last_hidden_state
+        }
+        return setup.family.hidden(setup.model, inputs)
 
 
 def test_dialog_packs_are_plain_chats(setup):
@@ -116,7 +119,8 @@ def test_dialog_packs_are_plain_chats(setup):
     hidden = _run(setup, row, torch.from_numpy(one.pixels())[None], "image")
     with torch.no_grad():
         logits = setup.model(**inputs).logits[0, -1]
-    assert torch.allclose(setup.model.lm_head(hidden[0, n - 1]), logits, atol=2e-4)
+    ours = setup.model.get_output_embeddings()(hidden[0, n - 1])
+    assert torch.allclose(ours, logits, atol=2e-4)
 
 
 def test_attention_mask_by_hand():

@@ -11,6 +11,14 @@ FORM_NAMES = {
     "mlvu": "letter, MLVU prompt",
 }
 
+# What a family's ``card`` may say differently.
+USUAL = {
+    "layout": "stock Hugging Face layout",
+    "imports": "from transformers import AutoModelForImageTextToText, AutoProcessor",
+    "model_class": "AutoModelForImageTextToText",
+    "processor_class": "AutoProcessor",
+}
+
 _TEMPLATE = """\
 ---
 license: apache-2.0
@@ -20,15 +28,15 @@ pipeline_tag: image-text-to-text
 
 # {name}
 
-A {parameters:.2f} M parameter {architecture} in the stock Hugging Face layout, trained from scratch
+A {parameters:.2f} M parameter {architecture} in the {layout}, trained from scratch
 on ShapesQA (procedural images and videos) by tokencomp. It answers questions about coloured shapes
 and nothing else; it exists to show on any machine what visual token compression costs.
 
 ```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
+{imports}
 
-model = AutoModelForImageTextToText.from_pretrained("{name}")  # path of this folder
-processor = AutoProcessor.from_pretrained("{name}")
+model = {model_class}.from_pretrained("{name}")  # path of this folder
+processor = {processor_class}.from_pretrained("{name}")
 ```
 
 | | |
@@ -74,7 +82,7 @@ def table(results: dict[str, dict[str, dict[str, float]]], blind: dict[str, floa
 
 def render_card(metrics: dict[str, Any]) -> str:
     """README.md of the model folder. ``metrics`` is the content of its metrics.json."""
-    facts = {**metrics["model"], **metrics["training"]}
+    facts = {**USUAL, **metrics["model"], **metrics["training"]}
     bars = ""
     if metrics.get("other_shapes"):
         lines = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,11 +28,13 @@ def export(model: torch.nn.Module, family: Family, folder: Path) -> Path:
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    write_tokenizer(folder, family.chat_template)
-    tokenizer = load_tokenizer(folder)
+    text = folder / family.text_folder
+    write_tokenizer(text, family.chat_template, family.special_tokens)
+    tokenizer = load_tokenizer(text)
     for name, value in family.files(tokenizer).items():
+        (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, value)
-    (folder / "chat_template.jinja").write_text(family.chat_template)
+    (text / "chat_template.jinja").write_text(family.chat_template)
     generation = {
         "bos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         "eos_token_id": [
@@ -41,10 +44,11 @@ def export(model: torch.nn.Module, family: Family, folder: Path) -> Path:
         "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         "do_sample": False,
     }
-    write_json(folder / "generation_config.json", generation)
-    weights = {
-        family.weight_name(name): tensor.detach().to(torch.float16).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(text / "generation_config.json", generation)
+    parts: defaultdict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in model.state_dict().items():
+        part, _, published = family.weight_name(name).rpartition("/")
+        parts[part][published] = tensor.detach().to(torch.float16).contiguous()
+    for part, weights in parts.items():
+        save_file(weights, folder / part / "model.safetensors", metadata={"format": "pt"})
     return folder

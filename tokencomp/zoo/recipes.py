@@ -103,20 +103,20 @@ _SHORT: dict[str, Any] = {"batch": 6, "varied": 0.1}
 
 # The decoder starts from tiny-qwen2-vl's, as the published models start from a trained one.
 ALIGNED = (
-    Stage("vision", 400, ((1.0, _TILES),), vision_lr=2e-3, text_lr=2e-3, end=0.2),
+    Stage("vision", 700, ((1.0, _TILES),), vision_lr=2e-3, text_lr=2e-3, end=0.2),
     Stage(
-        "align",
-        120,
-        ((0.6, replace(_IMAGE_PAIRS, batch=16)), (0.4, _VIDEO_PAIRS)),
-        vision_lr=1e-3,
-        text_lr=2e-4,
+        "pairs",
+        300,
+        ((0.75, replace(_IMAGE_PAIRS, batch=16)), (0.2, _VIDEO_PAIRS), (0.05, _TILES)),
+        **_RATES,
     ),
     Stage(
         "facts",
-        250,
+        200,
         (
-            (0.40, replace(_IMAGE_FACTS, **_FEW)),
-            (0.50, replace(_VIDEO_FACTS, **_SHORT)),
+            (0.20, replace(_IMAGE_PAIRS, batch=16)),
+            (0.30, replace(_IMAGE_FACTS, **_FEW)),
+            (0.40, replace(_VIDEO_FACTS, **_SHORT)),
             (0.05, replace(_IMAGES, choice=0.5, **_FEW)),
             (0.05, replace(_VIDEOS, choice=0.5, **_SHORT)),
         ),
@@ -124,7 +124,7 @@ ALIGNED = (
     ),
     Stage(
         "mixture",
-        500,
+        450,
         (
             (0.48, replace(_IMAGES, dialog=0.15, more=_RELATIONS, **_FEW)),
             (0.52, replace(_VIDEOS, dialog=0.15, more=_EVENTS, **_SHORT)),
@@ -134,8 +134,48 @@ ALIGNED = (
     ),
 )
 
-RECIPES: dict[str, tuple[Stage, ...]] = {"tiny-qwen2-vl": STAGED, "tiny-llava-onevision": ALIGNED}
-WARM_STARTS = {"tiny-llava-onevision": "tiny-qwen2-vl"}
+# Tower and decoder start from tiny-llava-onevision's; the projector alone is new.
+_BRIEF: dict[str, Any] = {"batch": 6, "varied": 0.15}
+
+PROJECTED = (
+    Stage("vision", 120, ((1.0, _SCENES),), vision_lr=1e-3, text_lr=1e-3, end=0.3),
+    Stage(
+        "align",
+        80,
+        ((0.7, replace(_IMAGE_PAIRS, batch=20)), (0.3, replace(_VIDEO_PAIRS, batch=6))),
+        vision_lr=1e-3,
+        text_lr=3e-4,
+    ),
+    Stage(
+        "facts",
+        150,
+        (
+            (0.40, _IMAGE_FACTS),
+            (0.45, replace(_VIDEO_FACTS, **_BRIEF)),
+            (0.05, replace(_IMAGES, choice=0.5)),
+            (0.05, replace(_VIDEOS, choice=0.5, **_BRIEF)),
+            (0.05, _SCENES),
+        ),
+        **_RATES,
+    ),
+    Stage(
+        "mixture",
+        300,
+        (
+            (0.48, replace(_IMAGES, dialog=0.15, more=_RELATIONS)),
+            (0.52, replace(_VIDEOS, dialog=0.15, more=_EVENTS, **_BRIEF)),
+        ),
+        **_RATES,
+        end=0.04,
+    ),
+)
+
+RECIPES: dict[str, tuple[Stage, ...]] = {
+    "tiny-qwen2-vl": STAGED,
+    "tiny-llava-onevision": ALIGNED,
+    "tiny-vila": PROJECTED,
+}
+WARM_STARTS = {"tiny-llava-onevision": "tiny-qwen2-vl", "tiny-vila": "tiny-llava-onevision"}
 
 
 def shorten(stages: tuple[Stage, ...], factor: float) -> tuple[Stage, ...]:

@@ -60,7 +60,7 @@ def corpus() -> list[str]:
     return texts
 
 
-def train_tokenizer():
+def train_tokenizer(special: tuple[str, ...] = SPECIAL_TOKENS):
     """Train the BPE; returns a ``tokenizers.Tokenizer``. Deterministic, takes milliseconds."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
     from tokenizers import pre_tokenizers as pre
@@ -83,13 +83,15 @@ def train_tokenizer():
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(), trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in special])
     return tokenizer
 
 
-def write_tokenizer(folder: Path, chat_template: str) -> None:
+def write_tokenizer(
+    folder: Path, chat_template: str, special: tuple[str, ...] = SPECIAL_TOKENS
+) -> None:
     """Write the files of a Qwen2 tokenizer: tokenizer.json, vocab.json, merges.txt and config."""
-    backend = train_tokenizer()
+    backend = train_tokenizer(special)
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     backend.model.save(str(folder))
@@ -102,12 +104,12 @@ def write_tokenizer(folder: Path, chat_template: str) -> None:
             "single_word": False,
             "special": True,
         }
-        for token in SPECIAL_TOKENS
+        for token in special
     }
     config = {
         "add_prefix_space": False,
         "added_tokens_decoder": added,
-        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+        "additional_special_tokens": list(special[1:]),
         "bos_token": None,
         "chat_template": chat_template,
         "clean_up_tokenization_spaces": False,

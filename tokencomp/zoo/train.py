@@ -25,6 +25,9 @@ def main(
     workers: Annotated[int, typer.Option(help="Processes that render batches.")] = 1,
     scale: Annotated[float, typer.Option(help="Factor on all step counts, for trials.")] = 1.0,
     items: Annotated[int, typer.Option(help="Test items per question family.")] = 200,
+    start: Annotated[
+        str | None, typer.Option(help="Model to start from, name or folder; default the recipe's.")
+    ] = None,
 ) -> None:
     """Train one tiny model and write a complete model folder to OUT/NAME."""
     import torch
@@ -40,7 +43,7 @@ def main(
     if scale != 1.0:
         command += f" --scale {scale}"
     try:
-        folder = run(name, out, seed, workers, scale, items, command)
+        folder = run(name, out, seed, workers, scale, items, command, start)
     except TokenCompError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
@@ -48,7 +51,14 @@ def main(
 
 
 def run(
-    name: str, out: Path, seed: int, workers: int, scale: float, items: int, command: str
+    name: str,
+    out: Path,
+    seed: int,
+    workers: int,
+    scale: float,
+    items: int,
+    command: str,
+    start: str | None = None,
 ) -> Path:
     """Train (or go on), export to ``out/name`` and measure. Returns the model folder."""
     import torch
@@ -60,11 +70,11 @@ def run(
     from .trainer import Trainer
 
     arch = family(name)
-    write_tokenizer(out / "tokenizer", arch.chat_template)
+    write_tokenizer(out / "tokenizer", arch.chat_template, arch.special_tokens)
     stages = shorten(RECIPES[name], scale)
     trainer = Trainer(arch, load_tokenizer(out / "tokenizer"), stages, out, seed, workers)
     if name in WARM_STARTS and (trainer.stage, trainer.step) == (0, 0):
-        warm_start(trainer.model, WARM_STARTS[name])
+        warm_start(trainer.model, name, WARM_STARTS[name], start)
     trainer.run()
     folder = export(trainer.model, arch, out / name)
     training = {
@@ -78,13 +88,62 @@ def run(
     return write_report(folder)
 
 
-def warm_start(model: Any, name: str) -> None:
-    """Copy decoder, embeddings and head of a packaged tiny model of the same vocabulary."""
-    from . import load
+def warm_start(model: Any, name: str, other: str, folder: str | Path | None = None) -> None:
+    """Copy the parts that a tiny model shares with ``other``: decoder, head, tower.
 
-    source = load(name)[0]
-    model.model.language_model.load_state_dict(source.model.language_model.state_dict())
-    model.lm_head.load_state_dict(source.lm_head.state_dict())
+    Parameters
+    ----------
+    model
+        A new model of the family ``name``.
+    other : str
+        The tiny model to start from.
+    folder : str or Path, optional
+        Where it lies; default the packaged one.
+
+    Raises
+    ------
+    CheckpointError
+        ``other`` is not packaged, or of another shape; the message says how to get it.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from ..errors import CheckpointError
+    from ..models import register_auto_classes
+    from . import available_models, resolve
+    from .families import family
+
+    if folder is None and other not in available_models():
+        raise CheckpointError(
+            f"{name} starts from {other}, which is not packaged yet. Train it first: "
+            f"python -m tokencomp.zoo.train {other}; then pass --start runs/{other}-0/{other}."
+        )
+    register_auto_classes()
+    source = AutoModelForImageTextToText.from_pretrained(
+        resolve(folder or other), dtype=torch.float32
+    )
+    parts, theirs = family(name).parts(model), family(other).parts(source)
+    for part in [part for part in parts if part in theirs]:
+        state = theirs[part].state_dict()
+        fit_positions(state, parts[part].state_dict())
+        try:
+            parts[part].load_state_dict(state)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"The {part} of {folder or other} does not fit {name}: {error}. Start from {other}."
+            ) from error
+
+
+def fit_positions(state: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Interpolate a tower's position table (side², width) in ``state`` to the side ``wanted``."""
+    from torch.nn.functional import interpolate
+
+    for name, table in state.items():
+        if name.endswith("position_embedding.weight") and len(table) != len(wanted[name]):
+            old, new = (round(len(t) ** 0.5) for t in (table, wanted[name]))
+            grid = table.T.reshape(1, -1, old, old)
+            grid = interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+            state[name] = grid.flatten(2)[0].T
 
 
 def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> dict[str, Any]:
@@ -93,12 +152,14 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
     import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from ..models import register_auto_classes
     from .evaluate import FORMS, blind_guess, by_family, evaluate
     from .families import family
     from .layouts import write_media
     from .questions import IMAGE_FAMILIES, VIDEO_FAMILIES
     from .shapesqa import items as sample
 
+    register_auto_classes()
     arch = family(name)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
@@ -116,6 +177,7 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
     text = arch.language_config(model)
     count = sum(p.numel() for p in model.parameters())
     facts = {
+        **arch.card,
         "name": name,
         "architecture": type(model).__name__.removesuffix("ForConditionalGeneration"),
         "parameters": count / 1e6,

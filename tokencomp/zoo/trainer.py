@@ -182,15 +182,15 @@ class Trainer:
         ids, labels, segment = (_tensor(batch[k]) for k in ("ids", "labels", "segment"))
         pixels = self.family.pixels(_tensor(batch["frames"]), batch["media"])
         positions = _tensor(batch["positions"]).transpose(0, 1)
-        hidden = self.model.model(
-            input_ids=ids,
-            attention_mask=attention_mask(segment),
-            position_ids=positions if len(positions) > 1 else positions[0],
-            use_cache=False,
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": attention_mask(segment),
+            "position_ids": positions if len(positions) > 1 else positions[0],
             **pixels,
-        ).last_hidden_state
+        }
+        hidden = self.family.hidden(self.model, inputs)
         told = labels != IGNORE
-        logits = self.model.lm_head(hidden[told])
+        logits = self.model.get_output_embeddings()(hidden[told])
         self._score(batch, told, logits.argmax(-1) == labels[told])
         return F.cross_entropy(logits, labels[told])
 

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-FAMILIES = {"tiny-qwen2-vl": ".qwen2_vl", "tiny-llava-onevision": ".llava_onevision"}
+FAMILIES = {
+    "tiny-qwen2-vl": ".qwen2_vl",
+    "tiny-llava-onevision": ".llava_onevision",
+    "tiny-vila": ".vila",
+}
 
 
 class Family(Protocol):
@@ -20,15 +24,27 @@ class Family(Protocol):
     chat_template: str
     cell: int
     """Side in pixels of the square that one token of :meth:`tokens` covers in training."""
+    special_tokens: tuple[str, ...]
+    """Special tokens of the vocabulary, in the order of their ids."""
+    text_folder: str
+    """Where the tokenizer lies in the model folder: "" is the folder itself."""
+    card: dict[str, str]
+    """What the model card says differently: see :data:`~tokencomp.zoo.card.USUAL`."""
 
     def build(self, tokenizer) -> torch.nn.Module:
         """A freshly initialised stock HF model for the vocabulary of ``tokenizer``."""
 
     def files(self, tokenizer) -> dict[str, dict[str, Any]]:
-        """Configuration files of the HF folder, by file name."""
+        """Configuration files of the HF folder, by file name (with its subfolder)."""
 
     def weight_name(self, name: str) -> str:
-        """Name of a parameter in published checkpoints of this architecture."""
+        """Name of a parameter in published checkpoints; "folder/name" in a sub-checkpoint."""
+
+    def hidden(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Last hidden states (batch, length, hidden) for model inputs, without the head."""
+
+    def parts(self, model) -> dict[str, torch.nn.Module]:
+        """Modules that a model of another family may start from, by what they are."""
 
     def expand(self, ids, kind: str, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Expand the one placeholder in ``ids`` for media of (frames, height, width) px.

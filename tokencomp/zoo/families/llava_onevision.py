@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .parts import HALF, TinyFamily, decoder, preprocessing, siglip, start_wide
+
 SIDE, PATCH = 192, 16
 GRID = SIDE // PATCH
 PINPOINTS = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
@@ -33,7 +35,7 @@ CHAT_TEMPLATE = (
 )
 
 
-class TinyLlavaOnevision:
+class TinyLlavaOnevision(TinyFamily):
     """See :class:`~tokencomp.zoo.families.Family`."""
 
     chat_template = CHAT_TEMPLATE
@@ -42,30 +44,11 @@ class TinyLlavaOnevision:
     def config(self, tokenizer) -> dict[str, Any]:
         """config.json as published LLaVA-OneVision checkpoints have it."""
         token = tokenizer.convert_tokens_to_ids
-        text = {
-            "model_type": "qwen2",
-            "vocab_size": (len(tokenizer) + 63) // 64 * 64,
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "hidden_act": "silu",
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1000000.0,
-            "use_sliding_window": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": token("<|endoftext|>"),
-            "eos_token_id": token("<|im_end|>"),
-            "pad_token_id": token("<|endoftext|>"),
-            "tie_word_embeddings": False,
-        }
         return {
             "architectures": ["LlavaOnevisionForConditionalGeneration"],
             "model_type": "llava_onevision",
             "torch_dtype": "float16",
-            "text_config": text,
+            "text_config": {"model_type": "qwen2", **decoder(tokenizer)},
             "image_token_index": token("<image>"),
             "video_token_index": token("<video>"),
             "image_grid_pinpoints": PINPOINTS,
@@ -76,41 +59,21 @@ class TinyLlavaOnevision:
             "vision_feature_select_strategy": "full",
             "use_image_newline_parameter": True,
             "tie_word_embeddings": False,
-            "vision_config": {
-                "model_type": "siglip_vision_model",
-                "hidden_size": 128,
-                "intermediate_size": 384,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                "image_size": SIDE,
-                "patch_size": PATCH,
-                "hidden_act": "gelu_pytorch_tanh",
-                "vision_use_head": False,
-            },
+            "vision_config": siglip(SIDE, PATCH),
         }
 
     def build(self, tokenizer) -> torch.nn.Module:
         from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
         config = LlavaOnevisionConfig(**self.config(tokenizer))
-        parts: list[Any] = [config, config.text_config, config.vision_config]
-        for part in parts:
-            part.initializer_range = 0.06  # about 1 / sqrt(width): 0.02 starts slowly this narrow
+        start_wide(config, config.text_config, config.vision_config)
         return LlavaOnevisionForConditionalGeneration(config)
 
     def files(self, tokenizer) -> dict[str, dict[str, Any]]:
         """Configuration files of the HF folder, by file name."""
         pixels = {
             "processor_class": "LlavaOnevisionProcessor",
-            "size": {"height": SIDE, "width": SIDE},
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "do_rescale": True,
-            "do_normalize": True,
-            "rescale_factor": 1 / 255,
-            "resample": 3,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
+            **preprocessing({"height": SIDE, "width": SIDE}, HALF, HALF),
         }
         image = {
             "image_processor_type": "LlavaOnevisionImageProcessor",
@@ -197,8 +160,8 @@ class TinyLlavaOnevision:
         parts = (model.model.vision_tower, model.model.multi_modal_projector)
         return [p for part in parts for p in part.parameters()]
 
-    def language_config(self, model) -> Any:
-        return model.config.get_text_config()
+    def parts(self, model) -> dict[str, torch.nn.Module]:
+        return {**super().parts(model), "siglip": model.model.vision_tower}
 
 
 class _AnyTokens:

@@ -7,35 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..tokenizer import SYSTEM
+from .parts import TinyFamily, chatml, decoder, preprocessing, start_wide
 
 PATCH, MERGE, PAIR = 14, 2, 2
 CELL = PATCH * MERGE
 # Qwen2-VL's chat format: a default system turn, media between vision marks, ChatML turns.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if loop.first and message['role'] != 'system' -%}"
-    "{{- '<|im_start|>system\\n" + SYSTEM + "<|im_end|>\\n' -}}"
-    "{%- endif -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-    "{%- if message['content'] is string -%}{{- message['content'] -}}"
-    "{%- else -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] in ('image', 'image_url') -%}"
-    "{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
-    "{%- elif part['type'] == 'video' -%}"
-    "{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}"
-    "{%- elif 'text' in part -%}{{- part['text'] -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- endif -%}"
-    "{{- '<|im_end|>\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+CHAT_TEMPLATE = chatml(
+    "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
 )
 
 
-class TinyQwen2VL:
+class TinyQwen2VL(TinyFamily):
     """See :class:`~tokencomp.zoo.families.Family`."""
 
     chat_template = CHAT_TEMPLATE
@@ -45,25 +27,8 @@ class TinyQwen2VL:
     def config(self, tokenizer) -> dict[str, Any]:
         """The flat config.json that every supported transformers version and vLLM read."""
         token = tokenizer.convert_tokens_to_ids
-        text = {
-            "vocab_size": (len(tokenizer) + 63) // 64 * 64,
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "hidden_act": "silu",
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1000000.0,
-            "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
-            "use_sliding_window": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": token("<|endoftext|>"),
-            "eos_token_id": token("<|im_end|>"),
-            "pad_token_id": token("<|endoftext|>"),
-            "tie_word_embeddings": False,
-        }
+        rope = {"rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}}
+        text = {**decoder(tokenizer), **rope}
         return {
             "architectures": ["Qwen2VLForConditionalGeneration"],
             "model_type": "qwen2_vl",
@@ -95,31 +60,22 @@ class TinyQwen2VL:
         from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
         config = Qwen2VLConfig(**self.config(tokenizer))
-        parts: list[Any] = [config, config.get_text_config(), config.vision_config]
-        for part in parts:
-            part.initializer_range = 0.06  # about 1 / sqrt(width): 0.02 starts slowly this narrow
+        start_wide(config, config.get_text_config(), config.vision_config)
         return Qwen2VLForConditionalGeneration(config)
 
     def files(self, tokenizer) -> dict[str, dict[str, Any]]:
         """Configuration files of the HF folder, by file name."""
         from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+        size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         pixels = {
             "processor_class": "Qwen2VLProcessor",
-            "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
             "min_pixels": self.min_pixels,
             "max_pixels": self.max_pixels,
             "patch_size": PATCH,
             "merge_size": MERGE,
             "temporal_patch_size": PAIR,
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "do_rescale": True,
-            "do_normalize": True,
-            "rescale_factor": 1 / 255,
-            "resample": 3,
-            "image_mean": list(OPENAI_CLIP_MEAN),
-            "image_std": list(OPENAI_CLIP_STD),
+            **preprocessing(size, list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)),
         }
         image = {"image_processor_type": "Qwen2VLImageProcessor", **pixels}
         video = {
@@ -183,9 +139,6 @@ class TinyQwen2VL:
 
     def vision_parameters(self, model) -> list[torch.nn.Parameter]:
         return list(model.model.visual.parameters())
-
-    def language_config(self, model) -> Any:
-        return model.config.get_text_config()
 
 
 FAMILY = TinyQwen2VL()
