@@ -140,11 +140,10 @@ _BRIEF: dict[str, Any] = {"batch": 6, "varied": 0.15}
 PROJECTED = (
     Stage("vision", 120, ((1.0, _SCENES),), vision_lr=1e-3, text_lr=1e-3, end=0.3),
     Stage(
-        "align",
-        80,
-        ((0.7, replace(_IMAGE_PAIRS, batch=20)), (0.3, replace(_VIDEO_PAIRS, batch=6))),
-        vision_lr=1e-3,
-        text_lr=3e-4,
+        "pairs",
+        100,
+        ((0.7, _IMAGE_PAIRS), (0.25, replace(_VIDEO_PAIRS, batch=6)), (0.05, _SCENES)),
+        **_RATES,
     ),
     Stage(
         "facts",
