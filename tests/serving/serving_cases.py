@@ -13,7 +13,8 @@ MARKS = {
         "<|vision_start|><|video_pad|><|vision_end|>",
     ),
 }
-MARKS["qwen2_5_vl"] = MARKS["qwen2_vl"]
+TIMED = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")  # positions or prompts know the frame rate
+MARKS.update(dict.fromkeys(TIMED, MARKS["qwen2_vl"]))
 TURN = "<|im_start|>user\n{}{}<|im_end|>\n<|im_start|>assistant\n"
 QUESTION = "What color is the small circle?"
 
@@ -33,7 +34,7 @@ def job(
     made: dict[str, Any] = {
         "prompt": TURN.format(marks, question),
         "media": media,
-        "metadata": model == "qwen2_5_vl",
+        "metadata": model in TIMED,
         **more,
     }
     label = "plain"

@@ -82,6 +82,51 @@ def qwen2_5_vl(folder: Path) -> Path:
     return base
 
 
+def qwen3_vl(folder: Path, experts: int = 0) -> Path:
+    """Qwen3-VL (MoE with `experts`): two deepstack levels, a timestamp before every frame pair."""
+    import transformers
+
+    from tokencomp.zoo.export import write_json
+
+    base = qwen2_vl(folder)
+    old = json.loads((base / "config.json").read_text())
+    section = {"mrope_section": [8, 12, 12], "mrope_interleaved": True}
+    text: dict[str, Any] = dict(
+        vocab_size=old["vocab_size"], hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=64, max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, **section},
+        eos_token_id=old["eos_token_id"], pad_token_id=old["pad_token_id"],
+    )  # fmt: skip
+    if experts:
+        text.update(num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=64)
+    vision = dict(
+        depth=3, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
+        patch_size=14, spatial_merge_size=2, temporal_patch_size=2, in_channels=3,
+        num_position_embeddings=256, deepstack_visual_indexes=[0, 1],
+    )  # fmt: skip
+    name = "Qwen3VLMoe" if experts else "Qwen3VL"
+    tokens = {k: old[k] for k in old if k.endswith("_token_id") and k.split("_")[0] not in "eospad"}
+    config = getattr(transformers, name + "Config")(
+        text_config=text, vision_config=vision, **tokens
+    )
+    torch.manual_seed(0)
+    model = _sharpen(getattr(transformers, name + "ForConditionalGeneration")(config)).half()
+    model.save_pretrained(base)
+    size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 4096}
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        values = json.loads((base / file).read_text())
+        values = {k: v for k, v in values.items() if k not in ("min_pixels", "max_pixels")}
+        values.update(processor_class="Qwen3VLProcessor", size=size)
+        if file.startswith("video"):
+            values["video_processor_type"] = "Qwen3VLVideoProcessor"
+        write_json(base / file, values)
+    return base
+
+
+def qwen3_vl_moe(folder: Path) -> Path:
+    return qwen3_vl(folder, experts=4)
+
+
 def llava_onevision(folder: Path) -> Path:
     """LLaVA-OneVision with 8 × 8 tokens per tile, saved under published parameter names."""
     from safetensors.torch import save_file
@@ -163,6 +208,8 @@ def _published(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 BUILDERS = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
     "llava_onevision": llava_onevision,
 }
 

@@ -13,7 +13,10 @@ import http_support as http
 import openai
 
 QUESTION = "What color is the circle?"
-ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from pathlib import Path
 os.environ.update(
     HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
 )  # fmt: skip
 sys.path.insert(0, str(Path(__file__).parent))
 

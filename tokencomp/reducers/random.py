@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,13 @@ from tokencomp.reducers.base import Reducer, register_reducer, top_k
 @register_reducer("random")
 @dataclass(frozen=True)
 class Random(Reducer):
-    """Keep a random subset. Seed and token offsets decide alone: batches, devices and homes agree.
+    """Keep a random subset. Seed and patch numbers decide alone: batches, devices and homes agree.
 
     Attributes
     ----------
     seed : int
-        Every span of the same length gets the same subset; subsets at smaller budgets are nested.
+        Every span of the same grid gets the same subset, whatever special tokens stand between
+        its patches; subsets at smaller budgets are nested.
     """
 
     seed: int = 0
@@ -27,7 +29,9 @@ class Random(Reducer):
     serving_safe = True
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        total = tokens.grid[0] * tokens.grid[1] * tokens.grid[2] + int(tokens.special.sum())
         generator = torch.Generator().manual_seed(self.seed)
-        rank = torch.rand(total, generator=generator).to(tokens.features.device)
-        return Reduction(top_k(rank[tokens.offsets], tokens.special, keep))
+        rank = torch.rand(math.prod(tokens.grid), generator=generator).to(tokens.features.device)
+        offsets = tokens.offsets
+        patch = offsets - torch.searchsorted(offsets[tokens.special], offsets)
+        scores = rank[patch.clamp(max=rank.numel() - 1)]  # of special tokens: not looked at
+        return Reduction(top_k(scores, tokens.special, keep))

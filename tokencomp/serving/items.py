@@ -22,6 +22,11 @@ from tokencomp.serving.spec import Spec
 Special = Literal["none", "rows", "end"]
 
 
+def field_name(modality: str) -> str:
+    """Name of the item field that carries the plan inside the engine."""
+    return f"tokencomp_{modality}"
+
+
 @dataclass(frozen=True)
 class Layout:
     """A span before reduction.
@@ -66,6 +71,8 @@ class ItemPlan:
         "image" or "video".
     spans, keep
         Spans in order, and the tokens left of each.
+    extent
+        Positions that the uncompressed item takes where kept tokens keep theirs; else 0.
     reducer, options
         Registry name and options of the reducer.
     """
@@ -75,16 +82,17 @@ class ItemPlan:
     keep: tuple[int, ...]
     reducer: str
     options: str = "{}"
+    extent: int = 0
 
     @classmethod
-    def make(cls, kind: Any, layouts: list[Layout], spec: Spec) -> ItemPlan:
+    def make(cls, kind: Any, layouts: list[Layout], spec: Spec, extent: int = 0) -> ItemPlan:
         """Plan an item under an active spec."""
         reducer = spec.reducer
         if reducer is None:
             raise ValueError("an item plan needs a reducer")
         keep = tuple(reducer.kept_count(s.grid, spec.ratio, s.num_special) for s in layouts)
         options = json.dumps(reducer.options(), sort_keys=True)
-        return cls(kind, tuple(layouts), keep, reducer.name, options)
+        return cls(kind, tuple(layouts), keep, reducer.name, options, extent)
 
     @property
     def full(self) -> int:
@@ -99,15 +107,15 @@ class ItemPlan:
     def to_tensor(self) -> Tensor:
         """The plan as bytes of JSON: a uint8 tensor that every transport carries unchanged."""
         spans = [[*s.grid, s.special] for s in self.spans]
-        plan = [self.kind, spans, self.keep, self.reducer, self.options]
+        plan = [self.kind, spans, self.keep, self.reducer, self.options, self.extent]
         return torch.frombuffer(bytearray(json.dumps(plan).encode()), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, data: Tensor) -> ItemPlan:
         """Read back what `to_tensor` wrote."""
-        kind, spans, keep, reducer, options = json.loads(bytes(data.tolist()).decode())
+        kind, spans, keep, *rest = json.loads(bytes(data.tolist()).decode())
         layouts = tuple(Layout((t, h, w), special) for t, h, w, special in spans)
-        return cls(kind, layouts, tuple(keep), reducer, options)
+        return cls(kind, layouts, tuple(keep), *rest)
 
     def reduce(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Reduce the features of the item.

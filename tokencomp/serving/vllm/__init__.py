@@ -51,6 +51,8 @@ MODELS = {
     "LlavaOnevisionForConditionalGeneration": "llava_onevision:TokencompLlavaOnevision",
     "Qwen2VLForConditionalGeneration": "qwen2_vl:TokencompQwen2VL",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl:TokencompQwen2_5_VL",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl:TokencompQwen3VL",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl:TokencompQwen3VLMoe",
 }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from prometheus_client import Counter
 from vllm.logger import init_logger
 
-from tokencomp.serving.items import ItemPlan
+from tokencomp.serving.items import ItemPlan, field_name
 
 logger = init_logger("vllm.tokencomp")
 LOG_EVERY = 60.0
@@ -38,32 +38,39 @@ def counters() -> dict[str, Counter]:
     return found
 
 
-class RequestCounts:
-    """Counts the tokens of every request, also of those whose media come from a cache."""
+class SeenPlans:
+    """Plans by media hash: media that come from a cache come without theirs."""
 
     def __init__(self) -> None:
-        self._full: OrderedDict[str, int] = OrderedDict()
+        self._known: OrderedDict[str, ItemPlan] = OrderedDict()
 
-    def add(self, result: Any) -> None:
-        """Count one processed prompt (`MultiModalInput`)."""
-        from tokencomp.serving.vllm.processing import field_name
-
+    def of(self, result: Any) -> list[tuple[int, ItemPlan | None]]:
+        """Media tokens, and the plan if compressed, of all items of a `MultiModalInput`."""
+        found = []
         for modality, hashes in result["mm_hashes"].items():
             items = result["mm_kwargs"].get(modality, [None] * len(hashes))
             ranges = result["mm_placeholders"].get(modality, [])
             for key, item, place in zip(hashes, items, ranges, strict=True):
-                name = field_name(modality)
-                if item is not None and name in item:
-                    self._remember(key, ItemPlan.from_tensor(item[name].data).full)
-                full = self._full.get(key, place.length)
-                counters()["before"].inc(full)
-                counters()["after"].inc(place.length)
-                counters()["items"].labels(str(full != place.length).lower()).inc()
+                if item is not None and field_name(modality) in item:
+                    self._remember(key, ItemPlan.from_tensor(item[field_name(modality)].data))
+                plan = self._known.get(key)
+                found.append((plan.kept if plan else place.get_num_embeds(), plan))
+        return found
 
-    def _remember(self, key: str, full: int) -> None:
-        self._full[key] = full
-        if len(self._full) > REMEMBERED:
-            self._full.popitem(last=False)
+    def _remember(self, key: str, plan: ItemPlan) -> None:
+        self._known[key] = plan
+        self._known.move_to_end(key)
+        if len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+
+
+def count_request(items: list[tuple[int, ItemPlan | None]]) -> None:
+    """Count the media of one request, as `SeenPlans.of` gives them."""
+    for kept, plan in items:
+        full = plan.full if plan else kept
+        counters()["before"].inc(full)
+        counters()["after"].inc(kept)
+        counters()["items"].labels(str(full != kept).lower()).inc()
 
 
 class ReduceTimer:

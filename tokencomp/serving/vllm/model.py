@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from tokencomp.serving.items import ItemPlan
+from tokencomp.serving.items import ItemPlan, field_name
 from tokencomp.serving.vllm.checks import check_engine
 from tokencomp.serving.vllm.metrics import ReduceTimer
-from tokencomp.serving.vllm.processing import KINDS, field_name, server_options
+from tokencomp.serving.vllm.processing import KINDS, server_options
 
 logger = init_logger("vllm.tokencomp")
 
@@ -23,6 +24,7 @@ class CompressingModel:
     """Mixin in front of a vLLM multimodal model."""
 
     needs_offsets: ClassVar[bool] = False
+    reduced_width: int | None = None  # leading columns that reducers see; None: all
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_engine(vllm_config, self.needs_offsets)
@@ -57,9 +59,15 @@ class CompressingModel:
             features = super().embed_multimodal(**part)  # type: ignore[misc]
             for item, (plan, x) in enumerate(zip(plans[first:stop], features, strict=True)):
                 with self._timer(plan):
-                    rows, index = plan.reduce(x.reshape(-1, x.shape[-1]))
+                    rows, index = self._reduce(plan, x.reshape(-1, x.shape[-1]))
                     outputs.append(self.finish_item(plan, rows, index, part, item))
         return tuple(outputs)
+
+    def _reduce(self, plan: ItemPlan, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.reduced_width is None:
+            return plan.reduce(x)
+        rows, index = plan.reduce(x[:, : self.reduced_width])
+        return torch.cat([rows, x[index, self.reduced_width :]], dim=1), index
 
 
 class NoEncoderGraphs:

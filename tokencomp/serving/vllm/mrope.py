@@ -14,21 +14,30 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.multimodal.utils import copy_mm_embedding_modality
 
-from tokencomp.serving.items import ItemPlan
+from tokencomp.errors import OptionError
+from tokencomp.serving.items import ItemPlan, Layout, field_name
 from tokencomp.serving.vllm.model import CompressingModel, NoEncoderGraphs
-from tokencomp.serving.vllm.processing import field_name
+from tokencomp.serving.vllm.processing import CompressingProcessor
 
-DIGITS = 6
+MAX_OFFSET = 65535
+TABLE_FACTOR = 4  # rotary tables hold this many times the model's positions
 
 
 def pack_offsets(offsets: Tensor, dtype: torch.dtype) -> Tensor:
     """Offsets (3, k) in 0 … 65535 → digits (k, 6), exact in `dtype`."""
-    if offsets.numel() and not 0 <= int(offsets.min()) <= int(offsets.max()) < 65536:
+    if offsets.numel() and not 0 <= int(offsets.min()) <= int(offsets.max()) <= MAX_OFFSET:
         raise RuntimeError(f"position offsets up to {int(offsets.max())} do not fit 16 bits.")
     return torch.cat([offsets >> 8, offsets & 255]).T.to(dtype)
+
+
+def with_offsets(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Rows (k, d) with the digits of their offsets (3, k) as further columns."""
+    return torch.cat([rows, pack_offsets(offsets, rows.dtype).to(rows.device)], dim=1)
 
 
 def unpack_offsets(digits: Tensor) -> Tensor:
@@ -45,16 +54,75 @@ def grid_offsets(grid: tuple[int, int, int], t_factor: float) -> np.ndarray:
     return offsets
 
 
+def lengthen_tables(model: nn.Module, length: int) -> None:
+    """Let all rotary tables of a model hold positions below `length`; entries stay the same."""
+    for table in {m for m in model.modules() if isinstance(m, MRotaryEmbedding)}:
+        if table.cos_sin_cache.shape[0] < length:
+            old = table.cos_sin_cache
+            table.max_position_embeddings = table.cache_max_position_num = length
+            table.cos_sin_cache = table._compute_cos_sin_cache().to(old)
+
+
 def _text(n: int, first: int) -> np.ndarray:
     """Positions (3, n) of text tokens."""
     return np.broadcast_to(np.arange(first, first + n), (3, n))
 
 
+def grid_extent(grid: tuple[int, int, int], t_factor: float = 1.0) -> int:
+    """Positions from the base of a grid to what follows it."""
+    t, h, w = grid
+    return max(int((t - 1) * t_factor) + 1, h, w)
+
+
+class MRopeProcessor(CompressingProcessor):
+    """Processor half: every item is one t × h × w grid, and keeps its extent in positions."""
+
+    def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[Layout]]:
+        merge = self.info.get_hf_config().vision_config.spatial_merge_size  # type: ignore[attr-defined]
+        grids = hf_inputs[f"{modality}_grid_thw"].tolist()
+        return [[Layout((t, h // merge, w // merge))] for t, h, w in grids]
+
+    def extents(self, modality: str, layouts: Any, hf_inputs: Any) -> list[int]:
+        return [grid_extent(spans[0].grid) for spans in layouts]
+
+    def check_positions(self, plans: list[ItemPlan]) -> None:
+        """Positions go beyond the prompt's length where many tokens of a long grid leave.
+
+        Raises
+        ------
+        OptionError
+        """
+        config = self.info.ctx.model_config  # type: ignore[attr-defined]
+        table = TABLE_FACTOR * config.hf_text_config.max_position_embeddings
+        beyond = sum(max(plan.extent - plan.kept, 0) for plan in plans)
+        if max((plan.extent for plan in plans), default=0) > MAX_OFFSET:
+            raise OptionError(
+                f"one of the media spans more than {MAX_OFFSET} positions; send a shorter video, "
+                "or one with a correct frame rate."
+            )
+        if beyond and config.max_model_len + beyond > table:
+            raise OptionError(
+                f"the media of this prompt span {beyond} positions more than tokens are left of "
+                f"them; with --max-model-len {config.max_model_len} the model's {table} positions "
+                "allow less. Send fewer media, or ask for a lower ratio."
+            )
+
+
 class MRopeModel(NoEncoderGraphs, CompressingModel):
-    """Mixin for models of the Qwen2-VL kind."""
+    """Model half."""
 
     needs_offsets: ClassVar[bool] = True
     _pending: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        limit = vllm_config.model_config.hf_text_config.max_position_embeddings
+        lengthen_tables(self, TABLE_FACTOR * limit)  # type: ignore[arg-type]
+
+    @property
+    def row_width(self) -> int:
+        """Columns of an uncompressed row."""
+        return self.language_model.config.hidden_size  # type: ignore[attr-defined,no-any-return]
 
     # -- in the vision step ---------------------------------------------------------------------
 
@@ -78,28 +146,30 @@ class MRopeModel(NoEncoderGraphs, CompressingModel):
         if rows.shape[0] == plan.full:
             return rows
         factor = self.t_factor(kwargs, item) if plan.kind == "video" else 1.0
-        table = torch.from_numpy(grid_offsets(plan.spans[0].grid, factor))
-        offsets = table[:, index.cpu()]
-        return torch.cat([rows, pack_offsets(offsets, rows.dtype).to(rows.device)], dim=1)
+        offsets = torch.from_numpy(grid_offsets(plan.spans[0].grid, factor))
+        return with_offsets(rows, offsets[:, index.cpu()])
 
     # -- when a request arrives -----------------------------------------------------------------
 
+    def item_offsets(self, feature: Any) -> np.ndarray:
+        """Offsets (3, n) of the placeholders of an uncompressed item from its base."""
+        ((_, t, h, w, factor),) = self.iter_mm_grid_thw([feature])  # type: ignore[attr-defined]
+        return grid_offsets((t, h, w), factor)
+
     def get_mrope_input_positions(self, input_tokens: Any, mm_features: Any) -> tuple[Tensor, int]:
-        """Positions (3, n) with every kept media row at the base of its item, and the delta."""
+        """Positions (3, n) with every row of a compressed item at its base, and the delta."""
         pieces: list[np.ndarray] = []
         start = position = 0
-        ordered = sorted(mm_features, key=lambda f: f.mm_position.offset)
-        grids = self.iter_mm_grid_thw(mm_features)  # type: ignore[attr-defined]
-        for feature, (offset, t, h, w, factor) in zip(ordered, grids, strict=True):
-            pieces.append(
-                np.broadcast_to(np.arange(offset - start), (3, offset - start)) + position
-            )
-            base = position + offset - start
-            full, length = grid_offsets((t, h, w), factor), feature.mm_position.length
-            compressed = field_name(feature.modality) in feature.data
-            if length != full.shape[1] and not compressed:
-                raise RuntimeError(f"{length} placeholders for an uncompressed grid {(t, h, w)}")
-            pieces.append(base + (np.zeros((3, length)) if length != full.shape[1] else full))
+        for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
+            offset, length = feature.mm_position.offset, feature.mm_position.length
+            pieces.append(_text(offset - start, position))
+            base, full = position + offset - start, self.item_offsets(feature)
+            if length == full.shape[1]:
+                pieces.append(base + full)
+            elif field_name(feature.modality) in feature.data:
+                pieces.append(np.full((3, length), base))
+            else:
+                raise RuntimeError(f"{length} placeholders for {full.shape[1]} uncompressed tokens")
             position, start = base + int(full.max()) + 1, offset + length
         rest = len(input_tokens) - start
         pieces.append(_text(rest, position))
@@ -118,15 +188,15 @@ class MRopeModel(NoEncoderGraphs, CompressingModel):
     ) -> Tensor:
         """Cut the offset columns off and note them for `forward`."""
         self._pending = None
-        hidden = self.language_model.config.hidden_size  # type: ignore[attr-defined]
+        width = self.row_width
         given = multimodal_embeddings if multimodal_embeddings is not None else ()
-        if any(e.shape[1] != hidden for e in given):
+        if any(e.shape[1] != width for e in given):
             plain, offsets = [], []
             for e in given:
-                plain.append(copy_mm_embedding_modality(e, e[:, :hidden]))
+                plain.append(copy_mm_embedding_modality(e, e[:, :width]))
                 offsets.append(
-                    unpack_offsets(e[:, hidden:])
-                    if e.shape[1] > hidden
+                    unpack_offsets(e[:, width:])
+                    if e.shape[1] > width
                     else torch.zeros(3, e.shape[0], dtype=torch.long, device=e.device)
                 )
             rows = is_multimodal.nonzero()[:, 0]  # type: ignore[union-attr]

@@ -15,21 +15,16 @@ from vllm.multimodal.processing import PromptUpdate
 
 import tokencomp
 from tokencomp.errors import OptionError
-from tokencomp.serving.items import ItemPlan, Layout
+from tokencomp.serving.items import ItemPlan, Layout, field_name
 from tokencomp.serving.spec import ServerOptions, Spec
 from tokencomp.serving.vllm import ENV_OPTIONS
-from tokencomp.serving.vllm.metrics import RequestCounts
+from tokencomp.serving.vllm.metrics import SeenPlans, count_request
 
 logger = init_logger("vllm.tokencomp")
 KEY = "tokencomp"
 SCOPED = ("images_kwargs", "videos_kwargs", "common_kwargs", "mm_kwargs")
 KINDS = ("image", "video")
 OFF = Spec()
-
-
-def field_name(modality: str) -> str:
-    """Name of the item field that carries the plan."""
-    return f"tokencomp_{modality}"
 
 
 def server_options(model_config: Any) -> ServerOptions:
@@ -53,7 +48,7 @@ class CompressingProcessor:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._options = server_options(self.info.ctx.model_config)  # type: ignore[attr-defined]
-        self._counts = RequestCounts()
+        self._seen = SeenPlans()
         default = json.dumps(self._options.default.describe())
         logger.info_once("tokencomp %s: default %s", tokencomp.__version__, default)
 
@@ -62,6 +57,21 @@ class CompressingProcessor:
     def layouts(self, modality: str, items: Any, hf_inputs: BatchFeature) -> list[list[Layout]]:
         """Spans of every item of a modality, uncompressed."""
         raise OptionError(f"{type(self).__name__} does not say how its media are laid out.")
+
+    def extents(self, modality: str, layouts: Any, hf_inputs: BatchFeature) -> list[int]:
+        """Positions that every item takes uncompressed; 0 where the engine renumbers tokens."""
+        return [0] * len(layouts)
+
+    def check_positions(self, plans: list[ItemPlan]) -> None:
+        """Refuse a request whose positions the model's tables do not hold."""
+
+    def shorten(self, tokens: Any, plan: ItemPlan) -> Any:
+        """The placeholders that are left of `tokens`, the engine's for an uncompressed item."""
+        if len(tokens) != plan.full:
+            raise RuntimeError(
+                f"{plan.kind}: the engine expects {len(tokens)} tokens, the plan {plan.full}"
+            )
+        return tokens[: plan.kept]
 
     # -- options --------------------------------------------------------------------------------
 
@@ -92,7 +102,9 @@ class CompressingProcessor:
             )
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         if inputs.hf_processor_mm_kwargs.get(KEY) is not OFF:
-            self._counts.add(result)
+            items = self._seen.of(result)
+            self.check_positions([plan for _, plan in items if plan is not None])
+            count_request(items)
         return result
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
@@ -119,9 +131,11 @@ class CompressingProcessor:
                     f"{modality} embeddings made elsewhere cannot be compressed; send pixels, or "
                     'ask for {"ratio": 0}.'
                 )
+            layouts = self.layouts(modality, items, data)
+            extents = self.extents(modality, layouts, data)
             plans = [
-                ItemPlan.make(modality, spans, spec)
-                for spans in self.layouts(modality, items, data)
+                ItemPlan.make(modality, spans, spec, extent)
+                for spans, extent in zip(layouts, extents, strict=True)
             ]
             data[field_name(modality)] = [plan.to_tensor() for plan in plans]
         return data
@@ -149,23 +163,17 @@ class CompressingProcessor:
             hf_processor_mm_kwargs=self._plain(hf_processor_mm_kwargs),
             out_mm_kwargs=out_mm_kwargs,
         )
-        return [_shorten(u, out_mm_kwargs) if u.modality in KINDS else u for u in updates]
+        return [self._shortened(u, out_mm_kwargs) if u.modality in KINDS else u for u in updates]
 
+    def _shortened(self, update: Any, out_mm_kwargs: Any) -> Any:
+        """The same update with as many placeholders as the item's plan keeps."""
+        full, modality = update.replacement, update.modality
 
-def _shorten(update: Any, out_mm_kwargs: Any) -> Any:
-    """The same update with as many placeholders as the item's plan keeps."""
-    full, modality = update.replacement, update.modality
+        def kept(index: int) -> Any:
+            tokens = full(index)
+            item = out_mm_kwargs[modality][index]
+            if field_name(modality) not in item:
+                return tokens
+            return self.shorten(tokens, ItemPlan.from_tensor(item[field_name(modality)].data))
 
-    def kept(index: int) -> Any:
-        tokens = full(index)
-        item = out_mm_kwargs[modality][index]
-        if field_name(modality) not in item:
-            return tokens
-        plan = ItemPlan.from_tensor(item[field_name(modality)].data)
-        if len(tokens) != plan.full:
-            raise RuntimeError(
-                f"{modality} {index}: the engine expects {len(tokens)} tokens, the plan {plan.full}"
-            )
-        return tokens[: plan.kept]
-
-    return replace(update, replacement=kept)
+        return replace(update, replacement=kept)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from vllm.model_executor.models.qwen2_vl import (
     Qwen2VLDummyInputsBuilder,
     Qwen2VLForConditionalGeneration,
@@ -12,21 +10,10 @@ from vllm.model_executor.models.qwen2_vl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from tokencomp.serving.items import Layout
-from tokencomp.serving.vllm.mrope import MRopeModel
-from tokencomp.serving.vllm.processing import CompressingProcessor
+from tokencomp.serving.vllm.mrope import MRopeModel, MRopeProcessor
 
 
-class GridProcessor(CompressingProcessor):
-    """Every item is one t × h × w grid, named by the processor."""
-
-    def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[Layout]]:
-        merge = self.info.get_hf_config().vision_config.spatial_merge_size  # type: ignore[attr-defined]
-        grids = hf_inputs[f"{modality}_grid_thw"].tolist()
-        return [[Layout((t, h // merge, w // merge))] for t, h, w in grids]
-
-
-class Qwen2VLProcessor(GridProcessor, Qwen2VLMultiModalProcessor):
+class Qwen2VLProcessor(MRopeProcessor, Qwen2VLMultiModalProcessor):
     """vLLM's processor with shortened placeholders."""
 
 

@@ -1,0 +1,133 @@
+"""Qwen3-VL and its MoE variant for vLLM: deepstack features, timestamps between the frames.
+
+Reducers see the features that enter the decoder; those of intermediate vision layers follow the
+tokens that stay, as in `tokencomp.patch`. How many tokens of a frame stay is known only after the
+vision tower has run, so a compressed video is one run of placeholders: the worker fills it with
+the frames' tokens *and* the timestamps and marks between them, in order, at their own positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.model_executor.models.qwen3_vl import (
+    Qwen3VLDummyInputsBuilder,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMultiModalProcessor,
+    Qwen3VLProcessingInfo,
+)
+from vllm.model_executor.models.qwen3_vl_moe import (
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLMoeProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing import PromptUpdateDetails
+
+from tokencomp.serving.items import ItemPlan
+from tokencomp.serving.vllm.mrope import MRopeModel, MRopeProcessor, grid_offsets, with_offsets
+
+
+def frame_offsets(media: np.ndarray, h: int, w: int) -> np.ndarray:
+    """Offsets (3, n) of a video with text between its h × w frames; media (n,) marks patches."""
+    done = np.cumsum(media) - media  # patches before every token
+    base = np.arange(len(media)) - done + done // (h * w) * max(h, w)
+    inside = done % (h * w)
+    return base + np.stack([np.zeros_like(inside), inside // w, inside % w])
+
+
+class Qwen3VLProcessor(MRopeProcessor, Qwen3VLMultiModalProcessor):
+    """vLLM's processor with shortened placeholders."""
+
+    def extents(self, modality: str, layouts: Any, hf_inputs: Any) -> list[int]:
+        """Every frame is placed like an image; text between frames is in the prompt as well."""
+        return [t * max(h, w) for t, h, w in (spans[0].grid for spans in layouts)]
+
+    def shorten(self, tokens: Any, plan: ItemPlan) -> Any:
+        if plan.kind == "image":
+            return super().shorten(tokens, plan)
+        if plan.kept == plan.full:
+            return tokens
+        pad = self.info.get_hf_config().video_token_id
+        ids = tokens.full
+        first = ids.index(pad)
+        text = [i for i in ids[first:] if i != pad]
+        super().shorten([i for i in ids if i == pad], plan)  # checks the count
+        return PromptUpdateDetails.from_seq([*ids[:first], *[pad] * plan.kept, *text])
+
+
+class Qwen3VLModel(MRopeModel):
+    """Mixin for both variants."""
+
+    config: Any
+    visual_dim: int
+    multiscale_dim: int
+
+    @property
+    def row_width(self) -> int:
+        return self.visual_dim + self.multiscale_dim
+
+    @property
+    def reduced_width(self) -> int | None:  # type: ignore[override]
+        return self.visual_dim
+
+    def _video_ids(self, stamps: Any, counts: Sequence[int]) -> Tensor:
+        """Tokens of a video, `counts` patches in each frame."""
+        details = Qwen3VLMultiModalProcessor.get_video_repl(
+            tokens_per_frame=list(counts),
+            timestamps=stamps,
+            tokenizer=self._tokenizer,  # type: ignore[attr-defined]
+            vision_start_token_id=self.config.vision_start_token_id,
+            vision_end_token_id=self.config.vision_end_token_id,
+            video_token_id=self.config.video_token_id,
+        )
+        return torch.tensor(details.full)
+
+    def _full_video(self, stamps: Any, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """Offsets (3, n) of an uncompressed video, and which of its tokens are patches."""
+        t, h, w = grid
+        media = self._video_ids(stamps, [h * w] * t) == self.config.video_token_id
+        return torch.from_numpy(frame_offsets(media.numpy(), h, w)), media
+
+    def finish_item(
+        self, plan: ItemPlan, rows: Tensor, index: Tensor, kwargs: Mapping[str, Any], item: int
+    ) -> Tensor:
+        if plan.kind == "image" or rows.shape[0] == plan.full:
+            return super().finish_item(plan, rows, index, kwargs, item)
+        stamps, (t, h, w) = kwargs["timestamps"][item], plan.spans[0].grid
+        index = index.cpu()
+        ids = self._video_ids(stamps, torch.bincount(index // (h * w), minlength=t).tolist())
+        media = ids == self.config.video_token_id
+        full, was_media = self._full_video(stamps, (t, h, w))
+        offsets = torch.empty(3, len(ids), dtype=torch.long)
+        offsets[:, media], offsets[:, ~media] = full[:, was_media][:, index], full[:, ~was_media]
+        out = rows.new_zeros(len(ids), self.row_width)
+        text = self.language_model.embed_input_ids(ids.to(rows.device))  # type: ignore[attr-defined]
+        out[:, : self.visual_dim] = text
+        out[media.to(rows.device)] = rows
+        return with_offsets(out, offsets)
+
+    def item_offsets(self, feature: Any) -> np.ndarray:
+        merge = self.config.vision_config.spatial_merge_size
+        t, h, w = feature.data[f"{feature.modality}_grid_thw"].data.tolist()
+        grid = t, h // merge, w // merge
+        if feature.modality == "image":
+            return grid_offsets(grid, 1.0)
+        return self._full_video(feature.data["timestamps"].data, grid)[0].numpy()
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3VLProcessor, info=Qwen3VLProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+)
+class TokencompQwen3VL(Qwen3VLModel, Qwen3VLForConditionalGeneration):
+    """vLLM's Qwen3-VL with compressed media."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3VLProcessor, info=Qwen3VLMoeProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+)
+class TokencompQwen3VLMoe(Qwen3VLModel, Qwen3VLMoeForConditionalGeneration):
+    """vLLM's Qwen3-VL-MoE with compressed media."""
