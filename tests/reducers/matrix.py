@@ -6,28 +6,61 @@ that equal scores must leave the tokens of lowest index.
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from tokencomp import Reducer, VisualTokens, available_reducers, make_reducer
+from tokencomp import Reducer, Reduction, VisualTokens, available_reducers, make_reducer
+from tokencomp.projectors.ccam import CCAMConfig, CCAMProjector
+from tokencomp.reducers.oracle import truth
+from tokencomp.reducers.selector import SelectorNet
+from tokencomp.training.capture import capture
+from tokencomp.weights import model_card, write
+
+Case = tuple[str, dict[str, Any]]
+DIM, QUERIES = 12, 3
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+def small_weights(name: str, dim: int, card: dict[str, Any] | None = None) -> str:
+    """A file of small random weights of a trained reducer, for features of width `dim`."""
+    torch.manual_seed(0)
+    path = Path(_FOLDER.name) / f"{name}-{len(list(Path(_FOLDER.name).iterdir()))}.safetensors"
+    if name == "ccam":
+        config = CCAMConfig(QUERIES, width=8, heads=2, mlp=8, kv_dim=dim, out_dim=dim)
+        return str(CCAMProjector(config).save(path, card))
+    channels = (4, 4)
+    return str(
+        write(path, SelectorNet(channels).state_dict(), {**(card or {}), "channels": channels})
+    )
 
 
 @dataclass(frozen=True)
 class Row:
     """Options sets to test, and what the method is like.
 
-    `ties`: of equal tokens the lowest indices stay. `blind`: it looks at places only.
+    `ties`: of equal tokens the lowest indices stay. `blind`: it looks at places only. `fixed`: it
+    always leaves this many patches.
     """
 
     options: tuple[dict[str, Any], ...] = ({},)
     ties: bool = False
     blind: bool = False
+    fixed: int | None = None
+
+    def keep(self, wanted: int, given: VisualTokens) -> int:
+        """The count to ask for where any method could leave `wanted` of `given`."""
+        return wanted if self.fixed is None else self.fixed + int(given.special.sum())
 
 
 ROWS = {
     "adsc": Row(blind=True),
+    "ccam": Row(({"weights": small_weights("ccam", DIM)},), fixed=QUERIES),
     "cdpruner": Row(({}, {"relevance": "attention"}, {"relevance": "none"}), ties=True),
     "condiv": Row(
         (
@@ -41,10 +74,11 @@ ROWS = {
     ),
     "divprune": Row(ties=True),
     "merge": Row(({}, {"weighted": False}, {"temporal": True}, {"position": "first"})),
-    "oracle": Row(()),  # needs the true relevance of its prompt: see the training tests
+    "oracle": Row(ties=True),
     "pool": Row(({}, {"group": 3, "stride": 1.5}, {"mode": "bilinear"})),
     "prune": Row(({}, {"score": "last_query", "schedule": "pyramid"}), ties=True),
     "random": Row(({}, {"seed": 7}), blind=True),
+    "selector": Row(({"weights": small_weights("selector", DIM)},)),
     "uniform": Row(blind=True),
 }
 
@@ -57,27 +91,57 @@ GRIDS = [(1, 1, 1), (1, 3, 5), (1, 8, 8), (4, 2, 4), (5, 3, 3), (9, 1, 1), (2, 1
 RATIOS = [0.05 * i for i in range(20)]
 
 
-def cases() -> list[tuple[str, dict[str, Any]]]:
-    """(name, options) of every row of every registered reducer that needs no trained weights."""
-    found = []
-    for name, cls in available_reducers().items():
-        trained = "weights" in getattr(cls, "__dataclass_fields__", {})
-        if name in ROWS or not trained:
-            found += [(name, options) for options in ROWS.get(name, Row()).options]
+def cases() -> list[Case]:
+    """(name, options) of every row of every registered reducer."""
+    found = [(name, o) for name in available_reducers() for o in row(name).options]
     return [*found, *COMPOSITIONS]
 
 
-def case_id(case: tuple[str, dict[str, Any]]) -> str:
-    return "-".join([case[0], *(f"{k}={v}" for k, v in case[1].items())])
+def row(name: str) -> Row:
+    return ROWS.get(name, Row())
 
 
-def step_cases() -> list[tuple[str, dict[str, Any]]]:
+def case_id(case: Case) -> str:
+    return "-".join([case[0], *(f"{k}={v}" for k, v in case[1].items() if k != "weights")])
+
+
+def on_model(case: Case, model: Any) -> Case:
+    """The case with small weights for `model`, if it is a trained reducer."""
+    if "weights" not in case[1]:
+        return case
+    card = model_card(model)
+    return case[0], {**case[1], "weights": small_weights(case[0], card["hidden_size"], card)}
+
+
+def reduce(case: Case, given: VisualTokens, keep: int) -> Reduction:
+    """One step of the case's reducer; the oracle is told that scores are the truth."""
+    with truth([[given.scores]]) if case[0] == "oracle" else contextlib.nullcontext():
+        return make_reducer(case[0], **case[1]).reduce(given, keep)
+
+
+@contextlib.contextmanager
+def informed(case: Case, handle: Any, model: Any, inputs: dict[str, Any]) -> Iterator[None]:
+    """Tell the oracle a relevance that depends on a span's length alone."""
+    if case[0] != "oracle" or not any(key.startswith("pixel") for key in inputs):
+        yield
+        return
+
+    def relevance(length: int) -> torch.Tensor:
+        return torch.rand(length, generator=torch.Generator().manual_seed(length))
+
+    with handle.disabled():
+        spans = capture(model, inputs, layers=False).spans
+    with truth([[relevance(s.length) for s in row] for row in spans]):
+        yield
+
+
+def step_cases() -> list[Case]:
     """The cases that have a step of their own; presets only make plans."""
     return [(n, o) for n, o in cases() if type(make_reducer(n, **o)).reduce is not Reducer.reduce]
 
 
 def tokens(
-    grid: tuple[int, int, int], special: int = 0, dim: int = 12, seed: int = 0
+    grid: tuple[int, int, int], special: int = 0, dim: int = DIM, seed: int = 0
 ) -> VisualTokens:
     """Random tokens, `special` of them spread over the span, with scores and a question."""
     g = torch.Generator().manual_seed(seed)

@@ -9,26 +9,27 @@ from typing import Any
 import matrix
 import pytest
 import torch
+from matrix import Case
 from tests_support import FAMILIES, Family, text
 
 import tokencomp
 from tokencomp import make_reducer
-from tokencomp.errors import OptionError, RatioError
+from tokencomp.errors import OptionError, RatioError, ScoreError
 from tokencomp.plan import count
 
-Case = tuple[str, dict[str, Any]]
 every_case = pytest.mark.parametrize("case", matrix.cases(), ids=matrix.case_id)
 every_step = pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
 
 
 @every_step
 def test_budget_order_and_special_tokens(case: Case) -> None:
-    reducer = make_reducer(case[0], **case[1])
+    row = matrix.row(case[0])
     for i, grid in enumerate(matrix.GRIDS):
         for special in {0, (1, 3)[i % 2]}:
             given = matrix.tokens(grid, special)
-            for keep in {count(len(given), 1 - r, special) for r in matrix.RATIOS} - {len(given)}:
-                got = reducer.reduce(given, keep)
+            asked = {row.keep(count(len(given), 1 - r, special), given) for r in matrix.RATIOS}
+            for keep in {k for k in asked if k < len(given)}:
+                got = matrix.reduce(case, given, keep)
                 assert got.keep.dtype == torch.int64
                 assert got.keep.tolist() == sorted(set(got.keep.tolist()))
                 assert len(got.keep) == keep
@@ -45,7 +46,7 @@ def test_budget_order_and_special_tokens(case: Case) -> None:
 @every_step
 def test_inputs_are_left_alone(case: Case) -> None:
     given, same = matrix.tokens((3, 3, 4), 2), matrix.tokens((3, 3, 4), 2)
-    make_reducer(case[0], **case[1]).reduce(given, 9)
+    matrix.reduce(case, given, matrix.row(case[0]).keep(9, given))
     for field in dataclasses.fields(given):
         before, after = getattr(same, field.name), getattr(given, field.name)
         if isinstance(before, torch.Tensor):
@@ -55,13 +56,12 @@ def test_inputs_are_left_alone(case: Case) -> None:
 @every_step
 def test_ties_go_to_the_lower_index(case: Case) -> None:
     """Among equal tokens, those that come first stay; a repeated call chooses the same."""
-    reducer = make_reducer(case[0], **case[1])
-    given = matrix.tokens((1, 4, 5))
+    row, given = matrix.row(case[0]), matrix.tokens((1, 4, 5))
     given.features = torch.ones_like(given.features)
     given.scores = torch.full((20,), 0.25)
-    kept = reducer.reduce(given, 7).keep.tolist()
-    assert kept == reducer.reduce(given, 7).keep.tolist()
-    if matrix.ROWS.get(case[0], matrix.Row()).ties:
+    kept = matrix.reduce(case, given, row.keep(7, given)).keep.tolist()
+    assert kept == matrix.reduce(case, given, row.keep(7, given)).keep.tolist()
+    if row.ties:
         assert kept == list(range(7))
 
 
@@ -69,13 +69,13 @@ def test_ties_go_to_the_lower_index(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scored_in_fp32(case: Case, dtype: torch.dtype) -> None:
     """Low-precision features are chosen from as their exact fp32 copies would be."""
-    reducer = make_reducer(case[0], **case[1])
     for grid in ((1, 6, 7), (4, 3, 3)):
         low, wide = matrix.tokens(grid, 1), matrix.tokens(grid, 1)
         for name in ("features", "query"):
             setattr(low, name, getattr(low, name).to(dtype))
             setattr(wide, name, getattr(low, name).float())
-        a, b = reducer.reduce(low, 12), reducer.reduce(wide, 12)
+        keep = matrix.row(case[0]).keep(12, low)
+        a, b = matrix.reduce(case, low, keep), matrix.reduce(case, wide, keep)
         if a.merged is None:
             assert torch.equal(a.keep, b.keep)
         else:
@@ -85,14 +85,13 @@ def test_scored_in_fp32(case: Case, dtype: torch.dtype) -> None:
 @every_step
 def test_not_finite(case: Case) -> None:
     """NaN in what a reducer looks at is a typed error, or the reducer does not look at it."""
-    reducer = make_reducer(case[0], **case[1])
-    given = matrix.tokens((2, 3, 4))
+    row, given = matrix.row(case[0]), matrix.tokens((2, 3, 4))
     given.features[3], given.scores[3] = torch.nan, torch.nan
-    if matrix.ROWS.get(case[0], matrix.Row()).blind:
-        assert len(reducer.reduce(given, 6).keep) == 6
+    if row.blind:
+        assert len(matrix.reduce(case, given, 6).keep) == 6
         return
-    with pytest.raises(ValueError, match=r"NaN|finite"):
-        reducer.reduce(given, 6)
+    with pytest.raises(ScoreError, match=r"NaN|finite"):
+        matrix.reduce(case, given, row.keep(6, given))
 
 
 @every_case
@@ -146,11 +145,18 @@ def prompts(family: Family) -> list[list[Any]]:
 def check_batch(case: Case, ratio: float, family: Family) -> None:
     """A ragged batch keeps the same tokens, and says the same, as its samples one by one."""
     model, rows = family.build(), prompts(family)
+    case = matrix.on_model(case, model)
+
+    def last_logits(rows: list[list[Any]]) -> torch.Tensor:
+        inputs = family.batch(rows)
+        with matrix.informed(case, handle, model, inputs):
+            return model(**inputs, logits_to_keep=1).logits[:, -1]
+
     with tokencomp.patch(model, ratio, reducer=case[0], **case[1]) as handle, torch.no_grad():
-        together = model(**family.batch(rows), logits_to_keep=1).logits[:, -1]
+        together = last_logits(rows)
         kept = [handle.stats.kept(b) for b in range(3)]
         for b, row in enumerate(rows):
-            alone = model(**family.batch([row]), logits_to_keep=1).logits[0, -1]
+            alone = last_logits([row])[0]
             assert (together[b] - alone).abs().max() < 2e-5
             if b < 2:
                 assert handle.stats.kept(0) == kept[b]
@@ -164,18 +170,23 @@ def test_batch_equals_singles(case: Case, ratio: float, name: str) -> None:
     check_batch(case, ratio, FAMILIES[name])
 
 
-@pytest.mark.parametrize("name", sorted({case[0] for case in matrix.cases()}))
-def test_every_family(name: str, family: Family) -> None:
-    check_batch((name, {}), 0.75, family)
-    check_achieved((name, {}), family)
+FIRST = list({case[0]: case for case in reversed(matrix.cases())}.values())[::-1]
+
+
+@pytest.mark.parametrize("case", FIRST, ids=lambda c: c[0])
+def test_every_family(case: Case, family: Family) -> None:
+    """The first option set of every method."""
+    check_batch(case, 0.75, family)
+    check_achieved(case, family)
 
 
 def check_achieved(case: Case, family: Family) -> None:
     """What ran is the plan, to the token; only rounding stands between it and the request."""
     model, inputs = family.build(), family.batch(prompts(family)[:1])
+    case, fixed = matrix.on_model(case, model), matrix.row(case[0]).fixed
     for ratio in (0.0, 0.25, 0.5, 0.8):
         handle = tokencomp.patch(model, ratio, reducer=case[0], **case[1])
-        with torch.no_grad():
+        with torch.no_grad(), matrix.informed(case, handle, model, inputs):
             model(**inputs, logits_to_keep=1)
         if ratio == 0:
             assert handle.stats is None
@@ -184,7 +195,8 @@ def check_achieved(case: Case, family: Family) -> None:
         total = sum(s.length for s in spans)
         special = sum(len(s.special) for s in spans)
         slack = (len(spans) * 0.5 + special + 1) / total
-        assert stats.ratio == pytest.approx(ratio, abs=slack)
+        wanted = ratio if fixed is None else 1 - (fixed * len(spans) + special) / total
+        assert stats.ratio == pytest.approx(wanted, abs=slack if fixed is None else 1e-6)
         assert [sum(map(len, stage)) for stage in stats.kept(0)] == [
             sum(c[i] for c in stats.counts[0]) for i in range(len(handle.plan.stages))
         ]

@@ -12,6 +12,7 @@ import torch
 from tokencomp.context import Reduction, VisualSpan, VisualTokens
 from tokencomp.errors import SpanError, WeightsError
 from tokencomp.reducers.base import Reducer, register_reducer
+from tokencomp.reducers.rows import finite, split
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,9 +90,9 @@ class Ccam(Reducer):
         return wanted
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        special = tokens.special.nonzero()[:, 0]
-        patches = (~tokens.special).nonzero()[:, 0]
+        patches, special = split(tokens)
         x = tokens.features[patches][None]
+        finite(x.norm(dim=-1), "feature norms")
         module = self.projector(x.device, x.dtype)
         made = module(x, tokens.grid[0], tokens.grid[1:])[0]
         if keep - special.numel() != len(made):
