@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokencomp.context import Reduction, VisualTokens
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
-from tokencomp.reducers.rows import sizes_before
+from tokencomp.reducers.rows import finite, sizes_before, split
 
 
 @register_reducer("merge")
@@ -50,8 +50,8 @@ class Merge(Reducer):
         check_choice("merge", "position", self.position, ("keep", "first"))
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        patches = (~tokens.special).nonzero()[:, 0]
-        special = tokens.special.nonzero()[:, 0]
+        patches, special = split(tokens)
+        finite(tokens.features[patches].norm(dim=1), "feature norms")
         budget = keep - special.numel()
         groups = self._groups(tokens, patches, budget)
         quota = split_evenly(budget, len(groups))
