@@ -1,0 +1,55 @@
+"""Trained parts that ship beside a packaged model are found, fit it, and run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from trained_support import tiny as make_tiny
+
+import tokencomp
+from tokencomp import zoo
+from tokencomp.errors import WeightsError
+from tokencomp.evaluation.loading import load_model
+from tokencomp.training.data import load_batch, questions
+
+MODELS = Path(zoo.__file__).parent / "models"
+SHIPPED = sorted(
+    (path.parent.name, path.stem)
+    for kind in ("selector", "ccam")
+    for path in MODELS.glob(f"*/{kind}.safetensors")
+)
+
+
+def test_something_is_shipped() -> None:
+    assert ("tiny-qwen2-vl", "selector") in SHIPPED
+
+
+@pytest.mark.parametrize(("name", "kind"), SHIPPED)
+def test_found_without_a_path_and_runs(name: str, kind: str) -> None:
+    """On images and videos, with fewer tokens and finite logits."""
+    model, processor = load_model(name, device="cpu")
+    for media in ("image", "video"):
+        source = questions("shapesqa", media, 2, "test")
+        inputs, _ = load_batch([source[0], source[1]], processor, 8)
+        with tokencomp.patch(model, 0.5, reducer=kind) as handle, torch.no_grad():
+            logits = model(**inputs).logits[:, -1]
+        assert torch.isfinite(logits).all()
+        left = [seen[-1] for seen in handle.stats.tokens_after]
+        assert all(0 < a < b for a, b in zip(left, handle.stats.tokens_before, strict=True))
+
+
+@pytest.mark.parametrize(("name", "kind"), SHIPPED)
+def test_card_tells_model_data_and_settings(name: str, kind: str) -> None:
+    card = json.loads((MODELS / name / f"{kind}.json").read_text())
+    assert card["model_id"] == name and card["kind"] == kind
+    assert card["data"].startswith("shapesqa") and card["config"]["samples"] > 0
+
+
+@pytest.mark.parametrize(("name", "kind"), SHIPPED)
+def test_other_checkpoints_refuse_them(name: str, kind: str, tmp_path: Path) -> None:
+    other, _ = make_tiny(tmp_path)
+    with pytest.raises(WeightsError, match="made for"):
+        tokencomp.patch(other, 0.5, reducer=kind, weights=str(MODELS / name))
