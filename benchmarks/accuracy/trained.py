@@ -13,6 +13,7 @@ from tokencomp.evaluation.environment import commit, hardware, versions
 from tokencomp.weights import replace_file, write_json
 
 HERE = Path(__file__).parent
+COLUMNS = ("method", "ratio", "accuracy", "retention", "p against random")
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -37,7 +38,7 @@ def publish(
     records: list[dict[str, Any]],
     card: Path,
 ) -> None:
-    """Write `name`.json and `name`.jsonl, and print the tables."""
+    """Write `name`.json, `name`.jsonl and `name`.md, and print the tables."""
     from rich.console import Console
     from rich.table import Table
 
@@ -54,16 +55,39 @@ def publish(
         "tables": tables,
     }
     write_json(args.output / f"{name}.json", result)
+    page = markdown(result)
+    replace_file(args.output / f"{name}.md", lambda part: part.write_text(page))
     lines = "".join(json.dumps(r) + "\n" for r in records)
     replace_file(args.output / f"{name}.jsonl", lambda part: part.write_text(lines))
     console = Console()
     for title, found in tables.items():
-        table = Table("method", "ratio", "accuracy", "retention", "p against random", title=title)
+        table = Table(*COLUMNS, title=title)
         for row in found["rows"]:
-            low, high = row.get("interval") or (None, None)
-            kept = row.get("retention")
-            told = "" if kept is None else f"{kept:.1%} [{low:.1%}, {high:.1%}]"
-            p = row.get("vs_random", {}).get("p")
-            ratio, accuracy = f"{row['ratio']:.3g}", f"{row['accuracy']:.1%}"
-            table.add_row(row["name"], ratio, accuracy, told, "" if p is None else f"{p:.2g}")
+            table.add_row(*cells(row))
         console.print(table)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of a table as text."""
+    low, high = row.get("interval") or (None, None)
+    kept = row.get("retention")
+    told = "" if kept is None else f"{kept:.1%} [{low:.1%}, {high:.1%}]"
+    p = row.get("vs_random", {}).get("p")
+    p_text = "" if p is None else f"{p:.2g}"
+    return [row["name"], f"{row['ratio']:.3g}", f"{row['accuracy']:.1%}", told, p_text]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables as a page."""
+    versions = result["versions"]
+    parts = [
+        f"Made by `{result['command'].strip()}`: {result['model']}, {result['split']} split of "
+        f"ShapesQA, {result['hardware']['cpu']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, {result['date'][:10]}. Retention: accuracy over the full "
+        "model's on the same questions, paired bootstrap 95 % interval; p: exact McNemar test."
+    ]
+    for title, found in result["tables"].items():
+        lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+        lines += ["| " + " | ".join(cells(row)) + " |" for row in found["rows"]]
+        parts += [f"## {title}", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
