@@ -6,19 +6,23 @@ works under ``torch.compile``), ``naive.py`` (plain PyTorch: the CPU path and th
 Triton. ``TOKENCOMP_KERNELS`` chooses the implementation, see :mod:`tokencomp.kernels.dispatch`.
 """
 
-# Imported eagerly because the folders carry the names of their functions: a lazily resolved name
-# would be shadowed by the submodule as soon as anything imported it.
-from .attention_colsum import attention_colsum, attention_lse
-from .bipartite_match import bipartite_match
-from .ccam_attention import ccam_attention, visible_frames
-from .dispatch import status, which
-from .errors import KernelError
-from .frame_pool import frame_pool
-from .gather_rows import gather_rows
-from .maxmin_select import maxmin_select
-from .merge_rows import MergedRows, merge_rows
-from .nearest_previous_frame import nearest_previous_frame
-from .topk_stable import topk_stable
+# With the repository's root on sys.path (`python -m pytest`, a script or notebook started there)
+# transformers' look-up of the Hugging Face package `kernels` imports this folder under that name.
+# The ops must not be registered twice: there, the folder is empty.
+if __name__ != "kernels":
+    # Imported eagerly because the folders carry the names of their functions: a lazily resolved
+    # name would be shadowed by the submodule as soon as anything imported it.
+    from .attention_colsum import attention_colsum, attention_lse
+    from .bipartite_match import bipartite_match
+    from .ccam_attention import ccam_attention, visible_frames
+    from .dispatch import status, which
+    from .errors import KernelError
+    from .frame_pool import frame_pool
+    from .gather_rows import gather_rows
+    from .maxmin_select import maxmin_select
+    from .merge_rows import MergedRows, merge_rows
+    from .nearest_previous_frame import nearest_previous_frame
+    from .topk_stable import topk_stable
 
 __all__ = [
     "KernelError",

@@ -4,12 +4,15 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tokencomp.kernels import KernelError, bipartite_match, status, which
 from tokencomp.kernels import dispatch as module
 from tokencomp.kernels.bipartite_match import naive
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +54,16 @@ def test_ops_are_importable_after_their_modules() -> None:
         "print([callable(getattr(kernels, name)) for name in kernels.__all__])"
     )
     assert "False" not in python(code)
+
+
+def test_repository_root_on_the_path() -> None:
+    """transformers looks for the Hugging Face package `kernels` and then finds this folder."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import tokencomp.kernels as ours, kernels as found, torch\n"
+        "print(found.__file__ == ours.__file__, ours.topk_stable(torch.tensor([1., 3.]), 1).item())"
+    )
+    assert python(code).split() == ["True", "1"]
 
 
 def test_cpu_tensors_run_pytorch_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from tokencomp.adapters.base import Call, register_adapter
 from tokencomp.adapters.qwen_vl import Qwen2VLAdapter
 from tokencomp.context import VisualSpan
 from tokencomp.errors import SpanError
+from tokencomp.ragged import take
 
 
 @register_adapter
@@ -45,16 +46,13 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
         mask = kwargs.get("visual_pos_masks")
         if mask is None:
             return
-        index = index.to(mask.device)
-        kept = mask.gather(1, index)
-        if valid is not None:
-            kept = kept & valid.to(mask.device)
+        mask = mask.to(index.device)
         number = mask.flatten().cumsum(0).view_as(mask) - 1
-        rows = number.gather(1, index)[kept]
+        kept, number = take([mask, number], index, [1, 1], valid)
         kwargs["visual_pos_masks"] = kept
-        kwargs["deepstack_visual_embeds"] = [
-            features[rows.to(features.device)] for features in kwargs["deepstack_visual_embeds"]
-        ]
+        features = [x.to(index.device)[None] for x in kwargs["deepstack_visual_embeds"]]
+        gathered = take(features, number[kept][None], [1] * len(features))
+        kwargs["deepstack_visual_embeds"] = [x[0] for x in gathered]
 
 
 def video_lengths(call: Call, merge: int) -> list[int]:
