@@ -141,7 +141,7 @@ PROJECTED = (
     Stage("vision", 120, ((1.0, _SCENES),), vision_lr=1e-3, text_lr=1e-3, end=0.3),
     Stage(
         "pairs",
-        100,
+        250,
         ((0.7, _IMAGE_PAIRS), (0.25, replace(_VIDEO_PAIRS, batch=6)), (0.05, _SCENES)),
         **_RATES,
     ),
