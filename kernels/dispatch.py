@@ -42,6 +42,8 @@ OPS = (
     "nearest_previous_frame",
     "topk_stable",
 )
+# Ops without a Triton kernel, and what runs instead on every device.
+TORCH_ONLY = {"topk_stable": "torch.sort"}
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +119,11 @@ def checks_enabled(tensor: Tensor) -> bool:
 
 
 def status() -> dict[str, Any]:
-    """What ``tokencomp doctor`` shows: mode, Triton, device and the backend of every op."""
+    """What ``tokencomp doctor`` shows: mode, Triton, device and what runs for every op.
+
+    ``ops`` maps every op to ``"naive"``, ``"triton"``, ``"unavailable"`` (Triton was demanded and
+    cannot run), or, for ops that need no kernel of their own, to the PyTorch function.
+    """
     problem = triton_problem()
     info: dict[str, Any] = {
         "mode": mode(),
@@ -137,7 +143,7 @@ def status() -> dict[str, Any]:
         backend = which(torch.empty(0, device=device))
     except KernelError as error:
         backend, info["problem"] = "unavailable", str(error)
-    info["ops"] = dict.fromkeys(OPS, backend)
+    info["ops"] = dict.fromkeys(OPS, backend) | TORCH_ONLY
     return info
 
 

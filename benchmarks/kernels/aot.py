@@ -37,7 +37,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 HERE = Path(__file__).parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-OPS = [op for op in dispatch.OPS if op != "topk_stable"]
+OPS = [op for op in dispatch.OPS if op not in dispatch.TORCH_ONLY]
 # Shared memory that one block may use, bytes.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}

@@ -37,7 +37,7 @@ def providers(case: Case, wanted: list[str], gpu: bool) -> Iterator[tuple[str, C
     """The calls that can run here, by name."""
     for name in wanted:
         if name in ("naive", "triton"):
-            if name == "naive" or (gpu and case.op != "topk_stable"):
+            if name == "naive" or (gpu and case.op not in dispatch.TORCH_ONLY):
                 yield name, case.call
         elif case.eager is not None and name == "eager":
             yield name, functools.partial(case.eager, *case.arguments)

@@ -161,7 +161,20 @@ def test_status_is_plain_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
     info = json.loads(json.dumps(status()))
     assert info["mode"] == "naive"
+    assert info["ops"].pop("topk_stable") == "torch.sort"
     assert set(info["ops"].values()) == {"naive"} and "attention_colsum" in info["ops"]
+
+
+def test_status_tells_which_ops_have_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton for exactly the ops whose folder holds a ``triton.py``."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
+    folders = {path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")}
+    kernels = {path.parent.name for path in (ROOT / "kernels").glob("*/triton.py")}
+    found = status()["ops"]
+    assert set(found) == folders
+    assert {op for op, backend in found.items() if backend == "triton"} == kernels
 
 
 def test_checks_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,13 +30,18 @@ def facts() -> dict[str, str]:
 
     where, kernels = hardware(), status()
     gpus = ", ".join(where["gpus"]) or "none"
-    ops = sorted(set(kernels["ops"].values()))
+    ops: dict[str, list[str]] = {}
+    for op, backend in kernels["ops"].items():
+        ops.setdefault(backend, []).append(op)
+    most = max(ops, key=lambda backend: len(ops[backend]))
+    others = [f"{', '.join(names)}: {b}" for b, names in ops.items() if b != most]
+    used = "; ".join([most, *others])
     return {
         **versions(),
         "system": f"{where['system']}, {where['cpu']}, {where['cores']} cores",
         "GPU": gpus,
         "attention": ", ".join(attention_backends()),
-        "kernels": f"{'/'.join(ops)} (mode {kernels['mode']}, triton {kernels['triton']})",
+        "kernels": f"{used} (mode {kernels['mode']}, triton {kernels['triton']})",
         "video reader": ", ".join(video_readers()) or "none",
     }
 
