@@ -53,7 +53,7 @@ def answer(folder: Path, job: dict[str, Any], positions: str = "original") -> di
     if spec.get("ratio", 0) > 0:
         options = spec.get("options", {})
         handle = tokencomp.patch(
-            model, spec["ratio"], reducer=spec.get("reducer", "merge"), positions=positions,
+            model, spec["ratio"], reducer=spec.get("reducer", "divprune"), positions=positions,
             **options,
         )  # fmt: skip
     try:

@@ -21,6 +21,7 @@ QUESTION = "What color is the small circle?"
 IMAGE = ["image", 0, 300, 200]
 OTHER = ["image", 4, 168, 280]
 VIDEO = ["video", 1, 8, 112, 84]
+ODD = ["video", 3, 7, 140, 84]
 
 
 def job(
@@ -59,6 +60,9 @@ def matrix(model: str) -> list[dict[str, Any]]:
     jobs.append(job(model, [["image", 2, 420, 112]], 0.6))
     jobs.append(job(model, [["image", 3, 60, 60]], 0.5))
     jobs.append(job(model, [IMAGE], 0.5, reducer="random", options={"seed": 3}))
+    if model.startswith("qwen3"):  # frames that lose every token, an odd number of frames
+        jobs.append(job(model, [ODD], 0.95, reducer="divprune"))
+        jobs.append(job(model, [VIDEO, IMAGE, ODD], 0.6, reducer="divprune"))
     return jobs
 
 

@@ -85,6 +85,7 @@ def qwen2_5_vl(folder: Path) -> Path:
 def qwen3_vl(folder: Path, experts: int = 0) -> Path:
     """Qwen3-VL (MoE with `experts`): two deepstack levels, a timestamp before every frame pair."""
     import transformers
+    from safetensors.torch import save_file
 
     from tokencomp.zoo.export import write_json
 
@@ -98,7 +99,9 @@ def qwen3_vl(folder: Path, experts: int = 0) -> Path:
         eos_token_id=old["eos_token_id"], pad_token_id=old["pad_token_id"],
     )  # fmt: skip
     if experts:
-        text.update(num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=64)
+        text.update(
+            num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=96, norm_topk_prob=True
+        )
     vision = dict(
         depth=3, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
         patch_size=14, spatial_merge_size=2, temporal_patch_size=2, in_channels=3,
@@ -111,7 +114,13 @@ def qwen3_vl(folder: Path, experts: int = 0) -> Path:
     )
     torch.manual_seed(0)
     model = _sharpen(getattr(transformers, name + "ForConditionalGeneration")(config)).half()
-    model.save_pretrained(base)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(base)
+    weights = {  # published checkpoints hold the experts transposed
+        n: (x.transpose(1, 2) if ".experts." in n else x).contiguous()
+        for n, x in model.state_dict().items()
+    }
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 4096}
     for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
         values = json.loads((base / file).read_text())

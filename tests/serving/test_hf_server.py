@@ -20,7 +20,7 @@ QUESTION = "What color is the circle?"
 def served(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder, root = tiny_folder("qwen2_vl"), tmp_path_factory.mktemp("hf")
     (root / "media").mkdir()
-    arguments = ["--model", folder, "--ratio", 0.5, "--reducer", "uniform", "--max-batch", 8]
+    arguments = ["--model", folder, "--ratio", 0.5, "--max-batch", 8]
     arguments += ["--served-model-name", "tiny", "--max-model-len", 1024]
     arguments += ["--allowed-media-path", root / "media"]
     with http.server(root / "log", *arguments, OMP_NUM_THREADS="1") as url:
@@ -86,7 +86,7 @@ def test_server_default_and_ratio_zero(served: Any) -> None:
     _, client, folder, _ = served
     url = http.image_url(1)
     default, off = ask(client, url), ask(client, url, tokencomp={"ratio": 0})
-    text, prompt, before, _ = expected(folder, [url], {"reducer": "uniform", "ratio": 0.5})
+    text, prompt, before, _ = expected(folder, [url], {"reducer": "divprune", "ratio": 0.5})
     assert (default.choices[0].message.content, default.usage.prompt_tokens) == (text, prompt)
     assert off.usage.prompt_tokens == prompt + before // 2
     assert off.usage.model_extra["tokencomp"]["ratio"] == 0
@@ -107,7 +107,7 @@ def test_streaming_gives_the_same_text_and_usage(served: Any) -> None:
 def test_concurrent_requests_are_batched_and_none_is_lost(served: Any) -> None:
     url, client, _, _ = served
     urls = [http.image_url(seed, 112 + 28 * (seed % 4), 168) for seed in range(8)]
-    specs = [None, {"ratio": 0.75}]
+    specs = [{"reducer": "uniform", "ratio": ratio} for ratio in (0.5, 0.75)]
     jobs = [(urls[i % 8], specs[i // 8 % 2]) for i in range(64)]
     alone = {(u, str(s)): ask(client, u, tokencomp=s) for u in urls for s in specs}
     count = http.metric(url, "tokencomp_batch_size_count")
@@ -149,7 +149,7 @@ def test_metrics_count_tokens(served: Any) -> None:
     start = [http.metric(url, n) for n in names]
     media = http.image_url(5)
     ask(client, media, tokencomp={"ratio": 0.75})
-    _, _, before, after = expected(folder, [media], {"reducer": "uniform", "ratio": 0.75})
+    _, _, before, after = expected(folder, [media], {"reducer": "divprune", "ratio": 0.75})
     told = [http.metric(url, n) - s for n, s in zip(names, start, strict=True)]
     assert told == [before, after]
     assert http.metric(url, "tokencomp_reduce_seconds_total") > 0

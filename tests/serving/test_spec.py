@@ -121,6 +121,14 @@ def test_bad_request_options(wrong: Any) -> None:
         ServerOptions().resolve(wrong)
 
 
+def test_the_default_can_be_served() -> None:
+    for given in ({"ratio": 0.5}, {"ratio": 0.5, "reducer": "auto"}):
+        for engine in ("vllm", "hf"):
+            assert ServerOptions.parse(given, engine).default.describe()["reducer"] == "divprune"
+        assert ServerOptions().resolve(given).describe()["reducer"] == "divprune"
+    assert "divprune" in SERVABLE
+
+
 def test_fixed_servers_refuse_request_options() -> None:
     server = ServerOptions.parse({"ratio": 0.5, "reducer": "uniform", "per_request": False})
     assert server.resolve(None).ratio == 0.5

@@ -157,7 +157,7 @@ def test_trained_model_on_real_files(run_engine: Any, tmp_path: Any) -> None:
         kinds = ["video" if isinstance(m, list) else "image" for m in loaded]
         media = [[kind, str(path)] for kind, path in zip(kinds, example.media, strict=True)]
         prompt = chat_text(processor, loaded, example.prompt)
-        spec = {"reducer": "merge", "ratio": (0.5, 0.75, 0.9)[i % 3]}
+        spec = {"ratio": (0.5, 0.75, 0.9)[i % 3]}
         jobs.append({"name": f"item {i}", "prompt": prompt, "media": media, "tokencomp": spec})
     results = run_engine(folder, [jobs])
     check(results, jobs, folder, "qwen2_vl")

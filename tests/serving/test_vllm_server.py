@@ -23,7 +23,7 @@ ENV = {
 def served(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder, root = tiny_folder("qwen2_vl"), tmp_path_factory.mktemp("vllm")
     (root / "media").mkdir()
-    arguments = ["--engine", "vllm", "--model", folder, "--ratio", 0.5, "--reducer", "uniform"]
+    arguments = ["--engine", "vllm", "--model", folder, "--ratio", 0.5]
     arguments += ["--served-model-name", "tiny", "--allowed-media-path", root / "media"]
     arguments += ["--", "--enforce-eager", "--dtype", "float32", "--max-model-len", 1024]
     arguments += ["--block-size", 32, "--max-num-seqs", 16]
@@ -70,7 +70,7 @@ def expected(folder: Any, urls: list[str], spec: dict[str, Any]) -> tuple[str, i
     return text.rstrip("\ufffd"), n - removed, removed  # a cut character is not sent
 
 
-@pytest.mark.parametrize("reducer", ["uniform", "merge"])
+@pytest.mark.parametrize("reducer", ["divprune", "merge"])
 def test_equals_the_patched_model_over_http(served: Any, reducer: str) -> None:
     _, client, folder, _ = served
     spec = {"reducer": reducer, "ratio": 0.6}
@@ -89,7 +89,7 @@ def test_equals_the_patched_model_over_http(served: Any, reducer: str) -> None:
 def test_server_default(served: Any) -> None:
     _, client, folder, _ = served
     url = http.image_url(1)
-    text, prompt, _ = expected(folder, [url], {"reducer": "uniform", "ratio": 0.5})
+    text, prompt, _ = expected(folder, [url], {"reducer": "divprune", "ratio": 0.5})
     answer = ask(client, url)
     assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
 
@@ -97,7 +97,7 @@ def test_server_default(served: Any) -> None:
 def test_64_concurrent_requests_and_none_is_lost(served: Any) -> None:
     _, client, _, _ = served
     urls = [http.image_url(seed, 112 + 28 * (seed % 4), 168) for seed in range(8)]
-    specs = [None, {"ratio": 0.75}]
+    specs = [{"reducer": "uniform", "ratio": ratio} for ratio in (0.5, 0.75)]
     jobs = [(urls[i % 8], specs[i // 8 % 2]) for i in range(64)]
     alone = {(u, str(s)): ask(client, u, tokencomp=s) for u in urls for s in specs}
     with concurrent.futures.ThreadPoolExecutor(64) as pool:

@@ -8,19 +8,22 @@ from typing import Annotated
 
 import typer
 
-from tokencomp.cli._options import Device, Dtype, Model, Set, reducer_options
+from tokencomp.cli import _options as opt
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def command(
     context: typer.Context,
-    model: Model = "tiny-qwen2-vl",
+    model: opt.Model = "tiny-qwen2-vl",
     ratio: Annotated[float, typer.Option("--ratio", help="Default ratio in [0, 1).")] = 0.5,
     reducer: Annotated[
-        str, typer.Option("--reducer", "-r", help="Default reducer (tokencomp list).")
+        str,
+        typer.Option(
+            "--reducer", "-r", help="Default reducer (tokencomp list); auto is divprune."
+        ),
     ] = "auto",
-    set_: Set = None,
+    set_: opt.Set = None,
     engine: Annotated[str, typer.Option("--engine", help='"hf" or "vllm".')] = "hf",
     host: Annotated[str, typer.Option("--host")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port")] = 8000,
@@ -41,8 +44,8 @@ def command(
     served_name: Annotated[
         str | None, typer.Option("--served-model-name", help="Name that clients use.")
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
     frames: Annotated[int, typer.Option("--frames", min=1, help="Frames of a video (hf).")] = 32,
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Batch size (hf).")] = 8,
     max_model_len: Annotated[
@@ -65,7 +68,7 @@ def command(
     options = {
         "reducer": reducer,
         "ratio": ratio,
-        "options": reducer_options(set_),
+        "options": opt.reducer_options(set_),
         "max_ratio": max_ratio,
         "per_request": per_request,
     }

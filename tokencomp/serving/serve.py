@@ -59,8 +59,10 @@ def vllm_command(
         "VLLM_USE_V2_MODEL_RUNNER": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0"),
     }
     if parsed.per_request and not trusting:
-        # vLLM hands the options of requests on only with this flag; only_own narrows it to ours
+        # vLLM hands the options of requests on only with this flag, and with it much else:
+        # only_own and the middleware narrow it to ours
         command.append("--trust-request-mm-kwargs")
+        command += ["--middleware", "tokencomp.serving.vllm.middleware.OwnOptionsOnly"]
     if "--allowed-media-domains" not in extra:
         # vLLM fetches remote media by default: allow no host
         command += ["--allowed-media-domains", "invalid."]

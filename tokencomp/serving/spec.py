@@ -12,7 +12,7 @@ from tokencomp.errors import OptionError, RatioError, UnknownNameError
 from tokencomp.plan import MAX_RATIO, check_ratio
 from tokencomp.reducers.base import Reducer, available_reducers, make_reducer
 
-DEFAULT_REDUCER = "merge"
+DEFAULT_REDUCER = "divprune"  # question-agnostic: media caches serve every question
 REQUEST_KEYS = ("reducer", "ratio", "options")
 SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "per_request", "only_own")
 
@@ -83,7 +83,7 @@ class ServerOptions:
 
     @classmethod
     def parse(cls, given: Any, engine: str = "vllm") -> ServerOptions:
-        """Options from JSON or a mapping: `{"reducer": "merge", "ratio": 0.5, "options": {}}`.
+        """Options from JSON or a mapping: `{"reducer": "divprune", "ratio": 0.5, "options": {}}`.
 
         Raises
         ------
@@ -158,7 +158,7 @@ def as_mapping(given: Any, allowed: tuple[str, ...] | None) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise OptionError(
             f"tokencomp={given!r}: expected an object such as "
-            '{"reducer": "merge", "ratio": 0.5, "options": {}}.'
+            '{"reducer": "divprune", "ratio": 0.5, "options": {}}.'
         )
     wrong = [k for k in given if allowed is not None and k not in allowed]
     if wrong:

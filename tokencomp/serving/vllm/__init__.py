@@ -1,7 +1,7 @@
 """The vLLM plugin: out-of-tree model classes, no change to the engine.
 
-    tokencomp serve --engine vllm --model M --ratio 0.5 --reducer merge -- [vllm serve arguments]
-    vllm serve M --hf-overrides '{"tokencomp": {"reducer": "merge", "ratio": 0.5}}'
+    tokencomp serve --engine vllm --model M --ratio 0.75 -- [vllm serve arguments]
+    vllm serve M --hf-overrides '{"tokencomp": {"reducer": "divprune", "ratio": 0.75}}'
     TOKENCOMP_SERVING='{"ratio": 0.5}' vllm serve M
 
 The entry point `vllm.general_plugins: tokencomp` calls `register` in every engine process. Each
@@ -13,15 +13,17 @@ Options
     `reducer`, `ratio`, `options`; per server also `max_ratio`, `per_request`, `only_own`. A request
     brings its own in `mm_processor_kwargs={"tokencomp": {...}}`; over HTTP vLLM passes these on
     only with `--trust-request-mm-kwargs` (`tokencomp serve` sets it, and lets nothing but
-    "tokencomp" through). Request > `--mm-processor-kwargs` > `--hf-overrides` > environment. The
+    "tokencomp" through: see `middleware` before you set it yourself). Request > `--mm-processor-kwargs` > `--hf-overrides` > environment. The
     resolved options are part of the media hash, so prefix and encoder caches never mix ratios.
 
 Reducers
     All with `serving_safe`: question-agnostic, entry stage, exact count from the grid alone. Others
     are refused at start; layer stages need one KV length per layer, which vLLM does not have.
+    The default is "divprune".
 
 Positions
-    M-RoPE models keep the original positions of kept tokens, exactly (see `mrope`). Models with
+    M-RoPE models keep the original positions of kept tokens, exactly (see `mrope`); Qwen3-VL's
+    timestamps stay between the frames (see `qwen3_vl`). Models with
     one position per token are renumbered without gaps by the engine; the same outputs come from
     `tokencomp.patch(model, ratio, positions="compact")`.
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 from vllm.logger import init_logger
 
 from tokencomp.serving.items import ItemPlan, field_name
@@ -23,6 +23,13 @@ from tokencomp.serving.items import ItemPlan, field_name
 logger = init_logger("vllm.tokencomp")
 LOG_EVERY = 60.0
 REMEMBERED = 16384
+
+
+@lru_cache(maxsize=1)
+def achieved() -> Gauge:
+    """The ratio of the last request with media, in this process."""
+    name, text = "tokencomp_achieved_ratio", "Achieved ratio of the last request with media"
+    return Gauge(name, text, multiprocess_mode="mostrecent")
 
 
 @lru_cache(maxsize=1)
@@ -71,6 +78,9 @@ def count_request(items: list[tuple[int, ItemPlan | None]]) -> None:
         counters()["before"].inc(full)
         counters()["after"].inc(kept)
         counters()["items"].labels(str(full != kept).lower()).inc()
+    before = sum(plan.full if plan else kept for kept, plan in items)
+    if before:
+        achieved().set(1 - sum(kept for kept, _ in items) / before)
 
 
 class ReduceTimer:
