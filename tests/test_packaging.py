@@ -1,4 +1,4 @@
-"""The package list in pyproject.toml is written by hand; it must name every package."""
+"""What pyproject.toml puts into the wheel: every package, and all data files but no more."""
 
 from __future__ import annotations
 
@@ -24,3 +24,19 @@ def test_every_package_is_listed() -> None:
             parts = init.parent.relative_to(folder).parts
             found.add(".".join((name, *parts)))
     assert set(listed) == found
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is new in Python 3.11")
+def test_model_folders_are_package_data_and_small() -> None:
+    """The globs reach every file, also in the nested folders of VILA, and all stay below 25 MB."""
+    import tomllib
+
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    shipped: set[Path] = set()
+    for package, globs in tool["package-data"].items():
+        folder = ROOT.joinpath(*package.split("."))
+        shipped |= {path for glob in globs for path in folder.glob(glob) if path.is_file()}
+    zoo = ROOT / "tokencomp" / "zoo"
+    kept = {path for part in ("models", "samples") for path in (zoo / part).rglob("*")}
+    assert {path for path in kept if path.is_file()} <= shipped
+    assert 5e6 < sum(path.stat().st_size for path in shipped) <= 25e6

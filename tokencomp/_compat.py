@@ -12,7 +12,21 @@ from torch import Tensor, nn
 
 from tokencomp.errors import UnsupportedModelError
 
+# Releases that the exactness suite runs on, and the model types it runs there (None: all of them).
+# `.ci/run` has the same table; a test compares them.
+_QUICK = ("qwen2_vl", "llava_onevision")
+RELEASES: dict[str, tuple[str, ...] | None] = {
+    "4.57.6": _QUICK,
+    "5.3.0": _QUICK,
+    "5.13.1": _QUICK,
+    "5.24.0": None,
+}
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
+
+
+def tested_with(model_type: str) -> list[str]:
+    """Transformers releases on which the exactness suite runs a model type, oldest first."""
+    return [r for r, types in RELEASES.items() if types is None or model_type in types]
 
 
 def get_cache(kwargs: Mapping[str, Any], out: Any = None) -> Any:

@@ -157,5 +157,6 @@ class Attention:
 
 FEATURES = "features"
 QUERY = "query"
+ATTENTION = "attention"
 VIT_ATTENTION = "vit_attention"
 Signal = str | Attention

@@ -23,6 +23,8 @@ def test_list_is_generated_from_the_registries(capsys):
     merge = next(r for r in told["reducers"] if r["name"] == "merge")
     assert merge["options"]["weighted"] is True and merge["stage"] == "entry"
     assert next(r for r in told["reducers"] if r["name"] == "aim")["stage"] == "entry + layers"
+    qwen = next(r for r in told["models"] if r["family"] == "Qwen2-VL")
+    assert len(qwen["transformers"]) > 1 and "tiny-qwen2-vl" in qwen["embedded"]
 
 
 def test_list_prints_every_reducer(capsys):

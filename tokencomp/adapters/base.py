@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tokencomp.context import VisualSpan
+from tokencomp.context import ATTENTION, FEATURES, QUERY, VisualSpan
 from tokencomp.errors import SpanError, UnsupportedModelError
 
 FEATURE_NAMES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
@@ -65,12 +65,16 @@ class Adapter:
         True if the decoder takes three rows of positions.
     first_layer_stage
         Earliest decoder layer before which tokens may leave (entry, layer 0, is always possible).
+    signals
+        What reducers may ask for beside the grid, see `Reducer.needs`; "attention" is the scores
+        of the layer before a stage (of layer 0 at entry), recomputed from its queries and keys.
     """
 
     family: ClassVar[str] = ""
     model_types: ClassVar[tuple[str, ...]] = ()
     mrope: ClassVar[bool] = False
     first_layer_stage: ClassVar[int] = 1
+    signals: ClassVar[tuple[str, ...]] = (FEATURES, QUERY, ATTENTION)
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from tokencomp.cli._options import Json
+from tokencomp.cli import _options as opt
 
 WHAT = ("reducers", "models")
 
 
 def command(
     what: Annotated[str, typer.Argument(help="reducers, models, or all.")] = "all",
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """List reducers with their options, and the models that can be compressed."""
     from tokencomp.errors import unknown_name
@@ -93,7 +93,8 @@ def _stage(cls: Any) -> str:
 
 
 def models() -> list[dict[str, Any]]:
-    """Every family: model types, stages, positions, embedded models."""
+    """Every family: model types, stages, signals, positions, tested releases, embedded models."""
+    from tokencomp._compat import tested_with
     from tokencomp.adapters.base import available_models
     from tokencomp.zoo import available_models as embedded
 
@@ -104,17 +105,34 @@ def models() -> list[dict[str, Any]]:
             {
                 "family": cls.family,
                 "model_types": [],
-                "stages": ["entry", "layers"],
+                "stages": ["entry", f"layers >= {_first_layer(cls, model_type)}"],
+                "signals": list(cls.signals),
                 "positions": "M-RoPE" if cls.mrope else "1-D",
-                "signals": ["features", "query", "llm_attention"],
+                "transformers": [],
                 "embedded": [],
             },
         )
         row["model_types"].append(model_type)
+        row["transformers"] = sorted({*row["transformers"], *tested_with(model_type)}, key=_numbers)
     kinds = {name: _model_type(name) for name in embedded()}
     for row in rows.values():
         row["embedded"] = [n for n, kind in kinds.items() if kind in row["model_types"]]
     return sorted(rows.values(), key=lambda r: r["family"])
+
+
+def _first_layer(cls: Any, model_type: str) -> int:
+    """Earliest layer stage; where it depends on the config, that of the default config."""
+    if isinstance(cls.first_layer_stage, int):
+        return cls.first_layer_stage
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
+    return cls(SimpleNamespace(config=AutoConfig.for_model(model_type))).first_layer_stage
+
+
+def _numbers(release: str) -> list[int]:
+    return [int(part) for part in release.split(".")]
 
 
 def _model_type(name: str) -> str:
@@ -151,15 +169,21 @@ def _short(value: Any) -> str:
 def _print_models(console: Any, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    table = Table(title="Models", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("family", "model_type", "positions", "stages", "embedded model"):
+    table = Table(title="Models", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for name in ("family", "model_type", "positions", "stages", "signals", "transformers"):
         table.add_column(name, overflow="fold")
     for row in rows:
+        own = "".join(f"\n[dim]{name}[/]" for name in row["embedded"])
         table.add_row(
-            f"[bold]{row['family']}[/]",
+            f"[bold]{row['family']}[/]{own}",
             ", ".join(row["model_types"]),
             row["positions"],
             ", ".join(row["stages"]),
-            ", ".join(row["embedded"]) or "–",
+            ", ".join(row["signals"]),
+            ", ".join(row["transformers"]),
         )
     console.print(table)
+    console.print(
+        "[dim]transformers: releases that the exactness tests run on. Below a family: the embedded "
+        "model.[/]"
+    )

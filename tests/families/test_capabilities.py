@@ -1,0 +1,88 @@
+"""What `tokencomp list models` says of a family is what a patched model of it does."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from tests_support import FAMILIES, Family, text
+
+import tokencomp
+from tokencomp import _compat
+from tokencomp.adapters.base import adapter_for, available_models
+from tokencomp.context import ATTENTION, FEATURES, QUERY, Attention, Reduction, VisualTokens
+from tokencomp.plan import Plan, Stage
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.uniform import Uniform
+
+CI = Path(__file__).parents[2] / ".ci" / "run"
+
+
+@dataclass(frozen=True)
+class Asking(Reducer):
+    """Asks for every signal and keeps what it was given."""
+
+    seen: list[VisualTokens] = field(default_factory=list, hash=False, compare=False)
+
+    @property
+    def needs(self):
+        return frozenset({QUERY, Attention("text")})
+
+    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        self.seen.append(tokens)
+        return Uniform().reduce(tokens, keep)
+
+
+def test_signals_and_stages(family: Family) -> None:
+    """Every listed signal arrives, at entry and at the earliest layer stage."""
+    model = family.build()
+    adapter = adapter_for(model)
+    entry, layer = Asking(), Asking()
+    stages = Stage(0, 0.8, entry), Stage(adapter.first_layer_stage, 0.5, layer)
+    inputs = family.batch([[text(3), family.image(0), text(5)]])
+    with torch.no_grad(), tokencomp.patch(model, plan=Plan(stages)):
+        model(**inputs, use_cache=False)
+    words = model.get_input_embeddings()(inputs["input_ids"][0, -5:])
+    assert set(adapter.signals) == {FEATURES, QUERY, ATTENTION}
+    for asked in (entry, layer):
+        assert asked.seen
+        for tokens in asked.seen:
+            n, width = tokens.features.shape
+            assert n > 1 and width == words.shape[1] and tokens.features.std() > 0
+            assert tokens.scores.shape == (n,) and tokens.scores.isfinite().all()
+            assert (tokens.scores > 0).any()
+    for tokens in entry.seen:
+        assert torch.equal(tokens.query[-5:], words)  # end marks of the image may precede
+    assert sum(len(t.features) for t in layer.seen) < sum(len(t.features) for t in entry.seen)
+
+
+def test_tested_releases_are_those_of_ci() -> None:
+    run = CI.read_text()
+    older = re.search(r"for version in (.*); do", run)[1].split()
+    chosen = set(re.search(r'tests/exactness -k "(.*)"', run)[1].replace("[", "").split(" or "))
+    *before, newest = releases = _compat.RELEASES
+    assert before == older
+    assert all(set(releases[release]) == chosen for release in older)
+    assert releases[newest] is None
+    assert _compat.tested_with("qwen2_vl") == [*older, newest]
+    assert _compat.tested_with("qwen3_vl") == [newest]
+
+
+def test_the_exactness_suite_has_every_family() -> None:
+    """So that "all" is true of the newest release."""
+    covered = {type(adapter_for(FAMILIES[name].build())) for name in FAMILIES}
+    assert set(available_models().values()) == covered
+
+
+@pytest.mark.parametrize("name", ["Qwen3-VL", "VILA"])
+def test_listed_stages(name: str) -> None:
+    from tokencomp.cli.list import models
+
+    row = next(row for row in models() if row["family"] == name)
+    deepstack = 3  # decoder layers that get vision features in the default configuration
+    first = deepstack if name == "Qwen3-VL" else 1
+    assert row["stages"] == ["entry", f"layers >= {first}"]
+    assert row["signals"] == ["features", "query", "attention"]
