@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 from cli_support import run
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.bench_data import LocalData, local_data, write_shapesqa
+from tokencomp.evaluation import bench_data
+from tokencomp.evaluation.bench_data import SHAPESQA_ID, LocalData, local_data, write_shapesqa
 from tokencomp.evaluation.benchmarks import item_score
 
 LMMS = importlib.util.find_spec("lmms_eval") is not None
@@ -70,51 +73,158 @@ def test_a_task_without_item_scores_is_refused():
         item_score({"doc_id": 0, "doc": {"answer": 1}, "judged": "fine"})
 
 
-def tokencomp(*args: object) -> subprocess.CompletedProcess[str]:
+def test_copies_of_a_data_set_are_told_apart(data, tmp_path):
+    """Answers about one copy never count for another."""
+    known = {LocalData(data).label("a/b"), LocalData(tmp_path).label("a/b")}
+    assert len(known) == 2 and not any(str(data.parent) in name for name in known)
+
+
+def launch(*command: object, **env: str) -> subprocess.CompletedProcess[str]:
     """A process of its own: lmms-eval reads HF_HOME once, at import."""
-    command = [sys.executable, "-m", "tokencomp.cli", "eval", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        capture_output=True, text=True, check=False, env={**os.environ, **env},
+    )  # fmt: skip
+
+
+def tokencomp(*args: object) -> subprocess.CompletedProcess[str]:
+    return launch("tokencomp.cli", "eval", *args)
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+def answers(folder: Path) -> dict[str, tuple]:
+    """What a run says, without what may differ between two runs of the same thing."""
+    rows = records(folder)
+    assert len({r["id"] for r in rows}) == len(rows), "an item counts once"
+    return {r["id"]: (r.get("prediction"), r.get("correct"), bool(r.get("error"))) for r in rows}
+
+
+def damage(data: Path) -> None:
+    next(iter(sorted((data / "sy1998/MLVU_dev/video/order").glob("*.mp4")))).write_bytes(b"damaged")
+
+
+@pytest.fixture(scope="module")
+def args(folder, data) -> tuple[object, ...]:
+    """One setting, three tasks, a damaged video."""
+    damage(data)
+    tasks = "shapesqa,mlvu_dev,mvbench_action_count"
+    return (
+        "--model", folder, "--data", data, "--tasks", tasks, "--ratio", "0.75", "-r", "uniform",
+        "--no-baselines", "--batch-size", "4",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(args, tmp_path_factory) -> Path:
+    """The run folder of one process."""
+    out = tmp_path_factory.mktemp("runs")
+    first = tokencomp(*args, "-o", out)
+    assert first.returncode == 0, first.stderr[-2000:]
+    return out
 
 
 @needs_lmms
 @pytest.mark.slow
-def test_eval_runs_lmms_evals_tasks_and_goes_on_after_a_kill(folder, data, tmp_path):
-    video = data / "sy1998/MLVU_dev" / "video/order"
-    broken = sorted(video.glob("*.mp4"))[0]
-    broken.write_bytes(b"damaged")
-    args = (
-        "--model", folder, "--data", data, "--tasks", "mlvu_dev,mvbench_action_count",
-        "--ratio", "0.75", "-r", "uniform", "--no-baselines", "-o", tmp_path / "runs",
-    )  # fmt: skip
-    first = tokencomp(*args)
-    assert first.returncode == 0, first.stderr[-2000:]
-    records = (tmp_path / "runs/uniform-0.75/records.jsonl").read_text().splitlines()
-    rows = {r["id"]: r for r in map(json.loads, records)}
-    assert len(rows) == 4
-    failed = [r for r in rows.values() if r.get("error")]
+def test_eval_runs_lmms_evals_tasks(done, data, tmp_path):
+    rows = records(done / "uniform-0.75")
+    assert len(rows) == 10 + 3 + 1
+    failed = [r for r in rows if r.get("error")]
     assert len(failed) == 1 and "no frame of this video" in failed[0]["error"]
-    manifest = json.loads((tmp_path / "runs/uniform-0.75/manifest.json").read_text())
-    assert manifest["summary"]["failed"] == 1 and manifest["scores"]["mlvu_dev"]
-    # the letter a human would read off is what lmms-eval scored
-    for row in rows.values():
-        if not row.get("error") and row["family"] in ("needle", "count"):
+    manifest = json.loads((done / "uniform-0.75/manifest.json").read_text())
+    assert manifest["summary"]["failed"] == 1 and manifest["finished"] is True
+    assert set(manifest["scores"]) >= {"shapesqa", "mlvu_dev", "mvbench_action_count"}
+    # what a human would read off is what lmms-eval scored
+    wanted = {r["question"]: r["answer"].lower() for r in lines(data / SHAPESQA_ID)}
+    for row in (r for r in rows if not r.get("error")):
+        if row["id"].startswith("shapesqa/"):
+            assert row["correct"] == float(row["prediction"].lower() == wanted[row["prompt"]])
+        else:
             said = re.match(r"\W*([A-D])\b", row["prediction"])
             assert row["correct"] == float(bool(said) and said.group(1) == row["answer"])
-    (tmp_path / "runs/uniform-0.75/manifest.json").unlink()
-    (tmp_path / "runs/uniform-0.75/records.jsonl").unlink()
-    answers = next((tmp_path / "runs/uniform-0.75").glob("answers-*/records.jsonl"))
-    before = answers.read_text().splitlines()
-    assert tokencomp(*args).returncode == 0
-    again = (tmp_path / "runs/uniform-0.75/records.jsonl").read_text().splitlines()
-    assert again == records
-    assert answers.read_text().splitlines()[: len(before)] == before
-    assert run("report", tmp_path / "runs", "-o", tmp_path / "r.html") == 0
+    assert run("report", done, "-o", tmp_path / "r.html") == 0
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+
+
+@needs_lmms
+@pytest.mark.slow
+def test_eval_goes_on_after_a_kill(args, done, tmp_path):
+    """Half of the answers are there, the last line is cut, nothing has been scored."""
+    out = tmp_path / "runs"
+    shutil.copytree(done, out)
+    cut = out / "uniform-0.75"
+    (cut / "records.jsonl").unlink()
+    told = json.loads((cut / "manifest.json").read_text())
+    (cut / "manifest.json").write_text(json.dumps({"identity": told["identity"]}))
+    file = next(cut.glob("answers-16/records.jsonl"))
+    before = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(before[:2]) + before[2][:20])
+    again = tokencomp(*args, "-o", out)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert file.read_text().startswith("".join(before[:2]))
+    assert answers(cut) == answers(done / "uniform-0.75")
+
+
+@needs_lmms
+@pytest.mark.slow
+def test_two_processes_share_the_work(args, done, tmp_path):
+    """lmms-eval gives the shorter share a copy of its last item; it must not count twice."""
+    out = tmp_path / "runs"
+    launcher = ("accelerate.commands.launch", "--num_processes", 2, "--num_machines", 1)
+    port = ("--main_process_port", 0, "--mixed_precision", "no", "--dynamo_backend", "no")
+    both = launch(*launcher, *port, "--cpu", "-m", "tokencomp.cli", "eval", *args, "-o", out)
+    assert both.returncode == 0, both.stderr[-2000:]
+    assert answers(out / "uniform-0.75") == answers(done / "uniform-0.75")
+    parts = [answered(out, name) for name in ("records.jsonl", "records.1.jsonl")]
+    assert all(parts) and not parts[0] & parts[1]
+    assert both.stdout.count("Run folders") == 1, "one process speaks"
+
+
+def answered(out: Path, name: str) -> set[str]:
+    files = out.glob(f"uniform-0.75/answers-*/{name}")
+    return {json.loads(line)["id"] for file in files for line in file.read_text().splitlines()}
+
+
+@needs_lmms
+@pytest.mark.slow
+def test_lmms_evals_own_command_gives_the_same_score(folder, done, data, tmp_path):
+    """`lmms-eval --model tokencomp` on the one-word task, whose data are found in HF_HOME."""
+    LocalData(data).stage(tmp_path / "home", {"shapesqa": SHAPESQA_ID})
+    local = tmp_path / "tasks"
+    local.mkdir()
+    own = Path(bench_data.__file__).parent
+    (local / "shapesqa_task.py").write_text((own / "shapesqa_task.py").read_text())
+    task = (own / "shapesqa.yaml").read_text().replace(SHAPESQA_ID, str(data / SHAPESQA_ID))
+    (local / "shapesqa.yaml").write_text(task.replace("  cache_dir: shapesqa", "  {}"))
+    model = f"pretrained={folder},reducer=uniform,ratio=0.75"
+    finished = launch(
+        "lmms_eval", "--model", "tokencomp", "--model_args", model, "--tasks", "shapesqa",
+        "--include_path", local, "--batch_size", 4, "--output_path", tmp_path / "out",
+        HF_HOME=str(tmp_path / "home"), HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    told = json.loads(next((tmp_path / "out").rglob("*results.json")).read_text())["results"]
+    known = json.loads((done / "uniform-0.75/manifest.json").read_text())["scores"]
+    assert told["shapesqa"]["exact_match,none"] == known["shapesqa"]["exact_match"]
 
 
 @needs_lmms
 def test_unknown_task_names_close_matches(folder, data):
     done = tokencomp("--model", folder, "--data", data, "--tasks", "mlvu_dve")
     assert done.returncode == 2 and "mlvu_dev" in done.stderr and "Traceback" not in done.stderr
+
+
+@needs_lmms
+def test_data_that_are_not_there_say_what_to_put_where(folder, tmp_path):
+    (tmp_path / "copy").mkdir()
+    done = tokencomp("--model", folder, "--data", tmp_path / "copy", "--tasks", "mlvu_dev")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "copy/sy1998/MLVU_dev" in done.stderr and "huggingface-cli" in done.stderr
 
 
 @needs_lmms

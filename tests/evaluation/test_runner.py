@@ -122,6 +122,25 @@ def test_batch_halves_when_memory_runs_out(loaded, examples, monkeypatch):
     assert run.manifest["batch_size"] == 2 and run.manifest["batch_halved_by_oom"] is True
 
 
+def test_an_item_too_large_for_memory_fails_alone(loaded, examples, monkeypatch):
+    """Videos never fit: they are recorded with the reason, images are answered."""
+    from tokencomp.evaluation import runner
+
+    real = runner.generate
+
+    def small(model, processor, inputs, n):
+        if "pixel_values_videos" in inputs:
+            raise torch.OutOfMemoryError("pretend")
+        return real(model, processor, inputs, n)
+
+    monkeypatch.setattr(runner, "generate", small)
+    run = evaluate(*loaded, examples, "uniform", 0.5, batch_size=8, **HOW)
+    video = {e.id for e in examples if e.media[0].suffix == ".mp4"}
+    assert {r["id"] for r in run.failed} == video and len(run.answered) == len(examples) - 2
+    assert all("memory" in r["error"] for r in run.failed)
+    assert run.manifest["batch_halved_by_oom"] is True
+
+
 @pytest.mark.parametrize("baseline", ["downscale", "fewer_frames"])
 def test_equal_token_baselines_come_near_the_budget(loaded, examples, baseline):
     run = evaluate(*loaded, examples, baseline, 0.75, **HOW)

@@ -10,6 +10,8 @@ import pytest
 from cli_support import run
 
 from tokencomp.errors import OptionError
+from tokencomp.evaluation import Example, tuning
+from tokencomp.evaluation.runner import Run
 from tokencomp.evaluation.tuning import Candidate, candidates, pareto, read_examples
 
 GRID = {"frames": [4, 8], "scales": [1.0, 0.5], "reducers": ["uniform"], "ratios": [0.5]}
@@ -46,6 +48,25 @@ def test_pareto_front_by_brute_force():
 
     best = {(c.tokens, c.accuracy) for c in points if not any(beaten(c, d) for d in points)}
     assert {(c.tokens, c.accuracy) for c in pareto(points)} == best
+
+
+def test_candidates_take_turns(monkeypatch):
+    """Every batch is asked under all candidates before the next; the warm-up is not counted."""
+    calls = []
+
+    def pretend(model, processor, batch, settings, *, frames, **how):
+        calls.append(([e.id for e in batch], frames))
+        cost = {"correct": True, "seconds": 2.0, "per_layer": [3, 5]}
+        return {s: Run(s, [{"id": e.id, **cost} for e in batch]) for s in settings}
+
+    monkeypatch.setattr(tuning, "sweep", pretend)
+    items = [Example(str(k), "?", "x") for k in range(5)]
+    given = [Candidate(n, 1.0, "full", 0.0) for n in (4, 8)]
+    found = tuning.search(None, None, items, given, batch_size=2)
+    batches = [["0", "1"], ["2", "3"], ["4"]]
+    turns = [(b, n) for b in batches for n in (4, 8)]
+    assert calls == [(["0", "1"], 4), (["0", "1"], 8), *turns]
+    assert [(c.items, c.seconds, c.tokens) for c in found] == [(5, 2.0, 4.0)] * 2
 
 
 def test_tune_stays_within_the_budget(folder, tmp_path, capsys):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -32,9 +34,41 @@ Set = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="Reducer option; may be given again."),
 ]
 Frames = Annotated[int, typer.Option("--frames", min=1, help="Frames read from a video.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows per batch.")]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda", "cuda:1", ...')]
 Dtype = Annotated[str, typer.Option("--dtype", help='"auto", float32, bfloat16, float16.')]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def flat(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` for typer: a parameter that is a dataclass becomes its fields, one option each.
+
+    So options that several commands share are declared once, with their defaults.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {
+        name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)
+    }
+    found: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name not in groups:
+            found.append(parameter.replace(annotation=hints[name]))
+            continue
+        kinds = get_type_hints(groups[name], include_extras=True)
+        fields = inspect.signature(groups[name]).parameters.values()
+        found += [field.replace(annotation=kinds[field.name]) for field in fields]
+
+    def call(**given: Any) -> None:
+        for name, kind in groups.items():
+            taken = {field.name: given.pop(field.name) for field in dataclasses.fields(kind)}
+            given[name] = kind(**taken)
+        command(**given)
+
+    options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found]
+    call.__name__, call.__doc__ = command.__name__, command.__doc__
+    call.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in options}
+    return call
 
 
 def names(text: str) -> list[str]:
@@ -91,10 +125,22 @@ def load_files(
     return loaded
 
 
-def settings_for(chosen: list[str], at: list[float], options: dict[str, Any]) -> list[Any]:
-    """The full model, then each reducer at each ratio; "auto" becomes the reducer it stands for."""
-    from tokencomp.evaluation.settings import grid
+def reducers(text: str) -> list[str]:
+    """ "auto,aim" → ["condiv", "aim"]: known names, "auto" as the reducer it stands for."""
     from tokencomp.patching import DEFAULT_REDUCER
 
-    resolved = [DEFAULT_REDUCER if name == "auto" else name for name in chosen]
-    return grid(dict.fromkeys(resolved), at, **options)
+    chosen = names(text)
+    check_reducers(chosen)
+    return list(dict.fromkeys(DEFAULT_REDUCER if name == "auto" else name for name in chosen))
+
+
+def settings(reducer: str, ratio: str, options: Sequence[str] | None) -> list[Any]:
+    """What --reducer, --ratio and --set mean: the full model, then each reducer at each ratio."""
+    from tokencomp.evaluation.settings import grid
+
+    return grid(reducers(reducer), ratios(ratio), **reducer_options(options))
+
+
+def shown_name(model: str) -> str:
+    """A model's name for tables and pages: of a local folder, only its last part."""
+    return Path(model).name if Path(model).exists() else model

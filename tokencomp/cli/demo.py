@@ -7,36 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from tokencomp.cli._options import (
-    Device,
-    Dtype,
-    Frames,
-    Images,
-    Model,
-    Question,
-    Ratios,
-    Reducers,
-    Set,
-    Videos,
-    check_reducers,
-    load_files,
-    names,
-    ratios,
-    reducer_options,
-    settings_for,
-)
+from tokencomp.cli import _options as opt
 
 DEFAULT_QUESTION = "Describe what you see."
 
 
 def command(
-    model: Model = "tiny-qwen2-vl",
-    image: Images = None,
-    video: Videos = None,
-    question: Question = DEFAULT_QUESTION,
-    reducer: Reducers = "random,uniform,downscale,merge,prune,aim,auto",
-    ratio: Ratios = "0,0.5,0.75,0.9",
-    options: Set = None,
+    model: opt.Model = "tiny-qwen2-vl",
+    image: opt.Images = None,
+    video: opt.Videos = None,
+    question: opt.Question = DEFAULT_QUESTION,
+    reducer: opt.Reducers = "random,uniform,downscale,merge,prune,aim,auto",
+    ratio: opt.Ratios = "0,0.5,0.75,0.9",
+    options: opt.Set = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML report.")] = Path(
         "tokencomp-demo.html"
     ),
@@ -44,19 +27,17 @@ def command(
     results: Annotated[
         Path | None, typer.Option(help="Keep per-item records in this folder (resumable).")
     ] = None,
-    frames: Frames = 8,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
+    frames: opt.Frames = 8,
+    device: opt.Device = "cpu",
+    dtype: opt.Dtype = "auto",
 ) -> None:
     """Answer questions with and without compression; print a table and write an HTML report.
 
     Without files: the embedded model, held-out ShapesQA questions and the packaged samples. With
     --image or --video: any supported model on your files.
     """
-    chosen, at = names(reducer), ratios(ratio)
-    check_reducers(chosen)
-    media = load_files(image, video, frames)
-    settings = settings_for(chosen, at, reducer_options(options))
+    settings = opt.settings(reducer, ratio, options)
+    media = opt.load_files(image, video, frames)
     from rich.console import Console
 
     from tokencomp.evaluation import demo as work
@@ -67,22 +48,22 @@ def command(
     say = lambda text: console.print(f"[dim]{text} …[/]")  # noqa: E731
     _needs_files(model, media)
     loaded, processor = load_model(model, device=device, dtype=dtype)
-    called = Path(model).name if Path(model).exists() else model
+    called = opt.shown_name(model)
     if media:
         label = ", ".join(p.name for p in [*(image or ()), *(video or ())])
         shown = work.demo_files(loaded, processor, called, settings, media, label, question, say)
     else:
         shown = work.demo_embedded(
-            loaded, processor, called, settings, items, _picture_ratio(at), results, say
+            loaded, processor, called, settings, items, _picture_ratio(settings), results, say
         )
     _print(console, shown)
     path = demo_report.write(shown, output)
     console.print(f"\nReport with plots and pictures: [bold]{path}[/]")
 
 
-def _picture_ratio(at: list[float]) -> float:
-    above = [r for r in at if r > 0]
-    return 0.75 if 0.75 in above else (max(above) if above else 0.0)
+def _picture_ratio(settings: list[Any]) -> float:
+    found = {s.ratio for s in settings}
+    return 0.75 if 0.75 in found else max(found)
 
 
 def _needs_files(model: str, media: list[Any]) -> None:

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from tokencomp.cli._options import Device, Json, Model
+from tokencomp.cli import _options as opt
 
 
 def command(
-    model: Model = "tiny-qwen2-vl",
-    device: Device = "cpu",
-    as_json: Json = False,
+    model: opt.Model = "tiny-qwen2-vl",
+    device: opt.Device = "cpu",
+    as_json: opt.Json = False,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the live self-check.")] = False,
 ) -> None:
     """Check versions, attention backend, kernels and GPU, and compress a real prompt.

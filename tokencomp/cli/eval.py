@@ -2,70 +2,66 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tokencomp.cli._options import (
-    Device,
-    Dtype,
-    Frames,
-    Model,
-    Ratios,
-    Reducers,
-    Set,
-    check_reducers,
-    names,
-    ratios,
-    reducer_options,
-    settings_for,
-)
+from tokencomp.cli import _options as opt
 
 BASELINES = ("random", "downscale")
+TASKS = "mlvu_dev,mvbench"
+COLUMNS = 6
 
 
 def command(
-    model: Model = "tiny-qwen2-vl",
+    model: opt.Model = "tiny-qwen2-vl",
     tasks: Annotated[
-        str, typer.Option("--tasks", "-t", help="lmms-eval tasks or groups, by commas.")
-    ] = "mlvu_dev,mvbench",
-    reducer: Reducers = "auto",
-    ratio: Ratios = "0.5,0.75,0.9",
-    options: Set = None,
+        str | None,
+        typer.Option(
+            "--tasks",
+            "-t",
+            help="lmms-eval tasks or groups, by commas. Default: mlvu_dev,mvbench; with --data "
+            "shapesqa also the one-word task shapesqa.",
+        ),
+    ] = None,
+    reducer: opt.Reducers = "auto",
+    ratio: opt.Ratios = "0.5,0.75,0.9",
+    options: opt.Set = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items per task.")] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Local copy in hub layout (owner/name folders), or 'shapesqa'."),
     ] = None,
-    frames: Frames = 8,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
+    frames: opt.Frames = 8,
+    batch_size: opt.BatchSize = 8,
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folders.")] = Path("runs"),
     baselines: Annotated[
         bool, typer.Option(help="Also run random dropping and equal-token downscaling.")
     ] = True,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
 ) -> None:
     """Run lmms-eval's tasks, prompts and scoring on the compressed model.
 
     The full model, random dropping and equal-token downscaling run, too. Kill it and run it
     again: finished answers are kept. `tokencomp report` makes a page of the run folders.
     """
-    chosen = names(reducer)
-    check_reducers(chosen)
-    given = settings_for(chosen, ratios(ratio), reducer_options(options))
-    settings = _with_baselines(given, ratios(ratio)) if baselines else given
+    settings = opt.settings(reducer, ratio, options)
+    if baselines:
+        settings = _with_baselines(settings)
     from rich.console import Console
 
-    from tokencomp.evaluation.bench_data import local_data
+    from tokencomp.evaluation.bench_data import SHAPESQA, local_data
     from tokencomp.evaluation.benchmarks import find_tasks, run_setting
 
-    console = Console()
+    wanted = tasks or (f"{SHAPESQA},{TASKS}" if data == SHAPESQA else TASKS)
+    console = Console(quiet=int(os.environ.get("RANK", 0)) > 0)  # one process speaks for all
     with tempfile.TemporaryDirectory() as home:
         local = None if data is None else local_data(data)
-        found = find_tasks(names(tasks), local, Path(home))
+        found = find_tasks(opt.names(wanted), local, Path(home))
         from tokencomp.evaluation.loading import load_model
 
         loaded = load_model(model, device=device, dtype=dtype)
@@ -86,9 +82,11 @@ def command(
     console.print(f"\nRun folders: [bold]{output}[/]. Next: tokencomp report {output}/*")
 
 
-def _with_baselines(given: list[Any], at: list[float]) -> list[Any]:
+def _with_baselines(given: list[Any]) -> list[Any]:
+    """The full model, the baselines at the same ratios, then what was asked for."""
     from tokencomp.evaluation.settings import grid
 
+    at = dict.fromkeys(s.ratio for s in given)
     return list(dict.fromkeys([*grid(BASELINES, at), *given]))
 
 
@@ -99,30 +97,37 @@ def _print(console: Any, told: dict[Any, dict[str, Any]]) -> None:
     if not found:
         return
     full = next(iter(found.values()))["summary"]["accuracy"]
-    scores = [k for k in next(iter(found.values()))["scores"]]
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("method", "ratio", "reached", "items", "accuracy", "retention"):
         table.add_column(name, no_wrap=True)
-    if len(scores) <= 4:
-        for name in scores:
-            table.add_column(name, justify="right")
     for setting, manifest in found.items():
         summary = manifest["summary"]
         failed = f" ({summary['failed']} failed)" if summary["failed"] else ""
-        cells = [
+        table.add_row(
             setting.reducer,
             f"{setting.ratio:g}",
             f"{summary['achieved_ratio']:.3f}",
             f"{summary['items']}{failed}",
             f"{summary['accuracy']:.1%}",
             f"{summary['accuracy'] / full:.1%}" if full else "–",
-        ]
-        if len(scores) <= 4:
-            cells += [_score(manifest["scores"].get(name, {})) for name in scores]
-        table.add_row(*cells)
+        )
     console.print(table)
+    if len(found) <= COLUMNS:
+        _print_scores(console, found)
 
 
-def _score(values: dict[str, float]) -> str:
-    """lmms-eval's own number."""
-    return ", ".join(f"{v:.1f}" for v in values.values()) or "–"
+def _print_scores(console: Any, found: dict[Any, dict[str, Any]]) -> None:
+    """lmms-eval's own numbers, one row per task; `tokencomp report` has them for any number."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), title="\nlmms-eval's scores")
+    table.title_justify = "left"
+    table.add_column("task", overflow="fold")
+    for setting in found:
+        label = f"{setting.reducer}\n{setting.ratio:g}" if setting.ratio else setting.reducer
+        table.add_column(label, justify="right")
+    first = next(iter(found.values()))
+    for task in first["identity"]["tasks"]:
+        told = [m["scores"].get(task, {}).values() for m in found.values()]
+        table.add_row(task, *[", ".join(f"{v:.3g}" for v in values) or "–" for values in told])
+    console.print(table)

@@ -7,40 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from tokencomp.cli._options import (
-    Device,
-    Dtype,
-    Frames,
-    Images,
-    Model,
-    Question,
-    Ratios,
-    Reducers,
-    Set,
-    Videos,
-    check_reducers,
-    load_files,
-    names,
-    ratios,
-    reducer_options,
-    settings_for,
-)
+from tokencomp.cli import _options as opt
 
 
 def command(
-    model: Model = "tiny-qwen2-vl",
-    image: Images = None,
-    video: Videos = None,
-    question: Question = "Describe what you see.",
-    reducer: Reducers = "auto",
-    ratio: Ratios = "0.75",
-    options: Set = None,
+    model: opt.Model = "tiny-qwen2-vl",
+    image: opt.Images = None,
+    video: opt.Videos = None,
+    question: opt.Question = "Describe what you see.",
+    reducer: opt.Reducers = "auto",
+    ratio: opt.Ratios = "0.75",
+    options: opt.Set = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="HTML page; a .png or .jpg name gives a picture.")
     ] = Path("tokencomp-inspect.html"),
-    frames: Frames = 8,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
+    frames: opt.Frames = 8,
+    device: opt.Device = "cpu",
+    dtype: opt.Dtype = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
 ) -> None:
     """Show which patches and frames each reducer keeps, per stage, and the answers.
@@ -49,12 +32,10 @@ def command(
     """
     from tokencomp.errors import OptionError
 
-    chosen = names(reducer)
-    check_reducers(chosen)
-    media = load_files(image, video, frames)
+    settings = opt.settings(reducer, ratio, options)
+    media = opt.load_files(image, video, frames)
     if not media:
         raise OptionError("nothing to look at: give --image FILE or --video FILE.")
-    settings = settings_for(chosen, ratios(ratio), reducer_options(options))
     from rich.console import Console
     from rich.markup import escape
 
@@ -99,7 +80,7 @@ def _write(
         }
         for a in answers
     ]
-    name = Path(model).name if Path(model).exists() else model
+    name = opt.shown_name(model)
     render(
         "inspect.html",
         output,

@@ -8,29 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from tokencomp.cli._options import (
-    Device,
-    Dtype,
-    Frames,
-    Images,
-    Json,
-    Model,
-    Question,
-    Ratios,
-    Reducers,
-    Set,
-    Videos,
-    check_reducers,
-    load_files,
-    names,
-    ratios,
-    reducer_options,
-    settings_for,
-)
+from tokencomp.cli import _options as opt
 
 
 def command(
-    model: Model = "tiny-qwen2-vl",
+    model: opt.Model = "tiny-qwen2-vl",
     config: Annotated[
         str | None,
         typer.Option(
@@ -45,34 +27,32 @@ def command(
     vision_layers: Annotated[
         int | None, typer.Option(min=1, help="Vision layers of --config (default: all).")
     ] = None,
-    image: Images = None,
-    video: Videos = None,
-    question: Question = "Describe what you see.",
-    reducer: Reducers = "auto",
-    ratio: Ratios = "0.5,0.75,0.9",
-    options: Set = None,
-    frames: Frames = 8,
+    image: opt.Images = None,
+    video: opt.Videos = None,
+    question: opt.Question = "Describe what you see.",
+    reducer: opt.Reducers = "auto",
+    ratio: opt.Ratios = "0.5,0.75,0.9",
+    options: opt.Set = None,
+    frames: opt.Frames = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds after a warm-up.")] = 5,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Split a prompt's time: preprocess, vision tower, reduce, LLM prefill, decode per token.
 
     Full model and every reducer × ratio alternate in one process; medians. With peak memory, KV
     bytes, FLOPs, and the fraction reached of the speed-up that FLOPs allow.
     """
-    chosen = names(reducer)
-    check_reducers(chosen)
-    settings = settings_for(chosen, ratios(ratio), reducer_options(options))
-    media = load_files(image, video, frames)
+    settings = opt.settings(reducer, ratio, options)
+    media = opt.load_files(image, video, frames)
     if config is not None:
         loaded, variants = _shape(config, tokens, layers, vision_layers, dtype, device, settings)
         name = f"{config} (random weights)"
     else:
         loaded, variants = _real(model, media, question, dtype, device, settings)
-        name = Path(model).name if Path(model).exists() else model
+        name = opt.shown_name(model)
     from tokencomp.evaluation.environment import environment
     from tokencomp.profiling.profiler import profile
 

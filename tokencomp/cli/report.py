@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tokencomp.cli._options import Json
+from tokencomp.cli import _options as opt
 
 
 def command(
@@ -17,7 +17,7 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML page.")] = Path(
         "tokencomp-report.html"
     ),
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Retention with paired intervals, McNemar against random, plots and pictures in one file."""
     from tokencomp.evaluation import report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,25 +24,44 @@ Data = Annotated[
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder; a killed run goes on there.")]
-Kind = Annotated[str, typer.Option("--kind", help="Embedded questions: image, video or both.")]
-Samples = Annotated[int, typer.Option("--samples", min=1, help="Training questions.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Questions at once.")]
 Rate = Annotated[float, typer.Option("--learning-rate", help="Peak learning rate.")]
-Evaluate = Annotated[
-    int, typer.Option("--evaluate", min=0, help="Held-out questions answered at the end.")
-]
-Seed = Annotated[int, typer.Option("--seed", help="Of order and initialisation.")]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Options of every method."""
+
+    data: Data = "shapesqa"
+    kind: Annotated[
+        str, typer.Option("--kind", help="Embedded questions: image, video or both.")
+    ] = "both"
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Training questions.")] = 8000
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions at once.")] = 16
+    evaluate: Annotated[
+        int, typer.Option("--evaluate", min=0, help="Held-out questions answered at the end.")
+    ] = 200
+    frames: opt.Frames = 8
+    seed: Annotated[int, typer.Option("--seed", help="Of order and initialisation.")] = 0
+    device: opt.Device = "auto"
+    dtype: opt.Dtype = "auto"
+
+    def config(self) -> dict[str, Any]:
+        """The part that is the configuration's."""
+        return {k: v for k, v in vars(self).items() if k not in ("data", "device", "dtype")}
+
+    def load(self, model: str) -> tuple[Any, Any]:
+        from tokencomp.evaluation.loading import load_model
+
+        return load_model(model, device=self.device, dtype=self.dtype)
 
 
 @app.command()
+@opt.flat
 def selector(
     model: opt.Model,
     output: Output,
-    data: Data = "shapesqa",
-    kind: Kind = "both",
-    samples: Samples = 8000,
-    batch: Batch = 16,
+    shared: Shared,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Of the network.")] = 20,
     answers: Annotated[
         str, typer.Option("--answers", help="Explain 'generated' or 'given' answers.")
@@ -49,36 +69,26 @@ def selector(
     held_out: Annotated[
         int, typer.Option("--held-out", min=1, help="Held-out questions that are explained.")
     ] = 500,
-    evaluate: Evaluate = 200,
-    frames: opt.Frames = 8,
-    seed: Seed = 0,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
 ) -> None:
     """Explain answers, train the selector on it, evaluate, save (arXiv 2506.01097)."""
     from tokencomp.training.selector import SelectorConfig, train_selector
 
     config = SelectorConfig(
-        samples=samples,
-        kind=kind,
-        batch=batch,
         epochs=epochs,
         answers=answers,
         held_out=held_out,
-        evaluate=evaluate,
-        frames=frames,
-        seed=seed,
+        **shared.config(),
     )
-    path = train_selector(*_load(model, device, dtype), data, output, config)
+    path = train_selector(*shared.load(model), shared.data, output, config)
     _report(path.with_suffix(".json"), f"reducer='selector', weights='{output}'")
 
 
 @app.command()
+@opt.flat
 def adsc(
     model: opt.Model,
     output: Output,
-    data: Data = "shapesqa",
-    kind: Kind = "both",
+    shared: Shared,
     schedule: Annotated[
         str,
         typer.Option(
@@ -91,15 +101,8 @@ def adsc(
     ] = "adsc",
     option: opt.Set = None,
     rank: Annotated[int, typer.Option("--rank", min=1, help="Of LoRA.")] = 16,
-    samples: Samples = 8000,
     steps: Steps = 1000,
-    batch: Batch = 16,
     learning_rate: Rate = 1e-3,
-    evaluate: Evaluate = 200,
-    frames: opt.Frames = 8,
-    seed: Seed = 0,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
 ) -> None:
     """LoRA on the decoder while tokens leave between its layers (arXiv 2602.12618)."""
     from tokencomp.training.adsc import CARD, AdscConfig, train_adsc
@@ -110,39 +113,27 @@ def adsc(
         options=opt.reducer_options(option),
         rank=rank,
         alpha=2 * rank,
-        samples=samples,
-        kind=kind,
         steps=steps,
-        batch=batch,
         learning_rate=learning_rate,
-        evaluate=evaluate,
-        frames=frames,
-        seed=seed,
+        **shared.config(),
     )
-    train_adsc(*_load(model, device, dtype), data, output, config)
+    train_adsc(*shared.load(model), shared.data, output, config)
     _report(output / CARD, f"peft.PeftModel.from_pretrained(model, '{output}')")
 
 
 @app.command()
+@opt.flat
 def ccam(
     model: opt.Model,
     output: Output,
-    data: Data = "shapesqa",
-    kind: Kind = "both",
+    shared: Shared,
     queries: Annotated[int, typer.Option("--queries", min=1, help="Tokens per media.")] = 32,
     causal: Annotated[bool, typer.Option(help="Queries see frames up to their own time.")] = True,
     align: Annotated[
         int, typer.Option("--align", min=0, help="First steps that only imitate pooled frames.")
     ] = 200,
-    samples: Samples = 8000,
     steps: Steps = 2000,
-    batch: Batch = 16,
     learning_rate: Rate = 1e-3,
-    evaluate: Evaluate = 200,
-    frames: opt.Frames = 8,
-    seed: Seed = 0,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
 ) -> None:
     """A projector to a fixed number of tokens, on the frozen model (arXiv 2408.14023)."""
     from tokencomp.training.ccam import CcamConfig, train_ccam
@@ -151,23 +142,12 @@ def ccam(
         queries=queries,
         causal=causal,
         align=align,
-        samples=samples,
-        kind=kind,
         steps=steps,
-        batch=batch,
         learning_rate=learning_rate,
-        evaluate=evaluate,
-        frames=frames,
-        seed=seed,
+        **shared.config(),
     )
-    path = train_ccam(*_load(model, device, dtype), data, output, config)
+    path = train_ccam(*shared.load(model), shared.data, output, config)
     _report(path.with_suffix(".json"), f"reducer='ccam', weights='{output}'")
-
-
-def _load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
-    from tokencomp.evaluation.loading import load_model
-
-    return load_model(model, device=device, dtype=dtype)
 
 
 def _report(card: Path, use: str) -> None:

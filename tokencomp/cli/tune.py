@@ -8,17 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tokencomp.cli._options import (
-    Device,
-    Dtype,
-    Json,
-    Model,
-    Ratios,
-    Reducers,
-    check_reducers,
-    names,
-    ratios,
-)
+from tokencomp.cli import _options as opt
 
 VIDEO_FAMILIES = "needle,order,direction,action_count"
 
@@ -30,7 +20,7 @@ def command(
     latency: Annotated[
         float | None, typer.Option(help="Milliseconds of model time per answer, at most.")
     ] = None,
-    model: Model = "tiny-qwen2-vl",
+    model: opt.Model = "tiny-qwen2-vl",
     data: Annotated[
         Path | None,
         typer.Option(help="JSON Lines with question, answer, media. Default: ShapesQA validation."),
@@ -39,13 +29,13 @@ def command(
     families: Annotated[str, typer.Option(help="ShapesQA families.")] = VIDEO_FAMILIES,
     frames: Annotated[str, typer.Option(help="Frames per video to try.")] = "4,8,16",
     scale: Annotated[str, typer.Option(help="Picture sides to try, original = 1.")] = "1,0.75,0.5",
-    reducer: Reducers = "auto,uniform",
-    ratio: Ratios = "0.5,0.75,0.9",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
+    reducer: opt.Reducers = "auto,uniform",
+    ratio: opt.Ratios = "0.5,0.75,0.9",
+    batch_size: opt.BatchSize = 8,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    as_json: Json = False,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    as_json: opt.Json = False,
 ) -> None:
     """Search frames × pixels × reducer × ratio for the best validation accuracy at a budget.
 
@@ -56,13 +46,11 @@ def command(
 
     if tokens is None and latency is None:
         raise OptionError("give a budget: --tokens 128 or --latency 50 (milliseconds per answer).")
-    chosen = names(reducer)
-    check_reducers(chosen)
     grid: dict[str, Any] = {
         "frames": [int(n) for n in _numbers("frames", frames, whole=True)],
         "scales": _numbers("scale", scale),
-        "reducers": _resolved(chosen),
-        "ratios": ratios(ratio),
+        "reducers": opt.reducers(reducer),
+        "ratios": opt.ratios(ratio),
         "tokens": tokens,
     }
     from tokencomp.evaluation import tuning
@@ -71,7 +59,7 @@ def command(
 
     loaded = load_model(model, device=device, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
-        asked = _shapesqa(names(families), items, folder) if data is None else None
+        asked = _shapesqa(opt.names(families), items, folder) if data is None else None
         asked = asked or tuning.read_examples(data or Path())
         given = tuning.candidates(*loaded, asked, **grid)
         measured = tuning.search(*loaded, asked, given, batch_size=batch_size)
@@ -94,17 +82,11 @@ def _shapesqa(families: list[str], count: int, folder: str) -> list[Any]:
     return shapesqa(items("validation", count, tuple(families)), folder)
 
 
-def _resolved(chosen: list[str]) -> list[str]:
-    from tokencomp.patching import DEFAULT_REDUCER
-
-    return list(dict.fromkeys(DEFAULT_REDUCER if n == "auto" else n for n in chosen))
-
-
 def _numbers(name: str, text: str, whole: bool = False) -> list[float]:
     from tokencomp.errors import OptionError
 
     try:
-        found = [float(part) for part in names(text)]
+        found = [float(part) for part in opt.names(text)]
     except ValueError:
         found = []
     if not found or min(found) <= 0 or (whole and any(n != int(n) for n in found)):

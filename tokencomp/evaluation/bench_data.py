@@ -11,6 +11,7 @@ from typing import Any
 from tokencomp.errors import OptionError
 
 SHAPESQA = "shapesqa"
+SHAPESQA_ID = "tokencomp/ShapesQA"
 PER_TASK = 25
 
 
@@ -26,6 +27,10 @@ class LocalData:
 
     def folder(self, dataset: str) -> Path:
         return self.root / dataset
+
+    def label(self, dataset: str) -> str:
+        """What tells this copy from others, without the place it is kept in."""
+        return f"{self.root.resolve().name}/{dataset}"
 
     def stage(self, home: Path, links: dict[str, str]) -> None:
         """Link `home/<cache_dir>` to the media of each data set. Call before lmms-eval's tasks.
@@ -54,6 +59,8 @@ class LocalData:
     def missing(self, task: str, config: dict[str, Any]) -> OptionError:
         """What to put where."""
         folder = self.folder(config["dataset_path"])
+        if config["dataset_path"] == SHAPESQA_ID:
+            return OptionError(f"task {task!r} comes with the package: --data {SHAPESQA}.")
         name = config.get("dataset_name")
         what = f" (configuration {name!r})" if name else ""
         return OptionError(
@@ -89,16 +96,27 @@ def default_cache() -> Path:
 
 
 def write_shapesqa(cache: Path, per_task: int) -> Path:
-    """ShapesQA's test split in the layouts of MVBench and MLVU, once per size and version."""
+    """ShapesQA's test split: in words, and in the layouts of MVBench and MLVU.
+
+    Families take turns, so that the first items are of all kinds. Written once
+    per size and version, by one process at a time.
+    """
+    from filelock import FileLock
+
     from tokencomp import __version__
-    from tokencomp.zoo.layouts import write_mlvu, write_mvbench
+    from tokencomp.zoo.layouts import write_freeform, write_mlvu, write_mvbench
+    from tokencomp.zoo.shapesqa import items
 
     root = cache / f"shapesqa-{__version__}-{per_task}"
     done = root / ".complete"
-    if not done.exists():
-        write_mvbench(root / "OpenGVLab" / "MVBench", "test", per_task)
-        write_mlvu(root / "sy1998" / "MLVU_dev", "test", per_task)
-        done.touch()
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".lock"):
+        if not done.exists():
+            mixed = (one for k in range(per_task) for one in items("test", 1, start=k))
+            write_freeform(mixed, root / SHAPESQA_ID)
+            write_mvbench(root / "OpenGVLab" / "MVBench", "test", per_task)
+            write_mlvu(root / "sy1998" / "MLVU_dev", "test", per_task)
+            done.touch()
     return root
 
 

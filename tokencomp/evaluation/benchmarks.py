@@ -11,15 +11,25 @@ from typing import Any
 
 from tokencomp.errors import MissingDependencyError, OptionError, unknown_name
 from tokencomp.evaluation.bench_data import LocalData, cache_dirs, use_home
-from tokencomp.evaluation.records import MANIFEST, RECORDS
+from tokencomp.evaluation.records import MANIFEST, RECORDS, read_json, read_records
 from tokencomp.evaluation.settings import Setting
 
 
 @dataclass(frozen=True)
 class Task:
-    """A single task of lmms-eval: its name, and what differs from its own configuration."""
+    """A single task of lmms-eval.
+
+    Attributes
+    ----------
+    name
+    data
+        Which data set, or which local copy of it.
+    changes
+        What differs from the task's own configuration.
+    """
 
     name: str
+    data: str
     changes: dict[str, Any]
 
 
@@ -50,12 +60,14 @@ def find_tasks(names: Sequence[str], data: LocalData | None, home: Path) -> list
         found += here
     configs = {name: _config(manager, name) for name in found}
     if data is None:
-        return [Task(name, {}) for name in found]
+        return [Task(name, str(c["dataset_path"]), {}) for name, c in configs.items()]
     data.stage(home, cache_dirs(list(configs.values())))
-    return [
-        Task(name, {"dataset_path": str(data.folder(c["dataset_path"])), "dataset_kwargs": {}})
-        for name, c in configs.items()
-    ]
+    return [_local(name, c["dataset_path"], data) for name, c in configs.items()]
+
+
+def _local(name: str, dataset: str, data: LocalData) -> Task:
+    changes = {"dataset_path": str(data.folder(dataset)), "dataset_kwargs": {}}
+    return Task(name, data.label(dataset), changes)
 
 
 def _manager() -> Any:
@@ -66,7 +78,7 @@ def _manager() -> Any:
             f"running benchmarks needs lmms-eval ({error}): pip install 'tokencomp[eval]'."
         ) from error
     _quiet()
-    return tasks.TaskManager("ERROR")
+    return tasks.TaskManager("ERROR", include_path=str(Path(__file__).parent))
 
 
 def _quiet() -> None:
@@ -119,9 +131,10 @@ def run_setting(
     dict
         The manifest: lmms-eval's own scores under "scores", counts under "summary".
     """
-    finished = _finished(out, name, setting, tasks, limit, frames)
-    if finished is not None:
-        return finished
+    identity = _identity(name, setting, tasks, limit, frames)
+    known = _known(out, identity)
+    if known.get("finished"):
+        return known
     from lmms_eval.evaluator import simple_evaluate
 
     from tokencomp.evaluation.lmms_model import TokenComp
@@ -136,6 +149,8 @@ def run_setting(
         results=str(out),
         loaded=loaded,
     )
+    if model.rank == 0:
+        _write(out, {MANIFEST: _json({"identity": identity, "finished": False})})
     told = simple_evaluate(
         model=model,
         tasks=[{"task": t.name, **t.changes} for t in tasks],
@@ -148,14 +163,16 @@ def run_setting(
     )
     if told is None:  # not the main process
         return {}
-    records = [r for t in tasks for r in _records(t.name, told["samples"][t.name], model.records)]
+    asked = {r["id"]: r for folder in model.answer_folders() for r in read_records(folder)}
+    records = [r for t in tasks for r in _records(t.name, told["samples"][t.name], asked)]
     manifest = {
-        "identity": _identity(name, setting, tasks, limit, frames),
+        "identity": identity,
         **model.run_manifest,
         "scores": _scores(told["results"]),
         "summary": _summary(records),
     }
-    _write(out, records, manifest)
+    lines = "".join(json.dumps(r, default=str) + "\n" for r in records)
+    _write(out, {RECORDS: lines, MANIFEST: _json(manifest)})
     return manifest
 
 
@@ -168,27 +185,19 @@ def _identity(
         "ratio": setting.ratio,
         "options": setting.options,
         "tasks": [t.name for t in tasks],
-        "data": [t.changes.get("dataset_path", "hub").rsplit("/", 3)[-1] for t in tasks],
+        "data": sorted({t.data for t in tasks}),
         "limit": limit,
         "frames": frames,
     }
 
 
-def _finished(
-    out: Path,
-    name: str,
-    setting: Setting,
-    tasks: Sequence[Task],
-    limit: int | None,
-    frames: int,
-) -> dict[str, Any] | None:
-    """The manifest of a finished run of the same thing, else None."""
+def _known(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The manifest in `out`, if there is one; it must be of the same thing."""
     if not (out / MANIFEST).exists():
-        return None
-    old = json.loads((out / MANIFEST).read_text())
-    same = json.loads(json.dumps(_identity(name, setting, tasks, limit, frames)))
-    if old["identity"] != same:
-        changed = [k for k in same if old["identity"].get(k) != same[k]]
+        return {}
+    old, same = read_json(out / MANIFEST), json.loads(json.dumps(identity))
+    changed = [k for k in same if old.get("identity", {}).get(k) != same[k]]
+    if changed:
         raise OptionError(
             f"{out} holds another run (it differs in {', '.join(changed)}). Give another -o, or "
             "remove that folder."
@@ -200,10 +209,8 @@ def _records(
     task: str, samples: Sequence[dict[str, Any]], asked: dict[str, dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Cost and answer from our side, right or wrong from lmms-eval's."""
-    for sample in samples:
-        record = dict(asked.get(f"{task}/{sample['doc_id']}", {}))
-        if not record:
-            continue
+    for sample in {s["doc_id"]: s for s in samples}.values():
+        record = dict(asked[f"{task}/{sample['doc_id']}"])
         doc = sample.get("doc") or {}
         record["family"] = str(doc.get("task_type") or task)
         record["answer"] = str(sample.get("target", ""))
@@ -266,13 +273,14 @@ def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _write(out: Path, records: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> None:
-    """Records first, manifest last: a folder with a manifest is complete."""
+def _write(out: Path, files: dict[str, str]) -> None:
+    """Write files in order; a reader never sees half of one."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        (RECORDS, "".join(json.dumps(r, default=str) + "\n" for r in records)),
-        (MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n"),
-    ):
+    for name, text in files.items():
         temporary = out / f".{name}"
         temporary.write_text(text)
         temporary.replace(out / name)
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, default=str) + "\n"

@@ -5,8 +5,11 @@ Imported by lmms-eval alone; nothing else in the package needs it.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,11 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.examples import Example
+from tokencomp.evaluation.examples import Example, Media
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import FULL, Setting
+
+ANSWERS = "answers-"
 
 
 def manifest() -> ModelManifest:
@@ -65,31 +70,29 @@ class TokenComp(lmms):
         super().__init__()
         from tokencomp.evaluation.loading import load_model
 
+        self.model, self.processor = loaded or load_model(
+            pretrained, device=self._local(device), dtype=dtype, attention=attention
+        )
         self._accelerate()
-        if loaded is None:
-            where = self._device_of(device)
-            loaded = load_model(pretrained, device=where, dtype=dtype, attention=attention)
-        self.model, self.processor = loaded
         more.pop("max_batch_size", None)
         self.setting = Setting(reducer, float(ratio), {**json.loads(options), **more})
         self.name, self.frames = pretrained, int(frames)
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
         self.results = None if results is None else Path(results)
-        self.records: dict[str, dict[str, Any]] = {}
         self.run_manifest: dict[str, Any] = {}
 
     def _accelerate(self) -> None:
         """Data parallelism under `accelerate launch`."""
         from accelerate import Accelerator
 
-        self.accelerator = Accelerator()
+        self.accelerator = Accelerator(cpu=self.model.device.type == "cpu")
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
 
-    def _device_of(self, device: str | None) -> str:
-        if self._world_size > 1:
-            return str(self.accelerator.device)
-        return device or "auto"
+    def _local(self, device: str | None) -> str:
+        """Every process takes the GPU of its own, whatever number lmms-eval hands to all."""
+        many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        return "auto" if device is None or (many and device.startswith("cuda")) else device
 
     @property
     def device(self) -> Any:
@@ -107,9 +110,7 @@ class TokenComp(lmms):
         """Greedy answers, in the order of the requests; failed items give an empty answer."""
         told: dict[str, str] = {}
         for limit, examples, stops in _groups(self._examples(requests)):
-            folders = None
-            if self.results is not None:
-                folders = {self.setting: self.results / f"answers-{limit}"}
+            folders = None if self.results is None else {self.setting: self._folder(limit)}
             run = sweep(
                 self.model,
                 self.processor,
@@ -122,21 +123,44 @@ class TokenComp(lmms):
                 name=self.name,
                 shard=False,
             )[self.setting]
-            self.run_manifest = run.manifest
+            self._note(run.manifest)
             for record in run.records:
-                self.records[record["id"]] = record
                 told[record["id"]] = _cut(record.get("prediction", ""), stops)
         return [told[_key(r)] for r in requests]
 
+    def _folder(self, limit: int) -> Path:
+        return Path(str(self.results)) / f"{ANSWERS}{limit}"
+
+    def answer_folders(self) -> list[Path]:
+        """Where the answers of all processes are, one folder per length limit."""
+        return [] if self.results is None else sorted(self.results.glob(f"{ANSWERS}*"))
+
+    def _note(self, manifest: dict[str, Any]) -> None:
+        """The last manifest stands for all, but memory that ran out is never forgotten."""
+        before = self.run_manifest or manifest
+        halved = before["batch_halved_by_oom"] or manifest["batch_halved_by_oom"]
+        size = min(before["batch_size"], manifest["batch_size"])
+        self.run_manifest = {**manifest, "batch_halved_by_oom": halved, "batch_size": size}
+
     def _examples(self, requests: list[Instance]) -> Iterator[tuple[int, Example, tuple[str, ...]]]:
-        for request in requests:
+        """Every item once: lmms-eval evens out the processes with copies."""
+        for request in {_key(r): r for r in requests}.values():
             prompt, options, to_visual, doc_id, task, split = request.args
-            doc = self.task_dict[task][split][doc_id]
-            media = _visuals(to_visual, doc)
+            media = functools.partial(_visuals, to_visual, self.task_dict[task][split], doc_id)
             until = options.get("until") or ()
             stops = (until,) if isinstance(until, str) else tuple(until)
-            example = Example(_key(request), prompt, "", media, task)
+            example = Document(_key(request), prompt, "", family=task, source=media)
             yield int(options.get("max_new_tokens") or 16), example, stops
+
+
+@dataclass(frozen=True)
+class Document(Example):
+    """An item of a task; its media are opened when its turn comes."""
+
+    source: Callable[[], tuple[Media, ...]] = tuple
+
+    def load(self, frames: int) -> list[Any]:
+        return Example(self.id, self.prompt, "", self.source()).load(frames)
 
 
 def _key(request: Instance) -> str:
@@ -144,10 +168,10 @@ def _key(request: Instance) -> str:
     return f"{task}/{doc_id}"
 
 
-def _visuals(to_visual: Any, doc: Any) -> tuple[Any, ...]:
+def _visuals(to_visual: Any, docs: Any, doc_id: int) -> tuple[Media, ...]:
     """Paths and pictures of a document. Tasks that exit over a missing file give its path."""
     try:
-        found = to_visual(doc) or []
+        found = to_visual(docs[doc_id]) or []
     except SystemExit as leave:
         return (Path(str(leave.code)),)
     listed = found if isinstance(found, list | tuple) else [found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -13,10 +14,15 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def pick_device(device: str = "auto") -> str:
-    """ "auto" is CUDA where there is one, else the CPU."""
+    """ "auto" is CUDA where there is one, else the CPU.
+
+    Under `accelerate launch` every process gets a GPU of its own, and `--cpu` counts.
+    """
     if device != "auto":
         return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:

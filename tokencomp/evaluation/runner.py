@@ -26,6 +26,7 @@ from tokencomp.profiling.flops import DecoderShape
 
 Loaded = tuple[Example, list[Any]]
 KEPT = "kept.jpg"
+TOO_LARGE = "out of GPU memory with this item alone; give fewer frames or smaller media"
 
 
 @dataclass
@@ -209,10 +210,9 @@ class _Sweep:
             try:
                 loaded.append((example, example.load(self.how["frames"])))
             except MediaError as error:
-                failed = {"id": example.id, "family": example.family, "error": str(error)}
                 for setting in self.runs:
                     if example.id not in done.get(setting, ()):
-                        self._write(setting, [failed])
+                        self._write(setting, [_failed(example, str(error))])
         return loaded
 
     def _batch(self, loaded: list[Loaded], done: dict[Setting, set[str]]) -> bool:
@@ -231,16 +231,17 @@ class _Sweep:
                     inputs = inputs or self._inputs(loaded)
                     records = self._ask(setting, rows, inputs)
             except torch.OutOfMemoryError:
-                if self.batch_size == 1:
-                    raise
-                self._halve()
-                return False
+                if len(rows) > 1:
+                    self._halve(len(rows))
+                    return False
+                records = [_failed(rows[0][0], TOO_LARGE)]
             self._write(setting, records)
             done.setdefault(setting, set()).update(r["id"] for r in records)
         return True
 
-    def _halve(self) -> None:
-        self.batch_size, self.halved = max(1, self.batch_size // 2), True
+    def _halve(self, rows: int) -> None:
+        """Half of what did not fit, for good."""
+        self.batch_size, self.halved = max(1, min(rows, self.batch_size) // 2), True
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -349,6 +350,10 @@ def patched(model: Any, setting: Setting) -> Iterator[Any]:
         model, setting.ratio, reducer=setting.reducer, **setting.options
     ) as handle:
         yield handle
+
+
+def _failed(example: Example, reason: str) -> dict[str, Any]:
+    return {"id": example.id, "family": example.family, "error": reason}
 
 
 def _is_video(example: Example) -> bool:

@@ -139,16 +139,21 @@ def search(
     max_new_tokens: int = 16,
     name: str = "",
 ) -> list[Candidate]:
-    """Measure the candidates; the worse half is dropped after a third of the items.
+    """Measure the candidates in turn; the worse half is dropped after a third of the items.
 
     Returns
     -------
     list of Candidate
         Best accuracy first; dropped ones at the end.
     """
-    how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "name": name}
+    how = {"max_new_tokens": max_new_tokens, "name": name}
+
+    def measure(some: Sequence[Example], these: Sequence[Candidate]) -> dict[Candidate, Run]:
+        return _measure(model, processor, some, these, batch_size, how)
+
     first = items[:: round(1 / SCREENED)] if len(given) > 4 else list(items)
-    runs = _measure(model, processor, first, given, how)
+    measure(first[:batch_size], given)  # warm-up: nothing of it is kept
+    runs = measure(first, given)
     measured = sorted((_result(c, runs[c]) for c in given), key=_better)
     if len(first) == len(items):
         return measured
@@ -156,7 +161,7 @@ def search(
     screened = [replace(c, screened=True) for c in measured[count:]]
     rest = [e for k, e in enumerate(items) if k % round(1 / SCREENED)]
     going = [c for c in given if _key(c) in {_key(m) for m in measured[:count]}]
-    more = _measure(model, processor, rest, going, how)
+    more = measure(rest, going)
     for c in going:
         runs[c].records += more[c].records
     return [*sorted((_result(c, runs[c]) for c in going), key=_better), *screened]
@@ -175,16 +180,26 @@ def _measure(
     processor: Any,
     items: Sequence[Example],
     given: Sequence[Candidate],
+    batch_size: int,
     how: dict[str, Any],
 ) -> dict[Candidate, Run]:
-    """One sweep per frames × scale: its candidates share decoding and preprocessing."""
-    found: dict[Candidate, Run] = {}
-    for frames, scale in dict.fromkeys((c.frames, c.scale) for c in given):
+    """Ask batch after batch under all candidates in turn, so that a slow minute strikes them all.
+
+    Candidates of one frames × scale share decoding and preprocessing.
+    """
+    from tqdm.auto import tqdm
+
+    found = {c: Run(c.setting) for c in given}
+    groups = list(dict.fromkeys((c.frames, c.scale) for c in given))
+    batches = [items[k : k + batch_size] for k in range(0, len(items), batch_size)]
+    for batch, (frames, scale) in tqdm(list(itertools.product(batches, groups)), desc="measuring"):
         here = [c for c in given if (c.frames, c.scale) == (frames, scale)]
-        scaled = [Scaled(e.id, e.prompt, e.answer, e.media, e.family, scale=scale) for e in items]
+        scaled = [Scaled(e.id, e.prompt, e.answer, e.media, e.family, scale=scale) for e in batch]
         settings = [c.setting for c in here]
-        runs = sweep(model, processor, scaled, settings, frames=frames, **how)
-        found.update({c: runs[c.setting] for c in here})
+        more = {"batch_size": batch_size, "progress": False, **how}
+        runs = sweep(model, processor, scaled, settings, frames=frames, **more)
+        for c in here:
+            found[c].records += runs[c.setting].records
     return found
 
 

@@ -59,10 +59,11 @@ def record(given: Item, root: Path) -> dict:
 
 
 def write_freeform(items: Iterable[Item], root: Path) -> Path:
-    """``root/questions.jsonl`` and ``root/media/*``. Returns the path of the JSONL file."""
+    """``root/questions.jsonl``, ``root/media/*`` and a card. Returns the path of the JSONL file."""
     root = Path(root)
     rows = [record(write_media(one, root / "media"), root) for one in items]
     _write_lines(root / "questions.jsonl", rows)
+    _write_card(root, {"default": "questions.jsonl"}, split="test")
     return root / "questions.jsonl"
 
 
@@ -102,8 +103,8 @@ def write_mlvu(root: Path, split: str, per_task: int, **scene) -> Path:
     """
     root = Path(root)
     rows = []
-    for family, task in MLVU_TASKS.items():
-        for index in range(per_task):
+    for index in range(per_task):
+        for family, task in MLVU_TASKS.items():
             one = write_media(item(split, family, index, **scene), root / "video" / task)
             assert one.media is not None
             rows.append(
