@@ -15,6 +15,8 @@ EXAMPLES = sorted(p for p in FOLDER.glob("*.py") if not p.stem.startswith("serve
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_example(path: Path) -> None:
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300)
+    if path.stem == "train_adsc":
+        pytest.importorskip("peft")
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()
