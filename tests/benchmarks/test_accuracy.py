@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests_support import FAMILIES
 from torch import nn
 
+import tokencomp
+from tokencomp import make_reducer
 from tokencomp.evaluation.settings import Setting
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
@@ -99,6 +102,16 @@ def test_choice(scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     chosen = json.loads((tmp_path / "choice.json").read_text())["chosen"]
     assert chosen["reducer"] == "condiv"
     assert "**condiv**" in (tmp_path / "CHOICE.md").read_text()
+
+
+def test_auto_is_the_recorded_choice() -> None:
+    """`reducer="auto"`, the default of `patch`, is what choose.py wrote down, options included."""
+    chosen = json.loads((FOLDER / "choice.json").read_text())["chosen"]
+    expected = make_reducer(chosen["reducer"], **chosen["options"])
+    family = FAMILIES["qwen2_vl"]
+    for options in ({}, {"reducer": "auto"}):
+        with tokencomp.patch(family.build(), 0.5, **options) as handle:
+            assert [s.reducer for s in handle.plan.stages] == [expected]
 
 
 def test_tower_runs_once_per_input(scripts) -> None:

@@ -83,12 +83,21 @@ def test_orders_are_whole_passes_that_the_seed_decides() -> None:
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["{", '{"question": "a", "answer": "b"}', '{"question": "a", "answer": " ", "media": "x"}', ""],
+    ("line", "told"),
+    [
+        ("{", "expected a JSON object"),
+        ('{"question": "a", "answer": "b"}', "'media'"),
+        ('{"question": "a", "media": "x"}', "'answer'"),
+        ('{"question": "a", "answer": " ", "media": "x"}', "the answer is empty"),
+        ('{"question": "a", "answer": null, "media": "x"}', "the answer is empty"),
+        ('{"question": "a", "answer": "b", "media": "x"}', "x does not exist"),
+        ('{"question": "a", "answer": "b", "media": []}', "no image or video"),
+        ("", "holds no questions"),
+    ],
 )
-def test_broken_files_are_refused(tmp_path: Path, line: str) -> None:
+def test_broken_files_are_refused(tmp_path: Path, line: str, told: str) -> None:
     (tmp_path / "questions.jsonl").write_text(line + "\n")
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError, match=told):
         questions(str(tmp_path), "image", 4)
 
 

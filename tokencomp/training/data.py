@@ -70,7 +70,7 @@ class FileQuestions(Sequence[Example]):
     Raises
     ------
     OptionError
-        No file, no lines, or a line without a question, answer or media.
+        No file, no lines, or a line without a question, answer or media that exists.
     """
 
     def __init__(self, path: Path, held_out: bool | None = None, count: int | None = None) -> None:
@@ -87,24 +87,31 @@ class FileQuestions(Sequence[Example]):
             rows = [r for r in rows if (r.media in aside) is held_out]
         self.rows = rows[:count]
         if not self.rows:
-            raise OptionError(f"{file} holds no questions for this purpose ({len(lines)} lines).")
+            raise OptionError(
+                f"{file} holds no questions for this purpose ({len(lines)} lines). Some media are "
+                "held out for evaluation: questions about two different ones are the least."
+            )
 
     @staticmethod
     def _row(file: Path, number: int, line: str) -> Example:
         try:
             row = json.loads(line)
             media = row["media"] if isinstance(row["media"], list) else [row["media"]]
-            question, answer = str(row["question"]), str(row["answer"]).strip()
+            question, answer = str(row["question"]), row["answer"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise OptionError(
                 f"{file}, line {number + 1}: expected a JSON object with question, answer and "
                 f"media ({error!r})."
             ) from error
-        if not answer:
+        if answer is None or not str(answer).strip():
             raise OptionError(f"{file}, line {number + 1}: the answer is empty.")
         paths = tuple(str(file.parent / str(m)) for m in media)
+        missing = [p for p in paths if not Path(p).exists()]
+        if missing or not paths:
+            told = f"{missing[0]} does not exist" if missing else "there is no image or video"
+            raise OptionError(f"{file}, line {number + 1}: {told}. Every question needs media.")
         key = str(row.get("id", number))
-        return Example(key, question, answer, paths, str(row.get("family", "")))
+        return Example(key, question, str(answer).strip(), paths, str(row.get("family", "")))
 
     def __len__(self) -> int:
         return len(self.rows)
