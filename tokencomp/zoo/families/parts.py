@@ -98,8 +98,8 @@ def start_wide(*configs: Any) -> None:
 class TinyFamily:
     """Answers that most families give; see :class:`~tokencomp.zoo.families.Family`."""
 
-    special_tokens = SPECIAL_TOKENS
-    text_folder = ""
+    special_tokens: tuple[str, ...] = SPECIAL_TOKENS
+    text_folder: str = ""
     card: ClassVar[dict[str, str]] = {}
 
     def hidden(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

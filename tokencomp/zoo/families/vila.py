@@ -15,7 +15,7 @@ from PIL import Image
 from ..tokenizer import SPECIAL_TOKENS
 from .parts import HALF, TinyFamily, chatml, decoder, preprocessing, siglip, start_wide
 
-SIDE, PATCH, PROJECTOR = 224, 16, "mlp_downsample_2x2_fix"
+SIDE, PATCH, PROJECTOR = 256, 16, "mlp_downsample_2x2_fix"
 CELL = 2 * PATCH
 GRID = SIDE // CELL
 FRAMES = 16  # taken from a video at most
@@ -28,7 +28,7 @@ class TinyVila(TinyFamily):
     chat_template = chatml(IMAGE, VIDEO)
     special_tokens = tuple(VIDEO if token == "<video>" else token for token in SPECIAL_TOKENS)
     text_folder = "llm"
-    cell = CELL
+    cell = CELL * 224 // SIDE  # in a picture of 224 px, before it is resized
     card: ClassVar[dict[str, str]] = {
         "layout": "published VILA folder layout",
         "imports": "from tokencomp.models import VilaForConditionalGeneration, VilaProcessor",
@@ -75,7 +75,7 @@ class TinyVila(TinyFamily):
         text = Qwen2Config(**decoder(tokenizer))
         vision = SiglipVisionConfig(**_without_type(siglip(SIDE, PATCH)))
         start_wide(text, vision)
-        line_end = [], tokenizer("\n", add_special_tokens=False)["input_ids"]
+        line_end = tokenizer("\n", add_special_tokens=False)["input_ids"]
         config = VilaConfig(
             text_config=text,
             vision_config=vision,
@@ -83,8 +83,8 @@ class TinyVila(TinyFamily):
             select_layer=-1,
             image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
             video_token_id=tokenizer.convert_tokens_to_ids(VIDEO),
-            image_ends=line_end,
-            video_ends=line_end,
+            image_ends=([], line_end),
+            video_ends=([], line_end),
             num_video_frames=FRAMES,
         )
         return VilaForConditionalGeneration(config)
