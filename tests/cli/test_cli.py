@@ -101,6 +101,8 @@ def test_demo_on_a_video_of_ones_own(folder, tmp_path, capsys):
         (["demo", "--image", "nowhere.png"], "no such file"),
         (["demo", "--model", "some/model"], "--image FILE"),
         (["demo", "--set", "weighted"], "NAME=VALUE"),
+        (["demo", "--device", "gpu"], "allowed: .auto., .cpu., .cuda."),
+        (["demo", "--dtype", "fp8"], "allowed: auto, float32, bfloat16, float16"),
         (["demo", "--reducer", "uniform", "--set", "seed=1"], "no option 'seed'"),
         (["list", "reducer"], "Did you mean 'reducers'"),
     ],

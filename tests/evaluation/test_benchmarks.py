@@ -130,7 +130,7 @@ def done(args, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_eval_runs_lmms_evals_tasks(done, data, tmp_path):
     rows = records(done / "uniform-0.75")
-    assert len(rows) == 10 + 3 + 1
+    assert len(rows) == 9 + 3 + 1
     failed = [r for r in rows if r.get("error")]
     assert len(failed) == 1 and "no frame of this video" in failed[0]["error"]
     manifest = json.loads((done / "uniform-0.75/manifest.json").read_text())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,9 +41,15 @@ def command(
             f"{line.run.mean('ratio'):.3f}",
             str(len(line.run.answered)),
             f"{line.accuracy:.1%}",
-            str(kept) if kept and kept.value == kept.value else "–",
+            _retained(kept),
             f"{rival.p:.2g}" if rival else "–",
         )
     console = Console()
     console.print(shown)
     console.print(f"\nReport: [bold]{output}[/]")
+
+
+def _retained(kept: Any) -> str:
+    if kept is None or kept.value != kept.value:
+        return "–"
+    return f"{kept.value:.1%} [{kept.low:.0%}, {kept.high:.0%}]"

@@ -131,7 +131,17 @@ def run_setting(
     dict
         The manifest: lmms-eval's own scores under "scores", counts under "summary".
     """
-    identity = _identity(name, setting, tasks, limit, frames)
+    identity = {
+        "model": Path(name).name if Path(name).exists() else name,
+        "dtype": str(loaded[0].dtype).removeprefix("torch."),
+        "reducer": setting.reducer,
+        "ratio": setting.ratio,
+        "options": setting.options,
+        "tasks": [t.name for t in tasks],
+        "data": sorted({t.data for t in tasks}),
+        "limit": limit,
+        "frames": frames,
+    }
     known = _known(out, identity)
     if known.get("finished"):
         return known
@@ -176,21 +186,6 @@ def run_setting(
     return manifest
 
 
-def _identity(
-    name: str, setting: Setting, tasks: Sequence[Task], limit: int | None, frames: int
-) -> dict[str, Any]:
-    return {
-        "model": Path(name).name if Path(name).exists() else name,
-        "reducer": setting.reducer,
-        "ratio": setting.ratio,
-        "options": setting.options,
-        "tasks": [t.name for t in tasks],
-        "data": sorted({t.data for t in tasks}),
-        "limit": limit,
-        "frames": frames,
-    }
-
-
 def _known(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The manifest in `out`, if there is one; it must be of the same thing."""
     if not (out / MANIFEST).exists():
@@ -212,7 +207,8 @@ def _records(
     for sample in {s["doc_id"]: s for s in samples}.values():
         record = dict(asked[f"{task}/{sample['doc_id']}"])
         doc = sample.get("doc") or {}
-        record["family"] = str(doc.get("task_type") or task)
+        kind = doc.get("task_type") or doc.get("family")
+        record["family"] = f"{task} {kind}" if kind else task
         record["answer"] = str(sample.get("target", ""))
         if not record.get("error"):
             record["correct"] = item_score(sample)

@@ -19,10 +19,22 @@ def pick_device(device: str = "auto") -> str:
     Under `accelerate launch` every process gets a GPU of its own, and `--cpu` counts.
     """
     if device != "auto":
-        return device
+        return _checked(device)
     if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         return "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+
+
+def _checked(device: str) -> str:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise OptionError(
+            f'device {device!r}; allowed: "auto", "cpu", "cuda", "cuda:1".'
+        ) from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device {device!r}: torch sees no CUDA GPU here. Use device 'cpu'.")
+    return device
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:
@@ -66,13 +78,12 @@ def load_model(
     register_auto_classes()  # architectures that transformers lacks
     where = resolve(name)
     device = pick_device(device)
+    kind = pick_dtype(dtype, device)
     extra = {} if attention is None else {"attn_implementation": attention}
     try:
         AutoConfig.from_pretrained(where)
         processor = AutoProcessor.from_pretrained(where)
-        model = AutoModelForImageTextToText.from_pretrained(
-            where, dtype=pick_dtype(dtype, device), **extra
-        )
+        model = AutoModelForImageTextToText.from_pretrained(where, dtype=kind, **extra)
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModelError(
             f"{name!r} cannot be loaded as an image-text model: {_first_line(error)} "

@@ -58,7 +58,7 @@ def lines(
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(5.0, 3.5), layout="constrained")  # legible on a phone
     axes = figure.add_subplot()
     colors = iter(COLORS * (1 + len(series) // len(COLORS)))
     for name, points in series.items():
@@ -71,15 +71,11 @@ def lines(
             "zorder": 3,
         }
         axes.plot(xs, ys, "o--" if baseline else "o-", markersize=5, linewidth=1.8, **style)
-        if all(p.low is not None for p in ordered) and len(ordered) > 1:
-            axes.fill_between(
-                xs,
-                [p.low for p in ordered],  # type: ignore[arg-type]
-                [p.high for p in ordered],  # type: ignore[arg-type]
-                color=style["color"],
-                alpha=0.08,
-                linewidth=0,
-            )
+        low, high = [p.low for p in ordered], [p.high for p in ordered]
+        if None not in low and len(ordered) > 1:
+            axes.fill_between(xs, low, high, color=style["color"], alpha=0.08, linewidth=0)  # type: ignore[arg-type]
+        elif None not in low:
+            axes.vlines(xs, low, high, color=style["color"], alpha=0.4)  # type: ignore[arg-type]
     if reference is not None:
         axes.axhline(reference, color="#111827", linewidth=1, zorder=1)
         axes.annotate(
