@@ -2,7 +2,7 @@
 
 usage: engine.py MODEL ARMS.json RESULTS.json
 ARMS: {"engine": {LLM arguments}, "frames": n, "side": px, "rounds": n, "requests": n,
-       "arms": {name: tokencomp options or null}}
+       "arms": {name: tokencomp options or null}, "pruning_flag": true or false}
 """
 
 from __future__ import annotations
@@ -37,13 +37,29 @@ def request(seed: int, frames: int, side: int, spec: Any) -> dict[str, Any]:
     return made
 
 
+def set_pruning_flag() -> None:
+    """Let vLLM's own pruning run on CPU: `CPUModelRunner.load_model` leaves the runner's flag off,
+    so the position columns of pruned embeddings are never cut off."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    own = CPUModelRunner.load_model
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        own(self, *args, **kwargs)
+        self.is_multimodal_pruning_enabled = True
+
+    CPUModelRunner.load_model = load_model
+
+
 def main() -> None:
     model, plan_file, results_file = sys.argv[1:]
     plan = json.loads(Path(plan_file).read_text())
     from vllm import LLM, SamplingParams
 
+    if plan["pruning_flag"]:
+        set_pruning_flag()
     llm = LLM(
-        model, max_model_len=4096, max_num_batched_tokens=4096, dtype="bfloat16",
+        model, max_model_len=4096, max_num_batched_tokens=4096, dtype="float32",
         enforce_eager=True, enable_prefix_caching=False, mm_processor_cache_gb=0,
         limit_mm_per_prompt={"image": 0, "video": 1}, max_num_seqs=8, **plan["engine"],
     )  # fmt: skip

@@ -24,7 +24,7 @@ def build(folder: Path, hidden: int = 512, layers: int = 8) -> Path:
     config = made.config(tokenizer)
     config.update(
         architectures=["Qwen2_5_VLForConditionalGeneration"], model_type="qwen2_5_vl",
-        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        hidden_size=hidden, intermediate_size=hidden * 38 // 7, num_hidden_layers=layers,
         num_attention_heads=hidden // 64, num_key_value_heads=2,
         rope_scaling={"type": "mrope", "mrope_section": [8, 12, 12]},
         vision_config={

@@ -1,10 +1,13 @@
 """Time to first token and throughput of vLLM with and without compression, on this machine.
 
-    python benchmarks/serving/run.py [--out benchmarks/serving/results.json]
+    python benchmarks/serving/run.py [--out benchmarks/serving/results.jsonl]
 
 Engines run one after another in one go: stock vLLM; tokencomp's plugin, whose arms share one engine
-because ratios are per request; vLLM's own EVS and VidCom2. Random weights, Qwen2.5-VL layout,
-videos that no cache has seen. Needs vLLM (see the extra `vllm`).
+because ratios are per request; vLLM's own EVS and VidCom2. Random weights in the layout of
+Qwen2.5-VL, the decoder as wide as Qwen2.5-0.5B and half as deep, a small vision tower, fp32; videos
+that no cache has seen. An engine that does not run as it is gets a line with its error; vLLM's
+pruning then runs once more with the one flag set that its CPU runner leaves off. Needs vLLM (see
+the extra `vllm`).
 """
 
 from __future__ import annotations
@@ -21,96 +24,109 @@ from typing import Any
 HERE = Path(__file__).parent
 SHAPE = {"frames": 16, "side": 224}  # 8 × 64 tokens
 RATIOS = (0.5, 0.75)
-REDUCERS = ("uniform", "merge", "evs", "vidcom2")
+REDUCERS = ("divprune", "uniform", "evs", "vidcom2")
+COMPARED = 0.75  # vLLM's own pruning has one ratio per engine
 ENV = {
     "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }  # fmt: skip
+COLUMNS = (
+    "engine", "arm", "prompt tokens", "first token, CPU ms", "×", "TTFT ms", "requests/s", "×",
+)  # fmt: skip
 
 
-def engines() -> dict[str, tuple[bool, dict[str, Any], dict[str, Any]]]:
-    """Name → (plugin on, engine arguments, arms)."""
+def engines() -> dict[str, dict[str, Any]]:
+    """What `engine.py` runs, by name; "plugin" says whether ours is on."""
     ours: dict[str, Any] = {"ratio 0": {"ratio": 0}}
     for reducer in REDUCERS:
         for ratio in RATIOS:
             ours[f"{reducer} {ratio}"] = {"reducer": reducer, "ratio": ratio}
     found = {
-        "stock vLLM": (False, {}, {"uncompressed": None}),
-        "tokencomp": (True, {}, ours),
+        "stock vLLM": {"arms": {"uncompressed": None}},
+        "tokencomp": {"plugin": True, "arms": ours},
     }
     for method in ("evs", "vidcom2"):
-        for ratio in RATIOS:
-            flags = {"video_pruning_rate": ratio, "video_pruning_method": method}
-            found[f"vLLM {method} {ratio}"] = (False, flags, {f"{method} {ratio}": None})
-    return found
+        flags = {"video_pruning_rate": COMPARED, "video_pruning_method": method}
+        plan = {"engine": flags, "arms": {f"{method} {COMPARED}": None}}
+        found[f"vLLM {method}"] = plan
+        found[f"vLLM {method}, flag set"] = {**plan, "pruning_flag": True}
+    base = {"engine": {}, "plugin": False, "pruning_flag": False}
+    return {name: {**base, **plan} for name, plan in found.items()}
 
 
-def run(model: Path, plugin: bool, plan: dict[str, Any], work: Path) -> dict[str, Any]:
-    """One engine process; a failure is a result too."""
+def run(model: Path, plan: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Arms of one engine process; a failure is a result too."""
     jobs, results = work / "plan.json", work / "results.json"
     jobs.write_text(json.dumps(plan))
     results.unlink(missing_ok=True)
-    env = {**os.environ, **ENV, "TOKENCOMP_VLLM": "on" if plugin else "off"}
+    env = {**os.environ, **ENV, "TOKENCOMP_VLLM": "on" if plan["plugin"] else "off"}
+    env.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     command = [sys.executable, HERE / "engine.py", model, jobs, results]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode == 0 and results.exists():
         return json.loads(results.read_text())
-    lines = [line for line in done.stderr.splitlines() if "Error" in line]
-    return {"failed": lines[-1][-400:] if lines else f"exit code {done.returncode}"}
+    lines = [line for line in done.stderr.splitlines() if "Error" in line or "Value error" in line]
+    failed = lines[-1].split("] ")[-1].strip()[:300] if lines else f"exit code {done.returncode}"
+    return {name: {"failed": failed} for name in plan["arms"]}
 
 
-def table(results: dict[str, Any]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Markdown. Factors are against the uncompressed arm of the same engine, else the stock one.
 
     Arms of one engine are interleaved. CPU time is that of the first token; it hardly depends on
     what else the machine does.
     """
-    lines = [
-        "| engine | arm | prompt tokens | first token, CPU ms | × | TTFT ms | requests/s | × |"
-    ]
-    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
-    for engine, arms in results.items():
-        if "failed" in arms:
-            lines.append(f"| {engine} | does not run here: `{arms['failed'][:160]}` | | | | | | |")
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
+    good = {(row["engine"], row["arm"]): row for row in rows if "failed" not in row}
+    for row in rows:
+        if "failed" in row:
+            text = f"does not run here: `{row['failed']}`"
+            lines.append(f"| {row['engine']} | {row['arm']} | {text} | | | | | |")
             continue
-        base = arms.get("ratio 0") or results["stock vLLM"]["uncompressed"]
-        for name, x in arms.items():
-            cpu, rate = x["cpu_median_s"], x["throughput_median_rps"]
-            lines.append(
-                f"| {engine} | {name} | {x['prompt']} | {1e3 * cpu:.0f} | "
-                f"{base['cpu_median_s'] / cpu:.2f} | {1e3 * x['ttft_median_s']:.0f} | "
-                f"{rate:.2f} | {rate / base['throughput_median_rps']:.2f} |"
-            )
+        base = good.get((row["engine"], "ratio 0"), good.get(("stock vLLM", "uncompressed"), row))
+        cpu, rate = row["cpu_median_s"], row["throughput_median_rps"]
+        lines.append(
+            f"| {row['engine']} | {row['arm']} | {row['prompt']} | {1e3 * cpu:.0f} | "
+            f"{base['cpu_median_s'] / cpu:.2f} | {1e3 * row['ttft_median_s']:.0f} | "
+            f"{rate:.2f} | {rate / base['throughput_median_rps']:.2f} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE / "results.json")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=896)
+    parser.add_argument("--layers", type=int, default=12)
     given = parser.parse_args()
     sys.path.insert(0, str(HERE))
     from model import build
 
     from tokencomp.evaluation.environment import environment
 
-    results: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    shape = {**SHAPE, "rounds": given.rounds, "requests": given.requests}
+    about = {"hidden": given.hidden, "layers": given.layers, "dtype": "float32", **shape}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "model").mkdir()
-        model = build(work / "model")
-        for name, (plugin, engine, arms) in engines().items():
-            plan = {
-                "engine": engine, "arms": arms, **SHAPE,
-                "rounds": given.rounds, "requests": given.requests,
-            }  # fmt: skip
-            results[name] = run(model, plugin, plan, work)
-            print(name, "failed" if "failed" in results[name] else "done", flush=True)
-            report = {"environment": environment(), "shape": SHAPE, "results": results}
-            given.out.write_text(json.dumps(report, indent=1) + "\n")
-            given.out.with_suffix(".md").write_text(table(results) + "\n")
-    print(table(results))
+        model = build(work / "model", given.hidden, given.layers)
+        for name, plan in engines().items():
+            if plan["pruning_flag"] and "failed" not in rows[-1]:
+                continue  # this vLLM needs no help
+            for arm, found in run(model, {**plan, **shape}, work).items():
+                rows.append({"engine": name, "arm": arm, **found, "setup": about})
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+            made = environment()
+            given.out.write_text(
+                "".join(json.dumps({**row, "environment": made}) + "\n" for row in rows)
+            )
+    title = f"# Serving with vLLM\n\n{(__doc__ or '').split('[--out')[0].splitlines()[0]}\n\n"
+    note = f"Setup: {json.dumps(about)}.\n\nEnvironment: {json.dumps(environment())}.\n"
+    given.out.with_suffix(".md").write_text(f"{title}{table(rows)}\n\n{note}")
 
 
 if __name__ == "__main__":

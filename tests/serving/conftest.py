@@ -16,7 +16,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
-ENGINE_SECONDS = 600
+ENGINE_SECONDS = 1200
 
 
 @pytest.fixture(scope="session")

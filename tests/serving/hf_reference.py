@@ -113,13 +113,17 @@ def grid_positions(
 
 
 def true_positions(folder: Path, job: dict[str, Any]) -> torch.Tensor:
-    """`grid_positions` of a job's uncompressed prompt."""
+    """`grid_positions` of a job's uncompressed prompt; of Qwen3-VL, a frame is a grid."""
     model, _ = load(folder)
     inputs, config = inputs_of(folder, job), model.config
+    frames = config.model_type.startswith("qwen3")
     ids = inputs["input_ids"][0].tolist()
+    videos = inputs.get("video_grid_thw", torch.empty(0, 3)).tolist()
+    if frames:
+        videos = [[1, h, w] for t, h, w in videos for _ in range(int(t))]
     queues = {
         config.image_token_id: iter(inputs.get("image_grid_thw", torch.empty(0, 3)).tolist()),
-        config.video_token_id: iter(inputs.get("video_grid_thw", torch.empty(0, 3)).tolist()),
+        config.video_token_id: iter(videos),
     }
     grids, previous = [], None
     for token in ids:

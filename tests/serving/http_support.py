@@ -65,6 +65,41 @@ def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
     raise AssertionError("the server did not start:\n" + log.read_text()[-4000:])
 
 
+@contextlib.contextmanager
+def nobody_calls() -> Iterator[list[str]]:
+    """URLs of a listener on loopback, which must not be reached while the block runs."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.setblocking(False)
+        port = listener.getsockname()[1]
+        hosts = ("127.0.0.1", "localhost", "127.1", "[::ffff:127.0.0.1]", "invalid.@127.0.0.1")
+        yield [f"http://{host}:{port}/x.png" for host in hosts]
+        time.sleep(0.2)
+        with contextlib.suppress(BlockingIOError):
+            listener.accept()
+            raise AssertionError("the server opened a connection that a client asked for")
+
+
+def outside(media: Path, secret: Path) -> list[str]:
+    """file: URLs that must not be served by a server allowed to read below `media`."""
+    image(secret)
+    link = media / "link.png"
+    if not link.exists():
+        link.symlink_to(secret)
+    up = f"file://{media}/../{secret.name}"
+    return [
+        secret.as_uri(), up, up.replace("..", "%2e%2e"), up.replace("/..", "%2f.."), link.as_uri(),
+        "file:///etc/passwd", f"file://localhost{secret}", f"file://{media}", str(secret),
+        f"file://{media}/none.png", "ftp://127.0.0.1/x", "nonsense",
+    ]  # fmt: skip
+
+
+def image(path: Path) -> None:
+    """An image file that any server could decode."""
+    tiny.image(1).save(path)
+
+
 def get(url: str) -> tuple[int, str]:
     """Status and body of a GET."""
     try:

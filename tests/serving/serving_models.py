@@ -100,7 +100,10 @@ def qwen3_vl(folder: Path, experts: int = 0) -> Path:
     )  # fmt: skip
     if experts:
         text.update(
-            num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=96, norm_topk_prob=True
+            num_experts=experts,
+            num_experts_per_tok=2,
+            moe_intermediate_size=96,
+            norm_topk_prob=True,
         )
     vision = dict(
         depth=3, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +15,13 @@ import torch
 
 import tokencomp
 from tokencomp.context import VisualSpan, VisualTokens
-from tokencomp.errors import OptionError, RatioError
+from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
 from tokencomp.reducers.base import available_reducers, make_reducer
+from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.items import ItemPlan, Layout
+from tokencomp.serving.serve import Bind, vllm_command
 from tokencomp.serving.spec import ServerOptions, Spec, servable_reducers
+from tokencomp.serving.vllm.middleware import OwnOptionsOnly
 
 SERVABLE = servable_reducers()
 LAYOUTS = [
@@ -146,6 +153,96 @@ def test_reducers_an_engine_cannot_run_are_refused_with_those_it_can() -> None:
             ServerOptions.parse({"reducer": name, "ratio": 0.5})
         assert all(good in str(error.value) for good in SERVABLE)
         assert ServerOptions.parse({"reducer": name, "ratio": 0.5}, engine="hf").default.active
+
+
+async def through_middleware(body: bytes, limit: int = 10**6) -> tuple[int, bytes | None]:
+    """Status, and the body as the application behind the middleware read it (None: not called)."""
+    seen: list[bytes] = []
+    status: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    parts = [body[: len(body) // 2], body[len(body) // 2 :]]
+    messages = [
+        {"type": "http.request", "body": part, "more_body": more}
+        for part, more in zip(parts, (True, False), strict=True)
+    ]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        status.append(message.get("status", 0))
+
+    await OwnOptionsOnly(app, limit)({"type": "http", "method": "POST"}, receive, send)
+    return status[0], seen[0] if seen else None
+
+
+def test_options_that_the_flag_opens_besides_ours_are_closed() -> None:
+    def ask(text: str, **more: Any) -> tuple[int, bytes | None]:
+        return asyncio.run(through_middleware(text.encode(), **more))
+
+    for good in ('{"a": 1}', '{"media_io_kwargs": null}', '{"a": "media_io_kwargs"}', "", "{"):
+        assert ask(good) == (200, good.encode())
+    for bad in (
+        '{"media_io_kwargs": {"video": {"num_frames": -1}}}',
+        '{"media_io_kwargs": {"a": 1}, "media_io_kwargs": null}',
+        r'{"media_io\u005fkwargs": {"a": 1}}',
+        '{"requests": [{"media_io_kwargs": {"a": 1}}]}',
+        '{"media_io_kwargs": {"a": NaN}, }',
+    ):
+        assert ask(bad) == (400, None)
+    assert ask('{"a": 1}', limit=7) == (413, None)
+
+
+def stub(**more: Any) -> Any:
+    """An engine that never runs."""
+    from tokencomp.serving.hf.metrics import Metrics
+
+    options = ServerOptions.parse({"ratio": 0.5}, "hf")
+    known = dict(metrics=Metrics(), options=options, max_model_len=8, alive=True)
+    return SimpleNamespace(**known, close=lambda: None, **more)
+
+
+def test_the_api_key_is_asked_for() -> None:
+    pytest.importorskip("fastapi")
+    client = pytest.importorskip("fastapi.testclient").TestClient
+    from tokencomp.serving.hf.api import build_app
+
+    app = client(build_app(stub(), "tiny", Limits(), api_key="secret"))
+    for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret2"}):
+        assert app.get("/v1/models", headers=header).status_code == 401
+        assert app.post("/v1/chat/completions", headers=header, json={}).status_code == 401
+    header = {"authorization": "Bearer secret"}
+    assert app.get("/v1/models", headers=header).json()["data"][0]["id"] == "tiny"
+    assert app.post("/v1/chat/completions", headers=header, json={}).status_code == 400
+    assert app.get("/health").status_code == 200
+
+
+def test_vllm_is_started_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line of `tokencomp serve --engine vllm`."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
+    config = {"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    limits, bind = Limits(allowed_path=tmp_path), Bind(api_key="secret")
+    command, env = vllm_command(str(tmp_path), {"ratio": 0.5}, bind, limits, ["--port", "1"])
+    given = dict(zip(command, [*command[1:], ""], strict=True))
+    assert given["--allowed-media-domains"] == "invalid." and given["--host"] == "127.0.0.1"
+    assert given["--allowed-local-media-path"] == str(tmp_path) and given["--api-key"] == "secret"
+    assert given["--middleware"].endswith("OwnOptionsOnly") and command[-2:] == ["--port", "1"]
+    assert json.loads(env["TOKENCOMP_SERVING"])["only_own"] is True
+    fixed = {"ratio": 0.5, "per_request": False}
+    command, _ = vllm_command(str(tmp_path), fixed, Bind(), Limits(), [])
+    assert "--trust-request-mm-kwargs" not in command
+    assert "--allowed-local-media-path" not in command
+    with pytest.raises(OptionError, match="divprune"):
+        vllm_command(str(tmp_path), {"reducer": "fastv", "ratio": 0.5}, Bind(), Limits(), [])
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=r"LlavaFor.*--engine hf"):
+        vllm_command(str(tmp_path), {"ratio": 0.5}, Bind(), Limits(), [])
 
 
 def test_options_are_plain_json() -> None:

@@ -26,15 +26,18 @@ RECORDED: list = []
 
 def record_positions() -> None:
     """Note the positions that the stock forward finally gets."""
-    from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration as Stock
+    from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
+    from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
-    stock = Stock.forward
+    def recording(stock):
+        def forward(self, input_ids, positions, *args, **kwargs):
+            RECORDED.append(positions.clone())
+            return stock(self, input_ids, positions, *args, **kwargs)
 
-    def forward(self, input_ids, positions, *args, **kwargs):
-        RECORDED.append(positions.clone())
-        return stock(self, input_ids, positions, *args, **kwargs)
+        return forward
 
-    Stock.forward = forward
+    for model in (Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration):
+        model.forward = recording(model.forward)
 
 
 def request(job: dict) -> dict:

@@ -13,8 +13,9 @@ Options
     `reducer`, `ratio`, `options`; per server also `max_ratio`, `per_request`, `only_own`. A request
     brings its own in `mm_processor_kwargs={"tokencomp": {...}}`; over HTTP vLLM passes these on
     only with `--trust-request-mm-kwargs` (`tokencomp serve` sets it, and lets nothing but
-    "tokencomp" through: see `middleware` before you set it yourself). Request > `--mm-processor-kwargs` > `--hf-overrides` > environment. The
-    resolved options are part of the media hash, so prefix and encoder caches never mix ratios.
+    "tokencomp" through: see `middleware` before you set it yourself). Request >
+    `--mm-processor-kwargs` > `--hf-overrides` > environment. The resolved options are part of the
+    media hash, so prefix and encoder caches never mix ratios.
 
 Reducers
     All with `serving_safe`: question-agnostic, entry stage, exact count from the grid alone. Others

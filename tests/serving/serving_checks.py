@@ -1,0 +1,29 @@
+"""What an engine answered, against the patched Hugging Face model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+POSITIONS = {"llava_onevision": "compact"}
+
+
+def check(results: dict, jobs: list[dict], folder: Any, model: str, suffix: str = "") -> None:
+    """Tokens equal, log-probabilities within 1e-3, prompt lengths exact."""
+    import hf_reference
+
+    for job in jobs:
+        got = results[job["name"] + suffix]
+        want = hf_reference.answer(folder, job, POSITIONS.get(model, "original"))
+        assert "error" not in got, (job["name"], got)
+        assert got["prompt"] == want["prompt"], job["name"]
+        assert got["tokens"] == want["tokens"], job["name"]
+        torch.testing.assert_close(
+            torch.tensor(got["logprobs"]), torch.tensor(want["logprobs"]), atol=1e-3, rtol=0
+        )
+
+
+def batch(jobs: list[dict], suffix: str) -> list[dict]:
+    """The same jobs, to be submitted together, with empty caches."""
+    return [{**job, "name": job["name"] + suffix, "reset": True} for job in jobs]

@@ -1,0 +1,116 @@
+"""Real engines: media split over chunks, frames apart in time, long videos, server defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import serving_cases as cases
+import torch
+from serving_checks import batch, check
+
+MODELS = ("qwen2_vl", "llava_onevision", "qwen3_vl")
+TIGHT = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_media_split_over_prefill_chunks(model: str, tiny_folder: Any, run_engine: Any) -> None:
+    folder = tiny_folder(model)
+    jobs = [
+        cases.job(model, [cases.IMAGE, cases.VIDEO, cases.OTHER], 0.2),
+        cases.job(model, [cases.OTHER, cases.IMAGE], 0.1, reducer="random"),
+        cases.job(model, [cases.VIDEO], 0.2, "What " * 120 + "is it?"),
+    ]
+    runs = [[j] for j in jobs] + [batch(jobs, " together")] + [batch(jobs, " again")]
+    results = run_engine(folder, runs, **TIGHT)
+    for suffix in ("", " together", " again"):
+        check(results, jobs, folder, model, suffix)
+    for job in jobs:  # every prompt needs several chunks of at most 64 tokens
+        assert results[job["name"]]["prompt"] > 2 * TIGHT["max_num_batched_tokens"]
+
+
+def test_qwen2_5_frames_apart_in_time(tiny_folder: Any, run_engine: Any) -> None:
+    import hf_reference
+
+    model = "qwen2_5_vl"
+    folder = tiny_folder(model)
+    jobs = [cases.job(model, [cases.IMAGE], 0.5), cases.job(model, [cases.VIDEO], 0.5)]
+    jobs += [cases.job(model, [cases.VIDEO, cases.OTHER], 0.7, reducer="random")]
+    results = run_engine(folder, [[j] for j in jobs] + [batch(jobs, " together")])
+    for job in jobs:
+        with hf_reference.with_true_positions(folder, job):
+            check(results, [job], folder, model)
+            check(results, [job], folder, model, " together")
+
+
+def test_qwen3_vl_moe(tiny_folder: Any, run_engine: Any) -> None:
+    folder = tiny_folder("qwen3_vl_moe")
+    jobs = [
+        cases.job("qwen3_vl_moe", [cases.IMAGE], 0.5, reducer="divprune"),
+        cases.job("qwen3_vl_moe", [cases.VIDEO, cases.OTHER], 0.7, reducer="merge"),
+    ]
+    results = run_engine(folder, [[job] for job in jobs])
+    check(results, jobs, folder, "qwen3_vl_moe")
+
+
+def test_trained_model_on_real_files(run_engine: Any, tmp_path: Any) -> None:
+    """The packaged model on ShapesQA media, with the server's default and requests' own ratios."""
+    import hf_reference
+
+    from tokencomp.evaluation.answering import chat_text
+    from tokencomp.evaluation.examples import shapesqa
+    from tokencomp.zoo import model_path
+    from tokencomp.zoo.shapesqa import items
+
+    folder = model_path("tiny-qwen2-vl")
+    _, processor = hf_reference.load(folder)
+    default = {"reducer": "divprune", "ratio": 0.75}
+    jobs, wanted = [], []
+    for i, example in enumerate(shapesqa(items("test", 1), tmp_path)):
+        loaded = example.load(8)
+        kinds = ["video" if isinstance(m, list) else "image" for m in loaded]
+        media = [[kind, str(path)] for kind, path in zip(kinds, example.media, strict=True)]
+        prompt = chat_text(processor, loaded, example.prompt)
+        job = {"name": f"item {i}", "prompt": prompt, "media": media}
+        own = {"tokencomp": {"ratio": 0.9}} if i % 2 else {}
+        jobs.append({**job, **own})
+        wanted.append({**job, "tokencomp": {**default, **own.get("tokencomp", {})}})
+    results = run_engine(folder, [jobs], hf_overrides={"tokencomp": default})
+    check(results, wanted, folder, "qwen2_vl")
+    assert {job["media"][0][0] for job in jobs} == {"image", "video"}
+
+
+def test_reducers_that_cannot_be_served_are_refused_at_start(
+    tiny_folder: Any, run_engine: Any
+) -> None:
+    folder = tiny_folder("qwen2_vl")
+    wrong = {"tokencomp": {"reducer": "fastv", "ratio": 0.5}}
+    with pytest.raises(AssertionError, match=r"reducer 'fastv' cannot run.*divprune.*uniform"):
+        run_engine(folder, [], hf_overrides=wrong)
+
+
+LONG = [("qwen2_vl", "float32"), ("qwen2_vl", "bfloat16"), ("qwen3_vl", "float32")]
+
+
+@pytest.mark.parametrize(("model", "dtype"), LONG)
+def test_every_position_of_a_long_video(
+    model: str, dtype: str, tiny_folder: Any, run_engine: Any
+) -> None:
+    import hf_reference
+
+    folder, frames = tiny_folder(model), 640
+    video = ["video", 2, frames, 56, 56]
+    job = cases.job(model, [video], 0.5, reducer="random", positions=True)
+    results = run_engine(folder, [[job]], dtype=dtype, max_num_batched_tokens=512)
+    with hf_reference.with_true_positions(folder, job):
+        want = hf_reference.answer(folder, job)
+    got = results[job["name"]]
+    steps = [torch.tensor(p) for p in got["positions"]]
+    seen = torch.cat(steps, dim=1)[:, : got["prompt"]]
+    true = hf_reference.true_positions(folder, job)[:, want["kept"]]
+    assert len(steps) > 2 and int(true.max()) > 300  # chunked, beyond 8 bits
+    assert torch.equal(seen, true)
+    naive = true.to(torch.bfloat16).long()  # what 16-bit absolute positions would have been
+    assert int((naive != true).any(0).sum()) > 50
+    if dtype == "float32":
+        assert got["tokens"] == want["tokens"]
