@@ -124,7 +124,7 @@ ALIGNED = (
     ),
     Stage(
         "mixture",
-        1100,
+        800,
         (
             (0.48, replace(_IMAGES, dialog=0.15, more=_RELATIONS, **_FEW)),
             (0.52, replace(_VIDEOS, dialog=0.15, more=_EVENTS, **_SHORT)),
