@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 import tokencomp
 from tokencomp.errors import OptionError, UnknownNameError
 from tokencomp.evaluation import Example, Setting, evaluate, grid, sweep
 from tokencomp.evaluation.answering import build_inputs
+from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.records import read_records
 
 HOW = {"max_new_tokens": 4, "progress": False}
@@ -148,6 +150,19 @@ def test_equal_token_baselines_come_near_the_budget(loaded, examples, baseline):
         wanted = record["visual_tokens"] // 4
         assert record["visual_tokens"] in (64, 256)
         assert abs(record["per_layer"][0] - wanted) <= max(2, wanted // 8)
+
+
+def test_images_of_a_fixed_number_of_tokens_are_not_blurred_for_nothing():
+    """VILA and LLaVA-1.5 resize every image to one square: only videos can give fewer tokens."""
+
+    class Fixed(EqualTokens):
+        def tokens(self, media):
+            return 49 * (len(media) if isinstance(media, list) else 1)
+
+    image = Image.new("RGB", (64, 48))
+    fixed = Fixed(None, [], "downscale")
+    assert fixed.shrink(image, 0.75) is image
+    assert len(fixed.shrink([image] * 8, 0.75)) == 2
 
 
 def test_the_model_is_left_unpatched(loaded, examples):

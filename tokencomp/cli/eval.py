@@ -48,6 +48,9 @@ def command(
 
     The full model, random dropping and equal-token downscaling run, too. Kill it and run it
     again: finished answers are kept. `tokencomp report` makes a page of the run folders.
+
+    Several processes share the items: `accelerate launch -m tokencomp.cli eval …` on GPUs,
+    `torchrun --nproc-per-node N -m tokencomp.cli eval …` anywhere.
     """
     settings = opt.settings(reducer, ratio, options)
     if baselines:

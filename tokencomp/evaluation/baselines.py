@@ -64,9 +64,9 @@ class EqualTokens:
         if is_video and self.prefer == "fewer_frames":
             return self._nearest(media, frames, target)
         best = self._nearest(media, self._sizes(media, size, target), target)
-        if is_video and self.tokens(best(media)) == self.tokens(media):
-            return self._nearest(media, frames, target)
-        return best
+        if self.tokens(best(media)) < self.tokens(media):
+            return best
+        return self._nearest(media, frames, target) if is_video else _unchanged
 
     def _sizes(self, media: Any, size: tuple[int, int], target: int) -> list[_Resize]:
         """Sizes around the one whose token count crosses the target (bisection)."""
@@ -86,6 +86,11 @@ class EqualTokens:
             return abs(n - target), n
 
         return min(candidates, key=distance)
+
+
+def _unchanged(media: Any) -> Any:
+    """Where the processor gives every image as many tokens, blurring it would save none."""
+    return media
 
 
 class _Resize:
