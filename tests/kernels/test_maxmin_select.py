@@ -39,7 +39,12 @@ def check_greedy(
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
     ("lengths", "counts", "dim"),
-    [([1], [1], 4), ([40, 40, 40], [7, 7, 7], 70), ([60, 0, 1, 90], [60, 0, 1, 20], 33)],
+    [
+        ([1], [1], 4),
+        ([40, 40, 40], [7, 7, 7], 70),
+        ([60, 0, 1, 90], [60, 0, 1, 20], 33),
+        ([200, 200], [50, 50], 24),
+    ],
     ids=str,
 )
 def test_greedy(
