@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,27 @@ from tokencomp.zoo.shapesqa import items
 HERE = Path(__file__).parent
 TRAINED_FRAMES, TRAINED_TOKENS = 16, 512
 FAMILIES = ("needle", "video_existence")
+TOKENS_AT_ONCE = 12288  # visual tokens of a batch
 METHODS = ("pool", "condiv", "random")
 
 
-def measure(name: str, frames: int, per_family: int, media: Path) -> list[dict[str, Any]]:
+def measure(
+    name: str, frames: int, per_family: int, families: Sequence[str], media: Path
+) -> list[dict[str, Any]]:
     """Accuracy of every method on videos of one length, without and with extension."""
     model, processor = load(name)
-    asked = items("test", per_family, FAMILIES, frames=frames)
+    asked = items("test", per_family, families, frames=frames)
     examples = shapesqa(asked, media / str(frames))
     ratio = 1 - TRAINED_FRAMES / frames
     settings = [Setting(), *(Setting(m, ratio) for m in METHODS if ratio)]
     target, rows, base = TRAINED_TOKENS * frames // TRAINED_FRAMES, [], []
+    batch = max(1, TOKENS_AT_ONCE // target)
     for extended in (False, True) if ratio else (False,):
         window = contextlib.nullcontext()
         if extended:
             window = extend_visual_context(model, target, window=TRAINED_TOKENS)
         with window, tower_once(model):
-            runs = sweep(model, processor, examples, settings, frames=frames, batch_size=24)
+            runs = sweep(model, processor, examples, settings, frames=frames, batch_size=batch)
         for setting, run in runs.items():
             right = [int(r["correct"]) for r in run.records]
             base = base or right
@@ -82,16 +87,20 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-qwen2-vl")
     parser.add_argument("--frames", nargs="+", type=int, default=(16, 32, 64))
     parser.add_argument("--per-family", type=int, default=50)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     media = HERE / "results" / "media" / "long"
-    rows = [r for n in args.frames for r in measure(args.model, n, args.per_family, media)]
+    asked = (args.per_family, args.families, media)
+    rows = [r for n in args.frames for r in measure(args.model, n, *asked)]
     data = {"model": args.model, **environment(), "rows": rows}
     (HERE / "long_video.json").write_text(json.dumps(data, indent=1) + "\n")
     head = "# Videos longer than trained\n\n" + __doc__.split("\n\n")[2].replace("\n", " ")
-    asked = f"{args.model}, families {', '.join(FAMILIES)}, {rows[0]['items']} items per length."
-    (HERE / "LONG_VIDEO.md").write_text(f"{head}\n\n{asked} `{data['command']}`\n\n{table(rows)}\n")
+    told = (
+        f"{args.model}, families {', '.join(args.families)}, {rows[0]['items']} items per length."
+    )
+    (HERE / "LONG_VIDEO.md").write_text(f"{head}\n\n{told} `{data['command']}`\n\n{table(rows)}\n")
 
 
 if __name__ == "__main__":
