@@ -37,10 +37,20 @@ def correct(model: Any, processor: Any, examples: list[Any], batch: int) -> list
     return found
 
 
+def table(report: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| reducer | ratio | original | compact | paired |", "|---|---:|---:|---:|---|"]
+    for row in report["rows"]:
+        both = " | ".join(f"{row[f'accuracy_{how}']:.3f}" for how in POSITIONS)
+        lines.append(f"| {row['reducer']} | {row['ratio']} | {both} | {row['mcnemar']} |")
+    head = f"{report['model']}, {report['items']} items, uncompressed {report['accuracy_full']:.3f}"
+    return f"# Positions of kept tokens\n\n{head}.\n\n" + "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-llava-onevision")
-    parser.add_argument("--reducers", nargs="+", default=["merge", "uniform"])
+    parser.add_argument("--reducers", nargs="+", default=["divprune", "uniform"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.75, 0.9])
     parser.add_argument("--per-family", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16)
@@ -66,6 +76,7 @@ def main() -> None:
         "accuracy_full": sum(full) / len(full), "rows": rows,
     }  # fmt: skip
     given.out.write_text(json.dumps(report, indent=1) + "\n")
+    given.out.with_suffix(".md").write_text(table(report))
 
 
 if __name__ == "__main__":

@@ -179,6 +179,7 @@ def bad_media(root: Any) -> list[str]:
     good = http.image_url(1)
     return [
         *http.outside(root / "media", root / "secret.png"), "https://example.com/x.png",
+        f"file://{root}/media/none.png",
         "data:image/png,abc", "data:image/png;base64,????", "data:image/png;base64,aGVsbG8=",
         good[: len(good) // 2], "data:video/mp4;base64,aGVsbG8=", "data:video/jpeg;base64,aGVsbG8=",
         "data:video/mp4;base64,I0VYVE0zVQojRVhULVgtTUVESUE6VVJJPSJmaWxlOi8vL2V0Yy9wYXNzd2QiCg==",

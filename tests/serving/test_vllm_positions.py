@@ -101,7 +101,8 @@ def test_every_position_of_a_long_video(
     folder, frames = tiny_folder(model), 640
     video = ["video", 2, frames, 56, 56]
     job = cases.job(model, [video], 0.5, reducer="random", positions=True)
-    results = run_engine(folder, [[job]], dtype=dtype, max_num_batched_tokens=512)
+    engine = {"max_num_batched_tokens": 512, "max_model_len": 8192}
+    results = run_engine(folder, [[job]], dtype=dtype, **engine)
     with hf_reference.with_true_positions(folder, job):
         want = hf_reference.answer(folder, job)
     got = results[job["name"]]

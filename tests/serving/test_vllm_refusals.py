@@ -9,13 +9,16 @@ import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed here")
 
+import numpy as np
 import torch
 from vllm.config import CUDAGraphMode
 
-from tokencomp.errors import UnsupportedModelError
+from tokencomp.errors import OptionError, UnsupportedModelError
+from tokencomp.serving.items import ItemPlan
 from tokencomp.serving.vllm import checks
 from tokencomp.serving.vllm.model import batches
-from tokencomp.serving.vllm.mrope import pack_offsets, unpack_offsets
+from tokencomp.serving.vllm.mrope import MRopeProcessor, pack_offsets, unpack_offsets
+from tokencomp.serving.vllm.qwen3_vl import frame_offsets
 
 
 def config(**changes: Any) -> Any:
@@ -98,6 +101,44 @@ def test_offsets_survive_any_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(unpack_offsets(pack_offsets(offsets, dtype)), offsets)
     with pytest.raises(RuntimeError, match="16 bits"):
         pack_offsets(torch.tensor([[65536], [0], [0]]), dtype)
+
+
+def test_frames_with_text_between_them() -> None:
+    want, media, at, h, w = [], [], 0, 2, 3
+    for text in (3, 2, 4):
+        for _ in range(text):
+            want.append([at, at, at])
+            media.append(False)
+            at += 1
+        for b in range(h):
+            for c in range(w):
+                want.append([at, at + b, at + c])
+                media.append(True)
+        at += max(h, w)
+    want.append([at, at, at])
+    media.append(False)
+    assert frame_offsets(np.array(media), h, w).T.tolist() == want
+
+
+def test_positions_that_no_table_holds_are_refused() -> None:
+    """A client can send thin images, or videos of a false frame rate: few tokens, far positions."""
+
+    def check(*media: tuple[int, int], positions: int = 100) -> None:
+        text = SimpleNamespace(max_position_embeddings=positions)
+        context = SimpleNamespace(
+            model_config=SimpleNamespace(max_model_len=100, hf_text_config=text)
+        )
+        owner: Any = SimpleNamespace(info=SimpleNamespace(ctx=context))
+        plans = [ItemPlan("image", (), (kept,), "uniform", "{}", far) for kept, far in media]
+        MRopeProcessor.check_positions(owner, plans)
+
+    check((10, 310))  # 100 + 300 beyond them = 4 × 100
+    check((10, 160), (10, 160), (50, 8))
+    for wrong in ([(10, 311)], [(10, 160), (10, 161)]):
+        with pytest.raises(OptionError, match="positions"):
+            check(*wrong)
+    with pytest.raises(OptionError, match="frame rate"):
+        check((10, 70_000), positions=10**9)
 
 
 def test_vision_batches_hold_full_rows() -> None:

@@ -152,6 +152,8 @@ def test_malformed_requests_get_4xx_and_the_server_goes_on(served: Any) -> None:
             with pytest.raises(openai.APIStatusError) as error:
                 ask(client, bad)
             assert 400 <= error.value.status_code < 500, (bad, error.value)
+    with pytest.raises(openai.APIStatusError):  # vLLM itself answers 500 to a missing file
+        ask(client, f"file://{root}/media/none.png")
     wrong = [{"ratio": 2}, {"ratio": "x"}, {"reducer": "none"}, {"reducer": "fastv"}, {"rate": 1}]
     for options in wrong:
         with pytest.raises(openai.BadRequestError, match=r"ratio|reducer|Allowed"):

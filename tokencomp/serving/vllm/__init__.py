@@ -37,6 +37,7 @@ Tested and untested
     M-RoPE models become piecewise, and the vision tower is not captured) and tensor parallelism.
     Where a vision tower's numbers depend on its batch, a data-dependent reducer can choose another
     set when an evicted item is encoded again.
+    vLLM answers 500, not 4xx, to a file: URL that names no file below its media path.
     Architectures that are not in `MODELS` never reach this code: `vllm serve` then runs them
     uncompressed, while `tokencomp serve` refuses them.
 """

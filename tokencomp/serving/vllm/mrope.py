@@ -122,7 +122,7 @@ class MRopeModel(NoEncoderGraphs, CompressingModel):
     @property
     def row_width(self) -> int:
         """Columns of an uncompressed row."""
-        return self.language_model.config.hidden_size  # type: ignore[attr-defined,no-any-return]
+        return self.language_model.config.hidden_size  # type: ignore[attr-defined]
 
     # -- in the vision step ---------------------------------------------------------------------
 
