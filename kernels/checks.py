@@ -10,7 +10,8 @@ from .errors import KernelError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRITON_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-INT32_MAX = 2**31 - 1
+# Row indices are 32 bits wide; the last tile of a launch counts past the last row.
+MAX_ROWS = 2**31 - 2**16
 
 
 def shape(name: str, tensor: Tensor, dims: int | tuple[int, ...], form: str) -> None:
@@ -58,12 +59,24 @@ def triton_dtype(name: str, tensor: Tensor) -> None:
 
 
 def int32_sizes(**sizes: int) -> None:
-    """Require row counts that fit the kernels' 32-bit row indices."""
+    """Require row counts (or products of counts) that fit the kernels' 32-bit row indices."""
     for name, size in sizes.items():
-        if size > INT32_MAX:
+        if size > MAX_ROWS:
             raise KernelError(
-                f"{name}={size} does not fit 32-bit row indices (at most {INT32_MAX})"
+                f"{name}={size} does not fit 32-bit row indices (at most {MAX_ROWS}): split the "
+                "call into smaller ones"
             )
+
+
+def triton_heads(q: Tensor, largest: int) -> None:
+    """Require queries ``(B, H, N, D)`` that a Triton attention kernel takes, D up to `largest`."""
+    triton_dtype("q", q)
+    grid_size("batch x heads", q.shape[0] * q.shape[1])
+    if q.shape[3] > largest:
+        raise KernelError(
+            f"head dimension {q.shape[3]} is above {largest}, the largest the Triton kernel "
+            "compiles for; set TOKENCOMP_KERNELS=naive"
+        )
 
 
 def grid_size(name: str, size: int) -> None:

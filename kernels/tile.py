@@ -50,8 +50,8 @@ def long_dot(
 
 @triton.jit
 def log_sum(top, total):
-    """``log(total · exp(top))`` for a running maximum and sum; -inf where nothing was summed."""
-    some = total > 0.0
+    """``log(total · exp(top))`` of a running maximum and sum; -inf for an empty sum, NaN stays."""
+    some = total != 0.0
     return tl.where(some, top + tl.log2(tl.where(some, total, 1.0)) / LOG2E, -float("inf"))
 
 

@@ -5,12 +5,14 @@
 The kernels' own launchers run at real sizes with the launch itself replaced by a recorder, so what
 is compiled is what would run: same arguments, specialisation, tile sizes and warps. From each cubin
 the script reads registers, stack (spills), shared memory and whether tensor-core instructions are
-present, with the tools that ship in the Triton wheel. It writes ``aot.json`` and ``aot.md`` and
-fails if a kernel spills, exceeds the architecture's limits or lacks tensor-core instructions.
+present, with the tools that ship in the Triton wheel, and works out how many warps a multiprocessor
+can hold at once. It writes ``aot.json`` and ``aot.md``, and fails if a kernel spills, exceeds the
+architecture's limits or lacks tensor-core instructions.
 """
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import re
@@ -38,11 +40,15 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 HERE = Path(__file__).parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPS = [op for op in dispatch.OPS if op not in dispatch.TORCH_ONLY]
+TARGETS = [80, 90, 100]
 # Shared memory that one block may use, bytes.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 GLOBAL_LOAD = re.compile(r"\bLDG(?:STS)?\.\S*")
+# A multiprocessor of any of them: registers, warps, blocks, and bytes of shared memory.
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32
+SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 # Kernels whose work is a matrix product.
 DOTS = ("lse_kernel", "colsum_kernel", "match_kernel", "ccam_kernel", "gram_kernel")
 
@@ -91,14 +97,29 @@ class Row:
     problems: list[str]
 
 
+def resident_warps(row: Row) -> int:
+    """Warps that one multiprocessor holds at once: what hides the latency of memory.
+
+    Registers are given out in units of 8 per thread; every block costs 1 KiB of shared memory more.
+    """
+    per_thread = (row.registers + 7) // 8 * 8
+    blocks = min(
+        BLOCKS,
+        WARPS // row.warps,
+        REGISTERS // (per_thread * 32 * row.warps),
+        SHARED[int(row.target.removeprefix("sm_"))] // (row.shared + 1024),
+    )
+    return blocks * row.warps
+
+
 @dataclass
 class Launch:
-    """A recorded launch."""
+    """A recorded launch: what the compiler would get (no tensors, they are large)."""
 
-    kernel: JITFunction
+    name: str
     case: str
     dtype: str
-    arguments: tuple[Any, ...]
+    source: ASTSource
     options: dict[str, Any]
 
 
@@ -135,28 +156,32 @@ def recording(note: Callable[..., None], multiprocessors: int) -> Iterator[None]
                 patch.stop()
 
 
-def record(setups: list[Setup], dtype: torch.dtype, multiprocessors: int) -> list[Launch]:
-    """Every different launch of the given cases."""
-    launches: list[Launch] = []
-    current = ""
+def record(setups: list[Setup], dtypes: list[torch.dtype], arch: int) -> list[Launch]:
+    """Every different launch of the given cases on ``sm_<arch>``."""
+    launches: dict[tuple[Any, ...], Launch] = {}
+    target = GPUTarget("cuda", arch, 32)
+    current = dtype = ""
 
     def note(kernel: JITFunction, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        name = str(dtype).removeprefix("torch.")
-        launches.append(Launch(kernel, current, name, arguments, options))
+        source, options = specialise(kernel, arguments, options, target)
+        shape = (source.hash(), options["num_warps"], options["num_stages"])
+        launches.setdefault(shape, Launch(kernel.__name__, current, dtype, source, options))
 
-    with recording(note, multiprocessors), mock.patch("cases._random", _uninitialised):
-        for setup in setups:
-            case = setup(torch.device("cpu"), dtype, 1.0)
-            current = case.name
+    with recording(note, MULTIPROCESSORS[arch]), mock.patch("cases._random", _uninitialised):
+        for item, setup in itertools.product(dtypes, setups):
+            case = setup(torch.device("cpu"), item, 1.0)
+            current, dtype = case.name, str(item).removeprefix("torch.")
             case.call()
-    return launches
+    return list(launches.values())
 
 
-def specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+def specialise(
+    kernel: JITFunction, arguments: tuple[Any, ...], options: dict[str, Any], target: GPUTarget
+) -> tuple[ASTSource, dict[str, Any]]:
     """The compiler's input for a launch, made by Triton's own argument binder."""
-    kernel, backend = launch.kernel, make_backend(target)
+    backend = make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialisation, options = binder(*launch.arguments, **launch.options)
+    bound, specialisation, options = binder(*arguments, **options)
     parsed, signature, constants, attributes = kernel._pack_args(
         backend, options, bound, specialisation, options
     )
@@ -164,10 +189,10 @@ def specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, 
     return source, {**parsed.__dict__}
 
 
-def compile_one(launch: Launch, source: ASTSource, options: dict[str, Any], arch: int) -> Row:
+def compile_one(launch: Launch, arch: int) -> Row:
     """Compile for ``sm_<arch>`` and inspect the cubin."""
-    name = launch.kernel.__name__
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    name, target = launch.name, GPUTarget("cuda", arch, 32)
+    compiled = triton.compile(launch.source, target=target, options=launch.options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -204,18 +229,11 @@ def compile_all(
     setups: list[Setup], dtypes: list[torch.dtype], arch: int, quiet: bool = True
 ) -> list[Row]:
     """Compile all different launches of `setups` for one architecture."""
-    rows, seen = [], set()
-    target = GPUTarget("cuda", arch, 32)
-    for dtype in dtypes:
-        for launch in record(setups, dtype, MULTIPROCESSORS[arch]):
-            source, options = specialise(launch, target)
-            shape = (source.hash(), options["num_warps"], options["num_stages"])
-            if shape in seen:
-                continue
-            seen.add(shape)
-            rows.append(compile_one(launch, source, options, arch))
-            if not quiet:
-                print(rows[-1], file=sys.stderr)
+    rows = []
+    for launch in record(setups, dtypes, arch):
+        rows.append(compile_one(launch, arch))
+        if not quiet:
+            print(rows[-1], file=sys.stderr)
     return rows
 
 
@@ -223,14 +241,14 @@ def markdown(rows: list[Row]) -> str:
     """The table, one line per kernel, configuration and architecture."""
     lines = [
         "| kernel | configuration | dtype | arch | warps | registers | stack bytes | shared KiB | "
-        "widest load, bits | tensor cores |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "warps per SM | widest load, bits | tensor cores |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row.kernel} | {row.case} | {row.dtype} | {row.target} | {row.warps} | "
             f"{row.registers} | {row.stack} | {row.shared / 1024:.1f} | "
-            f"{row.load_bits} | {'yes' if row.tensor_cores else '-'} |"
+            f"{resident_warps(row)} | {row.load_bits} | {'yes' if row.tensor_cores else '-'} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -238,7 +256,7 @@ def markdown(rows: list[Row]) -> str:
 def main() -> int:
     """Compile, write the tables, fail on any problem."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--targets", type=int, nargs="+", default=[80, 90], choices=[80, 90, 100])
+    parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--quick", action="store_true", help="one configuration per kernel, bf16")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for aot.json and aot.md")
     arguments = parser.parse_args()

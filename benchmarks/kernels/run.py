@@ -6,8 +6,9 @@ One JSON line per case and provider: latency quantiles, achieved bandwidth and F
 share of the data-sheet peak, peak memory, the roofline time on A100, H100 and H200, versions,
 commit, hardware and date. Providers: ``naive`` (the CPU path), ``eager`` (whole matrices in
 PyTorch), ``compile`` (torch.compile of eager), ``triton`` and, where installed,
-``flash-colreduce``. Without a GPU only ``naive`` and ``eager`` run, at reduced sizes: those lines
-say nothing about the Triton kernels. On a GPU the value checks are off: they wait for the device.
+``flash-colreduce``. Without a GPU only the first three run, at reduced sizes: those lines say
+nothing about the Triton kernels. On a GPU the value checks are off: they wait for the device. A
+provider that fails (out of memory, no C++ compiler) leaves a line that says so.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def providers(case: Case, wanted: list[str], gpu: bool) -> Iterator[tuple[str, C
                 yield name, case.call
         elif case.eager is not None and name == "eager":
             yield name, functools.partial(case.eager, *case.arguments)
-        elif case.eager is not None and name == "compile" and gpu:
+        elif case.eager is not None and name == "compile":
             yield name, functools.partial(torch.compile(case.eager), *case.arguments)
         elif name in case.others and gpu:
             yield name, case.others[name]
@@ -150,8 +151,10 @@ def main() -> None:
                 os.environ["TOKENCOMP_KERNELS_CHECK"] = "0" if gpu else "1"
                 try:
                     times = measure(call, gpu, arguments.repeats)
-                except torch.OutOfMemoryError:
-                    result = {"op": case.op, "case": case.name, "provider": provider, "oom": True}
+                except RuntimeError as error:  # out of memory, or nothing to compile with
+                    failed = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                    result = {"op": case.op, "case": case.name, "provider": provider}
+                    result["failed"] = failed[:200]
                 else:
                     result = line(case, provider, times, device_name)
                 file.write(json.dumps({**result, **info}) + "\n")
@@ -161,8 +164,8 @@ def main() -> None:
 def summary(result: dict[str, Any]) -> str:
     """One line for the terminal."""
     head = f"{result['op']:24} {result['case']:52} {result['provider']:16}"
-    if result.get("oom"):
-        return head + " out of memory"
+    if "failed" in result:
+        return f"{head} {result['failed']}"
     floors = " ".join(f"{v * 1e6:.1f}" for v in result["roofline_s"].values())
     share = f"  {result['roofline_share']:.0%} of roofline" if "roofline_share" in result else ""
     return f"{head} {result['median_s'] * 1e6:10.1f} us  (A100/H100/H200 floor {floors}){share}"

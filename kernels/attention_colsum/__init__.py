@@ -66,7 +66,7 @@ def attention_colsum(
     lse
         ``(B, Hq, R)`` (packed ``(Hq, Tq)``) log-sum-exp of every row, from :func:`attention_lse`
         with the same arguments or from FlashAttention (then ``temperature`` must be 1 and the mask
-        the same): saves the first of the two passes. Not finite: the row is ignored.
+        the same): saves the first of the two passes. Infinite: the row is ignored.
     heads
         ``"mean"``, ``"rms"`` or ``"none"`` (one result per query head).
     iterations
@@ -210,13 +210,7 @@ def _(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
 def _implementation(q: Tensor) -> ModuleType:
     if dispatch.which(q) == "naive":
         return naive
-    checks.triton_dtype("q", q)
-    checks.grid_size("batch x heads", q.shape[0] * q.shape[1])
-    if q.shape[3] > MAX_HEAD_DIM:
-        raise KernelError(
-            f"head dimension {q.shape[3]} is above {MAX_HEAD_DIM}, the largest the Triton kernel "
-            "compiles for; set TOKENCOMP_KERNELS=naive"
-        )
+    checks.triton_heads(q, MAX_HEAD_DIM)
     from . import triton
 
     return triton
@@ -232,6 +226,7 @@ def _check(q: Tensor, k: Tensor, packed: bool, temperature: float) -> None:
         checks.shape(name, tensor, 3 if packed else 4, form)
         checks.floating(name, tensor)
         checks.int32_sizes(**{f"{name} length": tensor.shape[0 if packed else 2]})
+    checks.int32_sizes(**{"q heads x rows": q.shape[1] * q.shape[0 if packed else 2]})
     checks.same_device(q=q, k=k)
     checks.same_dtype(q=q, k=k)
     if q.shape[-1] != k.shape[-1] or (not packed and q.shape[0] != k.shape[0]):

@@ -21,8 +21,8 @@ def attention_colsum(
     out = _accumulator(q, k.shape[2])
     for rows, columns, logits in _blocks(q, k, lo, hi, scale):
         norm = logits.logsumexp(-1) if lse is None else lse[:, :, rows].to(logits.dtype)
-        # +inf where a row sees no key: exp(-inf - inf) is 0, never NaN.
-        norm = torch.where(norm.isfinite(), norm, torch.inf)
+        # +inf where a row sees no key: exp(-inf - inf) is 0. NaN stays and reaches the result.
+        norm = torch.where(norm.isinf(), torch.inf, norm)
         probabilities = logits.sub_(norm[..., None]).exp_()
         weighted = weights[:, :, None, rows].to(logits.dtype) @ probabilities
         out[:, :, columns] += weighted.squeeze(2)

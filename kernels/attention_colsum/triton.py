@@ -156,8 +156,8 @@ def colsum_kernel(
             high = tl.load(hi + row, mask=inside, other=0)
             norm = tl.load(lse + at + row, mask=inside, other=0.0)
             weight = tl.load(weights + at + row, mask=inside, other=0.0)
-            # Not finite: the row is ignored.
-            live = (norm > -float("inf")) & (norm < float("inf"))
+            # Infinite: the row is ignored. NaN must reach the result.
+            live = (norm != -float("inf")) & (norm != float("inf"))
             norm = tl.where(live, norm, 0.0)
             high = tl.where(live, high, 0)
             logits *= scale

@@ -56,6 +56,7 @@ def _op(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
         from . import triton
 
         checks.triton_dtype("x", x)
+        checks.grid_size("tiles of a frame", max(lengths, default=0) // 64)
         with dispatch.on_device(x):
             similarity, partner = triton.bipartite_match(checks.rows_contiguous(x), lengths)
     checks.holds(~similarity.isnan().any(), "x has NaN or infinite features: cosine is undefined")

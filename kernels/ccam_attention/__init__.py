@@ -72,6 +72,7 @@ def ccam_attention(
     if len(counts) != batch or min(counts, default=0) < 0:
         raise KernelError(f"frames must be one count >= 0 per sample ({batch}); got {counts[:9]}")
     most = max(counts, default=0)
+    checks.int32_sizes(**{"queries x frames": q.shape[2] * most})
     if (most == 0 and k.shape[2]) or (most and k.shape[2] % most):
         raise KernelError(f"{k.shape[2]} keys are not a multiple of {most} frames")
     per_frame = k.shape[2] // most if most else 0
@@ -89,13 +90,7 @@ def _op(
 ) -> Tensor:
     if dispatch.which(q) == "naive":
         return naive.ccam_attention(q, k, v, frames, per_frame, causal, scale).contiguous()
-    checks.triton_dtype("q", q)
-    checks.grid_size("batch x heads", q.shape[0] * q.shape[1])
-    if q.shape[3] > MAX_HEAD_DIM:
-        raise KernelError(
-            f"head dimension {q.shape[3]} is above {MAX_HEAD_DIM}, the largest the Triton kernel "
-            "compiles for; set TOKENCOMP_KERNELS=naive"
-        )
+    checks.triton_heads(q, MAX_HEAD_DIM)
     from . import triton
 
     q, k, v = checks.rows_contiguous(q), checks.rows_contiguous(k), checks.rows_contiguous(v)

@@ -67,7 +67,7 @@ def ccam_kernel(
         result = dot(share.to(v_tile.dtype), v_tile, result * old[:, None])
         top = new_top
     result = tl.where(
-        (total > 0.0)[:, None], result / tl.where(total > 0.0, total, 1.0)[:, None], 0.0
+        (total != 0.0)[:, None], result / tl.where(total != 0.0, total, 1.0)[:, None], 0.0
     )
     row = (sample.to(tl.int64) * heads + head) * queries + query
     row += split.to(tl.int64) * tl.num_programs(1) * queries
@@ -104,7 +104,7 @@ def combine_kernel(
         result += value * weight[:, None]
         total += weight
     result = tl.where(
-        (total > 0.0)[:, None], result / tl.where(total > 0.0, total, 1.0)[:, None], 0.0
+        (total != 0.0)[:, None], result / tl.where(total != 0.0, total, 1.0)[:, None], 0.0
     )
     tl.store(out + row[:, None] * DIM + d[None, :], result.to(out.dtype.element_ty), mask=mask)
 

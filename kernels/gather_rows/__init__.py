@@ -72,7 +72,10 @@ def gather_rows(
                 f"samples (or 1), and the sequence dimension ({seq}) must be another one"
             )
         rows.append(tensor.shape[seq])
-        checks.int32_sizes(rows=tensor.shape[seq])
+        written = index.numel()
+        for dim in range(max(seq, batch)):
+            written *= 1 if dim in (seq, batch) else tensor.shape[dim]
+        checks.int32_sizes(rows=tensor.shape[seq], rows_written=written)
     if not tensors:
         return []
     index = index.long()

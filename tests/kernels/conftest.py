@@ -24,6 +24,12 @@ else:
     PLACES += [pytest.param(("triton", "cpu"), id="triton-cpu")]
 
 
+@pytest.fixture
+def device() -> torch.device:
+    """Where the Triton kernels run here: the GPU, or the CPU for the interpreter."""
+    return torch.device("cuda" if ON_GPU else "cpu")
+
+
 @pytest.fixture(params=PLACES)
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A device, with the implementation to test chosen."""

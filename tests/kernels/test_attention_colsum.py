@@ -285,10 +285,16 @@ def test_bad_packed_offsets(place: torch.device) -> None:
         attention_colsum(q, k, cu_seqlens_q=good)
 
 
-def test_triton_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_limits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
-    with pytest.raises(KernelError, match="head dimension 320"):
-        attention_colsum(torch.randn(1, 1, 1, 320), torch.randn(1, 1, 4, 320))
-    with pytest.raises(KernelError, match="float64"):
-        attention_colsum(torch.randn(1, 1, 1, 64).double(), torch.randn(1, 1, 4, 64).double())
+    wide, double = torch.randn(1, 1, 4, 320), torch.randn(1, 1, 4, 64).double()
+    many = torch.zeros(1, 1, 1, 16).expand(2**16, 1, 1, 16)
+    for x, message in (
+        (wide, "head dimension 320"),
+        (double, "float64"),
+        (many, "batch x heads=65536 is above 65535"),
+    ):
+        x = x.to(device)
+        with pytest.raises(KernelError, match=message):
+            attention_colsum(x, x)

@@ -144,9 +144,9 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
         ccam_attention(**arguments)  # type: ignore[arg-type]
 
 
-def test_triton_head_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_head_dimension(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
-    q = torch.randn(1, 1, 4, 160)
+    q = torch.randn(1, 1, 4, 160, device=device)
     with pytest.raises(KernelError, match="head dimension 160"):
         ccam_attention(q, q, q, 2)

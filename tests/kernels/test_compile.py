@@ -8,7 +8,12 @@ from torch import Tensor
 
 from tokencomp import kernels
 
-IDENTITY = torch.arange(12)
+
+def rows(x: Tensor) -> Tensor:
+    """Every row of 12 in order, on the device of x."""
+    return torch.arange(12, device=x.device)
+
+
 CALLS: dict[str, Callable[[Tensor], object]] = {
     "attention_colsum": lambda x: kernels.attention_colsum(
         x.view(1, 2, 3, 16)[:, :, :1], x.view(1, 2, 3, 16)
@@ -21,11 +26,9 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     ),
     "bipartite_match": lambda x: kernels.bipartite_match(x.view(12, 8), 6),
     "nearest_previous_frame": lambda x: kernels.nearest_previous_frame(x.view(2, 2, 3, 8)),
-    "merge_rows": lambda x: kernels.merge_rows(
-        x.view(12, 8), IDENTITY, IDENTITY, positions=IDENTITY
-    ),
+    "merge_rows": lambda x: kernels.merge_rows(x.view(12, 8), rows(x), rows(x), positions=rows(x)),
     "gather_rows": lambda x: kernels.gather_rows(
-        [x.view(1, 12, 8), x.view(1, 12, 8) > 0], IDENTITY[None, 3:]
+        [x.view(1, 12, 8), x.view(1, 12, 8) > 0], rows(x)[None, 3:]
     ),
     "frame_pool": lambda x: kernels.frame_pool(x.view(2, 2, 3, 8), [(1, 2), (2, 3)]),
     "ccam_attention": lambda x: kernels.ccam_attention(
@@ -39,15 +42,14 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("backend", ["naive", "triton"])
 def test_whole_graph_compiles_and_agrees(
-    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    name: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No graph break, shapes and dtypes of the fake implementation as promised, equal results."""
     if backend == "triton":
         pytest.importorskip("triton")
     monkeypatch.setenv("TOKENCOMP_KERNELS", backend)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     torch._dynamo.reset()
-    x = torch.randn(96)
+    x = torch.randn(96, device=device)
     want = torch.utils._pytree.tree_leaves(CALLS[name](x))
     compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")
     got = torch.utils._pytree.tree_leaves(compiled(x))
@@ -57,7 +59,7 @@ def test_whole_graph_compiles_and_agrees(
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "attention_colsum_iterated"])
-def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opcheck(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own checks of the schema (no hidden aliasing or mutation) and fake tensors."""
     monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
     recorded: list[tuple] = []
@@ -72,5 +74,5 @@ def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return op(*arguments)
 
     monkeypatch.setattr(package, attribute, recorder)
-    CALLS[name](torch.randn(96))
+    CALLS[name](torch.randn(96, device=device))
     torch.library.opcheck(op, recorded[0], test_utils=("test_schema", "test_faketensor"))
