@@ -56,10 +56,12 @@ def test_one_launch_per_stage(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     pytest.importorskip("triton")
     gather = importlib.import_module("tokencomp.kernels.gather_rows.triton")
     family = FAMILIES[name]
-    model, uniform = family.build(), make_reducer("uniform")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, uniform = family.build().to(device), make_reducer("uniform")
     inputs = family.batch(
         [[text(3), family.image(0), text(4)], [text(2), family.image(1), text(3), family.image(2)]]
     )
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     plan = Plan(tuple(Stage(layer, 0.8 - layer / 5, uniform) for layer in (0, 1, 3)))
     logits, launches = {}, {}
     with tokencomp.patch(model, plan=plan), torch.no_grad():
