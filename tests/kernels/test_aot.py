@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,3 +39,44 @@ def test_compiles_ahead_of_time(arch: int, tmp_path: Path) -> None:
     for row in rows:
         assert row["stack"] == 0 and 0 < row["registers"] <= 255, row
     assert {r["kernel"] for r in rows if r["tensor_cores"]} == TENSOR_CORE_KERNELS
+
+
+def test_recorded_table_is_complete() -> None:
+    """Every kernel in the sources has been compiled for both architectures, none with a problem."""
+    sources = (SCRIPT.parents[2] / "kernels").glob("*/triton.py")
+    found = {
+        name for s in sources for name in re.findall(r"^def (\w+_kernel)\(", s.read_text(), re.M)
+    }
+    assert found == KERNELS
+    rows = json.loads((SCRIPT.parent / "aot.json").read_text())["rows"]
+    for target in ("sm_80", "sm_90"):
+        here = [row for row in rows if row["target"] == target]
+        assert {row["kernel"] for row in here} == KERNELS
+        assert all(row["stack"] == 0 and not row["problems"] for row in here)
+        half = [row for row in here if row["dtype"] == "bfloat16"]
+        assert {row["kernel"] for row in half if row["tensor_cores"]} == TENSOR_CORE_KERNELS
+
+
+def test_recorded_occupancy_is_the_most_that_fits() -> None:
+    """As many blocks as registers, warps and shared memory of a multiprocessor allow, not one more.
+
+    Limits from NVIDIA's tuning guides: 64 warps, 64 Ki registers, 164 or 228 KiB with 1 KiB per
+    block for the system.
+    """
+    rows = json.loads((SCRIPT.parent / "aot.json").read_text())["rows"]
+    lines = (SCRIPT.parent / "aot.md").read_text().splitlines()[2:]
+    assert len(lines) == len(rows)
+    for row, line in zip(rows, lines, strict=True):
+        warps = int(line.split("|")[9])
+
+        def fits(warps: int, row: dict = row) -> bool:
+            blocks = warps // row["warps"]
+            shared = 164 if row["target"] == "sm_80" else 228
+            return (
+                warps <= 64
+                and blocks <= 32
+                and warps * 32 * (-(-row["registers"] // 8) * 8) <= 65536
+                and blocks * (row["shared"] + 1024) <= shared * 1024
+            )
+
+        assert warps % row["warps"] == 0 and fits(warps) and not fits(warps + row["warps"]), line
