@@ -184,7 +184,7 @@ def test_two_processes_share_the_work(args, done, tmp_path):
     assert both.returncode == 0, both.stderr[-2000:]
     assert answers(out / "uniform-0.75") == answers(done / "uniform-0.75")
     parts = [answered(out, name) for name in ("records.jsonl", "records.1.jsonl")]
-    assert all(parts) and not parts[0] & parts[1]
+    assert parts[0] - parts[1] and parts[1] - parts[0], "each answered items of its own"
     assert both.stdout.count("Run folders") == 1, "one process speaks"
 
 
