@@ -12,7 +12,6 @@ architecture's limits or lacks tensor-core instructions.
 
 import argparse
 import importlib
-import itertools
 import json
 import os
 import re
@@ -114,12 +113,12 @@ def resident_warps(row: Row) -> int:
 
 @dataclass
 class Launch:
-    """A recorded launch: what the compiler would get (no tensors, they are large)."""
+    """A recorded launch."""
 
-    name: str
+    kernel: JITFunction
     case: str
     dtype: str
-    source: ASTSource
+    arguments: tuple[Any, ...]
     options: dict[str, Any]
 
 
@@ -141,8 +140,7 @@ def recording(note: Callable[..., None], multiprocessors: int) -> Iterator[None]
         for op in OPS:
             module = importlib.import_module(f"tokencomp.kernels.{op}.triton")
             for name, value in vars(module).items():
-                # Device functions that kernels call stay what they are.
-                if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                if isinstance(value, JITFunction):
                     patches.append(mock.patch.object(module, name, Recorder(value, note)))
             if hasattr(module, "multiprocessors"):
                 patches.append(
@@ -157,32 +155,28 @@ def recording(note: Callable[..., None], multiprocessors: int) -> Iterator[None]
                 patch.stop()
 
 
-def record(setups: list[Setup], dtypes: list[torch.dtype], arch: int) -> list[Launch]:
-    """Every different launch of the given cases on ``sm_<arch>``."""
-    launches: dict[tuple[Any, ...], Launch] = {}
-    target = GPUTarget("cuda", arch, 32)
-    current = dtype = ""
+def record(setups: list[Setup], dtype: torch.dtype, multiprocessors: int) -> list[Launch]:
+    """Every different launch of the given cases."""
+    launches: list[Launch] = []
+    current = ""
 
     def note(kernel: JITFunction, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        source, options = specialise(kernel, arguments, options, target)
-        shape = (source.hash(), options["num_warps"], options["num_stages"])
-        launches.setdefault(shape, Launch(kernel.__name__, current, dtype, source, options))
+        name = str(dtype).removeprefix("torch.")
+        launches.append(Launch(kernel, current, name, arguments, options))
 
-    with recording(note, MULTIPROCESSORS[arch]), mock.patch("cases._random", _uninitialised):
-        for item, setup in itertools.product(dtypes, setups):
-            case = setup(torch.device("cpu"), item, 1.0)
-            current, dtype = case.name, str(item).removeprefix("torch.")
+    with recording(note, multiprocessors), mock.patch("cases._random", _uninitialised):
+        for setup in setups:
+            case = setup(torch.device("cpu"), dtype, 1.0)
+            current = case.name
             case.call()
-    return list(launches.values())
+    return launches
 
 
-def specialise(
-    kernel: JITFunction, arguments: tuple[Any, ...], options: dict[str, Any], target: GPUTarget
-) -> tuple[ASTSource, dict[str, Any]]:
+def specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
     """The compiler's input for a launch, made by Triton's own argument binder."""
-    backend = make_backend(target)
+    kernel, backend = launch.kernel, make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialisation, options = binder(*arguments, **options)
+    bound, specialisation, options = binder(*launch.arguments, **launch.options)
     parsed, signature, constants, attributes = kernel._pack_args(
         backend, options, bound, specialisation, options
     )
@@ -190,10 +184,10 @@ def specialise(
     return source, {**parsed.__dict__}
 
 
-def compile_one(launch: Launch, arch: int) -> Row:
+def compile_one(launch: Launch, source: ASTSource, options: dict[str, Any], arch: int) -> Row:
     """Compile for ``sm_<arch>`` and inspect the cubin."""
-    name, target = launch.name, GPUTarget("cuda", arch, 32)
-    compiled = triton.compile(launch.source, target=target, options=launch.options)
+    name = launch.kernel.__name__
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -230,11 +224,18 @@ def compile_all(
     setups: list[Setup], dtypes: list[torch.dtype], arch: int, quiet: bool = True
 ) -> list[Row]:
     """Compile all different launches of `setups` for one architecture."""
-    rows = []
-    for launch in record(setups, dtypes, arch):
-        rows.append(compile_one(launch, arch))
-        if not quiet:
-            print(rows[-1], file=sys.stderr)
+    rows, seen = [], set()
+    target = GPUTarget("cuda", arch, 32)
+    for dtype in dtypes:
+        for launch in record(setups, dtype, MULTIPROCESSORS[arch]):
+            source, options = specialise(launch, target)
+            shape = (source.hash(), options["num_warps"], options["num_stages"])
+            if shape in seen:
+                continue
+            seen.add(shape)
+            rows.append(compile_one(launch, source, options, arch))
+            if not quiet:
+                print(rows[-1], file=sys.stderr)
     return rows
 
 
