@@ -22,6 +22,7 @@ from tokencomp.errors import WeightsError
 
 FINGERPRINT = 16
 SAME = 0.9
+SUBFOLDER = "tokencomp"  # of a model folder, for parts that ship with it
 
 
 def model_card(model: nn.Module) -> dict[str, Any]:
@@ -85,7 +86,10 @@ def check_card(card: dict[str, Any], model: nn.Module, path: Path, train: str) -
 
 
 def locate(given: str | None, model: nn.Module, kind: str, train: str) -> Path:
-    """The weights file of `kind`: where the user says, else beside the model's own files.
+    """The weights file of `kind`: where the user says, else in the model's own folder.
+
+    A folder is searched itself, then its subfolder `tokencomp`: serving engines load every
+    safetensors file that lies beside a model's own.
 
     Raises
     ------
@@ -94,12 +98,13 @@ def locate(given: str | None, model: nn.Module, kind: str, train: str) -> Path:
     """
     name = f"{kind}.safetensors"
     folder = str(getattr(adapter_for(model).model.config, "_name_or_path", "") or "")
-    path = Path(given) if given else Path(folder) / name
+    path = Path(given or folder)
+    for file in (path, path / name, path / SUBFOLDER / name) if given or folder else ():
+        if file.is_file():
+            return file
     if path.is_dir():
         path = path / name
-    if path.is_file():
-        return path
-    where = f"{path} does not exist" if given else f"no {name} lies beside the model"
+    where = f"{path} does not exist" if given else f"no {name} lies in the model's folder"
     raise WeightsError(
         f"reducer={kind!r} needs trained weights, and {where}. Train them with `{train}`, then "
         f"patch(model, reducer={kind!r}, weights='FOLDER')."

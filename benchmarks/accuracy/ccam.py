@@ -1,6 +1,6 @@
 """The ccam projector against pooling and random choice at as many tokens, by number of frames.
 
-    tokencomp train ccam --model tiny-qwen2-vl --output tokencomp/zoo/models/tiny-qwen2-vl ...
+    tokencomp train ccam --model tiny-qwen2-vl --output FOLDER ...
     python benchmarks/accuracy/ccam.py
 
 writes ccam.json (tables, versions) and ccam.jsonl (every answer): images, videos of the trained 8
@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
     from tokencomp.evaluation.loading import load_model
 
     model, processor = load_model(args.model, device=args.device)
-    weights = Path(args.weights or model.config._name_or_path)
+    weights = Path(args.weights or Path(model.config._name_or_path) / "tokencomp")
     queries = CCAMProjector.load(weights).config.queries
     tables, records = {}, []
     for name, (families, scene, fewer) in SETS.items():

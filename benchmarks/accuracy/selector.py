@@ -1,6 +1,6 @@
 """Oracle, selector, raw attention row and random choice on held-out ShapesQA.
 
-    tokencomp train selector --model tiny-qwen2-vl --output tokencomp/zoo/models/tiny-qwen2-vl ...
+    tokencomp train selector --model tiny-qwen2-vl --output FOLDER ...
     python benchmarks/accuracy/selector.py
 
 writes selector.json (tables, order, versions) and selector.jsonl (every answer). `--longer` asks
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
     from tokencomp.evaluation.loading import load_model
 
     model, processor = load_model(args.model, device=args.device)
-    weights = Path(args.weights or model.config._name_or_path)
+    weights = Path(args.weights or Path(model.config._name_or_path) / "tokencomp")
     tables: dict[str, Any] = {}
     records = []
     asked = ways(weights, RATIOS, oracle=True)

@@ -17,9 +17,9 @@ from tokencomp.training.data import load_batch, questions
 
 MODELS = Path(zoo.__file__).parent / "models"
 SHIPPED = sorted(
-    (path.parent.name, path.stem)
+    (path.parents[1].name, path.stem)
     for kind in ("selector", "ccam")
-    for path in MODELS.glob(f"*/{kind}.safetensors")
+    for path in MODELS.glob(f"*/tokencomp/{kind}.safetensors")
 )
 
 
@@ -43,7 +43,7 @@ def test_found_without_a_path_and_runs(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), SHIPPED)
 def test_card_tells_model_data_and_settings(name: str, kind: str) -> None:
-    card = json.loads((MODELS / name / f"{kind}.json").read_text())
+    card = json.loads((MODELS / name / "tokencomp" / f"{kind}.json").read_text())
     assert card["model_id"] == name and card["kind"] == kind
     assert card["data"].startswith("shapesqa") and card["config"]["samples"] > 0
 

@@ -42,7 +42,8 @@ class Ccam(Reducer):
     Attributes
     ----------
     weights : str or None
-        `ccam.safetensors`, or the folder that holds it. None: beside the model's own files.
+        `ccam.safetensors`, or the folder that holds it. None: in the
+        model's folder or its subfolder `tokencomp`.
 
     Raises
     ------

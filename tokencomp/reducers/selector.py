@@ -97,7 +97,8 @@ class Selector(Reducer):
     Attributes
     ----------
     weights : str or None
-        `selector.safetensors`, or the folder that holds it. None: beside the model's own files.
+        `selector.safetensors`, or the folder that holds it. None: in the
+        model's folder or its subfolder `tokencomp`.
 
     Raises
     ------
