@@ -155,14 +155,23 @@ def test_reducers_an_engine_cannot_run_are_refused_with_those_it_can() -> None:
         assert ServerOptions.parse({"reducer": name, "ratio": 0.5}, engine="hf").default.active
 
 
-async def through_middleware(body: bytes, limit: int = 10**6) -> tuple[int, bytes | None]:
-    """Status, and the body as the application behind the middleware read it (None: not called)."""
+async def through_middleware(
+    body: bytes, limit: int = 10**6, error: Exception | None = None, late: bool = False
+) -> tuple[int, bytes | None]:
+    """Status, and the body as the application behind the middleware read it (None: not called).
+
+    The application raises `error`, with `late` after it has begun to answer.
+    """
     seen: list[bytes] = []
     status: list[int] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.append((await receive())["body"])
+        if error is not None and not late:
+            raise error
         await send({"type": "http.response.start", "status": 200, "headers": []})
+        if error is not None:
+            raise error
 
     parts = [body[: len(body) // 2], body[len(body) // 2 :]]
     messages = [
@@ -195,6 +204,24 @@ def test_options_that_the_flag_opens_besides_ours_are_closed() -> None:
     ):
         assert ask(bad) == (400, None)
     assert ask('{"a": 1}', limit=7) == (413, None)
+
+
+def test_a_file_url_without_a_file_is_the_clients_error() -> None:
+    def ask(text: str, error: Exception, **more: Any) -> int:
+        return asyncio.run(through_middleware(text.encode(), error=error, **more))[0]
+
+    missing = FileNotFoundError(2, "No such file", "/media/none.png")
+    url = '{"url": "file:///media/none.png"}'
+    for error in (missing, OSError(36, "File name too long", "x" * 300)):
+        assert ask(url, error) == 400
+    for text, error, more in (  # not about a file of the request, or too late to say so
+        ('{"url": "data:"}', missing, {}),
+        (url, ConnectionResetError("engine"), {}),
+        (url, ValueError("other"), {}),
+        (url, missing, {"late": True}),
+    ):
+        with pytest.raises(type(error)):
+            ask(text, error, **more)
 
 
 def stub(**more: Any) -> Any:

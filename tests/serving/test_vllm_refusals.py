@@ -17,7 +17,12 @@ from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.serving.items import ItemPlan
 from tokencomp.serving.vllm import checks
 from tokencomp.serving.vllm.model import batches
-from tokencomp.serving.vllm.mrope import MRopeProcessor, pack_offsets, unpack_offsets
+from tokencomp.serving.vllm.mrope import (
+    MRopeProcessor,
+    lengthen_tables,
+    pack_offsets,
+    unpack_offsets,
+)
 from tokencomp.serving.vllm.qwen3_vl import frame_offsets
 
 
@@ -101,6 +106,28 @@ def test_offsets_survive_any_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(unpack_offsets(pack_offsets(offsets, dtype)), offsets)
     with pytest.raises(RuntimeError, match="16 bits"):
         pack_offsets(torch.tensor([[65536], [0], [0]]), dtype)
+
+
+@pytest.mark.parametrize("factor", [None, 4.0])
+def test_longer_tables_keep_their_entries(factor: float | None) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
+
+    with set_current_vllm_config(VllmConfig()):
+        table = MRotaryEmbedding(
+            16, 16, 64, 1e6, True, torch.float32, [2, 3, 3], positions_factor=1,
+            scaling_factor=factor,
+        )  # fmt: skip
+    old = table.cos_sin_cache.clone()
+    lengthen_tables(torch.nn.ModuleList([table]), 2000)
+    new = table.cos_sin_cache
+    assert new.shape == (2000, 16) and torch.equal(new[: len(old)], old)
+    # both are waves in the position: every entry follows from the two before it
+    turn = 2 * (old[1, :8] / old[0, :8])
+    for wave in new.split(8, dim=1):
+        torch.testing.assert_close(wave[2:], turn * wave[1:-1] - wave[:-2], atol=5e-4, rtol=0)
+    lengthen_tables(torch.nn.ModuleList([table]), 100)
+    assert table.cos_sin_cache is new
 
 
 def test_frames_with_text_between_them() -> None:

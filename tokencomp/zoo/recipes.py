@@ -124,7 +124,7 @@ ALIGNED = (
     ),
     Stage(
         "mixture",
-        800,
+        1500,
         (
             (0.48, replace(_IMAGES, dialog=0.15, more=_RELATIONS, **_FEW)),
             (0.52, replace(_VIDEOS, dialog=0.15, more=_EVENTS, **_SHORT)),
@@ -159,7 +159,7 @@ PROJECTED = (
     ),
     Stage(
         "mixture",
-        500,
+        1000,
         (
             (0.48, replace(_IMAGES, dialog=0.15, more=_RELATIONS)),
             (0.52, replace(_VIDEOS, dialog=0.15, more=_EVENTS, **_BRIEF)),

@@ -2,6 +2,7 @@
 
 vLLM hands "mm_processor_kwargs" of a request on only with `--trust-request-mm-kwargs`, which opens
 "media_io_kwargs" as well: they can make it decode every frame of a video. This closes that again.
+A file: URL that names no file is answered with 400; vLLM alone fails with 500, and hangs up.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ MAX_BODY = 2 * Limits.max_bytes
 
 
 class OwnOptionsOnly:
-    """ASGI middleware: 400 for requests that set `media_io_kwargs`, 413 for bodies too large."""
+    """ASGI middleware.
+
+    400 for requests that set `media_io_kwargs` or name files that cannot be read, 413 for bodies
+    too large.
+    """
 
     def __init__(self, app: Callable[..., Awaitable[None]], max_body: int = MAX_BODY) -> None:
         self.app, self.max_body = app, max_body
@@ -42,16 +47,30 @@ class OwnOptionsOnly:
         if sets_closed(bytes(body)):
             await _refuse(send, 400, f"{CLOSED} is not open to requests on this server.")
             return
-        sent = False
+        await self._answer(scope, bytes(body), receive, send)
+
+    async def _answer(self, scope: Message, body: bytes, receive: Receive, send: Send) -> None:
+        sent = started = False
 
         async def replay() -> Message:
             nonlocal sent
             if sent:
                 return await receive()
             sent = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+            return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, replay, send)
+        async def noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, replay, noting)
+        except OSError as error:
+            # only file operations set a name; which one failed is not the client's to know
+            if started or error.filename is None or b"file:" not in body:
+                raise
+            await _refuse(send, 400, "a file: URL of this request names no readable file.")
 
 
 def sets_closed(body: bytes) -> bool:

@@ -57,10 +57,14 @@ def grid_offsets(grid: tuple[int, int, int], t_factor: float) -> np.ndarray:
 def lengthen_tables(model: nn.Module, length: int) -> None:
     """Let all rotary tables of a model hold positions below `length`; entries stay the same."""
     for table in {m for m in model.modules() if isinstance(m, MRotaryEmbedding)}:
-        if table.cos_sin_cache.shape[0] < length:
-            old = table.cos_sin_cache
-            table.max_position_embeddings = table.cache_max_position_num = length
-            table.cos_sin_cache = table._compute_cos_sin_cache().to(old)
+        old = table.cos_sin_cache
+        if old.shape[0] >= length:
+            continue
+        # the engine's own method would scale YaRN's frequencies to the new length
+        inv_freq = table._compute_inv_freq(table.scaling_factor or table.base)
+        angles = torch.arange(old.shape[0], length, dtype=torch.float)[:, None] * inv_freq
+        more = torch.cat([angles.cos(), angles.sin()], dim=-1) * table.mscale
+        table.cos_sin_cache = torch.cat([old, more.to(old)])
 
 
 def _text(n: int, first: int) -> np.ndarray:

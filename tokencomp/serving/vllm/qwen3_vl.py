@@ -4,6 +4,8 @@ Reducers see the features that enter the decoder; those of intermediate vision l
 tokens that stay, as in `tokencomp.patch`. How many tokens of a frame stay is known only after the
 vision tower has run, so a compressed video is one run of placeholders: the worker fills it with
 the frames' tokens *and* the timestamps and marks between them, in order, at their own positions.
+The engine's encoder cache holds all of these rows: a video whose text and kept tokens together are
+more than the largest uncompressed item is refused by the engine.
 """
 
 from __future__ import annotations
