@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -37,14 +38,17 @@ def publish(
     tables: dict[str, Any],
     records: list[dict[str, Any]],
     card: Path,
+    notes: str = "",
 ) -> None:
-    """Write `name`.json, `name`.jsonl and `name`.md, and print the tables."""
+    """Write `name`.json, `name`.jsonl and `name`.md (`notes` at its end), and print the tables."""
     from rich.console import Console
     from rich.table import Table
 
     trained = json.loads(card.read_text())
+    command = shlex.join(["python", f"benchmarks/accuracy/{name}.py", *sys.argv[1:]])
+    for found in tables.values():
+        found.setdefault("command", command)
     result = {
-        "command": f"python benchmarks/accuracy/{name}.py " + " ".join(sys.argv[1:]),
         "model": args.model,
         "split": args.split,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -55,7 +59,7 @@ def publish(
         "tables": tables,
     }
     write_json(args.output / f"{name}.json", result)
-    page = markdown(result)
+    page = markdown(result) + (f"\n{notes}\n" if notes else "")
     replace_file(args.output / f"{name}.md", lambda part: part.write_text(page))
     lines = "".join(json.dumps(r) + "\n" for r in records)
     replace_file(args.output / f"{name}.jsonl", lambda part: part.write_text(lines))
@@ -65,6 +69,19 @@ def publish(
         for row in found["rows"]:
             table.add_row(*cells(row))
         console.print(table)
+
+
+def stored(
+    name: str, args: argparse.Namespace, sets: list[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Tables and records of `sets` as an earlier run wrote them; sets it lacks are left out."""
+    if not sets or not (args.output / f"{name}.json").exists():
+        return {}, []
+    earlier = json.loads((args.output / f"{name}.json").read_text())
+    tables = {n: {"command": earlier.get("command"), **t} for n, t in earlier["tables"].items()}
+    lines = (args.output / f"{name}.jsonl").read_text().splitlines()
+    records = [r for r in map(json.loads, lines) if r["set"] in sets]
+    return {n: t for n, t in tables.items() if n in sets}, records
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -81,13 +98,13 @@ def markdown(result: dict[str, Any]) -> str:
     """The tables as a page."""
     versions = result["versions"]
     parts = [
-        f"Made by `{result['command'].strip()}`: {result['model']}, {result['split']} split of "
-        f"ShapesQA, {result['hardware']['cpu']}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, {result['date'][:10]}. Retention: accuracy over the full "
-        "model's on the same questions, paired bootstrap 95 % interval; p: exact McNemar test."
+        f"{result['model']}, {result['split']} split of ShapesQA, {result['hardware']['cpu']}, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"{result['date'][:10]}. Retention: accuracy over the full model's on the same "
+        "questions, paired bootstrap 95 % interval; p: exact McNemar test."
     ]
     for title, found in result["tables"].items():
         lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
         lines += ["| " + " | ".join(cells(row)) + " |" for row in found["rows"]]
-        parts += [f"## {title}", "\n".join(lines)]
+        parts += [f"## {title}", f"Made by `{found['command']}`.", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"

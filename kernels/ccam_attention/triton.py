@@ -143,7 +143,7 @@ def ccam_attention(
 def blocks(queries: int, dim: int, itemsize: int) -> tuple[int, int, int, int]:
     """(queries, keys, warps, stages) of a tile."""
     if itemsize == 4:
-        return 16, 16, 4, 1
+        return (16, 32, 8, 1) if dim > 64 else (16, 16, 4, 1)
     if queries <= 64:
         return 16 if queries <= 16 else 64, 64, 4, 2
     return 128, 64, 8 if dim > 64 else 4, 3 if dim <= 64 else 2
