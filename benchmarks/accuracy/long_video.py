@@ -20,7 +20,7 @@ import torch
 from run import tower_once
 
 from tokencomp import extend_visual_context
-from tokencomp.evaluation.environment import environment
+from tokencomp.evaluation.environment import environment, provenance
 from tokencomp.evaluation.examples import shapesqa
 from tokencomp.evaluation.metrics import mcnemar
 from tokencomp.evaluation.runner import sweep
@@ -100,7 +100,7 @@ def main() -> None:
     told = (
         f"{args.model}, families {', '.join(args.families)}, {rows[0]['items']} items per length."
     )
-    (HERE / "LONG_VIDEO.md").write_text(f"{head}\n\n{told} `{data['command']}`\n\n{table(rows)}\n")
+    (HERE / "LONG_VIDEO.md").write_text(f"{head}\n\n{told} {provenance(data)}.\n\n{table(rows)}\n")
 
 
 if __name__ == "__main__":

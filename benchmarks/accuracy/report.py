@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokencomp.evaluation.environment import provenance
 from tokencomp.evaluation.metrics import Retention, mcnemar, retention
 from tokencomp.evaluation.plots import Point, lines
 from tokencomp.zoo.questions import IMAGE_FAMILIES
@@ -157,12 +158,9 @@ def bars(results: Results, default: str) -> list[str]:
 def section(results: Results, default: str, where: Path) -> str:
     """Everything about one model."""
     m, name = results.manifest, results.manifest["model"]
-    versions = ", ".join(f"{k} {m['versions'][k]}" for k in ("torch", "transformers", "tokencomp"))
-    hardware = f"{m['hardware']['cpu']}, {m['hardware']['threads']} threads"
     parts = [
         f"## {name}",
-        f"{m['items']} items of the {m['split']} split, greedy. {versions}; {hardware}; commit "
-        f"{str(m['commit'])[:12]}; {m['date'][:10]}. `{m['command']}`",
+        f"{m['items']} items of the {m['split']} split, greedy. {provenance(m)}.",
         f"Learned families: {', '.join(results.learned)}.",
         "Bars for the default:",
         "\n".join(bars(results, default)),

@@ -138,17 +138,16 @@ def main() -> None:
     args = arguments().parse_args()
     torch.set_num_threads(args.threads)
     names = args.reducers or [n for n in available_reducers() if n not in NEEDS_TRUTH]
-    refused: dict[str, str] = {}
     for name in args.models:
         ready, refused = usable(load(name)[0], names)
+        for reducer, why in refused.items():
+            print(f"{name}: left out {reducer}: {why}")
         wanted = settings(ready, args.ratios)
         answer_all(name, args.split, wanted, args, args.out)
-    for reducer, why in refused.items():
-        print(f"left out {reducer}: {why}")
     if args.split == "test":
         from report import write_report
 
-        print(write_report(args.out, HERE))
+        print(write_report(args.out, args.out.parent))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import tokencomp
-from tokencomp.evaluation.environment import environment
+from tokencomp.evaluation.environment import environment, provenance
 
 HERE = Path(__file__).parent
 TEXT_BEFORE, TEXT_AFTER = 16, 48
@@ -104,7 +104,7 @@ def smooth(x: Tensor) -> Tensor:
     return (0.02 * (x + x.roll(1, -2) + x.roll(2, -2))).contiguous()
 
 
-def text_only(model: nn.Module, tokens: int) -> dict[str, Any]:
+def text_only(tokens: int) -> dict[str, Any]:
     """A prompt without visual input, as long as a compressed one."""
     ids = torch.full((1, tokens + TEXT_BEFORE + TEXT_AFTER), 9)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -131,40 +131,13 @@ def peak_of(model: nn.Module, inputs: dict[str, Any]) -> int:
     return peak
 
 
-class ReduceTimer:
-    """Adds up the time spent in reducers and in their scores."""
-
-    def __init__(self) -> None:
-        from tokencomp import run
-
-        self.seconds = 0.0
-        run.Run._reduce = self._timed(run.Run._reduce)
-        run.Run.score = self._timed(run.Run.score)
-        run.entry_scores = self._timed(run.entry_scores)
-
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds += time.perf_counter() - start
-
-        return call
-
-    def take(self) -> float:
-        """Seconds since the last call."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
-
-
 def measure(
     name: str, tokens: int, dtype: torch.dtype, ratios: list[float], repeats: int
 ) -> Iterator[dict[str, Any]]:
     """One record per reducer and ratio; every repeat runs the full model, then each in turn."""
     model, inputs = setup(name, tokens, dtype)
     cases = [(reducer, ratio) for reducer in REDUCERS for ratio in ratios]
-    peak_full, full, timer = peak_of(model, inputs), [], ReduceTimer()
+    peak_full, full = peak_of(model, inputs), []
     visual = int((inputs["input_ids"] == model.config.video_token_id).sum())
     native: dict[float, list[float]] = {ratio: [] for ratio in ratios}
     seconds = {case: [] for case in cases}
@@ -175,16 +148,15 @@ def measure(
             with handle.disabled():
                 full.append(prefill(model, inputs))
                 for ratio in ratios:
-                    short = text_only(model, round(visual * (1 - ratio)))
+                    short = text_only(round(visual * (1 - ratio)))
                     native[ratio].append(prefill(model, short))
             for reducer, ratio in cases:
                 handle.set(ratio=ratio, reducer=reducer)
                 if repeat == 0:
                     peaks[reducer, ratio] = peak_of(model, inputs)
-                timer.take()
                 seconds[reducer, ratio].append(prefill(model, inputs))
-                reduce[reducer, ratio].append(timer.take())
                 stats[reducer, ratio] = handle.stats
+                reduce[reducer, ratio].append(handle.stats.reduce_seconds)
     base = statistics.median(full)
     for case in cases:
         s = stats[case]
@@ -216,24 +188,45 @@ def measure(
         }
 
 
+LEGEND = """LLM prefill with compression against the same model without, random weights, no vision
+tower. Speed-up: medians over the runs; in brackets its range between the fastest and the slowest
+pair of runs. FLOP limit: FLOPs without / with compression. Of native: against the unpatched model
+on a text as long as what is left, since short prompts use a processor less well. Reduce: the
+reducer's own time, scoring included. Peak memory and KV cache: share of the unpatched run's."""
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    """Everything as a Markdown page."""
+    made = dict.fromkeys(f"- {r['dtype']}: {provenance(r['environment'])}" for r in records)
+    parts = [
+        "# LLM prefill",
+        LEGEND.replace("\n", " "),
+        table(records),
+        "Made by:",
+        "\n".join(made),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """The records as a Markdown table."""
-    lines = [
-        "| model | visual tokens | reducer | ratio | prefill speed-up | FLOP limit | of limit | "
-        "of native | "
-        "reduce / full prefill | peak memory | KV cache |",
-        "|---" * 11 + "|",
-    ]
+    columns = (
+        "model", "visual tokens", "reducer", "ratio", "runs", "prefill speed-up", "FLOP limit",
+        "of limit", "of native", "reduce / full prefill", "peak memory", "KV cache",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for r in records:
         peak = r["peak_bytes_compressed"] / r["peak_bytes_full"]
         kv = r["kv_bytes_compressed"] / r["kv_bytes_full"]
+        full, less = r["seconds_full"], r["seconds_compressed"]
+        spread = f"({min(full) / max(less):.1f}–{max(full) / min(less):.1f})"
         lines.append(
             f"| {r['model']} | {r['visual_tokens']} | {r['reducer']} | {r['ratio']} | "
-            f"{r['speedup']:.2f}× | {r['flop_limit']:.2f}× | "
+            f"{len(less)} | {r['speedup']:.2f}× {spread} | {r['flop_limit']:.2f}× | "
             f"{100 * r['fraction_of_limit']:.0f} % | {100 * r['fraction_of_native']:.0f} % | "
             f"{100 * r['reduce_overhead']:.1f} % | {100 * peak:.0f} % | {100 * kv:.0f} % |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def fastest_dtype() -> torch.dtype:
@@ -276,7 +269,7 @@ def main() -> None:
             print(table(records[-1:]).splitlines()[-1], flush=True)
         records.sort(key=lambda r: (list(MODELS).index(r["model"]), r["tokens"]))
         args.out.write_text("".join(json.dumps(r) + "\n" for r in records))
-    args.out.with_suffix(".md").write_text(table(records))
+    args.out.with_suffix(".md").write_text(page(records))
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak resident memory of this process: {usage / 2**20:.1f} GiB")
 

@@ -9,6 +9,7 @@ both. Every item is asked under both, so the differences are paired.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import tokencomp
 from tokencomp.evaluation.answering import build_inputs, generate
-from tokencomp.evaluation.environment import environment
+from tokencomp.evaluation.environment import environment, provenance
 from tokencomp.evaluation.examples import shapesqa
 from tokencomp.evaluation.metrics import mcnemar
 from tokencomp.zoo import load
@@ -39,12 +40,18 @@ def correct(model: Any, processor: Any, examples: list[Any], batch: int) -> list
 
 def table(report: dict[str, Any]) -> str:
     """Markdown."""
-    lines = ["| reducer | ratio | original | compact | paired |", "|---|---:|---:|---:|---|"]
+    columns = (
+        "| reducer | ratio | original | compact | original alone right | compact alone right | p |"
+    )
+    lines = [columns, "|---|---:|---:|---:|---:|---:|---:|"]
     for row in report["rows"]:
         both = " | ".join(f"{row[f'accuracy_{how}']:.3f}" for how in POSITIONS)
-        lines.append(f"| {row['reducer']} | {row['ratio']} | {both} | {row['mcnemar']} |")
+        test = row["mcnemar"]
+        paired = f"{test['wins']} | {test['losses']} | {test['p']:.2g}"
+        lines.append(f"| {row['reducer']} | {row['ratio']} | {both} | {paired} |")
     head = f"{report['model']}, {report['items']} items, uncompressed {report['accuracy_full']:.3f}"
-    return f"# Positions of kept tokens\n\n{head}.\n\n" + "\n".join(lines) + "\n"
+    made = provenance(report["environment"])
+    return f"# Positions of kept tokens\n\n{head}. {made}.\n\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -69,7 +76,9 @@ def main() -> None:
                         scores[how] = correct(model, processor, examples, given.batch)
                 row = {f"accuracy_{k}": sum(v) / len(v) for k, v in scores.items()}
                 test = mcnemar(scores["original"], scores["compact"])
-                rows.append({"reducer": reducer, "ratio": ratio, **row, "mcnemar": str(test)})
+                rows.append(
+                    {"reducer": reducer, "ratio": ratio, **row, "mcnemar": dataclasses.asdict(test)}
+                )
                 print(rows[-1], flush=True)
     report = {
         "environment": environment(), "model": given.model, "items": len(examples),

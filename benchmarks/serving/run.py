@@ -119,7 +119,7 @@ def main() -> None:
     sys.path.insert(0, str(HERE))
     from model import build
 
-    from tokencomp.evaluation.environment import environment
+    from tokencomp.evaluation.environment import environment, provenance
 
     rows: list[dict[str, Any]] = []
     shape = {**SHAPE, "rounds": given.rounds, "requests": given.requests}
@@ -141,7 +141,7 @@ def main() -> None:
                 "".join(json.dumps({**row, "environment": made}) + "\n" for row in rows)
             )
     title = f"# Serving with vLLM\n\n{(__doc__ or '').split('[--out')[0].splitlines()[0]}\n\n"
-    note = f"{NOTE}\n\nSetup: {json.dumps(about)}.\n\nEnvironment: {json.dumps(environment())}.\n"
+    note = f"{NOTE}\n\nSetup: {json.dumps(about)}. {provenance(environment())}.\n"
     given.out.with_suffix(".md").write_text(f"{title}{table(rows)}\n\n{note}")
 
 

@@ -105,6 +105,13 @@ def test_demo_on_a_video_of_ones_own(folder, tmp_path, capsys):
         (["demo", "--dtype", "fp8"], "allowed: auto, float32, bfloat16, float16"),
         (["demo", "--reducer", "uniform", "--set", "seed=1"], "no option 'seed'"),
         (["list", "reducer"], "Did you mean 'reducers'"),
+        (["demo", "--question", "What?"], "--question: no effect with ShapesQA"),
+        (["demo", "--image", "x.png", "--items", "3"], "--items: no effect with --image"),
+        (["demo", "--output", "/dev/null/x.html"], "cannot write /dev/null/x.html"),
+        (["profile", "--config", "qwen2-vl-2b", "--image", "x.png"], "--image: no effect with"),
+        (["profile", "--image", "x.png", "--tokens", "9"], "--tokens: no effect with --model"),
+        (["tune", "--tokens", "64", "-o", "/dev/null/x.json"], "cannot write /dev/null/x.json"),
+        (["serve", "--engine", "vllm", "--max-batch", "2"], "--max-batch: no effect with"),
     ],
 )
 def test_mistakes_end_in_one_clean_message(args, message, capsys):

@@ -202,6 +202,9 @@ def test_settings_refuse_what_makes_no_sense():
         ("A", "(A) red", True),
         ("A", "A", True),
         ("A", "An apple", False),
+        ("A", "A red circle", False),
+        ("B", "red (B)", True),
+        ("D", "Doors are (B)", False),
         ("B", "A", False),
     ],
 )

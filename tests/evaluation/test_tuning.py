@@ -89,6 +89,12 @@ def test_examples_from_a_file(tmp_path):
     file.write_text('{"question": "What?"}\n')
     with pytest.raises(OptionError, match="line 1"):
         read_examples(file)
+    file.write_text("")
+    with pytest.raises(OptionError, match="no questions"):
+        read_examples(file)
+    file.write_text('{"id": 1, "question": "What?", "answer": 3, "media": "a.png"}\n' * 2)
+    with pytest.raises(OptionError, match="line 2: id '1' is taken"):
+        read_examples(file)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,22 @@ def test_concurrent_requests_are_batched_and_none_is_lost(served: Any) -> None:
     assert http.metric(url, "tokencomp_batch_size_count") - count <= 32  # at least 2 per batch
 
 
+def test_seeds_repeat_the_answer_in_any_company(served: Any) -> None:
+    _, client, _, _ = served
+    media = http.video_url(4)
+
+    def sampled(seed: int) -> str:
+        body = {"model": "tiny", "messages": http.messages(QUESTION, media), "max_tokens": 12}
+        answer = client.chat.completions.create(**body, temperature=1.5, seed=seed)
+        return answer.choices[0].message.content
+
+    alone = [sampled(seed) for seed in range(4)]
+    assert len(set(alone)) > 1
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(sampled, [i % 4 for i in range(16)]))
+    assert together == alone * 4
+
+
 def test_stop_texts_end_the_answer_before_them(served: Any) -> None:
     _, client, _, _ = served
     url = http.image_url(1)
@@ -205,9 +221,24 @@ def test_malformed_requests_get_4xx_and_the_server_goes_on(served: Any) -> None:
     ):
         with pytest.raises(openai.BadRequestError):
             ask(client, image, tokencomp=options)
-    for more in ({"n": 2}, {"logprobs": True}, {"max_tokens": 0}, {"stop": 3}):
+    for more in ({"n": 2}, {"logprobs": True}, {"max_tokens": 0}, {"stop": 3}, {"n": 0}):
         with pytest.raises(openai.BadRequestError):
             ask(client, image, **more)
+    chat = {"model": "tiny", "messages": http.messages(QUESTION, image), "max_tokens": 2}
+    for name, value in (
+        ("top_k", 5), ("frequency_penalty", 0.5), ("min_p", 0.1), ("tool_choice", "auto"),
+        ("mm_processor_kwargs", {"max_pixels": 10**9}), ("anything", "else"),
+    ):  # fmt: skip
+        with pytest.raises(openai.BadRequestError, match=name):
+            client.chat.completions.create(**chat, extra_body={name: value})
+    client.chat.completions.create(**chat, frequency_penalty=0, user="me", tool_choice="none")
+    for weights in ("/etc/passwd", "/etc/none"):
+        with pytest.raises(openai.BadRequestError) as error:
+            options = {"reducer": "selector", "options": {"weights": weights}}
+            ask(client, image, tokencomp=options)
+        assert "/etc" not in str(error.value)
+    with pytest.raises(openai.BadRequestError, match="no trained weights"):
+        ask(client, image, tokencomp={"reducer": "selector"})
     with pytest.raises(openai.BadRequestError, match="tokens before compression"):
         ask(client, image, text="What " * 1200)
     with pytest.raises(openai.NotFoundError):

@@ -116,9 +116,24 @@ def test_request_options_go_before_the_server_default() -> None:
             server.resolve(wrong)
 
 
+def test_paths_are_for_the_operator() -> None:
+    given = {"reducer": "selector", "ratio": 0.5, "options": {"weights": "somewhere"}}
+    server = ServerOptions.parse(given, "hf")
+    assert server.resolve({"ratio": 0.6}, "hf").describe()["options"]["weights"] == "somewhere"
+    composed = {"reducer": "merge+prune", "options": {"prune.weights": "/etc/passwd"}}
+    for wrong in (given, {"options": {"weights": None}}, composed):
+        with pytest.raises(OptionError, match="operator"):
+            server.resolve(wrong, "hf")
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"options": {"seed": "x"}, "reducer": "random"},
+        {"options": {"seed": 1e30}, "reducer": "random"},
+        {"options": {"weighted": "x"}, "reducer": "merge"},
+        {"options": {"stride": 1e300}, "reducer": "pool"},
+        {"options": {"group": float("nan")}, "reducer": "pool"},
         {"reducer": "nothing"}, {"reducer": 3}, {"rate": 0.5}, {"options": [1]}, "{", "3", [1],
         {"options": {"sead": 1}, "reducer": "random"}, {"max_ratio": 0.5},
     ],
@@ -230,7 +245,7 @@ def stub(**more: Any) -> Any:
 
     options = ServerOptions.parse({"ratio": 0.5}, "hf")
     known = dict(metrics=Metrics(), options=options, max_model_len=8, alive=True)
-    return SimpleNamespace(**known, close=lambda: None, **more)
+    return SimpleNamespace(**known, close=lambda: None, check_room=lambda: None, **more)
 
 
 def test_the_api_key_is_asked_for() -> None:
@@ -257,7 +272,8 @@ def test_vllm_is_started_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     command, env = vllm_command(str(tmp_path), {"ratio": 0.5}, bind, limits, ["--port", "1"])
     given = dict(zip(command, [*command[1:], ""], strict=True))
     assert given["--allowed-media-domains"] == "invalid." and given["--host"] == "127.0.0.1"
-    assert given["--allowed-local-media-path"] == str(tmp_path) and given["--api-key"] == "secret"
+    assert given["--allowed-local-media-path"] == str(tmp_path)
+    assert "secret" not in command and env["VLLM_API_KEY"] == "secret"
     assert given["--middleware"].endswith("OwnOptionsOnly") and command[-2:] == ["--port", "1"]
     assert json.loads(env["TOKENCOMP_SERVING"])["only_own"] is True
     fixed = {"ratio": 0.5, "per_request": False}

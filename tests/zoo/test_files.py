@@ -14,6 +14,11 @@ from tokencomp.zoo.render import render, write_mp4
 from tokencomp.zoo.shapesqa import item, items
 
 
+def as_array(frames):
+    """Frames as uint8 (frames, height, width, 3)."""
+    return np.stack([np.asarray(frame) for frame in frames])
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     one = item("validation", "needle", 0)
@@ -24,7 +29,7 @@ def clip(tmp_path_factory):
 def test_mp4_round_trip(clip, reader):
     pytest.importorskip("decord" if "decord" in reader.__name__ else "av")
     one, path = clip
-    frames = media.as_array(reader(path, 8))
+    frames = as_array(reader(path, 8))
     truth = render(one.scene, [k + 0.5 for k in range(8)])  # middles of the logical frames
     assert frames.shape == truth.shape
     assert np.abs(frames.astype(int) - truth).mean() < 9  # lossy, yet the same pictures in order
@@ -34,7 +39,7 @@ def test_mp4_round_trip(clip, reader):
 
 def test_both_decoders_agree(clip):
     pytest.importorskip("decord")
-    a, b = (media.as_array(r(clip[1], 8)) for r in (media._read_decord, media._read_pyav))
+    a, b = (as_array(r(clip[1], 8)) for r in (media._read_decord, media._read_pyav))
     assert np.abs(a.astype(int) - b).max() <= 6  # colour conversion may round differently
 
 
@@ -112,7 +117,7 @@ def test_folders_animations_and_modes(tmp_path):
     frames = item("validation", "order", 0).video()
     for number, frame in enumerate(frames):
         frame.save(tmp_path / f"{number:03d}.png")
-    assert np.array_equal(media.as_array(media.load_media(tmp_path, 8)), media.as_array(frames))
+    assert np.array_equal(as_array(media.load_media(tmp_path, 8)), as_array(frames))
     frames[0].resize((60, 60)).save(tmp_path / "000.png")
     with pytest.raises(MediaError, match="differ in size"):
         media.load_media(tmp_path, 8)

@@ -7,9 +7,10 @@ import torch
 
 from tokencomp import zoo
 from tokencomp.errors import UnknownNameError
+from tokencomp.evaluation.examples import option_letter
 from tokencomp.media import load_media
 from tokencomp.zoo.card import render_card
-from tokencomp.zoo.evaluate import answer, by_family, chosen_letter, evaluate
+from tokencomp.zoo.evaluate import answer, by_family, evaluate
 from tokencomp.zoo.questions import mvbench_prompt
 from tokencomp.zoo.shapesqa import item, items
 
@@ -53,7 +54,7 @@ def test_multiple_choice_in_a_padded_batch_equals_singles(loaded):
     together = answer(model, processor, media, prompts)
     alone = [answer(model, processor, [m], [p])[0] for m, p in zip(media, prompts, strict=True)]
     assert together == alone
-    assert all(chosen_letter(text) in tuple("ABCD") for text in together)
+    assert all(option_letter(text) in tuple("ABCD") for text in together)
 
 
 def test_chat_template_tokenises_media(loaded):
@@ -128,14 +129,6 @@ def test_samples_are_answered(loaded):
     told = answer(model, processor, media, [row["question"] for row in rows])
     assert sum(a == row["answer"] for a, row in zip(told, rows, strict=True)) >= 0.7 * len(rows)
     assert sum(path.stat().st_size for path in zoo.SAMPLES.iterdir()) < 300_000
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [("B", "B"), ("red (B)", "B"), ("(C)", "C"), ("D.", "D"), ("red", ""), ("", "")],
-)
-def test_chosen_letter(text, letter):
-    assert chosen_letter(text) == letter
 
 
 def test_names():

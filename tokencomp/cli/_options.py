@@ -112,6 +112,39 @@ def check_reducers(given: Sequence[str]) -> None:
             raise unknown_name("reducer", name, known)
 
 
+def refuse_given(context: typer.Context, options: Sequence[str], where: str, fix: str) -> None:
+    """Raise `OptionError` for options on the command line that would do nothing here.
+
+    Parameters
+    ----------
+    options : sequence of str
+        Parameter names of the command, e.g. ("max_batch",).
+    where, fix : str
+        What makes them useless, e.g. "--engine vllm"; what to do instead.
+    """
+    given = [
+        "--" + name.replace("_", "-")
+        for name in options
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise OptionError(f"{', '.join(given)}: no effect with {where}; {fix}.")
+
+
+def check_output(path: Path | None) -> None:
+    """Raise `OptionError` before the work, not after it, if `path` cannot be written."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
+        path.open("a").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise OptionError(f"cannot write {path}: {error}. Give another -o/--output.") from error
+
+
 def load_files(
     images: Sequence[Path] | None, videos: Sequence[Path] | None, frames: int
 ) -> list[Any]:

@@ -13,6 +13,7 @@ DEFAULT_QUESTION = "Describe what you see."
 
 
 def command(
+    context: typer.Context,
     model: opt.Model = "tiny-qwen2-vl",
     image: opt.Images = None,
     video: opt.Videos = None,
@@ -28,7 +29,7 @@ def command(
         Path | None, typer.Option(help="Keep per-item records in this folder (resumable).")
     ] = None,
     frames: opt.Frames = 8,
-    device: opt.Device = "cpu",
+    device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
 ) -> None:
     """Answer questions with and without compression; print a table and write an HTML report.
@@ -37,6 +38,12 @@ def command(
     --image or --video: any supported model on your files.
     """
     settings = opt.settings(reducer, ratio, options)
+    if image or video:
+        opt.refuse_given(context, ("items", "results"), "--image or --video", "leave them out")
+    else:
+        own = "give files to ask about with --image or --video"
+        opt.refuse_given(context, ("question", "frames"), "ShapesQA's own questions", own)
+    opt.check_output(output)
     media = opt.load_files(image, video, frames)
     from rich.console import Console
 

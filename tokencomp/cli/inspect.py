@@ -22,7 +22,7 @@ def command(
         Path, typer.Option("--output", "-o", help="HTML page; a .png or .jpg name gives a picture.")
     ] = Path("tokencomp-inspect.html"),
     frames: opt.Frames = 8,
-    device: opt.Device = "cpu",
+    device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
 ) -> None:
@@ -33,6 +33,7 @@ def command(
     from tokencomp.errors import OptionError
 
     settings = opt.settings(reducer, ratio, options)
+    opt.check_output(output)
     media = opt.load_files(image, video, frames)
     if not media:
         raise OptionError("nothing to look at: give --image FILE or --video FILE.")

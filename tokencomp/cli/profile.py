@@ -10,14 +10,18 @@ import typer
 
 from tokencomp.cli import _options as opt
 
+FILES = ("model", "image", "video", "question", "frames")
+SHAPE = ("tokens", "layers", "vision_layers")
+
 
 def command(
+    context: typer.Context,
     model: opt.Model = "tiny-qwen2-vl",
     config: Annotated[
         str | None,
         typer.Option(
             help="A real model shape with random weights instead of --model: "
-            "llava-onevision-0.5b, qwen2-vl-2b, qwen2.5-vl-3b, ...-7b."
+            "llava-onevision-0.5b, qwen2-vl-2b, qwen2.5-vl-3b, qwen3-vl-2b, nvila-lite-2b, ..."
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Visual tokens of --config's prompt.")] = 2048,
@@ -46,6 +50,11 @@ def command(
     bytes, FLOPs, and the fraction reached of the speed-up that FLOPs allow.
     """
     settings = opt.settings(reducer, ratio, options)
+    if config is not None:
+        opt.refuse_given(context, FILES, "--config", "a shape has random weights and no files")
+    else:
+        opt.refuse_given(context, SHAPE, "--model", "they describe a --config")
+    opt.check_output(output)
     media = opt.load_files(image, video, frames)
     if config is not None:
         loaded, variants = _shape(config, tokens, layers, vision_layers, dtype, device, settings)

@@ -10,6 +10,7 @@ import typer
 
 from tokencomp.cli import _options as opt
 
+VLLM_HINT = "use vLLM's own arguments after `--` (--max-num-seqs, --media-io-kwargs, ...)"
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -47,7 +48,7 @@ def command(
     frames: Annotated[int, typer.Option("--frames", min=1, help="Frames of a video (hf).")] = 32,
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Batch size (hf).")] = 8,
     max_model_len: Annotated[
-        int | None, typer.Option("--max-model-len", min=1, help="Prompt and answer (hf).")
+        int | None, typer.Option("--max-model-len", min=1, help="Prompt and answer.")
     ] = None,
 ) -> None:
     """Serve a model over OpenAI's chat-completions API.
@@ -73,9 +74,14 @@ def command(
     limits = Limits(allowed_path=allowed_media_path, frames=frames)
     bind = Bind(host, port, api_key)
     if engine == "vllm":
+        opt.refuse_given(context, ("device", "frames", "max_batch"), "--engine vllm", VLLM_HINT)
         extra = [*context.args]
         if served_name:
             extra += ["--served-model-name", served_name]
+        if max_model_len:
+            extra += ["--max-model-len", str(max_model_len)]
+        if dtype != "auto":
+            extra += ["--dtype", dtype]
         run_vllm(resolve(model), options, bind, limits, extra)
         return
     if engine != "hf":

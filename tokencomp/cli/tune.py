@@ -53,6 +53,7 @@ def command(
         "ratios": opt.ratios(ratio),
         "tokens": tokens,
     }
+    opt.check_output(output)
     from tokencomp.evaluation import tuning
     from tokencomp.evaluation.environment import environment
     from tokencomp.evaluation.loading import load_model

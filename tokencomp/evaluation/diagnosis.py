@@ -69,7 +69,7 @@ def environment_checks() -> list[Finding]:
         _video(),
         _optional("eval", "lmms_eval", "tokencomp eval"),
         _optional("serve", "fastapi", "tokencomp serve"),
-        _optional("train", "peft", "training of selectors"),
+        _optional("train", "peft", "tokencomp train adsc"),
     ]
 
 

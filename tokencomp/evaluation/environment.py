@@ -90,3 +90,14 @@ def environment() -> dict[str, Any]:
         "commit": commit(),
         "hardware": hardware(),
     }
+
+
+def provenance(facts: dict[str, Any]) -> str:
+    """What `environment` returned as one line for a page."""
+    where, found = facts["hardware"], facts["versions"]
+    device = ", ".join(where.get("gpus", ())) or f"{where['cpu']}, {where['threads']} threads"
+    names = [n for n in ("torch", "transformers", "triton", "tokencomp") if n in found]
+    made = str(facts["commit"]).partition("+")
+    commit = made[0][:12] + made[1] + made[2]
+    listed = ", ".join(f"{n} {found[n]}" for n in names)
+    return f"`{facts['command']}`; {device}; {listed}; commit {commit}; {facts['date'][:10]}"

@@ -49,9 +49,18 @@ class Example:
     def correct(self, prediction: str) -> bool:
         """Whether `prediction` is the answer: the same words, or the same option letter."""
         if self.answer in tuple(LETTERS):
-            found = re.match(rf"\W*([{LETTERS}])(?![A-Za-z])", prediction.strip())
-            return bool(found) and found.group(1) == self.answer  # type: ignore[union-attr]
+            return option_letter(prediction) == self.answer
         return _words(prediction) == _words(self.answer)
+
+
+def option_letter(text: str) -> str:
+    """The option that a reply such as "B", "(B)", "B. red" or "red (B)" names; "" if none.
+
+    "A red circle" names none: there, A is an article.
+    """
+    found = re.match(rf"\W*([{LETTERS}])(?![\w'])(?!(?<=A)\s+\w)", text)
+    found = found or re.search(rf"\(([{LETTERS}])\)", text)
+    return found[1] if found else ""
 
 
 def _words(text: str) -> str:

@@ -89,9 +89,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """All records of a run folder, the latest per id, in the order in which ids first appear.
+    """All records of a run folder, in the order in which ids first appear.
 
-    A half-written last line is left out.
+    Of an item's records the first without an error counts, else the last. A half-written last
+    line is left out.
     """
     found: dict[str, dict[str, Any]] = {}
     for file in sorted(Path(path).glob("records*.jsonl")):

@@ -213,6 +213,7 @@ class _Sweep:
                 for setting in self.runs:
                     if example.id not in done.get(setting, ()):
                         self._write(setting, [_failed(example, str(error))])
+                        done.setdefault(setting, set()).add(example.id)
         return loaded
 
     def _batch(self, loaded: list[Loaded], done: dict[Setting, set[str]]) -> bool:

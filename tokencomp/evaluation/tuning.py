@@ -239,9 +239,9 @@ def read_examples(path: Path) -> list[Example]:
     Raises
     ------
     OptionError
-        The file is missing or a line lacks a field.
+        The file is missing or empty, a line lacks a field, or two have the same id.
     """
-    found = []
+    found: dict[str, Example] = {}
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
@@ -252,13 +252,17 @@ def read_examples(path: Path) -> list[Example]:
             media = row["media"] if isinstance(row["media"], list) else [row["media"]]
             paths = tuple(path.parent / m for m in media)
             name = str(row.get("id", number))
-            found.append(Example(name, row["question"], str(row["answer"]), paths))
+            found[name] = Example(name, row["question"], str(row["answer"]), paths)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise OptionError(
                 f"{path}, line {number}: {error!r}. Expected an object with question, answer and "
                 "media (a path or a list of paths)."
             ) from error
-    return found
+        if len(found) < number:
+            raise OptionError(f"{path}, line {number}: id {name!r} is taken by an earlier line.")
+    if not found:
+        raise OptionError(f"{path} has no questions; give at least one line.")
+    return list(found.values())
 
 
 def as_json(measured: Sequence[Candidate], cost: str, facts: dict[str, Any]) -> str:

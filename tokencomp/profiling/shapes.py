@@ -77,7 +77,7 @@ def build(
     Raises
     ------
     UnknownNameError, OptionError
-        An unknown name; fewer tokens than one frame has.
+        An unknown name; less than one token.
     """
     if name not in SHAPES:
         raise unknown_name("configuration", name, SHAPES)

@@ -49,8 +49,6 @@ def vllm_command(
     command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
     if limits.allowed_path is not None:
         command += ["--allowed-local-media-path", str(limits.allowed_path.resolve())]
-    if bind.api_key:
-        command += ["--api-key", bind.api_key]
     env = {
         **os.environ,
         "TOKENCOMP_SERVING": json.dumps({**options, "only_own": parsed.only_own}),
@@ -58,6 +56,8 @@ def vllm_command(
         # model runner V2 is untested with compressed M-RoPE media
         "VLLM_USE_V2_MODEL_RUNNER": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0"),
     }
+    if bind.api_key:
+        env["VLLM_API_KEY"] = bind.api_key  # command lines are visible to all users of a machine
     if parsed.per_request and not trusting:
         # vLLM hands the options of requests on only with this flag, and with it much else:
         # only_own and the middleware narrow it to ours

@@ -14,6 +14,7 @@ from tokencomp.reducers.base import Reducer, available_reducers, make_reducer
 
 DEFAULT_REDUCER = "divprune"  # question-agnostic: media caches serve every question
 REQUEST_KEYS = ("reducer", "ratio", "options")
+OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
 SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "per_request", "only_own")
 
 
@@ -101,7 +102,7 @@ class ServerOptions:
                 raise OptionError(f"{name}={flags[name]!r}: expected true or false.")
         base = cls(max_ratio=max(max_ratio, check_ratio(values.get("ratio", 0.0))))
         request = {k: v for k, v in values.items() if k in REQUEST_KEYS}
-        return cls(base.resolve(request, engine), max_ratio, **flags)
+        return cls(base._resolve(request, engine), max_ratio, **flags)
 
     def resolve(self, given: Any, engine: str = "vllm") -> Spec:
         """The spec of a request that asks for `given` (None: the server's default).
@@ -118,6 +119,13 @@ class ServerOptions:
                 "request, or ask its operator."
             )
         values = as_mapping(given, REQUEST_KEYS)
+        options = as_mapping(values.get("options"), None)
+        closed = [k for k in options if str(k).rpartition(".")[2] in OPERATOR_OPTIONS]
+        if closed:
+            raise OptionError(f"option {', '.join(closed)} is set by the server's operator only.")
+        return self._resolve(values, engine)
+
+    def _resolve(self, values: Mapping[str, Any], engine: str) -> Spec:
         ratio = check_ratio(values.get("ratio", self.default.ratio))
         if ratio > self.max_ratio:
             raise RatioError(
@@ -142,7 +150,7 @@ class ServerOptions:
             return make_reducer(name, **options)
         except UnknownNameError as error:
             raise OptionError(str(error)) from None
-        except TypeError as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise OptionError(f"reducer {name!r}, options {options}: {error}") from None
 
 

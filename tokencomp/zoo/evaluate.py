@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..evaluation.examples import Example
 from ..media import load_media
 from .layouts import write_media
 from .questions import mlvu_prompt, mvbench_prompt
@@ -27,12 +27,6 @@ FORMS = {
 def wanted(item: Item, form: str) -> str:
     """The text that counts as right: the word, or the letter in multiple-choice forms."""
     return item.answer if form == "free" else item.letter
-
-
-def chosen_letter(text: str) -> str:
-    """The option letter in a reply such as "B", "(B)" or "red (B)"; "" if there is none."""
-    found = re.search(r"\b([A-E])\b", text)
-    return found[1] if found else ""
 
 
 @torch.inference_mode()
@@ -90,8 +84,7 @@ def evaluate(
             media = [load_media(one.media, frames) for one in part if one.media]
             told = answer(model, processor, media, [FORMS[form](one) for one in part])
             for one, text in zip(part, told, strict=True):
-                given = text if form == "free" else chosen_letter(text)
-                right = given.lower() == wanted(one, form).lower()
+                right = Example(one.id, "", wanted(one, form)).correct(text)
                 rows.append(
                     {
                         "id": one.id,

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -23,6 +24,7 @@ from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.schema import Prompt, parse
 
 DEFAULT_TOKENS = 256
+DECODING = 4  # requests whose media are decoded at once
 POLL = 0.5
 
 
@@ -60,6 +62,7 @@ class Server:
     def __init__(self, engine: Engine, name: str, limits: Limits, api_key: str | None) -> None:
         self.engine, self.name, self.limits, self.api_key = engine, name, limits, api_key
         self.started = int(time.time())
+        self.decoding = CapacityLimiter(DECODING)
 
     async def health(self) -> Response:
         return Response(status_code=200 if self.engine.alive else 503)
@@ -87,8 +90,11 @@ class Server:
 
     async def chat(self, request: Request) -> Response:
         self._authorize(request)
+        self.engine.check_room()  # before media take time and memory
         body = await self._body(request)
-        prompt = await run_in_threadpool(parse, body, self.engine.options, self.limits)
+        prompt = await to_thread.run_sync(
+            parse, body, self.engine.options, self.limits, limiter=self.decoding
+        )
         asked = prompt.request
         if asked.model not in ("", self.name):
             raise RequestError(f"model {asked.model!r}: this server has {self.name!r}.", 404)

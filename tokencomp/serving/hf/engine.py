@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tokencomp.adapters.base import adapter_for
-from tokencomp.errors import TokenCompError
+from tokencomp.errors import TokenCompError, WeightsError
 from tokencomp.evaluation.answering import prompt_lengths
 from tokencomp.patching import Handle, patch
 from tokencomp.serving.hf.batch import build_inputs
@@ -40,8 +40,8 @@ class Engine:
         Requests per batch, and seconds to wait for company.
     max_model_len
         Prompt and answer together, uncompressed; None is the model's own limit.
-    max_waiting
-        Requests in the queue before new ones are refused with 503.
+    max_waiting, max_waiting_pixels
+        Requests in the queue, and pixels of their media, before new ones are refused with 503.
     """
 
     def __init__(
@@ -55,10 +55,12 @@ class Engine:
         wait: float = 0.005,
         max_model_len: int | None = None,
         max_waiting: int = 256,
+        max_waiting_pixels: int = 1_000_000_000,
     ) -> None:
         self.model, self.processor = model, processor
         self.options, self.metrics = options, metrics
-        self.max_batch, self.wait, self.max_waiting = max_batch, wait, max_waiting
+        self.max_batch, self.wait = max_batch, wait
+        self.max_waiting, self.max_waiting_pixels = max_waiting, max_waiting_pixels
         config = adapter_for(model).text_config
         limit = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
         self.max_model_len = min(max_model_len or limit, limit)
@@ -73,11 +75,19 @@ class Engine:
 
     # -- from other threads ---------------------------------------------------------------------
 
+    def check_room(self, pixels: int = 0) -> None:
+        """Raise `RequestError` (503) when full or shut down, or full with `pixels` more."""
+        waiting = sum(job.prompt.pixels for job in list(self._jobs))
+        full = len(self._jobs) >= self.max_waiting
+        if full or (waiting and waiting + pixels > self.max_waiting_pixels):
+            raise RequestError("the server is busy; try again later.", 503)
+        if not self.alive:
+            raise RequestError("the server shuts down.", 503)
+
     def submit(self, job: Job) -> None:
         """Queue a request. Raises `RequestError` (503) when full or shut down."""
         with self._wake:
-            if self._closed or len(self._jobs) >= self.max_waiting:
-                raise RequestError("the server is busy; try again later.", 503)
+            self.check_room(job.prompt.pixels)
             self._jobs.append(job)
             self.metrics.waiting.set(len(self._jobs))
             self._wake.notify()
@@ -132,6 +142,8 @@ class Engine:
                 return
             if not isinstance(error, TokenCompError):
                 logger.exception("a batch of %d failed", len(batch))
+            elif isinstance(error, WeightsError):
+                logger.error("%s", error)
             for job in waiting:
                 job.send("error", _for_client(error))
 
@@ -243,6 +255,8 @@ def _end_tokens(model: Any) -> set[int]:
 def _for_client(error: Exception) -> RequestError:
     if isinstance(error, RequestError):
         return error
+    if isinstance(error, WeightsError):  # its text names files of this machine
+        return RequestError("this server has no trained weights for that reducer.")
     if isinstance(error, TokenCompError):
         return RequestError(str(error))
     if isinstance(error, torch.OutOfMemoryError):

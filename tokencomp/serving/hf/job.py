@@ -43,7 +43,7 @@ class Usage:
         }
 
 
-@dataclass
+@dataclass(eq=False)  # a job is itself: prompts hold arrays, which do not compare
 class Job:
     """One request; the engine thread writes, the event loop reads `events`.
 
@@ -65,7 +65,7 @@ class Job:
     def group(self) -> tuple[Any, ...]:
         """Requests with equal groups can share a batch."""
         r = self.prompt.request
-        alone = object() if r.seed is not None and r.temperature else None
+        alone = id(self) if r.seed is not None and r.temperature != 0 else None
         return self.prompt.spec, r.temperature, r.top_p, alone
 
     def send(self, kind: str, value: Any) -> None:

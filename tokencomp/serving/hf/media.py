@@ -38,6 +38,8 @@ class Limits:
         Size of one encoded image or video.
     max_pixels
         Width × height of one image or frame.
+    max_total_pixels
+        Of all images and frames of a request: a few bytes can decode to very many.
     frames
         Frames taken from a video, evenly spaced.
     max_decoded
@@ -49,6 +51,7 @@ class Limits:
     allowed_path: Path | None = None
     max_bytes: int = 64 << 20
     max_pixels: int = 50_000_000
+    max_total_pixels: int = 300_000_000
     frames: int = 32
     max_decoded: int = 36_000
     max_items: int = 32
@@ -121,10 +124,11 @@ def load_image(url: str, limits: Limits) -> Image.Image:
     return _decode_image(read_url(url, limits)[1], limits)
 
 
-def _decode_image(content: bytes, limits: Limits) -> Image.Image:
+def _decode_image(content: bytes, limits: Limits, count: int = 1) -> Image.Image:
+    """An image that is one of `count` of its size."""
     try:
         image: Any = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
-        _check_size(image.width, image.height, limits)
+        _check_size(image.width, image.height, limits, count)
         return ImageOps.exif_transpose(image).convert("RGB")
     except RequestError:
         raise
@@ -135,9 +139,16 @@ def _decode_image(content: bytes, limits: Limits) -> Image.Image:
         ) from None
 
 
-def _check_size(width: int, height: int, limits: Limits) -> None:
+def _check_size(width: int, height: int, limits: Limits, count: int = 1) -> None:
+    """Refuse `count` pictures of this size, before they take memory."""
     if width * height > limits.max_pixels:
         raise RequestError(f"{width}×{height} pixels; the limit is {limits.max_pixels}.", 413)
+    if width * height * count > limits.max_total_pixels:
+        raise RequestError(
+            f"{count} × {width}×{height} pixels; {limits.max_total_pixels} are left of what the "
+            "media of one request may have. Send fewer or smaller media.",
+            413,
+        )
 
 
 def load_video(url: str, limits: Limits) -> np.ndarray:
@@ -151,7 +162,7 @@ def load_video(url: str, limits: Limits) -> np.ndarray:
         parts = content.decode("ascii").split(",")
         if len(parts) > limits.frames:
             raise RequestError(f"{len(parts)} frames; the limit is {limits.frames}.", 413)
-        return _stack([_decode_image(decode_base64(part), limits) for part in parts])
+        return _stack([_decode_image(decode_base64(p), limits, len(parts)) for p in parts])
     if content[:4] == b"GIF8" or (content[:4] == b"RIFF" and content[8:12] == b"WEBP"):
         return _animation(content, limits)
     try:
@@ -176,7 +187,7 @@ def _container(content: bytes) -> str:
 def _decode_video(content: bytes, container: str, limits: Limits) -> np.ndarray:
     import av
 
-    def frames() -> Any:
+    def frames(count: int = 1) -> Any:
         with av.open(io.BytesIO(content), "r", format=container) as opened:
             if not opened.streams.video:
                 raise RequestError("the file has no video stream.")
@@ -185,11 +196,13 @@ def _decode_video(content: bytes, container: str, limits: Limits) -> np.ndarray:
             for number, frame in enumerate(opened.decode(stream)):
                 if number >= limits.max_decoded:
                     raise RequestError(f"more than {limits.max_decoded} frames.", 413)
+                # the header need not tell the truth
+                _check_size(frame.width, frame.height, limits, count)
                 yield number, frame
 
     total = sum(1 for _ in frames())
     wanted = set(frame_indices(total, limits.frames))
-    return _stack([frame.to_image() for number, frame in frames() if number in wanted])
+    return _stack([frame.to_image() for number, frame in frames(len(wanted)) if number in wanted])
 
 
 def _animation(content: bytes, limits: Limits) -> np.ndarray:
@@ -199,8 +212,10 @@ def _animation(content: bytes, limits: Limits) -> np.ndarray:
         total = getattr(image, "n_frames", 1)
         if total > limits.max_decoded:
             raise RequestError(f"more than {limits.max_decoded} frames.", 413)
+        wanted = frame_indices(total, limits.frames)
+        _check_size(image.width, image.height, limits, len(wanted))
         frames = []
-        for index in frame_indices(total, limits.frames):
+        for index in wanted:
             image.seek(index)
             frames.append(image.convert("RGB"))
         return _stack(frames)

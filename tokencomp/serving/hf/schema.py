@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,7 +12,9 @@ from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits, load_image, load_video
 from tokencomp.serving.spec import ServerOptions, Spec
 
-UNSERVED = ("tools", "functions", "response_format", "logprobs", "logit_bias", "audio")
+# fields of the API that change no answer, and values of others that mean "off"
+HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+OFF = {"repetition_penalty": 1, "tool_choice": "none", "top_k": -1, "parallel_tool_calls": True}
 
 
 class Url(BaseModel):
@@ -82,6 +84,12 @@ class Prompt:
     images: list[Any] = field(default_factory=list)
     videos: list[Any] = field(default_factory=list)
 
+    @property
+    def pixels(self) -> int:
+        """Pixels of all decoded media."""
+        images = sum(image.width * image.height for image in self.images)
+        return images + sum(video[..., 0].size for video in self.videos)
+
 
 def parse(body: Any, options: ServerOptions, limits: Limits) -> Prompt:
     """Check a decoded JSON body and load its media.
@@ -97,14 +105,28 @@ def parse(body: Any, options: ServerOptions, limits: Limits) -> Prompt:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "body"
         raise RequestError(f"{where}: {first['msg']}") from None
-    extra = request.model_extra or {}
-    wrong = [name for name in UNSERVED if extra.get(name)]
-    if wrong or request.n != 1:
-        raise RequestError(f"not served: {', '.join(wrong) or 'n above 1'}. Leave it out.")
+    wrong = _unserved(request)
+    if wrong:
+        raise RequestError(f"not served: {', '.join(wrong)}. Leave it out.")
     prompt = Prompt(request, [], _spec(request, options))
     for message in request.messages:
         prompt.chat.append({"role": message.role, "content": _content(message, prompt, limits)})
     return prompt
+
+
+def _unserved(request: ChatRequest) -> list[str]:
+    """Fields that would change the answer if they were served."""
+    wrong = [
+        name
+        for name, value in (request.model_extra or {}).items()
+        if value and name not in HARMLESS and value != OFF.get(name)
+    ]
+    wrong += [
+        f"mm_processor_kwargs.{name}"
+        for name in request.mm_processor_kwargs or {}
+        if name != "tokencomp"
+    ]
+    return wrong + ([f"n={request.n}"] if request.n != 1 else [])
 
 
 def _spec(request: ChatRequest, options: ServerOptions) -> Spec:
@@ -130,10 +152,11 @@ def _content(message: Message, prompt: Prompt, limits: Limits) -> list[dict[str,
             continue
         if len(prompt.images) + len(prompt.videos) >= limits.max_items:
             raise RequestError(f"more than {limits.max_items} images and videos.", 413)
+        room = replace(limits, max_total_pixels=limits.max_total_pixels - prompt.pixels)
         if part.type == "image_url":
-            prompt.images.append(load_image(given.url, limits))
+            prompt.images.append(load_image(given.url, room))
             parts.append({"type": "image"})
         else:
-            prompt.videos.append(load_video(given.url, limits))
+            prompt.videos.append(load_video(given.url, room))
             parts.append({"type": "video"})
     return parts
