@@ -10,7 +10,7 @@ import torch
 from families_support import vila_folder
 from PIL import Image
 
-from tokencomp.errors import CheckpointError, MediaError
+from tokencomp.errors import CheckpointError, MediaError, OptionError
 from tokencomp.models import VilaProcessor
 from tokencomp.models.vila_images import even, tile_grid
 
@@ -46,6 +46,29 @@ def test_chat_template(tmp_path: Path) -> None:
     assert "<vila/video>?" in made.apply_chat_template(bare)
     with pytest.raises(MediaError, match="medium 0"):
         made.apply_chat_template(bare, tokenize=True)
+
+
+def test_options_act_or_are_refused(tmp_path: Path) -> None:
+    made = processor(tmp_path)
+    video = np.zeros((10, 28, 28, 3), np.uint8)
+    content = [{"type": "video", "video": video}, {"type": "text", "text": "?"}]
+    chat = [{"role": "user", "content": content}]
+    harmless = {"padding": True, "padding_side": "left", "return_tensors": "pt", "max_length": None}
+    for limit in (2, 4):
+        inputs = made.apply_chat_template(
+            chat, tokenize=True, num_frames=limit, return_dict=True, **harmless
+        )
+        assert inputs["video_frames"].tolist() == [limit]
+        same = made("<vila/video>?", videos=[video], num_frames=limit, **harmless)
+        assert same["video_frames"].tolist() == [limit]
+    for name, value in {
+        "padding_side": "right", "truncation": True, "max_length": 8, "return_tensors": "np",
+        "return_dict": False, "continue_final_message": True, "fps": 2, "chat_template": "x",
+    }.items():  # fmt: skip
+        with pytest.raises(OptionError, match=name):
+            made.apply_chat_template(chat, tokenize=True, **{name: value})
+        with pytest.raises(OptionError, match=name):
+            made("hi", **{name: value})
 
 
 def test_no_template(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tokencomp import make_reducer
 from tokencomp.errors import OptionError, PlanError, UnknownNameError
 from tokencomp.plan import Plan, Stage
-from tokencomp.reducers.compose import plan_from_json, plan_to_json
+from tokencomp.reducers.compose import Compose, plan_from_json, plan_to_json
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
@@ -63,8 +63,31 @@ def test_plans_as_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", [{"layer": 1}, {"layer": 1, "fraction": 1, "reducer": "merge", "k": 2}, 7]
+    "stage",
+    [
+        {"layer": 1},
+        {"layer": 1, "fraction": 1, "reducer": "merge", "k": 2},
+        {"layer": "a", "fraction": 0.5, "reducer": "merge"},
+        {"layer": 1.9, "fraction": 0.5, "reducer": "merge"},
+        {"layer": True, "fraction": 0.5, "reducer": "merge"},
+        {"layer": 0, "fraction": "0.5", "reducer": "merge"},
+        {"layer": 0, "fraction": float("nan"), "reducer": "merge"},
+        {"layer": 0, "fraction": 0.5, "reducer": 3},
+        {"layer": 0, "fraction": 0.5, "reducer": "merge", "options": None},
+        7,
+    ],
 )
 def test_bad_json(stage: object) -> None:
     with pytest.raises(PlanError, match="stage 0"):
         plan_from_json([stage])
+
+
+@pytest.mark.parametrize("plan", [None, {}, "merge", 3])
+def test_a_plan_is_a_list(plan: object) -> None:
+    with pytest.raises(PlanError, match="list of stages"):
+        plan_from_json(plan)
+
+
+def test_parts_are_reducers() -> None:
+    with pytest.raises(OptionError, match="make_reducer"):
+        Compose("merge", "prune")

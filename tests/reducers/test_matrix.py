@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 import matrix
+import numpy as np
 import pytest
 import torch
 from matrix import Case
 from tests_support import FAMILIES, Family, text
 
 import tokencomp
-from tokencomp import make_reducer
-from tokencomp.errors import OptionError, RatioError, ScoreError
+from tokencomp import Reducer, make_reducer
+from tokencomp.errors import OptionError, RatioError, ScoreError, TokenCompError
 from tokencomp.plan import count
+from tokencomp.reducers.compose import Compose
 
 every_case = pytest.mark.parametrize("case", matrix.cases(), ids=matrix.case_id)
 every_step = pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
@@ -106,6 +112,67 @@ def test_options_survive_json(case: Case) -> None:
 def test_unknown_option(case: Case) -> None:
     with pytest.raises(OptionError, match="'strength'"):
         make_reducer(case[0], strength=1)
+
+
+HOSTILE = (
+    None, True, "", "x", b"x", 0, 1, -3, 2**63, 10**400, 1.5, -1.0, 1e-320, 1e30, 1e300,
+    math.nan, math.inf, -math.inf, (), [1, "x"], {}, 1j, torch.ones(2),
+)  # fmt: skip
+
+
+@every_case
+def test_any_option_value_is_refused_when_built_or_works(case: Case) -> None:
+    """Options come from requests: no value may pass construction and end a server's forward."""
+    made = make_reducer(case[0], **case[1])
+    given = matrix.tokens((4, 3, 3), 2)
+    keep = matrix.row(case[0]).keep(12, given)
+    for name, value in itertools.product(made.options(), HOSTILE):
+        options = {**case[1], name: value}
+        try:
+            make_reducer(case[0], **options).plan(0.7, 28)
+        except OptionError:
+            if not isinstance(made, Compose):
+                with pytest.raises(OptionError):
+                    type(made)(**options)
+            continue
+        if type(made).reduce is not Reducer.reduce:
+            with contextlib.suppress(TokenCompError):  # there are no weights of that name
+                assert len(matrix.reduce((case[0], options), given, keep).keep) == keep
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("random", {"seed": "x"}, r"random: seed='x'; expected an integer\."),
+        ("random", {"seed": None}, "seed=None; expected an integer"),
+        ("random", {"seed": 1.5}, "seed=1.5; expected an integer"),
+        ("random", {"seed": True}, "seed=True; expected an integer"),
+        ("random", {"seed": -1}, r"2\*\*63"),
+        ("merge", {"weighted": "x"}, "weighted='x'; expected true or false"),
+        ("pool", {"group": math.nan}, "group=nan; expected an integer"),
+        ("pool", {"stride": math.inf}, "stride=inf; expected a finite number"),
+        ("pool", {"stride": 1e300}, "stride=1e\\+300; allowed: a number from 1 to 1024"),
+        ("prune", {"temperature": 0}, "temperature=0; allowed: a number from 0.001 to 1000"),
+        ("prune", {"iterations": -3}, "iterations=-3; allowed: a number from 1 to 100"),
+        ("adsc", {"stages": [0.1, "x"]}, r"expected a list \(a finite number, …\)"),
+        ("adsc", {"offset": 2**40}, "offset="),
+        ("aim", {"start": 0.8}, "0 ≤ start < stop ≤ 1"),
+        ("condiv", {"merge_rest": "x"}, "expected a finite number or None"),
+        ("vidcom2", {"temperature": 1e-320}, "temperature="),
+        ("merge+prune", {"share": "x"}, r"merge\+prune: share='x'; expected a finite number"),
+        ("merge+prune", {"iterations": 1.5}, "prune: iterations=1.5; expected an integer"),
+    ],
+)
+def test_options_of_another_type_or_range(name: str, options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        make_reducer(name, **options)
+
+
+def test_numbers_of_numpy_whole_numbers_for_fractions_and_paths_are_fine() -> None:
+    for name in ("ccam", "selector"):
+        assert make_reducer(name, weights=Path("a") / "b").options() == {"weights": "a/b"}
+    assert make_reducer("random", seed=np.int64(7)) == make_reducer("random", seed=7)
+    assert make_reducer("pool", stride=2) == make_reducer("pool", stride=np.float64(2.0))
 
 
 @every_case

@@ -9,7 +9,7 @@ import torch
 from tests_support import Family, text
 from torch import Tensor, nn
 
-from tokencomp import patch
+from tokencomp import Plan, Stage, make_reducer, patch
 from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import OptionError
 from tokencomp.training.relevance import explain, relevance
@@ -83,5 +83,10 @@ def test_answers_must_exist_and_the_model_must_not_be_patched(family: Family) ->
     inputs, labels = with_answers(family, [[family.image(), text(5)]], [text(2)])
     with pytest.raises(OptionError, match="no answer tokens"):
         relevance(model, inputs, torch.full_like(labels, IGNORE))
-    with patch(model, 0.5, reducer="uniform"), pytest.raises(OptionError, match="unpatch"):
-        relevance(model, inputs, labels)
+    for layer, name in ((0, "uniform"), (family.layers - 1, "prune")):
+        plan = Plan((Stage(layer, 0.5, make_reducer(name)),))
+        with patch(model, plan=plan) as handle:
+            with pytest.raises(OptionError, match="unpatch"):
+                relevance(model, inputs, labels)
+            with handle.disabled():
+                assert relevance(model, inputs, labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from tokencomp.reducers.selector import SelectorNet, load_selector
 from tokencomp.training.capture import capture
 from tokencomp.training.data import load_batch, questions
 from tokencomp.training.selector import (
+    AttentionRow,
     SelectorConfig,
     agreement,
-    explain_batch,
     fit,
     target_of,
     train_selector,
 )
+from tokencomp.training.selector_labels import explain_batch
 from tokencomp.weights import check_card, model_card, write
 
 SMALL = SelectorConfig(
@@ -99,6 +101,28 @@ def test_training_finds_a_pattern_that_the_raw_row_does_not_show() -> None:
     assert found["selector"] > 0.95 and found["attention"] < 0.5 and found["oracle"] == 1.0
 
 
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    pairs, file = [(torch.rand(8), torch.rand(8)) for _ in range(6)], tmp_path / "checkpoint.pt"
+    config, channels = SelectorConfig(epochs=2), (4, 4)
+    labels = {"data": "a", "content": "1"}
+    net = fit(pairs, pairs, config, file, channels, labels)
+    again = fit(pairs, pairs, config, file, channels, labels)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items())
+    for name in ("epochs", "learning_rate", "zeroed", "batch_spans", "seed"):
+        other = replace(config, **{name: getattr(config, name) / 2 or 1})
+        with pytest.raises(OptionError, match=name):
+            fit(pairs, pairs, other, file, channels, labels)
+    with pytest.raises(OptionError, match="channels"):
+        fit(pairs, pairs, config, file, (4, 4, 4), labels)
+    with pytest.raises(OptionError, match="content"):
+        fit(pairs, pairs, config, file, channels, {**labels, "content": "2"})
+    state = torch.load(file)
+    del state["identity"]  # as older versions wrote them
+    torch.save(state, file)
+    with pytest.raises(OptionError, match="another --output"):
+        fit(pairs, pairs, config, file, channels, labels)
+
+
 def test_explained_batches_do_not_depend_on_their_company(tiny: Any, data: str) -> None:
     model, processor = tiny
     source = questions(data, "image", 3)
@@ -128,7 +152,7 @@ def test_training_saves_weights_and_a_card(trained: Path, tiny: Any) -> None:
 def test_a_second_run_reads_labels_and_checkpoint(
     trained: Path, tiny: Any, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import tokencomp.training.selector as module
+    import tokencomp.training.selector_labels as module
 
     def refuse(*args: Any) -> None:
         raise AssertionError("explained again")
@@ -139,6 +163,23 @@ def test_a_second_run_reads_labels_and_checkpoint(
     other = SelectorConfig(**{**vars(SMALL), "answers": "given"})
     with pytest.raises(OptionError, match="answers"):
         train_selector(*tiny, data, trained.parent, other)
+
+
+def test_labels_of_other_data_are_refused(
+    trained: Path, tiny: Any, data: str, tmp_path: Path
+) -> None:
+    output, copy = tmp_path / "out", tmp_path / "data"
+    shutil.copytree(trained.parent, output)
+    shutil.copytree(data, copy)
+    with pytest.raises(OptionError, match="differs in data"):
+        train_selector(*tiny, str(copy), output, SMALL)
+    lines, before = Path(data) / "questions.jsonl", (Path(data) / "questions.jsonl").read_text()
+    try:
+        lines.write_text(before.replace("circle", "square"))
+        with pytest.raises(OptionError, match="differs in content"):
+            train_selector(*tiny, data, output, SMALL)
+    finally:
+        lines.write_text(before)
 
 
 def test_the_reducer_follows_the_network(trained: Path, tiny: Any, data: str) -> None:
@@ -198,9 +239,19 @@ def test_special_tokens_stay_and_signals_are_asked_for(trained: Path) -> None:
     given = VisualTokens(torch.zeros(12, 4), (1, 2, 5), special, scores=torch.rand(12))
     kept = reducer.reduce(given, 4).keep.tolist()
     assert len(kept) == 4 and {5, 11} <= set(kept)
-    given.scores = None
-    with pytest.raises(ScoreError):
-        reducer.reduce(given, 4)
+    for bad in (None, torch.full((12,), torch.inf)):
+        given.scores = bad
+        for one in (reducer, AttentionRow(), make_reducer("prune")):
+            with pytest.raises(ScoreError):
+                one.reduce(given, 4)
+
+
+def test_every_device_has_its_own_copy(trained: Path) -> None:
+    net, _ = load_selector(trained)
+    moved, _ = load_selector(trained, "meta")
+    assert {p.device.type for p in moved.parameters()} == {"meta"}
+    assert {p.device.type for p in load_selector(trained)[0].parameters()} == {"cpu"}
+    assert load_selector(trained)[0] is net
 
 
 def test_oracle_keeps_the_relevant_tokens_or_says_what_is_missing(family: Family) -> None:

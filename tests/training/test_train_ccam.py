@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tests_support import Family, text
 
 import tokencomp
 from tokencomp.errors import SpanError, WeightsError
+from tokencomp.evaluation.examples import Example
 from tokencomp.projectors.ccam import CCAMConfig, CCAMProjector
 from tokencomp.training.capture import capture
-from tokencomp.training.ccam import CcamConfig, Live, train_ccam
+from tokencomp.training.ccam import CcamConfig, Live, train_ccam, visual_tokens
 from tokencomp.weights import model_card
 
 SMALL = CcamConfig(
@@ -81,6 +83,20 @@ def test_weights_must_exist_and_fit(family: Family, tmp_path: Path) -> None:
     path = saved(model, tmp_path, queries=3)
     with pytest.raises(WeightsError, match="another checkpoint"):
         tokencomp.patch(family.build(seed=5), reducer="ccam", weights=str(path))
+
+
+def test_the_budget_is_the_mean_of_a_sample_of_media(tiny: Any) -> None:
+    """Questions with several images of different sizes; 28 pixels of a side are one token."""
+    sides = [[84], [168, 84], [56]] * 40
+    source = [
+        Example(str(i), "What?", "red", tuple(Image.new("RGB", (s, s)) for s in row))
+        for i, row in enumerate(sides)
+    ]
+    for count in (1, 3, 48):
+        places = [i * count // 16 for i in range(16)] if count > 16 else range(count)
+        asked = [s for i in places for s in sides[i]]
+        expected = sum((s // 28) ** 2 for s in asked) / len(asked)
+        assert visual_tokens(*tiny, source[:count], SMALL) == pytest.approx(expected)
 
 
 @pytest.fixture(scope="module")

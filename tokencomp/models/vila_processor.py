@@ -11,11 +11,23 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, SiglipImageProcessor
 
-from tokencomp.errors import CheckpointError, MediaError
+from tokencomp.errors import CheckpointError, MediaError, OptionError
 from tokencomp.models.vila_config import VilaConfig, read_config, read_root
 from tokencomp.models.vila_images import as_frames, as_image, pad_square, tiles
 from tokencomp.models.vila_projector import DOWNSAMPLE
 from tokencomp.models.vila_tokens import IMAGE, VIDEO, chat_template, load_tokenizer
+
+# Options of other processors that ask for what this one does anyway. Videos are always cut to
+# `num_frames`, whoever sampled them first.
+AS_IS: dict[str, tuple[Any, ...]] = {
+    "padding": (True, "longest"),
+    "padding_side": ("left",),
+    "truncation": (False,),
+    "return_tensors": ("pt",),
+    "return_dict": (True,),
+    "do_sample_frames": (True, False),
+    "continue_final_message": (False,),
+}
 
 
 class VilaProcessor:
@@ -84,21 +96,26 @@ class VilaProcessor:
         *,
         add_generation_prompt: bool = True,
         tokenize: bool = False,
+        num_frames: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """One conversation or a batch of them → text, or (with tokenize=True) model inputs.
 
         Content is a string, or a list of {"type": "text", "text": …},
         {"type": "image", "image": PIL image, array or path} and {"type": "video", "video": path
-        or frames}. For text alone the media may be left out.
+        or frames}. For text alone the media may be left out. `num_frames` and further options are
+        those of a call.
 
         Raises
         ------
+        OptionError
+            An option that this processor does not have.
         CheckpointError
             The checkpoint names no conversation format.
         MediaError
             A content part of an unknown type, or without its medium where it is needed.
         """
+        _check_options(kwargs)
         if self.chat_template is None:
             raise CheckpointError(
                 "this checkpoint has no conversation format. Set processor.chat_template to a "
@@ -124,7 +141,7 @@ class VilaProcessor:
                 raise MediaError(f"medium {i}: no image or video in its content part.")
         if not tokenize:
             return texts[0] if single else texts
-        return self(texts, images=images or None, videos=videos or None)
+        return self(texts, images=images or None, videos=videos or None, num_frames=num_frames)
 
     def __call__(
         self,
@@ -145,12 +162,17 @@ class VilaProcessor:
             (frames, H, W, 3).
         num_frames
             Overrides `self.num_frames`.
+        **kwargs
+            What is done anyway: padding=True, padding_side="left", return_tensors="pt", ...
 
         Raises
         ------
+        OptionError
+            Any other option.
         MediaError
             More or fewer placeholders than media (the prompt is named), or bad media.
         """
+        _check_options(kwargs)
         texts = [text] if isinstance(text, str) else list(text)
         flat = _listed(images)
         counts = [t.count(IMAGE) for t in texts]
@@ -243,6 +265,20 @@ class VilaProcessor:
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """Forwards to the tokenizer."""
         return self.tokenizer.batch_decode(*args, **kwargs)
+
+
+def _check_options(given: dict[str, Any]) -> None:
+    """Refuse options that would be ignored; None counts as not given."""
+    for name, value in given.items():
+        if value is None or value in AS_IS.get(name, ()):
+            continue
+        if name in AS_IS:
+            allowed = ", ".join(map(repr, AS_IS[name]))
+            raise OptionError(f"VILA's processor: {name}={value!r}; allowed: {allowed}.")
+        raise OptionError(
+            f"VILA's processor has no option {name!r}. It has num_frames, and takes "
+            f"{', '.join(AS_IS)} at the values it works with anyway."
+        )
 
 
 def _listed(images: Any) -> list[Any]:

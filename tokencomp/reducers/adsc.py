@@ -12,7 +12,11 @@ from tokencomp.context import Grid, Reduction, VisualTokens
 from tokencomp.errors import OptionError
 from tokencomp.plan import Plan, check_ratio, from_profile
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
+from tokencomp.reducers.options import check_range
+from tokencomp.reducers.rows import joined, split
 from tokencomp.schedules import bisect, early
+
+MOST = 1 << 20  # tokens; more than any frame has
 
 
 @register_reducer("adsc")
@@ -49,14 +53,16 @@ class Adsc(Reducer):
     summary = "uniform downsampling between layers; training-free form of ADSC (2602.12618)"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("adsc", "lattice", self.lattice, ("raster", "grid"))
+        check_range("adsc", "offset", self.offset, -MOST, MOST)
         object.__setattr__(self, "stages", tuple(float(s) for s in self.stages))
         if not self.stages or list(self.stages) != sorted(self.stages):
             raise OptionError(f"adsc: stages={self.stages}; expected ascending fractions of depth.")
         if not (self.stages[0] >= 0 and self.stages[-1] < 1):
             raise OptionError(f"adsc: stages={self.stages}; every fraction must lie in [0, 1).")
-        if self.window <= 1:
-            raise OptionError(f"adsc: window={self.window}; expected more than 1 token.")
+        if not 1 < self.window <= MOST:
+            raise OptionError(f"adsc: window={self.window}; allowed: above 1, at most {MOST}.")
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
         target = 1.0 - check_ratio(ratio)
@@ -74,13 +80,12 @@ class Adsc(Reducer):
         return [factor ** sum(s <= layer for s in starts) for layer in range(num_layers)]
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        special = tokens.special.nonzero()[:, 0]
-        patches = (~tokens.special).nonzero()[:, 0]
+        patches, special = split(tokens)
         per_frame = tokens.grid[1] * tokens.grid[2]
         cells = patch_cells(tokens)
         counts = torch.bincount(cells // per_frame, minlength=tokens.grid[0]).tolist()
         starts = itertools.accumulate(counts, initial=0)
-        chosen = [special]
+        chosen = []
         quotas = share(keep - special.numel(), counts)
         for start, count, quota in zip(starts, counts, quotas, strict=False):
             frame = patches[start : start + count]
@@ -90,7 +95,7 @@ class Adsc(Reducer):
             else:
                 rows = windows(count, quota, self.offset, cells.device)
             chosen.append(frame[rows])
-        return Reduction(torch.cat(chosen).sort().values)
+        return joined(tokens, torch.cat(chosen))
 
 
 def patch_cells(tokens: VisualTokens) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokencomp.errors import OptionError
 from tokencomp.plan import Plan, Stage, check_ratio, from_profile
 from tokencomp.reducers.base import Reducer, register_reducer
 from tokencomp.reducers.merge import Merge
@@ -34,6 +35,14 @@ class Aim(Reducer):
 
     summary = "merge at entry + PageRank pruning between layers (AIM 2412.03248)"
     merges = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.start < self.stop <= 1:
+            raise OptionError(
+                f"aim: start={self.start!r}, stop={self.stop!r}; allowed: fractions of the depth, "
+                "0 ≤ start < stop ≤ 1."
+            )
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
         target = 1.0 - check_ratio(ratio)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tokencomp.context import Grid, Reduction, Signal, VisualSpan, VisualTokens
 from tokencomp.errors import OptionError, ScoreError, unknown_name
 from tokencomp.plan import Plan, Stage, check_ratio, count, kept_count
+from tokencomp.reducers.options import check_types
 
 _REGISTRY: dict[str, type[Reducer]] = {}
 _loaded = False
@@ -24,7 +25,8 @@ class Reducer:
     """Base class: a frozen dataclass whose fields are its options in Python, JSON and the CLI.
 
     A reducer is stateless, batch-invariant (it sees one span at a time) and stage-agnostic.
-    Subclasses implement `reduce`; methods that act between layers override `plan`.
+    Subclasses implement `reduce`; methods that act between layers override `plan`. Options must
+    fit their annotations; a `__post_init__` that checks ranges calls `super().__post_init__()`.
 
     Attributes
     ----------
@@ -43,6 +45,9 @@ class Reducer:
     summary: ClassVar[str] = ""
     serving_safe: ClassVar[bool] = False
     merges: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_types(self.name or type(self).__name__, self)
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -92,10 +97,10 @@ def register_reducer(name: str) -> Callable[[R], R]:
 def _load_all() -> None:
     global _loaded
     if not _loaded:
-        _loaded = True
         package = importlib.import_module("tokencomp.reducers")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"tokencomp.reducers.{module.name}")
+        _loaded = True  # last: a thread that comes meanwhile waits for the same imports
 
 
 def available_reducers() -> dict[str, type[Reducer]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import torch
 from tokencomp.context import Reduction, VisualSpan, VisualTokens
 from tokencomp.errors import SpanError, WeightsError
 from tokencomp.reducers.base import Reducer, register_reducer
-from tokencomp.reducers.rows import finite, split
+from tokencomp.reducers.rows import finite, rewritten, split
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,6 +63,11 @@ class Ccam(Reducer):
 
     summary = "trained projector: always as many tokens, however many frames (2408.14023)"
 
+    def __post_init__(self) -> None:
+        if isinstance(self.weights, PathLike):  # text, so that options are ready for JSON
+            object.__setattr__(self, "weights", fspath(self.weights))
+        super().__post_init__()
+
     def for_model(self, model: nn.Module) -> Ccam:
         from tokencomp.weights import check_card, locate, read
 
@@ -74,6 +80,8 @@ class Ccam(Reducer):
         if self.weights is None:
             raise WeightsError(f"reducer='ccam' needs trained weights. Train them with `{TRAIN}`.")
         path = Path(self.weights)
+        if not path.is_file():
+            raise WeightsError(f"{path} does not exist. Train a ccam projector: {TRAIN}")
         return _load(path.resolve(), path.stat().st_mtime_ns, device, dtype)
 
     def queries(self) -> int:
@@ -103,8 +111,5 @@ class Ccam(Reducer):
             )
         step = torch.arange(len(made), device=x.device)
         places = patches[(2 * step + 1) * patches.numel() // (2 * len(made))]
-        order = torch.cat([special, places]).sort()
-        merged = torch.cat([tokens.features[special], made])[order.indices]
         sizes = torch.full((len(made),), patches.numel() / len(made), device=x.device)
-        ones = torch.ones(special.numel(), device=x.device)
-        return Reduction(order.values, merged, torch.cat([ones, sizes])[order.indices])
+        return rewritten(tokens, places, made, sizes)

@@ -44,6 +44,7 @@ class CDPruner(Reducer):
     summary = "conditional DPP, greedy MAP (CDPruner 2506.10967)"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("cdpruner", "relevance", self.relevance, RELEVANCE)
         object.__setattr__(self, "serving_safe", self.relevance == "none")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan import Plan, Stage, check_ratio
 from tokencomp.reducers.base import Reducer, make_reducer
+from tokencomp.reducers.options import fits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +41,11 @@ class Compose(Reducer):
     summary = "an entry reducer and a layer reducer, budget-matched together (ours)"
 
     def __post_init__(self) -> None:
+        for part in (self.entry, self.layer):
+            if not isinstance(part, Reducer):
+                raise OptionError(f"compose: {part!r} is no reducer; build it with make_reducer.")
         object.__setattr__(self, "name", f"{self.entry.name}+{self.layer.name}")
+        super().__post_init__()
         object.__setattr__(self, "merges", self.entry.merges or self.layer.merges)
         if not 0 <= self.share <= 1:
             raise OptionError(f"{self.name}: share={self.share!r}; allowed: a number in [0, 1].")
@@ -143,17 +148,29 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
     Raises
     ------
     PlanError
-        A stage without layer, fraction or reducer, with further keys, or stages out of order.
+        No list; a stage without layer, fraction or reducer, with further keys, or with a value of
+        another type; stages out of order.
+    UnknownNameError, OptionError
+        A reducer that is not registered, or options that it refuses.
     """
+    if not isinstance(data, list):
+        raise PlanError(f"plan {data!r}: expected a list of stages.")
     stages = []
     for i, item in enumerate(data):
-        keys = set(item) if isinstance(item, dict) else set()
-        if keys - {"options"} != {"layer", "fraction", "reducer"}:
+        if not _is_stage(item):
             raise PlanError(
-                f"stage {i} of the plan is {item!r}; expected an object with layer, fraction, "
-                'reducer and, if needed, options, e.g. {"layer": 0, "fraction": 0.5, "reducer": '
-                '"merge"}.'
+                f"stage {i} of the plan is {item!r}; expected an object with layer (an integer), "
+                "fraction (a number), reducer (a name) and, if needed, options (an object), e.g. "
+                '{"layer": 0, "fraction": 0.5, "reducer": "merge"}.'
             )
         reducer = make_reducer(item["reducer"], **item.get("options", {}))
-        stages.append(Stage(int(item["layer"]), float(item["fraction"]), reducer))
+        stages.append(Stage(item["layer"], float(item["fraction"]), reducer))
     return Plan(tuple(stages))
+
+
+def _is_stage(item: Any) -> bool:
+    hints = {"layer": int, "fraction": float, "reducer": str}
+    if not isinstance(item, dict) or set(item) - {"options"} != set(hints):
+        return False
+    typed = all(fits(item[key], hint) for key, hint in hints.items())
+    return typed and isinstance(item.get("options", {}), dict)

@@ -55,6 +55,7 @@ class ConDiv(Reducer):
     summary = "relevance × diversity, greedy (ours)"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("condiv", "signal", self.signal, SIGNALS)
         if not 0 <= self.power <= 16:
             raise OptionError(f"condiv: power={self.power!r}; allowed: a number from 0 to 16.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokencomp.context import Reduction, VisualTokens
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
-from tokencomp.reducers.rows import finite, sizes_before, split
+from tokencomp.reducers.rows import finite, rewritten, sizes_before, split
 
 
 @register_reducer("merge")
@@ -47,6 +47,7 @@ class Merge(Reducer):
     merges = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("merge", "position", self.position, ("keep", "first"))
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
@@ -59,13 +60,7 @@ class Merge(Reducer):
         x, sizes, rows = self._merge(
             tokens.features[patches], patches, before[patches], groups, quota
         )
-        order = torch.cat([special, rows])
-        keep_rows, by = order.sort()
-        return Reduction(
-            keep_rows,
-            torch.cat([tokens.features[special], x])[by],
-            torch.cat([before[special], sizes])[by],
-        )
+        return rewritten(tokens, rows, x, sizes)
 
     def _groups(self, tokens: VisualTokens, patches: Tensor, budget: int) -> list[int]:
         """Lengths of the runs of patches inside which tokens may merge."""

@@ -11,9 +11,11 @@ from torch import Tensor
 from tokencomp.context import Reduction, VisualTokens
 from tokencomp.errors import OptionError
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
-from tokencomp.reducers.rows import finite, whole_grid
+from tokencomp.reducers.options import check_range
+from tokencomp.reducers.rows import finite, rewritten, whole_grid
 
 GROUPS = (2, 4, 8)
+MOST_STRIDE = 1024  # tokens; no frame has longer sides
 
 
 @register_reducer("pool")
@@ -51,33 +53,26 @@ class Pool(Reducer):
     merges = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("pool", "mode", self.mode, ("area", "bilinear"))
-        if self.group < 0 or int(self.group) != self.group:
+        check_range("pool", "stride", self.stride, 1, MOST_STRIDE)
+        if self.group < 0:
             raise OptionError(f"pool: group={self.group!r}; allowed: 0 (solved), 1, 2, 3, ...")
-        if not self.stride >= 1:
-            raise OptionError(f"pool: stride={self.stride!r}; allowed: a number ≥ 1.")
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         t, h, w = tokens.grid
         rows = whole_grid(tokens, "pool")
-        special = tokens.special.nonzero()[:, 0]
         finite(tokens.features[rows].norm(dim=1), "feature norms")
-        quota = self.frame_quota(t, h * w, keep - special.numel())
+        quota = self.frame_quota(t, h * w, keep - int(tokens.special.sum()))
         live = [f for f in range(t) if quota[f]]
         lines = [line_widths(quota[f], h, w) for f in live]
         x = tokens.features[rows].view(t, h, w, -1)[live]
         pooled = pool_lines(x, lines, self.mode)
         place = places(lines, h, w, x.device)
-        frame = torch.tensor(live, device=x.device).repeat_interleave(
-            torch.tensor([quota[f] for f in live], device=x.device)
-        )
-        kept = torch.cat([special, rows[frame * h * w + place]])
-        keep_rows, by = kept.sort()
-        merged = torch.cat([tokens.features[special], pooled])[by]
-        size = torch.tensor([h * w / quota[f] for f in live], device=x.device)
-        sizes = size.repeat_interleave(torch.tensor([quota[f] for f in live], device=x.device))
-        ones = torch.ones(special.numel(), device=x.device)
-        return Reduction(keep_rows, merged, torch.cat([ones, sizes])[by])
+        counts = torch.tensor([quota[f] for f in live], device=x.device)
+        frame = torch.tensor(live, device=x.device).repeat_interleave(counts)
+        sizes = (h * w / counts).repeat_interleave(counts)
+        return rewritten(tokens, rows[frame * h * w + place], pooled, sizes)
 
     def frame_quota(self, frames: int, cells: int, budget: int) -> list[int]:
         """Tokens of every frame: whole numbers in 0 … cells that sum to `budget`."""

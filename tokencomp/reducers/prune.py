@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from tokencomp.context import Attention, Reduction, Signal, VisualTokens
 from tokencomp.plan import Plan, check_ratio, from_profile
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer, top_k
+from tokencomp.reducers.options import check_range
+from tokencomp.reducers.rows import given_scores
 from tokencomp.schedules import SCHEDULES, schedule
 
 SCORES = ("pagerank", "last_query", "text_query")
@@ -28,7 +30,7 @@ class Prune(Reducer):
     schedule
         "aim", "pyramid" or "fastv" (see `tokencomp.schedules`).
     temperature, iterations
-        PageRank's τ and number of steps.
+        PageRank's τ (0.001 … 1000) and number of steps (1 … 100).
 
     Notes
     -----
@@ -46,8 +48,11 @@ class Prune(Reducer):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("prune", "score", self.score, SCORES)
         check_choice("prune", "schedule", self.schedule, tuple(SCHEDULES))
+        check_range("prune", "temperature", self.temperature, 1e-3, 1000)
+        check_range("prune", "iterations", self.iterations, 1, 100)
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -64,15 +69,4 @@ class Prune(Reducer):
         return from_profile(schedule(self.schedule)(num_layers, 1.0 - ratio), self)
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        return Reduction(top_k(_scores(tokens), tokens.special, keep))
-
-
-def _scores(tokens: VisualTokens):
-    if tokens.scores is None:
-        from tokencomp.errors import ScoreError
-
-        raise ScoreError(
-            "prune needs attention scores and got none. Run it through tokencomp.patch, or set "
-            "VisualTokens.scores."
-        )
-    return tokens.scores
+        return Reduction(top_k(given_scores(tokens, "prune"), tokens.special, keep))

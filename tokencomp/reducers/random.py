@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tokencomp.context import Reduction, VisualTokens
+from tokencomp.errors import OptionError
 from tokencomp.reducers.base import Reducer, register_reducer, top_k
 
 
@@ -19,14 +20,19 @@ class Random(Reducer):
     Attributes
     ----------
     seed : int
-        Every span of the same grid gets the same subset, whatever special tokens stand between
-        its patches; subsets at smaller budgets are nested.
+        0 … 2⁶³ - 1. Every span of the same grid gets the same subset, whatever special tokens
+        stand between its patches; subsets at smaller budgets are nested.
     """
 
     seed: int = 0
 
     summary = "a random subset (baseline)"
     serving_safe = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.seed < 2**63:
+            raise OptionError(f"random: seed={self.seed!r}; allowed: an integer from 0 to 2**63-1.")
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         generator = torch.Generator().manual_seed(self.seed)

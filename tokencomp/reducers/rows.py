@@ -29,8 +29,25 @@ def joined(tokens: VisualTokens, chosen: Tensor) -> Reduction:
     chosen : Tensor of int64
         Rows of `tokens.features`, none of them special, in any order.
     """
-    special = tokens.special.nonzero()[:, 0]
+    _, special = split(tokens)
     return Reduction(torch.cat([special, chosen]).sort().values)
+
+
+def rewritten(tokens: VisualTokens, rows: Tensor, x: Tensor, sizes: Tensor) -> Reduction:
+    """The reduction that keeps all special tokens and has new patches.
+
+    Parameters
+    ----------
+    rows : Tensor of int64, shape (k,)
+        Where the patches stand, in any order.
+    x, sizes
+        Their features (k, d), and how many original tokens each stands for (k,).
+    """
+    _, special = split(tokens)
+    keep, by = torch.cat([special, rows]).sort()
+    ones = torch.ones(special.numel(), device=sizes.device)
+    merged = torch.cat([tokens.features[special], x])[by]
+    return Reduction(keep, merged, torch.cat([ones, sizes])[by])
 
 
 def whole_grid(tokens: VisualTokens, reducer: str) -> Tensor:

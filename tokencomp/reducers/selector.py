@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.context import Attention, Reduction, Signal, VisualTokens
-from tokencomp.errors import OptionError, ScoreError, WeightsError
+from tokencomp.errors import OptionError, WeightsError
 from tokencomp.reducers.base import Reducer, register_reducer, top_k
+from tokencomp.reducers.rows import given_scores
 
 TRAIN = "tokencomp train selector --model MODEL --data DATA --output FOLDER"
 CHANNELS = (32, 64, 128, 256, 512)
@@ -57,7 +59,7 @@ def scaled(rows: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _load(path: Path, modified: int) -> tuple[SelectorNet, dict[str, Any]]:
+def _load(path: Path, modified: int, device: torch.device) -> tuple[SelectorNet, dict[str, Any]]:
     from tokencomp.weights import read
 
     tensors, card = read(path)
@@ -68,11 +70,13 @@ def _load(path: Path, modified: int) -> tuple[SelectorNet, dict[str, Any]]:
         raise WeightsError(
             f"{path} does not hold a selector ({error}). Train one: {TRAIN}"
         ) from error
-    return net.eval().requires_grad_(False), card
+    return net.eval().requires_grad_(False).to(device), card
 
 
-def load_selector(path: str | Path) -> tuple[SelectorNet, dict[str, Any]]:
-    """A trained selector and its card.
+def load_selector(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[SelectorNet, dict[str, Any]]:
+    """A trained selector and its card, loaded once per device.
 
     Raises
     ------
@@ -82,7 +86,7 @@ def load_selector(path: str | Path) -> tuple[SelectorNet, dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path} does not exist. Train a selector: {TRAIN}")
-    return _load(path.resolve(), path.stat().st_mtime_ns)
+    return _load(path.resolve(), path.stat().st_mtime_ns, torch.device(device))
 
 
 @register_reducer("selector")
@@ -110,6 +114,11 @@ class Selector(Reducer):
 
     summary = "trained on explainability labels, sees layer-0 attention (2506.01097)"
 
+    def __post_init__(self) -> None:
+        if isinstance(self.weights, PathLike):  # text, so that options are ready for JSON
+            object.__setattr__(self, "weights", fspath(self.weights))
+        super().__post_init__()
+
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({Attention("text")})
@@ -122,21 +131,15 @@ class Selector(Reducer):
         return Selector(weights=str(path))
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        if tokens.scores is None:
-            raise ScoreError(
-                "selector needs the layer-0 attention row and got none. Run it through "
-                "tokencomp.patch, or set VisualTokens.scores."
-            )
+        row = given_scores(tokens, "selector")
         if self.weights is None:
             raise OptionError(f"selector: weights=None outside patch(). Train some: {TRAIN}")
-        scores = torch.zeros_like(tokens.scores)
-        scores[~tokens.special] = self._score(tokens.scores[~tokens.special])
+        scores = torch.zeros_like(row)
+        scores[~tokens.special] = self._score(row[~tokens.special])
         return Reduction(top_k(scores, tokens.special, keep))
 
     @torch.no_grad()
     def _score(self, row: Tensor) -> Tensor:
         """Logits of a span's patches, float32, on their device."""
-        net, _ = load_selector(self.weights)  # type: ignore[arg-type]
-        if next(net.parameters()).device != row.device:
-            net.to(row.device)
-        return net(row.float()[None])[0]
+        net, _ = load_selector(self.weights, row.device)  # type: ignore[arg-type]
+        return net(row[None])[0]

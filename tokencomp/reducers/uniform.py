@@ -8,6 +8,7 @@ import torch
 
 from tokencomp.context import Reduction, VisualTokens
 from tokencomp.reducers.base import Reducer, register_reducer
+from tokencomp.reducers.rows import joined, split
 
 
 @register_reducer("uniform")
@@ -19,10 +20,8 @@ class Uniform(Reducer):
     serving_safe = True
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        special = tokens.special.nonzero()[:, 0]
-        patches = (~tokens.special).nonzero()[:, 0]
+        patches, special = split(tokens)
         k = keep - special.numel()
         n = patches.numel()
         steps = torch.arange(k, device=patches.device)
-        chosen = patches[(2 * steps + 1) * n // (2 * max(k, 1))]
-        return Reduction(torch.cat([special, chosen]).sort().values)
+        return joined(tokens, patches[(2 * steps + 1) * n // (2 * max(k, 1))])

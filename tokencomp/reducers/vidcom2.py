@@ -12,6 +12,7 @@ from tokencomp.context import Reduction, VisualTokens
 from tokencomp.errors import OptionError
 from tokencomp.reducers.base import Reducer, register_reducer
 from tokencomp.reducers.merge import best_per_group
+from tokencomp.reducers.options import check_range
 from tokencomp.reducers.rows import finite, joined, whole_grid
 
 BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))
@@ -30,7 +31,7 @@ class VidCom2(Reducer):
     Attributes
     ----------
     temperature
-        τ of the softmax over frames.
+        τ of the softmax over frames, 1e-6 … 1.
     channels
         Fraction of channels that count.
 
@@ -46,9 +47,10 @@ class VidCom2(Reducer):
     serving_safe = True
 
     def __post_init__(self) -> None:
-        for name, value in (("temperature", self.temperature), ("channels", self.channels)):
-            if not 0 < value <= 1:
-                raise OptionError(f"vidcom2: {name}={value!r}; allowed: a number in (0, 1].")
+        super().__post_init__()
+        check_range("vidcom2", "temperature", self.temperature, 1e-6, 1)
+        if not 0 < self.channels <= 1:
+            raise OptionError(f"vidcom2: channels={self.channels!r}; allowed: a number in (0, 1].")
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         t, h, w = tokens.grid

@@ -19,6 +19,7 @@ from tokencomp.ragged import full_frame
 from tokencomp.run import check_padding
 
 INPUT_ONLY = ("labels", "logits_to_keep", "use_cache")
+PATCHED = "the model is patched: call tokencomp.unpatch(model) first."
 
 
 @dataclass
@@ -85,7 +86,7 @@ def capture(model: nn.Module, inputs: dict[str, Any], layers: bool = True) -> Ca
     Raises
     ------
     OptionError
-        The model is patched.
+        The model is patched, so that tokens leave at entry or before a captured layer.
     """
     adapter = adapter_for(model)
     made = Capture(adapter)
@@ -115,7 +116,7 @@ def _spans_of(made: Capture, call: dict[str, Any]) -> Callable[..., None]:
         named = _compat.bind(module, args, kwargs)
         ids, x, positions = call["input_ids"], named["inputs_embeds"], named.get("position_ids")
         if x.shape[1] != ids.shape[1]:
-            raise OptionError("the model is patched: call tokencomp.unpatch(model) first.")
+            raise OptionError(PATCHED)
         kinds = made.adapter.kinds(call)
         if kinds is None:
             raise OptionError("this batch has no image or video, so there is nothing to explain.")
@@ -132,7 +133,10 @@ def _spans_of(made: Capture, call: dict[str, Any]) -> Callable[..., None]:
 def _input_of(made: Capture, stop: bool) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         named = dict(_compat.bind(module, args, kwargs))
-        made.inputs.append(named.pop("hidden_states"))
+        x = named.pop("hidden_states")
+        if x.shape[1] != made.width:
+            raise OptionError(PATCHED)
+        made.inputs.append(x)
         for name in (*_compat.CACHE_NAMES, "use_cache"):
             named.pop(name, None)
         made.arguments.append(named)

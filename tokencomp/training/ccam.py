@@ -22,6 +22,9 @@ from tokencomp.training.loop import Loop, LoopConfig, answer_loss
 from tokencomp.training.measure import Measurement, Way
 from tokencomp.weights import model_card, write_json
 
+SAMPLE = 16
+"""Questions whose media are counted before an evaluation."""
+
 
 @dataclass(frozen=True)
 class CcamConfig(LoopConfig):
@@ -148,7 +151,7 @@ def align_loss(model: Any, module: CCAMProjector, inputs: dict[str, Any]) -> Ten
     return torch.stack(errors).mean()
 
 
-def ways(weights: Path, tokens: int, of: int) -> list[Way]:
+def ways(weights: Path, tokens: int, of: float) -> list[Way]:
     """The projector, and pooling and random choice at its number of tokens of `of`."""
     ratio = 1.0 - tokens / of
     return [
@@ -163,7 +166,7 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Held-out accuracy against pooling and random choice at as many tokens.
 
-    Media of different sizes are compared at the mean number of tokens.
+    Media of different sizes are compared at the mean number of tokens of a sample.
     """
     rows = []
     for kind in (
@@ -177,10 +180,15 @@ def evaluate(
     return rows
 
 
-def visual_tokens(model: Any, processor: Any, source: Any, config: LoopConfig) -> int:
-    """Visual tokens of the first question's first span."""
+def visual_tokens(model: Any, processor: Any, source: Any, config: LoopConfig) -> float:
+    """Mean visual tokens of an image or video, over questions spread evenly along the source."""
     from tokencomp.evaluation.answering import to_model
     from tokencomp.training.data import load_batch
 
-    inputs, _ = load_batch([source[0]], processor, config.frames)
-    return capture(model, to_model(inputs, model), layers=False).spans[0][0].visual
+    found = []
+    count = min(SAMPLE, len(source))
+    for i in range(count):  # one at a time: a batch would be padded to its longest video
+        inputs, _ = load_batch([source[i * len(source) // count]], processor, config.frames)
+        (spans,) = capture(model, to_model(inputs, model), layers=False).spans
+        found += [span.visual for span in spans]
+    return sum(found) / len(found)

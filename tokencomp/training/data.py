@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -74,12 +75,7 @@ class FileQuestions(Sequence[Example]):
     """
 
     def __init__(self, path: Path, held_out: bool | None = None, count: int | None = None) -> None:
-        file = path / "questions.jsonl" if path.is_dir() else path
-        if not file.is_file():
-            raise OptionError(
-                f"data {str(path)!r}: expected '{EMBEDDED}', a JSON Lines file, or a folder with "
-                "questions.jsonl (one object with question, answer and media per line)."
-            )
+        file = questions_file(path)
         lines = [line for line in file.read_text().splitlines() if line.strip()]
         rows = [self._row(file, n, line) for n, line in enumerate(lines)]
         if held_out is not None:
@@ -118,6 +114,31 @@ class FileQuestions(Sequence[Example]):
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         return self.rows[index]
+
+
+def questions_file(path: Path) -> Path:
+    """The JSON Lines file that `path` names: itself, or `questions.jsonl` in a folder.
+
+    Raises
+    ------
+    OptionError
+        There is none.
+    """
+    file = path / "questions.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise OptionError(
+            f"data {str(path)!r}: expected '{EMBEDDED}', a JSON Lines file, or a folder with "
+            "questions.jsonl (one object with question, answer and media per line)."
+        )
+    return file
+
+
+def data_identity(data: str) -> dict[str, Any]:
+    """What tells data sets apart: the name and, of files, a hash of the lines (not of media)."""
+    if data.partition(":")[0] == EMBEDDED:
+        return {"data": data}
+    lines = questions_file(Path(data)).read_bytes()
+    return {"data": data, "content": hashlib.sha256(lines).hexdigest()}
 
 
 def _held_out(rows: Sequence[Example], root: Path) -> set[tuple[Any, ...]]:

@@ -38,6 +38,10 @@ class LoopConfig:
         Frames read from video files.
     save_every
         Steps between checkpoints.
+    evaluate
+        Held-out questions answered at the end; 0: none.
+    seed
+        Of the order of the questions, and of the first weights.
     """
 
     steps: int = 1000
@@ -135,20 +139,39 @@ class Loop:
         replace_file(self.checkpoint, partial(torch.save, state))
 
     def _resume(self) -> None:
-        if not self.checkpoint.exists():
+        state = load_checkpoint(self.checkpoint, self.identity)
+        if state is None:
             return
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        wrong = [k for k in self.identity if state["identity"].get(k) != self.identity[k]]
-        if wrong:
-            raise OptionError(
-                f"{self.checkpoint} belongs to a run that differs in {', '.join(wrong)}. Give "
-                "another --output, or remove it."
-            )
         with torch.no_grad():
             for name, parameter in self.named.items():
                 parameter.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.history = state["step"], state["history"]
+
+
+def load_checkpoint(path: Path | None, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The state in `path`, on the CPU; None if there is no such file.
+
+    Raises
+    ------
+    OptionError
+        Its `identity` is another one.
+    """
+    if path is None or not path.exists():
+        return None
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    check_same_run(path, state.get("identity", {}), identity)
+    return state
+
+
+def check_same_run(place: Path, found: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise `OptionError` if the run that left `found` in `place` is not the run `identity`."""
+    wrong = [k for k in identity if found.get(k) != identity[k]]
+    if wrong:
+        raise OptionError(
+            f"{place} belongs to a run that differs in {', '.join(wrong)}. Give another --output, "
+            "or remove it."
+        )
 
 
 def answer_loss(model: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:

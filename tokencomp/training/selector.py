@@ -1,7 +1,8 @@
-"""Training of the `selector` reducer: labels, network, evaluation."""
+"""Training of the `selector` reducer: network and evaluation (labels: `selector_labels`)."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,18 +17,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tokencomp.context import Attention, Reduction, Signal, VisualTokens
-from tokencomp.errors import OptionError, ScoreError
-from tokencomp.evaluation.answering import generate, to_model
 from tokencomp.evaluation.examples import Example
 from tokencomp.reducers.base import Reducer, check_choice, top_k
+from tokencomp.reducers.rows import given_scores
 from tokencomp.reducers.selector import CHANNELS, SelectorNet
-from tokencomp.training.data import answer_ids, append, load_batch, order, questions
+from tokencomp.training.data import questions
+from tokencomp.training.loop import load_checkpoint
 from tokencomp.training.measure import Measurement, Way
-from tokencomp.training.relevance import Target, explain
-from tokencomp.weights import model_card, replace_file, write, write_json, write_tensors
+from tokencomp.training.relevance import Target
+from tokencomp.training.selector_labels import Pair, label, label_identity
+from tokencomp.weights import model_card, replace_file, write, write_json
 
 SHARES = (0.5, 0.25, 0.1)
 RATIOS = (0.5, 0.75, 0.9)
+SETTINGS = ("epochs", "learning_rate", "batch_spans", "zeroed", "seed")
+"""Of `SelectorConfig`: what the network depends on beside the labels."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,12 @@ class SelectorConfig:
         "logit" or "logprob" of the answer tokens.
     frames
         Frames read from video files.
+    max_new_tokens
+        Longest answer that is generated and explained.
     held_out, evaluate
         Held-out questions that are explained, and that are answered under compression.
+    seed
+        Of the order of the questions and spans, and of the network's first weights.
     """
 
     samples: int = 8000
@@ -76,10 +84,6 @@ class SelectorConfig:
         check_choice("selector", "target", self.target, ("logit", "logprob"))
 
 
-Pair = tuple[Tensor, Tensor]
-"""Attention row and relevance of the patches of one span, both float32 (n,)."""
-
-
 def train_selector(
     model: Any, processor: Any, data: str, output: Path, config: SelectorConfig
 ) -> Path:
@@ -91,14 +95,18 @@ def train_selector(
     Raises
     ------
     OptionError
-        Data without answers or media; an output folder with labels of another model or setting.
+        Data without answers or media; an output folder with labels, or a checkpoint, of another
+        model, data set or setting.
     """
     begin = time.time()
     parts = {}
+    identity = label_identity(model, data, config)
     for purpose, total in (("train", config.samples), ("validation", config.held_out)):
-        source = questions(data, config.kind, total, purpose)
-        parts[purpose] = label(model, processor, source, output / "labels" / purpose, config)
-    net = fit(parts["train"], parts["validation"], config, output / "checkpoint.pt")
+        source, folder = questions(data, config.kind, total, purpose), output / "labels" / purpose
+        parts[purpose] = label(model, processor, source, folder, config, identity)
+    identity |= {"samples": config.samples, "held_out": config.held_out}
+    checkpoint = output / "checkpoint.pt"
+    net = fit(parts["train"], parts["validation"], config, checkpoint, labels=identity)
     card = {
         **model_card(model),
         "kind": "selector",
@@ -128,9 +136,7 @@ class AttentionRow(Reducer):
         return frozenset({Attention("text")})
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        if tokens.scores is None:
-            raise ScoreError("the layer-0 attention row is missing; run through tokencomp.patch.")
-        return Reduction(top_k(tokens.scores, tokens.special, keep))
+        return Reduction(top_k(given_scores(tokens, "attention"), tokens.special, keep))
 
 
 def ways(weights: Path, ratios: Sequence[float], oracle: bool = False) -> list[Way]:
@@ -155,115 +161,42 @@ def accuracy(
     return measured.table(ways(weights, RATIOS))
 
 
-# -- labels -----------------------------------------------------------------------------------
-
-
-def label(
-    model: Any, processor: Any, source: Sequence[Example], folder: Path, config: SelectorConfig
-) -> list[Pair]:
-    """Explain every question; one file per batch, files that exist are read instead."""
-    from safetensors.torch import load_file
-
-    identity = {**model_card(model), "questions": len(source), **_label_settings(config)}
-    _same_run(folder / "identity.json", identity)
-    pairs: list[Pair] = []
-    shuffled = order(len(source), config.seed)
-    chosen = [next(shuffled) for _ in range(len(source))]
-    starts = range(0, len(chosen), config.batch)
-    for number, start in enumerate(tqdm(starts, desc=f"explaining ({folder.name})", mininterval=2)):
-        file = folder / f"{number:06d}.safetensors"
-        if not file.exists():
-            examples = [source[i] for i in chosen[start : start + config.batch]]
-            write_tensors(file, _flat(explain_batch(model, processor, examples, config)))
-        pairs += _pairs(load_file(file))
-    return pairs
-
-
-def explain_batch(
-    model: Any, processor: Any, examples: Sequence[Example], config: SelectorConfig
-) -> list[Pair]:
-    """Attention rows and relevance of all spans of a batch, special tokens left out."""
-    inputs, answers = load_batch(examples, processor, config.frames)
-    if config.answers == "generated":
-        told = generate(model, processor, inputs, config.max_new_tokens)
-        answers = [t or given for t, given in zip(told, answers, strict=True)]
-    ids = answer_ids(processor, model, answers, end=False)
-    forced, labels = append(inputs, ids)
-    seen, found = explain(model, to_model(forced, model), labels.to(model.device), config.target)
-    with torch.no_grad():
-        rows = seen.attention_rows([len(i) for i in ids])
-    pairs = []
-    for spans, by_row, by_label in zip(seen.spans, rows, found, strict=True):
-        for span, row, relevance in zip(spans, by_row, by_label, strict=True):
-            patch = ~span.special_mask()
-            pairs.append((row.float().cpu()[patch], relevance.float().cpu()[patch]))
-    return pairs
-
-
-def _label_settings(config: SelectorConfig) -> dict[str, Any]:
-    names = ("kind", "batch", "answers", "target", "frames", "max_new_tokens", "seed")
-    return {name: getattr(config, name) for name in names}
-
-
-def _same_run(file: Path, identity: dict[str, Any]) -> None:
-    import json
-
-    if not file.exists():
-        write_json(file, identity)
-        return
-    old = json.loads(file.read_text())
-    wrong = [k for k in identity if old.get(k) != identity[k]]
-    if wrong:
-        raise OptionError(
-            f"{file.parent} holds labels of a run that differs in {', '.join(wrong)}. Give another "
-            "--output, or remove that folder."
-        )
-
-
-def _flat(pairs: list[Pair]) -> dict[str, Tensor]:
-    return {
-        "lengths": torch.tensor([len(row) for row, _ in pairs]),
-        "rows": torch.cat([row for row, _ in pairs]),
-        "labels": torch.cat([value for _, value in pairs]),
-    }
-
-
-def _pairs(flat: dict[str, Tensor]) -> list[Pair]:
-    lengths = flat["lengths"].tolist()
-    return list(zip(flat["rows"].split(lengths), flat["labels"].split(lengths), strict=True))
-
-
-# -- network ----------------------------------------------------------------------------------
-
-
 def fit(
     train: list[Pair],
     held_out: list[Pair],
     config: SelectorConfig,
     checkpoint: Path | None = None,
     channels: tuple[int, ...] = CHANNELS,
+    labels: dict[str, Any] | None = None,
 ) -> SelectorNet:
-    """Train the network; of all epochs the one with the lowest held-out loss is returned."""
+    """Train the network; of all epochs the one with the lowest held-out loss is returned.
+
+    Parameters
+    ----------
+    checkpoint
+        Written after every epoch; an existing one of the same settings and `labels` is resumed.
+    labels
+        Identity of the labels.
+
+    Raises
+    ------
+    OptionError
+        `checkpoint` belongs to another run.
+    """
     torch.manual_seed(config.seed)
     net = SelectorNet(channels)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=0.01)
-    state: dict[str, Any] = {"epoch": 0, "best": float("inf"), "weights": net.state_dict()}
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+    identity = {**(labels or {}), "channels": list(channels)}
+    identity |= {name: getattr(config, name) for name in SETTINGS}
+    state = load_checkpoint(checkpoint, identity)
+    if state is None:
+        state = {"identity": identity, "epoch": 0, "best": math.inf, "weights": net.state_dict()}
+    else:
         net.load_state_dict(state["now"])
         optimizer.load_state_dict(state["optimizer"])
-    steps = max(1, len(list(_batches(train, config, 0)))) * config.epochs
     bar = tqdm(range(state["epoch"], config.epochs), desc="training selector", mininterval=2)
     for epoch in bar:
-        net.train()
-        for number, batch in enumerate(_batches(train, config, epoch)):
-            done = (epoch * (steps // config.epochs) + number) / steps
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * (1 - done)
-            optimizer.zero_grad()
-            loss = divergence(net(batch[0]), batch[1], config.zeroed)
-            loss.backward()
-            optimizer.step()
+        _train_epoch(net, optimizer, train, config, epoch)
         value = _loss(net, held_out, config)
         bar.set_postfix(held_out=f"{value:.3f}")
         if value < state["best"]:
@@ -274,6 +207,25 @@ def fit(
             replace_file(checkpoint, partial(torch.save, state))
     net.load_state_dict(state["weights"])
     return net.eval()
+
+
+def _train_epoch(
+    net: SelectorNet,
+    optimizer: torch.optim.Optimizer,
+    pairs: list[Pair],
+    config: SelectorConfig,
+    epoch: int,
+) -> None:
+    """One pass over the spans; the learning rate falls linearly over all epochs."""
+    net.train()
+    batches = list(_batches(pairs, config, epoch))
+    for number, (rows, labels) in enumerate(batches):
+        done = (epoch + number / len(batches)) / config.epochs
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * (1 - done)
+        optimizer.zero_grad()
+        divergence(net(rows), labels, config.zeroed).backward()
+        optimizer.step()
 
 
 def target_of(labels: Tensor, zeroed: float) -> Tensor:
