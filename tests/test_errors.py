@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from tests_support import Family, text
+from tests_support import FAMILIES, Family, text
 
 import tokencomp
 from tokencomp import Plan, Stage, errors, make_reducer
@@ -47,7 +47,53 @@ def test_a_bad_request_keeps_the_earlier_patch(family: Family) -> None:
         handle.set(ratio=2)
     with pytest.raises(errors.UnknownNameError):
         tokencomp.patch(model, 0.5, reducer="nothing")
+    with pytest.raises(errors.OptionError, match="target_tokens=-1"):
+        tokencomp.patch(model, 0.9, reducer="uniform", extend_context=-1)
+    attention = family.decoder(model).layers[-1].self_attn
+    config, attention.config = attention.config, None
+    with pytest.raises(errors.UnsupportedModelError, match="proportional_attention"):
+        tokencomp.patch(model, 0.9, reducer="merge", proportional_attention=True)
+    attention.config = config
     assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_a_plan_stands_alone() -> None:
+    """Beside a plan nothing is accepted that would be ignored, and nothing is planned anew."""
+    model = FAMILIES["qwen2_vl"].build()
+    plan = Plan((Stage(0, 0.4, make_reducer("uniform")),))
+    with pytest.raises(errors.OptionError, match="reducer='nonsense', typo=3"):
+        tokencomp.patch(model, plan=plan, reducer="nonsense", typo=3)
+    with pytest.raises(errors.RatioError):
+        tokencomp.patch(model, 2.0, plan=plan)
+    handle = tokencomp.patch(model, plan=plan)
+    with pytest.raises(errors.OptionError, match=r"set\(reducer=...\)"):
+        handle.set(ratio=0.9)
+    with pytest.raises(errors.OptionError, match="nonsense=1"):
+        handle.set(plan=plan, nonsense=1)
+    with pytest.raises(errors.OptionError, match=r"ratio=0\.9"):
+        handle.set(plan=plan, ratio=0.9)
+    assert handle.plan == plan
+    handle.set(ratio=0.9, reducer="uniform").set(plan=plan).set(reducer="random", seed=3)
+    assert handle.plan.entry.reducer == make_reducer("random", seed=3)
+    assert handle.plan.ratio(4) == pytest.approx(0.9)
+
+
+def test_a_failed_install_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["qwen2_vl"].build()
+    before = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    rotary = model.model.language_model.rotary_emb.inv_freq
+
+    def fail(self: object) -> None:
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(tokencomp.adapters.base.Adapter, "install", fail)
+    with pytest.raises(RuntimeError, match="say"):
+        tokencomp.patch(model, 0.5, reducer="aim", proportional_attention=True, extend_context=True)
+    assert before == [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    for layer in model.model.language_model.layers:
+        assert isinstance(layer.self_attn.config, transformers.PretrainedConfig)
+    assert model.model.language_model.rotary_emb.inv_freq is rotary
+    assert not [name for name in vars(model) if "tokencomp" in name]
 
 
 def test_unsupported_models() -> None:
@@ -203,3 +249,23 @@ def test_import_is_light() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_reducers_while_another_thread_loads_them() -> None:
+    code = """
+import importlib, threading
+from tokencomp.reducers import base
+real, found = importlib.import_module, []
+def slow(name):
+    if not found:
+        found.append(None)
+        thread = threading.Thread(target=lambda: found.append(list(base.available_reducers())))
+        thread.start()
+        thread.join()
+    return real(name)
+importlib.import_module = slow
+names = list(base.available_reducers())
+print(found[1:] == [names])
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "True"

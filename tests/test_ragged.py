@@ -11,8 +11,9 @@ from tests_support import FAMILIES, text
 from torch import Tensor
 
 import tokencomp
-from tokencomp import Plan, Stage, make_reducer
-from tokencomp.ragged import take
+from tokencomp import Plan, Reduction, Stage, make_reducer
+from tokencomp.context import VisualSpan
+from tokencomp.ragged import Frame, LiveSpan, compact, full_frame, take
 
 
 def by_hand(x: Tensor, index: Tensor, dim: int, valid: Tensor) -> Tensor:
@@ -72,3 +73,23 @@ def test_one_launch_per_stage(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
             launches[backend] = launch.call_count
     assert torch.equal(logits["naive"], logits["triton"])
     assert launches == {"naive": 0, "triton": 3}
+
+
+def test_a_frame_moves_as_a_whole() -> None:
+    """No tensor of a frame, its spans included, stays on the device of the stage before."""
+
+    def tensors(value: object) -> list[Tensor]:
+        if isinstance(value, Tensor):
+            return [value]
+        if isinstance(value, (list, tuple)):
+            return [t for item in value for t in tensors(item)]
+        if isinstance(value, (Frame, LiveSpan)):
+            return [t for item in vars(value).values() for t in tensors(item)]
+        return []
+
+    span = VisualSpan(1, 4, (1, 2, 2))
+    keep = Reduction(torch.tensor([0, 2]), sizes=torch.tensor([2.0, 2.0]))
+    frame, _ = compact(full_frame(6, [6], [[span]]), [[keep]], torch.device("cpu"))
+    moved = frame.to(torch.device("meta"))
+    assert len(tensors(moved)) == len(tensors(frame)) == 3
+    assert all(t.is_meta for t in tensors(moved)) and not any(t.is_meta for t in tensors(frame))

@@ -158,5 +158,4 @@ class Attention:
 FEATURES = "features"
 QUERY = "query"
 ATTENTION = "attention"
-VIT_ATTENTION = "vit_attention"
 Signal = str | Attention

@@ -127,7 +127,6 @@ def extend_visual_context(
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise OptionError(f"{name}={value!r}: expected a whole number of visual tokens, ≥ 1.")
     adapter = adapter_for(model)
-    restore_visual_context(adapter.model)
     rotary: Any = adapter.decoder.rotary_emb
     kind = getattr(rotary, "rope_type", "default")
     if kind not in ("default", "mrope"):
@@ -135,6 +134,7 @@ def extend_visual_context(
             f"the decoder's rotary embedding is already scaled (rope_type={kind!r}). Load the "
             "model without rope scaling to extend its visual window."
         )
+    restore_visual_context(adapter.model)
     inv_freq = rotary.inv_freq.double()
     dim = 2 * inv_freq.numel()
     base = float(inv_freq[-1]) ** (-dim / (dim - 2))

@@ -35,7 +35,7 @@ class UnsupportedCacheError(TokenCompError, TypeError):
 
 
 class PaddingError(TokenCompError, ValueError):
-    """A batch that is padded on the right."""
+    """A batch that is padded on the right, or whose mask has holes."""
 
 
 class SpanError(TokenCompError, ValueError):
@@ -48,6 +48,10 @@ class NoVisualInputError(TokenCompError, ValueError):
 
 class AlreadyCompressedError(TokenCompError, RuntimeError):
     """Another method has already shortened the visual tokens of this model."""
+
+
+class CopyError(TokenCompError, TypeError):
+    """A patched model that is to be copied or pickled."""
 
 
 class AttentionOutputError(TokenCompError, ValueError):

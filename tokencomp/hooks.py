@@ -27,6 +27,7 @@ from tokencomp.context_window import check_window
 from tokencomp.errors import (
     AlreadyCompressedError,
     AttentionOutputError,
+    CopyError,
     NoVisualInputError,
     UnsupportedCacheError,
 )
@@ -43,7 +44,12 @@ MASKLESS = ("sdpa", "flash")
 
 
 class Hooks:
-    """Installs and removes the hooks of one patched model; state lives in thread-local storage."""
+    """Installs and removes the hooks of one patched model.
+
+    What belongs to a running call lives in thread-local storage; `stats` is shared: the counts of
+    the prefill that ended last, in whichever thread. Dynamo cannot trace the callbacks, so they
+    run between the graphs of a compiled model.
+    """
 
     def __init__(
         self,
@@ -61,7 +67,8 @@ class Hooks:
         self.stats: Stats | None = None
         self._local = threading.local()
         self._handles: list[RemovableHandle] = []
-        self._staged = False
+        self._layered = False
+        self._lock = threading.Lock()
         # Qwen2-VL before transformers 5 swallows the argument and returns all logits
         self._slices = "logits_to_keep" in inspect.signature(adapter.top.forward).parameters
 
@@ -78,7 +85,9 @@ class Hooks:
             add(module.register_forward_hook(post, with_kwargs=True, always_call=True))
         if not a.mrope:
             add(a.decoder.rotary_emb.register_forward_pre_hook(self._rotary, with_kwargs=True))
-        self._install_layers()
+        self._install_scores()
+        if self.plan.layer_stages:
+            self._install_layers()
         if self.proportional is not None:
             self.proportional.install()
         if hasattr(a.top, "_prefill"):
@@ -87,29 +96,43 @@ class Hooks:
             )
         a.install()
 
-    def _install_layers(self) -> None:
-        stages = self.plan.layer_stages
-        if not stages and not self._staged:  # once staged, caches with uneven layers may be about
-            return
-        self._staged = True
-        for i, layer in enumerate(self.adapter.layers):
-            hook = layer.register_forward_pre_hook(self._layer(i), with_kwargs=True)
-            self._handles.append(hook)
-        for stage in stages:
+    def _install_scores(self) -> None:
+        for stage in self.plan.layer_stages:
             for signal in stage.reducer.needs if stage.fraction > 0 else ():
                 if not isinstance(signal, str):
                     attn: Any = self.adapter.layers[stage.layer - 1].self_attn
-                    score = self._attention(stage.layer, signal)
+                    score = functools.partial(self._attention, stage.layer, signal)
                     self._handles.append(attn.register_forward_hook(score, with_kwargs=True))
+
+    def _install_layers(self) -> None:
+        """Hook every decoder layer, once: some hold other rows than the first.
+
+        Entry plans pay for these hooks only when an earlier, staged patch left such a cache.
+        """
+        with self._lock:
+            if self._layered:
+                return
+            self._layered = True
+            for i, layer in enumerate(self.adapter.layers):
+                hook = functools.partial(self._layer, i)
+                self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._layered = False
         if self.proportional is not None:
             self.proportional.remove()
         self.adapter.top.__dict__.pop("_prefill", None)
         self.adapter.uninstall()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CopyError(
+            f"{type(self.adapter.model).__name__} is patched: copy.deepcopy and pickle would copy "
+            "hooks that act for the original (also under handle.disabled()). Call "
+            "tokencomp.unpatch(model) first, and patch() the model and its copy afterwards."
+        )
 
     @property
     def disabled(self) -> bool:
@@ -121,15 +144,18 @@ class Hooks:
 
     # -- top and body ---------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         keep = kwargs.get("logits_to_keep", 0) if self._slices else 0
         if kwargs.get("labels") is not None or not isinstance(keep, int):
             keep = 0
         self._local.logits = keep
 
+    @torch.compiler.disable
     def _top_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         self._local.logits = 0
 
+    @torch.compiler.disable
     def _body(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._local.kinds = self._local.inputs = self._local.run = None
         if self.disabled or not self.plan.stages:
@@ -144,11 +170,13 @@ class Hooks:
                 "Pass pixel_values / pixel_values_videos, or patch(..., strict=False)."
             )
 
+    @torch.compiler.disable
     def _body_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         self._local.kinds = self._local.inputs = self._local.run = None
 
     # -- decoder --------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kinds = getattr(self._local, "kinds", None)
         cache = _compat.get_cache(_compat.bind(module, args, kwargs))
@@ -189,7 +217,9 @@ class Hooks:
         spans = self.adapter.spans(Call(kinds, x, rows, self.adapter.body, self._local.inputs))
         check_window(self.adapter.model, spans)
         run = Run(self.adapter, self.plan, spans, lengths, x.shape[1], self._draft())
-        run.segments = build_segments(run, cache, mask, x.device)
+        run.segments = build_segments(run, cache, mask)
+        if len(run.segments) > 1:
+            self._install_layers()
         x, positions, index = run.entry(x, positions, cache)
         valid = run.frame.valid(x.device)
         if index is not None:
@@ -199,7 +229,7 @@ class Hooks:
             positions = _contiguous(run.segments[0], valid, x)
         self._set_positions(kwargs, run, positions)
         first = run.segments[0]
-        kwargs["attention_mask"] = first.padding_mask(valid, x.shape[0], x.shape[1], x.device)
+        kwargs["attention_mask"] = first.padding_mask(valid, x.shape[0], x.device)
         _compat.set_cache_position(kwargs, first.logical, x.shape[1])
         self._local.run = run
 
@@ -224,10 +254,13 @@ class Hooks:
             kwargs["attention_mask"], self._local.cached = None, layers
             return
         run = Run.continuation(self.adapter, layers, new, n)
+        if len(run.segments) > 1:
+            self._install_layers()
         first = run.segments[0]
-        kwargs["attention_mask"] = first.padding_mask(new, x.shape[0], n, x.device)
+        kwargs["attention_mask"] = first.padding_mask(new, x.shape[0], x.device)
         self._local.run = run
 
+    @torch.compiler.disable
     def _sizes(self, layer: int) -> Tensor | None:
         """How many tokens the first rows of `layer` stand for in the call that runs now."""
         run: Run | None = getattr(self._local, "run", None)
@@ -236,6 +269,7 @@ class Hooks:
         cached = getattr(self._local, "cached", None)
         return cached[layer].sizes if cached else None
 
+    @torch.compiler.disable
     def _decoder_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         run: Run | None = getattr(self._local, "run", None)
         self._local.run = self._local.cached = None
@@ -298,6 +332,7 @@ class Hooks:
         else:
             run.rotary, kwargs["position_ids"] = positions, text
 
+    @torch.compiler.disable
     def _rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run: Run | None = getattr(self._local, "run", None)
         if run is None or run.rotary is None:
@@ -309,21 +344,18 @@ class Hooks:
 
     # -- layers ---------------------------------------------------------------------------------
 
-    def _layer(self, i: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            run: Run | None = getattr(self._local, "run", None)
-            return None if run is None else run.before_layer(i, args, kwargs)
+    @torch.compiler.disable
+    def _layer(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        run: Run | None = getattr(self._local, "run", None)
+        return None if run is None else run.before_layer(i, args, kwargs)
 
-        return hook
-
-    def _attention(self, stage_layer: int, signal: Any) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-            run: Run | None = getattr(self._local, "run", None)
-            if run is not None and run.compresses:
-                named = _compat.bind(module, args, kwargs)
-                run.score(stage_layer, module, named, signal)
-
-        return hook
+    @torch.compiler.disable
+    def _attention(
+        self, stage: int, signal: Any, module: nn.Module, args: Any, kwargs: Any, out: Any
+    ) -> None:
+        run: Run | None = getattr(self._local, "run", None)
+        if run is not None and run.compresses:
+            run.score(stage, module, _compat.bind(module, args, kwargs), signal)
 
 
 def _length(cache: Any) -> int:

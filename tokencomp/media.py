@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import MediaError, MissingDependencyError
@@ -195,8 +194,3 @@ def _read_folder(path: Path, frames: int) -> list[Image.Image]:
             f"{path}: frames differ in size ({sorted(sizes)}). Resize them to one size."
         )
     return images
-
-
-def as_array(frames: list[Image.Image]) -> np.ndarray:
-    """Frames as uint8 (frames, height, width, 3)."""
-    return np.stack([np.asarray(frame) for frame in frames])

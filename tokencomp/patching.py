@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
+import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -24,7 +25,53 @@ from tokencomp.reducers.base import Reducer, check_choice, make_reducer
 from tokencomp.stats import Stats
 
 DEFAULT_REDUCER = "condiv"  # chosen on validation: benchmarks/accuracy/CHOICE.md
-_HANDLES: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
+# Where a patched model keeps its handle: both are freed together, and no state_dict shows it.
+ATTRIBUTE = "_tokencomp_handle"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the stages in force were asked for by: a plan made by hand, or all the rest."""
+
+    ratio: float = 0.5
+    reducer: str | Reducer = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+    plan: Plan | None = None
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        beside = [] if self.reducer == "auto" else [f"reducer={self.reducer!r}"]
+        beside += [f"{name}={value!r}" for name, value in self.options.items()]
+        if self.plan is not None and beside:
+            raise OptionError(
+                f"plan=... together with {', '.join(beside)}: a plan names its reducers, with "
+                "their options, in its stages. Leave out the plan, or everything else."
+            )
+
+    def changed(
+        self,
+        ratio: float | None,
+        reducer: str | Reducer | None,
+        plan: Plan | None,
+        options: dict[str, Any],
+    ) -> Request:
+        """The request after `Handle.set`; None: not given."""
+        if plan is not None:
+            if ratio is not None:
+                raise OptionError(
+                    f"plan=... together with ratio={ratio!r}: a plan has its own fractions. Leave "
+                    "out one of them."
+                )
+            return Request(self.ratio, reducer or "auto", options, plan)
+        if reducer is not None:
+            return Request(self.ratio if ratio is None else ratio, reducer, options)
+        if self.plan is not None and (ratio is not None or options):
+            raise OptionError(
+                "the stages in force were made by hand (plan=...), so there is no reducer that "
+                "could plan for another ratio or option. Give set(reducer=...) too, or a new plan."
+            )
+        ratio = self.ratio if ratio is None else ratio
+        return dataclasses.replace(self, ratio=ratio, options={**self.options, **options})
 
 
 def patch(
@@ -52,7 +99,7 @@ def patch(
     reducer
         A name from `tokencomp.available_reducers()`, a `Reducer`, or "auto".
     plan
-        Stages made by hand, instead of `ratio` and `reducer`.
+        Stages made by hand, instead of `ratio`, `reducer` and options.
     strict
         Refuse prompts without visual input instead of passing them through.
     positions
@@ -74,13 +121,20 @@ def patch(
     -------
     Handle
         Undo with `handle.remove()`, `tokencomp.unpatch(model)`, or by leaving a `with` block.
-        Patching a patched model replaces the earlier patch.
+        Patching a patched model replaces the earlier patch; if the new one is refused, the
+        earlier stays.
+
+    Notes
+    -----
+    A forward call with `logits_to_keep = k > 1` is read as assisted decoding: its last k - 1
+    tokens are drafts, which reducers do not take for the question. Where k - 1 reaches into visual
+    tokens there are no drafts.
 
     Raises
     ------
     RatioError, UnknownNameError, OptionError
-        A bad ratio, reducer name, reducer option or `positions`; proportional attention for a
-        reducer that merges nothing.
+        A bad ratio, reducer name, reducer option or `positions`; a plan beside a reducer or
+        options; proportional attention for a reducer that merges nothing.
     UnsupportedModelError
         No adapter serves the model.
     AlreadyCompressedError
@@ -95,25 +149,32 @@ def patch(
             f"positions='compact': {adapter.family} has three rows of positions (time, height, "
             "width), which cannot be renumbered without losing the grid. Leave it at 'original'."
         )
-    ready = _make_plan(plan, ratio, reducer, options, adapter, proportional_attention)
-    if base in _HANDLES:
-        _HANDLES[base].remove()
+    request = Request(ratio, reducer, options, plan)
+    ready = _make_plan(request, adapter, proportional_attention)
+    hooks = Hooks(adapter, ready, strict, positions == "compact", proportional_attention)
     context = None
     if extend_context is not False:
         target = 4 * VISUAL_WINDOW if extend_context is True else extend_context
         context = extend_visual_context(base, target)
-    hooks = Hooks(adapter, ready, strict, positions == "compact", proportional_attention)
-    handle = Handle(hooks, ratio, reducer, options, context)
-    _HANDLES[base] = handle
-    return handle
+    _remove(base)  # last: what is refused above leaves the earlier patch in force
+    return Handle(hooks, request, context)
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo `patch(model)` and `extend_visual_context(model, ...)`, if they were called."""
+    """Undo `patch(model)` and `extend_visual_context(model, ...)`, if they were called.
+
+    A cache filled under layer stages holds other rows in every part of the decoder; the unpatched
+    model cannot continue on it. Start the conversation again, or patch the model (in any way).
+    """
     base = unwrap(model)
-    if base in _HANDLES:
-        _HANDLES[base].remove()
+    _remove(base)
     restore_visual_context(base)
+
+
+def _remove(base: nn.Module) -> None:
+    handle = base.__dict__.get(ATTRIBUTE)
+    if handle is not None:
+        handle.remove()
 
 
 class Handle:
@@ -122,15 +183,13 @@ class Handle:
     def __init__(
         self,
         hooks: Hooks,
-        ratio: float,
-        reducer: str | Reducer,
-        options: dict[str, Any],
+        request: Request,
         context: VisualContext | None = None,
     ) -> None:
-        self._hooks, self._context = hooks, context
-        self._request = (ratio, reducer, options)
+        self._hooks, self._request, self._context = hooks, request, context
         self._active = True
-        hooks.install()
+        hooks.adapter.model.__dict__[ATTRIBUTE] = self
+        self._install()
 
     def __enter__(self) -> Handle:
         return self
@@ -139,13 +198,20 @@ class Handle:
         self.remove()
 
     def remove(self) -> None:
-        """Restore the model. Safe to call twice."""
+        """Restore the model, see `unpatch`. Safe to call twice."""
         if self._active:
             self._active = False
             self._hooks.remove()
             if self._context is not None:
                 self._context.remove()
-            _HANDLES.pop(self._hooks.adapter.model, None)
+            del self._hooks.adapter.model.__dict__[ATTRIBUTE]
+
+    def _install(self) -> None:
+        try:
+            self._hooks.install()
+        except BaseException:  # no hook stays where no handle reaches it
+            self.remove()
+            raise
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -166,23 +232,18 @@ class Handle:
     ) -> Handle:
         """Change ratio, reducer or options in place; what is not given stays.
 
-        A new reducer starts from its own default options.
+        A new reducer starts from its own default options. A plan replaces all of them; after one,
+        a new ratio needs a reducer too.
         """
         if not self._active:
             raise OptionError("this handle was removed; call tokencomp.patch(model, ...) again.")
-        old_ratio, old_reducer, old_options = self._request
-        merged = {**(old_options if reducer is None else {}), **options}
-        request = (
-            old_ratio if ratio is None else ratio,
-            old_reducer if reducer is None else reducer,
-            merged,
-        )
+        request = self._request.changed(ratio, reducer, plan, options)
         proportional = self._hooks.proportional is not None
-        ready = _make_plan(plan, *request, self._hooks.adapter, proportional)
+        ready = _make_plan(request, self._hooks.adapter, proportional)
         self._request = request
         self._hooks.remove()
         self._hooks.plan = ready
-        self._hooks.install()
+        self._install()
         return self
 
     @property
@@ -202,20 +263,14 @@ class Handle:
         return f"<tokencomp.Handle {family}: {stages or 'off'} ({state})>"
 
 
-def _make_plan(
-    plan: Plan | None,
-    ratio: float,
-    reducer: str | Reducer,
-    options: dict[str, Any],
-    adapter: Adapter,
-    proportional: bool,
-) -> Plan:
-    num_layers = len(adapter.layers)
+def _make_plan(request: Request, adapter: Adapter, proportional: bool) -> Plan:
+    num_layers, plan = len(adapter.layers), request.plan
     made: Reducer | None = None
     if plan is None:
-        ratio = check_ratio(ratio)
-        made = make_reducer(DEFAULT_REDUCER if reducer == "auto" else reducer, **options)
-        plan = made.plan(ratio, num_layers).not_before(adapter.first_layer_stage, num_layers)
+        name = DEFAULT_REDUCER if request.reducer == "auto" else request.reducer
+        made = make_reducer(name, **request.options)
+        plan = made.plan(check_ratio(request.ratio), num_layers)
+        plan = plan.not_before(adapter.first_layer_stage, num_layers)
     if proportional:
         check_merges(plan, made)
     plan.check(num_layers, adapter.first_layer_stage)
@@ -234,11 +289,17 @@ def _refuse_foreign(model: nn.Module) -> None:
     for name in ("get_image_features", "get_video_features", "forward"):
         for module in (model, getattr(model, "model", None)):
             here = getattr(module, "__dict__", {})
-            accelerated = name == "forward" and "_old_forward" in here
-            if name in here and not accelerated:
+            if name in here and not (name == "forward" and _only_wrapped(module)):
                 found.append(f"{type(module).__name__}.{name} replaced")
     if found:
         raise AlreadyCompressedError(
             f"{type(model).__name__} carries another method's changes ({', '.join(found)}). "
             "Load a fresh model, or undo the other method first."
         )
+
+
+def _only_wrapped(module: Any) -> bool:
+    """Whether `module.forward` was replaced by accelerate, or by torch.compile of the original."""
+    original = getattr(module.__dict__["forward"], "_torchdynamo_orig_callable", None)
+    compiled = getattr(original, "__func__", None) is type(module).forward
+    return compiled or "_old_forward" in module.__dict__

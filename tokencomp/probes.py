@@ -6,6 +6,7 @@ Softmax columns are summed by `tokencomp.kernels.attention_colsum`: no rows × k
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping
 from typing import Any
 
@@ -137,11 +138,10 @@ def _with_past(cached: Any, past: int, sample: int, current: Tensor) -> Tensor:
     """Keys of earlier turns (real rows only) in front of the sample's own, (kv heads, N, d)."""
     if past == 0:
         return current
-    old = cached.keys[sample, :, :past].to(current.device)
-    valid = getattr(cached, "valid", None)
+    old, valid = cached.keys[sample, :, :past], getattr(cached, "valid", None)
     if valid is not None:
-        old = old[:, valid[sample, :past]]
-    return torch.cat([old, current], dim=1)
+        old = old[:, valid[sample, :past].to(old.device)]
+    return torch.cat([old.to(current.device), current], dim=1)
 
 
 def _span_scores(row: _Row, k: Tensor, spans: list[LiveSpan], signal: Attention) -> list[Tensor]:
@@ -152,11 +152,13 @@ def _span_scores(row: _Row, k: Tensor, spans: list[LiveSpan], signal: Attention)
     if signal.iterations > 1:
         # PageRank needs a query for every key; those of earlier turns are gone.
         k, offset = k[:, offset:], 0
+    visual = {column - row.first for s in spans for column in range(s.start, s.start + s.count)}
+    text = [i for i in range(n) if i not in visual]
     cached: dict[Any, Tensor] = {}
     scores = []
     for span in spans:
         stop = span.start - row.first + span.count
-        votes = _voters(signal, stop, n, spans, row.first)
+        votes = _voters(signal, stop, n, text)
         key = None if votes is None else tuple(votes)
         if key not in cached:
             rows = None if votes is None else torch.tensor(votes, device=device)
@@ -177,13 +179,10 @@ def _span_scores(row: _Row, k: Tensor, spans: list[LiveSpan], signal: Attention)
     return scores
 
 
-def _voters(
-    signal: Attention, stop: int, n: int, spans: list[LiveSpan], first: int
-) -> list[int] | None:
-    """Query rows that vote on a span ending at `stop`, in the sample's numbering; None: all."""
+def _voters(signal: Attention, stop: int, n: int, text: list[int]) -> list[int] | None:
+    """Which of `n` query rows vote on a span ending at `stop`; None: all. `text` ascends."""
     if signal.rows == "all":
         return None
     if signal.rows == "last":
         return [n - 1]
-    visual = {column - first for s in spans for column in range(s.start, s.start + s.count)}
-    return [i for i in range(stop, n) if i not in visual] or [n - 1]
+    return text[bisect.bisect_left(text, stop) :] or [n - 1]

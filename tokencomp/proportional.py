@@ -37,25 +37,31 @@ class ProportionalAttention:
     sizes_of
         Layer index → sizes of the first cached rows, fp32 (B, m), in the call that runs now; later
         rows stand for one token each. None: all do, and the backend is called unchanged.
+
+    Raises
+    ------
+    UnsupportedModelError
+        An attention module has no config.
     """
 
     def __init__(self, layers: Iterable[nn.Module], sizes_of: SizesOf) -> None:
         self._modules: list[Any] = [layer.self_attn for layer in layers]
         self._sizes_of = sizes_of
-
-    def install(self) -> None:
-        _compat.register_attention(NAME, attend)
         for module in self._modules:
             if getattr(module, "config", None) is None:
                 raise UnsupportedModelError(
                     f"{type(module).__name__} has no config that names its attention backend, so "
                     "proportional_attention=True cannot reach it. Patch without it."
                 )
+
+    def install(self) -> None:
+        _compat.register_attention(NAME, attend)
+        for module in self._modules:
             module.config = _Config(module.config, self._sizes_of)
 
     def remove(self) -> None:
         for module in self._modules:
-            if isinstance(module.config, _Config):
+            if isinstance(getattr(module, "config", None), _Config):
                 module.config = module.config.tokencomp_original
 
 

@@ -7,7 +7,7 @@ that the last column is the last token of every sample.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ class LiveSpan:
     start: int
     count: int
     index: Tensor | None = None
+
+    def to(self, device: torch.device) -> LiveSpan:
+        """The same with its tensor on `device`."""
+        return self if self.index is None else replace(self, index=self.index.to(device))
 
     def text_rows(self) -> Tensor:
         """Rows of what is left that are text between frames, int64, ascending."""
@@ -57,6 +61,12 @@ class Frame:
     @property
     def ragged(self) -> bool:
         return any(n != self.width for n in self.lengths)
+
+    def to(self, device: torch.device) -> Frame:
+        """The same with its tensors on `device`."""
+        origin, sizes = (None if t is None else t.to(device) for t in (self.origin, self.sizes))
+        spans = [[live.to(device) for live in row] for row in self.spans]
+        return replace(self, spans=spans, origin=origin, sizes=sizes)
 
     def sizes_of(self, sample: int, live: LiveSpan) -> Tensor | None:
         """Sizes of the tokens of a live span, shape (live.count,); None: one each."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,13 +73,10 @@ class Segment:
             old[:, : past.shape[1]] = past
         return torch.cat([old, new], dim=1)
 
-    def padding_mask(
-        self, new: Tensor | None, batch: int, width: int, device: torch.device
-    ) -> Tensor | None:
+    def padding_mask(self, new: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
         """The 2-D mask in transformers' logical frame: dropped columns count as real."""
         if self.past is None and new is None:
             return None
-        self.frame.width = width
         valid = self.all_valid(new)
         ones = torch.ones(batch, self.dropped, dtype=torch.bool, device=device)
         return torch.cat([ones, valid.to(device)], dim=1)  # type: ignore[union-attr]
@@ -96,6 +95,8 @@ class Run:
         Where tokens stand after the latest stage.
     tail
         Text tokens after the last span, at least, over all samples.
+    draft
+        Trailing columns that are speculative tokens (assisted decoding), not prompt.
     rotary
         True positions (B, n) for decoders with one position per token.
     """
@@ -109,11 +110,13 @@ class Run:
         width: int,
         draft: int,
     ) -> None:
-        self.adapter, self.plan, self.draft = adapter, plan, draft
+        self.adapter, self.plan = adapter, plan
         self.width, self.lengths, self.spans = width, lengths, spans
         self.frame = full_frame(width, lengths, spans)
         self.counts = [[plan.counts(s) for s in row] for row in spans]
         self.tail = min((width - row[-1].stop for row in spans if row), default=width)
+        # drafts follow the prompt: who asks for logits of visual columns has no drafts in mind
+        self.draft = draft if draft <= self.tail else 0
         self.segments: list[Segment] = []
         self.rotary: Tensor | None = None
         self.compresses = True
@@ -159,11 +162,13 @@ class Run:
             return x, positions, None
         for signal in stage.reducer.needs:
             if not isinstance(signal, str):
-                tables = self.adapter.decoder.rotary_emb(x, positions)
-                self._scores[0] = entry_scores(
-                    self.adapter.layers[0], x, tables, signal, self.frame, self.draft, cache
-                )
-        (x, positions), index = self._reduce(stage, [x, positions], [1, -1])
+                with self._timed():
+                    tables = self.adapter.decoder.rotary_emb(x, positions)
+                    self._scores[0] = entry_scores(
+                        self.adapter.layers[0], x, tables, signal, self.frame, self.draft, cache
+                    )
+        with self._timed():
+            (x, positions), index = self._reduce(stage, [x, positions], [1, -1])
         self.segments[0].frame = self.frame
         return x, positions, index
 
@@ -172,7 +177,7 @@ class Run:
     ) -> tuple[list[Tensor], Tensor]:
         """Apply a stage: the first of `tensors` is x (B, n, d), the others follow its columns."""
         x = tensors[0]
-        started = time.perf_counter()
+        self.frame = self.frame.to(x.device)  # layers may lie on several devices
         order = self.plan.stages.index(stage)
         scores = self._scores.pop(stage.layer, None)
         reductions = []
@@ -192,7 +197,7 @@ class Run:
                     grid=live.span.grid,
                     special=special if live.index is None else special[live.index],
                     index=live.index,
-                    scores=None if scores is None else scores[b][j],
+                    scores=None if scores is None else scores[b][j].to(x.device),
                     query=query,
                     kind=live.span.kind,
                     sizes=self.frame.sizes_of(b, live),
@@ -204,8 +209,13 @@ class Run:
         tensors = [t.to(x.device) for t in tensors]
         tensors = take(tensors, index, dims, self.frame.valid(x.device))
         write_merged(tensors[0], self.frame, reductions)
-        self.reduce_seconds += time.perf_counter() - started
         return tensors, index
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.reduce_seconds += time.perf_counter() - started
 
     def _query(self, stage: Stage, x: Tensor, b: int) -> Tensor | None:
         """Text embeddings after the last span of a sample, for reducers that ask for them."""
@@ -219,7 +229,8 @@ class Run:
 
     def score(self, layer: int, attn: nn.Module, kwargs: dict[str, Any], signal: Any) -> None:
         """Scores for the stage before `layer`, from the attention call that has just run."""
-        self._scores[layer] = layer_scores(attn, kwargs, signal, self.frame, self.draft)
+        with self._timed():
+            self._scores[layer] = layer_scores(attn, kwargs, signal, self.frame, self.draft)
 
     def before_layer(
         self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -247,13 +258,14 @@ class Run:
         if segment.stage is not None:
             tables = previous.tables or kwargs["position_embeddings"]
             dims = [1, *map(_compat.sequence_dim, tables)]
-            (hidden, cos, sin), _ = self._reduce(segment.stage, [hidden, *tables], dims)
+            with self._timed():
+                (hidden, cos, sin), _ = self._reduce(segment.stage, [hidden, *tables], dims)
             segment.tables = cos, sin
         new = self._new
         if self.compresses:
             segment.frame = self.frame
             new = self.frame.valid(hidden.device)
-        mask = segment.padding_mask(new, hidden.shape[0], hidden.shape[1], hidden.device)
+        mask = segment.padding_mask(new, hidden.shape[0], hidden.device)
         view = _compat.MaskView(segment.physical, segment.dropped)
         segment.mask = _compat.causal_mask(self.adapter.text_config, hidden, mask, view)
         segment.ready = True
@@ -275,9 +287,7 @@ class Run:
         return collect(self, cache)
 
 
-def build_segments(
-    run: Run, cache: Any, mask: Tensor | None, device: torch.device
-) -> list[Segment]:
+def build_segments(run: Run, cache: Any, mask: Tensor | None) -> list[Segment]:
     """Cut the decoder where a stage acts now or has acted in an earlier turn."""
     layers = list(getattr(cache, "layers", None) or [])
     stages = {s.layer: s for s in run.plan.stages}

@@ -29,9 +29,12 @@ class Stats:
     stage_layers
         Decoder layer of each stage.
     past
-        Logical tokens that were in the cache before.
+        Logical tokens that were in the cache before, padding included.
+    past_rows
+        Rows of them that each decoder layer held.
     reduce_seconds
-        Host time spent in the stages of this prefill (on a GPU: launching, not waiting).
+        Host time spent on the stages of this prefill, their scores included (on a GPU: launching,
+        not waiting).
     """
 
     spans: list[list[VisualSpan]]
@@ -40,6 +43,7 @@ class Stats:
     stage_layers: list[int]
     shape: DecoderShape
     past: int = 0
+    past_rows: list[int] = field(default_factory=list)
     reduce_seconds: float = 0.0
     _kept: list[list[list[Tensor | None]]] = field(default_factory=list, repr=False)
 
@@ -82,8 +86,8 @@ class Stats:
     @property
     def flops_after(self) -> int:
         """FLOPs of the decoder layers with compression (the reducer's own work not included)."""
-        rows = self._lengths_after()
-        return sum(self.shape.layer_flops(n, self.past) for row in rows for n in row)
+        layers = [zip(row, self.past_rows, strict=True) for row in self._lengths_after()]
+        return sum(self.shape.layer_flops(n, past) for row in layers for n, past in row)
 
     @property
     def kv_bytes_before(self) -> int:
@@ -130,6 +134,7 @@ def collect(run: Run, cache: Any) -> Stats:
         stage_layers=[s.layer for s in run.plan.stages],
         shape=DecoderShape.from_config(run.adapter.text_config, dtype.itemsize),
         past=run.segments[0].logical,
+        past_rows=[s.physical for s in run.segments for _ in range(s.first, s.stop)],
         reduce_seconds=run.reduce_seconds,
         _kept=[[[live.index for live in row] for row in frame.spans] for frame in run.kept],
     )

@@ -8,7 +8,7 @@ import oracle
 import plans
 import pytest
 import torch
-from tests_support import NO_EOS, Family, text
+from tests_support import FAMILIES, NO_EOS, Family, text
 from transformers import TextIteratorStreamer
 from transformers.cache_utils import DynamicLayer
 
@@ -222,3 +222,49 @@ def test_kv_bytes(family: Family, name: str) -> None:
     per_token = 2 * config.num_key_value_heads * head_dim * 4
     assert held == sum(int(m.sum()) for m in masks) * per_token
     assert held == stats.kv_bytes_after < stats.kv_bytes_before
+
+
+@pytest.mark.parametrize("reducer", ["condiv", "prune", "fastv", "cdpruner"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_logits_of_visual_columns(name: str, reducer: str) -> None:
+    """More logits than text after the image: those of the whole prompt, and no drafts."""
+    family = FAMILIES[name]
+    model, inputs = family.build(), family.batch([[text(3), family.image(0), text(5, 3)]])
+    with tokencomp.patch(model, 0.5, reducer=reducer) as handle, torch.no_grad():
+        whole = model(**inputs, logits_to_keep=0).logits
+        tail = whole.shape[1] - handle.stats.spans[0][-1].stop
+        for k in (tail + 2, tail + 3, whole.shape[1] - 1):
+            got = model(**inputs, logits_to_keep=k).logits
+            assert torch.equal(got[:, -k:], whole[:, -k:])
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_flops_of_a_second_turn(name: str) -> None:
+    """Counted from weights, and from every (query, key) pair of every layer."""
+    family = FAMILIES[name]
+    model = family.build()
+    first = family.batch([[text(3), family.image(0), text(5, 3)]])
+    second = family.batch([[text(2, 9), family.image(1), text(4, 8)]])
+    masks = [first["attention_mask"], second["attention_mask"]]
+    turn = {**second, "attention_mask": torch.cat(masks, 1)}
+    positions = family.positions(model, second) + first["input_ids"].shape[1]
+    rows = []
+    with tokencomp.patch(model, plan=plans.make("both", family.layers)) as handle:
+        out = model(**first, use_cache=True)
+        rows.append([int(m.sum()) for m in oracle.kept_columns(handle, first, family.layers)])
+        cache = oracle.cache_of(out)
+        model(**turn, position_ids=positions, past_key_values=cache, use_cache=True)
+        rows.append([int(m.sum()) for m in oracle.kept_columns(handle, second, family.layers)])
+        stats = handle.stats
+    layer = family.decoder(model).layers[0]
+    weights = sum(p.numel() for n, p in layer.named_parameters() if n.endswith("proj.weight"))
+    width = layer.self_attn.q_proj.weight.shape[0]
+
+    def count(pasts: list[int], news: list[int]) -> int:
+        pairs = sum(p + i + 1 for p, n in zip(pasts, news, strict=True) for i in range(n))
+        return 2 * weights * sum(news) + 4 * width * pairs
+
+    assert rows[0][0] > rows[0][1]
+    assert stats.flops_after == count(*rows)
+    full = [[t["input_ids"].shape[1]] * family.layers for t in (first, second)]
+    assert stats.flops_before == count(*full)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
+import pickle
 import threading
+import time
+import weakref
 
 import oracle
 import plans
 import pytest
 import torch
-from tests_support import Family, text
+from tests_support import FAMILIES, Family, text
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 import tokencomp
+from tokencomp import run
+from tokencomp.errors import AlreadyCompressedError, CopyError
+from tokencomp.ragged import Frame
 
 
 def prompt(family: Family) -> dict[str, torch.Tensor]:
@@ -91,8 +98,9 @@ def test_context_manager_disabled_and_set(family: Family) -> None:
         handle.set(ratio=0.1)
 
 
-def test_set_between_turns(family: Family) -> None:
-    """A cache made by a staged plan stays right after the plan loses its layer stages."""
+@pytest.mark.parametrize("change", ["set", "patch", "unpatch and patch"])
+def test_new_plan_between_turns(family: Family, change: str) -> None:
+    """A cache made by a staged plan stays right under a plan without layer stages."""
     model = family.build()
     inputs = family.batch([[text(3), family.image(0), text(5, 3)], [family.image(1), text(4, 9)]])
     extra = torch.tensor([text(3, 20), text(3, 21)])
@@ -102,7 +110,13 @@ def test_set_between_turns(family: Family) -> None:
     with tokencomp.patch(model, plan=plans.make("vanish", family.layers)) as handle:
         out = model(**inputs, position_ids=positions, use_cache=True)
         masks = oracle.kept_columns(handle, inputs, family.layers)
-        handle.set(ratio=0.5, reducer="uniform")
+        if change == "set":
+            handle.set(ratio=0.5, reducer="uniform")
+        elif change == "patch":
+            tokencomp.patch(model, 0.5, reducer="uniform")
+        else:
+            tokencomp.unpatch(model)
+            tokencomp.patch(model, 0.5, reducer="uniform")
         logits = model(
             input_ids=extra,
             attention_mask=torch.cat([inputs["attention_mask"], torch.ones_like(extra)], 1),
@@ -110,6 +124,7 @@ def test_set_between_turns(family: Family) -> None:
             past_key_values=oracle.cache_of(out),
             use_cache=True,
         ).logits
+    tokencomp.unpatch(model)
     expected = oracle.masked_logits(model, family, inputs, masks, extra)[:, -3:]
     assert (logits - expected).abs().max() < 1e-5
 
@@ -227,3 +242,80 @@ def test_accelerate_cpu_offload(family: Family, name: str) -> None:
         out = oracle.generate(model, inputs)
     assert torch.equal(out.sequences, expected.sequences)
     assert torch.equal(torch.stack(out.logits), torch.stack(expected.logits))
+
+
+def test_a_patched_model_can_be_freed(family: Family) -> None:
+    model = family.build()
+    handle = tokencomp.patch(model, 0.5, reducer="aim", extend_context=True)
+    model(**prompt(family))
+    alive = weakref.ref(model)
+    del model, handle
+    gc.collect()
+    assert alive() is None
+
+
+def test_copies_of_a_patched_model_are_refused() -> None:
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), prompt(family)
+    with tokencomp.patch(model, 0.5, reducer="aim") as handle:
+        for part in (model, family.decoder(model), family.decoder(model).layers[1]):
+            with handle.disabled(), pytest.raises(CopyError, match=r"unpatch\(model\) first"):
+                copy.deepcopy(part)
+        with pytest.raises(CopyError, match="unpatch"):
+            pickle.dumps(model)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model)(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("way", ["module", "forward"])
+def test_torch_compile(way: str) -> None:
+    """Hooks run between compiled graphs, whether the module or its forward was compiled."""
+    family = FAMILIES["llava"]
+    model, inputs = family.build(), family.batch([[text(3), family.image(0), text(5, 3)]])
+    plan = plans.make("attention", family.layers)
+    with torch.no_grad(), tokencomp.patch(model, plan=plan):
+        expected = model(**inputs).logits
+    compiled = model
+    if way == "module":
+        compiled = torch.compile(model, backend="eager")
+    else:
+        model.forward = torch.compile(model.forward, backend="eager")
+    with torch.no_grad(), tokencomp.patch(compiled, plan=plan) as handle:
+        torch.testing.assert_close(compiled(**inputs).logits, expected, atol=1e-5, rtol=0)
+        assert handle.stats.ratio > 0.1
+
+
+def test_a_compiled_foreign_forward_is_refused() -> None:
+    model = FAMILIES["llava"].build()
+    model.forward = torch.compile(lambda *a, **k: None, backend="eager")
+    with pytest.raises(AlreadyCompressedError, match="forward replaced"):
+        tokencomp.patch(model, 0.5)
+
+
+@pytest.mark.parametrize("name", ["entry", "layer"])
+def test_reduce_seconds_has_the_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only scoring moves."""
+    family, clock = FAMILIES["qwen2_vl"], [0.0]
+    scores = f"{name}_scores"
+    real = getattr(run, scores)
+
+    def slow(*args: object) -> object:
+        clock[0] += 5.0
+        return real(*args)
+
+    monkeypatch.setattr(run, scores, slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    model, reducer = family.build(), {"entry": "condiv", "layer": "fastv"}[name]
+    with tokencomp.patch(model, 0.5, reducer=reducer) as handle:
+        model(**prompt(family))
+        assert handle.stats.reduce_seconds == 5.0
+
+
+def test_every_stage_moves_the_frame(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoder layers may lie on several devices: what a stage reads follows the hidden states."""
+    moved, real = [], Frame.to
+    monkeypatch.setattr(Frame, "to", lambda self, d: moved.append(d) or real(self, d))
+    model = family.build()
+    with tokencomp.patch(model, plan=plans.make("attention", family.layers)) as handle:
+        model(**prompt(family))
+        assert moved == [torch.device("cpu")] * len(handle.plan.stages)

@@ -59,3 +59,16 @@ def test_installed_release() -> None:
     assert positions[0, 1:17].tolist() == [1] * 8 + [1 + 2 * 2] * 8
     assert positions[1, 1:17].tolist() == ([1] * 4 + [2] * 4) * 2
     assert positions[2, 1:17].tolist() == [1, 2, 3, 4] * 4
+
+
+def test_videos_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES["qwen2_vl"]
+    if family.no_video():
+        pytest.skip("this release places videos wrongly")
+    model, calls, real = family.build(), [], _compat.check_rope_index
+    monkeypatch.setattr(_compat, "check_rope_index", lambda m, k: calls.append(k) or real(m, k))
+    inputs = family.batch([[text(3), family.whole_video(4), family.whole_video(4), text(4)]])
+    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="uniform"):
+        model(**inputs)
+        model(**inputs)
+    assert calls == ["image", "video"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -92,3 +93,22 @@ def test_unknown_layout_is_refused() -> None:
     port.encoders["image"].end_tokens = None  # 17 embeddings are no square
     with tokencomp.patch(port, 0.5), pytest.raises(SpanError, match="image of 17"):
         port(*prompt)
+
+
+def test_two_threads() -> None:
+    """Every thread finds the media of its own prompt, whatever another embeds meanwhile."""
+    _, _, port, (ids, media, mask) = both()
+    jobs = [(ids[:1], {"image": media["image"][:1]}, mask[:1]), (ids[2:], {}, mask[2:])]
+    with torch.no_grad(), tokencomp.patch(port, 0.5, reducer="uniform"):
+        expected = port(*jobs[0]).logits
+        embed = port._embed
+
+        def interrupted(*args: Any) -> Any:
+            out = embed(*args)
+            other = threading.Thread(target=embed, args=(*jobs[1][:2], None, None, jobs[1][2]))
+            other.start()
+            other.join()
+            return out
+
+        port.__dict__["_embed"] = interrupted
+        assert torch.equal(port(*jobs[0]).logits, expected)

@@ -20,6 +20,7 @@ class Qwen2VLAdapter(Adapter):
     family = "Qwen2-VL"
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     mrope = True
+    _video_checked = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Adapter:
@@ -55,7 +56,9 @@ class Qwen2VLAdapter(Adapter):
 
     def check_video(self) -> None:
         """Raise `UnsupportedModelError` if the release gets positions of videos wrong."""
-        _compat.check_rope_index(self.model, "video")
+        if not self._video_checked:  # the answer stays the same as long as the model
+            _compat.check_rope_index(self.model, "video")
+            self._video_checked = True
 
 
 @register_adapter

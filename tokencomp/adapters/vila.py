@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,15 @@ class _Media:
     special: tuple[int, ...]
 
 
+class _Noted(threading.local):
+    """What the latest `_embed` of this thread left for the prefill that follows."""
+
+    def __init__(self) -> None:
+        self.media: dict[str, list[_Media]] = {}
+        self.embeds: Tensor | None = None
+        self.spans: list[list[VisualSpan]] = []
+
+
 class VilaPortAdapter(Adapter):
     """A model of the remote code: `_embed` splices media and pads; `llm` does the rest.
 
@@ -105,9 +115,7 @@ class VilaPortAdapter(Adapter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._media: dict[str, list[_Media]] = {}
-        self._embeds: Tensor | None = None
-        self._spans: list[list[VisualSpan]] = []
+        self._noted = _Noted()
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -136,13 +144,13 @@ class VilaPortAdapter(Adapter):
             handle.remove()
         self._handles.clear()
         self.model.__dict__.pop("_embed", None)
-        self._embeds = None
+        self._noted = _Noted()
 
     def _record(self, kind: str) -> Any:
         def hook(encoder: nn.Module, args: Any, kwargs: Any, out: list[Tensor]) -> None:
             media = args[0] if args else next(iter(kwargs.values()))
             ends = tuple(self._ids(getattr(encoder, f"{e}_tokens", None)) for e in ("start", "end"))
-            self._media[kind] = [
+            self._noted.media[kind] = [
                 _layout(features.detach(), kind, pixels.shape[0] if kind == "video" else 1, ends)
                 for pixels, features in zip(media, out, strict=True)
             ]
@@ -154,14 +162,15 @@ class VilaPortAdapter(Adapter):
 
     def _embed(self, *args: Any, **kwargs: Any) -> Any:
         """Replaces `model._embed` while patched: the same, and spans are noted."""
-        self._media = {}
+        noted = self._noted
+        noted.media = {}
         out = type(self.model)._embed(self.model, *args, **kwargs)
-        self._embeds = out[0]
-        pending = {kind: list(media) for kind, media in self._media.items()}
-        self._spans = [_find(row, pending) for row in out[0]]
+        noted.embeds = out[0]
+        pending = {kind: list(media) for kind, media in noted.media.items()}
+        noted.spans = [_find(row, pending) for row in out[0]]
         left = sum(map(len, pending.values()))
         if left:
-            self._embeds = None
+            noted.embeds = None
             raise SpanError(
                 f"{left} encoded images or videos are not in the embeddings of the prompt. Was the "
                 "prompt truncated, or does something else change the media embeddings?"
@@ -172,11 +181,11 @@ class VilaPortAdapter(Adapter):
 
     def carries_features(self, inputs: Mapping[str, Any]) -> bool:
         embeds = inputs.get("inputs_embeds")
-        return embeds is not None and self._copies(embeds) > 0 and any(self._spans)
+        return embeds is not None and self._copies(embeds) > 0 and any(self._noted.spans)
 
     def _copies(self, embeds: Tensor) -> int:
         """How often the rows of the noted prompt are repeated in `embeds` (beams); 0: not it."""
-        noted = self._embeds
+        noted = self._noted.embeds
         if noted is None or embeds.shape[1:] != noted.shape[1:] or len(embeds) % len(noted):
             return 0
         copies = len(embeds) // len(noted)
@@ -195,7 +204,7 @@ class VilaPortAdapter(Adapter):
 
     def _rows(self, embeds: Tensor) -> list[list[VisualSpan]]:
         copies = self._copies(embeds)
-        return [spans for spans in self._spans for _ in range(copies)]
+        return [spans for spans in self._noted.spans for _ in range(copies)]
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
         return self._rows(call.inputs["inputs_embeds"])
