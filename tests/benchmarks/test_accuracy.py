@@ -80,6 +80,11 @@ def test_tables(scripts, tmp_path: Path) -> None:
     assert "+" in rows[3].split("|")[5] and "−" in rows[4].split("|")[5]
     told = report.bars(results, "condiv")
     assert sum("below downscale" in line for line in told) == 2
+    results.manifest["settings"]["downscale-0.9"]["achieved_ratio"] = 0.3
+    told = report.bars(results, "condiv")
+    assert [line for line in told if "downscale" in line] == [
+        "- ratio 0.9: downscale only gets to 0.30 here, so it is no baseline"
+    ]
     assert sum("bar 94%: met" in line or "bar 94%: NOT" in line for line in told) == 2
     text = report.write_report(tmp_path, tmp_path).read_text()
     assert "made-up, ratio 0.9" in text and (tmp_path / "made-up-images.svg").exists()
