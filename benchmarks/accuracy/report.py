@@ -147,7 +147,8 @@ def bars(results: Results, default: str) -> list[str]:
             found = kept(results, label, kind)
             state = "met" if found.value >= bar else "NOT met"
             told.append(f"- ratio {ratio:g}, {kind}: {found.value:.1%}, bar {bar:.0%}: {state}")
-    for ratio, base in itertools.product(results.ratios, BASELINES):
+    asked = [r for r in results.ratios if f"{default}-{r:g}" in results.manifest["settings"]]
+    for ratio, base in itertools.product(asked, BASELINES):
         told += against(results, f"{default}-{ratio:g}", base)
     return told
 
