@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
-from tests_support import V4, Family, text
+from tests_support import FAMILIES, V4, Family, text
 
 import tokencomp
-from tokencomp.context_window import VISUAL_WINDOW, yarn
-from tokencomp.errors import OptionError, SpanError, UnsupportedModelError
+from tokencomp.context_window import VISUAL_WINDOW
+from tokencomp.errors import CopyError, OptionError, UnsupportedModelError
+from tokencomp.yarn import yarn
 
 
 def test_ramp_of_qwen2() -> None:
@@ -65,8 +68,8 @@ def test_model(family: Family) -> None:
     inputs = family.batch([[text(3), family.video(4), text(4, 2)]])
     with torch.no_grad():
         plain = model(**inputs).logits
-        context = tokencomp.extend_visual_context(model, 40, window=10)
-        inv_freq, attention = reference(1e4, 4, 16, 10, 4.0)
+        context = tokencomp.extend_visual_context(model, 400, window=100)
+        inv_freq, attention = reference(1e4, 4, 16, 100, 4.0)
         assert torch.allclose(rotary.inv_freq, inv_freq, rtol=1e-5)
         assert rotary.attention_scaling == pytest.approx(attention)
         assert context.yarn.factor == 4.0
@@ -110,12 +113,35 @@ def test_again_and_with_patch(family: Family) -> None:
         assert rotary.attention_scaling == pytest.approx(0.1 * math.log(4) + 1)
 
 
-def test_too_long(family: Family) -> None:
+def test_ramp_of_qwen2_in_a_model() -> None:
+    """Also where a cast has rounded the frequencies: fp16 knows 1e-6 to one digit."""
+    family = FAMILIES["qwen2_vl"]
+    config = family.config()
+    config.text_config.hidden_size = config.vision_config.hidden_size = 128
+    config.text_config.num_attention_heads = config.text_config.num_key_value_heads = 1
+    if V4:
+        config.text_config.rope_theta = 1e6
+    else:
+        config.text_config.rope_parameters["rope_theta"] = 1e6
+    model = family.model_class()(config)
+    for cast in (model, model.bfloat16(), model.half()):
+        with tokencomp.extend_visual_context(cast, 4 * VISUAL_WINDOW) as context:
+            assert (context.yarn.low, context.yarn.high) == (15, 32)
+
+
+def test_copies_are_refused() -> None:
+    """A copy would keep the stretched frequencies for good."""
+    family = FAMILIES["qwen2_vl"]
     model = family.build()
-    inputs = family.batch([[text(3), family.video(4), text(4, 2)]])
-    tokencomp.patch(model, 0.5, reducer="uniform", extend_context=5)
-    with pytest.raises(SpanError, match="extended to 5"):
-        model(**inputs)
+    before = family.decoder(model).rotary_emb.inv_freq
+    with tokencomp.extend_visual_context(model, 400, window=100):
+        for part in (model, model.model, family.decoder(model), family.decoder(model).rotary_emb):
+            with pytest.raises(CopyError, match=r"unpatch\(model\) first"):
+                copy.deepcopy(part)
+        with pytest.raises(CopyError, match="unpatch"):
+            pickle.dumps(model)
+    assert torch.equal(family.decoder(copy.deepcopy(model)).rotary_emb.inv_freq, before)
+    assert not model.model._forward_pre_hooks and not model.model._forward_hooks
 
 
 @pytest.mark.parametrize("bad", [0, -4, 2.5, "many", True])

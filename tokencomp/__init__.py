@@ -23,6 +23,8 @@ _LAZY = {
     "register_reducer": "tokencomp.reducers.base",
     "available_reducers": "tokencomp.reducers.base",
     "make_reducer": "tokencomp.reducers.base",
+    "plan_from_json": "tokencomp.reducers.compose",
+    "plan_to_json": "tokencomp.reducers.compose",
     "available_models": "tokencomp.adapters.base",
     "Reduction": "tokencomp.context",
     "VisualTokens": "tokencomp.context",
@@ -43,6 +45,8 @@ __all__ = [
     "extend_visual_context",
     "make_reducer",
     "patch",
+    "plan_from_json",
+    "plan_to_json",
     "register_reducer",
     "unpatch",
 ]
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
         make_reducer,
         register_reducer,
     )
+    from tokencomp.reducers.compose import plan_from_json, plan_to_json
 
 
 def __getattr__(name: str) -> Any:

@@ -154,6 +154,26 @@ def rotate(attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return apply(x, x, cos, sin)[0]
 
 
+def rotate_vision(
+    attn: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Apply a vision tower's own rotary embedding to q and k, shape (B, S, H, D)."""
+    apply = getattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb_vision", None)
+    if apply is None:
+        raise UnsupportedModelError(f"{type(attn).__name__}: unknown rotary embedding of a tower.")
+    return apply(q, k, cos, sin)
+
+
+def window_order(tower: Any, grids: Tensor) -> Tensor:
+    """Raster numbers of the merged patches of a tower with window attention, in its own order."""
+    if hasattr(tower, "get_window_index"):  # before transformers 5.17
+        return torch.as_tensor(tower.get_window_index(grids)[0])
+    from transformers.vision_utils import get_vision_window_index
+
+    sizes = {n: getattr(tower, n) for n in ("spatial_merge_size", "window_size", "patch_size")}
+    return get_vision_window_index(grids, **sizes)[0]
+
+
 def sequence_dim(table: Tensor) -> int:
     """Axis of a rotary table (B, L, D) or (3, B, L, D) that runs over the sequence."""
     return table.ndim - 2

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokencomp.errors import PlanError
+
 Grid = tuple[int, int, int]
 
 
@@ -83,6 +85,9 @@ class VisualTokens:
         "image" or "video".
     sizes : Tensor of float32, shape (n,), or None
         How many original tokens every row stands for; None: one each.
+    keys : Tensor of float32, shape (n, c), or None
+        Keys of the vision tower (`TOWER_KEYS`), all heads side by side, mean over a token's
+        patches; 0 at special tokens.
     """
 
     features: Tensor
@@ -93,6 +98,7 @@ class VisualTokens:
     query: Tensor | None = None
     kind: Literal["image", "video"] = "image"
     sizes: Tensor | None = None
+    keys: Tensor | None = None
 
     def __len__(self) -> int:
         return self.features.shape[0]
@@ -105,12 +111,16 @@ class VisualTokens:
         return torch.arange(len(self), device=self.features.device)
 
     def cells(self) -> Tensor:
-        """Raster index (t·H·W + h·W + w) of every token, shape (n,); -1 for special tokens.
+        """Raster index t·H·W + h·W + w in the uncompressed grid of every live patch, ascending.
 
-        Only for spans from which nothing has been dropped yet (entry stage).
+        Special tokens never leave, so those before a patch are counted on the live tokens.
+
+        Returns
+        -------
+        Tensor of int64, shape (patches,)
         """
-        patch = ~self.special
-        return torch.where(patch, patch.cumsum(0) - 1, -1)
+        before = self.special.cumsum(0)
+        return (self.offsets - before)[~self.special]
 
 
 @dataclass
@@ -130,6 +140,23 @@ class Reduction:
     keep: Tensor
     merged: Tensor | None = None
     sizes: Tensor | None = None
+
+    def check(self, keep: int, reducer: str) -> Reduction:
+        """Return this reduction if it has exactly `keep` rows (shapes alone are looked at).
+
+        Raises
+        ------
+        PlanError
+            `reducer` has returned another number of rows.
+        """
+        rows = {t.shape[0] for t in (self.keep, self.merged, self.sizes) if t is not None}
+        if rows != {keep}:
+            raise PlanError(
+                f"reducer {reducer!r} returned {', '.join(map(str, sorted(rows)))} rows of a span "
+                f"where {keep} were asked for. `reduce(tokens, keep)` must return exactly `keep` "
+                "rows, special tokens among them, and as many of `merged` and `sizes`."
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -158,4 +185,7 @@ class Attention:
 FEATURES = "features"
 QUERY = "query"
 ATTENTION = "attention"
+TOWER_KEYS = "tower keys"
+TOWER_ATTENTION = "tower attention"
+TOWER_SIGNALS = frozenset({TOWER_KEYS, TOWER_ATTENTION})
 Signal = str | Attention

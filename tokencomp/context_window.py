@@ -7,73 +7,58 @@ of the language window.
 
 from __future__ import annotations
 
-import math
-import weakref
-from dataclasses import dataclass
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tokencomp.errors import OptionError, SpanError, UnsupportedModelError
+from tokencomp import _compat
+from tokencomp.errors import CopyError, OptionError, SpanError, UnsupportedModelError
+from tokencomp.yarn import Yarn, rope_base, yarn
 
 if TYPE_CHECKING:
+    from tokencomp.adapters.base import Adapter
     from tokencomp.context import VisualSpan
 
 VISUAL_WINDOW = 6272  # 32 frames of 196 tokens: LLaVA-OneVision
-BETA_FAST, BETA_SLOW = 32.0, 1.0
-_EXTENDED: weakref.WeakKeyDictionary[nn.Module, VisualContext] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """YaRN's numbers for one rotary embedding.
-
-    Attributes
-    ----------
-    low, high
-        Frequency pairs below `low` stay, above `high` are divided by `factor`, linear between.
-    factor
-        Target length / trained length, at least 1.
-    attention
-        What cos and sin are multiplied by: 0.1·ln(factor) + 1.
-    """
-
-    low: int
-    high: int
-    factor: float
-    attention: float
-
-    def frequencies(self, inv_freq: Tensor) -> Tensor:
-        """Stretched inverse frequencies, fp32, shape (d / 2,)."""
-        place = torch.arange(inv_freq.numel(), device=inv_freq.device, dtype=torch.float32)
-        # the published code avoids a ramp of no width the same way
-        ramp = ((place - self.low) / max(self.high - self.low, 1e-3)).clamp(0, 1)
-        return inv_freq.float() * (1 - ramp + ramp / self.factor)
-
-
-def yarn(base: float, dim: int, window: float, factor: float) -> Yarn:
-    """YaRN for rotary base `base` and head dimension `dim`, trained on `window` positions.
-
-    For Qwen2 (base 1e6, d = 128) and window 6272 the ramp runs over dims 15 … 32.
-    """
-
-    def pair(rotations: float) -> float:
-        return dim * math.log(window / (rotations * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = max(math.floor(pair(BETA_FAST)), 0), min(math.ceil(pair(BETA_SLOW)), dim - 1)
-    return Yarn(low, high, factor, 0.1 * math.log(factor) + 1.0)
+EXTENSION = "_tokencomp_window"  # where a rotary embedding keeps its extension
+HELD = "_tokencomp_visual"  # where a KV cache keeps how many visual tokens it holds
 
 
 class VisualContext:
-    """A stretched visual window in force. Use as a context manager, or call `remove()`."""
+    """A stretched visual window in force. Use as a context manager, or call `remove()`.
 
-    def __init__(self, model: nn.Module, rotary: Any, numbers: Yarn, target: int) -> None:
+    Attributes
+    ----------
+    yarn : Yarn
+        What was done to the frequencies.
+    target_tokens
+        Visual tokens that fit, patched or not, those in the cache from earlier calls included.
+
+    Raises
+    ------
+    SpanError
+        In a forward call that brings more. Of a batch the longest sample counts, in every call;
+        of a cache that was filled before the extension every row. Models of VILA's remote code
+        show their visual tokens to an active patch alone.
+    CopyError
+        On `copy.deepcopy` or pickling of the model.
+    """
+
+    def __init__(self, adapter: Adapter, numbers: Yarn, target: int) -> None:
         self.yarn, self.target_tokens = numbers, target
-        self._model, self._rotary = weakref.ref(model), weakref.ref(rotary)
+        self._adapter, self._rotary = adapter, adapter.decoder.rotary_emb
+        self._local = threading.local()
+        rotary, body = self._rotary, adapter.body
         self._before = (rotary.inv_freq, rotary.attention_scaling)
         rotary.inv_freq = numbers.frequencies(rotary.inv_freq)
         rotary.attention_scaling = rotary.attention_scaling * numbers.attention
+        setattr(rotary, EXTENSION, self)
+        self._hooks = (
+            body.register_forward_pre_hook(self._count_placeholders, with_kwargs=True),
+            body.register_forward_hook(self._note, with_kwargs=True),
+        )
 
     def __enter__(self) -> VisualContext:
         return self
@@ -81,13 +66,59 @@ class VisualContext:
     def __exit__(self, *exc: object) -> None:
         self.remove()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CopyError(
+            "the visual window of this model is extended: copy.deepcopy and pickle would copy "
+            "stretched frequencies that nothing restores. Call tokencomp.unpatch(model) first, and "
+            "extend_visual_context() the model and its copy afterwards."
+        )
+
     def remove(self) -> None:
         """Restore the rotary embedding. Safe to call twice."""
-        model, rotary = self._model(), self._rotary()
-        if model is not None and rotary is not None and _EXTENDED.get(model) is self:
-            del _EXTENDED[model]
+        rotary = self._rotary
+        if getattr(rotary, EXTENSION, None) is self:
+            delattr(rotary, EXTENSION)
             rotary.inv_freq = self._before[0].to(rotary.inv_freq.device)
             rotary.attention_scaling = self._before[1]
+            for hook in self._hooks:
+                hook.remove()
+
+    def count(self, new: list[int], cache: Any) -> None:
+        """Add the visual tokens `new` of every sample of a call to those that `cache` holds.
+
+        Raises
+        ------
+        SpanError
+            A sample has more visual tokens than `target_tokens`.
+        """
+        past, most = held(cache), max(new, default=0)
+        self._local.total = past + most
+        if most and past + most > self.target_tokens:
+            told = f", after {past} in the cache" if past else ""
+            raise SpanError(
+                f"sample {new.index(most)} has {most} visual tokens{told}, and the visual window "
+                f"was extended to {self.target_tokens}. Give fewer frames, or "
+                f"extend_visual_context(model, {past + most})."
+            )
+
+    @torch.compiler.disable
+    def _count_placeholders(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        named = _compat.bind(module, args, kwargs)
+        kinds = self._adapter.kinds(named)
+        new = [] if kinds is None else (kinds != 0).sum(1).tolist()
+        self.count(new, _compat.get_cache(named))
+
+    @torch.compiler.disable
+    def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        cache = _compat.get_cache(_compat.bind(module, args, kwargs), out)
+        if cache is not None:
+            setattr(cache, HELD, self._local.total)
+
+
+def held(cache: Any) -> int:
+    """Visual tokens in a KV cache: what was noted, and at most its length."""
+    length = int(cache.get_seq_length()) if cache is not None else 0
+    return min(getattr(cache, HELD, length), length)
 
 
 def extend_visual_context(
@@ -134,41 +165,28 @@ def extend_visual_context(
             f"the decoder's rotary embedding is already scaled (rope_type={kind!r}). Load the "
             "model without rope scaling to extend its visual window."
         )
-    restore_visual_context(adapter.model)
-    inv_freq = rotary.inv_freq.double()
-    dim = 2 * inv_freq.numel()
-    base = float(inv_freq[-1]) ** (-dim / (dim - 2))
-    factor = max(target_tokens / window, 1.0)
-    numbers = yarn(base, dim, window, factor)
-    _EXTENDED[adapter.model] = context = VisualContext(
-        adapter.model, rotary, numbers, target_tokens
-    )
-    return context
+    base, dim = rope_base(adapter.text_config), 2 * rotary.inv_freq.numel()
+    numbers = yarn(base, dim, window, max(target_tokens / window, 1.0))
+    restore_visual_context(model)
+    return VisualContext(adapter, numbers, target_tokens)
 
 
 def restore_visual_context(model: nn.Module) -> None:
     """Undo the extension of this model, if there is one."""
-    context = _EXTENDED.get(model)
-    if context is not None:
-        context.remove()
+    for module in model.modules():
+        context = getattr(module, EXTENSION, None)
+        if context is not None:
+            context.remove()
 
 
-def check_window(model: nn.Module, spans: list[list[VisualSpan]]) -> None:
-    """Refuse prompts with more visual tokens than an extended window holds.
+def check_window(adapter: Adapter, spans: list[list[VisualSpan]], cache: Any) -> None:
+    """Count the visual tokens of a patched call as the patch reads them (exact for any model).
 
     Raises
     ------
     SpanError
-        A sample has more visual tokens than `target_tokens`.
+        A sample has more visual tokens than an extended window holds.
     """
-    context = _EXTENDED.get(model)
-    if context is None:
-        return
-    for row, sample in enumerate(spans):
-        tokens = sum(s.visual for s in sample)
-        if tokens > context.target_tokens:
-            raise SpanError(
-                f"sample {row} has {tokens} visual tokens, and the visual window was extended to "
-                f"{context.target_tokens}. Give fewer frames, or extend_visual_context(model, "
-                f"{tokens})."
-            )
+    context = getattr(adapter.decoder.rotary_emb, EXTENSION, None)
+    if context is not None:
+        context.count([sum(s.visual for s in sample) for sample in spans], cache)

@@ -36,6 +36,7 @@ from tokencomp.proportional import ProportionalAttention
 from tokencomp.ragged import Frame, restore
 from tokencomp.run import Run, Segment, build_segments, check_padding
 from tokencomp.stats import Stats
+from tokencomp.tower import TowerProbe, check_signals
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -68,6 +69,7 @@ class Hooks:
         self._local = threading.local()
         self._handles: list[RemovableHandle] = []
         self._layered = False
+        self._tower: TowerProbe | None = None
         self._lock = threading.Lock()
         # Qwen2-VL before transformers 5 swallows the argument and returns all logits
         self._slices = "logits_to_keep" in inspect.signature(adapter.top.forward).parameters
@@ -86,6 +88,10 @@ class Hooks:
         if not a.mrope:
             add(a.decoder.rotary_emb.register_forward_pre_hook(self._rotary, with_kwargs=True))
         self._install_scores()
+        wanted = check_signals(self.plan, a)
+        if wanted:
+            self._tower = TowerProbe(a, wanted)
+            self._tower.install()
         if self.plan.layer_stages:
             self._install_layers()
         if self.proportional is not None:
@@ -122,6 +128,9 @@ class Hooks:
             handle.remove()
         self._handles.clear()
         self._layered = False
+        if self._tower is not None:
+            self._tower.remove()
+            self._tower = None
         if self.proportional is not None:
             self.proportional.remove()
         self.adapter.top.__dict__.pop("_prefill", None)
@@ -146,14 +155,15 @@ class Hooks:
 
     @torch.compiler.disable
     def _top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        keep = kwargs.get("logits_to_keep", 0) if self._slices else 0
+        keep = kwargs.get("logits_to_keep", 0)
         if kwargs.get("labels") is not None or not isinstance(keep, int):
             keep = 0
-        self._local.logits = keep
+        self._local.draft = max(keep - 1, 0)
+        self._local.logits = keep if self._slices else 0
 
     @torch.compiler.disable
     def _top_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        self._local.logits = 0
+        self._local.logits = self._local.draft = 0
 
     @torch.compiler.disable
     def _body(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -215,8 +225,10 @@ class Hooks:
         positions = self._positions(kwargs, cache)
         rows = positions.cpu() if self.adapter.mrope else None
         spans = self.adapter.spans(Call(kinds, x, rows, self.adapter.body, self._local.inputs))
-        check_window(self.adapter.model, spans)
+        check_window(self.adapter, spans, cache)
         run = Run(self.adapter, self.plan, spans, lengths, x.shape[1], self._draft())
+        if self._tower is not None:
+            run.tower = self._tower.collect(spans)
         run.segments = build_segments(run, cache, mask)
         if len(run.segments) > 1:
             self._install_layers()
@@ -305,7 +317,7 @@ class Hooks:
 
     def _draft(self) -> int:
         """Speculative tokens at the end of a first forward call (assisted decoding)."""
-        return max(getattr(self._local, "logits", 0) - 1, 0)
+        return getattr(self._local, "draft", 0)
 
     # -- positions ------------------------------------------------------------------------------
 

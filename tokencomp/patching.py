@@ -22,7 +22,9 @@ from tokencomp.hooks import Hooks
 from tokencomp.plan import Plan, check_ratio
 from tokencomp.proportional import check_merges
 from tokencomp.reducers.base import Reducer, check_choice, make_reducer
+from tokencomp.reducers.compose import PlanLike, as_plan
 from tokencomp.stats import Stats
+from tokencomp.tower import check_signals
 
 DEFAULT_REDUCER = "condiv"  # chosen on validation: benchmarks/accuracy/CHOICE.md
 # Where a patched model keeps its handle: both are freed together, and no state_dict shows it.
@@ -79,7 +81,7 @@ def patch(
     ratio: float = 0.5,
     *,
     reducer: str | Reducer = "auto",
-    plan: Plan | None = None,
+    plan: PlanLike | None = None,
     strict: bool = False,
     positions: Literal["original", "compact"] = "original",
     extend_context: bool | int = False,
@@ -99,7 +101,9 @@ def patch(
     reducer
         A name from `tokencomp.available_reducers()`, a `Reducer`, or "auto".
     plan
-        Stages made by hand, instead of `ratio`, `reducer` and options.
+        Stages made by hand, instead of `ratio`, `reducer` and options: a `Plan`, its JSON form
+        `[{"layer": 0, "fraction": 0.5, "reducer": "merge"}, ...]` (see `plan_to_json`), or the
+        path of a JSON file.
     strict
         Refuse prompts without visual input instead of passing them through.
     positions
@@ -135,6 +139,8 @@ def patch(
     RatioError, UnknownNameError, OptionError
         A bad ratio, reducer name, reducer option or `positions`; a plan beside a reducer or
         options; proportional attention for a reducer that merges nothing.
+    PlanError
+        A plan that cannot be read, or not be executed on this model.
     UnsupportedModelError
         No adapter serves the model.
     AlreadyCompressedError
@@ -149,7 +155,7 @@ def patch(
             f"positions='compact': {adapter.family} has three rows of positions (time, height, "
             "width), which cannot be renumbered without losing the grid. Leave it at 'original'."
         )
-    request = Request(ratio, reducer, options, plan)
+    request = Request(ratio, reducer, options, None if plan is None else as_plan(plan))
     ready = _make_plan(request, adapter, proportional_attention)
     hooks = Hooks(adapter, ready, strict, positions == "compact", proportional_attention)
     context = None
@@ -227,7 +233,7 @@ class Handle:
         *,
         ratio: float | None = None,
         reducer: str | Reducer | None = None,
-        plan: Plan | None = None,
+        plan: PlanLike | None = None,
         **options: Any,
     ) -> Handle:
         """Change ratio, reducer or options in place; what is not given stays.
@@ -237,7 +243,8 @@ class Handle:
         """
         if not self._active:
             raise OptionError("this handle was removed; call tokencomp.patch(model, ...) again.")
-        request = self._request.changed(ratio, reducer, plan, options)
+        made = None if plan is None else as_plan(plan)
+        request = self._request.changed(ratio, reducer, made, options)
         proportional = self._hooks.proportional is not None
         ready = _make_plan(request, self._hooks.adapter, proportional)
         self._request = request
@@ -274,6 +281,7 @@ def _make_plan(request: Request, adapter: Adapter, proportional: bool) -> Plan:
     if proportional:
         check_merges(plan, made)
     plan.check(num_layers, adapter.first_layer_stage)
+    check_signals(plan, adapter)
     return plan.for_model(adapter.model)
 
 

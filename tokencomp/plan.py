@@ -70,20 +70,58 @@ class Stage:
     """From decoder layer `layer` on, `fraction` of the uncompressed visual tokens is left.
 
     layer 0 is the entry stage; `fraction` is relative to the *uncompressed* prompt.
+
+    Raises
+    ------
+    PlanError
+        A layer or fraction of another type, no `Reducer`, or one without a step of its own (a
+        preset or a composition).
     """
 
     layer: int
     fraction: float
     reducer: Reducer
 
+    def __post_init__(self) -> None:
+        from tokencomp.reducers.base import Reducer  # which imports this module
+        from tokencomp.reducers.options import fits, told
+
+        for name, hint in {"layer": int, "fraction": float}.items():
+            if not fits(value := getattr(self, name), hint):
+                raise PlanError(f"stage: {name}={value!r}; expected {told(hint)}.")
+        if not isinstance(self.reducer, Reducer):
+            raise PlanError(
+                f"stage: reducer={self.reducer!r}; expected a reducer. Build it with "
+                'make_reducer, e.g. make_reducer("merge").'
+            )
+        if type(self.reducer).reduce is Reducer.reduce:
+            raise PlanError(
+                f"stage: reducer {self.reducer.name!r} only plans the steps of others. Give it to "
+                "patch(reducer=...), or use the stages that its plan(ratio, num_layers) makes."
+            )
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in ascending layer order, with non-increasing fractions."""
+    """Stages in ascending layer order, with non-increasing fractions.
+
+    Raises
+    ------
+    PlanError
+        No stages, or in another order; a reducer that acts on whole spans only, behind a stage that
+        drops tokens.
+    """
 
     stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
+        given = self.stages
+        if not isinstance(given, tuple | list) or not all(isinstance(s, Stage) for s in given):
+            raise PlanError(
+                f"plan of {given!r}; expected a tuple of Stage objects. Their JSON form is for "
+                "patch(plan=...) or plan_from_json."
+            )
+        object.__setattr__(self, "stages", tuple(given))
         layers = [s.layer for s in self.stages]
         fractions = [1.0, *(s.fraction for s in self.stages)]
         if layers != sorted(set(layers)) or any(layer < 0 for layer in layers):
@@ -93,6 +131,13 @@ class Plan:
                 f"stage fractions {fractions[1:]}: expected non-increasing numbers in [0, 1]; they "
                 "are relative to the uncompressed prompt, not to the previous stage."
             )
+        for before, stage in itertools.pairwise(self.stages):
+            if stage.reducer.whole_spans and before.fraction < 1:
+                raise PlanError(
+                    f"stage at layer {stage.layer}: reducer {stage.reducer.name!r} compares places "
+                    f"of a whole grid, but the stage at layer {before.layer} leaves "
+                    f"{before.fraction:g} of it. Make it the first stage."
+                )
 
     @property
     def entry(self) -> Stage | None:

@@ -145,44 +145,46 @@ def _with_past(cached: Any, past: int, sample: int, current: Tensor) -> Tensor:
 
 
 def _span_scores(row: _Row, k: Tensor, spans: list[LiveSpan], signal: Attention) -> list[Tensor]:
-    from tokencomp.kernels import attention_colsum
+    """Attention to every token of every span, mean over the rows that vote on the span.
 
-    n, device = row.hidden.shape[0], k.device
-    offset = k.shape[1] - n
+    The text after a span votes on it; where there is none, the last row does. Text before a span
+    sees nothing of it, attention being causal, so one pass over all text adds exactly 0 there and
+    serves all spans: O(text · keys), however many spans. Every way to join heads commutes with the
+    division by the number of voters.
+    """
+    n = row.hidden.shape[0]
     if signal.iterations > 1:
         # PageRank needs a query for every key; those of earlier turns are gone.
-        k, offset = k[:, offset:], 0
+        k = k[:, k.shape[1] - n :]
     visual = {column - row.first for s in spans for column in range(s.start, s.start + s.count)}
-    text = [i for i in range(n) if i not in visual]
-    cached: dict[Any, Tensor] = {}
+    text = [i for i in range(spans[0].start - row.first, n) if i not in visual]
+    sums: dict[str, Tensor] = {}
     scores = []
     for span in spans:
         stop = span.start - row.first + span.count
-        votes = _voters(signal, stop, n, text)
-        key = None if votes is None else tuple(votes)
-        if key not in cached:
-            rows = None if votes is None else torch.tensor(votes, device=device)
-            q = row.queries(rows)
-            at = torch.arange(n, device=device) if rows is None else rows
-            weights = torch.full((q.shape[2],), 1.0 / q.shape[2], device=device)
-            cached[key] = attention_colsum(
-                q,
-                k[None],
-                weights,
-                q_index=at + offset,
-                scale=float(row.attn.scaling),
-                temperature=signal.temperature,
-                heads=signal.heads,
-                iterations=max(signal.iterations, 1),
-            )[0, offset:]
-        scores.append(cached[key][stop - span.count : stop])
+        later = len(text) - bisect.bisect_left(text, stop)
+        rows = "last" if signal.rows == "text" and not later else signal.rows
+        if rows not in sums:
+            votes = {"text": text, "last": [n - 1], "all": None}[rows]
+            sums[rows] = _column_sums(row, k, votes, signal)
+        voters = {"text": later, "last": 1, "all": n}[rows]
+        scores.append(sums[rows][stop - span.count : stop] / voters)
     return scores
 
 
-def _voters(signal: Attention, stop: int, n: int, text: list[int]) -> list[int] | None:
-    """Which of `n` query rows vote on a span ending at `stop`; None: all. `text` ascends."""
-    if signal.rows == "all":
-        return None
-    if signal.rows == "last":
-        return [n - 1]
-    return text[bisect.bisect_left(text, stop) :] or [n - 1]
+def _column_sums(row: _Row, k: Tensor, votes: list[int] | None, signal: Attention) -> Tensor:
+    """Attention to each of the N tokens of the sample, summed over rows `votes` (None: all)."""
+    from tokencomp.kernels import attention_colsum
+
+    n = row.hidden.shape[0]
+    offset = k.shape[1] - n
+    rows = None if votes is None else torch.tensor(votes, device=k.device)
+    return attention_colsum(
+        row.queries(rows),
+        k[None],
+        q_index=offset + (torch.arange(n, device=k.device) if rows is None else rows),
+        scale=float(row.attn.scaling),
+        temperature=signal.temperature,
+        heads=signal.heads,
+        iterations=max(signal.iterations, 1),
+    )[0, offset:]

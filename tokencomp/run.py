@@ -14,11 +14,18 @@ from torch import Tensor, nn
 from tokencomp import _compat
 from tokencomp.adapters.base import Adapter
 from tokencomp.cache import CompressedLayer, physical_length
-from tokencomp.context import QUERY, Reduction, VisualSpan, VisualTokens
+from tokencomp.context import (
+    QUERY,
+    TOWER_KEYS,
+    TOWER_SIGNALS,
+    Reduction,
+    VisualSpan,
+    VisualTokens,
+)
 from tokencomp.errors import PaddingError
 from tokencomp.plan import Plan, Stage
 from tokencomp.probes import entry_scores, layer_scores
-from tokencomp.ragged import Frame, compact, full_frame, take, write_merged
+from tokencomp.ragged import Frame, LiveSpan, compact, full_frame, take, write_merged
 from tokencomp.stats import Stats, collect
 
 
@@ -97,6 +104,8 @@ class Run:
         Text tokens after the last span, at least, over all samples.
     draft
         Trailing columns that are speculative tokens (assisted decoding), not prompt.
+    tower
+        Signals of the vision tower: values of every span of every sample, see `TowerProbe`.
     rotary
         True positions (B, n) for decoders with one position per token.
     """
@@ -119,6 +128,7 @@ class Run:
         self.draft = draft if draft <= self.tail else 0
         self.segments: list[Segment] = []
         self.rotary: Tensor | None = None
+        self.tower: dict[str, list[list[Tensor]]] = {}
         self.compresses = True
         self.reduce_seconds = 0.0
         self.kept: list[Frame] = []
@@ -191,18 +201,11 @@ class Run:
                     rows = torch.arange(keep) if keep == live.count else text
                     reduced.append(Reduction(rows.to(x.device)))
                     continue
-                special = live.span.special_mask(x.device)
-                tokens = VisualTokens(
-                    features=x[b, live.start : live.start + live.count],
-                    grid=live.span.grid,
-                    special=special if live.index is None else special[live.index],
-                    index=live.index,
-                    scores=None if scores is None else scores[b][j].to(x.device),
-                    query=query,
-                    kind=live.span.kind,
-                    sizes=self.frame.sizes_of(b, live),
-                )
-                reduced.append(stage.reducer.reduce(tokens, keep))
+                tokens = self._tokens(x, b, live, None if scores is None else scores[b][j], query)
+                self._add_tower(tokens, stage, b, j)
+                reduction = stage.reducer.reduce(tokens, keep)
+                name = stage.reducer.name or type(stage.reducer).__name__
+                reduced.append(reduction.check(keep, name))
             reductions.append(reduced)
         self.frame, index = compact(self.frame, reductions, x.device)
         self.kept.append(self.frame)
@@ -210,6 +213,32 @@ class Run:
         tensors = take(tensors, index, dims, self.frame.valid(x.device))
         write_merged(tensors[0], self.frame, reductions)
         return tensors, index
+
+    def _tokens(
+        self, x: Tensor, b: int, live: LiveSpan, scores: Tensor | None, query: Tensor | None
+    ) -> VisualTokens:
+        """What a reducer sees of a live span of sample `b`."""
+        special = live.span.special_mask(x.device)
+        return VisualTokens(
+            features=x[b, live.start : live.start + live.count],
+            grid=live.span.grid,
+            special=special if live.index is None else special[live.index],
+            index=live.index,
+            scores=None if scores is None else scores.to(x.device),
+            query=query,
+            kind=live.span.kind,
+            sizes=self.frame.sizes_of(b, live),
+        )
+
+    def _add_tower(self, tokens: VisualTokens, stage: Stage, b: int, j: int) -> None:
+        """Signals of the vision tower that the stage asks for, for the rows that are left."""
+        for name in TOWER_SIGNALS & stage.reducer.needs:
+            values = self.tower[name][b][j].to(tokens.features.device)
+            values = values if tokens.index is None else values[tokens.index]
+            if name == TOWER_KEYS:
+                tokens.keys = values
+            else:
+                tokens.scores = values[:, 0]
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:

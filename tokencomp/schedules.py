@@ -52,6 +52,15 @@ def ramp(num_layers: int, start: float, width: float) -> list[float]:
     return seen
 
 
+def check_ramp(owner: str, start: float, stop: float) -> None:
+    """Raise `OptionError` unless 0 ≤ start < stop ≤ 1."""
+    if not 0 <= start < stop <= 1:
+        raise OptionError(
+            f"{owner}: start={start!r}, stop={stop!r}; allowed: fractions of the depth, "
+            "0 ≤ start < stop ≤ 1."
+        )
+
+
 def natural_aim(num_layers: int, start: float = 0.5, stop: float = 22 / 28) -> list[float]:
     """AIM's video schedule, layers 14 … 22 of 28, scaled to the depth (arXiv 2412.03248)."""
     first, last = round(start * num_layers), round(stop * num_layers)
@@ -91,16 +100,3 @@ def fastv(num_layers: int, target: float) -> list[float]:
 
 
 SCHEDULES: dict[str, Schedule] = {"aim": aim, "pyramid": pyramid, "fastv": fastv}
-
-
-def schedule(name: str) -> Schedule:
-    """A schedule by name.
-
-    Raises
-    ------
-    OptionError
-        No schedule has that name.
-    """
-    if name not in SCHEDULES:
-        raise OptionError(f"schedule={name!r}; allowed: {', '.join(map(repr, SCHEDULES))}.")
-    return SCHEDULES[name]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import WeightsError
+from tokencomp.reducers.options import fits
 
 FINGERPRINT = 16
 SAME = 0.9
@@ -42,16 +43,33 @@ def model_card(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def fingerprint(projection: Any) -> list[float] | None:
-    """Sixteen sums of the weights under fixed random signs, scaled to norm 1; None if quantized."""
-    weight = getattr(projection, "base_layer", projection).weight
-    if not weight.is_floating_point():
+    """Sixteen sums of the weights under fixed random signs, scaled to norm 1.
+
+    None, which fits anything, if the weights are quantized, not at hand, or not finite.
+    """
+    weight = _weight(getattr(projection, "base_layer", projection))
+    if weight is None or not weight.is_floating_point():
         return None
     flat = weight.detach().float().cpu().flatten()
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (flat.numel(),), generator=generator) * 2.0 - 1.0
     slot = torch.randint(0, FINGERPRINT, (flat.numel(),), generator=generator)
     sums = torch.zeros(FINGERPRINT).index_add_(0, slot, flat * signs)
+    if not bool(sums.isfinite().all()):
+        return None
     return [round(v, 5) for v in (sums / sums.norm().clamp(min=1e-12)).tolist()]
+
+
+def _weight(layer: Any) -> Tensor | None:
+    """The weight of a linear layer, also where a hook of accelerate keeps it until it is used."""
+    if not layer.weight.is_meta:
+        return layer.weight
+    hook = getattr(layer, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        stored = getattr(one, "weights_map", None)
+        if stored is not None and "weight" in stored:
+            return stored["weight"]
+    return None
 
 
 def check_card(card: dict[str, Any], model: nn.Module, path: Path, train: str) -> None:
@@ -67,7 +85,7 @@ def check_card(card: dict[str, Any], model: nn.Module, path: Path, train: str) -
     Raises
     ------
     WeightsError
-        Type, number of layers, hidden size or fingerprint differ.
+        Type, number of layers, hidden size or fingerprint differ, or the fingerprint is none.
     """
     here = model_card(model)
     wrong = [k for k in ("model_type", "num_layers", "hidden_size") if card.get(k) != here[k]]
@@ -78,6 +96,11 @@ def check_card(card: dict[str, Any], model: nn.Module, path: Path, train: str) -
             f"Train weights for this model: {train}"
         )
     made, mine = card.get("fingerprint"), here["fingerprint"]
+    if made is not None and not (fits(made, tuple[float, ...]) and len(made) == FINGERPRINT):
+        raise WeightsError(
+            f"the card of {path} is damaged: its fingerprint is not {FINGERPRINT} numbers. Copy "
+            f"both files of a finished training run, or train again: {train}"
+        )
     if made and mine and sum(a * b for a, b in zip(made, mine, strict=True)) < SAME:
         raise WeightsError(
             f"{path} was made for another checkpoint ({card.get('model_id') or 'unnamed'}) of the "
@@ -111,25 +134,32 @@ def locate(given: str | None, model: nn.Module, kind: str, train: str) -> Path:
     )
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and card.
+def read(path: Path, kind: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and card, which must be of `kind` ("selector", "ccam", ...) if it names its own.
 
     Raises
     ------
     WeightsError
-        Either file is missing or broken.
+        Either file is missing, broken, or of another kind; a tensor is not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     card = path.with_suffix(".json")
     try:
-        return load_file(path), json.loads(card.read_text())
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        tensors, told = load_file(path), json.loads(card.read_text(encoding="utf-8"))
+        found = told.get("kind", kind)
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:
         raise WeightsError(
             f"{path} and its card {card.name} cannot be read ({error}). Copy both files of a "
             "finished training run."
         ) from error
+    if kind and found != kind:
+        raise WeightsError(f"{path} holds a {found!r}, not a {kind!r}. Give the other file.")
+    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise WeightsError(f"{path}: NaN or infinity in {', '.join(broken[:3])}. Train it again.")
+    return tensors, told
 
 
 def write(path: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> Path:
@@ -151,7 +181,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Path:
 def write_json(path: Path, value: Any) -> Path:
     """Write JSON through a temporary file."""
     text = json.dumps(value, indent=2, default=str) + "\n"
-    replace_file(path, lambda part: part.write_text(text))
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
     return path
 
 

@@ -1,10 +1,12 @@
-"""The trained ADSC adapter against the training-free reducer and random choice.
+"""The trained ADSC adapter against the training-free reducer, random choice and a control.
 
     tokencomp train adsc --model tiny-qwen2-vl --output benchmarks/accuracy/adsc ...
-    python benchmarks/accuracy/adsc.py --weights benchmarks/accuracy/adsc
+    python benchmarks/accuracy/adsc.py --weights benchmarks/accuracy/adsc --control FOLDER
 
-writes adsc.json (tables, versions) and adsc.jsonl (every answer). "full" is the model without
-adapter and without compression; "trained" at ratio 0 says what the adapter costs.
+writes adsc.json (tables, how they were made), adsc.jsonl (every answer) and adsc.md. "full" is the
+model without adapter and without compression; "trained" at ratio 0 says what the adapter costs;
+"control" is an adapter that was trained as long without compression, under the same reducer: what
+of a gain is the fine-tuning's alone.
 """
 
 from __future__ import annotations
@@ -12,15 +14,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trained import HERE, parser, publish
+from trained import HERE, Book, ask, parser
 
-from tokencomp.evaluation.metrics import mcnemar
 from tokencomp.training.adsc import CARD, AdscConfig, ways
 from tokencomp.training.data import ShapesQuestions
-from tokencomp.training.measure import Measurement, Way
+from tokencomp.training.measure import Way
 
-SETS = {"image": (("attribute", "small_object", "existence"), 1), "video": (("needle",), 2)}
+SETS = {
+    "count": (("count",), 1),
+    "other images": (("attribute", "small_object", "existence"), 1),
+    "video": (("needle",), 2),
+}
 RATIOS = (0.0, 0.5, 0.67, 0.8, 0.9)
+RIVALS = {"trained": ("training-free", "control"), "control": ("training-free",)}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -28,27 +34,29 @@ def main(args: argparse.Namespace) -> None:
 
     from tokencomp.evaluation.loading import load_model
 
-    model, processor = load_model(args.model, device=args.device)
-    weights = Path(args.weights or HERE / "adsc")
-    tuned = PeftModel.from_pretrained(model, str(weights)).eval()
+    book = Book("adsc", args, RIVALS)
+    folders = {"trained": Path(args.weights or HERE / "adsc")}
     asked = ways(AdscConfig(ratios=RATIOS))
     asked += [Way("trained, random", r, "random", {}, "tuned") for r in RATIOS if r]
-    tables, records = {}, []
-    for name, (families, fewer) in SETS.items():
+    if args.control:
+        folders["control"] = Path(args.control)
+        asked += [Way("control", r, "adsc", {}, "control") for r in RATIOS]
+    models = {}
+    for name in folders if book.sets else ():
+        model, processor = load_model(args.model, device=args.device)
+        models[name] = PeftModel.from_pretrained(model, str(folders[name])).eval()
+    variants = {"": models.get("trained"), "tuned": models.get("trained"), **models}
+    for name in book.sets:
+        families, fewer = SETS[name]
         source = ShapesQuestions(families, args.items // fewer, args.split)
-        measured = Measurement({"": tuned, "tuned": tuned}, processor, batch=args.batch)
-        measured.run(source, asked, name)
-        rows = measured.table(asked)
-        for row in rows:
-            if row["name"] == "trained" and row["ratio"]:
-                key = f"{row['ratio']:g}"
-                mine, other = (measured.scores(f"{n}@{key}") for n in ("trained", "training-free"))
-                test = mcnemar(mine, other)
-                row["vs_training_free"] = {"wins": test.wins, "losses": test.losses, "p": test.p}
-        tables[name] = {"rows": rows}
-        records += [{"set": name, **r} for r in measured.records]
-        publish("adsc", args, tables, records, weights / CARD)
+        measured, every = ask(variants, processor, source, asked, name, args.batch)
+        cards = {n: folder / CARD for n, folder in folders.items()}
+        book.add(name, measured.table(every), measured.records, cards)
+        book.write()
+    book.write()
 
 
 if __name__ == "__main__":
-    main(parser(__doc__).parse_args())
+    arguments = parser(__doc__, SETS)
+    arguments.add_argument("--control", help="adapter trained with --schedule 0")
+    main(arguments.parse_args())

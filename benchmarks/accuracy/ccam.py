@@ -3,23 +3,23 @@
     tokencomp train ccam --model tiny-qwen2-vl --output FOLDER ...
     python benchmarks/accuracy/ccam.py
 
-writes ccam.json (tables, versions) and ccam.jsonl (every answer): images, videos of the trained 8
-frames, and of 16 and 48 frames. `--free FOLDER` adds a projector that was trained without the
-causal mask (`--no-causal`).
+writes ccam.json (tables, how they were made), ccam.jsonl (every answer) and ccam.md: images, videos
+of the trained 8 frames, and of 16 and 48 frames. `--free FOLDER` adds a projector that was trained
+without the causal mask (`--no-causal`).
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from trained import parser, publish
+from trained import Book, ask, parser
 
-from tokencomp.projectors.ccam import CCAMProjector
-from tokencomp.training.ccam import visual_tokens, ways
+from tokencomp.projectors.ccam_config import read_card
+from tokencomp.training.ccam_evaluation import sample_spans, ways
 from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.loop import LoopConfig
-from tokencomp.training.measure import Measurement, Way
+from tokencomp.training.measure import Way
+from tokencomp.weights import locate
 
 SETS = {
     "image": (("attribute", "small_object"), {}, 1),
@@ -27,29 +27,36 @@ SETS = {
     "video, 16 frames": (("needle",), {"frames": 16}, 2),
     "video, 48 frames": (("needle",), {"frames": 48}, 4),
 }
+FREE = "ccam without mask"
+RIVALS = {"ccam": (FREE, "pool"), FREE: ("pool",)}
+TRAIN = "tokencomp train ccam"
 
 
 def main(args: argparse.Namespace) -> None:
     from tokencomp.evaluation.loading import load_model
 
-    model, processor = load_model(args.model, device=args.device)
-    weights = Path(args.weights or Path(model.config._name_or_path) / "tokencomp")
-    queries = CCAMProjector.load(weights).config.queries
-    tables, records = {}, []
-    for name, (families, scene, fewer) in SETS.items():
-        source = ShapesQuestions(families, args.items // fewer, args.split, **scene)
-        asked = ways(weights, queries, visual_tokens(model, processor, source, LoopConfig()))
+    book = Book("ccam", args, RIVALS)
+    if book.sets:
+        model, processor = load_model(args.model, device=args.device)
+        files = {"ccam": locate(args.weights, model, "ccam", TRAIN)}
         if args.free:
-            options = {"weights": str(args.free)}
-            asked.append(Way("ccam without mask", asked[0].ratio, "ccam", options))
-        measured = Measurement({"": model}, processor, batch=max(2, args.batch // fewer**2))
-        measured.run(source, asked, name)
-        tables[name] = {"rows": measured.table(asked)}
-        records += [{"set": name, **r} for r in measured.records]
-        publish("ccam", args, tables, records, weights / "ccam.json")
+            files[FREE] = locate(args.free, model, "ccam", f"{TRAIN} --no-causal")
+        cards = {name: path.with_suffix(".json") for name, path in files.items()}
+        queries = read_card(files["ccam"])[1].queries
+    for name in book.sets:
+        families, scene, fewer = SETS[name]
+        source = ShapesQuestions(families, args.items // fewer, args.split, **scene)
+        asked = ways(files["ccam"], queries, sample_spans(model, processor, source, LoopConfig()))
+        if args.free:
+            asked.append(Way(FREE, asked[0].ratio, "ccam", {"weights": str(files[FREE])}))
+        batch = max(2, args.batch // fewer**2)
+        measured, asked = ask({"": model}, processor, source, asked, name, batch)
+        book.add(name, measured.table(asked), measured.records, cards)
+        book.write()
+    book.write()
 
 
 if __name__ == "__main__":
-    arguments = parser(__doc__)
+    arguments = parser(__doc__, SETS)
     arguments.add_argument("--free", help="projector trained with --no-causal")
     main(arguments.parse_args())

@@ -1,107 +1,118 @@
-"""Videos longer than the model was trained on: what window extension and pooling each buy.
+"""Videos longer than the model was trained on: what window extension and compression each buy.
 
-    python benchmarks/accuracy/long_video.py            # → long_video.json, LONG_VIDEO.md
+    python benchmarks/accuracy/long_video.py                                # M-RoPE positions
+    python benchmarks/accuracy/long_video.py --model tiny-llava-onevision   # 1-D positions
 
-ShapesQA test videos of 16 frames (the longest in training) and longer. Compressed runs keep as many
-tokens as 16 frames have. With and without `extend_visual_context`, whose window is the trained 512
-tokens.
+writes long_video-MODEL.json (tables, how they were made), .jsonl (every answer) and .md. ShapesQA
+videos of 16 frames, the longest in training, and of 32 and 64. Every method keeps as many tokens as
+16 frames have. "extended": under `extend_visual_context`, whose window is the tokens of 16 frames.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from run import tower_once
+from trained import HERE, Book, ask, parser
 
 from tokencomp import extend_visual_context
-from tokencomp.evaluation.environment import environment, provenance
+from tokencomp.adapters.base import adapter_for
+from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.examples import shapesqa
-from tokencomp.evaluation.metrics import mcnemar
-from tokencomp.evaluation.runner import sweep
-from tokencomp.evaluation.settings import Setting
-from tokencomp.zoo import load
-from tokencomp.zoo.shapesqa import items
+from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES
+from tokencomp.training.measure import FULL, Measurement, Way
+from tokencomp.zoo.shapesqa import SIZE, items
 
-HERE = Path(__file__).parent
-TRAINED_FRAMES, TRAINED_TOKENS = 16, 512
+SETS = {"16 frames": 16, "32 frames": 32, "64 frames": 64}
+TRAINED = 16
 FAMILIES = ("needle", "video_existence")
 TOKENS_AT_ONCE = 12288  # visual tokens of a batch
-METHODS = ("pool", "condiv", "random")
+METHODS = ("condiv", "pool", "random")
+OTHERS = ("random", "uniform", "pool", DOWNSCALE, FEWER_FRAMES)
+EXTENDED = ", extended"
+RIVALS = {
+    "condiv": OTHERS,
+    f"condiv{EXTENDED}": ("condiv", *(f"{n}{EXTENDED}" for n in ("random", "uniform", "pool"))),
+    f"pool{EXTENDED}": ("pool",),
+    f"{FULL}{EXTENDED}": (FULL,),
+}
+
+
+def tokens_of(model: Any, processor: Any, frames: int) -> int:
+    """Visual tokens of a video of that many frames."""
+    counter = EqualTokens(processor, list(adapter_for(model).placeholder_ids()), DOWNSCALE)
+    return counter.tokens([Image.new("RGB", SIZE)] * frames)
+
+
+def extended_names(measured: Measurement, ways: list[Way]) -> list[Way]:
+    """Give all answers and ways names of their own."""
+
+    def renamed(key: str) -> str:
+        name, _, ratio = key.rpartition("@")
+        return f"{name}{EXTENDED}@{ratio}"
+
+    for r in measured.records:
+        r |= {part: {renamed(k): v for k, v in r[part].items()} for part in ("told", "correct")}
+    for numbers in (measured.achieved, measured.tokens):
+        renewed = {renamed(k): v for k, v in numbers.items()}
+        numbers.clear()
+        numbers |= renewed
+    return [Way(f"{w.name}{EXTENDED}", w.ratio, w.reducer) for w in (Way(FULL), *ways)]
 
 
 def measure(
-    name: str, frames: int, per_family: int, families: Sequence[str], media: Path
-) -> list[dict[str, Any]]:
-    """Accuracy of every method on videos of one length, without and with extension."""
-    model, processor = load(name)
-    asked = items("test", per_family, families, frames=frames)
-    examples = shapesqa(asked, media / str(frames))
-    ratio = 1 - TRAINED_FRAMES / frames
-    settings = [Setting(), *(Setting(m, ratio) for m in METHODS if ratio)]
-    target, rows, base = TRAINED_TOKENS * frames // TRAINED_FRAMES, [], []
-    batch = max(1, TOKENS_AT_ONCE // target)
-    for extended in (False, True) if ratio else (False,):
-        window = contextlib.nullcontext()
-        if extended:
-            window = extend_visual_context(model, target, window=TRAINED_TOKENS)
-        with window, tower_once(model):
-            runs = sweep(model, processor, examples, settings, frames=frames, batch_size=batch)
-        for setting, run in runs.items():
-            right = [int(r["correct"]) for r in run.records]
-            base = base or right
-            rows.append(
-                {
-                    "frames": frames,
-                    "method": setting.reducer,
-                    "extended": extended,
-                    "visual_tokens": run.records[0]["per_layer"][0],
-                    "accuracy": run.mean("correct"),
-                    "p_vs_full": mcnemar(right, base).p,
-                    "items": len(right),
-                }
-            )
-    return rows
+    model: Any, processor: Any, frames: int, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and records of all methods on videos of one length, without and with extension."""
+    asked = items(args.split, args.items // len(FAMILIES), FAMILIES, frames=frames)
+    source = shapesqa(asked, HERE / "results" / "media" / "long" / str(frames))
+    ratio, tokens = 1 - TRAINED / frames, tokens_of(model, processor, frames)
+    methods = [Way(m, ratio, m) for m in METHODS] if ratio else []
+    how: dict[str, Any] = {"batch": max(1, TOKENS_AT_ONCE // tokens), "frames": frames}
+    with tower_once(model):
+        measured, ways = ask(
+            {"": model}, processor, source, methods, f"{frames} frames",
+            smaller=(DOWNSCALE, FEWER_FRAMES), **how,
+        )  # fmt: skip
+        if ratio:
+            window = tokens_of(model, processor, TRAINED)
+            with extend_visual_context(model, tokens, window=window):
+                more, extended = ask(
+                    {"": model}, processor, source, methods, f"{frames} frames{EXTENDED}",
+                    smaller=(), **how,
+                )  # fmt: skip
+            ways += extended_names(more, extended)
+            for mine, other in zip(measured.records, more.records, strict=True):
+                mine |= {part: mine[part] | other[part] for part in ("told", "correct")}
+            measured.achieved |= more.achieved
+            measured.tokens |= more.tokens
+    return measured.table(ways), measured.records
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| frames | method | extended | visual tokens | accuracy | p vs full |",
-        "|---" * 6 + "|",
-    ]
-    for r in rows:
-        lines.append(
-            f"| {r['frames']} | {r['method']} | {'yes' if r['extended'] else 'no'} | "
-            f"{r['visual_tokens']} | {r['accuracy']:.1%} | {r['p_vs_full']:.2g} |"
-        )
-    return "\n".join(lines)
+def main(args: argparse.Namespace) -> None:
+    from tokencomp.evaluation.loading import load_model
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny-qwen2-vl")
-    parser.add_argument("--frames", nargs="+", type=int, default=(16, 32, 64))
-    parser.add_argument("--per-family", type=int, default=50)
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    media = HERE / "results" / "media" / "long"
-    asked = (args.per_family, args.families, media)
-    rows = [r for n in args.frames for r in measure(args.model, n, *asked)]
-    data = {"model": args.model, **environment(), "rows": rows}
-    (HERE / "long_video.json").write_text(json.dumps(data, indent=1) + "\n")
-    head = "# Videos longer than trained\n\n" + __doc__.split("\n\n")[2].replace("\n", " ")
-    told = (
-        f"{args.model}, families {', '.join(args.families)}, {rows[0]['items']} items per length."
-    )
-    (HERE / "LONG_VIDEO.md").write_text(f"{head}\n\n{told} {provenance(data)}.\n\n{table(rows)}\n")
+    book = Book(f"long_video-{args.model}", args, RIVALS)
+    if book.sets:
+        model, processor = load_model(args.model, device=args.device)
+    for name in book.sets:
+        book.add(name, *measure(model, processor, SETS[name], args), {})
+        book.write(NOTES)
+    book.write(NOTES)
 
+
+NOTES = (
+    "Ratios are those that leave the tokens of 16 frames. p against random: against `random` "
+    "without extension. `fewer_frames`: the full model on evenly chosen frames. The embedded "
+    "models were trained by the commands on their cards."
+)
 
 if __name__ == "__main__":
-    main()
+    arguments = parser(__doc__, SETS)
+    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.set_defaults(items=100)
+    main(arguments.parse_args())

@@ -1,136 +1,45 @@
-"""Tables and plot of the accuracy benchmark, from its result files alone.
+"""Page, plots and the README's table of the accuracy benchmark, from its result files alone.
 
-python benchmarks/accuracy/report.py
+python benchmarks/accuracy/report.py             # → README.md, results/*.svg
+python benchmarks/accuracy/report.py --readme    # prints the tables of the project's README
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import json
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
 from pathlib import Path
-from typing import Any
+
+from readme import readme
+from results import KINDS, RESULTS, Results
+from tables import (
+    BASELINES,
+    compare_families,
+    compared,
+    family_table,
+    kept,
+    loss_table,
+    ratio_table,
+    reaches,
+    rivals,
+)
 
 from tokencomp.evaluation.environment import provenance
-from tokencomp.evaluation.metrics import Retention, mcnemar, retention
 from tokencomp.evaluation.plots import Point, lines
-from tokencomp.zoo.questions import IMAGE_FAMILIES
+from tokencomp.evaluation.settings import DOWNSCALE, FULL
+from tokencomp.patching import DEFAULT_REDUCER
 
-HERE = Path(__file__).parent
-BASELINES = ("random", "uniform", "downscale")
-
-
-@dataclass(frozen=True)
-class Results:
-    """One model on one split: the manifest, and one row per item."""
-
-    manifest: dict[str, Any]
-    rows: list[dict[str, Any]]
-
-    @classmethod
-    def read(cls, folder: Path, split: str) -> Results:
-        manifest = json.loads((folder / f"{split}.json").read_text())
-        text = (folder / f"{split}.jsonl").read_text()
-        rows = [json.loads(line) for line in text.splitlines()]
-        return cls(manifest, rows)
-
-    def scores(self, label: str, kind: str = "all", families: Sequence[str] = ()) -> list[int]:
-        """0 or 1 per item of one kind, in the order of the items."""
-        return [r["correct"][label] for r in self.of(kind, families)]
-
-    def of(self, kind: str, families: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """Rows of one kind, of `families` alone if any of that kind are among them."""
-        mine = [
-            r
-            for r in self.rows
-            if kind in ("all", "images" if r["family"] in IMAGE_FAMILIES else "videos")
-        ]
-        return [r for r in mine if r["family"] in families] or mine
-
-    def accuracy(self, label: str, family: str) -> float:
-        found = self.scores(label, families=[family])
-        return sum(found) / len(found)
-
-    @property
-    def families(self) -> list[str]:
-        return list(dict.fromkeys(r["family"] for r in self.rows))
-
-    @property
-    def learned(self) -> list[str]:
-        """Families on which the full model beats the most common answer by 25 points.
-
-        On the others there is little to lose, so retention says little.
-        """
-        found = []
-        for family in self.families:
-            answers = Counter(r["answer"] for r in self.rows if r["family"] == family)
-            common = max(answers.values()) / answers.total()
-            if self.accuracy("full", family) >= common + 0.25:
-                found.append(family)
-        return found
-
-    @property
-    def ratios(self) -> list[float]:
-        return sorted({s["ratio"] for s in self.manifest["settings"].values() if s["ratio"]})
-
-    def at(self, ratio: float) -> list[str]:
-        """Labels at one ratio: baselines first, then by retention."""
-        settings = self.manifest["settings"]
-        labels = [k for k, s in settings.items() if s["ratio"] == ratio]
-        base = [k for k in labels if settings[k]["reducer"] in BASELINES]
-        rest = [k for k in labels if k not in base]
-        return base + sorted(rest, key=lambda k: (-sum(self.scores(k)), k))
-
-
-def kept(results: Results, label: str, kind: str) -> Retention:
-    """Retention over the learned families of one kind, or over all items for "all"."""
-    families = () if kind == "all" else results.learned
-    return retention(results.scores(label, kind, families), results.scores("full", kind, families))
-
-
-def retention_cell(results: Results, label: str, kind: str) -> str:
-    found = kept(results, label, kind)
-    return f"{found.value:.1%} [{found.low:.1%}, {found.high:.1%}]"
-
-
-def ratio_table(results: Results, ratio: float, default: str) -> str:
-    """Retention per kind with paired 95 % intervals, p against random, and cost."""
-    settings = results.manifest["settings"]
-    head = "| method | images | videos | all families | p vs random | achieved ratio | FLOPs left |"
-    rows = [head, "|---|---|---|---|---|---|---|"]
-    full_flops, random = settings["full"]["flops"], f"random-{ratio:g}"
-    for label in results.at(ratio):
-        one = settings[label]
-        test = mcnemar(results.scores(label), results.scores(random))
-        sign = "" if test.p >= 0.05 or label == random else "+" if test.wins > test.losses else "−"
-        p = "" if label == random else f"{test.p:.2g} {sign}"
-        name = f"**{one['reducer']}**" if one["reducer"] == default else one["reducer"]
-        options = ", ".join(f"{k}={v}" for k, v in one["options"].items())
-        cells = [retention_cell(results, label, kind) for kind in ("images", "videos", "all")]
-        cost = [p, f"{one['achieved_ratio']:.3f}", f"{one['flops'] / full_flops:.0%}"]
-        rows.append("| " + " | ".join([f"{name} {options}".strip(), *cells, *cost]) + " |")
-    return "\n".join(rows)
-
-
-def family_table(results: Results, labels: Sequence[str]) -> str:
-    """Accuracy per question family."""
-    rows = ["| family | " + " | ".join(labels) + " |", "|---" * (len(labels) + 1) + "|"]
-    for family in results.families:
-        cells = [f"{results.accuracy(label, family):.0%}" for label in labels]
-        rows.append(f"| {family} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+BARS = ((0.75, 0.97), (0.9, 0.94), (0.95, 0.80))
 
 
 def plot(results: Results, kind: str) -> str:
     """Retention over ratio, one line per method, as SVG."""
-    settings = results.manifest["settings"]
     series: dict[str, list[Point]] = {}
-    for label, one in settings.items():
-        if one["ratio"] and not one["options"]:
-            point = Point(one["ratio"], kept(results, label, kind).value)
-            series.setdefault(one["reducer"], []).append(point)
+    for label, one in results.settings.items():
+        found = kept(results, label, kind) if one["ratio"] and not one["options"] else None
+        if found is not None:
+            series.setdefault(one["reducer"], []).append(Point(one["ratio"], found.value))
     order = sorted(series, key=lambda n: (n in BASELINES, -sum(p.y for p in series[n])))
     chosen = {n: series[n] for n in order}
     return lines(chosen, x="ratio removed", y=f"accuracy kept, {kind}", reference=1.0)
@@ -139,55 +48,89 @@ def plot(results: Results, kind: str) -> str:
 def bars(results: Results, default: str) -> list[str]:
     """The bars of the default reducer, met or not."""
     told = []
-    for ratio, bar in ((0.75, 0.97), (0.9, 0.94), (0.95, 0.80)):
-        for kind in ("images", "videos"):
+    for ratio, bar in BARS:
+        for kind in KINDS:
             label = f"{default}-{ratio:g}"
-            if label not in results.manifest["settings"]:
-                continue
-            found = kept(results, label, kind)
-            state = "met" if found.value >= bar else "NOT met"
-            told.append(f"- ratio {ratio:g}, {kind}: {found.value:.1%}, bar {bar:.0%}: {state}")
-    asked = [r for r in results.ratios if f"{default}-{r:g}" in results.manifest["settings"]]
-    for ratio, base in itertools.product(asked, BASELINES):
-        told += against(results, f"{default}-{ratio:g}", base)
-    return told
+            found = kept(results, label, kind) if label in results.settings else None
+            if found is not None:
+                state = "met" if found.value >= bar else "NOT met"
+                told.append(f"- ratio {ratio:g}, {kind}: {found.value:.1%}, bar {bar:.0%}: {state}")
+    return told + against_baselines(results, default)
 
 
-def against(results: Results, label: str, base: str) -> list[str]:
-    """Where a baseline at the same ratio keeps more than `label`, or cannot be compared."""
-    ratio = label.rpartition("-")[2]
-    other, told = f"{base}-{ratio}", []
-    reached = results.manifest["settings"][other]["achieved_ratio"]
-    if reached < float(ratio) - 0.05:
-        return [f"- ratio {ratio}: {base} only gets to {reached:.2f} here, so it is no baseline"]
-    for kind in ("images", "videos"):
-        if kept(results, label, kind).value < kept(results, other, kind).value:
-            pair = [results.scores(name, kind, results.learned) for name in (label, other)]
-            test = mcnemar(*pair)
+def against_baselines(results: Results, default: str) -> list[str]:
+    """Never below a baseline at the same ratio: on images, on videos, on every family."""
+    told, below = out_of_reach(results), False
+    for (ratio, base, mine, other), kind in itertools.product(rivals(results, default), KINDS):
+        found = [kept(results, label, kind) for label in (mine, other)]
+        if found[0] and found[1] and found[0].value < found[1].value:
+            test, below = compared(results, mine, other, kind), True
             counts = f"{test.wins} items won, {test.losses} lost, p = {test.p:.2g}"
-            told.append(f"- ratio {ratio}, {kind}: below {base} ({counts}): NOT met")
+            told.append(f"- ratio {ratio:g}, {kind}: below {base} ({counts}): NOT met")
+    if not below:
+        told.append("- below no baseline on images or videos at any ratio: met")
+    losses, count = compare_families(results, default)
+    strong = sum(one.test.p < 0.05 for one in losses)
+    state = f"NOT met in {len(losses)} of {count} comparisons ({strong} with p < 0.05)"
+    told.append(f"- below no baseline on any family at any ratio: {state if losses else 'met'}")
     return told
 
 
-def section(results: Results, default: str, where: Path) -> str:
-    """Everything about one model."""
-    m, name = results.manifest, results.manifest["model"]
+def out_of_reach(results: Results) -> list[str]:
+    """Where smaller media give the processor too many tokens to be a baseline."""
+    told = []
+    for kind in results.kinds:
+        far = [
+            f"{results.reached(label, kind):.2f} instead of {one['ratio']:g}"
+            for label, one in results.settings.items()
+            if one["reducer"] == DOWNSCALE and not reaches(results, label, kind)
+        ]
+        if far:
+            told.append(f"- {DOWNSCALE} is no baseline on {kind}: it drops {', '.join(far)}")
+    return told
+
+
+def made_by(results: Results) -> str:
+    """What the answers depend on; with several runs, which settings each of them asked."""
+    told = []
+    runs = results.manifest["runs"]
+    for number, run in enumerate(runs):
+        mine = [s["reducer"] for s in results.settings.values() if s["run"] == number]
+        which = f"{', '.join(dict.fromkeys(mine))}: " if len(runs) > 1 else ""
+        told.append(f"- {which}{provenance(run)}.")
+    return "\n".join(told)
+
+
+def families_told(results: Results) -> str:
+    """Which of the families were learned."""
+    groups: dict[bool, list[str]] = {True: [], False: []}
+    for family in results.families:
+        groups[family in results.learned].append(family)
+    told = {"Learned families": groups[True], "Not learned": groups[False]}
+    return " ".join(f"{k}: {', '.join(names)}." for k, names in told.items() if names)
+
+
+def section(results: Results, default: str, pictures: str) -> str:
+    """Everything about one model; its plots lie in `pictures`."""
+    m, model = results.manifest, results.manifest["model"]
     parts = [
-        f"## {name}",
-        f"{m['items']} items of the {m['split']} split, greedy. {provenance(m)}.",
-        f"Learned families: {', '.join(results.learned)}.",
+        f"## {model}",
+        f"{m['items']} items of the {m['split']} split, greedy.",
+        made_by(results),
+        families_told(results),
         "Bars for the default:",
         "\n".join(bars(results, default)),
+        *(f"![{model}, {kind}]({pictures}/{model}-{kind}.svg)" for kind in results.kinds),
     ]
-    for kind in ("images", "videos"):
-        file = where / f"{name}-{kind}.svg"
-        file.write_text(plot(results, kind))
-        parts.append(f"![{name}, {kind}](results/{file.name})")
     for ratio in results.ratios:
-        parts += [f"### {name}, ratio {ratio:g}", ratio_table(results, ratio, default)]
-    shown = ["full", *(f"{default}-{r:g}" for r in results.ratios), "random-0.9", "downscale-0.9"]
-    labels = [label for label in shown if label in m["settings"]]
-    parts += [f"### {name}, accuracy per question family", family_table(results, labels)]
+        parts += [f"### {model}, ratio {ratio:g}", ratio_table(results, ratio, default)]
+    losses, _ = compare_families(results, default)
+    if losses:
+        title = f"### {model}, families where a baseline got more right than the default"
+        parts += [title, loss_table(results, losses)]
+    shown = [FULL, *(f"{default}-{r:g}" for r in results.ratios), *(f"{b}-0.9" for b in BASELINES)]
+    labels = [label for label in shown if label in results.settings]
+    parts += [f"### {model}, accuracy per question family", family_table(results, labels)]
     return "\n\n".join(parts)
 
 
@@ -195,24 +138,51 @@ HEAD = """# Accuracy under compression
 
 Made by `python benchmarks/accuracy/run.py` (`report.py` rebuilds it from `results/`). Packaged tiny
 models on ShapesQA's test split, which was used for nothing else. Cells: accuracy as a fraction of
-the full model's on the same items, with paired bootstrap 95 % intervals. Images and videos: over
-the question families that the full model has learned (25 points above the most common answer); the
-others say little about compression and count in "all families". p: exact McNemar test against
-`random` over all families, + where better, − where worse (p < 0.05). `downscale`: the full model on
-smaller pictures that give as many tokens. FLOPs: the decoder's prefill, the reducer's own work not
-counted. How the default (bold) was chosen, on the validation split: [CHOICE.md](CHOICE.md)."""
+the full model's on the same items, with paired bootstrap 95 % intervals. Images, videos, both: over
+the question families that the model has learned, which the validation split decides (25 points
+above a blind guess: the commonest answer or one of the options, as on the model's card); the others
+say little about compression and count in "all families" alone. p: exact McNemar test against
+`random` over the learned families, + where better, − where worse (p < 0.05). `downscale`: the full
+model on smaller pictures or fewer frames that give as many tokens; – where the processor does not
+give so few (achieved ratio: images / videos). FLOPs: the decoder's prefill, the reducer's own work
+not counted. How the default (bold) was chosen, on the validation split: [CHOICE.md](CHOICE.md)."""
 
 
-def write_report(results: Path, where: Path) -> Path:
-    """README.md and plots from every model with test results."""
-    from tokencomp.patching import DEFAULT_REDUCER
+def read_all(results: Path, split: str = "test") -> list[Results]:
+    return [Results.read(f.parent, split) for f in sorted(results.glob(f"*/{split}.json"))]
 
-    found = sorted(results.glob("*/test.json"))
-    sections = [section(Results.read(f.parent, "test"), DEFAULT_REDUCER, results) for f in found]
-    path = where / "README.md"
-    path.write_text("\n\n".join([HEAD, *sections]) + "\n")
-    return path
+
+def home(results: Path) -> Path:
+    """Where pages go: above the published results, beside others."""
+    return results.parent if results == RESULTS else results
+
+
+def write_report(results: Path) -> Path:
+    """The page and its plots from every model with test results."""
+    page = home(results) / "README.md"
+    sections = []
+    for found in read_all(results):
+        for kind in found.kinds:
+            file = results / f"{found.manifest['model']}-{kind}.svg"
+            file.write_text(plot(found, kind))
+        where = os.path.relpath(results, page.parent)
+        sections.append(section(found, DEFAULT_REDUCER, where))
+    page.write_text("\n\n".join([HEAD, *sections]) + "\n")
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", action="store_true", help="print the README's tables instead")
+    args = parser.parse_args()
+    if args.readme:
+        print(readme(read_all(args.results), DEFAULT_REDUCER))
+    else:
+        print(write_report(args.results))
 
 
 if __name__ == "__main__":
-    print(write_report(HERE / "results", HERE))
+    main()

@@ -3,25 +3,26 @@
     tokencomp train selector --model tiny-qwen2-vl --output FOLDER ...
     python benchmarks/accuracy/selector.py
 
-writes selector.json (tables, order, versions), selector.jsonl (every answer) and selector.md. The
-last set has videos of four times as many frames as the selector was trained on; `--sets` asks some
-sets only, the others stay as they are.
+writes selector.json (tables, order, how they were made), selector.jsonl (every answer) and
+selector.md. The last set has videos of four times as many frames as the selector was trained on;
+`--sets` asks some sets only, the others stay as they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from pathlib import Path
 from typing import Any
 
-from trained import parser, publish, stored
+from tables import table
+from trained import Book, ask, parser
 
 from tokencomp.training.data import ShapesQuestions
-from tokencomp.training.measure import Measurement
 from tokencomp.training.selector import RATIOS, ways
+from tokencomp.weights import locate
 
 ORDER = ("oracle", "selector", "attention", "random")
+RIVALS = {"selector": ("attention", "oracle")}
 SETS: dict[str, dict[str, Any]] = {
     "image": {"families": ("attribute", "small_object", "existence"), "fewer": 1},
     "video": {"families": ("needle",), "fewer": 2},
@@ -64,33 +65,30 @@ def order(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
 def main(args: argparse.Namespace) -> None:
     from tokencomp.evaluation.loading import load_model
 
-    model, processor = load_model(args.model, device=args.device)
-    weights = Path(args.weights or Path(model.config._name_or_path) / "tokencomp")
-    tables, records = stored("selector", args, [n for n in SETS if n not in args.sets])
-    asked = ways(weights, RATIOS, oracle=True)
-    for name in args.sets:
-        settings = SETS[name]
-        scene = {k: v for k, v in settings.items() if k == "frames"}
-        count = args.items // settings["fewer"]
-        source = ShapesQuestions(settings["families"], count, args.split, **scene)
-        measured = Measurement({"": model}, processor, batch=8 if scene else args.batch)
-        measured.run(source, asked, name)
-        rows = measured.table(asked)
-        tables[name] = {"rows": rows, "against_the_published_order": order(rows)}
-        records += [{"set": name, **r} for r in measured.records]
-        publish("selector", args, tables, records, weights / "selector.json", notes(records))
+    book = Book("selector", args, RIVALS)
+    if book.sets:
+        model, processor = load_model(args.model, device=args.device)
+        file = locate(args.weights, model, "selector", "tokencomp train selector")
+    for name in book.sets:
+        scene = {k: v for k, v in SETS[name].items() if k == "frames"}
+        count = args.items // SETS[name]["fewer"]
+        source = ShapesQuestions(SETS[name]["families"], count, args.split, **scene)
+        asked, batch = ways(file, RATIOS, oracle=True), 8 if scene else args.batch
+        measured, asked = ask({"": model}, processor, source, asked, name, batch)
+        rows, cards = measured.table(asked), {"selector": file.with_suffix(".json")}
+        wrong = {"against_the_published_order": order(rows)}
+        book.add(name, rows, measured.records, cards, **wrong)
+        book.write(notes(book.records))
+    book.write(notes(book.records))
 
 
 def notes(records: list[dict[str, Any]]) -> str:
     """What the page says besides the tables."""
     columns = ("family", "items", "full", *ORDER)
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += ["| " + " | ".join(str(row[c]) for c in columns) + " |" for row in by_family(records)]
+    body = [[str(row[c]) for c in columns] for row in by_family(records)]
     title = f"## Right answers per family at ratio {RATIOS[-1]:g}, all sets"
-    return "\n\n".join(["## The order", WHY.replace("\n", " "), title, "\n".join(lines)])
+    return "\n\n".join(["## The order", WHY.replace("\n", " "), title, table(columns, body)])
 
 
 if __name__ == "__main__":
-    arguments = parser(__doc__)
-    arguments.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    main(arguments.parse_args())
+    main(parser(__doc__, SETS).parse_args())

@@ -1,4 +1,4 @@
-"""What the scripts of the trained methods share: arguments, and files with their manifest."""
+"""What the scripts of the trained methods share: arguments, baselines, and files that remember."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ import argparse
 import json
 import shlex
 import sys
-from datetime import datetime, timezone
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tokencomp.evaluation.environment import commit, hardware, versions
+from trained_page import Rivals, compared, markdown
+
+from tokencomp.adapters.base import adapter_for
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.baselines import EqualTokens
+from tokencomp.evaluation.environment import environment
+from tokencomp.evaluation.examples import Example
+from tokencomp.evaluation.settings import DOWNSCALE
+from tokencomp.training.measure import FULL, Measurement, Way
 from tokencomp.weights import replace_file, write_json
 
 HERE = Path(__file__).parent
-COLUMNS = ("method", "ratio", "accuracy", "retention", "p against random")
+CARD = ("kind", "model_id", "data", "config", "seconds", "held_out", "spans")
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
+def parser(doc: str | None, sets: Iterable[str]) -> argparse.ArgumentParser:
     """Arguments of every script."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -29,82 +38,155 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--split", default="test", choices=("validation", "test"))
     made.add_argument("--device", default="auto")
     made.add_argument("--output", type=Path, default=HERE)
+    made.add_argument("--sets", nargs="+", choices=list(sets), default=list(sets))
+    made.add_argument("--report", action="store_true", help="only rebuild the page")
+    made.set_defaults(every=list(sets))
     return made
 
 
-def publish(
-    name: str,
-    args: argparse.Namespace,
-    tables: dict[str, Any],
-    records: list[dict[str, Any]],
-    card: Path,
-    notes: str = "",
-) -> None:
-    """Write `name`.json, `name`.jsonl and `name`.md (`notes` at its end), and print the tables."""
-    from rich.console import Console
-    from rich.table import Table
+class Shrunk(Sequence[Example]):
+    """Questions about media that give the processor fewer tokens."""
 
-    trained = json.loads(card.read_text())
-    command = shlex.join(["python", f"benchmarks/accuracy/{name}.py", *sys.argv[1:]])
-    for found in tables.values():
-        found.setdefault("command", command)
-    result = {
-        "model": args.model,
-        "split": args.split,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions(),
-        "hardware": hardware(),
-        "trained": {k: trained.get(k) for k in ("config", "data", "seconds", "held_out", "spans")},
-        "tables": tables,
-    }
-    write_json(args.output / f"{name}.json", result)
-    page = markdown(result) + (f"\n{notes}\n" if notes else "")
-    replace_file(args.output / f"{name}.md", lambda part: part.write_text(page))
-    lines = "".join(json.dumps(r) + "\n" for r in records)
-    replace_file(args.output / f"{name}.jsonl", lambda part: part.write_text(lines))
-    console = Console()
-    for title, found in tables.items():
-        table = Table(*COLUMNS, title=title)
-        for row in found["rows"]:
-            table.add_row(*cells(row))
-        console.print(table)
+    def __init__(
+        self, source: Sequence[Example], shrink: EqualTokens, ratio: float, frames: int
+    ) -> None:
+        self.source, self.shrink, self.ratio, self.frames = source, shrink, ratio, frames
+        self.achieved: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        example, count = self.source[index], self.shrink.tokens
+        media = example.load(self.frames)
+        smaller = tuple(self.shrink.shrink(m, self.ratio) for m in media)
+        self.achieved[index] = 1 - sum(map(count, smaller)) / sum(map(count, media))
+        return replace(example, media=smaller)
 
 
-def stored(
-    name: str, args: argparse.Namespace, sets: list[str]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Tables and records of `sets` as an earlier run wrote them; sets it lacks are left out."""
-    if not sets or not (args.output / f"{name}.json").exists():
-        return {}, []
-    earlier = json.loads((args.output / f"{name}.json").read_text())
-    tables = {n: {"command": earlier.get("command"), **t} for n, t in earlier["tables"].items()}
-    lines = (args.output / f"{name}.jsonl").read_text().splitlines()
-    records = [r for r in map(json.loads, lines) if r["set"] in sets]
-    return {n: t for n, t in tables.items() if n in sets}, records
+def ask(
+    models: dict[str, Any],
+    processor: Any,
+    source: Sequence[Example],
+    ways: Sequence[Way],
+    title: str,
+    batch: int,
+    frames: int = 8,
+    smaller: Sequence[str] = (DOWNSCALE,),
+) -> tuple[Measurement, list[Way]]:
+    """Answers of all ways, of uniform choice, and on smaller media at the same ratios.
+
+    Parameters
+    ----------
+    models
+        Variants by name, see `Measurement`.
+    smaller
+        Input baselines, see `EqualTokens`.
+
+    Returns
+    -------
+    Measurement, list of Way
+        The answers, and all that was asked, by ratio.
+    """
+    ratios = sorted({w.ratio for w in ways if w.ratio})
+    asked = [*ways, *(Way("uniform", r, "uniform") for r in ratios)]
+    measured = Measurement(models, processor, frames, batch)
+    measured.run(source, asked, title)
+    for name in smaller:
+        shrink = EqualTokens(processor, list(adapter_for(models[""]).placeholder_ids()), name)
+        for way in (Way(name, r) for r in ratios):
+            fewer = Shrunk(source, shrink, way.ratio, frames)
+            alone = Measurement({"": models[""]}, processor, frames, batch)
+            alone.run(fewer, [], f"{title}, {way.key}")
+            for mine, theirs in zip(measured.records, alone.records, strict=True):
+                for part in ("told", "correct"):
+                    mine[part][way.key] = theirs[part][Way(FULL).key]
+            measured.achieved[way.key] = list(fewer.achieved.values())
+            asked.append(way)
+    return measured, sorted(asked, key=lambda w: w.ratio)
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row of a table as text."""
-    low, high = row.get("interval") or (None, None)
-    kept = row.get("retention")
-    told = "" if kept is None else f"{kept:.1%} [{low:.1%}, {high:.1%}]"
-    p = row.get("vs_random", {}).get("p")
-    p_text = "" if p is None else f"{p:.2g}"
-    return [row["name"], f"{row['ratio']:.3g}", f"{row['accuracy']:.1%}", told, p_text]
+class Book:
+    """Tables and answers of one method, by set; sets that are not asked again stay as they are.
 
+    Parameters
+    ----------
+    name
+        Of the files: `name`.json (tables), `name`.jsonl (answers), `name`.md (page).
+    args
+        From `parser`.
+    rivals
+        With which other methods a method is compared, answer by answer.
 
-def markdown(result: dict[str, Any]) -> str:
-    """The tables as a page."""
-    versions = result["versions"]
-    parts = [
-        f"{result['model']}, {result['split']} split of ShapesQA, {result['hardware']['cpu']}, "
-        f"torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"{result['date'][:10]}. Retention: accuracy over the full model's on the same "
-        "questions, paired bootstrap 95 % interval; p: exact McNemar test."
-    ]
-    for title, found in result["tables"].items():
-        lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in found["rows"]]
-        parts += [f"## {title}", f"Made by `{found['command']}`.", "\n".join(lines)]
-    return "\n\n".join(parts) + "\n"
+    Attributes
+    ----------
+    sets
+        What is to be asked now.
+
+    Raises
+    ------
+    OptionError
+        The files are of another model or split.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace, rivals: Rivals) -> None:
+        self.name, self.args, self.rivals = name, args, rivals
+        self.tables: dict[str, Any] = {}
+        self.records: list[dict[str, Any]] = []
+        self.sets = [] if args.report else args.sets
+        if args.output.joinpath(f"{name}.json").exists():
+            self._read()
+
+    def _read(self) -> None:
+        at, args = self.args.output / self.name, self.args
+        self.tables = json.loads(Path(f"{at}.json").read_text())["tables"]
+        lines = Path(f"{at}.jsonl").read_text().splitlines()
+        self.records = [json.loads(line) for line in lines]
+        if self.sets:  # sets that the script no longer has go
+            self.tables = {n: t for n, t in self.tables.items() if n in args.every}
+            self.records = [r for r in self.records if r["set"] in args.every]
+        for title, found in self.tables.items() if self.sets else ():
+            wrong = [k for k in ("model", "split") if found[k] != getattr(args, k)]
+            if wrong and title not in self.sets:
+                told = ", ".join(f"{k} {found[k]!r} instead of {getattr(args, k)!r}" for k in wrong)
+                raise OptionError(
+                    f"{at}.json: the table {title!r} is of {told}, and one page has one of each. "
+                    "Ask all --sets again, or give another --output."
+                )
+
+    def add(
+        self,
+        title: str,
+        rows: list[dict[str, Any]],
+        records: list[dict[str, Any]],
+        cards: dict[str, Path],
+        **more: Any,
+    ) -> None:
+        """Put in the rows and answers of one set, made now with the weights of `cards`."""
+        script = Path(sys.argv[0]).name
+        command = shlex.join(["python", f"benchmarks/accuracy/{script}", *sys.argv[1:]])
+        told = {k: json.loads(path.read_text()) for k, path in cards.items()}
+        self.tables[title] = {
+            "model": self.args.model,
+            "split": self.args.split,
+            "families": list(dict.fromkeys(r["family"] for r in records)),
+            "made": {**environment(), "command": command},
+            "trained": {n: {k: card.get(k) for k in CARD} for n, card in told.items()},
+            "rows": rows,
+            **more,
+        }
+        others = [r for r in self.records if r["set"] != title]
+        self.records = [*others, *({"set": title, **r} for r in records)]
+
+    def write(self, notes: str = "") -> None:
+        """All three files, `notes` at the end of the page."""
+        for title, found in self.tables.items():
+            mine = [r for r in self.records if r["set"] == title]
+            found["rows"] = compared(found["rows"], mine, self.rivals)
+        page = markdown(self.tables) + (f"\n{notes}\n" if notes else "")
+        lines = "".join(json.dumps(r) + "\n" for r in self.records)
+        at = self.args.output
+        write_json(at / f"{self.name}.json", {"tables": self.tables})
+        replace_file(at / f"{self.name}.md", lambda part: part.write_text(page))
+        replace_file(at / f"{self.name}.jsonl", lambda part: part.write_text(lines))
+        print(page)

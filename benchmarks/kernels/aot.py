@@ -1,13 +1,14 @@
 """Compile every Triton kernel ahead of time, without a GPU, and read the machine code.
 
-    python benchmarks/kernels/aot.py [--targets 80 90 100] [--quick] [--out DIR]
+    python benchmarks/kernels/aot.py [--targets 80 90 100] [--quick] [--ops OP ...] [--out DIR]
 
 The kernels' own launchers run at real sizes with the launch itself replaced by a recorder, so what
 is compiled is what would run: same arguments, specialisation, tile sizes and warps. From each cubin
 the script reads registers, stack (spills), shared memory and whether tensor-core instructions are
 present, with the tools that ship in the Triton wheel, and works out how many warps a multiprocessor
 can hold at once. It writes ``aot.json`` and ``aot.md``, and fails if a kernel spills, exceeds the
-architecture's limits or lacks tensor-core instructions.
+architecture's limits or lacks tensor-core instructions. With ``--ops`` it compiles these alone and
+keeps the file's rows of all others.
 """
 
 import argparse
@@ -30,7 +31,7 @@ os.environ["TOKENCOMP_KERNELS_CHECK"] = "0"
 
 import torch
 import triton
-from cases import CASES, Setup, ccam, colsum, gather, match, maxmin, merge, nearest, pool
+from cases import CASES, Case, Setup, ccam, colsum, gather, match, maxmin, merge, nearest, pool
 from tokencomp.kernels import dispatch
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
@@ -49,7 +50,9 @@ GLOBAL_LOAD = re.compile(r"\bLDG(?:STS)?\.\S*")
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 # Kernels whose work is a matrix product.
-DOTS = ("lse_kernel", "colsum_kernel", "match_kernel", "ccam_kernel", "gram_kernel")
+DOTS = (
+    "lse_kernel", "colsum_kernel", "match_kernel", "ccam_kernel", "gram_kernel", "closest_kernel",
+)  # fmt: skip
 
 # Configurations that the benchmark's sizes do not reach: other head sizes and short inputs.
 EXTRA: list[Setup] = [
@@ -239,6 +242,27 @@ def compile_all(
     return rows
 
 
+def described(setup: Setup) -> Case:
+    """The case of a setup, without memory behind its tensors."""
+    return setup(torch.device("meta"), torch.bfloat16, 1.0)
+
+
+def kept(file: Path, ops: list[str], setups: list[Setup]) -> list[Row]:
+    """Rows of an earlier run that belong to cases of other ops."""
+    others = {case.name for case in map(described, setups) if case.op not in ops}
+    rows = [Row(**row) for row in json.loads(file.read_text())["rows"]]
+    return [row for row in rows if row.case in others]
+
+
+def in_order(rows: list[Row], setups: list[Setup]) -> list[Row]:
+    """As a run over everything has them: by architecture, dtype and case."""
+    cases = [described(setup).name for setup in setups]
+    targets, dtypes = [f"sm_{arch}" for arch in TARGETS], ["bfloat16", "float32"]
+    return sorted(
+        rows, key=lambda r: (targets.index(r.target), dtypes.index(r.dtype), cases.index(r.case))
+    )
+
+
 def markdown(rows: list[Row]) -> str:
     """The table, one line per kernel, configuration and architecture."""
     lines = [
@@ -260,14 +284,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--quick", action="store_true", help="one configuration per kernel, bf16")
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="compile only these")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for aot.json and aot.md")
     arguments = parser.parse_args()
     setups = QUICK if arguments.quick else CASES[:-1] + EXTRA
     dtypes = [torch.bfloat16] if arguments.quick else [torch.bfloat16, torch.float32]
+    chosen = [setup for setup in setups if described(setup).op in arguments.ops]
     rows = [
-        row for arch in arguments.targets for row in compile_all(setups, dtypes, arch, quiet=False)
+        row for arch in arguments.targets for row in compile_all(chosen, dtypes, arch, quiet=False)
     ]
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if len(arguments.ops) < len(OPS):
+        rows = in_order(rows + kept(arguments.out / "aot.json", arguments.ops, setups), setups)
     info = {"triton": triton.__version__, "torch": torch.__version__}
     text = json.dumps({**info, "rows": [asdict(row) for row in rows]}, indent=1)
     (arguments.out / "aot.json").write_text(text + "\n")

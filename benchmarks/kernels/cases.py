@@ -33,6 +33,10 @@ class Case:
 
 
 Setup = Callable[[torch.device, torch.dtype, float], Case]
+# Long spans in max-min selection: candidates of a round, and how many it chooses in the worst case
+# that `tests/kernels/test_maxmin_select.py` counts, a video of 64 frames that stands still. Where
+# things move it is several times as many.
+CANDIDATES, CHOICES = 2048, 60
 
 
 def colsum(
@@ -275,18 +279,22 @@ def maxmin(name: str, spans: int, tokens: int, dim: int, keep: float, centred: b
         k = max(1, int(length * keep))
         x = _random(count * length, dim, device=device, dtype=dtype)
         weights = torch.rand(len(x), device=device)
-        stored = length <= 8192
         item = x.element_size()
-        per_span = length * dim * item * (1 if stored else k) + stored * 4 * length * (length + k)
+        if length <= 8192:  # all cosines are stored, and every choice reads a row of them
+            products, moved = length**2, length * dim * item + 4 * length * (length + k)
+        else:
+            rounds = -(-k // CHOICES)
+            products = k * length + rounds * CANDIDATES**2
+            moved = rounds * (length * dim * item + 4 * CANDIDATES**2) + 4 * k * CANDIDATES
         return Case(
             op="maxmin_select",
             name=name,
             call=lambda: kernels.maxmin_select(x, k, weights, spans=length, centred=centred),
             eager=None,  # a loop of k steps in Python: that is the naive provider
             arguments=(),
-            flops=count * 2.0 * length * dim * (length if stored else k),
-            bytes=count * per_span,
-            tensor_cores=dtype != torch.float32 and stored,
+            flops=count * 2.0 * products * dim,
+            bytes=count * moved,
+            tensor_cores=dtype != torch.float32,
         )
 
     return setup

@@ -6,9 +6,16 @@ writes this for every case of the benchmark at full size as a table. It is arith
 rates, not a measurement: what a run on a GPU is judged against.
 """
 
+from __future__ import annotations
+
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cases import Case
 
 
 @dataclass(frozen=True)
@@ -45,22 +52,44 @@ def find(name: str) -> Gpu | None:
     return next((gpu for gpu in GPUS if gpu.name.split()[0] in name), None)
 
 
-# The decoder of a 7B model (Qwen2-7B's shapes) and a prompt of this many tokens.
-LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, TOKENS = 28, 3584, 28, 4, 128, 18944, 8192
-# One step of each kind that a method which merges at entry and prunes between layers takes.
-STEP = (
-    "32 frames x 196 tokens x 3584",
-    "32 frames x 196 tokens x 3584, half kept",
-    "64 rows x 16k keys, 28/4 heads of 128",
-    "7B layer, 8k rows, half kept",
+# The decoder of a 7B model (Qwen2-7B's shapes).
+LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER = 28, 3584, 28, 4, 128, 18944
+COLSUM, GATHER = "64 rows x 16k keys, 28/4 heads of 128", "7B layer, 8k rows, half kept"
+# What a method does to a prompt: tokens, name, cases, choices that wait for one another.
+STEPS: tuple[tuple[int, str, tuple[str, ...], int], ...] = (
+    (
+        8192,
+        "aim: match + merge + colsum + gather",
+        (
+            "32 frames x 196 tokens x 3584",
+            "32 frames x 196 tokens x 3584, half kept",
+            COLSUM,
+            GATHER,
+        ),
+        0,
+    ),
+    (
+        8192,
+        "condiv: colsum + maxmin of 6272 tokens + gather",
+        (COLSUM, "1 span x 6272 tokens x 3584, a quarter kept", GATHER),
+        6272 // 4,
+    ),
+    (
+        16384,
+        "condiv: colsum + maxmin of 16384 tokens + gather",
+        (COLSUM, "1 span x 16384 tokens x 3584, 5 % kept", GATHER),
+        16384 // 20,
+    ),
 )
+# Seconds of a choice: one row from the L2 cache and one reduction, by one program. Assumed.
+CHOICE = 1e-6
 
 
-def prefill_flops() -> float:
-    """FLOPs of the decoder's matrix products over the prompt, attention causal."""
+def prefill_flops(tokens: int) -> float:
+    """FLOPs of the decoder's matrix products over a prompt, attention causal."""
     projections = HIDDEN * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS) + 3 * HIDDEN * INNER
-    attention = 4 * HEADS * HEAD_DIM * TOKENS**2 / 2
-    return LAYERS * (2 * projections * TOKENS + attention)
+    attention = 4 * HEADS * HEAD_DIM * tokens**2 / 2
+    return LAYERS * (2 * projections * tokens + attention)
 
 
 def table() -> str:
@@ -86,22 +115,30 @@ def table() -> str:
             f"| {case.op} | {case.name} | {case.bytes / 1e6:.2f} | {case.flops / 1e9:.2f} | "
             f"{case.flops / case.bytes:.1f} | {' | '.join(times)} |"
         )
-    chosen = [case for case in cases if case.name in STEP]
-    steps = [sum(floor_seconds(c.flops, c.bytes, c.tensor_cores, g) for c in chosen) for g in GPUS]
-    prefills = [prefill_flops() / g.tensor_flops for g in GPUS]
-    shares = [f"{step / prefill:.2%}" for step, prefill in zip(steps, prefills, strict=True)]
-    lines += [
+    return "\n".join([*lines, "", shares({case.name: case for case in cases})]) + "\n"
+
+
+def shares(cases: Mapping[str, Case]) -> str:
+    """What a reduce step takes of a prefill, as Markdown."""
+    lines = [
+        "The target is a reduce step of at most 2 % of a 7B prefill, and of at most 1 % for the "
+        "default, condiv. The roofline time of a step, against that of the decoder's matrix "
+        "products; in brackets with what no roofline holds: condiv's choices wait for one another, "
+        f"at {CHOICE * 1e6:.0f} µs each (assumed: one read from the L2 cache and one reduction).",
         "",
-        f"The target is a reduce step of at most 2 % of a 7B prefill. For {TOKENS} tokens the "
-        "decoder's matrix products take at least:",
-        "",
-        f"| | {' | '.join(names)} |",
-        "|---|" + "---|" * len(GPUS),
-        f"| prefill, ms | {' | '.join(f'{t * 1e3:.1f}' for t in prefills)} |",
-        f"| match + merge + colsum + gather, ms | {' | '.join(f'{t * 1e3:.2f}' for t in steps)} |",
-        f"| share | {' | '.join(shares)} |",
+        f"| step | tokens | choices | {' | '.join(f'{g.name}: ms of ms, share' for g in GPUS)} |",
+        "|---|---|---|" + "---|" * len(GPUS),
     ]
-    return "\n".join(lines) + "\n"
+    for tokens, name, parts, choices in STEPS:
+        cells = []
+        for gpu in GPUS:
+            works = [(cases[p].flops, cases[p].bytes, cases[p].tensor_cores) for p in parts]
+            step = sum(floor_seconds(*work, gpu) for work in works)
+            prefill = prefill_flops(tokens) / gpu.tensor_flops
+            waiting = f" ({(step + choices * CHOICE) / prefill:.2%})" if choices else ""
+            cells.append(f"{step * 1e3:.2f} of {prefill * 1e3:.1f}, {step / prefill:.2%}{waiting}")
+        lines.append(f"| {name} | {tokens} | {choices or '-'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

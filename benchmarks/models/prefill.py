@@ -4,9 +4,10 @@
     python benchmarks/models/prefill.py --models llava-onevision-0.5b --tokens 2048
 
 Patched and unpatched runs alternate in one process; the medians of their times are compared. The
-vision tower does not run: visual features are given (random), so these are LLM-only numbers. The
-limit is arithmetic: FLOPs without / with compression. Short prompts use a processor less well, so
-each ratio is also compared with the unpatched model on a text as long as what is left ("native").
+vision tower does not run: visual features are given (see `still_video`), so these are LLM-only
+numbers. The limit is arithmetic: FLOPs without / with compression. Short prompts use a processor
+less well, so each ratio is also compared with the unpatched model on a text as long as what is left
+("native").
 Records of other models and lengths in the file stay: the benchmark can be run in pieces.
 """
 
@@ -77,13 +78,12 @@ def setup(name: str, tokens: int, dtype: torch.dtype) -> tuple[nn.Module, dict[s
     model = model.to(dtype).eval()
     hidden = config.text_config.hidden_size
     if name.startswith("llava"):
-        frames = round(tokens / 196)
-        features = torch.randn(1, frames * 196 + 1, hidden)
-        grid = {}
+        base = still_video(round(tokens / 196), 196, hidden)
+        base, grid = torch.cat([base, base[-1:]])[None], {}  # the last token ends the video
     else:
-        features = (torch.randn(round(tokens / 256) * 256, hidden),)
-        grid = {"video_grid_thw": torch.tensor([[round(tokens / 256), 32, 32]])}
-    base = smooth(torch.as_tensor(features if isinstance(features, Tensor) else features[0]))
+        frames = round(tokens / 256)
+        base = still_video(frames, 256, hidden)
+        grid = {"video_grid_thw": torch.tensor([[frames, 32, 32]])}
     n = base.shape[-2]
     video = config.video_token_id
     ids = torch.tensor([[9] * TEXT_BEFORE + [video] * n + [11] * TEXT_AFTER])
@@ -99,9 +99,16 @@ def setup(name: str, tokens: int, dtype: torch.dtype) -> tuple[nn.Module, dict[s
     return model, inputs
 
 
-def smooth(x: Tensor) -> Tensor:
-    """Neighbouring tokens of real images are alike; scale as embeddings are."""
-    return (0.02 * (x + x.roll(1, -2) + x.roll(2, -2))).contiguous()
+def still_video(frames: int, places: int, hidden: int) -> Tensor:
+    """Features of one scene in every frame, each with noise of its own; (frames · places, hidden).
+
+    Real video repeats itself, and reducers that compare tokens must not be timed on rows that have
+    nothing in common. Neighbouring tokens are alike (cosine 2/3), so are frames (cosine of a place
+    with itself 0.99); the scale is that of embeddings.
+    """
+    scene = torch.randn(places, hidden)
+    scene = (scene + scene.roll(1, 0) + scene.roll(2, 0)) / 3**0.5
+    return 0.035 * (scene + 0.1 * torch.randn(frames, places, hidden)).flatten(0, 1)
 
 
 def text_only(tokens: int) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def ccam_attention(
     r"""Softmax attention where query i of Q sees the first ``floor(i·F/Q) + 1`` of F frames.
 
     The mask follows from indices (:func:`visible_frames`): it is never stored, and key blocks that
-    a query block cannot see are never read.
+    a query block cannot see are never read. What a query cannot see changes no bit of its row as
+    long as it is finite; padding, and frames that no query sees, may hold anything.
 
     Parameters
     ----------

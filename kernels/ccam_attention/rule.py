@@ -4,7 +4,8 @@
 def visible_frames(query: int, queries: int, frames: int) -> int:
     """How many frames (from the first) query `query` of `queries` sees: ``floor(i·F/Q) + 1``.
 
-    Block lower-triangular; the last query sees every frame, and one frame is seen by all. Our
+    Block lower-triangular; one frame is seen by all queries. The last query sees every frame as
+    long as there is a query for each; of more frames the last ⌈F/Q⌉ - 1 are seen by no query. Our
     reconstruction of Video-CCAM's rule (arXiv 2408.14023).
     """
     return min(frames, query * frames // queries + 1)

@@ -8,9 +8,15 @@ from ..segments import starts
 
 # Cosines held at once (fp32: 64 MiB).
 GRAM_ELEMENTS = 1 << 24
-# Rows whose cosines are found together where not all are needed: enough for a fast product, few
-# enough that most of the rows are chosen before they are out of date.
-BLOCK = 64
+# Spans of up to this many rows find all their cosines at once, equal spans as a batch.
+MAX_GRAM_ROWS = 1024
+# Longer ones go in rounds, each of at most ROUND choices among one row in SHARE, at least ROUND.
+ROUND, SHARE = 256, 16
+# Least distance. Cosines of copies differ from 1 by rounding, 6e-7 in fp32 and more where tensor
+# cores cut off their sums; it must not rank them. Between copies the weight decides.
+EPSILON = 1e-5
+# Weight of a chosen row. As no distance is 0, it never has the best score again.
+TAKEN = -1.0
 # A centred row has no direction if its squared norm is below this share of the uncentred one's:
 # what is left of it is rounding. Its cosine is 0 with everything.
 UNDIRECTED = 1e-5
@@ -54,48 +60,70 @@ def _greedy(
         far = 1 - (normalise(x) @ normalise(mean).transpose(1, 2)).squeeze(2)
         start = (far if weight is None else weight).argmax(1)
     unit = _centred(x, mean) if centred else normalise(x)
-    rows = Cosines(unit, count)
-    span = torch.arange(len(x), device=x.device)
-    nearest = x.new_full(x.shape[:2], torch.inf)
-    score = torch.zeros_like(nearest) if weight is None else weight.to(nearest.dtype, copy=True)
-    taken = torch.zeros_like(nearest, dtype=torch.bool)
+    weight = x.new_ones(x.shape[:2]) if weight is None else weight.to(x.dtype)
+    if x.shape[1] <= MAX_GRAM_ROWS:
+        return _at_once(unit, weight, start, count)
+    spans = zip(unit, weight, start, strict=True)
+    return torch.stack([_in_rounds(*span, count) for span in spans])
+
+
+def _at_once(unit: Tensor, weight: Tensor, start: Tensor, count: int) -> Tensor:
+    """All cosines of every span ``(S, L, D)``, then every step for all spans together."""
+    cosine = unit @ unit.transpose(1, 2)
+    span = torch.arange(len(unit), device=unit.device)
+    nearest, weight = torch.full_like(weight, torch.inf), weight.clone()
     order = [start]
     for _ in range(count - 1):
         last = order[-1]
-        taken[span, last] = True
-        torch.minimum(nearest, (1 - rows.of(last, score)).clamp_(min=0), out=nearest)
-        if weight is None:
-            score.copy_(nearest)
-        else:
-            torch.mul(nearest, weight, out=score)
-        order.append(score.masked_fill_(taken, -1.0).argmax(1))
+        weight[span, last] = TAKEN
+        torch.minimum(nearest, _distance(cosine[span, last]), out=nearest)
+        order.append((nearest * weight).argmax(1))
     return torch.stack(order, dim=1)
 
 
-class Cosines:
-    """Rows of the cosine matrix of every span of `unit` (S, L, D), found when they are needed.
+def _in_rounds(unit: Tensor, weight: Tensor, start: Tensor, count: int) -> Tensor:
+    """One long span ``(L, D)``: neither L × L cosines nor steps that read all L rows (ours).
 
-    All at once if many will be; else in blocks of those that are likely to be chosen next.
+    Scores never rise. While the best of a few candidates is above what the best other row, the
+    guard, was when the round began, it is the best of all, so that only candidates are kept up to
+    date. When it no longer is, one matrix product brings the round's picks to every row.
     """
+    size = max(ROUND, len(unit) // SHARE)
+    nearest, weight = torch.full_like(weight, torch.inf), weight.clone()
+    order = new = start[None]
+    while True:
+        weight[new] = TAKEN
+        torch.minimum(nearest, _distance((unit @ unit[new].T).amax(1)), out=nearest)
+        if len(order) == count:
+            return order
+        score = nearest * weight
+        ranked = score.sort(descending=True, stable=True).indices[: size + 1]
+        among, guard = ranked[:-1].sort().values, ranked[-1]
+        bar = float(score[guard]), -int(guard)
+        new = among[
+            _round(unit[among], weight[among], nearest[among], among, bar, count - len(order))
+        ]
+        order = torch.cat([order, new])
 
-    def __init__(self, unit: Tensor, count: int) -> None:
-        length = unit.shape[1]
-        self.unit, self.span = unit, torch.arange(len(unit), device=unit.device)
-        self.whole = length <= BLOCK or (3 * count > length and length**2 <= GRAM_ELEMENTS)
-        self.block = unit @ unit.transpose(1, 2) if self.whole else unit[:, :0]
-        self.place = unit.new_full(unit.shape[:2], -1, dtype=torch.int64)
 
-    def of(self, last: Tensor, score: Tensor) -> Tensor:
-        """Cosines (S, L) of row `last` (S,) of every span; rows of high `score` come next."""
-        if self.whole:
-            return self.block[self.span, last]
-        if (self.place[self.span, last] < 0).any():
-            likely = score.index_put((self.span, last), score.new_tensor(torch.inf))
-            members = likely.topk(BLOCK, dim=1).indices
-            slots = torch.arange(BLOCK, device=members.device).expand_as(members)
-            self.place.fill_(-1).scatter_(1, members, slots)
-            self.block = self.unit[self.span[:, None], members] @ self.unit.transpose(1, 2)
-        return self.block[self.span, self.place[self.span, last]]
+def _round(
+    unit: Tensor, weight: Tensor, nearest: Tensor, row: Tensor, bar: tuple[float, int], limit: int
+) -> list[int]:
+    """Choose among candidates while the best is above `bar`, a score and minus its row."""
+    picks: list[int] = []
+    while len(picks) < min(limit, ROUND):
+        score = nearest * weight
+        best = int(score.argmax())
+        if (float(score[best]), -int(row[best])) < bar:
+            break
+        picks.append(best)
+        weight[best] = TAKEN
+        torch.minimum(nearest, _distance(unit @ unit[best]), out=nearest)
+    return picks
+
+
+def _distance(cosine: Tensor) -> Tensor:
+    return (1 - cosine).clamp_(min=EPSILON)
 
 
 def _centred(x: Tensor, mean: Tensor) -> Tensor:

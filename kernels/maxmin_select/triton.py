@@ -1,10 +1,12 @@
 """Triton version of ``maxmin_select``.
 
 Spans of up to ``MAX_GRAM_ROWS`` rows: one launch computes all cosines with tensor cores, then one
-program per span runs all its steps on the device, each reading one row of cosines. Longer spans:
-one launch per step, spread over the GPU; each program finds the last choice from the block maxima
-of the launch before, so that the host never waits.
+program per span runs all its steps on the device, each reading one row of cosines. Longer spans do
+the same among the best ``CANDIDATES`` rows, in rounds as the plain version: all rows are read once
+a round, and the host waits once a round to learn how far it went.
 """
+
+import itertools
 
 import torch
 import triton
@@ -12,10 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..segments import groups, stacked, starts, table
-from ..tile import dot, inverse_root, padded
-from .naive import UNDIRECTED
+from ..tile import inverse_root, long_dot, padded
+from .naive import EPSILON, TAKEN, UNDIRECTED
 
 MAX_GRAM_ROWS = 8192
+# Candidates of a round of a longer span, which may choose all of them.
+CANDIDATES = 2048
 # Cosines stored at once, 256 MiB in fp32.
 GRAM_ELEMENTS = 1 << 26
 
@@ -63,8 +67,8 @@ def pitch(rows):
 
 @triton.jit
 def gram_kernel(
-    x, inverse, first_row, first_gram, gram, stride, dim,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, inverse, first_row, first_gram, gram, stride,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK × BLOCK tile of the cosines of one span."""
     span = tl.program_id(0)
@@ -74,20 +78,10 @@ def gram_kernel(
     j = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     if (tl.program_id(1) * BLOCK < rows) & (tl.program_id(2) * BLOCK < rows):
         x += start.to(tl.int64) * stride
+        left_rows = x + i.to(tl.int64) * stride
+        right_rows = x + j.to(tl.int64) * stride
         dots = tl.zeros([BLOCK, BLOCK], tl.float32)
-        for chunk in range(0, dim, BLOCK_D):
-            d = chunk + tl.arange(0, BLOCK_D)
-            a = tl.load(
-                x + i.to(tl.int64)[:, None] * stride + d[None, :],
-                mask=(i < rows)[:, None] & (d < dim)[None, :],
-                other=0.0,
-            )
-            b = tl.load(
-                x + j.to(tl.int64)[:, None] * stride + d[None, :],
-                mask=(j < rows)[:, None] & (d < dim)[None, :],
-                other=0.0,
-            )
-            dots = dot(a, tl.trans(b), dots)
+        dots = long_dot(left_rows, i < rows, right_rows, j < rows, dots, DIM, BLOCK_D)
         left = tl.load(inverse + start + i, mask=i < rows, other=0.0)
         right = tl.load(inverse + start + j, mask=j < rows, other=0.0)
         place = i.to(tl.int64)[:, None] * pitch(rows) + j[None, :]
@@ -100,9 +94,14 @@ def gram_kernel(
 @triton.jit
 def greedy_kernel(
     gram, first_row, first_gram, first_pick, start_row, weights, picks,
-    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    nearest, guard_score, guard_place, found,
+    LEAST: tl.constexpr, WEIGHTED: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All steps of one span."""
+    """All steps of one span.
+
+    ROUND: the rows are candidates, `nearest` their distances from earlier choices. It ends when the
+    guard, which would stand before row `guard_place`, is better; `found` receives the steps taken.
+    """
     span = tl.program_id(0)
     start = tl.load(first_row + span)
     rows = tl.load(first_row + span + 1) - start
@@ -111,63 +110,58 @@ def greedy_kernel(
     gram += tl.load(first_gram + span) // 16 * 16
     row = tl.arange(0, BLOCK)
     inside = row < rows
-    nearest = tl.full([BLOCK], float("inf"), tl.float32)
+    distance = tl.full([BLOCK], float("inf"), tl.float32)
+    if ROUND:
+        distance = tl.load(nearest + row, mask=inside, other=0.0)
+        bar = tl.load(guard_score)
+        place = tl.load(guard_place)
     # A negative weight marks rows that cannot be chosen (any more).
     weight = tl.where(inside, 1.0, -1.0)
     if WEIGHTED:
         weight = tl.load(weights + start + row, mask=inside, other=-1.0)
     last = tl.load(start_row + span).to(tl.int32)
-    for step in range(count):
+    step = 0
+    while step < count:
         tl.store(picks + begin + step, (start + last).to(tl.int64))
         weight = tl.where(row == last, -1.0, weight)
         # Up to the pitch, not the last row: a mask in units of 16 lets the loads be wide. What lies
         # between is never chosen, its weight is negative.
         at = gram + last.to(tl.int64) * pitch(rows) + row
         cosine = tl.load(at, mask=row < pitch(rows), other=0.0)
-        nearest = tl.minimum(nearest, tl.maximum(1.0 - cosine, 0.0))
-        score = tl.where(weight < 0.0, -1.0, nearest * weight)
+        distance = tl.minimum(distance, tl.maximum(1.0 - cosine, LEAST))
+        score = tl.where(weight < 0.0, -1.0, distance * weight)
         last = tl.argmax(score, axis=0, tie_break_left=True)
+        step += 1
+        if ROUND:
+            best = tl.max(score, axis=0)
+            over = (best < bar) | ((best == bar) & (last >= place))
+            count = tl.where(over, step, count)
+    if ROUND:
+        tl.store(found, step)
 
 
-@triton.jit
-def step_kernel(
-    x, inverse, weights, nearest, best_score, best_row, last_score, last_row, picks, start_row,
-    step, blocks, rows, stride, dim,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
+@triton.jit(do_not_specialize=["count"])
+def closest_kernel(
+    x, inverse, picks, nearest, count, rows, stride,
+    LEAST: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One step of one long span for BLOCK rows; `last_*` are the block maxima of the last step."""
-    block = tl.program_id(0)
-    last = tl.load(start_row).to(tl.int32)
-    if step > 0:
-        b = tl.arange(0, BLOCK_B)
-        score = tl.load(last_score + b, mask=b < blocks, other=-2.0)
-        winner = tl.argmax(score, axis=0, tie_break_left=True)
-        last = tl.load(last_row + winner)
-    if block == 0:
-        tl.store(picks + step, last.to(tl.int64))
-    row = block * BLOCK + tl.arange(0, BLOCK)
-    inside = row < rows
-    dots = tl.zeros([BLOCK], tl.float32)
-    for chunk in range(0, dim, BLOCK_D):
-        d = chunk + tl.arange(0, BLOCK_D)
-        chosen = tl.load(x + last.to(tl.int64) * stride + d, mask=d < dim, other=0.0)
-        value = tl.load(
-            x + row.to(tl.int64)[:, None] * stride + d[None, :],
-            mask=inside[:, None] & (d < dim)[None, :],
-            other=0.0,
-        )
-        dots += tl.sum(value.to(tl.float32) * chosen.to(tl.float32)[None, :], axis=1)
-    scale = tl.load(inverse + row, mask=inside, other=0.0) * tl.load(inverse + last)
-    distance = tl.load(nearest + row, mask=inside, other=0.0)
-    distance = tl.minimum(distance, tl.maximum(1.0 - dots * scale, 0.0))
-    weight = tl.load(weights + row, mask=inside, other=-1.0)
-    weight = tl.where(row == last, -1.0, weight)
-    score = tl.where(weight < 0.0, -1.0, distance * weight)
-    tl.store(nearest + row, distance, mask=inside)
-    tl.store(weights + row, weight, mask=inside)
-    winner = tl.argmax(score, axis=0, tie_break_left=True)
-    tl.store(best_score + block, tl.max(score, axis=0))
-    tl.store(best_row + block, block * BLOCK + winner)
+    """Lower `nearest` of BLOCK rows to their distance from the closest of `count` rows `picks`."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    left = tl.load(inverse + i, mask=i < rows, other=0.0)
+    left_rows = x + i.to(tl.int64) * stride
+    closest = tl.full([BLOCK], -float("inf"), tl.float32)
+    for first in range(0, count, BLOCK):
+        p = first + tl.arange(0, BLOCK)
+        j = tl.load(picks + p, mask=p < count, other=0)
+        right = tl.load(inverse + j, mask=p < count, other=0.0)
+        dots = tl.zeros([BLOCK, BLOCK], tl.float32)
+        dots = long_dot(left_rows, i < rows, x + j * stride, p < count, dots, DIM, BLOCK_D)
+        cosine = dots * left[:, None] * right[None, :]
+        cosine = tl.where((p < count)[None, :], cosine, -float("inf"))
+        closest = tl.maximum(closest, tl.max(cosine, axis=1))
+    before = tl.load(nearest + i, mask=i < rows, other=0.0)
+    distance = tl.maximum(1.0 - closest, LEAST)
+    tl.store(nearest + i, tl.minimum(before, distance), mask=i < rows)
 
 
 def maxmin_select(
@@ -255,43 +249,80 @@ def run(
     if longest > MAX_GRAM_ROWS:
         span = slice(row[first], row[last])
         given = None if weights is None else weights[span]
-        run_steps(x[span], inverse[span], given, start[first:], picks[pick[first] : pick[last]])
+        run_rounds(x[span], inverse[span], given, start[first:], picks[pick[first] : pick[last]])
         return
-    squares = [lengths[span] * triton.cdiv(lengths[span], 16) * 16 for span in group]
-    gram = torch.empty(sum(squares), dtype=torch.float32, device=x.device)
-    rows = table(row[first : last + 1], x.device)
-    grams = table(starts(squares), x.device, torch.int64)
-    block, block_d, warps = gram_blocks(longest, x.element_size())
-    tiles = triton.cdiv(longest, block)
-    gram_kernel[(len(group), tiles, tiles)](
-        x, inverse, rows, grams, gram, x.stride(0), x.shape[1],
-        BLOCK=block, BLOCK_D=block_d, num_warps=warps, num_stages=3,
-    )  # fmt: skip
-    wide = padded(longest)
-    greedy_kernel[(len(group),)](
-        gram, rows, grams, table(pick[first : last + 1], x.device), start[first:], weights, picks,
-        WEIGHTED=weights is not None, BLOCK=wide, num_warps=greedy_warps(wide),
-    )  # fmt: skip
+    rows, firsts = row[first : last + 1], table(pick[first : last + 1], x.device)
+    greedy(x, inverse, rows, firsts, start[first:], weights, picks)
 
 
-def run_steps(
+def run_rounds(
     x: Tensor, inverse: Tensor, weights: Tensor | None, start: Tensor, picks: Tensor
 ) -> None:
-    """Choose in one long span, a launch per step."""
-    rows = len(x)
-    block, block_d = 32, 128
-    blocks = triton.cdiv(rows, block)
+    """Choose in one long span; see :func:`.naive._in_rounds`."""
     nearest = torch.full_like(inverse, torch.inf)
     left = torch.ones_like(inverse) if weights is None else weights.clone()
-    scores = torch.empty(2, blocks, dtype=torch.float32, device=x.device)
-    winners = torch.empty(2, blocks, dtype=torch.int32, device=x.device)
-    for step in range(len(picks)):
-        new, old = step % 2, 1 - step % 2
-        step_kernel[(blocks,)](
-            x, inverse, left, nearest, scores[new], winners[new], scores[old], winners[old],
-            picks, start, step, blocks, rows, x.stride(0), x.shape[1],
-            BLOCK=block, BLOCK_D=block_d, BLOCK_B=padded(blocks), num_warps=4, num_stages=2,
+    new, done = start[:1], 0
+    while True:
+        picks[done : done + len(new)] = new
+        done += len(new)
+        left[new] = TAKEN
+        closest(x, inverse, new, nearest)
+        if done == len(picks):
+            return
+        score = nearest * left
+        ranked = score.sort(descending=True, stable=True).indices[: CANDIDATES + 1]
+        among, guard = ranked[:-1].sort().values, ranked[-1:]
+        limit = min(len(among), len(picks) - done)
+        found = torch.full((1,), limit, dtype=torch.int32, device=x.device)
+        local = torch.zeros(limit, dtype=torch.int64, device=x.device)
+        greedy(
+            x[among], inverse[among], [0, len(among)], table([0, limit], x.device),
+            torch.searchsorted(among, ranked[:1]), left[among], local,
+            (nearest[among], score[guard], torch.searchsorted(among, guard), found),
         )  # fmt: skip
+        new = among[local[: int(found)]]
+
+
+def greedy(
+    x: Tensor,
+    inverse: Tensor,
+    rows: list[int],
+    first_pick: Tensor,
+    start: Tensor,
+    weights: Tensor | None,
+    picks: Tensor,
+    resume: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> None:
+    """All cosines of spans that begin at `rows` (the last entry is their end), then all steps.
+
+    `resume`: the last four tensors of :func:`greedy_kernel`, for a round.
+    """
+    lengths = [end - begin for begin, end in itertools.pairwise(rows)]
+    squares = [length * triton.cdiv(length, 16) * 16 for length in lengths]
+    gram = torch.empty(sum(squares), dtype=torch.float32, device=x.device)
+    first_row = table(rows, x.device)
+    first_gram = table(starts(squares), x.device, torch.int64)
+    block, block_d, warps = gram_blocks(max(lengths), x.element_size())
+    tiles = triton.cdiv(max(lengths), block)
+    gram_kernel[(len(lengths), tiles, tiles)](
+        x, inverse, first_row, first_gram, gram, x.stride(0),
+        DIM=x.shape[1], BLOCK=block, BLOCK_D=block_d, num_warps=warps, num_stages=3,
+    )  # fmt: skip
+    wide = padded(max(lengths))
+    greedy_kernel[(len(lengths),)](
+        gram, first_row, first_gram, first_pick, start, weights, picks,
+        *(resume or (None,) * 4), LEAST=EPSILON, WEIGHTED=weights is not None,
+        ROUND=resume is not None, BLOCK=wide, num_warps=greedy_warps(wide),
+    )  # fmt: skip
+
+
+def closest(x: Tensor, inverse: Tensor, new: Tensor, nearest: Tensor) -> None:
+    """Lower `nearest` of every row to its distance from the closest of the rows `new`."""
+    block, block_d, warps = closest_blocks(x.element_size())
+    closest_kernel[(triton.cdiv(len(x), block),)](
+        x, inverse, new, nearest, len(new), len(x), x.stride(0),
+        LEAST=EPSILON, DIM=x.shape[1], BLOCK=block, BLOCK_D=block_d, num_warps=warps, num_stages=3,
+    )  # fmt: skip
 
 
 def gram_blocks(rows: int, itemsize: int) -> tuple[int, int, int]:
@@ -299,6 +330,11 @@ def gram_blocks(rows: int, itemsize: int) -> tuple[int, int, int]:
     if itemsize == 4:
         return 32, 32, 4
     return (64, 64, 4) if rows <= 1024 else (128, 32, 8)
+
+
+def closest_blocks(itemsize: int) -> tuple[int, int, int]:
+    """(rows and choices, features, warps) of a tile: few choices, all rows."""
+    return (32, 16, 4) if itemsize == 4 else (64, 64, 4)
 
 
 def greedy_warps(block: int) -> int:

@@ -1,122 +1,148 @@
-"""The accuracy benchmark's tables and its choice, on results made up by hand."""
+"""The accuracy benchmark's results and tables, on results made up by hand."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tests_support import FAMILIES
+from accuracy_support import BLIND, ITEMS, SHARES, answers, made_up
 from torch import nn
 
-import tokencomp
-from tokencomp import make_reducer
+from tokencomp.errors import OptionError, UnknownNameError
 from tokencomp.evaluation.settings import Setting
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
-ITEMS = 40
+
+def test_learned_is_decided_by_validation_and_the_blind_guess(accuracy, tmp_path: Path) -> None:
+    """70 % is 45 points above a guess among four, and 20 above one of two named options."""
+    made_up(tmp_path, {"full": 0.7}, "validation")
+    folder = made_up(tmp_path, {"full": 1.0, "condiv-0.9": 0.2})
+    assert accuracy.results.Results.read(folder, "test").learned == ("attribute", "needle")
 
 
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch):
-    """The scripts as modules; they import each other by bare name."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import choose
-    import report
-    import run
-
-    yield {"choose": choose, "report": report, "run": run}
-    for name in ("choose", "report", "run"):
-        sys.modules.pop(name, None)
-
-
-def made_up(folder: Path, right: dict[str, float], split: str = "test") -> Path:
-    """Results in which `label` answers the first `share` of every family's items rightly."""
-    rows = []
-    for family, answers in (("attribute", "abcd"), ("needle", "abcd"), ("existence", "aaab")):
-        for i in range(ITEMS):
-            correct = {k: int(i < share * ITEMS) for k, share in right.items()}
-            rows.append({"family": family, "answer": answers[i % 4], "correct": correct})
-    settings = {}
-    for label in right:
-        name, _, ratio = label.partition("-")
-        settings[label] = {
-            "reducer": name,
-            "ratio": float(ratio or 0),
-            "options": {},
-            "achieved_ratio": float(ratio or 0),
-            "flops": 100 - 50 * float(ratio or 0),
-        }
-    manifest = {
-        "model": "made-up",
-        "split": split,
-        "items": len(rows),
-        "settings": settings,
-        "versions": dict.fromkeys(("torch", "transformers", "tokencomp"), "1"),
-        "hardware": {"cpu": "none", "threads": 1},
-        "commit": None,
-        "date": "2000-01-01",
-        "command": "by hand",
-    }
-    where = folder / "made-up"
-    where.mkdir(parents=True)
-    (where / f"{split}.json").write_text(json.dumps(manifest))
-    (where / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return where
-
-
-def test_tables(scripts, tmp_path: Path) -> None:
-    report = scripts["report"]
-    shares = {"full": 0.8, "random-0.9": 0.4, "uniform-0.9": 0.5, "downscale-0.9": 0.9}
-    folder = made_up(tmp_path, {**shares, "condiv-0.9": 0.76, "merge-0.9": 0.2})
-    results = report.Results.read(folder, "test")
-    assert results.learned == ["attribute", "needle"]  # existence: 80 % right, 75 % say "a"
-    assert report.kept(results, "condiv-0.9", "images").value == pytest.approx(0.95, abs=0.02)
-    rows = report.ratio_table(results, 0.9, "condiv").splitlines()[2:]
+def test_tables(accuracy, tmp_path: Path) -> None:
+    made_up(tmp_path, {"full": 0.7}, "validation")
+    folder = made_up(tmp_path, {**SHARES, "condiv-0.9": 0.6, "merge-0.9": 0.2})
+    results = accuracy.results.Results.read(folder, "test")
+    tables, report = accuracy.tables, accuracy.report
+    assert tables.kept(results, "condiv-0.9", "images").value == pytest.approx(24 / 28)
+    rows = tables.ratio_table(results, 0.9, "condiv").splitlines()[2:]
     names = [row.split("|")[1].strip() for row in rows]
     assert names == ["random", "uniform", "downscale", "**condiv**", "merge"]
-    assert "+" in rows[3].split("|")[5] and "−" in rows[4].split("|")[5]
+    assert "+" in rows[3].split("|")[6] and "−" in rows[4].split("|")[6]
     told = report.bars(results, "condiv")
-    assert sum("below downscale" in line for line in told) == 2
-    results.manifest["settings"]["downscale-0.9"]["achieved_ratio"] = 0.3
-    told = report.bars(results, "condiv")
-    assert [line for line in told if "downscale" in line] == [
-        "- ratio 0.9: downscale only gets to 0.30 here, so it is no baseline"
+    assert [line for line in told if "below downscale" in line] == [
+        f"- ratio 0.9, {kind}: below downscale (0 items won, 2 lost, p = 0.5): NOT met"
+        for kind in ("images", "videos")
     ]
-    assert sum("bar 94%: met" in line or "bar 94%: NOT" in line for line in told) == 2
-    text = report.write_report(tmp_path, tmp_path).read_text()
+    assert sum("bar 94%: NOT met" in line for line in told) == 2
+    text = report.write_report(tmp_path).read_text()
     assert "made-up, ratio 0.9" in text and (tmp_path / "made-up-images.svg").exists()
+    assert text == report.write_report(tmp_path).read_text()
 
 
-def test_choice(scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best wins; what lies clearly below is not tied with it."""
-    choose = scripts["choose"]
-    monkeypatch.setattr(choose, "CANDIDATES", [("condiv", {}), ("merge", {}), ("random", {})])
-    monkeypatch.setattr(choose, "HERE", tmp_path)
-    shares = {"full": 0.9}
-    for ratio in scripts["run"].RATIOS:
-        for name, share in (("condiv", 0.875), ("merge", 0.85), ("random", 0.3)):
-            shares[Setting(name, ratio).label] = share
-    results = [choose.Results.read(made_up(tmp_path, shares, "validation"), "validation")]
-    rows = choose.rank(results)
-    assert [r["reducer"] for r in rows] == ["condiv", "merge", "random"]
-    assert rows[0]["tied"] and not rows[2]["tied"]
-    choose.write_choice(rows, results)
-    chosen = json.loads((tmp_path / "choice.json").read_text())["chosen"]
-    assert chosen["reducer"] == "condiv"
-    assert "**condiv**" in (tmp_path / "CHOICE.md").read_text()
+def test_losses_per_family_by_plain_counting(accuracy, tmp_path: Path) -> None:
+    made_up(tmp_path, {"full": 0.7}, "validation")
+    folder = made_up(tmp_path, {**SHARES, "condiv-0.9": 0.6})
+    results = accuracy.results.Results.read(folder, "test")
+    for row in (r for r in results.rows if r["family"] == "position"):
+        row["correct"]["random-0.9"] = 1
+    losses, count = accuracy.tables.compare_families(results, "condiv")
+    found = {(one.family, one.base): (one.test.wins, one.test.losses) for one in losses}
+    expected = {("position", "random"): (0, 16)}  # 24 of 40 right, against all
+    expected |= {(family, "downscale"): (0, 2) for family in BLIND}
+    assert found == expected and count == 9
+    assert "| position | no | 0.9 | random | 60% | 100% | 0 | 16 |" in accuracy.tables.loss_table(
+        results, losses
+    )
 
 
-def test_auto_is_the_recorded_choice() -> None:
-    """`reducer="auto"`, the default of `patch`, is what choose.py wrote down, options included."""
-    chosen = json.loads((FOLDER / "choice.json").read_text())["chosen"]
-    expected = make_reducer(chosen["reducer"], **chosen["options"])
-    family = FAMILIES["qwen2_vl"]
-    for options in ({}, {"reducer": "auto"}):
-        with tokencomp.patch(family.build(), 0.5, **options) as handle:
-            assert [s.reducer for s in handle.plan.stages] == [expected]
+def test_smaller_media_of_too_many_tokens_are_no_baseline_on_that_kind(
+    accuracy, tmp_path: Path
+) -> None:
+    made_up(tmp_path, {"full": 0.7}, "validation")
+    folder = made_up(tmp_path, {**SHARES, "condiv-0.9": 0.6})
+    results = accuracy.results.Results.read(folder, "test")
+    results.settings["downscale-0.9"]["achieved"] = {"images": 0.0, "videos": 0.88}
+    cells = accuracy.tables.ratio_table(results, 0.9, "condiv").splitlines()[4].split("|")
+    assert [c.strip() for c in cells[2:6]] == ["–", cells[3].strip(), "–", "–"]
+    assert cells[3].strip().startswith("92.9%") and "0.000 / 0.880" in cells[7]
+    told = "\n".join(accuracy.report.bars(results, "condiv"))
+    assert "no baseline on images: it drops 0.00 instead of 0.9" in told
+    assert "videos: below downscale" in told and "images: below downscale" not in told
+
+
+def test_one_family_alone_can_be_reported(accuracy, tmp_path: Path) -> None:
+    folder = made_up(tmp_path, {**SHARES, "condiv-0.9": 0.6})
+    lines = (folder / "test.jsonl").read_text().splitlines(keepends=True)
+    (folder / "test.jsonl").write_text("".join(lines[:ITEMS]))
+    text = accuracy.report.write_report(tmp_path).read_text()
+    assert "made-up-images.svg" in text and "made-up-videos.svg" not in text
+
+
+def test_readme_has_methods_by_ratios_over_learned_families(accuracy, tmp_path: Path) -> None:
+    for name in ("tiny-qwen2-vl", "other"):
+        made_up(tmp_path, {"full": 0.7}, "validation", name)
+        made_up(tmp_path, {**SHARES, "condiv-0.9": 0.6, "selector-0.9": 0.65}, "test", name)
+    found = accuracy.report.read_all(tmp_path)
+    first, second, _ = accuracy.readme.readme(found, "condiv").split("\n\n")
+    rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in first.splitlines()}
+    methods = ["selector (trained)", "**condiv**", "random", "uniform", "downscale"]
+    assert list(rows)[2:] == [*methods, "FLOPs left (LLM, text included)"]
+    assert rows["**condiv**"].startswith("85.7% [") and rows["random"].startswith("50.0% [")
+    assert rows["uniform"] == "71.4%"
+    assert second.count("| other |") == 4 and "selector" not in second
+
+
+def test_a_later_run_adds_to_what_is_there(accuracy) -> None:
+    r = accuracy.results
+    first = r.collected(answers({"full": [True, True], "merge-0.5": [True, False]}), "m", "test")
+    later = answers({"full": [True, True], "random-0.5": [False, True]}, seed=1)
+    both = r.merged(first, r.collected(later, "m", "test"))
+    assert [row["correct"] for row in both.rows] == [
+        {"full": 1, "merge-0.5": 1, "random-0.5": 0},
+        {"full": 1, "merge-0.5": 0, "random-0.5": 1},
+    ]
+    assert [run["seed"] for run in both.manifest["runs"]] == [0, 1]
+    assert {k: s["run"] for k, s in both.settings.items()} == {
+        "full": 1, "merge-0.5": 0, "random-0.5": 1,
+    }  # fmt: skip
+    assert both.settings["random-0.5"]["achieved"] == {"images": 0.5}
+    assert not any("seconds" in s for s in both.settings.values())
+    again = answers({"full": [True, True], "merge-0.5": [False, False]}, seed=2)
+    newest = r.merged(both, r.collected(again, "m", "test"))
+    assert [row["correct"]["merge-0.5"] for row in newest.rows] == [0, 0]
+    assert [run["seed"] for run in newest.manifest["runs"]] == [1, 2]  # nothing is left of run 0
+
+
+def test_other_weights_and_other_items_are_not_merged(accuracy, tmp_path: Path) -> None:
+    r = accuracy.results
+    first = r.collected(answers({"full": [True, True]}), "m", "test")
+    with pytest.raises(OptionError, match="other weights"):
+        r.merged(first, r.collected(answers({"full": [True, True]}, weights="v"), "m", "test"))
+    with pytest.raises(OptionError, match="other items"):
+        r.merged(first, r.collected(answers({"full": [True]}), "m", "test"))
+    del first.manifest["runs"][0]["weights"]  # as before it was noted: the answers tell
+    r.merged(first, r.collected(answers({"full": [True, True]}, weights="v"), "m", "test"))
+    with pytest.raises(OptionError, match="other weights"):
+        r.merged(first, r.collected(answers({"full": [True, False]}), "m", "test"))
+    first.write(tmp_path)
+    accuracy.run.check_items(tmp_path, "test", ["0", "1"])
+    with pytest.raises(OptionError, match="--out"):
+        accuracy.run.check_items(tmp_path, "test", ["0"])
+
+
+def test_settings_of_a_run(accuracy) -> None:
+    run = accuracy.run
+    labels = [s.label for s in run.settings(["downscale", "cdpruner"], [0.5])]
+    attention = "cdpruner-0.5-relevance=attention"
+    assert labels == ["full", "downscale-0.5", "cdpruner-0.5", attention]
+    with pytest.raises(UnknownNameError):
+        run.usable(None, ["condvi"])
+    assert run.usable(None, ["downscale"]) == (["downscale"], {})
+    watching = Setting("condiv", 0.5, {"signal": "vit_attention"})
+    asked = [Setting(), Setting("condiv", 0.5), Setting("downscale", 0.5), watching]
+    assert [run.watches_tower(s) for s in asked] == [False, False, False, True]
 
 
 def test_tower_runs_once_per_input(scripts) -> None:
@@ -127,14 +153,15 @@ def test_tower_runs_once_per_input(scripts) -> None:
 
     model, calls = Model(), []
     model.visual.register_forward_hook(lambda *_: calls.append(1))
-    plain, run = torch.ones(1, 2), model.visual.forward
+    plain, run = torch.ones(2, 2), model.visual.forward
     count = []
     monkey = model.visual.forward
     model.visual.forward = lambda x: (count.append(1), monkey(x))[1]
-    with scripts["run"].tower_once(model):
+    with scripts.run.tower_once(model):
         first = model.visual(plain)
-        assert torch.equal(first, model.visual(plain)) and len(count) == 1
+        assert torch.equal(first, model.visual(plain.view(2, 2))) and len(count) == 1
         model.visual(plain + 1)
-        assert len(count) == 2
-    assert len(calls) == 3
+        model.visual(plain[:1])
+        assert len(count) == 3
+    assert len(calls) == 4
     assert torch.equal(run(plain), first)

@@ -23,6 +23,9 @@ def test_list_is_generated_from_the_registries(capsys):
     merge = next(r for r in told["reducers"] if r["name"] == "merge")
     assert merge["options"]["weighted"] is True and merge["stage"] == "entry"
     assert next(r for r in told["reducers"] if r["name"] == "aim")["stage"] == "entry + layers"
+    condiv = next(r for r in told["reducers"] if r["name"] == "condiv")
+    assert not condiv["serving_safe"] and "norm" in condiv["serving_safe_with"]
+    assert merge["serving_safe"] and merge["serving_safe_with"] == ""
     qwen = next(r for r in told["models"] if r["family"] == "Qwen2-VL")
     assert len(qwen["transformers"]) > 1 and "tiny-qwen2-vl" in qwen["embedded"]
 

@@ -10,6 +10,7 @@ import pytest
 from cli_support import run
 
 from tokencomp.evaluation import grid, mcnemar, retention, sweep
+from tokencomp.evaluation.plots import Point, lines
 
 IDENTITY = {"model": "m", "dtype": "float32", "frames": 8}
 
@@ -84,6 +85,45 @@ def test_what_cannot_be_reported(runs, tmp_path, capsys, case):
         message = "goes on where it stopped"
     assert run("report", *given, "-o", tmp_path / "x.html") == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def damaged(folder: Path, case: str) -> str:
+    """Damage a run folder; returns what the report must say."""
+    records, manifest = folder / "records.jsonl", folder / "manifest.json"
+    told = json.loads(manifest.read_text())
+    if case == "no id":
+        records.write_text('{"correct": true}\n')
+        return "line 1: not a record"
+    if case == "no score":
+        records.write_text('{"id": "a1", "prediction": ""}\n')
+        return "lacks family or correct"
+    if case == "no text":
+        records.write_bytes(bytes(range(256)))
+        return "not a readable records file"
+    if case == "fewer":
+        manifest.write_text(json.dumps({**told, "summary": {"items": 9, "failed": 1}}))
+        return "records of 7 items, and its manifest says 10"
+    if case == "no identity":
+        del told["identity"]
+    else:
+        told = [told]
+    manifest.write_text(json.dumps(told))
+    return "reducer, ratio, options" if case == "no identity" else "a JSON object"
+
+
+@pytest.mark.parametrize(
+    "case", ["no id", "no score", "no text", "fewer", "no identity", "list for manifest"]
+)
+def test_damaged_folders_are_refused(runs, tmp_path, capsys, case):
+    message = damaged(runs / "aim-0.5", case)
+    assert run("report", runs, "-o", tmp_path / "x.html") == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_plots_are_the_same_every_time():
+    points = {"aim": [Point(0.5, 0.9, 0.8, 1.0), Point(0.9, 0.7, 0.6, 0.8)]}
+    first, second = (lines(points, x="ratio", y="kept") for _ in range(2))
+    assert first == second
 
 
 def test_report_of_real_runs_shows_kept_patches(loaded, examples, tmp_path):

@@ -6,13 +6,11 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 
 import tokencomp
 from tokencomp.errors import OptionError, UnknownNameError
 from tokencomp.evaluation import Example, Setting, evaluate, grid, sweep
 from tokencomp.evaluation.answering import build_inputs
-from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.records import read_records
 
 HOW = {"max_new_tokens": 4, "progress": False}
@@ -94,6 +92,28 @@ def test_a_folder_of_another_run_is_refused(loaded, examples, tmp_path):
         evaluate(*loaded, examples[:1], "uniform", 0.75, tmp_path, **HOW)
 
 
+@pytest.mark.parametrize("part", ["visual.blocks.0.attn.proj", "layers.1.mlp.down_proj"])
+def test_answers_of_other_weights_do_not_count(loaded, examples, tmp_path, part):
+    """Whatever part of the model was trained in between."""
+    evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
+    weight = next(p for n, p in loaded[0].named_parameters() if n.endswith(f"{part}.weight"))
+    before = weight.detach().clone()
+    weight.data += 0.01
+    try:
+        with pytest.raises(OptionError, match="differs in weights"):
+            evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
+    finally:
+        weight.data.copy_(before)
+
+
+def test_answers_at_another_resolution_do_not_count(loaded, examples, tmp_path, monkeypatch):
+    evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
+    images = loaded[1].image_processor
+    monkeypatch.setattr(images, "size", {**dict(images.size), "longest_edge": 56 * 56})
+    with pytest.raises(OptionError, match="differs in pixels"):
+        evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
+
+
 def test_bad_media_are_recorded_and_the_rest_goes_on(loaded, examples, tmp_path):
     broken, empty = tmp_path / "broken.mp4", tmp_path / "empty.mp4"
     broken.write_bytes(b"not a video at all" * 50)
@@ -150,19 +170,6 @@ def test_equal_token_baselines_come_near_the_budget(loaded, examples, baseline):
         wanted = record["visual_tokens"] // 4
         assert record["visual_tokens"] in (64, 256)
         assert abs(record["per_layer"][0] - wanted) <= max(2, wanted // 8)
-
-
-def test_images_of_a_fixed_number_of_tokens_are_not_blurred_for_nothing():
-    """VILA and LLaVA-1.5 resize every image to one square: only videos can give fewer tokens."""
-
-    class Fixed(EqualTokens):
-        def tokens(self, media):
-            return 49 * (len(media) if isinstance(media, list) else 1)
-
-    image = Image.new("RGB", (64, 48))
-    fixed = Fixed(None, [], "downscale")
-    assert fixed.shrink(image, 0.75) is image
-    assert len(fixed.shrink([image] * 8, 0.75)) == 2
 
 
 def test_the_model_is_left_unpatched(loaded, examples):

@@ -95,6 +95,19 @@ def test_examples_from_a_file(tmp_path):
     file.write_text('{"id": 1, "question": "What?", "answer": 3, "media": "a.png"}\n' * 2)
     with pytest.raises(OptionError, match="line 2: id '1' is taken"):
         read_examples(file)
+    file.write_bytes(bytes(range(256)))
+    with pytest.raises(OptionError, match="Give a JSON Lines file"):
+        read_examples(file)
+
+
+def test_default_families_are_those_that_the_default_model_has_learned():
+    """25 points above a blind guess, as its card has it."""
+    from tokencomp.cli.tune import VIDEO_FAMILIES
+    from tokencomp.zoo import metrics
+
+    card = metrics("tiny-qwen2-vl")
+    for family in VIDEO_FAMILIES.split(","):
+        assert card["test"]["free"][family]["accuracy"] >= card["blind"][family] + 0.25
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels" / "aot.py"
 KERNELS = {
     "lse_kernel", "combine_kernel", "colsum_kernel", "match_kernel", "nearest_kernel",
     "merge_kernel", "gather_kernel", "pool_kernel", "ccam_kernel", "unit_kernel", "gram_kernel",
-    "greedy_kernel", "step_kernel",
+    "greedy_kernel", "closest_kernel",
 }  # fmt: skip
 
 
-TENSOR_CORE_KERNELS = {"lse_kernel", "colsum_kernel", "match_kernel", "ccam_kernel", "gram_kernel"}
+TENSOR_CORE_KERNELS = {
+    "lse_kernel", "colsum_kernel", "match_kernel", "ccam_kernel", "gram_kernel", "closest_kernel",
+}  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux only")

@@ -67,15 +67,28 @@ def test_one_image_sees_everything(place: torch.device) -> None:
 
 
 def test_later_frames_do_not_reach_early_queries(place: torch.device) -> None:
-    """What a query cannot see may be NaN and changes no bit."""
+    """What a query cannot see changes no bit of its row, however large."""
     q = torch.randn(1, 2, 8, 32)
     k, v = (torch.randn(1, 2, 4 * 70, 32) for _ in range(2))
     want = ccam_attention(q.to(place), k.to(place), v.to(place), 4)
     later = torch.full_like(k[:, :, 140:], 1e4)
     k2, v2 = torch.cat([k[:, :, :140], later], 2), torch.cat([v[:, :, :140], later], 2)
     got = ccam_attention(q.to(place), k2.to(place), v2.to(place), 4)
-    assert torch.allclose(got[:, :, :4], want[:, :, :4], atol=1e-6)
+    assert torch.equal(got[:, :, :4], want[:, :, :4])
     assert not torch.allclose(got[:, :, 4:], want[:, :, 4:], atol=1e-2)
+
+
+def test_what_no_query_sees_may_be_anything(place: torch.device) -> None:
+    """Padding behind a sample's frames, and the trailing frames of a video with F > Q."""
+    q = torch.randn(2, 2, 4, 32)
+    k, v = (torch.randn(2, 2, 9 * 30, 32) for _ in range(2))
+    frames = [9, 2]  # the last of 4 queries sees 7 of 9
+    seen = [max(math.floor(i * f / 4) + 1 for i in range(4)) * 30 for f in frames]
+    want = ccam_attention(q.to(place), k.to(place), v.to(place), frames)
+    for b, keys in enumerate(seen):
+        k[b, :, keys:], v[b, :, keys:] = math.nan, math.inf
+    got = ccam_attention(q.to(place), k.to(place), v.to(place), frames)
+    assert seen == [210, 60] and torch.equal(got, want)
 
 
 def test_extreme_logits(place: torch.device) -> None:
@@ -107,8 +120,7 @@ def test_rule(queries: int, frames: int) -> None:
     seen = [visible_frames(i, queries, frames) for i in range(queries)]
     assert seen == [i * frames // queries + 1 for i in range(queries)]
     assert seen == sorted(seen) and seen[0] == 1 and seen[-1] <= frames
-    if frames <= queries:
-        assert seen[-1] == frames
+    assert seen[-1] == frames - (math.ceil(frames / queries) - 1)
     flat = [s for first, end, s in runs(queries, frames) for _ in range(first, end)]
     assert flat == seen
 

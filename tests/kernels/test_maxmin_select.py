@@ -8,15 +8,38 @@ import torch
 from tokencomp.kernels import KernelError, maxmin_select
 from tokencomp.kernels.maxmin_select import naive
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+COPIES = 1e-5  # rows closer than this are documented to count as copies
 
 
-def distances(x: Tensor, centred: bool) -> Tensor:
+def distances(x: Tensor, centred: bool = False) -> Tensor:
     x = x.double()
     if centred:
         x = x - x.mean(0)
     norm = x.norm(dim=1, keepdim=True)
     x = torch.where(norm > 0, x / norm, 0.0)
-    return (1 - x @ x.T).clamp(min=0)
+    return (1 - x @ x.T).clamp(min=COPIES)
+
+
+def by_hand(x: Tensor, weights: Tensor, k: int, start: int) -> list[int]:
+    """The rule in plain loops, ties to the lower row."""
+    distance, weights, order = distances(x).tolist(), weights.tolist(), [start]
+    while len(order) < k:
+        left = [i for i in range(len(x)) if i not in order]
+        order.append(max(left, key=lambda i: weights[i] * min(distance[i][j] for j in order)))
+    return order
+
+
+@pytest.fixture
+def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans above 64 rows are long ones, and a round has few candidates."""
+    monkeypatch.setattr(naive, "MAX_GRAM_ROWS", 64)
+    monkeypatch.setattr(naive, "ROUND", 8)
+    if importlib.util.find_spec("triton"):
+        triton = importlib.import_module("tokencomp.kernels.maxmin_select.triton")
+        monkeypatch.setattr(triton, "MAX_GRAM_ROWS", 64)
+        monkeypatch.setattr(triton, "CANDIDATES", 8)
 
 
 def check_greedy(
@@ -74,18 +97,119 @@ def test_greedy(
 
 
 @pytest.mark.parametrize("centred", [False, True])
-def test_long_spans_take_one_launch_per_step(
-    place: torch.device, centred: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("weighted", [False, True])
+def test_long_spans_choose_in_rounds(
+    place: torch.device, weighted: bool, centred: bool, short_rounds: None
 ) -> None:
-    """Spans above the limit store no cosines; both ways must choose alike."""
-    x, weights = torch.randn(150, 40), torch.rand(150)
-    want = maxmin_select(x.to(place), [20, 9], weights.to(place), spans=[110, 40], centred=centred)
-    monkeypatch.setattr(naive, "GRAM_ELEMENTS", 1)
-    if importlib.util.find_spec("triton"):
-        triton = importlib.import_module("tokencomp.kernels.maxmin_select.triton")
-        monkeypatch.setattr(triton, "MAX_GRAM_ROWS", 64)
-    got = maxmin_select(x.to(place), [20, 9], weights.to(place), spans=[110, 40], centred=centred)
-    assert torch.equal(got, want)
+    """Copies of a scene with noise: most of the best rows are of no use once one is chosen."""
+    x = torch.randn(11, 40).repeat(10, 1) + 0.05 * torch.randn(110, 40)
+    x = torch.cat([x, torch.randn(40, 40)])
+    weights = torch.rand(150) if weighted else None
+    given = None if weights is None else weights.to(place)
+    got = maxmin_select(
+        x.to(place), [60, 9], given, spans=[110, 40], centred=centred, ascending=False
+    ).cpu()
+    part = None if weights is None else weights[:110]
+    check_greedy(x[:110], got[:60].tolist(), part, centred, 1e-6)
+    part = None if weights is None else weights[110:]
+    check_greedy(x[110:], (got[60:] - 110).tolist(), part, centred, 1e-6)
+
+
+@pytest.mark.parametrize("rounds", [False, True], ids=["at once", "in rounds"])
+@pytest.mark.parametrize("k", [90, 100])
+def test_ties_everywhere(
+    place: torch.device, k: int, rounds: bool, request: pytest.FixtureRequest
+) -> None:
+    """One-hot rows have exact cosines, and weights of powers of two exact scores."""
+    if rounds:
+        request.getfixturevalue("short_rounds")
+    x = torch.eye(20)[torch.randint(20, (100,))]
+    weights = 0.5 ** torch.randint(4, (100,)).float()
+    got = maxmin_select(x.to(place), k, weights.to(place), ascending=False)
+    assert got.tolist() == by_hand(x, weights, k, int(weights.argmax()))
+
+
+@pytest.mark.parametrize("rounds", [False, True], ids=["at once", "in rounds"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_copies_go_by_weight_then_by_row(
+    place: torch.device, weighted: bool, rounds: bool, request: pytest.FixtureRequest
+) -> None:
+    """Cosines of copies differ from 1 by rounding, which must not decide between them."""
+    if rounds:
+        request.getfixturevalue("short_rounds")
+    x = torch.randn(7, 300).repeat(15, 1)
+    weights = torch.rand(105) if weighted else torch.ones(105)
+    start = weights.argmax()[None]
+    got = maxmin_select(
+        x.to(place), 70, weights.to(place), start=start.to(place), ascending=False
+    ).tolist()
+    assert len({i % 7 for i in got[:7]}) == 7
+    check_greedy(x, got[:7], weights, False, 1e-6)
+    left = [i for i in range(105) if i not in got[:7]]
+    assert got[7:] == sorted(left, key=lambda i: (-weights[i], i))[:63]
+
+
+class Products(TorchDispatchMode):
+    """Counts the multiplications of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "bmm", "mv"):
+            self.count += args[0].numel() * (args[1].shape[-1] if args[1].dim() > 1 else 1)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 30.0])
+def test_one_row_of_cosines_per_choice(noise: float) -> None:
+    """Whether the scene stands still or moves: candidates add an eighth here."""
+    x = torch.randn(64, 32).repeat(32, 1) + noise * torch.randn(2048, 32)
+    weights = torch.rand(64).repeat(32)
+    with Products() as products:
+        naive.maxmin_select(x, [200], weights, [2048], False, None)
+    # 256 candidates of 2048 rows; and one row for the distance to the mean.
+    assert products.count <= (200 * (2048 + 256) + 2048) * 32
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_choices_of_a_round_in_a_still_video(
+    weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the 2048 candidates of the Triton version at least 60: what its roofline assumes."""
+    monkeypatch.setattr(naive, "ROUND", 2048)
+    monkeypatch.setattr(naive, "SHARE", 8)
+    original, rounds = naive._round, []
+
+    def spy(*arguments: object) -> list[int]:
+        rounds.append(original(*arguments))
+        return rounds[-1]
+
+    monkeypatch.setattr(naive, "_round", spy)
+    x = torch.randn(256, 128).repeat(64, 1) + 0.02 * torch.randn(16384, 128)
+    weights = torch.rand(256).repeat(64) * (1 + 0.02 * torch.rand(16384)) if weighted else None
+    naive.maxmin_select(x, [819], weights, [16384], False, None)
+    assert sum(map(len, rounds)) == 818 and 819 / len(rounds) >= 60
+
+
+def test_a_round_chooses_many_rows(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, short_rounds: None
+) -> None:
+    """The Triton version reads all rows once a round, not once a choice."""
+    triton = pytest.importorskip("tokencomp.kernels.maxmin_select.triton")
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
+    monkeypatch.setattr(triton, "CANDIDATES", 32)
+    original, chosen = triton.closest, []
+
+    def spy(x: Tensor, inverse: Tensor, new: Tensor, nearest: Tensor) -> None:
+        chosen.append(len(new))
+        original(x, inverse, new, nearest)
+
+    monkeypatch.setattr(triton, "closest", spy)
+    x = torch.randn(40, 16).repeat(5, 1) + 0.05 * torch.randn(200, 16)
+    maxmin_select(x.to(device), 60, torch.rand(200).to(device))
+    assert sum(chosen) == 60 and len(chosen) <= 15
 
 
 def test_spans_in_several_groups(place: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

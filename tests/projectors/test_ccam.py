@@ -128,15 +128,30 @@ def test_saved_projectors_load_and_answer_the_same(tmp_path: Path) -> None:
 
 
 def test_broken_files_and_inputs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="cannot be read"):
+    with pytest.raises(WeightsError, match="No such file"):
         CCAMProjector.load(tmp_path)
     path = projector().save(tmp_path)
     card = json.loads((tmp_path / "ccam.json").read_text())
     card["ccam"]["queries"] = 7
     (tmp_path / "ccam.json").write_text(json.dumps(card))
-    with pytest.raises(WeightsError, match="sizes"):
+    with pytest.raises(WeightsError, match="size mismatch"):
         CCAMProjector.load(path)
     with pytest.raises(OptionError, match="shape"):
         projector()(torch.zeros(1, 6, 9, dtype=torch.float64), 2)
-    with pytest.raises(OptionError, match="multiple"):
-        CCAMConfig(width=10, heads=3)
+    for sizes, message in (
+        ({"width": 10, "heads": 3}, "multiple"),
+        ({"heads": 0}, "above 0"),
+        ({"queries": 2.5}, "expected an integer"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            CCAMConfig(**sizes)
+
+
+def test_inputs_of_another_dtype_are_cast_in_and_back() -> None:
+    """As a frozen bf16 model hands them to weights that are trained in fp32."""
+    made = projector().float()
+    x = torch.randn(1, 12, 10).bfloat16()
+    got = made(x, 2)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, made(x.float(), 2).bfloat16())
+    got.float().sum().backward()
+    assert made.query.grad is not None and made.query.grad.dtype == torch.float32

@@ -44,8 +44,8 @@ def small_weights(name: str, dim: int, card: dict[str, Any] | None = None) -> st
 class Row:
     """Options sets to test, and what the method is like.
 
-    `ties`: of equal tokens the lowest indices stay. `blind`: it looks at places only. `fixed`: it
-    always leaves this many patches.
+    `ties`: of the equal tokens of an image the lowest indices stay (what other methods do is in
+    `test_merge.py`). `blind`: it looks at places only. `fixed`: it always leaves this many patches.
     """
 
     options: tuple[dict[str, Any], ...] = ({},)
@@ -69,17 +69,22 @@ ROWS = {
             {"signal": "norm", "centred": True},
             {"signal": "novelty", "power": 1.0},
             {"signal": "none", "merge_rest": 0.5},
+            {"signal": "vit_attention", "power": "auto"},
+            {"signal": "selector", "weights": small_weights("selector", DIM)},
         ),
         ties=True,
     ),
     "divprune": Row(ties=True),
-    "merge": Row(({}, {"weighted": False}, {"temporal": True}, {"position": "first"})),
+    "merge": Row(
+        ({}, {"weighted": False}, {"temporal": True}, {"position": "first"}, {"metric": "vit_keys"})
+    ),
     "oracle": Row(ties=True),
     "pool": Row(({}, {"group": 3, "stride": 1.5}, {"mode": "bilinear"})),
     "prune": Row(({}, {"score": "last_query", "schedule": "pyramid"}), ties=True),
     "random": Row(({}, {"seed": 7}), blind=True),
     "selector": Row(({"weights": small_weights("selector", DIM)},)),
     "uniform": Row(blind=True),
+    "vidcom2": Row(ties=True),
 }
 
 COMPOSITIONS = [
@@ -154,5 +159,6 @@ def tokens(
         special=mask,
         scores=torch.rand(n, generator=g),
         query=torch.randn(5, dim, generator=g),
+        keys=torch.randn(n, 6, generator=g),
         kind="video" if grid[0] > 1 else "image",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from tokencomp import make_reducer
@@ -38,7 +39,7 @@ def test_options_find_their_part() -> None:
         ("merge+condiv", {}, "does not act between layers"),
         ("merge+merge", {}, "two different parts"),
         ("merge+prune+fastv", {}, "two different parts"),
-        ("merge+prune", {"share": 1.5}, "share=1.5"),
+        ("merge+prune", {"share": 1.5}, "share=1.5; allowed: a number from 0 to 1"),
         ("merge+prune", {"fastv.score": 1}, "no part 'fastv'"),
         ("merge+prune", {"merge.score": "last_query"}, "has no option 'score'"),
         ("adsc+prune", {}, "does not act at decoder entry"),
@@ -60,6 +61,8 @@ def test_plans_as_json() -> None:
     assert plan_from_json(json.loads(json.dumps(plan_to_json(plan)))) == plan
     short = plan_from_json([{"layer": 2, "fraction": 0.5, "reducer": "uniform"}])
     assert short == Plan((Stage(2, 0.5, make_reducer("uniform")),))
+    numbers = Plan((Stage(np.int64(2), np.float32(0.5), make_reducer("uniform")),))
+    assert plan_from_json(json.loads(json.dumps(plan_to_json(numbers)))) == short
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,7 @@ def test_plans_as_json() -> None:
         {"layer": 0, "fraction": float("nan"), "reducer": "merge"},
         {"layer": 0, "fraction": 0.5, "reducer": 3},
         {"layer": 0, "fraction": 0.5, "reducer": "merge", "options": None},
+        {"layer": 0, "fraction": 0.5, "reducer": "merge", "options": {1: 2}},
         7,
     ],
 )

@@ -74,18 +74,24 @@ def test_ties_go_to_the_lower_index(case: Case) -> None:
 @every_step
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scored_in_fp32(case: Case, dtype: torch.dtype) -> None:
-    """Low-precision features are chosen from as their exact fp32 copies would be."""
+    """Low-precision features are chosen from, and merged, as their exact fp32 copies would be.
+
+    Features are much alike, so that scores in their own dtype would choose others. The counts are
+    those of one merging step: a second one starts from rounded means.
+    """
     for grid in ((1, 6, 7), (4, 3, 3)):
         low, wide = matrix.tokens(grid, 1), matrix.tokens(grid, 1)
         for name in ("features", "query"):
-            setattr(low, name, getattr(low, name).to(dtype))
+            setattr(low, name, (getattr(low, name) + 4).to(dtype))
             setattr(wide, name, getattr(low, name).float())
-        keep = matrix.row(case[0]).keep(12, low)
+        keep = matrix.row(case[0]).keep(24, low)
         a, b = matrix.reduce(case, low, keep), matrix.reduce(case, wide, keep)
-        if a.merged is None:
-            assert torch.equal(a.keep, b.keep)
-        else:
+        assert torch.equal(a.keep, b.keep)
+        if a.merged is not None:
             assert a.merged.dtype == dtype
+            if matrix.row(case[0]).fixed is None:  # a network computes in the model's dtype
+                rtol = torch.finfo(dtype).eps
+                torch.testing.assert_close(a.merged.float(), b.merged, atol=0, rtol=rtol)
 
 
 @every_step

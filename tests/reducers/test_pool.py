@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import matrix
 import pytest
 import torch
+from tests_support import Family
 
+import tokencomp
 from tokencomp import make_reducer
 from tokencomp.reducers.pool import line_widths
 
@@ -23,11 +26,16 @@ def half_up(values: range) -> int:
 
 @pytest.mark.parametrize("keep", [1, 2, 4, 6, 7, 12, 13, 16, 31])
 @pytest.mark.parametrize("special", [0, 2])
-def test_image(keep: int, special: int) -> None:
-    """Every token is the mean of its cell and stands at the cell's rounded mean place."""
+@pytest.mark.parametrize(
+    ("position", "place"), [("mean", half_up), ("first", min), (None, half_up)]
+)
+def test_image(
+    keep: int, special: int, position: str | None, place: Callable[[range], int]
+) -> None:
+    """Every token is the mean of its cell; it stands at its rounded mean place, or its first."""
     h, w = 6, 8
     given = matrix.tokens((1, h, w), special)
-    got = make_reducer("pool").reduce(given, keep + special)
+    got = make_reducer("pool", position=position).reduce(given, keep + special)
     places = [i for i in range(len(given)) if not given.special[i]]
     x = given.features[places].view(h, w, -1)
     widths = line_widths(keep, h, w)
@@ -36,7 +44,7 @@ def test_image(keep: int, special: int) -> None:
         rows = span(i, len(widths), h)
         for j in range(n):
             columns = span(j, n, w)
-            at.append(places[half_up(rows) * w + half_up(columns)])
+            at.append(places[place(rows) * w + place(columns)])
             cell = torch.stack([x[r, c] for r in rows for c in columns]).mean(0)
             mine = got.keep.tolist().index(at[-1])
             assert (got.merged[mine] - cell).abs().max() < 1e-5
@@ -55,24 +63,51 @@ def test_lines(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 7, 8, 16, 33])
-@pytest.mark.parametrize("group", [0, 1, 3])
-def test_frame_quota(frames: int, group: int) -> None:
-    """Exact sums; first frames of a group get no less than others, and whole frames if they can."""
-    reducer = make_reducer("pool", group=group)
-    for budget in range(1, frames * 16, 5):
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("stride", [None, 1.0, 2.0, 3.0])
+def test_frame_quota(frames: int, group: int, stride: float | None) -> None:
+    """Exact sums, even parts; first frames are whole as far as the stride of the others allows."""
+    reducer, square = make_reducer("pool", group=group, stride=stride), (stride or 4) ** 2
+    for budget in range(1, frames * 16 + 1):
         quota = reducer.frame_quota(frames, 16, budget)
+        fine, coarse = quota[::group], [q for f, q in enumerate(quota) if f % group]
         assert sum(quota) == budget and all(0 <= q <= 16 for q in quota)
-        if group == 3 and frames > 3:
-            fine, coarse = quota[::3], [q for f, q in enumerate(quota) if f % 3]
-            assert min(fine) >= max(coarse) - 1
-            if budget >= 16 * len(fine) + 4 * len(coarse):
-                assert set(fine) == {16}
+        assert all(max(part) - min(part) <= 1 for part in (fine, coarse) if part)
+        assert all(quota) or budget < frames
+        if budget >= 16 * len(fine) + 16 * len(coarse) / square:
+            assert set(fine) == {16}
+        elif coarse and budget > frames:
+            # half a token is lost by rounding the firsts' share, one token by spreading the others'
+            assert sum(fine) / len(fine) <= square * (max(coarse) + 1)
+            assert sum(fine) / len(fine) + 1 >= max(coarse)
+
+
+@pytest.mark.parametrize("budget", [1, 3, 5, 6, 15])
+def test_the_last_frames_to_go_are_first_ones(budget: int) -> None:
+    quota = make_reducer("pool", group=3).frame_quota(16, 64, budget)
+    assert sum(quota[::3]) == min(budget, 6) and max(quota) == 1
+
+
+@pytest.mark.parametrize(
+    ("fraction", "group", "other"), [(0.25, 8, 28), (0.4375, 4, 49), (0.625, 2, 49)]
+)
+def test_first_frames_stay_whole(fraction: float, group: int, other: int) -> None:
+    """The solved stride: √(196 / 28) ≈ 2.65 at a quarter, 2 at the budgets of the figure."""
+    quota = make_reducer("pool", stride=None).frame_quota(16, 196, round(16 * 196 * fraction))
+    assert quota == [196 if f % group == 0 else other for f in range(16)]
 
 
 def test_published_shape() -> None:
     """Groups of four: one whole frame, three of half the side."""
     quota = make_reducer("pool").frame_quota(8, 196, 2 * (196 + 3 * 49))
     assert quota == [196, 49, 49, 49] * 2
+
+
+def test_positions_follow_the_model(family: Family) -> None:
+    with tokencomp.patch(family.build(), 0.75, reducer="pool") as handle:
+        assert handle.plan.stages[0].reducer.position == (None if family.mrope else "first")
+        handle.set(position="mean")
+        assert handle.plan.stages[0].reducer.position == "mean"
 
 
 def test_video_frames_do_not_mix() -> None:

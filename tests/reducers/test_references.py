@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import matrix
@@ -34,7 +33,7 @@ def farthest_first(x: list[list[float]], first: int, w: list[float], k: int) -> 
         for i in range(len(x)):
             if i in chosen:
                 continue
-            gap = w[i] * min(max(1 - cosine(x[i], x[j]), 0) for j in chosen)
+            gap = w[i] * min(max(1 - cosine(x[i], x[j]), 1e-5) for j in chosen)
             if gap > value:
                 best, value = i, gap
         chosen.append(best)
@@ -75,6 +74,43 @@ def test_condiv_attention(grid: tuple[int, int, int], power: float, centred: boo
     expected = sorted([places[i] for i in chosen] + given.special.nonzero()[:, 0].tolist())
     got = make_reducer("condiv", signal="attention", power=power, centred=centred)
     assert got.reduce(given, 9).keep.tolist() == expected
+
+
+@pytest.mark.parametrize("signal", ["attention", "vit_attention"])
+@pytest.mark.parametrize("shape", ["one", "flat", "mixed"])
+def test_condiv_sets_its_power_from_the_entropy(signal: str, shape: str) -> None:
+    given = matrix.tokens((1, 5, 6), special=1)
+    if shape == "flat":
+        given.scores = torch.full_like(given.scores, 0.3)
+    elif shape == "one":
+        given.scores = torch.full_like(given.scores, 1e-12).index_fill(0, torch.tensor(4), 1.0)
+    places, x = rows_of(given)
+    scores = [float(given.scores[p]) for p in places]
+    shares = [s / sum(scores) for s in scores]
+    entropy = -sum(s * math.log(s) for s in shares if s > 0)
+    power = 2 * (1 - entropy / math.log(len(shares)))
+    if shape != "mixed":
+        assert power == pytest.approx(2.0 if shape == "one" else 0.0, abs=1e-6)
+    weights = [max(s / max(scores), 1e-3) ** power for s in scores]
+    first = 0 if shape == "flat" else weights.index(max(weights))
+    expected = [places[i] for i in farthest_first(x, first, weights, 9)]
+    got = make_reducer("condiv", signal=signal, power="auto").reduce(given, 10).keep.tolist()
+    assert got == sorted([*expected, *given.special.nonzero()[:, 0].tolist()])
+
+
+def test_condiv_takes_the_selectors_shares() -> None:
+    from tokencomp.reducers.selector import load_selector
+
+    weights = matrix.small_weights("selector", matrix.DIM)
+    given = matrix.tokens((2, 4, 4), special=2)
+    places, x = rows_of(given)
+    net, _ = load_selector(weights)
+    logits = net(given.scores[places][None])[0].tolist()
+    shares = [math.exp(v - max(logits)) for v in logits]
+    expected = farthest_first(x, shares.index(1.0), [max(s, 1e-3) for s in shares], 10)
+    got = make_reducer("condiv", signal="selector", weights=weights).reduce(given, 12)
+    special = given.special.nonzero()[:, 0].tolist()
+    assert got.keep.tolist() == sorted([*(places[i] for i in expected), *special])
 
 
 @pytest.mark.parametrize("signal", ["norm", "novelty"])
@@ -260,12 +296,3 @@ def test_whole_grids_only(name: str) -> None:
 def test_refused_options(name: str, options: dict[str, object]) -> None:
     with pytest.raises(OptionError, match=r"allowed|expected"):
         make_reducer(name, **options)
-
-
-def test_pairs_of_spans_do_not_mix() -> None:
-    """Greedy methods see one span: another seed elsewhere changes nothing here."""
-    a, b = matrix.tokens((1, 4, 4)), matrix.tokens((1, 4, 4), seed=1)
-    for name, keep in itertools.product(("condiv", "divprune", "cdpruner"), (3, 7)):
-        first = make_reducer(name).reduce(a, keep).keep
-        make_reducer(name).reduce(b, keep)
-        assert torch.equal(first, make_reducer(name).reduce(a, keep).keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
@@ -168,6 +169,26 @@ def test_reducers_an_engine_cannot_run_are_refused_with_those_it_can() -> None:
             ServerOptions.parse({"reducer": name, "ratio": 0.5})
         assert all(good in str(error.value) for good in SERVABLE)
         assert ServerOptions.parse({"reducer": name, "ratio": 0.5}, engine="hf").default.active
+
+
+def test_options_that_make_a_reducer_servable_are_named() -> None:
+    """Choices are tried one by one: those that need nothing of the text can be served."""
+    from tokencomp.reducers.cdpruner import RELEVANCE
+    from tokencomp.reducers.condiv import SIGNALS
+
+    with pytest.raises(OptionError) as error:
+        ServerOptions.parse({"reducer": "condiv", "ratio": 0.5})
+    for name, option, choices in (
+        ("condiv", "signal", SIGNALS),
+        ("cdpruner", "relevance", RELEVANCE),
+    ):
+        able = []
+        for value in choices:
+            given = {"reducer": name, "ratio": 0.5, "options": {option: value}}
+            with contextlib.suppress(OptionError):
+                able.append(ServerOptions.parse(given).default.reducer.options()[option])
+        assert "none" in able and not make_reducer(name).serving_safe
+        assert f"{name} with {option}={' or '.join(able)}," in str(error.value)
 
 
 async def through_middleware(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tokencomp.cli import main
+from tokencomp.training.relevance import TARGET
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +31,20 @@ def test_each_command_trains_and_says_how_to_use_the_result(
     folder: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("peft")
+    other = "logprob" if TARGET == "logit" else "logit"
     common = ("--model", folder, "--data", data, "--batch", "2", "--evaluate", "2")
     common = (*common, "--samples", "4", "--device", "cpu")
     for command, extra, file in (
-        ("selector", ("--epochs", "1", "--held-out", "2"), "selector.json"),
+        ("selector", ("--epochs", "1", "--held-out", "2", "--target", other), "selector.json"),
         ("adsc", ("--steps", "2", "--schedule", "0.5"), "tokencomp.json"),
         ("ccam", ("--steps", "2", "--queries", "3", "--align", "1"), "ccam.json"),
     ):
         output = tmp_path / command
         code, out, _ = run(capsys, "train", command, *common, *extra, "--output", str(output))
         assert code == 0 and "random" in out
-        assert json.loads((output / file).read_text())["model_type"] == "qwen2_vl"
+        card = json.loads((output / file).read_text())
+        assert card["model_type"] == "qwen2_vl"
+        assert command != "selector" or card["config"]["target"] == other
 
 
 def test_mistakes_end_in_one_message_and_leave_nothing(
@@ -50,9 +54,25 @@ def test_mistakes_end_in_one_message_and_leave_nothing(
         (("adsc", "--schedule", "0.5,2"), "ratio"),
         (("adsc", "--reducer", "adcs"), "adsc"),
         (("selector", "--answers", "none"), "generated"),
+        (("selector", "--target", "loss"), "logprob"),
+        (("adsc", "--learning-rate", "nan"), "learning_rate"),
+        (("adsc", "--learning-rate", "-1"), "learning_rate"),
+        (("adsc", "--learning-rate", "1e25"), "learning_rate"),
         (("ccam", "--data", "nothing.jsonl"), "questions.jsonl"),
     ):
         output = tmp_path / "none"
         code, _, err = run(capsys, "train", *args, "--model", folder, "--output", str(output))
         assert code == 2 and "error:" in err and told in err
         assert not output.exists()
+
+
+def test_an_output_that_is_a_file_is_one_message(
+    folder: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    (tmp_path / "file").write_text("")
+    given = ("--model", folder, "--data", data, "--output", str(tmp_path / "file"))
+    given = (*given, "--device", "cpu", "--samples", "4")
+    for command in (("selector",), ("adsc",), ("ccam", "--queries", "3")):
+        code, _, err = run(capsys, "train", *command, *given)
+        assert code == 2 and "is not a folder" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,11 @@ def test_answers_stand_behind_the_prompts_of_a_ragged_batch() -> None:
         "pixel_values": torch.zeros(3, 4),
     }
     out, labels = append(inputs, [[7], [6, 8]])
-    assert out["input_ids"].tolist() == [[1, 2, 3, 7], [4, 5, 6, 8]]
-    assert out["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1]]
-    assert out["mm_token_type_ids"].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
-    assert labels.tolist() == [[IGNORE, IGNORE, IGNORE, 7], [IGNORE, IGNORE, 6, 8]]
-    longer, _ = append(inputs, [[7, 7, 7], [6]])
-    assert longer["input_ids"].tolist() == [[1, 2, 3, 7, 7, 7], [9, 9, 9, 4, 5, 6]]
-    assert longer["attention_mask"].tolist() == [[1] * 6, [0, 0, 0, 1, 1, 1]]
+    assert out["input_ids"].tolist() == [[9, 1, 2, 3, 7, 7], [9, 9, 4, 5, 6, 8]]
+    assert out["attention_mask"].tolist() == [[0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]
+    assert out["mm_token_type_ids"].tolist() == [[0, 1, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
+    assert out["pixel_values"] is inputs["pixel_values"]
+    assert labels.tolist() == [[IGNORE] * 4 + [7, IGNORE], [IGNORE] * 4 + [6, 8]]
 
 
 def test_teacher_forcing_extends_the_prompt_the_processor_makes(tiny: Any, data: str) -> None:
@@ -53,14 +52,76 @@ def test_teacher_forcing_extends_the_prompt_the_processor_makes(tiny: Any, data:
         answer_ids(processor, model, [""], end=True)
 
 
+def pictures(data: object, purpose: str) -> set[Path]:
+    """The files that questions of one part show."""
+    return {Path(m).resolve() for e in questions(str(data), "image", 999, purpose) for m in e.media}
+
+
+def ask(file: Path, media: list[Any]) -> Path:
+    """A JSON Lines file with one question for every entry of `media`."""
+    rows = [{"question": "What?", "answer": "red", "media": m} for m in media]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 def test_files_are_split_by_media(tmp_path: Path) -> None:
     folder = write_data(tmp_path, 60)
     rows = (folder / "questions.jsonl").read_text()
     (folder / "questions.jsonl").write_text(rows + rows)
-    train = {str(e.media) for e in questions(str(folder), "image", 999, "train")}
-    held = {str(e.media) for e in questions(str(folder), "image", 999, "validation")}
-    assert held and len(train) + len(held) == 60 and not train & held
+    train, held = (pictures(folder, purpose) for purpose in ("train", "validation"))
+    assert len(held) == 3 and len(train) == 57 and not train & held
     assert len(questions(str(folder), "image", 7)) == 7
+
+
+def test_pictures_that_questions_share_stay_on_one_side(tmp_path: Path) -> None:
+    """Pairs, chains and other spellings of a path; together they are all pictures."""
+    folder = write_data(tmp_path, 60)
+    names = [f"{i}.png" for i in range(60)]
+    alone = [*names[:30], *(f"./{n}" for n in names[:30])]
+    chains = [[names[i], names[i + 1]] for i in range(30, 59) if i % 3 != 2]
+    ask(folder / "questions.jsonl", [*alone, *chains])
+    train, held = (pictures(folder, purpose) for purpose in ("train", "validation"))
+    assert 1 <= len(held) <= 3 and not train & held
+    assert train | held == {(folder / name).resolve() for name in names}
+
+
+def test_one_large_group_is_trained_on(tmp_path: Path) -> None:
+    """A picture beside every other one ties them together; a single other is held out."""
+    folder = write_data(tmp_path, 40)
+    ask(folder / "questions.jsonl", [*([f"{i}.png", "0.png"] for i in range(1, 39)), "39.png"])
+    assert pictures(folder, "validation") == {(folder / "39.png").resolve()}
+    ask(folder / "questions.jsonl", [[f"{i}.png", "0.png"] for i in range(1, 39)])
+    with pytest.raises(OptionError, match="count as one"):
+        questions(str(folder), "image", 9)
+
+
+def test_media_may_lie_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Absolute paths inside and outside a folder that is named relative to the current one."""
+    media = write_data(tmp_path / "media", 40)
+    paths = [str(media / f"{i}.png") for i in range(40)]
+    (tmp_path / "data").mkdir()
+    ask(tmp_path / "data" / "questions.jsonl", paths)
+    ask(media / "questions.jsonl", paths)
+    monkeypatch.chdir(tmp_path)
+    for data in ("data", "media", media):
+        train, held = (pictures(data, purpose) for purpose in ("train", "validation"))
+        assert len(held) == 2 and not train & held
+
+
+def test_the_split_survives_a_move(tmp_path: Path) -> None:
+    here, there = (write_data(tmp_path / name, 60) for name in ("here", "there"))
+    names = [{path.name for path in pictures(folder, "validation")} for folder in (here, there)]
+    assert names[0] == names[1]
+
+
+def test_files_must_be_utf8(tmp_path: Path) -> None:
+    file = write_data(tmp_path) / "questions.jsonl"
+    text = file.read_text().replace("color", "größe")
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(OptionError, match="UTF-8"):
+        questions(str(tmp_path), "image", 4)
+    file.write_bytes(text.encode("utf-8-sig"))
+    assert "größe" in questions(str(tmp_path), "image", 4)[0].prompt
 
 
 def test_embedded_splits_are_disjoint_and_kinds_stay_apart() -> None:

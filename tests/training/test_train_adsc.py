@@ -11,12 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from tests_support import Family, text
+from safetensors.torch import load_file
+from trained_support import broken, write_data
+from trained_support import tiny as make_tiny
 
 import tokencomp
-from tokencomp.errors import MissingDependencyError, OptionError, RatioError, UnknownNameError
+from tokencomp.errors import (
+    MissingDependencyError,
+    OptionError,
+    RatioError,
+    ScoreError,
+    UnknownNameError,
+)
+from tokencomp.evaluation.loading import load_model
+from tokencomp.training import adsc
 from tokencomp.training.adsc import AdscConfig, add_lora, train_adsc
-from tokencomp.training.loop import answer_loss
+from tokencomp.training.data import load_batch, questions
 
 pytest.importorskip("peft")
 SMALL = AdscConfig(
@@ -45,8 +55,6 @@ def trained(tiny: Any, data: str, tmp_path_factory: pytest.TempPathFactory) -> t
 def test_the_adapter_loads_with_peft(trained: Any, tiny: Any, data: str) -> None:
     from peft import PeftModel
 
-    from tokencomp.training.data import load_batch, questions
-
     tuned, output = trained
     inputs, _ = load_batch([questions(data, "image", 1)[0]], tiny[1], 8)
     again = PeftModel.from_pretrained(copied(tiny)[0], str(output)).eval()
@@ -60,8 +68,6 @@ def test_the_adapter_loads_with_peft(trained: Any, tiny: Any, data: str) -> None
 
 
 def test_only_linear_layers_of_the_decoder_are_adapted(trained: Any) -> None:
-    from safetensors.torch import load_file
-
     names = list(load_file(trained[1] / "adapter_model.safetensors"))
     assert len(names) == 6 * 7 * 2
     assert all(".language_model.layers." in name and ".lora_" in name for name in names)
@@ -111,6 +117,8 @@ def test_schedules_run_in_both_directions() -> None:
         ({"schedule": ("a|b",)}, RatioError),
         ({"reducer": "adcs"}, UnknownNameError),
         ({"options": {"windows": 2}}, OptionError),
+        ({"learning_rate": -1.0}, OptionError),
+        ({"rank": "16"}, OptionError),
     ],
 )
 def test_bad_settings_are_refused_before_training(changes: Any, error: type) -> None:
@@ -127,21 +135,69 @@ def test_missing_peft_is_named(
     assert not (tmp_path / "new").exists()
 
 
-def test_losses_under_a_patch_see_full_length_labels(family: Family) -> None:
-    """Short logits at the end, or labels over the whole length: the same loss and gradients."""
-    model = family.build().train()
-    rows = [[text(4), family.image(), text(6), [9, 8]], [family.video(), text(7), [5, 4]]]
-    inputs = family.batch(rows)
-    labels = torch.full_like(inputs["input_ids"], -100)
-    labels[:, -2:] = inputs["input_ids"][:, -2:]
-    weight = model.get_decoder().layers[0].self_attn.o_proj.weight
-    with tokencomp.patch(model, 0.5, reducer="adsc"):
-        short = answer_loss(model, inputs, labels)
-        full = model(**inputs, labels=labels, use_cache=False).loss
-        torch.testing.assert_close(short, full)
-        grads = [torch.autograd.grad(loss, weight)[0] for loss in (short, full)]
-    torch.testing.assert_close(*grads)
-    assert grads[0].abs().sum() > 0
+def test_a_killed_run_ends_with_the_same_adapter(
+    tiny: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between two checkpoints, with dropout and ratios that take turns."""
+    config = replace(SMALL, steps=6, save_every=2, dropout=0.2, evaluate=0)
+    real, calls = adsc.answer_loss, []
+
+    def dies(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    train_adsc(*copied(tiny), data, tmp_path / "whole", config)
+    monkeypatch.setattr(adsc, "answer_loss", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_adsc(*copied(tiny), data, tmp_path / "killed", config)
+    assert [p.name for p in (tmp_path / "killed").iterdir()] == ["checkpoint.pt"]
+    monkeypatch.setattr(adsc, "answer_loss", real)
+    train_adsc(*copied(tiny), data, tmp_path / "killed", config)
+    files = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "killed"))
+    whole, killed = map(load_file, files)
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[k], killed[k]) for k in whole)
+
+
+def test_a_run_on_other_lines_is_refused(tiny: Any, tmp_path: Path) -> None:
+    folder, config = write_data(tmp_path / "data", 40), replace(SMALL, steps=1, evaluate=0)
+    train_adsc(*copied(tiny), str(folder), tmp_path / "out", config)
+    lines = folder / "questions.jsonl"
+    lines.write_text(lines.read_text().replace("red", "blue"))
+    with pytest.raises(OptionError, match="differs in content"):
+        train_adsc(*copied(tiny), str(folder), tmp_path / "out", config)
+
+
+def test_a_model_that_computes_nan_leaves_nothing(tiny: Any, data: str, tmp_path: Path) -> None:
+    with pytest.raises(ScoreError, match="diverged"):
+        train_adsc(broken(tiny[0]), tiny[1], data, tmp_path / "out", SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "vila"])
+def test_every_embedded_family_trains(name: str, data: str, tmp_path: Path) -> None:
+    """Only the adapter changes; loaded by PEFT, it compresses and answers as it was trained."""
+    from peft import PeftModel
+
+    folder = tmp_path / "model"
+    plain, processor = make_tiny(folder, name=f"tiny-{name.replace('_', '-')}")
+    tuned = train_adsc(
+        *load_model(str(folder), device="cpu"), data, tmp_path / "out", replace(SMALL, evaluate=0)
+    )
+    states = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    changed = [value for key, value in states.items() if ".lora_B." in key]
+    assert changed and all(value.abs().max() > 0 for value in changed)
+    again = PeftModel.from_pretrained(load_model(str(folder), device="cpu")[0], tmp_path / "out")
+    inputs, _ = load_batch([questions(data, "image", 1)[0]], processor, 8)
+    logits = []
+    for model in (tuned, again.eval()):
+        with tokencomp.patch(model, 0.67, reducer="adsc") as handle, torch.no_grad():
+            logits.append(model(**inputs).logits[:, -1])
+            assert handle.stats.ratio == pytest.approx(0.67, abs=0.06)
+    assert torch.equal(*logits)
+    with tuned.disable_adapter(), torch.no_grad():
+        assert torch.equal(tuned(**inputs).logits, plain(**inputs).logits)
 
 
 def test_lora_starts_as_the_model_itself(tiny: Any) -> None:

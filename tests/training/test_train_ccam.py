@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from tests_support import Family, text
+from tests_support import FAMILIES, Family, text
+from trained_support import tiny as tiny_model
+from trained_support import write_data
 
 import tokencomp
-from tokencomp.errors import SpanError, WeightsError
+from tokencomp.errors import OptionError, SpanError, WeightsError
 from tokencomp.evaluation.examples import Example
 from tokencomp.projectors.ccam import CCAMConfig, CCAMProjector
 from tokencomp.training.capture import capture
-from tokencomp.training.ccam import CcamConfig, Live, train_ccam, visual_tokens
+from tokencomp.training.ccam import CcamConfig, Live, align_loss, train_ccam
+from tokencomp.training.ccam_evaluation import sample_spans, ways
+from tokencomp.training.data import load_batch, questions
 from tokencomp.weights import model_card
 
 SMALL = CcamConfig(
@@ -85,7 +90,68 @@ def test_weights_must_exist_and_fit(family: Family, tmp_path: Path) -> None:
         tokencomp.patch(family.build(seed=5), reducer="ccam", weights=str(path))
 
 
-def test_the_budget_is_the_mean_of_a_sample_of_media(tiny: Any) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"queries": 2.5}, "queries=2.5; expected an integer"),
+        ({"queries": 0}, "queries=0; must be above 0"),
+        ({"queries": 4}, "size mismatch"),
+        ({"heads": 0}, "heads=0; must be above 0"),
+        ({"heads": 3}, "multiple of heads"),
+        ({"kv_dim": 8}, "projects 8 to 64 dimensions"),
+        ({"out_dim": 8}, "projects 64 to 8 dimensions"),
+        ({"colour": 1}, "colour"),
+    ],
+)
+def test_sizes_on_the_card_are_checked(sizes: dict, message: str, tmp_path: Path) -> None:
+    """When the model is patched, not when it runs."""
+    model = FAMILIES["qwen2_vl"].build()
+    path = saved(model, tmp_path, queries=3)
+    card = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**card, "ccam": {**card["ccam"], **sizes}}))
+    with pytest.raises(WeightsError, match=message):
+        tokencomp.patch(model, reducer="ccam", weights=str(path))
+
+
+@pytest.mark.parametrize("damage", ["list", "no sizes", "fingerprint", "nan", "no card"])
+def test_damaged_files_are_refused(damage: str, tmp_path: Path) -> None:
+    model = FAMILIES["qwen2_vl"].build()
+    path = saved(model, tmp_path, queries=3)
+    card, place = json.loads(path.with_suffix(".json").read_text()), path.with_suffix(".json")
+    if damage == "list":
+        place.write_text(json.dumps([card]))
+    elif damage == "no sizes":
+        place.write_text(json.dumps({k: v for k, v in card.items() if k != "ccam"}))
+    elif damage == "fingerprint":
+        place.write_text(json.dumps({**card, "fingerprint": card["fingerprint"][:4]}))
+    elif damage == "no card":
+        place.unlink()
+    else:
+        module = CCAMProjector.load(path)
+        module.output.weight[0, 0] = torch.nan
+        module.save(path, card)
+    with pytest.raises(WeightsError):
+        tokencomp.patch(model, reducer="ccam", weights=str(path))
+
+
+def test_weights_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    family, reads, real = FAMILIES["qwen2_vl"], [], safetensors.torch.load_file
+    monkeypatch.setattr(
+        safetensors.torch, "load_file", lambda *a, **k: reads.append(a) or real(*a, **k)
+    )
+    model = family.build().bfloat16()
+    path = saved(model, tmp_path, queries=3)
+    inputs = family.batch([[text(3), family.image(), text(4)]])
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    for _ in range(2):
+        with tokencomp.patch(model, reducer="ccam", weights=str(path)):
+            model(**inputs)
+    assert len(reads) == 1
+
+
+def test_media_are_sampled_along_the_source(tiny: Any) -> None:
     """Questions with several images of different sizes; 28 pixels of a side are one token."""
     sides = [[84], [168, 84], [56]] * 40
     source = [
@@ -95,8 +161,26 @@ def test_the_budget_is_the_mean_of_a_sample_of_media(tiny: Any) -> None:
     for count in (1, 3, 48):
         places = [i * count // 16 for i in range(16)] if count > 16 else range(count)
         asked = [s for i in places for s in sides[i]]
-        expected = sum((s // 28) ** 2 for s in asked) / len(asked)
-        assert visual_tokens(*tiny, source[:count], SMALL) == pytest.approx(expected)
+        spans = sample_spans(*tiny, source[:count], SMALL)
+        assert [s.visual for s in spans] == [(s // 28) ** 2 for s in asked]
+        ratio = 1 - 3 * len(asked) / sum((s // 28) ** 2 for s in asked)
+        assert [w.ratio for w in ways(Path(), 3, spans)] == pytest.approx([ratio] * 3)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "vila"])
+@pytest.mark.parametrize("media", ["image", "video"])
+def test_comparators_keep_as_many_tokens(name: str, media: str, tmp_path: Path) -> None:
+    """Of every span, line breaks and separators included."""
+    model = FAMILIES[name].build()
+    path = saved(model, tmp_path, queries=3)
+    inputs = FAMILIES[name].batch([[text(3), getattr(FAMILIES[name], media)(), text(4)]])
+    (spans,) = capture(model, inputs, layers=False).spans
+    counts = []
+    for way in ways(path, 3, spans[-1:]):
+        with tokencomp.patch(model, way.ratio, reducer=way.reducer, **way.options) as handle:
+            model(**inputs)
+            counts.append(len(handle.stats.kept(0)[0][-1]))
+    assert counts == [3 + len(spans[-1].special)] * 3
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +198,56 @@ def test_training_changes_the_projector_alone(trained: Path, tiny: Any) -> None:
     fresh = CCAMProjector(SMALL.sizes(tiny[0])).state_dict()
     after = CCAMProjector.load(trained).state_dict()
     assert all(not torch.equal(fresh[k], after[k]) for k in ("query", "k_proj.weight"))
+
+
+def test_bfloat16(tmp_path: Path, data: str) -> None:
+    """The projector is trained in fp32, on the features and gradients of the model's dtype."""
+    model, processor = tiny_model(tmp_path / "model")
+    model.bfloat16()
+    torch.manual_seed(SMALL.seed)
+    fresh = CCAMProjector(SMALL.sizes(model)).state_dict()
+    path = train_ccam(model, processor, data, tmp_path / "ccam", SMALL)
+    assert model.dtype == torch.bfloat16
+    after = CCAMProjector.load(path).state_dict()
+    assert all(not torch.equal(fresh[k], after[k]) for k in ("query", "k_proj.weight"))
+    assert len(json.loads(path.with_suffix(".json").read_text())["accuracy"]) == 4
+
+
+@pytest.mark.parametrize("queries", [9, 100])
+def test_media_of_no_more_tokens_than_queries(
+    queries: int, tiny: Any, data: str, tmp_path: Path
+) -> None:
+    """Pictures of nine tokens: refused before the first step, in both phases, not upsampled."""
+    model, processor = tiny
+    config = replace(SMALL, queries=queries)
+    with pytest.raises(OptionError, match=f"queries={queries}: .* has 9 visual tokens"):
+        train_ccam(model, processor, data, tmp_path, config)
+    assert not list(tmp_path.iterdir())
+    assert all(p.requires_grad for p in model.parameters())
+    (source,) = questions(data, "image", 1)
+    inputs, _ = load_batch([source], processor, 8)
+    module = CCAMProjector(config.sizes(model))
+    with pytest.raises(OptionError, match="has 9 visual tokens"):
+        align_loss(model, module, inputs)
+    with pytest.raises(OptionError, match="has 9 visual tokens"):
+        ways(tmp_path, queries, sample_spans(model, processor, [source], config))
+    with (
+        tokencomp.patch(model, reducer=Live(module=module)),
+        pytest.raises(OptionError, match="has 9 visual tokens"),
+    ):
+        model(**inputs)
+
+
+def test_a_run_on_other_data_is_not_resumed(tiny: Any, tmp_path: Path) -> None:
+    """Other answers under the same path; the model is as it was."""
+    config, out = replace(SMALL, evaluate=0), tmp_path / "out"
+    folder = write_data(tmp_path / "data", 40)
+    train_ccam(*tiny, str(folder), out, config)
+    lines = (folder / "questions.jsonl").read_text()
+    (folder / "questions.jsonl").write_text(lines.replace('"red"', '"blue"'))
+    with pytest.raises(OptionError, match="differs in content"):
+        train_ccam(*tiny, str(folder), out, config)
+    assert all(p.requires_grad for p in tiny[0].parameters())
 
 
 def test_a_killed_run_ends_with_the_same_weights(
@@ -141,7 +275,7 @@ def test_a_killed_run_ends_with_the_same_weights(
 
 def test_gradients_pass_the_patched_model(tiny: Any, data: str) -> None:
     """The loss through the frozen model pulls on every part of the projector."""
-    from tokencomp.training.data import answer_ids, append, load_batch, questions
+    from tokencomp.training.data import answer_ids, append
     from tokencomp.training.loop import answer_loss
 
     model, processor = tiny

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,34 @@ from typing import Any
 import torch
 from PIL import Image
 
+from tokencomp.adapters.base import adapter_for
+from tokencomp.training.selector import SelectorConfig
 from tokencomp.zoo.export import export
 from tokencomp.zoo.families import family
 from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
 
+SELECTOR = SelectorConfig(
+    samples=6, kind="image", batch=3, epochs=1, held_out=3, evaluate=2, max_new_tokens=2
+)
 
-def tiny(folder: Path, seed: int = 0) -> tuple[Any, Any]:
-    """Model and processor of the smallest zoo architecture with random weights."""
+
+def tiny(folder: Path, seed: int = 0, name: str = "tiny-qwen2-vl") -> tuple[Any, Any]:
+    """Model and processor of a zoo architecture, the smallest one, with random weights."""
     from tokencomp.evaluation.loading import load_model
 
-    made = family("tiny-qwen2-vl")
-    write_tokenizer(folder, made.chat_template)
+    made = family(name)
+    write_tokenizer(folder / "tokenizer", made.chat_template, made.special_tokens)
     torch.manual_seed(seed)
-    export(made.build(load_tokenizer(folder)), made, folder)
+    export(made.build(load_tokenizer(folder / "tokenizer")), made, folder)
     return load_model(str(folder), device="cpu")
+
+
+def broken(model: Any) -> Any:
+    """A copy of `model` whose first attention layer computes NaN."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        adapter_for(model).layers[0].self_attn.k_proj.weight.fill_(torch.nan)
+    return model
 
 
 def write_data(folder: Path, count: int = 8) -> Path:

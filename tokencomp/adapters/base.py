@@ -7,13 +7,16 @@ import pkgutil
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tokencomp.context import ATTENTION, FEATURES, QUERY, VisualSpan
 from tokencomp.errors import SpanError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from tokencomp.tower import TowerCall
 
 FEATURE_NAMES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 KINDS: dict[int, Literal["image", "video"]] = {1: "image", 2: "video"}
@@ -67,7 +70,11 @@ class Adapter:
         Earliest decoder layer before which tokens may leave (entry, layer 0, is always possible).
     signals
         What reducers may ask for beside the grid, see `Reducer.needs`; "attention" is the scores
-        of the layer before a stage (of layer 0 at entry), recomputed from its queries and keys.
+        of the layer before a stage (of layer 0 at entry), recomputed from its queries and keys;
+        "tower" is what the vision tower's attention knows (`tokencomp.tower`).
+    packer
+        Method of the body that lays out the tiles of images as tokens, where that needs more than
+        what the tower returns; None: none.
     """
 
     family: ClassVar[str] = ""
@@ -75,6 +82,7 @@ class Adapter:
     mrope: ClassVar[bool] = False
     first_layer_stage: ClassVar[int] = 1
     signals: ClassVar[tuple[str, ...]] = (FEATURES, QUERY, ATTENTION)
+    packer: ClassVar[str | None] = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -112,6 +120,30 @@ class Adapter:
     @property
     def text_config(self) -> Any:
         return self.decoder.config
+
+    @property
+    def tower(self) -> Any:
+        """The vision tower, for families with the signal "tower"."""
+        return self.body.vision_tower
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the first row of every picture in the tower is no patch."""
+        return False
+
+    def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
+        """Values of patches → values of the visual tokens they become, (tokens, d), in order.
+
+        Parameters
+        ----------
+        values
+            As the tower holds them, one row per patch, see `TowerCall.values`.
+        kind
+            "image" or "video".
+        call
+            What else is known of the tower's call.
+        """
+        raise SpanError(f"{type(self).__name__} does not say how patches become tokens.")
 
     def placeholder_ids(self) -> dict[int, int]:
         """Token id → kind (1 image, 2 video)."""

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from tokencomp.adapters.base import Call, register_adapter
 from tokencomp.adapters.tiles import TileAdapter
 from tokencomp.context import VisualSpan
 from tokencomp.errors import SpanError
+
+if TYPE_CHECKING:
+    from tokencomp.tower import TowerCall
 
 
 @register_adapter
@@ -27,6 +34,22 @@ class LlavaNextAdapter(TileAdapter):
 
     family = "LLaVA-NeXT"
     model_types = ("llava_next",)
+    packer = "pack_image_features"
+
+    def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
+        patches = self.tile_patches(values)
+        if kind == "video":
+            return self._pooled(patches).flatten(0, 1)
+        if call.packing is None:
+            return patches.flatten(0, 1)
+        tiles, args, kwargs = call.packing
+        pack = type(self.body).pack_image_features
+        packed = pack(self.body, patches.split(tiles), *args, image_newline=None, **kwargs)[0]
+        return packed if isinstance(packed, Tensor) else torch.cat(list(packed))
+
+    def _pooled(self, patches: Tensor) -> Tensor:
+        """Frames (n, patches, d) → (n, tokens, d)."""
+        return patches
 
     def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
         spans: list[VisualSpan] = []
@@ -77,6 +100,9 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     family = "LLaVA-NeXT-Video"
     model_types = ("llava_next_video",)
 
+    def _pooled(self, patches: Tensor) -> Tensor:
+        return self.body.vision_resampler(patches)
+
     def _video(self, start: int, stop: int, row: int, call: Call) -> list[VisualSpan]:
         side = self.tile_side // self.model.config.spatial_pool_stride
         length = _video_length(call, side * side)
@@ -104,6 +130,9 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
 
     family = "LLaVA-OneVision"
     model_types = ("llava_onevision",)
+
+    def _pooled(self, patches: Tensor) -> Tensor:
+        return self.body.apply_pooling(patches)
 
     def _video(self, start: int, stop: int, row: int, call: Call) -> list[VisualSpan]:
         side = math.ceil(self.tile_side / 2)

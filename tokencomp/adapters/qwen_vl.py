@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokencomp import _compat
 from tokencomp.adapters.base import Adapter, Call, register_adapter
 from tokencomp.context import VisualSpan
 from tokencomp.errors import SpanError
+
+if TYPE_CHECKING:
+    from tokencomp.tower import TowerCall
 
 
 @register_adapter
@@ -20,12 +23,21 @@ class Qwen2VLAdapter(Adapter):
     family = "Qwen2-VL"
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     mrope = True
+    signals = (*Adapter.signals, "tower")
     _video_checked = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Adapter:
         _compat.check_rope_index(model, "image")
         return cls(model)
+
+    @property
+    def tower(self) -> Any:
+        return self.body.visual
+
+    def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
+        unit = self.model.config.vision_config.spatial_merge_size**2
+        return values[0].unflatten(0, (-1, unit)).mean(1)
 
     def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
         if call.positions is None:
@@ -67,3 +79,7 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
 
     family = "Qwen2.5-VL"
     model_types = ("qwen2_5_vl",)
+
+    def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
+        order = _compat.window_order(self.tower, call.grids).to(values.device)
+        return super().tower_tokens(values, kind, call)[order.argsort()]

@@ -20,5 +20,9 @@ class SmolVLMAdapter(TileAdapter):
         return self.body.text_model
 
     @property
+    def tower(self) -> Any:
+        return self.body.vision_model
+
+    @property
     def tile_side(self) -> int:
         return shrunk(self.patches_per_side, 1 / self.model.config.scale_factor)

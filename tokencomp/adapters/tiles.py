@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from tokencomp.adapters.base import Adapter, Call
 from tokencomp.context import VisualSpan
 from tokencomp.errors import SpanError
+
+if TYPE_CHECKING:
+    from tokencomp.tower import TowerCall
 
 
 class TileAdapter(Adapter):
@@ -14,6 +20,23 @@ class TileAdapter(Adapter):
 
     Subclasses say how many tokens a tile has on each side.
     """
+
+    signals = (*Adapter.signals, "tower")
+
+    @property
+    def class_token(self) -> bool:
+        return getattr(self.model.config, "vision_feature_select_strategy", "full") == "default"
+
+    def tile_patches(self, values: Tensor) -> Tensor:
+        """(tiles, rows of the tower, d) → (tiles, patches, d)."""
+        return values[:, 1:] if self.class_token else values
+
+    def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
+        from tokencomp.tower import block_means
+
+        patches, side = self.tile_patches(values), self.patches_per_side
+        grid = patches.unflatten(1, (side, side))
+        return block_means(grid, side // self.tile_side).flatten(0, 2)
 
     @property
     def tile_side(self) -> int:

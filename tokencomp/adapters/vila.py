@@ -17,6 +17,8 @@ from tokencomp.errors import SpanError
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
+    from tokencomp.tower import TowerCall
+
 
 @register_adapter
 class VilaAdapter(Adapter):
@@ -28,6 +30,7 @@ class VilaAdapter(Adapter):
 
     family = "VILA"
     model_types = ("llava_llama", "vila")
+    signals = (*Adapter.signals, "tower")
 
     @classmethod
     def of(cls, model: nn.Module) -> Adapter:
@@ -40,6 +43,17 @@ class VilaAdapter(Adapter):
     @property
     def decoder(self) -> Any:
         return self.model.llm.model
+
+    def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
+        from tokencomp.tower import block_means
+
+        projector, side = self.model.mm_projector, round(values.shape[1] ** 0.5)
+        grid = block_means(values.unflatten(1, (side, side)), projector.factor)
+        if projector.order == "columns":
+            grid = grid.transpose(1, 2)
+        t, h, w = self._pool if kind == "video" else (1, 1, 1)
+        pooled = grid.unflatten(2, (-1, w)).unflatten(1, (-1, h)).unflatten(0, (-1, t))
+        return pooled.mean(dim=(1, 3, 5)).flatten(0, 2)
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
         frames = call.inputs.get("video_frames")

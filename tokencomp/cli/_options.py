@@ -33,6 +33,18 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Reducer option; may be given again."),
 ]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan", help="JSON file of stages made by hand, instead of --reducer, --ratio and --set."
+    ),
+]
+Proportional = Annotated[
+    bool,
+    typer.Option(
+        "--proportional-attention", help="A merged token weighs as much as what it stands for."
+    ),
+]
 Frames = Annotated[int, typer.Option("--frames", min=1, help="Frames read from a video.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows per batch.")]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda", "cuda:1", ...')]
@@ -100,18 +112,6 @@ def reducer_options(pairs: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
-def check_reducers(given: Sequence[str]) -> None:
-    """Raise `UnknownNameError` before a model is loaded for nothing."""
-    from tokencomp.errors import unknown_name
-    from tokencomp.evaluation.settings import INPUT_BASELINES
-    from tokencomp.reducers.base import available_reducers
-
-    known = {"auto", *INPUT_BASELINES, *available_reducers()}
-    for name in given:
-        if name not in known:
-            raise unknown_name("reducer", name, known)
-
-
 def refuse_given(context: typer.Context, options: Sequence[str], where: str, fix: str) -> None:
     """Raise `OptionError` for options on the command line that would do nothing here.
 
@@ -122,8 +122,9 @@ def refuse_given(context: typer.Context, options: Sequence[str], where: str, fix
     where, fix : str
         What makes them useless, e.g. "--engine vllm"; what to do instead.
     """
+    flags = {str(p.name): p.opts[0] for p in context.command.params}
     given = [
-        "--" + name.replace("_", "-")
+        flags[name]
         for name in options
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     ]
@@ -156,22 +157,6 @@ def load_files(
         media = load_media(path, frames)
         loaded.append(media if isinstance(media, list) else [media])
     return loaded
-
-
-def reducers(text: str) -> list[str]:
-    """ "auto,aim" → ["condiv", "aim"]: known names, "auto" as the reducer it stands for."""
-    from tokencomp.patching import DEFAULT_REDUCER
-
-    chosen = names(text)
-    check_reducers(chosen)
-    return list(dict.fromkeys(DEFAULT_REDUCER if name == "auto" else name for name in chosen))
-
-
-def settings(reducer: str, ratio: str, options: Sequence[str] | None) -> list[Any]:
-    """What --reducer, --ratio and --set mean: the full model, then each reducer at each ratio."""
-    from tokencomp.evaluation.settings import grid
-
-    return grid(reducers(reducer), ratios(ratio), **reducer_options(options))
 
 
 def shown_name(model: str) -> str:

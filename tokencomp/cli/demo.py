@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
+from tokencomp.cli._methods import method
 
 DEFAULT_QUESTION = "Describe what you see."
 
@@ -21,6 +22,8 @@ def command(
     reducer: opt.Reducers = "random,uniform,downscale,merge,prune,aim,auto",
     ratio: opt.Ratios = "0,0.5,0.75,0.9",
     options: opt.Set = None,
+    plan: opt.PlanFile = None,
+    proportional: opt.Proportional = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML report.")] = Path(
         "tokencomp-demo.html"
     ),
@@ -37,7 +40,7 @@ def command(
     Without files: the embedded model, held-out ShapesQA questions and the packaged samples. With
     --image or --video: any supported model on your files.
     """
-    settings = opt.settings(reducer, ratio, options)
+    settings_of = method(context, reducer, ratio, options, plan, proportional)
     if image or video:
         opt.refuse_given(context, ("items", "results"), "--image or --video", "leave them out")
     else:
@@ -55,7 +58,7 @@ def command(
     say = lambda text: console.print(f"[dim]{text} …[/]")  # noqa: E731
     _needs_files(model, media)
     loaded, processor = load_model(model, device=device, dtype=dtype)
-    called = opt.shown_name(model)
+    settings, called = settings_of(loaded), opt.shown_name(model)
     if media:
         label = ", ".join(p.name for p in [*(image or ()), *(video or ())])
         shown = work.demo_files(loaded, processor, called, settings, media, label, question, say)

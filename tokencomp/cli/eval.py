@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
+from tokencomp.cli._methods import method
 
 BASELINES = ("random", "downscale")
 TASKS = "mlvu_dev,mvbench"
@@ -17,6 +18,7 @@ COLUMNS = 6
 
 
 def command(
+    context: typer.Context,
     model: opt.Model = "tiny-qwen2-vl",
     tasks: Annotated[
         str | None,
@@ -30,6 +32,8 @@ def command(
     reducer: opt.Reducers = "auto",
     ratio: opt.Ratios = "0.5,0.75,0.9",
     options: opt.Set = None,
+    plan: opt.PlanFile = None,
+    proportional: opt.Proportional = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Items per task.")] = None,
     data: Annotated[
         str | None,
@@ -52,9 +56,7 @@ def command(
     Several processes share the items: `accelerate launch -m tokencomp.cli eval …` on GPUs,
     `torchrun --nproc-per-node N -m tokencomp.cli eval …` anywhere.
     """
-    settings = opt.settings(reducer, ratio, options)
-    if baselines:
-        settings = _with_baselines(settings)
+    settings_of = method(context, reducer, ratio, options, plan, proportional)
     from rich.console import Console
 
     from tokencomp.evaluation.bench_data import PER_TASK, SHAPESQA, local_data
@@ -68,7 +70,9 @@ def command(
         from tokencomp.evaluation.loading import load_model
 
         loaded = load_model(model, device=device, dtype=dtype)
-        told = {}
+        settings, told = settings_of(loaded[0]), {}
+        if baselines:
+            settings = _with_baselines(settings)
         for k, setting in enumerate(settings):
             console.print(f"[dim]{k + 1}/{len(settings)}[/] {setting.label}")
             told[setting] = run_setting(

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
+from tokencomp.cli._methods import method
 
 
 def command(
+    context: typer.Context,
     model: opt.Model = "tiny-qwen2-vl",
     image: opt.Images = None,
     video: opt.Videos = None,
@@ -18,6 +20,8 @@ def command(
     reducer: opt.Reducers = "auto",
     ratio: opt.Ratios = "0.75",
     options: opt.Set = None,
+    plan: opt.PlanFile = None,
+    proportional: opt.Proportional = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="HTML page; a .png or .jpg name gives a picture.")
     ] = Path("tokencomp-inspect.html"),
@@ -32,7 +36,7 @@ def command(
     """
     from tokencomp.errors import OptionError
 
-    settings = opt.settings(reducer, ratio, options)
+    settings_of = method(context, reducer, ratio, options, plan, proportional)
     opt.check_output(output)
     media = opt.load_files(image, video, frames)
     if not media:
@@ -45,6 +49,7 @@ def command(
     from tokencomp.evaluation.showcase import ask
 
     loaded, processor = load_model(model, device=device, dtype=dtype)
+    settings = settings_of(loaded)
     answers = ask(loaded, processor, media, question, settings, max_new_tokens)
     console = Console()
     for a in answers:

@@ -42,8 +42,9 @@ def reducers() -> list[dict[str, Any]]:
     from tokencomp.evaluation.settings import INPUT_BASELINES
     from tokencomp.patching import DEFAULT_REDUCER
     from tokencomp.reducers.base import available_reducers
+    from tokencomp.serving.spec import servable
 
-    rows = []
+    rows, served = [], servable()
     for name, cls in available_reducers().items():
         options = {f.name: _default(f) for f in dataclasses.fields(cls)}
         rows.append(
@@ -52,6 +53,7 @@ def reducers() -> list[dict[str, Any]]:
                 "summary": cls.summary,
                 "stage": _stage(cls),
                 "serving_safe": cls.serving_safe,
+                "serving_safe_with": served.get(name, ""),
                 "default": name == DEFAULT_REDUCER,
                 "options": options,
             }
@@ -63,6 +65,7 @@ def reducers() -> list[dict[str, Any]]:
                 "summary": summary,
                 "stage": "input",
                 "serving_safe": False,
+                "serving_safe_with": "",
                 "default": False,
                 "options": {},
             }
@@ -147,11 +150,12 @@ def _print_reducers(console: Any, rows: list[dict[str, Any]]) -> None:
 
     table = Table(title="Reducers", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("name", "stage", "vLLM", "what it does, and its options"):
-        table.add_column(name, overflow="fold", no_wrap=name in ("name", "stage"))
+        width = 14 if name == "vLLM" else None
+        table.add_column(name, overflow="fold", no_wrap=name in ("name", "stage"), max_width=width)
     for row in rows:
         name = f"[bold]{row['name']}[/]" + (" (auto)" if row["default"] else "")
         options = ", ".join(f"{k}={_short(v)}" for k, v in row["options"].items())
-        safe = "yes" if row["serving_safe"] else "–"
+        safe = "yes" if row["serving_safe"] else row["serving_safe_with"] or "–"
         about = escape(row["summary"]) + (f"\n[dim]{escape(options)}[/]" if options else "")
         table.add_row(name, row["stage"], safe, about)
     console.print(table)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
+from tokencomp.cli._methods import Settings, method
 
 FILES = ("model", "image", "video", "question", "frames")
 SHAPE = ("tokens", "layers", "vision_layers")
@@ -37,6 +38,8 @@ def command(
     reducer: opt.Reducers = "auto",
     ratio: opt.Ratios = "0.5,0.75,0.9",
     options: opt.Set = None,
+    plan: opt.PlanFile = None,
+    proportional: opt.Proportional = False,
     frames: opt.Frames = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds after a warm-up.")] = 5,
     device: opt.Device = "auto",
@@ -49,23 +52,24 @@ def command(
     Full model and every reducer × ratio alternate in one process; medians. With peak memory, KV
     bytes, FLOPs, and the fraction reached of the speed-up that FLOPs allow.
     """
-    settings = opt.settings(reducer, ratio, options)
+    settings_of = method(context, reducer, ratio, options, plan, proportional)
     if config is not None:
         opt.refuse_given(context, FILES, "--config", "a shape has random weights and no files")
+        _refuse_baselines(opt.names(reducer))
     else:
         opt.refuse_given(context, SHAPE, "--model", "they describe a --config")
     opt.check_output(output)
     media = opt.load_files(image, video, frames)
     if config is not None:
-        loaded, variants = _shape(config, tokens, layers, vision_layers, dtype, device, settings)
+        loaded, variants = _shape(config, tokens, layers, vision_layers, dtype, device, settings_of)
         name = f"{config} (random weights)"
     else:
-        loaded, variants = _real(model, media, question, dtype, device, settings)
+        loaded, variants = _real(model, media, question, dtype, device, settings_of)
         name = opt.shown_name(model)
     from tokencomp.evaluation.environment import environment
     from tokencomp.profiling.profiler import profile
 
-    full = variants[settings[0]][1]
+    full = next(iter(variants.values()))[1]
     costs = {s: _cost(loaded, s, inputs, full) for s, (_, inputs, _) in variants.items()}
     found = profile(loaded, variants, costs, rounds=rounds)
     report = {"model": name, **environment(), "rows": _rows(found)}
@@ -78,7 +82,7 @@ def command(
 
 
 def _real(
-    model: str, media: list[Any], question: str, dtype: str, device: str, settings: list[Any]
+    model: str, media: list[Any], question: str, dtype: str, device: str, settings_of: Settings
 ) -> tuple[Any, dict[Any, Any]]:
     """Inputs of the processor, and how long it took (median of three)."""
     import functools
@@ -98,7 +102,7 @@ def _real(
         )
     loaded, processor = load_model(model, device=device, dtype=dtype)
     maker, variants = PromptMaker(loaded, processor, [media], [question]), {}
-    for setting in settings:
+    for setting in settings_of(loaded):
         given, times = maker.media_for(setting), []
         for _ in range(3):
             start = time.perf_counter()
@@ -116,21 +120,14 @@ def _shape(
     vision_layers: int | None,
     dtype: str,
     device: str,
-    settings: list[Any],
+    settings_of: Settings,
 ) -> tuple[Any, dict[Any, Any]]:
     import functools
 
-    from tokencomp.errors import OptionError
     from tokencomp.evaluation.loading import pick_device, pick_dtype
     from tokencomp.evaluation.runner import patched
     from tokencomp.profiling.shapes import accepted, build
 
-    baselines = [s.reducer for s in settings if s.input_baseline]
-    if baselines:
-        raise OptionError(
-            f"{', '.join(baselines)} shrink media before the processor, and --config has neither. "
-            "Use --model with --image or --video."
-        )
     where = pick_device(device)
     model, inputs = build(
         config,
@@ -141,7 +138,20 @@ def _shape(
         device=where,
     )
     inputs = accepted(model, inputs)
+    settings = settings_of(model)
     return model, {s: (functools.partial(patched, model, s), inputs, None) for s in settings}
+
+
+def _refuse_baselines(reducers: list[str]) -> None:
+    from tokencomp.errors import OptionError
+    from tokencomp.evaluation.settings import INPUT_BASELINES
+
+    baselines = [name for name in reducers if name in INPUT_BASELINES]
+    if baselines:
+        raise OptionError(
+            f"{', '.join(baselines)} shrink media before the processor, and --config has neither. "
+            "Use --model with --image or --video."
+        )
 
 
 def _cost(model: Any, setting: Any, inputs: dict[str, Any], full: dict[str, Any]) -> Any:

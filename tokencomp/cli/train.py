@@ -66,6 +66,9 @@ def selector(
     answers: Annotated[
         str, typer.Option("--answers", help="Explain 'generated' or 'given' answers.")
     ] = "generated",
+    target: Annotated[
+        str | None, typer.Option("--target", help="Explain the 'logit' or 'logprob' of answers.")
+    ] = None,
     held_out: Annotated[
         int, typer.Option("--held-out", min=1, help="Held-out questions that are explained.")
     ] = 500,
@@ -73,12 +76,10 @@ def selector(
     """Explain answers, train the selector on it, evaluate, save (arXiv 2506.01097)."""
     from tokencomp.training.selector import SelectorConfig, train_selector
 
-    config = SelectorConfig(
-        epochs=epochs,
-        answers=answers,
-        held_out=held_out,
-        **shared.config(),
-    )
+    chosen: dict[str, Any] = {"answers": answers}
+    if target is not None:
+        chosen["target"] = target
+    config = SelectorConfig(epochs=epochs, held_out=held_out, **chosen, **shared.config())
     path = train_selector(*shared.load(model), shared.data, output, config)
     _report(path.with_suffix(".json"), f"reducer='selector', weights='{output}'")
 
@@ -128,6 +129,10 @@ def ccam(
     output: Output,
     shared: Shared,
     queries: Annotated[int, typer.Option("--queries", min=1, help="Tokens per media.")] = 32,
+    width: Annotated[int, typer.Option("--width", min=0, help="Inside; 0: the model's.")] = 0,
+    heads: Annotated[int, typer.Option("--heads", min=0, help="Of attention; 0: model's.")] = 0,
+    mlp: Annotated[int, typer.Option("--mlp", min=0, help="Of the MLP; 0: twice the width.")] = 0,
+    spatial: Annotated[bool, typer.Option(help="Keys know their place in the frame.")] = True,
     causal: Annotated[bool, typer.Option(help="Queries see frames up to their own time.")] = True,
     align: Annotated[
         int, typer.Option("--align", min=0, help="First steps that only imitate pooled frames.")
@@ -140,6 +145,10 @@ def ccam(
 
     config = CcamConfig(
         queries=queries,
+        width=width,
+        heads=heads,
+        mlp=mlp,
+        spatial=spatial,
         causal=causal,
         align=align,
         steps=steps,

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
+from tokencomp.cli._methods import reducers
 
-VIDEO_FAMILIES = "needle,order,direction,action_count"
+VIDEO_FAMILIES = "needle,video_existence"  # on the others the embedded models guess
 
 
 def command(
@@ -49,7 +50,7 @@ def command(
     grid: dict[str, Any] = {
         "frames": [int(n) for n in _numbers("frames", frames, whole=True)],
         "scales": _numbers("scale", scale),
-        "reducers": opt.reducers(reducer),
+        "reducers": reducers(reducer),
         "ratios": opt.ratios(ratio),
         "tokens": tokens,
     }

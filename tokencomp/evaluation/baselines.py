@@ -14,14 +14,18 @@ from tokencomp.media import frame_indices
 from tokencomp.plan import count
 
 STRETCH = (1.0, 1.1, 1 / 1.1, 1.22, 1 / 1.22)
-STEPS = 12
+STEPS = 10
 
 
 class EqualTokens:
     """Shrinks media until the processor makes about `1 - ratio` of their tokens.
 
     Which size gives how many tokens is asked of the processor itself (it rounds to patches, tiles
-    and frame pairs), once per media size. Ties go to fewer tokens.
+    and frame pairs), once per media size. Ties go to fewer tokens, then to the larger picture: of
+    all sizes that give as many tokens the full model gets the one that shows most. Where the
+    processor gives more tokens than wanted to every size, that is the largest size of its fewest
+    tokens, and where it gives all sizes as many, the media as they are: no baseline at that ratio,
+    which the achieved ratio of a run tells.
 
     Parameters
     ----------
@@ -62,30 +66,47 @@ class EqualTokens:
         target = count(self.tokens(media), 1.0 - ratio)
         frames = [_Frames(n) for n in range(1, len(media) + 1)] if is_video else []
         if is_video and self.prefer == "fewer_frames":
-            return self._nearest(media, frames, target)
-        best = self._nearest(media, self._sizes(media, size, target), target)
-        if self.tokens(best(media)) < self.tokens(media):
-            return best
-        return self._nearest(media, frames, target) if is_video else _unchanged
+            return self._nearest(media, frames, target)[-1]
+        smaller = self._smaller(media, size, target)
+        if smaller is None:
+            return self._nearest(media, frames, target)[-1] if is_video else _unchanged
+        return smaller
 
-    def _sizes(self, media: Any, size: tuple[int, int], target: int) -> list[_Resize]:
-        """Sizes around the one whose token count crosses the target (bisection)."""
-        low, high = 0.02, 1.0
-        for _ in range(STEPS):
-            middle = (low * high) ** 0.5
-            if self.tokens(_Resize.scaled(size, middle)(media)) > target:
-                high = middle
-            else:
-                low = middle
-        scales = [s * step for s in (low, high) for step in (1.0, 1.06)]
-        return [_Resize.scaled(size, min(s, 1.0), a) for s in scales for a in STRETCH]
+    def _smaller(self, media: Any, size: tuple[int, int], target: int) -> _Resize | None:
+        """The size whose tokens come nearest to the target, and of such sizes the largest."""
+        full, many = self.tokens(media), len(media) if isinstance(media, list) else 1
+        # a picture of fewer pixels than tokens says nothing: the processor only blows it up
+        least = min(1.0, (full / (size[0] * size[1] * many)) ** 0.5)
+        fewest = self.tokens(_Resize(size, least)(media))
+        crossing = self._largest(media, _Resize(size, least), max(target, fewest)).scale
+        tried = [_Resize(size, s, a) for s in (least, crossing, crossing * 1.06) for a in STRETCH]
+        best = self._nearest(media, tried, target)
+        tokens = self.tokens(best[0](media))
+        if tokens >= full:
+            return None
+        ways = {found.stretch: found for found in best}.values()  # of each the largest
+        return max((self._largest(media, w, tokens) for w in ways), key=lambda w: w.scale)
 
-    def _nearest(self, media: Any, candidates: Sequence[Any], target: int) -> Any:
+    def _nearest(self, media: Any, candidates: Sequence[Any], target: int) -> list[Any]:
+        """Those that come nearest to the target (below it, of two as near), in their order."""
+
         def distance(candidate: Any) -> tuple[int, int]:
             n = self.tokens(candidate(media))
             return abs(n - target), n
 
-        return min(candidates, key=distance)
+        best = min(map(distance, candidates))
+        return [c for c in candidates if distance(c) == best]
+
+    def _largest(self, media: Any, small: _Resize, limit: int) -> _Resize:
+        """`small` at the largest scale that gives at most `limit` tokens, by bisection."""
+        low, high = small.scale, 1.0
+        for _ in range(STEPS):
+            middle = (low * high) ** 0.5
+            if self.tokens(small.at(middle)(media)) > limit:
+                high = middle
+            else:
+                low = middle
+        return small.at(low)
 
 
 def _unchanged(media: Any) -> Any:
@@ -94,12 +115,15 @@ def _unchanged(media: Any) -> Any:
 
 
 class _Resize:
-    def __init__(self, width: int, height: int) -> None:
-        self.size = (max(width, 1), max(height, 1))
+    """A scale of the sides, and how much wider than high the picture becomes with it."""
 
-    @classmethod
-    def scaled(cls, size: tuple[int, int], scale: float, stretch: float = 1.0) -> _Resize:
-        return cls(round(size[0] * scale * stretch), round(size[1] * scale / stretch))
+    def __init__(self, original: tuple[int, int], scale: float, stretch: float = 1.0) -> None:
+        self.original, self.scale, self.stretch = original, scale, stretch
+        width, height = original[0] * scale * stretch, original[1] * scale / stretch
+        self.size = (max(round(width), 1), max(round(height), 1))
+
+    def at(self, scale: float) -> _Resize:
+        return _Resize(self.original, scale, self.stretch)
 
     def __call__(self, media: Any) -> Any:
         if isinstance(media, list):

@@ -75,15 +75,20 @@ def retention(
     compressed, full
         Scores per item, in the same order; 0 or 1, or anything non-negative.
     level
-        Coverage of the interval.
+        Coverage of the interval, between 0 and 1.
     resamples, seed
-        Bootstrap draws, and the seed of their generator.
+        Bootstrap draws, at least one, and the seed of their generator.
 
     Raises
     ------
     OptionError
-        Different lengths, no items, or scores that are not finite.
+        Different lengths, no items, scores that are not finite, or a level or number of draws
+        out of range.
     """
+    if not 0 < level < 1:
+        raise OptionError(f"level={level}: expected a share between 0 and 1, e.g. 0.95.")
+    if resamples < 1:
+        raise OptionError(f"resamples={resamples}: expected at least one draw, e.g. {RESAMPLES}.")
     a, b = _paired(compressed, full)
     rng, n = np.random.default_rng(seed), a.size
     ratios = np.empty(resamples)

@@ -39,6 +39,8 @@ def lines(
 ) -> str:
     """One line per series, baselines dashed and grey; returns an `<svg>` element.
 
+    The same points give the same text.
+
     Parameters
     ----------
     series
@@ -54,6 +56,7 @@ def lines(
     diagonal
         Draw y = x, the limit of arithmetic.
     """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -98,8 +101,10 @@ def lines(
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    if series:
+        axes.legend(frameon=False, fontsize=9)
     buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "tokencomp"}):  # else ids of clip paths are random
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]

@@ -82,10 +82,14 @@ def _drop_partial_line(file: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A manifest. Raises `OptionError` if it cannot be read or is no JSON object."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise OptionError(f"{path}: not a readable manifest ({error}).") from error
+    if not isinstance(found, dict):
+        raise OptionError(f"{path}: not a manifest, which is a JSON object.")
+    return found
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -93,15 +97,29 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
     Of an item's records the first without an error counts, else the last. A half-written last
     line is left out.
+
+    Raises
+    ------
+    OptionError
+        A file is no text, or a record is no object with an id.
     """
     found: dict[str, dict[str, Any]] = {}
     for file in sorted(Path(path).glob("records*.jsonl")):
-        for line in file.read_text().splitlines():
+        for number, line in enumerate(_lines(file), 1):
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
+            if not isinstance(record, dict) or "id" not in record:
+                raise OptionError(f"{file}, line {number}: not a record, which has an id.")
             known = found.get(record["id"])
             if known is None or known.get("error"):
                 found[record["id"]] = record
     return list(found.values())
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{file}: not a readable records file ({error}).") from error

@@ -26,6 +26,27 @@ class Stored:
     manifest: dict[str, Any]
     records: list[dict[str, Any]]
 
+    @classmethod
+    def read(cls, path: Path) -> Stored:
+        """A run folder. Raises `OptionError` if it is damaged or holds fewer items than it says."""
+        run = cls(path, read_json(path / MANIFEST), read_records(path))
+        identity, summary = run.manifest.get("identity"), run.manifest.get("summary", {})
+        if not isinstance(identity, dict) or not {*SETTING} <= identity.keys():
+            raise OptionError(
+                f"{path / MANIFEST} does not say of which {', '.join(SETTING)} the run is. Give "
+                "folders that `tokencomp eval` wrote."
+            )
+        said = summary.get("items", 0) + summary.get("failed", 0)
+        if len(run.records) < said:
+            raise OptionError(
+                f"{path} has records of {len(run.records)} items, and its manifest says {said}. "
+                "Copy all of its files, or remove the folder and run the command again."
+            )
+        broken = [r["id"] for r in run.answered if not {"family", "correct"} <= r.keys()]
+        if broken:
+            raise OptionError(f"{path}: the record of {broken[0]!r} lacks family or correct.")
+        return run
+
     @property
     def identity(self) -> dict[str, Any]:
         return self.manifest["identity"]
@@ -68,13 +89,13 @@ def find_runs(paths: Sequence[Path]) -> list[Stored]:
     Raises
     ------
     OptionError
-        No run, a run that is not finished, or runs of different things.
+        No run, a run that is damaged or not finished, or runs of different things.
     """
     folders: dict[Path, None] = {}
     for path in paths:
         below = [path] if (path / MANIFEST).exists() else sorted(path.glob(f"*/{MANIFEST}"))
         folders.update(dict.fromkeys(p if p.is_dir() else p.parent for p in below))
-    runs = [Stored(p, read_json(p / MANIFEST), read_records(p)) for p in folders]
+    runs = [Stored.read(p) for p in folders]
     if not runs:
         given = ", ".join(map(str, paths))
         raise OptionError(
@@ -183,7 +204,11 @@ def write(table: Sequence[Line], path: Path) -> Path:
         plots=_plots(table),
         pictures=_pictures(table),
         facts=first.manifest,
-        identity={k: v for k, v in first.identity.items() if k not in SETTING},
+        identity={
+            k: json.dumps(v) if isinstance(v, dict) else v
+            for k, v in first.identity.items()
+            if k not in SETTING
+        },
         versions=_different_versions([line.run for line in table]),
         failed=_failed(table),
     )

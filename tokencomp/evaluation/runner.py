@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from tokencomp.profiling.flops import DecoderShape
 
 Loaded = tuple[Example, list[Any]]
 KEPT = "kept.jpg"
+SAMPLES = 64  # of every parameter, in the hash of the weights
 TOO_LARGE = "out of GPU memory with this item alone; give fewer frames or smaller media"
 
 
@@ -162,24 +164,27 @@ class _Sweep:
             if s.input_baseline
         }
         self.folders: dict[Setting, RunFolder] = {}
+        self.identities = self._identities(name)
         if out_dir is not None:
             where = out_dir if isinstance(out_dir, dict) else {}
             for s in self.runs:
                 path = where.get(s) or Path(str(out_dir)) / s.label
-                self.folders[s] = RunFolder(path, self._identity(s, name), self.rank)
+                self.folders[s] = RunFolder(path, self.identities[s], self.rank)
 
-    def _identity(self, setting: Setting, name: str) -> dict[str, Any]:
+    def _identities(self, name: str) -> dict[Setting, dict[str, Any]]:
+        """What the answers of a setting depend on."""
         base = unwrap(self.model)
-        return {
+        shared = {
             "model": name or _public_name(base),
             "model_type": base.config.model_type,
             "parameters": sum(p.numel() for p in base.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "reducer": setting.reducer,
-            "ratio": setting.ratio,
-            "options": setting.options,
+            "weights": _weights(self.model),
+            "pixels": _pixels(self.processor),
             **self.how,
         }
+        fields = ("reducer", "ratio", "options")
+        return {s: {**shared, **{k: getattr(s, k) for k in fields}} for s in self.runs}
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -328,10 +333,10 @@ class _Sweep:
         shared = {**environment(), "attention": _attention(self.model), "processes": self.world}
         for setting, run in self.runs.items():
             run.manifest = {
+                "identity": self.identities[setting],
                 **shared,
                 "batch_size": self.batch_size,
                 "batch_halved_by_oom": self.halved,
-                "pixels": _pixels(self.processor),
                 "finished": finished,
             }
             if finished:
@@ -347,9 +352,7 @@ def patched(model: Any, setting: Setting) -> Iterator[Any]:
     if not setting.compresses:
         yield None
         return
-    with tokencomp.patch(
-        model, setting.ratio, reducer=setting.reducer, **setting.options
-    ) as handle:
+    with tokencomp.patch(model, **setting.request) as handle:
         yield handle
 
 
@@ -372,6 +375,20 @@ def _public_name(model: Any) -> str:
     """The hub id, or the last part of a local path."""
     given = str(getattr(model, "name_or_path", "") or type(model).__name__)
     return Path(given).name if Path(given).exists() else given
+
+
+def _weights(model: torch.nn.Module) -> str:
+    """Hash of samples of every parameter: training changes it, device and code do not.
+
+    Parameters that an offloading hook keeps away until they are used are left out.
+    """
+    found = hashlib.sha256()
+    for name, value in model.named_parameters():
+        if not value.is_meta:
+            flat = value.detach().flatten()
+            some = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu()
+            found.update(name.encode() + some.numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _attention(model: Any) -> str:

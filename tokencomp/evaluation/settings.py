@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.plan import check_ratio
+from tokencomp.plan import Plan, check_ratio
 
 FULL = "full"
+PLAN = "plan"
+PROPORTIONAL = "proportional_attention"
 DOWNSCALE = "downscale"
 FEWER_FRAMES = "fewer_frames"
 INPUT_BASELINES = {
@@ -26,12 +28,13 @@ class Setting:
     Attributes
     ----------
     reducer
-        A registered reducer, "full" (no compression), or an input baseline: "downscale",
-        "fewer_frames".
+        A registered reducer, two of them ("merge+prune"), "full" (no compression), "plan" (stages
+        made by hand, see `planned`), or an input baseline: "downscale", "fewer_frames".
     ratio
         In [0, 1); every method at 0 is the full model.
     options
-        Options of the reducer.
+        Options of the reducer; of "plan", `plan` in its JSON form. Both take
+        `proportional_attention` (see `tokencomp.patch`).
     """
 
     reducer: str = FULL
@@ -39,8 +42,6 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from tokencomp.reducers.base import make_reducer
-
         object.__setattr__(self, "ratio", check_ratio(self.ratio))
         if self.reducer == FULL and (self.ratio or self.options):
             raise OptionError(
@@ -50,10 +51,33 @@ class Setting:
         if self.input_baseline and self.options:
             raise OptionError(f"{self.reducer!r} has no options; got {self.options}.")
         if self.reducer not in (FULL, "auto", *INPUT_BASELINES):
-            make_reducer(self.reducer, **self.options)
+            self._check_options()
         if self.ratio == 0:
             object.__setattr__(self, "reducer", FULL)
             object.__setattr__(self, "options", {})
+
+    def _check_options(self) -> None:
+        """Raise what `tokencomp.patch` would, before a model is loaded."""
+        from tokencomp.proportional import check_merges
+        from tokencomp.reducers.base import make_reducer
+        from tokencomp.reducers.compose import plan_from_json
+
+        options = dict(self.options)
+        proportional = options.pop(PROPORTIONAL, False)
+        if self.reducer == PLAN:
+            plan, made = plan_from_json(options.pop("plan", None)), None
+            if options:
+                raise OptionError(f"a plan has its options in its stages; got {options} beside it.")
+        else:
+            plan, made = Plan(), make_reducer(self.reducer, **options)
+        if proportional:
+            check_merges(plan, made)
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What `tokencomp.patch` is asked for."""
+        named = {} if self.reducer == PLAN else {"ratio": self.ratio, "reducer": self.reducer}
+        return {**named, **self.options}
 
     @property
     def input_baseline(self) -> bool:
@@ -70,7 +94,7 @@ class Setting:
         """Folder and row name, e.g. "aim-0.75" or "prune-0.9-schedule=fastv"."""
         if self.ratio == 0:
             return FULL
-        extra = [f"{k}={v}" for k, v in sorted(self.options.items())]
+        extra = [f"{k}={v}" for k, v in sorted(self.options.items()) if k != "plan"]
         return "-".join([self.reducer, f"{self.ratio:g}", *extra]).replace("/", "_")
 
     def key(self) -> str:
@@ -80,7 +104,24 @@ class Setting:
         return hash(self.key())
 
 
-def grid(reducers: Iterable[str], ratios: Iterable[float], **options: Any) -> list[Setting]:
+def grid(reducers: Iterable[str], ratios: Iterable[float], /, **options: Any) -> list[Setting]:
     """The full model, then every reducer at every ratio above 0."""
     above = [r for r in ratios if r > 0]
     return [Setting(), *(Setting(name, r, options) for name in reducers for r in above)]
+
+
+def planned(plan: Plan, model: Any, **options: Any) -> list[Setting]:
+    """The full model, then `plan` at the ratio that it has in the decoder of `model`.
+
+    Raises
+    ------
+    PlanError
+        A stage that this decoder does not have.
+    """
+    from tokencomp.adapters.base import adapter_for
+    from tokencomp.reducers.compose import plan_to_json
+
+    adapter = adapter_for(model)
+    layers = len(adapter.layers)
+    plan.check(layers, adapter.first_layer_stage)
+    return [Setting(), Setting(PLAN, plan.ratio(layers), {"plan": plan_to_json(plan), **options})]

@@ -239,12 +239,12 @@ def read_examples(path: Path) -> list[Example]:
     Raises
     ------
     OptionError
-        The file is missing or empty, a line lacks a field, or two have the same id.
+        The file is missing, empty or no text, a line lacks a field, or two have the same id.
     """
     found: dict[str, Example] = {}
     try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--data {path}: {error}. Give a JSON Lines file.") from error
     for number, line in enumerate(lines, 1):
         try:

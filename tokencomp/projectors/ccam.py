@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,52 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokencomp.errors import OptionError, WeightsError, unknown_name
-
-
-@dataclass(frozen=True)
-class CCAMConfig:
-    """Sizes of a projector.
-
-    Attributes
-    ----------
-    queries
-        Tokens that come out, whatever goes in.
-    width, heads, mlp
-        Inner width, attention heads, hidden size of the SwiGLU.
-    kv_dim, out_dim
-        Width of the visual tokens, and of the language model.
-    causal
-        Query i of Q sees frames up to floor(i·F/Q); False: every query sees every frame.
-    spatial
-        Add fixed 2-D sine positions of the place in the frame to the keys (ours). Needed where
-        features do not carry their place, as after towers with rotary positions.
-    eps
-        Of the layer norms.
-    """
-
-    queries: int = 1024
-    width: int = 1024
-    heads: int = 16
-    mlp: int = 4096
-    kv_dim: int = 1152
-    out_dim: int = 3584
-    causal: bool = True
-    spatial: bool = False
-    eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        if self.width % self.heads or self.queries < 1:
-            raise OptionError(
-                f"ccam: width={self.width}, heads={self.heads}, queries={self.queries}; width must "
-                "be a multiple of heads, and there must be at least one query."
-            )
-
-
-PRESETS = {
-    # 7B v1.2: SigLIP-SO400M hidden_states[-2] in, Qwen2-7B out.
-    "video-ccam-7b-v1.2": CCAMConfig(),
-}
+from tokencomp.errors import OptionError, unknown_name
+from tokencomp.projectors.ccam_config import PRESETS, CCAMConfig, misfit, read_card
 
 
 class CCAMProjector(nn.Module):
@@ -110,6 +66,7 @@ class CCAMProjector(nn.Module):
         ----------
         x : Tensor, shape (B, F·P, kv_dim)
             P tokens per frame, frame after frame; samples with fewer frames padded at the end.
+            Cast to the dtype of the weights, as training of fp32 weights on a bf16 model needs.
         frames
             F, or the number of frames of every sample.
         grid
@@ -126,15 +83,15 @@ class CCAMProjector(nn.Module):
                 f"ccam: visual tokens of shape {tuple(x.shape)}; expected (batch, frames·tokens, "
                 f"{self.config.kv_dim})."
             )
-        keys = self.norm_key(x)
+        keys = self.norm_key(x.to(self.query.dtype))
         k = self._with_places(self.k_proj(keys), grid)
-        query = self.query.to(x.dtype).expand(len(x), -1, -1)
+        query = self.query.expand(len(x), -1, -1)
         q, k, v = map(self._heads, (self.q_proj(self.norm_query(query)), k, self.v_proj(keys)))
         seen = ccam_attention(q, k, v, frames, causal=self.config.causal)
         hidden = query + self.o_proj(seen.transpose(1, 2).flatten(2))
         normed = self.norm_mlp(hidden)
         hidden = hidden + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
-        return self.output(hidden)
+        return self.output(hidden).to(x.dtype)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.config.heads, -1)).transpose(1, 2)
@@ -166,20 +123,17 @@ class CCAMProjector(nn.Module):
         Raises
         ------
         WeightsError
-            The files are missing, broken, or of other sizes than their card says.
+            The files are missing, broken, not finite, or of other sizes than their card says.
         """
         from tokencomp.weights import read
 
         path = Path(path)
         path = path if path.suffix == ".safetensors" else path / "ccam.safetensors"
-        tensors, card = read(path)
+        made = cls(read_card(path)[1])
         try:
-            made = cls(CCAMConfig(**card["ccam"]))
-            made.load_state_dict(tensors)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise WeightsError(
-                f"{path} does not hold a ccam projector of the sizes in its card ({error})."
-            ) from error
+            made.load_state_dict(read(path, "ccam")[0])
+        except RuntimeError as error:
+            raise misfit(path, error) from error
         return made.eval().requires_grad_(False)
 
 

@@ -13,7 +13,7 @@ from tokencomp.errors import OptionError
 from tokencomp.plan import Plan, check_ratio, from_profile
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
 from tokencomp.reducers.options import check_range
-from tokencomp.reducers.rows import joined, split
+from tokencomp.reducers.rows import frame_counts, joined, share, split
 from tokencomp.schedules import bisect, early
 
 MOST = 1 << 20  # tokens; more than any frame has
@@ -82,8 +82,7 @@ class Adsc(Reducer):
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         patches, special = split(tokens)
         per_frame = tokens.grid[1] * tokens.grid[2]
-        cells = patch_cells(tokens)
-        counts = torch.bincount(cells // per_frame, minlength=tokens.grid[0]).tolist()
+        cells, counts = tokens.cells(), frame_counts(tokens)
         starts = itertools.accumulate(counts, initial=0)
         chosen = []
         quotas = share(keep - special.numel(), counts)
@@ -96,25 +95,6 @@ class Adsc(Reducer):
                 rows = windows(count, quota, self.offset, cells.device)
             chosen.append(frame[rows])
         return joined(tokens, torch.cat(chosen))
-
-
-def patch_cells(tokens: VisualTokens) -> Tensor:
-    """Raster index t·H·W + h·W + w in the uncompressed grid of every live patch, ascending.
-
-    Special tokens never leave, so those before a patch are counted on the live tokens.
-    """
-    before = tokens.special.cumsum(0)
-    return (tokens.offsets - before)[~tokens.special]
-
-
-def share(total: int, counts: list[int]) -> list[int]:
-    """`total` over groups in proportion to `counts`, exact in sum, none above its count.
-
-    Where there is less than one per group, the last of every run of groups gets it.
-    """
-    all_of_them = max(sum(counts), 1)
-    ends = [total * c // all_of_them for c in itertools.accumulate(counts, initial=0)]
-    return [b - a for a, b in itertools.pairwise(ends)]
 
 
 def windows(count: int, quota: int, offset: int, device: torch.device) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokencomp.errors import OptionError
 from tokencomp.plan import Plan, Stage, check_ratio, from_profile
 from tokencomp.reducers.base import Reducer, register_reducer
 from tokencomp.reducers.merge import Merge
 from tokencomp.reducers.prune import Prune
-from tokencomp.schedules import aim, natural_aim
+from tokencomp.schedules import aim, check_ramp, natural_aim
 
 
 @register_reducer("aim")
@@ -22,7 +21,7 @@ class Aim(Reducer):
 
     Attributes
     ----------
-    weighted
+    weighted, metric
         As in `merge`.
     start, stop
         The ramp as fractions of the depth; published: 14/28 … 22/28 for video, 13/32 … 21/32 for
@@ -30,6 +29,7 @@ class Aim(Reducer):
     """
 
     weighted: bool = True
+    metric: str = "features"
     start: float = 0.5
     stop: float = 22 / 28
 
@@ -38,11 +38,8 @@ class Aim(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.start < self.stop <= 1:
-            raise OptionError(
-                f"aim: start={self.start!r}, stop={self.stop!r}; allowed: fractions of the depth, "
-                "0 ≤ start < stop ≤ 1."
-            )
+        Merge(self.weighted, metric=self.metric)  # checks them
+        check_ramp("aim", self.start, self.stop)
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
         target = 1.0 - check_ratio(ratio)
@@ -54,5 +51,5 @@ class Aim(Reducer):
             return from_profile(aim(num_layers, target, self.start, self.stop), Prune())
         entry = target / mean
         prune = from_profile([entry * f for f in natural], Prune()).stages
-        merge = Stage(0, entry, Merge(weighted=self.weighted))
+        merge = Stage(0, entry, Merge(self.weighted, metric=self.metric))
         return Plan((merge, *(s for s in prune if s.layer > 0)))

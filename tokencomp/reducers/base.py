@@ -39,12 +39,15 @@ class Reducer:
         and it acts at entry: the same object then runs inside vLLM.
     merges
         True if kept tokens take others in; `Reduction.sizes` then says how many.
+    whole_spans
+        True if it compares places of a whole grid: no earlier stage may have dropped tokens.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     serving_safe: ClassVar[bool] = False
     merges: ClassVar[bool] = False
+    whole_spans: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_types(self.name or type(self).__name__, self)
@@ -109,7 +112,7 @@ def available_reducers() -> dict[str, type[Reducer]]:
     return dict(sorted(_REGISTRY.items()))
 
 
-def make_reducer(name: str | Reducer, **options: Any) -> Reducer:
+def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
     """Build a reducer from its registry name and options; "merge+prune" composes two.
 
     Raises
@@ -131,7 +134,7 @@ def make_reducer(name: str | Reducer, **options: Any) -> Reducer:
         from tokencomp.reducers.compose import compose
 
         return compose(name, options)
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise unknown_name("reducer", str(name), registry)
     cls = registry[name]
     allowed = [f.name for f in dataclasses.fields(cls)]

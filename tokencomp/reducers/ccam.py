@@ -13,7 +13,7 @@ import torch
 from tokencomp.context import Reduction, VisualSpan, VisualTokens
 from tokencomp.errors import SpanError, WeightsError
 from tokencomp.reducers.base import Reducer, register_reducer
-from tokencomp.reducers.rows import finite, rewritten, split
+from tokencomp.reducers.rows import finite_rows, rewritten, whole_grid
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,13 +21,22 @@ if TYPE_CHECKING:
     from tokencomp.projectors.ccam import CCAMProjector
 
 TRAIN = "tokencomp train ccam --model MODEL --data DATA --output FOLDER"
+Stamp = tuple[int, ...]
+"""When the files of a projector were written."""
 
 
 @lru_cache(maxsize=4)
-def _load(path: Path, modified: int, device: torch.device, dtype: torch.dtype) -> CCAMProjector:
+def _load(path: Path, stamp: Stamp, device: torch.device, dtype: torch.dtype) -> CCAMProjector:
     from tokencomp.projectors.ccam import CCAMProjector
 
     return CCAMProjector.load(path).to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _queries(path: Path, stamp: Stamp) -> int:
+    from tokencomp.projectors.ccam_config import read_card
+
+    return read_card(path)[1].queries
 
 
 @register_reducer("ccam")
@@ -35,10 +44,11 @@ def _load(path: Path, modified: int, device: torch.device, dtype: torch.dtype) -
 class Ccam(Reducer):
     """Let Q learned queries read all frames, each the frames up to its own time (2408.14023).
 
-    Always Q tokens per image or video, so `ratio` only switches it on; `handle.stats.ratio` says
-    what it saves. Published as a projector from the vision tower trained together with the model;
-    here it reads the model's own projected features and is trained on the frozen model (ours).
-    Untrained queries mean nothing to a model, so there is no training-free form.
+    Always Q tokens per image or video, so `ratio` only switches it on: plan and handle show what
+    was asked for, `handle.stats.ratio` what it saves. Published as a projector from the vision
+    tower trained together with the model; here it reads the model's own projected features and is
+    trained on the frozen model (ours). Untrained queries mean nothing to a model, so there is no
+    training-free form.
 
     Attributes
     ----------
@@ -49,19 +59,22 @@ class Ccam(Reducer):
     Raises
     ------
     WeightsError
-        On `patch`: no weights, or weights of another model.
+        On `patch`: no weights, broken ones, or those of another model.
     SpanError
         An image or video with fewer tokens than the projector has queries.
 
     Notes
     -----
     The tokens stand at Q places spread evenly over the span and keep their positions. A span of
-    exactly Q tokens is left as it is.
+    exactly Q tokens is left as it is. With more frames than queries, trailing frames are seen by
+    no query (the published rule, see `tokencomp.kernels.visible_frames`): take more queries, or
+    train with `--no-causal`.
     """
 
     weights: str | None = None
 
     summary = "trained projector: always as many tokens, however many frames (2408.14023)"
+    whole_spans = True
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, PathLike):  # text, so that options are ready for JSON
@@ -69,24 +82,41 @@ class Ccam(Reducer):
         super().__post_init__()
 
     def for_model(self, model: nn.Module) -> Ccam:
-        from tokencomp.weights import check_card, locate, read
+        from tokencomp.projectors.ccam_config import read_card
+        from tokencomp.weights import check_card, locate
 
         path = locate(self.weights, model, "ccam", TRAIN)
-        check_card(read(path)[1], model, path, TRAIN)
-        return Ccam(weights=str(path))
+        card, sizes = read_card(path)
+        check_card(card, model, path, TRAIN)
+        hidden = card["hidden_size"]
+        if (sizes.kv_dim, sizes.out_dim) != (hidden, hidden):
+            raise WeightsError(
+                f"{path} projects {sizes.kv_dim} to {sizes.out_dim} dimensions, and the model's "
+                f"visual tokens have {hidden}. Train weights for this model: {TRAIN}"
+            )
+        made, place = Ccam(str(path)), next(p for p in model.parameters() if p.is_floating_point())
+        device = torch.device("cpu") if place.is_meta else place.device  # offloaded: not known yet
+        made.projector(device, place.dtype)
+        return made
 
     def projector(self, device: torch.device, dtype: torch.dtype) -> CCAMProjector:
         """The trained module, loaded once per device and dtype."""
-        if self.weights is None:
-            raise WeightsError(f"reducer='ccam' needs trained weights. Train them with `{TRAIN}`.")
-        path = Path(self.weights)
-        if not path.is_file():
-            raise WeightsError(f"{path} does not exist. Train a ccam projector: {TRAIN}")
-        return _load(path.resolve(), path.stat().st_mtime_ns, device, dtype)
+        return _load(*self._files(), device, dtype)
 
     def queries(self) -> int:
         """Tokens per image or video."""
-        return self.projector(torch.device("cpu"), torch.float32).config.queries
+        return _queries(*self._files())
+
+    def _files(self) -> tuple[Path, Stamp]:
+        """The weights, and when they and their card were written."""
+        if self.weights is None:
+            raise WeightsError(f"reducer='ccam' needs trained weights. Train them with `{TRAIN}`.")
+        path = Path(self.weights).resolve()
+        try:
+            files = (path, path.with_suffix(".json"))
+            return path, tuple(file.stat().st_mtime_ns for file in files)
+        except OSError as error:
+            raise WeightsError(f"{error}. Train a ccam projector: {TRAIN}") from error
 
     def span_count(self, span: VisualSpan, fraction: float) -> int:
         wanted = self.queries() + len(span.special)
@@ -99,15 +129,14 @@ class Ccam(Reducer):
         return wanted
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        patches, special = split(tokens)
-        x = tokens.features[patches][None]
-        finite(x.norm(dim=-1), "feature norms")
-        module = self.projector(x.device, x.dtype)
-        made = module(x, tokens.grid[0], tokens.grid[1:])[0]
-        if keep - special.numel() != len(made):
+        patches = whole_grid(tokens, "ccam")
+        x = tokens.features[patches]
+        finite_rows(x)
+        made = self.projector(x.device, x.dtype)(x[None], tokens.grid[0], tokens.grid[1:])[0]
+        wanted = keep - int(tokens.special.sum())
+        if wanted != len(made):
             raise SpanError(
-                f"{keep - special.numel()} tokens were asked of a ccam projector that makes "
-                f"{len(made)}."
+                f"{wanted} tokens were asked of a ccam projector that makes {len(made)}."
             )
         step = torch.arange(len(made), device=x.device)
         places = patches[(2 * step + 1) * patches.numel() // (2 * len(made))]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan import Plan, Stage, check_ratio
 from tokencomp.reducers.base import Reducer, make_reducer
-from tokencomp.reducers.options import fits
+from tokencomp.reducers.options import check_range, fits
 
 if TYPE_CHECKING:
     from torch import nn
 
 PROBE = (0.5, 32)
+PlanLike = Plan | list[dict[str, Any]] | str | PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,7 @@ class Compose(Reducer):
         object.__setattr__(self, "name", f"{self.entry.name}+{self.layer.name}")
         super().__post_init__()
         object.__setattr__(self, "merges", self.entry.merges or self.layer.merges)
-        if not 0 <= self.share <= 1:
-            raise OptionError(f"{self.name}: share={self.share!r}; allowed: a number in [0, 1].")
+        check_range(self.name, "share", self.share, 0, 1)
         if not _acts(self.entry, at_entry=True):
             raise OptionError(
                 f"{self.name}: {self.entry.name!r} does not act at decoder entry, so it cannot "
@@ -133,8 +136,8 @@ def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
     """A plan as plain data: one object per stage with layer, fraction, reducer and options."""
     return [
         {
-            "layer": s.layer,
-            "fraction": s.fraction,
+            "layer": int(s.layer),
+            "fraction": float(s.fraction),
             "reducer": s.reducer.name,
             "options": s.reducer.options(),
         }
@@ -149,7 +152,7 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
     ------
     PlanError
         No list; a stage without layer, fraction or reducer, with further keys, or with a value of
-        another type; stages out of order.
+        another type; what `Stage` and `Plan` refuse.
     UnknownNameError, OptionError
         A reducer that is not registered, or options that it refuses.
     """
@@ -172,5 +175,26 @@ def _is_stage(item: Any) -> bool:
     hints = {"layer": int, "fraction": float, "reducer": str}
     if not isinstance(item, dict) or set(item) - {"options"} != set(hints):
         return False
+    options = item.get("options", {})
     typed = all(fits(item[key], hint) for key, hint in hints.items())
-    return typed and isinstance(item.get("options", {}), dict)
+    return typed and isinstance(options, dict) and all(isinstance(key, str) for key in options)
+
+
+def as_plan(given: PlanLike) -> Plan:
+    """The plan itself, the one written as JSON, or the one in a JSON file.
+
+    Raises
+    ------
+    PlanError
+        A file that cannot be read or holds no JSON; else as `plan_from_json`.
+    """
+    if isinstance(given, Plan):
+        return given
+    if not isinstance(given, str | PathLike):
+        return plan_from_json(given)
+    try:
+        data = json.loads(Path(given).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fix = "Give a JSON file of stages (see tokencomp.plan_to_json), or the stages themselves."
+        raise PlanError(f"plan file {str(given)!r}: {error}. {fix}") from error
+    return plan_from_json(data)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tokencomp.context import Attention, Reduction, Signal, VisualTokens
-from tokencomp.errors import OptionError
+from tokencomp.context import TOWER_ATTENTION, Attention, Reduction, Signal, VisualTokens
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
-from tokencomp.reducers.rows import finite, given_scores, joined, sizes_before, split, whole_grid
+from tokencomp.reducers.options import check_range
+from tokencomp.reducers.rows import (
+    finite_rows,
+    given_scores,
+    joined,
+    sizes_before,
+    split,
+    whole_grid,
+)
+from tokencomp.reducers.selector import Selector
 
-SIGNALS = ("attention", "norm", "novelty", "none")
+SIGNALS = ("attention", "selector", "vit_attention", "norm", "novelty", "none")
 FLOOR = 1e-3
 BLOCK = 1 << 24
 
@@ -30,53 +40,80 @@ class ConDiv(Reducer):
     Attributes
     ----------
     power
-        p ≥ 0; 0 is plain max-min diversity.
+        p, 0 to 8; 0 is plain max-min diversity. "auto": 2·(1 - H(r) / log n), H the entropy of r
+        as shares: a row that points nowhere leaves diversity alone, one that points at single
+        tokens counts squared.
     signal
         What r is. "attention": layer 0's attention of the text after the span, mean over heads
-        and tokens. "norm": length of the feature. "novelty": 1 - cosine with the same place of
-        the frame before (1 in the first frame; videos, at entry). "none": r = 1.
+        and tokens. "selector": what the trained network of `selector` makes of that row, as
+        shares. "vit_attention": attention received in the vision tower's last block but one
+        (see `tokencomp.tower`), question-agnostic. "norm": length of the feature. "novelty":
+        1 - cosine with the same place of the frame before (1 in the first frame; videos, at
+        entry). "none": r = 1.
     centred
         Subtract the span's mean feature before the cosine.
     merge_rest
         Kept tokens become the mean of themselves and the dropped tokens nearest to them, of
         cosine at least this; None leaves kept tokens as they are.
+    weights
+        Of the selector, as there; for signal "selector".
+
+    Raises
+    ------
+    WeightsError
+        On `patch`, with signal "selector": no weights, or weights of another model.
 
     Notes
     -----
     Relevance is divided by its largest value and floored at 1e-3, so that no p silences the
-    distance. Question-agnostic, hence serving-safe, for every signal but "attention".
+    distance. The whole of a span is one problem: frames get what their tokens earn,
+    there are no budgets per frame. Serving-safe where r is made of the features alone.
     """
 
-    power: float = 1.0
+    power: float | Literal["auto"] = 1.0
     signal: str = "attention"
     centred: bool = False
     merge_rest: float | None = None
+    weights: str | None = None
 
+    _selector: ClassVar[Selector | None] = None  # of the model, set by `for_model`
     summary = "relevance × diversity, greedy (ours)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("condiv", "signal", self.signal, SIGNALS)
-        if not 0 <= self.power <= 16:
-            raise OptionError(f"condiv: power={self.power!r}; allowed: a number from 0 to 16.")
-        if self.merge_rest is not None and not -1 <= self.merge_rest <= 1:
-            raise OptionError(
-                f"condiv: merge_rest={self.merge_rest!r}; allowed: a cosine in [-1, 1], or None."
-            )
+        if self.power != "auto":
+            check_range("condiv", "power", self.power, 0, 8)
+        if self.merge_rest is not None:
+            check_range("condiv", "merge_rest", self.merge_rest, -1, 1)
         object.__setattr__(self, "serving_safe", not self.needs)
         object.__setattr__(self, "merges", self.merge_rest is not None)
+        object.__setattr__(self, "whole_spans", self.signal == "novelty" and self.power != 0)
 
     @property
     def needs(self) -> frozenset[Signal]:
-        uses = self.signal == "attention" and self.power > 0
-        return frozenset({Attention("text")}) if uses else frozenset()
+        signal: dict[str, Signal] = {
+            "attention": Attention("text"),
+            "selector": Attention("text"),
+            "vit_attention": TOWER_ATTENTION,
+        }
+        uses = self.signal in signal and self.power != 0
+        return frozenset({signal[self.signal]}) if uses else frozenset()
+
+    def for_model(self, model: nn.Module) -> ConDiv:
+        if self.signal != "selector" or self.power == 0:
+            return self
+        found = Selector(self.weights).for_model(model)
+        ready = replace(self, weights=found.weights)
+        object.__setattr__(ready, "_selector", found)
+        return ready
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         from tokencomp.kernels import maxmin_select
 
         rows, special = split(tokens)
         x = tokens.features[rows]
-        finite(x.norm(dim=1), "feature norms")
+        finite_rows(x)
         weights = self._weights(tokens, rows)
         chosen = maxmin_select(x, keep - special.numel(), weights, centred=self.centred)
         if self.merge_rest is None:
@@ -86,14 +123,26 @@ class ConDiv(Reducer):
     def _weights(self, tokens: VisualTokens, rows: Tensor) -> Tensor | None:
         if self.signal == "none" or self.power == 0:
             return None
-        if self.signal == "attention":
+        if self.signal == "selector":
+            row = given_scores(tokens, "condiv")[rows]
+            relevance = (self._selector or Selector(self.weights)).importance(row).softmax(0)
+        elif self.signal in ("attention", "vit_attention"):
             relevance = given_scores(tokens, "condiv")[rows]
         elif self.signal == "norm":
             relevance = tokens.features[rows].float().norm(dim=1)
         else:
             relevance = novelty(tokens)
         relevance = relevance.clamp(min=0)
-        return (relevance / relevance.max().clamp(min=1e-30)).clamp(min=FLOOR) ** self.power
+        relevance = relevance / relevance.max().clamp(min=1e-30)
+        power = concentration(relevance) if self.power == "auto" else self.power
+        return relevance.clamp(min=FLOOR) ** power
+
+
+def concentration(relevance: Tensor) -> Tensor:
+    """2·(1 - H / log n) of n shares: 0 if all are equal, 2 if one has everything; a scalar."""
+    share = relevance / relevance.sum().clamp(min=1e-30)
+    entropy = torch.special.entr(share).sum()
+    return 2 * (1 - entropy / math.log(max(len(relevance), 2))).clamp(min=0)
 
 
 def novelty(tokens: VisualTokens) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokencomp.context import Reduction, VisualTokens
 from tokencomp.reducers.base import Reducer, register_reducer
-from tokencomp.reducers.rows import finite, joined, split
+from tokencomp.reducers.rows import finite_rows, joined, split
 
 BLOCK = 1 << 24
 
@@ -20,8 +20,9 @@ class DivPrune(Reducer):
     """Greedy max-min diversity (DivPrune, arXiv 2503.02175).
 
     The first token is the one whose nearest neighbour is farthest (cosine distance); then, again
-    and again, the token farthest from all that were chosen. The whole span is one problem, so a
-    video spends its budget on the frames that differ.
+    and again, the token farthest from all that were chosen. A span is one problem: a video spends
+    its budget on the frames that differ, unless the model gets every frame as a span of its own
+    (InternVL, SmolVLM); then every frame spends its own, and so does every tile of an image.
     """
 
     summary = "greedy max-min cosine distance (DivPrune 2503.02175)"
@@ -32,7 +33,7 @@ class DivPrune(Reducer):
 
         rows, special = split(tokens)
         x = tokens.features[rows]
-        finite(x.norm(dim=1), "feature norms")
+        finite_rows(x)
         start = most_isolated(x)[None]
         return joined(tokens, rows[maxmin_select(x, keep - special.numel(), start=start)])
 

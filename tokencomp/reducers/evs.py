@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from tokencomp.context import Reduction, VisualTokens
-from tokencomp.reducers.base import Reducer, register_reducer, top_k
-from tokencomp.reducers.rows import finite, whole_grid
+from tokencomp.reducers.base import Reducer, register_reducer
+from tokencomp.reducers.rows import finite_rows, joined, whole_grid
 
 
 @register_reducer("evs")
@@ -22,26 +22,27 @@ class EVS(Reducer):
     Notes
     -----
     Ours, where the paper is silent: if the budget is smaller than one frame, the first frame gets
-    half of it, evenly spaced. A single image has no previous frame: evenly spaced tokens.
+    half of it, evenly spaced. An image has no previous frame: it keeps the evenly spaced tokens
+    that `uniform` keeps. So does every frame of a video where the model gets each as a span of its
+    own (InternVL, SmolVLM): take another reducer there.
     """
 
     summary = "drop tokens unchanged since the previous frame (EVS 2510.14624)"
     serving_safe = True
+    whole_spans = True
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        from tokencomp.kernels import nearest_previous_frame
+        from tokencomp.kernels import nearest_previous_frame, topk_stable
 
         t, h, w = tokens.grid
         rows = whole_grid(tokens, "evs")
-        x = tokens.features[rows].view(t, h, w, -1)
-        finite(x.flatten(0, 2).norm(dim=1), "feature norms")
-        score = -nearest_previous_frame(x)[0].flatten()
+        x = tokens.features[rows]
+        finite_rows(x)
+        score = -nearest_previous_frame(x.view(t, h, w, -1))[0].flatten()
         budget = keep - int(tokens.special.sum())
         if budget < h * w:
             first = budget if t == 1 else -(-budget // 2)
             steps = torch.arange(first, device=x.device)
             score[: h * w] = -torch.inf
             score[(2 * steps + 1) * h * w // (2 * first)] = torch.inf
-        scores = torch.zeros(len(tokens), device=x.device)
-        scores[rows] = score
-        return Reduction(top_k(scores, tokens.special, keep))
+        return joined(tokens, rows[topk_stable(score, budget)])

@@ -8,9 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokencomp.context import Reduction, VisualTokens
+from tokencomp.context import TOWER_KEYS, Reduction, Signal, VisualTokens
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
-from tokencomp.reducers.rows import finite, rewritten, sizes_before, split
+from tokencomp.reducers.rows import (
+    finite_rows,
+    frame_counts,
+    given_keys,
+    rewritten,
+    share,
+    sizes_before,
+    split,
+)
 
 
 @register_reducer("merge")
@@ -31,16 +39,22 @@ class Merge(Reducer):
         True: pairs may lie in different frames of a video (ours).
     position
         Position of a merged token: "keep" (the odd-placed one's) or "first" (its first member's).
+    metric
+        What is compared: "features", the projected tokens (AIM for video), or "vit_keys", keys of
+        the vision tower's last block but one (AIM for images, there of CLIP), merged along.
 
     Notes
     -----
     Output stays in raster order (ours; the authors' code reorders where r < N/2). A video with
-    fewer kept tokens than frames merges groups of neighbouring frames (ours).
+    fewer kept tokens than frames merges groups of neighbouring frames (ours). Where an earlier
+    stage has left frames of different length, every frame that has tokens keeps one, and the rest
+    of the budget goes by what is left of each (ours).
     """
 
     weighted: bool = True
     temporal: bool = False
     position: str = "keep"
+    metric: str = "features"
 
     summary = "similarity merging inside each frame (AIM 2412.03248, ToMe 2210.09461)"
     serving_safe = True
@@ -49,47 +63,54 @@ class Merge(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("merge", "position", self.position, ("keep", "first"))
+        check_choice("merge", "metric", self.metric, ("features", "vit_keys"))
+        object.__setattr__(self, "serving_safe", not self.needs)
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({TOWER_KEYS} if self.metric == "vit_keys" else ())
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         patches, special = split(tokens)
-        finite(tokens.features[patches].norm(dim=1), "feature norms")
+        x = tokens.features[patches]
+        finite_rows(x)
+        if self.metric == "vit_keys":
+            x = torch.cat([x, given_keys(tokens, "merge")[patches].to(x)], dim=1)
         budget = keep - special.numel()
-        groups = self._groups(tokens, patches, budget)
-        quota = split_evenly(budget, len(groups))
-        before = sizes_before(tokens)
-        x, sizes, rows = self._merge(
-            tokens.features[patches], patches, before[patches], groups, quota
-        )
-        return rewritten(tokens, rows, x, sizes)
+        groups = self._groups(tokens, patches.numel(), budget)
+        quota = [1 + q for q in share(budget - len(groups), [n - 1 for n in groups])]
+        before = sizes_before(tokens)[patches]
+        width = tokens.features.shape[1]
+        metric = slice(width, None) if self.metric == "vit_keys" else slice(None)
+        x, sizes, rows = self._merge(x, metric, patches, before, groups, quota)
+        return rewritten(tokens, rows, x[:, :width], sizes)
 
-    def _groups(self, tokens: VisualTokens, patches: Tensor, budget: int) -> list[int]:
-        """Lengths of the runs of patches inside which tokens may merge."""
-        t = tokens.grid[0]
-        if self.temporal or t == 1:
-            return [patches.numel()]
-        if tokens.index is None:
-            per = [tokens.grid[1] * tokens.grid[2]] * t
-        else:
-            total = t * tokens.grid[1] * tokens.grid[2]
-            frame = (tokens.offsets[patches] * t // total).clamp(max=t - 1)
-            per = [n for n in torch.bincount(frame, minlength=t).tolist() if n]
-        bounds = split_evenly(len(per), min(len(per), budget))
-        lengths, at = [], 0
-        for n in bounds:
-            lengths.append(sum(per[at : at + n]))
-            at += n
-        return lengths
+    def _groups(self, tokens: VisualTokens, patches: int, budget: int) -> list[int]:
+        """Lengths of the runs of patches inside which tokens may merge, at most `budget` runs."""
+        if self.temporal or tokens.grid[0] == 1:
+            return [patches]
+        frames = [n for n in frame_counts(tokens) if n]
+        runs = share(len(frames), [1] * min(len(frames), budget))
+        bounds = itertools.accumulate(runs, initial=0)
+        return [sum(frames[a:b]) for a, b in itertools.pairwise(bounds)]
 
     def _merge(
-        self, x: Tensor, rows: Tensor, sizes: Tensor, lengths: list[int], quota: list[int]
+        self,
+        x: Tensor,
+        metric: slice,
+        rows: Tensor,
+        sizes: Tensor,
+        lengths: list[int],
+        quota: list[int],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Merge every group down to its quota: features, sizes, positions (raster rows)."""
+        """Merge every group down to its quota: x, sizes, positions (raster rows).
+
+        Columns `metric` of x are compared.
+        """
         from tokencomp.kernels import bipartite_match, merge_rows
 
-        quota = [min(q, n) for q, n in zip(quota, lengths, strict=True)]
-        while lengths != quota:
-            steps = [min(n - q, n // 2) for n, q in zip(lengths, quota, strict=True)]
-            similarity, partner = bipartite_match(x, lengths)
+        while any(steps := [min(n - q, n // 2) for n, q in zip(lengths, quota, strict=True)]):
+            similarity, partner = bipartite_match(x[:, metric].contiguous(), lengths)
             gone = best_per_group(similarity, lengths, steps)
             target = torch.where(gone, partner, torch.arange(x.shape[0], device=x.device))
             x, sizes, moved = merge_rows(
@@ -106,12 +127,6 @@ class Merge(Reducer):
             lengths = [n - r for n, r in zip(lengths, steps, strict=True)]
         order = rows.argsort()
         return x[order], sizes[order], rows[order]
-
-
-def split_evenly(total: int, parts: int) -> list[int]:
-    """`total` in `parts` whole numbers that differ by at most one, spread evenly."""
-    bounds = [total * i // parts for i in range(parts + 1)]
-    return [b - a for a, b in itertools.pairwise(bounds)]
 
 
 def best_per_group(similarity: Tensor, lengths: list[int], counts: list[int]) -> Tensor:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokencomp.context import Reduction, VisualTokens
 from tokencomp.errors import OptionError
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
 from tokencomp.reducers.options import check_range
-from tokencomp.reducers.rows import finite, rewritten, whole_grid
+from tokencomp.reducers.rows import finite_rows, rewritten, share, whole_grid
 
 GROUPS = (2, 4, 8)
+STRIDE = 2.0  # of the paper's figure
+COARSEST = 4.0  # solved strides end here
 MOST_STRIDE = 1024  # tokens; no frame has longer sides
 
 
@@ -24,51 +25,70 @@ class Pool(Reducer):
     """Pool frames: the first of every group finely, the others coarsely (arXiv 2409.20018).
 
     A single image is pooled to the nearest grid. Pooled tokens are area means (or bilinear) of the
-    whole map; each keeps the position of the member at its rounded mean place.
+    whole map.
 
     Attributes
     ----------
     group
-        Frames per group, or 0: the one of 2, 4, 8 for which first frames at full resolution and
-        others at `stride` come nearest to the budget.
+        Frames per group; None: the one of 2, 4, 8 for which whole first frames and others at
+        `stride` (where None: 2) come nearest to the budget.
     stride
-        How much coarser the sides of the other frames are; the paper's figure shows 2.
+        How much coarser the sides of the other frames are, at most; 2 in the paper's figure. None:
+        as much as whole first frames need, up to 4. 1 pools all frames alike.
     mode
         "area" or "bilinear".
+    position
+        Position of a pooled token: "mean" (that of the member at its rounded mean place), "first"
+        (its first member's), or None: "first" on models with one position per token, else "mean".
 
     Notes
     -----
-    Ours, since the paper leaves the numbers open: first frames get `stride`² times the tokens of
-    the others, up to the full grid; what is left goes to the others. Budgets are made whole frame
-    by frame along the video, and a budget that no grid has is met by rows of unequal length, so
-    the count is always exact. Frames whose share is below one token go.
+    Ours, since the paper leaves the numbers open: first frames are whole as long as the stride
+    allows; below that they get stride² times the tokens of the others. Firsts and others share
+    their parts evenly, and a part that no grid has is met by rows of unequal length, so the count
+    is always exact. No frame goes while there is a token for each; the last to go are first frames.
+
+    On the validation videos of the embedded models, at a quarter of the tokens, plain pooling
+    (stride=1, area means) answers more than progressive pooling, and stride=None less than a random
+    choice: the other frames pay too much for whole first ones. That is why 2 is the default.
     """
 
-    group: int = 0
-    stride: float = 2.0
+    group: int | None = None
+    stride: float | None = STRIDE
     mode: str = "area"
+    position: str | None = None
 
     summary = "progressive pooling of frames, 2-D pooling of images (2409.20018)"
     serving_safe = True
     merges = True
+    whole_spans = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("pool", "mode", self.mode, ("area", "bilinear"))
-        check_range("pool", "stride", self.stride, 1, MOST_STRIDE)
-        if self.group < 0:
-            raise OptionError(f"pool: group={self.group!r}; allowed: 0 (solved), 1, 2, 3, ...")
+        check_choice("pool", "position", self.position, (None, "mean", "first"))
+        if self.stride is not None:
+            check_range("pool", "stride", self.stride, 1, MOST_STRIDE)
+        if self.group is not None and self.group < 1:
+            raise OptionError(f"pool: group={self.group!r}; allowed: None (solved), 1, 2, 3, ...")
+
+    def for_model(self, model: nn.Module) -> Pool:
+        from tokencomp.adapters.base import adapter_for
+
+        if self.position is None and not adapter_for(model).mrope:
+            return replace(self, position="first")
+        return self
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         t, h, w = tokens.grid
         rows = whole_grid(tokens, "pool")
-        finite(tokens.features[rows].norm(dim=1), "feature norms")
+        finite_rows(tokens.features[rows])
         quota = self.frame_quota(t, h * w, keep - int(tokens.special.sum()))
         live = [f for f in range(t) if quota[f]]
         lines = [line_widths(quota[f], h, w) for f in live]
         x = tokens.features[rows].view(t, h, w, -1)[live]
         pooled = pool_lines(x, lines, self.mode)
-        place = places(lines, h, w, x.device)
+        place = places(lines, h, w, self.position or "mean").to(x.device)
         counts = torch.tensor([quota[f] for f in live], device=x.device)
         frame = torch.tensor(live, device=x.device).repeat_interleave(counts)
         sizes = (h * w / counts).repeat_interleave(counts)
@@ -76,17 +96,14 @@ class Pool(Reducer):
 
     def frame_quota(self, frames: int, cells: int, budget: int) -> list[int]:
         """Tokens of every frame: whole numbers in 0 … cells that sum to `budget`."""
-        group = self.group or solved_group(frames, cells, budget, self.stride)
-        first = [f % group == 0 for f in range(frames)]
-        high, low = sum(first), frames - sum(first)
-        fine = min(budget / (high + low / self.stride**2), cells)
-        coarse = (budget - high * fine) / low if low else 0.0
-        if coarse > cells:
-            fine = coarse = budget / frames
-        sums = itertools.accumulate((fine if f else coarse for f in first), initial=0.0)
-        ends = [int(s + 0.5 + 1e-6) for s in sums]
-        ends[-1] = budget
-        return [b - a for a, b in itertools.pairwise(ends)]
+        group = self.group or solved_group(frames, cells, budget, self.stride or STRIDE)
+        high = -(-frames // group)
+        low = frames - high
+        fine = min(budget / (high + low / (self.stride or COARSEST) ** 2), cells)
+        least, most = min(high, budget), max(high, budget - low)  # one each, first frames before
+        firsts = min(max(round(high * fine), least), most)
+        fines, coarses = iter(share(firsts, [1] * high)), iter(share(budget - firsts, [1] * low))
+        return [next(coarses if f % group else fines) for f in range(frames)]
 
 
 def solved_group(frames: int, cells: int, budget: int, stride: float) -> int:
@@ -104,13 +121,12 @@ def line_widths(tokens: int, height: int, width: int) -> list[int]:
 
     Lines differ by at most one token; there are at most `height` of at most `width` tokens.
     """
-    ideal = (tokens * height / width) ** 0.5
+    ideal = int((tokens * height / width) ** 0.5 + 0.5)
     least = -(-tokens // width)
-    lines = max(1, least, min(height, tokens, int(ideal + 0.5)))
-    near = [n for n in (lines, lines - 1, lines + 1) if least <= n <= height and tokens % n == 0]
-    lines = near[0] if least <= lines and near and near[0] >= 1 else lines
-    bounds = [tokens * i // lines for i in range(lines + 1)]
-    return [b - a for a, b in itertools.pairwise(bounds)]
+    lines = max(least, min(height, tokens, ideal))
+    even = (n for n in (lines, lines - 1, lines + 1) if least <= n <= height and tokens % n == 0)
+    lines = next(even, lines)
+    return share(tokens, [1] * lines)
 
 
 def pool_lines(x: Tensor, lines: list[list[int]], mode: str) -> Tensor:
@@ -123,16 +139,22 @@ def pool_lines(x: Tensor, lines: list[list[int]], mode: str) -> Tensor:
     return frame_pool(tall.view(len(flat), 1, width, dim), [(1, n) for n in flat], mode)
 
 
-def places(lines: list[list[int]], height: int, width: int, device: torch.device) -> Tensor:
-    """Raster place (in its frame) of the member at the rounded mean place of every token."""
+def places(lines: list[list[int]], height: int, width: int, position: str) -> Tensor:
+    """Raster place in its frame of every token: of its "first" member, or of the "mean" one."""
+    place = {"first": first, "mean": middle}[position]
     result = []
     for widths in lines:
         for i, n in enumerate(widths):
-            row = middle(i, len(widths), height)
-            result += [row * width + middle(j, n, width) for j in range(n)]
-    return torch.tensor(result, device=device)
+            row = place(i, len(widths), height)
+            result += [row * width + place(j, n, width) for j in range(n)]
+    return torch.tensor(result)
+
+
+def first(i: int, parts: int, size: int) -> int:
+    """First member of area-pooling cell i of `parts` along `size` places."""
+    return i * size // parts
 
 
 def middle(i: int, parts: int, size: int) -> int:
-    """Rounded mean of the members of area-pooling cell i of `parts` along `size` places."""
-    return (i * size // parts + -(-(i + 1) * size // parts) - 1 + 1) // 2
+    """Rounded mean of the members of that cell."""
+    return (first(i, parts, size) + -(-(i + 1) * size // parts)) // 2

@@ -9,7 +9,7 @@ from tokencomp.plan import Plan, check_ratio, from_profile
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer, top_k
 from tokencomp.reducers.options import check_range
 from tokencomp.reducers.rows import given_scores
-from tokencomp.schedules import SCHEDULES, schedule
+from tokencomp.schedules import SCHEDULES, aim, check_ramp
 
 SCORES = ("pagerank", "last_query", "text_query")
 
@@ -29,6 +29,9 @@ class Prune(Reducer):
         the span (ours).
     schedule
         "aim", "pyramid" or "fastv" (see `tokencomp.schedules`).
+    start, stop
+        AIM's ramp as fractions of the depth; published: 14/28 … 22/28 for video, 13/32 … 21/32 for
+        images. Other schedules have none.
     temperature, iterations
         PageRank's τ (0.001 … 1000) and number of steps (1 … 100).
 
@@ -42,6 +45,8 @@ class Prune(Reducer):
     schedule: str = "aim"
     temperature: float = 0.1
     iterations: int = 5
+    start: float = 0.5
+    stop: float = 22 / 28
 
     summary = (
         "layerwise pruning by the decoder's own attention (AIM 2412.03248, FastV, PyramidDrop)"
@@ -53,6 +58,7 @@ class Prune(Reducer):
         check_choice("prune", "schedule", self.schedule, tuple(SCHEDULES))
         check_range("prune", "temperature", self.temperature, 1e-3, 1000)
         check_range("prune", "iterations", self.iterations, 1, 100)
+        check_ramp("prune", self.start, self.stop)
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -66,7 +72,11 @@ class Prune(Reducer):
         ratio = check_ratio(ratio)
         if ratio == 0:
             return Plan()
-        return from_profile(schedule(self.schedule)(num_layers, 1.0 - ratio), self)
+        if self.schedule == "aim":
+            profile = aim(num_layers, 1.0 - ratio, self.start, self.stop)
+        else:
+            profile = SCHEDULES[self.schedule](num_layers, 1.0 - ratio)
+        return from_profile(profile, self)
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         return Reduction(top_k(given_scores(tokens, "prune"), tokens.special, keep))

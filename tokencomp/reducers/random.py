@@ -9,7 +9,8 @@ import torch
 
 from tokencomp.context import Reduction, VisualTokens
 from tokencomp.errors import OptionError
-from tokencomp.reducers.base import Reducer, register_reducer, top_k
+from tokencomp.reducers.base import Reducer, register_reducer
+from tokencomp.reducers.rows import joined, split
 
 
 @register_reducer("random")
@@ -35,9 +36,9 @@ class Random(Reducer):
             raise OptionError(f"random: seed={self.seed!r}; allowed: an integer from 0 to 2**63-1.")
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        from tokencomp.kernels import topk_stable
+
+        patches, special = split(tokens)
         generator = torch.Generator().manual_seed(self.seed)
         rank = torch.rand(math.prod(tokens.grid), generator=generator).to(tokens.features.device)
-        offsets = tokens.offsets
-        patch = offsets - torch.searchsorted(offsets[tokens.special], offsets)
-        scores = rank[patch.clamp(max=rank.numel() - 1)]  # of special tokens: not looked at
-        return Reduction(top_k(scores, tokens.special, keep))
+        return joined(tokens, patches[topk_stable(rank[tokens.cells()], keep - special.numel())])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,25 @@ def whole_grid(tokens: VisualTokens, reducer: str) -> Tensor:
     return rows
 
 
+def frame_counts(tokens: VisualTokens) -> list[int]:
+    """Patches left of every frame of the grid; read from the device only if some are missing."""
+    t, h, w = tokens.grid
+    if tokens.index is None:
+        return [h * w] * t
+    return torch.bincount(tokens.cells() // (h * w), minlength=t).tolist()
+
+
+def share(total: int, counts: list[int]) -> list[int]:
+    """`total` over groups in proportion to `counts`: whole numbers, exact in sum, spread evenly.
+
+    None is above its count, as long as `total` is not above their sum. Where there is less than
+    one per group, the last of every run of groups gets it.
+    """
+    all_of_them = max(sum(counts), 1)
+    ends = [total * c // all_of_them for c in itertools.accumulate(counts, initial=0)]
+    return [b - a for a, b in itertools.pairwise(ends)]
+
+
 def finite(values: Tensor, what: str) -> Tensor:
     """Return `values` in fp32, or raise `ScoreError` if one is NaN or infinite."""
     values = values.float()
@@ -78,6 +99,31 @@ def finite(values: Tensor, what: str) -> Tensor:
             "attention logits overflowed; run the model in bfloat16 or float32."
         )
     return values
+
+
+def finite_rows(x: Tensor) -> None:
+    """Raise `ScoreError` if a row of features x (n, d) is NaN or infinite.
+
+    One read from the device. Norms are taken in fp32: squares of finite fp16 features overflow.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    finite(torch.linalg.vector_norm(x, dim=1, dtype=wide), "feature norms")
+
+
+def given_keys(tokens: VisualTokens, reducer: str) -> Tensor:
+    """The vision tower's keys that the hooks supply, fp32, shape (n, c).
+
+    Raises
+    ------
+    ScoreError
+        There are none.
+    """
+    if tokens.keys is None:
+        raise ScoreError(
+            f"reducer {reducer!r} needs keys of the vision tower and got none. Run it through "
+            "tokencomp.patch, or set VisualTokens.keys."
+        )
+    return tokens.keys
 
 
 def given_scores(tokens: VisualTokens, reducer: str) -> Tensor:

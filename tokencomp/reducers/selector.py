@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field
 from functools import lru_cache
 from os import PathLike, fspath
 from pathlib import Path
@@ -47,22 +48,56 @@ class SelectorNet(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.head = nn.Conv1d(width, 1, 1)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Logits (B, n) of attention rows (B, n); softmax over n is the predicted relevance."""
-        return self.head(self.layers(scaled(rows)[:, None]))[:, 0]
+    def forward(self, rows: Tensor, real: Tensor | None = None) -> Tensor:
+        """Importance of every token; its softmax over n is the predicted relevance.
+
+        Parameters
+        ----------
+        rows : Tensor, float32, shape (B, n)
+            Attention rows; shorter ones end in zeros.
+        real : Tensor of bool, shape (B, n), or None
+            False at these zeros, which take no part in the batch norm. None: there are none.
+
+        Returns
+        -------
+        Tensor, float32, shape (B, n)
+            Logits, the lowest finite number where nothing is real.
+        """
+        x = scaled(rows, real)[:, None]
+        for layer in self.layers:
+            if real is not None and isinstance(layer, nn.BatchNorm1d):
+                x = _real_columns(layer, x, real)
+            else:
+                x = layer(x)
+        logits = self.head(x)[:, 0]
+        return logits if real is None else logits.masked_fill(~real, torch.finfo(x.dtype).min)
 
 
-def scaled(rows: Tensor) -> Tensor:
+def _real_columns(layer: nn.Module, x: Tensor, real: Tensor) -> Tensor:
+    """`layer` on the real columns of x (B, C, n), zeros elsewhere."""
+    columns = x.transpose(1, 2)
+    out = torch.zeros_like(columns)
+    out[real] = layer(columns[real])
+    return out.transpose(1, 2)
+
+
+def scaled(rows: Tensor, real: Tensor | None = None) -> Tensor:
     """Log of a row over its mean: attention shares shrink with the length, this does not."""
-    mean = rows.mean(-1, keepdim=True).clamp(min=1e-12)
-    return torch.log(rows / mean + 0.01)
+    count = rows.shape[-1] if real is None else real.sum(-1, keepdim=True)
+    mean = (rows.sum(-1, keepdim=True) / count).clamp(min=1e-12)
+    x = torch.log(rows / mean + 0.01)
+    return x if real is None else x * real
 
 
 @lru_cache(maxsize=8)
-def _load(path: Path, modified: int, device: torch.device) -> tuple[SelectorNet, dict[str, Any]]:
+def _load(path: Path, modified: int) -> tuple[SelectorNet, dict[str, Any]]:
     from tokencomp.weights import read
 
-    tensors, card = read(path)
+    tensors, card = read(path, "selector")
+    if card.get("layer", 0) != 0:
+        raise WeightsError(
+            f"{path} was trained on attention of layer {card['layer']!r}, not 0. Train one: {TRAIN}"
+        )
     try:
         net = SelectorNet(tuple(card["channels"]))
         net.load_state_dict(tensors)
@@ -70,7 +105,13 @@ def _load(path: Path, modified: int, device: torch.device) -> tuple[SelectorNet,
         raise WeightsError(
             f"{path} does not hold a selector ({error}). Train one: {TRAIN}"
         ) from error
-    return net.eval().requires_grad_(False).to(device), card
+    return net.eval().requires_grad_(False), card
+
+
+@lru_cache(maxsize=8)
+def _on(net: SelectorNet, device: torch.device) -> SelectorNet:
+    """`net`, or its copy on another device, which is made once."""
+    return net if net.head.weight.device == device else copy.deepcopy(net).to(device)
 
 
 def load_selector(
@@ -81,12 +122,13 @@ def load_selector(
     Raises
     ------
     WeightsError
-        Missing, broken or not a selector.
+        Missing, broken, not finite, or not a selector of layer 0.
     """
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path} does not exist. Train a selector: {TRAIN}")
-    return _load(path.resolve(), path.stat().st_mtime_ns, torch.device(device))
+    net, card = _load(path.resolve(), path.stat().st_mtime_ns)
+    return _on(net, torch.device(device)), card
 
 
 @register_reducer("selector")
@@ -126,20 +168,37 @@ class Selector(Reducer):
     def for_model(self, model: nn.Module) -> Selector:
         from tokencomp.weights import check_card, locate
 
-        path = locate(self.weights, model, "selector", TRAIN)
-        check_card(load_selector(path)[1], model, path, TRAIN)
-        return Selector(weights=str(path))
+        path = locate(self.weights, model, "selector", TRAIN).resolve()
+        net, card = load_selector(path)
+        check_card(card, model, path, TRAIN)
+        return Bound(str(path), net)
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        row = given_scores(tokens, "selector")
-        if self.weights is None:
-            raise OptionError(f"selector: weights=None outside patch(). Train some: {TRAIN}")
+        row, patches = given_scores(tokens, "selector"), ~tokens.special
         scores = torch.zeros_like(row)
-        scores[~tokens.special] = self._score(row[~tokens.special])
+        scores[patches] = self.importance(row[patches])
         return Reduction(top_k(scores, tokens.special, keep))
 
     @torch.no_grad()
-    def _score(self, row: Tensor) -> Tensor:
-        """Logits of a span's patches, float32, on their device."""
-        net, _ = load_selector(self.weights, row.device)  # type: ignore[arg-type]
-        return net(row[None])[0]
+    def importance(self, row: Tensor) -> Tensor:
+        """Logits of the patches of a span from their attention row, float32, shape (n,)."""
+        return self.network(row.device)(row[None])[0]
+
+    def network(self, device: torch.device) -> SelectorNet:
+        """The trained network on `device`."""
+        if self.weights is None:
+            raise OptionError(f"selector: weights=None outside patch(). Train some: {TRAIN}")
+        return load_selector(self.weights, device)[0]
+
+
+@dataclass(frozen=True)
+class Bound(Selector):
+    """A selector for one model: the network that was checked, whatever becomes of its file."""
+
+    net: SelectorNet | None = field(default=None, repr=False, compare=False)
+
+    def network(self, device: torch.device) -> SelectorNet:
+        return super().network(device) if self.net is None else _on(self.net, device)
+
+    def options(self) -> dict[str, Any]:
+        return {"weights": self.weights}

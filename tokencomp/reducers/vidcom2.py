@@ -13,7 +13,7 @@ from tokencomp.errors import OptionError
 from tokencomp.reducers.base import Reducer, register_reducer
 from tokencomp.reducers.merge import best_per_group
 from tokencomp.reducers.options import check_range
-from tokencomp.reducers.rows import finite, joined, whole_grid
+from tokencomp.reducers.rows import finite_rows, joined, whole_grid
 
 BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))
 
@@ -37,7 +37,9 @@ class VidCom2(Reducer):
 
     Notes
     -----
-    Budgets are made whole by largest remainders, so that the count is exact (ours).
+    Budgets are made whole by largest remainders, so that the count is exact (ours). The video is
+    the span: on an image, and on models that get every frame as a span of its own (InternVL,
+    SmolVLM), video and frame are the same, and every frame keeps the same share of its tokens.
     """
 
     temperature: float = 0.01
@@ -45,6 +47,7 @@ class VidCom2(Reducer):
 
     summary = "uniqueness within frame and video, per-frame budgets (VidCom2 2505.14454)"
     serving_safe = True
+    whole_spans = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +59,7 @@ class VidCom2(Reducer):
         t, h, w = tokens.grid
         rows = whole_grid(tokens, "vidcom2")
         x = tokens.features[rows].float()
-        finite(x.norm(dim=1), "feature norms")
+        finite_rows(x)
         budget = keep - int(tokens.special.sum())
         quiet = x.var(0, unbiased=False).sort(stable=True).indices
         quiet = quiet[: max(1, int(x.shape[1] * self.channels))]

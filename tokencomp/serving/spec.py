@@ -16,11 +16,24 @@ DEFAULT_REDUCER = "divprune"  # question-agnostic: media caches serve every ques
 REQUEST_KEYS = ("reducer", "ratio", "options")
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
 SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "per_request", "only_own")
+# Reducers that look at the text unless this option has one of these values.
+SERVABLE_WITH = {
+    "cdpruner": ("relevance", ("none",)),
+    "condiv": ("signal", ("norm", "novelty", "none")),
+}
+
+
+def servable() -> dict[str, str]:
+    """Reducers that an engine with fixed placeholder counts can run → option needed, or ""."""
+    found = {name: "" for name, cls in available_reducers().items() if cls.serving_safe}
+    for name, (option, values) in SERVABLE_WITH.items():
+        found[name] = f"{option}={' or '.join(values)}"
+    return dict(sorted(found.items()))
 
 
 def servable_reducers() -> list[str]:
-    """Names of reducers that an engine with fixed placeholder counts can run."""
-    return [name for name, cls in available_reducers().items() if cls.serving_safe]
+    """Names of those that need no option for it."""
+    return [name for name, option in servable().items() if not option]
 
 
 def check_servable(reducer: Reducer) -> Reducer:
@@ -35,10 +48,11 @@ def check_servable(reducer: Reducer) -> Reducer:
     needs = [str(s) for s in reducer.needs if s != FEATURES]
     if reducer.serving_safe and not needs:
         return reducer
+    able = ", ".join(f"{name} with {o}" if o else name for name, o in servable().items())
     raise OptionError(
         f"reducer {reducer.name!r} cannot run inside an engine that fixes placeholder counts "
-        "before the vision tower runs and caches media across questions. These can: "
-        f"{', '.join(servable_reducers())}. Serve {reducer.name!r} with `--engine hf` instead."
+        f"before the vision tower runs and caches media across questions. These can: {able}. "
+        f"Serve {reducer.name!r} with `--engine hf` instead."
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import MissingDependencyError, OptionError
 from tokencomp.plan import check_ratio
 from tokencomp.reducers.base import make_reducer
-from tokencomp.training.data import questions
+from tokencomp.training.data import data_identity, questions
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
 from tokencomp.training.measure import Measurement, Way
 from tokencomp.weights import model_card, write_json
@@ -50,6 +49,7 @@ class AdscConfig(LoopConfig):
     ratios: tuple[float, ...] = (0.0, 0.67, 0.8)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.schedule:
             raise OptionError("schedule: expected at least one ratio, e.g. 0.8,0.67,0.5.")
         self.phases()
@@ -82,12 +82,14 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
         PEFT is not installed.
     OptionError
         Data without answers or media, or a checkpoint of another run in `output`.
+    ScoreError
+        Training diverged.
     """
-    begin = time.time()
     card = {**model_card(model), "kind": "adsc", "data": data, "config": asdict(config)}
     source = questions(data, config.kind, config.samples)
     tuned = add_lora(model, config)
-    identity = {k: card[k] for k in ("fingerprint", "data")} | _plain(asdict(config))
+    identity = {"fingerprint": card["fingerprint"], **data_identity(data)}
+    identity |= _plain(asdict(config))
     loop = Loop(tuned, processor, tuned, source, config, output / "checkpoint.pt", identity)
     tuned.train()
     with tokencomp.patch(
@@ -100,11 +102,12 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
         loop.run(before, lambda i, labels: answer_loss(tuned, i, labels), "training adsc")
     tuned.eval()
     save_adapter(tuned, output, card["model_id"])
-    card["seconds"] = round(time.time() - begin, 1)
+    card["seconds"] = round(loop.seconds, 1)
     card["loss"] = [round(v, 4) for v in loop.history[:: max(1, len(loop.history) // 50)]]
+    write_json(output / CARD, card)
     if config.evaluate:
         card["accuracy"] = evaluate(tuned, processor, data, config)
-    write_json(output / CARD, card)
+        write_json(output / CARD, card)
     return tuned
 
 

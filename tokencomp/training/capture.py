@@ -48,26 +48,22 @@ class Capture:
     arguments: list[dict[str, Any]] = field(default_factory=list)
     last: Tensor | None = None
 
-    def attention_rows(self, answers: list[int]) -> list[list[Tensor]]:
+    def attention_rows(self, answer: int) -> list[list[Tensor]]:
         """Layer-0 attention of the user's text to each span: what `selector` sees.
 
         Parameters
         ----------
-        answers
-            Answer tokens at the end of every sample; they do not vote.
+        answer
+            Columns at the end that hold answers; they do not vote.
 
         Returns
         -------
         list per sample of list per span of Tensor, float32, shape (span.length,)
         """
         tables = self.arguments[0]["position_embeddings"]
-        found = []
-        for b, tail in enumerate(answers):
-            alone = [row if i == b else [] for i, row in enumerate(self.spans)]
-            frame = full_frame(self.width, self.lengths, alone)
-            layer, signal = self.adapter.layers[0], Attention("text")
-            found.append(entry_scores(layer, self.inputs[0], tables, signal, frame, tail)[b])
-        return found
+        frame = full_frame(self.width, self.lengths, self.spans)
+        layer, signal = self.adapter.layers[0], Attention("text")
+        return entry_scores(layer, self.inputs[0], tables, signal, frame, answer)
 
 
 @torch.no_grad()

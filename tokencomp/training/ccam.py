@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,16 @@ from torch import Tensor
 
 import tokencomp
 from tokencomp.adapters.base import adapter_for
+from tokencomp.context import VisualSpan
 from tokencomp.errors import OptionError
-from tokencomp.projectors.ccam import CCAMConfig, CCAMProjector
+from tokencomp.projectors.ccam import CCAMProjector
+from tokencomp.projectors.ccam_config import CCAMConfig, read_card
 from tokencomp.reducers.ccam import Ccam
 from tokencomp.training.capture import capture
-from tokencomp.training.data import questions
+from tokencomp.training.ccam_evaluation import check_media, evaluate, held_out, sample_spans
+from tokencomp.training.data import data_identity, questions
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
-from tokencomp.training.measure import Measurement, Way
 from tokencomp.weights import model_card, write_json
-
-SAMPLE = 16
-"""Questions whose media are counted before an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,10 @@ class CcamConfig(LoopConfig):
 
 @dataclass(frozen=True)
 class Live(Ccam):
-    """The reducer around a module in memory, gradients included."""
+    """The reducer around a module in memory, gradients included.
+
+    Its weights stay in fp32 whatever the model's dtype: AdamW's steps vanish in bf16.
+    """
 
     module: Any = None
 
@@ -75,6 +78,13 @@ class Live(Ccam):
 
     def projector(self, device: torch.device, dtype: torch.dtype) -> CCAMProjector:
         return self.module
+
+    def queries(self) -> int:
+        return self.module.config.queries
+
+    def span_count(self, span: VisualSpan, fraction: float) -> int:
+        check_media([span], self.queries())
+        return super().span_count(span, fraction)
 
 
 def train_ccam(model: Any, processor: Any, data: str, output: Path, config: CcamConfig) -> Path:
@@ -87,17 +97,19 @@ def train_ccam(model: Any, processor: Any, data: str, output: Path, config: Ccam
     Raises
     ------
     OptionError
-        Data without answers or media, or a checkpoint of another run in `output`.
+        Data without answers or media, media of no more tokens than there are queries, sizes that
+        no projector can have, or a checkpoint of another run in `output`.
+    ScoreError
+        Training diverged.
     """
-    begin = time.time()
     card = {**model_card(model), "data": data, "config": asdict(config)}
     source = questions(data, config.kind, config.samples)
     torch.manual_seed(config.seed)
     module = CCAMProjector(config.sizes(model)).to(model.device)
-    before = [p.requires_grad for p in model.parameters()]
-    model.requires_grad_(False)
+    for part in (source, *held_out(data, config).values()):
+        check_media(sample_spans(model, processor, part, config), config.queries)
+    identity = {"fingerprint": card["fingerprint"], **data_identity(data)}
     skip = ("evaluate", "save_every")
-    identity = {"fingerprint": card["fingerprint"], "data": data}
     identity |= {k: v for k, v in asdict(config).items() if k not in skip}
     loop = Loop(model, processor, module, source, config, output / "checkpoint.pt", identity)
     live = Live(module=module)
@@ -108,37 +120,41 @@ def train_ccam(model: Any, processor: Any, data: str, output: Path, config: Ccam
         with tokencomp.patch(model, 0.5, reducer=live):
             return answer_loss(model, inputs, labels)
 
-    try:
-        module.train()
+    with frozen(model):
         loop.run(lambda step: None, loss, "training ccam")
-    finally:
-        for parameter, needed in zip(model.parameters(), before, strict=True):
-            parameter.requires_grad_(needed)
     card["loss"] = [round(v, 4) for v in loop.history[:: max(1, len(loop.history) // 50)]]
-    card["seconds"] = round(time.time() - begin, 1)
+    card["seconds"] = round(loop.seconds, 1)
     path = module.eval().save(output, card)
     if config.evaluate:
         evaluated = evaluate(model, processor, data, path, config)
-        write_json(path.with_suffix(".json"), {**_card(path), "accuracy": evaluated})
+        write_json(path.with_suffix(".json"), {**read_card(path)[0], "accuracy": evaluated})
     return path
 
 
-def _card(path: Path) -> dict[str, Any]:
-    import json
-
-    return json.loads(path.with_suffix(".json").read_text())
+@contextlib.contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """No parameter of `model` takes a gradient inside the block."""
+    before = [p.requires_grad for p in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, needed in zip(model.parameters(), before, strict=True):
+            parameter.requires_grad_(needed)
 
 
 def align_loss(model: Any, module: CCAMProjector, inputs: dict[str, Any]) -> Tensor:
     """Squared error to the mean features of the i-th of Q pieces of a frame, frame by frame.
 
-    Relative to the variance of the features, so that 1 is the error of a constant.
+    Relative to the variance of the features, so that 1 is the error of a constant. A frame of
+    fewer than Q tokens has pieces that overlap.
     """
     seen = capture(model, inputs, layers=False)
+    check_media([span for row in seen.spans for span in row], module.config.queries)
     errors = []
     for b, row in enumerate(seen.spans):
         for span in row:
-            x = seen.inputs[0][b, span.start : span.stop]
+            x = seen.inputs[0][b, span.start : span.stop].float()
             x = x[~span.special_mask(x.device)]
             t, h, w = span.grid
             frames = x.view(t, h * w, -1)
@@ -149,46 +165,3 @@ def align_loss(model: Any, module: CCAMProjector, inputs: dict[str, Any]) -> Ten
     if not errors:
         raise OptionError("a training batch has no image or video.")
     return torch.stack(errors).mean()
-
-
-def ways(weights: Path, tokens: int, of: float) -> list[Way]:
-    """The projector, and pooling and random choice at its number of tokens of `of`."""
-    ratio = 1.0 - tokens / of
-    return [
-        Way("ccam", ratio, "ccam", {"weights": str(weights)}),
-        Way("pool", ratio, "pool"),
-        Way("random", ratio, "random"),
-    ]
-
-
-def evaluate(
-    model: Any, processor: Any, data: str, weights: Path, config: CcamConfig
-) -> list[dict[str, Any]]:
-    """Held-out accuracy against pooling and random choice at as many tokens.
-
-    Media of different sizes are compared at the mean number of tokens of a sample.
-    """
-    rows = []
-    for kind in (
-        ("image", "video") if config.kind == "both" and data == "shapesqa" else (config.kind,)
-    ):
-        source = questions(data, kind, config.evaluate, "validation")
-        measured = Measurement({"": model}, processor, config.frames, config.batch)
-        asked = ways(weights, config.queries, visual_tokens(model, processor, source, config))
-        measured.run(source, asked, f"evaluating ({kind})")
-        rows += [{"kind": kind, **row} for row in measured.table(asked)]
-    return rows
-
-
-def visual_tokens(model: Any, processor: Any, source: Any, config: LoopConfig) -> float:
-    """Mean visual tokens of an image or video, over questions spread evenly along the source."""
-    from tokencomp.evaluation.answering import to_model
-    from tokencomp.training.data import load_batch
-
-    found = []
-    count = min(SAMPLE, len(source))
-    for i in range(count):  # one at a time: a batch would be padded to its longest video
-        inputs, _ = load_batch([source[i * len(source) // count]], processor, config.frames)
-        (spans,) = capture(model, to_model(inputs, model), layers=False).spans
-        found += [span.visual for span in spans]
-    return sum(found) / len(found)

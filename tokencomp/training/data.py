@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,9 @@ from tokencomp.errors import OptionError, unknown_name
 from tokencomp.evaluation.answering import build_inputs
 from tokencomp.evaluation.examples import Example, media_kind
 from tokencomp.reducers.base import check_choice
+from tokencomp.training.files import EMBEDDED, FileQuestions, questions_file
 
 IGNORE = -100
-EMBEDDED = "shapesqa"
-HELD_OUT = 20
-"""Of a data folder, one picture or video in so many is held out for evaluation."""
 
 
 class ShapesQuestions(Sequence[Example]):
@@ -54,83 +50,16 @@ class ShapesQuestions(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         if not 0 <= index < self.total:
             raise IndexError(index)
-        from tokencomp.zoo.shapesqa import item
-
-        family = self.families[index % len(self.families)]
-        one = item(self.split, family, index // len(self.families), **self.scene)
+        one = self.item(index)
         media = one.video() if one.kind == "video" else one.image()
         return Example(one.id, one.question, one.answer, (media,), one.family)
 
+    def item(self, index: int) -> Any:
+        """The `tokencomp.zoo.shapesqa.Item` at `index`, not rendered."""
+        from tokencomp.zoo.shapesqa import item
 
-class FileQuestions(Sequence[Example]):
-    """Questions from a JSON Lines file; media paths are relative to it.
-
-    Every line holds `question`, `answer` and `media` (a path, or a list of paths); `id` and
-    `family` are optional.
-
-    Raises
-    ------
-    OptionError
-        No file, no lines, or a line without a question, answer or media that exists.
-    """
-
-    def __init__(self, path: Path, held_out: bool | None = None, count: int | None = None) -> None:
-        file = questions_file(path)
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
-        rows = [self._row(file, n, line) for n, line in enumerate(lines)]
-        if held_out is not None:
-            aside = _held_out(rows, file.parent)
-            rows = [r for r in rows if (r.media in aside) is held_out]
-        self.rows = rows[:count]
-        if not self.rows:
-            raise OptionError(
-                f"{file} holds no questions for this purpose ({len(lines)} lines). Some media are "
-                "held out for evaluation: questions about two different ones are the least."
-            )
-
-    @staticmethod
-    def _row(file: Path, number: int, line: str) -> Example:
-        try:
-            row = json.loads(line)
-            media = row["media"] if isinstance(row["media"], list) else [row["media"]]
-            question, answer = str(row["question"]), row["answer"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise OptionError(
-                f"{file}, line {number + 1}: expected a JSON object with question, answer and "
-                f"media ({error!r})."
-            ) from error
-        if answer is None or not str(answer).strip():
-            raise OptionError(f"{file}, line {number + 1}: the answer is empty.")
-        paths = tuple(str(file.parent / str(m)) for m in media)
-        missing = [p for p in paths if not Path(p).exists()]
-        if missing or not paths:
-            told = f"{missing[0]} does not exist" if missing else "there is no image or video"
-            raise OptionError(f"{file}, line {number + 1}: {told}. Every question needs media.")
-        key = str(row.get("id", number))
-        return Example(key, question, str(answer).strip(), paths, str(row.get("family", "")))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
-        return self.rows[index]
-
-
-def questions_file(path: Path) -> Path:
-    """The JSON Lines file that `path` names: itself, or `questions.jsonl` in a folder.
-
-    Raises
-    ------
-    OptionError
-        There is none.
-    """
-    file = path / "questions.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        raise OptionError(
-            f"data {str(path)!r}: expected '{EMBEDDED}', a JSON Lines file, or a folder with "
-            "questions.jsonl (one object with question, answer and media per line)."
-        )
-    return file
+        family = self.families[index % len(self.families)]
+        return item(self.split, family, index // len(self.families), **self.scene)
 
 
 def data_identity(data: str) -> dict[str, Any]:
@@ -139,20 +68,6 @@ def data_identity(data: str) -> dict[str, Any]:
         return {"data": data}
     lines = questions_file(Path(data)).read_bytes()
     return {"data": data, "content": hashlib.sha256(lines).hexdigest()}
-
-
-def _held_out(rows: Sequence[Example], root: Path) -> set[tuple[Any, ...]]:
-    """Media of the held-out questions: no picture is trained on and evaluated with.
-
-    A hash of the paths relative to `root` chooses, so the folder may move.
-    """
-
-    def rank(media: tuple[Any, ...]) -> int:
-        names = [Path(m).relative_to(root).as_posix() for m in media]
-        return zlib.crc32("|".join(names).encode())
-
-    distinct = sorted({r.media for r in rows}, key=rank)
-    return set(distinct[: max(1, len(distinct) // HELD_OUT)])
 
 
 def questions(data: str, kind: str, count: int, purpose: str = "train") -> Sequence[Example]:
@@ -252,29 +167,25 @@ def answer_ids(processor: Any, model: Any, answers: Sequence[str], end: bool) ->
     return [[*row, stop] if end else list(row) for row in ids]
 
 
-def append(inputs: dict[str, Any], answers: Sequence[Sequence[int]]) -> tuple[dict, Tensor]:
-    """Teacher-forced batch: answers behind the prompts, still left-padded.
+def append(inputs: dict[str, Any], answers: Sequence[list[int]]) -> tuple[dict, Tensor]:
+    """Teacher-forced batch: answers behind the prompts, all from the same column on.
+
+    Shorter answers are filled up with their last token. Nothing looks back from there, attention
+    being causal; and where prompts end is the same for all samples (ours).
 
     Returns
     -------
     inputs, labels
-        Everything that runs along the sequence is longer now; labels (B, L) are the answer ids at
-        their own places and -100 elsewhere.
+        Everything that runs along the sequence is longer now, still left-padded; labels (B, L) are
+        the answer ids at their own places and -100 elsewhere.
     """
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    lengths = mask.sum(1).tolist()
-    width = max(n + len(a) for n, a in zip(lengths, answers, strict=True))
-    along = [k for k, v in inputs.items() if isinstance(v, Tensor) and v.shape == ids.shape]
+    ids, longest = inputs["input_ids"], max(map(len, answers))
+    told = torch.tensor([a + a[-1:] * (longest - len(a)) for a in answers])
+    lengths = torch.tensor([[len(a)] for a in answers])
+    new = {"input_ids": told, "attention_mask": torch.ones_like(told)}
     out = dict(inputs)
-    labels = torch.full((len(ids), width), IGNORE)
-    for key in along:
-        old = inputs[key]
-        pad = int(old[mask == 0][0]) if bool((mask == 0).any()) else 0
-        out[key] = old.new_full((len(ids), width), pad)
-        for b, (n, told) in enumerate(zip(lengths, answers, strict=True)):
-            fill = {"input_ids": torch.tensor(told), "attention_mask": torch.ones(len(told))}
-            out[key][b, width - n - len(told) : width - len(told)] = old[b, ids.shape[1] - n :]
-            out[key][b, width - len(told) :] = fill.get(key, torch.zeros(len(told))).to(old)
-    for b, told in enumerate(answers):
-        labels[b, width - len(told) :] = torch.tensor(told)
-    return out, labels
+    for key, old in inputs.items():
+        if isinstance(old, Tensor) and old.shape == ids.shape:
+            out[key] = torch.cat([old, new.get(key, torch.zeros_like(told)).to(old)], 1)
+    labels = told.masked_fill(torch.arange(longest) >= lengths, IGNORE)
+    return out, torch.cat([torch.full(ids.shape, IGNORE), labels], 1)

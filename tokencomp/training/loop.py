@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tokencomp.errors import OptionError
 from tokencomp.evaluation.answering import to_model
 from tokencomp.evaluation.examples import Example
+from tokencomp.reducers.options import check_types
+from tokencomp.training.checks import check_finite, check_rate, load_checkpoint
 from tokencomp.training.data import IGNORE, answer_ids, append, batches, load_batch
 from tokencomp.weights import replace_file
 
@@ -42,6 +44,11 @@ class LoopConfig:
         Held-out questions answered at the end; 0: none.
     seed
         Of the order of the questions, and of the first weights.
+
+    Raises
+    ------
+    OptionError
+        A value of another type, or a learning rate outside (0, 1].
     """
 
     steps: int = 1000
@@ -55,6 +62,10 @@ class LoopConfig:
     save_every: int = 100
     evaluate: int = 200
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types("training", self)
+        check_rate(self.learning_rate)
 
 
 Loss = Callable[[dict[str, Any], Tensor], Tensor]
@@ -73,6 +84,16 @@ class Loop:
         Training questions.
     checkpoint
         Written every `save_every` steps; an existing one of the same `identity` is resumed.
+
+    Attributes
+    ----------
+    step, history, seconds
+        Steps done, their losses, and the time they took, in all sessions together.
+
+    Raises
+    ------
+    OptionError
+        `checkpoint` cannot be written, cannot be read, or belongs to another run.
     """
 
     def __init__(
@@ -91,29 +112,44 @@ class Loop:
         self.optimizer = torch.optim.AdamW(
             self.named.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.step, self.history = 0, list[float]()
+        self.step, self.history, self.seconds = 0, list[float](), 0.0
         self._resume()
 
     def run(self, before: Callable[[int], None], loss: Loss, title: str) -> None:
-        """Train to the last step. `before(step)` may set what depends on the step."""
+        """Train to the last step. `before(step)` may set what depends on the step.
+
+        Raises
+        ------
+        ScoreError
+            A loss or gradient is NaN or infinite; the last checkpoint stays.
+        """
+        steps = self.config.steps
         chosen = batches(self.source, self.config.batch, self.config.seed)
-        chosen = itertools.islice(chosen, self.step, self.config.steps)
-        bar = tqdm(chosen, desc=title, initial=self.step, total=self.config.steps, mininterval=2)
+        chosen = itertools.islice(chosen, self.step, steps)
+        bar = tqdm(chosen, desc=title, initial=self.step, total=steps, mininterval=2)
+        begin = time.monotonic() - self.seconds
         for indices in bar:
             before(self.step)
-            inputs, labels = self._batch([self.source[i] for i in indices])
-            value = loss(inputs, labels)
-            self.optimizer.zero_grad()
-            value.backward()
-            nn.utils.clip_grad_norm_(self.named.values(), 1.0)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.config.learning_rate * self._rate()
-            self.optimizer.step()
+            self.history.append(self._train(loss, [self.source[i] for i in indices]))
             self.step += 1
-            self.history.append(float(value.detach()))
+            self.seconds = time.monotonic() - begin
             bar.set_postfix(loss=f"{sum(self.history[-50:]) / len(self.history[-50:]):.3f}")
-            if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+            if self.step % self.config.save_every == 0 or self.step == steps:
                 self.save()
+
+    def _train(self, loss: Loss, examples: list[Example]) -> float:
+        """One optimizer step, which dropout too makes the same after a restart; its loss."""
+        torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+        value = loss(*self._batch(examples))
+        self.optimizer.zero_grad()
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(self.named.values(), 1.0)
+        found = float(value.detach())
+        check_finite(f"step {self.step + 1}", found, float(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * self._rate()
+        self.optimizer.step()
+        return found
 
     def _rate(self) -> float:
         done = self.step / max(1, self.config.steps)
@@ -123,8 +159,7 @@ class Loop:
 
     def _batch(self, examples: list[Example]) -> tuple[dict[str, Any], Tensor]:
         inputs, answers = load_batch(examples, self.processor, self.config.frames)
-        ids = answer_ids(self.processor, self.model, answers, end=True)
-        forced, labels = append(inputs, ids)
+        forced, labels = append(inputs, answer_ids(self.processor, self.model, answers, end=True))
         return to_model(forced, self.model), labels.to(self.model.device)
 
     def save(self) -> None:
@@ -133,56 +168,31 @@ class Loop:
             "identity": self.identity,
             "step": self.step,
             "history": self.history,
+            "seconds": self.seconds,
             "weights": {n: p.detach() for n, p in self.named.items()},
             "optimizer": self.optimizer.state_dict(),
         }
         replace_file(self.checkpoint, partial(torch.save, state))
 
     def _resume(self) -> None:
-        state = load_checkpoint(self.checkpoint, self.identity)
-        if state is None:
+        if (state := load_checkpoint(self.checkpoint, self.identity)) is None:
             return
         with torch.no_grad():
             for name, parameter in self.named.items():
                 parameter.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.history = state["step"], state["history"]
-
-
-def load_checkpoint(path: Path | None, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The state in `path`, on the CPU; None if there is no such file.
-
-    Raises
-    ------
-    OptionError
-        Its `identity` is another one.
-    """
-    if path is None or not path.exists():
-        return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    check_same_run(path, state.get("identity", {}), identity)
-    return state
-
-
-def check_same_run(place: Path, found: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Raise `OptionError` if the run that left `found` in `place` is not the run `identity`."""
-    wrong = [k for k in identity if found.get(k) != identity[k]]
-    if wrong:
-        raise OptionError(
-            f"{place} belongs to a run that differs in {', '.join(wrong)}. Give another --output, "
-            "or remove it."
-        )
+        self.seconds = state.get("seconds", 0.0)
 
 
 def answer_loss(model: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:
-    """Cross entropy of the answers; logits are made for the last columns alone.
+    """Cross entropy of the answers, int64 `labels` (B, L) as `append` makes them.
 
-    Under a patch the trailing answer columns count as drafted tokens: they do not vote on what is
-    kept, as at inference.
+    Logits are made for the last columns alone. Under a patch the columns from the first answer
+    token on count as drafted tokens, which do not vote on what is kept. As all answers of a batch
+    begin in one column, every sample keeps what it keeps at inference.
     """
-    longest = int((labels != IGNORE).sum(1).max())
-    logits = model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits
-    told = labels[:, -longest:]
-    return F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), told.flatten(), ignore_index=IGNORE
-    )
+    told = labels[:, int((labels != IGNORE).any(0).nonzero()[0]) :]
+    last = told.shape[1] + 1
+    logits = model(**inputs, use_cache=False, logits_to_keep=last).logits[:, -last:-1]
+    return F.cross_entropy(logits.float().flatten(0, 1), told.flatten(), ignore_index=IGNORE)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -17,10 +15,12 @@ from tokencomp.evaluation.answering import generate, to_model
 from tokencomp.evaluation.examples import Example
 from tokencomp.evaluation.metrics import mcnemar, retention
 from tokencomp.reducers.base import Reducer
-from tokencomp.training.data import answer_ids, append, load_batch
-from tokencomp.training.relevance import relevance
+from tokencomp.training.data import Joined, ShapesQuestions, answer_ids, append, load_batch
+from tokencomp.training.relevance import TARGET, Target, relevance
 
 FULL = "full"
+REPLY = 4
+"""Tokens that every answer may have, so that "(B)." fits where the reference is "B"."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,12 @@ class Measurement:
         it), whose uncompressed answers are the reference and are what `oracle` explains.
     processor
         Shared by all variants.
-    frames, batch, max_new_tokens
-        Frames read from video files, questions at once, length of an answer.
+    frames, batch
+        Frames read from video files, questions at once.
+    max_new_tokens
+        Where answers are cut; None: the longest reference answer of the questions.
+    target
+        What of the answer `oracle` explains, see `tokencomp.training.relevance.relevance`.
     """
 
     def __init__(
@@ -68,10 +72,12 @@ class Measurement:
         processor: Any,
         frames: int = 8,
         batch: int = 32,
-        max_new_tokens: int = 4,
+        max_new_tokens: int | None = None,
+        target: Target = TARGET,
     ) -> None:
         self.models, self.processor = models, processor
-        self.frames, self.batch, self.max_new_tokens = frames, batch, max_new_tokens
+        self.frames, self.batch = frames, batch
+        self.max_new_tokens, self.target = max_new_tokens, target
         self.records: list[dict[str, Any]] = []
         self.achieved: dict[str, list[float]] = {}
         self.tokens: dict[str, list[float]] = {}
@@ -79,6 +85,9 @@ class Measurement:
     def run(self, examples: Sequence[Example], ways: Sequence[Way], title: str = "asking") -> None:
         """Answer every example in every way, the uncompressed model first."""
         ways = [Way(FULL), *(w for w in ways if w.name != FULL)]
+        limit = self.max_new_tokens or max(
+            REPLY, longest_answer(self.processor, self.models[""], examples)
+        )
         for start in tqdm(range(0, len(examples), self.batch), desc=title, mininterval=2):
             part = [examples[i] for i in range(start, min(start + self.batch, len(examples)))]
             inputs, _ = load_batch(part, self.processor, self.frames)
@@ -87,7 +96,7 @@ class Measurement:
             for way in ways:
                 if way.reducer == "oracle" and truth is None:
                     truth = self._relevance(inputs, answers[Way(FULL).key])
-                answers[way.key] = self._answer(way, inputs, truth)
+                answers[way.key] = self._answer(way, inputs, limit, truth)
             for b, example in enumerate(part):
                 told = {key: row[b] for key, row in answers.items()}
                 right = {key: example.correct(text) for key, text in told.items()}
@@ -101,7 +110,7 @@ class Measurement:
                     }
                 )
 
-    def _answer(self, way: Way, inputs: dict[str, Any], truth: Any) -> list[str]:
+    def _answer(self, way: Way, inputs: dict[str, Any], limit: int, truth: Any) -> list[str]:
         from tokencomp.reducers.oracle import truth as told
 
         model = self.models[way.model]
@@ -115,7 +124,7 @@ class Measurement:
                 )
                 if way.reducer == "oracle":
                     stack.enter_context(told(truth))
-            texts = generate(model, self.processor, inputs, self.max_new_tokens)
+            texts = generate(model, self.processor, inputs, limit)
             if handle is not None and handle.stats is not None:
                 after = handle.stats.tokens_after
                 self.achieved.setdefault(way.key, []).append(handle.stats.ratio)
@@ -127,11 +136,11 @@ class Measurement:
         model = self.models[""]
         ids = answer_ids(self.processor, model, [a or "?" for a in answers], end=False)
         forced, labels = append(inputs, ids)
-        return relevance(model, to_model(forced, model), labels.to(model.device))
+        return relevance(model, to_model(forced, model), labels.to(model.device), self.target)
 
-    def scores(self, key: str, keep: Callable[[dict], bool] = lambda r: True) -> list[float]:
+    def scores(self, key: str) -> list[float]:
         """Right (1) or wrong (0) per item."""
-        return [float(r["correct"][key]) for r in self.records if keep(r)]
+        return [float(r["correct"][key]) for r in self.records]
 
     def table(self, ways: Sequence[Way], baseline: str = "random") -> list[dict[str, Any]]:
         """One row per way: accuracy, retention with its paired interval, McNemar vs `baseline`."""
@@ -156,26 +165,19 @@ class Measurement:
             rows.append(row)
         return rows
 
-    def by_family(self) -> dict[str, dict[str, float]]:
-        """Accuracy per question family and way."""
-        found: dict[str, dict[str, float]] = {}
-        for family in sorted({r["family"] for r in self.records}):
-            mine = [r for r in self.records if r["family"] == family]
-            keys = mine[0]["correct"]
-            found[family] = {k: sum(r["correct"][k] for r in mine) / len(mine) for k in keys}
-        return found
 
-    def lines(self) -> Iterator[str]:
-        """The records as JSON Lines."""
-        for record in self.records:
-            yield json.dumps(record) + "\n"
+def longest_answer(processor: Any, model: Any, source: Sequence[Example]) -> int:
+    """Tokens of the longest reference answer, the end-of-turn token included."""
+    return max(map(len, answer_ids(processor, model, _answers(source), end=True)), default=0)
 
-    def write(self, path: Path) -> Path:
-        """Per-item records, whole or not at all."""
-        from tokencomp.weights import replace_file
 
-        replace_file(path, lambda part: part.write_text("".join(self.lines())))
-        return path
+def _answers(source: Sequence[Example]) -> list[str]:
+    """Reference answers; what is rendered when asked for stays unrendered."""
+    if isinstance(source, Joined):
+        return [answer for part in source.parts for answer in _answers(part)]
+    if isinstance(source, ShapesQuestions):
+        return [source.item(i).answer for i in range(len(source))]
+    return [example.answer for example in source]
 
 
 def _mean(values: list[float] | None) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tokencomp.errors import OptionError
 from tokencomp.evaluation.answering import generate, to_model
 from tokencomp.evaluation.examples import Example
+from tokencomp.reducers.rows import finite
+from tokencomp.training.checks import check_same_run
 from tokencomp.training.data import answer_ids, append, data_identity, load_batch, order
-from tokencomp.training.loop import check_same_run
-from tokencomp.training.relevance import explain
+from tokencomp.training.relevance import attention_bytes, explain
 from tokencomp.weights import model_card, write_json, write_tensors
 
 if TYPE_CHECKING:
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 Pair = tuple[Tensor, Tensor]
 """Attention row and relevance of the patches of one span, both float32 (n,)."""
 
+MEMORY = 8 * 2**30
+"""Bytes for the attention of the questions that are explained at once (ours)."""
+IDENTITY = "identity.json"
 SETTINGS = ("kind", "batch", "answers", "target", "frames", "max_new_tokens", "seed")
 """Of `SelectorConfig`: what the labels depend on."""
 
@@ -41,35 +47,54 @@ def label(
     folder: Path,
     config: SelectorConfig,
     identity: dict[str, Any],
-) -> list[Pair]:
+) -> tuple[list[Pair], float]:
     """Explain every question; one file per batch, files that exist are read instead.
+
+    Returns
+    -------
+    pairs, seconds
+        Labels, and the time they took, in all sessions together.
 
     Raises
     ------
     OptionError
-        `folder` holds labels of another identity.
+        `folder` holds labels of another identity, or files that are none.
+    ScoreError
+        An attention row or a relevance is NaN or infinite.
     """
-    from safetensors.torch import load_file
-
-    _same_run(folder / "identity.json", {**identity, "questions": len(source)})
-    pairs: list[Pair] = []
+    identity = {**identity, "questions": len(source)}
+    _check_same_run(folder, identity)
+    pairs, seconds = list[Pair](), 0.0
     shuffled = order(len(source), config.seed)
     chosen = [next(shuffled) for _ in range(len(source))]
     starts = range(0, len(chosen), config.batch)
     for number, start in enumerate(tqdm(starts, desc=f"explaining ({folder.name})", mininterval=2)):
         file = folder / f"{number:06d}.safetensors"
         if not file.exists():
+            begin = time.monotonic()
             examples = [source[i] for i in chosen[start : start + config.batch]]
-            write_tensors(file, _flat(explain_batch(model, processor, examples, config)))
-        pairs += _pairs(load_file(file))
-    return pairs
+            found = explain_batch(model, processor, examples, config)
+            if not (folder / IDENTITY).exists():  # what cannot be explained leaves nothing behind
+                write_json(folder / IDENTITY, identity)
+            write_tensors(file, _flat(found, time.monotonic() - begin))
+        read, took = _pairs(file)
+        pairs, seconds = pairs + read, seconds + took
+    return pairs, seconds
 
 
 def explain_batch(
     model: Any, processor: Any, examples: Sequence[Example], config: SelectorConfig
 ) -> list[Pair]:
-    """Attention rows and relevance of all spans of a batch, special tokens left out."""
+    """Attention rows and relevance of all spans of a batch, special tokens left out.
+
+    As many questions at once as `MEMORY` has room for, at least one.
+    """
     inputs, answers = load_batch(examples, processor, config.frames)
+    tokens = inputs["input_ids"].shape[1] + config.max_new_tokens
+    room = max(1, MEMORY // attention_bytes(model, 1, tokens))
+    if room < len(examples):
+        parts = (examples[at : at + room] for at in range(0, len(examples), room))
+        return [pair for part in parts for pair in explain_batch(model, processor, part, config)]
     if config.answers == "generated":
         told = generate(model, processor, inputs, config.max_new_tokens)
         answers = [t or given for t, given in zip(told, answers, strict=True)]
@@ -77,30 +102,50 @@ def explain_batch(
     forced, labels = append(inputs, ids)
     seen, found = explain(model, to_model(forced, model), labels.to(model.device), config.target)
     with torch.no_grad():
-        rows = seen.attention_rows([len(i) for i in ids])
+        rows = seen.attention_rows(labels.shape[1] - inputs["input_ids"].shape[1])
     pairs = []
     for spans, by_row, by_label in zip(seen.spans, rows, found, strict=True):
         for span, row, relevance in zip(spans, by_row, by_label, strict=True):
             patch = ~span.special_mask()
-            pairs.append((row.float().cpu()[patch], relevance.float().cpu()[patch]))
+            row, relevance = finite(row, "attention shares"), finite(relevance, "relevances")
+            pairs.append((row.cpu()[patch], relevance.cpu()[patch]))
     return pairs
 
 
-def _same_run(file: Path, identity: dict[str, Any]) -> None:
-    if file.exists():
-        check_same_run(file.parent, json.loads(file.read_text()), identity)
-    else:
-        write_json(file, identity)
+def _check_same_run(folder: Path, identity: dict[str, Any]) -> None:
+    file = folder / IDENTITY
+    if not file.exists():
+        return
+    try:
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise _damaged(file, error) from error
+    check_same_run(folder, found, identity)
 
 
-def _flat(pairs: list[Pair]) -> dict[str, Tensor]:
+def _flat(pairs: list[Pair], seconds: float) -> dict[str, Tensor]:
     return {
         "lengths": torch.tensor([len(row) for row, _ in pairs]),
         "rows": torch.cat([row for row, _ in pairs]),
         "labels": torch.cat([value for _, value in pairs]),
+        "seconds": torch.tensor(seconds),
     }
 
 
-def _pairs(flat: dict[str, Tensor]) -> list[Pair]:
-    lengths = flat["lengths"].tolist()
-    return list(zip(flat["rows"].split(lengths), flat["labels"].split(lengths), strict=True))
+def _pairs(file: Path) -> tuple[list[Pair], float]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        flat = load_file(file)
+        lengths = flat["lengths"].tolist()
+        parts = (flat["rows"].split(lengths), flat["labels"].split(lengths))
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise _damaged(file, error) from error
+    return list(zip(*parts, strict=True)), float(flat.get("seconds", 0.0))
+
+
+def _damaged(file: Path, error: Exception) -> OptionError:
+    return OptionError(
+        f"{file} is damaged ({error}). Remove {file.parent}, or give another --output."
+    )

@@ -1,0 +1,158 @@
+"""Pages of the trained methods: paired tests by hand, and what a table says of its own run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tokencomp.errors import OptionError
+from tokencomp.evaluation import Example
+from tokencomp.training.measure import Measurement, Way
+
+RIVALS = {"trained": ("training-free",)}
+CARD = {
+    "kind": "adsc",
+    "model_id": "m",
+    "data": "shapesqa:count",
+    "seconds": 60.0,
+    "config": {"steps": 7, "schedule": ["0.8", "0|0.5"], "options": {}, "seed": 3},
+}
+
+
+def arguments(folder: Path, sets: list[str], **more: Any) -> argparse.Namespace:
+    told = {"model": "m", "split": "test", "report": False, "every": ["count", "video"]}
+    return argparse.Namespace(output=folder, sets=sets, **{**told, **more})
+
+
+def answers(right: dict[str, list[int]], family: str = "count") -> list[dict[str, Any]]:
+    count = len(next(iter(right.values())))
+    return [
+        {
+            "id": str(i),
+            "family": family,
+            "answer": "a",
+            "told": {},
+            "correct": {k: bool(v[i]) for k, v in right.items()},
+        }
+        for i in range(count)
+    ]
+
+
+def filled(scripts: Any, folder: Path, sets: list[str], right: dict[str, list[int]]) -> Any:
+    """A book with one table per set, made now."""
+    card = folder / "card.json"
+    card.write_text(json.dumps(CARD))
+    book = scripts.trained.Book("adsc", arguments(folder, sets), RIVALS)
+    ways = [Way(k.partition("@")[0], float(k.partition("@")[2])) for k in right if k != "full@0"]
+    for title in sets:
+        measured = Measurement({}, None)
+        measured.records = answers(right)
+        book.add(title, measured.table(ways), measured.records, {"trained": card})
+    book.write()
+    return book
+
+
+RIGHT = {
+    "full@0": [1] * 20,
+    "trained@0.5": [1] * 18 + [0, 1],
+    "training-free@0.5": [1] * 8 + [0] * 10 + [1, 1],
+    "random@0.5": [0] * 20,
+}
+
+
+def test_paired_test_is_told(scripts, tmp_path: Path, capsys) -> None:
+    book = filled(scripts, tmp_path, ["count"], RIGHT)
+    row = next(r for r in book.tables["count"]["rows"] if r["name"] == "trained")
+    exact = 2 * sum(math.comb(11, k) for k in range(2)) / 2**11  # ten won, one lost
+    assert row["against"] == {"training-free": {"wins": 10, "losses": 1, "p": pytest.approx(exact)}}
+    page = (tmp_path / "adsc.md").read_text()
+    assert "| count | trained | 0.5 | training-free | 10 | 1 | 0.012 | better |" in page
+    assert "- trained against training-free: better: count at 0.5 (p = 0.012)." in page
+    assert "tokencomp train adsc --model m --data shapesqa:count --seed 3 " in page
+    assert "--schedule '0.8,0|0.5' --steps 7 --output FOLDER` (60 s)" in page
+    assert page in capsys.readouterr().out
+
+
+def test_tables_that_are_not_asked_again_keep_what_they_depend_on(
+    scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(scripts, tmp_path, ["count", "video"], RIGHT)
+    other = {"date": "2000-01-01", "command": "", "versions": {"torch": "0"}, "commit": None}
+    other["hardware"] = {"cpu": "abacus", "threads": 1}
+    monkeypatch.setattr(scripts.trained, "environment", lambda: other)
+    first = json.loads((tmp_path / "adsc.json").read_text())["tables"]["count"]
+    filled(scripts, tmp_path, ["video"], {**RIGHT, "random@0.5": [1] * 20})
+    tables = json.loads((tmp_path / "adsc.json").read_text())["tables"]
+    assert tables["count"] == first and tables["video"]["made"]["hardware"]["cpu"] == "abacus"
+    lines = [json.loads(x) for x in (tmp_path / "adsc.jsonl").read_text().splitlines()]
+    right = {s: sum(r["correct"]["random@0.5"] for r in lines if r["set"] == s) for s in tables}
+    assert right == {"count": 0, "video": 20}
+    assert (tmp_path / "adsc.md").read_text().count("abacus") == 1
+
+
+def test_sets_that_the_script_no_longer_has_go(scripts, tmp_path: Path) -> None:
+    filled(scripts, tmp_path, ["image"], RIGHT)
+    filled(scripts, tmp_path, ["count"], RIGHT)
+    assert list(json.loads((tmp_path / "adsc.json").read_text())["tables"]) == ["count"]
+    assert '"set": "image"' not in (tmp_path / "adsc.jsonl").read_text()
+
+
+@pytest.mark.parametrize("changed", [{"model": "other"}, {"split": "validation"}])
+def test_models_and_splits_are_not_mixed(scripts, tmp_path: Path, changed: dict[str, str]) -> None:
+    filled(scripts, tmp_path, ["count", "video"], RIGHT)
+    book = scripts.trained.Book
+    with pytest.raises(OptionError, match="'count' is of"):
+        book("adsc", arguments(tmp_path, ["video"], **changed), RIVALS)
+    book("adsc", arguments(tmp_path, ["count", "video"], **changed), RIVALS)
+
+
+def test_lost_cards_are_told(scripts) -> None:
+    table = {"trained": {"ccam": "trained somehow"}}
+    assert scripts.trained_page.training({"a": table, "b": table}) == ["- ccam: trained somehow."]
+
+
+def test_published_ccam_page_says_that_the_mask_costs_accuracy(scripts, tmp_path: Path) -> None:
+    """Won and lost items counted from the published answers."""
+    folder = Path(scripts.trained.__file__).parent
+    lines = [json.loads(line) for line in (folder / "ccam.jsonl").read_text().splitlines()]
+    page = (folder / "ccam.md").read_text()
+    for title in ("image", "video, 8 frames", "video, 16 frames", "video, 48 frames"):
+        mine = [r["correct"] for r in lines if r["set"] == title]
+        key = next(k for k in mine[0] if k.startswith("ccam@"))
+        free = key.replace("ccam@", "ccam without mask@")
+        won = sum(r[key] and not r[free] for r in mine)
+        lost = sum(r[free] and not r[key] for r in mine)
+        ratio = f"{float(key.partition('@')[2]):.3g}"
+        assert f"| {title} | ccam | {ratio} | ccam without mask | {won} | {lost} | " in page
+    assert "ccam against ccam without mask: worse: video, 8 frames" in page
+
+
+class Halves:
+    """Halves both sides of every picture; a token is a pixel."""
+
+    def shrink(self, media: Any, ratio: float) -> Any:
+        assert ratio == 0.75
+        if isinstance(media, list):
+            return [self.shrink(frame, ratio) for frame in media]
+        return media.resize((media.width // 2, media.height // 2))
+
+    def tokens(self, media: Any) -> int:
+        return (
+            sum(map(self.tokens, media)) if isinstance(media, list) else media.width * media.height
+        )
+
+
+def test_smaller_media_of_the_same_questions(scripts) -> None:
+    image = Image.new("RGB", (8, 4))
+    source = [Example("i", "?", "a", (image,)), Example("v", "?", "b", ([image] * 3,))]
+    shrunk = scripts.trained.Shrunk(source, Halves(), 0.75, 8)
+    first, second = shrunk
+    assert (first.id, first.answer, first.media[0].size) == ("i", "a", (4, 2))
+    assert [frame.size for frame in second.media[0]] == [(4, 2)] * 3
+    assert shrunk.achieved == {0: 0.75, 1: 0.75}

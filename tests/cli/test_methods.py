@@ -1,0 +1,172 @@
+"""--reducer, --plan, --set and --proportional-attention: what the commands ask `patch` for."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from cli_support import run
+
+import tokencomp
+from tokencomp.evaluation import Setting, benchmarks, loading
+from tokencomp.zoo import SAMPLES
+
+IMAGE = next(SAMPLES.glob("*.jpg"))
+SHORT = {"inspect": ("--max-new-tokens", 2), "demo": (), "profile": ("--rounds", 1)}
+COMPOSED = {"weighted": False, "share": 0.7, "prune.score": "last_query"}
+SETS = [f"--set={name}={json.dumps(value)}" for name, value in COMPOSED.items()]
+STAGES = [
+    {"layer": 0, "fraction": 0.5, "reducer": "merge", "options": {"weighted": False}},
+    {"layer": 3, "fraction": 0.25, "reducer": "uniform", "options": {}},
+]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Options of every call of `tokencomp.patch`, which still patches."""
+    calls, real = [], tokencomp.patch
+
+    def patch(model, ratio=0.5, **options):
+        handle = real(model, ratio, **options)
+        calls.append({"ratio": ratio, **options, "stages": handle.plan})
+        return handle
+
+    monkeypatch.setattr(tokencomp, "patch", patch, raising=False)
+    return calls
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(STAGES))
+    return path
+
+
+def ask(command: str, folder: Path, tmp_path: Path, *args: object) -> int:
+    output = tmp_path / ("out.json" if command == "profile" else "out.html")
+    given = ("--model", folder, "--image", IMAGE, *SHORT[command], "-o", output)
+    return run(command, *given, *args)
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_a_composition(command, folder, tmp_path, asked, capsys):
+    code = ask(
+        command, folder, tmp_path,
+        "-r", "merge+prune", "--ratio", "0.6", *SETS, "--proportional-attention",
+    )  # fmt: skip
+    assert code == 0 and "merge+prune" in capsys.readouterr().out
+    stages = tokencomp.make_reducer("merge+prune", **COMPOSED).plan(0.6, 6)
+    request = {"ratio": 0.6, "reducer": "merge+prune", **COMPOSED, "proportional_attention": True}
+    assert asked and all(call == {**request, "stages": stages} for call in asked)
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_a_plan_from_a_file(command, folder, tmp_path, file, asked, capsys):
+    """64 tokens: three layers see half of them, three a quarter, so 0.625 of the work is saved."""
+    code = ask(command, folder, tmp_path, "--plan", file)
+    out = capsys.readouterr().out
+    assert code == 0 and re.search(r"plan\s[\s\S]*0\.625", out) and "32×3 16×3" in out
+    plan = tokencomp.plan_from_json(STAGES)
+    assert asked and all(call["stages"] == plan for call in asked)
+
+
+@pytest.mark.parametrize("proportional", [False, True])
+def test_eval(proportional, folder, tmp_path, file, monkeypatch):
+    """Its settings travel to lmms-eval as reducer, ratio and JSON options."""
+    told = []
+
+    def run_setting(loaded, name, tasks, setting, out, **how):
+        again = json.loads(json.dumps([setting.reducer, setting.ratio, setting.options]))
+        told.append((Setting(*again), out.name))
+        return {}
+
+    monkeypatch.setattr(benchmarks, "find_tasks", lambda *args: [])
+    monkeypatch.setattr(benchmarks, "run_setting", run_setting)
+    more = ["--proportional-attention"] if proportional else []
+    assert run("eval", "--model", folder, "--plan", file, "-o", tmp_path / "runs", *more) == 0
+    (full, _), (random, _), (small, _), (plan, name) = told
+    assert full == Setting()
+    assert random == Setting("random", 0.625) and small == Setting("downscale", 0.625)
+    extra = {"proportional_attention": True} if proportional else {}
+    stages = tokencomp.plan_from_json(STAGES)
+    assert plan.ratio == 0.625
+    assert plan.request == {"plan": tokencomp.plan_to_json(stages), **extra}
+    assert name == "-".join(["plan-0.625", *(f"{k}={v}" for k, v in extra.items())])
+    told.clear()
+    args = ("-r", "merge+prune", "--ratio", "0.5", "--set", "share=0.7", "--no-baselines")
+    assert run("eval", "--model", folder, *args, "-o", tmp_path / "runs") == 0
+    assert [s for s, _ in told] == [Setting(), Setting("merge+prune", 0.5, {"share": 0.7})]
+
+
+def test_tune_with_a_composition(folder, tmp_path):
+    out = tmp_path / "tuned.json"
+    code = run(
+        "tune", "--tokens", 64, "--model", folder, "--items", 1, "--families", "needle",
+        "--frames", 4, "--scale", 1, "-r", "merge+prune", "--ratio", "0.5", "-o", out,
+    )  # fmt: skip
+    found = json.loads(out.read_text())["candidates"]
+    assert code == 0 and {c["reducer"] for c in found} == {"merge+prune"}
+    assert all(c["tokens"] == pytest.approx(64, abs=2) for c in found)
+
+
+@pytest.mark.parametrize("command", ["inspect", "profile", "demo", "eval", "tune"])
+@pytest.mark.parametrize(
+    ("reducer", "message"),
+    [
+        ("prune+merge", "'prune' does not act at decoder entry"),
+        ("merg+prune", "Did you mean 'merge'"),
+        ("merge+downscale", "unknown reducer 'downscale'"),
+    ],
+)
+def test_parts_that_do_not_go_together(command, reducer, message, capsys):
+    tokens = ["--tokens", 9] if command == "tune" else []
+    assert run(command, "-r", reducer, *tokens) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "profile", "demo", "eval"])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--plan", "FILE", "-r", "merge"], "--reducer: no effect with --plan"),
+        (["--plan", "FILE", "--ratio", "0.5", "--set", "a=1"], "--ratio, --set: no effect with"),
+        (["--plan", "nowhere.json"], "plan file 'nowhere.json'"),
+        (["-r", "merge", "--set", "name=x"], "no option 'name'"),
+        (["-r", "merge", "--set", "reducers=x"], "no option 'reducers'"),
+        (["-r", "merge", "--set", "plan=x"], "no option 'plan'"),
+        (["--proportional-attention", "-r", "uniform"], "'uniform' merges no tokens"),
+    ],
+)
+def test_mistakes(command, args, message, file, capsys):
+    assert run(command, *[file if a == "FILE" else a for a in args]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and "Traceback" not in err
+
+
+def test_a_plan_of_a_deeper_model(folder, tmp_path, file, capsys):
+    """Its stage lies outside: without a check, the model would run uncompressed as a "plan"."""
+    file.write_text(json.dumps([{"layer": 9, "fraction": 0.5, "reducer": "merge"}]))
+    assert ask("inspect", folder, tmp_path, "--plan", file) == 2
+    assert "6 layers" in capsys.readouterr().err
+
+
+def test_settings_refuse_what_patch_would(loaded):
+    uniform = [{"layer": 0, "fraction": 0.5, "reducer": "uniform"}]
+    more = {"proportional_attention": True}
+    for reducer, options in (
+        ("plan", {"plan": uniform, **more}),
+        ("plan", {"plan": uniform, "seed": 1}),
+        ("plan", {}),
+        ("prune", more),
+        ("downscale", more),
+    ):
+        with pytest.raises(tokencomp.TokenCompError):
+            Setting(reducer, 0.5, options)
+
+
+def test_load_model_is_not_needed_for_mistakes(monkeypatch, file, capsys):
+    monkeypatch.setattr(loading, "load_model", None)
+    assert run("inspect", "--image", IMAGE, "--plan", file, "-r", "merge") == 2
+    assert run("eval", "-r", "prune+merge") == 2

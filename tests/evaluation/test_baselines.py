@@ -1,0 +1,96 @@
+"""Equal-token baselines against all sizes that could have been chosen."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from PIL import Image
+
+from tokencomp.adapters.base import adapter_for
+from tokencomp.evaluation.baselines import STRETCH, EqualTokens
+
+Size = tuple[int, int]
+
+
+def counter(loaded, prefer: str = "downscale") -> EqualTokens:
+    model, processor = loaded
+    return EqualTokens(processor, list(adapter_for(model).placeholder_ids()), prefer)
+
+
+def every_size(width: int, height: int) -> list[Size]:
+    """All sizes of at least 8 pixels, proportions as near to the picture's as those tried."""
+    found = []
+    for k, stretch in itertools.product(range(8, max(width, height) + 1), STRETCH):
+        scale = k / max(width, height)
+        size = (round(width * scale * stretch), round(height * scale / stretch))
+        found += [size] if min(size) >= 8 else []
+    return found
+
+
+@pytest.mark.parametrize("size", [(224, 224), (280, 168)])
+def test_no_size_comes_nearer_or_shows_more(loaded, size: Size) -> None:
+    equal, image = counter(loaded), Image.new("RGB", size)
+    largest: dict[int, int] = {}
+    for one in every_size(*size):
+        n = equal.tokens(Image.new("RGB", one))
+        largest[n] = max(largest.get(n, 0), one[0] * one[1])
+    full = equal.tokens(image)
+    for ratio in (0.5, 0.67, 0.75, 0.9):
+        found = equal.shrink(image, ratio)
+        n, target = equal.tokens(found), max(1, round(full * (1 - ratio)))
+        assert abs(n - target) == min(abs(other - target) for other in largest)
+        assert found.width * found.height >= 0.97 * largest[n]
+
+
+def test_below_the_processors_minimum_the_largest_picture_of_the_fewest_tokens(loaded) -> None:
+    """Four tokens are the fewest, which 4 pixels a side give, and 70 as well."""
+    equal, image = counter(loaded), Image.new("RGB", (224, 224))
+    for media in (image, [image] * 8):
+        found = equal.shrink(media, 0.95)
+        picture = found[0] if isinstance(found, list) else found
+        assert equal.tokens(found) == (4 if found is picture else 16) and picture.size == (70, 70)
+    assert equal.tokens(Image.new("RGB", (4, 4))) == 4
+
+
+class Made(EqualTokens):
+    """Tokens by a formula instead of a processor."""
+
+    def __init__(self, per_frame, prefer: str = "downscale", pair: int = 1) -> None:
+        super().__init__(None, [], prefer)
+        self.per_frame, self.pair = per_frame, pair
+
+    def tokens(self, media) -> int:
+        frames = media if isinstance(media, list) else [media]
+        return self.per_frame(*frames[0].size) * -(-len(frames) // self.pair)
+
+
+def test_media_of_a_fixed_number_of_tokens_are_not_blurred_for_nothing() -> None:
+    """VILA and LLaVA-1.5 resize every image to one square: only videos can give fewer tokens."""
+    image, fixed = Image.new("RGB", (64, 48)), Made(lambda w, h: 49)
+    assert fixed.shrink(image, 0.75) is image
+    assert len(fixed.shrink([image] * 8, 0.75)) == 2
+
+
+def test_specks_are_not_pictures() -> None:
+    """Tilings give a speck fewer tokens by rounding; it shows nothing, so it is no way."""
+
+    def tiles(width: int, height: int) -> int:
+        return 100 if width * height < 30 else 300
+
+    image, towers = Image.new("RGB", (224, 224)), Made(tiles)
+    assert towers.shrink(image, 0.5) is image
+
+
+@pytest.mark.parametrize("frames, ratio", [(8, 0.5), (8, 0.9), (7, 0.75), (16, 0.6)])
+def test_of_as_many_tokens_most_frames(frames: int, ratio: float) -> None:
+    """Frames count in pairs: an odd one could have had a companion for nothing."""
+    equal = Made(lambda w, h: 10, "fewer_frames", pair=2)
+    video = [Image.new("RGB", (8, 8))] * frames
+    target = max(1, round(equal.tokens(video) * (1 - ratio)))
+    counts = {n: abs(equal.tokens(video[:n]) - target) for n in range(1, frames + 1)}
+    best = max(n for n in counts if counts[n] == min(counts.values()))
+    fewest = min(equal.tokens(video[:n]) for n in counts if counts[n] == min(counts.values()))
+    found = equal.shrink(video, ratio)
+    assert equal.tokens(found) == fewest
+    assert len(found) == max(n for n in counts if equal.tokens(video[:n]) == fewest) <= best

@@ -1,0 +1,111 @@
+"""Merging where earlier stages and special tokens have left uneven frames, and its arithmetic."""
+
+from __future__ import annotations
+
+import random
+
+import matrix
+import merge_loops
+import pytest
+import torch
+
+from tokencomp import VisualTokens, make_reducer
+
+
+def left_over(grid: tuple[int, int, int], special: tuple[int, ...], seed: int) -> VisualTokens:
+    """A span whose special tokens and half of whose patches are left, none of the first third."""
+    length = grid[0] * grid[1] * grid[2] + len(special)
+    patches = sorted(set(range(length)) - set(special))
+    chosen = random.Random(seed).sample(patches[len(patches) // 3 :], len(patches) // 2)
+    index = torch.tensor(sorted([*chosen, *special]))
+    mask = torch.tensor([o in special for o in index.tolist()])
+    x = torch.randn(len(index), 6, generator=torch.Generator().manual_seed(seed))
+    return VisualTokens(x, grid, mask, index=index, kind="video")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("grid", "special"),
+    [
+        ((2, 2, 5), ()),
+        ((4, 2, 2), (4, 9, 14, 19)),  # a separator after every frame
+        ((3, 2, 3), (0, 1, 2, 9, 10, 11, 18, 19, 20)),  # a timestamp before every frame
+        ((6, 1, 3), (18,)),  # one line break at the end
+    ],
+)
+def test_uneven_frames(grid: tuple[int, int, int], special: tuple[int, ...], seed: int) -> None:
+    """Tokens merge inside their frame, and the count is that which was asked for."""
+    given = left_over(grid, special, seed)
+    live, rigid = given.offsets.tolist(), len(special)
+    frame = merge_loops.patches_of(grid[0] * grid[1] * grid[2] + rigid, set(special), grid)
+    frames = merge_loops.rows_of(given.features, live, frame)
+    assert len({len(f) for f in frames}) > 1
+    for keep in range(rigid + 1, len(live)):
+        expected = merge_loops.merge(frames, keep - rigid)
+        got = make_reducer("merge").reduce(given, keep)
+        assert len(got.keep) == keep
+        patch = ~given.special[got.keep]
+        assert given.offsets[got.keep][patch].tolist() == [row.place for row in expected]
+        assert got.sizes[patch].tolist() == [row.size for row in expected]
+        wanted = torch.tensor([row.x for row in expected])
+        assert (got.merged[patch] - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("keep", [3, 8, 17, 30])
+def test_keys_of_the_tower_decide_and_merge_along(keep: int) -> None:
+    given = matrix.tokens((2, 3, 5), seed=3)
+    width = given.features.shape[1]
+    both = torch.cat([given.features, given.keys], dim=1)
+    frames = merge_loops.rows_of(both, list(range(30)), {i: i // 15 for i in range(30)})
+    frames = [[row._replace(metric=width) for row in frame] for frame in frames]
+    expected = merge_loops.merge(frames, keep)
+    got = make_reducer("merge", metric="vit_keys").reduce(given, keep)
+    assert got.keep.tolist() == [row.place for row in expected]
+    assert got.sizes.tolist() == [row.size for row in expected]
+    wanted = torch.tensor([row.x[:width] for row in expected])
+    assert (got.merged - wanted).abs().max() < 1e-5
+    plain = make_reducer("merge").reduce(given, keep)
+    assert keep == 30 or not torch.equal(plain.keep, got.keep)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_in_the_models_dtype_would_merge_others(dtype: torch.dtype) -> None:
+    given = matrix.tokens((1, 16, 16))
+    given.features = (given.features + 4).to(dtype)  # all alike: small differences decide
+    (exact,) = merge_loops.rows_of(given.features, list(range(256)), dict.fromkeys(range(256), 0))
+    expected = [row.place for row in merge_loops.merge_group(exact, 170)]
+    unit = torch.nn.functional.normalize(given.features, dim=1)
+    rough = (unit[::2] @ unit[1::2].T).amax(1).sort(descending=True, stable=True).indices[:86] * 2
+    assert sorted(set(range(256)) - set(rough.tolist())) != expected
+    assert make_reducer("merge").reduce(given, 170).keep.tolist() == expected
+
+
+EVEN = [1, 3, 5, 7, 8, 9, 11, 13, 15, 16, 17, 18, 19]  # 4 and 3 of 5 even places leave
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kept"),
+    [
+        ("evs", {}, [*range(13)]),
+        ("vidcom2", {}, [*range(7), *range(10, 16)]),
+        ("merge", {}, EVEN),
+        ("merge", {"position": "first"}, [0, *EVEN[1:6], 10, *EVEN[7:]]),
+        ("merge", {"temporal": True}, [1, 3, 5, 7, 9, 11, 13, *range(14, 20)]),
+    ],
+)
+def test_equal_tokens(name: str, options: dict[str, object], kept: list[int]) -> None:
+    """Ties go to the lower index in every frame: it stays, or, in `merge`, it leaves first."""
+    given = matrix.tokens((2, 2, 5))
+    given.features = torch.ones_like(given.features)
+    assert make_reducer(name, **options).reduce(given, 13).keep.tolist() == kept
+
+
+@pytest.mark.parametrize("name", ["divprune", "evs", "merge", "vidcom2"])
+def test_large_finite_features_in_fp16(name: str) -> None:
+    """Finite features whose norms overflow fp16 are chosen from like their fp32 copies."""
+    given, wide = (matrix.tokens((3, 2, 4), dim=1024) for _ in range(2))
+    given.features = (given.features * 4000).half()
+    wide.features = given.features.float()
+    assert given.features.isfinite().all() and given.features.norm(dim=1).isinf().any()
+    a, b = (make_reducer(name).reduce(tokens, 13).keep for tokens in (given, wide))
+    assert torch.equal(a, b)

@@ -1,0 +1,71 @@
+"""Reducers that need whole spans say so, and no plan puts them behind a stage that drops tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import matrix
+import pytest
+import torch
+from matrix import Case
+from tests_support import FAMILIES
+
+import tokencomp
+from tokencomp import Plan, Reducer, Stage, make_reducer
+from tokencomp.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Corners(Reducer):
+    """Stands for any reducer that looks at places."""
+
+    name = "corners"
+    whole_spans = True
+
+    def reduce(self, tokens, keep):
+        raise NotImplementedError
+
+
+def refuses_part(case: Case) -> bool:
+    """Whether the reducer's own step refuses a span that has lost four of its 24 tokens."""
+    whole = matrix.tokens((2, 3, 4))
+    per_token = ("features", "special", "scores", "sizes", "keys")
+    left = {n: v[:20] for n in per_token if (v := getattr(whole, n)) is not None}
+    part = dataclasses.replace(whole, index=torch.arange(20), **left)
+    try:
+        matrix.reduce(case, part, matrix.row(case[0]).keep(6, part))
+    except PlanError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
+def test_what_a_step_refuses_is_declared(case: Case) -> None:
+    if not refuses_part(case):
+        return
+    made = make_reducer(case[0], **case[1])
+    assert made.whole_spans
+    with pytest.raises(PlanError, match="first stage"):
+        Plan((Stage(0, 0.5, make_reducer("uniform")), Stage(1, 0.2, made)))
+
+
+def test_only_behind_a_stage_that_drops_tokens() -> None:
+    uniform, corners = make_reducer("uniform"), Corners()
+    with pytest.raises(PlanError, match=r"layer 3: reducer 'corners'.*layer 0 leaves 0\.5"):
+        Plan((Stage(0, 0.5, uniform), Stage(3, 0.5, corners)))
+    for fine in (
+        (Stage(3, 0.5, corners),),
+        (Stage(0, 0.5, corners), Stage(3, 0.2, uniform)),
+        (Stage(0, 1.0, uniform), Stage(3, 0.5, corners)),
+    ):
+        assert Plan(fine).stages == fine
+
+
+def test_refused_when_patching() -> None:
+    stages = [
+        {"layer": 0, "fraction": 0.5, "reducer": "random"},
+        {"layer": 1, "fraction": 0.2, "reducer": "pool"},
+    ]
+    with pytest.raises(PlanError, match="'pool'"):
+        tokencomp.patch(FAMILIES["qwen2_vl"].build(), plan=stages)

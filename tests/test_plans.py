@@ -1,0 +1,83 @@
+"""Plans by hand: their forms, and what is refused when they are made, not at the first forward."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from tests_support import FAMILIES
+
+import tokencomp
+from tokencomp import Plan, Stage, errors, make_reducer
+
+
+def test_plans_as_json_and_files(tmp_path: Path) -> None:
+    """A plan, its JSON form and a file of it are one request, in `patch` and in `Handle.set`."""
+    model, file = FAMILIES["qwen2_vl"].build(), tmp_path / "plan.json"
+    stages = [
+        {"layer": 0, "fraction": 0.5, "reducer": "merge", "options": {"weighted": False}},
+        {"layer": 2, "fraction": 0.25, "reducer": "prune"},
+    ]
+    file.write_text(json.dumps(stages))
+    merge = make_reducer("merge", weighted=False)
+    plan = Plan((Stage(0, 0.5, merge), Stage(2, 0.25, make_reducer("prune"))))
+    assert tokencomp.plan_from_json(tokencomp.plan_to_json(plan)) == plan
+    for given in (plan, stages, file, str(file)):
+        handle = tokencomp.patch(model, 0.9, reducer="uniform").set(plan=given)
+        assert handle.plan == tokencomp.patch(model, plan=given).plan == plan
+    with pytest.raises(errors.OptionError, match="reducer='merge'"):
+        tokencomp.patch(model, plan=stages, reducer="merge")
+    file.write_text("[{]")
+    for wrong in (file, tmp_path / "none.json", tmp_path, "merge"):
+        with pytest.raises(errors.PlanError, match="plan file"):
+            tokencomp.patch(model, plan=wrong)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ((0, math.nan, "merge"), "fraction=nan; expected a finite number"),
+        ((0, "0.5", "merge"), "fraction='0.5'"),
+        ((1.5, 0.5, "merge"), "layer=1.5; expected an integer"),
+        ((True, 0.5, "merge"), "layer=True"),
+        ((0, 0.5, "aim"), "'aim' only plans the steps of others"),
+        ((0, 0.5, "fastv"), "'fastv' only plans"),
+        ((0, 0.5, "merge+prune"), r"'merge\+prune' only plans"),
+    ],
+)
+def test_bad_stages(stage: tuple, message: str) -> None:
+    layer, fraction, name = stage
+    with pytest.raises(errors.PlanError, match=message):
+        Stage(layer, fraction, make_reducer(name))
+    given = [{"layer": layer, "fraction": fraction, "reducer": name}]
+    with pytest.raises(errors.PlanError):
+        tokencomp.patch(FAMILIES["qwen2_vl"].build(), plan=given)
+
+
+def test_a_plan_is_made_of_stages_and_a_stage_of_a_reducer() -> None:
+    for wrong in ("merge", None, type(make_reducer("merge"))):
+        with pytest.raises(errors.PlanError, match="make_reducer"):
+            Stage(0, 0.5, wrong)
+    stage = Stage(0, 0.5, make_reducer("merge"))
+    for wrong in (stage, None, [{"layer": 0, "fraction": 0.5, "reducer": "merge"}]):
+        with pytest.raises(errors.PlanError, match="Stage objects"):
+            Plan(wrong)
+    assert Plan([stage]) == Plan((stage,))
+    with pytest.raises(errors.PlanError, match=r"fractions \[1\.5\]"):
+        Plan((Stage(0, 1.5, stage.reducer),))
+
+
+def test_an_option_called_like_a_parameter() -> None:
+    model = FAMILIES["qwen2_vl"].build()
+    for reducer in ("merge", "merge+prune"):
+        with pytest.raises(errors.OptionError, match="'name'"):
+            tokencomp.patch(model, 0.5, reducer=reducer, name="x")
+    with pytest.raises(errors.OptionError, match="'name'"):
+        tokencomp.patch(model, 0.5).set(reducer="merge", name="x")
+    stage = {"layer": 0, "fraction": 0.5, "reducer": "merge", "options": {"name": "x"}}
+    with pytest.raises(errors.OptionError, match="'name'"):
+        tokencomp.patch(model, plan=[stage])
+    with pytest.raises(errors.UnknownNameError, match="merge"):
+        tokencomp.patch(model, 0.5, reducer=["merge"])

@@ -1,0 +1,104 @@
+"""Prompts that do not fit into an extended visual window, patched or not, in one turn or many."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from families_support.vila_port import VilaPort
+from tests_support import FAMILIES, IMAGE, VIDEO, Family, text
+from transformers import DynamicCache
+
+import tokencomp
+from tokencomp.errors import SpanError
+
+WAYS: dict[str, dict[str, Any]] = {
+    "unpatched": {},
+    "off": {"ratio": 0.0, "reducer": "pool"},
+    "patched": {"ratio": 0.5, "reducer": "uniform"},
+    "between layers": {"ratio": 0.5, "reducer": "fastv"},
+    "disabled": {"ratio": 0.5, "reducer": "uniform"},
+}
+
+
+@contextlib.contextmanager
+def extended(model: Any, way: str, target: int) -> Iterator[None]:
+    """A window of `target` tokens, in one of `WAYS`."""
+    with contextlib.ExitStack() as stack:
+        if way == "unpatched":
+            stack.enter_context(tokencomp.extend_visual_context(model, target))
+        else:
+            patch = tokencomp.patch(model, **WAYS[way], extend_context=target)
+            handle = stack.enter_context(patch)
+            if way == "disabled":
+                stack.enter_context(handle.disabled())
+        yield
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_too_long(family: Family, way: str) -> None:
+    model, media = family.build(), family.video(4)
+    inputs = family.batch([[text(3), media, text(4, 2)], [text(40)]])
+    visual = sum(token in (IMAGE, VIDEO) for token in media.ids)
+    with torch.no_grad():
+        with (
+            extended(model, way, visual - 1),
+            pytest.raises(SpanError, match=f"sample 0 has .* extended to {visual - 1}"),
+        ):
+            model(**inputs)
+        with extended(model, way, len(media.ids)):
+            model(**inputs)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("given", [True, False])
+def test_earlier_turns_count(way: str, given: bool) -> None:
+    """Visual tokens that a cache holds, whoever made it, and in its copies; text does not."""
+    family = FAMILIES["llava"]
+    model, media = family.build(), family.image()
+    visual = media.ids.count(IMAGE)
+    turn = family.batch([[text(30), media, text(4, 2)]])
+    width = turn["input_ids"].shape[1]
+    cache = DynamicCache() if given else None
+    with torch.no_grad(), extended(model, way, 2 * visual):
+        for turns in (1, 2, 3):
+            turn["attention_mask"] = torch.ones(1, turns * width).long()
+            call = {**turn, "past_key_values": copy.deepcopy(cache), "use_cache": True}
+            if turns < 3:
+                cache = model(**call).past_key_values
+                continue
+            with pytest.raises(SpanError, match=f"has {visual} .*, after {2 * visual} in the"):
+                model(**call)
+
+
+def test_unknown_caches_count_whole() -> None:
+    """Rows from before the extension may all be visual."""
+    family = FAMILIES["llava"]
+    model, image = family.build(), family.batch([[family.image(), text(4)]])
+    tokens = image["input_ids"].shape[1]
+    with torch.no_grad():
+        cache = model(input_ids=torch.tensor([text(9)]), use_cache=True).past_key_values
+        image["attention_mask"] = torch.ones(1, tokens + 9).long()
+        with (
+            tokencomp.extend_visual_context(model, tokens),
+            pytest.raises(SpanError, match="after 9 in the cache"),
+        ):
+            model(**image, past_key_values=cache)
+
+
+def test_too_long_for_remote_code() -> None:
+    """Where no placeholders are left, the patch knows the visual tokens."""
+    port = VilaPort(FAMILIES["vila"].build(), IMAGE, VIDEO).eval()
+    pixels = FAMILIES["vila"].video(4).inputs["pixel_values_videos"]
+    ids = torch.tensor([[*text(3), VIDEO, *text(4)]])
+    prompt = (ids, {"image": [], "video": [pixels]}, torch.ones_like(ids))
+    with torch.no_grad(), tokencomp.patch(port, 0.5, reducer="uniform") as handle:
+        port(*prompt)
+        visual = handle.stats.tokens_before[0]
+    tokencomp.patch(port, 0.5, reducer="uniform", extend_context=visual - 1)
+    with torch.no_grad(), pytest.raises(SpanError, match=f"has {visual} visual tokens"):
+        port(*prompt)

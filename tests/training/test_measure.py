@@ -1,0 +1,69 @@
+"""Measurement: where answers are cut, and what the oracle is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tokencomp.evaluation.examples import Example
+from tokencomp.training import measure
+from tokencomp.training.data import answer_ids, append, load_batch, questions
+from tokencomp.training.measure import Measurement, Way, longest_answer
+from tokencomp.training.relevance import relevance
+
+LONG = "red circle on the left of the blue square"
+
+
+@pytest.fixture
+def parrot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are `LONG`, cut where the caller says."""
+
+    def generate(model: Any, processor: Any, inputs: dict[str, Any], limit: int) -> list[str]:
+        ids = processor.tokenizer(LONG)["input_ids"][:limit]
+        return [processor.tokenizer.decode(ids)] * len(inputs["input_ids"])
+
+    monkeypatch.setattr(measure, "generate", generate)
+
+
+def asked(data: str, *answers: str) -> list[Example]:
+    media = questions(data, "image", 1)[0].media
+    return [Example(str(i), "What?", answer, media) for i, answer in enumerate(answers)]
+
+
+@pytest.mark.parametrize(("limit", "right"), [({}, 0.5), ({"max_new_tokens": 3}, 0.0)])
+def test_long_answers_are_not_cut(
+    tiny: Any, data: str, parrot: None, limit: dict[str, int], right: float
+) -> None:
+    """The limit is that of all questions: the short one is not right because of a cut."""
+    measured = Measurement({"": tiny[0]}, tiny[1], batch=1, **limit)
+    measured.run(asked(data, "red", LONG), [])
+    assert measured.table([])[0]["accuracy"] == right
+
+
+def test_the_longest_answer_is_that_of_all_parts(tiny: Any) -> None:
+    source = questions("shapesqa", "both", 40, "validation")
+    ids = answer_ids(tiny[1], tiny[0], [source[i].answer for i in range(40)], end=True)
+    assert longest_answer(tiny[1], tiny[0], source) == max(map(len, ids))
+
+
+@pytest.mark.parametrize("target", ["logit", "logprob"])
+def test_the_oracle_is_told_the_relevance_of_the_target(
+    tiny: Any, data: str, monkeypatch: pytest.MonkeyPatch, target: Any
+) -> None:
+    """Of the model's own answer."""
+    (model, processor), told = tiny, []
+
+    def spy(*args: Any) -> Any:
+        told.append(relevance(*args))
+        return told[-1]
+
+    monkeypatch.setattr(measure, "relevance", spy)
+    measured = Measurement({"": model}, processor, target=target)
+    measured.run(asked(data, "red"), [Way("oracle", 0.5, "oracle")])
+    inputs, _ = load_batch(asked(data, "red"), processor, 8)
+    answer = measured.records[0]["told"]["full@0"] or "?"
+    forced, labels = append(inputs, answer_ids(processor, model, [answer], end=False))
+    expected = relevance(model, forced, labels, target)
+    assert torch.equal(told[0][0][0], expected[0][0])

@@ -1,0 +1,193 @@
+"""Training of the selector's network on made-up labels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokencomp.errors import OptionError, ScoreError
+from tokencomp.reducers.selector import SelectorNet
+from tokencomp.training import selector_fit
+from tokencomp.training.selector import SelectorConfig, agreement
+from tokencomp.training.selector_fit import fit, targets
+
+LENGTHS = (5, 2, 9, 7)
+
+
+def pairs(*lengths: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.rand(n), torch.rand(n)) for n in lengths]
+
+
+def test_targets_zero_the_lowest_half_and_sum_to_one() -> None:
+    labels = ([4.0, 1.0, 3.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 1.0])
+    expected = ([4 / 7, 0, 3 / 7, 0], [0, 0, 0.5, 0.5], [0, 2 / 3, 1 / 3])
+    got = targets([(torch.ones(len(v)), torch.tensor(v)) for v in labels], 0.5)
+    for (_, target), wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(target, torch.tensor(wanted))
+
+
+def test_training_finds_a_pattern_that_the_raw_row_does_not_show() -> None:
+    """Relevance sits right of the attention peak: the raw row misses it, the network learns it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pair(n: int) -> tuple[Tensor, Tensor]:
+        row, label = torch.rand(n, generator=generator) * 0.1, torch.zeros(n)
+        peak = int(torch.randint(0, n - 2, (1,), generator=generator))
+        row[peak] += 1.0
+        label[peak + 2] = 1.0
+        return row / row.sum(), label
+
+    train, held = [pair(20 + i % 25) for i in range(300)], [pair(128) for _ in range(40)]
+    config = SelectorConfig(epochs=6, batch_spans=20, learning_rate=5e-3)
+    net, _ = fit(train, held, config, channels=(16, 16, 16))
+    found = agreement(net, held)["0.1"]
+    assert found["selector"] > 0.95 and found["attention"] < 0.5 and found["oracle"] == 1.0
+
+
+def plain(net: SelectorNet, rows: list[Tensor]) -> list[Tensor]:
+    """The network span by span; only the batch norm sees all spans of a batch, end to end."""
+    xs = [torch.log(row / row.mean() + 0.01)[None] for row in rows]
+    layers = list(net.layers)
+    for depth, point, norm in zip(layers[::4], layers[1::4], layers[2::4], strict=True):
+        xs = [F.conv1d(x[None], depth.weight, padding=1, groups=len(x))[0] for x in xs]
+        xs = [F.conv1d(x[None], point.weight)[0] for x in xs]
+        every = torch.cat(xs, 1)
+        mean, var = every.mean(1, keepdim=True), every.var(1, keepdim=True, unbiased=False)
+        scale = norm.weight[:, None] / (var + norm.eps).sqrt()
+        xs = [F.relu((x - mean) * scale + norm.bias[:, None]) for x in xs]
+    return [F.conv1d(x[None], net.head.weight, net.head.bias)[0, 0] for x in xs]
+
+
+def test_padding_is_no_data() -> None:
+    """Spans of different lengths in one batch: logits and gradients of the plain loop."""
+    net = SelectorNet((6, 4, 5)).train()
+    spans = targets(pairs(*LENGTHS), 0.5)
+    rows, wanted, real = selector_fit._padded(spans, net)
+    assert real is not None and real.sum(1).tolist() == list(LENGTHS)
+    got, expected = net(rows, real), plain(net, [row for row, _ in spans])
+    for b, logits in enumerate(expected):
+        torch.testing.assert_close(got[b, : len(logits)], logits, atol=1e-5, rtol=1e-4)
+    told = [
+        sum(t * (t.log() - p) for t, p in zip(target, logits.log_softmax(0), strict=True) if t > 0)
+        for (_, target), logits in zip(spans, expected, strict=True)
+    ]
+    losses = (selector_fit.divergence(got, wanted), torch.stack(told).mean())
+    torch.testing.assert_close(*losses)
+    for a, b in zip(*(torch.autograd.grad(v, list(net.parameters())) for v in losses), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+
+
+def test_padding_changes_nothing_in_evaluation() -> None:
+    net = SelectorNet((6, 4)).train()
+    net(torch.rand(8, 30))  # running statistics
+    net.eval()
+    spans = targets(pairs(*LENGTHS), 0.5)
+    rows, _, real = selector_fit._padded(spans, net)
+    for got, (row, _) in zip(net(rows, real), spans, strict=True):
+        torch.testing.assert_close(got[: len(row)], net(row[None])[0])
+
+
+def test_spans_of_all_lengths_fill_batches() -> None:
+    spans, config = pairs(*range(2, 42)), SelectorConfig(batch_spans=16)
+    batches = list(selector_fit._batches(spans, config, epoch=0))
+    assert sorted(map(len, batches)) == [8, 16, 16]
+    assert sorted(len(row) for batch in batches for row, _ in batch) == list(range(2, 42))
+    assert max(len(b[-1][0]) - len(b[0][0]) for b in batches) < 16
+
+
+def test_what_teaches_nothing_is_left_out() -> None:
+    """Single tokens and spans without relevance beside good spans: as if they were not there."""
+    good, held = pairs(6, 8, 8), pairs(7)
+    bad = [(torch.rand(1), torch.rand(1)), (torch.rand(8), torch.zeros(8))]
+    config = SelectorConfig(epochs=2, batch_spans=1)
+    expected, _ = fit(good, held, config, channels=(4,))
+    got, _ = fit([*good, *bad], [*bad, *held], config, channels=(4,))
+    assert all(torch.equal(v, expected.state_dict()[k]) for k, v in got.state_dict().items())
+    for train, kept in ((bad, held), (good, bad), ([], held)):
+        with pytest.raises(OptionError, match="can be learned from"):
+            fit(train, kept, config, channels=(4,))
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_labels_that_are_not_finite_are_an_error(where: int) -> None:
+    wrong = pairs(6, 8)
+    wrong[1][where][3] = torch.nan
+    for train, held in ((wrong, pairs(7)), (pairs(7), wrong)):
+        with pytest.raises(ScoreError, match="NaN"):
+            fit(train, held, SelectorConfig(epochs=1), channels=(4,))
+
+
+def test_divergence_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = selector_fit.divergence
+    monkeypatch.setattr(selector_fit, "divergence", lambda *args: real(*args) * torch.nan)
+    with pytest.raises(ScoreError, match="diverged"):
+        fit(pairs(6), pairs(6), SelectorConfig(epochs=1), tmp_path / "checkpoint.pt", (4,))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    spans, file = pairs(*[8] * 6), tmp_path / "checkpoint.pt"
+    config, channels = SelectorConfig(epochs=2), (4, 4)
+    labels = {"data": "a", "content": "1"}
+    net, _ = fit(spans, spans, config, file, channels, labels)
+    again, _ = fit(spans, spans, config, file, channels, labels)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items())
+    changes = {"epochs": 1, "learning_rate": 1e-3, "zeroed": 0.25, "batch_spans": 32, "seed": 1}
+    for name, value in changes.items():
+        with pytest.raises(OptionError, match=name):
+            fit(spans, spans, replace(config, **{name: value}), file, channels, labels)
+    with pytest.raises(OptionError, match="channels"):
+        fit(spans, spans, config, file, (4, 4, 4), labels)
+    with pytest.raises(OptionError, match="content"):
+        fit(spans, spans, config, file, channels, {**labels, "content": "2"})
+    state = torch.load(file)
+    del state["identity"]  # as older versions wrote them
+    torch.save(state, file)
+    with pytest.raises(OptionError, match="another --output"):
+        fit(spans, spans, config, file, channels, labels)
+
+
+def test_a_killed_run_ends_with_the_same_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds of both sessions count."""
+    train, held = pairs(*range(4, 24)), pairs(9, 12)
+    config, real = SelectorConfig(epochs=5, batch_spans=4), selector_fit._train_epoch
+
+    def run(name: str) -> tuple[dict[str, Tensor], float]:
+        net, seconds = fit(train, held, config, tmp_path / f"{name}.pt", (4, 4))
+        return net.state_dict(), seconds
+
+    def dies(net: Any, optimizer: Any, spans: Any, config: Any, epoch: int) -> None:
+        if epoch == 3:
+            raise KeyboardInterrupt
+        real(net, optimizer, spans, config, epoch)
+
+    whole, _ = run("whole")
+    monkeypatch.setattr(selector_fit, "_train_epoch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run("killed")
+    monkeypatch.setattr(selector_fit, "_train_epoch", real)
+    state = torch.load(tmp_path / "killed.pt")
+    torch.save({**state, "seconds": state["seconds"] + 1000}, tmp_path / "killed.pt")
+    again, seconds = run("killed")
+    assert all(torch.equal(v, again[k]) for k, v in whole.items())
+    assert state["epoch"] == 3 and seconds > 1000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_network_is_trained_where_it_is_told() -> None:
+    train, held, config = pairs(*range(4, 24)), pairs(9, 12), SelectorConfig(epochs=2)
+    expected, _ = fit(train, held, config, channels=(4, 4))
+    got, _ = fit(train, held, config, channels=(4, 4), device="cuda")
+    for key, value in got.state_dict().items():
+        assert value.is_cuda
+        torch.testing.assert_close(value.cpu(), expected.state_dict()[key], atol=1e-4, rtol=1e-3)
+    assert agreement(got, held)["0.5"]["oracle"] > 0

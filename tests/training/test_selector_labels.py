@@ -1,0 +1,124 @@
+"""Labels of the selector: questions explained in batches, on disk, and read again."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trained_support import SELECTOR, broken, write_data
+
+from tokencomp.errors import MediaError, OptionError, ScoreError
+from tokencomp.evaluation.examples import Example
+from tokencomp.training import selector_labels
+from tokencomp.training.data import questions
+from tokencomp.training.relevance import attention_bytes
+from tokencomp.training.selector import train_selector
+from tokencomp.training.selector_labels import explain_batch
+
+
+def test_explained_batches_do_not_depend_on_their_company(
+    tiny: Any, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Together, one by one, and as many at once as memory allows."""
+    real, seen = selector_labels.explain, []
+
+    def spy(model: Any, inputs: dict[str, Any], *args: Any) -> Any:
+        seen.append(len(inputs["input_ids"]))
+        return real(model, inputs, *args)
+
+    monkeypatch.setattr(selector_labels, "explain", spy)
+    source = questions(data, "image", 5)
+    examples = [source[i] for i in range(5)]
+    together = explain_batch(*tiny, examples, SELECTOR)
+    alone = [explain_batch(*tiny, [example], SELECTOR)[0] for example in examples]
+    monkeypatch.setattr(selector_labels, "MEMORY", 2 * attention_bytes(tiny[0], 1, 40) - 1)
+    some = explain_batch(*tiny, examples, SELECTOR)
+    assert seen == [5, 1, 1, 1, 1, 1, 2, 2, 1]
+    for other in (alone, some):
+        for a, b in zip(together, other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_examples_without_media_are_refused(tiny: Any) -> None:
+    with pytest.raises(OptionError, match="no image or video"):
+        explain_batch(*tiny, [Example("1", "What?", "red")], SELECTOR)
+
+
+def test_a_second_run_reads_labels_and_checkpoint(
+    trained: Path, tiny: Any, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("explained again")
+
+    monkeypatch.setattr(selector_labels, "explain_batch", refuse)
+    before = trained.read_bytes()
+    assert train_selector(*tiny, data, trained.parent, SELECTOR).read_bytes() == before
+    with pytest.raises(OptionError, match="answers"):
+        train_selector(*tiny, data, trained.parent, replace(SELECTOR, answers="given"))
+
+
+def test_a_killed_run_goes_on_after_the_last_batch(
+    trained: Path, tiny: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = selector_labels.explain_batch, []
+
+    def dies(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(selector_labels, "explain_batch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_selector(*tiny, data, tmp_path, SELECTOR)
+    got = load_file(train_selector(*tiny, data, tmp_path, SELECTOR))
+    assert len(calls) == 4  # two of six questions in threes, one of three, and the killed one
+    assert all(torch.equal(got[k], v) for k, v in load_file(trained).items())
+
+
+def test_labels_of_other_data_are_refused(
+    trained: Path, tiny: Any, data: str, tmp_path: Path
+) -> None:
+    output, copy = tmp_path / "out", tmp_path / "data"
+    shutil.copytree(trained.parent, output)
+    shutil.copytree(data, copy)
+    with pytest.raises(OptionError, match="differs in data"):
+        train_selector(*tiny, str(copy), output, SELECTOR)
+    lines, before = Path(data) / "questions.jsonl", (Path(data) / "questions.jsonl").read_text()
+    try:
+        lines.write_text(before.replace("circle", "square"))
+        with pytest.raises(OptionError, match="differs in content"):
+            train_selector(*tiny, data, output, SELECTOR)
+    finally:
+        lines.write_text(before)
+
+
+def test_what_cannot_be_explained_leaves_nothing(tiny: Any, data: str, tmp_path: Path) -> None:
+    """A broken picture, and a model that computes NaN."""
+    folder, output = write_data(tmp_path / "data", 40), tmp_path / "out"
+    for picture in folder.glob("*.png"):
+        picture.write_bytes(b"junk")
+    with pytest.raises(MediaError):
+        train_selector(*tiny, str(folder), output, SELECTOR)
+    with pytest.raises(ScoreError, match="NaN"):
+        train_selector(broken(tiny[0]), tiny[1], data, output, SELECTOR)
+    assert not output.exists()
+    output.write_text("")
+    with pytest.raises(OptionError, match="is not a folder"):
+        train_selector(*tiny, data, output, SELECTOR)
+
+
+@pytest.mark.parametrize("name", ["identity.json", "000000.safetensors"])
+def test_damaged_labels_are_named(
+    trained: Path, tiny: Any, data: str, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(trained.parent, tmp_path / "out")
+    for junk in (b"", b"[1]", b"\xff\xfe"):
+        (tmp_path / "out" / "labels" / "train" / name).write_bytes(junk)
+        with pytest.raises(OptionError, match=f"{name} is damaged"):
+            train_selector(*tiny, data, tmp_path / "out", SELECTOR)

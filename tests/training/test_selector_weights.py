@@ -1,0 +1,174 @@
+"""Weights of the selector: found, checked against the model, bound to the patch."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests_support import FAMILIES
+from torch import nn
+from trained_support import broken
+from trained_support import tiny as make_tiny
+
+import tokencomp
+from tokencomp import plan_from_json, plan_to_json
+from tokencomp.adapters.base import adapter_for
+from tokencomp.errors import WeightsError
+from tokencomp.reducers.selector import load_selector
+from tokencomp.training.data import load_batch, questions
+from tokencomp.weights import check_card, fingerprint, model_card, write, write_tensors
+
+
+def copied(trained: Path, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    for suffix in (".safetensors", ".json"):
+        shutil.copy(trained.with_suffix(suffix), folder / f"selector{suffix}")
+    return folder / "selector.safetensors"
+
+
+def patched(model: Any, folder: Path) -> None:
+    tokencomp.patch(model, 0.5, reducer="selector", weights=str(folder)).remove()
+
+
+def test_weights_beside_the_model_are_found(trained: Path, tmp_path: Path) -> None:
+    model, _ = make_tiny(tmp_path)
+    with pytest.raises(WeightsError, match="tokencomp train selector"):
+        tokencomp.patch(model, 0.5, reducer="selector")
+    copied(trained, tmp_path)
+    tokencomp.patch(model, 0.5, reducer="selector").remove()
+
+
+def test_weights_of_other_models_are_refused(trained: Path, tiny: Any, tmp_path: Path) -> None:
+    other, _ = make_tiny(tmp_path, seed=1)
+    with pytest.raises(WeightsError, match="another checkpoint"):
+        tokencomp.patch(other, 0.5, reducer="selector", weights=str(trained))
+    card = model_card(tiny[0])
+    check_card(card, tiny[0], trained, "")
+    check_card(model_card(copy.deepcopy(tiny[0]).to(torch.bfloat16)), tiny[0], trained, "")
+    for wrong in ({"num_layers": 9}, {"hidden_size": 9}, {"model_type": "llava"}):
+        with pytest.raises(WeightsError, match=next(iter(wrong))):
+            check_card({**card, **wrong}, tiny[0], trained, "")
+
+
+def test_missing_and_broken_files_are_refused(tiny: Any, tmp_path: Path) -> None:
+    model, _ = tiny
+    with pytest.raises(WeightsError, match="does not exist"):
+        patched(model, tmp_path / "none")
+    file = tmp_path / "selector.safetensors"
+    file.write_bytes(b"junk")
+    with pytest.raises(WeightsError, match="cannot be read"):
+        patched(model, tmp_path)
+    write(file, {"a": torch.zeros(1)}, {**model_card(model), "channels": [4]})
+    with pytest.raises(WeightsError, match="does not hold a selector"):
+        patched(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"fingerprint": [1.0]}, "damaged"),
+        ({"fingerprint": "abc"}, "damaged"),
+        ({"fingerprint": [None] * 16}, "damaged"),
+        ({"channels": "abc"}, "does not hold a selector"),
+        ({"channels": None}, "does not hold a selector"),
+        ({"kind": "ccam"}, "'ccam', not a 'selector'"),
+        ({"layer": 5}, "layer 5"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"[]", "cannot be read"),
+        (b"{", "cannot be read"),
+    ],
+)
+def test_bad_cards_are_refused(
+    trained: Path, tiny: Any, tmp_path: Path, change: Any, told: str
+) -> None:
+    card = copied(trained, tmp_path).with_suffix(".json")
+    if isinstance(change, dict):
+        change = json.dumps({**json.loads(card.read_text()), **change}).encode()
+    card.write_bytes(change)
+    with pytest.raises(WeightsError, match=told):
+        patched(tiny[0], tmp_path)
+
+
+def test_weights_that_are_not_finite_are_named(trained: Path, tiny: Any, tmp_path: Path) -> None:
+    file = copied(trained, tmp_path)
+    write_tensors(file, {**load_file(file), "head.bias": torch.tensor([torch.nan])})
+    with pytest.raises(WeightsError, match=r"NaN or infinity in head\.bias"):
+        patched(tiny[0], tmp_path)
+
+
+def moved(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(file.parents[1])
+
+
+def replaced(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {k: torch.rand_like(v.float()).to(v.dtype) for k, v in load_file(file).items()}
+    write(file, tensors, {"channels": [4]})
+
+
+def deleted(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(file.parent)
+
+
+@pytest.mark.parametrize("happens", [moved, replaced, deleted])
+def test_a_patch_keeps_the_network_it_has_checked(
+    trained: Path,
+    tiny: Any,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    happens: Callable[[Path, pytest.MonkeyPatch], None],
+) -> None:
+    model, processor = tiny
+    file = copied(trained, tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    inputs, _ = load_batch([questions(data, "image", 1)[0]], processor, 8)
+    with tokencomp.patch(model, 0.5, reducer="selector", weights="weights") as handle:
+        model(**inputs)
+        kept = handle.stats.kept(0)
+        happens(file, monkeypatch)
+        model(**inputs)
+        assert handle.stats.kept(0) == kept
+        stored = plan_to_json(handle.plan)
+        assert stored[0]["options"] == {"weights": str(file)}
+        assert plan_to_json(plan_from_json(stored)) == stored
+
+
+def test_every_device_has_its_own_copy(trained: Path) -> None:
+    net, _ = load_selector(trained)
+    moved, _ = load_selector(trained, "meta")
+    assert {p.device.type for p in moved.parameters()} == {"meta"}
+    assert {p.device.type for p in load_selector(trained)[0].parameters()} == {"cpu"}
+    assert load_selector(trained)[0] is net
+
+
+def test_offloaded_models_are_known_by_their_weights(
+    trained: Path, tiny: Any, data: str, tmp_path: Path
+) -> None:
+    """The layers hold meta tensors; accelerate brings the weights in for each call."""
+    accelerate = pytest.importorskip("accelerate")
+    inputs, _ = load_batch([questions(data, "image", 1)[0]], tiny[1], 8)
+    kept = []
+    for offload in (False, True):
+        model, _ = make_tiny(tmp_path)
+        if offload:
+            accelerate.cpu_offload(adapter_for(model).decoder, torch.device("cpu"))
+            assert adapter_for(model).layers[0].self_attn.k_proj.weight.is_meta
+        assert model_card(model)["fingerprint"] == model_card(tiny[0])["fingerprint"]
+        with tokencomp.patch(model, 0.5, reducer="selector", weights=str(trained)) as handle:
+            model(**inputs)
+            kept.append(handle.stats.kept(0))
+    assert kept[0] == kept[1]
+
+
+def test_weights_out_of_reach_or_not_finite_have_no_fingerprint(tiny: Any) -> None:
+    assert fingerprint(nn.Linear(4, 4, device="meta")) is None
+    assert model_card(broken(tiny[0]))["fingerprint"] is None
+    model = FAMILIES["llava"].build().to("meta")
+    assert model_card(model)["fingerprint"] is None

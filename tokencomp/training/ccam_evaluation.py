@@ -1,0 +1,91 @@
+"""What a `ccam` projector is trained and measured on: sizes of media, and the held-out accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokencomp.context import VisualSpan
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.answering import to_model
+from tokencomp.evaluation.examples import Example
+from tokencomp.training.capture import capture
+from tokencomp.training.data import EMBEDDED, load_batch, questions
+from tokencomp.training.loop import LoopConfig
+from tokencomp.training.measure import Measurement, Way
+
+if TYPE_CHECKING:
+    from tokencomp.training.ccam import CcamConfig
+
+SAMPLE = 16
+"""Questions whose media are counted before training and before an evaluation."""
+
+
+def check_media(spans: Sequence[VisualSpan], queries: int) -> None:
+    """Raise `OptionError` unless `queries` are fewer than the patches of every image or video."""
+    least = min((s.visual - len(s.special) for s in spans), default=queries + 1)
+    if least <= queries:
+        raise OptionError(
+            f"queries={queries}: an image or video of the data has {least} visual tokens, so that "
+            f"nothing would be saved. Ask for fewer than {least} queries, or give larger media."
+        )
+
+
+def ways(weights: Path, queries: int, spans: Sequence[VisualSpan]) -> list[Way]:
+    """The projector, and pooling and random choice at as many tokens, on media like `spans`.
+
+    Everyone keeps special tokens: the projector beside its queries, the others within their count.
+
+    Raises
+    ------
+    OptionError
+        The projector would save nothing, so that the uncompressed model would be measured.
+    """
+    check_media(spans, queries)
+    kept = sum(queries + len(span.special) for span in spans)
+    ratio = 1.0 - kept / sum(span.visual for span in spans)
+    return [
+        Way("ccam", ratio, "ccam", {"weights": str(weights)}),
+        Way("pool", ratio, "pool"),
+        Way("random", ratio, "random"),
+    ]
+
+
+def held_out(data: str, config: CcamConfig) -> dict[str, Sequence[Example]]:
+    """Held-out questions by kind; images and videos of the embedded benchmark apart."""
+    both = config.kind == "both" and data == EMBEDDED
+    kinds = ("image", "video") if both else (config.kind,)
+    if not config.evaluate:
+        return {}
+    return {kind: questions(data, kind, config.evaluate, "validation") for kind in kinds}
+
+
+def evaluate(
+    model: Any, processor: Any, data: str, weights: Path, config: CcamConfig
+) -> list[dict[str, Any]]:
+    """Held-out accuracy against pooling and random choice at as many tokens.
+
+    Media of different sizes are compared at the mean number of tokens of a sample.
+    """
+    rows = []
+    for kind, source in held_out(data, config).items():
+        measured = Measurement({"": model}, processor, config.frames, config.batch)
+        spans = sample_spans(model, processor, source, config)
+        asked = ways(weights, config.queries, spans)
+        measured.run(source, asked, f"evaluating ({kind})")
+        rows += [{"kind": kind, **row} for row in measured.table(asked)]
+    return rows
+
+
+def sample_spans(
+    model: Any, processor: Any, source: Sequence[Example], config: LoopConfig
+) -> list[VisualSpan]:
+    """Images and videos of questions spread evenly along the source."""
+    found: list[VisualSpan] = []
+    count = min(SAMPLE, len(source))
+    for i in range(count):  # one at a time: a batch would be padded to its longest video
+        inputs, _ = load_batch([source[i * len(source) // count]], processor, config.frames)
+        (spans,) = capture(model, to_model(inputs, model), layers=False).spans
+        found += spans
+    return found

@@ -1,0 +1,71 @@
+"""What training refuses: useless settings, divergence, and folders of other runs."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokencomp.errors import OptionError, ScoreError
+
+
+def check_rate(rate: float) -> None:
+    """Raise `OptionError` unless AdamW can learn at `rate`: it moves every weight by about that."""
+    if not 0 < rate <= 1:
+        raise OptionError(f"learning_rate={rate!r}; allowed: above 0 and up to 1, e.g. 1e-3.")
+
+
+def check_finite(place: str, *values: float) -> None:
+    """Raise `ScoreError` if training has diverged: one of `values` is NaN or infinite."""
+    if not all(map(math.isfinite, values)):
+        raise ScoreError(
+            f"training diverged at {place}: loss or gradient is NaN or infinite, nothing is saved. "
+            "Lower the learning rate; if the model's own answers are broken too, run it in "
+            "bfloat16 or float32."
+        )
+
+
+def check_folder(path: Path) -> None:
+    """Raise `OptionError` before the work, not after it, if no folder can be at `path`."""
+    there = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "is not a folder" if not there.is_dir() else "cannot be written to"
+        raise OptionError(f"cannot write to {path}: {there} {why}. Give another --output.")
+
+
+def load_checkpoint(path: Path | None, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The state in `path`, on the CPU; None if there is no such file yet.
+
+    Raises
+    ------
+    OptionError
+        It is no checkpoint, its `identity` is another one, or it could not be written.
+    """
+    if path is None:
+        return None
+    check_folder(path.parent)
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state.get("identity", {})
+    except Exception as error:  # torch raises whatever its unpickler stumbles over
+        raise OptionError(
+            f"{path} is no checkpoint of a training run ({type(error).__name__}). Remove it, or "
+            "give another --output."
+        ) from error
+    check_same_run(path, found, identity)
+    return state
+
+
+def check_same_run(place: Path, found: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise `OptionError` if the run that left `found` in `place` is not the run `identity`."""
+    wrong = [k for k in identity if found.get(k) != identity[k]]
+    if wrong:
+        raise OptionError(
+            f"{place} belongs to a run that differs in {', '.join(wrong)}. Give another --output, "
+            "or remove it."
+        )
