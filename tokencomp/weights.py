@@ -31,7 +31,7 @@ def model_card(model: nn.Module) -> dict[str, Any]:
     adapter = adapter_for(model)
     top: Any = adapter.model
     first: Any = adapter.layers[0]
-    name = str(getattr(top.config, "_name_or_path", "") or "")
+    name = loaded_from(top)
     return {
         "model_id": Path(name).name if Path(name).is_absolute() else name,
         "model_type": top.config.model_type,
@@ -42,6 +42,12 @@ def model_card(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def loaded_from(top: Any) -> str:
+    """Folder or hub name that a model was loaded from, or ""; VILA's is on the model alone."""
+    names = (getattr(top.config, "_name_or_path", ""), getattr(top, "name_or_path", ""))
+    return str(next(filter(None, names), ""))
+
+
 def fingerprint(projection: Any) -> list[float] | None:
     """Sixteen sums of the weights under fixed random signs, scaled to norm 1.
 
@@ -120,7 +126,7 @@ def locate(given: str | None, model: nn.Module, kind: str, train: str) -> Path:
         There is none.
     """
     name = f"{kind}.safetensors"
-    folder = str(getattr(adapter_for(model).model.config, "_name_or_path", "") or "")
+    folder = loaded_from(adapter_for(model).model)
     path = Path(given or folder)
     for file in (path, path / name, path / SUBFOLDER / name) if given or folder else ():
         if file.is_file():
