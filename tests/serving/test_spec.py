@@ -313,3 +313,18 @@ def test_options_are_plain_json() -> None:
     for name in SERVABLE:
         described = Spec(make_reducer(name), 0.5).describe()
         assert json.loads(json.dumps(described)) == described
+
+
+@pytest.mark.parametrize(("extent", "position"), [(0, "first"), (40, "mean")])
+def test_pooled_tokens_stand_where_the_patched_model_puts_them(extent: int, position: str) -> None:
+    """Between line breaks, the place of a pooled token decides the order of the rows."""
+    layout = Layout((1, 6, 5), "rows")
+    plan = ItemPlan.make("image", [layout], Spec(make_reducer("pool"), 0.5), extent)
+    x = torch.randn(layout.length, 8)
+    mask = layout.special_mask(torch.device("cpu"))
+    tokens = VisualTokens(x, layout.grid, mask, kind="image")
+    expected = make_reducer("pool", position=position).reduce(tokens, plan.keep[0])
+    rows, kept = plan.reduce(x)
+    other = make_reducer("pool", position="mean" if extent == 0 else "first")
+    assert not torch.equal(other.reduce(tokens, plan.keep[0]).merged, rows)
+    assert torch.equal(kept, expected.keep) and torch.equal(rows, expected.merged)

@@ -74,6 +74,10 @@ class Reducer:
         """This reducer for `model`: trained ones find and check their weights here."""
         return self
 
+    def for_positions(self, mrope: bool) -> Reducer:
+        """This reducer for models with three rows of positions, or with one per token."""
+        return self
+
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         """Choose (and possibly rewrite) exactly `keep` of the tokens of one span."""
         raise OptionError(f"reducer {self.name!r} is a preset: it has a plan but no own step.")

@@ -75,7 +75,10 @@ class Pool(Reducer):
     def for_model(self, model: nn.Module) -> Pool:
         from tokencomp.adapters.base import adapter_for
 
-        if self.position is None and not adapter_for(model).mrope:
+        return self.for_positions(adapter_for(model).mrope)
+
+    def for_positions(self, mrope: bool) -> Pool:
+        if self.position is None and not mrope:
             return replace(self, position="first")
         return self
 

@@ -90,6 +90,7 @@ class ItemPlan:
         reducer = spec.reducer
         if reducer is None:
             raise ValueError("an item plan needs a reducer")
+        reducer = reducer.for_positions(mrope=extent > 0)
         keep = tuple(reducer.kept_count(s.grid, spec.ratio, s.num_special) for s in layouts)
         options = json.dumps(reducer.options(), sort_keys=True)
         return cls(kind, tuple(layouts), keep, reducer.name, options, extent)
