@@ -52,7 +52,7 @@ def test_special_tokens(layout: Layout) -> None:
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75, 0.95])
 def test_both_homes_count_and_reduce_alike(name: str, ratio: float) -> None:
     """The count is the one the Hugging Face path plans; rows are its reducer's, span by span."""
-    reducer = make_reducer(name)
+    reducer = make_reducer(name).for_positions(mrope=False)
     stages = reducer.plan(ratio, 4).stages
     assert [s.layer for s in stages] == [0]
     plan = ItemPlan.make("video", LAYOUTS, Spec(reducer, ratio))

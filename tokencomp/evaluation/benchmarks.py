@@ -131,9 +131,12 @@ def run_setting(
     dict
         The manifest: lmms-eval's own scores under "scores", counts under "summary".
     """
+    from tokencomp.evaluation.runner import weights_hash
+
     identity = {
         "model": Path(name).name if Path(name).exists() else name,
         "dtype": str(loaded[0].dtype).removeprefix("torch."),
+        "weights": weights_hash(loaded[0]),
         "reducer": setting.reducer,
         "ratio": setting.ratio,
         "options": setting.options,
@@ -176,8 +179,8 @@ def run_setting(
     asked = {r["id"]: r for folder in model.answer_folders() for r in read_records(folder)}
     records = [r for t in tasks for r in _records(t.name, told["samples"][t.name], asked)]
     manifest = {
-        "identity": identity,
         **model.run_manifest,
+        "identity": identity,
         "scores": _scores(told["results"]),
         "summary": _summary(records),
     }

@@ -179,7 +179,7 @@ class _Sweep:
             "model_type": base.config.model_type,
             "parameters": sum(p.numel() for p in base.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "weights": _weights(self.model),
+            "weights": weights_hash(self.model),
             "pixels": _pixels(self.processor),
             **self.how,
         }
@@ -377,7 +377,7 @@ def _public_name(model: Any) -> str:
     return Path(given).name if Path(given).exists() else given
 
 
-def _weights(model: torch.nn.Module) -> str:
+def weights_hash(model: torch.nn.Module) -> str:
     """Hash of samples of every parameter: training changes it, device and code do not.
 
     Parameters that an offloading hook keeps away until they are used are left out.
