@@ -252,3 +252,18 @@ def test_families_that_do_not_offer_it_refuse_at_patch() -> None:
     port = VilaPort(FAMILIES["vila"].build(), IMAGE, VIDEO)
     with pytest.raises(OptionError, match="vision tower"):
         tokencomp.patch(port, plan=Plan((Stage(0, 0.5, Spy()),)))
+
+
+def test_nothing_is_computed_while_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokencomp import tower
+
+    family = FAMILIES["llava"]
+    model, inputs, calls = family.build(), prompts(family), []
+    run = tower.queries_and_keys
+    monkeypatch.setattr(tower, "queries_and_keys", lambda *a: calls.append(1) or run(*a))
+    with tokencomp.patch(model, plan=Plan((Stage(0, 0.8, Spy()),))) as handle, torch.no_grad():
+        with handle.disabled():
+            model(**inputs, use_cache=False)
+        assert not calls
+        model(**inputs, use_cache=False)
+        assert len(calls) == 1

@@ -90,7 +90,7 @@ class Hooks:
         self._install_scores()
         wanted = check_signals(self.plan, a)
         if wanted:
-            self._tower = TowerProbe(a, wanted)
+            self._tower = TowerProbe(a, wanted, off=lambda: self.disabled)
             self._tower.install()
         if self.plan.layer_stages:
             self._install_layers()
@@ -158,7 +158,7 @@ class Hooks:
         keep = kwargs.get("logits_to_keep", 0)
         if kwargs.get("labels") is not None or not isinstance(keep, int):
             keep = 0
-        self._local.draft = max(keep - 1, 0)
+        self._local.draft = max(keep - 1, 0)  # assisted decoding: speculative tokens at the end
         self._local.logits = keep if self._slices else 0
 
     @torch.compiler.disable
@@ -226,7 +226,9 @@ class Hooks:
         rows = positions.cpu() if self.adapter.mrope else None
         spans = self.adapter.spans(Call(kinds, x, rows, self.adapter.body, self._local.inputs))
         check_window(self.adapter, spans, cache)
-        run = Run(self.adapter, self.plan, spans, lengths, x.shape[1], self._draft())
+        run = Run(
+            self.adapter, self.plan, spans, lengths, x.shape[1], getattr(self._local, "draft", 0)
+        )
         if self._tower is not None:
             run.tower = self._tower.collect(spans)
         run.segments = build_segments(run, cache, mask)
@@ -238,7 +240,7 @@ class Hooks:
             self.adapter.gather_extra(kwargs, index, valid)
         kwargs["inputs_embeds"] = x
         if self.compact_positions:
-            positions = _contiguous(run.segments[0], valid, x)
+            positions = run.segments[0].contiguous(valid, x)
         self._set_positions(kwargs, run, positions)
         first = run.segments[0]
         kwargs["attention_mask"] = first.padding_mask(valid, x.shape[0], x.device)
@@ -259,7 +261,7 @@ class Hooks:
             new = None if bool(new.all()) else new
         if self.compact_positions:
             past = Segment.after(layers[0], 0, 1, Frame(n, [], []))
-            kwargs["position_ids"] = _contiguous(past, new, x)
+            kwargs["position_ids"] = past.contiguous(new, x)
         backend = _compat.attention_implementation(self.adapter.text_config)
         plain = new is None and all(layer.valid is None for layer in layers)
         if n == 1 and plain and any(name in backend for name in MASKLESS):
@@ -315,10 +317,6 @@ class Hooks:
         out.last_hidden_state = restore(out.last_hidden_state, run.frame, run.width)
         return out
 
-    def _draft(self) -> int:
-        """Speculative tokens at the end of a first forward call (assisted decoding)."""
-        return getattr(self._local, "draft", 0)
-
     # -- positions ------------------------------------------------------------------------------
 
     def _positions(self, kwargs: dict[str, Any], cache: Any) -> Tensor:
@@ -372,16 +370,6 @@ class Hooks:
 
 def _length(cache: Any) -> int:
     return int(cache.get_seq_length()) if cache is not None else 0
-
-
-def _contiguous(past: Segment, new: Tensor | None, x: Tensor) -> Tensor:
-    """Positions (B, n) that count real rows only, those of the cache first; x is (B, n, d)."""
-    if new is None:
-        new = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    start: Any = past.physical
-    if past.past is not None:
-        start = past.past.to(x.device).sum(1, keepdim=True)
-    return (start + new.long().cumsum(1) - 1).clamp(min=0)
 
 
 def _one_pass_prefill(

@@ -58,6 +58,15 @@ class Segment:
     def logical(self) -> int:
         return self.physical + self.dropped
 
+    def contiguous(self, new: Tensor | None, x: Tensor) -> Tensor:
+        """Positions (B, n) that count real rows only, earlier ones first; x is (B, n, d)."""
+        if new is None:
+            new = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        start: Any = self.physical
+        if self.past is not None:
+            start = self.past.to(x.device).sum(1, keepdim=True)
+        return (start + new.long().cumsum(1) - 1).clamp(min=0)
+
     def all_valid(self, new: Tensor | None) -> Tensor | None:
         """Real rows among past and new ones, (B, rows); None if all are."""
         if self.past is None and new is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -56,11 +57,14 @@ class TowerProbe:
     """Watches the last block but one of the vision tower for the signals that a plan needs.
 
     The last but one, as AIM (arXiv 2412.03248) and VisionZip (arXiv 2412.04467) do: the last block
-    of many towers is not used, and its attention serves pooling.
+    of many towers is not used, and its attention serves pooling. While `off` says so, nothing is
+    computed or kept.
     """
 
-    def __init__(self, adapter: Adapter, wanted: frozenset[str]) -> None:
-        self.adapter, self.wanted = adapter, wanted
+    def __init__(
+        self, adapter: Adapter, wanted: frozenset[str], off: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.adapter, self.wanted, self.off = adapter, wanted, off
         self._seen = _Seen()
         self._handles: list[RemovableHandle] = []
 
@@ -90,6 +94,8 @@ class TowerProbe:
     @torch.compiler.disable
     @torch.no_grad()
     def _block(self, attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.off():
+            return
         given = _compat.bind(attn, args, kwargs)
         q, k = queries_and_keys(attn, given)
         values = {}

@@ -7,6 +7,7 @@ which survives changes of dtype and light fine-tuning, but not another checkpoin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -23,6 +24,7 @@ from tokencomp.reducers.options import fits
 
 FINGERPRINT = 16
 SAME = 0.9
+SAMPLES = 64  # of every parameter, in the hash of the weights
 SUBFOLDER = "tokencomp"  # of a model folder, for parts that ship with it
 
 
@@ -41,13 +43,13 @@ def model_card(model: nn.Module) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def loaded_from(top: Any) -> str:
     """Folder or hub name that a model was loaded from, or ""; VILA's is on the model alone."""
     names = (getattr(top.config, "_name_or_path", ""), getattr(top, "name_or_path", ""))
     return str(next(filter(None, names), ""))
 
 
+@torch.no_grad()
 def fingerprint(projection: Any) -> list[float] | None:
     """Sixteen sums of the weights under fixed random signs, scaled to norm 1.
 
@@ -64,6 +66,20 @@ def fingerprint(projection: Any) -> list[float] | None:
     if not bool(sums.isfinite().all()):
         return None
     return [round(v, 5) for v in (sums / sums.norm().clamp(min=1e-12)).tolist()]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of samples of every parameter: training changes it, device and code do not.
+
+    Parameters that an offloading hook keeps away until they are used are left out.
+    """
+    found = hashlib.sha256()
+    for name, value in model.named_parameters():
+        if not value.is_meta:
+            flat = value.detach().flatten()
+            some = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu()
+            found.update(name.encode() + some.numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _weight(layer: Any) -> Tensor | None:

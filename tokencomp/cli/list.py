@@ -42,9 +42,8 @@ def reducers() -> list[dict[str, Any]]:
     from tokencomp.evaluation.settings import INPUT_BASELINES
     from tokencomp.patching import DEFAULT_REDUCER
     from tokencomp.reducers.base import available_reducers
-    from tokencomp.serving.spec import servable
 
-    rows, served = [], servable()
+    rows = []
     for name, cls in available_reducers().items():
         options = {f.name: _default(f) for f in dataclasses.fields(cls)}
         rows.append(
@@ -53,7 +52,7 @@ def reducers() -> list[dict[str, Any]]:
                 "summary": cls.summary,
                 "stage": _stage(cls),
                 "serving_safe": cls.serving_safe,
-                "serving_safe_with": served.get(name, ""),
+                "serving_safe_with": cls.serving_safe_with,
                 "default": name == DEFAULT_REDUCER,
                 "options": options,
             }

@@ -131,7 +131,7 @@ def run_setting(
     dict
         The manifest: lmms-eval's own scores under "scores", counts under "summary".
     """
-    from tokencomp.evaluation.runner import weights_hash
+    from tokencomp.weights import weights_hash
 
     identity = {
         "model": Path(name).name if Path(name).exists() else name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -24,10 +23,10 @@ from tokencomp.evaluation.examples import Example
 from tokencomp.evaluation.records import RunFolder, read_records
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.profiling.flops import DecoderShape
+from tokencomp.weights import weights_hash
 
 Loaded = tuple[Example, list[Any]]
 KEPT = "kept.jpg"
-SAMPLES = 64  # of every parameter, in the hash of the weights
 TOO_LARGE = "out of GPU memory with this item alone; give fewer frames or smaller media"
 
 
@@ -375,20 +374,6 @@ def _public_name(model: Any) -> str:
     """The hub id, or the last part of a local path."""
     given = str(getattr(model, "name_or_path", "") or type(model).__name__)
     return Path(given).name if Path(given).exists() else given
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    """Hash of samples of every parameter: training changes it, device and code do not.
-
-    Parameters that an offloading hook keeps away until they are used are left out.
-    """
-    found = hashlib.sha256()
-    for name, value in model.named_parameters():
-        if not value.is_meta:
-            flat = value.detach().flatten()
-            some = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu()
-            found.update(name.encode() + some.numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def _attention(model: Any) -> str:

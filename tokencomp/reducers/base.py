@@ -37,6 +37,8 @@ class Reducer:
     serving_safe
         True if the kept count is a pure function of (grid, ratio), nothing depends on the text,
         and it acts at entry: the same object then runs inside vLLM.
+    serving_safe_with
+        The option that makes it so, where its defaults do not: "signal=norm or none".
     merges
         True if kept tokens take others in; `Reduction.sizes` then says how many.
     whole_spans
@@ -46,6 +48,7 @@ class Reducer:
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     serving_safe: ClassVar[bool] = False
+    serving_safe_with: ClassVar[str] = ""
     merges: ClassVar[bool] = False
     whole_spans: ClassVar[bool] = False
 

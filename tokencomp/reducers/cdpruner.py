@@ -41,6 +41,7 @@ class CDPruner(Reducer):
 
     relevance: str = "query"
 
+    serving_safe_with = "relevance=none"
     summary = "conditional DPP, greedy MAP (CDPruner 2506.10967)"
 
     def __post_init__(self) -> None:

@@ -77,6 +77,7 @@ class ConDiv(Reducer):
     weights: str | None = None
 
     _selector: ClassVar[Selector | None] = None  # of the model, set by `for_model`
+    serving_safe_with = "signal=norm or novelty or none"
     summary = "relevance × diversity, greedy (ours)"
 
     def __post_init__(self) -> None:

@@ -72,17 +72,16 @@ class Merge(Reducer):
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         patches, special = split(tokens)
-        x = tokens.features[patches]
+        x, width, compared = tokens.features[patches], tokens.features.shape[1], slice(None)
         finite_rows(x)
         if self.metric == "vit_keys":
             x = torch.cat([x, given_keys(tokens, "merge")[patches].to(x)], dim=1)
+            compared = slice(width, None)
         budget = keep - special.numel()
         groups = self._groups(tokens, patches.numel(), budget)
         quota = [1 + q for q in share(budget - len(groups), [n - 1 for n in groups])]
         before = sizes_before(tokens)[patches]
-        width = tokens.features.shape[1]
-        metric = slice(width, None) if self.metric == "vit_keys" else slice(None)
-        x, sizes, rows = self._merge(x, metric, patches, before, groups, quota)
+        x, sizes, rows = self._merge(x, compared, patches, before, groups, quota)
         return rewritten(tokens, rows, x[:, :width], sizes)
 
     def _groups(self, tokens: VisualTokens, patches: int, budget: int) -> list[int]:
@@ -97,20 +96,17 @@ class Merge(Reducer):
     def _merge(
         self,
         x: Tensor,
-        metric: slice,
+        compared: slice,
         rows: Tensor,
         sizes: Tensor,
         lengths: list[int],
         quota: list[int],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Merge every group down to its quota: x, sizes, positions (raster rows).
-
-        Columns `metric` of x are compared.
-        """
+        """Merge every group down to its quota, by columns `compared`: x, sizes, raster rows."""
         from tokencomp.kernels import bipartite_match, merge_rows
 
         while any(steps := [min(n - q, n // 2) for n, q in zip(lengths, quota, strict=True)]):
-            similarity, partner = bipartite_match(x[:, metric].contiguous(), lengths)
+            similarity, partner = bipartite_match(x[:, compared].contiguous(), lengths)
             gone = best_per_group(similarity, lengths, steps)
             target = torch.where(gone, partner, torch.arange(x.shape[0], device=x.device))
             x, sizes, moved = merge_rows(

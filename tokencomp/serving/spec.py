@@ -16,19 +16,12 @@ DEFAULT_REDUCER = "divprune"  # question-agnostic: media caches serve every ques
 REQUEST_KEYS = ("reducer", "ratio", "options")
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
 SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "per_request", "only_own")
-# Reducers that look at the text unless this option has one of these values.
-SERVABLE_WITH = {
-    "cdpruner": ("relevance", ("none",)),
-    "condiv": ("signal", ("norm", "novelty", "none")),
-}
 
 
 def servable() -> dict[str, str]:
     """Reducers that an engine with fixed placeholder counts can run → option needed, or ""."""
-    found = {name: "" for name, cls in available_reducers().items() if cls.serving_safe}
-    for name, (option, values) in SERVABLE_WITH.items():
-        found[name] = f"{option}={' or '.join(values)}"
-    return dict(sorted(found.items()))
+    able = {n: c for n, c in available_reducers().items() if c.serving_safe or c.serving_safe_with}
+    return {n: "" if c.serving_safe else c.serving_safe_with for n, c in able.items()}
 
 
 def servable_reducers() -> list[str]:

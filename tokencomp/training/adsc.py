@@ -89,7 +89,7 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
     source = questions(data, config.kind, config.samples)
     tuned = add_lora(model, config)
     identity = {"fingerprint": card["fingerprint"], **data_identity(data)}
-    identity |= _plain(asdict(config))
+    identity |= config.identity()
     loop = Loop(tuned, processor, tuned, source, config, output / "checkpoint.pt", identity)
     tuned.train()
     with tokencomp.patch(
@@ -164,9 +164,3 @@ def evaluate(tuned: Any, processor: Any, data: str, config: AdscConfig) -> list[
     measured = Measurement({"": tuned, "tuned": tuned}, processor, config.frames, config.batch)
     measured.run(source, ways(config), "evaluating")
     return measured.table(ways(config))
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be resumed."""
-    skip = ("evaluate", "ratios", "save_every")
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if k not in skip}

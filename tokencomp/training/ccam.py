@@ -109,8 +109,7 @@ def train_ccam(model: Any, processor: Any, data: str, output: Path, config: Ccam
     for part in (source, *held_out(data, config).values()):
         check_media(sample_spans(model, processor, part, config), config.queries)
     identity = {"fingerprint": card["fingerprint"], **data_identity(data)}
-    skip = ("evaluate", "save_every")
-    identity |= {k: v for k, v in asdict(config).items() if k not in skip}
+    identity |= config.identity()
     loop = Loop(model, processor, module, source, config, output / "checkpoint.pt", identity)
     live = Live(module=module)
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from tokencomp.reducers.options import check_types
 from tokencomp.training.checks import check_finite, check_rate, load_checkpoint
 from tokencomp.training.data import IGNORE, answer_ids, append, batches, load_batch
 from tokencomp.weights import replace_file
+
+AFTERWARDS = ("evaluate", "ratios", "save_every")
+"""Settings that change nothing of what is trained."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,11 @@ class LoopConfig:
     def __post_init__(self) -> None:
         check_types("training", self)
         check_rate(self.learning_rate)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be resumed, as a checkpoint holds it."""
+        told = {k: v for k, v in asdict(self).items() if k not in AFTERWARDS}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}
 
 
 Loss = Callable[[dict[str, Any], Tensor], Tensor]
