@@ -18,39 +18,37 @@ from results import KINDS, RESULTS, Results
 from run import RATIOS, answer_all
 from tables import table
 
-from tokencomp import make_reducer
 from tokencomp.evaluation.settings import Setting
-from tokencomp.patching import DEFAULT_REDUCER
 from tokencomp.weights import replace_file, write_json
 from tokencomp.zoo import available_models
 from tokencomp.zoo.questions import FAMILIES
 
-RULE = """The rule, written before these results (but after a look at earlier checkpoints of the
-model, which narrowed the candidates): for every candidate, retention at each ratio, model and kind
-(images, videos) over the question families the model has learned (`results.learned_families`); its
-score is the mean. Candidates whose paired 95 % interval of the difference to the best includes 0
-are tied with it; of those, the one with the best worst case (smallest retention anywhere) wins.
-Where that is equal too, the present default stays, and then the better score wins; this was added
-when power=0.5 and power=1.0 came out equal (scores 0.03 points apart): a default is not changed for
-nothing. Reducers that need training take part in the benchmark, not here: a default must work on
-any model. condiv with power=auto or signal=vit_attention became candidates after the others had
-been measured."""
+RULE = """The rule: for every candidate, retention at each ratio, model and kind (images, videos)
+over the question families the model has learned (`results.learned_families`); its score is the
+mean. Candidates whose paired 95 % interval of the difference to the best includes 0 are tied with
+it; of those, the one wins that has most points to spare, that is, above the bar of a cell
+(`results.BARS`) in the cell where it has least. Where that is equal too, the default before stays,
+and then the better score wins. Reducers that need training take part in the benchmark, not here: a
+default must work on any model. This is the second round, with twice as many questions; before it
+the default was condiv with power=1 and no margin. Its losses at 0.75 were count questions, and
+trying variants on the first 100 validation questions per family of tiny-qwen2-vl led to the margin:
+0.05 to 0.2 kept most of them. So the margin is fitted to these questions. The rule's tie-break was
+the smallest retention anywhere in the first round; that cell is always at 0.95, whatever the bars,
+and it was changed when two of the three models had answered, before tiny-qwen2-vl, whose margins
+are the narrow ones; it would have chosen power=0.5 without a margin, by one question. The test
+split had no part in any of it."""
 
+BEFORE: Candidate = ("condiv", {"power": 1.0, "margin": 0.0})
 CANDIDATES: list[Candidate] = [
-    ("condiv", {"power": 0.25}),
-    ("condiv", {"power": 0.5}),
-    ("condiv", {"power": 0.5, "centred": True}),
-    ("condiv", {"power": 1.0}),
-    ("condiv", {"power": 1.0, "centred": True}),
-    ("condiv", {"power": 2.0}),
-    ("condiv", {"power": 4.0}),
-    ("condiv", {"power": "auto"}),
-    ("condiv", {"power": 1.0, "merge_rest": 0.8}),
+    *(("condiv", {"power": p, "margin": 0.0}) for p in (0.25, 0.5, 1.0, 2.0, 4.0)),
+    *(("condiv", {"power": p, "margin": 0.1}) for p in (0.5, 1.0, 2.0, "auto")),
+    *(("condiv", {"power": 1.0, "margin": m}) for m in (0.05, 0.2)),
+    *(("condiv", {"power": p, "margin": 0.1, "centred": True}) for p in (0.5, 1.0)),
+    ("condiv", {"power": 1.0, "margin": 0.1, "merge_rest": 0.8}),
     ("condiv", {"power": 0.0, "centred": True}),
-    ("condiv", {"power": 0.5, "signal": "norm"}),
-    ("condiv", {"power": 0.5, "signal": "novelty"}),
-    ("condiv", {"power": 0.5, "signal": "vit_attention"}),
-    ("condiv", {"power": 1.0, "signal": "vit_attention"}),
+    ("condiv", {"power": 0.5, "margin": 0.1, "signal": "norm"}),
+    ("condiv", {"power": 0.5, "margin": 0.1, "signal": "novelty"}),
+    ("condiv", {"power": 1.0, "margin": 0.1, "signal": "vit_attention"}),
     ("cdpruner", {"relevance": "attention"}),
     ("divprune", {}),
     ("merge", {}),
@@ -71,7 +69,7 @@ def title(candidate: Candidate) -> str:
 def choice_table(rows: list[dict[str, Any]], chosen: dict[str, Any], results: list[Results]) -> str:
     columns = list(itertools.product(RATIOS, KINDS))
     cells = [(ratio, kind) for _, ratio, kind in keys(results)]
-    head = ["candidate", "score", "difference to best (95 %)", "worst"]
+    head = ["candidate", "score", "difference to best (95 %)", "to spare"]
     body = []
     for r in rows:
         name, (low, high) = title((r["reducer"], r["options"])), r["difference"]
@@ -80,7 +78,7 @@ def choice_table(rows: list[dict[str, Any]], chosen: dict[str, Any], results: li
                 f"**{name}**" if r is chosen else name,
                 f"{r['score']:.1%}",
                 f"[{low:+.1%}, {high:+.1%}]" + (" tied" if r["tied"] else ""),
-                f"{r['worst']:.1%}",
+                f"{100 * r['spare']:+.1f}",
                 *(mean_of(r["cells"], cells, column) for column in columns),
             ]
         )
@@ -119,9 +117,8 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
 
 
 def preference(row: dict[str, Any]) -> tuple[float, bool, float]:
-    """What decides between tied candidates: worst case, being the default, score."""
-    reducer = make_reducer(row["reducer"], **row["options"])
-    return row["worst"], reducer == make_reducer(DEFAULT_REDUCER), row["score"]
+    """What decides between tied candidates: points to spare, being the default, score."""
+    return row["spare"], (row["reducer"], row["options"]) == BEFORE, row["score"]
 
 
 def missing(folder: Path) -> list[Setting]:
@@ -137,7 +134,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=available_models())
-    parser.add_argument("--per-family", type=int, default=20)
+    parser.add_argument("--per-family", type=int, default=40)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(ASKED))
     parser.add_argument("--batch", type=int, default=60)
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -7,7 +7,7 @@ import zlib
 from typing import Any
 
 import numpy as np
-from results import KINDS, Results
+from results import BARS, KINDS, Results
 from run import RATIOS
 
 from tokencomp.evaluation.settings import FULL, Setting
@@ -81,7 +81,7 @@ def rank(results: list[Results], candidates: list[Candidate]) -> list[dict[str, 
                 "score": float(mine[0]),
                 "difference": [float(low), float(high)],
                 "tied": bool(high >= 0),
-                "worst": min(each),
+                "spare": min(v - BARS[k[1]] for v, k in zip(each, keys(results), strict=True)),
                 "cells": each,
             }
         )

@@ -17,14 +17,22 @@ from typing import Any
 from tables import table
 from trained import Book, ask, parser
 
+from tokencomp.evaluation.settings import DOWNSCALE
 from tokencomp.training.data import ShapesQuestions
-from tokencomp.training.selector import RATIOS, ways
+from tokencomp.training.relevance import Target
+from tokencomp.training.selector import RATIOS, oracle_name, ways
 from tokencomp.weights import locate
 
-ORDER = ("oracle", "selector", "attention", "random")
-RIVALS = {"selector": ("attention", "oracle")}
+ORACLES: tuple[Target, ...] = ("logit", "logprob")
+LOGIT, LOGPROB = (oracle_name(target) for target in ORACLES)
+ORDER = (LOGIT, "selector", "attention", "random")  # the paper explains logits
+RIVALS = {
+    "selector": ("attention", LOGIT, LOGPROB, "random", "uniform", DOWNSCALE),
+    LOGPROB: (LOGIT, "attention"),
+}
+SHOWN = (LOGIT, LOGPROB, *ORDER[1:])
 SETS: dict[str, dict[str, Any]] = {
-    "image": {"families": ("attribute", "small_object", "existence"), "fewer": 1},
+    "image": {"families": ("attribute", "small_object", "existence", "count"), "fewer": 1},
     "video": {"families": ("needle",), "fewer": 2},
     "video, 4× the tokens": {"families": ("needle",), "fewer": 4, "frames": 32},
 }
@@ -40,11 +48,12 @@ and stays."""
 
 def by_family(records: list[dict[str, Any]], ratio: float = RATIOS[-1]) -> list[dict[str, Any]]:
     """Right answers per question family at one ratio; existence by its answer."""
+    labels = {"full": "full@0", **{name: f"{name}@{ratio:g}" for name in SHOWN}}
     groups: dict[str, list[dict[str, Any]]] = {}
     for r in records:
-        told = f" ({r['answer']})" if r["family"] == "existence" else ""
-        groups.setdefault(r["family"] + told, []).append(r)
-    labels = {"full": "full@0", **{name: f"{name}@{ratio:g}" for name in ORDER}}
+        if r["correct"].keys() >= {*labels.values()}:  # sets of an older run may lack some
+            told = f" ({r['answer']})" if r["family"] == "existence" else ""
+            groups.setdefault(r["family"] + told, []).append(r)
     return [
         {"family": family, "ratio": ratio, "items": len(group)}
         | {name: sum(r["correct"][label] for r in group) for name, label in labels.items()}
@@ -73,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
         scene = {k: v for k, v in SETS[name].items() if k == "frames"}
         count = args.items // SETS[name]["fewer"]
         source = ShapesQuestions(SETS[name]["families"], count, args.split, **scene)
-        asked, batch = ways(file, RATIOS, oracle=True), 8 if scene else args.batch
+        asked, batch = ways(file, RATIOS, ORACLES), 8 if scene else args.batch
         measured, asked = ask({"": model}, processor, source, asked, name, batch)
         rows, cards = measured.table(asked), {"selector": file.with_suffix(".json")}
         wrong = {"against_the_published_order": order(rows)}
@@ -84,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
 
 def notes(records: list[dict[str, Any]]) -> str:
     """What the page says besides the tables."""
-    columns = ("family", "items", "full", *ORDER)
+    columns = ("family", "items", "full", *SHOWN)
     body = [[str(row[c]) for c in columns] for row in by_family(records)]
     title = f"## Right answers per family at ratio {RATIOS[-1]:g}, all sets"
     return "\n\n".join(["## The order", WHY.replace("\n", " "), title, table(columns, body)])

@@ -96,14 +96,20 @@ def compared(results: Results, label: str, base: str, kind: str) -> McNemar:
 
 
 @dataclass(frozen=True)
-class Loss:
-    """A baseline that got more items of a family right than the default at the same ratio."""
+class Comparison:
+    """The default and a baseline at the same ratio, on one family."""
 
     family: str
     ratio: float
     base: str
-    accuracy: tuple[float, float]
+    default: float
+    baseline: float
+    full: float
     test: McNemar
+
+    @property
+    def lost(self) -> bool:
+        return self.default < self.baseline
 
 
 def rivals(results: Results, default: str) -> Iterator[tuple[float, str, str, str]]:
@@ -114,37 +120,35 @@ def rivals(results: Results, default: str) -> Iterator[tuple[float, str, str, st
             yield ratio, base, mine, other
 
 
-def compare_families(results: Results, default: str) -> tuple[list[Loss], int]:
-    """Losses of the default, and how many comparisons there were: family × ratio × baseline."""
-    losses, count = [], 0
+def compare_families(results: Results, default: str) -> list[Comparison]:
+    """Family × ratio × baseline."""
+    found = []
     for (ratio, base, *labels), family in itertools.product(
         rivals(results, default), results.families
     ):
         if reaches(results, labels[1], kind_of(family)):
-            count += 1
-            mine, other = (results.accuracy(k, family) for k in labels)
-            if mine < other:
-                test = mcnemar(*(results.scores(k, families=[family]) for k in labels))
-                losses.append(Loss(family, ratio, base, (mine, other), test))
-    return losses, count
+            test = mcnemar(*(results.scores(k, families=[family]) for k in labels))
+            mine, other, full = (results.accuracy(k, family) for k in (*labels, FULL))
+            found.append(Comparison(family, ratio, base, mine, other, full, test))
+    return found
 
 
-def loss_table(results: Results, losses: Sequence[Loss]) -> str:
-    head = ["family", "learned", "ratio", "baseline", "default", "baseline's", "won", "lost", "p"]
+def loss_table(results: Results, losses: Sequence[Comparison]) -> str:
+    head = ["family", "learned", "ratio", "baseline", "full", "default", "baseline's"]
     rows = [
         [
             one.family,
             "yes" if one.family in results.learned else "no",
             f"{one.ratio:g}",
             one.base,
-            *(f"{a:.0%}" for a in one.accuracy),
+            *(f"{a:.0%}" for a in (one.full, one.default, one.baseline)),
             str(one.test.wins),
             str(one.test.losses),
             f"{one.test.p:.2g}",
         ]
         for one in sorted(losses, key=lambda x: (x.family, x.ratio))
     ]
-    return table(head, rows)
+    return table([*head, "won", "lost", "p"], rows)
 
 
 def family_table(results: Results, labels: Sequence[str]) -> str:

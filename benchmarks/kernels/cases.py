@@ -279,6 +279,7 @@ def maxmin(name: str, spans: int, tokens: int, dim: int, keep: float, centred: b
         k = max(1, int(length * keep))
         x = _random(count * length, dim, device=device, dtype=dtype)
         weights = torch.rand(len(x), device=device)
+        margin = torch.full((count,), 0.02, device=device)
         item = x.element_size()
         if length <= 8192:  # all cosines are stored, and every choice reads a row of them
             products, moved = length**2, length * dim * item + 4 * length * (length + k)
@@ -289,7 +290,9 @@ def maxmin(name: str, spans: int, tokens: int, dim: int, keep: float, centred: b
         return Case(
             op="maxmin_select",
             name=name,
-            call=lambda: kernels.maxmin_select(x, k, weights, spans=length, centred=centred),
+            call=lambda: kernels.maxmin_select(
+                x, k, weights, spans=length, centred=centred, margin=margin
+            ),
             eager=None,  # a loop of k steps in Python: that is the naive provider
             arguments=(),
             flops=count * 2.0 * products * dim,

@@ -17,12 +17,13 @@ def maxmin_select(
     *,
     spans: int | Sequence[int] | Tensor | None = None,
     centred: bool = False,
+    margin: Tensor | None = None,
     start: Tensor | None = None,
     ascending: bool = True,
 ) -> Tensor:
     r"""Choose rows one by one, each as far as possible from those chosen before.
 
-    .. math:: next = \arg\max_i \; w_i \cdot \min_{j \in chosen} (1 - \cos(x_i, x_j))
+    .. math:: next = \arg\max_i \; w_i \cdot (m + \min_{j \in chosen} (1 - \cos(x_i, x_j)))
 
     within every span; ties go to the lower index. Distances below 1e-5 count as 1e-5: what differs
     between copies of a row is rounding, so among copies the larger weight goes first.
@@ -39,6 +40,9 @@ def maxmin_select(
         Rows per span (int), or one length per span. None: one span.
     centred
         Subtract the span's mean before the cosine.
+    margin
+        ``(spans,)`` m ≥ 0, added to every distance of the span: weights decide among distances that
+        are small beside it. None: 0.
     start
         int ``(spans,)``, first row of every span, counted within the span. None: the largest
         weight; without weights the row with the lowest cosine to the span's mean.
@@ -54,8 +58,8 @@ def maxmin_select(
     Raises
     ------
     KernelError
-        If `k` exceeds a span, spans do not cover `x`, weights are negative or not finite, or
-        features are NaN or infinite.
+        If `k` exceeds a span, spans do not cover `x`, weights or margins are negative or not
+        finite, or features are NaN or infinite.
 
     Notes
     -----
@@ -82,17 +86,21 @@ def maxmin_select(
         raise KernelError(f"{len(counts)} values of k for {len(lengths)} spans")
     for count, length in zip(counts, lengths, strict=True):
         checks.count("k", count, 0, length)
-    checks.same_device(x=x, weights=weights, start=start)
+    checks.same_device(x=x, weights=weights, margin=margin, start=start)
     if weights is not None:
         if weights.shape != (len(x),):
             raise KernelError(f"weights must be ({len(x)},); got {tuple(weights.shape)}")
-        weights = weights.detach().float()
+        weights = weights.detach().float().contiguous()
+    if margin is not None:
+        if margin.shape != (len(lengths),):
+            raise KernelError(f"margin must be ({len(lengths)},); got {tuple(margin.shape)}")
+        margin = margin.detach().float().contiguous()
     if start is not None:
         checks.integer("start", start)
         if start.shape != (len(lengths),):
             raise KernelError(f"start must be ({len(lengths)},); got {tuple(start.shape)}")
-        start = start.long()
-    chosen = _op(x.detach(), counts, weights, lengths, centred, start)
+        start = start.long().contiguous()
+    chosen = _op(x.detach(), counts, weights, lengths, centred, margin, start)
     return chosen.sort().values if ascending else chosen
 
 
@@ -103,17 +111,18 @@ def _op(
     weights: Tensor | None,
     lengths: list[int],
     centred: bool,
+    margin: Tensor | None,
     start: Tensor | None,
 ) -> Tensor:
-    _check_values(x, weights, lengths, start)
+    _check_values(x, weights, lengths, margin, start)
     if dispatch.which(x) == "naive":
-        return naive.maxmin_select(x, counts, weights, lengths, centred, start)
+        return naive.maxmin_select(x, counts, weights, lengths, centred, margin, start)
     from . import triton
 
     checks.triton_dtype("x", x)
     x = checks.rows_contiguous(x)
     with dispatch.on_device(x):
-        return triton.maxmin_select(x, counts, weights, lengths, centred, start)
+        return triton.maxmin_select(x, counts, weights, lengths, centred, margin, start)
 
 
 @_op.register_fake
@@ -123,22 +132,28 @@ def _(
     weights: Tensor | None,
     lengths: list[int],
     centred: bool,
+    margin: Tensor | None,
     start: Tensor | None,
 ) -> Tensor:
     return x.new_empty(sum(counts), dtype=torch.int64)
 
 
 def _check_values(
-    x: Tensor, weights: Tensor | None, lengths: list[int], start: Tensor | None
+    x: Tensor,
+    weights: Tensor | None,
+    lengths: list[int],
+    margin: Tensor | None,
+    start: Tensor | None,
 ) -> None:
-    """Finite features, finite weights >= 0, starts inside their spans."""
+    """Finite features, finite weights and margins >= 0, starts inside their spans."""
     if not dispatch.checks_enabled(x):
         return
     # A sum is finite only if no element is NaN or infinite (fp32 sums of model features).
     checks.holds(x.sum(dtype=torch.float32).isfinite(), "x has NaN or infinite features")
-    if weights is not None:
-        good = (weights.isfinite() & (weights >= 0)).all()
-        checks.holds(good, "weights must be finite and at least 0")
+    for name, given in (("weights", weights), ("margins", margin)):
+        if given is not None:
+            good = (given.isfinite() & (given >= 0)).all()
+            checks.holds(good, f"{name} must be finite and at least 0")
     if start is not None:
         length = segments.table(lengths, x.device, torch.int64)
         checks.holds(((start >= 0) & (start < length)).all(), "start must lie inside its span")

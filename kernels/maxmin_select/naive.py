@@ -28,6 +28,7 @@ def maxmin_select(
     weights: Tensor | None,
     lengths: list[int],
     centred: bool,
+    margin: Tensor | None,
     start: Tensor | None,
 ) -> Tensor:
     """Rows of `x` in the order chosen, spans one after the other; equal spans run as a batch."""
@@ -43,15 +44,22 @@ def maxmin_select(
             rows = torch.tensor([first[s] for s in members], device=x.device)[:, None]
             rows = rows + torch.arange(length, device=x.device)
             weight = None if weights is None else weights[rows]
-            begin_at = None if start is None else start[torch.tensor(members, device=x.device)]
-            order = _greedy(x[rows], count, weight, centred, begin_at)
+            which = torch.tensor(members, device=x.device)
+            begin_at = None if start is None else start[which]
+            least = x.new_zeros(len(members)) if margin is None else margin[which]
+            order = _greedy(x[rows], count, weight, centred, least, begin_at)
             for member, picks in zip(members, rows.gather(1, order), strict=True):
                 chosen[member] = picks
     return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=x.device)
 
 
 def _greedy(
-    x: Tensor, count: int, weight: Tensor | None, centred: bool, start: Tensor | None
+    x: Tensor,
+    count: int,
+    weight: Tensor | None,
+    centred: bool,
+    margin: Tensor,
+    start: Tensor | None,
 ) -> Tensor:
     """Choose `count` of the rows of every span; `x` is ``(S, L, D)``; result ``(S, count)``."""
     x = x if x.dtype == torch.float64 else x.float()
@@ -61,13 +69,14 @@ def _greedy(
         start = (far if weight is None else weight).argmax(1)
     unit = _centred(x, mean) if centred else normalise(x)
     weight = x.new_ones(x.shape[:2]) if weight is None else weight.to(x.dtype)
+    margin = margin.to(x.dtype)
     if x.shape[1] <= MAX_GRAM_ROWS:
-        return _at_once(unit, weight, start, count)
-    spans = zip(unit, weight, start, strict=True)
+        return _at_once(unit, weight, margin, start, count)
+    spans = zip(unit, weight, margin, start, strict=True)
     return torch.stack([_in_rounds(*span, count) for span in spans])
 
 
-def _at_once(unit: Tensor, weight: Tensor, start: Tensor, count: int) -> Tensor:
+def _at_once(unit: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count: int) -> Tensor:
     """All cosines of every span ``(S, L, D)``, then every step for all spans together."""
     cosine = unit @ unit.transpose(1, 2)
     span = torch.arange(len(unit), device=unit.device)
@@ -77,11 +86,11 @@ def _at_once(unit: Tensor, weight: Tensor, start: Tensor, count: int) -> Tensor:
         last = order[-1]
         weight[span, last] = TAKEN
         torch.minimum(nearest, _distance(cosine[span, last]), out=nearest)
-        order.append((nearest * weight).argmax(1))
+        order.append(((nearest + margin[:, None]) * weight).argmax(1))
     return torch.stack(order, dim=1)
 
 
-def _in_rounds(unit: Tensor, weight: Tensor, start: Tensor, count: int) -> Tensor:
+def _in_rounds(unit: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count: int) -> Tensor:
     """One long span ``(L, D)``: neither L × L cosines nor steps that read all L rows (ours).
 
     Scores never rise. While the best of a few candidates is above what the best other row, the
@@ -96,23 +105,28 @@ def _in_rounds(unit: Tensor, weight: Tensor, start: Tensor, count: int) -> Tenso
         torch.minimum(nearest, _distance((unit @ unit[new].T).amax(1)), out=nearest)
         if len(order) == count:
             return order
-        score = nearest * weight
+        score = (nearest + margin) * weight
         ranked = score.sort(descending=True, stable=True).indices[: size + 1]
         among, guard = ranked[:-1].sort().values, ranked[-1]
         bar = float(score[guard]), -int(guard)
-        new = among[
-            _round(unit[among], weight[among], nearest[among], among, bar, count - len(order))
-        ]
+        state = unit[among], weight[among], nearest[among], among
+        new = among[_round(*state, margin, bar, count - len(order))]
         order = torch.cat([order, new])
 
 
 def _round(
-    unit: Tensor, weight: Tensor, nearest: Tensor, row: Tensor, bar: tuple[float, int], limit: int
+    unit: Tensor,
+    weight: Tensor,
+    nearest: Tensor,
+    row: Tensor,
+    margin: Tensor,
+    bar: tuple[float, int],
+    limit: int,
 ) -> list[int]:
     """Choose among candidates while the best is above `bar`, a score and minus its row."""
     picks: list[int] = []
     while len(picks) < min(limit, ROUND):
-        score = nearest * weight
+        score = (nearest + margin) * weight
         best = int(score.argmax())
         if (float(score[best]), -int(row[best])) < bar:
             break

@@ -94,8 +94,9 @@ def gram_kernel(
 @triton.jit
 def greedy_kernel(
     gram, first_row, first_gram, first_pick, start_row, weights, picks,
-    nearest, guard_score, guard_place, found,
-    LEAST: tl.constexpr, WEIGHTED: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+    margins, nearest, guard_score, guard_place, found,
+    LEAST: tl.constexpr, WEIGHTED: tl.constexpr, MARGIN: tl.constexpr, ROUND: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All steps of one span.
 
@@ -119,6 +120,9 @@ def greedy_kernel(
     weight = tl.where(inside, 1.0, -1.0)
     if WEIGHTED:
         weight = tl.load(weights + start + row, mask=inside, other=-1.0)
+    margin = 0.0
+    if MARGIN:
+        margin = tl.load(margins + span)
     last = tl.load(start_row + span).to(tl.int32)
     step = 0
     while step < count:
@@ -129,7 +133,7 @@ def greedy_kernel(
         at = gram + last.to(tl.int64) * pitch(rows) + row
         cosine = tl.load(at, mask=row < pitch(rows), other=0.0)
         distance = tl.minimum(distance, tl.maximum(1.0 - cosine, LEAST))
-        score = tl.where(weight < 0.0, -1.0, distance * weight)
+        score = tl.where(weight < 0.0, -1.0, (distance + margin) * weight)
         last = tl.argmax(score, axis=0, tie_break_left=True)
         step += 1
         if ROUND:
@@ -170,6 +174,7 @@ def maxmin_select(
     weights: Tensor | None,
     lengths: list[int],
     centred: bool,
+    margin: Tensor | None,
     start: Tensor | None,
 ) -> Tensor:
     """See :func:`tokencomp.kernels.maxmin_select.naive.maxmin_select`."""
@@ -180,7 +185,7 @@ def maxmin_select(
     if start is None:
         start = first_choice(far if weights is None else weights, lengths)
     for group in grouped(lengths):
-        run(group, unit, inverse, weights, lengths, counts, start, picks)
+        run(group, unit, inverse, weights, lengths, counts, margin, start, picks)
     return picks
 
 
@@ -239,6 +244,7 @@ def run(
     weights: Tensor | None,
     lengths: list[int],
     counts: list[int],
+    margin: Tensor | None,
     start: Tensor,
     picks: Tensor,
 ) -> None:
@@ -246,17 +252,24 @@ def run(
     longest = max(lengths[span] for span in group)
     first, last = group[0], group[-1] + 1
     row, pick = starts([*lengths, 0]), starts([*counts, 0])
+    least = None if margin is None else margin[first:last]
     if longest > MAX_GRAM_ROWS:
         span = slice(row[first], row[last])
         given = None if weights is None else weights[span]
-        run_rounds(x[span], inverse[span], given, start[first:], picks[pick[first] : pick[last]])
+        mine = picks[pick[first] : pick[last]]
+        run_rounds(x[span], inverse[span], given, least, start[first:], mine)
         return
     rows, firsts = row[first : last + 1], table(pick[first : last + 1], x.device)
-    greedy(x, inverse, rows, firsts, start[first:], weights, picks)
+    greedy(x, inverse, rows, firsts, start[first:], weights, least, picks)
 
 
 def run_rounds(
-    x: Tensor, inverse: Tensor, weights: Tensor | None, start: Tensor, picks: Tensor
+    x: Tensor,
+    inverse: Tensor,
+    weights: Tensor | None,
+    margin: Tensor | None,
+    start: Tensor,
+    picks: Tensor,
 ) -> None:
     """Choose in one long span; see :func:`.naive._in_rounds`."""
     nearest = torch.full_like(inverse, torch.inf)
@@ -269,7 +282,7 @@ def run_rounds(
         closest(x, inverse, new, nearest)
         if done == len(picks):
             return
-        score = nearest * left
+        score = (nearest if margin is None else nearest + margin) * left
         ranked = score.sort(descending=True, stable=True).indices[: CANDIDATES + 1]
         among, guard = ranked[:-1].sort().values, ranked[-1:]
         limit = min(len(among), len(picks) - done)
@@ -277,7 +290,7 @@ def run_rounds(
         local = torch.zeros(limit, dtype=torch.int64, device=x.device)
         greedy(
             x[among], inverse[among], [0, len(among)], table([0, limit], x.device),
-            torch.searchsorted(among, ranked[:1]), left[among], local,
+            torch.searchsorted(among, ranked[:1]), left[among], margin, local,
             (nearest[among], score[guard], torch.searchsorted(among, guard), found),
         )  # fmt: skip
         new = among[local[: int(found)]]
@@ -290,6 +303,7 @@ def greedy(
     first_pick: Tensor,
     start: Tensor,
     weights: Tensor | None,
+    margin: Tensor | None,
     picks: Tensor,
     resume: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> None:
@@ -311,8 +325,9 @@ def greedy(
     wide = padded(max(lengths))
     greedy_kernel[(len(lengths),)](
         gram, first_row, first_gram, first_pick, start, weights, picks,
-        *(resume or (None,) * 4), LEAST=EPSILON, WEIGHTED=weights is not None,
-        ROUND=resume is not None, BLOCK=wide, num_warps=greedy_warps(wide),
+        margin, *(resume or (None,) * 4), LEAST=EPSILON, WEIGHTED=weights is not None,
+        MARGIN=margin is not None, ROUND=resume is not None, BLOCK=wide,
+        num_warps=greedy_warps(wide),
     )  # fmt: skip
 
 

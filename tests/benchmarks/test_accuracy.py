@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -47,14 +48,20 @@ def test_losses_per_family_by_plain_counting(accuracy, tmp_path: Path) -> None:
     results = accuracy.results.Results.read(folder, "test")
     for row in (r for r in results.rows if r["family"] == "position"):
         row["correct"]["random-0.9"] = 1
-    losses, count = accuracy.tables.compare_families(results, "condiv")
+    every = accuracy.tables.compare_families(results, "condiv")
+    losses = [one for one in every if one.lost]
     found = {(one.family, one.base): (one.test.wins, one.test.losses) for one in losses}
     expected = {("position", "random"): (0, 16)}  # 24 of 40 right, against all
     expected |= {(family, "downscale"): (0, 2) for family in BLIND}
-    assert found == expected and count == 9
-    assert "| position | no | 0.9 | random | 60% | 100% | 0 | 16 |" in accuracy.tables.loss_table(
-        results, losses
-    )
+    assert found == expected and len(every) == 9
+    row = "| position | no | 0.9 | random | 70% | 60% | 100% | 0 | 16 |"
+    assert row in accuracy.tables.loss_table(results, losses)
+    told = accuracy.report.bars(results, "condiv")[-2:]
+    assert told[0].startswith("- learned families: a baseline got more right in ")
+    assert told[1].startswith("- families not learned: a baseline got more right in ")
+    counts = [re.search(r"in (\d+) of (\d+) comparisons", line).groups() for line in told]
+    assert [sum(map(int, column)) for column in zip(*counts, strict=True)] == [4, 9]
+    assert all("of them the default got less right than the full model" in line for line in told)
 
 
 def test_smaller_media_of_too_many_tokens_are_no_baseline_on_that_kind(

@@ -22,12 +22,13 @@ def distances(x: Tensor, centred: bool = False) -> Tensor:
     return (1 - x @ x.T).clamp(min=COPIES)
 
 
-def by_hand(x: Tensor, weights: Tensor, k: int, start: int) -> list[int]:
+def by_hand(x: Tensor, weights: Tensor, k: int, start: int, margin: float = 0.0) -> list[int]:
     """The rule in plain loops, ties to the lower row."""
     distance, weights, order = distances(x).tolist(), weights.tolist(), [start]
     while len(order) < k:
         left = [i for i in range(len(x)) if i not in order]
-        order.append(max(left, key=lambda i: weights[i] * min(distance[i][j] for j in order)))
+        score = {i: weights[i] * (margin + min(distance[i][j] for j in order)) for i in left}
+        order.append(max(left, key=score.__getitem__))
     return order
 
 
@@ -43,8 +44,9 @@ def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_greedy(
-    x: Tensor, order: list[int], weights: Tensor | None, centred: bool, tolerance: float
-) -> None:
+    x: Tensor, order: list[int], weights: Tensor | None, centred: bool, tolerance: float,
+    margin: float = 0.0,
+) -> None:  # fmt: skip
     """Each choice after the first reaches the best score left, up to rounding."""
     assert len(set(order)) == len(order)
     distance = distances(x, centred)
@@ -52,7 +54,7 @@ def check_greedy(
     nearest = torch.full((len(x),), math.inf, dtype=torch.float64)
     for step, choice in enumerate(order[1:], start=1):
         nearest = torch.minimum(nearest, distance[order[step - 1]])
-        score = nearest * weights.double()
+        score = (nearest + margin) * weights.double()
         score[order[:step]] = -1.0
         assert score[choice] >= score.max() - tolerance
 
@@ -60,6 +62,7 @@ def check_greedy(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("margins", [False, True])
 @pytest.mark.parametrize(
     ("lengths", "counts", "dim"),
     [
@@ -72,16 +75,17 @@ def check_greedy(
 )
 def test_greedy(
     place: torch.device, lengths: list[int], counts: list[int], dim: int, weighted: bool,
-    centred: bool, dtype: torch.dtype,
+    margins: bool, centred: bool, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     x = (torch.randn(sum(lengths), dim) + 0.3).to(dtype)
     weights = torch.rand(len(x)) if weighted else None
+    margin = torch.rand(len(lengths)) if margins else torch.zeros(len(lengths))
     got = maxmin_select(
         x.to(place), counts, None if weights is None else weights.to(place), spans=lengths,
-        centred=centred, ascending=False,
+        centred=centred, ascending=False, margin=margin.to(place) if margins else None,
     ).cpu()  # fmt: skip
     start = 0
-    for rows, picks in zip(x.split(lengths), got.split(counts), strict=True):
+    for rows, picks, m in zip(x.split(lengths), got.split(counts), margin.tolist(), strict=True):
         order = (picks - start).tolist()
         if not order:
             start += len(rows)
@@ -92,14 +96,15 @@ def test_greedy(
         first = far if part is None else part.double()
         assert first[order[0]] >= first.max() - 1e-6
         # Centred rows of 16-bit inputs are held in fp16 by the Triton path.
-        check_greedy(rows, order, part, centred, 1e-5 if dtype == torch.float32 else 1e-3)
+        check_greedy(rows, order, part, centred, 1e-5 if dtype == torch.float32 else 1e-3, m)
         start += len(rows)
 
 
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("margin", [0.0, 0.2])
 def test_long_spans_choose_in_rounds(
-    place: torch.device, weighted: bool, centred: bool, short_rounds: None
+    place: torch.device, margin: float, weighted: bool, centred: bool, short_rounds: None
 ) -> None:
     """Copies of a scene with noise: most of the best rows are of no use once one is chosen."""
     x = torch.randn(11, 40).repeat(10, 1) + 0.05 * torch.randn(110, 40)
@@ -107,26 +112,29 @@ def test_long_spans_choose_in_rounds(
     weights = torch.rand(150) if weighted else None
     given = None if weights is None else weights.to(place)
     got = maxmin_select(
-        x.to(place), [60, 9], given, spans=[110, 40], centred=centred, ascending=False
-    ).cpu()
+        x.to(place), [60, 9], given, spans=[110, 40], centred=centred, ascending=False,
+        margin=torch.tensor([margin, 0.0], device=place) if margin else None,
+    ).cpu()  # fmt: skip
     part = None if weights is None else weights[:110]
-    check_greedy(x[:110], got[:60].tolist(), part, centred, 1e-6)
+    check_greedy(x[:110], got[:60].tolist(), part, centred, 1e-6, margin)
     part = None if weights is None else weights[110:]
     check_greedy(x[110:], (got[60:] - 110).tolist(), part, centred, 1e-6)
 
 
 @pytest.mark.parametrize("rounds", [False, True], ids=["at once", "in rounds"])
 @pytest.mark.parametrize("k", [90, 100])
+@pytest.mark.parametrize("margin", [0.0, 0.25])
 def test_ties_everywhere(
-    place: torch.device, k: int, rounds: bool, request: pytest.FixtureRequest
+    place: torch.device, margin: float, k: int, rounds: bool, request: pytest.FixtureRequest
 ) -> None:
     """One-hot rows have exact cosines, and weights of powers of two exact scores."""
     if rounds:
         request.getfixturevalue("short_rounds")
     x = torch.eye(20)[torch.randint(20, (100,))]
     weights = 0.5 ** torch.randint(4, (100,)).float()
-    got = maxmin_select(x.to(place), k, weights.to(place), ascending=False)
-    assert got.tolist() == by_hand(x, weights, k, int(weights.argmax()))
+    least = torch.tensor([margin], device=place)
+    got = maxmin_select(x.to(place), k, weights.to(place), margin=least, ascending=False)
+    assert got.tolist() == by_hand(x, weights, k, int(weights.argmax()), margin)
 
 
 @pytest.mark.parametrize("rounds", [False, True], ids=["at once", "in rounds"])
@@ -168,14 +176,15 @@ def test_one_row_of_cosines_per_choice(noise: float) -> None:
     x = torch.randn(64, 32).repeat(32, 1) + noise * torch.randn(2048, 32)
     weights = torch.rand(64).repeat(32)
     with Products() as products:
-        naive.maxmin_select(x, [200], weights, [2048], False, None)
+        naive.maxmin_select(x, [200], weights, [2048], False, None, None)
     # 256 candidates of 2048 rows; and one row for the distance to the mean.
     assert products.count <= (200 * (2048 + 256) + 2048) * 32
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_choices_of_a_round_in_a_still_video(
-    weighted: bool, monkeypatch: pytest.MonkeyPatch
+    weighted: bool, margin: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the 2048 candidates of the Triton version at least 60: what its roofline assumes."""
     monkeypatch.setattr(naive, "ROUND", 2048)
@@ -189,7 +198,7 @@ def test_choices_of_a_round_in_a_still_video(
     monkeypatch.setattr(naive, "_round", spy)
     x = torch.randn(256, 128).repeat(64, 1) + 0.02 * torch.randn(16384, 128)
     weights = torch.rand(256).repeat(64) * (1 + 0.02 * torch.rand(16384)) if weighted else None
-    naive.maxmin_select(x, [819], weights, [16384], False, None)
+    naive.maxmin_select(x, [819], weights, [16384], False, torch.tensor([margin]), None)
     assert sum(map(len, rounds)) == 818 and 819 / len(rounds) >= 60
 
 
@@ -230,6 +239,18 @@ def test_start_ties_and_duplicates(place: torch.device) -> None:
     assert maxmin_select(x.to(place), 4, start=start).tolist() == [0, 1, 3, 6]
 
 
+def test_strided_weights_margins_and_starts(place: torch.device) -> None:
+    """Views with gaps, and one value for all spans, are what they look like."""
+    x, weights = torch.randn(40, 12, device=place), torch.rand(80, device=place)[::2]
+    margin = torch.tensor(0.3, device=place).expand(2)
+    start = torch.tensor([[3, 0], [7, 0]], device=place)[:, 0]
+    options = {"spans": [20, 20], "ascending": False}
+    got = maxmin_select(x, 6, weights, margin=margin, start=start, **options)
+    solid = {"margin": margin.clone(), "start": start.clone()}
+    assert got.tolist() == maxmin_select(x, 6, weights.clone(), **solid, **options).tolist()
+    check_greedy(x[:20].cpu(), got[:6].tolist(), weights[:20].cpu(), False, 1e-5, 0.3)
+
+
 def test_prefixes_are_nested(place: torch.device) -> None:
     x = torch.randn(50, 12, device=place)
     full = maxmin_select(x, 50, ascending=False)
@@ -268,6 +289,10 @@ def test_identical_rows_have_no_direction(place: torch.device) -> None:
         ({"weights": torch.ones(9)}, "weights must be"),
         ({"weights": -torch.ones(10)}, "at least 0"),
         ({"weights": torch.full((10,), math.nan)}, "at least 0"),
+        ({"margin": torch.tensor([-0.1])}, "margins must be finite and at least 0"),
+        ({"margin": torch.tensor([math.inf])}, "margins must be finite and at least 0"),
+        ({"margin": torch.zeros(2)}, r"margin must be \(1,\)"),
+        ({"margin": torch.zeros(1, device="meta")}, "one device"),
         ({"start": torch.tensor([10])}, "inside its span"),
         ({"start": torch.tensor([0, 1])}, "start must be"),
         ({"start": torch.tensor([0.0])}, "int32 or int64"),

@@ -26,14 +26,18 @@ def cosine(a: list[float], b: list[float]) -> float:
     return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
 
 
-def farthest_first(x: list[list[float]], first: int, w: list[float], k: int) -> list[int]:
+def farthest_first(
+    x: list[list[float]], first: int, w: list[float], k: int, margin: float = 0.0
+) -> list[int]:
+    """`margin`: share of the mean distance of all pairs that is added to every distance."""
+    extra = margin * sum(1 - cosine(a, b) for a in x for b in x) / len(x) ** 2 if margin else 0.0
     chosen = [first]
     while len(chosen) < k:
         best, value = -1, -1.0
         for i in range(len(x)):
             if i in chosen:
                 continue
-            gap = w[i] * min(max(1 - cosine(x[i], x[j]), 1e-5) for j in chosen)
+            gap = w[i] * (extra + min(max(1 - cosine(x[i], x[j]), 1e-5) for j in chosen))
             if gap > value:
                 best, value = i, gap
         chosen.append(best)
@@ -62,7 +66,10 @@ def test_divprune_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(("power", "centred"), [(0.5, False), (1.0, True), (2.0, False)])
-def test_condiv_attention(grid: tuple[int, int, int], power: float, centred: bool) -> None:
+@pytest.mark.parametrize("margin", [0.0, 0.1, 2.0])
+def test_condiv_attention(
+    grid: tuple[int, int, int], power: float, centred: bool, margin: float
+) -> None:
     given = matrix.tokens(grid, special=2)
     places, x = rows_of(given)
     if centred:
@@ -70,10 +77,24 @@ def test_condiv_attention(grid: tuple[int, int, int], power: float, centred: boo
         x = [[a - m for a, m in zip(row, mean, strict=True)] for row in x]
     scores = [float(given.scores[p]) for p in places]
     weights = [max(s / max(scores), 1e-3) ** power for s in scores]
-    chosen = farthest_first(x, weights.index(max(weights)), weights, 7)
+    chosen = farthest_first(x, weights.index(max(weights)), weights, 7, margin)
     expected = sorted([places[i] for i in chosen] + given.special.nonzero()[:, 0].tolist())
-    got = make_reducer("condiv", signal="attention", power=power, centred=centred)
+    options = {"power": power, "centred": centred, "margin": margin}
+    got = make_reducer("condiv", signal="attention", **options)
     assert got.reduce(given, 9).keep.tolist() == expected
+
+
+def test_the_margin_keeps_like_things_before_the_background() -> None:
+    """Three equal objects on a faint, varied background: without a margin two of them go first."""
+    thing = torch.nn.functional.normalize(torch.randn(matrix.DIM), dim=0)
+    x = torch.randn(16, matrix.DIM)
+    things = [2, 7, 13]
+    x[things] = thing
+    given = matrix.tokens((1, 4, 4))
+    given.features, given.scores = x, torch.full((16,), 0.05)
+    given.scores[things] = 1.0
+    kept = {m: make_reducer("condiv", margin=m).reduce(given, 4).keep.tolist() for m in (0.0, 0.1)}
+    assert set(things) <= set(kept[0.1]) and len(set(things) & set(kept[0.0])) == 1
 
 
 @pytest.mark.parametrize("signal", ["attention", "vit_attention"])
@@ -93,7 +114,7 @@ def test_condiv_sets_its_power_from_the_entropy(signal: str, shape: str) -> None
         assert power == pytest.approx(2.0 if shape == "one" else 0.0, abs=1e-6)
     weights = [max(s / max(scores), 1e-3) ** power for s in scores]
     first = 0 if shape == "flat" else weights.index(max(weights))
-    expected = [places[i] for i in farthest_first(x, first, weights, 9)]
+    expected = [places[i] for i in farthest_first(x, first, weights, 9, 0.2)]
     got = make_reducer("condiv", signal=signal, power="auto").reduce(given, 10).keep.tolist()
     assert got == sorted([*expected, *given.special.nonzero()[:, 0].tolist()])
 
@@ -107,7 +128,7 @@ def test_condiv_takes_the_selectors_shares() -> None:
     net, _ = load_selector(weights)
     logits = net(given.scores[places][None])[0].tolist()
     shares = [math.exp(v - max(logits)) for v in logits]
-    expected = farthest_first(x, shares.index(1.0), [max(s, 1e-3) for s in shares], 10)
+    expected = farthest_first(x, shares.index(1.0), [max(s, 1e-3) for s in shares], 10, 0.2)
     got = make_reducer("condiv", signal="selector", weights=weights).reduce(given, 12)
     special = given.special.nonzero()[:, 0].tolist()
     assert got.keep.tolist() == sorted([*(places[i] for i in expected), *special])
@@ -123,7 +144,7 @@ def test_condiv_question_agnostic(signal: str) -> None:
     else:
         r = [1.0 if i < h * w else min(1 - cosine(x[i], x[i - h * w]), 1.0) for i in range(len(x))]
     weights = [max(s / max(r), 1e-3) for s in r]
-    expected = farthest_first(x, weights.index(max(weights)), weights, 15)
+    expected = farthest_first(x, weights.index(max(weights)), weights, 15, 0.2)
     reducer = make_reducer("condiv", signal=signal, power=1.0)
     assert reducer.serving_safe and not reducer.needs
     assert reducer.reduce(given, 15).keep.tolist() == expected
@@ -282,6 +303,7 @@ def test_whole_grids_only(name: str) -> None:
     [
         ("condiv", {"power": -1}),
         ("condiv", {"power": math.nan}),
+        ("condiv", {"margin": -0.1}),
         ("condiv", {"signal": "magic"}),
         ("condiv", {"merge_rest": 2.0}),
         ("cdpruner", {"relevance": "magic"}),

@@ -32,10 +32,12 @@ BLOCK = 1 << 24
 class ConDiv(Reducer):
     r"""Greedy choice of tokens that are relevant and unlike those already kept.
 
-    .. math:: next = \arg\max_i \; r_i^p \cdot \min_{j \in kept} (1 - \cos(x_i, x_j))
+    .. math:: next = \arg\max_i \; r_i^p \cdot (m \bar d + \min_{j \in kept} (1 - \cos(x_i, x_j)))
 
     Attention alone keeps many copies of one thing, diversity alone keeps outliers; the product
-    does neither. Ours; kin: DivPrune (arXiv 2503.02175), CDPruner (arXiv 2506.10967).
+    does neither, and the margin keeps it from dropping the second and third of several like things
+    (to be counted, say) before all of the background. Ours; kin: DivPrune (arXiv 2503.02175),
+    CDPruner (arXiv 2506.10967).
 
     Attributes
     ----------
@@ -50,6 +52,9 @@ class ConDiv(Reducer):
         (see `tokencomp.tower`), question-agnostic. "norm": length of the feature. "novelty":
         1 - cosine with the same place of the frame before (1 in the first frame; videos, at
         entry). "none": r = 1.
+    margin
+        m, 0 to 8: share of the mean distance between two tokens of the span, d̄, that is added to
+        every distance.
     centred
         Subtract the span's mean feature before the cosine.
     merge_rest
@@ -72,6 +77,7 @@ class ConDiv(Reducer):
 
     power: float | Literal["auto"] = 1.0
     signal: str = "attention"
+    margin: float = 0.2
     centred: bool = False
     merge_rest: float | None = None
     weights: str | None = None
@@ -85,6 +91,7 @@ class ConDiv(Reducer):
         check_choice("condiv", "signal", self.signal, SIGNALS)
         if self.power != "auto":
             check_range("condiv", "power", self.power, 0, 8)
+        check_range("condiv", "margin", self.margin, 0, 8)
         if self.merge_rest is not None:
             check_range("condiv", "merge_rest", self.merge_rest, -1, 1)
         object.__setattr__(self, "serving_safe", not self.needs)
@@ -116,7 +123,12 @@ class ConDiv(Reducer):
         x = tokens.features[rows]
         finite_rows(x)
         weights = self._weights(tokens, rows)
-        chosen = maxmin_select(x, keep - special.numel(), weights, centred=self.centred)
+        margin = None  # equal weights: it would change no choice
+        if self.margin and weights is not None:
+            margin = self.margin * mean_distance(x, self.centred)
+        chosen = maxmin_select(
+            x, keep - special.numel(), weights, centred=self.centred, margin=margin
+        )
         if self.merge_rest is None:
             return joined(tokens, rows[chosen])
         return merge_into(tokens, rows, chosen, self.merge_rest, self.centred)
@@ -137,6 +149,15 @@ class ConDiv(Reducer):
         relevance = relevance / relevance.max().clamp(min=1e-30)
         power = concentration(relevance) if self.power == "auto" else self.power
         return relevance.clamp(min=FLOOR) ** power
+
+
+def mean_distance(x: Tensor, centred: bool) -> Tensor:
+    """Mean of 1 - cos over all pairs of rows, each with itself too, from one pass; shape (1,)."""
+    wide = x.float()
+    wide = wide - wide.mean(0) if centred else wide
+    inverse = wide.norm(dim=1).clamp(min=1e-12).reciprocal()
+    mean = inverse @ wide / max(1, len(x))
+    return (1 - mean.square().sum(0, keepdim=True)).clamp(min=0)
 
 
 def concentration(relevance: Tensor) -> Tensor:

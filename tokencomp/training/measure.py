@@ -35,6 +35,8 @@ class Way:
         As for `tokencomp.patch`; no reducer runs the model uncompressed.
     model
         Key of the variant in `Measurement.models`.
+    target
+        What of the answer `oracle` explains; None: what the measurement says.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Way:
     reducer: str | Reducer | None = None
     options: dict[str, Any] = field(default_factory=dict)
     model: str = ""
+    target: Target | None = None
 
     @property
     def key(self) -> str:
@@ -63,7 +66,8 @@ class Measurement:
     max_new_tokens
         Where answers are cut; None: the longest reference answer of the questions.
     target
-        What of the answer `oracle` explains, see `tokencomp.training.relevance.relevance`.
+        What of the answer `oracle` explains unless its way says otherwise, see
+        `tokencomp.training.relevance.relevance`.
     """
 
     def __init__(
@@ -92,11 +96,12 @@ class Measurement:
             part = [examples[i] for i in range(start, min(start + self.batch, len(examples)))]
             inputs, _ = load_batch(part, self.processor, self.frames)
             answers: dict[str, list[str]] = {}
-            truth = None
+            truth: dict[Target, Any] = {}
             for way in ways:
-                if way.reducer == "oracle" and truth is None:
-                    truth = self._relevance(inputs, answers[Way(FULL).key])
-                answers[way.key] = self._answer(way, inputs, limit, truth)
+                target = way.target or self.target
+                if way.reducer == "oracle" and target not in truth:
+                    truth[target] = self._relevance(inputs, answers[Way(FULL).key], target)
+                answers[way.key] = self._answer(way, inputs, limit, truth.get(target))
             for b, example in enumerate(part):
                 told = {key: row[b] for key, row in answers.items()}
                 right = {key: example.correct(text) for key, text in told.items()}
@@ -132,11 +137,11 @@ class Measurement:
                 self.tokens.setdefault(way.key, []).append(sum(mean) / len(mean))
         return texts
 
-    def _relevance(self, inputs: dict[str, Any], answers: list[str]) -> Any:
+    def _relevance(self, inputs: dict[str, Any], answers: list[str], target: Target) -> Any:
         model = self.models[""]
         ids = answer_ids(self.processor, model, [a or "?" for a in answers], end=False)
         forced, labels = append(inputs, ids)
-        return relevance(model, to_model(forced, model), labels.to(model.device), self.target)
+        return relevance(model, to_model(forced, model), labels.to(model.device), target)
 
     def scores(self, key: str) -> list[float]:
         """Right (1) or wrong (0) per item."""

@@ -147,17 +147,21 @@ class AttentionRow(Reducer):
         return Reduction(top_k(given_scores(tokens, "attention"), tokens.special, keep))
 
 
-def ways(weights: Path, ratios: Sequence[float], oracle: bool = False) -> list[Way]:
-    """The selector and what it is measured against."""
+def ways(weights: Path, ratios: Sequence[float], oracles: Sequence[Target] = ()) -> list[Way]:
+    """The selector and what it is measured against; `oracles`: by what they explain."""
     found = []
     for ratio in ratios:
-        found += [Way("oracle", ratio, "oracle")] if oracle else []
+        found += [Way(oracle_name(t), ratio, "oracle", target=t) for t in oracles]
         found += [
             Way("selector", ratio, "selector", {"weights": str(weights)}),
             Way("attention", ratio, AttentionRow()),
             Way("random", ratio, "random"),
         ]
     return found
+
+
+def oracle_name(target: Target) -> str:
+    return f"oracle ({target})"
 
 
 def accuracy(
