@@ -19,7 +19,7 @@ if __name__ != "kernels":
     from .errors import KernelError
     from .frame_pool import frame_pool
     from .gather_rows import gather_rows
-    from .maxmin_select import maxmin_select
+    from .maxmin_select import maxmin_select, mean_distance
     from .merge_rows import MergedRows, merge_rows
     from .nearest_previous_frame import nearest_previous_frame
     from .topk_stable import topk_stable
@@ -34,6 +34,7 @@ __all__ = [
     "frame_pool",
     "gather_rows",
     "maxmin_select",
+    "mean_distance",
     "merge_rows",
     "nearest_previous_frame",
     "status",

@@ -55,8 +55,9 @@ def find(name: str) -> Gpu | None:
 # The decoder of a 7B model (Qwen2-7B's shapes).
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER = 28, 3584, 28, 4, 128, 18944
 COLSUM, GATHER = "64 rows x 16k keys, 28/4 heads of 128", "7B layer, 8k rows, half kept"
-# What a method does to a prompt: tokens, name, cases, choices that wait for one another.
-STEPS: tuple[tuple[int, str, tuple[str, ...], int], ...] = (
+# What a method does to a prompt: tokens, name, cases, choices that wait for one another (condiv's,
+# which also reads the features of all rows for their mean distance).
+STEPS: tuple[tuple[int, str, tuple[str, ...], int, int], ...] = (
     (
         8192,
         "aim: match + merge + colsum + gather",
@@ -67,22 +68,27 @@ STEPS: tuple[tuple[int, str, tuple[str, ...], int], ...] = (
             GATHER,
         ),
         0,
+        0,
     ),
     (
         8192,
-        "condiv: colsum + maxmin of 6272 tokens + gather",
+        "condiv: colsum + mean distance + maxmin of 6272 tokens + gather",
         (COLSUM, "1 span x 6272 tokens x 3584, a quarter kept", GATHER),
         6272 // 4,
+        6272,
     ),
     (
         16384,
-        "condiv: colsum + maxmin of 16384 tokens + gather",
+        "condiv: colsum + mean distance + maxmin of 16384 tokens + gather",
         (COLSUM, "1 span x 16384 tokens x 3584, 5 % kept", GATHER),
         16384 // 20,
+        16384,
     ),
 )
 # Seconds of a choice: one row from the L2 cache and one reduction, by one program. Assumed.
 CHOICE = 1e-6
+# Bytes per feature of a mean distance: bf16 read, fp32 written and read twice (plain PyTorch).
+MEAN_BYTES = 14
 
 
 def prefill_flops(tokens: int) -> float:
@@ -129,11 +135,12 @@ def shares(cases: Mapping[str, Case]) -> str:
         f"| step | tokens | choices | {' | '.join(f'{g.name}: ms of ms, share' for g in GPUS)} |",
         "|---|---|---|" + "---|" * len(GPUS),
     ]
-    for tokens, name, parts, choices in STEPS:
+    for tokens, name, parts, choices, rows in STEPS:
         cells = []
         for gpu in GPUS:
             works = [(cases[p].flops, cases[p].bytes, cases[p].tensor_cores) for p in parts]
             step = sum(floor_seconds(*work, gpu) for work in works)
+            step += rows * HIDDEN * MEAN_BYTES / gpu.bandwidth
             prefill = prefill_flops(tokens) / gpu.tensor_flops
             waiting = f" ({(step + choices * CHOICE) / prefill:.2%})" if choices else ""
             cells.append(f"{step * 1e3:.2f} of {prefill * 1e3:.1f}, {step / prefill:.2%}{waiting}")

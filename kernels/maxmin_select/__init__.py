@@ -23,7 +23,7 @@ def maxmin_select(
 ) -> Tensor:
     r"""Choose rows one by one, each as far as possible from those chosen before.
 
-    .. math:: next = \arg\max_i \; w_i \cdot (m + \min_{j \in chosen} (1 - \cos(x_i, x_j)))
+    .. math:: next = \arg\max_i \; w_i \cdot (\mu + \min_{j \in chosen} (1 - \cos(x_i, x_j)))
 
     within every span; ties go to the lower index. Distances below 1e-5 count as 1e-5: what differs
     between copies of a row is rounding, so among copies the larger weight goes first.
@@ -41,8 +41,8 @@ def maxmin_select(
     centred
         Subtract the span's mean before the cosine.
     margin
-        ``(spans,)`` m ≥ 0, added to every distance of the span: weights decide among distances that
-        are small beside it. None: 0.
+        ``(spans,)`` μ ≥ 0, added to every distance of the span: weights decide among distances that
+        are small beside it. None: 0. Without weights it changes nothing.
     start
         int ``(spans,)``, first row of every span, counted within the span. None: the largest
         weight; without weights the row with the lowest cosine to the span's mean.
@@ -104,6 +104,27 @@ def maxmin_select(
     return chosen.sort().values if ascending else chosen
 
 
+def mean_distance(x: Tensor, centred: bool = False) -> Tensor:
+    """Mean of :func:`maxmin_select`'s distance (1 - cos) over all pairs of rows.
+
+    Parameters
+    ----------
+    x
+        ``(n, D)`` features of one span, any floating dtype.
+    centred
+        As there.
+
+    Returns
+    -------
+    Tensor
+        ``(1,)`` fp32 (fp64 for fp64) in [0, 1]: 1 - |mean unit vector|², a row's distance to itself
+        included. One pass over the rows, a block of them widened at a time.
+    """
+    checks.shape("x", x, 2, "(n, D)")
+    checks.floating("x", x)
+    return naive.mean_distance(x.detach(), centred)
+
+
 @torch.library.custom_op("tokencomp::maxmin_select", mutates_args=())
 def _op(
     x: Tensor,
@@ -150,10 +171,10 @@ def _check_values(
         return
     # A sum is finite only if no element is NaN or infinite (fp32 sums of model features).
     checks.holds(x.sum(dtype=torch.float32).isfinite(), "x has NaN or infinite features")
-    for name, given in (("weights", weights), ("margins", margin)):
-        if given is not None:
-            good = (given.isfinite() & (given >= 0)).all()
-            checks.holds(good, f"{name} must be finite and at least 0")
+    given = [t for t in (weights, margin) if t is not None]
+    if given:
+        good = torch.stack([(t.isfinite() & (t >= 0)).all() for t in given]).all()
+        checks.holds(good, "weights and margins must be finite and at least 0")
     if start is not None:
         length = segments.table(lengths, x.device, torch.int64)
         checks.holds(((start >= 0) & (start < length)).all(), "start must lie inside its span")

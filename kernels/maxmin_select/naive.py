@@ -136,6 +136,21 @@ def _round(
     return picks
 
 
+def mean_distance(x: Tensor, centred: bool) -> Tensor:
+    """See :func:`tokencomp.kernels.mean_distance`."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, total = x.mean(0, dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
+    for part in x.split(max(1, GRAM_ELEMENTS // max(1, x.shape[1]))):
+        wide = part.to(dtype)
+        rows = wide - mean if centred else wide
+        norm = rows.norm(dim=1)
+        inverse = 1 / norm.clamp(min=torch.finfo(dtype).tiny)
+        if centred:
+            inverse = inverse * _directed(norm.square(), wide)
+        total += inverse @ rows
+    return (1 - (total / max(1, len(x))).square().sum(0, keepdim=True)).clamp_(min=0)
+
+
 def _distance(cosine: Tensor) -> Tensor:
     return (1 - cosine).clamp_(min=EPSILON)
 
@@ -143,5 +158,9 @@ def _distance(cosine: Tensor) -> Tensor:
 def _centred(x: Tensor, mean: Tensor) -> Tensor:
     """Unit vectors of ``x - mean``; zero where x is the mean up to rounding."""
     offset = x - mean
-    directed = offset.square().sum(-1) > UNDIRECTED * x.square().sum(-1)
-    return normalise(offset) * directed[..., None]
+    return normalise(offset) * _directed(offset.square().sum(-1), x)[..., None]
+
+
+def _directed(square: Tensor, x: Tensor) -> Tensor:
+    """Whether a centred row, of squared norm `square`, is more than the rounding of the row x."""
+    return square > UNDIRECTED * x.square().sum(-1)

@@ -253,11 +253,14 @@ def run(
     first, last = group[0], group[-1] + 1
     row, pick = starts([*lengths, 0]), starts([*counts, 0])
     least = None if margin is None else margin[first:last]
+    mine = picks[pick[first] : pick[last]]
+    if not len(mine):
+        return
     if longest > MAX_GRAM_ROWS:
         span = slice(row[first], row[last])
         given = None if weights is None else weights[span]
-        mine = picks[pick[first] : pick[last]]
         run_rounds(x[span], inverse[span], given, least, start[first:], mine)
+        mine += row[first]
         return
     rows, firsts = row[first : last + 1], table(pick[first : last + 1], x.device)
     greedy(x, inverse, rows, firsts, start[first:], weights, least, picks)

@@ -47,6 +47,34 @@ def test_choice(accuracy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert missing == ["full", *(f"divprune-{r:g}" for r in accuracy.run.RATIOS)]
 
 
+@pytest.mark.parametrize(
+    ("rows", "best"),
+    [
+        ([("condiv", {"power": 2.0}, 0.99, 0.01), ("merge", {}, 0.98, 0.02)], "merge"),
+        ([("condiv", {"power": 2.0}, 0.99, 0.02), ("merge", {}, 0.98, 0.02)], "condiv"),
+        ([("merge", {}, 0.99, 0.02), ("condiv", {"power": 1.0, "margin": 0.0}, 0.9, 0.02)], None),
+    ],
+    ids=["points to spare", "then the score", "but the default before stays"],
+)
+def test_what_decides_between_tied_candidates(accuracy, rows: Any, best: str | None) -> None:
+    keys = ("reducer", "options", "score", "spare")
+    found = [dict(zip(keys, row, strict=True)) for row in rows]
+    assert max(found, key=accuracy.choose.preference)["reducer"] == (best or "condiv")
+
+
+def test_points_to_spare_are_those_above_the_bar_of_the_ratio(accuracy, tmp_path: Path) -> None:
+    """At 0.95 nothing is kept beyond the bar of 80 %, which is still more to spare than at 0.5."""
+    shares = dict(zip(accuracy.run.RATIOS, (0.68, 0.7, 0.7, 0.7), strict=True))
+    labels = {Setting("merge", ratio).label: share for ratio, share in shares.items()}
+    made_up(tmp_path, {"full": 0.7, **labels}, "validation", "a")
+    results = accuracy.choose.read_all(tmp_path, "validation")
+    (row,) = accuracy.ranking.rank(results, [("merge", {})])
+    kept = [
+        accuracy.tables.kept(results[0], "merge-0.5", kind).value for kind in ("images", "videos")
+    ]
+    assert row["spare"] == pytest.approx(min(0.03, min(kept) - 0.97))
+
+
 def test_draws_of_a_model_do_not_depend_on_the_others(accuracy, tmp_path: Path) -> None:
     choices(tmp_path, ("a", "b"), accuracy.run.RATIOS)
     results = accuracy.choose.read_all(tmp_path, "validation")

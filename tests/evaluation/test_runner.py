@@ -92,6 +92,16 @@ def test_a_folder_of_another_run_is_refused(loaded, examples, tmp_path):
         evaluate(*loaded, examples[:1], "uniform", 0.75, tmp_path, **HOW)
 
 
+def test_answers_of_another_default_do_not_count(loaded, examples, tmp_path, monkeypatch):
+    """The options given are the same, what they stand for is not: another release, say."""
+    from tokencomp.reducers.base import make_reducer
+
+    evaluate(*loaded, examples[:1], "random", 0.5, tmp_path, **HOW)
+    monkeypatch.setattr(type(make_reducer("random")).__init__, "__defaults__", (3,))
+    with pytest.raises(OptionError, match="differs in method"):
+        evaluate(*loaded, examples[:1], "random", 0.5, tmp_path, **HOW)
+
+
 @pytest.mark.parametrize("part", ["visual.blocks.0.attn.proj", "layers.1.mlp.down_proj"])
 def test_answers_of_other_weights_do_not_count(loaded, examples, tmp_path, part):
     """Whatever part of the model was trained in between."""

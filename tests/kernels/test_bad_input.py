@@ -64,6 +64,7 @@ ELSEWHERE: dict[str, Callable[[torch.device], object]] = {
     "gather index": lambda d: kernels.gather_rows([X[None]], INDEX[None].to(d)),
     "gather tensors": lambda d: kernels.gather_rows([X[None], X[None].to(d)], INDEX[None]),
     "maxmin weights": lambda d: kernels.maxmin_select(X, 2, X[:, 0].abs().to(d)),
+    "maxmin margin": lambda d: kernels.maxmin_select(X, 2, margin=X[:1, 0].abs().to(d)),
     "maxmin start": lambda d: kernels.maxmin_select(X, 2, start=INDEX[:1].to(d)),
     "merge target": lambda d: kernels.merge_rows(X, INDEX.to(d), INDEX),
     "merge keep": lambda d: kernels.merge_rows(X, INDEX, INDEX.to(d)),

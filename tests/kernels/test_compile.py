@@ -34,7 +34,9 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     "ccam_attention": lambda x: kernels.ccam_attention(
         *(x.view(1, 2, 6, 8) for _ in range(3)), frames=3
     ),
-    "maxmin_select": lambda x: kernels.maxmin_select(x.view(12, 8), 4, spans=6),
+    "maxmin_select": lambda x: kernels.maxmin_select(
+        x.view(12, 8), 4, x[:12].abs(), spans=6, margin=x[:1].abs().expand(2)
+    ),
     "topk_stable": lambda x: kernels.topk_stable(x.view(2, 48), 5),
 }
 

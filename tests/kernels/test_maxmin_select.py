@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tokencomp.kernels import KernelError, maxmin_select
+from tokencomp.kernels import KernelError, maxmin_select, mean_distance
 from tokencomp.kernels.maxmin_select import naive
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -121,6 +121,28 @@ def test_long_spans_choose_in_rounds(
     check_greedy(x[110:], (got[60:] - 110).tolist(), part, centred, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "counts"), [([40, 110], [3, 9]), ([110, 30, 90], [6, 0, 11]), ([110, 90], [0, 5])],
+    ids=str,
+)  # fmt: skip
+def test_long_spans_anywhere(
+    place: torch.device, lengths: list[int], counts: list[int], short_rounds: None
+) -> None:
+    """Rows are counted from the start of `x`; a span of which nothing is kept is passed over."""
+    x, weights, margin = torch.randn(sum(lengths), 24), torch.rand(sum(lengths)), torch.rand(3)
+    got = maxmin_select(
+        x.to(place), counts, weights.to(place), spans=lengths, ascending=False,
+        margin=margin[: len(lengths)].to(place),
+    ).cpu()  # fmt: skip
+    start = 0
+    for length, m, picks in zip(lengths, margin.tolist(), got.split(counts), strict=False):
+        span = slice(start, start + length)
+        if len(picks):
+            assert picks[0] - start == weights[span].argmax()
+        check_greedy(x[span], (picks - start).tolist(), weights[span], False, 1e-5, m)
+        start += length
+
+
 @pytest.mark.parametrize("rounds", [False, True], ids=["at once", "in rounds"])
 @pytest.mark.parametrize("k", [90, 100])
 @pytest.mark.parametrize("margin", [0.0, 0.25])
@@ -202,8 +224,9 @@ def test_choices_of_a_round_in_a_still_video(
     assert sum(map(len, rounds)) == 818 and 819 / len(rounds) >= 60
 
 
+@pytest.mark.parametrize("margin", [None, 0.2])
 def test_a_round_chooses_many_rows(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, short_rounds: None
+    device: torch.device, margin: float | None, monkeypatch: pytest.MonkeyPatch, short_rounds: None
 ) -> None:
     """The Triton version reads all rows once a round, not once a choice."""
     triton = pytest.importorskip("tokencomp.kernels.maxmin_select.triton")
@@ -217,17 +240,22 @@ def test_a_round_chooses_many_rows(
 
     monkeypatch.setattr(triton, "closest", spy)
     x = torch.randn(40, 16).repeat(5, 1) + 0.05 * torch.randn(200, 16)
-    maxmin_select(x.to(device), 60, torch.rand(200).to(device))
+    least = None if margin is None else torch.tensor([margin], device=device)
+    maxmin_select(x.to(device), 60, torch.rand(200).to(device), margin=least)
     assert sum(chosen) == 60 and len(chosen) <= 15
 
 
 def test_spans_in_several_groups(place: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(90, 16, device=place)
-    want = torch.cat([maxmin_select(x[i : i + 30], 5) + i for i in (0, 30, 60)])
+    weights, margin = torch.rand(90, device=place), torch.rand(3, device=place)
+    parts = [(i, slice(30 * i, 30 * i + 30)) for i in range(3)]
+    want = torch.cat(
+        [maxmin_select(x[s], 5, weights[s], margin=margin[i : i + 1]) + 30 * i for i, s in parts]
+    )
     if importlib.util.find_spec("triton"):
         triton = importlib.import_module("tokencomp.kernels.maxmin_select.triton")
         monkeypatch.setattr(triton, "GRAM_ELEMENTS", 2000)
-    assert torch.equal(maxmin_select(x, 5, spans=30), want)
+    assert torch.equal(maxmin_select(x, 5, weights, spans=30, margin=margin), want)
 
 
 def test_start_ties_and_duplicates(place: torch.device) -> None:
@@ -263,6 +291,8 @@ def test_zero_weights_come_last(place: torch.device) -> None:
     weights = torch.zeros(30, device=place)
     weights[10:20] = 1.0
     assert maxmin_select(x, 10, weights).tolist() == list(range(10, 20))
+    margin = torch.tensor([0.5], device=place)
+    assert maxmin_select(x, 10, weights, margin=margin).tolist() == list(range(10, 20))
 
 
 def test_centring_ignores_a_common_offset(place: torch.device) -> None:
@@ -280,6 +310,35 @@ def test_identical_rows_have_no_direction(place: torch.device) -> None:
     assert maxmin_select(x.to(place), 3, centred=True, start=start).tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["offset", "zero rows", "few rows", "flat", "copies", "large"])
+def test_mean_distance(
+    kind: str, dtype: torch.dtype, centred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All pairs, one by one, by the distances of the rule."""
+    x = torch.randn({"few rows": 2}.get(kind, 50), 33) + (3.0 if kind == "offset" else 0.5)
+    if kind == "zero rows":
+        x[::3] = 0.0
+    elif kind in ("flat", "copies"):
+        x[:] = x[0]
+        x[1] += 1.0 if kind == "flat" else 0.0
+    x = (x * (200 if kind == "large" else 1)).to(dtype)
+    wide = x.double()
+    offset = wide - wide.mean(0) if centred else wide
+    square, least = wide.square().sum(1), 1e-5 if centred else 0.0
+    unit = [
+        row / row.norm() if row.square().sum() > least * s and row.norm() else row * 0
+        for row, s in zip(offset, square, strict=True)
+    ]
+    expected = sum(1 - a @ b for a in unit for b in unit) / len(unit) ** 2
+    for block in (1 << 24, 100):
+        monkeypatch.setattr(naive, "GRAM_ELEMENTS", block)
+        got = mean_distance(x, centred)
+        assert got.shape == (1,) and got.dtype == torch.promote_types(dtype, torch.float32)
+        assert abs(float(got) - float(expected)) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -287,10 +346,11 @@ def test_identical_rows_have_no_direction(place: torch.device) -> None:
         ({"k": [2, 2]}, "2 values of k for 1 spans"),
         ({"spans": 3}, "spans"),
         ({"weights": torch.ones(9)}, "weights must be"),
-        ({"weights": -torch.ones(10)}, "at least 0"),
+        ({"weights": -torch.ones(10)}, "weights and margins must be finite and at least 0"),
         ({"weights": torch.full((10,), math.nan)}, "at least 0"),
         ({"margin": torch.tensor([-0.1])}, "margins must be finite and at least 0"),
         ({"margin": torch.tensor([math.inf])}, "margins must be finite and at least 0"),
+        ({"margin": torch.tensor([-0.1]), "weights": torch.ones(10)}, "margins must be finite"),
         ({"margin": torch.zeros(2)}, r"margin must be \(1,\)"),
         ({"margin": torch.zeros(1, device="meta")}, "one device"),
         ({"start": torch.tensor([10])}, "inside its span"),

@@ -61,9 +61,13 @@ def test_the_oracle_is_told_the_relevance_of_the_target(
 
     monkeypatch.setattr(measure, "relevance", spy)
     measured = Measurement({"": model}, processor, target=target)
-    measured.run(asked(data, "red"), [Way("oracle", 0.5, "oracle")])
+    ways = [Way("oracle", 0.5, "oracle"), Way("again", 0.75, "oracle", target=target)]
+    others = [Way(t, 0.5, "oracle", target=t) for t in ("logit", "logprob") if t != target]
+    measured.run(asked(data, "red"), [*ways, *others])
     inputs, _ = load_batch(asked(data, "red"), processor, 8)
     answer = measured.records[0]["told"]["full@0"] or "?"
     forced, labels = append(inputs, answer_ids(processor, model, [answer], end=False))
     expected = relevance(model, forced, labels, target)
-    assert torch.equal(told[0][0][0], expected[0][0])
+    assert len(told) == 2 and torch.equal(told[0][0][0], expected[0][0])
+    other = relevance(model, forced, labels, others[0].name)
+    assert torch.equal(told[1][0][0], other[0][0]) and not torch.equal(other[0][0], expected[0][0])

@@ -140,6 +140,7 @@ def run_setting(
         "reducer": setting.reducer,
         "ratio": setting.ratio,
         "options": setting.options,
+        "method": setting.method,
         "tasks": [t.name for t in tasks],
         "data": sorted({t.data for t in tasks}),
         "limit": limit,

@@ -120,7 +120,7 @@ def _order(run: Stored) -> tuple[int, str, float]:
 def _same_thing(runs: Sequence[Stored]) -> None:
     first = runs[0]
     for run in runs[1:]:
-        keys = {*first.identity, *run.identity} - set(SETTING)
+        keys = {*first.identity, *run.identity} - {*SETTING, "method"}
         changed = sorted(k for k in keys if first.identity.get(k) != run.identity.get(k))
         if changed:
             told = "; ".join(
@@ -207,7 +207,7 @@ def write(table: Sequence[Line], path: Path) -> Path:
         identity={
             k: json.dumps(v) if isinstance(v, dict) else v
             for k, v in first.identity.items()
-            if k not in SETTING
+            if k not in (*SETTING, "method")
         },
         versions=_different_versions([line.run for line in table]),
         failed=_failed(table),

@@ -182,7 +182,7 @@ class _Sweep:
             "pixels": _pixels(self.processor),
             **self.how,
         }
-        fields = ("reducer", "ratio", "options")
+        fields = ("reducer", "ratio", "options", "method")
         return {s: {**shared, **{k: getattr(s, k) for k in fields}} for s in self.runs}
 
     # -- the loop -------------------------------------------------------------------------------

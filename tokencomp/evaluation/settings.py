@@ -80,6 +80,21 @@ class Setting:
         return {**named, **self.options}
 
     @property
+    def method(self) -> str:
+        """The reducer with all its options, defaults included; "" where no reducer acts.
+
+        Answers depend on it: another release may have other defaults.
+        """
+        from tokencomp.patching import DEFAULT_REDUCER
+        from tokencomp.reducers.base import make_reducer
+
+        if not self.compresses or self.reducer == PLAN:
+            return ""
+        options = {k: v for k, v in self.options.items() if k != PROPORTIONAL}
+        name = DEFAULT_REDUCER if self.reducer == "auto" else self.reducer
+        return repr(make_reducer(name, **options))
+
+    @property
     def input_baseline(self) -> bool:
         """The processor is given less, the model is left alone."""
         return self.reducer in INPUT_BASELINES

@@ -34,10 +34,9 @@ class ConDiv(Reducer):
 
     .. math:: next = \arg\max_i \; r_i^p \cdot (m \bar d + \min_{j \in kept} (1 - \cos(x_i, x_j)))
 
-    Attention alone keeps many copies of one thing, diversity alone keeps outliers; the product
-    does neither, and the margin keeps it from dropping the second and third of several like things
-    (to be counted, say) before all of the background. Ours; kin: DivPrune (arXiv 2503.02175),
-    CDPruner (arXiv 2506.10967).
+    Attention alone keeps many copies of one thing, diversity alone keeps outliers; the product does
+    neither. With a margin the second and third of several like things (to be counted, say) still
+    rank above faint background. Ours; kin: DivPrune (arXiv 2503.02175), CDPruner (2506.10967).
 
     Attributes
     ----------
@@ -53,8 +52,8 @@ class ConDiv(Reducer):
         1 - cosine with the same place of the frame before (1 in the first frame; videos, at
         entry). "none": r = 1.
     margin
-        m, 0 to 8: share of the mean distance between two tokens of the span, d̄, that is added to
-        every distance.
+        m, 0 to 8: share of the span's mean distance d̄ (all pairs, each token with itself too) that
+        is added to every distance. Without effect where r = 1.
     centred
         Subtract the span's mean feature before the cosine.
     merge_rest
@@ -117,7 +116,7 @@ class ConDiv(Reducer):
         return ready
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        from tokencomp.kernels import maxmin_select
+        from tokencomp.kernels import maxmin_select, mean_distance
 
         rows, special = split(tokens)
         x = tokens.features[rows]
@@ -149,15 +148,6 @@ class ConDiv(Reducer):
         relevance = relevance / relevance.max().clamp(min=1e-30)
         power = concentration(relevance) if self.power == "auto" else self.power
         return relevance.clamp(min=FLOOR) ** power
-
-
-def mean_distance(x: Tensor, centred: bool) -> Tensor:
-    """Mean of 1 - cos over all pairs of rows, each with itself too, from one pass; shape (1,)."""
-    wide = x.float()
-    wide = wide - wide.mean(0) if centred else wide
-    inverse = wide.norm(dim=1).clamp(min=1e-12).reciprocal()
-    mean = inverse @ wide / max(1, len(x))
-    return (1 - mean.square().sum(0, keepdim=True)).clamp(min=0)
 
 
 def concentration(relevance: Tensor) -> Tensor:
