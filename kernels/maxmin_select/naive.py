@@ -109,8 +109,10 @@ def _in_rounds(unit: Tensor, weight: Tensor, margin: Tensor, start: Tensor, coun
         ranked = score.sort(descending=True, stable=True).indices[: size + 1]
         among, guard = ranked[:-1].sort().values, ranked[-1]
         bar = float(score[guard]), -int(guard)
-        state = unit[among], weight[among], nearest[among], among
-        new = among[_round(*state, margin, bar, count - len(order))]
+        limit = min(ROUND, count - len(order))
+        state = unit[among].cpu(), weight[among].cpu(), nearest[among].cpu()
+        picks = _round(*state, among.tolist(), float(margin), bar, limit)
+        new = among[torch.tensor(picks, device=among.device)]
         order = torch.cat([order, new])
 
 
@@ -118,21 +120,28 @@ def _round(
     unit: Tensor,
     weight: Tensor,
     nearest: Tensor,
-    row: Tensor,
-    margin: Tensor,
+    rows: list[int],
+    margin: float,
     bar: tuple[float, int],
     limit: int,
 ) -> list[int]:
-    """Choose among candidates while the best is above `bar`, a score and minus its row."""
+    """Choose among candidates while the best is above `bar`, a score and minus its row.
+
+    On the host, and in place: a pick is a few operations on short rows, so that what each of them
+    costs to start decides.
+    """
     picks: list[int] = []
-    while len(picks) < min(limit, ROUND):
-        score = (nearest + margin) * weight
-        best = int(score.argmax())
-        if (float(score[best]), -int(row[best])) < bar:
+    score, cosine = torch.empty_like(nearest), torch.empty_like(nearest)
+    scores, weights = score.numpy(), weight.numpy()  # the same memory
+    while len(picks) < limit:
+        torch.add(nearest, margin, out=score).mul_(weight)
+        best = int(scores.argmax())  # the first of equals
+        if (float(scores[best]), -rows[best]) < bar:
             break
         picks.append(best)
-        weight[best] = TAKEN
-        torch.minimum(nearest, _distance(unit @ unit[best]), out=nearest)
+        weights[best] = TAKEN
+        torch.mv(unit, unit[best], out=cosine)
+        torch.minimum(nearest, _distance(cosine), out=nearest)
     return picks
 
 
@@ -152,7 +161,8 @@ def mean_distance(x: Tensor, centred: bool) -> Tensor:
 
 
 def _distance(cosine: Tensor) -> Tensor:
-    return (1 - cosine).clamp_(min=EPSILON)
+    """1 - cos, at least EPSILON; in place."""
+    return cosine.neg_().add_(1).clamp_(min=EPSILON)
 
 
 def _centred(x: Tensor, mean: Tensor) -> Tensor:
