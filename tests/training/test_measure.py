@@ -60,8 +60,8 @@ def test_the_oracle_is_told_the_relevance_of_the_target(
         return told[-1]
 
     monkeypatch.setattr(measure, "relevance", spy)
-    measured = Measurement({"": model}, processor, target=target)
-    ways = [Way("oracle", 0.5, "oracle"), Way("again", 0.75, "oracle", target=target)]
+    measured = Measurement({"": model}, processor)
+    ways = [Way(str(ratio), ratio, "oracle", target=target) for ratio in (0.5, 0.75)]
     others = [Way(t, 0.5, "oracle", target=t) for t in ("logit", "logprob") if t != target]
     measured.run(asked(data, "red"), [*ways, *others])
     inputs, _ = load_batch(asked(data, "red"), processor, 8)

@@ -36,7 +36,7 @@ class Way:
     model
         Key of the variant in `Measurement.models`.
     target
-        What of the answer `oracle` explains; None: what the measurement says.
+        What of the answer `oracle` explains, see `tokencomp.training.relevance.relevance`.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Way:
     reducer: str | Reducer | None = None
     options: dict[str, Any] = field(default_factory=dict)
     model: str = ""
-    target: Target | None = None
+    target: Target = TARGET
 
     @property
     def key(self) -> str:
@@ -65,9 +65,6 @@ class Measurement:
         Frames read from video files, questions at once.
     max_new_tokens
         Where answers are cut; None: the longest reference answer of the questions.
-    target
-        What of the answer `oracle` explains unless its way says otherwise, see
-        `tokencomp.training.relevance.relevance`.
     """
 
     def __init__(
@@ -77,11 +74,10 @@ class Measurement:
         frames: int = 8,
         batch: int = 32,
         max_new_tokens: int | None = None,
-        target: Target = TARGET,
     ) -> None:
         self.models, self.processor = models, processor
         self.frames, self.batch = frames, batch
-        self.max_new_tokens, self.target = max_new_tokens, target
+        self.max_new_tokens = max_new_tokens
         self.records: list[dict[str, Any]] = []
         self.achieved: dict[str, list[float]] = {}
         self.tokens: dict[str, list[float]] = {}
@@ -98,10 +94,10 @@ class Measurement:
             answers: dict[str, list[str]] = {}
             truth: dict[Target, Any] = {}
             for way in ways:
-                target = way.target or self.target
-                if way.reducer == "oracle" and target not in truth:
-                    truth[target] = self._relevance(inputs, answers[Way(FULL).key], target)
-                answers[way.key] = self._answer(way, inputs, limit, truth.get(target))
+                if way.reducer == "oracle" and way.target not in truth:
+                    said = answers[Way(FULL).key]
+                    truth[way.target] = self._relevance(inputs, said, way.target)
+                answers[way.key] = self._answer(way, inputs, limit, truth.get(way.target))
             for b, example in enumerate(part):
                 told = {key: row[b] for key, row in answers.items()}
                 right = {key: example.correct(text) for key, text in told.items()}

@@ -168,9 +168,7 @@ def accuracy(
     model: Any, processor: Any, source: Sequence[Example], weights: Path, config: SelectorConfig
 ) -> list[dict[str, Any]]:
     """Held-out accuracy of the selector, the raw attention row and random choice."""
-    measured = Measurement(
-        {"": model}, processor, config.frames, config.batch, target=config.target
-    )
+    measured = Measurement({"": model}, processor, config.frames, config.batch)
     measured.run(source, ways(weights, RATIOS), "evaluating")
     return measured.table(ways(weights, RATIOS))
 
