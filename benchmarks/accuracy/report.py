@@ -156,7 +156,11 @@ say little about compression and count in "all families" alone. p: exact McNemar
 `random` over the learned families, + where better, − where worse (p < 0.05). `downscale`: the full
 model on smaller pictures or fewer frames that give as many tokens; – where the processor does not
 give so few (achieved ratio: images / videos). FLOPs: the decoder's prefill, the reducer's own work
-not counted. How the default (bold) was chosen, on the validation split: [CHOICE.md](CHOICE.md)."""
+not counted. How the default (bold) was chosen, on the validation split: [CHOICE.md](CHOICE.md).
+
+What training and more frames do: [ADSC](adsc.md), [selector](selector.md), [ccam](ccam.md), videos
+longer than trained with [M-RoPE](long_video-tiny-qwen2-vl.md) and
+[1-D positions](long_video-tiny-llava-onevision.md)."""
 
 
 def read_all(results: Path, split: str = "test") -> list[Results]:
