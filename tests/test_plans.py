@@ -11,6 +11,7 @@ from tests_support import FAMILIES
 
 import tokencomp
 from tokencomp import Plan, Stage, errors, make_reducer
+from tokencomp.context import VisualSpan
 
 
 def test_plans_as_json_and_files(tmp_path: Path) -> None:
@@ -81,3 +82,36 @@ def test_an_option_called_like_a_parameter() -> None:
         tokencomp.patch(model, plan=[stage])
     with pytest.raises(errors.UnknownNameError, match="merge"):
         tokencomp.patch(model, 0.5, reducer=["merge"])
+
+
+GRID, BREAKS = (1, 16, 17), tuple(range(17, 288, 18))  # an image of 272 patches and 16 line breaks
+
+
+@pytest.mark.parametrize("layers", [6, 28])
+@pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9])
+@pytest.mark.parametrize(
+    "name", ["adsc", "pyramiddrop", "merge+adsc", "condiv+fastv", "fastv", "prune", "aim"]
+)
+def test_early_stages_pay_for_special_tokens_that_stay(
+    name: str, ratio: float, layers: int
+) -> None:
+    """The ratio is met to a token per layer wherever it can be, by plain counting."""
+    span = VisualSpan(0, 288, GRID, special=BREAKS)
+    plan = make_reducer(name).plan(ratio, layers)
+    counts = plan.counts(span, layers)
+    assert counts == sorted(counts, reverse=True)
+    assert all(k >= 17 for k, s in zip(counts, plan.stages, strict=True) if s.fraction > 0)
+    left = dict(zip([s.layer for s in plan.stages], counts, strict=True))
+    seen, now = 0, 288
+    for layer in range(layers):
+        now = left.get(layer, now)
+        seen += now
+    assert abs(seen / (288 * layers) - (1 - ratio)) < 1 / 288
+
+
+def test_what_cannot_be_met_keeps_the_special_tokens_and_one_patch() -> None:
+    span = VisualSpan(0, 288, GRID, special=BREAKS)
+    assert set(make_reducer("adsc").plan(0.95, 6).counts(span, 6)) == {17}
+    plain = VisualSpan(0, 64, (1, 8, 8))
+    plan = Plan((Stage(0, 0.5, make_reducer("merge")), Stage(3, 0.25, make_reducer("prune"))))
+    assert plan.counts(plain, 6) == [32, 16]

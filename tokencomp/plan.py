@@ -5,8 +5,10 @@ The only place where fractions become token counts. Everything here is plain Pyt
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from tokencomp.reducers.base import Reducer
 
 MAX_RATIO = 0.95
+LEAST = 1e-9
+"""A fraction that leaves what has to stay of a span."""
 
 
 def check_ratio(ratio: float) -> float:
@@ -197,13 +201,41 @@ class Plan:
                 current = fraction
         return Plan(tuple(stages))
 
-    def counts(self, span: VisualSpan) -> list[int]:
-        """Visual tokens of `span` left after each stage, non-increasing."""
-        kept, current = [], span.visual
-        for stage in self.stages:
-            current = min(current, stage.reducer.span_count(span, stage.fraction))
-            kept.append(current)
-        return kept
+    def counts(self, span: VisualSpan, num_layers: int) -> list[int]:
+        """Visual tokens of `span` left after each stage, non-increasing.
+
+        Where a late stage cannot go as low as it should, because special tokens stay, the earlier
+        ones pay for it as far as they can, so that the ratio of the plan is met (ours).
+        """
+        kept = list(self._falling(span, [s.fraction for s in self.stages]))
+        least = list(self._falling(span, [min(s.fraction, LEAST) for s in self.stages]))
+        wanted = [span.visual * s.fraction for s in self.stages]
+        if not any(k == m > w + 0.5 for k, m, w in zip(kept, least, wanted, strict=True)):
+            return kept
+        ends = [*(s.layer for s in self.stages[1:]), num_layers]
+        layers = [end - s.layer for end, s in zip(ends, self.stages, strict=True)]
+        steps = max(k - m for k, m in zip(kept, least, strict=True))
+
+        def left(step: int) -> list[int]:
+            """Counts `step` of `steps` steps above the least."""
+            pairs = zip(kept, least, strict=True)
+            return [m + ((k - m) * step + steps // 2) // max(1, steps) for k, m in pairs]
+
+        def over(step: int) -> float:
+            """How far these exceed what all layers together should see."""
+            return sum(n * (c - w) for n, c, w in zip(layers, left(step), wanted, strict=True))
+
+        first_over = bisect.bisect_right(range(steps + 1), 0.0, key=over)
+        return left(
+            min((max(0, first_over - 1), min(steps, first_over)), key=lambda s: abs(over(s)))
+        )
+
+    def _falling(self, span: VisualSpan, fractions: list[float]) -> Iterator[int]:
+        """Counts at these fractions, none above the one before."""
+        current = span.visual
+        for stage, fraction in zip(self.stages, fractions, strict=True):
+            current = min(current, stage.reducer.span_count(span, fraction))
+            yield current
 
     def for_model(self, model: nn.Module) -> Plan:
         """The same stages with reducers that have found and checked their weights for `model`."""

@@ -131,7 +131,8 @@ class Run:
         self.adapter, self.plan = adapter, plan
         self.width, self.lengths, self.spans = width, lengths, spans
         self.frame = full_frame(width, lengths, spans)
-        self.counts = [[plan.counts(s) for s in row] for row in spans]
+        layers = len(adapter.layers)
+        self.counts = [[plan.counts(s, layers) for s in row] for row in spans]
         self.tail = min((width - row[-1].stop for row in spans if row), default=width)
         # drafts follow the prompt: who asks for logits of visual columns has no drafts in mind
         self.draft = draft if draft <= self.tail else 0

@@ -2,6 +2,7 @@
 
     pip install --no-deps sparsevlm flowcut
     python benchmarks/peers/run.py            # writes peers.json and peers.md beside this file
+    python benchmarks/peers/run.py --out try  # or in another folder
 
 Every peer gets the embedded Qwen2-VL and one image prompt, and is judged by what its decoder
 layers were really given: rows per layer, counted with hooks. An exception is the result, too.
@@ -10,6 +11,7 @@ vLLM's own pruning is compared in the serving benchmark.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 from collections.abc import Callable
@@ -29,6 +31,7 @@ from tokencomp.zoo import SAMPLES
 
 HERE = Path(__file__).parent
 QUESTION = "What color is the circle?"
+MISSING = "not installed"
 
 
 @dataclass
@@ -122,7 +125,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return MISSING
 
 
 def table(found: list[Outcome]) -> str:
@@ -140,6 +143,15 @@ def table(found: list[Outcome]) -> str:
 
 def main() -> None:
     """Run every peer and write the two files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=HERE)
+    out = parser.parse_args().out
+    missing = [peer for peer in PEERS if _version(peer) == MISSING]
+    if missing:
+        parser.error(f"not installed: {', '.join(missing)}. pip install --no-deps {missing[0]} ...")
+    out.mkdir(parents=True, exist_ok=True)
     found = [
         attempt(peer, rows, attention)
         for peer in PEERS
@@ -148,13 +160,13 @@ def main() -> None:
     ]
     facts = environment()
     told = {**facts, "outcomes": [asdict(o) for o in found]}
-    (HERE / "peers.json").write_text(json.dumps(told, indent=2) + "\n")
+    (out / "peers.json").write_text(json.dumps(told, indent=2) + "\n")
     versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
     text = f"# Peers\n\n`python benchmarks/peers/run.py`, {facts['date'][:10]}; {versions}.\n\n"
     text += (
         "Embedded tiny-qwen2-vl, 64 visual tokens per image; works: some layer saw fewer rows.\n\n"
     )
-    (HERE / "peers.md").write_text(text + table(found) + "\n")
+    (out / "peers.md").write_text(text + table(found) + "\n")
     print(table(found))
 
 

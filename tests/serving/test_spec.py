@@ -63,7 +63,7 @@ def test_both_homes_count_and_reduce_alike(name: str, ratio: float) -> None:
         special = torch.tensor(special_by_loops(layout))
         marks = tuple(special.nonzero()[:, 0].tolist())
         span = VisualSpan(0, layout.length, layout.grid, "video", marks)
-        assert reducer.plan(ratio, 4).counts(span) == [keep]
+        assert reducer.plan(ratio, 4).counts(span, 4) == [keep]
         part = x[start : start + layout.length]
         if keep < layout.length:
             done = reducer.reduce(VisualTokens(part, layout.grid, special, kind="video"), keep)

@@ -68,7 +68,8 @@ class Ccam(Reducer):
     The tokens stand at Q places spread evenly over the span and keep their positions. A span of
     exactly Q tokens is left as it is. With more frames than queries, trailing frames are seen by
     no query (the published rule, see `tokencomp.kernels.visible_frames`): take more queries, or
-    train with `--no-causal`.
+    train with `--no-causal`. Video-CCAM's own projector is
+    `tokencomp.projectors.ccam.CCAMProjector.preset("video-ccam-7b-v1.2")`.
     """
 
     weights: str | None = None
