@@ -118,7 +118,7 @@ def mean_distance(x: Tensor, centred: bool = False) -> Tensor:
     -------
     Tensor
         ``(1,)`` fp32 (fp64 for fp64) in [0, 1]: 1 - |mean unit vector|², a row's distance to itself
-        included. One pass over the rows, a block of them widened at a time.
+        included. One pass over the rows (centred: two), a block of them widened at a time.
     """
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)

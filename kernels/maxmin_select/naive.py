@@ -148,7 +148,8 @@ def _round(
 def mean_distance(x: Tensor, centred: bool) -> Tensor:
     """See :func:`tokencomp.kernels.mean_distance`."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean, total = x.mean(0, dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
+    total = x.new_zeros(x.shape[1], dtype=dtype)
+    mean = x.mean(0, dtype=dtype) if centred else total
     for part in x.split(max(1, GRAM_ELEMENTS // max(1, x.shape[1]))):
         wide = part.to(dtype)
         rows = wide - mean if centred else wide
@@ -156,7 +157,7 @@ def mean_distance(x: Tensor, centred: bool) -> Tensor:
         inverse = 1 / norm.clamp(min=torch.finfo(dtype).tiny)
         if centred:
             inverse = inverse * _directed(norm.square(), wide)
-        total += inverse @ rows
+        total = total + inverse @ rows
     return (1 - (total / max(1, len(x))).square().sum(0, keepdim=True)).clamp_(min=0)
 
 
