@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
-from tests_support import FAMILIES
+import torch
+from tests_support import FAMILIES, text
 
 import tokencomp
 from tokencomp import Plan, Stage, errors, make_reducer
@@ -107,6 +109,22 @@ def test_early_stages_pay_for_special_tokens_that_stay(
         now = left.get(layer, now)
         seen += now
     assert abs(seen / (288 * layers) - (1 - ratio)) < 1 / 288
+
+
+def test_a_missed_ratio_is_told_once() -> None:
+    """16 + 72 tokens: 1.6 and 7.2 should be left, 2 and 8 line breaks with one patch are."""
+    family = FAMILIES["llava_onevision"]
+    model, inputs = family.build(), family.batch([[text(3), family.image(0), text(5, 2)]])
+    with torch.no_grad(), pytest.warns(errors.RatioWarning, match="special tokens") as told:
+        handle = tokencomp.patch(model, 0.9, reducer="uniform")
+        model(**inputs)
+        model(**inputs)
+    assert len(told) == 1 and handle.stats.tokens_after == [[11] * family.layers]
+    assert f"ratio 0.9 and reached {1 - 11 / 88:.3g}: 8 special tokens" in str(told[0].message)
+    handle.set(ratio=0.5)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**inputs)
 
 
 def test_what_cannot_be_met_keeps_the_special_tokens_and_one_patch() -> None:

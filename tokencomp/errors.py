@@ -14,6 +14,10 @@ class RatioError(TokenCompError, ValueError):
     """A ratio outside [0, 1), or not a number."""
 
 
+class RatioWarning(UserWarning):
+    """A prompt that missed the ratio it was planned for by more than rounding to tokens."""
+
+
 class OptionError(TokenCompError, ValueError):
     """An option that the reducer, schedule or command does not have, or a value it cannot take."""
 

@@ -35,7 +35,7 @@ from tokencomp.plan import Plan
 from tokencomp.proportional import ProportionalAttention
 from tokencomp.ragged import Frame, restore
 from tokencomp.run import Run, Segment, build_segments, check_padding
-from tokencomp.stats import Stats
+from tokencomp.stats import Stats, tell_missed
 from tokencomp.tower import TowerProbe, check_signals
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Hooks:
             ProportionalAttention(adapter.layers, self._sizes) if proportional else None
         )
         self.stats: Stats | None = None
+        self._told = False
         self._local = threading.local()
         self._handles: list[RemovableHandle] = []
         self._layered = False
@@ -305,6 +306,7 @@ class Hooks:
                     dropped = run.width - segment.frame.width
                     compress_layer(layer, dropped, here, starts, sizes)
         self.stats = run.stats(cache)
+        self._told = self._told or tell_missed(self.stats, self.plan)
         return self._restored(run, out)
 
     def _restored(self, run: Run, out: Any) -> Any:

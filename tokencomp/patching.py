@@ -60,10 +60,7 @@ class Request:
         """The request after `Handle.set`; None: not given."""
         if plan is not None:
             if ratio is not None:
-                raise OptionError(
-                    f"plan=... together with ratio={ratio!r}: a plan has its own fractions. Leave "
-                    "out one of them."
-                )
+                raise OptionError(_two_ratios(ratio))
             return Request(self.ratio, reducer or "auto", options, plan)
         if reducer is not None:
             return Request(self.ratio if ratio is None else ratio, reducer, options)
@@ -78,7 +75,7 @@ class Request:
 
 def patch(
     model: nn.Module,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     *,
     reducer: str | Reducer = "auto",
     plan: PlanLike | None = None,
@@ -97,7 +94,7 @@ def patch(
         weights, config, class and attention backend are left alone.
     ratio
         Fraction of visual-token work removed from the LLM, in [0, 1): 1 - mean over decoder layers
-        of visual tokens seen / visual tokens of the prompt. 0 = off.
+        of visual tokens seen / visual tokens of the prompt. 0 = off. None: 0.5, or what `plan` has.
     reducer
         A name from `tokencomp.available_reducers()`, a `Reducer`, or "auto".
     plan
@@ -134,10 +131,16 @@ def patch(
     tokens are drafts, which reducers do not take for the question. Where k - 1 reaches into visual
     tokens there are no drafts.
 
+    Warns
+    -----
+    RatioWarning
+        Once per patch, when a prompt misses its ratio by more than rounding to whole tokens:
+        special tokens (line breaks) alone exceed it, or the reducer leaves a number of its own.
+
     Raises
     ------
     RatioError, UnknownNameError, OptionError
-        A bad ratio, reducer name, reducer option or `positions`; a plan beside a reducer or
+        A bad ratio, reducer name, reducer option or `positions`; a plan beside a ratio, reducer or
         options; proportional attention for a reducer that merges nothing.
     PlanError
         A plan that cannot be read, or not be executed on this model.
@@ -155,7 +158,10 @@ def patch(
             f"positions='compact': {adapter.family} has three rows of positions (time, height, "
             "width), which cannot be renumbered without losing the grid. Leave it at 'original'."
         )
-    request = Request(ratio, reducer, options, None if plan is None else as_plan(plan))
+    if plan is not None and ratio is not None:
+        raise OptionError(_two_ratios(check_ratio(ratio)))
+    made = None if plan is None else as_plan(plan)
+    request = Request(0.5 if ratio is None else ratio, reducer, options, made)
     ready = _make_plan(request, adapter, proportional_attention)
     hooks = Hooks(adapter, ready, strict, positions == "compact", proportional_attention)
     context = None
@@ -268,6 +274,10 @@ class Handle:
         state = "active" if self._active else "removed"
         stages = ", ".join(f"{s.reducer.name}@{s.layer}→{s.fraction:.3g}" for s in self.plan.stages)
         return f"<tokencomp.Handle {family}: {stages or 'off'} ({state})>"
+
+
+def _two_ratios(ratio: float) -> str:
+    return f"plan=... together with ratio={ratio!r}: a plan has its own fractions. Leave one out."
 
 
 def _make_plan(request: Request, adapter: Adapter, proportional: bool) -> Plan:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tokencomp.errors import RatioWarning
 from tokencomp.profiling.flops import DecoderShape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tokencomp.context import VisualSpan
+    from tokencomp.plan import Plan
     from tokencomp.run import Run
 
 
@@ -118,6 +121,29 @@ class Stats:
             "kv_bytes_before": self.kv_bytes_before,
             "kv_bytes_after": self.kv_bytes_after,
         }
+
+
+def tell_missed(stats: Stats, plan: Plan) -> bool:
+    """Warn if a prompt misses the ratio of its plan by more than rounding; True if it does.
+
+    Rounding: a token per span, or a twentieth of what should be left.
+    """
+    wanted, got = plan.ratio(stats.shape.num_layers), stats.ratio
+    spans, before = sum(map(len, stats.spans)), sum(stats.tokens_before)
+    if not before or abs(wanted - got) <= max(0.05 * (1 - wanted), spans / before):
+        return False
+    special = sum(len(span.special) for row in stats.spans for span in row)
+    own = [s.reducer.name for s in plan.stages if s.reducer.own_count]
+    why = f"{' and '.join(own)} leaves a number of tokens of its own"
+    if not own:
+        why = f"{special} special tokens, such as line breaks, stay of {before} visual ones"
+    warnings.warn(
+        f"a prompt was planned for ratio {wanted:.3g} and reached {got:.3g}: {why}. The handle's "
+        "stats have the counts of every prompt; this is said once per patch.",
+        RatioWarning,
+        stacklevel=2,
+    )
+    return True
 
 
 def collect(run: Run, cache: Any) -> Stats:

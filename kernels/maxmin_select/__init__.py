@@ -66,13 +66,15 @@ def maxmin_select(
     Spans of up to 1024 rows (Triton: 8192): FLOPs ``2·L²·D`` (cosines, once), then k steps that
     read L values each; bytes ``L·D·itemsize + 4·L² + 4·k·L``, on the device without the host.
 
-    Longer spans store no L² cosines. They go in rounds among the c best rows, exactly: only these
-    are kept up to date while their best is above what the best other row was when the round began;
-    then all rows are. FLOPs ``2·k·(L + c)·D`` whatever the features, c = max(256, L/16): above 4096
-    rows 1.06 rows of cosines per choice, in videos that stand still as in those that move. Triton
-    takes c = 2048, ``2·(k·L + r·c²)·D`` FLOPs and ``r·(L·D·itemsize + 4·c²) + 4·k·c`` bytes in r
-    rounds of tens to hundreds of choices, fewer where rows have many copies. After each the host
-    waits for the device, so CUDA graphs cannot hold such a call.
+    Longer spans store no L² cosines. They go in rounds among the c best rows, exactly: scores never
+    rise, so that candidates alone matter while their best is above what the best other row was when
+    the round began. Other rows keep the score of an earlier round as a bound until it is among the
+    best; most cosines are never needed. FLOPs of r rounds: ``2·(k·L + r·c²)·D`` at most, c = 256,
+    and half of the first part in videos that stand still as in those that move. Triton takes
+    c = 2048 and brings all rows up to date once a round: all of these FLOPs, and
+    ``r·(L·D·itemsize + 4·c²) + 4·k·c`` bytes. Rounds are of tens to hundreds of choices, fewer
+    where rows have many copies; after each the host waits for the device, so CUDA graphs cannot
+    hold such a call.
 
     Kin: farthest-point sampling; lazy greedy (bounds that only fall); DivPrune (arXiv 2503.02175).
     The weighted rule and the rounds are ours.

@@ -1,5 +1,6 @@
 """Plain PyTorch version of :func:`tokencomp.kernels.maxmin_select`."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,8 +11,8 @@ from ..segments import starts
 GRAM_ELEMENTS = 1 << 24
 # Spans of up to this many rows find all their cosines at once, equal spans as a batch.
 MAX_GRAM_ROWS = 1024
-# Longer ones go in rounds, each of at most ROUND choices among one row in SHARE, at least ROUND.
-ROUND, SHARE = 256, 16
+# Longer ones go in rounds, each among this many rows, which it may choose all.
+ROUND = 256
 # Least distance. Cosines of copies differ from 1 by rounding, 6e-7 in fp32 and more where tensor
 # cores cut off their sums; it must not rank them. Between copies the weight decides.
 EPSILON = 1e-5
@@ -73,7 +74,7 @@ def _greedy(
     if x.shape[1] <= MAX_GRAM_ROWS:
         return _at_once(unit, weight, margin, start, count)
     spans = zip(unit, weight, margin, start, strict=True)
-    return torch.stack([_in_rounds(*span, count) for span in spans])
+    return torch.stack([_Rounds(*span, count).run() for span in spans])
 
 
 def _at_once(unit: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count: int) -> Tensor:
@@ -90,34 +91,77 @@ def _at_once(unit: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count:
     return torch.stack(order, dim=1)
 
 
-def _in_rounds(unit: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count: int) -> Tensor:
+class _Rounds:
     """One long span ``(L, D)``: neither L × L cosines nor steps that read all L rows (ours).
 
-    Scores never rise. While the best of a few candidates is above what the best other row, the
-    guard, was when the round began, it is the best of all, so that only candidates are kept up to
-    date. When it no longer is, one matrix product brings the round's picks to every row.
+    A row's score against some of the choices bounds its score against all, as scores never rise.
+    Rows are brought up to date when their bound is among the best; most never are. While the best
+    of ROUND candidates is above the best other row when the round began, the guard, it is the best
+    of all, and choosing is a matter of the candidates' own cosines.
+
+    Attributes
+    ----------
+    order, done
+        Choices, and how many of them are made.
+    nearest, seen
+        Of every row, the distance from the first `seen` choices.
     """
-    size = max(ROUND, len(unit) // SHARE)
-    nearest, weight = torch.full_like(weight, torch.inf), weight.clone()
-    order = new = start[None]
-    while True:
-        weight[new] = TAKEN
-        torch.minimum(nearest, _distance((unit @ unit[new].T).amax(1)), out=nearest)
-        if len(order) == count:
-            return order
-        score = (nearest + margin) * weight
-        ranked = score.sort(descending=True, stable=True).indices[: size + 1]
-        among, guard = ranked[:-1].sort().values, ranked[-1]
-        bar = float(score[guard]), -int(guard)
-        limit = min(ROUND, count - len(order))
-        state = unit[among].cpu(), weight[among].cpu(), nearest[among].cpu()
-        picks = _round(*state, among.tolist(), float(margin), bar, limit)
-        new = among[torch.tensor(picks, device=among.device)]
-        order = torch.cat([order, new])
+
+    def __init__(
+        self, unit: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count: int
+    ) -> None:
+        self.unit, self.weight, self.margin = unit, weight.clone(), margin
+        self.order, self.done = start.new_empty(count), 1
+        self.order[0] = start
+        self.weight[start] = TAKEN
+        self.nearest = _distance(unit @ unit[start])
+        self.seen = torch.ones_like(self.nearest, dtype=torch.int64)
+
+    def run(self) -> Tensor:
+        while self.done < len(self.order):
+            best = self.best(ROUND + 1)
+            among, guard = best[:-1].sort().values, best[-1]
+            bar = float(self.score(guard)), -int(guard)
+            unit, nearest = self.unit[among], self.nearest[among].cpu()
+            distance, weight = _distance(unit @ unit.T).cpu(), self.weight[among].cpu()
+            limit = len(self.order) - self.done
+            picks = _round(
+                distance, weight, nearest, among.tolist(), float(self.margin), bar, limit
+            )
+            new = among[torch.tensor(picks, device=among.device)]
+            self.order[self.done : self.done + len(new)] = new
+            self.done += len(new)
+            self.nearest[among], self.seen[among] = nearest.to(unit.device), self.done
+            self.weight[new] = TAKEN
+        return self.order
+
+    def score(self, rows: Tensor) -> Tensor:
+        return (self.nearest[rows] + self.margin) * self.weight[rows]
+
+    def best(self, count: int) -> Tensor:
+        """The `count` best rows, best first, all up to date."""
+        score, reach = (self.nearest + self.margin) * self.weight, count
+        while True:
+            ranked = score.sort(descending=True, stable=True).indices
+            if bool((self.seen[ranked[:count]] == self.done).all()):
+                return ranked[:count]
+            self.refresh(ranked[:reach])
+            score[ranked[:reach]] = self.score(ranked[:reach])
+            reach *= 2  # else a front that keeps falling behind would take many sorts
+
+    def refresh(self, rows: Tensor) -> None:
+        """Bring `rows` up to date, those that have seen equally many choices together."""
+        seen = self.seen[rows]
+        for before in seen[seen < self.done].unique().tolist():
+            these = rows[seen == before]
+            missed = self.unit[self.order[before : self.done]]
+            distance = _distance((self.unit[these] @ missed.T).amax(1))
+            self.nearest[these] = torch.minimum(self.nearest[these], distance)
+        self.seen[rows] = self.done
 
 
 def _round(
-    unit: Tensor,
+    distance: Tensor,
     weight: Tensor,
     nearest: Tensor,
     rows: list[int],
@@ -125,23 +169,22 @@ def _round(
     bar: tuple[float, int],
     limit: int,
 ) -> list[int]:
-    """Choose among candidates while the best is above `bar`, a score and minus its row.
+    """Choose at most `limit` candidates while the best is above `bar`, a score and minus its row.
 
-    On the host, and in place: a pick is a few operations on short rows, so that what each of them
-    costs to start decides.
+    In place, on the host and in NumPy: a pick is four operations on short rows, so that what each
+    of them costs to start decides.
     """
     picks: list[int] = []
-    score, cosine = torch.empty_like(nearest), torch.empty_like(nearest)
-    scores, weights = score.numpy(), weight.numpy()  # the same memory
+    distances, weights, near = distance.numpy(), weight.numpy(), nearest.numpy()
+    scores = np.empty_like(near)
     while len(picks) < limit:
-        torch.add(nearest, margin, out=score).mul_(weight)
+        np.multiply(np.add(near, margin, out=scores), weights, out=scores)
         best = int(scores.argmax())  # the first of equals
         if (float(scores[best]), -rows[best]) < bar:
             break
         picks.append(best)
         weights[best] = TAKEN
-        torch.mv(unit, unit[best], out=cosine)
-        torch.minimum(nearest, _distance(cosine), out=nearest)
+        np.minimum(near, distances[best], out=near)
     return picks
 
 

@@ -28,7 +28,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """Options of every call of `tokencomp.patch`, which still patches."""
     calls, real = [], tokencomp.patch
 
-    def patch(model, ratio=0.5, **options):
+    def patch(model, ratio=None, **options):
         handle = real(model, ratio, **options)
         calls.append({"ratio": ratio, **options, "stages": handle.plan})
         return handle

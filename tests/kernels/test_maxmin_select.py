@@ -192,36 +192,44 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Choices of every round of the plain version."""
+    original, found = naive._round, []
+
+    def spy(*arguments: object) -> list[int]:
+        picks = original(*arguments)
+        found.append(len(picks))
+        return picks
+
+    monkeypatch.setattr(naive, "_round", spy)
+    return found
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.05, 30.0])
-def test_one_row_of_cosines_per_choice(noise: float) -> None:
-    """Whether the scene stands still or moves: candidates add an eighth here."""
+@pytest.mark.parametrize("weighted", [False, True])
+def test_most_cosines_are_never_needed(weighted: bool, noise: float, rounds: list[int]) -> None:
+    """Whether the scene stands still or moves: half at most, candidates of a round not counted."""
     x = torch.randn(64, 32).repeat(32, 1) + noise * torch.randn(2048, 32)
-    weights = torch.rand(64).repeat(32)
+    weights = torch.rand(64).repeat(32) if weighted else None
     with Products() as products:
-        naive.maxmin_select(x, [200], weights, [2048], False, None, None)
-    # 256 candidates of 2048 rows; and one row for the distance to the mean.
-    assert products.count <= (200 * (2048 + 256) + 2048) * 32
+        naive.maxmin_select(x, [700], weights, [2048], False, torch.tensor([0.1]), None)
+    cosines = products.count / 32 - 2048  # one row for the distance to the mean
+    assert cosines - len(rounds) * naive.ROUND**2 <= 700 * 2048 / 2
+    assert len(rounds) <= 700 / 20
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_choices_of_a_round_in_a_still_video(
-    weighted: bool, margin: float, monkeypatch: pytest.MonkeyPatch
+    weighted: bool, margin: float, rounds: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the 2048 candidates of the Triton version at least 60: what its roofline assumes."""
     monkeypatch.setattr(naive, "ROUND", 2048)
-    monkeypatch.setattr(naive, "SHARE", 8)
-    original, rounds = naive._round, []
-
-    def spy(*arguments: object) -> list[int]:
-        rounds.append(original(*arguments))
-        return rounds[-1]
-
-    monkeypatch.setattr(naive, "_round", spy)
     x = torch.randn(256, 128).repeat(64, 1) + 0.02 * torch.randn(16384, 128)
     weights = torch.rand(256).repeat(64) * (1 + 0.02 * torch.rand(16384)) if weighted else None
     naive.maxmin_select(x, [819], weights, [16384], False, torch.tensor([margin]), None)
-    assert sum(map(len, rounds)) == 818 and 819 / len(rounds) >= 60
+    assert sum(rounds) == 818 and 819 / len(rounds) >= 60
 
 
 @pytest.mark.parametrize("margin", [None, 0.2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import warnings
 from typing import Annotated
 
 import typer
@@ -47,4 +48,6 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    from tokencomp.errors import RatioWarning
+
+    warnings.simplefilter("ignore", RatioWarning)  # every command shows the ratios reached

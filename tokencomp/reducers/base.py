@@ -43,6 +43,8 @@ class Reducer:
         True if kept tokens take others in; `Reduction.sizes` then says how many.
     whole_spans
         True if it compares places of a whole grid: no earlier stage may have dropped tokens.
+    own_count
+        True if it leaves a number of tokens of its own, whatever the ratio.
     """
 
     name: ClassVar[str] = ""
@@ -51,6 +53,7 @@ class Reducer:
     serving_safe_with: ClassVar[str] = ""
     merges: ClassVar[bool] = False
     whole_spans: ClassVar[bool] = False
+    own_count: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_types(self.name or type(self).__name__, self)
