@@ -16,7 +16,8 @@ from pathlib import Path
 
 from trained import HERE, Book, ask, parser
 
-from tokencomp.training.adsc import CARD, AdscConfig, ways
+from tokencomp.cli import one_message
+from tokencomp.training.adsc import CARD, AdscConfig, load_adapter, ways
 from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.measure import Way
 
@@ -30,8 +31,6 @@ RIVALS = {"trained": ("training-free", "control"), "control": ("training-free",)
 
 
 def main(args: argparse.Namespace) -> None:
-    from peft import PeftModel
-
     from tokencomp.evaluation.loading import load_model
 
     book = Book("adsc", args, RIVALS)
@@ -44,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     models = {}
     for name in folders if book.sets else ():
         model, processor = load_model(args.model, device=args.device)
-        models[name] = PeftModel.from_pretrained(model, str(folders[name])).eval()
+        models[name] = load_adapter(model, folders[name])
     variants = {"": models.get("trained"), "tuned": models.get("trained"), **models}
     for name in book.sets:
         families, fewer = SETS[name]
@@ -59,4 +58,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = parser(__doc__, SETS)
     arguments.add_argument("--control", help="adapter trained with --schedule 0")
-    main(arguments.parse_args())
+    with one_message():
+        main(arguments.parse_args())

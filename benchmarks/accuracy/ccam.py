@@ -14,6 +14,7 @@ import argparse
 
 from trained import Book, ask, parser
 
+from tokencomp.cli import one_message
 from tokencomp.projectors.ccam_config import read_card
 from tokencomp.training.ccam_evaluation import sample_spans, ways
 from tokencomp.training.data import ShapesQuestions
@@ -59,4 +60,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = parser(__doc__, SETS)
     arguments.add_argument("--free", help="projector trained with --no-causal")
-    main(arguments.parse_args())
+    with one_message():
+        main(arguments.parse_args())

@@ -18,6 +18,7 @@ from results import KINDS, RESULTS, Results
 from run import RATIOS, answer_all
 from tables import table
 
+from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import Setting
 from tokencomp.weights import replace_file, write_json
 from tokencomp.zoo import available_models
@@ -152,4 +153,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_message():
+        main()

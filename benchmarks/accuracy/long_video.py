@@ -20,6 +20,7 @@ from trained import HERE, Book, ask, parser
 
 from tokencomp import extend_visual_context
 from tokencomp.adapters.base import adapter_for
+from tokencomp.cli import one_message
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.examples import shapesqa
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES
@@ -115,4 +116,5 @@ if __name__ == "__main__":
     arguments = parser(__doc__, SETS)
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.set_defaults(items=100)
-    main(arguments.parse_args())
+    with one_message():
+        main(arguments.parse_args())

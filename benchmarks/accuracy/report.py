@@ -25,6 +25,7 @@ from tables import (
     rivals,
 )
 
+from tokencomp.cli import one_message
 from tokencomp.evaluation.environment import provenance
 from tokencomp.evaluation.plots import Point, lines
 from tokencomp.evaluation.settings import DOWNSCALE, FULL
@@ -200,4 +201,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_message():
+        main()

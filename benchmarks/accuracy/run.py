@@ -26,6 +26,7 @@ import torch
 from results import RESULTS, Results, collected, merged
 
 from tokencomp import available_reducers, make_reducer
+from tokencomp.cli import one_message
 from tokencomp.context import TOWER_SIGNALS
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
 from tokencomp.evaluation.examples import shapesqa
@@ -161,4 +162,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_message():
+        main()

@@ -17,6 +17,7 @@ from typing import Any
 from tables import table
 from trained import Book, ask, parser
 
+from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import DOWNSCALE
 from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.relevance import Target
@@ -106,4 +107,5 @@ def notes(records: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main(parser(__doc__, SETS).parse_args())
+    with one_message():
+        main(parser(__doc__, SETS).parse_args())

@@ -13,6 +13,7 @@ keeps the file's rows of all others.
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -28,6 +29,8 @@ from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ["TOKENCOMP_KERNELS_CHECK"] = "0"
+if importlib.util.find_spec("triton") is None:
+    sys.exit("error: compiling needs Triton, which has wheels for Linux: pip install triton")
 
 import torch
 import triton

@@ -72,6 +72,13 @@ def test_a_plan_from_a_file(command, folder, tmp_path, file, asked, capsys):
     assert asked and all(call["stages"] == plan for call in asked)
 
 
+@pytest.mark.parametrize("command", SHORT)
+def test_missing_weights_are_told_before_any_work(command, folder, tmp_path, capsys):
+    assert ask(command, folder, tmp_path, "-r", "uniform,ccam", "--ratio", "0.5") == 2
+    said = capsys.readouterr()
+    assert "tokencomp train ccam" in said.err and not said.out.strip()
+
+
 @pytest.mark.parametrize("proportional", [False, True])
 def test_eval(proportional, folder, tmp_path, file, monkeypatch):
     """Its settings travel to lmms-eval as reducer, ratio and JSON options."""

@@ -37,6 +37,7 @@ def test_options_find_their_part() -> None:
     [
         ("prune+merge", {}, "does not act at decoder entry"),
         ("merge+condiv", {}, "does not act between layers"),
+        ("merge+", {}, "two different parts"),
         ("merge+merge", {}, "two different parts"),
         ("merge+prune+fastv", {}, "two different parts"),
         ("merge+prune", {"share": 1.5}, "share=1.5; allowed: a number from 0 to 1"),

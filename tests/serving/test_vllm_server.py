@@ -27,7 +27,7 @@ def served(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     (root / "media").mkdir()
     arguments = ["--engine", "vllm", "--model", folder, "--ratio", 0.5]
     arguments += ["--served-model-name", "tiny", "--allowed-media-path", root / "media"]
-    arguments += ["--", "--enforce-eager", "--dtype", "float32", "--max-model-len", 1024]
+    arguments += ["--", "--enforce-eager", "--dtype", "float32", "--max-model-len", 8192]
     arguments += ["--block-size", 32, "--max-num-seqs", 16]
     with http.server(root / "log", *arguments, **ENV) as url:
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=120)
@@ -113,7 +113,7 @@ def test_64_concurrent_requests_and_none_is_lost(served: Any) -> None:
 def test_an_abandoned_stream_is_aborted(served: Any) -> None:
     url, client, _, _ = served
     before = http.metric(url, "vllm:generation_tokens_total")
-    stream = ask(client, http.image_url(1), stream=True, max_tokens=800)
+    stream = ask(client, http.image_url(1), stream=True, max_tokens=7000)
     next(iter(stream))
     stream.close()
     assert ask(client, http.image_url(2)).choices[0].message.content
@@ -121,7 +121,7 @@ def test_an_abandoned_stream_is_aborted(served: Any) -> None:
     while http.metric(url, "vllm:num_requests_running") and time.monotonic() < end:
         time.sleep(0.1)
     assert http.metric(url, "vllm:num_requests_running") == 0
-    assert http.metric(url, "vllm:generation_tokens_total") - before < 700
+    assert http.metric(url, "vllm:generation_tokens_total") - before < 6000
 
 
 def test_metrics_count_tokens(served: Any) -> None:

@@ -22,10 +22,18 @@ from tokencomp.errors import (
     RatioError,
     ScoreError,
     UnknownNameError,
+    WeightsError,
 )
 from tokencomp.evaluation.loading import load_model
 from tokencomp.training import adsc
-from tokencomp.training.adsc import AdscConfig, add_lora, train_adsc
+from tokencomp.training.adsc import (
+    CARD,
+    FILES,
+    AdscConfig,
+    add_lora,
+    load_adapter,
+    train_adsc,
+)
 from tokencomp.training.data import load_batch, questions
 
 pytest.importorskip("peft")
@@ -65,6 +73,25 @@ def test_the_adapter_loads_with_peft(trained: Any, tiny: Any, data: str) -> None
         with tokencomp.patch(again, 0.67, reducer="adsc") as handle:
             again(**inputs)
             assert handle.stats.ratio == pytest.approx(0.67, abs=0.06)
+
+
+def test_an_adapter_of_another_model_is_refused(trained: Any, tiny: Any, tmp_path: Path) -> None:
+    tuned, output = trained
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
+    again = load_adapter(copied(tiny)[0], output)
+    assert torch.equal(again(**inputs).logits, tuned(**inputs).logits)
+    with pytest.raises(WeightsError, match=r"no adapter_model\.safetensors.*tokencomp train adsc"):
+        load_adapter(copied(tiny)[0], tmp_path)
+    other = copied(tiny)[0]
+    weight = other.model.language_model.layers[0].self_attn.k_proj.weight
+    weight.data = torch.randn_like(weight)
+    with pytest.raises(WeightsError, match="another checkpoint"):
+        load_adapter(other, output)
+    for name in (*FILES, CARD):
+        (tmp_path / name).write_bytes((output / name).read_bytes())
+    (tmp_path / CARD).write_text("[1")
+    with pytest.raises(WeightsError, match="cannot be read"):
+        load_adapter(copied(tiny)[0], tmp_path)
 
 
 def test_only_linear_layers_of_the_decoder_are_adapted(trained: Any) -> None:

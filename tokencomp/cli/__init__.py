@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script; a user's mistake ends in one message and exit code 2."""
     from tokencomp.cli._app import build_app
-    from tokencomp.errors import TokenCompError
 
     # Must be set before transformers is imported; what the user sets wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
+    with one_message():
         # no list(...) here: the command module of that name is an attribute of this package
         build_app()(args=[*(sys.argv[1:] if argv is None else argv)], prog_name="tokencomp")
+
+
+@contextlib.contextmanager
+def one_message() -> Iterator[None]:
+    """End the process with a typed error's message instead of its traceback, exit code 2."""
+    from tokencomp.errors import TokenCompError
+
+    try:
+        yield
     except (TokenCompError, _kernel_error()) as error:
         from rich.console import Console
 

@@ -66,8 +66,18 @@ def method(
     if plan is None:
         every = {**opt.reducer_options(options), **more}
         found = grid(reducers(reducer), opt.ratios(ratio), **every)
-        return lambda model: found
+        return lambda model: tried(found, model)
     fix = "the stages in the file have reducers, fractions and options of their own"
     opt.refuse_given(context, ("reducer", "ratio", "options"), "--plan", fix)
     made = as_plan(plan)
-    return lambda model: planned(made, model, **more)
+    return lambda model: tried(planned(made, model, **more), model)
+
+
+def tried(settings: list[Any], model: Any) -> list[Any]:
+    """The settings, once `model` has taken each: missing weights are told before any work."""
+    import tokencomp
+
+    for setting in settings:
+        if setting.compresses:
+            tokencomp.patch(model, **setting.request).remove()
+    return settings

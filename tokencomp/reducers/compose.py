@@ -105,7 +105,7 @@ def compose(name: str, options: dict[str, Any]) -> Compose:
         that both have.
     """
     names = [part.strip() for part in name.split("+")]
-    if len(names) != 2 or names[0] == names[1]:
+    if len(names) != 2 or names[0] == names[1] or not all(names):
         raise OptionError(
             f"reducer {name!r}: a composition has two different parts, an entry reducer and a "
             'layer reducer, e.g. "merge+prune".'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -10,16 +11,17 @@ from typing import Any
 
 import tokencomp
 from tokencomp.adapters.base import adapter_for
-from tokencomp.errors import MissingDependencyError, OptionError
+from tokencomp.errors import MissingDependencyError, OptionError, WeightsError
 from tokencomp.plan import check_ratio
 from tokencomp.reducers.base import make_reducer
 from tokencomp.training.data import data_identity, questions
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
 from tokencomp.training.measure import Measurement, Way
-from tokencomp.weights import model_card, write_json
+from tokencomp.weights import check_card, model_card, write_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CARD = "tokencomp.json"
+FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,39 @@ def save_adapter(tuned: Any, output: Path, model_id: str) -> None:
     tuned.peft_config["default"].base_model_name_or_path = model_id
     with tempfile.TemporaryDirectory(dir=output) as folder:
         tuned.save_pretrained(folder, save_embedding_layers=False)
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
+        for name in FILES:
             (Path(folder) / name).replace(output / name)
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """`model` with a trained adapter, in evaluation mode.
+
+    The same as `peft.PeftModel.from_pretrained`, but it looks before it searches the hub.
+
+    Raises
+    ------
+    MissingDependencyError
+        PEFT is not installed.
+    WeightsError
+        `folder` holds no adapter, or one for another model.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingDependencyError(
+            "an adapter needs PEFT: pip install 'tokencomp[train]'."
+        ) from error
+    train = f"tokencomp train adsc --model MODEL --output {folder}"
+    if missing := [n for n in (*FILES, CARD) if not (folder / n).is_file()]:
+        raise WeightsError(f"{folder}: no {' and no '.join(missing)}. Train an adapter: {train}")
+    try:
+        card = dict(json.loads((folder / CARD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(f"{folder / CARD} cannot be read ({error}). Train again: {train}") from (
+            error
+        )
+    check_card(card, model, folder, train)
+    return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 def ways(config: AdscConfig, variant: str = "tuned") -> list[Way]:
