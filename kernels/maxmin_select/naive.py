@@ -101,8 +101,8 @@ class _Rounds:
 
     Attributes
     ----------
-    order, done
-        Choices, and how many of them are made.
+    order, done, chosen
+        Choices, how many of them are made, and their unit vectors, one after the other.
     nearest, seen
         Of every row, the distance from the first `seen` choices.
     """
@@ -113,6 +113,8 @@ class _Rounds:
         self.unit, self.weight, self.margin = unit, weight.clone(), margin
         self.order, self.done = start.new_empty(count), 1
         self.order[0] = start
+        self.chosen = unit.new_empty(count, unit.shape[1])
+        self.chosen[0] = unit[start]
         self.weight[start] = TAKEN
         self.nearest = _distance(unit @ unit[start])
         self.seen = torch.ones_like(self.nearest, dtype=torch.int64)
@@ -128,9 +130,9 @@ class _Rounds:
             picks = _round(
                 distance, weight, nearest, among.tolist(), float(self.margin), bar, limit
             )
-            new = among[torch.tensor(picks, device=among.device)]
-            self.order[self.done : self.done + len(new)] = new
-            self.done += len(new)
+            picked = torch.tensor(picks, device=among.device)
+            new, made = among[picked], slice(self.done, self.done + len(picks))
+            self.order[made], self.chosen[made], self.done = new, unit[picked], made.stop
             self.nearest[among], self.seen[among] = nearest.to(unit.device), self.done
             self.weight[new] = TAKEN
         return self.order
@@ -154,7 +156,7 @@ class _Rounds:
         seen = self.seen[rows]
         for before in seen[seen < self.done].unique().tolist():
             these = rows[seen == before]
-            missed = self.unit[self.order[before : self.done]]
+            missed = self.chosen[before : self.done]
             distance = _distance((self.unit[these] @ missed.T).amax(1))
             self.nearest[these] = torch.minimum(self.nearest[these], distance)
         self.seen[rows] = self.done
