@@ -125,6 +125,9 @@ def test_a_missed_ratio_is_told_once() -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**inputs)
+    handle.set(ratio=0.95)
+    with torch.no_grad(), pytest.warns(errors.RatioWarning, match=r"ratio 0\.95"):
+        model(**inputs)
 
 
 def test_what_cannot_be_met_keeps_the_special_tokens_and_one_patch() -> None:

@@ -66,7 +66,7 @@ class Hooks:
             ProportionalAttention(adapter.layers, self._sizes) if proportional else None
         )
         self.stats: Stats | None = None
-        self._told = False
+        self._told: Plan | None = None
         self._local = threading.local()
         self._handles: list[RemovableHandle] = []
         self._layered = False
@@ -306,7 +306,8 @@ class Hooks:
                     dropped = run.width - segment.frame.width
                     compress_layer(layer, dropped, here, starts, sizes)
         self.stats = run.stats(cache)
-        self._told = self._told or tell_missed(self.stats, self.plan)
+        if self._told is not self.plan and tell_missed(self.stats, self.plan):
+            self._told = self.plan
         return self._restored(run, out)
 
     def _restored(self, run: Run, out: Any) -> Any:

@@ -134,7 +134,7 @@ def patch(
     Warns
     -----
     RatioWarning
-        Once per patch, when a prompt misses its ratio by more than rounding to whole tokens:
+        Once per plan in force, when a prompt misses its ratio by more than rounding to whole tokens:
         special tokens (line breaks) alone exceed it, or the reducer leaves a number of its own.
 
     Raises

@@ -139,7 +139,7 @@ def tell_missed(stats: Stats, plan: Plan) -> bool:
         why = f"{special} special tokens, such as line breaks, stay of {before} visual ones"
     warnings.warn(
         f"a prompt was planned for ratio {wanted:.3g} and reached {got:.3g}: {why}. The handle's "
-        "stats have the counts of every prompt; this is said once per patch.",
+        "stats have the counts of every prompt; this is said once.",
         RatioWarning,
         stacklevel=2,
     )
