@@ -134,7 +134,7 @@ def patch(
     Warns
     -----
     RatioWarning
-        Once per plan in force, when a prompt misses its ratio by more than rounding to whole tokens:
+        Once per plan in force, when a prompt misses its ratio by more than rounding to tokens:
         special tokens (line breaks) alone exceed it, or the reducer leaves a number of its own.
 
     Raises
