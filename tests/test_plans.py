@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import warnings
@@ -121,12 +122,36 @@ def test_a_missed_ratio_is_told_once() -> None:
         model(**inputs)
     assert len(told) == 1 and handle.stats.tokens_after == [[11] * family.layers]
     assert f"ratio 0.9 and reached {1 - 11 / 88:.3g}: 8 special tokens" in str(told[0].message)
-    handle.set(ratio=0.5)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
+        handle.set(ratio=0.5)
+        model(**inputs)
+        handle.set(ratio=0.9)
         model(**inputs)
     handle.set(ratio=0.95)
     with torch.no_grad(), pytest.warns(errors.RatioWarning, match=r"ratio 0\.95"):
+        model(**inputs)
+
+
+def test_a_reducer_with_a_count_of_its_own() -> None:
+    """Alone it promises no ratio; with another one the two were to meet it together."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Four(type(make_reducer("uniform"))):  # type: ignore[misc]
+        own_count = True
+
+        def span_count(self, span: VisualSpan, fraction: float) -> int:
+            return 4
+
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), family.batch([[text(3), family.image(0), text(5, 2)]])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokencomp.patch(model, 0.9, reducer=Four())
+        model(**inputs)
+    last = Stage(family.layers - 1, 0.1, make_reducer("uniform"))
+    tokencomp.patch(model, plan=Plan((Stage(0, 0.9, Four()), last)))
+    with torch.no_grad(), pytest.warns(errors.RatioWarning, match="a number of tokens of its own"):
         model(**inputs)
 
 

@@ -66,7 +66,7 @@ class Hooks:
             ProportionalAttention(adapter.layers, self._sizes) if proportional else None
         )
         self.stats: Stats | None = None
-        self._told: Plan | None = None
+        self._told: set[str] = set()  # plans whose missed ratio was told
         self._local = threading.local()
         self._handles: list[RemovableHandle] = []
         self._layered = False
@@ -305,9 +305,8 @@ class Hooks:
                     starts = i == segment.first and i > 0
                     dropped = run.width - segment.frame.width
                     compress_layer(layer, dropped, here, starts, sizes)
-        self.stats = run.stats(cache)
-        if self._told is not self.plan and tell_missed(self.stats, self.plan):
-            self._told = self.plan
+        self.stats = stats = run.stats(cache)
+        tell_missed(stats, run.plan, self._told)
         return self._restored(run, out)
 
     def _restored(self, run: Run, out: Any) -> Any:

@@ -135,7 +135,8 @@ def patch(
     -----
     RatioWarning
         Once per plan in force, when a prompt misses its ratio by more than rounding to tokens:
-        special tokens (line breaks) alone exceed it, or the reducer leaves a number of its own.
+        special tokens (line breaks) alone exceed it, or a reducer beside others (`ccam+prune`)
+        leaves a number of its own.
 
     Raises
     ------

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Stats:
-    """Counts of one prefill. Nothing is computed before it is asked for.
+    """Counts of one prefill. Nothing but the ratio is computed before it is asked for.
 
     Attributes
     ----------
@@ -123,19 +123,23 @@ class Stats:
         }
 
 
-def tell_missed(stats: Stats, plan: Plan) -> bool:
-    """Warn if a prompt misses the ratio of its plan by more than rounding; True if it does.
+def tell_missed(stats: Stats, plan: Plan, told: set[str]) -> None:
+    """Warn, once per plan, if a prompt misses its ratio by more than rounding.
 
-    Rounding: a token per span, or a twentieth of what should be left.
+    Rounding: a token per span, or a twentieth of what should be left. A plan whose reducers all
+    leave a number of their own promises no ratio.
     """
     wanted, got = plan.ratio(stats.shape.num_layers), stats.ratio
     spans, before = sum(map(len, stats.spans)), sum(stats.tokens_before)
     if not before or abs(wanted - got) <= max(0.05 * (1 - wanted), spans / before):
-        return False
+        return
+    name = str([(s.layer, s.fraction, s.reducer.name) for s in plan.stages])
+    if name in told or all(s.reducer.own_count for s in plan.stages):
+        return
+    told.add(name)
     special = sum(len(span.special) for row in stats.spans for span in row)
-    own = [s.reducer.name for s in plan.stages if s.reducer.own_count]
-    why = f"{' and '.join(own)} leaves a number of tokens of its own"
-    if not own:
+    why = "a reducer of this plan leaves a number of tokens of its own"
+    if special and got < wanted and not any(s.reducer.own_count for s in plan.stages):
         why = f"{special} special tokens, such as line breaks, stay of {before} visual ones"
     warnings.warn(
         f"a prompt was planned for ratio {wanted:.3g} and reached {got:.3g}: {why}. The handle's "
@@ -143,7 +147,6 @@ def tell_missed(stats: Stats, plan: Plan) -> bool:
         RatioWarning,
         stacklevel=2,
     )
-    return True
 
 
 def collect(run: Run, cache: Any) -> Stats:

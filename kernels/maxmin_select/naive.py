@@ -155,10 +155,10 @@ class _Rounds:
         """Bring `rows` up to date, those that have seen equally many choices together."""
         seen = self.seen[rows]
         for before in seen[seen < self.done].unique().tolist():
-            these = rows[seen == before]
             missed = self.chosen[before : self.done]
-            distance = _distance((self.unit[these] @ missed.T).amax(1))
-            self.nearest[these] = torch.minimum(self.nearest[these], distance)
+            for these in rows[seen == before].split(max(1, GRAM_ELEMENTS // len(missed))):
+                distance = _distance((self.unit[these] @ missed.T).amax(1))
+                self.nearest[these] = torch.minimum(self.nearest[these], distance)
         self.seen[rows] = self.done
 
 
@@ -179,14 +179,15 @@ def _round(
     picks: list[int] = []
     distances, weights, near = distance.numpy(), weight.numpy(), nearest.numpy()
     scores = np.empty_like(near)
-    while len(picks) < limit:
-        np.multiply(np.add(near, margin, out=scores), weights, out=scores)
-        best = int(scores.argmax())  # the first of equals
-        if (float(scores[best]), -rows[best]) < bar:
-            break
-        picks.append(best)
-        weights[best] = TAKEN
-        np.minimum(near, distances[best], out=near)
+    with np.errstate(over="ignore"):
+        while len(picks) < limit:
+            np.multiply(np.add(near, margin, out=scores), weights, out=scores)
+            best = int(scores.argmax())  # the first of equals
+            if (float(scores[best]), -rows[best]) < bar:
+                break
+            picks.append(best)
+            weights[best] = TAKEN
+            np.minimum(near, distances[best], out=near)
     return picks
 
 

@@ -89,9 +89,12 @@ def test_an_adapter_of_another_model_is_refused(trained: Any, tiny: Any, tmp_pat
         load_adapter(other, output)
     for name in (*FILES, CARD):
         (tmp_path / name).write_bytes((output / name).read_bytes())
-    (tmp_path / CARD).write_text("[1")
-    with pytest.raises(WeightsError, match="cannot be read"):
-        load_adapter(copied(tiny)[0], tmp_path)
+    for name in (CARD, *FILES):
+        good = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(good[: len(good) // 2])
+        with pytest.raises(WeightsError, match="cannot be read"):
+            load_adapter(copied(tiny)[0], tmp_path)
+        (tmp_path / name).write_bytes(good)
 
 
 def test_only_linear_layers_of_the_decoder_are_adapted(trained: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 import warnings
 from typing import Annotated
 
@@ -50,4 +51,5 @@ def _root(
 ) -> None:
     from tokencomp.errors import RatioWarning
 
-    warnings.simplefilter("ignore", RatioWarning)  # every command shows the ratios reached
+    if not sys.warnoptions:  # commands that compress show the ratios reached, servers as a metric
+        warnings.simplefilter("ignore", RatioWarning)

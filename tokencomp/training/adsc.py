@@ -161,6 +161,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     """
     try:
         from peft import PeftModel
+        from safetensors import SafetensorError
     except ImportError as error:
         raise MissingDependencyError(
             "an adapter needs PEFT: pip install 'tokencomp[train]'."
@@ -175,7 +176,10 @@ def load_adapter(model: Any, folder: Path) -> Any:
             error
         )
     check_card(card, model, folder, train)
-    return PeftModel.from_pretrained(model, str(folder)).eval()
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        raise WeightsError(f"{folder} cannot be read ({error}). Train again: {train}") from error
 
 
 def ways(config: AdscConfig, variant: str = "tuned") -> list[Way]:
