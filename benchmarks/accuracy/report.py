@@ -159,9 +159,10 @@ model on smaller pictures or fewer frames that give as many tokens; – where th
 give so few (achieved ratio: images / videos). FLOPs: the decoder's prefill, the reducer's own work
 not counted. How the default (bold) was chosen, on the validation split: [CHOICE.md](CHOICE.md).
 
-What training and more frames do: [ADSC](adsc.md), [selector](selector.md), [ccam](ccam.md), videos
-longer than trained with [M-RoPE](long_video-tiny-qwen2-vl.md) and
-[1-D positions](long_video-tiny-llava-onevision.md)."""
+The default against the baselines with 300 questions of every learned family:
+[families](families/README.md). What training and more frames do: [ADSC](adsc.md),
+[selector](selector.md), [ccam](ccam.md), videos longer than trained with
+[M-RoPE](long_video-tiny-qwen2-vl.md) and [1-D positions](long_video-tiny-llava-onevision.md)."""
 
 
 def read_all(results: Path, split: str = "test") -> list[Results]:
@@ -171,6 +172,12 @@ def read_all(results: Path, split: str = "test") -> list[Results]:
 def home(results: Path) -> Path:
     """Where pages go: above the published results, beside others."""
     return results.parent if results == RESULTS else results
+
+
+def head(page: Path) -> str:
+    """The page's opening, with links that work from where it lies."""
+    here = os.path.relpath(RESULTS.parent, page.parent)
+    return HEAD if here == "." else HEAD.replace("](", f"]({here}/")
 
 
 def write_report(results: Path) -> Path:
@@ -183,7 +190,7 @@ def write_report(results: Path) -> Path:
             file.write_text(plot(found, kind))
         where = os.path.relpath(results, page.parent)
         sections.append(section(found, DEFAULT_REDUCER, where))
-    page.write_text("\n\n".join([HEAD, *sections]) + "\n")
+    page.write_text("\n\n".join([head(page), *sections]) + "\n")
     return page
 
 
