@@ -176,7 +176,7 @@ def home(results: Path) -> Path:
 
 def head(page: Path) -> str:
     """The page's opening, with links that work from where it lies."""
-    here = os.path.relpath(RESULTS.parent, page.parent)
+    here = os.path.relpath(Path(__file__).parent, page.parent)
     return HEAD if here == "." else HEAD.replace("](", f"]({here}/")
 
 
