@@ -174,10 +174,12 @@ def home(results: Path) -> Path:
     return results.parent if results == RESULTS else results
 
 
-def head(page: Path) -> str:
+def head(results: Path) -> str:
     """The page's opening, with links that work from where it lies."""
-    here = os.path.relpath(Path(__file__).parent, page.parent)
-    return HEAD if here == "." else HEAD.replace("](", f"]({here}/")
+    if results == RESULTS:
+        return HEAD
+    here = os.path.relpath(Path(__file__).parent, home(results))
+    return HEAD.replace("](", f"]({here}/")
 
 
 def write_report(results: Path) -> Path:
@@ -190,7 +192,7 @@ def write_report(results: Path) -> Path:
             file.write_text(plot(found, kind))
         where = os.path.relpath(results, page.parent)
         sections.append(section(found, DEFAULT_REDUCER, where))
-    page.write_text("\n\n".join([head(page), *sections]) + "\n")
+    page.write_text("\n\n".join([head(results), *sections]) + "\n")
     return page
 
 
