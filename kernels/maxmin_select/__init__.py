@@ -63,7 +63,7 @@ def maxmin_select(
 
     Notes
     -----
-    Spans of up to 1024 rows (Triton: 8192): FLOPs ``2·L²·D`` (cosines, once), then k steps that
+    Spans of up to 512 rows (Triton: 8192): FLOPs ``2·L²·D`` (cosines, once), then k steps that
     read L values each; bytes ``L·D·itemsize + 4·L² + 4·k·L``, on the device without the host.
 
     Longer spans store no L² cosines. They go in rounds among the c best rows, exactly: scores never

@@ -10,7 +10,7 @@ from ..segments import starts
 # Cosines held at once (fp32: 64 MiB).
 GRAM_ELEMENTS = 1 << 24
 # Spans of up to this many rows find all their cosines at once, equal spans as a batch.
-MAX_GRAM_ROWS = 1024
+MAX_GRAM_ROWS = 512
 # Longer ones go in rounds, each among this many rows, which it may choose all.
 ROUND = 256
 # Least distance. Cosines of copies differ from 1 by rounding, 6e-7 in fp32 and more where tensor
