@@ -68,6 +68,8 @@ ROWS = {
             {"power": 0.0},
             {"signal": "norm", "centred": True},
             {"signal": "novelty", "power": 1.0},
+            {"frames": "equal"},
+            {"frames": "novelty", "signal": "none"},
             {"signal": "none", "merge_rest": 0.5},
             {"signal": "vit_attention", "power": "auto"},
             {"signal": "selector", "weights": small_weights("selector", DIM)},

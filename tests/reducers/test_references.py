@@ -84,6 +84,37 @@ def test_condiv_attention(
     assert got.reduce(given, 9).keep.tolist() == expected
 
 
+@pytest.mark.parametrize("frames", ["equal", "novelty"])
+@pytest.mark.parametrize("keep", [7, 16, 33])
+def test_condiv_with_budgets_per_frame(frames: str, keep: int) -> None:
+    """Every frame alone; what is left after whole tokens goes to the largest remainders."""
+    t, n = 4, 9
+    given = matrix.tokens((t, 3, 3))
+    _, x = rows_of(given)
+    scores = given.scores.tolist()
+    weights = [max(s / max(scores), 1e-3) for s in scores]
+    quota = [keep * (f + 1) // t - keep * f // t for f in range(t)]
+    if frames == "novelty":
+        news = [1.0] * n + [min(1 - cosine(x[i], x[i - n]), 1.0) for i in range(n, t * n)]
+        means = [sum(news[f * n : f * n + n]) for f in range(t)]
+        wanted = [keep * m / sum(means) for m in means]
+        quota = [min(n, math.floor(v)) for v in wanted]
+        order = sorted(range(t), key=lambda f: (-(wanted[f] - math.floor(wanted[f])), f))
+        for f in order * t:
+            quota[f] += sum(quota) < keep and quota[f] < n
+    expected = []
+    for f, count in enumerate(quota):
+        w = weights[f * n : f * n + n]
+        if count:
+            mine = farthest_first(x[f * n : f * n + n], w.index(max(w)), w, count)
+            expected += [f * n + i for i in mine]
+    got = make_reducer("condiv", frames=frames, margin=0.0).reduce(given, keep)
+    assert got.keep.tolist() == expected
+    picture = matrix.tokens((1, 5, 6))
+    alone = [make_reducer("condiv", frames=f).reduce(picture, 8) for f in ("pooled", frames)]
+    assert torch.equal(alone[0].keep, alone[1].keep)
+
+
 def test_the_margin_keeps_like_things_before_the_background() -> None:
     """Three equal objects on a faint, varied background: without a margin two of them go first."""
     thing = torch.nn.functional.normalize(torch.randn(matrix.DIM), dim=0)
@@ -151,7 +182,7 @@ def test_condiv_question_agnostic(signal: str) -> None:
 
 
 def test_condiv_merges_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokencomp.reducers import condiv
+    from tokencomp.reducers import rows
 
     given = matrix.tokens((1, 5, 6), special=1)
     places, x = rows_of(given)
@@ -167,7 +198,7 @@ def test_condiv_merges_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
         if best >= 0.2:
             members[-minus].append(place)
     for block in (1 << 24, 16):
-        monkeypatch.setattr(condiv, "BLOCK", block)
+        monkeypatch.setattr(rows, "BLOCK", block)
         got = merging.reduce(given, 8)
         assert got.keep.tolist() == kept
         for i, k in enumerate(kept):
@@ -305,6 +336,7 @@ def test_whole_grids_only(name: str) -> None:
         ("condiv", {"power": math.nan}),
         ("condiv", {"margin": -0.1}),
         ("condiv", {"signal": "magic"}),
+        ("condiv", {"frames": "all"}),
         ("condiv", {"merge_rest": 2.0}),
         ("cdpruner", {"relevance": "magic"}),
         ("vidcom2", {"temperature": 0.0}),

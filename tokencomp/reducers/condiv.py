@@ -14,17 +14,20 @@ from tokencomp.reducers.base import Reducer, check_choice, register_reducer
 from tokencomp.reducers.options import check_range
 from tokencomp.reducers.rows import (
     finite_rows,
+    frame_counts,
     given_scores,
     joined,
-    sizes_before,
+    merge_into,
+    share,
     split,
+    whole,
     whole_grid,
 )
 from tokencomp.reducers.selector import Selector
 
 SIGNALS = ("attention", "selector", "vit_attention", "norm", "novelty", "none")
 FLOOR = 1e-3
-BLOCK = 1 << 24
+FRAMES = ("pooled", "equal", "novelty")
 
 
 @register_reducer("condiv")
@@ -56,6 +59,11 @@ class ConDiv(Reducer):
         is added to every distance. Without effect where r = 1.
     centred
         Subtract the span's mean feature before the cosine.
+    frames
+        How the budget of a video is spread. "pooled": all frames are one problem and get what
+        their tokens earn. "equal", "novelty": every frame is a problem of its own, of equal share,
+        or of its share of the novelty (as the signal, mean over the frame); centring is then by
+        frame. On images all are the same.
     merge_rest
         Kept tokens become the mean of themselves and the dropped tokens nearest to them, of
         cosine at least this; None leaves kept tokens as they are.
@@ -70,14 +78,14 @@ class ConDiv(Reducer):
     Notes
     -----
     Relevance is divided by its largest value and floored at 1e-3, so that no p silences the
-    distance. The whole of a span is one problem: frames get what their tokens earn,
-    there are no budgets per frame. Serving-safe where r is made of the features alone.
+    distance. Serving-safe where r is made of the features alone.
     """
 
     power: float | Literal["auto"] = 1.0
     signal: str = "attention"
     margin: float = 0.2
     centred: bool = False
+    frames: str = "pooled"
     merge_rest: float | None = None
     weights: str | None = None
 
@@ -88,6 +96,7 @@ class ConDiv(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("condiv", "signal", self.signal, SIGNALS)
+        check_choice("condiv", "frames", self.frames, FRAMES)
         if self.power != "auto":
             check_range("condiv", "power", self.power, 0, 8)
         check_range("condiv", "margin", self.margin, 0, 8)
@@ -95,7 +104,8 @@ class ConDiv(Reducer):
             check_range("condiv", "merge_rest", self.merge_rest, -1, 1)
         object.__setattr__(self, "serving_safe", not self.needs)
         object.__setattr__(self, "merges", self.merge_rest is not None)
-        object.__setattr__(self, "whole_spans", self.signal == "novelty" and self.power != 0)
+        novel = self.signal == "novelty" and self.power != 0
+        object.__setattr__(self, "whole_spans", novel or self.frames == "novelty")
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -122,15 +132,26 @@ class ConDiv(Reducer):
         x = tokens.features[rows]
         finite_rows(x)
         weights = self._weights(tokens, rows)
+        lengths, counts = self._problems(tokens, rows.numel(), keep - special.numel())
         margin = None  # equal weights: it would change no choice
         if self.margin and weights is not None:
-            margin = self.margin * mean_distance(x, self.centred)
+            margin = (self.margin * mean_distance(x, self.centred)).expand(len(lengths))
         chosen = maxmin_select(
-            x, keep - special.numel(), weights, centred=self.centred, margin=margin
+            x, counts, weights, spans=lengths, centred=self.centred, margin=margin
         )
         if self.merge_rest is None:
             return joined(tokens, rows[chosen])
         return merge_into(tokens, rows, chosen, self.merge_rest, self.centred)
+
+    def _problems(self, tokens: VisualTokens, n: int, keep: int) -> tuple[list[int], list[int]]:
+        """Patches of every problem, and how many of them to keep: the span, or its frames."""
+        if self.frames == "pooled" or tokens.grid[0] == 1:
+            return [n], [keep]
+        lengths = frame_counts(tokens)
+        if self.frames == "equal":
+            return lengths, share(keep, lengths)
+        news = novelty(tokens).view(len(lengths), -1).double().mean(1)
+        return lengths, whole((keep * news / news.sum()).tolist(), keep, lengths[0])
 
     def _weights(self, tokens: VisualTokens, rows: Tensor) -> Tensor | None:
         if self.signal == "none" or self.power == 0:
@@ -165,34 +186,3 @@ def novelty(tokens: VisualTokens) -> Tensor:
     x = tokens.features[whole_grid(tokens, "condiv")]
     similarity, _ = nearest_previous_frame(x.view(t, h, w, -1))
     return (1 - similarity).flatten().clamp(max=1.0)
-
-
-def merge_into(
-    tokens: VisualTokens, rows: Tensor, chosen: Tensor, floor: float, centred: bool
-) -> Reduction:
-    """Merge every dropped patch into its nearest kept one, if their cosine is at least `floor`.
-
-    Parameters
-    ----------
-    rows : Tensor of int64, shape (n,)
-        Rows of the patches.
-    chosen : Tensor of int64, shape (k,)
-        Places in `rows` that stay, ascending.
-    """
-    from tokencomp.kernels import merge_rows
-
-    x = tokens.features[rows]
-    wide = x.float()
-    unit = torch.nn.functional.normalize(wide - wide.mean(0) if centred else wide, dim=1)
-    kept_unit, step = unit[chosen].T, max(1, BLOCK // chosen.numel())
-    blocks = [(unit[at : at + step] @ kept_unit).max(1) for at in range(0, len(unit), step)]
-    best, nearest = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    target = torch.where(best >= floor, chosen[nearest], -1)
-    target[chosen] = chosen
-    before = sizes_before(tokens)
-    merged = merge_rows(x, target, chosen, before[rows])
-    kept = joined(tokens, rows[chosen])
-    features, sizes = tokens.features[kept.keep].clone(), before[kept.keep]
-    patch = ~tokens.special[kept.keep]
-    features[patch], sizes[patch] = merged.x, merged.sizes.float()
-    return Reduction(kept.keep, features, sizes)

@@ -10,6 +10,8 @@ from torch import Tensor
 from tokencomp.context import Reduction, VisualTokens
 from tokencomp.errors import PlanError, ScoreError
 
+BLOCK = 1 << 24  # cosines at once
+
 
 def split(tokens: VisualTokens) -> tuple[Tensor, Tensor]:
     """Rows of patches and rows of special tokens, int64, ascending."""
@@ -52,6 +54,37 @@ def rewritten(tokens: VisualTokens, rows: Tensor, x: Tensor, sizes: Tensor) -> R
     return Reduction(keep, merged, torch.cat([ones, sizes])[by])
 
 
+def merge_into(
+    tokens: VisualTokens, rows: Tensor, chosen: Tensor, floor: float, centred: bool
+) -> Reduction:
+    """Merge every dropped patch into its nearest kept one, if their cosine is at least `floor`.
+
+    Parameters
+    ----------
+    rows : Tensor of int64, shape (n,)
+        Rows of the patches.
+    chosen : Tensor of int64, shape (k,)
+        Places in `rows` that stay, ascending.
+    """
+    from tokencomp.kernels import merge_rows
+
+    x = tokens.features[rows]
+    wide = x.float()
+    unit = torch.nn.functional.normalize(wide - wide.mean(0) if centred else wide, dim=1)
+    kept_unit, step = unit[chosen].T, max(1, BLOCK // chosen.numel())
+    blocks = [(unit[at : at + step] @ kept_unit).max(1) for at in range(0, len(unit), step)]
+    best, nearest = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    target = torch.where(best >= floor, chosen[nearest], -1)
+    target[chosen] = chosen
+    before = sizes_before(tokens)
+    merged = merge_rows(x, target, chosen, before[rows])
+    kept = joined(tokens, rows[chosen])
+    features, sizes = tokens.features[kept.keep].clone(), before[kept.keep]
+    patch = ~tokens.special[kept.keep]
+    features[patch], sizes[patch] = merged.x, merged.sizes.float()
+    return Reduction(kept.keep, features, sizes)
+
+
 def whole_grid(tokens: VisualTokens, reducer: str) -> Tensor:
     """Rows of the patches, as long as the span is whole (t·h·w of them).
 
@@ -87,6 +120,17 @@ def share(total: int, counts: list[int]) -> list[int]:
     all_of_them = max(sum(counts), 1)
     ends = [total * c // all_of_them for c in itertools.accumulate(counts, initial=0)]
     return [b - a for a, b in itertools.pairwise(ends)]
+
+
+def whole(wanted: list[float], total: int, most: int) -> list[int]:
+    """Round `wanted` to whole numbers in 0 … most that sum to `total`, by largest remainders."""
+    quota = [min(most, int(v)) for v in wanted]
+    order = sorted(range(len(quota)), key=lambda i: (int(wanted[i]) - wanted[i], i))
+    while (missing := total - sum(quota)) > 0:
+        open_ = [i for i in order if quota[i] < most]
+        for i in open_[:missing]:
+            quota[i] += 1
+    return quota
 
 
 def finite(values: Tensor, what: str) -> Tensor:

@@ -13,7 +13,7 @@ from tokencomp.errors import OptionError
 from tokencomp.reducers.base import Reducer, register_reducer
 from tokencomp.reducers.merge import best_per_group
 from tokencomp.reducers.options import check_range
-from tokencomp.reducers.rows import finite_rows, joined, whole_grid
+from tokencomp.reducers.rows import finite_rows, joined, whole, whole_grid
 
 BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))
 
@@ -77,14 +77,3 @@ def similarity(x: Tensor, centre: Tensor) -> Tensor:
     """Sum of Gaussians of the distance between x (t, n, c) and centre, shape (t, n)."""
     squared = (x - centre).square().sum(-1)
     return torch.stack([torch.exp(-squared / (2 * a)) for a in BANDWIDTHS]).sum(0)
-
-
-def whole(wanted: list[float], total: int, most: int) -> list[int]:
-    """Round `wanted` to whole numbers in 0 … most that sum to `total`, by largest remainders."""
-    quota = [min(most, int(v)) for v in wanted]
-    order = sorted(range(len(quota)), key=lambda i: (int(wanted[i]) - wanted[i], i))
-    while (missing := total - sum(quota)) > 0:
-        open_ = [i for i in order if quota[i] < most]
-        for i in open_[:missing]:
-            quota[i] += 1
-    return quota
