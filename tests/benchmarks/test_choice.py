@@ -52,7 +52,7 @@ def test_choice(accuracy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         ([("condiv", {"power": 2.0}, 0.99, 0.01), ("merge", {}, 0.98, 0.02)], "merge"),
         ([("condiv", {"power": 2.0}, 0.99, 0.02), ("merge", {}, 0.98, 0.02)], "condiv"),
-        ([("merge", {}, 0.99, 0.02), ("condiv", {"power": 1.0, "margin": 0.0}, 0.9, 0.02)], None),
+        ([("merge", {}, 0.99, 0.02), ("condiv", {"power": 1.0, "margin": 0.2}, 0.9, 0.02)], None),
     ],
     ids=["points to spare", "then the score", "but the default before stays"],
 )
