@@ -137,10 +137,13 @@ def tell_missed(stats: Stats, plan: Plan, told: set[str]) -> None:
     if name in told or all(s.reducer.own_count for s in plan.stages):
         return
     told.add(name)
-    special = sum(len(span.special) for row in stats.spans for span in row)
+    most = max((s for row in stats.spans for s in row), key=lambda s: len(s.special) / s.visual)
     why = "a reducer of this plan leaves a number of tokens of its own"
-    if special and got < wanted and not any(s.reducer.own_count for s in plan.stages):
-        why = f"{special} special tokens, such as line breaks, stay of {before} visual ones"
+    if most.special and got < wanted and not any(s.reducer.own_count for s in plan.stages):
+        why = (
+            f"special tokens, such as line breaks, always stay, {len(most.special)} of "
+            f"{most.visual} in one {most.kind}"
+        )
     warnings.warn(
         f"a prompt was planned for ratio {wanted:.3g} and reached {got:.3g}: {why}. The handle's "
         "stats have the counts of every prompt; this is said once.",
