@@ -137,7 +137,8 @@ def tell_missed(stats: Stats, plan: Plan, told: set[str]) -> None:
     if name in told or all(s.reducer.own_count for s in plan.stages):
         return
     told.add(name)
-    most = max((s for row in stats.spans for s in row), key=lambda s: len(s.special) / s.visual)
+    every = [span for row in stats.spans for span in row]
+    most = max(every, key=lambda span: len(span.special) / max(1, span.visual))
     why = "a reducer of this plan leaves a number of tokens of its own"
     if most.special and got < wanted and not any(s.reducer.own_count for s in plan.stages):
         why = (

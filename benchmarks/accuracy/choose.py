@@ -31,9 +31,9 @@ it; of those, the one wins that has most points to spare, that is, above the bar
 (`results.BARS`) in the cell where it has least. Where that is equal too, the default before stays,
 and then the better score wins. Reducers that need training take part in the benchmark, not here: a
 default must work on any model. The second round had twice as many questions; before it the default
-was condiv with power=1 and no margin. Its losses at 0.75 were count questions, and
-trying variants on the first 100 validation questions per family of tiny-qwen2-vl led to the margin:
-0.05 to 0.2 kept most of them. So the margin is fitted to these questions. The rule's tie-break was
+was condiv with power=1 and no margin. Its losses at 0.75 were count questions, and trying variants
+on the first 100 validation questions per family of tiny-qwen2-vl led to the margin: 0.05 to 0.2
+kept most of them. So the margin is fitted to these questions. The rule's tie-break was
 the smallest retention anywhere in the first round; that cell is always at 0.95, whatever the bars,
 and it was changed when two of the three models had answered, before tiny-qwen2-vl, whose margins
 are the narrow ones; it would have chosen power=0.5 without a margin, by one question. That the

@@ -115,12 +115,7 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
 
 def add_lora(model: Any, config: AdscConfig) -> Any:
     """`model` with a fresh LoRA adapter on the linear layers of its decoder blocks."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise MissingDependencyError(
-            "training an adapter needs PEFT: pip install 'tokencomp[train]'."
-        ) from error
+    peft = _peft()
     adapter = adapter_for(model)
     named = adapter.model.named_modules()
     prefix = next(name for name, module in named if module is adapter.decoder)
@@ -128,13 +123,23 @@ def add_lora(model: Any, config: AdscConfig) -> Any:
     import torch
 
     torch.manual_seed(config.seed)
-    lora = LoraConfig(
+    lora = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
     )
-    return get_peft_model(model, lora)
+    return peft.get_peft_model(model, lora)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingDependencyError(
+            "adapters need PEFT: pip install 'tokencomp[train]'."
+        ) from error
+    return peft
 
 
 def save_adapter(tuned: Any, output: Path, model_id: str) -> None:
@@ -159,13 +164,9 @@ def load_adapter(model: Any, folder: Path) -> Any:
     WeightsError
         `folder` holds no adapter, or one for another model.
     """
-    try:
-        from peft import PeftModel
-        from safetensors import SafetensorError
-    except ImportError as error:
-        raise MissingDependencyError(
-            "an adapter needs PEFT: pip install 'tokencomp[train]'."
-        ) from error
+    from safetensors import SafetensorError
+
+    peft = _peft()
     train = f"tokencomp train adsc --model MODEL --output {folder}"
     if missing := [n for n in (*FILES, CARD) if not (folder / n).is_file()]:
         raise WeightsError(f"{folder}: no {' and no '.join(missing)}. Train an adapter: {train}")
@@ -177,7 +178,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         )
     check_card(card, model, folder, train)
     try:
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise WeightsError(f"{folder} cannot be read ({error}). Train again: {train}") from error
 
