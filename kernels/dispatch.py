@@ -20,6 +20,7 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -109,6 +110,30 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     Needed for models whose layers are spread over several GPUs.
     """
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """``torch.library.custom_op`` that changes no argument, and that autocast does not reach.
+
+    Autocast would round the operands of its products, and with them choose other rows.
+    """
+
+    def made(body: Callable[..., Any]) -> Any:
+        @functools.wraps(body)
+        def run(*args: Any) -> Any:
+            with no_autocast(args[0] if isinstance(args[0], Tensor) else args[0][0]):
+                return body(*args)
+
+        return torch.library.custom_op(f"tokencomp::{name}", run, mutates_args=())
+
+    return made
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Compute in the dtypes of the operands, also inside ``torch.autocast``."""
+    device = tensor.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def checks_enabled(tensor: Tensor) -> bool:

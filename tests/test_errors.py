@@ -195,6 +195,36 @@ def test_output_attentions_under_layer_stages(family: Family) -> None:
         pytest.raises(errors.AttentionOutputError, match="entry reducer"),
     ):
         model(**inputs, output_attentions=True)
+    if not hasattr(model, "llm"):
+        model.config.get_text_config().output_attentions = True  # asked for once and for all
+        with (
+            tokencomp.patch(model, 0.5, reducer="prune"),
+            pytest.raises(errors.AttentionOutputError, match="entry reducer"),
+        ):
+            model(**inputs)
+
+
+def test_what_a_handle_cannot_do(family: Family) -> None:
+    model = family.build()
+    handle = tokencomp.patch(model, 0.5)
+    with pytest.raises(errors.OptionError, match=r"patch\(model, ..., positions='compact'\) again"):
+        handle.set(positions="compact")
+    tokencomp.unpatch(handle)
+    with pytest.raises(errors.OptionError, match="removed, or replaced"), handle:
+        pass
+    for wrong in (None, "model"):
+        with pytest.raises(errors.OptionError, match="expected a model"):
+            tokencomp.unpatch(wrong)
+
+
+def test_a_class_instead_of_a_reducer(family: Family) -> None:
+    with pytest.raises(errors.OptionError, match=r"reducer=ConDiv\(\.\.\.\)"):
+        tokencomp.patch(family.build(), 0.5, reducer=type(make_reducer("condiv")))
+
+
+def test_weights_that_would_not_be_used() -> None:
+    with pytest.raises(errors.OptionError, match="signal='selector'"):
+        make_reducer("condiv", weights="folder")
 
 
 def test_already_compressed(family: Family) -> None:

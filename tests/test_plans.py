@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ import torch
 from tests_support import FAMILIES, text
 
 import tokencomp
-from tokencomp import Plan, Stage, errors, make_reducer
-from tokencomp.context import VisualSpan
+from tokencomp import Plan, Reducer, Stage, errors, make_reducer
+from tokencomp.context import Reduction, VisualSpan, VisualTokens
 
 
 def test_plans_as_json_and_files(tmp_path: Path) -> None:
@@ -71,6 +72,19 @@ def test_a_plan_is_made_of_stages_and_a_stage_of_a_reducer() -> None:
     assert Plan([stage]) == Plan((stage,))
     with pytest.raises(errors.PlanError, match=r"fractions \[1\.5\]"):
         Plan((Stage(0, 1.5, stage.reducer),))
+
+
+@dataclass(frozen=True)
+class Nameless(Reducer):
+    """Not registered."""
+
+    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        return Reduction(tokens.offsets[:keep])
+
+
+def test_a_plan_that_could_not_be_read_again() -> None:
+    with pytest.raises(errors.PlanError, match="Nameless has no name"):
+        tokencomp.plan_to_json(Plan((Stage(0, 0.5, Nameless()),)))
 
 
 def test_an_option_called_like_a_parameter() -> None:

@@ -141,13 +141,16 @@ class Reduction:
     merged: Tensor | None = None
     sizes: Tensor | None = None
 
-    def check(self, keep: int, reducer: str) -> Reduction:
-        """Return this reduction if it has exactly `keep` rows (shapes alone are looked at).
+    def check(self, tokens: VisualTokens, keep: int, reducer: str) -> Reduction:
+        """Return this reduction of `tokens` if it has exactly `keep` rows, as it should.
+
+        Values are looked at on the CPU alone: elsewhere the host would wait for the device.
 
         Raises
         ------
         PlanError
-            `reducer` has returned another number of rows.
+            `reducer` has returned another number of rows; rows that are not ascending row numbers
+            of `tokens`; or not all special ones.
         """
         rows = {t.shape[0] for t in (self.keep, self.merged, self.sizes) if t is not None}
         if rows != {keep}:
@@ -156,7 +159,27 @@ class Reduction:
                 f"where {keep} were asked for. `reduce(tokens, keep)` must return exactly `keep` "
                 "rows, special tokens among them, and as many of `merged` and `sizes`."
             )
+        fault = self._fault(tokens)
+        if fault:
+            raise PlanError(
+                f"reducer {reducer!r} returned {fault}. `keep` must be row numbers of "
+                "`tokens.features`, int64, ascending, all special tokens among them."
+            )
         return self
+
+    def _fault(self, tokens: VisualTokens) -> str:
+        """What is wrong with the rows kept of `tokens`, or nothing."""
+        rows = self.keep
+        if rows.dtype != torch.int64 or rows.ndim != 1:
+            return f"rows of shape {tuple(rows.shape)} and type {rows.dtype}"
+        if rows.device.type != "cpu" or not len(rows):
+            return ""
+        if bool((rows.diff() <= 0).any()):
+            return "rows that are not ascending"
+        if rows[0] < 0 or rows[-1] >= len(tokens):
+            return f"rows {int(rows[0])} … {int(rows[-1])} of {len(tokens)}"
+        lost = int(tokens.special.sum()) - int(tokens.special[rows].sum())
+        return f"rows without {lost} of the special tokens" if lost else ""
 
 
 @dataclass(frozen=True)

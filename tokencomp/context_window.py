@@ -18,8 +18,9 @@ from tokencomp.errors import CopyError, OptionError, SpanError, UnsupportedModel
 from tokencomp.yarn import Yarn, rope_base, yarn
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tokencomp.adapters.base import Adapter
-    from tokencomp.context import VisualSpan
 
 VISUAL_WINDOW = 6272  # 32 frames of 196 tokens: LLaVA-OneVision
 EXTENSION = "_tokencomp_window"  # where a rotary embedding keeps its extension
@@ -179,8 +180,8 @@ def restore_visual_context(model: nn.Module) -> None:
             context.remove()
 
 
-def check_window(adapter: Adapter, spans: list[list[VisualSpan]], cache: Any) -> None:
-    """Count the visual tokens of a patched call as the patch reads them (exact for any model).
+def check_window(adapter: Adapter, kinds: Tensor, cache: Any) -> None:
+    """Count the visual tokens of a patched call by their `kinds`, shape (B, L), 0 at text.
 
     Raises
     ------
@@ -189,4 +190,4 @@ def check_window(adapter: Adapter, spans: list[list[VisualSpan]], cache: Any) ->
     """
     context = getattr(adapter.decoder.rotary_emb, EXTENSION, None)
     if context is not None:
-        context.count([sum(s.visual for s in sample) for sample in spans], cache)
+        context.count((kinds != 0).sum(1).tolist(), cache)

@@ -29,6 +29,7 @@ from tokencomp.errors import (
     AttentionOutputError,
     CopyError,
     NoVisualInputError,
+    TokenCompError,
     UnsupportedCacheError,
 )
 from tokencomp.plan import Plan
@@ -73,7 +74,8 @@ class Hooks:
         self._tower: TowerProbe | None = None
         self._lock = threading.Lock()
         # Qwen2-VL before transformers 5 swallows the argument and returns all logits
-        self._slices = "logits_to_keep" in inspect.signature(adapter.top.forward).parameters
+        forward = type(adapter.top).forward  # the instance's may be wrapped by accelerate
+        self._slices = "logits_to_keep" in inspect.signature(forward).parameters
 
     # -- installation ---------------------------------------------------------------------------
 
@@ -169,17 +171,20 @@ class Hooks:
     @torch.compiler.disable
     def _body(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._local.kinds = self._local.inputs = self._local.run = None
-        if self.disabled or not self.plan.stages:
+        if self.disabled:
             return
         named = _compat.bind(module, args, kwargs)
         kinds = self.adapter.kinds(named)
         if kinds is not None:
             self._local.kinds, self._local.inputs = kinds.cpu(), named
-        elif self.strict and not _length(_compat.get_cache(named)):
-            raise NoVisualInputError(
-                "strict=True and this prompt has no image or video, so nothing can be compressed. "
-                "Pass pixel_values / pixel_values_videos, or patch(..., strict=False)."
-            )
+        elif not _length(_compat.get_cache(named)):
+            self.stats = None  # not those of another prompt
+            if self.strict and self.plan.stages:
+                raise NoVisualInputError(
+                    "strict=True and this prompt brings no image or video (features that already "
+                    "stand in inputs_embeds are not seen), so nothing can be compressed. Pass "
+                    "pixel_values / pixel_values_videos, or patch(..., strict=False)."
+                )
 
     @torch.compiler.disable
     def _body_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
@@ -193,8 +198,11 @@ class Hooks:
         cache = _compat.get_cache(_compat.bind(module, args, kwargs))
         if kinds is not None and bool(kinds.any()):
             kwargs = dict(_compat.bind(module, args, kwargs))
-            self._compress(kwargs, kinds, cache)
-            return (), kwargs
+            if self.plan.stages:
+                self._compress(kwargs, kinds, cache)
+                return (), kwargs
+            self._count(kwargs, kinds, cache)
+            args = ()
         layers = getattr(cache, "layers", None)
         if layers and isinstance(layers[0], CompressedLayer):
             kwargs = dict(_compat.bind(module, args, kwargs))
@@ -202,8 +210,15 @@ class Hooks:
             return (), kwargs
         return None
 
-    def _compress(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
-        """Prefill with visual tokens: plan, reduce at entry, positions, masks."""
+    def _count(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
+        """Stats of a prefill at ratio 0, which stays as it is; None where it cannot be read."""
+        try:
+            self.stats = self._read(kwargs, kinds, cache)[0].stats(cache)
+        except TokenCompError:
+            self.stats = None
+
+    def _read(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> tuple[Run, Tensor]:
+        """The run of a prefill with visual tokens, and its positions."""
         x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         check_cache(cache)
         if x.shape[:2] != kinds.shape:
@@ -217,7 +232,7 @@ class Hooks:
                 "the attention mask was prepared before the decoder (static cache, or a custom "
                 "4-D mask). Use the default DynamicCache and a 2-D attention_mask."
             )
-        if self.plan.layer_stages and kwargs.get("output_attentions"):
+        if self.plan.layer_stages and self._wants_attentions(kwargs):
             raise AttentionOutputError(
                 "output_attentions=True with tokens dropped between layers: attention maps would "
                 "differ in size. Use an entry reducer, or handle.disabled()."
@@ -226,13 +241,19 @@ class Hooks:
         positions = self._positions(kwargs, cache)
         rows = positions.cpu() if self.adapter.mrope else None
         spans = self.adapter.spans(Call(kinds, x, rows, self.adapter.body, self._local.inputs))
-        check_window(self.adapter, spans, cache)
+        check_window(self.adapter, kinds, cache)
         run = Run(
             self.adapter, self.plan, spans, lengths, x.shape[1], getattr(self._local, "draft", 0)
         )
+        run.segments = build_segments(run, cache, mask)
+        return run, positions
+
+    def _compress(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
+        """Prefill with visual tokens: plan, reduce at entry, positions, masks."""
+        run, positions = self._read(kwargs, kinds, cache)
+        x, spans = kwargs["inputs_embeds"], run.spans
         if self._tower is not None:
             run.tower = self._tower.collect(spans)
-        run.segments = build_segments(run, cache, mask)
         if len(run.segments) > 1:
             self._install_layers()
         x, positions, index = run.entry(x, positions, cache)
@@ -247,6 +268,14 @@ class Hooks:
         kwargs["attention_mask"] = first.padding_mask(valid, x.shape[0], x.device)
         _compat.set_cache_position(kwargs, first.logical, x.shape[1])
         self._local.run = run
+
+    def _wants_attentions(self, kwargs: dict[str, Any]) -> bool:
+        """Whether this call returns attention maps, by its arguments or else by the config."""
+        asked = kwargs.get("output_attentions")
+        configs = (self.adapter.top.config, self.adapter.text_config)
+        if asked is None:
+            return any(getattr(config, "output_attentions", False) for config in configs)
+        return bool(asked)
 
     def _go_on(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
         """Later tokens on a compressed cache: masks only, and for one unpadded token none."""
@@ -295,12 +324,13 @@ class Hooks:
             run.extend_valid(cache)
             return None
         check_cache(cache)
-        if cache is not None:
+        layers = getattr(cache, "layers", None)
+        if layers and layers[0].keys is not None:  # checkpointed layers write nothing
             for segment in run.segments:
                 valid = segment.all_valid(segment.frame.valid(torch.device("cpu")))
                 sizes = None if self.proportional is None else segment.all_sizes()
                 for i in range(segment.first, segment.stop):
-                    layer = cache.layers[i]
+                    layer = layers[i]
                     here = valid if valid is None else valid.to(layer.keys.device)
                     starts = i == segment.first and i > 0
                     dropped = run.width - segment.frame.width
@@ -311,9 +341,17 @@ class Hooks:
 
     def _restored(self, run: Run, out: Any) -> Any:
         """Give the output full length unless only text after the last span is asked for."""
+        states = getattr(out, "hidden_states", None)
+        if states is not None:
+            layers = [0, *range(len(states) - 1)]  # the input of the first, then what each returns
+            frames = [run.segment_of(layer).frame for layer in layers]
+            out.hidden_states = tuple(
+                s if s is None else restore(s, f.to(s.device), run.width)
+                for s, f in zip(states, frames, strict=True)
+            )
         keep = getattr(self._local, "logits", 0)
         if 0 < keep <= run.tail:
-            return None
+            return out
         if isinstance(out, tuple):
             return (restore(out[0], run.frame, run.width), *out[1:])
         out.last_hidden_state = restore(out.last_hidden_state, run.frame, run.width)

@@ -29,6 +29,8 @@ from tokencomp.tower import check_signals
 DEFAULT_REDUCER = "condiv"  # chosen on validation: benchmarks/accuracy/CHOICE.md
 # Where a patched model keeps its handle: both are freed together, and no state_dict shows it.
 ATTRIBUTE = "_tokencomp_handle"
+FIXED = {"strict", "positions", "extend_context", "proportional_attention"}  # of the whole patch
+PREPARED = "_original_forward"  # where Accelerator.prepare keeps what mixed precision wraps
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,10 @@ def unpatch(model: nn.Module) -> None:
     model cannot continue on it. Start the conversation again, or patch the model (in any way).
     """
     base = unwrap(model)
+    if isinstance(base, Handle):
+        base = base._hooks.adapter.model
+    if not isinstance(base, nn.Module):
+        raise OptionError(f"unpatch({model!r}): expected a model, or the handle of its patch.")
     _remove(base)
     restore_visual_context(base)
 
@@ -205,6 +211,7 @@ class Handle:
         self._install()
 
     def __enter__(self) -> Handle:
+        self._check_active()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -248,17 +255,29 @@ class Handle:
         A new reducer starts from its own default options. A plan replaces all of them; after one,
         a new ratio needs a reducer too.
         """
-        if not self._active:
-            raise OptionError("this handle was removed; call tokencomp.patch(model, ...) again.")
+        self._check_active()
+        fixed = sorted(FIXED & set(options))
+        if fixed:
+            raise OptionError(
+                f"set({fixed[0]}=...) cannot be changed in place: it belongs to the patch. Call "
+                f"tokencomp.patch(model, ..., {fixed[0]}={options[fixed[0]]!r}) again."
+            )
         made = None if plan is None else as_plan(plan)
         request = self._request.changed(ratio, reducer, made, options)
         proportional = self._hooks.proportional is not None
         ready = _make_plan(request, self._hooks.adapter, proportional)
         self._request = request
         self._hooks.remove()
-        self._hooks.plan = ready
+        self._hooks.plan, self._hooks.stats = ready, None
         self._install()
         return self
+
+    def _check_active(self) -> None:
+        if not self._active:
+            raise OptionError(
+                "this handle was removed, or replaced by a later patch; call "
+                "tokencomp.patch(model, ...) again."
+            )
 
     @property
     def plan(self) -> Plan:
@@ -267,7 +286,11 @@ class Handle:
 
     @property
     def stats(self) -> Stats | None:
-        """Counts of the last compressed prefill; None before the first."""
+        """Counts of the last prompt, also at ratio 0; in whichever thread it ran.
+
+        None before the first, after `set`, and after a prompt without visual input. Prompts under
+        `disabled()` change nothing.
+        """
         return self._hooks.stats
 
     def __repr__(self) -> str:
@@ -319,6 +342,7 @@ def _refuse_foreign(model: nn.Module) -> None:
 
 def _only_wrapped(module: Any) -> bool:
     """Whether `module.forward` was replaced by accelerate, or by torch.compile of the original."""
-    original = getattr(module.__dict__["forward"], "_torchdynamo_orig_callable", None)
-    compiled = getattr(original, "__func__", None) is type(module).forward
-    return compiled or "_old_forward" in module.__dict__
+    own = module.__dict__
+    before = (getattr(own["forward"], "_torchdynamo_orig_callable", None), own.get(PREPARED))
+    plain = any(getattr(f, "__func__", None) is type(module).forward for f in before)
+    return plain or "_old_forward" in own

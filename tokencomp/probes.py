@@ -19,6 +19,7 @@ from tokencomp.context import Attention
 from tokencomp.ragged import Frame, LiveSpan
 
 
+@torch.no_grad()  # scores only choose; a checkpointed layer would also record them just once
 def layer_scores(
     attn: Any,
     kwargs: Mapping[str, Any],
@@ -60,6 +61,7 @@ def layer_scores(
     return scores
 
 
+@torch.no_grad()
 def entry_scores(
     layer: Any,
     hidden: Tensor,

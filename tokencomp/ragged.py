@@ -179,11 +179,17 @@ def write_merged(x: Tensor, frame: Frame, reductions: list[list[Reduction]]) -> 
 
 
 def restore(x: Tensor, frame: Frame, width: int) -> Tensor:
-    """Scatter rows of x (B, frame.width, d) back to `width` columns, zeros where nothing is."""
+    """Spread rows of x (B, frame.width, d) over the `width` columns of the uncompressed call.
+
+    A column that is gone repeats the last row before it: what follows was predicted from that row,
+    so a label right behind a dropped token still trains. Zeros where there is none.
+    """
     if frame.origin is None:
         return x
-    out = x.new_zeros(x.shape[0], width, x.shape[2])
+    columns, rows = torch.arange(width, device=x.device), []
     for b, length in enumerate(frame.lengths):
-        start = frame.width - length
-        out[b, frame.origin[b, start:].to(x.device)] = x[b, start:]
-    return out
+        origin = frame.origin[b, frame.width - length :].to(x.device)
+        before = torch.searchsorted(origin, columns, right=True)
+        own = torch.nn.functional.pad(x[b, frame.width - length :], (0, 0, 1, 0))
+        rows.append(own[before])
+    return torch.stack(rows)

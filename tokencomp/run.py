@@ -22,7 +22,7 @@ from tokencomp.context import (
     VisualSpan,
     VisualTokens,
 )
-from tokencomp.errors import PaddingError
+from tokencomp.errors import PaddingError, PlanError
 from tokencomp.plan import Plan, Stage
 from tokencomp.probes import entry_scores, layer_scores
 from tokencomp.ragged import Frame, LiveSpan, compact, full_frame, take, write_merged
@@ -196,7 +196,20 @@ class Run:
         self, stage: Stage, tensors: list[Tensor], dims: list[int]
     ) -> tuple[list[Tensor], Tensor]:
         """Apply a stage: the first of `tensors` is x (B, n, d), the others follow its columns."""
+        from tokencomp.kernels.dispatch import no_autocast
+
         x = tensors[0]
+        with no_autocast(x):
+            reductions = self._reductions(stage, x)
+            self.frame, index = compact(self.frame, reductions, x.device)
+            self.kept.append(self.frame)
+            tensors = [t.to(x.device) for t in tensors]
+            tensors = take(tensors, index, dims, self.frame.valid(x.device))
+            write_merged(tensors[0], self.frame, reductions)
+        return tensors, index
+
+    def _reductions(self, stage: Stage, x: Tensor) -> list[list[Reduction]]:
+        """What the reducer of `stage` makes of every span of every sample."""
         self.frame = self.frame.to(x.device)  # layers may lie on several devices
         order = self.plan.stages.index(stage)
         scores = self._scores.pop(stage.layer, None)
@@ -213,16 +226,16 @@ class Run:
                     continue
                 tokens = self._tokens(x, b, live, None if scores is None else scores[b][j], query)
                 self._add_tower(tokens, stage, b, j)
-                reduction = stage.reducer.reduce(tokens, keep)
                 name = stage.reducer.name or type(stage.reducer).__name__
-                reduced.append(reduction.check(keep, name))
+                reduction = stage.reducer.reduce(tokens, keep)
+                if not isinstance(reduction, Reduction):
+                    raise PlanError(
+                        f"reducer {name!r} returned a {type(reduction).__name__}. "
+                        "`reduce(tokens, keep)` must return a tokencomp.Reduction."
+                    )
+                reduced.append(reduction.check(tokens, keep, name))
             reductions.append(reduced)
-        self.frame, index = compact(self.frame, reductions, x.device)
-        self.kept.append(self.frame)
-        tensors = [t.to(x.device) for t in tensors]
-        tensors = take(tensors, index, dims, self.frame.valid(x.device))
-        write_merged(tensors[0], self.frame, reductions)
-        return tensors, index
+        return reductions
 
     def _tokens(
         self, x: Tensor, b: int, live: LiveSpan, scores: Tensor | None, query: Tensor | None

@@ -146,7 +146,7 @@ def tell_missed(stats: Stats, plan: Plan, told: set[str]) -> None:
             f"{most.visual} in one {most.kind}"
         )
     warnings.warn(
-        f"a prompt was planned for ratio {wanted:.3g} and reached {got:.3g}: {why}. The handle's "
+        f"a prompt was planned for ratio {wanted:.5g} and reached {got:.5g}: {why}. The handle's "
         "stats have the counts of every prompt; this is said once.",
         RatioWarning,
         stacklevel=2,

@@ -144,7 +144,7 @@ def attention_lse(
     return out[0] if packed else out
 
 
-@torch.library.custom_op("tokencomp::attention_colsum", mutates_args=())
+@dispatch.custom_op("attention_colsum")
 def _op(
     q: Tensor,
     k: Tensor,
@@ -196,7 +196,7 @@ def _(
     return q.new_empty(shape, dtype=_accumulation_dtype(q))
 
 
-@torch.library.custom_op("tokencomp::attention_lse", mutates_args=())
+@dispatch.custom_op("attention_lse")
 def _lse_op(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
     with dispatch.on_device(q):
         return _implementation(q).attention_lse(q, k, lo, hi, scale)

@@ -48,7 +48,7 @@ def bipartite_match(
     return similarity, partner
 
 
-@torch.library.custom_op("tokencomp::bipartite_match", mutates_args=())
+@dispatch.custom_op("bipartite_match")
 def _op(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     if dispatch.which(x) == "naive":
         similarity, partner = naive.bipartite_match(x, lengths)

@@ -85,7 +85,7 @@ def ccam_attention(
     return _op(q, k, v, counts, per_frame, causal, scale)
 
 
-@torch.library.custom_op("tokencomp::ccam_attention", mutates_args=())
+@dispatch.custom_op("ccam_attention")
 def _op(
     q: Tensor, k: Tensor, v: Tensor, frames: list[int], per_frame: int, causal: bool, scale: float
 ) -> Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import checks, dispatch
@@ -63,7 +62,7 @@ def frame_pool(x: Tensor, grids: Sequence[tuple[int, int]], mode: str = "area") 
     return _op(x, heights, widths, mode)
 
 
-@torch.library.custom_op("tokencomp::frame_pool", mutates_args=())
+@dispatch.custom_op("frame_pool")
 def _op(x: Tensor, heights: list[int], widths: list[int], mode: str) -> Tensor:
     if dispatch.which(x) == "naive":
         return naive.frame_pool(x, heights, widths, mode)

@@ -84,7 +84,7 @@ def gather_rows(
     return _op(tensors, index, seqs, batches, min(rows))
 
 
-@torch.library.custom_op("tokencomp::gather_rows", mutates_args=())
+@dispatch.custom_op("gather_rows")
 def _op(
     tensors: list[Tensor], index: Tensor, seq_dims: list[int], batch_dims: list[int], limit: int
 ) -> list[Tensor]:

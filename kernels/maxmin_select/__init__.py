@@ -64,7 +64,8 @@ def maxmin_select(
     Notes
     -----
     Spans of up to 512 rows (Triton: 8192): FLOPs ``2·L²·D`` (cosines, once), then k steps that
-    read L values each; bytes ``L·D·itemsize + 4·L² + 4·k·L``, on the device without the host.
+    read L values each; bytes ``L·D·itemsize + 4·L² + 4·k·L``. Triton takes them on the device
+    without the host, the plain version on the host.
 
     Longer spans store no L² cosines. They go in rounds among the c best rows, exactly: scores never
     rise, so that candidates alone matter while their best is above what the best other row was when
@@ -124,10 +125,11 @@ def mean_distance(x: Tensor, centred: bool = False) -> Tensor:
     """
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)
-    return naive.mean_distance(x.detach(), centred)
+    with dispatch.no_autocast(x):
+        return naive.mean_distance(x.detach(), centred)
 
 
-@torch.library.custom_op("tokencomp::maxmin_select", mutates_args=())
+@dispatch.custom_op("maxmin_select")
 def _op(
     x: Tensor,
     counts: list[int],

@@ -78,17 +78,23 @@ def _greedy(
 
 
 def _at_once(unit: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count: int) -> Tensor:
-    """All cosines of every span ``(S, L, D)``, then every step for all spans together."""
-    cosine = unit @ unit.transpose(1, 2)
-    span = torch.arange(len(unit), device=unit.device)
-    nearest, weight = torch.full_like(weight, torch.inf), weight.clone()
-    order = [start]
-    for _ in range(count - 1):
-        last = order[-1]
-        weight[span, last] = TAKEN
-        torch.minimum(nearest, _distance(cosine[span, last]), out=nearest)
-        order.append(((nearest + margin[:, None]) * weight).argmax(1))
-    return torch.stack(order, dim=1)
+    """All cosines of every span ``(S, L, D)``, then every step for all spans together.
+
+    Steps run on the host and in NumPy: what each operation costs to start decides.
+    """
+    distances = _distance(unit @ unit.transpose(1, 2)).cpu().numpy()
+    weights, margins = weight.cpu().numpy().copy(), margin.cpu().numpy()[:, None]
+    last, spans = start.cpu().numpy(), np.arange(len(unit))
+    nearest, scores = np.full_like(weights, np.inf), np.empty_like(weights)
+    order = np.empty((count, len(unit)), dtype=np.int64)
+    with np.errstate(over="ignore"):
+        for step in range(count):
+            order[step] = last
+            weights[spans, last] = TAKEN
+            np.minimum(nearest, distances[spans, last], out=nearest)
+            np.multiply(np.add(nearest, margins, out=scores), weights, out=scores)
+            last = scores.argmax(1)  # the first of equals
+    return torch.from_numpy(order.T.copy()).to(unit.device)
 
 
 class _Rounds:

@@ -98,7 +98,7 @@ def merge_rows(
     return MergedRows(merged, total, moved[0] if positions.dim() == 1 else moved)
 
 
-@torch.library.custom_op("tokencomp::merge_rows", mutates_args=())
+@dispatch.custom_op("merge_rows")
 def _op(
     x: Tensor,
     target: Tensor,

@@ -46,7 +46,7 @@ def nearest_previous_frame(x: Tensor, radius: int = 0) -> tuple[Tensor, Tensor]:
     return similarity, index
 
 
-@torch.library.custom_op("tokencomp::nearest_previous_frame", mutates_args=())
+@dispatch.custom_op("nearest_previous_frame")
 def _op(x: Tensor, radius: int) -> tuple[Tensor, Tensor]:
     if dispatch.which(x) == "naive":
         similarity, index = naive.nearest_previous_frame(x, radius)

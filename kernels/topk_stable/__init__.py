@@ -7,7 +7,7 @@ and versions. Kept tokens must not depend on that.
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, dispatch
 from ..errors import KernelError
 from . import naive
 
@@ -45,7 +45,7 @@ def topk_stable(scores: Tensor, k: int) -> Tensor:
     return _op(scores.detach().float(), k)
 
 
-@torch.library.custom_op("tokencomp::topk_stable", mutates_args=())
+@dispatch.custom_op("topk_stable")
 def _op(scores: Tensor, k: int) -> Tensor:
     checks.holds(
         ~torch.isnan(scores).any(),

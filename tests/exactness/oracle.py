@@ -26,6 +26,18 @@ def kept_columns(handle: Any, inputs: dict[str, Tensor], num_layers: int) -> lis
     return masks
 
 
+def repeated(rows: Tensor, mask: Tensor) -> Tensor:
+    """Rows (B, L, d) where a column that is not in mask (B, L) repeats the last before that is."""
+    out = torch.zeros_like(rows)
+    for b, row in enumerate(mask.tolist()):
+        last = None
+        for column, left in enumerate(row):
+            last = column if left else last
+            if last is not None:
+                out[b, column] = rows[b, last]
+    return out
+
+
 @contextlib.contextmanager
 def layer_masks(
     model: nn.Module, family: Family, masks: list[Tensor], bias: Tensor | None = None

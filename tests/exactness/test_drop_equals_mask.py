@@ -39,16 +39,31 @@ def test_prefill_and_decode(family: Family, backend: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", plans.NAMES)
 def test_full_length_logits(family: Family, name: str) -> None:
-    """Without logits_to_keep the output has every column, right wherever a token is left."""
+    """Without logits_to_keep the output has every column; one that left repeats what it follows."""
     model, inputs = family.build(), prompts(family)
     with tokencomp.patch(model, plan=plans.make(name, family.layers)) as handle, torch.no_grad():
         logits = model(**inputs, use_cache=False).logits
         masks = oracle.kept_columns(handle, inputs, family.layers)
     expected = oracle.masked_logits(model, family, inputs, masks)
     assert logits.shape == expected.shape
-    left = masks[-1]
-    assert (logits - expected)[left].abs().max() < 1e-5
-    assert logits[~left].abs().max() == 0
+    assert (logits - oracle.repeated(expected, masks[-1])).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["entry", "attention", "vanish"])
+def test_hidden_states(family: Family, name: str) -> None:
+    """They have every column too, each layer's own tokens, whatever `logits_to_keep` says."""
+    model, inputs = family.build(), prompts(family)
+    call = {"use_cache": False, "output_hidden_states": True}
+    with tokencomp.patch(model, plan=plans.make(name, family.layers)) as handle, torch.no_grad():
+        states = model(**inputs, **call, logits_to_keep=1).hidden_states
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+    with torch.no_grad(), oracle.layer_masks(model, family, masks):
+        expected = model(**inputs, **call).hidden_states
+    assert len(states) == len(expected) == family.layers + 1
+    for layer, (mine, full) in enumerate(zip(states, expected, strict=True)):
+        left = masks[max(layer - 1, 0)]
+        assert (mine - oracle.repeated(full, left))[left].abs().max() < 1e-5, f"layer {layer}"
+        assert mine.shape == full.shape
 
 
 def test_labels(family: Family) -> None:
@@ -60,9 +75,8 @@ def test_labels(family: Family) -> None:
         loss = model(**inputs, labels=labels).loss
         masks = oracle.kept_columns(handle, inputs, family.layers)
     logits = oracle.masked_logits(model, family, inputs, masks)
-    # positions whose own token was dropped predict nothing in the compressed run
-    targets, scores = labels[:, 1:], logits[:, :-1].clone()
-    scores[~masks[-1][:, :-1]] = 0
+    # a label right behind dropped tokens is predicted from the last that is left before them
+    targets, scores = labels[:, 1:], oracle.repeated(logits, masks[-1])[:, :-1]
     expected = torch.nn.functional.cross_entropy(
         scores.flatten(0, 1), targets.flatten(), ignore_index=-100
     )

@@ -253,6 +253,17 @@ def test_placeholders_and_features_differ(folder: Path) -> None:
         model(inputs["input_ids"])
 
 
+def test_ready_made_embeddings(folder: Path) -> None:
+    model, processor = load(folder)
+    inputs = processor("<image>hi", images=picture(0))
+    expected = model(**inputs).logits
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    embeds = model.embed(ids, pixels)
+    assert torch.equal(model(inputs_embeds=embeds).logits, expected)
+    with pytest.raises(SpanError, match="inputs_embeds together with pixel_values"):
+        model(inputs_embeds=embeds, pixel_values=pixels)
+
+
 def test_without_cache(folder: Path) -> None:
     """Media are encoded again for every token, and the tokens are the same."""
     model, processor = load(folder)

@@ -102,6 +102,48 @@ class Short(Reducer):
         return Reduction(rows, tokens.features[rows][: len(rows) - self.merged])
 
 
+@dataclass(frozen=True)
+class Wrong(Reducer):
+    """Returns the right number of rows, but not rows as they should be."""
+
+    how: str = ""
+
+    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        first = torch.arange(keep)
+        return {
+            "twice": Reduction(torch.zeros(keep, dtype=torch.int64)),
+            "falling": Reduction(first.flip(0)),
+            "before": Reduction(first - 1),
+            "behind": Reduction(first + len(tokens)),
+            "floats": Reduction(first.float()),
+            "special": Reduction(torch.arange(len(tokens))[~tokens.special][:keep]),
+            "nothing": None,
+        }[self.how]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("twice", "not ascending"),
+        ("falling", "not ascending"),
+        ("before", "rows -1 … "),
+        ("behind", "rows 17 … 25 of 17"),
+        ("floats", "type torch.float32"),
+        ("special", "without 1 of the special tokens"),
+        ("nothing", "returned a NoneType"),
+    ],
+)
+def test_wrong_rows_are_refused(how: str, message: str) -> None:
+    family = FAMILIES["llava_onevision"]
+    model = family.build()
+    inputs = family.batch([[text(3), family.video(4), text(4)]])
+    with (
+        tokencomp.patch(model, plan=Plan((Stage(0, 0.5, Wrong(how=how)),))),
+        pytest.raises(PlanError, match=f"'Wrong' .*{message}"),
+    ):
+        model(**inputs)
+
+
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("reducer", [Short(rows=1), Short(merged=1)])
 def test_another_number_of_rows_is_refused(reducer: Reducer, layer: int) -> None:

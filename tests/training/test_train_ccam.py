@@ -70,6 +70,21 @@ def _decoder_input(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     return found[0]
 
 
+def test_weights_are_those_of_the_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found once: neither another working directory nor newer files change a patch in force."""
+    family = FAMILIES["qwen2_vl"]
+    model = family.build()
+    path = saved(model, tmp_path / "mine", queries=3)
+    inputs = family.batch([[text(3), family.video(4), text(4)]])
+    monkeypatch.chdir(tmp_path)
+    with tokencomp.patch(model, reducer="ccam", weights="mine"):
+        expected = model(**inputs).logits
+        monkeypatch.chdir("/")
+        assert torch.equal(model(**inputs).logits, expected)
+        path.unlink()
+        assert torch.equal(model(**inputs).logits, expected)
+
+
 def test_media_below_the_number_of_queries_are_refused(family: Family, tmp_path: Path) -> None:
     model = family.build()
     path = saved(model, tmp_path, queries=999)

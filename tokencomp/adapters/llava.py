@@ -57,7 +57,7 @@ class LlavaNextAdapter(TileAdapter):
             if kind == "video":
                 spans += self._video(start, stop, row, call)
             else:
-                newline = self.body.image_newline.to(call.embeds)
+                newline = _packed(self.body.image_newline).to(call.embeds)
                 breaks = call.embeds[row, start:stop].eq(newline).all(-1).nonzero()[:, 0]
                 spans += self._images(start, stop, row, [start + int(b) for b in breaks.tolist()])
         return spans
@@ -91,6 +91,13 @@ class LlavaNextAdapter(TileAdapter):
             spans.append(VisualSpan(first, rows * (width + 1), (1, rows, width), special=special))
             cursor = first + rows * (width + 1)
         return spans
+
+
+def _packed(newline: Tensor) -> Tensor:
+    """The line break in the dtype of the features it is packed with: autocast rounds both."""
+    device = newline.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return newline.to(torch.get_autocast_dtype(device)) if on else newline
 
 
 @register_adapter

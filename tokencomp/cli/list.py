@@ -144,10 +144,20 @@ def _model_type(name: str) -> str:
 
 
 def _print_reducers(console: Any, rows: list[dict[str, Any]]) -> None:
+    inputs = [row for row in rows if row["stage"] == "input"]
+    _print_table(console, "Reducers", [row for row in rows if row not in inputs])
+    console.print(
+        '[dim]"auto" picks the reducer marked so. Set options with --set NAME=VALUE.[/]\n'
+    )
+    _print_table(console, "Baselines on the input, for eval, demo and profile alone", inputs)
+    console.print()
+
+
+def _print_table(console: Any, title: str, rows: list[dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title="Reducers", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("name", "stage", "vLLM", "what it does, and its options"):
         width = 14 if name == "vLLM" else None
         table.add_column(name, overflow="fold", no_wrap=name in ("name", "stage"), max_width=width)
@@ -158,9 +168,6 @@ def _print_reducers(console: Any, rows: list[dict[str, Any]]) -> None:
         about = escape(row["summary"]) + (f"\n[dim]{escape(options)}[/]" if options else "")
         table.add_row(name, row["stage"], safe, about)
     console.print(table)
-    console.print(
-        '[dim]"auto" picks the reducer marked so. Set options with --set NAME=VALUE.[/]\n'
-    )
 
 
 def _short(value: Any) -> str:

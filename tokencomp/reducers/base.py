@@ -144,6 +144,11 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
         from tokencomp.reducers.compose import compose
 
         return compose(name, options)
+    if isinstance(name, type) and issubclass(name, Reducer):
+        raise OptionError(
+            f"reducer={name.__name__} is a class. Give an object with its options set: "
+            f"reducer={name.__name__}(...)."
+        )
     if not isinstance(name, str) or name not in registry:
         raise unknown_name("reducer", str(name), registry)
     cls = registry[name]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -74,6 +74,7 @@ class Ccam(Reducer):
 
     weights: str | None = None
 
+    _found: ClassVar[tuple[Path, Stamp] | None] = None  # the files as they were on `patch`
     summary = "trained projector: always as many tokens, however many frames (2408.14023)"
     whole_spans = True
     own_count = True
@@ -96,7 +97,9 @@ class Ccam(Reducer):
                 f"{path} projects {sizes.kv_dim} to {sizes.out_dim} dimensions, and the model's "
                 f"visual tokens have {hidden}. Train weights for this model: {TRAIN}"
             )
-        made, place = Ccam(str(path)), next(p for p in model.parameters() if p.is_floating_point())
+        made = Ccam(str(path.resolve()))
+        object.__setattr__(made, "_found", made._files())
+        place = next(p for p in model.parameters() if p.is_floating_point())
         device = torch.device("cpu") if place.is_meta else place.device  # offloaded: not known yet
         made.projector(device, place.dtype)
         return made
@@ -110,7 +113,9 @@ class Ccam(Reducer):
         return _queries(*self._files())
 
     def _files(self) -> tuple[Path, Stamp]:
-        """The weights, and when they and their card were written."""
+        """The weights, and when they and their card were written; once patched they stay."""
+        if self._found is not None:
+            return self._found
         if self.weights is None:
             raise WeightsError(f"reducer='ccam' needs trained weights. Train them with `{TRAIN}`.")
         path = Path(self.weights).resolve()

@@ -133,7 +133,19 @@ def compose(name: str, options: dict[str, Any]) -> Compose:
 
 
 def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
-    """A plan as plain data: one object per stage with layer, fraction, reducer and options."""
+    """A plan as plain data: one object per stage with layer, fraction, reducer and options.
+
+    Raises
+    ------
+    PlanError
+        A reducer has no name, by which the plan could be read again.
+    """
+    nameless = [type(s.reducer).__name__ for s in plan.stages if not s.reducer.name]
+    if nameless:
+        raise PlanError(
+            f"{nameless[0]} has no name to write down. Register it with "
+            '@tokencomp.register_reducer("name").'
+        )
     return [
         {
             "layer": int(s.layer),

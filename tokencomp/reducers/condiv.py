@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.context import TOWER_ATTENTION, Attention, Reduction, Signal, VisualTokens
+from tokencomp.errors import OptionError
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
 from tokencomp.reducers.options import check_range
 from tokencomp.reducers.rows import (
@@ -100,6 +101,11 @@ class ConDiv(Reducer):
         if self.power != "auto":
             check_range("condiv", "power", self.power, 0, 8)
         check_range("condiv", "margin", self.margin, 0, 8)
+        if self.weights is not None and self.signal != "selector":
+            raise OptionError(
+                f"condiv: weights={self.weights!r} with signal={self.signal!r}: weights are those "
+                "of the selector. Add signal='selector', or leave them out."
+            )
         if self.merge_rest is not None:
             check_range("condiv", "merge_rest", self.merge_rest, -1, 1)
         object.__setattr__(self, "serving_safe", not self.needs)

@@ -159,9 +159,8 @@ def _reduce_span(
     if keep == layout.length:
         return features, torch.arange(keep, device=features.device)
     special = layout.special_mask(features.device)
-    result = reducer.reduce(VisualTokens(features, layout.grid, special, kind=kind), keep)
-    if result.keep.numel() != keep:
-        raise RuntimeError(f"reducer {reducer.name!r} kept {result.keep.numel()} of {keep} tokens.")
+    tokens = VisualTokens(features, layout.grid, special, kind=kind)
+    result = reducer.reduce(tokens, keep).check(tokens, keep, reducer.name)
     rows = features[result.keep] if result.merged is None else result.merged.to(features)
     return rows, result.keep
 

@@ -1,0 +1,135 @@
+"""A training step under a patch: checkpointed layers, autocast, accelerate."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from tests_support import FAMILIES, Family, text
+from torch import Tensor, nn
+
+import tokencomp
+from tokencomp import Reduction, VisualTokens, make_reducer
+from tokencomp.plan import Plan, Stage
+
+
+def step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of the loss on the last four tokens, and the loss."""
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -4:] = inputs["input_ids"][:, -4:]
+    model.zero_grad(set_to_none=True)
+    loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {**found, "loss": loss.detach()}
+
+
+@pytest.mark.parametrize("reducer", ["condiv", "merge", "prune", "fastv", "adsc", "condiv+prune"])
+def test_gradient_checkpointing(family: Family, reducer: str) -> None:
+    """The same gradients as without; scores of a layer are not recorded in its first pass alone."""
+    model = family.build().train()
+    inputs = family.batch([[text(3), family.image(), text(5, 2)], [text(9)]])
+    with tokencomp.patch(model, 0.5, reducer=reducer) as handle:
+        expected = step(model, inputs)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        got = step(model, inputs)
+        assert handle.stats.ratio > 0.3
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, msg=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spy(tokencomp.Reducer):
+    """Asks another reducer, and again outside of autocast."""
+
+    inner: Any = None
+    seen: Any = None
+
+    @property
+    def needs(self) -> Any:
+        return self.inner.needs
+
+    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        with torch.autocast("cpu", enabled=False):
+            expected = self.inner.reduce(tokens, keep)
+        found = self.inner.reduce(tokens, keep)
+        self.seen.append((found, expected))
+        return found
+
+
+@pytest.mark.parametrize("reducer", ["condiv", "divprune", "cdpruner", "merge", "vidcom2", "prune"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "vila"])
+def test_autocast(name: str, reducer: str) -> None:
+    """Reducers score in fp32 there too, and dropping equals masking up to bf16."""
+    family, seen = FAMILIES[name], []
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(), text(5, 2)], [text(9)]])
+    inner = make_reducer(reducer)
+    layer = 0 if reducer != "prune" else 1
+    plan = Plan((Stage(layer, 0.5, Spy(inner=inner, seen=seen)),))
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        tokencomp.patch(model, plan=plan) as handle,
+    ):
+        logits = model(**inputs, use_cache=False).logits
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+        assert seen and handle.stats.ratio > 0.3
+        for found, expected in seen:
+            assert torch.equal(found.keep, expected.keep)
+        if inner.merges:
+            return
+        handle.remove()
+        full = oracle.masked_logits(model, family, inputs, masks)
+    left = masks[-1]
+    torch.testing.assert_close(logits[left], full[left], atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("first", ["patch", "prepare"])
+def test_accelerate_mixed_precision(first: str) -> None:
+    """`Accelerator.prepare` replaces `forward`; the patch goes on below or on top of it."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    family = FAMILIES["qwen2_vl"]
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(), text(5, 2)]])
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        if first == "patch":
+            handle = tokencomp.patch(model, 0.5)
+            prepared = accelerator.prepare_model(model)
+        else:
+            prepared = accelerator.prepare_model(model)
+            handle = tokencomp.patch(prepared, 0.5)
+        step(prepared, inputs)
+        assert handle.stats.ratio == pytest.approx(0.5, abs=0.1)
+        tokencomp.patch(prepared, 0.75, reducer="prune")  # once more, on the prepared model
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_label_behind_a_dropped_token(family: Family) -> None:
+    """An image, then its caption: the first word of the caption is learnt too."""
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(), text(6, 2)]])
+    visual = inputs["attention_mask"].new_tensor(
+        [i for i, token in enumerate(inputs["input_ids"][0].tolist()) if token in (150, 151)]
+    )
+    first = int(visual[-1]) + 1
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[0, first] = inputs["input_ids"][0, first]
+    plan = Plan((Stage(0, 0.3, make_reducer("random", seed=3)),))
+    with tokencomp.patch(model, plan=plan) as handle:
+        loss = model(**inputs, labels=labels).loss
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+    loss.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    logits = oracle.masked_logits(model, family, inputs, masks)
+    scores = oracle.repeated(logits, masks[-1])[0, first - 1]
+    expected = torch.nn.functional.cross_entropy(scores[None], labels[0, first : first + 1])
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
