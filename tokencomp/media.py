@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import MediaError, MissingDependencyError
@@ -77,7 +78,9 @@ def load_image(path: str | Path) -> Image.Image:
     """Read one image as RGB, upright (EXIF orientation applied). Raises `MediaError`."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image))
+    except MediaError as error:
+        raise MediaError(f"{path}: {error}") from None
     except UnidentifiedImageError as error:
         raise MediaError(
             f"{path}: neither an image that Pillow can read nor a known video suffix "
@@ -85,6 +88,31 @@ def load_image(path: str | Path) -> Image.Image:
         ) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"{path}: the image is damaged or too large ({error}).") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An RGB picture of 8 bits per channel; 16-bit grey ones are scaled, not cut off.
+
+    Raises
+    ------
+    MediaError
+        The picture has 32-bit numbers, whose range nothing tells.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and _is_16_bit(image)):
+        wide = np.asarray(image).astype(np.uint16)
+        image = Image.fromarray((wide // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise MediaError(
+            f"a picture of 32-bit numbers (mode {image.mode}), of unknown range. Save it with 8 or "
+            "16 bits per channel."
+        )
+    return image.convert("RGB")
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    """Whether numbers of 32 bits fill 16, as older Pillow reads 16-bit PNG."""
+    values = np.asarray(image)
+    return values.min() >= 0 and 255 < values.max() < 1 << 16
 
 
 def load_video(path: str | Path, frames: int = 8) -> list[Image.Image]:
@@ -174,7 +202,7 @@ def _read_animation(path: Path, frames: int) -> list[Image.Image]:
             images = []
             for index in frame_indices(getattr(image, "n_frames", 1), frames):
                 image.seek(index)
-                images.append(image.convert("RGB"))
+                images.append(to_rgb(image))
             return images
     except (OSError, ValueError, EOFError) as error:
         raise MediaError(f"{path}: the animation is damaged ({error}).") from error

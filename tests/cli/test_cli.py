@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import pytest
 import torch
 from cli_support import run
+from PIL import Image
 
 
 def test_list_is_generated_from_the_registries(capsys):
@@ -114,7 +116,12 @@ def test_demo_on_a_video_of_ones_own(folder, tmp_path, capsys):
         (["profile", "--config", "qwen2-vl-2b", "--image", "x.png"], "--image: no effect with"),
         (["profile", "--image", "x.png", "--tokens", "9"], "--tokens: no effect with --model"),
         (["tune", "--tokens", "64", "-o", "/dev/null/x.json"], "cannot write /dev/null/x.json"),
+        (["tune", "--tokens", "-5"], "--tokens -5: expected a positive number"),
+        (["tune", "--tokens", "9", "--data", "x.jsonl", "--items", "3"], "--items: no effect with"),
+        (["inspect", "-i", "x.png", "-o", "x.gif"], r"x.gif: the name must end in one of .html"),
         (["serve", "--engine", "vllm", "--max-batch", "2"], "--max-batch: no effect with"),
+        (["serve", "--ratio", "0.5", "--max-ratio", "0.2"], "ratio=0.5 is above max_ratio=0.2"),
+        (["serve", "--reducer", "oracle"], "'oracle' needs the answer"),
     ],
 )
 def test_mistakes_end_in_one_clean_message(args, message, capsys):
@@ -122,6 +129,34 @@ def test_mistakes_end_in_one_clean_message(args, message, capsys):
     err = capsys.readouterr().err
     assert re.search(message, err) and "Traceback" not in err
     assert err.startswith("error: ")
+
+
+def test_what_a_processor_refuses_is_one_message(tmp_path, capsys):
+    file = tmp_path / "thin.png"
+    Image.new("RGB", (1, 300)).save(file)
+    for command in ("inspect", "demo", "profile"):
+        assert run(command, "-i", file, "-o", tmp_path / "out.html") == 2
+        err = capsys.readouterr().err
+        assert "refuses the prompt (1×300; 0 videos)" in err and "Traceback" not in err
+
+
+def test_results_that_cannot_be_written(folder, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    args = ("-r", "auto", "--ratio", "0.5", "--items", "1", "-o", tmp_path / "demo.html")
+    assert run("demo", "-m", folder, *args, "--results", file) == 2
+    assert "cannot write results to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+def test_consoles_that_lack_signs(encoding):
+    done = subprocess.run(
+        [sys.executable, "-m", "tokencomp.cli", "list", "reducers"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=True,
+    )
+    assert b"condiv" in done.stdout and not done.stderr
 
 
 def test_the_command_starts_quickly_and_imports_no_torch():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests_support import FAMILIES, VIDEO, Media, text
+from tests_support import FAMILIES, IMAGE, VIDEO, Media, text
 
 import tokencomp
 from tokencomp.context import VisualSpan
@@ -59,6 +59,33 @@ def test_mosaic(name: str) -> None:
     found = spans(name, FAMILIES[name].image(0))
     assert brief(found) == [(3, 16, (1, 4, 4), "image"), (19, 72, (1, 8, 8), "image")]
     assert found[1].special == tuple(range(8, 72, 9))
+
+
+def thin(height: int, width: int, rows: int) -> Media:
+    """A picture so thin that the rows of its mosaic, if there are any, have no patches."""
+    pixels = torch.randn(1, 5, 3, 16, 16)
+    pixels[:, 3:] = 0
+    inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
+    return Media([IMAGE] * (16 + rows), inputs)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_thin_pictures(name: str) -> None:
+    tall, wide, last = thin(1000, 3, 4), thin(3, 1000, 0), FAMILIES[name].image(0)
+    pixels, sizes = (
+        torch.cat([m.inputs[key] for m in (wide, tall, wide, last)])
+        for key in ("pixel_values", "image_sizes")
+    )
+    ids = [token for m in (wide, tall, wide, last) for token in m.ids]
+    together = Media(ids, {"pixel_values": pixels, "image_sizes": sizes})
+    assert brief(spans(name, tall)) == [(3, 20, (1, 4, 4), "image")]
+    assert spans(name, tall)[0].special == tuple(range(16, 20))
+    assert brief(spans(name, wide)) == [(3, 16, (1, 4, 4), "image")]
+    base = (1, 4, 4), "image"
+    assert brief(spans(name, together)) == [
+        (3, 16, *base), (19, 20, *base), (39, 16, *base), (55, 16, *base),
+        (71, 72, (1, 8, 8), "image"),
+    ]  # fmt: skip
 
 
 def test_next_video() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import os
 import signal
 import socket
@@ -100,10 +101,11 @@ def image(path: Path) -> None:
     tiny.image(1).save(path)
 
 
-def get(url: str) -> tuple[int, str]:
-    """Status and body of a GET."""
+def get(url: str, body: Any = None) -> tuple[int, str]:
+    """Status and body of a GET, or of a POST of JSON."""
+    data = None if body is None else json.dumps(body).encode()
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
+        with urllib.request.urlopen(url, data, timeout=30) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
+import socket
+import time
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ openai = pytest.importorskip("openai")
 
 import http_support as http  # noqa: E402
 import torch  # noqa: E402
+from cli_support import run  # noqa: E402
 
 QUESTION = "What color is the circle?"
 
@@ -26,6 +30,38 @@ def served(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with http.server(root / "log", *arguments, OMP_NUM_THREADS="1") as url:
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=60)
         yield url, client, folder, root
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reducer", "selector"], "needs trained weights"),
+        (["--port", "PORT"], "cannot listen at 127.0.0.1:"),
+    ],
+)
+def test_a_server_that_could_not_serve_does_not_start(
+    tiny_folder: Any, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        args = [port if a == "PORT" else a for a in arguments]
+        assert run("serve", "--model", tiny_folder("qwen2_vl"), *args) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_client_that_leaves_while_it_sends(served: Any) -> None:
+    url, _, _, root = served
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+        )
+        time.sleep(0.5)
+    time.sleep(0.5)
+    assert http.get(url + "/health")[0] == 200
+    assert "Traceback" not in (root / "log").read_text()
 
 
 def ask(client: Any, *urls: str, text: str = QUESTION, **more: Any) -> Any:
@@ -237,6 +273,23 @@ def test_malformed_requests_get_4xx_and_the_server_goes_on(served: Any) -> None:
             options = {"reducer": "selector", "options": {"weights": weights}}
             ask(client, image, tokencomp=options)
         assert "/etc" not in str(error.value)
+    for part, told in (
+        ({"type": "image_url", "image_url": image}, 'expected an object {"url": ...}'),
+        ({"type": "input_image", "image_url": {"url": image}}, "content.0.type"),
+        ({"type": "text", "text": 3}, "content.0.text"),
+    ):
+        body = {"model": "tiny", "messages": [{"role": "user", "content": [part]}]}
+        status, text = http.get(url + "/v1/chat/completions", body)
+        assert status == 400 and told in json.loads(text)["error"]["message"], text
+    off: Any = {"n": None, "stream": None, "response_format": {"type": "text"}}
+    off |= {"modalities": ["text"], "temperature": 1e-40}
+    told = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": None},
+        *chat["messages"],
+    ]
+    assert client.chat.completions.create(**{**chat, "messages": told}, **off).choices
     with pytest.raises(openai.BadRequestError, match="no trained weights"):
         ask(client, image, tokencomp={"reducer": "selector"})
     with pytest.raises(openai.BadRequestError, match="tokens before compression"):

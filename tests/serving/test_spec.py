@@ -162,13 +162,27 @@ def test_fixed_servers_refuse_request_options() -> None:
 
 
 def test_reducers_an_engine_cannot_run_are_refused_with_those_it_can() -> None:
-    refused = [name for name in available_reducers() if name not in SERVABLE]
+    refused = [name for name in available_reducers() if name not in (*SERVABLE, "oracle")]
     assert {"fastv", "aim"} <= set(refused)
     for name in refused:
         with pytest.raises(OptionError) as error:
             ServerOptions.parse({"reducer": name, "ratio": 0.5})
         assert all(good in str(error.value) for good in SERVABLE)
         assert ServerOptions.parse({"reducer": name, "ratio": 0.5}, engine="hf").default.active
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_no_server_knows_the_answer(engine: str) -> None:
+    with pytest.raises(OptionError, match="'oracle' needs the answer"):
+        ServerOptions.parse({"reducer": "oracle", "ratio": 0.5}, engine)
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_a_default_that_no_request_could_have(engine: str) -> None:
+    with pytest.raises(RatioError, match=r"ratio=0\.5 is above max_ratio=0\.2"):
+        ServerOptions.parse({"reducer": "divprune", "ratio": 0.5, "max_ratio": 0.2}, engine)
+    high = ServerOptions.parse({"reducer": "divprune", "ratio": 0.99}, engine)
+    assert high.resolve({}, engine).ratio == 0.99
 
 
 def test_options_that_make_a_reducer_servable_are_named() -> None:

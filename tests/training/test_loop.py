@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,23 @@ def test_randomness_and_seconds_survive_a_kill(tiny: Any, data: str, tmp_path: P
     again = run("killed")
     assert seen["killed"] == seen["whole"] and len(set(seen["whole"])) == 3
     assert again.history == whole.history and again.seconds >= 3 * 0.05
+
+
+def test_slow_steps_are_saved_by_the_clock(
+    tiny: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokencomp.training.loop.SAVE_SECONDS", 0.0)
+    module, file = Scale(), tmp_path / "one.pt"
+    made = loop(tiny, data, file, module, replace(SMALL, save_every=100))
+
+    def loss(inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        if made.step == 2:
+            raise KeyboardInterrupt
+        return module.weight * 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        made.run(lambda step: None, loss, "test")
+    assert torch.load(file)["step"] == 2
 
 
 @pytest.mark.parametrize("junk", [b"", b"junk", b"PK\x03\x04"], ids=["empty", "text", "cut"])

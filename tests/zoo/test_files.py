@@ -131,6 +131,24 @@ def test_folders_animations_and_modes(tmp_path):
     assert media.load_media(tmp_path / "rgba.png").mode == "RGB"
 
 
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_sixteen_bits_are_scaled(tmp_path, name):
+    """Pillow's own conversion cuts them off at 255: white pictures."""
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(grey * 257).save(tmp_path / name)
+    read = np.asarray(media.load_media(tmp_path / name))
+    assert np.array_equal(read, np.repeat(grey[..., None], 3, axis=2))
+    old = Image.fromarray((grey * 257).astype(np.int32))  # as Pillow 10 reads 16-bit PNG
+    assert np.array_equal(np.asarray(media.to_rgb(old)), read)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_numbers_of_unknown_range_are_refused(tmp_path, kind):
+    Image.fromarray(np.arange(256, dtype=kind).reshape(16, 16)).save(tmp_path / "wide.tif")
+    with pytest.raises(MediaError, match=r"wide\.tif: a picture of 32-bit numbers"):
+        media.load_media(tmp_path / "wide.tif")
+
+
 def test_freeform_layout(tmp_path):
     path = layouts.write_freeform(items("test", 1, ("small_object", "order")), tmp_path)
     rows = [json.loads(line) for line in path.read_text().splitlines()]

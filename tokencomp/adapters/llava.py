@@ -66,28 +66,39 @@ class LlavaNextAdapter(TileAdapter):
         raise SpanError(f"{self.family} takes no video; found video tokens in sample {row}.")
 
     def _images(self, start: int, stop: int, row: int, breaks: list[int]) -> list[VisualSpan]:
-        """Cut a run of one or more images at its line breaks."""
+        """Cut a run of one or more images at its line breaks.
+
+        Very thin pictures have a mosaic of rows without patches: line breaks alone, or nothing.
+        """
         side, spans, cursor, i = self.tile_side, [], start, 0
+        tile = side * side
         while cursor < stop:
-            first = cursor + side * side
-            width = breaks[i] - first if i < len(breaks) else -1
+            first = cursor + tile
+            width = (breaks[i] if i < len(breaks) else stop) - first
             if width < 0:
                 raise SpanError(
                     f"image tokens {start} … {stop - 1} of sample {row}: expected a base tile of "
                     f"{side}×{side} tokens followed by rows that end in the image_newline "
                     "embedding."
                 )
-            if width == 0:
-                spans.append(
-                    VisualSpan(cursor, side * side + 1, (1, side, side), special=(side * side,))
-                )
-                cursor, i = breaks[i] + 1, i + 1
+            if width == 0 or width >= tile:  # a mosaic is never as wide: the next image begins
+                empty = 0
+                while i < len(breaks) and breaks[i] == first + empty:
+                    empty, i = empty + 1, i + 1
+                special = tuple(range(tile, tile + empty))
+                spans.append(VisualSpan(cursor, tile + empty, (1, side, side), special=special))
+                cursor = first + empty
                 continue
+            if i == len(breaks):
+                raise SpanError(
+                    f"image tokens {start} … {stop - 1} of sample {row}: the last {width} follow a "
+                    f"base tile of {side}×{side} tokens and end in no image_newline embedding."
+                )
             rows, i = 1, i + 1
             while i < len(breaks) and breaks[i] - breaks[i - 1] == width + 1:
                 rows, i = rows + 1, i + 1
             special = tuple((width + 1) * r + width for r in range(rows))
-            spans.append(VisualSpan(cursor, side * side, (1, side, side)))
+            spans.append(VisualSpan(cursor, tile, (1, side, side)))
             spans.append(VisualSpan(first, rows * (width + 1), (1, rows, width), special=special))
             cursor = first + rows * (width + 1)
         return spans

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Must be set before transformers is imported; what the user sets wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):  # what their encoding lacks must not end a command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     with one_message():
         # no list(...) here: the command module of that name is an attribute of this package
         build_app()(args=[*(sys.argv[1:] if argv is None else argv)], prog_name="tokencomp")

@@ -146,6 +146,15 @@ def check_output(path: Path | None) -> None:
         raise OptionError(f"cannot write {path}: {error}. Give another -o/--output.") from error
 
 
+def write(path: Path | None, text: str) -> None:
+    """Write an output file, if one is wanted. Raises `OptionError`."""
+    if path is not None:
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OptionError(f"cannot write {path}: {error}. Give another -o/--output.") from error
+
+
 def load_files(
     images: Sequence[Path] | None, videos: Sequence[Path] | None, frames: int
 ) -> list[Any]:

@@ -10,6 +10,8 @@ import typer
 from tokencomp.cli import _options as opt
 from tokencomp.cli._methods import method
 
+PAGES, PICTURES = (".html", ".htm"), (".png", ".jpg", ".jpeg")
+
 
 def command(
     context: typer.Context,
@@ -37,6 +39,9 @@ def command(
     from tokencomp.errors import OptionError
 
     settings_of = method(context, reducer, ratio, options, plan, proportional)
+    if output.suffix.lower() not in (*PAGES, *PICTURES):
+        allowed = ", ".join((*PAGES, *PICTURES))
+        raise OptionError(f"--output {output}: the name must end in one of {allowed}.")
     opt.check_output(output)
     media = opt.load_files(image, video, frames)
     if not media:
@@ -68,7 +73,7 @@ def _write(
     from tokencomp.evaluation.html import render
     from tokencomp.evaluation.pictures import data_uri, strip
 
-    if output.suffix.lower() in (".png", ".jpg", ".jpeg"):
+    if output.suffix.lower() in PICTURES:
         sheets = [p for a in answers for p in a.pictures]
         size = max((p.size for p in sheets), key=lambda s: s[0] * s[1])
         sheet = strip([p.resize(size) for p in sheets], columns=max(1, 1400 // size[0]))

@@ -73,12 +73,11 @@ def command(
     costs = {s: _cost(loaded, s, inputs, full) for s, (_, inputs, _) in variants.items()}
     found = profile(loaded, variants, costs, rounds=rounds)
     report = {"model": name, **environment(), "rows": _rows(found)}
-    if output is not None:
-        output.write_text(json.dumps(report, indent=2) + "\n")
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
         _print(report)
+    opt.write(output, json.dumps(report, indent=2) + "\n")  # last: a full disk loses no result
 
 
 def _real(

@@ -25,10 +25,11 @@ def command(
     set_: opt.Set = None,
     engine: Annotated[str, typer.Option("--engine", help='"hf" or "vllm".')] = "hf",
     host: Annotated[str, typer.Option("--host")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port")] = 8000,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
     max_ratio: Annotated[
-        float, typer.Option("--max-ratio", help="Largest ratio a request may ask for.")
-    ] = 0.95,
+        float | None,
+        typer.Option("--max-ratio", help="Largest ratio a request may ask for (0.95, or --ratio)."),
+    ] = None,
     per_request: Annotated[
         bool,
         typer.Option("--per-request/--fixed", help="May requests bring their own options?"),
@@ -68,8 +69,8 @@ def command(
         "reducer": reducer,
         "ratio": ratio,
         "options": opt.reducer_options(set_),
-        "max_ratio": max_ratio,
         "per_request": per_request,
+        **({} if max_ratio is None else {"max_ratio": max_ratio}),
     }
     limits = Limits(allowed_path=allowed_media_path, frames=frames)
     bind = Bind(host, port, api_key)

@@ -15,6 +15,7 @@ VIDEO_FAMILIES = "needle,video_existence"  # on the others the embedded models g
 
 
 def command(
+    context: typer.Context,
     tokens: Annotated[
         float | None, typer.Option(help="Visual tokens per item and decoder layer, at most.")
     ] = None,
@@ -47,6 +48,12 @@ def command(
 
     if tokens is None and latency is None:
         raise OptionError("give a budget: --tokens 128 or --latency 50 (milliseconds per answer).")
+    for name, budget in (("tokens", tokens), ("latency", latency)):
+        if budget is not None and not budget > 0:
+            raise OptionError(f"--{name} {budget:g}: expected a positive number.")
+    if data is not None:
+        fix = "all questions of the file are asked"
+        opt.refuse_given(context, ("items", "families"), "--data", fix)
     grid: dict[str, Any] = {
         "frames": [int(n) for n in _numbers("frames", frames, whole=True)],
         "scales": _numbers("scale", scale),
@@ -69,11 +76,10 @@ def command(
     cost = "tokens" if latency is None else "seconds"
     facts = {"model": model, "budget": {"tokens": tokens, "latency_ms": latency}, **environment()}
     text = tuning.as_json(within, cost, facts)
-    if output is not None:
-        output.write_text(text)
     if as_json:
         typer.echo(text)
-    else:
+    opt.write(output, text)
+    if not as_json:
         _print(within, tuning.pareto(within, cost), latency)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.base import adapter_for
+from tokencomp.errors import MediaError
 from tokencomp.evaluation.examples import media_kind
 
 
@@ -33,6 +34,11 @@ def build_inputs(
         Per row: PIL images, and lists of PIL images (videos), in prompt order.
     prompts
         Per row: the text after the media.
+
+    Raises
+    ------
+    MediaError
+        The processor refuses them.
     """
     texts = [chat_text(processor, m, p) for m, p in zip(media, prompts, strict=True)]
     flat = [one for row in media for one in row]
@@ -47,7 +53,13 @@ def build_inputs(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return dict(processor(text=texts, padding=True, return_tensors="pt", **kwargs))
+    try:
+        return dict(processor(text=texts, padding=True, return_tensors="pt", **kwargs))
+    except ValueError as error:
+        told = ", ".join(f"{image.width}×{image.height}" for image in images) or "no images"
+        raise MediaError(
+            f"the model's processor refuses the prompt ({told}; {len(videos)} videos): {error}"
+        ) from error
 
 
 def to_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:

@@ -32,7 +32,12 @@ class RunFolder:
 
     def __init__(self, path: str | Path, identity: dict[str, Any], rank: int = 0) -> None:
         self.path, self.identity, self.rank = Path(path), identity, rank
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptionError(
+                f"cannot write results to {path}: {error}. Give another folder."
+            ) from error
         name = RECORDS if rank == 0 else f"records.{rank}.jsonl"
         self.file = self.path / name
         self._check()

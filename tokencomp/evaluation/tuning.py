@@ -247,19 +247,23 @@ def read_examples(path: Path) -> list[Example]:
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--data {path}: {error}. Give a JSON Lines file.") from error
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             media = row["media"] if isinstance(row["media"], list) else [row["media"]]
             paths = tuple(path.parent / m for m in media)
             name = str(row.get("id", number))
+            if name in found:
+                raise OptionError(
+                    f"{path}, line {number}: id {name!r} is taken by an earlier line."
+                )
             found[name] = Example(name, row["question"], str(row["answer"]), paths)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise OptionError(
                 f"{path}, line {number}: {error!r}. Expected an object with question, answer and "
                 "media (a path or a list of paths)."
             ) from error
-        if len(found) < number:
-            raise OptionError(f"{path}, line {number}: id {name!r} is taken by an earlier line.")
     if not found:
         raise OptionError(f"{path} has no questions; give at least one line.")
     return list(found.values())

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from tokencomp.errors import MediaError
-from tokencomp.media import load_image, load_media
+from tokencomp.media import load_image, load_media, to_rgb
 
 
 def as_image(item: Any, where: str) -> Image.Image:
@@ -21,7 +21,7 @@ def as_image(item: Any, where: str) -> Image.Image:
         Anything else, or a file that cannot be read; `where` names it.
     """
     if isinstance(item, Image.Image):
-        return item.convert("RGB")
+        return to_rgb(item)
     if isinstance(item, (str, Path)):
         return load_image(item)
     array = np.asarray(item)

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -107,6 +108,19 @@ def run_vllm(
     os.execve(command[0], command, env)
 
 
+def check_port(bind: Bind) -> None:
+    """Raise `OptionError` before a model is loaded if nothing can listen at `bind`."""
+    try:
+        family = socket.getaddrinfo(bind.host, bind.port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind((bind.host, bind.port))
+    except OSError as error:
+        raise OptionError(
+            f"cannot listen at {bind.host}:{bind.port}: {error}. Give another --host or --port."
+        ) from error
+
+
 def run_hf(
     model: str,
     options: dict[str, Any],
@@ -124,8 +138,9 @@ def run_hf(
     ------
     MissingDependencyError
         FastAPI, uvicorn or prometheus-client is missing.
-    OptionError, RatioError, UnsupportedModelError
-        Bad options, or a model that no adapter serves.
+    OptionError, RatioError, UnsupportedModelError, WeightsError
+        Bad options, a port that is taken, a model that no adapter serves, or a default reducer
+        without its weights.
     """
     parsed = ServerOptions.parse(options, engine="hf")
     if limits.allowed_path is not None and not limits.allowed_path.is_dir():
@@ -142,6 +157,7 @@ def run_hf(
         ) from None
     from tokencomp.evaluation.loading import load_model
 
+    check_port(bind)
     loaded, processor = load_model(model, device=device, dtype=dtype)
     made = Engine(loaded, processor, parsed, Metrics(), **engine)
     app = build_app(made, served_name or model, limits, bind.api_key)

@@ -101,13 +101,19 @@ class ServerOptions:
         if given is None:
             return cls()
         values = as_mapping(given, SERVER_KEYS)
-        max_ratio = check_ratio(values.get("max_ratio", MAX_RATIO))
+        ratio = check_ratio(values.get("ratio", 0.0))
+        max_ratio = check_ratio(values.get("max_ratio", max(MAX_RATIO, ratio)))
+        if ratio > max_ratio:
+            raise RatioError(
+                f"ratio={ratio} is above max_ratio={max_ratio}, so that no request could have the "
+                "default. Lower one, or raise the other."
+            )
         flags = {"per_request": True, "only_own": False}
         for name, default in flags.items():
             flags[name] = values.get(name, default)
             if not isinstance(flags[name], bool):
                 raise OptionError(f"{name}={flags[name]!r}: expected true or false.")
-        base = cls(max_ratio=max(max_ratio, check_ratio(values.get("ratio", 0.0))))
+        base = cls(max_ratio=max_ratio)
         request = {k: v for k, v in values.items() if k in REQUEST_KEYS}
         return cls(base._resolve(request, engine), max_ratio, **flags)
 
@@ -153,6 +159,8 @@ class ServerOptions:
             )
         if old is not None and name == old.name:
             options = {**old.options(), **options}
+        if "oracle" in name.split("+"):
+            raise OptionError("reducer 'oracle' needs the answer, so it cannot be served.")
         try:
             return make_reducer(name, **options)
         except UnknownNameError as error:

@@ -25,6 +25,8 @@ from tokencomp.weights import replace_file
 
 AFTERWARDS = ("evaluate", "ratios", "save_every")
 """Settings that change nothing of what is trained."""
+SAVE_SECONDS = 60.0
+"""Longest time between checkpoints: what a kill may cost, and the step it falls in."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class LoopConfig:
     frames
         Frames read from video files.
     save_every
-        Steps between checkpoints.
+        Steps between checkpoints, if they do not take longer than `SAVE_SECONDS`.
     evaluate
         Held-out questions answered at the end; 0: none.
     seed
@@ -91,7 +93,8 @@ class Loop:
     source
         Training questions.
     checkpoint
-        Written every `save_every` steps; an existing one of the same `identity` is resumed.
+        Written every `save_every` steps and every `SAVE_SECONDS`; an existing one of the same
+        `identity` is resumed.
 
     Attributes
     ----------
@@ -135,15 +138,18 @@ class Loop:
         chosen = batches(self.source, self.config.batch, self.config.seed)
         chosen = itertools.islice(chosen, self.step, steps)
         bar = tqdm(chosen, desc=title, initial=self.step, total=steps, mininterval=2)
-        begin = time.monotonic() - self.seconds
+        saved = time.monotonic()
+        begin = saved - self.seconds
         for indices in bar:
             before(self.step)
             self.history.append(self._train(loss, [self.source[i] for i in indices]))
             self.step += 1
             self.seconds = time.monotonic() - begin
             bar.set_postfix(loss=f"{sum(self.history[-50:]) / len(self.history[-50:]):.3f}")
-            if self.step % self.config.save_every == 0 or self.step == steps:
+            late = time.monotonic() - saved >= SAVE_SECONDS
+            if late or self.step % self.config.save_every == 0 or self.step == steps:
                 self.save()
+                saved = time.monotonic()
 
     def _train(self, loss: Loss, examples: list[Example]) -> float:
         """One optimizer step, which dropout too makes the same after a restart; its loss."""

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.errors import RequestError
@@ -186,10 +187,13 @@ class Server:
     async def _body(self, request: Request) -> Any:
         limit = self.limits.max_bytes * 2
         content = bytearray()
-        async for piece in request.stream():
-            content += piece
-            if len(content) > limit:
-                raise RequestError(f"request bodies may have {limit} bytes.", 413)
+        try:
+            async for piece in request.stream():
+                content += piece
+                if len(content) > limit:
+                    raise RequestError(f"request bodies may have {limit} bytes.", 413)
+        except ClientDisconnect:
+            raise RequestError("the client went away.", 499) from None
         try:
             return json.loads(content)
         except (ValueError, RecursionError):

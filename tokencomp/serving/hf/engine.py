@@ -66,6 +66,7 @@ class Engine:
         self.max_model_len = min(max_model_len or limit, limit)
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._ends = _end_tokens(model)
+        patch(model, options.default.ratio, **_request(options.default))  # tells missing weights
         self._handle: Handle = patch(model, 0.0, **_request(options.default))
         self._jobs: deque[Job] = deque()
         self._wake = threading.Condition()
@@ -238,9 +239,13 @@ def _request(spec: Spec) -> dict[str, Any]:
     return {} if spec.reducer is None else {"reducer": spec.reducer}
 
 
+# Below, logits divided by it overflow; the most likely token is what is left of sampling anyway.
+COLDEST = 1e-5
+
+
 def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
     """Generation arguments; nothing given leaves the model's own generation config."""
-    if temperature == 0:
+    if temperature is not None and temperature < COLDEST:
         return {"do_sample": False}
     given = {"temperature": temperature, "top_p": top_p}
     found = {name: value for name, value in given.items() if value is not None}

@@ -18,7 +18,8 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from PIL import Image, ImageOps
 
-from tokencomp.media import frame_indices
+from tokencomp.errors import MediaError
+from tokencomp.media import frame_indices, to_rgb
 from tokencomp.serving.hf.errors import RequestError
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -129,9 +130,11 @@ def _decode_image(content: bytes, limits: Limits, count: int = 1) -> Image.Image
     try:
         image: Any = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
         _check_size(image.width, image.height, limits, count)
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return to_rgb(ImageOps.exif_transpose(image))
     except RequestError:
         raise
+    except MediaError as error:
+        raise RequestError(str(error)) from None
     except Exception as error:  # Pillow raises many types for damaged files
         kind = type(error).__name__
         raise RequestError(

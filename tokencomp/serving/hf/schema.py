@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tokencomp.errors import OptionError, RatioError
 from tokencomp.serving.hf.errors import RequestError
@@ -14,7 +14,17 @@ from tokencomp.serving.spec import ServerOptions, Spec
 
 # fields of the API that change no answer, and values of others that mean "off"
 HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-OFF = {"repetition_penalty": 1, "tool_choice": "none", "top_k": -1, "parallel_tool_calls": True}
+OFF: dict[str, Any] = {
+    "repetition_penalty": 1,
+    "tool_choice": "none",
+    "top_k": -1,
+    "parallel_tool_calls": True,
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+}
+
+
+FORMS = ("str", "list[Part]", "list[str]")  # how pydantic names the forms of a field
 
 
 class Url(BaseModel):
@@ -29,10 +39,22 @@ class Part(BaseModel):
     image_url: Url | None = None
     video_url: Url | None = None
 
+    @field_validator("image_url", "video_url", mode="before")
+    @classmethod
+    def _object(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            raise ValueError('expected an object {"url": ...}, not the URL itself')
+        return given
+
 
 class Message(BaseModel):
-    role: Literal["system", "user", "assistant"]
-    content: str | list[Part]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part] | None
+
+    @property
+    def spoken_by(self) -> str:
+        """The role as chat templates know it: "developer" is OpenAI's newer word for "system"."""
+        return "system" if self.role == "developer" else self.role
 
 
 class StreamOptions(BaseModel):
@@ -51,9 +73,9 @@ class ChatRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    n: int = 1
+    n: int | None = 1
     stop: str | list[str] | None = None
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     tokencomp: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
@@ -102,16 +124,30 @@ def parse(body: Any, options: ServerOptions, limits: Limits) -> Prompt:
     try:
         request = ChatRequest.model_validate(body)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "body"
-        raise RequestError(f"{where}: {first['msg']}") from None
+        raise RequestError(_told(error)) from None
     wrong = _unserved(request)
     if wrong:
         raise RequestError(f"not served: {', '.join(wrong)}. Leave it out.")
     prompt = Prompt(request, [], _spec(request, options))
     for message in request.messages:
-        prompt.chat.append({"role": message.role, "content": _content(message, prompt, limits)})
+        content = _content(message, prompt, limits)
+        prompt.chat.append({"role": message.spoken_by, "content": content})
     return prompt
+
+
+def _told(error: ValidationError) -> str:
+    """The first error; of a field that may have several forms, that of the form that fits best."""
+    every = error.errors()
+    fields = [tuple(part for part in e["loc"] if part not in FORMS) for e in every]
+    deepest = max(fields[: _same_field(fields)], key=len)
+    messages = [e["msg"] for e, field in zip(every, fields, strict=True) if field == deepest]
+    return f"{'.'.join(map(str, deepest)) or 'body'}: {' / '.join(dict.fromkeys(messages))}"
+
+
+def _same_field(fields: list[tuple[Any, ...]]) -> int:
+    """How many errors, from the first on, lie in the field of the first."""
+    first = fields[0]
+    return next((i for i, f in enumerate(fields) if f[: len(first)] != first), len(fields))
 
 
 def _unserved(request: ChatRequest) -> list[str]:
@@ -126,7 +162,7 @@ def _unserved(request: ChatRequest) -> list[str]:
         for name in request.mm_processor_kwargs or {}
         if name != "tokencomp"
     ]
-    return wrong + ([f"n={request.n}"] if request.n != 1 else [])
+    return wrong + ([f"n={request.n}"] if request.n not in (None, 1) else [])
 
 
 def _spec(request: ChatRequest, options: ServerOptions) -> Spec:
@@ -140,8 +176,10 @@ def _spec(request: ChatRequest, options: ServerOptions) -> Spec:
 
 
 def _content(message: Message, prompt: Prompt, limits: Limits) -> list[dict[str, Any]]:
-    if isinstance(message.content, str):
-        return [{"type": "text", "text": message.content}]
+    if message.content is None and message.role != "assistant":
+        raise RequestError(f"a message of role {message.role!r} needs a content.")
+    if message.content is None or isinstance(message.content, str):
+        return [{"type": "text", "text": message.content or ""}]
     parts: list[dict[str, Any]] = []
     for part in message.content:
         given = getattr(part, part.type)
