@@ -16,15 +16,16 @@ from tokencomp.evaluation.loading import load_model
 from tokencomp.training.data import load_batch, questions
 
 MODELS = Path(zoo.__file__).parent / "models"
+KINDS = ("selector", "ccam")
 SHIPPED = sorted(
     (path.parents[1].name, path.stem)
-    for kind in ("selector", "ccam")
+    for kind in KINDS
     for path in MODELS.glob(f"*/tokencomp/{kind}.safetensors")
 )
 
 
-def test_every_packaged_model_has_its_selector() -> None:
-    assert {name for name, kind in SHIPPED if kind == "selector"} == set(zoo.available_models())
+def test_every_packaged_model_has_them() -> None:
+    assert set(SHIPPED) == {(n, kind) for n in zoo.available_models() for kind in KINDS}
 
 
 @pytest.mark.parametrize(("name", "kind"), SHIPPED)
