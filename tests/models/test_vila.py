@@ -264,6 +264,19 @@ def test_ready_made_embeddings(folder: Path) -> None:
         model(inputs_embeds=embeds, pixel_values=pixels)
 
 
+def test_assisted_decoding(folder: Path) -> None:
+    """The assistant sees the media too, and changes no token."""
+    model, processor = load(folder)
+    assistant, _ = load(folder)
+    inputs = processor("<image>a", images=picture(0))
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    expected, seen = model.generate(**inputs, **options), []
+    hook = assistant.vision_tower.register_forward_pre_hook(lambda *_: seen.append(1))
+    assert torch.equal(model.generate(**inputs, **options, assistant_model=assistant), expected)
+    hook.remove()
+    assert len(seen) == 1
+
+
 def test_without_cache(folder: Path) -> None:
     """Media are encoded again for every token, and the tokens are the same."""
     model, processor = load(folder)

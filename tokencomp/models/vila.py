@@ -290,12 +290,11 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        first = kwargs.get("is_first_iteration", False)
-        position = inputs.get("cache_position")  # all that releases before 5.0 tell
-        if position is not None and len(position) > 1 and inputs.get("input_ids") is not None:
-            first = any(bool(mask.any()) for mask in self._placeholders(inputs["input_ids"]))
-        if not first and kwargs.get("use_cache", True):
-            inputs.update(dict.fromkeys(MEDIA))
+        ids = inputs.get("input_ids")  # what the cache has is cut off
+        if ids is not None:
+            new = ids.shape[1] > 1 and any(bool(mask.any()) for mask in self._placeholders(ids))
+            # transformers drops them where an assistant model begins
+            inputs.update({name: kwargs.get(name) if new else None for name in MEDIA})
         return inputs
 
     def _expand_inputs_for_generation(
