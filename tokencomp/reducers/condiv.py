@@ -84,7 +84,7 @@ class ConDiv(Reducer):
 
     power: float | Literal["auto"] = 1.0
     signal: str = "attention"
-    margin: float = 0.2
+    margin: float = 0.05
     centred: bool = False
     frames: str = "pooled"
     merge_rest: float | None = None
