@@ -209,7 +209,10 @@ def test_what_a_handle_cannot_do(family: Family) -> None:
     handle = tokencomp.patch(model, 0.5)
     with pytest.raises(errors.OptionError, match=r"patch\(model, ..., positions='compact'\) again"):
         handle.set(positions="compact")
+    later = tokencomp.patch(model, 0.25)
     tokencomp.unpatch(handle)
+    later.set(ratio=0.3)  # in force
+    tokencomp.unpatch(later)
     with pytest.raises(errors.OptionError, match="removed, or replaced"), handle:
         pass
     for wrong in (None, "model"):
@@ -220,11 +223,6 @@ def test_what_a_handle_cannot_do(family: Family) -> None:
 def test_a_class_instead_of_a_reducer(family: Family) -> None:
     with pytest.raises(errors.OptionError, match=r"reducer=ConDiv\(\.\.\.\)"):
         tokencomp.patch(family.build(), 0.5, reducer=type(make_reducer("condiv")))
-
-
-def test_weights_that_would_not_be_used() -> None:
-    with pytest.raises(errors.OptionError, match="signal='selector'"):
-        make_reducer("condiv", weights="folder")
 
 
 def test_already_compressed(family: Family) -> None:

@@ -51,6 +51,19 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def recomputed(layer: nn.Module) -> bool:
+    """Whether a backward pass would run this decoder layer once more."""
+    checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training
+    return bool(checkpointed) and torch.is_grad_enabled()
+
+
+def recomputes_hooks() -> bool:
+    """Whether its hooks would run again too: `__call__` was checkpointed before `forward` was."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
 def set_cache_position(kwargs: MutableMapping[str, Any], start: int, n: int) -> None:
     """Renumber `cache_position` (releases before 5.4) to `n` rows that follow `start`."""
     old = kwargs.get("cache_position")

@@ -29,6 +29,7 @@ from tokencomp.errors import (
     AttentionOutputError,
     CopyError,
     NoVisualInputError,
+    OptionError,
     TokenCompError,
     UnsupportedCacheError,
 )
@@ -237,6 +238,8 @@ class Hooks:
                 "output_attentions=True with tokens dropped between layers: attention maps would "
                 "differ in size. Use an entry reducer, or handle.disabled()."
             )
+        if _compat.recomputed(self.adapter.layers[0]):
+            self._check_recomputation()
         lengths = check_padding(mask, kinds.shape)
         positions = self._positions(kwargs, cache)
         rows = positions.cpu() if self.adapter.mrope else None
@@ -247,6 +250,21 @@ class Hooks:
         )
         run.segments = build_segments(run, cache, mask)
         return run, positions
+
+    def _check_recomputation(self) -> None:
+        """Refuse what a checkpointed layer would compute in another way in the backward pass."""
+        fix = "or model.gradient_checkpointing_disable()."
+        if self.plan.layer_stages and _compat.recomputes_hooks():
+            raise OptionError(
+                "gradient checkpointing with tokens dropped between layers: this transformers "
+                "release would drop them again in the backward pass. Use transformers >= 5.23, an "
+                f"entry reducer, {fix}"
+            )
+        if self.proportional is not None:
+            raise OptionError(
+                "gradient checkpointing with proportional attention: token sizes are gone in the "
+                f"backward pass. Use patch(..., proportional_attention=False), {fix}"
+            )
 
     def _compress(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
         """Prefill with visual tokens: plan, reduce at entry, positions, masks."""

@@ -78,7 +78,7 @@ def load_image(path: str | Path) -> Image.Image:
     """Read one image as RGB, upright (EXIF orientation applied). Raises `MediaError`."""
     try:
         with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image), image.format)
     except MediaError as error:
         raise MediaError(f"{path}: {error}") from None
     except UnidentifiedImageError as error:
@@ -90,29 +90,31 @@ def load_image(path: str | Path) -> Image.Image:
         raise MediaError(f"{path}: the image is damaged or too large ({error}).") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
     """An RGB picture of 8 bits per channel; 16-bit grey ones are scaled, not cut off.
+
+    Parameters
+    ----------
+    file_format : str or None
+        Of the file it was read from, as Pillow names it: of PNG and PPM, numbers of 32 bits are
+        16-bit ones; of others, those up to 255 are 8-bit ones.
 
     Raises
     ------
     MediaError
-        The picture has 32-bit numbers, whose range nothing tells.
+        The picture has 32-bit numbers of unknown range.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and _is_16_bit(image)):
-        wide = np.asarray(image).astype(np.uint16)
-        image = Image.fromarray((wide // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise MediaError(
-            f"a picture of 32-bit numbers (mode {image.mode}), of unknown range. Save it with 8 or "
-            "16 bits per channel."
-        )
-    return image.convert("RGB")
-
-
-def _is_16_bit(image: Image.Image) -> bool:
-    """Whether numbers of 32 bits fill 16, as older Pillow reads 16-bit PNG."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image.convert("RGB")
     values = np.asarray(image)
-    return values.min() >= 0 and 255 < values.max() < 1 << 16
+    low, high = values.min(), values.max()
+    if image.mode == "F" or low < 0 or high >= 1 << 16:
+        raise MediaError(
+            f"a picture of 32-bit numbers (mode {image.mode}, {low:g} to {high:g}), of unknown "
+            "range. Save it with 8 or 16 bits per channel."
+        )
+    deep = image.mode != "I" or high > 255 or file_format in ("PNG", "PPM")
+    return Image.fromarray((values // (257 if deep else 1)).astype(np.uint8)).convert("RGB")
 
 
 def load_video(path: str | Path, frames: int = 8) -> list[Image.Image]:

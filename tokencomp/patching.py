@@ -183,7 +183,8 @@ def unpatch(model: nn.Module) -> None:
     """
     base = unwrap(model)
     if isinstance(base, Handle):
-        base = base._hooks.adapter.model
+        base.remove()  # of what replaced it nothing, if it was replaced
+        return
     if not isinstance(base, nn.Module):
         raise OptionError(f"unpatch({model!r}): expected a model, or the handle of its patch.")
     _remove(base)
@@ -343,6 +344,8 @@ def _refuse_foreign(model: nn.Module) -> None:
 def _only_wrapped(module: Any) -> bool:
     """Whether `module.forward` was replaced by accelerate, or by torch.compile of the original."""
     own = module.__dict__
-    before = (getattr(own["forward"], "_torchdynamo_orig_callable", None), own.get(PREPARED))
-    plain = any(getattr(f, "__func__", None) is type(module).forward for f in before)
-    return plain or "_old_forward" in own
+    compiled = getattr(own["forward"], "_torchdynamo_orig_callable", None)
+    now = getattr(compiled or own["forward"], "__func__", None)
+    while now is not None and now is not type(module).forward and PREPARED in own:
+        now = getattr(now, "__wrapped__", None)
+    return now is type(module).forward or "_old_forward" in own

@@ -39,9 +39,8 @@ and it was changed when two of the three models had answered, before tiny-qwen2-
 are the narrow ones; it would have chosen power=0.5 without a margin, by one question. That the
 default missed a bar on the test split (96.6 % of 97 at 0.75) was known by then; no test question
 was used to choose. The third round added budgets per frame (frames=equal, frames=novelty), which
-change videos alone; the default before was that of the second. These questions cannot tell small
-margins apart, and few of them are count questions; the margin of what is chosen here was therefore
-settled by [more questions](margin.md)."""
+change videos alone; the default before was that of the second. The margin was asked once more, on
+[more questions](margin.md), and stayed."""
 
 BEFORE: Candidate = ("condiv", {"power": 1.0, "margin": 0.2})
 CANDIDATES: list[Candidate] = [
@@ -96,17 +95,13 @@ def mean_of(values: list[float], cells: list[tuple[float, str]], column: tuple[f
     return f"{sum(mine) / len(mine):.1%}" if mine else "–"
 
 
-def write_choice(
-    results: list[Results], folder: Path, margin: float | None = None
-) -> dict[str, Any]:
-    """CHOICE.md and choice.json; returns the chosen reducer, with the margin that was settled."""
+def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
+    """CHOICE.md and choice.json; returns the chosen row."""
     ready = [c for c in CANDIDATES if answered(results, c)]
     rows = rank(results, ready)
     chosen = max((r for r in rows if r["tied"]), key=preference)
     cells = [[results[i].manifest["model"], ratio, kind] for i, ratio, kind in keys(results)]
-    settled = {} if margin is None or "margin" not in chosen["options"] else {"margin": margin}
-    default = {"reducer": chosen["reducer"], "options": {**chosen["options"], **settled}}
-    data = {"default": default, "chosen": chosen, "cells": cells, "candidates": rows}
+    data = {"chosen": chosen, "cells": cells, "candidates": rows}
     write_json(folder / "choice.json", data)
     waiting = [title(c) for c in CANDIDATES if c not in ready]
     parts = [
@@ -114,8 +109,7 @@ def write_choice(
         "Made by `python benchmarks/accuracy/choose.py` on ShapesQA's validation split, retention "
         "of images and videos per ratio, mean over the models.",
         RULE.replace("\n", " "),
-        f"Chosen: **{chosen['reducer']}** with {chosen['options'] or 'its default options'}"
-        + (f"; margin {margin:g} by [more questions](margin.md)." if settled else "."),
+        f"Chosen: **{chosen['reducer']}** with {chosen['options'] or 'its default options'}.",
         *([f"Not asked yet: {'; '.join(waiting)}."] if waiting else []),
         choice_table(rows, chosen, results),
     ]
@@ -124,21 +118,12 @@ def write_choice(
         parts += [f"## {m['model']}", f"{m['items']} items. {families_told(one)}", made_by(one)]
     text = "\n\n".join(parts) + "\n"
     replace_file(folder / "CHOICE.md", lambda part: part.write_text(text))
-    return default
+    return chosen
 
 
 def preference(row: dict[str, Any]) -> tuple[float, bool, float]:
     """What decides between tied candidates: points to spare, the default before, score."""
     return row["spare"], (row["reducer"], row["options"]) == BEFORE, row["score"]
-
-
-def settled_margin() -> float | None:
-    """What margin.py found, if it has asked every model."""
-    import margin
-
-    results = margin.read(margin.FOLDER)
-    every = {one.manifest["model"] for one in results} >= {*available_models()}
-    return margin.chosen(results) if every else None
 
 
 def missing(folder: Path) -> list[Setting]:
@@ -166,8 +151,7 @@ def main() -> None:
         wanted = missing(args.out / name)
         if wanted:
             answer_all(name, "validation", wanted, args)
-    results = read_all(args.out, "validation")
-    chosen = write_choice(results, home(args.out), settled_margin())
+    chosen = write_choice(read_all(args.out, "validation"), home(args.out))
     print(f"chosen: {title((chosen['reducer'], chosen['options']))}")
 
 

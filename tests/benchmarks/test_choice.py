@@ -83,29 +83,30 @@ def test_draws_of_a_model_do_not_depend_on_the_others(accuracy, tmp_path: Path) 
     assert all((a == b).all() for a, b in zip(both[len(alone) :], alone, strict=True))
 
 
-def test_the_margin_with_the_best_mean_of_those_that_miss_no_bar(accuracy, tmp_path: Path) -> None:
+def test_the_margin_by_the_same_rule(accuracy, tmp_path: Path, monkeypatch: Any) -> None:
+    """Best or tied, then points to spare; what was not asked is asked, once."""
     margin = accuracy.margin
-    margin.FAMILIES = ("attribute", "needle")
-    right = {0.0: (27, 28, 28, 28), 0.05: (28, 28, 27, 27), 0.1: (28, 28, 27, 26)}
-    right[0.2] = (28, 28, 27, 23)
+    monkeypatch.setattr(margin, "FAMILIES", ("attribute", "position"))
+    right = {0.0: (24, 24, 24, 24), 0.05: (28, 28, 28, 27), 0.1: (28, 28, 27, 28)}
+    right[0.2] = (28, 28, 28, 27)
     labels = {
-        margin.setting(m, ratio).label: count / 40
+        one.label: count / 40
         for m, counts in right.items()
-        for ratio, count in zip(accuracy.run.RATIOS, counts, strict=True)
+        for one, count in zip(margin.settings(margin.candidate(m)), counts, strict=True)
     }
     folder = made_up(tmp_path, {"full": 28 / 40, **labels}, "validation")
-    results = [accuracy.results.Results.read(folder, "validation")]
-    assert margin.score(results, 0.0) == pytest.approx(111 / 112)
-    assert margin.spare(results, 0.0) == pytest.approx(27 / 28 - 0.97)
-    assert margin.chosen(results) == 0.05
-    assert margin.won_and_lost(results, 0.05, 0.2) == (3 * 4, 0)
-    assert margin.won_and_lost(results, 0.05, 0.0) == (3, 3 * 2)
-    assert "| **0.05** | 98.21% |" in margin.page(results)
+    results = margin.read(tmp_path)
+    assert margin.chosen(results) == 0.2  # as 0.05, and the default before
+    assert "| **0.2** | 99.11% |" in margin.page(results)
+    assert margin.missing(folder) == []
+    monkeypatch.setattr(margin, "CANDIDATES", [*margin.CANDIDATES, margin.candidate(0.3)])
+    assert [one.ratio for one in margin.missing(folder)] == [0, *accuracy.run.RATIOS]
+    assert margin.read(tmp_path) == []
 
 
 def test_auto_is_the_recorded_choice() -> None:
     """`reducer="auto"`, the default of `patch`, is what choose.py wrote down, options included."""
-    chosen = json.loads((FOLDER / "choice.json").read_text())["default"]
+    chosen = json.loads((FOLDER / "choice.json").read_text())["chosen"]
     expected = make_reducer(chosen["reducer"], **chosen["options"])
     family = FAMILIES["qwen2_vl"]
     for options in ({}, {"reducer": "auto"}):
@@ -121,8 +122,8 @@ def test_published_pages_are_those_of_the_published_results(scripts, tmp_path: P
     for module in (scripts.results, scripts.report):
         module.RESULTS = copy
     scripts.report.write_report(copy)
-    settled = scripts.choose.settled_margin()
-    scripts.choose.write_choice(scripts.report.read_all(copy, "validation"), tmp_path, settled)
-    (tmp_path / "margin.md").write_text(scripts.margin.page(scripts.margin.read(FOLDER / "margin")))
+    scripts.choose.write_choice(scripts.report.read_all(copy, "validation"), tmp_path)
+    margin = scripts.margin
+    (tmp_path / "margin.md").write_text(margin.page(margin.read(FOLDER / "margin")))
     for name in ("README.md", "CHOICE.md", "margin.md"):
         assert (tmp_path / name).read_text() == (FOLDER / name).read_text(), name

@@ -10,9 +10,11 @@ import pytest
 import torch
 from tests_support import FAMILIES, Family, text
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import tokencomp
 from tokencomp import Reduction, VisualTokens, make_reducer
+from tokencomp.errors import AlreadyCompressedError, OptionError
 from tokencomp.plan import Plan, Stage
 
 
@@ -35,11 +37,28 @@ def test_gradient_checkpointing(family: Family, reducer: str) -> None:
     with tokencomp.patch(model, 0.5, reducer=reducer) as handle:
         expected = step(model, inputs)
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        if handle.plan.layer_stages and "__call__" in vars(GradientCheckpointingLayer):
+            with pytest.raises(OptionError, match="transformers >= 5"):
+                step(model, inputs)
+            return
         got = step(model, inputs)
         assert handle.stats.ratio > 0.3
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, msg=name)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_proportional_attention_is_not_recomputed(name: str) -> None:
+    """The backward pass would not know how many tokens each one stands for."""
+    family = FAMILIES[name]
+    model = family.build().train()
+    inputs = family.batch([[text(3), family.image(), text(5, 2)]])
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with tokencomp.patch(model, 0.5, reducer="merge", proportional_attention=True):
+        with pytest.raises(OptionError, match="proportional attention"):
+            step(model, inputs)
+        model.eval()(**inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +127,10 @@ def test_accelerate_mixed_precision(first: str) -> None:
             handle = tokencomp.patch(prepared, 0.5)
         step(prepared, inputs)
         assert handle.stats.ratio == pytest.approx(0.5, abs=0.1)
-        tokencomp.patch(prepared, 0.75, reducer="prune")  # once more, on the prepared model
+        tokencomp.patch(prepared, 0.75, reducer="prune").remove()  # once more
+        prepared.forward = lambda *args, **kwargs: None
+        with pytest.raises(AlreadyCompressedError, match="forward replaced"):
+            tokencomp.patch(prepared, 0.5)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -142,9 +142,23 @@ def test_sixteen_bits_are_scaled(tmp_path, name):
     assert np.array_equal(np.asarray(media.to_rgb(old)), read)
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_numbers_of_unknown_range_are_refused(tmp_path, kind):
-    Image.fromarray(np.arange(256, dtype=kind).reshape(16, 16)).save(tmp_path / "wide.tif")
+def test_dark_pictures_of_many_bits(tmp_path):
+    """A dark picture of 16 bits stays dark; 32-bit numbers that fill 8 bits are those."""
+    dark = np.full((4, 4), 2 * 257, dtype=np.int32)
+    (tmp_path / "dark.pgm").write_bytes(b"P5 4 4 65535\n" + dark.astype(">u2").tobytes())
+    assert (np.asarray(media.load_media(tmp_path / "dark.pgm")) == 2).all()
+    (tmp_path / "black.pgm").write_bytes(b"P5 4 4 65535\n" + bytes(32))
+    assert not np.asarray(media.load_media(tmp_path / "black.pgm")).any()
+    Image.fromarray(np.full((4, 4), 63, dtype=np.int32)).save(tmp_path / "small.tif")
+    assert (np.asarray(media.load_media(tmp_path / "small.tif")) == 63).all()
+
+
+@pytest.mark.parametrize(
+    "values", [np.linspace(0, 1, 16, dtype=np.float32), np.arange(-8, 8), 9999 * np.arange(16)]
+)
+def test_numbers_of_unknown_range_are_refused(tmp_path, values):
+    kind = np.float32 if values.dtype == np.float32 else np.int32
+    Image.fromarray(values.astype(kind).reshape(4, 4)).save(tmp_path / "wide.tif")
     with pytest.raises(MediaError, match=r"wide\.tif: a picture of 32-bit numbers"):
         media.load_media(tmp_path / "wide.tif")
 

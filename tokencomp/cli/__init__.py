@@ -17,8 +17,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):  # what their encoding lacks must not end a command
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            with contextlib.suppress(ValueError):  # closed
+                stream.reconfigure(errors="replace")
     with one_message():
         # no list(...) here: the command module of that name is an attribute of this package
         build_app()(args=[*(sys.argv[1:] if argv is None else argv)], prog_name="tokencomp")

@@ -97,7 +97,7 @@ class Ccam(Reducer):
                 f"{path} projects {sizes.kv_dim} to {sizes.out_dim} dimensions, and the model's "
                 f"visual tokens have {hidden}. Train weights for this model: {TRAIN}"
             )
-        made = Ccam(str(path.resolve()))
+        made = Ccam(str(path.absolute()))
         object.__setattr__(made, "_found", made._files())
         place = next(p for p in model.parameters() if p.is_floating_point())
         device = torch.device("cpu") if place.is_meta else place.device  # offloaded: not known yet
@@ -118,7 +118,7 @@ class Ccam(Reducer):
             return self._found
         if self.weights is None:
             raise WeightsError(f"reducer='ccam' needs trained weights. Train them with `{TRAIN}`.")
-        path = Path(self.weights).resolve()
+        path = Path(self.weights).absolute()
         try:
             files = (path, path.with_suffix(".json"))
             return path, tuple(file.stat().st_mtime_ns for file in files)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.context import TOWER_ATTENTION, Attention, Reduction, Signal, VisualTokens
-from tokencomp.errors import OptionError
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
 from tokencomp.reducers.options import check_range
 from tokencomp.reducers.rows import (
@@ -69,7 +68,7 @@ class ConDiv(Reducer):
         Kept tokens become the mean of themselves and the dropped tokens nearest to them, of
         cosine at least this; None leaves kept tokens as they are.
     weights
-        Of the selector, as there; for signal "selector".
+        Of the selector, as there; other signals than "selector" leave them alone.
 
     Raises
     ------
@@ -84,7 +83,7 @@ class ConDiv(Reducer):
 
     power: float | Literal["auto"] = 1.0
     signal: str = "attention"
-    margin: float = 0.05
+    margin: float = 0.2
     centred: bool = False
     frames: str = "pooled"
     merge_rest: float | None = None
@@ -101,11 +100,6 @@ class ConDiv(Reducer):
         if self.power != "auto":
             check_range("condiv", "power", self.power, 0, 8)
         check_range("condiv", "margin", self.margin, 0, 8)
-        if self.weights is not None and self.signal != "selector":
-            raise OptionError(
-                f"condiv: weights={self.weights!r} with signal={self.signal!r}: weights are those "
-                "of the selector. Add signal='selector', or leave them out."
-            )
         if self.merge_rest is not None:
             check_range("condiv", "merge_rest", self.merge_rest, -1, 1)
         object.__setattr__(self, "serving_safe", not self.needs)

@@ -127,7 +127,7 @@ def load_selector(
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path} does not exist. Train a selector: {TRAIN}")
-    net, card = _load(path.resolve(), path.stat().st_mtime_ns)
+    net, card = _load(path.absolute(), path.stat().st_mtime_ns)
     return _on(net, torch.device(device)), card
 
 
@@ -168,7 +168,7 @@ class Selector(Reducer):
     def for_model(self, model: nn.Module) -> Selector:
         from tokencomp.weights import check_card, locate
 
-        path = locate(self.weights, model, "selector", TRAIN).resolve()
+        path = locate(self.weights, model, "selector", TRAIN).absolute()
         net, card = load_selector(path)
         check_card(card, model, path, TRAIN)
         return Bound(str(path), net)

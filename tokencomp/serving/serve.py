@@ -110,12 +110,16 @@ def run_vllm(
 
 def check_port(bind: Bind) -> None:
     """Raise `OptionError` before a model is loaded if nothing can listen at `bind`."""
+    kind, passive = socket.SOCK_STREAM, socket.AI_PASSIVE
     try:
-        family = socket.getaddrinfo(bind.host, bind.port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as one:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            one.bind((bind.host, bind.port))
-    except OSError as error:
+        found = socket.getaddrinfo(bind.host or None, bind.port, type=kind, flags=passive)
+        for family, _, _, _, address in found:
+            with socket.socket(family, kind) as one:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                one.bind(address)
+    except (OSError, UnicodeError) as error:
         raise OptionError(
             f"cannot listen at {bind.host}:{bind.port}: {error}. Give another --host or --port."
         ) from error

@@ -148,7 +148,7 @@ class ServerOptions:
         return Spec(check_servable(reducer) if engine == "vllm" else reducer, ratio)
 
     def _reducer(self, values: Mapping[str, Any]) -> Reducer:
-        options = as_mapping(values.get("options"), None)
+        given = options = as_mapping(values.get("options"), None)
         name = values.get("reducer")
         old = self.default.reducer
         if name in (None, "auto"):
@@ -166,7 +166,7 @@ class ServerOptions:
         except UnknownNameError as error:
             raise OptionError(str(error)) from None
         except (TypeError, ValueError, OverflowError) as error:
-            raise OptionError(f"reducer {name!r}, options {options}: {error}") from None
+            raise OptionError(f"reducer {name!r}, options {given}: {error}") from None
 
 
 def as_mapping(given: Any, allowed: tuple[str, ...] | None) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _decode_image(content: bytes, limits: Limits, count: int = 1) -> Image.Image
     try:
         image: Any = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
         _check_size(image.width, image.height, limits, count)
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image), image.format)
     except RequestError:
         raise
     except MediaError as error:
