@@ -160,7 +160,8 @@ give so few (achieved ratio: images / videos). FLOPs: the decoder's prefill, the
 not counted. How the default (bold) was chosen, on the validation split: [CHOICE.md](CHOICE.md).
 
 The default against the baselines with 300 questions of every learned family:
-[families](families/README.md). What training and more frames do: [ADSC](adsc.md),
+[families](families/README.md), and with 1500 about numbers, of models that have not learned to
+count: [counting](counting/README.md). What training and more frames do: [ADSC](adsc.md),
 [selector](selector.md), [ccam](ccam.md), videos longer than trained with
 [M-RoPE](long_video-tiny-qwen2-vl.md) and [1-D positions](long_video-tiny-llava-onevision.md)."""
 
