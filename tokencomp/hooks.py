@@ -24,18 +24,11 @@ from tokencomp import _compat
 from tokencomp.adapters.base import Adapter, Call
 from tokencomp.cache import CompressedLayer, check_cache, compress_layer
 from tokencomp.context_window import check_window
-from tokencomp.errors import (
-    AlreadyCompressedError,
-    AttentionOutputError,
-    CopyError,
-    NoVisualInputError,
-    OptionError,
-    TokenCompError,
-    UnsupportedCacheError,
-)
+from tokencomp.errors import CopyError, NoVisualInputError, TokenCompError
 from tokencomp.plan import Plan
 from tokencomp.proportional import ProportionalAttention
 from tokencomp.ragged import Frame, restore
+from tokencomp.refusals import check_prefill
 from tokencomp.run import Run, Segment, build_segments, check_padding
 from tokencomp.stats import Stats, tell_missed
 from tokencomp.tower import TowerProbe, check_signals
@@ -222,24 +215,8 @@ class Hooks:
         """The run of a prefill with visual tokens, and its positions."""
         x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         check_cache(cache)
-        if x.shape[:2] != kinds.shape:
-            raise AlreadyCompressedError(
-                f"the decoder got {tuple(x.shape[:2])} tokens for a prompt of "
-                f"{tuple(kinds.shape)}: something else already shortened it. Undo the other "
-                "method before patch()."
-            )
-        if isinstance(mask, dict) or (mask is not None and mask.ndim != 2):
-            raise UnsupportedCacheError(
-                "the attention mask was prepared before the decoder (static cache, or a custom "
-                "4-D mask). Use the default DynamicCache and a 2-D attention_mask."
-            )
-        if self.plan.layer_stages and self._wants_attentions(kwargs):
-            raise AttentionOutputError(
-                "output_attentions=True with tokens dropped between layers: attention maps would "
-                "differ in size. Use an entry reducer, or handle.disabled()."
-            )
-        if _compat.recomputed(self.adapter.layers[0]):
-            self._check_recomputation()
+        layered, proportional = bool(self.plan.layer_stages), self.proportional is not None
+        check_prefill(self.adapter, kwargs, kinds, layered, proportional)
         lengths = check_padding(mask, kinds.shape)
         positions = self._positions(kwargs, cache)
         rows = positions.cpu() if self.adapter.mrope else None
@@ -250,21 +227,6 @@ class Hooks:
         )
         run.segments = build_segments(run, cache, mask)
         return run, positions
-
-    def _check_recomputation(self) -> None:
-        """Refuse what a checkpointed layer would compute in another way in the backward pass."""
-        fix = "or model.gradient_checkpointing_disable()."
-        if self.plan.layer_stages and _compat.recomputes_hooks():
-            raise OptionError(
-                "gradient checkpointing with tokens dropped between layers: this transformers "
-                "release would drop them again in the backward pass. Use transformers >= 5.23, an "
-                f"entry reducer, {fix}"
-            )
-        if self.proportional is not None:
-            raise OptionError(
-                "gradient checkpointing with proportional attention: token sizes are gone in the "
-                f"backward pass. Use patch(..., proportional_attention=False), {fix}"
-            )
 
     def _compress(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
         """Prefill with visual tokens: plan, reduce at entry, positions, masks."""
@@ -286,14 +248,6 @@ class Hooks:
         kwargs["attention_mask"] = first.padding_mask(valid, x.shape[0], x.device)
         _compat.set_cache_position(kwargs, first.logical, x.shape[1])
         self._local.run = run
-
-    def _wants_attentions(self, kwargs: dict[str, Any]) -> bool:
-        """Whether this call returns attention maps, by its arguments or else by the config."""
-        asked = kwargs.get("output_attentions")
-        configs = (self.adapter.top.config, self.adapter.text_config)
-        if asked is None:
-            return any(getattr(config, "output_attentions", False) for config in configs)
-        return bool(asked)
 
     def _go_on(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
         """Later tokens on a compressed cache: masks only, and for one unpadded token none."""
