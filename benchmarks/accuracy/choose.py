@@ -126,32 +126,40 @@ def preference(row: dict[str, Any]) -> tuple[float, bool, float]:
     return row["spare"], (row["reducer"], row["options"]) == BEFORE, row["score"]
 
 
-def missing(folder: Path) -> list[Setting]:
+def missing(folder: Path, candidates: list[Candidate]) -> list[Setting]:
     """The full model, by whose answers the model is known again, and what was not asked yet."""
     there = (folder / "validation.json").exists()
     known = Results.read(folder, "validation").settings if there else {}
-    wanted = [s for c in CANDIDATES for s in settings(c) if s.label not in known]
+    wanted = [s for c in candidates for s in settings(c) if s.label not in known]
     return [Setting(), *wanted] if wanted else []
 
 
-def main() -> None:
+def asked(
+    doc: str, candidates: list[Candidate], per_family: int, families: tuple[str, ...], out: Path
+) -> Path:
+    """Ask every model what the command line says; the folder of the answers."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=available_models())
-    parser.add_argument("--per-family", type=int, default=40)
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(ASKED))
+    parser.add_argument("--per-family", type=int, default=per_family)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(families))
     parser.add_argument("--batch", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--report", action="store_true", help="only rebuild the choice")
+    parser.add_argument("--report", action="store_true", help="only rebuild the page")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for name in () if args.report else args.models:
-        wanted = missing(args.out / name)
+        wanted = missing(args.out / name, candidates)
         if wanted:
             answer_all(name, "validation", wanted, args)
-    chosen = write_choice(read_all(args.out, "validation"), home(args.out))
+    return Path(args.out)
+
+
+def main() -> None:
+    folder = asked(str(__doc__), CANDIDATES, 40, ASKED, RESULTS)
+    chosen = write_choice(read_all(folder, "validation"), home(folder))
     print(f"chosen: {title((chosen['reducer'], chosen['options']))}")
 
 

@@ -6,21 +6,19 @@ python benchmarks/accuracy/margin.py --report   # from results that are there
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from choose import preference
+from choose import asked, preference
 from ranking import Candidate, answered, rank, settings
 from report import made_by, read_all
 from results import RESULTS, Results
-from run import RATIOS, answer_all
+from run import RATIOS
 from tables import table
 
 from tokencomp.cli import one_message
-from tokencomp.evaluation.settings import FULL, Setting
+from tokencomp.evaluation.settings import FULL
 from tokencomp.weights import replace_file
 from tokencomp.zoo import available_models
 
@@ -28,7 +26,6 @@ HERE = Path(__file__).parent
 FOLDER = HERE / "margin"
 MARGINS = (0.0, 0.05, 0.1, 0.2)
 FAMILIES = ("attribute", "existence", "count", "small_object")
-PER_FAMILY = 400
 
 RULE = """choose.py has 40 questions per family, which cannot tell margins apart. Here are 400 of
 every image family, and its rule: of the margins tied with the best on the learned families, the one
@@ -90,33 +87,12 @@ def model_part(one: Results) -> str:
     return "\n\n".join([f"## {one.manifest['model']}", told, table(head, rows), made_by(one)])
 
 
-def missing(folder: Path) -> list[Setting]:
-    """The full model, by whose answers the model is known again, and what was not asked yet."""
-    there = (folder / "validation.json").exists()
-    known = Results.read(folder, "validation").settings if there else {}
-    wanted = [s for c in CANDIDATES for s in settings(c) if s.label not in known]
-    return [Setting(), *wanted] if wanted else []
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=available_models())
-    parser.add_argument("--per-family", type=int, default=PER_FAMILY)
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES))
-    parser.add_argument("--batch", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--report", action="store_true", help="only rebuild the page")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    for name in () if args.report else args.models:
-        wanted = missing(args.out / name)
-        if wanted:
-            answer_all(name, "validation", wanted, args)
-    results = read(args.out)
+    folder = asked(str(__doc__), CANDIDATES, 400, FAMILIES, FOLDER)
+    results = read(folder)
     if {*available_models()} == {one.manifest["model"] for one in results}:
         text = page(results)
-        replace_file(args.out.with_suffix(".md"), lambda part: part.write_text(text))
+        replace_file(folder.with_suffix(".md"), lambda part: part.write_text(text))
         print(f"chosen: {chosen(results):g}")
 
 

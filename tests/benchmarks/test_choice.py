@@ -43,7 +43,7 @@ def test_choice(accuracy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     page = (tmp_path / "CHOICE.md").read_text()
     assert chosen["reducer"] == "condiv" and "**condiv**" in page
     assert "Not asked yet: divprune" in page and page.count("`by hand`") == 2
-    missing = [s.label for s in choose.missing(tmp_path / "a")]
+    missing = [s.label for s in choose.missing(tmp_path / "a", choose.CANDIDATES)]
     assert missing == ["full", *(f"divprune-{r:g}" for r in accuracy.run.RATIOS)]
 
 
@@ -98,9 +98,10 @@ def test_the_margin_by_the_same_rule(accuracy, tmp_path: Path, monkeypatch: Any)
     results = margin.read(tmp_path)
     assert margin.chosen(results) == 0.2  # as 0.05, and the default before
     assert "| **0.2** | 99.11% |" in margin.page(results)
-    assert margin.missing(folder) == []
-    monkeypatch.setattr(margin, "CANDIDATES", [*margin.CANDIDATES, margin.candidate(0.3)])
-    assert [one.ratio for one in margin.missing(folder)] == [0, *accuracy.run.RATIOS]
+    more, missing = [*margin.CANDIDATES, margin.candidate(0.3)], accuracy.choose.missing
+    assert missing(folder, margin.CANDIDATES) == []
+    assert [one.ratio for one in missing(folder, more)] == [0, *accuracy.run.RATIOS]
+    monkeypatch.setattr(margin, "CANDIDATES", more)
     assert margin.read(tmp_path) == []
 
 
