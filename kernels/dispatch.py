@@ -131,9 +131,15 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Compute in the dtypes of the operands, also inside ``torch.autocast``."""
+    if autocasts(tensor):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return nullcontext()
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether ``torch.autocast`` is on for the tensor's device."""
     device = tensor.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def checks_enabled(tensor: Tensor) -> bool:

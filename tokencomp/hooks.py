@@ -10,17 +10,15 @@ attention scores for the layer stage that follows
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tokencomp import _compat
+from tokencomp import _compat, chunking
 from tokencomp.adapters.base import Adapter, Call
 from tokencomp.cache import CompressedLayer, check_cache, compress_layer
 from tokencomp.context_window import check_window
@@ -93,10 +91,7 @@ class Hooks:
             self._install_layers()
         if self.proportional is not None:
             self.proportional.install()
-        if hasattr(a.top, "_prefill"):
-            a.top.__dict__["_prefill"] = functools.partial(
-                _one_pass_prefill, a.carries_features, a.top
-            )
+        chunking.install(a.top, a.carries_features)
         a.install()
 
     def _install_scores(self) -> None:
@@ -130,7 +125,7 @@ class Hooks:
             self._tower = None
         if self.proportional is not None:
             self.proportional.remove()
-        self.adapter.top.__dict__.pop("_prefill", None)
+        chunking.remove(self.adapter.top)
         self.adapter.uninstall()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -382,25 +377,3 @@ class Hooks:
 
 def _length(cache: Any) -> int:
     return int(cache.get_seq_length()) if cache is not None else 0
-
-
-def _one_pass_prefill(
-    carries_features: Callable[[dict[str, Any]], bool],
-    model: Any,
-    input_ids: Any,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Replaces `model._prefill` while patched: prompts with visual input go in one pass.
-
-    With `prefill_chunk_size` a chunk boundary could cut a span, and the question that some
-    reducers look at comes last; the compressed prompt is what chunking was meant to make small.
-    Text-only prompts stay chunked.
-    """
-    chunked = getattr(generation_config, "prefill_chunk_size", None) is not None
-    if chunked and carries_features(model_kwargs):
-        generation_config = copy.copy(generation_config)
-        generation_config.prefill_chunk_size = None
-    return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)

@@ -106,9 +106,11 @@ class LlavaNextAdapter(TileAdapter):
 
 def _packed(newline: Tensor) -> Tensor:
     """The line break in the dtype of the features it is packed with: autocast rounds both."""
-    device = newline.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return newline.to(torch.get_autocast_dtype(device)) if on else newline
+    from tokencomp.kernels.dispatch import autocasts
+
+    return (
+        newline.to(torch.get_autocast_dtype(newline.device.type)) if autocasts(newline) else newline
+    )
 
 
 @register_adapter

@@ -270,12 +270,13 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         caches = {"cache": cache, "past_key_values": past_key_values}
         kwargs.update({name: value for name, value in caches.items() if value is not None})
-        media = dict(zip(MEDIA, (pixel_values, pixel_values_videos, video_frames), strict=True))
-        if inputs_embeds is not None and any(value is not None for value in media.values()):
-            told = ", ".join(name for name, value in media.items() if value is not None)
+        media = zip(MEDIA, (pixel_values, pixel_values_videos, video_frames), strict=True)
+        given = [name for name, value in media if value is not None]
+        if inputs_embeds is not None and given:
             raise SpanError(
-                f"inputs_embeds together with {told}: ready-made embeddings have their features "
-                "already. Pass input_ids with them, or the result of `embed(input_ids, ...)` alone."
+                f"inputs_embeds together with {', '.join(given)}: ready-made embeddings have their "
+                "features already. Pass input_ids with them, or the result of "
+                "`embed(input_ids, ...)` alone."
             )
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self.embed(input_ids, pixel_values, pixel_values_videos, video_frames)
