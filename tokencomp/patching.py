@@ -125,7 +125,7 @@ def patch(
     Handle
         Undo with `handle.remove()`, `tokencomp.unpatch(model)`, or by leaving a `with` block.
         Patching a patched model replaces the earlier patch; if the new one is refused, the
-        earlier stays.
+        earlier stays. Leaving a `with` block brings back the patch that it replaced.
 
     Notes
     -----
@@ -171,8 +171,10 @@ def patch(
     if extend_context is not False:
         target = 4 * VISUAL_WINDOW if extend_context is True else extend_context
         context = extend_visual_context(base, target)
-    _remove(base)  # last: what is refused above leaves the earlier patch in force
-    return Handle(hooks, request, context)
+    earlier = base.__dict__.get(ATTRIBUTE)
+    if earlier is not None:  # last: what is refused above leaves the earlier patch in force
+        earlier._make_way()
+    return Handle(hooks, request, context, earlier)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -187,14 +189,10 @@ def unpatch(model: nn.Module) -> None:
         return
     if not isinstance(base, nn.Module):
         raise OptionError(f"unpatch({model!r}): expected a model, or the handle of its patch.")
-    _remove(base)
-    restore_visual_context(base)
-
-
-def _remove(base: nn.Module) -> None:
     handle = base.__dict__.get(ATTRIBUTE)
     if handle is not None:
         handle.remove()
+    restore_visual_context(base)
 
 
 class Handle:
@@ -205,27 +203,54 @@ class Handle:
         hooks: Hooks,
         request: Request,
         context: VisualContext | None = None,
+        earlier: Handle | None = None,
     ) -> None:
         self._hooks, self._request, self._context = hooks, request, context
-        self._active = True
-        hooks.adapter.model.__dict__[ATTRIBUTE] = self
-        self._install()
+        self._earlier = earlier  # what to bring back on leaving a block
+        self._active = self._entered = False
+        self._start()
 
     def __enter__(self) -> Handle:
         self._check_active()
+        self._entered = True
         return self
 
     def __exit__(self, *exc: object) -> None:
+        earlier = self._earlier if self._active else None
         self.remove()
+        if earlier is not None and earlier._replaced:
+            earlier._resume()
 
     def remove(self) -> None:
         """Restore the model, see `unpatch`. Safe to call twice."""
+        self._stop()
+        self._replaced, self._earlier = False, None
+
+    def _stop(self) -> None:
         if self._active:
             self._active = False
             self._hooks.remove()
             if self._context is not None:
                 self._context.remove()
             del self._hooks.adapter.model.__dict__[ATTRIBUTE]
+
+    def _make_way(self) -> None:
+        """Stop, until the later patch's `with` block ends."""
+        self._stop()
+        self._replaced = True
+        if not self._entered:  # else a chain of patches would keep all of them alive
+            self._earlier = None
+
+    def _resume(self) -> None:
+        model, context = self._hooks.adapter.model, self._context
+        if context is not None:
+            self._context = extend_visual_context(model, context.target_tokens)
+        self._start()
+
+    def _start(self) -> None:
+        self._active, self._replaced = True, False
+        self._hooks.adapter.model.__dict__[ATTRIBUTE] = self
+        self._install()
 
     def _install(self) -> None:
         try:

@@ -22,7 +22,7 @@ from tokencomp.context import (
     VisualSpan,
     VisualTokens,
 )
-from tokencomp.errors import PaddingError, PlanError
+from tokencomp.errors import PaddingError
 from tokencomp.plan import Plan, Stage
 from tokencomp.probes import entry_scores, layer_scores
 from tokencomp.ragged import Frame, LiveSpan, compact, full_frame, take, write_merged
@@ -226,14 +226,7 @@ class Run:
                     continue
                 tokens = self._tokens(x, b, live, None if scores is None else scores[b][j], query)
                 self._add_tower(tokens, stage, b, j)
-                name = stage.reducer.name or type(stage.reducer).__name__
-                reduction = stage.reducer.reduce(tokens, keep)
-                if not isinstance(reduction, Reduction):
-                    raise PlanError(
-                        f"reducer {name!r} returned a {type(reduction).__name__}. "
-                        "`reduce(tokens, keep)` must return a tokencomp.Reduction."
-                    )
-                reduced.append(reduction.check(tokens, keep, name))
+                reduced.append(stage.reducer.reduced(tokens, keep))
             reductions.append(reduced)
         return reductions
 

@@ -44,6 +44,11 @@ def plot(results: Results, kind: str) -> str:
     return lines(chosen, x="ratio removed", y=f"accuracy kept, {kind}", reference=1.0)
 
 
+def plotted(results: Results) -> list[str]:
+    """Kinds with a learned family: plots show what is kept of those."""
+    return [kind for kind in results.kinds if results.of(kind, results.learned)]
+
+
 def bars(results: Results, default: str) -> list[str]:
     """The bars of the default reducer, met or not."""
     told = []
@@ -75,7 +80,7 @@ def against_baselines_by_family(results: Results, default: str) -> list[str]:
     """How often a baseline got more right, and whether the default then lost anything itself."""
     told, every = [], compare_families(results, default)
     for learned, title in ((True, "learned families"), (False, "families not learned")):
-        mine = [one for one in every if (one.family in results.learned) is learned]
+        mine = [one for one in every if one.learned is learned]
         lost = [one for one in mine if one.lost]
         if not mine:
             continue
@@ -132,14 +137,14 @@ def section(results: Results, default: str, pictures: str) -> str:
         families_told(results),
         "Bars for the default:",
         "\n".join(bars(results, default)),
-        *(f"![{model}, {kind}]({pictures}/{model}-{kind}.svg)" for kind in results.kinds),
+        *(f"![{model}, {kind}]({pictures}/{model}-{kind}.svg)" for kind in plotted(results)),
     ]
     for ratio in results.ratios:
         parts += [f"### {model}, ratio {ratio:g}", ratio_table(results, ratio, default)]
     losses = [one for one in compare_families(results, default) if one.lost]
     if losses:
         title = f"### {model}, families where a baseline got more right than the default"
-        parts += [title, loss_table(results, losses)]
+        parts += [title, loss_table(losses)]
     shown = [FULL, *(f"{default}-{r:g}" for r in results.ratios), *(f"{b}-0.9" for b in BASELINES)]
     labels = [label for label in shown if label in results.settings]
     parts += [f"### {model}, accuracy per question family", family_table(results, labels)]
@@ -159,9 +164,8 @@ model on smaller pictures or fewer frames that give as many tokens; – where th
 give so few (achieved ratio: images / videos). FLOPs: the decoder's prefill, the reducer's own work
 not counted. How the default (bold) was chosen, on the validation split: [CHOICE.md](CHOICE.md).
 
-The default against the baselines with 300 questions of every learned family:
-[families](families/README.md), and with 1500 about numbers, of models that have not learned to
-count: [counting](counting/README.md). What training and more frames do: [ADSC](adsc.md),
+The default against the baselines on every family, with 300 to 1500 questions of each:
+[baselines](baselines.md). What training and more frames do: [ADSC](adsc.md),
 [selector](selector.md), [ccam](ccam.md), videos longer than trained with
 [M-RoPE](long_video-tiny-qwen2-vl.md) and [1-D positions](long_video-tiny-llava-onevision.md)."""
 
@@ -183,17 +187,21 @@ def head(results: Path) -> str:
     return HEAD.replace("](", f"]({here}/")
 
 
+def text(results: Path) -> str:
+    """The page on every model with test results."""
+    where = os.path.relpath(results, home(results))
+    sections = [section(found, DEFAULT_REDUCER, where) for found in read_all(results)]
+    return "\n\n".join([head(results), *sections]) + "\n"
+
+
 def write_report(results: Path) -> Path:
-    """The page and its plots from every model with test results."""
-    page = home(results) / "README.md"
-    sections = []
+    """The page and its plots."""
     for found in read_all(results):
-        for kind in found.kinds:
+        for kind in plotted(found):
             file = results / f"{found.manifest['model']}-{kind}.svg"
             file.write_text(plot(found, kind))
-        where = os.path.relpath(results, page.parent)
-        sections.append(section(found, DEFAULT_REDUCER, where))
-    page.write_text("\n\n".join([head(results), *sections]) + "\n")
+    page = home(results) / "README.md"
+    page.write_text(text(results))
     return page
 
 

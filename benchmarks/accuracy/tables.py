@@ -100,6 +100,7 @@ class Comparison:
     """The default and a baseline at the same ratio, on one family."""
 
     family: str
+    learned: bool
     ratio: float
     base: str
     default: float
@@ -129,16 +130,17 @@ def compare_families(results: Results, default: str) -> list[Comparison]:
         if reaches(results, labels[1], kind_of(family)):
             test = mcnemar(*(results.scores(k, families=[family]) for k in labels))
             mine, other, full = (results.accuracy(k, family) for k in (*labels, FULL))
-            found.append(Comparison(family, ratio, base, mine, other, full, test))
+            known = family in results.learned
+            found.append(Comparison(family, known, ratio, base, mine, other, full, test))
     return found
 
 
-def loss_table(results: Results, losses: Sequence[Comparison]) -> str:
+def loss_table(losses: Sequence[Comparison]) -> str:
     head = ["family", "learned", "ratio", "baseline", "full", "default", "baseline's"]
     rows = [
         [
             one.family,
-            "yes" if one.family in results.learned else "no",
+            "yes" if one.learned else "no",
             f"{one.ratio:g}",
             one.base,
             *(f"{a:.0%}" for a in (one.full, one.default, one.baseline)),

@@ -98,6 +98,53 @@ def test_context_manager_disabled_and_set(family: Family) -> None:
         handle.set(ratio=0.1)
 
 
+def test_a_block_brings_back_what_it_replaced(family: Family) -> None:
+    model, inputs = family.build(), prompt(family)
+
+    def logits() -> torch.Tensor:
+        return model(**inputs).logits
+
+    plain = logits()
+    clean = hooks_of(model)
+    with tokencomp.patch(model, 0.5, reducer="uniform", extend_context=1 << 16) as outer:
+        half, hooked = logits(), hooks_of(model)
+        with tokencomp.patch(model, 0.9, reducer="random"):
+            most = logits()
+            with (
+                pytest.raises(ZeroDivisionError),
+                tokencomp.patch(model, 0.75, reducer="uniform"),
+            ):
+                with pytest.raises(tokencomp.TokenCompError, match="replaced"):
+                    outer.set(ratio=0.1)
+                raise ZeroDivisionError
+            assert torch.equal(logits(), most)
+            assert not torch.equal(most, half)
+        assert hooks_of(model) == hooked
+        assert torch.equal(logits(), half)
+        outer.set(ratio=0.3)
+    assert hooks_of(model) == clean
+    assert torch.equal(logits(), plain)
+
+
+@pytest.mark.parametrize("how", ["outer", "inner", "model"])
+def test_a_block_brings_back_nothing_that_was_removed(how: str) -> None:
+    model = FAMILIES["qwen2_vl"].build()
+    clean = hooks_of(model)
+    with tokencomp.patch(model, 0.5) as outer:
+        with tokencomp.patch(model, 0.9) as inner:
+            tokencomp.unpatch({"outer": outer, "inner": inner, "model": model}[how])
+            assert (hooks_of(model) == clean) is (how != "outer")
+        assert hooks_of(model) == clean
+    assert hooks_of(model) == clean
+
+
+def test_replaced_patches_are_let_go() -> None:
+    model = FAMILIES["qwen2_vl"].build()
+    handles = [weakref.ref(tokencomp.patch(model, 0.5)) for _ in range(5)]
+    gc.collect()
+    assert [ref() is None for ref in handles] == [True] * 3 + [False] * 2
+
+
 def test_stats_are_of_the_last_prompt(family: Family) -> None:
     """Also at ratio 0, where nothing is done; none after a prompt that brings no media."""
     model, inputs = family.build(), prompt(family)

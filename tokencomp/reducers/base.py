@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.context import Grid, Reduction, Signal, VisualSpan, VisualTokens
-from tokencomp.errors import OptionError, ScoreError, unknown_name
+from tokencomp.errors import OptionError, PlanError, ScoreError, unknown_name
 from tokencomp.plan import Plan, Stage, check_ratio, count, kept_count
 from tokencomp.reducers.options import check_types
 
@@ -87,6 +87,17 @@ class Reducer:
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         """Choose (and possibly rewrite) exactly `keep` of the tokens of one span."""
         raise OptionError(f"reducer {self.name!r} is a preset: it has a plan but no own step.")
+
+    def reduced(self, tokens: VisualTokens, keep: int) -> Reduction:
+        """`reduce`, and a look at what it returned (see `Reduction.check`)."""
+        name = self.name or type(self).__name__
+        reduction = self.reduce(tokens, keep)
+        if not isinstance(reduction, Reduction):
+            raise PlanError(
+                f"reducer {name!r} returned a {type(reduction).__name__}. "
+                "`reduce(tokens, keep)` must return a tokencomp.Reduction."
+            )
+        return reduction.check(tokens, keep, name)
 
     def options(self) -> dict[str, Any]:
         """The options of this object, ready for JSON."""

@@ -160,7 +160,7 @@ def _reduce_span(
         return features, torch.arange(keep, device=features.device)
     special = layout.special_mask(features.device)
     tokens = VisualTokens(features, layout.grid, special, kind=kind)
-    result = reducer.reduce(tokens, keep).check(tokens, keep, reducer.name)
+    result = reducer.reduced(tokens, keep)
     rows = features[result.keep] if result.merged is None else result.merged.to(features)
     return rows, result.keep
 
