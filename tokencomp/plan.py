@@ -78,8 +78,8 @@ class Stage:
     Raises
     ------
     PlanError
-        A layer or fraction of another type, no `Reducer`, or one without a step of its own (a
-        preset or a composition).
+        A layer or fraction of another type; no `Reducer`, one without a step of its own (a preset
+        or a composition), or between layers one that was trained for the entry.
     """
 
     layer: int
@@ -102,6 +102,11 @@ class Stage:
             raise PlanError(
                 f"stage: reducer {self.reducer.name!r} only plans the steps of others. Give it to "
                 "patch(reducer=...), or use the stages that its plan(ratio, num_layers) makes."
+            )
+        if self.layer > 0 and self.reducer.entry_only:
+            raise PlanError(
+                f"stage at layer {self.layer}: reducer {self.reducer.name!r} was trained on what "
+                "stands before the first layer. Move the stage to layer 0, or take another reducer."
             )
 
 

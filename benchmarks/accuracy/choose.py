@@ -55,10 +55,12 @@ CANDIDATES: list[Candidate] = [
     ("condiv", {"power": 0.5, "margin": 0.1, "signal": "novelty"}),
     ("condiv", {"power": 1.0, "margin": 0.1, "signal": "vit_attention"}),
     ("cdpruner", {"relevance": "attention"}),
+    ("cdpruner", {}),
     ("divprune", {}),
     ("merge", {}),
     ("aim", {}),
     ("prune", {}),
+    *(("pool", options) for options in ({}, {"stride": 1.0}, {"stride": None})),
     ("random", {}),
     ("uniform", {}),
 ]
@@ -148,6 +150,7 @@ def asked(
     parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", action="store_true", help="only rebuild the page")
+    parser.set_defaults(start=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for name in () if args.report else args.models:

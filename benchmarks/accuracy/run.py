@@ -40,7 +40,10 @@ RATIOS = (0.5, 0.75, 0.9, 0.95)
 BASELINES = ("random", "uniform", DOWNSCALE)
 TOWERS = ("visual", "vision_tower", "vision_model")
 LEFT_OUT = ("oracle", "ccam")  # one needs the answer, one always gives as many tokens
-VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {"cdpruner": ({}, {"relevance": "attention"})}
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "cdpruner": ({}, {"relevance": "attention"}),
+    "pool": ({}, {"stride": 1.0}),
+}
 
 
 def usable(model: Any, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
@@ -112,7 +115,7 @@ def answer_all(name: str, split: str, wanted: list[Setting], args: argparse.Name
         The results there are of other items, or of another model.
     """
     folder, where = args.out / name, args.out / "runs" / name / split
-    asked = list(items(split, args.per_family, tuple(args.families)))
+    asked = list(items(split, args.per_family, tuple(args.families), args.start))
     check_items(folder, split, (item.id for item in asked))
     examples = shapesqa(asked, args.out / "media" / split)
     model, processor = load(name)
@@ -138,6 +141,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--per-family", type=int, default=60)
+    parser.add_argument("--start", type=int, default=0, help="questions of a family to pass over")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -175,7 +175,11 @@ def _op(
 def _over_heads(out: Tensor, heads: str) -> Tensor:
     if heads == "mean":
         return out.mean(1)
-    return out.square().mean(1).sqrt() if heads == "rms" else out
+    if heads == "none":
+        return out
+    # Squares of what a sharp softmax leaves would underflow, and all of it be equal.
+    most = out.amax(1).clamp(min=torch.finfo(out.dtype).tiny)
+    return (out / most[:, None]).square().mean(1).sqrt() * most
 
 
 @_op.register_fake

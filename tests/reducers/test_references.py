@@ -217,7 +217,7 @@ def test_cdpruner(grid: tuple[int, int, int], relevance: str) -> None:
     n = len(x)
     if relevance == "query":
         question = given.query.double().tolist()
-        r = [sum(cosine(row, q) for q in question) / len(question) for row in x]
+        r = [-sum(cosine(row, q) for q in question) / len(question) for row in x]
     else:
         r = given.scores.tolist() if relevance == "attention" else [1.0] * n
     low, high = min(r), max(r)

@@ -22,6 +22,7 @@ from tokencomp.evaluation.environment import environment
 from tokencomp.evaluation.examples import Example
 from tokencomp.evaluation.records import RunFolder, read_records
 from tokencomp.evaluation.settings import FULL, Setting
+from tokencomp.evaluation.subsets import per_question
 from tokencomp.profiling.flops import DecoderShape
 from tokencomp.weights import weights_hash
 
@@ -268,7 +269,7 @@ class _Sweep:
     ) -> list[dict[str, Any]]:
         torch.manual_seed(self.how["seed"])
         start = time.perf_counter()
-        with patched(self.model, setting) as handle:
+        with patched(self.model, setting, rows[0][0].id) as handle:
             told = generate(self.model, self.processor, inputs, self.how["max_new_tokens"])
             elapsed = time.perf_counter() - start
             self.seconds[setting] += elapsed
@@ -346,12 +347,16 @@ class _Sweep:
 
 
 @contextlib.contextmanager
-def patched(model: Any, setting: Setting) -> Iterator[Any]:
-    """The model under a setting: a `Handle`, or None where the model itself is left alone."""
+def patched(model: Any, setting: Setting, key: str | None = None) -> Iterator[Any]:
+    """The model under a setting: a `Handle`, or None where the model itself is left alone.
+
+    With `key`, the name of the questions asked, `random` gives each of them a subset of its own.
+    """
     if not setting.compresses:
         yield None
         return
-    with tokencomp.patch(model, **setting.request) as handle:
+    request = setting.request if key is None else per_question(setting.request, key)
+    with tokencomp.patch(model, **request) as handle:
         yield handle
 
 

@@ -12,6 +12,7 @@ from tokencomp.plan import Plan, check_ratio
 
 FULL = "full"
 PLAN = "plan"
+RANDOM = "random"
 PROPORTIONAL = "proportional_attention"
 DOWNSCALE = "downscale"
 FEWER_FRAMES = "fewer_frames"
@@ -92,7 +93,8 @@ class Setting:
             return ""
         options = {k: v for k, v in self.options.items() if k != PROPORTIONAL}
         name = DEFAULT_REDUCER if self.reducer == "auto" else self.reducer
-        return repr(make_reducer(name, **options))
+        made = repr(make_reducer(name, **options))
+        return f"{made}, a subset per question" if name == RANDOM else made
 
     @property
     def input_baseline(self) -> bool:

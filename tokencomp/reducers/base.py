@@ -45,6 +45,8 @@ class Reducer:
         True if it compares places of a whole grid: no earlier stage may have dropped tokens.
     own_count
         True if it leaves a number of tokens of its own, whatever the ratio.
+    entry_only
+        True if its weights were trained on what stands before layer 0.
     """
 
     name: ClassVar[str] = ""
@@ -54,6 +56,7 @@ class Reducer:
     merges: ClassVar[bool] = False
     whole_spans: ClassVar[bool] = False
     own_count: ClassVar[bool] = False
+    entry_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_types(self.name or type(self).__name__, self)

@@ -78,6 +78,7 @@ class Ccam(Reducer):
     summary = "trained projector: always as many tokens, however many frames (2408.14023)"
     whole_spans = True
     own_count = True
+    entry_only = True
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, PathLike):  # text, so that options are ready for JSON

@@ -28,9 +28,10 @@ class CDPruner(Reducer):
     Attributes
     ----------
     relevance
-        "query": cosine of a token with the embeddings of the text after the span, mean over the
-        text; the authors take CLIP's two encoders where the model has them, and the decoder's
-        embeddings otherwise, as here. "attention": layer 0's attention of that text (ours).
+        "query": minus the cosine of a token with the embeddings of the text after the span, mean
+        over the text. The paper's formula has no minus, its code as found in public projects has.
+        The authors take CLIP's two encoders where the model has them, and the decoder's embeddings
+        otherwise, as here. "attention": layer 0's attention of that text (ours).
         "none": an unconditional DPP, question-agnostic.
 
     Notes
@@ -72,7 +73,7 @@ class CDPruner(Reducer):
                 "the question after the image, or use relevance='none'."
             )
         else:
-            r = normalize(x, dim=1) @ normalize(tokens.query.float(), dim=1).mean(0)
+            r = -normalize(x, dim=1) @ normalize(tokens.query.float(), dim=1).mean(0)
         return (r - r.min() + EPS) / (r.max() - r.min() + EPS)
 
 

@@ -106,6 +106,7 @@ class ConDiv(Reducer):
             check_unused("condiv", self, ("weights",), f"signal={self.signal!r}")
         object.__setattr__(self, "serving_safe", not self.needs)
         object.__setattr__(self, "merges", self.merge_rest is not None)
+        object.__setattr__(self, "entry_only", self.signal == "selector")
         novel = self.signal == "novelty" and self.power != 0
         object.__setattr__(self, "whole_spans", novel or self.frames == "novelty")
 

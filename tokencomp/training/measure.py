@@ -14,6 +14,7 @@ import tokencomp
 from tokencomp.evaluation.answering import generate, to_model
 from tokencomp.evaluation.examples import Example
 from tokencomp.evaluation.metrics import mcnemar, retention
+from tokencomp.evaluation.subsets import per_question
 from tokencomp.reducers.base import Reducer
 from tokencomp.training.data import Joined, ShapesQuestions, answer_ids, append, load_batch
 from tokencomp.training.relevance import TARGET, Target, relevance
@@ -97,7 +98,8 @@ class Measurement:
                 if way.reducer == "oracle" and way.target not in truth:
                     said = answers[Way(FULL).key]
                     truth[way.target] = self._relevance(inputs, said, way.target)
-                answers[way.key] = self._answer(way, inputs, limit, truth.get(way.target))
+                told_truth = truth.get(way.target)
+                answers[way.key] = self._answer(way, inputs, limit, told_truth, part[0].id)
             for b, example in enumerate(part):
                 told = {key: row[b] for key, row in answers.items()}
                 right = {key: example.correct(text) for key, text in told.items()}
@@ -111,7 +113,9 @@ class Measurement:
                     }
                 )
 
-    def _answer(self, way: Way, inputs: dict[str, Any], limit: int, truth: Any) -> list[str]:
+    def _answer(
+        self, way: Way, inputs: dict[str, Any], limit: int, truth: Any, key: str
+    ) -> list[str]:
         from tokencomp.reducers.oracle import truth as told
 
         model = self.models[way.model]
@@ -120,9 +124,8 @@ class Measurement:
                 stack.enter_context(model.disable_adapter())
             handle = None
             if way.reducer is not None and (way.ratio > 0 or isinstance(way.reducer, Reducer)):
-                handle = stack.enter_context(
-                    tokencomp.patch(model, way.ratio, reducer=way.reducer, **way.options)
-                )
+                request = {"ratio": way.ratio, "reducer": way.reducer, **way.options}
+                handle = stack.enter_context(tokencomp.patch(model, **per_question(request, key)))
                 if way.reducer == "oracle":
                     stack.enter_context(told(truth))
             texts = generate(model, self.processor, inputs, limit)
