@@ -61,6 +61,18 @@ def test_bad_stages(stage: tuple, message: str) -> None:
         tokencomp.patch(FAMILIES["qwen2_vl"].build(), plan=given)
 
 
+@pytest.mark.parametrize("reducer", ["ccam", "selector", ("condiv", {"signal": "selector"})])
+def test_what_was_trained_for_the_entry_stays_there(reducer: str | tuple[str, dict]) -> None:
+    name, options = (reducer, {}) if isinstance(reducer, str) else reducer
+    made = make_reducer(name, **options)
+    assert Stage(0, 0.5, made).reducer is made
+    with pytest.raises(
+        errors.PlanError, match=rf"layer 2: reducer '{name}' was trained .* layer 0"
+    ):
+        Stage(2, 0.5, made)
+    Stage(2, 0.5, make_reducer("condiv"))
+
+
 def test_a_plan_is_made_of_stages_and_a_stage_of_a_reducer() -> None:
     for wrong in ("merge", None, type(make_reducer("merge"))):
         with pytest.raises(errors.PlanError, match="make_reducer"):

@@ -141,6 +141,20 @@ def test_head_aggregation(place: torch.device) -> None:
     check(attention_colsum(q.to(place), k.to(place), heads="rms"), sums.square().mean(1).sqrt())
 
 
+def test_small_sums_stay_apart_in_the_root_mean_square(place: torch.device) -> None:
+    """A sharp softmax leaves sums whose squares fp32 does not have (below 1e-19)."""
+    q = torch.zeros(1, 2, 1, 16)
+    q[..., 0] = 16.0
+    k = torch.zeros(1, 2, 12, 16)
+    k[0, 0, :, 0], k[0, 1, :, 0] = -torch.arange(12.0), -torch.arange(12.0).flip(0)
+    k[..., 6:, 0] -= 16  # on both heads far from the best
+    sums = matrix(q.double(), k.double(), torch.ones(1, 1, 12, dtype=torch.bool), 0.25).sum(2)
+    expected = sums.square().mean(1).sqrt()
+    assert (expected < 1e-20).sum() > 2
+    got = attention_colsum(q.to(place), k.to(place), heads="rms", causal=False).cpu().double()
+    assert ((got - expected).abs() < 1e-4 * expected).all()
+
+
 @pytest.mark.parametrize("block", [None, 7 * 2 * 2 * 50], ids=["one block", "ragged blocks"])
 @pytest.mark.parametrize("size", [50, 280])
 def test_repeated_application(

@@ -46,7 +46,7 @@ def test_what_a_step_refuses_is_declared(case: Case) -> None:
         return
     made = make_reducer(case[0], **case[1])
     assert made.whole_spans
-    with pytest.raises(PlanError, match="first stage|Move the stage to layer 0"):
+    with pytest.raises(PlanError, match=r"first stage|Move the stage to layer 0"):
         Plan((Stage(0, 0.5, make_reducer("uniform")), Stage(1, 0.2, made)))
 
 

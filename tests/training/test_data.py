@@ -128,10 +128,13 @@ def test_embedded_splits_are_disjoint_and_kinds_stay_apart() -> None:
     both = questions("shapesqa", "both", 10)
     assert [e.id.split("-")[1] for e in (both[0], both[9])] == ["attribute", "needle"]
     assert both[0].id != questions("shapesqa", "both", 10, "validation")[0].id
-    named = questions("shapesqa:attribute,needle,count", "image", 9)
+    named = questions("shapesqa:attribute,needle,count", "both", 9)
     assert [e.family for e in named] == ["attribute", "count"] * 3 + ["needle"] * 3
     with pytest.raises(UnknownNameError, match="needle"):
         questions("shapesqa:neddle", "image", 9)
+    for kind, other in (("image", "needle ask about videos"), ("video", "count ask about images")):
+        with pytest.raises(OptionError, match=other):
+            questions("shapesqa:needle,count", kind, 9)
     for chosen in itertools.islice(batches(both, 3, seed=0), 20):
         assert all(i < 5 for i in chosen) or all(i >= 5 for i in chosen)
 

@@ -17,6 +17,7 @@ from trained_support import tiny as make_tiny
 
 import tokencomp
 from tokencomp.errors import (
+    MediaError,
     MissingDependencyError,
     OptionError,
     RatioError,
@@ -203,6 +204,27 @@ def test_a_model_that_computes_nan_leaves_nothing(tiny: Any, data: str, tmp_path
     with pytest.raises(ScoreError, match="diverged"):
         train_adsc(broken(tiny[0]), tiny[1], data, tmp_path / "out", SMALL)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_leaves_the_model_as_it_was(tiny: Any, tmp_path: Path) -> None:
+    """In its third step, adapter trained; the next run starts from the same model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model, processor = copied(tiny)
+    next(model.parameters()).requires_grad_(False)
+    folder = write_data(tmp_path / "data", 8)
+    inputs, _ = load_batch([questions(str(folder), "image", 1)[0]], processor, 8)
+    before = [(n, p.requires_grad) for n, p in model.named_parameters()]
+    fields, modes = set(vars(model)), [m.training for m in model.modules()]
+    expected = model(**inputs).logits
+    (folder / "6.png").write_bytes(b"no picture")
+    config = replace(SMALL, steps=40, learning_rate=0.1, save_every=99)
+    with pytest.raises(MediaError):
+        train_adsc(model, processor, str(folder), tmp_path / "out", config)
+    assert not any(isinstance(m, BaseTunerLayer) for m in model.modules())
+    assert [(n, p.requires_grad) for n, p in model.named_parameters()] == before
+    assert (set(vars(model)), [m.training for m in model.modules()]) == (fields, modes)
+    assert torch.equal(model(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "vila"])

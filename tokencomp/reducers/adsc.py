@@ -33,7 +33,8 @@ class Adsc(Reducer):
     ----------
     stages : tuple of float
         Where tokens leave, as fractions of the depth. Layers and windows of the paper are not
-        public; a window of 2 after layers 4, 11 and 16 of 32 gives its mean of 192 of 576 tokens.
+        public; a window of 2 after layers 4, 11 and 16 of 32 gives about its mean of 192 of 576
+        tokens (193.5).
     window : float
         Window of each stage at the natural ratio. Other ratios widen or narrow all windows, or
         add one before the first layer, so that the mean over layers meets the ratio.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,8 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
 
     Returns
     -------
-    The PEFT model, in evaluation mode, not patched.
+    The PEFT model, in evaluation mode, not patched. PEFT puts its layers into `model` itself;
+    `unload()` takes them out again, which also happens to a model whose training ends in an error.
 
     Raises
     ------
@@ -89,28 +92,53 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
     """
     card = {**model_card(model), "kind": "adsc", "data": data, "config": asdict(config)}
     source = questions(data, config.kind, config.samples)
-    tuned = add_lora(model, config)
     identity = {"fingerprint": card["fingerprint"], **data_identity(data)}
     identity |= config.identity()
-    loop = Loop(tuned, processor, tuned, source, config, output / "checkpoint.pt", identity)
+    with _as_it_was_on_error(model):
+        tuned = add_lora(model, config)
+        loop = Loop(tuned, processor, tuned, source, config, output / "checkpoint.pt", identity)
+        _run(loop, tuned, config)
+        save_adapter(tuned, output, card["model_id"])
+        card["seconds"] = round(loop.seconds, 1)
+        card["loss"] = [round(v, 4) for v in loop.history[:: max(1, len(loop.history) // 50)]]
+        write_json(output / CARD, card)
+        if config.evaluate:
+            card["accuracy"] = evaluate(tuned, processor, data, config)
+            write_json(output / CARD, card)
+    return tuned
+
+
+def _run(loop: Loop, tuned: Any, config: AdscConfig) -> None:
+    """All steps, with the ratio of each in force."""
     tuned.train()
-    with tokencomp.patch(
-        tuned, config.ratio_at(0), reducer=config.reducer, **config.options
-    ) as handle:
+    first = config.ratio_at(0)
+    with tokencomp.patch(tuned, first, reducer=config.reducer, **config.options) as handle:
 
         def before(step: int) -> None:
             handle.set(ratio=config.ratio_at(step))
 
         loop.run(before, lambda i, labels: answer_loss(tuned, i, labels), "training adsc")
     tuned.eval()
-    save_adapter(tuned, output, card["model_id"])
-    card["seconds"] = round(loop.seconds, 1)
-    card["loss"] = [round(v, 4) for v in loop.history[:: max(1, len(loop.history) // 50)]]
-    write_json(output / CARD, card)
-    if config.evaluate:
-        card["accuracy"] = evaluate(tuned, processor, data, config)
-        write_json(output / CARD, card)
-    return tuned
+
+
+@contextlib.contextmanager
+def _as_it_was_on_error(model: Any) -> Iterator[None]:
+    """Take the layers that PEFT puts into `model` inside the block out again if it fails."""
+    layers = [(m, dict(m.named_children())) for m in model.modules()]
+    modes = [(m, m.training) for m, _ in layers]
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, children in layers:
+            for name, child in children.items():
+                setattr(module, name, child)
+        vars(model).pop("peft_config", None)
+        for module, mode in modes:
+            module.training = mode
+        for parameter, wanted in trained:
+            parameter.requires_grad_(wanted)
+        raise
 
 
 def add_lora(model: Any, config: AdscConfig) -> Any:

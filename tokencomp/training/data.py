@@ -79,17 +79,28 @@ def questions(data: str, kind: str, count: int, purpose: str = "train") -> Seque
         "shapesqa", "shapesqa:FAMILY,FAMILY,...", a JSON Lines file, or a folder with
         `questions.jsonl`.
     kind
-        "image", "video", or "both"; files and named families hold what they hold.
+        "image", "video", or "both"; files hold what they hold.
+
+    Raises
+    ------
+    OptionError
+        Another kind; families of another kind than the one given.
     """
     check_choice("data", "kind", kind, ("image", "video", "both"))
     name, _, chosen = data.partition(":")
     if name != EMBEDDED:
         return FileQuestions(Path(data), held_out=purpose != "train", count=count)
-    from tokencomp.zoo.questions import IMAGE_FAMILIES, families
+    from tokencomp.zoo.questions import FAMILIES, IMAGE_FAMILIES, families
 
     if chosen:
         wanted = [part.strip() for part in chosen.split(",")]
         groups = [[f for f in wanted if (f in IMAGE_FAMILIES) is image] for image in (True, False)]
+        others = [f for f in groups[kind == "image"] if f in FAMILIES]
+        if kind != "both" and others:
+            raise OptionError(
+                f"kind={kind!r} beside --data {data}: {', '.join(others)} ask about "
+                f"{'images' if kind == 'video' else 'videos'}. Leave out the one or the other."
+            )
     else:
         groups = [list(families(k)) for k in ("image", "video") if kind in (k, "both")]
     groups = [g for g in groups if g]
