@@ -112,7 +112,9 @@ def patch(
         original positions too).
     extend_context
         Stretch the visual context window (`tokencomp.extend_visual_context`) for this many visual
-        tokens of the uncompressed prompt; True: four times LLaVA-OneVision's 6272.
+        tokens of the uncompressed prompt; True: four times LLaVA-OneVision's 6272, which is taken
+        for the window of training (up to it nothing is stretched; of other windows call
+        `extend_visual_context(model, target, window=...)`).
     proportional_attention
         Let a merged token weigh as much as the tokens it stands for (log size is added to the
         attention logits), for reducers that merge. Your attention backend does the adding, on a

@@ -1,6 +1,6 @@
 """The default against every baseline, family by family, on the most questions there are.
 
-python benchmarks/accuracy/baselines.py    # from families/, counting/ and chance/ → baselines.md
+python benchmarks/accuracy/baselines.py    # from unseen/, counting/ and chance/ → baselines.md
 
 The three folders are made by run.py; their pages say how.
 """
@@ -19,7 +19,7 @@ from tokencomp.patching import DEFAULT_REDUCER
 from tokencomp.weights import replace_file
 
 HERE = Path(__file__).parent
-FOLDERS = ("families", "counting", "chance")
+FOLDERS = ("unseen", "counting", "chance")
 LEVEL = 0.05
 
 Cell = tuple[Results, str]  # a model's answers, and one of the families in them
@@ -89,7 +89,7 @@ def verdict(every: Sequence[Comparison]) -> str:
 HEAD = """# The default against random, uniform and downscale, family by family
 
 Every packaged model and question family, at ratios 0.5, 0.75, 0.9 and 0.95, on the test split, with
-the most questions that were asked: [learned families](families/README.md),
+the most questions that were asked: [learned families](unseen/README.md),
 [counting](counting/README.md), [families not learned](chance/README.md). A comparison is one
 family, ratio and baseline, where the baseline gets down to the ratio. Exact McNemar tests,
 two-sided; significant: p < 0.05 after Holm's correction for all comparisons of this page. Worst:

@@ -40,7 +40,8 @@ are the narrow ones; it would have chosen power=0.5 without a margin, by one que
 default missed a bar on the test split (96.6 % of 97 at 0.75) was known by then; no test question
 was used to choose. The third round added budgets per frame (frames=equal, frames=novelty), which
 change videos alone; the default before was that of the second. The margin was asked once more, on
-[more questions](margin.md), and stayed."""
+[more questions](margin.md), and stayed; there test answers had a say, see there. Later, cdpruner as
+published and pool were asked too, and random with a subset of its own for every question."""
 
 BEFORE: Candidate = ("condiv", {"power": 1.0, "margin": 0.2})
 CANDIDATES: list[Candidate] = [

@@ -31,11 +31,19 @@ SETS = {"16 frames": 16, "32 frames": 32, "64 frames": 64}
 TRAINED = 16
 FAMILIES = ("needle", "video_existence")
 TOKENS_AT_ONCE = 12288  # visual tokens of a batch
-METHODS = ("condiv", "pool", "random")
-OTHERS = ("random", "uniform", "pool", DOWNSCALE, FEWER_FRAMES)
+PLAIN = "pool stride=1"
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "condiv": ("condiv", {}),
+    "pool": ("pool", {}),
+    PLAIN: ("pool", {"stride": 1.0}),
+    "random": ("random", {}),
+}
+OTHERS = ("random", "uniform", "pool", PLAIN, DOWNSCALE, FEWER_FRAMES)
 EXTENDED = ", extended"
 RIVALS = {
     "condiv": OTHERS,
+    "pool": ("random", "uniform", PLAIN, FEWER_FRAMES),
+    PLAIN: ("random", "uniform", FEWER_FRAMES),
     f"condiv{EXTENDED}": ("condiv", *(f"{n}{EXTENDED}" for n in ("random", "uniform", "pool"))),
     f"pool{EXTENDED}": ("pool",),
     f"{FULL}{EXTENDED}": (FULL,),
@@ -71,7 +79,7 @@ def measure(
     asked = items(args.split, args.items // len(FAMILIES), FAMILIES, frames=frames)
     source = shapesqa(asked, HERE / "results" / "media" / "long" / str(frames))
     ratio, tokens = 1 - TRAINED / frames, tokens_of(model, processor, frames)
-    methods = [Way(m, ratio, m) for m in METHODS] if ratio else []
+    methods = [Way(name, ratio, *how) for name, how in METHODS.items()] if ratio else []
     how: dict[str, Any] = {"batch": max(1, TOKENS_AT_ONCE // tokens), "frames": frames}
     with tower_once(model):
         measured, ways = ask(
@@ -109,7 +117,10 @@ def main(args: argparse.Namespace) -> None:
 NOTES = (
     "Ratios are those that leave the tokens of 16 frames. p against random: against `random` "
     "without extension. `fewer_frames`: the full model on evenly chosen frames. The embedded "
-    "models were trained by the commands on their cards."
+    "models were trained by the commands on their cards. Of extension there is more to gain with "
+    "one position per token, where four times the frames are four times the positions; with M-RoPE "
+    "a video takes as many positions as it has frame pairs, and four times as many are not far "
+    "from those of training. Pooling: plain (`stride=1`) and progressive as published (`pool`)."
 )
 
 if __name__ == "__main__":

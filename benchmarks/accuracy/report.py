@@ -154,19 +154,23 @@ def section(results: Results, default: str, pictures: str) -> str:
 HEAD = """# Accuracy under compression
 
 Made by `python benchmarks/accuracy/run.py` (`report.py` rebuilds it from `results/`). Packaged tiny
-models on ShapesQA's test split, which was used for nothing else. Cells: accuracy as a fraction of
-the full model's on the same items, with paired bootstrap 95 % intervals. Images, videos, both: over
+models on ShapesQA's test split. Cells: accuracy as a fraction of the full model's on the same
+items, with paired bootstrap 95 % intervals. Images, videos, both: over
 the question families that the model has learned, which the validation split decides (25 points
 above a blind guess: the commonest answer or one of the options, as on the model's card); the others
 say little about compression and count in "all families" alone. p: exact McNemar test against
 `random` over the learned families, + where better, − where worse (p < 0.05). `downscale`: the full
 model on smaller pictures or fewer frames that give as many tokens; – where the processor does not
 give so few (achieved ratio: images / videos). FLOPs: the decoder's prefill, the reducer's own work
-not counted. How the default (bold) was chosen, on the validation split: [CHOICE.md](CHOICE.md).
+not counted. Every question gets a random subset of its own. FastV's and PyramidDrop's cuts stand at
+their papers' layers as far as the ratio allows: above two thirds FastV cuts before the first of six
+layers.
 
-The default against the baselines on every family, with 300 to 1500 questions of each:
-[baselines](baselines.md). What training and more frames do: [ADSC](adsc.md),
-[selector](selector.md), [ccam](ccam.md), videos longer than trained with
+How the default (bold) was chosen, on the validation split: [CHOICE.md](CHOICE.md). Test answers had
+a say once, about [its margin](margin.md); so the default was asked again on test questions that
+nobody had asked before: [unseen](unseen/README.md). The default against the baselines on every
+family, with 200 to 1500 questions of each: [baselines](baselines.md). What training and more frames
+do: [ADSC](adsc.md), [selector](selector.md), [ccam](ccam.md), videos longer than trained with
 [M-RoPE](long_video-tiny-qwen2-vl.md) and [1-D positions](long_video-tiny-llava-onevision.md)."""
 
 

@@ -23,6 +23,7 @@ from tokencomp.training.measure import FULL, Measurement, Way
 from tokencomp.weights import replace_file, write_json
 
 HERE = Path(__file__).parent
+PER_QUESTION = "a subset per question"
 CARD = ("kind", "model_id", "data", "config", "seconds", "held_out", "spans")
 
 
@@ -170,7 +171,7 @@ class Book:
             "model": self.args.model,
             "split": self.args.split,
             "families": list(dict.fromkeys(r["family"] for r in records)),
-            "made": {**environment(), "command": command},
+            "made": {**environment(), "command": command, "random": PER_QUESTION},
             "trained": {n: {k: card.get(k) for k in CARD} for n, card in told.items()},
             "rows": rows,
             **more,

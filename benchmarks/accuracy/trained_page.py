@@ -91,6 +91,8 @@ def markdown(tables: dict[str, Any]) -> str:
         "frames of as many tokens; – where the processor does not give so few.",
         "\n".join(verdicts(tables)),
     ]
+    if any("random" not in found["made"] for found in tables.values()):
+        parts[0] += " `random`: one subset for all questions of a grid (an earlier release asked)."
     for title, found in tables.items():
         told = f"{found['model']}, {found['split']} split of ShapesQA"
         parts += [

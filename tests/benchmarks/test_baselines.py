@@ -83,7 +83,7 @@ def test_the_readme_says_what_the_page_says() -> None:
     assert f"(smallest p {p}, {significant} significant)" in told
 
 
-@pytest.mark.parametrize("name", ["families", "counting", "chance"])
+@pytest.mark.parametrize("name", ["unseen", "counting", "chance"])
 def test_published_parts_too(scripts, name: str) -> None:
     report, folder = scripts.report, FOLDER / name
     assert (folder / "README.md").read_text() == report.text(folder)

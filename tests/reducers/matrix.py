@@ -59,7 +59,7 @@ class Row:
 
 
 ROWS = {
-    "adsc": Row(blind=True),
+    "adsc": Row(({}, {"lattice": "grid"}, {"offset": 0}), blind=True),
     "ccam": Row(({"weights": small_weights("ccam", DIM)},), fixed=QUERIES),
     "cdpruner": Row(({}, {"relevance": "attention"}, {"relevance": "none"}), ties=True),
     "condiv": Row(
@@ -81,7 +81,7 @@ ROWS = {
         ({}, {"weighted": False}, {"temporal": True}, {"position": "first"}, {"metric": "vit_keys"})
     ),
     "oracle": Row(ties=True),
-    "pool": Row(({}, {"group": 3, "stride": 1.5}, {"mode": "bilinear"})),
+    "pool": Row(({}, {"stride": 1.0}, {"group": 3, "stride": 1.5}, {"mode": "bilinear"})),
     "prune": Row(({}, {"score": "last_query", "schedule": "pyramid"}), ties=True),
     "random": Row(({}, {"seed": 7}), blind=True),
     "selector": Row(({"weights": small_weights("selector", DIM)},)),
