@@ -27,8 +27,8 @@ FOLDER = HERE / "margin"
 MARGINS = (0.0, 0.05, 0.1, 0.2)
 FAMILIES = ("attribute", "existence", "count", "small_object")
 
-RULE = """choose.py has 40 questions per family, which cannot tell margins apart. Here are 400 of every image
-family, and its rule: of the margins tied with the best on the learned families, the one with most
+RULE = """choose.py has 40 questions per family, which cannot tell margins apart. Here are 400 of every
+image family, and its rule: of the margins tied with the best on the learned families, the one with most
 points to spare over the bars. Counting is shown for every model, though two have not learned it by
 that rule: there small margins keep more. What led here: on [1500 test
 questions](counting/README.md) `uniform` counted better than the default (margin 0.2) on
