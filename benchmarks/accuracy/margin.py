@@ -27,10 +27,10 @@ FOLDER = HERE / "margin"
 MARGINS = (0.0, 0.05, 0.1, 0.2)
 FAMILIES = ("attribute", "existence", "count", "small_object")
 
-RULE = """choose.py has 40 questions per family, which cannot tell margins apart. Here are 400 of every
-image family, and its rule: of the margins tied with the best on the learned families, the one with most
-points to spare over the bars. Counting is shown for every model, though two have not learned it by
-that rule: there small margins keep more. What led here: on [1500 test
+RULE = """choose.py has 40 questions per family, which cannot tell margins apart. Here are 400 of
+every image family, and its rule: of the margins tied with the best on the learned families, the one
+with most points to spare over the bars. Counting is shown for every model, though two have not
+learned it by that rule: there small margins keep more. What led here: on [1500 test
 questions](counting/README.md) `uniform` counted better than the default (margin 0.2) on
 tiny-llava-onevision at 0.5 (83 won, 61 lost, p = 0.08). A rule made for that, the best mean over
 all four families, would have chosen 0.05 by 0.3 points (161 answers won, 117 lost against 0.2, over
