@@ -155,11 +155,11 @@ HEAD = """# Accuracy under compression
 
 Made by `python benchmarks/accuracy/run.py` (`report.py` rebuilds it from `results/`). Packaged tiny
 models on ShapesQA's test split. Cells: accuracy as a fraction of the full model's on the same
-items, with paired bootstrap 95 % intervals. Images, videos, both: over
-the question families that the model has learned, which the validation split decides (25 points
-above a blind guess: the commonest answer or one of the options, as on the model's card); the others
-say little about compression and count in "all families" alone. p: exact McNemar test against
-`random` over the learned families, + where better, − where worse (p < 0.05). `downscale`: the full
+items, with paired bootstrap 95 % intervals. Images, videos, both: over the question families that
+the model has learned, which the validation split decides (25 points above a blind guess: the
+commonest answer or one of the options, as on the model's card); the others say little about
+compression and count in "all families" alone. p: exact McNemar tests against `random` and the
+default over the learned families, + where better, − where worse (p < 0.05). `downscale`: the full
 model on smaller pictures or fewer frames that give as many tokens; – where the processor does not
 give so few (achieved ratio: images / videos). FLOPs: the decoder's prefill, the reducer's own work
 not counted. Every question gets a random subset of its own. FastV's and PyramidDrop's cuts stand at

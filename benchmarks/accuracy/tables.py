@@ -65,7 +65,8 @@ def at(results: Results, ratio: float) -> list[str]:
 
 def ratio_table(results: Results, ratio: float, default: str) -> str:
     """Retention with paired 95 % intervals, p against random, and cost."""
-    head = ["method", *KINDS, "both", "all families", "p vs random", "achieved ratio", "FLOPs left"]
+    tests = ["p vs random", f"p vs {default}"]
+    head = ["method", *KINDS, "both", "all families", *tests, "achieved ratio", "FLOPs left"]
     rows = []
     for label in at(results, ratio):
         one = results.settings[label]
@@ -74,17 +75,17 @@ def ratio_table(results: Results, ratio: float, default: str) -> str:
         achieved = [f"{results.reached(label, k):.3f}" for k in KINDS]
         same = reaches(results, label, "both")
         told = f"{one['achieved_ratio']:.3f}" if same else " / ".join(achieved)
-        p = against_random(results, label, ratio)
-        rows.append([name(one, default), *cells, p, told, f"{flops:.0%}"])
+        p = [against(results, label, f"{base}-{ratio:g}") for base in ("random", default)]
+        rows.append([name(one, default), *cells, *p, told, f"{flops:.0%}"])
     return table(head, rows)
 
 
-def against_random(results: Results, label: str, ratio: float) -> str:
-    random = f"random-{ratio:g}"
-    missing = random not in results.settings or not results.scores(label, "both", results.learned)
-    if label == random or missing or not reaches(results, label, "both"):
+def against(results: Results, label: str, base: str) -> str:
+    """p of `label` against `base`, + where better, − where worse."""
+    missing = base not in results.settings or not results.scores(label, "both", results.learned)
+    if label == base or missing or not reaches(results, label, "both"):
         return ""
-    test = compared(results, label, random, "both")
+    test = compared(results, label, base, "both")
     sign = "" if test.p >= 0.05 else " +" if test.wins > test.losses else " −"
     return f"{test.p:.2g}{sign}"
 
