@@ -88,6 +88,9 @@ class VisualTokens:
     keys : Tensor of float32, shape (n, c), or None
         Keys of the vision tower (`TOWER_KEYS`), all heads side by side, mean over a token's
         patches; 0 at special tokens.
+    place
+        (sample of the batch, span of the sample). For evaluation, which names its samples; what a
+        reducer chooses must not depend on the batch.
     """
 
     features: Tensor
@@ -99,6 +102,7 @@ class VisualTokens:
     kind: Literal["image", "video"] = "image"
     sizes: Tensor | None = None
     keys: Tensor | None = None
+    place: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return self.features.shape[0]

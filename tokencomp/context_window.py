@@ -74,10 +74,15 @@ class VisualContext:
             "extend_visual_context() the model and its copy afterwards."
         )
 
+    @property
+    def in_force(self) -> bool:
+        """Neither removed nor replaced."""
+        return getattr(self._rotary, EXTENSION, None) is self
+
     def remove(self) -> None:
         """Restore the rotary embedding. Safe to call twice."""
         rotary = self._rotary
-        if getattr(rotary, EXTENSION, None) is self:
+        if self.in_force:
             delattr(rotary, EXTENSION)
             rotary.inv_freq = self._before[0].to(rotary.inv_freq.device)
             rotary.attention_scaling = self._before[1]
@@ -170,6 +175,11 @@ def extend_visual_context(
     numbers = yarn(base, dim, window, max(target_tokens / window, 1.0))
     restore_visual_context(model)
     return VisualContext(adapter, numbers, target_tokens)
+
+
+def is_extended(adapter: Adapter) -> bool:
+    """Whether the visual window of the adapter's model is extended."""
+    return getattr(adapter.decoder.rotary_emb, EXTENSION, None) is not None
 
 
 def restore_visual_context(model: nn.Module) -> None:

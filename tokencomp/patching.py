@@ -15,6 +15,7 @@ from tokencomp.context_window import (
     VISUAL_WINDOW,
     VisualContext,
     extend_visual_context,
+    is_extended,
     restore_visual_context,
 )
 from tokencomp.errors import AlreadyCompressedError, OptionError
@@ -174,9 +175,14 @@ def patch(
         target = 4 * VISUAL_WINDOW if extend_context is True else extend_context
         context = extend_visual_context(base, target)
     earlier = base.__dict__.get(ATTRIBUTE)
-    if earlier is not None:  # last: what is refused above leaves the earlier patch in force
-        earlier._make_way()
-    return Handle(hooks, request, context, earlier)
+    if earlier is None:
+        return Handle(hooks, request, context)
+    earlier._make_way()
+    try:
+        return Handle(hooks, request, context, earlier)
+    except BaseException:
+        earlier._resume()
+        raise
 
 
 def unpatch(model: nn.Module) -> None:
@@ -195,6 +201,21 @@ def unpatch(model: nn.Module) -> None:
     if handle is not None:
         handle.remove()
     restore_visual_context(base)
+
+
+@contextlib.contextmanager
+def unpatched(model: nn.Module) -> Iterator[None]:
+    """`model` without its patch inside the block, if it has one."""
+    handle = unwrap(model).__dict__.get(ATTRIBUTE)
+    if handle is None:
+        yield
+        return
+    handle._make_way()
+    try:
+        yield
+    finally:
+        if handle._replaced:
+            handle._resume()
 
 
 class Handle:
@@ -238,15 +259,19 @@ class Handle:
 
     def _make_way(self) -> None:
         """Stop, until the later patch's `with` block ends."""
+        if self._context is not None and not self._context.in_force:
+            self._context = None  # undone, or replaced by another extension: not ours any more
         self._stop()
         self._replaced = True
         if not self._entered:  # else a chain of patches would keep all of them alive
             self._earlier = None
 
     def _resume(self) -> None:
-        model, context = self._hooks.adapter.model, self._context
+        adapter, context = self._hooks.adapter, self._context
         if context is not None:
-            self._context = extend_visual_context(model, context.target_tokens)
+            free = not is_extended(adapter)
+            target = context.target_tokens
+            self._context = extend_visual_context(adapter.model, target) if free else None
         self._start()
 
     def _start(self) -> None:

@@ -225,6 +225,7 @@ class Run:
                     reduced.append(Reduction(rows.to(x.device)))
                     continue
                 tokens = self._tokens(x, b, live, None if scores is None else scores[b][j], query)
+                tokens.place = (b, j)
                 self._add_tower(tokens, stage, b, j)
                 reduced.append(stage.reducer.reduced(tokens, keep))
             reductions.append(reduced)

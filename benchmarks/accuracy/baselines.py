@@ -90,12 +90,13 @@ HEAD = """# The default against random, uniform and downscale, family by family
 
 Every packaged model and question family, at ratios 0.5, 0.75, 0.9 and 0.95, on the test split, with
 the most questions that were asked: [learned families](unseen/README.md),
-[counting](counting/README.md), [families not learned](chance/README.md). A comparison is one
-family, ratio and baseline, where the baseline gets down to the ratio. Exact McNemar tests,
-two-sided; significant: p < 0.05 after Holm's correction for all comparisons of this page. Worst:
-the comparison in which the default is least ahead, in points of accuracy. Two methods that lose
-nothing against the full model differ by single questions in either direction, and on families at
-chance there is nothing to lose: which of the two is ahead there is a coin toss.
+[counting](counting/README.md), [families not learned](chance/README.md). Those of the first had no
+part in any choice; those about counting led to a second look at [condiv's margin](margin.md). A
+comparison is one family, ratio and baseline, where the baseline gets down to the ratio. Exact
+McNemar tests, two-sided; significant: p < 0.05 after Holm's correction for all comparisons of this
+page. Worst: the comparison in which the default is least ahead, in points of accuracy. Two methods
+that lose nothing against the full model differ by single questions in either direction, and on
+families at chance there is nothing to lose: which of the two is ahead there is a coin toss.
 
 """
 COLUMNS = ["model", "family", "learned", "questions", "full", "comparisons", "ahead", "behind"]

@@ -133,8 +133,14 @@ def missing(folder: Path, candidates: list[Candidate]) -> list[Setting]:
     """The full model, by whose answers the model is known again, and what was not asked yet."""
     there = (folder / "validation.json").exists()
     known = Results.read(folder, "validation").settings if there else {}
-    wanted = [s for c in candidates for s in settings(c) if s.label not in known]
+    old = {k for k, one in known.items() if "method" in one and one["method"] != _method(one)}
+    wanted = [s for c in candidates for s in settings(c) if s.label not in known or s.label in old]
     return [Setting(), *wanted] if wanted else []
+
+
+def _method(one: dict[str, Any]) -> str:
+    """What a stored setting would be asked by today."""
+    return Setting(one["reducer"], one["ratio"], one["options"]).method
 
 
 def asked(

@@ -162,9 +162,8 @@ compression and count in "all families" alone. p: exact McNemar tests against `r
 default over the learned families, + where better, − where worse (p < 0.05). `downscale`: the full
 model on smaller pictures or fewer frames that give as many tokens; – where the processor does not
 give so few (achieved ratio: images / videos). FLOPs: the decoder's prefill, the reducer's own work
-not counted. Every question gets a random subset of its own. FastV's and PyramidDrop's cuts stand at
-their papers' layers as far as the ratio allows: above two thirds FastV cuts before the first of six
-layers.
+not counted. Every question gets a random subset of its own. FastV's and PyramidDrop's cuts move
+earlier where the ratio asks for it: above 5/7 FastV cuts before the first of six layers.
 
 How the default (bold) was chosen, on the validation split: [CHOICE.md](CHOICE.md). Test answers had
 a say once, about [its margin](margin.md); so the default was asked again on test questions that

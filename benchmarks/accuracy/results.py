@@ -154,6 +154,7 @@ def _cost(setting: Setting, run: Run) -> dict[str, Any]:
         ratios.setdefault(kind_of(r["family"]), []).append(r["ratio"])
     return {
         "reducer": setting.reducer,
+        "method": setting.method,
         "ratio": setting.ratio,
         "options": setting.options,
         **run.summary(),

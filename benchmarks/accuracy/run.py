@@ -102,7 +102,8 @@ def check_items(folder: Path, split: str, ids: Iterable[str]) -> None:
     if known != asked:
         raise OptionError(
             f"{folder / split}.jsonl has answers to {len(known)} other items than the {len(asked)} "
-            "asked now. Ask the same (--per-family, --families), or give another folder with --out."
+            "asked now. Ask the same (--per-family, --families, --start), or give another folder "
+            "with --out."
         )
 
 
@@ -132,6 +133,13 @@ def answer_all(name: str, split: str, wanted: list[Setting], args: argparse.Name
     shutil.rmtree(where)  # a later run asks anew
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value}; allowed: 0, 1, 2, ...")
+    return value
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=available_models())
@@ -141,7 +149,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--per-family", type=int, default=60)
-    parser.add_argument("--start", type=int, default=0, help="questions of a family to pass over")
+    parser.add_argument(
+        "--start", type=_count, default=0, help="questions of a family to pass over"
+    )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -178,7 +178,7 @@ def _over_heads(out: Tensor, heads: str) -> Tensor:
     if heads == "none":
         return out
     # Squares of what a sharp softmax leaves would underflow, and all of it be equal.
-    most = out.amax(1).clamp(min=torch.finfo(out.dtype).tiny)
+    most = out.abs().amax(1).clamp(min=torch.finfo(out.dtype).tiny)
     return (out / most[:, None]).square().mean(1).sqrt() * most
 
 

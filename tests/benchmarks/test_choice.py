@@ -101,6 +101,11 @@ def test_the_margin_by_the_same_rule(accuracy, tmp_path: Path, monkeypatch: Any)
     more, missing = [*margin.CANDIDATES, margin.candidate(0.3)], accuracy.choose.missing
     assert missing(folder, margin.CANDIDATES) == []
     assert [one.ratio for one in missing(folder, more)] == [0, *accuracy.run.RATIOS]
+    known = json.loads((folder / "validation.json").read_text())
+    known["settings"]["condiv-0.5-margin=0.1-power=1.0"]["method"] = "an older rule"
+    (folder / "validation.json").write_text(json.dumps(known))
+    again = missing(folder, margin.CANDIDATES)
+    assert [one.label for one in again] == ["full", "condiv-0.5-margin=0.1-power=1.0"]
     monkeypatch.setattr(margin, "CANDIDATES", more)
     assert margin.read(tmp_path) == []
 

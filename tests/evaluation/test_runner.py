@@ -190,6 +190,27 @@ def test_the_model_is_left_unpatched(loaded, examples):
     assert before == after
 
 
+def test_a_patch_of_the_model_waits_outside(loaded, examples):
+    """What "full" says is said by the whole model, and the patch is there again afterwards."""
+    settings = grid(["uniform"], [0.9])
+    expected = sweep(*loaded, examples, settings, batch_size=1, **HOW)
+    with tokencomp.patch(loaded[0], 0.95, reducer="random") as handle:
+        runs = sweep(*loaded, examples, settings, batch_size=1, **HOW)
+        handle.set(ratio=0.9)  # in force again
+    told = [[(r["prediction"], r["ratio"]) for r in run.records] for run in runs.values()]
+    plain = [[(r["prediction"], r["ratio"]) for r in run.records] for run in expected.values()]
+    assert told == plain
+
+
+def test_another_rule_of_the_same_options_is_another_run(loaded, examples, tmp_path, monkeypatch):
+    from tokencomp.reducers.uniform import Uniform
+
+    evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path / "run", **HOW)
+    monkeypatch.setattr(Uniform, "revision", 2)
+    with pytest.raises(OptionError, match="differs in method"):
+        evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path / "run", **HOW)
+
+
 def test_two_processes_share_the_items(loaded, examples, tmp_path, monkeypatch):
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))

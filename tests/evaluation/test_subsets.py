@@ -1,4 +1,4 @@
-"""`random` as a baseline: a subset per question, the same again when asked again."""
+"""`random` as a baseline: a subset per question, however the questions are asked."""
 
 from __future__ import annotations
 
@@ -11,68 +11,79 @@ import tokencomp
 from tokencomp.context import VisualTokens
 from tokencomp.evaluation import Setting, runner, sweep
 from tokencomp.evaluation.subsets import Subsets, per_question
+from tokencomp.reducers.random import Random
 from tokencomp.training.measure import Measurement, Way
 
-
-def kept(reducer: Any, calls: int, keep: int = 6) -> list[tuple[int, ...]]:
-    tokens = VisualTokens(torch.zeros(64, 4), (1, 8, 8), torch.zeros(64, dtype=torch.bool))
-    return [tuple(reducer.reduce(tokens, keep).keep.tolist()) for _ in range(calls)]
+HOW = {"max_new_tokens": 2, "progress": False}
+RANDOM = Setting("random", 0.75)
 
 
-def test_every_call_draws_anew_and_as_often_everywhere() -> None:
+def kept(reducer: Any, place: tuple[int, int], keep: int = 6) -> tuple[int, ...]:
+    special = torch.zeros(64, dtype=torch.bool)
+    tokens = VisualTokens(torch.zeros(64, 4), (1, 8, 8), special, place=place)
+    return tuple(reducer.reduce(tokens, keep).keep.tolist())
+
+
+def test_every_question_and_span_draws_as_often_everywhere() -> None:
     """5000 draws of 6 of 64: every place is drawn 469 ± 21 times (binomial, five sigma)."""
-    drawn = kept(Subsets(key="a"), 5000)
+    names = tuple(map(str, range(2500)))
+    drawn = [kept(Subsets(names=names), (b, j)) for b in range(2500) for j in range(2)]
     assert len(set(drawn)) > 4990 and {len(set(one)) for one in drawn} == {6}
     counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=64).double()
     assert (counts - 5000 * 6 / 64).abs().max() < 5 * (5000 * 6 / 64 * 58 / 64) ** 0.5
-    assert kept(Subsets(key="a"), 20) == drawn[:20]
-    for other in (Subsets(key="b"), Subsets(key="a", seed=1)):
-        assert not set(kept(other, 20)) & set(drawn[:20])
+    assert kept(Subsets(names=("x", "7")), (1, 0)) == drawn[14]
+    assert kept(Subsets(names=("7",), seed=1), (0, 0)) != drawn[14]
 
 
 def test_only_random_is_asked_that_way() -> None:
     request = {"ratio": 0.5, "reducer": "merge", "weighted": False}
-    assert per_question(request, "a") is request
-    made = per_question({"ratio": 0.5, "reducer": "random", "seed": 3}, "a")
-    assert made == {"ratio": 0.5, "reducer": Subsets(seed=3, key="a")}
-    assert Setting("random", 0.5).method != repr(tokencomp.make_reducer("random"))
+    assert per_question(request, ["a"]) is request
+    made = per_question({"ratio": 0.5, "reducer": "random", "seed": 3, "strict": True}, ["a"])
+    assert made == {"ratio": 0.5, "reducer": Subsets(seed=3, names=("a",)), "strict": True}
+    assert RANDOM.method != repr(tokencomp.make_reducer("random"))
 
 
 @pytest.fixture
-def positions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Kept places of every span, as the runs go along."""
-    seen: list[Any] = []
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, ...]]:
+    """Kept places by name of the question."""
+    found: dict[str, tuple[int, ...]] = {}
     patch = tokencomp.patch
 
     def spying(model: Any, *args: Any, **options: Any) -> Any:
         handle = patch(model, *args, **options)
-        inner = handle.remove
+        inner, names = handle.remove, handle.plan.stages[0].reducer.names
 
         def remove() -> None:
-            if handle.stats is not None:
-                samples = range(len(handle.stats.spans))
-                seen.extend(tuple(handle.stats.kept(b)[0][0]) for b in samples)
+            found.update({n: tuple(handle.stats.kept(b)[0][0]) for b, n in enumerate(names)})
             inner()
 
         handle.remove = remove
         return handle
 
     monkeypatch.setattr(tokencomp, "patch", spying)
-    return seen
+    return found
 
 
-def test_questions_of_a_sweep_and_of_a_measurement(loaded, examples, positions) -> None:
+def test_batches_halves_and_resumption_change_nothing(loaded, examples, seen, tmp_path) -> None:
     images = [e for e in examples if e.media[0].suffix != ".mp4"]
     assert len(images) > 1
-    how = {"max_new_tokens": 2, "progress": False}
-    sweep(*loaded, images, [Setting("random", 0.75)], batch_size=len(images), **how)
-    first = positions.copy()
-    assert len(set(first)) == len(first) == len(images)
-    sweep(*loaded, images, [Setting("random", 0.75)], batch_size=len(images), **how)
-    assert positions[len(first) :] == first
-    positions.clear()
+    sweep(*loaded, images, [RANDOM], batch_size=len(images), **HOW)
+    first = dict(seen)
+    assert first.keys() == {e.id for e in images} and len(set(first.values())) == len(images)
+    for size in (1, len(images) - 1):
+        seen.clear()
+        sweep(*loaded, images, [RANDOM], batch_size=size, **HOW)
+        assert seen == first
+    sweep(*loaded, images[:1], [RANDOM], tmp_path, **HOW)
+    seen.clear()
+    sweep(*loaded, images, [RANDOM], tmp_path, **HOW)
+    assert seen == {e.id: first[e.id] for e in images[1:]}
+    seen.clear()
     measured = Measurement({"": loaded[0]}, loaded[1], batch=len(images), max_new_tokens=2)
     measured.run(images, [Way("random", 0.75, "random")])
-    assert positions == first
-    with runner.patched(loaded[0], Setting("random", 0.75)) as handle:
-        assert type(handle.plan.stages[0].reducer).__name__ == "Random"
+    assert seen == first
+
+
+def test_outside_of_an_evaluation_it_is_the_reducer_itself(loaded) -> None:
+    with runner.patched(loaded[0], RANDOM) as handle:
+        assert type(handle.plan.stages[0].reducer) is Random

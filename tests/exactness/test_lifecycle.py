@@ -20,7 +20,9 @@ from transformers.cache_utils import DynamicLayer
 
 import tokencomp
 from tokencomp import run
+from tokencomp.context_window import restore_visual_context
 from tokencomp.errors import AlreadyCompressedError, CopyError
+from tokencomp.hooks import Hooks
 from tokencomp.ragged import Frame
 
 
@@ -135,6 +137,48 @@ def test_a_block_brings_back_nothing_that_was_removed(how: str) -> None:
             tokencomp.unpatch({"outer": outer, "inner": inner, "model": model}[how])
             assert (hooks_of(model) == clean) is (how != "outer")
         assert hooks_of(model) == clean
+    assert hooks_of(model) == clean
+
+
+@pytest.mark.parametrize("window", ["before", "inside", "undone"])
+def test_a_window_of_the_users_own_outlives_the_block(window: str) -> None:
+    """Where it took the place of the outer patch's, or was made in the inner block."""
+    model = FAMILIES["qwen2_vl"].build()
+    rotary = model.model.language_model.rotary_emb
+    plain = rotary.inv_freq.clone()
+    with tokencomp.patch(model, 0.5, extend_context=30000):
+        stretched = rotary.inv_freq.clone()
+        assert not torch.equal(stretched, plain)
+        if window == "before":
+            tokencomp.extend_visual_context(model, 500, window=100)
+        if window == "undone":
+            restore_visual_context(model)
+        mine = rotary.inv_freq.clone()
+        with tokencomp.patch(model, 0.9):
+            if window == "inside":
+                tokencomp.extend_visual_context(model, 500, window=100)
+                mine = rotary.inv_freq.clone()
+        assert torch.equal(rotary.inv_freq, mine) and not torch.equal(mine, stretched)
+
+
+def test_a_patch_that_cannot_be_put_in_leaves_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, install = FAMILIES["qwen2_vl"].build(), Hooks.install
+    clean = hooks_of(model)
+    with tokencomp.patch(model, 0.5) as handle:
+        before = hooks_of(model)
+
+        def once(self: Hooks) -> None:
+            monkeypatch.undo()
+            install(self)
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(Hooks, "install", once)
+        with pytest.raises(ZeroDivisionError):
+            tokencomp.patch(model, 0.9)
+        assert hooks_of(model) == before
+        handle.set(ratio=0.4)
     assert hooks_of(model) == clean
 
 

@@ -155,6 +155,18 @@ def test_small_sums_stay_apart_in_the_root_mean_square(place: torch.device) -> N
     assert ((got - expected).abs() < 1e-4 * expected).all()
 
 
+def test_weights_of_either_sign_in_the_root_mean_square(place: torch.device) -> None:
+    q, k = inputs((1, 2, 2, 4, 30, 64))
+    weights = torch.linspace(-1, 0.5, 4)
+    index = torch.arange(26, 30)[None]
+    dense = matrix(q, k, causal_mask(index, 30, torch.zeros(1), torch.tensor([30])), 64**-0.5)
+    sums = (dense * weights[:, None]).sum(2)
+    got = attention_colsum(q.to(place), k.to(place), weights.to(place), heads="rms")
+    check(got, sums.square().mean(1).sqrt())
+    nothing = attention_colsum(q.to(place), k.to(place), 0 * weights.to(place), heads="rms")
+    assert (nothing == 0).all()
+
+
 @pytest.mark.parametrize("block", [None, 7 * 2 * 2 * 50], ids=["one block", "ragged blocks"])
 @pytest.mark.parametrize("size", [50, 280])
 def test_repeated_application(

@@ -159,13 +159,6 @@ def test_any_option_value_is_refused_when_built_or_works(case: Case) -> None:
         ("pool", {"stride": math.inf}, "stride=inf; expected a finite number"),
         ("pool", {"stride": 1e300}, "stride=1e\\+300; allowed: a number from 1 to 1024"),
         ("prune", {"temperature": 0}, "temperature=0; allowed: a number from 0.001 to 1000"),
-        (
-            "prune",
-            {"stop": 0.9, "schedule": "fastv"},
-            "stop=0.9 does nothing with schedule",
-        ),
-        ("prune", {"iterations": 9, "score": "text_query"}, "iterations=9 does nothing with score"),
-        ("condiv", {"weights": "w"}, "weights='w' does nothing with signal='attention'"),
         ("prune", {"iterations": -3}, "iterations=-3; allowed: a number from 1 to 100"),
         ("adsc", {"stages": [0.1, "x"]}, r"expected a list \(a finite number, …\)"),
         ("adsc", {"offset": 2**40}, "offset="),

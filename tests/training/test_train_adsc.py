@@ -208,9 +208,11 @@ def test_a_model_that_computes_nan_leaves_nothing(tiny: Any, data: str, tmp_path
 
 def test_a_run_that_fails_leaves_the_model_as_it_was(tiny: Any, tmp_path: Path) -> None:
     """In its third step, adapter trained; the next run starts from the same model."""
+    from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     model, processor = copied(tiny)
+    model.peft_config = {"somebody's": LoraConfig()}
     next(model.parameters()).requires_grad_(False)
     folder = write_data(tmp_path / "data", 8)
     inputs, _ = load_batch([questions(str(folder), "image", 1)[0]], processor, 8)
@@ -224,7 +226,21 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(tiny: Any, tmp_path: Path) 
     assert not any(isinstance(m, BaseTunerLayer) for m in model.modules())
     assert [(n, p.requires_grad) for n, p in model.named_parameters()] == before
     assert (set(vars(model)), [m.training for m in model.modules()]) == (fields, modes)
+    assert list(model.peft_config) == ["somebody's"]
     assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_a_patch_of_the_model_waits_outside(trained: Any, tiny: Any, data: str) -> None:
+    model, processor = copied(tiny)
+    with tokencomp.patch(model, 0.9, reducer="random") as handle:
+        tuned = train_adsc(model, processor, data, trained[1].parent / "patched", SMALL)
+        handle.set(ratio=0.5)  # in force again
+    inputs, _ = load_batch([questions(data, "image", 1)[0]], processor, 8)
+    assert torch.equal(tuned(**inputs).logits, trained[0](**inputs).logits)
+    cards = [
+        json.loads((f / CARD).read_text()) for f in (trained[1], trained[1].parent / "patched")
+    ]
+    assert cards[0]["accuracy"] == cards[1]["accuracy"]
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "vila"])

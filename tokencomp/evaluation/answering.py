@@ -77,7 +77,7 @@ def to_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
 def generate(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> list[str]:
     """Greedy answers, one per row, without the prompt and special tokens."""
     inputs = to_model(inputs, model)
-    out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
     told = out[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(told, skip_special_tokens=True)]
 

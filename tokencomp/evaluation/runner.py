@@ -23,6 +23,7 @@ from tokencomp.evaluation.examples import Example
 from tokencomp.evaluation.records import RunFolder, read_records
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.evaluation.subsets import per_question
+from tokencomp.patching import unpatched
 from tokencomp.profiling.flops import DecoderShape
 from tokencomp.weights import weights_hash
 
@@ -196,7 +197,8 @@ class _Sweep:
         todo = [e for e in mine if any(e.id not in done.get(s, ()) for s in self.runs)]
         todo.sort(key=lambda e: _is_video(e))
         self._manifests(finished=False)
-        with tqdm(total=len(mine), initial=len(mine) - len(todo), disable=not progress) as bar:
+        told = tqdm(total=len(mine), initial=len(mine) - len(todo), disable=not progress)
+        with unpatched(self.model), told as bar:
             bar.set_description("answering")
             while todo:
                 batch, todo = todo[: self.batch_size], todo[self.batch_size :]
@@ -269,7 +271,7 @@ class _Sweep:
     ) -> list[dict[str, Any]]:
         torch.manual_seed(self.how["seed"])
         start = time.perf_counter()
-        with patched(self.model, setting, rows[0][0].id) as handle:
+        with patched(self.model, setting, [e.id for e, _ in rows]) as handle:
             told = generate(self.model, self.processor, inputs, self.how["max_new_tokens"])
             elapsed = time.perf_counter() - start
             self.seconds[setting] += elapsed
@@ -347,15 +349,15 @@ class _Sweep:
 
 
 @contextlib.contextmanager
-def patched(model: Any, setting: Setting, key: str | None = None) -> Iterator[Any]:
+def patched(model: Any, setting: Setting, names: Sequence[str] | None = None) -> Iterator[Any]:
     """The model under a setting: a `Handle`, or None where the model itself is left alone.
 
-    With `key`, the name of the questions asked, `random` gives each of them a subset of its own.
+    With the `names` of the questions asked, `random` gives each of them a subset of its own.
     """
     if not setting.compresses:
         yield None
         return
-    request = setting.request if key is None else per_question(setting.request, key)
+    request = setting.request if names is None else per_question(setting.request, names)
     with tokencomp.patch(model, **request) as handle:
         yield handle
 

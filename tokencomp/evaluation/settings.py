@@ -93,8 +93,9 @@ class Setting:
             return ""
         options = {k: v for k, v in self.options.items() if k != PROPORTIONAL}
         name = DEFAULT_REDUCER if self.reducer == "auto" else self.reducer
-        made = repr(make_reducer(name, **options))
-        return f"{made}, a subset per question" if name == RANDOM else made
+        made = make_reducer(name, **options)
+        told = f"{made!r}, revision {made.revision}" if made.revision > 1 else repr(made)
+        return f"{told}, a subset per question" if name == RANDOM else told
 
     @property
     def input_baseline(self) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tokencomp.context import Reduction, VisualTokens
@@ -14,7 +13,7 @@ from tokencomp.reducers.random import Random
 
 @dataclass(frozen=True)
 class Subsets(Random):
-    """`random` that draws anew for every span: its k-th call is seeded by seed, `key` and k.
+    """`random`, seeded by seed, name of the sample, and number of the span in it.
 
     The reducer itself gives all spans of a grid the same subset, so that batches and homes agree.
     Asked that way, all questions share the luck of one subset, which no interval over questions
@@ -22,26 +21,21 @@ class Subsets(Random):
 
     Attributes
     ----------
-    key
-        Names the prompts of one call, so that asking again draws the same.
+    names
+        Of the samples of the batch, in order. What a sample gets depends on its own alone.
     """
 
-    key: str = ""
-    _calls: Iterator[int] = field(
-        default_factory=itertools.count, init=False, repr=False, compare=False
-    )
+    names: tuple[str, ...] = ()
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        seed = zlib.crc32(f"{self.seed}/{self.key}/{next(self._calls)}".encode())
+        sample, span = tokens.place
+        seed = zlib.crc32(f"{self.seed}/{self.names[sample]}/{span}".encode())
         return Random(seed).reduce(tokens, keep)
 
-    def options(self) -> dict[str, Any]:
-        return {"seed": self.seed, "key": self.key}
 
-
-def per_question(request: dict[str, Any], key: str) -> dict[str, Any]:
-    """A request for `tokencomp.patch`; `random` becomes `Subsets` of `key`, others stay."""
+def per_question(request: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """A request for `tokencomp.patch`; `random` becomes `Subsets` of the samples, others stay."""
     if request.get("reducer") != "random":
         return request
-    options = {k: v for k, v in request.items() if k not in ("ratio", "reducer")}
-    return {"ratio": request["ratio"], "reducer": Subsets(**options, key=key)}
+    made = Subsets(request.get("seed", 0), tuple(names))
+    return {**{k: v for k, v in request.items() if k != "seed"}, "reducer": made}

@@ -33,6 +33,7 @@ class Aim(Reducer):
     start: float = 0.5
     stop: float = 22 / 28
 
+    revision = 2
     summary = "merge at entry + PageRank pruning between layers (AIM 2412.03248)"
     merges = True
 

@@ -47,6 +47,9 @@ class Reducer:
         True if it leaves a number of tokens of its own, whatever the ratio.
     entry_only
         True if its weights were trained on what stands before layer 0.
+    revision
+        Raised where the same options choose other tokens than in an earlier release, so that
+        stored answers of both do not mix.
     """
 
     name: ClassVar[str] = ""
@@ -57,6 +60,7 @@ class Reducer:
     whole_spans: ClassVar[bool] = False
     own_count: ClassVar[bool] = False
     entry_only: ClassVar[bool] = False
+    revision: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_types(self.name or type(self).__name__, self)

@@ -42,6 +42,7 @@ class CDPruner(Reducer):
 
     relevance: str = "query"
 
+    revision = 2
     serving_safe_with = "relevance=none"
     summary = "conditional DPP, greedy MAP (CDPruner 2506.10967)"
 

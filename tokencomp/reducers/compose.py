@@ -51,6 +51,7 @@ class Compose(Reducer):
         object.__setattr__(self, "name", f"{self.entry.name}+{self.layer.name}")
         super().__post_init__()
         object.__setattr__(self, "merges", self.entry.merges or self.layer.merges)
+        object.__setattr__(self, "revision", max(self.entry.revision, self.layer.revision))
         check_range(self.name, "share", self.share, 0, 1)
         if not _acts(self.entry, at_entry=True):
             raise OptionError(

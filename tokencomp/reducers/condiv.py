@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokencomp.context import TOWER_ATTENTION, Attention, Reduction, Signal, VisualTokens
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
-from tokencomp.reducers.options import check_range, check_unused
+from tokencomp.reducers.options import check_range
 from tokencomp.reducers.rows import (
     finite_rows,
     frame_counts,
@@ -68,7 +68,7 @@ class ConDiv(Reducer):
         Kept tokens become the mean of themselves and the dropped tokens nearest to them, of
         cosine at least this; None leaves kept tokens as they are.
     weights
-        Of the selector, as there; other signals than "selector" refuse them.
+        Of the selector, as there; other signals than "selector" leave them alone.
 
     Raises
     ------
@@ -102,11 +102,9 @@ class ConDiv(Reducer):
         check_range("condiv", "margin", self.margin, 0, 8)
         if self.merge_rest is not None:
             check_range("condiv", "merge_rest", self.merge_rest, -1, 1)
-        if self.signal != "selector":
-            check_unused("condiv", self, ("weights",), f"signal={self.signal!r}")
         object.__setattr__(self, "serving_safe", not self.needs)
         object.__setattr__(self, "merges", self.merge_rest is not None)
-        object.__setattr__(self, "entry_only", self.signal == "selector")
+        object.__setattr__(self, "entry_only", self.signal == "selector" and self.power != 0)
         novel = self.signal == "novelty" and self.power != 0
         object.__setattr__(self, "whole_spans", novel or self.frames == "novelty")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -79,23 +78,6 @@ def check_range(owner: str, option: str, value: Any, low: float, high: float) ->
     """Raise `OptionError` unless low ≤ value ≤ high."""
     if not low <= value <= high:
         raise OptionError(f"{owner}: {option}={value!r}; allowed: a number from {low} to {high}.")
-
-
-def check_unused(owner: str, given: Any, names: Iterable[str], where: str) -> None:
-    """Raise `OptionError` if fields of `given` that do nothing `where` differ from their defaults.
-
-    Parameters
-    ----------
-    where
-        The option that leaves them without effect, as in "schedule='fastv'".
-    """
-    usual = {f.name: f.default for f in dataclasses.fields(given)}
-    for name in names:
-        value = getattr(given, name)
-        if value != usual[name]:
-            raise OptionError(
-                f"{owner}: {name}={value!r} does nothing with {where}. Leave one of them out."
-            )
 
 
 def _finite(value: Real) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tokencomp.context import Attention, Reduction, Signal, VisualTokens
 from tokencomp.plan import Plan, check_ratio, from_profile
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer, top_k
-from tokencomp.reducers.options import check_range, check_unused
+from tokencomp.reducers.options import check_range
 from tokencomp.reducers.rows import given_scores
 from tokencomp.schedules import SCHEDULES, aim, check_ramp
 
@@ -31,9 +31,10 @@ class Prune(Reducer):
         "aim", "pyramid" or "fastv" (see `tokencomp.schedules`).
     start, stop
         AIM's ramp as fractions of the depth; published: 14/28 … 22/28 for video, 13/32 … 21/32 for
-        images. Other schedules have none, and refuse them.
+        images. Without effect on other schedules.
     temperature, iterations
-        PageRank's τ (0.001 … 1000) and number of steps (1 … 100); other scores refuse them.
+        PageRank's τ (0.001 … 1000) and number of steps (1 … 100). Without effect on
+        other scores.
 
     Notes
     -----
@@ -48,6 +49,7 @@ class Prune(Reducer):
     start: float = 0.5
     stop: float = 22 / 28
 
+    revision = 2
     summary = (
         "layerwise pruning by the decoder's own attention (AIM 2412.03248, FastV, PyramidDrop)"
     )
@@ -59,10 +61,6 @@ class Prune(Reducer):
         check_range("prune", "temperature", self.temperature, 1e-3, 1000)
         check_range("prune", "iterations", self.iterations, 1, 100)
         check_ramp("prune", self.start, self.stop)
-        if self.schedule != "aim":
-            check_unused("prune", self, ("start", "stop"), f"schedule={self.schedule!r}")
-        if self.score != "pagerank":
-            check_unused("prune", self, ("temperature", "iterations"), f"score={self.score!r}")
 
     @property
     def needs(self) -> frozenset[Signal]:

@@ -16,6 +16,7 @@ from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import MissingDependencyError, OptionError, WeightsError
 from tokencomp.plan import check_ratio
 from tokencomp.reducers.base import make_reducer
+from tokencomp.training.checks import without_patch
 from tokencomp.training.data import data_identity, questions
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
 from tokencomp.training.measure import Measurement, Way
@@ -70,6 +71,7 @@ class AdscConfig(LoopConfig):
         return phase[step % len(phase)]
 
 
+@without_patch
 def train_adsc(model: Any, processor: Any, data: str, output: Path, config: AdscConfig) -> Any:
     """Fine-tune LoRA on the decoder with the reducer active; save it as a PEFT adapter.
 
@@ -78,7 +80,7 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
 
     Returns
     -------
-    The PEFT model, in evaluation mode, not patched. PEFT puts its layers into `model` itself;
+    The PEFT model, in evaluation mode. PEFT puts its layers into `model` itself;
     `unload()` takes them out again, which also happens to a model whose training ends in an error.
 
     Raises
@@ -126,6 +128,7 @@ def _as_it_was_on_error(model: Any) -> Iterator[None]:
     """Take the layers that PEFT puts into `model` inside the block out again if it fails."""
     layers = [(m, dict(m.named_children())) for m in model.modules()]
     modes = [(m, m.training) for m, _ in layers]
+    config = dict(vars(model).get("peft_config", {}))  # PEFT adds to it
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
@@ -134,6 +137,8 @@ def _as_it_was_on_error(model: Any) -> Iterator[None]:
             for name, child in children.items():
                 setattr(module, name, child)
         vars(model).pop("peft_config", None)
+        if config:
+            model.peft_config = config
         for module, mode in modes:
             module.training = mode
         for parameter, wanted in trained:

@@ -21,6 +21,7 @@ from tokencomp.projectors.ccam_config import CCAMConfig, read_card
 from tokencomp.reducers.ccam import Ccam
 from tokencomp.training.capture import capture
 from tokencomp.training.ccam_evaluation import check_media, evaluate, held_out, sample_spans
+from tokencomp.training.checks import without_patch
 from tokencomp.training.data import data_identity, questions
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
 from tokencomp.weights import model_card, write_json
@@ -87,6 +88,7 @@ class Live(Ccam):
         return super().span_count(span, fraction)
 
 
+@without_patch
 def train_ccam(model: Any, processor: Any, data: str, output: Path, config: CcamConfig) -> Path:
     """Train the projector on the answers of the frozen model's own training questions.
 

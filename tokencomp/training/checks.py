@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
 from tokencomp.errors import OptionError, ScoreError
+from tokencomp.patching import unpatched
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def check_rate(rate: float) -> None:
@@ -69,3 +75,14 @@ def check_same_run(place: Path, found: dict[str, Any], identity: dict[str, Any])
             f"{place} belongs to a run that differs in {', '.join(wrong)}. Give another --output, "
             "or remove it."
         )
+
+
+def without_patch(train: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """Decorator of functions whose first argument is a model: a patch it has waits outside."""
+
+    @functools.wraps(train)
+    def run(model: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        with unpatched(model):
+            return train(model, *args, **kwargs)
+
+    return run

@@ -95,10 +95,10 @@ def questions(data: str, kind: str, count: int, purpose: str = "train") -> Seque
     if chosen:
         wanted = [part.strip() for part in chosen.split(",")]
         groups = [[f for f in wanted if (f in IMAGE_FAMILIES) is image] for image in (True, False)]
-        others = [f for f in groups[kind == "image"] if f in FAMILIES]
-        if kind != "both" and others:
+        others = groups[kind == "image"]
+        if kind != "both" and others and all(f in FAMILIES for f in wanted):
             raise OptionError(
-                f"kind={kind!r} beside --data {data}: {', '.join(others)} ask about "
+                f"kind={kind!r} beside --data {data}: questions of {', '.join(others)} are about "
                 f"{'images' if kind == 'video' else 'videos'}. Leave out the one or the other."
             )
     else:

@@ -15,6 +15,7 @@ from tokencomp.evaluation.answering import generate, to_model
 from tokencomp.evaluation.examples import Example
 from tokencomp.evaluation.metrics import mcnemar, retention
 from tokencomp.evaluation.subsets import per_question
+from tokencomp.patching import unpatched
 from tokencomp.reducers.base import Reducer
 from tokencomp.training.data import Joined, ShapesQuestions, answer_ids, append, load_batch
 from tokencomp.training.relevance import TARGET, Target, relevance
@@ -99,7 +100,8 @@ class Measurement:
                     said = answers[Way(FULL).key]
                     truth[way.target] = self._relevance(inputs, said, way.target)
                 told_truth = truth.get(way.target)
-                answers[way.key] = self._answer(way, inputs, limit, told_truth, part[0].id)
+                names = [example.id for example in part]
+                answers[way.key] = self._answer(way, inputs, limit, told_truth, names)
             for b, example in enumerate(part):
                 told = {key: row[b] for key, row in answers.items()}
                 right = {key: example.correct(text) for key, text in told.items()}
@@ -114,18 +116,20 @@ class Measurement:
                 )
 
     def _answer(
-        self, way: Way, inputs: dict[str, Any], limit: int, truth: Any, key: str
+        self, way: Way, inputs: dict[str, Any], limit: int, truth: Any, names: Sequence[str]
     ) -> list[str]:
         from tokencomp.reducers.oracle import truth as told
 
         model = self.models[way.model]
         with ExitStack() as stack:
+            stack.enter_context(unpatched(model))
             if way.model == "" and hasattr(model, "disable_adapter"):
                 stack.enter_context(model.disable_adapter())
             handle = None
             if way.reducer is not None and (way.ratio > 0 or isinstance(way.reducer, Reducer)):
                 request = {"ratio": way.ratio, "reducer": way.reducer, **way.options}
-                handle = stack.enter_context(tokencomp.patch(model, **per_question(request, key)))
+                request = per_question(request, names)
+                handle = stack.enter_context(tokencomp.patch(model, **request))
                 if way.reducer == "oracle":
                     stack.enter_context(told(truth))
             texts = generate(model, self.processor, inputs, limit)
@@ -140,7 +144,8 @@ class Measurement:
         model = self.models[""]
         ids = answer_ids(self.processor, model, [a or "?" for a in answers], end=False)
         forced, labels = append(inputs, ids)
-        return relevance(model, to_model(forced, model), labels.to(model.device), target)
+        with unpatched(model):
+            return relevance(model, to_model(forced, model), labels.to(model.device), target)
 
     def scores(self, key: str) -> list[float]:
         """Right (1) or wrong (0) per item."""

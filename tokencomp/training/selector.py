@@ -16,7 +16,7 @@ from tokencomp.reducers.base import Reducer, top_k
 from tokencomp.reducers.options import check_types
 from tokencomp.reducers.rows import given_scores
 from tokencomp.reducers.selector import SelectorNet
-from tokencomp.training.checks import check_folder, check_rate
+from tokencomp.training.checks import check_folder, check_rate, without_patch
 from tokencomp.training.data import questions
 from tokencomp.training.measure import Measurement, Way
 from tokencomp.training.relevance import TARGET, Target
@@ -83,6 +83,7 @@ class SelectorConfig:
         check_rate(self.learning_rate)
 
 
+@without_patch
 def train_selector(
     model: Any, processor: Any, data: str, output: Path, config: SelectorConfig
 ) -> Path:
