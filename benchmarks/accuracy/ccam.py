@@ -31,6 +31,11 @@ SETS = {
 FREE = "ccam without mask"
 RIVALS = {"ccam": (FREE, "pool"), FREE: ("pool",)}
 TRAIN = "tokencomp train ccam"
+NOTES = (
+    "The shipped projector has the paper's causal mask. The mask itself buys nothing here: without "
+    "it the projector answers as many questions or more. Sets of 16 and 48 frames have a half and a "
+    "quarter of the questions."
+)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -53,8 +58,8 @@ def main(args: argparse.Namespace) -> None:
         batch = max(2, args.batch // fewer**2)
         measured, asked = ask({"": model}, processor, source, asked, name, batch)
         book.add(name, measured.table(asked), measured.records, cards)
-        book.write()
-    book.write()
+        book.write(NOTES)
+    book.write(NOTES)
 
 
 if __name__ == "__main__":

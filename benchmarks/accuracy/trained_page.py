@@ -92,7 +92,7 @@ def markdown(tables: dict[str, Any]) -> str:
         "\n".join(verdicts(tables)),
     ]
     if any("random" not in found["made"] for found in tables.values()):
-        parts[0] += " `random`: one subset for all questions of a grid (an earlier release asked)."
+        parts[0] += " `random` is one subset for all questions of a grid on this page."
     for title, found in tables.items():
         told = f"{found['model']}, {found['split']} split of ShapesQA"
         parts += [
