@@ -33,8 +33,8 @@ RIVALS = {"ccam": (FREE, "pool"), FREE: ("pool",)}
 TRAIN = "tokencomp train ccam"
 NOTES = (
     "The shipped projector has the paper's causal mask. The mask itself buys nothing here: without "
-    "it the projector answers as many questions or more. Sets of 16 and 48 frames have a half and a "
-    "quarter of the questions."
+    "it the projector answers as many questions or more. Sets of 16 and 48 frames have a half and "
+    "a quarter of the questions."
 )
 
 
