@@ -48,9 +48,9 @@ class Pool(Reducer):
     their parts evenly, and a part that no grid has is met by rows of unequal length, so the count
     is always exact. No frame goes while there is a token for each; the last to go are first frames.
 
-    The default is the paper's. On the embedded models plain pooling (stride=1) answers more, and
-    stride=None less: the other frames pay too much for whole first ones
-    (benchmarks/accuracy/CHOICE.md has all three, on validation).
+    The default is the paper's. On videos of the embedded models, down to a quarter of the tokens,
+    plain pooling (stride=1) answers more and stride=None less: the other frames pay too much for
+    whole first ones (benchmarks/accuracy/CHOICE.md has all three, on validation).
     """
 
     group: int | None = None
