@@ -18,12 +18,13 @@ from tokencomp.context_window import (
     is_extended,
     restore_visual_context,
 )
-from tokencomp.errors import AlreadyCompressedError, OptionError
+from tokencomp.errors import OptionError
 from tokencomp.hooks import Hooks
 from tokencomp.plan import Plan, check_ratio
 from tokencomp.proportional import check_merges
 from tokencomp.reducers.base import Reducer, check_choice, make_reducer
 from tokencomp.reducers.compose import PlanLike, as_plan
+from tokencomp.refusals import refuse_foreign
 from tokencomp.stats import Stats
 from tokencomp.tower import check_signals
 
@@ -31,7 +32,6 @@ DEFAULT_REDUCER = "condiv"  # chosen on validation: benchmarks/accuracy/CHOICE.m
 # Where a patched model keeps its handle: both are freed together, and no state_dict shows it.
 ATTRIBUTE = "_tokencomp_handle"
 FIXED = {"strict", "positions", "extend_context", "proportional_attention"}  # of the whole patch
-PREPARED = "_original_forward"  # where Accelerator.prepare keeps what mixed precision wraps
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def patch(
     """
     adapter = adapter_for(model)
     base = adapter.model
-    _refuse_foreign(base)
+    refuse_foreign(base)
     check_choice("patch", "positions", positions, ("original", "compact"))
     if positions == "compact" and adapter.mrope:
         raise OptionError(
@@ -370,34 +370,3 @@ def _make_plan(request: Request, adapter: Adapter, proportional: bool) -> Plan:
     plan.check(num_layers, adapter.first_layer_stage)
     check_signals(plan, adapter)
     return plan.for_model(adapter.model)
-
-
-def _refuse_foreign(model: nn.Module) -> None:
-    """Look for what other methods leave on a model."""
-    config = getattr(model, "config", None)
-    found = [
-        name
-        for name in ("fastv_config", "use_fast_v", "video_pruning_rate", "image_pruning_rate")
-        if getattr(config, name, None)
-    ]
-    found += [name for name in ("_info", "_tome_info") if name in model.__dict__]
-    for name in ("get_image_features", "get_video_features", "forward"):
-        for module in (model, getattr(model, "model", None)):
-            here = getattr(module, "__dict__", {})
-            if name in here and not (name == "forward" and _only_wrapped(module)):
-                found.append(f"{type(module).__name__}.{name} replaced")
-    if found:
-        raise AlreadyCompressedError(
-            f"{type(model).__name__} carries another method's changes ({', '.join(found)}). "
-            "Load a fresh model, or undo the other method first."
-        )
-
-
-def _only_wrapped(module: Any) -> bool:
-    """Whether `module.forward` was replaced by accelerate, or by torch.compile of the original."""
-    own = module.__dict__
-    compiled = getattr(own["forward"], "_torchdynamo_orig_callable", None)
-    now = getattr(compiled or own["forward"], "__func__", None)
-    while now is not None and now is not type(module).forward and PREPARED in own:
-        now = getattr(now, "__wrapped__", None)
-    return now is type(module).forward or "_old_forward" in own

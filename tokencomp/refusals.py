@@ -1,11 +1,11 @@
-"""Calls that cannot be compressed, or not exactly: refused with the fix before anything is done."""
+"""What cannot be compressed, or not exactly: refused with the fix before anything is done."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokencomp import _compat
 from tokencomp.adapters.base import Adapter
@@ -15,6 +15,8 @@ from tokencomp.errors import (
     OptionError,
     UnsupportedCacheError,
 )
+
+PREPARED = "_original_forward"  # where Accelerator.prepare keeps what mixed precision wraps
 
 
 def check_prefill(
@@ -82,3 +84,34 @@ def _check_recomputation(between_layers: bool, proportional: bool) -> None:
             "gradient checkpointing with proportional attention: token sizes are gone in the "
             f"backward pass. Use patch(..., proportional_attention=False), {fix}"
         )
+
+
+def refuse_foreign(model: nn.Module) -> None:
+    """Raise `AlreadyCompressedError` over what other methods leave on a model."""
+    config = getattr(model, "config", None)
+    found = [
+        name
+        for name in ("fastv_config", "use_fast_v", "video_pruning_rate", "image_pruning_rate")
+        if getattr(config, name, None)
+    ]
+    found += [name for name in ("_info", "_tome_info") if name in model.__dict__]
+    for name in ("get_image_features", "get_video_features", "forward"):
+        for module in (model, getattr(model, "model", None)):
+            here = getattr(module, "__dict__", {})
+            if name in here and not (name == "forward" and _only_wrapped(module)):
+                found.append(f"{type(module).__name__}.{name} replaced")
+    if found:
+        raise AlreadyCompressedError(
+            f"{type(model).__name__} carries another method's changes ({', '.join(found)}). "
+            "Load a fresh model, or undo the other method first."
+        )
+
+
+def _only_wrapped(module: Any) -> bool:
+    """Whether `module.forward` was replaced by accelerate, or by torch.compile of the original."""
+    own = module.__dict__
+    compiled = getattr(own["forward"], "_torchdynamo_orig_callable", None)
+    now = getattr(compiled or own["forward"], "__func__", None)
+    while now is not None and now is not type(module).forward and PREPARED in own:
+        now = getattr(now, "__wrapped__", None)
+    return now is type(module).forward or "_old_forward" in own
