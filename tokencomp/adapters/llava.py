@@ -108,9 +108,9 @@ def _packed(newline: Tensor) -> Tensor:
     """The line break in the dtype of the features it is packed with: autocast rounds both."""
     from tokencomp.kernels.dispatch import autocasts
 
-    return (
-        newline.to(torch.get_autocast_dtype(newline.device.type)) if autocasts(newline) else newline
-    )
+    if autocasts(newline):
+        return newline.to(torch.get_autocast_dtype(newline.device.type))
+    return newline
 
 
 @register_adapter

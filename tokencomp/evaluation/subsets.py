@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokencomp.context import Reduction, VisualTokens
+from tokencomp.evaluation.settings import RANDOM
 from tokencomp.reducers.random import Random
 
 
@@ -35,7 +36,7 @@ class Subsets(Random):
 
 def per_question(request: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """A request for `tokencomp.patch`; `random` becomes `Subsets` of the samples, others stay."""
-    if request.get("reducer") != "random":
+    if request.get("reducer") != RANDOM:
         return request
     made = Subsets(request.get("seed", 0), tuple(names))
     return {**{k: v for k, v in request.items() if k != "seed"}, "reducer": made}
