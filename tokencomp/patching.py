@@ -170,18 +170,17 @@ def patch(
     request = Request(0.5 if ratio is None else ratio, reducer, options, made)
     ready = _make_plan(request, adapter, proportional_attention)
     hooks = Hooks(adapter, ready, strict, positions == "compact", proportional_attention)
-    context = None
-    if extend_context is not False:
-        target = 4 * VISUAL_WINDOW if extend_context is True else extend_context
-        context = extend_visual_context(base, target)
-    earlier = base.__dict__.get(ATTRIBUTE)
-    if earlier is None:
-        return Handle(hooks, request, context)
-    earlier._make_way()
+    earlier, context = base.__dict__.get(ATTRIBUTE), None
+    if earlier is not None:
+        earlier._make_way()  # before its window is replaced, so that it knows of it
     try:
+        if extend_context is not False:
+            target = 4 * VISUAL_WINDOW if extend_context is True else extend_context
+            context = extend_visual_context(base, target)
         return Handle(hooks, request, context, earlier)
     except BaseException:
-        earlier._resume()
+        if earlier is not None:
+            earlier._resume()
         raise
 
 

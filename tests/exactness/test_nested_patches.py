@@ -76,6 +76,21 @@ def test_a_window_of_the_users_own_outlives_the_block(window: str) -> None:
         assert torch.equal(rotary.inv_freq, mine) and not torch.equal(mine, stretched)
 
 
+def test_a_window_inside_gives_way_to_the_one_outside() -> None:
+    model = FAMILIES["qwen2_vl"].build()
+    rotary = model.model.language_model.rotary_emb
+    plain = rotary.inv_freq.clone()
+    with tokencomp.patch(model, 0.5, extend_context=30000):
+        outer = rotary.inv_freq.clone()
+        with tokencomp.patch(model, 0.9, extend_context=90000):
+            assert not torch.equal(rotary.inv_freq, outer)
+        assert torch.equal(rotary.inv_freq, outer)
+        with pytest.raises(tokencomp.TokenCompError, match="target_tokens"):
+            tokencomp.patch(model, 0.9, extend_context=-1)
+        assert torch.equal(rotary.inv_freq, outer)
+    assert torch.equal(rotary.inv_freq, plain)
+
+
 def test_a_patch_that_cannot_be_put_in_leaves_the_one_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
