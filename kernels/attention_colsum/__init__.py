@@ -5,8 +5,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
-from ..errors import KernelError
+from kernels import checks, dispatch
+from kernels.errors import KernelError
 from . import naive
 from .visibility import Rows, dense_rows, packed_rows
 

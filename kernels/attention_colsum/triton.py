@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tile import LOG2E, aligned, alignment, dot, log_sum, long_dot, multiprocessors, padded
+from kernels.tile import LOG2E, aligned, alignment, dot, log_sum, long_dot, multiprocessors, padded
 
 # From how many probe rows on the column pass computes which row blocks can see a key block, and
 # spreads heads over programs instead of looping over them.

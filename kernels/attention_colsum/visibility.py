@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..errors import KernelError
+from kernels import checks
+from kernels.errors import KernelError
 
 
 class Rows(NamedTuple):

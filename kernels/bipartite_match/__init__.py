@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch, segments
+from kernels import checks, dispatch, segments
 from . import naive
 
 

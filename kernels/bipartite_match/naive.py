@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..segments import groups, stacked
+from kernels.segments import groups, stacked
 
 # Similarities held at once (fp32: 16 MiB).
 BLOCK_ELEMENTS = 1 << 22

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..segments import starts, table
-from ..tile import dot, inverse_root
+from kernels.segments import starts, table
+from kernels.tile import dot, inverse_root
 
 
 @triton.jit

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..segments import table
-from ..tile import LOG2E, aligned, alignment, dot, log_sum, multiprocessors, padded
+from kernels.segments import table
+from kernels.tile import LOG2E, aligned, alignment, dot, log_sum, multiprocessors, padded
 
 
 @triton.jit

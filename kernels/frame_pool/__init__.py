@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .. import checks, dispatch
-from ..errors import KernelError
+from kernels import checks, dispatch
+from kernels.errors import KernelError
 from . import naive
 
 MODES = ("area", "bilinear")

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
-from ..errors import KernelError
+from kernels import checks, dispatch
+from kernels.errors import KernelError
 from . import naive
 
 DTYPES = (

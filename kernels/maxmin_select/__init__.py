@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch, segments
-from ..errors import KernelError
+from kernels import checks, dispatch, segments
+from kernels.errors import KernelError
 from . import naive
 
 

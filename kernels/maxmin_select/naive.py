@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bipartite_match.naive import normalise
-from ..segments import starts
+from kernels.bipartite_match.naive import normalise
+from kernels.segments import starts
 
 # Cosines held at once (fp32: 64 MiB).
 GRAM_ELEMENTS = 1 << 24

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..segments import groups, stacked, starts, table
-from ..tile import inverse_root, long_dot, padded
+from kernels.segments import groups, stacked, starts, table
+from kernels.tile import inverse_root, long_dot, padded
 from .naive import EPSILON, TAKEN, UNDIRECTED
 
 MAX_GRAM_ROWS = 8192

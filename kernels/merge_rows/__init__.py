@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch, segments
-from ..errors import KernelError
+from kernels import checks, dispatch, segments
+from kernels.errors import KernelError
 from . import naive
 
 POSITIONS = ("keep", "first", "mean")

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..segments import bounds
+from kernels.segments import bounds
 
 # Rows in which a program looks for the members of its kept row itself; beyond, members come sorted.
 MAX_SCAN = 4096

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
+from kernels import checks, dispatch
 from . import naive
 
 MAX_RADIUS = 3

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..bipartite_match.naive import normalise
+from kernels.bipartite_match.naive import normalise
 
 
 def nearest_previous_frame(x: Tensor, radius: int) -> tuple[Tensor, Tensor]:

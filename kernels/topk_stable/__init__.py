@@ -7,8 +7,8 @@ and versions. Kept tokens must not depend on that.
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
-from ..errors import KernelError
+from kernels import checks, dispatch
+from kernels.errors import KernelError
 from . import naive
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import unknown_name
+from tokencomp.errors import unknown_name
 
 if TYPE_CHECKING:
     import torch

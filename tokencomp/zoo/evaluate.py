@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..evaluation.examples import Example
-from ..media import load_media
+from tokencomp.evaluation.examples import Example
+from tokencomp.media import load_media
 from .layouts import write_media
 from .questions import mlvu_prompt, mvbench_prompt
 from .shapesqa import FRAMES, Item

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..errors import UnknownNameError
+from tokencomp.errors import UnknownNameError
 from .questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES, Question, ask, letter
 from .scenes import Scene, image_scene, video_scene
 

@@ -32,7 +32,7 @@ def main(
     """Train one tiny model and write a complete model folder to OUT/NAME."""
     import torch
 
-    from ..errors import TokenCompError
+    from tokencomp.errors import TokenCompError
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -108,8 +108,8 @@ def warm_start(model: Any, name: str, other: str, folder: str | Path | None = No
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from ..errors import CheckpointError
-    from ..models import register_auto_classes
+    from tokencomp.errors import CheckpointError
+    from tokencomp.models import register_auto_classes
     from . import available_models, resolve
     from .families import family
 
@@ -152,7 +152,7 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
     import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from ..models import register_auto_classes
+    from tokencomp.models import register_auto_classes
     from .evaluate import FORMS, blind_guess, by_family, evaluate
     from .families import family
     from .layouts import write_media

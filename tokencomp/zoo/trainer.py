@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..errors import MissingDependencyError
+from tokencomp.errors import MissingDependencyError
 from .batches import BatchMaker
 from .families import Family
 from .packing import IGNORE, Packer, attention_mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ...errors import UnknownNameError
+from tokencomp.errors import UnknownNameError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..tokenizer import SPECIAL_TOKENS, SYSTEM
+from tokencomp.zoo.tokenizer import SPECIAL_TOKENS, SYSTEM
 
 HALF = [0.5, 0.5, 0.5]
 

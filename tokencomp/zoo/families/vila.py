@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..tokenizer import SPECIAL_TOKENS
+from tokencomp.zoo.tokenizer import SPECIAL_TOKENS
 from .parts import HALF, TinyFamily, chatml, decoder, preprocessing, siglip, start_wide
 
 SIDE, PATCH, PROJECTOR = 256, 16, "mlp_downsample_2x2_fix"
