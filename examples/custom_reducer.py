@@ -10,7 +10,7 @@ import torch
 
 import tokencomp
 from tokencomp import Reduction, VisualTokens, zoo
-from tokencomp.media import load_media
+from tokencomp.inputs.media import load_media
 from tokencomp.reducers.base import top_k
 
 

@@ -9,7 +9,7 @@ import torch
 
 import tokencomp
 from tokencomp import zoo
-from tokencomp.media import load_media
+from tokencomp.inputs.media import load_media
 
 model, processor = zoo.load("tiny-qwen2-vl")
 processor.tokenizer.padding_side = "left"

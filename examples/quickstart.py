@@ -7,7 +7,7 @@ import json
 
 import tokencomp
 from tokencomp import zoo
-from tokencomp.media import load_media
+from tokencomp.inputs.media import load_media
 
 model, processor = zoo.load("tiny-qwen2-vl")  # any supported Hugging Face model works the same
 question = next(

@@ -12,7 +12,7 @@ from peft import PeftModel
 
 import tokencomp
 from tokencomp import zoo
-from tokencomp.evaluation.answering import generate
+from tokencomp.inputs.prompts import generate
 from tokencomp.training.adsc import AdscConfig, train_adsc
 from tokencomp.training.data import load_batch, questions
 

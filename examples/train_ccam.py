@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tokencomp
 from tokencomp import zoo
-from tokencomp.evaluation.answering import generate
+from tokencomp.inputs.prompts import generate
 from tokencomp.training.ccam import CcamConfig, train_ccam
 from tokencomp.training.data import ShapesQuestions, load_batch
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import tokencomp
 from tokencomp import zoo
-from tokencomp.evaluation.answering import generate
+from tokencomp.inputs.prompts import generate
 from tokencomp.training.data import load_batch, questions
-from tokencomp.training.selector import SelectorConfig, train_selector
+from tokencomp.training.selector.train import SelectorConfig, train_selector
 
 model, processor = zoo.load("tiny-qwen2-vl")
 config = SelectorConfig(

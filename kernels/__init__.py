@@ -12,17 +12,17 @@ Triton. ``TOKENCOMP_KERNELS`` chooses the implementation, see :mod:`tokencomp.ke
 if __name__ != "kernels":
     # Imported eagerly because the folders carry the names of their functions: a lazily resolved
     # name would be shadowed by the submodule as soon as anything imported it.
-    from .attention_colsum import attention_colsum, attention_lse
-    from .bipartite_match import bipartite_match
-    from .ccam_attention import ccam_attention, visible_frames
-    from .dispatch import status, which
-    from .errors import KernelError
-    from .frame_pool import frame_pool
-    from .gather_rows import gather_rows
-    from .maxmin_select import maxmin_select, mean_distance
-    from .merge_rows import MergedRows, merge_rows
-    from .nearest_previous_frame import nearest_previous_frame
-    from .topk_stable import topk_stable
+    from tokencomp.kernels.attention_colsum import attention_colsum, attention_lse
+    from tokencomp.kernels.bipartite_match import bipartite_match
+    from tokencomp.kernels.ccam_attention import ccam_attention, visible_frames
+    from tokencomp.kernels.dispatch import status, which
+    from tokencomp.kernels.errors import KernelError
+    from tokencomp.kernels.frame_pool import frame_pool
+    from tokencomp.kernels.gather_rows import gather_rows
+    from tokencomp.kernels.maxmin_select import maxmin_select, mean_distance
+    from tokencomp.kernels.merge_rows import MergedRows, merge_rows
+    from tokencomp.kernels.nearest_previous_frame import nearest_previous_frame
+    from tokencomp.kernels.topk_stable import topk_stable
 
 __all__ = [
     "KernelError",

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import torch
+from tokencomp.kernels import dispatch
+from tokencomp.kernels.errors import KernelError
 from torch import Tensor
-
-from . import dispatch
-from .errors import KernelError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRITON_FLOATS = (torch.float16, torch.bfloat16, torch.float32)

@@ -25,9 +25,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from tokencomp.kernels.errors import KernelError
 from torch import Tensor
-
-from .errors import KernelError
 
 MODES = ("auto", "naive", "triton")
 MIN_TRITON = (3, 3)  # the first with tuples as kernel arguments

@@ -5,9 +5,8 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+from tokencomp.kernels.errors import KernelError
 from torch import Tensor
-
-from .errors import KernelError
 
 
 def lengths_of(name: str, segments: int | Sequence[int] | Tensor | None, rows: int) -> list[int]:

@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def loaded(folder: Path) -> tuple[Any, Any]:
-    from tokencomp.evaluation.loading import load_model
+    from tokencomp.inputs.loading import load_model
 
     return load_model(str(folder), device="cpu")
 
@@ -33,7 +33,7 @@ def loaded(folder: Path) -> tuple[Any, Any]:
 def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Three image and two video questions on real files."""
     from tokencomp.evaluation import shapesqa
-    from tokencomp.zoo.shapesqa import items
+    from tokencomp.shapesqa.items import items
 
     media = tmp_path_factory.mktemp("media")
     images = items("validation", 1, ("attribute", "existence", "count"))

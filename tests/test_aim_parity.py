@@ -10,8 +10,8 @@ import torch
 from tests_support import Family, text
 
 import tokencomp
-from tokencomp.context import VisualTokens
 from tokencomp.reducers.merge import Merge
+from tokencomp.tokens import VisualTokens
 
 
 def merge_frame_reference(x: list[list[float]], keep: int) -> list[tuple[int, list[float]]]:

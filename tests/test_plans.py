@@ -15,7 +15,7 @@ from tests_support import FAMILIES, text
 
 import tokencomp
 from tokencomp import Plan, Reducer, Stage, errors, make_reducer
-from tokencomp.context import Reduction, VisualSpan, VisualTokens
+from tokencomp.tokens import Reduction, VisualSpan, VisualTokens
 
 
 def test_plans_as_json_and_files(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ _LAZY = {
     "plan_from_json": "tokencomp.reducers.compose",
     "plan_to_json": "tokencomp.reducers.compose",
     "available_models": "tokencomp.adapters.base",
-    "Reduction": "tokencomp.context",
-    "VisualTokens": "tokencomp.context",
+    "Reduction": "tokencomp.tokens",
+    "VisualTokens": "tokencomp.tokens",
     "TokenCompError": "tokencomp.errors",
 }
 
@@ -53,7 +53,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from tokencomp.adapters.base import available_models
-    from tokencomp.context import Reduction, VisualTokens
     from tokencomp.context_window import extend_visual_context
     from tokencomp.errors import TokenCompError
     from tokencomp.patching import Handle, patch, unpatch
@@ -65,6 +64,7 @@ if TYPE_CHECKING:
         register_reducer,
     )
     from tokencomp.reducers.compose import plan_from_json, plan_to_json
+    from tokencomp.tokens import Reduction, VisualTokens
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tokencomp import _compat
+from tokencomp.engine import compat
 from tokencomp.errors import CopyError, OptionError, SpanError, UnsupportedModelError
 from tokencomp.yarn import Yarn, rope_base, yarn
 
@@ -109,14 +109,14 @@ class VisualContext:
 
     @torch.compiler.disable
     def _count_placeholders(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        named = _compat.bind(module, args, kwargs)
+        named = compat.bind(module, args, kwargs)
         kinds = self._adapter.kinds(named)
         new = [] if kinds is None else (kinds != 0).sum(1).tolist()
-        self.count(new, _compat.get_cache(named))
+        self.count(new, compat.get_cache(named))
 
     @torch.compiler.disable
     def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        cache = _compat.get_cache(_compat.bind(module, args, kwargs), out)
+        cache = compat.get_cache(compat.bind(module, args, kwargs), out)
         if cache is not None:
             setattr(cache, HELD, self._local.total)
 

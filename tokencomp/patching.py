@@ -18,15 +18,15 @@ from tokencomp.context_window import (
     is_extended,
     restore_visual_context,
 )
+from tokencomp.engine.hooks import Hooks
+from tokencomp.engine.proportional import check_merges
+from tokencomp.engine.refusals import refuse_foreign
+from tokencomp.engine.stats import Stats
+from tokencomp.engine.tower import check_signals
 from tokencomp.errors import OptionError
-from tokencomp.hooks import Hooks
 from tokencomp.plan import Plan, check_ratio
-from tokencomp.proportional import check_merges
 from tokencomp.reducers.base import Reducer, check_choice, make_reducer
 from tokencomp.reducers.compose import PlanLike, as_plan
-from tokencomp.refusals import refuse_foreign
-from tokencomp.stats import Stats
-from tokencomp.tower import check_signals
 
 DEFAULT_REDUCER = "condiv"  # chosen on validation: benchmarks/accuracy/CHOICE.md
 # Where a patched model keeps its handle: both are freed together, and no state_dict shows it.
@@ -172,7 +172,7 @@ def patch(
     hooks = Hooks(adapter, ready, strict, positions == "compact", proportional_attention)
     earlier, context = base.__dict__.get(ATTRIBUTE), None
     if earlier is not None:
-        earlier._make_way()  # before its window is replaced, so that it knows of it
+        earlier._suspend()  # before its window is replaced, so that it knows of it
     try:
         if extend_context is not False:
             target = 4 * VISUAL_WINDOW if extend_context is True else extend_context
@@ -209,7 +209,7 @@ def unpatched(model: nn.Module) -> Iterator[None]:
     if handle is None:
         yield
         return
-    handle._make_way()
+    handle._suspend()
     try:
         yield
     finally:
@@ -256,7 +256,7 @@ class Handle:
                 self._context.remove()
             del self._hooks.adapter.model.__dict__[ATTRIBUTE]
 
-    def _make_way(self) -> None:
+    def _suspend(self) -> None:
         """Stop, until the later patch's `with` block ends."""
         if self._context is not None and not self._context.in_force:
             self._context = None  # undone, or replaced by another extension: not ours any more

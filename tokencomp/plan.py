@@ -17,8 +17,8 @@ from tokencomp.errors import PlanError, RatioError
 if TYPE_CHECKING:
     from torch import nn
 
-    from tokencomp.context import Grid, VisualSpan
     from tokencomp.reducers.base import Reducer
+    from tokencomp.tokens import Grid, VisualSpan
 
 MAX_RATIO = 0.95
 LEAST = 1e-9
@@ -87,8 +87,8 @@ class Stage:
     reducer: Reducer
 
     def __post_init__(self) -> None:
+        from tokencomp.reducers._options import fits, told
         from tokencomp.reducers.base import Reducer  # which imports this module
-        from tokencomp.reducers.options import fits, told
 
         for name, hint in {"layer": int, "fraction": float}.items():
             if not fits(value := getattr(self, name), hint):

@@ -36,7 +36,7 @@ RIVALS = {"trained": ("training-free", "control"), "control": ("training-free",)
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokencomp.evaluation.loading import load_model
+    from tokencomp.inputs.loading import load_model
 
     book = Book("adsc", args, RIVALS)
     folders = {"trained": Path(args.weights or HERE / "adsc")}

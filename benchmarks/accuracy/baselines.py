@@ -16,7 +16,7 @@ from tables import Comparison, compare_families, table
 
 from tokencomp.cli import one_message
 from tokencomp.patching import DEFAULT_REDUCER
-from tokencomp.weights import replace_file
+from tokencomp.trained.cards import replace_file
 
 HERE = Path(__file__).parent
 FOLDERS = ("unseen", "counting", "chance")

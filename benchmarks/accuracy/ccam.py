@@ -15,12 +15,12 @@ import argparse
 from trained import Book, ask, parser
 
 from tokencomp.cli import one_message
-from tokencomp.projectors.ccam_config import read_card
+from tokencomp.trained.cards import locate
+from tokencomp.trained.ccam_config import read_card
 from tokencomp.training.ccam_evaluation import sample_spans, ways
 from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.loop import LoopConfig
 from tokencomp.training.measure import Way
-from tokencomp.weights import locate
 
 SETS = {
     "image": (("attribute", "small_object"), {}, 1),
@@ -39,7 +39,7 @@ NOTES = (
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokencomp.evaluation.loading import load_model
+    from tokencomp.inputs.loading import load_model
 
     book = Book("ccam", args, RIVALS)
     if book.sets:

@@ -20,9 +20,9 @@ from tables import table
 
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import Setting
-from tokencomp.weights import replace_file, write_json
+from tokencomp.shapesqa.questions import FAMILIES
+from tokencomp.trained.cards import replace_file, write_json
 from tokencomp.zoo import available_models
-from tokencomp.zoo.questions import FAMILIES
 
 RULE = """The rule: for every candidate, retention at each ratio, model and kind (images, videos)
 over the question families the model has learned (`results.learned_families`); its score is the

@@ -22,10 +22,10 @@ from tokencomp import extend_visual_context
 from tokencomp.adapters.base import adapter_for
 from tokencomp.cli import one_message
 from tokencomp.evaluation.baselines import EqualTokens
-from tokencomp.evaluation.examples import shapesqa
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES
+from tokencomp.inputs.questions import shapesqa
+from tokencomp.shapesqa.items import SIZE, items
 from tokencomp.training.measure import FULL, Measurement, Way
-from tokencomp.zoo.shapesqa import SIZE, items
 
 SETS = {"16 frames": 16, "32 frames": 32, "64 frames": 64}
 TRAINED = 16
@@ -102,7 +102,7 @@ def measure(
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokencomp.evaluation.loading import load_model
+    from tokencomp.inputs.loading import load_model
 
     torch.set_num_threads(args.threads)
     book = Book(f"long_video-{args.model}", args, RIVALS)

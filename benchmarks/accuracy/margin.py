@@ -19,7 +19,7 @@ from tables import table
 
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import FULL
-from tokencomp.weights import replace_file
+from tokencomp.trained.cards import replace_file
 from tokencomp.zoo import available_models
 
 HERE = Path(__file__).parent

@@ -27,8 +27,8 @@ from tables import (
 
 from tokencomp.cli import one_message
 from tokencomp.evaluation.environment import provenance
-from tokencomp.evaluation.plots import Point, lines
 from tokencomp.evaluation.settings import DOWNSCALE, FULL
+from tokencomp.pages.plots import Point, lines
 from tokencomp.patching import DEFAULT_REDUCER
 
 

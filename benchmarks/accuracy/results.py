@@ -16,9 +16,9 @@ from typing import Any
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.runner import Run
 from tokencomp.evaluation.settings import FULL, Setting
-from tokencomp.weights import replace_file, write_json
+from tokencomp.shapesqa.questions import IMAGE_FAMILIES
+from tokencomp.trained.cards import replace_file, write_json
 from tokencomp.zoo import metrics
-from tokencomp.zoo.questions import IMAGE_FAMILIES
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("images", "videos")

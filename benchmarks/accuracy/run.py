@@ -27,14 +27,14 @@ from results import RESULTS, Results, collected, merged
 
 from tokencomp import available_reducers, make_reducer
 from tokencomp.cli import one_message
-from tokencomp.context import TOWER_SIGNALS
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
-from tokencomp.evaluation.examples import shapesqa
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import DOWNSCALE, INPUT_BASELINES, Setting
+from tokencomp.inputs.questions import shapesqa
+from tokencomp.shapesqa.items import items
+from tokencomp.shapesqa.questions import FAMILIES
+from tokencomp.tokens import TOWER_SIGNALS
 from tokencomp.zoo import available_models, load
-from tokencomp.zoo.questions import FAMILIES
-from tokencomp.zoo.shapesqa import items
 
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 BASELINES = ("random", "uniform", DOWNSCALE)

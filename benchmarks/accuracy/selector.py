@@ -19,10 +19,10 @@ from trained import Book, ask, parser
 
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import DOWNSCALE
+from tokencomp.trained.cards import locate
 from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.relevance import Target
-from tokencomp.training.selector import RATIOS, oracle_name, ways
-from tokencomp.weights import locate
+from tokencomp.training.selector.train import RATIOS, oracle_name, ways
 
 ORACLES: tuple[Target, ...] = ("logit", "logprob")
 LOGIT, LOGPROB = (oracle_name(target) for target in ORACLES)
@@ -77,7 +77,7 @@ def order(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokencomp.evaluation.loading import load_model
+    from tokencomp.inputs.loading import load_model
 
     book = Book("selector", args, RIVALS)
     if book.sets:

@@ -17,10 +17,10 @@ from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.environment import environment
-from tokencomp.evaluation.examples import Example
 from tokencomp.evaluation.settings import DOWNSCALE
+from tokencomp.inputs.questions import Example
+from tokencomp.trained.cards import replace_file, write_json
 from tokencomp.training.measure import FULL, Measurement, Way
-from tokencomp.weights import replace_file, write_json
 
 HERE = Path(__file__).parent
 PER_QUESTION = "a subset per question"

@@ -24,9 +24,9 @@ import torch
 
 import tokencomp
 from tokencomp.adapters.base import adapter_for
-from tokencomp.evaluation.answering import build_inputs
 from tokencomp.evaluation.environment import environment
-from tokencomp.evaluation.loading import load_model
+from tokencomp.inputs.loading import load_model
+from tokencomp.inputs.prompts import build_inputs
 from tokencomp.zoo import SAMPLES
 
 HERE = Path(__file__).parent
@@ -65,7 +65,7 @@ def rows_of(model: Any, run: Callable[[], None]) -> list[int]:
 
 
 def images(count: int) -> list[list[Any]]:
-    from tokencomp.media import load_media
+    from tokencomp.inputs.media import load_media
 
     files = sorted(SAMPLES.glob("*.jpg"))
     return [[load_media(files[k % len(files)])] for k in range(count)]

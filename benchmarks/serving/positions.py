@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import tokencomp
-from tokencomp.evaluation.answering import build_inputs, generate
 from tokencomp.evaluation.environment import environment, provenance
-from tokencomp.evaluation.examples import shapesqa
 from tokencomp.evaluation.metrics import mcnemar
+from tokencomp.inputs.prompts import build_inputs, generate
+from tokencomp.inputs.questions import shapesqa
+from tokencomp.shapesqa.items import items
 from tokencomp.zoo import load
-from tokencomp.zoo.shapesqa import items
 
 HERE = Path(__file__).parent
 POSITIONS = ("original", "compact")

@@ -3,12 +3,11 @@
 from types import ModuleType
 
 import torch
+from tokencomp.kernels import checks, dispatch
+from tokencomp.kernels.attention_colsum import naive
+from tokencomp.kernels.attention_colsum.visibility import Rows, dense_rows, packed_rows
+from tokencomp.kernels.errors import KernelError
 from torch import Tensor
-
-from kernels import checks, dispatch
-from kernels.errors import KernelError
-from . import naive
-from .visibility import Rows, dense_rows, packed_rows
 
 HEADS = ("mean", "rms", "none")
 MAX_HEAD_DIM = 256
@@ -215,7 +214,7 @@ def _implementation(q: Tensor) -> ModuleType:
     if dispatch.which(q) == "naive":
         return naive
     checks.triton_heads(q, MAX_HEAD_DIM)
-    from . import triton
+    from tokencomp.kernels.attention_colsum import triton
 
     return triton
 

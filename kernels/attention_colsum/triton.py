@@ -9,9 +9,17 @@ keeps one block of keys in place and lets the rows pass by: its sums need no ato
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels.tile import (
+    LOG2E,
+    aligned,
+    alignment,
+    dot,
+    log_sum,
+    long_dot,
+    multiprocessors,
+    padded,
+)
 from torch import Tensor
-
-from kernels.tile import LOG2E, aligned, alignment, dot, log_sum, long_dot, multiprocessors, padded
 
 # From how many probe rows on the column pass computes which row blocks can see a key block, and
 # spreads heads over programs instead of looping over them.

@@ -7,10 +7,9 @@ the same thing, so one kernel serves them all.
 from typing import NamedTuple
 
 import torch
+from tokencomp.kernels import checks
+from tokencomp.kernels.errors import KernelError
 from torch import Tensor
-
-from kernels import checks
-from kernels.errors import KernelError
 
 
 class Rows(NamedTuple):

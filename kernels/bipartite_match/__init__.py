@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import torch
+from tokencomp.kernels import checks, dispatch, segments
+from tokencomp.kernels.bipartite_match import naive
 from torch import Tensor
-
-from kernels import checks, dispatch, segments
-from . import naive
 
 
 def bipartite_match(
@@ -53,7 +52,7 @@ def _op(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     if dispatch.which(x) == "naive":
         similarity, partner = naive.bipartite_match(x, lengths)
     else:
-        from . import triton
+        from tokencomp.kernels.bipartite_match import triton
 
         checks.triton_dtype("x", x)
         checks.grid_size("tiles of a frame", max(lengths, default=0) // 64)

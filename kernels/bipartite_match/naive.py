@@ -1,9 +1,8 @@
 """Plain PyTorch version of :func:`tokencomp.kernels.bipartite_match`."""
 
 import torch
+from tokencomp.kernels.segments import groups, stacked
 from torch import Tensor
-
-from kernels.segments import groups, stacked
 
 # Similarities held at once (fp32: 16 MiB).
 BLOCK_ELEMENTS = 1 << 22

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import torch
+from tokencomp.kernels import checks, dispatch
+from tokencomp.kernels.ccam_attention import naive
+from tokencomp.kernels.ccam_attention.rule import visible_frames
+from tokencomp.kernels.errors import KernelError
 from torch import Tensor
-
-from kernels import checks, dispatch
-from kernels.errors import KernelError
-from . import naive
-from .rule import visible_frames
 
 __all__ = ["MAX_HEAD_DIM", "ccam_attention", "visible_frames"]
 
@@ -92,7 +91,7 @@ def _op(
     if dispatch.which(q) == "naive":
         return naive.ccam_attention(q, k, v, frames, per_frame, causal, scale).contiguous()
     checks.triton_heads(q, MAX_HEAD_DIM)
-    from . import triton
+    from tokencomp.kernels.ccam_attention import triton
 
     q, k, v = checks.rows_contiguous(q), checks.rows_contiguous(k), checks.rows_contiguous(v)
     with dispatch.on_device(q):

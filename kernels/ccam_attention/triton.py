@@ -3,10 +3,9 @@
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels.segments import table
+from tokencomp.kernels.tile import LOG2E, aligned, alignment, dot, log_sum, multiprocessors, padded
 from torch import Tensor
-
-from kernels.segments import table
-from kernels.tile import LOG2E, aligned, alignment, dot, log_sum, multiprocessors, padded
 
 
 @triton.jit

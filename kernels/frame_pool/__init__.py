@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
+from tokencomp.kernels import checks, dispatch
+from tokencomp.kernels.errors import KernelError
+from tokencomp.kernels.frame_pool import naive
 from torch import Tensor
-
-from kernels import checks, dispatch
-from kernels.errors import KernelError
-from . import naive
 
 MODES = ("area", "bilinear")
 
@@ -66,7 +65,7 @@ def frame_pool(x: Tensor, grids: Sequence[tuple[int, int]], mode: str = "area") 
 def _op(x: Tensor, heights: list[int], widths: list[int], mode: str) -> Tensor:
     if dispatch.which(x) == "naive":
         return naive.frame_pool(x, heights, widths, mode)
-    from . import triton
+    from tokencomp.kernels.frame_pool import triton
 
     checks.triton_dtype("x", x)
     with dispatch.on_device(x):

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import torch
+from tokencomp.kernels import checks, dispatch
+from tokencomp.kernels.errors import KernelError
+from tokencomp.kernels.gather_rows import naive
 from torch import Tensor
-
-from kernels import checks, dispatch
-from kernels.errors import KernelError
-from . import naive
 
 DTYPES = (
     *checks.FLOATS,
@@ -93,7 +92,7 @@ def _op(
         checks.holds(index.amax() < limit, message)
     if dispatch.which(index) == "naive":
         return naive.gather_rows(tensors, index, seq_dims, batch_dims)
-    from . import triton
+    from tokencomp.kernels.gather_rows import triton
 
     with dispatch.on_device(index):
         return triton.gather_rows(tensors, index.contiguous(), seq_dims, batch_dims)

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import torch
+from tokencomp.kernels import checks, dispatch, segments
+from tokencomp.kernels.errors import KernelError
+from tokencomp.kernels.maxmin_select import naive
 from torch import Tensor
-
-from kernels import checks, dispatch, segments
-from kernels.errors import KernelError
-from . import naive
 
 
 def maxmin_select(
@@ -142,7 +141,7 @@ def _op(
     _check_values(x, weights, lengths, margin, start)
     if dispatch.which(x) == "naive":
         return naive.maxmin_select(x, counts, weights, lengths, centred, margin, start)
-    from . import triton
+    from tokencomp.kernels.maxmin_select import triton
 
     checks.triton_dtype("x", x)
     x = checks.rows_contiguous(x)

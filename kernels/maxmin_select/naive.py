@@ -2,10 +2,9 @@
 
 import numpy as np
 import torch
+from tokencomp.kernels.bipartite_match.naive import normalise
+from tokencomp.kernels.segments import starts
 from torch import Tensor
-
-from kernels.bipartite_match.naive import normalise
-from kernels.segments import starts
 
 # Cosines held at once (fp32: 64 MiB).
 GRAM_ELEMENTS = 1 << 24

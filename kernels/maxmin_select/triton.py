@@ -11,11 +11,10 @@ import itertools
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels.maxmin_select.naive import EPSILON, TAKEN, UNDIRECTED
+from tokencomp.kernels.segments import groups, stacked, starts, table
+from tokencomp.kernels.tile import inverse_root, long_dot, padded
 from torch import Tensor
-
-from kernels.segments import groups, stacked, starts, table
-from kernels.tile import inverse_root, long_dot, padded
-from .naive import EPSILON, TAKEN, UNDIRECTED
 
 MAX_GRAM_ROWS = 8192
 # Candidates of a round of a longer span, which may choose all of them.

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from tokencomp.kernels import checks, dispatch, segments
+from tokencomp.kernels.errors import KernelError
+from tokencomp.kernels.merge_rows import naive
 from torch import Tensor
-
-from kernels import checks, dispatch, segments
-from kernels.errors import KernelError
-from . import naive
 
 POSITIONS = ("keep", "first", "mean")
 
@@ -112,7 +111,7 @@ def _op(
     _check_values(target, keep)
     if dispatch.which(x) == "naive":
         return naive.merge_rows(x, target, keep, sizes, positions, weighted, position)
-    from . import triton
+    from tokencomp.kernels.merge_rows import triton
 
     checks.triton_dtype("x", x)
     x = checks.rows_contiguous(x)

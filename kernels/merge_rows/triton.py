@@ -3,9 +3,8 @@
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels.segments import bounds
 from torch import Tensor
-
-from kernels.segments import bounds
 
 # Rows in which a program looks for the members of its kept row itself; beyond, members come sorted.
 MAX_SCAN = 4096

@@ -1,10 +1,9 @@
 """How much of a frame was already there in the frame before."""
 
 import torch
+from tokencomp.kernels import checks, dispatch
+from tokencomp.kernels.nearest_previous_frame import naive
 from torch import Tensor
-
-from kernels import checks, dispatch
-from . import naive
 
 MAX_RADIUS = 3
 
@@ -51,7 +50,7 @@ def _op(x: Tensor, radius: int) -> tuple[Tensor, Tensor]:
     if dispatch.which(x) == "naive":
         similarity, index = naive.nearest_previous_frame(x, radius)
     else:
-        from . import triton
+        from tokencomp.kernels.nearest_previous_frame import triton
 
         checks.triton_dtype("x", x)
         with dispatch.on_device(x):

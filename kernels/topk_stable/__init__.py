@@ -5,11 +5,10 @@ and versions. Kept tokens must not depend on that.
 """
 
 import torch
+from tokencomp.kernels import checks, dispatch
+from tokencomp.kernels.errors import KernelError
+from tokencomp.kernels.topk_stable import naive
 from torch import Tensor
-
-from kernels import checks, dispatch
-from kernels.errors import KernelError
-from . import naive
 
 
 def topk_stable(scores: Tensor, k: int) -> Tensor:

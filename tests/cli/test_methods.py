@@ -10,7 +10,9 @@ import pytest
 from cli_support import run
 
 import tokencomp
-from tokencomp.evaluation import Setting, benchmarks, loading
+from tokencomp.evaluation import Setting
+from tokencomp.inputs import loading
+from tokencomp.lmms import tasks as benchmarks
 from tokencomp.zoo import SAMPLES
 
 IMAGE = next(SAMPLES.glob("*.jpg"))

@@ -15,9 +15,9 @@ import pytest
 from cli_support import run
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation import bench_data
-from tokencomp.evaluation.bench_data import SHAPESQA_ID, LocalData, local_data, write_shapesqa
-from tokencomp.evaluation.benchmarks import item_score
+from tokencomp.lmms import data as bench_data
+from tokencomp.lmms.data import SHAPESQA_ID, LocalData, local_data, write_shapesqa
+from tokencomp.lmms.tasks import item_score
 
 LMMS = importlib.util.find_spec("lmms_eval") is not None
 needs_lmms = pytest.mark.skipif(not LMMS, reason="needs the extra [eval]")

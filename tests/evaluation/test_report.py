@@ -10,7 +10,7 @@ import pytest
 from cli_support import run
 
 from tokencomp.evaluation import grid, mcnemar, retention, sweep
-from tokencomp.evaluation.plots import Point, lines
+from tokencomp.pages.plots import Point, lines
 
 IDENTITY = {"model": "m", "dtype": "float32", "frames": 8}
 

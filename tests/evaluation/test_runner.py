@@ -10,8 +10,8 @@ import torch
 import tokencomp
 from tokencomp.errors import OptionError, UnknownNameError
 from tokencomp.evaluation import Example, Setting, evaluate, grid, sweep
-from tokencomp.evaluation.answering import build_inputs
-from tokencomp.evaluation.records import read_records
+from tokencomp.evaluation.store import read_records
+from tokencomp.inputs.prompts import build_inputs
 
 HOW = {"max_new_tokens": 4, "progress": False}
 

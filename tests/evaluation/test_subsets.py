@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import tokencomp
-from tokencomp.context import VisualTokens
 from tokencomp.evaluation import Setting, runner, sweep
 from tokencomp.evaluation.subsets import Subsets, per_question
 from tokencomp.reducers.random import Random
+from tokencomp.tokens import VisualTokens
 from tokencomp.training.measure import Measurement, Way
 
 HOW = {"max_new_tokens": 2, "progress": False}

@@ -19,9 +19,9 @@ from tests_support import FAMILIES, Family, text
 from transformers.cache_utils import DynamicLayer
 
 import tokencomp
-from tokencomp import run
+from tokencomp.engine import forward
+from tokencomp.engine.layout import RowLayout
 from tokencomp.errors import AlreadyCompressedError, CopyError
-from tokencomp.ragged import Frame
 
 
 @pytest.mark.parametrize("name", plans.NAMES)
@@ -311,13 +311,13 @@ def test_reduce_seconds_has_the_scores(name: str, monkeypatch: pytest.MonkeyPatc
     """By a clock that only scoring moves."""
     family, clock = FAMILIES["qwen2_vl"], [0.0]
     scores = f"{name}_scores"
-    real = getattr(run, scores)
+    real = getattr(forward, scores)
 
     def slow(*args: object) -> object:
         clock[0] += 5.0
         return real(*args)
 
-    monkeypatch.setattr(run, scores, slow)
+    monkeypatch.setattr(forward, scores, slow)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     model, reducer = family.build(), {"entry": "condiv", "layer": "fastv"}[name]
     with tokencomp.patch(model, 0.5, reducer=reducer) as handle:
@@ -327,8 +327,8 @@ def test_reduce_seconds_has_the_scores(name: str, monkeypatch: pytest.MonkeyPatc
 
 def test_every_stage_moves_the_frame(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoder layers may lie on several devices: what a stage reads follows the hidden states."""
-    moved, real = [], Frame.to
-    monkeypatch.setattr(Frame, "to", lambda self, d: moved.append(d) or real(self, d))
+    moved, real = [], RowLayout.to
+    monkeypatch.setattr(RowLayout, "to", lambda self, d: moved.append(d) or real(self, d))
     model = family.build()
     with tokencomp.patch(model, plan=plans.make("attention", family.layers)) as handle:
         model(**prompt(family))

@@ -12,7 +12,7 @@ from tests_support import FAMILIES, Family
 
 import tokencomp
 from tokencomp.context_window import restore_visual_context
-from tokencomp.hooks import Hooks
+from tokencomp.engine.hooks import Hooks
 
 
 def test_a_block_brings_back_what_it_replaced(family: Family) -> None:

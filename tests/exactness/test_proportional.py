@@ -18,8 +18,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
+from tokencomp.engine.proportional import widen
 from tokencomp.errors import OptionError
-from tokencomp.proportional import widen
 
 Case = tuple[str, dict[str, Any]]
 MERGERS: list[Case] = [

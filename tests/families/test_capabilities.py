@@ -11,12 +11,12 @@ import torch
 from tests_support import FAMILIES, Family, text
 
 import tokencomp
-from tokencomp import _compat
 from tokencomp.adapters.base import adapter_for, available_models
-from tokencomp.context import ATTENTION, FEATURES, QUERY, Attention, Reduction, VisualTokens
+from tokencomp.engine import compat
 from tokencomp.plan import Plan, Stage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.uniform import Uniform
+from tokencomp.tokens import ATTENTION, FEATURES, QUERY, Attention, Reduction, VisualTokens
 
 CI = Path(__file__).parents[2] / ".ci" / "run"
 
@@ -63,12 +63,12 @@ def test_tested_releases_are_those_of_ci() -> None:
     run = CI.read_text()
     older = re.search(r"for version in (.*); do", run)[1].split()
     chosen = set(re.search(r'tests/exactness -k "(.*)"', run)[1].replace("[", "").split(" or "))
-    *before, newest = releases = _compat.RELEASES
+    *before, newest = releases = compat.RELEASES
     assert before == older
     assert all(set(releases[release]) == chosen for release in older)
     assert releases[newest] is None
-    assert _compat.tested_with("qwen2_vl") == [*older, newest]
-    assert _compat.tested_with("qwen3_vl") == [newest]
+    assert compat.tested_with("qwen2_vl") == [*older, newest]
+    assert compat.tested_with("qwen3_vl") == [newest]
 
 
 def test_the_exactness_suite_has_every_family() -> None:

@@ -9,13 +9,13 @@ import torch
 from tests_support import FAMILIES, text
 
 import tokencomp
-from tokencomp import _compat
+from tokencomp.engine import compat
 from tokencomp.errors import UnsupportedModelError
 
 
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     """What transformers 5.3.0 … 5.5.3 compute: start times step, and axes of videos mixed up."""
-    real = _compat.rope_index
+    real = compat.rope_index
 
     def wrong(body: Any, ids: torch.Tensor, kinds: torch.Tensor, **grids: Any) -> torch.Tensor:
         positions = real(body, ids, kinds, **grids).clone()
@@ -24,7 +24,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
         positions[0, visual] = positions[0, visual].min() * step
         return positions
 
-    monkeypatch.setattr(_compat, "rope_index", wrong)
+    monkeypatch.setattr(compat, "rope_index", wrong)
 
 
 def test_qwen25_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +65,8 @@ def test_videos_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     family = FAMILIES["qwen2_vl"]
     if family.no_video():
         pytest.skip("this release places videos wrongly")
-    model, calls, real = family.build(), [], _compat.check_rope_index
-    monkeypatch.setattr(_compat, "check_rope_index", lambda m, k: calls.append(k) or real(m, k))
+    model, calls, real = family.build(), [], compat.check_rope_index
+    monkeypatch.setattr(compat, "check_rope_index", lambda m, k: calls.append(k) or real(m, k))
     inputs = family.batch([[text(3), family.whole_video(4), family.whole_video(4), text(4)]])
     with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="uniform"):
         model(**inputs)

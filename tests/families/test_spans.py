@@ -9,8 +9,8 @@ import torch
 from tests_support import FAMILIES, IMAGE, VIDEO, Media, text
 
 import tokencomp
-from tokencomp.context import VisualSpan
 from tokencomp.errors import SpanError
+from tokencomp.tokens import VisualSpan
 
 
 def spans(name: str, *media: Media, before: int = 3) -> list[VisualSpan]:

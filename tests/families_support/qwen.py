@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from families_support.base import END, EOS, IMAGE, PAD, START, V4, VIDEO, VOCAB, Family, Media
-from tokencomp._compat import check_rope_index
+from tokencomp.engine.compat import check_rope_index
 from tokencomp.errors import UnsupportedModelError
 
 

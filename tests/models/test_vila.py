@@ -152,8 +152,8 @@ def test_auto_classes(folder: Path) -> None:
 
 def test_loads_by_name(folder: Path) -> None:
     """Whatever loads models for commands loads this folder, and answers a question with it."""
-    from tokencomp.evaluation.answering import build_inputs
-    from tokencomp.evaluation.loading import load_model
+    from tokencomp.inputs.loading import load_model
+    from tokencomp.inputs.prompts import build_inputs
 
     model, processor = load_model(str(folder), device="cpu", dtype="float32")
     media = [[picture(0)], [[picture(1), picture(2)]]]

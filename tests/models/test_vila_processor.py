@@ -12,7 +12,7 @@ from PIL import Image
 
 from tokencomp.errors import CheckpointError, MediaError, OptionError
 from tokencomp.models import VilaProcessor
-from tokencomp.models.vila_images import even, tile_grid
+from tokencomp.models.vila.images import even, tile_grid
 
 
 def processor(tmp_path: Path, **root: object) -> VilaProcessor:

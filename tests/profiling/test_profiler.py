@@ -11,7 +11,7 @@ from torch import nn
 import tokencomp
 from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import UnknownNameError
-from tokencomp.evaluation.answering import build_inputs
+from tokencomp.inputs.prompts import build_inputs
 from tokencomp.profiling.profiler import PeakMemory, decode_seconds
 from tokencomp.profiling.shapes import SHAPES, accepted, build
 from tokencomp.profiling.timing import Split, interleaved, prefill_split

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from tokencomp import Reducer, Reduction, VisualTokens, available_reducers, make_reducer
-from tokencomp.projectors.ccam import CCAMConfig, CCAMProjector
 from tokencomp.reducers.oracle import truth
 from tokencomp.reducers.selector import SelectorNet
+from tokencomp.trained.cards import model_card, write
+from tokencomp.trained.ccam import CCAMConfig, CCAMProjector
 from tokencomp.training.capture import capture
-from tokencomp.weights import model_card, write
 
 Case = tuple[str, dict[str, Any]]
 DIM, QUERIES = 12, 3

@@ -182,7 +182,7 @@ def test_condiv_question_agnostic(signal: str) -> None:
 
 
 def test_condiv_merges_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokencomp.reducers import rows
+    from tokencomp.reducers import _rows as rows
 
     given = matrix.tokens((1, 5, 6), special=1)
     places, x = rows_of(given)

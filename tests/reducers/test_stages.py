@@ -17,7 +17,7 @@ from tests_support import FAMILIES, Family, text
 import tokencomp
 from tokencomp import Plan, Reducer, Reduction, Stage, VisualTokens, make_reducer
 from tokencomp.errors import PlanError
-from tokencomp.reducers.rows import split
+from tokencomp.reducers._rows import split
 
 
 @contextlib.contextmanager

@@ -267,7 +267,7 @@ def media(wanted: list[list[Any]]) -> dict[str, list[Any]]:
 
 
 def _from_file(path: str) -> Any:
-    from tokencomp.media import load_media
+    from tokencomp.inputs.media import load_media
 
     found = load_media(path, 8)
     return np.stack([np.asarray(f) for f in found]) if isinstance(found, list) else found

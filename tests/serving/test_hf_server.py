@@ -79,7 +79,7 @@ def expected(folder: Any, urls: list[str], spec: dict[str, Any], tokens: int = 8
     from PIL import Image
 
     import tokencomp
-    from tokencomp.evaluation.answering import build_inputs
+    from tokencomp.inputs.prompts import build_inputs
     from tokencomp.serving.hf.media import Limits, load_image, load_video
 
     model, processor = hf_reference.load(folder)

@@ -15,14 +15,14 @@ import tests_support
 import torch
 
 import tokencomp
-from tokencomp.context import VisualSpan, VisualTokens
 from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
 from tokencomp.reducers.base import available_reducers, make_reducer
 from tokencomp.serving.hf.media import Limits
-from tokencomp.serving.items import ItemPlan, Layout
-from tokencomp.serving.serve import Bind, vllm_command
+from tokencomp.serving.launch import Bind, vllm_command
 from tokencomp.serving.spec import ServerOptions, Spec, servable_reducers
+from tokencomp.serving.vllm.item_plan import ItemPlan, Layout
 from tokencomp.serving.vllm.middleware import OwnOptionsOnly
+from tokencomp.tokens import VisualSpan, VisualTokens
 
 SERVABLE = servable_reducers()
 LAYOUTS = [

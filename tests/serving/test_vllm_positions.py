@@ -57,10 +57,10 @@ def test_trained_model_on_real_files(run_engine: Any, tmp_path: Any) -> None:
     """The packaged model on ShapesQA media, with the server's default and requests' own ratios."""
     import hf_reference
 
-    from tokencomp.evaluation.answering import chat_text
-    from tokencomp.evaluation.examples import shapesqa
+    from tokencomp.inputs.prompts import chat_text
+    from tokencomp.inputs.questions import shapesqa
+    from tokencomp.shapesqa.items import items
     from tokencomp.zoo import model_path
-    from tokencomp.zoo.shapesqa import items
 
     folder = model_path("tiny-qwen2-vl")
     _, processor = hf_reference.load(folder)

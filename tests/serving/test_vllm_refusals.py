@@ -14,8 +14,8 @@ import torch
 from vllm.config import CUDAGraphMode
 
 from tokencomp.errors import OptionError, UnsupportedModelError
-from tokencomp.serving.items import ItemPlan
 from tokencomp.serving.vllm import checks
+from tokencomp.serving.vllm.item_plan import ItemPlan
 from tokencomp.serving.vllm.model import batches
 from tokencomp.serving.vllm.mrope import (
     MRopeProcessor,

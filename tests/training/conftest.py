@@ -28,6 +28,6 @@ def trained(tiny: Any, data: str, tmp_path_factory: pytest.TempPathFactory) -> P
     """`selector.safetensors` of a short training of `tiny` on `data`, in its output folder."""
     from trained_support import SELECTOR
 
-    from tokencomp.training.selector import train_selector
+    from tokencomp.training.selector.train import train_selector
 
     return train_selector(*tiny, data, tmp_path_factory.mktemp("selector"), SELECTOR)

@@ -12,7 +12,7 @@ import torch
 from trained_support import write_data
 
 from tokencomp.errors import OptionError, UnknownNameError
-from tokencomp.evaluation.examples import Example
+from tokencomp.inputs.questions import Example
 from tokencomp.training.data import (
     IGNORE,
     answer_ids,

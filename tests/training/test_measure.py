@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tokencomp.evaluation.examples import Example
+from tokencomp.inputs.questions import Example
 from tokencomp.training import measure
 from tokencomp.training.data import answer_ids, append, load_batch, questions
 from tokencomp.training.measure import Measurement, Way, longest_answer

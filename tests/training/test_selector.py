@@ -12,13 +12,13 @@ from tests_support import Family, text
 
 import tokencomp
 from tokencomp import VisualTokens, make_reducer
-from tokencomp.context import Attention
 from tokencomp.errors import OptionError, ScoreError
 from tokencomp.reducers.oracle import truth
 from tokencomp.reducers.selector import SelectorNet, load_selector
+from tokencomp.tokens import Attention
 from tokencomp.training.capture import capture
 from tokencomp.training.data import load_batch, questions
-from tokencomp.training.selector import AttentionRow, SelectorConfig
+from tokencomp.training.selector.train import AttentionRow, SelectorConfig
 
 
 def test_attention_row_equals_the_eager_map_of_layer_zero(family: Family) -> None:

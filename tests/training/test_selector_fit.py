@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tokencomp.errors import OptionError, ScoreError
 from tokencomp.reducers.selector import SelectorNet
-from tokencomp.training import selector_fit
-from tokencomp.training.selector import SelectorConfig, agreement
-from tokencomp.training.selector_fit import fit, targets
+from tokencomp.training.selector import fit as selector_fit
+from tokencomp.training.selector.fit import fit, targets
+from tokencomp.training.selector.train import SelectorConfig, agreement
 
 LENGTHS = (5, 2, 9, 7)
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from trained_support import SELECTOR, broken, write_data
 
 from tokencomp.errors import MediaError, OptionError, ScoreError
-from tokencomp.evaluation.examples import Example
-from tokencomp.training import selector_labels
+from tokencomp.inputs.questions import Example
 from tokencomp.training.data import questions
 from tokencomp.training.relevance import attention_bytes
-from tokencomp.training.selector import train_selector
-from tokencomp.training.selector_labels import explain_batch
+from tokencomp.training.selector import labels as selector_labels
+from tokencomp.training.selector.labels import explain_batch
+from tokencomp.training.selector.train import train_selector
 
 
 def test_explained_batches_do_not_depend_on_their_company(

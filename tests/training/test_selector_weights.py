@@ -22,8 +22,8 @@ from tokencomp import plan_from_json, plan_to_json
 from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import WeightsError
 from tokencomp.reducers.selector import load_selector
+from tokencomp.trained.cards import check_card, fingerprint, model_card, write, write_tensors
 from tokencomp.training.data import load_batch, questions
-from tokencomp.weights import check_card, fingerprint, model_card, write, write_tensors
 
 
 def copied(trained: Path, folder: Path) -> Path:

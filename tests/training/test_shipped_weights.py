@@ -12,7 +12,7 @@ from trained_support import tiny as make_tiny
 import tokencomp
 from tokencomp import zoo
 from tokencomp.errors import WeightsError
-from tokencomp.evaluation.loading import load_model
+from tokencomp.inputs.loading import load_model
 from tokencomp.training.data import load_batch, questions
 
 MODELS = Path(zoo.__file__).parent / "models"

@@ -25,7 +25,7 @@ from tokencomp.errors import (
     UnknownNameError,
     WeightsError,
 )
-from tokencomp.evaluation.loading import load_model
+from tokencomp.inputs.loading import load_model
 from tokencomp.training import adsc
 from tokencomp.training.adsc import (
     CARD,

@@ -16,13 +16,13 @@ from trained_support import write_data
 
 import tokencomp
 from tokencomp.errors import OptionError, SpanError, WeightsError
-from tokencomp.evaluation.examples import Example
-from tokencomp.projectors.ccam import CCAMConfig, CCAMProjector
+from tokencomp.inputs.questions import Example
+from tokencomp.trained.cards import model_card
+from tokencomp.trained.ccam import CCAMConfig, CCAMProjector
 from tokencomp.training.capture import capture
 from tokencomp.training.ccam import CcamConfig, Live, align_loss, train_ccam
 from tokencomp.training.ccam_evaluation import sample_spans, ways
 from tokencomp.training.data import load_batch, questions
-from tokencomp.weights import model_card
 
 SMALL = CcamConfig(
     queries=3, steps=4, align=2, batch=2, samples=8, kind="image", evaluate=2, save_every=2

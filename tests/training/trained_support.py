@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tokencomp.adapters.base import adapter_for
-from tokencomp.training.selector import SelectorConfig
+from tokencomp.training.selector.train import SelectorConfig
 from tokencomp.zoo.export import export
 from tokencomp.zoo.families import family
 from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
@@ -23,7 +23,7 @@ SELECTOR = SelectorConfig(
 
 def tiny(folder: Path, seed: int = 0, name: str = "tiny-qwen2-vl") -> tuple[Any, Any]:
     """Model and processor of a zoo architecture, the smallest one, with random weights."""
-    from tokencomp.evaluation.loading import load_model
+    from tokencomp.inputs.loading import load_model
 
     made = family(name)
     write_tokenizer(folder / "tokenizer", made.chat_template, made.special_tokens)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokencomp import media
 from tokencomp.errors import MediaError, MissingDependencyError
-from tokencomp.zoo import layouts
-from tokencomp.zoo.render import render, write_mp4
-from tokencomp.zoo.shapesqa import item, items
+from tokencomp.inputs import media
+from tokencomp.shapesqa import layouts
+from tokencomp.shapesqa.items import item, items
+from tokencomp.shapesqa.render import render, write_mp4
 
 
 def as_array(frames):

@@ -7,12 +7,12 @@ import torch
 
 from tokencomp import zoo
 from tokencomp.errors import UnknownNameError
-from tokencomp.evaluation.examples import option_letter
-from tokencomp.media import load_media
+from tokencomp.inputs.media import load_media
+from tokencomp.inputs.questions import option_letter
+from tokencomp.shapesqa.items import item, items
+from tokencomp.shapesqa.questions import mvbench_prompt
 from tokencomp.zoo.card import render_card
 from tokencomp.zoo.evaluate import answer, by_family, evaluate
-from tokencomp.zoo.questions import mvbench_prompt
-from tokencomp.zoo.shapesqa import item, items
 
 BARS = ("attribute", "existence", "needle")
 MODELS = zoo.available_models()

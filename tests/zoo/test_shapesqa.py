@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from tokencomp.errors import UnknownNameError
-from tokencomp.zoo.questions import FAMILIES, IMAGE_FAMILIES, PLURALS, VIDEO_FAMILIES
-from tokencomp.zoo.render import background, owner_map, render
-from tokencomp.zoo.scenes import COLORS, SHAPES
-from tokencomp.zoo.shapesqa import SPLIT_SEEDS, item, items, stream
+from tokencomp.shapesqa.items import SPLIT_SEEDS, item, items, stream
+from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, PLURALS, VIDEO_FAMILIES
+from tokencomp.shapesqa.render import background, owner_map, render
+from tokencomp.shapesqa.scenes import COLORS, SHAPES
 
 EVERY = (*IMAGE_FAMILIES, *VIDEO_FAMILIES, "video_existence")
 

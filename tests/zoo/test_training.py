@@ -6,12 +6,12 @@ import torch
 
 from tokencomp.errors import UnknownNameError
 from tokencomp.models import register_auto_classes
+from tokencomp.shapesqa.items import item
 from tokencomp.zoo.batches import BatchMaker, Source, cell_labels
 from tokencomp.zoo.export import export
 from tokencomp.zoo.families import FAMILIES, family
 from tokencomp.zoo.packing import IGNORE, Packer, attention_mask
 from tokencomp.zoo.recipes import Stage
-from tokencomp.zoo.shapesqa import item
 from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
 from tokencomp.zoo.trainer import Trainer
 
@@ -150,7 +150,7 @@ def test_export_is_what_was_trained(setup):
 
 
 def test_cell_labels_by_hand():
-    from tokencomp.zoo.scenes import COLORS, Scene, Thing
+    from tokencomp.shapesqa.scenes import COLORS, Scene, Thing
 
     things = (
         Thing("square", "red", 28, 28, 0),

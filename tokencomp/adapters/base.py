@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tokencomp.context import ATTENTION, FEATURES, QUERY, VisualSpan
 from tokencomp.errors import SpanError, UnsupportedModelError
+from tokencomp.tokens import ATTENTION, FEATURES, QUERY, VisualSpan
 
 if TYPE_CHECKING:
-    from tokencomp.tower import TowerCall
+    from tokencomp.engine.tower import TowerCall
 
 FEATURE_NAMES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 KINDS: dict[int, Literal["image", "video"]] = {1: "image", 2: "video"}
@@ -71,7 +71,7 @@ class Adapter:
     signals
         What reducers may ask for beside the grid, see `Reducer.needs`; "attention" is the scores
         of the layer before a stage (of layer 0 at entry), recomputed from its queries and keys;
-        "tower" is what the vision tower's attention knows (`tokencomp.tower`).
+        "tower" is what the vision tower's attention knows (`tokencomp.engine.tower`).
     packer
         Method of the body that lays out the tiles of images as tokens, where that needs more than
         what the tower returns; None: none.

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from tokencomp.adapters.base import Call, register_adapter
 from tokencomp.adapters.tiles import TileAdapter
-from tokencomp.context import VisualSpan
 from tokencomp.errors import SpanError
+from tokencomp.tokens import VisualSpan
 
 if TYPE_CHECKING:
-    from tokencomp.tower import TowerCall
+    from tokencomp.engine.tower import TowerCall
 
 
 @register_adapter

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tokencomp.adapters.base import Call, register_adapter
 from tokencomp.adapters.qwen_vl import Qwen2VLAdapter
-from tokencomp.context import VisualSpan
+from tokencomp.engine.layout import take
 from tokencomp.errors import SpanError
-from tokencomp.ragged import take
+from tokencomp.tokens import VisualSpan
 
 
 @register_adapter

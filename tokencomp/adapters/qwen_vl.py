@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokencomp import _compat
 from tokencomp.adapters.base import Adapter, Call, register_adapter
-from tokencomp.context import VisualSpan
+from tokencomp.engine import compat
 from tokencomp.errors import SpanError
+from tokencomp.tokens import VisualSpan
 
 if TYPE_CHECKING:
-    from tokencomp.tower import TowerCall
+    from tokencomp.engine.tower import TowerCall
 
 
 @register_adapter
@@ -28,7 +28,7 @@ class Qwen2VLAdapter(Adapter):
 
     @classmethod
     def of(cls, model: nn.Module) -> Adapter:
-        _compat.check_rope_index(model, "image")
+        compat.check_rope_index(model, "image")
         return cls(model)
 
     @property
@@ -69,7 +69,7 @@ class Qwen2VLAdapter(Adapter):
     def check_video(self) -> None:
         """Raise `UnsupportedModelError` if the release gets positions of videos wrong."""
         if not self._video_checked:  # the answer stays the same as long as the model
-            _compat.check_rope_index(self.model, "video")
+            compat.check_rope_index(self.model, "video")
             self._video_checked = True
 
 
@@ -81,5 +81,5 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
     model_types = ("qwen2_5_vl",)
 
     def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
-        order = _compat.window_order(self.tower, call.grids).to(values.device)
+        order = compat.window_order(self.tower, call.grids).to(values.device)
         return super().tower_tokens(values, kind, call)[order.argsort()]

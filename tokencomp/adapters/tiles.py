@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from tokencomp.adapters.base import Adapter, Call
-from tokencomp.context import VisualSpan
 from tokencomp.errors import SpanError
+from tokencomp.tokens import VisualSpan
 
 if TYPE_CHECKING:
-    from tokencomp.tower import TowerCall
+    from tokencomp.engine.tower import TowerCall
 
 
 class TileAdapter(Adapter):
@@ -32,7 +32,7 @@ class TileAdapter(Adapter):
         return values[:, 1:] if self.class_token else values
 
     def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
-        from tokencomp.tower import block_means
+        from tokencomp.engine.tower import block_means
 
         patches, side = self.tile_patches(values), self.patches_per_side
         grid = patches.unflatten(1, (side, side))

@@ -159,7 +159,7 @@ def load_files(
     images: Sequence[Path] | None, videos: Sequence[Path] | None, frames: int
 ) -> list[Any]:
     """PIL images, and lists of PIL images for videos. Raises `MediaError`."""
-    from tokencomp.media import load_media
+    from tokencomp.inputs.media import load_media
 
     loaded = [load_media(path, frames) for path in images or ()]
     for path in videos or ():

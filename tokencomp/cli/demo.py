@@ -50,9 +50,9 @@ def command(
     media = opt.load_files(image, video, frames)
     from rich.console import Console
 
-    from tokencomp.evaluation import demo as work
-    from tokencomp.evaluation import demo_report
-    from tokencomp.evaluation.loading import load_model
+    from tokencomp.cli import _demo as work
+    from tokencomp.inputs.loading import load_model
+    from tokencomp.pages import demo as demo_report
 
     console = Console()
     say = lambda text: console.print(f"[dim]{text} …[/]")  # noqa: E731
@@ -104,7 +104,7 @@ def _print(console: Any, shown: Any) -> None:
 def _table(shown: Any) -> Any:
     from rich.table import Table
 
-    from tokencomp.evaluation.html import compact, si
+    from tokencomp.pages.html import compact, si
 
     table = Table(box=None, padding=(0, 1, 0, 0))
     columns = ["method", "ratio", "reached"]

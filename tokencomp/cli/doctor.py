@@ -20,7 +20,7 @@ def command(
 
     Exit code 1 if anything is broken.
     """
-    from tokencomp.evaluation.diagnosis import environment_checks, facts, model_checks
+    from tokencomp.cli._doctor import environment_checks, facts, model_checks
 
     report: dict[str, Any] = {"facts": facts()}
     checks = environment_checks()

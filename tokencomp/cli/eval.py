@@ -59,15 +59,15 @@ def command(
     settings_of = method(context, reducer, ratio, options, plan, proportional)
     from rich.console import Console
 
-    from tokencomp.evaluation.bench_data import PER_TASK, SHAPESQA, local_data
-    from tokencomp.evaluation.benchmarks import find_tasks, run_setting
+    from tokencomp.lmms.data import PER_TASK, SHAPESQA, local_data
+    from tokencomp.lmms.tasks import find_tasks, run_setting
 
     wanted = tasks or (f"{SHAPESQA},{TASKS}" if data == SHAPESQA else TASKS)
     console = Console(quiet=int(os.environ.get("RANK", 0)) > 0)  # one process speaks for all
     with tempfile.TemporaryDirectory() as home:
         local = None if data is None else local_data(data, per_task=max(limit or 0, PER_TASK))
         found = find_tasks(opt.names(wanted), local, Path(home))
-        from tokencomp.evaluation.loading import load_model
+        from tokencomp.inputs.loading import load_model
 
         loaded = load_model(model, device=device, dtype=dtype)
         settings, told = settings_of(loaded[0]), {}

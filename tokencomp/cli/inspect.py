@@ -49,9 +49,9 @@ def command(
     from rich.console import Console
     from rich.markup import escape
 
-    from tokencomp.evaluation.html import compact
-    from tokencomp.evaluation.loading import load_model
-    from tokencomp.evaluation.showcase import ask
+    from tokencomp.cli._showcase import ask
+    from tokencomp.inputs.loading import load_model
+    from tokencomp.pages.html import compact
 
     loaded, processor = load_model(model, device=device, dtype=dtype)
     settings = settings_of(loaded)
@@ -69,9 +69,9 @@ def command(
 def _write(
     answers: list[Any], question: str, label: str, loaded: Any, model: str, output: Path
 ) -> None:
-    from tokencomp.evaluation.demo import model_facts
-    from tokencomp.evaluation.html import render
-    from tokencomp.evaluation.pictures import data_uri, strip
+    from tokencomp.cli._demo import model_facts
+    from tokencomp.pages.html import render
+    from tokencomp.pages.pictures import data_uri, strip
 
     if output.suffix.lower() in PICTURES:
         sheets = [p for a in answers for p in a.pictures]

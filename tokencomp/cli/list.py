@@ -96,8 +96,8 @@ def _stage(cls: Any) -> str:
 
 def models() -> list[dict[str, Any]]:
     """Every family: model types, stages, signals, positions, tested releases, embedded models."""
-    from tokencomp._compat import tested_with
     from tokencomp.adapters.base import available_models
+    from tokencomp.engine.compat import tested_with
     from tokencomp.zoo import available_models as embedded
 
     rows: dict[type, dict[str, Any]] = {}

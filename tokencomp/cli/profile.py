@@ -88,11 +88,11 @@ def _real(
     import statistics
     import time
 
+    from tokencomp.cli._showcase import PromptMaker
     from tokencomp.errors import OptionError
-    from tokencomp.evaluation.answering import build_inputs, to_model
-    from tokencomp.evaluation.loading import load_model
     from tokencomp.evaluation.runner import patched
-    from tokencomp.evaluation.showcase import PromptMaker
+    from tokencomp.inputs.loading import load_model
+    from tokencomp.inputs.prompts import build_inputs, to_model
 
     if not media:
         raise OptionError(
@@ -123,8 +123,8 @@ def _shape(
 ) -> tuple[Any, dict[Any, Any]]:
     import functools
 
-    from tokencomp.evaluation.loading import pick_device, pick_dtype
     from tokencomp.evaluation.runner import patched
+    from tokencomp.inputs.loading import pick_device, pick_dtype
     from tokencomp.profiling.shapes import accepted, build
 
     where = pick_device(device)
@@ -158,10 +158,10 @@ def _cost(model: Any, setting: Any, inputs: dict[str, Any], full: dict[str, Any]
     import torch
 
     from tokencomp.adapters.base import adapter_for
-    from tokencomp.evaluation.answering import prompt_lengths
+    from tokencomp.engine.flops import DecoderShape
     from tokencomp.evaluation.cost import compressed_costs, plain_costs
     from tokencomp.evaluation.runner import patched
-    from tokencomp.profiling.flops import DecoderShape
+    from tokencomp.inputs.prompts import prompt_lengths
 
     with patched(model, setting) as handle, torch.inference_mode():
         if handle is not None:
@@ -204,7 +204,7 @@ def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tokencomp.evaluation.html import compact, si
+    from tokencomp.pages.html import compact, si
 
     rows = report["rows"]
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title=report["model"])

@@ -20,7 +20,7 @@ def command(
     as_json: opt.Json = False,
 ) -> None:
     """Retention with paired intervals, McNemar against random, plots and pictures in one file."""
-    from tokencomp.evaluation import report
+    from tokencomp.pages import report
 
     table = report.lines(report.find_runs(runs))
     report.write(table, output)

@@ -62,7 +62,7 @@ def command(
     """
     from tokencomp.errors import OptionError
     from tokencomp.serving.hf.media import Limits
-    from tokencomp.serving.serve import Bind, run_hf, run_vllm
+    from tokencomp.serving.launch import Bind, run_hf, run_vllm
     from tokencomp.zoo import resolve
 
     options = {

@@ -51,7 +51,7 @@ class Shared:
         return {k: v for k, v in vars(self).items() if k not in ("data", "device", "dtype")}
 
     def load(self, model: str) -> tuple[Any, Any]:
-        from tokencomp.evaluation.loading import load_model
+        from tokencomp.inputs.loading import load_model
 
         return load_model(model, device=self.device, dtype=self.dtype)
 
@@ -74,7 +74,7 @@ def selector(
     ] = 500,
 ) -> None:
     """Explain answers, train the selector on it, evaluate, save (arXiv 2506.01097)."""
-    from tokencomp.training.selector import SelectorConfig, train_selector
+    from tokencomp.training.selector.train import SelectorConfig, train_selector
 
     chosen: dict[str, Any] = {"answers": answers}
     if target is not None:

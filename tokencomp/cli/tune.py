@@ -64,7 +64,7 @@ def command(
     opt.check_output(output)
     from tokencomp.evaluation import tuning
     from tokencomp.evaluation.environment import environment
-    from tokencomp.evaluation.loading import load_model
+    from tokencomp.inputs.loading import load_model
 
     loaded = load_model(model, device=device, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +85,7 @@ def command(
 
 def _shapesqa(families: list[str], count: int, folder: str) -> list[Any]:
     from tokencomp.evaluation import shapesqa
-    from tokencomp.zoo.shapesqa import items
+    from tokencomp.shapesqa.items import items
 
     return shapesqa(items("validation", count, tuple(families)), folder)
 

@@ -10,15 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _LAZY = {
-    "Example": "examples",
-    "shapesqa": "examples",
-    "Run": "runner",
-    "evaluate": "runner",
-    "sweep": "runner",
-    "Setting": "settings",
-    "grid": "settings",
-    "mcnemar": "metrics",
-    "retention": "metrics",
+    "Example": "tokencomp.inputs.questions",
+    "shapesqa": "tokencomp.inputs.questions",
+    "Run": "tokencomp.evaluation.runner",
+    "evaluate": "tokencomp.evaluation.runner",
+    "sweep": "tokencomp.evaluation.runner",
+    "Setting": "tokencomp.evaluation.settings",
+    "grid": "tokencomp.evaluation.settings",
+    "mcnemar": "tokencomp.evaluation.metrics",
+    "retention": "tokencomp.evaluation.metrics",
 }
 
 __all__ = [
@@ -34,14 +34,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from tokencomp.evaluation.examples import Example, shapesqa
     from tokencomp.evaluation.metrics import mcnemar, retention
     from tokencomp.evaluation.runner import Run, evaluate, sweep
     from tokencomp.evaluation.settings import Setting, grid
+    from tokencomp.inputs.questions import Example, shapesqa
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        module = importlib.import_module(f"tokencomp.evaluation.{_LAZY[name]}")
-        return getattr(module, name)
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'tokencomp.evaluation' has no attribute {name!r}")

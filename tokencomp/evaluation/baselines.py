@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tokencomp.evaluation.answering import build_inputs
-from tokencomp.evaluation.examples import media_kind
-from tokencomp.media import frame_indices
+from tokencomp.inputs.media import frame_indices
+from tokencomp.inputs.prompts import build_inputs
+from tokencomp.inputs.questions import media_kind
 from tokencomp.plan import count
 
 STRETCH = (1.0, 1.1, 1 / 1.1, 1.22, 1 / 1.22)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tokencomp.profiling.flops import DecoderShape
-from tokencomp.stats import Stats
+from tokencomp.engine.flops import DecoderShape
+from tokencomp.engine.stats import Stats
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,18 @@ import torch
 
 import tokencomp
 from tokencomp.adapters.base import adapter_for, unwrap
+from tokencomp.engine.flops import DecoderShape
 from tokencomp.errors import MediaError
-from tokencomp.evaluation.answering import build_inputs, generate, prompt_lengths
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.cost import Cost, compressed_costs, plain_costs
 from tokencomp.evaluation.environment import environment
-from tokencomp.evaluation.examples import Example
-from tokencomp.evaluation.records import RunFolder, read_records
 from tokencomp.evaluation.settings import FULL, Setting
+from tokencomp.evaluation.store import RunFolder, read_records
 from tokencomp.evaluation.subsets import per_question
+from tokencomp.inputs.prompts import build_inputs, generate, prompt_lengths
+from tokencomp.inputs.questions import Example
 from tokencomp.patching import unpatched
-from tokencomp.profiling.flops import DecoderShape
-from tokencomp.weights import weights_hash
+from tokencomp.trained.cards import weights_hash
 
 Loaded = tuple[Example, list[Any]]
 KEPT = "kept.jpg"
@@ -298,7 +298,7 @@ class _Sweep:
             return
         path, (example, media) = folder.path / KEPT, rows[0]
         if not path.exists() and media and handle.stats.spans[0]:
-            from tokencomp.evaluation.pictures import group_spans, picture, survival
+            from tokencomp.pages.pictures import group_spans, picture, survival
 
             shares = survival(handle.stats)
             groups = group_spans(handle.stats.spans[0], media)
@@ -367,7 +367,7 @@ def _failed(example: Example, reason: str) -> dict[str, Any]:
 
 
 def _is_video(example: Example) -> bool:
-    from tokencomp.media import is_video
+    from tokencomp.inputs.media import is_video
 
     return any(isinstance(m, list) or is_video(m) for m in example.media if not hasattr(m, "size"))
 

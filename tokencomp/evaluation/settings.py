@@ -59,7 +59,7 @@ class Setting:
 
     def _check_options(self) -> None:
         """Raise what `tokencomp.patch` would, before a model is loaded."""
-        from tokencomp.proportional import check_merges
+        from tokencomp.engine.proportional import check_merges
         from tokencomp.reducers.base import make_reducer
         from tokencomp.reducers.compose import plan_from_json
 

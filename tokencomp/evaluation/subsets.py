@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokencomp.context import Reduction, VisualTokens
 from tokencomp.evaluation.settings import RANDOM
 from tokencomp.reducers.random import Random
+from tokencomp.tokens import Reduction, VisualTokens
 
 
 @dataclass(frozen=True)

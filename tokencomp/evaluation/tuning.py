@@ -18,9 +18,9 @@ from PIL import Image
 from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.baselines import EqualTokens
-from tokencomp.evaluation.examples import Example
 from tokencomp.evaluation.runner import Run, sweep
 from tokencomp.evaluation.settings import Setting
+from tokencomp.inputs.questions import Example
 from tokencomp.plan import MAX_RATIO
 
 SCREENED = 1 / 3

@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _LAZY = {
-    "VilaConfig": "tokencomp.models.vila_config",
-    "VilaForConditionalGeneration": "tokencomp.models.vila",
-    "VilaProcessor": "tokencomp.models.vila_processor",
-    "VilaProjector": "tokencomp.models.vila_projector",
+    "VilaConfig": "tokencomp.models.vila.config",
+    "VilaForConditionalGeneration": "tokencomp.models.vila.modeling",
+    "VilaProcessor": "tokencomp.models.vila.processor",
+    "VilaProjector": "tokencomp.models.vila.projector",
 }
 
 __all__ = [
@@ -21,19 +21,19 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from tokencomp.models.vila import VilaForConditionalGeneration
-    from tokencomp.models.vila_config import VilaConfig
-    from tokencomp.models.vila_processor import VilaProcessor
-    from tokencomp.models.vila_projector import VilaProjector
+    from tokencomp.models.vila.config import VilaConfig
+    from tokencomp.models.vila.modeling import VilaForConditionalGeneration
+    from tokencomp.models.vila.processor import VilaProcessor
+    from tokencomp.models.vila.projector import VilaProjector
 
 
 def register_auto_classes() -> None:
     """Let transformers' Auto classes load these models and processors. Safe to call twice."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from tokencomp.models.vila import VilaForConditionalGeneration
-    from tokencomp.models.vila_config import VilaConfig
-    from tokencomp.models.vila_processor import VilaProcessor
+    from tokencomp.models.vila.config import VilaConfig
+    from tokencomp.models.vila.modeling import VilaForConditionalGeneration
+    from tokencomp.models.vila.processor import VilaProcessor
 
     AutoConfig.register(VilaConfig.model_type, VilaConfig, exist_ok=True)
     AutoModelForImageTextToText.register(VilaConfig, VilaForConditionalGeneration, exist_ok=True)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokencomp.context import Grid, Reduction, VisualTokens
 from tokencomp.errors import OptionError
 from tokencomp.plan import Plan, check_ratio, from_profile
+from tokencomp.reducers._options import check_range
+from tokencomp.reducers._rows import frame_counts, joined, share, split
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
-from tokencomp.reducers.options import check_range
-from tokencomp.reducers.rows import frame_counts, joined, share, split
 from tokencomp.schedules import bisect, early
+from tokencomp.tokens import Grid, Reduction, VisualTokens
 
 MOST = 1 << 20  # tokens; more than any frame has
 

@@ -11,10 +11,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tokencomp.context import Grid, Reduction, Signal, VisualSpan, VisualTokens
 from tokencomp.errors import OptionError, PlanError, ScoreError, unknown_name
 from tokencomp.plan import Plan, Stage, check_ratio, count, kept_count
-from tokencomp.reducers.options import check_types
+from tokencomp.reducers._options import check_types
+from tokencomp.tokens import Grid, Reduction, Signal, VisualSpan, VisualTokens
 
 _REGISTRY: dict[str, type[Reducer]] = {}
 _loaded = False

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from tokencomp.context import Reduction, VisualSpan, VisualTokens
 from tokencomp.errors import SpanError, WeightsError
+from tokencomp.reducers._rows import finite_rows, rewritten, whole_grid
 from tokencomp.reducers.base import Reducer, register_reducer
-from tokencomp.reducers.rows import finite_rows, rewritten, whole_grid
+from tokencomp.tokens import Reduction, VisualSpan, VisualTokens
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from tokencomp.projectors.ccam import CCAMProjector
+    from tokencomp.trained.ccam import CCAMProjector
 
 TRAIN = "tokencomp train ccam --model MODEL --data DATA --output FOLDER"
 Stamp = tuple[int, ...]
@@ -27,14 +27,14 @@ Stamp = tuple[int, ...]
 
 @lru_cache(maxsize=4)
 def _load(path: Path, stamp: Stamp, device: torch.device, dtype: torch.dtype) -> CCAMProjector:
-    from tokencomp.projectors.ccam import CCAMProjector
+    from tokencomp.trained.ccam import CCAMProjector
 
     return CCAMProjector.load(path).to(device, dtype)
 
 
 @lru_cache(maxsize=64)
 def _queries(path: Path, stamp: Stamp) -> int:
-    from tokencomp.projectors.ccam_config import read_card
+    from tokencomp.trained.ccam_config import read_card
 
     return read_card(path)[1].queries
 
@@ -69,7 +69,7 @@ class Ccam(Reducer):
     exactly Q tokens is left as it is. With more frames than queries, trailing frames are seen by
     no query (the published rule, see `tokencomp.kernels.visible_frames`): take more queries, or
     train with `--no-causal`. Video-CCAM's own projector is
-    `tokencomp.projectors.ccam.CCAMProjector.preset("video-ccam-7b-v1.2")`.
+    `tokencomp.trained.ccam.CCAMProjector.preset("video-ccam-7b-v1.2")`.
     """
 
     weights: str | None = None
@@ -86,8 +86,8 @@ class Ccam(Reducer):
         super().__post_init__()
 
     def for_model(self, model: nn.Module) -> Ccam:
-        from tokencomp.projectors.ccam_config import read_card
-        from tokencomp.weights import check_card, locate
+        from tokencomp.trained.cards import check_card, locate
+        from tokencomp.trained.ccam_config import read_card
 
         path = locate(self.weights, model, "ccam", TRAIN)
         card, sizes = read_card(path)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.context import QUERY, Attention, Reduction, Signal, VisualTokens
 from tokencomp.errors import ScoreError
+from tokencomp.reducers._rows import finite, given_scores, joined, split
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
-from tokencomp.reducers.rows import finite, given_scores, joined, split
+from tokencomp.tokens import QUERY, Attention, Reduction, Signal, VisualTokens
 
 RELEVANCE = ("query", "attention", "none")
 EPS = 1e-6

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan import Plan, Stage, check_ratio
+from tokencomp.reducers._options import check_range, fits
 from tokencomp.reducers.base import Reducer, make_reducer
-from tokencomp.reducers.options import check_range, fits
 
 if TYPE_CHECKING:
     from torch import nn

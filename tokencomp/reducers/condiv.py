@@ -9,10 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tokencomp.context import TOWER_ATTENTION, Attention, Reduction, Signal, VisualTokens
-from tokencomp.reducers.base import Reducer, check_choice, register_reducer
-from tokencomp.reducers.options import check_range
-from tokencomp.reducers.rows import (
+from tokencomp.reducers._options import check_range
+from tokencomp.reducers._rows import (
     finite_rows,
     frame_counts,
     given_scores,
@@ -23,7 +21,9 @@ from tokencomp.reducers.rows import (
     whole,
     whole_grid,
 )
+from tokencomp.reducers.base import Reducer, check_choice, register_reducer
 from tokencomp.reducers.selector import Selector
+from tokencomp.tokens import TOWER_ATTENTION, Attention, Reduction, Signal, VisualTokens
 
 SIGNALS = ("attention", "selector", "vit_attention", "norm", "novelty", "none")
 FLOOR = 1e-3
@@ -51,7 +51,7 @@ class ConDiv(Reducer):
         What r is. "attention": layer 0's attention of the text after the span, mean over heads
         and tokens. "selector": what the trained network of `selector` makes of that row, as
         shares. "vit_attention": attention received in the vision tower's last block but one
-        (see `tokencomp.tower`), question-agnostic. "norm": length of the feature. "novelty":
+        (see `tokencomp.engine.tower`), question-agnostic. "norm": length of the feature. "novelty":
         1 - cosine with the same place of the frame before (1 in the first frame; videos, at
         entry). "none": r = 1.
     margin

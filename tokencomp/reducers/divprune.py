@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokencomp.context import Reduction, VisualTokens
+from tokencomp.reducers._rows import finite_rows, joined, split
 from tokencomp.reducers.base import Reducer, register_reducer
-from tokencomp.reducers.rows import finite_rows, joined, split
+from tokencomp.tokens import Reduction, VisualTokens
 
 BLOCK = 1 << 24
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tokencomp.context import Reduction, VisualTokens
+from tokencomp.reducers._rows import finite_rows, joined, whole_grid
 from tokencomp.reducers.base import Reducer, register_reducer
-from tokencomp.reducers.rows import finite_rows, joined, whole_grid
+from tokencomp.tokens import Reduction, VisualTokens
 
 
 @register_reducer("evs")

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokencomp.context import TOWER_KEYS, Reduction, Signal, VisualTokens
-from tokencomp.reducers.base import Reducer, check_choice, register_reducer
-from tokencomp.reducers.rows import (
+from tokencomp.reducers._rows import (
     finite_rows,
     frame_counts,
     given_keys,
@@ -19,6 +17,8 @@ from tokencomp.reducers.rows import (
     sizes_before,
     split,
 )
+from tokencomp.reducers.base import Reducer, check_choice, register_reducer
+from tokencomp.tokens import TOWER_KEYS, Reduction, Signal, VisualTokens
 
 
 @register_reducer("merge")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokencomp.context import Reduction, VisualTokens
 from tokencomp.errors import ScoreError
 from tokencomp.reducers.base import Reducer, register_reducer, top_k
+from tokencomp.tokens import Reduction, VisualTokens
 
 _TRUTH: ContextVar[Iterator[Tensor] | None] = ContextVar("tokencomp_oracle", default=None)
 

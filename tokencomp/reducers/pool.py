@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from tokencomp.context import Reduction, VisualTokens
 from tokencomp.errors import OptionError
+from tokencomp.reducers._options import check_range
+from tokencomp.reducers._rows import finite_rows, rewritten, share, whole_grid
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer
-from tokencomp.reducers.options import check_range
-from tokencomp.reducers.rows import finite_rows, rewritten, share, whole_grid
+from tokencomp.tokens import Reduction, VisualTokens
 
 GROUPS = (2, 4, 8)
 STRIDE = 2.0  # of the paper's figure

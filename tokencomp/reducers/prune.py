@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokencomp.context import Attention, Reduction, Signal, VisualTokens
 from tokencomp.plan import Plan, check_ratio, from_profile
+from tokencomp.reducers._options import check_range
+from tokencomp.reducers._rows import given_scores
 from tokencomp.reducers.base import Reducer, check_choice, register_reducer, top_k
-from tokencomp.reducers.options import check_range
-from tokencomp.reducers.rows import given_scores
 from tokencomp.schedules import SCHEDULES, aim, check_ramp
+from tokencomp.tokens import Attention, Reduction, Signal, VisualTokens
 
 SCORES = ("pagerank", "last_query", "text_query")
 

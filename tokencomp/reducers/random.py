@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tokencomp.context import Reduction, VisualTokens
 from tokencomp.errors import OptionError
+from tokencomp.reducers._rows import joined, split
 from tokencomp.reducers.base import Reducer, register_reducer
-from tokencomp.reducers.rows import joined, split
+from tokencomp.tokens import Reduction, VisualTokens
 
 
 @register_reducer("random")

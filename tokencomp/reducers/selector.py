@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.context import Attention, Reduction, Signal, VisualTokens
 from tokencomp.errors import OptionError, WeightsError
+from tokencomp.reducers._rows import given_scores
 from tokencomp.reducers.base import Reducer, register_reducer, top_k
-from tokencomp.reducers.rows import given_scores
+from tokencomp.tokens import Attention, Reduction, Signal, VisualTokens
 
 TRAIN = "tokencomp train selector --model MODEL --data DATA --output FOLDER"
 CHANNELS = (32, 64, 128, 256, 512)
@@ -91,7 +91,7 @@ def scaled(rows: Tensor, real: Tensor | None = None) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _load(path: Path, modified: int) -> tuple[SelectorNet, dict[str, Any]]:
-    from tokencomp.weights import read
+    from tokencomp.trained.cards import read
 
     tensors, card = read(path, "selector")
     if card.get("layer", 0) != 0:
@@ -167,7 +167,7 @@ class Selector(Reducer):
         return frozenset({Attention("text")})
 
     def for_model(self, model: nn.Module) -> Selector:
-        from tokencomp.weights import check_card, locate
+        from tokencomp.trained.cards import check_card, locate
 
         path = locate(self.weights, model, "selector", TRAIN).absolute()
         net, card = load_selector(path)

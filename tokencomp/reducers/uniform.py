@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tokencomp.context import Reduction, VisualTokens
+from tokencomp.reducers._rows import joined, split
 from tokencomp.reducers.base import Reducer, register_reducer
-from tokencomp.reducers.rows import joined, split
+from tokencomp.tokens import Reduction, VisualTokens
 
 
 @register_reducer("uniform")

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.context import Reduction, VisualTokens
 from tokencomp.errors import OptionError
+from tokencomp.reducers._options import check_range
+from tokencomp.reducers._rows import finite_rows, joined, whole, whole_grid
 from tokencomp.reducers.base import Reducer, register_reducer
 from tokencomp.reducers.merge import best_per_group
-from tokencomp.reducers.options import check_range
-from tokencomp.reducers.rows import finite_rows, joined, whole, whole_grid
+from tokencomp.tokens import Reduction, VisualTokens
 
 BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))
 

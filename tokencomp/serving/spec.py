@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokencomp.context import FEATURES
 from tokencomp.errors import OptionError, RatioError, UnknownNameError
 from tokencomp.plan import MAX_RATIO, check_ratio
 from tokencomp.reducers.base import Reducer, available_reducers, make_reducer
+from tokencomp.tokens import FEATURES
 
 DEFAULT_REDUCER = "divprune"  # question-agnostic: media caches serve every question
 REQUEST_KEYS = ("reducer", "ratio", "options")

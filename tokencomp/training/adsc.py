@@ -16,11 +16,11 @@ from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import MissingDependencyError, OptionError, WeightsError
 from tokencomp.plan import check_ratio
 from tokencomp.reducers.base import make_reducer
+from tokencomp.trained.cards import check_card, model_card, write_json
 from tokencomp.training.checks import without_patch
 from tokencomp.training.data import data_identity, questions
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
 from tokencomp.training.measure import Measurement, Way
-from tokencomp.weights import check_card, model_card, write_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CARD = "tokencomp.json"

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp import _compat
 from tokencomp.adapters.base import Adapter, Call, adapter_for
-from tokencomp.context import Attention, VisualSpan
+from tokencomp.engine import compat
+from tokencomp.engine.forward import check_padding
+from tokencomp.engine.layout import full_layout
+from tokencomp.engine.probes import entry_scores
 from tokencomp.errors import OptionError
-from tokencomp.probes import entry_scores
-from tokencomp.ragged import full_frame
-from tokencomp.run import check_padding
+from tokencomp.tokens import Attention, VisualSpan
 
 INPUT_ONLY = ("labels", "logits_to_keep", "use_cache")
 PATCHED = "the model is patched: call tokencomp.unpatch(model) first."
@@ -61,9 +61,9 @@ class Capture:
         list per sample of list per span of Tensor, float32, shape (span.length,)
         """
         tables = self.arguments[0]["position_embeddings"]
-        frame = full_frame(self.width, self.lengths, self.spans)
+        layout = full_layout(self.width, self.lengths, self.spans)
         layer, signal = self.adapter.layers[0], Attention("text")
-        return entry_scores(layer, self.inputs[0], tables, signal, frame, answer)
+        return entry_scores(layer, self.inputs[0], tables, signal, layout, answer)
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ class _Enough(Exception):
 
 def _spans_of(made: Capture, call: dict[str, Any]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        named = _compat.bind(module, args, kwargs)
+        named = compat.bind(module, args, kwargs)
         ids, x, positions = call["input_ids"], named["inputs_embeds"], named.get("position_ids")
         if x.shape[1] != ids.shape[1]:
             raise OptionError(PATCHED)
@@ -128,12 +128,12 @@ def _spans_of(made: Capture, call: dict[str, Any]) -> Callable[..., None]:
 
 def _input_of(made: Capture, stop: bool) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        named = dict(_compat.bind(module, args, kwargs))
+        named = dict(compat.bind(module, args, kwargs))
         x = named.pop("hidden_states")
         if x.shape[1] != made.width:
             raise OptionError(PATCHED)
         made.inputs.append(x)
-        for name in (*_compat.CACHE_NAMES, "use_cache"):
+        for name in (*compat.CACHE_NAMES, "use_cache"):
             named.pop(name, None)
         made.arguments.append(named)
         if stop:
@@ -153,7 +153,7 @@ def _output_of(made: Capture) -> Callable[..., None]:
 def eager_attention(adapter: Adapter) -> Iterator[None]:
     """Eager attention in the decoder inside the block: the only one that shows its weights."""
     config = adapter.text_config
-    before = _compat.attention_implementation(config)
+    before = compat.attention_implementation(config)
     config._attn_implementation = "eager"
     try:
         yield

@@ -14,17 +14,17 @@ from torch import Tensor
 
 import tokencomp
 from tokencomp.adapters.base import adapter_for
-from tokencomp.context import VisualSpan
 from tokencomp.errors import OptionError
-from tokencomp.projectors.ccam import CCAMProjector
-from tokencomp.projectors.ccam_config import CCAMConfig, read_card
 from tokencomp.reducers.ccam import Ccam
+from tokencomp.tokens import VisualSpan
+from tokencomp.trained.cards import model_card, write_json
+from tokencomp.trained.ccam import CCAMProjector
+from tokencomp.trained.ccam_config import CCAMConfig, read_card
 from tokencomp.training.capture import capture
 from tokencomp.training.ccam_evaluation import check_media, evaluate, held_out, sample_spans
 from tokencomp.training.checks import without_patch
 from tokencomp.training.data import data_identity, questions
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
-from tokencomp.weights import model_card, write_json
 
 
 @dataclass(frozen=True)

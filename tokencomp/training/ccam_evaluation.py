@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokencomp.context import VisualSpan
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.answering import to_model
-from tokencomp.evaluation.examples import Example
+from tokencomp.inputs.prompts import to_model
+from tokencomp.inputs.questions import Example
+from tokencomp.tokens import VisualSpan
 from tokencomp.training.capture import capture
 from tokencomp.training.data import EMBEDDED, load_batch, questions
 from tokencomp.training.loop import LoopConfig

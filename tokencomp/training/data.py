@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tokencomp.errors import OptionError, unknown_name
-from tokencomp.evaluation.answering import build_inputs
-from tokencomp.evaluation.examples import Example, media_kind
+from tokencomp.inputs.files import EMBEDDED, FileQuestions, questions_file
+from tokencomp.inputs.prompts import build_inputs
+from tokencomp.inputs.questions import Example, media_kind
 from tokencomp.reducers.base import check_choice
-from tokencomp.training.files import EMBEDDED, FileQuestions, questions_file
 
 IGNORE = -100
 
@@ -29,7 +29,7 @@ class ShapesQuestions(Sequence[Example]):
     count
         Items, spread evenly over the families.
     split
-        "train", "validation" or "test" of `tokencomp.zoo.shapesqa`.
+        "train", "validation" or "test" of `tokencomp.shapesqa.items`.
     scene
         `size` and `frames` of the generator.
     """
@@ -37,7 +37,7 @@ class ShapesQuestions(Sequence[Example]):
     def __init__(
         self, families: Sequence[str], count: int, split: str = "train", **scene: Any
     ) -> None:
-        from tokencomp.zoo.questions import FAMILIES
+        from tokencomp.shapesqa.questions import FAMILIES
 
         wrong = [name for name in families if name not in FAMILIES]
         if wrong or not families:
@@ -55,8 +55,8 @@ class ShapesQuestions(Sequence[Example]):
         return Example(one.id, one.question, one.answer, (media,), one.family)
 
     def item(self, index: int) -> Any:
-        """The `tokencomp.zoo.shapesqa.Item` at `index`, not rendered."""
-        from tokencomp.zoo.shapesqa import item
+        """The `tokencomp.shapesqa.items.Item` at `index`, not rendered."""
+        from tokencomp.shapesqa.items import item
 
         family = self.families[index % len(self.families)]
         return item(self.split, family, index // len(self.families), **self.scene)
@@ -90,7 +90,7 @@ def questions(data: str, kind: str, count: int, purpose: str = "train") -> Seque
     name, _, chosen = data.partition(":")
     if name != EMBEDDED:
         return FileQuestions(Path(data), held_out=purpose != "train", count=count)
-    from tokencomp.zoo.questions import FAMILIES, IMAGE_FAMILIES, families
+    from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, families
 
     if chosen:
         wanted = [part.strip() for part in chosen.split(",")]

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tokencomp.evaluation.answering import to_model
-from tokencomp.evaluation.examples import Example
-from tokencomp.reducers.options import check_types
+from tokencomp.inputs.prompts import to_model
+from tokencomp.inputs.questions import Example
+from tokencomp.reducers._options import check_types
+from tokencomp.trained.cards import replace_file
 from tokencomp.training.checks import check_finite, check_rate, load_checkpoint
 from tokencomp.training.data import IGNORE, answer_ids, append, batches, load_batch
-from tokencomp.weights import replace_file
 
 AFTERWARDS = ("evaluate", "ratios", "save_every")
 """Settings that change nothing of what is trained."""

@@ -11,10 +11,10 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import tokencomp
-from tokencomp.evaluation.answering import generate, to_model
-from tokencomp.evaluation.examples import Example
 from tokencomp.evaluation.metrics import mcnemar, retention
 from tokencomp.evaluation.subsets import per_question
+from tokencomp.inputs.prompts import generate, to_model
+from tokencomp.inputs.questions import Example
 from tokencomp.patching import unpatched
 from tokencomp.reducers.base import Reducer
 from tokencomp.training.data import Joined, ShapesQuestions, answer_ids, append, load_batch

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .packing import Packer
-from .questions import (
+from tokencomp.shapesqa.items import stream
+from tokencomp.shapesqa.questions import (
     FREE_FORM_SUFFIX,
     Question,
     ask,
@@ -19,9 +19,9 @@ from .questions import (
     mlvu_prompt,
     mvbench_prompt,
 )
-from .render import owner_map, render
-from .scenes import COLORS, SHAPES, Scene, clip_scene, image_scene, video_scene
-from .shapesqa import stream
+from tokencomp.shapesqa.render import owner_map, render
+from tokencomp.shapesqa.scenes import COLORS, SHAPES, Scene, clip_scene, image_scene, video_scene
+from tokencomp.zoo.packing import Packer
 
 IMAGE_SIZES = ((224, 224), (280, 224), (196, 252), (280, 280), (168, 168))
 VIDEO_FORMS = ((224, 224, 8), (224, 224, 16), (168, 224, 8), (224, 224, 12))

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from tokencomp.evaluation.examples import Example
-from tokencomp.media import load_media
-from .layouts import write_media
-from .questions import mlvu_prompt, mvbench_prompt
-from .shapesqa import FRAMES, Item
+from tokencomp.inputs.media import load_media
+from tokencomp.inputs.questions import Example
+from tokencomp.shapesqa.items import FRAMES, Item
+from tokencomp.shapesqa.layouts import write_media
+from tokencomp.shapesqa.questions import mlvu_prompt, mvbench_prompt
 
 FORMS = {
     "free": lambda item: item.question,

@@ -7,8 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .families import Family
-from .tokenizer import load_tokenizer, write_tokenizer
+from tokencomp.zoo.families import Family
+from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
 
 if TYPE_CHECKING:
     import torch

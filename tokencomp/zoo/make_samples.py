@@ -10,10 +10,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from . import SAMPLES
-from .layouts import record, write_media
-from .questions import ask
-from .shapesqa import Item, item, stream
+from tokencomp.shapesqa.items import Item, item, stream
+from tokencomp.shapesqa.layouts import record, write_media
+from tokencomp.shapesqa.questions import ask
+from tokencomp.zoo import SAMPLES
 
 # (family of the scene, index, second family asked about the same scene)
 CHOSEN = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .batches import Source
+from tokencomp.zoo.batches import Source
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .questions import COLORS, DIRECTIONS, FREE_FORM_SUFFIX, PLURALS, SHAPES
+from tokencomp.shapesqa.questions import COLORS, DIRECTIONS, FREE_FORM_SUFFIX, PLURALS, SHAPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -63,11 +63,11 @@ def run(
     """Train (or go on), export to ``out/name`` and measure. Returns the model folder."""
     import torch
 
-    from .export import export, write_json
-    from .families import family
-    from .recipes import RECIPES, WARM_STARTS, shorten
-    from .tokenizer import load_tokenizer, write_tokenizer
-    from .trainer import Trainer
+    from tokencomp.zoo.export import export, write_json
+    from tokencomp.zoo.families import family
+    from tokencomp.zoo.recipes import RECIPES, WARM_STARTS, shorten
+    from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
+    from tokencomp.zoo.trainer import Trainer
 
     arch = family(name)
     write_tokenizer(out / "tokenizer", arch.chat_template, arch.special_tokens)
@@ -110,8 +110,8 @@ def warm_start(model: Any, name: str, other: str, folder: str | Path | None = No
 
     from tokencomp.errors import CheckpointError
     from tokencomp.models import register_auto_classes
-    from . import available_models, resolve
-    from .families import family
+    from tokencomp.zoo import available_models, resolve
+    from tokencomp.zoo.families import family
 
     if folder is None and other not in available_models():
         raise CheckpointError(
@@ -153,11 +153,11 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from tokencomp.models import register_auto_classes
-    from .evaluate import FORMS, blind_guess, by_family, evaluate
-    from .families import family
-    from .layouts import write_media
-    from .questions import IMAGE_FAMILIES, VIDEO_FAMILIES
-    from .shapesqa import items as sample
+    from tokencomp.shapesqa.items import items as sample
+    from tokencomp.shapesqa.layouts import write_media
+    from tokencomp.shapesqa.questions import IMAGE_FAMILIES, VIDEO_FAMILIES
+    from tokencomp.zoo.evaluate import FORMS, blind_guess, by_family, evaluate
+    from tokencomp.zoo.families import family
 
     register_auto_classes()
     arch = family(name)
@@ -209,7 +209,7 @@ def write_report(folder: Path) -> Path:
     """Write README.md from metrics.json."""
     import json
 
-    from .card import write_card
+    from tokencomp.zoo.card import write_card
 
     write_card(folder, json.loads((folder / "metrics.json").read_text()))
     return folder

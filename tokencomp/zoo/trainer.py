@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from tokencomp.errors import MissingDependencyError
-from .batches import BatchMaker
-from .families import Family
-from .packing import IGNORE, Packer, attention_mask
-from .recipes import Stage
-from .scenes import COLORS, SHAPES
-from .shapesqa import stream
+from tokencomp.shapesqa.items import stream
+from tokencomp.shapesqa.scenes import COLORS, SHAPES
+from tokencomp.zoo.batches import BatchMaker
+from tokencomp.zoo.families import Family
+from tokencomp.zoo.packing import IGNORE, Packer, attention_mask
+from tokencomp.zoo.recipes import Stage
 
 log = logging.getLogger(__name__)
 MUON_SCALE = 6.0  # rate of Muon over the rate of AdamW

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokencomp.evaluation.answering import to_model
+from tokencomp.inputs.prompts import to_model
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.schema import Prompt
 

@@ -16,7 +16,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import TokenCompError, WeightsError
-from tokencomp.evaluation.answering import prompt_lengths
+from tokencomp.inputs.prompts import prompt_lengths
 from tokencomp.patching import Handle, patch
 from tokencomp.serving.hf.batch import build_inputs
 from tokencomp.serving.hf.errors import RequestError

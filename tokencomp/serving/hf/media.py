@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from tokencomp.errors import MediaError
-from tokencomp.media import frame_indices, to_rgb
+from tokencomp.inputs.media import frame_indices, to_rgb
 from tokencomp.serving.hf.errors import RequestError
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")

@@ -13,7 +13,7 @@ from vllm.model_executor.models.llava_onevision import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from tokencomp.serving.items import Layout
+from tokencomp.serving.vllm.item_plan import Layout
 from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.processing import CompressingProcessor
 

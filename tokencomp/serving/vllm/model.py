@@ -12,8 +12,8 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from tokencomp.serving.items import ItemPlan, field_name
 from tokencomp.serving.vllm.checks import check_engine
+from tokencomp.serving.vllm.item_plan import ItemPlan, field_name
 from tokencomp.serving.vllm.metrics import ReduceTimer
 from tokencomp.serving.vllm.processing import KINDS, server_options
 

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.multimodal.utils import copy_mm_embedding_modality
 
 from tokencomp.errors import OptionError
-from tokencomp.serving.items import ItemPlan, Layout, field_name
+from tokencomp.serving.vllm.item_plan import ItemPlan, Layout, field_name
 from tokencomp.serving.vllm.model import CompressingModel, NoEncoderGraphs
 from tokencomp.serving.vllm.processing import CompressingProcessor
 

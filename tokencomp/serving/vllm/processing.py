@@ -15,9 +15,9 @@ from vllm.multimodal.processing import PromptUpdate
 
 import tokencomp
 from tokencomp.errors import OptionError
-from tokencomp.serving.items import ItemPlan, Layout, field_name
 from tokencomp.serving.spec import ServerOptions, Spec
 from tokencomp.serving.vllm import ENV_OPTIONS
+from tokencomp.serving.vllm.item_plan import ItemPlan, Layout, field_name
 from tokencomp.serving.vllm.metrics import SeenPlans, count_request
 
 logger = init_logger("vllm.tokencomp")

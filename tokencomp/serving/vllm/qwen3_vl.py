@@ -29,7 +29,7 @@ from vllm.model_executor.models.qwen3_vl_moe import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import PromptUpdateDetails
 
-from tokencomp.serving.items import ItemPlan
+from tokencomp.serving.vllm.item_plan import ItemPlan
 from tokencomp.serving.vllm.mrope import MRopeModel, MRopeProcessor, grid_offsets, with_offsets
 
 

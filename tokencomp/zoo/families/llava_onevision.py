@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .parts import HALF, TinyFamily, decoder, preprocessing, siglip, start_wide
+from tokencomp.zoo.families.parts import (
+    HALF,
+    TinyFamily,
+    decoder,
+    preprocessing,
+    siglip,
+    start_wide,
+)
 
 SIDE, PATCH = 192, 16
 GRID = SIDE // PATCH

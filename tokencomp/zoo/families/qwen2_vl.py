@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .parts import TinyFamily, chatml, decoder, preprocessing, start_wide
+from tokencomp.zoo.families.parts import TinyFamily, chatml, decoder, preprocessing, start_wide
 
 PATCH, MERGE, PAIR = 14, 2, 2
 CELL = PATCH * MERGE

@@ -12,8 +12,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tokencomp.zoo.families.parts import (
+    HALF,
+    TinyFamily,
+    chatml,
+    decoder,
+    preprocessing,
+    siglip,
+    start_wide,
+)
 from tokencomp.zoo.tokenizer import SPECIAL_TOKENS
-from .parts import HALF, TinyFamily, chatml, decoder, preprocessing, siglip, start_wide
 
 SIDE, PATCH, PROJECTOR = 256, 16, "mlp_downsample_2x2_fix"
 CELL = 2 * PATCH

@@ -1,0 +1,100 @@
+"""Attention scores against the dense maps that the model's own eager attention returns."""
+
+from __future__ import annotations
+
+import pytest
+import tokencomp.kernels
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaModel
+
+from tokencomp.engine.layout import full_layout
+from tokencomp.engine.probes import entry_scores
+from tokencomp.tokens import Attention, VisualSpan
+
+PAST, WIDTH, DRAFT = 7, 44, 2
+LENGTHS = [44, 39]
+# Three spans, the second right after the first; in sample 1 nothing follows the last one.
+PLACES = [[(3, 8), (11, 6), (20, 12)], [(9, 6), (17, 5), (25, 17)]]
+
+
+def spans() -> list[list[VisualSpan]]:
+    return [[VisualSpan(at, n, (1, 1, n)) for at, n in row] for row in PLACES]
+
+
+@pytest.fixture
+def two_turns() -> tuple[LlamaModel, Tensor, Tensor]:
+    """A tiny decoder, embeddings (2, PAST + WIDTH, d), their mask; each turn is left-padded."""
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=32, num_hidden_layers=1, num_attention_heads=6,
+        num_key_value_heads=2, vocab_size=20, attn_implementation="eager",
+    )  # fmt: skip
+    model = LlamaModel(config).eval()
+    mask = torch.ones(2, PAST + WIDTH, dtype=torch.long)
+    mask[0, :3] = 0
+    mask[1, PAST : PAST + WIDTH - LENGTHS[1]] = 0
+    return model, torch.randn(2, PAST + WIDTH, 48) * 3, mask
+
+
+def scores(model: LlamaModel, x: Tensor, mask: Tensor, signal: Attention) -> list[list[Tensor]]:
+    """What the probe finds in the second turn, with the first one in the cache."""
+    positions = mask.cumsum(1).sub(1).clamp(min=0)
+    cache = DynamicCache()
+    first = {"inputs_embeds": x[:, :PAST], "position_ids": positions[:, :PAST]}
+    model(**first, attention_mask=mask[:, :PAST], past_key_values=cache)
+    cache.layers[0].valid = mask[:, :PAST].bool()
+    tables = model.rotary_emb(x[:, PAST:], positions[:, PAST:])
+    layout = full_layout(WIDTH, LENGTHS, spans())
+    return entry_scores(model.layers[0], x[:, PAST:], tables, signal, layout, DRAFT, cache)
+
+
+def expected(maps: Tensor, sample: int, span: VisualSpan, signal: Attention) -> Tensor:
+    """Mean over the voters of one span, heads joined, from dense maps (heads, N, N)."""
+    visual = {c for s in spans()[sample] for c in range(s.start, s.stop)}
+    end = WIDTH - DRAFT
+    voters = {
+        "text": [c for c in range(span.stop, end) if c not in visual] or [end - 1],
+        "last": [end - 1],
+        "all": list(range(WIDTH - LENGTHS[sample], end)),
+    }[signal.rows]
+    columns = slice(PAST + span.start, PAST + span.stop)
+    heads = maps[:, [PAST + v for v in voters], columns].mean(1)
+    return heads.mean(0) if signal.heads == "mean" else heads.square().mean(0).sqrt()
+
+
+@pytest.mark.parametrize("heads", ["mean", "rms"])
+@pytest.mark.parametrize("rows", ["text", "last", "all"])
+@torch.no_grad()
+def test_scores_are_those_of_the_dense_map(two_turns, rows: str, heads: str) -> None:
+    """Several spans, left-padded, behind a padded earlier turn, with draft tokens at the end."""
+    model, x, mask = two_turns
+    positions = mask.cumsum(1).sub(1).clamp(min=0)
+    dense = model(
+        inputs_embeds=x, attention_mask=mask, position_ids=positions, output_attentions=True
+    ).attentions[0]
+    signal = Attention(rows, heads=heads)
+    got = scores(model, x, mask, signal)
+    for b, row in enumerate(spans()):
+        for found, span in zip(got[b], row, strict=True):
+            want = expected(dense[b], b, span, signal)
+            torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_every_text_row_is_read_once(two_turns, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many spans a sample has; rows before its first span do not vote on any."""
+    read: list[int] = []
+    original = tokencomp.kernels.attention_colsum
+
+    def spy(q: Tensor, *args: object, **kwargs: object) -> Tensor:
+        read.append(q.shape[2])
+        return original(q, *args, **kwargs)
+
+    monkeypatch.setattr(tokencomp.kernels, "attention_colsum", spy)
+    scores(*two_turns, Attention("text"))
+    text = []
+    for row in spans():
+        visual = {c for s in row for c in range(s.start, s.stop)}
+        text.append(sum(c not in visual for c in range(row[0].start, WIDTH - DRAFT)))
+    # One more row: the last one of sample 1 votes on the span that ends it.
+    assert sorted(read) == sorted([*text, 1])

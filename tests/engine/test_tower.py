@@ -1,0 +1,269 @@
+"""Signals of the vision tower against oracles that do not know how patches become tokens.
+
+Which patches a token is made of: with the tower's attention silenced nothing mixes, and the
+gradient of a token reaches its own patches alone. Attention: Hugging Face's own eager weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from families_support.vila_port import VilaPort
+from tests_support import FAMILIES, IMAGE, VIDEO, Family, Media, text
+from torch import Tensor
+
+import tokencomp
+from tokencomp import Reducer, Reduction, VisualTokens
+from tokencomp.adapters.base import adapter_for
+from tokencomp.engine.tower import attention_blocks
+from tokencomp.errors import OptionError, SpanError
+from tokencomp.plan import Plan, Stage
+from tokencomp.tokens import TOWER_ATTENTION, TOWER_KEYS
+
+SEEN: list[VisualTokens] = []
+OUTPUTS = ("out_proj", "proj", "projection_layer")
+
+
+@dataclass(frozen=True)
+class Spy(Reducer):
+    """Notes what it sees; keeps the first tokens."""
+
+    name: ClassVar[str] = "spy"
+    signal: str = TOWER_KEYS
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.signal})
+
+    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        SEEN.append(tokens)
+        rest = (~tokens.special).nonzero()[:, 0][: keep - int(tokens.special.sum())]
+        return Reduction(torch.cat([tokens.special.nonzero()[:, 0], rest]).sort().values)
+
+
+def spied(model: Any, inputs: dict[str, Any], signal: str, **generate: Any) -> list[VisualTokens]:
+    SEEN.clear()
+    plan = Plan((Stage(0, 0.8, Spy(signal=signal)),))
+    with tokencomp.patch(model, plan=plan), torch.no_grad():
+        if generate:
+            model.generate(**inputs, do_sample=False, **generate)
+        else:
+            model(**inputs, use_cache=False)
+    return list(SEEN)
+
+
+def watched(model: Any) -> Any:
+    blocks = attention_blocks(adapter_for(model).tower)
+    return blocks[max(len(blocks) - 2, 0)]
+
+
+def prompts(family: Family) -> dict[str, Tensor]:
+    """Ragged: two images of different grids, a video, an image between text."""
+    first = [text(3), family.image(0), text(2, 2), family.image(1), text(5)]
+    last = [text(9), family.image(2), text(2)]
+    return family.batch([first, [family.video(), text(4, 3)], last])
+
+
+def members(model: Any, inputs: dict[str, Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Input of the watched attention per tower call, and which of its rows make each column.
+
+    Returns
+    -------
+    hidden
+        Per call (rows, d).
+    rows
+        Per sample and column, a mask over the rows of all calls.
+    """
+    leaves: list[Tensor] = []
+    embeds: list[Tensor] = []
+    attn = watched(model)
+    for block in attention_blocks(adapter_for(model).tower):
+        out = next(getattr(block, n) for n in OUTPUTS if hasattr(block, n))
+        torch.nn.init.zeros_(out.weight)
+
+    def leaf(module: Any, args: Any, kwargs: Any) -> Any:
+        x = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
+        leaves.append(x)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+    # the residual branch passes by the attention: the leaf must be the block's input
+    name = next(n for n, m in model.named_modules() if m is attn).rpartition(".")[0]
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(leaf, with_kwargs=True),
+        adapter_for(model).decoder.register_forward_pre_hook(
+            lambda _, a, k: embeds.append(k["inputs_embeds"]), with_kwargs=True
+        ),
+    ]
+    found: list[Tensor] = []
+    handles.append(
+        attn.register_forward_pre_hook(
+            lambda _, a, k: found.append((a[0] if a else k["hidden_states"]).detach()),
+            with_kwargs=True,
+        )
+    )
+    model(**inputs, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    rows = []
+    for b in range(len(embeds[0])):
+        rows.append([])
+        for column in embeds[0][b]:
+            grads = (
+                torch.autograd.grad(
+                    column.sum(),
+                    leaves,
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                if column.requires_grad
+                else [torch.zeros_like(x) for x in leaves]
+            )
+            rows[-1].append(torch.cat([g.flatten(0, -2).abs().sum(-1) > 0 for g in grads]))
+    return [x.flatten(0, -2) for x in found], rows
+
+
+def keys(attn: Any, rows: Tensor) -> Tensor:
+    """Keys from the weights alone."""
+    if hasattr(attn, "qkv"):
+        weight, bias = attn.qkv.weight.chunk(3)[1], attn.qkv.bias.chunk(3)[1]
+        return rows @ weight.T + bias
+    made = rows @ attn.k_proj.weight.T
+    return made if attn.k_proj.bias is None else made + attn.k_proj.bias
+
+
+def check(model: Any, inputs: dict[str, Tensor], values: Tensor, got: list[Tensor]) -> None:
+    """`got` of every span is the mean of `values` over the rows each token is made of."""
+    _, rows = members(model, inputs)
+    expected = [values[m].mean(0) for row in rows for m in row if m.any()]
+    found = torch.cat([g.view(len(g), -1)[~t.special] for g, t in zip(got, SEEN, strict=True)])
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_keys_are_those_of_a_tokens_own_patches(family: Family) -> None:
+    model, inputs = family.build(), prompts(family)
+    hidden, _ = members(model, inputs)  # silences the tower's attention for good
+    got = [t.keys for t in spied(model, inputs, TOWER_KEYS)]
+    check(model, inputs, keys(watched(model), torch.cat(hidden)), got)
+
+
+def test_attention_is_what_eager_attention_says(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = family.build("eager"), prompts(family)
+    members(model, inputs)
+    attn, weights = watched(model), []
+    home = sys.modules[type(attn).__module__]
+    run = home.eager_attention_forward
+
+    def eager(module: Any, *args: Any, **kwargs: Any) -> Any:
+        if "output_attentions" in kwargs:  # before transformers 5
+            kwargs["output_attentions"] = True
+        out, found = run(module, *args, **kwargs)
+        if module is attn:
+            weights.append(found.detach().float().mean(1))
+        return out, found
+
+    monkeypatch.setattr(home, "eager_attention_forward", eager)
+    got = [t.scores for t in spied(model, inputs, TOWER_ATTENTION)]
+    first = adapter_for(model).class_token
+    received = [w[:, 0] if first else w.mean(1) for w in weights]
+    check(model, inputs, torch.cat([r.flatten() for r in received])[:, None], got)
+
+
+def test_pooled_frames_have_bilinear_means() -> None:
+    """LLaVA-OneVision: sides of 5 become 3; plain loops, pixel centres aligned."""
+    family = FAMILIES["llava_onevision"]
+    config = family.config()
+    config.vision_config.image_size = 20
+    model = family.model_class()(config).eval()
+    video = Media([VIDEO] * (4 * 9 + 1), {"pixel_values_videos": torch.randn(1, 4, 3, 20, 20)})
+    inputs = family.batch([[video, text(4)]])
+    (hidden,), _ = members(model, inputs)
+    (seen,) = spied(model, inputs, TOWER_KEYS)
+    t, small, _ = seen.grid
+    side = round((len(hidden) // t) ** 0.5)
+    grid = keys(watched(model), hidden).view(t, side, side, -1)
+    weights = torch.zeros(small, side)
+    for i in range(small):
+        at = max((i + 0.5) * side / small - 0.5, 0.0)
+        low = int(at)
+        weights[i, low] += 1 - (at - low)
+        weights[i, min(low + 1, side - 1)] += at - low
+    expected = torch.einsum("ih,jw,thwd->tijd", weights, weights, grid)
+    torch.testing.assert_close(seen.keys[~seen.special], expected.flatten(0, 2))
+
+
+def test_generation_with_beams_sees_the_same(family: Family) -> None:
+    """Newer releases encode media before they expand beams, older ones after."""
+    one, two = [text(3), family.image(0), text(5)], [text(9), family.image(2), text(2)]
+    model, inputs = family.build(), family.batch([one, two])
+    once = [t.keys for t in spied(model, inputs, TOWER_KEYS)]
+    both = spied(model, inputs, TOWER_KEYS, max_new_tokens=2, num_beams=2)
+    rows = iter(both)
+    counts = [len(row) for row in spans_of(model, inputs)]
+    single = iter(once)
+    for count in counts:
+        expected = [next(single) for _ in range(count)]
+        for _ in range(2):
+            for keys_ in expected:
+                torch.testing.assert_close(next(rows).keys, keys_)
+
+
+def spans_of(model: Any, inputs: dict[str, Tensor]) -> list[list[Any]]:
+    from tokencomp.training.capture import capture
+
+    return capture(model, inputs, layers=False).spans
+
+
+def test_nothing_stays_on_the_model(family: Family) -> None:
+    model, inputs = family.build(), prompts(family)
+    with torch.no_grad():
+        before = model(**inputs, use_cache=False).logits
+    hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
+    names = set(adapter_for(model).body.__dict__)
+    spied(model, inputs, TOWER_ATTENTION)
+    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks
+    assert set(adapter_for(model).body.__dict__) == names
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, use_cache=False).logits, before)
+
+
+def test_features_from_elsewhere_are_refused() -> None:
+    family = FAMILIES["qwen2_vl"]
+    model = family.build()
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("the release takes no precomputed features")
+    inputs = family.batch([[family.image(0), text(4)]])
+    pixels = {k: inputs.pop(k) for k in ("pixel_values", "image_grid_thw")}
+    with torch.no_grad():
+        encoded = {"image": model.model.get_image_features(**pixels, return_dict=True)}
+    inputs |= {"mm_encoder_outputs": encoded, "image_grid_thw": pixels["image_grid_thw"]}
+    with pytest.raises(SpanError, match="did not run"):
+        spied(model, inputs, TOWER_KEYS)
+
+
+def test_families_that_do_not_offer_it_refuse_at_patch() -> None:
+    port = VilaPort(FAMILIES["vila"].build(), IMAGE, VIDEO)
+    with pytest.raises(OptionError, match="vision tower"):
+        tokencomp.patch(port, plan=Plan((Stage(0, 0.5, Spy()),)))
+
+
+def test_nothing_is_computed_while_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokencomp.engine import tower
+
+    family = FAMILIES["llava"]
+    model, inputs, calls = family.build(), prompts(family), []
+    run = tower.queries_and_keys
+    monkeypatch.setattr(tower, "queries_and_keys", lambda *a: calls.append(1) or run(*a))
+    with tokencomp.patch(model, plan=Plan((Stage(0, 0.8, Spy()),))) as handle, torch.no_grad():
+        with handle.disabled():
+            model(**inputs, use_cache=False)
+        assert not calls
+        model(**inputs, use_cache=False)
+        assert len(calls) == 1

@@ -1,0 +1,157 @@
+"""The ccam projector against a dense masked reference."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokencomp.errors import OptionError, UnknownNameError, WeightsError
+from tokencomp.trained.ccam import PRESETS, CCAMConfig, CCAMProjector, places_2d
+
+SMALL = CCAMConfig(queries=6, width=16, heads=2, mlp=24, kv_dim=10, out_dim=12)
+
+
+def projector(**changes: object) -> CCAMProjector:
+    torch.manual_seed(0)
+    made = CCAMProjector(replace(SMALL, **changes)).double()
+    for p in made.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return made
+
+
+def dense(made: CCAMProjector, x: Tensor, frames: int, places: Tensor | None = None) -> Tensor:
+    """One sample (F·P, kv), with the whole Q × F·P map and its mask."""
+    c = made.config
+    per_frame = x.shape[0] // frames
+    kv = F.layer_norm(x, (c.kv_dim,), made.norm_key.weight, made.norm_key.bias, c.eps)
+    query = made.query
+    normed = F.layer_norm(query, (c.width,), made.norm_query.weight, made.norm_query.bias, c.eps)
+    q, k, v = made.q_proj(normed), made.k_proj(kv), made.v_proj(kv)
+    if places is not None:
+        k = k + places.repeat(frames, 1)
+    seen = torch.zeros(c.queries, x.shape[0], dtype=torch.bool)
+    for i in range(c.queries):
+        for f in range(frames):
+            if f <= i * frames // c.queries or not c.causal:
+                seen[i, f * per_frame : (f + 1) * per_frame] = True
+    heads = []
+    size = c.width // c.heads
+    for h in range(c.heads):
+        part = slice(h * size, (h + 1) * size)
+        logits = (q[:, part] @ k[:, part].T / size**0.5).masked_fill(~seen, -torch.inf)
+        heads.append(logits.softmax(1) @ v[:, part])
+    hidden = query + made.o_proj(torch.cat(heads, 1))
+    n = F.layer_norm(hidden, (c.width,), made.norm_mlp.weight, made.norm_mlp.bias, c.eps)
+    gate = made.gate_proj(n)
+    hidden = hidden + made.down_proj(gate * gate.sigmoid() * made.up_proj(n))
+    return made.output(hidden)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("frames", [1, 2, 4, 6, 7, 13])
+def test_equals_the_dense_masked_reference(frames: int, causal: bool) -> None:
+    """F dividing Q, not dividing it, above it, and one image."""
+    made = projector(causal=causal)
+    x = torch.randn(2, frames * 5, 10, dtype=torch.float64)
+    got = made(x, frames)
+    for b in range(2):
+        torch.testing.assert_close(got[b], dense(made, x[b], frames), atol=1e-10, rtol=1e-8)
+
+
+def test_gradients_equal_the_dense_reference() -> None:
+    made = projector()
+    x = torch.randn(1, 4 * 3, 10, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(6, 12, dtype=torch.float64)
+    (mine,) = torch.autograd.grad((made(x, 4)[0] * weights).sum(), x)
+    (wanted,) = torch.autograd.grad((dense(made, x[0], 4) * weights).sum(), x)
+    torch.testing.assert_close(mine, wanted)
+
+
+def test_samples_with_fewer_frames_are_padded_at_the_end() -> None:
+    made = projector()
+    x = torch.randn(2, 5 * 3, 10, dtype=torch.float64)
+    got = made(x, [5, 2])
+    torch.testing.assert_close(got[0], dense(made, x[0], 5))
+    torch.testing.assert_close(got[1], dense(made, x[1, :6], 2))
+
+
+def test_places_are_added_to_keys_frame_by_frame() -> None:
+    made = projector(spatial=True)
+    x = torch.randn(1, 3 * 6, 10, dtype=torch.float64)
+    places = places_2d(2, 3, 16, x.device).double()
+    assert len(places.unique(dim=0)) == 6
+    torch.testing.assert_close(made(x, 3, (2, 3))[0], dense(made, x[0], 3, places))
+    for grid in (None, (2, 4)):
+        with pytest.raises(OptionError, match="spatial"):
+            made(x, 3, grid)
+
+
+def test_only_earlier_frames_reach_a_query() -> None:
+    made = projector()
+    x = torch.randn(1, 6 * 4, 10, dtype=torch.float64, requires_grad=True)
+    for query in range(6):
+        (grad,) = torch.autograd.grad(made(x, 6)[0, query].sum(), x)
+        touched = grad.view(6, 4, 10).abs().sum((1, 2)) > 0
+        assert touched.tolist() == [f <= query for f in range(6)]
+
+
+def test_the_published_configuration_is_known_by_name() -> None:
+    assert PRESETS["video-ccam-7b-v1.2"] == CCAMConfig(
+        queries=1024, width=1024, heads=16, mlp=4096, kv_dim=1152, out_dim=3584, eps=1e-5
+    )
+    with torch.device("meta"):
+        made = CCAMProjector.preset("video-ccam-7b-v1.2")
+    attention = 2 * (1024 * 1024 + 1024) + 2 * (1152 * 1024 + 1024)
+    mlp = 2 * (1024 * 4096 + 4096) + 4096 * 1024 + 1024
+    norms = 2 * (1024 + 1152 + 1024)
+    total = 1024 * 1024 + attention + mlp + norms + 1024 * 3584 + 3584
+    assert sum(p.numel() for p in made.parameters()) == total
+    with pytest.raises(UnknownNameError, match="video-ccam"):
+        CCAMProjector.preset("video-ccam-7b")
+
+
+def test_saved_projectors_load_and_answer_the_same(tmp_path: Path) -> None:
+    made = projector(spatial=True).float()
+    path = made.save(tmp_path / "new", {"model_id": "x"})
+    assert sorted(p.name for p in path.parent.iterdir()) == ["ccam.json", "ccam.safetensors"]
+    x = torch.randn(1, 12, 10)
+    for given in (path, path.parent):
+        again = CCAMProjector.load(given)
+        assert again.config == made.config
+        assert torch.equal(again(x, 2, (2, 3)), made(x, 2, (2, 3)))
+
+
+def test_broken_files_and_inputs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="No such file"):
+        CCAMProjector.load(tmp_path)
+    path = projector().save(tmp_path)
+    card = json.loads((tmp_path / "ccam.json").read_text())
+    card["ccam"]["queries"] = 7
+    (tmp_path / "ccam.json").write_text(json.dumps(card))
+    with pytest.raises(WeightsError, match="size mismatch"):
+        CCAMProjector.load(path)
+    with pytest.raises(OptionError, match="shape"):
+        projector()(torch.zeros(1, 6, 9, dtype=torch.float64), 2)
+    for sizes, message in (
+        ({"width": 10, "heads": 3}, "multiple"),
+        ({"heads": 0}, "above 0"),
+        ({"queries": 2.5}, "expected an integer"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            CCAMConfig(**sizes)
+
+
+def test_inputs_of_another_dtype_are_cast_in_and_back() -> None:
+    """As a frozen bf16 model hands them to weights that are trained in fp32."""
+    made = projector().float()
+    x = torch.randn(1, 12, 10).bfloat16()
+    got = made(x, 2)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, made(x.float(), 2).bfloat16())
+    got.float().sum().backward()
+    assert made.query.grad is not None and made.query.grad.dtype == torch.float32

@@ -1,0 +1,213 @@
+"""The work behind `tokencomp demo`: a table, answers, pictures and an HTML report."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokencomp.cli._showcase import Answer, PromptMaker, ask, time_prefill
+from tokencomp.evaluation.environment import environment
+from tokencomp.evaluation.metrics import McNemar, Retention, mcnemar, retention
+from tokencomp.evaluation.runner import Run, sweep
+from tokencomp.evaluation.settings import FULL, Setting
+from tokencomp.inputs.questions import Example, shapesqa
+from tokencomp.profiling.timing import Split
+
+TIMED_ROWS = 8
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a setting against the full model and against random dropping."""
+
+    setting: Setting
+    per_layer: list[int]
+    ratio: float
+    flops: float
+    kv_bytes: float
+    split: Split
+    prefill_ratio: float
+    accuracy: float | None = None
+    by_kind: dict[str, float] = field(default_factory=dict)
+    retention: Retention | None = None
+    against_random: McNemar | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Answers to one question about one file."""
+
+    name: str
+    question: str
+    expected: str | None
+    answers: list[Answer]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Everything that the report shows."""
+
+    model: str
+    facts: dict[str, Any]
+    rows: list[Row]
+    shown: list[Shown]
+    items: int = 0
+    failed: int = 0
+
+
+def demo_embedded(
+    model: Any,
+    processor: Any,
+    name: str,
+    settings: Sequence[Setting],
+    per_family: int,
+    picture_ratio: float,
+    out: Path | None,
+    say: Say,
+) -> Demo:
+    """Accuracy on held-out ShapesQA items, time on videos, and the packaged sample files."""
+    from tokencomp.shapesqa.items import items as shapesqa_items
+
+    say("rendering held-out questions and their image and video files")
+    with tempfile.TemporaryDirectory() as folder:
+        examples = shapesqa(shapesqa_items("test", per_family), folder)
+        say(f"{len(examples)} questions, {len(settings)} settings")
+        how: dict[str, Any] = {"batch_size": 18, "max_new_tokens": 4, "name": name}
+        runs = sweep(model, processor, examples, settings, out, **how)
+        videos = [e for e in examples if str(e.media[0]).endswith(".mp4")][:TIMED_ROWS]
+        say("timing the prefill of every setting in turn")
+        rows = _rows(model, processor, videos, settings, runs)
+    say("answering questions about the sample files")
+    shown = [
+        Shown(
+            Path(e.media[0]).name,
+            e.prompt,
+            e.answer,
+            _ask(model, processor, e, settings, picture_ratio),
+        )
+        for e in samples()
+    ]
+    full = runs[Setting()]
+    return Demo(name, model_facts(model), rows, shown, len(full.answered), len(full.failed))
+
+
+def demo_files(
+    model: Any,
+    processor: Any,
+    name: str,
+    settings: Sequence[Setting],
+    media: Sequence[Any],
+    label: str,
+    question: str,
+    say: Say,
+) -> Demo:
+    """Answers, cost, time and pictures for the user's own files."""
+    say("answering with and without compression")
+    answers = ask(model, processor, media, question, settings)
+    say("timing the prefill of every setting in turn")
+    rows = _rows(model, processor, [Example("prompt", question, "", tuple(media))], settings, None)
+    return Demo(name, model_facts(model), rows, [Shown(label, question, None, answers)])
+
+
+def samples() -> list[Example]:
+    """One question about each packaged sample file."""
+    from tokencomp.zoo import SAMPLES
+
+    found: dict[str, Example] = {}
+    for row in json.loads((SAMPLES / "questions.json").read_text()):
+        media = (SAMPLES / row["media"],)
+        example = Example(row["id"], row["question"], row["answer"], media, row["family"])
+        found.setdefault(row["media"], example)
+    return list(found.values())
+
+
+def _ask(
+    model: Any, processor: Any, example: Example, settings: Sequence[Setting], ratio: float
+) -> list[Answer]:
+    wanted = [s for s in settings if s.reducer == FULL or s.ratio == ratio]
+    return ask(model, processor, example.load(8), example.prompt, wanted, max_new_tokens=8)
+
+
+def _rows(
+    model: Any,
+    processor: Any,
+    timed: Sequence[Example],
+    settings: Sequence[Setting],
+    runs: dict[Setting, Run] | None,
+) -> list[Row]:
+    media, texts = [e.load(8) for e in timed], [e.prompt for e in timed]
+    maker = PromptMaker(model, processor, media, texts)
+    splits = time_prefill(maker, settings, budget=8.0)
+    rows = []
+    for setting in settings:
+        cost = _batch_cost(maker, setting)
+        rows.append(
+            Row(
+                setting,
+                split=splits[setting],
+                prefill_ratio=splits[setting].llm / splits[Setting()].llm,
+                **cost,
+                **(_accuracy(runs, setting) if runs else {}),
+            )
+        )
+    return rows
+
+
+def _batch_cost(maker: PromptMaker, setting: Setting) -> dict[str, Any]:
+    """Means over the timed batch."""
+    import torch
+
+    from tokencomp.evaluation.runner import patched
+
+    with patched(maker.model, setting) as handle, torch.inference_mode():
+        maker.model(**maker.inputs(setting), use_cache=True, logits_to_keep=1)
+        costs = maker.costs(setting, handle)
+    n, layers = len(costs), range(len(costs[0].per_layer))
+    return {
+        "per_layer": [round(sum(c.per_layer[i] for c in costs) / n) for i in layers],
+        "ratio": sum(c.ratio for c in costs) / n,
+        "flops": sum(c.flops for c in costs) / n,
+        "kv_bytes": sum(c.kv_bytes for c in costs) / n,
+    }
+
+
+def paired_scores(run: Run, other: Run) -> tuple[list[float], list[float]]:
+    """Scores of the items that both runs answered, in one order."""
+    theirs = {r["id"]: float(r["correct"]) for r in other.answered}
+    pairs = [(float(r["correct"]), theirs[r["id"]]) for r in run.answered if r["id"] in theirs]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _accuracy(runs: dict[Setting, Run], setting: Setting) -> dict[str, Any]:
+    from tokencomp.shapesqa.questions import IMAGE_FAMILIES
+
+    run, found = runs[setting], {"accuracy": runs[setting].mean("correct")}
+    kinds: dict[str, list[float]] = {"image": [], "video": []}
+    for record in run.answered:
+        kind = "image" if record["family"] in IMAGE_FAMILIES else "video"
+        kinds[kind].append(float(record["correct"]))
+    found["by_kind"] = {k: sum(v) / len(v) for k, v in kinds.items() if v}  # type: ignore[assignment]
+    if setting.ratio and run.answered:
+        found["retention"] = retention(*paired_scores(run, runs[Setting()]))  # type: ignore[assignment]
+        rival = next((s for s in runs if s.reducer == "random" and s.ratio == setting.ratio), None)
+        if rival is not None and rival != setting:
+            found["against_random"] = mcnemar(*paired_scores(run, runs[rival]))  # type: ignore[assignment]
+    return found
+
+
+def model_facts(model: Any) -> dict[str, Any]:
+    from tokencomp.adapters.base import adapter_for
+
+    adapter = adapter_for(model)
+    return {
+        **environment(),
+        "family": adapter.family,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layers": len(adapter.layers),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }

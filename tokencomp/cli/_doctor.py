@@ -1,0 +1,165 @@
+"""What `tokencomp doctor` looks at."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+from tokencomp.errors import TokenCompError
+
+# (first, last) release in which transformers computes wrong M-RoPE positions for these families
+BAD_MROPE = ("5.3.0", "5.5.3", ("qwen2_5_vl",))
+FLOOR, CEILING = "4.57", "6"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`ok` is None for things that are worth knowing but not broken."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+def facts() -> dict[str, str]:
+    """Versions, hardware, attention backends and kernels, as text."""
+    from tokencomp.evaluation.environment import hardware, versions
+    from tokencomp.kernels import status
+
+    where, kernels = hardware(), status()
+    gpus = ", ".join(where["gpus"]) or "none"
+    ops: dict[str, list[str]] = {}
+    for op, backend in kernels["ops"].items():
+        ops.setdefault(backend, []).append(op)
+    most = max(ops, key=lambda backend: len(ops[backend]))
+    others = [f"{', '.join(names)}: {b}" for b, names in ops.items() if b != most]
+    used = "; ".join([most, *others])
+    return {
+        **versions(),
+        "system": f"{where['system']}, {where['cpu']}, {where['cores']} cores",
+        "GPU": gpus,
+        "attention": ", ".join(attention_backends()),
+        "kernels": f"{used} (mode {kernels['mode']}, triton {kernels['triton']})",
+        "video reader": ", ".join(video_readers()) or "none",
+    }
+
+
+def attention_backends() -> list[str]:
+    """Backends that can run here, the default first."""
+    found = ["sdpa", "eager"]
+    if importlib.util.find_spec("flash_attn") is not None:
+        found.append("flash_attention_2")
+    return found
+
+
+def video_readers() -> list[str]:
+    """Installed video decoders, in the order in which they are tried."""
+    return [name for name in ("decord", "av") if importlib.util.find_spec(name) is not None]
+
+
+def environment_checks() -> list[Finding]:
+    """What will and will not work with what is installed."""
+    return [
+        _transformers(),
+        _mrope(),
+        _kernels(),
+        _gpu(),
+        _video(),
+        _optional("eval", "lmms_eval", "tokencomp eval"),
+        _optional("serve", "fastapi", "tokencomp serve"),
+        _optional("train", "peft", "tokencomp train adsc"),
+    ]
+
+
+def _transformers() -> Finding:
+    import transformers
+    from packaging.version import Version
+
+    version = Version(transformers.__version__)
+    good = Version(FLOOR) <= version < Version(CEILING)
+    told = f"{version}; supported: >= {FLOOR}, < {CEILING}"
+    return Finding("transformers", good, told + ("" if good else ". pip install -U transformers"))
+
+
+def _mrope() -> Finding:
+    import transformers
+    from packaging.version import Version
+
+    first, last, families = BAD_MROPE
+    bad = Version(first) <= Version(transformers.__version__) <= Version(last)
+    if not bad:
+        return Finding("M-RoPE positions", True, "no known defect in this transformers release")
+    return Finding(
+        "M-RoPE positions",
+        None,
+        f"transformers {first} to {last} computes wrong positions for {', '.join(families)} with "
+        "video, compressed or not (huggingface/transformers#45381). Use >= 5.5.4 for it.",
+    )
+
+
+def _kernels() -> Finding:
+    from tokencomp.kernels import KernelError, status
+
+    try:
+        found = status()
+    except KernelError as error:
+        return Finding("kernels", False, str(error))
+    backends = set(found["ops"].values())
+    if "unavailable" in backends:
+        return Finding("kernels", False, str(found["problem"]))
+    if "triton" in backends:
+        return Finding("kernels", True, f"Triton on {found['device']}")
+    why = "no CUDA device" if found["device"] == "cpu" else found["problem"]
+    return Finding("kernels", True, f"plain PyTorch ({why})")
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding(
+            "GPU", None, "none: times are of this CPU, ratios hold, absolute times do not"
+        )
+    name = torch.cuda.get_device_name()
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return Finding("GPU", True, f"{name}, {total:.0f} GiB, bf16 {torch.cuda.is_bf16_supported()}")
+
+
+def _video() -> Finding:
+    readers = video_readers()
+    if readers:
+        return Finding("video files", True, f"read with {', then '.join(readers)}")
+    fix = "pip install av" + (" decord" if platform.machine() == "x86_64" else "")
+    return Finding("video files", False, f"neither decord nor PyAV is installed: {fix}")
+
+
+def _optional(extra: str, module: str, what: str) -> Finding:
+    if importlib.util.find_spec(module) is not None:
+        return Finding(f"extra [{extra}]", True, f"{what} can run")
+    return Finding(f"extra [{extra}]", None, f"{what} needs `pip install tokencomp[{extra}]`")
+
+
+def model_checks(name: str, device: str) -> list[Finding]:
+    """Load a model, and compare compressed calls with what they should be."""
+    from tokencomp.cli._selfcheck import self_check
+    from tokencomp.inputs.loading import load_model
+
+    try:
+        model, processor = load_model(name, device=device)
+        found = [_loaded(model, name)]
+        return found + [Finding(c.name, c.ok, c.detail) for c in self_check(model, processor)]
+    except TokenCompError as error:
+        return [Finding(f"self-check on {name}", False, str(error))]
+
+
+def _loaded(model: Any, name: str) -> Finding:
+    from tokencomp.adapters.base import adapter_for
+    from tokencomp.engine.compat import attention_implementation
+
+    adapter = adapter_for(model)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    backend = attention_implementation(adapter.text_config)
+    told = f"{adapter.family}, {size:.1f} M parameters, {model.dtype}, {backend}, {model.device}"
+    return Finding(f"model {name}", True, told.replace("torch.", ""))

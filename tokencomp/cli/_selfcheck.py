@@ -1,0 +1,143 @@
+"""Live proof that a patched call saw fewer tokens, and computed what it should."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tokencomp
+from tokencomp.adapters.base import adapter_for
+from tokencomp.inputs.prompts import build_inputs, to_model
+
+QUESTION = "What color is the circle?"
+RATIO = 0.5
+REDUCERS = ("uniform", "prune")
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: what was looked at, whether it is as it should be, and what was seen."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def self_check(model: Any, processor: Any) -> list[Check]:
+    """Compress a real prompt and compare with counted rows and the masked full-length run.
+
+    Returns
+    -------
+    list of Check
+        Per reducer (one that acts at entry, one between layers): the rows every decoder layer
+        really got, and the logits against the oracle; at last, that `unpatch` restores outputs.
+    """
+    inputs = to_model(build_inputs(processor, [[_picture()]], [QUESTION]), model)
+    with _counting(model) as full_rows:
+        plain = _logits(model, inputs)
+    checks = []
+    for reducer in REDUCERS:
+        with tokencomp.patch(model, RATIO, reducer=reducer) as handle, _counting(model) as rows:
+            compressed = _logits(model, inputs)
+            stats = handle.stats
+        if stats is None:
+            checks.append(Check(reducer, False, "the prompt ran uncompressed"))
+            continue
+        text = stats.lengths[0] - stats.tokens_before[0]
+        expected = [text + n for n in stats.tokens_after[0]]
+        fewer = rows == expected and sum(rows) < sum(full_rows)
+        told = f"rows per layer {_short(full_rows)} → {_short(rows)}, ratio {stats.ratio:.3f}"
+        checks.append(Check(f"{reducer}: layers see fewer tokens", fewer, told))
+        masked = _masked_logits(model, inputs, stats, handle)
+        checks.append(_equal(f"{reducer}: equals the masked run", compressed, masked, model.dtype))
+    after = _logits(model, inputs)
+    same = torch.equal(after, plain)
+    checks.append(Check("unpatch restores the model", same, "identical logits" if same else "no"))
+    return checks
+
+
+def _picture(size: int = 224) -> Any:
+    """A red disc on a gradient: every patch differs."""
+    from PIL import Image, ImageDraw
+
+    image = Image.radial_gradient("L").resize((size, size)).convert("RGB")
+    ImageDraw.Draw(image).ellipse((30, 50, 110, 130), fill=(200, 30, 30))
+    return image
+
+
+@torch.inference_mode()
+def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+    return model(**inputs, use_cache=False, logits_to_keep=1).logits.float()
+
+
+@contextlib.contextmanager
+def _counting(model: Any) -> Iterator[list[int]]:
+    """Rows of the hidden states that each decoder layer is given."""
+    rows: list[int] = []
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rows.append(hidden.shape[1])
+
+    layers = adapter_for(model).layers
+    hooks = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
+    try:
+        yield rows
+    finally:
+        for h in hooks:
+            h.remove()
+
+
+def _masked_logits(model: Any, inputs: dict[str, Any], stats: Any, handle: Any) -> Tensor:
+    """The full-length run in which every layer masks the columns that had been dropped."""
+    stages = {s.layer: i for i, s in enumerate(handle.plan.stages)}
+    eager = getattr(adapter_for(model).text_config, "_attn_implementation", "sdpa") == "eager"
+    n, current, hooks = stats.lengths[0], torch.ones(stats.lengths[0], dtype=torch.bool), []
+    for number, layer in enumerate(adapter_for(model).layers):
+        if number in stages:
+            kept = stats.kept(0)[stages[number]]
+            for span, offsets in zip(stats.spans[0], kept, strict=True):
+                current[span.start : span.stop] = False
+                current[[span.start + o for o in offsets]] = True
+        seen = torch.ones(n, n, dtype=torch.bool).tril() & current
+        mask: Tensor = (seen | torch.eye(n, dtype=torch.bool))[None, None].to(model.device)
+        if eager:
+            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(
+                ~mask, torch.finfo(model.dtype).min
+            )
+        hook = _replace_mask(mask)
+        hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        return _logits(model, inputs)
+    finally:
+        for h in hooks:
+            h.remove()
+
+
+def _replace_mask(mask: Tensor) -> Any:
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": mask}
+
+    return hook
+
+
+def _equal(name: str, given: Tensor, wanted: Tensor, dtype: torch.dtype) -> Check:
+    limit = TOLERANCE[dtype]
+    off = float((given - wanted).abs().max())
+    scale = max(1.0, float(wanted.abs().max()))
+    return Check(name, off <= limit * scale, f"largest difference of logits {off:.1e}")
+
+
+def _short(rows: list[int]) -> str:
+    """ "86" if all are equal, else "86 86 54 …" by runs."""
+    if len(set(rows)) == 1:
+        return str(rows[0])
+    if len(rows) > 12:
+        return f"{rows[0]} … {rows[-1]}"
+    return " ".join(map(str, rows))

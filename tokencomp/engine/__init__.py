@@ -1,0 +1,1 @@
+"""What happens between `patch()` and the tensors: hooks, forward pass, row layout, cache."""

@@ -1,0 +1,379 @@
+"""One forward call under compression: its segments of layers, and the steps between them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.engine import compat
+from tokencomp.engine.cache import CompressedLayer, physical_length
+from tokencomp.engine.layout import LiveSpan, RowLayout, compact, full_layout, take, write_merged
+from tokencomp.engine.probes import entry_scores, layer_scores
+from tokencomp.engine.stats import Stats, collect
+from tokencomp.errors import PaddingError
+from tokencomp.plan import Plan, Stage
+from tokencomp.tokens import (
+    QUERY,
+    TOWER_KEYS,
+    TOWER_SIGNALS,
+    Reduction,
+    VisualSpan,
+    VisualTokens,
+)
+
+
+@dataclass
+class Segment:
+    """Layers `first … stop - 1`: they see the same rows, of this call and of earlier ones.
+
+    `physical`, `dropped`, `past`, `past_sizes` describe their cache layers at the start of the
+    call.
+    """
+
+    first: int
+    stop: int
+    physical: int = 0
+    dropped: int = 0
+    past: Tensor | None = None
+    past_sizes: Tensor | None = None
+    layout: RowLayout = field(default_factory=lambda: RowLayout(0, [], []))
+    stage: Stage | None = None
+    tables: tuple[Tensor, Tensor] | None = None
+    mask: Any = None
+    ready: bool = False
+
+    @classmethod
+    def after(cls, layer: CompressedLayer, first: int, stop: int, layout: RowLayout) -> Segment:
+        """The segment of later tokens on cache layers like `layer`."""
+        return cls(first, stop, layer.rows, layer.dropped, layer.valid, layer.sizes, layout)
+
+    @property
+    def logical(self) -> int:
+        return self.physical + self.dropped
+
+    def contiguous(self, new: Tensor | None, x: Tensor) -> Tensor:
+        """Positions (B, n) that count real rows only, earlier ones first; x is (B, n, d)."""
+        if new is None:
+            new = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        start: Any = self.physical
+        if self.past is not None:
+            start = self.past.to(x.device).sum(1, keepdim=True)
+        return (start + new.long().cumsum(1) - 1).clamp(min=0)
+
+    def all_valid(self, new: Tensor | None) -> Tensor | None:
+        """Real rows among past and new ones, (B, rows); None if all are."""
+        if self.past is None and new is None:
+            return None
+        batch = (new if new is not None else self.past).shape[0]  # type: ignore[union-attr]
+        past = self.past
+        if past is None:
+            past = new.new_ones(batch, self.physical)  # type: ignore[union-attr]
+        if new is None:
+            new = past.new_ones(batch, self.layout.width)
+        return torch.cat([past.to(new.device), new], dim=1)
+
+    def all_sizes(self) -> Tensor | None:
+        """Tokens that the first rows, past and new, stand for, (B, m); None if one each."""
+        new, past = self.layout.sizes, self.past_sizes
+        if new is None or self.physical == 0:
+            return past if new is None else new
+        old = new.new_ones(new.shape[0], self.physical)
+        if past is not None:
+            old[:, : past.shape[1]] = past
+        return torch.cat([old, new], dim=1)
+
+    def padding_mask(self, new: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
+        """The 2-D mask by logical column, as transformers counts: dropped columns are real."""
+        if self.past is None and new is None:
+            return None
+        valid = self.all_valid(new)
+        ones = torch.ones(batch, self.dropped, dtype=torch.bool, device=device)
+        return torch.cat([ones, valid.to(device)], dim=1)  # type: ignore[union-attr]
+
+
+class ForwardPass:
+    """State of one decoder call.
+
+    Attributes
+    ----------
+    compresses
+        True for a prefill with visual tokens, False for later tokens on a compressed cache.
+    width, lengths
+        Columns of the uncompressed call, and real tokens per sample.
+    layout
+        Where tokens stand after the latest stage.
+    tail
+        Text tokens after the last span, at least, over all samples.
+    draft
+        Trailing columns that are speculative tokens (assisted decoding), not prompt.
+    tower
+        Signals of the vision tower: values of every span of every sample, see `TowerProbe`.
+    rotary
+        True positions (B, n) for decoders with one position per token.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        plan: Plan,
+        spans: list[list[VisualSpan]],
+        lengths: list[int],
+        width: int,
+        draft: int,
+    ) -> None:
+        self.adapter, self.plan = adapter, plan
+        self.width, self.lengths, self.spans = width, lengths, spans
+        self.layout = full_layout(width, lengths, spans)
+        layers = len(adapter.layers)
+        self.counts = [[plan.counts(s, layers) for s in row] for row in spans]
+        self.tail = min((width - row[-1].stop for row in spans if row), default=width)
+        # drafts follow the prompt: who asks for logits of visual columns has no drafts in mind
+        self.draft = draft if draft <= self.tail else 0
+        self.segments: list[Segment] = []
+        self.rotary: Tensor | None = None
+        self.tower: dict[str, list[list[Tensor]]] = {}
+        self.compresses = True
+        self.reduce_seconds = 0.0
+        self.kept: list[RowLayout] = []
+        self._scores: dict[int, list[list[Tensor]]] = {}
+        self._new: Tensor | None = None
+
+    @classmethod
+    def continuation(
+        cls, adapter: Adapter, layers: list[Any], new: Tensor | None, width: int
+    ) -> ForwardPass:
+        """The forward pass of later tokens on a compressed cache."""
+        forward = cls(adapter, Plan(), [], [], width, 0)
+        forward.compresses, forward._new = False, new
+        starts = [i for i, layer in enumerate(layers) if i == 0 or layer.starts_segment]
+        for first, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
+            layout = RowLayout(width, [], [])
+            forward.segments.append(Segment.after(layers[first], first, stop, layout))
+        return forward
+
+    def segment_of(self, layer: int) -> Segment:
+        """The segment that decoder layer `layer` belongs to."""
+        return next(s for s in self.segments if s.first <= layer < s.stop)
+
+    # -- entry ----------------------------------------------------------------------------------
+
+    def entry(
+        self, x: Tensor, positions: Tensor, cache: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Apply the entry stage to x (B, L, d) and positions (…, B, L).
+
+        Returns
+        -------
+        x, positions
+            With n columns.
+        index : Tensor of int64, shape (B, n), or None
+            Column that each column was; None without an entry stage.
+        """
+        stage = self.plan.entry
+        if stage is None:
+            self.segments[0].layout = self.layout
+            return x, positions, None
+        for signal in stage.reducer.needs:
+            if not isinstance(signal, str):
+                with self._timed():
+                    tables = self.adapter.decoder.rotary_emb(x, positions)
+                    self._scores[0] = entry_scores(
+                        self.adapter.layers[0], x, tables, signal, self.layout, self.draft, cache
+                    )
+        with self._timed():
+            (x, positions), index = self._reduce(stage, [x, positions], [1, -1])
+        self.segments[0].layout = self.layout
+        return x, positions, index
+
+    def _reduce(
+        self, stage: Stage, tensors: list[Tensor], dims: list[int]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Apply a stage: the first of `tensors` is x (B, n, d), the others follow its columns."""
+        from tokencomp.kernels.dispatch import no_autocast
+
+        x = tensors[0]
+        with no_autocast(x):
+            reductions = self._reductions(stage, x)
+            self.layout, index = compact(self.layout, reductions, x.device)
+            self.kept.append(self.layout)
+            tensors = [t.to(x.device) for t in tensors]
+            tensors = take(tensors, index, dims, self.layout.valid(x.device))
+            write_merged(tensors[0], self.layout, reductions)
+        return tensors, index
+
+    def _reductions(self, stage: Stage, x: Tensor) -> list[list[Reduction]]:
+        """What the reducer of `stage` makes of every span of every sample."""
+        self.layout = self.layout.to(x.device)  # layers may lie on several devices
+        order = self.plan.stages.index(stage)
+        scores = self._scores.pop(stage.layer, None)
+        reductions = []
+        for b, row in enumerate(self.layout.spans):
+            query = self._query(stage, x, b)
+            reduced = []
+            for j, live in enumerate(row):
+                visual, text = self.counts[b][j][order], live.text_rows()
+                keep = visual + text.numel()
+                if keep == live.count or visual == 0:
+                    rows = torch.arange(keep) if keep == live.count else text
+                    reduced.append(Reduction(rows.to(x.device)))
+                    continue
+                tokens = self._tokens(x, b, live, None if scores is None else scores[b][j], query)
+                tokens.place = (b, j)
+                self._add_tower(tokens, stage, b, j)
+                reduced.append(stage.reducer.reduced(tokens, keep))
+            reductions.append(reduced)
+        return reductions
+
+    def _tokens(
+        self, x: Tensor, b: int, live: LiveSpan, scores: Tensor | None, query: Tensor | None
+    ) -> VisualTokens:
+        """What a reducer sees of a live span of sample `b`."""
+        special = live.span.special_mask(x.device)
+        return VisualTokens(
+            features=x[b, live.start : live.start + live.count],
+            grid=live.span.grid,
+            special=special if live.index is None else special[live.index],
+            index=live.index,
+            scores=None if scores is None else scores.to(x.device),
+            query=query,
+            kind=live.span.kind,
+            sizes=self.layout.sizes_of(b, live),
+        )
+
+    def _add_tower(self, tokens: VisualTokens, stage: Stage, b: int, j: int) -> None:
+        """Signals of the vision tower that the stage asks for, for the rows that are left."""
+        for name in TOWER_SIGNALS & stage.reducer.needs:
+            values = self.tower[name][b][j].to(tokens.features.device)
+            values = values if tokens.index is None else values[tokens.index]
+            if name == TOWER_KEYS:
+                tokens.keys = values
+            else:
+                tokens.scores = values[:, 0]
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.reduce_seconds += time.perf_counter() - started
+
+    def _query(self, stage: Stage, x: Tensor, b: int) -> Tensor | None:
+        """Text embeddings after the last span of a sample, for reducers that ask for them."""
+        if QUERY not in stage.reducer.needs or not self.layout.spans[b]:
+            return None
+        last = self.layout.spans[b][-1]
+        stop = self.layout.width - self.draft
+        return x[b, last.start + last.count : stop]
+
+    # -- layers ---------------------------------------------------------------------------------
+
+    def score(self, layer: int, attn: nn.Module, kwargs: dict[str, Any], signal: Any) -> None:
+        """Scores for the stage before `layer`, from the attention call that has just run."""
+        with self._timed():
+            self._scores[layer] = layer_scores(attn, kwargs, signal, self.layout, self.draft)
+
+    def before_layer(
+        self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Arguments of layer `i`, with rows, rotary tables and mask of its segment."""
+        segment = self.segment_of(i)
+        if segment.first == 0:
+            return None
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if not segment.ready:
+            hidden = self._enter(segment, hidden, kwargs)
+        kwargs["attention_mask"], kwargs["position_ids"] = segment.mask, None
+        if segment.tables is not None:
+            kwargs["position_embeddings"] = tuple(t.to(hidden.device) for t in segment.tables)
+        if args:
+            return (hidden, *args[1:]), kwargs
+        kwargs["hidden_states"] = hidden
+        return args, kwargs
+
+    def _enter(self, segment: Segment, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """First layer of a segment: the stage, if there is one, then tables and mask."""
+        previous = self.segments[self.segments.index(segment) - 1]
+        segment.tables = previous.tables
+        if segment.stage is not None:
+            tables = previous.tables or kwargs["position_embeddings"]
+            dims = [1, *map(compat.sequence_dim, tables)]
+            with self._timed():
+                (hidden, cos, sin), _ = self._reduce(segment.stage, [hidden, *tables], dims)
+            segment.tables = cos, sin
+        new = self._new
+        if self.compresses:
+            segment.layout = self.layout
+            new = self.layout.valid(hidden.device)
+        mask = segment.padding_mask(new, hidden.shape[0], hidden.device)
+        view = compat.MaskView(segment.physical, segment.dropped)
+        segment.mask = compat.causal_mask(self.adapter.text_config, hidden, mask, view)
+        segment.ready = True
+        return hidden
+
+    # -- afterwards -----------------------------------------------------------------------------
+
+    def extend_valid(self, cache: Any) -> None:
+        """Note padding among later tokens (the cache layers assume there is none)."""
+        if self._new is None or cache is None:
+            return
+        for segment in self.segments:
+            valid = segment.all_valid(self._new)
+            for layer in cache.layers[segment.first : segment.stop]:
+                layer.valid = valid
+
+    def stats(self, cache: Any) -> Stats:
+        """What this call did, as `Handle.stats`."""
+        return collect(self, cache)
+
+
+def build_segments(forward: ForwardPass, cache: Any, mask: Tensor | None) -> list[Segment]:
+    """Cut the decoder where a stage acts now or has acted in an earlier turn."""
+    layers = list(getattr(cache, "layers", None) or [])
+    stages = {s.layer: s for s in forward.plan.stages}
+    total = len(forward.adapter.layers)
+    old = {i for i, layer in enumerate(layers) if getattr(layer, "starts_segment", False)}
+    starts = sorted({0, *stages, *old})
+    segments = []
+    for first, stop in zip(starts, [*starts[1:], total], strict=True):
+        segment = Segment(first, stop, stage=stages.get(first))
+        if first < len(layers):
+            layer = layers[first]
+            segment.physical = physical_length(layer)
+            if isinstance(layer, CompressedLayer):
+                segment.dropped, segment.past = layer.dropped, layer.valid
+                segment.past_sizes = layer.sizes
+            elif mask is not None and segment.physical:
+                past = mask[:, : segment.physical].bool()
+                segment.past = None if bool(past.all()) else past
+        segments.append(segment)
+    return segments
+
+
+def check_padding(mask: Tensor | None, shape: torch.Size) -> list[int]:
+    """Real tokens per sample of this call.
+
+    Raises
+    ------
+    PaddingError
+        The last columns of `mask` are not zeros followed by ones.
+    """
+    batch, width = shape
+    if mask is None:
+        return [width] * batch
+    here = mask[:, -width:].bool().cpu()
+    lengths = here.sum(1).tolist()
+    for b, n in enumerate(lengths):
+        if n == 0 or not bool(here[b, width - n :].all()):
+            raise PaddingError(
+                f"sample {b}: attention_mask is not zeros followed by ones. Compression needs "
+                "left padding: set processor.tokenizer.padding_side = 'left' (generation needs it "
+                "anyway), and do not mask single tokens."
+            )
+    return lengths

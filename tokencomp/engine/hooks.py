@@ -1,0 +1,384 @@
+"""The hooks: the only code that touches arguments of Hugging Face modules.
+
+top       notes `labels` / `logits_to_keep`: must the output have full length?
+body      notes where visual placeholders are, if this call carries visual features
+decoder   entry stage, masks, positions; afterwards the cache layers and the output length
+rotary    (one position per token only) original positions of the kept tokens
+layer k   layer stage, and the mask of layers that hold fewer rows
+attention scores for the layer stage that follows
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.adapters.base import Adapter, Call
+from tokencomp.context_window import check_window
+from tokencomp.engine import compat
+from tokencomp.engine import prefill as chunking
+from tokencomp.engine.cache import CompressedLayer, check_cache, compress_layer
+from tokencomp.engine.forward import ForwardPass, Segment, build_segments, check_padding
+from tokencomp.engine.layout import RowLayout, restore
+from tokencomp.engine.proportional import ProportionalAttention
+from tokencomp.engine.refusals import check_prefill
+from tokencomp.engine.stats import Stats, warn_if_ratio_missed
+from tokencomp.engine.tower import TowerProbe, check_signals
+from tokencomp.errors import CopyError, NoVisualInputError, TokenCompError
+from tokencomp.plan import Plan
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+MASKLESS = ("sdpa", "flash")
+
+
+class Hooks:
+    """Installs and removes the hooks of one patched model.
+
+    What belongs to a running call lives in thread-local storage; `stats` is shared: the counts of
+    the prefill that ended last, in whichever thread. Dynamo cannot trace the callbacks, so they
+    run between the graphs of a compiled model.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        plan: Plan,
+        strict: bool,
+        compact_positions: bool = False,
+        proportional: bool = False,
+    ) -> None:
+        self.adapter, self.plan, self.strict = adapter, plan, strict
+        self.compact_positions = compact_positions
+        self.proportional = (
+            ProportionalAttention(adapter.layers, self._sizes) if proportional else None
+        )
+        self.stats: Stats | None = None
+        self._told: set[str] = set()  # plans whose missed ratio was told
+        self._local = threading.local()
+        self._handles: list[RemovableHandle] = []
+        self._layered = False
+        self._tower: TowerProbe | None = None
+        self._lock = threading.Lock()
+        # Qwen2-VL before transformers 5 swallows the argument and returns all logits
+        forward = type(adapter.top).forward  # the instance's may be wrapped by accelerate
+        self._slices = "logits_to_keep" in inspect.signature(forward).parameters
+
+    # -- installation ---------------------------------------------------------------------------
+
+    def install(self) -> None:
+        a, add = self.adapter, self._handles.append
+        for module, pre, post in (
+            (a.top, self._top, self._top_done),
+            (a.body, self._body, self._body_done),
+            (a.decoder, self._decoder, self._decoder_done),
+        ):
+            add(module.register_forward_pre_hook(pre, with_kwargs=True))
+            add(module.register_forward_hook(post, with_kwargs=True, always_call=True))
+        if not a.mrope:
+            add(a.decoder.rotary_emb.register_forward_pre_hook(self._rotary, with_kwargs=True))
+        self._install_scores()
+        wanted = check_signals(self.plan, a)
+        if wanted:
+            self._tower = TowerProbe(a, wanted, off=lambda: self.disabled)
+            self._tower.install()
+        if self.plan.layer_stages:
+            self._install_layers()
+        if self.proportional is not None:
+            self.proportional.install()
+        chunking.install(a.top, a.carries_features)
+        a.install()
+
+    def _install_scores(self) -> None:
+        for stage in self.plan.layer_stages:
+            for signal in stage.reducer.needs if stage.fraction > 0 else ():
+                if not isinstance(signal, str):
+                    attn: Any = self.adapter.layers[stage.layer - 1].self_attn
+                    score = functools.partial(self._attention, stage.layer, signal)
+                    self._handles.append(attn.register_forward_hook(score, with_kwargs=True))
+
+    def _install_layers(self) -> None:
+        """Hook every decoder layer, once: some hold other rows than the first.
+
+        Entry plans pay for these hooks only when an earlier, staged patch left such a cache.
+        """
+        with self._lock:
+            if self._layered:
+                return
+            self._layered = True
+            for i, layer in enumerate(self.adapter.layers):
+                hook = functools.partial(self._layer, i)
+                self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._layered = False
+        if self._tower is not None:
+            self._tower.remove()
+            self._tower = None
+        if self.proportional is not None:
+            self.proportional.remove()
+        chunking.remove(self.adapter.top)
+        self.adapter.uninstall()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CopyError(
+            f"{type(self.adapter.model).__name__} is patched: copy.deepcopy and pickle would copy "
+            "hooks that act for the original (also under handle.disabled()). Call "
+            "tokencomp.unpatch(model) first, and patch() the model and its copy afterwards."
+        )
+
+    @property
+    def disabled(self) -> bool:
+        return getattr(self._local, "disabled", 0) > 0
+
+    def disable(self, by: int) -> None:
+        """Count calls of `Handle.disabled()` in this thread up or down."""
+        self._local.disabled = getattr(self._local, "disabled", 0) + by
+
+    # -- top and body ---------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        keep = kwargs.get("logits_to_keep", 0)
+        if kwargs.get("labels") is not None or not isinstance(keep, int):
+            keep = 0
+        self._local.draft = max(keep - 1, 0)  # assisted decoding: speculative tokens at the end
+        self._local.logits = keep if self._slices else 0
+
+    @torch.compiler.disable
+    def _top_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        self._local.logits = self._local.draft = 0
+
+    @torch.compiler.disable
+    def _body(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._local.kinds = self._local.inputs = self._local.forward = None
+        if self.disabled:
+            return
+        named = compat.bind(module, args, kwargs)
+        kinds = self.adapter.kinds(named)
+        if kinds is not None:
+            self._local.kinds, self._local.inputs = kinds.cpu(), named
+        elif not _length(compat.get_cache(named)):
+            self.stats = None  # not those of another prompt
+            if self.strict and self.plan.stages:
+                raise NoVisualInputError(
+                    "strict=True and this prompt brings no image or video (features that already "
+                    "stand in inputs_embeds are not seen), so nothing can be compressed. Pass "
+                    "pixel_values / pixel_values_videos, or patch(..., strict=False)."
+                )
+
+    @torch.compiler.disable
+    def _body_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        self._local.kinds = self._local.inputs = self._local.forward = None
+
+    # -- decoder --------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        kinds = getattr(self._local, "kinds", None)
+        cache = compat.get_cache(compat.bind(module, args, kwargs))
+        if kinds is not None and bool(kinds.any()):
+            kwargs = dict(compat.bind(module, args, kwargs))
+            if self.plan.stages:
+                self._compress(kwargs, kinds, cache)
+                return (), kwargs
+            self._count(kwargs, kinds, cache)
+            args = ()
+        layers = getattr(cache, "layers", None)
+        if layers and isinstance(layers[0], CompressedLayer):
+            kwargs = dict(compat.bind(module, args, kwargs))
+            self._go_on(kwargs, layers)
+            return (), kwargs
+        return None
+
+    def _count(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
+        """Stats of a prefill at ratio 0, which stays as it is; None where it cannot be read."""
+        try:
+            self.stats = self._read(kwargs, kinds, cache)[0].stats(cache)
+        except TokenCompError:
+            self.stats = None
+
+    def _read(
+        self, kwargs: dict[str, Any], kinds: Tensor, cache: Any
+    ) -> tuple[ForwardPass, Tensor]:
+        """The forward pass of a prefill with visual tokens, and its positions."""
+        x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        check_cache(cache)
+        layered, proportional = bool(self.plan.layer_stages), self.proportional is not None
+        check_prefill(self.adapter, kwargs, kinds, layered, proportional)
+        lengths = check_padding(mask, kinds.shape)
+        positions = self._positions(kwargs, cache)
+        rows = positions.cpu() if self.adapter.mrope else None
+        spans = self.adapter.spans(Call(kinds, x, rows, self.adapter.body, self._local.inputs))
+        check_window(self.adapter, kinds, cache)
+        forward = ForwardPass(
+            self.adapter, self.plan, spans, lengths, x.shape[1], getattr(self._local, "draft", 0)
+        )
+        forward.segments = build_segments(forward, cache, mask)
+        return forward, positions
+
+    def _compress(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
+        """Prefill with visual tokens: plan, reduce at entry, positions, masks."""
+        forward, positions = self._read(kwargs, kinds, cache)
+        x, spans = kwargs["inputs_embeds"], forward.spans
+        if self._tower is not None:
+            forward.tower = self._tower.collect(spans)
+        if len(forward.segments) > 1:
+            self._install_layers()
+        x, positions, index = forward.entry(x, positions, cache)
+        valid = forward.layout.valid(x.device)
+        if index is not None:
+            self.adapter.gather_extra(kwargs, index, valid)
+        kwargs["inputs_embeds"] = x
+        if self.compact_positions:
+            positions = forward.segments[0].contiguous(valid, x)
+        self._set_positions(kwargs, forward, positions)
+        first = forward.segments[0]
+        kwargs["attention_mask"] = first.padding_mask(valid, x.shape[0], x.device)
+        compat.set_cache_position(kwargs, first.logical, x.shape[1])
+        self._local.forward = forward
+
+    def _go_on(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
+        """Later tokens on a compressed cache: masks only, and for one unpadded token none."""
+        if kwargs.get("inputs_embeds") is None:
+            kwargs["inputs_embeds"] = self.adapter.decoder.embed_tokens(kwargs["input_ids"])
+            kwargs["input_ids"] = None
+        x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        if kwargs.get("position_ids") is not None and self.adapter.mrope:
+            kwargs["position_ids"] = kwargs["position_ids"][-3:]
+        n, new = x.shape[1], None
+        if n > 1 and mask is not None:
+            new = mask[:, -n:].bool()
+            new = None if bool(new.all()) else new
+        if self.compact_positions:
+            past = Segment.after(layers[0], 0, 1, RowLayout(n, [], []))
+            kwargs["position_ids"] = past.contiguous(new, x)
+        backend = compat.attention_implementation(self.adapter.text_config)
+        plain = new is None and all(layer.valid is None for layer in layers)
+        if n == 1 and plain and any(name in backend for name in MASKLESS):
+            kwargs["attention_mask"], self._local.cached = None, layers
+            return
+        forward = ForwardPass.continuation(self.adapter, layers, new, n)
+        if len(forward.segments) > 1:
+            self._install_layers()
+        first = forward.segments[0]
+        kwargs["attention_mask"] = first.padding_mask(new, x.shape[0], x.device)
+        self._local.forward = forward
+
+    @torch.compiler.disable
+    def _sizes(self, layer: int) -> Tensor | None:
+        """How many tokens the first rows of `layer` stand for in the call that runs now."""
+        forward: ForwardPass | None = getattr(self._local, "forward", None)
+        if forward is not None:
+            return forward.segment_of(layer).all_sizes()
+        cached = getattr(self._local, "cached", None)
+        return cached[layer].sizes if cached else None
+
+    @torch.compiler.disable
+    def _decoder_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        forward: ForwardPass | None = getattr(self._local, "forward", None)
+        self._local.forward = self._local.cached = None
+        if forward is None or out is None:
+            return None
+        cache = compat.get_cache(kwargs, out)
+        if not forward.compresses:
+            forward.extend_valid(cache)
+            return None
+        check_cache(cache)
+        layers = getattr(cache, "layers", None)
+        if layers and layers[0].keys is not None:  # checkpointed layers write nothing
+            for segment in forward.segments:
+                valid = segment.all_valid(segment.layout.valid(torch.device("cpu")))
+                sizes = None if self.proportional is None else segment.all_sizes()
+                for i in range(segment.first, segment.stop):
+                    layer = layers[i]
+                    here = valid if valid is None else valid.to(layer.keys.device)
+                    starts = i == segment.first and i > 0
+                    dropped = forward.width - segment.layout.width
+                    compress_layer(layer, dropped, here, starts, sizes)
+        self.stats = stats = forward.stats(cache)
+        warn_if_ratio_missed(stats, forward.plan, self._told)
+        return self._restored(forward, out)
+
+    def _restored(self, forward: ForwardPass, out: Any) -> Any:
+        """Give the output full length unless only text after the last span is asked for."""
+        states = getattr(out, "hidden_states", None)
+        if states is not None:
+            layers = [0, *range(len(states) - 1)]  # the input of the first, then what each returns
+            layouts = [forward.segment_of(layer).layout for layer in layers]
+            out.hidden_states = tuple(
+                s if s is None else restore(s, f.to(s.device), forward.width)
+                for s, f in zip(states, layouts, strict=True)
+            )
+        keep = getattr(self._local, "logits", 0)
+        if 0 < keep <= forward.tail:
+            return out
+        if isinstance(out, tuple):
+            return (restore(out[0], forward.layout, forward.width), *out[1:])
+        out.last_hidden_state = restore(out.last_hidden_state, forward.layout, forward.width)
+        return out
+
+    # -- positions ------------------------------------------------------------------------------
+
+    def _positions(self, kwargs: dict[str, Any], cache: Any) -> Tensor:
+        """Positions of the uncompressed call: (3, B, L) for M-RoPE, else (B, L)."""
+        x, given = kwargs["inputs_embeds"], kwargs.get("position_ids")
+        batch, n = x.shape[:2]
+        if given is None:
+            start = _length(cache)
+            given = torch.arange(start, start + n, device=x.device)[None]
+        if not self.adapter.mrope:
+            return given.expand(batch, -1)
+        if given.ndim == 2:
+            given = given[None]
+        return given[-3:].expand(3, batch, -1)
+
+    def _set_positions(
+        self, kwargs: dict[str, Any], forward: ForwardPass, positions: Tensor
+    ) -> None:
+        # Gaps in text positions look like packed sequences to mask code and FlashAttention: those
+        # get contiguous ids, the rotary embedding alone the true ones.
+        text = torch.arange(positions.shape[-1], device=positions.device)[None]
+        if self.adapter.mrope:
+            text = text.expand(1, positions.shape[1], -1)
+            kwargs["position_ids"] = torch.cat([text, positions])
+        else:
+            forward.rotary, kwargs["position_ids"] = positions, text
+
+    @torch.compiler.disable
+    def _rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forward: ForwardPass | None = getattr(self._local, "forward", None)
+        if forward is None or forward.rotary is None:
+            return None
+        if "position_ids" in kwargs:
+            return args, {**kwargs, "position_ids": forward.rotary}
+        hidden, _, *rest = args
+        return (hidden, forward.rotary, *rest), kwargs
+
+    # -- layers ---------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _layer(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        forward: ForwardPass | None = getattr(self._local, "forward", None)
+        return None if forward is None else forward.before_layer(i, args, kwargs)
+
+    @torch.compiler.disable
+    def _attention(
+        self, stage: int, signal: Any, module: nn.Module, args: Any, kwargs: Any, out: Any
+    ) -> None:
+        forward: ForwardPass | None = getattr(self._local, "forward", None)
+        if forward is not None and forward.compresses:
+            forward.score(stage, module, compat.bind(module, args, kwargs), signal)
+
+
+def _length(cache: Any) -> int:
+    return int(cache.get_seq_length()) if cache is not None else 0

@@ -1,0 +1,117 @@
+"""What cannot be compressed, or not exactly: refused with the fix before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.engine import compat
+from tokencomp.errors import (
+    AlreadyCompressedError,
+    AttentionOutputError,
+    OptionError,
+    UnsupportedCacheError,
+)
+
+PREPARED = "_original_forward"  # where Accelerator.prepare keeps what mixed precision wraps
+
+
+def check_prefill(
+    adapter: Adapter,
+    kwargs: Mapping[str, Any],
+    kinds: Tensor,
+    between_layers: bool,
+    proportional: bool,
+) -> None:
+    """Look at the arguments of a decoder call with visual tokens.
+
+    Parameters
+    ----------
+    kinds : Tensor, shape (B, L)
+        Of the prompt, see `Adapter.kinds`.
+    between_layers
+        Whether tokens leave between layers.
+    proportional
+        Whether sizes of merged tokens are added to the attention logits.
+
+    Raises
+    ------
+    AlreadyCompressedError, UnsupportedCacheError, AttentionOutputError, OptionError
+    """
+    shape, mask = kwargs["inputs_embeds"].shape[:2], kwargs.get("attention_mask")
+    if shape != kinds.shape:
+        raise AlreadyCompressedError(
+            f"the decoder got {tuple(shape)} tokens for a prompt of {tuple(kinds.shape)}: "
+            "something else already shortened it. Undo the other method before patch()."
+        )
+    if isinstance(mask, dict) or (mask is not None and mask.ndim != 2):
+        raise UnsupportedCacheError(
+            "the attention mask was prepared before the decoder (static cache, or a custom 4-D "
+            "mask). Use the default DynamicCache and a 2-D attention_mask."
+        )
+    if between_layers and _wants_attentions(adapter, kwargs):
+        raise AttentionOutputError(
+            "output_attentions=True with tokens dropped between layers: attention maps would "
+            "differ in size. Use an entry reducer, or handle.disabled()."
+        )
+    if compat.recomputed(adapter.layers[0]):
+        _check_recomputation(between_layers, proportional)
+
+
+def _wants_attentions(adapter: Adapter, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the call returns attention maps, by its arguments or else by the config."""
+    asked = kwargs.get("output_attentions")
+    if asked is None:
+        configs = (adapter.top.config, adapter.text_config)
+        return any(getattr(config, "output_attentions", False) for config in configs)
+    return bool(asked)
+
+
+def _check_recomputation(between_layers: bool, proportional: bool) -> None:
+    """Refuse what a checkpointed layer would compute in another way in the backward pass."""
+    fix = "or model.gradient_checkpointing_disable()."
+    if between_layers and compat.recomputes_hooks():
+        raise OptionError(
+            "gradient checkpointing with tokens dropped between layers: this transformers release "
+            "would drop them again in the backward pass. Use transformers >= 5.23, an entry "
+            f"reducer, {fix}"
+        )
+    if proportional:
+        raise OptionError(
+            "gradient checkpointing with proportional attention: token sizes are gone in the "
+            f"backward pass. Use patch(..., proportional_attention=False), {fix}"
+        )
+
+
+def refuse_foreign(model: nn.Module) -> None:
+    """Raise `AlreadyCompressedError` over what other methods leave on a model."""
+    config = getattr(model, "config", None)
+    found = [
+        name
+        for name in ("fastv_config", "use_fast_v", "video_pruning_rate", "image_pruning_rate")
+        if getattr(config, name, None)
+    ]
+    found += [name for name in ("_info", "_tome_info") if name in model.__dict__]
+    for name in ("get_image_features", "get_video_features", "forward"):
+        for module in (model, getattr(model, "model", None)):
+            here = getattr(module, "__dict__", {})
+            if name in here and not (name == "forward" and _only_wrapped(module)):
+                found.append(f"{type(module).__name__}.{name} replaced")
+    if found:
+        raise AlreadyCompressedError(
+            f"{type(model).__name__} carries another method's changes ({', '.join(found)}). "
+            "Load a fresh model, or undo the other method first."
+        )
+
+
+def _only_wrapped(module: Any) -> bool:
+    """Whether `module.forward` was replaced by accelerate, or by torch.compile of the original."""
+    own = module.__dict__
+    compiled = getattr(own["forward"], "_torchdynamo_orig_callable", None)
+    now = getattr(compiled or own["forward"], "__func__", None)
+    while now is not None and now is not type(module).forward and PREPARED in own:
+        now = getattr(now, "__wrapped__", None)
+    return now is type(module).forward or "_old_forward" in own

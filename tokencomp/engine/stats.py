@@ -1,0 +1,173 @@
+"""What the last compressed call saved, exactly: tokens per layer, FLOPs, KV bytes."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tokencomp.engine.flops import DecoderShape
+from tokencomp.errors import RatioWarning
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tokencomp.engine.forward import ForwardPass
+    from tokencomp.plan import Plan
+    from tokencomp.tokens import VisualSpan
+
+
+@dataclass
+class Stats:
+    """Counts of one prefill. Nothing but the ratio is computed before it is asked for.
+
+    Attributes
+    ----------
+    spans
+        Visual spans per sample, uncompressed.
+    counts
+        Per sample, per span: tokens left after each stage.
+    lengths
+        Real tokens per sample, uncompressed (text and visual).
+    stage_layers
+        Decoder layer of each stage.
+    past
+        Logical tokens that were in the cache before, padding included.
+    past_rows
+        Rows of them that each decoder layer held.
+    reduce_seconds
+        Host time spent on the stages of this prefill, their scores included (on a GPU: launching,
+        not waiting).
+    """
+
+    spans: list[list[VisualSpan]]
+    counts: list[list[list[int]]]
+    lengths: list[int]
+    stage_layers: list[int]
+    shape: DecoderShape
+    past: int = 0
+    past_rows: list[int] = field(default_factory=list)
+    reduce_seconds: float = 0.0
+    _kept: list[list[list[Tensor | None]]] = field(default_factory=list, repr=False)
+
+    @property
+    def tokens_before(self) -> list[int]:
+        """Visual tokens per sample before compression."""
+        return [sum(s.visual for s in row) for row in self.spans]
+
+    @property
+    def tokens_after(self) -> list[list[int]]:
+        """Visual tokens per sample seen by each decoder layer."""
+        result = []
+        for row, counts in zip(self.spans, self.counts, strict=True):
+            seen, current = [], sum(s.visual for s in row)
+            for layer in range(self.shape.num_layers):
+                if layer in self.stage_layers:
+                    order = self.stage_layers.index(layer)
+                    current = sum(c[order] for c in counts)
+                seen.append(current)
+            result.append(seen)
+        return result
+
+    @property
+    def ratio(self) -> float:
+        """Achieved ratio: 1 - visual tokens seen / without compression, over layers and samples."""
+        before = sum(self.tokens_before) * self.shape.num_layers
+        after = sum(sum(seen) for seen in self.tokens_after)
+        return 1.0 - after / before if before else 0.0
+
+    def _lengths_after(self) -> list[list[int]]:
+        text = [n - v for n, v in zip(self.lengths, self.tokens_before, strict=True)]
+        return [[t + v for v in seen] for t, seen in zip(text, self.tokens_after, strict=True)]
+
+    @property
+    def flops_before(self) -> int:
+        """FLOPs of the decoder layers for this prefill without compression."""
+        layers = self.shape.num_layers
+        return sum(self.shape.layer_flops(n, self.past) * layers for n in self.lengths)
+
+    @property
+    def flops_after(self) -> int:
+        """FLOPs of the decoder layers with compression (the reducer's own work not included)."""
+        layers = [zip(row, self.past_rows, strict=True) for row in self._lengths_after()]
+        return sum(self.shape.layer_flops(n, past) for row in layers for n, past in row)
+
+    @property
+    def kv_bytes_before(self) -> int:
+        """Bytes of keys and values this prefill would have cached (no padding)."""
+        return sum(self.lengths) * self.shape.kv_bytes_per_token * self.shape.num_layers
+
+    @property
+    def kv_bytes_after(self) -> int:
+        """Bytes of keys and values it caches for real tokens (padding of a ragged batch apart)."""
+        return sum(sum(row) for row in self._lengths_after()) * self.shape.kv_bytes_per_token
+
+    def kept(self, sample: int = 0) -> list[list[list[int]]]:
+        """Offsets inside each span that are left, per stage: `kept(b)[stage][span]`."""
+        result = []
+        for stage in self._kept:
+            row = zip(self.spans[sample], stage[sample], strict=True)
+            result.append([list(range(s.length)) if i is None else i.tolist() for s, i in row])
+        return result
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers as plain types, ready for JSON."""
+        return {
+            "tokens_before": self.tokens_before,
+            "tokens_after": self.tokens_after,
+            "ratio": self.ratio,
+            "flops_before": self.flops_before,
+            "flops_after": self.flops_after,
+            "kv_bytes_before": self.kv_bytes_before,
+            "kv_bytes_after": self.kv_bytes_after,
+        }
+
+
+def warn_if_ratio_missed(stats: Stats, plan: Plan, told: set[str]) -> None:
+    """Warn, once per plan, if a prompt misses its ratio by more than rounding.
+
+    Rounding: a token per span, or a twentieth of what should be left. A plan whose reducers all
+    leave a number of their own promises no ratio.
+    """
+    wanted, got = plan.ratio(stats.shape.num_layers), stats.ratio
+    spans, before = sum(map(len, stats.spans)), sum(stats.tokens_before)
+    if not before or abs(wanted - got) <= max(0.05 * (1 - wanted), spans / before):
+        return
+    name = str([(s.layer, s.fraction, s.reducer.name) for s in plan.stages])
+    if name in told or all(s.reducer.own_count for s in plan.stages):
+        return
+    told.add(name)
+    every = [span for row in stats.spans for span in row]
+    most = max(every, key=lambda span: len(span.special) / max(1, span.visual))
+    why = "a reducer of this plan leaves a number of tokens of its own"
+    if most.special and got < wanted and not any(s.reducer.own_count for s in plan.stages):
+        why = (
+            f"special tokens, such as line breaks, always stay, {len(most.special)} of "
+            f"{most.visual} in one {most.kind}"
+        )
+    warnings.warn(
+        f"a prompt was planned for ratio {wanted:.5g} and reached {got:.5g}: {why}. The handle's "
+        "stats have the counts of every prompt; this is said once.",
+        RatioWarning,
+        stacklevel=2,
+    )
+
+
+def collect(forward: ForwardPass, cache: Any) -> Stats:
+    """Stats of a finished forward pass."""
+    weight = next(forward.adapter.decoder.parameters())
+    dtype = weight.dtype
+    layers = getattr(cache, "layers", None)
+    if layers and layers[0].keys is not None:
+        dtype = layers[0].keys.dtype
+    return Stats(
+        spans=forward.spans,
+        counts=forward.counts,
+        lengths=forward.lengths,
+        stage_layers=[s.layer for s in forward.plan.stages],
+        shape=DecoderShape.from_config(forward.adapter.text_config, dtype.itemsize),
+        past=forward.segments[0].logical,
+        past_rows=[s.physical for s in forward.segments for _ in range(s.first, s.stop)],
+        reduce_seconds=forward.reduce_seconds,
+        _kept=[[[live.index for live in row] for row in layout.spans] for layout in forward.kept],
+    )

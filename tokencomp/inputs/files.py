@@ -1,0 +1,151 @@
+"""Questions of the user's own: a JSON Lines file, some of it held out by media."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokencomp.errors import OptionError
+from tokencomp.inputs.questions import Example
+
+EMBEDDED = "shapesqa"
+HELD_OUT = 20
+"""One picture or video in so many is held out for evaluation."""
+
+
+class FileQuestions(Sequence[Example]):
+    """Questions from a JSON Lines file; media paths are relative to it, or absolute.
+
+    Every line holds `question`, `answer` and `media` (a path, or a list of paths); `id` and
+    `family` are optional.
+
+    Parameters
+    ----------
+    path
+        The file, or a folder with `questions.jsonl`.
+    held_out
+        True: questions about held-out media; False: about all others; None: all.
+    count
+        The first so many of them.
+
+    Raises
+    ------
+    OptionError
+        No file, no UTF-8, no lines, or a line without a question, answer or media that exists.
+    """
+
+    def __init__(self, path: Path, held_out: bool | None = None, count: int | None = None) -> None:
+        file = questions_file(path)
+        lines = [line for line in _text(file).split("\n") if line.strip()]
+        rows = [self._row(file, n, line) for n, line in enumerate(lines)]
+        if held_out is not None:
+            root = file.parent.resolve()
+            media = [[_name(Path(m), root) for m in row.media] for row in rows]
+            aside = _held_out(media)
+            chosen = zip(rows, media, strict=True)
+            rows = [row for row, names in chosen if (names[0] in aside) is held_out]
+        self.rows = rows[:count]
+        if not self.rows:
+            raise OptionError(
+                f"{file} holds no questions for this purpose ({len(lines)} lines). Some media are "
+                "held out for evaluation: questions about two different ones are the least, and "
+                "media that some question shows together count as one."
+            )
+
+    @staticmethod
+    def _row(file: Path, number: int, line: str) -> Example:
+        try:
+            row = json.loads(line)
+            media = row["media"] if isinstance(row["media"], list) else [row["media"]]
+            question, answer = str(row["question"]), row["answer"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise OptionError(
+                f"{file}, line {number + 1}: expected a JSON object with question, answer and "
+                f"media ({error!r})."
+            ) from error
+        if answer is None or not str(answer).strip():
+            raise OptionError(f"{file}, line {number + 1}: the answer is empty.")
+        paths = tuple(str(file.parent / str(m)) for m in media)
+        missing = [p for p in paths if not Path(p).exists()]
+        if missing or not paths:
+            told = f"{missing[0]} does not exist" if missing else "there is no image or video"
+            raise OptionError(f"{file}, line {number + 1}: {told}. Every question needs media.")
+        key = str(row.get("id", number))
+        return Example(key, question, str(answer).strip(), paths, str(row.get("family", "")))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        return self.rows[index]
+
+
+def questions_file(path: Path) -> Path:
+    """The JSON Lines file that `path` names: itself, or `questions.jsonl` in a folder.
+
+    Raises
+    ------
+    OptionError
+        There is none.
+    """
+    file = path / "questions.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise OptionError(
+            f"data {str(path)!r}: expected '{EMBEDDED}', a JSON Lines file, or a folder with "
+            "questions.jsonl (one object with question, answer and media per line)."
+        )
+    return file
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
+def _name(media: Path, root: Path) -> str:
+    """One name per file, however its path is written; the folder `root` may move."""
+    path = media.resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+
+def _held_out(rows: Sequence[Sequence[str]]) -> set[str]:
+    """Media of the held-out questions: no picture is trained on and evaluated with.
+
+    Media that questions show together stay together. A hash of their names orders these groups,
+    and the first ones that fit into the held-out share are taken; at least the smallest.
+
+    Parameters
+    ----------
+    rows
+        Names of the media of every question.
+    """
+    groups = sorted(_connected(rows), key=lambda group: zlib.crc32(min(group).encode()))
+    room = max(1, sum(map(len, groups)) // HELD_OUT)
+    aside: set[str] = set()
+    for group in groups:
+        if len(aside) + len(group) <= room:
+            aside |= group
+    return aside or min(groups, key=len, default=set())
+
+
+def _connected(rows: Iterable[Sequence[str]]) -> list[set[str]]:
+    """Groups of names that rows join, directly or through others."""
+    parent: dict[str, str] = {}
+
+    def first_of(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for names in rows:
+        for name in names:
+            parent[first_of(name)] = first_of(names[0])
+    groups: dict[str, set[str]] = {}
+    for name in parent:
+        groups.setdefault(first_of(name), set()).add(name)
+    return list(groups.values())

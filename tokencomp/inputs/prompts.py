@@ -1,0 +1,93 @@
+"""From examples to model inputs to greedy answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokencomp.adapters.base import adapter_for
+from tokencomp.errors import MediaError
+from tokencomp.inputs.questions import media_kind
+
+
+def chat_text(processor: Any, media: Sequence[Any], prompt: str) -> str:
+    """The prompt in the model's chat format, media first, ready for the answer."""
+    content = [{"type": media_kind(m)} for m in media] + [{"type": "text", "text": prompt}]
+    chat = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+
+def build_inputs(
+    processor: Any, media: Sequence[Sequence[Any]], prompts: Sequence[str]
+) -> dict[str, Tensor]:
+    """One left-padded batch, on the CPU.
+
+    Parameters
+    ----------
+    processor
+        A Hugging Face processor with a chat template.
+    media
+        Per row: PIL images, and lists of PIL images (videos), in prompt order.
+    prompts
+        Per row: the text after the media.
+
+    Raises
+    ------
+    MediaError
+        The processor refuses them.
+    """
+    texts = [chat_text(processor, m, p) for m, p in zip(media, prompts, strict=True)]
+    flat = [one for row in media for one in row]
+    images = [m for m in flat if media_kind(m) == "image"]
+    videos = [np.stack([np.asarray(f) for f in m]) for m in flat if media_kind(m) == "video"]
+    kwargs: dict[str, Any] = {}
+    if images:
+        kwargs["images"] = images
+    if videos:
+        kwargs.update(videos=videos, do_sample_frames=False)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    try:
+        return dict(processor(text=texts, padding=True, return_tensors="pt", **kwargs))
+    except ValueError as error:
+        told = ", ".join(f"{image.width}×{image.height}" for image in images) or "no images"
+        raise MediaError(
+            f"the model's processor refuses the prompt ({told}; {len(videos)} videos): {error}"
+        ) from error
+
+
+def to_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Move a batch to the model's device, floating inputs to its dtype."""
+    device, dtype = model.device, model.dtype
+    moved = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            value = value.to(device, dtype if value.is_floating_point() else None)
+        moved[name] = value
+    return moved
+
+
+@torch.inference_mode()
+def generate(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> list[str]:
+    """Greedy answers, one per row, without the prompt and special tokens."""
+    inputs = to_model(inputs, model)
+    out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+    told = out[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(told, skip_special_tokens=True)]
+
+
+def prompt_lengths(model: Any, inputs: dict[str, Any]) -> list[tuple[int, int]]:
+    """(all tokens, visual tokens) of every row of an uncompressed batch."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    visual = torch.zeros_like(real)
+    for token in adapter_for(model).placeholder_ids():
+        visual |= ids == token
+    rows = zip(real.sum(1).tolist(), (visual & real).sum(1).tolist(), strict=True)
+    return list(rows)

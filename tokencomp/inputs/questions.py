@@ -1,0 +1,96 @@
+"""What is asked: a prompt about media, and the answer that counts as right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+Media = Any
+"""A path, a PIL image, or a list of PIL images (a video)."""
+
+LETTERS = "ABCDEFGH"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    Attributes
+    ----------
+    id
+        Unique in its data set; results are paired by it.
+    prompt
+        Text after the media.
+    answer
+        The right answer: words, or the letter of an option.
+    media
+        Images and videos (paths, PIL images, lists of PIL images), in prompt order.
+    family
+        Group for per-family accuracy.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    media: tuple[Media, ...] = ()
+    family: str = ""
+
+    def load(self, frames: int) -> list[Any]:
+        """The media as PIL images and lists of PIL images. Raises `MediaError`."""
+        from tokencomp.inputs.media import load_media
+
+        return [load_media(m, frames) if isinstance(m, str | Path) else m for m in self.media]
+
+    def correct(self, prediction: str) -> bool:
+        """Whether `prediction` is the answer: the same words, or the same option letter."""
+        if self.answer in tuple(LETTERS):
+            return option_letter(prediction) == self.answer
+        return _words(prediction) == _words(self.answer)
+
+
+def option_letter(text: str) -> str:
+    """The option that a reply such as "B", "(B)", "B. red" or "red (B)" names; "" if none.
+
+    "A red circle" names none: there, A is an article.
+    """
+    found = re.match(rf"\W*([{LETTERS}])(?![\w'])(?!(?<=A)\s+\w)", text)
+    found = found or re.search(rf"\(([{LETTERS}])\)", text)
+    return found[1] if found else ""
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def media_kind(media: Media) -> Literal["image", "video"]:
+    """ "video" for a list of frames or an array of frames, else "image"."""
+    is_video = isinstance(media, list) or (isinstance(media, np.ndarray) and media.ndim == 4)
+    return "video" if is_video else "image"
+
+
+def shapesqa(items: Iterable[Any], folder: str | Path, form: str = "free") -> list[Example]:
+    """ShapesQA items as examples, with their media written as real JPEG and mp4 files.
+
+    Parameters
+    ----------
+    items
+        From `tokencomp.shapesqa.items.items(...)`.
+    folder
+        Where files go; existing files of an item are used again.
+    form
+        "free", "mvbench" or "mlvu".
+    """
+    from tokencomp.shapesqa.layouts import write_media
+    from tokencomp.zoo.evaluate import FORMS, wanted
+
+    folder, found = Path(folder), []
+    for item in items:
+        path = folder / f"{item.id}{'.jpg' if item.kind == 'image' else '.mp4'}"
+        media = item.media or (path if path.exists() else write_media(item, folder).media)
+        found.append(Example(item.id, FORMS[form](item), wanted(item, form), (media,), item.family))
+    return found

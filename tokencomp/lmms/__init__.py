@@ -1,0 +1,1 @@
+"""The bridge to lmms-eval: the only place that imports `lmms_eval`."""

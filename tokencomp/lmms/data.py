@@ -1,0 +1,142 @@
+"""Data sets of lmms-eval tasks on a local disk, in the layout of the hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokencomp.errors import OptionError
+
+SHAPESQA = "shapesqa"
+SHAPESQA_ID = "tokencomp/ShapesQA"
+PER_TASK = 25
+
+
+@dataclass(frozen=True)
+class LocalData:
+    """A folder `root/<owner>/<name>` per data set, as on the hub.
+
+    lmms-eval looks for videos in `$HF_HOME/<cache_dir of the task>`; `stage` makes that place point
+    into the local copy, so that tasks run unchanged and nothing is downloaded.
+    """
+
+    root: Path
+
+    def folder(self, dataset: str) -> Path:
+        return self.root / dataset
+
+    def label(self, dataset: str) -> str:
+        """What tells this copy from others, without the place it is kept in."""
+        return f"{self.root.resolve().name}/{dataset}"
+
+    def stage(self, home: Path, links: dict[str, str]) -> None:
+        """Link `home/<cache_dir>` to the media of each data set. Call before lmms-eval's tasks.
+
+        Parameters
+        ----------
+        links
+            cache_dir → data set id.
+        """
+        home.mkdir(parents=True, exist_ok=True)
+        for cache, dataset in links.items():
+            folder = self.folder(dataset)
+            target = folder / "video" if cache.startswith("mvbench") else folder
+            link = home / cache
+            if link.is_symlink() or not link.exists():
+                link.unlink(missing_ok=True)
+                link.symlink_to(target.resolve(), target_is_directory=True)
+
+    def has(self, config: dict[str, Any]) -> bool:
+        """Whether the annotations of a task are there."""
+        folder, name = self.folder(config["dataset_path"]), config.get("dataset_name")
+        if not folder.is_dir():
+            return False
+        return name is None or any(folder.glob(f"**/{name}.json*")) or (folder / name).is_dir()
+
+    def missing(self, task: str, config: dict[str, Any]) -> OptionError:
+        """What to put where."""
+        folder = self.folder(config["dataset_path"])
+        if config["dataset_path"] == SHAPESQA_ID:
+            return OptionError(f"task {task!r} comes with the package: --data {SHAPESQA}.")
+        name = config.get("dataset_name")
+        what = f" (configuration {name!r})" if name else ""
+        return OptionError(
+            f"task {task!r} needs the data set {config['dataset_path']}{what}, which is not in "
+            f"{folder}. On a machine with network: `huggingface-cli download --repo-type dataset "
+            f"{config['dataset_path']} --local-dir {folder}`, unpack its video archives there, "
+            "and copy the folder over. Or use --data shapesqa, which needs no network."
+        )
+
+
+def local_data(data: str, cache: Path | None = None, per_task: int = PER_TASK) -> LocalData:
+    """A local copy: a folder, or "shapesqa", which is written on first use.
+
+    Raises
+    ------
+    OptionError
+        The folder does not exist.
+    """
+    if data == SHAPESQA:
+        return LocalData(write_shapesqa(cache or default_cache(), per_task))
+    root = Path(data).expanduser()
+    if not root.is_dir():
+        raise OptionError(
+            f"--data {data}: no such folder. Expected <owner>/<name> folders as on the hub, e.g. "
+            "OpenGVLab/MVBench and sy1998/MLVU_dev, or the word shapesqa."
+        )
+    return LocalData(root)
+
+
+def default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "tokencomp"
+
+
+def write_shapesqa(cache: Path, per_task: int) -> Path:
+    """ShapesQA's test split: in words, and in the layouts of MVBench and MLVU.
+
+    Families take turns, so that the first items are of all kinds. Written once
+    per size and version, by one process at a time.
+    """
+    from filelock import FileLock
+
+    from tokencomp import __version__
+    from tokencomp.shapesqa.items import items
+    from tokencomp.shapesqa.layouts import write_freeform, write_mlvu, write_mvbench
+
+    root = cache / f"shapesqa-{__version__}-{per_task}"
+    done = root / ".complete"
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".lock"):
+        if not done.exists():
+            mixed = (one for k in range(per_task) for one in items("test", 1, start=k))
+            write_freeform(mixed, root / SHAPESQA_ID)
+            write_mvbench(root / "OpenGVLab" / "MVBench", "test", per_task)
+            write_mlvu(root / "sy1998" / "MLVU_dev", "test", per_task)
+            done.touch()
+    return root
+
+
+def use_home(home: Path) -> None:
+    """Point `HF_HOME` at `home`, leaving the hub's model cache where it was; go offline.
+
+    Must run before lmms-eval is imported.
+    """
+    from huggingface_hub import constants
+
+    os.environ.setdefault("HF_HUB_CACHE", constants.HF_HUB_CACHE)
+    os.environ["HF_HOME"] = str(home)
+    os.environ["HF_DATASETS_OFFLINE"] = "1"
+    os.environ["HF_DATASETS_CACHE"] = str(home / "datasets")
+
+
+def cache_dirs(configs: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """cache_dir → data set of the given task configurations."""
+    return {
+        c["dataset_kwargs"]["cache_dir"]: c["dataset_path"]
+        for c in configs
+        if (c.get("dataset_kwargs") or {}).get("cache_dir")
+    }

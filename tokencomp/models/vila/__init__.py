@@ -1,0 +1,1 @@
+"""VILA and NVILA: config, processor and model, built from stock transformers parts."""

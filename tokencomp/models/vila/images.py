@@ -1,0 +1,106 @@
+"""Pictures for VILA: reading, padding, and cutting into tiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tokencomp.errors import MediaError
+from tokencomp.inputs.media import load_image, load_media, to_rgb
+
+
+def as_image(item: Any, where: str) -> Image.Image:
+    """A PIL image from a PIL image, a path, or a uint8 array (H, W, 3).
+
+    Raises
+    ------
+    MediaError
+        Anything else, or a file that cannot be read; `where` names it.
+    """
+    if isinstance(item, Image.Image):
+        return to_rgb(item)
+    if isinstance(item, (str, Path)):
+        return load_image(item)
+    array = np.asarray(item)
+    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3:
+        return Image.fromarray(array)
+    raise MediaError(
+        f"{where}: {type(item).__name__} of shape {array.shape} and dtype {array.dtype}; expected "
+        "a PIL image, a path, or a uint8 array (height, width, 3)."
+    )
+
+
+def as_frames(video: Any, where: str, limit: int) -> list[Image.Image]:
+    """At most `limit` evenly spaced frames of a video: first and last included, all of one size.
+
+    Parameters
+    ----------
+    video
+        A path, a sequence of images, or a uint8 array (frames, H, W, 3).
+
+    Raises
+    ------
+    MediaError
+        No frames, unreadable frames, or frames of different sizes; the frame is named.
+    """
+    if isinstance(video, (str, Path)):
+        video = load_media(video, limit)
+        video = video if isinstance(video, list) else [video]
+    frames = [as_image(frame, f"{where}, frame {i}") for i, frame in enumerate(video)]
+    if not frames:
+        raise MediaError(f"{where}: no frames. A video needs at least one.")
+    for i, frame in enumerate(frames):
+        if frame.size != frames[0].size:
+            raise MediaError(
+                f"{where}, frame {i}: size {frame.size[0]}×{frame.size[1]}, but frame 0 has "
+                f"{frames[0].size[0]}×{frames[0].size[1]}. Resize the frames to one size."
+            )
+    return [frames[i] for i in even(len(frames), limit)]
+
+
+def even(total: int, limit: int) -> list[int]:
+    """`limit` indices at equal distances from 0 to total - 1; all of them if there are fewer."""
+    if total <= limit:
+        return list(range(total))
+    return [int(i) for i in np.round(np.linspace(0, total - 1, limit))]
+
+
+def pad_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """The image centred on a square of its longer side."""
+    side = max(image.size)
+    canvas = Image.new("RGB", (side, side), color)
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
+
+
+def tile_grid(width: int, height: int, side: int, least: int, most: int) -> tuple[int, int]:
+    """Columns and rows of `least … most` tiles whose aspect ratio is nearest to the image's.
+
+    Of equally near grids the first by tile count wins, unless the image has more than half of the
+    pixels of a larger one.
+    """
+    grids = [
+        (c, r) for c in range(1, most + 1) for r in range(1, most + 1) if least <= c * r <= most
+    ]
+    best, nearest = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda g: g[0] * g[1]):
+        distance = abs(width / height - columns / rows)
+        large = width * height > 0.5 * side * side * columns * rows
+        if distance < nearest or (distance == nearest and large):
+            best, nearest = (columns, rows), distance
+    return best
+
+
+def tiles(image: Image.Image, side: int, least: int, most: int) -> list[Image.Image]:
+    """Square tiles in reading order, then (if there are several) the whole image as a thumbnail."""
+    columns, rows = tile_grid(*image.size, side, least, most)
+    resized = image.resize((columns * side, rows * side))
+    parts = [
+        resized.crop((c * side, r * side, (c + 1) * side, (r + 1) * side))
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    return parts if len(parts) == 1 else [*parts, image.resize((side, side))]

@@ -1,0 +1,363 @@
+"""VILA and NVILA (arXiv 2312.07533, 2412.04468) from stock Llama or Qwen2, SigLIP, and a projector.
+
+Loads and saves the published folder layout: config.json, llm/, vision_tower/, mm_projector/.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
+
+from tokencomp.errors import CheckpointError, SpanError
+from tokencomp.models.vila.config import VilaConfig, read_config, read_root
+from tokencomp.models.vila.projector import Order, VilaProjector, load_projector, save_projector
+from tokencomp.models.vila.tokens import load_tokenizer
+
+# Root config key → attribute of VilaConfig, and what a missing key means.
+ROOT_FIELDS: dict[str, tuple[str, Any]] = {
+    "image_aspect_ratio": ("image_aspect_ratio", "resize"),
+    "mm_vision_select_layer": ("select_layer", -2),
+    "num_video_frames": ("num_video_frames", 8),
+    "min_tiles": ("min_tiles", 1),
+    "max_tiles": ("max_tiles", 12),
+    "chat_template": ("chat_template", None),
+}
+MEDIA = ("pixel_values", "pixel_values_videos", "video_frames")
+
+
+class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Image and video features replace placeholder tokens in the input of a stock causal LM.
+
+    Attributes
+    ----------
+    llm
+        `LlamaForCausalLM` or `Qwen2ForCausalLM`.
+    vision_tower
+        `SiglipVisionModel`.
+    mm_projector
+        `VilaProjector`.
+    """
+
+    config_class = VilaConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = _supports_flash_attn = _supports_flash_attn_2 = True
+    _supports_attention_backend = supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer", "Qwen2DecoderLayer", "SiglipEncoderLayer"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        config: VilaConfig,
+        llm: PreTrainedModel | None = None,
+        vision_tower: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.post_init()  # before the parts, which initialise or load themselves
+        self.llm = llm or AutoModelForCausalLM.from_config(config.text_config)
+        self.vision_tower = vision_tower or SiglipVisionModel(config.vision_config)  # type: ignore[arg-type]
+        order: Order | None = config.token_order  # type: ignore[assignment]
+        self.mm_projector = VilaProjector(
+            config.projector_type,
+            config.vision_config.hidden_size,
+            config.text_config.hidden_size,
+            order,
+        )
+        self.generation_config = copy.deepcopy(self.llm.generation_config)
+
+    # -- folders --------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        folder: str | Path,
+        *,
+        token_order: Order | None = None,
+        add_media_tokens: bool = False,
+        **kwargs: Any,
+    ) -> VilaForConditionalGeneration:
+        """Load a local folder in the published layout.
+
+        Parameters
+        ----------
+        token_order
+            Overrides the order of projected tokens, see `VilaProjector`.
+        add_media_tokens
+            For tokenizers without media tokens, see `vila_tokens.load_tokenizer`.
+        **kwargs
+            `dtype`, `attn_implementation`, `device_map` and the like, for the LLM and the tower.
+
+        Raises
+        ------
+        CheckpointError
+            A part is missing, or is of a kind that cannot be built; the message names it.
+        """
+        folder = Path(folder)
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("config", "trust_remote_code")}
+        known = "media_tokens" in read_root(folder)
+        tokenizer = None if known else load_tokenizer(folder, add_media_tokens)
+        config = read_config(folder, tokenizer, token_order)
+        llm = _load_part(AutoModelForCausalLM, folder / "llm", kwargs)
+        tower = _load_part(SiglipVisionModel, folder / "vision_tower", kwargs)
+        config.text_config, config.vision_config = llm.config, tower.config
+        model = cls(config, llm, tower)
+        load_projector(model.mm_projector, folder / "mm_projector")
+        model.mm_projector.to(device=tower.device, dtype=llm.dtype)
+        model.name_or_path = str(folder)
+        return model.eval()
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, **kwargs: Any
+    ) -> None:
+        """Write the folder layout that `from_pretrained` reads.
+
+        The tokenizer and the image processor are written by `VilaProcessor.save_pretrained`.
+        """
+        folder = Path(save_directory)
+        (folder / "mm_projector").mkdir(parents=True, exist_ok=True)
+        self.llm.save_pretrained(folder / "llm", **kwargs)
+        self.vision_tower.save_pretrained(folder / "vision_tower", **kwargs)
+        save_projector(self.mm_projector, folder / "mm_projector")
+        projector = {"mm_projector_type": self.mm_projector.kind, "model_type": "v2l_projector"}
+        _write_json(folder / "mm_projector" / "config.json", projector)
+        _write_json(folder / "config.json", self._root())
+
+    def _root(self) -> dict[str, Any]:
+        """The root config as it was read, or one made from scratch."""
+        config, root = self.config, self.config.root
+        current = {name: getattr(config, field) for name, (field, _) in ROOT_FIELDS.items()}
+        if root:
+            for name, (_, default) in ROOT_FIELDS.items():
+                read = default if root.get(name) is None else root[name]
+                if current[name] == read:
+                    del current[name]
+            return {**root, **current}
+        made: dict[str, Any] = {
+            "architectures": ["LlavaLlamaModel"],
+            "model_type": config.model_type,
+            "mm_vision_select_feature": "cls_patch",
+            "mm_hidden_size": config.vision_config.hidden_size,
+            "hidden_size": config.text_config.hidden_size,
+            **current,
+        }
+        # so that it loads without a tokenizer
+        names = ("image_token_id", "video_token_id", "image_ends", "video_ends")
+        made["media_tokens"] = {name: getattr(config, name) for name in names}
+        if config.video_pool != (1, 1, 1):
+            pool = {"_target_": "TSPVideoEncoder", "pool_sizes": [list(config.video_pool)]}
+            made["video_encoder"] = json.dumps(pool)
+        return made
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.llm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.llm.get_output_embeddings()
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.llm.model
+
+    @property
+    def side(self) -> int:
+        """Tokens per side of an image or frame, before video pooling."""
+        return self.mm_projector.side(self.config.patches_per_side)
+
+    # -- media ----------------------------------------------------------------------------------
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """(N, 3, S, S) → (N, side², hidden_size)."""
+        weight = next(self.vision_tower.parameters())
+        pixels = pixels.to(device=weight.device, dtype=weight.dtype)
+        states = self.vision_tower(pixels, output_hidden_states=True).hidden_states
+        return self.mm_projector(states[self.config.select_layer])
+
+    def encode_videos(self, pixels: Tensor, frames: list[int]) -> Tensor:
+        """Frames of all videos (sum of `frames`, 3, S, S) → (tokens of all videos, hidden_size)."""
+        features, side = self.encode_images(pixels), self.side
+        t, h, w = self.config.video_pool
+        if (t, h, w) == (1, 1, 1):
+            return features.flatten(0, 1)
+        pooled = []
+        for video in features.view(-1, side, side, features.shape[-1]).split(frames):
+            if video.shape[0] % t or side % h or side % w:
+                raise SpanError(
+                    f"video of {video.shape[0]} frames of {side}×{side} tokens: this model "
+                    f"averages blocks of {t}×{h}×{w}. Give a multiple of {t} frames."
+                )
+            blocks = video.view(-1, t, side // h, h, side // w, w, video.shape[-1])
+            pooled.append(blocks.mean(dim=(1, 3, 5)).flatten(0, 2))
+        return torch.cat(pooled)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_frames: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings (B, L, hidden_size) with media features at their placeholders.
+
+        Raises
+        ------
+        SpanError
+            The number of placeholders is not the number of features, or there are none.
+        """
+        image, video = self._placeholders(input_ids)
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(image | video, 0))
+        for kind, mask, pixels in (
+            ("pixel_values", image, pixel_values),
+            ("pixel_values_videos", video, pixel_values_videos),
+        ):
+            if pixels is None and input_ids.shape[1] > 1 and bool(mask.any()):
+                raise SpanError(f"{int(mask.sum())} placeholders, but no {kind}. Pass them too.")
+        if pixel_values is not None:
+            features = self.encode_images(pixel_values).flatten(0, 1)
+            embeds = _splice(embeds, image, features, "image")
+        if pixel_values_videos is not None:
+            frames = [len(pixel_values_videos)] if video_frames is None else video_frames.tolist()
+            features = self.encode_videos(pixel_values_videos, frames)
+            embeds = _splice(embeds, video, features, "video")
+        return embeds
+
+    def _placeholders(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Masks (B, L) of image and video placeholders."""
+        return input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
+
+    # -- calls ----------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_frames: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The output of the language model.
+
+        Parameters
+        ----------
+        input_ids : Tensor, shape (B, L)
+            With one placeholder per feature, as the processor makes them.
+        pixel_values : Tensor, shape (images and tiles of the batch, 3, S, S)
+        pixel_values_videos : Tensor, shape (frames of the batch, 3, S, S)
+        video_frames : Tensor of int64, shape (videos of the batch,)
+            Frames of each video.
+        cache, past_key_values
+            The same thing under its new and its old name.
+        """
+        caches = {"cache": cache, "past_key_values": past_key_values}
+        kwargs.update({name: value for name, value in caches.items() if value is not None})
+        media = zip(MEDIA, (pixel_values, pixel_values_videos, video_frames), strict=True)
+        given = [name for name, value in media if value is not None]
+        if inputs_embeds is not None and given:
+            raise SpanError(
+                f"inputs_embeds together with {', '.join(given)}: ready-made embeddings have their "
+                "features already. Pass input_ids with them, or the result of "
+                "`embed(input_ids, ...)` alone."
+            )
+        if inputs_embeds is None and input_ids is not None:
+            inputs_embeds = self.embed(input_ids, pixel_values, pixel_values_videos, video_frames)
+        return self.llm(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        ids = inputs.get("input_ids")  # what the cache has is cut off
+        if ids is not None:
+            new = ids.shape[1] > 1 and any(bool(mask.any()) for mask in self._placeholders(ids))
+            # transformers drops them where an assistant model begins
+            inputs.update({name: kwargs.get(name) if new else None for name in MEDIA})
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Repeat the media of a sample together: [A, B] → [A, B, A, B]."""
+        media = {name: kwargs.pop(name) for name in MEDIA if kwargs.get(name) is not None}
+        if input_ids is not None and expand_size > 1:
+            media = self._expand_media(media, input_ids, expand_size)
+        ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,  # type: ignore[arg-type]
+            **kwargs,
+        )
+        return ids, {**kwargs, **media}
+
+    def _expand_media(self, media: dict[str, Tensor], ids: Tensor, times: int) -> dict[str, Tensor]:
+        per_image = self.side**2
+        t, h, w = self.config.video_pool
+        frames = (ids == self.config.video_token_id).sum(1) * (t * h * w) // per_image
+        out = {}
+        if "pixel_values" in media:
+            images = (ids == self.config.image_token_id).sum(1) // per_image
+            out["pixel_values"] = _repeat(media["pixel_values"], images.tolist(), times)
+        if "pixel_values_videos" in media:
+            pixels = media["pixel_values_videos"]
+            out["pixel_values_videos"] = _repeat(pixels, frames.tolist(), times)
+        if "video_frames" in media:
+            ends, videos = frames.cumsum(0).tolist(), media["video_frames"].cumsum(0).tolist()
+            bounds = itertools.pairwise([0, *ends])
+            counts = [sum(low < v <= high for v in videos) for low, high in bounds]
+            out["video_frames"] = _repeat(media["video_frames"], counts, times)
+        return out
+
+
+def _repeat(x: Tensor, counts: list[int], times: int) -> Tensor:
+    """Repeat every group of `counts` rows as a whole."""
+    return torch.cat([part for group in x.split(counts) for part in [group] * times])
+
+
+def _splice(embeds: Tensor, where: Tensor, features: Tensor, kind: str) -> Tensor:
+    if int(where.sum()) != len(features):
+        raise SpanError(
+            f"{int(where.sum())} {kind} placeholders for {len(features)} {kind} features. Make "
+            "input_ids and pixels of one prompt with VilaProcessor."
+        )
+    return embeds.masked_scatter(where[..., None].to(embeds.device), features.to(embeds))
+
+
+def _load_part(loader: Any, folder: Path, kwargs: dict[str, Any]) -> Any:
+    try:
+        return loader.from_pretrained(folder, **kwargs)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: transformers cannot load it ({str(error).splitlines()[0]})."
+        ) from error
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

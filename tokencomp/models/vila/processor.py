@@ -1,0 +1,324 @@
+"""The processor of VILA and NVILA: conversations, pictures and videos to model inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, SiglipImageProcessor
+
+from tokencomp.errors import CheckpointError, MediaError, OptionError
+from tokencomp.models.vila.config import VilaConfig, read_config, read_root
+from tokencomp.models.vila.images import as_frames, as_image, pad_square, tiles
+from tokencomp.models.vila.projector import DOWNSAMPLE
+from tokencomp.models.vila.tokens import IMAGE, VIDEO, chat_template, load_tokenizer
+
+# Options of other processors that ask for what this one does anyway. Videos are always cut to
+# `num_frames`, whoever sampled them first.
+AS_IS: dict[str, tuple[Any, ...]] = {
+    "padding": (True, "longest"),
+    "padding_side": ("left",),
+    "truncation": (False,),
+    "return_tensors": ("pt",),
+    "return_dict": (True,),
+    "do_sample_frames": (True, False),
+    "continue_final_message": (False,),
+}
+
+
+class VilaProcessor:
+    """Text with `<image>` and `<vila/video>`, and the media themselves, to left-padded batches.
+
+    Every image (or tile) becomes side² placeholders and its end tokens, every frame of a video
+    likewise; a video is cut to `num_frames` evenly spaced frames.
+
+    Attributes
+    ----------
+    tokenizer, image_processor
+        The tokenizer of the LLM and the image processor of the tower.
+    num_frames
+        Frames taken from a video; default: `config.num_video_frames`.
+    """
+
+    image_token, video_token = IMAGE, VIDEO
+    model_input_names = (
+        "input_ids",
+        "attention_mask",
+        "pixel_values",
+        "pixel_values_videos",
+        "video_frames",
+    )
+
+    def __init__(self, config: VilaConfig, tokenizer: Any, image_processor: Any) -> None:
+        self.config, self.tokenizer, self.image_processor = config, tokenizer, image_processor
+        self.num_frames = config.num_video_frames
+        self.chat_template = chat_template(tokenizer, config.chat_template)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, add_media_tokens: bool = False, **kwargs: Any
+    ) -> VilaProcessor:
+        """Load tokenizer, image processor and conversation format of a VILA folder.
+
+        Raises
+        ------
+        CheckpointError
+            A part is missing, or the tokenizer has no media tokens.
+        """
+        folder = Path(folder)
+        read_root(folder)
+        tokenizer = load_tokenizer(folder, add_media_tokens)
+        config = read_config(folder, tokenizer)
+        try:
+            images = SiglipImageProcessor.from_pretrained(folder / "vision_tower")
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder / 'vision_tower'}: no preprocessor_config.json of the image processor."
+            ) from error
+        if config.chat_template is not None:
+            config.chat_template = chat_template(tokenizer, config.chat_template, folder)
+        return cls(config, tokenizer, images)
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Write the tokenizer to `llm/` and the image processor to `vision_tower/`."""
+        self.tokenizer.save_pretrained(Path(folder) / "llm")
+        self.image_processor.save_pretrained(Path(folder) / "vision_tower")
+
+    # -- text -----------------------------------------------------------------------------------
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        *,
+        add_generation_prompt: bool = True,
+        tokenize: bool = False,
+        num_frames: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One conversation or a batch of them → text, or (with tokenize=True) model inputs.
+
+        Content is a string, or a list of {"type": "text", "text": …},
+        {"type": "image", "image": PIL image, array or path} and {"type": "video", "video": path
+        or frames}. For text alone the media may be left out. `num_frames` and further options are
+        those of a call.
+
+        Raises
+        ------
+        OptionError
+            An option that this processor does not have.
+        CheckpointError
+            The checkpoint names no conversation format.
+        MediaError
+            A content part of an unknown type, or without its medium where it is needed.
+        """
+        _check_options(kwargs)
+        if self.chat_template is None:
+            raise CheckpointError(
+                "this checkpoint has no conversation format. Set processor.chat_template to a "
+                "jinja template, or chat_template in config.json to e.g. 'vicuna_v1'."
+            )
+        single = bool(conversation) and isinstance(conversation[0], dict)
+        batch: Any = [conversation] if single else conversation
+        texts: list[str] = []
+        images: list[Any] = []
+        videos: list[Any] = []
+        for messages in batch:
+            plain = [{**m, "content": _flatten(m["content"], images, videos)} for m in messages]
+            texts.append(
+                self.tokenizer.apply_chat_template(
+                    plain,
+                    chat_template=self.chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                )
+            )
+        for i, item in enumerate([*images, *videos] if tokenize else []):
+            if item is None:
+                raise MediaError(f"medium {i}: no image or video in its content part.")
+        if not tokenize:
+            return texts[0] if single else texts
+        return self(texts, images=images or None, videos=videos or None, num_frames=num_frames)
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        images: Any = None,
+        videos: Any = None,
+        num_frames: int | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Model inputs of one prompt or a batch.
+
+        Parameters
+        ----------
+        images
+            Images of all prompts in order, flat or per prompt.
+        videos
+            Videos of all prompts in order: each a path, a list of frames, or a uint8 array
+            (frames, H, W, 3).
+        num_frames
+            Overrides `self.num_frames`.
+        **kwargs
+            What is done anyway: padding=True, padding_side="left", return_tensors="pt", ...
+
+        Raises
+        ------
+        OptionError
+            Any other option.
+        MediaError
+            More or fewer placeholders than media (the prompt is named), or bad media.
+        """
+        _check_options(kwargs)
+        texts = [text] if isinstance(text, str) else list(text)
+        flat = _listed(images)
+        counts = [t.count(IMAGE) for t in texts]
+        _check_counts(texts, IMAGE, len(flat), "images")
+        clips = [] if videos is None else [videos] if isinstance(videos, (str, Path)) else videos
+        _check_counts(texts, VIDEO, len(clips), "videos")
+        limit = self.num_frames if num_frames is None else num_frames
+        pixels: list[Image.Image] = []
+        for b, (prompt, n) in enumerate(zip(texts, counts, strict=True)):
+            taken, flat = flat[:n], flat[n:]
+            named = [as_image(x, f"prompt {b}, image {i}") for i, x in enumerate(taken)]
+            parts = self._pictures(named)
+            if len(named) == 1 and self.config.image_aspect_ratio == "dynamic":
+                texts[b] = prompt.replace(IMAGE, f"{IMAGE}\n" * len(parts))
+            pixels += parts
+        frames = [as_frames(v, f"video {i}", limit) for i, v in enumerate(clips)]
+        out: dict[str, Tensor] = self._tokens(texts, [len(f) for f in frames])
+        if pixels:
+            out["pixel_values"] = self._pixels(pixels)
+        if frames:
+            shaped = [p for video in frames for p in self._plain(video)]
+            out["pixel_values_videos"] = self._pixels(shaped)
+            out["video_frames"] = torch.tensor([len(f) for f in frames])
+        return BatchFeature(data=out)
+
+    def _tokens(self, texts: list[str], frames: list[int]) -> dict[str, Tensor]:
+        """Ids with placeholders repeated, left-padded."""
+        rows, pending = [], iter(frames)
+        for prompt in texts:
+            row: list[int] = []
+            for token in self.tokenizer(prompt).input_ids:
+                if token == self.config.image_token_id:
+                    row += self._block(token, self.side**2, self.config.image_ends)
+                elif token == self.config.video_token_id:
+                    t, h, w = self.config.video_pool
+                    n = next(pending)
+                    if n % t:
+                        raise MediaError(
+                            f"a video of {n} frames: this checkpoint averages {t} frames into one. "
+                            f"Give a multiple of {t} frames."
+                        )
+                    size = (self.side // h) * (self.side // w)
+                    row += self._block(token, size, self.config.video_ends) * (n // t)
+                else:
+                    row.append(token)
+            rows.append(row)
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = [[pad] * (width - len(row)) + row for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+    @staticmethod
+    def _block(token: int, n: int, ends: Sequence[list[int]]) -> list[int]:
+        return [*ends[0], *[token] * n, *ends[1]]
+
+    @property
+    def side(self) -> int:
+        """Tokens per side of an image."""
+        return -(-self.config.patches_per_side // DOWNSAMPLE.get(self.config.projector_type, 1))
+
+    # -- pixels ---------------------------------------------------------------------------------
+
+    def _pictures(self, images: list[Image.Image]) -> list[Image.Image]:
+        """The images of one prompt as the tower takes them."""
+        if len(images) == 1 and self.config.image_aspect_ratio == "dynamic":
+            least, most = self.config.min_tiles, self.config.max_tiles
+            return tiles(images[0], self.config.vision_config.image_size, least, most)
+        return self._plain(images)
+
+    def _plain(self, images: list[Image.Image]) -> list[Image.Image]:
+        size = self.config.vision_config.image_size
+        if self.config.image_aspect_ratio == "pad":
+            r, g, b = (int(255 * mean) for mean in self.image_processor.image_mean)
+            return [pad_square(image, (r, g, b)) for image in images]
+        return [image.resize((size, size)) for image in images]
+
+    def _pixels(self, images: list[Image.Image]) -> Tensor:
+        size = self.config.vision_config.image_size
+        return self.image_processor(
+            images, size={"height": size, "width": size}, return_tensors="pt"
+        )["pixel_values"]
+
+    # -- back -----------------------------------------------------------------------------------
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """Forwards to the tokenizer."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Forwards to the tokenizer."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+
+def _check_options(given: dict[str, Any]) -> None:
+    """Refuse options that would be ignored; None counts as not given."""
+    for name, value in given.items():
+        if value is None or value in AS_IS.get(name, ()):
+            continue
+        if name in AS_IS:
+            allowed = ", ".join(map(repr, AS_IS[name]))
+            raise OptionError(f"VILA's processor: {name}={value!r}; allowed: {allowed}.")
+        raise OptionError(
+            f"VILA's processor has no option {name!r}. It has num_frames, and takes "
+            f"{', '.join(AS_IS)} at the values it works with anyway."
+        )
+
+
+def _listed(images: Any) -> list[Any]:
+    """Images as a flat list, from one image, a list, or a list per prompt."""
+    if images is None:
+        return []
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [x for item in images for x in (item if isinstance(item, (list, tuple)) else [item])]
+
+
+def _check_counts(texts: list[str], token: str, given: int, what: str) -> None:
+    cursor = 0
+    for b, prompt in enumerate(texts):
+        cursor += prompt.count(token)
+        if cursor > given:
+            raise MediaError(
+                f"prompt {b} has {prompt.count(token)} {token}, but only "
+                f"{given - cursor + prompt.count(token)} of the {given} {what} are left for it. "
+                f"Give one of {what} per {token}."
+            )
+    if cursor < given:
+        raise MediaError(
+            f"{given} {what} for {cursor} {token} in the text. Put one {token} per item into it."
+        )
+
+
+def _flatten(content: Any, images: list[Any], videos: list[Any]) -> str:
+    """Content parts as text with placeholders; media are appended to the lists."""
+    if isinstance(content, str):
+        return content.strip()
+    text = ""
+    for part in content:
+        kind = part.get("type")
+        if kind == "text":
+            text += part["text"]
+        elif kind in ("image", "video"):
+            media = next((part[k] for k in (kind, "path", "url") if k in part), None)
+            (images if kind == "image" else videos).append(media)
+            text += IMAGE if kind == "image" else VIDEO
+        else:
+            raise MediaError(f"content part of type {kind!r}; allowed: text, image, video.")
+    return text.strip()

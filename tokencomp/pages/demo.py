@@ -1,0 +1,87 @@
+"""The HTML page of `tokencomp demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokencomp.cli._demo import Demo, Row, Shown
+from tokencomp.cli._showcase import Answer
+from tokencomp.inputs.questions import Example
+from tokencomp.pages.html import compact, render
+from tokencomp.pages.pictures import data_uri
+from tokencomp.pages.plots import Point, lines
+
+
+def write(demo: Demo, path: str | Path) -> Path:
+    """Write the page; everything it needs is inside."""
+    return render(
+        "demo.html",
+        path,
+        title=f"tokencomp on {demo.model}",
+        demo=demo,
+        plots=_plots(demo) if demo.items else [],
+        pictures=[_shown(s) for s in demo.shown],
+    )
+
+
+def _plots(demo: Demo) -> list[Any]:
+    from markupsafe import Markup
+
+    accuracy: dict[str, list[Point]] = {}
+    work: dict[str, list[Point]] = {}
+    full = demo.rows[0]
+    for row in demo.rows[1:]:
+        name = row.setting.reducer
+        accuracy.setdefault(name, []).append(_accuracy_point(row, full))
+        work.setdefault(name, []).append(Point(row.flops / full.flops, row.prefill_ratio))
+    figures = [
+        lines(
+            accuracy,
+            x="achieved ratio (visual-token work removed)",
+            y="accuracy",
+            reference=full.accuracy,
+        ),
+        lines(
+            work,
+            x="decoder FLOPs against the full model",
+            y="LLM prefill time against the full model",
+            diagonal=True,
+        ),
+    ]
+    return [Markup(svg) for svg in figures]
+
+
+def _accuracy_point(row: Row, full: Row) -> Point:
+    assert row.accuracy is not None
+    if row.retention is None or full.accuracy is None:
+        return Point(row.ratio, row.accuracy)
+    low, high = row.retention.low * full.accuracy, row.retention.high * full.accuracy
+    return Point(row.ratio, row.accuracy, low, high)
+
+
+def _shown(shown: Shown) -> dict[str, Any]:
+    answers = [_answer(a, shown.expected) for a in shown.answers]
+    wide = any(len(a.cost.per_layer) and a.pictures[0].width > 300 for a in shown.answers)
+    return {
+        "name": shown.name,
+        "question": shown.question,
+        "expected": shown.expected,
+        "answers": answers,
+        "wide": wide,
+    }
+
+
+def _answer(answer: Answer, expected: str | None) -> dict[str, Any]:
+    mark = ""
+    if expected is not None:
+        right = Example("", "", expected).correct(answer.text)
+        mark = "right" if right else "wrong"
+    return {
+        "label": answer.setting.reducer,
+        "ratio": answer.setting.ratio,
+        "text": answer.text,
+        "mark": mark,
+        "tokens": compact(answer.cost.per_layer),
+        "uris": [data_uri(p) for p in answer.pictures],
+    }

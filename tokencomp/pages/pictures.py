@@ -1,0 +1,144 @@
+"""Pictures of what survives: every patch as bright as the share of decoder layers that see it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from tokencomp.inputs.questions import media_kind
+
+if TYPE_CHECKING:
+    from tokencomp.engine.stats import Stats
+    from tokencomp.tokens import VisualSpan
+
+DIM = 0.16
+TINT = np.array([18.0, 22.0, 38.0])
+LINE = (70, 76, 96)
+SIDE = 224
+MAX_FRAMES = 8
+
+
+def survival(stats: Stats, sample: int = 0) -> list[np.ndarray]:
+    """Per span: the share of decoder layers that see each patch, float (t, h, w) in [0, 1].
+
+    Merged tokens count where the token that stands for them is.
+    """
+    layers, stages = stats.shape.num_layers, stats.stage_layers
+    kept = stats.kept(sample)
+    bounds = [*stages, layers]
+    result = []
+    for j, span in enumerate(stats.spans[sample]):
+        share = np.zeros(span.length)
+        share += bounds[0] / layers  # layers before the first stage see everything
+        for i, stage in enumerate(kept):
+            share[stage[j]] += (bounds[i + 1] - bounds[i]) / layers
+        patches = np.setdiff1d(np.arange(span.length), span.special)
+        result.append(share[patches].reshape(span.grid))
+    return result
+
+
+def layer_survival(stats: Stats, layer: int, sample: int = 0) -> list[np.ndarray]:
+    """Per span: 1 for patches that `layer` sees, float (t, h, w)."""
+    passed = [i for i, first in enumerate(stats.stage_layers) if first <= layer]
+    result = []
+    for j, span in enumerate(stats.spans[sample]):
+        seen = np.ones(span.length) if not passed else np.zeros(span.length)
+        if passed:
+            seen[stats.kept(sample)[passed[-1]][j]] = 1
+        patches = np.setdiff1d(np.arange(span.length), span.special)
+        result.append(seen[patches].reshape(span.grid))
+    return result
+
+
+def overlay(image: Image.Image, share: np.ndarray, side: int = SIDE) -> Image.Image:
+    """`image` with patches dimmed by what was removed; `share` is (h, w) in [0, 1]."""
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    pixels = np.asarray(image.convert("RGB").resize(size), dtype=np.float64)
+    rows = np.arange(size[1]) * share.shape[0] // size[1]
+    columns = np.arange(size[0]) * share.shape[1] // size[0]
+    light = (DIM + (1 - DIM) * share)[rows][:, columns, None]
+    out = Image.fromarray((pixels * light + TINT * (1 - light)).round().astype(np.uint8))
+    draw, (width, height) = ImageDraw.Draw(out), size
+    for k in range(1, share.shape[0]):
+        y = k * height / share.shape[0]
+        draw.line([(0, y), (width, y)], LINE)
+    for k in range(1, share.shape[1]):
+        x = k * width / share.shape[1]
+        draw.line([(x, 0), (x, height)], LINE)
+    return out
+
+
+def strip(images: Sequence[Image.Image], gap: int = 6, columns: int = 4) -> Image.Image:
+    """Pictures of equal size in rows of `columns`."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    w, h = images[0].size
+    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
+    for k, image in enumerate(images):
+        sheet.paste(image, (k % columns * (w + gap), k // columns * (h + gap)))
+    return sheet
+
+
+def frames_of(media: Any, grid: tuple[int, int, int]) -> list[Image.Image]:
+    """The picture behind every temporal position of a span."""
+    if media_kind(media) == "image":
+        return [media] * grid[0]
+    return [media[min(k * len(media) // grid[0], len(media) - 1)] for k in range(grid[0])]
+
+
+def picture(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> Image.Image:
+    """One sheet for one image or video.
+
+    Parameters
+    ----------
+    media
+        PIL image, or list of frames.
+    shares
+        One array (t, h, w) per span of this media (a tile and a mosaic make two).
+    """
+    tiles = []
+    for share in shares:
+        frames = frames_of(media, share.shape)
+        shown = np.unique(np.linspace(0, len(frames) - 1, MAX_FRAMES).round().astype(int))
+        tiles += [overlay(frames[k], share[k], side) for k in shown]
+    size = max((t.size for t in tiles), key=lambda s: s[0] * s[1])
+    return strip([t if t.size == size else t.resize(size) for t in tiles])
+
+
+def plain(media: Any, side: int = SIDE, slices: int | None = None) -> Image.Image:
+    """The media without overlay, in the same layout."""
+    if media_kind(media) == "image":
+        return _fit(media, side)
+    frames = media if slices is None else frames_of(media, (slices, 1, 1))
+    shown = np.unique(np.linspace(0, len(frames) - 1, MAX_FRAMES).round().astype(int))
+    return strip([_fit(frames[k], side) for k in shown])
+
+
+def _fit(image: Image.Image, side: int) -> Image.Image:
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.convert("RGB").resize(size)
+
+
+def group_spans(spans: Sequence[VisualSpan], media: Sequence[Any]) -> list[list[int]]:
+    """Which spans belong to which media: in order, by kind; what is over goes to the last."""
+    groups: list[list[int]] = [[] for _ in media]
+    if len(spans) == len(media):
+        return [[k] for k in range(len(media))]
+    per = max(1, len(spans) // max(len(media), 1))
+    for k in range(len(spans)):
+        groups[min(k // per, len(media) - 1)].append(k)
+    return groups
+
+
+def data_uri(image: Image.Image) -> str:
+    """The picture as a `data:` address for HTML."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=86)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,170 @@
+"""One media item of a prompt: its spans, how many tokens of each stay, and doing it.
+
+Spans are cut exactly as the adapters of the Hugging Face path cut them, so both homes reduce the
+same tokens with the same object.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tokencomp.reducers.base import Reducer, make_reducer
+from tokencomp.serving.spec import Spec
+from tokencomp.tokens import Grid, VisualTokens
+
+Special = Literal["none", "rows", "end"]
+
+
+def field_name(modality: str) -> str:
+    """Name of the item field that carries the plan inside the engine."""
+    return f"tokencomp_{modality}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A span before reduction.
+
+    Attributes
+    ----------
+    grid
+        (t, h, w) after the projector.
+    special
+        Tokens that carry no patch: "none", one after each of the h "rows", or one at the "end".
+    """
+
+    grid: Grid
+    special: Special = "none"
+
+    @property
+    def num_special(self) -> int:
+        return {"none": 0, "rows": self.grid[1], "end": 1}[self.special]
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.grid) + self.num_special
+
+    def special_mask(self, device: torch.device) -> Tensor:
+        """Boolean mask of the special tokens, shape (length,)."""
+        mask = torch.zeros(self.length, dtype=torch.bool, device=device)
+        if self.special == "rows":
+            width = self.grid[2]
+            mask[width :: width + 1] = True
+        elif self.special == "end":
+            mask[-1] = True
+        return mask
+
+
+@dataclass(frozen=True)
+class ItemPlan:
+    """What happens to one image or video; travels from the front end to the workers as JSON.
+
+    Attributes
+    ----------
+    kind
+        "image" or "video".
+    spans, keep
+        Spans in order, and the tokens left of each.
+    extent
+        Positions that the uncompressed item takes where kept tokens keep theirs; else 0.
+    reducer, options
+        Registry name and options of the reducer.
+    """
+
+    kind: Literal["image", "video"]
+    spans: tuple[Layout, ...]
+    keep: tuple[int, ...]
+    reducer: str
+    options: str = "{}"
+    extent: int = 0
+
+    @classmethod
+    def make(cls, kind: Any, layouts: list[Layout], spec: Spec, extent: int = 0) -> ItemPlan:
+        """Plan an item under an active spec."""
+        reducer = spec.reducer
+        if reducer is None:
+            raise ValueError("an item plan needs a reducer")
+        reducer = reducer.for_positions(mrope=extent > 0)
+        keep = tuple(reducer.kept_count(s.grid, spec.ratio, s.num_special) for s in layouts)
+        options = json.dumps(reducer.options(), sort_keys=True)
+        return cls(kind, tuple(layouts), keep, reducer.name, options, extent)
+
+    @property
+    def full(self) -> int:
+        """Tokens of the uncompressed item."""
+        return sum(s.length for s in self.spans)
+
+    @property
+    def kept(self) -> int:
+        """Tokens that stay."""
+        return sum(self.keep)
+
+    def to_tensor(self) -> Tensor:
+        """The plan as bytes of JSON: a uint8 tensor that every transport carries unchanged."""
+        spans = [[*s.grid, s.special] for s in self.spans]
+        plan = [self.kind, spans, self.keep, self.reducer, self.options, self.extent]
+        return torch.frombuffer(bytearray(json.dumps(plan).encode()), dtype=torch.uint8)
+
+    @classmethod
+    def from_tensor(cls, data: Tensor) -> ItemPlan:
+        """Read back what `to_tensor` wrote."""
+        kind, spans, keep, *rest = json.loads(bytes(data.tolist()).decode())
+        layouts = tuple(Layout((t, h, w), special) for t, h, w, special in spans)
+        return cls(kind, layouts, tuple(keep), *rest)
+
+    def reduce(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Reduce the features of the item.
+
+        Parameters
+        ----------
+        features : Tensor, shape (full, d)
+
+        Returns
+        -------
+        Tensor, shape (kept, d)
+            Rows for the placeholders.
+        Tensor of int64, shape (kept,)
+            The token of the uncompressed item that each row stands for, ascending.
+
+        Raises
+        ------
+        RuntimeError
+            The engine's features, or the reducer's result, do not have the planned length.
+        """
+        if features.shape[0] != self.full:
+            raise RuntimeError(
+                f"the vision tower gave {features.shape[0]} tokens for a planned {self.full}: "
+                "this engine version lays out media in another way than the plan."
+            )
+        reducer = _reducer(self.reducer, self.options)
+        rows, index, start = [], [], 0
+        for layout, keep in zip(self.spans, self.keep, strict=True):
+            part = features[start : start + layout.length]
+            row, kept = _reduce_span(reducer, part, layout, keep, self.kind)
+            rows.append(row)
+            index.append(kept + start)
+            start += layout.length
+        return torch.cat(rows), torch.cat(index)
+
+
+def _reduce_span(
+    reducer: Reducer, features: Tensor, layout: Layout, keep: int, kind: Any
+) -> tuple[Tensor, Tensor]:
+    if keep == layout.length:
+        return features, torch.arange(keep, device=features.device)
+    special = layout.special_mask(features.device)
+    tokens = VisualTokens(features, layout.grid, special, kind=kind)
+    result = reducer.reduced(tokens, keep)
+    rows = features[result.keep] if result.merged is None else result.merged.to(features)
+    return rows, result.keep
+
+
+@lru_cache(maxsize=256)
+def _reducer(name: str, options: str) -> Reducer:
+    return make_reducer(name, **json.loads(options))

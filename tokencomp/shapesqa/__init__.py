@@ -1,0 +1,1 @@
+"""ShapesQA, the procedural benchmark: scenes, questions, rendering."""

@@ -1,0 +1,167 @@
+"""ShapesQA: a procedural visual question answering benchmark for images and videos.
+
+Every item is a pure function of (split, family, index): no file, no download. The three splits draw
+from disjoint seed streams. "test" is for reporting only, nothing may be chosen on it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tokencomp.errors import UnknownNameError
+from tokencomp.shapesqa.questions import (
+    FAMILIES,
+    IMAGE_FAMILIES,
+    VIDEO_FAMILIES,
+    Question,
+    ask,
+    letter,
+)
+from tokencomp.shapesqa.scenes import Scene, image_scene, video_scene
+
+SPLIT_SEEDS = {"train": 11_000_003, "validation": 22_000_003, "test": 33_000_001}
+SIZE = (224, 224)
+FRAMES = 8
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Where the answer stands. For pictures and analysis; no reducer may read it.
+
+    ``boxes`` are (frame, left, top, right, bottom) in pixels, ``frames`` the logical frames in
+    which a relevant object is visible.
+    """
+
+    boxes: tuple[tuple[int, int, int, int, int], ...]
+    frames: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question with its scene; pixels are rendered when asked for."""
+
+    id: str
+    scene: Scene
+    asked: Question
+    media: Path | None = None
+
+    @property
+    def family(self) -> str:
+        return self.asked.family
+
+    @property
+    def kind(self) -> str:
+        """ "image" or "video"."""
+        return self.scene.kind
+
+    @property
+    def question(self) -> str:
+        return self.asked.text
+
+    @property
+    def answer(self) -> str:
+        """Free-form answer, one word."""
+        return self.asked.answer
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return self.asked.options
+
+    @property
+    def letter(self) -> str:
+        """Letter of the right option in the multiple-choice form."""
+        return letter(self.asked)
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        things = [self.scene.things[i] for i in self.asked.things]
+        boxes = tuple(
+            (frame, *thing.box(frame))
+            for frame in range(self.scene.frames)
+            for thing in things
+            if thing.visible_at(frame)
+        )
+        return Evidence(boxes, tuple(sorted({box[0] for box in boxes})))
+
+    def pixels(self) -> np.ndarray:
+        """Lossless frames, uint8 (frames, height, width, 3); files hold the compressed ones."""
+        from tokencomp.shapesqa.render import render
+
+        return render(self.scene)
+
+    def image(self) -> Image.Image:
+        """The picture of an image item, as the HF processors take it."""
+        return Image.fromarray(self.pixels()[0])
+
+    def video(self) -> list[Image.Image]:
+        """The frames of a video item."""
+        return [Image.fromarray(frame) for frame in self.pixels()]
+
+
+def stream(split: str, *key: int | str) -> np.random.Generator:
+    """Random generator of one item; streams of different splits never coincide."""
+    if split not in SPLIT_SEEDS:
+        raise UnknownNameError(f"Unknown split {split!r}. Choose one of {sorted(SPLIT_SEEDS)}.")
+    words = [k if isinstance(k, int) else zlib.crc32(k.encode()) for k in key]
+    return np.random.default_rng([SPLIT_SEEDS[split], *words])
+
+
+def item(
+    split: str,
+    family: str,
+    index: int,
+    size: tuple[int, int] = SIZE,
+    frames: int = FRAMES,
+) -> Item:
+    """Item ``index`` of one question family.
+
+    Parameters
+    ----------
+    split : {"train", "validation", "test"}
+    family : str
+        One of :data:`~tokencomp.shapesqa.questions.FAMILIES`.
+    index : int
+        Any non-negative number; the same arguments always give the same item.
+    size : (int, int)
+        Width and height in pixels.
+    frames : int
+        Logical frames of a video; even, at least 8. Image families ignore it.
+
+    Raises
+    ------
+    UnknownNameError
+        For an unknown split or family.
+    """
+    if family not in FAMILIES:
+        raise UnknownNameError(f"Unknown question family {family!r}. Choose one of {[*FAMILIES]}.")
+    for attempt in range(1000):
+        rng = stream(split, family, index, attempt)
+        if family in IMAGE_FAMILIES:
+            small = 0.6 if family == "small_object" else 0.3
+            scene = image_scene(rng, *size, small=small)
+        else:
+            scene = video_scene(rng, *size, frames)
+        asked = ask(scene, family, rng)
+        if asked is not None:
+            return Item(f"{split}-{family}-{index:05d}", scene, asked)
+    raise RuntimeError(f"No scene of {size} px and {frames} frames allows a {family!r} question.")
+
+
+def items(
+    split: str,
+    per_family: int,
+    families: tuple[str, ...] = IMAGE_FAMILIES + VIDEO_FAMILIES,
+    start: int = 0,
+    **scene,
+) -> Iterator[Item]:
+    """``per_family`` items of each family, family by family."""
+    for family in families:
+        for index in range(start, start + per_family):
+            yield item(split, family, index, **scene)

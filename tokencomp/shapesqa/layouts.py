@@ -1,0 +1,132 @@
+"""Writes ShapesQA to disk: free form, MVBench layout and MLVU layout, media as real files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from tokencomp.shapesqa.items import Item, item
+from tokencomp.shapesqa.questions import mlvu_question
+from tokencomp.shapesqa.render import render_image, write_mp4
+
+# ShapesQA family -> (MVBench task, folder in which lmms-eval looks for its videos)
+MVBENCH_TASKS = {
+    "video_existence": ("object_existence", "clevrer/video_validation"),
+    "direction": ("moving_direction", "clevrer/video_validation"),
+    "action_count": ("action_count", "perception/videos"),
+    "order": ("character_order", "perception/videos"),
+}
+# ShapesQA family -> MLVU task type
+MLVU_TASKS = {"needle": "needle", "order": "order", "action_count": "count"}
+
+
+def write_media(given: Item, folder: Path) -> Item:
+    """Write the JPEG or mp4 of one item into ``folder``; returns the item with its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if given.kind == "image":
+        path = folder / f"{given.id}.jpg"
+        render_image(given.scene).save(path, quality=92)
+    else:
+        path = write_mp4(given.scene, folder / f"{given.id}.mp4")
+    return replace(given, media=path)
+
+
+def _write_lines(path: Path, rows: Iterable[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def record(given: Item, root: Path) -> dict:
+    """One row of the free-form file; media paths are relative to ``root``."""
+    if given.media is None:
+        raise ValueError(f"{given.id}: write its media first.")
+    return {
+        "id": given.id,
+        "family": given.family,
+        "kind": given.kind,
+        "media": given.media.relative_to(root).as_posix(),
+        "question": given.question,
+        "answer": given.answer,
+        "options": list(given.options),
+        "letter": given.letter,
+        "evidence": {
+            "boxes": [list(box) for box in given.evidence.boxes],
+            "frames": list(given.evidence.frames),
+        },
+    }
+
+
+def write_freeform(items: Iterable[Item], root: Path) -> Path:
+    """``root/questions.jsonl``, ``root/media/*`` and a card. Returns the path of the JSONL file."""
+    root = Path(root)
+    rows = [record(write_media(one, root / "media"), root) for one in items]
+    _write_lines(root / "questions.jsonl", rows)
+    _write_card(root, {"default": "questions.jsonl"}, split="test")
+    return root / "questions.jsonl"
+
+
+def write_mvbench(root: Path, split: str, per_task: int, **scene) -> Path:
+    """The layout of the MVBench dataset, for lmms-eval's ``mvbench_*`` tasks.
+
+    ``root/json/<task>.json`` holds ``video``, ``question``, ``candidates`` and ``answer``;
+    ``root/video/<folder>/<video>`` the clips; ``root/README.md`` the configs that ``datasets``
+    reads. Only the tasks of :data:`MVBENCH_TASKS` are written.
+    """
+    root = Path(root)
+    (root / "json").mkdir(parents=True, exist_ok=True)
+    for family, (task, folder) in MVBENCH_TASKS.items():
+        rows = []
+        for index in range(per_task):
+            one = write_media(item(split, family, index, **scene), root / "video" / folder)
+            assert one.media is not None
+            rows.append(
+                {
+                    "video": one.media.name,
+                    "question": one.question,
+                    "candidates": list(one.options),
+                    "answer": one.answer,
+                }
+            )
+        (root / "json" / f"{task}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    configs = {task: f"json/{task}.json" for task, _ in MVBENCH_TASKS.values()}
+    _write_card(root, configs, split="train")
+    return root
+
+
+def write_mlvu(root: Path, split: str, per_task: int, **scene) -> Path:
+    """The layout of the MLVU dev set, for lmms-eval's ``mlvu_dev`` task.
+
+    ``root/test.jsonl`` holds ``video_name`` (relative to ``root``), ``question`` with its options,
+    ``candidates``, ``answer`` (a letter), ``task_type`` and ``duration`` in seconds.
+    """
+    root = Path(root)
+    rows = []
+    for index in range(per_task):
+        for family, task in MLVU_TASKS.items():
+            one = write_media(item(split, family, index, **scene), root / "video" / task)
+            assert one.media is not None
+            rows.append(
+                {
+                    "video_name": one.media.relative_to(root).as_posix(),
+                    "duration": one.scene.frames * 4 / 8,
+                    "question": mlvu_question(one.asked),
+                    "candidates": list(one.options),
+                    "answer": one.letter,
+                    "task_type": task,
+                }
+            )
+    _write_lines(root / "test.jsonl", rows)
+    _write_card(root, {"default": "test.jsonl"}, split="test")
+    return root
+
+
+def _write_card(root: Path, configs: dict[str, str], split: str) -> None:
+    """README.md whose front matter lets ``datasets.load_dataset(root, config)`` find the files."""
+    lines = ["---", "configs:"]
+    for name, path in configs.items():
+        lines += [f"- config_name: {name}", "  data_files:", f"  - split: {split}"]
+        lines += [f"    path: {path}"]
+    lines += ["---", "", "ShapesQA, written by tokencomp.", ""]
+    (root / "README.md").write_text("\n".join(lines))

@@ -1,0 +1,321 @@
+"""Question families of ShapesQA: each one turns a scene into question, answer and options."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokencomp.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES, Scene, Thing
+
+PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
+FREE_FORM_SUFFIX = "\nAnswer the question using a single word or phrase."
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a scene, with a one-word answer that is one of ``options``.
+
+    ``things`` are indices into ``scene.things``: the evidence, for pictures and analysis only.
+    """
+
+    family: str
+    text: str
+    answer: str
+    options: tuple[str, ...]
+    things: tuple[int, ...] = ()
+
+
+Asker = Callable[[Scene, np.random.Generator], Question | None]
+FAMILIES: dict[str, Asker] = {}
+IMAGE_FAMILIES = ("attribute", "existence", "count", "position", "small_object")
+VIDEO_FAMILIES = ("needle", "order", "direction", "action_count")
+
+
+def _family(name: str) -> Callable[[Asker], Asker]:
+    def register(asker: Asker) -> Asker:
+        FAMILIES[name] = asker
+        return asker
+
+    return register
+
+
+def families(kind: str) -> tuple[str, ...]:
+    """Names of the question families for ``kind`` ("image" or "video")."""
+    return IMAGE_FAMILIES if kind == "image" else VIDEO_FAMILIES
+
+
+def ask(scene: Scene, family: str, rng: np.random.Generator) -> Question | None:
+    """Ask a question of ``family``, or None when the scene has no unambiguous one."""
+    return FAMILIES[family](scene, rng)
+
+
+def _options(answer: str, pool: tuple[str, ...], rng: np.random.Generator) -> tuple[str, ...]:
+    """Up to four options in random order, the answer among them."""
+    wrong = [word for word in pool if word != answer]
+    chosen = [answer, *(str(w) for w in rng.permutation(wrong)[:3])]
+    return tuple(str(word) for word in rng.permutation(chosen))
+
+
+def _counts(answer: int, low: int, rng: np.random.Generator) -> tuple[str, ...]:
+    """Four consecutive numbers around ``answer``, none below ``low``, in rising order."""
+    first = max(low, answer - int(rng.integers(4)))
+    return tuple(str(first + k) for k in range(4))
+
+
+def _pick(items: list, rng: np.random.Generator):
+    return items[int(rng.integers(len(items)))]
+
+
+def _unique(scene: Scene, attribute: str, among: list[int] | None = None) -> list[int]:
+    """Indices of things whose ``attribute`` no other thing of the scene shares."""
+    tally = Counter(getattr(thing, attribute) for thing in scene.things)
+    indices = range(len(scene.things)) if among is None else among
+    return [i for i in indices if tally[getattr(scene.things[i], attribute)] == 1]
+
+
+def _attribute(
+    scene: Scene, among: list[int], family: str, rng: np.random.Generator
+) -> Question | None:
+    """Colour of a unique shape, or shape of a unique colour."""
+    if rng.random() < 0.6:
+        found, attribute = _unique(scene, "shape", among), "color"
+    else:
+        found, attribute = _unique(scene, "color", among), "shape"
+    if not found:
+        return None
+    index = _pick(found, rng)
+    thing: Thing = scene.things[index]
+    if attribute == "color":
+        text = f"What color is the {thing.shape}?"
+        return Question(family, text, thing.color, _options(thing.color, COLORS, rng), (index,))
+    text = f"What shape is the {thing.color} object?"
+    return Question(family, text, thing.shape, _options(thing.shape, SHAPES, rng), (index,))
+
+
+@_family("attribute")
+def attribute(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """What color is the X? What shape is the Y object? The object is at least 28 px."""
+    large = [i for i, thing in enumerate(scene.things) if not thing.small]
+    return _attribute(scene, large, "attribute", rng)
+
+
+@_family("small_object")
+def small_object(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Colour or shape of an object below one token's 28 px, named by "small"."""
+    small = [i for i, thing in enumerate(scene.things) if thing.small]
+    attribute = "shape" if rng.random() < 0.6 else "color"
+    tally = Counter(getattr(scene.things[i], attribute) for i in small)
+    found = [i for i in small if tally[getattr(scene.things[i], attribute)] == 1]
+    if not found:
+        return None
+    index = _pick(found, rng)
+    thing = scene.things[index]
+    if attribute == "shape":
+        text, answer = f"What color is the small {thing.shape}?", thing.color
+    else:
+        text, answer = f"What shape is the small {thing.color} object?", thing.shape
+    pool = COLORS if attribute == "shape" else SHAPES
+    return Question("small_object", text, answer, _options(answer, pool, rng), (index,))
+
+
+def _exists(scene: Scene, rng: np.random.Generator, family: str, suffix: str = "") -> Question:
+    """Is there a C S? Half yes; most negatives swap words that are both present."""
+    present = [(thing.color, thing.shape) for thing in scene.things]
+    evidence: tuple[int, ...] = ()
+    if rng.random() < 0.5:
+        index = int(rng.integers(len(present)))
+        (color, shape), answer, evidence = present[index], "yes", (index,)
+    else:
+        color, shape = _absent(present, rng)
+        answer = "no"
+    article = "an" if color[0] in "aeiou" else "a"
+    text = f"Is there {article} {color} {shape}{suffix}?"
+    order = ("yes", "no") if rng.random() < 0.5 else ("no", "yes")
+    return Question(family, text, answer, order, evidence)
+
+
+def _absent(present: list[tuple[str, str]], rng: np.random.Generator) -> tuple[str, str]:
+    """A colour and shape not in the scene together: both, one or none of the words present."""
+    colors, shapes = {c for c, _ in present}, {s for _, s in present}
+    kind = rng.random()
+    near_colors = sorted(colors) if kind < 0.75 else list(COLORS)
+    near_shapes = sorted(shapes) if kind < 0.5 or kind >= 0.75 else list(SHAPES)
+    pairs = [(c, s) for c in near_colors for s in near_shapes if (c, s) not in present]
+    if not pairs:
+        pairs = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in present]
+    return _pick(pairs, rng)
+
+
+@_family("existence")
+def existence(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Is there a red circle? yes or no."""
+    return _exists(scene, rng, "existence")
+
+
+@_family("count")
+def count(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """How many objects, red objects or circles are there? 0 to 5."""
+    kind = rng.random()
+    if kind < 0.3:
+        matches, words = list(range(len(scene.things))), "objects"
+    elif kind < 0.65:
+        color = _weighted([t.color for t in scene.things], COLORS, rng)
+        matches = [i for i, thing in enumerate(scene.things) if thing.color == color]
+        words = f"{color} objects"
+    else:
+        shape = _weighted([t.shape for t in scene.things], SHAPES, rng)
+        matches = [i for i, thing in enumerate(scene.things) if thing.shape == shape]
+        words = PLURALS[shape]
+    text = f"How many {words} are there?"
+    answer = len(matches)
+    return Question("count", text, str(answer), _counts(answer, 0, rng), tuple(matches))
+
+
+def _weighted(present: list[str], pool: tuple[str, ...], rng: np.random.Generator) -> str:
+    """A word to count: now and then absent, else preferring the one that occurs most."""
+    if rng.random() < 0.2:
+        absent = [word for word in pool if word not in present]
+        return str(_pick(absent, rng))
+    if rng.random() < 0.5:
+        return Counter(present).most_common(1)[0][0]
+    return str(_pick(present, rng))
+
+
+@_family("position")
+def position(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Left or right of another object, above or below it, or which half of the image."""
+    found = _unique(scene, "shape")
+    if not found:
+        return None
+    axis = int(rng.integers(2))
+    if rng.random() < 0.5:
+        return _half(scene, _pick(found, rng), axis, rng)
+    return _relative(scene, found, axis, rng)
+
+
+def _half(scene: Scene, index: int, axis: int, rng: np.random.Generator) -> Question | None:
+    thing = scene.things[index]
+    offset = thing.center()[axis] - (scene.width, scene.height)[axis] / 2
+    if abs(offset) < 14:
+        return None
+    names = (("left", "right"), ("top", "bottom"))[axis]
+    order = names if rng.random() < 0.5 else names[::-1]
+    text = f"Is the {thing.shape} in the {names[0]} or {names[1]} half of the image?"
+    return Question("position", text, names[int(offset > 0)], order, (index,))
+
+
+def _relative(
+    scene: Scene, found: list[int], axis: int, rng: np.random.Generator
+) -> Question | None:
+    if len(found) < 2:
+        return None
+    first, second = (int(i) for i in rng.permutation(found)[:2])
+    a, b = scene.things[first], scene.things[second]
+    offset = a.center()[axis] - b.center()[axis]
+    if abs(offset) < 24:
+        return None
+    names = (("left", "right"), ("above", "below"))[axis]
+    order = names if rng.random() < 0.5 else names[::-1]
+    middle = "to the left or right of" if axis == 0 else "above or below"
+    text = f"Is the {a.shape} {middle} the {b.shape}?"
+    return Question("position", text, names[int(offset > 0)], order, (first, second))
+
+
+@_family("needle")
+def needle(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Attribute of an object that one logical frame alone shows."""
+    brief = [i for i, thing in enumerate(scene.things) if thing.brief]
+    return _attribute(scene, brief, "needle", rng)
+
+
+@_family("order")
+def order(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Which of two brief objects comes first or last, or before or after the other."""
+    brief = [i for i in _unique(scene, "shape") if scene.things[i].brief]
+    brief = [i for i in _unique(scene, "color", brief)]
+    if len(brief) < 2:
+        return None
+    first, second = (int(i) for i in rng.permutation(brief)[:2])
+    a, b = scene.things[first], scene.things[second]
+    a_is_first = a.visible[0][0] < b.visible[0][0]
+    kind = rng.random()
+    if kind < 0.3:
+        text = f"Does the {a.shape} appear before or after the {b.shape}?"
+        names = ("before", "after") if rng.random() < 0.5 else ("after", "before")
+        answer = "before" if a_is_first else "after"
+        return Question("order", text, answer, names, (first, second))
+    which = "first" if rng.random() < 0.5 else "last"
+    winner = a if a_is_first == (which == "first") else b
+    if kind < 0.65:
+        text = f"Which shape appears {which}, {a.shape} or {b.shape}?"
+        return Question("order", text, winner.shape, (a.shape, b.shape), (first, second))
+    text = f"Which color appears {which}, {a.color} or {b.color}?"
+    return Question("order", text, winner.color, (a.color, b.color), (first, second))
+
+
+@_family("direction")
+def direction(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Which direction does the object move? left, right, up or down."""
+    moving = [i for i in _unique(scene, "shape") if scene.things[i].moving]
+    if not moving:
+        return None
+    index = _pick(moving, rng)
+    thing = scene.things[index]
+    text = f"Which direction does the {thing.shape} move?"
+    answer = str(thing.direction)
+    return Question("direction", text, answer, _options(answer, tuple(DIRECTIONS), rng), (index,))
+
+
+@_family("action_count")
+def action_count(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """How many times does the object flash? 1 to 4."""
+    flashing = [i for i in _unique(scene, "shape") if scene.things[i].visible]
+    if not flashing:
+        return None
+    many = [i for i in flashing if len(scene.things[i].visible) > 1]
+    index = _pick(many if many and rng.random() < 0.8 else flashing, rng)
+    thing = scene.things[index]
+    answer = len(thing.visible)
+    text = f"How many times does the {thing.shape} flash?"
+    return Question("action_count", text, str(answer), ("1", "2", "3", "4"), (index,))
+
+
+@_family("video_existence")
+def video_existence(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Is there a red circle in the video? Positives may be visible in one frame only."""
+    return _exists(scene, rng, "video_existence", " in the video")
+
+
+# --- prompt forms ---------------------------------------------------------------------------
+
+
+def letter(question: Question) -> str:
+    """Letter of the right option."""
+    return "ABCDE"[question.options.index(question.answer)]
+
+
+def mvbench_prompt(question: Question) -> str:
+    """Multiple choice as lmms-eval's ``mvbench`` tasks put it."""
+    lines = "".join(f"({'ABCDE'[i]}) {option}\n" for i, option in enumerate(question.options))
+    return f"Question:{question.text}\nOption:\n{lines}Only give the best option.\n"
+
+
+def mlvu_question(question: Question) -> str:
+    """Question text with options as MLVU files hold it."""
+    lines = "".join(f"\n({'ABCDE'[i]}) {option}" for i, option in enumerate(question.options))
+    return question.text + lines
+
+
+def mlvu_prompt(question: Question) -> str:
+    """Multiple choice as lmms-eval's ``mlvu_dev`` task puts it."""
+    return mlvu_question(question) + "\nOnly give the best option.\nBest option: ("
+
+
+def letters_prompt(question: Question) -> str:
+    """Multiple choice in the form most image benchmarks use."""
+    lines = "".join(f"\n{'ABCDE'[i]}. {option}" for i, option in enumerate(question.options))
+    tail = "\nAnswer with the option's letter from the given choices directly."
+    return question.text + lines + tail

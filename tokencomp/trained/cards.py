@@ -1,0 +1,221 @@
+"""Trained parts on disk: one safetensors file, and beside it a JSON card of where it belongs.
+
+The card says for which model the weights were made. What is compared when they are loaded is the
+architecture (type, layers, hidden size) and a fingerprint of the first layer's key projection,
+which survives changes of dtype and light fine-tuning, but not another checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.adapters.base import adapter_for
+from tokencomp.errors import WeightsError
+from tokencomp.reducers._options import fits
+
+FINGERPRINT = 16
+SAME = 0.9
+SAMPLES = 64  # of every parameter, in the hash of the weights
+SUBFOLDER = "tokencomp"  # of a model folder, for parts that ship with it
+
+
+def model_card(model: nn.Module) -> dict[str, Any]:
+    """What identifies `model`: id, type, layers, hidden size, fingerprint; plain types."""
+    adapter = adapter_for(model)
+    top: Any = adapter.model
+    first: Any = adapter.layers[0]
+    name = loaded_from(top)
+    return {
+        "model_id": Path(name).name if Path(name).is_absolute() else name,
+        "model_type": top.config.model_type,
+        "num_layers": len(adapter.layers),
+        "hidden_size": int(adapter.text_config.hidden_size),
+        "fingerprint": fingerprint(first.self_attn.k_proj),
+    }
+
+
+def loaded_from(top: Any) -> str:
+    """Folder or hub name that a model was loaded from, or ""; VILA's is on the model alone."""
+    names = (getattr(top.config, "_name_or_path", ""), getattr(top, "name_or_path", ""))
+    return str(next(filter(None, names), ""))
+
+
+@torch.no_grad()
+def fingerprint(projection: Any) -> list[float] | None:
+    """Sixteen sums of the weights under fixed random signs, scaled to norm 1.
+
+    None, which fits anything, if the weights are quantized, not at hand, or not finite.
+    """
+    weight = _weight(getattr(projection, "base_layer", projection))
+    if weight is None or not weight.is_floating_point():
+        return None
+    flat = weight.detach().float().cpu().flatten()
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (flat.numel(),), generator=generator) * 2.0 - 1.0
+    slot = torch.randint(0, FINGERPRINT, (flat.numel(),), generator=generator)
+    sums = torch.zeros(FINGERPRINT).index_add_(0, slot, flat * signs)
+    if not bool(sums.isfinite().all()):
+        return None
+    return [round(v, 5) for v in (sums / sums.norm().clamp(min=1e-12)).tolist()]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of samples of every parameter: training changes it, device and code do not.
+
+    Parameters that an offloading hook keeps away until they are used are left out.
+    """
+    found = hashlib.sha256()
+    for name, value in model.named_parameters():
+        if not value.is_meta:
+            flat = value.detach().flatten()
+            some = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu()
+            found.update(name.encode() + some.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _weight(layer: Any) -> Tensor | None:
+    """The weight of a linear layer, also where a hook of accelerate keeps it until it is used."""
+    if not layer.weight.is_meta:
+        return layer.weight
+    hook = getattr(layer, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        stored = getattr(one, "weights_map", None)
+        if stored is not None and "weight" in stored:
+            return stored["weight"]
+    return None
+
+
+def check_card(card: dict[str, Any], model: nn.Module, path: Path, train: str) -> None:
+    """Refuse weights that were made for another model.
+
+    Parameters
+    ----------
+    card
+        As `read` gives it.
+    train
+        The command that makes weights for this model.
+
+    Raises
+    ------
+    WeightsError
+        Type, number of layers, hidden size or fingerprint differ, or the fingerprint is none.
+    """
+    here = model_card(model)
+    wrong = [k for k in ("model_type", "num_layers", "hidden_size") if card.get(k) != here[k]]
+    if wrong:
+        told = ", ".join(f"{k} {card.get(k)!r} instead of {here[k]!r}" for k in wrong)
+        raise WeightsError(
+            f"{path} was made for {card.get('model_id') or 'another model'}: {told}. "
+            f"Train weights for this model: {train}"
+        )
+    made, mine = card.get("fingerprint"), here["fingerprint"]
+    if made is not None and not (fits(made, tuple[float, ...]) and len(made) == FINGERPRINT):
+        raise WeightsError(
+            f"the card of {path} is damaged: its fingerprint is not {FINGERPRINT} numbers. Copy "
+            f"both files of a finished training run, or train again: {train}"
+        )
+    if made and mine and sum(a * b for a, b in zip(made, mine, strict=True)) < SAME:
+        raise WeightsError(
+            f"{path} was made for another checkpoint ({card.get('model_id') or 'unnamed'}) of the "
+            f"same architecture. Train weights for this one: {train}"
+        )
+
+
+def locate(given: str | None, model: nn.Module, kind: str, train: str) -> Path:
+    """The weights file of `kind`: where the user says, else in the model's own folder.
+
+    A folder is searched itself, then its subfolder `tokencomp`: serving engines load every
+    safetensors file that lies beside a model's own.
+
+    Raises
+    ------
+    WeightsError
+        There is none.
+    """
+    name = f"{kind}.safetensors"
+    folder = loaded_from(adapter_for(model).model)
+    path = Path(given or folder)
+    for file in (path, path / name, path / SUBFOLDER / name) if given or folder else ():
+        if file.is_file():
+            return file
+    if path.is_dir():
+        path = path / name
+    where = f"{path} does not exist" if given else f"no {name} lies in the model's folder"
+    raise WeightsError(
+        f"reducer={kind!r} needs trained weights, and {where}. Train them with `{train}`, then "
+        f"patch(model, reducer={kind!r}, weights='FOLDER')."
+    )
+
+
+def read(path: Path, kind: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and card, which must be of `kind` ("selector", "ccam", ...) if it names its own.
+
+    Raises
+    ------
+    WeightsError
+        Either file is missing, broken, or of another kind; a tensor is not finite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    card = path.with_suffix(".json")
+    try:
+        tensors, told = load_file(path), json.loads(card.read_text(encoding="utf-8"))
+        found = told.get("kind", kind)
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:
+        raise WeightsError(
+            f"{path} and its card {card.name} cannot be read ({error}). Copy both files of a "
+            "finished training run."
+        ) from error
+    if kind and found != kind:
+        raise WeightsError(f"{path} holds a {found!r}, not a {kind!r}. Give the other file.")
+    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise WeightsError(f"{path}: NaN or infinity in {', '.join(broken[:3])}. Train it again.")
+    return tensors, told
+
+
+def write(path: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> Path:
+    """Write both files; each appears whole or not at all, the card last."""
+    write_tensors(path, tensors)
+    write_json(path.with_suffix(".json"), card)
+    return path
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """Write one safetensors file through a temporary one."""
+    from safetensors.torch import save_file
+
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    replace_file(path, lambda part: save_file(plain, part, metadata={"format": "pt"}))
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write JSON through a temporary file."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+    return path
+
+
+def replace_file(path: Path, make: Callable[[Path], Any]) -> None:
+    """Let `make` write a temporary file, then rename it; nothing is left if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        make(part)
+        part.chmod(0o644)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

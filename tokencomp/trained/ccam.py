@@ -1,0 +1,154 @@
+"""Learned projector with causal cross-attention over frames (Video-CCAM, arXiv 2408.14023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokencomp.errors import OptionError, unknown_name
+from tokencomp.trained.ccam_config import PRESETS, CCAMConfig, misfit, read_card
+
+
+class CCAMProjector(nn.Module):
+    """Queries attend to the tokens of all frames they may see; one block, then a linear.
+
+    The mask over frames is the only signal of time. It is never stored: queries that see the same
+    frames attend to them in one piece (`tokencomp.kernels.ccam_attention`), so memory grows with
+    keys plus queries, not with their product.
+
+    Parameters
+    ----------
+    config
+        Sizes; `CCAMProjector.preset(name)` gives published ones.
+    """
+
+    def __init__(self, config: CCAMConfig) -> None:
+        super().__init__()
+        self.config, c = config, config
+        self.query = nn.Parameter(torch.randn(c.queries, c.width) * 0.02)
+        self.norm_query = nn.LayerNorm(c.width, eps=c.eps)
+        self.norm_key = nn.LayerNorm(c.kv_dim, eps=c.eps)
+        self.q_proj = nn.Linear(c.width, c.width)
+        self.k_proj = nn.Linear(c.kv_dim, c.width)
+        self.v_proj = nn.Linear(c.kv_dim, c.width)
+        self.o_proj = nn.Linear(c.width, c.width)
+        self.norm_mlp = nn.LayerNorm(c.width, eps=c.eps)
+        self.gate_proj = nn.Linear(c.width, c.mlp)
+        self.up_proj = nn.Linear(c.width, c.mlp)
+        self.down_proj = nn.Linear(c.mlp, c.width)
+        self.output = nn.Linear(c.width, c.out_dim)
+
+    @classmethod
+    def preset(cls, name: str) -> CCAMProjector:
+        """A published configuration with fresh weights.
+
+        Raises
+        ------
+        UnknownNameError
+            No preset has that name.
+        """
+        if name not in PRESETS:
+            raise unknown_name("ccam preset", name, PRESETS)
+        return cls(PRESETS[name])
+
+    def forward(
+        self, x: Tensor, frames: int | Sequence[int], grid: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Tokens for the language model.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, F·P, kv_dim)
+            P tokens per frame, frame after frame; samples with fewer frames padded at the end.
+            Cast to the dtype of the weights, as training of fp32 weights on a bf16 model needs.
+        frames
+            F, or the number of frames of every sample.
+        grid
+            (rows, columns) of a frame, rows·columns = P; only needed if `config.spatial`.
+
+        Returns
+        -------
+        Tensor, shape (B, Q, out_dim), dtype of `x`
+        """
+        from tokencomp.kernels import ccam_attention
+
+        if x.ndim != 3 or x.shape[2] != self.config.kv_dim:
+            raise OptionError(
+                f"ccam: visual tokens of shape {tuple(x.shape)}; expected (batch, frames·tokens, "
+                f"{self.config.kv_dim})."
+            )
+        keys = self.norm_key(x.to(self.query.dtype))
+        k = self._with_places(self.k_proj(keys), grid)
+        query = self.query.expand(len(x), -1, -1)
+        q, k, v = map(self._heads, (self.q_proj(self.norm_query(query)), k, self.v_proj(keys)))
+        seen = ccam_attention(q, k, v, frames, causal=self.config.causal)
+        hidden = query + self.o_proj(seen.transpose(1, 2).flatten(2))
+        normed = self.norm_mlp(hidden)
+        hidden = hidden + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
+        return self.output(hidden).to(x.dtype)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.config.heads, -1)).transpose(1, 2)
+
+    def _with_places(self, k: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        if not self.config.spatial:
+            return k
+        if grid is None or k.shape[1] % (grid[0] * grid[1]):
+            raise OptionError(
+                f"ccam: spatial positions need the grid of a frame, and {k.shape[1]} tokens in "
+                f"whole frames; got grid={grid}."
+            )
+        places = places_2d(*grid, self.config.width, k.device).to(k.dtype)
+        return k + places.repeat(k.shape[1] // places.shape[0], 1)
+
+    def save(self, path: str | Path, card: dict[str, Any] | None = None) -> Path:
+        """Write `ccam.safetensors` (or the given file) and its card, whole or not at all."""
+        from tokencomp.trained.cards import write
+
+        path = Path(path)
+        path = path if path.suffix == ".safetensors" else path / "ccam.safetensors"
+        state = {k: v.float() for k, v in self.state_dict().items()}
+        return write(path, state, {**(card or {}), "kind": "ccam", "ccam": asdict(self.config)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> CCAMProjector:
+        """Read a saved projector, float32, in evaluation mode.
+
+        Raises
+        ------
+        WeightsError
+            The files are missing, broken, not finite, or of other sizes than their card says.
+        """
+        from tokencomp.trained.cards import read
+
+        path = Path(path)
+        path = path if path.suffix == ".safetensors" else path / "ccam.safetensors"
+        made = cls(read_card(path)[1])
+        try:
+            made.load_state_dict(read(path, "ccam")[0])
+        except RuntimeError as error:
+            raise misfit(path, error) from error
+        return made.eval().requires_grad_(False)
+
+
+def places_2d(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
+    """Sine positions of the cells of a frame, (rows·columns, width): half rows, half columns.
+
+    Positions are relative to the side of the frame (0 … 1, times 64), so that other grids give
+    other samples of the same curves.
+    """
+    quarter = width // 4
+    scale = 64.0 * 64.0 ** -(torch.arange(quarter, device=device) / max(quarter, 1))
+    row = (torch.arange(rows, device=device) + 0.5) / rows
+    column = (torch.arange(columns, device=device) + 0.5) / columns
+    parts = []
+    for place in (row[:, None].expand(rows, columns), column[None].expand(rows, columns)):
+        angle = place.flatten()[:, None] * scale
+        parts += [angle.sin(), angle.cos()]
+    return F.pad(torch.cat(parts, 1), (0, width - 4 * quarter))

@@ -1,0 +1,1 @@
+"""Training of the explainability-guided selector: labels, fit, training loop."""

@@ -1,0 +1,175 @@
+"""Training of the selector's network on labels (see `selector_labels`)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from tokencomp.errors import OptionError
+from tokencomp.reducers._rows import finite
+from tokencomp.reducers.selector import CHANNELS, SelectorNet
+from tokencomp.trained.cards import replace_file
+from tokencomp.training.checks import check_finite, load_checkpoint
+from tokencomp.training.selector.labels import Pair
+
+if TYPE_CHECKING:
+    from tokencomp.training.selector.train import SelectorConfig
+
+SETTINGS = ("epochs", "learning_rate", "batch_spans", "zeroed", "seed")
+"""Of `SelectorConfig`: what the network depends on beside the labels."""
+
+
+def fit(
+    train: Sequence[Pair],
+    held_out: Sequence[Pair],
+    config: SelectorConfig,
+    checkpoint: Path | None = None,
+    channels: tuple[int, ...] = CHANNELS,
+    labels: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[SelectorNet, float]:
+    """Train the network; of all epochs the one with the lowest held-out loss is returned.
+
+    Parameters
+    ----------
+    checkpoint
+        Written after every epoch; an existing one of the same settings and `labels` is resumed.
+    labels
+        Identity of the labels.
+    device
+        Where the network is trained and left.
+
+    Returns
+    -------
+    net, seconds
+        In evaluation mode; the time it took, in all sessions together.
+
+    Raises
+    ------
+    OptionError
+        `checkpoint` belongs to another run; no span can be learned from.
+    ScoreError
+        Training diverged.
+    """
+    torch.manual_seed(config.seed)
+    spans, held = targets(train, config.zeroed), targets(held_out, config.zeroed)
+    net = SelectorNet(channels).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=0.01)
+    identity = {**(labels or {}), "channels": list(channels)}
+    identity |= {name: getattr(config, name) for name in SETTINGS}
+    state = load_checkpoint(checkpoint, identity)
+    if state is None:
+        state = {"identity": identity, "epoch": 0, "best": math.inf, "weights": net.state_dict()}
+    else:
+        net.load_state_dict(state["now"])
+        optimizer.load_state_dict(state["optimizer"])
+    begin = time.monotonic() - state.get("seconds", 0.0)
+    bar = tqdm(range(state["epoch"], config.epochs), desc="training selector", mininterval=2)
+    for epoch in bar:
+        _train_epoch(net, optimizer, spans, config, epoch)
+        value = _loss(net, held, config)
+        bar.set_postfix(held_out=f"{value:.3f}")
+        check_finite(f"epoch {epoch + 1}", value)
+        if value < state["best"]:
+            state["best"] = value
+            state["weights"] = {k: v.clone() for k, v in net.state_dict().items()}
+        state |= {"epoch": epoch + 1, "now": net.state_dict(), "optimizer": optimizer.state_dict()}
+        state["seconds"] = time.monotonic() - begin
+        if checkpoint is not None:
+            replace_file(checkpoint, partial(torch.save, state))
+    net.load_state_dict(state["weights"])
+    return net.eval(), time.monotonic() - begin
+
+
+def targets(pairs: Sequence[Pair], zeroed: float) -> list[Pair]:
+    """Attention rows and what the network shall say of them, float32 (n,) each.
+
+    Relevance becomes a distribution: the lowest share `zeroed` is set to zero, the rest sums to 1.
+    Spans of one token, where there is nothing to choose, and spans without relevance are left out.
+
+    Raises
+    ------
+    OptionError
+        None is left.
+    ScoreError
+        A number is NaN or infinite.
+    """
+    found = []
+    for row, label in pairs:
+        row, label = finite(row, "attention shares"), finite(label, "relevances")
+        low = label.sort(stable=True).indices[: int(len(label) * zeroed)]
+        kept = label.scatter(0, low, 0.0)
+        if len(row) > 1 and float(kept.sum()) > 0:
+            found.append((row, kept / kept.sum()))
+    if not found:
+        raise OptionError(
+            f"none of {len(pairs)} images and videos can be learned from: each has a single token, "
+            "or no token with relevance to its answer. Give more or other data."
+        )
+    return found
+
+
+def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    """KL divergence from the network's softmax to distributions (B, n), mean over spans."""
+    return F.kl_div(logits.log_softmax(1), wanted, reduction="batchmean")
+
+
+def _train_epoch(
+    net: SelectorNet,
+    optimizer: torch.optim.Optimizer,
+    spans: list[Pair],
+    config: SelectorConfig,
+    epoch: int,
+) -> None:
+    """One pass over the spans; the learning rate falls linearly over all epochs."""
+    net.train()
+    batches = list(_batches(spans, config, epoch))
+    for number, chosen in enumerate(batches):
+        done = (epoch + number / len(batches)) / config.epochs
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * (1 - done)
+        optimizer.zero_grad()
+        rows, wanted, real = _padded(chosen, net)
+        divergence(net(rows, real), wanted).backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def _loss(net: SelectorNet, spans: list[Pair], config: SelectorConfig) -> float:
+    net.eval()
+    total = 0.0
+    for chosen in _batches(spans, config, 0):
+        rows, wanted, real = _padded(chosen, net)
+        total += float(divergence(net(rows, real), wanted)) * len(chosen)
+    return total / len(spans)
+
+
+def _batches(spans: list[Pair], config: SelectorConfig, epoch: int) -> Iterator[list[Pair]]:
+    """Spans of similar length together, in an order that (seed, epoch) decides."""
+    generator = torch.Generator().manual_seed(config.seed * 10_007 + epoch)
+    mixed = [spans[i] for i in torch.randperm(len(spans), generator=generator).tolist()]
+    mixed.sort(key=lambda pair: len(pair[0]))
+    groups = range(0, len(mixed), config.batch_spans)
+    for g in torch.randperm(len(groups), generator=generator).tolist():
+        yield mixed[groups[g] : groups[g] + config.batch_spans]
+
+
+def _padded(spans: list[Pair], net: SelectorNet) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows and targets (B, n) on the network's device; where they are real, None if everywhere."""
+    device = next(net.parameters()).device
+    rows = pad_sequence([row for row, _ in spans], batch_first=True)
+    wanted = pad_sequence([target for _, target in spans], batch_first=True)
+    lengths = torch.tensor([[len(row)] for row, _ in spans])
+    real = torch.arange(rows.shape[1]) < lengths
+    full = bool(real.all())
+    return rows.to(device), wanted.to(device), None if full else real.to(device)

@@ -1,0 +1,151 @@
+"""Labels of the `selector` reducer: attention rows, and what the answers rest on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tokencomp.errors import OptionError
+from tokencomp.inputs.prompts import generate, to_model
+from tokencomp.inputs.questions import Example
+from tokencomp.reducers._rows import finite
+from tokencomp.trained.cards import model_card, write_json, write_tensors
+from tokencomp.training.checks import check_same_run
+from tokencomp.training.data import answer_ids, append, data_identity, load_batch, order
+from tokencomp.training.relevance import attention_bytes, explain
+
+if TYPE_CHECKING:
+    from tokencomp.training.selector.train import SelectorConfig
+
+Pair = tuple[Tensor, Tensor]
+"""Attention row and relevance of the patches of one span, both float32 (n,)."""
+
+MEMORY = 8 * 2**30
+"""Bytes for the attention of the questions that are explained at once (ours)."""
+IDENTITY = "identity.json"
+SETTINGS = ("kind", "batch", "answers", "target", "frames", "max_new_tokens", "seed")
+"""Of `SelectorConfig`: what the labels depend on."""
+
+
+def label_identity(model: Any, data: str, config: SelectorConfig) -> dict[str, Any]:
+    """What must be equal for labels to be used again: model, data, settings."""
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    return {**model_card(model), **data_identity(data), **settings}
+
+
+def label(
+    model: Any,
+    processor: Any,
+    source: Sequence[Example],
+    folder: Path,
+    config: SelectorConfig,
+    identity: dict[str, Any],
+) -> tuple[list[Pair], float]:
+    """Explain every question; one file per batch, files that exist are read instead.
+
+    Returns
+    -------
+    pairs, seconds
+        Labels, and the time they took, in all sessions together.
+
+    Raises
+    ------
+    OptionError
+        `folder` holds labels of another identity, or files that are none.
+    ScoreError
+        An attention row or a relevance is NaN or infinite.
+    """
+    identity = {**identity, "questions": len(source)}
+    _check_same_run(folder, identity)
+    pairs, seconds = list[Pair](), 0.0
+    shuffled = order(len(source), config.seed)
+    chosen = [next(shuffled) for _ in range(len(source))]
+    starts = range(0, len(chosen), config.batch)
+    for number, start in enumerate(tqdm(starts, desc=f"explaining ({folder.name})", mininterval=2)):
+        file = folder / f"{number:06d}.safetensors"
+        if not file.exists():
+            begin = time.monotonic()
+            examples = [source[i] for i in chosen[start : start + config.batch]]
+            found = explain_batch(model, processor, examples, config)
+            if not (folder / IDENTITY).exists():  # what cannot be explained leaves nothing behind
+                write_json(folder / IDENTITY, identity)
+            write_tensors(file, _flat(found, time.monotonic() - begin))
+        read, took = _pairs(file)
+        pairs, seconds = pairs + read, seconds + took
+    return pairs, seconds
+
+
+def explain_batch(
+    model: Any, processor: Any, examples: Sequence[Example], config: SelectorConfig
+) -> list[Pair]:
+    """Attention rows and relevance of all spans of a batch, special tokens left out.
+
+    As many questions at once as `MEMORY` has room for, at least one.
+    """
+    inputs, answers = load_batch(examples, processor, config.frames)
+    tokens = inputs["input_ids"].shape[1] + config.max_new_tokens
+    room = max(1, MEMORY // attention_bytes(model, 1, tokens))
+    if room < len(examples):
+        parts = (examples[at : at + room] for at in range(0, len(examples), room))
+        return [pair for part in parts for pair in explain_batch(model, processor, part, config)]
+    if config.answers == "generated":
+        told = generate(model, processor, inputs, config.max_new_tokens)
+        answers = [t or given for t, given in zip(told, answers, strict=True)]
+    ids = answer_ids(processor, model, answers, end=False)
+    forced, labels = append(inputs, ids)
+    seen, found = explain(model, to_model(forced, model), labels.to(model.device), config.target)
+    with torch.no_grad():
+        rows = seen.attention_rows(labels.shape[1] - inputs["input_ids"].shape[1])
+    pairs = []
+    for spans, by_row, by_label in zip(seen.spans, rows, found, strict=True):
+        for span, row, relevance in zip(spans, by_row, by_label, strict=True):
+            patch = ~span.special_mask()
+            row, relevance = finite(row, "attention shares"), finite(relevance, "relevances")
+            pairs.append((row.cpu()[patch], relevance.cpu()[patch]))
+    return pairs
+
+
+def _check_same_run(folder: Path, identity: dict[str, Any]) -> None:
+    file = folder / IDENTITY
+    if not file.exists():
+        return
+    try:
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise _damaged(file, error) from error
+    check_same_run(folder, found, identity)
+
+
+def _flat(pairs: list[Pair], seconds: float) -> dict[str, Tensor]:
+    return {
+        "lengths": torch.tensor([len(row) for row, _ in pairs]),
+        "rows": torch.cat([row for row, _ in pairs]),
+        "labels": torch.cat([value for _, value in pairs]),
+        "seconds": torch.tensor(seconds),
+    }
+
+
+def _pairs(file: Path) -> tuple[list[Pair], float]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        flat = load_file(file)
+        lengths = flat["lengths"].tolist()
+        parts = (flat["rows"].split(lengths), flat["labels"].split(lengths))
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise _damaged(file, error) from error
+    return list(zip(*parts, strict=True)), float(flat.get("seconds", 0.0))
+
+
+def _damaged(file: Path, error: Exception) -> OptionError:
+    return OptionError(
+        f"{file} is damaged ({error}). Remove {file.parent}, or give another --output."
+    )

@@ -1,0 +1,200 @@
+"""Training of the `selector` reducer and its evaluation (see `selector_labels`, `selector_fit`)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tokencomp.inputs.questions import Example
+from tokencomp.reducers._options import check_types
+from tokencomp.reducers._rows import given_scores
+from tokencomp.reducers.base import Reducer, top_k
+from tokencomp.reducers.selector import SelectorNet
+from tokencomp.tokens import Attention, Reduction, Signal, VisualTokens
+from tokencomp.trained.cards import model_card, write, write_json
+from tokencomp.training.checks import check_folder, check_rate, without_patch
+from tokencomp.training.data import questions
+from tokencomp.training.measure import Measurement, Way
+from tokencomp.training.relevance import TARGET, Target
+from tokencomp.training.selector.fit import fit
+from tokencomp.training.selector.labels import Pair, label, label_identity
+
+SHARES = (0.5, 0.25, 0.1)
+RATIOS = (0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class SelectorConfig:
+    """What `tokencomp train selector` can be told.
+
+    Attributes
+    ----------
+    samples
+        Questions to explain; the paper has 8 to 12 thousand per model and modality.
+    kind
+        "image", "video" or "both" of the embedded benchmark; files hold what they hold.
+    batch
+        Questions answered at once, and explained as far as memory allows.
+    epochs, learning_rate, batch_spans
+        Of the network.
+    zeroed
+        Share of each label's lowest values that is set to zero.
+    answers
+        "generated": explain what the model says (the paper); "given": the reference answer.
+    target
+        "logit" or "logprob" of the answer tokens.
+    frames
+        Frames read from video files.
+    max_new_tokens
+        Longest answer that is generated and explained.
+    held_out, evaluate
+        Held-out questions that are explained, and that are answered under compression.
+    seed
+        Of the order of the questions and spans, and of the network's first weights.
+
+    Raises
+    ------
+    OptionError
+        A value of another type or name, or a learning rate outside (0, 1].
+    """
+
+    samples: int = 8000
+    kind: str = "both"
+    batch: int = 16
+    epochs: int = 20
+    learning_rate: float = 2e-3
+    batch_spans: int = 64
+    zeroed: float = 0.5
+    answers: Literal["generated", "given"] = "generated"
+    target: Target = TARGET
+    frames: int = 8
+    max_new_tokens: int = 16
+    held_out: int = 500
+    evaluate: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types("selector", self)
+        check_rate(self.learning_rate)
+
+
+@without_patch
+def train_selector(
+    model: Any, processor: Any, data: str, output: Path, config: SelectorConfig
+) -> Path:
+    """Labels → network → evaluation → `selector.safetensors` and `selector.json` in `output`.
+
+    Labels are kept in `output/labels`, network checkpoints in `output/checkpoint.pt`: a run that
+    was killed goes on where it was.
+
+    Raises
+    ------
+    OptionError
+        Data without answers or media; an output folder with labels, or a checkpoint, of another
+        model, data set or setting; labels that tell nothing.
+    ScoreError
+        Attention, relevance or training that is not finite.
+    """
+    check_folder(output)
+    parts, seconds = {}, 0.0
+    identity = label_identity(model, data, config)
+    for purpose, total in (("train", config.samples), ("validation", config.held_out)):
+        source, folder = questions(data, config.kind, total, purpose), output / "labels" / purpose
+        parts[purpose], took = label(model, processor, source, folder, config, identity)
+        seconds += took
+    identity |= {"samples": config.samples, "held_out": config.held_out}
+    net, took = fit(
+        parts["train"],
+        parts["validation"],
+        config,
+        output / "checkpoint.pt",
+        labels=identity,
+        device=model.device,
+    )
+    card = {
+        **model_card(model),
+        "kind": "selector",
+        "layer": 0,
+        "input": "attention of text rows, mean over heads",
+        "channels": list(net.channels),
+        "data": data,
+        "config": asdict(config),
+        "spans": len(parts["train"]),
+        "held_out": agreement(net, parts["validation"]),
+        "seconds": round(seconds + took, 1),
+    }
+    path = write(output / "selector.safetensors", net.state_dict(), card)
+    if config.evaluate:
+        source = questions(data, config.kind, config.evaluate, "validation")
+        card["accuracy"] = accuracy(model, processor, source, path, config)
+        write_json(path.with_suffix(".json"), card)
+    return path
+
+
+@dataclass(frozen=True)
+class AttentionRow(Reducer):
+    """The tokens that the user's text attends to most in layer 0: the selector's raw input."""
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({Attention("text")})
+
+    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        return Reduction(top_k(given_scores(tokens, "attention"), tokens.special, keep))
+
+
+def ways(weights: Path, ratios: Sequence[float], oracles: Sequence[Target] = ()) -> list[Way]:
+    """The selector and what it is measured against; `oracles`: by what they explain."""
+    found = []
+    for ratio in ratios:
+        found += [Way(oracle_name(t), ratio, "oracle", target=t) for t in oracles]
+        found += [
+            Way("selector", ratio, "selector", {"weights": str(weights)}),
+            Way("attention", ratio, AttentionRow()),
+            Way("random", ratio, "random"),
+        ]
+    return found
+
+
+def oracle_name(target: Target) -> str:
+    return f"oracle ({target})"
+
+
+def accuracy(
+    model: Any, processor: Any, source: Sequence[Example], weights: Path, config: SelectorConfig
+) -> list[dict[str, Any]]:
+    """Held-out accuracy of the selector, the raw attention row and random choice."""
+    measured = Measurement({"": model}, processor, config.frames, config.batch)
+    measured.run(source, ways(weights, RATIOS), "evaluating")
+    return measured.table(ways(weights, RATIOS))
+
+
+@torch.no_grad()
+def agreement(net: SelectorNet, pairs: list[Pair]) -> dict[str, dict[str, float]]:
+    """Share of the relevance that the chosen tokens hold, at several budgets.
+
+    "oracle" is the most any choice can hold; "attention" takes the top of the raw row; "random" is
+    the expectation.
+    """
+    device = next(net.parameters()).device
+    held: dict[tuple[float, str], list[float]] = defaultdict(list)
+    for row, truth in pairs:
+        total = float(truth.sum())
+        if total <= 0:
+            continue
+        scores = {"oracle": truth, "selector": net(row[None].to(device))[0].cpu(), "attention": row}
+        for share in SHARES:
+            k = max(1, round(share * len(row)))
+            for name, score in scores.items():
+                held[share, name].append(float(truth[score.topk(k).indices].sum()) / total)
+            held[share, "random"].append(k / len(row))
+    names = ("oracle", "selector", "attention", "random")
+    return {
+        f"{share:g}": {name: sum(v) / len(v) for name in names if (v := held[share, name])}
+        for share in SHARES
+    }
