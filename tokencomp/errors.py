@@ -18,6 +18,10 @@ class RatioWarning(UserWarning):
     """A prompt that missed the ratio it was planned for by more than rounding to tokens."""
 
 
+class UncompressedWarning(UserWarning):
+    """A prompt that may hold visual features, but where nothing tells their places."""
+
+
 class OptionError(TokenCompError, ValueError):
     """An option that the reducer, schedule or command does not have, or a value it cannot take."""
 
@@ -39,7 +43,7 @@ class UnsupportedCacheError(TokenCompError, TypeError):
 
 
 class PaddingError(TokenCompError, ValueError):
-    """A batch that is padded on the right, or whose mask has holes."""
+    """An attention mask that hides a part of an image or video, or all of a sample."""
 
 
 class SpanError(TokenCompError, ValueError):
@@ -56,10 +60,6 @@ class AlreadyCompressedError(TokenCompError, RuntimeError):
 
 class CopyError(TokenCompError, TypeError):
     """A patched model that is to be copied or pickled."""
-
-
-class AttentionOutputError(TokenCompError, ValueError):
-    """`output_attentions=True` together with a plan that drops tokens between layers."""
 
 
 class ScoreError(TokenCompError, ValueError):

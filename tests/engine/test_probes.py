@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from tokencomp.engine.layout import full_layout
+from tokencomp.engine.layout import Prompt, full_layout
 from tokencomp.engine.probes import entry_scores
 from tokencomp.tokens import Attention, VisualSpan
 
@@ -44,8 +44,9 @@ def scores(model: LlamaModel, x: Tensor, mask: Tensor, signal: Attention) -> lis
     model(**first, attention_mask=mask[:, :PAST], past_key_values=cache)
     cache.layers[0].valid = mask[:, :PAST].bool()
     tables = model.rotary_emb(x[:, PAST:], positions[:, PAST:])
-    layout = full_layout(WIDTH, LENGTHS, spans())
-    return entry_scores(model.layers[0], x[:, PAST:], tables, signal, layout, DRAFT, cache)
+    prompts = [[Prompt(WIDTH - n, WIDTH, DRAFT)] for n in LENGTHS]
+    layout = full_layout(WIDTH, LENGTHS, spans(), prompts)
+    return entry_scores(model.layers[0], x[:, PAST:], tables, signal, layout, cache)
 
 
 def expected(maps: Tensor, sample: int, span: VisualSpan, signal: Attention) -> Tensor:

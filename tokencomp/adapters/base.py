@@ -18,8 +18,10 @@ from tokencomp.tokens import ATTENTION, FEATURES, QUERY, VisualSpan
 if TYPE_CHECKING:
     from tokencomp.engine.tower import TowerCall
 
-FEATURE_NAMES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 KINDS: dict[int, Literal["image", "video"]] = {1: "image", 2: "video"}
+PIXELS = {"pixel_values": 1, "pixel_values_videos": 2}
+ENCODED = "mm_encoder_outputs"  # features that `generate` has encoded beforehand, by kind
+TYPES = "mm_token_type_ids"  # 0 text, 1 image, 2 video, from the processor
 
 
 @dataclass
@@ -154,10 +156,23 @@ class Adapter:
 
     def carries_features(self, inputs: Mapping[str, Any]) -> bool:
         """Whether arguments of `body` or of a prefill hold images or videos."""
-        return any(given(inputs.get(name)) for name in FEATURE_NAMES)
+        return bool(self.feature_kinds(inputs))
+
+    def feature_kinds(self, inputs: Mapping[str, Any]) -> set[int]:
+        """Kinds (1 image, 2 video) of the pixels or encoded features among these arguments."""
+        kinds = {kind for name, kind in PIXELS.items() if inputs.get(name) is not None}
+        encoded = inputs.get(ENCODED)
+        if isinstance(encoded, Mapping):
+            kinds |= {kind for kind, name in KINDS.items() if encoded.get(name) is not None}
+        elif encoded is not None:
+            kinds |= set(KINDS)
+        return kinds
 
     def kinds(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Where the visual features of a call of `body` go.
+
+        A placeholder counts only if features of its kind were given: the same id in the text of a
+        question is text.
 
         Parameters
         ----------
@@ -169,12 +184,15 @@ class Adapter:
         Tensor of int8, shape (B, L), or None
             0 text, 1 image, 2 video. None if the call carries no visual features.
         """
-        if not self.carries_features(inputs):
-            return None
+        features = self.feature_kinds(inputs)
+        if not features:
+            return self._kinds_in_place(inputs)
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         source: Tensor = embeds if ids is None else ids  # type: ignore[assignment]
         kinds = torch.zeros(source.shape[:2], dtype=torch.int8, device=source.device)
         for token, kind in self.placeholder_ids().items():
+            if kind not in features:
+                continue
             if ids is not None:
                 kinds.masked_fill_(ids == token, kind)
             else:
@@ -182,6 +200,23 @@ class Adapter:
                 placeholder = table(torch.tensor(token, device=source.device))
                 kinds.masked_fill_((source == placeholder).all(-1), kind)
         return kinds
+
+    def _kinds_in_place(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Kinds of features that already stand in `inputs_embeds`, by the token types beside it."""
+        embeds, types = inputs.get("inputs_embeds"), inputs.get(TYPES)
+        if embeds is None or types is None or inputs.get("input_ids") is not None:
+            return None
+        if types.shape != embeds.shape[:2] or not bool(types.any()):
+            return None
+        return types.to(torch.int8)
+
+    def hides_features(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether `inputs_embeds` may hold features whose places nothing tells."""
+        return (
+            inputs.get("inputs_embeds") is not None
+            and inputs.get("input_ids") is None
+            and inputs.get(TYPES) is None
+        )
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
         """Visual spans of every sample, in order.
@@ -215,13 +250,6 @@ class Adapter:
 
     def uninstall(self) -> None:
         """Undo `install`; safe to call twice."""
-
-
-def given(value: Any) -> bool:
-    """Whether a feature argument holds features (a dict of Nones does not)."""
-    if isinstance(value, Mapping):
-        return any(v is not None for v in value.values())
-    return value is not None
 
 
 A = TypeVar("A", bound=type[Adapter])

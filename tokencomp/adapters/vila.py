@@ -197,6 +197,10 @@ class VilaPortAdapter(Adapter):
         embeds = inputs.get("inputs_embeds")
         return embeds is not None and self._copies(embeds) > 0 and any(self._noted.spans)
 
+    def hides_features(self, inputs: Mapping[str, Any]) -> bool:
+        embeds = inputs.get("inputs_embeds")
+        return embeds is not None and self._copies(embeds) == 0
+
     def _copies(self, embeds: Tensor) -> int:
         """How often the rows of the noted prompt are repeated in `embeds` (beams); 0: not it."""
         noted = self._noted.embeds

@@ -29,6 +29,8 @@ class CompressedLayer(DynamicLayer):
     sizes : Tensor of float32, shape (B, m), or None
         Tokens that the first m rows stand for under proportional attention; the others, or all
         where it is None, stand for one.
+    columns : Tensor of int64, shape (B, m), or None
+        Column of the uncompressed sequence of the first m rows; the others follow without a gap.
     starts_segment : bool
         True where this layer holds other rows than the layer before it.
     """
@@ -36,6 +38,7 @@ class CompressedLayer(DynamicLayer):
     dropped: int
     valid: Tensor | None
     sizes: Tensor | None
+    columns: Tensor | None
     starts_segment: bool
 
     @property
@@ -77,14 +80,15 @@ class CompressedLayer(DynamicLayer):
         self._change(lambda t: t[indices])
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Do to `valid` and `sizes` what was done to the rows."""
+        """Do to `valid`, `sizes` and `columns` what was done to the rows."""
         self.valid = None if self.valid is None else change(self.valid)
         self.sizes = None if self.sizes is None else change(self.sizes)
+        self.columns = None if self.columns is None else change(self.columns)
 
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
-        del self.dropped, self.valid, self.sizes, self.starts_segment
+        del self.dropped, self.valid, self.sizes, self.columns, self.starts_segment
         self.__class__ = DynamicLayer  # type: ignore[assignment]
 
 
@@ -122,6 +126,7 @@ def compress_layer(
     valid: Tensor | None,
     starts_segment: bool,
     sizes: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> None:
     """Make `layer` a `CompressedLayer` (if it is none yet) with `dropped` more tokens left out."""
     before = 0
@@ -130,4 +135,5 @@ def compress_layer(
     else:
         layer.__class__ = CompressedLayer
     layer.dropped, layer.valid, layer.sizes = before + dropped, valid, sizes
+    layer.columns = columns
     layer.starts_segment = starts_segment

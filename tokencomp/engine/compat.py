@@ -94,7 +94,9 @@ class MaskView:
         return self.physical + n, self.dropped
 
 
-def causal_mask(config: Any, hidden: Tensor, mask: Tensor | None, view: MaskView) -> Any:
+def causal_mask(
+    config: Any, hidden: Tensor, mask: Tensor | None, view: MaskView, text: Tensor | None = None
+) -> Any:
     """Transformers' own causal mask for one layer, whatever the attention backend.
 
     Parameters
@@ -102,13 +104,16 @@ def causal_mask(config: Any, hidden: Tensor, mask: Tensor | None, view: MaskView
     hidden : Tensor, shape (B, q, d)
         Read for its batch size, length, dtype and device.
     mask : Tensor of bool, shape (B, dropped + physical + q), or None
+    text : Tensor of int64, shape (B, q), or None
+        Positions that begin again in every prompt of a packed row; there is no cache then.
     """
     from transformers.masking_utils import create_causal_mask
 
     names = inspect.signature(create_causal_mask).parameters
     call: dict[str, Any] = {"config": config, "attention_mask": mask}
     call["inputs_embeds" if "inputs_embeds" in names else "input_embeds"] = hidden
-    call["cache" if "cache" in names else "past_key_values"] = view
+    call["cache" if "cache" in names else "past_key_values"] = view if text is None else None
+    call["position_ids"] = text
     if "cache_position" in names:
         start = view.get_seq_length()
         call["cache_position"] = torch.arange(start, start + hidden.shape[1], device=hidden.device)

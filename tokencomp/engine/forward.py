@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
 from tokencomp.engine.cache import CompressedLayer, physical_length
-from tokencomp.engine.layout import LiveSpan, RowLayout, compact, full_layout, take, write_merged
+from tokencomp.engine.layout import LiveSpan, RowLayout, compact, take, write_merged
+from tokencomp.engine.outputs import cached_columns, restore_map
+from tokencomp.engine.packing import sequence_lengths, text_positions
 from tokencomp.engine.probes import entry_scores, layer_scores
 from tokencomp.engine.stats import Stats, collect
-from tokencomp.errors import PaddingError
 from tokencomp.plan import Plan, Stage
 from tokencomp.tokens import (
     QUERY,
@@ -33,8 +34,8 @@ from tokencomp.tokens import (
 class Segment:
     """Layers `first … stop - 1`: they see the same rows, of this call and of earlier ones.
 
-    `physical`, `dropped`, `past`, `past_sizes` describe their cache layers at the start of the
-    call.
+    `physical`, `dropped`, `past`, `past_sizes`, `past_columns` describe their cache layers at the
+    start of the call.
     """
 
     first: int
@@ -43,16 +44,19 @@ class Segment:
     dropped: int = 0
     past: Tensor | None = None
     past_sizes: Tensor | None = None
+    past_columns: Tensor | None = None
     layout: RowLayout = field(default_factory=lambda: RowLayout(0, [], []))
     stage: Stage | None = None
     tables: tuple[Tensor, Tensor] | None = None
     mask: Any = None
+    text_positions: Tensor | None = None
     ready: bool = False
 
     @classmethod
     def after(cls, layer: CompressedLayer, first: int, stop: int, layout: RowLayout) -> Segment:
         """The segment of later tokens on cache layers like `layer`."""
-        return cls(first, stop, layer.rows, layer.dropped, layer.valid, layer.sizes, layout)
+        past = (layer.rows, layer.dropped, layer.valid, layer.sizes, layer.columns)
+        return cls(first, stop, *past, layout)
 
     @property
     def logical(self) -> int:
@@ -89,6 +93,25 @@ class Segment:
             old[:, : past.shape[1]] = past
         return torch.cat([old, new], dim=1)
 
+    def columns_before(self, batch: int, device: torch.device) -> Tensor | None:
+        """Column of every row cached before this call, (B, rows); None if nothing had left."""
+        return cached_columns(self.past_columns, self.physical, self.dropped, batch, device)
+
+    def all_columns(self, width: int) -> Tensor | None:
+        """Column of every row, cached before or new, (B, rows); None while no row has left.
+
+        `width` is the number of columns of this call in the caller's batch.
+        """
+        new = self.layout.origin
+        if new is None and not self.dropped:
+            return None
+        if new is None:
+            new = torch.arange(width)[None].expand(len(self.layout.lengths), -1)
+        past = self.columns_before(new.shape[0], new.device)
+        if past is None:
+            past = torch.arange(self.physical, device=new.device).expand(new.shape[0], -1)
+        return torch.cat([past, new + self.logical], dim=1)
+
     def padding_mask(self, new: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
         """The 2-D mask by logical column, as transformers counts: dropped columns are real."""
         if self.past is None and new is None:
@@ -105,14 +128,12 @@ class ForwardPass:
     ----------
     compresses
         True for a prefill with visual tokens, False for later tokens on a compressed cache.
-    width, lengths
-        Columns of the uncompressed call, and real tokens per sample.
+    width
+        Columns of the call in the caller's batch.
     layout
         Where tokens stand after the latest stage.
     tail
-        Text tokens after the last span, at least, over all samples.
-    draft
-        Trailing columns that are speculative tokens (assisted decoding), not prompt.
+        Last columns that stand where the caller put them, whatever leaves.
     tower
         Signals of the vision tower: values of every span of every sample, see `TowerProbe`.
     rotary
@@ -124,18 +145,20 @@ class ForwardPass:
         adapter: Adapter,
         plan: Plan,
         spans: list[list[VisualSpan]],
-        lengths: list[int],
+        layout: RowLayout,
         width: int,
-        draft: int,
     ) -> None:
-        self.adapter, self.plan = adapter, plan
-        self.width, self.lengths, self.spans = width, lengths, spans
-        self.layout = full_layout(width, lengths, spans)
+        self.adapter, self.plan, self.layout = adapter, plan, layout
+        self.width, self.spans, self.lengths = width, spans, layout.lengths
+        self.prompts = [
+            [(p.stop - p.start, [j for j, s in enumerate(row) if p.holds(s)]) for p in prompts]
+            for prompts, row in zip(layout.prompts, layout.spans, strict=False)
+        ]
         layers = len(adapter.layers)
         self.counts = [[plan.counts(s, layers) for s in row] for row in spans]
         self.tail = min((width - row[-1].stop for row in spans if row), default=width)
-        # drafts follow the prompt: who asks for logits of visual columns has no drafts in mind
-        self.draft = draft if draft <= self.tail else 0
+        if layout.origin is not None:  # the caller's last columns may be padding
+            self.tail = 0
         self.segments: list[Segment] = []
         self.rotary: Tensor | None = None
         self.tower: dict[str, list[list[Tensor]]] = {}
@@ -150,7 +173,7 @@ class ForwardPass:
         cls, adapter: Adapter, layers: list[Any], new: Tensor | None, width: int
     ) -> ForwardPass:
         """The forward pass of later tokens on a compressed cache."""
-        forward = cls(adapter, Plan(), [], [], width, 0)
+        forward = cls(adapter, Plan(), [], RowLayout(width, [], []), width)
         forward.compresses, forward._new = False, new
         starts = [i for i, layer in enumerate(layers) if i == 0 or layer.starts_segment]
         for first, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
@@ -174,27 +197,30 @@ class ForwardPass:
         x, positions
             With n columns.
         index : Tensor of int64, shape (B, n), or None
-            Column that each column was; None without an entry stage.
+            Column of the caller's batch that each column was; None if every column stays in place.
         """
+        self.layout = self.layout.to(x.device)
+        if self.layout.origin is not None:  # not left-padded: align the real columns first
+            valid = self.layout.valid(x.device)
+            tensors = [x, positions.to(x.device)]
+            x, positions = take(tensors, self.layout.origin, [1, -1], valid)
         stage = self.plan.entry
         if stage is None:
             self.segments[0].layout = self.layout
-            return x, positions, None
+            return x, positions, self.layout.origin
         for signal in stage.reducer.needs:
             if not isinstance(signal, str):
                 with self._timed():
                     tables = self.adapter.decoder.rotary_emb(x, positions)
                     self._scores[0] = entry_scores(
-                        self.adapter.layers[0], x, tables, signal, self.layout, self.draft, cache
+                        self.adapter.layers[0], x, tables, signal, self.layout, cache
                     )
         with self._timed():
-            (x, positions), index = self._reduce(stage, [x, positions], [1, -1])
+            x, positions = self._reduce(stage, [x, positions], [1, -1])
         self.segments[0].layout = self.layout
-        return x, positions, index
+        return x, positions, self.layout.origin
 
-    def _reduce(
-        self, stage: Stage, tensors: list[Tensor], dims: list[int]
-    ) -> tuple[list[Tensor], Tensor]:
+    def _reduce(self, stage: Stage, tensors: list[Tensor], dims: list[int]) -> list[Tensor]:
         """Apply a stage: the first of `tensors` is x (B, n, d), the others follow its columns."""
         from tokencomp.kernels.dispatch import no_autocast
 
@@ -206,7 +232,7 @@ class ForwardPass:
             tensors = [t.to(x.device) for t in tensors]
             tensors = take(tensors, index, dims, self.layout.valid(x.device))
             write_merged(tensors[0], self.layout, reductions)
-        return tensors, index
+        return tensors
 
     def _reductions(self, stage: Stage, x: Tensor) -> list[list[Reduction]]:
         """What the reducer of `stage` makes of every span of every sample."""
@@ -215,19 +241,25 @@ class ForwardPass:
         scores = self._scores.pop(stage.layer, None)
         reductions = []
         for b, row in enumerate(self.layout.spans):
-            query = self._query(stage, x, b)
             reduced = []
             for j, live in enumerate(row):
                 visual, text = self.counts[b][j][order], live.text_rows()
                 keep = visual + text.numel()
+                ends_question = live.stop == self.layout.prompt_of(b, live).question_stop
                 if keep == live.count or visual == 0:
                     rows = torch.arange(keep) if keep == live.count else text
-                    reduced.append(Reduction(rows.to(x.device)))
-                    continue
-                tokens = self._tokens(x, b, live, None if scores is None else scores[b][j], query)
-                tokens.place = (b, j)
-                self._add_tower(tokens, stage, b, j)
-                reduced.append(stage.reducer.reduced(tokens, keep))
+                    reduction = Reduction(rows.to(x.device))
+                else:
+                    query = self._query(stage, x, b, live)
+                    values = None if scores is None else scores[b][j]
+                    tokens = self._tokens(x, b, live, values, query)
+                    tokens.place = (b, j)
+                    self._add_tower(tokens, stage, b, j)
+                    reduction = stage.reducer.reduced(tokens, keep)
+                if ends_question and keep < live.count:
+                    reduction = keep_last(reduction, live, x[b, live.stop - 1])
+                    self.counts[b][j][order] = reduction.keep.numel() - text.numel()
+                reduced.append(reduction)
             reductions.append(reduced)
         return reductions
 
@@ -263,20 +295,20 @@ class ForwardPass:
         yield
         self.reduce_seconds += time.perf_counter() - started
 
-    def _query(self, stage: Stage, x: Tensor, b: int) -> Tensor | None:
-        """Text embeddings after the last span of a sample, for reducers that ask for them."""
-        if QUERY not in stage.reducer.needs or not self.layout.spans[b]:
+    def _query(self, stage: Stage, x: Tensor, b: int, live: LiveSpan) -> Tensor | None:
+        """Text embeddings after the last span of a prompt, for reducers that ask for them."""
+        if QUERY not in stage.reducer.needs:
             return None
-        last = self.layout.spans[b][-1]
-        stop = self.layout.width - self.draft
-        return x[b, last.start + last.count : stop]
+        prompt = self.layout.prompt_of(b, live)
+        last = max(s.stop for s in self.layout.spans[b] if prompt.holds(s))
+        return x[b, last : prompt.question_stop]
 
     # -- layers ---------------------------------------------------------------------------------
 
     def score(self, layer: int, attn: nn.Module, kwargs: dict[str, Any], signal: Any) -> None:
         """Scores for the stage before `layer`, from the attention call that has just run."""
         with self._timed():
-            self._scores[layer] = layer_scores(attn, kwargs, signal, self.layout, self.draft)
+            self._scores[layer] = layer_scores(attn, kwargs, signal, self.layout)
 
     def before_layer(
         self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -289,7 +321,9 @@ class ForwardPass:
         hidden = args[0] if args else kwargs["hidden_states"]
         if not segment.ready:
             hidden = self._enter(segment, hidden, kwargs)
-        kwargs["attention_mask"], kwargs["position_ids"] = segment.mask, None
+        kwargs["attention_mask"], kwargs["position_ids"] = segment.mask, segment.text_positions
+        if segment.layout.packed:
+            kwargs.update(sequence_lengths(segment.layout, kwargs))
         if segment.tables is not None:
             kwargs["position_embeddings"] = tuple(t.to(hidden.device) for t in segment.tables)
         if args:
@@ -305,15 +339,22 @@ class ForwardPass:
             tables = previous.tables or kwargs["position_embeddings"]
             dims = [1, *map(compat.sequence_dim, tables)]
             with self._timed():
-                (hidden, cos, sin), _ = self._reduce(segment.stage, [hidden, *tables], dims)
+                hidden, cos, sin = self._reduce(segment.stage, [hidden, *tables], dims)
             segment.tables = cos, sin
         new = self._new
         if self.compresses:
             segment.layout = self.layout
             new = self.layout.valid(hidden.device)
+        text = None
+        if segment.layout.packed and compat.get_cache(kwargs) is None:
+            # As in transformers, prompts of one row are told apart by positions that start again,
+            # and only where there is neither a mask nor a cache.
+            new, text = None, text_positions(segment.layout, hidden.device)
         mask = segment.padding_mask(new, hidden.shape[0], hidden.device)
         view = compat.MaskView(segment.physical, segment.dropped)
-        segment.mask = compat.causal_mask(self.adapter.text_config, hidden, mask, view)
+        config = self.adapter.text_config
+        segment.mask = compat.causal_mask(config, hidden, mask, view, text)
+        segment.text_positions = text
         segment.ready = True
         return hidden
 
@@ -327,6 +368,18 @@ class ForwardPass:
             valid = segment.all_valid(self._new)
             for layer in cache.layers[segment.first : segment.stop]:
                 layer.valid = valid
+
+    def full_maps(self, maps: Any) -> Any:
+        """Attention maps (B, H, rows, keys) of all layers, spread over all columns so far."""
+        full = []
+        for layer, weights in enumerate(maps):
+            segment = self.segment_of(layer)
+            if weights is not None:
+                past = segment.columns_before(weights.shape[0], weights.device)
+                layout = segment.layout
+                weights = restore_map(weights, layout, self.width, past, segment.logical)
+            full.append(weights)
+        return tuple(full)
 
     def stats(self, cache: Any) -> Stats:
         """What this call did, as `Handle.stats`."""
@@ -348,7 +401,7 @@ def build_segments(forward: ForwardPass, cache: Any, mask: Tensor | None) -> lis
             segment.physical = physical_length(layer)
             if isinstance(layer, CompressedLayer):
                 segment.dropped, segment.past = layer.dropped, layer.valid
-                segment.past_sizes = layer.sizes
+                segment.past_sizes, segment.past_columns = layer.sizes, layer.columns
             elif mask is not None and segment.physical:
                 past = mask[:, : segment.physical].bool()
                 segment.past = None if bool(past.all()) else past
@@ -356,24 +409,23 @@ def build_segments(forward: ForwardPass, cache: Any, mask: Tensor | None) -> lis
     return segments
 
 
-def check_padding(mask: Tensor | None, shape: torch.Size) -> list[int]:
-    """Real tokens per sample of this call.
+def keep_last(reduction: Reduction, live: LiveSpan, feature: Tensor) -> Reduction:
+    """Exchange a kept row for the last one of a span that ends a question.
 
-    Raises
-    ------
-    PaddingError
-        The last columns of `mask` are not zeros followed by ones.
+    The next token is predicted from the last column, so that column never leaves. The last kept
+    patch makes room for it; where only text and special tokens are kept, the count grows by one.
     """
-    batch, width = shape
-    if mask is None:
-        return [width] * batch
-    here = mask[:, -width:].bool().cpu()
-    lengths = here.sum(1).tolist()
-    for b, n in enumerate(lengths):
-        if n == 0 or not bool(here[b, width - n :].all()):
-            raise PaddingError(
-                f"sample {b}: attention_mask is not zeros followed by ones. Compression needs "
-                "left padding: set processor.tokenizer.padding_side = 'left' (generation needs it "
-                "anyway), and do not mask single tokens."
-            )
-    return lengths
+    keep, last = reduction.keep, live.count - 1
+    if keep.numel() and int(keep[-1]) == last:
+        return reduction
+    fixed = live.special_rows(keep.device)[keep]
+    patches = (~fixed).nonzero()[:, 0]
+    rest = torch.ones_like(keep, dtype=torch.bool)
+    rest[patches[-1:]] = False
+    end = keep.new_tensor([last])
+    merged, sizes = reduction.merged, reduction.sizes
+    if merged is not None:
+        merged = torch.cat([merged[rest], feature[None].to(merged)])
+    if sizes is not None:
+        sizes = torch.cat([sizes[rest], sizes.new_ones(1)])
+    return Reduction(torch.cat([keep[rest], end]), merged, sizes)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,17 +25,28 @@ from tokencomp.context_window import check_window
 from tokencomp.engine import compat
 from tokencomp.engine import prefill as chunking
 from tokencomp.engine.cache import CompressedLayer, check_cache, compress_layer
-from tokencomp.engine.forward import ForwardPass, Segment, build_segments, check_padding
-from tokencomp.engine.layout import RowLayout, restore
+from tokencomp.engine.forward import ForwardPass, Segment, build_segments
+from tokencomp.engine.layout import RowLayout, full_layout
+from tokencomp.engine.outputs import restore
+from tokencomp.engine.packing import sequence_lengths, text_positions
+from tokencomp.engine.padding import aligned_layout, left_padded, real_columns
 from tokencomp.engine.proportional import ProportionalAttention
+from tokencomp.engine.question import (
+    PromptLength,
+    build_prompts,
+    packed_starts,
+    starts_from_lengths,
+)
 from tokencomp.engine.refusals import check_prefill
 from tokencomp.engine.stats import Stats, warn_if_ratio_missed
 from tokencomp.engine.tower import TowerProbe, check_signals
-from tokencomp.errors import CopyError, NoVisualInputError, TokenCompError
+from tokencomp.errors import CopyError, NoVisualInputError, TokenCompError, UncompressedWarning
 from tokencomp.plan import Plan
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
+
+    from tokencomp.tokens import VisualSpan
 
 MASKLESS = ("sdpa", "flash")
 
@@ -62,6 +75,8 @@ class Hooks:
         self.stats: Stats | None = None
         self._told: set[str] = set()  # plans whose missed ratio was told
         self._local = threading.local()
+        self._prompt_length = PromptLength()
+        self._warned_hidden = False
         self._handles: list[RemovableHandle] = []
         self._layered = False
         self._tower: TowerProbe | None = None
@@ -93,6 +108,7 @@ class Hooks:
         if self.proportional is not None:
             self.proportional.install()
         chunking.install(a.top, a.carries_features)
+        self._prompt_length.install(a.top)
         a.install()
 
     def _install_scores(self) -> None:
@@ -127,6 +143,7 @@ class Hooks:
         if self.proportional is not None:
             self.proportional.remove()
         chunking.remove(self.adapter.top)
+        self._prompt_length.remove(self.adapter.top)
         self.adapter.uninstall()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -148,15 +165,18 @@ class Hooks:
 
     @torch.compiler.disable
     def _top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        keep = kwargs.get("logits_to_keep", 0)
-        if kwargs.get("labels") is not None or not isinstance(keep, int):
+        named = compat.bind(module, args, kwargs)
+        keep, labels = named.get("logits_to_keep", 0), named.get("labels")
+        if labels is not None or not isinstance(keep, int):
             keep = 0
+        self._local.labels = labels
         self._local.draft = max(keep - 1, 0)  # assisted decoding: speculative tokens at the end
         self._local.logits = keep if self._slices else 0
 
     @torch.compiler.disable
     def _top_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         self._local.logits = self._local.draft = 0
+        self._local.labels = None
 
     @torch.compiler.disable
     def _body(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -169,12 +189,28 @@ class Hooks:
             self._local.kinds, self._local.inputs = kinds.cpu(), named
         elif not _length(compat.get_cache(named)):
             self.stats = None  # not those of another prompt
-            if self.strict and self.plan.stages:
-                raise NoVisualInputError(
-                    "strict=True and this prompt brings no image or video (features that already "
-                    "stand in inputs_embeds are not seen), so nothing can be compressed. Pass "
-                    "pixel_values / pixel_values_videos, or patch(..., strict=False)."
-                )
+            if self.plan.stages:
+                self._without_features(named)
+
+    def _without_features(self, inputs: Mapping[str, Any]) -> None:
+        """A prompt that brings no features: refused if strict, and never silently uncompressed."""
+        hidden = self.adapter.hides_features(inputs)
+        if self.strict:
+            raise NoVisualInputError(
+                "strict=True and this prompt brings no image or video, so nothing can be "
+                "compressed. Pass pixel_values / pixel_values_videos; beside inputs_embeds with "
+                "features in place pass mm_token_type_ids (0 text, 1 image, 2 video) too; or use "
+                "patch(..., strict=False)."
+            )
+        if hidden and not self._warned_hidden:
+            self._warned_hidden = True
+            warnings.warn(
+                "a prompt came as inputs_embeds without pixels. If image or video features already "
+                "stand in it, they run uncompressed: nothing says where. Pass mm_token_type_ids "
+                "(0 text, 1 image, 2 video) beside it. This is said once per patch.",
+                UncompressedWarning,
+                stacklevel=2,
+            )
 
     @torch.compiler.disable
     def _body_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
@@ -215,16 +251,40 @@ class Hooks:
         check_cache(cache)
         layered, proportional = bool(self.plan.layer_stages), self.proportional is not None
         check_prefill(self.adapter, kwargs, kinds, layered, proportional)
-        lengths = check_padding(mask, kinds.shape)
-        positions = self._positions(kwargs, cache)
+        positions, text = self._positions(kwargs, cache)
         rows = positions.cpu() if self.adapter.mrope else None
         spans = self.adapter.spans(Call(kinds, x, rows, self.adapter.body, self._local.inputs))
         check_window(self.adapter, kinds, cache)
-        forward = ForwardPass(
-            self.adapter, self.plan, spans, lengths, x.shape[1], getattr(self._local, "draft", 0)
-        )
+        layout = self._layout(kwargs, spans, mask, text, _length(cache))
+        forward = ForwardPass(self.adapter, self.plan, spans, layout, x.shape[1])
         forward.segments = build_segments(forward, cache, mask)
         return forward, positions
+
+    def _layout(
+        self,
+        kwargs: dict[str, Any],
+        spans: list[list[VisualSpan]],
+        mask: Tensor | None,
+        text: Tensor | None,
+        past: int,
+    ) -> RowLayout:
+        """Where the tokens of a prefill stand: real columns, prompts, and the end of questions."""
+        shape = kwargs["inputs_embeds"].shape[:2]
+        real, starts = real_columns(mask, shape), None
+        if mask is None and past == 0:  # the only case in which transformers looks for packing
+            starts = packed_starts(None if text is None else text.cpu())
+            starts = starts or starts_from_lengths(kwargs.get("cu_seq_lens_q"), *shape)
+        generated = self._prompt_length.generated(past, shape[1])
+        if generated is None:
+            # Whoever asks for logits of visual columns has no draft tokens in mind.
+            tail = min((shape[1] - row[-1].stop for row in spans if row), default=0)
+            draft = getattr(self._local, "draft", 0)
+            generated = draft if draft <= tail else 0
+        labels = getattr(self._local, "labels", None)
+        prompts = build_prompts(real, spans, starts, labels, generated)
+        if left_padded(real):
+            return full_layout(shape[1], real.sum(1).tolist(), spans, prompts)
+        return aligned_layout(real, spans, prompts)
 
     def _compress(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
         """Prefill with visual tokens: plan, reduce at entry, positions, masks."""
@@ -238,6 +298,10 @@ class Hooks:
         valid = forward.layout.valid(x.device)
         if index is not None:
             self.adapter.gather_extra(kwargs, index, valid)
+        if forward.layout.packed:
+            kwargs.update(sequence_lengths(forward.layout, kwargs))
+            if cache is None and not kwargs.get("use_cache"):
+                valid = None  # padding is kept apart like a prompt of its own
         kwargs["inputs_embeds"] = x
         if self.compact_positions:
             positions = forward.segments[0].contiguous(valid, x)
@@ -299,12 +363,13 @@ class Hooks:
             for segment in forward.segments:
                 valid = segment.all_valid(segment.layout.valid(torch.device("cpu")))
                 sizes = None if self.proportional is None else segment.all_sizes()
+                columns = segment.all_columns(forward.width)
                 for i in range(segment.first, segment.stop):
                     layer = layers[i]
                     here = valid if valid is None else valid.to(layer.keys.device)
                     starts = i == segment.first and i > 0
                     dropped = forward.width - segment.layout.width
-                    compress_layer(layer, dropped, here, starts, sizes)
+                    compress_layer(layer, dropped, here, starts, sizes, columns)
         self.stats = stats = forward.stats(cache)
         warn_if_ratio_missed(stats, forward.plan, self._told)
         return self._restored(forward, out)
@@ -319,6 +384,8 @@ class Hooks:
                 s if s is None else restore(s, f.to(s.device), forward.width)
                 for s, f in zip(states, layouts, strict=True)
             )
+        if getattr(out, "attentions", None) is not None:
+            out.attentions = forward.full_maps(out.attentions)
         keep = getattr(self._local, "logits", 0)
         if 0 < keep <= forward.tail:
             return out
@@ -329,27 +396,38 @@ class Hooks:
 
     # -- positions ------------------------------------------------------------------------------
 
-    def _positions(self, kwargs: dict[str, Any], cache: Any) -> Tensor:
-        """Positions of the uncompressed call: (3, B, L) for M-RoPE, else (B, L)."""
+    def _positions(self, kwargs: dict[str, Any], cache: Any) -> tuple[Tensor, Tensor | None]:
+        """Positions of the uncompressed call, and those by which packed prompts are told apart.
+
+        Returns
+        -------
+        Tensor
+            (3, B, L) for M-RoPE, else (B, L).
+        Tensor or None
+            (B, L) or (1, L); None where the caller gave none.
+        """
         x, given = kwargs["inputs_embeds"], kwargs.get("position_ids")
         batch, n = x.shape[:2]
         if given is None:
             start = _length(cache)
-            given = torch.arange(start, start + n, device=x.device)[None]
+            own = torch.arange(start, start + n, device=x.device)[None]
+            return own.expand(*((3,) if self.adapter.mrope else ()), batch, -1), None
         if not self.adapter.mrope:
-            return given.expand(batch, -1)
+            return given.expand(batch, -1), given
         if given.ndim == 2:
             given = given[None]
-        return given[-3:].expand(3, batch, -1)
+        # Three rows are time, height and width alone; a fourth before them counts tokens.
+        text = given[0] if given.shape[0] == 4 else None
+        return given[-3:].expand(3, batch, -1), text
 
     def _set_positions(
         self, kwargs: dict[str, Any], forward: ForwardPass, positions: Tensor
     ) -> None:
-        # Gaps in text positions look like packed sequences to mask code and FlashAttention: those
-        # get contiguous ids, the rotary embedding alone the true ones.
-        text = torch.arange(positions.shape[-1], device=positions.device)[None]
+        # Gaps in text positions look like packed prompts to mask code and FlashAttention: those
+        # get positions without gaps, the rotary embedding alone the true ones.
+        text = text_positions(forward.layout, positions.device)
         if self.adapter.mrope:
-            text = text.expand(1, positions.shape[1], -1)
+            text = text.expand(positions.shape[1], -1)[None]
             kwargs["position_ids"] = torch.cat([text, positions])
         else:
             forward.rotary, kwargs["position_ids"] = positions, text

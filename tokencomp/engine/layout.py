@@ -7,10 +7,10 @@ that the last column is the last token of every sample.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokencomp.tokens import Reduction, VisualSpan
 
@@ -28,12 +28,50 @@ class LiveSpan:
         """The same with its tensor on `device`."""
         return self if self.index is None else replace(self, index=self.index.to(device))
 
+    @property
+    def stop(self) -> int:
+        """The column behind the last one."""
+        return self.start + self.count
+
+    def special_rows(self, device: torch.device) -> Tensor:
+        """Which rows of what is left are special tokens or text, bool, shape (count,)."""
+        special = self.span.special_mask(device)
+        return special if self.index is None else special[self.index.to(device)]
+
     def text_rows(self) -> Tensor:
         """Rows of what is left that are text between frames, int64, ascending."""
         mask = self.span.text_mask()
         if self.index is not None:
             mask = mask[self.index.cpu()]
         return mask.nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Columns `start … stop - 1` of a row: a whole sample, or one of several packed into a row.
+
+    Attributes
+    ----------
+    start, stop
+        Tokens of one prompt attend to each other and to no other prompt of the row.
+    trailing
+        How many of the last columns are not part of the question: the answer of a training
+        example, tokens generated so far, or draft tokens of assisted decoding. They never vote on
+        what is kept. They stand behind every visual token.
+    """
+
+    start: int
+    stop: int
+    trailing: int = 0
+
+    @property
+    def question_stop(self) -> int:
+        """The column behind the last token of the question."""
+        return self.stop - self.trailing
+
+    def holds(self, live: LiveSpan) -> bool:
+        """Whether a live span belongs to this prompt."""
+        return self.start <= live.start < self.stop
 
 
 @dataclass
@@ -47,9 +85,13 @@ class RowLayout:
     spans
         Live spans per sample, in order.
     origin : Tensor of int64, shape (B, width), or None
-        Column of the uncompressed call each token came from. None for the uncompressed layout.
+        Column of the caller's batch each token came from, ascending in every row, 0 at padding.
+        None while every column stands where the caller put it.
     sizes : Tensor of float32, shape (B, width), or None
         How many original tokens every column stands for; None: one each.
+    prompts
+        Prompts per row, in order; together they cover the real columns. Empty before a layout has
+        visual tokens.
     """
 
     width: int
@@ -57,6 +99,16 @@ class RowLayout:
     spans: list[list[LiveSpan]]
     origin: Tensor | None = None
     sizes: Tensor | None = None
+    prompts: list[list[Prompt]] = field(default_factory=list)
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds more than one prompt."""
+        return any(len(row) > 1 for row in self.prompts)
+
+    def prompt_of(self, sample: int, live: LiveSpan) -> Prompt:
+        """The prompt that a live span of row `sample` belongs to."""
+        return next(p for p in self.prompts[sample] if p.holds(live))
 
     @property
     def ragged(self) -> bool:
@@ -82,10 +134,17 @@ class RowLayout:
         return torch.arange(self.width, device=device)[None] >= starts[:, None]
 
 
-def full_layout(width: int, lengths: list[int], spans: list[list[VisualSpan]]) -> RowLayout:
-    """The layout of an uncompressed call."""
+def full_layout(
+    width: int,
+    lengths: list[int],
+    spans: list[list[VisualSpan]],
+    prompts: list[list[Prompt]] | None = None,
+) -> RowLayout:
+    """The layout of an uncompressed, left-padded call; one prompt per row unless given."""
     live = [[LiveSpan(s, s.start, s.length) for s in row] for row in spans]
-    return RowLayout(width, lengths, live)
+    if prompts is None:
+        prompts = [[Prompt(width - n, width)] for n in lengths]
+    return RowLayout(width, lengths, live, prompts=prompts)
 
 
 def compact(
@@ -116,14 +175,30 @@ def compact(
         spans.append(moved)
     lengths = [r.numel() for r in rows]
     width = max(lengths)
-    index = torch.stack([torch.nn.functional.pad(r, (width - r.numel(), 0)) for r in rows])
-    for moved, length in zip(spans, lengths, strict=True):
-        for item in moved:
+    index = torch.stack([nn.functional.pad(r, (width - r.numel(), 0)) for r in rows])
+    prompts = [
+        _shrunk(layout, b, live, width - length)
+        for b, (live, length) in enumerate(zip(spans, lengths, strict=True))
+    ]
+    for live, length in zip(spans, lengths, strict=True):
+        for item in live:
             item.start += width - length
     origin = index if layout.origin is None else layout.origin.gather(1, index)
-    moved_layout = RowLayout(width, lengths, spans, origin)
+    moved_layout = RowLayout(width, lengths, spans, origin, prompts=prompts)
     moved_layout.sizes = _sizes(layout, moved_layout, index, reductions)
     return moved_layout, index
+
+
+def _shrunk(layout: RowLayout, sample: int, after: list[LiveSpan], shift: int) -> list[Prompt]:
+    """The prompts of a row whose spans shrank to `after`, behind `shift` columns of padding."""
+    first = layout.width - layout.lengths[sample]
+    pairs = list(zip(layout.spans[sample], after, strict=True))
+
+    def place(column: int) -> int:
+        gone = sum(old.count - new.count for old, new in pairs if old.start < column)
+        return column - first - gone + shift
+
+    return [Prompt(place(p.start), place(p.stop), p.trailing) for p in layout.prompts[sample]]
 
 
 def _sizes(
@@ -176,20 +251,3 @@ def write_merged(x: Tensor, layout: RowLayout, reductions: list[list[Reduction]]
             if red.merged is not None:
                 x[b, item.start : item.start + item.count] = red.merged.to(x)
     return x
-
-
-def restore(x: Tensor, layout: RowLayout, width: int) -> Tensor:
-    """Spread rows of x (B, layout.width, d) over the `width` columns of the uncompressed call.
-
-    A column that is gone repeats the last row before it: what follows was predicted from that row,
-    so a label right behind a dropped token still trains. Zeros where there is none.
-    """
-    if layout.origin is None:
-        return x
-    columns, rows = torch.arange(width, device=x.device), []
-    for b, length in enumerate(layout.lengths):
-        origin = layout.origin[b, layout.width - length :].to(x.device)
-        before = torch.searchsorted(origin, columns, right=True)
-        own = torch.nn.functional.pad(x[b, layout.width - length :], (0, 0, 1, 0))
-        rows.append(own[before])
-    return torch.stack(rows)

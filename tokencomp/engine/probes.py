@@ -25,7 +25,6 @@ def layer_scores(
     kwargs: Mapping[str, Any],
     signal: Attention,
     layout: RowLayout,
-    draft: int,
 ) -> list[list[Tensor]]:
     """Scores of every live span from a self-attention call that has just run.
 
@@ -34,8 +33,8 @@ def layer_scores(
     attn, kwargs
         The self-attention module and the arguments of its call (normed hidden states, rotary
         tables, cache).
-    draft
-        Trailing columns that are speculative tokens, not prompt: they neither vote nor count.
+    layout
+        Only the question of every prompt votes and counts, see `Prompt.trailing`.
 
     Returns
     -------
@@ -47,17 +46,15 @@ def layer_scores(
     keys = None if cached is None else cached.keys
     past = 0 if keys is None else keys.shape[-2] - hidden.shape[1]
     scores: list[list[Tensor]] = []
-    for b, spans in enumerate(layout.spans):
-        if not spans:
-            scores.append([])
-            continue
-        first, stop = layout.width - layout.lengths[b], layout.width - draft
-        row = _Row(attn, hidden[b, first:stop], cos, sin, b, first, stop)
-        if keys is None:
-            k = row.keys()
-        else:
-            k = _with_past(cached, past, b, keys[b, :, past + first : past + stop])
-        scores.append(_span_scores(row, k, spans, signal))
+    for b, prompts in enumerate(prompts_with_spans(layout)):
+        scores.append([])
+        for first, stop, spans in prompts:
+            row = _Row(attn, hidden[b, first:stop], cos, sin, b, first, stop)
+            if keys is None:
+                k = row.keys()
+            else:
+                k = _with_past(cached, past, b, keys[b, :, past + first : past + stop])
+            scores[b] += _span_scores(row, k, spans, signal)
     return scores
 
 
@@ -68,22 +65,29 @@ def entry_scores(
     tables: tuple[Tensor, Tensor],
     signal: Attention,
     layout: RowLayout,
-    draft: int,
     cache: Any = None,
 ) -> list[list[Tensor]]:
     """Scores from layer 0 before it runs: its input norm, q, k and RoPE only."""
     cached = _cached_layer(cache, 0)
     past = physical_length(cached)
     scores: list[list[Tensor]] = []
-    for b, spans in enumerate(layout.spans):
-        first, stop = layout.width - layout.lengths[b], layout.width - draft
-        if not spans:
-            scores.append([])
-            continue
-        normed = layer.input_layernorm(hidden[b : b + 1, first:stop])[0]
-        row = _Row(layer.self_attn, normed, *tables, b, first, stop)
-        scores.append(_span_scores(row, _with_past(cached, past, b, row.keys()), spans, signal))
+    for b, prompts in enumerate(prompts_with_spans(layout)):
+        scores.append([])
+        for first, stop, spans in prompts:
+            normed = layer.input_layernorm(hidden[b : b + 1, first:stop])[0]
+            row = _Row(layer.self_attn, normed, *tables, b, first, stop)
+            k = _with_past(cached, past, b, row.keys())
+            scores[b] += _span_scores(row, k, spans, signal)
     return scores
+
+
+def prompts_with_spans(layout: RowLayout) -> list[list[tuple[int, int, list[LiveSpan]]]]:
+    """Per row: first column, column behind the question, and spans of every prompt with spans."""
+    rows = []
+    for prompts, spans in zip(layout.prompts, layout.spans, strict=True):
+        pairs = [(p, [s for s in spans if p.holds(s)]) for p in prompts]
+        rows.append([(p.start, p.question_stop, own) for p, own in pairs if own])
+    return rows
 
 
 class _Row:

@@ -11,7 +11,6 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
 from tokencomp.errors import (
     AlreadyCompressedError,
-    AttentionOutputError,
     OptionError,
     UnsupportedCacheError,
 )
@@ -39,7 +38,7 @@ def check_prefill(
 
     Raises
     ------
-    AlreadyCompressedError, UnsupportedCacheError, AttentionOutputError, OptionError
+    AlreadyCompressedError, UnsupportedCacheError, OptionError
     """
     shape, mask = kwargs["inputs_embeds"].shape[:2], kwargs.get("attention_mask")
     if shape != kinds.shape:
@@ -52,22 +51,8 @@ def check_prefill(
             "the attention mask was prepared before the decoder (static cache, or a custom 4-D "
             "mask). Use the default DynamicCache and a 2-D attention_mask."
         )
-    if between_layers and _wants_attentions(adapter, kwargs):
-        raise AttentionOutputError(
-            "output_attentions=True with tokens dropped between layers: attention maps would "
-            "differ in size. Use an entry reducer, or handle.disabled()."
-        )
     if compat.recomputed(adapter.layers[0]):
         _check_recomputation(between_layers, proportional)
-
-
-def _wants_attentions(adapter: Adapter, kwargs: Mapping[str, Any]) -> bool:
-    """Whether the call returns attention maps, by its arguments or else by the config."""
-    asked = kwargs.get("output_attentions")
-    if asked is None:
-        configs = (adapter.top.config, adapter.text_config)
-        return any(getattr(config, "output_attentions", False) for config in configs)
-    return bool(asked)
 
 
 def _check_recomputation(between_layers: bool, proportional: bool) -> None:

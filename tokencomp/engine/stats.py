@@ -29,6 +29,8 @@ class Stats:
         Per sample, per span: tokens left after each stage.
     lengths
         Real tokens per sample, uncompressed (text and visual).
+    prompts
+        Per sample, per prompt packed into it (usually one): its tokens, and numbers of its spans.
     stage_layers
         Decoder layer of each stage.
     past
@@ -43,6 +45,7 @@ class Stats:
     spans: list[list[VisualSpan]]
     counts: list[list[list[int]]]
     lengths: list[int]
+    prompts: list[list[tuple[int, list[int]]]]
     stage_layers: list[int]
     shape: DecoderShape
     past: int = 0
@@ -58,16 +61,8 @@ class Stats:
     @property
     def tokens_after(self) -> list[list[int]]:
         """Visual tokens per sample seen by each decoder layer."""
-        result = []
-        for row, counts in zip(self.spans, self.counts, strict=True):
-            seen, current = [], sum(s.visual for s in row)
-            for layer in range(self.shape.num_layers):
-                if layer in self.stage_layers:
-                    order = self.stage_layers.index(layer)
-                    current = sum(c[order] for c in counts)
-                seen.append(current)
-            result.append(seen)
-        return result
+        pairs = zip(self.counts, self.spans, strict=True)
+        return [self._left(counts, spans) for counts, spans in pairs]
 
     @property
     def ratio(self) -> float:
@@ -76,15 +71,32 @@ class Stats:
         after = sum(sum(seen) for seen in self.tokens_after)
         return 1.0 - after / before if before else 0.0
 
+    def _left(self, counts: list[list[int]], spans: list[VisualSpan]) -> list[int]:
+        """Visual tokens of some spans that every decoder layer sees."""
+        left, current = [], sum(s.visual for s in spans)
+        for layer in range(self.shape.num_layers):
+            if layer in self.stage_layers:
+                current = sum(c[self.stage_layers.index(layer)] for c in counts)
+            left.append(current)
+        return left
+
     def _lengths_after(self) -> list[list[int]]:
-        text = [n - v for n, v in zip(self.lengths, self.tokens_before, strict=True)]
-        return [[t + v for v in seen] for t, seen in zip(text, self.tokens_after, strict=True)]
+        """Per prompt: the tokens that every decoder layer sees."""
+        lengths = []
+        for spans, counts, prompts in zip(self.spans, self.counts, self.prompts, strict=True):
+            for length, chosen in prompts:
+                own = [spans[j] for j in chosen]
+                text = length - sum(s.visual for s in own)
+                left = self._left([counts[j] for j in chosen], own)
+                lengths.append([text + n for n in left])
+        return lengths
 
     @property
     def flops_before(self) -> int:
         """FLOPs of the decoder layers for this prefill without compression."""
         layers = self.shape.num_layers
-        return sum(self.shape.layer_flops(n, self.past) * layers for n in self.lengths)
+        lengths = [length for row in self.prompts for length, _ in row]
+        return sum(self.shape.layer_flops(n, self.past) * layers for n in lengths)
 
     @property
     def flops_after(self) -> int:
@@ -164,6 +176,7 @@ def collect(forward: ForwardPass, cache: Any) -> Stats:
         spans=forward.spans,
         counts=forward.counts,
         lengths=forward.lengths,
+        prompts=forward.prompts,
         stage_layers=[s.layer for s in forward.plan.stages],
         shape=DecoderShape.from_config(forward.adapter.text_config, dtype.itemsize),
         past=forward.segments[0].logical,

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter, Call, adapter_for
 from tokencomp.engine import compat
-from tokencomp.engine.forward import check_padding
 from tokencomp.engine.layout import full_layout
+from tokencomp.engine.padding import left_padded, real_columns
 from tokencomp.engine.probes import entry_scores
-from tokencomp.errors import OptionError
+from tokencomp.engine.question import build_prompts
+from tokencomp.errors import OptionError, PaddingError
 from tokencomp.tokens import Attention, VisualSpan
 
 INPUT_ONLY = ("labels", "logits_to_keep", "use_cache")
@@ -61,9 +62,12 @@ class Capture:
         list per sample of list per span of Tensor, float32, shape (span.length,)
         """
         tables = self.arguments[0]["position_embeddings"]
-        layout = full_layout(self.width, self.lengths, self.spans)
+        columns = torch.arange(self.width)[None]
+        real = columns >= self.width - torch.tensor(self.lengths)[:, None]
+        prompts = build_prompts(real, self.spans, generated=answer)
+        layout = full_layout(self.width, self.lengths, self.spans, prompts)
         layer, signal = self.adapter.layers[0], Attention("text")
-        return entry_scores(layer, self.inputs[0], tables, signal, layout, answer)
+        return entry_scores(layer, self.inputs[0], tables, signal, layout)
 
 
 @torch.no_grad()
@@ -120,7 +124,10 @@ def _spans_of(made: Capture, call: dict[str, Any]) -> Callable[..., None]:
         if made.adapter.mrope and positions is not None:
             rows = positions[-3:].expand(3, ids.shape[0], -1).cpu()
         made.width = ids.shape[1]
-        made.lengths = check_padding(call.get("attention_mask"), ids.shape)
+        real = real_columns(call.get("attention_mask"), ids.shape)
+        if not left_padded(real):
+            raise PaddingError("training reads left-padded batches: set padding_side = 'left'.")
+        made.lengths = real.sum(1).tolist()
         made.spans = made.adapter.spans(Call(kinds.cpu(), x, rows, made.adapter.body, call))
 
     return hook

@@ -1,0 +1,168 @@
+"""Which columns of a call are prompts, and where the question of each prompt ends.
+
+Reducers that look at the question must choose the same tokens whether a call holds the question
+alone, the question and its answer (training, scored choices), tokens generated so far (generation
+without a cache) or draft tokens (assisted decoding).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.engine.layout import Prompt
+from tokencomp.tokens import VisualSpan
+
+IGNORED = -100  # label of a column that is not trained, as in transformers
+GENERATE = "generate"
+
+
+def build_prompts(
+    real: Tensor,
+    spans: list[list[VisualSpan]],
+    starts: list[list[int]] | None = None,
+    labels: Tensor | None = None,
+    generated: int = 0,
+) -> list[list[Prompt]]:
+    """The prompts of every row, in columns of the caller's batch.
+
+    Parameters
+    ----------
+    real : Tensor of bool on the CPU, shape (B, L)
+        False at columns that the attention mask hides.
+    spans
+        Visual spans per row.
+    starts
+        First columns of the prompts packed into each row; None: one prompt per row.
+    labels : Tensor of int64, shape (B, L), or None
+        The answer begins with the last run of labels that are trained.
+    generated
+        How many of the last columns were generated or drafted; used where there are no labels.
+    """
+    labels = None if labels is None or labels.shape != real.shape else labels.cpu()
+    rows = []
+    for b, row in enumerate(real):
+        columns = row.nonzero()[:, 0].tolist()
+        first, stop = (columns[0], columns[-1] + 1) if columns else (0, 0)
+        bounds = [first, *(s for s in (starts[b] if starts else ()) if first < s < stop), stop]
+        prompts = []
+        for begin, end in itertools.pairwise(bounds):
+            visual = max((s.stop for s in spans[b] if begin <= s.start < end), default=begin)
+            answer = end - generated
+            if labels is not None:
+                answer = answer_start(labels[b], begin, end)
+            prompts.append(Prompt(begin, end, end - max(answer, visual)))
+        rows.append(prompts)
+    return rows
+
+
+def answer_start(labels: Tensor, start: int, stop: int) -> int:
+    """First column of the last run of trained labels in columns `start … stop - 1`, or `stop`.
+
+    Parameters
+    ----------
+    labels : Tensor of int64 on the CPU, shape (L,)
+    """
+    trained = (labels[start:stop] != IGNORED).nonzero()[:, 0]
+    if not trained.numel():
+        return stop
+    gaps = (trained.diff() != 1).nonzero()[:, 0]
+    return start + int(trained[int(gaps[-1]) + 1] if gaps.numel() else trained[0])
+
+
+def packed_starts(text_positions: Tensor | None) -> list[list[int]] | None:
+    """First columns of packed prompts: positions that do not follow, the rule of transformers.
+
+    Parameters
+    ----------
+    text_positions : Tensor of int64 on the CPU, shape (B, L) or (1, L), or None
+        One position per token, as the caller gave them.
+
+    Returns
+    -------
+    list of list of int, or None
+        Per row; None if no row is packed.
+    """
+    if text_positions is None:
+        return None
+    breaks = text_positions.diff(dim=-1) != 1
+    if not bool(breaks.any()):
+        return None
+    return [[0, *(int(c) + 1 for c in row.nonzero()[:, 0])] for row in breaks]
+
+
+def starts_from_lengths(cumulative: Any, batch: int, width: int) -> list[list[int]] | None:
+    """First columns of packed prompts from `cu_seq_lens_q`, which counts over all rows.
+
+    Parameters
+    ----------
+    cumulative : Tensor of int32, shape (prompts + 1,), or None
+    """
+    if cumulative is None:
+        return None
+    bounds = torch.as_tensor(cumulative).tolist()
+    rows = [
+        [c - b * width for c in bounds if b * width <= c < (b + 1) * width] for b in range(batch)
+    ]
+    return rows if any(len(row) > 1 for row in rows) else None
+
+
+class PromptLength:
+    """Knows, inside of `model.generate`, how many columns the prompt has.
+
+    `generate` calls the model with the prompt and whatever it has drafted or generated since; only
+    the caller of `generate` knows where one ends and the other begins. A patched model therefore
+    carries a `generate` of its own that notes this and calls the original.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._original: Any = None
+
+    @property
+    def columns(self) -> int | None:
+        """Columns of the prompt of the `generate` call that runs in this thread, if one does."""
+        return getattr(self._local, "columns", None)
+
+    def generated(self, past: int, width: int) -> int | None:
+        """How many columns of a call of `width` columns behind `past` ones are not the prompt's.
+
+        None outside of `generate`.
+        """
+        return None if self.columns is None else max(0, past + width - self.columns)
+
+    def install(self, model: Any) -> None:
+        """Replace `model.generate`, if the model has it."""
+        if hasattr(model, GENERATE):
+            self._original = model.__dict__.get(GENERATE)
+            model.__dict__[GENERATE] = functools.partial(self._generate, model)
+
+    def remove(self, model: Any) -> None:
+        """Undo `install`; safe to call twice."""
+        now = model.__dict__.get(GENERATE)
+        if isinstance(now, functools.partial) and getattr(now.func, "__self__", None) is self:
+            del model.__dict__[GENERATE]
+            if self._original is not None:
+                model.__dict__[GENERATE] = self._original
+
+    def _generate(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        original = self._original or functools.partial(type(model).generate, model)
+        before, self._local.columns = self.columns, prompt_columns(args, kwargs)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._local.columns = before
+
+
+def prompt_columns(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Columns of the prompt that `generate` was called with, or None if it is not said."""
+    for name in ("inputs_embeds", "input_ids", "inputs"):
+        if isinstance(kwargs.get(name), Tensor):
+            return int(kwargs[name].shape[1])
+    return int(args[0].shape[1]) if args and isinstance(args[0], Tensor) else None
