@@ -127,20 +127,6 @@ def test_stage_outside_the_decoder(family: Family) -> None:
         Plan((Stage(2, 0.5, make_reducer("uniform")), Stage(0, 0.2, make_reducer("uniform"))))
 
 
-def test_right_padding(family: Family) -> None:
-    inputs = prompt(family)
-    pad = torch.zeros(1, 3, dtype=torch.long)
-    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
-        if key in inputs:
-            inputs[key] = torch.cat([inputs[key], pad.to(inputs[key])], 1)
-    model = family.build()
-    with (
-        tokencomp.patch(model, 0.5),
-        pytest.raises(errors.PaddingError, match="padding_side = 'left'"),
-    ):
-        model(**inputs)
-
-
 @pytest.mark.parametrize("kind", ["static", "sliding_window", "quantized-like"])
 def test_caches(family: Family, kind: str) -> None:
     model, inputs = family.build(), prompt(family)
@@ -186,22 +172,6 @@ def test_paged_cache(family: Family) -> None:
         pytest.raises(errors.UnsupportedCacheError, match="continuous batching"),
     ):
         model(**prompt(family), past_key_values=PagedAttentionCache(), use_cache=True)
-
-
-def test_output_attentions_under_layer_stages(family: Family) -> None:
-    model, inputs = family.build("eager"), prompt(family)
-    with (
-        tokencomp.patch(model, 0.5, reducer="prune"),
-        pytest.raises(errors.AttentionOutputError, match="entry reducer"),
-    ):
-        model(**inputs, output_attentions=True)
-    if not hasattr(model, "llm"):
-        model.config.get_text_config().output_attentions = True  # asked for once and for all
-        with (
-            tokencomp.patch(model, 0.5, reducer="prune"),
-            pytest.raises(errors.AttentionOutputError, match="entry reducer"),
-        ):
-            model(**inputs)
 
 
 def test_what_a_handle_cannot_do(family: Family) -> None:

@@ -117,3 +117,10 @@ def cache_of(output: Any) -> Any:
         if output.get(name) is not None:
             return output[name]
     return None
+
+
+def repeated_maps(maps: Tensor, mask: Tensor) -> Tensor:
+    """Maps (B, H, L, L) where a query row that is not in mask (B, L) repeats the last that is."""
+    heads = maps.shape[1]
+    rows = repeated(maps.transpose(1, 2).flatten(2), mask)
+    return rows.unflatten(2, (heads, -1)).transpose(1, 2)

@@ -356,7 +356,10 @@ class Hooks:
         cache = compat.get_cache(kwargs, out)
         if not forward.compresses:
             forward.extend_valid(cache)
-            return None
+            if getattr(out, "attentions", None) is None:
+                return None
+            out.attentions = forward.full_maps(out.attentions)
+            return out
         check_cache(cache)
         layers = getattr(cache, "layers", None)
         if layers and layers[0].keys is not None:  # checkpointed layers write nothing
@@ -391,7 +394,10 @@ class Hooks:
             return out
         if isinstance(out, tuple):
             return (restore(out[0], forward.layout, forward.width), *out[1:])
-        out.last_hidden_state = restore(out.last_hidden_state, forward.layout, forward.width)
+        last = out.last_hidden_state
+        out.last_hidden_state = restore(last, forward.layout, forward.width)
+        if states is not None and states[-1] is last:  # one tensor, so that both carry gradients
+            out.hidden_states = (*out.hidden_states[:-1], out.last_hidden_state)
         return out
 
     # -- positions ------------------------------------------------------------------------------

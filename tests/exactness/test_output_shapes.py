@@ -1,0 +1,95 @@
+"""Attention maps and hidden states of full length: a dropped key has weight 0."""
+
+from __future__ import annotations
+
+import oracle
+import plans
+import pytest
+import torch
+from tests_support import FAMILIES, Family, text
+
+import tokencomp
+
+NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]
+
+
+@pytest.fixture(params=NAMES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.mark.parametrize("name", plans.NAMES)
+def test_maps_are_those_of_the_masked_run(family: Family, name: str) -> None:
+    model = family.build("eager")
+    inputs = family.batch(
+        [[text(3), family.image(0), text(9, 3)], [family.image(1), text(5, 4)], [text(6)]]
+    )
+    where = family.positions(model, inputs)
+    options = {"use_cache": False, "output_attentions": True, "output_hidden_states": True}
+    with torch.no_grad(), tokencomp.patch(model, plan=plans.make(name, family.layers)) as handle:
+        got = model(**inputs, position_ids=where, **options)
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+    with torch.no_grad(), oracle.layer_masks(model, family, masks):
+        full = model(**inputs, position_ids=where, **options)
+    width = inputs["input_ids"].shape[1]
+    assert len(got.attentions) == family.layers
+    for layer, mask in enumerate(masks):
+        here, there = got.attentions[layer], full.attentions[layer]
+        assert here.shape == there.shape == (3, here.shape[1], width, width)
+        for b in range(3):
+            rows = mask[b]
+            torch.testing.assert_close(here[b][:, rows], there[b][:, rows], atol=1e-5, rtol=1e-4)
+            assert bool((here[b][:, rows][..., ~rows] == 0).all())
+        hidden = got.hidden_states[layer + 1], full.hidden_states[layer + 1]
+        torch.testing.assert_close(hidden[0][mask], hidden[1][mask], atol=1e-4, rtol=1e-4)
+    assert torch.equal(got.attentions[-1], oracle.repeated_maps(got.attentions[-1], masks[-1]))
+
+
+@pytest.mark.parametrize("name", ["entry", "both"])
+def test_maps_of_later_turns(family: Family, name: str) -> None:
+    """A second prompt with an image, and single tokens after it, on a compressed cache."""
+    model = family.build("eager")
+    one, two = family.image(0), family.image(1)
+    first = family.batch([[text(3), one, text(4, 3)]])
+    whole = family.batch([[text(3), one, text(4, 3), two, text(5, 5)]])
+    where, split = family.positions(model, whole), first["input_ids"].shape[1]
+    turn = family.batch([[two, text(5, 5)]])
+    turn["attention_mask"] = whole["attention_mask"]
+    options = {"use_cache": True, "output_attentions": True}
+    masks = []
+    with torch.no_grad(), tokencomp.patch(model, plan=plans.make(name, family.layers)) as handle:
+        out = model(**first, position_ids=where[..., :split], **options)
+        masks.append(oracle.kept_columns(handle, first, family.layers))
+        cache = oracle.cache_of(out)
+        second = model(**turn, position_ids=where[..., split:], past_key_values=cache, **options)
+        own = {"attention_mask": torch.ones_like(turn["input_ids"])}
+        masks.append(oracle.kept_columns(handle, own, family.layers))
+        step = {"input_ids": torch.tensor([[7]]), "position_ids": where[..., -1:] + 1}
+        third = model(**step, past_key_values=cache, **options)
+    seen = [torch.cat([a, b], 1) for a, b in zip(*masks, strict=True)]
+    plain = {**whole, "position_ids": where}
+    with torch.no_grad(), oracle.layer_masks(model, family, seen):
+        full = model(**plain, use_cache=False, output_attentions=True).attentions
+    width = whole["input_ids"].shape[1]
+    for layer, mask in enumerate(seen):
+        rows = mask[0, split:]
+        expected = full[layer][0, :, split:][:, rows]
+        torch.testing.assert_close(
+            second.attentions[layer][0][:, rows], expected, atol=1e-5, rtol=1e-4
+        )
+        last = third.attentions[layer]
+        assert last.shape[-2:] == (1, width + 1)
+        hidden = torch.cat([~mask[0], torch.zeros(1, dtype=torch.bool)])
+        assert bool((last[..., hidden] == 0).all()) and bool((last[..., ~hidden] > 0).all())
+
+
+def test_the_last_hidden_state_carries_gradients(family: Family) -> None:
+    """As without a patch, it is the tensor that the logits are made of."""
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(0), text(9, 3)]])
+    with tokencomp.patch(model, 0.5):
+        out = model(**inputs, output_hidden_states=True)
+        out.hidden_states[-1].retain_grad()
+        out.logits[0, -1].sum().backward()
+    assert out.hidden_states[-1].grad is not None
+    assert out.hidden_states[-1].grad[0, -1].abs().max() > 0
