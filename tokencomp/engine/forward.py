@@ -199,11 +199,11 @@ class ForwardPass:
         index : Tensor of int64, shape (B, n), or None
             Column of the caller's batch that each column was; None if every column stays in place.
         """
-        self.layout = self.layout.to(x.device)
-        if self.layout.origin is not None:  # not left-padded: align the real columns first
+        origin = self.layout.origin
+        if origin is not None:  # not left-padded: align the real columns first
             valid = self.layout.valid(x.device)
             tensors = [x, positions.to(x.device)]
-            x, positions = take(tensors, self.layout.origin, [1, -1], valid)
+            x, positions = take(tensors, origin.to(x.device), [1, -1], valid)
         stage = self.plan.entry
         if stage is None:
             self.segments[0].layout = self.layout
