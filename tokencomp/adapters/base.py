@@ -186,7 +186,7 @@ class Adapter:
         """
         features = self.feature_kinds(inputs)
         if not features:
-            return self._kinds_in_place(inputs)
+            return self.kinds_in_place(inputs)
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         source: Tensor = embeds if ids is None else ids  # type: ignore[assignment]
         kinds = torch.zeros(source.shape[:2], dtype=torch.int8, device=source.device)
@@ -201,8 +201,8 @@ class Adapter:
                 kinds.masked_fill_((source == placeholder).all(-1), kind)
         return kinds
 
-    def _kinds_in_place(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Kinds of features that already stand in `inputs_embeds`, by the token types beside it."""
+    def kinds_in_place(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Kinds (B, L) of features that already stand in `inputs_embeds`; None if nothing tells."""
         embeds, types = inputs.get("inputs_embeds"), inputs.get(TYPES)
         if embeds is None or types is None or inputs.get("input_ids") is not None:
             return None
@@ -212,11 +212,8 @@ class Adapter:
 
     def hides_features(self, inputs: Mapping[str, Any]) -> bool:
         """Whether `inputs_embeds` may hold features whose places nothing tells."""
-        return (
-            inputs.get("inputs_embeds") is not None
-            and inputs.get("input_ids") is None
-            and inputs.get(TYPES) is None
-        )
+        embeds = inputs.get("inputs_embeds") is not None and inputs.get("input_ids") is None
+        return embeds and inputs.get(TYPES) is None and self.kinds_in_place(inputs) is None
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
         """Visual spans of every sample, in order.

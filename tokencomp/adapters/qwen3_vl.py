@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from tokencomp.adapters.base import Call, register_adapter
 from tokencomp.adapters.qwen_vl import Qwen2VLAdapter
 from tokencomp.engine.layout import take
 from tokencomp.errors import SpanError
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens import Grid, VisualSpan
 
 
 @register_adapter
@@ -39,6 +39,10 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
             list(_join_frames(self.row_spans(call, b), lengths, b))
             for b in range(call.kinds.shape[0])
         ]
+
+    def _token_grids(self, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+        grids = super()._token_grids(inputs, kind)
+        return [(1, h, w) for t, h, w in grids for _ in range(t)]  # text stands between frames
 
     def gather_extra(
         self, kwargs: MutableMapping[str, Any], index: Tensor, valid: Tensor | None

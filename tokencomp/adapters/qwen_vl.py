@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter, Call, register_adapter
 from tokencomp.engine import compat
 from tokencomp.errors import SpanError
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens import Grid, VisualSpan
 
 if TYPE_CHECKING:
     from tokencomp.engine.tower import TowerCall
@@ -38,6 +40,20 @@ class Qwen2VLAdapter(Adapter):
     def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
         unit = self.model.config.vision_config.spatial_merge_size**2
         return values[0].unflatten(0, (-1, unit)).mean(1)
+
+    def kinds_in_place(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        kinds, positions = super().kinds_in_place(inputs), inputs.get("position_ids")
+        if kinds is not None or inputs.get("inputs_embeds") is None or positions is None:
+            return kinds
+        grids = {kind: self._token_grids(inputs, kind) for kind in ("image", "video")}
+        return kinds_from_grids(positions.cpu(), grids) if positions.ndim == 3 else None
+
+    def _token_grids(self, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+        """Grids (t, h, w) in tokens of all images or videos of a batch, in order."""
+        grids = inputs.get(f"{kind}_grid_thw")
+        side = self.model.config.vision_config.spatial_merge_size
+        rows = [] if grids is None else grids.tolist()
+        return [(t, h // side, w // side) for t, h, w in rows]
 
     def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
         if call.positions is None:
@@ -71,6 +87,56 @@ class Qwen2VLAdapter(Adapter):
         if not self._video_checked:  # the answer stays the same as long as the model
             compat.check_rope_index(self.model, "video")
             self._video_checked = True
+
+
+def kinds_from_grids(positions: Tensor, grids: dict[str, list[Grid]]) -> Tensor | None:
+    """Where the media of known grids stand, found by the positions that they were given.
+
+    Parameters
+    ----------
+    positions : Tensor of int64 on the CPU, shape (3 or 4, B, L)
+        Rows of time, height and width last.
+    grids
+        By kind, in tokens and in the order of the batch.
+
+    Returns
+    -------
+    Tensor of int8, shape (B, L), or None
+        0 text, 1 image, 2 video. None if not every grid was found, or there is none.
+    """
+    pending = {kind: list(rows) for kind, rows in grids.items() if rows}
+    kinds = torch.zeros(positions.shape[1:], dtype=torch.int8)
+    found = bool(pending)
+    for b in range(kinds.shape[0]):
+        cursor = 0
+        while True:
+            starts = {k: _raster_start(positions[-3:, b], cursor, g[0]) for k, g in pending.items()}
+            starts = {kind: start for kind, start in starts.items() if start >= 0}
+            if not starts:
+                break
+            kind = min(starts, key=starts.__getitem__)
+            cursor = starts[kind] + math.prod(pending[kind].pop(0))
+            kinds[b, starts[kind] : cursor] = 1 if kind == "image" else 2
+            pending = {k: g for k, g in pending.items() if g}
+    return kinds if found and not pending else None
+
+
+def _raster_start(positions: Tensor, cursor: int, grid: Grid) -> int:
+    """First column from `cursor` on where positions (3, L) run through `grid`, or -1.
+
+    A single token has the positions of text, so a grid of one is never found.
+    """
+    count, (_, rows, cols) = math.prod(grid), grid
+    if count == 1 or cursor + count > positions.shape[1]:
+        return -1
+    windows = positions[:, cursor:].unfold(1, count, 1)
+    windows = windows - windows[..., :1]
+    raster = torch.arange(count)
+    match = (windows[1] == raster // cols % rows).all(1) & (windows[2] == raster % cols).all(1)
+    frames = windows[0].unflatten(1, (-1, rows * cols))
+    match &= (frames == frames[..., :1]).all(-1).all(-1)
+    starts = match.nonzero()[:, 0]
+    return cursor + int(starts[0]) if starts.numel() else -1
 
 
 @register_adapter

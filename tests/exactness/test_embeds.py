@@ -1,0 +1,106 @@
+"""Features that already stand in `inputs_embeds`, and placeholders that stand for nothing."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from tests_support import FAMILIES, VIDEO, Family, text
+from torch import Tensor, nn
+
+import tokencomp
+from tokencomp.errors import NoVisualInputError, UncompressedWarning
+
+NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]
+
+
+@pytest.fixture(params=NAMES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+def embedded(family: Family, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The prompt as embeddings with the features in place, read at the unpatched decoder."""
+    seen: dict[str, Tensor] = {}
+
+    def note(module: nn.Module, args: object, kwargs: dict) -> None:
+        seen.update(inputs_embeds=kwargs["inputs_embeds"])
+
+    hook = family.decoder(model).register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    where = family.positions(model, inputs)
+    return {**seen, "attention_mask": inputs["attention_mask"], "position_ids": where}
+
+
+def test_compressed_where_types_tell_the_places(family: Family) -> None:
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(0), text(9, 3)], [text(6)]])
+    given = embedded(family, model, inputs)
+    position = {"position_ids": given["position_ids"]}
+    types = (inputs["input_ids"] == 150).int() + 2 * (inputs["input_ids"] == VIDEO).int()
+    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="uniform", strict=True) as handle:
+        expected = model(**inputs, **position).logits
+        kept = [handle.stats.kept(b) for b in range(2)]
+        got = model(**given, mm_token_type_ids=types).logits
+        assert [handle.stats.kept(b) for b in range(2)] == kept and handle.stats.ratio > 0.4
+    if family.name != "qwen3_vl":  # its deepstack features stand beside the embeddings
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_compressed_where_grids_tell_the_places(name: str) -> None:
+    """M-RoPE positions and grids say where images and videos stand."""
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = family.batch(
+        [[text(3), family.image(0), text(9, 3), family.image(1)], [text(2), family.video(4)]]
+    )
+    given = embedded(family, model, inputs)
+    grids = {k: v for k, v in inputs.items() if k.endswith("_grid_thw")}
+    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="uniform", strict=True) as handle:
+        model(**inputs, position_ids=given["position_ids"])
+        expected = [(handle.stats.spans[b], handle.stats.kept(b)) for b in range(2)]
+        model(**given, **grids)
+        assert [(handle.stats.spans[b], handle.stats.kept(b)) for b in range(2)] == expected
+
+
+def test_a_warning_where_nothing_tells(family: Family) -> None:
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(0), text(9, 3)]])
+    given = embedded(family, model, inputs)
+    with torch.no_grad(), tokencomp.patch(model, 0.5) as handle:
+        with pytest.warns(UncompressedWarning, match="mm_token_type_ids"):
+            model(**given)
+        assert handle.stats is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(**given)  # once per patch
+            model(**inputs)
+    with (
+        tokencomp.patch(model, 0.5, strict=True),
+        pytest.raises(NoVisualInputError, match="mm_token_type_ids"),
+    ):
+        model(**given)
+    with warnings.catch_warnings(), tokencomp.patch(model, 0.0):
+        warnings.simplefilter("error")
+        model(**given)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_a_placeholder_without_features_is_text(name: str) -> None:
+    """A stray video token in a question about an image."""
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(0), [*text(4, 3), VIDEO, *text(4, 4)]]])
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == 150).int()
+    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="uniform") as handle:
+        model(**inputs)
+        assert [span.kind for span in handle.stats.spans[0]] == ["image"] * len(
+            handle.stats.spans[0]
+        )
+        out = model.generate(**inputs, max_new_tokens=3)
+    assert out.shape[1] > inputs["input_ids"].shape[1]

@@ -1,0 +1,94 @@
+"""A handle that is changed while other threads use the model."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from tests_support import FAMILIES, text
+
+import tokencomp
+from tokencomp.engine.gate import CallGate
+
+NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]
+SETTINGS = [
+    {"reducer": "fastv", "ratio": 0.5},
+    {"reducer": "uniform", "ratio": 0.75},
+    {"reducer": "condiv", "ratio": 0.3},
+    {"reducer": "uniform", "ratio": 0.0},
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_set_while_others_call(name: str) -> None:
+    """Every call is whole: its logits are those of one of the settings."""
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(0), text(9, 3)]])
+    expected, results, errors = [], [], []
+    with torch.no_grad(), tokencomp.patch(model, 0.5) as handle:
+        for setting in SETTINGS:
+            handle.set(**setting)
+            expected.append(model(**inputs, use_cache=False).logits)
+        stop = threading.Event()
+
+        def call() -> None:
+            try:
+                while not stop.is_set():
+                    with torch.no_grad():
+                        results.append(model(**inputs, use_cache=False).logits)
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=call) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        changes = 0
+        while len(results) < 60 and not errors:
+            handle.set(**SETTINGS[changes % len(SETTINGS)])
+            changes += 1
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not errors, errors[0]
+    assert changes > 4
+    for logits in results:
+        assert any(torch.allclose(logits, other, atol=1e-5) for other in expected)
+
+
+def test_a_call_that_was_interrupted_blocks_nobody() -> None:
+    """An interrupt from the keyboard skips hooks; the thread that had it can still change."""
+    gate = CallGate()
+    gate.enter()
+    with gate.change(), gate.change():
+        pass
+    dead = threading.Thread(target=gate.enter)
+    dead.start()
+    dead.join()
+    with gate.change():
+        pass
+
+
+def test_changes_and_calls_exclude_each_other() -> None:
+    gate, order = CallGate(), []
+
+    def call() -> None:
+        gate.enter()
+        order.append("call")
+        time.sleep(0.05)
+        order.append("end")
+        gate.leave()
+
+    with gate.change():
+        thread = threading.Thread(target=call)
+        thread.start()
+        time.sleep(0.05)
+        order.append("changed")
+    while "call" not in order:
+        time.sleep(0.001)
+    with gate.change():
+        order.append("changed again")
+    thread.join()
+    assert order == ["changed", "call", "end", "changed again"]
