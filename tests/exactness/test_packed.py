@@ -75,6 +75,17 @@ def test_packed_equals_alone(family: Family, name: str, backend: str) -> None:
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llava_onevision", "internvl"])
+def test_compact_positions_begin_again(name: str) -> None:
+    family = FAMILIES[name]
+    model, rows = family.build(), prompts(family)
+    patched = tokencomp.patch(model, 0.5, reducer="uniform", positions="compact")
+    with torch.no_grad(), patched:
+        packed = model(**pack(family, model, rows), use_cache=False).logits[0]
+        alone = [model(**family.batch([row]), use_cache=False).logits[0] for row in rows]
+    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
 def test_packed_equals_masked(family: Family) -> None:
     """Against the full-length, unpatched run whose dropped columns are hidden by a mask."""
     model, rows = family.build(), prompts(family)

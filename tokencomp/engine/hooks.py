@@ -304,7 +304,7 @@ class Hooks:
                 valid = None  # padding is kept apart like a prompt of its own
         kwargs["inputs_embeds"] = x
         if self.compact_positions:
-            positions = forward.segments[0].contiguous(valid, x)
+            positions = self._compact_positions(forward, valid, x)
         self._set_positions(kwargs, forward, positions)
         first = forward.segments[0]
         kwargs["attention_mask"] = first.padding_mask(valid, x.shape[0], x.device)
@@ -437,6 +437,12 @@ class Hooks:
             kwargs["position_ids"] = torch.cat([text, positions])
         else:
             forward.rotary, kwargs["position_ids"] = positions, text
+
+    def _compact_positions(self, forward: ForwardPass, valid: Tensor | None, x: Tensor) -> Tensor:
+        """Positions (B, n) without gaps; they begin again in every prompt of a packed row."""
+        if forward.layout.packed:
+            return text_positions(forward.layout, x.device).expand(x.shape[0], -1)
+        return forward.segments[0].contiguous(valid, x)
 
     @torch.compiler.disable
     def _rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
