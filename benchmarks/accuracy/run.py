@@ -1,14 +1,14 @@
-"""Every reducer × ratio × packaged model on ShapesQA: run, tabulate, plot.
+"""Every reducer × ratio × embedded model on ShapesQA: run, tabulate, plot.
 
-    python benchmarks/accuracy/run.py                       # test split → results/, README.md
-    python benchmarks/accuracy/run.py --split validation    # for choosing (see choose.py)
-    python benchmarks/accuracy/run.py --reducers downscale  # asks that again, the rest stays
-    python benchmarks/accuracy/run.py --reducers condiv --per-family 5 --out try
+    python -m benchmarks.accuracy.run                       # test split → results/, README.md
+    python -m benchmarks.accuracy.run --split validation    # for choosing, see studies/choose.py
+    python -m benchmarks.accuracy.run --reducers downscale  # runs that again, the rest stays
+    python -m benchmarks.accuracy.run --reducers condiv --per-family 5 --out try
 
-Every setting answers the same items, greedily, through real JPEG and mp4 files, the processor and
-`generate`. Answers are added to those in `results/` (see results.py), from which tables and plots
-are made; a run of other items needs an --out of its own. A run that was stopped goes on where it
-was.
+All settings answer the same questions, greedily, through real JPEG and mp4 files, the processor and
+`generate`. Results are merged into those in `results/` (see store.py), from which tables and plots
+are made; a run on other questions needs an --out of its own. A run that was stopped continues from
+the answers in the ignored folder `runs/`.
 """
 
 from __future__ import annotations
@@ -23,23 +23,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import RESULTS, Results, collected, merged
 
-from tokencomp import available_reducers, make_reducer
-from tokencomp.cli import one_message
-from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
-from tokencomp.evaluation.runner import sweep
-from tokencomp.evaluation.settings import DOWNSCALE, INPUT_BASELINES, Setting
-from tokencomp.inputs.questions import shapesqa
-from tokencomp.shapesqa.items import items
-from tokencomp.shapesqa.questions import FAMILIES
-from tokencomp.tokens import TOWER_SIGNALS
-from tokencomp.zoo import available_models, load
+from benchmarks import publishing
+from benchmarks.accuracy.library import (
+    DOWNSCALE,
+    FAMILIES,
+    INPUT_BASELINES,
+    TOWER_SIGNALS,
+    OptionError,
+    Setting,
+    TokenCompError,
+    UnknownNameError,
+    available_models,
+    available_reducers,
+    items,
+    load,
+    make_reducer,
+    one_message,
+    shapesqa,
+    sweep,
+)
+from benchmarks.accuracy.report import write_report
+from benchmarks.accuracy.store import RESULTS, Results, collected, merged
 
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 BASELINES = ("random", "uniform", DOWNSCALE)
 TOWERS = ("visual", "vision_tower", "vision_model")
-LEFT_OUT = ("oracle", "ccam")  # one needs the answer, one always gives as many tokens
+LEFT_OUT = ("oracle", "ccam")  # one needs the answer, one always returns the same token count
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "cdpruner": ({}, {"relevance": "attention"}),
     "pool": ({}, {"stride": 1.0}),
@@ -63,8 +73,9 @@ def usable(model: Any, names: Iterable[str]) -> tuple[list[str], dict[str, str]]
 
 def settings(names: Iterable[str], ratios: Iterable[float]) -> list[Setting]:
     """The full model, then every named method at every ratio."""
-    ways = [(name, options) for name in names for options in VARIANTS.get(name, ({},))]
-    return [Setting(), *(Setting(n, r, o) for (n, o), r in itertools.product(ways, ratios))]
+    methods = [(name, options) for name in names for options in VARIANTS.get(name, ({},))]
+    grid = itertools.product(methods, ratios)
+    return [Setting(), *(Setting(n, r, o) for (n, o), r in grid)]
 
 
 @contextlib.contextmanager
@@ -77,7 +88,8 @@ def tower_once(model: torch.nn.Module) -> Iterator[None]:
     def forward(pixels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         key = (pixels.data_ptr(), pixels.shape)
         if not last or last[0] != key:
-            last[:] = [key, run(pixels, *args, **kwargs), pixels]  # held, so that it stays there
+            # Holding `pixels` keeps its memory from being reused for the next batch.
+            last[:] = [key, run(pixels, *args, **kwargs), pixels]
         return copy.copy(last[1])  # the caller writes into it
 
     tower.forward = forward
@@ -88,49 +100,56 @@ def tower_once(model: torch.nn.Module) -> Iterator[None]:
 
 
 def watches_tower(setting: Setting) -> bool:
-    """Whether the reducer looks into the vision tower, which then has to run."""
+    """Whether the reducer reads signals of the vision tower, which then has to run."""
     if not setting.compresses:
         return False
     return bool(make_reducer(setting.reducer, **setting.options).needs & TOWER_SIGNALS)
 
 
 def check_items(folder: Path, split: str, ids: Iterable[str]) -> None:
-    """Raise `OptionError` if `folder` has answers to other items, before anything is asked."""
+    """Raise `OptionError` before a run if `folder` has results on other questions."""
     if not (folder / f"{split}.json").exists():
         return
-    known, asked = {r["id"] for r in Results.read(folder, split).rows}, set(ids)
-    if known != asked:
+    stored, requested = set(Results.read(folder, split).answers.questions.ids), set(ids)
+    if stored != requested:
         raise OptionError(
-            f"{folder / split}.jsonl has answers to {len(known)} other items than the {len(asked)} "
-            "asked now. Ask the same (--per-family, --families, --start), or give another folder "
-            "with --out."
+            f"{folder / split}.json has results on {len(stored)} other questions than the "
+            f"{len(requested)} of this run. Choose the same questions (--per-family, --families, "
+            "--start), or give another folder with --out."
         )
 
 
-def answer_all(name: str, split: str, wanted: list[Setting], args: argparse.Namespace) -> None:
-    """Ask one model everything, and add the answers to its results.
+def answer_all(
+    name: str, split: str, grid: list[Setting], args: argparse.Namespace, facts: dict[str, Any]
+) -> None:
+    """Run all settings of `grid` on one model, and merge them into its results.
+
+    Parameters
+    ----------
+    facts
+        Of `publishing.published_from`.
 
     Raises
     ------
     OptionError
-        The results there are of other items, or of another model.
+        The stored results are of other questions, or of another model.
     """
-    folder, where = args.out / name, args.out / "runs" / name / split
-    asked = list(items(split, args.per_family, tuple(args.families), args.start))
-    check_items(folder, split, (item.id for item in asked))
-    examples = shapesqa(asked, args.out / "media" / split)
+    folder, unfinished = args.out / name, args.out / "runs" / name / split
+    questions = list(items(split, args.per_family, tuple(args.families), args.start))
+    check_items(folder, split, (item.id for item in questions))
+    examples = shapesqa(questions, args.out / "media" / split)
     model, processor = load(name)
-    how = {"batch_size": args.batch, "name": name}
-    groups = [[s for s in wanted if watches_tower(s) is watches] for watches in (False, True)]
+    options = {"batch_size": args.batch, "name": name}
+    groups = [[s for s in grid if watches_tower(s) is watches] for watches in (False, True)]
     with tower_once(model):
-        runs = sweep(model, processor, examples, groups[0], where, **how)
+        runs = sweep(model, processor, examples, groups[0], unfinished, **options)
     if groups[1]:
-        runs |= sweep(model, processor, examples, groups[1], where, **how)
-    found = collected(runs, name, split)
+        runs |= sweep(model, processor, examples, groups[1], unfinished, **options)
+    results = collected(runs, name, split, facts)
     if (folder / f"{split}.json").exists():
-        found = merged(Results.read(folder, split), found)
-    found.write(folder)
-    shutil.rmtree(where)  # a later run asks anew
+        results = merged(Results.read(folder, split), results)
+    results.write(folder)
+    shutil.rmtree(unfinished)  # a later run starts afresh
 
 
 def _count(text: str) -> int:
@@ -150,29 +169,29 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--per-family", type=int, default=60)
     parser.add_argument(
-        "--start", type=_count, default=0, help="questions of a family to pass over"
+        "--start", type=_count, default=0, help="index of the first question of every family"
     )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    publishing.add_argument(parser)
     return parser
 
 
 def main() -> None:
     args = arguments().parse_args()
+    facts = publishing.published_from(args.out, args.allow_dirty)
     torch.set_num_threads(args.threads)
-    others = [n for n in available_reducers() if n not in (*BASELINES, *LEFT_OUT)]
-    names = args.reducers or [*BASELINES, *others]
+    methods = [n for n in available_reducers() if n not in (*BASELINES, *LEFT_OUT)]
+    names = args.reducers or [*BASELINES, *methods]
     for name in args.models:
         ready, refused = usable(load(name)[0], names)
-        for reducer, why in refused.items():
-            print(f"{name}: left out {reducer}: {why}")
-        answer_all(name, args.split, settings(ready, args.ratios), args)
+        for reducer, reason in refused.items():
+            print(f"{name}: left out {reducer}: {reason}")
+        answer_all(name, args.split, settings(ready, args.ratios), args, facts)
     if args.split == "test":
-        from report import write_report
-
-        print(write_report(args.out))
+        print(write_report(args.out.resolve()))
 
 
 if __name__ == "__main__":

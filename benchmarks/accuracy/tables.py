@@ -7,10 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from results import KINDS, Results, kind_of
-
-from tokencomp.evaluation.metrics import McNemar, Retention, mcnemar, retention
-from tokencomp.evaluation.settings import DOWNSCALE, FULL
+from benchmarks.accuracy.library import DOWNSCALE, FULL, McNemar, Retention, mcnemar, retention
+from benchmarks.accuracy.store import KINDS, Results, kind_of
 
 BASELINES = ("random", "uniform", DOWNSCALE)
 SLACK = 0.05  # of the ratio, for a baseline that cannot reach it exactly
@@ -23,60 +21,60 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def kept(results: Results, label: str, kind: str) -> Retention | None:
-    """Retention over the learned families of "images", "videos" or "both", or over "all" items.
+    """Retention over the learned families of "images", "videos" or "both", or over "all" questions.
 
-    None without such items, or for a baseline that does not get down to the ratio there.
+    None without such questions, or for a baseline that does not get down to the ratio there.
     """
     families = None if kind == "all" else results.learned
-    mine = results.scores(label, kind, families)
-    if not mine or not reaches(results, label, kind):
+    scores = results.scores(label, kind, families)
+    if not scores or not reaches(results, label, kind):
         return None
-    return retention(mine, results.scores(FULL, kind, families))
+    return retention(scores, results.scores(FULL, kind, families))
 
 
 def reaches(results: Results, label: str, kind: str) -> bool:
     """Whether a baseline drops as many tokens as its ratio says, within `SLACK`."""
-    one = results.settings[label]
-    base = one["reducer"] in BASELINES
-    return not base or results.reached(label, kind) >= one["ratio"] - SLACK
+    setting = results.settings[label]
+    is_baseline = setting["reducer"] in BASELINES
+    return not is_baseline or results.reached(label, kind) >= setting["ratio"] - SLACK
 
 
-def cell(found: Retention | None, interval: bool = True) -> str:
-    if found is None:
+def cell(value: Retention | None, interval: bool = True) -> str:
+    if value is None:
         return NONE
-    return str(found) if interval else f"{found.value:.1%}"
+    return str(value) if interval else f"{value.value:.1%}"
 
 
-def name(one: dict[str, Any], default: str) -> str:
-    """Reducer and options; bold where it is the default."""
-    options = ", ".join(f"{k}={v}" for k, v in one["options"].items())
-    bold = one["reducer"] == default and not options
-    return f"**{one['reducer']}**" if bold else f"{one['reducer']} {options}".strip()
+def name(setting: dict[str, Any], default: str) -> str:
+    """Reducer and options; bold for the default."""
+    options = ", ".join(f"{k}={v}" for k, v in setting["options"].items())
+    bold = setting["reducer"] == default and not options
+    return f"**{setting['reducer']}**" if bold else f"{setting['reducer']} {options}".strip()
 
 
 def at(results: Results, ratio: float) -> list[str]:
-    """Labels at one ratio: baselines first, the rest by the items they got right."""
+    """Labels at one ratio: baselines first, then by the number of correct answers."""
     settings = results.settings
     labels = [k for k, s in settings.items() if s["ratio"] == ratio]
-    base = [k for b in BASELINES for k in labels if settings[k]["reducer"] == b]
-    rest = [k for k in labels if k not in base]
-    return base + sorted(rest, key=lambda k: (-sum(results.scores(k)), k))
+    baselines = [k for b in BASELINES for k in labels if settings[k]["reducer"] == b]
+    methods = [k for k in labels if k not in baselines]
+    return baselines + sorted(methods, key=lambda k: (-sum(results.scores(k)), k))
 
 
 def ratio_table(results: Results, ratio: float, default: str) -> str:
-    """Retention with paired 95 % intervals, p against random, and cost."""
+    """Retention with paired 95 % intervals, p against random and the default, and cost."""
     tests = ["p vs random", f"p vs {default}"]
     head = ["method", *KINDS, "both", "all families", *tests, "achieved ratio", "FLOPs left"]
     rows = []
     for label in at(results, ratio):
-        one = results.settings[label]
-        flops = one["flops"] / results.settings[FULL]["flops"]
+        setting = results.settings[label]
+        flops = setting["flops"] / results.settings[FULL]["flops"]
         cells = [cell(kept(results, label, kind)) for kind in (*KINDS, "both", "all")]
-        achieved = [f"{results.reached(label, k):.3f}" for k in KINDS]
-        same = reaches(results, label, "both")
-        told = f"{one['achieved_ratio']:.3f}" if same else " / ".join(achieved)
+        by_kind = [f"{results.reached(label, k):.3f}" for k in KINDS]
+        at_ratio = reaches(results, label, "both")
+        achieved = f"{setting['achieved_ratio']:.3f}" if at_ratio else " / ".join(by_kind)
         p = [against(results, label, f"{base}-{ratio:g}") for base in ("random", default)]
-        rows.append([name(one, default), *cells, *p, told, f"{flops:.0%}"])
+        rows.append([name(setting, default), *cells, *p, achieved, f"{flops:.0%}"])
     return table(head, rows)
 
 
@@ -98,7 +96,19 @@ def compared(results: Results, label: str, base: str, kind: str) -> McNemar:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The default and a baseline at the same ratio, on one family."""
+    """The default and a baseline at the same ratio, on one family.
+
+    Attributes
+    ----------
+    family, learned
+        The question family, and whether the model has learned it.
+    ratio, base
+        The ratio, and the name of the baseline.
+    default, baseline, full
+        Accuracy of the default, of the baseline, and of the uncompressed model.
+    test
+        Paired test; a win is a question that only the default answers correctly.
+    """
 
     family: str
     learned: bool
@@ -115,25 +125,25 @@ class Comparison:
 
 
 def rivals(results: Results, default: str) -> Iterator[tuple[float, str, str, str]]:
-    """Ratio, baseline's name, labels of the default and of the baseline, where both were asked."""
+    """Ratio, baseline's name, label of the default, label of the baseline, where both ran."""
     for ratio, base in itertools.product(results.ratios, BASELINES):
-        mine, other = f"{default}-{ratio:g}", f"{base}-{ratio:g}"
-        if {mine, other} <= results.settings.keys():
-            yield ratio, base, mine, other
+        labels = f"{default}-{ratio:g}", f"{base}-{ratio:g}"
+        if {*labels} <= results.settings.keys():
+            yield ratio, base, *labels
 
 
 def compare_families(results: Results, default: str) -> list[Comparison]:
-    """Family × ratio × baseline."""
-    found = []
+    """One comparison per family, ratio and baseline."""
+    comparisons = []
     for (ratio, base, *labels), family in itertools.product(
         rivals(results, default), results.families
     ):
         if reaches(results, labels[1], kind_of(family)):
             test = mcnemar(*(results.scores(k, families=[family]) for k in labels))
-            mine, other, full = (results.accuracy(k, family) for k in (*labels, FULL))
-            known = family in results.learned
-            found.append(Comparison(family, known, ratio, base, mine, other, full, test))
-    return found
+            accuracies = (results.accuracy(k, family) for k in (*labels, FULL))
+            learned = family in results.learned
+            comparisons.append(Comparison(family, learned, ratio, base, *accuracies, test))
+    return comparisons
 
 
 def loss_table(losses: Sequence[Comparison]) -> str:
@@ -157,9 +167,9 @@ def loss_table(losses: Sequence[Comparison]) -> str:
 def family_table(results: Results, labels: Sequence[str]) -> str:
     """Accuracy per question family."""
 
-    def told(label: str, family: str) -> str:
-        known = reaches(results, label, kind_of(family))
-        return f"{results.accuracy(label, family):.0%}" if known else NONE
+    def accuracy(label: str, family: str) -> str:
+        comparable = reaches(results, label, kind_of(family))
+        return f"{results.accuracy(label, family):.0%}" if comparable else NONE
 
-    rows = [[f, *(told(label, f) for label in labels)] for f in results.families]
+    rows = [[f, *(accuracy(label, f) for label in labels)] for f in results.families]
     return table(["family", *labels], rows)

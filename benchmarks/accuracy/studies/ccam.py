@@ -1,26 +1,28 @@
 """The ccam projector against pooling and random choice at as many tokens, by number of frames.
 
     tokencomp train ccam --model tiny-qwen2-vl --output FOLDER ...
-    python benchmarks/accuracy/ccam.py
+    python -m benchmarks.accuracy.studies.ccam
 
-writes ccam.json (tables, how they were made), ccam.jsonl (every answer) and ccam.md: images, videos
-of the trained 8 frames, and of 16 and 48 frames. `--free FOLDER` adds a projector that was trained
-without the causal mask (`--no-causal`).
+writes ccam.json (tables, provenance, packed answers) and ccam.md: images, videos of 8 frames as in
+training, and of 16 and 48 frames. `--free FOLDER` adds a projector that was trained without the
+causal mask (`--no-causal`).
 """
 
 from __future__ import annotations
 
 import argparse
 
-from trained import Book, ask, parser
-
-from tokencomp.cli import one_message
-from tokencomp.trained.cards import locate
+from benchmarks.accuracy.library import (
+    ShapesQuestions,
+    Way,
+    load_model,
+    locate,
+    one_message,
+)
+from benchmarks.accuracy.studies.trained import Book, measure, parser
 from tokencomp.trained.ccam_config import read_card
 from tokencomp.training.ccam_evaluation import sample_spans, ways
-from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.loop import LoopConfig
-from tokencomp.training.measure import Way
 
 SETS = {
     "image": (("attribute", "small_object"), {}, 1),
@@ -32,15 +34,13 @@ FREE = "ccam without mask"
 RIVALS = {"ccam": (FREE, "pool"), FREE: ("pool",)}
 TRAIN = "tokencomp train ccam"
 NOTES = (
-    "The shipped projector has the paper's causal mask. The mask itself buys nothing here: without "
-    "it the projector answers as many questions or more. Sets of 16 and 48 frames have a half and "
-    "a quarter of the questions."
+    "The shipped projector has the paper's causal mask. The mask itself gains nothing here: "
+    "without it the projector answers at least as many questions correctly. The sets of 16 and 48 "
+    "frames have a half and a quarter of the questions."
 )
 
 
 def main(args: argparse.Namespace) -> None:
-    from tokencomp.inputs.loading import load_model
-
     book = Book("ccam", args, RIVALS)
     if book.sets:
         model, processor = load_model(args.model, device=args.device)
@@ -52,12 +52,13 @@ def main(args: argparse.Namespace) -> None:
     for name in book.sets:
         families, scene, fewer = SETS[name]
         source = ShapesQuestions(families, args.items // fewer, args.split, **scene)
-        asked = ways(files["ccam"], queries, sample_spans(model, processor, source, LoopConfig()))
+        spans = sample_spans(model, processor, source, LoopConfig())
+        methods = ways(files["ccam"], queries, spans)
         if args.free:
-            asked.append(Way(FREE, asked[0].ratio, "ccam", {"weights": str(files[FREE])}))
+            methods.append(Way(FREE, methods[0].ratio, "ccam", {"weights": str(files[FREE])}))
         batch = max(2, args.batch // fewer**2)
-        measured, asked = ask({"": model}, processor, source, asked, name, batch)
-        book.add(name, measured.table(asked), measured.records, cards)
+        measured, methods = measure({"": model}, processor, source, methods, name, batch)
+        book.add(name, measured.table(methods), measured.records, cards)
         book.write(NOTES)
     book.write(NOTES)
 

@@ -1,7 +1,9 @@
-"""Choose the default reducer on the validation split, and write down why.
+"""Choose the default reducer on the validation split.
 
-python benchmarks/accuracy/choose.py            # asks what was not asked yet → CHOICE.md
-python benchmarks/accuracy/choose.py --report   # from results that are there
+python -m benchmarks.accuracy.studies.choose            # runs what is missing → choice.md
+python -m benchmarks.accuracy.studies.choose --report   # from the stored results
+
+The rule, its history and the reasons are in docs/decisions/0001-default-reducer.md.
 """
 
 from __future__ import annotations
@@ -12,38 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranking import Candidate, answered, keys, rank, settings
-from report import families_told, home, made_by, read_all
-from results import KINDS, RESULTS, Results
-from run import RATIOS, answer_all
-from tables import table
 
-from tokencomp.cli import one_message
-from tokencomp.evaluation.settings import Setting
-from tokencomp.shapesqa.questions import FAMILIES
-from tokencomp.trained.cards import replace_file, write_json
-from tokencomp.zoo import available_models
+from benchmarks import publishing
+from benchmarks.accuracy.library import (
+    FAMILIES,
+    Setting,
+    available_models,
+    one_message,
+    replace_file,
+    write_json,
+)
+from benchmarks.accuracy.report import learned_sentence, made_by, page_folder
+from benchmarks.accuracy.run import RATIOS, answer_all
+from benchmarks.accuracy.store import KINDS, RESULTS, Results, read_all
+from benchmarks.accuracy.studies.ranking import Candidate, answered, keys, rank, settings
+from benchmarks.accuracy.tables import table
 
-RULE = """The rule: for every candidate, retention at each ratio, model and kind (images, videos)
-over the question families the model has learned (`results.learned_families`); its score is the
-mean. Candidates whose paired 95 % interval of the difference to the best includes 0 are tied with
-it; of those, the one wins that has most points to spare, that is, above the bar of a cell
-(`results.BARS`) in the cell where it has least. Where that is equal too, the default before stays,
-and then the better score wins. Reducers that need training take part in the benchmark, not here: a
-default must work on any model. The second round had twice as many questions; before it the default
-was condiv with power=1 and no margin. Its losses at 0.75 were count questions, and trying variants
-on the first 100 validation questions per family of tiny-qwen2-vl led to the margin: 0.05 to 0.2
-kept most of them. So the margin is fitted to these questions. The rule's tie-break was
-the smallest retention anywhere in the first round; that cell is always at 0.95, whatever the bars,
-and it was changed when two of the three models had answered, before tiny-qwen2-vl, whose margins
-are the narrow ones; it would have chosen power=0.5 without a margin, by one question. That the
-default missed a bar on the test split (96.6 % of 97 at 0.75) was known by then; no test question
-was used to choose. The third round added budgets per frame (frames=equal, frames=novelty), which
-change videos alone; the default before was that of the second. The margin was asked once more, on
-[more questions](margin.md), and stayed; there test answers had a say, see there. Later, cdpruner as
-published and pool were asked too, and random with a subset of its own for every question."""
+INTRO = """Every candidate for the default reducer on ShapesQA's validation split. Cells: retention
+on images or videos at a ratio, over the question families that a model has learned, mean over the
+models. Score: mean over all cells. Tied: the paired 95 % interval of the difference to the best
+includes 0. To spare: points above the bar in the cell where the candidate has least; of the tied
+candidates, the one with most to spare is chosen. The [decision
+record](../../docs/decisions/0001-default-reducer.md) explains the rule and how it came about;
+[methods](METHODS.md) explains the rest."""
 
-BEFORE: Candidate = ("condiv", {"power": 1.0, "margin": 0.2})
+PREVIOUS: Candidate = ("condiv", {"power": 1.0, "margin": 0.2})
+"""The default before this choice, which stays where candidates are equal."""
 CANDIDATES: list[Candidate] = [
     *(("condiv", {"power": p, "margin": 0.0}) for p in (0.25, 0.5, 1.0, 2.0, 4.0)),
     *(("condiv", {"power": p, "margin": 0.1}) for p in (0.5, 1.0, 2.0, "auto")),
@@ -65,7 +61,7 @@ CANDIDATES: list[Candidate] = [
     ("random", {}),
     ("uniform", {}),
 ]
-ASKED = (
+QUESTION_FAMILIES = (
     "attribute", "existence", "count", "small_object", "needle", "video_existence", "action_count",
 )  # fmt: skip
 
@@ -94,12 +90,12 @@ def choice_table(rows: list[dict[str, Any]], chosen: dict[str, Any], results: li
 
 
 def mean_of(values: list[float], cells: list[tuple[float, str]], column: tuple[float, str]) -> str:
-    mine = [v for v, c in zip(values, cells, strict=True) if c == column]
-    return f"{sum(mine) / len(mine):.1%}" if mine else "–"
+    selected = [v for v, c in zip(values, cells, strict=True) if c == column]
+    return f"{sum(selected) / len(selected):.1%}" if selected else "–"
 
 
 def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
-    """CHOICE.md and choice.json; returns the chosen row."""
+    """Write choice.md and choice.json; returns the chosen row."""
     ready = [c for c in CANDIDATES if answered(results, c)]
     rows = rank(results, ready)
     chosen = max((r for r in rows if r["tied"]), key=preference)
@@ -108,45 +104,48 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
     write_json(folder / "choice.json", data)
     waiting = [title(c) for c in CANDIDATES if c not in ready]
     parts = [
-        "# Choice of the default reducer",
-        "Made by `python benchmarks/accuracy/choose.py` on ShapesQA's validation split, retention "
-        "of images and videos per ratio, mean over the models.",
-        RULE.replace("\n", " "),
+        "# Candidates for the default reducer",
+        "Made by `python -m benchmarks.accuracy.studies.choose`.",
+        INTRO,
         f"Chosen: **{chosen['reducer']}** with {chosen['options'] or 'its default options'}.",
-        *([f"Not asked yet: {'; '.join(waiting)}."] if waiting else []),
+        *([f"Without results yet: {'; '.join(waiting)}."] if waiting else []),
         choice_table(rows, chosen, results),
     ]
     for one in results:
         m = one.manifest
-        parts += [f"## {m['model']}", f"{m['items']} items. {families_told(one)}", made_by(one)]
+        parts += [f"## {m['model']}", f"{m['items']} questions. {learned_sentence(one)}"]
+        parts.append(made_by(one))
     text = "\n\n".join(parts) + "\n"
-    replace_file(folder / "CHOICE.md", lambda part: part.write_text(text))
+    replace_file(folder / "choice.md", lambda part: part.write_text(text))
     return chosen
 
 
 def preference(row: dict[str, Any]) -> tuple[float, bool, float]:
-    """What decides between tied candidates: points to spare, the default before, score."""
-    return row["spare"], (row["reducer"], row["options"]) == BEFORE, row["score"]
+    """Order of tied candidates: points to spare, then the previous default, then the score."""
+    return row["spare"], (row["reducer"], row["options"]) == PREVIOUS, row["score"]
 
 
 def missing(folder: Path, candidates: list[Candidate]) -> list[Setting]:
-    """The full model, by whose answers the model is known again, and what was not asked yet."""
-    there = (folder / "validation.json").exists()
-    known = Results.read(folder, "validation").settings if there else {}
+    """Settings without results, and the full model, whose answers identify the model.
+
+    Settings whose method has changed since their run count as missing.
+    """
+    stored = (folder / "validation.json").exists()
+    known = Results.read(folder, "validation").settings if stored else {}
     old = {k for k, one in known.items() if "method" in one and one["method"] != _method(one)}
-    wanted = [s for c in candidates for s in settings(c) if s.label not in known or s.label in old]
-    return [Setting(), *wanted] if wanted else []
+    grid = [s for c in candidates for s in settings(c) if s.label not in known or s.label in old]
+    return [Setting(), *grid] if grid else []
 
 
-def _method(one: dict[str, Any]) -> str:
-    """What a stored setting would be asked by today."""
-    return Setting(one["reducer"], one["ratio"], one["options"]).method
+def _method(setting: dict[str, Any]) -> str:
+    """The method that this release runs for a stored setting."""
+    return Setting(setting["reducer"], setting["ratio"], setting["options"]).method
 
 
-def asked(
+def run_missing(
     doc: str, candidates: list[Candidate], per_family: int, families: tuple[str, ...], out: Path
 ) -> Path:
-    """Ask every model what the command line says; the folder of the answers."""
+    """Run on every model what the command line names and has no results; returns their folder."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -157,19 +156,23 @@ def asked(
     parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", action="store_true", help="only rebuild the page")
+    publishing.add_argument(parser)
     parser.set_defaults(start=0)
     args = parser.parse_args()
+    if args.report:
+        return Path(args.out)
+    facts = publishing.published_from(args.out, args.allow_dirty)
     torch.set_num_threads(args.threads)
-    for name in () if args.report else args.models:
-        wanted = missing(args.out / name, candidates)
-        if wanted:
-            answer_all(name, "validation", wanted, args)
+    for name in args.models:
+        grid = missing(args.out / name, candidates)
+        if grid:
+            answer_all(name, "validation", grid, args, facts)
     return Path(args.out)
 
 
 def main() -> None:
-    folder = asked(str(__doc__), CANDIDATES, 40, ASKED, RESULTS)
-    chosen = write_choice(read_all(folder, "validation"), home(folder))
+    folder = run_missing(str(__doc__), CANDIDATES, 40, QUESTION_FAMILIES, RESULTS)
+    chosen = write_choice(read_all(folder, "validation"), page_folder(folder.resolve()))
     print(f"chosen: {title((chosen['reducer'], chosen['options']))}")
 
 

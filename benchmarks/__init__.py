@@ -1,0 +1,1 @@
+"""Benchmarks of tokencomp: `README.md` says which page answers which question."""

@@ -1,0 +1,1 @@
+"""Accuracy under compression: one sweep (`run`), its tables, and the studies built on it."""

@@ -1,0 +1,164 @@
+"""Answers packed to one bit per question and method.
+
+Every paired statistic of the pages (retention intervals, McNemar tests) needs to know which
+questions a method answered correctly, and nothing else about the answer texts. A second bit says
+whether the answer is the one that the uncompressed model gave. Question ids are derived from the
+split, the families and the index range where the question set has that form.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+BY_FAMILY, ALTERNATING = "by family", "alternating"
+
+
+def pack(bits: Sequence[int]) -> str:
+    """0/1 values as base64 text, eight to a byte, first value in the highest bit."""
+    return base64.b64encode(np.packbits(np.asarray(bits, dtype=bool)).tobytes()).decode()
+
+
+def unpack(text: str, count: int) -> list[int]:
+    """The first `count` bits of what `pack` wrote.
+
+    Raises
+    ------
+    ValueError
+        The text holds another number of bytes than `count` bits need.
+    """
+    packed = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
+    if len(packed) != -(-count // 8):
+        raise ValueError(f"{8 * len(packed)} packed bits for {count} questions.")
+    return np.unpackbits(packed, count=count).tolist()
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of a run, in order.
+
+    Attributes
+    ----------
+    ids, families, answers
+        Per question: its id, its question family, its reference answer.
+    digest
+        Hash of ids, prompts and reference answers: tells question sets apart whose ids are equal.
+    """
+
+    ids: tuple[str, ...]
+    families: tuple[str, ...]
+    answers: tuple[str, ...]
+    digest: str
+
+    @classmethod
+    def of(cls, records: Iterable[dict[str, Any]]) -> Questions:
+        """Questions of records with `id`, `family`, `answer` and, if known, `prompt`."""
+        rows = [(r["id"], r["family"], r["answer"], r.get("prompt", "")) for r in records]
+        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        ids, families, answers, _ = zip(*rows, strict=True) if rows else ((), (), (), ())
+        return cls(ids, families, answers, digest)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types, with ids as a range where they have that form."""
+        named = self._ranges() or {"ids": list(self.ids), "families": list(self.families)}
+        words = all(answer and " " not in answer for answer in self.answers)
+        answers = " ".join(self.answers) if words else list(self.answers)
+        return {**named, "answers": answers, "digest": self.digest}
+
+    def _ranges(self) -> dict[str, Any] | None:
+        """Split, families, first index, count and order from which `ids` follow, else None."""
+        parts = self.ids[0].rsplit("-", 2) if self.ids else []
+        if len(parts) != 3 or not parts[2].isdigit():
+            return None
+        families = list(dict.fromkeys(self.families))
+        ranges = {
+            "split": parts[0],
+            "families": families,
+            "start": int(parts[2]),
+            "per_family": len(self.ids) // len(families),
+        }
+        for order in (BY_FAMILY, ALTERNATING):
+            if _derived({**ranges, "order": order}) == (self.ids, self.families):
+                return {**ranges, "order": order}
+        return None
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Questions:
+        if "ids" in stored:
+            ids, families = tuple(stored["ids"]), tuple(stored["families"])
+        else:
+            ids, families = _derived(stored)
+        answers = stored["answers"]
+        words = answers.split() if isinstance(answers, str) else answers
+        return cls(ids, families, tuple(words), stored["digest"])
+
+
+def _derived(ranges: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Ids and families of a question set in range form."""
+    indices = range(ranges["start"], ranges["start"] + ranges["per_family"])
+    if ranges["order"] == BY_FAMILY:
+        pairs = [(family, i) for family in ranges["families"] for i in indices]
+    else:
+        pairs = [(family, i) for i in indices for family in ranges["families"]]
+    ids = tuple(f"{ranges['split']}-{family}-{i:05d}" for family, i in pairs)
+    return ids, tuple(family for family, _ in pairs)
+
+
+@dataclass(frozen=True)
+class PackedAnswers:
+    """Which questions each method answered correctly.
+
+    Attributes
+    ----------
+    questions
+    correct
+        By method label, 0 or 1 per question.
+    agrees
+        By method label, 1 where the answer text is the uncompressed model's.
+    """
+
+    questions: Questions
+    correct: dict[str, list[int]] = field(default_factory=dict)
+    agrees: dict[str, list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, records: Sequence[dict[str, Any]], texts: Sequence[dict[str, str]], reference: str
+    ) -> PackedAnswers:
+        """Pack records that have a `correct` dict; `texts` are their answers by label.
+
+        Parameters
+        ----------
+        reference
+            Label of the uncompressed model.
+        """
+        labels = list(records[0]["correct"]) if records else []
+        correct = {k: [int(r["correct"][k]) for r in records] for k in labels}
+        agrees = {k: [int(row[k] == row[reference]) for row in texts] for k in labels}
+        return cls(Questions.of(records), correct, agrees)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "questions": self.questions.to_json(),
+            "correct": {k: pack(bits) for k, bits in self.correct.items()},
+            "agrees": {k: pack(bits) for k, bits in self.agrees.items()},
+        }
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> PackedAnswers:
+        questions = Questions.from_json(stored["questions"])
+        count = len(questions)
+        both = ({k: unpack(v, count) for k, v in stored[part].items()} for part in PARTS)
+        return cls(questions, *both)
+
+
+PARTS = ("correct", "agrees")

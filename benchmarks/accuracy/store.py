@@ -1,0 +1,234 @@
+"""Results of a sweep: which questions every setting answered correctly, its cost, its provenance.
+
+`results/MODEL/SPLIT.json` holds one model on one split. Later runs are merged into it: the answers
+of a setting that is run again replace the older ones. See `packing` for the form of the answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.library import (
+    FULL,
+    IMAGE_FAMILIES,
+    EvalRun,
+    OptionError,
+    Setting,
+    metrics,
+    write_json,
+)
+from benchmarks.accuracy.packing import PackedAnswers
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+KINDS = ("images", "videos")
+BARS = {0.5: 0.97, 0.75: 0.97, 0.9: 0.94, 0.95: 0.80}
+"""Retention that the default has to reach, on images and on videos of every model."""
+MARGIN = 0.25
+"""Accuracy above a blind guess from which a family counts as learned."""
+ENVIRONMENT = ("date", "command", "versions", "commit", "hardware", "attention", "batch_size")
+IDENTITY = ("weights", "dtype", "pixels", "frames", "max_new_tokens", "seed")
+
+
+def kind_of(family: str) -> str:
+    return "images" if family in IMAGE_FAMILIES else "videos"
+
+
+@dataclass(frozen=True)
+class Results:
+    """One model on one split.
+
+    Attributes
+    ----------
+    manifest
+        Model, split, runs, settings; of the validation split also the accuracy of a blind guess.
+    answers
+        Per setting label, which questions were answered correctly.
+    learned
+        Families that the model has learned, see `learned_families`.
+    """
+
+    manifest: dict[str, Any]
+    answers: PackedAnswers
+    learned: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, folder: Path, split: str) -> Results:
+        """Results of `split`; the learned families are those of the validation split.
+
+        The validation results of the same folder decide, else the published ones of the model.
+        """
+        stored = json.loads((folder / f"{split}.json").read_text())
+        answers = PackedAnswers.from_json(stored.pop("answers"))
+        folders = (folder, RESULTS / folder.name)
+        files = [f / "validation.json" for f in folders if (f / "validation.json").exists()]
+        learned = learned_families(json.loads(files[0].read_text())) if files else ()
+        return cls(stored, answers, learned)
+
+    def write(self, folder: Path) -> None:
+        file = folder / f"{self.manifest['split']}.json"
+        write_json(file, {**self.manifest, "answers": self.answers.to_json()})
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        return self.manifest["settings"]
+
+    def select(self, kind: str, families: Iterable[str] | None = None) -> list[int]:
+        """Positions of the questions about images, videos, or both; of `families` alone, if any."""
+        allowed = None if families is None else set(families)
+        kinds = {kind} & {*KINDS} or {*KINDS}
+        return [
+            i
+            for i, family in enumerate(self.answers.questions.families)
+            if kind_of(family) in kinds and (allowed is None or family in allowed)
+        ]
+
+    def scores(
+        self, label: str, kind: str = "both", families: Iterable[str] | None = None
+    ) -> list[int]:
+        """0 or 1 per question, in the order of the questions."""
+        correct = self.answers.correct[label]
+        return [correct[i] for i in self.select(kind, families)]
+
+    def accuracy(self, label: str, family: str) -> float:
+        scores = self.scores(label, families=[family])
+        return sum(scores) / len(scores)
+
+    @property
+    def families(self) -> list[str]:
+        return list(dict.fromkeys(self.answers.questions.families))
+
+    @property
+    def kinds(self) -> list[str]:
+        return [kind for kind in KINDS if self.select(kind)]
+
+    @property
+    def ratios(self) -> list[float]:
+        return sorted({s["ratio"] for s in self.settings.values() if s["ratio"]})
+
+    def reached(self, label: str, kind: str) -> float:
+        """Achieved ratio on images, on videos, or the smaller of the two."""
+        setting = self.settings[label]
+        by_kind = setting.get("achieved", {})
+        return by_kind.get(kind, min([*by_kind.values(), setting["achieved_ratio"]]))
+
+
+def learned_families(validation: dict[str, Any]) -> tuple[str, ...]:
+    """Families on which the full model beats a blind guess by 25 points on the validation split.
+
+    The blind guess is the model card's: the commonest answer or one of the options, whichever
+    scores better. It is stored with the validation results. Below that there is little to lose, so
+    retention says little. Families that the validation run left out count as not learned.
+
+    Parameters
+    ----------
+    validation
+        A stored validation file.
+    """
+    answers = PackedAnswers.from_json(validation["answers"])
+    learned = []
+    for family in dict.fromkeys(answers.questions.families):
+        pairs = zip(answers.questions.families, answers.correct[FULL], strict=True)
+        scores = [score for name, score in pairs if name == family]
+        if sum(scores) / len(scores) >= validation["blind"][family] + MARGIN:
+            learned.append(family)
+    return tuple(learned)
+
+
+def collected(
+    runs: dict[Setting, EvalRun], model: str, split: str, facts: dict[str, Any] | None = None
+) -> Results:
+    """Results of one sweep.
+
+    Parameters
+    ----------
+    facts
+        Provenance that replaces what the sweep recorded, see `benchmarks.publishing`.
+
+    Raises
+    ------
+    OptionError
+        A question was not answered.
+    """
+    failed = {s.label: run.failed for s, run in runs.items() if run.failed}
+    if failed:
+        label, (first, *_) = next(iter(failed.items()))
+        raise OptionError(f"{label}: {first['id']} was not answered ({first['error']}). Try again.")
+    rows: dict[str, dict[str, Any]] = {}
+    texts: dict[str, dict[str, str]] = {}
+    for setting, run in runs.items():
+        for r in run.answered:
+            row = rows.setdefault(r["id"], {k: r[k] for k in ("id", "family", "prompt", "answer")})
+            row.setdefault("correct", {})[setting.label] = int(r["correct"])
+            texts.setdefault(r["id"], {})[setting.label] = r["prediction"]
+    first_run = next(iter(runs.values())).manifest
+    known = {**first_run["identity"], **first_run}
+    manifest = {
+        "model": model,
+        "split": split,
+        "items": len(rows),
+        **({"blind": metrics(model)["blind"]} if split == "validation" else {}),
+        "runs": [{**{k: known[k] for k in (*ENVIRONMENT, *IDENTITY)}, **(facts or {})}],
+        "settings": {s.label: {**_cost(s, run), "run": 0} for s, run in runs.items()},
+    }
+    return Results(manifest, PackedAnswers.of([*rows.values()], [*texts.values()], FULL))
+
+
+def _cost(setting: Setting, run: EvalRun) -> dict[str, Any]:
+    """The setting and its cost. No time: the vision tower ran for the first setting only."""
+    ratios: dict[str, list[float]] = {}
+    for r in run.answered:
+        ratios.setdefault(kind_of(r["family"]), []).append(r["ratio"])
+    return {
+        "reducer": setting.reducer,
+        "method": setting.method,
+        "ratio": setting.ratio,
+        "options": setting.options,
+        **run.summary(),
+        "achieved": {kind: sum(values) / len(values) for kind, values in ratios.items()},
+    }
+
+
+def merged(old: Results, new: Results) -> Results:
+    """Both; for settings that are in both the new answers count.
+
+    Raises
+    ------
+    OptionError
+        They are of other questions, or of another model.
+    """
+    if old.answers.questions != new.answers.questions or not _same_model(old, new):
+        raise OptionError(
+            f"the stored {old.manifest['split']} results of {old.manifest['model']} are of other "
+            "items or other weights than this run, and the two cannot stand in one table. Give "
+            "another folder with --out."
+        )
+    answers = PackedAnswers(
+        old.answers.questions,
+        {**old.answers.correct, **new.answers.correct},
+        {**old.answers.agrees, **new.answers.agrees},
+    )
+    runs = [*old.manifest["runs"], *new.manifest["runs"]]
+    latest = {k: {**setting, "run": len(runs) - 1} for k, setting in new.settings.items()}
+    settings = {**old.settings, **latest}
+    used = sorted({setting["run"] for setting in settings.values()})
+    settings = {k: {**one, "run": used.index(one["run"])} for k, one in settings.items()}
+    manifest = {**old.manifest, "runs": [runs[i] for i in used], "settings": settings}
+    return Results(manifest, answers, old.learned)
+
+
+def _same_model(old: Results, new: Results) -> bool:
+    """By the hash of the weights; for old runs without it, by what the full model got right."""
+    known = {run["weights"] for run in old.manifest["runs"] if "weights" in run}
+    if known:
+        return known == {run["weights"] for run in new.manifest["runs"]}
+    return old.answers.correct[FULL] == new.answers.correct[FULL]
+
+
+def read_all(results: Path, split: str = "test") -> list[Results]:
+    """Results of every model in a folder."""
+    return [Results.read(f.parent, split) for f in sorted(results.glob(f"*/{split}.json"))]

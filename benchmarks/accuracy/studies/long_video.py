@@ -1,0 +1,139 @@
+"""Videos longer than the model was trained on: the effect of window extension and of compression.
+
+    python -m benchmarks.accuracy.studies.long_video                                # M-RoPE
+    python -m benchmarks.accuracy.studies.long_video --model tiny-llava-onevision   # 1-D positions
+
+writes long_video-MODEL.json (tables, provenance, packed answers) and .md. ShapesQA videos of 16
+frames, the longest in training, and of 32 and 64. Every method keeps as many tokens as 16 frames
+have. "extended": under `extend_visual_context`, whose window is the tokens of 16 frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from PIL import Image
+
+from benchmarks.accuracy.library import (
+    DOWNSCALE,
+    FEWER_FRAMES,
+    FULL,
+    SIZE,
+    EqualTokens,
+    Measurement,
+    Way,
+    adapter_for,
+    extend_visual_context,
+    items,
+    load_model,
+    one_message,
+    predictions,
+    shapesqa,
+)
+from benchmarks.accuracy.run import tower_once
+from benchmarks.accuracy.store import HERE
+from benchmarks.accuracy.studies.trained import Book, measure, parser
+
+SETS = {"16 frames": 16, "32 frames": 32, "64 frames": 64}
+TRAINED = 16
+FAMILIES = ("needle", "video_existence")
+TOKENS_AT_ONCE = 12288  # visual tokens of a batch
+PLAIN = "pool stride=1"
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "condiv": ("condiv", {}),
+    "pool": ("pool", {}),
+    PLAIN: ("pool", {"stride": 1.0}),
+    "random": ("random", {}),
+}
+OTHERS = ("random", "uniform", "pool", PLAIN, DOWNSCALE, FEWER_FRAMES)
+EXTENDED = ", extended"
+RIVALS = {
+    "condiv": OTHERS,
+    "pool": ("random", "uniform", PLAIN, FEWER_FRAMES),
+    PLAIN: ("random", "uniform", FEWER_FRAMES),
+    f"condiv{EXTENDED}": ("condiv", *(f"{n}{EXTENDED}" for n in ("random", "uniform", "pool"))),
+    f"pool{EXTENDED}": ("pool",),
+    f"{FULL}{EXTENDED}": (FULL,),
+}
+
+
+def tokens_of(model: Any, processor: Any, frames: int) -> int:
+    """Visual tokens of a video of that many frames."""
+    counter = EqualTokens(processor, list(adapter_for(model).placeholder_ids()), DOWNSCALE)
+    return counter.tokens([Image.new("RGB", SIZE)] * frames)
+
+
+def _extended(key: str) -> str:
+    name, _, ratio = key.rpartition("@")
+    return f"{name}{EXTENDED}@{ratio}"
+
+
+def join(measured: Measurement, more: Measurement, ways: list[Way]) -> list[Way]:
+    """Add answers under window extension to those without, under names of their own.
+
+    Returns
+    -------
+    list of Way
+        The extended methods, the full model first.
+    """
+    for record, other in zip(measured.records, more.records, strict=True):
+        record["correct"] |= {_extended(k): v for k, v in other["correct"].items()}
+        predictions(record).update({_extended(k): v for k, v in predictions(other).items()})
+    measured.achieved |= {_extended(k): v for k, v in more.achieved.items()}
+    measured.tokens |= {_extended(k): v for k, v in more.tokens.items()}
+    return [Way(f"{w.name}{EXTENDED}", w.ratio, w.reducer) for w in (Way(FULL), *ways)]
+
+
+def measure_length(
+    model: Any, processor: Any, frames: int, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and records of all methods on videos of one length, without and with extension."""
+    questions = items(args.split, args.items // len(FAMILIES), FAMILIES, frames=frames)
+    source = shapesqa(questions, HERE / "results" / "media" / "long" / str(frames))
+    ratio, tokens = 1 - TRAINED / frames, tokens_of(model, processor, frames)
+    methods = [Way(name, ratio, *spec) for name, spec in METHODS.items()] if ratio else []
+    options: dict[str, Any] = {"batch": max(1, TOKENS_AT_ONCE // tokens), "frames": frames}
+    with tower_once(model):
+        measured, ways = measure(
+            {"": model}, processor, source, methods, f"{frames} frames",
+            smaller=(DOWNSCALE, FEWER_FRAMES), **options,
+        )  # fmt: skip
+        if ratio:
+            window = tokens_of(model, processor, TRAINED)
+            with extend_visual_context(model, tokens, window=window):
+                more, extended = measure(
+                    {"": model}, processor, source, methods, f"{frames} frames{EXTENDED}",
+                    smaller=(), **options,
+                )  # fmt: skip
+            ways += join(measured, more, extended)
+    return measured.table(ways), measured.records
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    book = Book(f"long_video-{args.model}", args, RIVALS)
+    if book.sets:
+        model, processor = load_model(args.model, device=args.device)
+    for name in book.sets:
+        book.add(name, *measure_length(model, processor, SETS[name], args), {})
+        book.write(NOTES)
+    book.write(NOTES)
+
+
+NOTES = (
+    "The ratios are those that leave as many tokens as 16 frames have. p against random compares "
+    "with `random` without extension. `fewer_frames` is the full model on evenly spaced frames. "
+    "The embedded models were trained by the commands on their cards. Extension can gain more with "
+    "one position per token, where four times the frames are four times the positions. With M-RoPE "
+    "a video takes one position per frame pair, and four times as many are still close to those "
+    "of training. Pooling is plain (`stride=1`) or progressive as published (`pool`)."
+)
+
+if __name__ == "__main__":
+    arguments = parser(__doc__, SETS)
+    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.set_defaults(items=100)
+    with one_message():
+        main(arguments.parse_args())

@@ -1,0 +1,93 @@
+"""condiv's margin on ten times as many image questions as choose.py has.
+
+python -m benchmarks.accuracy.studies.margin            # runs what is missing → margin.md
+python -m benchmarks.accuracy.studies.margin --report   # from the stored results
+
+The rule, its history and the reasons are in docs/decisions/0002-condiv-margin.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.accuracy.library import FULL, available_models, one_message, replace_file
+from benchmarks.accuracy.report import made_by
+from benchmarks.accuracy.run import RATIOS
+from benchmarks.accuracy.store import HERE, RESULTS, Results, read_all
+from benchmarks.accuracy.studies.choose import preference, run_missing
+from benchmarks.accuracy.studies.ranking import Candidate, answered, rank, settings
+from benchmarks.accuracy.tables import table
+
+FOLDER = HERE / "margin"
+MARGINS = (0.0, 0.05, 0.1, 0.2)
+FAMILIES = ("attribute", "existence", "count", "small_object")
+
+INTRO = """Four margins of condiv (power 1) on 400 validation questions of every image family. The
+columns are those of the [choice of the default](choice.md), over the families that a model has
+learned; of the margins that are tied with the best, the one with most points to spare is chosen.
+Counting is shown for every model, though two of them have not learned it. The [decision
+record](../../docs/decisions/0002-condiv-margin.md) explains what led to this study and what was
+decided."""
+
+
+def candidate(margin: float) -> Candidate:
+    return "condiv", {"power": 1.0, "margin": margin}
+
+
+CANDIDATES = [candidate(margin) for margin in MARGINS]
+
+
+def read(folder: Path) -> list[Results]:
+    """Models with complete results; learned families are those that choose.py uses."""
+    known = {one.manifest["model"]: one.learned for one in read_all(RESULTS, "validation")}
+    every = read_all(folder, "validation")
+    models = [replace(one, learned=known.get(one.manifest["model"], one.learned)) for one in every]
+    return [one for one in models if all(answered([one], c) for c in CANDIDATES)]
+
+
+def chosen(results: list[Results]) -> float:
+    """The margin that the rule picks."""
+    tied = [row for row in rank(results, CANDIDATES) if row["tied"]]
+    return float(max(tied, key=preference)["options"]["margin"])
+
+
+def page(results: list[Results]) -> str:
+    best, rows = chosen(results), []
+    for r in rank(results, CANDIDATES):
+        margin, (low, high) = r["options"]["margin"], r["difference"]
+        name = f"**{margin:g}**" if margin == best else f"{margin:g}"
+        difference = f"[{low:+.2%}, {high:+.2%}]" + (" tied" if r["tied"] else "")
+        rows.append([name, f"{r['score']:.2%}", difference, f"{100 * r['spare']:+.2f}"])
+    head = ["margin", "score", "difference to best (95 %)", "to spare"]
+    command = "Made by `python -m benchmarks.accuracy.studies.margin`."
+    parts = ["# The margin of condiv", command, INTRO, f"Chosen: {best:g}."]
+    return "\n\n".join([*parts, table(head, rows), *map(model_part, results)]) + "\n"
+
+
+def model_part(one: Results) -> str:
+    """Accuracy per family, ratio and margin."""
+    head = ["ratio", "margin", *FAMILIES]
+    rows = [["0", "", *(f"{one.accuracy(FULL, family):.1%}" for family in FAMILIES)]]
+    for (i, ratio), margin in itertools.product(enumerate(RATIOS), MARGINS):
+        label = settings(candidate(margin))[i].label
+        cells = [f"{one.accuracy(label, family):.1%}" for family in FAMILIES]
+        rows.append([f"{ratio:g}", f"{margin:g}", *cells])
+    learned = ", ".join(family for family in FAMILIES if family in one.learned)
+    count = f"{one.manifest['items']} validation questions. Learned families: {learned}."
+    return "\n\n".join([f"## {one.manifest['model']}", count, table(head, rows), made_by(one)])
+
+
+def main() -> None:
+    folder = run_missing(str(__doc__), CANDIDATES, 400, FAMILIES, FOLDER)
+    results = read(folder)
+    if {*available_models()} == {one.manifest["model"] for one in results}:
+        text = page(results)
+        replace_file(folder.with_suffix(".md"), lambda part: part.write_text(text))
+        print(f"chosen: {chosen(results):g}")
+
+
+if __name__ == "__main__":
+    with one_message():
+        main()

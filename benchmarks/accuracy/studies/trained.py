@@ -1,0 +1,218 @@
+"""Shared by the studies of trained methods: arguments, baselines, and the stored tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import publishing
+from benchmarks.accuracy.library import (
+    DOWNSCALE,
+    FULL,
+    EqualTokens,
+    Example,
+    Measurement,
+    OptionError,
+    Way,
+    adapter_for,
+    environment,
+    predictions,
+    replace_file,
+    write_json,
+)
+from benchmarks.accuracy.packing import PackedAnswers
+from benchmarks.accuracy.store import HERE
+from benchmarks.accuracy.studies.trained_page import Rivals, compared, markdown
+
+REFERENCE = f"{FULL}@0"
+"""Label of the uncompressed model's answers."""
+PER_QUESTION = "a subset per question"
+CARD = ("kind", "model_id", "data", "config", "seconds", "held_out", "spans")
+
+
+def parser(doc: str | None, sets: Iterable[str]) -> argparse.ArgumentParser:
+    """Arguments of every study."""
+    shared = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shared.add_argument("--model", default="tiny-qwen2-vl")
+    shared.add_argument("--weights", help="trained part; default: beside the model")
+    shared.add_argument("--items", type=int, default=300, help="questions per set")
+    shared.add_argument("--batch", type=int, default=30)
+    shared.add_argument("--split", default="test", choices=("validation", "test"))
+    shared.add_argument("--device", default="auto")
+    shared.add_argument("--output", type=Path, default=HERE)
+    shared.add_argument("--sets", nargs="+", choices=list(sets), default=list(sets))
+    shared.add_argument("--report", action="store_true", help="only rebuild the page")
+    publishing.add_argument(shared)
+    shared.set_defaults(every=list(sets))
+    return shared
+
+
+class Shrunk(Sequence[Example]):
+    """Questions about media that give the processor fewer tokens."""
+
+    def __init__(
+        self, source: Sequence[Example], shrink: EqualTokens, ratio: float, frames: int
+    ) -> None:
+        self.source, self.shrink, self.ratio, self.frames = source, shrink, ratio, frames
+        self.achieved: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        example, count = self.source[index], self.shrink.tokens
+        media = example.load(self.frames)
+        smaller = tuple(self.shrink.shrink(m, self.ratio) for m in media)
+        self.achieved[index] = 1 - sum(map(count, smaller)) / sum(map(count, media))
+        return replace(example, media=smaller)
+
+
+def measure(
+    models: dict[str, Any],
+    processor: Any,
+    source: Sequence[Example],
+    methods: Sequence[Way],
+    title: str,
+    batch: int,
+    frames: int = 8,
+    smaller: Sequence[str] = (DOWNSCALE,),
+) -> tuple[Measurement, list[Way]]:
+    """Answers of all methods, of uniform choice, and on smaller media at the same ratios.
+
+    Parameters
+    ----------
+    models
+        Variants by name, see `Measurement`.
+    smaller
+        Input baselines, see `EqualTokens`.
+
+    Returns
+    -------
+    Measurement, list of Way
+        The answers, and all methods that were run, by ratio.
+    """
+    ratios = sorted({w.ratio for w in methods if w.ratio})
+    every = [*methods, *(Way("uniform", r, "uniform") for r in ratios)]
+    measured = Measurement(models, processor, frames, batch)
+    measured.run(source, every, title)
+    for name in smaller:
+        shrink = EqualTokens(processor, list(adapter_for(models[""]).placeholder_ids()), name)
+        for way in (Way(name, r) for r in ratios):
+            fewer = Shrunk(source, shrink, way.ratio, frames)
+            alone = Measurement({"": models[""]}, processor, frames, batch)
+            alone.run(fewer, [], f"{title}, {way.key}")
+            for record, other in zip(measured.records, alone.records, strict=True):
+                record["correct"][way.key] = other["correct"][REFERENCE]
+                predictions(record)[way.key] = predictions(other)[REFERENCE]
+            measured.achieved[way.key] = list(fewer.achieved.values())
+            every.append(way)
+    return measured, sorted(every, key=lambda w: w.ratio)
+
+
+class Book:
+    """Tables and packed answers of one study, by question set.
+
+    Sets that are not run again stay as they are.
+
+    Parameters
+    ----------
+    name
+        Of the files: `name`.json (tables and packed answers), `name`.md (page).
+    args
+        From `parser`.
+    rivals
+        With which other methods a method is compared, answer by answer.
+
+    Attributes
+    ----------
+    sets
+        The sets to run.
+
+    Raises
+    ------
+    OptionError
+        The stored tables are of another model or split, or the checkout has uncommitted changes.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace, rivals: Rivals) -> None:
+        self.name, self.args, self.rivals = name, args, rivals
+        self.tables: dict[str, Any] = {}
+        self.answers: dict[str, PackedAnswers] = {}
+        self.sets = [] if args.report else args.sets
+        self.facts: dict[str, Any] = {}
+        if self.sets:
+            self.facts = publishing.published_from(args.output, args.allow_dirty)
+        if args.output.joinpath(f"{name}.json").exists():
+            self._read()
+
+    def _read(self) -> None:
+        file, args = self.args.output / f"{self.name}.json", self.args
+        self.tables = json.loads(file.read_text())["tables"]
+        if self.sets:  # drop sets that the script no longer has
+            self.tables = {n: t for n, t in self.tables.items() if n in args.every}
+        for title, table in self.tables.items():
+            self.answers[title] = PackedAnswers.from_json(table.pop("answers"))
+            wrong = [k for k in ("model", "split") if table[k] != getattr(args, k)]
+            if wrong and self.sets and title not in self.sets:
+                differences = ", ".join(
+                    f"{k} {table[k]!r} instead of {getattr(args, k)!r}" for k in wrong
+                )
+                raise OptionError(
+                    f"{file}: the table {title!r} has {differences}, and one page shows one of "
+                    "each. Run all --sets again, or give another --output."
+                )
+
+    def add(
+        self,
+        title: str,
+        rows: list[dict[str, Any]],
+        records: list[dict[str, Any]],
+        cards: dict[str, Path],
+        **more: Any,
+    ) -> None:
+        """Put in the rows and answers of one set, measured with the weights that `cards` describe.
+
+        Parameters
+        ----------
+        records
+            Of `Measurement`: id, family, answer, correct, and the texts by method.
+        """
+        script = Path(sys.argv[0]).stem
+        command = ["python", "-m", f"benchmarks.accuracy.studies.{script}", *sys.argv[1:]]
+        contents = {k: json.loads(path.read_text()) for k, path in cards.items()}
+        self.tables[title] = {
+            "model": self.args.model,
+            "split": self.args.split,
+            "families": list(dict.fromkeys(r["family"] for r in records)),
+            "provenance": {
+                **environment(),
+                "command": shlex.join(command),
+                "random": PER_QUESTION,
+                **self.facts,
+            },
+            "trained": {n: {k: card.get(k) for k in CARD} for n, card in contents.items()},
+            "rows": rows,
+            **more,
+        }
+        texts = [predictions(r) for r in records]
+        self.answers[title] = PackedAnswers.of(records, texts, REFERENCE)
+
+    def write(self, notes: str = "") -> None:
+        """Both files, `notes` at the end of the page."""
+        for title, table in self.tables.items():
+            correct = self.answers[title].correct
+            table["rows"] = compared(table["rows"], correct, self.rivals)
+        page = markdown(self.name, self.tables) + (f"\n{notes}\n" if notes else "")
+        stored = {t: {**v, "answers": self.answers[t].to_json()} for t, v in self.tables.items()}
+        folder = self.args.output
+        write_json(folder / f"{self.name}.json", {"tables": stored})
+        replace_file(folder / f"{self.name}.md", lambda part: part.write_text(page))
+        print(page)
