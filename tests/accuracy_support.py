@@ -1,4 +1,4 @@
-"""Made-up results of the accuracy benchmark."""
+"""Results of the accuracy benchmark that tests make up."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.packing import PackedAnswers
 from tokencomp.evaluation.runner import Run
 from tokencomp.evaluation.settings import Setting
 
@@ -14,36 +15,47 @@ BLIND = {"attribute": 0.25, "position": 0.5, "needle": 0.25}
 SHARES = {"full": 0.7, "random-0.9": 0.35, "uniform-0.9": 0.5, "downscale-0.9": 0.65}
 
 
-def made_run(**more: Any) -> dict[str, Any]:
+def run_facts(**more: Any) -> dict[str, Any]:
     versions = dict.fromkeys(("torch", "transformers", "tokencomp"), "1")
     where = {"hardware": {"cpu": "none", "threads": 1}, "commit": None, "date": "2000-01-01"}
     return {"versions": versions, "command": "by hand", **where, **more}
 
 
-def made_up(
-    folder: Path, right: dict[str, float], split: str = "test", name: str = "made-up"
+def write_results(
+    folder: Path,
+    shares: dict[str, float],
+    split: str = "test",
+    name: str = "made-up",
+    items: int = ITEMS,
+    families: tuple[str, ...] = tuple(BLIND),
+    bonus: dict[tuple[str, str], float] | None = None,
 ) -> Path:
-    """Results in which `label` answers the first `share` of every family's items rightly."""
-    rows = []
-    for family in BLIND:
-        for i in range(ITEMS):
-            correct = {k: int(i < share * ITEMS) for k, share in right.items()}
-            said = {k: "abcd"[i % 4] if c else "no" for k, c in correct.items()}
-            about = {
-                "id": f"{family}-{i}",
-                "family": family,
-                "prompt": "?",
-                "answer": "abcd"[i % 4],
-            }
-            rows.append({**about, "predictions": said, "correct": correct})
-    settings = {label: setting(label) for label in right}
-    about = {"model": name, "split": split, "items": len(rows)}
-    manifest = {**about, "runs": [made_run()], "settings": settings}
-    where = folder / name
-    where.mkdir(parents=True, exist_ok=True)
-    (where / f"{split}.json").write_text(json.dumps(manifest))
-    (where / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return where
+    """Results in which `label` answers the first `share` of every family's questions correctly.
+
+    `bonus` has other shares by family and label.
+    """
+    rows, texts = [], []
+    for family in families:
+        by_label = {k: (bonus or {}).get((family, k), share) for k, share in shares.items()}
+        for i in range(items):
+            correct = {k: int(i < share * ITEMS) for k, share in by_label.items()}
+            answer = "abcd"[i % 4]
+            texts.append({k: answer if c else "no" for k, c in correct.items()})
+            about = {"id": f"{split}-{family}-{i:05d}", "family": family, "prompt": "?"}
+            rows.append({**about, "answer": answer, "correct": correct})
+    manifest = {
+        "model": name,
+        "split": split,
+        "items": len(rows),
+        "blind": BLIND,
+        "runs": [run_facts()],
+        "settings": {label: setting(label) for label in shares},
+    }
+    model_folder = folder / name
+    model_folder.mkdir(parents=True, exist_ok=True)
+    answers = PackedAnswers.of(rows, texts, "full").to_json()
+    (model_folder / f"{split}.json").write_text(json.dumps({**manifest, "answers": answers}))
+    return model_folder
 
 
 def setting(label: str) -> dict[str, Any]:
@@ -53,19 +65,19 @@ def setting(label: str) -> dict[str, Any]:
     return {"reducer": name, "ratio": ratio, "options": {}, **cost}
 
 
-def answers(right: dict[str, list[bool]], **facts: Any) -> dict[Setting, Run]:
-    """Two items, asked under settings by label."""
+def sweep_runs(scores: dict[str, list[bool]], **facts: Any) -> dict[Setting, Run]:
+    """Runs of a sweep over two questions, by label."""
     identity = {"weights": "w", "dtype": "float32", "pixels": {}, "frames": 8}
     identity |= {"max_new_tokens": 16, "seed": 0, **facts}
-    shared = {"attention": "sdpa", "batch_size": 2, **made_run(), "identity": identity}
+    shared = {"attention": "sdpa", "batch_size": 2, **run_facts(), "identity": identity}
     runs = {}
-    for label, scores in right.items():
+    for label, correct in scores.items():
         name, _, ratio = label.partition("-")
         cost = {"ratio": float(ratio or 0), "flops": 1, "kv_bytes": 1}
         about = {"family": "attribute", "prompt": "?", "answer": "a"}
         rows = [
             {"id": str(i), **about, "prediction": "ab"[not s], "correct": s, **cost}
-            for i, s in enumerate(scores)
+            for i, s in enumerate(correct)
         ]
         runs[Setting(name, float(ratio or 0))] = Run(Setting(), rows, shared)
     return runs

@@ -1,4 +1,4 @@
-"""The accuracy benchmark's results and tables, on results made up by hand."""
+"""Results, tables and pages of the accuracy benchmark, on results made up by hand."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy_support import BLIND, ITEMS, SHARES, answers, made_up
+from accuracy_support import BLIND, SHARES, sweep_runs, write_results
 from torch import nn
 
+from benchmarks.accuracy import report, run, store, summary, tables
+from benchmarks.accuracy.store import Results
 from tokencomp.errors import OptionError, UnknownNameError
 from tokencomp.evaluation.settings import Setting
 
 
-def test_learned_is_decided_by_validation_and_the_blind_guess(accuracy, tmp_path: Path) -> None:
+def results_of(folder: Path, shares: dict[str, float], **more) -> Results:
+    """Test results beside validation results in which the full model answers 70 %."""
+    write_results(folder, {"full": 0.7}, "validation")
+    return Results.read(write_results(folder, shares, **more), "test")
+
+
+def test_learned_is_decided_by_validation_and_the_blind_guess(unpublished: Path) -> None:
     """70 % is 45 points above a guess among four, and 20 above one of two named options."""
-    made_up(tmp_path, {"full": 0.7}, "validation")
-    folder = made_up(tmp_path, {"full": 1.0, "condiv-0.9": 0.2})
-    assert accuracy.results.Results.read(folder, "test").learned == ("attribute", "needle")
+    results = results_of(unpublished, {"full": 1.0, "condiv-0.9": 0.2})
+    assert results.learned == ("attribute", "needle")
 
 
-def test_tables(accuracy, tmp_path: Path) -> None:
-    made_up(tmp_path, {"full": 0.7}, "validation")
-    folder = made_up(tmp_path, {**SHARES, "condiv-0.9": 0.6, "merge-0.9": 0.2})
-    results = accuracy.results.Results.read(folder, "test")
-    tables, report = accuracy.tables, accuracy.report
+def test_tables(unpublished: Path) -> None:
+    results = results_of(unpublished, {**SHARES, "condiv-0.9": 0.6, "merge-0.9": 0.2})
     assert tables.kept(results, "condiv-0.9", "images").value == pytest.approx(24 / 28)
     rows = tables.ratio_table(results, 0.9, "condiv").splitlines()[2:]
     names = [row.split("|")[1].strip() for row in rows]
@@ -33,71 +37,62 @@ def test_tables(accuracy, tmp_path: Path) -> None:
     assert "+" in rows[3].split("|")[6] and "−" in rows[4].split("|")[6]
     against = [row.split("|")[7].strip() for row in rows]  # 20, 8, 4 and 32 only one got right
     assert against == ["1.9e-06 −", "0.0078 −", "0.12", "", "4.7e-10 −"]
-    told = report.bars(results, "condiv")
-    assert [line for line in told if "below downscale" in line] == [
+    lines = report.bars(results, "condiv")
+    assert [line for line in lines if "below downscale" in line] == [
         f"- ratio 0.9, {kind}: below downscale (0 items won, 2 lost, p = 0.5): NOT met"
         for kind in ("images", "videos")
     ]
-    assert sum("bar 94%: NOT met" in line for line in told) == 2
-    text = report.write_report(tmp_path).read_text()
-    assert "made-up, ratio 0.9" in text and (tmp_path / "made-up-images.svg").exists()
-    assert text == report.write_report(tmp_path).read_text()
+    assert sum("bar 94%: NOT met" in line for line in lines) == 2
+    text = report.write_report(unpublished).read_text()
+    assert "made-up, ratio 0.9" in text and (unpublished / "made-up-images.svg").exists()
+    assert text == report.write_report(unpublished).read_text()
     links = re.findall(r"\]\(([^)]+)\)", text)
-    assert len(links) > 6 and [n for n in links if not (tmp_path / n).exists()] == []
+    assert len(links) > 3 and [n for n in links if not (unpublished / n).exists()] == []
 
 
-def test_losses_per_family_by_plain_counting(accuracy, tmp_path: Path) -> None:
-    made_up(tmp_path, {"full": 0.7}, "validation")
-    folder = made_up(tmp_path, {**SHARES, "condiv-0.9": 0.6})
-    results = accuracy.results.Results.read(folder, "test")
-    for row in (r for r in results.rows if r["family"] == "position"):
-        row["correct"]["random-0.9"] = 1
-    every = accuracy.tables.compare_families(results, "condiv")
+def test_losses_per_family_by_plain_counting(unpublished: Path) -> None:
+    shares = {**SHARES, "condiv-0.9": 0.6}
+    results = results_of(unpublished, shares, bonus={("position", "random-0.9"): 1.0})
+    every = tables.compare_families(results, "condiv")
     losses = [one for one in every if one.lost]
-    found = {(one.family, one.base): (one.test.wins, one.test.losses) for one in losses}
+    counts = {(one.family, one.base): (one.test.wins, one.test.losses) for one in losses}
     expected = {("position", "random"): (0, 16)}  # 24 of 40 right, against all
     expected |= {(family, "downscale"): (0, 2) for family in BLIND}
-    assert found == expected and len(every) == 9
+    assert counts == expected and len(every) == 9
     row = "| position | no | 0.9 | random | 70% | 60% | 100% | 0 | 16 |"
-    assert row in accuracy.tables.loss_table(losses)
-    told = accuracy.report.bars(results, "condiv")[-2:]
-    assert told[0].startswith("- learned families: a baseline got more right in ")
-    assert told[1].startswith("- families not learned: a baseline got more right in ")
-    counts = [re.search(r"in (\d+) of (\d+) comparisons", line).groups() for line in told]
-    assert [sum(map(int, column)) for column in zip(*counts, strict=True)] == [4, 9]
-    assert all("of them the default got less right than the full model" in line for line in told)
+    assert row in tables.loss_table(losses)
+    lines = report.bars(results, "condiv")[-2:]
+    assert lines[0].startswith("- learned families: a baseline answered more ")
+    assert lines[1].startswith("- families not learned: a baseline answered more ")
+    pairs = [re.search(r"in (\d+) of (\d+) comparisons", line).groups() for line in lines]
+    assert [sum(map(int, column)) for column in zip(*pairs, strict=True)] == [4, 9]
+    assert all("of them the default is also below the full model" in line for line in lines)
 
 
-def test_smaller_media_of_too_many_tokens_are_no_baseline_on_that_kind(
-    accuracy, tmp_path: Path
-) -> None:
-    made_up(tmp_path, {"full": 0.7}, "validation")
-    folder = made_up(tmp_path, {**SHARES, "condiv-0.9": 0.6})
-    results = accuracy.results.Results.read(folder, "test")
+def test_smaller_media_of_too_many_tokens_are_no_baseline_on_that_kind(unpublished: Path) -> None:
+    results = results_of(unpublished, {**SHARES, "condiv-0.9": 0.6})
     results.settings["downscale-0.9"]["achieved"] = {"images": 0.0, "videos": 0.88}
-    cells = accuracy.tables.ratio_table(results, 0.9, "condiv").splitlines()[4].split("|")
+    cells = tables.ratio_table(results, 0.9, "condiv").splitlines()[4].split("|")
     assert [c.strip() for c in cells[2:6]] == ["–", cells[3].strip(), "–", "–"]
     assert cells[3].strip().startswith("92.9%") and "0.000 / 0.880" in cells[8]
-    told = "\n".join(accuracy.report.bars(results, "condiv"))
-    assert "no baseline on images: it drops 0.00 instead of 0.9" in told
-    assert "videos: below downscale" in told and "images: below downscale" not in told
+    lines = "\n".join(report.bars(results, "condiv"))
+    assert "no baseline on images: it drops 0.00 instead of 0.9" in lines
+    assert "videos: below downscale" in lines and "images: below downscale" not in lines
 
 
-def test_one_family_alone_can_be_reported(accuracy, tmp_path: Path) -> None:
-    made_up(tmp_path, {"full": 0.7}, "validation")
-    folder = made_up(tmp_path, {**SHARES, "condiv-0.9": 0.6})
-    lines = (folder / "test.jsonl").read_text().splitlines(keepends=True)
-    (folder / "test.jsonl").write_text("".join(lines[:ITEMS]))
-    text = accuracy.report.write_report(tmp_path).read_text()
+def test_one_family_alone_can_be_reported(unpublished: Path) -> None:
+    results_of(unpublished, {**SHARES, "condiv-0.9": 0.6}, families=("attribute",))
+    text = report.write_report(unpublished).read_text()
     assert "made-up-images.svg" in text and "made-up-videos.svg" not in text
 
 
-def test_readme_has_methods_by_ratios_over_learned_families(accuracy, tmp_path: Path) -> None:
+def test_readme_has_methods_by_ratios_over_learned_families(unpublished: Path) -> None:
     for name in ("tiny-qwen2-vl", "other"):
-        made_up(tmp_path, {"full": 0.7}, "validation", name)
-        made_up(tmp_path, {**SHARES, "condiv-0.9": 0.6, "selector-0.9": 0.65}, "test", name)
-    found = accuracy.report.read_all(tmp_path)
-    first, second, _ = accuracy.readme.readme(found, "condiv").split("\n\n")
+        write_results(unpublished, {"full": 0.7}, "validation", name)
+        shares = {**SHARES, "condiv-0.9": 0.6, "selector-0.9": 0.65}
+        write_results(unpublished, shares, "test", name)
+    every = store.read_all(unpublished)
+    first, second, _ = summary.summary(every, "condiv").split("\n\n")
     rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in first.splitlines()}
     methods = ["selector (trained)", "**condiv**", "random", "uniform", "downscale"]
     assert list(rows)[2:] == [*methods, "FLOPs left (LLM, text included)"]
@@ -106,46 +101,46 @@ def test_readme_has_methods_by_ratios_over_learned_families(accuracy, tmp_path: 
     assert second.count("| other |") == 4 and "selector" not in second
 
 
-def test_a_later_run_adds_to_what_is_there(accuracy) -> None:
-    r = accuracy.results
-    first = r.collected(answers({"full": [True, True], "merge-0.5": [True, False]}), "m", "test")
-    later = answers({"full": [True, True], "random-0.5": [False, True]}, seed=1)
-    both = r.merged(first, r.collected(later, "m", "test"))
-    assert [row["correct"] for row in both.rows] == [
-        {"full": 1, "merge-0.5": 1, "random-0.5": 0},
-        {"full": 1, "merge-0.5": 0, "random-0.5": 1},
-    ]
-    assert [run["seed"] for run in both.manifest["runs"]] == [0, 1]
+def test_a_later_run_is_merged_into_the_stored_results(tmp_path: Path) -> None:
+    first = store.collected(
+        sweep_runs({"full": [True, True], "merge-0.5": [True, False]}), "m", "test"
+    )
+    later = sweep_runs({"full": [True, True], "random-0.5": [False, True]}, seed=1)
+    both = store.merged(first, store.collected(later, "m", "test"))
+    both.write(tmp_path)
+    both = Results.read(tmp_path, "test")
+    assert both.answers.correct == {"full": [1, 1], "merge-0.5": [1, 0], "random-0.5": [0, 1]}
+    assert both.answers.agrees == {"full": [1, 1], "merge-0.5": [1, 0], "random-0.5": [0, 1]}
+    assert [one["seed"] for one in both.manifest["runs"]] == [0, 1]
     assert {k: s["run"] for k, s in both.settings.items()} == {
         "full": 1, "merge-0.5": 0, "random-0.5": 1,
     }  # fmt: skip
     assert both.settings["random-0.5"]["achieved"] == {"images": 0.5}
     assert not any("seconds" in s for s in both.settings.values())
-    again = answers({"full": [True, True], "merge-0.5": [False, False]}, seed=2)
-    newest = r.merged(both, r.collected(again, "m", "test"))
-    assert [row["correct"]["merge-0.5"] for row in newest.rows] == [0, 0]
-    assert [run["seed"] for run in newest.manifest["runs"]] == [1, 2]  # nothing is left of run 0
+    again = sweep_runs({"full": [True, True], "merge-0.5": [False, False]}, seed=2)
+    newest = store.merged(both, store.collected(again, "m", "test"))
+    assert newest.answers.correct["merge-0.5"] == [0, 0]
+    assert [one["seed"] for one in newest.manifest["runs"]] == [1, 2]  # nothing is left of run 0
 
 
-def test_other_weights_and_other_items_are_not_merged(accuracy, tmp_path: Path) -> None:
-    r = accuracy.results
-    first = r.collected(answers({"full": [True, True]}), "m", "test")
+def test_other_weights_and_other_items_are_not_merged(tmp_path: Path) -> None:
+    collected, right = store.collected, {"full": [True, True]}
+    first = collected(sweep_runs(right), "m", "test")
     with pytest.raises(OptionError, match="other weights"):
-        r.merged(first, r.collected(answers({"full": [True, True]}, weights="v"), "m", "test"))
+        store.merged(first, collected(sweep_runs(right, weights="v"), "m", "test"))
     with pytest.raises(OptionError, match="other items"):
-        r.merged(first, r.collected(answers({"full": [True]}), "m", "test"))
-    del first.manifest["runs"][0]["weights"]  # as before it was noted: the answers tell
-    r.merged(first, r.collected(answers({"full": [True, True]}, weights="v"), "m", "test"))
+        store.merged(first, collected(sweep_runs({"full": [True]}), "m", "test"))
+    del first.manifest["runs"][0]["weights"]  # runs of old releases have none: answers decide
+    store.merged(first, collected(sweep_runs(right, weights="v"), "m", "test"))
     with pytest.raises(OptionError, match="other weights"):
-        r.merged(first, r.collected(answers({"full": [True, False]}), "m", "test"))
+        store.merged(first, collected(sweep_runs({"full": [True, False]}), "m", "test"))
     first.write(tmp_path)
-    accuracy.run.check_items(tmp_path, "test", ["0", "1"])
+    run.check_items(tmp_path, "test", ["0", "1"])
     with pytest.raises(OptionError, match="--out"):
-        accuracy.run.check_items(tmp_path, "test", ["0"])
+        run.check_items(tmp_path, "test", ["0"])
 
 
-def test_settings_of_a_run(accuracy) -> None:
-    run = accuracy.run
+def test_settings_of_a_run() -> None:
     labels = [s.label for s in run.settings(["downscale", "cdpruner"], [0.5])]
     attention = "cdpruner-0.5-relevance=attention"
     assert labels == ["full", "downscale-0.5", "cdpruner-0.5", attention]
@@ -153,11 +148,11 @@ def test_settings_of_a_run(accuracy) -> None:
         run.usable(None, ["condvi"])
     assert run.usable(None, ["downscale"]) == (["downscale"], {})
     watching = Setting("condiv", 0.5, {"signal": "vit_attention"})
-    asked = [Setting(), Setting("condiv", 0.5), Setting("downscale", 0.5), watching]
-    assert [run.watches_tower(s) for s in asked] == [False, False, False, True]
+    grid = [Setting(), Setting("condiv", 0.5), Setting("downscale", 0.5), watching]
+    assert [run.watches_tower(s) for s in grid] == [False, False, False, True]
 
 
-def test_tower_runs_once_per_input(scripts) -> None:
+def test_tower_runs_once_per_input() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -165,15 +160,14 @@ def test_tower_runs_once_per_input(scripts) -> None:
 
     model, calls = Model(), []
     model.visual.register_forward_hook(lambda *_: calls.append(1))
-    plain, run = torch.ones(2, 2), model.visual.forward
+    plain, original = torch.ones(2, 2), model.visual.forward
     count = []
-    monkey = model.visual.forward
-    model.visual.forward = lambda x: (count.append(1), monkey(x))[1]
-    with scripts.run.tower_once(model):
+    model.visual.forward = lambda x: (count.append(1), original(x))[1]
+    with run.tower_once(model):
         first = model.visual(plain)
         assert torch.equal(first, model.visual(plain.view(2, 2))) and len(count) == 1
         model.visual(plain + 1)
         model.visual(plain[:1])
         assert len(count) == 3
     assert len(calls) == 4
-    assert torch.equal(run(plain), first)
+    assert torch.equal(original(plain), first)

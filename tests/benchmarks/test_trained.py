@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from benchmarks.accuracy.packing import PackedAnswers
+from benchmarks.accuracy.studies import adsc, ccam, long_video, selector, trained, trained_page
 from tokencomp.errors import OptionError
 from tokencomp.evaluation import Example
 from tokencomp.training.measure import Measurement, Way
 
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 RIVALS = {"trained": ("training-free",)}
 CARD = {
     "kind": "adsc",
@@ -26,8 +29,10 @@ CARD = {
 
 
 def arguments(folder: Path, sets: list[str], **more: Any) -> argparse.Namespace:
-    told = {"model": "m", "split": "test", "report": False, "every": ["count", "video"]}
-    return argparse.Namespace(output=folder, sets=sets, **{**told, **more})
+    defaults = {"model": "m", "split": "test", "report": False, "every": ["count", "video"]}
+    return argparse.Namespace(
+        output=folder, sets=sets, allow_dirty=True, **{**defaults, **more}
+    )
 
 
 def answers(right: dict[str, list[int]], family: str = "count") -> list[dict[str, Any]]:
@@ -37,18 +42,18 @@ def answers(right: dict[str, list[int]], family: str = "count") -> list[dict[str
             "id": str(i),
             "family": family,
             "answer": "a",
-            "told": {},
+            "texts": {k: "a" if v[i] else "b" for k, v in right.items()},
             "correct": {k: bool(v[i]) for k, v in right.items()},
         }
         for i in range(count)
     ]
 
 
-def filled(scripts: Any, folder: Path, sets: list[str], right: dict[str, list[int]]) -> Any:
-    """A book with one table per set, made now."""
+def filled(folder: Path, sets: list[str], right: dict[str, list[int]]) -> trained.Book:
+    """A book with one table per set."""
     card = folder / "card.json"
     card.write_text(json.dumps(CARD))
-    book = scripts.trained.Book("adsc", arguments(folder, sets), RIVALS)
+    book = trained.Book("adsc", arguments(folder, sets), RIVALS)
     ways = [Way(k.partition("@")[0], float(k.partition("@")[2])) for k in right if k != "full@0"]
     for title in sets:
         measured = Measurement({}, None)
@@ -66,8 +71,8 @@ RIGHT = {
 }
 
 
-def test_paired_test_is_told(scripts, tmp_path: Path, capsys) -> None:
-    book = filled(scripts, tmp_path, ["count"], RIGHT)
+def test_paired_test_is_reported(tmp_path: Path, capsys) -> None:
+    book = filled(tmp_path, ["count"], RIGHT)
     row = next(r for r in book.tables["count"]["rows"] if r["name"] == "trained")
     exact = 2 * sum(math.comb(11, k) for k in range(2)) / 2**11  # ten won, one lost
     assert row["against"] == {"training-free": {"wins": 10, "losses": 1, "p": pytest.approx(exact)}}
@@ -79,58 +84,82 @@ def test_paired_test_is_told(scripts, tmp_path: Path, capsys) -> None:
     assert page in capsys.readouterr().out
 
 
-def test_tables_that_are_not_asked_again_keep_what_they_depend_on(
-    scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_tables_that_are_not_run_again_keep_what_they_depend_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    filled(scripts, tmp_path, ["count", "video"], RIGHT)
+    filled(tmp_path, ["count", "video"], RIGHT)
     other = {"date": "2000-01-01", "command": "", "versions": {"torch": "0"}, "commit": None}
     other["hardware"] = {"cpu": "abacus", "threads": 1}
-    monkeypatch.setattr(scripts.trained, "environment", lambda: other)
+    monkeypatch.setattr(trained, "environment", lambda: other)
     first = json.loads((tmp_path / "adsc.json").read_text())["tables"]["count"]
-    filled(scripts, tmp_path, ["video"], {**RIGHT, "random@0.5": [1] * 20})
+    filled(tmp_path, ["video"], {**RIGHT, "random@0.5": [1] * 20})
     tables = json.loads((tmp_path / "adsc.json").read_text())["tables"]
-    assert tables["count"] == first and tables["video"]["made"]["hardware"]["cpu"] == "abacus"
-    lines = [json.loads(x) for x in (tmp_path / "adsc.jsonl").read_text().splitlines()]
-    right = {s: sum(r["correct"]["random@0.5"] for r in lines if r["set"] == s) for s in tables}
+    assert tables["count"] == first
+    assert tables["video"]["provenance"]["hardware"]["cpu"] == "abacus"
+    packed = {title: PackedAnswers.from_json(t["answers"]) for title, t in tables.items()}
+    right = {title: sum(one.correct["random@0.5"]) for title, one in packed.items()}
     assert right == {"count": 0, "video": 20}
     assert (tmp_path / "adsc.md").read_text().count("abacus") == 1
 
 
-def test_sets_that_the_script_no_longer_has_go(scripts, tmp_path: Path) -> None:
-    filled(scripts, tmp_path, ["image"], RIGHT)
-    filled(scripts, tmp_path, ["count"], RIGHT)
+def test_sets_that_the_script_no_longer_has_are_dropped(tmp_path: Path) -> None:
+    filled(tmp_path, ["image"], RIGHT)
+    filled(tmp_path, ["count"], RIGHT)
     assert list(json.loads((tmp_path / "adsc.json").read_text())["tables"]) == ["count"]
-    assert '"set": "image"' not in (tmp_path / "adsc.jsonl").read_text()
 
 
 @pytest.mark.parametrize("changed", [{"model": "other"}, {"split": "validation"}])
-def test_models_and_splits_are_not_mixed(scripts, tmp_path: Path, changed: dict[str, str]) -> None:
-    filled(scripts, tmp_path, ["count", "video"], RIGHT)
-    book = scripts.trained.Book
-    with pytest.raises(OptionError, match="'count' is of"):
-        book("adsc", arguments(tmp_path, ["video"], **changed), RIVALS)
-    book("adsc", arguments(tmp_path, ["count", "video"], **changed), RIVALS)
+def test_models_and_splits_are_not_mixed(tmp_path: Path, changed: dict[str, str]) -> None:
+    filled(tmp_path, ["count", "video"], RIGHT)
+    with pytest.raises(OptionError, match="'count' has"):
+        trained.Book("adsc", arguments(tmp_path, ["video"], **changed), RIVALS)
+    trained.Book("adsc", arguments(tmp_path, ["count", "video"], **changed), RIVALS)
 
 
-def test_lost_cards_are_told(scripts) -> None:
+def test_lost_cards_are_described() -> None:
     table = {"trained": {"ccam": "trained somehow"}}
-    assert scripts.trained_page.training({"a": table, "b": table}) == ["- ccam: trained somehow."]
+    assert trained_page.training({"a": table, "b": table}) == ["- ccam: trained somehow."]
 
 
-def test_published_ccam_page_says_that_the_mask_costs_accuracy(scripts, tmp_path: Path) -> None:
-    """Won and lost items counted from the published answers."""
-    folder = Path(scripts.trained.__file__).parent
-    lines = [json.loads(line) for line in (folder / "ccam.jsonl").read_text().splitlines()]
-    page = (folder / "ccam.md").read_text()
-    for title in ("image", "video, 8 frames", "video, 16 frames", "video, 48 frames"):
-        mine = [r["correct"] for r in lines if r["set"] == title]
-        key = next(k for k in mine[0] if k.startswith("ccam@"))
-        free = key.replace("ccam@", "ccam without mask@")
-        won = sum(r[key] and not r[free] for r in mine)
-        lost = sum(r[free] and not r[key] for r in mine)
+def test_published_ccam_page_says_that_the_mask_costs_accuracy() -> None:
+    """Won and lost questions counted from the published bits."""
+    tables = json.loads((FOLDER / "ccam.json").read_text())["tables"]
+    page = (FOLDER / "ccam.md").read_text()
+    assert list(tables) == ["image", "video, 8 frames", "video, 16 frames", "video, 48 frames"]
+    for title, table in tables.items():
+        correct = PackedAnswers.from_json(table["answers"]).correct
+        key = next(k for k in correct if k.startswith("ccam@"))
+        pairs = list(
+            zip(correct[key], correct[key.replace("ccam@", "ccam without mask@")], strict=True)
+        )
+        won, lost = pairs.count((1, 0)), pairs.count((0, 1))
         ratio = f"{float(key.partition('@')[2]):.3g}"
         assert f"| {title} | ccam | {ratio} | ccam without mask | {won} | {lost} | " in page
     assert "ccam against ccam without mask: worse: video, 16 frames at 0.938" in page
+
+
+@pytest.mark.parametrize(
+    ("study", "name"),
+    [
+        (adsc, "adsc"),
+        (ccam, "ccam"),
+        (selector, "selector"),
+        (long_video, "long_video-tiny-qwen2-vl"),
+        (long_video, "long_video-tiny-llava-onevision"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_published_pages_are_those_of_the_published_results(
+    tmp_path: Path, study: Any, name: str
+) -> None:
+    """Tables, answers and page come back to the letter."""
+    for file in (f"{name}.json", f"{name}.md"):
+        (tmp_path / file).write_text((FOLDER / file).read_text())
+    args = arguments(tmp_path, [], report=True, every=list(study.SETS))
+    args.model = name.removeprefix("long_video-")
+    study.main(argparse.Namespace(**vars(args), threads=1))
+    for file in (f"{name}.json", f"{name}.md"):
+        assert (tmp_path / file).read_text() == (FOLDER / file).read_text()
 
 
 class Halves:
@@ -148,10 +177,10 @@ class Halves:
         )
 
 
-def test_smaller_media_of_the_same_questions(scripts) -> None:
+def test_smaller_media_of_the_same_questions() -> None:
     image = Image.new("RGB", (8, 4))
     source = [Example("i", "?", "a", (image,)), Example("v", "?", "b", ([image] * 3,))]
-    shrunk = scripts.trained.Shrunk(source, Halves(), 0.75, 8)
+    shrunk = trained.Shrunk(source, Halves(), 0.75, 8)
     first, second = shrunk
     assert (first.id, first.answer, first.media[0].size) == ("i", "a", (4, 2))
     assert [frame.size for frame in second.media[0]] == [(4, 2)] * 3

@@ -1,0 +1,63 @@
+"""Published numbers need committed code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks.publishing import MARK, published_from
+from tokencomp.errors import OptionError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A repository with one commit of code and results."""
+    root = tmp_path / "checkout"
+    (root / "benchmarks").mkdir(parents=True)
+    (root / "code.py").write_text("x = 1\n")
+    (root / "benchmarks" / "results.json").write_text("{}\n")
+    identity = ("-c", "user.name=n", "-c", "user.email=e@e")
+    for arguments in (("init", "-q"), ("add", "-A"), (*identity, "commit", "-qm", "first")):
+        subprocess.run(["git", "-C", str(root), *arguments], check=True)
+    return root
+
+
+def test_committed_code_may_publish(checkout: Path) -> None:
+    facts = published_from(checkout / "benchmarks", False, checkout)
+    head = subprocess.run(
+        ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    assert facts == {"commit": head}
+
+
+def test_changed_results_do_not_stop_a_run_that_goes_on(checkout: Path) -> None:
+    (checkout / "benchmarks" / "results.json").write_text("[]\n")
+    assert MARK not in published_from(checkout / "benchmarks", False, checkout)
+
+
+def test_changed_code_is_refused_or_marked(checkout: Path) -> None:
+    (checkout / "code.py").write_text("x = 2\n")
+    with pytest.raises(OptionError, match=r"code\.py.*--allow-dirty"):
+        published_from(checkout / "benchmarks" / "accuracy", False, checkout)
+    facts = published_from(checkout / "benchmarks", True, checkout)
+    assert facts[MARK] is False and facts["commit"].endswith("+dirty")
+    facts = published_from(checkout.parent / "trial", False, checkout)  # is never published
+    assert facts[MARK] is False
+
+
+def test_without_git_the_commit_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    with pytest.raises(OptionError, match="no known commit"):
+        published_from(tmp_path / "benchmarks", False, tmp_path)
+    assert published_from(tmp_path / "benchmarks", True, tmp_path) == {"commit": None, MARK: False}
+
+
+def test_nothing_that_is_marked_is_in_the_repository() -> None:
+    files = [*BENCHMARKS.rglob("*.json"), *BENCHMARKS.rglob("*.jsonl")]
+    texts = [f.read_text() for f in files if not {"runs", "media"} & {*f.parts}]
+    assert texts and not [t for t in texts if f'"{MARK}": {json.dumps(False)}' in t]
