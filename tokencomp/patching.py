@@ -28,7 +28,7 @@ from tokencomp.plan import Plan, check_ratio
 from tokencomp.reducers.base import Reducer, check_choice, make_reducer
 from tokencomp.reducers.compose import PlanLike, as_plan
 
-DEFAULT_REDUCER = "condiv"  # chosen on validation: benchmarks/accuracy/CHOICE.md
+DEFAULT_REDUCER = "condiv"  # chosen on validation: docs/decisions/0001-default-reducer.md
 # Where a patched model keeps its handle: both are freed together, and no state_dict shows it.
 ATTRIBUTE = "_tokencomp_handle"
 FIXED = {"strict", "positions", "extend_context", "proportional_attention"}  # of the whole patch

@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, without a GPU, and read the machine code.
 
-    python benchmarks/kernels/aot.py [--targets 80 90 100] [--quick] [--ops OP ...] [--out DIR]
+    python -m benchmarks.kernels.aot [--targets 80 90 100] [--quick] [--ops OP ...] [--out DIR]
 
 The kernels' own launchers run at real sizes with the launch itself replaced by a recorder, so what
 is compiled is what would run: same arguments, specialisation, tile sizes and warps. From each cubin
@@ -34,11 +34,25 @@ if importlib.util.find_spec("triton") is None:
 
 import torch
 import triton
-from cases import CASES, Case, Setup, ccam, colsum, gather, match, maxmin, merge, nearest, pool
 from tokencomp.kernels import dispatch
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from benchmarks import publishing
+from benchmarks.kernels.cases import (
+    CASES,
+    Case,
+    Setup,
+    ccam,
+    colsum,
+    gather,
+    match,
+    maxmin,
+    merge,
+    nearest,
+    pool,
+)
 
 HERE = Path(__file__).parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -86,7 +100,7 @@ QUICK: list[Setup] = [
 
 @dataclass
 class Row:
-    """What the compiler made of one kernel in one configuration."""
+    """The compiled form of one kernel in one configuration."""
 
     kernel: str
     case: str
@@ -105,7 +119,7 @@ class Row:
 def resident_warps(row: Row) -> int:
     """Warps that one multiprocessor holds at once: what hides the latency of memory.
 
-    Registers are given out in units of 8 per thread; every block costs 1 KiB of shared memory more.
+    Registers are allocated in units of 8 per thread; every block costs 1 KiB of shared memory more.
     """
     per_thread = (row.registers + 7) // 8 * 8
     blocks = min(
@@ -162,7 +176,7 @@ def recording(note: Callable[..., None], multiprocessors: int) -> Iterator[None]
 
 
 def record(setups: list[Setup], dtype: torch.dtype, multiprocessors: int) -> list[Launch]:
-    """Every different launch of the given cases."""
+    """Every different launch of the cases."""
     launches: list[Launch] = []
     current = ""
 
@@ -179,7 +193,7 @@ def record(setups: list[Setup], dtype: torch.dtype, multiprocessors: int) -> lis
 
 
 def specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
-    """The compiler's input for a launch, made by Triton's own argument binder."""
+    """The compiler's input for a launch, from Triton's own argument binder."""
     kernel, backend = launch.kernel, make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialisation, options = binder(*launch.arguments, **launch.options)
@@ -199,8 +213,8 @@ def compile_one(launch: Launch, source: ASTSource, options: dict[str, Any], arch
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _tool("cuobjdump", "-res-usage", str(cubin))
         sass = _tool("nvdisasm", "-c", str(cubin))
-    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage)}
-    shared = max(compiled.metadata.shared, found.get("SHARED", 0))
+    sizes = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage)}
+    shared = max(compiled.metadata.shared, sizes.get("SHARED", 0))
     row = Row(
         kernel=name,
         case=launch.case,
@@ -208,8 +222,8 @@ def compile_one(launch: Launch, source: ASTSource, options: dict[str, Any], arch
         target=f"sm_{arch}",
         warps=compiled.metadata.num_warps,
         stages=compiled.metadata.num_stages,
-        registers=found["REG"],
-        stack=found.get("STACK", 0),
+        registers=sizes["REG"],
+        stack=sizes.get("STACK", 0),
         shared=shared,
         tensor_cores=bool(TENSOR_CORE.search(sass)),
         load_bits=max((_bits(load) for load in GLOBAL_LOAD.findall(sass)), default=0),
@@ -289,7 +303,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one configuration per kernel, bf16")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="compile only these")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for aot.json and aot.md")
+    publishing.add_argument(parser)
     arguments = parser.parse_args()
+    facts = publishing.published_from(arguments.out, arguments.allow_dirty)
     setups = QUICK if arguments.quick else CASES[:-1] + EXTRA
     dtypes = [torch.bfloat16] if arguments.quick else [torch.bfloat16, torch.float32]
     chosen = [setup for setup in setups if described(setup).op in arguments.ops]
@@ -299,7 +315,7 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if len(arguments.ops) < len(OPS):
         rows = in_order(rows + kept(arguments.out / "aot.json", arguments.ops, setups), setups)
-    info = {"triton": triton.__version__, "torch": torch.__version__}
+    info = {"triton": triton.__version__, "torch": torch.__version__, **facts}
     text = json.dumps({**info, "rows": [asdict(row) for row in rows]}, indent=1)
     (arguments.out / "aot.json").write_text(text + "\n")
     (arguments.out / "aot.md").write_text(markdown(rows))
@@ -321,7 +337,7 @@ def _bits(load: str) -> int:
 
 
 def _uninitialised(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Only shapes, strides and dtypes matter here."""
+    """Only shapes, strides and dtypes matter."""
     return torch.zeros((), device=device, dtype=dtype).expand(shape).contiguous()
 
 

@@ -1,6 +1,6 @@
 """The least time an op can take: bytes over bandwidth, FLOPs over peak, the larger of the two.
 
-    python benchmarks/kernels/roofline.py [--out FILE]
+    python -m benchmarks.kernels.roofline [--out FILE]
 
 writes this for every case of the benchmark at full size as a table. It is arithmetic on data-sheet
 rates, not a measurement: what a run on a GPU is judged against.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cases import Case
+    from benchmarks.kernels.cases import Case
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,17 @@ def prefill_flops(tokens: int) -> float:
 def table() -> str:
     """Bytes, FLOPs, intensity and roofline time of every case in bf16, as Markdown."""
     import torch
-    from cases import CASES
+
+    from benchmarks.kernels.cases import CASES
 
     cases = [setup(torch.device("meta"), torch.bfloat16, 1.0) for setup in CASES]
     names = [gpu.name for gpu in GPUS]
     lines = [
-        "# Roofline of the kernels (arithmetic, nothing here was timed)",
+        "# Roofline of the kernels (arithmetic, nothing on this page was timed)",
         "",
-        "Unavoidable bytes and FLOPs at full size in bf16, and the least time in µs on data-sheet "
-        "rates: m where memory bounds it, c where the FLOPs do.",
+        "Unavoidable bytes and FLOPs at full size in bf16, and the least possible time in µs at "
+        "data-sheet rates. m: memory bandwidth is the limit; c: FLOPs are the limit. "
+        "[All benchmark pages](../README.md).",
         "",
         f"| op | case | MB | GFLOP | FLOP/byte | {' | '.join(names)} |",
         "|---|---|---|---|---|" + "---|" * len(GPUS),
@@ -125,12 +127,13 @@ def table() -> str:
 
 
 def shares(cases: Mapping[str, Case]) -> str:
-    """What a reduce step takes of a prefill, as Markdown."""
+    """The share of a prefill that a reduce step takes, as Markdown."""
     lines = [
         "The target is a reduce step of at most 2 % of a 7B prefill, and of at most 1 % for the "
-        "default, condiv. The roofline time of a step, against that of the decoder's matrix "
-        "products; in brackets with what no roofline holds: condiv's choices wait for one another, "
-        f"at {CHOICE * 1e6:.0f} µs each (assumed: one read from the L2 cache and one reduction).",
+        "default, condiv. The table compares the roofline time of a step with that of the "
+        "decoder's matrix products. The brackets add a part that a roofline does not include: each "
+        "of condiv's choices depends on the one before, and we assume that it takes "
+        f"{CHOICE * 1e6:.0f} µs (one read from the L2 cache and one reduction).",
         "",
         f"| step | tokens | choices | {' | '.join(f'{g.name}: ms of ms, share' for g in GPUS)} |",
         "|---|---|---|" + "---|" * len(GPUS),

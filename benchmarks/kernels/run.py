@@ -1,6 +1,6 @@
 """Time the kernels against PyTorch and the roofline.
 
-    python benchmarks/kernels/run.py [--ops OP ...] [--providers P ...] [--scale S] [--out FILE]
+    python -m benchmarks.kernels.run [--ops OP ...] [--providers P ...] [--scale S] [--out FILE]
 
 One JSON line per case and provider: latency quantiles, achieved bandwidth and FLOP/s with their
 share of the data-sheet peak, peak memory, the roofline time on A100, H100 and H200, versions,
@@ -25,18 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, Case
-from roofline import GPUS, bound, find, floor_seconds
 from tokencomp.kernels import dispatch
 from tqdm import tqdm
+
+from benchmarks import publishing
+from benchmarks.kernels.cases import CASES, Case
+from benchmarks.kernels.roofline import GPUS, bound, find, floor_seconds
 
 PROVIDERS = ("naive", "eager", "compile", "triton", "flash-colreduce")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def providers(case: Case, wanted: list[str], gpu: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The calls that can run here, by name."""
-    for name in wanted:
+def providers(case: Case, names: list[str], gpu: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The calls that can run on this machine, by name."""
+    for name in names:
         if name in ("naive", "triton"):
             if name == "naive" or (gpu and case.op not in dispatch.TORCH_ONLY):
                 yield name, case.call
@@ -78,7 +80,7 @@ def measure(call: Callable[[], Any], gpu: bool, repeats: int) -> dict[str, float
 
 def line(case: Case, provider: str, times: dict[str, float], device_name: str) -> dict[str, Any]:
     """One result with what is needed to judge it."""
-    here = find(device_name)
+    peak = find(device_name)
     work = (case.flops, case.bytes, case.tensor_cores)
     row: dict[str, Any] = {
         "op": case.op,
@@ -93,8 +95,8 @@ def line(case: Case, provider: str, times: dict[str, float], device_name: str) -
         "roofline_s": {gpu.name: floor_seconds(*work, gpu) for gpu in GPUS},
         "bound": {gpu.name: bound(*work, gpu) for gpu in GPUS},
     }
-    if here is not None:
-        row["roofline_share"] = floor_seconds(*work, here) / times["median_s"]
+    if peak is not None:
+        row["roofline_share"] = floor_seconds(*work, peak) / times["median_s"]
     return row
 
 
@@ -127,6 +129,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=None, help="default: 1, on a CPU 1/16")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls on a CPU")
     parser.add_argument("--out", type=Path, default=None)
+    publishing.add_argument(parser)
     arguments = parser.parse_args()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
@@ -136,10 +139,11 @@ def main() -> None:
     out = arguments.out or Path(__file__).parent / ("gpu.jsonl" if gpu else "cpu.jsonl")
     if not gpu:
         print(
-            f"No GPU is present: plain PyTorch at {arguments.scale:g} of the sizes; nothing here "
+            f"No GPU is present: plain PyTorch at {arguments.scale:g} of the sizes; no line "
             "is a measurement of the Triton kernels."
         )
-    info = environment(device_name, arguments)
+    facts = publishing.published_from(out, arguments.allow_dirty)
+    info = {**environment(device_name, arguments), **facts}
     torch.manual_seed(0)
     with out.open("w") as file, torch.inference_mode():
         for setup in tqdm(CASES, unit="case"):

@@ -1,14 +1,15 @@
 """LLM prefill with and without compression, real decoder shapes, random weights.
 
-    python benchmarks/models/prefill.py                     # all cases → prefill.jsonl, prefill.md
-    python benchmarks/models/prefill.py --models llava-onevision-0.5b --tokens 2048
+    python -m benchmarks.models.prefill             # all cases → prefill.jsonl, prefill.md
+    python -m benchmarks.models.prefill --models llava-onevision-0.5b --tokens 2048
+    python -m benchmarks.models.prefill --report    # only rebuilds the page
 
 Patched and unpatched runs alternate in one process; the medians of their times are compared. The
-vision tower does not run: visual features are given (see `still_video`), so these are LLM-only
-numbers. The limit is arithmetic: FLOPs without / with compression. Short prompts use a processor
-less well, so each ratio is also compared with the unpatched model on a text as long as what is left
-("native").
-Records of other models and lengths in the file stay: the benchmark can be run in pieces.
+vision tower does not run: the visual features are synthetic (see `still_video`), so these are
+LLM-only numbers. The limit is arithmetic: FLOPs without / with compression. Short prompts use a
+processor less well, so each ratio is also compared with the unpatched model on a text as long as
+the compressed prompt ("native"). Records of other models and lengths stay in the file, so the
+benchmark can be run in pieces.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import tokencomp
+from benchmarks import publishing
 from tokencomp.evaluation.environment import environment, provenance
 
 HERE = Path(__file__).parent
@@ -126,7 +128,7 @@ def prefill(model: nn.Module, inputs: dict[str, Any]) -> float:
 
 
 def peak_of(model: nn.Module, inputs: dict[str, Any]) -> int:
-    """Bytes allocated at the peak of one prefill above what was there before."""
+    """Bytes allocated at the peak of one prefill, above those allocated before it."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         prefill(model, inputs)
@@ -195,22 +197,24 @@ def measure(
         }
 
 
-LEGEND = """LLM prefill with compression against the same model without, random weights, no vision
-tower. Speed-up: medians over the runs; in brackets its range between the fastest and the slowest
-pair of runs. FLOP limit: FLOPs without / with compression. Of native: against the unpatched model
-on a text as long as what is left, since short prompts use a processor less well. Reduce: the
-reducer's own time, scoring included. Peak memory and KV cache: share of the unpatched run's."""
+LEGEND = """Time of the LLM prefill with compression, compared with the same model without it, with
+random weights and without the vision tower. Speed-up is the ratio of the median times; the brackets
+give its range between the fastest and the slowest pair of runs. The FLOP limit is the FLOPs without
+compression divided by those with it. "Of native" compares with the unpatched model on a text as
+long as the compressed prompt, because a processor works less efficiently on short prompts. "Reduce"
+is the reducer's own time, scoring included. Peak memory and KV cache are shares of the unpatched
+run's. [All benchmark pages](../README.md)."""
 
 
 def page(records: list[dict[str, Any]]) -> str:
     """Everything as a Markdown page."""
-    made = dict.fromkeys(f"- {r['dtype']}: {provenance(r['environment'])}" for r in records)
+    sources = dict.fromkeys(f"- {r['dtype']}: {provenance(r['environment'])}" for r in records)
     parts = [
         "# LLM prefill",
         LEGEND.replace("\n", " "),
         table(records),
         "Made by:",
-        "\n".join(made),
+        "\n".join(sources),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -237,7 +241,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def fastest_dtype() -> torch.dtype:
-    """float32 or bfloat16, whichever multiplies faster here: CPUs differ by 3× either way."""
+    """float32 or bfloat16, whichever multiplies faster: CPUs differ by 3× either way."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2048, 1536).to(dtype), torch.randn(1536, 8960).to(dtype)
@@ -266,13 +270,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--out", type=Path, default=HERE / "prefill.jsonl")
+    parser.add_argument("--report", action="store_true", help="only rebuild the page")
+    publishing.add_argument(parser)
     args = parser.parse_args()
+    if args.report:
+        args.out.with_suffix(".md").write_text(page(read(args.out)))
+        return
+    facts = publishing.published_from(args.out, args.allow_dirty)
     dtype = fastest_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
     pieces = [(name, tokens) for name in args.models for tokens in args.tokens]
     records = [r for r in read(args.out) if (r["model"], r["tokens"]) not in pieces]
     for name, tokens in pieces:
         for record in measure(name, tokens, dtype, args.ratios, args.repeats):
-            records.append({**record, "environment": environment()})
+            records.append({**record, "environment": {**environment(), **facts}})
             print(table(records[-1:]).splitlines()[-1], flush=True)
         records.sort(key=lambda r: (list(MODELS).index(r["model"]), r["tokens"]))
         args.out.write_text("".join(json.dumps(r) + "\n" for r in records))

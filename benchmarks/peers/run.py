@@ -1,11 +1,12 @@
 """What public peers from the package index do on the same model and inputs, in one process.
 
     pip install --no-deps sparsevlm flowcut
-    python benchmarks/peers/run.py            # writes peers.json and peers.md beside this file
-    python benchmarks/peers/run.py --out try  # or in another folder
+    python -m benchmarks.peers.run             # writes peers.json and peers.md beside this file
+    python -m benchmarks.peers.run --out try   # or in another folder
+    python -m benchmarks.peers.run --report    # only rebuilds peers.md
 
-Every peer gets the embedded Qwen2-VL and one image prompt, and is judged by what its decoder
-layers were really given: rows per layer, counted with hooks. An exception is the result, too.
+Every peer gets the embedded Qwen2-VL and one image prompt, and is judged by the rows that its
+decoder layers really received, counted with hooks. An exception is a result, too.
 vLLM's own pruning is compared in the serving benchmark.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 import tokencomp
+from benchmarks import publishing
 from tokencomp.adapters.base import adapter_for
 from tokencomp.evaluation.environment import environment
 from tokencomp.inputs.loading import load_model
@@ -104,21 +106,21 @@ def attempt(peer: str, rows: int, attention: str) -> Outcome:
     model, processor = load_model(attention=attention, device="cpu")
     inputs = build_inputs(processor, images(rows), [QUESTION] * rows)
     full = rows_of(model, lambda: answer(model, inputs))
-    told: list[str] = []
+    details: list[str] = []
     seen: list[int] = []
     try:
-        seen = rows_of(model, lambda: told.append(PEERS[peer](model, inputs)))
-    except Exception as error:  # whatever a peer raises is the finding
+        seen = rows_of(model, lambda: details.append(PEERS[peer](model, inputs)))
+    except Exception as error:  # whatever a peer raises is its result
         first = (str(error).strip().splitlines() or [""])[0]
-        told = [f"{type(error).__name__}: {first.split(' (/')[0]}"]
+        details = [f"{type(error).__name__}: {first.split(' (/')[0]}"]
         seen = []
     works = bool(seen) and sum(seen) < sum(full)
     if seen and not works:
-        told.append("ran, and no layer saw fewer tokens")
+        details.append("ran, and no layer saw fewer tokens")
     what = (
         "one image prompt" if rows == 1 else f"batch of {rows} image prompts"
     ) + f", {attention}"
-    return Outcome(peer, _version(peer), what, works, seen, "; ".join(t for t in told if t))
+    return Outcome(peer, _version(peer), what, works, seen, "; ".join(t for t in details if t))
 
 
 def _version(package: str) -> str:
@@ -128,17 +130,31 @@ def _version(package: str) -> str:
         return MISSING
 
 
-def table(found: list[Outcome]) -> str:
+def table(outcomes: list[Outcome]) -> str:
     lines = [
         "| peer | version | input | works | rows per layer | detail |",
         "|---|---|---|---|---|---|",
     ]
-    for o in found:
+    for o in outcomes:
         rows = " ".join(map(str, o.rows)) or "–"
         detail = o.detail.replace("|", "\\|")
         works = "yes" if o.works else "no"
         lines.append(f"| {o.peer} | {o.version} | {o.what} | {works} | {rows} | {detail} |")
     return "\n".join(lines)
+
+
+def page(report: dict[str, Any]) -> str:
+    """The page from what peers.json holds."""
+    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    outcomes = [Outcome(**one) for one in report["outcomes"]]
+    return (
+        "# Other packages on the same model and inputs\n\n"
+        f"`python -m benchmarks.peers.run`, {report['date'][:10]}; {versions}.\n\n"
+        "Every package is applied to the embedded tiny-qwen2-vl with 64 visual tokens per image. "
+        'A package "works" if some decoder layer received fewer rows than without it. '
+        "[All benchmark pages](../README.md).\n\n"
+        f"{table(outcomes)}\n"
+    )
 
 
 def main() -> None:
@@ -147,27 +163,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=HERE)
-    out = parser.parse_args().out
-    missing = [peer for peer in PEERS if _version(peer) == MISSING]
-    if missing:
-        parser.error(f"not installed: {', '.join(missing)}. pip install --no-deps {missing[0]} ...")
-    out.mkdir(parents=True, exist_ok=True)
-    found = [
-        attempt(peer, rows, attention)
-        for peer in PEERS
-        for attention in ("sdpa", "eager")
-        for rows in (1, 2)
-    ]
-    facts = environment()
-    told = {**facts, "outcomes": [asdict(o) for o in found]}
-    (out / "peers.json").write_text(json.dumps(told, indent=2) + "\n")
-    versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
-    text = f"# Peers\n\n`python benchmarks/peers/run.py`, {facts['date'][:10]}; {versions}.\n\n"
-    text += (
-        "Embedded tiny-qwen2-vl, 64 visual tokens per image; works: some layer saw fewer rows.\n\n"
-    )
-    (out / "peers.md").write_text(text + table(found) + "\n")
-    print(table(found))
+    parser.add_argument("--report", action="store_true", help="only rebuild the page")
+    publishing.add_argument(parser)
+    args = parser.parse_args()
+    stored, text = args.out / "peers.json", args.out / "peers.md"
+    if not args.report:
+        facts = publishing.published_from(args.out, args.allow_dirty)
+        missing = [peer for peer in PEERS if _version(peer) == MISSING]
+        if missing:
+            command = f"pip install --no-deps {missing[0]} ..."
+            parser.error(f"not installed: {', '.join(missing)}. {command}")
+        args.out.mkdir(parents=True, exist_ok=True)
+        outcomes = [
+            attempt(peer, rows, attention)
+            for peer in PEERS
+            for attention in ("sdpa", "eager")
+            for rows in (1, 2)
+        ]
+        report = {**environment(), **facts, "outcomes": [asdict(o) for o in outcomes]}
+        stored.write_text(json.dumps(report, indent=2) + "\n")
+    text.write_text(page(json.loads(stored.read_text())))
+    print(text.read_text())
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ def request(seed: int, frames: int, side: int, spec: Any) -> dict[str, Any]:
         "fps": 2.0, "total_num_frames": frames, "duration": frames / 2,
         "frames_indices": list(range(frames)), "video_backend": "bench", "do_sample_frames": False,
     }  # fmt: skip
-    made = {"prompt": TURN, "multi_modal_data": {"video": [(video, known)]}}
+    prompt = {"prompt": TURN, "multi_modal_data": {"video": [(video, known)]}}
     if spec is not None:
-        made["mm_processor_kwargs"] = {"tokencomp": spec}
-    return made
+        prompt["mm_processor_kwargs"] = {"tokencomp": spec}
+    return prompt
 
 
 def set_pruning_flag() -> None:
@@ -67,28 +67,28 @@ def main() -> None:
     several = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
     shape = plan["frames"], plan["side"]
     seeds = iter(range(10**6))
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         name: {"ttft": [], "cpu": [], "throughput": [], "prompt": 0} for name in plan["arms"]
     }
     for spec in plan["arms"].values():  # warm up
         llm.generate([request(next(seeds), *shape, spec)], several, use_tqdm=False)
     for _ in range(plan["rounds"]):
-        for name, spec in plan["arms"].items():  # arms interleaved: drift hits all alike
+        for name, spec in plan["arms"].items():  # interleaved: drift affects all equally
             one = [request(next(seeds), *shape, spec)]
             start, cpu = time.perf_counter(), time.process_time()
             out = llm.generate(one, first, use_tqdm=False)
-            found[name]["ttft"].append(time.perf_counter() - start)
-            found[name]["cpu"].append(time.process_time() - cpu)
-            found[name]["prompt"] = len(out[0].prompt_token_ids)
+            results[name]["ttft"].append(time.perf_counter() - start)
+            results[name]["cpu"].append(time.process_time() - cpu)
+            results[name]["prompt"] = len(out[0].prompt_token_ids)
             many = [request(next(seeds), *shape, spec) for _ in range(plan["requests"])]
             start = time.perf_counter()
             llm.generate(many, several, use_tqdm=False)
-            found[name]["throughput"].append(plan["requests"] / (time.perf_counter() - start))
-    for values in found.values():
+            results[name]["throughput"].append(plan["requests"] / (time.perf_counter() - start))
+    for values in results.values():
         values["cpu_median_s"] = statistics.median(values["cpu"])
         values["ttft_median_s"] = statistics.median(values["ttft"])
         values["throughput_median_rps"] = statistics.median(values["throughput"])
-    Path(results_file).write_text(json.dumps(found))
+    Path(results_file).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

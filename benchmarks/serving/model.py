@@ -16,12 +16,12 @@ def build(folder: Path, hidden: int = 512, layers: int = 8) -> Path:
     from tokencomp.zoo.families import family
     from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
 
-    made = family("tiny-qwen2-vl")
-    write_tokenizer(folder, made.chat_template)
+    recipe = family("tiny-qwen2-vl")
+    write_tokenizer(folder, recipe.chat_template)
     tokenizer = load_tokenizer(folder)
-    for name, values in made.files(tokenizer).items():
+    for name, values in recipe.files(tokenizer).items():
         write_json(folder / name, values)
-    config = made.config(tokenizer)
+    config = recipe.config(tokenizer)
     config.update(
         architectures=["Qwen2_5_VLForConditionalGeneration"], model_type="qwen2_5_vl",
         hidden_size=hidden, intermediate_size=hidden * 38 // 7, num_hidden_layers=layers,

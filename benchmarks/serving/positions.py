@@ -1,9 +1,10 @@
 """What renumbering kept tokens costs: positions "original" against "compact", paired, on ShapesQA.
 
-    python benchmarks/serving/positions.py [--model tiny-llava-onevision]
+    python -m benchmarks.serving.positions [--model tiny-llava-onevision]
+    python -m benchmarks.serving.positions --report    # only rebuilds the page
 
-Engines with one position per token number kept tokens without gaps; the Hugging Face path can do
-both. Every item is asked under both, so the differences are paired.
+Serving engines with one position per token number kept tokens without gaps; the Hugging Face path
+can do both. Every question is answered with both, so the differences are paired.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tokencomp
+from benchmarks import publishing
 from tokencomp.evaluation.environment import environment, provenance
 from tokencomp.evaluation.metrics import mcnemar
 from tokencomp.inputs.prompts import build_inputs, generate
@@ -25,17 +27,20 @@ from tokencomp.zoo import load
 
 HERE = Path(__file__).parent
 POSITIONS = ("original", "compact")
+INTRO = """Accuracy with the original positions of the kept tokens, and with compact positions. The
+latter number the kept tokens without gaps, as serving engines with one position per token do. p is
+an exact McNemar test on the same questions. [All benchmark pages](../README.md)."""
 
 
 def correct(model: Any, processor: Any, examples: list[Any], batch: int) -> list[int]:
     """1 or 0 per example, in order."""
-    found: list[int] = []
+    scores: list[int] = []
     for start in range(0, len(examples), batch):
         rows = examples[start : start + batch]
         inputs = build_inputs(processor, [e.load(8) for e in rows], [e.prompt for e in rows])
-        told = generate(model, processor, inputs, max_new_tokens=16)
-        found += [int(e.correct(text)) for e, text in zip(rows, told, strict=True)]
-    return found
+        texts = generate(model, processor, inputs, max_new_tokens=16)
+        scores += [int(e.correct(text)) for e, text in zip(rows, texts, strict=True)]
+    return scores
 
 
 def table(report: dict[str, Any]) -> str:
@@ -50,8 +55,10 @@ def table(report: dict[str, Any]) -> str:
         paired = f"{test['wins']} | {test['losses']} | {test['p']:.2g}"
         lines.append(f"| {row['reducer']} | {row['ratio']} | {both} | {paired} |")
     head = f"{report['model']}, {report['items']} items, uncompressed {report['accuracy_full']:.3f}"
-    made = provenance(report["environment"])
-    return f"# Positions of kept tokens\n\n{head}. {made}.\n\n" + "\n".join(lines) + "\n"
+    source = provenance(report["environment"])
+    return (
+        f"# Positions of kept tokens\n\n{INTRO}\n\n{head}. {source}.\n\n" + "\n".join(lines) + "\n"
+    )
 
 
 def main() -> None:
@@ -62,18 +69,24 @@ def main() -> None:
     parser.add_argument("--per-family", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--out", type=Path, default=HERE / "positions.json")
-    given = parser.parse_args()
-    model, processor = load(given.model)
+    parser.add_argument("--report", action="store_true", help="only rebuild the page")
+    publishing.add_argument(parser)
+    args = parser.parse_args()
+    if args.report:
+        args.out.with_suffix(".md").write_text(table(json.loads(args.out.read_text())))
+        return
+    facts = publishing.published_from(args.out, args.allow_dirty)
+    model, processor = load(args.model)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as media:
-        examples = shapesqa(items("test", given.per_family), media)
-        full = correct(model, processor, examples, given.batch)
-        for reducer in given.reducers:
-            for ratio in given.ratios:
+        examples = shapesqa(items("test", args.per_family), media)
+        full = correct(model, processor, examples, args.batch)
+        for reducer in args.reducers:
+            for ratio in args.ratios:
                 scores = {}
                 for how in POSITIONS:
                     with tokencomp.patch(model, ratio, reducer=reducer, positions=how):
-                        scores[how] = correct(model, processor, examples, given.batch)
+                        scores[how] = correct(model, processor, examples, args.batch)
                 row = {f"accuracy_{k}": sum(v) / len(v) for k, v in scores.items()}
                 test = mcnemar(scores["original"], scores["compact"])
                 rows.append(
@@ -81,11 +94,11 @@ def main() -> None:
                 )
                 print(rows[-1], flush=True)
     report = {
-        "environment": environment(), "model": given.model, "items": len(examples),
+        "environment": {**environment(), **facts}, "model": args.model, "items": len(examples),
         "accuracy_full": sum(full) / len(full), "rows": rows,
     }  # fmt: skip
-    given.out.write_text(json.dumps(report, indent=1) + "\n")
-    given.out.with_suffix(".md").write_text(table(report))
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    args.out.with_suffix(".md").write_text(table(report))
 
 
 if __name__ == "__main__":

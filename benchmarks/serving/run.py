@@ -1,13 +1,14 @@
 """Time to first token and throughput of vLLM with and without compression, on this machine.
 
-    python benchmarks/serving/run.py [--out benchmarks/serving/results.jsonl]
+    python -m benchmarks.serving.run [--out benchmarks/serving/results.jsonl]
+    python -m benchmarks.serving.run --report    # only rebuilds the page
 
-Engines run one after another in one go: stock vLLM; tokencomp's plugin, whose arms share one engine
-because ratios are per request; vLLM's own EVS and VidCom2. Random weights in the layout of
-Qwen2.5-VL, the decoder as wide as Qwen2.5-0.5B and half as deep, a small vision tower, fp32; videos
-that no cache has seen. An engine that does not run as it is gets a line with its error; vLLM's
-pruning then runs once more with the one flag set that its CPU runner leaves off. Needs vLLM (see
-the extra `vllm`).
+Engines run one after another: stock vLLM; tokencomp's plugin, whose arms share one engine because
+ratios are per request; vLLM's own EVS and VidCom2. The model has random weights in the layout of
+Qwen2.5-VL, a decoder as wide as Qwen2.5-0.5B's and half as deep, and a small vision tower, in fp32.
+No cache has seen the videos before. An engine that fails gets a line with its error. vLLM's pruning
+then runs once more with the one flag set that its CPU runner leaves off. Needs vLLM (see the extra
+`vllm`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks import publishing
+from tokencomp.evaluation.environment import environment, provenance
+
 HERE = Path(__file__).parent
 SHAPE = {"frames": 16, "side": 224}  # 8 × 64 tokens
 RATIOS = (0.5, 0.75)
@@ -32,12 +36,13 @@ ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }  # fmt: skip
-NOTE = """Factors are against the uncompressed arm of the same engine, else against stock vLLM.
+NOTE = """Factors compare with the uncompressed arm of the same engine, or with stock vLLM where the
+engine has none.
 
-vLLM's EVS does not run on CPU as it is: `CPUModelRunner.load_model` never sets the runner's
-`is_multimodal_pruning_enabled`, so the position columns that EVS appends to embeddings are not cut
-off and do not fit the decoder. "flag set" sets it, in the benchmark alone. VidCom2 is offered for
-Qwen3-VL only in this vLLM."""
+vLLM's EVS does not run on CPU without a change: `CPUModelRunner.load_model` never sets the runner's
+`is_multimodal_pruning_enabled`, so the position columns that EVS appends to the embeddings are not
+removed and do not fit the decoder. The engine "flag set" sets it, in this benchmark only. This vLLM
+offers VidCom2 for Qwen3-VL only. [All benchmark pages](../README.md)."""
 COLUMNS = (
     "engine", "arm", "prompt tokens", "first token, CPU ms", "×", "TTFT ms", "requests/s", "×",
 )  # fmt: skip
@@ -49,17 +54,17 @@ def engines() -> dict[str, dict[str, Any]]:
     for reducer in REDUCERS:
         for ratio in RATIOS:
             ours[f"{reducer} {ratio}"] = {"reducer": reducer, "ratio": ratio}
-    found = {
+    plans = {
         "stock vLLM": {"arms": {"uncompressed": None}},
         "tokencomp": {"plugin": True, "arms": ours},
     }
     for method in ("evs", "vidcom2"):
         flags = {"video_pruning_rate": COMPARED, "video_pruning_method": method}
         plan = {"engine": flags, "arms": {f"{method} {COMPARED}": None}}
-        found[f"vLLM {method}"] = plan
-        found[f"vLLM {method}, flag set"] = {**plan, "pruning_flag": True}
+        plans[f"vLLM {method}"] = plan
+        plans[f"vLLM {method}, flag set"] = {**plan, "pruning_flag": True}
     base = {"engine": {}, "plugin": False, "pruning_flag": False}
-    return {name: {**base, **plan} for name, plan in found.items()}
+    return {name: {**base, **plan} for name, plan in plans.items()}
 
 
 def run(model: Path, plan: dict[str, Any], work: Path) -> dict[str, Any]:
@@ -89,7 +94,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     good = {(row["engine"], row["arm"]): row for row in rows if "failed" not in row}
     for row in rows:
         if "failed" in row:
-            text = f"does not run here: `{row['failed']}`"
+            text = f"does not run: `{row['failed']}`"
             lines.append(f"| {row['engine']} | {row['arm']} | {text} | | | | | |")
             continue
         base = good.get((row["engine"], "ratio 0"), good.get(("stock vLLM", "uncompressed"), row))
@@ -100,6 +105,15 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{rate:.2f} | {rate / base['throughput_median_rps']:.2f} |"
         )
     return "\n".join(lines)
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The page from the records of one run."""
+    setup, facts = rows[-1]["setup"], rows[-1]["environment"]
+    title = f"# Serving with vLLM\n\n{(__doc__ or '').splitlines()[0]}"
+    return (
+        f"{title}\n\n{table(rows)}\n\n{NOTE}\n\nSetup: {json.dumps(setup)}. {provenance(facts)}.\n"
+    )
 
 
 def vllm_version() -> str:
@@ -115,34 +129,34 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=896)
     parser.add_argument("--layers", type=int, default=12)
-    given = parser.parse_args()
-    sys.path.insert(0, str(HERE))
-    from model import build
-
-    from tokencomp.evaluation.environment import environment, provenance
+    parser.add_argument("--report", action="store_true", help="only rebuild the page")
+    publishing.add_argument(parser)
+    args = parser.parse_args()
+    if args.report:
+        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+        args.out.with_suffix(".md").write_text(page(rows))
+        return
+    facts = publishing.published_from(args.out, args.allow_dirty)
+    from benchmarks.serving.model import build
 
     rows: list[dict[str, Any]] = []
-    shape = {**SHAPE, "rounds": given.rounds, "requests": given.requests}
-    about = {"vllm": vllm_version(), "hidden": given.hidden, "layers": given.layers}
+    shape = {**SHAPE, "rounds": args.rounds, "requests": args.requests}
+    about = {"vllm": vllm_version(), "hidden": args.hidden, "layers": args.layers}
     about.update(dtype="float32", **shape)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "model").mkdir()
-        model = build(work / "model", given.hidden, given.layers)
+        model = build(work / "model", args.hidden, args.layers)
         for name, plan in engines().items():
             refused = rows and "not supported" in rows[-1].get("failed", "")
             if plan["pruning_flag"] and ("failed" not in rows[-1] or refused):
                 continue  # this vLLM needs no help, or none would do
-            for arm, found in run(model, {**plan, **shape}, work).items():
-                rows.append({"engine": name, "arm": arm, **found, "setup": about})
+            for arm, result in run(model, {**plan, **shape}, work).items():
+                rows.append({"engine": name, "arm": arm, **result, "setup": about})
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
-            made = environment()
-            given.out.write_text(
-                "".join(json.dumps({**row, "environment": made}) + "\n" for row in rows)
-            )
-    title = f"# Serving with vLLM\n\n{(__doc__ or '').split('[--out')[0].splitlines()[0]}\n\n"
-    note = f"{NOTE}\n\nSetup: {json.dumps(about)}. {provenance(environment())}.\n"
-    given.out.with_suffix(".md").write_text(f"{title}{table(rows)}\n\n{note}")
+            source = {"environment": {**environment(), **facts}}
+            args.out.write_text("".join(json.dumps({**row, **source}) + "\n" for row in rows))
+    args.out.with_suffix(".md").write_text(page([{**row, **source} for row in rows]))
 
 
 if __name__ == "__main__":

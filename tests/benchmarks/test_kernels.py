@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "kernels"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks" / "kernels"
 
 
 def run(script: str, *arguments: object) -> str:
     """Run a script of the benchmark and return what it prints."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        [sys.executable, FOLDER / script, *map(str, arguments)],
+        [sys.executable, "-m", f"benchmarks.kernels.{script}", *map(str, arguments)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         env=env,
@@ -29,7 +31,7 @@ def test_runs_on_a_cpu(tmp_path: Path) -> None:
     """One line per case and provider, with all that is needed to judge it."""
     out = tmp_path / "cpu.jsonl"
     ops = ["topk_stable", "gather_rows"]
-    run("run.py", "--ops", *ops, "--scale", 0.01, "--repeats", 1, "--out", out)
+    run("run", "--ops", *ops, "--scale", 0.01, "--repeats", 1, "--out", out)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert {(r["op"], r["provider"]) for r in rows} == {
         (op, provider) for op in ops for provider in ("naive", "eager", "compile")
@@ -44,7 +46,7 @@ def test_runs_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_recorded_roofline_is_that_of_the_code(tmp_path: Path) -> None:
-    run("roofline.py", "--out", tmp_path / "roofline.md")
+    run("roofline", "--out", tmp_path / "roofline.md")
     table = (tmp_path / "roofline.md").read_text()
     assert table == (FOLDER / "roofline.md").read_text()
     # 7B layer, 8k rows, half kept, bf16: hidden 3584, cos, sin, K and V of 4 x 128 each, a mask of

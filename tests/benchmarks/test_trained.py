@@ -30,9 +30,7 @@ CARD = {
 
 def arguments(folder: Path, sets: list[str], **more: Any) -> argparse.Namespace:
     defaults = {"model": "m", "split": "test", "report": False, "every": ["count", "video"]}
-    return argparse.Namespace(
-        output=folder, sets=sets, allow_dirty=True, **{**defaults, **more}
-    )
+    return argparse.Namespace(output=folder, sets=sets, allow_dirty=True, **{**defaults, **more})
 
 
 def answers(right: dict[str, list[int]], family: str = "count") -> list[dict[str, Any]]:
