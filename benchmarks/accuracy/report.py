@@ -1,7 +1,7 @@
 """Pages and plots of the accuracy benchmark, from its result files alone.
 
-python -m benchmarks.accuracy.report             # → README.md, results/*.svg
-python -m benchmarks.accuracy.report --readme    # prints the tables for the project's README
+python -m benchmarks.accuracy.report    # → README.md, summary.md, results/*.svg
+python -m benchmarks.accuracy.report --results benchmarks/accuracy/unseen
 """
 
 from __future__ import annotations
@@ -209,13 +209,15 @@ def text(results: Path) -> str:
 
 
 def write_report(results: Path) -> Path:
-    """The page and its plots."""
+    """The page and its plots; of the published results also the summary."""
     for one in read_all(results):
         for kind in plotted(one):
             file = results / f"{one.manifest['model']}-{kind}.svg"
             file.write_text(plot(one, kind))
     page = page_folder(results) / "README.md"
     page.write_text(text(results))
+    if results == RESULTS:
+        (page.parent / "summary.md").write_text(summary(read_all(results), DEFAULT_REDUCER))
     return page
 
 
@@ -224,12 +226,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", action="store_true", help="print the README's tables instead")
-    args = parser.parse_args()
-    if args.readme:
-        print(summary(read_all(args.results), DEFAULT_REDUCER))
-    else:
-        print(write_report(args.results.resolve()))
+    print(write_report(parser.parse_args().results.resolve()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The accuracy tables of the project's README, as `report --readme` prints them."""
+"""The summary page: every method over all ratios. The project's README shows rows of it."""
 
 from __future__ import annotations
 
@@ -45,8 +45,15 @@ def line(results: Results, labels: dict[float, str], default: str) -> list[str]:
     return [method + (" (trained)" if setting["reducer"] in TRAINED else ""), *cells]
 
 
+HEAD = """# Accuracy kept, every method at every ratio
+
+Made by `python -m benchmarks.accuracy.report`. Accuracy with compression divided by the accuracy
+without it, on the same questions of the learned families, images and videos together. Brackets:
+paired bootstrap 95 % intervals. [Methods](METHODS.md). [The full tables](README.md)."""
+
+
 def summary(every: Sequence[Results], default: str) -> str:
-    """All methods on the main model; the default and the baselines on the others."""
+    """The page: all methods on the main model; the default and the baselines on the others."""
     main = next(one for one in every if one.manifest["model"] == MAIN)
     others = [one for one in every if one is not main]
     head = [f"ratio {r:g}" for r in main.ratios]
@@ -64,10 +71,13 @@ def summary(every: Sequence[Results], default: str) -> str:
         f"({len(one.select('both', one.learned))} of {len(one.answers.questions)} items)"
         for one in every
     ]
-    return "\n\n".join(
-        [
-            table(["method", *head], body),
-            table(["model", "method", *head], short),
-            f"Families: {'; '.join(families)}.",
-        ]
-    )
+    parts = [
+        HEAD,
+        f"## {MAIN}",
+        table(["method", *head], body),
+        "## Other embedded models",
+        table(["model", "method", *head], short),
+        "## Learned families",
+        f"{'; '.join(families)}.",
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -80,6 +81,14 @@ def test_the_readme_says_what_the_page_says() -> None:
     assert f"better in {better} of [{every} comparisons](benchmarks/accuracy/baselines.md)" in text
     assert f"equal in {equal}, and worse in {worse}" in text
     assert f"None of the {worse} is significant (smallest p = {p})" in text
+
+
+def test_the_table_of_the_readme_is_part_of_the_summary() -> None:
+    summary = (FOLDER / "summary.md").read_text().splitlines()
+    readme = (FOLDER / "../../README.md").read_text().splitlines()
+    start = readme.index(next(line for line in summary if line.startswith("| method")))
+    rows = [*itertools.takewhile(lambda line: line.startswith("|"), readme[start:])]
+    assert 4 < len(rows) <= 9 and [row for row in rows if row not in summary] == []
 
 
 @pytest.mark.parametrize("name", ["unseen", "counting", "chance"])

@@ -133,5 +133,5 @@ def test_published_pages_are_those_of_the_published_results(
     report.write_report(copy)
     choose.write_choice(read_all(copy, "validation"), tmp_path)
     (tmp_path / "margin.md").write_text(margin.page(margin.read(FOLDER / "margin")))
-    for name in ("README.md", "choice.md", "margin.md"):
+    for name in ("README.md", "summary.md", "choice.md", "margin.md"):
         assert (tmp_path / name).read_text() == (FOLDER / name).read_text(), name

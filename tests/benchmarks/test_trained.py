@@ -153,7 +153,7 @@ def test_published_pages_are_those_of_the_published_results(
     """Tables, answers and page come back to the letter."""
     for file in (f"{name}.json", f"{name}.md"):
         (tmp_path / file).write_text((FOLDER / file).read_text())
-    args = arguments(tmp_path, [], report=True, every=list(study.SETS))
+    args = arguments(tmp_path, [], report=True, every=list(study.SETS), weights=None, control=None)
     args.model = name.removeprefix("long_video-")
     study.main(argparse.Namespace(**vars(args), threads=1))
     for file in (f"{name}.json", f"{name}.md"):

@@ -50,7 +50,7 @@ class Pool(Reducer):
 
     The default is the paper's. On videos of the embedded models, down to a quarter of the tokens,
     plain pooling (stride=1) answers more and stride=None less: the other frames pay too much for
-    whole first ones (docs/decisions/0001-default-reducer.md has all three, on validation).
+    whole first ones (benchmarks/accuracy/choice.md has all three, on validation).
     """
 
     group: int | None = None

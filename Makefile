@@ -1,0 +1,28 @@
+# Shortcuts; every target is a command that also works alone.
+PYTHON ?= python
+
+.PHONY: style test bench docs
+
+style:  ## lint, format check, types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+test:  ## all tests, on all cores
+	$(PYTHON) -m pytest
+
+bench:  ## measure accuracy again on the embedded models (hours on a laptop; needs committed code)
+	$(PYTHON) -m benchmarks.accuracy.run
+
+docs:  ## rebuild every page and picture from the stored results
+	$(PYTHON) -m benchmarks.accuracy.report
+	for part in unseen counting chance; do \
+	  $(PYTHON) -m benchmarks.accuracy.report --results benchmarks/accuracy/$$part || exit 1; done
+	$(PYTHON) -m benchmarks.accuracy.studies.baselines
+	for study in choose margin adsc ccam selector long_video \
+	  "long_video --model tiny-llava-onevision"; do \
+	  $(PYTHON) -m benchmarks.accuracy.studies.$$study --report > /dev/null || exit 1; done
+	for page in models.prefill serving.run serving.positions peers.run; do \
+	  $(PYTHON) -m benchmarks.$$page --report > /dev/null || exit 1; done
+	$(PYTHON) -m benchmarks.kernels.roofline
+	$(PYTHON) -m benchmarks.picture
