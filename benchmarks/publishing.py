@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
+from tokencomp.evaluation.environment import environment, provenance
+
+__all__ = ["MARK", "add_argument", "changed_code", "environment", "provenance", "published_from"]
 
 FOLDER = Path(__file__).resolve().parent
 OUTPUTS = (".json", ".jsonl", ".md", ".svg")
@@ -73,7 +76,7 @@ def published_from(out: Path, allow_dirty: bool, root: Path = FOLDER.parent) -> 
         reason = f"uncommitted changes in {', '.join(changed[:3])}" if head else "no known commit"
         raise OptionError(
             f"results in {out} are published, and this checkout has {reason}. Commit the changes, "
-            "give another folder with --out, or use --allow-dirty, which marks the results as "
+            "choose another output folder, or use --allow-dirty, which marks the results as "
             "unpublishable."
         )
     return {"commit": f"{head}+dirty" if head else None, MARK: False}

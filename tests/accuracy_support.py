@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.library import EvalRun, Setting
 from benchmarks.accuracy.packing import PackedAnswers
-from tokencomp.evaluation.runner import Run
-from tokencomp.evaluation.settings import Setting
 
 ITEMS = 40
 BLIND = {"attribute": 0.25, "position": 0.5, "needle": 0.25}
@@ -65,7 +64,7 @@ def setting(label: str) -> dict[str, Any]:
     return {"reducer": name, "ratio": ratio, "options": {}, **cost}
 
 
-def sweep_runs(scores: dict[str, list[bool]], **facts: Any) -> dict[Setting, Run]:
+def sweep_runs(scores: dict[str, list[bool]], **facts: Any) -> dict[Setting, EvalRun]:
     """Runs of a sweep over two questions, by label."""
     identity = {"weights": "w", "dtype": "float32", "pixels": {}, "frames": 8}
     identity |= {"max_new_tokens": 16, "seed": 0, **facts}
@@ -79,5 +78,5 @@ def sweep_runs(scores: dict[str, list[bool]], **facts: Any) -> dict[Setting, Run
             {"id": str(i), **about, "prediction": "ab"[not s], "correct": s, **cost}
             for i, s in enumerate(correct)
         ]
-        runs[Setting(name, float(ratio or 0))] = Run(Setting(), rows, shared)
+        runs[Setting(name, float(ratio or 0))] = EvalRun(Setting(), rows, shared)
     return runs

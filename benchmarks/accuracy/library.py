@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.publishing import environment, provenance
 from tokencomp import available_reducers, extend_visual_context, make_reducer
 from tokencomp.adapters.base import adapter_for
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
 from tokencomp.evaluation.baselines import EqualTokens
-from tokencomp.evaluation.environment import environment, provenance
 from tokencomp.evaluation.metrics import McNemar, Retention, mcnemar, retention
 from tokencomp.evaluation.runner import Run as EvalRun
 from tokencomp.evaluation.runner import sweep

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import tokencomp
 from benchmarks import publishing
-from tokencomp.evaluation.environment import environment, provenance
+from benchmarks.publishing import environment, provenance
 
 HERE = Path(__file__).parent
 TEXT_BEFORE, TEXT_AFTER = 16, 48

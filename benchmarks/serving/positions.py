@@ -18,12 +18,9 @@ from typing import Any
 
 import tokencomp
 from benchmarks import publishing
-from tokencomp.evaluation.environment import environment, provenance
-from tokencomp.evaluation.metrics import mcnemar
+from benchmarks.accuracy.library import items, load, mcnemar, shapesqa
+from benchmarks.publishing import environment, provenance
 from tokencomp.inputs.prompts import build_inputs, generate
-from tokencomp.inputs.questions import shapesqa
-from tokencomp.shapesqa.items import items
-from tokencomp.zoo import load
 
 HERE = Path(__file__).parent
 POSITIONS = ("original", "compact")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import publishing
-from tokencomp.evaluation.environment import environment, provenance
+from benchmarks.publishing import environment, provenance
 
 HERE = Path(__file__).parent
 SHAPE = {"frames": 16, "side": 224}  # 8 × 64 tokens

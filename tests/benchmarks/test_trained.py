@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from benchmarks.accuracy.library import Example, Measurement, OptionError, Way
 from benchmarks.accuracy.packing import PackedAnswers
 from benchmarks.accuracy.studies import adsc, ccam, long_video, selector, trained, trained_page
-from tokencomp.errors import OptionError
-from tokencomp.evaluation import Example
-from tokencomp.training.measure import Measurement, Way
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 RIVALS = {"trained": ("training-free",)}
