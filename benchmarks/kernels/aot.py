@@ -184,7 +184,8 @@ def record(setups: list[Setup], dtype: torch.dtype, multiprocessors: int) -> lis
         name = str(dtype).removeprefix("torch.")
         launches.append(Launch(kernel, current, name, arguments, options))
 
-    with recording(note, multiprocessors), mock.patch("cases._random", _uninitialised):
+    random = mock.patch("benchmarks.kernels.cases._random", _uninitialised)
+    with recording(note, multiprocessors), random:
         for setup in setups:
             case = setup(torch.device("cpu"), dtype, 1.0)
             current = case.name
