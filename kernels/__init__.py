@@ -12,7 +12,7 @@ Triton. ``TOKENCOMP_KERNELS`` chooses the implementation, see :mod:`tokencomp.ke
 if __name__ != "kernels":
     # Imported eagerly because the folders carry the names of their functions: a lazily resolved
     # name would be shadowed by the submodule as soon as anything imported it.
-    from tokencomp.kernels.attention_colsum import attention_colsum, attention_lse
+    from tokencomp.kernels.attention_colsum import attention_colsum, attention_lse, join_heads
     from tokencomp.kernels.bipartite_match import bipartite_match
     from tokencomp.kernels.ccam_attention import ccam_attention, visible_frames
     from tokencomp.kernels.dispatch import status, which
@@ -33,6 +33,7 @@ __all__ = [
     "ccam_attention",
     "frame_pool",
     "gather_rows",
+    "join_heads",
     "maxmin_select",
     "mean_distance",
     "merge_rows",

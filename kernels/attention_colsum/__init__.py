@@ -161,17 +161,22 @@ def _op(
         if lse is None and iterations > 1:
             if implementation is naive and naive.is_triangular(hi, key):
                 out = naive.causal_powers(q, k, weights, lo, hi, scale, iterations)
-                return _over_heads(out, heads)
+                return join_heads(out, heads)
             lse = implementation.attention_lse(q, k, lo, hi, scale)
         for step in range(iterations):
             out = implementation.attention_colsum(q, k, weights, lo, hi, lse, scale)
             if step + 1 < iterations:
                 at = key.clamp(min=0).long()[:, None].expand_as(weights)
                 weights = out.gather(2, at).masked_fill_(key[:, None] < 0, 0.0)
-    return _over_heads(out, heads)
+    return join_heads(out, heads)
 
 
-def _over_heads(out: Tensor, heads: str) -> Tensor:
+def join_heads(out: Tensor, heads: str) -> Tensor:
+    """Join what :func:`attention_colsum` gives for ``heads="none"``, ``(B, Hq, N)``.
+
+    Returns ``(B, N)`` for ``heads="mean"`` and ``"rms"``, the input for ``"none"``. For callers
+    whose heads come from several calls or processes.
+    """
     if heads == "mean":
         return out.mean(1)
     if heads == "none":

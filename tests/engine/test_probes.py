@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from tokencomp.engine.layout import Prompt, full_layout
-from tokencomp.engine.probes import entry_scores
+from tokencomp.engine.probes import input_scores
 from tokencomp.tokens import Attention, VisualSpan
 
 PAST, WIDTH, DRAFT = 7, 44, 2
@@ -46,7 +46,7 @@ def scores(model: LlamaModel, x: Tensor, mask: Tensor, signal: Attention) -> lis
     tables = model.rotary_emb(x[:, PAST:], positions[:, PAST:])
     prompts = [[Prompt(WIDTH - n, WIDTH, DRAFT)] for n in LENGTHS]
     layout = full_layout(WIDTH, LENGTHS, spans(), prompts)
-    return entry_scores(model.layers[0], x[:, PAST:], tables, signal, layout, cache)
+    return input_scores(model.layers[0], x[:, PAST:], tables, signal, layout, cache)
 
 
 def expected(maps: Tensor, sample: int, span: VisualSpan, signal: Attention) -> Tensor:

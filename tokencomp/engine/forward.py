@@ -17,7 +17,7 @@ from tokencomp.engine.cache import CompressedLayer, physical_length
 from tokencomp.engine.layout import LiveSpan, RowLayout, compact, take, write_merged
 from tokencomp.engine.outputs import cached_columns, restore_map
 from tokencomp.engine.packing import sequence_lengths, text_positions
-from tokencomp.engine.probes import entry_scores, layer_scores
+from tokencomp.engine.probes import input_scores, layer_scores
 from tokencomp.engine.stats import Stats, collect
 from tokencomp.plan import Plan, Stage
 from tokencomp.tokens import (
@@ -212,7 +212,7 @@ class ForwardPass:
             if not isinstance(signal, str):
                 with self._timed():
                     tables = self.adapter.decoder.rotary_emb(x, positions)
-                    self._scores[0] = entry_scores(
+                    self._scores[0] = input_scores(
                         self.adapter.layers[0], x, tables, signal, self.layout, cache
                     )
         with self._timed():

@@ -16,6 +16,7 @@ from torch import Tensor
 from tokencomp.engine import compat
 from tokencomp.engine.cache import physical_length
 from tokencomp.engine.layout import LiveSpan, RowLayout
+from tokencomp.engine.parallel import gather_heads, unsharded
 from tokencomp.tokens import Attention
 
 
@@ -59,25 +60,41 @@ def layer_scores(
 
 
 @torch.no_grad()
-def entry_scores(
+def input_scores(
     layer: Any,
     hidden: Tensor,
     tables: tuple[Tensor, Tensor],
     signal: Attention,
     layout: RowLayout,
     cache: Any = None,
+    index: int = 0,
 ) -> list[list[Tensor]]:
-    """Scores from layer 0 before it runs: its input norm, q, k and RoPE only."""
-    cached = _cached_layer(cache, 0)
+    """Scores from decoder layer `index` before it runs: its input norm, q, k and RoPE only.
+
+    Parameters
+    ----------
+    layer
+        The decoder layer.
+    hidden : Tensor, shape (B, n, d)
+        Its input.
+    tables
+        Rotary tables of the columns of `layout`.
+
+    Returns
+    -------
+    list per sample of list per span of Tensor, float32, shape (span.count,)
+    """
+    cached = _cached_layer(cache, index)
     past = physical_length(cached)
     scores: list[list[Tensor]] = []
-    for b, prompts in enumerate(prompts_with_spans(layout)):
-        scores.append([])
-        for first, stop, spans in prompts:
-            normed = layer.input_layernorm(hidden[b : b + 1, first:stop])[0]
-            row = _Row(layer.self_attn, normed, *tables, b, first, stop)
-            k = _with_past(cached, past, b, row.keys())
-            scores[b] += _span_scores(row, k, spans, signal)
+    with unsharded(layer):
+        for b, prompts in enumerate(prompts_with_spans(layout)):
+            scores.append([])
+            for first, stop, spans in prompts:
+                normed = layer.input_layernorm(hidden[b : b + 1, first:stop])[0]
+                row = _Row(layer.self_attn, normed, *tables, b, first, stop)
+                k = _with_past(cached, past, b, row.keys())
+                scores[b] += _span_scores(row, k, spans, signal)
     return scores
 
 
@@ -180,17 +197,18 @@ def _span_scores(row: _Row, k: Tensor, spans: list[LiveSpan], signal: Attention)
 
 def _column_sums(row: _Row, k: Tensor, votes: list[int] | None, signal: Attention) -> Tensor:
     """Attention to each of the N tokens of the sample, summed over rows `votes` (None: all)."""
-    from tokencomp.kernels import attention_colsum
+    from tokencomp.kernels import attention_colsum, join_heads
 
     n = row.hidden.shape[0]
     offset = k.shape[1] - n
     rows = None if votes is None else torch.tensor(votes, device=k.device)
-    return attention_colsum(
+    sums = attention_colsum(
         row.queries(rows),
         k[None],
         q_index=offset + (torch.arange(n, device=k.device) if rows is None else rows),
         scale=float(row.attn.scaling),
         temperature=signal.temperature,
-        heads=signal.heads,
+        heads="none",
         iterations=max(signal.iterations, 1),
-    )[0, offset:]
+    )[..., offset:]
+    return join_heads(gather_heads(row.attn, sums, dim=1), signal.heads)[0]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.engine import compat
+from tokencomp.engine.parallel import gather_heads
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.tokens import TOWER_ATTENTION, TOWER_KEYS, TOWER_SIGNALS, VisualSpan
 
@@ -173,7 +174,7 @@ def attention_blocks(tower: nn.Module) -> list[nn.Module]:
 
 
 def queries_and_keys(attn: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """q and k before any rotation, shape (B, S, heads, head_dim)."""
+    """q and k of all heads before any rotation, shape (B, S, heads, head_dim)."""
     x = given["hidden_states"]
     x = x[None] if x.ndim == 2 else x
     if hasattr(attn, "qkv"):
@@ -181,8 +182,9 @@ def queries_and_keys(attn: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return q, k
     q, k = attn.q_proj(x), attn.k_proj(x)
     q, k = getattr(attn, "q_norm", nn.Identity())(q), getattr(attn, "k_norm", nn.Identity())(k)
-    heads = (attn.num_heads, -1)
-    return q.unflatten(-1, heads), k.unflatten(-1, heads)
+    # A sharded tower has some of the heads here, and `num_heads` may count all of them.
+    heads = (-1, attn.head_dim)
+    return tuple(gather_heads(attn, x.unflatten(-1, heads), dim=-2) for x in (q, k))
 
 
 def _rotated(attn: Any, q: Tensor, k: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from tokencomp.adapters.base import Adapter, Call, adapter_for
 from tokencomp.engine import compat
 from tokencomp.engine.layout import full_layout
 from tokencomp.engine.padding import left_padded, real_columns
-from tokencomp.engine.probes import entry_scores
+from tokencomp.engine.probes import input_scores
 from tokencomp.engine.question import build_prompts
 from tokencomp.errors import OptionError, PaddingError
 from tokencomp.tokens import Attention, VisualSpan
@@ -67,7 +67,7 @@ class Capture:
         prompts = build_prompts(real, self.spans, generated=answer)
         layout = full_layout(self.width, self.lengths, self.spans, prompts)
         layer, signal = self.adapter.layers[0], Attention("text")
-        return entry_scores(layer, self.inputs[0], tables, signal, layout)
+        return input_scores(layer, self.inputs[0], tables, signal, layout)
 
 
 @torch.no_grad()

@@ -1,0 +1,121 @@
+"""Weights that lie on several ranks: heads of tensor parallelism, shards of FSDP."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.errors import UnsupportedModelError
+
+
+def total_heads(attn: Any) -> int:
+    """Query heads of a self-attention module on all ranks together."""
+    config = getattr(attn, "config", None)
+    for source, name in (
+        (config, "num_attention_heads"),
+        (config, "num_heads"),
+        (attn, "num_heads"),
+    ):
+        count = getattr(source, name, None)
+        if isinstance(count, int):
+            return count
+    raise UnsupportedModelError(
+        f"{type(attn).__name__} does not say how many heads it has (config.num_attention_heads), "
+        "so its attention cannot be scored. Use a reducer without attention, such as 'divprune'."
+    )
+
+
+def gather_heads(attn: Any, x: Tensor, dim: int, total: int | None = None) -> Tensor:
+    """The values of all heads, of which this rank may have computed only its own.
+
+    Under tensor parallelism every rank holds some of the heads, in order. Whatever a choice of
+    tokens rests on must be the same on all ranks: each must keep the same tokens. Values are
+    gathered and not summed, so that joining the heads afterwards rounds as in a single process.
+
+    Parameters
+    ----------
+    attn
+        The self-attention module that the values come from.
+    x : Tensor
+        Values of the heads of this rank.
+    dim
+        Axis of `x` that runs over heads.
+    total
+        Heads on all ranks; None: `total_heads(attn)`.
+
+    Returns
+    -------
+    Tensor
+        `x` itself if it has all heads; otherwise with `total` heads, the same on every rank.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Heads are missing, and no group of ranks is known that has them.
+    """
+    total = total_heads(attn) if total is None else total
+    heads = x.shape[dim]
+    if heads == total:
+        return x
+    group = tensor_parallel_group(attn)
+    ranks = 1 if group is None else torch.distributed.get_world_size(group)
+    if heads * ranks != total:
+        raise UnsupportedModelError(
+            f"{type(attn).__name__} computes {heads} of its {total} heads here, and {ranks} ranks "
+            "are known to share them, so attention cannot be scored over all heads. Load the model "
+            "with transformers' tensor parallelism (tp_plan), with a number of ranks that divides "
+            "the heads, or use a reducer without attention, such as 'divprune'."
+        )
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks)]
+    torch.distributed.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
+
+
+def tensor_parallel_group(attn: Any) -> Any:
+    """The process group that shares the heads of a self-attention module, or None.
+
+    The weight of the query projection is a DTensor (transformers 4.57 and from 5.16), or its
+    module keeps the device mesh (releases between).
+    """
+    for module in _projections(attn):
+        weight = getattr(module, "weight", None)
+        mesh = getattr(weight, "device_mesh", None) or getattr(module, "_hf_device_mesh", None)
+        if mesh is None:
+            continue
+        if mesh.ndim == 1:
+            return mesh.get_group()
+        if "tp" in (mesh.mesh_dim_names or ()):
+            return mesh.get_group("tp")
+    return None
+
+
+def _projections(attn: Any) -> Iterator[nn.Module]:
+    """Linear layers that make queries, also inside of LoRA wrappers."""
+    for name in ("q_proj", "qkv_proj", "qkv"):
+        outer = getattr(attn, name, None)
+        if outer is not None:
+            yield from outer.modules()
+
+
+@contextlib.contextmanager
+def unsharded(layer: nn.Module) -> Iterator[None]:
+    """Let the parts of `layer`, which runs next, be called one by one under FSDP.
+
+    FSDP gathers the weights of a module when that module itself is called. FSDP2 can gather them
+    ahead of the call, which then finds them; FSDP1 gathers and frees them once more.
+    """
+    for module in layer.modules():
+        unshard = getattr(module, "unshard", None)
+        if unshard is not None:
+            unshard()
+    if any(hasattr(module, "_fsdp_wrapped_module") for module in layer.modules()):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        with FullyShardedDataParallel.summon_full_params(layer, writeback=False):
+            yield
+    else:
+        yield
