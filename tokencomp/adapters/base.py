@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -18,6 +18,11 @@ from tokencomp.tokens import ATTENTION, FEATURES, QUERY, VisualSpan
 if TYPE_CHECKING:
     from tokencomp.engine.tower import TowerCall
 
+DATA_PARALLEL = (
+    "DataParallel over several devices copies the model to each of them in every call, and a patch "
+    "belongs to the original alone. Use DistributedDataParallel (one process per device), or "
+    "DataParallel(model, device_ids=[0])."
+)
 KINDS: dict[int, Literal["image", "video"]] = {1: "image", 2: "video"}
 PIXELS = {"pixel_values": 1, "pixel_values_videos": 2}
 ENCODED = "mm_encoder_outputs"  # features that `generate` has encoded beforehand, by kind
@@ -269,13 +274,25 @@ def available_models() -> dict[str, type[Adapter]]:
 
 
 def unwrap(model: Any) -> Any:
-    """The Hugging Face model inside torch.compile and PEFT wrappers."""
+    """The Hugging Face model inside the wrappers of PEFT, torch.compile and data parallelism.
+
+    Those of data parallelism (DistributedDataParallel, DataParallel, FullyShardedDataParallel,
+    DeepSpeed's engine) keep the model as `module`; `fully_shard` wraps nothing.
+    """
+    return list(_unwrapped(model))[-1]
+
+
+def _unwrapped(model: Any) -> Iterator[Any]:
+    """`model`, what it wraps, what that wraps, …"""
     while True:
+        yield model
         inner = getattr(model, "_orig_mod", None)
         if inner is None and hasattr(model, "get_base_model"):
             inner = model.get_base_model()
         if inner is None or inner is model:
-            return model
+            inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module) or inner is model:
+            return
         model = inner
 
 
@@ -285,8 +302,12 @@ def adapter_for(model: nn.Module) -> Adapter:
     Raises
     ------
     UnsupportedModelError
-        No adapter serves the model's type, or its decoder has layers that are not full attention.
+        No adapter serves the model's type, its decoder has layers that are not full attention, or
+        the model is copied to several devices in every call (`DataParallel`).
     """
+    for wrapper in _unwrapped(model):
+        if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
+            raise UnsupportedModelError(DATA_PARALLEL)
     model = unwrap(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     known = available_models()

@@ -30,6 +30,7 @@ from tokencomp.engine.layout import RowLayout, full_layout
 from tokencomp.engine.outputs import restore
 from tokencomp.engine.packing import sequence_lengths, text_positions
 from tokencomp.engine.padding import aligned_layout, left_padded, real_columns
+from tokencomp.engine.parallel import refuse_replica
 from tokencomp.engine.proportional import ProportionalAttention
 from tokencomp.engine.question import (
     PromptLength,
@@ -165,6 +166,7 @@ class Hooks:
 
     @torch.compiler.disable
     def _top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        refuse_replica(module)
         named = compat.bind(module, args, kwargs)
         keep, labels = named.get("logits_to_keep", 0), named.get("labels")
         if labels is not None or not isinstance(keep, int):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokencomp.adapters.base import DATA_PARALLEL
 from tokencomp.errors import UnsupportedModelError
 
 
@@ -119,3 +120,9 @@ def unsharded(layer: nn.Module) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def refuse_replica(module: nn.Module) -> None:
+    """Raise `UnsupportedModelError` in a copy that `DataParallel` has made of a patched model."""
+    if getattr(module, "_is_replica", False):
+        raise UnsupportedModelError(DATA_PARALLEL)
