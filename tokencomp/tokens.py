@@ -188,7 +188,7 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Attention:
-    """The signal "text-to-visual attention of the layer before the stage" (layer 0 at entry).
+    """The signal "attention that visual tokens receive in a decoder layer beside the stage".
 
     Attributes
     ----------
@@ -201,12 +201,16 @@ class Attention:
         Divides the logits.
     heads
         How scores of heads are joined: "mean" or "rms".
+    layer
+        "previous": the attention map of the layer before the stage (of layer 0 at entry, where
+        there is none). "next": that of the layer after the stage, as if it ran on all tokens.
     """
 
     rows: Literal["last", "text", "all"] = "last"
     iterations: int = 0
     temperature: float = 1.0
     heads: Literal["mean", "rms"] = "mean"
+    layer: Literal["previous", "next"] = "previous"
 
 
 FEATURES = "features"

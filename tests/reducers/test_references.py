@@ -309,7 +309,8 @@ def test_presets_are_prune() -> None:
     for name, schedule in (("fastv", "fastv"), ("pyramiddrop", "pyramid")):
         stages = make_reducer(name).plan(0.5, 32).stages
         assert all(s.reducer.score == "last_query" for s in stages)
-        prune = make_reducer("prune", score="last_query", schedule=schedule)
+        layer = "next" if name == "pyramiddrop" else "previous"
+        prune = make_reducer("prune", score="last_query", schedule=schedule, layer=layer)
         assert stages == prune.plan(0.5, 32).stages
     (cut,) = make_reducer("fastv").plan(0.5, 32).stages
     assert (cut.layer, cut.fraction) == (2, pytest.approx(14 / 30))

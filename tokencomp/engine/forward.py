@@ -210,11 +210,8 @@ class ForwardPass:
             return x, positions, self.layout.origin
         for signal in stage.reducer.needs:
             if not isinstance(signal, str):
-                with self._timed():
-                    tables = self.adapter.decoder.rotary_emb(x, positions)
-                    self._scores[0] = input_scores(
-                        self.adapter.layers[0], x, tables, signal, self.layout, cache
-                    )
+                tables = self.adapter.decoder.rotary_emb(x, positions)
+                self._score_input(0, x, tables, signal, cache)
         with self._timed():
             x, positions = self._reduce(stage, [x, positions], [1, -1])
         self.segments[0].layout = self.layout
@@ -310,6 +307,16 @@ class ForwardPass:
         with self._timed():
             self._scores[layer] = layer_scores(attn, kwargs, signal, self.layout)
 
+    def _score_input(
+        self, layer: int, x: Tensor, tables: tuple[Tensor, Tensor], signal: Any, cache: Any
+    ) -> None:
+        """Scores for the stage before `layer`, from that layer's own queries and keys of x."""
+        with self._timed():
+            module = self.adapter.layers[layer]
+            self._scores[layer] = input_scores(
+                module, x, tables, signal, self.layout, cache, layer
+            )
+
     def before_layer(
         self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -338,6 +345,10 @@ class ForwardPass:
         if segment.stage is not None:
             tables = previous.tables or kwargs["position_embeddings"]
             dims = [1, *map(compat.sequence_dim, tables)]
+            for signal in segment.stage.reducer.needs:
+                if not isinstance(signal, str) and signal.layer == "next":
+                    here = tuple(t.to(hidden.device) for t in tables)
+                    self._score_input(segment.first, hidden, here, signal, compat.get_cache(kwargs))
             with self._timed():
                 hidden, cos, sin = self._reduce(segment.stage, [hidden, *tables], dims)
             segment.tables = cos, sin

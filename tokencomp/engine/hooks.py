@@ -115,7 +115,7 @@ class Hooks:
     def _install_scores(self) -> None:
         for stage in self.plan.layer_stages:
             for signal in stage.reducer.needs if stage.fraction > 0 else ():
-                if not isinstance(signal, str):
+                if not isinstance(signal, str) and signal.layer == "previous":
                     attn: Any = self.adapter.layers[stage.layer - 1].self_attn
                     score = functools.partial(self._attention, stage.layer, signal)
                     self._handles.append(attn.register_forward_hook(score, with_kwargs=True))

@@ -17,7 +17,8 @@ class Aim(Reducer):
     """Preset of AIM (arXiv 2412.03248): similarity merging, then PageRank pruning on its ramp.
 
     The pruning ramp has its published place; merging removes the rest of the ratio. Ratios that
-    the ramp alone exceeds use the ramp alone, started later (ours).
+    the ramp alone exceeds use the ramp alone, started later (ours). One merging step and the first
+    pruning stage choose as the release does; for later stages see `prune`.
 
     Attributes
     ----------

@@ -14,11 +14,14 @@ from tokencomp.reducers.prune import Prune
 class PyramidDrop(Reducer):
     """Preset of PyramidDrop (arXiv 2410.17247): cuts at a quarter, half and three quarters.
 
-    Every cut keeps the same share (half, or more if the ratio allows), by the last prompt token's
-    attention. Ratios that three halvings cannot meet add a cut at the start (ours).
+    Every cut keeps the same share (half, or more if the ratio allows), by the attention of the last
+    prompt token, mean over heads, in the layer after the cut: its own queries and keys of the
+    tokens before the cut, as in the authors' code. Ratios that three halvings cannot meet add a cut
+    at the start (ours).
     """
 
+    revision = 2  # 1: attention of the layer before the cut
     summary = "equal cuts at 1/4, 1/2, 3/4 of the depth (PyramidDrop 2410.17247)"
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
-        return Prune(score="last_query", schedule="pyramid").plan(ratio, num_layers)
+        return Prune(score="last_query", schedule="pyramid", layer="next").plan(ratio, num_layers)

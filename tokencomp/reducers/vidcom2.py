@@ -37,7 +37,8 @@ class VidCom2(Reducer):
 
     Notes
     -----
-    Budgets are made whole by largest remainders, so that the count is exact (ours). The video is
+    Budgets are made whole by largest remainders, so that the count is exact (ours); vLLM's copy
+    rounds them in another way (Jaccard of the kept sets 0.97 over 100 random cases). The video is
     the span: on an image, and on models that get every frame as a span of its own (InternVL,
     SmolVLM), video and frame are the same, and every frame keeps the same share of its tokens.
     """
