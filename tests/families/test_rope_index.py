@@ -14,7 +14,7 @@ from tokencomp.errors import UnsupportedModelError
 
 
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What transformers 5.3.0 … 5.5.3 compute: start times step, and axes of videos mixed up."""
+    """What transformers 5.3.0 … 5.5.4 compute: start times step, and axes of videos mixed up."""
     real = compat.rope_index
 
     def wrong(body: Any, ids: torch.Tensor, kinds: torch.Tensor, **grids: Any) -> torch.Tensor:
@@ -29,7 +29,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_qwen25_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch)
-    with pytest.raises(UnsupportedModelError, match=r"transformers>=5\.5\.4"):
+    with pytest.raises(UnsupportedModelError, match=r"transformers>=5\.6"):
         tokencomp.patch(FAMILIES["qwen2_5_vl"].build(), 0.5)
 
 
@@ -72,3 +72,17 @@ def test_videos_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         model(**inputs)
         model(**inputs)
     assert calls == ["image", "video"]
+
+
+def test_doctor_says_what_patch_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One source: both look at the positions that the installed release computes."""
+    from tokencomp.cli._doctor import _mrope
+
+    family = FAMILIES["qwen2_vl"]
+    assert _mrope().ok is (None if family.no_video() else True)
+    broken(monkeypatch)
+    finding = _mrope()
+    assert finding.ok is None
+    for refused in ("images of Qwen2_5_VL", "videos of Qwen2_5_VL", "videos of Qwen2VL"):
+        assert refused in finding.detail
+    assert "transformers>=5.6" in finding.detail

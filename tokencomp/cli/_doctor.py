@@ -7,10 +7,8 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-from tokencomp.errors import TokenCompError
+from tokencomp.errors import TokenCompError, UnsupportedModelError
 
-# (first, last) release in which transformers computes wrong M-RoPE positions for these families
-BAD_MROPE = ("5.3.0", "5.5.3", ("qwen2_5_vl",))
 FLOOR, CEILING = "4.57", "6"
 
 
@@ -84,19 +82,34 @@ def _transformers() -> Finding:
 
 
 def _mrope() -> Finding:
-    import transformers
-    from packaging.version import Version
+    """Positions that the installed release computes, as `patch` looks at them."""
+    from tokencomp.adapters.qwen_vl import Qwen2VLAdapter, Qwen25VLAdapter
+    from tokencomp.engine.compat import check_rope_index
 
-    first, last, families = BAD_MROPE
-    bad = Version(first) <= Version(transformers.__version__) <= Version(last)
-    if not bad:
-        return Finding("M-RoPE positions", True, "no known defect in this transformers release")
-    return Finding(
-        "M-RoPE positions",
-        None,
-        f"transformers {first} to {last} computes wrong positions for {', '.join(families)} with "
-        "video, compressed or not (huggingface/transformers#45381). Use >= 5.5.4 for it.",
-    )
+    faults = []
+    for adapter in (Qwen2VLAdapter, Qwen25VLAdapter):
+        for model_type in adapter.model_types:
+            model = _empty_model(model_type)
+            for kind in ("image", "video"):
+                try:
+                    check_rope_index(model, kind)
+                except UnsupportedModelError as error:
+                    faults.append(str(error))
+    name = "M-RoPE positions"
+    if not faults:
+        return Finding(name, True, "as they should be in this transformers release")
+    return Finding(name, None, " ".join(faults))
+
+
+def _empty_model(model_type: str) -> Any:
+    """A model of one layer without weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    layers = {"text_config": {"num_hidden_layers": 1}, "vision_config": {"depth": 1}}
+    config = AutoConfig.for_model(model_type, **layers)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
 
 
 def _kernels() -> Finding:

@@ -215,8 +215,8 @@ def check_rope_index(model: Any, kind: str) -> None:
     """Refuse releases whose M-RoPE positions of images or videos are wrong.
 
     A 1×2 image, or a video of two such frames one second apart, is placed by hand and compared.
-    Known: transformers 5.3.0 … 5.5.3 multiply the start by the time step and mix up the axes of
-    videos (both for Qwen2.5-VL, videos for Qwen2-VL); fixed in 5.5.4.
+    Known: transformers 5.3.0 … 5.5.4 mix up the axes of videos (Qwen2-VL, Qwen2.5-VL), and until
+    5.5.3 images of Qwen2.5-VL are misplaced too. This is the only place that says so.
 
     Raises
     ------
@@ -243,6 +243,6 @@ def check_rope_index(model: Any, kind: str) -> None:
     if not torch.equal(found.long(), expected):
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} gives the {kind}s of {type(model).__name__} "
-            "wrong M-RoPE positions (a defect of 5.3.0 to 5.5.3), so the model itself misreads "
-            "them. Run: pip install 'transformers>=5.5.4'"
+            "wrong M-RoPE positions (a defect of 5.3.0 to 5.5.4), so the model itself misreads "
+            "them. Run: pip install 'transformers>=5.6'"
         )
