@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tokencomp.errors import UnsupportedCacheError
 
@@ -92,6 +92,9 @@ class CompressedLayer(DynamicLayer):
         self.__class__ = DynamicLayer  # type: ignore[assignment]
 
 
+PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, CompressedLayer)
+
+
 def physical_length(layer: Any) -> int:
     """Rows held by a cache layer."""
     keys = getattr(layer, "keys", None)
@@ -99,7 +102,10 @@ def physical_length(layer: Any) -> int:
 
 
 def check_cache(cache: Any) -> None:
-    """Raise `UnsupportedCacheError` unless every layer of `cache` can be compressed."""
+    """Raise `UnsupportedCacheError` unless every layer of `cache` can be compressed.
+
+    Layers with a sliding window can while it holds all rows, see `check_attention_window`.
+    """
     if cache is None:
         return
     layers = getattr(cache, "layers", None)
@@ -110,12 +116,12 @@ def check_cache(cache: Any) -> None:
         )
     replicate = getattr(cache, "layer_class_to_replicate", None)
     kinds = {type(layer) for layer in layers} | ({replicate} if replicate else set())
-    wrong = sorted(k.__name__ for k in kinds if k not in (DynamicLayer, CompressedLayer))
+    wrong = sorted(k.__name__ for k in kinds if k not in PLAIN)
     if wrong or getattr(cache, "offloading", False):
         given = ", ".join(wrong) or "an offloaded cache"
         raise UnsupportedCacheError(
             f"{type(cache).__name__} holds {given}; compressed prompts need plain DynamicLayer "
-            "rows (static, quantized, offloaded and sliding caches fix the length or layout). "
+            "rows (static, quantized and offloaded caches fix the length or layout). "
             "Drop cache_implementation=..., or turn compression off with handle.disabled()."
         )
 

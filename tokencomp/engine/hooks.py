@@ -41,6 +41,7 @@ from tokencomp.engine.question import (
 from tokencomp.engine.refusals import check_prefill
 from tokencomp.engine.stats import Stats, warn_if_ratio_missed
 from tokencomp.engine.tower import TowerProbe, check_signals
+from tokencomp.engine.window import check_attention_window
 from tokencomp.errors import CopyError, NoVisualInputError, TokenCompError, UncompressedWarning
 from tokencomp.plan import Plan
 
@@ -309,6 +310,9 @@ class Hooks:
             positions = self._compact_positions(forward, valid, x)
         self._set_positions(kwargs, forward, positions)
         first = forward.segments[0]
+        compact = self.compact_positions
+        length = first.physical + x.shape[1] if compact else first.logical + forward.width
+        check_attention_window(self.adapter.text_config, cache, length)
         kwargs["attention_mask"] = first.padding_mask(valid, x.shape[0], x.device)
         compat.set_cache_position(kwargs, first.logical, x.shape[1])
         self._local.forward = forward
@@ -322,12 +326,14 @@ class Hooks:
         if kwargs.get("position_ids") is not None and self.adapter.mrope:
             kwargs["position_ids"] = kwargs["position_ids"][-3:]
         n, new = x.shape[1], None
+        past = layers[0].rows if self.compact_positions else layers[0].get_seq_length()
+        check_attention_window(self.adapter.text_config, compat.get_cache(kwargs), past + n)
         if n > 1 and mask is not None:
             new = mask[:, -n:].bool()
             new = None if bool(new.all()) else new
         if self.compact_positions:
-            past = Segment.after(layers[0], 0, 1, RowLayout(n, [], []))
-            kwargs["position_ids"] = past.contiguous(new, x)
+            before = Segment.after(layers[0], 0, 1, RowLayout(n, [], []))
+            kwargs["position_ids"] = before.contiguous(new, x)
         backend = compat.attention_implementation(self.adapter.text_config)
         plain = new is None and all(layer.valid is None for layer in layers)
         if n == 1 and plain and any(name in backend for name in MASKLESS):
