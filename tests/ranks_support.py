@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
@@ -43,7 +44,9 @@ def _rank(rank: int, world: int, folder: str, work: Callable[..., Any], args: tu
 def prompts(family: Family) -> dict[str, Tensor]:
     """A ragged batch with an image, the same in every process."""
     torch.manual_seed(7)
-    return family.batch([[text(3), family.image(), text(5, 2)], [text(2), family.image(1), text(4)]])
+    return family.batch(
+        [[text(3), family.image(), text(5, 2)], [text(2), family.image(1), text(4)]]
+    )
 
 
 # -- tensor parallelism -------------------------------------------------------------------------
@@ -52,13 +55,20 @@ def prompts(family: Family) -> dict[str, Tensor]:
 def load_sharded(family: Family, folder: str, plan: Any) -> nn.Module:
     """The saved model, its weights divided over the ranks by `plan`."""
     arguments: dict[str, Any] = {"tp_plan": plan}
-    try:
+    if takes_plans():
         from transformers.distributed import DistributedConfig
 
         arguments = {"distributed_config": DistributedConfig(tp_plan=plan)}
-    except (ImportError, TypeError):  # before transformers 5.16
-        pass
     return family.model_class().from_pretrained(folder, **arguments).eval()
+
+
+def takes_plans() -> bool:
+    """Whether the release divides what a plan of ours names, and not its own plan alone."""
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError:
+        return False
+    return "tp_plan" in {field.name for field in dataclasses.fields(DistributedConfig)}
 
 
 def compressed(model: nn.Module, family: Family, cases: dict[str, dict[str, Any]]) -> dict:
@@ -84,7 +94,9 @@ def tensor_parallel(rank: int, jobs: dict[str, tuple[str, str, Any, dict]]) -> d
         model = load_sharded(family, folder, plan)
         widths: list[int] = []
         projection = family.decoder(model).layers[0].self_attn.q_proj
-        projection.register_forward_hook(lambda module, args, out, w=widths: w.append(out.shape[-1]))
+        projection.register_forward_hook(
+            lambda module, args, out, w=widths: w.append(out.shape[-1])
+        )
         results[job] = compressed(model, family, cases), widths[0] // 16
     return results
 

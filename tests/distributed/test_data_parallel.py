@@ -44,9 +44,7 @@ def test_a_training_step_is_that_of_one_process(steps: list[Any], case: tuple[st
             continue
         assert found.keys() == expected.keys()
         for parameter, value in expected.items():
-            torch.testing.assert_close(
-                found[parameter], value, atol=1e-6, rtol=1e-4, msg=parameter
-            )
+            torch.testing.assert_close(found[parameter], value, atol=1e-6, rtol=1e-4, msg=parameter)
 
 
 def test_data_parallel_forwards() -> None:

@@ -75,4 +75,6 @@ def test_a_second_turn_ranks_with_the_first_in_the_cache() -> None:
     masks = [whole["attention_mask"].bool()] * family.layers
     scores = attention_of_last_row(model, family, whole, masks, 2)[0]
     here = scores[6 + span.start : 6 + span.stop]
-    assert kept == here.sort(descending=True, stable=True).indices[: len(kept)].sort().values.tolist()
+    assert (
+        kept == here.sort(descending=True, stable=True).indices[: len(kept)].sort().values.tolist()
+    )

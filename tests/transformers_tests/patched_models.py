@@ -46,6 +46,8 @@ def _serves(model: Any) -> bool:
     from tokencomp.adapters.base import available_models
 
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return model_type in available_models() and hasattr(model, "get_output_embeddings") and (
-        type(model).__name__.endswith("ForConditionalGeneration")
+    return (
+        model_type in available_models()
+        and hasattr(model, "get_output_embeddings")
+        and (type(model).__name__.endswith("ForConditionalGeneration"))
     )

@@ -88,10 +88,13 @@ def differences(before: dict[str, str], after: dict[str, str]) -> dict[str, tupl
 def expected_reason(expected: list[dict[str, str]], family: str, ratio: str, test: str) -> str:
     """Why this test is known to end in another way, or ""."""
     for entry in expected:
-        names = entry["ratio"], entry["families"].split(), entry["test"]
-        if names[0] == ratio and fnmatch.fnmatch(test, names[2]):
-            if any(fnmatch.fnmatch(family, pattern) for pattern in names[1]):
-                return entry["reason"]
+        applies = (
+            entry["ratio"] == ratio
+            and fnmatch.fnmatch(test, entry["test"])
+            and any(fnmatch.fnmatch(family, name) for name in entry["families"].split())
+        )
+        if applies:
+            return entry["reason"]
     return ""
 
 

@@ -347,8 +347,9 @@ class ForwardPass:
             dims = [1, *map(compat.sequence_dim, tables)]
             for signal in segment.stage.reducer.needs:
                 if not isinstance(signal, str) and signal.layer == "next":
-                    here = tuple(t.to(hidden.device) for t in tables)
-                    self._score_input(segment.first, hidden, here, signal, compat.get_cache(kwargs))
+                    cos, sin = (t.to(hidden.device) for t in tables)
+                    cache = compat.get_cache(kwargs)
+                    self._score_input(segment.first, hidden, (cos, sin), signal, cache)
             with self._timed():
                 hidden, cos, sin = self._reduce(segment.stage, [hidden, *tables], dims)
             segment.tables = cos, sin

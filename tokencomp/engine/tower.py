@@ -184,7 +184,8 @@ def queries_and_keys(attn: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     q, k = getattr(attn, "q_norm", nn.Identity())(q), getattr(attn, "k_norm", nn.Identity())(k)
     # A sharded tower has some of the heads here, and `num_heads` may count all of them.
     heads = (-1, attn.head_dim)
-    return tuple(gather_heads(attn, x.unflatten(-1, heads), dim=-2) for x in (q, k))
+    q, k = q.unflatten(-1, heads), k.unflatten(-1, heads)
+    return gather_heads(attn, q, dim=-2), gather_heads(attn, k, dim=-2)
 
 
 def _rotated(attn: Any, q: Tensor, k: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
