@@ -313,9 +313,7 @@ class ForwardPass:
         """Scores for the stage before `layer`, from that layer's own queries and keys of x."""
         with self._timed():
             module = self.adapter.layers[layer]
-            self._scores[layer] = input_scores(
-                module, x, tables, signal, self.layout, cache, layer
-            )
+            self._scores[layer] = input_scores(module, x, tables, signal, self.layout, cache, layer)
 
     def before_layer(
         self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]
