@@ -109,7 +109,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="JSON file for all outcomes")
     args = parser.parse_args()
     expected = json.loads((FOLDER / "expected.json").read_text())["differences"]
-    unexpected, table = 0, {}
+    unexpected, table, reasons = 0, {}, set()
     for family in args.families:
         more = ["-n", args.workers]
         before = outcomes(args.checkout, family, None, more)
@@ -121,10 +121,14 @@ def main() -> int:
             for test, (was, now) in changed.items():
                 reason = expected_reason(expected, family, ratio, test)
                 unexpected += not reason
+                reasons.add((ratio, reason))
                 print(f"  {'expected' if reason else 'UNEXPECTED'} {test}: {was} → {now}")
             sys.stdout.flush()
         if args.output is not None:
             args.output.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    for entry in expected:
+        if entry["ratio"] in args.ratios and (entry["ratio"], entry["reason"]) not in reasons:
+            print(f"listed, but did not occur here: {entry['test']}: {entry['reason']}")
     print(f"{unexpected} unexpected differences")
     return 1 if unexpected else 0
 
