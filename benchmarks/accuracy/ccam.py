@@ -14,8 +14,9 @@ import argparse
 
 from trained import Book, ask, parser
 
+from tokencomp.adapters.base import adapter_for
 from tokencomp.cli import one_message
-from tokencomp.trained.cards import locate
+from tokencomp.trained.cards import locate, model_facts
 from tokencomp.trained.ccam_config import read_card
 from tokencomp.training.ccam_evaluation import sample_spans, ways
 from tokencomp.training.data import ShapesQuestions
@@ -44,9 +45,10 @@ def main(args: argparse.Namespace) -> None:
     book = Book("ccam", args, RIVALS)
     if book.sets:
         model, processor = load_model(args.model, device=args.device)
-        files = {"ccam": locate(args.weights, model, "ccam", TRAIN)}
+        facts = model_facts(adapter_for(model))
+        files = {"ccam": locate(args.weights, facts, "ccam", TRAIN)}
         if args.free:
-            files[FREE] = locate(args.free, model, "ccam", f"{TRAIN} --no-causal")
+            files[FREE] = locate(args.free, facts, "ccam", f"{TRAIN} --no-causal")
         cards = {name: path.with_suffix(".json") for name, path in files.items()}
         queries = read_card(files["ccam"])[1].queries
     for name in book.sets:

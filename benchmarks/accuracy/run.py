@@ -26,6 +26,7 @@ import torch
 from results import RESULTS, Results, collected, merged
 
 from tokencomp import available_reducers, make_reducer
+from tokencomp.adapters.base import adapter_for
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
 from tokencomp.evaluation.runner import sweep
@@ -34,6 +35,7 @@ from tokencomp.inputs.questions import shapesqa
 from tokencomp.shapesqa.items import items
 from tokencomp.shapesqa.questions import FAMILIES
 from tokencomp.tokens import TOWER_SIGNALS
+from tokencomp.trained.cards import model_facts
 from tokencomp.zoo import available_models, load
 
 RATIOS = (0.5, 0.75, 0.9, 0.95)
@@ -48,11 +50,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
 
 def usable(model: Any, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     """Reducers that can run on `model`, and why the others cannot."""
+    facts = model_facts(adapter_for(model))
     ready, refused = [], {}
     for name in names:
         try:
             if name not in INPUT_BASELINES:
-                make_reducer(name).for_model(model)
+                make_reducer(name).bind(facts)
             ready.append(name)
         except UnknownNameError:
             raise

@@ -17,9 +17,10 @@ from typing import Any
 from tables import table
 from trained import Book, ask, parser
 
+from tokencomp.adapters.base import adapter_for
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import DOWNSCALE
-from tokencomp.trained.cards import locate
+from tokencomp.trained.cards import locate, model_facts
 from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.relevance import Target
 from tokencomp.training.selector.train import RATIOS, oracle_name, ways
@@ -82,7 +83,8 @@ def main(args: argparse.Namespace) -> None:
     book = Book("selector", args, RIVALS)
     if book.sets:
         model, processor = load_model(args.model, device=args.device)
-        file = locate(args.weights, model, "selector", "tokencomp train selector")
+        facts = model_facts(adapter_for(model))
+        file = locate(args.weights, facts, "selector", "tokencomp train selector")
     for name in book.sets:
         scene = {k: v for k, v in SETS[name].items() if k == "frames"}
         count = args.items // SETS[name]["fewer"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokencomp.plan import Plan
-from tokencomp.reducers.base import Reducer, register_reducer
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.prune import Prune
+from tokencomp.reducers.registry import register_reducer
 
 
 @register_reducer("pyramiddrop")
@@ -15,7 +16,8 @@ class PyramidDrop(Reducer):
     """Preset of PyramidDrop (arXiv 2410.17247): cuts at a quarter, half and three quarters.
 
     Every cut keeps the same share (half, or more if the ratio allows), by the last prompt token's
-    attention. Ratios that three halvings cannot meet add a cut at the start (ours).
+    attention. If three halvings cannot meet the ratio, there is one more cut at the start
+    (ours).
     """
 
     summary = "equal cuts at 1/4, 1/2, 3/4 of the depth (PyramidDrop 2410.17247)"
