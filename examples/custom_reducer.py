@@ -11,7 +11,7 @@ import torch
 import tokencomp
 from tokencomp import Reduction, VisualTokens, zoo
 from tokencomp.inputs.media import load_media
-from tokencomp.reducers.base import top_k
+from tokencomp.reducers import top_k
 
 
 @tokencomp.register_reducer("loudest")
@@ -22,7 +22,6 @@ class Loudest(tokencomp.Reducer):
     p: float = 2.0
 
     summary = "tokens with the largest norm (example)"
-    serving_safe = True
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         norms = torch.linalg.vector_norm(tokens.features.float(), ord=self.p, dim=1)

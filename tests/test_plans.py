@@ -167,7 +167,7 @@ def test_a_reducer_with_a_count_of_its_own() -> None:
     class Four(type(make_reducer("uniform"))):  # type: ignore[misc]
         own_count = True
 
-        def span_count(self, span: VisualSpan, fraction: float) -> int:
+        def keep_count(self, span: VisualSpan, fraction: float) -> int:
             return 4
 
     family = FAMILIES["qwen2_vl"]

@@ -20,11 +20,11 @@ _LAZY = {
     "Plan": "tokencomp.plan",
     "Stage": "tokencomp.plan",
     "Reducer": "tokencomp.reducers.base",
-    "register_reducer": "tokencomp.reducers.base",
-    "available_reducers": "tokencomp.reducers.base",
-    "make_reducer": "tokencomp.reducers.base",
-    "plan_from_json": "tokencomp.reducers.compose",
-    "plan_to_json": "tokencomp.reducers.compose",
+    "register_reducer": "tokencomp.reducers.registry",
+    "available_reducers": "tokencomp.reducers.registry",
+    "make_reducer": "tokencomp.reducers.registry",
+    "plan_from_json": "tokencomp.plan_json",
+    "plan_to_json": "tokencomp.plan_json",
     "available_models": "tokencomp.adapters.base",
     "Reduction": "tokencomp.tokens",
     "VisualTokens": "tokencomp.tokens",
@@ -57,13 +57,9 @@ if TYPE_CHECKING:
     from tokencomp.errors import TokenCompError
     from tokencomp.patching import Handle, patch, unpatch
     from tokencomp.plan import Plan, Stage
-    from tokencomp.reducers.base import (
-        Reducer,
-        available_reducers,
-        make_reducer,
-        register_reducer,
-    )
-    from tokencomp.reducers.compose import plan_from_json, plan_to_json
+    from tokencomp.plan_json import plan_from_json, plan_to_json
+    from tokencomp.reducers.base import Reducer
+    from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer
     from tokencomp.tokens import Reduction, VisualTokens
 
 

@@ -15,7 +15,7 @@ class RatioError(TokenCompError, ValueError):
 
 
 class RatioWarning(UserWarning):
-    """A prompt that missed the ratio it was planned for by more than rounding to tokens."""
+    """A prompt whose achieved ratio differs from the requested one by more than rounding."""
 
 
 class UncompressedWarning(UserWarning):
@@ -28,6 +28,14 @@ class OptionError(TokenCompError, ValueError):
 
 class UnknownNameError(TokenCompError, LookupError):
     """A reducer, model, task or schedule name that is not registered."""
+
+
+class NameTakenError(TokenCompError, ValueError):
+    """A name for a reducer or model type that another class is already registered under."""
+
+
+class PluginWarning(UserWarning):
+    """An installed plugin that cannot be loaded; everything else works without it."""
 
 
 class PlanError(TokenCompError, ValueError):
@@ -82,9 +90,18 @@ class MissingDependencyError(TokenCompError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
 
-def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> UnknownNameError:
+def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UnknownNameError:
     """Build the error for an unknown `kind` ("reducer", "model", ...), with close matches."""
     names = sorted(allowed)
-    close = difflib.get_close_matches(given, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
-    return UnknownNameError(f"unknown {kind} {given!r}.{hint} Available: {', '.join(names)}.")
+    return UnknownNameError(f"unknown {kind} {name!r}.{hint} Available: {', '.join(names)}.")
+
+
+def name_taken(kind: str, name: str, old: type, new: type) -> NameTakenError:
+    """Build the error for registering `new` under a `kind` of name that `old` already has."""
+    old_class, new_class = (f"{c.__module__}.{c.__qualname__}" for c in (old, new))
+    return NameTakenError(
+        f"{kind} {name!r} is already registered by {old_class}, so {new_class} cannot take the "
+        "name. Choose another name, or pass override=True to replace the registered one."
+    )

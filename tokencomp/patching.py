@@ -25,8 +25,11 @@ from tokencomp.engine.stats import Stats
 from tokencomp.engine.tower import check_signals
 from tokencomp.errors import OptionError
 from tokencomp.plan import Plan, check_ratio
-from tokencomp.reducers.base import Reducer, check_choice, make_reducer
-from tokencomp.reducers.compose import PlanLike, as_plan
+from tokencomp.plan_json import PlanLike, as_plan
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import make_reducer
+from tokencomp.trained.cards import model_facts
+from tokencomp.validation import check_choice
 
 DEFAULT_REDUCER = "condiv"  # chosen on validation: docs/decisions/0001-default-reducer.md
 # Where a patched model keeps its handle: both are freed together, and no state_dict shows it.
@@ -368,4 +371,4 @@ def _make_plan(request: Request, adapter: Adapter, proportional: bool) -> Plan:
         check_merges(plan, made)
     plan.check(num_layers, adapter.first_layer_stage)
     check_signals(plan, adapter)
-    return plan.for_model(adapter.model)
+    return plan.bind(model_facts(adapter))

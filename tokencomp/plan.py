@@ -1,6 +1,6 @@
-"""Plans: which reducer acts at which decoder layer and what fraction it leaves.
+"""Plans: which reducer acts before which decoder layer, and what fraction it leaves.
 
-The only place where fractions become token counts. Everything here is plain Python.
+This module alone turns fractions into token counts. It is plain Python, without tensors.
 """
 
 from __future__ import annotations
@@ -8,21 +8,20 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokencomp.errors import PlanError, RatioError
+from tokencomp.validation import describe_type, fits
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from tokencomp.reducers.base import Reducer
-    from tokencomp.tokens import Grid, VisualSpan
+    from tokencomp.tokens import ModelFacts, Reduction, Signal, VisualSpan, VisualTokens
 
 MAX_RATIO = 0.95
 LEAST = 1e-9
-"""A fraction that leaves what has to stay of a span."""
+"""A fraction so small that only mandatory tokens (special tokens and one patch) remain."""
 
 
 def check_ratio(ratio: float) -> float:
@@ -39,7 +38,7 @@ def check_ratio(ratio: float) -> float:
     return value
 
 
-def count(total: int, fraction: float, special: int = 0) -> int:
+def keep_count(total: int, fraction: float, special: int = 0) -> int:
     """Tokens that stay of `total` at `fraction`, ties rounded up (ours).
 
     Parameters
@@ -54,51 +53,91 @@ def count(total: int, fraction: float, special: int = 0) -> int:
     """
     if fraction <= 0.0 or total == 0:
         return 0
-    wanted = math.floor(total * fraction + 0.5 + 1e-9)
-    return min(total, max(wanted, special + (1 if total > special else 0)))
+    rounded = math.floor(total * fraction + 0.5 + 1e-9)
+    return min(total, max(rounded, special + (1 if total > special else 0)))
 
 
-def kept_count(grid: Grid, ratio: float, special: int = 0) -> int:
-    """Tokens that stay of one span at entry: a pure function of grid and ratio.
+class StageReducer(ABC):
+    """What a plan and the engine need of a reducer. `tokencomp.Reducer` implements it.
 
-    Raises
-    ------
-    RatioError
-        `ratio` is not in [0, 1).
+    Reducers make plans, and plans hold reducers. This class stands below both, so that the two
+    modules do not import each other. The members are documented in `tokencomp.Reducer`.
     """
-    return count(math.prod(grid) + special, 1.0 - check_ratio(ratio), special)
+
+    name: ClassVar[str] = ""
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[Signal]: ...
+
+    @property
+    @abstractmethod
+    def merges(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def whole_spans(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def own_count(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def entry_only(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def only_plans(self) -> bool: ...
+
+    @abstractmethod
+    def keep_count(self, span: VisualSpan, fraction: float) -> int: ...
+
+    @abstractmethod
+    def bind(self, facts: ModelFacts) -> StageReducer: ...
+
+    @abstractmethod
+    def reduced(self, tokens: VisualTokens, keep: int) -> Reduction: ...
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
 class Stage:
     """From decoder layer `layer` on, `fraction` of the uncompressed visual tokens is left.
 
-    layer 0 is the entry stage; `fraction` is relative to the *uncompressed* prompt.
+    Attributes
+    ----------
+    layer
+        0 is the entry stage, before the first decoder layer.
+    fraction
+        Relative to the *uncompressed* prompt, not to what an earlier stage has left.
+    reducer
+        The reducer that chooses the tokens.
 
     Raises
     ------
     PlanError
-        A layer or fraction of another type; no `Reducer`, one without a step of its own (a preset
-        or a composition), or between layers one that was trained for the entry.
+        A layer or fraction of another type; something that is not a reducer; a reducer that only
+        plans the steps of others (a preset or a composition); or a stage between layers for a
+        reducer that was trained for the entry.
     """
 
     layer: int
     fraction: float
-    reducer: Reducer
+    reducer: StageReducer
 
     def __post_init__(self) -> None:
-        from tokencomp.reducers._options import fits, told
-        from tokencomp.reducers.base import Reducer  # which imports this module
-
         for name, hint in {"layer": int, "fraction": float}.items():
             if not fits(value := getattr(self, name), hint):
-                raise PlanError(f"stage: {name}={value!r}; expected {told(hint)}.")
-        if not isinstance(self.reducer, Reducer):
+                raise PlanError(f"stage: {name}={value!r}; expected {describe_type(hint)}.")
+        if not isinstance(self.reducer, StageReducer):
             raise PlanError(
                 f"stage: reducer={self.reducer!r}; expected a reducer. Build it with "
                 'make_reducer, e.g. make_reducer("merge").'
             )
-        if type(self.reducer).reduce is Reducer.reduce:
+        if self.reducer.only_plans:
             raise PlanError(
                 f"stage: reducer {self.reducer.name!r} only plans the steps of others. Give it to "
                 "patch(reducer=...), or use the stages that its plan(ratio, num_layers) makes."
@@ -117,20 +156,20 @@ class Plan:
     Raises
     ------
     PlanError
-        No stages, or in another order; a reducer that acts on whole spans only, behind a stage that
-        drops tokens.
+        Objects that are not stages; another order; or a reducer that acts on whole spans only,
+        after a stage that drops tokens.
     """
 
     stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
-        given = self.stages
-        if not isinstance(given, tuple | list) or not all(isinstance(s, Stage) for s in given):
+        stages = self.stages
+        if not isinstance(stages, tuple | list) or not all(isinstance(s, Stage) for s in stages):
             raise PlanError(
-                f"plan of {given!r}; expected a tuple of Stage objects. Their JSON form is for "
+                f"plan of {stages!r}; expected a tuple of Stage objects. Their JSON form is for "
                 "patch(plan=...) or plan_from_json."
             )
-        object.__setattr__(self, "stages", tuple(given))
+        object.__setattr__(self, "stages", tuple(stages))
         layers = [s.layer for s in self.stages]
         fractions = [1.0, *(s.fraction for s in self.stages)]
         if layers != sorted(set(layers)) or any(layer < 0 for layer in layers):
@@ -189,83 +228,86 @@ class Plan:
             )
 
     def not_before(self, first: int, num_layers: int) -> Plan:
-        """The plan with no layer stage before `first`, and the same ratio (ours).
+        """The plan without a layer stage before `first`, at the same ratio (ours).
 
-        Layers before `first` keep the entry fraction and later ones pay for it; if that would cost
-        those more than half of what they see, tokens leave at entry instead.
+        Layers before `first` see the entry fraction, and later layers see less to make up for it.
+        If those would lose more than half of what they see, tokens leave at entry instead.
         """
         if not any(0 < s.layer < first for s in self.stages):
             return self
-        wanted = _delayed(self.fractions(num_layers), first)
         by_layer = {s.layer: s.reducer for s in self.stages}
-        stages, current, reducer = [], 1.0, self.stages[0].reducer
-        for layer, fraction in enumerate(wanted):
-            reducer = by_layer.get(layer, reducer)
-            if fraction < current - 1e-12:
-                stages.append(Stage(layer, fraction, reducer))
-                current = fraction
-        return Plan(tuple(stages))
+        reducers = [self.stages[0].reducer]
+        for layer in range(num_layers):
+            reducers.append(by_layer.get(layer, reducers[-1]))
+        return _stages_at_changes(_delayed(self.fractions(num_layers), first), reducers[1:])
 
     def counts(self, span: VisualSpan, num_layers: int) -> list[int]:
         """Visual tokens of `span` left after each stage, non-increasing.
 
-        Where a late stage cannot go as low as it should, because special tokens stay, the earlier
-        ones pay for it as far as they can, so that the ratio of the plan is met (ours).
+        Special tokens always stay, so a late stage may be unable to go as low as its fraction
+        says. The earlier stages then keep fewer tokens, as far as they can, so that the ratio of
+        the plan is met (ours).
         """
         kept = list(self._falling(span, [s.fraction for s in self.stages]))
         least = list(self._falling(span, [min(s.fraction, LEAST) for s in self.stages]))
-        wanted = [span.visual * s.fraction for s in self.stages]
-        if not any(k == m > w + 0.5 for k, m, w in zip(kept, least, wanted, strict=True)):
+        target = [span.visual * s.fraction for s in self.stages]
+        if not any(k == m > t + 0.5 for k, m, t in zip(kept, least, target, strict=True)):
             return kept
         ends = [*(s.layer for s in self.stages[1:]), num_layers]
         layers = [end - s.layer for end, s in zip(ends, self.stages, strict=True)]
         steps = max(k - m for k, m in zip(kept, least, strict=True))
 
-        def left(step: int) -> list[int]:
-            """Counts `step` of `steps` steps above the least."""
+        def counts_at(step: int) -> list[int]:
+            """Counts at `step` of `steps` equal steps from `least` up to `kept`."""
             pairs = zip(kept, least, strict=True)
             return [m + ((k - m) * step + steps // 2) // max(1, steps) for k, m in pairs]
 
-        def over(step: int) -> float:
-            """How far these exceed what all layers together should see."""
-            return sum(n * (c - w) for n, c, w in zip(layers, left(step), wanted, strict=True))
+        def excess(step: int) -> float:
+            """Tokens above the target, summed over all layers; it grows with `step`."""
+            rows = zip(layers, counts_at(step), target, strict=True)
+            return sum(n * (count - t) for n, count, t in rows)
 
-        first_over = bisect.bisect_right(range(steps + 1), 0.0, key=over)
-        return left(
-            min((max(0, first_over - 1), min(steps, first_over)), key=lambda s: abs(over(s)))
-        )
+        # The step whose sum over all layers is nearest to the target is one of the two around
+        # the sign change of the excess.
+        above = bisect.bisect_right(range(steps + 1), 0.0, key=excess)
+        nearest = min((max(0, above - 1), min(steps, above)), key=lambda step: abs(excess(step)))
+        return counts_at(nearest)
 
     def _falling(self, span: VisualSpan, fractions: list[float]) -> Iterator[int]:
-        """Counts at these fractions, none above the one before."""
+        """Keep counts at these fractions, none above the one before."""
         current = span.visual
         for stage, fraction in zip(self.stages, fractions, strict=True):
-            current = min(current, stage.reducer.span_count(span, fraction))
+            current = min(current, stage.reducer.keep_count(span, fraction))
             yield current
 
-    def for_model(self, model: nn.Module) -> Plan:
-        """The same stages with reducers that have found and checked their weights for `model`."""
-        ready = (replace(s, reducer=s.reducer.for_model(model)) for s in self.stages)
-        return Plan(tuple(ready))
+    def bind(self, facts: ModelFacts) -> Plan:
+        """The same stages with reducers that have found and checked their weights for a model."""
+        return Plan(tuple(replace(s, reducer=s.reducer.bind(facts)) for s in self.stages))
 
 
-def _delayed(old: list[float], first: int) -> list[float]:
-    """A profile with the mean of `old` and no change at layers 1 … first - 1."""
-    head, tail, total = old[0], old[first:], sum(old)
-    paid = sum(tail)
-    if paid > 0:
-        scale = (total - first * head) / paid
+def _delayed(profile: list[float], first: int) -> list[float]:
+    """A profile with the mean of `profile` and no change at layers 1 … first - 1."""
+    head, tail, total = profile[0], profile[first:], sum(profile)
+    later = sum(tail)
+    if later > 0:
+        scale = (total - first * head) / later
         if scale >= 0.5:
             return [head] * first + [scale * f for f in tail]
-        scale = total / (first * tail[0] + paid)
+        scale = total / (first * tail[0] + later)
         if scale * tail[0] <= 1.0:
             return [scale * tail[0]] * first + [scale * f for f in tail]
-    return [total / len(old)] * len(old)
+    return [total / len(profile)] * len(profile)
 
 
-def from_profile(profile: list[float], reducer: Reducer) -> Plan:
+def from_profile(profile: list[float], reducer: StageReducer) -> Plan:
     """Turn the fraction seen by each layer into a plan with a stage at every change."""
+    return _stages_at_changes(profile, [reducer] * len(profile))
+
+
+def _stages_at_changes(profile: list[float], reducers: list[StageReducer]) -> Plan:
+    """A stage at every layer where `profile` falls, with the reducer listed for that layer."""
     stages, current = [], 1.0
-    for layer, fraction in enumerate(profile):
+    for layer, (fraction, reducer) in enumerate(zip(profile, reducers, strict=True)):
         if fraction < current - 1e-12:
             stages.append(Stage(layer, max(fraction, 0.0), reducer))
             current = fraction

@@ -1,8 +1,8 @@
 """Layer schedules: the fraction of visual tokens seen by every layer, solved for a budget.
 
-Each schedule has a natural shape from its paper. Budgets below its mean prune the same shape
-earlier (ours), budgets above it start later or drop less, so that the mean over layers is always
-exactly the budget.
+Each schedule has a natural shape from its paper. For a target below the mean of that shape, the
+same shape prunes earlier (ours); for a target above it, pruning starts later or drops less. The
+mean over layers always equals the target.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Schedule = Callable[[int, float], list[float]]
 def early(natural: list[float], target: float) -> list[float]:
     """Lower a natural profile to mean `target` with one more step at the very start.
 
-    The step comes after layer 0 if that leaves at least half of the budget to the later layers;
-    otherwise before it.
+    The step comes after layer 0 if the later layers still see at least half of `target`;
+    otherwise it comes before layer 0.
     """
     layers = len(natural)
     for free in (1, 0):
@@ -68,7 +68,7 @@ def natural_aim(num_layers: int, start: float = 0.5, stop: float = 22 / 28) -> l
 
 
 def aim(num_layers: int, target: float, start: float = 0.5, stop: float = 22 / 28) -> list[float]:
-    """AIM's ramp, moved later for large budgets and lowered from the start for small ones."""
+    """AIM's ramp, moved later for a large target and lowered from the start for a small one."""
     natural = natural_aim(num_layers, start, stop)
     if target <= sum(natural) / num_layers:
         return early(natural, target)
@@ -79,7 +79,10 @@ def aim(num_layers: int, target: float, start: float = 0.5, stop: float = 22 / 2
 
 
 def pyramid(num_layers: int, target: float) -> list[float]:
-    """PyramidDrop: × ½ at 1/4, 1/2 and 3/4 of the depth (arXiv 2410.17247); × more if it can."""
+    """PyramidDrop: × ½, or a larger factor if the target allows, at 1/4, 1/2 and 3/4 of the depth.
+
+    See arXiv 2410.17247.
+    """
 
     def profile(factor: float) -> list[float]:
         return [factor ** (4 * layer // num_layers) for layer in range(num_layers)]
@@ -91,7 +94,7 @@ def pyramid(num_layers: int, target: float) -> list[float]:
 
 
 def fastv(num_layers: int, target: float) -> list[float]:
-    """FastV: once, after layer 2 (arXiv 2403.06764); earlier where the budget is too small."""
+    """FastV: one cut after layer 2 (arXiv 2403.06764); earlier where the target is too small."""
     for free in (2, 1, 0):
         left = (target * num_layers - free) / max(num_layers - free, 1)
         if left >= target / 2 or free == 0:

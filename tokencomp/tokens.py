@@ -1,8 +1,9 @@
-"""The plain data that adapters, hooks and reducers exchange."""
+"""The plain data that adapters, the engine and reducers exchange."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from tokencomp.errors import PlanError
 
 Grid = tuple[int, int, int]
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class VisualTokens:
     index : Tensor of int64, shape (n,), or None
         Offsets of the tokens inside the uncompressed span, ascending. None while none is missing.
     scores : Tensor of float32, shape (n,), or None
-        Importance from the signal the reducer asked for.
+        Importance from the signal that the reducer needs.
     query : Tensor, shape (m, d), or None
         Embeddings of the text tokens after the span.
     kind
@@ -89,8 +91,8 @@ class VisualTokens:
         Keys of the vision tower (`TOWER_KEYS`), all heads side by side, mean over a token's
         patches; 0 at special tokens.
     place
-        (sample of the batch, span of the sample). For evaluation, which names its samples; what a
-        reducer chooses must not depend on the batch.
+        (sample of the batch, span of the sample). For evaluation only: what a reducer chooses must
+        not depend on the batch.
     """
 
     features: Tensor
@@ -134,7 +136,7 @@ class Reduction:
     Attributes
     ----------
     keep : Tensor of int64, shape (k,)
-        Rows of `VisualTokens.features` that stay, ascending; k is exactly the asked count.
+        Rows of `VisualTokens.features` that stay, ascending; k is exactly the requested count.
     merged : Tensor, shape (k, d), or None
         New content of the kept rows; None keeps them as they are.
     sizes : Tensor of float32, shape (k,), or None
@@ -146,21 +148,21 @@ class Reduction:
     sizes: Tensor | None = None
 
     def check(self, tokens: VisualTokens, keep: int, reducer: str) -> Reduction:
-        """Return this reduction of `tokens` if it has exactly `keep` rows, as it should.
+        """Return this reduction of `tokens` if it keeps exactly `keep` valid rows.
 
-        Values are looked at on the CPU alone: elsewhere the host would wait for the device.
+        The values of the rows are checked on the CPU only: on a GPU the host would have to wait.
 
         Raises
         ------
         PlanError
-            `reducer` has returned another number of rows; rows that are not ascending row numbers
-            of `tokens`; or not all special ones.
+            `reducer` returned another number of rows, rows that are not ascending row numbers of
+            `tokens`, or fewer than all special tokens.
         """
         rows = {t.shape[0] for t in (self.keep, self.merged, self.sizes) if t is not None}
         if rows != {keep}:
             raise PlanError(
                 f"reducer {reducer!r} returned {', '.join(map(str, sorted(rows)))} rows of a span "
-                f"where {keep} were asked for. `reduce(tokens, keep)` must return exactly `keep` "
+                f"where {keep} were requested. `reduce(tokens, keep)` must return exactly `keep` "
                 "rows, special tokens among them, and as many of `merged` and `sizes`."
             )
         fault = self._fault(tokens)
@@ -172,7 +174,7 @@ class Reduction:
         return self
 
     def _fault(self, tokens: VisualTokens) -> str:
-        """What is wrong with the rows kept of `tokens`, or nothing."""
+        """What is wrong with the kept rows, or ""."""
         rows = self.keep
         if rows.dtype != torch.int64 or rows.ndim != 1:
             return f"rows of shape {tuple(rows.shape)} and type {rows.dtype}"
@@ -187,25 +189,44 @@ class Reduction:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """The signal "attention that visual tokens receive in a decoder layer beside the stage".
+class Signal:
+    """Something that the engine computes for the reducers that ask for it (`Reducer.needs`).
+
+    Attributes
+    ----------
+    source
+        What the model family must offer (`Adapter.signals`): "query", the embeddings of the text
+        after the span; "attention", see `Attention`; "tower", the vision tower's own attention.
+    part
+        Which part of the source, where there are several.
+    """
+
+    source: Literal["query", "attention", "tower"]
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Attention(Signal):
+    """The attention that visual tokens receive in a decoder layer beside the stage.
 
     Attributes
     ----------
     rows
-        Query rows that vote: "last" (last prompt token), "text" (text tokens after the span),
-        "all" (every token: column mass of the whole causal map).
+        Query rows whose attention counts: "last" (the last prompt token), "text" (text tokens
+        after the span), "all" (every token: column sums of the whole causal map).
     iterations
-        0 sums softmax columns once; n > 0 repeats s ← s·M from the uniform vector (PageRank).
+        0 sums the softmax columns once; n > 0 repeats s ← s·M from the uniform vector (PageRank).
     temperature
         Divides the logits.
     heads
-        How scores of heads are joined: "mean" or "rms".
+        How the scores of the heads are combined: "mean" or "rms".
     layer
         "previous": the attention map of the layer before the stage (of layer 0 at entry, where
         there is none). "next": that of the layer after the stage, as if it ran on all tokens.
     """
 
+    source: Literal["query", "attention", "tower"] = field(default="attention", init=False)
+    part: str = field(default="", init=False)
     rows: Literal["last", "text", "all"] = "last"
     iterations: int = 0
     temperature: float = 1.0
@@ -213,10 +234,38 @@ class Attention:
     layer: Literal["previous", "next"] = "previous"
 
 
-FEATURES = "features"
-QUERY = "query"
-ATTENTION = "attention"
-TOWER_KEYS = "tower keys"
-TOWER_ATTENTION = "tower attention"
+QUERY = Signal("query")
+TOWER_KEYS = Signal("tower", "keys")
+TOWER_ATTENTION = Signal("tower", "attention")
 TOWER_SIGNALS = frozenset({TOWER_KEYS, TOWER_ATTENTION})
-Signal = str | Attention
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What `Reducer.bind` may know of the model: plain values, no Hugging Face object.
+
+    Attributes
+    ----------
+    mrope
+        True if tokens have three rows of positions (time, height, width), False if one each.
+    model_type, num_layers, hidden_size
+        Of the config; the last two of the text decoder.
+    folder
+        Folder or hub name that the model was loaded from, or "".
+    device, dtype
+        Where the weights lie ("cpu" while an offloading hook keeps them away), and their type.
+    fingerprint
+        Computes what tells checkpoints of one architecture apart (`tokencomp.trained.cards`), or
+        None if the weights are quantized or not at hand. Called only to check trained weights.
+    """
+
+    mrope: bool
+    model_type: str = ""
+    num_layers: int = 0
+    hidden_size: int = 0
+    folder: str = ""
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    fingerprint: Callable[[], list[float] | None] = field(
+        default=lambda: None, repr=False, compare=False
+    )

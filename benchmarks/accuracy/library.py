@@ -30,7 +30,7 @@ from tokencomp.patching import DEFAULT_REDUCER
 from tokencomp.shapesqa.items import SIZE, items
 from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES
 from tokencomp.tokens import TOWER_SIGNALS
-from tokencomp.trained.cards import locate, replace_file, write_json
+from tokencomp.trained.cards import locate, model_facts, replace_file, write_json
 from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.measure import Measurement, Way
 from tokencomp.zoo import available_models, load, metrics
@@ -71,6 +71,7 @@ __all__ = [
     "make_reducer",
     "mcnemar",
     "metrics",
+    "model_facts",
     "one_message",
     "predictions",
     "provenance",

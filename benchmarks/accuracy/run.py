@@ -34,11 +34,13 @@ from benchmarks.accuracy.library import (
     Setting,
     TokenCompError,
     UnknownNameError,
+    adapter_for,
     available_models,
     available_reducers,
     items,
     load,
     make_reducer,
+    model_facts,
     one_message,
     shapesqa,
     sweep,
@@ -62,7 +64,8 @@ def usable(model: Any, names: Iterable[str]) -> tuple[list[str], dict[str, str]]
     for name in names:
         try:
             if name not in INPUT_BASELINES:
-                make_reducer(name).for_model(model)
+                reducer = make_reducer(name)
+                reducer.bind(model_facts(adapter_for(model)))
             ready.append(name)
         except UnknownNameError:
             raise

@@ -23,7 +23,7 @@ from tokencomp.adapters.base import adapter_for
 from tokencomp.engine.tower import attention_blocks
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.plan import Plan, Stage
-from tokencomp.tokens import TOWER_ATTENTION, TOWER_KEYS
+from tokencomp.tokens import TOWER_ATTENTION, TOWER_KEYS, Signal
 
 SEEN: list[VisualTokens] = []
 OUTPUTS = ("out_proj", "proj", "projection_layer")
@@ -34,10 +34,10 @@ class Spy(Reducer):
     """Notes what it sees; keeps the first tokens."""
 
     name: ClassVar[str] = "spy"
-    signal: str = TOWER_KEYS
+    signal: Signal = TOWER_KEYS
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Signal]:
         return frozenset({self.signal})
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
@@ -46,7 +46,9 @@ class Spy(Reducer):
         return Reduction(torch.cat([tokens.special.nonzero()[:, 0], rest]).sort().values)
 
 
-def spied(model: Any, inputs: dict[str, Any], signal: str, **generate: Any) -> list[VisualTokens]:
+def spied(
+    model: Any, inputs: dict[str, Any], signal: Signal, **generate: Any
+) -> list[VisualTokens]:
     SEEN.clear()
     plan = Plan((Stage(0, 0.8, Spy(signal=signal)),))
     with tokencomp.patch(model, plan=plan), torch.no_grad():

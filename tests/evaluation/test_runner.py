@@ -94,7 +94,7 @@ def test_a_folder_of_another_run_is_refused(loaded, examples, tmp_path):
 
 def test_answers_of_another_default_do_not_count(loaded, examples, tmp_path, monkeypatch):
     """The options given are the same, what they stand for is not: another release, say."""
-    from tokencomp.reducers.base import make_reducer
+    from tokencomp.reducers.registry import make_reducer
 
     evaluate(*loaded, examples[:1], "random", 0.5, tmp_path, **HOW)
     monkeypatch.setattr(type(make_reducer("random")).__init__, "__defaults__", (3,))

@@ -16,7 +16,7 @@ from tokencomp.engine import compat
 from tokencomp.plan import Plan, Stage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.uniform import Uniform
-from tokencomp.tokens import ATTENTION, FEATURES, QUERY, Attention, Reduction, VisualTokens
+from tokencomp.tokens import QUERY, Attention, Reduction, VisualTokens
 
 CI = Path(__file__).parents[2] / ".ci" / "run"
 
@@ -46,7 +46,7 @@ def test_signals_and_stages(family: Family) -> None:
     with torch.no_grad(), tokencomp.patch(model, plan=Plan(stages)):
         model(**inputs, use_cache=False)
     words = model.get_input_embeddings()(inputs["input_ids"][0, -5:])
-    assert set(adapter.signals) == {FEATURES, QUERY, ATTENTION, "tower"}  # see test_tower.py
+    assert set(adapter.signals) == {"query", "attention", "tower"}  # see test_tower.py
     for asked in (entry, layer):
         assert asked.seen
         for tokens in asked.seen:
@@ -85,4 +85,4 @@ def test_listed_stages(name: str) -> None:
     deepstack = 3  # decoder layers that get vision features in the default configuration
     first = deepstack if name == "Qwen3-VL" else 1
     assert row["stages"] == ["entry", f"layers >= {first}"]
-    assert row["signals"] == ["features", "query", "attention", "tower"]
+    assert row["signals"] == ["query", "attention", "tower"]

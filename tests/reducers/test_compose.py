@@ -10,7 +10,8 @@ import pytest
 from tokencomp import make_reducer
 from tokencomp.errors import OptionError, PlanError, UnknownNameError
 from tokencomp.plan import Plan, Stage
-from tokencomp.reducers.compose import Compose, plan_from_json, plan_to_json
+from tokencomp.plan_json import plan_from_json, plan_to_json
+from tokencomp.reducers.compose import Compose
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])

@@ -20,8 +20,9 @@ from tests_support import FAMILIES, Family, text
 import tokencomp
 from tokencomp import Reducer, make_reducer
 from tokencomp.errors import OptionError, RatioError, ScoreError, TokenCompError
-from tokencomp.plan import count
+from tokencomp.plan import keep_count
 from tokencomp.reducers.compose import Compose
+from tokencomp.tokens import VisualSpan
 
 every_case = pytest.mark.parametrize("case", matrix.cases(), ids=matrix.case_id)
 every_step = pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
@@ -33,7 +34,7 @@ def test_budget_order_and_special_tokens(case: Case) -> None:
     for i, grid in enumerate(matrix.GRIDS):
         for special in {0, (1, 3)[i % 2]}:
             given = matrix.tokens(grid, special)
-            asked = {row.keep(count(len(given), 1 - r, special), given) for r in matrix.RATIOS}
+            asked = {row.keep(keep_count(len(given), 1 - r, special), given) for r in matrix.RATIOS}
             for keep in {k for k in asked if k < len(given)}:
                 got = matrix.reduce(case, given, keep)
                 assert got.keep.dtype == torch.int64
@@ -203,7 +204,7 @@ def test_serving_safe_says_the_truth(case: Case) -> None:
     assert [s.layer for s in reducer.plan(0.5, 28).stages] == [0]
     given, other = matrix.tokens((4, 3, 3)), matrix.tokens((4, 3, 3))
     other.query, other.scores = torch.randn(9, 12), torch.rand(36)
-    kept = reducer.kept_count((4, 3, 3), 0.6)
+    kept = reducer.keep_count(VisualSpan(0, 36, (4, 3, 3)), 0.4)
     assert torch.equal(reducer.reduce(given, kept).keep, reducer.reduce(other, kept).keep)
 
 

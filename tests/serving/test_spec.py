@@ -16,15 +16,15 @@ import torch
 
 import tokencomp
 from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
-from tokencomp.reducers.base import available_reducers, make_reducer
+from tokencomp.reducers.registry import available_reducers, make_reducer
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.launch import Bind, vllm_command
-from tokencomp.serving.spec import ServerOptions, Spec, servable_reducers
+from tokencomp.serving.spec import ServerOptions, Spec, servable
 from tokencomp.serving.vllm.item_plan import ItemPlan, Layout
 from tokencomp.serving.vllm.middleware import OwnOptionsOnly
-from tokencomp.tokens import VisualSpan, VisualTokens
+from tokencomp.tokens import ModelFacts, VisualSpan, VisualTokens
 
-SERVABLE = servable_reducers()
+SERVABLE = [name for name, option in servable().items() if not option]
 LAYOUTS = [
     Layout((1, 5, 7)),
     Layout((3, 4, 4)),
@@ -43,7 +43,7 @@ def special_by_loops(layout: Layout) -> list[bool]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_special_tokens(layout: Layout) -> None:
-    mask = layout.special_mask(torch.device("cpu")).tolist()
+    mask = layout.span("image").special_mask().tolist()
     assert mask == special_by_loops(layout)
     assert layout.length == len(mask) and layout.num_special == sum(mask)
 
@@ -52,7 +52,7 @@ def test_special_tokens(layout: Layout) -> None:
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75, 0.95])
 def test_both_homes_count_and_reduce_alike(name: str, ratio: float) -> None:
     """The count is the one the Hugging Face path plans; rows are its reducer's, span by span."""
-    reducer = make_reducer(name).for_positions(mrope=False)
+    reducer = make_reducer(name).bind(ModelFacts(mrope=False))
     stages = reducer.plan(ratio, 4).stages
     assert [s.layer for s in stages] == [0]
     plan = ItemPlan.make("video", LAYOUTS, Spec(reducer, ratio))
@@ -335,7 +335,7 @@ def test_pooled_tokens_stand_where_the_patched_model_puts_them(extent: int, posi
     layout = Layout((1, 6, 5), "rows")
     plan = ItemPlan.make("image", [layout], Spec(make_reducer("pool"), 0.5), extent)
     x = torch.randn(layout.length, 8)
-    mask = layout.special_mask(torch.device("cpu"))
+    mask = layout.span("image").special_mask()
     tokens = VisualTokens(x, layout.grid, mask, kind="image")
     expected = make_reducer("pool", position=position).reduce(tokens, plan.keep[0])
     rows, kept = plan.reduce(x)

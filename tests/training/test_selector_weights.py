@@ -22,7 +22,14 @@ from tokencomp import plan_from_json, plan_to_json
 from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import WeightsError
 from tokencomp.reducers.selector import load_selector
-from tokencomp.trained.cards import check_card, fingerprint, model_card, write, write_tensors
+from tokencomp.trained.cards import (
+    check_card,
+    fingerprint,
+    model_card,
+    model_facts,
+    write,
+    write_tensors,
+)
 from tokencomp.training.data import load_batch, questions
 
 
@@ -50,11 +57,12 @@ def test_weights_of_other_models_are_refused(trained: Path, tiny: Any, tmp_path:
     with pytest.raises(WeightsError, match="another checkpoint"):
         tokencomp.patch(other, 0.5, reducer="selector", weights=str(trained))
     card = model_card(tiny[0])
-    check_card(card, tiny[0], trained, "")
-    check_card(model_card(copy.deepcopy(tiny[0]).to(torch.bfloat16)), tiny[0], trained, "")
+    facts = model_facts(adapter_for(tiny[0]))
+    check_card(card, facts, trained, "")
+    check_card(model_card(copy.deepcopy(tiny[0]).to(torch.bfloat16)), facts, trained, "")
     for wrong in ({"num_layers": 9}, {"hidden_size": 9}, {"model_type": "llava"}):
         with pytest.raises(WeightsError, match=next(iter(wrong))):
-            check_card({**card, **wrong}, tiny[0], trained, "")
+            check_card({**card, **wrong}, facts, trained, "")
 
 
 def test_missing_and_broken_files_are_refused(tiny: Any, tmp_path: Path) -> None:

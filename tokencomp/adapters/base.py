@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from tokencomp.errors import SpanError, UnsupportedModelError
-from tokencomp.tokens import ATTENTION, FEATURES, QUERY, VisualSpan
-
-if TYPE_CHECKING:
-    from tokencomp.engine.tower import TowerCall
+from tokencomp.errors import SpanError, UnsupportedModelError, name_taken
+from tokencomp.tokens import Signal, VisualSpan
 
 DATA_PARALLEL = (
     "DataParallel over several devices copies the model to each of them in every call, and a patch "
@@ -64,6 +61,36 @@ class Call:
         return found
 
 
+@dataclass
+class TowerCall:
+    """One call of the vision tower: all images, or all videos, of a batch.
+
+    Attributes
+    ----------
+    values
+        By signal, float32, (pictures, rows, d) as the tower holds them; towers that pack patches
+        of several pictures make one of all.
+    grids : Tensor of int64, shape (media, 3), or None
+        (t, h, w) in patches, for towers that take them.
+    packing
+        Tiles per image, and the other arguments of `Adapter.packer`, if it was called.
+    """
+
+    values: dict[Signal, Tensor]
+    grids: Any = None
+    packing: tuple[list[int], tuple[Any, ...], dict[str, Any]] | None = None
+
+
+def block_means(x: Tensor, factor: int) -> Tensor:
+    """Means over factor × factor blocks of (N, H, W, d); blocks at the edge may be partial."""
+    if factor == 1:
+        return x
+    pooled = nn.functional.avg_pool2d(
+        x.movedim(-1, 1), factor, ceil_mode=True, count_include_pad=False
+    )
+    return pooled.movedim(1, -1)
+
+
 class Adapter:
     """Base class: one subclass per family, one file per subclass.
 
@@ -76,9 +103,9 @@ class Adapter:
     first_layer_stage
         Earliest decoder layer before which tokens may leave (entry, layer 0, is always possible).
     signals
-        What reducers may ask for beside the grid, see `Reducer.needs`; "attention" is the scores
-        of the layer before a stage (of layer 0 at entry), recomputed from its queries and keys;
-        "tower" is what the vision tower's attention knows (`tokencomp.engine.tower`).
+        Sources of the signals that reducers may need (`tokencomp.tokens.Signal`). "attention" is
+        recomputed from the queries and keys of the layer before a stage (of layer 0 at entry);
+        "tower" is the vision tower's own attention (`tokencomp.engine.tower`).
     packer
         Method of the body that lays out the tiles of images as tokens, where that needs more than
         what the tower returns; None: none.
@@ -88,7 +115,7 @@ class Adapter:
     model_types: ClassVar[tuple[str, ...]] = ()
     mrope: ClassVar[bool] = False
     first_layer_stage: ClassVar[int] = 1
-    signals: ClassVar[tuple[str, ...]] = (FEATURES, QUERY, ATTENTION)
+    signals: ClassVar[tuple[str, ...]] = ("query", "attention")
     packer: ClassVar[str | None] = None
 
     def __init__(self, model: nn.Module) -> None:
@@ -148,7 +175,7 @@ class Adapter:
         kind
             "image" or "video".
         call
-            What else is known of the tower's call.
+            The call that computed them.
         """
         raise SpanError(f"{type(self).__name__} does not say how patches become tokens.")
 
@@ -254,22 +281,53 @@ class Adapter:
         """Undo `install`; safe to call twice."""
 
 
+PACKAGE = "tokencomp.adapters"
 A = TypeVar("A", bound=type[Adapter])
 _REGISTRY: dict[str, type[Adapter]] = {}
 
 
-def register_adapter(cls: A) -> A:
-    """Class decorator that makes an adapter available for its model types."""
+@overload
+def register_adapter(cls: A) -> A: ...
+
+
+@overload
+def register_adapter(*, override: bool) -> Callable[[A], A]: ...
+
+
+def register_adapter(cls: Any = None, *, override: bool = False) -> Any:
+    """Class decorator that makes an adapter available for its model types.
+
+    Use it as `@register_adapter`, or as `@register_adapter(override=True)` to replace the adapter
+    that serves one of the model types already.
+
+    Raises
+    ------
+    NameTakenError
+        Another class serves one of the model types, and `override` is False.
+    """
+    if cls is None:
+        return lambda cls: register_adapter(cls, override=override)  # type: ignore[call-overload]
+    if not cls.__module__.startswith(f"{PACKAGE}."):
+        _load_built_in()  # so that a clash with a built-in adapter shows now, not later
     for model_type in cls.model_types:
-        _REGISTRY[model_type] = cls
+        old = _REGISTRY.get(model_type, cls)
+        # A reloaded module, or a notebook cell that runs again, defines the same class anew.
+        same = (old.__module__, old.__qualname__) == (cls.__module__, cls.__qualname__)
+        if not same and not override:
+            raise name_taken("model type", model_type, old, cls)
+    _REGISTRY.update(dict.fromkeys(cls.model_types, cls))
     return cls
+
+
+def _load_built_in() -> None:
+    package = importlib.import_module(PACKAGE)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{PACKAGE}.{module.name}")
 
 
 def available_models() -> dict[str, type[Adapter]]:
     """Adapters by `config.model_type`."""
-    package = importlib.import_module("tokencomp.adapters")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"tokencomp.adapters.{module.name}")
+    _load_built_in()
     return dict(sorted(_REGISTRY.items()))
 
 

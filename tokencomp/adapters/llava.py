@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.base import Call, register_adapter
+from tokencomp.adapters.base import Call, TowerCall, register_adapter
 from tokencomp.adapters.tiles import TileAdapter
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
-
-if TYPE_CHECKING:
-    from tokencomp.engine.tower import TowerCall
 
 
 @register_adapter

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tokencomp.adapters.base import Call, register_adapter
 from tokencomp.adapters.qwen_vl import Qwen2VLAdapter
-from tokencomp.engine.layout import take
 from tokencomp.errors import SpanError
 from tokencomp.tokens import Grid, VisualSpan
 
@@ -47,15 +46,19 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     def gather_extra(
         self, kwargs: MutableMapping[str, Any], index: Tensor, valid: Tensor | None
     ) -> None:
+        from tokencomp.kernels import gather_rows
+
         mask = kwargs.get("visual_pos_masks")
         if mask is None:
             return
         mask = mask.to(index.device)
         number = mask.flatten().cumsum(0).view_as(mask) - 1
-        kept, number = take([mask, number], index, [1, 1], valid)
+        # -1 gathers zeros: nothing is added to padding.
+        columns = index if valid is None else index.masked_fill(~valid, -1)
+        kept, number = gather_rows([mask, number], columns)
         kwargs["visual_pos_masks"] = kept
         features = [x.to(index.device)[None] for x in kwargs["deepstack_visual_embeds"]]
-        gathered = take(features, number[kept][None], [1] * len(features))
+        gathered = gather_rows(features, number[kept][None])
         kwargs["deepstack_visual_embeds"] = [x[0] for x in gathered]
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import Adapter, Call, register_adapter
+from tokencomp.adapters.base import Adapter, Call, TowerCall, register_adapter
 from tokencomp.engine import compat
 from tokencomp.errors import SpanError
 from tokencomp.tokens import Grid, VisualSpan
-
-if TYPE_CHECKING:
-    from tokencomp.engine.tower import TowerCall
 
 
 @register_adapter

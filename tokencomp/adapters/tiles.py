@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from tokencomp.adapters.base import Adapter, Call
+from tokencomp.adapters.base import Adapter, Call, TowerCall, block_means
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
-
-if TYPE_CHECKING:
-    from tokencomp.engine.tower import TowerCall
 
 
 class TileAdapter(Adapter):
@@ -32,8 +28,6 @@ class TileAdapter(Adapter):
         return values[:, 1:] if self.class_token else values
 
     def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
-        from tokencomp.engine.tower import block_means
-
         patches, side = self.tile_patches(values), self.patches_per_side
         grid = patches.unflatten(1, (side, side))
         return block_means(grid, side // self.tile_side).flatten(0, 2)

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import Adapter, Call, register_adapter
+from tokencomp.adapters.base import Adapter, Call, TowerCall, block_means, register_adapter
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
-
-    from tokencomp.engine.tower import TowerCall
 
 
 @register_adapter
@@ -45,8 +43,6 @@ class VilaAdapter(Adapter):
         return self.model.llm.model
 
     def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
-        from tokencomp.engine.tower import block_means
-
         projector, side = self.model.mm_projector, round(values.shape[1] ** 0.5)
         grid = block_means(values.unflatten(1, (side, side)), projector.factor)
         if projector.order == "columns":

@@ -24,7 +24,7 @@ def reducers(text: str) -> list[str]:
     from tokencomp.errors import unknown_name
     from tokencomp.evaluation.settings import INPUT_BASELINES
     from tokencomp.patching import DEFAULT_REDUCER
-    from tokencomp.reducers.base import available_reducers, make_reducer
+    from tokencomp.reducers.registry import available_reducers, make_reducer
 
     chosen, known = opt.names(text), {"auto", *INPUT_BASELINES, *available_reducers()}
     for name in chosen:
@@ -60,7 +60,7 @@ def method(
         Model → the full model, then each reducer at each ratio, or the plan.
     """
     from tokencomp.evaluation.settings import PROPORTIONAL, grid, planned
-    from tokencomp.reducers.compose import as_plan
+    from tokencomp.plan_json import as_plan
 
     more = {PROPORTIONAL: True} if proportional else {}
     if plan is None:

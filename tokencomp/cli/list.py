@@ -41,9 +41,10 @@ def reducers() -> list[dict[str, Any]]:
 
     from tokencomp.evaluation.settings import INPUT_BASELINES
     from tokencomp.patching import DEFAULT_REDUCER
-    from tokencomp.reducers.base import available_reducers
+    from tokencomp.reducers.registry import available_reducers
+    from tokencomp.serving.spec import servable
 
-    rows = []
+    rows, safe = [], servable()
     for name, cls in available_reducers().items():
         options = {f.name: _default(f) for f in dataclasses.fields(cls)}
         rows.append(
@@ -51,8 +52,8 @@ def reducers() -> list[dict[str, Any]]:
                 "name": name,
                 "summary": cls.summary,
                 "stage": _stage(cls),
-                "serving_safe": cls.serving_safe,
-                "serving_safe_with": cls.serving_safe_with,
+                "serving_safe": safe.get(name) == "",
+                "serving_safe_with": safe.get(name, ""),
                 "default": name == DEFAULT_REDUCER,
                 "options": options,
             }

@@ -52,7 +52,9 @@ class CompressedLayer(DynamicLayer):
         n = query if isinstance(query, int) else query.shape[0]
         return self.rows + n, self.dropped
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if self.valid is not None:
             new = self.valid.new_ones(key_states.shape[0], key_states.shape[-2])
             self.valid = torch.cat([self.valid, new], dim=1)

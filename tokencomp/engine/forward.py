@@ -18,13 +18,14 @@ from tokencomp.engine.layout import LiveSpan, RowLayout, compact, take, write_me
 from tokencomp.engine.outputs import cached_columns, restore_map
 from tokencomp.engine.packing import sequence_lengths, text_positions
 from tokencomp.engine.probes import input_scores, layer_scores
-from tokencomp.engine.stats import Stats, collect
 from tokencomp.plan import Plan, Stage
 from tokencomp.tokens import (
     QUERY,
     TOWER_KEYS,
     TOWER_SIGNALS,
+    Attention,
     Reduction,
+    Signal,
     VisualSpan,
     VisualTokens,
 )
@@ -161,7 +162,7 @@ class ForwardPass:
             self.tail = 0
         self.segments: list[Segment] = []
         self.rotary: Tensor | None = None
-        self.tower: dict[str, list[list[Tensor]]] = {}
+        self.tower: dict[Signal, list[list[Tensor]]] = {}
         self.compresses = True
         self.reduce_seconds = 0.0
         self.kept: list[RowLayout] = []
@@ -209,7 +210,7 @@ class ForwardPass:
             self.segments[0].layout = self.layout
             return x, positions, self.layout.origin
         for signal in stage.reducer.needs:
-            if not isinstance(signal, str):
+            if isinstance(signal, Attention):
                 tables = self.adapter.decoder.rotary_emb(x, positions)
                 self._score_input(0, x, tables, signal, cache)
         with self._timed():
@@ -278,10 +279,10 @@ class ForwardPass:
 
     def _add_tower(self, tokens: VisualTokens, stage: Stage, b: int, j: int) -> None:
         """Signals of the vision tower that the stage asks for, for the rows that are left."""
-        for name in TOWER_SIGNALS & stage.reducer.needs:
-            values = self.tower[name][b][j].to(tokens.features.device)
+        for signal in TOWER_SIGNALS & stage.reducer.needs:
+            values = self.tower[signal][b][j].to(tokens.features.device)
             values = values if tokens.index is None else values[tokens.index]
-            if name == TOWER_KEYS:
+            if signal == TOWER_KEYS:
                 tokens.keys = values
             else:
                 tokens.scores = values[:, 0]
@@ -344,7 +345,7 @@ class ForwardPass:
             tables = previous.tables or kwargs["position_embeddings"]
             dims = [1, *map(compat.sequence_dim, tables)]
             for signal in segment.stage.reducer.needs:
-                if not isinstance(signal, str) and signal.layer == "next":
+                if isinstance(signal, Attention) and signal.layer == "next":
                     cos, sin = (t.to(hidden.device) for t in tables)
                     cache = compat.get_cache(kwargs)
                     self._score_input(segment.first, hidden, (cos, sin), signal, cache)
@@ -390,10 +391,6 @@ class ForwardPass:
                 weights = restore_map(weights, layout, self.width, past, segment.logical)
             full.append(weights)
         return tuple(full)
-
-    def stats(self, cache: Any) -> Stats:
-        """What this call did, as `Handle.stats`."""
-        return collect(self, cache)
 
 
 def build_segments(forward: ForwardPass, cache: Any, mask: Tensor | None) -> list[Segment]:

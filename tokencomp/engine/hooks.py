@@ -39,11 +39,12 @@ from tokencomp.engine.question import (
     starts_from_lengths,
 )
 from tokencomp.engine.refusals import check_prefill
-from tokencomp.engine.stats import Stats, warn_if_ratio_missed
+from tokencomp.engine.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.tower import TowerProbe, check_signals
 from tokencomp.engine.window import check_attention_window
 from tokencomp.errors import CopyError, NoVisualInputError, TokenCompError, UncompressedWarning
 from tokencomp.plan import Plan
+from tokencomp.tokens import Attention
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -116,7 +117,7 @@ class Hooks:
     def _install_scores(self) -> None:
         for stage in self.plan.layer_stages:
             for signal in stage.reducer.needs if stage.fraction > 0 else ():
-                if not isinstance(signal, str) and signal.layer == "previous":
+                if isinstance(signal, Attention) and signal.layer == "previous":
                     attn: Any = self.adapter.layers[stage.layer - 1].self_attn
                     score = functools.partial(self._attention, stage.layer, signal)
                     self._handles.append(attn.register_forward_hook(score, with_kwargs=True))
@@ -242,7 +243,7 @@ class Hooks:
     def _count(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
         """Stats of a prefill at ratio 0, which stays as it is; None where it cannot be read."""
         try:
-            self.stats = self._read(kwargs, kinds, cache)[0].stats(cache)
+            self.stats = collect(self._read(kwargs, kinds, cache)[0], cache)
         except TokenCompError:
             self.stats = None
 
@@ -381,7 +382,7 @@ class Hooks:
                     starts = i == segment.first and i > 0
                     dropped = forward.width - segment.layout.width
                     compress_layer(layer, dropped, here, starts, sizes, columns)
-        self.stats = stats = forward.stats(cache)
+        self.stats = stats = collect(forward, cache)
         warn_if_ratio_missed(stats, forward.plan, self._told)
         return self._restored(forward, out)
 

@@ -16,36 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tokencomp.adapters.base import TowerCall
 from tokencomp.engine import compat
 from tokencomp.engine.parallel import gather_heads
 from tokencomp.errors import OptionError, SpanError
-from tokencomp.tokens import TOWER_ATTENTION, TOWER_KEYS, TOWER_SIGNALS, VisualSpan
+from tokencomp.tokens import TOWER_ATTENTION, TOWER_KEYS, TOWER_SIGNALS, Signal, VisualSpan
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from tokencomp.adapters.base import Adapter
     from tokencomp.plan import Plan
-
-
-@dataclass
-class TowerCall:
-    """One call of the vision tower: all images, or all videos, of a batch.
-
-    Attributes
-    ----------
-    values
-        By signal, float32, (pictures, rows, d) as the tower holds them; towers that pack patches
-        of several pictures make one of all.
-    grids : Tensor of int64, shape (media, 3), or None
-        (t, h, w) in patches, for towers that take them.
-    packing
-        Tiles per image, and the other arguments of `Adapter.packer`, if it was called.
-    """
-
-    values: dict[str, Tensor]
-    grids: Any = None
-    packing: tuple[list[int], tuple[Any, ...], dict[str, Any]] | None = None
 
 
 @dataclass
@@ -63,7 +44,7 @@ class TowerProbe:
     """
 
     def __init__(
-        self, adapter: Adapter, wanted: frozenset[str], off: Callable[[], bool] = lambda: False
+        self, adapter: Adapter, wanted: frozenset[Signal], off: Callable[[], bool] = lambda: False
     ) -> None:
         self.adapter, self.wanted, self.off = adapter, wanted, off
         self._seen = _Seen()
@@ -99,7 +80,7 @@ class TowerProbe:
             return
         given = compat.bind(attn, args, kwargs)
         q, k = queries_and_keys(attn, given)
-        values = {}
+        values: dict[Signal, Tensor] = {}
         if TOWER_KEYS in self.wanted:
             values[TOWER_KEYS] = k.flatten(-2).float()
         if TOWER_ATTENTION in self.wanted:
@@ -115,7 +96,7 @@ class TowerProbe:
             self._seen.calls[-1].packing = [len(f) for f in features], args, kwargs_now
         return getattr(type(body), name)(body, features, *args, **kwargs)
 
-    def collect(self, spans: list[list[VisualSpan]]) -> dict[str, list[list[Tensor]]]:
+    def collect(self, spans: list[list[VisualSpan]]) -> dict[Signal, list[list[Tensor]]]:
         """Values of every span by signal: float32 (length, d), 0 at tokens that carry no patch.
 
         Parameters
@@ -147,21 +128,21 @@ class TowerProbe:
         return found
 
 
-def check_signals(plan: Plan, adapter: Adapter) -> frozenset[str]:
-    """Signals of the vision tower that the reducers of `plan` ask for.
+def check_signals(plan: Plan, adapter: Adapter) -> frozenset[Signal]:
+    """Signals of the vision tower that the reducers of `plan` need.
 
     Raises
     ------
     OptionError
         The family does not say how patches become tokens.
     """
-    wanted = {n: s.reducer.name for s in plan.stages for n in TOWER_SIGNALS & s.reducer.needs}
-    if wanted and "tower" not in adapter.signals:
+    reducers = {n: s.reducer.name for s in plan.stages for n in TOWER_SIGNALS & s.reducer.needs}
+    if reducers and "tower" not in adapter.signals:
         raise OptionError(
-            f"reducer {next(iter(wanted.values()))!r} asks for the vision tower's attention, which "
-            f"{adapter.family} does not offer here. Use another signal or metric."
+            f"reducer {next(iter(reducers.values()))!r} asks for the vision tower's attention, "
+            f"which {adapter.family} does not offer here. Use another signal or metric."
         )
-    return frozenset(wanted)
+    return frozenset(reducers)
 
 
 def attention_blocks(tower: nn.Module) -> list[nn.Module]:
@@ -225,16 +206,6 @@ def attention_received(
     return attention_colsum(
         q, k, weights, q_index=torch.arange(rows, device=q.device), causal=False
     )
-
-
-def block_means(x: Tensor, factor: int) -> Tensor:
-    """Means over factor × factor blocks of (N, H, W, d); blocks at the edge may be partial."""
-    if factor == 1:
-        return x
-    pooled = nn.functional.avg_pool2d(
-        x.movedim(-1, 1), factor, ceil_mode=True, count_include_pad=False
-    )
-    return pooled.movedim(1, -1)
 
 
 def _spread(spans: list[list[VisualSpan]], tokens: dict[str, Tensor]) -> list[list[Tensor]]:

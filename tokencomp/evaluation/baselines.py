@@ -11,7 +11,7 @@ from PIL import Image
 from tokencomp.inputs.media import frame_indices
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.questions import media_kind
-from tokencomp.plan import count
+from tokencomp.plan import keep_count
 
 STRETCH = (1.0, 1.1, 1 / 1.1, 1.22, 1 / 1.22)
 STEPS = 10
@@ -63,7 +63,7 @@ class EqualTokens:
     def _search(
         self, media: Any, is_video: bool, size: tuple[int, int], ratio: float
     ) -> Callable[[Any], Any]:
-        target = count(self.tokens(media), 1.0 - ratio)
+        target = keep_count(self.tokens(media), 1.0 - ratio)
         frames = [_Frames(n) for n in range(1, len(media) + 1)] if is_video else []
         if is_video and self.prefer == "fewer_frames":
             return self._nearest(media, frames, target)[-1]

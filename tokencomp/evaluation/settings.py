@@ -60,8 +60,8 @@ class Setting:
     def _check_options(self) -> None:
         """Raise what `tokencomp.patch` would, before a model is loaded."""
         from tokencomp.engine.proportional import check_merges
-        from tokencomp.reducers.base import make_reducer
-        from tokencomp.reducers.compose import plan_from_json
+        from tokencomp.plan_json import plan_from_json
+        from tokencomp.reducers.registry import make_reducer
 
         options = dict(self.options)
         proportional = options.pop(PROPORTIONAL, False)
@@ -87,7 +87,7 @@ class Setting:
         Answers depend on it: another release may have other defaults.
         """
         from tokencomp.patching import DEFAULT_REDUCER
-        from tokencomp.reducers.base import make_reducer
+        from tokencomp.reducers.registry import make_reducer
 
         if not self.compresses or self.reducer == PLAN:
             return ""
@@ -137,7 +137,7 @@ def planned(plan: Plan, model: Any, **options: Any) -> list[Setting]:
         A stage that this decoder does not have.
     """
     from tokencomp.adapters.base import adapter_for
-    from tokencomp.reducers.compose import plan_to_json
+    from tokencomp.plan_json import plan_to_json
 
     adapter = adapter_for(model)
     layers = len(adapter.layers)

@@ -8,11 +8,35 @@ from typing import Any
 
 import torch
 
-from tokencomp.profiling.shapes import Shape
-
 QWEN_VOCAB, IMAGE, VIDEO, START, END = 151936, 151655, 151656, 151652, 151653
 TEXT_BEFORE, TEXT_AFTER = 16, 48
 STAMP, NEWLINE = (300, 301, 302, 303, 304, 305), 198
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one published model.
+
+    Attributes
+    ----------
+    family
+        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision" or "vila".
+    hidden, intermediate, layers, heads, kv_heads
+        Text decoder.
+    tied
+        Input and output embeddings share their weights.
+    large_tower
+        The larger of the two vision towers of Qwen3-VL.
+    """
+
+    family: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    tied: bool = True
+    large_tower: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,18 +166,18 @@ def _pairs(tokens: int) -> tuple[int, int]:
 def _qwen_inputs(tokens: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """A video of 448 px, all its tokens in one run."""
     pairs, side = _pairs(tokens)
-    made = _prompt([START, *[VIDEO] * (pairs * side * side), END], device)
-    types = (made["input_ids"] == VIDEO).int() * 2
-    return {**made, "mm_token_type_ids": types, **_qwen_video(pairs, side, 14, dtype, device)}
+    prompt = _prompt([START, *[VIDEO] * (pairs * side * side), END], device)
+    types = (prompt["input_ids"] == VIDEO).int() * 2
+    return {**prompt, "mm_token_type_ids": types, **_qwen_video(pairs, side, 14, dtype, device)}
 
 
 def _qwen3_inputs(tokens: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """A video of 512 px, a timestamp of some tokens before every frame pair."""
     pairs, side = _pairs(tokens)
     frames = [[*STAMP, START, *[VIDEO] * (side * side), END] for _ in range(pairs)]
-    made = _prompt([token for frame in frames for token in frame], device)
-    types = (made["input_ids"] == VIDEO).int() * 2
-    return {**made, "mm_token_type_ids": types, **_qwen_video(pairs, side, 16, dtype, device)}
+    prompt = _prompt([token for frame in frames for token in frame], device)
+    types = (prompt["input_ids"] == VIDEO).int() * 2
+    return {**prompt, "mm_token_type_ids": types, **_qwen_video(pairs, side, 16, dtype, device)}
 
 
 def _siglip(pixels: int, layers: int) -> Any:

@@ -97,16 +97,16 @@ def profile(
         return run
 
     splits = interleaved({k: timed(p, i) for k, (p, i, _) in variants.items()}, rounds)
-    found = {}
+    profiles = {}
     for key, (patch, inputs, preprocess) in variants.items():
         with patch():
             peak, kv = _memory(model, inputs)
             decode = decode_seconds(model, inputs, decode_tokens)
         cost = costs[key]
-        found[key] = Profile(
+        profiles[key] = Profile(
             preprocess, splits[key], decode, peak, kv, cost.flops, cost.per_layer, cost.ratio
         )
-    return found
+    return profiles
 
 
 @torch.inference_mode()

@@ -5,39 +5,12 @@ Never for accuracy. Sizes are those of the published configurations.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tokencomp.errors import OptionError, unknown_name
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one published model.
-
-    Attributes
-    ----------
-    family
-        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision" or "vila".
-    hidden, intermediate, layers, heads, kv_heads
-        Text decoder.
-    tied
-        Input and output embeddings share their weights.
-    large_tower
-        The larger of the two vision towers of Qwen3-VL.
-    """
-
-    family: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    tied: bool = True
-    large_tower: bool = False
-
+from tokencomp.profiling.architectures import ARCHITECTURES, Shape
 
 SHAPES = {
     "llava-onevision-0.5b": Shape("llava_onevision", 896, 4864, 24, 14, 2),
@@ -70,7 +43,7 @@ def build(
     name
         One of `SHAPES`.
     tokens
-        Visual tokens wanted; the nearest whole number of frames is taken.
+        Requested number of visual tokens; the nearest whole number of frames is taken.
     layers, vision_layers
         Fewer decoder or vision layers than published; None for all.
 
@@ -83,8 +56,6 @@ def build(
         raise unknown_name("configuration", name, SHAPES)
     if tokens < 1:
         raise OptionError(f"tokens={tokens}: expected a positive number of visual tokens.")
-    from tokencomp.profiling.architectures import ARCHITECTURES
-
     shape, make = SHAPES[name], ARCHITECTURES[SHAPES[name].family]
     torch.manual_seed(0)
     before = torch.get_default_dtype()

@@ -1,5 +1,27 @@
-"""One reducer per file; see `tokencomp.reducers.base` for the contract."""
+"""One reducer per file; the contract is `tokencomp.reducers.base`, the names are `registry`."""
 
-from tokencomp.reducers.base import Reducer, available_reducers, make_reducer, register_reducer
+from tokencomp.reducers._rows import (
+    finite_features,
+    finite_values,
+    keep_patches,
+    patch_rows,
+    replace_patches,
+    top_k,
+    whole_grid,
+)
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer
 
-__all__ = ["Reducer", "available_reducers", "make_reducer", "register_reducer"]
+__all__ = [
+    "Reducer",
+    "available_reducers",
+    "finite_features",
+    "finite_values",
+    "keep_patches",
+    "make_reducer",
+    "patch_rows",
+    "register_reducer",
+    "replace_patches",
+    "top_k",
+    "whole_grid",
+]

@@ -1,4 +1,9 @@
-"""Small steps that several reducers share: patches apart from special tokens, and back."""
+"""Steps that reducers share: rows of a span, keep counts of its parts, and checked values.
+
+Everything here takes the rows of `VisualTokens.features`. A reducer usually begins with
+`patch_rows` (or `whole_grid` if it compares places of the grid) and ends with `keep_patches` or
+`replace_patches`, which put the special tokens back.
+"""
 
 from __future__ import annotations
 
@@ -10,51 +15,72 @@ from torch import Tensor
 from tokencomp.errors import PlanError, ScoreError
 from tokencomp.tokens import Reduction, VisualTokens
 
-BLOCK = 1 << 24  # cosines at once
+BLOCK = 1 << 24  # cosines computed at once
 
 
-def split(tokens: VisualTokens) -> tuple[Tensor, Tensor]:
-    """Rows of patches and rows of special tokens, int64, ascending."""
-    return (~tokens.special).nonzero()[:, 0], tokens.special.nonzero()[:, 0]
+def patch_rows(tokens: VisualTokens, keep: int) -> tuple[Tensor, int]:
+    """Rows that are patches, int64, ascending; and how many of them stay if `keep` tokens do."""
+    rows = (~tokens.special).nonzero()[:, 0]
+    return rows, keep - (len(tokens) - rows.numel())
 
 
-def sizes_before(tokens: VisualTokens) -> Tensor:
-    """How many original tokens every row stands for so far, fp32, shape (n,)."""
+def whole_grid(tokens: VisualTokens, keep: int, reducer: str) -> tuple[Tensor, int]:
+    """`patch_rows` of a span of which no patch is missing: t·h·w rows in raster order.
+
+    Raises
+    ------
+    PlanError
+        An earlier stage has already dropped tokens of the span.
+    """
+    rows, budget = patch_rows(tokens, keep)
+    t, h, w = tokens.grid
+    if rows.numel() != t * h * w:
+        raise PlanError(
+            f"reducer {reducer!r} compares places of a whole {t}×{h}×{w} grid, but "
+            f"{rows.numel()} of its tokens are left. Use it at decoder entry (layer 0)."
+        )
+    return rows, budget
+
+
+def keep_patches(tokens: VisualTokens, rows: Tensor) -> Reduction:
+    """The reduction that keeps all special tokens and the patches at `rows`.
+
+    Parameters
+    ----------
+    rows : Tensor of int64
+        Rows of `tokens.features`, none of them special, in any order.
+    """
+    special = tokens.special.nonzero()[:, 0]
+    return Reduction(torch.cat([special, rows]).sort().values)
+
+
+def replace_patches(tokens: VisualTokens, rows: Tensor, x: Tensor, sizes: Tensor) -> Reduction:
+    """The reduction that keeps all special tokens and puts new patches at `rows`.
+
+    Parameters
+    ----------
+    rows : Tensor of int64, shape (k,)
+        Rows of `tokens.features` that the new patches take, in any order.
+    x : Tensor, shape (k, d)
+        Features of the new patches.
+    sizes : Tensor of float32, shape (k,)
+        How many original tokens each of them stands for.
+    """
+    special = tokens.special.nonzero()[:, 0]
+    keep, order = torch.cat([special, rows]).sort()
+    ones = torch.ones(special.numel(), device=sizes.device)
+    merged = torch.cat([tokens.features[special], x])[order]
+    return Reduction(keep, merged, torch.cat([ones, sizes])[order])
+
+
+def token_sizes(tokens: VisualTokens) -> Tensor:
+    """How many original tokens every row stands for before this step, float32, shape (n,)."""
     if tokens.sizes is not None:
         return tokens.sizes
     return torch.ones(len(tokens), device=tokens.features.device)
 
 
-def joined(tokens: VisualTokens, chosen: Tensor) -> Reduction:
-    """The reduction that keeps all special tokens and the patches `chosen`.
-
-    Parameters
-    ----------
-    chosen : Tensor of int64
-        Rows of `tokens.features`, none of them special, in any order.
-    """
-    _, special = split(tokens)
-    return Reduction(torch.cat([special, chosen]).sort().values)
-
-
-def rewritten(tokens: VisualTokens, rows: Tensor, x: Tensor, sizes: Tensor) -> Reduction:
-    """The reduction that keeps all special tokens and has new patches.
-
-    Parameters
-    ----------
-    rows : Tensor of int64, shape (k,)
-        Where the patches stand, in any order.
-    x, sizes
-        Their features (k, d), and how many original tokens each stands for (k,).
-    """
-    _, special = split(tokens)
-    keep, by = torch.cat([special, rows]).sort()
-    ones = torch.ones(special.numel(), device=sizes.device)
-    merged = torch.cat([tokens.features[special], x])[by]
-    return Reduction(keep, merged, torch.cat([ones, sizes])[by])
-
-
-def merge_into(
+def merge_dropped(
     tokens: VisualTokens, rows: Tensor, chosen: Tensor, floor: float, centred: bool
 ) -> Reduction:
     """Merge every dropped patch into its nearest kept one, if their cosine is at least `floor`.
@@ -64,7 +90,11 @@ def merge_into(
     rows : Tensor of int64, shape (n,)
         Rows of the patches.
     chosen : Tensor of int64, shape (k,)
-        Places in `rows` that stay, ascending.
+        Indices into `rows` of the patches that stay, ascending.
+    floor
+        Smallest cosine at which a dropped patch is merged; below it the patch is lost.
+    centred
+        Subtract the mean feature of the patches before the cosine.
     """
     from tokencomp.kernels import merge_rows
 
@@ -76,34 +106,16 @@ def merge_into(
     best, nearest = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     target = torch.where(best >= floor, chosen[nearest], -1)
     target[chosen] = chosen
-    before = sizes_before(tokens)
+    before = token_sizes(tokens)
     merged = merge_rows(x, target, chosen, before[rows])
-    kept = joined(tokens, rows[chosen])
+    kept = keep_patches(tokens, rows[chosen])
     features, sizes = tokens.features[kept.keep].clone(), before[kept.keep]
     patch = ~tokens.special[kept.keep]
     features[patch], sizes[patch] = merged.x, merged.sizes.float()
     return Reduction(kept.keep, features, sizes)
 
 
-def whole_grid(tokens: VisualTokens, reducer: str) -> Tensor:
-    """Rows of the patches, as long as the span is whole (t·h·w of them).
-
-    Raises
-    ------
-    PlanError
-        An earlier stage has already dropped tokens of the span.
-    """
-    rows, _ = split(tokens)
-    t, h, w = tokens.grid
-    if rows.numel() != t * h * w:
-        raise PlanError(
-            f"reducer {reducer!r} compares places of a whole {t}×{h}×{w} grid, but "
-            f"{rows.numel()} of its tokens are left. Use it at decoder entry (layer 0)."
-        )
-    return rows
-
-
-def frame_counts(tokens: VisualTokens) -> list[int]:
+def patches_per_frame(tokens: VisualTokens) -> list[int]:
     """Patches left of every frame of the grid; read from the device only if some are missing."""
     t, h, w = tokens.grid
     if tokens.index is None:
@@ -111,30 +123,63 @@ def frame_counts(tokens: VisualTokens) -> list[int]:
     return torch.bincount(tokens.cells() // (h * w), minlength=t).tolist()
 
 
-def share(total: int, counts: list[int]) -> list[int]:
-    """`total` over groups in proportion to `counts`: whole numbers, exact in sum, spread evenly.
+def split_evenly(total: int, counts: list[int]) -> list[int]:
+    """Split `total` over groups in proportion to `counts`: whole numbers with exactly that sum.
 
-    None is above its count, as long as `total` is not above their sum. Where there is less than
-    one per group, the last of every run of groups gets it.
+    No group gets more than its count, as long as `total` is not above the sum of the counts. If
+    there is less than one per group, the last group of every run of groups gets it.
     """
-    all_of_them = max(sum(counts), 1)
-    ends = [total * c // all_of_them for c in itertools.accumulate(counts, initial=0)]
+    everything = max(sum(counts), 1)
+    ends = [total * c // everything for c in itertools.accumulate(counts, initial=0)]
     return [b - a for a, b in itertools.pairwise(ends)]
 
 
-def whole(wanted: list[float], total: int, most: int) -> list[int]:
-    """Round `wanted` to whole numbers in 0 … most that sum to `total`, by largest remainders."""
-    quota = [min(most, int(v)) for v in wanted]
-    order = sorted(range(len(quota)), key=lambda i: (int(wanted[i]) - wanted[i], i))
-    while (missing := total - sum(quota)) > 0:
-        open_ = [i for i in order if quota[i] < most]
-        for i in open_[:missing]:
-            quota[i] += 1
-    return quota
+def round_to_sum(shares: list[float], total: int, most: int) -> list[int]:
+    """Round `shares` to whole numbers in 0 … `most` that sum to `total`, by largest remainders."""
+    rounded = [min(most, int(v)) for v in shares]
+    order = sorted(range(len(rounded)), key=lambda i: (int(shares[i]) - shares[i], i))
+    while (missing := total - sum(rounded)) > 0:
+        below_most = [i for i in order if rounded[i] < most]
+        for i in below_most[:missing]:
+            rounded[i] += 1
+    return rounded
 
 
-def finite(values: Tensor, what: str) -> Tensor:
-    """Return `values` in fp32, or raise `ScoreError` if one is NaN or infinite."""
+def top_k(scores: Tensor, special: Tensor, keep: int) -> Tensor:
+    """Rows of the `keep` best-scored tokens, all special ones among them, ascending.
+
+    Compared in float32; of equal scores the lower row wins.
+
+    Parameters
+    ----------
+    scores : Tensor, shape (n,)
+    special : Tensor of bool, shape (n,)
+    keep : int
+
+    Raises
+    ------
+    ScoreError
+        A score is NaN.
+    """
+    from tokencomp.kernels import topk_stable
+
+    scores = scores.float()
+    if torch.isnan(scores).any():
+        raise ScoreError(
+            f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN. The hidden "
+            "states or attention logits overflowed; run the model in bfloat16 or float32."
+        )
+    return topk_stable(scores.masked_fill(special, torch.inf), keep)
+
+
+def finite_values(values: Tensor, what: str) -> Tensor:
+    """Return `values` in float32, or raise `ScoreError` if one is NaN or infinite.
+
+    Parameters
+    ----------
+    what
+        The noun for the values in the message, in the plural.
+    """
     values = values.float()
     bad = ~torch.isfinite(values)
     if bad.any():
@@ -145,17 +190,35 @@ def finite(values: Tensor, what: str) -> Tensor:
     return values
 
 
-def finite_rows(x: Tensor) -> None:
-    """Raise `ScoreError` if a row of features x (n, d) is NaN or infinite.
+def finite_features(x: Tensor) -> Tensor:
+    """Return the features x (n, d) as they are, or raise `ScoreError` if a row is not finite.
 
-    One read from the device. Norms are taken in fp32: squares of finite fp16 features overflow.
+    The device is read once. Norms are taken in float32, because squares of finite float16
+    features overflow.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    finite(torch.linalg.vector_norm(x, dim=1, dtype=wide), "feature norms")
+    finite_values(torch.linalg.vector_norm(x, dim=1, dtype=wide), "feature norms")
+    return x
 
 
-def given_keys(tokens: VisualTokens, reducer: str) -> Tensor:
-    """The vision tower's keys that the hooks supply, fp32, shape (n, c).
+def signal_scores(tokens: VisualTokens, reducer: str) -> Tensor:
+    """The scores that the engine supplies for `Reducer.needs`, float32, shape (n,).
+
+    Raises
+    ------
+    ScoreError
+        There are none, or one is not finite.
+    """
+    if tokens.scores is None:
+        raise ScoreError(
+            f"reducer {reducer!r} needs attention scores and got none. Run it through "
+            "tokencomp.patch, or set VisualTokens.scores."
+        )
+    return finite_values(tokens.scores, "scores")
+
+
+def tower_keys(tokens: VisualTokens, reducer: str) -> Tensor:
+    """The vision tower's keys that the engine supplies for `TOWER_KEYS`, float32, shape (n, c).
 
     Raises
     ------
@@ -168,19 +231,3 @@ def given_keys(tokens: VisualTokens, reducer: str) -> Tensor:
             "tokencomp.patch, or set VisualTokens.keys."
         )
     return tokens.keys
-
-
-def given_scores(tokens: VisualTokens, reducer: str) -> Tensor:
-    """The scores that the hooks supply, fp32.
-
-    Raises
-    ------
-    ScoreError
-        There are none, or one is not finite.
-    """
-    if tokens.scores is None:
-        raise ScoreError(
-            f"reducer {reducer!r} needs attention scores and got none. Run it through "
-            "tokencomp.patch, or set VisualTokens.scores."
-        )
-    return finite(tokens.scores, "scores")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tokencomp.errors import OptionError
 from tokencomp.plan import Plan, check_ratio, from_profile
-from tokencomp.reducers._options import check_range
-from tokencomp.reducers._rows import frame_counts, joined, share, split
-from tokencomp.reducers.base import Reducer, check_choice, register_reducer
+from tokencomp.reducers._rows import keep_patches, patch_rows, patches_per_frame, split_evenly
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import register_reducer
 from tokencomp.schedules import bisect, early
 from tokencomp.tokens import Grid, Reduction, VisualTokens
+from tokencomp.validation import check_range
 
 MOST = 1 << 20  # tokens; more than any frame has
 
@@ -22,11 +24,11 @@ MOST = 1 << 20  # tokens; more than any frame has
 @register_reducer("adsc")
 @dataclass(frozen=True)
 class Adsc(Reducer):
-    """Keep one token of every window of visual tokens, again and again on the way up.
+    """Keep one token of every window of visual tokens, at several depths of the decoder.
 
-    Attention-driven self-compression (arXiv 2602.12618) drops tokens by place alone; the
-    bottleneck makes the model itself move information into the survivors. The published method
-    fine-tunes the model with the reducer in force. This is its *training-free* form (ours);
+    Attention-driven self-compression (arXiv 2602.12618) drops tokens by their place alone; the
+    bottleneck makes the model move information into the tokens that stay. The published method
+    fine-tunes the model while the reducer acts. This is its *training-free* form (ours);
     `tokencomp train adsc` trains a LoRA adapter for it.
 
     Attributes
@@ -48,14 +50,13 @@ class Adsc(Reducer):
 
     stages: tuple[float, ...] = (1 / 8, 1 / 3, 1 / 2)
     window: float = 2.0
-    lattice: str = "raster"
+    lattice: Literal["raster", "grid"] = "raster"
     offset: int = -1
 
     summary = "uniform downsampling between layers; training-free form of ADSC (2602.12618)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("adsc", "lattice", self.lattice, ("raster", "grid"))
         check_range("adsc", "offset", self.offset, -MOST, MOST)
         object.__setattr__(self, "stages", tuple(float(s) for s in self.stages))
         if not self.stages or list(self.stages) != sorted(self.stages):
@@ -76,26 +77,26 @@ class Adsc(Reducer):
         return from_profile(self._profile(num_layers, factor), self)
 
     def _profile(self, num_layers: int, factor: float) -> list[float]:
-        """Fraction seen by every layer when each stage leaves `factor` of what it finds."""
+        """Fraction seen by every layer if each stage leaves `factor` of what reaches it."""
         starts = [round(s * num_layers) for s in self.stages]
         return [factor ** sum(s <= layer for s in starts) for layer in range(num_layers)]
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        patches, special = split(tokens)
+        patches, budget = patch_rows(tokens, keep)
         per_frame = tokens.grid[1] * tokens.grid[2]
-        cells, counts = tokens.cells(), frame_counts(tokens)
+        cells, counts = tokens.cells(), patches_per_frame(tokens)
         starts = itertools.accumulate(counts, initial=0)
         chosen = []
-        quotas = share(keep - special.numel(), counts)
+        quotas = split_evenly(budget, counts)
         for start, count, quota in zip(starts, counts, quotas, strict=False):
             frame = patches[start : start + count]
             if self.lattice == "grid":
-                here = cells[start : start + count] % per_frame
-                rows = lattice(here, tokens.grid, quota, self.offset)
+                in_frame = cells[start : start + count] % per_frame
+                rows = lattice(in_frame, tokens.grid, quota, self.offset)
             else:
                 rows = windows(count, quota, self.offset, cells.device)
             chosen.append(frame[rows])
-        return joined(tokens, torch.cat(chosen))
+        return keep_patches(tokens, torch.cat(chosen))
 
 
 def windows(count: int, quota: int, offset: int, device: torch.device) -> Tensor:
@@ -109,8 +110,9 @@ def windows(count: int, quota: int, offset: int, device: torch.device) -> Tensor
 def lattice(cells: Tensor, grid: Grid, quota: int, offset: int) -> Tensor:
     """`quota` of the live cells of one frame on a lattice, as row numbers.
 
-    Width and height are halved in turn; a cell's level says how many halvings it outlives. The
-    highest levels stay whole, and the level that does not fit any more is thinned evenly.
+    Width and height are halved in turn; a cell's level is the number of halvings after which it
+    is still on the lattice. The highest levels stay whole, and the first level that exceeds the
+    rest of the quota is thinned evenly.
     """
     _, height, width = grid
     down = cells // width - (offset if offset >= 0 else height + offset)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tokencomp.plan import Plan, Stage, check_ratio, from_profile
-from tokencomp.reducers.base import Reducer, register_reducer
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.merge import Merge
 from tokencomp.reducers.prune import Prune
+from tokencomp.reducers.registry import register_reducer
 from tokencomp.schedules import aim, check_ramp, natural_aim
 
 
@@ -16,9 +18,10 @@ from tokencomp.schedules import aim, check_ramp, natural_aim
 class Aim(Reducer):
     """Preset of AIM (arXiv 2412.03248): similarity merging, then PageRank pruning on its ramp.
 
-    The pruning ramp has its published place; merging removes the rest of the ratio. Ratios that
-    the ramp alone exceeds use the ramp alone, started later (ours). One merging step and the first
-    pruning stage choose as the release does; for later stages see `prune`.
+    The pruning ramp has its published place, and merging removes the rest of the ratio. Where the
+    ramp alone would remove more than the ratio, there is no merging and the ramp starts later
+    (ours). One merging step and the first pruning stage choose the same tokens as the release; for
+    later stages see `prune`.
 
     Attributes
     ----------
@@ -30,7 +33,7 @@ class Aim(Reducer):
     """
 
     weighted: bool = True
-    metric: str = "features"
+    metric: Literal["features", "vit_keys"] = "features"
     start: float = 0.5
     stop: float = 22 / 28
 
@@ -40,7 +43,7 @@ class Aim(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Merge(self.weighted, metric=self.metric)  # checks them
+        Merge(self.weighted, metric=self.metric)  # checks both options
         check_ramp("aim", self.start, self.stop)
 
     def plan(self, ratio: float, num_layers: int) -> Plan:

@@ -1,32 +1,28 @@
-"""The contract of a reducer, and the registry. One method = one file + one decorator."""
+"""The contract of a reducer. One method is one file with one subclass of `Reducer`."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from tokencomp.errors import OptionError, PlanError
+from tokencomp.plan import Plan, Stage, StageReducer, check_ratio, keep_count
+from tokencomp.tokens import ModelFacts, Reduction, Signal, VisualSpan, VisualTokens
+from tokencomp.validation import check_types
 
-from tokencomp.errors import OptionError, PlanError, ScoreError, unknown_name
-from tokencomp.plan import Plan, Stage, check_ratio, count, kept_count
-from tokencomp.reducers._options import check_types
-from tokencomp.tokens import Grid, Reduction, Signal, VisualSpan, VisualTokens
-
-_REGISTRY: dict[str, type[Reducer]] = {}
-_loaded = False
+PROBE_RATIOS = (0.1, 0.5, 0.9)
+PROBE_LAYERS = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Reducer:
+class Reducer(StageReducer):
     """Base class: a frozen dataclass whose fields are its options in Python, JSON and the CLI.
 
-    A reducer is stateless, batch-invariant (it sees one span at a time) and stage-agnostic.
-    Subclasses implement `reduce`; methods that act between layers override `plan`. Options must
-    fit their annotations; a `__post_init__` that checks ranges calls `super().__post_init__()`.
+    A reducer has no state, sees one span at a time, and does not know at which stage it acts. A
+    subclass implements `reduce`; one that acts between layers overrides `plan`. Options must fit
+    their annotations; a `__post_init__` that checks more calls `super().__post_init__()`. What is
+    always true of a method is a class attribute (`merges = True`); what depends on an option is a
+    property.
 
     Attributes
     ----------
@@ -34,61 +30,87 @@ class Reducer:
         Registry name.
     summary
         One line for `tokencomp list`, with the source.
-    serving_safe
-        True if the kept count is a pure function of (grid, ratio), nothing depends on the text,
-        and it acts at entry: the same object then runs inside vLLM.
-    serving_safe_with
-        The option that makes it so, where its defaults do not: "signal=norm or none".
-    merges
-        True if kept tokens take others in; `Reduction.sizes` then says how many.
-    whole_spans
-        True if it compares places of a whole grid: no earlier stage may have dropped tokens.
-    own_count
-        True if it leaves a number of tokens of its own, whatever the ratio.
-    entry_only
-        True if its weights were trained on what stands before layer 0.
     revision
-        Raised where the same options choose other tokens than in an earlier release, so that
-        stored answers of both do not mix.
+        To be raised when the same options start to choose other tokens than in an earlier
+        release, so that stored answers of both are not mixed.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
-    serving_safe: ClassVar[bool] = False
-    serving_safe_with: ClassVar[str] = ""
-    merges: ClassVar[bool] = False
-    whole_spans: ClassVar[bool] = False
-    own_count: ClassVar[bool] = False
-    entry_only: ClassVar[bool] = False
-    revision: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_types(self.name or type(self).__name__, self)
 
     @property
     def needs(self) -> frozenset[Signal]:
-        """Signals the hooks must supply in `VisualTokens` beyond features and grid."""
+        """Signals that the engine must supply in `VisualTokens` beyond features and grid."""
         return frozenset()
+
+    @property
+    def merges(self) -> bool:
+        """Whether kept tokens take in dropped ones; `Reduction.sizes` then says how many."""
+        return False
+
+    @property
+    def whole_spans(self) -> bool:
+        """Whether it compares places of a whole grid: no earlier stage may have dropped tokens."""
+        return False
+
+    @property
+    def own_count(self) -> bool:
+        """Whether it leaves a fixed number of tokens, whatever the ratio."""
+        return False
+
+    @property
+    def entry_only(self) -> bool:
+        """Whether its weights were trained on the input of the first layer."""
+        return False
+
+    @property
+    def revision(self) -> int:
+        return 1
+
+    @property
+    def only_plans(self) -> bool:
+        """Whether it has no step of its own: a preset or a composition, which plans others."""
+        return type(self).reduce is Reducer.reduce
+
+    @property
+    def serving_safe(self) -> bool:
+        """Whether it runs inside engines that fix placeholder counts before the model runs.
+
+        Its keep count must follow from grid and ratio alone, it must act at entry only, and it
+        must not need signals: what it then chooses depends on the media item alone, so that
+        prefix caches may share the result across questions.
+        """
+        if self.needs or self.own_count:
+            return False
+        for ratio in PROBE_RATIOS:
+            stages = self.plan(ratio, PROBE_LAYERS).stages
+            if len(stages) != 1 or stages[0].layer > 0 or stages[0].reducer is not self:
+                return False
+        return True
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
         """Stages that remove `ratio` of the visual-token work of a `num_layers` decoder."""
         ratio = check_ratio(ratio)
         return Plan((Stage(0, 1.0 - ratio, self),)) if ratio > 0 else Plan()
 
-    def kept_count(self, grid: Grid, ratio: float, special: int = 0) -> int:
-        """Tokens left of one span at entry (see `tokencomp.plan.kept_count`)."""
-        return kept_count(grid, ratio, special)
+    def keep_count(self, span: VisualSpan, fraction: float) -> int:
+        """Visual tokens left of `span` by a stage that leaves `fraction` of it.
 
-    def span_count(self, span: VisualSpan, fraction: float) -> int:
-        """Visual tokens left of `span` by a stage that leaves `fraction` of it."""
-        return count(span.visual, fraction, len(span.special))
+        Plans ask it for every stage, in the engine and in servers alike (`Plan.counts`).
+        """
+        return keep_count(span.visual, fraction, len(span.special))
 
-    def for_model(self, model: nn.Module) -> Reducer:
-        """This reducer for `model`: trained ones find and check their weights here."""
-        return self
+    def bind(self, facts: ModelFacts) -> Reducer:
+        """This reducer for one model. Trained reducers find and check their weights here.
 
-    def for_positions(self, mrope: bool) -> Reducer:
-        """This reducer for models with three rows of positions, or with one per token."""
+        Raises
+        ------
+        WeightsError
+            Weights are missing, damaged, or of another model.
+        """
         return self
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
@@ -96,7 +118,7 @@ class Reducer:
         raise OptionError(f"reducer {self.name!r} is a preset: it has a plan but no own step.")
 
     def reduced(self, tokens: VisualTokens, keep: int) -> Reduction:
-        """`reduce`, and a look at what it returned (see `Reduction.check`)."""
+        """The result of `reduce`, once it has passed `Reduction.check`."""
         name = self.name or type(self).__name__
         reduction = self.reduce(tokens, keep)
         if not isinstance(reduction, Reduction):
@@ -109,105 +131,3 @@ class Reducer:
     def options(self) -> dict[str, Any]:
         """The options of this object, ready for JSON."""
         return dataclasses.asdict(self)
-
-
-R = TypeVar("R", bound=type[Reducer])
-
-
-def register_reducer(name: str) -> Callable[[R], R]:
-    """Class decorator that makes a reducer available by name."""
-
-    def decorate(cls: R) -> R:
-        cls.name = name
-        _REGISTRY[name] = cls
-        return cls
-
-    return decorate
-
-
-def _load_all() -> None:
-    global _loaded
-    if not _loaded:
-        package = importlib.import_module("tokencomp.reducers")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"tokencomp.reducers.{module.name}")
-        _loaded = True  # last: a thread that comes meanwhile waits for the same imports
-
-
-def available_reducers() -> dict[str, type[Reducer]]:
-    """All registered reducers by name."""
-    _load_all()
-    return dict(sorted(_REGISTRY.items()))
-
-
-def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
-    """Build a reducer from its registry name and options; "merge+prune" composes two.
-
-    Raises
-    ------
-    UnknownNameError
-        No reducer has that name (close matches are named).
-    OptionError
-        An option the reducer does not have, or a value it refuses.
-    """
-    if isinstance(name, Reducer):
-        if options:
-            raise OptionError(
-                f"options {sorted(options)} were given beside a ready {name.name!r} object. Set "
-                "them when you build it."
-            )
-        return name
-    registry = available_reducers()
-    if "+" in str(name):
-        from tokencomp.reducers.compose import compose
-
-        return compose(name, options)
-    if isinstance(name, type) and issubclass(name, Reducer):
-        raise OptionError(
-            f"reducer={name.__name__} is a class. Give an object with its options set: "
-            f"reducer={name.__name__}(...)."
-        )
-    if not isinstance(name, str) or name not in registry:
-        raise unknown_name("reducer", str(name), registry)
-    cls = registry[name]
-    allowed = [f.name for f in dataclasses.fields(cls)]
-    wrong = sorted(set(options) - set(allowed))
-    if wrong:
-        raise OptionError(
-            f"reducer {name!r} has no option {', '.join(map(repr, wrong))}. "
-            f"It has: {', '.join(allowed) or 'none'}."
-        )
-    return cls(**options)
-
-
-def check_choice(owner: str, option: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raise `OptionError` unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise OptionError(f"{owner}: {option}={value!r}; allowed: {', '.join(map(repr, allowed))}.")
-
-
-def top_k(scores: Tensor, special: Tensor, keep: int) -> Tensor:
-    """Indices of the `keep` best-scored tokens, special ones first, ascending.
-
-    Scored in fp32; ties go to the lower index.
-
-    Parameters
-    ----------
-    scores : Tensor, shape (n,)
-    special : Tensor of bool, shape (n,)
-    keep : int
-
-    Raises
-    ------
-    ScoreError
-        A score is NaN.
-    """
-    from tokencomp.kernels import topk_stable
-
-    scores = scores.float()
-    if torch.isnan(scores).any():
-        raise ScoreError(
-            f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN. The hidden "
-            "states or attention logits overflowed; run the model in bfloat16 or float32."
-        )
-    return topk_stable(scores.masked_fill(special, torch.inf), keep)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.errors import ScoreError
-from tokencomp.reducers._rows import finite, given_scores, joined, split
-from tokencomp.reducers.base import Reducer, check_choice, register_reducer
+from tokencomp.reducers._rows import (
+    finite_values,
+    keep_patches,
+    patch_rows,
+    signal_scores,
+)
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens import QUERY, Attention, Reduction, Signal, VisualTokens
 
-RELEVANCE = ("query", "attention", "none")
+Relevance = Literal["query", "attention", "none"]
+RELEVANCE: tuple[Relevance, ...] = get_args(Relevance)
 EPS = 1e-6
 
 
@@ -29,45 +37,40 @@ class CDPruner(Reducer):
     ----------
     relevance
         "query": minus the cosine of a token with the embeddings of the text after the span, mean
-        over the text. The paper's formula has no minus, its code as found in public projects has.
-        The authors take CLIP's two encoders where the model has them, and the decoder's embeddings
-        otherwise, as here. "attention": layer 0's attention of that text (ours).
+        over the text. The paper's formula has no minus sign; its code in public projects has one.
+        The authors take CLIP's two encoders where the model has them, and otherwise the decoder's
+        embeddings, which are always taken here. "attention": layer 0's attention of that text
+        (ours).
         "none": an unconditional DPP, question-agnostic.
 
     Notes
     -----
-    Where the kernel's rank is used up (more tokens kept than feature dimensions), the most
-    relevant of the rest follow (ours). O(n·k²) operations and O(n·k) memory.
+    Once the kernel's rank is used up (more tokens kept than feature dimensions), the most
+    relevant of the remaining tokens follow (ours). O(n·k²) operations and O(n·k) memory.
     """
 
-    relevance: str = "query"
+    relevance: Relevance = "query"
 
     revision = 2
-    serving_safe_with = "relevance=none"
     summary = "conditional DPP, greedy MAP (CDPruner 2506.10967)"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("cdpruner", "relevance", self.relevance, RELEVANCE)
-        object.__setattr__(self, "serving_safe", self.relevance == "none")
 
     @property
     def needs(self) -> frozenset[Signal]:
-        signal: dict[str, Signal] = {"query": QUERY, "attention": Attention("text")}
-        return frozenset({signal[self.relevance]} if self.relevance in signal else ())
+        signals: dict[str, Signal] = {"query": QUERY, "attention": Attention("text")}
+        return frozenset({signals[self.relevance]} if self.relevance in signals else ())
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        rows, special = split(tokens)
+        rows, budget = patch_rows(tokens, keep)
         x = tokens.features[rows].float()
-        finite(x.norm(dim=1), "feature norms")
+        finite_values(x.norm(dim=1), "feature norms")
         r = self._relevance(tokens, rows, x)
-        return joined(tokens, rows[greedy_map(normalize(x, dim=1), r, keep - special.numel())])
+        return keep_patches(tokens, rows[greedy_map(normalize(x, dim=1), r, budget)])
 
     def _relevance(self, tokens: VisualTokens, rows: Tensor, x: Tensor) -> Tensor:
         if self.relevance == "none":
             return torch.ones_like(x[:, 0])
         if self.relevance == "attention":
-            r = given_scores(tokens, "cdpruner")[rows]
+            r = signal_scores(tokens, "cdpruner")[rows]
         elif tokens.query is None or not len(tokens.query):
             raise ScoreError(
                 "cdpruner compares visual tokens with the text after them, and there is none. Put "
@@ -86,7 +89,7 @@ def greedy_map(unit: Tensor, r: Tensor, k: int) -> Tensor:
     chosen = torch.empty(k, dtype=torch.int64, device=unit.device)
     taken = torch.zeros(n, dtype=torch.bool, device=unit.device)
     for i in range(k):
-        # exhausted directions rank below all others, by relevance
+        # Directions that are used up rank below all others, by relevance.
         score = torch.where(gain > EPS * r * r, gain, r - 2.0).masked_fill(taken, -torch.inf)
         best = score.argmax()
         chosen[i], taken[best] = best, True

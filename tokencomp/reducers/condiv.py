@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokencomp.reducers._options import check_range
 from tokencomp.reducers._rows import (
-    finite_rows,
-    frame_counts,
-    given_scores,
-    joined,
-    merge_into,
-    share,
-    split,
-    whole,
+    finite_features,
+    keep_patches,
+    merge_dropped,
+    patch_rows,
+    patches_per_frame,
+    round_to_sum,
+    signal_scores,
+    split_evenly,
     whole_grid,
 )
-from tokencomp.reducers.base import Reducer, check_choice, register_reducer
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.selector import Selector
-from tokencomp.tokens import TOWER_ATTENTION, Attention, Reduction, Signal, VisualTokens
+from tokencomp.tokens import (
+    TOWER_ATTENTION,
+    Attention,
+    ModelFacts,
+    Reduction,
+    Signal,
+    VisualTokens,
+)
+from tokencomp.validation import check_range, field_types
 
-SIGNALS = ("attention", "selector", "vit_attention", "norm", "novelty", "none")
+SignalName = Literal["attention", "selector", "vit_attention", "norm", "novelty", "none"]
+SIGNALS: tuple[SignalName, ...] = get_args(SignalName)
 FLOOR = 1e-3
-FRAMES = ("pooled", "equal", "novelty")
 
 
 @register_reducer("condiv")
@@ -37,38 +45,39 @@ class ConDiv(Reducer):
 
     .. math:: next = \arg\max_i \; r_i^p \cdot (m \bar d + \min_{j \in kept} (1 - \cos(x_i, x_j)))
 
-    Attention alone keeps many copies of one thing, diversity alone keeps outliers; the product does
-    neither. With a margin the second and third of several like things (to be counted, say) still
-    rank above faint background. Ours; kin: DivPrune (arXiv 2503.02175), CDPruner (2506.10967).
+    Attention alone keeps many copies of one thing, and diversity alone keeps outliers; the product
+    does neither. With a margin, the second and third of several similar things (objects to be
+    counted, for instance) still rank above faint background. Ours; related to DivPrune (arXiv
+    2503.02175) and CDPruner (arXiv 2506.10967).
 
     Attributes
     ----------
     power
         p, 0 to 8; 0 is plain max-min diversity. "auto": 2·(1 - H(r) / log n), H the entropy of r
-        as shares: a row that points nowhere leaves diversity alone, one that points at single
-        tokens counts squared.
+        as shares: relevance that is spread evenly gets p = 0, so that diversity alone decides;
+        relevance that is concentrated on a single token gets p = 2.
     signal
         What r is. "attention": layer 0's attention of the text after the span, mean over heads
-        and tokens. "selector": what the trained network of `selector` makes of that row, as
+        and tokens. "selector": the output of the trained network of `selector` for that row, as
         shares. "vit_attention": attention received in the vision tower's last block but one
         (see `tokencomp.engine.tower`), question-agnostic. "norm": length of the feature. "novelty":
         1 - cosine with the same place of the frame before (1 in the first frame; videos, at
         entry). "none": r = 1.
     margin
-        m, 0 to 8: share of the span's mean distance d̄ (all pairs, each token with itself too) that
-        is added to every distance. Without effect where r = 1.
+        m, 0 to 8: share of the span's mean distance d̄ (over all pairs, those of a token with
+        itself included) that is added to every distance. Without effect where r = 1.
     centred
         Subtract the span's mean feature before the cosine.
     frames
-        How the budget of a video is spread. "pooled": all frames are one problem and get what
-        their tokens earn. "equal", "novelty": every frame is a problem of its own, of equal share,
-        or of its share of the novelty (as the signal, mean over the frame); centring is then by
-        frame. On images all are the same.
+        How the budget of a video is spread. "pooled": one greedy choice over all frames. "equal",
+        "novelty": a greedy choice inside every frame, whose budget is an equal share or its share
+        of the novelty (as in `signal`, mean over the frame); centring is then by frame. On images
+        the three are the same.
     merge_rest
         Kept tokens become the mean of themselves and the dropped tokens nearest to them, of
         cosine at least this; None leaves kept tokens as they are.
     weights
-        Of the selector, as there; other signals than "selector" leave them alone.
+        Of the selector, see there. Used by the signal "selector" only.
 
     Raises
     ------
@@ -77,91 +86,103 @@ class ConDiv(Reducer):
 
     Notes
     -----
-    Relevance is divided by its largest value and floored at 1e-3, so that no p silences the
-    distance. Serving-safe where r is made of the features alone.
+    Relevance is divided by its largest value and floored at 1e-3, so that the distance matters at
+    every p.
     """
 
     power: float | Literal["auto"] = 1.0
-    signal: str = "attention"
+    signal: SignalName = "attention"
     margin: float = 0.2
     centred: bool = False
-    frames: str = "pooled"
+    frames: Literal["pooled", "equal", "novelty"] = "pooled"
     merge_rest: float | None = None
     weights: str | None = None
 
-    _selector: ClassVar[Selector | None] = None  # of the model, set by `for_model`
-    serving_safe_with = "signal=norm or novelty or none"
     summary = "relevance × diversity, greedy (ours)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("condiv", "signal", self.signal, SIGNALS)
-        check_choice("condiv", "frames", self.frames, FRAMES)
         if self.power != "auto":
             check_range("condiv", "power", self.power, 0, 8)
         check_range("condiv", "margin", self.margin, 0, 8)
         if self.merge_rest is not None:
             check_range("condiv", "merge_rest", self.merge_rest, -1, 1)
-        object.__setattr__(self, "serving_safe", not self.needs)
-        object.__setattr__(self, "merges", self.merge_rest is not None)
-        object.__setattr__(self, "entry_only", self.signal == "selector" and self.power != 0)
-        novel = self.signal == "novelty" and self.power != 0
-        object.__setattr__(self, "whole_spans", novel or self.frames == "novelty")
+
+    @property
+    def weighted_by(self) -> SignalName:
+        """The signal that has an effect: at power 0 none has."""
+        return "none" if self.power == 0 else self.signal
 
     @property
     def needs(self) -> frozenset[Signal]:
-        signal: dict[str, Signal] = {
+        signals: dict[str, Signal] = {
             "attention": Attention("text"),
             "selector": Attention("text"),
             "vit_attention": TOWER_ATTENTION,
         }
-        uses = self.signal in signal and self.power != 0
-        return frozenset({signal[self.signal]}) if uses else frozenset()
+        uses = self.weighted_by in signals
+        return frozenset({signals[self.weighted_by]}) if uses else frozenset()
 
-    def for_model(self, model: nn.Module) -> ConDiv:
-        if self.signal != "selector" or self.power == 0:
+    @property
+    def merges(self) -> bool:
+        return self.merge_rest is not None
+
+    @property
+    def entry_only(self) -> bool:
+        return self.weighted_by == "selector"
+
+    @property
+    def whole_spans(self) -> bool:
+        return "novelty" in (self.weighted_by, self.frames)
+
+    def bind(self, facts: ModelFacts) -> ConDiv:
+        if self.weighted_by != "selector":
             return self
-        found = Selector(self.weights).for_model(model)
-        ready = replace(self, weights=found.weights)
-        object.__setattr__(ready, "_selector", found)
-        return ready
+        selector = self.selector.bind(facts)
+        options = {**self.options(), "weights": selector.weights}
+        return BoundConDiv(**options, bound_selector=selector)
+
+    @property
+    def selector(self) -> Selector:
+        """The trained reducer whose network makes relevance of an attention row."""
+        return Selector(self.weights)
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         from tokencomp.kernels import maxmin_select, mean_distance
 
-        rows, special = split(tokens)
-        x = tokens.features[rows]
-        finite_rows(x)
+        rows, budget = patch_rows(tokens, keep)
+        x = finite_features(tokens.features[rows])
         weights = self._weights(tokens, rows)
-        lengths, counts = self._problems(tokens, rows.numel(), keep - special.numel())
-        margin = None  # equal weights: it would change no choice
+        lengths, counts = self._problems(tokens, rows.numel(), budget)
+        margin = None  # under equal weights a margin would change no choice
         if self.margin and weights is not None:
             margin = (self.margin * mean_distance(x, self.centred)).expand(len(lengths))
         chosen = maxmin_select(
             x, counts, weights, spans=lengths, centred=self.centred, margin=margin
         )
         if self.merge_rest is None:
-            return joined(tokens, rows[chosen])
-        return merge_into(tokens, rows, chosen, self.merge_rest, self.centred)
+            return keep_patches(tokens, rows[chosen])
+        return merge_dropped(tokens, rows, chosen, self.merge_rest, self.centred)
 
     def _problems(self, tokens: VisualTokens, n: int, keep: int) -> tuple[list[int], list[int]]:
         """Patches of every problem, and how many of them to keep: the span, or its frames."""
         if self.frames == "pooled" or tokens.grid[0] == 1:
             return [n], [keep]
-        lengths = frame_counts(tokens)
+        lengths = patches_per_frame(tokens)
         if self.frames == "equal":
-            return lengths, share(keep, lengths)
+            return lengths, split_evenly(keep, lengths)
         news = novelty(tokens).view(len(lengths), -1).double().mean(1)
-        return lengths, whole((keep * news / news.sum()).tolist(), keep, lengths[0])
+        return lengths, round_to_sum((keep * news / news.sum()).tolist(), keep, lengths[0])
 
     def _weights(self, tokens: VisualTokens, rows: Tensor) -> Tensor | None:
-        if self.signal == "none" or self.power == 0:
+        """Relevance to the power p of every patch, float32; None if all are equal."""
+        if self.weighted_by == "none":
             return None
         if self.signal == "selector":
-            row = given_scores(tokens, "condiv")[rows]
-            relevance = (self._selector or Selector(self.weights)).importance(row).softmax(0)
+            row = signal_scores(tokens, "condiv")[rows]
+            relevance = self.selector.importance(row).softmax(0)
         elif self.signal in ("attention", "vit_attention"):
-            relevance = given_scores(tokens, "condiv")[rows]
+            relevance = signal_scores(tokens, "condiv")[rows]
         elif self.signal == "norm":
             relevance = tokens.features[rows].float().norm(dim=1)
         else:
@@ -170,6 +191,20 @@ class ConDiv(Reducer):
         relevance = relevance / relevance.max().clamp(min=1e-30)
         power = concentration(relevance) if self.power == "auto" else self.power
         return relevance.clamp(min=FLOOR) ** power
+
+
+@dataclass(frozen=True)
+class BoundConDiv(ConDiv):
+    """ConDiv for one model, with the selector whose weights were checked."""
+
+    bound_selector: Selector = field(default_factory=Selector, repr=False, compare=False)
+
+    @property
+    def selector(self) -> Selector:
+        return self.bound_selector
+
+    def options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in field_types(ConDiv)}
 
 
 def concentration(relevance: Tensor) -> Tensor:
@@ -184,6 +219,7 @@ def novelty(tokens: VisualTokens) -> Tensor:
     from tokencomp.kernels import nearest_previous_frame
 
     t, h, w = tokens.grid
-    x = tokens.features[whole_grid(tokens, "condiv")]
+    rows, _ = whole_grid(tokens, len(tokens), "condiv")
+    x = tokens.features[rows]
     similarity, _ = nearest_previous_frame(x.view(t, h, w, -1))
     return (1 - similarity).flatten().clamp(max=1.0)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokencomp.reducers._rows import finite_rows, joined, split
-from tokencomp.reducers.base import Reducer, register_reducer
+from tokencomp.reducers._rows import finite_features, keep_patches, patch_rows
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens import Reduction, VisualTokens
 
 BLOCK = 1 << 24
@@ -19,23 +20,21 @@ BLOCK = 1 << 24
 class DivPrune(Reducer):
     """Greedy max-min diversity (DivPrune, arXiv 2503.02175).
 
-    The first token is the one whose nearest neighbour is farthest (cosine distance); then, again
-    and again, the token farthest from all that were chosen. A span is one problem: a video spends
-    its budget on the frames that differ, unless the model gets every frame as a span of its own
-    (InternVL, SmolVLM); then every frame spends its own, and so does every tile of an image.
+    The first token is the one whose nearest neighbour is farthest (cosine distance). Every next
+    token is the one farthest from all chosen so far. Tokens are chosen per span: a video spends
+    its budget on the frames that differ. Models that get every frame of a video, or every tile of
+    an image, as a span of its own (InternVL, SmolVLM) keep the same share of each.
     """
 
     summary = "greedy max-min cosine distance (DivPrune 2503.02175)"
-    serving_safe = True
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         from tokencomp.kernels import maxmin_select
 
-        rows, special = split(tokens)
-        x = tokens.features[rows]
-        finite_rows(x)
+        rows, budget = patch_rows(tokens, keep)
+        x = finite_features(tokens.features[rows])
         start = most_isolated(x)[None]
-        return joined(tokens, rows[maxmin_select(x, keep - special.numel(), start=start)])
+        return keep_patches(tokens, rows[maxmin_select(x, budget, start=start)])
 
 
 def most_isolated(x: Tensor) -> Tensor:

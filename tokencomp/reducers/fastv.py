@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokencomp.plan import Plan
-from tokencomp.reducers.base import Reducer, register_reducer
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.prune import Prune
+from tokencomp.reducers.registry import register_reducer
 
 
 @register_reducer("fastv")
@@ -14,8 +15,8 @@ from tokencomp.reducers.prune import Prune
 class FastV(Reducer):
     """Preset of FastV (arXiv 2403.06764): one cut after layer 2, by the last token's attention.
 
-    The fraction cut is solved for the ratio. Ratios that a cut after layer 2 cannot meet move it
-    earlier (ours).
+    The fraction that is cut follows from the ratio. If a cut after layer 2 cannot meet the ratio,
+    the cut comes earlier (ours).
     """
 
     summary = "one early cut by the last token's attention (FastV 2403.06764)"

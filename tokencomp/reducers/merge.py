@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tokencomp.reducers._rows import (
-    finite_rows,
-    frame_counts,
-    given_keys,
-    rewritten,
-    share,
-    sizes_before,
-    split,
+    finite_features,
+    patch_rows,
+    patches_per_frame,
+    replace_patches,
+    split_evenly,
+    token_sizes,
+    tower_keys,
 )
-from tokencomp.reducers.base import Reducer, check_choice, register_reducer
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens import TOWER_KEYS, Reduction, Signal, VisualTokens
 
 
@@ -41,55 +43,48 @@ class Merge(Reducer):
         Position of a merged token: "keep" (the odd-placed one's) or "first" (its first member's).
     metric
         What is compared: "features", the projected tokens (AIM for video), or "vit_keys", keys of
-        the vision tower's last block but one (AIM for images, there of CLIP), merged along.
+        the vision tower's last block but one (AIM for images, where the tower is CLIP's). Keys are
+        merged together with the features.
 
     Notes
     -----
     Output stays in raster order (ours; the authors' code reorders where r < N/2). A video with
     fewer kept tokens than frames merges groups of neighbouring frames (ours). Where an earlier
     stage has left frames of different length, every frame that has tokens keeps one, and the rest
-    of the budget goes by what is left of each (ours).
+    of the budget is split in proportion to what is left of each (ours).
     """
 
     weighted: bool = True
     temporal: bool = False
-    position: str = "keep"
-    metric: str = "features"
+    position: Literal["keep", "first"] = "keep"
+    metric: Literal["features", "vit_keys"] = "features"
 
     summary = "similarity merging inside each frame (AIM 2412.03248, ToMe 2210.09461)"
-    serving_safe = True
     merges = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("merge", "position", self.position, ("keep", "first"))
-        check_choice("merge", "metric", self.metric, ("features", "vit_keys"))
-        object.__setattr__(self, "serving_safe", not self.needs)
 
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({TOWER_KEYS} if self.metric == "vit_keys" else ())
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        patches, special = split(tokens)
-        x, width, compared = tokens.features[patches], tokens.features.shape[1], slice(None)
-        finite_rows(x)
+        patches, budget = patch_rows(tokens, keep)
+        x = finite_features(tokens.features[patches])
+        width, compared = x.shape[1], slice(None)
         if self.metric == "vit_keys":
-            x = torch.cat([x, given_keys(tokens, "merge")[patches].to(x)], dim=1)
+            x = torch.cat([x, tower_keys(tokens, "merge")[patches].to(x)], dim=1)
             compared = slice(width, None)
-        budget = keep - special.numel()
         groups = self._groups(tokens, patches.numel(), budget)
-        quota = [1 + q for q in share(budget - len(groups), [n - 1 for n in groups])]
-        before = sizes_before(tokens)[patches]
+        quota = [1 + q for q in split_evenly(budget - len(groups), [n - 1 for n in groups])]
+        before = token_sizes(tokens)[patches]
         x, sizes, rows = self._merge(x, compared, patches, before, groups, quota)
-        return rewritten(tokens, rows, x[:, :width], sizes)
+        return replace_patches(tokens, rows, x[:, :width], sizes)
 
     def _groups(self, tokens: VisualTokens, patches: int, budget: int) -> list[int]:
         """Lengths of the runs of patches inside which tokens may merge, at most `budget` runs."""
         if self.temporal or tokens.grid[0] == 1:
             return [patches]
-        frames = [n for n in frame_counts(tokens) if n]
-        runs = share(len(frames), [1] * min(len(frames), budget))
+        frames = [n for n in patches_per_frame(tokens) if n]
+        runs = split_evenly(len(frames), [1] * min(len(frames), budget))
         bounds = itertools.accumulate(runs, initial=0)
         return [sum(frames[a:b]) for a, b in itertools.pairwise(bounds)]
 
@@ -102,7 +97,10 @@ class Merge(Reducer):
         lengths: list[int],
         quota: list[int],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Merge every group down to its quota, by columns `compared`: x, sizes, raster rows."""
+        """Merge every group down to its quota; returns x, sizes and rows in raster order.
+
+        Similarity is that of the columns `compared`; all columns of x are merged.
+        """
         from tokencomp.kernels import bipartite_match, merge_rows
 
         while any(steps := [min(n - q, n // 2) for n, q in zip(lengths, quota, strict=True)]):
@@ -141,7 +139,8 @@ def best_per_group(similarity: Tensor, lengths: list[int], counts: list[int]) ->
     table = similarity.new_full((groups, width), -torch.inf)
     table[group, place] = similarity
     ranked = table.sort(dim=1, descending=True, stable=True).indices
-    wanted = torch.arange(width, device=device)[None] < torch.tensor(counts, device=device)[:, None]
+    places = torch.arange(width, device=device)[None]
+    within = places < torch.tensor(counts, device=device)[:, None]
     chosen = torch.zeros(groups, width, dtype=torch.bool, device=device)
-    chosen.scatter_(1, ranked, wanted)
+    chosen.scatter_(1, ranked, within)
     return chosen[group, place]

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokencomp.errors import ScoreError
-from tokencomp.reducers.base import Reducer, register_reducer, top_k
+from tokencomp.reducers._rows import top_k
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens import Reduction, VisualTokens
 
 _TRUTH: ContextVar[Iterator[Tensor] | None] = ContextVar("tokencomp_oracle", default=None)
@@ -36,19 +38,19 @@ def truth(relevance: list[list[Tensor]]) -> Iterator[None]:
 @register_reducer("oracle")
 @dataclass(frozen=True)
 class Oracle(Reducer):
-    """Keep the tokens the answer really rests on (labels of arXiv 2506.01097).
+    """Keep the tokens that the right answer depends on most (labels of arXiv 2506.01097).
 
-    It needs the answer before the prompt is read, so it is no method but what `selector` is
-    measured against: call the model inside `with truth(relevance): ...`.
+    It must know the answer before the prompt is read, so it is not a method to use but the upper
+    bound for `selector`. Call the model inside `with truth(relevance): ...`.
     """
 
     summary = "upper bound of selector, for evaluation: needs the answer (2506.01097)"
+    serving_safe = False  # the relevance comes from `truth`, not from the media item
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        waiting = _TRUTH.get()
-        scores = None if waiting is None else next(waiting, None)
-        while scores is not None and scores.shape[0] != len(tokens):
-            scores = next(waiting, None)  # type: ignore[arg-type]  # spans kept whole are skipped
+        spans = _TRUTH.get() or iter(())
+        # Spans that are kept whole do not come here, so their relevance is skipped.
+        scores = next((s for s in spans if s.shape[0] == len(tokens)), None)
         if scores is None:
             raise ScoreError(
                 "oracle has no relevance for this span. Compute it with "

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokencomp.errors import OptionError
-from tokencomp.reducers._options import check_range
-from tokencomp.reducers._rows import finite_rows, rewritten, share, whole_grid
-from tokencomp.reducers.base import Reducer, check_choice, register_reducer
-from tokencomp.tokens import Reduction, VisualTokens
+from tokencomp.reducers._rows import finite_features, replace_patches, split_evenly, whole_grid
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens import ModelFacts, Reduction, VisualTokens
+from tokencomp.validation import check_range
 
 GROUPS = (2, 4, 8)
 STRIDE = 2.0  # of the paper's figure
-COARSEST = 4.0  # solved strides end here
+COARSEST = 4.0  # largest stride where none is set
 MOST_STRIDE = 1024  # tokens; no frame has longer sides
 
 
@@ -34,7 +36,7 @@ class Pool(Reducer):
         `stride` (where None: 2) come nearest to the budget.
     stride
         How much coarser the sides of the other frames are, at most; 2 in the paper's figure. None:
-        as much as whole first frames need, up to 4. 1 pools all frames alike.
+        as much as whole first frames need, up to 4. 1 pools all frames equally.
     mode
         "area" or "bilinear".
     position
@@ -43,59 +45,52 @@ class Pool(Reducer):
 
     Notes
     -----
-    Ours, since the paper leaves the numbers open: first frames are whole as long as the stride
-    allows; below that they get stride² times the tokens of the others. Firsts and others share
-    their parts evenly, and a part that no grid has is met by rows of unequal length, so the count
-    is always exact. No frame goes while there is a token for each; the last to go are first frames.
+    The paper leaves the numbers open; these rules are ours. First frames stay whole as long as the
+    stride allows it; below that they get stride² times the tokens of the others. The tokens of
+    each group are split evenly over its frames. A count that no grid has is met by rows of unequal
+    length, so that it is always exact. Every frame keeps a token while there are enough for all;
+    first frames are the last to lose theirs.
 
     The default is the paper's. On videos of the embedded models, down to a quarter of the tokens,
-    plain pooling (stride=1) answers more and stride=None less: the other frames pay too much for
-    whole first ones (benchmarks/accuracy/choice.md has all three, on validation).
+    plain pooling (stride=1) answers more questions correctly, and stride=None fewer: whole first
+    frames cost the other frames too much (benchmarks/accuracy/choice.md compares the three on
+    validation questions).
     """
 
     group: int | None = None
     stride: float | None = STRIDE
-    mode: str = "area"
-    position: str | None = None
+    mode: Literal["area", "bilinear"] = "area"
+    position: Literal["mean", "first"] | None = None
 
     summary = "progressive pooling of frames, 2-D pooling of images (2409.20018)"
-    serving_safe = True
     merges = True
     whole_spans = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("pool", "mode", self.mode, ("area", "bilinear"))
-        check_choice("pool", "position", self.position, (None, "mean", "first"))
         if self.stride is not None:
             check_range("pool", "stride", self.stride, 1, MOST_STRIDE)
         if self.group is not None and self.group < 1:
             raise OptionError(f"pool: group={self.group!r}; allowed: None (solved), 1, 2, 3, ...")
 
-    def for_model(self, model: nn.Module) -> Pool:
-        from tokencomp.adapters.base import adapter_for
-
-        return self.for_positions(adapter_for(model).mrope)
-
-    def for_positions(self, mrope: bool) -> Pool:
-        if self.position is None and not mrope:
+    def bind(self, facts: ModelFacts) -> Pool:
+        if self.position is None and not facts.mrope:
             return replace(self, position="first")
         return self
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         t, h, w = tokens.grid
-        rows = whole_grid(tokens, "pool")
-        finite_rows(tokens.features[rows])
-        quota = self.frame_quota(t, h * w, keep - int(tokens.special.sum()))
+        rows, budget = whole_grid(tokens, keep, "pool")
+        x = finite_features(tokens.features[rows])
+        quota = self.frame_quota(t, h * w, budget)
         live = [f for f in range(t) if quota[f]]
         lines = [line_widths(quota[f], h, w) for f in live]
-        x = tokens.features[rows].view(t, h, w, -1)[live]
-        pooled = pool_lines(x, lines, self.mode)
+        pooled = pool_lines(x.view(t, h, w, -1)[live], lines, self.mode)
         place = places(lines, h, w, self.position or "mean").to(x.device)
         counts = torch.tensor([quota[f] for f in live], device=x.device)
         frame = torch.tensor(live, device=x.device).repeat_interleave(counts)
         sizes = (h * w / counts).repeat_interleave(counts)
-        return rewritten(tokens, rows[frame * h * w + place], pooled, sizes)
+        return replace_patches(tokens, rows[frame * h * w + place], pooled, sizes)
 
     def frame_quota(self, frames: int, cells: int, budget: int) -> list[int]:
         """Tokens of every frame: whole numbers in 0 … cells that sum to `budget`."""
@@ -105,12 +100,13 @@ class Pool(Reducer):
         fine = min(budget / (high + low / (self.stride or COARSEST) ** 2), cells)
         least, most = min(high, budget), max(high, budget - low)  # one each, first frames before
         firsts = min(max(round(high * fine), least), most)
-        fines, coarses = iter(share(firsts, [1] * high)), iter(share(budget - firsts, [1] * low))
+        fines = iter(split_evenly(firsts, [1] * high))
+        coarses = iter(split_evenly(budget - firsts, [1] * low))
         return [next(coarses if f % group else fines) for f in range(frames)]
 
 
 def solved_group(frames: int, cells: int, budget: int, stride: float) -> int:
-    """The group size whose natural budget is nearest to the wanted one; ties to the smaller."""
+    """The group size whose natural budget is nearest to `budget`; ties to the smaller."""
 
     def natural(group: int) -> float:
         high = -(-frames // group)
@@ -129,7 +125,7 @@ def line_widths(tokens: int, height: int, width: int) -> list[int]:
     lines = max(least, min(height, tokens, ideal))
     even = (n for n in (lines, lines - 1, lines + 1) if least <= n <= height and tokens % n == 0)
     lines = next(even, lines)
-    return share(tokens, [1] * lines)
+    return split_evenly(tokens, [1] * lines)
 
 
 def pool_lines(x: Tensor, lines: list[list[int]], mode: str) -> Tensor:

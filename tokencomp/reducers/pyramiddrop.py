@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokencomp.plan import Plan
-from tokencomp.reducers.base import Reducer, register_reducer
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.prune import Prune
+from tokencomp.reducers.registry import register_reducer
 
 
 @register_reducer("pyramiddrop")
@@ -16,8 +17,8 @@ class PyramidDrop(Reducer):
 
     Every cut keeps the same share (half, or more if the ratio allows), by the attention of the last
     prompt token, mean over heads, in the layer after the cut: its own queries and keys of the
-    tokens before the cut, as in the authors' code. Ratios that three halvings cannot meet add a cut
-    at the start (ours).
+    tokens before the cut, as in the authors' code. If three halvings cannot meet the ratio, there
+    is one more cut at the start (ours).
     """
 
     revision = 2  # 1: attention of the layer before the cut

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, WeightsError
-from tokencomp.reducers._rows import given_scores
-from tokencomp.reducers.base import Reducer, register_reducer, top_k
-from tokencomp.tokens import Attention, Reduction, Signal, VisualTokens
+from tokencomp.reducers._rows import signal_scores, top_k
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens import Attention, ModelFacts, Reduction, Signal, VisualTokens
 
 TRAIN = "tokencomp train selector --model MODEL --data DATA --output FOLDER"
 CHANNELS = (32, 64, 128, 256, 512)
@@ -134,11 +135,11 @@ def load_selector(
 @register_reducer("selector")
 @dataclass(frozen=True)
 class Selector(Reducer):
-    """Keep the tokens that a trained network expects the answer to rest on (arXiv 2506.01097).
+    """Keep the tokens that, to a trained network, explain the answer best (arXiv 2506.01097).
 
-    Its only input is layer 0's attention from the user's text to the visual tokens, for which the
-    layer's input norm, q, k and rotary embedding run before the model does; the attention backend
-    is left alone.
+    The only input of the network is layer 0's attention from the user's text to the visual tokens.
+    For it, that layer's input norm, q, k and rotary embedding run before the decoder does; the
+    attention backend is not changed.
 
     Attributes
     ----------
@@ -149,7 +150,7 @@ class Selector(Reducer):
     Raises
     ------
     WeightsError
-        On `patch`: no weights, or weights of another model.
+        On `patch`: weights that are missing, damaged, or of another model.
     """
 
     weights: str | None = None
@@ -166,16 +167,16 @@ class Selector(Reducer):
     def needs(self) -> frozenset[Signal]:
         return frozenset({Attention("text")})
 
-    def for_model(self, model: nn.Module) -> Selector:
+    def bind(self, facts: ModelFacts) -> Selector:
         from tokencomp.trained.cards import check_card, locate
 
-        path = locate(self.weights, model, "selector", TRAIN).absolute()
+        path = locate(self.weights, facts, "selector", TRAIN).absolute()
         net, card = load_selector(path)
-        check_card(card, model, path, TRAIN)
-        return Bound(str(path), net)
+        check_card(card, facts, path, TRAIN)
+        return BoundSelector(str(path), net)
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        row, patches = given_scores(tokens, "selector"), ~tokens.special
+        row, patches = signal_scores(tokens, "selector"), ~tokens.special
         scores = torch.zeros_like(row)
         scores[patches] = self.importance(row[patches])
         return Reduction(top_k(scores, tokens.special, keep))
@@ -193,8 +194,8 @@ class Selector(Reducer):
 
 
 @dataclass(frozen=True)
-class Bound(Selector):
-    """A selector for one model: the network that was checked, whatever becomes of its file."""
+class BoundSelector(Selector):
+    """A selector for one model: the network that was checked, even if its file changes later."""
 
     net: SelectorNet | None = field(default=None, repr=False, compare=False)
 

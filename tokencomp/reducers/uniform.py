@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tokencomp.reducers._rows import joined, split
-from tokencomp.reducers.base import Reducer, register_reducer
+from tokencomp.reducers._rows import keep_patches, patch_rows
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens import Reduction, VisualTokens
 
 
@@ -17,11 +18,9 @@ class Uniform(Reducer):
     """Keep evenly spaced tokens: token floor((i + ½)·n/k) of the n patches, i = 0 … k-1. Ours."""
 
     summary = "evenly spaced tokens in raster order (baseline)"
-    serving_safe = True
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        patches, special = split(tokens)
-        k = keep - special.numel()
+        patches, k = patch_rows(tokens, keep)
         n = patches.numel()
         steps = torch.arange(k, device=patches.device)
-        return joined(tokens, patches[(2 * steps + 1) * n // (2 * max(k, 1))])
+        return keep_patches(tokens, patches[(2 * steps + 1) * n // (2 * max(k, 1))])

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.errors import OptionError
-from tokencomp.reducers._options import check_range
-from tokencomp.reducers._rows import finite_rows, joined, whole, whole_grid
-from tokencomp.reducers.base import Reducer, register_reducer
+from tokencomp.reducers._rows import finite_features, keep_patches, round_to_sum, whole_grid
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.merge import best_per_group
+from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens import Reduction, VisualTokens
+from tokencomp.validation import check_range
 
 BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))
 
@@ -37,9 +38,9 @@ class VidCom2(Reducer):
 
     Notes
     -----
-    Budgets are made whole by largest remainders, so that the count is exact (ours); vLLM's copy
-    rounds them in another way (Jaccard of the kept sets 0.97 over 100 random cases). The video is
-    the span: on an image, and on models that get every frame as a span of its own (InternVL,
+    Budgets are rounded by largest remainders, so that the count is exact (ours); vLLM's copy rounds
+    them in another way (Jaccard of the kept sets 0.97 over 100 random cases). "The video" is the
+    span. On an image, and on models that get every frame as a span of its own (InternVL,
     SmolVLM), video and frame are the same, and every frame keeps the same share of its tokens.
     """
 
@@ -47,7 +48,6 @@ class VidCom2(Reducer):
     channels: float = 0.5
 
     summary = "uniqueness within frame and video, per-frame budgets (VidCom2 2505.14454)"
-    serving_safe = True
     whole_spans = True
 
     def __post_init__(self) -> None:
@@ -58,20 +58,18 @@ class VidCom2(Reducer):
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         t, h, w = tokens.grid
-        rows = whole_grid(tokens, "vidcom2")
-        x = tokens.features[rows].float()
-        finite_rows(x)
-        budget = keep - int(tokens.special.sum())
+        rows, budget = whole_grid(tokens, keep, "vidcom2")
+        x = finite_features(tokens.features[rows].float())
         quiet = x.var(0, unbiased=False).sort(stable=True).indices
         quiet = quiet[: max(1, int(x.shape[1] * self.channels))]
         frames = normalize(x[:, quiet], dim=1).view(t, h * w, -1)
         video = similarity(frames, frames.mean((0, 1), keepdim=True))
         local = similarity(frames, frames.mean(1, keepdim=True))
         share = torch.softmax(-video.mean(1) / self.temperature, 0)
-        wanted = budget / t * (1 + share - 1 / t)
-        quota = whole(wanted.tolist(), budget, h * w)
+        budgets = budget / t * (1 + share - 1 / t)
+        quota = round_to_sum(budgets.tolist(), budget, h * w)
         chosen = best_per_group(-(video + local).flatten(), [h * w] * t, quota)
-        return joined(tokens, rows[chosen])
+        return keep_patches(tokens, rows[chosen])
 
 
 def similarity(x: Tensor, centre: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokencomp.errors import OptionError, RatioError, UnknownNameError
+from tokencomp.errors import OptionError, RatioError, TokenCompError, UnknownNameError
 from tokencomp.plan import MAX_RATIO, check_ratio
-from tokencomp.reducers.base import Reducer, available_reducers, make_reducer
-from tokencomp.tokens import FEATURES
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import available_reducers, make_reducer
+from tokencomp.validation import choices, field_types
 
 DEFAULT_REDUCER = "divprune"  # question-agnostic: media caches serve every question
 REQUEST_KEYS = ("reducer", "ratio", "options")
@@ -19,14 +20,38 @@ SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "per_request", "only_own")
 
 
 def servable() -> dict[str, str]:
-    """Reducers that an engine with fixed placeholder counts can run → option needed, or ""."""
-    able = {n: c for n, c in available_reducers().items() if c.serving_safe or c.serving_safe_with}
-    return {n: "" if c.serving_safe else c.serving_safe_with for n, c in able.items()}
+    """Reducers that an engine with fixed placeholder counts can run, and how.
+
+    Returns
+    -------
+    dict
+        Name → "" if the default options can be served, else the option and the values that make it
+        so: "signal=norm or novelty or none".
+    """
+    able = {}
+    for name, cls in available_reducers().items():
+        if _is_safe(cls):
+            able[name] = ""
+        elif values := _safe_choices(cls):
+            able[name] = values
+    return able
 
 
-def servable_reducers() -> list[str]:
-    """Names of those that need no option for it."""
-    return [name for name, option in servable().items() if not option]
+def _is_safe(cls: type[Reducer], **options: Any) -> bool:
+    """Whether the reducer with these options, and defaults otherwise, can be served."""
+    try:
+        return cls(**options).serving_safe
+    except (TokenCompError, TypeError):  # it has required options, or refuses these
+        return False
+
+
+def _safe_choices(cls: type[Reducer]) -> str:
+    """The first option with a fixed list of values of which some, alone, make `cls` safe; or ""."""
+    for option, hint in field_types(cls).items():
+        values = [v for v in choices(hint) if _is_safe(cls, **{option: v})]
+        if values:
+            return f"{option}={' or '.join(map(str, values))}"
+    return ""
 
 
 def check_servable(reducer: Reducer) -> Reducer:
@@ -35,11 +60,10 @@ def check_servable(reducer: Reducer) -> Reducer:
     Raises
     ------
     OptionError
-        Its kept count, or its choice, depends on more than the media item: the text, attention of
-        the LLM, or a decoder layer. Prefix caches would then mix questions up.
+        Its keep count, or its choice, depends on more than the media item: on the text, on
+        attention, or on a decoder layer. Prefix caches would then mix up questions.
     """
-    needs = [str(s) for s in reducer.needs if s != FEATURES]
-    if reducer.serving_safe and not needs:
+    if reducer.serving_safe and not reducer.needs:
         return reducer
     able = ", ".join(f"{name} with {o}" if o else name for name, o in servable().items())
     raise OptionError(

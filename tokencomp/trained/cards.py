@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.base import Adapter, adapter_for
 from tokencomp.errors import WeightsError
-from tokencomp.reducers._options import fits
+from tokencomp.tokens import ModelFacts
+from tokencomp.validation import fits
 
 FINGERPRINT = 16
 SAME = 0.9
@@ -30,17 +31,33 @@ SUBFOLDER = "tokencomp"  # of a model folder, for parts that ship with it
 
 def model_card(model: nn.Module) -> dict[str, Any]:
     """What identifies `model`: id, type, layers, hidden size, fingerprint; plain types."""
-    adapter = adapter_for(model)
-    top: Any = adapter.model
-    first: Any = adapter.layers[0]
-    name = loaded_from(top)
+    facts = model_facts(adapter_for(model))
+    name = facts.folder
     return {
         "model_id": Path(name).name if Path(name).is_absolute() else name,
-        "model_type": top.config.model_type,
-        "num_layers": len(adapter.layers),
-        "hidden_size": int(adapter.text_config.hidden_size),
-        "fingerprint": fingerprint(first.self_attn.k_proj),
+        "model_type": facts.model_type,
+        "num_layers": facts.num_layers,
+        "hidden_size": facts.hidden_size,
+        "fingerprint": facts.fingerprint(),
     }
+
+
+def model_facts(adapter: Adapter) -> ModelFacts:
+    """What reducers may know of the adapter's model."""
+    model: Any = adapter.model
+    layers: Any = adapter.layers
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return ModelFacts(
+        mrope=adapter.mrope,
+        model_type=model.config.model_type,
+        num_layers=len(layers),
+        hidden_size=int(adapter.text_config.hidden_size),
+        folder=loaded_from(model),
+        # While an offloading hook keeps the weights away, their device is not known yet.
+        device=torch.device("cpu") if weight.is_meta else weight.device,
+        dtype=weight.dtype,
+        fingerprint=lambda: fingerprint(layers[0].self_attn.k_proj),
+    )
 
 
 def loaded_from(top: Any) -> str:
@@ -73,13 +90,13 @@ def weights_hash(model: nn.Module) -> str:
 
     Parameters that an offloading hook keeps away until they are used are left out.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, value in model.named_parameters():
         if not value.is_meta:
             flat = value.detach().flatten()
             some = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu()
-            found.update(name.encode() + some.numpy().tobytes())
-    return found.hexdigest()[:16]
+            digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _weight(layer: Any) -> Tensor | None:
@@ -94,13 +111,15 @@ def _weight(layer: Any) -> Tensor | None:
     return None
 
 
-def check_card(card: dict[str, Any], model: nn.Module, path: Path, train: str) -> None:
+def check_card(card: dict[str, Any], facts: ModelFacts, path: Path, train: str) -> None:
     """Refuse weights that were made for another model.
 
     Parameters
     ----------
     card
-        As `read` gives it.
+        The card of the weights, see `read`.
+    facts
+        Of the model that shall use them.
     train
         The command that makes weights for this model.
 
@@ -109,28 +128,29 @@ def check_card(card: dict[str, Any], model: nn.Module, path: Path, train: str) -
     WeightsError
         Type, number of layers, hidden size or fingerprint differ, or the fingerprint is none.
     """
-    here = model_card(model)
-    wrong = [k for k in ("model_type", "num_layers", "hidden_size") if card.get(k) != here[k]]
+    fields = ("model_type", "num_layers", "hidden_size")
+    expected = {name: getattr(facts, name) for name in fields}
+    wrong = [name for name in fields if card.get(name) != expected[name]]
     if wrong:
-        told = ", ".join(f"{k} {card.get(k)!r} instead of {here[k]!r}" for k in wrong)
+        differences = ", ".join(f"{k} {card.get(k)!r} instead of {expected[k]!r}" for k in wrong)
         raise WeightsError(
-            f"{path} was made for {card.get('model_id') or 'another model'}: {told}. "
+            f"{path} was made for {card.get('model_id') or 'another model'}: {differences}. "
             f"Train weights for this model: {train}"
         )
-    made, mine = card.get("fingerprint"), here["fingerprint"]
-    if made is not None and not (fits(made, tuple[float, ...]) and len(made) == FINGERPRINT):
+    stored, actual = card.get("fingerprint"), facts.fingerprint()
+    if stored is not None and not (fits(stored, tuple[float, ...]) and len(stored) == FINGERPRINT):
         raise WeightsError(
             f"the card of {path} is damaged: its fingerprint is not {FINGERPRINT} numbers. Copy "
             f"both files of a finished training run, or train again: {train}"
         )
-    if made and mine and sum(a * b for a, b in zip(made, mine, strict=True)) < SAME:
+    if stored and actual and sum(a * b for a, b in zip(stored, actual, strict=True)) < SAME:
         raise WeightsError(
             f"{path} was made for another checkpoint ({card.get('model_id') or 'unnamed'}) of the "
             f"same architecture. Train weights for this one: {train}"
         )
 
 
-def locate(given: str | None, model: nn.Module, kind: str, train: str) -> Path:
+def locate(weights: str | None, facts: ModelFacts, kind: str, train: str) -> Path:
     """The weights file of `kind`: where the user says, else in the model's own folder.
 
     A folder is searched itself, then its subfolder `tokencomp`: serving engines load every
@@ -142,14 +162,14 @@ def locate(given: str | None, model: nn.Module, kind: str, train: str) -> Path:
         There is none.
     """
     name = f"{kind}.safetensors"
-    folder = loaded_from(adapter_for(model).model)
-    path = Path(given or folder)
-    for file in (path, path / name, path / SUBFOLDER / name) if given or folder else ():
+    folder = facts.folder
+    path = Path(weights or folder)
+    for file in (path, path / name, path / SUBFOLDER / name) if weights or folder else ():
         if file.is_file():
             return file
     if path.is_dir():
         path = path / name
-    where = f"{path} does not exist" if given else f"no {name} lies in the model's folder"
+    where = f"{path} does not exist" if weights else f"no {name} lies in the model's folder"
     raise WeightsError(
         f"reducer={kind!r} needs trained weights, and {where}. Train them with `{train}`, then "
         f"patch(model, reducer={kind!r}, weights='FOLDER')."
@@ -169,19 +189,19 @@ def read(path: Path, kind: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]
 
     card = path.with_suffix(".json")
     try:
-        tensors, told = load_file(path), json.loads(card.read_text(encoding="utf-8"))
-        found = told.get("kind", kind)
+        tensors, content = load_file(path), json.loads(card.read_text(encoding="utf-8"))
+        stored_kind = content.get("kind", kind)
     except (OSError, SafetensorError, ValueError, AttributeError) as error:
         raise WeightsError(
             f"{path} and its card {card.name} cannot be read ({error}). Copy both files of a "
             "finished training run."
         ) from error
-    if kind and found != kind:
-        raise WeightsError(f"{path} holds a {found!r}, not a {kind!r}. Give the other file.")
+    if kind and stored_kind != kind:
+        raise WeightsError(f"{path} holds a {stored_kind!r}, not a {kind!r}. Give the other file.")
     broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if broken:
         raise WeightsError(f"{path}: NaN or infinity in {', '.join(broken[:3])}. Train it again.")
-    return tensors, told
+    return tensors, content
 
 
 def write(path: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError, WeightsError
-from tokencomp.reducers._options import check_types
+from tokencomp.validation import check_types
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import tokencomp
 from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import MissingDependencyError, OptionError, WeightsError
 from tokencomp.plan import check_ratio
-from tokencomp.reducers.base import make_reducer
-from tokencomp.trained.cards import check_card, model_card, write_json
+from tokencomp.reducers.registry import make_reducer
+from tokencomp.trained.cards import check_card, model_card, model_facts, write_json
 from tokencomp.training.checks import without_patch
 from tokencomp.training.data import data_identity, questions
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
@@ -209,7 +209,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise WeightsError(f"{folder / CARD} cannot be read ({error}). Train again: {train}") from (
             error
         )
-    check_card(card, model, folder, train)
+    check_card(card, model_facts(adapter_for(model)), folder, train)
     try:
         return peft.PeftModel.from_pretrained(model, str(folder)).eval()
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:

@@ -13,56 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokencomp
-from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import OptionError
 from tokencomp.reducers.ccam import Ccam
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens import ModelFacts, VisualSpan
 from tokencomp.trained.cards import model_card, write_json
 from tokencomp.trained.ccam import CCAMProjector
-from tokencomp.trained.ccam_config import CCAMConfig, read_card
+from tokencomp.trained.ccam_config import read_card
 from tokencomp.training.capture import capture
+from tokencomp.training.ccam_config import CcamConfig
 from tokencomp.training.ccam_evaluation import check_media, evaluate, held_out, sample_spans
 from tokencomp.training.checks import without_patch
 from tokencomp.training.data import data_identity, questions
-from tokencomp.training.loop import Loop, LoopConfig, answer_loss
-
-
-@dataclass(frozen=True)
-class CcamConfig(LoopConfig):
-    """What `tokencomp train ccam` can be told beyond the loop.
-
-    Attributes
-    ----------
-    queries, width, heads, mlp, causal, spatial
-        Of the projector; 0 takes the model's hidden size (width), its heads, and twice the width
-        (mlp).
-    align
-        First steps that only ask every query for the mean of its share of a single frame, so that
-        the frozen model is given something it can read from the start (ours).
-    """
-
-    queries: int = 32
-    width: int = 0
-    heads: int = 0
-    mlp: int = 0
-    causal: bool = True
-    spatial: bool = True
-    align: int = 200
-
-    def sizes(self, model: Any) -> CCAMConfig:
-        """The projector for `model`."""
-        config = adapter_for(model).text_config
-        width = self.width or int(config.hidden_size)
-        return CCAMConfig(
-            queries=self.queries,
-            width=width,
-            heads=self.heads or int(config.num_attention_heads),
-            mlp=self.mlp or 2 * width,
-            kv_dim=int(config.hidden_size),
-            out_dim=int(config.hidden_size),
-            causal=self.causal,
-            spatial=self.spatial,
-        )
+from tokencomp.training.loop import Loop, answer_loss
 
 
 @dataclass(frozen=True)
@@ -74,7 +36,7 @@ class Live(Ccam):
 
     module: Any = None
 
-    def for_model(self, model: Any) -> Live:
+    def bind(self, facts: ModelFacts) -> Live:
         return self
 
     def projector(self, device: torch.device, dtype: torch.dtype) -> CCAMProjector:
@@ -83,9 +45,9 @@ class Live(Ccam):
     def queries(self) -> int:
         return self.module.config.queries
 
-    def span_count(self, span: VisualSpan, fraction: float) -> int:
+    def keep_count(self, span: VisualSpan, fraction: float) -> int:
         check_media([span], self.queries())
-        return super().span_count(span, fraction)
+        return super().keep_count(span, fraction)
 
 
 @without_patch

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
 from tokencomp.tokens import VisualSpan
 from tokencomp.training.capture import capture
+from tokencomp.training.ccam_config import CcamConfig
 from tokencomp.training.data import EMBEDDED, load_batch, questions
 from tokencomp.training.loop import LoopConfig
 from tokencomp.training.measure import Measurement, Way
-
-if TYPE_CHECKING:
-    from tokencomp.training.ccam import CcamConfig
 
 SAMPLE = 16
 """Questions whose media are counted before training and before an evaluation."""

@@ -14,7 +14,7 @@ from tokencomp.errors import OptionError, unknown_name
 from tokencomp.inputs.files import EMBEDDED, FileQuestions, questions_file
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.questions import Example, media_kind
-from tokencomp.reducers.base import check_choice
+from tokencomp.validation import check_choice
 
 IGNORE = -100
 

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
-from tokencomp.reducers._options import check_types
 from tokencomp.trained.cards import replace_file
 from tokencomp.training.checks import check_finite, check_rate, load_checkpoint
 from tokencomp.training.data import IGNORE, answer_ids, append, batches, load_batch
+from tokencomp.validation import check_types
 
 AFTERWARDS = ("evaluate", "ratios", "save_every")
 """Settings that change nothing of what is trained."""

@@ -15,8 +15,10 @@ import argparse
 from benchmarks.accuracy.library import (
     ShapesQuestions,
     Way,
+    adapter_for,
     load_model,
     locate,
+    model_facts,
     one_message,
 )
 from benchmarks.accuracy.studies.trained import Book, measure, parser
@@ -44,9 +46,10 @@ def main(args: argparse.Namespace) -> None:
     book = Book("ccam", args, RIVALS)
     if book.sets:
         model, processor = load_model(args.model, device=args.device)
-        files = {"ccam": locate(args.weights, model, "ccam", TRAIN)}
+        facts = model_facts(adapter_for(model))
+        files = {"ccam": locate(args.weights, facts, "ccam", TRAIN)}
         if args.free:
-            files[FREE] = locate(args.free, model, "ccam", f"{TRAIN} --no-causal")
+            files[FREE] = locate(args.free, facts, "ccam", f"{TRAIN} --no-causal")
         cards = {name: path.with_suffix(".json") for name, path in files.items()}
         queries = read_card(files["ccam"])[1].queries
     for name in book.sets:

@@ -18,8 +18,10 @@ from typing import Any
 from benchmarks.accuracy.library import (
     DOWNSCALE,
     ShapesQuestions,
+    adapter_for,
     load_model,
     locate,
+    model_facts,
     one_message,
 )
 from benchmarks.accuracy.packing import PackedAnswers
@@ -89,7 +91,9 @@ def main(args: argparse.Namespace) -> None:
     book = Book("selector", args, RIVALS)
     if book.sets:
         model, processor = load_model(args.model, device=args.device)
-        file = locate(args.weights, model, "selector", "tokencomp train selector")
+        file = locate(
+            args.weights, model_facts(adapter_for(model)), "selector", "tokencomp train selector"
+        )
     for name in book.sets:
         scene = {k: v for k, v in SETS[name].items() if k == "frames"}
         count = args.items // SETS[name]["fewer"]

@@ -1,7 +1,7 @@
-"""One media item of a prompt: its spans, how many tokens of each stay, and doing it.
+"""One media item of a prompt: its spans, how many tokens of each stay, and the reduction.
 
-Spans are cut exactly as the adapters of the Hugging Face path cut them, so both homes reduce the
-same tokens with the same object.
+Spans are cut exactly as the adapters of the Hugging Face path cut them, so that both backends
+reduce the same tokens with the same reducer.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tokencomp.reducers.base import Reducer, make_reducer
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import make_reducer
 from tokencomp.serving.spec import Spec
-from tokencomp.tokens import Grid, VisualTokens
+from tokencomp.tokens import Grid, ModelFacts, VisualSpan, VisualTokens
 
 Special = Literal["none", "rows", "end"]
 
@@ -29,7 +30,7 @@ def field_name(modality: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """A span before reduction.
+    """A span before reduction, in the compact form that travels as JSON.
 
     Attributes
     ----------
@@ -50,15 +51,11 @@ class Layout:
     def length(self) -> int:
         return math.prod(self.grid) + self.num_special
 
-    def special_mask(self, device: torch.device) -> Tensor:
-        """Boolean mask of the special tokens, shape (length,)."""
-        mask = torch.zeros(self.length, dtype=torch.bool, device=device)
-        if self.special == "rows":
-            width = self.grid[2]
-            mask[width :: width + 1] = True
-        elif self.special == "end":
-            mask[-1] = True
-        return mask
+    def span(self, kind: Literal["image", "video"]) -> VisualSpan:
+        """The span as plans and reducers know it, with the offsets of its special tokens."""
+        width, length = self.grid[2], self.length
+        offsets = {"none": (), "rows": range(width, length, width + 1), "end": (length - 1,)}
+        return VisualSpan(0, length, self.grid, kind, tuple(offsets[self.special]))
 
 
 @dataclass(frozen=True)
@@ -87,11 +84,12 @@ class ItemPlan:
     @classmethod
     def make(cls, kind: Any, layouts: list[Layout], spec: Spec, extent: int = 0) -> ItemPlan:
         """Plan an item under an active spec."""
-        reducer = spec.reducer
-        if reducer is None:
+        if spec.reducer is None:
             raise ValueError("an item plan needs a reducer")
-        reducer = reducer.for_positions(mrope=extent > 0)
-        keep = tuple(reducer.kept_count(s.grid, spec.ratio, s.num_special) for s in layouts)
+        reducer = spec.reducer.bind(ModelFacts(mrope=extent > 0))
+        # A reducer that can be served has one stage, at entry, however many layers there are.
+        plan = reducer.plan(spec.ratio, num_layers=1)
+        keep = tuple(plan.counts(layout.span(kind), num_layers=1)[-1] for layout in layouts)
         options = json.dumps(reducer.options(), sort_keys=True)
         return cls(kind, tuple(layouts), keep, reducer.name, options, extent)
 
@@ -158,7 +156,7 @@ def _reduce_span(
 ) -> tuple[Tensor, Tensor]:
     if keep == layout.length:
         return features, torch.arange(keep, device=features.device)
-    special = layout.special_mask(features.device)
+    special = layout.span(kind).special_mask(features.device)
     tokens = VisualTokens(features, layout.grid, special, kind=kind)
     result = reducer.reduced(tokens, keep)
     rows = features[result.keep] if result.merged is None else result.merged.to(features)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from tokencomp.errors import OptionError
-from tokencomp.reducers._rows import finite
+from tokencomp.reducers._rows import finite_values
 from tokencomp.reducers.selector import CHANNELS, SelectorNet
 from tokencomp.trained.cards import replace_file
 from tokencomp.training.checks import check_finite, load_checkpoint
+from tokencomp.training.selector.config import SelectorConfig
 from tokencomp.training.selector.labels import Pair
-
-if TYPE_CHECKING:
-    from tokencomp.training.selector.train import SelectorConfig
 
 SETTINGS = ("epochs", "learning_rate", "batch_spans", "zeroed", "seed")
 """Of `SelectorConfig`: what the network depends on beside the labels."""
@@ -106,7 +104,8 @@ def targets(pairs: Sequence[Pair], zeroed: float) -> list[Pair]:
     """
     found = []
     for row, label in pairs:
-        row, label = finite(row, "attention shares"), finite(label, "relevances")
+        row = finite_values(row, "attention shares")
+        label = finite_values(label, "relevances")
         low = label.sort(stable=True).indices[: int(len(label) * zeroed)]
         kept = label.scatter(0, low, 0.0)
         if len(row) > 1 and float(kept.sum()) > 0:

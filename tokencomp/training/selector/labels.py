@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +15,12 @@ from tqdm.auto import tqdm
 from tokencomp.errors import OptionError
 from tokencomp.inputs.prompts import generate, to_model
 from tokencomp.inputs.questions import Example
-from tokencomp.reducers._rows import finite
+from tokencomp.reducers._rows import finite_values
 from tokencomp.trained.cards import model_card, write_json, write_tensors
 from tokencomp.training.checks import check_same_run
 from tokencomp.training.data import answer_ids, append, data_identity, load_batch, order
 from tokencomp.training.relevance import attention_bytes, explain
-
-if TYPE_CHECKING:
-    from tokencomp.training.selector.train import SelectorConfig
+from tokencomp.training.selector.config import SelectorConfig
 
 Pair = tuple[Tensor, Tensor]
 """Attention row and relevance of the patches of one span, both float32 (n,)."""
@@ -107,7 +105,8 @@ def explain_batch(
     for spans, by_row, by_label in zip(seen.spans, rows, found, strict=True):
         for span, row, relevance in zip(spans, by_row, by_label, strict=True):
             patch = ~span.special_mask()
-            row, relevance = finite(row, "attention shares"), finite(relevance, "relevances")
+            row = finite_values(row, "attention shares")
+            relevance = finite_values(relevance, "relevances")
             pairs.append((row.cpu()[patch], relevance.cpu()[patch]))
     return pairs
 

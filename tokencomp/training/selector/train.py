@@ -6,81 +6,26 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from tokencomp.inputs.questions import Example
-from tokencomp.reducers._options import check_types
-from tokencomp.reducers._rows import given_scores
-from tokencomp.reducers.base import Reducer, top_k
+from tokencomp.reducers._rows import signal_scores, top_k
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.selector import SelectorNet
 from tokencomp.tokens import Attention, Reduction, Signal, VisualTokens
 from tokencomp.trained.cards import model_card, write, write_json
-from tokencomp.training.checks import check_folder, check_rate, without_patch
+from tokencomp.training.checks import check_folder, without_patch
 from tokencomp.training.data import questions
 from tokencomp.training.measure import Measurement, Way
-from tokencomp.training.relevance import TARGET, Target
+from tokencomp.training.relevance import Target
+from tokencomp.training.selector.config import SelectorConfig
 from tokencomp.training.selector.fit import fit
 from tokencomp.training.selector.labels import Pair, label, label_identity
 
 SHARES = (0.5, 0.25, 0.1)
 RATIOS = (0.5, 0.75, 0.9)
-
-
-@dataclass(frozen=True)
-class SelectorConfig:
-    """What `tokencomp train selector` can be told.
-
-    Attributes
-    ----------
-    samples
-        Questions to explain; the paper has 8 to 12 thousand per model and modality.
-    kind
-        "image", "video" or "both" of the embedded benchmark; files hold what they hold.
-    batch
-        Questions answered at once, and explained as far as memory allows.
-    epochs, learning_rate, batch_spans
-        Of the network.
-    zeroed
-        Share of each label's lowest values that is set to zero.
-    answers
-        "generated": explain what the model says (the paper); "given": the reference answer.
-    target
-        "logit" or "logprob" of the answer tokens.
-    frames
-        Frames read from video files.
-    max_new_tokens
-        Longest answer that is generated and explained.
-    held_out, evaluate
-        Held-out questions that are explained, and that are answered under compression.
-    seed
-        Of the order of the questions and spans, and of the network's first weights.
-
-    Raises
-    ------
-    OptionError
-        A value of another type or name, or a learning rate outside (0, 1].
-    """
-
-    samples: int = 8000
-    kind: str = "both"
-    batch: int = 16
-    epochs: int = 20
-    learning_rate: float = 2e-3
-    batch_spans: int = 64
-    zeroed: float = 0.5
-    answers: Literal["generated", "given"] = "generated"
-    target: Target = TARGET
-    frames: int = 8
-    max_new_tokens: int = 16
-    held_out: int = 500
-    evaluate: int = 200
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_types("selector", self)
-        check_rate(self.learning_rate)
 
 
 @without_patch
@@ -145,7 +90,7 @@ class AttentionRow(Reducer):
         return frozenset({Attention("text")})
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        return Reduction(top_k(given_scores(tokens, "attention"), tokens.special, keep))
+        return Reduction(top_k(signal_scores(tokens, "attention"), tokens.special, keep))
 
 
 def ways(weights: Path, ratios: Sequence[float], oracles: Sequence[Target] = ()) -> list[Way]:

@@ -1,0 +1,145 @@
+"""Names of reducers and adapters: taken names, reloads, and plugins."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+import tokencomp
+from tokencomp.adapters.base import Adapter, available_models, register_adapter
+from tokencomp.errors import NameTakenError, PluginWarning
+from tokencomp.reducers import registry
+from tokencomp.reducers.merge import Merge
+from tokencomp.reducers.uniform import Uniform
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registries as they were, after every test."""
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry.available_reducers()))
+    base = importlib.import_module("tokencomp.adapters.base")
+    monkeypatch.setattr(base, "_REGISTRY", dict(available_models()))
+
+
+@dataclasses.dataclass(frozen=True)
+class UserReducer(Uniform):
+    pass
+
+
+def test_a_taken_name_is_refused() -> None:
+    with pytest.raises(NameTakenError, match=r"reducer 'merge'.*merge\.Merge.*override=True"):
+        tokencomp.register_reducer("merge")(UserReducer)
+    assert tokencomp.available_reducers()["merge"] is Merge
+    assert UserReducer.name == "uniform"
+
+
+def test_a_taken_name_is_refused_before_anything_is_loaded() -> None:
+    """The first use of the registry must not decide who loses."""
+    code = """
+import tokencomp
+from tokencomp.errors import NameTakenError
+try:
+    @tokencomp.register_reducer("merge")
+    class UserReducer(tokencomp.Reducer):
+        pass
+except NameTakenError:
+    print(tokencomp.available_reducers()["merge"].__module__)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "tokencomp.reducers.merge"
+
+
+def test_override_replaces_a_reducer() -> None:
+    tokencomp.register_reducer("merge", override=True)(UserReducer)
+    assert tokencomp.available_reducers()["merge"] is UserReducer
+    assert isinstance(tokencomp.make_reducer("merge"), UserReducer)
+
+
+def test_a_reloaded_module_registers_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("tokencomp.reducers.uniform")
+    old = dict(vars(module))
+    new = importlib.reload(module)
+    assert tokencomp.available_reducers()["uniform"] is new.Uniform is not old["Uniform"]
+    vars(module).update(old)
+
+
+def test_adapters_share_the_rule() -> None:
+    class Other(Adapter):
+        model_types = ("new_type", "qwen2_vl")
+
+    with pytest.raises(NameTakenError, match=r"model type 'qwen2_vl'.*Qwen2VLAdapter"):
+        register_adapter(Other)
+    assert "new_type" not in available_models()
+    assert register_adapter(override=True)(Other) is Other
+    assert available_models()["qwen2_vl"] is available_models()["new_type"] is Other
+    register_adapter(Other)
+
+
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch, entries: str, source: str) -> None:
+    """A distribution "plugins" with these entry points and one module."""
+    info = folder / "plugins-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugins\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[tokencomp.reducers]\n{entries}\n")
+    (folder / "plugin_reducers.py").write_text(source)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(registry, "_plugins_loaded", False)
+    monkeypatch.delitem(sys.modules, "plugin_reducers", raising=False)
+
+
+def test_plugins_register_by_class_or_by_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = """
+import dataclasses, tokencomp
+from tokencomp.reducers.uniform import Uniform
+class First(Uniform): pass
+@tokencomp.register_reducer("second")
+class Second(Uniform): pass
+assert "merge" in tokencomp.available_reducers()  # plugins may use the registry
+"""
+    install(tmp_path, monkeypatch, "first = plugin_reducers:First\nall = plugin_reducers", source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        names = tokencomp.available_reducers()
+    assert names["first"].__name__ == "First" and names["second"].__name__ == "Second"
+    assert "all" not in names and tokencomp.make_reducer("first").name == "first"
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("bad = plugin_reducers:Missing", "AttributeError"),
+        ("bad = no_such_module", "ModuleNotFoundError"),
+        ("merge = plugin_reducers:Good", "NameTakenError"),
+    ],
+)
+def test_a_broken_plugin_is_named_and_the_rest_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, reason: str
+) -> None:
+    source = "from tokencomp.reducers.uniform import Uniform\nclass Good(Uniform): pass\n"
+    install(tmp_path, monkeypatch, f"{entry}\ngood = plugin_reducers:Good", source)
+    name = entry.split()[0]
+    with pytest.warns(PluginWarning, match=rf"plugin '{name}'.*plugins.*{reason}"):
+        names = tokencomp.available_reducers()
+    assert names["good"].__name__ == "Good" and names["merge"] is Merge
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokencomp.available_reducers()
+
+
+def test_what_servers_can_run_is_computed() -> None:
+    """A reducer declares nothing: signals, later stages and counts of its own exclude it."""
+    safe = {n for n, cls in tokencomp.available_reducers().items() if cls().serving_safe}
+    assert safe == {"divprune", "evs", "merge", "pool", "random", "uniform", "vidcom2"}
+    assert UserReducer().serving_safe
+    for name, options in (("condiv", {"signal": "norm"}), ("cdpruner", {"relevance": "none"})):
+        assert tokencomp.make_reducer(name, **options).serving_safe
+    assert not tokencomp.make_reducer("merge", metric="vit_keys").serving_safe
+    assert not tokencomp.make_reducer("merge+adsc").serving_safe

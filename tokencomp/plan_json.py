@@ -1,0 +1,95 @@
+"""Plans as plain data: the JSON form that files, the command line and records of runs share."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from tokencomp.errors import PlanError
+from tokencomp.plan import Plan, Stage
+from tokencomp.reducers.registry import make_reducer
+from tokencomp.validation import fits
+
+PlanLike = Plan | list[dict[str, Any]] | str | PathLike[str]
+
+
+def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
+    """A plan as plain data: one object per stage with layer, fraction, reducer and options.
+
+    Raises
+    ------
+    PlanError
+        A reducer without a registered name, so that the plan could not be read again.
+    """
+    nameless = [type(s.reducer).__name__ for s in plan.stages if not s.reducer.name]
+    if nameless:
+        raise PlanError(
+            f"{nameless[0]} has no name to write down. Register it with "
+            '@tokencomp.register_reducer("name").'
+        )
+    return [
+        {
+            "layer": int(s.layer),
+            "fraction": float(s.fraction),
+            "reducer": s.reducer.name,
+            "options": s.reducer.options(),
+        }
+        for s in plan.stages
+    ]
+
+
+def plan_from_json(data: list[dict[str, Any]]) -> Plan:
+    """The plan that `plan_to_json` wrote; `options` may be left out.
+
+    Raises
+    ------
+    PlanError
+        Something other than a list; a stage without layer, fraction or reducer, with further
+        keys, or with a value of another type; whatever `Stage` and `Plan` refuse.
+    UnknownNameError, OptionError
+        A reducer that is not registered, or options that it refuses.
+    """
+    if not isinstance(data, list):
+        raise PlanError(f"plan {data!r}: expected a list of stages.")
+    stages = []
+    for i, item in enumerate(data):
+        if not _is_stage(item):
+            raise PlanError(
+                f"stage {i} of the plan is {item!r}; expected an object with layer (an integer), "
+                "fraction (a number), reducer (a name) and, if needed, options (an object), e.g. "
+                '{"layer": 0, "fraction": 0.5, "reducer": "merge"}.'
+            )
+        reducer = make_reducer(item["reducer"], **item.get("options", {}))
+        stages.append(Stage(item["layer"], float(item["fraction"]), reducer))
+    return Plan(tuple(stages))
+
+
+def _is_stage(item: Any) -> bool:
+    hints = {"layer": int, "fraction": float, "reducer": str}
+    if not isinstance(item, dict) or set(item) - {"options"} != set(hints):
+        return False
+    options = item.get("options", {})
+    typed = all(fits(item[key], hint) for key, hint in hints.items())
+    return typed and isinstance(options, dict) and all(isinstance(key, str) for key in options)
+
+
+def as_plan(plan: PlanLike) -> Plan:
+    """The plan that `plan` is, holds as JSON data, or names as a JSON file.
+
+    Raises
+    ------
+    PlanError
+        A file that cannot be read or is not JSON; otherwise as `plan_from_json`.
+    """
+    if isinstance(plan, Plan):
+        return plan
+    if not isinstance(plan, str | PathLike):
+        return plan_from_json(plan)
+    try:
+        data = json.loads(Path(plan).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fix = "Give a JSON file of stages (see tokencomp.plan_to_json), or the stages themselves."
+        raise PlanError(f"plan file {str(plan)!r}: {error}. {fix}") from error
+    return plan_from_json(data)

@@ -1,0 +1,162 @@
+"""Reducers by name: the built-in ones, those that plugins bring, and those of user code.
+
+A package offers reducers through the entry-point group `tokencomp.reducers`. An entry point names
+a `Reducer` subclass, or a module that registers its classes when it is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import threading
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, TypeVar
+
+from tokencomp.errors import OptionError, PluginWarning, name_taken, unknown_name
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.compose import Compose, assign_options, part_names
+
+PACKAGE = "tokencomp.reducers"
+GROUP = "tokencomp.reducers"
+
+R = TypeVar("R", bound=type[Reducer])
+_REGISTRY: dict[str, type[Reducer]] = {}
+_built_in_loaded = _plugins_loaded = False
+_loading = threading.local()  # in this thread: plugins may use the registry while they load
+
+
+def register_reducer(name: str, *, override: bool = False) -> Callable[[R], R]:
+    """Class decorator that makes a reducer available by name.
+
+    Parameters
+    ----------
+    override
+        Replace a reducer that has the name already.
+
+    Raises
+    ------
+    NameTakenError
+        Another class has the name, and `override` is False. The same class may register again:
+        modules are reloaded, and notebook cells run twice.
+    """
+
+    def decorate(cls: R) -> R:
+        if not cls.__module__.startswith(f"{PACKAGE}."):
+            _load_built_in()  # so that a clash with a built-in name shows now, not later
+        old = _REGISTRY.get(name)
+        if old is not None and not override and not same_class(old, cls):
+            raise name_taken("reducer", name, old, cls)
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return decorate
+
+
+def same_class(old: type, new: type) -> bool:
+    """Whether `new` is `old`, or comes from running the definition of `old` again."""
+    return (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
+
+
+def _load_built_in() -> None:
+    global _built_in_loaded
+    if not _built_in_loaded:
+        package = importlib.import_module(PACKAGE)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{PACKAGE}.{module.name}")
+        _built_in_loaded = True  # only now: another thread must not miss what is still loading
+
+
+def _load_plugins() -> None:
+    global _plugins_loaded
+    if _plugins_loaded or getattr(_loading, "active", False):
+        return
+    _loading.active = True
+    try:
+        for entry_point in metadata.entry_points(group=GROUP):
+            _load_plugin(entry_point)
+    finally:
+        _loading.active = False
+    _plugins_loaded = True  # only now, for the same reason
+
+
+def _load_plugin(entry_point: metadata.EntryPoint) -> None:
+    try:
+        plugin = entry_point.load()
+        is_reducer = isinstance(plugin, type) and issubclass(plugin, Reducer)
+        if is_reducer and plugin not in _REGISTRY.values():
+            register_reducer(entry_point.name)(plugin)
+    except Exception as error:  # whatever a plugin raises, everything else must keep working
+        package = entry_point.dist.name if entry_point.dist else "an unknown package"
+        warnings.warn(
+            f"plugin {entry_point.name!r} ({entry_point.value}, from {package}) of the entry-point "
+            f"group {GROUP!r} was not loaded: {type(error).__name__}: {error}. Update or uninstall "
+            f"{package}; all other reducers are available.",
+            PluginWarning,
+            stacklevel=2,
+        )
+
+
+def available_reducers() -> dict[str, type[Reducer]]:
+    """All registered reducers by name."""
+    _load_built_in()
+    _load_plugins()
+    return dict(sorted(_REGISTRY.items()))
+
+
+def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
+    """Build a reducer from its registry name and options; "merge+prune" composes two.
+
+    Raises
+    ------
+    UnknownNameError
+        No reducer has that name (close matches are named).
+    OptionError
+        An option the reducer does not have, or a value it refuses.
+    """
+    if isinstance(name, Reducer):
+        if options:
+            raise OptionError(
+                f"options {sorted(options)} beside a ready {name.name!r} object. Set "
+                "them when you build it."
+            )
+        return name
+    if isinstance(name, type) and issubclass(name, Reducer):
+        raise OptionError(
+            f"reducer={name.__name__} is a class. Give an object with its options set: "
+            f"reducer={name.__name__}(...)."
+        )
+    if isinstance(name, str) and "+" in name:
+        return _compose(name, options)
+    cls = _class_of(name)
+    allowed = _option_names(cls)
+    wrong = sorted(set(options) - set(allowed))
+    if wrong:
+        raise OptionError(
+            f"reducer {name!r} has no option {', '.join(map(repr, wrong))}. "
+            f"It has: {', '.join(allowed) or 'none'}."
+        )
+    return cls(**options)
+
+
+def _class_of(name: str) -> type[Reducer]:
+    registry = available_reducers()
+    if not isinstance(name, str) or name not in registry:
+        raise unknown_name("reducer", str(name), registry)
+    return registry[name]
+
+
+def _option_names(cls: type[Reducer]) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _compose(name: str, options: dict[str, Any]) -> Compose:
+    """Build "first+second"; see `assign_options` for how options are named."""
+    parts = part_names(name)
+    fields = {part: _option_names(_class_of(part)) for part in parts}
+    by_part = assign_options(name, options, fields)
+    entry, layer = (make_reducer(part, **by_part[part]) for part in parts)
+    return Compose(entry, layer, options.get("share", 0.5))

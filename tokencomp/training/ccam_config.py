@@ -1,0 +1,48 @@
+"""Options of `tokencomp train ccam`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tokencomp.adapters.base import adapter_for
+from tokencomp.trained.ccam_config import CCAMConfig
+from tokencomp.training.loop import LoopConfig
+
+
+@dataclass(frozen=True)
+class CcamConfig(LoopConfig):
+    """Options of the training of a projector, beside those of the loop.
+
+    Attributes
+    ----------
+    queries, width, heads, mlp, causal, spatial
+        Of the projector; 0 takes the model's hidden size (width), its heads, and twice the width
+        (mlp).
+    align
+        Number of first steps that train every query to return the mean of its share of a single
+        frame, so that the frozen model can read the queries from the start (ours).
+    """
+
+    queries: int = 32
+    width: int = 0
+    heads: int = 0
+    mlp: int = 0
+    causal: bool = True
+    spatial: bool = True
+    align: int = 200
+
+    def sizes(self, model: Any) -> CCAMConfig:
+        """The projector for `model`."""
+        config = adapter_for(model).text_config
+        width = self.width or int(config.hidden_size)
+        return CCAMConfig(
+            queries=self.queries,
+            width=width,
+            heads=self.heads or int(config.num_attention_heads),
+            mlp=self.mlp or 2 * width,
+            kv_dim=int(config.hidden_size),
+            out_dim=int(config.hidden_size),
+            causal=self.causal,
+            spatial=self.spatial,
+        )
