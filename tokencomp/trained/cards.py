@@ -1,8 +1,8 @@
-"""Trained parts on disk: one safetensors file, and beside it a JSON card of where it belongs.
+"""Trained parts on disk: a safetensors file, and a JSON card that names the model it belongs to.
 
-The card says for which model the weights were made. What is compared when they are loaded is the
-architecture (type, layers, hidden size) and a fingerprint of the first layer's key projection,
-which survives changes of dtype and light fine-tuning, but not another checkpoint.
+When weights are loaded, the architecture on their card (type, layers, hidden size) is compared with
+that of the model, and so is a fingerprint of the first layer's key projection. The fingerprint
+tolerates changes of dtype and light fine-tuning, but differs between checkpoints.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tokencomp.reducers._options import fits
 
 FINGERPRINT = 16
 SAME = 0.9
-SAMPLES = 64  # of every parameter, in the hash of the weights
-SUBFOLDER = "tokencomp"  # of a model folder, for parts that ship with it
+SAMPLES = 64  # values of every parameter that enter the hash of the weights
+SUBFOLDER = "tokencomp"  # subfolder of a model folder for trained parts of that model
 
 
 def model_card(model: nn.Module) -> dict[str, Any]:
@@ -44,16 +44,20 @@ def model_card(model: nn.Module) -> dict[str, Any]:
 
 
 def loaded_from(top: Any) -> str:
-    """Folder or hub name that a model was loaded from, or ""; VILA's is on the model alone."""
+    """Return the folder or hub name that a model was loaded from, or an empty string.
+
+    VILA models store it on the model instead of on its config.
+    """
     names = (getattr(top.config, "_name_or_path", ""), getattr(top, "name_or_path", ""))
     return str(next(filter(None, names), ""))
 
 
 @torch.no_grad()
 def fingerprint(projection: Any) -> list[float] | None:
-    """Sixteen sums of the weights under fixed random signs, scaled to norm 1.
+    """Return sixteen sums of the weights with fixed random signs, scaled to norm 1.
 
-    None, which fits anything, if the weights are quantized, not at hand, or not finite.
+    The result is None, which matches every model, if the weights are quantized, offloaded and not
+    accessible, or not finite.
     """
     weight = _weight(getattr(projection, "base_layer", projection))
     if weight is None or not weight.is_floating_point():
@@ -69,21 +73,22 @@ def fingerprint(projection: Any) -> list[float] | None:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Hash of samples of every parameter: training changes it, device and code do not.
+    """Return a hash of samples of every parameter.
 
-    Parameters that an offloading hook keeps away until they are used are left out.
+    Training changes the hash; the device does not. Parameters that an offloading hook loads only
+    for their use are left out.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, value in model.named_parameters():
         if not value.is_meta:
             flat = value.detach().flatten()
-            some = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu()
-            found.update(name.encode() + some.numpy().tobytes())
-    return found.hexdigest()[:16]
+            samples = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu()
+            digest.update(name.encode() + samples.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _weight(layer: Any) -> Tensor | None:
-    """The weight of a linear layer, also where a hook of accelerate keeps it until it is used."""
+    """Return the weight of a linear layer, also if an offloading hook of accelerate stores it."""
     if not layer.weight.is_meta:
         return layer.weight
     hook = getattr(layer, "_hf_hook", None)
@@ -157,35 +162,42 @@ def locate(given: str | None, model: nn.Module, kind: str, train: str) -> Path:
 
 
 def read(path: Path, kind: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and card, which must be of `kind` ("selector", "ccam", ...) if it names its own.
+    """Read tensors and card.
+
+    Parameters
+    ----------
+    path
+        The safetensors file.
+    kind
+        Expected kind ("selector", "ccam", ...); it is compared with that of a card that has one.
 
     Raises
     ------
     WeightsError
-        Either file is missing, broken, or of another kind; a tensor is not finite.
+        If a file is missing, damaged or of another kind, or a tensor is not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     card = path.with_suffix(".json")
     try:
-        tensors, told = load_file(path), json.loads(card.read_text(encoding="utf-8"))
-        found = told.get("kind", kind)
+        tensors, content = load_file(path), json.loads(card.read_text(encoding="utf-8"))
+        stored_kind = content.get("kind", kind)
     except (OSError, SafetensorError, ValueError, AttributeError) as error:
         raise WeightsError(
             f"{path} and its card {card.name} cannot be read ({error}). Copy both files of a "
             "finished training run."
         ) from error
-    if kind and found != kind:
-        raise WeightsError(f"{path} holds a {found!r}, not a {kind!r}. Give the other file.")
+    if kind and stored_kind != kind:
+        raise WeightsError(f"{path} holds a {stored_kind!r}, not a {kind!r}. Use the other file.")
     broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if broken:
         raise WeightsError(f"{path}: NaN or infinity in {', '.join(broken[:3])}. Train it again.")
-    return tensors, told
+    return tensors, content
 
 
 def write(path: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> Path:
-    """Write both files; each appears whole or not at all, the card last."""
+    """Write both files atomically, the card last."""
     write_tensors(path, tensors)
     write_json(path.with_suffix(".json"), card)
     return path
