@@ -92,7 +92,7 @@ def test_layouts_are_the_spans_of_the_adapters() -> None:
         assert span.special_mask().tolist() == special_by_loops(layout)
 
 
-def test_plans_survive_serialisation() -> None:
+def test_plans_travel_unchanged() -> None:
     plan = ItemPlan.make("image", LAYOUTS, Spec(make_reducer("random", seed=3), 0.4))
     data = plan.to_tensor()
     assert data.dtype == torch.uint8 and ItemPlan.from_tensor(data) == plan

@@ -82,8 +82,8 @@ def weights_hash(model: nn.Module) -> str:
     for name, value in model.named_parameters():
         if not value.is_meta:
             flat = value.detach().flatten()
-            samples = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu()
-            digest.update(name.encode() + samples.numpy().tobytes())
+            some = flat[:: max(1, flat.numel() // SAMPLES)].float().cpu()
+            digest.update(name.encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -189,7 +189,7 @@ def read(path: Path, kind: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]
             "finished training run."
         ) from error
     if kind and stored_kind != kind:
-        raise WeightsError(f"{path} holds a {stored_kind!r}, not a {kind!r}. Use the other file.")
+        raise WeightsError(f"{path} holds a {stored_kind!r}, not a {kind!r}. Give the other file.")
     broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if broken:
         raise WeightsError(f"{path}: NaN or infinity in {', '.join(broken[:3])}. Train it again.")
