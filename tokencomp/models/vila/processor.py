@@ -268,7 +268,7 @@ class VilaProcessor:
             images, size={"height": size, "width": size}, return_tensors="pt"
         )["pixel_values"]
 
-    # -- back -----------------------------------------------------------------------------------
+    # -- decoding -------------------------------------------------------------------------------
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
         """Call the tokenizer's method of the same name."""
