@@ -1,4 +1,4 @@
-"""A reducer of your own: one dataclass, one decorator.
+"""Write a reducer of your own as a dataclass with a decorator.
 
 python examples/custom_reducer.py
 """
@@ -24,6 +24,7 @@ class Loudest(tokencomp.Reducer):
     summary = "tokens with the largest norm (example)"
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        """Score every token by its norm; `top_k` always keeps special tokens."""
         norms = torch.linalg.vector_norm(tokens.features.float(), ord=self.p, dim=1)
         return Reduction(top_k(norms, tokens.special, keep))
 

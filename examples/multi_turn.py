@@ -1,4 +1,4 @@
-"""A ragged batch of image and video prompts, then a second turn on the compressed cache.
+"""Run a ragged batch of image and video prompts, then a second turn on the compressed cache.
 
 python examples/multi_turn.py
 """

@@ -1,4 +1,4 @@
-"""One line to compress, one line to undo. Runs on the embedded model.
+"""Compress a model with one line and undo it with another, on the embedded model.
 
 python examples/quickstart.py
 """
@@ -23,6 +23,7 @@ inputs = processor(text=[prompt], videos=[frames], return_tensors="pt")
 
 
 def answer() -> str:
+    """Generate the answer of the model as it is patched at the moment."""
     out = model.generate(**inputs, max_new_tokens=8)
     return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], True)[0].strip()
 

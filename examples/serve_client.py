@@ -3,7 +3,7 @@
     tokencomp serve --model tiny-qwen2-vl --ratio 0.5 &
     python examples/serve_client.py IMAGE "What color is the circle?"
 
-Needs the `openai` package. Works with both engines, and with any OpenAI-compatible client.
+The script needs the `openai` package. Both engines and all OpenAI-compatible clients work alike.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from openai import OpenAI
 
 
 def data_url(path: Path) -> str:
-    """The file as a data: URL; servers fetch nothing by themselves."""
+    """Return the file as a data: URL, because servers never fetch media by themselves."""
     kind = mimetypes.guess_type(path)[0] or "image/png"
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
@@ -28,19 +28,19 @@ def main() -> None:
     parser.add_argument("question")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.5, 0.75])
-    given = parser.parse_args()
-    client = OpenAI(base_url=given.url, api_key="unused")
+    arguments = parser.parse_args()
+    client = OpenAI(base_url=arguments.url, api_key="unused")
     model = client.models.list().data[0].id
-    url = data_url(given.file)
+    url = data_url(arguments.file)
     kind = "video_url" if url.startswith("data:video") else "image_url"
-    content = [{"type": kind, kind: {"url": url}}, {"type": "text", "text": given.question}]
-    for ratio in given.ratios:
+    content = [{"type": kind, kind: {"url": url}}, {"type": "text", "text": arguments.question}]
+    for ratio in arguments.ratios:
         answer = client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": content}],
             max_tokens=32,
             temperature=0,
-            # both engines read this place; the hf engine also takes "tokencomp" beside it
+            # Both engines read the options here. The hf engine also reads a field "tokencomp".
             extra_body={"mm_processor_kwargs": {"tokencomp": {"ratio": ratio}}},
         )
         text = answer.choices[0].message.content.strip()

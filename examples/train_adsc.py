@@ -1,5 +1,6 @@
-"""LoRA while tokens leave between the layers, mild ratios after harsh ones; then PEFT loads it.
+"""Train a LoRA adapter while tokens are dropped between layers, and load it with PEFT.
 
+Training starts with high ratios and continues with lower ones.
 `tokencomp train adsc --model MODEL --data DATA --output FOLDER` does the same for any model.
 
 python examples/train_adsc.py
@@ -33,8 +34,10 @@ source = questions("shapesqa:attribute", "image", 16, "test")
 inputs, truth = load_batch([source[i] for i in range(16)], processor, frames=8)
 for ratio in (0.0, 0.67, 0.8):
     with tokencomp.patch(tuned, ratio, reducer="adsc"):
-        told = generate(tuned, processor, inputs, 4)
+        answers = generate(tuned, processor, inputs, 4)
         with tuned.disable_adapter():
-            free = generate(tuned, processor, inputs, 4)
-    counts = [sum(a == b for a, b in zip(t, truth, strict=True)) for t in (told, free)]
+            untrained_answers = generate(tuned, processor, inputs, 4)
+    counts = [
+        sum(a == b for a, b in zip(t, truth, strict=True)) for t in (answers, untrained_answers)
+    ]
     print(f"ratio {ratio:.2f}: {counts[0]} of 16 right trained, {counts[1]} training-free")

@@ -1,6 +1,6 @@
-"""A projector that makes 16 tokens of any image or video, trained on the frozen model.
+"""Train a projector that turns any image or video into 16 tokens, on a frozen model.
 
-A few steps show how it goes; a useful projector takes thousands:
+The few steps of this example show the procedure. A useful projector takes thousands of steps:
 `tokencomp train ccam --model MODEL --data DATA --output FOLDER`.
 
 python examples/train_ccam.py
@@ -26,7 +26,7 @@ with tempfile.TemporaryDirectory() as folder:
         source = ShapesQuestions(["needle"], 12, "test", frames=frames)
         inputs, truth = load_batch([source[i] for i in range(12)], processor, frames)
         with tokencomp.patch(model, reducer="ccam", weights=str(weights)) as handle:
-            told = generate(model, processor, inputs, 4)
+            answers = generate(model, processor, inputs, 4)
         before, after = handle.stats.tokens_before[0], handle.stats.tokens_after[0][0]
-        right = sum(a == b for a, b in zip(told, truth, strict=True))
+        right = sum(a == b for a, b in zip(answers, truth, strict=True))
         print(f"{frames:2} frames: {before} → {after} visual tokens, {right} of 12 right")

@@ -1,4 +1,4 @@
-"""Explain answers, train a selector on the explanations, use it.
+"""Explain answers, train a selector on the explanations, and use it.
 
 `tokencomp train selector --model MODEL --data DATA --output FOLDER` does the same for any model.
 
@@ -24,6 +24,6 @@ with tempfile.TemporaryDirectory() as folder:
     inputs, truth = load_batch([source[i] for i in range(16)], processor, frames=8)
     for reducer, options in (("selector", {"weights": str(weights)}), ("random", {})):
         with tokencomp.patch(model, ratio=0.75, reducer=reducer, **options) as handle:
-            told = generate(model, processor, inputs, 4)
-        right = sum(a == b for a, b in zip(told, truth, strict=True))
+            answers = generate(model, processor, inputs, 4)
+        right = sum(a == b for a, b in zip(answers, truth, strict=True))
         print(f"{reducer:8} {right} of 16 right, {handle.stats.ratio:.0%} removed")

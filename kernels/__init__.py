@@ -1,14 +1,16 @@
-"""Kernels that score and move visual tokens; plain PyTorch on a CPU, Triton on a GPU.
+"""Kernels that score and move visual tokens: plain PyTorch on a CPU, Triton on a GPU.
 
-Every op is one folder: the public function (a torch custom op with a fake implementation, so it
-works under ``torch.compile``), ``naive.py`` (plain PyTorch: the CPU path and the reference) and
-``triton.py``. Nothing here imports Triton, transformers or the rest of tokencomp until an op needs
-Triton. ``TOKENCOMP_KERNELS`` chooses the implementation, see :mod:`tokencomp.kernels.dispatch`.
+Every op has one folder with three parts: the public function in ``__init__.py`` (a torch custom op
+with a fake implementation, so that it works under ``torch.compile``), ``naive.py`` (plain PyTorch,
+which is both the CPU path and the reference of the tests) and ``triton.py``. This package imports
+neither transformers nor the rest of tokencomp, and it imports Triton only when an op runs there.
+``TOKENCOMP_KERNELS`` chooses the implementation, see :mod:`tokencomp.kernels.dispatch`.
 """
 
-# With the repository's root on sys.path (`python -m pytest`, a script or notebook started there)
-# transformers' look-up of the Hugging Face package `kernels` imports this folder under that name.
-# The ops must not be registered twice: there, the folder is empty.
+# transformers looks for the Hugging Face package `kernels`. When the repository's root is on
+# sys.path (`python -m pytest`, a script or a notebook started there), that look-up imports this
+# folder under the name `kernels`. Registering the custom ops a second time would fail, so the
+# package stays empty under that name.
 if __name__ != "kernels":
     # Imported eagerly because the folders carry the names of their functions: a lazily resolved
     # name would be shadowed by the submodule as soon as anything imported it.

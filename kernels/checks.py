@@ -1,4 +1,4 @@
-"""Input checks shared by the ops. Every failure is a :class:`KernelError`."""
+"""Input checks that the ops share. Every failure raises :class:`KernelError`."""
 
 from collections.abc import Sequence
 
@@ -9,32 +9,36 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRITON_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-# Row indices are 32 bits wide; the last tile of a launch counts past the last row.
+# Row indices are 32 bits wide. The last tile of a launch reaches past the last row, so the limit
+# leaves room for one tile above the largest row index.
 MAX_ROWS = 2**31 - 2**16
 
 
 def shape(name: str, tensor: Tensor, dims: int | tuple[int, ...], form: str) -> None:
-    """Require `tensor` to have `dims` dimensions; `form` names them, e.g. ``(B, H, N, D)``."""
+    """Require `tensor` to have `dims` dimensions.
+
+    `form` names the dimensions in the error message, for example ``(B, H, N, D)``.
+    """
     allowed = (dims,) if isinstance(dims, int) else dims
     if tensor.dim() not in allowed:
         raise KernelError(f"{name} must have shape {form}; got {tuple(tensor.shape)}")
 
 
 def floating(name: str, tensor: Tensor) -> None:
-    """Require a floating-point dtype."""
+    """Require one of the floating-point dtypes in ``FLOATS``."""
     if tensor.dtype not in FLOATS:
         names = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
         raise KernelError(f"{name} must be one of {names}; got {tensor.dtype}")
 
 
 def integer(name: str, tensor: Tensor) -> None:
-    """Require int32 or int64."""
+    """Require the dtype int32 or int64."""
     if tensor.dtype not in (torch.int32, torch.int64):
         raise KernelError(f"{name} must be int32 or int64; got {tensor.dtype}")
 
 
 def same_device(**tensors: Tensor | None) -> None:
-    """Require all given tensors to live on one device."""
+    """Require all tensors that are not None to be on one device."""
     seen = {name: t.device for name, t in tensors.items() if t is not None}
     if len(set(seen.values())) > 1:
         listing = ", ".join(f"{name} on {device}" for name, device in seen.items())
@@ -42,7 +46,7 @@ def same_device(**tensors: Tensor | None) -> None:
 
 
 def same_dtype(**tensors: Tensor) -> None:
-    """Require all given tensors to share a dtype."""
+    """Require all tensors to have one dtype."""
     if len({t.dtype for t in tensors.values()}) > 1:
         listing = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
         raise KernelError(f"all tensors must have one dtype; got {listing}. Convert with .to()")
@@ -58,7 +62,7 @@ def triton_dtype(name: str, tensor: Tensor) -> None:
 
 
 def int32_sizes(**sizes: int) -> None:
-    """Require row counts (or products of counts) that fit the kernels' 32-bit row indices."""
+    """Require row counts (or products of them) that fit the 32-bit row indices of the kernels."""
     for name, size in sizes.items():
         if size > MAX_ROWS:
             raise KernelError(
@@ -68,7 +72,10 @@ def int32_sizes(**sizes: int) -> None:
 
 
 def triton_heads(q: Tensor, largest: int) -> None:
-    """Require queries ``(B, H, N, D)`` that a Triton attention kernel takes, D up to `largest`."""
+    """Require queries ``(B, H, N, D)`` that a Triton attention kernel accepts.
+
+    `largest` is the largest head dimension D that the kernel compiles for.
+    """
     triton_dtype("q", q)
     grid_size("batch x heads", q.shape[0] * q.shape[1])
     if q.shape[3] > largest:
@@ -79,7 +86,7 @@ def triton_heads(q: Tensor, largest: int) -> None:
 
 
 def grid_size(name: str, size: int) -> None:
-    """Require a count that fits the second dimension of a CUDA grid."""
+    """Require a count that fits the second dimension of a CUDA grid (65535)."""
     if size > 65535:
         raise KernelError(
             f"{name}={size} is above 65535, the limit of one launch: split the batch, or set "
@@ -100,16 +107,19 @@ def choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def holds(condition: Tensor, message: str) -> None:
-    """Require a device-side condition (one element); skipped where checks are off."""
+    """Require a condition that is a tensor of one element on the device.
+
+    Reading it waits for the device, so the check is skipped where value checks are off.
+    """
     if dispatch.checks_enabled(condition) and not bool(condition):
         raise KernelError(message)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd must see the computation (then the PyTorch path runs)."""
+    """Whether autograd must record the computation; if so, the PyTorch path runs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
-    """`tensor` itself when its last dimension is contiguous, else a contiguous copy."""
+    """Return `tensor` itself if its last dimension is contiguous, otherwise a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

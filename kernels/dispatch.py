@@ -1,18 +1,19 @@
-"""Which implementation runs: plain PyTorch (``naive``) or Triton.
+"""Choice of the implementation of an op: plain PyTorch (``naive``) or Triton.
 
 The environment variable ``TOKENCOMP_KERNELS`` decides:
 
 ``auto`` (default)
-    Triton for CUDA tensors where Triton can be imported and the device has compute capability
-    8.0 or newer, plain PyTorch everywhere else.
+    Triton runs for CUDA tensors if Triton can be imported and the device has compute capability
+    8.0 or newer. Plain PyTorch runs everywhere else.
 ``naive``
-    Plain PyTorch always.
+    Plain PyTorch always runs.
 ``triton``
-    Triton always; an error where it cannot run. CPU tensors are accepted under Triton's
-    interpreter (``TRITON_INTERPRET=1``), which is how the kernels are tested without a GPU.
+    Triton always runs, and an error is raised where it cannot. CPU tensors are accepted under
+    Triton's interpreter (``TRITON_INTERPRET=1``), which is how the kernels are tested without a
+    GPU.
 
-Value checks (NaN scores, indices out of range) need one host round trip on a GPU. They are on by
-default, are skipped while a CUDA graph is captured, and ``TOKENCOMP_KERNELS_CHECK=0`` turns them
+Checks of values (NaN scores, indices out of range) need one host round trip on a GPU. They are on
+by default and are skipped while a CUDA graph is captured. ``TOKENCOMP_KERNELS_CHECK=0`` turns them
 off.
 """
 
@@ -29,7 +30,7 @@ from tokencomp.kernels.errors import KernelError
 from torch import Tensor
 
 MODES = ("auto", "naive", "triton")
-MIN_TRITON = (3, 3)  # the first with tuples as kernel arguments
+MIN_TRITON = (3, 3)  # the first release that accepts tuples as kernel arguments
 MIN_CAPABILITY = (8, 0)
 OPS = (
     "attention_colsum",
@@ -42,14 +43,20 @@ OPS = (
     "nearest_previous_frame",
     "topk_stable",
 )
-# Ops without a Triton kernel, and what runs instead on every device.
+# Ops without a Triton kernel, and the PyTorch function that runs instead on every device.
 TORCH_ONLY = {"topk_stable": "torch.sort"}
 
 _log = logging.getLogger(__name__)
 
 
 def mode() -> str:
-    """Return the requested mode; raise :class:`KernelError` when it is not one of ``MODES``."""
+    """Return the mode that ``TOKENCOMP_KERNELS`` requests.
+
+    Raises
+    ------
+    KernelError
+        If the value is not one of ``MODES``.
+    """
     value = os.environ.get("TOKENCOMP_KERNELS", "auto").strip().lower() or "auto"
     if value not in MODES:
         raise KernelError(
@@ -61,15 +68,15 @@ def mode() -> str:
 
 @functools.cache
 def triton_problem() -> str | None:
-    """Why Triton cannot be used in this process, or None when it can."""
+    """Return why Triton cannot be used in this process, or None if it can."""
     try:
         triton = importlib.import_module("triton")
     except Exception as error:
         return f"triton cannot be imported ({error}); install it with `pip install triton`"
     version = getattr(triton, "__version__", "0")
     if _version(version) < MIN_TRITON:
-        wanted = ".".join(map(str, MIN_TRITON))
-        return f"triton {version} is too old; install triton>={wanted}"
+        minimum = ".".join(map(str, MIN_TRITON))
+        return f"triton {version} is too old; install triton>={minimum}"
     return None
 
 
@@ -79,21 +86,21 @@ def interpreting() -> bool:
 
 
 def which(tensor: Tensor) -> str:
-    """Return ``"naive"`` or ``"triton"`` for an op whose main operand is `tensor`.
+    """Return the implementation, ``"naive"`` or ``"triton"``, of an op with main operand `tensor`.
 
     Raises
     ------
     KernelError
         If ``TOKENCOMP_KERNELS=triton`` and Triton cannot run on the tensor's device.
     """
-    wanted = mode()
-    if wanted == "naive":
+    requested = mode()
+    if requested == "naive":
         return "naive"
     problem = triton_problem() or _device_problem(tensor.device)
     if problem is None:
         on_cpu = tensor.device.type == "cpu"
-        return "naive" if on_cpu and wanted == "auto" else "triton"
-    if wanted == "triton":
+        return "naive" if on_cpu and requested == "auto" else "triton"
+    if requested == "triton":
         raise KernelError(
             f"TOKENCOMP_KERNELS=triton, but {problem}. "
             "Use TOKENCOMP_KERNELS=auto to run plain PyTorch where Triton cannot run."
@@ -104,20 +111,22 @@ def which(tensor: Tensor) -> str:
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's GPU the current one: Triton launches there, wherever the pointers lead.
+    """Make the tensor's GPU the current one while the context is active.
 
-    Needed for models whose layers are spread over several GPUs.
+    Triton launches on the current GPU and does not look at the device of its arguments, which
+    matters for models whose layers are spread over several GPUs.
     """
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """``torch.library.custom_op`` that changes no argument, and that autocast does not reach.
+    """Return a decorator that registers a custom op without in-place changes or autocast.
 
-    Autocast would round the operands of its products, and with them choose other rows.
+    Autocast would round the operands of matrix products inside the op, and rounded scores could
+    select other rows.
     """
 
-    def made(body: Callable[..., Any]) -> Any:
+    def decorate(body: Callable[..., Any]) -> Any:
         @functools.wraps(body)
         def run(*args: Any) -> Any:
             with no_autocast(args[0] if isinstance(args[0], Tensor) else args[0][0]):
@@ -125,11 +134,11 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
         return torch.library.custom_op(f"tokencomp::{name}", run, mutates_args=())
 
-    return made
+    return decorate
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Compute in the dtypes of the operands, also inside ``torch.autocast``."""
+    """Turn off ``torch.autocast`` for the tensor's device while the context is active."""
     if autocasts(tensor):
         return torch.autocast(tensor.device.type, enabled=False)
     return nullcontext()
@@ -142,17 +151,17 @@ def autocasts(tensor: Tensor) -> bool:
 
 
 def checks_enabled(tensor: Tensor) -> bool:
-    """Whether checks that read values back to the host run for `tensor`."""
+    """Whether checks that read values of `tensor` back to the host are enabled."""
     if os.environ.get("TOKENCOMP_KERNELS_CHECK", "1") == "0":
         return False
     return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def status() -> dict[str, Any]:
-    """What ``tokencomp doctor`` shows: mode, Triton, device and what runs for every op.
+    """Return what ``tokencomp doctor`` shows: mode, Triton, device, and the backend of every op.
 
-    ``ops`` maps every op to ``"naive"``, ``"triton"``, ``"unavailable"`` (Triton was demanded and
-    cannot run), or, for ops that need no kernel of their own, to the PyTorch function.
+    ``ops`` maps every op to ``"naive"``, ``"triton"`` or ``"unavailable"`` (Triton was requested
+    and cannot run). Ops that need no kernel of their own map to the name of a PyTorch function.
     """
     problem = triton_problem()
     info: dict[str, Any] = {
@@ -178,11 +187,12 @@ def status() -> dict[str, Any]:
 
 
 def _device_problem(device: torch.device) -> str | None:
-    """Why Triton cannot run on `device`, or None when it can."""
+    """Return why Triton cannot run on `device`, or None if it can."""
     if device.type == "cpu":
         if not interpreting():
             return "the tensor is on the CPU and TRITON_INTERPRET=1 is not set"
         library = importlib.import_module("triton.language")
+        # Triton decides at import time whether its functions are compiled or interpreted.
         if type(library.min).__name__ == "JITFunction":
             return "TRITON_INTERPRET=1 was set after Triton was imported; set it earlier"
         return None
@@ -197,11 +207,12 @@ def _device_problem(device: torch.device) -> str | None:
 
 
 def _version(text: str) -> tuple[int, int]:
-    """``"3.9.0+git1"`` to ``(3, 9)``."""
+    """Parse major and minor version: ``"3.9.0+git1"`` gives ``(3, 9)``."""
     numbers = [int(part) if part.isdigit() else 0 for part in text.split("+")[0].split(".")[:2]]
     return (numbers[0], numbers[1] if len(numbers) > 1 else 0)
 
 
 @functools.cache
 def _warn_once(problem: str) -> None:
+    """Log that a GPU falls back to PyTorch; the cache limits it to once per problem."""
     _log.warning("tokencomp kernels run in plain PyTorch on this GPU: %s", problem)

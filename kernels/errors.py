@@ -1,8 +1,8 @@
-"""The one error type of the kernels."""
+"""The single error type that the kernels raise."""
 
 
 class KernelError(ValueError):
-    """A kernel was given something it cannot handle.
+    """An argument of a kernel is outside of what the kernel supports.
 
     The message says what was given, what is allowed and how to fix it.
     """

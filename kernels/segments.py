@@ -1,4 +1,4 @@
-"""Ragged segments: consecutive runs of rows (frames, spans) given by their lengths."""
+"""Ragged segments: consecutive runs of rows (frames or spans) that are described by lengths."""
 
 import functools
 import itertools
@@ -10,16 +10,22 @@ from torch import Tensor
 
 
 def lengths_of(name: str, segments: int | Sequence[int] | Tensor | None, rows: int) -> list[int]:
-    """Normalise a segment argument to a list of lengths that sum to `rows`.
+    """Convert a segment argument to a list of lengths that sum to `rows`.
 
     Parameters
     ----------
     name
-        Argument name for error messages.
+        Name of the argument, for error messages.
     segments
-        None (one segment of all rows), an int (rows per segment), or the rows of every segment.
+        None for one segment of all rows, an int for equal segments of that many rows, or the
+        number of rows of every segment.
     rows
         Number of rows that the segments must cover.
+
+    Returns
+    -------
+    list of int
+        Number of rows of every segment.
 
     Raises
     ------
@@ -43,7 +49,7 @@ def lengths_of(name: str, segments: int | Sequence[int] | Tensor | None, rows: i
 
 
 def groups(lengths: Sequence[int]) -> dict[int, list[int]]:
-    """First rows of all segments, grouped by length: ``{length: [start, ...]}``."""
+    """Group the first rows of all segments by segment length: ``{length: [start, ...]}``."""
     grouped: dict[int, list[int]] = {}
     for start, length in zip(starts(lengths), lengths, strict=True):
         grouped.setdefault(length, []).append(start)
@@ -51,14 +57,15 @@ def groups(lengths: Sequence[int]) -> dict[int, list[int]]:
 
 
 def starts(lengths: Sequence[int]) -> list[int]:
-    """First row of every segment."""
+    """Return the first row of every segment."""
     return [0, *itertools.accumulate(lengths)][:-1]
 
 
 def stacked(x: Tensor, first: Sequence[int], length: int) -> Tensor:
-    """The equally long segments that start at `first`, as ``(segments, length, D)``.
+    """Stack the equally long segments that start at `first` as ``(segments, length, D)``.
 
-    A view when they lie one after the other, else a copy.
+    The result is a view if the segments lie one after the other in `x` ``(n, D)``, and a copy
+    otherwise.
     """
     if list(first) == list(range(first[0], first[0] + len(first) * length, length)):
         return x[first[0] : first[0] + len(first) * length].unflatten(0, (len(first), length))
@@ -66,17 +73,23 @@ def stacked(x: Tensor, first: Sequence[int], length: int) -> Tensor:
 
 
 def table(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
-    """Integers as a device tensor, cached: frames of one video come in one shape for long."""
+    """Return integers as a tensor on `device`.
+
+    The tensor is cached, because consecutive calls usually have the same shapes (the frames of one
+    video, the layers of one model) and each copy from the host costs a synchronisation.
+    """
     return _table(tuple(values), device, dtype)
 
 
 @functools.lru_cache(maxsize=64)
 def _table(values: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Cached body of :func:`table`, with hashable values."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=16)
 def _bounds(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cached body of :func:`bounds`, with hashable lengths."""
     size = torch.tensor(lengths, dtype=torch.int32)
     end = size.cumsum(0, dtype=torch.int32)
     repeat = size.long()
@@ -87,5 +100,8 @@ def _bounds(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
 
 
 def bounds(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Begin and end of the segment of every row: int32 ``(n,)`` each; cached."""
+    """Return begin and end of the segment that each row belongs to, cached.
+
+    Both are int32 tensors ``(n,)``, where n is the sum of the lengths; the end is exclusive.
+    """
     return _bounds(tuple(lengths), device)

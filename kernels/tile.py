@@ -1,4 +1,7 @@
-"""What the Triton kernels share. Imports Triton: only the ``triton.py`` files import this."""
+"""Device functions and launch helpers that the Triton kernels share.
+
+This module imports Triton, so only the ``triton.py`` files may import it.
+"""
 
 import functools
 
@@ -13,15 +16,23 @@ INTERPRETED = tl.constexpr(interpreting())
 
 @triton.jit
 def aligned(batch, head, row, ALIGN: tl.constexpr):
-    """The strides, written so that the compiler sees multiples of ALIGN and loads can be wide."""
+    """Return the strides in a form that shows the compiler that they are multiples of ALIGN.
+
+    The division and multiplication change no value (see :func:`alignment`), but they prove to the
+    compiler that rows start at aligned addresses, so that it emits wide loads.
+    """
     return batch // ALIGN * ALIGN, head // ALIGN * ALIGN, row // ALIGN * ALIGN
 
 
 @triton.jit
 def dot(a, b, accumulator):
-    """``accumulator + a @ b`` in fp32; fp32 operands take three tf32 products (error 2^-21)."""
+    """Compute ``accumulator + a @ b`` in fp32.
+
+    Operands in fp32 are multiplied as three tf32 products (relative error about 2^-21), because
+    tensor cores have no fp32 product and a single tf32 product keeps 10 mantissa bits only.
+    """
     if INTERPRETED:
-        # The interpreter keeps bfloat16 as raw bits and would multiply those.
+        # The interpreter stores bfloat16 as raw bits and would multiply these bits as integers.
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, accumulator, input_precision="tf32x3")
@@ -31,9 +42,10 @@ def dot(a, b, accumulator):
 def long_dot(
     a_rows, a_inside, b_rows, b_inside, accumulator, DIM: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """``accumulator + a @ b.T`` of rows given by pointers, CHUNK columns at a time.
+    """Compute ``accumulator + a @ b.T`` for rows behind pointers, CHUNK columns at a time.
 
-    For fp32 operands: whole rows of them do not fit the registers.
+    Tiles of complete fp32 rows do not fit into the registers, so both operands are loaded chunk by
+    chunk.
     """
     for chunk in range(0, DIM, CHUNK):
         d = chunk + tl.arange(0, CHUNK)
@@ -49,35 +61,42 @@ def long_dot(
 
 @triton.jit
 def log_sum(top, total):
-    """``log(total · exp(top))`` of a running maximum and sum; -inf for an empty sum, NaN stays."""
-    some = total != 0.0
-    return tl.where(some, top + tl.log2(tl.where(some, total, 1.0)) / LOG2E, -float("inf"))
+    """Return ``log(total · exp(top))`` of a running maximum and sum.
+
+    An empty sum gives -inf, and NaN propagates.
+    """
+    nonzero = total != 0.0
+    return tl.where(nonzero, top + tl.log2(tl.where(nonzero, total, 1.0)) / LOG2E, -float("inf"))
 
 
 @triton.jit
 def inverse_root(square):
-    """``1 / sqrt(square)``, 0 at 0."""
-    some = square != 0.0
-    return tl.where(some, 1.0 / tl.sqrt(tl.where(some, square, 1.0)), 0.0)
+    """Return ``1 / sqrt(square)``, and 0 where `square` is 0."""
+    nonzero = square != 0.0
+    return tl.where(nonzero, 1.0 / tl.sqrt(tl.where(nonzero, square, 1.0)), 0.0)
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 8 under the interpreter (so that splits are tested)."""
+    """Return the number of streaming multiprocessors of a GPU.
+
+    Under the interpreter the number is 8, so that the tests also cover split key ranges.
+    """
     if device.type != "cuda":
         return 8
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def alignment(*tensors: torch.Tensor) -> int:
-    """8 if every row of the tensors starts at a multiple of 8 elements, else 1.
+    """Return 8 if every row of the tensors starts at a multiple of 8 elements, otherwise 1.
 
-    Triton itself only looks for multiples of 16, which head dimension 72 (SigLIP) is not.
+    Triton itself detects multiples of 16 only. The head dimension 72 of SigLIP is a multiple of 8
+    but not of 16, and would lose its wide loads.
     """
     strides = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
     return 8 if all(stride % 8 == 0 for stride in strides) else 1
 
 
 def padded(size: int) -> int:
-    """`size` rounded up to what a dimension of ``tl.dot`` may be."""
+    """Round `size` up to a valid dimension of ``tl.dot``: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(size))

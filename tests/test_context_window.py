@@ -1,4 +1,4 @@
-"""The stretched visual window against transformers' own YaRN."""
+"""The extended visual window is compared with the YaRN implementation of transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokencomp.yarn import yarn
 
 
 def test_ramp_of_qwen2() -> None:
-    """Between whole turns 32 and 1 in 6272 positions: dims 15 … 32 of Qwen2's 64 pairs."""
+    """The ramp lies between 32 turns and 1 turn in 6272 positions: pairs 15 … 32 of Qwen2's 64."""
     numbers = yarn(1e6, 128, VISUAL_WINDOW, 4.0)
     assert (numbers.low, numbers.high) == (15, 32)
     inv_freq = 1e6 ** (-torch.arange(0, 128, 2) / 128)
@@ -28,7 +28,7 @@ def test_ramp_of_qwen2() -> None:
 
 
 def reference(base: float, heads: int, dim: int, window: int, factor: float):
-    """Frequencies and attention factor as transformers computes them."""
+    """Return frequencies and attention factor as transformers computes them."""
     from transformers import Qwen2Config
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -55,13 +55,13 @@ def reference(base: float, heads: int, dim: int, window: int, factor: float):
 def test_frequencies(base: float, dim: int, window: int, factor: float) -> None:
     numbers = yarn(base, dim, window, factor)
     inv_freq, attention = reference(base, 4, dim, window, factor)
-    mine = numbers.frequencies(base ** (-torch.arange(0, dim, 2).float() / dim))
-    assert torch.allclose(mine, inv_freq, rtol=1e-5)
+    scaled = numbers.frequencies(base ** (-torch.arange(0, dim, 2).float() / dim))
+    assert torch.allclose(scaled, inv_freq, rtol=1e-5)
     assert numbers.attention == pytest.approx(attention)
 
 
-def test_model(family: Family) -> None:
-    """Both kinds of positions: rotary tables are YaRN's, and everything comes back."""
+def test_model_uses_scaled_frequencies_until_unpatch(family: Family) -> None:
+    """For both kinds of positions the rotary table is YaRN's, and unpatch restores it."""
     model = family.build()
     rotary = family.decoder(model).rotary_emb
     before, scaling, state = rotary.inv_freq, rotary.attention_scaling, set(model.state_dict())
@@ -92,14 +92,14 @@ def test_short_targets_change_nothing(family: Family) -> None:
         assert rotary.attention_scaling == 1.0
 
 
-def test_again_and_with_patch(family: Family) -> None:
+def test_repeated_extension_and_extension_with_patch(family: Family) -> None:
     model = family.build()
     rotary = family.decoder(model).rotary_emb
     before = rotary.inv_freq.clone()
     tokencomp.extend_visual_context(model, 40, window=10)
-    tokencomp.extend_visual_context(model, 80, window=10)  # replaces, does not pile up
+    tokencomp.extend_visual_context(model, 80, window=10)  # replaces the first extension
     assert torch.allclose(rotary.inv_freq, reference(1e4, 4, 16, 10, 8.0)[0], rtol=1e-5)
-    handle = tokencomp.patch(model, 0.5, reducer="uniform")  # leaves it alone
+    handle = tokencomp.patch(model, 0.5, reducer="uniform")  # does not change the extension
     handle.remove()
     assert rotary.attention_scaling == pytest.approx(0.1 * math.log(8) + 1)
     tokencomp.unpatch(model)
@@ -114,7 +114,7 @@ def test_again_and_with_patch(family: Family) -> None:
 
 
 def test_ramp_of_qwen2_in_a_model() -> None:
-    """Also where a cast has rounded the frequencies: fp16 knows 1e-6 to one digit."""
+    """The ramp is the same if a cast rounded the frequencies: fp16 keeps one digit of 1e-6."""
     family = FAMILIES["qwen2_vl"]
     config = family.config()
     config.text_config.hidden_size = config.vision_config.hidden_size = 128
@@ -130,7 +130,7 @@ def test_ramp_of_qwen2_in_a_model() -> None:
 
 
 def test_copies_are_refused() -> None:
-    """A copy would keep the stretched frequencies for good."""
+    """A copy would keep the scaled frequencies, and nothing could restore them."""
     family = FAMILIES["qwen2_vl"]
     model = family.build()
     before = family.decoder(model).rotary_emb.inv_freq
@@ -153,7 +153,7 @@ def test_bad_counts(family: Family, bad: object) -> None:
         tokencomp.extend_visual_context(model, 10, window=bad)
 
 
-def test_scaled_already(family: Family) -> None:
+def test_models_with_scaled_positions_are_refused(family: Family) -> None:
     model = family.build()
     family.decoder(model).rotary_emb.rope_type = "linear"
     with pytest.raises(UnsupportedModelError, match="linear"):

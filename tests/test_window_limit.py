@@ -1,4 +1,4 @@
-"""Prompts that do not fit into an extended visual window, patched or not, in one turn or many."""
+"""Prompts that exceed an extended visual window are refused, in every kind of patch and turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import DynamicCache
 import tokencomp
 from tokencomp.errors import SpanError
 
-WAYS: dict[str, dict[str, Any]] = {
+PATCHES: dict[str, dict[str, Any]] = {
     "unpatched": {},
     "off": {"ratio": 0.0, "reducer": "pool"},
     "patched": {"ratio": 0.5, "reducer": "uniform"},
@@ -26,45 +26,45 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @contextlib.contextmanager
-def extended(model: Any, way: str, target: int) -> Iterator[None]:
-    """A window of `target` tokens, in one of `WAYS`."""
+def extended(model: Any, kind: str, target: int) -> Iterator[None]:
+    """Extend the window to `target` tokens, with one of `PATCHES`."""
     with contextlib.ExitStack() as stack:
-        if way == "unpatched":
+        if kind == "unpatched":
             stack.enter_context(tokencomp.extend_visual_context(model, target))
         else:
-            patch = tokencomp.patch(model, **WAYS[way], extend_context=target)
+            patch = tokencomp.patch(model, **PATCHES[kind], extend_context=target)
             handle = stack.enter_context(patch)
-            if way == "disabled":
+            if kind == "disabled":
                 stack.enter_context(handle.disabled())
         yield
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_too_long(family: Family, way: str) -> None:
+@pytest.mark.parametrize("kind", PATCHES)
+def test_too_many_tokens_in_one_call(family: Family, kind: str) -> None:
     model, media = family.build(), family.video(4)
     inputs = family.batch([[text(3), media, text(4, 2)], [text(40)]])
     visual = sum(token in (IMAGE, VIDEO) for token in media.ids)
     with torch.no_grad():
         with (
-            extended(model, way, visual - 1),
+            extended(model, kind, visual - 1),
             pytest.raises(SpanError, match=f"sample 0 has .* extended to {visual - 1}"),
         ):
             model(**inputs)
-        with extended(model, way, len(media.ids)):
+        with extended(model, kind, len(media.ids)):
             model(**inputs)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("given", [True, False])
-def test_earlier_turns_count(way: str, given: bool) -> None:
-    """Visual tokens that a cache holds, whoever made it, and in its copies; text does not."""
+@pytest.mark.parametrize("kind", PATCHES)
+@pytest.mark.parametrize("with_cache", [True, False])
+def test_earlier_turns_count(kind: str, with_cache: bool) -> None:
+    """Visual tokens in a cache count, also in its copies and in the user's cache; text does not."""
     family = FAMILIES["llava"]
     model, media = family.build(), family.image()
     visual = media.ids.count(IMAGE)
     turn = family.batch([[text(30), media, text(4, 2)]])
     width = turn["input_ids"].shape[1]
-    cache = DynamicCache() if given else None
-    with torch.no_grad(), extended(model, way, 2 * visual):
+    cache = DynamicCache() if with_cache else None
+    with torch.no_grad(), extended(model, kind, 2 * visual):
         for turns in (1, 2, 3):
             turn["attention_mask"] = torch.ones(1, turns * width).long()
             call = {**turn, "past_key_values": copy.deepcopy(cache), "use_cache": True}
@@ -75,8 +75,8 @@ def test_earlier_turns_count(way: str, given: bool) -> None:
                 model(**call)
 
 
-def test_unknown_caches_count_whole() -> None:
-    """Rows from before the extension may all be visual."""
+def test_all_rows_of_an_older_cache_count() -> None:
+    """Rows from before the extension may all be visual, so all of them count."""
     family = FAMILIES["llava"]
     model, image = family.build(), family.batch([[family.image(), text(4)]])
     tokens = image["input_ids"].shape[1]
@@ -90,8 +90,8 @@ def test_unknown_caches_count_whole() -> None:
             model(**image, past_key_values=cache)
 
 
-def test_too_long_for_remote_code() -> None:
-    """Where no placeholders are left, the patch knows the visual tokens."""
+def test_too_many_tokens_for_remote_code() -> None:
+    """If the input has no placeholders, the patch still knows the visual tokens."""
     port = VilaPort(FAMILIES["vila"].build(), IMAGE, VIDEO).eval()
     pixels = FAMILIES["vila"].video(4).inputs["pixel_values_videos"]
     ids = torch.tensor([[*text(3), VIDEO, *text(4)]])

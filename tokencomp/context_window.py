@@ -1,8 +1,8 @@
 """Visual context window extension: YaRN on the decoder's rotary embedding (arXiv 2409.20018).
 
-A model has been trained on far fewer visual tokens in a row than its language context is long.
-Rotary frequencies are stretched as YaRN does (arXiv 2309.00071), with the *visual* window in place
-of the language window.
+The longest run of visual tokens in a model's training is far shorter than its language context. The
+extension scales the rotary frequencies as YaRN does (arXiv 2309.00071), with the *visual* window in
+place of the language window.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ if TYPE_CHECKING:
 
     from tokencomp.adapters.base import Adapter
 
-VISUAL_WINDOW = 6272  # 32 frames of 196 tokens: LLaVA-OneVision
-EXTENSION = "_tokencomp_window"  # where a rotary embedding keeps its extension
-HELD = "_tokencomp_visual"  # where a KV cache keeps how many visual tokens it holds
+VISUAL_WINDOW = 6272  # LLaVA-OneVision was trained on 32 frames of 196 tokens
+EXTENSION = "_tokencomp_window"  # attribute of a rotary embedding with its extension
+HELD = "_tokencomp_visual"  # attribute of a KV cache with its number of visual tokens
 
 
 class VisualContext:
-    """A stretched visual window in force. Use as a context manager, or call `remove()`.
+    """An active extension of the visual window. Use it as a context manager, or call `remove()`.
 
     Attributes
     ----------
     yarn : Yarn
-        What was done to the frequencies.
+        The parameters of the scaled frequencies.
     target_tokens
-        Visual tokens that fit, patched or not, those in the cache from earlier calls included.
+        Largest number of visual tokens in a prompt before compression, including those that the
+        cache holds from earlier calls.
 
     Raises
     ------
     SpanError
-        In a forward call that brings more. Of a batch the longest sample counts, in every call;
-        of a cache that was filled before the extension every row. Models of VILA's remote code
-        show their visual tokens to an active patch alone.
+        In a forward call with more visual tokens. The longest sample of a batch counts in every
+        call. If a cache was filled before the extension, all of its rows count as visual. The
+        visual tokens of VILA's remote code can be counted only while a patch is active.
     CopyError
-        On `copy.deepcopy` or pickling of the model.
+        If the model is copied with `copy.deepcopy` or pickled.
     """
 
     def __init__(self, adapter: Adapter, numbers: Yarn, target: int) -> None:
@@ -70,17 +71,17 @@ class VisualContext:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise CopyError(
             "the visual window of this model is extended: copy.deepcopy and pickle would copy "
-            "stretched frequencies that nothing restores. Call tokencomp.unpatch(model) first, and "
-            "extend_visual_context() the model and its copy afterwards."
+            "scaled frequencies that nothing restores. Call tokencomp.unpatch(model) first, and "
+            "call extend_visual_context() on the model and on its copy afterwards."
         )
 
     @property
     def in_force(self) -> bool:
-        """Neither removed nor replaced."""
+        """Whether the extension is active, that is, neither removed nor replaced."""
         return getattr(self._rotary, EXTENSION, None) is self
 
     def remove(self) -> None:
-        """Restore the rotary embedding. Safe to call twice."""
+        """Restore the rotary embedding. A second call has no effect."""
         rotary = self._rotary
         if self.in_force:
             delattr(rotary, EXTENSION)
@@ -90,25 +91,33 @@ class VisualContext:
                 hook.remove()
 
     def count(self, new: list[int], cache: Any) -> None:
-        """Add the visual tokens `new` of every sample of a call to those that `cache` holds.
+        """Count the visual tokens of a call together with those that the cache holds.
+
+        Parameters
+        ----------
+        new
+            Number of new visual tokens of every sample.
+        cache
+            The KV cache of the call, or None.
 
         Raises
         ------
         SpanError
-            A sample has more visual tokens than `target_tokens`.
+            If a sample has more visual tokens than `target_tokens`.
         """
         past, most = held(cache), max(new, default=0)
         self._local.total = past + most
         if most and past + most > self.target_tokens:
-            told = f", after {past} in the cache" if past else ""
+            cached = f", after {past} in the cache" if past else ""
             raise SpanError(
-                f"sample {new.index(most)} has {most} visual tokens{told}, and the visual window "
-                f"was extended to {self.target_tokens}. Give fewer frames, or "
+                f"sample {new.index(most)} has {most} visual tokens{cached}, and the visual window "
+                f"was extended to {self.target_tokens}. Use fewer frames, or "
                 f"extend_visual_context(model, {past + most})."
             )
 
     @torch.compiler.disable
     def _count_placeholders(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Count the placeholders of a call before it runs (forward pre-hook of the body)."""
         named = compat.bind(module, args, kwargs)
         kinds = self._adapter.kinds(named)
         new = [] if kinds is None else (kinds != 0).sum(1).tolist()
@@ -116,13 +125,18 @@ class VisualContext:
 
     @torch.compiler.disable
     def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """Store the count on the cache of the finished call (forward hook of the body)."""
         cache = compat.get_cache(compat.bind(module, args, kwargs), out)
         if cache is not None:
             setattr(cache, HELD, self._local.total)
 
 
 def held(cache: Any) -> int:
-    """Visual tokens in a KV cache: what was noted, and at most its length."""
+    """Return the number of visual tokens in a KV cache.
+
+    It is the stored number, or the length of the cache if that is smaller (after a crop) or if no
+    number was stored.
+    """
     length = int(cache.get_seq_length()) if cache is not None else 0
     return min(getattr(cache, HELD, length), length)
 
@@ -130,33 +144,33 @@ def held(cache: Any) -> int:
 def extend_visual_context(
     model: nn.Module, target_tokens: int, *, window: int = VISUAL_WINDOW
 ) -> VisualContext:
-    """Let `model` read prompts of up to `target_tokens` visual tokens.
+    """Extend the visual window of `model` to prompts of up to `target_tokens` visual tokens.
 
-    Kept tokens keep their original positions, so count the tokens of the *uncompressed* prompt.
-    The whole sequence, text included, is rescaled; the factor is the same for every prompt.
+    Kept tokens keep their original positions, so the tokens of the *uncompressed* prompt count. The
+    scaling concerns the whole sequence, text included, and its factor is the same for every prompt.
 
     Parameters
     ----------
     model
         A supported Hugging Face multimodal model, patched or not.
     target_tokens
-        Longest visual input, in tokens.
+        Longest visual input, in tokens before compression.
     window
-        Visual tokens in a row that the model was trained on; the default is LLaVA-OneVision's.
-        At most `window` tokens need no stretching: the factor is then 1.
+        Longest run of visual tokens in the model's training. The default is that of
+        LLaVA-OneVision. If `target_tokens` is not larger, the factor is 1.
 
     Returns
     -------
     VisualContext
-        Undo with `remove()`, a `with` block, or `tokencomp.unpatch(model)`. Calling again replaces
-        the earlier extension.
+        The extension. `remove()`, the end of a `with` block or `tokencomp.unpatch(model)` removes
+        it, and another call replaces it.
 
     Raises
     ------
     OptionError
-        Counts that are not positive whole numbers.
+        If a count is not a positive whole number.
     UnsupportedModelError
-        No adapter serves the model, or its rotary embedding is scaled already.
+        If no adapter supports the model, or its rotary embedding is scaled already.
     """
     from tokencomp.adapters.base import adapter_for
 
@@ -183,7 +197,7 @@ def is_extended(adapter: Adapter) -> bool:
 
 
 def restore_visual_context(model: nn.Module) -> None:
-    """Undo the extension of this model, if there is one."""
+    """Remove the extension of a model, if it has one."""
     for module in model.modules():
         context = getattr(module, EXTENSION, None)
         if context is not None:
@@ -191,12 +205,21 @@ def restore_visual_context(model: nn.Module) -> None:
 
 
 def check_window(adapter: Adapter, kinds: Tensor, cache: Any) -> None:
-    """Count the visual tokens of a patched call by their `kinds`, shape (B, L), 0 at text.
+    """Count the visual tokens of a patched call against an extended window.
+
+    Parameters
+    ----------
+    adapter
+        Adapter of the model.
+    kinds : Tensor, shape (B, L)
+        Kind of every token; 0 is text.
+    cache
+        The KV cache of the call, or None.
 
     Raises
     ------
     SpanError
-        A sample has more visual tokens than an extended window holds.
+        If a sample has more visual tokens than the extended window allows.
     """
     context = getattr(adapter.decoder.rotary_emb, EXTENSION, None)
     if context is not None:

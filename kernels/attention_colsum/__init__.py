@@ -1,4 +1,4 @@
-"""Column sums of an attention matrix that is never built."""
+"""Column sums of an attention matrix that is never stored."""
 
 from types import ModuleType
 
@@ -30,66 +30,72 @@ def attention_colsum(
     heads: str = "mean",
     iterations: int = 1,
 ) -> Tensor:
-    r"""Attention that every key receives from the probe rows.
+    r"""Compute the attention that every key receives from the probe rows.
 
     .. math:: out_j = \sum_i w_i \, \mathrm{softmax}(q_i \cdot k \; scale / temperature)_j
 
-    per head, then the mean or root mean square over heads. The softmax of row i runs over the keys
-    that row i sees. Nothing of size rows × keys is stored.
+    per head, followed by the mean or the root mean square over heads. The softmax of row i runs
+    over the keys that row i sees. No tensor of size rows × keys is stored.
 
     Parameters
     ----------
     q
-        Probe rows after RoPE, ``(B, Hq, R, D)``, R from 1 to the sequence length; or packed,
-        ``(Tq, Hq, D)`` with `cu_seqlens_q`. Float16, bfloat16 or float32 (float64: PyTorch path).
+        Queries of the probe rows after RoPE, ``(B, Hq, R, D)`` with R from 1 to the sequence
+        length, or packed as ``(Tq, Hq, D)`` with `cu_seqlens_q`. The dtype is float16, bfloat16 or
+        float32; the PyTorch path also accepts float64.
     k
-        Keys after RoPE, ``(B, Hkv, N, D)`` as in a KV cache (grouped heads: Hq a multiple of Hkv);
-        or packed, ``(Tk, Hkv, D)`` with `cu_seqlens_k`. Same dtype and device as `q`.
+        Keys after RoPE, ``(B, Hkv, N, D)`` as in a KV cache, or packed as ``(Tk, Hkv, D)`` with
+        `cu_seqlens_k`. Hq is a multiple of Hkv (grouped heads); dtype and device are those of `q`.
     row_weights
-        w: ``(R,)``, ``(B, R)`` or ``(B, Hq, R)``; packed ``(Tq,)`` or ``(Hq, Tq)``. None: all 1.
+        Weights w of the rows: ``(R,)``, ``(B, R)`` or ``(B, Hq, R)``; packed ``(Tq,)`` or
+        ``(Hq, Tq)``. None means that every weight is 1.
     q_index
-        Key column of every probe row, ``(R,)`` or ``(B, R)``, any order, negative for a padding
-        row (ignored). Packed: ``(Tq,)``, counted within the row's own sequence. None: row i is key
-        i if R = N, else the rows are the last ones, row i at ``kv_end - R + i``; rows outside
-        ``[kv_start, kv_end)`` are padding.
+        Key column of every probe row, ``(R,)`` or ``(B, R)`` in any order; packed ``(Tq,)``,
+        counted within the row's own sequence. A negative entry marks a padding row, which is
+        ignored. If None, row i belongs to key i where R = N; otherwise the rows are the last ones,
+        with row i at column ``kv_end - R + i``. Rows outside ``[kv_start, kv_end)`` are padding.
     kv_start, kv_end
-        ``(B,)``, first valid key column (left padding) and one past the last. None: 0 and N.
+        First valid key column of every sample (after left padding) and one past the last,
+        ``(B,)``. None means 0 and N.
     cu_seqlens_q, cu_seqlens_k
-        ``(sequences + 1,)`` offsets of a packed batch.
+        Offsets ``(sequences + 1,)`` of the sequences in a packed batch.
     scale
-        Logit scale. None: ``D ** -0.5``.
+        Factor of the logits. None means ``D ** -0.5``.
     temperature
         Softmax temperature τ > 0.
     causal
-        Row i sees the keys up to its own column; otherwise all valid keys.
+        If True, row i sees the keys up to its own column; otherwise it sees all valid keys.
     lse
-        ``(B, Hq, R)`` (packed ``(Hq, Tq)``) log-sum-exp of every row, from :func:`attention_lse`
-        with the same arguments or from FlashAttention (then ``temperature`` must be 1 and the mask
-        the same): saves the first of the two passes. Infinite: the row is ignored.
+        Log-sum-exp of every row, ``(B, Hq, R)``, packed ``(Hq, Tq)``. It comes from
+        :func:`attention_lse` with the same arguments, or from FlashAttention with the same mask
+        and a `temperature` of 1, and saves the first of the two passes. A row whose value is
+        infinite is ignored.
     heads
         ``"mean"``, ``"rms"`` or ``"none"`` (one result per query head).
     iterations
-        s ← sM, so many times with one LSE pass; `row_weights` is the first s. Per head. Needs a
-        probe row for every key (R = N) and `q_index` (default: the last N).
+        How often s ← sM is applied per head, with one LSE pass for all repetitions; `row_weights`
+        is the initial s. More than one iteration needs a probe row for every key (R = N), placed
+        by `q_index` (default: the last N).
 
     Returns
     -------
     Tensor
-        fp32, ``(B, N)``; ``(B, Hq, N)`` for ``heads="none"``; packed ``(Tk,)`` or ``(Hq, Tk)``.
-        0 at keys that no row sees. Not differentiable.
+        fp32 (fp64 for fp64 inputs), ``(B, N)``, or ``(B, Hq, N)`` for ``heads="none"``; packed
+        ``(Tk,)`` or ``(Hq, Tk)``. Keys that no row sees have 0. The result is not differentiable.
 
     Raises
     ------
     KernelError
-        On shapes, dtypes or devices that do not fit together, head dimensions above 256 (Triton),
-        or options out of range.
+        If shapes, dtypes or devices do not fit together, if the head dimension is above 256
+        (Triton), or if an option is out of range.
 
     Notes
     -----
-    FLOPs ``2·(1 + iterations)·B·Hq·R·N·D`` (half if causal over all rows; without the 1 when `lse`
-    is given); bytes ``(1 + iterations)·B·Hkv·N·D·itemsize + 4·B·Hq·N`` for few rows. Reads each key
-    once per pass for all heads of its group. Idea of two streaming passes: FlashAttention
-    (arXiv 2205.14135); the use as PageRank over attention: AIM (arXiv 2412.03248).
+    The cost is ``2·(1 + iterations)·B·Hq·R·N·D`` FLOPs (half of it if causal over all rows, and
+    without the 1 if `lse` is passed) and, for few rows,
+    ``(1 + iterations)·B·Hkv·N·D·itemsize + 4·B·Hq·N`` bytes: each pass reads a key once for all
+    heads of its group. The two streaming passes follow FlashAttention (arXiv 2205.14135); the
+    repeated application is the PageRank over attention of AIM (arXiv 2412.03248).
     """
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     checks.choice("heads", heads, HEADS)
@@ -122,16 +128,24 @@ def attention_lse(
     temperature: float = 1.0,
     causal: bool = True,
 ) -> Tensor:
-    """Log-sum-exp of every probe row's visible logits; arguments as :func:`attention_colsum`.
+    """Compute the log-sum-exp of every probe row's visible logits.
+
+    The arguments are those of :func:`attention_colsum`.
 
     Returns
     -------
     Tensor
-        fp32, ``(B, Hq, R)``, packed ``(Hq, Tq)``; natural logarithm; -inf where a row sees no key.
+        fp32 (fp64 for fp64 inputs), ``(B, Hq, R)``, packed ``(Hq, Tq)``, with the natural
+        logarithm; -inf where a row sees no key.
+
+    Raises
+    ------
+    KernelError
+        As :func:`attention_colsum`.
 
     Notes
     -----
-    FLOPs ``2·B·Hq·R·N·D``; bytes ``B·Hkv·N·D·itemsize`` for few rows.
+    The cost is ``2·B·Hq·R·N·D`` FLOPs and, for few rows, ``B·Hkv·N·D·itemsize`` bytes.
     """
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     _check(q, k, packed, temperature)
@@ -181,7 +195,8 @@ def join_heads(out: Tensor, heads: str) -> Tensor:
         return out.mean(1)
     if heads == "none":
         return out
-    # Squares of what a sharp softmax leaves would underflow, and all of it be equal.
+    # The sums that a sharp softmax leaves are so small that their squares underflow to 0, which
+    # would make all of these keys equal. Dividing by the largest head first avoids that.
     most = out.abs().amax(1).clamp(min=torch.finfo(out.dtype).tiny)
     return (out / most[:, None]).square().mean(1).sqrt() * most
 
@@ -258,7 +273,7 @@ def _canonical(
     packed: bool,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Rows]:
-    """Dense ``(B, H, length, D)`` views and the visible range of every row."""
+    """Return queries and keys as ``(B, H, length, D)`` views, and what every row sees."""
     q, k = checks.rows_contiguous(q.detach()), checks.rows_contiguous(k.detach())
     if not packed:
         return q, k, dense_rows(q, k, q_index, kv_start, kv_end, causal)
@@ -272,7 +287,7 @@ def _canonical(
 
 
 def _per_row(name: str, value: Tensor | None, q: Tensor, packed: bool) -> Tensor:
-    """A per-row value as fp32 ``(B, Hq, R)``."""
+    """Broadcast a per-row value to ``(B, Hq, R)`` in the accumulation dtype."""
     shape = q.shape[:3]
     dtype = _accumulation_dtype(q)
     if value is None:

@@ -1,8 +1,8 @@
 """Plain PyTorch versions of ``attention_colsum`` and ``attention_lse``.
 
-They walk over blocks of probe rows, so no rows × keys matrix beyond one block ever exists.
-Shapes: `q` ``(B, Hq, R, D)``, `k` ``(B, Hkv, N, D)``, `weights` and `lse` ``(B, Hq, R)`` fp32,
-`lo` and `hi` int32 ``(B, R)``; computed in fp32 (fp64 for fp64 inputs).
+They walk over blocks of probe rows, so that a rows × keys matrix exists for one block at a time.
+The shapes are: `q` ``(B, Hq, R, D)``, `k` ``(B, Hkv, N, D)``, `weights` and `lse` ``(B, Hq, R)``
+in fp32, `lo` and `hi` ``(B, R)`` in int32. They compute in fp32 (fp64 for fp64 inputs).
 """
 
 from collections.abc import Iterator
@@ -10,18 +10,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Logits per block: 16 MiB in fp32, small enough to stay in the last-level cache of a CPU.
+# Logits per block. 16 MiB in fp32 are small enough to stay in the last-level cache of a CPU.
 BLOCK_ELEMENTS = 1 << 22
 
 
 def attention_colsum(
     q: Tensor, k: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, lse: Tensor | None, scale: float
 ) -> Tensor:
-    """Column sums per head, ``(B, Hq, N)``."""
+    """Compute the column sums of every query head, ``(B, Hq, N)``."""
     out = _accumulator(q, k.shape[2])
     for rows, columns, logits in _blocks(q, k, lo, hi, scale):
         norm = logits.logsumexp(-1) if lse is None else lse[:, :, rows].to(logits.dtype)
-        # +inf where a row sees no key: exp(-inf - inf) is 0. NaN stays and reaches the result.
+        # A row without a visible key has lse -inf, and exp(-inf + inf) would be NaN. With +inf its
+        # probabilities exp(-inf - inf) are 0. A NaN stays and reaches the result.
         norm = torch.where(norm.isinf(), torch.inf, norm)
         probabilities = logits.sub_(norm[..., None]).exp_()
         weighted = weights[:, :, None, rows].to(logits.dtype) @ probabilities
@@ -30,7 +31,10 @@ def attention_colsum(
 
 
 def attention_lse(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
-    """Log-sum-exp of every row's visible logits, ``(B, Hq, R)``; -inf where none is visible."""
+    """Compute the log-sum-exp of every row's visible logits, ``(B, Hq, R)``.
+
+    The value is -inf where a row sees no key.
+    """
     out = _accumulator(q, q.shape[2]).fill_(-torch.inf)
     for rows, _, logits in _blocks(q, k, lo, hi, scale):
         out[:, :, rows] = logits.logsumexp(-1)
@@ -38,7 +42,7 @@ def attention_lse(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) ->
 
 
 def is_triangular(hi: Tensor, key: Tensor) -> bool:
-    """Whether row i is key i and sees nothing after itself: what :func:`causal_powers` needs."""
+    """Whether row i belongs to key i and sees no later key, as :func:`causal_powers` requires."""
     index = torch.arange(hi.shape[1], device=hi.device, dtype=hi.dtype)
     return bool(((key == index) | (key < 0)).all()) and bool((hi <= index + 1).all())
 
@@ -46,11 +50,11 @@ def is_triangular(hi: Tensor, key: Tensor) -> bool:
 def causal_powers(
     q: Tensor, k: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, scale: float, steps: int
 ) -> Tensor:
-    """s ← sM repeated `steps` times in one sweep over a lower triangular M, ``(B, Hq, N)``.
+    """Apply s ← sM `steps` times in one sweep over a lower triangular M; result ``(B, Hq, N)``.
 
-    Entry j of the next s depends on rows i ≥ j alone, so a walk from the last block of rows to the
-    first knows every power of s in a block before it spreads any of them to earlier columns: M is
-    computed once, not once per step (ours).
+    Entry j of the next s depends only on rows i ≥ j. A walk from the last block of rows to the
+    first therefore knows every power of s within a block before it adds any of them to earlier
+    columns, and computes M once instead of once per step. This algorithm is ours.
     """
     powers = _accumulator(q, k.shape[2]).new_zeros(steps + 1, *q.shape[:2], k.shape[2])
     powers[0] = weights
@@ -59,6 +63,9 @@ def causal_powers(
         empty = (hi <= lo)[:, rows]
         if bool(empty.any()):
             matrix.masked_fill_(empty[:, None, :, None], 0.0)
+        # Columns from `first` on belong to this block of rows, earlier ones to blocks that follow
+        # in the walk. The own columns need the powers in order, as each step reads the one before;
+        # the earlier columns take all steps in one product.
         first = max(rows.start - columns.start, 0)
         own = slice(columns.start + first, columns.stop)
         for step in range(steps):
@@ -73,7 +80,11 @@ def causal_powers(
 def _blocks(
     q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float, backwards: bool = False
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield (rows, columns, masked logits ``(B, Hq, rows, columns)``) over all row blocks."""
+    """Yield row slice, column slice and masked logits ``(B, Hq, rows, columns)`` of all blocks.
+
+    The column slice covers the keys that any row of the block sees. Blocks in which no row sees a
+    key are left out.
+    """
     batch, heads, total, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -91,7 +102,8 @@ def _blocks(
         block = block.reshape(batch, kv_heads, -1, dim)
         logits = block @ k[:, :, begin:end].transpose(-1, -2)
         logits = logits.view(batch, heads, -1, end - begin)
-        # Columns before `shared` are seen by every row, if all begin at the same key.
+        # If all rows begin at the same key, every row sees the columns before `shared`, and only
+        # the columns from there on need a mask.
         shared = begin if int(low.max()) > begin else min(max(int(high.min()), begin), end)
         if shared < end:
             column = torch.arange(shared, end, device=q.device)

@@ -1,9 +1,10 @@
 """Triton versions of ``attention_colsum`` and ``attention_lse``.
 
-Two passes over the keys. The first gives every probe row its log-sum-exp; query heads that share a
-key head are stacked as rows of one tile, so a key is read once for its whole group, and long key
-ranges are split between programs, so that one row × 16k keys still fills the GPU. The second pass
-keeps one block of keys in place and lets the rows pass by: its sums need no atomics.
+The kernels make two passes over the keys. The first pass computes the log-sum-exp of every probe
+row. Query heads that share a key head are stacked as rows of one tile, so that a key is read once
+for its whole group. Long key ranges are split between programs, so that even one row with 16k keys
+fills the GPU. In the second pass each program owns a block of keys and loops over the rows, so that
+its sums need no atomics and are deterministic.
 """
 
 import torch
@@ -21,8 +22,9 @@ from tokencomp.kernels.tile import (
 )
 from torch import Tensor
 
-# From how many probe rows on the column pass computes which row blocks can see a key block, and
-# spreads heads over programs instead of looping over them.
+# From this number of probe rows on, the column pass computes in advance which row blocks can see a
+# key block, and spreads heads over programs instead of looping over them. With fewer rows the
+# look-up would cost more than it saves.
 MANY_ROWS = 256
 
 
@@ -35,7 +37,11 @@ def lse_kernel(
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of BLOCK_R (head of the group, row) pairs over one split of their keys."""
+    """Log-sum-exp of BLOCK_R pairs (query head of the group, row) over one split of their keys.
+
+    The grid is (tiles of pairs, samples × key heads, splits). The kernel keeps a running maximum
+    and a running sum (online softmax), so that it reads each key tile once.
+    """
     sample = tl.program_id(1) // kv_heads
     kv_head = tl.program_id(1) % kv_heads
     split = tl.program_id(2)
@@ -45,6 +51,7 @@ def lse_kernel(
     head = kv_head * GROUP + item // rows
     low = tl.load(lo + sample.to(tl.int64) * rows + row, mask=inside, other=0)
     high = tl.load(hi + sample.to(tl.int64) * rows + row, mask=inside, other=0)
+    # The tile reads the union of its rows' key ranges; rows that see no key do not widen it.
     begin = tl.min(tl.where(high > low, low, 2147483647), axis=0)
     end = tl.max(high, axis=0)
     begin = tl.minimum(begin, end)
@@ -58,6 +65,8 @@ def lse_kernel(
     d = tl.arange(0, BLOCK_D)
     q_row = q + sample.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     q_row += row.to(tl.int64) * stride_qr
+    # 16-bit queries stay in registers for all key tiles. Rows in fp32 are too large for that, and
+    # `long_dot` reads them again for every key tile, CHUNK columns at a time.
     if CHUNK == BLOCK_D:
         q_tile = tl.load(
             q_row[:, None] + d[None, :], mask=inside[:, None] & (d[None, :] < DIM), other=0.0
@@ -83,6 +92,7 @@ def lse_kernel(
         seen = seen & (column[None, :] < end)
         logits = tl.where(seen, logits, -float("inf"))
         new_top = tl.maximum(top, tl.max(logits, axis=1))
+        # As long as a row has seen no key its maximum is -inf, and -inf - -inf would be NaN.
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         total = total * tl.exp2((top - shift) * LOG2E)
         total += tl.sum(tl.exp2((logits - shift[:, None]) * LOG2E), axis=1)
@@ -94,7 +104,7 @@ def lse_kernel(
 
 @triton.jit
 def combine_kernel(partial, out, count, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Log-sum-exp over the splits of every row."""
+    """Combine the log-sum-exp values of all splits of every row."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     top = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -117,7 +127,12 @@ def colsum_kernel(
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Column sums of BLOCK_N keys for HEADS query heads of one key head."""
+    """Column sums of BLOCK_N keys for HEADS query heads of one key head.
+
+    The program owns its keys: it holds their tile in registers and loops over the row blocks, so
+    every output element is written once. BOUNDED limits the loop to ``first_block[…] …
+    last_block[…]``, the row blocks that can see these keys (half of them under a causal mask).
+    """
     block = tl.program_id(0)
     parts = kv_heads * (GROUP // HEADS)
     sample = tl.program_id(1) // parts
@@ -142,8 +157,8 @@ def colsum_kernel(
     lo += sample.to(tl.int64) * rows
     hi += sample.to(tl.int64) * rows
     q += sample.to(tl.int64) * stride_qb
-    for which in range(HEADS):
-        head = part * HEADS + which
+    for offset in range(HEADS):
+        head = part * HEADS + offset
         at = (sample.to(tl.int64) * kv_heads * GROUP + head) * rows
         sums = tl.zeros([BLOCK_N], tl.float32)
         for step in range(start, stop):
@@ -164,7 +179,7 @@ def colsum_kernel(
             high = tl.load(hi + row, mask=inside, other=0)
             norm = tl.load(lse + at + row, mask=inside, other=0.0)
             weight = tl.load(weights + at + row, mask=inside, other=0.0)
-            # Infinite: the row is ignored. NaN must reach the result.
+            # A row with an infinite log-sum-exp is ignored, but NaN must reach the result.
             live = (norm != -float("inf")) & (norm != float("inf"))
             norm = tl.where(live, norm, 0.0)
             high = tl.where(live, high, 0)
@@ -231,14 +246,17 @@ def attention_colsum(
 def row_block_bounds(
     lo: Tensor, hi: Tensor, block_r: int, block_n: int, keys: int
 ) -> tuple[Tensor, Tensor]:
-    """First and one past the last row block that can see each key block, int32 ``(B, blocks)``.
+    """Return the first and one past the last row block that can see each key block.
 
-    Exact for any row order: blocks outside see nothing of the key block; tight for ascending rows.
+    Both are int32 ``(B, key blocks)``. For any order of rows, no row block outside of the bounds
+    sees a key of the block; for ascending rows the bounds are tight.
     """
     pad = -lo.shape[1] % block_r
     seen = hi > lo
     low = torch.nn.functional.pad(lo.masked_fill(~seen, keys), (0, pad), value=keys)
     high = torch.nn.functional.pad(hi.masked_fill(~seen, 0), (0, pad), value=0)
+    # `reach` is the largest visible column of any row block so far and `begin` the smallest of any
+    # row block from here on. Both are monotone, so that one binary search finds each bound.
     reach = high.unflatten(1, (-1, block_r)).amax(2).cummax(1).values
     begin = low.unflatten(1, (-1, block_r)).amin(2).flip(1).cummin(1).values.flip(1)
     edges = torch.arange(0, keys, block_n, device=lo.device, dtype=lo.dtype)
@@ -249,12 +267,16 @@ def row_block_bounds(
 
 
 def chunk(dim: int, itemsize: int) -> int:
-    """Head columns multiplied at once: all of them, but 32 in fp32."""
+    """Return how many head columns a product loads at once: 32 in fp32, otherwise all of them."""
     return min(padded(dim), 32) if itemsize == 4 else padded(dim)
 
 
 def lse_blocks(items: int, dim: int, itemsize: int) -> tuple[int, int, int]:
-    """(rows, keys, warps) of a tile of the first pass."""
+    """Return (rows, keys, warps) of a tile of the first pass.
+
+    Small row counts take the smallest tile that ``tl.dot`` allows (16 rows), as padding rows would
+    be multiplied for nothing. Larger heads and fp32 take smaller tiles, which the registers hold.
+    """
     if itemsize == 4:
         return 16 if items <= 16 else 32, 64, 4
     wide = padded(dim)
@@ -266,7 +288,10 @@ def lse_blocks(items: int, dim: int, itemsize: int) -> tuple[int, int, int]:
 
 
 def colsum_blocks(rows: int, dim: int, itemsize: int) -> tuple[int, int, int]:
-    """(rows, keys, warps) of a tile of the second pass."""
+    """Return (rows, keys, warps) of a tile of the second pass.
+
+    The key tile stays in registers, so it shrinks where head columns are many or fp32.
+    """
     wide = padded(dim)
     if rows <= 64 or itemsize == 4:
         return 16 if rows <= 16 or itemsize == 4 else 32, 64, 4
@@ -274,10 +299,14 @@ def colsum_blocks(rows: int, dim: int, itemsize: int) -> tuple[int, int, int]:
 
 
 def split_count(programs: int, blocks: int, device: torch.device) -> int:
-    """A power of two: enough splits for four programs per multiprocessor, two key blocks each."""
-    wanted = triton.cdiv(4 * multiprocessors(device), programs)
+    """Return into how many programs the keys of one tile are split, a power of two.
+
+    The splits fill the GPU with about four programs per multiprocessor, but each split keeps at
+    least two key blocks, as shorter ones would spend their time on starting and combining.
+    """
+    target = triton.cdiv(4 * multiprocessors(device), programs)
     limit = max(1, min(64, blocks // 2))
     splits = 1
-    while splits < wanted and splits * 2 <= limit:
+    while splits < target and splits * 2 <= limit:
         splits *= 2
     return splits

@@ -1,7 +1,7 @@
-"""Which keys a probe row sees, as one half-open range ``[lo, hi)`` of key columns per row.
+"""The keys that a probe row sees, as one half-open range ``[lo, hi)`` of key columns per row.
 
-Causal masks at any offset, left padding, cached prefixes and packed (varlen) batches all become
-the same thing, so one kernel serves them all.
+Causal masks at any offset, left padding, cached prefixes and packed (varlen) batches all reduce to
+such ranges, so one kernel serves all of them.
 """
 
 from typing import NamedTuple
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Probe rows: ``lo``, ``hi`` and ``key`` are int32 ``(B, R)``.
+    """Visible ranges of the probe rows: ``lo``, ``hi`` and ``key`` are int32 ``(B, R)``.
 
-    Row r of sample b sees the keys ``lo <= j < hi``; ``key`` is the column of the row's own token,
-    -1 where the row is padding (it then sees nothing).
+    Row r of sample b sees the keys ``lo <= j < hi``. ``key`` is the column of the row's own token,
+    or -1 where the row is padding and sees no key.
     """
 
     lo: Tensor
@@ -32,7 +32,14 @@ def dense_rows(
     kv_end: Tensor | None,
     causal: bool,
 ) -> Rows:
-    """Rows of a padded batch: `q` is ``(B, Hq, R, D)``, `k` is ``(B, Hkv, N, D)``."""
+    """Return the rows of a padded batch with `q` ``(B, Hq, R, D)`` and `k` ``(B, Hkv, N, D)``.
+
+    Raises
+    ------
+    KernelError
+        If `q_index`, `kv_start` or `kv_end` has a wrong shape, dtype or device, or if there are
+        more causal rows than keys and no `q_index`.
+    """
     batch, rows, keys = q.shape[0], q.shape[2], k.shape[2]
     start = _per_sample("kv_start", kv_start, batch, 0, q)
     end = _per_sample("kv_end", kv_end, batch, keys, q)
@@ -59,9 +66,15 @@ def dense_rows(
 def packed_rows(
     q: Tensor, k: Tensor, q_index: Tensor | None, cu_q: Tensor, cu_k: Tensor, causal: bool
 ) -> Rows:
-    """Rows of packed sequences: `q` is ``(Tq, Hq, D)``, `k` is ``(Tk, Hkv, D)``; batch is 1.
+    """Return the rows of packed sequences with `q` ``(Tq, Hq, D)`` and `k` ``(Tk, Hkv, D)``.
 
-    `q_index` counts within each row's own sequence.
+    The batch size is 1. `q_index` counts within each row's own sequence.
+
+    Raises
+    ------
+    KernelError
+        If the offsets do not rise from 0 to the number of tokens, the two offset tensors differ in
+        length, or `q_index` has a wrong shape or dtype.
     """
     for name, cu, total in (("cu_seqlens_q", cu_q, len(q)), ("cu_seqlens_k", cu_k, len(k))):
         checks.integer(name, cu)
@@ -95,19 +108,23 @@ def packed_rows(
 def _default_index(
     rows: int, keys: int, start: Tensor, end: Tensor, causal: bool, device: torch.device
 ) -> Tensor:
-    """Column of every row, ``(B, R)``: row i is key i if there are as many, else the last ones."""
+    """Return the key column of every row, ``(B, R)``.
+
+    Row i belongs to key i if rows and keys are equal in number; otherwise the rows are the last
+    ones before `end`.
+    """
     index = torch.arange(rows, device=device, dtype=torch.int32)[None]
     if rows != keys:
         if causal and rows > keys:
             raise KernelError(f"{rows} probe rows but {keys} keys: give q_index to place the rows")
         if not causal:
-            return index  # the column plays no role
+            return index  # without a causal mask the column plays no role
         index = end - rows + index
     return torch.where((index >= start) & (index < end), index, -1)
 
 
 def _per_sample(name: str, value: Tensor | None, batch: int, default: int, q: Tensor) -> Tensor:
-    """A per-sample bound as int32 ``(B, 1)``."""
+    """Return a bound per sample as int32 ``(B, 1)``, `default` if it is None."""
     if value is None:
         return torch.full((batch, 1), default, dtype=torch.int32, device=q.device)
     checks.integer(name, value)

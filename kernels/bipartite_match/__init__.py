@@ -1,4 +1,4 @@
-"""Best partner of every even row among the odd rows of its frame, by cosine."""
+"""The most similar odd row of every even row of a frame, by cosine similarity."""
 
 from collections.abc import Sequence
 
@@ -18,16 +18,19 @@ def bipartite_match(
     Parameters
     ----------
     x
-        ``(n, D)`` features, frames one after the other; even and odd count within the frame.
+        Features ``(n, D)``, frames one after the other. Even and odd count within the frame.
     frames
-        Tokens per frame: an int (all frames alike), or one length per frame. None: one frame.
+        Tokens per frame, as an int for equal frames or as one length per frame. None means that
+        all rows are one frame.
 
     Returns
     -------
     similarity : Tensor
-        fp32 ``(n,)``, cosine with the best partner; -inf at odd rows and where a frame has none.
+        Cosine with the best partner, fp32 ``(n,)`` (fp64 for fp64 features); -inf at odd rows and
+        in frames that have no odd row.
     partner : Tensor
-        int64 ``(n,)``, row of the best partner in `x` (the lowest of equals); -1 likewise.
+        Row of the best partner in `x`, int64 ``(n,)``, the lowest of equally good ones; -1 where
+        `similarity` is -inf.
 
     Raises
     ------
@@ -36,9 +39,9 @@ def bipartite_match(
 
     Notes
     -----
-    FLOPs ``n·N·D/2`` for frames of N tokens; bytes ``n·D·itemsize + 12·n``: normalisation and
-    maximum are fused, no similarity matrix is stored. A zero row has cosine 0 with everything.
-    Source: bipartite soft matching, ToMe (arXiv 2210.09461).
+    The cost is ``n·N·D/2`` FLOPs for frames of N tokens and ``n·D·itemsize + 12·n`` bytes:
+    normalisation and maximum are fused, and no similarity matrix is stored. A zero row has cosine 0
+    with every row. The method is the bipartite soft matching of ToMe (arXiv 2210.09461).
     """
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)

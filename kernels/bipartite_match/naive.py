@@ -4,12 +4,16 @@ import torch
 from tokencomp.kernels.segments import groups, stacked
 from torch import Tensor
 
-# Similarities held at once (fp32: 16 MiB).
+# Number of similarities that are in memory at once (16 MiB in fp32).
 BLOCK_ELEMENTS = 1 << 22
 
 
 def bipartite_match(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Batches frames of one length; holds one block of similarities at a time."""
+    """Match frames of equal length as a batch, with one block of similarities in memory at a time.
+
+    `x` is ``(n, D)``; the two results are ``(n,)`` as in
+    :func:`tokencomp.kernels.bipartite_match`.
+    """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     similarity = torch.full((len(x),), -torch.inf, dtype=dtype, device=x.device)
     partner = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
@@ -33,11 +37,14 @@ def bipartite_match(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def normalise(x: Tensor) -> Tensor:
-    """Rows scaled to length 1; zero rows stay zero."""
+    """Scale rows to length 1; zero rows stay zero."""
     return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum over the last dimension and the first index that has it; NaN wins."""
+    """Return the maximum over the last dimension and the first index that has it.
+
+    A NaN counts as the maximum.
+    """
     index = x.argmax(-1)  # documented to return the first of equals, unlike max(dim)
     return x.gather(-1, index[..., None]).squeeze(-1), index

@@ -13,7 +13,12 @@ def match_kernel(
     x, first_row, similarity, partner, stride, dim, frames,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Best odd partner of BLOCK_A even rows of one frame."""
+    """Best odd partner of BLOCK_A even rows of one frame.
+
+    The grid is (frames, tiles of even rows). The program keeps the running maximum over blocks of
+    odd rows. Norms are accumulated from the tiles that the product loads anyway, so there is
+    neither a normalisation pass nor a normalised copy of the features.
+    """
     frame = tl.program_id(0)
     start = tl.load(first_row + frame)
     rows = tl.load(first_row + frame + 1) - start
@@ -51,19 +56,20 @@ def match_kernel(
                 b_square += tl.sum(b_wide * b_wide, axis=1)
             # Infinite or NaN features must reach the result: comparisons would drop them.
             poison += tl.sum(b_square * 0.0, axis=0)
+            # The norm of the even row is the same for all partners, so it is applied at the end.
             score = dots * inverse_root(b_square)[None, :]
             score = tl.where((b_row < rows)[None, :], score, -float("inf"))
             value, index = tl.max(score, axis=1, return_indices=True)
             better = value > best
             best = tl.where(better, value, best)
             best_row = tl.where(better, 2 * (first + index) + 1, best_row)
-        some = tl.where(best_row >= 0, best, 0.0)
-        cosine = some * inverse_root(a_square) + poison + a_square * 0.0
-        # An even row owns its own entry and that of the odd row after it.
+        best_dot = tl.where(best_row >= 0, best, 0.0)
+        cosine = best_dot * inverse_root(a_square) + poison + a_square * 0.0
+        # The program of an even row also writes the entry of the odd row after it.
         place = start + a_row
         tl.store(similarity + place, tl.where(odds > 0, cosine, -float("inf")), mask=a_row < rows)
-        found = tl.where(best_row >= 0, start + best_row, -1)
-        tl.store(partner + place, found.to(tl.int64), mask=a_row < rows)
+        partner_row = tl.where(best_row >= 0, start + best_row, -1)
+        tl.store(partner + place, partner_row.to(tl.int64), mask=a_row < rows)
         tl.store(similarity + place + 1, -float("inf"), mask=a_row + 1 < rows)
         tl.store(partner + place + 1, tl.full([BLOCK_A], -1, tl.int64), mask=a_row + 1 < rows)
 
@@ -85,10 +91,10 @@ def bipartite_match(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def blocks(evens: int, itemsize: int) -> tuple[int, int, int, int]:
-    """(even rows, odd rows, features, warps) of a tile.
+    """Return (even rows, odd rows, features, warps) of a tile.
 
-    Few even rows per program: a frame is small, and several programs must share it for the GPU to
-    be full; its odd rows come from the cache for all but the first of them.
+    A program takes few even rows: frames are small, so several programs must share one to fill the
+    GPU. The odd rows of a frame come from the cache for all but the first of these programs.
     """
     if itemsize == 4:
         return 32, 32 if evens <= 32 else 64, 32, 4

@@ -1,4 +1,4 @@
-"""Cross-attention of queries to the frames of a video, causal by frame."""
+"""Cross-attention of queries to the frames of a video with a causal mask over frames."""
 
 from collections.abc import Sequence
 
@@ -23,41 +23,42 @@ def ccam_attention(
     causal: bool = True,
     scale: float | None = None,
 ) -> Tensor:
-    r"""Softmax attention where query i of Q sees the first ``floor(i·F/Q) + 1`` of F frames.
+    r"""Softmax attention in which query i of Q sees the first ``floor(i·F/Q) + 1`` of F frames.
 
-    The mask follows from indices (:func:`visible_frames`): it is never stored, and key blocks that
-    a query block cannot see are never read. What a query cannot see changes no bit of its row as
-    long as it is finite; padding, and frames that no query sees, may hold anything.
+    The mask follows from indices (:func:`visible_frames`), so it is never stored, and key blocks
+    that no query of a block sees are never read. Finite values that a query does not see leave the
+    bits of its result unchanged. Padding, and frames that no query sees, may hold any values.
 
     Parameters
     ----------
     q
-        ``(B, H, Q, D)``.
+        Queries ``(B, H, Q, D)``.
     k, v
-        ``(B, H, F·P, D)``, P tokens per frame, frames one after the other.
+        Keys and values ``(B, H, F·P, D)`` with P tokens per frame, frames one after the other.
     frames
-        F, or one count per sample (samples with fewer frames are padded at the end; 0 allowed).
-        P is the number of keys over the largest F.
+        F, or one count per sample; samples with fewer frames are padded at the end, and 0 is
+        allowed. P is the number of keys divided by the largest F.
     causal
-        False: every query sees every frame.
+        If False, every query sees every frame.
     scale
-        None: ``D ** -0.5``.
+        Factor of the logits. None means ``D ** -0.5``.
 
     Returns
     -------
     Tensor
-        ``(B, H, Q, D)`` in the dtype of `q`; 0 for a sample without frames.
+        Attention output ``(B, H, Q, D)`` in the dtype of `q`; 0 for a sample without frames.
 
     Raises
     ------
     KernelError
-        If shapes, dtypes or devices do not fit, or frames do not divide the keys.
+        If shapes, dtypes or devices do not fit together, or if the number of keys is not a
+        multiple of the number of frames.
 
     Notes
     -----
-    FLOPs ``4·B·H·Q·F·P·D`` (about half if causal); bytes ``2·B·H·(Q + F·P)·D·itemsize``.
-    Differentiable (through PyTorch's attention; the Triton kernel runs when no gradient is asked
-    for). Rule: Video-CCAM, arXiv 2408.14023.
+    The cost is ``4·B·H·Q·F·P·D`` FLOPs (about half if causal) and ``2·B·H·(Q + F·P)·D·itemsize``
+    bytes. The function is differentiable: if a gradient is needed, PyTorch's attention runs instead
+    of the Triton kernel. The mask follows Video-CCAM (arXiv 2408.14023).
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         checks.shape(name, tensor, 4, "(B, H, length, D)")

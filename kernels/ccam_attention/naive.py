@@ -9,7 +9,11 @@ from torch import Tensor
 def ccam_attention(
     q: Tensor, k: Tensor, v: Tensor, frames: list[int], per_frame: int, causal: bool, scale: float
 ) -> Tensor:
-    """Queries that see the same frames go through one mask-free SDPA over those frames."""
+    """Attend with one call of SDPA, without a mask, per group of queries that see the same frames.
+
+    Shapes are those of :func:`tokencomp.kernels.ccam_attention`; `frames` has one count per sample
+    and `per_frame` is the number of keys of a frame.
+    """
     if len(set(frames)) == 1:
         return _attend(q, k, v, frames[0], per_frame, causal, scale)
     parts = [
@@ -22,6 +26,7 @@ def ccam_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, frames: int, per_frame: int, causal: bool, scale: float
 ) -> Tensor:
+    """Attention of samples that have the same number of frames."""
     queries = q.shape[2]
     if frames == 0:
         return torch.zeros_like(q)

@@ -1,4 +1,4 @@
-"""Triton version of ``ccam_attention``: online softmax over the visible keys only."""
+"""Triton version of ``ccam_attention``: an online softmax that reads visible keys only."""
 
 import torch
 import triton
@@ -16,8 +16,13 @@ def ccam_kernel(
     CAUSAL: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_Q queries over one split of the keys; writes their normalised sum and LSE."""
-    # The last queries see the most keys: they start first.
+    """Attend BLOCK_Q queries to one split of the keys; write their normalised sum and LSE.
+
+    The grid is (query blocks, samples × heads, splits). With few queries there are too few programs
+    to fill the GPU, so the keys are split too and ``combine_kernel`` joins the splits by their LSE.
+    """
+    # The last queries see the most keys. Their programs start first, so that the long ones do not
+    # run alone at the end.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     sample = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
@@ -83,7 +88,7 @@ def combine_kernel(
     partial, lse, out, rows,
     SPLITS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the splits of every query by their share of the softmax."""
+    """Join the splits of every query, weighted by their share of the softmax."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     inside = row < rows
@@ -140,7 +145,11 @@ def ccam_attention(
 
 
 def blocks(queries: int, dim: int, itemsize: int) -> tuple[int, int, int, int]:
-    """(queries, keys, warps, stages) of a tile."""
+    """Return (queries, keys, warps, stages) of a tile.
+
+    Tiles in fp32 and tiles of large heads are smaller, because queries, keys, values and the
+    running result share the registers.
+    """
     if itemsize == 4:
         return (16, 32, 8, 1) if dim > 64 else (16, 16, 4, 1)
     if queries <= 64:
@@ -149,6 +158,9 @@ def blocks(queries: int, dim: int, itemsize: int) -> tuple[int, int, int, int]:
 
 
 def split_count(programs: int, blocks: int, device: torch.device) -> int:
-    """Splits of the keys: four programs per multiprocessor, at least eight key blocks each."""
-    wanted = triton.cdiv(4 * multiprocessors(device), programs)
-    return max(1, min(wanted, 32, blocks // 8))
+    """Return the number of key splits.
+
+    There are about four programs per multiprocessor, and each split has at least eight key blocks.
+    """
+    target = triton.cdiv(4 * multiprocessors(device), programs)
+    return max(1, min(target, 32, blocks // 8))

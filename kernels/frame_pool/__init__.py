@@ -1,4 +1,4 @@
-"""Pooling of video frames to a different grid each."""
+"""Pooling of video frames, each to a grid of its own."""
 
 from collections.abc import Sequence
 
@@ -13,37 +13,39 @@ MODES = ("area", "bilinear")
 def frame_pool(x: Tensor, grids: Sequence[tuple[int, int]], mode: str = "area") -> Tensor:
     r"""Pool every frame to its own grid, all frames in one launch.
 
-    ``"area"``: output cell (i, j) of a ``(h, w)`` grid is the mean over the input rows
-    ``floor(i·H/h) … ceil((i+1)·H/h) - 1`` and columns likewise (adaptive average pooling; plain
-    average pooling where h divides H). ``"bilinear"``: interpolation between the four nearest cell
-    centres, edges clamped (as ``interpolate(align_corners=False)``, the pooling of
-    LLaVA-OneVision).
+    With ``"area"``, output cell (i, j) of a ``(h, w)`` grid is the mean over the input rows
+    ``floor(i·H/h) … ceil((i+1)·H/h) - 1`` and over the columns by the same rule. This is adaptive
+    average pooling, or plain average pooling where h divides H. With ``"bilinear"``, an output cell
+    is interpolated between the four nearest cell centres, with clamped edges. This equals
+    ``interpolate(align_corners=False)``, the pooling of LLaVA-OneVision.
 
     Parameters
     ----------
     x
-        ``(T, H, W, D)`` features, any strides with a contiguous last dimension (else copied).
+        Features ``(T, H, W, D)`` of a floating dtype. Strides are free as long as the last
+        dimension is contiguous; otherwise the features are copied.
     grids
-        Output ``(h, w)`` per frame; ``(H, W)`` leaves a frame as it is, to the bit.
+        Output grid ``(h, w)`` of every frame. ``(H, W)`` returns a frame bit for bit.
     mode
         ``"area"`` or ``"bilinear"``.
 
     Returns
     -------
     Tensor
-        ``(Σ h·w, D)`` in the dtype of `x`, frames one after the other, raster order; computed in
-        fp32.
+        Pooled features ``(Σ h·w, D)`` in the dtype of `x`, frames one after the other in raster
+        order, computed in fp32.
 
     Raises
     ------
     KernelError
-        If a grid is missing, empty or larger than the frame.
+        If a grid is missing, empty or larger than the frame, or if `x` has a wrong shape or dtype.
 
     Notes
     -----
-    FLOPs about ``T·H·W·D`` (area) or ``7·n·D`` (bilinear) for n output tokens; bytes
-    ``(T·H·W + n)·D·itemsize``. Differentiable (through PyTorch; the Triton kernel runs when no
-    gradient is asked for). Progressive pooling of frame groups: arXiv 2409.20018.
+    The cost is about ``T·H·W·D`` FLOPs (area) or ``7·n·D`` FLOPs (bilinear) for n output tokens,
+    and ``(T·H·W + n)·D·itemsize`` bytes. The function is differentiable: if a gradient is needed,
+    PyTorch runs instead of the Triton kernel. Progressive pooling of frame groups is the method of
+    arXiv 2409.20018.
     """
     checks.shape("x", x, 4, "(T, H, W, D)")
     checks.floating("x", x)

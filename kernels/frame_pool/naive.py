@@ -6,7 +6,11 @@ from torch import Tensor
 
 
 def frame_pool(x: Tensor, heights: list[int], widths: list[int], mode: str) -> Tensor:
-    """Frames of one output grid are pooled together."""
+    """Pool all frames that have the same output grid in one call.
+
+    `x` is ``(T, H, W, D)``, `heights` and `widths` have T entries, and the result is ``(Σ h·w, D)``
+    in the order of the frames.
+    """
     frames, _, _, dim = x.shape
     grids: dict[tuple[int, int], list[int]] = {}
     for frame, grid in enumerate(zip(heights, widths, strict=True)):
@@ -20,7 +24,7 @@ def frame_pool(x: Tensor, heights: list[int], widths: list[int], mode: str) -> T
 
 
 def _resize(x: Tensor, grid: tuple[int, int], mode: str) -> Tensor:
-    """Resize ``(F, H, W, D)`` to ``(F, *grid, D)`` in fp32."""
+    """Resize ``(F, H, W, D)`` to ``(F, *grid, D)``, computed in fp32 (fp64 for fp64 inputs)."""
     wide = x if x.dtype == torch.float64 else x.float()
     image = wide.permute(0, 3, 1, 2)
     if mode == "area":

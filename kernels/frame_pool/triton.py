@@ -13,7 +13,11 @@ def pool_kernel(
     x, cells, out, stride_t, stride_y, stride_x, height, width, dim,
     BILINEAR: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sum over the input cells that one output token covers."""
+    """Weighted sum over the input cells that one output token covers.
+
+    The grid is (output tokens, blocks of features). Frames have different grids, so `cells` gives
+    frame, cell, grid rows and grid columns of each output token, and one launch serves all frames.
+    """
     token = tl.program_id(0).to(tl.int64)
     frame = tl.load(cells + token * 4)
     cell = tl.load(cells + token * 4 + 1)
@@ -31,7 +35,7 @@ def pool_kernel(
         x0 = at_x.to(tl.int32)
         weight_y = at_y - y0
         weight_x = at_x - x0
-        high, wide = 2, 2
+        high, wide = 2, 2  # four taps; the minimum with height - 1 and width - 1 clamps the edges
     else:
         y0 = i * height // rows
         x0 = j * width // columns
@@ -70,7 +74,10 @@ def frame_pool(x: Tensor, heights: list[int], widths: list[int], mode: str) -> T
 
 @functools.lru_cache(maxsize=16)
 def cell_table(heights: tuple[int, ...], widths: tuple[int, ...], device: torch.device) -> Tensor:
-    """(frame, cell, grid rows, grid columns) of every output token, int32 ``(n, 4)``; cached."""
+    """Return (frame, cell, grid rows, grid columns) of every output token, int32 ``(n, 4)``.
+
+    The table is cached, because a model pools many videos of the same shape.
+    """
     grid = torch.tensor([heights, widths], dtype=torch.int64).T
     count = grid.prod(1)
     frame = torch.arange(len(grid)).repeat_interleave(count)
@@ -80,7 +87,7 @@ def cell_table(heights: tuple[int, ...], widths: tuple[int, ...], device: torch.
 
 
 def blocks(dim: int) -> tuple[int, int]:
-    """(features, warps): 16 bytes per thread and load."""
+    """Return (features, warps) of a program, so that each thread loads 16 bytes at once."""
     block_d = min(1024, max(64, triton.next_power_of_2(dim)))
     while block_d > 256 and dim % block_d:  # a divisor leaves no lane idle
         block_d //= 2

@@ -1,4 +1,4 @@
-"""One index compacts everything that has a sequence axis."""
+"""Gathering with one index from all tensors that have a sequence axis."""
 
 from collections.abc import Sequence
 
@@ -32,28 +32,32 @@ def gather_rows(
     Parameters
     ----------
     tensors
-        Any shapes and dtypes (bool included), each with a batch and a sequence dimension:
-        ``(B, N, D)`` hidden states, ``(B, N)`` masks, ``(3, B, N)`` M-RoPE positions,
-        ``(B, H, N, D)`` keys. N may differ between tensors. A batch of 1 is shared by all samples.
+        Tensors of any shape and dtype (bool included) that have a batch and a sequence dimension,
+        for example ``(B, N, D)`` hidden states, ``(B, N)`` masks, ``(3, B, N)`` M-RoPE positions or
+        ``(B, H, N, D)`` keys. N may differ between tensors. All samples share a batch of 1.
     index
-        int ``(B, M)``: row of each output row, negative for padding (ragged left-pad).
+        Input row of each output row, int ``(B, M)``. A negative entry gives a padding row of
+        zeros, as ragged batches need.
     seq_dims, batch_dims
-        Sequence and batch dimension of all tensors (int) or of each; may be negative.
+        Sequence and batch dimension, as one int for all tensors or as one int per tensor. Negative
+        values count from the end.
 
     Returns
     -------
     list of Tensor
-        As given, with B and M in place of the batch and sequence sizes; contiguous.
+        Contiguous tensors with the shapes and dtypes of the input, except that B and M replace the
+        batch and sequence sizes.
 
     Raises
     ------
     KernelError
-        On indices past a tensor's rows, dimensions that do not fit, or mixed devices.
+        If an index is past a tensor's last row, a dimension or dtype is not supported, or the
+        tensors are on different devices.
 
     Notes
     -----
-    No FLOPs; bytes ``2 · Σ B·M·row_bytes``. Differentiable (through PyTorch; the Triton kernel
-    runs when no gradient is asked for).
+    The cost is ``2 · Σ B·M·row_bytes`` bytes and no FLOPs. The function is differentiable: if a
+    gradient is needed, PyTorch runs instead of the Triton kernel.
     """
     tensors = list(tensors)
     checks.integer("index", index)
@@ -111,7 +115,7 @@ def _(
 
 
 def _dims(name: str, value: int | Sequence[int], tensors: list[Tensor]) -> list[int]:
-    """One non-negative dimension per tensor."""
+    """Return one non-negative dimension per tensor."""
     dims = [value] * len(tensors) if isinstance(value, int) else list(value)
     if len(dims) != len(tensors):
         raise KernelError(f"{name} has {len(dims)} entries for {len(tensors)} tensors")

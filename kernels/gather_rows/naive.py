@@ -7,7 +7,10 @@ from torch import Tensor
 def gather_rows(
     tensors: list[Tensor], index: Tensor, seq_dims: list[int], batch_dims: list[int]
 ) -> list[Tensor]:
-    """One ``index_select`` (batch of one) or ``gather`` per tensor."""
+    """Gather with one ``index_select`` (batch of one) or one ``gather`` per tensor.
+
+    `index` is int64 ``(B, M)``; the dimensions are non-negative, one per tensor.
+    """
     padding = index < 0
     source = index.clamp(min=0)
     padded = bool(padding.any())
@@ -31,5 +34,5 @@ def gather_rows(
 
 
 def _oriented(index: Tensor, shape: list[int], seq: int, batch: int) -> Tensor:
-    """``(B, M)`` laid out along the batch and sequence dimensions of a tensor."""
+    """Lay ``(B, M)`` out along the batch and sequence dimensions of a tensor."""
     return (index if batch < seq else index.T).reshape(shape)

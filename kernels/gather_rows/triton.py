@@ -8,57 +8,66 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tensors per launch (more are split over several): hidden states, cos, sin, mask, positions, K, V.
+# Number of tensors per launch: hidden states, cos, sin, mask, positions, keys and values of a layer
+# fit into one. More tensors are split over several launches.
 MAX_TENSORS = 8
 
 
 @triton.jit
 def copy_tile(
-    source, out, index, tile, samples, wanted, width, strides, out_strides, leads,
+    source, out, index, tile, samples, out_rows, width, strides, out_strides, leads,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Copy BLOCK_R rows × BLOCK_C columns of one tensor."""
+    """Copy a tile of BLOCK_R rows × BLOCK_C columns of one tensor.
+
+    Rows of all leading dimensions and samples form one range, so that a tile can span samples. A
+    tensor with few rows then still fills its tiles.
+    """
     tiles_across = (width + BLOCK_C - 1) // BLOCK_C
     row = tile // tiles_across * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tile % tiles_across * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = row < leads * samples * wanted
-    lead = (row // (samples * wanted)).to(tl.int64)
-    pair = row % (samples * wanted)
+    inside = row < leads * samples * out_rows
+    lead = (row // (samples * out_rows)).to(tl.int64)
+    pair = row % (samples * out_rows)
     at = tl.load(index + pair, mask=inside, other=-1).to(tl.int64)
-    sample = (pair // wanted).to(tl.int64)
-    place = (pair % wanted).to(tl.int64)
+    sample = (pair // out_rows).to(tl.int64)
+    place = (pair % out_rows).to(tl.int64)
     mask = inside[:, None] & (column < width)[None, :]
     begin = lead * strides[0] + sample * strides[1] + at * strides[2]
-    found = mask & (at >= 0)[:, None]
-    value = tl.load(source + begin[:, None] + column[None, :], mask=found, other=0)
+    present = mask & (at >= 0)[:, None]
+    value = tl.load(source + begin[:, None] + column[None, :], mask=present, other=0)
     begin_out = lead * out_strides[0] + sample * out_strides[1] + place * out_strides[2]
     tl.store(out + begin_out[:, None] + column[None, :], value, mask=mask)
 
 
 @triton.jit
 def gather_kernel(
-    sources, outs, index, firsts, strides, out_strides, leads, widths, samples, wanted,
+    sources, outs, index, firsts, strides, out_strides, leads, widths, samples, out_rows,
     BLOCKS_R: tl.constexpr, BLOCKS_C: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Each program copies one tile of the tensor whose range of programs it falls into."""
+    """Copy one tile per program; consecutive ranges of programs belong to consecutive tensors.
+
+    All tensors of a layer share one launch, because small ones (masks, positions) would cost mostly
+    the time of their own launch. The loop over tensors is unrolled, since their dtypes differ.
+    """
     program = tl.program_id(0)
     for t in tl.static_range(COUNT):
         if (program >= firsts[t]) & (program < firsts[t + 1]):
             copy_tile(
-                sources[t], outs[t], index, program - firsts[t], samples, wanted, widths[t],
+                sources[t], outs[t], index, program - firsts[t], samples, out_rows, widths[t],
                 strides[t], out_strides[t], leads[t], BLOCKS_R[t], BLOCKS_C[t],
             )  # fmt: skip
 
 
 class Job(NamedTuple):
-    """One tensor as (lead, batch, sequence, contiguous row) on both sides."""
+    """Source and destination of one tensor, both as (lead, batch, sequence, contiguous row)."""
 
     source: Tensor
     out: Tensor
 
     @property
     def block(self) -> tuple[int, int]:
-        """(rows, columns) of a tile: about 8 KiB, 16 bytes per thread and load."""
+        """Return (rows, columns) of a tile of about 8 KiB, so that each load has 16 bytes."""
         width, itemsize = self.out.shape[3], self.out.element_size()
         elements = max(1024, 8192 // itemsize)
         across = min(1024, triton.next_power_of_2(width))
@@ -68,7 +77,7 @@ class Job(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Programs that this tensor needs."""
+        """Number of programs that this tensor needs."""
         rows = self.out.shape[0] * self.out.shape[1] * self.out.shape[2]
         down, across = self.block
         return triton.cdiv(rows, down) * triton.cdiv(self.out.shape[3], across)
@@ -92,7 +101,10 @@ def gather_rows(
 
 
 def prepare(tensor: Tensor, out: Tensor, seq: int, batch: int) -> list[Job]:
-    """Four-dimensional views of `tensor` and `out`; several where they have many leading dims."""
+    """Return four-dimensional views of `tensor` and `out`.
+
+    A tensor with several leading dimensions cannot be one strided view, so it gives several jobs.
+    """
     last = max(seq, batch)
     leads = [d for d in range(last) if d not in (seq, batch)]
     if len(leads) > 1:

@@ -1,4 +1,4 @@
-"""Greedy max-min selection of diverse (and relevant) rows."""
+"""Greedy max-min selection of rows that are diverse and, with weights, relevant."""
 
 from collections.abc import Sequence
 
@@ -24,60 +24,65 @@ def maxmin_select(
 
     .. math:: next = \arg\max_i \; w_i \cdot (\mu + \min_{j \in chosen} (1 - \cos(x_i, x_j)))
 
-    within every span; ties go to the lower index. Distances below 1e-5 count as 1e-5: what differs
-    between copies of a row is rounding, so among copies the larger weight goes first.
+    within every span; ties go to the lower index. Distances below 1e-5 count as 1e-5, because the
+    distance between copies of a row is mere rounding. Among copies, the weight therefore decides.
 
     Parameters
     ----------
     x
-        ``(n, D)`` features, spans one after the other.
+        Features ``(n, D)``, spans one after the other.
     k
-        Rows to choose in every span (int), or per span; 0 ≤ k ≤ rows of the span.
+        Number of rows to choose in every span (int) or in each (sequence), from 0 to the rows of
+        the span.
     weights
-        ``(n,)`` relevance w ≥ 0 (raise it to a power beforehand). None: all 1.
+        Relevance w ≥ 0 of every row, ``(n,)``. None means 1 for every row. A caller that wants a
+        power of the relevance computes it beforehand.
     spans
-        Rows per span (int), or one length per span. None: one span.
+        Rows per span, as an int for equal spans or as one length per span. None means one span.
     centred
-        Subtract the span's mean before the cosine.
+        Whether the span's mean is subtracted before the cosine.
     margin
-        ``(spans,)`` μ ≥ 0, added to every distance of the span: weights decide among distances that
-        are small beside it. None: 0. Without weights it changes nothing.
+        μ ≥ 0 of every span, ``(spans,)``, which is added to all of its distances. Among distances
+        that are small compared with μ, the weights decide. None means 0. Without weights the margin
+        has no effect.
     start
-        int ``(spans,)``, first row of every span, counted within the span. None: the largest
-        weight; without weights the row with the lowest cosine to the span's mean.
+        First choice of every span, int ``(spans,)``, counted within the span. None means the row
+        with the largest weight, or without weights the row with the lowest cosine to the span's
+        mean.
     ascending
-        Sort the result; otherwise rows come in the order chosen (so that the first m of a span
-        are what ``k=m`` would have chosen).
+        Whether the result is sorted. Otherwise rows come in the order of their choice, so that the
+        first m rows of a span are what ``k=m`` chooses.
 
     Returns
     -------
     Tensor
-        int64 ``(Σ k,)`` rows of `x`, spans one after the other.
+        Chosen rows of `x`, int64 ``(Σ k,)``, spans one after the other.
 
     Raises
     ------
     KernelError
-        If `k` exceeds a span, spans do not cover `x`, weights or margins are negative or not
-        finite, or features are NaN or infinite.
+        If `k` exceeds a span, the spans do not cover `x`, weights or margins are negative or not
+        finite, a start is outside its span, or features are NaN or infinite.
 
     Notes
     -----
-    Spans of up to 512 rows (Triton: 8192): FLOPs ``2·L²·D`` (cosines, once), then k steps that
-    read L values each; bytes ``L·D·itemsize + 4·L² + 4·k·L``. Triton takes them on the device
-    without the host, the plain version on the host.
+    A span of L rows, up to 512 (Triton: 8192), computes all cosines once with ``2·L²·D`` FLOPs and
+    then takes k steps that read L values each: ``L·D·itemsize + 4·L² + 4·k·L`` bytes. The Triton
+    version takes the steps on the device without the host; the plain version takes them on the
+    host.
 
-    Longer spans store no L² cosines. They go in rounds among the c best rows, exactly: scores never
-    rise, so that candidates alone matter while their best is above what the best other row was when
-    the round began. Other rows keep the score of an earlier round as a bound until it is among the
-    best; most cosines are never needed. FLOPs of r rounds: ``2·(k·L + r·c²)·D`` at most, c = 256,
-    and half of the first part in videos that stand still as in those that move. Triton takes
-    c = 2048 and brings all rows up to date once a round: all of these FLOPs, and
-    ``r·(L·D·itemsize + 4·c²) + 4·k·c`` bytes. Rounds are of tens to hundreds of choices, fewer
-    where rows have many copies; after each the host waits for the device, so CUDA graphs cannot
-    hold such a call.
+    A longer span does not store L² cosines. It proceeds in rounds among the c best rows, and its
+    result is still exact: scores never rise, so the best candidate is the best row of all as long
+    as its score is above the score that the best other row had when the round began. The score of
+    another row from an earlier round remains an upper bound, and is computed anew only when it is
+    among the best. With c = 256, r rounds take at most ``2·(k·L + r·c²)·D`` FLOPs; in videos, still
+    or moving, about half of the first part is needed. The Triton version has c = 2048 and updates
+    all rows once per round: it takes all of these FLOPs and ``r·(L·D·itemsize + 4·c²) + 4·k·c``
+    bytes. A round makes tens to hundreds of choices, fewer where rows have many copies. The host
+    waits for the device after each round, so a CUDA graph cannot capture such a call.
 
-    Kin: farthest-point sampling; lazy greedy (bounds that only fall); DivPrune (arXiv 2503.02175).
-    The weighted rule and the rounds are ours.
+    Related methods are farthest-point sampling, lazy greedy selection (bounds that only fall) and
+    DivPrune (arXiv 2503.02175). The weighted rule and the rounds are ours.
     """
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)
@@ -107,20 +112,29 @@ def maxmin_select(
 
 
 def mean_distance(x: Tensor, centred: bool = False) -> Tensor:
-    """Mean of :func:`maxmin_select`'s distance (1 - cos) over all pairs of rows.
+    """Compute the mean distance (1 - cos) of :func:`maxmin_select` over all pairs of rows.
 
     Parameters
     ----------
     x
-        ``(n, D)`` features of one span, any floating dtype.
+        Features ``(n, D)`` of one span, of any floating dtype.
     centred
-        As there.
+        Whether the span's mean is subtracted before the cosine.
 
     Returns
     -------
     Tensor
-        ``(1,)`` fp32 (fp64 for fp64) in [0, 1]: 1 - |mean unit vector|², a row's distance to itself
-        included. One pass over the rows (centred: two), a block of them widened at a time.
+        ``(1,)`` in fp32 (fp64 for fp64 features), from 0 to 1.
+
+    Raises
+    ------
+    KernelError
+        If `x` is not ``(n, D)`` or not floating.
+
+    Notes
+    -----
+    The mean over all pairs, a row with itself included, is 1 - |mean unit vector|². It therefore
+    takes one pass over the rows (two if centred), with one block of them in fp32 at a time.
     """
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)
@@ -169,14 +183,15 @@ def _check_values(
     margin: Tensor | None,
     start: Tensor | None,
 ) -> None:
-    """Finite features, finite weights and margins >= 0, starts inside their spans."""
+    """Require finite features, finite weights and margins >= 0, and starts inside their spans."""
     if not dispatch.checks_enabled(x):
         return
-    # A sum is finite only if no element is NaN or infinite (fp32 sums of model features).
+    # A sum is finite only if no element is NaN or infinite. Model features are far too small for
+    # an fp32 sum to overflow by itself.
     checks.holds(x.sum(dtype=torch.float32).isfinite(), "x has NaN or infinite features")
-    given = [t for t in (weights, margin) if t is not None]
-    if given:
-        good = torch.stack([(t.isfinite() & (t >= 0)).all() for t in given]).all()
+    factors = [t for t in (weights, margin) if t is not None]
+    if factors:
+        good = torch.stack([(t.isfinite() & (t >= 0)).all() for t in factors]).all()
         checks.holds(good, "weights and margins must be finite and at least 0")
     if start is not None:
         length = segments.table(lengths, x.device, torch.int64)

@@ -6,19 +6,20 @@ from tokencomp.kernels.bipartite_match.naive import normalise
 from tokencomp.kernels.segments import starts
 from torch import Tensor
 
-# Cosines held at once (fp32: 64 MiB).
+# Number of cosines that are in memory at once (64 MiB in fp32).
 GRAM_ELEMENTS = 1 << 24
-# Spans of up to this many rows find all their cosines at once, equal spans as a batch.
+# Spans of up to this many rows compute all their cosines at once, equal spans as a batch.
 MAX_GRAM_ROWS = 512
-# Longer ones go in rounds, each among this many rows, which it may choose all.
+# Longer spans proceed in rounds. A round has this many candidates and may choose all of them.
 ROUND = 256
-# Least distance. Cosines of copies differ from 1 by rounding, 6e-7 in fp32 and more where tensor
-# cores cut off their sums; it must not rank them. Between copies the weight decides.
+# Smallest distance. The cosine of two copies of a row differs from 1 by rounding: 6e-7 in fp32, and
+# more on tensor cores, which truncate their sums. This rounding must not rank copies; the weight
+# decides between them.
 EPSILON = 1e-5
-# Weight of a chosen row. As no distance is 0, it never has the best score again.
+# Weight of a chosen row. No distance is 0, so its score is negative and never the best again.
 TAKEN = -1.0
-# A centred row has no direction if its squared norm is below this share of the uncentred one's:
-# what is left of it is rounding. Its cosine is 0 with everything.
+# A centred row whose squared norm is below this share of the uncentred row's squared norm consists
+# of rounding. It has no direction, and its cosine is 0 with every row.
 UNDIRECTED = 1e-5
 
 
@@ -31,8 +32,13 @@ def maxmin_select(
     margin: Tensor | None,
     start: Tensor | None,
 ) -> Tensor:
-    """Rows of `x` in the order chosen, spans one after the other; equal spans run as a batch."""
-    first = starts(lengths)
+    """Return the chosen rows of `x` in the order of their choice, spans one after the other.
+
+    Spans with the same length and the same number of choices run as a batch. The arguments are
+    those of :func:`tokencomp.kernels.maxmin_select` with one entry of `counts` and `lengths` per
+    span.
+    """
+    first_row = starts(lengths)
     groups: dict[tuple[int, int], list[int]] = {}
     for span, shape in enumerate(zip(lengths, counts, strict=True)):
         groups.setdefault(shape, []).append(span)
@@ -41,13 +47,13 @@ def maxmin_select(
         size = max(1, GRAM_ELEMENTS // max(1, length * length))
         for begin in range(0, len(spans) if count else 0, size):
             members = spans[begin : begin + size]
-            rows = torch.tensor([first[s] for s in members], device=x.device)[:, None]
+            rows = torch.tensor([first_row[s] for s in members], device=x.device)[:, None]
             rows = rows + torch.arange(length, device=x.device)
             weight = None if weights is None else weights[rows]
-            which = torch.tensor(members, device=x.device)
-            begin_at = None if start is None else start[which]
-            least = x.new_zeros(len(members)) if margin is None else margin[which]
-            order = _greedy(x[rows], count, weight, centred, least, begin_at)
+            member_index = torch.tensor(members, device=x.device)
+            first_choice = None if start is None else start[member_index]
+            margins = x.new_zeros(len(members)) if margin is None else margin[member_index]
+            order = _greedy(x[rows], count, weight, centred, margins, first_choice)
             for member, picks in zip(members, rows.gather(1, order), strict=True):
                 chosen[member] = picks
     return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=x.device)
@@ -61,7 +67,10 @@ def _greedy(
     margin: Tensor,
     start: Tensor | None,
 ) -> Tensor:
-    """Choose `count` of the rows of every span; `x` is ``(S, L, D)``; result ``(S, count)``."""
+    """Choose `count` rows of every span ``(L, D)`` in `x` ``(S, L, D)``; result ``(S, count)``.
+
+    `weight` is ``(S, L)``, `margin` and `start` are ``(S,)``.
+    """
     x = x if x.dtype == torch.float64 else x.float()
     mean = x.mean(1, keepdim=True)
     if start is None:
@@ -77,9 +86,10 @@ def _greedy(
 
 
 def _at_once(unit: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count: int) -> Tensor:
-    """All cosines of every span ``(S, L, D)``, then every step for all spans together.
+    """Compute all cosines of every span ``(S, L, D)``, then take each step for all spans at once.
 
-    Steps run on the host and in NumPy: what each operation costs to start decides.
+    The steps run on the host in NumPy. They are many short operations, so their start-up cost
+    dominates, and NumPy's is the lowest.
     """
     distances = _distance(unit @ unit.transpose(1, 2)).cpu().numpy()
     weights, margins = weight.cpu().numpy().copy(), margin.cpu().numpy()[:, None]
@@ -92,24 +102,31 @@ def _at_once(unit: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count:
             weights[spans, last] = TAKEN
             np.minimum(nearest, distances[spans, last], out=nearest)
             np.multiply(np.add(nearest, margins, out=scores), weights, out=scores)
-            last = scores.argmax(1)  # the first of equals
+            last = scores.argmax(1)  # returns the first of equal scores
     return torch.from_numpy(order.T.copy()).to(unit.device)
 
 
 class _Rounds:
-    """One long span ``(L, D)``: neither L × L cosines nor steps that read all L rows (ours).
+    """Selection in one long span ``(L, D)`` without L × L cosines or steps that read all L rows.
 
-    A row's score against some of the choices bounds its score against all, as scores never rise.
-    Rows are brought up to date when their bound is among the best; most never are. While the best
-    of ROUND candidates is above the best other row when the round began, the guard, it is the best
-    of all, and choosing is a matter of the candidates' own cosines.
+    Scores never rise, so the score of a row against some of the choices is an upper bound of its
+    score against all of them. A row is updated only when its bound is among the best, and most rows
+    never are. Each round takes the ROUND best rows as candidates; the next best row is the guard.
+    As long as the best candidate is above the score that the guard had when the round began, it is
+    the best row of all, and only the cosines between candidates are needed. This algorithm is ours.
 
     Attributes
     ----------
-    order, done, chosen
-        Choices, how many of them are made, and their unit vectors, one after the other.
-    nearest, seen
-        Of every row, the distance from the first `seen` choices.
+    order
+        Chosen rows in the order of their choice, int64 ``(count,)``; valid up to `done`.
+    done
+        Number of choices so far.
+    chosen
+        Unit vectors of the choices, ``(count, D)``; valid up to `done`.
+    nearest
+        Distance of every row to the closest of the first `seen` choices, ``(L,)``.
+    seen
+        With how many of the choices each row has been compared, int64 ``(L,)``.
     """
 
     def __init__(
@@ -125,28 +142,34 @@ class _Rounds:
         self.seen = torch.ones_like(self.nearest, dtype=torch.int64)
 
     def run(self) -> Tensor:
+        """Run rounds until all rows are chosen; return `order`."""
         while self.done < len(self.order):
             best = self.best(ROUND + 1)
-            among, guard = best[:-1].sort().values, best[-1]
+            candidates, guard = best[:-1].sort().values, best[-1]
             bar = float(self.score(guard)), -int(guard)
-            unit, nearest = self.unit[among], self.nearest[among].cpu()
-            distance, weight = _distance(unit @ unit.T).cpu(), self.weight[among].cpu()
+            unit, nearest = self.unit[candidates], self.nearest[candidates].cpu()
+            distance, weight = _distance(unit @ unit.T).cpu(), self.weight[candidates].cpu()
             limit = len(self.order) - self.done
             picks = _round(
-                distance, weight, nearest, among.tolist(), float(self.margin), bar, limit
+                distance, weight, nearest, candidates.tolist(), float(self.margin), bar, limit
             )
-            picked = torch.tensor(picks, device=among.device)
-            new, made = among[picked], slice(self.done, self.done + len(picks))
-            self.order[made], self.chosen[made], self.done = new, unit[picked], made.stop
-            self.nearest[among], self.seen[among] = nearest.to(unit.device), self.done
+            picked = torch.tensor(picks, device=candidates.device)
+            new, place = candidates[picked], slice(self.done, self.done + len(picks))
+            self.order[place], self.chosen[place], self.done = new, unit[picked], place.stop
+            self.nearest[candidates], self.seen[candidates] = nearest.to(unit.device), self.done
             self.weight[new] = TAKEN
         return self.order
 
     def score(self, rows: Tensor) -> Tensor:
+        """Return the scores of `rows`, which are upper bounds where rows are not up to date."""
         return (self.nearest[rows] + self.margin) * self.weight[rows]
 
     def best(self, count: int) -> Tensor:
-        """The `count` best rows, best first, all up to date."""
+        """Return the `count` best rows, best first, all of them up to date.
+
+        The rows with the best bounds are updated, which can only lower their scores, until the best
+        `count` rows are all up to date. The others then have lower bounds, hence lower scores.
+        """
         score, reach = (self.nearest + self.margin) * self.weight, count
         while True:
             ranked = score.sort(descending=True, stable=True).indices
@@ -154,16 +177,16 @@ class _Rounds:
                 return ranked[:count]
             self.refresh(ranked[:reach])
             score[ranked[:reach]] = self.score(ranked[:reach])
-            reach *= 2  # else a front that keeps falling behind would take many sorts
+            reach *= 2  # without doubling, bounds that keep falling would take many sorts
 
     def refresh(self, rows: Tensor) -> None:
-        """Bring `rows` up to date, those that have seen equally many choices together."""
+        """Compare `rows` with the choices that they have not seen, equal numbers together."""
         seen = self.seen[rows]
-        for before in seen[seen < self.done].unique().tolist():
-            missed = self.chosen[before : self.done]
-            for these in rows[seen == before].split(max(1, GRAM_ELEMENTS // len(missed))):
-                distance = _distance((self.unit[these] @ missed.T).amax(1))
-                self.nearest[these] = torch.minimum(self.nearest[these], distance)
+        for already_seen in seen[seen < self.done].unique().tolist():
+            unseen = self.chosen[already_seen : self.done]
+            for part in rows[seen == already_seen].split(max(1, GRAM_ELEMENTS // len(unseen))):
+                distance = _distance((self.unit[part] @ unseen.T).amax(1))
+                self.nearest[part] = torch.minimum(self.nearest[part], distance)
         self.seen[rows] = self.done
 
 
@@ -176,10 +199,11 @@ def _round(
     bar: tuple[float, int],
     limit: int,
 ) -> list[int]:
-    """Choose at most `limit` candidates while the best is above `bar`, a score and minus its row.
+    """Choose at most `limit` candidates while the best of them is above `bar`.
 
-    In place, on the host and in NumPy: a pick is four operations on short rows, so that what each
-    of them costs to start decides.
+    `bar` is the guard's score and minus its row, so that a tie goes to the lower row. `weight` and
+    `nearest` change in place. The steps run on the host in NumPy: a choice is four operations on
+    short rows, whose start-up cost dominates.
     """
     picks: list[int] = []
     distances, weights, near = distance.numpy(), weight.numpy(), nearest.numpy()
@@ -187,7 +211,7 @@ def _round(
     with np.errstate(over="ignore"):
         while len(picks) < limit:
             np.multiply(np.add(near, margin, out=scores), weights, out=scores)
-            best = int(scores.argmax())  # the first of equals
+            best = int(scores.argmax())  # returns the first of equal scores
             if (float(scores[best]), -rows[best]) < bar:
                 break
             picks.append(best)
@@ -213,16 +237,16 @@ def mean_distance(x: Tensor, centred: bool) -> Tensor:
 
 
 def _distance(cosine: Tensor) -> Tensor:
-    """1 - cos, at least EPSILON; in place."""
+    """Turn cosines into distances 1 - cos of at least EPSILON, in place."""
     return cosine.neg_().add_(1).clamp_(min=EPSILON)
 
 
 def _centred(x: Tensor, mean: Tensor) -> Tensor:
-    """Unit vectors of ``x - mean``; zero where x is the mean up to rounding."""
+    """Return the unit vectors of ``x - mean``, zero where x equals the mean up to rounding."""
     offset = x - mean
     return normalise(offset) * _directed(offset.square().sum(-1), x)[..., None]
 
 
 def _directed(square: Tensor, x: Tensor) -> Tensor:
-    """Whether a centred row, of squared norm `square`, is more than the rounding of the row x."""
+    """Whether a centred row with squared norm `square` is more than the rounding error of `x`."""
     return square > UNDIRECTED * x.square().sum(-1)

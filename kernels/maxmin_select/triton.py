@@ -1,9 +1,10 @@
 """Triton version of ``maxmin_select``.
 
-Spans of up to ``MAX_GRAM_ROWS`` rows: one launch computes all cosines with tensor cores, then one
-program per span runs all its steps on the device, each reading one row of cosines. Longer spans do
-the same among the best ``CANDIDATES`` rows, in rounds as the plain version: all rows are read once
-a round, and the host waits once a round to learn how far it went.
+For spans of up to ``MAX_GRAM_ROWS`` rows, one launch computes all cosines with tensor cores. A
+second launch has one program per span, which takes all steps on the device and reads one row of
+cosines per step. Longer spans do the same among the best ``CANDIDATES`` rows, in rounds as in the
+plain version: every round reads all rows once, and the host waits once per round for the number of
+choices.
 """
 
 import itertools
@@ -17,9 +18,9 @@ from tokencomp.kernels.tile import inverse_root, long_dot, padded
 from torch import Tensor
 
 MAX_GRAM_ROWS = 8192
-# Candidates of a round of a longer span, which may choose all of them.
+# Number of candidates in a round of a longer span; a round may choose all of them.
 CANDIDATES = 2048
-# Cosines stored at once, 256 MiB in fp32.
+# Number of cosines that are in memory at once (256 MiB in fp32).
 GRAM_ELEMENTS = 1 << 26
 
 
@@ -28,7 +29,11 @@ def unit_kernel(
     x, mean, span_of, unit, inverse, far, stride, dim,
     CENTRED: tl.constexpr, LIMIT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Per row: 1/norm, distance to the span's mean, and the centred unit vector if wanted."""
+    """Compute 1/norm and the distance to the span's mean of one row, and its centred unit vector.
+
+    The grid is (rows,). Without CENTRED no unit vector is stored: the products read `x` itself and
+    apply the inverse norms afterwards, which saves a copy of the features.
+    """
     row = tl.program_id(0).to(tl.int64)
     mean += tl.load(span_of + row).to(tl.int64) * dim
     x += row * stride
@@ -60,7 +65,7 @@ def unit_kernel(
 
 @triton.jit
 def pitch(rows):
-    """Distance between rows of cosines: a multiple of 16, so that loads can be wide."""
+    """Distance between rows of the cosine matrix: a multiple of 16, so that loads can be wide."""
     return (rows + 15) // 16 * 16
 
 
@@ -69,7 +74,11 @@ def gram_kernel(
     x, inverse, first_row, first_gram, gram, stride,
     DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One BLOCK × BLOCK tile of the cosines of one span."""
+    """Compute one BLOCK × BLOCK tile of the cosines of one span.
+
+    The grid is (spans, tiles, tiles) for the longest span. Programs outside of a shorter span end
+    at once.
+    """
     span = tl.program_id(0)
     start = tl.load(first_row + span)
     rows = tl.load(first_row + span + 1) - start
@@ -93,14 +102,18 @@ def gram_kernel(
 @triton.jit
 def greedy_kernel(
     gram, first_row, first_gram, first_pick, start_row, weights, picks,
-    margins, nearest, guard_score, guard_place, found,
+    margins, nearest, guard_score, guard_place, steps_taken,
     LEAST: tl.constexpr, WEIGHTED: tl.constexpr, MARGIN: tl.constexpr, ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All steps of one span.
+    """Take all steps of one span in one program.
 
-    ROUND: the rows are candidates, `nearest` their distances from earlier choices. It ends when the
-    guard, which would stand before row `guard_place`, is better; `found` receives the steps taken.
+    Every step depends on the one before, so a span cannot be shared between programs. All distances
+    of the span stay in registers, and each step reads one row of cosines.
+
+    With ROUND, the rows are the candidates of a round and `nearest` holds their distances from
+    earlier choices. The loop ends when the guard, whose place in row order is before candidate
+    `guard_place`, is better than every candidate. `steps_taken` receives the number of steps.
     """
     span = tl.program_id(0)
     start = tl.load(first_row + span)
@@ -115,7 +128,7 @@ def greedy_kernel(
         distance = tl.load(nearest + row, mask=inside, other=0.0)
         bar = tl.load(guard_score)
         place = tl.load(guard_place)
-    # A negative weight marks rows that cannot be chosen (any more).
+    # A negative weight marks rows that are chosen already or lie outside of the span.
     weight = tl.where(inside, 1.0, -1.0)
     if WEIGHTED:
         weight = tl.load(weights + start + row, mask=inside, other=-1.0)
@@ -127,8 +140,8 @@ def greedy_kernel(
     while step < count:
         tl.store(picks + begin + step, (start + last).to(tl.int64))
         weight = tl.where(row == last, -1.0, weight)
-        # Up to the pitch, not the last row: a mask in units of 16 lets the loads be wide. What lies
-        # between is never chosen, its weight is negative.
+        # The mask reaches up to the pitch instead of the last row: a mask in units of 16 lets the
+        # loads be wide. Entries in between are never chosen, because their weight is negative.
         at = gram + last.to(tl.int64) * pitch(rows) + row
         cosine = tl.load(at, mask=row < pitch(rows), other=0.0)
         distance = tl.minimum(distance, tl.maximum(1.0 - cosine, LEAST))
@@ -137,10 +150,11 @@ def greedy_kernel(
         step += 1
         if ROUND:
             best = tl.max(score, axis=0)
+            # A tie goes to the lower row, which is the guard if its place is not after `last`.
             over = (best < bar) | ((best == bar) & (last >= place))
             count = tl.where(over, step, count)
     if ROUND:
-        tl.store(found, step)
+        tl.store(steps_taken, step)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -148,7 +162,11 @@ def closest_kernel(
     x, inverse, picks, nearest, count, rows, stride,
     LEAST: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Lower `nearest` of BLOCK rows to their distance from the closest of `count` rows `picks`."""
+    """Lower `nearest` of BLOCK rows to their distance from the closest of the rows `picks`.
+
+    The grid is (blocks of rows,). `count` picks are compared BLOCK at a time. It differs from call
+    to call, so it is not specialised, as each new value would compile the kernel again.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     left = tl.load(inverse + i, mask=i < rows, other=0.0)
     left_rows = x + i.to(tl.int64) * stride
@@ -189,9 +207,11 @@ def maxmin_select(
 
 
 def unit_rows(x: Tensor, lengths: list[int], centred: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows to take cosines of, their inverse norms, and each row's distance to its span's mean.
+    """Return the rows whose cosines are needed, their inverse norms and the distances to the mean.
 
-    Centred rows are stored as unit vectors, in fp16 for 16-bit inputs (11 bits; bfloat16 has 8).
+    The rows are ``(n, D)``; inverse norms and distances to the span's mean are fp32 ``(n,)``.
+    Centred rows are stored as unit vectors. For 16-bit inputs these are fp16, whose 11 significant
+    bits are more exact than the 8 of bfloat16, and unit vectors need no larger range.
     """
     rows, dim = x.shape
     mean = torch.zeros(len(lengths), dim, dtype=torch.float32, device=x.device)
@@ -217,23 +237,27 @@ def unit_rows(x: Tensor, lengths: list[int], centred: bool) -> tuple[Tensor, Ten
 
 
 def first_choice(score: Tensor, lengths: list[int]) -> Tensor:
-    """Row with the largest score in every span (0 in an empty one)."""
+    """Return the row with the largest score of every span (0 for an empty span)."""
     best = [part.argmax() if len(part) else part.new_zeros((), dtype=torch.int64)
             for part in score.split(lengths)]  # fmt: skip
     return torch.stack(best)
 
 
 def grouped(lengths: list[int]) -> list[list[int]]:
-    """Spans that run together: consecutive ones within the memory for cosines, long ones alone."""
-    found: list[list[int]] = []
+    """Group spans that run together.
+
+    Consecutive spans share a group as long as their cosines fit into ``GRAM_ELEMENTS``. A span with
+    more than ``MAX_GRAM_ROWS`` rows has a group of its own.
+    """
+    result: list[list[int]] = []
     room = 0
     for span, length in enumerate(lengths):
-        if length > MAX_GRAM_ROWS or length * length > room or not found:
-            found.append([])
+        if length > MAX_GRAM_ROWS or length * length > room or not result:
+            result.append([])
             room = GRAM_ELEMENTS if length <= MAX_GRAM_ROWS else 0
-        found[-1].append(span)
+        result[-1].append(span)
         room -= length * length
-    return found
+    return result
 
 
 def run(
@@ -247,22 +271,22 @@ def run(
     start: Tensor,
     picks: Tensor,
 ) -> None:
-    """Choose in the spans of one group."""
+    """Choose the rows of the spans in one group and write them to `picks` ``(Σ counts,)``."""
     longest = max(lengths[span] for span in group)
     first, last = group[0], group[-1] + 1
     row, pick = starts([*lengths, 0]), starts([*counts, 0])
-    least = None if margin is None else margin[first:last]
-    mine = picks[pick[first] : pick[last]]
-    if not len(mine):
+    group_margin = None if margin is None else margin[first:last]
+    group_picks = picks[pick[first] : pick[last]]
+    if not len(group_picks):
         return
     if longest > MAX_GRAM_ROWS:
         span = slice(row[first], row[last])
-        given = None if weights is None else weights[span]
-        run_rounds(x[span], inverse[span], given, least, start[first:], mine)
-        mine += row[first]
+        span_weights = None if weights is None else weights[span]
+        run_rounds(x[span], inverse[span], span_weights, group_margin, start[first:], group_picks)
+        group_picks += row[first]
         return
     rows, firsts = row[first : last + 1], table(pick[first : last + 1], x.device)
-    greedy(x, inverse, rows, firsts, start[first:], weights, least, picks)
+    greedy(x, inverse, rows, firsts, start[first:], weights, group_margin, picks)
 
 
 def run_rounds(
@@ -273,29 +297,34 @@ def run_rounds(
     start: Tensor,
     picks: Tensor,
 ) -> None:
-    """Choose in one long span; see :func:`.naive._in_rounds`."""
+    """Choose in one long span and write the rows to `picks`.
+
+    The algorithm is that of :class:`tokencomp.kernels.maxmin_select.naive._Rounds`, except that
+    every round updates all rows. One launch does that without the host, whereas an update of
+    selected rows would wait for the device several times per round.
+    """
     nearest = torch.full_like(inverse, torch.inf)
-    left = torch.ones_like(inverse) if weights is None else weights.clone()
+    remaining = torch.ones_like(inverse) if weights is None else weights.clone()
     new, done = start[:1], 0
     while True:
         picks[done : done + len(new)] = new
         done += len(new)
-        left[new] = TAKEN
+        remaining[new] = TAKEN
         closest(x, inverse, new, nearest)
         if done == len(picks):
             return
-        score = (nearest if margin is None else nearest + margin) * left
+        score = (nearest if margin is None else nearest + margin) * remaining
         ranked = score.sort(descending=True, stable=True).indices[: CANDIDATES + 1]
-        among, guard = ranked[:-1].sort().values, ranked[-1:]
-        limit = min(len(among), len(picks) - done)
-        found = torch.full((1,), limit, dtype=torch.int32, device=x.device)
+        candidates, guard = ranked[:-1].sort().values, ranked[-1:]
+        limit = min(len(candidates), len(picks) - done)
+        steps_taken = torch.full((1,), limit, dtype=torch.int32, device=x.device)
         local = torch.zeros(limit, dtype=torch.int64, device=x.device)
         greedy(
-            x[among], inverse[among], [0, len(among)], table([0, limit], x.device),
-            torch.searchsorted(among, ranked[:1]), left[among], margin, local,
-            (nearest[among], score[guard], torch.searchsorted(among, guard), found),
+            x[candidates], inverse[candidates], [0, len(candidates)], table([0, limit], x.device),
+            torch.searchsorted(candidates, ranked[:1]), remaining[candidates], margin, local,
+            (nearest[candidates], score[guard], torch.searchsorted(candidates, guard), steps_taken),
         )  # fmt: skip
-        new = among[local[: int(found)]]
+        new = candidates[local[: int(steps_taken)]]
 
 
 def greedy(
@@ -309,9 +338,10 @@ def greedy(
     picks: Tensor,
     resume: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> None:
-    """All cosines of spans that begin at `rows` (the last entry is their end), then all steps.
+    """Compute all cosines of spans that begin at `rows`, then take all steps.
 
-    `resume`: the last four tensors of :func:`greedy_kernel`, for a round.
+    The last entry of `rows` is the end of the last span. `resume` holds the last four tensors of
+    :func:`greedy_kernel` for a round, and is None otherwise.
     """
     lengths = [end - begin for begin, end in itertools.pairwise(rows)]
     squares = [length * triton.cdiv(length, 16) * 16 for length in lengths]
@@ -343,17 +373,23 @@ def closest(x: Tensor, inverse: Tensor, new: Tensor, nearest: Tensor) -> None:
 
 
 def gram_blocks(rows: int, itemsize: int) -> tuple[int, int, int]:
-    """(rows, features, warps) of a tile of cosines."""
+    """Return (rows, features, warps) of a tile of cosines.
+
+    Short spans take smaller tiles, so that there are enough of them to fill the GPU.
+    """
     if itemsize == 4:
         return 32, 32, 4
     return (64, 64, 4) if rows <= 1024 else (128, 32, 8)
 
 
 def closest_blocks(itemsize: int) -> tuple[int, int, int]:
-    """(rows and choices, features, warps) of a tile: few choices, all rows."""
+    """Return (rows and choices, features, warps) of a tile.
+
+    A round has few choices but all rows, so the tiles are small.
+    """
     return (32, 16, 4) if itemsize == 4 else (64, 64, 4)
 
 
 def greedy_warps(block: int) -> int:
-    """Warps of the program that owns a span: at most 16 values per thread."""
+    """Return the warps of a program that owns a span, so that a thread has at most 16 values."""
     return max(1, min(16, block // 256))

@@ -1,4 +1,4 @@
-"""Size-weighted means of rows that merge into one another."""
+"""Size-weighted means of the rows that merge into a kept row."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +13,11 @@ POSITIONS = ("keep", "first", "mean")
 
 
 class MergedRows(NamedTuple):
-    """`x` ``(k, D)`` in the input dtype, `sizes` fp32 ``(k,)``, `positions` ``(P, k)`` or None."""
+    """Result of :func:`merge_rows`.
+
+    `x` is ``(k, D)`` in the input dtype, `sizes` is ``(k,)`` in fp32 (fp64 for fp64 features), and
+    `positions` is ``(P, k)``, ``(k,)`` or None, as the argument was.
+    """
 
     x: Tensor
     sizes: Tensor
@@ -31,37 +35,40 @@ def merge_rows(
     weighted: bool = True,
     position: str = "keep",
 ) -> MergedRows:
-    r"""Mean of every kept row with the rows that merge into it.
+    r"""Compute the mean of every kept row and the rows that merge into it.
 
     .. math:: out_j = \sum_{i : target_i = keep_j} w_i x_i \; / \sum_{i : target_i = keep_j} w_i
 
-    with w the sizes (tokens already merged into a row), or 1 if not `weighted`.
+    where w are the sizes (how many tokens are already merged into a row), or 1 if not `weighted`.
 
     Parameters
     ----------
     x
-        ``(n, D)``.
+        Features ``(n, D)``.
     target
-        int ``(n,)``: the row of `x` that row i merges into, itself for a kept row, -1 to drop it.
+        The row of `x` that row i merges into, int ``(n,)``: the row itself for a kept row, -1 for
+        a row that is dropped.
     keep
-        int ``(k,)``, kept rows, ascending; ``target[keep] == keep``.
+        Kept rows in ascending order, int ``(k,)``, with ``target[keep] == keep``.
     sizes
-        ``(n,)``, > 0. None: all 1.
+        Number of tokens that each row stands for, ``(n,)``, above 0. None means 1 for every row.
     frames
-        Tokens per frame (int, or one length per frame), a promise that rows merge only within
-        their frame; lets the GPU kernel look for members there alone. None: anywhere.
+        Tokens per frame, as an int or as one length per frame. The caller promises that rows merge
+        only within their frame, so that the GPU kernel searches for members there alone. None means
+        that rows may merge with any row.
     positions
-        int64 ``(P, n)`` or ``(n,)`` position ids (three rows for M-RoPE).
+        Position ids, integer ``(P, n)`` or ``(n,)``; M-RoPE has P = 3.
     weighted
-        Weigh by `sizes` (ToMe, arXiv 2210.09461) or take plain means (AIM, arXiv 2412.03248).
+        Whether means are weighted by `sizes` (ToMe, arXiv 2210.09461) or plain (AIM,
+        arXiv 2412.03248).
     position
-        Position of a merged row: that of the kept row (``"keep"``), of the member with the lowest
-        index (``"first"``), or the weighted mean rounded half up (``"mean"``).
+        Position of a merged row: that of the kept row (``"keep"``), that of the member with the
+        lowest index (``"first"``), or the weighted mean rounded half up (``"mean"``).
 
     Returns
     -------
     MergedRows
-        Merged rows, new sizes (always summed), positions (same rank as given).
+        Merged rows, new sizes (always sums), and positions of the same rank as the argument.
 
     Raises
     ------
@@ -70,9 +77,10 @@ def merge_rows(
 
     Notes
     -----
-    FLOPs ``2·n·D``; bytes ``(n + k)·D·itemsize`` plus indices: every row is read once and every
-    kept row written once, in fp32, in row order: the result is deterministic, no atomics.
-    Differentiable in `x` (through PyTorch; the Triton kernel runs when no gradient is asked for).
+    The cost is ``2·n·D`` FLOPs and ``(n + k)·D·itemsize`` bytes plus indices: every row is read
+    once and every kept row is written once. Sums are taken in fp32 and in row order without
+    atomics, so the result is deterministic. The function is differentiable in `x`: if a gradient is
+    needed, PyTorch runs instead of the Triton kernel.
     """
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)
@@ -141,7 +149,7 @@ def _(
 def _indices(
     x: Tensor, target: Tensor, keep: Tensor, sizes: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check index shapes; int64 and contiguous."""
+    """Check the shapes of the indices and return them as contiguous int64, sizes as floats."""
     for name, index in (("target", target), ("keep", keep)):
         checks.integer(name, index)
         checks.shape(name, index, 1, "(n,)" if name == "target" else "(k,)")
@@ -158,12 +166,12 @@ def _indices(
 
 
 def _check_values(target: Tensor, keep: Tensor) -> None:
-    """`keep` ascending and in range, every target a kept row or -1."""
+    """Require `keep` to be ascending and in range, and every target to be a kept row or -1."""
     if not dispatch.checks_enabled(target):
         return
     rows = len(target)
     kept = torch.zeros(rows + 1, dtype=torch.bool, device=target.device)
-    kept[-1] = True  # where target -1 looks
+    kept[-1] = True  # a target of -1 reads this extra entry
     inside = ((keep >= 0) & (keep < rows)).all() & ((target >= -1) & (target < rows)).all()
     safe = keep.clamp(0, max(rows - 1, 0))
     if rows:

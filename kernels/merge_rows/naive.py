@@ -13,11 +13,15 @@ def merge_rows(
     weighted: bool,
     position: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scatter into the kept rows in row order, so that sums do not depend on scheduling."""
+    """Add rows to the kept rows in row order, so that sums do not depend on scheduling.
+
+    Shapes are those of :func:`tokencomp.kernels.merge_rows` with `positions` ``(P, n)``; the result
+    is features ``(k, D)``, sizes ``(k,)`` and positions ``(P, k)``.
+    """
     count = len(keep)
     slot = torch.full((len(x) + 1,), -1, dtype=torch.int64, device=x.device)
     slot[keep] = torch.arange(count, device=x.device)
-    slot = slot[target]  # target -1 reads the extra last entry: dropped
+    slot = slot[target]  # a target of -1 reads the extra last entry, which means dropped
     members = (slot >= 0).nonzero().squeeze(1)
     slot = slot[members]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -41,7 +45,7 @@ def _positions(
     total: Tensor,
     rule: str,
 ) -> Tensor:
-    """Positions ``(P, k)`` of the merged rows."""
+    """Return the positions ``(P, k)`` of the merged rows under the rule keep, first or mean."""
     if rule == "keep":
         return positions[:, keep]
     if rule == "first":

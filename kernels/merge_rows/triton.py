@@ -1,4 +1,8 @@
-"""Triton version of ``merge_rows``: one program per kept row gathers its members in row order."""
+"""Triton version of ``merge_rows``: one program per kept row gathers its members in row order.
+
+Gathering instead of scattering makes atomics unnecessary, so the order of additions, and with it
+the rounded result, does not depend on scheduling.
+"""
 
 import torch
 import triton
@@ -6,7 +10,8 @@ import triton.language as tl
 from tokencomp.kernels.segments import bounds
 from torch import Tensor
 
-# Rows in which a program looks for the members of its kept row itself; beyond, members come sorted.
+# In segments of up to this many rows a program finds the members of its kept row by scanning the
+# targets. For longer segments the targets are sorted beforehand, and members are a range of them.
 MAX_SCAN = 4096
 NONE = tl.constexpr(2147483647)
 
@@ -18,7 +23,11 @@ def merge_kernel(
     SCAN: tl.constexpr, HAS_SIZES: tl.constexpr, WEIGHTED: tl.constexpr, POSITION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Merge the members of one kept row; POSITION 0 keep, 1 first, 2 mean."""
+    """Merge the members of one kept row.
+
+    The grid is (kept rows, blocks of features). SCAN selects between the two ways of finding the
+    members, see ``MAX_SCAN``. POSITION is the rule of the position: 0 keep, 1 first, 2 mean.
+    """
     slot = tl.program_id(0)
     kept = tl.load(keep + slot)
     if SCAN:
@@ -26,7 +35,8 @@ def merge_kernel(
         place = begin + tl.arange(0, BLOCK_S)
         inside = place < tl.load(ends + kept)
         into = tl.load(target + place, mask=inside, other=-1)
-        # Members that are still to come, by row; NONE elsewhere.
+        # `waiting` holds the rows of members that are not merged yet and NONE elsewhere. Taking its
+        # minimum in each step visits the members in row order.
         waiting = tl.where(inside & (into == kept), place, NONE)
         members = tl.sum((waiting != NONE).to(tl.int32), axis=0)
     else:
@@ -60,6 +70,7 @@ def merge_kernel(
             moved += at.to(tl.float64) * weight
     place_out = slot.to(tl.int64) * dim + d
     tl.store(out + place_out, (total / weights).to(out.dtype.element_ty), mask=d < dim)
+    # Sizes and positions are the same for all blocks of features; the first block writes them.
     if tl.program_id(1) == 0:
         tl.store(new_sizes + slot, size)
         source = kept
@@ -112,6 +123,10 @@ def merge_rows(
 
 
 def blocks(dim: int, itemsize: int) -> tuple[int, int]:
-    """(features, warps): a whole row per program where it fits, 16 bytes per thread and load."""
+    """Return (features, warps) of a program.
+
+    A program takes a whole row if it fits, as every block of features repeats the search for
+    members. Each thread loads 16 bytes at once.
+    """
     block_d = min(4096, max(64, triton.next_power_of_2(dim)))
     return block_d, max(1, min(8, block_d * itemsize // 512))

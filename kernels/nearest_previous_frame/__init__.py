@@ -1,4 +1,4 @@
-"""How much of a frame was already there in the frame before."""
+"""Similarity of every token of a video with nearby tokens of the previous frame."""
 
 import torch
 from tokencomp.kernels import checks, dispatch
@@ -9,33 +9,34 @@ MAX_RADIUS = 3
 
 
 def nearest_previous_frame(x: Tensor, radius: int = 0) -> tuple[Tensor, Tensor]:
-    """Cosine of every token with its most similar token nearby in the previous frame.
+    """Find the most similar nearby token in the previous frame for every token.
 
     Parameters
     ----------
     x
-        ``(T, H, W, D)`` features of a video.
+        Features of a video, ``(T, H, W, D)``.
     radius
-        Half side of the square window around the token's own place; 0 compares the same place
-        only, as efficient video sampling does (arXiv 2510.14624). At most 3.
+        Half the side of the square window around the token's own place, at most 3. A radius of 0
+        compares the same place only, as efficient video sampling does (arXiv 2510.14624).
 
     Returns
     -------
     similarity : Tensor
-        fp32 ``(T, H, W)``; -inf in frame 0, which has no predecessor.
+        Cosine with the most similar token, fp32 ``(T, H, W)`` (fp64 for fp64 features); -inf in
+        frame 0, which has no predecessor.
     index : Tensor
-        int64 ``(T, H, W)``, raster index in the previous frame (the lowest of equals); -1 in
-        frame 0.
+        Raster index of that token in the previous frame, int64 ``(T, H, W)``, the lowest of equally
+        similar ones; -1 in frame 0.
 
     Raises
     ------
     KernelError
-        On a wrong shape or radius, or NaN or infinite features.
+        If the shape, the dtype or the radius is wrong, or if features are NaN or infinite.
 
     Notes
     -----
-    FLOPs ``6·T·H·W·D·(2·radius + 1)²``; bytes ``T·H·W·(D·itemsize + 12)`` (each frame is read again
-    as predecessor, from cache). A zero row has cosine 0 with everything.
+    The cost is ``6·T·H·W·D·(2·radius + 1)²`` FLOPs and ``T·H·W·(D·itemsize + 12)`` bytes; each
+    frame is read again as predecessor, but from the cache. A zero row has cosine 0 with every row.
     """
     checks.shape("x", x, 4, "(T, H, W, D)")
     checks.floating("x", x)

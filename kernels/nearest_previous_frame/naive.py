@@ -6,7 +6,11 @@ from torch import Tensor
 
 
 def nearest_previous_frame(x: Tensor, radius: int) -> tuple[Tensor, Tensor]:
-    """One shifted product per offset of the window, two frames in fp32 at a time."""
+    """Compare with one shifted product per offset of the window, frame by frame.
+
+    Only two frames are held in fp32 at a time. Shapes are those of
+    :func:`tokencomp.kernels.nearest_previous_frame`.
+    """
     frames, height, width, _ = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     similarity = torch.full(x.shape[:3], -torch.inf, dtype=dtype, device=x.device)
@@ -17,20 +21,20 @@ def nearest_previous_frame(x: Tensor, radius: int) -> tuple[Tensor, Tensor]:
         current = normalise(x[frame].to(dtype))
         for dy in range(-radius, radius + 1):
             for dx in range(-radius, radius + 1):
-                here_y, there_y = _overlap(dy, height)
-                here_x, there_x = _overlap(dx, width)
-                cosine = (current[here_y, here_x] * previous[there_y, there_x]).sum(-1)
-                best = similarity[frame, here_y, here_x]
-                # NaN (bad features) must not be lost in the comparison.
+                current_y, previous_y = _overlap(dy, height)
+                current_x, previous_x = _overlap(dx, width)
+                cosine = (current[current_y, current_x] * previous[previous_y, previous_x]).sum(-1)
+                best = similarity[frame, current_y, current_x]
+                # A comparison with NaN is False, but NaN features must reach the caller's check.
                 better = (cosine > best) | cosine.isnan()
                 best.copy_(torch.where(better, cosine, best))
-                chosen = index[frame, here_y, here_x]
-                chosen.copy_(torch.where(better, place[there_y, there_x], chosen))
+                chosen = index[frame, current_y, current_x]
+                chosen.copy_(torch.where(better, place[previous_y, previous_x], chosen))
         previous = current
     return similarity, index
 
 
 def _overlap(shift: int, size: int) -> tuple[slice, slice]:
-    """Positions p with ``0 <= p + shift < size``, and those positions shifted."""
+    """Return the slice of positions p with ``0 <= p + shift < size``, and that slice shifted."""
     first, last = max(0, -shift), max(0, min(size, size - shift))
     return slice(first, max(first, last)), slice(first + shift, max(first, last) + shift)

@@ -11,14 +11,19 @@ def nearest_kernel(
     x, similarity, index, tokens, height, width, dim,
     RADIUS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Best match of BLOCK_T tokens within a window of the previous frame."""
+    """Best match of BLOCK_T tokens within a window of the previous frame.
+
+    Each token is compared with at most 49 others, so the products are elementwise sums rather than
+    matrix products. The norms are computed from the same loads. The loop over offsets is unrolled,
+    because the radius is a constant.
+    """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     area = height * width
     inside = token < tokens
     frame = token // area
     y = token % area // width
     column = token % width
-    here = x + token.to(tl.int64) * dim
+    own_row = x + token.to(tl.int64) * dim
     d = tl.arange(0, BLOCK_D)
     best = tl.full([BLOCK_T], -float("inf"), tl.float32)
     best_index = tl.full([BLOCK_T], -1, tl.int32)
@@ -27,20 +32,21 @@ def nearest_kernel(
         dx = offset % (2 * RADIUS + 1) - RADIUS
         valid = inside & (frame > 0) & (y + dy >= 0) & (y + dy < height)
         valid = valid & (column + dx >= 0) & (column + dx < width)
-        there = here + (dy * width + dx - area).to(tl.int64) * dim
+        other_row = own_row + (dy * width + dx - area).to(tl.int64) * dim
         dots = tl.zeros([BLOCK_T], tl.float32)
         square = tl.zeros([BLOCK_T], tl.float32)
         square_before = tl.zeros([BLOCK_T], tl.float32)
         for chunk in range(0, dim, BLOCK_D):
             wide = chunk + d
             mask = valid[:, None] & (wide < dim)[None, :]
-            now = tl.load(here[:, None] + wide[None, :], mask=mask, other=0.0).to(tl.float32)
-            before = tl.load(there[:, None] + wide[None, :], mask=mask, other=0.0).to(tl.float32)
-            dots += tl.sum(now * before, axis=1)
-            square += tl.sum(now * now, axis=1)
-            square_before += tl.sum(before * before, axis=1)
+            own = tl.load(own_row[:, None] + wide[None, :], mask=mask, other=0.0).to(tl.float32)
+            other = tl.load(other_row[:, None] + wide[None, :], mask=mask, other=0.0).to(tl.float32)
+            dots += tl.sum(own * other, axis=1)
+            square += tl.sum(own * own, axis=1)
+            square_before += tl.sum(other * other, axis=1)
         norm = tl.sqrt(square) * tl.sqrt(square_before)
-        # NaN and infinite norms go through the division and come out as NaN.
+        # NaN and infinite features must give NaN, which the caller's check refuses. The second line
+        # adds 0 for finite norms and NaN for all others.
         cosine = tl.where(norm == 0.0, 0.0, dots / tl.where(norm == 0.0, 1.0, norm))
         cosine += (square + square_before) * 0.0
         better = valid & ((cosine > best) | (cosine != cosine))
@@ -67,6 +73,6 @@ def nearest_previous_frame(x: Tensor, radius: int) -> tuple[Tensor, Tensor]:
 
 
 def blocks(dim: int) -> tuple[int, int]:
-    """(tokens, features) of a tile: 16 bytes per thread and load, four tokens in flight."""
+    """Return (tokens, features) of a tile of 4096 values, so that each thread loads 16 bytes."""
     block_d = min(1024, max(64, triton.next_power_of_2(dim)))
     return max(1, 4096 // block_d), block_d

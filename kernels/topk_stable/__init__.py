@@ -1,7 +1,7 @@
 """Indices of the k largest scores in a defined order.
 
-``torch.topk`` does not say which of several equal scores it returns, and differs between devices
-and versions. Kept tokens must not depend on that.
+``torch.topk`` does not define which of several equal scores it returns, and its choice differs
+between devices and versions. The kept tokens must not depend on that.
 """
 
 import torch
@@ -12,29 +12,29 @@ from torch import Tensor
 
 
 def topk_stable(scores: Tensor, k: int) -> Tensor:
-    """Indices of the `k` largest scores: ties go to the lower index, result ascending.
+    """Return the indices of the `k` largest scores in ascending order; ties go to the lower index.
 
     Parameters
     ----------
     scores
-        ``(..., n)``, any real dtype; compared in fp32. Infinities are allowed, NaN is not.
+        Scores ``(..., n)`` of any real dtype, compared in fp32. Infinities are allowed, NaN is not.
     k
-        How many to keep, ``0 <= k <= n``.
+        How many indices to return, ``0 <= k <= n``.
 
     Returns
     -------
     Tensor
-        int64, ``(..., k)``, ascending along the last dimension.
+        Indices int64 ``(..., k)``, ascending along the last dimension.
 
     Raises
     ------
     KernelError
-        If `k` is out of range, or a score is NaN.
+        If `k` is out of range, a score is NaN, or `scores` is complex or has no dimension.
 
     Notes
     -----
-    A stable sort on every device (`torch.sort` guarantees the order; no Triton kernel is needed):
-    O(n log n) comparisons, about ``12 n`` bytes of workspace per row.
+    ``torch.sort`` guarantees a stable order on every device, so no Triton kernel is needed. It
+    costs O(n log n) comparisons and about ``12 n`` bytes of workspace per row.
     """
     if scores.dim() == 0 or scores.is_complex():
         raise KernelError(

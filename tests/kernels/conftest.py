@@ -1,7 +1,7 @@
-"""Where the kernels run in these tests.
+"""Devices and implementations that the kernel tests run on.
 
-Without a GPU the Triton kernels run in Triton's interpreter; with one (and TRITON_INTERPRET unset)
-they run on it, and ``pytest -m gpu tests/kernels`` is the same suite there.
+Without a GPU the Triton kernels run in Triton's interpreter. With a GPU, and TRITON_INTERPRET not
+set, they run on the GPU, and ``pytest -m gpu tests/kernels`` runs the same suite there.
 """
 
 import os
@@ -11,7 +11,7 @@ import torch
 
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
 if not ON_GPU:
-    # Read when a kernel is defined, so it must be set before the first one is imported.
+    # Triton reads the variable when a kernel is defined, so it is set before the first import.
     os.environ["TRITON_INTERPRET"] = "1"
 
 PLACES = [pytest.param(("naive", "cpu"), id="naive-cpu")]
@@ -26,13 +26,13 @@ else:
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where the Triton kernels run here: the GPU, or the CPU for the interpreter."""
+    """The device that Triton kernels run on: the GPU, or the CPU for the interpreter."""
     return torch.device("cuda" if ON_GPU else "cpu")
 
 
 @pytest.fixture(params=PLACES)
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A device, with the implementation to test chosen."""
+    """A device, with ``TOKENCOMP_KERNELS`` set to the implementation under test."""
     backend, device = request.param
     if backend == "triton":
         pytest.importorskip("triton")

@@ -1,4 +1,4 @@
-"""Every kernel compiles for sm_80 and sm_90 without a GPU, spills nothing, uses tensor cores."""
+"""Every kernel compiles for sm_80 and sm_90 without a GPU, without spills, with tensor cores."""
 
 import json
 import os
@@ -25,8 +25,8 @@ TENSOR_CORE_KERNELS = {
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux only")
 @pytest.mark.parametrize("arch", [80, 90])
 def test_compiles_ahead_of_time(arch: int, tmp_path: Path) -> None:
-    """No skip on Linux: `pip install -e ".[dev]"` brings Triton, and its wheel the CUDA tools."""
-    # Its own process: kernels are defined for the compiler or the interpreter, not both.
+    """On Linux the test never skips: `.[dev]` installs Triton, whose wheel has the CUDA tools."""
+    # It needs its own process, as a process defines kernels for the compiler or the interpreter.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "TOKEN"))}
     command = [sys.executable, "-m", "benchmarks.kernels.aot", "--quick"]
     result = subprocess.run(
@@ -46,26 +46,26 @@ def test_compiles_ahead_of_time(arch: int, tmp_path: Path) -> None:
 
 
 def test_recorded_table_is_complete() -> None:
-    """Every kernel in the sources has been compiled for every architecture, none with a problem."""
+    """Every kernel in the sources was compiled for every architecture without a problem."""
     sources = (SCRIPT.parents[2] / "kernels").glob("*/triton.py")
-    found = {
+    kernel_names = {
         name for s in sources for name in re.findall(r"^def (\w+_kernel)\(", s.read_text(), re.M)
     }
-    assert found == KERNELS
+    assert kernel_names == KERNELS
     rows = json.loads((SCRIPT.parent / "aot.json").read_text())["rows"]
     for target in ("sm_80", "sm_90", "sm_100"):
-        here = [row for row in rows if row["target"] == target]
-        assert {row["kernel"] for row in here} == KERNELS
-        assert all(row["stack"] == 0 and not row["problems"] for row in here)
-        half = [row for row in here if row["dtype"] == "bfloat16"]
+        target_rows = [row for row in rows if row["target"] == target]
+        assert {row["kernel"] for row in target_rows} == KERNELS
+        assert all(row["stack"] == 0 and not row["problems"] for row in target_rows)
+        half = [row for row in target_rows if row["dtype"] == "bfloat16"]
         assert {row["kernel"] for row in half if row["tensor_cores"]} == TENSOR_CORE_KERNELS
 
 
 def test_recorded_occupancy_is_the_most_that_fits() -> None:
-    """As many blocks as registers, warps and shared memory of a multiprocessor allow, not one more.
+    """The recorded blocks fit into a multiprocessor, and one more block would not.
 
-    Limits from NVIDIA's tuning guides: 64 warps, 64 Ki registers, 164 or 228 KiB with 1 KiB per
-    block for the system.
+    The limits are those of NVIDIA's tuning guides: 64 warps, 64 Ki registers, and 164 or 228 KiB of
+    shared memory, of which the system takes 1 KiB per block.
     """
     rows = json.loads((SCRIPT.parent / "aot.json").read_text())["rows"]
     lines = (SCRIPT.parent / "aot.md").read_text().splitlines()[2:]

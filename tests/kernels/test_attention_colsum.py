@@ -1,4 +1,4 @@
-"""attention_colsum and attention_lse against a dense fp64 attention matrix."""
+"""attention_colsum and attention_lse are compared with a dense fp64 attention matrix."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ SHAPES = [
 
 
 def matrix(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Dense attention ``(B, Hq, R, N)`` in fp64; rows that see nothing are 0."""
+    """Dense attention ``(B, Hq, R, N)`` in fp64; rows that see no key are 0."""
     k = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     logits = q.double() @ k.transpose(-1, -2) * scale
     logits = logits.masked_fill(~visible[:, None], -torch.inf)
@@ -29,20 +29,21 @@ def matrix(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
 
 
 def causal_mask(q_index: Tensor, keys: int, start: Tensor, end: Tensor) -> Tensor:
-    """``(B, R, N)``: column between the sample's bounds and not after the row's own."""
+    """Mask ``(B, R, N)`` of columns within the sample's bounds and not after the row's own."""
     column = torch.arange(keys)
     inside = (column >= start[:, None]) & (column < end[:, None])
     return inside[:, None] & (column <= q_index[..., None]) & (q_index >= 0)[..., None]
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Random queries and keys of a shape as in ``SHAPES``."""
     batch, kv_heads, group, rows, keys, dim = shape
     q = torch.randn(batch, kv_heads * group, rows, dim).to(dtype)
     return q, torch.randn(batch, kv_heads, keys, dim).to(dtype)
 
 
 def check(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
-    """Absolute error relative to the largest column (sums grow with the rows)."""
+    """Bound the error relative to the largest column, as sums grow with the number of rows."""
     assert not got.isnan().any()
     assert got.shape == want.shape
     scale = max(1.0, want.abs().max().item()) if want.numel() else 1.0
@@ -80,7 +81,7 @@ def test_rows_anywhere_with_padding(place: torch.device) -> None:
 
 @pytest.mark.parametrize("rows", [20, 300])
 def test_many_rows_in_any_order(place: torch.device, rows: int) -> None:
-    """Long inputs skip row blocks by their bounds: shuffled rows must not change the result."""
+    """Long inputs skip row blocks by their bounds; shuffled rows must give the same result."""
     q, k = inputs((2, 1, 2, rows, 300, 32))
     index = torch.stack([torch.randperm(300)[:rows] for _ in range(2)])
     start = torch.tensor([0, 170])
@@ -110,14 +111,14 @@ def test_packed_equals_separate(place: torch.device, causal: bool) -> None:
         causal=causal, heads="none",
     )  # fmt: skip
     parts = []
-    for rows, columns, some_q, some_k in zip(
+    for rows, columns, part_q, part_k in zip(
         queries, keys, q.split(queries), k.split(keys), strict=True
     ):
         index = torch.arange(columns - rows, columns)[None]
         visible = causal_mask(index, columns, torch.zeros(1), torch.tensor([columns]))
         visible = visible if causal else torch.ones_like(visible)
-        some_q, some_k = some_q.transpose(0, 1)[None], some_k.transpose(0, 1)[None]
-        parts.append(matrix(some_q, some_k, visible, 64**-0.5).sum(2)[0])
+        part_q, part_k = part_q.transpose(0, 1)[None], part_k.transpose(0, 1)[None]
+        parts.append(matrix(part_q, part_k, visible, 64**-0.5).sum(2)[0])
     check(got, torch.cat(parts, dim=1))
 
 
@@ -142,12 +143,12 @@ def test_head_aggregation(place: torch.device) -> None:
 
 
 def test_small_sums_stay_apart_in_the_root_mean_square(place: torch.device) -> None:
-    """A sharp softmax leaves sums whose squares fp32 does not have (below 1e-19)."""
+    """A sharp softmax leaves sums below 1e-19, whose squares fp32 cannot represent."""
     q = torch.zeros(1, 2, 1, 16)
     q[..., 0] = 16.0
     k = torch.zeros(1, 2, 12, 16)
     k[0, 0, :, 0], k[0, 1, :, 0] = -torch.arange(12.0), -torch.arange(12.0).flip(0)
-    k[..., 6:, 0] -= 16  # on both heads far from the best
+    k[..., 6:, 0] -= 16  # far from the best key on both heads
     sums = matrix(q.double(), k.double(), torch.ones(1, 1, 12, dtype=torch.bool), 0.25).sum(2)
     expected = sums.square().mean(1).sqrt()
     assert (expected < 1e-20).sum() > 2
@@ -172,7 +173,7 @@ def test_weights_of_either_sign_in_the_root_mean_square(place: torch.device) -> 
 def test_repeated_application(
     place: torch.device, size: int, block: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """s ← sM five times at temperature 0.1, left-padded, against matrix products."""
+    """Five steps s ← sM at temperature 0.1 with left padding equal five matrix products."""
     if block:
         monkeypatch.setattr(naive, "BLOCK_ELEMENTS", block)
     q, k = inputs((2, 1, 2, size, size, 32))
@@ -208,7 +209,7 @@ def test_lse_and_its_reuse(place: torch.device) -> None:
     check(lse.nan_to_num(neginf=0.0), want.nan_to_num(neginf=0.0))
     fresh = attention_colsum(q.to(place), k.to(place), **options)
     check(attention_colsum(q.to(place), k.to(place), lse=lse, **options), fresh.cpu().double())
-    # FlashAttention reports +inf where a row sees nothing: ignored as well.
+    # FlashAttention reports +inf where a row sees no key. Such a row is ignored as well.
     flash = lse.masked_fill(lse.isneginf(), torch.inf)
     check(attention_colsum(q.to(place), k.to(place), lse=flash, **options), fresh.cpu().double())
 
@@ -220,7 +221,7 @@ def test_extreme_logits(place: torch.device, magnitude: float) -> None:
     index = torch.arange(160, 200)[None]
     dense = matrix(q, k, causal_mask(index, 200, torch.zeros(1), torch.tensor([200])), 64**-0.5)
     got = attention_colsum(q.to(place), k.to(place))
-    # fp32 logits of this size are off by their own rounding, about 1e-7 of the logit.
+    # fp32 logits have a rounding error of about 1e-7 of the logit, which is large for these.
     check(got, dense.sum(2).mean(1), 1e-5 * magnitude)
     assert torch.allclose(got.sum(-1).cpu(), torch.tensor([40.0]), rtol=1e-3)
 
@@ -236,7 +237,7 @@ def test_empty_sequences_and_rows(place: torch.device) -> None:
 
 
 def test_layouts_of_caches_and_determinism(place: torch.device) -> None:
-    """Views with any outer strides, a non-contiguous head dimension, and equal bits every time."""
+    """Any outer strides and a non-contiguous head dimension give the same bits on every call."""
     q, k = inputs((2, 2, 2, 5, 60, 64))
     q, k = q.to(place), k.to(place)
     want = attention_colsum(q, k)
@@ -248,7 +249,7 @@ def test_layouts_of_caches_and_determinism(place: torch.device) -> None:
     assert torch.equal(attention_colsum(q, k), want)
 
 
-def test_samples_do_not_touch_one_another(place: torch.device) -> None:
+def test_samples_are_independent(place: torch.device) -> None:
     q, k = inputs((3, 1, 2, 5, 60, 64))
     whole = attention_colsum(q.to(place), k.to(place)).cpu()
     for b in range(3):

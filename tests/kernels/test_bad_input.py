@@ -1,4 +1,4 @@
-"""What every op must take or refuse: odd strides, mixed devices and dtypes, sizes past 32 bits."""
+"""Inputs that every op must accept (any strides) or refuse (mixed devices, sizes past 32 bits)."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 from tokencomp import kernels
 
 ROWS = torch.arange(0, 12, 2)
-# Shape of the main operand, and a call that places every index on its device.
+# Shape of the main operand, and a call that puts every index on the device of that operand.
 CALLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]] = {
     "attention_colsum": ((1, 2, 7, 16), lambda x: kernels.attention_colsum(x[:, :, :3], x)),
     "attention_lse": ((1, 2, 7, 16), lambda x: kernels.attention_lse(x[:, :, :3], x)),
@@ -91,44 +91,44 @@ def test_mixed_dtypes() -> None:
             kernels.gather_rows([X[None]], index[None])
 
 
-def claims(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor of any size that holds one element."""
+def huge(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor that has any size but stores a single element."""
     return torch.zeros((), dtype=dtype).expand(shape)
 
 
 MANY = 2**31
 HUGE: dict[str, Callable[[], object]] = {
-    "colsum keys": lambda: kernels.attention_colsum(claims(1, 1, 1, 1), claims(1, 1, MANY, 1)),
+    "colsum keys": lambda: kernels.attention_colsum(huge(1, 1, 1, 1), huge(1, 1, MANY, 1)),
     "colsum heads x rows": lambda: kernels.attention_colsum(
-        claims(1, 2**11, 2**20, 1), claims(1, 1, 2**20, 1)
+        huge(1, 2**11, 2**20, 1), huge(1, 1, 2**20, 1)
     ),
-    "match": lambda: kernels.bipartite_match(claims(MANY, 1)),
+    "match": lambda: kernels.bipartite_match(huge(MANY, 1)),
     "ccam keys": lambda: kernels.ccam_attention(
-        claims(1, 1, 1, 1), claims(1, 1, MANY, 1), claims(1, 1, MANY, 1), 2
+        huge(1, 1, 1, 1), huge(1, 1, MANY, 1), huge(1, 1, MANY, 1), 2
     ),
     "ccam queries x frames": lambda: kernels.ccam_attention(
-        claims(1, 1, 2**20, 1), claims(1, 1, 2**11, 1), claims(1, 1, 2**11, 1), 2**11
+        huge(1, 1, 2**20, 1), huge(1, 1, 2**11, 1), huge(1, 1, 2**11, 1), 2**11
     ),
-    "pool": lambda: kernels.frame_pool(claims(1, 2**16, 2**15, 1), [(1, 1)]),
-    "gather": lambda: kernels.gather_rows([claims(1, MANY, 1)], INDEX[None]),
+    "pool": lambda: kernels.frame_pool(huge(1, 2**16, 2**15, 1), [(1, 1)]),
+    "gather": lambda: kernels.gather_rows([huge(1, MANY, 1)], INDEX[None]),
     "gather rows x heads": lambda: kernels.gather_rows(
-        [claims(1, 2**11, 1, 1)], claims(1, 2**20, dtype=torch.int64), 2
+        [huge(1, 2**11, 1, 1)], huge(1, 2**20, dtype=torch.int64), 2
     ),
-    "maxmin": lambda: kernels.maxmin_select(claims(MANY, 1), 1),
-    "merge": lambda: kernels.merge_rows(claims(MANY, 1), INDEX, INDEX),
-    "nearest": lambda: kernels.nearest_previous_frame(claims(MANY, 1, 1, 1)),
+    "maxmin": lambda: kernels.maxmin_select(huge(MANY, 1), 1),
+    "merge": lambda: kernels.merge_rows(huge(MANY, 1), INDEX, INDEX),
+    "nearest": lambda: kernels.nearest_previous_frame(huge(MANY, 1, 1, 1)),
 }
 
 
 @pytest.mark.parametrize("call", HUGE)
 def test_sizes_past_32_bits(call: str) -> None:
-    """Refused before anything is read or allocated."""
+    """The error is raised before any element is read or any memory is allocated."""
     with pytest.raises(KernelError, match="32-bit"):
         HUGE[call]()
 
 
-def test_nan_key_spoils_every_row_that_sees_it(place: torch.device) -> None:
-    """Rows after the key, and with them all columns they see; earlier rows stay as they are."""
+def test_nan_key_reaches_every_row_that_sees_it(place: torch.device) -> None:
+    """Rows from the key on, and all columns they see, become NaN; earlier rows do not change."""
     q, k = torch.randn(2, 1, 2, 6, 16).to(place).unbind(0)
     want = kernels.attention_lse(q, k)
     k[:, :, 4] = math.nan
@@ -141,8 +141,11 @@ def test_nan_key_spoils_every_row_that_sees_it(place: torch.device) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("op", CALLS)
-def test_nan_never_looks_like_a_result(op: str, bad: float, place: torch.device) -> None:
-    """An error, or NaN (infinity where values are only moved or ranked) in the result."""
+def test_nan_input_gives_an_error_or_nan(op: str, bad: float, place: torch.device) -> None:
+    """The op raises an error, or its result is not finite.
+
+    Infinity may remain where values are only moved or ranked.
+    """
     shape, call = CALLS[op]
     x = torch.randn(shape)
     x.view(-1)[0] = bad

@@ -1,4 +1,4 @@
-"""bipartite_match against a loop over rows."""
+"""bipartite_match is compared with a loop over rows."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def by_hand(x: Tensor, lengths: list[int]) -> tuple[list[float], list[int]]:
-    """Every even row of a frame looks at every odd row of the frame."""
+    """Compare every even row of a frame with every odd row of the frame in plain loops."""
     rows = x.double().tolist()
     similarity, partner = [-math.inf] * len(rows), [-1] * len(rows)
     start = 0

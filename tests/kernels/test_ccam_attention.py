@@ -1,4 +1,4 @@
-"""ccam_attention against dense masked attention in fp64."""
+"""ccam_attention is compared with dense masked attention in fp64."""
 
 import math
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, frames: list[int], causal: bool, scale: float) -> Tensor:
+    """Attention with a dense mask, in fp64 and sample by sample."""
     queries, keys = q.shape[2], k.shape[2]
     per_frame = keys // max(frames)
     out = torch.zeros(q.shape, dtype=torch.float64)
@@ -58,7 +59,7 @@ def test_sixteen_bits(place: torch.device, dtype: torch.dtype) -> None:
     assert (got.cpu().double() - want).abs().max() <= tolerance
 
 
-def test_one_image_sees_everything(place: torch.device) -> None:
+def test_every_query_sees_a_single_image(place: torch.device) -> None:
     q = torch.randn(2, 2, 8, 32)
     k, v = (torch.randn(2, 2, 50, 32) for _ in range(2))
     causal = ccam_attention(q.to(place), k.to(place), v.to(place), 1)
@@ -67,7 +68,7 @@ def test_one_image_sees_everything(place: torch.device) -> None:
 
 
 def test_later_frames_do_not_reach_early_queries(place: torch.device) -> None:
-    """What a query cannot see changes no bit of its row, however large."""
+    """Frames that a query does not see leave its result bit for bit the same, however large."""
     q = torch.randn(1, 2, 8, 32)
     k, v = (torch.randn(1, 2, 4 * 70, 32) for _ in range(2))
     want = ccam_attention(q.to(place), k.to(place), v.to(place), 4)
@@ -78,8 +79,8 @@ def test_later_frames_do_not_reach_early_queries(place: torch.device) -> None:
     assert not torch.allclose(got[:, :, 4:], want[:, :, 4:], atol=1e-2)
 
 
-def test_what_no_query_sees_may_be_anything(place: torch.device) -> None:
-    """Padding behind a sample's frames, and the trailing frames of a video with F > Q."""
+def test_frames_that_no_query_sees_may_hold_any_values(place: torch.device) -> None:
+    """These are padding after a sample's frames and the last frames of a video with F > Q."""
     q = torch.randn(2, 2, 4, 32)
     k, v = (torch.randn(2, 2, 9 * 30, 32) for _ in range(2))
     frames = [9, 2]  # the last of 4 queries sees 7 of 9

@@ -1,4 +1,4 @@
-"""Every op is a well-formed custom op: schema, fake implementation, torch.compile."""
+"""Every op has a correct schema and fake implementation, and works under torch.compile."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from tokencomp import kernels
 
 
 def rows(x: Tensor) -> Tensor:
-    """Every row of 12 in order, on the device of x."""
+    """The indices of 12 rows in order, on the device of `x`."""
     return torch.arange(12, device=x.device)
 
 
@@ -46,7 +46,7 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
 def test_whole_graph_compiles_and_agrees(
     name: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No graph break, shapes and dtypes of the fake implementation as promised, equal results."""
+    """The compiled graph has no break and gives the shapes, dtypes and values of the eager call."""
     if backend == "triton":
         pytest.importorskip("triton")
     monkeypatch.setenv("TOKENCOMP_KERNELS", backend)
@@ -62,7 +62,7 @@ def test_whole_graph_compiles_and_agrees(
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "attention_colsum_iterated"])
 def test_opcheck(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's own checks of the schema (no hidden aliasing or mutation) and fake tensors."""
+    """PyTorch checks the schema (no hidden aliasing or mutation) and the fake tensors."""
     monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
     recorded: list[tuple] = []
     package = __import__("sys").modules[

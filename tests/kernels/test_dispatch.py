@@ -1,4 +1,4 @@
-"""Which implementation runs, what a user is told, and what importing costs."""
+"""The choice of the implementation, its messages to the user, and the cost of importing."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ def test_import_loads_neither_triton_nor_transformers() -> None:
 
 
 def test_ops_are_importable_after_their_modules() -> None:
-    """The folders carry the names of the functions: the functions must win."""
+    """Folders and functions have the same names; the attribute must be the function."""
     code = (
         "import tokencomp.kernels.topk_stable, tokencomp.kernels.merge_rows.naive\n"
         "from tokencomp import kernels\n"
@@ -57,11 +57,11 @@ def test_ops_are_importable_after_their_modules() -> None:
 
 
 def test_repository_root_on_the_path() -> None:
-    """transformers looks for the Hugging Face package `kernels` and then finds this folder."""
+    """transformers imports this folder when it looks for the Hugging Face package `kernels`."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import tokencomp.kernels as ours, kernels as found, torch\n"
-        "print(found.__file__ == ours.__file__, ours.topk_stable(torch.tensor([1., 3.]), 1).item())"
+        "import tokencomp.kernels as ours, kernels as other, torch\n"
+        "print(other.__file__ == ours.__file__, ours.topk_stable(torch.tensor([1., 3.]), 1).item())"
     )
     assert python(code).split() == ["True", "1"]
 
@@ -91,7 +91,7 @@ def test_triton_mode_without_interpreter_is_refused_on_a_cpu(
         which(torch.zeros(1))
 
 
-def test_interpreter_asked_for_too_late() -> None:
+def test_interpreter_requested_too_late() -> None:
     pytest.importorskip("triton")
     code = (
         "import os, triton, torch; from tokencomp.kernels import KernelError, which\n"
@@ -139,7 +139,7 @@ def test_gpu_choice(
     capability: tuple[int, int], hip: str | None, backend: str, message: str | None,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    """What a GPU tensor gets, without one: old devices and AMD fall back and say so once."""
+    """With a simulated GPU tensor, old devices and AMD fall back and log one warning."""
     pytest.importorskip("triton")
 
     class Cuda:
@@ -151,9 +151,9 @@ def test_gpu_choice(
     with caplog.at_level(logging.WARNING):
         assert which(Cuda()) == backend  # type: ignore[arg-type]
         which(Cuda())  # type: ignore[arg-type]
-    said = [record.message for record in caplog.records]
-    assert len(said) == (0 if message is None else 1)
-    assert message is None or message in said[0]
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == (0 if message is None else 1)
+    assert message is None or message in messages[0]
 
 
 def test_status_is_plain_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,15 +164,15 @@ def test_status_is_plain_data(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(info["ops"].values()) == {"naive"} and "attention_colsum" in info["ops"]
 
 
-def test_status_tells_which_ops_have_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton for exactly the ops whose folder holds a ``triton.py``."""
+def test_status_names_the_ops_that_have_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton is reported for exactly the ops whose folder has a ``triton.py``."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
     folders = {path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")}
     kernels = {path.parent.name for path in (ROOT / "kernels").glob("*/triton.py")}
-    found = status()["ops"]
-    assert set(found) == folders
-    assert {op for op, backend in found.items() if backend == "triton"} == kernels
+    backends = status()["ops"]
+    assert set(backends) == folders
+    assert {op for op, backend in backends.items() if backend == "triton"} == kernels
 
 
 def test_checks_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

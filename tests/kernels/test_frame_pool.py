@@ -1,4 +1,4 @@
-"""frame_pool against a loop over output cells."""
+"""frame_pool is compared with a loop over output cells."""
 
 import math
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 
 def area(frame: Tensor, h: int, w: int) -> Tensor:
+    """Mean over the input cells of every output cell."""
     height, width, _ = frame.shape
     cells = []
     for i in range(h):
@@ -20,6 +21,7 @@ def area(frame: Tensor, h: int, w: int) -> Tensor:
 
 
 def bilinear(frame: Tensor, h: int, w: int) -> Tensor:
+    """Interpolation between the four cell centres next to every output centre."""
     height, width, _ = frame.shape
     cells = []
     for i in range(h):
@@ -61,13 +63,13 @@ def test_matches_loops(
     want = torch.cat([pool(f.double(), *grid) for f, grid in zip(x, grids, strict=True)])
     got = frame_pool(x.to(place), grids, mode)
     assert got.dtype == dtype
-    # One rounding to the output dtype; the interpreter truncates where a GPU rounds.
+    # The result is rounded once to the output dtype, and the interpreter truncates instead.
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7
     assert torch.allclose(got.cpu().double(), want, rtol=tolerance, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["area", "bilinear"])
-def test_full_grid_is_the_frame_to_the_bit(place: torch.device, mode: str) -> None:
+def test_full_grid_returns_the_frame_bit_for_bit(place: torch.device, mode: str) -> None:
     x = torch.randn(2, 5, 3, 40).bfloat16()
     assert torch.equal(frame_pool(x.to(place), [(5, 3)] * 2, mode).cpu(), x.flatten(0, 2))
 

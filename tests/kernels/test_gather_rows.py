@@ -1,4 +1,4 @@
-"""gather_rows against copying row by row."""
+"""gather_rows is compared with copying row by row."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch import Tensor
 
 
 def by_hand(tensor: Tensor, index: Tensor, seq: int, batch: int) -> Tensor:
+    """Copy the rows of one tensor one by one; negative indices leave zeros."""
     shape = list(tensor.shape)
     shape[batch], shape[seq] = index.shape
     out = torch.zeros(shape, dtype=tensor.dtype)
@@ -21,7 +22,7 @@ def by_hand(tensor: Tensor, index: Tensor, seq: int, batch: int) -> Tensor:
 
 
 def layer(batch: int, rows: int, dtype: torch.dtype) -> tuple[list[Tensor], list[int], list[int]]:
-    """Everything of a decoder layer that has a sequence axis, and some odd layouts."""
+    """Return all tensors of a decoder layer with a sequence axis, and some unusual layouts."""
     tensors = [
         torch.randn(batch, rows, 70).to(dtype),  # hidden states
         torch.randn(batch, rows, 16).to(dtype),  # cos
@@ -39,12 +40,12 @@ def layer(batch: int, rows: int, dtype: torch.dtype) -> tuple[list[Tensor], list
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("batch", "rows", "wanted"), [(1, 1, 1), (1, 50, 20), (3, 37, 41)])
+@pytest.mark.parametrize(("batch", "rows", "out_rows"), [(1, 1, 1), (1, 50, 20), (3, 37, 41)])
 def test_matches_copies(
-    place: torch.device, batch: int, rows: int, wanted: int, dtype: torch.dtype
+    place: torch.device, batch: int, rows: int, out_rows: int, dtype: torch.dtype
 ) -> None:
     tensors, seq, batches = layer(batch, rows, dtype)
-    index = torch.randint(-rows // 3 - 1, rows, (batch, wanted))
+    index = torch.randint(-rows // 3 - 1, rows, (batch, out_rows))
     got = gather_rows([t.to(place) for t in tensors], index.to(place), seq, batches)
     for tensor, out, s, b in zip(tensors, got, seq, batches, strict=True):
         assert out.is_contiguous() and out.dtype == tensor.dtype

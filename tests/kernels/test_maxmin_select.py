@@ -1,4 +1,4 @@
-"""maxmin_select: every choice is the best one left, by a dense fp64 distance matrix."""
+"""Every choice of maxmin_select is the best remaining one by a dense fp64 distance matrix."""
 
 import importlib
 import math
@@ -10,10 +10,11 @@ from tokencomp.kernels.maxmin_select import naive
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-COPIES = 1e-5  # rows closer than this are documented to count as copies
+COPIES = 1e-5  # rows whose distance is smaller count as copies, as the docstring says
 
 
 def distances(x: Tensor, centred: bool = False) -> Tensor:
+    """Distances 1 - cos of all pairs of rows in fp64, ``(n, n)``."""
     x = x.double()
     if centred:
         x = x - x.mean(0)
@@ -23,18 +24,18 @@ def distances(x: Tensor, centred: bool = False) -> Tensor:
 
 
 def by_hand(x: Tensor, weights: Tensor, k: int, start: int, margin: float = 0.0) -> list[int]:
-    """The rule in plain loops, ties to the lower row."""
+    """Apply the rule in plain loops; ties go to the lower row."""
     distance, weights, order = distances(x).tolist(), weights.tolist(), [start]
     while len(order) < k:
-        left = [i for i in range(len(x)) if i not in order]
-        score = {i: weights[i] * (margin + min(distance[i][j] for j in order)) for i in left}
-        order.append(max(left, key=score.__getitem__))
+        remaining = [i for i in range(len(x)) if i not in order]
+        score = {i: weights[i] * (margin + min(distance[i][j] for j in order)) for i in remaining}
+        order.append(max(remaining, key=score.__getitem__))
     return order
 
 
 @pytest.fixture
 def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spans above 64 rows are long ones, and a round has few candidates."""
+    """Treat spans above 64 rows as long ones, with rounds of 8 candidates."""
     monkeypatch.setattr(naive, "MAX_GRAM_ROWS", 64)
     monkeypatch.setattr(naive, "ROUND", 8)
     if importlib.util.find_spec("triton"):
@@ -47,7 +48,7 @@ def check_greedy(
     x: Tensor, order: list[int], weights: Tensor | None, centred: bool, tolerance: float,
     margin: float = 0.0,
 ) -> None:  # fmt: skip
-    """Each choice after the first reaches the best score left, up to rounding."""
+    """Each choice after the first has the best remaining score, up to rounding."""
     assert len(set(order)) == len(order)
     distance = distances(x, centred)
     weights = torch.ones(len(x)) if weights is None else weights
@@ -95,7 +96,7 @@ def test_greedy(
         far = 1 - torch.nn.functional.cosine_similarity(rows.double(), mean[None])
         first = far if part is None else part.double()
         assert first[order[0]] >= first.max() - 1e-6
-        # Centred rows of 16-bit inputs are held in fp16 by the Triton path.
+        # The Triton path stores centred rows of 16-bit inputs in fp16.
         check_greedy(rows, order, part, centred, 1e-5 if dtype == torch.float32 else 1e-3, m)
         start += len(rows)
 
@@ -106,13 +107,13 @@ def test_greedy(
 def test_long_spans_choose_in_rounds(
     place: torch.device, margin: float, weighted: bool, centred: bool, short_rounds: None
 ) -> None:
-    """Copies of a scene with noise: most of the best rows are of no use once one is chosen."""
+    """With noisy copies of a scene, one choice makes most of the best rows useless."""
     x = torch.randn(11, 40).repeat(10, 1) + 0.05 * torch.randn(110, 40)
     x = torch.cat([x, torch.randn(40, 40)])
     weights = torch.rand(150) if weighted else None
-    given = None if weights is None else weights.to(place)
+    place_weights = None if weights is None else weights.to(place)
     got = maxmin_select(
-        x.to(place), [60, 9], given, spans=[110, 40], centred=centred, ascending=False,
+        x.to(place), [60, 9], place_weights, spans=[110, 40], centred=centred, ascending=False,
         margin=torch.tensor([margin, 0.0], device=place) if margin else None,
     ).cpu()  # fmt: skip
     part = None if weights is None else weights[:110]
@@ -128,7 +129,7 @@ def test_long_spans_choose_in_rounds(
 def test_long_spans_anywhere(
     place: torch.device, lengths: list[int], counts: list[int], short_rounds: None
 ) -> None:
-    """Rows are counted from the start of `x`; a span of which nothing is kept is passed over."""
+    """Rows are counted from the start of `x`, and a span with k = 0 is skipped."""
     x, weights, margin = torch.randn(sum(lengths), 24), torch.rand(sum(lengths)), torch.rand(3)
     got = maxmin_select(
         x.to(place), counts, weights.to(place), spans=lengths, ascending=False,
@@ -154,8 +155,8 @@ def test_ties_everywhere(
         request.getfixturevalue("short_rounds")
     x = torch.eye(20)[torch.randint(20, (100,))]
     weights = 0.5 ** torch.randint(4, (100,)).float()
-    least = torch.tensor([margin], device=place)
-    got = maxmin_select(x.to(place), k, weights.to(place), margin=least, ascending=False)
+    margins = torch.tensor([margin], device=place)
+    got = maxmin_select(x.to(place), k, weights.to(place), margin=margins, ascending=False)
     assert got.tolist() == by_hand(x, weights, k, int(weights.argmax()), margin)
 
 
@@ -164,7 +165,7 @@ def test_ties_everywhere(
 def test_copies_go_by_weight_then_by_row(
     place: torch.device, weighted: bool, rounds: bool, request: pytest.FixtureRequest
 ) -> None:
-    """Cosines of copies differ from 1 by rounding, which must not decide between them."""
+    """The cosine of two copies differs from 1 by rounding, which must not rank copies."""
     if rounds:
         request.getfixturevalue("short_rounds")
     x = torch.randn(7, 300).repeat(15, 1)
@@ -175,12 +176,12 @@ def test_copies_go_by_weight_then_by_row(
     ).tolist()
     assert len({i % 7 for i in got[:7]}) == 7
     check_greedy(x, got[:7], weights, False, 1e-6)
-    left = [i for i in range(105) if i not in got[:7]]
-    assert got[7:] == sorted(left, key=lambda i: (-weights[i], i))[:63]
+    remaining = [i for i in range(105) if i not in got[:7]]
+    assert got[7:] == sorted(remaining, key=lambda i: (-weights[i], i))[:63]
 
 
 class Products(TorchDispatchMode):
-    """Counts the multiplications of all matrix products."""
+    """Count the multiplications of all matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,22 +195,25 @@ class Products(TorchDispatchMode):
 
 @pytest.fixture
 def rounds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Choices of every round of the plain version."""
-    original, found = naive._round, []
+    """The number of choices in every round of the plain version."""
+    original, counts = naive._round, []
 
     def spy(*arguments: object) -> list[int]:
         picks = original(*arguments)
-        found.append(len(picks))
+        counts.append(len(picks))
         return picks
 
     monkeypatch.setattr(naive, "_round", spy)
-    return found
+    return counts
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.05, 30.0])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_most_cosines_are_never_needed(weighted: bool, noise: float, rounds: list[int]) -> None:
-    """Whether the scene stands still or moves: half at most, candidates of a round not counted."""
+    """In still and moving scenes at most half of the cosines with other rows are computed.
+
+    The cosines between the candidates of a round are not counted.
+    """
     x = torch.randn(64, 32).repeat(32, 1) + noise * torch.randn(2048, 32)
     weights = torch.rand(64).repeat(32) if weighted else None
     with Products() as products:
@@ -224,7 +228,10 @@ def test_most_cosines_are_never_needed(weighted: bool, noise: float, rounds: lis
 def test_choices_of_a_round_in_a_still_video(
     weighted: bool, margin: float, rounds: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the 2048 candidates of the Triton version at least 60: what its roofline assumes."""
+    """With the 2048 candidates of the Triton version, a round makes at least 60 choices.
+
+    The roofline estimate of the Triton version assumes this number.
+    """
     monkeypatch.setattr(naive, "ROUND", 2048)
     x = torch.randn(256, 128).repeat(64, 1) + 0.02 * torch.randn(16384, 128)
     weights = torch.rand(256).repeat(64) * (1 + 0.02 * torch.rand(16384)) if weighted else None
@@ -236,7 +243,7 @@ def test_choices_of_a_round_in_a_still_video(
 def test_a_round_chooses_many_rows(
     device: torch.device, margin: float | None, monkeypatch: pytest.MonkeyPatch, short_rounds: None
 ) -> None:
-    """The Triton version reads all rows once a round, not once a choice."""
+    """The Triton version reads all rows once per round instead of once per choice."""
     triton = pytest.importorskip("tokencomp.kernels.maxmin_select.triton")
     monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
     monkeypatch.setattr(triton, "CANDIDATES", 32)
@@ -248,8 +255,8 @@ def test_a_round_chooses_many_rows(
 
     monkeypatch.setattr(triton, "closest", spy)
     x = torch.randn(40, 16).repeat(5, 1) + 0.05 * torch.randn(200, 16)
-    least = None if margin is None else torch.tensor([margin], device=device)
-    maxmin_select(x.to(device), 60, torch.rand(200).to(device), margin=least)
+    margins = None if margin is None else torch.tensor([margin], device=device)
+    maxmin_select(x.to(device), 60, torch.rand(200).to(device), margin=margins)
     assert sum(chosen) == 60 and len(chosen) <= 15
 
 
@@ -270,13 +277,13 @@ def test_start_ties_and_duplicates(place: torch.device) -> None:
     x = torch.eye(4).repeat(2, 1)  # rows 4..7 repeat rows 0..3
     start = torch.tensor([6], device=place)
     got = maxmin_select(x.to(place), 8, start=start, ascending=False)
-    # Equal distances go to the lower row; once all directions are taken only copies are left.
+    # Ties go to the lower row. Once every direction is chosen, only copies remain.
     assert got.tolist() == [6, 0, 1, 3, 2, 4, 5, 7]
     assert maxmin_select(x.to(place), 4, start=start).tolist() == [0, 1, 3, 6]
 
 
 def test_strided_weights_margins_and_starts(place: torch.device) -> None:
-    """Views with gaps, and one value for all spans, are what they look like."""
+    """Strided views and expanded values give the result of contiguous copies."""
     x, weights = torch.randn(40, 12, device=place), torch.rand(80, device=place)[::2]
     margin = torch.tensor(0.3, device=place).expand(2)
     start = torch.tensor([[3, 0], [7, 0]], device=place)[:, 0]
@@ -312,7 +319,7 @@ def test_centring_ignores_a_common_offset(place: torch.device) -> None:
 
 
 def test_identical_rows_have_no_direction(place: torch.device) -> None:
-    """Centred copies are rounding noise: all alike, so the lowest rows win."""
+    """Centred copies consist of rounding, so they tie and the lowest rows are chosen."""
     x = torch.randn(1, 64).repeat(9, 1)
     start = torch.tensor([0], device=place)
     assert maxmin_select(x.to(place), 3, centred=True, start=start).tolist() == [0, 1, 2]
@@ -324,7 +331,7 @@ def test_identical_rows_have_no_direction(place: torch.device) -> None:
 def test_mean_distance(
     kind: str, dtype: torch.dtype, centred: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All pairs, one by one, by the distances of the rule."""
+    """The mean equals that over all pairs of rows, computed one by one."""
     x = torch.randn({"few rows": 2}.get(kind, 50), 33) + (3.0 if kind == "offset" else 0.5)
     if kind == "zero rows":
         x[::3] = 0.0
@@ -334,9 +341,9 @@ def test_mean_distance(
     x = (x * (200 if kind == "large" else 1)).to(dtype)
     wide = x.double()
     offset = wide - wide.mean(0) if centred else wide
-    square, least = wide.square().sum(1), 1e-5 if centred else 0.0
+    square, threshold = wide.square().sum(1), 1e-5 if centred else 0.0
     unit = [
-        row / row.norm() if row.square().sum() > least * s and row.norm() else row * 0
+        row / row.norm() if row.square().sum() > threshold * s and row.norm() else row * 0
         for row, s in zip(offset, square, strict=True)
     ]
     expected = sum(1 - a @ b for a in unit for b in unit) / len(unit) ** 2

@@ -1,4 +1,4 @@
-"""merge_rows against a loop over kept rows."""
+"""merge_rows is compared with a loop over kept rows."""
 
 import math
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 def random_merge(lengths: list[int], kept: float = 0.4) -> tuple[Tensor, Tensor]:
-    """Targets within every segment; a tenth of the other rows is dropped."""
+    """Draw kept rows and targets within every segment; a tenth of the other rows is dropped."""
     target, keep, start = [], [], 0
     for length in lengths:
-        mine = (torch.rand(length) < kept).nonzero().squeeze(1)
-        if length and len(mine) == 0:
-            mine = torch.tensor([length - 1])
-        into = mine[torch.randint(max(1, len(mine)), (length,))] if length else mine.clone()
+        chosen = (torch.rand(length) < kept).nonzero().squeeze(1)
+        if length and len(chosen) == 0:
+            chosen = torch.tensor([length - 1])
+        into = chosen[torch.randint(max(1, len(chosen)), (length,))] if length else chosen.clone()
         into[torch.rand(length) < 0.1] = -1 - start
-        into[mine] = mine
+        into[chosen] = chosen
         target.append(into + start)
-        keep.append(mine + start)
+        keep.append(chosen + start)
         start += length
     return torch.cat(target), torch.cat(keep)
 
@@ -65,7 +65,7 @@ def test_matches_loops(
             positions=positions.to(place), weighted=weighted, position=position,
         )  # fmt: skip
         assert got.x.dtype == dtype
-        # One rounding to the output dtype; the interpreter truncates where a GPU rounds.
+        # The result is rounded once to the output dtype, and the interpreter truncates instead.
         tolerance = 1e-5 if dtype == torch.float32 else 2**-7
         assert torch.allclose(got.x.cpu().double(), want[0], rtol=tolerance, atol=1e-5)
         assert torch.allclose(got.sizes.cpu(), want[1])
@@ -87,7 +87,7 @@ def test_one_dimensional_positions_and_defaults(place: torch.device) -> None:
 def test_many_rows_are_sorted_not_scanned(
     place: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond a segment length the kernel takes members from a sorted list."""
+    """In segments above ``MAX_SCAN`` rows the kernel takes members from a sorted list."""
     rows = 5000
     target, keep = random_merge([rows], 0.05)
     x, sizes = torch.randn(rows, 16), torch.rand(rows) + 0.5
@@ -101,14 +101,14 @@ def test_many_rows_are_sorted_not_scanned(
     assert got.positions is not None and torch.equal(got.positions.cpu(), want[2])
 
 
-def test_nothing_merged_copies_to_the_bit(place: torch.device) -> None:
+def test_rows_without_members_are_copied_bit_for_bit(place: torch.device) -> None:
     x = torch.randn(50, 40).bfloat16()
     index = torch.arange(50, device=place)
     got = merge_rows(x.to(place), index, index, frames=25)
     assert torch.equal(got.x.cpu(), x)
 
 
-def test_repeats_to_the_bit_and_takes_strided_rows(place: torch.device) -> None:
+def test_strided_rows_give_the_same_bits(place: torch.device) -> None:
     target, keep = random_merge([64], 0.1)
     wide = torch.randn(64, 80, device=place)
     target, keep = target.to(place), keep.to(place)

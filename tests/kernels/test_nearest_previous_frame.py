@@ -1,4 +1,4 @@
-"""nearest_previous_frame against a loop over tokens and offsets."""
+"""nearest_previous_frame is compared with a loop over tokens and offsets."""
 
 import math
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 
 def by_hand(x: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+    """Compare every token with every token of its window in plain loops."""
     frames, height, width, _ = x.shape
     x = x.double()
     similarity = torch.full(x.shape[:3], -math.inf)

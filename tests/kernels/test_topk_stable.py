@@ -1,4 +1,4 @@
-"""topk_stable against sorting (score, index) pairs in Python."""
+"""topk_stable is compared with sorting pairs (score, index) in Python."""
 
 import math
 
@@ -8,6 +8,7 @@ from tokencomp.kernels import KernelError, topk_stable
 
 
 def by_hand(scores: list[float], k: int) -> list[int]:
+    """Rank by descending score, then by ascending index."""
     ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     return sorted(ranked[:k])
 

@@ -1,4 +1,4 @@
-"""VILA folders: loading, splicing, generating, saving."""
+"""Tests of VILA folders: loading, inserting features, generating and saving."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def load(folder: Path) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
 
 
 def encode(model: VilaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """Features of one image (16, 64) by the stock tower and the tested projector."""
+    """Features (16, 64) of one image from the stock tower and the tested projector."""
     states = model.vision_tower(pixels[None], output_hidden_states=True).hidden_states
     return model.mm_projector(states[-2])[0]
 
 
 @torch.no_grad()
-def test_splice(folder: Path) -> None:
-    """Embeddings equal features and table rows put together token by token."""
+def test_features_replace_placeholders(folder: Path) -> None:
+    """Embeddings equal features and rows of the embedding table, joined token by token."""
     model, processor = load(folder)
     prompts = ["a <image> b <image>", "<vila/video>what?", "no picture"]
     images, frames = [picture(1), picture(2)], [picture(i) for i in range(3, 6)]
@@ -73,7 +73,7 @@ def test_splice(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("llm", ["qwen2", "llama"])
-def test_batch_is_singles(tmp_path: Path, llm: str) -> None:
+def test_batch_equals_single_prompts(tmp_path: Path, llm: str) -> None:
     model, processor = load(vila_folder.write(tmp_path / "m", llm=llm))
     prompts = ["<image><image>compare", "<vila/video>", "<image>short"]
     images, video = [picture(i) for i in range(3)], [picture(i) for i in range(5, 9)]
@@ -85,7 +85,7 @@ def test_batch_is_singles(tmp_path: Path, llm: str) -> None:
         assert row[-6:].tolist() == single[0, -6:].tolist()
 
 
-def test_beams_repeat_media_together(folder: Path) -> None:
+def test_beam_search_repeats_the_media_of_a_sample_together(folder: Path) -> None:
     model, processor = load(folder)
     prompts, images = ["<image>a<image>b", "<vila/video>c<image>"], [picture(i) for i in range(3)]
     video, options = [picture(i) for i in range(5, 8)], dict(num_beams=3, max_new_tokens=4)
@@ -97,14 +97,15 @@ def test_beams_repeat_media_together(folder: Path) -> None:
 
 
 def files(folder: Path) -> dict[str, object]:
-    found: dict[str, object] = {}
+    """Contents of all weight and JSON files of a folder, by relative path."""
+    contents: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.suffix == ".safetensors":
-            found[name] = {k: v.tolist() for k, v in load_file(path).items()}
+            contents[name] = {k: v.tolist() for k, v in load_file(path).items()}
         elif path.suffix == ".json":
-            found[name] = json.loads(path.read_text())
-    return found
+            contents[name] = json.loads(path.read_text())
+    return contents
 
 
 def test_round_trip(folder: Path, tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_auto_classes(folder: Path) -> None:
 
 
 def test_loads_by_name(folder: Path) -> None:
-    """Whatever loads models for commands loads this folder, and answers a question with it."""
+    """The loader of the commands loads this folder, and the model answers questions."""
     from tokencomp.inputs.loading import load_model
     from tokencomp.inputs.prompts import build_inputs
 
@@ -164,25 +165,28 @@ def test_loads_by_name(folder: Path) -> None:
 
 
 def test_pooled_video(tmp_path: Path) -> None:
-    """Blocks of 2×2×2 tokens are averaged (NVILA's temporal and spatial pooling)."""
+    """NVILA's temporal and spatial pooling averages blocks of 2×2×2 tokens."""
     spec = {"_target_": "llava.model.encoders.TSPVideoEncoder", "pool_sizes": [[2, 2, 2]]}
     model, processor = load(vila_folder.write(tmp_path / "m", video_encoder=json.dumps(spec)))
     frames = [picture(i) for i in range(4)]
     inputs = processor("<vila/video>", videos=[frames])
     with torch.no_grad():
         x = torch.stack([encode(model, p) for p in inputs["pixel_values_videos"]]).view(4, 4, 4, -1)
-        found = model.encode_videos(inputs["pixel_values_videos"], [4]).view(2, 2, 2, -1)
+        pooled = model.encode_videos(inputs["pixel_values_videos"], [4]).view(2, 2, 2, -1)
     for t in range(2):
         for r in range(2):
             for c in range(2):
                 block = x[2 * t : 2 * t + 2, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2]
-                torch.testing.assert_close(found[t, r, c], block.mean((0, 1, 2)), atol=1e-5, rtol=0)
+                torch.testing.assert_close(
+                    pooled[t, r, c], block.mean((0, 1, 2)), atol=1e-5, rtol=0
+                )
     assert (inputs["input_ids"] == model.config.video_token_id).sum() == 8
     with torch.no_grad():
         model(**inputs)
 
 
 def break_folder(folder: Path, what: str) -> None:
+    """Damage one part of a folder, or set a key of its root config with ``key=json``."""
     import shutil
 
     root = json.loads((folder / "config.json").read_text())
@@ -235,7 +239,7 @@ def test_bad_folder(tmp_path: Path, what: str, message: str) -> None:
 
 
 def test_media_tokens_can_be_added(tmp_path: Path) -> None:
-    """Checkpoints older than NVILA: ids behind the embedding table."""
+    """Checkpoints older than NVILA get ids past the end of the embedding table."""
     folder = vila_folder.write(tmp_path / "m", media=False)
     model = VilaForConditionalGeneration.from_pretrained(folder, add_media_tokens=True)
     processor = VilaProcessor.from_pretrained(folder, add_media_tokens=True)
@@ -265,7 +269,7 @@ def test_ready_made_embeddings(folder: Path) -> None:
 
 
 def test_assisted_decoding(folder: Path) -> None:
-    """The assistant sees the media too, and changes no token."""
+    """The assistant model sees the media too, and the generated tokens do not change."""
     model, processor = load(folder)
     assistant, _ = load(folder)
     inputs = processor("<image>a", images=picture(0))
@@ -278,7 +282,7 @@ def test_assisted_decoding(folder: Path) -> None:
 
 
 def test_without_cache(folder: Path) -> None:
-    """Media are encoded again for every token, and the tokens are the same."""
+    """Without a cache, media are encoded for every token and the tokens are the same."""
     model, processor = load(folder)
     inputs = processor(["<image>a", "<vila/video>b"], images=picture(0), videos=[[picture(1)] * 2])
     options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)

@@ -1,4 +1,4 @@
-"""The projector against plain loops over blocks of patches."""
+"""The projector is compared with plain loops over blocks of patches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VISION, HIDDEN = 6, 10
 
 
 def blocks(x: Tensor, factor: int, columns: bool) -> Tensor:
-    """Space to depth, one block at a time."""
+    """Apply space to depth one block at a time."""
     side = int(len(x) ** 0.5)
     small = (side + factor - 1) // factor
     out = {}
@@ -33,7 +33,7 @@ def blocks(x: Tensor, factor: int, columns: bool) -> Tensor:
 
 
 def reference(kind: str, w: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Layer by layer from the weights of a checkpoint."""
+    """Apply the projector layer by layer with the weights of a checkpoint."""
 
     def norm(x: Tensor, at: int) -> Tensor:
         weight = w[f"layers.{at}.weight"]
@@ -65,7 +65,7 @@ def test_reference(kind: str, side: int) -> None:
     assert projector.side(side) ** 2 == expected.shape[1]
 
 
-def test_order_is_an_option() -> None:
+def test_token_order_can_be_overridden() -> None:
     state = projector_state("mlp_downsample", VISION, HIDDEN)
     rows = VilaProjector("mlp_downsample", VISION, HIDDEN, order="rows")
     rows.load_state_dict(state)
@@ -75,6 +75,6 @@ def test_order_is_an_option() -> None:
 
 
 @pytest.mark.parametrize("kind", ["resampler", "mlp0x_gelu", "mlp_downsample_3x3_s2", ""])
-def test_unknown(kind: str) -> None:
+def test_unknown_projector_types_are_refused(kind: str) -> None:
     with pytest.raises(CheckpointError, match="mlp_downsample_2x2_fix"):
         VilaProjector(kind, VISION, HIDDEN)

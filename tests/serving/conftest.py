@@ -1,4 +1,4 @@
-"""Engines are started once per session; every test reads what they answered."""
+"""Fixtures of the serving tests: tiny models, and vLLM engines in processes of their own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENGINE_SECONDS = 1200
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Name of a tiny random model → its folder, built on first use."""
+    """Function that returns the folder of a tiny random model by name, built at the first call."""
     import serving_models as tiny
 
     root = tmp_path_factory.mktemp("models")
@@ -37,9 +37,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Run jobs in a vLLM engine of its own process; see `vllm_driver`."""
+    """Function that runs jobs in a vLLM engine with its own process, see `vllm_driver`."""
     if not HAS_VLLM:
-        pytest.skip("vllm is not installed here (pip install tokencomp[vllm])")
+        pytest.skip("vllm is not installed (pip install tokencomp[vllm])")
     root = tmp_path_factory.mktemp("engines")
 
     def run(model: Path, runs: list[list[dict]], plugin: bool = True, **engine: Any) -> dict:
@@ -54,10 +54,10 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
             str(jobs),
             str(results),
         ]
-        done = subprocess.run(
+        process = subprocess.run(
             command, env=env, capture_output=True, text=True, timeout=ENGINE_SECONDS
         )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-        return {"log": done.stderr + done.stdout, **json.loads(results.read_text())}
+        assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
+        return {"log": process.stderr + process.stdout, **json.loads(results.read_text())}
 
     return run

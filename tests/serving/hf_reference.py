@@ -1,4 +1,4 @@
-"""What the Hugging Face path gives for a job of `vllm_driver`, with `tokencomp.patch`."""
+"""Reference results of `vllm_driver`'s jobs from Hugging Face models with `tokencomp.patch`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import tokencomp
 
 @lru_cache(maxsize=4)
 def load(folder: Path) -> tuple[Any, Any]:
-    """Model (fp32) and processor."""
+    """Load model (fp32) and processor; generation does not stop at an end token."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
@@ -26,25 +26,26 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def inputs_of(folder: Path, job: dict[str, Any]) -> Any:
-    """Processor output for the job."""
+    """Return the processor's output for a job."""
     _, processor = load(folder)
     media = tiny.media(job["media"])
-    given = {f"{kind}s": items for kind, items in media.items()}
-    if "videos" in given:
-        given.update(do_sample_frames=False)
+    arguments = {f"{kind}s": items for kind, items in media.items()}
+    if "videos" in arguments:
+        arguments.update(do_sample_frames=False)
         if job.get("metadata"):
-            known = [tiny.metadata(len(v)) for v in given["videos"]]
-            for values in known:
+            video_metadata = [tiny.metadata(len(v)) for v in arguments["videos"]]
+            for values in video_metadata:
                 values.pop("do_sample_frames")
-            given.update(video_metadata=known)
-    return processor(text=[job["prompt"]], return_tensors="pt", **given)
+            arguments.update(video_metadata=video_metadata)
+    return processor(text=[job["prompt"]], return_tensors="pt", **arguments)
 
 
 @torch.no_grad()
 def answer(folder: Path, job: dict[str, Any], positions: str = "original") -> dict[str, Any]:
-    """Greedy tokens, their log-probabilities, and the length of the compressed prompt.
+    """Return greedy tokens, their log-probabilities, and lengths of the prompt.
 
-    Ratio 0 and no options at all run the unpatched model.
+    A job with ratio 0 or without options runs the unpatched model. "prompt" is the length of the
+    compressed prompt, "full" that of the uncompressed one, and "kept" lists the kept columns.
     """
     model, _ = load(folder)
     inputs = inputs_of(folder, job)
@@ -78,21 +79,22 @@ def answer(folder: Path, job: dict[str, Any], positions: str = "original") -> di
 
 
 def columns(stats: Any) -> list[int]:
-    """Columns of the uncompressed prompt that are left."""
-    left = set(range(stats.lengths[0]))
+    """Return the columns of the uncompressed prompt that the last layer sees."""
+    remaining = set(range(stats.lengths[0]))
     for span, kept in zip(stats.spans[0], stats.kept(0)[-1], strict=True):
-        left -= set(range(span.start, span.stop))
-        left |= {span.start + k for k in kept}
-    return sorted(left)
+        remaining -= set(range(span.start, span.stop))
+        remaining |= {span.start + k for k in kept}
+    return sorted(remaining)
 
 
 def grid_positions(
     ids: list[int], grids: list[tuple[int, int, int]], pads: tuple[int, ...], t_factor: float
 ) -> torch.Tensor:
-    """M-RoPE positions (3, n) in the plainest loops: what follows media starts at their max + 1.
+    """Compute M-RoPE positions (3, n) in plain loops.
 
-    Recent transformers instead start it at base + max(h, w), which for long videos lies inside
-    the video; engines and the models' training use the maximum.
+    The token after media has the position after the largest one of the media. Recent releases of
+    transformers use base + max(h, w) instead, which for long videos is a position inside the video;
+    engines and the training of the models use the maximum.
     """
     out: list[tuple[int, int, int]] = []
     waiting, i, following = list(grids), 0, 0
@@ -113,7 +115,7 @@ def grid_positions(
 
 
 def true_positions(folder: Path, job: dict[str, Any]) -> torch.Tensor:
-    """`grid_positions` of a job's uncompressed prompt; of Qwen3-VL, a frame is a grid."""
+    """Return `grid_positions` of a job's uncompressed prompt; in Qwen3-VL each frame is a grid."""
     model, _ = load(folder)
     inputs, config = inputs_of(folder, job), model.config
     frames = config.model_type.startswith("qwen3")
@@ -140,7 +142,7 @@ def true_positions(folder: Path, job: dict[str, Any]) -> torch.Tensor:
 
 @contextlib.contextmanager
 def with_true_positions(folder: Path, job: dict[str, Any]) -> Iterator[None]:
-    """Let the model use `true_positions`, whatever its transformers release computes."""
+    """Let the model use `true_positions` instead of those of its transformers release."""
     model, _ = load(folder)
     positions = true_positions(folder, job)
     delta = positions.max() + 1 - positions.shape[1]
@@ -148,7 +150,7 @@ def with_true_positions(folder: Path, job: dict[str, Any]) -> Iterator[None]:
 
     @functools.wraps(own)
     def get_rope_index(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if input_ids.shape[1] != positions.shape[1]:  # a probe, not the prompt
+        if input_ids.shape[1] != positions.shape[1]:  # a call with another prompt
             return own(input_ids, *args, **kwargs)
         return positions[:, None], delta[None, None]
 
@@ -160,7 +162,7 @@ def with_true_positions(folder: Path, job: dict[str, Any]) -> Iterator[None]:
 
 
 def end_tokens(folder: Path) -> Any:
-    """The end tokens that the folder's own generation config names."""
+    """Return the end tokens of the folder's generation config."""
     from transformers import GenerationConfig
 
     return GenerationConfig.from_pretrained(folder).eos_token_id

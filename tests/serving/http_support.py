@@ -1,4 +1,4 @@
-"""A server process on loopback, and the media that clients send."""
+"""A server process on the loopback interface, and the media that clients send."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ START_SECONDS = 400
 
 
 def free_port() -> int:
+    """Return a port that is free at the moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -33,7 +34,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def server(log: Path, *arguments: Any, **env: str) -> Iterator[str]:
-    """`tokencomp serve …` until the block ends; yields its base URL."""
+    """Run `tokencomp serve …` until the block ends; yield its base URL."""
     port = free_port()
     command = [sys.executable, "-m", "tokencomp.cli", "serve", "--port", port, *arguments]
     with log.open("w") as out:
@@ -56,6 +57,7 @@ def server(log: Path, *arguments: Any, **env: str) -> Iterator[str]:
 
 
 def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
+    """Wait until the server answers /health; fail if its process ends before."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         assert process.poll() is None, log.read_text()[-4000:]
@@ -67,8 +69,8 @@ def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
 
 
 @contextlib.contextmanager
-def nobody_calls() -> Iterator[list[str]]:
-    """URLs of a listener on loopback, which must not be reached while the block runs."""
+def unreached_urls() -> Iterator[list[str]]:
+    """Yield URLs of a local listener, and fail if the server connects to it during the block."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -79,11 +81,11 @@ def nobody_calls() -> Iterator[list[str]]:
         time.sleep(0.2)
         with contextlib.suppress(BlockingIOError):
             listener.accept()
-            raise AssertionError("the server opened a connection that a client asked for")
+            raise AssertionError("the server opened a connection that a client requested")
 
 
 def outside(media: Path, secret: Path) -> list[str]:
-    """file: URLs that must not be served by a server allowed to read below `media`."""
+    """Return URLs that a server must refuse if it may only read files below `media`."""
     image(secret)
     link = media / "link.png"
     if not link.exists():
@@ -97,12 +99,12 @@ def outside(media: Path, secret: Path) -> list[str]:
 
 
 def image(path: Path) -> None:
-    """An image file that any server could decode."""
+    """Write an image file that any server can decode."""
     tiny.image(1).save(path)
 
 
 def get(url: str, body: Any = None) -> tuple[int, str]:
-    """Status and body of a GET, or of a POST of JSON."""
+    """Return status and body of a GET request, or of a POST request with a JSON body."""
     data = None if body is None else json.dumps(body).encode()
     try:
         with urllib.request.urlopen(url, data, timeout=30) as answer:
@@ -112,23 +114,24 @@ def get(url: str, body: Any = None) -> tuple[int, str]:
 
 
 def metric(url: str, name: str) -> float:
-    """Sum of a metric over its labels."""
+    """Return the sum of a metric over its labels."""
     lines = [line for line in get(url + "/metrics")[1].splitlines() if not line.startswith("#")]
     return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split()[0] == name)
 
 
 def image_url(seed: int, width: int = 224, height: int = 224) -> str:
+    """Return a random image as a data: URL."""
     return "data:image/png;base64," + _png(tiny.image(seed, width, height))
 
 
 def video_url(seed: int, frames: int = 8, width: int = 112, height: int = 84) -> str:
-    """Frames as the engines accept them, without loss."""
+    """Return random frames as a data: URL that both engines accept, without loss."""
     parts = [_png(Image.fromarray(f)) for f in tiny.video(seed, frames, width, height)]
     return "data:video/jpeg;base64," + ",".join(parts)
 
 
 def mp4_url(seed: int, frames: int = 8) -> str:
-    """A real, encoded file."""
+    """Return an encoded MP4 file as a data: URL."""
     import av
 
     out = io.BytesIO()
@@ -150,7 +153,7 @@ def _png(image: Image.Image) -> str:
 
 
 def messages(text: str, *urls: str) -> list[dict[str, Any]]:
-    """One user turn, media first."""
+    """Return one user message with the media before the text."""
     parts: list[dict[str, Any]] = []
     for url in urls:
         kind = "video_url" if url.startswith("data:video") else "image_url"

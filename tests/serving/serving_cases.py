@@ -1,4 +1,4 @@
-"""The prompts that every engine and the Hugging Face path answer."""
+"""The prompts that every engine and the Hugging Face reference answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MARKS = {
         "<|vision_start|><|video_pad|><|vision_end|>",
     ),
 }
-TIMED = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")  # positions or prompts know the frame rate
+TIMED = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")  # positions or prompts depend on the frame rate
 MARKS.update(dict.fromkeys(TIMED, MARKS["qwen2_vl"]))
 TURN = "<|im_start|>user\n{}{}<|im_end|>\n<|im_start|>assistant\n"
 QUESTION = "What color is the small circle?"
@@ -27,12 +27,12 @@ ODD = ["video", 3, 7, 140, 84]
 def job(
     model: str, media: list[list[Any]], ratio: float | None, question: str = QUESTION, **more: Any
 ) -> dict[str, Any]:
-    """A job named after what is in it; `ratio` None sends no options at all."""
+    """Return a job whose name lists its parts; with `ratio` None it has no options."""
     image, video = MARKS[model]
     marks = " then ".join(image if kind == "image" else video for kind, *_ in media)
     reducer = more.pop("reducer", "uniform")
     options = more.pop("options", {})
-    made: dict[str, Any] = {
+    result: dict[str, Any] = {
         "prompt": TURN.format(marks, question),
         "media": media,
         "metadata": model in TIMED,
@@ -40,18 +40,18 @@ def job(
     }
     label = "plain"
     if ratio is not None:
-        made["tokencomp"] = {"reducer": reducer, "ratio": ratio}
+        result["tokencomp"] = {"reducer": reducer, "ratio": ratio}
         label = f"{reducer}@{ratio}"
         if options:
-            made["tokencomp"]["options"] = options
+            result["tokencomp"]["options"] = options
             label += f" {options}"
     name = "+".join("".join(map(str, item)) for item in media)
-    made["name"] = f"{label} {name}{'' if question == QUESTION else ' ' + question}"
-    return made
+    result["name"] = f"{label} {name}{'' if question == QUESTION else ' ' + question}"
+    return result
 
 
 def matrix(model: str) -> list[dict[str, Any]]:
-    """Ratios, media and every servable reducer."""
+    """Return jobs that cover ratios, media and every reducer that can be served."""
     jobs = [job(model, [m], r) for m in (IMAGE, VIDEO) for r in (0.3, 0.9)]
     for name in servable_reducers():
         jobs += [job(model, [m], 0.5, reducer=name) for m in (IMAGE, VIDEO)]
@@ -60,12 +60,12 @@ def matrix(model: str) -> list[dict[str, Any]]:
     jobs.append(job(model, [["image", 2, 420, 112]], 0.6))
     jobs.append(job(model, [["image", 3, 60, 60]], 0.5))
     jobs.append(job(model, [IMAGE], 0.5, reducer="random", options={"seed": 3}))
-    if model.startswith("qwen3"):  # frames that lose every token, an odd number of frames
+    if model.startswith("qwen3"):  # frames without a kept token, and an odd number of frames
         jobs.append(job(model, [ODD], 0.95, reducer="divprune"))
         jobs.append(job(model, [VIDEO, IMAGE, ODD], 0.6, reducer="divprune"))
     return jobs
 
 
 def plain(model: str) -> list[dict[str, Any]]:
-    """Uncompressed prompts."""
+    """Return jobs without compression."""
     return [job(model, [m], None) for m in (IMAGE, VIDEO)] + [job(model, [IMAGE, OTHER], None)]

@@ -1,4 +1,4 @@
-"""What an engine answered, against the patched Hugging Face model."""
+"""Comparison of an engine's results with the patched Hugging Face model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ POSITIONS = {"llava_onevision": "compact"}
 
 
 def check(results: dict, jobs: list[dict], folder: Any, model: str, suffix: str = "") -> None:
-    """Tokens equal, log-probabilities within 1e-3, prompt lengths exact."""
+    """Require equal tokens and prompt lengths, and log-probabilities within 1e-3."""
     import hf_reference
 
     for job in jobs:
@@ -25,5 +25,5 @@ def check(results: dict, jobs: list[dict], folder: Any, model: str, suffix: str 
 
 
 def batch(jobs: list[dict], suffix: str) -> list[dict]:
-    """The same jobs, to be submitted together, with empty caches."""
+    """Return the jobs with a suffix, to be submitted together with empty caches."""
     return [{**job, "name": job["name"] + suffix, "reset": True} for job in jobs]

@@ -1,4 +1,4 @@
-"""Tiny random models as Hugging Face folders, and media for them. Nothing is downloaded."""
+"""Tiny random models as Hugging Face folders, and media for them, without any download."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARPER = 2.5
 
 
 def _sharpen(model: torch.nn.Module) -> torch.nn.Module:
-    """Random weights give flat attention; scaled ones make mistakes visible."""
+    """Scale the random weights, whose attention is otherwise too flat to reveal mistakes."""
     with torch.no_grad():
         for parameter in model.model.language_model.parameters():
             if parameter.ndim == 2:
@@ -23,19 +23,19 @@ def _sharpen(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def qwen2_vl(folder: Path) -> Path:
-    """The zoo's Qwen2-VL with random weights."""
+    """Write the zoo's Qwen2-VL with random weights."""
     from tokencomp.zoo.export import export
     from tokencomp.zoo.families import family
     from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
 
     torch.manual_seed(0)
-    made = family("tiny-qwen2-vl")
-    write_tokenizer(folder, made.chat_template)
-    return export(_sharpen(made.build(load_tokenizer(folder))), made, folder)
+    spec = family("tiny-qwen2-vl")
+    write_tokenizer(folder, spec.chat_template)
+    return export(_sharpen(spec.build(load_tokenizer(folder))), spec, folder)
 
 
 def qwen2_5_vl(folder: Path) -> Path:
-    """Qwen2.5-VL in the same shape: windowed vision tower, frames apart in time."""
+    """Write Qwen2.5-VL in the same size, with a windowed vision tower and times between frames."""
     from safetensors.torch import save_file
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -83,7 +83,10 @@ def qwen2_5_vl(folder: Path) -> Path:
 
 
 def qwen3_vl(folder: Path, experts: int = 0) -> Path:
-    """Qwen3-VL (MoE with `experts`): two deepstack levels, a timestamp before every frame pair."""
+    """Write Qwen3-VL with two deepstack levels and a timestamp before every pair of frames.
+
+    With `experts` the model is the MoE variant.
+    """
     import transformers
     from safetensors.torch import save_file
 
@@ -119,7 +122,7 @@ def qwen3_vl(folder: Path, experts: int = 0) -> Path:
     model = _sharpen(getattr(transformers, name + "ForConditionalGeneration")(config)).half()
     config.architectures = [type(model).__name__]
     config.save_pretrained(base)
-    weights = {  # published checkpoints hold the experts transposed
+    weights = {  # published checkpoints store the experts transposed
         n: (x.transpose(1, 2) if ".experts." in n else x).contiguous()
         for n, x in model.state_dict().items()
     }
@@ -136,11 +139,12 @@ def qwen3_vl(folder: Path, experts: int = 0) -> Path:
 
 
 def qwen3_vl_moe(folder: Path) -> Path:
+    """Write Qwen3-VL-MoE with four experts."""
     return qwen3_vl(folder, experts=4)
 
 
 def llava_onevision(folder: Path) -> Path:
-    """LLaVA-OneVision with 8 × 8 tokens per tile, saved under published parameter names."""
+    """Write LLaVA-OneVision with 8 × 8 tokens per tile under the published parameter names."""
     from safetensors.torch import save_file
     from transformers import (
         LlavaOnevisionConfig,
@@ -205,6 +209,7 @@ def llava_onevision(folder: Path) -> Path:
 
 
 def _published(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights in half precision under the names of published checkpoints."""
     weights = {}
     for name, tensor in model.state_dict().items():
         name = name.replace("lm_head.", "language_model.lm_head.")
@@ -227,13 +232,13 @@ BUILDERS = {
 
 
 def image(seed: int, width: int = 224, height: int = 224) -> Image.Image:
-    """Blocks of 14 px in random colours."""
+    """Return an image of blocks of 14 px in random colours."""
     blocks = np.random.RandomState(seed).rand(max(height // 14, 1), max(width // 14, 1), 3)
     return Image.fromarray((blocks * 255).astype("uint8")).resize((width, height), Image.NEAREST)
 
 
 def video(seed: int, frames: int = 8, width: int = 112, height: int = 84) -> np.ndarray:
-    """Uint8 frames (frames, height, width, 3)."""
+    """Return uint8 frames (frames, height, width, 3), each a random image."""
     return np.stack([np.asarray(image(seed * 1000 + i, width, height)) for i in range(frames)])
 
 
@@ -241,7 +246,7 @@ FPS = 1.0
 
 
 def metadata(frames: int) -> dict[str, Any]:
-    """What a video loader says about `frames` frames taken at `FPS`."""
+    """Return the metadata that a video loader reports for `frames` frames at `FPS`."""
     return {
         "fps": FPS,
         "total_num_frames": frames,
@@ -252,22 +257,23 @@ def metadata(frames: int) -> dict[str, Any]:
     }
 
 
-def media(wanted: list[list[Any]]) -> dict[str, list[Any]]:
-    """`[["image", seed, w, h], ["video", seed, frames, w, h]]` → images and videos.
+def media(descriptions: list[list[Any]]) -> dict[str, list[Any]]:
+    """Return images and videos from `[["image", seed, w, h], ["video", seed, frames, w, h]]`.
 
-    The path of a file may stand in place of the numbers.
+    A description may have the path of a file instead of the numbers.
     """
-    made: dict[str, list[Any]] = {}
-    for kind, *numbers in wanted:
+    result: dict[str, list[Any]] = {}
+    for kind, *numbers in descriptions:
         if isinstance(numbers[0], str):
-            made.setdefault(kind, []).append(_from_file(numbers[0]))
+            result.setdefault(kind, []).append(_from_file(numbers[0]))
         else:
-            made.setdefault(kind, []).append((image if kind == "image" else video)(*numbers))
-    return made
+            result.setdefault(kind, []).append((image if kind == "image" else video)(*numbers))
+    return result
 
 
 def _from_file(path: str) -> Any:
+    """Load an image, or a video as an array of 8 frames."""
     from tokencomp.inputs.media import load_media
 
-    found = load_media(path, 8)
-    return np.stack([np.asarray(f) for f in found]) if isinstance(found, list) else found
+    loaded = load_media(path, 8)
+    return np.stack([np.asarray(f) for f in loaded]) if isinstance(loaded, list) else loaded

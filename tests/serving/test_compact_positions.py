@@ -1,4 +1,4 @@
-"""`positions="compact"`: kept tokens are numbered as an engine with one position per token does."""
+"""`positions="compact"` numbers kept tokens like an engine with one position per token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OV = FAMILIES["llava_onevision"]
 
 
 def embeddings(model, inputs):
-    """Decoder input of an unpatched call, shape (1, L, d)."""
+    """Return the decoder input of an unpatched call, shape (1, L, d)."""
     seen = {}
 
     def hook(module, args, kwargs):
@@ -27,7 +27,7 @@ def embeddings(model, inputs):
 
 
 def reference(model, x, steps):
-    """Greedy tokens of a plain decoder run over rows x (1, n, d), positions 0, 1, 2, …"""
+    """Return the greedy tokens of a plain decoder on rows x (1, n, d) at positions 0, 1, 2, …"""
     tokens = []
     for _ in range(steps):
         hidden = model.model.language_model(inputs_embeds=x).last_hidden_state
@@ -55,7 +55,7 @@ def kept_columns(stats, row):
 @torch.no_grad()
 @pytest.mark.parametrize("row", [0, 1])
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_equals_a_plain_run_over_the_kept_rows(row, backend):
+def test_equals_a_plain_decoder_on_the_kept_rows(row, backend):
     model = OV.build(backend)
     inputs = OV.batch([prompts()[row]])
     x = embeddings(model, inputs)
@@ -85,7 +85,7 @@ def test_ragged_batch_equals_singles():
 
 
 @torch.no_grad()
-def test_second_turn_on_the_cache_goes_on_counting():
+def test_second_turn_on_the_cache_continues_the_positions():
     model = OV.build()
     first, second = [support.text(4), OV.image(1), support.text(5)], support.text(6, 9)
     inputs = OV.batch([first])
@@ -108,7 +108,7 @@ def test_ratio_zero_changes_nothing():
         assert torch.equal(model.generate(**inputs, max_new_tokens=6), plain)
 
 
-def test_refused_where_it_has_no_meaning():
+def test_refused_for_mrope_and_for_unknown_values():
     qwen = FAMILIES["qwen2_vl"].build()
     with pytest.raises(OptionError, match="three rows of positions"):
         tokencomp.patch(qwen, 0.5, reducer="uniform", positions="compact")

@@ -1,4 +1,4 @@
-"""`tokencomp serve --engine hf`: a real process, a real `openai` client."""
+"""`tokencomp serve --engine hf` as a real process, with a real `openai` client."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def served(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         (["--port", "PORT"], "cannot listen at 127.0.0.1:"),
     ],
 )
-def test_a_server_that_could_not_serve_does_not_start(
+def test_server_that_cannot_serve_does_not_start(
     tiny_folder: Any, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
+    with socket.socket() as occupied:
+        occupied.bind(("127.0.0.1", 0))
+        occupied.listen()
+        port = str(occupied.getsockname()[1])
         args = [port if a == "PORT" else a for a in arguments]
         assert run("serve", "--model", tiny_folder("qwen2_vl"), *args) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_client_that_leaves_while_it_sends(served: Any) -> None:
+def test_client_that_disconnects_while_it_sends(served: Any) -> None:
     url, _, _, root = served
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
@@ -74,7 +74,7 @@ def ask(client: Any, *urls: str, text: str = QUESTION, **more: Any) -> Any:
 
 
 def expected(folder: Any, urls: list[str], spec: dict[str, Any], tokens: int = 8) -> Any:
-    """Text, prompt tokens and visual tokens of a direct `generate` on the patched model."""
+    """Return text, prompt tokens and visual tokens of a direct `generate` on the patched model."""
     import hf_reference
     from PIL import Image
 
@@ -112,10 +112,10 @@ def test_equals_a_direct_call(served: Any, reducer: str, ratio: float) -> None:
         text, prompt, before, after = expected(folder, urls, spec)
         assert answer.choices[0].message.content == text
         assert answer.usage.prompt_tokens == prompt
-        told = answer.usage.model_extra["tokencomp"]
-        assert told["visual_tokens_before"] == before
-        assert told["visual_tokens_after"] == pytest.approx(after)
-        assert told["ratio"] == pytest.approx(1 - after / before)
+        usage = answer.usage.model_extra["tokencomp"]
+        assert usage["visual_tokens_before"] == before
+        assert usage["visual_tokens_after"] == pytest.approx(after)
+        assert usage["ratio"] == pytest.approx(1 - after / before)
 
 
 def test_server_default_and_ratio_zero(served: Any) -> None:
@@ -156,7 +156,7 @@ def test_concurrent_requests_are_batched_and_none_is_lost(served: Any) -> None:
     assert http.metric(url, "tokencomp_batch_size_count") - count <= 32  # at least 2 per batch
 
 
-def test_seeds_repeat_the_answer_in_any_company(served: Any) -> None:
+def test_a_seed_repeats_the_answer_in_any_batch(served: Any) -> None:
     _, client, _, _ = served
     media = http.video_url(4)
 
@@ -202,8 +202,8 @@ def test_metrics_count_tokens(served: Any) -> None:
     media = http.image_url(5)
     ask(client, media, tokencomp={"ratio": 0.75})
     _, _, before, after = expected(folder, [media], {"reducer": "divprune", "ratio": 0.75})
-    told = [http.metric(url, n) - s for n, s in zip(names, start, strict=True)]
-    assert told == [before, after]
+    increase = [http.metric(url, n) - s for n, s in zip(names, start, strict=True)]
+    assert increase == [before, after]
     assert http.metric(url, "tokencomp_reduce_seconds_total") > 0
     assert http.metric(url, "tokencomp_time_to_first_token_seconds_count") > 0
     assert http.get(url + "/health")[0] == 200
@@ -239,9 +239,9 @@ def bad_media(root: Any) -> list[str]:
     ]  # fmt: skip
 
 
-def test_malformed_requests_get_4xx_and_the_server_goes_on(served: Any) -> None:
+def test_malformed_requests_get_4xx_and_the_server_continues(served: Any) -> None:
     url, client, _, root = served
-    with http.nobody_calls() as remote:
+    with http.unreached_urls() as remote:
         for bad in [*remote, *bad_media(root)]:
             with pytest.raises(openai.APIStatusError) as error:
                 ask(client, bad)
@@ -273,23 +273,23 @@ def test_malformed_requests_get_4xx_and_the_server_goes_on(served: Any) -> None:
             options = {"reducer": "selector", "options": {"weights": weights}}
             ask(client, image, tokencomp=options)
         assert "/etc" not in str(error.value)
-    for part, told in (
+    for part, reason in (
         ({"type": "image_url", "image_url": image}, 'expected an object {"url": ...}'),
         ({"type": "input_image", "image_url": {"url": image}}, "content.0.type"),
         ({"type": "text", "text": 3}, "content.0.text"),
     ):
         body = {"model": "tiny", "messages": [{"role": "user", "content": [part]}]}
         status, text = http.get(url + "/v1/chat/completions", body)
-        assert status == 400 and told in json.loads(text)["error"]["message"], text
+        assert status == 400 and reason in json.loads(text)["error"]["message"], text
     off: Any = {"n": None, "stream": None, "response_format": {"type": "text"}}
     off |= {"modalities": ["text"], "temperature": 1e-40}
-    told = [
+    turns = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": "Hello."},
         {"role": "assistant", "content": None},
         *chat["messages"],
     ]
-    assert client.chat.completions.create(**{**chat, "messages": told}, **off).choices
+    assert client.chat.completions.create(**{**chat, "messages": turns}, **off).choices
     with pytest.raises(openai.BadRequestError, match="no trained weights"):
         ask(client, image, tokencomp={"reducer": "selector"})
     with pytest.raises(openai.BadRequestError, match="tokens before compression"):
@@ -311,8 +311,8 @@ def test_the_example_client(served: Any, tmp_path: Any) -> None:
     http.tiny.image(1).save(file)
     script = Path(__file__).parents[2] / "examples" / "serve_client.py"
     command = [sys.executable, script, file, QUESTION, "--url", url + "/v1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    counts = [int(line.split(":")[1].split()[0]) for line in done.stdout.splitlines()]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    counts = [int(line.split(":")[1].split()[0]) for line in process.stdout.splitlines()]
     full, half, quarter = counts
     assert (full - half, full - quarter) == (32, 48)  # of 64 visual tokens

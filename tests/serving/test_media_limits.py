@@ -1,4 +1,4 @@
-"""A few bytes can decode to very many pixels: what a request may bring is counted before that."""
+"""A few bytes can decode to very many pixels, so pixels are counted before they are decoded."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def request(*urls: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("make", [frames, clip, gif])
-def test_frames_count_together(make: Any) -> None:
+def test_all_frames_of_a_video_count(make: Any) -> None:
     limits = Limits(max_pixels=40_000, max_total_pixels=100_000, frames=8)
     assert load_video(make(96, 8), limits).shape == (8, 96, 96, 3)
     assert len(load_video(make(128, 6), limits)) == 6
@@ -74,13 +74,13 @@ def test_frames_count_together(make: Any) -> None:
     assert error.value.status == 413
 
 
-def test_one_picture_has_its_own_limit() -> None:
+def test_a_single_image_has_its_own_limit() -> None:
     assert load_image(image(200), LIMITS).size == (200, 200)
     with pytest.raises(RequestError, match="40000"):
         load_image(image(201), LIMITS)
 
 
-def test_all_media_of_a_request_count() -> None:
+def test_all_media_of_a_request_count_together() -> None:
     options = ServerOptions.parse({"ratio": 0.5}, "hf")
     prompt = parse(request(image(200), frames(100, 4), image(100)), options, LIMITS)
     assert prompt.pixels == 200 * 200 + 4 * 100 * 100 + 100 * 100

@@ -50,7 +50,7 @@ def test_special_tokens(layout: Layout) -> None:
 
 @pytest.mark.parametrize("name", SERVABLE)
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75, 0.95])
-def test_both_homes_count_and_reduce_alike(name: str, ratio: float) -> None:
+def test_both_backends_count_and_reduce_alike(name: str, ratio: float) -> None:
     """The count is the one the Hugging Face path plans; rows are its reducer's, span by span."""
     reducer = make_reducer(name).bind(ModelFacts(mrope=False))
     stages = reducer.plan(ratio, 4).stages
@@ -77,7 +77,7 @@ def test_both_homes_count_and_reduce_alike(name: str, ratio: float) -> None:
 
 
 def test_layouts_are_the_spans_of_the_adapters() -> None:
-    """An image and a video of LLaVA-OneVision, cut by the adapter of the patched model."""
+    """An image and a video of LLaVA-OneVision have the spans of the patched model's adapter."""
     family = tests_support.FAMILIES["llava_onevision"]
     model = family.build()
     with tokencomp.patch(model, 0.5, reducer="uniform") as handle:
@@ -100,7 +100,7 @@ def test_plans_travel_unchanged() -> None:
         plan.reduce(torch.zeros(plan.full + 1, 4))
 
 
-def test_request_options_go_before_the_server_default() -> None:
+def test_request_options_override_the_server_default() -> None:
     text = '{"reducer": "random", "ratio": 0.5, "options": {"seed": 7}, "max_ratio": 0.8}'
     server = ServerOptions.parse(text)
     assert server.default.describe() == {
@@ -117,12 +117,12 @@ def test_request_options_go_before_the_server_default() -> None:
             server.resolve(wrong)
 
 
-def test_paths_are_for_the_operator() -> None:
-    given = {"reducer": "selector", "ratio": 0.5, "options": {"weights": "somewhere"}}
-    server = ServerOptions.parse(given, "hf")
+def test_only_the_operator_may_set_paths() -> None:
+    options = {"reducer": "selector", "ratio": 0.5, "options": {"weights": "somewhere"}}
+    server = ServerOptions.parse(options, "hf")
     assert server.resolve({"ratio": 0.6}, "hf").describe()["options"]["weights"] == "somewhere"
     composed = {"reducer": "merge+prune", "options": {"prune.weights": "/etc/passwd"}}
-    for wrong in (given, {"options": {"weights": None}}, composed):
+    for wrong in (options, {"options": {"weights": None}}, composed):
         with pytest.raises(OptionError, match="operator"):
             server.resolve(wrong, "hf")
 
@@ -145,10 +145,10 @@ def test_bad_request_options(wrong: Any) -> None:
 
 
 def test_the_default_can_be_served() -> None:
-    for given in ({"ratio": 0.5}, {"ratio": 0.5, "reducer": "auto"}):
+    for options in ({"ratio": 0.5}, {"ratio": 0.5, "reducer": "auto"}):
         for engine in ("vllm", "hf"):
-            assert ServerOptions.parse(given, engine).default.describe()["reducer"] == "divprune"
-        assert ServerOptions().resolve(given).describe()["reducer"] == "divprune"
+            assert ServerOptions.parse(options, engine).default.describe()["reducer"] == "divprune"
+        assert ServerOptions().resolve(options).describe()["reducer"] == "divprune"
     assert "divprune" in SERVABLE
 
 
@@ -161,7 +161,7 @@ def test_fixed_servers_refuse_request_options() -> None:
         ServerOptions.parse({"per_request": "no"})
 
 
-def test_reducers_an_engine_cannot_run_are_refused_with_those_it_can() -> None:
+def test_refused_reducers_are_answered_with_those_that_can_run() -> None:
     refused = [name for name in available_reducers() if name not in (*SERVABLE, "oracle")]
     assert {"fastv", "aim"} <= set(refused)
     for name in refused:
@@ -172,13 +172,13 @@ def test_reducers_an_engine_cannot_run_are_refused_with_those_it_can() -> None:
 
 
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
-def test_no_server_knows_the_answer(engine: str) -> None:
+def test_oracle_cannot_be_served(engine: str) -> None:
     with pytest.raises(OptionError, match="'oracle' needs the answer"):
         ServerOptions.parse({"reducer": "oracle", "ratio": 0.5}, engine)
 
 
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
-def test_a_default_that_no_request_could_have(engine: str) -> None:
+def test_default_ratio_above_the_maximum_is_refused(engine: str) -> None:
     with pytest.raises(RatioError, match=r"ratio=0\.5 is above max_ratio=0\.2"):
         ServerOptions.parse({"reducer": "divprune", "ratio": 0.5, "max_ratio": 0.2}, engine)
     high = ServerOptions.parse({"reducer": "divprune", "ratio": 0.99}, engine)
@@ -186,7 +186,7 @@ def test_a_default_that_no_request_could_have(engine: str) -> None:
 
 
 def test_options_that_make_a_reducer_servable_are_named() -> None:
-    """Choices are tried one by one: those that need nothing of the text can be served."""
+    """The error names exactly the choices that do not depend on the text, found by trying all."""
     from tokencomp.reducers.cdpruner import RELEVANCE
     from tokencomp.reducers.condiv import SIGNALS
 
@@ -198,9 +198,9 @@ def test_options_that_make_a_reducer_servable_are_named() -> None:
     ):
         able = []
         for value in choices:
-            given = {"reducer": name, "ratio": 0.5, "options": {option: value}}
+            options = {"reducer": name, "ratio": 0.5, "options": {option: value}}
             with contextlib.suppress(OptionError):
-                able.append(ServerOptions.parse(given).default.reducer.options()[option])
+                able.append(ServerOptions.parse(options).default.reducer.options()[option])
         assert "none" in able and not make_reducer(name).serving_safe
         assert f"{name} with {option}={' or '.join(able)}," in str(error.value)
 
@@ -208,9 +208,10 @@ def test_options_that_make_a_reducer_servable_are_named() -> None:
 async def through_middleware(
     body: bytes, limit: int = 10**6, error: Exception | None = None, late: bool = False
 ) -> tuple[int, bytes | None]:
-    """Status, and the body as the application behind the middleware read it (None: not called).
+    """Return the status, and the body that the application behind the middleware read.
 
-    The application raises `error`, with `late` after it has begun to answer.
+    The body is None if the application was not called. The application raises `error`, and with
+    `late` it does so after it has started its answer.
     """
     seen: list[bytes] = []
     status: list[int] = []
@@ -239,7 +240,7 @@ async def through_middleware(
     return status[0], seen[0] if seen else None
 
 
-def test_options_that_the_flag_opens_besides_ours_are_closed() -> None:
+def test_middleware_refuses_the_other_options_of_the_flag() -> None:
     def ask(text: str, **more: Any) -> tuple[int, bytes | None]:
         return asyncio.run(through_middleware(text.encode(), **more))
 
@@ -256,7 +257,7 @@ def test_options_that_the_flag_opens_besides_ours_are_closed() -> None:
     assert ask('{"a": 1}', limit=7) == (413, None)
 
 
-def test_a_file_url_without_a_file_is_the_clients_error() -> None:
+def test_file_url_without_a_file_gets_400() -> None:
     def ask(text: str, error: Exception, **more: Any) -> int:
         return asyncio.run(through_middleware(text.encode(), error=error, **more))[0]
 
@@ -264,7 +265,7 @@ def test_a_file_url_without_a_file_is_the_clients_error() -> None:
     url = '{"url": "file:///media/none.png"}'
     for error in (missing, OSError(36, "File name too long", "x" * 300)):
         assert ask(url, error) == 400
-    for text, error, more in (  # not about a file of the request, or too late to say so
+    for text, error, more in (  # not about a file of the request, or after the answer has started
         ('{"url": "data:"}', missing, {}),
         (url, ConnectionResetError("engine"), {}),
         (url, ValueError("other"), {}),
@@ -275,15 +276,15 @@ def test_a_file_url_without_a_file_is_the_clients_error() -> None:
 
 
 def stub(**more: Any) -> Any:
-    """An engine that never runs."""
+    """Return an engine for the API that never runs."""
     from tokencomp.serving.hf.metrics import Metrics
 
     options = ServerOptions.parse({"ratio": 0.5}, "hf")
-    known = dict(metrics=Metrics(), options=options, max_model_len=8, alive=True)
-    return SimpleNamespace(**known, close=lambda: None, check_room=lambda: None, **more)
+    attributes = dict(metrics=Metrics(), options=options, max_model_len=8, alive=True)
+    return SimpleNamespace(**attributes, close=lambda: None, check_room=lambda: None, **more)
 
 
-def test_the_api_key_is_asked_for() -> None:
+def test_the_api_key_is_required() -> None:
     pytest.importorskip("fastapi")
     client = pytest.importorskip("fastapi.testclient").TestClient
     from tokencomp.serving.hf.api import build_app
@@ -298,18 +299,18 @@ def test_the_api_key_is_asked_for() -> None:
     assert app.get("/health").status_code == 200
 
 
-def test_vllm_is_started_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line of `tokencomp serve --engine vllm`."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
     config = {"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     limits, bind = Limits(allowed_path=tmp_path), Bind(api_key="secret")
     command, env = vllm_command(str(tmp_path), {"ratio": 0.5}, bind, limits, ["--port", "1"])
-    given = dict(zip(command, [*command[1:], ""], strict=True))
-    assert given["--allowed-media-domains"] == "invalid." and given["--host"] == "127.0.0.1"
-    assert given["--allowed-local-media-path"] == str(tmp_path)
+    arguments = dict(zip(command, [*command[1:], ""], strict=True))
+    assert arguments["--allowed-media-domains"] == "invalid." and arguments["--host"] == "127.0.0.1"
+    assert arguments["--allowed-local-media-path"] == str(tmp_path)
     assert "secret" not in command and env["VLLM_API_KEY"] == "secret"
-    assert given["--middleware"].endswith("OwnOptionsOnly") and command[-2:] == ["--port", "1"]
+    assert arguments["--middleware"].endswith("OwnOptionsOnly") and command[-2:] == ["--port", "1"]
     assert json.loads(env["TOKENCOMP_SERVING"])["only_own"] is True
     fixed = {"ratio": 0.5, "per_request": False}
     command, _ = vllm_command(str(tmp_path), fixed, Bind(), Limits(), [])
@@ -330,7 +331,7 @@ def test_options_are_plain_json() -> None:
 
 
 @pytest.mark.parametrize(("extent", "position"), [(0, "first"), (40, "mean")])
-def test_pooled_tokens_stand_where_the_patched_model_puts_them(extent: int, position: str) -> None:
+def test_pooled_tokens_have_the_positions_of_the_patched_model(extent: int, position: str) -> None:
     """Between line breaks, the place of a pooled token decides the order of the rows."""
     layout = Layout((1, 6, 5), "rows")
     plan = ItemPlan.make("image", [layout], Spec(make_reducer("pool"), 0.5), extent)

@@ -1,4 +1,4 @@
-"""A real engine with the plugin, against stock vLLM and against the patched Hugging Face model."""
+"""A real engine with the plugin equals stock vLLM and the patched Hugging Face model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODELS = ("qwen2_vl", "llava_onevision", "qwen3_vl")
 
 @pytest.fixture(scope="module", params=MODELS)
 def answered(request: pytest.FixtureRequest, tiny_folder: Any, run_engine: Any) -> tuple:
-    """One engine over the whole matrix: one by one, all at once, and the cache probes."""
+    """Run the whole matrix on one engine: one by one, all together, and for its caches."""
     model = request.param
     folder = tiny_folder(model)
     jobs = cases.matrix(model)
@@ -26,17 +26,17 @@ def answered(request: pytest.FixtureRequest, tiny_folder: Any, run_engine: Any) 
 
 
 def cache_runs(model: str) -> list[list[dict]]:
-    """Same image with other ratios, then with another question."""
+    """Return runs of one image with several ratios, then with another question."""
     runs = []
     for i, ratio in enumerate((0.5, 0.3, 0.5, 0.0, 0.7)):
-        made = cases.job(model, [cases.IMAGE], ratio)
-        runs.append([{**made, "name": f"cache {i}", "reset": i == 0}])
+        case = cases.job(model, [cases.IMAGE], ratio)
+        runs.append([{**case, "name": f"cache {i}", "reset": i == 0}])
     other = cases.job(model, [cases.IMAGE], 0.5, "What shape is the red object?")
     return [*runs, [{**other, "name": "cache question"}]]
 
 
 def error_runs(model: str) -> list[list[dict]]:
-    """Requests that must be refused one by one, and a good one afterwards."""
+    """Return requests that must be refused, and a valid one after them."""
     wrong = [
         {"ratio": 1.5}, {"ratio": "much"}, {"ratio": 0.99}, {"reducer": "nothing", "ratio": 0.5},
         {"reducer": "fastv", "ratio": 0.5}, {"ratoi": 0.5}, {"ratio": float("nan")}, [0.5],
@@ -73,16 +73,16 @@ def test_caches_keep_ratios_apart(answered: tuple) -> None:
     check(results, jobs, folder, model)
     cached = [results[f"cache {i}"]["cached"] for i in range(5)]
     assert cached[0] == cached[1] == 0 and cached[4] == 0  # new ratios
-    assert cached[2] > 0  # a known one
+    assert cached[2] > 0  # a ratio that is in the cache
     assert results["cache question"]["cached"] > 0  # the same media before another question
 
 
-def test_bad_options_are_refused_and_the_engine_lives(answered: tuple) -> None:
+def test_bad_options_are_refused_and_the_engine_continues(answered: tuple) -> None:
     model, folder, results = answered
     *bad, good = (run[0] for run in error_runs(model))
     for job in bad:
         message = results[job["name"]]["error"]
         assert message.startswith(("OptionError", "RatioError", "ValueError")), message
         assert any(w in message for w in ("ratio", "reducer", "expected", "Allowed")), message
-    assert "uniform" in results["wrong 4"]["error"]  # a reducer with layer stages: names the others
+    assert "uniform" in results["wrong 4"]["error"]  # the error of a reducer with layer stages
     check(results, [good], folder, model)

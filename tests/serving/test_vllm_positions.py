@@ -1,4 +1,4 @@
-"""Real engines: media split over chunks, frames apart in time, long videos, server defaults."""
+"""Real engines with media split over chunks, times between frames, and long videos."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_media_split_over_prefill_chunks(model: str, tiny_folder: Any, run_engin
         assert results[job["name"]]["prompt"] > 2 * TIGHT["max_num_batched_tokens"]
 
 
-def test_qwen2_5_frames_apart_in_time(tiny_folder: Any, run_engine: Any) -> None:
+def test_qwen2_5_times_between_frames(tiny_folder: Any, run_engine: Any) -> None:
     import hf_reference
 
     model = "qwen2_5_vl"
@@ -54,7 +54,7 @@ def test_qwen3_vl_moe(tiny_folder: Any, run_engine: Any) -> None:
 
 
 def test_trained_model_on_real_files(run_engine: Any, tmp_path: Any) -> None:
-    """The packaged model on ShapesQA media, with the server's default and requests' own ratios."""
+    """The packaged model answers ShapesQA with the server's default and with ratios of requests."""
     import hf_reference
 
     from tokencomp.inputs.prompts import chat_text
@@ -65,7 +65,7 @@ def test_trained_model_on_real_files(run_engine: Any, tmp_path: Any) -> None:
     folder = model_path("tiny-qwen2-vl")
     _, processor = hf_reference.load(folder)
     default = {"reducer": "divprune", "ratio": 0.75}
-    jobs, wanted = [], []
+    jobs, reference_jobs = [], []
     for i, example in enumerate(shapesqa(items("test", 1), tmp_path)):
         loaded = example.load(8)
         kinds = ["video" if isinstance(m, list) else "image" for m in loaded]
@@ -74,9 +74,9 @@ def test_trained_model_on_real_files(run_engine: Any, tmp_path: Any) -> None:
         job = {"name": f"item {i}", "prompt": prompt, "media": media}
         own = {"tokencomp": {"ratio": 0.9}} if i % 2 else {}
         jobs.append({**job, **own})
-        wanted.append({**job, "tokencomp": {**default, **own.get("tokencomp", {})}})
+        reference_jobs.append({**job, "tokencomp": {**default, **own.get("tokencomp", {})}})
     results = run_engine(folder, [jobs], hf_overrides={"tokencomp": default})
-    check(results, wanted, folder, "qwen2_vl")
+    check(results, reference_jobs, folder, "qwen2_vl")
     assert {job["media"][0][0] for job in jobs} == {"image", "video"}
 
 
@@ -89,7 +89,7 @@ def test_reducers_that_cannot_be_served_are_refused_at_start(
         run_engine(folder, [], hf_overrides=wrong)
 
 
-# with its timestamps, a video of Qwen3-VL has to fit the engine's encoder cache (4096 rows here)
+# A video of Qwen3-VL and its timestamps must fit into the engine's encoder cache of 4096 rows.
 LONG = [("qwen2_vl", "float32", 640), ("qwen2_vl", "bfloat16", 640), ("qwen3_vl", "float32", 400)]
 
 
@@ -113,7 +113,7 @@ def test_every_position_of_a_long_video(
     true = hf_reference.true_positions(folder, job)[:, want["kept"]]
     assert len(steps) > 2 and int(true.max()) > 300  # chunked, beyond 8 bits
     assert torch.equal(seen, true)
-    naive = true.to(torch.bfloat16).long()  # what 16-bit absolute positions would have been
+    naive = true.to(torch.bfloat16).long()  # the error of absolute positions in 16 bits
     assert int((naive != true).any(0).sum()) > 50
     if dtype == "float32":
         assert got["tokens"] == want["tokens"]

@@ -1,4 +1,4 @@
-"""What the plugin refuses, and the arithmetic it rests on; no engine is started."""
+"""Settings that the plugin refuses, and its arithmetic, without a running engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("vllm", reason="vllm is not installed here")
+pytest.importorskip("vllm", reason="vllm is not installed")
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ from tokencomp.serving.vllm.qwen3_vl import frame_offsets
 
 
 def config(**changes: Any) -> Any:
-    """As much of a VllmConfig as the checks read, with dotted changes."""
-    made = SimpleNamespace(
+    """Return the part of a VllmConfig that the checks read; `a__b=x` sets its attribute a.b."""
+    result = SimpleNamespace(
         model_config=SimpleNamespace(
             multimodal_config=SimpleNamespace(video_pruning_rate=None, mm_encoder_tp_mode="weights")
         ),
@@ -41,11 +41,11 @@ def config(**changes: Any) -> Any:
     )  # fmt: skip
     for path, value in changes.items():
         *parents, last = path.split("__")
-        target = made
+        target = result
         for parent in parents:
             target = getattr(target, parent)
         setattr(target, last, value)
-    return made
+    return result
 
 
 WRONG = {"model_config__multimodal_config__video_pruning_rate": 0.5}
@@ -54,21 +54,23 @@ WRONG_FOR_OFFSETS = {
     "parallel_config__use_ubatching": True,
     "speculative_config": object(),
 }
-UNPROVEN = {
+UNTESTED = {
     "model_config__multimodal_config__mm_encoder_tp_mode": "data",
     "ec_transfer_config": object(),
     "kv_transfer_config": object(),
 }
 
 
-@pytest.mark.parametrize("name", [*WRONG, *WRONG_FOR_OFFSETS, *UNPROVEN, "use_v2_model_runner"])
-def test_unknown_settings_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = {**WRONG, **WRONG_FOR_OFFSETS, **UNPROVEN, "use_v2_model_runner": True}
+@pytest.mark.parametrize("name", [*WRONG, *WRONG_FOR_OFFSETS, *UNTESTED, "use_v2_model_runner"])
+def test_wrong_and_untested_settings_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = {**WRONG, **WRONG_FOR_OFFSETS, **UNTESTED, "use_v2_model_runner": True}
     bad = config(**{name: every[name]})
     with pytest.raises(UnsupportedModelError, match="TOKENCOMP_VLLM=off"):
         checks.check_engine(bad, offsets=True)
     monkeypatch.setenv("TOKENCOMP_ALLOW_UNTESTED", "1")
-    if name in WRONG or name in WRONG_FOR_OFFSETS:  # known to be wrong: no way around
+    if name in WRONG or name in WRONG_FOR_OFFSETS:  # the variable allows untested settings only
         with pytest.raises(UnsupportedModelError):
             checks.check_engine(bad, offsets=True)
     else:
@@ -85,9 +87,9 @@ def test_models_with_plain_positions_have_fewer_limits() -> None:
 
 def test_full_graphs_become_piecewise_where_offsets_are_added() -> None:
     for mode in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_AND_PIECEWISE):
-        made = config(compilation_config__cudagraph_mode=mode)
-        checks.check_engine(made, offsets=True)
-        assert made.compilation_config.cudagraph_mode is CUDAGraphMode.PIECEWISE
+        engine_config = config(compilation_config__cudagraph_mode=mode)
+        checks.check_engine(engine_config, offsets=True)
+        assert engine_config.compilation_config.cudagraph_mode is CUDAGraphMode.PIECEWISE
 
 
 def test_other_engine_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +124,7 @@ def test_longer_tables_keep_their_entries(factor: float | None) -> None:
     lengthen_tables(torch.nn.ModuleList([table]), 2000)
     new = table.cos_sin_cache
     assert new.shape == (2000, 16) and torch.equal(new[: len(old)], old)
-    # both are waves in the position: every entry follows from the two before it
+    # Both halves are waves in the position, so every entry follows from the two before it.
     turn = 2 * (old[1, :8] / old[0, :8])
     for wave in new.split(8, dim=1):
         torch.testing.assert_close(wave[2:], turn * wave[1:-1] - wave[:-2], atol=5e-4, rtol=0)
@@ -147,8 +149,8 @@ def test_frames_with_text_between_them() -> None:
     assert frame_offsets(np.array(media), h, w).T.tolist() == want
 
 
-def test_positions_that_no_table_holds_are_refused() -> None:
-    """A client can send thin images, or videos of a false frame rate: few tokens, far positions."""
+def test_positions_beyond_the_tables_are_refused() -> None:
+    """Thin images and videos with a false frame rate have few tokens but large positions."""
 
     def check(*media: tuple[int, int], positions: int = 100) -> None:
         text = SimpleNamespace(max_position_embeddings=positions)
@@ -168,7 +170,7 @@ def test_positions_that_no_table_holds_are_refused() -> None:
         check((10, 70_000), positions=10**9)
 
 
-def test_vision_batches_hold_full_rows() -> None:
+def test_vision_batches_are_limited_by_uncompressed_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         sizes = torch.randint(1, 60, (int(torch.randint(1, 12, (1,), generator=generator)),))

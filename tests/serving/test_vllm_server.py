@@ -1,4 +1,4 @@
-"""`tokencomp serve --engine vllm`: real engine processes, a real `openai` client."""
+"""`tokencomp serve --engine vllm` as real processes, with a real `openai` client."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("vllm", reason="vllm is not installed here")
+pytest.importorskip("vllm", reason="vllm is not installed")
 
 import http_support as http
 import openai
@@ -46,7 +46,7 @@ def ask(client: Any, *urls: str, text: str = QUESTION, **more: Any) -> Any:
 
 
 def expected(folder: Any, urls: list[str], spec: dict[str, Any]) -> tuple[str, int, int]:
-    """Text, prompt tokens and visual tokens removed, from the patched Hugging Face model."""
+    """Return text, prompt tokens and removed visual tokens of the patched Hugging Face model."""
     import hf_reference
     import torch
     from PIL import Image
@@ -69,7 +69,7 @@ def expected(folder: Any, urls: list[str], spec: dict[str, Any]) -> tuple[str, i
     n = inputs["input_ids"].shape[1]
     removed = stats.tokens_before[0] - stats.tokens_after[0][0]
     text = processor.tokenizer.decode(out[0, n:], skip_special_tokens=True)
-    return text.rstrip("\ufffd"), n - removed, removed  # a cut character is not sent
+    return text.rstrip("\ufffd"), n - removed, removed  # an incomplete character is not sent
 
 
 @pytest.mark.parametrize("reducer", ["divprune", "merge"])
@@ -128,11 +128,11 @@ def test_metrics_count_tokens(served: Any) -> None:
     url, client, _, root = served
     names = [f"tokencomp_visual_tokens_{n}_total" for n in ("before", "after")]
     media = http.image_url(5)
-    for _ in range(2):  # the second time the media come from the cache
+    for _ in range(2):  # in the second request the media come from the cache
         start = [http.metric(url, n) for n in names]
         ask(client, media, tokencomp={"ratio": 0.75})
-        told = [http.metric(url, n) - s for n, s in zip(names, start, strict=True)]
-        assert told == [64, 16]
+        increase = [http.metric(url, n) - s for n, s in zip(names, start, strict=True)]
+        assert increase == [64, 16]
     assert http.metric(url, "tokencomp_achieved_ratio") == 0.75
     assert http.metric(url, "tokencomp_reduce_seconds_total") > 0
     assert re.search(
@@ -140,7 +140,7 @@ def test_metrics_count_tokens(served: Any) -> None:
     )
 
 
-def test_malformed_requests_get_4xx_and_the_server_goes_on(served: Any) -> None:
+def test_malformed_requests_get_4xx_and_the_server_continues(served: Any) -> None:
     url, client, _, root = served
     good = http.image_url(1)
     media = [
@@ -148,7 +148,7 @@ def test_malformed_requests_get_4xx_and_the_server_goes_on(served: Any) -> None:
         good[: len(good) // 2], "data:video/mp4;base64,aGVsbG8=", f"file://{root}/media/none.png",
         f"file://{root}/media/{'x' * 300}.png",
     ]  # fmt: skip
-    with http.nobody_calls() as remote:
+    with http.unreached_urls() as remote:
         for bad in [*remote, *media]:
             with pytest.raises(openai.APIStatusError) as error:
                 ask(client, bad)

@@ -1,9 +1,9 @@
-"""Runs one in-process vLLM engine over a list of jobs; a child process of the tests.
+"""Run one in-process vLLM engine on a list of jobs, as a child process of the tests.
 
 usage: vllm_driver.py MODEL JOBS.json RESULTS.json
 
-JOBS: {"engine": {LLM arguments}, "runs": [[job, ...], ...]}; the jobs of a run are submitted
-together. A job: {"name", "prompt", "media", "tokencomp", "tokens", "positions", "reset"}.
+JOBS is {"engine": {LLM arguments}, "runs": [[job, ...], ...]}, and the jobs of a run are submitted
+together. A job is {"name", "prompt", "media", "tokencomp", "tokens", "positions", "reset"}.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RECORDED: list = []
 
 
 def record_positions() -> None:
-    """Note the positions that the stock forward finally gets."""
+    """Record the positions that the stock `forward` receives in the end."""
     from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
     from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
@@ -41,18 +41,20 @@ def record_positions() -> None:
 
 
 def request(job: dict) -> dict:
+    """Return the engine's input for a job."""
     import serving_models as tiny
 
     media = tiny.media(job["media"])
     if job.get("metadata") and "video" in media:
         media["video"] = [(v, tiny.metadata(len(v))) for v in media["video"]]
-    made = {"prompt": job["prompt"], "multi_modal_data": media}
+    result = {"prompt": job["prompt"], "multi_modal_data": media}
     if "tokencomp" in job:
-        made["mm_processor_kwargs"] = {"tokencomp": job["tokencomp"]}
-    return made
+        result["mm_processor_kwargs"] = {"tokencomp": job["tokencomp"]}
+    return result
 
 
 def run(llm, jobs: list[dict]) -> dict:
+    """Submit jobs together and return their results, or their error, by name."""
     from vllm import SamplingParams
 
     if any(job.get("reset") for job in jobs):

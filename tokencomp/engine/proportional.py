@@ -1,8 +1,9 @@
-"""Proportional attention: a merged token weighs as much as the tokens it stands for.
+"""Proportional attention: a merged token has the weight of all tokens that it stands for.
 
-Softmax logits get + log(size) (ToMe, arXiv 2210.09461). Ours: the attention backend does the adding
-itself. Queries and keys get a few more dimensions whose product is the logarithm, so SDPA,
-FlashAttention and eager run as they are, without a mask of their own; the cache holds plain keys.
+Proportional attention adds log(size) to the softmax logits of a merged token (ToMe,
+arXiv 2210.09461). In our implementation the attention backend itself does the addition. Queries and
+keys get a few more dimensions whose product is the logarithm. SDPA, FlashAttention and eager
+attention therefore run unchanged and without an additional mask, and the cache holds plain keys.
 """
 
 from __future__ import annotations
@@ -19,29 +20,31 @@ from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.plan import Plan
 
 NAME = "tokencomp_proportional"
-MULTIPLE = 8  # FlashAttention takes head dimensions that are multiples of 8
+MULTIPLE = 8  # FlashAttention requires head dimensions that are multiples of 8
 
 SizesOf = Callable[[int], Tensor | None]
 
 
 class ProportionalAttention:
-    """Puts the added dimensions into the attention calls of some decoder layers.
+    """Add the further dimensions in the attention calls of some decoder layers.
 
-    Only the `config` attribute of their attention modules changes: it names a function that widens
-    queries, keys and values and then calls the user's own backend. The model's config stays.
+    Only the `config` attribute of their attention modules changes. It names a function that widens
+    queries, keys and values and then calls the user's own backend. The model's config does not
+    change.
 
     Parameters
     ----------
     layers
         Decoder layers of one model.
     sizes_of
-        Layer index → sizes of the first cached rows, fp32 (B, m), in the call that runs now; later
-        rows stand for one token each. None: all do, and the backend is called unchanged.
+        Function of the layer index that returns the sizes of the first m cached rows, fp32 (B, m),
+        in the current call. Later rows stand for one token each. If it returns None, all rows do,
+        and the backend is called unchanged.
 
     Raises
     ------
     UnsupportedModelError
-        An attention module has no config.
+        If an attention module has no config.
     """
 
     def __init__(self, layers: Iterable[nn.Module], sizes_of: SizesOf) -> None:
@@ -55,18 +58,20 @@ class ProportionalAttention:
                 )
 
     def install(self) -> None:
+        """Register the attention function and let the modules use it."""
         compat.register_attention(NAME, attend)
         for module in self._modules:
             module.config = _Config(module.config, self._sizes_of)
 
     def remove(self) -> None:
+        """Give the modules their original config back."""
         for module in self._modules:
             if isinstance(getattr(module, "config", None), _Config):
                 module.config = module.config.tokencomp_original
 
 
 class _Config:
-    """The config of an attention module, but for the name of the backend."""
+    """The config of an attention module with another name of the attention backend."""
 
     _attn_implementation = NAME
 
@@ -78,7 +83,7 @@ class _Config:
 
 
 class _Plain:
-    """An attention module as its backend would find it without a patch."""
+    """View of a patched attention module that shows the backend the original config."""
 
     def __init__(self, module: Any, config: Any) -> None:
         self._module, self.config = module, config
@@ -96,16 +101,22 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What a patched attention module calls: the user's backend, on widened tensors.
+    """Call the user's backend on widened tensors, in place of a patched module's attention.
 
     Parameters
     ----------
+    module
+        The patched attention module.
     query : Tensor, shape (B, H, q, d)
     key, value : Tensor, shape (B, kv heads, k, d)
+    attention_mask, scaling, **kwargs
+        As transformers passes them to an attention function.
 
     Returns
     -------
-    Tensor, shape (B, q, H, d), and the backend's attention weights or None
+    out : Tensor, shape (B, q, H, d)
+    weights : Tensor or None
+        The backend's attention weights.
     """
     config = module.config
     plain = _Plain(module, config.tokencomp_original)
@@ -121,40 +132,52 @@ def attend(
 def widen(
     query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add dimensions such that scaling · q·k gains log(size) of every key.
+    """Add dimensions so that scaling · q·k grows by log(size) of every key.
 
-    The head dimension grows to the next multiple of 8 with room for two: the logarithm and, in low
-    precision, what rounding took from it. Values get zeros, which some backends ask for.
+    The head dimension grows to the next multiple of 8 that has two more dimensions. The first holds
+    the logarithm in the dtype of the keys, and the second the part that rounding removed from it.
+    Values are padded with zeros, because some backends require equal head dimensions.
 
     Parameters
     ----------
     query : Tensor, shape (B, H, q, d)
     key, value : Tensor, shape (B, kv heads, k, d)
     sizes : Tensor of float32, shape (B, m), m ≤ k
-        Tokens that the first m keys stand for; the others stand for one.
+        Number of tokens that each of the first m keys stands for; the other keys stand for one.
+
+    Returns
+    -------
+    query, key, value : Tensor
+        The widened tensors, of the same dtypes.
     """
     dim, rows = query.shape[-1], key.shape[-2]
     extra = -(-(dim + 2) // MULTIPLE) * MULTIPLE - dim
     factor = 2.0 ** round(-math.log2(scaling))  # a power of two is exact in every dtype
-    wanted = sizes.to(key.device).float().log() / (scaling * factor)
-    wanted = nn.functional.pad(wanted, (0, rows - wanted.shape[1]))
-    high = wanted.to(key.dtype)
-    added = key.new_zeros(key.shape[0], 1, rows, extra)
-    added[:, 0, :, 0], added[:, 0, :, 1] = high, wanted - high.float()
-    asks = query.new_zeros(extra)
-    asks[:2] = factor
+    log_sizes = sizes.to(key.device).float().log() / (scaling * factor)
+    log_sizes = nn.functional.pad(log_sizes, (0, rows - log_sizes.shape[1]))
+    high = log_sizes.to(key.dtype)
+    key_extra = key.new_zeros(key.shape[0], 1, rows, extra)
+    key_extra[:, 0, :, 0], key_extra[:, 0, :, 1] = high, log_sizes - high.float()
+    query_extra = query.new_zeros(extra)
+    query_extra[:2] = factor
     return (
-        torch.cat([query, asks.expand(*query.shape[:-1], extra)], dim=-1),
-        torch.cat([key, added.expand(*key.shape[:-1], extra)], dim=-1),
+        torch.cat([query, query_extra.expand(*query.shape[:-1], extra)], dim=-1),
+        torch.cat([key, key_extra.expand(*key.shape[:-1], extra)], dim=-1),
         nn.functional.pad(value, (0, query.shape[-1] + extra - value.shape[-1])),
     )
 
 
 def check_merges(plan: Plan, reducer: Any = None) -> None:
-    """Raise `OptionError` unless the reducer (or a stage of a plan made by hand) merges tokens."""
-    found = [reducer] if reducer is not None else [s.reducer for s in plan.stages]
-    if not any(r.merges for r in found):
-        names = ", ".join(repr(r.name) for r in found) or "a plan without stages"
+    """Check that the reducer, or a stage of an explicit plan, merges tokens.
+
+    Raises
+    ------
+    OptionError
+        If none of them merges tokens, so that proportional attention would have no effect.
+    """
+    reducers = [reducer] if reducer is not None else [s.reducer for s in plan.stages]
+    if not any(r.merges for r in reducers):
+        names = ", ".join(repr(r.name) for r in reducers) or "a plan without stages"
         raise OptionError(
             f"proportional_attention=True: {names} merges no tokens, so every token stands for "
             'itself. Use a reducer that merges ("merge", "aim", "pool", "condiv" with '

@@ -1,1 +1,1 @@
-"""Serving: a vLLM plugin, and an OpenAI-compatible server for everything else."""
+"""Serving: a plugin for vLLM, and an OpenAI-compatible server for all other models."""

@@ -1,4 +1,4 @@
-"""What `tokencomp serve` runs: vLLM with the plugin, or our server on transformers."""
+"""Start of a server by `tokencomp serve`: vLLM with the plugin, or our server on transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from tokencomp.serving.spec import ServerOptions
 
 @dataclass(frozen=True)
 class Bind:
-    """Where to listen, and who may ask."""
+    """Address that a server listens at, and the API key that clients need.
+
+    Attributes
+    ----------
+    host, port
+        Network address.
+    api_key
+        Bearer token that requests must carry; None accepts all requests.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -30,22 +38,33 @@ class Bind:
 def vllm_command(
     model: str, options: dict[str, Any], bind: Bind, limits: Limits, extra: Sequence[str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of `vllm serve` with the plugin.
+    """Return command line and environment of `vllm serve` with the plugin.
+
+    Parameters
+    ----------
+    model
+        Folder or hub name of the model.
+    options
+        Reducer, ratio and limits of the server, see `ServerOptions.parse`.
+    bind, limits
+        Address, and limits on the media of a request.
+    extra
+        Further arguments for `vllm serve`.
 
     Raises
     ------
     MissingDependencyError
-        vLLM is not installed.
+        If vLLM is not installed.
     OptionError, RatioError, UnsupportedModelError
-        The engine cannot serve this reducer, ratio or model.
+        If vLLM cannot serve this reducer, ratio or model.
     """
     if importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError(
             "`--engine vllm` needs vLLM: pip install 'tokencomp[vllm]' (in its own environment), "
             "or use --engine hf."
         )
-    trusting = "--trust-request-mm-kwargs" in extra
-    parsed = ServerOptions.parse({**options, "only_own": not trusting})
+    trusts_kwargs = "--trust-request-mm-kwargs" in extra
+    parsed = ServerOptions.parse({**options, "only_own": not trusts_kwargs})
     check_architecture(model)
     command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
     if limits.allowed_path is not None:
@@ -54,26 +73,30 @@ def vllm_command(
         **os.environ,
         "TOKENCOMP_SERVING": json.dumps({**options, "only_own": parsed.only_own}),
         "TOKENCOMP_VLLM": "on",
-        # model runner V2 is untested with compressed M-RoPE media
+        # Model runner V2 has not been tested with compressed media of M-RoPE models.
         "VLLM_USE_V2_MODEL_RUNNER": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0"),
     }
     if bind.api_key:
-        env["VLLM_API_KEY"] = bind.api_key  # command lines are visible to all users of a machine
-    if parsed.per_request and not trusting:
-        # vLLM hands the options of requests on only with this flag, and with it much else:
-        # only_own and the middleware narrow it to ours
+        env["VLLM_API_KEY"] = bind.api_key  # a command line would show it to all users
+    if parsed.per_request and not trusts_kwargs:
+        # Only with this flag does vLLM pass processor options of a request on, but then it passes
+        # on all of them. `only_own` and the middleware refuse every option except ours.
         command.append("--trust-request-mm-kwargs")
         command += ["--middleware", "tokencomp.serving.vllm.middleware.OwnOptionsOnly"]
     if "--allowed-media-domains" not in extra:
-        # vLLM fetches remote media by default: allow no host
+        # By default vLLM fetches media from any host. This value allows no host.
         command += ["--allowed-media-domains", "invalid."]
-    # lets the workers' times reach /metrics
+    # In this mode of Prometheus, the reduction times of the workers reach /metrics.
     env.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="tokencomp-metrics-"))
     return [*command, *extra], env
 
 
 def _entry(model: str) -> list[str]:
-    """`vllm serve MODEL`; builds published under another name have a CLI that does not start."""
+    """Return the command of `vllm serve MODEL`.
+
+    The command line of builds that are published under another package name does not start, so
+    these builds run the module of the API server.
+    """
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
@@ -82,7 +105,13 @@ def _entry(model: str) -> list[str]:
 
 
 def check_architecture(model: str) -> None:
-    """Refuse models that the plugin would silently serve uncompressed."""
+    """Refuse models that vLLM would serve uncompressed, because the plugin does not know them.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the configuration cannot be read or names no architecture of the plugin.
+    """
     from transformers import AutoConfig
 
     from tokencomp.serving.vllm import MODELS
@@ -91,10 +120,10 @@ def check_architecture(model: str) -> None:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"{model!r} cannot be read: {error}") from None
-    given = list(getattr(config, "architectures", None) or [])
-    if not set(given) & set(MODELS):
+    names = list(getattr(config, "architectures", None) or [])
+    if not set(names) & set(MODELS):
         raise UnsupportedModelError(
-            f"{model!r} is a {', '.join(given) or 'model of unknown architecture'}; the vLLM "
+            f"{model!r} is a {', '.join(names) or 'model of unknown architecture'}; the vLLM "
             f"plugin compresses {', '.join(MODELS)}. Use --engine hf, or run `vllm serve` itself "
             "to serve it uncompressed."
         )
@@ -103,25 +132,31 @@ def check_architecture(model: str) -> None:
 def run_vllm(
     model: str, options: dict[str, Any], bind: Bind, limits: Limits, extra: Sequence[str]
 ) -> None:
-    """Replace this process by `vllm serve`."""
+    """Replace this process with `vllm serve`. Errors are those of `vllm_command`."""
     command, env = vllm_command(model, options, bind, limits, extra)
     os.execve(command[0], command, env)
 
 
 def check_port(bind: Bind) -> None:
-    """Raise `OptionError` before a model is loaded if nothing can listen at `bind`."""
+    """Check the address before a model is loaded.
+
+    Raises
+    ------
+    OptionError
+        If no server can listen at `bind`.
+    """
     kind, passive = socket.SOCK_STREAM, socket.AI_PASSIVE
     try:
-        found = socket.getaddrinfo(bind.host or None, bind.port, type=kind, flags=passive)
-        for family, _, _, _, address in found:
-            with socket.socket(family, kind) as one:
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        addresses = socket.getaddrinfo(bind.host or None, bind.port, type=kind, flags=passive)
+        for family, _, _, _, address in addresses:
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:
-                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                one.bind(address)
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
     except (OSError, UnicodeError) as error:
         raise OptionError(
-            f"cannot listen at {bind.host}:{bind.port}: {error}. Give another --host or --port."
+            f"cannot listen at {bind.host}:{bind.port}: {error}. Use another --host or --port."
         ) from error
 
 
@@ -136,15 +171,30 @@ def run_hf(
     served_name: str | None = None,
     **engine: Any,
 ) -> None:
-    """Serve with transformers until interrupted; `engine` goes to `Engine`.
+    """Serve with transformers until the process is interrupted.
+
+    Parameters
+    ----------
+    model
+        Folder or hub name of the model.
+    options
+        Reducer, ratio and limits of the server, see `ServerOptions.parse`.
+    bind, limits
+        Address, and limits on the media of a request.
+    device, dtype
+        Device and dtype of the model, see `load_model`.
+    served_name
+        Model name that clients see, by default `model`.
+    **engine
+        Options of `Engine`.
 
     Raises
     ------
     MissingDependencyError
-        FastAPI, uvicorn or prometheus-client is missing.
+        If FastAPI, uvicorn or prometheus-client is not installed.
     OptionError, RatioError, UnsupportedModelError, WeightsError
-        Bad options, a port that is taken, a model that no adapter serves, or a default reducer
-        without its weights.
+        If an option is wrong, the port is in use, no adapter serves the model, or the default
+        reducer lacks its weights.
     """
     parsed = ServerOptions.parse(options, engine="hf")
     if limits.allowed_path is not None and not limits.allowed_path.is_dir():
@@ -163,6 +213,6 @@ def run_hf(
 
     check_port(bind)
     loaded, processor = load_model(model, device=device, dtype=dtype)
-    made = Engine(loaded, processor, parsed, Metrics(), **engine)
-    app = build_app(made, served_name or model, limits, bind.api_key)
+    backend = Engine(loaded, processor, parsed, Metrics(), **engine)
+    app = build_app(backend, served_name or model, limits, bind.api_key)
     uvicorn.run(app, host=bind.host, port=bind.port, log_level="info")

@@ -1,1 +1,1 @@
-"""Networks that reducers with weights use, and the files those weights live in."""
+"""The trained networks of reducers, and the files that store their weights."""

@@ -1,8 +1,8 @@
-"""Trained parts on disk: one safetensors file, and beside it a JSON card of where it belongs.
+"""Trained parts on disk: a safetensors file, and a JSON card that names the model it belongs to.
 
-The card says for which model the weights were made. What is compared when they are loaded is the
-architecture (type, layers, hidden size) and a fingerprint of the first layer's key projection,
-which survives changes of dtype and light fine-tuning, but not another checkpoint.
+When weights are loaded, the architecture on their card (type, layers, hidden size) is compared with
+that of the model, and so is a fingerprint of the first layer's key projection. The fingerprint
+tolerates changes of dtype and light fine-tuning, but differs between checkpoints.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from tokencomp.validation import fits
 
 FINGERPRINT = 16
 SAME = 0.9
-SAMPLES = 64  # of every parameter, in the hash of the weights
-SUBFOLDER = "tokencomp"  # of a model folder, for parts that ship with it
+SAMPLES = 64  # values of every parameter that enter the hash of the weights
+SUBFOLDER = "tokencomp"  # subfolder of a model folder for trained parts of that model
 
 
 def model_card(model: nn.Module) -> dict[str, Any]:
@@ -61,16 +61,20 @@ def model_facts(adapter: Adapter) -> ModelFacts:
 
 
 def loaded_from(top: Any) -> str:
-    """Folder or hub name that a model was loaded from, or ""; VILA's is on the model alone."""
+    """Return the folder or hub name that a model was loaded from, or an empty string.
+
+    VILA models store it on the model instead of on its config.
+    """
     names = (getattr(top.config, "_name_or_path", ""), getattr(top, "name_or_path", ""))
     return str(next(filter(None, names), ""))
 
 
 @torch.no_grad()
 def fingerprint(projection: Any) -> list[float] | None:
-    """Sixteen sums of the weights under fixed random signs, scaled to norm 1.
+    """Return sixteen sums of the weights with fixed random signs, scaled to norm 1.
 
-    None, which fits anything, if the weights are quantized, not at hand, or not finite.
+    The result is None, which matches every model, if the weights are quantized, offloaded and not
+    accessible, or not finite.
     """
     weight = _weight(getattr(projection, "base_layer", projection))
     if weight is None or not weight.is_floating_point():
@@ -86,9 +90,10 @@ def fingerprint(projection: Any) -> list[float] | None:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Hash of samples of every parameter: training changes it, device and code do not.
+    """Return a hash of samples of every parameter.
 
-    Parameters that an offloading hook keeps away until they are used are left out.
+    Training changes the hash; the device does not. Parameters that an offloading hook loads only
+    for their use are left out.
     """
     digest = hashlib.sha256()
     for name, value in model.named_parameters():
@@ -100,7 +105,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def _weight(layer: Any) -> Tensor | None:
-    """The weight of a linear layer, also where a hook of accelerate keeps it until it is used."""
+    """Return the weight of a linear layer, also if an offloading hook of accelerate stores it."""
     if not layer.weight.is_meta:
         return layer.weight
     hook = getattr(layer, "_hf_hook", None)
@@ -177,12 +182,19 @@ def locate(weights: str | None, facts: ModelFacts, kind: str, train: str) -> Pat
 
 
 def read(path: Path, kind: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and card, which must be of `kind` ("selector", "ccam", ...) if it names its own.
+    """Read tensors and card.
+
+    Parameters
+    ----------
+    path
+        The safetensors file.
+    kind
+        Expected kind ("selector", "ccam", ...); it is compared with that of a card that has one.
 
     Raises
     ------
     WeightsError
-        Either file is missing, broken, or of another kind; a tensor is not finite.
+        If a file is missing, damaged or of another kind, or a tensor is not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -205,7 +217,7 @@ def read(path: Path, kind: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def write(path: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> Path:
-    """Write both files; each appears whole or not at all, the card last."""
+    """Write both files atomically, the card last."""
     write_tensors(path, tensors)
     write_json(path.with_suffix(".json"), card)
     return path

@@ -1,4 +1,4 @@
-"""Learned projector with causal cross-attention over frames (Video-CCAM, arXiv 2408.14023)."""
+"""A learned projector with causal cross-attention over frames (Video-CCAM, arXiv 2408.14023)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tokencomp.trained.ccam_config import PRESETS, CCAMConfig, misfit, read_card
 
 
 class CCAMProjector(nn.Module):
-    """Queries attend to the tokens of all frames they may see; one block, then a linear.
+    """Learned queries attend to the frames that they see: one block and a linear layer.
 
-    The mask over frames is the only signal of time. It is never stored: queries that see the same
-    frames attend to them in one piece (`tokencomp.kernels.ccam_attention`), so memory grows with
-    keys plus queries, not with their product.
+    The mask over frames is the only signal of time. It is never stored, because queries that see
+    the same frames attend to them in one call (`tokencomp.kernels.ccam_attention`). Memory
+    therefore grows with the sum of keys and queries instead of their product.
 
     Parameters
     ----------
     config
-        Sizes; `CCAMProjector.preset(name)` gives published ones.
+        Sizes of the projector; `CCAMProjector.preset(name)` has published ones.
     """
 
     def __init__(self, config: CCAMConfig) -> None:
@@ -46,12 +46,12 @@ class CCAMProjector(nn.Module):
 
     @classmethod
     def preset(cls, name: str) -> CCAMProjector:
-        """A published configuration with fresh weights.
+        """Return a projector of a published configuration with random weights.
 
         Raises
         ------
         UnknownNameError
-            No preset has that name.
+            If no preset has that name.
         """
         if name not in PRESETS:
             raise unknown_name("ccam preset", name, PRESETS)
@@ -60,21 +60,27 @@ class CCAMProjector(nn.Module):
     def forward(
         self, x: Tensor, frames: int | Sequence[int], grid: tuple[int, int] | None = None
     ) -> Tensor:
-        """Tokens for the language model.
+        """Return the tokens for the language model.
 
         Parameters
         ----------
         x : Tensor, shape (B, F·P, kv_dim)
-            P tokens per frame, frame after frame; samples with fewer frames padded at the end.
-            Cast to the dtype of the weights, as training of fp32 weights on a bf16 model needs.
+            Visual tokens, P per frame and frame after frame. Samples with fewer frames are padded
+            at the end. The tokens are cast to the dtype of the weights, so that fp32 weights can be
+            trained on a bf16 model.
         frames
             F, or the number of frames of every sample.
         grid
-            (rows, columns) of a frame, rows·columns = P; only needed if `config.spatial`.
+            (rows, columns) of a frame with rows·columns = P; only needed if `config.spatial`.
 
         Returns
         -------
         Tensor, shape (B, Q, out_dim), dtype of `x`
+
+        Raises
+        ------
+        OptionError
+            If `x` has another width, or spatial positions lack the grid.
         """
         from tokencomp.kernels import ccam_attention
 
@@ -87,16 +93,18 @@ class CCAMProjector(nn.Module):
         k = self._with_places(self.k_proj(keys), grid)
         query = self.query.expand(len(x), -1, -1)
         q, k, v = map(self._heads, (self.q_proj(self.norm_query(query)), k, self.v_proj(keys)))
-        seen = ccam_attention(q, k, v, frames, causal=self.config.causal)
-        hidden = query + self.o_proj(seen.transpose(1, 2).flatten(2))
+        attended = ccam_attention(q, k, v, frames, causal=self.config.causal)
+        hidden = query + self.o_proj(attended.transpose(1, 2).flatten(2))
         normed = self.norm_mlp(hidden)
         hidden = hidden + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
         return self.output(hidden).to(x.dtype)
 
     def _heads(self, x: Tensor) -> Tensor:
+        """Split (B, n, width) into heads (B, H, n, width / H)."""
         return x.unflatten(2, (self.config.heads, -1)).transpose(1, 2)
 
     def _with_places(self, k: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """Add the positions within the frame to the keys, if the configuration is spatial."""
         if not self.config.spatial:
             return k
         if grid is None or k.shape[1] % (grid[0] * grid[1]):
@@ -108,7 +116,7 @@ class CCAMProjector(nn.Module):
         return k + places.repeat(k.shape[1] // places.shape[0], 1)
 
     def save(self, path: str | Path, card: dict[str, Any] | None = None) -> Path:
-        """Write `ccam.safetensors` (or the given file) and its card, whole or not at all."""
+        """Write `ccam.safetensors` (or the file at `path`) and its card, both atomically."""
         from tokencomp.trained.cards import write
 
         path = Path(path)
@@ -118,30 +126,31 @@ class CCAMProjector(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> CCAMProjector:
-        """Read a saved projector, float32, in evaluation mode.
+        """Load a projector in float32 and in evaluation mode.
 
         Raises
         ------
         WeightsError
-            The files are missing, broken, not finite, or of other sizes than their card says.
+            If the files are missing or damaged, weights are not finite, or their sizes differ from
+            those on the card.
         """
         from tokencomp.trained.cards import read
 
         path = Path(path)
         path = path if path.suffix == ".safetensors" else path / "ccam.safetensors"
-        made = cls(read_card(path)[1])
+        projector = cls(read_card(path)[1])
         try:
-            made.load_state_dict(read(path, "ccam")[0])
+            projector.load_state_dict(read(path, "ccam")[0])
         except RuntimeError as error:
             raise misfit(path, error) from error
-        return made.eval().requires_grad_(False)
+        return projector.eval().requires_grad_(False)
 
 
 def places_2d(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
-    """Sine positions of the cells of a frame, (rows·columns, width): half rows, half columns.
+    """Return the sine positions (rows·columns, width) of the cells of a frame.
 
-    Positions are relative to the side of the frame (0 … 1, times 64), so that other grids give
-    other samples of the same curves.
+    Half of the columns encode the row and half the column of a cell. Positions are relative to the
+    side of the frame (0 … 1, times 64), so that different grids sample the same curves.
     """
     quarter = width // 4
     scale = 64.0 * 64.0 ** -(torch.arange(quarter, device=device) / max(quarter, 1))

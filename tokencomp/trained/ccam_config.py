@@ -1,4 +1,4 @@
-"""Sizes of a ccam projector, in code and on its card."""
+"""Sizes of a ccam projector, as a dataclass and on the card of its weights."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ class CCAMConfig:
     Attributes
     ----------
     queries
-        Tokens that come out, whatever goes in.
+        Number of output tokens, for an input of any length.
     width, heads, mlp
-        Inner width, attention heads, hidden size of the SwiGLU.
+        Inner width, number of attention heads, and hidden size of the SwiGLU.
     kv_dim, out_dim
-        Width of the visual tokens, and of the language model.
+        Width of the visual tokens and width of the language model.
     causal
-        Query i of Q sees frames up to floor(i·F/Q), so that of more frames than queries the last
-        ⌈F/Q⌉ - 1 are seen by none; False: every query sees every frame.
+        If True, query i of Q sees the frames up to floor(i·F/Q); with more frames than queries, no
+        query sees the last ⌈F/Q⌉ - 1 frames. If False, every query sees every frame.
     spatial
-        Add fixed 2-D sine positions of the place in the frame to the keys (ours). Needed where
-        features do not carry their place, as after towers with rotary positions.
+        Whether fixed 2-D sine positions of the cells in a frame are added to the keys (ours). This
+        is needed if features do not encode their place, as after towers with rotary positions.
     eps
-        Of the layer norms.
+        Epsilon of the layer norms.
 
     Raises
     ------
     OptionError
-        A value of another type, a size below one, or a width that heads do not divide.
+        If a value has another type, a size is below one, or `heads` does not divide `width`.
     """
 
     queries: int = 1024
@@ -60,18 +60,18 @@ class CCAMConfig:
 
 
 PRESETS = {
-    # 7B v1.2: SigLIP-SO400M hidden_states[-2] in, Qwen2-7B out.
+    # The input is hidden_states[-2] of SigLIP-SO400M, and the output goes to Qwen2-7B.
     "video-ccam-7b-v1.2": CCAMConfig(),
 }
 
 
 def read_card(path: Path) -> tuple[dict[str, Any], CCAMConfig]:
-    """Card and sizes of the projector in `path`, without its tensors.
+    """Read the card of the projector in `path` and its sizes, without the tensors.
 
     Raises
     ------
     WeightsError
-        The card is missing or broken, or its sizes are none that a projector can have.
+        If the card is missing or damaged, or its sizes are not valid.
     """
     try:
         card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def read_card(path: Path) -> tuple[dict[str, Any], CCAMConfig]:
 
 
 def misfit(path: Path, why: object) -> WeightsError:
-    """The error for files in `path` that hold no projector."""
+    """Return the error for files in `path` that do not contain a projector."""
     return WeightsError(
         f"{path} and its card {path.stem}.json do not hold a ccam projector ({why}). Copy both "
         "files of a finished training run."

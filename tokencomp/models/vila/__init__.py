@@ -1,1 +1,1 @@
-"""VILA and NVILA: config, processor and model, built from stock transformers parts."""
+"""VILA and NVILA: configuration, processor and model, built from stock transformers parts."""

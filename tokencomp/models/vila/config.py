@@ -1,4 +1,4 @@
-"""Configuration of VILA and NVILA, read from and written to the published folder layout."""
+"""Configuration of VILA and NVILA, which is stored in the published folder layout."""
 
 from __future__ import annotations
 
@@ -21,33 +21,35 @@ MODEL_TYPES = ("llava_llama", "vila")
 
 
 class VilaConfig(PretrainedConfig):
-    """Parts of a VILA model, and how media become tokens.
+    """Configurations of the parts of a VILA model, and the rules that turn media into tokens.
 
     Attributes
     ----------
     text_config, vision_config
-        Stock Llama or Qwen2, and stock SigLIP vision configurations.
+        Configurations of a stock Llama or Qwen2 model and of a stock SigLIP vision model.
     projector_type
-        `mm_projector_type` of the checkpoint.
+        The `mm_projector_type` of the checkpoint.
     token_order
-        "rows", "columns" or None: see `VilaProjector`.
+        Order of the projected tokens: "rows", "columns" or None, see `VilaProjector`.
     select_layer
-        Entry of the tower's hidden states that is projected.
+        Index of the tower's hidden state that is projected.
     image_token_id, video_token_id
-        Placeholders; they need not be in the embedding table.
+        Ids of the placeholder tokens. They need not be in the embedding table.
     image_ends, video_ends
-        Token ids before and after every image, and every frame of a video: ([], [newline]).
+        Token ids before and after every image and every frame of a video, for example
+        ([], [newline]).
     video_pool
-        (t, h, w) block of projected video tokens that is averaged into one.
+        Block (t, h, w) of projected video tokens that is averaged into one token.
     num_video_frames
-        Frames taken from a video.
+        Number of frames that are sampled from a video.
     image_aspect_ratio
-        "resize" squeezes an image into the tower's square, "pad" adds borders, "dynamic" cuts the
-        only image of a conversation into `min_tiles … max_tiles` tiles and adds a thumbnail.
+        "resize" squeezes an image into the tower's square, and "pad" adds borders. "dynamic" cuts
+        the image of a prompt with a single image into `min_tiles … max_tiles` tiles and adds a
+        thumbnail.
     chat_template
-        Name of a conversation format for tokenizers without one of their own.
+        Name of a conversation format, for tokenizers that have none of their own.
     root
-        The checkpoint's own config.json, kept so that saving writes back what was read.
+        The content of the checkpoint's config.json, so that saving writes back all of it.
     """
 
     model_type = "llava_llama"
@@ -89,10 +91,12 @@ class VilaConfig(PretrainedConfig):
 
     @property
     def patches_per_side(self) -> int:
+        """Number of vision patches along one side of the tower's square input."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
 
 def _part(config: Any, default: str) -> PretrainedConfig:
+    """Build the configuration of a part from a dict; `default` is its type if the dict has none."""
     if isinstance(config, PretrainedConfig):
         return config
     config = dict(config or {})
@@ -100,13 +104,14 @@ def _part(config: Any, default: str) -> PretrainedConfig:
 
 
 def read_root(folder: str | Path) -> dict[str, Any]:
-    """The root config.json of a VILA folder.
+    """Read the root config.json of a VILA folder.
 
     Raises
     ------
     CheckpointError
-        No folder, no or broken config.json, another model type, a missing sub-checkpoint, or a
-        variant that is not supported (multi-scale vision).
+        If the folder or its config.json does not exist, the file is not valid JSON, the model type
+        is not one of VILA, a sub-checkpoint is missing, or the variant is not supported
+        (multi-scale vision, image start and end tokens).
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -124,15 +129,15 @@ def read_root(folder: str | Path) -> dict[str, Any]:
             f"{path}: model_type={root.get('model_type')!r}; a VILA folder has one of "
             f"{', '.join(MODEL_TYPES)}."
         )
-    for part, what in PARTS.items():
+    for part, label in PARTS.items():
         if not (folder / part / "config.json").is_file():
             raise CheckpointError(
-                f"{folder / part}: missing sub-checkpoint ({what}); no {part}/config.json. A VILA "
+                f"{folder / part}: missing sub-checkpoint ({label}); no {part}/config.json. A VILA "
                 f"folder needs {', '.join(f'{p}/' for p in PARTS)}."
             )
-    for name, what in UNSUPPORTED.items():
+    for name, label in UNSUPPORTED.items():
         if root.get(name):
-            raise CheckpointError(f"{path}: {name}=true; {what} are not supported.")
+            raise CheckpointError(f"{path}: {name}=true; {label} are not supported.")
     feature = root.get("mm_vision_select_feature") or "cls_patch"
     if feature != "cls_patch":
         raise CheckpointError(
@@ -148,14 +153,16 @@ def read_config(folder: str | Path, tokenizer: Any, token_order: str | None = No
     Parameters
     ----------
     tokenizer
-        Tokenizer of `llm/`, media tokens included (see `vila_tokens.load_tokenizer`). Not read
-        if the root config has "media_tokens", as configs made from scratch do.
+        Tokenizer of `llm/` with media tokens (see `tokens.load_tokenizer`). It is not used if the
+        root config has "media_tokens", which is true for configurations that we wrote ourselves.
+    token_order
+        Order of the projected tokens, which overrides that of the projector type.
 
     Raises
     ------
     CheckpointError
-        As `read_root`; also a vision tower that is not SigLIP, an image mode or video encoder
-        that is not supported.
+        As `read_root`, and if the vision tower is not SigLIP or the image mode or a media encoder
+        is not supported.
     """
     folder = Path(folder)
     root = read_root(folder)
@@ -179,13 +186,13 @@ def read_config(folder: str | Path, tokenizer: Any, token_order: str | None = No
         vision_config=vision,
         projector_type=str(projector.get("mm_projector_type")),
         token_order=token_order,
-        select_layer=_given(root, "mm_vision_select_layer", -2),
+        select_layer=_int_option(root, "mm_vision_select_layer", -2),
         **(root.get("media_tokens") or _media_tokens(tokenizer, image, video)),
         video_pool=_pool(video, folder),
-        num_video_frames=_given(root, "num_video_frames", 8),
+        num_video_frames=_int_option(root, "num_video_frames", 8),
         image_aspect_ratio=aspect,
-        min_tiles=_given(root, "min_tiles", 1),
-        max_tiles=_given(root, "max_tiles", 12),
+        min_tiles=_int_option(root, "min_tiles", 1),
+        max_tiles=_int_option(root, "max_tiles", 12),
         chat_template=root.get("chat_template"),
         root=root,
         architectures=root.get("architectures"),
@@ -193,6 +200,7 @@ def read_config(folder: str | Path, tokenizer: Any, token_order: str | None = No
 
 
 def _media_tokens(tokenizer: Any, image: dict[str, Any], video: dict[str, Any]) -> dict[str, Any]:
+    """Return placeholder ids and end tokens, as the encoders' options and the tokenizer say."""
     from tokencomp.models.vila.tokens import end_ids, media_ids
 
     image_id, video_id = media_ids(tokenizer)
@@ -204,13 +212,20 @@ def _media_tokens(tokenizer: Any, image: dict[str, Any], video: dict[str, Any]) 
     }
 
 
-def _given(root: dict[str, Any], name: str, default: int) -> int:
+def _int_option(root: dict[str, Any], name: str, default: int) -> int:
+    """Return an integer of the root config, `default` if it is missing or null."""
     value = root.get(name)
     return default if value is None else int(value)
 
 
 def _encoder(root: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]:
-    """Options of a media encoder; the root config holds them as JSON text."""
+    """Return the options of a media encoder, which the root config stores as JSON text.
+
+    Raises
+    ------
+    CheckpointError
+        If the encoder's class is not supported.
+    """
     spec = root.get(f"{kind}_encoder") or {}
     spec = json.loads(spec) if isinstance(spec, str) else dict(spec)
     target = str(spec.get("_target_", "")).rpartition(".")[2]
@@ -224,6 +239,7 @@ def _encoder(root: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]:
 
 
 def _pool(video: dict[str, Any], folder: Path) -> tuple[int, int, int]:
+    """Return the block (t, h, w) of video tokens that is averaged into one token."""
     sizes = video.get("pool_sizes") or [[1, 1, 1]]
     if len(sizes) != 1 or video.get("sep_tokens"):
         raise CheckpointError(

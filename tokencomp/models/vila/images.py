@@ -1,4 +1,4 @@
-"""Pictures for VILA: reading, padding, and cutting into tiles."""
+"""Reading, padding and tiling of images for VILA."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tokencomp.inputs.media import load_image, load_media, to_rgb
 
 
 def as_image(item: Any, where: str) -> Image.Image:
-    """A PIL image from a PIL image, a path, or a uint8 array (H, W, 3).
+    """Convert a PIL image, a path, or a uint8 array (H, W, 3) to an RGB image.
 
     Raises
     ------
     MediaError
-        Anything else, or a file that cannot be read; `where` names it.
+        If `item` is of another type or its file cannot be read; `where` names it in the message.
     """
     if isinstance(item, Image.Image):
         return to_rgb(item)
@@ -34,17 +34,22 @@ def as_image(item: Any, where: str) -> Image.Image:
 
 
 def as_frames(video: Any, where: str, limit: int) -> list[Image.Image]:
-    """At most `limit` evenly spaced frames of a video: first and last included, all of one size.
+    """Return at most `limit` evenly spaced frames of a video, the first and the last included.
 
     Parameters
     ----------
     video
         A path, a sequence of images, or a uint8 array (frames, H, W, 3).
+    where
+        Name of the video in error messages.
+    limit
+        Largest number of frames.
 
     Raises
     ------
     MediaError
-        No frames, unreadable frames, or frames of different sizes; the frame is named.
+        If the video has no frames, a frame cannot be read, or frames differ in size. The message
+        names the frame.
     """
     if isinstance(video, (str, Path)):
         video = load_media(video, limit)
@@ -62,14 +67,14 @@ def as_frames(video: Any, where: str, limit: int) -> list[Image.Image]:
 
 
 def even(total: int, limit: int) -> list[int]:
-    """`limit` indices at equal distances from 0 to total - 1; all of them if there are fewer."""
+    """Return `limit` evenly spaced indices from 0 to total - 1, or all if there are fewer."""
     if total <= limit:
         return list(range(total))
     return [int(i) for i in np.round(np.linspace(0, total - 1, limit))]
 
 
 def pad_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    """The image centred on a square of its longer side."""
+    """Centre an image on a square canvas as large as its longer side."""
     side = max(image.size)
     canvas = Image.new("RGB", (side, side), color)
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -77,10 +82,10 @@ def pad_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
 
 
 def tile_grid(width: int, height: int, side: int, least: int, most: int) -> tuple[int, int]:
-    """Columns and rows of `least … most` tiles whose aspect ratio is nearest to the image's.
+    """Return columns and rows of the grid whose aspect ratio is nearest to that of the image.
 
-    Of equally near grids the first by tile count wins, unless the image has more than half of the
-    pixels of a larger one.
+    The grid has between `least` and `most` tiles of `side` × `side` pixels. Among equally near
+    grids the smallest is chosen, unless the image has more than half of the pixels of a larger one.
     """
     grids = [
         (c, r) for c in range(1, most + 1) for r in range(1, most + 1) if least <= c * r <= most
@@ -95,7 +100,10 @@ def tile_grid(width: int, height: int, side: int, least: int, most: int) -> tupl
 
 
 def tiles(image: Image.Image, side: int, least: int, most: int) -> list[Image.Image]:
-    """Square tiles in reading order, then (if there are several) the whole image as a thumbnail."""
+    """Cut an image into square tiles in reading order.
+
+    If there are several tiles, the whole image follows as a thumbnail of the same size.
+    """
     columns, rows = tile_grid(*image.size, side, least, most)
     resized = image.resize((columns * side, rows * side))
     parts = [

@@ -1,6 +1,7 @@
-"""VILA and NVILA (arXiv 2312.07533, 2412.04468) from stock Llama or Qwen2, SigLIP, and a projector.
+"""VILA and NVILA (arXiv 2312.07533, 2412.04468), built from stock transformers models.
 
-Loads and saves the published folder layout: config.json, llm/, vision_tower/, mm_projector/.
+The parts are a Llama or Qwen2 language model, a SigLIP vision tower and a projector. The model
+loads and saves the published folder layout: config.json, llm/, vision_tower/ and mm_projector/.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tokencomp.models.vila.config import VilaConfig, read_config, read_root
 from tokencomp.models.vila.projector import Order, VilaProjector, load_projector, save_projector
 from tokencomp.models.vila.tokens import load_tokenizer
 
-# Root config key → attribute of VilaConfig, and what a missing key means.
+# Key of the root config → attribute of VilaConfig and its value if the key is missing.
 ROOT_FIELDS: dict[str, tuple[str, Any]] = {
     "image_aspect_ratio": ("image_aspect_ratio", "resize"),
     "mm_vision_select_layer": ("select_layer", -2),
@@ -38,7 +39,7 @@ MEDIA = ("pixel_values", "pixel_values_videos", "video_frames")
 
 
 class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Image and video features replace placeholder tokens in the input of a stock causal LM.
+    """A stock causal LM whose placeholder tokens are replaced by image and video features.
 
     Attributes
     ----------
@@ -63,7 +64,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         vision_tower: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
-        self.post_init()  # before the parts, which initialise or load themselves
+        self.post_init()  # runs before the parts exist, which initialise or load themselves
         self.llm = llm or AutoModelForCausalLM.from_config(config.text_config)
         self.vision_tower = vision_tower or SiglipVisionModel(config.vision_config)  # type: ignore[arg-type]
         order: Order | None = config.token_order  # type: ignore[assignment]
@@ -91,16 +92,17 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Parameters
         ----------
         token_order
-            Overrides the order of projected tokens, see `VilaProjector`.
+            Order of the projected tokens, which overrides the default of `VilaProjector`.
         add_media_tokens
-            For tokenizers without media tokens, see `vila_tokens.load_tokenizer`.
+            Whether missing media tokens are added, see `tokens.load_tokenizer`.
         **kwargs
-            `dtype`, `attn_implementation`, `device_map` and the like, for the LLM and the tower.
+            Options such as `dtype`, `attn_implementation` and `device_map`, which are passed to the
+            LLM and the tower.
 
         Raises
         ------
         CheckpointError
-            A part is missing, or is of a kind that cannot be built; the message names it.
+            If a part is missing or of a kind that cannot be built. The message names the part.
         """
         folder = Path(folder)
         kwargs = {k: v for k, v in kwargs.items() if k not in ("config", "trust_remote_code")}
@@ -121,7 +123,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Write the folder layout that `from_pretrained` reads.
 
-        The tokenizer and the image processor are written by `VilaProcessor.save_pretrained`.
+        `VilaProcessor.save_pretrained` writes the tokenizer and the image processor.
         """
         folder = Path(save_directory)
         (folder / "mm_projector").mkdir(parents=True, exist_ok=True)
@@ -133,16 +135,16 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         _write_json(folder / "config.json", self._root())
 
     def _root(self) -> dict[str, Any]:
-        """The root config as it was read, or one made from scratch."""
+        """Return the root config: the one that was loaded with changed settings, or a new one."""
         config, root = self.config, self.config.root
         current = {name: getattr(config, field) for name, (field, _) in ROOT_FIELDS.items()}
         if root:
             for name, (_, default) in ROOT_FIELDS.items():
-                read = default if root.get(name) is None else root[name]
-                if current[name] == read:
+                loaded = default if root.get(name) is None else root[name]
+                if current[name] == loaded:
                     del current[name]
             return {**root, **current}
-        made: dict[str, Any] = {
+        new_root: dict[str, Any] = {
             "architectures": ["LlavaLlamaModel"],
             "model_type": config.model_type,
             "mm_vision_select_feature": "cls_patch",
@@ -150,13 +152,13 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             "hidden_size": config.text_config.hidden_size,
             **current,
         }
-        # so that it loads without a tokenizer
+        # With these ids in the config, the model loads without a tokenizer.
         names = ("image_token_id", "video_token_id", "image_ends", "video_ends")
-        made["media_tokens"] = {name: getattr(config, name) for name in names}
+        new_root["media_tokens"] = {name: getattr(config, name) for name in names}
         if config.video_pool != (1, 1, 1):
             pool = {"_target_": "TSPVideoEncoder", "pool_sizes": [list(config.video_pool)]}
-            made["video_encoder"] = json.dumps(pool)
-        return made
+            new_root["video_encoder"] = json.dumps(pool)
+        return new_root
 
     # -- parts ----------------------------------------------------------------------------------
 
@@ -174,20 +176,28 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @property
     def side(self) -> int:
-        """Tokens per side of an image or frame, before video pooling."""
+        """Number of tokens per side of an image or frame, before video pooling."""
         return self.mm_projector.side(self.config.patches_per_side)
 
     # -- media ----------------------------------------------------------------------------------
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) → (N, side², hidden_size)."""
+        """Map images (N, 3, S, S) to features (N, side², hidden_size)."""
         weight = next(self.vision_tower.parameters())
         pixels = pixels.to(device=weight.device, dtype=weight.dtype)
         states = self.vision_tower(pixels, output_hidden_states=True).hidden_states
         return self.mm_projector(states[self.config.select_layer])
 
     def encode_videos(self, pixels: Tensor, frames: list[int]) -> Tensor:
-        """Frames of all videos (sum of `frames`, 3, S, S) → (tokens of all videos, hidden_size)."""
+        """Map the frames of all videos to features (tokens of all videos, hidden_size).
+
+        `pixels` is (sum of `frames`, 3, S, S), and `frames` has the number of frames of each video.
+
+        Raises
+        ------
+        SpanError
+            If the checkpoint averages blocks of tokens that do not divide a video.
+        """
         features, side = self.encode_images(pixels), self.side
         t, h, w = self.config.video_pool
         if (t, h, w) == (1, 1, 1):
@@ -197,7 +207,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if video.shape[0] % t or side % h or side % w:
                 raise SpanError(
                     f"video of {video.shape[0]} frames of {side}×{side} tokens: this model "
-                    f"averages blocks of {t}×{h}×{w}. Give a multiple of {t} frames."
+                    f"averages blocks of {t}×{h}×{w}. Pass a multiple of {t} frames."
                 )
             blocks = video.view(-1, t, side // h, h, side // w, w, video.shape[-1])
             pooled.append(blocks.mean(dim=(1, 3, 5)).flatten(0, 2))
@@ -210,14 +220,15 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values_videos: Tensor | None = None,
         video_frames: Tensor | None = None,
     ) -> Tensor:
-        """Embeddings (B, L, hidden_size) with media features at their placeholders.
+        """Return embeddings (B, L, hidden_size) with media features at their placeholders.
 
         Raises
         ------
         SpanError
-            The number of placeholders is not the number of features, or there are none.
+            If the numbers of placeholders and features differ, or placeholders have no pixels.
         """
         image, video = self._placeholders(input_ids)
+        # Ids of placeholders may lie past the end of the embedding table, so 0 replaces them.
         embeds = self.get_input_embeddings()(input_ids.masked_fill(image | video, 0))
         for kind, mask, pixels in (
             ("pixel_values", image, pixel_values),
@@ -235,7 +246,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return embeds
 
     def _placeholders(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Masks (B, L) of image and video placeholders."""
+        """Return the masks (B, L) of image placeholders and of video placeholders."""
         return input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
 
     # -- calls ----------------------------------------------------------------------------------
@@ -255,28 +266,33 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The output of the language model.
+        """Run the language model on text and media and return its output.
 
         Parameters
         ----------
         input_ids : Tensor, shape (B, L)
-            With one placeholder per feature, as the processor makes them.
+            Token ids with one placeholder per feature, as the processor returns them.
         pixel_values : Tensor, shape (images and tiles of the batch, 3, S, S)
         pixel_values_videos : Tensor, shape (frames of the batch, 3, S, S)
         video_frames : Tensor of int64, shape (videos of the batch,)
-            Frames of each video.
+            Number of frames of each video.
         cache, past_key_values
-            The same thing under its new and its old name.
+            The KV cache under its new and its old name.
+
+        Raises
+        ------
+        SpanError
+            If `inputs_embeds` and media are both passed, or as `embed` raises it.
         """
         caches = {"cache": cache, "past_key_values": past_key_values}
         kwargs.update({name: value for name, value in caches.items() if value is not None})
         media = zip(MEDIA, (pixel_values, pixel_values_videos, video_frames), strict=True)
-        given = [name for name, value in media if value is not None]
-        if inputs_embeds is not None and given:
+        media_names = [name for name, value in media if value is not None]
+        if inputs_embeds is not None and media_names:
             raise SpanError(
-                f"inputs_embeds together with {', '.join(given)}: ready-made embeddings have their "
-                "features already. Pass input_ids with them, or the result of "
-                "`embed(input_ids, ...)` alone."
+                f"inputs_embeds together with {', '.join(media_names)}: embeddings contain the "
+                "media features already. Pass the media with input_ids, or the result of "
+                "`embed(input_ids, ...)` without media."
             )
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self.embed(input_ids, pixel_values, pixel_values_videos, video_frames)
@@ -290,11 +306,12 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Pass media on in the steps whose new tokens have placeholders, and in no other step."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        ids = inputs.get("input_ids")  # what the cache has is cut off
+        ids = inputs.get("input_ids")  # without the tokens that are in the cache
         if ids is not None:
             new = ids.shape[1] > 1 and any(bool(mask.any()) for mask in self._placeholders(ids))
-            # transformers drops them where an assistant model begins
+            # transformers drops the media when assisted generation starts, so they are set again.
             inputs.update({name: kwargs.get(name) if new else None for name in MEDIA})
         return inputs
 
@@ -305,7 +322,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Repeat the media of a sample together: [A, B] → [A, B, A, B]."""
+        """Repeat the media of a sample as a group: [A, B] becomes [A, B, A, B]."""
         media = {name: kwargs.pop(name) for name in MEDIA if kwargs.get(name) is not None}
         if input_ids is not None and expand_size > 1:
             media = self._expand_media(media, input_ids, expand_size)
@@ -318,6 +335,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return ids, {**kwargs, **media}
 
     def _expand_media(self, media: dict[str, Tensor], ids: Tensor, times: int) -> dict[str, Tensor]:
+        """Repeat media per sample, whose number of images and frames follows from its tokens."""
         per_image = self.side**2
         t, h, w = self.config.video_pool
         frames = (ids == self.config.video_token_id).sum(1) * (t * h * w) // per_image
@@ -337,20 +355,22 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 
 def _repeat(x: Tensor, counts: list[int], times: int) -> Tensor:
-    """Repeat every group of `counts` rows as a whole."""
+    """Split `x` into groups of `counts` rows and repeat each group as a whole."""
     return torch.cat([part for group in x.split(counts) for part in [group] * times])
 
 
 def _splice(embeds: Tensor, where: Tensor, features: Tensor, kind: str) -> Tensor:
+    """Write features (N, hidden_size) to the N positions of the mask `where` (B, L)."""
     if int(where.sum()) != len(features):
         raise SpanError(
-            f"{int(where.sum())} {kind} placeholders for {len(features)} {kind} features. Make "
-            "input_ids and pixels of one prompt with VilaProcessor."
+            f"{int(where.sum())} {kind} placeholders for {len(features)} {kind} features. Create "
+            "input_ids and pixels of a prompt with one call of VilaProcessor."
         )
     return embeds.masked_scatter(where[..., None].to(embeds.device), features.to(embeds))
 
 
 def _load_part(loader: Any, folder: Path, kwargs: dict[str, Any]) -> Any:
+    """Load a sub-checkpoint with transformers; its errors become `CheckpointError`."""
     try:
         return loader.from_pretrained(folder, **kwargs)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The processor of VILA and NVILA: conversations, pictures and videos to model inputs."""
+"""The processor of VILA and NVILA, which turns conversations and media into model inputs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tokencomp.models.vila.images import as_frames, as_image, pad_square, tiles
 from tokencomp.models.vila.projector import DOWNSAMPLE
 from tokencomp.models.vila.tokens import IMAGE, VIDEO, chat_template, load_tokenizer
 
-# Options of other processors that ask for what this one does anyway. Videos are always cut to
-# `num_frames`, whoever sampled them first.
+# Options of other processors with the values that this processor implements anyway. Videos are
+# always reduced to `num_frames`, also if the caller sampled frames before.
 AS_IS: dict[str, tuple[Any, ...]] = {
     "padding": (True, "longest"),
     "padding_side": ("left",),
@@ -31,17 +31,17 @@ AS_IS: dict[str, tuple[Any, ...]] = {
 
 
 class VilaProcessor:
-    """Text with `<image>` and `<vila/video>`, and the media themselves, to left-padded batches.
+    """Turn text with `<image>` and `<vila/video>`, and the media, into left-padded batches.
 
-    Every image (or tile) becomes side² placeholders and its end tokens, every frame of a video
-    likewise; a video is cut to `num_frames` evenly spaced frames.
+    Every image, tile and frame of a video becomes side² placeholders followed by its end tokens. A
+    video is reduced to `num_frames` evenly spaced frames.
 
     Attributes
     ----------
     tokenizer, image_processor
         The tokenizer of the LLM and the image processor of the tower.
     num_frames
-        Frames taken from a video; default: `config.num_video_frames`.
+        Number of frames that are sampled from a video, at first `config.num_video_frames`.
     """
 
     image_token, video_token = IMAGE, VIDEO
@@ -67,7 +67,7 @@ class VilaProcessor:
         Raises
         ------
         CheckpointError
-            A part is missing, or the tokenizer has no media tokens.
+            If a part is missing, or the tokenizer has no media tokens.
         """
         folder = Path(folder)
         read_root(folder)
@@ -99,21 +99,21 @@ class VilaProcessor:
         num_frames: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """One conversation or a batch of them → text, or (with tokenize=True) model inputs.
+        """Turn one conversation or a batch of them into text or, if `tokenize`, into model inputs.
 
-        Content is a string, or a list of {"type": "text", "text": …},
+        The content of a message is a string, or a list of {"type": "text", "text": …},
         {"type": "image", "image": PIL image, array or path} and {"type": "video", "video": path
-        or frames}. For text alone the media may be left out. `num_frames` and further options are
-        those of a call.
+        or frames}. If the result is text, the media may be left out. `num_frames` and further
+        options have the meaning that they have in `__call__`.
 
         Raises
         ------
         OptionError
-            An option that this processor does not have.
+            If this processor does not have an option.
         CheckpointError
-            The checkpoint names no conversation format.
+            If the checkpoint names no conversation format.
         MediaError
-            A content part of an unknown type, or without its medium where it is needed.
+            If a content part has an unknown type, or its medium is missing although it is needed.
         """
         _check_options(kwargs)
         if self.chat_template is None:
@@ -151,26 +151,36 @@ class VilaProcessor:
         num_frames: int | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Model inputs of one prompt or a batch.
+        """Return the model inputs of one prompt or of a batch.
 
         Parameters
         ----------
+        text
+            One prompt or a batch of prompts.
         images
-            Images of all prompts in order, flat or per prompt.
+            Images of all prompts in order, as a flat list or as one list per prompt.
         videos
-            Videos of all prompts in order: each a path, a list of frames, or a uint8 array
+            Videos of all prompts in order. Each is a path, a list of frames, or a uint8 array
             (frames, H, W, 3).
         num_frames
-            Overrides `self.num_frames`.
+            Number of frames per video, which overrides `self.num_frames`.
         **kwargs
-            What is done anyway: padding=True, padding_side="left", return_tensors="pt", ...
+            Options that this processor implements anyway, such as padding=True,
+            padding_side="left" and return_tensors="pt".
+
+        Returns
+        -------
+        BatchFeature
+            `input_ids` and `attention_mask` (B, L); where there are media also `pixel_values`
+            (images, 3, S, S), `pixel_values_videos` (frames, 3, S, S) and `video_frames` (videos,).
 
         Raises
         ------
         OptionError
-            Any other option.
+            If an option has another value or is unknown.
         MediaError
-            More or fewer placeholders than media (the prompt is named), or bad media.
+            If the numbers of placeholders and media differ (the message names the prompt), or a
+            medium cannot be read.
         """
         _check_options(kwargs)
         texts = [text] if isinstance(text, str) else list(text)
@@ -182,8 +192,8 @@ class VilaProcessor:
         limit = self.num_frames if num_frames is None else num_frames
         pixels: list[Image.Image] = []
         for b, (prompt, n) in enumerate(zip(texts, counts, strict=True)):
-            taken, flat = flat[:n], flat[n:]
-            named = [as_image(x, f"prompt {b}, image {i}") for i, x in enumerate(taken)]
+            prompt_images, flat = flat[:n], flat[n:]
+            named = [as_image(x, f"prompt {b}, image {i}") for i, x in enumerate(prompt_images)]
             parts = self._pictures(named)
             if len(named) == 1 and self.config.image_aspect_ratio == "dynamic":
                 texts[b] = prompt.replace(IMAGE, f"{IMAGE}\n" * len(parts))
@@ -199,7 +209,7 @@ class VilaProcessor:
         return BatchFeature(data=out)
 
     def _tokens(self, texts: list[str], frames: list[int]) -> dict[str, Tensor]:
-        """Ids with placeholders repeated, left-padded."""
+        """Return left-padded ids and mask, in which each medium has all of its placeholders."""
         rows, pending = [], iter(frames)
         for prompt in texts:
             row: list[int] = []
@@ -212,7 +222,7 @@ class VilaProcessor:
                     if n % t:
                         raise MediaError(
                             f"a video of {n} frames: this checkpoint averages {t} frames into one. "
-                            f"Give a multiple of {t} frames."
+                            f"Pass a multiple of {t} frames."
                         )
                     size = (self.side // h) * (self.side // w)
                     row += self._block(token, size, self.config.video_ends) * (n // t)
@@ -227,23 +237,25 @@ class VilaProcessor:
 
     @staticmethod
     def _block(token: int, n: int, ends: Sequence[list[int]]) -> list[int]:
+        """Return `n` placeholders between their start and end tokens."""
         return [*ends[0], *[token] * n, *ends[1]]
 
     @property
     def side(self) -> int:
-        """Tokens per side of an image."""
+        """Number of tokens per side of an image."""
         return -(-self.config.patches_per_side // DOWNSAMPLE.get(self.config.projector_type, 1))
 
     # -- pixels ---------------------------------------------------------------------------------
 
     def _pictures(self, images: list[Image.Image]) -> list[Image.Image]:
-        """The images of one prompt as the tower takes them."""
+        """Return the images of one prompt in the size of the tower, tiled if it is dynamic."""
         if len(images) == 1 and self.config.image_aspect_ratio == "dynamic":
             least, most = self.config.min_tiles, self.config.max_tiles
             return tiles(images[0], self.config.vision_config.image_size, least, most)
         return self._plain(images)
 
     def _plain(self, images: list[Image.Image]) -> list[Image.Image]:
+        """Return images as squares for the tower, padded or resized but not tiled."""
         size = self.config.vision_config.image_size
         if self.config.image_aspect_ratio == "pad":
             r, g, b = (int(255 * mean) for mean in self.image_processor.image_mean)
@@ -256,33 +268,33 @@ class VilaProcessor:
             images, size={"height": size, "width": size}, return_tensors="pt"
         )["pixel_values"]
 
-    # -- back -----------------------------------------------------------------------------------
+    # -- decoding -------------------------------------------------------------------------------
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
-        """Forwards to the tokenizer."""
+        """Call the tokenizer's method of the same name."""
         return self.tokenizer.decode(*args, **kwargs)
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Forwards to the tokenizer."""
+        """Call the tokenizer's method of the same name."""
         return self.tokenizer.batch_decode(*args, **kwargs)
 
 
-def _check_options(given: dict[str, Any]) -> None:
-    """Refuse options that would be ignored; None counts as not given."""
-    for name, value in given.items():
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse options that would be ignored. None counts as an option that was not passed."""
+    for name, value in options.items():
         if value is None or value in AS_IS.get(name, ()):
             continue
         if name in AS_IS:
             allowed = ", ".join(map(repr, AS_IS[name]))
             raise OptionError(f"VILA's processor: {name}={value!r}; allowed: {allowed}.")
         raise OptionError(
-            f"VILA's processor has no option {name!r}. It has num_frames, and takes "
-            f"{', '.join(AS_IS)} at the values it works with anyway."
+            f"VILA's processor has no option {name!r}. It has num_frames, and accepts "
+            f"{', '.join(AS_IS)} at the values that it implements anyway."
         )
 
 
 def _listed(images: Any) -> list[Any]:
-    """Images as a flat list, from one image, a list, or a list per prompt."""
+    """Return images as a flat list, from one image, a list, or a list per prompt."""
     if images is None:
         return []
     if not isinstance(images, (list, tuple)):
@@ -290,24 +302,25 @@ def _listed(images: Any) -> list[Any]:
     return [x for item in images for x in (item if isinstance(item, (list, tuple)) else [item])]
 
 
-def _check_counts(texts: list[str], token: str, given: int, what: str) -> None:
+def _check_counts(texts: list[str], token: str, total: int, what: str) -> None:
+    """Require one medium per placeholder `token`; `what` names the media in the message."""
     cursor = 0
     for b, prompt in enumerate(texts):
         cursor += prompt.count(token)
-        if cursor > given:
+        if cursor > total:
             raise MediaError(
                 f"prompt {b} has {prompt.count(token)} {token}, but only "
-                f"{given - cursor + prompt.count(token)} of the {given} {what} are left for it. "
-                f"Give one of {what} per {token}."
+                f"{total - cursor + prompt.count(token)} of the {total} {what} are left for it. "
+                f"Pass one of {what} per {token}."
             )
-    if cursor < given:
+    if cursor < total:
         raise MediaError(
-            f"{given} {what} for {cursor} {token} in the text. Put one {token} per item into it."
+            f"{total} {what} for {cursor} {token} in the text. Put one {token} per item into it."
         )
 
 
 def _flatten(content: Any, images: list[Any], videos: list[Any]) -> str:
-    """Content parts as text with placeholders; media are appended to the lists."""
+    """Return content parts as text with placeholders, and append the media to the lists."""
     if isinstance(content, str):
         return content.strip()
     text = ""

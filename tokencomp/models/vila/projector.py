@@ -1,4 +1,4 @@
-"""The projectors of VILA and NVILA: space to depth, then a small MLP."""
+"""The projectors of VILA and NVILA, which are a space-to-depth step and a small MLP."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ KINDS = ("linear", "identity", "mlp2x_gelu (any depth)", *DOWNSAMPLE)
 class SpaceToDepth(nn.Module):
     """Concatenate the channels of every factor × factor block of patches, row by row.
 
-    Sides that `factor` does not divide get zeros at the bottom and right. `order` is the order of
-    the blocks: "columns" runs down each column first, as the code did that trained the VILA-1.5
-    releases; the "_fix" projectors of NVILA run along rows.
+    Sides that `factor` does not divide are padded with zeros at the bottom and at the right.
+    `order` is the order of the blocks. "columns" runs down each column first, as in the training
+    code of the VILA-1.5 releases; the "_fix" projectors of NVILA run along rows.
     """
 
     def __init__(self, factor: int, order: Order = "rows") -> None:
@@ -29,7 +29,7 @@ class SpaceToDepth(nn.Module):
         self.factor, self.order = factor, order
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, side², C) → (B, ⌈side / factor⌉², factor² · C)."""
+        """Map (B, side², C) to (B, ⌈side / factor⌉², factor² · C)."""
         batch, n, channels = x.shape
         side, f = round(n**0.5), self.factor
         small = -(-side // f)
@@ -42,21 +42,22 @@ class SpaceToDepth(nn.Module):
 
 
 class VilaProjector(nn.Module):
-    """Vision features to LLM embeddings; parameter names as in published checkpoints.
+    """Map vision features to LLM embeddings, with the parameter names of published checkpoints.
 
     Parameters
     ----------
     kind
-        `mm_projector_type` of the checkpoint.
+        The `mm_projector_type` of the checkpoint.
     vision_size, hidden_size
-        Channels of the vision tower and of the LLM.
+        Number of channels of the vision tower and of the LLM.
     order
-        Order of the output tokens. Default: "columns" for `mlp_downsample`, else "rows".
+        Order of the output tokens. The default is "columns" for `mlp_downsample` and "rows" for
+        all other kinds.
 
     Raises
     ------
     CheckpointError
-        Unknown `kind`.
+        If `kind` is unknown.
     """
 
     def __init__(
@@ -69,15 +70,16 @@ class VilaProjector(nn.Module):
         self.layers = _build(kind, vision_size, hidden_size, self.factor, self.order)
 
     def side(self, patches: int) -> int:
-        """Tokens per side of an image of `patches` patches per side."""
+        """Return the tokens per side of an image that has `patches` patches per side."""
         return -(-patches // self.factor)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, patches, vision_size) → (B, tokens, hidden_size)."""
+        """Map (B, patches, vision_size) to (B, tokens, hidden_size)."""
         return self.layers(features)
 
 
 def _build(kind: str, vision: int, hidden: int, factor: int, order: Order) -> nn.Module:
+    """Build the layers of one projector type; their indices are part of the parameter names."""
     wide = factor * factor * vision
     if kind == "identity":
         return nn.Identity()
@@ -115,12 +117,12 @@ def _build(kind: str, vision: int, hidden: int, factor: int, order: Order) -> nn
 
 
 def load_projector(projector: VilaProjector, folder: Path) -> None:
-    """Read weights from `model.safetensors` or `pytorch_model.bin` of `folder`.
+    """Load weights from `model.safetensors` or `pytorch_model.bin` in `folder`.
 
     Raises
     ------
     CheckpointError
-        No weight file, or names or shapes that do not fit the projector type.
+        If there is no weight file, or its names or shapes do not fit the projector type.
     """
     safe, old = folder / "model.safetensors", folder / "pytorch_model.bin"
     if safe.exists():

@@ -1,4 +1,4 @@
-"""The tokenizer side of VILA: media tokens, separators, conversation formats."""
+"""The tokenizer of VILA: media tokens, separators and conversation formats."""
 
 from __future__ import annotations
 
@@ -39,18 +39,19 @@ TEMPLATES = {
 
 
 def load_tokenizer(folder: str | Path, add_media_tokens: bool = False) -> Any:
-    """The tokenizer of `folder/llm`, padding on the left.
+    """Load the tokenizer of `folder/llm`, which pads on the left.
 
     Parameters
     ----------
     add_media_tokens
-        Add `<image>` and `<vila/video>` if they are missing. Checkpoints older than NVILA do not
-        have them; their ids lie behind the embedding table, where the model never looks them up.
+        Whether `<image>` and `<vila/video>` are added if they are missing. Checkpoints older than
+        NVILA lack them. The new ids lie past the end of the embedding table, which is safe because
+        the model replaces them before any look-up.
 
     Raises
     ------
     CheckpointError
-        No tokenizer, or no media tokens in it.
+        If there is no readable tokenizer, or it has no media tokens and may not add them.
     """
     from transformers import AutoTokenizer
 
@@ -77,13 +78,13 @@ def load_tokenizer(folder: str | Path, add_media_tokens: bool = False) -> Any:
 
 
 def media_ids(tokenizer: Any) -> tuple[int, int]:
-    """Ids of the image and the video token."""
+    """Return the ids of the image token and of the video token."""
     image, video = tokenizer.convert_tokens_to_ids([IMAGE, VIDEO])
     return image, video
 
 
 def end_ids(tokenizer: Any, encoder: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Ids of an encoder's start and end tokens, without a beginning-of-sequence token."""
+    """Return the ids of an encoder's start and end tokens without a beginning-of-sequence token."""
 
     def ids(text: str | None) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids if text else []
@@ -92,13 +93,15 @@ def end_ids(tokenizer: Any, encoder: dict[str, Any]) -> tuple[list[int], list[in
 
 
 def chat_template(tokenizer: Any, name: str | None, folder: Path | None = None) -> str | None:
-    """The conversation format: `name` (a format above, or `name.jinja` in the folder), else the
-    tokenizer's own.
+    """Return the conversation format as a jinja template.
+
+    `name` is a key of ``TEMPLATES``, the stem of a `.jinja` file in `folder`, or a template itself.
+    Without a name the format of the tokenizer is returned, which may be None.
 
     Raises
     ------
     CheckpointError
-        `name` is unknown.
+        If `name` is unknown.
     """
     if name is None:
         return tokenizer.chat_template

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server on transformers: every supported model, every reducer."""
+"""An OpenAI-compatible server on transformers for every supported model and reducer."""

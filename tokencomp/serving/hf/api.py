@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI's chat completions, health, models and metrics."""
+"""The HTTP routes: OpenAI's chat completions, health, models and metrics."""
 
 from __future__ import annotations
 
@@ -25,21 +25,23 @@ from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.schema import Prompt, parse
 
 DEFAULT_TOKENS = 256
-DECODING = 4  # requests whose media are decoded at once
-POLL = 0.5
+DECODING = 4  # number of requests whose media are decoded at the same time
+POLL = 0.5  # seconds between checks whether the client is still connected
 
 
 def build_app(engine: Engine, name: str, limits: Limits, api_key: str | None = None) -> FastAPI:
-    """The application.
+    """Build the application.
 
     Parameters
     ----------
+    engine
+        The engine that answers requests; it is closed with the application.
     name
         Model name that clients see.
     limits
-        What a request may bring.
+        Limits on the media of a request.
     api_key
-        If given, `/v1` asks for it as a bearer token.
+        If not None, routes below `/v1` require it as a bearer token.
     """
 
     @contextlib.asynccontextmanager
@@ -58,7 +60,7 @@ def build_app(engine: Engine, name: str, limits: Limits, api_key: str | None = N
 
 
 class Server:
-    """The routes."""
+    """The handlers of all routes."""
 
     def __init__(self, engine: Engine, name: str, limits: Limits, api_key: str | None) -> None:
         self.engine, self.name, self.limits, self.api_key = engine, name, limits, api_key
@@ -66,13 +68,16 @@ class Server:
         self.decoding = CapacityLimiter(DECODING)
 
     async def health(self) -> Response:
+        """Answer 200 while the engine runs, and 503 after it has failed."""
         return Response(status_code=200 if self.engine.alive else 503)
 
     async def metrics(self) -> Response:
+        """Answer with all metrics in the text format of Prometheus."""
         text = generate_latest(self.engine.metrics.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def models(self, request: Request) -> Any:
+        """List the served model with its default reducer and ratio."""
         self._authorize(request)
         card = {
             "id": self.name,
@@ -85,21 +90,26 @@ class Server:
         return {"object": "list", "data": [card]}
 
     async def failed(self, request: Request, error: Any) -> Response:
-        """OpenAI's error body."""
+        """Answer a `RequestError` in the form of OpenAI's API, and count it."""
         self.engine.metrics.requests.labels(error.status).inc()
         return JSONResponse(_error(error), status_code=error.status)
 
     async def chat(self, request: Request) -> Response:
+        """Answer a chat completion, whole or as a stream of events.
+
+        The first event is awaited before the response starts, so that errors of the prefill still
+        have an HTTP status.
+        """
         self._authorize(request)
-        self.engine.check_room()  # before media take time and memory
+        self.engine.check_room()  # refuses early, before media are decoded
         body = await self._body(request)
         prompt = await to_thread.run_sync(
             parse, body, self.engine.options, self.limits, limiter=self.decoding
         )
-        asked = prompt.request
-        if asked.model not in ("", self.name):
-            raise RequestError(f"model {asked.model!r}: this server has {self.name!r}.", 404)
-        tokens = asked.max_completion_tokens or asked.max_tokens or DEFAULT_TOKENS
+        chat_request = prompt.request
+        if chat_request.model not in ("", self.name):
+            raise RequestError(f"model {chat_request.model!r}: this server has {self.name!r}.", 404)
+        tokens = chat_request.max_completion_tokens or chat_request.max_tokens or DEFAULT_TOKENS
         job = Job(prompt, asyncio.get_running_loop(), tokens)
         self.engine.submit(job)
         try:
@@ -109,14 +119,15 @@ class Server:
             raise
         if kind == "error":
             raise value
-        if asked.stream:
+        if chat_request.stream:
             stream = self._stream(job, prompt, _identity())
             return StreamingResponse(stream, media_type="text/event-stream")
         return await self._whole(job, request)
 
-    # -- answers --------------------------------------------------------------------------------
+    # -- responses ------------------------------------------------------------------------------
 
     async def _whole(self, job: Job, request: Request) -> Response:
+        """Collect all text of a job and answer with one JSON body."""
         text, finish = "", "length"
         while True:
             kind, value = await self._next(job, request)
@@ -139,6 +150,7 @@ class Server:
     async def _stream(
         self, job: Job, prompt: Prompt, identity: dict[str, Any]
     ) -> AsyncIterator[str]:
+        """Yield the server-sent events of a job, which is cancelled if the client disconnects."""
         base = {**identity, "object": "chat.completion.chunk", "model": self.name}
 
         def chunk(delta: dict[str, Any], finish: str | None = None) -> str:
@@ -162,10 +174,10 @@ class Server:
             self.engine.metrics.requests.labels(200).inc()
             yield "data: [DONE]\n\n"
         finally:
-            job.cancelled = True  # the client has gone, or everything was sent
+            job.cancelled = True  # the client has disconnected, or the answer is complete
 
     async def _next(self, job: Job, request: Request) -> tuple[str, Any]:
-        """The next event; gives the job up when the client hangs up."""
+        """Return the next event of a job; cancel the job if the client disconnects."""
         while True:
             try:
                 return await asyncio.wait_for(job.events.get(), POLL)
@@ -180,11 +192,13 @@ class Server:
     # -- requests -------------------------------------------------------------------------------
 
     def _authorize(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self.api_key and not hmac.compare_digest(given.encode(), self.api_key.encode()):
+        """Require the API key, if there is one; the comparison takes constant time."""
+        token = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self.api_key and not hmac.compare_digest(token.encode(), self.api_key.encode()):
             raise RequestError("missing or wrong API key.", 401)
 
     async def _body(self, request: Request) -> Any:
+        """Read and decode a JSON body whose size is limited."""
         limit = self.limits.max_bytes * 2
         content = bytearray()
         try:
@@ -201,13 +215,16 @@ class Server:
 
 
 def _identity() -> dict[str, Any]:
+    """Return id and creation time of a new completion."""
     return {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
 
 
 def _event(value: dict[str, Any]) -> str:
+    """Format a server-sent event."""
     return f"data: {json.dumps(value)}\n\n"
 
 
 def _error(error: RequestError) -> dict[str, Any]:
+    """Return the error body of OpenAI's API."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     return {"error": {"message": str(error), "type": kind, "param": None, "code": error.status}}

@@ -1,4 +1,4 @@
-"""Errors that a client gets to see, with their HTTP status."""
+"""Errors that a client sees, with their HTTP status."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tokencomp.errors import TokenCompError
 
 
 class RequestError(TokenCompError, ValueError):
-    """A request that cannot be served; `status` is what HTTP calls it."""
+    """A request that cannot be served; `status` is the HTTP status of the answer."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)

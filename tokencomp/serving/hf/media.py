@@ -1,8 +1,8 @@
-"""Media of requests: from URLs to pixels, with nothing a client could misuse.
+"""Media of requests: from URLs to pixels, safe against hostile clients.
 
-Only `data:` URLs, and `file:` URLs below one directory that the operator names. Nothing is ever
-fetched from the network. Containers are opened by their content, with demuxers that cannot refer
-to other files.
+The server accepts `data:` URLs, and `file:` URLs below one directory that the operator names. It
+never fetches from the network. The content of a container decides which demuxer opens it, and only
+demuxers that cannot refer to other files are used.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ FRAME_LIST = "video/jpeg"
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may bring.
+    """Limits on the media of one request.
 
     Attributes
     ----------
     allowed_path
-        Directory below which `file:` URLs may point; None refuses all of them.
+        Directory that `file:` URLs must lie below; None refuses all of them.
     max_bytes
-        Size of one encoded image or video.
+        Largest size of one encoded image or video, in bytes.
     max_pixels
-        Width × height of one image or frame.
+        Largest width × height of one image or frame.
     max_total_pixels
-        Of all images and frames of a request: a few bytes can decode to very many.
+        Largest number of pixels in all images and frames of a request. It is limited in addition to
+        `max_bytes`, because a few bytes can decode to very many pixels.
     frames
-        Frames taken from a video, evenly spaced.
+        Number of evenly spaced frames that are sampled from a video.
     max_decoded
-        Frames a video may have.
+        Largest number of frames of a video.
     max_items
-        Images and videos per request.
+        Largest number of images and videos per request.
     """
 
     allowed_path: Path | None = None
@@ -59,12 +60,13 @@ class Limits:
 
 
 def read_url(url: str, limits: Limits) -> tuple[str, bytes]:
-    """Media type and content of a `data:` or allowed `file:` URL.
+    """Return media type and content of a `data:` URL or an allowed `file:` URL.
 
     Raises
     ------
     RequestError
-        Another scheme, a path outside the allowed directory, or too much data.
+        If the scheme is another one, the path is outside the allowed directory, or the content is
+        too large.
     """
     scheme = url[:10].partition(":")[0].lower()
     if scheme == "data":
@@ -78,6 +80,7 @@ def read_url(url: str, limits: Limits) -> tuple[str, bytes]:
 
 
 def _read_data(url: str, limits: Limits) -> tuple[str, bytes]:
+    """Return media type and content of a `data:` URL; a list of frames stays base64 text."""
     head, comma, body = url[5:].partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise RequestError("a data: URL must look like data:image/png;base64,....")
@@ -90,7 +93,13 @@ def _read_data(url: str, limits: Limits) -> tuple[str, bytes]:
 
 
 def decode_base64(text: str) -> bytes:
-    """Bytes of base64 text; raises `RequestError`."""
+    """Decode base64 text.
+
+    Raises
+    ------
+    RequestError
+        If the text is not valid base64.
+    """
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -98,6 +107,7 @@ def decode_base64(text: str) -> bytes:
 
 
 def _read_file(url: str, limits: Limits) -> bytes:
+    """Read a file below the allowed directory, after symbolic links are resolved."""
     if limits.allowed_path is None:
         raise RequestError("file: URLs are off (start the server with --allowed-media-path).")
     parts = urlsplit(url)
@@ -112,7 +122,10 @@ def _read_file(url: str, limits: Limits) -> bytes:
         if size > limits.max_bytes:
             raise _too_large(size, limits)
         return path.read_bytes()
-    except (OSError, ValueError):  # one message for all: do not tell what exists elsewhere
+    except (
+        OSError,
+        ValueError,
+    ):  # one message for all causes, so that clients cannot probe for files
         raise RequestError("no such file below the server's media path.") from None
 
 
@@ -121,12 +134,18 @@ def _too_large(size: int, limits: Limits) -> RequestError:
 
 
 def load_image(url: str, limits: Limits) -> Image.Image:
-    """One RGB image, upright. Raises `RequestError`."""
+    """Load one image as RGB, rotated upright as its EXIF data says.
+
+    Raises
+    ------
+    RequestError
+        If the image cannot be read or exceeds a limit.
+    """
     return _decode_image(read_url(url, limits)[1], limits)
 
 
 def _decode_image(content: bytes, limits: Limits, count: int = 1) -> Image.Image:
-    """An image that is one of `count` of its size."""
+    """Decode an image; `count` images of its size must fit the limits together."""
     try:
         image: Any = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
         _check_size(image.width, image.height, limits, count)
@@ -143,22 +162,27 @@ def _decode_image(content: bytes, limits: Limits, count: int = 1) -> Image.Image
 
 
 def _check_size(width: int, height: int, limits: Limits, count: int = 1) -> None:
-    """Refuse `count` pictures of this size, before they take memory."""
+    """Refuse `count` images of this size, before they are decoded into memory."""
     if width * height > limits.max_pixels:
         raise RequestError(f"{width}×{height} pixels; the limit is {limits.max_pixels}.", 413)
     if width * height * count > limits.max_total_pixels:
         raise RequestError(
             f"{count} × {width}×{height} pixels; {limits.max_total_pixels} are left of what the "
-            "media of one request may have. Send fewer or smaller media.",
+            "media of one request may have in total. Send fewer or smaller media.",
             413,
         )
 
 
 def load_video(url: str, limits: Limits) -> np.ndarray:
-    """Evenly spaced frames, uint8 (frames, height, width, 3). Raises `RequestError`.
+    """Load evenly spaced frames of a video as uint8 (frames, height, width, 3).
 
-    Besides MP4, MOV, MKV, WebM, AVI and animated GIF or WebP: `data:video/jpeg;base64,A,B,C`, a
-    list of JPEG (or PNG) frames chosen by the client, as vLLM accepts it.
+    The format is MP4, MOV, MKV, WebM, AVI, OGG or an animated GIF or WebP. As in vLLM,
+    `data:video/jpeg;base64,A,B,C` is a list of JPEG (or PNG) frames that the client has sampled.
+
+    Raises
+    ------
+    RequestError
+        If the video cannot be decoded or exceeds a limit, or no video decoder is installed.
     """
     media_type, content = read_url(url, limits)
     if media_type == FRAME_LIST:
@@ -174,20 +198,25 @@ def load_video(url: str, limits: Limits) -> np.ndarray:
         raise
     except ImportError:
         raise RequestError("this server has no video decoder (pip install av).", 501) from None
-    except Exception as error:  # decoders raise their own, undocumented types
+    except Exception as error:  # decoders raise undocumented types
         raise RequestError(f"a video cannot be decoded ({type(error).__name__}).") from None
 
 
 def _container(content: bytes) -> str:
+    """Return the demuxer for a file by its first bytes."""
     if content[4:8] == b"ftyp":
         return "mov"
-    found = CONTAINERS.get(content[:4])
-    if found is None:
+    container = CONTAINERS.get(content[:4])
+    if container is None:
         raise RequestError("unknown video container; send MP4, MOV, MKV, WebM, AVI, OGG or GIF.")
-    return found
+    return container
 
 
 def _decode_video(content: bytes, container: str, limits: Limits) -> np.ndarray:
+    """Decode a video twice: to count its frames, and to collect those that are sampled.
+
+    Headers often lack the number of frames, and collecting all frames would take too much memory.
+    """
     import av
 
     def frames(count: int = 1) -> Any:
@@ -199,26 +228,29 @@ def _decode_video(content: bytes, container: str, limits: Limits) -> np.ndarray:
             for number, frame in enumerate(opened.decode(stream)):
                 if number >= limits.max_decoded:
                     raise RequestError(f"more than {limits.max_decoded} frames.", 413)
-                # the header need not tell the truth
+                # The size in the header may be wrong, so every frame is checked.
                 _check_size(frame.width, frame.height, limits, count)
                 yield number, frame
 
     total = sum(1 for _ in frames())
-    wanted = set(frame_indices(total, limits.frames))
-    return _stack([frame.to_image() for number, frame in frames(len(wanted)) if number in wanted])
+    selected = set(frame_indices(total, limits.frames))
+    return _stack(
+        [frame.to_image() for number, frame in frames(len(selected)) if number in selected]
+    )
 
 
 def _animation(content: bytes, limits: Limits) -> np.ndarray:
+    """Decode the sampled frames of an animated GIF or WebP."""
     try:
         image = Image.open(io.BytesIO(content), formats=("GIF", "WEBP"))
         _check_size(image.width, image.height, limits)
         total = getattr(image, "n_frames", 1)
         if total > limits.max_decoded:
             raise RequestError(f"more than {limits.max_decoded} frames.", 413)
-        wanted = frame_indices(total, limits.frames)
-        _check_size(image.width, image.height, limits, len(wanted))
+        selected = frame_indices(total, limits.frames)
+        _check_size(image.width, image.height, limits, len(selected))
         frames = []
-        for index in wanted:
+        for index in selected:
             image.seek(index)
             frames.append(image.convert("RGB"))
         return _stack(frames)
@@ -229,6 +261,7 @@ def _animation(content: bytes, limits: Limits) -> np.ndarray:
 
 
 def _stack(frames: list[Image.Image]) -> np.ndarray:
+    """Stack frames of one size to uint8 (frames, height, width, 3)."""
     if not frames:
         raise RequestError("a video has no frames.")
     if len({frame.size for frame in frames}) > 1:

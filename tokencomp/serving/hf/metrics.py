@@ -1,4 +1,4 @@
-"""Prometheus metrics of the server."""
+"""The Prometheus metrics of the server on transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class Metrics:
-    """One registry per application, so that several can live in a process."""
+    """Metrics in a registry of their own, so that one process can hold several applications."""
 
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""The part of OpenAI's chat-completions request that is served; the rest is refused by name."""
+"""The supported part of OpenAI's chat-completions request; other fields are refused by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits, load_image, load_video
 from tokencomp.serving.spec import ServerOptions, Spec
 
-# fields of the API that change no answer, and values of others that mean "off"
+# Fields of the API that never change an answer, and values of other fields that mean "off".
 HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 OFF: dict[str, Any] = {
     "repetition_penalty": 1,
@@ -24,15 +24,17 @@ OFF: dict[str, Any] = {
 }
 
 
-FORMS = ("str", "list[Part]", "list[str]")  # how pydantic names the forms of a field
+FORMS = ("str", "list[Part]", "list[str]")  # pydantic's names for the alternative types of a field
 
 
 class Url(BaseModel):
+    """OpenAI's object around a media URL."""
+
     url: str
 
 
 class Part(BaseModel):
-    """One piece of a message."""
+    """One part of a message: text, an image or a video."""
 
     type: Literal["text", "image_url", "video_url"]
     text: str | None = None
@@ -41,28 +43,35 @@ class Part(BaseModel):
 
     @field_validator("image_url", "video_url", mode="before")
     @classmethod
-    def _object(cls, given: Any) -> Any:
-        if isinstance(given, str):
+    def _object(cls, value: Any) -> Any:
+        if isinstance(value, str):
             raise ValueError('expected an object {"url": ...}, not the URL itself')
-        return given
+        return value
 
 
 class Message(BaseModel):
+    """One message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] | None
 
     @property
-    def spoken_by(self) -> str:
-        """The role as chat templates know it: "developer" is OpenAI's newer word for "system"."""
+    def template_role(self) -> str:
+        """The role for chat templates; "developer" is OpenAI's newer name of "system"."""
         return "system" if self.role == "developer" else self.role
 
 
 class StreamOptions(BaseModel):
+    """Options of a streamed answer."""
+
     include_usage: bool = False
 
 
 class ChatRequest(BaseModel):
-    """Sampling parameters left out mean the model's own generation config."""
+    """A chat-completions request.
+
+    A sampling parameter that the client leaves out has the value of the model's generation config.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -82,22 +91,25 @@ class ChatRequest(BaseModel):
 
     @property
     def stops(self) -> list[str]:
-        given = [self.stop] if isinstance(self.stop, str) else (self.stop or [])
-        return [text for text in given if text]
+        """Texts that end an answer; empty texts are ignored."""
+        texts = [self.stop] if isinstance(self.stop, str) else (self.stop or [])
+        return [text for text in texts if text]
 
 
 @dataclass
 class Prompt:
-    """A request with its media decoded.
+    """A checked request with decoded media.
 
     Attributes
     ----------
+    request
+        The request as the client sent it.
     chat
-        Messages as chat templates expect them.
+        Messages in the form that chat templates expect.
     images, videos
-        RGB images, and uint8 arrays (frames, height, width, 3), in prompt order.
+        RGB images, and uint8 arrays (frames, height, width, 3), in the order of the prompt.
     spec
-        Reducer and ratio.
+        Reducer and ratio of the request.
     """
 
     request: ChatRequest
@@ -108,7 +120,7 @@ class Prompt:
 
     @property
     def pixels(self) -> int:
-        """Pixels of all decoded media."""
+        """Number of pixels of all decoded media."""
         images = sum(image.width * image.height for image in self.images)
         return images + sum(video[..., 0].size for video in self.videos)
 
@@ -119,24 +131,29 @@ def parse(body: Any, options: ServerOptions, limits: Limits) -> Prompt:
     Raises
     ------
     RequestError
-        With the HTTP status to answer.
+        If the request is malformed, asks for an unsupported feature, or has media that are not
+        allowed. The error carries the HTTP status of the answer.
     """
     try:
         request = ChatRequest.model_validate(body)
     except ValidationError as error:
-        raise RequestError(_told(error)) from None
+        raise RequestError(_message(error)) from None
     wrong = _unserved(request)
     if wrong:
         raise RequestError(f"not served: {', '.join(wrong)}. Leave it out.")
     prompt = Prompt(request, [], _spec(request, options))
     for message in request.messages:
         content = _content(message, prompt, limits)
-        prompt.chat.append({"role": message.spoken_by, "content": content})
+        prompt.chat.append({"role": message.template_role, "content": content})
     return prompt
 
 
-def _told(error: ValidationError) -> str:
-    """The first error; of a field that may have several forms, that of the form that fits best."""
+def _message(error: ValidationError) -> str:
+    """Return the message of the first error.
+
+    A field with several alternative types has one error per alternative. The deepest error location
+    belongs to the alternative that fits best, so its messages are returned.
+    """
     every = error.errors()
     fields = [tuple(part for part in e["loc"] if part not in FORMS) for e in every]
     deepest = max(fields[: _same_field(fields)], key=len)
@@ -145,13 +162,13 @@ def _told(error: ValidationError) -> str:
 
 
 def _same_field(fields: list[tuple[Any, ...]]) -> int:
-    """How many errors, from the first on, lie in the field of the first."""
+    """Return how many errors, from the first on, concern the same field as the first."""
     first = fields[0]
     return next((i for i, f in enumerate(fields) if f[: len(first)] != first), len(fields))
 
 
 def _unserved(request: ChatRequest) -> list[str]:
-    """Fields that would change the answer if they were served."""
+    """Return the fields that would change the answer but are not supported."""
     wrong = [
         name
         for name, value in (request.model_extra or {}).items()
@@ -176,25 +193,26 @@ def _spec(request: ChatRequest, options: ServerOptions) -> Spec:
 
 
 def _content(message: Message, prompt: Prompt, limits: Limits) -> list[dict[str, Any]]:
+    """Return the parts of a message for the chat template, and load its media into `prompt`."""
     if message.content is None and message.role != "assistant":
         raise RequestError(f"a message of role {message.role!r} needs a content.")
     if message.content is None or isinstance(message.content, str):
         return [{"type": "text", "text": message.content or ""}]
     parts: list[dict[str, Any]] = []
     for part in message.content:
-        given = getattr(part, part.type)
-        if given is None:
+        value = getattr(part, part.type)
+        if value is None:
             raise RequestError(f"a part of type {part.type!r} needs a field {part.type!r}.")
         if part.type == "text":
-            parts.append({"type": "text", "text": given})
+            parts.append({"type": "text", "text": value})
             continue
         if len(prompt.images) + len(prompt.videos) >= limits.max_items:
             raise RequestError(f"more than {limits.max_items} images and videos.", 413)
-        room = replace(limits, max_total_pixels=limits.max_total_pixels - prompt.pixels)
+        remaining = replace(limits, max_total_pixels=limits.max_total_pixels - prompt.pixels)
         if part.type == "image_url":
-            prompt.images.append(load_image(given.url, room))
+            prompt.images.append(load_image(value.url, remaining))
             parts.append({"type": "image"})
         else:
-            prompt.videos.append(load_video(given.url, room))
+            prompt.videos.append(load_video(value.url, remaining))
             parts.append({"type": "video"})
     return parts

@@ -1,43 +1,45 @@
-"""The vLLM plugin: out-of-tree model classes, no change to the engine.
+"""The vLLM plugin, which registers model classes and leaves the engine unchanged.
 
     tokencomp serve --engine vllm --model M --ratio 0.75 -- [vllm serve arguments]
     vllm serve M --hf-overrides '{"tokencomp": {"reducer": "divprune", "ratio": 0.75}}'
     TOKENCOMP_SERVING='{"ratio": 0.5}' vllm serve M
 
 The entry point `vllm.general_plugins: tokencomp` calls `register` in every engine process. Each
-class is a subclass of vLLM's own model with a processor that emits fewer placeholders, and an
-`embed_multimodal` that returns as many rows. Without options nothing is compressed, and outputs
-are stock vLLM's.
+class is a subclass of vLLM's own model. Its processor emits fewer placeholders, and its
+`embed_multimodal` returns as many rows. Without options nothing is compressed, and the outputs are
+those of stock vLLM.
 
 Options
-    `reducer`, `ratio`, `options`; per server also `max_ratio`, `per_request`, `only_own`. A request
-    brings its own in `mm_processor_kwargs={"tokencomp": {...}}`; over HTTP vLLM passes these on
-    only with `--trust-request-mm-kwargs` (`tokencomp serve` sets it, and lets nothing but
-    "tokencomp" through: see `middleware` before you set it yourself). Request >
-    `--mm-processor-kwargs` > `--hf-overrides` > environment. The resolved options are part of the
-    media hash, so prefix and encoder caches never mix ratios.
+    The options are `reducer`, `ratio` and `options`; a server also has `max_ratio`, `per_request`
+    and `only_own`. A request passes its own options in `mm_processor_kwargs={"tokencomp": {...}}`.
+    Over HTTP, vLLM passes these on only with `--trust-request-mm-kwargs`. `tokencomp serve` sets
+    this flag and refuses all other processor options; read `middleware` before you set it yourself.
+    Options of a request take precedence over `--mm-processor-kwargs`, these over `--hf-overrides`,
+    and these over the environment. The resolved options are part of the media hash, so prefix and
+    encoder caches never mix ratios.
 
 Reducers
-    All with `serving_safe`: question-agnostic, entry stage, exact count from the grid alone. Others
-    are refused at start; layer stages need one KV length per layer, which vLLM does not have.
-    The default is "divprune".
+    Every reducer with `serving_safe` can run: it ignores the question, acts at the entry stage, and
+    its keep count follows from the grid alone. The server refuses other reducers at start. Layer
+    stages need a KV length per layer, which vLLM does not have. The default is "divprune".
 
 Positions
-    M-RoPE models keep the original positions of kept tokens, exactly (see `mrope`); Qwen3-VL's
-    timestamps stay between the frames (see `qwen3_vl`). Models with
-    one position per token are renumbered without gaps by the engine; the same outputs come from
+    M-RoPE models keep the original positions of kept tokens exactly (see `mrope`), and Qwen3-VL's
+    timestamps stay between the frames (see `qwen3_vl`). In models with one position per token, the
+    engine renumbers the tokens without gaps, which gives the outputs of
     `tokencomp.patch(model, ratio, positions="compact")`.
 
-Tested and untested
-    Tested with vLLM 0.32 on CPU: eager, one worker, V1 model runner, prefix caching, chunked
-    prefill. Refused, because it would be wrong: pipeline parallelism, dual batch overlap and
-    speculative decoding for M-RoPE models, and vLLM's own video pruning. Refused as untested unless
-    TOKENCOMP_ALLOW_UNTESTED=1: other versions, model runner V2 for M-RoPE models, data-parallel
-    encoders, disaggregated encoders and prefill. Allowed and never run here: GPUs (CUDA graphs of
-    M-RoPE models become piecewise, and the vision tower is not captured) and tensor parallelism.
-    Where a vision tower's numbers depend on its batch, a data-dependent reducer can choose another
-    set when an evicted item is encoded again.
-    vLLM answers 500, not 4xx, to a file: URL that names no file below its media path.
+Tested and untested settings
+    The plugin is tested with vLLM 0.32 on a CPU: eager mode, one worker, V1 model runner, prefix
+    caching and chunked prefill. It refuses settings with wrong results: pipeline parallelism, dual
+    batch overlap and speculative decoding for M-RoPE models, and vLLM's own video pruning. Unless
+    TOKENCOMP_ALLOW_UNTESTED=1, it refuses untested settings: other versions, model runner V2 for
+    M-RoPE models, data-parallel encoders, disaggregated encoders and disaggregated prefill. GPUs
+    (CUDA graphs of M-RoPE models become piecewise, and the vision tower is not captured) and tensor
+    parallelism are allowed, but we have not run them.
+    If the outputs of a vision tower depend on its batch, a data-dependent reducer can choose other
+    tokens when an evicted item is encoded again.
+    vLLM answers 500 instead of 4xx to a file: URL that names no file below its media path.
     Architectures that are not in `MODELS` never reach this code: `vllm serve` then runs them
     uncompressed, while `tokencomp serve` refuses them.
 """
@@ -61,12 +63,12 @@ MODELS = {
 
 
 def enabled() -> bool:
-    """False if the environment says `TOKENCOMP_VLLM=off`."""
+    """Whether the plugin is active, which `TOKENCOMP_VLLM=off` in the environment prevents."""
     return os.environ.get(ENV_OFF, "").lower() not in ("off", "0", "false", "no")
 
 
 def register() -> None:
-    """Replace the served architectures in vLLM's registry. Safe to call many times."""
+    """Replace the supported architectures in vLLM's registry. Repeated calls are harmless."""
     if not enabled():
         return
     from vllm import ModelRegistry

@@ -1,4 +1,4 @@
-"""Start-up checks: engine settings under which compression would be wrong, or is unproven."""
+"""Start-up checks for engine settings with which compression is wrong or untested."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ def check_engine(config: VllmConfig, offsets: bool) -> None:
     Parameters
     ----------
     config
-        The engine's configuration. With `offsets`, full CUDA graphs are turned into piecewise
-        ones: a replayed full graph would not add the offsets.
+        The engine's configuration. With `offsets`, full CUDA graphs become piecewise ones, because
+        a replayed full graph would not add the offsets.
     offsets
-        True for models whose positions are completed in `forward` (M-RoPE).
+        Whether the model's `forward` adds position offsets, as M-RoPE models do.
 
     Raises
     ------
     UnsupportedModelError
+        If a setting gives wrong results, or is untested and `TOKENCOMP_ALLOW_UNTESTED` is not 1.
     """
     wrong = [*_wrong(config), *(_wrong_for_offsets(config) if offsets else ())]
-    unproven = [*_unproven(config), *(_unproven_for_offsets(config) if offsets else ())]
-    if unproven and os.environ.get(ENV_UNTESTED) == "1":
-        logger.warning("tokencomp: untested engine settings: %s", "; ".join(unproven))
-        unproven = []
-    if wrong or unproven:
-        hint = f" Set {ENV_UNTESTED}=1 to try what is untested." if unproven else ""
+    untested = [*_untested(config), *(_untested_for_offsets(config) if offsets else ())]
+    if untested and os.environ.get(ENV_UNTESTED) == "1":
+        logger.warning("tokencomp: untested engine settings: %s", "; ".join(untested))
+        untested = []
+    if wrong or untested:
+        hint = f" Set {ENV_UNTESTED}=1 to try what is untested." if untested else ""
         raise UnsupportedModelError(
-            f"tokencomp cannot serve under these engine settings: {'; '.join(wrong + unproven)}."
+            f"tokencomp cannot serve under these engine settings: {'; '.join(wrong + untested)}."
             f"{hint} Set {ENV_OFF}=off to serve this model without tokencomp."
         )
     if offsets:
@@ -46,51 +47,56 @@ def check_engine(config: VllmConfig, offsets: bool) -> None:
 
 
 def check_version() -> list[str]:
-    """The complaint about vLLM's version, if there is one."""
-    given = vllm.__version__
-    if given.startswith(tuple(f"{v}." for v in TESTED_VERSIONS)):
+    """Return a message about vLLM's version if it is untested, in a list that may be empty."""
+    version = vllm.__version__
+    if version.startswith(tuple(f"{v}." for v in TESTED_VERSIONS)):
         return []
     tested = ", ".join(f"{v}.x" for v in TESTED_VERSIONS)
-    return [f"vLLM {given} (tested: {tested}; install one of these)"]
+    return [f"vLLM {version} (tested: {tested}; install one of these)"]
 
 
 def _wrong(config: VllmConfig) -> list[str]:
+    """Return the settings with which any compressed model gives wrong results."""
     multimodal: Any = config.model_config.multimodal_config
     if getattr(multimodal, "video_pruning_rate", None):
         return ["--video-pruning-rate compresses the same tokens; use one of the two"]
     return []
 
 
-def _unproven(config: VllmConfig) -> list[str]:
+def _untested(config: VllmConfig) -> list[str]:
+    """Return the settings with which no compressed model has been tested."""
     multimodal: Any = config.model_config.multimodal_config
-    found = check_version()
+    settings = check_version()
     if getattr(multimodal, "mm_encoder_tp_mode", None) == "data":
-        found.append("--mm-encoder-tp-mode data (use weights)")
+        settings.append("--mm-encoder-tp-mode data (use weights)")
     if config.ec_transfer_config is not None:
-        found.append("a disaggregated encoder (--ec-transfer-config)")
+        settings.append("a disaggregated encoder (--ec-transfer-config)")
     if config.kv_transfer_config is not None:
-        found.append("disaggregated prefill or KV transfer (--kv-transfer-config)")
-    return found
+        settings.append("disaggregated prefill or KV transfer (--kv-transfer-config)")
+    return settings
 
 
 def _wrong_for_offsets(config: VllmConfig) -> list[str]:
-    parallel, found = config.parallel_config, []
+    """Return the settings with which models with position offsets give wrong results."""
+    parallel, settings = config.parallel_config, []
     if parallel.pipeline_parallel_size > 1:
-        found.append("--pipeline-parallel-size above 1: later stages see no media (use tensor)")
+        settings.append("--pipeline-parallel-size above 1: later stages see no media (use tensor)")
     if parallel.use_ubatching:
-        found.append("dual batch overlap slices positions (drop --enable-dbo)")
+        settings.append("dual batch overlap slices positions (drop --enable-dbo)")
     if config.speculative_config is not None:
-        found.append("speculative decoding: the drafter would see position columns")
-    return found
+        settings.append("speculative decoding: the drafter would see position columns")
+    return settings
 
 
-def _unproven_for_offsets(config: VllmConfig) -> list[str]:
+def _untested_for_offsets(config: VllmConfig) -> list[str]:
+    """Return the settings with which models with position offsets have not been tested."""
     if getattr(config, "use_v2_model_runner", False):
         return ["model runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0; `tokencomp serve` does)"]
     return []
 
 
 def _piecewise(config: VllmConfig) -> None:
+    """Replace full CUDA graphs with piecewise ones, so that `forward` runs in every step."""
     compilation = config.compilation_config
     mode = compilation.cudagraph_mode
     if mode is not None and mode.has_full_cudagraphs():

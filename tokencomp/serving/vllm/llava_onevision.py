@@ -1,4 +1,4 @@
-"""LLaVA-OneVision for vLLM: one position per token, which the engine renumbers without gaps."""
+"""LLaVA-OneVision for vLLM, whose tokens the engine renumbers without gaps."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ from tokencomp.serving.vllm.processing import CompressingProcessor
 
 
 class LlavaOnevisionProcessor(CompressingProcessor, LlavaOnevisionMultiModalProcessor):
-    """An image is a base tile and a mosaic with a line break per row; a video ends in one."""
+    """Layouts of LLaVA-OneVision.
+
+    An image is a base tile and a mosaic of tiles with a line break after each row. A video is a
+    grid with a single line break at its end.
+    """
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[Layout]]:
+        """See `CompressingProcessor.layouts`."""
         if modality == "image":
             return [self._image(items.get_image_size(i)) for i in range(len(items))]
         return [
@@ -29,6 +34,7 @@ class LlavaOnevisionProcessor(CompressingProcessor, LlavaOnevisionMultiModalProc
         ]
 
     def _image(self, size: Any) -> list[Layout]:
+        """Return base tile and mosaic of an image, whose grid follows from vLLM's own counts."""
         encoder = self.info.get_vision_encoder_info()
         side = encoder.get_patch_grid_length()
         rows, columns = get_anyres_image_grid_shape(
@@ -46,6 +52,7 @@ class LlavaOnevisionProcessor(CompressingProcessor, LlavaOnevisionMultiModalProc
         return [Layout((1, side, side)), Layout((1, breaks, patches // breaks), "rows")]
 
     def _video(self, size: Any, frames: int) -> list[Layout]:
+        """Return the grid of a video, whose frames are square."""
         per_frame = self.info._get_num_frame_tokens(
             image_width=size.width, image_height=size.height
         )

@@ -1,8 +1,8 @@
-"""What compression did, for `/metrics` and the log.
+"""Metrics of compression for `/metrics` and the log.
 
-Counts of tokens are taken in the front-end process, which also answers `/metrics`. Reduction runs
-in the workers: their times reach `/metrics` in Prometheus' multi-process mode (`tokencomp serve`
-turns it on) and the log in any case.
+The front-end process counts tokens and also answers `/metrics`. Reducers run in the workers. Their
+times always appear in the log, and they reach `/metrics` in the multi-process mode of Prometheus,
+which `tokencomp serve` turns on.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from vllm.logger import init_logger
 from tokencomp.serving.vllm.item_plan import ItemPlan, field_name
 
 logger = init_logger("vllm.tokencomp")
-LOG_EVERY = 60.0
-REMEMBERED = 16384
+LOG_EVERY = 60.0  # seconds
+REMEMBERED = 16384  # plans of media that may come from a cache
 
 
 @lru_cache(maxsize=1)
 def achieved() -> Gauge:
-    """The ratio of the last request with media, in this process."""
+    """Return the gauge of the last request's achieved ratio in this process."""
     name, text = "tokencomp_achieved_ratio", "Achieved ratio of the last request with media"
     return Gauge(name, text, multiprocess_mode="mostrecent")
 
 
 @lru_cache(maxsize=1)
 def counters() -> dict[str, Counter]:
-    """The counters of this process; made once, on first use."""
-    make = {
+    """Return the counters of this process, which are created at the first call."""
+    descriptions = {
         "before": "Visual tokens of all requests before compression",
         "after": "Visual tokens of all requests that reached the language model",
     }
-    found = {n: Counter(f"tokencomp_visual_tokens_{n}", text) for n, text in make.items()}
-    found["items"] = Counter("tokencomp_media_items", "Images and videos", ["compressed"])
-    found["seconds"] = Counter("tokencomp_reduce_seconds", "Time spent reducing, in the workers")
-    return found
+    result = {n: Counter(f"tokencomp_visual_tokens_{n}", text) for n, text in descriptions.items()}
+    result["items"] = Counter("tokencomp_media_items", "Images and videos", ["compressed"])
+    result["seconds"] = Counter("tokencomp_reduce_seconds", "Time spent reducing, in the workers")
+    return result
 
 
 class SeenPlans:
-    """Plans by media hash: media that come from a cache come without theirs."""
+    """Plans by media hash, because media that come from a cache come without their plan."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, ItemPlan] = OrderedDict()
 
     def of(self, result: Any) -> list[tuple[int, ItemPlan | None]]:
-        """Media tokens, and the plan if compressed, of all items of a `MultiModalInput`."""
-        found = []
+        """Return for all items of a `MultiModalInput` the kept tokens and the plan, if any."""
+        counted = []
         for modality, hashes in result["mm_hashes"].items():
             items = result["mm_kwargs"].get(modality, [None] * len(hashes))
             ranges = result["mm_placeholders"].get(modality, [])
@@ -61,10 +61,11 @@ class SeenPlans:
                 if item is not None and field_name(modality) in item:
                     self._remember(key, ItemPlan.from_tensor(item[field_name(modality)].data))
                 plan = self._known.get(key)
-                found.append((plan.kept if plan else place.get_num_embeds(), plan))
-        return found
+                counted.append((plan.kept if plan else place.get_num_embeds(), plan))
+        return counted
 
     def _remember(self, key: str, plan: ItemPlan) -> None:
+        """Store a plan and drop the one that was stored longest ago, if there are too many."""
         self._known[key] = plan
         self._known.move_to_end(key)
         if len(self._known) > REMEMBERED:
@@ -72,7 +73,7 @@ class SeenPlans:
 
 
 def count_request(items: list[tuple[int, ItemPlan | None]]) -> None:
-    """Count the media of one request, as `SeenPlans.of` gives them."""
+    """Count the media of one request, which `SeenPlans.of` returns."""
     for kept, plan in items:
         full = plan.full if plan else kept
         counters()["before"].inc(full)
@@ -84,15 +85,16 @@ def count_request(items: list[tuple[int, ItemPlan | None]]) -> None:
 
 
 class ReduceTimer:
-    """Times the reductions of a worker and logs a summary once a minute."""
+    """Measure the reductions of a worker and log a summary at most once per minute."""
 
     def __init__(self) -> None:
-        self._since = time.monotonic() - LOG_EVERY  # the first reduction is logged at once
+        self._since = time.monotonic() - LOG_EVERY  # so that the first reduction is logged
         self._items = self._before = self._after = 0
         self._seconds = 0.0
 
     @contextlib.contextmanager
     def __call__(self, plan: ItemPlan) -> Iterator[None]:
+        """Measure the reduction of one item while the context is active."""
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
@@ -103,6 +105,7 @@ class ReduceTimer:
             self._log(plan.reducer)
 
     def _log(self, reducer: str) -> None:
+        """Log the summary since the last one and start a new one."""
         logger.info(
             "tokencomp worker %d, %s: %d items, %d → %d tokens (ratio %.3f), %.1f ms",
             os.getpid(), reducer, self._items, self._before, self._after,

@@ -1,8 +1,9 @@
-"""What `tokencomp serve --engine vllm` puts before vLLM's routes.
+"""ASGI middleware that `tokencomp serve --engine vllm` puts before vLLM's routes.
 
-vLLM hands "mm_processor_kwargs" of a request on only with `--trust-request-mm-kwargs`, which opens
-"media_io_kwargs" as well: they can make it decode every frame of a video. This closes that again.
-A file: URL that names no file is answered with 400; vLLM alone fails with 500, and hangs up.
+vLLM passes "mm_processor_kwargs" of a request on only with `--trust-request-mm-kwargs`. This flag
+also allows "media_io_kwargs", with which a client can make vLLM decode every frame of a video, so
+the middleware refuses them. It also answers 400 to a file: URL that names no file, for which vLLM
+alone would answer 500 and close the connection.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ MAX_BODY = 2 * Limits.max_bytes
 
 
 class OwnOptionsOnly:
-    """ASGI middleware.
+    """Refuse requests that vLLM should not see.
 
-    400 for requests that set `media_io_kwargs` or name files that cannot be read, 413 for bodies
-    too large.
+    Requests that set `media_io_kwargs` or name files that cannot be read get status 400, and bodies
+    of more than `max_body` bytes get status 413.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], max_body: int = MAX_BODY) -> None:
         self.app, self.max_body = app, max_body
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Read the whole body, check it, and pass it on to the application."""
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)
             return
@@ -50,6 +52,7 @@ class OwnOptionsOnly:
         await self._answer(scope, bytes(body), receive, send)
 
     async def _answer(self, scope: Message, body: bytes, receive: Receive, send: Send) -> None:
+        """Run the application on a body that was read already."""
         sent = started = False
 
         async def replay() -> Message:
@@ -59,37 +62,39 @@ class OwnOptionsOnly:
             sent = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        async def noting(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)
 
         try:
-            await self.app(scope, replay, noting)
+            await self.app(scope, replay, send_and_note)
         except OSError as error:
-            # only file operations set a name; which one failed is not the client's to know
+            # Only file operations set a file name. The answer does not contain it, because the
+            # client must not learn about files of the server.
             if started or error.filename is None or b"file:" not in body:
                 raise
             await _refuse(send, 400, "a file: URL of this request names no readable file.")
 
 
 def sets_closed(body: bytes) -> bool:
-    """True if a JSON body has a non-empty `media_io_kwargs` anywhere."""
-    found = False
+    """Whether a JSON body has a non-empty `media_io_kwargs` at any depth."""
+    has_closed = False
 
-    def look(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        nonlocal found
-        found = found or any(key == CLOSED and bool(value) for key, value in pairs)
+    def check_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal has_closed
+        has_closed = has_closed or any(key == CLOSED and bool(value) for key, value in pairs)
         return dict(pairs)
 
     try:
-        json.loads(body, object_pairs_hook=look)
+        json.loads(body, object_pairs_hook=check_object)
     except (ValueError, RecursionError):
-        return CLOSED.encode() in body  # let vLLM refuse it, unless its parser takes more
-    return found
+        return CLOSED.encode() in body  # vLLM's parser may accept more than this one
+    return has_closed
 
 
 async def _refuse(send: Send, status: int, text: str) -> None:
+    """Send an error in the form of OpenAI's API."""
     error = {"message": text, "type": "invalid_request_error", "param": None, "code": status}
     content = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json")]

@@ -1,4 +1,4 @@
-"""The model half: runs the vision tower as before, then reduces every item to its plan."""
+"""The model's part of the plugin: it reduces the features of the vision tower item by item."""
 
 from __future__ import annotations
 
@@ -21,10 +21,18 @@ logger = init_logger("vllm.tokencomp")
 
 
 class CompressingModel:
-    """Mixin in front of a vLLM multimodal model."""
+    """Mixin that precedes a multimodal model of vLLM in the base classes.
+
+    Attributes
+    ----------
+    needs_offsets
+        Whether `forward` adds position offsets, see `checks.check_engine`.
+    reduced_width
+        How many leading columns of a feature row the reducer sees; None means all.
+    """
 
     needs_offsets: ClassVar[bool] = False
-    reduced_width: int | None = None  # leading columns that reducers see; None: all
+    reduced_width: int | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_engine(vllm_config, self.needs_offsets)
@@ -37,22 +45,33 @@ class CompressingModel:
     # -- per model ------------------------------------------------------------------------------
 
     def slice_items(self, kwargs: Mapping[str, Any], first: int, stop: int) -> dict[str, Any]:
-        """Inputs of items `first … stop - 1` of a batch; here every input is batched by item."""
+        """Return the inputs of items `first … stop - 1`, for inputs with one entry per item."""
         return {name: value[first:stop] for name, value in kwargs.items()}
 
     def finish_item(
         self, plan: ItemPlan, rows: Tensor, index: Tensor, kwargs: Mapping[str, Any], item: int
     ) -> Tensor:
-        """Rows as the engine stores them. Models with M-RoPE add columns."""
+        """Return the rows that the engine stores. M-RoPE models append columns.
+
+        Parameters
+        ----------
+        plan
+            The plan of the item.
+        rows, index
+            Kept rows (k, d), and the uncompressed row that each of them comes from (k,).
+        kwargs, item
+            Inputs of a batch, and the item's index in it.
+        """
         return rows
 
     # -- vLLM's interface -----------------------------------------------------------------------
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        found = [kwargs.pop(field_name(m)) for m in KINDS if field_name(m) in kwargs]
-        if not found:
+        """Run the vision tower on batches of limited size and reduce every item to its plan."""
+        plan_fields = [kwargs.pop(field_name(m)) for m in KINDS if field_name(m) in kwargs]
+        if not plan_fields:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        plans = [ItemPlan.from_tensor(data) for data in found[0]]
+        plans = [ItemPlan.from_tensor(data) for data in plan_fields[0]]
         outputs: list[Tensor] = []
         for first, stop in batches([p.full for p in plans], self._row_budget):
             part = self.slice_items(kwargs, first, stop)
@@ -64,6 +83,7 @@ class CompressingModel:
         return tuple(outputs)
 
     def _reduce(self, plan: ItemPlan, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Reduce the leading columns; all other columns of the kept rows follow them."""
         if self.reduced_width is None:
             return plan.reduce(x)
         rows, index = plan.reduce(x[:, : self.reduced_width])
@@ -71,17 +91,17 @@ class CompressingModel:
 
 
 class NoEncoderGraphs:
-    """Mixin: the captured vision tower bypasses `embed_multimodal`, so nothing is captured."""
+    """Mixin that turns CUDA graphs of the vision tower off, as they bypass `embed_multimodal`."""
 
     def get_encoder_cudagraph_config(self) -> Any:
         return replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]
 
 
 def batches(sizes: list[int], budget: int) -> Iterator[tuple[int, int]]:
-    """Cut items into runs of at most `budget` uncompressed rows (at least one item each).
+    """Yield ranges of items with at most `budget` uncompressed rows (at least one item each).
 
-    The scheduler admits media by the rows that are left of them; the vision tower's memory grows
-    with the rows before.
+    The scheduler admits media by their number of kept rows, but the memory of the vision tower
+    grows with the number of uncompressed rows.
     """
     first, total = 0, 0
     for i, size in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""The processor half: plans every media item, and sizes its placeholders."""
+"""The processor's part of the plugin: it plans every media item and sizes its placeholders."""
 
 from __future__ import annotations
 
@@ -28,21 +28,25 @@ OFF = Spec()
 
 
 def server_options(model_config: Any) -> ServerOptions:
-    """Options from `--mm-processor-kwargs`, else `--hf-overrides`, else the environment."""
-    given = (model_config.multimodal_config.mm_processor_kwargs or {}).get(KEY)
-    if given is None:
-        given = getattr(model_config.hf_config, KEY, None)
-    if given is None:
-        given = os.environ.get(ENV_OPTIONS)
-    return ServerOptions.parse(given)
+    """Return the server's options.
+
+    They come from `--mm-processor-kwargs`, otherwise from `--hf-overrides`, otherwise from the
+    environment.
+    """
+    options = (model_config.multimodal_config.mm_processor_kwargs or {}).get(KEY)
+    if options is None:
+        options = getattr(model_config.hf_config, KEY, None)
+    if options is None:
+        options = os.environ.get(ENV_OPTIONS)
+    return ServerOptions.parse(options)
 
 
 class CompressingProcessor:
-    """Mixin in front of a vLLM multimodal processor.
+    """Mixin that precedes a multimodal processor of vLLM in the base classes.
 
-    The plan of an item (spans, counts, reducer) is one field of the item. Placeholders here and
-    rows in the worker are both read from it, so they cannot disagree. Parameter names are vLLM's:
-    it passes them by keyword.
+    The plan of an item (spans, counts, reducer) is one field of the item. The placeholders in this
+    process and the rows in the worker both follow it, so their numbers are equal. The parameter
+    names are vLLM's, as vLLM passes arguments by keyword.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -55,18 +59,18 @@ class CompressingProcessor:
     # -- per model ------------------------------------------------------------------------------
 
     def layouts(self, modality: str, items: Any, hf_inputs: BatchFeature) -> list[list[Layout]]:
-        """Spans of every item of a modality, uncompressed."""
-        raise OptionError(f"{type(self).__name__} does not say how its media are laid out.")
+        """Return the uncompressed spans of every item of a modality."""
+        raise OptionError(f"{type(self).__name__} does not define the layout of its media.")
 
     def extents(self, modality: str, layouts: Any, hf_inputs: BatchFeature) -> list[int]:
-        """Positions that every item takes uncompressed; 0 where the engine renumbers tokens."""
+        """Return the positions of every uncompressed item; 0 if the engine renumbers tokens."""
         return [0] * len(layouts)
 
     def check_positions(self, plans: list[ItemPlan]) -> None:
-        """Refuse a request whose positions the model's tables do not hold."""
+        """Refuse a request whose positions exceed the model's rotary tables."""
 
     def shorten(self, tokens: Any, plan: ItemPlan) -> Any:
-        """The placeholders that are left of `tokens`, the engine's for an uncompressed item."""
+        """Return the placeholders of a compressed item; `tokens` are the uncompressed ones."""
         if len(tokens) != plan.full:
             raise RuntimeError(
                 f"{plan.kind}: the engine expects {len(tokens)} tokens, the plan {plan.full}"
@@ -84,10 +88,11 @@ class CompressingProcessor:
 
     @staticmethod
     def _plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of a request without those of the plugin."""
         return {k: v for k, v in kwargs.items() if k != KEY}
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """Memory is profiled at full size: a request may turn compression off."""
+        """Return uncompressed inputs for memory profiling: requests may turn compression off."""
         inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
         inputs.hf_processor_mm_kwargs = {**inputs.hf_processor_mm_kwargs, KEY: OFF}
         return inputs
@@ -95,6 +100,7 @@ class CompressingProcessor:
     # -- vLLM's processing steps ----------------------------------------------------------------
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """Process a request, check its options and positions, and count its tokens."""
         others = sorted(self._plain(inputs.hf_processor_mm_kwargs))
         if others and self._options.only_own:
             raise OptionError(
@@ -108,7 +114,10 @@ class CompressingProcessor:
         return result
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """Media hashes cover the resolved options; uncompressed items hash as without plugin."""
+        """Return media hashes that depend on the resolved options.
+
+        The hash of an uncompressed item is the one that it has without the plugin.
+        """
         spec = self._spec(inputs.hf_processor_mm_kwargs)
         kwargs = self._plain(inputs.hf_processor_mm_kwargs)
         if spec.active:
@@ -118,6 +127,7 @@ class CompressingProcessor:
         )
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> BatchFeature:
+        """Run the processor and add the plan of every compressed item as a field."""
         spec = self._spec(hf_kwargs)
         data = super()._apply_hf_processor_main(  # type: ignore[misc]
             mm_items=mm_items, hf_kwargs=self._plain(hf_kwargs)
@@ -128,8 +138,8 @@ class CompressingProcessor:
             items = mm_items[modality]
             if items.get_passthrough_data():
                 raise OptionError(
-                    f"{modality} embeddings made elsewhere cannot be compressed; send pixels, or "
-                    'ask for {"ratio": 0}.'
+                    f"precomputed {modality} embeddings cannot be compressed; send pixels, or "
+                    'request {"ratio": 0}.'
                 )
             layouts = self.layouts(modality, items, data)
             extents = self.extents(modality, layouts, data)
@@ -143,6 +153,7 @@ class CompressingProcessor:
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
+        """Declare the plans as one field per item, which stays on the CPU."""
         fields = dict(
             super()._get_mm_fields_config(  # type: ignore[misc]
                 hf_inputs, self._plain(hf_processor_mm_kwargs)
@@ -158,6 +169,7 @@ class CompressingProcessor:
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Sequence[PromptUpdate]:
+        """Return prompt updates whose placeholders have the number that the plans keep."""
         updates = super()._get_prompt_updates(  # type: ignore[misc]
             mm_items=mm_items,
             hf_processor_mm_kwargs=self._plain(hf_processor_mm_kwargs),
@@ -166,7 +178,7 @@ class CompressingProcessor:
         return [self._shortened(u, out_mm_kwargs) if u.modality in KINDS else u for u in updates]
 
     def _shortened(self, update: Any, out_mm_kwargs: Any) -> Any:
-        """The same update with as many placeholders as the item's plan keeps."""
+        """Return the update with as many placeholders as the item's plan keeps."""
         full, modality = update.replacement, update.modality
 
         def kept(index: int) -> Any:

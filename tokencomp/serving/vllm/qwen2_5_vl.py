@@ -1,4 +1,4 @@
-"""Qwen2.5-VL for vLLM: as Qwen2-VL, with frames apart in time."""
+"""Qwen2.5-VL for vLLM, whose frames have distances in time."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from tokencomp.serving.vllm.mrope import MRopeModel, MRopeProcessor, grid_extent
 
 
 def time_factor(vision_config: Any, inputs: Mapping[str, Any], item: int) -> float:
-    """Positions between two frames of a video; `inputs` is what the processor made of it."""
+    """Return the positions between two frames of a video; `inputs` are the processor's outputs."""
     per_second = getattr(vision_config, "tokens_per_second", 1.0)
     seconds = inputs.get("second_per_grid_ts")
     return per_second * (1.0 if seconds is None else float(seconds[item]))
 
 
 class Qwen2_5_VLProcessor(MRopeProcessor, Qwen2_5_VLMultiModalProcessor):
-    """vLLM's processor with shortened placeholders."""
+    """vLLM's processor with fewer placeholders for compressed media."""
 
     def extents(self, modality: str, layouts: Any, hf_inputs: Any) -> list[int]:
+        """See `CompressingProcessor.extents`."""
         if modality == "image":
             return super().extents(modality, layouts, hf_inputs)
+        # Only videos have times between their frames.
         config = self.info.get_hf_config().vision_config
         return [
             grid_extent(spans[0].grid, time_factor(config, hf_inputs, i))
@@ -43,4 +45,5 @@ class TokencompQwen2_5_VL(MRopeModel, Qwen2_5_VLForConditionalGeneration):
     """vLLM's Qwen2.5-VL with compressed media."""
 
     def t_factor(self, kwargs: Mapping[str, Any], item: int) -> float:
+        """See `MRopeModel.t_factor`."""
         return time_factor(self.config.vision_config, kwargs, item)

@@ -1,4 +1,4 @@
-"""Qwen2-VL for vLLM."""
+"""Qwen2-VL for vLLM with compressed media."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokencomp.serving.vllm.mrope import MRopeModel, MRopeProcessor
 
 
 class Qwen2VLProcessor(MRopeProcessor, Qwen2VLMultiModalProcessor):
-    """vLLM's processor with shortened placeholders."""
+    """vLLM's processor with fewer placeholders for compressed media."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -1,11 +1,11 @@
-"""Qwen3-VL and its MoE variant for vLLM: deepstack features, timestamps between the frames.
+"""Qwen3-VL and its MoE variant for vLLM, with deepstack features and timestamps between frames.
 
-Reducers see the features that enter the decoder; those of intermediate vision layers follow the
-tokens that stay, as in `tokencomp.patch`. How many tokens of a frame stay is known only after the
-vision tower has run, so a compressed video is one run of placeholders: the worker fills it with
-the frames' tokens *and* the timestamps and marks between them, in order, at their own positions.
-The engine's encoder cache holds all of these rows: a video whose text and kept tokens together are
-more than the largest uncompressed item is refused by the engine.
+Reducers see the features that enter the decoder. The features of intermediate vision layers follow
+the kept tokens, as in `tokencomp.patch`. The number of kept tokens per frame is known only after
+the vision tower has run. A compressed video is therefore one run of placeholders, which the worker
+fills with the tokens of the frames, and with the timestamps and marks between them, in order and at
+their own positions. The engine's encoder cache holds all of these rows. The engine refuses a video
+if its kept tokens and its text together exceed the largest uncompressed item.
 """
 
 from __future__ import annotations
@@ -34,21 +34,29 @@ from tokencomp.serving.vllm.mrope import MRopeModel, MRopeProcessor, grid_offset
 
 
 def frame_offsets(media: np.ndarray, h: int, w: int) -> np.ndarray:
-    """Offsets (3, n) of a video with text between its h × w frames; media (n,) marks patches."""
-    done = np.cumsum(media) - media  # patches before every token
+    """Return offsets (3, n) of a video with text between its h × w frames.
+
+    `media` (n,) marks the patches. A frame advances the position by max(h, w), and a text token
+    between frames advances it by 1.
+    """
+    done = np.cumsum(media) - media  # number of patches before every token
     base = np.arange(len(media)) - done + done // (h * w) * max(h, w)
     inside = done % (h * w)
     return base + np.stack([np.zeros_like(inside), inside // w, inside % w])
 
 
 class Qwen3VLProcessor(MRopeProcessor, Qwen3VLMultiModalProcessor):
-    """vLLM's processor with shortened placeholders."""
+    """vLLM's processor with fewer placeholders for compressed media."""
 
     def extents(self, modality: str, layouts: Any, hf_inputs: Any) -> list[int]:
-        """Every frame is placed like an image; text between frames is in the prompt as well."""
+        """Return t · max(h, w) per item, as every frame has the positions of an image.
+
+        The text between frames is part of the prompt and adds its own positions.
+        """
         return [t * max(h, w) for t, h, w in (spans[0].grid for spans in layouts)]
 
     def shorten(self, tokens: Any, plan: ItemPlan) -> Any:
+        """Return one run of placeholders for a video, followed by all text between its frames."""
         if plan.kind == "image":
             return super().shorten(tokens, plan)
         if plan.kept == plan.full:
@@ -57,12 +65,12 @@ class Qwen3VLProcessor(MRopeProcessor, Qwen3VLMultiModalProcessor):
         ids = tokens.full
         first = ids.index(pad)
         text = [i for i in ids[first:] if i != pad]
-        super().shorten([i for i in ids if i == pad], plan)  # checks the count
+        super().shorten([i for i in ids if i == pad], plan)  # only checks the count
         return PromptUpdateDetails.from_seq([*ids[:first], *[pad] * plan.kept, *text])
 
 
 class Qwen3VLModel(MRopeModel):
-    """Mixin for both variants."""
+    """Mixin for the dense and the MoE variant."""
 
     config: Any
     visual_dim: int
@@ -70,14 +78,16 @@ class Qwen3VLModel(MRopeModel):
 
     @property
     def row_width(self) -> int:
+        """Number of columns of an uncompressed row, deepstack features included."""
         return self.visual_dim + self.multiscale_dim
 
     @property
     def reduced_width(self) -> int | None:  # type: ignore[override]
+        """Number of leading columns that enter the decoder, which the reducer sees."""
         return self.visual_dim
 
     def _video_ids(self, stamps: Any, counts: Sequence[int]) -> Tensor:
-        """Tokens of a video, `counts` patches in each frame."""
+        """Return the token ids of a video with `counts` patches in each frame."""
         details = Qwen3VLMultiModalProcessor.get_video_repl(
             tokens_per_frame=list(counts),
             timestamps=stamps,
@@ -89,7 +99,7 @@ class Qwen3VLModel(MRopeModel):
         return torch.tensor(details.full)
 
     def _full_video(self, stamps: Any, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Offsets (3, n) of an uncompressed video, and which of its tokens are patches."""
+        """Return the offsets (3, n) of an uncompressed video and the mask (n,) of its patches."""
         t, h, w = grid
         media = self._video_ids(stamps, [h * w] * t) == self.config.video_token_id
         return torch.from_numpy(frame_offsets(media.numpy(), h, w)), media
@@ -97,6 +107,7 @@ class Qwen3VLModel(MRopeModel):
     def finish_item(
         self, plan: ItemPlan, rows: Tensor, index: Tensor, kwargs: Mapping[str, Any], item: int
     ) -> Tensor:
+        """Insert the text between the frames and append the offsets of all rows."""
         if plan.kind == "image" or rows.shape[0] == plan.full:
             return super().finish_item(plan, rows, index, kwargs, item)
         stamps, (t, h, w) = kwargs["timestamps"][item], plan.spans[0].grid
@@ -113,6 +124,7 @@ class Qwen3VLModel(MRopeModel):
         return with_offsets(out, offsets)
 
     def item_offsets(self, feature: Any) -> np.ndarray:
+        """See `MRopeModel.item_offsets`."""
         merge = self.config.vision_config.spatial_merge_size
         t, h, w = feature.data[f"{feature.modality}_grid_thw"].data.tolist()
         grid = t, h // merge, w // merge
