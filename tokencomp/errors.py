@@ -22,6 +22,10 @@ class UncompressedWarning(UserWarning):
     """A prompt that may hold visual features, but where nothing tells their places."""
 
 
+class PrefillWarning(UserWarning):
+    """A prompt that runs in one pass although `prefill_chunk_size` was given."""
+
+
 class OptionError(TokenCompError, ValueError):
     """An option that the reducer, schedule or command does not have, or a value it cannot take."""
 

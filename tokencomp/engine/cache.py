@@ -1,31 +1,44 @@
-"""A KV cache layer that knows its logical length apart from the rows it holds."""
+"""KV cache layers that know their logical length apart from the rows they hold."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 
+from tokencomp.engine import compat
 from tokencomp.errors import UnsupportedCacheError
 
+COUNTS_ROWS = compat.counts_static_rows()
+# A layer with a sliding window holds every row while the window does not bind, which
+# `check_attention_window` makes sure of; it is then compressed like one without a window.
+DYNAMIC = frozenset({DynamicLayer, DynamicSlidingWindowLayer})
 
-class CompressedLayer(DynamicLayer):
-    """A `DynamicLayer` from which rows have been left out.
+
+# An object can only change to a class of the same memory layout: a base without CacheLayerMixin
+# would bring another.
+class CompressedLayer(CacheLayerMixin):
+    """What every compressed layer adds to the transformers class it is made of.
 
     Transformers asks a cache layer two things: how far the sequence has come (positions, how many
     prompt tokens are new, where to crop) and how many rows there are to attend to. For a
     compressed layer these differ by `dropped`. An existing layer becomes one by `compress_layer`;
-    `reset` turns it back into a plain `DynamicLayer`.
+    `reset` turns it back into what it was.
 
     Attributes
     ----------
+    plain : type
+        The transformers class of the layer before compression.
     dropped : int
         Logical length - rows held, the same for every sample.
-    valid : Tensor of bool, shape (B, rows), or None
-        False at rows that pad a ragged batch. None when every row is real.
     sizes : Tensor of float32, shape (B, m), or None
         Tokens that the first m rows stand for under proportional attention; the others, or all
         where it is None, stand for one.
@@ -35,30 +48,78 @@ class CompressedLayer(DynamicLayer):
         True where this layer holds other rows than the layer before it.
     """
 
+    plain: ClassVar[type]
     dropped: int
-    valid: Tensor | None
     sizes: Tensor | None
     columns: Tensor | None
     starts_segment: bool
+    _valid: Tensor | None
 
     @property
     def rows(self) -> int:
+        """Rows held (read from the device for a static layer)."""
         return physical_length(self)
 
-    def get_seq_length(self, *args: Any) -> int:
+    @property
+    def valid(self) -> Tensor | None:
+        """False at rows that pad a ragged batch, bool (B, rows); None when every row is real.
+
+        Rows written since it was set are real, so that writing a token costs nothing here.
+        """
+        valid = self._valid
+        if valid is None or valid.shape[1] == self.rows:
+            return valid
+        self._valid = nn.functional.pad(valid, (0, self.rows - valid.shape[1]), value=True)
+        return self._valid
+
+    @valid.setter
+    def valid(self, valid: Tensor | None) -> None:
+        self._valid = valid
+
+    def get_seq_length(self, *args: Any) -> Any:
+        """Logical length."""
         return self.rows + self.dropped if self.rows else 0
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+        """Rows after a write of `query` (a count, or positions in old releases), and `dropped`."""
         n = query if isinstance(query, int) else query.shape[0]
         return self.rows + n, self.dropped
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if self.valid is not None:
-            new = self.valid.new_ones(key_states.shape[0], key_states.shape[-2])
-            self.valid = torch.cat([self.valid, new], dim=1)
-        return super().update(key_states, value_states, *args, **kwargs)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._change(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some samples."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._change(lambda t: t[indices])
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Do to the row flags, `sizes` and `columns` what was done to the rows."""
+        self._valid = None if self._valid is None else change(self._valid)
+        self.sizes = None if self.sizes is None else change(self.sizes)
+        self.columns = None if self.columns is None else change(self.columns)
+
+    def reset(self) -> None:
+        """Forget every row and become a plain layer again."""
+        super().reset()
+        self._forget()
+
+    def _forget(self) -> None:
+        del self.dropped, self._valid, self.sizes, self.columns, self.starts_segment
+        self.__class__ = self.plain
+
+
+class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
+    """A `DynamicLayer` from which rows have been left out."""
+
+    plain = DynamicLayer
 
     def crop(self, length: int) -> None:
         """Remove `-length` rows, or (transformers < 5.14) cut to `length` logical tokens."""
@@ -69,44 +130,142 @@ class CompressedLayer(DynamicLayer):
         self.keys, self.values = self.keys[..., :rows, :], self.values[..., :rows, :]  # type: ignore[index]
         self._change(lambda t: t[:, :rows])
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._change(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._change(lambda t: t[indices])
-
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Do to `valid`, `sizes` and `columns` what was done to the rows."""
-        self.valid = None if self.valid is None else change(self.valid)
-        self.sizes = None if self.sizes is None else change(self.sizes)
-        self.columns = None if self.columns is None else change(self.columns)
-
     def reset(self) -> None:
+        """Drop the rows (old releases would only set them to 0) and become a plain layer."""
         self.keys = self.values = None
         self.is_initialized = False
-        del self.dropped, self.valid, self.sizes, self.columns, self.starts_segment
-        self.__class__ = DynamicLayer  # type: ignore[assignment]
+        self._forget()
 
 
-PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, CompressedLayer)
+class CompressedStaticLayer(CompressedLayer, StaticLayer):
+    """A `StaticLayer` that holds a compressed prompt: its rows lie at the front, without gaps.
+
+    How many rows are written is a tensor, and nothing here reads it in a decode step: neither a
+    compiled graph nor a CUDA graph is interrupted.
+
+    Attributes
+    ----------
+    cumulative_length : Tensor of int64, shape ()
+        Rows written.
+    offset : Tensor of int64, shape ()
+        `dropped` on the device: a number would be compiled into the graph of every prompt.
+    """
+
+    plain = StaticLayer
+    cumulative_length: Tensor
+    offset: Tensor
+
+    @property
+    def valid(self) -> Tensor | None:
+        """False at rows that pad a ragged batch, bool (B, rows); None when every row is real."""
+        return None if self._valid is None else self._valid[:, : self.rows]
+
+    @valid.setter
+    def valid(self, valid: Tensor | None) -> None:
+        if valid is not None:  # rows that are written later are real
+            free = self.max_cache_len - valid.shape[1]
+            valid = nn.functional.pad(valid, (0, free), value=True).to(self.keys.device)  # type: ignore[union-attr]
+        self._valid = valid
+
+    @property
+    def unpadded(self) -> Tensor | None:
+        """The row flags over the whole length of the layer, bool (B, max_cache_len), or None."""
+        return self._valid
+
+    def real_rows(self) -> Tensor:
+        """Real rows of every sample, int64, (B, 1) or (1, 1), without a host read."""
+        rows = self.cumulative_length.view(1, 1)
+        if self._valid is None:
+            return rows
+        return rows - (~self._valid).sum(1, keepdim=True)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Write rows behind those written last; old releases would write at logical columns."""
+        if COUNTS_ROWS:
+            return super().update(key_states, value_states, *args, **kwargs)
+        n = key_states.shape[-2]
+        at = torch.arange(n, device=key_states.device) + self.cumulative_length
+        self.cumulative_length.add_(n)
+        return super().update(key_states, value_states, {"cache_position": at})
+
+    def get_seq_length(self, *args: Any) -> Any:
+        """Logical length, a tensor on the layer's device."""
+        return self.cumulative_length + self.offset
+
+    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+        """Rows that the layer can hold, and the logical column of the first."""
+        return self.max_cache_len, self.dropped
+
+    def get_max_length(self) -> int:
+        """Logical tokens that fit."""
+        return self.max_cache_len + self.dropped
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.13
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove `-tokens_to_remove` rows."""
+        super().crop(tokens_to_remove)
+        if self._valid is not None:
+            self._valid[:, self.rows :] = True
+
+    def reset(self) -> None:
+        """Set every row to 0 and become a plain layer again; the memory stays where it is."""
+        super().reset()
+        del self.offset
+        if not COUNTS_ROWS:
+            del self.cumulative_length
+
+
+_QUANTIZED: dict[type, type] = {}  # classes made for the quantized layers that were met
+
+
+def _compressed_class(plain: type) -> type:
+    """The compressed class of a transformers class of cache layers."""
+    if plain in DYNAMIC:
+        return CompressedDynamicLayer
+    if plain is StaticLayer:
+        return CompressedStaticLayer
+    if plain not in _QUANTIZED:  # its rows are quantized as before: only the counting changes
+        name = f"Compressed{plain.__name__}"
+        _QUANTIZED[plain] = type(name, (CompressedLayer, plain), {"plain": plain})
+    return _QUANTIZED[plain]
 
 
 def physical_length(layer: Any) -> int:
     """Rows held by a cache layer."""
+    if isinstance(layer, StaticLayer):
+        if not layer.is_initialized:
+            return 0
+        counted = getattr(layer, "cumulative_length", None)
+        return int(StaticLayer.get_seq_length(layer) if counted is None else counted)
+    if isinstance(layer, compat.quantized_layer()):
+        return layer.cumulative_length
     keys = getattr(layer, "keys", None)
     return keys.shape[-2] if keys is not None and keys.numel() else 0
 
 
-def check_cache(cache: Any) -> None:
-    """Raise `UnsupportedCacheError` unless every layer of `cache` can be compressed.
+def stored_keys(layer: Any) -> Tensor:
+    """Keys of the rows that a layer holds, (B, kv heads, rows or more, d); the first are used."""
+    if not isinstance(layer, compat.quantized_layer()):
+        return layer.keys
+    keys = layer._dequantize(layer._quantized_keys)
+    if getattr(layer, "_pending_beam_idx", None) is not None:
+        keys = keys.index_select(0, layer._pending_beam_idx.to(keys.device))
+    return torch.cat([keys, layer.keys], dim=-2) if layer.keys.numel() else keys
 
-    Layers with a sliding window can while it holds all rows, see `check_attention_window`.
+
+def check_cache(cache: Any, between_layers: bool = False) -> None:
+    """Look whether a compressed prompt can be written to `cache`.
+
+    Parameters
+    ----------
+    between_layers
+        Whether tokens leave between layers, so that layers hold different rows.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        The cache has no layers of its own, or one of them cannot hold a compressed prompt.
     """
     if cache is None:
         return
@@ -117,31 +276,58 @@ def check_cache(cache: Any) -> None:
             "differ per layer. Use generate() with a DynamicCache (the default)."
         )
     replicate = getattr(cache, "layer_class_to_replicate", None)
-    kinds = {type(layer) for layer in layers} | ({replicate} if replicate else set())
-    wrong = sorted(k.__name__ for k in kinds if k not in PLAIN)
-    if wrong or getattr(cache, "offloading", False):
-        given = ", ".join(wrong) or "an offloaded cache"
+    kinds = {getattr(layer, "plain", type(layer)) for layer in layers}
+    kinds |= {replicate} if replicate else set()
+    quantized = {k for k in kinds if issubclass(k, compat.quantized_layer())}
+    wrong = kinds - DYNAMIC - {StaticLayer} - quantized
+    if wrong:
         raise UnsupportedCacheError(
-            f"{type(cache).__name__} holds {given}; compressed prompts need plain DynamicLayer "
-            "rows (static, quantized and offloaded caches fix the length or layout). "
-            "Drop cache_implementation=..., or turn compression off with handle.disabled()."
+            f"{type(cache).__name__} holds {_names(wrong)}; compressed prompts need layers that "
+            "keep every row: DynamicLayer, StaticLayer or quantized layers. Drop "
+            "cache_implementation=..., or turn compression off with handle.disabled()."
         )
+    offloaded = getattr(cache, "offloading", False)
+    if between_layers and (offloaded or kinds - DYNAMIC):
+        raise UnsupportedCacheError(
+            f"{type(cache).__name__} holds {'offloaded ' * offloaded}{_names(kinds)}, and this "
+            "plan drops tokens between decoder layers, which needs plain DynamicLayer rows on the "
+            "device. Use the default cache, or a plan with an entry stage alone (reducers such as "
+            "'condiv', 'divprune' or 'merge')."
+        )
+
+
+def _names(kinds: set[type]) -> str:
+    return ", ".join(sorted(kind.__name__ for kind in kinds))
 
 
 def compress_layer(
     layer: Any,
     dropped: int,
+    rows: int,
     valid: Tensor | None,
     starts_segment: bool,
     sizes: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> None:
-    """Make `layer` a `CompressedLayer` (if it is none yet) with `dropped` more tokens left out."""
+    """Make `layer` a compressed one (if it is none yet) with `dropped` more tokens left out.
+
+    Parameters
+    ----------
+    rows
+        Rows that the layer holds.
+    valid, starts_segment, sizes, columns
+        See `CompressedLayer`.
+    """
     before = 0
     if isinstance(layer, CompressedLayer):
         before, starts_segment = layer.dropped, starts_segment or layer.starts_segment
     else:
-        layer.__class__ = CompressedLayer
+        static = isinstance(layer, StaticLayer)
+        layer.__class__ = _compressed_class(type(layer))
+        if static and not COUNTS_ROWS:
+            layer.cumulative_length = torch.tensor(rows, device=layer.device)
+            torch._dynamo.mark_static_address(layer.cumulative_length)
     layer.dropped, layer.valid, layer.sizes = before + dropped, valid, sizes
-    layer.columns = columns
-    layer.starts_segment = starts_segment
+    layer.columns, layer.starts_segment = columns, starts_segment
+    if isinstance(layer, CompressedStaticLayer):
+        layer.offset = torch.tensor(layer.dropped, device=layer.device)

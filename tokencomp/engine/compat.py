@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
@@ -51,6 +52,21 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def counts_static_rows() -> bool:
+    """Whether static cache layers count the rows they hold themselves (releases since 5.4)."""
+    from transformers.cache_utils import StaticLayer
+
+    return hasattr(StaticLayer(1), "cumulative_length")
+
+
+@functools.cache
+def quantized_layer() -> Any:
+    """Base class of quantized cache layers."""
+    from transformers import cache_utils
+
+    return getattr(cache_utils, "BaseQuantizedLayer", None) or cache_utils.QuantizedLayer
+
+
 def recomputed(layer: nn.Module) -> bool:
     """Whether a backward pass would run this decoder layer once more."""
     checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training
@@ -76,22 +92,49 @@ class MaskView:
 
     Layers of one cache can hold different numbers of rows, and some have already been written
     when a later layer's mask is built; this view answers for one layer at the call's start.
+
+    Parameters
+    ----------
+    physical
+        Rows held. Or rows that a static layer can hold, of which `written` (a tensor) are.
+    dropped
+        Logical column of the first row.
     """
 
-    is_compileable = False
     is_sliding = (False,)
 
-    def __init__(self, physical: int, dropped: int) -> None:
-        self.physical, self.dropped = physical, dropped
+    def __init__(self, physical: int, dropped: int = 0, written: Tensor | None = None) -> None:
+        self.physical, self.dropped, self.written = physical, dropped, written
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.physical + self.dropped
+    @property
+    def is_compileable(self) -> bool:
+        """Whether shapes stay as they are from token to token."""
+        return self.written is not None
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Logical column of the first query."""
+        return self.physical + self.dropped if self.written is None else self.written
 
     get_query_offset = get_seq_length
 
     def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+        """Rows that are attended to, and the logical column of the first."""
+        if self.written is not None:
+            return self.physical, self.dropped
         n = query if isinstance(query, int) else query.shape[0]
         return self.physical + n, self.dropped
+
+
+_MASK_PARAMETERS: set[str] = set()
+
+
+def mask_parameters() -> set[str]:
+    """Parameters of transformers' factory of causal masks; Dynamo only reads what is known."""
+    if not _MASK_PARAMETERS:
+        from transformers.masking_utils import create_causal_mask
+
+        _MASK_PARAMETERS.update(inspect.signature(create_causal_mask).parameters)
+    return _MASK_PARAMETERS
 
 
 def causal_mask(
@@ -109,14 +152,14 @@ def causal_mask(
     """
     from transformers.masking_utils import create_causal_mask
 
-    names = inspect.signature(create_causal_mask).parameters
+    names = mask_parameters()
     call: dict[str, Any] = {"config": config, "attention_mask": mask}
     call["inputs_embeds" if "inputs_embeds" in names else "input_embeds"] = hidden
     call["cache" if "cache" in names else "past_key_values"] = view if text is None else None
     call["position_ids"] = text
     if "cache_position" in names:
-        start = view.get_seq_length()
-        call["cache_position"] = torch.arange(start, start + hidden.shape[1], device=hidden.device)
+        order = torch.arange(hidden.shape[1], device=hidden.device)
+        call["cache_position"] = order + view.get_seq_length()
     return create_causal_mask(**call)
 
 

@@ -139,6 +139,9 @@ class ForwardPass:
         Signals of the vision tower: values of every span of every sample, see `TowerProbe`.
     rotary
         True positions (B, n) for decoders with one position per token.
+    chunk, earlier
+        Columns per chunk of a chunked prefill (else None), and hidden states of the chunks that
+        have run.
     """
 
     def __init__(
@@ -162,6 +165,8 @@ class ForwardPass:
             self.tail = 0
         self.segments: list[Segment] = []
         self.rotary: Tensor | None = None
+        self.chunk: int | None = None
+        self.earlier: list[Tensor] = []
         self.tower: dict[Signal, list[list[Tensor]]] = {}
         self.compresses = True
         self.reduce_seconds = 0.0

@@ -23,14 +23,22 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter, Call
 from tokencomp.context_window import check_window
 from tokencomp.engine import compat
-from tokencomp.engine import prefill as chunking
-from tokencomp.engine.cache import CompressedLayer, check_cache, compress_layer
-from tokencomp.engine.forward import ForwardPass, Segment, build_segments
+from tokencomp.engine.batching import BatchGuard
+from tokencomp.engine.cache import CompressedLayer, check_cache
+from tokencomp.engine.decode import (
+    LaterTokens,
+    begins_prompt,
+    compact_cache,
+    first_layer,
+    plain_mask,
+)
+from tokencomp.engine.forward import ForwardPass, build_segments
 from tokencomp.engine.layout import RowLayout, full_layout
 from tokencomp.engine.outputs import restore
 from tokencomp.engine.packing import sequence_lengths, text_positions
 from tokencomp.engine.padding import aligned_layout, left_padded, real_columns
 from tokencomp.engine.parallel import refuse_replica
+from tokencomp.engine.prefill import ChunkedPrefill, whole_output
 from tokencomp.engine.proportional import ProportionalAttention
 from tokencomp.engine.question import (
     PromptLength,
@@ -50,8 +58,6 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from tokencomp.tokens import VisualSpan
-
-MASKLESS = ("sdpa", "flash")
 
 
 class Hooks:
@@ -78,6 +84,11 @@ class Hooks:
         self.stats: Stats | None = None
         self._told: set[str] = set()  # plans whose missed ratio was told
         self._local = threading.local()
+        self._later = LaterTokens(
+            adapter, self._local, compact_positions, proportional, self._install_layers
+        )
+        self._batches = BatchGuard(adapter, self._compresses, strict)
+        self._prefill = ChunkedPrefill(adapter, self._local, self._compresses, self._forget_stats)
         self._prompt_length = PromptLength()
         self._warned_hidden = False
         self._handles: list[RemovableHandle] = []
@@ -110,7 +121,8 @@ class Hooks:
             self._install_layers()
         if self.proportional is not None:
             self.proportional.install()
-        chunking.install(a.top, a.carries_features)
+        self._prefill.install()
+        self._batches.install()
         self._prompt_length.install(a.top)
         a.install()
 
@@ -145,7 +157,8 @@ class Hooks:
             self._tower = None
         if self.proportional is not None:
             self.proportional.remove()
-        chunking.remove(self.adapter.top)
+        self._prefill.remove()
+        self._batches.remove()
         self._prompt_length.remove(self.adapter.top)
         self.adapter.uninstall()
 
@@ -164,12 +177,33 @@ class Hooks:
         """Count calls of `Handle.disabled()` in this thread up or down."""
         self._local.disabled = getattr(self._local, "disabled", 0) + by
 
+    def _compresses(self) -> bool:
+        """Whether prompts with media are compressed in this thread."""
+        return bool(self.plan.stages) and not self.disabled
+
+    def _forget_stats(self) -> None:
+        self.stats = None
+
     # -- top and body ---------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    def _traced(self, inputs: dict[str, Any]) -> bool:
+        """Whether Dynamo may trace through a hook: it does nothing, or tensor operations."""
+        kinds = getattr(self._local, "kinds", None)
+        return kinds is None and self._later.traceable(inputs, bool(self.plan.stages))
+
+    def _busy(self, *names: str) -> bool:
+        """Whether this thread notes something for the running call; Dynamo guards on it."""
+        return any(getattr(self._local, name, None) is not None for name in names)
+
     def _top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         refuse_replica(module)
         named = compat.bind(module, args, kwargs)
+        if not self._traced(named):
+            self._note_call(named)
+
+    @torch.compiler.disable
+    def _note_call(self, named: dict[str, Any]) -> None:
+        """Note labels, and which logits the call must return."""
         keep, labels = named.get("logits_to_keep", 0), named.get("labels")
         if labels is not None or not isinstance(keep, int):
             keep = 0
@@ -177,21 +211,32 @@ class Hooks:
         self._local.draft = max(keep - 1, 0)  # assisted decoding: speculative tokens at the end
         self._local.logits = keep if self._slices else 0
 
-    @torch.compiler.disable
     def _top_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if not self._traced(compat.bind(module, args, kwargs)):
+            self._forget_call()
+
+    @torch.compiler.disable
+    def _forget_call(self) -> None:
         self._local.logits = self._local.draft = 0
         self._local.labels = None
 
-    @torch.compiler.disable
     def _body(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        named = compat.bind(module, args, kwargs)
+        if not self._traced(named):
+            self._note_prompt(named)
+        elif compat.get_cache(named) is None or self.adapter.carries_features(named):
+            self.stats = None  # a compiled prompt at ratio 0, which nobody has counted
+
+    @torch.compiler.disable
+    def _note_prompt(self, named: dict[str, Any]) -> None:
+        """Note where the visual features of this call go."""
         self._local.kinds = self._local.inputs = self._local.forward = None
         if self.disabled:
             return
-        named = compat.bind(module, args, kwargs)
         kinds = self.adapter.kinds(named)
         if kinds is not None:
             self._local.kinds, self._local.inputs = kinds.cpu(), named
-        elif not _length(compat.get_cache(named)):
+        elif begins_prompt(named):
             self.stats = None  # not those of another prompt
             if self.plan.stages:
                 self._without_features(named)
@@ -216,34 +261,50 @@ class Hooks:
                 stacklevel=2,
             )
 
-    @torch.compiler.disable
     def _body_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if self._busy("inputs", "forward"):
+            self._forget_prompt()
+
+    @torch.compiler.disable
+    def _forget_prompt(self) -> None:
         self._local.kinds = self._local.inputs = self._local.forward = None
 
     # -- decoder --------------------------------------------------------------------------------
 
-    @torch.compiler.disable
     def _decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        kinds = getattr(self._local, "kinds", None)
-        cache = compat.get_cache(compat.bind(module, args, kwargs))
+        kwargs = compat.bind(module, args, kwargs)
+        if not self._traced(kwargs):
+            return self._decoder_call(module, kwargs)
+        cache = compat.get_cache(kwargs)
+        if not isinstance(first_layer(cache), CompressedLayer):
+            return None
+        kwargs = dict(kwargs)
+        self._later.prepare(kwargs, cache.layers)
+        return (), kwargs
+
+    @torch.compiler.disable
+    def _decoder_call(self, module: nn.Module, kwargs: dict[str, Any]) -> Any:
+        """Arguments of a decoder call; None where they stay as they are."""
+        kinds, cache = getattr(self._local, "kinds", None), compat.get_cache(kwargs)
         if kinds is not None and bool(kinds.any()):
-            kwargs = dict(compat.bind(module, args, kwargs))
             if self.plan.stages:
+                check_cache(cache, bool(self.plan.layer_stages))
+                kwargs = plain_mask(kwargs, cache)
                 self._compress(kwargs, kinds, cache)
-                return (), kwargs
+                keep = getattr(self._local, "logits", 0)
+                return (), self._prefill.advance(module, kwargs, self._local.forward, keep)
             self._count(kwargs, kinds, cache)
-            args = ()
-        layers = getattr(cache, "layers", None)
-        if layers and isinstance(layers[0], CompressedLayer):
-            kwargs = dict(compat.bind(module, args, kwargs))
-            self._go_on(kwargs, layers)
+        if isinstance(first_layer(cache), CompressedLayer):
+            kwargs = dict(kwargs)
+            self._later.prepare(kwargs, cache.layers)
             return (), kwargs
         return None
 
     def _count(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
         """Stats of a prefill at ratio 0, which stays as it is; None where it cannot be read."""
         try:
-            self.stats = collect(self._read(kwargs, kinds, cache)[0], cache)
+            forward = self._read(plain_mask(kwargs, cache), kinds, cache)[0]
+            self.stats = collect(forward, cache)
         except TokenCompError:
             self.stats = None
 
@@ -252,7 +313,6 @@ class Hooks:
     ) -> tuple[ForwardPass, Tensor]:
         """The forward pass of a prefill with visual tokens, and its positions."""
         x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        check_cache(cache)
         layered, proportional = bool(self.plan.layer_stages), self.proportional is not None
         check_prefill(self.adapter, kwargs, kinds, layered, proportional)
         positions, text = self._positions(kwargs, cache)
@@ -313,38 +373,11 @@ class Hooks:
         first = forward.segments[0]
         compact = self.compact_positions
         length = first.physical + x.shape[1] if compact else first.logical + forward.width
+        # A decode step on a static cache reads no length on the host, so its whole length counts.
+        length = max(length, getattr(first_layer(cache), "max_cache_len", 0))
         check_attention_window(self.adapter.text_config, cache, length)
         kwargs["attention_mask"] = first.padding_mask(valid, x.shape[0], x.device)
         compat.set_cache_position(kwargs, first.logical, x.shape[1])
-        self._local.forward = forward
-
-    def _go_on(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
-        """Later tokens on a compressed cache: masks only, and for one unpadded token none."""
-        if kwargs.get("inputs_embeds") is None:
-            kwargs["inputs_embeds"] = self.adapter.decoder.embed_tokens(kwargs["input_ids"])
-            kwargs["input_ids"] = None
-        x, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        if kwargs.get("position_ids") is not None and self.adapter.mrope:
-            kwargs["position_ids"] = kwargs["position_ids"][-3:]
-        n, new = x.shape[1], None
-        past = layers[0].rows if self.compact_positions else layers[0].get_seq_length()
-        check_attention_window(self.adapter.text_config, compat.get_cache(kwargs), past + n)
-        if n > 1 and mask is not None:
-            new = mask[:, -n:].bool()
-            new = None if bool(new.all()) else new
-        if self.compact_positions:
-            before = Segment.after(layers[0], 0, 1, RowLayout(n, [], []))
-            kwargs["position_ids"] = before.contiguous(new, x)
-        backend = compat.attention_implementation(self.adapter.text_config)
-        plain = new is None and all(layer.valid is None for layer in layers)
-        if n == 1 and plain and any(name in backend for name in MASKLESS):
-            kwargs["attention_mask"], self._local.cached = None, layers
-            return
-        forward = ForwardPass.continuation(self.adapter, layers, new, n)
-        if len(forward.segments) > 1:
-            self._install_layers()
-        first = forward.segments[0]
-        kwargs["attention_mask"] = first.padding_mask(new, x.shape[0], x.device)
         self._local.forward = forward
 
     @torch.compiler.disable
@@ -356,8 +389,11 @@ class Hooks:
         cached = getattr(self._local, "cached", None)
         return cached[layer].sizes if cached else None
 
-    @torch.compiler.disable
     def _decoder_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        return self._finish_decoder(kwargs, out) if self._busy("forward", "cached") else None
+
+    @torch.compiler.disable
+    def _finish_decoder(self, kwargs: dict[str, Any], out: Any) -> Any:
         forward: ForwardPass | None = getattr(self._local, "forward", None)
         self._local.forward = self._local.cached = None
         if forward is None or out is None:
@@ -369,19 +405,8 @@ class Hooks:
                 return None
             out.attentions = forward.full_maps(out.attentions)
             return out
-        check_cache(cache)
-        layers = getattr(cache, "layers", None)
-        if layers and layers[0].keys is not None:  # checkpointed layers write nothing
-            for segment in forward.segments:
-                valid = segment.all_valid(segment.layout.valid(torch.device("cpu")))
-                sizes = None if self.proportional is None else segment.all_sizes()
-                columns = segment.all_columns(forward.width)
-                for i in range(segment.first, segment.stop):
-                    layer = layers[i]
-                    here = valid if valid is None else valid.to(layer.keys.device)
-                    starts = i == segment.first and i > 0
-                    dropped = forward.width - segment.layout.width
-                    compress_layer(layer, dropped, here, starts, sizes, columns)
+        compact_cache(forward, cache, self.proportional is not None)
+        out = whole_output(out, forward.earlier)
         self.stats = stats = collect(forward, cache)
         warn_if_ratio_missed(stats, forward.plan, self._told)
         return self._restored(forward, out)
@@ -453,8 +478,11 @@ class Hooks:
             return text_positions(forward.layout, x.device).expand(x.shape[0], -1)
         return forward.segments[0].contiguous(valid, x)
 
-    @torch.compiler.disable
     def _rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._true_positions(args, kwargs) if self._busy("forward") else None
+
+    @torch.compiler.disable
+    def _true_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward: ForwardPass | None = getattr(self._local, "forward", None)
         if forward is None or forward.rotary is None:
             return None

@@ -1,42 +1,174 @@
-"""Chunked prefill (`prefill_chunk_size`) under a patch."""
+"""Chunked prefill (`prefill_chunk_size`) of prompts with media: the decoder runs in chunks.
+
+Transformers would cut the prompt before the model, so that a chunk boundary could cut a span, and
+a reducer would not see the question. Here the vision tower and the entry stage see the whole prompt
+once, and the decoder then takes what is left of it in chunks: what grows with the square of the
+prompt, or with the width of the MLP, is bounded by the chunk.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.engine import compat
+from tokencomp.engine.forward import ForwardPass
+from tokencomp.errors import PrefillWarning
 
 PREFILL = "_prefill"  # the method of transformers' generation that runs it
 
 
-def install(model: Any, carries_features: Callable[[dict[str, Any]], bool]) -> None:
-    """Replace `model._prefill`, where the release has it: visual prompts go in one pass.
+class ChunkedPrefill:
+    """Takes `prefill_chunk_size` from `generate` and applies it behind the entry stage.
 
-    With `prefill_chunk_size` a chunk boundary could cut a span, and the question that some
-    reducers look at comes last; the compressed prompt is what chunking was meant to make small.
-    Text-only prompts stay chunked.
+    Text-only prompts, and every prompt while nothing is compressed, are chunked by transformers.
+    Releases without the method that is replaced do not chunk prompts with media.
+
+    Parameters
+    ----------
+    local
+        State of the calling thread; `chunk` is set on it while `generate` runs a prefill.
+    active
+        Whether prompts with media are compressed in the calling thread.
+    uncounted
+        Called when transformers has chunked a prompt with media, of which every chunk was counted
+        as a prompt of its own.
     """
-    if hasattr(model, PREFILL):
-        model.__dict__[PREFILL] = functools.partial(_one_pass, carries_features, model)
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        local: Any,
+        active: Callable[[], bool],
+        uncounted: Callable[[], None],
+    ) -> None:
+        self.adapter, self.local = adapter, local
+        self.active, self.uncounted = active, uncounted
+
+    def install(self) -> None:
+        """Replace `model._prefill`, where the release has it."""
+        model = self.adapter.top
+        if hasattr(model, PREFILL):
+            model.__dict__[PREFILL] = functools.partial(self._prefill, model)
+
+    def remove(self) -> None:
+        """Undo `install`; safe to call twice."""
+        self.adapter.top.__dict__.pop(PREFILL, None)
+
+    def _prefill(
+        self,
+        model: Any,
+        input_ids: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        size = getattr(generation_config, "prefill_chunk_size", None)
+        original = functools.partial(type(model)._prefill, model, input_ids)
+        media = size is not None and self.adapter.carries_features(model_kwargs)
+        if not media or compat.get_cache(model_kwargs) is None:  # transformers refuses the latter
+            return original(generation_config, model_kwargs, *args, **kwargs)
+        if not self.active():
+            out = original(generation_config, model_kwargs, *args, **kwargs)
+            self.uncounted()
+            return out
+        whole = copy.copy(generation_config)
+        whole.prefill_chunk_size = None
+        self.local.chunk = size
+        for option in ("output_hidden_states", "output_attentions"):
+            if getattr(generation_config, option, False):
+                _one_pass(size, f"{option}=True needs every column of one pass")
+                self.local.chunk = None
+        try:
+            return original(whole, model_kwargs, *args, **kwargs)
+        finally:
+            self.local.chunk = None
+
+    def advance(
+        self, decoder: nn.Module, kwargs: dict[str, Any], forward: ForwardPass, logits: int
+    ) -> dict[str, Any]:
+        """Run all chunks of a compressed prefill but the last; the caller's call is the last.
+
+        Parameters
+        ----------
+        kwargs
+            Arguments of the decoder for the whole compressed prompt.
+        forward
+            Gets `chunk`, and `earlier`: hidden states of the chunks that have run, where the call
+            must return them.
+        logits
+            Last columns that the call must return; 0: all.
+
+        Returns
+        -------
+        dict
+            Arguments of the last chunk.
+        """
+        size, width = getattr(self.local, "chunk", None), forward.layout.width
+        if size is None or width <= size:
+            return kwargs
+        if len(forward.segments) > 1:
+            _one_pass(size, "this plan drops tokens between decoder layers, which need all rows")
+            return kwargs
+        rotary, forward.chunk = forward.rotary, size
+        needed = not 0 < logits <= min(forward.tail, width - _last_start(width, size))
+        for start, stop in _bounds(width, size):
+            forward.rotary = None if rotary is None else rotary[:, start:stop]
+            chunk = self._chunk(kwargs, start, stop)
+            if stop == width:
+                return chunk
+            out = decoder.forward(**chunk)
+            if needed:
+                forward.earlier.append(out[0])
+        raise AssertionError("the last chunk ends where the prompt ends")
+
+    def _chunk(self, kwargs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+        """Arguments of the decoder for columns `start … stop - 1`."""
+        x, mask, chunk = kwargs["inputs_embeds"], kwargs.get("attention_mask"), dict(kwargs)
+        batch, width = x.shape[:2]
+        chunk["inputs_embeds"] = x[:, start:stop]
+        chunk["position_ids"] = kwargs["position_ids"][..., start:stop]
+        if mask is not None:
+            chunk["attention_mask"] = mask[:, : mask.shape[1] - (width - stop)]
+        if kwargs.get("cache_position") is not None:
+            chunk["cache_position"] = kwargs["cache_position"][start:stop]
+        index = torch.arange(start, stop, device=x.device).expand(batch, -1)
+        self.adapter.gather_extra(chunk, index, None)
+        return chunk
 
 
-def remove(model: Any) -> None:
-    """Undo `install`; safe to call twice."""
-    model.__dict__.pop(PREFILL, None)
+def _last_start(width: int, size: int) -> int:
+    return (width - 1) // size * size
 
 
-def _one_pass(
-    carries_features: Callable[[dict[str, Any]], bool],
-    model: Any,
-    input_ids: Any,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    chunked = getattr(generation_config, "prefill_chunk_size", None) is not None
-    if chunked and carries_features(model_kwargs):
-        generation_config = copy.copy(generation_config)
-        generation_config.prefill_chunk_size = None
-    return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+def _bounds(width: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, width, size):
+        yield start, min(start + size, width)
+
+
+def whole_output(out: Any, earlier: list[Tensor]) -> Any:
+    """The output of the last chunk, with the hidden states of the chunks before in front."""
+    if not earlier:
+        return out
+    if isinstance(out, tuple):
+        return (torch.cat([*earlier, out[0]], dim=1), *out[1:])
+    out.last_hidden_state = torch.cat([*earlier, out.last_hidden_state], dim=1)
+    return out
+
+
+def _one_pass(size: Any, why: str) -> None:
+    """Say that a prompt is not chunked."""
+    warnings.warn(
+        f"prefill_chunk_size={size} is not applied to a prompt with media: {why}. The prompt runs "
+        "in one pass. Use an entry reducer, or leave the option out.",
+        PrefillWarning,
+        stacklevel=3,
+    )

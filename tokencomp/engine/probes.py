@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine import compat
-from tokencomp.engine.cache import physical_length
+from tokencomp.engine.cache import physical_length, stored_keys
 from tokencomp.engine.layout import LiveSpan, RowLayout
 from tokencomp.engine.parallel import gather_heads, unsharded
 from tokencomp.tokens import Attention
@@ -161,7 +161,7 @@ def _with_past(cached: Any, past: int, sample: int, current: Tensor) -> Tensor:
     """Keys of earlier turns (real rows only) in front of the sample's own, (kv heads, N, d)."""
     if past == 0:
         return current
-    old, valid = cached.keys[sample, :, :past], getattr(cached, "valid", None)
+    old, valid = stored_keys(cached)[sample, :, :past], getattr(cached, "valid", None)
     if valid is not None:
         old = old[:, valid[sample, :past].to(old.device)]
     return torch.cat([old.to(current.device), current], dim=1)

@@ -12,7 +12,6 @@ from tokencomp.engine import compat
 from tokencomp.errors import (
     AlreadyCompressedError,
     OptionError,
-    UnsupportedCacheError,
 )
 
 PREPARED = "_original_forward"  # where Accelerator.prepare keeps what mixed precision wraps
@@ -38,18 +37,13 @@ def check_prefill(
 
     Raises
     ------
-    AlreadyCompressedError, UnsupportedCacheError, OptionError
+    AlreadyCompressedError, OptionError
     """
-    shape, mask = kwargs["inputs_embeds"].shape[:2], kwargs.get("attention_mask")
+    shape = kwargs["inputs_embeds"].shape[:2]
     if shape != kinds.shape:
         raise AlreadyCompressedError(
             f"the decoder got {tuple(shape)} tokens for a prompt of {tuple(kinds.shape)}: "
             "something else already shortened it. Undo the other method before patch()."
-        )
-    if isinstance(mask, dict) or (mask is not None and mask.ndim != 2):
-        raise UnsupportedCacheError(
-            "the attention mask was prepared before the decoder (static cache, or a custom 4-D "
-            "mask). Use the default DynamicCache and a 2-D attention_mask."
         )
     if compat.recomputed(adapter.layers[0]):
         _check_recomputation(between_layers, proportional)

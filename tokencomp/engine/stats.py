@@ -40,6 +40,9 @@ class Stats:
     reduce_seconds
         Host time spent on the stages of this prefill, their scores included (on a GPU: launching,
         not waiting).
+    prefill_chunk
+        Columns of the compressed prompt that the decoder took at a time (`prefill_chunk_size`);
+        None: all.
     """
 
     spans: list[list[VisualSpan]]
@@ -51,6 +54,7 @@ class Stats:
     past: int = 0
     past_rows: list[int] = field(default_factory=list)
     reduce_seconds: float = 0.0
+    prefill_chunk: int | None = None
     _kept: list[list[list[Tensor | None]]] = field(default_factory=list, repr=False)
 
     @property
@@ -182,5 +186,6 @@ def collect(forward: ForwardPass, cache: Any) -> Stats:
         past=forward.segments[0].logical,
         past_rows=[s.physical for s in forward.segments for _ in range(s.first, s.stop)],
         reduce_seconds=forward.reduce_seconds,
+        prefill_chunk=forward.chunk,
         _kept=[[[live.index for live in row] for row in layout.spans] for layout in forward.kept],
     )

@@ -1,0 +1,79 @@
+"""The 2-D padding mask inside a mask that was prepared for the attention backend before the call.
+
+`generate` prepares the masks of static caches before the model runs, by logical column of the
+uncompressed prompt. A compressed prompt needs another one, which transformers builds again from
+the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.errors import UnsupportedCacheError
+
+FULL = "full_attention"  # the kind of decoder layer that tokencomp compresses
+
+
+def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
+    """The 2-D mask (B, past + queries) from which `mask` was made.
+
+    Parameters
+    ----------
+    mask
+        What a decoder takes as `attention_mask`: None, a 2-D mask, a mask (B, 1, queries, columns)
+        of bool or of numbers that are added to logits, or a mapping from kinds of layers to those.
+    queries
+        Columns of the call.
+    past
+        Columns before them.
+
+    Returns
+    -------
+    Tensor of bool, or None where every column is real. A 2-D mask comes back as it is.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        The mask hides more than padding and what is to come.
+    """
+    if isinstance(mask, Mapping):
+        if set(mask) != {FULL}:
+            raise _refusal(f"a mask for each of {', '.join(sorted(mask))}")
+        mask = mask[FULL]
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+        return mask
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2] != queries:
+        given = tuple(mask.shape) if hasattr(mask, "shape") else mask
+        raise _refusal(f"a {type(mask).__name__} of shape {given}")
+    seen = mask if mask.dtype == torch.bool else mask >= 0
+    if seen.shape[-1] < past + queries:
+        raise _refusal(f"of {seen.shape[-1]} columns for {past + queries} tokens (a short cache)")
+    padding = seen[:, 0, -1, : past + queries]  # the last query sees every real column
+    if not _only_padding(seen, padding, past):
+        raise _refusal("a 4-D mask that hides other columns than padding on the left")
+    return padding
+
+
+def _only_padding(seen: Tensor, padding: Tensor, past: int) -> bool:
+    """Whether `seen` (B, heads, q, columns) is causal with `padding` at every real query."""
+    columns, queries = seen.shape[-1], seen.shape[-2]
+    if padding.shape[1] < past + queries:
+        return False
+    order = torch.arange(columns, device=seen.device)
+    causal = order <= past + torch.arange(queries, device=seen.device)[:, None]
+    real = torch.nn.functional.pad(padding, (0, columns - padding.shape[1]))
+    expected = causal & real[:, None, None, :]
+    ignored = ~padding[:, None, past:, None]  # rows of padding are never read
+    return bool(((seen == expected) | ignored).all())
+
+
+def _refusal(given: str) -> UnsupportedCacheError:
+    return UnsupportedCacheError(
+        f"attention_mask is {given}, made before the decoder was called. A compressed prompt needs "
+        "the 2-D mask of padding, or one that transformers prepared from it for a static cache "
+        "with sdpa or eager attention. Pass the 2-D attention_mask of the processor."
+    )
