@@ -94,6 +94,15 @@ class MissingDependencyError(TokenCompError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
 
+def copy_error(model_name: str) -> CopyError:
+    """Build the error for a copy of a patched model of that class."""
+    return CopyError(
+        f"{model_name} is patched: copy.deepcopy and pickle would copy hooks that act for the "
+        "original (also under handle.disabled()). Call tokencomp.unpatch(model) first, and patch() "
+        "the model and its copy afterwards."
+    )
+
+
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UnknownNameError:
     """Build the error for an unknown `kind` ("reducer", "model", ...), with close matches."""
     names = sorted(allowed)

@@ -322,9 +322,11 @@ class Handle:
         proportional = self._hooks.proportional is not None
         ready = _make_plan(request, self._hooks.adapter, proportional)
         self._request = request
-        self._hooks.remove()
-        self._hooks.plan, self._hooks.stats = ready, None
-        self._install()
+        try:
+            self._hooks.change(ready)
+        except BaseException:  # without all its hooks the patch would run something else
+            self.remove()
+            raise
         return self
 
     def _check_active(self) -> None:

@@ -310,7 +310,7 @@ def test_a_compiled_foreign_forward_is_refused() -> None:
 def test_reduce_seconds_has_the_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that only scoring moves."""
     family, clock = FAMILIES["qwen2_vl"], [0.0]
-    scores = f"{name}_scores"
+    scores = {"entry": "input_scores", "layer": "layer_scores"}[name]
     real = getattr(forward, scores)
 
     def slow(*args: object) -> object:

@@ -60,11 +60,19 @@ def test_set_while_others_call(name: str) -> None:
 
 def test_a_call_that_was_interrupted_blocks_nobody() -> None:
     """An interrupt from the keyboard skips hooks; the thread that had it can still change."""
-    gate = CallGate()
-    gate.enter()
+    gate = CallGate("Model")
+    gate.enter(1)
+    gate.enter(2)
     with gate.change(), gate.change():
         pass
-    dead = threading.Thread(target=gate.enter)
+    gate.enter(1)  # the next call of the thread ends what was left over
+    gate.leave(1)
+    other = threading.Thread(target=lambda: gate.change().__enter__())
+    other.start()
+    other.join(10)
+    assert not other.is_alive()
+    gate = CallGate("Model")
+    dead = threading.Thread(target=gate.enter, args=(1,))
     dead.start()
     dead.join()
     with gate.change():
@@ -72,14 +80,14 @@ def test_a_call_that_was_interrupted_blocks_nobody() -> None:
 
 
 def test_changes_and_calls_exclude_each_other() -> None:
-    gate, order = CallGate(), []
+    gate, order = CallGate("Model"), []
 
     def call() -> None:
-        gate.enter()
+        gate.enter(1)
         order.append("call")
         time.sleep(0.05)
         order.append("end")
-        gate.leave()
+        gate.leave(1)
 
     with gate.change():
         thread = threading.Thread(target=call)

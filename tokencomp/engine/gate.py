@@ -5,54 +5,100 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokencomp.errors import copy_error
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
 POLL_SECONDS = 0.1  # how often a waiting change looks whether a calling thread has died
 
 
 class CallGate:
-    """Counts running calls by thread, and lets one thread at a time change what calls depend on.
+    """Knows which threads are in a call, and lets one thread at a time change what calls read.
 
-    A thread that died, or the calling thread itself, never blocks a change: their calls have
-    ended without a word (an interrupt from the keyboard skips the hooks that would say so).
+    A thread that has died, or the thread that makes the change, never blocks it: an interrupt from
+    the keyboard ends a call without the hooks that would say so.
+
+    Parameters
+    ----------
+    model_name
+        Class of the patched model, for errors.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
         self._condition = threading.Condition()
-        self._running: dict[int, threading.Thread] = {}
+        self._calls: dict[int, tuple[threading.Thread, list[int]]] = {}
         self._changing: int | None = None
+        self._handles: list[RemovableHandle] = []
 
-    def enter(self) -> None:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise copy_error(self._model_name)
+
+    def install(self, *modules: nn.Module) -> None:
+        """Count calls of these modules, which may call each other. Safe to call twice."""
+        if self._handles:
+            return
+        for module in dict.fromkeys(modules):
+            enter = module.register_forward_pre_hook(self._enter)
+            leave = module.register_forward_hook(self._leave, always_call=True)
+            self._handles += [enter, leave]
+
+    def remove(self) -> None:
+        """Undo `install`; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.enter(id(module))
+
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.leave(id(module))
+
+    def enter(self, name: int) -> None:
         """A call begins in this thread; waits while another thread makes a change."""
-        thread = threading.current_thread()
+        own = threading.get_ident()
         with self._condition:
-            while self._changing not in (None, threading.get_ident()):
+            _, names = self._calls.get(own, (None, []))
+            while not names and self._changing not in (None, own):
                 self._condition.wait()
-            self._running[threading.get_ident()] = thread
+            # A name that is there already is left over from a call that was interrupted.
+            names = [*names[: names.index(name)], name] if name in names else [*names, name]
+            self._calls[own] = threading.current_thread(), names
 
-    def leave(self) -> None:
+    def leave(self, name: int) -> None:
         """The call of this thread has ended; safe to call twice."""
+        own = threading.get_ident()
         with self._condition:
-            self._running.pop(threading.get_ident(), None)
+            thread, names = self._calls.pop(own, (threading.current_thread(), []))
+            if name in names and names.index(name) > 0:
+                self._calls[own] = thread, names[: names.index(name)]
             self._condition.notify_all()
 
     @contextlib.contextmanager
     def change(self) -> Iterator[None]:
         """Alone inside the block: no other thread is in a call, and none begins one."""
         own = threading.get_ident()
+        if self._changing == own:  # a change that is part of another
+            yield
+            return
         with self._condition:
-            if self._changing == own:  # a change that is part of another
-                nested = True
-            else:
-                nested = False
-                while self._changing is not None:
-                    self._condition.wait()
-                self._changing = own
-                while any(i != own and t.is_alive() for i, t in self._running.items()):
-                    self._condition.wait(POLL_SECONDS)
+            while self._changing is not None:
+                self._condition.wait()
+            self._changing = own
+            while any(i != own and t.is_alive() for i, (t, _) in self._calls.items()):
+                self._condition.wait(POLL_SECONDS)
         try:
             yield
         finally:
-            if not nested:
-                with self._condition:
-                    self._changing = None
-                    self._condition.notify_all()
+            with self._condition:
+                self._changing = None
+                self._condition.notify_all()

@@ -33,6 +33,7 @@ from tokencomp.engine.decode import (
     plain_mask,
 )
 from tokencomp.engine.forward import ForwardPass, build_segments
+from tokencomp.engine.gate import CallGate
 from tokencomp.engine.layout import RowLayout, full_layout
 from tokencomp.engine.outputs import restore
 from tokencomp.engine.packing import sequence_lengths, text_positions
@@ -50,7 +51,12 @@ from tokencomp.engine.refusals import check_prefill
 from tokencomp.engine.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.tower import TowerProbe, check_signals
 from tokencomp.engine.window import check_attention_window
-from tokencomp.errors import CopyError, NoVisualInputError, TokenCompError, UncompressedWarning
+from tokencomp.errors import (
+    NoVisualInputError,
+    TokenCompError,
+    UncompressedWarning,
+    copy_error,
+)
 from tokencomp.plan import Plan
 from tokencomp.tokens import Attention
 
@@ -91,7 +97,9 @@ class Hooks:
         self._prefill = ChunkedPrefill(adapter, self._local, self._compresses, self._forget_stats)
         self._prompt_length = PromptLength()
         self._warned_hidden = False
+        self.gate = CallGate(type(adapter.model).__name__)
         self._handles: list[RemovableHandle] = []
+        self._plan_handles: list[RemovableHandle] = []
         self._layered = False
         self._tower: TowerProbe | None = None
         self._lock = threading.Lock()
@@ -102,7 +110,9 @@ class Hooks:
     # -- installation ---------------------------------------------------------------------------
 
     def install(self) -> None:
+        """Hook the model; what depends on the plan is hooked apart, see `change`."""
         a, add = self.adapter, self._handles.append
+        self.gate.install(a.top, a.body)  # first, so that a waiting call has run no other hook
         for module, pre, post in (
             (a.top, self._top, self._top_done),
             (a.body, self._body, self._body_done),
@@ -112,13 +122,7 @@ class Hooks:
             add(module.register_forward_hook(post, with_kwargs=True, always_call=True))
         if not a.mrope:
             add(a.decoder.rotary_emb.register_forward_pre_hook(self._rotary, with_kwargs=True))
-        self._install_scores()
-        wanted = check_signals(self.plan, a)
-        if wanted:
-            self._tower = TowerProbe(a, wanted, off=lambda: self.disabled)
-            self._tower.install()
-        if self.plan.layer_stages:
-            self._install_layers()
+        self._install_plan()
         if self.proportional is not None:
             self.proportional.install()
         self._prefill.install()
@@ -126,13 +130,56 @@ class Hooks:
         self._prompt_length.install(a.top)
         a.install()
 
+    def change(self, plan: Plan) -> None:
+        """Put another plan in force, between the calls of all threads.
+
+        Only hooks inside of the decoder and the tower change. A call that waits meanwhile has
+        already read the list of the hooks around it, which therefore must stay.
+        """
+        with self.gate.change():
+            self._remove_plan()
+            self.plan, self.stats = plan, None
+            self._install_plan()
+
+    def remove(self) -> None:
+        """Undo `install`; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._remove_plan()
+        self.gate.remove()
+        if self.proportional is not None:
+            self.proportional.remove()
+        self._prefill.remove()
+        self._batches.remove()
+        self._prompt_length.remove(self.adapter.top)
+        self.adapter.uninstall()
+
+    def _install_plan(self) -> None:
+        self._install_scores()
+        signals = check_signals(self.plan, self.adapter)
+        if signals:
+            self._tower = TowerProbe(self.adapter, signals, off=lambda: self.disabled)
+            self._tower.install()
+        if self.plan.layer_stages:
+            self._install_layers()
+
+    def _remove_plan(self) -> None:
+        for handle in self._plan_handles:
+            handle.remove()
+        self._plan_handles.clear()
+        self._layered = False
+        if self._tower is not None:
+            self._tower.remove()
+            self._tower = None
+
     def _install_scores(self) -> None:
         for stage in self.plan.layer_stages:
             for signal in stage.reducer.needs if stage.fraction > 0 else ():
                 if isinstance(signal, Attention) and signal.layer == "previous":
                     attn: Any = self.adapter.layers[stage.layer - 1].self_attn
                     score = functools.partial(self._attention, stage.layer, signal)
-                    self._handles.append(attn.register_forward_hook(score, with_kwargs=True))
+                    self._plan_handles.append(attn.register_forward_hook(score, with_kwargs=True))
 
     def _install_layers(self) -> None:
         """Hook every decoder layer, once: some hold other rows than the first.
@@ -145,29 +192,10 @@ class Hooks:
             self._layered = True
             for i, layer in enumerate(self.adapter.layers):
                 hook = functools.partial(self._layer, i)
-                self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._layered = False
-        if self._tower is not None:
-            self._tower.remove()
-            self._tower = None
-        if self.proportional is not None:
-            self.proportional.remove()
-        self._prefill.remove()
-        self._batches.remove()
-        self._prompt_length.remove(self.adapter.top)
-        self.adapter.uninstall()
+                self._plan_handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise CopyError(
-            f"{type(self.adapter.model).__name__} is patched: copy.deepcopy and pickle would copy "
-            "hooks that act for the original (also under handle.disabled()). Call "
-            "tokencomp.unpatch(model) first, and patch() the model and its copy afterwards."
-        )
+        raise copy_error(type(self.adapter.model).__name__)
 
     @property
     def disabled(self) -> bool:

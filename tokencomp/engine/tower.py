@@ -70,7 +70,11 @@ class TowerProbe:
         self._handles.clear()
 
     @torch.compiler.disable
-    def _tower(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _tower(
+        self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        # torch leaves kwargs out if another thread removes the hook while this one is called
+        kwargs = kwargs or {}
         self._seen.grids = compat.bind(tower, args, kwargs).get("grid_thw")
 
     @torch.compiler.disable
