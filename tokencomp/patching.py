@@ -1,11 +1,9 @@
-"""`patch`, `unpatch` and the handle between them."""
+"""`patch`, `unpatch`, and the handle of a patched model."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -19,64 +17,21 @@ from tokencomp.context_window import (
     restore_visual_context,
 )
 from tokencomp.engine.hooks import Hooks
-from tokencomp.engine.proportional import check_merges
 from tokencomp.engine.refusals import refuse_foreign
 from tokencomp.engine.stats import Stats
 from tokencomp.engine.tower import check_signals
 from tokencomp.errors import OptionError
+from tokencomp.method import MethodSpec, two_ratios
 from tokencomp.plan import Plan, check_ratio
 from tokencomp.plan_json import PlanLike, as_plan
 from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import make_reducer
 from tokencomp.trained.cards import model_facts
 from tokencomp.validation import check_choice
 
-DEFAULT_REDUCER = "condiv"  # chosen on validation: docs/decisions/0001-default-reducer.md
 # Where a patched model keeps its handle: both are freed together, and no state_dict shows it.
 ATTRIBUTE = "_tokencomp_handle"
-FIXED = {"strict", "positions", "extend_context", "proportional_attention"}  # of the whole patch
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the stages in force were asked for by: a plan made by hand, or all the rest."""
-
-    ratio: float = 0.5
-    reducer: str | Reducer = "auto"
-    options: dict[str, Any] = field(default_factory=dict)
-    plan: Plan | None = None
-
-    def __post_init__(self) -> None:
-        check_ratio(self.ratio)
-        beside = [] if self.reducer == "auto" else [f"reducer={self.reducer!r}"]
-        beside += [f"{name}={value!r}" for name, value in self.options.items()]
-        if self.plan is not None and beside:
-            raise OptionError(
-                f"plan=... together with {', '.join(beside)}: a plan names its reducers, with "
-                "their options, in its stages. Leave out the plan, or everything else."
-            )
-
-    def changed(
-        self,
-        ratio: float | None,
-        reducer: str | Reducer | None,
-        plan: Plan | None,
-        options: dict[str, Any],
-    ) -> Request:
-        """The request after `Handle.set`; None: not given."""
-        if plan is not None:
-            if ratio is not None:
-                raise OptionError(_two_ratios(ratio))
-            return Request(self.ratio, reducer or "auto", options, plan)
-        if reducer is not None:
-            return Request(self.ratio if ratio is None else ratio, reducer, options)
-        if self.plan is not None and (ratio is not None or options):
-            raise OptionError(
-                "the stages in force were made by hand (plan=...), so there is no reducer that "
-                "could plan for another ratio or option. Give set(reducer=...) too, or a new plan."
-            )
-        ratio = self.ratio if ratio is None else ratio
-        return dataclasses.replace(self, ratio=ratio, options={**self.options, **options})
+# Arguments of `patch` that `Handle.set` cannot change.
+FIXED = {"strict", "positions", "extend_context", "proportional_attention"}
 
 
 def patch(
@@ -104,7 +59,7 @@ def patch(
     reducer
         A name from `tokencomp.available_reducers()`, a `Reducer`, or "auto".
     plan
-        Stages made by hand, instead of `ratio`, `reducer` and options: a `Plan`, its JSON form
+        Explicit stages, instead of `ratio`, `reducer` and options: a `Plan`, its JSON form
         `[{"layer": 0, "fraction": 0.5, "reducer": "merge"}, ...]` (see `plan_to_json`), or the
         path of a JSON file.
     strict
@@ -158,33 +113,62 @@ def patch(
     AlreadyCompressedError
         The model carries another method's changes.
     """
+    if plan is not None and ratio is not None:
+        raise OptionError(two_ratios(check_ratio(ratio)))
+    stages = None if plan is None else as_plan(plan)
+    ratio = 0.5 if ratio is None else ratio
+    spec = MethodSpec(reducer, ratio, options, stages, proportional_attention)
+    return apply(model, spec, strict=strict, positions=positions, extend_context=extend_context)
+
+
+def apply(
+    model: nn.Module,
+    spec: MethodSpec,
+    *,
+    strict: bool = False,
+    positions: Literal["original", "compact"] = "original",
+    extend_context: bool | int = False,
+) -> Handle:
+    """`patch` with a ready method spec, under which everything else is as described there."""
     adapter = adapter_for(model)
-    base = adapter.model
-    refuse_foreign(base)
+    refuse_foreign(adapter.model)
     check_choice("patch", "positions", positions, ("original", "compact"))
     if positions == "compact" and adapter.mrope:
         raise OptionError(
             f"positions='compact': {adapter.family} has three rows of positions (time, height, "
             "width), which cannot be renumbered without losing the grid. Leave it at 'original'."
         )
-    if plan is not None and ratio is not None:
-        raise OptionError(_two_ratios(check_ratio(ratio)))
-    made = None if plan is None else as_plan(plan)
-    request = Request(0.5 if ratio is None else ratio, reducer, options, made)
-    ready = _make_plan(request, adapter, proportional_attention)
-    hooks = Hooks(adapter, ready, strict, positions == "compact", proportional_attention)
-    earlier, context = base.__dict__.get(ATTRIBUTE), None
+    plan = _make_plan(spec, adapter)
+    hooks = Hooks(adapter, plan, strict, positions == "compact", spec.proportional_attention)
+    earlier, context = adapter.model.__dict__.get(ATTRIBUTE), None
     if earlier is not None:
-        earlier._suspend()  # before its window is replaced, so that it knows of it
+        earlier.suspend()  # before its window is replaced, so that it can restore that window
     try:
         if extend_context is not False:
             target = 4 * VISUAL_WINDOW if extend_context is True else extend_context
-            context = extend_visual_context(base, target)
-        return Handle(hooks, request, context, earlier)
+            context = extend_visual_context(adapter.model, target)
+        return Handle(hooks, spec, context, earlier)
     except BaseException:
         if earlier is not None:
-            earlier._resume()
+            earlier.resume()
         raise
+
+
+def check(model: nn.Module, spec: MethodSpec) -> None:
+    """Raise what `apply(model, spec)` would raise, without touching the model.
+
+    Raises
+    ------
+    PlanError, OptionError
+        Stages or signals that the decoder or the vision tower of the model does not have.
+    WeightsError
+        The reducer is trained, and its weights are missing or belong to another model.
+    UnsupportedModelError, AlreadyCompressedError
+        No adapter serves the model, or another method has changed it.
+    """
+    adapter = adapter_for(model)
+    refuse_foreign(adapter.model)
+    _make_plan(spec, adapter)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -195,7 +179,7 @@ def unpatch(model: nn.Module) -> None:
     """
     base = unwrap(model)
     if isinstance(base, Handle):
-        base.remove()  # of what replaced it nothing, if it was replaced
+        base.remove()  # if a later patch replaced this one, the later patch stays in place
         return
     if not isinstance(base, nn.Module):
         raise OptionError(f"unpatch({model!r}): expected a model, or the handle of its patch.")
@@ -207,17 +191,17 @@ def unpatch(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def unpatched(model: nn.Module) -> Iterator[None]:
-    """`model` without its patch inside the block, if it has one."""
+    """Suspend the patch of `model`, if it has one, inside the block."""
     handle = unwrap(model).__dict__.get(ATTRIBUTE)
     if handle is None:
         yield
         return
-    handle._suspend()
+    handle.suspend()
     try:
         yield
     finally:
-        if handle._replaced:
-            handle._resume()
+        if handle.suspended:
+            handle.resume()
 
 
 class Handle:
@@ -226,12 +210,12 @@ class Handle:
     def __init__(
         self,
         hooks: Hooks,
-        request: Request,
+        spec: MethodSpec,
         context: VisualContext | None = None,
         earlier: Handle | None = None,
     ) -> None:
-        self._hooks, self._request, self._context = hooks, request, context
-        self._earlier = earlier  # what to bring back on leaving a block
+        self._hooks, self._spec, self._context = hooks, spec, context
+        self._earlier = earlier  # the patch to resume when a `with` block ends
         self._active = self._entered = False
         self._start()
 
@@ -243,13 +227,13 @@ class Handle:
     def __exit__(self, *exc: object) -> None:
         earlier = self._earlier if self._active else None
         self.remove()
-        if earlier is not None and earlier._replaced:
-            earlier._resume()
+        if earlier is not None and earlier.suspended:
+            earlier.resume()
 
     def remove(self) -> None:
         """Restore the model, see `unpatch`. Safe to call twice."""
         self._stop()
-        self._replaced, self._earlier = False, None
+        self.suspended, self._earlier = False, None
 
     def _stop(self) -> None:
         if self._active:
@@ -259,16 +243,17 @@ class Handle:
                 self._context.remove()
             del self._hooks.adapter.model.__dict__[ATTRIBUTE]
 
-    def _suspend(self) -> None:
-        """Stop, until the later patch's `with` block ends."""
+    def suspend(self) -> None:
+        """Restore the model, until `resume` or `remove` is called."""
         if self._context is not None and not self._context.in_force:
             self._context = None  # undone, or replaced by another extension: not ours any more
         self._stop()
-        self._replaced = True
+        self.suspended = True
         if not self._entered:  # else a chain of patches would keep all of them alive
             self._earlier = None
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Patch the model again after `suspend`; the plan stays the same."""
         adapter, context = self._hooks.adapter, self._context
         if context is not None:
             free = not is_extended(adapter)
@@ -277,14 +262,14 @@ class Handle:
         self._start()
 
     def _start(self) -> None:
-        self._active, self._replaced = True, False
+        self._active, self.suspended = True, False
         self._hooks.adapter.model.__dict__[ATTRIBUTE] = self
         self._install()
 
     def _install(self) -> None:
         try:
             self._hooks.install()
-        except BaseException:  # no hook stays where no handle reaches it
+        except BaseException:  # without a handle nobody could remove the hooks installed so far
             self.remove()
             raise
 
@@ -305,10 +290,10 @@ class Handle:
         plan: PlanLike | None = None,
         **options: Any,
     ) -> Handle:
-        """Change ratio, reducer or options in place; what is not given stays.
+        """Change ratio, reducer or options in place; arguments left out keep their values.
 
-        A new reducer starts from its own default options. A plan replaces all of them; after one,
-        a new ratio needs a reducer too.
+        A new reducer starts from its own default options. A plan replaces all of them; after a
+        plan, a new ratio needs a reducer too.
         """
         self._check_active()
         fixed = sorted(FIXED & set(options))
@@ -317,13 +302,12 @@ class Handle:
                 f"set({fixed[0]}=...) cannot be changed in place: it belongs to the patch. Call "
                 f"tokencomp.patch(model, ..., {fixed[0]}={options[fixed[0]]!r}) again."
             )
-        made = None if plan is None else as_plan(plan)
-        request = self._request.changed(ratio, reducer, made, options)
-        proportional = self._hooks.proportional is not None
-        ready = _make_plan(request, self._hooks.adapter, proportional)
-        self._request = request
+        stages = None if plan is None else as_plan(plan)
+        spec = self._spec.changed(ratio, reducer, stages, options)
+        new_plan = _make_plan(spec, self._hooks.adapter)
+        self._spec = spec
         try:
-            self._hooks.change(ready)
+            self._hooks.change(new_plan)
         except BaseException:  # without all its hooks the patch would run something else
             self.remove()
             raise
@@ -357,20 +341,10 @@ class Handle:
         return f"<tokencomp.Handle {family}: {stages or 'off'} ({state})>"
 
 
-def _two_ratios(ratio: float) -> str:
-    return f"plan=... together with ratio={ratio!r}: a plan has its own fractions. Leave one out."
-
-
-def _make_plan(request: Request, adapter: Adapter, proportional: bool) -> Plan:
-    num_layers, plan = len(adapter.layers), request.plan
-    made: Reducer | None = None
-    if plan is None:
-        name = DEFAULT_REDUCER if request.reducer == "auto" else request.reducer
-        made = make_reducer(name, **request.options)
-        plan = made.plan(check_ratio(request.ratio), num_layers)
-        plan = plan.not_before(adapter.first_layer_stage, num_layers)
-    if proportional:
-        check_merges(plan, made)
+def _make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
+    """The stages of a spec in one decoder, with reducers that have loaded their weights."""
+    num_layers = len(adapter.layers)
+    plan = spec.stages(num_layers, adapter.first_layer_stage)
     plan.check(num_layers, adapter.first_layer_stage)
     check_signals(plan, adapter)
     return plan.bind(model_facts(adapter))

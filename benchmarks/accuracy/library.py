@@ -14,8 +14,8 @@ from tokencomp.cli import one_message
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.metrics import McNemar, Retention, mcnemar, retention
-from tokencomp.evaluation.runner import Run as EvalRun
 from tokencomp.evaluation.runner import sweep
+from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import (
     DOWNSCALE,
     FEWER_FRAMES,
@@ -24,15 +24,19 @@ from tokencomp.evaluation.settings import (
     Setting,
 )
 from tokencomp.inputs.loading import load_model
-from tokencomp.inputs.questions import Example, shapesqa
+from tokencomp.inputs.questions import Example
+from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.pages.plots import Point, lines
-from tokencomp.patching import DEFAULT_REDUCER
+from tokencomp.reducers.base import Reducer
+from tokencomp.shapesqa.examples import shapesqa
 from tokencomp.shapesqa.items import SIZE, items
 from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES
+from tokencomp.storage import replace_file, write_json
 from tokencomp.tokens import TOWER_SIGNALS
-from tokencomp.trained.cards import locate, model_facts, replace_file, write_json
+from tokencomp.trained.cards import locate, model_facts
 from tokencomp.training.data import ShapesQuestions
-from tokencomp.training.measure import Measurement, Way
+from tokencomp.training.measure import Measurement
+from tokencomp.training.relevance import TARGET, Target
 from tokencomp.zoo import available_models, load, metrics
 
 __all__ = [
@@ -81,6 +85,20 @@ __all__ = [
     "sweep",
     "write_json",
 ]
+
+
+def Way(
+    name: str,
+    ratio: float = 0.0,
+    reducer: str | Reducer | None = None,
+    options: dict[str, Any] | None = None,
+    variant: str = "",
+    target: Target = TARGET,
+) -> Setting:
+    """A setting by the name of its row; without a reducer, the one that the row is named after."""
+    method = (reducer or name) if ratio else FULL
+    chosen = options if ratio and options else {}
+    return Setting(method, ratio, chosen, name=name, variant=variant, target=target)
 
 
 def predictions(record: dict[str, Any]) -> dict[str, str]:

@@ -104,7 +104,7 @@ def tower_once(model: torch.nn.Module) -> Iterator[None]:
 
 def watches_tower(setting: Setting) -> bool:
     """Whether the reducer reads signals of the vision tower, which then has to run."""
-    if not setting.compresses:
+    if not setting.active:
         return False
     return bool(make_reducer(setting.reducer, **setting.options).needs & TOWER_SIGNALS)
 

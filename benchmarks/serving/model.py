@@ -12,7 +12,7 @@ def build(folder: Path, hidden: int = 512, layers: int = 8) -> Path:
     from safetensors.torch import save_file
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    from tokencomp.zoo.export import write_json
+    from tokencomp.storage import write_json
     from tokencomp.zoo.families import family
     from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
 

@@ -50,7 +50,8 @@ def filled(folder: Path, sets: list[str], right: dict[str, list[int]]) -> traine
     card = folder / "card.json"
     card.write_text(json.dumps(CARD))
     book = trained.Book("adsc", arguments(folder, sets), RIVALS)
-    ways = [Way(k.partition("@")[0], float(k.partition("@")[2])) for k in right if k != "full@0"]
+    rows = [k.partition("@") for k in right if k != "full@0"]
+    ways = [Way(name, float(ratio), "uniform") for name, _, ratio in rows]
     for title in sets:
         measured = Measurement({}, None)
         measured.records = answers(right)

@@ -10,7 +10,7 @@ import pytest
 from cli_support import run
 
 import tokencomp
-from tokencomp.evaluation import Setting
+from tokencomp.evaluation import Setting, patches
 from tokencomp.inputs import loading
 from tokencomp.lmms import tasks as benchmarks
 from tokencomp.zoo import SAMPLES
@@ -26,16 +26,16 @@ STAGES = [
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """Options of every call of `tokencomp.patch`, which still patches."""
-    calls, real = [], tokencomp.patch
+def specs(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Spec and stages of every patch that a command applies."""
+    calls, real = [], patches.apply
 
-    def patch(model, ratio=None, **options):
-        handle = real(model, ratio, **options)
-        calls.append({"ratio": ratio, **options, "stages": handle.plan})
+    def apply(model, spec):
+        handle = real(model, spec)
+        calls.append((spec, handle.plan))
         return handle
 
-    monkeypatch.setattr(tokencomp, "patch", patch, raising=False)
+    monkeypatch.setattr(patches, "apply", apply)
     return calls
 
 
@@ -53,25 +53,25 @@ def ask(command: str, folder: Path, tmp_path: Path, *args: object) -> int:
 
 
 @pytest.mark.parametrize("command", SHORT)
-def test_a_composition(command, folder, tmp_path, asked, capsys):
+def test_a_composition(command, folder, tmp_path, specs, capsys):
     code = ask(
         command, folder, tmp_path,
         "-r", "merge+prune", "--ratio", "0.6", *SETS, "--proportional-attention",
     )  # fmt: skip
     assert code == 0 and "merge+prune" in capsys.readouterr().out
     stages = tokencomp.make_reducer("merge+prune", **COMPOSED).plan(0.6, 6)
-    request = {"ratio": 0.6, "reducer": "merge+prune", **COMPOSED, "proportional_attention": True}
-    assert asked and all(call == {**request, "stages": stages} for call in asked)
+    setting = Setting("merge+prune", 0.6, {**COMPOSED, "proportional_attention": True})
+    assert specs and all(call == (setting, stages) for call in specs)
 
 
 @pytest.mark.parametrize("command", SHORT)
-def test_a_plan_from_a_file(command, folder, tmp_path, file, asked, capsys):
+def test_a_plan_from_a_file(command, folder, tmp_path, file, specs, capsys):
     """64 tokens: three layers see half of them, three a quarter, so 0.625 of the work is saved."""
     code = ask(command, folder, tmp_path, "--plan", file)
     out = capsys.readouterr().out
     assert code == 0 and re.search(r"plan\s[\s\S]*0\.625", out) and "32×3 16×3" in out
     plan = tokencomp.plan_from_json(STAGES)
-    assert asked and all(call["stages"] == plan for call in asked)
+    assert specs and all(stages == plan for _, stages in specs)
 
 
 @pytest.mark.parametrize("command", SHORT)
@@ -83,30 +83,31 @@ def test_missing_weights_are_told_before_any_work(command, folder, tmp_path, cap
 
 @pytest.mark.parametrize("proportional", [False, True])
 def test_eval(proportional, folder, tmp_path, file, monkeypatch):
-    """Its settings travel to lmms-eval as reducer, ratio and JSON options."""
-    told = []
+    """Its settings reach lmms-eval as objects; what is stored of them gives them back."""
+    calls = []
 
     def run_setting(loaded, name, tasks, setting, out, **how):
-        again = json.loads(json.dumps([setting.reducer, setting.ratio, setting.options]))
-        told.append((Setting(*again), out.name))
+        stored = json.loads(json.dumps(setting.identity))
+        assert Setting(*[stored[k] for k in ("reducer", "ratio", "options")]) == setting
+        calls.append((setting, out.name))
         return {}
 
     monkeypatch.setattr(benchmarks, "find_tasks", lambda *args: [])
     monkeypatch.setattr(benchmarks, "run_setting", run_setting)
     more = ["--proportional-attention"] if proportional else []
     assert run("eval", "--model", folder, "--plan", file, "-o", tmp_path / "runs", *more) == 0
-    (full, _), (random, _), (small, _), (plan, name) = told
+    (full, _), (random, _), (small, _), (plan, name) = calls
     assert full == Setting()
     assert random == Setting("random", 0.625) and small == Setting("downscale", 0.625)
     extra = {"proportional_attention": True} if proportional else {}
     stages = tokencomp.plan_from_json(STAGES)
     assert plan.ratio == 0.625
-    assert plan.request == {"plan": tokencomp.plan_to_json(stages), **extra}
+    assert plan.plan == stages and plan.proportional_attention is proportional
     assert name == "-".join(["plan-0.625", *(f"{k}={v}" for k, v in extra.items())])
-    told.clear()
+    calls.clear()
     args = ("-r", "merge+prune", "--ratio", "0.5", "--set", "share=0.7", "--no-baselines")
     assert run("eval", "--model", folder, *args, "-o", tmp_path / "runs") == 0
-    assert [s for s, _ in told] == [Setting(), Setting("merge+prune", 0.5, {"share": 0.7})]
+    assert [s for s, _ in calls] == [Setting(), Setting("merge+prune", 0.5, {"share": 0.7})]
 
 
 def test_tune_with_a_composition(folder, tmp_path):

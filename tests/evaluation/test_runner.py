@@ -255,3 +255,12 @@ def test_records_are_plain_json(loaded, examples, tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["identity"]["reducer"] == "aim"
     assert {"torch", "transformers", "tokencomp"} <= set(manifest["versions"])
+
+
+def test_records_of_earlier_releases_are_read(tmp_path):
+    """They call the predictions `told`; both names are read, the new one is returned."""
+    old = {"id": "a", "told": {"full@0": "red"}, "correct": {"full@0": True}}
+    new = {"id": "b", "predictions": {"full@0": "red"}, "correct": {"full@0": True}}
+    (tmp_path / "records.jsonl").write_text(json.dumps(old) + "\n" + json.dumps(new) + "\n")
+    assert [r["predictions"] for r in read_records(tmp_path)] == [{"full@0": "red"}] * 2
+    assert all("told" not in r for r in read_records(tmp_path))

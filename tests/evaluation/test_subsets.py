@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 
 import tokencomp
-from tokencomp.evaluation import Setting, runner, sweep
+from tokencomp.evaluation import Setting, patches, runner, sweep
 from tokencomp.evaluation.subsets import Subsets, per_question
 from tokencomp.reducers.random import Random
 from tokencomp.tokens import VisualTokens
-from tokencomp.training.measure import Measurement, Way
+from tokencomp.training.measure import Measurement
 
 HOW = {"max_new_tokens": 2, "progress": False}
 RANDOM = Setting("random", 0.75)
@@ -35,33 +36,31 @@ def test_every_question_and_span_draws_as_often_everywhere() -> None:
     assert kept(Subsets(names=("7",), seed=1), (0, 0)) != drawn[14]
 
 
-def test_only_random_is_asked_that_way() -> None:
-    request = {"ratio": 0.5, "reducer": "merge", "weighted": False}
-    assert per_question(request, ["a"]) is request
-    made = per_question({"ratio": 0.5, "reducer": "random", "seed": 3, "strict": True}, ["a"])
-    assert made == {"ratio": 0.5, "reducer": Subsets(seed=3, names=("a",)), "strict": True}
+def test_only_random_gets_subsets() -> None:
+    assert per_question(Setting("merge", 0.5, {"weighted": False}), ["a"]) is None
+    assert per_question(Setting(), ["a"]) is None
+    subsets = per_question(Setting("random", 0.5, {"seed": 3}), ["a"])
+    assert subsets == Subsets(seed=3, names=("a",))
     assert RANDOM.method != repr(tokencomp.make_reducer("random"))
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, ...]]:
     """Kept places by name of the question."""
-    found: dict[str, tuple[int, ...]] = {}
-    patch = tokencomp.patch
+    places: dict[str, tuple[int, ...]] = {}
 
-    def spying(model: Any, *args: Any, **options: Any) -> Any:
-        handle = patch(model, *args, **options)
-        inner, names = handle.remove, handle.plan.stages[0].reducer.names
+    class Spying(patches.Patches):
+        @contextlib.contextmanager
+        def applied(self, setting: Setting, names: Any) -> Any:
+            with super().applied(setting, names) as handle:
+                yield handle
+                if handle is not None:
+                    assert handle.plan.stages[0].reducer.names == tuple(names)
+                    kept = [tuple(handle.stats.kept(b)[0][0]) for b in range(len(names))]
+                    places.update(zip(names, kept, strict=True))
 
-        def remove() -> None:
-            found.update({n: tuple(handle.stats.kept(b)[0][0]) for b, n in enumerate(names)})
-            inner()
-
-        handle.remove = remove
-        return handle
-
-    monkeypatch.setattr(tokencomp, "patch", spying)
-    return found
+    monkeypatch.setattr(runner, "Patches", Spying)
+    return places
 
 
 def test_batches_halves_and_resumption_change_nothing(loaded, examples, seen, tmp_path) -> None:
@@ -80,10 +79,10 @@ def test_batches_halves_and_resumption_change_nothing(loaded, examples, seen, tm
     assert seen == {e.id: first[e.id] for e in images[1:]}
     seen.clear()
     measured = Measurement({"": loaded[0]}, loaded[1], batch=len(images), max_new_tokens=2)
-    measured.run(images, [Way("random", 0.75, "random")])
+    measured.run(images, [RANDOM])
     assert seen == first
 
 
 def test_outside_of_an_evaluation_it_is_the_reducer_itself(loaded) -> None:
-    with runner.patched(loaded[0], RANDOM) as handle:
+    with patches.patched(loaded[0], RANDOM) as handle:
         assert type(handle.plan.stages[0].reducer) is Random

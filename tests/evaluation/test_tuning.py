@@ -10,9 +10,10 @@ import pytest
 from cli_support import run
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation import Example, tuning
-from tokencomp.evaluation.runner import Run
-from tokencomp.evaluation.tuning import Candidate, candidates, pareto, read_examples
+from tokencomp.evaluation import Example, Setting, tuning
+from tokencomp.evaluation.runs import EvalRun
+from tokencomp.evaluation.tuning import Candidate, candidates, pareto
+from tokencomp.inputs.files import FileQuestions
 
 GRID = {"frames": [4, 8], "scales": [1.0, 0.5], "reducers": ["uniform"], "ratios": [0.5]}
 
@@ -27,7 +28,7 @@ def test_candidates_are_all_that_fit(loaded, examples):
         for ratio in {0.0, 0.5, max(0.0, 1 - 64 / full)}:
             if full * (1 - ratio) <= 64:
                 expected.add((frames, scale, "full" if ratio == 0 else "uniform", ratio))
-    assert {(c.frames, c.scale, c.reducer, c.ratio) for c in found} == expected
+    assert {(c.frames, c.scale, c.setting.name, c.setting.ratio) for c in found} == expected
 
 
 def test_a_budget_that_nothing_meets(loaded, examples):
@@ -38,7 +39,9 @@ def test_a_budget_that_nothing_meets(loaded, examples):
 def test_pareto_front_by_brute_force():
     rng = random.Random(0)
     points = [
-        Candidate(8, 1.0, "uniform", k / 100, rng.randrange(20), 0.0, rng.randrange(10) / 10)
+        Candidate(
+            8, 1.0, Setting("uniform", k / 100), rng.randrange(20), 0.0, rng.randrange(10) / 10
+        )
         for k in range(60)
     ]
 
@@ -57,11 +60,11 @@ def test_candidates_take_turns(monkeypatch):
     def pretend(model, processor, batch, settings, *, frames, **how):
         calls.append(([e.id for e in batch], frames))
         cost = {"correct": True, "seconds": 2.0, "per_layer": [3, 5]}
-        return {s: Run(s, [{"id": e.id, **cost} for e in batch]) for s in settings}
+        return {s: EvalRun(s, [{"id": e.id, **cost} for e in batch]) for s in settings}
 
     monkeypatch.setattr(tuning, "sweep", pretend)
     items = [Example(str(k), "?", "x") for k in range(5)]
-    given = [Candidate(n, 1.0, "full", 0.0) for n in (4, 8)]
+    given = [Candidate(n, 1.0, Setting()) for n in (4, 8)]
     found = tuning.search(None, None, items, given, batch_size=2)
     batches = [["0", "1"], ["2", "3"], ["4"]]
     turns = [(b, n) for b in batches for n in (4, 8)]
@@ -82,22 +85,19 @@ def test_tune_stays_within_the_budget(folder, tmp_path, capsys):
 
 
 def test_examples_from_a_file(tmp_path):
-    file = tmp_path / "q.jsonl"
+    file, media = tmp_path / "q.jsonl", tmp_path / "a.png"
+    media.touch()
     file.write_text('{"question": "What?", "answer": 3, "media": "a.png"}\n')
-    (found,) = read_examples(file)
-    assert (found.prompt, found.answer, found.media) == ("What?", "3", (tmp_path / "a.png",))
-    file.write_text('{"question": "What?"}\n')
-    with pytest.raises(OptionError, match="line 1"):
-        read_examples(file)
-    file.write_text("")
-    with pytest.raises(OptionError, match="no questions"):
-        read_examples(file)
+    (example,) = FileQuestions(file)
+    assert (example.prompt, example.answer, example.media) == ("What?", "3", (str(media),))
     file.write_text('{"id": 1, "question": "What?", "answer": 3, "media": "a.png"}\n' * 2)
     with pytest.raises(OptionError, match="line 2: id '1' is taken"):
-        read_examples(file)
-    file.write_bytes(bytes(range(256)))
-    with pytest.raises(OptionError, match="Give a JSON Lines file"):
-        read_examples(file)
+        FileQuestions(file)
+
+
+def test_tune_refuses_files_without_questions(folder, tmp_path, capsys):
+    assert run("tune", "--tokens", 64, "--model", folder, "--data", tmp_path / "none.jsonl") == 2
+    assert "JSON Lines file" in capsys.readouterr().err
 
 
 def test_default_families_are_those_that_the_default_model_has_learned():

@@ -39,7 +39,7 @@ def qwen2_5_vl(folder: Path) -> Path:
     from safetensors.torch import save_file
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    from tokencomp.zoo.export import write_json
+    from tokencomp.storage import write_json
 
     base = qwen2_vl(folder)
     config = json.loads((base / "config.json").read_text())
@@ -90,7 +90,7 @@ def qwen3_vl(folder: Path, experts: int = 0) -> Path:
     import transformers
     from safetensors.torch import save_file
 
-    from tokencomp.zoo.export import write_json
+    from tokencomp.storage import write_json
 
     base = qwen2_vl(folder)
     old = json.loads((base / "config.json").read_text())

@@ -16,10 +16,11 @@ import torch
 
 import tokencomp
 from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
+from tokencomp.method import MethodSpec
 from tokencomp.reducers.registry import available_reducers, make_reducer
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.launch import Bind, vllm_command
-from tokencomp.serving.spec import ServerOptions, Spec, servable
+from tokencomp.serving.spec import ServerOptions, servable
 from tokencomp.serving.vllm.item_plan import ItemPlan, Layout
 from tokencomp.serving.vllm.middleware import OwnOptionsOnly
 from tokencomp.tokens import ModelFacts, VisualSpan, VisualTokens
@@ -55,7 +56,7 @@ def test_both_backends_count_and_reduce_alike(name: str, ratio: float) -> None:
     reducer = make_reducer(name).bind(ModelFacts(mrope=False))
     stages = reducer.plan(ratio, 4).stages
     assert [s.layer for s in stages] == [0]
-    plan = ItemPlan.make("video", LAYOUTS, Spec(reducer, ratio))
+    plan = ItemPlan.make("video", LAYOUTS, MethodSpec(reducer, ratio))
     x = torch.randn(plan.full, 16, generator=torch.Generator().manual_seed(1))
     rows, index = plan.reduce(x)
     start = at = 0
@@ -93,7 +94,7 @@ def test_layouts_are_the_spans_of_the_adapters() -> None:
 
 
 def test_plans_travel_unchanged() -> None:
-    plan = ItemPlan.make("image", LAYOUTS, Spec(make_reducer("random", seed=3), 0.4))
+    plan = ItemPlan.make("image", LAYOUTS, MethodSpec(make_reducer("random", seed=3), 0.4))
     data = plan.to_tensor()
     assert data.dtype == torch.uint8 and ItemPlan.from_tensor(data) == plan
     with pytest.raises(RuntimeError, match="planned"):
@@ -110,7 +111,7 @@ def test_request_options_override_the_server_default() -> None:
     assert server.resolve({"ratio": 0.25}).describe()["options"] == {"seed": 7}
     assert server.resolve({"options": {"seed": 8}}).describe()["options"] == {"seed": 8}
     assert server.resolve({"reducer": "uniform"}).describe()["reducer"] == "uniform"
-    assert server.resolve({"ratio": 0}).describe() == Spec().describe()
+    assert server.resolve({"ratio": 0}).describe() == MethodSpec().describe()
     assert hash(server.resolve({"ratio": 0.5})) == hash(server.default)
     for wrong in ({"ratio": 0.81}, {"ratio": -1}, {"ratio": None}, {"ratio": "nan"}):
         with pytest.raises(RatioError):
@@ -326,7 +327,7 @@ def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_options_are_plain_json() -> None:
     for name in SERVABLE:
-        described = Spec(make_reducer(name), 0.5).describe()
+        described = MethodSpec(make_reducer(name), 0.5).describe()
         assert json.loads(json.dumps(described)) == described
 
 
@@ -334,7 +335,7 @@ def test_options_are_plain_json() -> None:
 def test_pooled_tokens_have_the_positions_of_the_patched_model(extent: int, position: str) -> None:
     """Between line breaks, the place of a pooled token decides the order of the rows."""
     layout = Layout((1, 6, 5), "rows")
-    plan = ItemPlan.make("image", [layout], Spec(make_reducer("pool"), 0.5), extent)
+    plan = ItemPlan.make("image", [layout], MethodSpec(make_reducer("pool"), 0.5), extent)
     x = torch.randn(layout.length, 8)
     mask = layout.span("image").special_mask()
     tokens = VisualTokens(x, layout.grid, mask, kind="image")

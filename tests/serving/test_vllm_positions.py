@@ -57,8 +57,8 @@ def test_trained_model_on_real_files(run_engine: Any, tmp_path: Any) -> None:
     """The packaged model answers ShapesQA with the server's default and with ratios of requests."""
     import hf_reference
 
-    from tokencomp.inputs.prompts import chat_text
-    from tokencomp.inputs.questions import shapesqa
+    from tokencomp.inputs.prompts import media_chat
+    from tokencomp.shapesqa.examples import shapesqa
     from tokencomp.shapesqa.items import items
     from tokencomp.zoo import model_path
 
@@ -70,7 +70,8 @@ def test_trained_model_on_real_files(run_engine: Any, tmp_path: Any) -> None:
         loaded = example.load(8)
         kinds = ["video" if isinstance(m, list) else "image" for m in loaded]
         media = [[kind, str(path)] for kind, path in zip(kinds, example.media, strict=True)]
-        prompt = chat_text(processor, loaded, example.prompt)
+        chat = media_chat(loaded, example.prompt)
+        prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         job = {"name": f"item {i}", "prompt": prompt, "media": media}
         own = {"tokencomp": {"ratio": 0.9}} if i % 2 else {}
         jobs.append({**job, **own})

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from tokencomp.evaluation import Setting, runner
 from tokencomp.inputs.questions import Example
 from tokencomp.training import measure
 from tokencomp.training.data import answer_ids, append, load_batch, questions
-from tokencomp.training.measure import Measurement, Way, longest_answer
+from tokencomp.training.measure import Measurement, longest_answer
 from tokencomp.training.relevance import relevance
 
+TARGETS = ("logit", "logprob")
 LONG = "red circle on the left of the blue square"
 
 
@@ -24,7 +26,7 @@ def parrot(monkeypatch: pytest.MonkeyPatch) -> None:
         ids = processor.tokenizer(LONG)["input_ids"][:limit]
         return [processor.tokenizer.decode(ids)] * len(inputs["input_ids"])
 
-    monkeypatch.setattr(measure, "generate", generate)
+    monkeypatch.setattr(runner, "generate", generate)
 
 
 def asked(data: str, *answers: str) -> list[Example]:
@@ -48,7 +50,7 @@ def test_the_longest_answer_is_that_of_all_parts(tiny: Any) -> None:
     assert longest_answer(tiny[1], tiny[0], source) == max(map(len, ids))
 
 
-@pytest.mark.parametrize("target", ["logit", "logprob"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_the_oracle_is_told_the_relevance_of_the_target(
     tiny: Any, data: str, monkeypatch: pytest.MonkeyPatch, target: Any
 ) -> None:
@@ -61,11 +63,11 @@ def test_the_oracle_is_told_the_relevance_of_the_target(
 
     monkeypatch.setattr(measure, "relevance", spy)
     measured = Measurement({"": model}, processor)
-    ways = [Way(str(ratio), ratio, "oracle", target=target) for ratio in (0.5, 0.75)]
-    others = [Way(t, 0.5, "oracle", target=t) for t in ("logit", "logprob") if t != target]
+    ways = [Setting("oracle", ratio, name=str(ratio), target=target) for ratio in (0.5, 0.75)]
+    others = [Setting("oracle", 0.5, name=t, target=t) for t in TARGETS if t != target]
     measured.run(asked(data, "red"), [*ways, *others])
     inputs, _ = load_batch(asked(data, "red"), processor, 8)
-    answer = measured.records[0]["told"]["full@0"] or "?"
+    answer = measured.records[0]["predictions"]["full@0"] or "?"
     forced, labels = append(inputs, answer_ids(processor, model, [answer], end=False))
     expected = relevance(model, forced, labels, target)
     assert len(told) == 2 and torch.equal(told[0][0][0], expected[0][0])

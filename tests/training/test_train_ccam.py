@@ -17,11 +17,12 @@ from trained_support import write_data
 import tokencomp
 from tokencomp.errors import OptionError, SpanError, WeightsError
 from tokencomp.inputs.questions import Example
+from tokencomp.patching import apply
 from tokencomp.trained.cards import model_card
 from tokencomp.trained.ccam import CCAMConfig, CCAMProjector
 from tokencomp.training.capture import capture
 from tokencomp.training.ccam import CcamConfig, Live, align_loss, train_ccam
-from tokencomp.training.ccam_evaluation import sample_spans, ways
+from tokencomp.training.ccam_evaluation import comparison, sample_spans
 from tokencomp.training.data import load_batch, questions
 
 SMALL = CcamConfig(
@@ -179,7 +180,7 @@ def test_media_are_sampled_along_the_source(tiny: Any) -> None:
         spans = sample_spans(*tiny, source[:count], SMALL)
         assert [s.visual for s in spans] == [(s // 28) ** 2 for s in asked]
         ratio = 1 - 3 * len(asked) / sum((s // 28) ** 2 for s in asked)
-        assert [w.ratio for w in ways(Path(), 3, spans)] == pytest.approx([ratio] * 3)
+        assert [w.ratio for w in comparison(Path(), 3, spans)] == pytest.approx([ratio] * 3)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "vila"])
@@ -191,8 +192,8 @@ def test_comparators_keep_as_many_tokens(name: str, media: str, tmp_path: Path) 
     inputs = FAMILIES[name].batch([[text(3), getattr(FAMILIES[name], media)(), text(4)]])
     (spans,) = capture(model, inputs, layers=False).spans
     counts = []
-    for way in ways(path, 3, spans[-1:]):
-        with tokencomp.patch(model, way.ratio, reducer=way.reducer, **way.options) as handle:
+    for setting in comparison(path, 3, spans[-1:]):
+        with apply(model, setting) as handle:
             model(**inputs)
             counts.append(len(handle.stats.kept(0)[0][-1]))
     assert counts == [3 + len(spans[-1].special)] * 3
@@ -245,7 +246,7 @@ def test_media_of_no_more_tokens_than_queries(
     with pytest.raises(OptionError, match="has 9 visual tokens"):
         align_loss(model, module, inputs)
     with pytest.raises(OptionError, match="has 9 visual tokens"):
-        ways(tmp_path, queries, sample_spans(model, processor, [source], config))
+        comparison(tmp_path, queries, sample_spans(model, processor, [source], config))
     with (
         tokencomp.patch(model, reducer=Live(module=module)),
         pytest.raises(OptionError, match="has 9 visual tokens"),

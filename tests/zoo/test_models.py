@@ -8,14 +8,21 @@ import torch
 from tokencomp import zoo
 from tokencomp.errors import UnknownNameError
 from tokencomp.inputs.media import load_media
+from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.inputs.questions import option_letter
+from tokencomp.shapesqa.examples import by_family
 from tokencomp.shapesqa.items import item, items
 from tokencomp.shapesqa.questions import mvbench_prompt
 from tokencomp.zoo.card import render_card
-from tokencomp.zoo.evaluate import answer, by_family, evaluate
+from tokencomp.zoo.evaluate import evaluate
 
 BARS = ("attribute", "existence", "needle")
 MODELS = zoo.available_models()
+
+
+def answer(model, processor, media, prompts):
+    """Greedy answers to one batch of prompts, each about one image or one video."""
+    return generate(model, processor, build_inputs(processor, [[m] for m in media], prompts), 8)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -48,7 +55,7 @@ def test_multiple_choice_in_a_padded_batch_equals_singles(loaded):
     _, model, processor = loaded
     some = [item("validation", name, 5) for name in ("attribute", "needle", "existence", "order")]
     media = [one.image() if one.kind == "image" else one.video() for one in some]
-    prompts = [mvbench_prompt(one.asked) for one in some]
+    prompts = [mvbench_prompt(one.query) for one in some]
     together = answer(model, processor, media, prompts)
     alone = [answer(model, processor, [m], [p])[0] for m, p in zip(media, prompts, strict=True)]
     assert together == alone

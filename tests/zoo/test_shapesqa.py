@@ -18,7 +18,7 @@ EVERY = (*IMAGE_FAMILIES, *VIDEO_FAMILIES, "video_existence")
 def test_items_are_deterministic():
     for family in EVERY:
         first, second = item("train", family, 3), item("train", family, 3)
-        assert first.scene == second.scene and first.asked == second.asked
+        assert first.scene == second.scene and first.query == second.query
         assert np.array_equal(first.pixels(), second.pixels())
 
 
@@ -135,7 +135,7 @@ def test_answers_rederived(family):
 
 def test_needle_is_visible_in_one_frame_only():
     for one in items("validation", 20, ("needle",)):
-        (index,) = one.asked.things
+        (index,) = one.query.things
         frames = [t for t in range(one.scene.frames) if index in _in_frame(one.scene, t)]
         assert len(frames) == 1 and frames == list(one.evidence.frames)
 

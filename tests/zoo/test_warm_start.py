@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokencomp import zoo
 from tokencomp.errors import CheckpointError
+from tokencomp.inputs import packaged
 from tokencomp.zoo.export import export
 from tokencomp.zoo.families import family
 from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
@@ -61,7 +61,7 @@ def test_positions_are_interpolated():
 
 
 def test_missing_source_names_the_fix(tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo, "available_models", list)
+    monkeypatch.setattr(packaged, "available_models", list)
     new = _made("tiny-vila", tmp_path)
     with pytest.raises(CheckpointError, match=r"tokencomp\.zoo\.train tiny-llava-onevision"):
         warm_start(new.model, "tiny-vila", "tiny-llava-onevision")

@@ -27,12 +27,12 @@ def build_app() -> typer.Typer:
     package = importlib.import_module("tokencomp.cli")
     for module in pkgutil.iter_modules(package.__path__):
         if not module.name.startswith("_"):
-            found = importlib.import_module(f"tokencomp.cli.{module.name}")
-            if hasattr(found, "app"):
-                app.add_typer(found.app, name=module.name)
+            command_module = importlib.import_module(f"tokencomp.cli.{module.name}")
+            if hasattr(command_module, "app"):
+                app.add_typer(command_module.app, name=module.name)
                 continue
-            settings = getattr(found, "CONTEXT", None)
-            app.command(module.name, context_settings=settings)(found.command)
+            settings = getattr(command_module, "CONTEXT", None)
+            app.command(module.name, context_settings=settings)(command_module.command)
     return app
 
 

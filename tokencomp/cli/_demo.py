@@ -12,10 +12,12 @@ from typing import Any
 from tokencomp.cli._showcase import Answer, PromptMaker, ask, time_prefill
 from tokencomp.evaluation.environment import environment
 from tokencomp.evaluation.metrics import McNemar, Retention, mcnemar, retention
-from tokencomp.evaluation.runner import Run, sweep
+from tokencomp.evaluation.runner import sweep
+from tokencomp.evaluation.runs import EvalRun, paired_scores
 from tokencomp.evaluation.settings import FULL, Setting
-from tokencomp.inputs.questions import Example, shapesqa
+from tokencomp.inputs.questions import Example
 from tokencomp.profiling.timing import Split
+from tokencomp.shapesqa.examples import shapesqa
 
 TIMED_ROWS = 8
 Say = Callable[[str], None]
@@ -118,19 +120,19 @@ def samples() -> list[Example]:
     """One question about each packaged sample file."""
     from tokencomp.zoo import SAMPLES
 
-    found: dict[str, Example] = {}
+    examples: dict[str, Example] = {}
     for row in json.loads((SAMPLES / "questions.json").read_text()):
         media = (SAMPLES / row["media"],)
         example = Example(row["id"], row["question"], row["answer"], media, row["family"])
-        found.setdefault(row["media"], example)
-    return list(found.values())
+        examples.setdefault(row["media"], example)
+    return list(examples.values())
 
 
 def _ask(
     model: Any, processor: Any, example: Example, settings: Sequence[Setting], ratio: float
 ) -> list[Answer]:
-    wanted = [s for s in settings if s.reducer == FULL or s.ratio == ratio]
-    return ask(model, processor, example.load(8), example.prompt, wanted, max_new_tokens=8)
+    some = [s for s in settings if s.name == FULL or s.ratio == ratio]
+    return ask(model, processor, example.load(8), example.prompt, some, max_new_tokens=8)
 
 
 def _rows(
@@ -138,7 +140,7 @@ def _rows(
     processor: Any,
     timed: Sequence[Example],
     settings: Sequence[Setting],
-    runs: dict[Setting, Run] | None,
+    runs: dict[Setting, EvalRun] | None,
 ) -> list[Row]:
     media, texts = [e.load(8) for e in timed], [e.prompt for e in timed]
     maker = PromptMaker(model, processor, media, texts)
@@ -162,7 +164,7 @@ def _batch_cost(maker: PromptMaker, setting: Setting) -> dict[str, Any]:
     """Means over the timed batch."""
     import torch
 
-    from tokencomp.evaluation.runner import patched
+    from tokencomp.evaluation.patches import patched
 
     with patched(maker.model, setting) as handle, torch.inference_mode():
         maker.model(**maker.inputs(setting), use_cache=True, logits_to_keep=1)
@@ -176,28 +178,22 @@ def _batch_cost(maker: PromptMaker, setting: Setting) -> dict[str, Any]:
     }
 
 
-def paired_scores(run: Run, other: Run) -> tuple[list[float], list[float]]:
-    """Scores of the items that both runs answered, in one order."""
-    theirs = {r["id"]: float(r["correct"]) for r in other.answered}
-    pairs = [(float(r["correct"]), theirs[r["id"]]) for r in run.answered if r["id"] in theirs]
-    return [a for a, _ in pairs], [b for _, b in pairs]
-
-
-def _accuracy(runs: dict[Setting, Run], setting: Setting) -> dict[str, Any]:
+def _accuracy(runs: dict[Setting, EvalRun], setting: Setting) -> dict[str, Any]:
     from tokencomp.shapesqa.questions import IMAGE_FAMILIES
 
-    run, found = runs[setting], {"accuracy": runs[setting].mean("correct")}
+    run, full = runs[setting], runs[Setting()]
+    values: dict[str, Any] = {"accuracy": run.mean("correct")}
     kinds: dict[str, list[float]] = {"image": [], "video": []}
     for record in run.answered:
         kind = "image" if record["family"] in IMAGE_FAMILIES else "video"
         kinds[kind].append(float(record["correct"]))
-    found["by_kind"] = {k: sum(v) / len(v) for k, v in kinds.items() if v}  # type: ignore[assignment]
+    values["by_kind"] = {k: sum(v) / len(v) for k, v in kinds.items() if v}
     if setting.ratio and run.answered:
-        found["retention"] = retention(*paired_scores(run, runs[Setting()]))  # type: ignore[assignment]
-        rival = next((s for s in runs if s.reducer == "random" and s.ratio == setting.ratio), None)
+        values["retention"] = retention(*paired_scores(run, full))
+        rival = next((s for s in runs if s.name == "random" and s.ratio == setting.ratio), None)
         if rival is not None and rival != setting:
-            found["against_random"] = mcnemar(*paired_scores(run, runs[rival]))  # type: ignore[assignment]
-    return found
+            values["against_random"] = mcnemar(*paired_scores(run, runs[rival]))
+    return values
 
 
 def model_facts(model: Any) -> dict[str, Any]:

@@ -45,11 +45,11 @@ def facts() -> dict[str, str]:
 
 
 def attention_backends() -> list[str]:
-    """Backends that can run here, the default first."""
-    found = ["sdpa", "eager"]
+    """Attention backends that this machine can run, the default first."""
+    backends = ["sdpa", "eager"]
     if importlib.util.find_spec("flash_attn") is not None:
-        found.append("flash_attention_2")
-    return found
+        backends.append("flash_attention_2")
+    return backends
 
 
 def video_readers() -> list[str]:
@@ -77,8 +77,8 @@ def _transformers() -> Finding:
 
     version = Version(transformers.__version__)
     good = Version(FLOOR) <= version < Version(CEILING)
-    told = f"{version}; supported: >= {FLOOR}, < {CEILING}"
-    return Finding("transformers", good, told + ("" if good else ". pip install -U transformers"))
+    detail = f"{version}; supported: >= {FLOOR}, < {CEILING}"
+    return Finding("transformers", good, detail + ("" if good else ". pip install -U transformers"))
 
 
 def _mrope() -> Finding:
@@ -116,15 +116,15 @@ def _kernels() -> Finding:
     from tokencomp.kernels import KernelError, status
 
     try:
-        found = status()
+        state = status()
     except KernelError as error:
         return Finding("kernels", False, str(error))
-    backends = set(found["ops"].values())
+    backends = set(state["ops"].values())
     if "unavailable" in backends:
-        return Finding("kernels", False, str(found["problem"]))
+        return Finding("kernels", False, str(state["problem"]))
     if "triton" in backends:
-        return Finding("kernels", True, f"Triton on {found['device']}")
-    why = "no CUDA device" if found["device"] == "cpu" else found["problem"]
+        return Finding("kernels", True, f"Triton on {state['device']}")
+    why = "no CUDA device" if state["device"] == "cpu" else state["problem"]
     return Finding("kernels", True, f"plain PyTorch ({why})")
 
 
@@ -161,8 +161,9 @@ def model_checks(name: str, device: str) -> list[Finding]:
 
     try:
         model, processor = load_model(name, device=device)
-        found = [_loaded(model, name)]
-        return found + [Finding(c.name, c.ok, c.detail) for c in self_check(model, processor)]
+        return [_loaded(model, name)] + [
+            Finding(c.name, c.ok, c.detail) for c in self_check(model, processor)
+        ]
     except TokenCompError as error:
         return [Finding(f"self-check on {name}", False, str(error))]
 
@@ -174,5 +175,5 @@ def _loaded(model: Any, name: str) -> Finding:
     adapter = adapter_for(model)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     backend = attention_implementation(adapter.text_config)
-    told = f"{adapter.family}, {size:.1f} M parameters, {model.dtype}, {backend}, {model.device}"
-    return Finding(f"model {name}", True, told.replace("torch.", ""))
+    detail = f"{adapter.family}, {size:.1f} M parameters, {model.dtype}, {backend}, {model.device}"
+    return Finding(f"model {name}", True, detail.replace("torch.", ""))

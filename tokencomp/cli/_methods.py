@@ -1,4 +1,4 @@
-"""What the options that name methods mean: --reducer, --ratio, --set, --plan and their like."""
+"""From --reducer, --ratio, --set, --plan and --proportional-attention to settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Settings = Callable[[Any], list[Any]]
 
 
 def reducers(text: str) -> list[str]:
-    """ "auto,merge+prune" → ["condiv", "merge+prune"]: "auto" as the reducer it stands for.
+    """ "auto,merge+prune" → ["condiv", "merge+prune"]: "auto" becomes the reducer it stands for.
 
     Raises
     ------
@@ -23,16 +23,16 @@ def reducers(text: str) -> list[str]:
     """
     from tokencomp.errors import unknown_name
     from tokencomp.evaluation.settings import INPUT_BASELINES
-    from tokencomp.patching import DEFAULT_REDUCER
+    from tokencomp.method import resolve_auto
     from tokencomp.reducers.registry import available_reducers, make_reducer
 
-    chosen, known = opt.names(text), {"auto", *INPUT_BASELINES, *available_reducers()}
-    for name in chosen:
+    names, known = opt.names(text), {"auto", *INPUT_BASELINES, *available_reducers()}
+    for name in names:
         if "+" in name:
             make_reducer(name)
         elif name not in known:
             raise unknown_name("reducer", name, known)
-    return list(dict.fromkeys(DEFAULT_REDUCER if name == "auto" else name for name in chosen))
+    return list(dict.fromkeys(str(resolve_auto(name)) for name in names))
 
 
 def method(
@@ -43,9 +43,9 @@ def method(
     plan: Path | None,
     proportional: bool,
 ) -> Settings:
-    """Settings for a model that is loaded later: a plan's ratio depends on its decoder.
+    """Settings for a model that is loaded later: the ratio of a plan depends on the decoder.
 
-    All that can be refused without a model is refused here.
+    Mistakes that can be found without a model are reported at once.
 
     Parameters
     ----------
@@ -65,19 +65,19 @@ def method(
     more = {PROPORTIONAL: True} if proportional else {}
     if plan is None:
         every = {**opt.reducer_options(options), **more}
-        found = grid(reducers(reducer), opt.ratios(ratio), **every)
-        return lambda model: tried(found, model)
+        settings = grid(reducers(reducer), opt.ratios(ratio), **every)
+        return lambda model: checked(settings, model)
     fix = "the stages in the file have reducers, fractions and options of their own"
     opt.refuse_given(context, ("reducer", "ratio", "options"), "--plan", fix)
-    made = as_plan(plan)
-    return lambda model: tried(planned(made, model, **more), model)
+    stages = as_plan(plan)
+    return lambda model: checked(planned(stages, model, **more), model)
 
 
-def tried(settings: list[Any], model: Any) -> list[Any]:
-    """The settings, once `model` has taken each: missing weights are told before any work."""
-    import tokencomp
+def checked(settings: list[Any], model: Any) -> list[Any]:
+    """Check that `model` accepts every setting, so that missing weights are reported early."""
+    from tokencomp.patching import check
 
     for setting in settings:
-        if setting.compresses:
-            tokencomp.patch(model, **setting.request).remove()
+        if setting.active:
+            check(model, setting)
     return settings

@@ -36,13 +36,14 @@ Set = Annotated[
 PlanFile = Annotated[
     Path | None,
     typer.Option(
-        "--plan", help="JSON file of stages made by hand, instead of --reducer, --ratio and --set."
+        "--plan", help="JSON file with explicit stages, instead of --reducer, --ratio and --set."
     ),
 ]
 Proportional = Annotated[
     bool,
     typer.Option(
-        "--proportional-attention", help="A merged token weighs as much as what it stands for."
+        "--proportional-attention",
+        help="A merged token weighs as much as the tokens it stands for.",
     ),
 ]
 Frames = Annotated[int, typer.Option("--frames", min=1, help="Frames read from a video.")]
@@ -61,22 +62,22 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, Any] = {
         name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)
     }
-    found: list[inspect.Parameter] = []
+    parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         if name not in groups:
-            found.append(parameter.replace(annotation=hints[name]))
+            parameters.append(parameter.replace(annotation=hints[name]))
             continue
         kinds = get_type_hints(groups[name], include_extras=True)
         fields = inspect.signature(groups[name]).parameters.values()
-        found += [field.replace(annotation=kinds[field.name]) for field in fields]
+        parameters += [field.replace(annotation=kinds[field.name]) for field in fields]
 
-    def call(**given: Any) -> None:
+    def call(**values: Any) -> None:
         for name, kind in groups.items():
-            taken = {field.name: given.pop(field.name) for field in dataclasses.fields(kind)}
-            given[name] = kind(**taken)
-        command(**given)
+            taken = {field.name: values.pop(field.name) for field in dataclasses.fields(kind)}
+            values[name] = kind(**taken)
+        command(**values)
 
-    options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found]
+    options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
     call.__name__, call.__doc__ = command.__name__, command.__doc__
     call.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in options}
@@ -85,10 +86,10 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
 
 def names(text: str) -> list[str]:
     """ "aim, prune" → ["aim", "prune"], duplicates removed."""
-    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not found:
+    parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not parts:
         raise OptionError(f"{text!r}: expected one or more names separated by commas.")
-    return found
+    return parts
 
 
 def ratios(text: str) -> list[float]:
@@ -100,54 +101,54 @@ def ratios(text: str) -> list[float]:
 
 def reducer_options(pairs: Sequence[str] | None) -> dict[str, Any]:
     """["weighted=false", "schedule=fastv"] → {"weighted": False, "schedule": "fastv"}."""
-    found = {}
+    options = {}
     for pair in pairs or ():
         name, mark, value = pair.partition("=")
         if not mark or not name:
             raise OptionError(f"--set {pair!r}: expected NAME=VALUE, e.g. --set schedule=fastv.")
         try:
-            found[name.strip()] = json.loads(value)
+            options[name.strip()] = json.loads(value)
         except json.JSONDecodeError:
-            found[name.strip()] = value
-    return found
+            options[name.strip()] = value
+    return options
 
 
 def refuse_given(context: typer.Context, options: Sequence[str], where: str, fix: str) -> None:
-    """Raise `OptionError` for options on the command line that would do nothing here.
+    """Raise `OptionError` for options on the command line that would have no effect.
 
     Parameters
     ----------
     options : sequence of str
         Parameter names of the command, e.g. ("max_batch",).
     where, fix : str
-        What makes them useless, e.g. "--engine vllm"; what to do instead.
+        What makes them ineffective, e.g. "--engine vllm"; what to do instead.
     """
     flags = {str(p.name): p.opts[0] for p in context.command.params}
-    given = [
+    useless = [
         flags[name]
         for name in options
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     ]
-    if given:
-        raise OptionError(f"{', '.join(given)}: no effect with {where}; {fix}.")
+    if useless:
+        raise OptionError(f"{', '.join(useless)}: no effect with {where}; {fix}.")
 
 
 def check_output(path: Path | None) -> None:
-    """Raise `OptionError` before the work, not after it, if `path` cannot be written."""
+    """Raise `OptionError` before the work starts if `path` cannot be written."""
     if path is None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        there = path.exists()
+        existed = path.exists()
         path.open("a").close()
-        if not there:
+        if not existed:
             path.unlink()
     except OSError as error:
         raise OptionError(f"cannot write {path}: {error}. Give another -o/--output.") from error
 
 
 def write(path: Path | None, text: str) -> None:
-    """Write an output file, if one is wanted. Raises `OptionError`."""
+    """Write an output file, if `path` names one. Raises `OptionError`."""
     if path is not None:
         try:
             path.write_text(text, encoding="utf-8")
@@ -166,8 +167,3 @@ def load_files(
         media = load_media(path, frames)
         loaded.append(media if isinstance(media, list) else [media])
     return loaded
-
-
-def shown_name(model: str) -> str:
-    """A model's name for tables and pages: of a local folder, only its last part."""
-    return Path(model).name if Path(model).exists() else model

@@ -1,4 +1,4 @@
-"""Live proof that a patched call saw fewer tokens, and computed what it should."""
+"""Self-check: a patched call sees fewer tokens and computes what the masked run computes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: what was looked at, whether it is as it should be, and what was seen."""
+    """One check: its name, whether it passed, and what was observed."""
 
     name: str
     ok: bool
@@ -52,8 +52,8 @@ def self_check(model: Any, processor: Any) -> list[Check]:
         text = stats.lengths[0] - stats.tokens_before[0]
         expected = [text + n for n in stats.tokens_after[0]]
         fewer = rows == expected and sum(rows) < sum(full_rows)
-        told = f"rows per layer {_short(full_rows)} → {_short(rows)}, ratio {stats.ratio:.3f}"
-        checks.append(Check(f"{reducer}: layers see fewer tokens", fewer, told))
+        detail = f"rows per layer {_short(full_rows)} → {_short(rows)}, ratio {stats.ratio:.3f}"
+        checks.append(Check(f"{reducer}: layers see fewer tokens", fewer, detail))
         masked = _masked_logits(model, inputs, stats, handle)
         checks.append(_equal(f"{reducer}: equals the masked run", compressed, masked, model.dtype))
     after = _logits(model, inputs)
@@ -78,7 +78,7 @@ def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 @contextlib.contextmanager
 def _counting(model: Any) -> Iterator[list[int]]:
-    """Rows of the hidden states that each decoder layer is given."""
+    """Rows of the hidden states that each decoder layer gets."""
     rows: list[int] = []
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -127,10 +127,10 @@ def _replace_mask(mask: Tensor) -> Any:
     return hook
 
 
-def _equal(name: str, given: Tensor, wanted: Tensor, dtype: torch.dtype) -> Check:
+def _equal(name: str, logits: Tensor, expected: Tensor, dtype: torch.dtype) -> Check:
     limit = TOLERANCE[dtype]
-    off = float((given - wanted).abs().max())
-    scale = max(1.0, float(wanted.abs().max()))
+    off = float((logits - expected).abs().max())
+    scale = max(1.0, float(expected.abs().max()))
     return Check(name, off <= limit * scale, f"largest difference of logits {off:.1e}")
 
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokencomp.engine.flops import DecoderShape
 from tokencomp.evaluation.baselines import EqualTokens
-from tokencomp.evaluation.cost import Cost, compressed_costs, plain_costs
-from tokencomp.evaluation.runner import patched
+from tokencomp.evaluation.cost import Cost, prefill_costs
+from tokencomp.evaluation.patches import patched
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.prompts import build_inputs, generate, prompt_lengths, to_model
 from tokencomp.pages.pictures import group_spans, layer_survival, picture, plain, survival
@@ -18,16 +17,16 @@ from tokencomp.profiling.timing import Split, interleaved, prefill_split
 
 @dataclass(frozen=True)
 class Answer:
-    """What one setting makes of one prompt.
+    """The answer to one prompt under one setting.
 
     Attributes
     ----------
     setting, text, cost
     pictures
-        One sheet per media: what the decoder layers see of it (the media itself where nothing
-        was removed inside the model).
+        One sheet per image or video that shows what the decoder layers see of it; the media itself
+        where nothing was removed inside the model.
     layers
-        Per stage: first layer, and one sheet per media of what is left from there on.
+        Per stage: its first layer, and one sheet per image or video of what remains from there on.
     """
 
     setting: Setting
@@ -47,30 +46,27 @@ class PromptMaker:
 
         self.model, self.processor = model, processor
         self.media, self.texts = media, list(texts)
-        adapter = adapter_for(model)
-        self.shape = DecoderShape.from_config(adapter.text_config, model.dtype.itemsize)
-        self._ids = list(adapter.placeholder_ids())
-        self._made: dict[Any, dict[str, Any]] = {}
+        self._ids = list(adapter_for(model).placeholder_ids())
+        self._inputs: dict[Any, dict[str, Any]] = {}
 
     def media_for(self, setting: Setting) -> Sequence[Sequence[Any]]:
         if not setting.input_baseline:
             return self.media
-        shrink = EqualTokens(self.processor, self._ids, setting.reducer).shrink
+        shrink = EqualTokens(self.processor, self._ids, setting.name).shrink
         return [[shrink(m, setting.ratio) for m in row] for row in self.media]
 
     def inputs(self, setting: Setting) -> dict[str, Any]:
         key = setting if setting.input_baseline else None
-        if key not in self._made:
-            made = build_inputs(self.processor, self.media_for(setting), self.texts)
-            self._made[key] = to_model(made, self.model)
-        return self._made[key]
+        if key not in self._inputs:
+            inputs = build_inputs(self.processor, self.media_for(setting), self.texts)
+            self._inputs[key] = to_model(inputs, self.model)
+        return self._inputs[key]
 
     def costs(self, setting: Setting, handle: Any) -> list[Cost]:
         """Cost per row of the call that has just run."""
-        if handle is not None and handle.stats is not None:
-            return compressed_costs(handle.stats)
         full = [visual for _, visual in prompt_lengths(self.model, self.inputs(Setting()))]
-        return plain_costs(self.shape, prompt_lengths(self.model, self.inputs(setting)), full)
+        stats = handle.stats if handle else None
+        return prefill_costs(self.model, self.inputs(setting), stats, full)
 
 
 def ask(
@@ -82,22 +78,22 @@ def ask(
     max_new_tokens: int = 64,
 ) -> list[Answer]:
     """Answer one question about some media under every setting."""
-    maker, found = PromptMaker(model, processor, [media], [question]), []
+    maker, answers = PromptMaker(model, processor, [media], [question]), []
     for setting in settings:
         with patched(model, setting) as handle:
             text = generate(model, processor, maker.inputs(setting), max_new_tokens)[0]
             cost = maker.costs(setting, handle)[0]
             stats = handle.stats if handle is not None else None
-        shown, layers = _pictures(stats, media, maker.media_for(setting)[0])
-        found.append(Answer(setting, text, cost, shown, layers))
-    return found
+        sheets, layers = _pictures(stats, media, maker.media_for(setting)[0])
+        answers.append(Answer(setting, text, cost, sheets, layers))
+    return answers
 
 
 def _pictures(
-    stats: Any, media: Sequence[Any], given: Sequence[Any]
+    stats: Any, media: Sequence[Any], shrunk: Sequence[Any]
 ) -> tuple[list[Any], list[tuple[int, list[Any]]]]:
     if stats is None or not media:
-        return [plain(m) for m in given], []
+        return [plain(m) for m in shrunk], []
     groups = group_spans(stats.spans[0], media)
 
     def sheets(shares: list[Any]) -> list[Any]:

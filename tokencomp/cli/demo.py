@@ -51,6 +51,7 @@ def command(
     from rich.console import Console
 
     from tokencomp.cli import _demo as work
+    from tokencomp.evaluation.environment import public_name
     from tokencomp.inputs.loading import load_model
     from tokencomp.pages import demo as demo_report
 
@@ -58,7 +59,7 @@ def command(
     say = lambda text: console.print(f"[dim]{text} …[/]")  # noqa: E731
     _needs_files(model, media)
     loaded, processor = load_model(model, device=device, dtype=dtype)
-    settings, called = settings_of(loaded), opt.shown_name(model)
+    settings, called = settings_of(loaded), public_name(model)
     if media:
         label = ", ".join(p.name for p in [*(image or ()), *(video or ())])
         shown = work.demo_files(loaded, processor, called, settings, media, label, question, say)
@@ -72,13 +73,13 @@ def command(
 
 
 def _picture_ratio(settings: list[Any]) -> float:
-    found = {s.ratio for s in settings}
-    return 0.75 if 0.75 in found else max(found)
+    ratios = {s.ratio for s in settings}
+    return 0.75 if 0.75 in ratios else max(ratios)
 
 
 def _needs_files(model: str, media: list[Any]) -> None:
     from tokencomp.errors import OptionError
-    from tokencomp.zoo import available_models
+    from tokencomp.inputs.packaged import available_models
 
     known = available_models()
     if not media and Path(model).name not in known and not (Path(model) / "config.json").exists():
@@ -97,13 +98,14 @@ def _print(console: Any, shown: Any) -> None:
         expected = "" if one.expected is None else f" [dim](right: {escape(one.expected)})[/]"
         console.print(f"\n[bold]{escape(one.question)}[/] [dim]{escape(one.name)}[/]{expected}")
         for answer in one.answers:
-            label = f"{answer.setting.reducer} {answer.setting.ratio:g}"
+            label = f"{answer.setting.name} {answer.setting.ratio:g}"
             console.print(f"  {label:<18} {escape(answer.text)}")
 
 
 def _table(shown: Any) -> Any:
     from rich.table import Table
 
+    from tokencomp.cli._tables import retained
     from tokencomp.pages.html import compact, si
 
     table = Table(box=None, padding=(0, 1, 0, 0))
@@ -116,10 +118,10 @@ def _table(shown: Any) -> Any:
         table.add_column(name, justify="right", no_wrap=True)
     full, last = shown.rows[0], ""
     for row in shown.rows:
-        name = row.setting.reducer
+        name = row.setting.name
         cells = [name if name != last else "", f"{row.setting.ratio:g}", f"{row.ratio:.3f}"]
         if shown.items:
-            cells += [f"{row.accuracy:.1%}", _retained(row.retention)]
+            cells += [f"{row.accuracy:.1%}", retained(row.retention)]
         cells += [
             compact(row.per_layer),
             f"{row.flops / full.flops:.0%}",
@@ -135,9 +137,3 @@ def _table(shown: Any) -> Any:
     )
     table.caption_justify = "left"
     return table
-
-
-def _retained(kept: Any) -> str:
-    if kept is None or kept.value != kept.value:
-        return "–"
-    return f"{kept.value:.0%} [dim]{100 * kept.low:.0f}–{100 * kept.high:.0f}[/]"

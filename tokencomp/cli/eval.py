@@ -1,4 +1,4 @@
-"""`tokencomp eval`: MLVU, MVBench and any other lmms-eval task, with honest baselines."""
+"""`tokencomp eval`: MLVU, MVBench and any other lmms-eval task, with baselines."""
 
 from __future__ import annotations
 
@@ -62,56 +62,56 @@ def command(
     from tokencomp.lmms.data import PER_TASK, SHAPESQA, local_data
     from tokencomp.lmms.tasks import find_tasks, run_setting
 
-    wanted = tasks or (f"{SHAPESQA},{TASKS}" if data == SHAPESQA else TASKS)
+    names = tasks or (f"{SHAPESQA},{TASKS}" if data == SHAPESQA else TASKS)
     console = Console(quiet=int(os.environ.get("RANK", 0)) > 0)  # one process speaks for all
     with tempfile.TemporaryDirectory() as home:
         local = None if data is None else local_data(data, per_task=max(limit or 0, PER_TASK))
-        found = find_tasks(opt.names(wanted), local, Path(home))
+        single_tasks = find_tasks(opt.names(names), local, Path(home))
         from tokencomp.inputs.loading import load_model
 
         loaded = load_model(model, device=device, dtype=dtype)
-        settings, told = settings_of(loaded[0]), {}
+        settings, manifests = settings_of(loaded[0]), {}
         if baselines:
             settings = _with_baselines(settings)
         for k, setting in enumerate(settings):
             console.print(f"[dim]{k + 1}/{len(settings)}[/] {setting.label}")
-            told[setting] = run_setting(
+            manifests[setting] = run_setting(
                 loaded,
                 model,
-                found,
+                single_tasks,
                 setting,
                 output / setting.label,
                 limit=limit,
                 frames=frames,
                 batch_size=batch_size,
             )
-    _print(console, told)
+    _print(console, manifests)
     console.print(f"\nRun folders: [bold]{output}[/]. Next: tokencomp report {output}/*")
 
 
-def _with_baselines(given: list[Any]) -> list[Any]:
-    """The full model, the baselines at the same ratios, then what was asked for."""
+def _with_baselines(settings: list[Any]) -> list[Any]:
+    """The full model, the baselines at the same ratios, then the requested settings."""
     from tokencomp.evaluation.settings import grid
 
-    at = dict.fromkeys(s.ratio for s in given)
-    return list(dict.fromkeys([*grid(BASELINES, at), *given]))
+    at = dict.fromkeys(s.ratio for s in settings)
+    return list(dict.fromkeys([*grid(BASELINES, at), *settings]))
 
 
-def _print(console: Any, told: dict[Any, dict[str, Any]]) -> None:
+def _print(console: Any, manifests: dict[Any, dict[str, Any]]) -> None:
     from rich.table import Table
 
-    found = {s: m for s, m in told.items() if m}
-    if not found:
+    manifests = {s: m for s, m in manifests.items() if m}
+    if not manifests:
         return
-    full = next(iter(found.values()))["summary"]["accuracy"]
+    full = next(iter(manifests.values()))["summary"]["accuracy"]
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("method", "ratio", "reached", "items", "accuracy", "retention"):
         table.add_column(name, no_wrap=True)
-    for setting, manifest in found.items():
+    for setting, manifest in manifests.items():
         summary = manifest["summary"]
         failed = f" ({summary['failed']} failed)" if summary["failed"] else ""
         table.add_row(
-            setting.reducer,
+            setting.name,
             f"{setting.ratio:g}",
             f"{summary['achieved_ratio']:.3f}",
             f"{summary['items']}{failed}",
@@ -119,22 +119,22 @@ def _print(console: Any, told: dict[Any, dict[str, Any]]) -> None:
             f"{summary['accuracy'] / full:.1%}" if full else "–",
         )
     console.print(table)
-    if len(found) <= COLUMNS:
-        _print_scores(console, found)
+    if len(manifests) <= COLUMNS:
+        _print_scores(console, manifests)
 
 
-def _print_scores(console: Any, found: dict[Any, dict[str, Any]]) -> None:
-    """lmms-eval's own numbers, one row per task; `tokencomp report` has them for any number."""
+def _print_scores(console: Any, manifests: dict[Any, dict[str, Any]]) -> None:
+    """lmms-eval's own scores, one row per task; `tokencomp report` has them for all settings."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), title="\nlmms-eval's scores")
     table.title_justify = "left"
     table.add_column("task", overflow="fold")
-    for setting in found:
-        label = f"{setting.reducer}\n{setting.ratio:g}" if setting.ratio else setting.reducer
+    for setting in manifests:
+        label = f"{setting.name}\n{setting.ratio:g}" if setting.ratio else setting.name
         table.add_column(label, justify="right")
-    first = next(iter(found.values()))
+    first = next(iter(manifests.values()))
     for task in first["identity"]["tasks"]:
-        told = [m["scores"].get(task, {}).values() for m in found.values()]
-        table.add_row(task, *[", ".join(f"{v:.3g}" for v in values) or "–" for values in told])
+        scores = [m["scores"].get(task, {}).values() for m in manifests.values()]
+        table.add_row(task, *[", ".join(f"{v:.3g}" for v in values) or "–" for values in scores])
     console.print(table)

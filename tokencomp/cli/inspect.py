@@ -58,9 +58,9 @@ def command(
     answers = ask(loaded, processor, media, question, settings, max_new_tokens)
     console = Console()
     for a in answers:
-        name = f"{a.setting.reducer} {a.setting.ratio:g}"
-        told = compact(a.cost.per_layer)
-        console.print(f"[bold]{name:<18}[/] [dim]{told} tokens per layer[/]\n  {escape(a.text)}")
+        name = f"{a.setting.name} {a.setting.ratio:g}"
+        tokens = f"{compact(a.cost.per_layer)} tokens per layer"
+        console.print(f"[bold]{name:<18}[/] [dim]{tokens}[/]\n  {escape(a.text)}")
     label = ", ".join(p.name for p in [*(image or ()), *(video or ())])
     _write(answers, question, label, loaded, model, output)
     console.print(f"\nPictures: [bold]{output}[/]")
@@ -70,6 +70,7 @@ def _write(
     answers: list[Any], question: str, label: str, loaded: Any, model: str, output: Path
 ) -> None:
     from tokencomp.cli._demo import model_facts
+    from tokencomp.evaluation.environment import public_name
     from tokencomp.pages.html import render
     from tokencomp.pages.pictures import data_uri, strip
 
@@ -82,7 +83,7 @@ def _write(
         return
     rows = [
         {
-            "name": a.setting.reducer,
+            "name": a.setting.name,
             "ratio": a.setting.ratio,
             "text": a.text,
             "cost": a.cost,
@@ -91,7 +92,7 @@ def _write(
         }
         for a in answers
     ]
-    name = opt.shown_name(model)
+    name = public_name(model)
     render(
         "inspect.html",
         output,

@@ -22,17 +22,17 @@ def command(
     if what not in ("all", *WHAT):
         raise unknown_name("list", what, ("all", *WHAT))
     makers = {"reducers": reducers, "models": models}
-    found = {name: makers[name]() for name in WHAT if what in ("all", name)}
+    rows = {name: makers[name]() for name in WHAT if what in ("all", name)}
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(rows, indent=2))
         return
     from rich.console import Console
 
     console = Console()
-    if "reducers" in found:
-        _print_reducers(console, found["reducers"])
-    if "models" in found:
-        _print_models(console, found["models"])
+    if "reducers" in rows:
+        _print_reducers(console, rows["reducers"])
+    if "models" in rows:
+        _print_models(console, rows["models"])
 
 
 def reducers() -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def reducers() -> list[dict[str, Any]]:
     import dataclasses
 
     from tokencomp.evaluation.settings import INPUT_BASELINES
-    from tokencomp.patching import DEFAULT_REDUCER
+    from tokencomp.method import DEFAULT_REDUCER
     from tokencomp.reducers.registry import available_reducers
     from tokencomp.serving.spec import servable
 
@@ -99,7 +99,7 @@ def models() -> list[dict[str, Any]]:
     """Every family: model types, stages, signals, positions, tested releases, embedded models."""
     from tokencomp.adapters.base import available_models
     from tokencomp.engine.compat import tested_with
-    from tokencomp.zoo import available_models as embedded
+    from tokencomp.inputs.packaged import available_models as embedded
 
     rows: dict[type, dict[str, Any]] = {}
     for model_type, cls in available_models().items():
@@ -139,7 +139,7 @@ def _numbers(release: str) -> list[int]:
 
 
 def _model_type(name: str) -> str:
-    from tokencomp.zoo import model_path
+    from tokencomp.inputs.packaged import model_path
 
     return str(json.loads((model_path(name) / "config.json").read_text()).get("model_type"))
 

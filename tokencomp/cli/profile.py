@@ -60,19 +60,20 @@ def command(
         opt.refuse_given(context, SHAPE, "--model", "they describe a --config")
     opt.check_output(output)
     media = opt.load_files(image, video, frames)
+    from tokencomp.evaluation.environment import environment, public_name
+
     if config is not None:
         loaded, variants = _shape(config, tokens, layers, vision_layers, dtype, device, settings_of)
         name = f"{config} (random weights)"
     else:
         loaded, variants = _real(model, media, question, dtype, device, settings_of)
-        name = opt.shown_name(model)
-    from tokencomp.evaluation.environment import environment
+        name = public_name(model)
     from tokencomp.profiling.profiler import profile
 
     full = next(iter(variants.values()))[1]
     costs = {s: _cost(loaded, s, inputs, full) for s, (_, inputs, _) in variants.items()}
-    found = profile(loaded, variants, costs, rounds=rounds)
-    report = {"model": name, **environment(), "rows": _rows(found)}
+    profiles = profile(loaded, variants, costs, rounds=rounds)
+    report = {"model": name, **environment(), "rows": _rows(profiles)}
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
@@ -90,7 +91,7 @@ def _real(
 
     from tokencomp.cli._showcase import PromptMaker
     from tokencomp.errors import OptionError
-    from tokencomp.evaluation.runner import patched
+    from tokencomp.evaluation.patches import patched
     from tokencomp.inputs.loading import load_model
     from tokencomp.inputs.prompts import build_inputs, to_model
 
@@ -102,10 +103,10 @@ def _real(
     loaded, processor = load_model(model, device=device, dtype=dtype)
     maker, variants = PromptMaker(loaded, processor, [media], [question]), {}
     for setting in settings_of(loaded):
-        given, times = maker.media_for(setting), []
+        shrunk, times = maker.media_for(setting), []
         for _ in range(3):
             start = time.perf_counter()
-            inputs = build_inputs(processor, given, [question])
+            inputs = build_inputs(processor, shrunk, [question])
             times.append(time.perf_counter() - start)
         patch = functools.partial(patched, loaded, setting)
         variants[setting] = (patch, to_model(inputs, loaded), statistics.median(times))
@@ -123,7 +124,7 @@ def _shape(
 ) -> tuple[Any, dict[Any, Any]]:
     import functools
 
-    from tokencomp.evaluation.runner import patched
+    from tokencomp.evaluation.patches import patched
     from tokencomp.inputs.loading import pick_device, pick_dtype
     from tokencomp.profiling.shapes import accepted, build
 
@@ -157,28 +158,24 @@ def _cost(model: Any, setting: Any, inputs: dict[str, Any], full: dict[str, Any]
     """Cost of the one prompt, from a real call; `full` are the full model's inputs."""
     import torch
 
-    from tokencomp.adapters.base import adapter_for
-    from tokencomp.engine.flops import DecoderShape
-    from tokencomp.evaluation.cost import compressed_costs, plain_costs
-    from tokencomp.evaluation.runner import patched
+    from tokencomp.evaluation.cost import prefill_costs
+    from tokencomp.evaluation.patches import patched
     from tokencomp.inputs.prompts import prompt_lengths
 
     with patched(model, setting) as handle, torch.inference_mode():
         if handle is not None:
             model(**inputs, use_cache=True, logits_to_keep=1)
-            return compressed_costs(handle.stats)[0]
-    shape = DecoderShape.from_config(adapter_for(model).text_config, model.dtype.itemsize)
-    before = [visual for _, visual in prompt_lengths(model, full)]
-    return plain_costs(shape, prompt_lengths(model, inputs), before)[0]
+        before = [visual for _, visual in prompt_lengths(model, full)]
+        return prefill_costs(model, inputs, handle.stats if handle else None, before)[0]
 
 
-def _rows(found: dict[Any, Any]) -> list[dict[str, Any]]:
-    full = next(iter(found.values()))
+def _rows(profiles: dict[Any, Any]) -> list[dict[str, Any]]:
+    full = next(iter(profiles.values()))
     return [
         {
-            "reducer": s.reducer,
+            "reducer": s.name,
             "ratio": s.ratio,
-            "options": s.options,
+            "options": s.written_options,
             "achieved_ratio": p.ratio,
             "preprocess_s": p.preprocess,
             "vision_s": p.split.vision,
@@ -196,7 +193,7 @@ def _rows(found: dict[Any, Any]) -> list[dict[str, Any]]:
             "reduce_overhead": p.overhead(full),
             "total_speedup": full.split.total / p.split.total,
         }
-        for s, p in found.items()
+        for s, p in profiles.items()
     ]
 
 

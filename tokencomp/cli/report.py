@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,6 +30,8 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
+    from tokencomp.cli._tables import retained
+
     shown = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("method", "ratio", "reached", "items", "accuracy", "retention", "p vs random"):
         shown.add_column(name, no_wrap=True)
@@ -41,15 +43,9 @@ def command(
             f"{line.run.mean('ratio'):.3f}",
             str(len(line.run.answered)),
             f"{line.accuracy:.1%}",
-            _retained(kept),
+            retained(kept),
             f"{rival.p:.2g}" if rival else "–",
         )
     console = Console()
     console.print(shown)
     console.print(f"\nReport: [bold]{output}[/]")
-
-
-def _retained(kept: Any) -> str:
-    if kept is None or kept.value != kept.value:
-        return "–"
-    return f"{kept.value:.1%} [{kept.low:.0%}, {kept.high:.0%}]"

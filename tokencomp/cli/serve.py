@@ -61,9 +61,9 @@ def command(
     `{"mm_processor_kwargs": {"tokencomp": {"ratio": 0.75}}}` (both).
     """
     from tokencomp.errors import OptionError
+    from tokencomp.inputs.packaged import resolve
     from tokencomp.serving.hf.media import Limits
     from tokencomp.serving.launch import Bind, run_hf, run_vllm
-    from tokencomp.zoo import resolve
 
     options = {
         "reducer": reducer,

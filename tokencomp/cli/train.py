@@ -166,6 +166,9 @@ def _report(card: Path, use: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from tokencomp.cli._tables import retained
+    from tokencomp.evaluation.metrics import Retention
+
     console = Console()
     rows = json.loads(card.read_text()).get("accuracy") or []
     if rows:
@@ -174,9 +177,9 @@ def _report(card: Path, use: str) -> None:
         )
         for row in rows:
             kept = row.get("retention")
-            low, high = row.get("interval") or (None, None)
-            told = "" if kept is None else f"{kept:.1%} [{low:.1%}, {high:.1%}]"
+            low, high = row.get("interval") or (0.0, 0.0)
+            interval = None if kept is None else Retention(kept, low, high, items=0)
             ratio, accuracy = f"{row['ratio']:.2f}", f"{row['accuracy']:.1%}"
-            table.add_row(row["name"], row.get("kind", ""), ratio, accuracy, told)
+            table.add_row(row["name"], row.get("kind", ""), ratio, accuracy, retained(interval))
         console.print(table)
     console.print(f"Saved {card.parent}. Use it: {use}", highlight=False, markup=False)

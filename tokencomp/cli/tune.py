@@ -52,7 +52,7 @@ def command(
         if budget is not None and not budget > 0:
             raise OptionError(f"--{name} {budget:g}: expected a positive number.")
     if data is not None:
-        fix = "all questions of the file are asked"
+        fix = "the file decides which questions there are"
         opt.refuse_given(context, ("items", "families"), "--data", fix)
     grid: dict[str, Any] = {
         "frames": [int(n) for n in _numbers("frames", frames, whole=True)],
@@ -64,14 +64,17 @@ def command(
     opt.check_output(output)
     from tokencomp.evaluation import tuning
     from tokencomp.evaluation.environment import environment
+    from tokencomp.inputs.files import FileQuestions
     from tokencomp.inputs.loading import load_model
 
     loaded = load_model(model, device=device, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
-        asked = _shapesqa(opt.names(families), items, folder) if data is None else None
-        asked = asked or tuning.read_examples(data or Path())
-        given = tuning.candidates(*loaded, asked, **grid)
-        measured = tuning.search(*loaded, asked, given, batch_size=batch_size)
+        if data is None:
+            questions = _shapesqa(opt.names(families), items, folder)
+        else:
+            questions = list(FileQuestions(data))
+        candidates = tuning.candidates(*loaded, questions, **grid)
+        measured = tuning.search(*loaded, questions, candidates, batch_size=batch_size)
     within = [c for c in measured if latency is None or 1e3 * c.seconds <= latency]
     cost = "tokens" if latency is None else "seconds"
     facts = {"model": model, "budget": {"tokens": tokens, "latency_ms": latency}, **environment()}
@@ -94,13 +97,13 @@ def _numbers(name: str, text: str, whole: bool = False) -> list[float]:
     from tokencomp.errors import OptionError
 
     try:
-        found = [float(part) for part in opt.names(text)]
+        numbers = [float(part) for part in opt.names(text)]
     except ValueError:
-        found = []
-    if not found or min(found) <= 0 or (whole and any(n != int(n) for n in found)):
+        numbers = []
+    if not numbers or min(numbers) <= 0 or (whole and any(n != int(n) for n in numbers)):
         kind = "whole positive numbers" if whole else "positive numbers"
         raise OptionError(f"--{name} {text!r}: expected {kind} separated by commas.")
-    return found
+    return numbers
 
 
 def _print(measured: list[Any], front: list[Any], latency: float | None) -> None:
@@ -120,8 +123,8 @@ def _print(measured: list[Any], front: list[Any], latency: float | None) -> None
             mark,
             str(c.frames),
             f"{c.scale:g}",
-            c.reducer,
-            f"{c.ratio:.3g}",
+            c.setting.name,
+            f"{c.setting.ratio:.3g}",
             f"{c.tokens:.0f}",
             f"{1e3 * c.seconds:.0f}",
             f"{c.accuracy:.1%}",
@@ -129,9 +132,10 @@ def _print(measured: list[Any], front: list[Any], latency: float | None) -> None
         )
     console.print(table)
     best = max(front, key=lambda c: c.accuracy)
+    method = f"{best.setting.name} at {best.setting.ratio:.3g}"
     console.print(
         f"\n[green]●[/] Pareto front. Best: {best.frames} frames, scale {best.scale:g}, "
-        f"{best.reducer} at {best.ratio:.3g}: {best.accuracy:.1%} with {best.tokens:.0f} tokens.\n"
-        "[dim]Chosen on these questions, so its accuracy here flatters it: check on held-out "
-        "data.[/]"
+        f"{method}: {best.accuracy:.1%} with {best.tokens:.0f} tokens.\n"
+        "[dim]It was chosen on these questions, so this accuracy is optimistic. Check it on "
+        "held-out data.[/]"
     )

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 _LAZY = {
     "Example": "tokencomp.inputs.questions",
-    "shapesqa": "tokencomp.inputs.questions",
-    "Run": "tokencomp.evaluation.runner",
+    "shapesqa": "tokencomp.shapesqa.examples",
+    "EvalRun": "tokencomp.evaluation.runs",
     "evaluate": "tokencomp.evaluation.runner",
     "sweep": "tokencomp.evaluation.runner",
     "Setting": "tokencomp.evaluation.settings",
@@ -22,8 +22,8 @@ _LAZY = {
 }
 
 __all__ = [
+    "EvalRun",
     "Example",
-    "Run",
     "Setting",
     "evaluate",
     "grid",
@@ -35,9 +35,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from tokencomp.evaluation.metrics import mcnemar, retention
-    from tokencomp.evaluation.runner import Run, evaluate, sweep
+    from tokencomp.evaluation.runner import evaluate, sweep
+    from tokencomp.evaluation.runs import EvalRun
     from tokencomp.evaluation.settings import Setting, grid
-    from tokencomp.inputs.questions import Example, shapesqa
+    from tokencomp.inputs.questions import Example
+    from tokencomp.shapesqa.examples import shapesqa
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Equal-token baselines: give the processor less, so that the full model gets as few tokens."""
+"""Equal-token baselines: smaller media, from which the processor makes as few tokens."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ STEPS = 10
 class EqualTokens:
     """Shrinks media until the processor makes about `1 - ratio` of their tokens.
 
-    Which size gives how many tokens is asked of the processor itself (it rounds to patches, tiles
-    and frame pairs), once per media size. Ties go to fewer tokens, then to the larger picture: of
-    all sizes that give as many tokens the full model gets the one that shows most. Where the
-    processor gives more tokens than wanted to every size, that is the largest size of its fewest
-    tokens, and where it gives all sizes as many, the media as they are: no baseline at that ratio,
-    which the achieved ratio of a run tells.
+    Token counts come from the processor itself, which rounds to patches, tiles and frame pairs;
+    they are computed once per media size. Among the sizes closest to the target we take the one
+    with fewer tokens, then the largest image. If even the smallest token count exceeds the target,
+    we use the largest image with that count. If every size yields the same count, the media are
+    returned unchanged, and the achieved ratio of a run shows that no baseline exists at this ratio.
 
     Parameters
     ----------
@@ -41,7 +40,7 @@ class EqualTokens:
     def __init__(self, processor: Any, placeholders: Sequence[int], prefer: str) -> None:
         self.processor, self.placeholders, self.prefer = processor, list(placeholders), prefer
         self._tokens: dict[tuple[Any, int], int] = {}
-        self._found: dict[tuple[Any, ...], Callable[[Any], Any]] = {}
+        self._shrinkers: dict[tuple[Any, ...], Callable[[Any], Any]] = {}
 
     def tokens(self, media: Any) -> int:
         """Visual tokens that the processor makes of one image or video."""
@@ -56,9 +55,9 @@ class EqualTokens:
         is_video = media_kind(media) == "video"
         size = (media[0] if is_video else media).size
         key = (is_video, size, len(media) if is_video else 1, ratio)
-        if key not in self._found:
-            self._found[key] = self._search(media, is_video, size, ratio)
-        return self._found[key](media)
+        if key not in self._shrinkers:
+            self._shrinkers[key] = self._search(media, is_video, size, ratio)
+        return self._shrinkers[key](media)
 
     def _search(
         self, media: Any, is_video: bool, size: tuple[int, int], ratio: float
@@ -75,7 +74,7 @@ class EqualTokens:
     def _smaller(self, media: Any, size: tuple[int, int], target: int) -> _Resize | None:
         """The size whose tokens come nearest to the target, and of such sizes the largest."""
         full, many = self.tokens(media), len(media) if isinstance(media, list) else 1
-        # a picture of fewer pixels than tokens says nothing: the processor only blows it up
+        # With fewer pixels than tokens, the processor would only enlarge the picture again.
         least = min(1.0, (full / (size[0] * size[1] * many)) ** 0.5)
         fewest = self.tokens(_Resize(size, least)(media))
         crossing = self._largest(media, _Resize(size, least), max(target, fewest)).scale
@@ -84,7 +83,7 @@ class EqualTokens:
         tokens = self.tokens(best[0](media))
         if tokens >= full:
             return None
-        ways = {found.stretch: found for found in best}.values()  # of each the largest
+        ways = {candidate.stretch: candidate for candidate in best}.values()  # the largest of each
         return max((self._largest(media, w, tokens) for w in ways), key=lambda w: w.scale)
 
     def _nearest(self, media: Any, candidates: Sequence[Any], target: int) -> list[Any]:

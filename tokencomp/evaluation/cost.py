@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tokencomp.adapters.base import adapter_for
 from tokencomp.engine.flops import DecoderShape
 from tokencomp.engine.stats import Stats
+from tokencomp.inputs.prompts import prompt_lengths
 
 
 @dataclass(frozen=True)
@@ -46,28 +48,28 @@ def _cost(shape: DecoderShape, length: int, visual: int, per_layer: list[int], f
     return Cost(full, per_layer, flops, sum(rows) * shape.kv_bytes_per_token)
 
 
-def compressed_costs(stats: Stats) -> list[Cost]:
-    """Cost of every sample of the last compressed prefill."""
-    rows = zip(stats.lengths, stats.tokens_before, stats.tokens_after, strict=True)
-    return [_cost(stats.shape, n, visual, seen, visual) for n, visual, seen in rows]
-
-
-def plain_costs(
-    shape: DecoderShape, lengths: list[tuple[int, int]], full: list[int] | None = None
+def prefill_costs(
+    model: Any, inputs: dict[str, Any], stats: Stats | None, full: list[int] | None = None
 ) -> list[Cost]:
-    """Cost of every sample of an uncompressed prefill.
+    """Cost of every sample of a prefill.
 
     Parameters
     ----------
-    shape
-        Sizes of the decoder.
-    lengths
-        Per sample: all tokens, and visual tokens.
+    inputs
+        What the model got.
+    stats
+        Of the handle that compressed this prefill; None if nothing was compressed.
     full
-        Visual tokens before an input baseline shrank the media; None if nothing was shrunk.
+        Per sample: visual tokens before an input baseline shrank the media; None if nothing was
+        shrunk.
     """
+    if stats is not None:
+        rows = zip(stats.lengths, stats.tokens_before, stats.tokens_after, strict=True)
+        return [_cost(stats.shape, n, visual, seen, visual) for n, visual, seen in rows]
+    shape = DecoderShape.from_config(adapter_for(model).text_config, model.dtype.itemsize)
+    lengths = prompt_lengths(model, inputs)
     before = full or [visual for _, visual in lengths]
     return [
-        _cost(shape, n, visual, [visual] * shape.num_layers, wanted)
-        for (n, visual), wanted in zip(lengths, before, strict=True)
+        _cost(shape, n, visual, [visual] * shape.num_layers, visual_before)
+        for (n, visual), visual_before in zip(lengths, before, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""What a number depends on besides the code: versions, commit, hardware."""
+"""What a number depends on: versions, commit, hardware, and the model."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def versions() -> dict[str, str]:
     """Versions of Python, tokencomp and the packages that results depend on."""
     from tokencomp import __version__
 
-    found = {"python": platform.python_version(), "tokencomp": __version__}
+    installed = {"python": platform.python_version(), "tokencomp": __version__}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def commit() -> str | None:
@@ -92,12 +92,58 @@ def environment() -> dict[str, Any]:
     }
 
 
+def model_identity(model: Any, processor: Any, name: str = "") -> dict[str, Any]:
+    """What the answers depend on besides the setting: the model, its weights and its inputs.
+
+    Parameters
+    ----------
+    name
+        Model name to note. By default the hub id, or the last part of a local path.
+    """
+    from tokencomp.adapters.base import unwrap
+    from tokencomp.trained.cards import weights_hash
+
+    base = unwrap(model)
+    path = str(getattr(base, "name_or_path", "") or type(base).__name__)
+    return {
+        "model": name or public_name(path),
+        "model_type": base.config.model_type,
+        "parameters": sum(p.numel() for p in base.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": weights_hash(model),
+        "pixels": _pixels(processor),
+    }
+
+
+def public_name(name: str) -> str:
+    """The name of a model for tables and pages: of a local folder, only its last part."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def attention_backend(model: Any) -> str:
+    """The attention backend of the model, as transformers names it."""
+    from tokencomp.adapters.base import unwrap
+
+    return str(getattr(unwrap(model).config, "_attn_implementation", "") or "sdpa")
+
+
+def _pixels(processor: Any) -> dict[str, Any]:
+    """Sizes that the image and video processors aim at."""
+    sizes = {}
+    for part in ("image_processor", "video_processor"):
+        size = getattr(getattr(processor, part, None), "size", None)
+        if size is not None:
+            sizes[part] = {k: v for k, v in dict(size).items() if v is not None}
+    return sizes
+
+
 def provenance(facts: dict[str, Any]) -> str:
     """What `environment` returned as one line for a page."""
-    where, found = facts["hardware"], facts["versions"]
-    device = ", ".join(where.get("gpus", ())) or f"{where['cpu']}, {where['threads']} threads"
-    names = [n for n in ("torch", "transformers", "triton", "tokencomp") if n in found]
-    made = str(facts["commit"]).partition("+")
-    commit = made[0][:12] + made[1] + made[2]
-    listed = ", ".join(f"{n} {found[n]}" for n in names)
+    hardware, installed = facts["hardware"], facts["versions"]
+    threads = f"{hardware['cpu']}, {hardware['threads']} threads"
+    device = ", ".join(hardware.get("gpus", ())) or threads
+    names = [n for n in ("torch", "transformers", "triton", "tokencomp") if n in installed]
+    head, plus, dirty = str(facts["commit"]).partition("+")
+    commit = head[:12] + plus + dirty
+    listed = ", ".join(f"{n} {installed[n]}" for n in names)
     return f"`{facts['command']}`; {device}; {listed}; commit {commit}; {facts['date'][:10]}"

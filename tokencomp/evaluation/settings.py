@@ -1,14 +1,17 @@
-"""One row of a comparison: which method at which ratio."""
+"""Settings of an evaluation: which method answers, and at which ratio."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import OptionError
-from tokencomp.plan import Plan, check_ratio
+from tokencomp.method import MethodSpec
+from tokencomp.plan import Plan
+from tokencomp.plan_json import plan_from_json, plan_to_json
+from tokencomp.reducers.base import Reducer
 
 FULL = "full"
 PLAN = "plan"
@@ -23,103 +26,125 @@ INPUT_BASELINES = {
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A method at a ratio.
+class Setting(MethodSpec):
+    """A method spec with a row name, which may also be the full model or an input baseline.
 
     Attributes
     ----------
     reducer
-        A registered reducer, two of them ("merge+prune"), "full" (no compression), "plan" (stages
-        made by hand, see `planned`), or an input baseline: "downscale", "fewer_frames".
+        As in `MethodSpec`, or "full" (no compression), "plan" (explicit stages), or an input
+        baseline: "downscale", "fewer_frames".
     ratio
         In [0, 1); every method at 0 is the full model.
     options
-        Options of the reducer; of "plan", `plan` in its JSON form. Both take
-        `proportional_attention` (see `tokencomp.patch`).
+        Options of the reducer. `proportional_attention`, and for "plan" its stages in JSON form as
+        `plan`, may stand here and are moved to the fields of these names.
+    name
+        Row label; by default the name of the reducer, or "plan".
+    variant
+        Which of several models answers, see `sweep`.
+    target
+        What of the answer the reducer `oracle` explains: "logit" or "logprob".
     """
 
-    reducer: str = FULL
-    ratio: float = 0.0
-    options: dict[str, Any] = field(default_factory=dict)
+    reducer: str | Reducer = FULL
+    name: str = ""
+    variant: str = ""
+    target: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ratio", check_ratio(self.ratio))
-        if self.reducer == FULL and (self.ratio or self.options):
+        if self.reducer == FULL and self.plan is None and (self.ratio or self.options):
             raise OptionError(
                 f"the uncompressed model ('{FULL}') takes no ratio and no options; got "
                 f"ratio={self.ratio}, options={self.options}."
             )
         if self.input_baseline and self.options:
             raise OptionError(f"{self.reducer!r} has no options; got {self.options}.")
-        if self.reducer not in (FULL, "auto", *INPUT_BASELINES):
-            self._check_options()
-        if self.ratio == 0:
-            object.__setattr__(self, "reducer", FULL)
-            object.__setattr__(self, "options", {})
-
-    def _check_options(self) -> None:
-        """Raise what `tokencomp.patch` would, before a model is loaded."""
-        from tokencomp.engine.proportional import check_merges
-        from tokencomp.plan_json import plan_from_json
-        from tokencomp.reducers.registry import make_reducer
-
         options = dict(self.options)
-        proportional = options.pop(PROPORTIONAL, False)
-        if self.reducer == PLAN:
-            plan, made = plan_from_json(options.pop("plan", None)), None
-            if options:
-                raise OptionError(f"a plan has its options in its stages; got {options} beside it.")
-        else:
-            plan, made = Plan(), make_reducer(self.reducer, **options)
-        if proportional:
-            check_merges(plan, made)
+        proportional = options.pop(PROPORTIONAL, self.proportional_attention)
+        self._assign(options=options, proportional_attention=proportional)
+        if self.reducer == PLAN or self.plan is not None:
+            self._take_plan(options)
+        super().__post_init__()
+        if not self.name:
+            self._assign(name=self._reducer_name() if self.ratio else FULL)
+        if self.ratio == 0:
+            self._assign(reducer=FULL, options={}, plan=None, proportional_attention=False)
+
+    def _assign(self, **values: Any) -> None:
+        """Bring fields into their normal form while the object is being built."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _take_plan(self, options: dict[str, Any]) -> None:
+        plan = self.plan if self.plan is not None else plan_from_json(options.pop("plan", None))
+        if options:
+            raise OptionError(f"a plan has its options in its stages; got {options} beside it.")
+        reducer = "auto" if self.reducer in (PLAN, FULL) else self.reducer
+        self._assign(plan=plan, options=options, reducer=reducer)
+
+    def _reducer_name(self) -> str:
+        if self.plan is not None:
+            return PLAN
+        if isinstance(self.reducer, str):
+            return self.reducer
+        return self.reducer.name or type(self.reducer).__name__
 
     @property
-    def request(self) -> dict[str, Any]:
-        """What `tokencomp.patch` is asked for."""
-        named = {} if self.reducer == PLAN else {"ratio": self.ratio, "reducer": self.reducer}
-        return {**named, **self.options}
+    def names_reducer(self) -> bool:
+        return self.reducer != FULL and not self.input_baseline
+
+    @property
+    def input_baseline(self) -> bool:
+        """Whether the processor gets smaller media and the model is left alone."""
+        return self.reducer in INPUT_BASELINES
+
+    @property
+    def active(self) -> bool:
+        """Whether the model itself is patched."""
+        return self.ratio > 0 and self.names_reducer
+
+    @property
+    def written_options(self) -> dict[str, Any]:
+        """All options in their JSON form, a plan and proportional attention included."""
+        plan = {} if self.plan is None else {"plan": plan_to_json(self.plan)}
+        proportional = {PROPORTIONAL: True} if self.proportional_attention else {}
+        return {**plan, **self.options, **proportional}
 
     @property
     def method(self) -> str:
         """The reducer with all its options, defaults included; "" where no reducer acts.
 
-        Answers depend on it: another release may have other defaults.
+        Stored answers depend on it: another release may have other defaults.
         """
-        from tokencomp.patching import DEFAULT_REDUCER
-        from tokencomp.reducers.registry import make_reducer
-
-        if not self.compresses or self.reducer == PLAN:
+        if not self.active or self.plan is not None:
             return ""
-        options = {k: v for k, v in self.options.items() if k != PROPORTIONAL}
-        name = DEFAULT_REDUCER if self.reducer == "auto" else self.reducer
-        made = make_reducer(name, **options)
-        told = f"{made!r}, revision {made.revision}" if made.revision > 1 else repr(made)
-        return f"{told}, a subset per question" if name == RANDOM else told
+        reducer = self.built_reducer
+        revision = f", revision {reducer.revision}" if reducer.revision > 1 else ""
+        subsets = ", a subset per question" if self.reducer == RANDOM else ""
+        return f"{reducer!r}{revision}{subsets}"
 
     @property
-    def input_baseline(self) -> bool:
-        """The processor is given less, the model is left alone."""
-        return self.reducer in INPUT_BASELINES
+    def identity(self) -> dict[str, Any]:
+        """What the answers of this setting depend on, ready for JSON."""
+        values = {"ratio": self.ratio, "options": self.written_options, "method": self.method}
+        return {"reducer": self.name, **values}
 
     @property
-    def compresses(self) -> bool:
-        """The model itself is patched."""
-        return self.ratio > 0 and not self.input_baseline
+    def key(self) -> str:
+        """Name of the row in tables of many settings, e.g. "aim@0.75"."""
+        return f"{self.name}@{self.ratio:g}"
 
     @property
     def label(self) -> str:
-        """Folder and row name, e.g. "aim-0.75" or "prune-0.9-schedule=fastv"."""
+        """Name of the run folder, e.g. "aim-0.75" or "prune-0.9-schedule=fastv"."""
         if self.ratio == 0:
-            return FULL
-        extra = [f"{k}={v}" for k, v in sorted(self.options.items()) if k != "plan"]
-        return "-".join([self.reducer, f"{self.ratio:g}", *extra]).replace("/", "_")
+            return self.name
+        options = sorted(self.written_options.items())
+        extra = [f"{k}={v}" for k, v in options if k != PLAN]
+        return "-".join([self.name, f"{self.ratio:g}", *extra]).replace("/", "_")
 
-    def key(self) -> str:
-        return json.dumps([self.reducer, self.ratio, self.options], sort_keys=True, default=str)
-
-    def __hash__(self) -> int:
-        return hash(self.key())
+    __hash__ = MethodSpec.__hash__
 
 
 def grid(reducers: Iterable[str], ratios: Iterable[float], /, **options: Any) -> list[Setting]:
@@ -136,10 +161,7 @@ def planned(plan: Plan, model: Any, **options: Any) -> list[Setting]:
     PlanError
         A stage that this decoder does not have.
     """
-    from tokencomp.adapters.base import adapter_for
-    from tokencomp.plan_json import plan_to_json
-
     adapter = adapter_for(model)
     layers = len(adapter.layers)
     plan.check(layers, adapter.first_layer_stage)
-    return [Setting(), Setting(PLAN, plan.ratio(layers), {"plan": plan_to_json(plan), **options})]
+    return [Setting(), Setting("auto", plan.ratio(layers), options, plan)]

@@ -1,4 +1,4 @@
-"""A run on disk: one JSON line per item, and a manifest. Safe to kill at any point."""
+"""Answers on disk: one JSON object per item and line, and a manifest. A run may be killed."""
 
 from __future__ import annotations
 
@@ -8,26 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
+from tokencomp.storage import check_identity, read_object, write_json, write_lines
 
 MANIFEST, RECORDS = "manifest.json", "records.jsonl"
+OLD_NAMES = {"told": "predictions"}
+"""Keys of records in files of earlier releases, and what they are called now."""
 
 
-class RunFolder:
-    """Where the results of one setting live.
+class AnswerStore:
+    """A folder of records, each with an `id`, and the manifest of the run that wrote them.
 
     Parameters
     ----------
     path
-        Folder, made when missing. It may hold an unfinished run of the same setting.
+        Folder, created when missing. It may hold an unfinished run of the same identity.
     identity
-        What must be equal for old records to count (model, setting, frames, ...).
+        What the answers depend on (model, setting, frames, ...), plain types.
     rank
         Process number under `accelerate launch`; every process writes a file of its own.
+
+    Attributes
+    ----------
+    manifest
+        The manifest in the folder, or {}.
 
     Raises
     ------
     OptionError
-        The folder holds a run with another identity.
+        The folder cannot be written to, or holds a run with another identity.
     """
 
     def __init__(self, path: str | Path, identity: dict[str, Any], rank: int = 0) -> None:
@@ -38,45 +46,56 @@ class RunFolder:
             raise OptionError(
                 f"cannot write results to {path}: {error}. Give another folder."
             ) from error
-        name = RECORDS if rank == 0 else f"records.{rank}.jsonl"
-        self.file = self.path / name
-        self._check()
-        _drop_partial_line(self.file)
-
-    def _check(self) -> None:
         manifest = self.path / MANIFEST
-        if not manifest.exists():
-            return
-        old = read_json(manifest).get("identity", {})
-        plain = json.loads(json.dumps(self.identity, default=str))
-        changed = sorted(k for k in {*old, *plain} if old.get(k) != plain.get(k))
-        if changed:
-            told = ", ".join(f"{k}: {old.get(k)!r} there, {plain.get(k)!r} now" for k in changed)
-            raise OptionError(
-                f"{self.path} holds a run that differs in {told}. Give another output folder, or "
-                "remove this one."
-            )
+        self.manifest = read_object(manifest) if manifest.exists() else {}
+        if self.manifest:
+            fix = "Give another --output folder, or remove this one."
+            check_identity(self.path, self.manifest.get("identity", {}), identity, fix)
+        self.file = self.path / (RECORDS if rank == 0 else f"records.{rank}.jsonl")
+        _drop_partial_line(self.file)
+        self._records: dict[str, dict[str, Any]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the folder again, for records that other processes have added."""
+        self._records.clear()
+        _merge(self._records, read_records(self.path))
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """One record per item, in the order in which ids first appeared."""
+        return list(self._records.values())
 
     def done(self) -> set[str]:
-        """Ids that need not be asked again. Failed items are tried once more."""
-        return {r["id"] for r in read_records(self.path) if not r.get("error")}
+        """Ids of the answered items. Items that failed are tried once more."""
+        return {r["id"] for r in self.records if not r.get("error")}
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Add records and hand them to the operating system at once."""
-        lines = "".join(json.dumps(r) + "\n" for r in records)
+        records = list(records)
         with self.file.open("a") as file:
-            file.write(lines)
+            file.write("".join(json.dumps(r) + "\n" for r in records))
+        _merge(self._records, records)
 
-    def write_manifest(self, extra: dict[str, Any]) -> None:
-        """Write identity and `extra`; a reader never sees half a file."""
-        text = json.dumps({"identity": self.identity, **extra}, indent=2, default=str) + "\n"
-        temporary = self.path / f".{MANIFEST}.{self.rank}"
-        temporary.write_text(text)
-        temporary.replace(self.path / MANIFEST)
+    def write(
+        self, manifest: dict[str, Any], records: Iterable[dict[str, Any]] | None = None
+    ) -> None:
+        """Write the manifest, preceded by all `records` if there are any, each file atomically."""
+        if records is not None:
+            write_lines(self.file, records)
+        self.manifest = {**manifest, "identity": self.identity}
+        write_json(self.path / MANIFEST, self.manifest)
+
+
+def _merge(known: dict[str, dict[str, Any]], records: Iterable[dict[str, Any]]) -> None:
+    """Of an item's records the first without an error counts, else the last."""
+    for record in records:
+        if record["id"] not in known or known[record["id"]].get("error"):
+            known[record["id"]] = record
 
 
 def _drop_partial_line(file: Path) -> None:
-    """Cut off what a killed process left of its last line."""
+    """Cut off the unfinished last line that a killed process may leave."""
     if not file.exists():
         return
     data = file.read_bytes()
@@ -84,17 +103,6 @@ def _drop_partial_line(file: Path) -> None:
     if whole != len(data):
         with file.open("r+b") as handle:
             handle.truncate(whole)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A manifest. Raises `OptionError` if it cannot be read or is no JSON object."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{path}: not a readable manifest ({error}).") from error
-    if not isinstance(found, dict):
-        raise OptionError(f"{path}: not a manifest, which is a JSON object.")
-    return found
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -106,25 +114,33 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     Raises
     ------
     OptionError
-        A file is no text, or a record is no object with an id.
+        A file is not text, or a record is not an object with an id.
     """
-    found: dict[str, dict[str, Any]] = {}
+    known: dict[str, dict[str, Any]] = {}
     for file in sorted(Path(path).glob("records*.jsonl")):
-        for number, line in enumerate(_lines(file), 1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if not isinstance(record, dict) or "id" not in record:
-                raise OptionError(f"{file}, line {number}: not a record, which has an id.")
-            known = found.get(record["id"])
-            if known is None or known.get("error"):
-                found[record["id"]] = record
-    return list(found.values())
+        _merge(known, read_answers(file))
+    return list(known.values())
 
 
-def _lines(file: Path) -> list[str]:
+def read_answers(file: Path) -> list[dict[str, Any]]:
+    """The records of one file, under the names that this release uses.
+
+    Raises
+    ------
+    OptionError
+        The file is not text, or a record is not an object with an id.
+    """
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{file}: not a readable records file ({error}).") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if not isinstance(record, dict) or "id" not in record:
+            raise OptionError(f"{file}, line {number}: not a record, which has an id.")
+        records.append({OLD_NAMES.get(str(k), str(k)): value for k, value in record.items()})
+    return records

@@ -5,25 +5,24 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from tokencomp.evaluation.settings import RANDOM
+from tokencomp.evaluation.settings import RANDOM, Setting
 from tokencomp.reducers.random import Random
 from tokencomp.tokens import Reduction, VisualTokens
 
 
 @dataclass(frozen=True)
 class Subsets(Random):
-    """`random`, seeded by seed, name of the sample, and number of the span in it.
+    """`random`, seeded by the seed, the name of the sample, and the number of the span in it.
 
-    The reducer itself gives all spans of a grid the same subset, so that batches and homes agree.
-    Asked that way, all questions share the luck of one subset, which no interval over questions
-    shows.
+    The reducer itself gives all spans of a grid the same subset. In an evaluation the luck of that
+    one draw would affect every question alike, and would not show up in confidence intervals over
+    questions.
 
     Attributes
     ----------
     names
-        Of the samples of the batch, in order. What a sample gets depends on its own alone.
+        Names of the samples of the batch, in order. A subset depends on its own name alone.
     """
 
     names: tuple[str, ...] = ()
@@ -34,9 +33,8 @@ class Subsets(Random):
         return Random(seed).reduce(tokens, keep)
 
 
-def per_question(request: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """A request for `tokencomp.patch`; `random` becomes `Subsets` of the samples, others stay."""
-    if request.get("reducer") != RANDOM:
-        return request
-    made = Subsets(request.get("seed", 0), tuple(names))
-    return {**{k: v for k, v in request.items() if k != "seed"}, "reducer": made}
+def per_question(setting: Setting, names: Sequence[str]) -> Subsets | None:
+    """The reducer that replaces `random` for the questions of a batch; None for other settings."""
+    if setting.reducer != RANDOM or not setting.active:
+        return None
+    return Subsets(setting.options.get("seed", 0), tuple(names))

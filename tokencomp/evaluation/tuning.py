@@ -10,7 +10,6 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -18,7 +17,8 @@ from PIL import Image
 from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.baselines import EqualTokens
-from tokencomp.evaluation.runner import Run, sweep
+from tokencomp.evaluation.runner import sweep
+from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.plan import MAX_RATIO
@@ -46,26 +46,27 @@ def _scaled(media: Any, scale: float) -> Any:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to spend tokens, and what it gave.
+    """One way to spend tokens, and what was measured under it.
 
     Attributes
     ----------
     frames, scale
         Frames per video; side of pictures against the original.
-    reducer, ratio
+    setting
+        Reducer and ratio.
     tokens
         Visual tokens per item that a decoder layer sees, mean over layers and items.
     seconds
         Model time per answer.
     accuracy, items
+        Share of correct answers, and how many items were answered.
     screened
         True if it was dropped after the first share of the items.
     """
 
     frames: int
     scale: float
-    reducer: str
-    ratio: float
+    setting: Setting
     tokens: float = 0.0
     seconds: float = 0.0
     accuracy: float = 0.0
@@ -73,8 +74,9 @@ class Candidate:
     screened: bool = False
 
     @property
-    def setting(self) -> Setting:
-        return Setting(self.reducer, self.ratio)
+    def key(self) -> tuple[int, float, Setting]:
+        """What tells candidates apart, without the measurements."""
+        return self.frames, self.scale, self.setting
 
 
 def candidates(
@@ -100,7 +102,8 @@ def candidates(
         Nothing fits the budget.
     """
     counter = EqualTokens(processor, list(adapter_for(model).placeholder_ids()), "downscale")
-    found, seen = [], set()
+    fitting: list[Candidate] = []
+    seen: set[tuple[int, float]] = set()
     for n, scale in itertools.product(frames, sorted(scales, reverse=True)):
         full = _mean_tokens(counter, items, n, scale)
         if (n, full) in seen:
@@ -110,14 +113,14 @@ def candidates(
         for ratio in sorted({0.0, *ratios, *exact}):
             fits = tokens is None or full * (1 - ratio) <= tokens * 1.005
             if fits and ratio <= MAX_RATIO:
-                names = ["full"] if ratio == 0 else reducers
-                found += [Candidate(n, scale, name, ratio, full * (1 - ratio)) for name in names]
-    if not found:
+                settings = [Setting(r, ratio) for r in reducers] if ratio else [Setting()]
+                fitting += [Candidate(n, scale, s, full * (1 - ratio)) for s in settings]
+    if not fitting:
         raise OptionError(
             f"no combination gets down to {tokens:g} visual tokens: ratios end at {MAX_RATIO}. "
             "Give fewer --frames, smaller --scale, or more --tokens."
         )
-    return found
+    return fitting
 
 
 def _mean_tokens(
@@ -133,7 +136,7 @@ def search(
     model: Any,
     processor: Any,
     items: Sequence[Example],
-    given: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     *,
     batch_size: int = 8,
     max_new_tokens: int = 16,
@@ -148,27 +151,24 @@ def search(
     """
     how = {"max_new_tokens": max_new_tokens, "name": name}
 
-    def measure(some: Sequence[Example], these: Sequence[Candidate]) -> dict[Candidate, Run]:
+    def measure(some: Sequence[Example], these: Sequence[Candidate]) -> dict[Candidate, EvalRun]:
         return _measure(model, processor, some, these, batch_size, how)
 
-    first = items[:: round(1 / SCREENED)] if len(given) > 4 else list(items)
-    measure(first[:batch_size], given)  # warm-up: nothing of it is kept
-    runs = measure(first, given)
-    measured = sorted((_result(c, runs[c]) for c in given), key=_better)
+    first = items[:: round(1 / SCREENED)] if len(candidates) > 4 else list(items)
+    measure(first[:batch_size], candidates)  # warm-up, whose results are discarded
+    runs = measure(first, candidates)
+    measured = sorted((_result(c, runs[c]) for c in candidates), key=_better)
     if len(first) == len(items):
         return measured
     count = max(4, round(len(measured) * KEPT))
     screened = [replace(c, screened=True) for c in measured[count:]]
     rest = [e for k, e in enumerate(items) if k % round(1 / SCREENED)]
-    going = [c for c in given if _key(c) in {_key(m) for m in measured[:count]}]
-    more = measure(rest, going)
-    for c in going:
+    best = {m.key for m in measured[:count]}
+    remaining = [c for c in candidates if c.key in best]
+    more = measure(rest, remaining)
+    for c in remaining:
         runs[c].records += more[c].records
-    return [*sorted((_result(c, runs[c]) for c in going), key=_better), *screened]
-
-
-def _key(c: Candidate) -> tuple[Any, ...]:
-    return c.frames, c.scale, c.reducer, c.ratio
+    return [*sorted((_result(c, runs[c]) for c in remaining), key=_better), *screened]
 
 
 def _better(c: Candidate) -> tuple[float, float]:
@@ -179,31 +179,31 @@ def _measure(
     model: Any,
     processor: Any,
     items: Sequence[Example],
-    given: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     batch_size: int,
     how: dict[str, Any],
-) -> dict[Candidate, Run]:
-    """Ask batch after batch under all candidates in turn, so that a slow minute strikes them all.
+) -> dict[Candidate, EvalRun]:
+    """Interleave candidates batch by batch, so that temporary slowdowns affect all of them equally.
 
     Candidates of one frames × scale share decoding and preprocessing.
     """
     from tqdm.auto import tqdm
 
-    found = {c: Run(c.setting) for c in given}
-    groups = list(dict.fromkeys((c.frames, c.scale) for c in given))
+    runs = {c: EvalRun(c.setting) for c in candidates}
+    groups = list(dict.fromkeys((c.frames, c.scale) for c in candidates))
     batches = [items[k : k + batch_size] for k in range(0, len(items), batch_size)]
     for batch, (frames, scale) in tqdm(list(itertools.product(batches, groups)), desc="measuring"):
-        here = [c for c in given if (c.frames, c.scale) == (frames, scale)]
+        group = [c for c in candidates if (c.frames, c.scale) == (frames, scale)]
         scaled = [Scaled(e.id, e.prompt, e.answer, e.media, e.family, scale=scale) for e in batch]
-        settings = [c.setting for c in here]
+        settings = [c.setting for c in group]
         more = {"batch_size": batch_size, "progress": False, **how}
-        runs = sweep(model, processor, scaled, settings, frames=frames, **more)
-        for c in here:
-            found[c].records += runs[c.setting].records
-    return found
+        answered = sweep(model, processor, scaled, settings, frames=frames, **more)
+        for c in group:
+            runs[c].records += answered[c.setting].records
+    return runs
 
 
-def _result(c: Candidate, run: Run) -> Candidate:
+def _result(c: Candidate, run: EvalRun) -> Candidate:
     good = run.answered
     seen = [sum(r["per_layer"]) / len(r["per_layer"]) for r in good]
     return replace(
@@ -216,7 +216,7 @@ def _result(c: Candidate, run: Run) -> Candidate:
 
 
 def pareto(measured: Sequence[Candidate], cost: str = "tokens") -> list[Candidate]:
-    """Candidates that nothing beats at the same or a lower cost, cheapest first.
+    """Candidates that no other one beats at the same or a lower cost, cheapest first.
 
     Parameters
     ----------
@@ -231,45 +231,12 @@ def pareto(measured: Sequence[Candidate], cost: str = "tokens") -> list[Candidat
     return front
 
 
-def read_examples(path: Path) -> list[Example]:
-    """Examples from a JSON Lines file: `question`, `answer`, `media` (a path or paths), `id`.
-
-    Media paths are relative to the file.
-
-    Raises
-    ------
-    OptionError
-        The file is missing, empty or no text, a line lacks a field, or two have the same id.
-    """
-    found: dict[str, Example] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--data {path}: {error}. Give a JSON Lines file.") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            media = row["media"] if isinstance(row["media"], list) else [row["media"]]
-            paths = tuple(path.parent / m for m in media)
-            name = str(row.get("id", number))
-            if name in found:
-                raise OptionError(
-                    f"{path}, line {number}: id {name!r} is taken by an earlier line."
-                )
-            found[name] = Example(name, row["question"], str(row["answer"]), paths)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise OptionError(
-                f"{path}, line {number}: {error!r}. Expected an object with question, answer and "
-                "media (a path or a list of paths)."
-            ) from error
-    if not found:
-        raise OptionError(f"{path} has no questions; give at least one line.")
-    return list(found.values())
-
-
 def as_json(measured: Sequence[Candidate], cost: str, facts: dict[str, Any]) -> str:
-    front = {_key(c) for c in pareto(measured, cost)}
-    rows = [{**asdict(c), "pareto": _key(c) in front} for c in measured]
+    """Budget, environment and all candidates as JSON text."""
+    front = {c.key for c in pareto(measured, cost)}
+    rows = []
+    for c in measured:
+        row = asdict(replace(c, setting=None))  # type: ignore[arg-type]
+        row |= {"reducer": c.setting.name, "ratio": c.setting.ratio, "pareto": c.key in front}
+        rows.append({k: v for k, v in row.items() if k != "setting"})
     return json.dumps({**facts, "candidates": rows}, indent=2) + "\n"

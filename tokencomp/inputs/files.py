@@ -1,4 +1,4 @@
-"""Questions of the user's own: a JSON Lines file, some of it held out by media."""
+"""Questions in a JSON Lines file of the user, some of them held out by media."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FileQuestions(Sequence[Example]):
     """Questions from a JSON Lines file; media paths are relative to it, or absolute.
 
     Every line holds `question`, `answer` and `media` (a path, or a list of paths); `id` and
-    `family` are optional.
+    `family` are optional. Without an `id`, the number of the line among the questions is taken.
 
     Parameters
     ----------
@@ -33,13 +33,15 @@ class FileQuestions(Sequence[Example]):
     Raises
     ------
     OptionError
-        No file, no UTF-8, no lines, or a line without a question, answer or media that exists.
+        No file, no UTF-8, no lines, a line without a question, answer or media that exists, or
+        two lines with the same id.
     """
 
     def __init__(self, path: Path, held_out: bool | None = None, count: int | None = None) -> None:
         file = questions_file(path)
         lines = [line for line in _text(file).split("\n") if line.strip()]
-        rows = [self._row(file, n, line) for n, line in enumerate(lines)]
+        rows = [_example(file, n, line) for n, line in enumerate(lines)]
+        _check_ids(file, rows)
         if held_out is not None:
             root = file.parent.resolve()
             media = [[_name(Path(m), root) for m in row.media] for row in rows]
@@ -54,32 +56,41 @@ class FileQuestions(Sequence[Example]):
                 "media that some question shows together count as one."
             )
 
-    @staticmethod
-    def _row(file: Path, number: int, line: str) -> Example:
-        try:
-            row = json.loads(line)
-            media = row["media"] if isinstance(row["media"], list) else [row["media"]]
-            question, answer = str(row["question"]), row["answer"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise OptionError(
-                f"{file}, line {number + 1}: expected a JSON object with question, answer and "
-                f"media ({error!r})."
-            ) from error
-        if answer is None or not str(answer).strip():
-            raise OptionError(f"{file}, line {number + 1}: the answer is empty.")
-        paths = tuple(str(file.parent / str(m)) for m in media)
-        missing = [p for p in paths if not Path(p).exists()]
-        if missing or not paths:
-            told = f"{missing[0]} does not exist" if missing else "there is no image or video"
-            raise OptionError(f"{file}, line {number + 1}: {told}. Every question needs media.")
-        key = str(row.get("id", number))
-        return Example(key, question, str(answer).strip(), paths, str(row.get("family", "")))
-
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         return self.rows[index]
+
+
+def _example(file: Path, number: int, line: str) -> Example:
+    try:
+        row = json.loads(line)
+        media = row["media"] if isinstance(row["media"], list) else [row["media"]]
+        question, answer = str(row["question"]), row["answer"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise OptionError(
+            f"{file}, line {number + 1}: expected a JSON object with question, answer and "
+            f"media ({error!r})."
+        ) from error
+    if answer is None or not str(answer).strip():
+        raise OptionError(f"{file}, line {number + 1}: the answer is empty.")
+    paths = tuple(str(file.parent / str(m)) for m in media)
+    missing = [p for p in paths if not Path(p).exists()]
+    if missing or not paths:
+        reason = f"{missing[0]} does not exist" if missing else "there is no image or video"
+        raise OptionError(f"{file}, line {number + 1}: {reason}. Every question needs media.")
+    key = str(row.get("id", number))
+    return Example(key, question, str(answer).strip(), paths, str(row.get("family", "")))
+
+
+def _check_ids(file: Path, rows: Sequence[Example]) -> None:
+    """Refuse ids that occur twice: answers are stored and paired by id."""
+    seen: set[str] = set()
+    for number, row in enumerate(rows, 1):
+        if row.id in seen:
+            raise OptionError(f"{file}, line {number}: id {row.id!r} is taken by an earlier line.")
+        seen.add(row.id)
 
 
 def questions_file(path: Path) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tokencomp.errors import OptionError, UnsupportedModelError
+from tokencomp.inputs.packaged import available_models, resolve
 
 DEFAULT_MODEL = "tiny-qwen2-vl"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -33,7 +34,7 @@ def _checked(device: str) -> str:
             f'device {device!r}; allowed: "auto", "cpu", "cuda", "cuda:1".'
         ) from error
     if kind == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"device {device!r}: torch sees no CUDA GPU here. Use device 'cpu'.")
+        raise OptionError(f"device {device!r}: torch finds no CUDA GPU. Use device 'cpu'.")
     return device
 
 
@@ -69,21 +70,13 @@ def load_model(
     UnsupportedModelError
         Nothing loadable has that name, or no adapter serves it.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
     from tokencomp.adapters.base import adapter_for
-    from tokencomp.models import register_auto_classes
-    from tokencomp.zoo import available_models, resolve
 
-    register_auto_classes()  # architectures that transformers lacks
-    where = resolve(name)
+    path = resolve(name)
     device = pick_device(device)
-    kind = pick_dtype(dtype, device)
-    extra = {} if attention is None else {"attn_implementation": attention}
+    options = {} if attention is None else {"attn_implementation": attention}
     try:
-        AutoConfig.from_pretrained(where)
-        processor = AutoProcessor.from_pretrained(where)
-        model = AutoModelForImageTextToText.from_pretrained(where, dtype=kind, **extra)
+        model, processor = load_folder(path, pick_dtype(dtype, device), **options)
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModelError(
             f"{name!r} cannot be loaded as an image-text model: {_first_line(error)} "
@@ -91,7 +84,31 @@ def load_model(
             "folder in the Hugging Face layout, or the id of a hub model that can be reached."
         ) from error
     adapter_for(model)
-    return model.eval().to(device), processor
+    return model.to(device), processor
+
+
+def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> tuple[Any, Any]:
+    """Model in eval mode on the CPU, and its processor, by the auto classes of transformers.
+
+    Parameters
+    ----------
+    path
+        A folder in the Hugging Face layout, or a hub id.
+    dtype
+        Default float32.
+    **options
+        Passed to `from_pretrained` of the model.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from tokencomp.models import register_auto_classes
+
+    register_auto_classes()  # architectures that transformers lacks
+    AutoConfig.from_pretrained(path)  # its errors name the path; those of processors do not
+    processor = AutoProcessor.from_pretrained(path)
+    dtype = torch.float32 if dtype is None else dtype
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options)
+    return model.eval(), processor
 
 
 def _first_line(error: Exception) -> str:

@@ -188,12 +188,12 @@ def _read_pyav(path: Path, frames: int) -> list[Image.Image]:
     if not total:
         with av.open(str(path)) as container:
             total = sum(1 for _ in container.decode(video=0))
-    wanted, images = set(frame_indices(total, frames)), []
+    chosen, images = set(frame_indices(total, frames)), []
     with av.open(str(path)) as container:
         for index, frame in enumerate(container.decode(video=0)):
-            if index in wanted:
+            if index in chosen:
                 images.append(Image.fromarray(frame.to_ndarray(format="rgb24")))
-            if len(images) == len(wanted):
+            if len(images) == len(chosen):
                 break
     return images
 

@@ -13,18 +13,48 @@ from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import MediaError
 from tokencomp.inputs.questions import media_kind
 
+Chat = list[dict[str, Any]]
+"""Messages as chat templates take them: role, and content with text and media placeholders."""
 
-def chat_text(processor: Any, media: Sequence[Any], prompt: str) -> str:
-    """The prompt in the model's chat format, media first, ready for the answer."""
+
+def media_chat(media: Sequence[Any], prompt: str) -> Chat:
+    """One user message: the media, then the prompt."""
     content = [{"type": media_kind(m)} for m in media] + [{"type": "text", "text": prompt}]
-    chat = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return [{"role": "user", "content": content}]
+
+
+def chat_inputs(
+    processor: Any, chats: Sequence[Chat], images: Sequence[Any], videos: Sequence[Any]
+) -> dict[str, Tensor]:
+    """One left-padded batch of conversations that end where the answer begins, on the CPU.
+
+    Parameters
+    ----------
+    processor
+        A Hugging Face processor with a chat template.
+    chats
+        Messages per row.
+    images, videos
+        PIL images, and uint8 arrays (frames, height, width, 3), of all rows in prompt order.
+    """
+    texts = [
+        processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        for chat in chats
+    ]
+    media: dict[str, Any] = {"images": list(images)} if images else {}
+    if videos:
+        media.update(videos=list(videos), do_sample_frames=False)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return dict(processor(text=texts, padding=True, return_tensors="pt", **media))
 
 
 def build_inputs(
     processor: Any, media: Sequence[Sequence[Any]], prompts: Sequence[str]
 ) -> dict[str, Tensor]:
-    """One left-padded batch, on the CPU.
+    """One left-padded batch of single questions, on the CPU.
 
     Parameters
     ----------
@@ -40,25 +70,16 @@ def build_inputs(
     MediaError
         The processor refuses them.
     """
-    texts = [chat_text(processor, m, p) for m, p in zip(media, prompts, strict=True)]
+    chats = [media_chat(m, p) for m, p in zip(media, prompts, strict=True)]
     flat = [one for row in media for one in row]
     images = [m for m in flat if media_kind(m) == "image"]
     videos = [np.stack([np.asarray(f) for f in m]) for m in flat if media_kind(m) == "video"]
-    kwargs: dict[str, Any] = {}
-    if images:
-        kwargs["images"] = images
-    if videos:
-        kwargs.update(videos=videos, do_sample_frames=False)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
     try:
-        return dict(processor(text=texts, padding=True, return_tensors="pt", **kwargs))
+        return chat_inputs(processor, chats, images, videos)
     except ValueError as error:
-        told = ", ".join(f"{image.width}×{image.height}" for image in images) or "no images"
+        sizes = ", ".join(f"{image.width}×{image.height}" for image in images) or "no images"
         raise MediaError(
-            f"the model's processor refuses the prompt ({told}; {len(videos)} videos): {error}"
+            f"the model's processor refuses the prompt ({sizes}; {len(videos)} videos): {error}"
         ) from error
 
 
@@ -78,8 +99,8 @@ def generate(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens:
     """Greedy answers, one per row, without the prompt and special tokens."""
     inputs = to_model(inputs, model)
     out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
-    told = out[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.batch_decode(told, skip_special_tokens=True)]
+    token_ids = out[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(token_ids, skip_special_tokens=True)]
 
 
 def prompt_lengths(model: Any, inputs: dict[str, Any]) -> list[tuple[int, int]]:

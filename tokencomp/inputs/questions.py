@@ -1,9 +1,9 @@
-"""What is asked: a prompt about media, and the answer that counts as right."""
+"""Questions: a prompt about media, and the answer that counts as right."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,14 +53,30 @@ class Example:
         return _words(prediction) == _words(self.answer)
 
 
+@dataclass(frozen=True)
+class Deferred(Example):
+    """An example whose media are created or opened only when they are loaded.
+
+    Attributes
+    ----------
+    source
+        Returns what `media` would hold; `media` itself stays empty.
+    """
+
+    source: Callable[[], tuple[Media, ...]] = tuple
+
+    def load(self, frames: int) -> list[Any]:
+        return Example(self.id, self.prompt, self.answer, self.source()).load(frames)
+
+
 def option_letter(text: str) -> str:
     """The option that a reply such as "B", "(B)", "B. red" or "red (B)" names; "" if none.
 
     "A red circle" names none: there, A is an article.
     """
-    found = re.match(rf"\W*([{LETTERS}])(?![\w'])(?!(?<=A)\s+\w)", text)
-    found = found or re.search(rf"\(([{LETTERS}])\)", text)
-    return found[1] if found else ""
+    match = re.match(rf"\W*([{LETTERS}])(?![\w'])(?!(?<=A)\s+\w)", text)
+    match = match or re.search(rf"\(([{LETTERS}])\)", text)
+    return match[1] if match else ""
 
 
 def _words(text: str) -> str:
@@ -71,26 +87,3 @@ def media_kind(media: Media) -> Literal["image", "video"]:
     """ "video" for a list of frames or an array of frames, else "image"."""
     is_video = isinstance(media, list) or (isinstance(media, np.ndarray) and media.ndim == 4)
     return "video" if is_video else "image"
-
-
-def shapesqa(items: Iterable[Any], folder: str | Path, form: str = "free") -> list[Example]:
-    """ShapesQA items as examples, with their media written as real JPEG and mp4 files.
-
-    Parameters
-    ----------
-    items
-        From `tokencomp.shapesqa.items.items(...)`.
-    folder
-        Where files go; existing files of an item are used again.
-    form
-        "free", "mvbench" or "mlvu".
-    """
-    from tokencomp.shapesqa.layouts import write_media
-    from tokencomp.zoo.evaluate import FORMS, wanted
-
-    folder, found = Path(folder), []
-    for item in items:
-        path = folder / f"{item.id}{'.jpg' if item.kind == 'image' else '.mp4'}"
-        media = item.media or (path if path.exists() else write_media(item, folder).media)
-        found.append(Example(item.id, FORMS[form](item), wanted(item, form), (media,), item.family))
-    return found

@@ -8,8 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import FULL, Setting
-from tokencomp.inputs.questions import Example, Media
+from tokencomp.evaluation.store import read_records
+from tokencomp.inputs.questions import Deferred, Example, Media
 
 ANSWERS = "answers-"
 
@@ -32,6 +32,9 @@ def manifest() -> ModelManifest:
 
 class TokenComp(lmms):
     """Any supported Hugging Face model under one setting.
+
+    lmms-eval passes all arguments as text. `loaded` and `setting` are for callers in the same
+    process, which have the objects already.
 
     Parameters
     ----------
@@ -47,7 +50,11 @@ class TokenComp(lmms):
     batch_size, device, dtype, attention
         As in `tokencomp eval`.
     results
-        Folder for answers; an interrupted run goes on there.
+        Folder for answers; an interrupted run continues there.
+    loaded
+        Model and processor, instead of `pretrained`, `device`, `dtype` and `attention`.
+    setting
+        Instead of `reducer`, `ratio` and `options`.
     """
 
     is_simple = True
@@ -65,6 +72,7 @@ class TokenComp(lmms):
         attention: str | None = None,
         results: str | None = None,
         loaded: tuple[Any, Any] | None = None,
+        setting: Setting | None = None,
         **more: Any,
     ) -> None:
         super().__init__()
@@ -75,11 +83,13 @@ class TokenComp(lmms):
         )
         self._accelerate()
         more.pop("max_batch_size", None)
-        self.setting = Setting(reducer, float(ratio), {**json.loads(options), **more})
+        all_options = {**json.loads(options), **more}
+        self.setting = setting or Setting(reducer, float(ratio), all_options)
         self.name, self.frames = pretrained, int(frames)
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
         self.results = None if results is None else Path(results)
         self.run_manifest: dict[str, Any] = {}
+        self._records: dict[str, dict[str, Any]] = {}
 
     def _accelerate(self) -> None:
         """Data parallelism under `accelerate launch`."""
@@ -108,7 +118,7 @@ class TokenComp(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy answers, in the order of the requests; failed items give an empty answer."""
-        told: dict[str, str] = {}
+        answers: dict[str, str] = {}
         for limit, examples, stops in _groups(self._examples(requests)):
             folders = None if self.results is None else {self.setting: self._folder(limit)}
             run = sweep(
@@ -125,42 +135,40 @@ class TokenComp(lmms):
             )[self.setting]
             self._note(run.manifest)
             for record in run.records:
-                told[record["id"]] = _cut(record.get("prediction", ""), stops)
-        return [told[_key(r)] for r in requests]
+                self._records[record["id"]] = record
+                answers[record["id"]] = _cut(record.get("prediction", ""), stops)
+        return [answers[_key(r)] for r in requests]
 
     def _folder(self, limit: int) -> Path:
         return Path(str(self.results)) / f"{ANSWERS}{limit}"
 
-    def answer_folders(self) -> list[Path]:
-        """Where the answers of all processes are, one folder per length limit."""
-        return [] if self.results is None else sorted(self.results.glob(f"{ANSWERS}*"))
+    @property
+    def records(self) -> dict[str, dict[str, Any]]:
+        """The records of all items by id; those of other processes are read from their folders."""
+        if self.world_size > 1 and self.results is not None:
+            for folder in sorted(self.results.glob(f"{ANSWERS}*")):
+                self._records |= {r["id"]: r for r in read_records(folder)}
+        return self._records
 
     def _note(self, manifest: dict[str, Any]) -> None:
-        """The last manifest stands for all, but memory that ran out is never forgotten."""
+        """Keep the latest manifest, but carry over an earlier out-of-memory flag.
+
+        The smallest batch size of all manifests is kept with it.
+        """
         before = self.run_manifest or manifest
         halved = before["batch_halved_by_oom"] or manifest["batch_halved_by_oom"]
         size = min(before["batch_size"], manifest["batch_size"])
         self.run_manifest = {**manifest, "batch_halved_by_oom": halved, "batch_size": size}
 
     def _examples(self, requests: list[Instance]) -> Iterator[tuple[int, Example, tuple[str, ...]]]:
-        """Every item once: lmms-eval evens out the processes with copies."""
+        """Every item once: lmms-eval fills the shorter shares with copies of their last item."""
         for request in {_key(r): r for r in requests}.values():
             prompt, options, to_visual, doc_id, task, split = request.args
             media = functools.partial(_visuals, to_visual, self.task_dict[task][split], doc_id)
             until = options.get("until") or ()
             stops = (until,) if isinstance(until, str) else tuple(until)
-            example = Document(_key(request), prompt, "", family=task, source=media)
+            example = Deferred(_key(request), prompt, "", family=task, source=media)
             yield int(options.get("max_new_tokens") or 16), example, stops
-
-
-@dataclass(frozen=True)
-class Document(Example):
-    """An item of a task; its media are opened when its turn comes."""
-
-    source: Callable[[], tuple[Media, ...]] = tuple
-
-    def load(self, frames: int) -> list[Any]:
-        return Example(self.id, self.prompt, "", self.source()).load(frames)
 
 
 def _key(request: Instance) -> str:
@@ -171,10 +179,10 @@ def _key(request: Instance) -> str:
 def _visuals(to_visual: Any, docs: Any, doc_id: int) -> tuple[Media, ...]:
     """Paths and pictures of a document. Tasks that exit over a missing file give its path."""
     try:
-        found = to_visual(docs[doc_id]) or []
+        visuals = to_visual(docs[doc_id]) or []
     except SystemExit as leave:
         return (Path(str(leave.code)),)
-    listed = found if isinstance(found, list | tuple) else [found]
+    listed = visuals if isinstance(visuals, list | tuple) else [visuals]
     return tuple(Path(m).resolve() if isinstance(m, str) else m for m in listed)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import MissingDependencyError, OptionError, unknown_name
+from tokencomp.evaluation.environment import model_identity, public_name
+from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import Setting
-from tokencomp.evaluation.store import MANIFEST, RECORDS, read_json, read_records
+from tokencomp.evaluation.store import AnswerStore
 from tokencomp.lmms.data import LocalData, cache_dirs, use_home
 
 
@@ -49,16 +50,16 @@ def find_tasks(names: Sequence[str], data: LocalData | None, home: Path) -> list
     """
     if data is not None:
         use_home(home)
-    manager, found = _manager(), []
+    manager, members = _manager(), list[str]()
     for name in names:
         if name not in manager.all_tasks:
             raise unknown_name("task", name, _close(name, manager.all_tasks))
-        members = list(_members(manager, name))
-        here = [m for m in members if data is None or data.has(_config(manager, m))]
-        if not here and data is not None:
-            raise data.missing(name, _config(manager, members[0]))
-        found += here
-    configs = {name: _config(manager, name) for name in found}
+        every = list(_members(manager, name))
+        present = [m for m in every if data is None or data.has(_config(manager, m))]
+        if not present and data is not None:
+            raise data.missing(name, _config(manager, every[0]))
+        members += present
+    configs = {name: _config(manager, name) for name in members}
     if data is None:
         return [Task(name, str(c["dataset_path"]), {}) for name, c in configs.items()]
     data.stage(home, cache_dirs(list(configs.values())))
@@ -124,48 +125,35 @@ def run_setting(
 ) -> dict[str, Any]:
     """Evaluate one setting, and write records and manifest to `out`.
 
-    Answers are written as they come; an interrupted run takes them up again.
+    Answers are written as they come, so that an interrupted run continues after the last one.
 
     Returns
     -------
     dict
         The manifest: lmms-eval's own scores under "scores", counts under "summary".
     """
-    from tokencomp.trained.cards import weights_hash
-
+    facts = model_identity(*loaded, name=public_name(name))
     identity = {
-        "model": Path(name).name if Path(name).exists() else name,
-        "dtype": str(loaded[0].dtype).removeprefix("torch."),
-        "weights": weights_hash(loaded[0]),
-        "reducer": setting.reducer,
-        "ratio": setting.ratio,
-        "options": setting.options,
-        "method": setting.method,
+        **{k: facts[k] for k in ("model", "dtype", "weights")},
+        **setting.identity,
         "tasks": [t.name for t in tasks],
         "data": sorted({t.data for t in tasks}),
         "limit": limit,
         "frames": frames,
     }
-    known = _known(out, identity)
-    if known.get("finished"):
-        return known
+    store = AnswerStore(out, identity)
+    if store.manifest.get("finished"):
+        return store.manifest
     from lmms_eval.evaluator import simple_evaluate
 
     from tokencomp.lmms.model import TokenComp
 
     model = TokenComp(
-        pretrained=name,
-        reducer=setting.reducer,
-        ratio=setting.ratio,
-        options=json.dumps(setting.options),
-        frames=frames,
-        batch_size=batch_size,
-        results=str(out),
-        loaded=loaded,
+        name, frames=frames, batch_size=batch_size, results=str(out), loaded=loaded, setting=setting
     )
     if model.rank == 0:
-        _write(out, {MANIFEST: _json({"identity": identity, "finished": False})})
-    told = simple_evaluate(
+        store.write({"finished": False})
+    results = simple_evaluate(
         model=model,
         tasks=[{"task": t.name, **t.changes} for t in tasks],
         task_manager=_manager(),
@@ -175,41 +163,22 @@ def run_setting(
         log_samples=True,
         verbosity="ERROR",
     )
-    if told is None:  # not the main process
+    if results is None:  # not the main process
         return {}
-    asked = {r["id"]: r for folder in model.answer_folders() for r in read_records(folder)}
-    records = [r for t in tasks for r in _records(t.name, told["samples"][t.name], asked)]
-    manifest = {
-        **model.run_manifest,
-        "identity": identity,
-        "scores": _scores(told["results"]),
-        "summary": _summary(records),
-    }
-    lines = "".join(json.dumps(r, default=str) + "\n" for r in records)
-    _write(out, {RECORDS: lines, MANIFEST: _json(manifest)})
-    return manifest
-
-
-def _known(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The manifest in `out`, if there is one; it must be of the same thing."""
-    if not (out / MANIFEST).exists():
-        return {}
-    old, same = read_json(out / MANIFEST), json.loads(json.dumps(identity))
-    changed = [k for k in same if old.get("identity", {}).get(k) != same[k]]
-    if changed:
-        raise OptionError(
-            f"{out} holds another run (it differs in {', '.join(changed)}). Give another -o, or "
-            "remove that folder."
-        )
-    return old
+    answers = model.records
+    records = [r for t in tasks for r in _records(t.name, results["samples"][t.name], answers)]
+    summary = EvalRun(setting, records).summary()
+    manifest = {**model.run_manifest, "scores": _scores(results["results"]), "summary": summary}
+    store.write(manifest, records)
+    return store.manifest
 
 
 def _records(
-    task: str, samples: Sequence[dict[str, Any]], asked: dict[str, dict[str, Any]]
+    task: str, samples: Sequence[dict[str, Any]], answers: dict[str, dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Cost and answer from our side, right or wrong from lmms-eval's."""
+    """Costs and answers from the sweep, with the score that lmms-eval gave each of them."""
     for sample in {s["doc_id"]: s for s in samples}.values():
-        record = dict(asked[f"{task}/{sample['doc_id']}"])
+        record = dict(answers[f"{task}/{sample['doc_id']}"])
         doc = sample.get("doc") or {}
         kind = doc.get("task_type") or doc.get("family")
         record["family"] = f"{task} {kind}" if kind else task
@@ -258,29 +227,3 @@ def _scores(results: dict[str, Any]) -> dict[str, dict[str, float]]:
         }
         for task, values in results.items()
     }
-
-
-def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    good = [r for r in records if not r.get("error")]
-    n = max(len(good), 1)
-    return {
-        "items": len(good),
-        "failed": len(records) - len(good),
-        "accuracy": sum(r["correct"] for r in good) / n,
-        "achieved_ratio": sum(r["ratio"] for r in good) / n,
-        "flops": sum(r["flops"] for r in good) / n,
-        "kv_bytes": sum(r["kv_bytes"] for r in good) / n,
-    }
-
-
-def _write(out: Path, files: dict[str, str]) -> None:
-    """Write files in order; a reader never sees half of one."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        temporary = out / f".{name}"
-        temporary.write_text(text)
-        temporary.replace(out / name)
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2, default=str) + "\n"

@@ -32,7 +32,7 @@ def _plots(demo: Demo) -> list[Any]:
     work: dict[str, list[Point]] = {}
     full = demo.rows[0]
     for row in demo.rows[1:]:
-        name = row.setting.reducer
+        name = row.setting.name
         accuracy.setdefault(name, []).append(_accuracy_point(row, full))
         work.setdefault(name, []).append(Point(row.flops / full.flops, row.prefill_ratio))
     figures = [
@@ -78,7 +78,7 @@ def _answer(answer: Answer, expected: str | None) -> dict[str, Any]:
         right = Example("", "", expected).correct(answer.text)
         mark = "right" if right else "wrong"
     return {
-        "label": answer.setting.reducer,
+        "label": answer.setting.name,
         "ratio": answer.setting.ratio,
         "text": answer.text,
         "mark": mark,

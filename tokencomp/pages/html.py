@@ -37,11 +37,11 @@ def percent(value: float, digits: int = 1) -> str:
 
 def compact(per_layer: Sequence[int]) -> str:
     """Tokens per layer, runs joined: [64, 64, 64, 32] → "64×3 32"."""
-    found = []
+    parts = []
     for value, group in itertools.groupby(per_layer):
         n = sum(1 for _ in group)
-        found.append(f"{value}×{n}" if n > 1 else str(value))
-    return " ".join(found)
+        parts.append(f"{value}×{n}" if n > 1 else str(value))
+    return " ".join(parts)
 
 
 def si(value: float, unit: str = "") -> str:

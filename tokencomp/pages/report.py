@@ -11,69 +11,18 @@ from typing import Any
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.metrics import McNemar, Retention, mcnemar, retention
 from tokencomp.evaluation.runner import KEPT
+from tokencomp.evaluation.runs import IDENTITY, EvalRun, paired_scores
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, FULL
-from tokencomp.evaluation.store import MANIFEST, read_json, read_records
+from tokencomp.evaluation.store import MANIFEST
 
-SETTING = ("reducer", "ratio", "options")
 FIRST = (FULL, "random", "uniform", DOWNSCALE, FEWER_FRAMES)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One run folder."""
-
-    path: Path
-    manifest: dict[str, Any]
-    records: list[dict[str, Any]]
-
-    @classmethod
-    def read(cls, path: Path) -> Stored:
-        """A run folder. Raises `OptionError` if it is damaged or holds fewer items than it says."""
-        run = cls(path, read_json(path / MANIFEST), read_records(path))
-        identity, summary = run.manifest.get("identity"), run.manifest.get("summary", {})
-        if not isinstance(identity, dict) or not {*SETTING} <= identity.keys():
-            raise OptionError(
-                f"{path / MANIFEST} does not say of which {', '.join(SETTING)} the run is. Give "
-                "folders that `tokencomp eval` wrote."
-            )
-        said = summary.get("items", 0) + summary.get("failed", 0)
-        if len(run.records) < said:
-            raise OptionError(
-                f"{path} has records of {len(run.records)} items, and its manifest says {said}. "
-                "Copy all of its files, or remove the folder and run the command again."
-            )
-        broken = [r["id"] for r in run.answered if not {"family", "correct"} <= r.keys()]
-        if broken:
-            raise OptionError(f"{path}: the record of {broken[0]!r} lacks family or correct.")
-        return run
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return self.manifest["identity"]
-
-    @property
-    def label(self) -> str:
-        options = [f"{k}={v}" for k, v in sorted(self.identity["options"].items())]
-        return " ".join([self.identity["reducer"], *options])
-
-    @property
-    def ratio(self) -> float:
-        return float(self.identity["ratio"])
-
-    @property
-    def answered(self) -> list[dict[str, Any]]:
-        return [r for r in self.records if not r.get("error")]
-
-    def mean(self, name: str) -> float:
-        values = [float(r[name]) for r in self.answered if name in r]
-        return sum(values) / len(values) if values else float("nan")
 
 
 @dataclass(frozen=True)
 class Line:
     """One line of the table."""
 
-    run: Stored
+    run: EvalRun
     accuracy: float
     retention: Retention | None = None
     against_random: McNemar | None = None
@@ -83,7 +32,7 @@ class Line:
     seconds: float = float("nan")
 
 
-def find_runs(paths: Sequence[Path]) -> list[Stored]:
+def find_runs(paths: Sequence[Path]) -> list[EvalRun]:
     """Run folders among `paths` and directly below them.
 
     Raises
@@ -95,12 +44,11 @@ def find_runs(paths: Sequence[Path]) -> list[Stored]:
     for path in paths:
         below = [path] if (path / MANIFEST).exists() else sorted(path.glob(f"*/{MANIFEST}"))
         folders.update(dict.fromkeys(p if p.is_dir() else p.parent for p in below))
-    runs = [Stored.read(p) for p in folders]
+    runs = [EvalRun.read(p) for p in folders]
     if not runs:
-        given = ", ".join(map(str, paths))
         raise OptionError(
-            f"no run folder in {given}: expected folders with {MANIFEST} and records.jsonl, as "
-            "`tokencomp eval -o runs` writes them."
+            f"no run folder in {', '.join(map(str, paths))}: expected folders with {MANIFEST} and "
+            "records.jsonl, as `tokencomp eval -o runs` writes them."
         )
     unfinished = [str(r.path) for r in runs if not r.manifest.get("finished", True)]
     if unfinished:
@@ -108,31 +56,31 @@ def find_runs(paths: Sequence[Path]) -> list[Stored]:
             f"not finished: {', '.join(unfinished)}. Run the same command again; it goes on where "
             "it stopped."
         )
-    _same_thing(runs)
+    _check_comparable(runs)
     return sorted(runs, key=_order)
 
 
-def _order(run: Stored) -> tuple[int, str, float]:
+def _order(run: EvalRun) -> tuple[int, str, float]:
     name = run.identity["reducer"]
     return (FIRST.index(name) if name in FIRST else len(FIRST), run.label, run.ratio)
 
 
-def _same_thing(runs: Sequence[Stored]) -> None:
+def _check_comparable(runs: Sequence[EvalRun]) -> None:
     first = runs[0]
     for run in runs[1:]:
-        keys = {*first.identity, *run.identity} - {*SETTING, "method"}
+        keys = {*first.identity, *run.identity} - {*IDENTITY, "method"}
         changed = sorted(k for k in keys if first.identity.get(k) != run.identity.get(k))
         if changed:
-            told = "; ".join(
+            pairs = "; ".join(
                 f"{k}: {first.identity.get(k)!r} and {run.identity.get(k)!r}" for k in changed
             )
             raise OptionError(
-                f"{first.path} and {run.path} cannot stand in one table: they differ in {told}. "
+                f"{first.path} and {run.path} cannot stand in one table: they differ in {pairs}. "
                 "Make a report of each."
             )
 
 
-def lines(runs: Sequence[Stored]) -> list[Line]:
+def lines(runs: Sequence[EvalRun]) -> list[Line]:
     """The table: every run against the full model and against `random` at its ratio.
 
     Raises
@@ -149,9 +97,9 @@ def lines(runs: Sequence[Stored]) -> list[Line]:
     return [_line(run, full, runs) for run in runs]
 
 
-def _line(run: Stored, full: Stored, runs: Sequence[Stored]) -> Line:
+def _line(run: EvalRun, full: EvalRun, runs: Sequence[EvalRun]) -> Line:
     families = {r["family"] for r in run.answered}
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "families": {
             f: _mean([r["correct"] for r in run.answered if r["family"] == f])
             for f in sorted(families)
@@ -161,32 +109,17 @@ def _line(run: Stored, full: Stored, runs: Sequence[Stored]) -> Line:
         "seconds": run.mean("seconds") / full.mean("seconds"),
     }
     if run is not full:
-        found["retention"] = retention(*paired(run, full))
+        values["retention"] = retention(*paired_scores(run, full))
         rival = next(
             (r for r in runs if r.identity["reducer"] == "random" and r.ratio == run.ratio), None
         )
         if rival is not None and rival is not run:
-            found["against_random"] = mcnemar(*paired(run, rival))
-    return Line(run, run.mean("correct"), **found)
+            values["against_random"] = mcnemar(*paired_scores(run, rival))
+    return Line(run, run.mean("correct"), **values)
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(map(float, values)) / len(values)
-
-
-def paired(run: Stored, other: Stored) -> tuple[list[float], list[float]]:
-    """Scores of the items that both answered, in one order.
-
-    Raises
-    ------
-    OptionError
-        They have no item in common.
-    """
-    theirs = {r["id"]: float(r["correct"]) for r in other.answered}
-    pairs = [(float(r["correct"]), theirs[r["id"]]) for r in run.answered if r["id"] in theirs]
-    if not pairs:
-        raise OptionError(f"{run.path} and {other.path} have no answered item in common.")
-    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def write(table: Sequence[Line], path: Path) -> Path:
@@ -207,7 +140,7 @@ def write(table: Sequence[Line], path: Path) -> Path:
         identity={
             k: json.dumps(v) if isinstance(v, dict) else v
             for k, v in first.identity.items()
-            if k not in (*SETTING, "method")
+            if k not in (*IDENTITY, "method")
         },
         versions=_different_versions([line.run for line in table]),
         failed=_failed(table),
@@ -265,17 +198,20 @@ def _pictures(table: Sequence[Line]) -> list[dict[str, Any]]:
 
     from tokencomp.pages.pictures import data_uri
 
-    found = []
+    pictures = []
     for line in table:
+        assert line.run.path is not None
         file = next(iter(sorted(line.run.path.rglob(KEPT))), None)
         if file is not None:
             with Image.open(file) as image:
                 about = image.info.get("comment", b"").decode(errors="replace")
-                found.append({"line": line, "uri": data_uri(image.convert("RGB")), "about": about})
-    return found
+                pictures.append(
+                    {"line": line, "uri": data_uri(image.convert("RGB")), "about": about}
+                )
+    return pictures
 
 
-def _different_versions(runs: Sequence[Stored]) -> list[str]:
+def _different_versions(runs: Sequence[EvalRun]) -> list[str]:
     """Packages whose versions are not the same in all runs."""
     every = [r.manifest.get("versions", {}) for r in runs]
     names = sorted({n for v in every for n in v})
@@ -296,7 +232,7 @@ def as_json(table: Sequence[Line]) -> str:
     """The table for programs."""
     rows = [
         {
-            **{k: line.run.identity[k] for k in SETTING},
+            **{k: line.run.identity[k] for k in IDENTITY},
             "items": len(line.run.answered),
             "failed": len(line.run.records) - len(line.run.answered),
             "achieved_ratio": line.run.mean("ratio"),

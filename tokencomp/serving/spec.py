@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokencomp.errors import OptionError, RatioError, TokenCompError, UnknownNameError
+from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan import MAX_RATIO, check_ratio
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import available_reducers, make_reducer
 from tokencomp.validation import choices, field_types
 
-DEFAULT_REDUCER = "divprune"  # question-agnostic: media caches serve every question
 REQUEST_KEYS = ("reducer", "ratio", "options")
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
 SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "per_request", "only_own")
@@ -74,31 +74,13 @@ def check_servable(reducer: Reducer) -> Reducer:
 
 
 @dataclass(frozen=True)
-class Spec:
-    """Reducer and ratio of one request or of a server; hashable, and equal if it acts equally."""
-
-    reducer: Reducer | None = None
-    ratio: float = 0.0
-
-    @property
-    def active(self) -> bool:
-        return self.reducer is not None and self.ratio > 0
-
-    def describe(self) -> dict[str, Any]:
-        """Canonical plain form, every option spelled out; the same for all inactive specs."""
-        if self.reducer is None or not self.active:
-            return {"ratio": 0.0}
-        options = self.reducer.options()
-        return {"reducer": self.reducer.name, "ratio": self.ratio, "options": options}
-
-
-@dataclass(frozen=True)
 class ServerOptions:
     """Default of a server, and the bounds of what a request may ask for.
 
     Attributes
     ----------
-    default : Spec
+    default : MethodSpec
+        Its reducer is an object, or "auto" where the server compresses nothing by default.
     max_ratio : float
         Largest ratio a request may ask for.
     per_request : bool
@@ -108,13 +90,13 @@ class ServerOptions:
         can make media many times larger).
     """
 
-    default: Spec = field(default_factory=Spec)
+    default: MethodSpec = field(default_factory=MethodSpec)
     max_ratio: float = MAX_RATIO
     per_request: bool = True
     only_own: bool = False
 
     @classmethod
-    def parse(cls, given: Any, engine: str = "vllm") -> ServerOptions:
+    def parse(cls, options: Any, engine: str = "vllm") -> ServerOptions:
         """Options from JSON or a mapping: `{"reducer": "divprune", "ratio": 0.5, "options": {}}`.
 
         Raises
@@ -122,9 +104,9 @@ class ServerOptions:
         OptionError, RatioError
             Unknown key, reducer, option or ratio; a reducer that `engine` cannot run.
         """
-        if given is None:
+        if options is None:
             return cls()
-        values = as_mapping(given, SERVER_KEYS)
+        values = as_mapping(options, SERVER_KEYS)
         ratio = check_ratio(values.get("ratio", 0.0))
         max_ratio = check_ratio(values.get("max_ratio", max(MAX_RATIO, ratio)))
         if ratio > max_ratio:
@@ -141,42 +123,43 @@ class ServerOptions:
         request = {k: v for k, v in values.items() if k in REQUEST_KEYS}
         return cls(base._resolve(request, engine), max_ratio, **flags)
 
-    def resolve(self, given: Any, engine: str = "vllm") -> Spec:
-        """The spec of a request that asks for `given` (None: the server's default).
+    def resolve(self, request: Any, engine: str = "vllm") -> MethodSpec:
+        """The spec of a request with these tokencomp options (None: the server's default).
 
         Raises
         ------
         OptionError, RatioError
         """
-        if given is None:
+        if request is None:
             return self.default
         if not self.per_request:
             raise OptionError(
                 "this server was started with per_request=false: leave 'tokencomp' out of the "
                 "request, or ask its operator."
             )
-        values = as_mapping(given, REQUEST_KEYS)
+        values = as_mapping(request, REQUEST_KEYS)
         options = as_mapping(values.get("options"), None)
         closed = [k for k in options if str(k).rpartition(".")[2] in OPERATOR_OPTIONS]
         if closed:
             raise OptionError(f"option {', '.join(closed)} is set by the server's operator only.")
         return self._resolve(values, engine)
 
-    def _resolve(self, values: Mapping[str, Any], engine: str) -> Spec:
+    def _resolve(self, values: Mapping[str, Any], engine: str) -> MethodSpec:
         ratio = check_ratio(values.get("ratio", self.default.ratio))
         if ratio > self.max_ratio:
             raise RatioError(
                 f"ratio={ratio}: this server allows ratios from 0 to {self.max_ratio}."
             )
         reducer = self._reducer(values)
-        return Spec(check_servable(reducer) if engine == "vllm" else reducer, ratio)
+        return MethodSpec(check_servable(reducer) if engine == "vllm" else reducer, ratio)
 
     def _reducer(self, values: Mapping[str, Any]) -> Reducer:
-        given = options = as_mapping(values.get("options"), None)
+        own_options = options = as_mapping(values.get("options"), None)
+        old = self.default.reducer if isinstance(self.default.reducer, Reducer) else None
         name = values.get("reducer")
-        old = self.default.reducer
-        if name in (None, "auto"):
-            name = old.name if old is not None and name is None else DEFAULT_REDUCER
+        if name is None:
+            name = old.name if old is not None else "auto"
+        name = resolve_auto(name, "server")
         if not isinstance(name, str):
             raise OptionError(
                 f"reducer={name!r}: expected one of {', '.join(available_reducers())}."
@@ -190,27 +173,27 @@ class ServerOptions:
         except UnknownNameError as error:
             raise OptionError(str(error)) from None
         except (TypeError, ValueError, OverflowError) as error:
-            raise OptionError(f"reducer {name!r}, options {given}: {error}") from None
+            raise OptionError(f"reducer {name!r}, options {own_options}: {error}") from None
 
 
-def as_mapping(given: Any, allowed: tuple[str, ...] | None) -> dict[str, Any]:
+def as_mapping(value: Any, allowed: tuple[str, ...] | None) -> dict[str, Any]:
     """A dict with checked keys, from None, a mapping, or JSON text."""
-    if isinstance(given, str):
+    if isinstance(value, str):
         try:
-            given = json.loads(given)
+            value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise OptionError(f"tokencomp options {given!r} are not JSON ({error}).") from None
-    if given is None:
+            raise OptionError(f"tokencomp options {value!r} are not JSON ({error}).") from None
+    if value is None:
         return {}
-    if not isinstance(given, Mapping):
+    if not isinstance(value, Mapping):
         raise OptionError(
-            f"tokencomp={given!r}: expected an object such as "
+            f"tokencomp={value!r}: expected an object such as "
             '{"reducer": "divprune", "ratio": 0.5, "options": {}}.'
         )
-    wrong = [k for k in given if allowed is not None and k not in allowed]
+    wrong = [k for k in value if allowed is not None and k not in allowed]
     if wrong:
         raise OptionError(
             f"tokencomp options have no {', '.join(map(repr, wrong))}. Allowed: "
             f"{', '.join(allowed or ())}; options of the reducer itself go under 'options'."
         )
-    return dict(given)
+    return dict(value)

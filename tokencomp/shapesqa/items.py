@@ -45,16 +45,16 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Item:
-    """One question with its scene; pixels are rendered when asked for."""
+    """One question with its scene; pixels are rendered on demand."""
 
     id: str
     scene: Scene
-    asked: Question
+    query: Question
     media: Path | None = None
 
     @property
     def family(self) -> str:
-        return self.asked.family
+        return self.query.family
 
     @property
     def kind(self) -> str:
@@ -63,25 +63,25 @@ class Item:
 
     @property
     def question(self) -> str:
-        return self.asked.text
+        return self.query.text
 
     @property
     def answer(self) -> str:
         """Free-form answer, one word."""
-        return self.asked.answer
+        return self.query.answer
 
     @property
     def options(self) -> tuple[str, ...]:
-        return self.asked.options
+        return self.query.options
 
     @property
     def letter(self) -> str:
         """Letter of the right option in the multiple-choice form."""
-        return letter(self.asked)
+        return letter(self.query)
 
     @cached_property
     def evidence(self) -> Evidence:
-        things = [self.scene.things[i] for i in self.asked.things]
+        things = [self.scene.things[i] for i in self.query.things]
         boxes = tuple(
             (frame, *thing.box(frame))
             for frame in range(self.scene.frames)
@@ -148,9 +148,9 @@ def item(
             scene = image_scene(rng, *size, small=small)
         else:
             scene = video_scene(rng, *size, frames)
-        asked = ask(scene, family, rng)
-        if asked is not None:
-            return Item(f"{split}-{family}-{index:05d}", scene, asked)
+        query = ask(scene, family, rng)
+        if query is not None:
+            return Item(f"{split}-{family}-{index:05d}", scene, query)
     raise RuntimeError(f"No scene of {size} px and {frames} frames allows a {family!r} question.")
 
 

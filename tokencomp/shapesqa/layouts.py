@@ -22,15 +22,15 @@ MVBENCH_TASKS = {
 MLVU_TASKS = {"needle": "needle", "order": "order", "action_count": "count"}
 
 
-def write_media(given: Item, folder: Path) -> Item:
+def write_media(item: Item, folder: Path) -> Item:
     """Write the JPEG or mp4 of one item into ``folder``; returns the item with its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    if given.kind == "image":
-        path = folder / f"{given.id}.jpg"
-        render_image(given.scene).save(path, quality=92)
+    if item.kind == "image":
+        path = folder / f"{item.id}.jpg"
+        render_image(item.scene).save(path, quality=92)
     else:
-        path = write_mp4(given.scene, folder / f"{given.id}.mp4")
-    return replace(given, media=path)
+        path = write_mp4(item.scene, folder / f"{item.id}.mp4")
+    return replace(item, media=path)
 
 
 def _write_lines(path: Path, rows: Iterable[dict]) -> None:
@@ -38,22 +38,22 @@ def _write_lines(path: Path, rows: Iterable[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def record(given: Item, root: Path) -> dict:
+def record(item: Item, root: Path) -> dict:
     """One row of the free-form file; media paths are relative to ``root``."""
-    if given.media is None:
-        raise ValueError(f"{given.id}: write its media first.")
+    if item.media is None:
+        raise ValueError(f"{item.id}: write its media first.")
     return {
-        "id": given.id,
-        "family": given.family,
-        "kind": given.kind,
-        "media": given.media.relative_to(root).as_posix(),
-        "question": given.question,
-        "answer": given.answer,
-        "options": list(given.options),
-        "letter": given.letter,
+        "id": item.id,
+        "family": item.family,
+        "kind": item.kind,
+        "media": item.media.relative_to(root).as_posix(),
+        "question": item.question,
+        "answer": item.answer,
+        "options": list(item.options),
+        "letter": item.letter,
         "evidence": {
-            "boxes": [list(box) for box in given.evidence.boxes],
-            "frames": list(given.evidence.frames),
+            "boxes": [list(box) for box in item.evidence.boxes],
+            "frames": list(item.evidence.frames),
         },
     }
 
@@ -111,7 +111,7 @@ def write_mlvu(root: Path, split: str, per_task: int, **scene) -> Path:
                 {
                     "video_name": one.media.relative_to(root).as_posix(),
                     "duration": one.scene.frames * 4 / 8,
-                    "question": mlvu_question(one.asked),
+                    "question": mlvu_question(one.query),
                     "candidates": list(one.options),
                     "answer": one.letter,
                     "task_type": task,

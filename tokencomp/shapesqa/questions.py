@@ -81,12 +81,12 @@ def _attribute(
 ) -> Question | None:
     """Colour of a unique shape, or shape of a unique colour."""
     if rng.random() < 0.6:
-        found, attribute = _unique(scene, "shape", among), "color"
+        matching, attribute = _unique(scene, "shape", among), "color"
     else:
-        found, attribute = _unique(scene, "color", among), "shape"
-    if not found:
+        matching, attribute = _unique(scene, "color", among), "shape"
+    if not matching:
         return None
-    index = _pick(found, rng)
+    index = _pick(matching, rng)
     thing: Thing = scene.things[index]
     if attribute == "color":
         text = f"What color is the {thing.shape}?"
@@ -108,10 +108,10 @@ def small_object(scene: Scene, rng: np.random.Generator) -> Question | None:
     small = [i for i, thing in enumerate(scene.things) if thing.small]
     attribute = "shape" if rng.random() < 0.6 else "color"
     tally = Counter(getattr(scene.things[i], attribute) for i in small)
-    found = [i for i in small if tally[getattr(scene.things[i], attribute)] == 1]
-    if not found:
+    matching = [i for i in small if tally[getattr(scene.things[i], attribute)] == 1]
+    if not matching:
         return None
-    index = _pick(found, rng)
+    index = _pick(matching, rng)
     thing = scene.things[index]
     if attribute == "shape":
         text, answer = f"What color is the small {thing.shape}?", thing.color
@@ -187,13 +187,13 @@ def _weighted(present: list[str], pool: tuple[str, ...], rng: np.random.Generato
 @_family("position")
 def position(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Left or right of another object, above or below it, or which half of the image."""
-    found = _unique(scene, "shape")
-    if not found:
+    matching = _unique(scene, "shape")
+    if not matching:
         return None
     axis = int(rng.integers(2))
     if rng.random() < 0.5:
-        return _half(scene, _pick(found, rng), axis, rng)
-    return _relative(scene, found, axis, rng)
+        return _half(scene, _pick(matching, rng), axis, rng)
+    return _relative(scene, matching, axis, rng)
 
 
 def _half(scene: Scene, index: int, axis: int, rng: np.random.Generator) -> Question | None:
@@ -208,11 +208,11 @@ def _half(scene: Scene, index: int, axis: int, rng: np.random.Generator) -> Ques
 
 
 def _relative(
-    scene: Scene, found: list[int], axis: int, rng: np.random.Generator
+    scene: Scene, matching: list[int], axis: int, rng: np.random.Generator
 ) -> Question | None:
-    if len(found) < 2:
+    if len(matching) < 2:
         return None
-    first, second = (int(i) for i in rng.permutation(found)[:2])
+    first, second = (int(i) for i in rng.permutation(matching)[:2])
     a, b = scene.things[first], scene.things[second]
     offset = a.center()[axis] - b.center()[axis]
     if abs(offset) < 24:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter, adapter_for
 from tokencomp.errors import WeightsError
+from tokencomp.storage import replace_file, write_json
 from tokencomp.tokens import ModelFacts
 from tokencomp.validation import fits
 
@@ -228,26 +226,4 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Path:
     from safetensors.torch import save_file
 
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    replace_file(path, lambda part: save_file(plain, part, metadata={"format": "pt"}))
-    return path
-
-
-def write_json(path: Path, value: Any) -> Path:
-    """Write JSON through a temporary file."""
-    text = json.dumps(value, indent=2, default=str) + "\n"
-    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
-    return path
-
-
-def replace_file(path: Path, make: Callable[[Path], Any]) -> None:
-    """Let `make` write a temporary file, then rename it; nothing is left if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        make(part)
-        part.chmod(0o644)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    return replace_file(path, lambda part: save_file(plain, part, metadata={"format": "pt"}))

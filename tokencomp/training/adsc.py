@@ -1,4 +1,4 @@
-"""Training of ADSC: a LoRA adapter that lives with tokens leaving between its layers."""
+"""Training of ADSC: a LoRA adapter for a decoder that drops tokens between its layers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from typing import Any
 import tokencomp
 from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import MissingDependencyError, OptionError, WeightsError
+from tokencomp.evaluation.settings import Setting
 from tokencomp.plan import check_ratio
 from tokencomp.reducers.registry import make_reducer
-from tokencomp.trained.cards import check_card, model_card, model_facts, write_json
+from tokencomp.storage import write_json
+from tokencomp.trained.cards import check_card, model_card, model_facts
 from tokencomp.training.checks import without_patch
 from tokencomp.training.data import data_identity, questions
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
-from tokencomp.training.measure import Measurement, Way
+from tokencomp.training.measure import Measurement
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CARD = "tokencomp.json"
@@ -29,7 +31,7 @@ FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 @dataclass(frozen=True)
 class AdscConfig(LoopConfig):
-    """What `tokencomp train adsc` can be told beyond the loop.
+    """Settings of `tokencomp train adsc` beyond those of the loop.
 
     Attributes
     ----------
@@ -38,7 +40,7 @@ class AdscConfig(LoopConfig):
         harsh and harsh to mild (the reverse curriculum of arXiv 2602.12618) are both lists. "0"
         trains the uncompressed model.
     reducer, options
-        What is in force while training; `adsc` by default, any reducer works.
+        The method in force while training; `adsc` by default, any reducer works.
     rank, alpha, dropout
         Of LoRA.
     ratios
@@ -141,8 +143,8 @@ def _as_it_was_on_error(model: Any) -> Iterator[None]:
             model.peft_config = config
         for module, mode in modes:
             module.training = mode
-        for parameter, wanted in trained:
-            parameter.requires_grad_(wanted)
+        for parameter, trainable in trained:
+            parameter.requires_grad_(trainable)
         raise
 
 
@@ -188,7 +190,7 @@ def save_adapter(tuned: Any, output: Path, model_id: str) -> None:
 def load_adapter(model: Any, folder: Path) -> Any:
     """`model` with a trained adapter, in evaluation mode.
 
-    The same as `peft.PeftModel.from_pretrained`, but it looks before it searches the hub.
+    Like `peft.PeftModel.from_pretrained`, but the folder is checked before the hub is searched.
 
     Raises
     ------
@@ -216,22 +218,20 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise WeightsError(f"{folder} cannot be read ({error}). Train again: {train}") from error
 
 
-def ways(config: AdscConfig, variant: str = "tuned") -> list[Way]:
+def comparison(config: AdscConfig, variant: str = "tuned") -> list[Setting]:
     """Trained, training-free and random at every ratio; at 0 only the trained adapter."""
-    found = []
+    settings = []
     for ratio in config.ratios:
-        found.append(Way("trained", ratio, config.reducer, dict(config.options), variant))
+        method = (config.reducer, ratio, config.options)
+        settings.append(Setting(*method, name="trained", variant=variant))
         if ratio > 0:
-            found += [
-                Way("training-free", ratio, config.reducer, dict(config.options)),
-                Way("random", ratio, "random"),
-            ]
-    return found
+            settings += [Setting(*method, name="training-free"), Setting("random", ratio)]
+    return settings
 
 
 def evaluate(tuned: Any, processor: Any, data: str, config: AdscConfig) -> list[dict[str, Any]]:
     """Held-out accuracy against the training-free reducer and random choice."""
     source = questions(data, config.kind, config.evaluate, "validation")
     measured = Measurement({"": tuned, "tuned": tuned}, processor, config.frames, config.batch)
-    measured.run(source, ways(config), "evaluating")
-    return measured.table(ways(config))
+    measured.run(source, comparison(config), "evaluating")
+    return measured.table(comparison(config))

@@ -34,7 +34,7 @@ class Capture:
     width, lengths
         Columns, and real tokens per sample.
     inputs
-        Input of every layer, (B, width, d); of the first one only if so asked.
+        Input of every layer, (B, width, d); with `layers=False` of the first one alone.
     arguments
         Keyword arguments of every captured layer, without a cache.
     last
@@ -72,7 +72,7 @@ class Capture:
 
 @torch.no_grad()
 def capture(model: nn.Module, inputs: dict[str, Any], layers: bool = True) -> Capture:
-    """Run `model` once and keep what the decoder layers were given.
+    """Run `model` once and keep the inputs of the decoder layers.
 
     Parameters
     ----------
@@ -89,69 +89,71 @@ def capture(model: nn.Module, inputs: dict[str, Any], layers: bool = True) -> Ca
         The model is patched, so that tokens leave at entry or before a captured layer.
     """
     adapter = adapter_for(model)
-    made = Capture(adapter)
+    captured = Capture(adapter)
     call = {k: v for k, v in inputs.items() if k not in INPUT_ONLY}
-    hooks = [adapter.decoder.register_forward_pre_hook(_spans_of(made, call), with_kwargs=True)]
+    hooks = [adapter.decoder.register_forward_pre_hook(_spans_of(captured, call), with_kwargs=True)]
     for i, layer in enumerate(adapter.layers if layers else adapter.layers[:1]):
         hooks.append(
-            layer.register_forward_pre_hook(_input_of(made, stop=not layers), with_kwargs=True)
+            layer.register_forward_pre_hook(_input_of(captured, stop=not layers), with_kwargs=True)
         )
         if i == len(adapter.layers) - 1:
-            hooks.append(layer.register_forward_hook(_output_of(made)))
+            hooks.append(layer.register_forward_hook(_output_of(captured)))
     try:
         with contextlib.suppress(_Enough):
             adapter.body(**call, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return made
+    return captured
 
 
 class _Enough(Exception):
-    """The first layer has been reached and nothing after it is wanted."""
+    """The first layer has been reached, and nothing after it is needed."""
 
 
-def _spans_of(made: Capture, call: dict[str, Any]) -> Callable[..., None]:
+def _spans_of(captured: Capture, call: dict[str, Any]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         named = compat.bind(module, args, kwargs)
         ids, x, positions = call["input_ids"], named["inputs_embeds"], named.get("position_ids")
         if x.shape[1] != ids.shape[1]:
             raise OptionError(PATCHED)
-        kinds = made.adapter.kinds(call)
+        kinds = captured.adapter.kinds(call)
         if kinds is None:
             raise OptionError("this batch has no image or video, so there is nothing to explain.")
         rows = None
-        if made.adapter.mrope and positions is not None:
+        if captured.adapter.mrope and positions is not None:
             rows = positions[-3:].expand(3, ids.shape[0], -1).cpu()
-        made.width = ids.shape[1]
+        captured.width = ids.shape[1]
         real = real_columns(call.get("attention_mask"), ids.shape)
         if not left_padded(real):
             raise PaddingError("training reads left-padded batches: set padding_side = 'left'.")
-        made.lengths = real.sum(1).tolist()
-        made.spans = made.adapter.spans(Call(kinds.cpu(), x, rows, made.adapter.body, call))
+        captured.lengths = real.sum(1).tolist()
+        captured.spans = captured.adapter.spans(
+            Call(kinds.cpu(), x, rows, captured.adapter.body, call)
+        )
 
     return hook
 
 
-def _input_of(made: Capture, stop: bool) -> Callable[..., None]:
+def _input_of(captured: Capture, stop: bool) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         named = dict(compat.bind(module, args, kwargs))
         x = named.pop("hidden_states")
-        if x.shape[1] != made.width:
+        if x.shape[1] != captured.width:
             raise OptionError(PATCHED)
-        made.inputs.append(x)
+        captured.inputs.append(x)
         for name in (*compat.CACHE_NAMES, "use_cache"):
             named.pop(name, None)
-        made.arguments.append(named)
+        captured.arguments.append(named)
         if stop:
             raise _Enough
 
     return hook
 
 
-def _output_of(made: Capture) -> Callable[..., None]:
+def _output_of(captured: Capture) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, out: Any) -> None:
-        made.last = out[0] if isinstance(out, tuple) else out
+        captured.last = out[0] if isinstance(out, tuple) else out
 
     return hook
 

@@ -15,8 +15,9 @@ from torch import Tensor
 import tokencomp
 from tokencomp.errors import OptionError
 from tokencomp.reducers.ccam import Ccam
+from tokencomp.storage import write_json
 from tokencomp.tokens import ModelFacts, VisualSpan
-from tokencomp.trained.cards import model_card, write_json
+from tokencomp.trained.cards import model_card
 from tokencomp.trained.ccam import CCAMProjector
 from tokencomp.trained.ccam_config import read_card
 from tokencomp.training.capture import capture
@@ -121,10 +122,10 @@ def align_loss(model: Any, module: CCAMProjector, inputs: dict[str, Any]) -> Ten
             x = x[~span.special_mask(x.device)]
             t, h, w = span.grid
             frames = x.view(t, h * w, -1)
-            made = module(frames, 1, (h, w))
+            pooled = module(frames, 1, (h, w))
             pieces = F.adaptive_avg_pool1d(frames.transpose(1, 2), module.config.queries)
             target = pieces.transpose(1, 2)
-            errors.append((made - target).square().mean() / frames.var().clamp(min=1e-12))
+            errors.append((pooled - target).square().mean() / frames.var().clamp(min=1e-12))
     if not errors:
         raise OptionError("a training batch has no image or video.")
     return torch.stack(errors).mean()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
+from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
 from tokencomp.tokens import VisualSpan
@@ -14,7 +15,7 @@ from tokencomp.training.capture import capture
 from tokencomp.training.ccam_config import CcamConfig
 from tokencomp.training.data import EMBEDDED, load_batch, questions
 from tokencomp.training.loop import LoopConfig
-from tokencomp.training.measure import Measurement, Way
+from tokencomp.training.measure import Measurement
 
 SAMPLE = 16
 """Questions whose media are counted before training and before an evaluation."""
@@ -30,10 +31,11 @@ def check_media(spans: Sequence[VisualSpan], queries: int) -> None:
         )
 
 
-def ways(weights: Path, queries: int, spans: Sequence[VisualSpan]) -> list[Way]:
+def comparison(weights: Path, queries: int, spans: Sequence[VisualSpan]) -> list[Setting]:
     """The projector, and pooling and random choice at as many tokens, on media like `spans`.
 
-    Everyone keeps special tokens: the projector beside its queries, the others within their count.
+    All of them keep special tokens: the projector beside its queries, the others within their
+    count.
 
     Raises
     ------
@@ -44,9 +46,9 @@ def ways(weights: Path, queries: int, spans: Sequence[VisualSpan]) -> list[Way]:
     kept = sum(queries + len(span.special) for span in spans)
     ratio = 1.0 - kept / sum(span.visual for span in spans)
     return [
-        Way("ccam", ratio, "ccam", {"weights": str(weights)}),
-        Way("pool", ratio, "pool"),
-        Way("random", ratio, "random"),
+        Setting("ccam", ratio, {"weights": str(weights)}),
+        Setting("pool", ratio),
+        Setting("random", ratio),
     ]
 
 
@@ -70,9 +72,9 @@ def evaluate(
     for kind, source in held_out(data, config).items():
         measured = Measurement({"": model}, processor, config.frames, config.batch)
         spans = sample_spans(model, processor, source, config)
-        asked = ways(weights, config.queries, spans)
-        measured.run(source, asked, f"evaluating ({kind})")
-        rows += [{"kind": kind, **row} for row in measured.table(asked)]
+        settings = comparison(weights, config.queries, spans)
+        measured.run(source, settings, f"evaluating ({kind})")
+        rows += [{"kind": kind, **row} for row in measured.table(settings)]
     return rows
 
 
@@ -80,10 +82,10 @@ def sample_spans(
     model: Any, processor: Any, source: Sequence[Example], config: LoopConfig
 ) -> list[VisualSpan]:
     """Images and videos of questions spread evenly along the source."""
-    found: list[VisualSpan] = []
+    sampled: list[VisualSpan] = []
     count = min(SAMPLE, len(source))
     for i in range(count):  # one at a time: a batch would be padded to its longest video
         inputs, _ = load_batch([source[i * len(source) // count]], processor, config.frames)
         (spans,) = capture(model, to_model(inputs, model), layers=False).spans
-        found += spans
-    return found
+        sampled += spans
+    return sampled

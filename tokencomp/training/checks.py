@@ -1,4 +1,4 @@
-"""What training refuses: useless settings, divergence, and folders of other runs."""
+"""Checks of training: useless settings, divergence, and checkpoints of other runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from tokencomp.errors import OptionError, ScoreError
 from tokencomp.patching import unpatched
+from tokencomp.storage import check_identity
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,20 +36,21 @@ def check_finite(place: str, *values: float) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise `OptionError` before the work, not after it, if no folder can be at `path`."""
-    there = next(part for part in (path, *path.absolute().parents) if part.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        why = "is not a folder" if not there.is_dir() else "cannot be written to"
-        raise OptionError(f"cannot write to {path}: {there} {why}. Give another --output.")
+    """Raise `OptionError` before the work starts if no folder can be created at `path`."""
+    existing = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        why = "is not a folder" if not existing.is_dir() else "cannot be written to"
+        raise OptionError(f"cannot write to {path}: {existing} {why}. Give another --output.")
 
 
 def load_checkpoint(path: Path | None, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The state in `path`, on the CPU; None if there is no such file yet.
+    """Read the checkpoint in `path` to the CPU; None if there is no such file yet.
 
     Raises
     ------
     OptionError
-        It is no checkpoint, its `identity` is another one, or it could not be written.
+        The file is not a checkpoint, it belongs to another `identity`, or its folder cannot be
+        written to.
     """
     if path is None:
         return None
@@ -57,28 +59,21 @@ def load_checkpoint(path: Path | None, identity: dict[str, Any]) -> dict[str, An
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state.get("identity", {})
+        stored = state.get("identity", {})
     except Exception as error:  # torch raises whatever its unpickler stumbles over
         raise OptionError(
             f"{path} is no checkpoint of a training run ({type(error).__name__}). Remove it, or "
             "give another --output."
         ) from error
-    check_same_run(path, found, identity)
+    check_identity(path, stored, identity)
     return state
 
 
-def check_same_run(place: Path, found: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Raise `OptionError` if the run that left `found` in `place` is not the run `identity`."""
-    wrong = [k for k in identity if found.get(k) != identity[k]]
-    if wrong:
-        raise OptionError(
-            f"{place} belongs to a run that differs in {', '.join(wrong)}. Give another --output, "
-            "or remove it."
-        )
-
-
 def without_patch(train: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Decorator of functions whose first argument is a model: a patch it has waits outside."""
+    """Suspend the model's patch, if it has one, while the decorated function runs.
+
+    The model is the first argument of the function.
+    """
 
     @functools.wraps(train)
     def run(model: Any, *args: P.args, **kwargs: P.kwargs) -> R:

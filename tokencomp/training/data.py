@@ -1,4 +1,4 @@
-"""Questions with answers to train on, and teacher-forced batches of them."""
+"""Training questions with answers, and teacher-forced batches of them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from tokencomp.errors import OptionError, unknown_name
 from tokencomp.inputs.files import EMBEDDED, FileQuestions, questions_file
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.inputs.questions import Example, media_kind
+from tokencomp.inputs.questions import Deferred, Example, media_kind
 from tokencomp.validation import check_choice
 
 IGNORE = -100
 
 
 class ShapesQuestions(Sequence[Example]):
-    """The embedded benchmark, rendered when asked for; any number of items.
+    """The embedded benchmark, rendered when its media are loaded; any number of items.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ class ShapesQuestions(Sequence[Example]):
         if not 0 <= index < self.total:
             raise IndexError(index)
         one = self.item(index)
-        media = one.video() if one.kind == "video" else one.image()
-        return Example(one.id, one.question, one.answer, (media,), one.family)
+        render = one.video if one.kind == "video" else one.image
+        return Deferred(one.id, one.question, one.answer, (), one.family, lambda: (render(),))
 
     def item(self, index: int) -> Any:
         """The `tokencomp.shapesqa.items.Item` at `index`, not rendered."""
@@ -84,7 +84,7 @@ def questions(data: str, kind: str, count: int, purpose: str = "train") -> Seque
     Raises
     ------
     OptionError
-        Another kind; families of another kind than the one given.
+        An unknown kind, or families of another kind than `kind`.
     """
     check_choice("data", "kind", kind, ("image", "video", "both"))
     name, _, chosen = data.partition(":")
@@ -93,10 +93,12 @@ def questions(data: str, kind: str, count: int, purpose: str = "train") -> Seque
     from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, families
 
     if chosen:
-        wanted = [part.strip() for part in chosen.split(",")]
-        groups = [[f for f in wanted if (f in IMAGE_FAMILIES) is image] for image in (True, False)]
+        requested = [part.strip() for part in chosen.split(",")]
+        groups = [
+            [f for f in requested if (f in IMAGE_FAMILIES) is image] for image in (True, False)
+        ]
         others = groups[kind == "image"]
-        if kind != "both" and others and all(f in FAMILIES for f in wanted):
+        if kind != "both" and others and all(f in FAMILIES for f in requested):
             raise OptionError(
                 f"kind={kind!r} beside --data {data}: questions of {', '.join(others)} are about "
                 f"{'images' if kind == 'video' else 'videos'}. Leave out the one or the other."
@@ -181,22 +183,22 @@ def answer_ids(processor: Any, model: Any, answers: Sequence[str], end: bool) ->
 def append(inputs: dict[str, Any], answers: Sequence[list[int]]) -> tuple[dict, Tensor]:
     """Teacher-forced batch: answers behind the prompts, all from the same column on.
 
-    Shorter answers are filled up with their last token. Nothing looks back from there, attention
-    being causal; and where prompts end is the same for all samples (ours).
+    Shorter answers are filled up with their last token: attention is causal, so no answer token
+    sees the filling, and all prompts end in the same column (ours).
 
     Returns
     -------
     inputs, labels
-        Everything that runs along the sequence is longer now, still left-padded; labels (B, L) are
-        the answer ids at their own places and -100 elsewhere.
+        The inputs with every tensor along the sequence extended, still left-padded; labels (B, L)
+        are the answer ids at their own positions and -100 elsewhere.
     """
     ids, longest = inputs["input_ids"], max(map(len, answers))
-    told = torch.tensor([a + a[-1:] * (longest - len(a)) for a in answers])
+    token_ids = torch.tensor([a + a[-1:] * (longest - len(a)) for a in answers])
     lengths = torch.tensor([[len(a)] for a in answers])
-    new = {"input_ids": told, "attention_mask": torch.ones_like(told)}
+    new = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
     out = dict(inputs)
     for key, old in inputs.items():
         if isinstance(old, Tensor) and old.shape == ids.shape:
-            out[key] = torch.cat([old, new.get(key, torch.zeros_like(told)).to(old)], 1)
-    labels = told.masked_fill(torch.arange(longest) >= lengths, IGNORE)
+            out[key] = torch.cat([old, new.get(key, torch.zeros_like(token_ids)).to(old)], 1)
+    labels = token_ids.masked_fill(torch.arange(longest) >= lengths, IGNORE)
     return out, torch.cat([torch.full(ids.shape, IGNORE), labels], 1)

@@ -18,13 +18,13 @@ from tqdm.auto import tqdm
 
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
-from tokencomp.trained.cards import replace_file
+from tokencomp.storage import replace_file
 from tokencomp.training.checks import check_finite, check_rate, load_checkpoint
 from tokencomp.training.data import IGNORE, answer_ids, append, batches, load_batch
 from tokencomp.validation import check_types
 
-AFTERWARDS = ("evaluate", "ratios", "save_every")
-"""Settings that change nothing of what is trained."""
+NOT_IN_IDENTITY = ("evaluate", "ratios", "save_every")
+"""Settings that do not change the trained weights."""
 SAVE_SECONDS = 60.0
 """Longest time between checkpoints: what a kill may cost, and the step it falls in."""
 
@@ -73,9 +73,9 @@ class LoopConfig:
         check_rate(self.learning_rate)
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be resumed, as a checkpoint holds it."""
-        told = {k: v for k, v in asdict(self).items() if k not in AFTERWARDS}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}
+        """The settings that must be equal for a checkpoint to be resumed, as JSON-like values."""
+        settings = {k: v for k, v in asdict(self).items() if k not in NOT_IN_IDENTITY}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
 Loss = Callable[[dict[str, Any], Tensor], Tensor]
@@ -158,12 +158,12 @@ class Loop:
         self.optimizer.zero_grad()
         value.backward()
         norm = nn.utils.clip_grad_norm_(self.named.values(), 1.0)
-        found = float(value.detach())
-        check_finite(f"step {self.step + 1}", found, float(norm))
+        loss_value = float(value.detach())
+        check_finite(f"step {self.step + 1}", loss_value, float(norm))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * self._rate()
         self.optimizer.step()
-        return found
+        return loss_value
 
     def _rate(self) -> float:
         done = self.step / max(1, self.config.steps)
@@ -202,11 +202,11 @@ class Loop:
 def answer_loss(model: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:
     """Cross entropy of the answers, int64 `labels` (B, L) as `append` makes them.
 
-    Logits are made for the last columns alone. Under a patch the columns from the first answer
-    token on count as drafted tokens, which do not vote on what is kept. As all answers of a batch
+    Logits are computed for the last columns alone. Under a patch the columns from the first answer
+    token on count as drafted tokens, which do not influence what is kept. As all answers of a batch
     begin in one column, every sample keeps what it keeps at inference.
     """
-    told = labels[:, int((labels != IGNORE).any(0).nonzero()[0]) :]
-    last = told.shape[1] + 1
+    targets = labels[:, int((labels != IGNORE).any(0).nonzero()[0]) :]
+    last = targets.shape[1] + 1
     logits = model(**inputs, use_cache=False, logits_to_keep=last).logits[:, -last:-1]
-    return F.cross_entropy(logits.float().flatten(0, 1), told.flatten(), ignore_index=IGNORE)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)

@@ -1,72 +1,48 @@
-"""Accuracy of many settings on the same questions, with paired intervals."""
+"""Accuracy of trained methods and their rivals on the same questions, with paired intervals."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
-from tqdm.auto import tqdm
-
-import tokencomp
+from tokencomp.errors import MediaError
 from tokencomp.evaluation.metrics import mcnemar, retention
-from tokencomp.evaluation.subsets import per_question
-from tokencomp.inputs.prompts import generate, to_model
+from tokencomp.evaluation.runner import Answers, sweep
+from tokencomp.evaluation.settings import FULL, Setting
+from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
 from tokencomp.patching import unpatched
-from tokencomp.reducers.base import Reducer
-from tokencomp.training.data import Joined, ShapesQuestions, answer_ids, append, load_batch
+from tokencomp.reducers.oracle import truth
+from tokencomp.training.data import answer_ids, append
 from tokencomp.training.relevance import TARGET, Target, relevance
 
-FULL = "full"
 REPLY = 4
-"""Tokens that every answer may have, so that "(B)." fits where the reference is "B"."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to answer: a reducer at a ratio, on the model as it is or on a variant of it.
-
-    Attributes
-    ----------
-    name
-        Row label; ways of equal name and other ratios form a curve.
-    reducer, ratio, options
-        As for `tokencomp.patch`; no reducer runs the model uncompressed.
-    model
-        Key of the variant in `Measurement.models`.
-    target
-        What of the answer `oracle` explains, see `tokencomp.training.relevance.relevance`.
-    """
-
-    name: str
-    ratio: float = 0.0
-    reducer: str | Reducer | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    model: str = ""
-    target: Target = TARGET
-
-    @property
-    def key(self) -> str:
-        return f"{self.name}@{self.ratio:g}"
+"""Least number of tokens that an answer may have, so that "(B)." fits where "B" is expected."""
 
 
 class Measurement:
-    """Asks every question in every way; each batch is loaded once.
+    """Answers of many settings to the same questions, and the table of their accuracy.
 
     Parameters
     ----------
     models
-        Variants of one model by name; "" is the plain one (PEFT adapters are switched off for
-        it), whose uncompressed answers are the reference and are what `oracle` explains.
+        Variants of one model by name, see `sweep`; the uncompressed answers of "" are the
+        reference, and are what `oracle` explains.
     processor
         Shared by all variants.
     frames, batch
         Frames read from video files, questions at once.
     max_new_tokens
         Where answers are cut; None: the longest reference answer of the questions.
+
+    Attributes
+    ----------
+    records
+        Per question: id, family, answer, and by `Setting.key` predictions and correct.
+    achieved, tokens
+        By key, per question: achieved ratio, and visual tokens that a layer sees on average.
     """
 
     def __init__(
@@ -84,109 +60,109 @@ class Measurement:
         self.achieved: dict[str, list[float]] = {}
         self.tokens: dict[str, list[float]] = {}
 
-    def run(self, examples: Sequence[Example], ways: Sequence[Way], title: str = "asking") -> None:
-        """Answer every example in every way, the uncompressed model first."""
-        ways = [Way(FULL), *(w for w in ways if w.name != FULL)]
-        limit = self.max_new_tokens or max(
-            REPLY, longest_answer(self.processor, self.models[""], examples)
+    def run(
+        self, examples: Sequence[Example], settings: Sequence[Setting], title: str = "asking"
+    ) -> None:
+        """Answer every example under every setting, and by the uncompressed model.
+
+        Raises
+        ------
+        MediaError
+            An image or video cannot be read.
+        """
+        longest = longest_answer(self.processor, self.models[""], examples)
+        runs = sweep(
+            self.models,
+            self.processor,
+            examples,
+            [Setting(), *(s for s in settings if s.name != FULL)],
+            batch_size=self.batch,
+            frames=self.frames,
+            max_new_tokens=self.max_new_tokens or max(REPLY, longest),
+            progress=title,
+            around=OracleTruth(self.models[""], self.processor),
         )
-        for start in tqdm(range(0, len(examples), self.batch), desc=title, mininterval=2):
-            part = [examples[i] for i in range(start, min(start + self.batch, len(examples)))]
-            inputs, _ = load_batch(part, self.processor, self.frames)
-            answers: dict[str, list[str]] = {}
-            truth: dict[Target, Any] = {}
-            for way in ways:
-                if way.reducer == "oracle" and way.target not in truth:
-                    said = answers[Way(FULL).key]
-                    truth[way.target] = self._relevance(inputs, said, way.target)
-                told_truth = truth.get(way.target)
-                names = [example.id for example in part]
-                answers[way.key] = self._answer(way, inputs, limit, told_truth, names)
-            for b, example in enumerate(part):
-                told = {key: row[b] for key, row in answers.items()}
-                right = {key: example.correct(text) for key, text in told.items()}
-                self.records.append(
-                    {
-                        "id": example.id,
-                        "family": example.family,
-                        "answer": example.answer,
-                        "told": told,
-                        "correct": right,
-                    }
-                )
-
-    def _answer(
-        self, way: Way, inputs: dict[str, Any], limit: int, truth: Any, names: Sequence[str]
-    ) -> list[str]:
-        from tokencomp.reducers.oracle import truth as told
-
-        model = self.models[way.model]
-        with ExitStack() as stack:
-            stack.enter_context(unpatched(model))
-            if way.model == "" and hasattr(model, "disable_adapter"):
-                stack.enter_context(model.disable_adapter())
-            handle = None
-            if way.reducer is not None and (way.ratio > 0 or isinstance(way.reducer, Reducer)):
-                request = {"ratio": way.ratio, "reducer": way.reducer, **way.options}
-                request = per_question(request, names)
-                handle = stack.enter_context(tokencomp.patch(model, **request))
-                if way.reducer == "oracle":
-                    stack.enter_context(told(truth))
-            texts = generate(model, self.processor, inputs, limit)
-            if handle is not None and handle.stats is not None:
-                after = handle.stats.tokens_after
-                self.achieved.setdefault(way.key, []).append(handle.stats.ratio)
-                mean = [sum(row) / len(row) for row in after]
-                self.tokens.setdefault(way.key, []).append(sum(mean) / len(mean))
-        return texts
-
-    def _relevance(self, inputs: dict[str, Any], answers: list[str], target: Target) -> Any:
-        model = self.models[""]
-        ids = answer_ids(self.processor, model, [a or "?" for a in answers], end=False)
-        forced, labels = append(inputs, ids)
-        with unpatched(model):
-            return relevance(model, to_model(forced, model), labels.to(model.device), target)
+        failed = runs[Setting()].failed
+        if failed:
+            raise MediaError(f"question {failed[0]['id']!r}: {failed[0]['error']}")
+        for parts in zip(*(run.records for run in runs.values()), strict=True):
+            named = [(s.key, r) for s, r in zip(runs, parts, strict=True)]
+            self.records.append(
+                {
+                    **{k: parts[0][k] for k in ("id", "family", "answer")},
+                    "predictions": {key: r["prediction"] for key, r in named},
+                    "correct": {key: r["correct"] for key, r in named},
+                }
+            )
+        for setting, run in runs.items():
+            if setting.active:
+                means = [sum(r["per_layer"]) / len(r["per_layer"]) for r in run.records]
+                self.achieved.setdefault(setting.key, []).extend(r["ratio"] for r in run.records)
+                self.tokens.setdefault(setting.key, []).extend(means)
 
     def scores(self, key: str) -> list[float]:
-        """Right (1) or wrong (0) per item."""
+        """Right (1) or wrong (0) per question."""
         return [float(r["correct"][key]) for r in self.records]
 
-    def table(self, ways: Sequence[Way], baseline: str = "random") -> list[dict[str, Any]]:
-        """One row per way: accuracy, retention with its paired interval, McNemar vs `baseline`."""
-        full = self.scores(Way(FULL).key)
+    def table(self, settings: Sequence[Setting], baseline: str = "random") -> list[dict[str, Any]]:
+        """One row per setting, with the paired interval of its retention and McNemar's test.
+
+        The test compares it with `baseline` at the same ratio.
+        """
+        full = self.scores(Setting().key)
         rows = [{"name": FULL, "ratio": 0.0, "accuracy": sum(full) / len(full), "items": len(full)}]
-        for way in ways:
-            mine = self.scores(way.key)
-            kept = retention(mine, full)
+        for setting in settings:
+            scores = self.scores(setting.key)
+            kept = retention(scores, full)
             row: dict[str, Any] = {
-                "name": way.name,
-                "ratio": way.ratio,
-                "achieved_ratio": _mean(self.achieved.get(way.key)),
-                "tokens": _mean(self.tokens.get(way.key)),
-                "accuracy": sum(mine) / len(mine),
+                "name": setting.name,
+                "ratio": setting.ratio,
+                "achieved_ratio": _mean(self.achieved.get(setting.key)),
+                "tokens": _mean(self.tokens.get(setting.key)),
+                "accuracy": sum(scores) / len(scores),
                 "retention": _finite(kept.value),
                 "interval": [_finite(kept.low), _finite(kept.high)],
             }
-            other = f"{baseline}@{way.ratio:g}"
-            if way.name != baseline and self.records and other in self.records[0]["correct"]:
-                test = mcnemar(mine, self.scores(other))
+            rival = f"{baseline}@{setting.ratio:g}"
+            if setting.name != baseline and self.records and rival in self.records[0]["correct"]:
+                test = mcnemar(scores, self.scores(rival))
                 row[f"vs_{baseline}"] = {"wins": test.wins, "losses": test.losses, "p": test.p}
             rows.append(row)
         return rows
 
 
+class OracleTruth:
+    """Gives the reducer `oracle` the relevance of the full model's own answers, batch by batch."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+        self._batch: dict[str, Any] | None = None
+        self._relevance: dict[str, Any] = {}
+
+    def __call__(
+        self, setting: Setting, inputs: dict[str, Any], answers: Answers
+    ) -> AbstractContextManager[Any]:
+        if setting.reducer != "oracle":
+            return nullcontext()
+        if inputs is not self._batch:
+            self._batch, self._relevance = inputs, {}
+        target = cast(Target, setting.target or TARGET)
+        if target not in self._relevance:
+            self._relevance[target] = self._explain(inputs, answers[Setting()], target)
+        return truth(self._relevance[target])
+
+    def _explain(self, inputs: dict[str, Any], answers: list[str], target: Target) -> Any:
+        ids = answer_ids(self.processor, self.model, [a or "?" for a in answers], end=False)
+        forced, labels = append(inputs, ids)
+        with unpatched(self.model):
+            device = self.model.device
+            return relevance(self.model, to_model(forced, self.model), labels.to(device), target)
+
+
 def longest_answer(processor: Any, model: Any, source: Sequence[Example]) -> int:
     """Tokens of the longest reference answer, the end-of-turn token included."""
-    return max(map(len, answer_ids(processor, model, _answers(source), end=True)), default=0)
-
-
-def _answers(source: Sequence[Example]) -> list[str]:
-    """Reference answers; what is rendered when asked for stays unrendered."""
-    if isinstance(source, Joined):
-        return [answer for part in source.parts for answer in _answers(part)]
-    if isinstance(source, ShapesQuestions):
-        return [source.item(i).answer for i in range(len(source))]
-    return [example.answer for example in source]
+    answers = [example.answer for example in source]
+    return max(map(len, answer_ids(processor, model, answers, end=True)), default=0)
 
 
 def _mean(values: list[float] | None) -> float | None:

@@ -6,7 +6,7 @@ attention of layer l and y_t the logit of answer token t,
     R ← R + mean_h (A_l ⊙ ∂y_t/∂A_l)⁺ · R        from the first layer to the last, R = I at first,
 
 and the row of R at the place that predicts y_t says how much every token contributed. Only that
-row is wanted, so it is carried from the *last* layer to the first instead (ours):
+row is needed, so it is carried from the *last* layer to the first instead (ours):
 
     r ← r + r · mean_h (A_l ⊙ ∂y_t/∂A_l)⁺        r = e_t at first.
 
@@ -32,7 +32,7 @@ from tokencomp.training.capture import Capture, capture, eager_attention
 IGNORE = -100
 Target = Literal["logit", "logprob"]
 TARGET: Target = "logit"
-"""What is explained unless told otherwise, of labels and of the oracle alike."""
+"""What is explained by default, for labels and for the oracle."""
 BYTES = 24
 """Per attention weight, at the peak: measured 23 in float32, 20 in bfloat16 (softmax is fp32)."""
 
@@ -85,8 +85,8 @@ def explain(
         rows = propagate(seen, labels, target)
     answers = (labels != IGNORE).sum(1)
     mean = rows.sum(0) / answers[:, None].to(rows)
-    found = [[mean[b, s.start : s.stop] for s in row] for b, row in enumerate(seen.spans)]
-    return seen, found
+    relevances = [[mean[b, s.start : s.stop] for s in row] for b, row in enumerate(seen.spans)]
+    return seen, relevances
 
 
 def attention_bytes(model: nn.Module, samples: int, tokens: int) -> int:
@@ -131,8 +131,8 @@ def _start(seen: Capture, labels: Tensor, target: Target) -> tuple[Tensor, Tenso
     decoder: Any = seen.adapter.decoder
     head, norm = top.get_output_embeddings(), decoder.norm
     for t in range(steps):
-        told = [(b, p[t]) for b, p in enumerate(places) if t < len(p)]
-        b, at = torch.tensor(told, device=seen.last.device).T
+        tokens = [(b, p[t]) for b, p in enumerate(places) if t < len(p)]
+        b, at = torch.tensor(tokens, device=seen.last.device).T
         hidden = seen.last[b, at - 1].detach().requires_grad_()
         with torch.enable_grad():
             logits = head(norm(hidden[:, None]))[:, 0].float()
@@ -146,20 +146,20 @@ def _start(seen: Capture, labels: Tensor, target: Target) -> tuple[Tensor, Tenso
 
 def _run(layer: Any, x: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Output of a decoder layer, and the attention weights inside, both in one graph."""
-    found: list[Tensor] = []
+    weights: list[Tensor] = []
 
     def hook(module: nn.Module, args: Any, out: Any) -> None:
         if isinstance(out, tuple) and len(out) > 1 and out[1] is not None:
-            found.append(out[1])
+            weights.append(out[1])
 
     handle = layer.self_attn.register_forward_hook(hook)
     try:
         out = layer(x, **arguments)
     finally:
         handle.remove()
-    if not found:
+    if not weights:
         raise UnsupportedModelError(
             f"{type(layer.self_attn).__name__} does not return its attention weights with eager "
             "attention, so answers of this model cannot be explained."
         )
-    return (out[0] if isinstance(out, tuple) else out), found[0]
+    return (out[0] if isinstance(out, tuple) else out), weights[0]

@@ -32,12 +32,12 @@ MIN_COVER = 0.077  # share of a cell that an object must cover for its label to 
 class Source:
     """What one batch holds.
 
-    ``kind`` is "vision" (per-token labels), "pairs" (one-hop pairs), "facts" (question and answer
-    without the chat around them, one hop shorter) or "questions"; ``more`` names families that are
-    asked twice as often; ``media`` is
-    "image" or "video"; ``choice`` the share of multiple-choice questions; ``varied`` the share of
-    batches of another size or frame count than 224×224 × 8; ``dialog`` the share of batches that
-    are chats of several turns; ``size`` is for "vision" alone.
+    `kind` is "vision" (per-token labels), "pairs" (one-hop pairs), "facts" (question and answer
+    without the chat around them, one hop shorter) or "questions"; `more` names families that are
+    asked twice as often; `media` is
+    "image" or "video"; `choice` the share of multiple-choice questions; `varied` the share of
+    batches of another size or frame count than 224×224 × 8; `dialog` the share of batches that
+    are chats of several turns; `size` is for "vision" alone.
     """
 
     kind: str
@@ -63,12 +63,12 @@ def _codec_noise(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(Image.open(buffer)).reshape(t, h, w, 3)
 
 
-def _question_text(asked: Question, choice: float, rng: np.random.Generator) -> tuple[str, str]:
+def _question_text(question: Question, choice: float, rng: np.random.Generator) -> tuple[str, str]:
     """Prompt and expected text in one of the forms users and benchmarks use."""
     if rng.random() < choice:
         forms = (mvbench_prompt, mlvu_prompt, letters_prompt)
-        return forms[int(rng.integers(3))](asked), letter(asked)
-    return asked.text + (FREE_FORM_SUFFIX if rng.random() < 0.2 else ""), asked.answer
+        return forms[int(rng.integers(3))](question), letter(question)
+    return question.text + (FREE_FORM_SUFFIX if rng.random() < 0.2 else ""), question.answer
 
 
 def _pairs(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -96,8 +96,8 @@ def cell_labels(scene: Scene, time: float, cell: int) -> dict[str, np.ndarray]:
     Returns
     -------
     dict
-        ``words`` int64 (rows, columns, 2): colour and shape, 0 = background, -100 = too little to
-        tell; ``mask`` float32 (rows, columns, 49): object or not on a 7×7 lattice; ``box`` float32
+        `words` int64 (rows, columns, 2): colour and shape, 0 = background, -100 = too little to
+        tell; `mask` float32 (rows, columns, 49): object or not on a 7×7 lattice; `box` float32
         (rows, columns, 4): centre of the object relative to the cell's and its size, in cells, then
         the share of the object that lies in this cell relative to its best cell.
     """
@@ -170,22 +170,22 @@ class BatchMaker:
 
     def _segments(self, scene: Scene, source: Source, rng: np.random.Generator):
         if source.kind == "pairs":
-            found = _pairs(scene, rng)[:12]
-            return [self.packer.pair(*pair) for pair in found], ["pairs"] * len(found)
+            pairs = _pairs(scene, rng)[:12]
+            return [self.packer.pair(*pair) for pair in pairs], ["pairs"] * len(pairs)
         kinds = families(source.media) + (("video_existence",) if source.media == "video" else ())
         kinds += source.more
-        asked: dict[str, tuple[tuple[list[int], list[int]], str]] = {}
+        segments_by_text: dict[str, tuple[tuple[list[int], list[int]], str]] = {}
         for name in (str(name) for _ in range(5) for name in rng.permutation(kinds)):
             question = ask(scene, name, rng)
             if question is not None and source.kind == "facts":
                 segment = self.packer.pair(question.text[:-1], question.answer)
-                asked.setdefault(question.text, (segment, name + "/fact"))
+                segments_by_text.setdefault(question.text, (segment, name + "/fact"))
             elif question is not None:
                 text, answer = _question_text(question, source.choice, rng)
                 form = "" if answer == question.answer else "/choice"
                 segment = self.packer.segment(source.media, text, answer)
-                asked.setdefault(text, (segment, name + form))
-        segments = list(asked.values())
+                segments_by_text.setdefault(text, (segment, name + form))
+        segments = list(segments_by_text.values())
         return [s for s, _ in segments], [n for _, n in segments]
 
     def _vision(self, source: Source, rng: np.random.Generator):

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokencomp.storage import write_json, write_text
 from tokencomp.zoo.families import Family
 from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
 
 if TYPE_CHECKING:
     import torch
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def export(model: torch.nn.Module, family: Family, folder: Path) -> Path:
@@ -34,7 +30,7 @@ def export(model: torch.nn.Module, family: Family, folder: Path) -> Path:
     for name, value in family.files(tokenizer).items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, value)
-    (text / "chat_template.jinja").write_text(family.chat_template)
+    write_text(text / "chat_template.jinja", family.chat_template)
     generation = {
         "bos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         "eos_token_id": [

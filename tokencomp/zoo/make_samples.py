@@ -15,7 +15,7 @@ from tokencomp.shapesqa.layouts import record, write_media
 from tokencomp.shapesqa.questions import ask
 from tokencomp.zoo import SAMPLES
 
-# (family of the scene, index, second family asked about the same scene)
+# (family of the scene, index, second question family of the same scene)
 CHOSEN = (
     ("attribute", 1, "existence"),
     ("small_object", 2, "count"),
@@ -28,9 +28,9 @@ CHOSEN = (
 def second_question(one: Item, family: str) -> Item | None:
     """The same scene with a question of another family, if it allows one."""
     for attempt in range(50):
-        asked = ask(one.scene, family, stream("test", one.id, family, attempt))
-        if asked is not None and asked.text != one.question:
-            return replace(one, id=f"{one.id}-{family}", asked=asked)
+        question = ask(one.scene, family, stream("test", one.id, family, attempt))
+        if question is not None and question.text != one.question:
+            return replace(one, id=f"{one.id}-{family}", query=question)
     return None
 
 

@@ -1,8 +1,8 @@
 """Training sequences: many questions about one image or video share its visual tokens.
 
-``isolated`` packs let every question see the media and itself only, at the positions it would have
-in a chat of one turn, so each is trained exactly as it is asked at inference. ``dialog`` packs are
-plain chats of several turns. Only answers are predicted.
+`isolated` packs let every question see the media and itself only, at the positions it would have
+in a chat of one turn, so each is trained in exactly the form that is used at inference. `dialog`
+packs are plain chats of several turns. Only answers are predicted.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ IGNORE = -100
 class ChatForm:
     """Text around questions and answers, read off a chat template.
 
-    ``prefix`` is everything up to the first question (placeholder tokens not yet expanded),
-    ``middle`` leads from a question to its answer, ``between`` from an answer to the next question.
+    `prefix` is everything up to the first question (placeholder tokens not yet expanded),
+    `middle` leads from a question to its answer, `between` from an answer to the next question.
     """
 
     prefix: str
@@ -61,14 +61,14 @@ class Packer:
     def segment(self, kind: str, question: str, answer: str) -> tuple[list[int], list[int]]:
         """One question with its answer and end token; labels are set on answer and end."""
         form, end = self.forms[kind], self.tokenizer.eos_token_id
-        asked = [*self._ids(question + form.middle)]
-        told = [*self._ids(answer), end]
-        return asked + told, [IGNORE] * len(asked) + told
+        prompt_ids = [*self._ids(question + form.middle)]
+        answer_ids = [*self._ids(answer), end]
+        return prompt_ids + answer_ids, [IGNORE] * len(prompt_ids) + answer_ids
 
     def pair(self, key: str, value: str) -> tuple[list[int], list[int]]:
-        """One-hop pair: the last token of ``key`` predicts ``value``."""
-        asked, told = self._ids(key), self._ids(value)
-        return [*asked, *told], [IGNORE] * len(asked) + [*told]
+        """One-hop pair: the last token of `key` predicts `value`."""
+        prompt_ids, answer_ids = self._ids(key), self._ids(value)
+        return [*prompt_ids, *answer_ids], [IGNORE] * len(prompt_ids) + [*answer_ids]
 
     def glue(self, kind: str) -> list[int]:
         """Tokens between the end of an answer and the next question of a dialog."""
@@ -82,14 +82,14 @@ class Packer:
         length: int,
         dialog: bool = False,
     ) -> dict[str, np.ndarray]:
-        """Fill one row of ``length`` tokens with as many segments as fit.
+        """Fill one row of `length` tokens with as many segments as fit.
 
         Returns
         -------
         dict
-            ``ids``, ``labels`` (already shifted: ``labels[i]`` is predicted at ``i``), ``segment``
-            (0 shared, 1.. one question each, -1 padding), ``which`` (index of the source segment
-            at labelled places, else -1): int64 (length,); ``positions``: int64 (rows, length).
+            `ids`, `labels` (already shifted: `labels[i]` is predicted at `i`), `segment`
+            (0 shared, 1.. one question each, -1 padding), `which` (index of the source segment
+            at labelled places, else -1): int64 (length,); `positions`: int64 (rows, length).
         """
         ids, prefix_positions = self.prefix(kind, shape)
         rows = prefix_positions.shape[0]
@@ -108,8 +108,8 @@ class Packer:
                 break
             out["ids"][at : at + n] = tokens
             out["labels"][at - 1 : at + n - 1] = labels
-            told = np.flatnonzero(np.asarray(labels) != IGNORE) + at - 1
-            out["which"][told] = number
+            answer_places = np.flatnonzero(np.asarray(labels) != IGNORE) + at - 1
+            out["which"][answer_places] = number
             out["segment"][at : at + n] = 0 if dialog else number + 1
             positions[:, at : at + n] = start + offset + np.arange(n)
             at += n

@@ -1,4 +1,4 @@
-"""``python -m tokencomp.zoo.train tiny-qwen2-vl``: train, export, measure and write the card.
+"""`python -m tokencomp.zoo.train tiny-qwen2-vl`: train, export, measure and write the card.
 
 Killing the command loses at most the steps since the last checkpoint: start it again with the same
 arguments and it goes on.
@@ -60,10 +60,11 @@ def run(
     command: str,
     start: str | None = None,
 ) -> Path:
-    """Train (or go on), export to ``out/name`` and measure. Returns the model folder."""
+    """Train (or go on), export to `out/name` and measure. Returns the model folder."""
     import torch
 
-    from tokencomp.zoo.export import export, write_json
+    from tokencomp.storage import write_json
+    from tokencomp.zoo.export import export
     from tokencomp.zoo.families import family
     from tokencomp.zoo.recipes import RECIPES, WARM_STARTS, shorten
     from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
@@ -89,12 +90,12 @@ def run(
 
 
 def warm_start(model: Any, name: str, other: str, folder: str | Path | None = None) -> None:
-    """Copy the parts that a tiny model shares with ``other``: decoder, head, tower.
+    """Copy the parts that a tiny model shares with `other`: decoder, head, tower.
 
     Parameters
     ----------
     model
-        A new model of the family ``name``.
+        A new model of the family `name`.
     other : str
         The tiny model to start from.
     folder : str or Path, optional
@@ -103,14 +104,11 @@ def warm_start(model: Any, name: str, other: str, folder: str | Path | None = No
     Raises
     ------
     CheckpointError
-        ``other`` is not packaged, or of another shape; the message says how to get it.
+        `other` is not packaged, or of another shape; the message says how to get it.
     """
-    import torch
-    from transformers import AutoModelForImageTextToText
-
     from tokencomp.errors import CheckpointError
-    from tokencomp.models import register_auto_classes
-    from tokencomp.zoo import available_models, resolve
+    from tokencomp.inputs.loading import load_folder
+    from tokencomp.inputs.packaged import available_models, resolve
     from tokencomp.zoo.families import family
 
     if folder is None and other not in available_models():
@@ -118,10 +116,7 @@ def warm_start(model: Any, name: str, other: str, folder: str | Path | None = No
             f"{name} starts from {other}, which is not packaged yet. Train it first: "
             f"python -m tokencomp.zoo.train {other}; then pass --start runs/{other}-0/{other}."
         )
-    register_auto_classes()
-    source = AutoModelForImageTextToText.from_pretrained(
-        resolve(folder or other), dtype=torch.float32
-    )
+    source, _ = load_folder(resolve(folder or other))
     parts, theirs = family(name).parts(model), family(other).parts(source)
     for part in [part for part in parts if part in theirs]:
         state = theirs[part].state_dict()
@@ -134,13 +129,13 @@ def warm_start(model: Any, name: str, other: str, folder: str | Path | None = No
             ) from error
 
 
-def fit_positions(state: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Interpolate a tower's position table (side², width) in ``state`` to the side ``wanted``."""
+def fit_positions(state: dict[str, Any], target: dict[str, Any]) -> None:
+    """Interpolate a tower's position table (side², width) in `state` to the side in `target`."""
     from torch.nn.functional import interpolate
 
     for name, table in state.items():
-        if name.endswith("position_embedding.weight") and len(table) != len(wanted[name]):
-            old, new = (round(len(t) ** 0.5) for t in (table, wanted[name]))
+        if name.endswith("position_embedding.weight") and len(table) != len(target[name]):
+            old, new = (round(len(t) ** 0.5) for t in (table, target[name]))
             grid = table.T.reshape(1, -1, old, old)
             grid = interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
             state[name] = grid.flatten(2)[0].T
@@ -150,19 +145,17 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
     """Accuracy of the exported folder on the test split, with the facts for the card."""
     import torch
     import transformers
-    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from tokencomp.models import register_auto_classes
+    from tokencomp.inputs.loading import load_folder
+    from tokencomp.shapesqa.examples import FORMS, blind_guess, by_family
     from tokencomp.shapesqa.items import items as sample
     from tokencomp.shapesqa.layouts import write_media
     from tokencomp.shapesqa.questions import IMAGE_FAMILIES, VIDEO_FAMILIES
-    from tokencomp.zoo.evaluate import FORMS, blind_guess, by_family, evaluate
+    from tokencomp.zoo.evaluate import evaluate
     from tokencomp.zoo.families import family
 
-    register_auto_classes()
     arch = family(name)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
+    model, processor = load_folder(str(folder))
     every = (*IMAGE_FAMILIES, *VIDEO_FAMILIES, "video_existence")
     with tempfile.TemporaryDirectory() as media:
         test = [write_media(one, Path(media)) for one in sample("test", items, every)]

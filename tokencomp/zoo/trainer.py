@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from tokencomp.errors import MissingDependencyError
 from tokencomp.shapesqa.items import stream
 from tokencomp.shapesqa.scenes import COLORS, SHAPES
+from tokencomp.storage import replace_file
 from tokencomp.zoo.batches import BatchMaker
 from tokencomp.zoo.families import Family
 from tokencomp.zoo.packing import IGNORE, Packer, attention_mask
@@ -94,8 +96,8 @@ class Trainer:
         return self.folder / "checkpoint.pt"
 
     def run(self, stop_after: int | None = None) -> bool:
-        """Train until the recipe is done (True) or ``stop_after`` steps were made (False)."""
-        made = 0
+        """Train until the recipe is done (True) or ``stop_after`` steps are done (False)."""
+        steps_done = 0
         while self.stage < len(self.stages):
             stage = self.stages[self.stage]
             for kind, batch in self._bar(stage):
@@ -103,11 +105,11 @@ class Trainer:
                 self._set_rate(stage)
                 self._update(kind, batch)
                 self.step += 1
-                made += 1
+                steps_done += 1
                 self.seconds += time.perf_counter() - begin
                 if self.step % self.save_every == 0:
                     self.save()
-                if made == stop_after:
+                if steps_done == stop_after:
                     self.save()
                     return False
             self.stage, self.step = self.stage + 1, 0
@@ -166,14 +168,14 @@ class Trainer:
 
     def _word_loss(self, media: str, word: int, logits, words, share) -> torch.Tensor:
         """Cross entropy over tokens; those that hold little of their object weigh little."""
-        wanted = words[..., word]
+        targets = words[..., word]
         each = F.cross_entropy(
-            logits.flatten(0, -2), wanted.flatten(), ignore_index=IGNORE, reduction="none"
+            logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="none"
         ).view_as(share)
-        weight = torch.where(wanted > 0, share, 0.1) * (wanted != IGNORE)
+        weight = torch.where(targets > 0, share, 0.1) * (targets != IGNORE)
         main = share == 1.0
         if main.any():
-            right = (logits.argmax(-1) == wanted)[main].float().mean().item()
+            right = (logits.argmax(-1) == targets)[main].float().mean().item()
             self._note(f"{media}-{('color', 'shape')[word]}", right)
         return (each * weight).sum() / weight.sum().clamp(min=1)
 
@@ -189,15 +191,15 @@ class Trainer:
             **pixels,
         }
         hidden = self.family.hidden(self.model, inputs)
-        told = labels != IGNORE
-        logits = self.model.get_output_embeddings()(hidden[told])
-        self._score(batch, told, logits.argmax(-1) == labels[told])
-        return F.cross_entropy(logits, labels[told])
+        is_answer = labels != IGNORE
+        logits = self.model.get_output_embeddings()(hidden[is_answer])
+        self._score(batch, is_answer, logits.argmax(-1) == labels[is_answer])
+        return F.cross_entropy(logits, labels[is_answer])
 
-    def _score(self, batch: dict, told: torch.Tensor, right: torch.Tensor) -> None:
+    def _score(self, batch: dict, is_answer: torch.Tensor, right: torch.Tensor) -> None:
         """Share of fresh questions answered right, per family: batches never repeat."""
-        row = told.nonzero()[:, 0].tolist()
-        which = _tensor(batch["which"])[told].tolist()
+        row = is_answer.nonzero()[:, 0].tolist()
+        which = _tensor(batch["which"])[is_answer].tolist()
         whole: dict[tuple[int, int], bool] = defaultdict(lambda: True)
         for r, w, ok in zip(row, which, right.tolist(), strict=True):
             whole[r, w] &= ok
@@ -212,7 +214,6 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint; a kill in the middle leaves the previous one intact."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
@@ -220,9 +221,7 @@ class Trainer:
             "progress": (self.stage, self.step, self.seconds),
             "scores": self.scores,
         }
-        part = self.checkpoint.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self.checkpoint)
+        replace_file(self.checkpoint, partial(torch.save, state))
 
     def _resume(self) -> None:
         if not self.checkpoint.exists():

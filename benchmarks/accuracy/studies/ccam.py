@@ -23,7 +23,7 @@ from benchmarks.accuracy.library import (
 )
 from benchmarks.accuracy.studies.trained import Book, measure, parser
 from tokencomp.trained.ccam_config import read_card
-from tokencomp.training.ccam_evaluation import sample_spans, ways
+from tokencomp.training.ccam_evaluation import comparison, sample_spans
 from tokencomp.training.loop import LoopConfig
 
 SETS = {
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
         families, scene, fewer = SETS[name]
         source = ShapesQuestions(families, args.items // fewer, args.split, **scene)
         spans = sample_spans(model, processor, source, LoopConfig())
-        methods = ways(files["ccam"], queries, spans)
+        methods = comparison(files["ccam"], queries, spans)
         if args.free:
             methods.append(Way(FREE, methods[0].ratio, "ccam", {"weights": str(files[FREE])}))
         batch = max(2, args.batch // fewer**2)

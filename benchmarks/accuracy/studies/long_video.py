@@ -23,6 +23,7 @@ from benchmarks.accuracy.library import (
     SIZE,
     EqualTokens,
     Measurement,
+    Setting,
     Way,
     adapter_for,
     extend_visual_context,
@@ -70,12 +71,12 @@ def _extended(key: str) -> str:
     return f"{name}{EXTENDED}@{ratio}"
 
 
-def join(measured: Measurement, more: Measurement, ways: list[Way]) -> list[Way]:
+def join(measured: Measurement, more: Measurement, ways: list[Setting]) -> list[Setting]:
     """Add answers under window extension to those without, under names of their own.
 
     Returns
     -------
-    list of Way
+    list of Setting
         The extended methods, the full model first.
     """
     for record, other in zip(measured.records, more.records, strict=True):

@@ -28,7 +28,7 @@ from benchmarks.accuracy.packing import PackedAnswers
 from benchmarks.accuracy.studies.trained import REFERENCE, Book, measure, parser
 from benchmarks.accuracy.tables import table
 from tokencomp.training.relevance import Target
-from tokencomp.training.selector.train import RATIOS, oracle_name, ways
+from tokencomp.training.selector.train import RATIOS, comparison, oracle_name
 
 ORACLES: tuple[Target, ...] = ("logit", "logprob")
 LOGIT, LOGPROB = (oracle_name(target) for target in ORACLES)
@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
         scene = {k: v for k, v in SETS[name].items() if k == "frames"}
         count = args.items // SETS[name]["fewer"]
         source = ShapesQuestions(SETS[name]["families"], count, args.split, **scene)
-        methods, batch = ways(file, RATIOS, ORACLES), 8 if scene else args.batch
+        methods, batch = comparison(file, RATIOS, ORACLES), 8 if scene else args.batch
         measured, methods = measure({"": model}, processor, source, methods, name, batch)
         rows, cards = measured.table(methods), {"selector": file.with_suffix(".json")}
         wrong = {"against_the_published_order": order(rows)}

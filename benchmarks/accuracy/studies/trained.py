@@ -19,6 +19,7 @@ from benchmarks.accuracy.library import (
     Example,
     Measurement,
     OptionError,
+    Setting,
     Way,
     adapter_for,
     environment,
@@ -79,12 +80,12 @@ def measure(
     models: dict[str, Any],
     processor: Any,
     source: Sequence[Example],
-    methods: Sequence[Way],
+    methods: Sequence[Setting],
     title: str,
     batch: int,
     frames: int = 8,
     smaller: Sequence[str] = (DOWNSCALE,),
-) -> tuple[Measurement, list[Way]]:
+) -> tuple[Measurement, list[Setting]]:
     """Answers of all methods, of uniform choice, and on smaller media at the same ratios.
 
     Parameters
@@ -96,7 +97,7 @@ def measure(
 
     Returns
     -------
-    Measurement, list of Way
+    Measurement, list of Setting
         The answers, and all methods that were run, by ratio.
     """
     ratios = sorted({w.ratio for w in methods if w.ratio})

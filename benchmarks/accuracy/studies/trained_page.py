@@ -45,7 +45,7 @@ def compared(
 
 
 def key(name: str, ratio: float) -> str:
-    """The label of a method's answers, as `Way.key` forms it."""
+    """The label of a method's answers, as `Setting.key` forms it."""
     return f"{name}@{ratio:g}"
 
 

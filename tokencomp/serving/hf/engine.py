@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,18 +18,19 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import TokenCompError, WeightsError
 from tokencomp.inputs.prompts import prompt_lengths
-from tokencomp.patching import Handle, patch
+from tokencomp.method import MethodSpec
+from tokencomp.patching import Handle, apply, check
 from tokencomp.serving.hf.batch import build_inputs
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.job import Job, Usage
 from tokencomp.serving.hf.metrics import Metrics
-from tokencomp.serving.spec import ServerOptions, Spec
+from tokencomp.serving.spec import ServerOptions
 
 logger = logging.getLogger("tokencomp.serving")
 
 
 class Engine:
-    """Runs requests in batches of equal options; requests that arrive later wait for the next.
+    """Runs requests in batches of equal options; later requests wait for the next batch.
 
     Parameters
     ----------
@@ -37,7 +39,7 @@ class Engine:
     options
         Default reducer and ratio, and what requests may change.
     max_batch, wait
-        Requests per batch, and seconds to wait for company.
+        Requests per batch, and seconds to wait for further requests.
     max_model_len
         Prompt and answer together, uncompressed; None is the model's own limit.
     max_waiting, max_waiting_pixels
@@ -66,8 +68,8 @@ class Engine:
         self.max_model_len = min(max_model_len or limit, limit)
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._ends = _end_tokens(model)
-        patch(model, options.default.ratio, **_request(options.default))  # tells missing weights
-        self._handle: Handle = patch(model, 0.0, **_request(options.default))
+        check(model, options.default)
+        self._handle: Handle = apply(model, replace(options.default, ratio=0.0))
         self._jobs: deque[Job] = deque()
         self._wake = threading.Condition()
         self._closed = False
@@ -113,9 +115,9 @@ class Engine:
                 self._wake.wait_for(lambda: self._jobs or self._closed)
                 if self._closed:
                     break
-                company = time.monotonic() + self.wait
-                while len(self._jobs) < self.max_batch and time.monotonic() < company:
-                    self._wake.wait(timeout=max(company - time.monotonic(), 0))
+                deadline = time.monotonic() + self.wait
+                while len(self._jobs) < self.max_batch and time.monotonic() < deadline:
+                    self._wake.wait(timeout=max(deadline - time.monotonic(), 0))
                 batch = self._take()
             if batch:
                 self._run(batch)
@@ -123,7 +125,7 @@ class Engine:
             job.send("error", RequestError("the server shuts down.", 503))
 
     def _take(self) -> list[Job]:
-        """The oldest request and those that can go with it."""
+        """The oldest request and those with equal options, up to the batch size."""
         waiting = [job for job in self._jobs if not job.cancelled]
         batch = [j for j in waiting if j.group == waiting[0].group][: self.max_batch]
         self._jobs = deque(j for j in waiting if j not in batch)
@@ -186,7 +188,7 @@ class Engine:
             job.max_tokens = min(job.max_tokens, max(room, 1))
         return any(job.done for job in batch)
 
-    def _compressed(self, spec: Spec) -> Any:
+    def _compressed(self, spec: MethodSpec) -> Any:
         if not spec.active:
             return self._handle.disabled()
         self._handle.set(ratio=spec.ratio, reducer=spec.reducer)
@@ -235,21 +237,17 @@ class Rows(StoppingCriteria):
         return torch.tensor(done, device=input_ids.device)
 
 
-def _request(spec: Spec) -> dict[str, Any]:
-    return {} if spec.reducer is None else {"reducer": spec.reducer}
-
-
-# Below, logits divided by it overflow; the most likely token is what is left of sampling anyway.
+# Logits divided by a smaller temperature overflow; sampling would only ever pick the top token.
 COLDEST = 1e-5
 
 
 def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
-    """Generation arguments; nothing given leaves the model's own generation config."""
+    """Generation arguments; without any, the model's own generation config is used."""
     if temperature is not None and temperature < COLDEST:
         return {"do_sample": False}
-    given = {"temperature": temperature, "top_p": top_p}
-    found = {name: value for name, value in given.items() if value is not None}
-    return {"do_sample": True, **found} if found else {}
+    values = {"temperature": temperature, "top_p": top_p}
+    values = {name: value for name, value in values.items() if value is not None}
+    return {"do_sample": True, **values} if values else {}
 
 
 def _end_tokens(model: Any) -> set[int]:

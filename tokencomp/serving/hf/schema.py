@@ -8,9 +8,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tokencomp.errors import OptionError, RatioError
+from tokencomp.method import MethodSpec
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits, load_image, load_video
-from tokencomp.serving.spec import ServerOptions, Spec
+from tokencomp.serving.spec import ServerOptions
 
 # Fields of the API that never change an answer, and values of other fields that mean "off".
 HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
@@ -114,7 +115,7 @@ class Prompt:
 
     request: ChatRequest
     chat: list[dict[str, Any]]
-    spec: Spec
+    spec: MethodSpec
     images: list[Any] = field(default_factory=list)
     videos: list[Any] = field(default_factory=list)
 
@@ -182,7 +183,7 @@ def _unserved(request: ChatRequest) -> list[str]:
     return wrong + ([f"n={request.n}"] if request.n not in (None, 1) else [])
 
 
-def _spec(request: ChatRequest, options: ServerOptions) -> Spec:
+def _spec(request: ChatRequest, options: ServerOptions) -> MethodSpec:
     given = request.tokencomp
     if given is None:
         given = (request.mm_processor_kwargs or {}).get("tokencomp")

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tokencomp.method import MethodSpec
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
-from tokencomp.serving.spec import Spec
 from tokencomp.tokens import Grid, ModelFacts, VisualSpan, VisualTokens
 
 Special = Literal["none", "rows", "end"]
@@ -82,11 +82,9 @@ class ItemPlan:
     extent: int = 0
 
     @classmethod
-    def make(cls, kind: Any, layouts: list[Layout], spec: Spec, extent: int = 0) -> ItemPlan:
+    def make(cls, kind: Any, layouts: list[Layout], spec: MethodSpec, extent: int = 0) -> ItemPlan:
         """Plan an item under an active spec."""
-        if spec.reducer is None:
-            raise ValueError("an item plan needs a reducer")
-        reducer = spec.reducer.bind(ModelFacts(mrope=extent > 0))
+        reducer = spec.built_reducer.bind(ModelFacts(mrope=extent > 0))
         # A reducer that can be served has one stage, at entry, however many layers there are.
         plan = reducer.plan(spec.ratio, num_layers=1)
         keep = tuple(plan.counts(layout.span(kind), num_layers=1)[-1] for layout in layouts)

@@ -15,7 +15,8 @@ from vllm.multimodal.processing import PromptUpdate
 
 import tokencomp
 from tokencomp.errors import OptionError
-from tokencomp.serving.spec import ServerOptions, Spec
+from tokencomp.method import MethodSpec
+from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import ENV_OPTIONS
 from tokencomp.serving.vllm.item_plan import ItemPlan, Layout, field_name
 from tokencomp.serving.vllm.metrics import SeenPlans, count_request
@@ -24,7 +25,7 @@ logger = init_logger("vllm.tokencomp")
 KEY = "tokencomp"
 SCOPED = ("images_kwargs", "videos_kwargs", "common_kwargs", "mm_kwargs")
 KINDS = ("image", "video")
-OFF = Spec()
+OFF = MethodSpec()
 
 
 def server_options(model_config: Any) -> ServerOptions:
@@ -79,12 +80,12 @@ class CompressingProcessor:
 
     # -- options --------------------------------------------------------------------------------
 
-    def _spec(self, kwargs: Mapping[str, Any]) -> Spec:
+    def _spec(self, kwargs: Mapping[str, Any]) -> MethodSpec:
         for scope in SCOPED:
             if isinstance(kwargs.get(scope), Mapping) and KEY in kwargs[scope]:
                 raise OptionError(f"'{KEY}' was given inside {scope}; put it beside it.")
         given = kwargs.get(KEY)
-        return given if isinstance(given, Spec) else self._options.resolve(given)
+        return given if isinstance(given, MethodSpec) else self._options.resolve(given)
 
     @staticmethod
     def _plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:

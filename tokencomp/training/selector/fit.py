@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from tokencomp.errors import OptionError
 from tokencomp.reducers._rows import finite_values
 from tokencomp.reducers.selector import CHANNELS, SelectorNet
-from tokencomp.trained.cards import replace_file
+from tokencomp.storage import replace_file
 from tokencomp.training.checks import check_finite, load_checkpoint
 from tokencomp.training.selector.config import SelectorConfig
 from tokencomp.training.selector.labels import Pair
@@ -90,7 +90,7 @@ def fit(
 
 
 def targets(pairs: Sequence[Pair], zeroed: float) -> list[Pair]:
-    """Attention rows and what the network shall say of them, float32 (n,) each.
+    """Attention rows and the distributions that the network shall learn from them, float32 (n,).
 
     Relevance becomes a distribution: the lowest share `zeroed` is set to zero, the rest sums to 1.
     Spans of one token, where there is nothing to choose, and spans without relevance are left out.
@@ -98,29 +98,29 @@ def targets(pairs: Sequence[Pair], zeroed: float) -> list[Pair]:
     Raises
     ------
     OptionError
-        None is left.
+        No span remains.
     ScoreError
         A number is NaN or infinite.
     """
-    found = []
+    targets = []
     for row, label in pairs:
         row = finite_values(row, "attention shares")
         label = finite_values(label, "relevances")
         low = label.sort(stable=True).indices[: int(len(label) * zeroed)]
         kept = label.scatter(0, low, 0.0)
         if len(row) > 1 and float(kept.sum()) > 0:
-            found.append((row, kept / kept.sum()))
-    if not found:
+            targets.append((row, kept / kept.sum()))
+    if not targets:
         raise OptionError(
             f"none of {len(pairs)} images and videos can be learned from: each has a single token, "
             "or no token with relevance to its answer. Give more or other data."
         )
-    return found
+    return targets
 
 
-def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
     """KL divergence from the network's softmax to distributions (B, n), mean over spans."""
-    return F.kl_div(logits.log_softmax(1), wanted, reduction="batchmean")
+    return F.kl_div(logits.log_softmax(1), target, reduction="batchmean")
 
 
 def _train_epoch(
@@ -138,8 +138,8 @@ def _train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * (1 - done)
         optimizer.zero_grad()
-        rows, wanted, real = _padded(chosen, net)
-        divergence(net(rows, real), wanted).backward()
+        rows, target, real = _padded(chosen, net)
+        divergence(net(rows, real), target).backward()
         optimizer.step()
 
 
@@ -148,8 +148,8 @@ def _loss(net: SelectorNet, spans: list[Pair], config: SelectorConfig) -> float:
     net.eval()
     total = 0.0
     for chosen in _batches(spans, config, 0):
-        rows, wanted, real = _padded(chosen, net)
-        total += float(divergence(net(rows, real), wanted)) * len(chosen)
+        rows, target, real = _padded(chosen, net)
+        total += float(divergence(net(rows, real), target)) * len(chosen)
     return total / len(spans)
 
 
@@ -167,8 +167,8 @@ def _padded(spans: list[Pair], net: SelectorNet) -> tuple[Tensor, Tensor, Tensor
     """Rows and targets (B, n) on the network's device; where they are real, None if everywhere."""
     device = next(net.parameters()).device
     rows = pad_sequence([row for row, _ in spans], batch_first=True)
-    wanted = pad_sequence([target for _, target in spans], batch_first=True)
+    targets = pad_sequence([target for _, target in spans], batch_first=True)
     lengths = torch.tensor([[len(row)] for row, _ in spans])
     real = torch.arange(rows.shape[1]) < lengths
     full = bool(real.all())
-    return rows.to(device), wanted.to(device), None if full else real.to(device)
+    return rows.to(device), targets.to(device), None if full else real.to(device)

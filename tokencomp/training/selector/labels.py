@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ from tokencomp.errors import OptionError
 from tokencomp.inputs.prompts import generate, to_model
 from tokencomp.inputs.questions import Example
 from tokencomp.reducers._rows import finite_values
-from tokencomp.trained.cards import model_card, write_json, write_tensors
-from tokencomp.training.checks import check_same_run
+from tokencomp.storage import check_identity, read_object, write_json
+from tokencomp.trained.cards import model_card, write_tensors
 from tokencomp.training.data import answer_ids, append, data_identity, load_batch, order
 from tokencomp.training.relevance import attention_bytes, explain
 from tokencomp.training.selector.config import SelectorConfig
@@ -61,7 +60,8 @@ def label(
         An attention row or a relevance is NaN or infinite.
     """
     identity = {**identity, "questions": len(source)}
-    _check_same_run(folder, identity)
+    if (folder / IDENTITY).exists():
+        check_identity(folder, read_object(folder / IDENTITY), identity)
     pairs, seconds = list[Pair](), 0.0
     shuffled = order(len(source), config.seed)
     chosen = [next(shuffled) for _ in range(len(source))]
@@ -71,10 +71,10 @@ def label(
         if not file.exists():
             begin = time.monotonic()
             examples = [source[i] for i in chosen[start : start + config.batch]]
-            found = explain_batch(model, processor, examples, config)
+            pairs_of_batch = explain_batch(model, processor, examples, config)
             if not (folder / IDENTITY).exists():  # what cannot be explained leaves nothing behind
                 write_json(folder / IDENTITY, identity)
-            write_tensors(file, _flat(found, time.monotonic() - begin))
+            write_tensors(file, _flat(pairs_of_batch, time.monotonic() - begin))
         read, took = _pairs(file)
         pairs, seconds = pairs + read, seconds + took
     return pairs, seconds
@@ -94,32 +94,23 @@ def explain_batch(
         parts = (examples[at : at + room] for at in range(0, len(examples), room))
         return [pair for part in parts for pair in explain_batch(model, processor, part, config)]
     if config.answers == "generated":
-        told = generate(model, processor, inputs, config.max_new_tokens)
-        answers = [t or given for t, given in zip(told, answers, strict=True)]
+        replies = generate(model, processor, inputs, config.max_new_tokens)
+        answers = [r or reference for r, reference in zip(replies, answers, strict=True)]
     ids = answer_ids(processor, model, answers, end=False)
     forced, labels = append(inputs, ids)
-    seen, found = explain(model, to_model(forced, model), labels.to(model.device), config.target)
+    seen, relevances = explain(
+        model, to_model(forced, model), labels.to(model.device), config.target
+    )
     with torch.no_grad():
         rows = seen.attention_rows(labels.shape[1] - inputs["input_ids"].shape[1])
     pairs = []
-    for spans, by_row, by_label in zip(seen.spans, rows, found, strict=True):
+    for spans, by_row, by_label in zip(seen.spans, rows, relevances, strict=True):
         for span, row, relevance in zip(spans, by_row, by_label, strict=True):
             patch = ~span.special_mask()
             row = finite_values(row, "attention shares")
             relevance = finite_values(relevance, "relevances")
             pairs.append((row.cpu()[patch], relevance.cpu()[patch]))
     return pairs
-
-
-def _check_same_run(folder: Path, identity: dict[str, Any]) -> None:
-    file = folder / IDENTITY
-    if not file.exists():
-        return
-    try:
-        found = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise _damaged(file, error) from error
-    check_same_run(folder, found, identity)
 
 
 def _flat(pairs: list[Pair], seconds: float) -> dict[str, Tensor]:

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
+from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.reducers._rows import signal_scores, top_k
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.selector import SelectorNet
+from tokencomp.storage import write_json
 from tokencomp.tokens import Attention, Reduction, Signal, VisualTokens
-from tokencomp.trained.cards import model_card, write, write_json
+from tokencomp.trained.cards import model_card, write
 from tokencomp.training.checks import check_folder, without_patch
 from tokencomp.training.data import questions
-from tokencomp.training.measure import Measurement, Way
+from tokencomp.training.measure import Measurement
 from tokencomp.training.relevance import Target
 from tokencomp.training.selector.config import SelectorConfig
 from tokencomp.training.selector.fit import fit
@@ -35,13 +37,13 @@ def train_selector(
     """Labels → network → evaluation → `selector.safetensors` and `selector.json` in `output`.
 
     Labels are kept in `output/labels`, network checkpoints in `output/checkpoint.pt`: a run that
-    was killed goes on where it was.
+    was killed continues where it was.
 
     Raises
     ------
     OptionError
         Data without answers or media; an output folder with labels, or a checkpoint, of another
-        model, data set or setting; labels that tell nothing.
+        model, data set or setting; labels without any relevance.
     ScoreError
         Attention, relevance or training that is not finite.
     """
@@ -93,17 +95,19 @@ class AttentionRow(Reducer):
         return Reduction(top_k(signal_scores(tokens, "attention"), tokens.special, keep))
 
 
-def ways(weights: Path, ratios: Sequence[float], oracles: Sequence[Target] = ()) -> list[Way]:
-    """The selector and what it is measured against; `oracles`: by what they explain."""
-    found = []
+def comparison(
+    weights: Path, ratios: Sequence[float], oracles: Sequence[Target] = ()
+) -> list[Setting]:
+    """The selector and its rivals at every ratio; `oracles` name what the upper bound explains."""
+    settings = []
     for ratio in ratios:
-        found += [Way(oracle_name(t), ratio, "oracle", target=t) for t in oracles]
-        found += [
-            Way("selector", ratio, "selector", {"weights": str(weights)}),
-            Way("attention", ratio, AttentionRow()),
-            Way("random", ratio, "random"),
+        settings += [Setting("oracle", ratio, name=oracle_name(t), target=t) for t in oracles]
+        settings += [
+            Setting("selector", ratio, {"weights": str(weights)}),
+            Setting(AttentionRow(), ratio, name="attention"),
+            Setting("random", ratio),
         ]
-    return found
+    return settings
 
 
 def oracle_name(target: Target) -> str:
@@ -115,8 +119,8 @@ def accuracy(
 ) -> list[dict[str, Any]]:
     """Held-out accuracy of the selector, the raw attention row and random choice."""
     measured = Measurement({"": model}, processor, config.frames, config.batch)
-    measured.run(source, ways(weights, RATIOS), "evaluating")
-    return measured.table(ways(weights, RATIOS))
+    measured.run(source, comparison(weights, RATIOS), "evaluating")
+    return measured.table(comparison(weights, RATIOS))
 
 
 @torch.no_grad()

@@ -1,0 +1,115 @@
+"""The results of one setting, in memory or read back from a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.store import MANIFEST, read_records
+from tokencomp.storage import read_object
+
+IDENTITY = ("reducer", "ratio", "options")
+"""Keys of a manifest's identity that say which setting a run is of."""
+
+
+@dataclass
+class EvalRun:
+    """Results of one setting.
+
+    Attributes
+    ----------
+    setting
+        None for a run that was read from a folder; its manifest describes the setting.
+    records
+        One dict per example: id, family, prediction, answer, correct, cost fields, or error.
+    manifest
+        What the numbers depend on.
+    path
+        The run folder, if there is one.
+    """
+
+    setting: Setting | None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> EvalRun:
+        """Read a run folder.
+
+        Raises
+        ------
+        OptionError
+            The folder is damaged, or holds fewer items than its manifest says.
+        """
+        run = cls(None, read_records(path), read_object(path / MANIFEST), path)
+        identity, summary = run.manifest.get("identity"), run.manifest.get("summary", {})
+        if not isinstance(identity, dict) or not {*IDENTITY} <= identity.keys():
+            raise OptionError(
+                f"{path / MANIFEST} does not say of which {', '.join(IDENTITY)} the run is. Give "
+                "folders that `tokencomp eval` wrote."
+            )
+        expected = summary.get("items", 0) + summary.get("failed", 0)
+        if len(run.records) < expected:
+            raise OptionError(
+                f"{path} has records of {len(run.records)} items, and its manifest says "
+                f"{expected}. Copy all of its files, or remove the folder and run the command "
+                "again."
+            )
+        broken = [r["id"] for r in run.answered if not {"family", "correct"} <= r.keys()]
+        if broken:
+            raise OptionError(f"{path}: the record of {broken[0]!r} lacks family or correct.")
+        return run
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the answers depend on: model, setting, and how the questions were put."""
+        return self.manifest["identity"]
+
+    @property
+    def label(self) -> str:
+        """The reducer with its options, e.g. "prune schedule=fastv"."""
+        options = [f"{k}={v}" for k, v in sorted(self.identity["options"].items())]
+        return " ".join([self.identity["reducer"], *options])
+
+    @property
+    def ratio(self) -> float:
+        return float(self.identity["ratio"])
+
+    @property
+    def answered(self) -> list[dict[str, Any]]:
+        return [r for r in self.records if not r.get("error")]
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        return [r for r in self.records if r.get("error")]
+
+    def mean(self, name: str) -> float:
+        """Mean of a field over the answered items that have it; NaN without any."""
+        values = [float(r[name]) for r in self.answered if name in r]
+        return sum(values) / len(values) if values else float("nan")
+
+    def summary(self) -> dict[str, Any]:
+        """Counts and means, ready for JSON."""
+        fields = {"accuracy": "correct", "achieved_ratio": "ratio", "flops": "flops"}
+        means = {k: self.mean(v) for k, v in {**fields, "kv_bytes": "kv_bytes"}.items()}
+        return {"items": len(self.answered), "failed": len(self.failed), **means}
+
+
+def paired_scores(run: EvalRun, other: EvalRun) -> tuple[list[float], list[float]]:
+    """Scores of the items that both runs answered, in one order.
+
+    Raises
+    ------
+    OptionError
+        The runs have no answered item in common.
+    """
+    scores = {r["id"]: float(r["correct"]) for r in other.answered}
+    pairs = [(float(r["correct"]), scores[r["id"]]) for r in run.answered if r["id"] in scores]
+    if not pairs:
+        places = [str(r.path or r.identity["reducer"]) for r in (run, other)]
+        raise OptionError(f"{places[0]} and {places[1]} have no answered item in common.")
+    return [a for a, _ in pairs], [b for _, b in pairs]

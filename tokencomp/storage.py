@@ -1,0 +1,107 @@
+"""Files that survive a kill: atomic writes, JSON, JSON Lines, and the check of a run's identity."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokencomp.errors import OptionError
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Let `write` fill a temporary file, then rename it to `path`.
+
+    A reader sees the old file or the new one, never a part. If `write` fails, nothing is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        part.chmod(0o644)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write UTF-8 text atomically."""
+    return replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write indented JSON atomically; values that JSON does not know are written as text."""
+    return write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write one JSON object per line atomically."""
+    return write_text(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises
+    ------
+    OptionError
+        The file cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a JSON object, not a {type(value).__name__}")
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"{path} is damaged ({error}). Remove {path.parent}, or give another folder."
+        ) from error
+    return value
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON gives it back: tuples become lists, unknown types become text."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def check_identity(
+    place: Path | str, stored: Mapping[str, Any], identity: Mapping[str, Any], fix: str = ""
+) -> None:
+    """Refuse to mix the results of two different runs.
+
+    Parameters
+    ----------
+    place
+        File or folder of the earlier run, for the message.
+    stored, identity
+        What the results of the earlier run and of this run depend on. All keys of both must be
+        equal, as JSON writes them.
+    fix
+        What the user can do. The default suggests another output folder.
+
+    Raises
+    ------
+    OptionError
+        The message names every key that differs, with both values.
+    """
+    old, new = plain(stored), plain(identity)
+    changed = [k for k in {**new, **old} if old.get(k) != new.get(k)]
+    if changed:
+        pairs = ", ".join(
+            f"{k}: {_short(old.get(k))} there, {_short(new.get(k))} now" for k in changed
+        )
+        raise OptionError(
+            f"{place} holds a run that differs in {pairs}. "
+            + (fix or "Give another --output, or remove it.")
+        )
+
+
+def _short(value: Any) -> str:
+    """The value for a message; fingerprints and configurations are cut."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
