@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-from tests_support import FAMILIES, Family  # noqa: E402
+from support.families import FAMILIES, Family  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

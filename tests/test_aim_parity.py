@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import oracle_support as support
 import pytest
 import torch
-from tests_support import Family, text
+from support import attention as support
+from support.families import Family, text
 
 import tokencomp
 from tokencomp.reducers.merge import Merge

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from tests_support import FAMILIES, V4, Family, text
+from support.families import FAMILIES, V4, Family, text
 
 import tokencomp
 from tokencomp.context_window import VISUAL_WINDOW

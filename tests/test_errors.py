@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from tests_support import FAMILIES, Family, text
+from support.families import FAMILIES, Family, text
 
 import tokencomp
 from tokencomp import Plan, Stage, errors, make_reducer

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from families_support.vila_port import VilaPort
-from tests_support import FAMILIES, IMAGE, VIDEO, Family, text
+from support.families import FAMILIES, IMAGE, VIDEO, Family, text
+from support.family.vila_port import VilaPort
 from transformers import DynamicCache
 
 import tokencomp

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy_support import BLIND, SHARES, sweep_runs, write_results
+from support.accuracy import BLIND, SHARES, sweep_runs, write_results
 from torch import nn
 
 from benchmarks.accuracy import report, run, store, summary, tables

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accuracy_support import BLIND, ITEMS, SHARES, write_results
+from support.accuracy import BLIND, ITEMS, SHARES, write_results
 
 from benchmarks.accuracy import report, run
 from benchmarks.accuracy.store import read_all

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accuracy_support import write_results
-from tests_support import FAMILIES
+from support.accuracy import write_results
+from support.families import FAMILIES
 
 import tokencomp
 from benchmarks.accuracy import report, store, tables

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 import torch
-from cli_support import run
 from PIL import Image
+from support.console import run
 
 
 def test_list_is_generated_from_the_registries(capsys):

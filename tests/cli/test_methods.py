@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_support import run
+from support.console import run
 
 import tokencomp
 from tokencomp.evaluation import Setting, patches

@@ -7,8 +7,8 @@ import re
 
 import numpy as np
 import pytest
-from cli_support import run
 from PIL import Image
+from support.console import run
 
 from tokencomp.zoo import SAMPLES
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import ranks_support as ranks
 import torch
-from tests_support import FAMILIES
+from support import ranks
+from support.families import FAMILIES
 from torch import nn
 
 import tokencomp

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ranks_support as ranks
 import torch
-from tests_support import FAMILIES
+from support import ranks
+from support.families import FAMILIES
 
 import tokencomp
 from tokencomp.engine.parallel import gather_heads

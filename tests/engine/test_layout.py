@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from tests_support import FAMILIES, text
+from support.families import FAMILIES, text
 from torch import Tensor
 
 import tokencomp

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from families_support.vila_port import VilaPort
-from tests_support import FAMILIES, IMAGE, VIDEO, Family, Media, text
+from support.families import FAMILIES, IMAGE, VIDEO, Family, Media, text
+from support.family.vila_port import VilaPort
 from torch import Tensor
 
 import tokencomp

@@ -1,3 +1,3 @@
-from embedded_support import examples, folder, loaded
+from support.embedded import examples, folder, loaded
 
 __all__ = ["examples", "folder", "loaded"]

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_support import run
+from support.console import run
 
 from tokencomp.errors import OptionError
 from tokencomp.lmms import data as bench_data

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_support import run
+from support.console import run
 
 from tokencomp.evaluation import grid, mcnemar, retention, sweep
 from tokencomp.pages.plots import Point, lines

@@ -7,7 +7,7 @@ import json
 import random
 
 import pytest
-from cli_support import run
+from support.console import run
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation import Example, Setting, tuning

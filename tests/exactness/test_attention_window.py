@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import oracle
 import pytest
 import torch
 import transformers
-from families_support.llava import Llava
-from tests_support import EOS, PAD, VOCAB, text
+from support import oracle
+from support.families import EOS, PAD, VOCAB, text
+from support.family.llava import Llava
 
 import tokencomp
 from tokencomp.errors import UnsupportedModelError

@@ -7,11 +7,11 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from caches_support import ENTRY, LAYERS, NAMES, ragged, single, static_cache
-from tests_support import FAMILIES, Family, text
+from support import oracle
+from support.caches import ENTRY, LAYERS, NAMES, ragged, single, static_cache
+from support.families import FAMILIES, Family, text
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, QuantizedCache
 from transformers.cache_utils import StaticLayer

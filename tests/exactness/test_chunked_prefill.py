@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from caches_support import ENTRY, LAYERS, NAMES, ragged, static_cache
-from tests_support import FAMILIES, Family, text
+from support import oracle
+from support.caches import ENTRY, LAYERS, NAMES, ragged, static_cache
+from support.families import FAMILIES, Family, text
 
 import tokencomp
 from tokencomp.errors import PrefillWarning

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from caches_support import ENTRY, NAMES, ragged, single, static_cache
-from tests_support import FAMILIES, Family, text
+from support import oracle
+from support.caches import ENTRY, NAMES, ragged, single, static_cache
+from support.families import FAMILIES, Family, text
 from transformers.generation.configuration_utils import CompileConfig
 
 import tokencomp

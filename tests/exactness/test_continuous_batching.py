@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from caches_support import ENTRY, single
-from tests_support import FAMILIES, NO_EOS, Family, text
+from support.caches import ENTRY, single
+from support.families import FAMILIES, NO_EOS, Family, text
 from transformers import GenerationConfig
 
 import tokencomp

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from tests_support import FAMILIES, VIDEO, Family, text
+from support.families import FAMILIES, VIDEO, Family, text
 from torch import Tensor, nn
 
 import tokencomp

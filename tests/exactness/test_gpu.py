@@ -6,11 +6,10 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-import oracle
-import plans
 import pytest
 import torch
-from tests_support import FAMILIES, Family, text
+from support import oracle, plans
+from support.families import FAMILIES, Family, text
 from torch import Tensor, nn
 
 import tokencomp

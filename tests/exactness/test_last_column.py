@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import oracle
-import plans
 import pytest
 import torch
-from tests_support import FAMILIES, Family, text
+from support import oracle, plans
+from support.families import FAMILIES, Family, text
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer

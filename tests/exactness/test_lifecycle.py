@@ -10,12 +10,11 @@ import threading
 import time
 import weakref
 
-import oracle
-import plans
 import pytest
 import torch
-from lifecycle_support import hooks_of, prompt
-from tests_support import FAMILIES, Family, text
+from support import oracle, plans
+from support.families import FAMILIES, Family, text
+from support.hooks import hooks_of, prompt
 from transformers.cache_utils import DynamicLayer
 
 import tokencomp

@@ -7,8 +7,8 @@ import weakref
 
 import pytest
 import torch
-from lifecycle_support import hooks_of, prompt
-from tests_support import FAMILIES, Family
+from support.families import FAMILIES, Family
+from support.hooks import hooks_of, prompt
 
 import tokencomp
 from tokencomp.context_window import restore_visual_context

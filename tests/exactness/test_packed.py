@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import oracle
-import plans
 import pytest
 import torch
-from tests_support import FAMILIES, Family, text
+from support import oracle, plans
+from support.families import FAMILIES, Family, text
 from torch import Tensor, nn
 
 import tokencomp

@@ -7,10 +7,10 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from tests_support import FAMILIES, Family, text
+from support import oracle
+from support.families import FAMILIES, Family, text
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface

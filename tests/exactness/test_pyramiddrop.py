@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import oracle
 import torch
-from tests_support import FAMILIES, Family, text
+from support import oracle
+from support.families import FAMILIES, Family, text
 from torch import Tensor, nn
 
 import tokencomp

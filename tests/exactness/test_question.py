@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
-from tests_support import FAMILIES, Family, text
+from support import oracle
+from support.families import FAMILIES, Family, text
 from torch import Tensor, nn
 
 import tokencomp

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from tests_support import FAMILIES, text
+from support.families import FAMILIES, text
 
 import tokencomp
 from tokencomp.engine.gate import CallGate

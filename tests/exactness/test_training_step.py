@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from tests_support import FAMILIES, Family, text
+from support import oracle
+from support.families import FAMILIES, Family, text
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 

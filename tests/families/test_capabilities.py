@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests_support import FAMILIES, Family, text
+from support.families import FAMILIES, Family, text
 
 import tokencomp
 from tokencomp.adapters.base import adapter_for, available_models

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families_support.qwen import Qwen3VL
-from tests_support import FAMILIES, text
+from support.families import FAMILIES, text
+from support.family.qwen import Qwen3VL
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests_support import FAMILIES, text
+from support.families import FAMILIES, text
 
 import tokencomp
 from tokencomp.engine import compat

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests_support import FAMILIES, IMAGE, VIDEO, Media, text
+from support.families import FAMILIES, IMAGE, VIDEO, Media, text
 
 import tokencomp
 from tokencomp.errors import SpanError

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from families_support.vila_port import VilaPort
-from tests_support import FAMILIES, IMAGE, NO_EOS, PAD, VIDEO, text
+from support.families import FAMILIES, IMAGE, NO_EOS, PAD, VIDEO, text
+from support.family.vila_port import VilaPort
 
 import tokencomp
 from tokencomp.errors import NoVisualInputError, SpanError

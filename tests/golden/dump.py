@@ -1,7 +1,8 @@
 """Write down which tokens every reducer keeps, to compare two states of the repository.
 
-    python tests/golden/dump.py before.json     # in the one checkout
-    python tests/golden/dump.py after.json      # in the other; then: cmp before.json after.json
+    PYTHONPATH=tests python tests/golden/dump.py before.json   # in the one checkout
+    PYTHONPATH=tests python tests/golden/dump.py after.json    # in the other
+    cmp before.json after.json
 
 The dump covers every case of the reducer matrix, every test family, two ratios and three prompts
 (an image, a video, a padded batch of both). An error is recorded by its type.
@@ -15,14 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support import matrix
+from support.families import FAMILIES, Family, text
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "reducers")]
-
-import matrix  # noqa: E402
-from tests_support import FAMILIES, Family, text  # noqa: E402
-
-import tokencomp  # noqa: E402
+import tokencomp
 
 RATIOS = (0.5, 0.9)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families_support import vila_folder
 from PIL import Image
 from safetensors.torch import load_file
+from support.family import vila_folder
 from torch import Tensor
 
 import tokencomp

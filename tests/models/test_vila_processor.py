@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families_support import vila_folder
 from PIL import Image
+from support.family import vila_folder
 
 from tokencomp.errors import CheckpointError, MediaError, OptionError
 from tokencomp.models import VilaProcessor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families_support.vila_folder import projector_state
+from support.family.vila_folder import projector_state
 from torch import Tensor
 from torch.nn import functional as F
 

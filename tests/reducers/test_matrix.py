@@ -10,12 +10,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matrix
 import numpy as np
 import pytest
 import torch
-from matrix import Case
-from tests_support import FAMILIES, Family, text
+from support import matrix
+from support.families import FAMILIES, Family, text
+from support.matrix import Case
 
 import tokencomp
 from tokencomp import Reducer, make_reducer

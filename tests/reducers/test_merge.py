@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 
-import matrix
-import merge_loops
 import pytest
 import torch
+from support import matrix, merge_loops
 
 from tokencomp import VisualTokens, make_reducer
 

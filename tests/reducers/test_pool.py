@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import matrix
 import pytest
 import torch
-from tests_support import Family
+from support import matrix
+from support.families import Family
 
 import tokencomp
 from tokencomp import make_reducer

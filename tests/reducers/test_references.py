@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import matrix
 import numpy as np
 import pytest
 import torch
+from support import matrix
 
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import OptionError, PlanError, ScoreError

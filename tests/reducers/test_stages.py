@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import matrix
-import merge_loops
 import pytest
 import torch
-from matrix import Case
-from tests_support import FAMILIES, Family, text
+from support import matrix, merge_loops
+from support.families import FAMILIES, Family, text
+from support.matrix import Case
 
 import tokencomp
 from tokencomp import Plan, Reducer, Reduction, Stage, VisualTokens, make_reducer

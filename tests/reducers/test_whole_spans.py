@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import matrix
 import pytest
 import torch
-from matrix import Case
-from tests_support import FAMILIES
+from support import matrix
+from support.families import FAMILIES
+from support.matrix import Case
 
 import tokencomp
 from tokencomp import Plan, Reducer, Stage, make_reducer

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+TESTS = Path(__file__).parents[1]
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 ENGINE_SECONDS = 1200
 
@@ -22,7 +21,7 @@ ENGINE_SECONDS = 1200
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Function that returns the folder of a tiny random model by name, built at the first call."""
-    import serving_models as tiny
+    from support.serving import models as tiny
 
     root = tmp_path_factory.mktemp("models")
 
@@ -49,13 +48,19 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
         env = {**os.environ, "TOKENCOMP_VLLM": "on" if plugin else "off"}
         command = [
             sys.executable,
-            str(HERE / "vllm_driver.py"),
+            "-m",
+            "support.serving.vllm_driver",
             str(model),
             str(jobs),
             str(results),
         ]
         process = subprocess.run(
-            command, env=env, capture_output=True, text=True, timeout=ENGINE_SECONDS
+            command,
+            cwd=TESTS,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=ENGINE_SECONDS,
         )
         assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
         return {"log": process.stderr + process.stdout, **json.loads(results.read_text())}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tests_support as support
 import torch
-from tests_support import FAMILIES
+from support import families as support
+from support.families import FAMILIES
 
 import tokencomp
 from tokencomp.errors import OptionError

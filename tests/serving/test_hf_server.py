@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 
-import http_support as http  # noqa: E402
 import torch  # noqa: E402
-from cli_support import run  # noqa: E402
+from support.console import run  # noqa: E402
+from support.serving import http  # noqa: E402
 
 QUESTION = "What color is the circle?"
 
@@ -75,8 +75,8 @@ def ask(client: Any, *urls: str, text: str = QUESTION, **more: Any) -> Any:
 
 def expected(folder: Any, urls: list[str], spec: dict[str, Any], tokens: int = 8) -> Any:
     """Return text, prompt tokens and visual tokens of a direct `generate` on the patched model."""
-    import hf_reference
     from PIL import Image
+    from support.serving import hf_reference
 
     import tokencomp
     from tokencomp.inputs.prompts import build_inputs

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("pydantic")
 
-import serving_models as tiny
 from PIL import Image
+from support.serving import models as tiny
 
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits, load_image, load_video

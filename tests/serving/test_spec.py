@@ -11,8 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tests_support
 import torch
+from support import families
 
 import tokencomp
 from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
@@ -79,7 +79,7 @@ def test_both_backends_count_and_reduce_alike(name: str, ratio: float) -> None:
 
 def test_layouts_are_the_spans_of_the_adapters() -> None:
     """An image and a video of LLaVA-OneVision have the spans of the patched model's adapter."""
-    family = tests_support.FAMILIES["llava_onevision"]
+    family = families.FAMILIES["llava_onevision"]
     model = family.build()
     with tokencomp.patch(model, 0.5, reducer="uniform") as handle:
         model(**family.batch([[family.image(1), [5], family.video(4)]]))

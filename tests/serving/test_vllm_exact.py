@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import serving_cases as cases
-from serving_checks import batch, check
+from support.serving import cases as cases
+from support.serving.checks import batch, check
 
 MODELS = ("qwen2_vl", "llava_onevision", "qwen3_vl")
 

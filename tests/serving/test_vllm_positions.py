@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import serving_cases as cases
 import torch
-from serving_checks import batch, check
+from support.serving import cases as cases
+from support.serving.checks import batch, check
 
 MODELS = ("qwen2_vl", "llava_onevision", "qwen3_vl")
 TIGHT = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
@@ -30,7 +30,7 @@ def test_media_split_over_prefill_chunks(model: str, tiny_folder: Any, run_engin
 
 
 def test_qwen2_5_times_between_frames(tiny_folder: Any, run_engine: Any) -> None:
-    import hf_reference
+    from support.serving import hf_reference
 
     model = "qwen2_5_vl"
     folder = tiny_folder(model)
@@ -55,7 +55,7 @@ def test_qwen3_vl_moe(tiny_folder: Any, run_engine: Any) -> None:
 
 def test_trained_model_on_real_files(run_engine: Any, tmp_path: Any) -> None:
     """The packaged model answers ShapesQA with the server's default and with ratios of requests."""
-    import hf_reference
+    from support.serving import hf_reference
 
     from tokencomp.inputs.prompts import media_chat
     from tokencomp.shapesqa.examples import shapesqa
@@ -98,7 +98,7 @@ LONG = [("qwen2_vl", "float32", 640), ("qwen2_vl", "bfloat16", 640), ("qwen3_vl"
 def test_every_position_of_a_long_video(
     model: str, dtype: str, frames: int, tiny_folder: Any, run_engine: Any
 ) -> None:
-    import hf_reference
+    from support.serving import hf_reference
 
     folder = tiny_folder(model)
     video = ["video", 2, frames, 56, 56]

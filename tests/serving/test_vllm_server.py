@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vllm is not installed")
 
-import http_support as http
 import openai
+from support.serving import http as http
 
 QUESTION = "What color is the circle?"
 ENV = {
@@ -47,9 +47,9 @@ def ask(client: Any, *urls: str, text: str = QUESTION, **more: Any) -> Any:
 
 def expected(folder: Any, urls: list[str], spec: dict[str, Any]) -> tuple[str, int, int]:
     """Return text, prompt tokens and removed visual tokens of the patched Hugging Face model."""
-    import hf_reference
     import torch
     from PIL import Image
+    from support.serving import hf_reference
 
     import tokencomp
     from tokencomp.inputs.prompts import build_inputs

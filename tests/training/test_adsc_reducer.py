@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from tests_support import Family, text
+from support.families import Family, text
 
 import tokencomp
 from tokencomp import VisualTokens, make_reducer

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from trained_support import write_data
+from support.trained import write_data
 
 from tokencomp.errors import OptionError, UnknownNameError
 from tokencomp.inputs.questions import Example

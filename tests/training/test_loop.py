@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests_support import Family, text
+from support.families import Family, text
 from torch import Tensor, nn
 
 import tokencomp

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests_support import Family, text
+from support.families import Family, text
 from torch import Tensor, nn
 
 from tokencomp import Plan, Stage, make_reducer, patch

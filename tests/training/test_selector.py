@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests_support import Family, text
+from support.families import Family, text
 
 import tokencomp
 from tokencomp import VisualTokens, make_reducer

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from trained_support import SELECTOR, broken, write_data
+from support.trained import SELECTOR, broken, write_data
 
 from tokencomp.errors import MediaError, OptionError, ScoreError
 from tokencomp.inputs.questions import Example

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests_support import FAMILIES
+from support.families import FAMILIES
+from support.trained import broken
+from support.trained import tiny as make_tiny
 from torch import nn
-from trained_support import broken
-from trained_support import tiny as make_tiny
 
 import tokencomp
 from tokencomp import plan_from_json, plan_to_json

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trained_support import tiny as make_tiny
+from support.trained import tiny as make_tiny
 
 import tokencomp
 from tokencomp import zoo

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from trained_support import broken, write_data
-from trained_support import tiny as make_tiny
+from support.trained import broken, write_data
+from support.trained import tiny as make_tiny
 
 import tokencomp
 from tokencomp.errors import (

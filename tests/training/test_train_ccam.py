@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tests_support import FAMILIES, Family, text
-from trained_support import tiny as tiny_model
-from trained_support import write_data
+from support.families import FAMILIES, Family, text
+from support.trained import tiny as tiny_model
+from support.trained import write_data
 
 import tokencomp
 from tokencomp.errors import OptionError, SpanError, WeightsError

@@ -9,10 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import serving_models as tiny
 import torch
 
 import tokencomp
+from support.serving import models as tiny
 
 
 @lru_cache(maxsize=4)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tests_support import FAMILIES, Family, text
 from torch import Tensor, nn
 
 import tokencomp
+from support.families import FAMILIES, Family, text
 
 ATTENTION_PLAN = {
     "q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise",

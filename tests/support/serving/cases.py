@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokencomp.serving.spec import servable_reducers
+from tokencomp.serving.spec import servable
 
 MARKS = {
     "llava_onevision": ("<image>", "<video>"),
@@ -53,7 +53,7 @@ def job(
 def matrix(model: str) -> list[dict[str, Any]]:
     """Return jobs that cover ratios, media and every reducer that can be served."""
     jobs = [job(model, [m], r) for m in (IMAGE, VIDEO) for r in (0.3, 0.9)]
-    for name in servable_reducers():
+    for name in (name for name, option in servable().items() if not option):
         jobs += [job(model, [m], 0.5, reducer=name) for m in (IMAGE, VIDEO)]
         jobs.append(job(model, [IMAGE, VIDEO, OTHER], 0.75, reducer=name))
     jobs.append(job(model, [IMAGE, OTHER], 0.5))

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from families_support.base import END, EOS, IMAGE, PAD, START, VOCAB, Family, Media
+from support.family.base import END, EOS, IMAGE, PAD, START, VOCAB, Family, Media
 
 
 class InternVL(Family):

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tests_support import PAD, Family
 from torch import Tensor, nn
+
+from support.families import PAD, Family
 
 
 def kept_columns(handle: Any, inputs: dict[str, Tensor], num_layers: int) -> list[Tensor]:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import serving_models as tiny
 from PIL import Image
+
+from support.serving import models as tiny
 
 START_SECONDS = 400
 

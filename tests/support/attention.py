@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 
 import torch
-from tests_support import Family
 from torch import Tensor, nn
+
+from support.families import Family
 
 
 def queries_and_keys(

@@ -11,7 +11,7 @@ POSITIONS = {"llava_onevision": "compact"}
 
 def check(results: dict, jobs: list[dict], folder: Any, model: str, suffix: str = "") -> None:
     """Require equal tokens and prompt lengths, and log-probabilities within 1e-3."""
-    import hf_reference
+    from support.serving import hf_reference
 
     for job in jobs:
         got = results[job["name"] + suffix]

@@ -1,12 +1,14 @@
 """One row per model family: a tiny random model, and prompts for it.
 
-Adding a family to the exactness suite is one `Family` subclass in `families_support`, listed here.
+Adding a family to the exactness suite is one `Family` subclass in `support.family`, listed here.
 """
 
 from __future__ import annotations
 
 import torch
-from families_support.base import (
+from torch import Tensor, nn
+
+from support.family.base import (
     END,
     EOS,
     IMAGE,
@@ -19,11 +21,10 @@ from families_support.base import (
     Family,
     Media,
 )
-from families_support.llava import Llava, LlavaNext, LlavaNextVideo, LlavaOnevision
-from families_support.qwen import Qwen2VL, Qwen3VL, Qwen3VLMoe, Qwen25VL
-from families_support.tiles import Idefics3, InternVL, SmolVLM
-from families_support.vila import Vila
-from torch import Tensor, nn
+from support.family.llava import Llava, LlavaNext, LlavaNextVideo, LlavaOnevision
+from support.family.qwen import Qwen2VL, Qwen3VL, Qwen3VLMoe, Qwen25VL
+from support.family.tiles import Idefics3, InternVL, SmolVLM
+from support.family.vila import Vila
 
 __all__ = [
     "END",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from tests_support import Family, text
 from torch import nn
+
+from support.families import Family, text
 
 
 def prompt(family: Family) -> dict[str, torch.Tensor]:

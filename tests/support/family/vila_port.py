@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from families_support.vila import NEWLINE
+from support.family.vila import NEWLINE
 
 
 class Encoder(nn.Module):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tests_support import FAMILIES, Family, text
 from transformers import StaticCache
 
 import tokencomp
+from support.families import FAMILIES, Family, text
 
 NAMES = ["internvl", "llava_onevision", "qwen2_vl", "qwen3_vl"]
 ENTRY = tokencomp.Plan((tokencomp.Stage(0, 0.4, tokencomp.make_reducer("uniform")),))

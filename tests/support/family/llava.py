@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import GenerationMixin
 
-from families_support.base import EOS, IMAGE, PAD, VIDEO, VOCAB, Family, Media
+from support.family.base import EOS, IMAGE, PAD, VIDEO, VOCAB, Family, Media
 
 
 class LlavaOnevision(Family):

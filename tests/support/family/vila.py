@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from families_support.base import EOS, IMAGE, PAD, VIDEO, VOCAB, Family, Media
+from support.family.base import EOS, IMAGE, PAD, VIDEO, VOCAB, Family, Media
 from tokencomp.models import VilaConfig, VilaForConditionalGeneration
 
 NEWLINE = 9

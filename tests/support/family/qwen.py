@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from families_support.base import END, EOS, IMAGE, PAD, START, V4, VIDEO, VOCAB, Family, Media
+from support.family.base import END, EOS, IMAGE, PAD, START, V4, VIDEO, VOCAB, Family, Media
 from tokencomp.engine.compat import check_rope_index
 from tokencomp.errors import UnsupportedModelError
 

@@ -1,6 +1,6 @@
 """Run one in-process vLLM engine on a list of jobs, as a child process of the tests.
 
-usage: vllm_driver.py MODEL JOBS.json RESULTS.json
+usage: python -m support.serving.vllm_driver MODEL JOBS.json RESULTS.json
 
 JOBS is {"engine": {LLM arguments}, "runs": [[job, ...], ...]}, and the jobs of a run are submitted
 together. A job is {"name", "prompt", "media", "tokencomp", "tokens", "positions", "reset"}.
@@ -19,7 +19,6 @@ os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
 )  # fmt: skip
-sys.path.insert(0, str(Path(__file__).parent))
 
 RECORDED: list = []
 
@@ -42,7 +41,7 @@ def record_positions() -> None:
 
 def request(job: dict) -> dict:
     """Return the engine's input for a job."""
-    import serving_models as tiny
+    from support.serving import models as tiny
 
     media = tiny.media(job["media"])
     if job.get("metadata") and "video" in media:

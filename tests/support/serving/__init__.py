@@ -1,0 +1,1 @@
+"""Models, cases and clients for the tests of the servers."""
