@@ -46,12 +46,12 @@ def test_a_setting_is_validated_and_planned_once(
     loaded: Any, examples: Any, calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the command line to the first batch; each of two batches reinstalls one handle."""
-    from tokencomp.evaluation import runner
+    from tokencomp.evaluation import batches
 
     before: list[dict[str, int]] = []
-    generate = runner.generate
+    generate = batches.generate
     monkeypatch.setattr(
-        runner, "generate", lambda *args: before.append(dict(calls)) or generate(*args)
+        batches, "generate", lambda *args: before.append(dict(calls)) or generate(*args)
     )
     settings = checked(grid(["divprune"], [0.75])[1:], loaded[0])
     runs = sweep(*loaded, examples[:2], settings, batch_size=1, max_new_tokens=2, progress=False)

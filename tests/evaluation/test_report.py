@@ -10,6 +10,7 @@ import pytest
 from support.console import run
 
 from tokencomp.evaluation import grid, mcnemar, retention, sweep
+from tokencomp.pages.pictures import save_kept
 from tokencomp.pages.plots import Point, lines
 
 IDENTITY = {"model": "m", "dtype": "float32", "frames": 8}
@@ -128,7 +129,8 @@ def test_plots_are_the_same_every_time():
 
 def test_report_of_real_runs_shows_kept_patches(loaded, examples, tmp_path):
     settings = grid(["random", "aim"], [0.75])
-    sweep(*loaded, examples[:2], settings, tmp_path, max_new_tokens=2, progress=False)
+    how = {"max_new_tokens": 2, "progress": False, "draw": save_kept}
+    sweep(*loaded, examples[:2], settings, tmp_path, **how)
     page = tmp_path / "r.html"
     assert run("report", tmp_path, "-o", page) == 0
     assert page.read_text().count("data:image/jpeg;base64,") == 2

@@ -58,10 +58,10 @@ def test_costs_are_those_of_the_shapes(loaded, examples):
 
 def test_resumes_where_it_was_killed(loaded, examples, tmp_path, monkeypatch):
     whole = evaluate(*loaded, examples, "uniform", 0.5, tmp_path / "whole", batch_size=2, **HOW)
-    from tokencomp.evaluation import runner
+    from tokencomp.evaluation import batches
 
     calls = []
-    real = runner.generate
+    real = batches.generate
 
     def dies(*args):
         calls.append(1)
@@ -69,7 +69,7 @@ def test_resumes_where_it_was_killed(loaded, examples, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(runner, "generate", dies)
+    monkeypatch.setattr(batches, "generate", dies)
     with pytest.raises(KeyboardInterrupt):
         evaluate(*loaded, examples, "uniform", 0.5, tmp_path / "cut", batch_size=2, **HOW)
     file = tmp_path / "cut" / "records.jsonl"
@@ -77,7 +77,7 @@ def test_resumes_where_it_was_killed(loaded, examples, tmp_path, monkeypatch):
     with file.open("a") as handle:
         handle.write('{"id": "half a li')
     asked = []
-    monkeypatch.setattr(runner, "generate", lambda *a: asked.append(1) or real(*a))
+    monkeypatch.setattr(batches, "generate", lambda *a: asked.append(1) or real(*a))
     run = evaluate(*loaded, examples, "uniform", 0.5, tmp_path / "cut", batch_size=2, **HOW)
     untimed = [[{**r, "seconds": 0} for r in one.records] for one in (run, whole)]
     assert untimed[0] == untimed[1]
@@ -138,9 +138,9 @@ def test_bad_media_are_recorded_and_the_rest_goes_on(loaded, examples, tmp_path)
 
 
 def test_batch_halves_when_memory_runs_out(loaded, examples, monkeypatch):
-    from tokencomp.evaluation import runner
+    from tokencomp.evaluation import batches
 
-    real = runner.generate
+    real = batches.generate
 
     def small(model, processor, inputs, n):
         if inputs["input_ids"].shape[0] > 2:
@@ -148,7 +148,7 @@ def test_batch_halves_when_memory_runs_out(loaded, examples, monkeypatch):
         return real(model, processor, inputs, n)
 
     expected = evaluate(*loaded, examples, "uniform", 0.5, batch_size=2, **HOW)
-    monkeypatch.setattr(runner, "generate", small)
+    monkeypatch.setattr(batches, "generate", small)
     run = evaluate(*loaded, examples, "uniform", 0.5, batch_size=8, **HOW)
     assert [r["prediction"] for r in run.records] == [r["prediction"] for r in expected.records]
     assert run.manifest["batch_size"] == 2 and run.manifest["batch_halved_by_oom"] is True
@@ -156,16 +156,16 @@ def test_batch_halves_when_memory_runs_out(loaded, examples, monkeypatch):
 
 def test_an_item_too_large_for_memory_fails_alone(loaded, examples, monkeypatch):
     """Videos never fit: they are recorded with the reason, images are answered."""
-    from tokencomp.evaluation import runner
+    from tokencomp.evaluation import batches
 
-    real = runner.generate
+    real = batches.generate
 
     def small(model, processor, inputs, n):
         if "pixel_values_videos" in inputs:
             raise torch.OutOfMemoryError("pretend")
         return real(model, processor, inputs, n)
 
-    monkeypatch.setattr(runner, "generate", small)
+    monkeypatch.setattr(batches, "generate", small)
     run = evaluate(*loaded, examples, "uniform", 0.5, batch_size=8, **HOW)
     video = {e.id for e in examples if e.media[0].suffix == ".mp4"}
     assert {r["id"] for r in run.failed} == video and len(run.answered) == len(examples) - 2
@@ -255,12 +255,3 @@ def test_records_are_plain_json(loaded, examples, tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["identity"]["reducer"] == "aim"
     assert {"torch", "transformers", "tokencomp"} <= set(manifest["versions"])
-
-
-def test_records_of_earlier_releases_are_read(tmp_path):
-    """They call the predictions `told`; both names are read, the new one is returned."""
-    old = {"id": "a", "told": {"full@0": "red"}, "correct": {"full@0": True}}
-    new = {"id": "b", "predictions": {"full@0": "red"}, "correct": {"full@0": True}}
-    (tmp_path / "records.jsonl").write_text(json.dumps(old) + "\n" + json.dumps(new) + "\n")
-    assert [r["predictions"] for r in read_records(tmp_path)] == [{"full@0": "red"}] * 2
-    assert all("told" not in r for r in read_records(tmp_path))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tokencomp.evaluation import Setting, runner
+from tokencomp.evaluation import Setting, batches
 from tokencomp.inputs.questions import Example
 from tokencomp.training import measure
 from tokencomp.training.data import answer_ids, append, load_batch, questions
@@ -26,7 +26,7 @@ def parrot(monkeypatch: pytest.MonkeyPatch) -> None:
         ids = processor.tokenizer(LONG)["input_ids"][:limit]
         return [processor.tokenizer.decode(ids)] * len(inputs["input_ids"])
 
-    monkeypatch.setattr(runner, "generate", generate)
+    monkeypatch.setattr(batches, "generate", generate)
 
 
 def asked(data: str, *answers: str) -> list[Example]:

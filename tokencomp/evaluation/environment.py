@@ -81,6 +81,11 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def process_rank() -> tuple[int, int]:
+    """Rank and world size under `accelerate launch` or torchrun, else (0, 1)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def environment() -> dict[str, Any]:
     """Everything above, with the date (UTC) and the command."""
     return {

@@ -99,6 +99,10 @@ class EvalRun:
         return {"items": len(self.answered), "failed": len(self.failed), **means}
 
 
+Run = EvalRun
+"""The name of `EvalRun` in release 0.1.0."""
+
+
 def paired_scores(run: EvalRun, other: EvalRun) -> tuple[list[float], list[float]]:
     """Scores of the items that both runs answered, in one order.
 

@@ -11,8 +11,6 @@ from tokencomp.errors import OptionError
 from tokencomp.storage import check_identity, read_object, write_json, write_lines
 
 MANIFEST, RECORDS = "manifest.json", "records.jsonl"
-OLD_NAMES = {"told": "predictions"}
-"""Keys of records in files of earlier releases, and what they are called now."""
 
 
 class AnswerStore:
@@ -123,7 +121,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_answers(file: Path) -> list[dict[str, Any]]:
-    """The records of one file, under the names that this release uses.
+    """The records of one file.
 
     Raises
     ------
@@ -142,5 +140,5 @@ def read_answers(file: Path) -> list[dict[str, Any]]:
             continue
         if not isinstance(record, dict) or "id" not in record:
             raise OptionError(f"{file}, line {number}: not a record, which has an id.")
-        records.append({OLD_NAMES.get(str(k), str(k)): value for k, value in record.items()})
+        records.append(record)
     return records

@@ -69,6 +69,14 @@ class Deferred(Example):
         return Example(self.id, self.prompt, self.answer, self.source()).load(frames)
 
 
+def has_video(example: Example) -> bool:
+    """Whether a video is among the media; a batch of images and videos is padded to the videos."""
+    from tokencomp.inputs.media import is_video
+
+    media = [m for m in example.media if not hasattr(m, "size")]
+    return any(isinstance(m, list) or is_video(m) for m in media)
+
+
 def option_letter(text: str) -> str:
     """The option that a reply such as "B", "(B)", "B. red" or "red (B)" names; "" if none.
 

@@ -21,6 +21,7 @@ from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.evaluation.store import read_records
 from tokencomp.inputs.questions import Deferred, Example, Media
+from tokencomp.pages.pictures import save_kept
 
 ANSWERS = "answers-"
 
@@ -132,6 +133,7 @@ class TokenComp(lmms):
                 max_new_tokens=limit,
                 name=self.name,
                 shard=False,
+                draw=save_kept,
             )[self.setting]
             self._note(run.manifest)
             for record in run.records:

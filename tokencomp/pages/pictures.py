@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tokencomp.inputs.questions import media_kind
 
 if TYPE_CHECKING:
     from tokencomp.engine.stats import Stats
+    from tokencomp.inputs.questions import Example
     from tokencomp.tokens import VisualSpan
 
 DIM = 0.16
@@ -21,6 +23,8 @@ TINT = np.array([18.0, 22.0, 38.0])
 LINE = (70, 76, 96)
 SIDE = 224
 MAX_FRAMES = 8
+KEPT = "kept.jpg"
+"""The picture in a run folder that `tokencomp report` shows."""
 
 
 def survival(stats: Stats, sample: int = 0) -> list[np.ndarray]:
@@ -135,6 +139,26 @@ def group_spans(spans: Sequence[VisualSpan], media: Sequence[Any]) -> list[list[
     for k in range(len(spans)):
         groups[min(k // per, len(media) - 1)].append(k)
     return groups
+
+
+def save_kept(folder: Path, example: Example, media: Sequence[Any], stats: Stats) -> None:
+    """Keep one picture per run folder: which patches of a question's media the layers saw.
+
+    Parameters
+    ----------
+    folder
+        Of the run. A picture that it has already stays.
+    example, media
+        The question, and what it is about, decoded.
+    stats
+        Of a batch whose first row is the question.
+    """
+    path = folder / KEPT
+    if path.exists() or not media or not stats.spans[0]:
+        return
+    shares, groups = survival(stats), group_spans(stats.spans[0], media)
+    first = picture(media[0], [shares[j] for j in groups[0]])
+    first.save(path, comment=f"{example.id}: {example.prompt}".encode())
 
 
 def data_uri(image: Image.Image) -> str:

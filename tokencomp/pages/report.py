@@ -10,7 +10,6 @@ from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.metrics import McNemar, Retention, mcnemar, retention
-from tokencomp.evaluation.runner import KEPT
 from tokencomp.evaluation.runs import IDENTITY, EvalRun, paired_scores
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, FULL
 from tokencomp.evaluation.store import MANIFEST
@@ -196,7 +195,7 @@ def _plots(table: Sequence[Line]) -> list[Any]:
 def _pictures(table: Sequence[Line]) -> list[dict[str, Any]]:
     from PIL import Image
 
-    from tokencomp.pages.pictures import data_uri
+    from tokencomp.pages.pictures import KEPT, data_uri
 
     pictures = []
     for line in table:

@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 from tokencomp.errors import MediaError
+from tokencomp.evaluation.batches import Answers
 from tokencomp.evaluation.metrics import mcnemar, retention
-from tokencomp.evaluation.runner import Answers, sweep
+from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example

@@ -1,0 +1,152 @@
+"""One batch of questions under one setting: inputs, answers, records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokencomp.adapters.base import adapter_for
+from tokencomp.evaluation.baselines import EqualTokens
+from tokencomp.evaluation.cost import Cost, prefill_costs
+from tokencomp.evaluation.patches import Patches
+from tokencomp.evaluation.settings import Setting
+from tokencomp.inputs.prompts import build_inputs, generate
+from tokencomp.inputs.questions import Example
+
+if TYPE_CHECKING:
+    from tokencomp.engine.stats import Stats
+
+Loaded = tuple[Example, list[Any]]
+"""A question and its media, decoded."""
+Answers = dict[Setting, list[str]]
+Around = Callable[[Setting, dict[str, Any], Answers], AbstractContextManager[Any]]
+"""Setting, inputs of a batch, and its answers so far → context in which the model answers."""
+
+TOO_LARGE = "out of GPU memory with this item alone; give fewer frames or smaller media"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one setting made of one batch.
+
+    Attributes
+    ----------
+    records
+        One per question, in order.
+    seconds
+        Of generation.
+    stats
+        `handle.stats` of the prefill; None where the model itself was left alone.
+    """
+
+    records: list[dict[str, Any]]
+    seconds: float
+    stats: Stats | None
+
+
+class Answerer:
+    """Lets the variants of one model answer batches of questions.
+
+    Parameters
+    ----------
+    models
+        Variants by name, see `sweep`; the first one measures what input baselines cost.
+    settings
+        All settings that will be in use.
+    patches
+        Of `models`; inside their context the answers are those of the settings.
+    how
+        `frames`, `max_new_tokens` and `seed`.
+    disable_adapters
+        Whether the PEFT adapters of the variant "" are switched off.
+    around
+        Context in which the model answers, see `sweep`.
+    """
+
+    def __init__(
+        self,
+        models: dict[str, Any],
+        processor: Any,
+        settings: Iterable[Setting],
+        patches: Patches,
+        how: dict[str, Any],
+        disable_adapters: bool = False,
+        around: Around | None = None,
+    ) -> None:
+        self.models, self.processor, self.patches, self.how = models, processor, patches, how
+        self.disable_adapters, self.around = disable_adapters, around
+        self.plain = next(iter(models.values()))
+        ids = list(adapter_for(self.plain).placeholder_ids())
+        self.shrinkers = {
+            s.reducer: EqualTokens(processor, ids, s.name) for s in settings if s.input_baseline
+        }
+
+    def inputs(self, rows: Sequence[Loaded], setting: Setting | None = None) -> dict[str, Any]:
+        """What the processor makes of a batch; input baselines shrink the media first."""
+        media = [m for _, m in rows]
+        if setting is not None and setting.input_baseline:
+            shrink = self.shrinkers[setting.reducer].shrink
+            media = [[shrink(m, setting.ratio) for m in row] for row in media]
+        return build_inputs(self.processor, media, [e.prompt for e, _ in rows])
+
+    def answer(
+        self, setting: Setting, rows: Sequence[Loaded], inputs: dict[str, Any], answers: Answers
+    ) -> Batch:
+        """Answer one batch under one setting; its answers are added to `answers`.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            The batch does not fit.
+        """
+        model = self.models[setting.variant]
+        torch.manual_seed(self.how["seed"])
+        with ExitStack() as stack:
+            if self.disable_adapters and not setting.variant and hasattr(model, "disable_adapter"):
+                stack.enter_context(model.disable_adapter())
+            handle = stack.enter_context(self.patches.applied(setting, [e.id for e, _ in rows]))
+            if self.around is not None:
+                stack.enter_context(self.around(setting, inputs, answers))
+            start = time.perf_counter()
+            texts = generate(model, self.processor, inputs, self.how["max_new_tokens"])
+            seconds = time.perf_counter() - start
+            stats = handle.stats if handle is not None else None
+            costs = self._costs(setting, stats, inputs, rows)
+        answers[setting] = texts
+        records = [
+            _record(example, text, seconds / len(rows), cost)
+            for (example, _), text, cost in zip(rows, texts, costs, strict=True)
+        ]
+        return Batch(records, seconds, stats)
+
+    def _costs(
+        self, setting: Setting, stats: Stats | None, inputs: dict[str, Any], rows: Sequence[Loaded]
+    ) -> list[Cost]:
+        full = None
+        if setting.input_baseline:
+            count = self.shrinkers[setting.reducer].tokens
+            full = [sum(count(m) for m in media) for _, media in rows]
+        return prefill_costs(self.plain, inputs, stats, full)
+
+
+def _record(example: Example, text: str, seconds: float, cost: Cost) -> dict[str, Any]:
+    return {
+        "id": example.id,
+        "family": example.family,
+        "prompt": example.prompt,
+        "prediction": text,
+        "answer": example.answer,
+        "correct": example.correct(text),
+        "seconds": seconds,
+        **cost.record(),
+    }
+
+
+def failed(example: Example, reason: str) -> dict[str, Any]:
+    """Return the record of a question that could not be answered."""
+    return {"id": example.id, "family": example.family, "error": reason}
