@@ -33,11 +33,6 @@ ROOMS = (
 # `engine.compat` imports nothing but errors: it is the one file that knows transformers releases,
 # and adapters need it as much as the engine does.
 LOWER = {"tokencomp.engine.compat": "errors"}
-# Imports that break a rule until the rooms they lie in are rewritten. The list may only shrink.
-KNOWN: set[tuple[str, str]] = {
-    ("tokencomp.pages.demo", "tokencomp.cli._demo"),
-    ("tokencomp.pages.demo", "tokencomp.cli._showcase"),
-}
 Edge = tuple[str, str]
 
 
@@ -122,16 +117,11 @@ def test_imported_modules_exist() -> None:
 
 
 def test_no_two_modules_import_each_other() -> None:
-    assert not on_cycles(edges() - KNOWN)
+    assert not on_cycles(edges())
 
 
 def test_imports_point_downwards() -> None:
-    assert not upward() - KNOWN
-
-
-def test_known_exceptions_are_still_needed() -> None:
-    unneeded = KNOWN - upward() - on_cycles(edges())
-    assert not unneeded, f"remove {sorted(unneeded)} from KNOWN"
+    assert not upward()
 
 
 def test_the_check_sees_imports_of_every_kind() -> None:

@@ -5,61 +5,22 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokencomp.cli._showcase import Answer, PromptMaker, ask, time_prefill
+from tokencomp.cli._showcase import PromptMaker, answer_prompt, time_prefill
 from tokencomp.evaluation.environment import environment
-from tokencomp.evaluation.metrics import McNemar, Retention, mcnemar, retention
+from tokencomp.evaluation.metrics import mcnemar, retention
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun, paired_scores
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.inputs.questions import Example
-from tokencomp.profiling.timing import Split
+from tokencomp.pages.demo_data import Answer, AnsweredQuestion, Demo, Row
+from tokencomp.pages.pictures import save_kept
 from tokencomp.shapesqa.examples import shapesqa
 
 TIMED_ROWS = 8
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a setting against the full model and against random dropping."""
-
-    setting: Setting
-    per_layer: list[int]
-    ratio: float
-    flops: float
-    kv_bytes: float
-    split: Split
-    prefill_ratio: float
-    accuracy: float | None = None
-    by_kind: dict[str, float] = field(default_factory=dict)
-    retention: Retention | None = None
-    against_random: McNemar | None = None
-
-
-@dataclass(frozen=True)
-class Shown:
-    """Answers to one question about one file."""
-
-    name: str
-    question: str
-    expected: str | None
-    answers: list[Answer]
-
-
-@dataclass(frozen=True)
-class Demo:
-    """Everything that the report shows."""
-
-    model: str
-    facts: dict[str, Any]
-    rows: list[Row]
-    shown: list[Shown]
-    items: int = 0
-    failed: int = 0
 
 
 def demo_embedded(
@@ -80,22 +41,22 @@ def demo_embedded(
         examples = shapesqa(shapesqa_items("test", per_family), folder)
         say(f"{len(examples)} questions, {len(settings)} settings")
         how: dict[str, Any] = {"batch_size": 18, "max_new_tokens": 4, "name": name}
-        runs = sweep(model, processor, examples, settings, out, **how)
+        runs = sweep(model, processor, examples, settings, out, draw=save_kept, **how)
         videos = [e for e in examples if str(e.media[0]).endswith(".mp4")][:TIMED_ROWS]
         say("timing the prefill of every setting in turn")
         rows = _rows(model, processor, videos, settings, runs)
     say("answering questions about the sample files")
-    shown = [
-        Shown(
+    questions = [
+        AnsweredQuestion(
             Path(e.media[0]).name,
             e.prompt,
             e.answer,
-            _ask(model, processor, e, settings, picture_ratio),
+            _answers(model, processor, e, settings, picture_ratio),
         )
         for e in samples()
     ]
     full = runs[Setting()]
-    return Demo(name, model_facts(model), rows, shown, len(full.answered), len(full.failed))
+    return Demo(name, model_facts(model), rows, questions, len(full.answered), len(full.failed))
 
 
 def demo_files(
@@ -110,10 +71,10 @@ def demo_files(
 ) -> Demo:
     """Answers, cost, time and pictures for the user's own files."""
     say("answering with and without compression")
-    answers = ask(model, processor, media, question, settings)
+    answers = answer_prompt(model, processor, media, question, settings)
     say("timing the prefill of every setting in turn")
     rows = _rows(model, processor, [Example("prompt", question, "", tuple(media))], settings, None)
-    return Demo(name, model_facts(model), rows, [Shown(label, question, None, answers)])
+    return Demo(name, model_facts(model), rows, [AnsweredQuestion(label, question, None, answers)])
 
 
 def samples() -> list[Example]:
@@ -128,11 +89,11 @@ def samples() -> list[Example]:
     return list(examples.values())
 
 
-def _ask(
+def _answers(
     model: Any, processor: Any, example: Example, settings: Sequence[Setting], ratio: float
 ) -> list[Answer]:
     some = [s for s in settings if s.name == FULL or s.ratio == ratio]
-    return ask(model, processor, example.load(8), example.prompt, some, max_new_tokens=8)
+    return answer_prompt(model, processor, example.load(8), example.prompt, some, max_new_tokens=8)
 
 
 def _rows(

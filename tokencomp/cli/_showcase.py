@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tokencomp.evaluation.baselines import EqualTokens
@@ -11,29 +10,9 @@ from tokencomp.evaluation.cost import Cost, prefill_costs
 from tokencomp.evaluation.patches import patched
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.prompts import build_inputs, generate, prompt_lengths, to_model
+from tokencomp.pages.demo_data import Answer
 from tokencomp.pages.pictures import group_spans, layer_survival, picture, plain, survival
 from tokencomp.profiling.timing import Split, interleaved, prefill_split
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer to one prompt under one setting.
-
-    Attributes
-    ----------
-    setting, text, cost
-    pictures
-        One sheet per image or video that shows what the decoder layers see of it; the media itself
-        where nothing was removed inside the model.
-    layers
-        Per stage: its first layer, and one sheet per image or video of what remains from there on.
-    """
-
-    setting: Setting
-    text: str
-    cost: Cost
-    pictures: list[Any]
-    layers: list[tuple[int, list[Any]]]
 
 
 class PromptMaker:
@@ -69,7 +48,7 @@ class PromptMaker:
         return prefill_costs(self.model, self.inputs(setting), stats, full)
 
 
-def ask(
+def answer_prompt(
     model: Any,
     processor: Any,
     media: Sequence[Any],

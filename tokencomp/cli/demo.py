@@ -53,7 +53,7 @@ def command(
     from tokencomp.cli import _demo as work
     from tokencomp.evaluation.environment import public_name
     from tokencomp.inputs.loading import load_model
-    from tokencomp.pages import demo as demo_report
+    from tokencomp.pages import demo as demo_page
 
     console = Console()
     say = lambda text: console.print(f"[dim]{text} …[/]")  # noqa: E731
@@ -62,13 +62,13 @@ def command(
     settings, called = settings_of(loaded), public_name(model)
     if media:
         label = ", ".join(p.name for p in [*(image or ()), *(video or ())])
-        shown = work.demo_files(loaded, processor, called, settings, media, label, question, say)
+        demo = work.demo_files(loaded, processor, called, settings, media, label, question, say)
     else:
-        shown = work.demo_embedded(
+        demo = work.demo_embedded(
             loaded, processor, called, settings, items, _picture_ratio(settings), results, say
         )
-    _print(console, shown)
-    path = demo_report.write(shown, output)
+    _print(console, demo)
+    path = demo_page.write(demo, output)
     console.print(f"\nReport with plots and pictures: [bold]{path}[/]")
 
 
@@ -90,11 +90,11 @@ def _needs_files(model: str, media: list[Any]) -> None:
         )
 
 
-def _print(console: Any, shown: Any) -> None:
+def _print(console: Any, demo: Any) -> None:
     from rich.markup import escape
 
-    console.print(_table(shown))
-    for one in shown.shown:
+    console.print(_table(demo))
+    for one in demo.questions:
         expected = "" if one.expected is None else f" [dim](right: {escape(one.expected)})[/]"
         console.print(f"\n[bold]{escape(one.question)}[/] [dim]{escape(one.name)}[/]{expected}")
         for answer in one.answers:
@@ -102,7 +102,7 @@ def _print(console: Any, shown: Any) -> None:
             console.print(f"  {label:<18} {escape(answer.text)}")
 
 
-def _table(shown: Any) -> Any:
+def _table(demo: Any) -> Any:
     from rich.table import Table
 
     from tokencomp.cli._tables import retained
@@ -110,17 +110,17 @@ def _table(shown: Any) -> Any:
 
     table = Table(box=None, padding=(0, 1, 0, 0))
     columns = ["method", "ratio", "reached"]
-    columns += ["acc.", "retention"] if shown.items else []
+    columns += ["acc.", "retention"] if demo.items else []
     for name in columns:
         table.add_column(name, no_wrap=True)
     table.add_column("tokens/layer", overflow="fold")
     for name in ("FLOPs", "KV", "prefill"):
         table.add_column(name, justify="right", no_wrap=True)
-    full, last = shown.rows[0], ""
-    for row in shown.rows:
+    full, last = demo.rows[0], ""
+    for row in demo.rows:
         name = row.setting.name
         cells = [name if name != last else "", f"{row.setting.ratio:g}", f"{row.ratio:.3f}"]
-        if shown.items:
+        if demo.items:
             cells += [f"{row.accuracy:.1%}", retained(row.retention)]
         cells += [
             compact(row.per_layer),

@@ -49,13 +49,13 @@ def command(
     from rich.console import Console
     from rich.markup import escape
 
-    from tokencomp.cli._showcase import ask
+    from tokencomp.cli._showcase import answer_prompt
     from tokencomp.inputs.loading import load_model
     from tokencomp.pages.html import compact
 
     loaded, processor = load_model(model, device=device, dtype=dtype)
     settings = settings_of(loaded)
-    answers = ask(loaded, processor, media, question, settings, max_new_tokens)
+    answers = answer_prompt(loaded, processor, media, question, settings, max_new_tokens)
     console = Console()
     for a in answers:
         name = f"{a.setting.name} {a.setting.ratio:g}"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokencomp.cli._demo import Demo, Row, Shown
-from tokencomp.cli._showcase import Answer
 from tokencomp.inputs.questions import Example
+from tokencomp.pages.demo_data import Answer, AnsweredQuestion, Demo, Row
 from tokencomp.pages.html import compact, render
 from tokencomp.pages.pictures import data_uri
 from tokencomp.pages.plots import Point, lines
@@ -21,7 +20,7 @@ def write(demo: Demo, path: str | Path) -> Path:
         title=f"tokencomp on {demo.model}",
         demo=demo,
         plots=_plots(demo) if demo.items else [],
-        pictures=[_shown(s) for s in demo.shown],
+        questions=[_question(q) for q in demo.questions],
     )
 
 
@@ -60,13 +59,13 @@ def _accuracy_point(row: Row, full: Row) -> Point:
     return Point(row.ratio, row.accuracy, low, high)
 
 
-def _shown(shown: Shown) -> dict[str, Any]:
-    answers = [_answer(a, shown.expected) for a in shown.answers]
-    wide = any(len(a.cost.per_layer) and a.pictures[0].width > 300 for a in shown.answers)
+def _question(question: AnsweredQuestion) -> dict[str, Any]:
+    answers = [_answer(a, question.expected) for a in question.answers]
+    wide = any(len(a.cost.per_layer) and a.pictures[0].width > 300 for a in question.answers)
     return {
-        "name": shown.name,
-        "question": shown.question,
-        "expected": shown.expected,
+        "name": question.name,
+        "question": question.question,
+        "expected": question.expected,
         "answers": answers,
         "wide": wide,
     }
