@@ -22,7 +22,7 @@ docs:  ## rebuild every page and picture from the stored results
 	for study in choose margin adsc ccam selector long_video \
 	  "long_video --model tiny-llava-onevision"; do \
 	  $(PYTHON) -m benchmarks.accuracy.studies.$$study --report > /dev/null || exit 1; done
-	for page in models.prefill serving.run serving.positions peers.run; do \
+	for page in models.prefill models.chunked_prefill serving.run serving.positions peers.run; do \
 	  $(PYTHON) -m benchmarks.$$page --report > /dev/null || exit 1; done
 	$(PYTHON) -m benchmarks.kernels.roofline
 	$(PYTHON) -m benchmarks.picture

@@ -1,6 +1,7 @@
 """Peak memory of the prefill of a long video, with and without `prefill_chunk_size`.
 
-    python benchmarks/models/chunked_prefill.py        # → chunked_prefill.md
+    python -m benchmarks.models.chunked_prefill             # → chunked_prefill.json, .md
+    python -m benchmarks.models.chunked_prefill --report    # only rebuilds the page
 
 A small Qwen2-VL with random weights reads one video of 4096 visual tokens. Every case runs in a
 process of its own; its peak is the largest resident set of the process during `generate` minus the
@@ -10,6 +11,7 @@ count.
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
@@ -22,9 +24,11 @@ import torch
 import transformers
 
 import tokencomp
-from tokencomp.evaluation.environment import environment, provenance
+from benchmarks import publishing
+from benchmarks.publishing import environment, provenance
 
-PAGE = Path(__file__).with_suffix(".md")
+OUT = Path(__file__).with_suffix(".json")
+ROOT = Path(__file__).parents[2]
 GRID = (16, 32, 32)  # patches of the video; four make a token
 RATIO = 0.5
 CASES = [(0.0, None), (RATIO, None), (RATIO, 512), (RATIO, 128)]
@@ -82,34 +86,62 @@ def measure(ratio: float, chunk: int | None) -> dict[str, Any]:
     return {"widest": widest, "peak_mib": (after - before) / 1024}
 
 
+def measure_apart(ratio: float, chunk: int | None) -> dict[str, Any]:
+    """One case in a process of its own: a peak counts from the start of a process."""
+    case = json.dumps([ratio, chunk])
+    command = [sys.executable, "-m", "benchmarks.models.chunked_prefill", "--case", case]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    return {"ratio": ratio, "chunk": chunk, **json.loads(out.splitlines()[-1])}
+
+
+LEGEND = """One video of {tokens} visual tokens, read by a small Qwen2-VL with random weights on the
+CPU. Widest call is the largest number of columns that any decoder layer sees in one call, an exact
+count. Peak is the growth of the largest resident set of the process during the prefill. It includes
+the vision tower, which runs once and is not chunked. [All benchmark pages](../README.md)."""
+
+
+def page(report: dict[str, Any]) -> str:
+    """Everything as a Markdown page."""
+    lines = ["| ratio | prefill_chunk_size | widest call | peak, MiB |", "|---|---|---|---|"]
+    lines += [
+        f"| {r['ratio']} | {r['chunk'] or 'none'} | {r['widest']} | {r['peak_mib']:.0f} |"
+        for r in report["rows"]
+    ]
+    parts = [
+        "# Chunked prefill of a long video",
+        LEGEND.format(tokens=report["visual_tokens"]).replace("\n", " "),
+        "\n".join(lines),
+        f"Made by: {provenance(report['environment'])}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> None:
-    """Run every case and write the page."""
-    rows = []
-    for ratio, chunk in CASES:
-        command = [sys.executable, __file__, json.dumps([ratio, chunk])]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        print(ratio, chunk, found, flush=True)
-        row = f"| {ratio} | {chunk or 'none'} | {found['widest']} | {found['peak_mib']:.0f} |"
-        rows.append(row)
-    tokens = GRID[0] * GRID[1] * GRID[2] // 4
-    PAGE.write_text(
-        "# Chunked prefill of a long video\n\n"
-        f"One video of {tokens} visual tokens, a small Qwen2-VL with random weights, on the CPU. "
-        "Widest call: the most columns that any decoder layer sees (an exact count). Peak: growth "
-        "of the largest resident set of the process during the prefill, the vision tower "
-        "included, which runs once and is not chunked.\n\n"
-        "| ratio | prefill_chunk_size | widest call | peak, MiB |\n|---|---|---|---|\n"
-        + "\n".join(rows)
-        + f"\n\nRegenerate: `python benchmarks/models/{Path(__file__).name}`. "
-        + f"{provenance(environment())}\n"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--report", action="store_true", help="only rebuild the page")
+    parser.add_argument("--case", type=json.loads, help="[ratio, chunk]: measure it and print JSON")
+    publishing.add_argument(parser)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.case:
+        print(json.dumps(measure(*args.case)))
+        return
+    if not args.report:
+        facts = publishing.published_from(args.out, args.allow_dirty)
+        rows = []
+        for ratio, chunk in CASES:
+            rows.append(measure_apart(ratio, chunk))
+            print(rows[-1], flush=True)
+        report = {
+            "environment": {**environment(), **facts},
+            "visual_tokens": GRID[0] * GRID[1] * GRID[2] // 4,
+            "rows": rows,
+        }
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    args.out.with_suffix(".md").write_text(page(json.loads(args.out.read_text())))
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(*json.loads(sys.argv[1]))))
-    else:
-        main()
+    main()
