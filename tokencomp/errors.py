@@ -87,7 +87,7 @@ class CheckpointError(TokenCompError, ValueError):
 
 
 class WeightsError(TokenCompError, ValueError):
-    """Reducer weights that are missing, or were made for another model."""
+    """Reducer weights that are missing, or were trained for another model."""
 
 
 class MissingDependencyError(TokenCompError, ImportError):

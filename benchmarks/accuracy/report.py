@@ -20,7 +20,7 @@ from benchmarks.accuracy.library import (
     one_message,
     provenance,
 )
-from benchmarks.accuracy.store import BARS, HERE, KINDS, RESULTS, Results, read_all
+from benchmarks.accuracy.store import ACCURACY, BARS, KINDS, RESULTS, Results, read_all
 from benchmarks.accuracy.summary import summary
 from benchmarks.accuracy.tables import (
     BASELINES,
@@ -195,8 +195,8 @@ def head(results: Path) -> str:
     """Title, what was run, and where the columns are explained."""
     name = "results" if results == RESULTS else results.name
     title, text = INTROS.get(name, ("Accuracy under compression", f"Results in `{name}`."))
-    methods = os.path.relpath(HERE / "METHODS.md", page_folder(results))
-    index = os.path.relpath(HERE.parent / "README.md", page_folder(results))
+    methods = os.path.relpath(ACCURACY / "METHODS.md", page_folder(results))
+    index = os.path.relpath(ACCURACY.parent / "README.md", page_folder(results))
     links = f"[Methods and columns]({methods}). [All benchmark pages]({index})."
     return f"# {title}\n\n{text} The commands stand below, per model. {links}"
 

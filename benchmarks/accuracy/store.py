@@ -23,8 +23,8 @@ from benchmarks.accuracy.library import (
 )
 from benchmarks.accuracy.packing import PackedAnswers
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
+ACCURACY = Path(__file__).parent
+RESULTS = ACCURACY / "results"
 KINDS = ("images", "videos")
 BARS = {0.5: 0.97, 0.75: 0.97, 0.9: 0.94, 0.95: 0.80}
 """Retention that the default has to reach, on images and on videos of every model."""

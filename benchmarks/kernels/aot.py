@@ -54,7 +54,7 @@ from benchmarks.kernels.cases import (
     pool,
 )
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPS = [op for op in dispatch.OPS if op not in dispatch.TORCH_ONLY]
 TARGETS = [80, 90, 100]
@@ -303,7 +303,7 @@ def main() -> int:
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--quick", action="store_true", help="one configuration per kernel, bf16")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="compile only these")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for aot.json and aot.md")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for aot.json and aot.md")
     publishing.add_argument(parser)
     arguments = parser.parse_args()
     facts = publishing.published_from(arguments.out, arguments.allow_dirty)

@@ -32,7 +32,7 @@ import tokencomp
 from benchmarks import publishing
 from benchmarks.publishing import environment, provenance
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 TEXT_BEFORE, TEXT_AFTER = 16, 48
 REDUCERS = ("uniform", "merge", "condiv", "aim")
 
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.75, 0.9])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    parser.add_argument("--out", type=Path, default=HERE / "prefill.jsonl")
+    parser.add_argument("--out", type=Path, default=FOLDER / "prefill.jsonl")
     parser.add_argument("--report", action="store_true", help="only rebuild the page")
     publishing.add_argument(parser)
     args = parser.parse_args()

@@ -31,7 +31,7 @@ from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.zoo import SAMPLES
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 QUESTION = "What color is the circle?"
 MISSING = "not installed"
 
@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--report", action="store_true", help="only rebuild the page")
     publishing.add_argument(parser)
     args = parser.parse_args()

@@ -22,7 +22,7 @@ from benchmarks.accuracy.library import items, load, mcnemar, shapesqa
 from benchmarks.publishing import environment, provenance
 from tokencomp.inputs.prompts import build_inputs, generate
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 POSITIONS = ("original", "compact")
 INTRO = """Accuracy with the original positions of the kept tokens, and with compact positions. The
 latter number the kept tokens without gaps, as serving engines with one position per token do. p is
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.75, 0.9])
     parser.add_argument("--per-family", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=HERE / "positions.json")
+    parser.add_argument("--out", type=Path, default=FOLDER / "positions.json")
     parser.add_argument("--report", action="store_true", help="only rebuild the page")
     publishing.add_argument(parser)
     args = parser.parse_args()

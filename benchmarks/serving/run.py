@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks import publishing
 from benchmarks.publishing import environment, provenance
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 SHAPE = {"frames": 16, "side": 224}  # 8 × 64 tokens
 RATIOS = (0.5, 0.75)
 REDUCERS = ("divprune", "uniform", "evs", "vidcom2")
@@ -74,7 +74,7 @@ def run(model: Path, plan: dict[str, Any], work: Path) -> dict[str, Any]:
     results.unlink(missing_ok=True)
     env = {**os.environ, **ENV, "TOKENCOMP_VLLM": "on" if plan["plugin"] else "off"}
     env.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
-    command = [sys.executable, HERE / "engine.py", model, jobs, results]
+    command = [sys.executable, FOLDER / "engine.py", model, jobs, results]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode == 0 and results.exists():
         return json.loads(results.read_text())
@@ -124,7 +124,7 @@ def vllm_version() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--out", type=Path, default=FOLDER / "results.jsonl")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=896)

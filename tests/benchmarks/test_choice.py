@@ -129,7 +129,7 @@ def test_published_pages_are_those_of_the_published_results(
     copy = shutil.copytree(FOLDER / "results", tmp_path / "results", ignore=ignored)
     for module in (store, report):
         monkeypatch.setattr(module, "RESULTS", copy)
-    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(report, "ACCURACY", tmp_path)
     report.write_report(copy)
     choose.write_choice(read_all(copy, "validation"), tmp_path)
     (tmp_path / "margin.md").write_text(margin.page(margin.read(FOLDER / "margin")))

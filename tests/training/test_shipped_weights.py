@@ -52,5 +52,5 @@ def test_card_tells_model_data_and_settings(name: str, kind: str) -> None:
 @pytest.mark.parametrize(("name", "kind"), SHIPPED)
 def test_other_checkpoints_refuse_them(name: str, kind: str, tmp_path: Path) -> None:
     other, _ = make_tiny(tmp_path)
-    with pytest.raises(WeightsError, match="made for"):
+    with pytest.raises(WeightsError, match="trained for"):
         tokencomp.patch(other, 0.5, reducer=kind, weights=str(MODELS / name))

@@ -1,4 +1,4 @@
-"""The `tokencomp` command. One command = one file here that defines `command`."""
+"""The `tokencomp` command. Every command is one file that defines `command`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with contextlib.suppress(ValueError):  # closed
                 stream.reconfigure(errors="replace")
     with one_message():
-        # no list(...) here: the command module of that name is an attribute of this package
+        # Not list(...): the command module of that name is an attribute of this package.
         build_app()(args=[*(sys.argv[1:] if argv is None else argv)], prog_name="tokencomp")
 
 

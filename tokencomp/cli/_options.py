@@ -17,10 +17,10 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="Embedded model, local folder, or hub id.")
 ]
 Images = Annotated[
-    list[Path] | None, typer.Option("--image", "-i", help="Image file; may be given again.")
+    list[Path] | None, typer.Option("--image", "-i", help="Image file; may be repeated.")
 ]
 Videos = Annotated[
-    list[Path] | None, typer.Option("--video", "-v", help="Video file; may be given again.")
+    list[Path] | None, typer.Option("--video", "-v", help="Video file; may be repeated.")
 ]
 Question = Annotated[str, typer.Option("--question", "-q", help="What to ask.")]
 Reducers = Annotated[
@@ -31,7 +31,7 @@ Ratios = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Reducer option; may be given again."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Reducer option; may be repeated."),
 ]
 PlanFile = Annotated[
     Path | None,

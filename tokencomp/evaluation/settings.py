@@ -38,7 +38,7 @@ class Setting(MethodSpec):
         In [0, 1); every method at 0 is the full model.
     options
         Options of the reducer. `proportional_attention`, and for "plan" its stages in JSON form as
-        `plan`, may stand here and are moved to the fields of these names.
+        `plan`, may stand among them and are moved to the fields of these names.
     name
         Row label; by default the name of the reducer, or "plan".
     variant

@@ -1,8 +1,8 @@
 """Steps that reducers share: rows of a span, keep counts of its parts, and checked values.
 
-Everything here takes the rows of `VisualTokens.features`. A reducer usually begins with
-`patch_rows` (or `whole_grid` if it compares places of the grid) and ends with `keep_patches` or
-`replace_patches`, which put the special tokens back.
+Every function of this module takes the rows of `VisualTokens.features`. A reducer usually begins
+with `patch_rows` (or `whole_grid` if it compares places of the grid) and ends with `keep_patches`
+or `replace_patches`, which put the special tokens back.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class Reducer(StageReducer):
         return keep_count(span.visual, fraction, len(span.special))
 
     def bind(self, facts: ModelFacts) -> Reducer:
-        """This reducer for one model. Trained reducers find and check their weights here.
+        """This reducer for one model. Trained reducers find and check their weights in it.
 
         Raises
         ------

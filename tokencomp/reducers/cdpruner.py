@@ -39,7 +39,7 @@ class CDPruner(Reducer):
         "query": minus the cosine of a token with the embeddings of the text after the span, mean
         over the text. The paper's formula has no minus sign; its code in public projects has one.
         The authors take CLIP's two encoders where the model has them, and otherwise the decoder's
-        embeddings, which are always taken here. "attention": layer 0's attention of that text
+        embeddings, which this reducer always takes. "attention": layer 0's attention of that text
         (ours).
         "none": an unconditional DPP, question-agnostic.
 

@@ -49,7 +49,7 @@ class Oracle(Reducer):
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         spans = _TRUTH.get() or iter(())
-        # Spans that are kept whole do not come here, so their relevance is skipped.
+        # Spans that are kept whole do not reach this function, so their relevance is skipped.
         scores = next((s for s in spans if s.shape[0] == len(tokens)), None)
         if scores is None:
             raise ScoreError(

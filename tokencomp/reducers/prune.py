@@ -41,9 +41,9 @@ class Prune(Reducer):
 
     Notes
     -----
-    The authors mask tokens; here they leave hidden states, rotary tables, masks and the KV cache.
-    A stage at layer 0 (for ratios that a later start cannot meet) is scored by layer 0's q and
-    k.
+    The authors mask tokens; in this package the tokens leave hidden states, rotary tables, masks
+    and the KV cache. A stage at layer 0 (for ratios that a later start cannot meet) is scored by
+    layer 0's q and k.
 
     Against AIM's release the first stage keeps the same tokens. From the second stage on a few
     differ (Jaccard 0.97 over 100 random cases), because there masked rows still vote.

@@ -115,7 +115,7 @@ def _weight(layer: Any) -> Tensor | None:
 
 
 def check_card(card: dict[str, Any], facts: ModelFacts, path: Path, train: str) -> None:
-    """Refuse weights that were made for another model.
+    """Refuse weights that were trained for another model.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ def check_card(card: dict[str, Any], facts: ModelFacts, path: Path, train: str) 
     if wrong:
         differences = ", ".join(f"{k} {card.get(k)!r} instead of {expected[k]!r}" for k in wrong)
         raise WeightsError(
-            f"{path} was made for {card.get('model_id') or 'another model'}: {differences}. "
+            f"{path} was trained for {card.get('model_id') or 'another model'}: {differences}. "
             f"Train weights for this model: {train}"
         )
     stored, actual = card.get("fingerprint"), facts.fingerprint()
@@ -148,8 +148,8 @@ def check_card(card: dict[str, Any], facts: ModelFacts, path: Path, train: str) 
         )
     if stored and actual and sum(a * b for a, b in zip(stored, actual, strict=True)) < SAME:
         raise WeightsError(
-            f"{path} was made for another checkpoint ({card.get('model_id') or 'unnamed'}) of the "
-            f"same architecture. Train weights for this one: {train}"
+            f"{path} was trained for another checkpoint ({card.get('model_id') or 'unnamed'}) of "
+            f"the same architecture. Train weights for this one: {train}"
         )
 
 

@@ -33,11 +33,10 @@ class Source:
     """What one batch holds.
 
     `kind` is "vision" (per-token labels), "pairs" (one-hop pairs), "facts" (question and answer
-    without the chat around them, one hop shorter) or "questions"; `more` names families that are
-    asked twice as often; `media` is
-    "image" or "video"; `choice` the share of multiple-choice questions; `varied` the share of
-    batches of another size or frame count than 224×224 × 8; `dialog` the share of batches that
-    are chats of several turns; `size` is for "vision" alone.
+    without the chat around them, one hop shorter) or "questions"; `more` names families that occur
+    twice as often; `media` is "image" or "video"; `choice` the share of multiple-choice questions;
+    `varied` the share of batches of another size or frame count than 224×224 × 8; `dialog` the
+    share of batches that are chats of several turns; `size` is for "vision" alone.
     """
 
     kind: str

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.accuracy.library import ShapesQuestions, Way, load_model, one_message
-from benchmarks.accuracy.store import HERE
+from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies.trained import Book, measure, parser
 from tokencomp.training.adsc import CARD, AdscConfig, comparison, load_adapter
 
@@ -35,7 +35,7 @@ RIVALS = {"trained": ("training-free", "control"), "control": ("training-free",)
 
 def main(args: argparse.Namespace) -> None:
     book = Book("adsc", args, RIVALS)
-    folders = {"trained": Path(args.weights or HERE / "adsc")}
+    folders = {"trained": Path(args.weights or ACCURACY / "adsc")}
     methods = comparison(AdscConfig(ratios=RATIOS))
     methods += [Way("trained, random", r, "random", {}, "tuned") for r in RATIOS if r]
     if args.control:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from benchmarks.accuracy.library import DEFAULT_REDUCER, one_message, replace_file
-from benchmarks.accuracy.store import HERE, Results, read_all
+from benchmarks.accuracy.store import ACCURACY, Results, read_all
 from benchmarks.accuracy.tables import Comparison, compare_families, table
 
 FOLDERS = ("unseen", "counting", "chance")
@@ -110,13 +110,13 @@ def page(every: Iterable[Results], default: str = DEFAULT_REDUCER) -> str:
 
 
 def read() -> list[Results]:
-    return [one for folder in FOLDERS for one in read_all(HERE / folder)]
+    return [one for folder in FOLDERS for one in read_all(ACCURACY / folder)]
 
 
 def main() -> None:
     text = page(read())
-    replace_file(HERE / "baselines.md", lambda part: part.write_text(text))
-    print(HERE / "baselines.md")
+    replace_file(ACCURACY / "baselines.md", lambda part: part.write_text(text))
+    print(ACCURACY / "baselines.md")
 
 
 if __name__ == "__main__":

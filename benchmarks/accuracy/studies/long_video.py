@@ -34,7 +34,7 @@ from benchmarks.accuracy.library import (
     shapesqa,
 )
 from benchmarks.accuracy.run import tower_once
-from benchmarks.accuracy.store import HERE
+from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies.trained import Book, measure, parser
 
 SETS = {"16 frames": 16, "32 frames": 32, "64 frames": 64}
@@ -92,7 +92,7 @@ def measure_length(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows and records of all methods on videos of one length, without and with extension."""
     questions = items(args.split, args.items // len(FAMILIES), FAMILIES, frames=frames)
-    source = shapesqa(questions, HERE / "results" / "media" / "long" / str(frames))
+    source = shapesqa(questions, ACCURACY / "results" / "media" / "long" / str(frames))
     ratio, tokens = 1 - TRAINED / frames, tokens_of(model, processor, frames)
     methods = [Way(name, ratio, *spec) for name, spec in METHODS.items()] if ratio else []
     options: dict[str, Any] = {"batch": max(1, TOKENS_AT_ONCE // tokens), "frames": frames}

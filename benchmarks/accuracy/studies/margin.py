@@ -15,12 +15,12 @@ from pathlib import Path
 from benchmarks.accuracy.library import FULL, available_models, one_message, replace_file
 from benchmarks.accuracy.report import made_by
 from benchmarks.accuracy.run import RATIOS
-from benchmarks.accuracy.store import HERE, RESULTS, Results, read_all
+from benchmarks.accuracy.store import ACCURACY, RESULTS, Results, read_all
 from benchmarks.accuracy.studies.choose import preference, run_missing
 from benchmarks.accuracy.studies.ranking import Candidate, answered, rank, settings
 from benchmarks.accuracy.tables import table
 
-FOLDER = HERE / "margin"
+FOLDER = ACCURACY / "margin"
 MARGINS = (0.0, 0.05, 0.1, 0.2)
 FAMILIES = ("attribute", "existence", "count", "small_object")
 

@@ -28,7 +28,7 @@ from benchmarks.accuracy.library import (
     write_json,
 )
 from benchmarks.accuracy.packing import PackedAnswers
-from benchmarks.accuracy.store import HERE
+from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies.trained_page import Rivals, compared, markdown
 
 REFERENCE = f"{FULL}@0"
@@ -48,7 +48,7 @@ def parser(doc: str | None, sets: Iterable[str]) -> argparse.ArgumentParser:
     shared.add_argument("--batch", type=int, default=30)
     shared.add_argument("--split", default="test", choices=("validation", "test"))
     shared.add_argument("--device", default="auto")
-    shared.add_argument("--output", type=Path, default=HERE)
+    shared.add_argument("--output", type=Path, default=ACCURACY)
     shared.add_argument("--sets", nargs="+", choices=list(sets), default=list(sets))
     shared.add_argument("--report", action="store_true", help="only rebuild the page")
     publishing.add_argument(shared)

@@ -35,7 +35,7 @@ class Engine:
     Parameters
     ----------
     model, processor
-        A supported Hugging Face model (it is patched here) and its processor.
+        A supported Hugging Face model (the engine patches it) and its processor.
     options
         Default reducer and ratio, and what requests may change.
     max_batch, wait

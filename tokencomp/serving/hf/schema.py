@@ -184,11 +184,11 @@ def _unserved(request: ChatRequest) -> list[str]:
 
 
 def _spec(request: ChatRequest, options: ServerOptions) -> MethodSpec:
-    given = request.tokencomp
-    if given is None:
-        given = (request.mm_processor_kwargs or {}).get("tokencomp")
+    fields = request.tokencomp
+    if fields is None:
+        fields = (request.mm_processor_kwargs or {}).get("tokencomp")
     try:
-        return options.resolve(given, engine="hf")
+        return options.resolve(fields, engine="hf")
     except (OptionError, RatioError) as error:
         raise RequestError(str(error)) from None
 

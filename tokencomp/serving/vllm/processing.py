@@ -84,8 +84,8 @@ class CompressingProcessor:
         for scope in SCOPED:
             if isinstance(kwargs.get(scope), Mapping) and KEY in kwargs[scope]:
                 raise OptionError(f"'{KEY}' was given inside {scope}; put it beside it.")
-        given = kwargs.get(KEY)
-        return given if isinstance(given, MethodSpec) else self._options.resolve(given)
+        options = kwargs.get(KEY)
+        return options if isinstance(options, MethodSpec) else self._options.resolve(options)
 
     @staticmethod
     def _plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
