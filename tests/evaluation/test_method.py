@@ -128,3 +128,9 @@ def test_identities_are_compared_as_json_writes_them() -> None:
     check_identity("x", {"a": [1, 2]}, {"a": (1, 2)})
     with pytest.raises(OptionError, match=r"x holds a run that differs in b: None there, 1 now"):
         check_identity("x", {"a": 1}, {"a": 1, "b": 1})
+
+
+def test_the_earlier_name_of_an_evaluated_run_stays() -> None:
+    from tokencomp.evaluation import EvalRun, Run
+
+    assert Run is EvalRun

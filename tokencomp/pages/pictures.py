@@ -131,7 +131,7 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
 
 
 def group_spans(spans: Sequence[VisualSpan], media: Sequence[Any]) -> list[list[int]]:
-    """Which spans belong to which media: in order, by kind; what is over goes to the last."""
+    """Which spans belong to which media: in order; spans in excess belong to the last media."""
     groups: list[list[int]] = [[] for _ in media]
     if len(spans) == len(media):
         return [[k] for k in range(len(media))]
