@@ -21,9 +21,10 @@ from tokencomp.engine.cache import (
     compress_layer,
     physical_length,
 )
-from tokencomp.engine.forward import ForwardPass, Segment
+from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.layout import RowLayout
 from tokencomp.engine.prepared_mask import padding_of
+from tokencomp.engine.segments import Segment
 from tokencomp.engine.window import check_attention_window
 
 MASKLESS = ("sdpa", "flash")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +36,40 @@ def restore(x: Tensor, layout: RowLayout, width: int) -> Tensor:
         own = nn.functional.pad(x[b, layout.width - length :], (0, 0, 1, 0))
         rows.append(own[before])
     return torch.stack(rows)
+
+
+def restore_states(
+    out: Any, layouts: Sequence[RowLayout], width: int, keep_last_state: bool
+) -> Any:
+    """Give the hidden states of a decoder's output full length, in place where it is no tuple.
+
+    Parameters
+    ----------
+    out
+        What the decoder returned.
+    layouts
+        Layout of every decoder layer.
+    width
+        Columns of the caller's batch.
+    keep_last_state
+        Whether the last hidden state stays as it is, because only text after the last span is
+        read from it.
+    """
+    states = getattr(out, "hidden_states", None)
+    if states is not None:  # the input of the first layer, then what each layer returns
+        pairs = zip(states, [layouts[0], *layouts[: len(states) - 1]], strict=True)
+        out.hidden_states = tuple(
+            s if s is None else restore(s, layout.to(s.device), width) for s, layout in pairs
+        )
+    if keep_last_state:
+        return out
+    if isinstance(out, tuple):
+        return (restore(out[0], layouts[-1], width), *out[1:])
+    last = out.last_hidden_state
+    out.last_hidden_state = restore(last, layouts[-1], width)
+    if states is not None and states[-1] is last:  # one tensor, so that both carry gradients
+        out.hidden_states = (*out.hidden_states[:-1], out.last_hidden_state)
+    return out
 
 
 def restore_map(
