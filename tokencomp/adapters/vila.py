@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter, Call, TowerCall, block_means, register_adapter
+from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
 
@@ -126,7 +127,7 @@ class VilaPortAdapter(Adapter):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._noted = _Noted()
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | MethodReplacement] = []
 
     @property
     def top(self) -> Any:
@@ -147,13 +148,12 @@ class VilaPortAdapter(Adapter):
         for kind, encoder in self.model.encoders.items():
             hook = self._record(kind)
             self._handles.append(encoder.register_forward_hook(hook, with_kwargs=True))
-        self.model.__dict__["_embed"] = self._embed
+        self._handles.append(MethodReplacement(self.model, "_embed", self._embed))
 
     def uninstall(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.model.__dict__.pop("_embed", None)
         self._noted = _Noted()
 
     def _record(self, kind: str) -> Any:
@@ -170,11 +170,11 @@ class VilaPortAdapter(Adapter):
     def _ids(self, text: str | None) -> int:
         return len(self.model.tokenizer(text).input_ids) if text else 0
 
-    def _embed(self, *args: Any, **kwargs: Any) -> Any:
-        """Replaces `model._embed` while patched: the same, and spans are noted."""
+    def _embed(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `model._embed`, which this replaces while patched, and note the spans."""
         noted = self._noted
         noted.media = {}
-        out = type(self.model)._embed(self.model, *args, **kwargs)
+        out = original(*args, **kwargs)
         noted.embeds = out[0]
         pending = {kind: list(media) for kind, media in noted.media.items()}
         noted.spans = [_find(row, pending) for row in out[0]]

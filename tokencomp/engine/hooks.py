@@ -135,7 +135,7 @@ class Hooks:
             self.proportional.remove()
         self._prefill.remove()
         self._batches.remove()
-        self._prompt_length.remove(self.adapter.top)
+        self._prompt_length.remove()
         self.adapter.uninstall()
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -7,15 +7,15 @@ without a cache) or draft tokens (assisted decoding).
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.engine.layout import LiveSpan, Prompt
 from tokencomp.tokens import Reduction, VisualSpan
 
@@ -145,7 +145,7 @@ class PromptLength:
 
     def __init__(self) -> None:
         self._local = threading.local()
-        self._original: Any = None
+        self._replacement: MethodReplacement | None = None
 
     @property
     def columns(self) -> int | None:
@@ -161,20 +161,14 @@ class PromptLength:
 
     def install(self, model: Any) -> None:
         """Replace `model.generate`, if the model has it."""
-        if hasattr(model, GENERATE):
-            self._original = model.__dict__.get(GENERATE)
-            model.__dict__[GENERATE] = functools.partial(self._generate, model)
+        self._replacement = MethodReplacement(model, GENERATE, self._generate)
 
-    def remove(self, model: Any) -> None:
+    def remove(self) -> None:
         """Undo `install`; safe to call twice."""
-        now = model.__dict__.get(GENERATE)
-        if isinstance(now, functools.partial) and getattr(now.func, "__self__", None) is self:
-            del model.__dict__[GENERATE]
-            if self._original is not None:
-                model.__dict__[GENERATE] = self._original
+        if self._replacement is not None:
+            self._replacement.remove()
 
-    def _generate(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        original = self._original or functools.partial(type(model).generate, model)
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before, self._local.columns = self.columns, prompt_columns(args, kwargs)
         try:
             return original(*args, **kwargs)

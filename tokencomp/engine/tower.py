@@ -6,7 +6,6 @@ recomputed from the input of the block's attention and carried along to the deco
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import TowerCall
+from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.engine import compat
 from tokencomp.engine.parallel import gather_heads
 from tokencomp.errors import OptionError, SpanError
@@ -48,7 +48,7 @@ class TowerProbe:
     ) -> None:
         self.adapter, self.wanted, self.off = adapter, wanted, off
         self._seen = _Seen()
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | MethodReplacement] = []
 
     def install(self) -> None:
         tower, packer = self.adapter.tower, self.adapter.packer
@@ -59,14 +59,11 @@ class TowerProbe:
             block.register_forward_pre_hook(self._block, with_kwargs=True),
         ]
         if packer:
-            body = self.adapter.body
-            body.__dict__[packer] = functools.partial(self._pack, body, packer)
+            self._handles.append(MethodReplacement(self.adapter.body, packer, self._pack))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        if self._handles and self.adapter.packer:
-            self.adapter.body.__dict__.pop(self.adapter.packer, None)
         self._handles.clear()
 
     @torch.compiler.disable
@@ -94,11 +91,11 @@ class TowerProbe:
             values[TOWER_ATTENTION] = received[..., None]
         self._seen.calls.append(TowerCall(values, self._seen.grids))
 
-    def _pack(self, body: nn.Module, name: str, features: Any, *args: Any, **kwargs: Any) -> Any:
+    def _pack(self, original: Callable[..., Any], features: Any, *args: Any, **kwargs: Any) -> Any:
         if self._seen.calls:
             kwargs_now = {k: v for k, v in kwargs.items() if k != "image_newline"}
             self._seen.calls[-1].packing = [len(f) for f in features], args, kwargs_now
-        return getattr(type(body), name)(body, features, *args, **kwargs)
+        return original(features, *args, **kwargs)
 
     def collect(self, spans: list[list[VisualSpan]]) -> dict[Signal, list[list[Tensor]]]:
         """Values of every span by signal: float32 (length, d), 0 at tokens that carry no patch.
