@@ -7,28 +7,18 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
-from tokencomp.engine.layout import LiveSpan, RowLayout, compact, take, write_merged
+from tokencomp.engine.layout import RowLayout, compact, take, write_merged
 from tokencomp.engine.outputs import restore_map
 from tokencomp.engine.packing import sequence_lengths
 from tokencomp.engine.probes import input_scores, layer_scores
-from tokencomp.engine.question import keep_last
 from tokencomp.engine.segments import Segment
+from tokencomp.engine.stage_input import StageInput
 from tokencomp.plan import Plan, Stage
-from tokencomp.tokens import (
-    QUERY,
-    TOWER_KEYS,
-    TOWER_SIGNALS,
-    Attention,
-    Reduction,
-    Signal,
-    VisualSpan,
-    VisualTokens,
-)
+from tokencomp.tokens import Attention, Signal, VisualSpan
 
 
 class ForwardPass:
@@ -142,7 +132,10 @@ class ForwardPass:
 
         x = tensors[0]
         with no_autocast(x):
-            reductions = self._reductions(stage, x)
+            self.layout = self.layout.to(x.device)  # layers may lie on several devices
+            scores = self._scores.pop(stage.layer, None)
+            before = StageInput(x, self.layout, scores, self.tower)
+            reductions = before.reductions(stage, self.plan.stages.index(stage), self.counts)
             self.layout, index = compact(self.layout, reductions, x.device)
             self.kept.append(self.layout)
             tensors = [t.to(x.device) for t in tensors]
@@ -150,74 +143,11 @@ class ForwardPass:
             write_merged(tensors[0], self.layout, reductions)
         return tensors
 
-    def _reductions(self, stage: Stage, x: Tensor) -> list[list[Reduction]]:
-        """What the reducer of `stage` makes of every span of every sample."""
-        self.layout = self.layout.to(x.device)  # layers may lie on several devices
-        order = self.plan.stages.index(stage)
-        scores = self._scores.pop(stage.layer, None)
-        reductions = []
-        for b, row in enumerate(self.layout.spans):
-            reduced = []
-            for j, live in enumerate(row):
-                visual, text = self.counts[b][j][order], live.text_rows()
-                keep = visual + text.numel()
-                ends_question = live.stop == self.layout.prompt_of(b, live).question_stop
-                if keep == live.count or visual == 0:
-                    rows = torch.arange(keep) if keep == live.count else text
-                    reduction = Reduction(rows.to(x.device))
-                else:
-                    query = self._query(stage, x, b, live)
-                    values = None if scores is None else scores[b][j]
-                    tokens = self._tokens(x, b, live, values, query)
-                    tokens.place = (b, j)
-                    self._add_tower(tokens, stage, b, j)
-                    reduction = stage.reducer.reduced(tokens, keep)
-                if ends_question and keep < live.count:
-                    reduction = keep_last(reduction, live, x[b, live.stop - 1])
-                    self.counts[b][j][order] = reduction.keep.numel() - text.numel()
-                reduced.append(reduction)
-            reductions.append(reduced)
-        return reductions
-
-    def _tokens(
-        self, x: Tensor, b: int, live: LiveSpan, scores: Tensor | None, query: Tensor | None
-    ) -> VisualTokens:
-        """What a reducer sees of a live span of sample `b`."""
-        special = live.span.special_mask(x.device)
-        return VisualTokens(
-            features=x[b, live.start : live.start + live.count],
-            grid=live.span.grid,
-            special=special if live.index is None else special[live.index],
-            index=live.index,
-            scores=None if scores is None else scores.to(x.device),
-            query=query,
-            kind=live.span.kind,
-            sizes=self.layout.sizes_of(b, live),
-        )
-
-    def _add_tower(self, tokens: VisualTokens, stage: Stage, b: int, j: int) -> None:
-        """Signals of the vision tower that the stage asks for, for the rows that are left."""
-        for signal in TOWER_SIGNALS & stage.reducer.needs:
-            values = self.tower[signal][b][j].to(tokens.features.device)
-            values = values if tokens.index is None else values[tokens.index]
-            if signal == TOWER_KEYS:
-                tokens.keys = values
-            else:
-                tokens.scores = values[:, 0]
-
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self.reduce_seconds += time.perf_counter() - started
-
-    def _query(self, stage: Stage, x: Tensor, b: int, live: LiveSpan) -> Tensor | None:
-        """Text embeddings after the last span of a prompt, for reducers that ask for them."""
-        if QUERY not in stage.reducer.needs:
-            return None
-        prompt = self.layout.prompt_of(b, live)
-        last = max(s.stop for s in self.layout.spans[b] if prompt.holds(s))
-        return x[b, last : prompt.question_stop]
 
     # -- layers ---------------------------------------------------------------------------------
 
