@@ -106,8 +106,9 @@ class CallNotes:
             self._warned_hidden = True
             warnings.warn(
                 "a prompt came as inputs_embeds without pixels. If image or video features already "
-                "stand in it, they run uncompressed: nothing says where. Pass mm_token_type_ids "
-                "(0 text, 1 image, 2 video) beside it. This is said once per patch.",
+                "stand in it, they run uncompressed, because their columns are unknown. "
+                "Pass mm_token_type_ids (0 text, 1 image, 2 video) beside it. This warning appears "
+                "once per patch.",
                 UncompressedWarning,
                 stacklevel=2,
             )

@@ -14,8 +14,9 @@ from tokencomp.engine.layout import RowLayout
 def restore(x: Tensor, layout: RowLayout, width: int) -> Tensor:
     """Spread rows of x over the columns of the caller's batch.
 
-    A column that is gone repeats the last row before it: what follows was predicted from that row,
-    so a label right behind a dropped token still trains. Zeros where there is none.
+    A dropped column repeats the last row before it: what follows was predicted from that row,
+    so a label right behind a dropped token still trains. Columns without a row before them are
+    zeros.
 
     Parameters
     ----------
@@ -77,7 +78,7 @@ def restore_map(
 ) -> Tensor:
     """Spread an attention map over the columns of the caller's batch.
 
-    A key that is gone has weight 0. A query that is gone repeats the last row before it, as
+    A dropped key has weight 0. A dropped query repeats the last row before it, as
     `restore` does with hidden states.
 
     Parameters

@@ -166,7 +166,7 @@ def whole_output(out: Any, earlier: list[Tensor]) -> Any:
 
 
 def _one_pass(size: Any, why: str) -> None:
-    """Say that a prompt is not chunked."""
+    """Warn that a prompt is not chunked."""
     warnings.warn(
         f"prefill_chunk_size={size} is not applied to a prompt with media: {why}. The prompt runs "
         "in one pass. Use an entry reducer, or leave the option out.",

@@ -177,7 +177,7 @@ class PromptLength:
 
 
 def prompt_columns(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Columns of the prompt that `generate` was called with, or None if it is not said."""
+    """Columns of the prompt that `generate` was called with, or None if they do not show it."""
     for name in ("inputs_embeds", "input_ids", "inputs"):
         if isinstance(kwargs.get(name), Tensor):
             return int(kwargs[name].shape[1])

@@ -20,8 +20,24 @@ from tokencomp.plan import Plan, Stage
 class Segment:
     """Layers `first … stop - 1`: they see the same rows, of this call and of earlier ones.
 
-    `physical`, `dropped`, `past`, `past_sizes`, `past_columns` describe their cache layers at the
-    start of the call.
+    Attributes
+    ----------
+    physical, dropped : int
+        Rows that their cache layers hold at the start of the call, and tokens that left before.
+    past, past_sizes, past_columns : Tensor or None
+        `valid`, `sizes` and `columns` of those cache layers, see `CompressedLayer`. For plain
+        layers, `past` is the caller's mask of padding.
+    layout
+        Where the tokens of this call stand in these layers.
+    stage
+        The stage before layer `first`, or None.
+    tables
+        Rotary tables of these layers; None: those of the call.
+    mask, text_positions
+        What the layers take as `attention_mask` and `position_ids`. They stay None in the first
+        segment, for which the decoder itself prepares them.
+    ready
+        Whether layer `first` has been entered, and the mask and tables are set.
     """
 
     first: int
@@ -46,6 +62,7 @@ class Segment:
 
     @property
     def logical(self) -> int:
+        """Tokens before this call, dropped ones and padding included."""
         return self.physical + self.dropped
 
     def contiguous(self, new: Tensor | None, x: Tensor) -> Tensor:
@@ -86,15 +103,23 @@ class Segment:
     def all_columns(self, width: int) -> Tensor | None:
         """Column of every row, cached before or new, (B, rows); None while no row has left.
 
-        `width` is the number of columns of this call in the caller's batch.
+        Parameters
+        ----------
+        width
+            Number of columns of this call in the caller's batch.
+
+        Returns
+        -------
+        Tensor of int64, or None
+            Columns count over all calls: those of this call follow the logical length before it.
         """
         new = self.layout.origin
         if new is None and not self.dropped:
             return None
-        if new is None:
+        if new is None:  # nothing has left in this call, but in an earlier one
             new = torch.arange(width)[None].expand(len(self.layout.lengths), -1)
         past = self.columns_before(new.shape[0], new.device)
-        if past is None:
+        if past is None:  # nothing had left before this call: row and column are the same
             past = torch.arange(self.physical, device=new.device).expand(new.shape[0], -1)
         return torch.cat([past, new + self.logical], dim=1)
 
