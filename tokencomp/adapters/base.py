@@ -52,13 +52,13 @@ class Call:
 
     def runs(self, row: int) -> list[tuple[int, int, Literal["image", "video"]]]:
         """(start, stop, kind) of every run of equal placeholders in a sample."""
-        found, start = [], 0
+        runs, start = [], 0
         for kind, group in groupby(self.kinds[row].tolist()):
             stop = start + sum(1 for _ in group)
             if kind:
-                found.append((start, stop, KINDS[kind]))
+                runs.append((start, stop, KINDS[kind]))
             start = stop
-        return found
+        return runs
 
 
 @dataclass
@@ -177,7 +177,9 @@ class Adapter:
         call
             The call that computed them.
         """
-        raise SpanError(f"{type(self).__name__} does not say how patches become tokens.")
+        raise SpanError(
+            f"{type(self).__name__} must define tower_tokens to offer signals of the tower."
+        )
 
     def placeholder_ids(self) -> dict[int, int]:
         """Token id → kind (1 image, 2 video)."""
@@ -203,7 +205,7 @@ class Adapter:
     def kinds(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Where the visual features of a call of `body` go.
 
-        A placeholder counts only if features of its kind were given: the same id in the text of a
+        A placeholder counts only if the call has features of its kind: the same id in the text of a
         question is text.
 
         Parameters
@@ -234,7 +236,7 @@ class Adapter:
         return kinds
 
     def kinds_in_place(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Kinds (B, L) of features that already stand in `inputs_embeds`; None if nothing tells."""
+        """Kinds (B, L) of features that already stand in `inputs_embeds`; None if unknown."""
         embeds, types = inputs.get("inputs_embeds"), inputs.get(TYPES)
         if embeds is None or types is None or inputs.get("input_ids") is not None:
             return None
@@ -243,7 +245,7 @@ class Adapter:
         return types.to(torch.int8)
 
     def hides_features(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether `inputs_embeds` may hold features whose places nothing tells."""
+        """Whether `inputs_embeds` may hold features at unknown columns."""
         embeds = inputs.get("inputs_embeds") is not None and inputs.get("input_ids") is None
         return embeds and inputs.get(TYPES) is None and self.kinds_in_place(inputs) is None
 
@@ -259,7 +261,9 @@ class Adapter:
 
     def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
         """Visual spans of one sample."""
-        raise SpanError(f"{type(self).__name__} does not say how to read visual spans.")
+        raise SpanError(
+            f"{type(self).__name__} must define spans, or row_spans, which spans calls."
+        )
 
     def gather_extra(
         self, kwargs: MutableMapping[str, Any], index: Tensor, valid: Tensor | None

@@ -59,7 +59,9 @@ class LlavaNextAdapter(TileAdapter):
         return spans
 
     def _video(self, start: int, stop: int, row: int, call: Call) -> list[VisualSpan]:
-        raise SpanError(f"{self.family} takes no video; found video tokens in sample {row}.")
+        raise SpanError(
+            f"{self.family} takes no video, but sample {row} has video tokens. Leave the video out."
+        )
 
     def _images(self, start: int, stop: int, row: int, breaks: list[int]) -> list[VisualSpan]:
         """Cut a run of one or more images at its line breaks.
@@ -154,7 +156,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         side = math.ceil(self.tile_side / 2)
         frames, rest = divmod(stop - start, side * side)
         if rest != 1:
-            # several videos side by side: each ends in one line break, so they cannot be told apart
+            # Each of several adjacent videos ends in one line break: no border can be recognised.
             raise SpanError(
                 f"video tokens {start} … {stop - 1} of sample {row}: expected frames of {side}×"
                 f"{side} tokens and one line break. Put text between videos."

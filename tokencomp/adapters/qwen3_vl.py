@@ -73,15 +73,15 @@ def video_lengths(call: Call, merge: int) -> list[int]:
 
 def _join_frames(spans: list[VisualSpan], lengths: Iterator[int], row: int) -> Iterator[VisualSpan]:
     frames: list[VisualSpan] = []
-    wanted = 0
+    missing = 0
     for span in spans:
         if span.kind == "image":
             yield span
             continue
-        wanted = wanted if frames else next(lengths, span.length)
+        missing = missing if frames else next(lengths, span.length)
         frames.append(span)
-        wanted -= span.length
-        if wanted == 0:
+        missing -= span.length
+        if missing == 0:
             yield _video(frames)
             frames = []
     if frames:
@@ -96,6 +96,6 @@ def _video(frames: list[VisualSpan]) -> VisualSpan:
     """Frames of one video, and the text between them, as one span."""
     start, stop = frames[0].start, frames[-1].stop
     _, rows, cols = frames[0].grid
-    taken = {column for f in frames for column in range(f.start, f.stop)}
-    text = tuple(column - start for column in range(start, stop) if column not in taken)
+    frame_columns = {column for f in frames for column in range(f.start, f.stop)}
+    text = tuple(column - start for column in range(start, stop) if column not in frame_columns)
     return VisualSpan(start, stop - start, (len(frames), rows, cols), "video", text=text)

@@ -87,7 +87,7 @@ class Qwen2VLAdapter(Adapter):
 
 
 def kinds_from_grids(positions: Tensor, grids: dict[str, list[Grid]]) -> Tensor | None:
-    """Where the media of known grids stand, found by the positions that they were given.
+    """Where the media of known grids stand, according to their M-RoPE positions.
 
     Parameters
     ----------
@@ -99,11 +99,12 @@ def kinds_from_grids(positions: Tensor, grids: dict[str, list[Grid]]) -> Tensor 
     Returns
     -------
     Tensor of int8, shape (B, L), or None
-        0 text, 1 image, 2 video. None if not every grid was found, or there is none.
+        0 text, 1 image, 2 video. None if a grid matches nowhere, or there is none.
     """
     pending = {kind: list(rows) for kind, rows in grids.items() if rows}
+    if not pending:
+        return None
     kinds = torch.zeros(positions.shape[1:], dtype=torch.int8)
-    found = bool(pending)
     for b in range(kinds.shape[0]):
         cursor = 0
         while True:
@@ -115,13 +116,13 @@ def kinds_from_grids(positions: Tensor, grids: dict[str, list[Grid]]) -> Tensor 
             cursor = starts[kind] + math.prod(pending[kind].pop(0))
             kinds[b, starts[kind] : cursor] = 1 if kind == "image" else 2
             pending = {k: g for k, g in pending.items() if g}
-    return kinds if found and not pending else None
+    return None if pending else kinds
 
 
 def _raster_start(positions: Tensor, cursor: int, grid: Grid) -> int:
     """First column from `cursor` on where positions (3, L) run through `grid`, or -1.
 
-    A single token has the positions of text, so a grid of one is never found.
+    A single token has the positions of text, so a grid of one never matches.
     """
     count, (_, rows, cols) = math.prod(grid), grid
     if count == 1 or cursor + count > positions.shape[1]:

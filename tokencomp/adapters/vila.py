@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter, Call, TowerCall, block_means, register_adapter
+from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
 
@@ -54,15 +55,15 @@ class VilaAdapter(Adapter):
     def spans(self, call: Call) -> list[list[VisualSpan]]:
         frames = call.inputs.get("video_frames")
         lengths = iter([] if frames is None else [n // self._pool[0] for n in frames.tolist()])
-        found = []
+        rows = []
         for row in range(call.kinds.shape[0]):
             runs, spans = call.runs(row), []
             while runs:
                 n = 1 if runs[0][2] == "image" else next(lengths, len(runs))
                 spans.append(self._span(runs[:n], call, row, n))
                 runs = runs[n:]
-            found.append(spans)
-        return found
+            rows.append(spans)
+        return rows
 
     @property
     def _pool(self) -> tuple[int, int, int]:
@@ -105,8 +106,8 @@ class _Media:
     special: tuple[int, ...]
 
 
-class _Noted(threading.local):
-    """What the latest `_embed` of this thread left for the prefill that follows."""
+class _Recorded(threading.local):
+    """What the latest call of `_embed` in this thread recorded for the prefill that follows."""
 
     def __init__(self) -> None:
         self.media: dict[str, list[_Media]] = {}
@@ -117,16 +118,17 @@ class _Noted(threading.local):
 class VilaPortAdapter(Adapter):
     """A model of the remote code: `_embed` splices media and pads; `llm` does the rest.
 
-    Placeholders are gone when the language model is called, so what the encoders return is noted,
-    found again in the output of `_embed`, and matched with the next prefill of `llm`.
+    When the language model is called, the placeholders are gone. The adapter therefore records
+    what the encoders return, locates it in the output of `_embed`, and matches that output with
+    the next prefill of `llm`.
     """
 
     family = "VILA (remote code)"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._noted = _Noted()
-        self._handles: list[RemovableHandle] = []
+        self._recorded = _Recorded()
+        self._handles: list[RemovableHandle | MethodReplacement] = []
 
     @property
     def top(self) -> Any:
@@ -147,20 +149,19 @@ class VilaPortAdapter(Adapter):
         for kind, encoder in self.model.encoders.items():
             hook = self._record(kind)
             self._handles.append(encoder.register_forward_hook(hook, with_kwargs=True))
-        self.model.__dict__["_embed"] = self._embed
+        self._handles.append(MethodReplacement(self.model, "_embed", self._embed))
 
     def uninstall(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.model.__dict__.pop("_embed", None)
-        self._noted = _Noted()
+        self._recorded = _Recorded()
 
     def _record(self, kind: str) -> Any:
         def hook(encoder: nn.Module, args: Any, kwargs: Any, out: list[Tensor]) -> None:
             media = args[0] if args else next(iter(kwargs.values()))
             ends = tuple(self._ids(getattr(encoder, f"{e}_tokens", None)) for e in ("start", "end"))
-            self._noted.media[kind] = [
+            self._recorded.media[kind] = [
                 _layout(features.detach(), kind, pixels.shape[0] if kind == "video" else 1, ends)
                 for pixels, features in zip(media, out, strict=True)
             ]
@@ -170,17 +171,17 @@ class VilaPortAdapter(Adapter):
     def _ids(self, text: str | None) -> int:
         return len(self.model.tokenizer(text).input_ids) if text else 0
 
-    def _embed(self, *args: Any, **kwargs: Any) -> Any:
-        """Replaces `model._embed` while patched: the same, and spans are noted."""
-        noted = self._noted
-        noted.media = {}
-        out = type(self.model)._embed(self.model, *args, **kwargs)
-        noted.embeds = out[0]
-        pending = {kind: list(media) for kind, media in noted.media.items()}
-        noted.spans = [_find(row, pending) for row in out[0]]
+    def _embed(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `model._embed`, which this replaces while patched, and record the spans."""
+        recorded = self._recorded
+        recorded.media = {}
+        out = original(*args, **kwargs)
+        recorded.embeds = out[0]
+        pending = {kind: list(media) for kind, media in recorded.media.items()}
+        recorded.spans = [_spans_in_row(row, pending) for row in out[0]]
         left = sum(map(len, pending.values()))
         if left:
-            noted.embeds = None
+            recorded.embeds = None
             raise SpanError(
                 f"{left} encoded images or videos are not in the embeddings of the prompt. Was the "
                 "prompt truncated, or does something else change the media embeddings?"
@@ -191,19 +192,23 @@ class VilaPortAdapter(Adapter):
 
     def carries_features(self, inputs: Mapping[str, Any]) -> bool:
         embeds = inputs.get("inputs_embeds")
-        return embeds is not None and self._copies(embeds) > 0 and any(self._noted.spans)
+        return embeds is not None and self._copies(embeds) > 0 and any(self._recorded.spans)
 
     def hides_features(self, inputs: Mapping[str, Any]) -> bool:
         embeds = inputs.get("inputs_embeds")
         return embeds is not None and self._copies(embeds) == 0
 
     def _copies(self, embeds: Tensor) -> int:
-        """How often the rows of the noted prompt are repeated in `embeds` (beams); 0: not it."""
-        noted = self._noted.embeds
-        if noted is None or embeds.shape[1:] != noted.shape[1:] or len(embeds) % len(noted):
+        """How often beam search repeats the rows of the recorded prompt; 0: another prompt."""
+        recorded = self._recorded.embeds
+        if (
+            recorded is None
+            or embeds.shape[1:] != recorded.shape[1:]
+            or len(embeds) % len(recorded)
+        ):
             return 0
-        copies = len(embeds) // len(noted)
-        same = torch.equal(embeds[::copies], noted.to(embeds))
+        copies = len(embeds) // len(recorded)
+        same = torch.equal(embeds[::copies], recorded.to(embeds))
         return copies if same else 0
 
     def kinds(self, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -218,7 +223,7 @@ class VilaPortAdapter(Adapter):
 
     def _rows(self, embeds: Tensor) -> list[list[VisualSpan]]:
         copies = self._copies(embeds)
-        return [spans for spans in self._noted.spans for _ in range(copies)]
+        return [spans for spans in self._recorded.spans for _ in range(copies)]
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
         return self._rows(call.inputs["inputs_embeds"])
@@ -233,7 +238,8 @@ def _layout(features: Tensor, kind: str, frames: int, ends: tuple[int, ...]) -> 
     if rest or side == 0 or side * side != patches:
         raise SpanError(
             f"{kind} of {len(features)} embeddings: no {frames} squares with {before} + {after} "
-            "separators each. Multi-scale (dynamic_s2) and pooling encoders are not supported here."
+            "separators each. Multi-scale (dynamic_s2) and pooling encoders are not supported. "
+            "Use a checkpoint with fixed squares."
         )
     special = [
         i * per_frame + j
@@ -244,19 +250,19 @@ def _layout(features: Tensor, kind: str, frames: int, ends: tuple[int, ...]) -> 
     return _Media(features, (frames, side, side), kind, tuple(special))
 
 
-def _find(row: Tensor, pending: dict[str, list[_Media]]) -> list[VisualSpan]:
-    """Spans of one prompt (L, d); found media are taken off the lists."""
+def _spans_in_row(row: Tensor, pending: dict[str, list[_Media]]) -> list[VisualSpan]:
+    """Spans of one prompt (L, d); media that stand in it are removed from `pending`."""
     spans: list[VisualSpan] = []
     cursor = 0
     while True:
-        found = []
+        starts = []
         for kind, media in pending.items():
-            start = _where(row, media[0].embeds, cursor) if media else -1
+            start = _first_column(row, media[0].embeds, cursor) if media else -1
             if start >= 0:
-                found.append((start, kind))
-        if not found:
+                starts.append((start, kind))
+        if not starts:
             return spans
-        start, kind = min(found)
+        start, kind = min(starts)
         item = pending[kind].pop(0)
         n = len(item.embeds)
         what: Any = "video" if item.kind == "video" else "image"
@@ -264,7 +270,7 @@ def _find(row: Tensor, pending: dict[str, list[_Media]]) -> list[VisualSpan]:
         cursor = start + n
 
 
-def _where(row: Tensor, embeds: Tensor, cursor: int) -> int:
+def _first_column(row: Tensor, embeds: Tensor, cursor: int) -> int:
     """First column from `cursor` on where `embeds` (n, d) stands in `row` (L, d), or -1."""
     embeds = embeds.to(row)
     starts = (row[cursor:] == embeds[0]).all(-1).nonzero()[:, 0] + cursor

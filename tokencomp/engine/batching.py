@@ -6,11 +6,11 @@ ends the request. What cannot be served is therefore refused before the thread s
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.errors import NoVisualInputError, UnsupportedCacheError
 
 BATCH = "generate_batch"  # the method of transformers' generation that runs it
@@ -30,23 +30,27 @@ class BatchGuard:
 
     def __init__(self, adapter: Adapter, active: Callable[[], bool], strict: bool) -> None:
         self.adapter, self.active, self.strict = adapter, active, strict
+        self._replacement: MethodReplacement | None = None
 
     def install(self) -> None:
         """Replace `model.generate_batch`, where the release has it."""
-        model = self.adapter.top
-        if hasattr(model, BATCH):
-            model.__dict__[BATCH] = functools.partial(self._generate, model)
+        self._replacement = MethodReplacement(self.adapter.top, BATCH, self._generate)
 
     def remove(self) -> None:
         """Undo `install`; safe to call twice."""
-        self.adapter.top.__dict__.pop(BATCH, None)
+        if self._replacement is not None:
+            self._replacement.remove()
 
     def _generate(
-        self, model: Any, inputs: Sequence[Sequence[int]], *args: Any, **kwargs: Any
+        self,
+        original: Callable[..., Any],
+        inputs: Sequence[Sequence[int]],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if self.active():
             self._check(inputs, kwargs)
-        return type(model).generate_batch(model, inputs, *args, **kwargs)
+        return original(inputs, *args, **kwargs)
 
     def _check(self, inputs: Sequence[Sequence[int]], kwargs: dict[str, Any]) -> None:
         """Refuse requests that ask for media, which transformers would leave out.

@@ -23,13 +23,13 @@ COUNTS_ROWS = compat.counts_static_rows()
 DYNAMIC = frozenset({DynamicLayer, DynamicSlidingWindowLayer})
 
 
-# An object can only change to a class of the same memory layout: a base without CacheLayerMixin
-# would bring another.
+# Python lets an object change its class only to one of the same memory layout. A base class other
+# than CacheLayerMixin would have another layout.
 class CompressedLayer(CacheLayerMixin):
-    """What every compressed layer adds to the transformers class it is made of.
+    """What every compressed layer adds to the transformers class from which it is built.
 
-    Transformers asks a cache layer two things: how far the sequence has come (positions, how many
-    prompt tokens are new, where to crop) and how many rows there are to attend to. For a
+    Transformers reads two numbers from a cache layer: how far the sequence has come (positions,
+    how many prompt tokens are new, where to crop) and how many rows there are to attend to. For a
     compressed layer these differ by `dropped`. An existing layer becomes one by `compress_layer`;
     `reset` turns it back into what it was.
 
@@ -64,7 +64,7 @@ class CompressedLayer(CacheLayerMixin):
     def valid(self) -> Tensor | None:
         """False at rows that pad a ragged batch, bool (B, rows); None when every row is real.
 
-        Rows written since it was set are real, so that writing a token costs nothing here.
+        Rows written since it was set are real, so that writing a token does not change it.
         """
         valid = self._valid
         if valid is None or valid.shape[1] == self.rows:
@@ -140,8 +140,8 @@ class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
 class CompressedStaticLayer(CompressedLayer, StaticLayer):
     """A `StaticLayer` that holds a compressed prompt: its rows lie at the front, without gaps.
 
-    How many rows are written is a tensor, and nothing here reads it in a decode step: neither a
-    compiled graph nor a CUDA graph is interrupted.
+    The number of written rows is a tensor, and no method that a decode step calls reads it on the
+    host, so that neither a compiled graph nor a CUDA graph is interrupted.
 
     Attributes
     ----------
@@ -184,9 +184,9 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
         if COUNTS_ROWS:
             return super().update(key_states, value_states, *args, **kwargs)
         n = key_states.shape[-2]
-        at = torch.arange(n, device=key_states.device) + self.cumulative_length
+        rows = torch.arange(n, device=key_states.device) + self.cumulative_length
         self.cumulative_length.add_(n)
-        return super().update(key_states, value_states, {"cache_position": at})
+        return super().update(key_states, value_states, {"cache_position": rows})
 
     def get_seq_length(self, *args: Any) -> Any:
         """Logical length, a tensor on the layer's device."""
@@ -216,7 +216,9 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
             del self.cumulative_length
 
 
-_QUANTIZED: dict[type, type] = {}  # classes made for the quantized layers that were met
+_QUANTIZED: dict[
+    type, type
+] = {}  # compressed classes of the quantized layers that caches have used
 
 
 def _compressed_class(plain: type) -> type:

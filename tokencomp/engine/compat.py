@@ -31,14 +31,14 @@ def tested_with(model_type: str) -> list[str]:
 
 
 def get_cache(kwargs: Mapping[str, Any], out: Any = None) -> Any:
-    """The KV cache of a call, from its arguments or (where the callee made it) its output."""
+    """The KV cache of a call, from its arguments or (where the callee created it) its output."""
     for name in CACHE_NAMES:
         if kwargs.get(name) is not None:
             return kwargs[name]
     for name in CACHE_NAMES:
-        found = getattr(out, name, None)
-        if found is not None:
-            return found
+        cache = getattr(out, name, None)
+        if cache is not None:
+            return cache
     if isinstance(out, tuple) and len(out) > 1 and hasattr(out[1], "layers"):
         return out[1]
     return None
@@ -187,11 +187,12 @@ def _mrope_section(attn: nn.Module) -> list[int]:
     sources = (attn, getattr(attn, "config", None))
     for source in sources:
         for name in ("rope_parameters", "rope_scaling"):
-            found = getattr(source, name, None)
-            if isinstance(found, Mapping) and "mrope_section" in found:
-                return list(found["mrope_section"])
+            parameters = getattr(source, name, None)
+            if isinstance(parameters, Mapping) and "mrope_section" in parameters:
+                return list(parameters["mrope_section"])
     raise UnsupportedModelError(
-        f"{type(attn).__name__} gets three-row rotary tables but names no mrope_section."
+        f"{type(attn).__name__} gets three-row rotary tables, but its config has no mrope_section, "
+        "so its attention cannot be scored. Use a reducer without attention, such as 'divprune'."
     )
 
 
@@ -205,13 +206,16 @@ def rotate(attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         multimodal = getattr(module, "apply_multimodal_rotary_pos_emb", None)
         if multimodal is None:
             raise UnsupportedModelError(
-                f"{type(attn).__name__}: unknown multimodal rotary embedding; tested with "
-                "transformers 4.57 to 5.24."
+                f"{type(attn).__name__} has an unknown multimodal rotary embedding. Use "
+                "transformers 4.57 to 5.24, or a reducer without attention, such as 'divprune'."
             )
         return multimodal(x, x, cos, sin, _mrope_section(attn))[0]
     apply = getattr(module, "apply_rotary_pos_emb", None)
     if apply is None:
-        raise UnsupportedModelError(f"{type(attn).__name__}: no rotary embedding in its module.")
+        raise UnsupportedModelError(
+            f"the module of {type(attn).__name__} has no apply_rotary_pos_emb, so its attention "
+            "cannot be scored. Use a reducer without attention, such as 'divprune'."
+        )
     return apply(x, x, cos, sin)[0]
 
 
@@ -221,7 +225,10 @@ def rotate_vision(
     """Apply a vision tower's own rotary embedding to q and k, shape (B, S, H, D)."""
     apply = getattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb_vision", None)
     if apply is None:
-        raise UnsupportedModelError(f"{type(attn).__name__}: unknown rotary embedding of a tower.")
+        raise UnsupportedModelError(
+            f"the module of {type(attn).__name__} has no apply_rotary_pos_emb_vision, so the "
+            "attention of the vision tower cannot be scored. Use a reducer that does not read it."
+        )
     return apply(q, k, cos, sin)
 
 
@@ -280,10 +287,10 @@ def check_rope_index(model: Any, kind: str) -> None:
     if kind == "video" and hasattr(config.vision_config, "tokens_per_second"):
         grids["second_per_grid_ts"] = torch.tensor([1.0])
     with torch.device("cpu"):
-        found = rope_index(model.model, ids, kinds, **grids)[:, 0, 4 : 4 + n]
+        positions = rope_index(model.model, ids, kinds, **grids)[:, 0, 4 : 4 + n]
     time = torch.arange(frames).repeat_interleave(2) * step
     expected = 4 + torch.stack([time, torch.zeros(n).long(), torch.arange(n) % 2])
-    if not torch.equal(found.long(), expected):
+    if not torch.equal(positions.long(), expected):
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} gives the {kind}s of {type(model).__name__} "
             "wrong M-RoPE positions (a defect of 5.3.0 to 5.5.4), so the model itself misreads "

@@ -21,9 +21,10 @@ from tokencomp.engine.cache import (
     compress_layer,
     physical_length,
 )
-from tokencomp.engine.forward import ForwardPass, Segment
+from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.layout import RowLayout
 from tokencomp.engine.prepared_mask import padding_of
+from tokencomp.engine.segments import Segment
 from tokencomp.engine.window import check_attention_window
 
 MASKLESS = ("sdpa", "flash")
@@ -39,7 +40,7 @@ class LaterTokens:
     compact_positions
         Whether positions count real rows only.
     proportional
-        Whether attention asks how many tokens the cached rows stand for.
+        Whether attention reads how many tokens the cached rows stand for.
     install_layers
         Called when layers of the cache hold different rows, which needs hooks on every layer.
     """
@@ -61,7 +62,7 @@ class LaterTokens:
         """Whether torch.compile can trace our part of a call: tensor operations, or nothing.
 
         True in a decode step on a static cache, and without stages wherever no earlier plan has
-        left a compressed cache. Everything read here is a constant to Dynamo.
+        left a compressed cache. Everything that this method reads is a constant to Dynamo.
 
         Parameters
         ----------
@@ -78,7 +79,10 @@ class LaterTokens:
         return _columns(inputs) == 1 and not self.adapter.carries_features(inputs)
 
     def prepare(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
-        """Set masks (and compact positions) of a call in place; one unpadded token needs none."""
+        """Set the mask (and compact positions) of a call in place.
+
+        One token on a cache without padding needs no mask, because it attends to every row.
+        """
         if kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = self.adapter.decoder.embed_tokens(kwargs["input_ids"])
             kwargs["input_ids"] = None
@@ -88,10 +92,11 @@ class LaterTokens:
             self._continue(kwargs, layers)
 
     def _static_step(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
-        """One token on a static cache: no host read, and shapes that never change.
+        """Prepare one token on a static cache, without a host read and with constant shapes.
 
-        Transformers' own mask is right as long as the cache has no padding: it takes the logical
-        column of the first row and of the token from the cache.
+        As long as the cache has no padding, transformers' own mask is right: it takes the logical
+        columns of the first row and of the token from the cache. With padding, a mask over the
+        whole length of the layer is built, from which `MaskView.written` hides unwritten rows.
         """
         layer, x = layers[0], kwargs["inputs_embeds"]
         if layer.unpadded is not None:
@@ -107,11 +112,12 @@ class LaterTokens:
         """Any number of tokens, padded or not, on layers that hold the same rows or other ones."""
         x, n = kwargs["inputs_embeds"], kwargs["inputs_embeds"].shape[1]
         positions = kwargs.get("position_ids")
+        # Of four rows, the first counts text tokens; the rotary embedding reads the other three.
         if self.adapter.mrope and positions is not None and len(positions) > 3:
             kwargs["position_ids"] = positions[-3:]
         past = layers[0].rows if self.compact_positions else layers[0].get_seq_length()
         check_attention_window(self.adapter.text_config, compat.get_cache(kwargs), int(past) + n)
-        new = None
+        new = None  # a single token is never padding
         if n > 1:
             mask = padding_of(kwargs.get("attention_mask"), n, layers[0].rows)
             new = None if mask is None else mask[:, -n:].bool()
@@ -121,6 +127,9 @@ class LaterTokens:
             kwargs["position_ids"] = before.contiguous(new, x)
         backend = compat.attention_implementation(self.adapter.text_config)
         plain = new is None and all(layer.valid is None for layer in layers)
+        # One token attends to every row, so without padding it needs no mask. Backends outside of
+        # `MASKLESS` may still require a tensor. `cached` stands for the ForwardPass that such a
+        # call does without: proportional attention reads the sizes of the rows from it.
         if n == 1 and plain and any(name in backend for name in MASKLESS):
             kwargs["attention_mask"], self.local.cached = None, layers
             return
@@ -174,7 +183,7 @@ def plain_mask(kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
 
 
 def compact_cache(forward: ForwardPass, cache: Any, proportional: bool) -> None:
-    """Tell the cache layers that a prefill has filled which tokens their rows stand for.
+    """Record in the cache layers that a prefill has filled which tokens their rows stand for.
 
     Parameters
     ----------
@@ -184,7 +193,7 @@ def compact_cache(forward: ForwardPass, cache: Any, proportional: bool) -> None:
     Raises
     ------
     UnsupportedCacheError
-        The callee made a cache whose layers cannot be compressed.
+        The callee created a cache whose layers cannot be compressed.
     """
     check_cache(cache, bool(forward.plan.layer_stages))
     layers = getattr(cache, "layers", None)

@@ -1,125 +1,24 @@
-"""One forward call under compression: its segments of layers, and the steps between them."""
+"""One decoder call under compression: its stages, and what its layers get and leave behind."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
-from tokencomp.engine.cache import CompressedLayer, physical_length
-from tokencomp.engine.layout import LiveSpan, RowLayout, compact, take, write_merged
-from tokencomp.engine.outputs import cached_columns, restore_map
-from tokencomp.engine.packing import sequence_lengths, text_positions
+from tokencomp.engine.layout import RowLayout, compact, take, write_merged
+from tokencomp.engine.outputs import restore_map
+from tokencomp.engine.packing import sequence_lengths
 from tokencomp.engine.probes import input_scores, layer_scores
+from tokencomp.engine.segments import Segment
+from tokencomp.engine.stage_input import StageInput
 from tokencomp.plan import Plan, Stage
-from tokencomp.tokens import (
-    QUERY,
-    TOWER_KEYS,
-    TOWER_SIGNALS,
-    Attention,
-    Reduction,
-    Signal,
-    VisualSpan,
-    VisualTokens,
-)
-
-
-@dataclass
-class Segment:
-    """Layers `first … stop - 1`: they see the same rows, of this call and of earlier ones.
-
-    `physical`, `dropped`, `past`, `past_sizes`, `past_columns` describe their cache layers at the
-    start of the call.
-    """
-
-    first: int
-    stop: int
-    physical: int = 0
-    dropped: int = 0
-    past: Tensor | None = None
-    past_sizes: Tensor | None = None
-    past_columns: Tensor | None = None
-    layout: RowLayout = field(default_factory=lambda: RowLayout(0, [], []))
-    stage: Stage | None = None
-    tables: tuple[Tensor, Tensor] | None = None
-    mask: Any = None
-    text_positions: Tensor | None = None
-    ready: bool = False
-
-    @classmethod
-    def after(cls, layer: CompressedLayer, first: int, stop: int, layout: RowLayout) -> Segment:
-        """The segment of later tokens on cache layers like `layer`."""
-        past = (layer.rows, layer.dropped, layer.valid, layer.sizes, layer.columns)
-        return cls(first, stop, *past, layout)
-
-    @property
-    def logical(self) -> int:
-        return self.physical + self.dropped
-
-    def contiguous(self, new: Tensor | None, x: Tensor) -> Tensor:
-        """Positions (B, n) that count real rows only, earlier ones first; x is (B, n, d)."""
-        if new is None:
-            new = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        start: Any = self.physical
-        if self.past is not None:
-            start = self.past.to(x.device).sum(1, keepdim=True)
-        return (start + new.long().cumsum(1) - 1).clamp(min=0)
-
-    def all_valid(self, new: Tensor | None) -> Tensor | None:
-        """Real rows among past and new ones, (B, rows); None if all are."""
-        if self.past is None and new is None:
-            return None
-        batch = (new if new is not None else self.past).shape[0]  # type: ignore[union-attr]
-        past = self.past
-        if past is None:
-            past = new.new_ones(batch, self.physical)  # type: ignore[union-attr]
-        if new is None:
-            new = past.new_ones(batch, self.layout.width)
-        return torch.cat([past.to(new.device), new], dim=1)
-
-    def all_sizes(self) -> Tensor | None:
-        """Tokens that the first rows, past and new, stand for, (B, m); None if one each."""
-        new, past = self.layout.sizes, self.past_sizes
-        if new is None or self.physical == 0:
-            return past if new is None else new
-        old = new.new_ones(new.shape[0], self.physical)
-        if past is not None:
-            old[:, : past.shape[1]] = past
-        return torch.cat([old, new], dim=1)
-
-    def columns_before(self, batch: int, device: torch.device) -> Tensor | None:
-        """Column of every row cached before this call, (B, rows); None if nothing had left."""
-        return cached_columns(self.past_columns, self.physical, self.dropped, batch, device)
-
-    def all_columns(self, width: int) -> Tensor | None:
-        """Column of every row, cached before or new, (B, rows); None while no row has left.
-
-        `width` is the number of columns of this call in the caller's batch.
-        """
-        new = self.layout.origin
-        if new is None and not self.dropped:
-            return None
-        if new is None:
-            new = torch.arange(width)[None].expand(len(self.layout.lengths), -1)
-        past = self.columns_before(new.shape[0], new.device)
-        if past is None:
-            past = torch.arange(self.physical, device=new.device).expand(new.shape[0], -1)
-        return torch.cat([past, new + self.logical], dim=1)
-
-    def padding_mask(self, new: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
-        """The 2-D mask by logical column, as transformers counts: dropped columns are real."""
-        if self.past is None and new is None:
-            return None
-        valid = self.all_valid(new)
-        ones = torch.ones(batch, self.dropped, dtype=torch.bool, device=device)
-        return torch.cat([ones, valid.to(device)], dim=1)  # type: ignore[union-attr]
+from tokencomp.tokens import Attention, Signal, VisualSpan
 
 
 class ForwardPass:
@@ -191,6 +90,10 @@ class ForwardPass:
         """The segment that decoder layer `layer` belongs to."""
         return next(s for s in self.segments if s.first <= layer < s.stop)
 
+    def layer_layouts(self) -> list[RowLayout]:
+        """The layout of every decoder layer."""
+        return [s.layout for s in self.segments for _ in range(s.first, s.stop)]
+
     # -- entry ----------------------------------------------------------------------------------
 
     def entry(
@@ -229,7 +132,10 @@ class ForwardPass:
 
         x = tensors[0]
         with no_autocast(x):
-            reductions = self._reductions(stage, x)
+            self.layout = self.layout.to(x.device)  # layers may lie on several devices
+            scores = self._scores.pop(stage.layer, None)
+            before = StageInput(x, self.layout, scores, self.tower)
+            reductions = before.reductions(stage, self.plan.stages.index(stage), self.counts)
             self.layout, index = compact(self.layout, reductions, x.device)
             self.kept.append(self.layout)
             tensors = [t.to(x.device) for t in tensors]
@@ -237,74 +143,11 @@ class ForwardPass:
             write_merged(tensors[0], self.layout, reductions)
         return tensors
 
-    def _reductions(self, stage: Stage, x: Tensor) -> list[list[Reduction]]:
-        """What the reducer of `stage` makes of every span of every sample."""
-        self.layout = self.layout.to(x.device)  # layers may lie on several devices
-        order = self.plan.stages.index(stage)
-        scores = self._scores.pop(stage.layer, None)
-        reductions = []
-        for b, row in enumerate(self.layout.spans):
-            reduced = []
-            for j, live in enumerate(row):
-                visual, text = self.counts[b][j][order], live.text_rows()
-                keep = visual + text.numel()
-                ends_question = live.stop == self.layout.prompt_of(b, live).question_stop
-                if keep == live.count or visual == 0:
-                    rows = torch.arange(keep) if keep == live.count else text
-                    reduction = Reduction(rows.to(x.device))
-                else:
-                    query = self._query(stage, x, b, live)
-                    values = None if scores is None else scores[b][j]
-                    tokens = self._tokens(x, b, live, values, query)
-                    tokens.place = (b, j)
-                    self._add_tower(tokens, stage, b, j)
-                    reduction = stage.reducer.reduced(tokens, keep)
-                if ends_question and keep < live.count:
-                    reduction = keep_last(reduction, live, x[b, live.stop - 1])
-                    self.counts[b][j][order] = reduction.keep.numel() - text.numel()
-                reduced.append(reduction)
-            reductions.append(reduced)
-        return reductions
-
-    def _tokens(
-        self, x: Tensor, b: int, live: LiveSpan, scores: Tensor | None, query: Tensor | None
-    ) -> VisualTokens:
-        """What a reducer sees of a live span of sample `b`."""
-        special = live.span.special_mask(x.device)
-        return VisualTokens(
-            features=x[b, live.start : live.start + live.count],
-            grid=live.span.grid,
-            special=special if live.index is None else special[live.index],
-            index=live.index,
-            scores=None if scores is None else scores.to(x.device),
-            query=query,
-            kind=live.span.kind,
-            sizes=self.layout.sizes_of(b, live),
-        )
-
-    def _add_tower(self, tokens: VisualTokens, stage: Stage, b: int, j: int) -> None:
-        """Signals of the vision tower that the stage asks for, for the rows that are left."""
-        for signal in TOWER_SIGNALS & stage.reducer.needs:
-            values = self.tower[signal][b][j].to(tokens.features.device)
-            values = values if tokens.index is None else values[tokens.index]
-            if signal == TOWER_KEYS:
-                tokens.keys = values
-            else:
-                tokens.scores = values[:, 0]
-
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self.reduce_seconds += time.perf_counter() - started
-
-    def _query(self, stage: Stage, x: Tensor, b: int, live: LiveSpan) -> Tensor | None:
-        """Text embeddings after the last span of a prompt, for reducers that ask for them."""
-        if QUERY not in stage.reducer.needs:
-            return None
-        prompt = self.layout.prompt_of(b, live)
-        last = max(s.stop for s in self.layout.spans[b] if prompt.holds(s))
-        return x[b, last : prompt.question_stop]
 
     # -- layers ---------------------------------------------------------------------------------
 
@@ -361,16 +204,7 @@ class ForwardPass:
         if self.compresses:
             segment.layout = self.layout
             new = self.layout.valid(hidden.device)
-        text = None
-        if segment.layout.packed and compat.get_cache(kwargs) is None:
-            # As in transformers, prompts of one row are told apart by positions that start again,
-            # and only where there is neither a mask nor a cache.
-            new, text = None, text_positions(segment.layout, hidden.device)
-        mask = segment.padding_mask(new, hidden.shape[0], hidden.device)
-        view = compat.MaskView(segment.physical, segment.dropped)
-        config = self.adapter.text_config
-        segment.mask = compat.causal_mask(config, hidden, mask, view, text)
-        segment.text_positions = text
+        segment.set_mask(self.adapter.text_config, hidden, new, compat.get_cache(kwargs))
         segment.ready = True
         return hidden
 
@@ -396,48 +230,3 @@ class ForwardPass:
                 weights = restore_map(weights, layout, self.width, past, segment.logical)
             full.append(weights)
         return tuple(full)
-
-
-def build_segments(forward: ForwardPass, cache: Any, mask: Tensor | None) -> list[Segment]:
-    """Cut the decoder where a stage acts now or has acted in an earlier turn."""
-    layers = list(getattr(cache, "layers", None) or [])
-    stages = {s.layer: s for s in forward.plan.stages}
-    total = len(forward.adapter.layers)
-    old = {i for i, layer in enumerate(layers) if getattr(layer, "starts_segment", False)}
-    starts = sorted({0, *stages, *old})
-    segments = []
-    for first, stop in zip(starts, [*starts[1:], total], strict=True):
-        segment = Segment(first, stop, stage=stages.get(first))
-        if first < len(layers):
-            layer = layers[first]
-            segment.physical = physical_length(layer)
-            if isinstance(layer, CompressedLayer):
-                segment.dropped, segment.past = layer.dropped, layer.valid
-                segment.past_sizes, segment.past_columns = layer.sizes, layer.columns
-            elif mask is not None and segment.physical:
-                past = mask[:, : segment.physical].bool()
-                segment.past = None if bool(past.all()) else past
-        segments.append(segment)
-    return segments
-
-
-def keep_last(reduction: Reduction, live: LiveSpan, feature: Tensor) -> Reduction:
-    """Exchange a kept row for the last one of a span that ends a question.
-
-    The next token is predicted from the last column, so that column never leaves. The last kept
-    patch makes room for it; where only text and special tokens are kept, the count grows by one.
-    """
-    keep, last = reduction.keep, live.count - 1
-    if keep.numel() and int(keep[-1]) == last:
-        return reduction
-    fixed = live.special_rows(keep.device)[keep]
-    patches = (~fixed).nonzero()[:, 0]
-    rest = torch.ones_like(keep, dtype=torch.bool)
-    rest[patches[-1:]] = False
-    end = keep.new_tensor([last])
-    merged, sizes = reduction.merged, reduction.sizes
-    if merged is not None:
-        merged = torch.cat([merged[rest], feature[None].to(merged)])
-    if sizes is not None:
-        sizes = torch.cat([sizes[rest], sizes.new_ones(1)])
-    return Reduction(torch.cat([keep[rest], end]), merged, sizes)

@@ -64,7 +64,7 @@ class CallGate:
             self.leave(id(module))
 
     def enter(self, name: int) -> None:
-        """A call begins in this thread; waits while another thread makes a change."""
+        """Note that a call begins in this thread; wait while another thread makes a change."""
         own = threading.get_ident()
         with self._condition:
             _, names = self._calls.get(own, (None, []))
@@ -75,7 +75,7 @@ class CallGate:
             self._calls[own] = threading.current_thread(), names
 
     def leave(self, name: int) -> None:
-        """The call of this thread has ended; safe to call twice."""
+        """Note that the call of this thread has ended; safe to call twice."""
         own = threading.get_ident()
         with self._condition:
             thread, names = self._calls.pop(own, (threading.current_thread(), []))
@@ -85,7 +85,7 @@ class CallGate:
 
     @contextlib.contextmanager
     def change(self) -> Iterator[None]:
-        """Alone inside the block: no other thread is in a call, and none begins one."""
+        """Run the block while no other thread is in a call and none can begin one."""
         own = threading.get_ident()
         if self._changing == own:  # a change that is part of another
             yield

@@ -25,7 +25,7 @@ class LiveSpan:
     index: Tensor | None = None
 
     def to(self, device: torch.device) -> LiveSpan:
-        """The same with its tensor on `device`."""
+        """This span with its tensor on `device`."""
         return self if self.index is None else replace(self, index=self.index.to(device))
 
     @property
@@ -115,7 +115,7 @@ class RowLayout:
         return any(n != self.width for n in self.lengths)
 
     def to(self, device: torch.device) -> RowLayout:
-        """The same with its tensors on `device`."""
+        """This layout with its tensors on `device`."""
         origin, sizes = (None if t is None else t.to(device) for t in (self.origin, self.sizes))
         spans = [[live.to(device) for live in row] for row in self.spans]
         return replace(self, spans=spans, origin=origin, sizes=sizes)
@@ -140,7 +140,7 @@ def full_layout(
     spans: list[list[VisualSpan]],
     prompts: list[list[Prompt]] | None = None,
 ) -> RowLayout:
-    """The layout of an uncompressed, left-padded call; one prompt per row unless given."""
+    """The layout of an uncompressed, left-padded call, by default of one prompt per row."""
     live = [[LiveSpan(s, s.start, s.length) for s in row] for row in spans]
     if prompts is None:
         prompts = [[Prompt(width - n, width)] for n in lengths]
@@ -195,8 +195,8 @@ def _shrunk(layout: RowLayout, sample: int, after: list[LiveSpan], shift: int) -
     pairs = list(zip(layout.spans[sample], after, strict=True))
 
     def place(column: int) -> int:
-        gone = sum(old.count - new.count for old, new in pairs if old.start < column)
-        return column - first - gone + shift
+        removed = sum(old.count - new.count for old, new in pairs if old.start < column)
+        return column - first - removed + shift
 
     return [Prompt(place(p.start), place(p.stop), p.trailing) for p in layout.prompts[sample]]
 

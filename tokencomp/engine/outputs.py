@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,8 +14,9 @@ from tokencomp.engine.layout import RowLayout
 def restore(x: Tensor, layout: RowLayout, width: int) -> Tensor:
     """Spread rows of x over the columns of the caller's batch.
 
-    A column that is gone repeats the last row before it: what follows was predicted from that row,
-    so a label right behind a dropped token still trains. Zeros where there is none.
+    A dropped column repeats the last row before it: what follows was predicted from that row,
+    so a label right behind a dropped token still trains. Columns without a row before them are
+    zeros.
 
     Parameters
     ----------
@@ -35,12 +39,46 @@ def restore(x: Tensor, layout: RowLayout, width: int) -> Tensor:
     return torch.stack(rows)
 
 
+def restore_states(
+    out: Any, layouts: Sequence[RowLayout], width: int, keep_last_state: bool
+) -> Any:
+    """Give the hidden states of a decoder's output full length, in place where it is no tuple.
+
+    Parameters
+    ----------
+    out
+        What the decoder returned.
+    layouts
+        Layout of every decoder layer.
+    width
+        Columns of the caller's batch.
+    keep_last_state
+        Whether the last hidden state stays as it is, because only text after the last span is
+        read from it.
+    """
+    states = getattr(out, "hidden_states", None)
+    if states is not None:  # the input of the first layer, then what each layer returns
+        pairs = zip(states, [layouts[0], *layouts[: len(states) - 1]], strict=True)
+        out.hidden_states = tuple(
+            s if s is None else restore(s, layout.to(s.device), width) for s, layout in pairs
+        )
+    if keep_last_state:
+        return out
+    if isinstance(out, tuple):
+        return (restore(out[0], layouts[-1], width), *out[1:])
+    last = out.last_hidden_state
+    out.last_hidden_state = restore(last, layouts[-1], width)
+    if states is not None and states[-1] is last:  # one tensor, so that both carry gradients
+        out.hidden_states = (*out.hidden_states[:-1], out.last_hidden_state)
+    return out
+
+
 def restore_map(
     weights: Tensor, layout: RowLayout, width: int, past: Tensor | None, past_width: int
 ) -> Tensor:
     """Spread an attention map over the columns of the caller's batch.
 
-    A key that is gone has weight 0. A query that is gone repeats the last row before it, as
+    A dropped key has weight 0. A dropped query repeats the last row before it, as
     `restore` does with hidden states.
 
     Parameters

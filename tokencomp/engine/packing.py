@@ -1,6 +1,6 @@
 """Several prompts packed into one row: positions and lengths that keep them apart.
 
-Training code packs prompts to save padding. transformers tells them apart by positions that start
+Training code packs prompts to save padding. transformers distinguishes them by positions that start
 again (without a mask and a cache) or by the `cu_seq_lens_*` arguments of FlashAttention.
 """
 

@@ -66,10 +66,11 @@ def gather_heads(attn: Any, x: Tensor, dim: int, total: int | None = None) -> Te
     ranks = 1 if group is None else torch.distributed.get_world_size(group)
     if heads * ranks != total:
         raise UnsupportedModelError(
-            f"{type(attn).__name__} computes {heads} of its {total} heads here, and {ranks} ranks "
-            "are known to share them, so attention cannot be scored over all heads. Load the model "
-            "with transformers' tensor parallelism (tp_plan), with a number of ranks that divides "
-            "the heads, or use a reducer without attention, such as 'divprune'."
+            f"{type(attn).__name__} computes {heads} of its {total} heads on this rank, and "
+            f"{ranks} ranks are known to share them, so attention cannot be scored over all "
+            "heads. Load the model with transformers' tensor parallelism (tp_plan), with a number "
+            "of ranks that divides the heads, or use a reducer without attention, such as "
+            "'divprune'."
         )
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks)]
     torch.distributed.all_gather(parts, x.contiguous(), group=group)
@@ -123,6 +124,6 @@ def unsharded(layer: nn.Module) -> Iterator[None]:
 
 
 def refuse_replica(module: nn.Module) -> None:
-    """Raise `UnsupportedModelError` in a copy that `DataParallel` has made of a patched model."""
+    """Raise `UnsupportedModelError` in a copy of a patched model that `DataParallel` creates."""
     if getattr(module, "_is_replica", False):
         raise UnsupportedModelError(DATA_PARALLEL)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.engine import compat
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.errors import PrefillWarning
@@ -51,20 +52,20 @@ class ChunkedPrefill:
     ) -> None:
         self.adapter, self.local = adapter, local
         self.active, self.uncounted = active, uncounted
+        self._replacement: MethodReplacement | None = None
 
     def install(self) -> None:
         """Replace `model._prefill`, where the release has it."""
-        model = self.adapter.top
-        if hasattr(model, PREFILL):
-            model.__dict__[PREFILL] = functools.partial(self._prefill, model)
+        self._replacement = MethodReplacement(self.adapter.top, PREFILL, self._prefill)
 
     def remove(self) -> None:
         """Undo `install`; safe to call twice."""
-        self.adapter.top.__dict__.pop(PREFILL, None)
+        if self._replacement is not None:
+            self._replacement.remove()
 
     def _prefill(
         self,
-        model: Any,
+        original: Callable[..., Any],
         input_ids: Any,
         generation_config: Any,
         model_kwargs: dict[str, Any],
@@ -72,7 +73,7 @@ class ChunkedPrefill:
         **kwargs: Any,
     ) -> Any:
         size = getattr(generation_config, "prefill_chunk_size", None)
-        original = functools.partial(type(model)._prefill, model, input_ids)
+        original = functools.partial(original, input_ids)
         media = size is not None and self.adapter.carries_features(model_kwargs)
         if not media or compat.get_cache(model_kwargs) is None:  # transformers refuses the latter
             return original(generation_config, model_kwargs, *args, **kwargs)
@@ -165,7 +166,7 @@ def whole_output(out: Any, earlier: list[Tensor]) -> Any:
 
 
 def _one_pass(size: Any, why: str) -> None:
-    """Say that a prompt is not chunked."""
+    """Warn that a prompt is not chunked."""
     warnings.warn(
         f"prefill_chunk_size={size} is not applied to a prompt with media: {why}. The prompt runs "
         "in one pass. Use an entry reducer, or leave the option out.",

@@ -19,7 +19,7 @@ FULL = "full_attention"  # the kind of decoder layer that tokencomp compresses
 
 
 def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
-    """The 2-D mask (B, past + queries) from which `mask` was made.
+    """The 2-D mask (B, past + queries) from which `mask` was prepared.
 
     Parameters
     ----------
@@ -47,33 +47,35 @@ def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return mask
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2] != queries:
-        given = tuple(mask.shape) if hasattr(mask, "shape") else mask
-        raise _refusal(f"a {type(mask).__name__} of shape {given}")
-    seen = mask if mask.dtype == torch.bool else mask >= 0
-    if seen.shape[-1] < past + queries:
-        raise _refusal(f"of {seen.shape[-1]} columns for {past + queries} tokens (a short cache)")
-    padding = seen[:, 0, -1, : past + queries]  # the last query sees every real column
-    if not _only_padding(seen, padding, past):
+        shape = tuple(mask.shape) if hasattr(mask, "shape") else mask
+        raise _refusal(f"a {type(mask).__name__} of shape {shape}")
+    visible = mask if mask.dtype == torch.bool else mask >= 0
+    if visible.shape[-1] < past + queries:
+        columns = visible.shape[-1]
+        raise _refusal(f"a mask of {columns} columns for {past + queries} tokens (a short cache)")
+    padding = visible[:, 0, -1, : past + queries]  # the last query sees every real column
+    if not _only_padding(visible, padding, past):
         raise _refusal("a 4-D mask that hides other columns than padding on the left")
     return padding
 
 
-def _only_padding(seen: Tensor, padding: Tensor, past: int) -> bool:
-    """Whether `seen` (B, heads, q, columns) is causal with `padding` at every real query."""
-    columns, queries = seen.shape[-1], seen.shape[-2]
+def _only_padding(visible: Tensor, padding: Tensor, past: int) -> bool:
+    """Whether `visible` (B, heads, q, columns) is causal with `padding` at every real query."""
+    columns, queries = visible.shape[-1], visible.shape[-2]
     if padding.shape[1] < past + queries:
         return False
-    order = torch.arange(columns, device=seen.device)
-    causal = order <= past + torch.arange(queries, device=seen.device)[:, None]
+    order = torch.arange(columns, device=visible.device)
+    causal = order <= past + torch.arange(queries, device=visible.device)[:, None]
     real = torch.nn.functional.pad(padding, (0, columns - padding.shape[1]))
     expected = causal & real[:, None, None, :]
     ignored = ~padding[:, None, past:, None]  # rows of padding are never read
-    return bool(((seen == expected) | ignored).all())
+    return bool(((visible == expected) | ignored).all())
 
 
-def _refusal(given: str) -> UnsupportedCacheError:
+def _refusal(description: str) -> UnsupportedCacheError:
     return UnsupportedCacheError(
-        f"attention_mask is {given}, made before the decoder was called. A compressed prompt needs "
-        "the 2-D mask of padding, or one that transformers prepared from it for a static cache "
-        "with sdpa or eager attention. Pass the 2-D attention_mask of the processor."
+        f"attention_mask is {description}, prepared before the decoder was called. A "
+        "compressed prompt needs the 2-D mask of padding, or one that transformers prepared from "
+        "it for a static cache with sdpa or eager attention. Pass the 2-D attention_mask "
+        "of the processor."
     )

@@ -7,17 +7,17 @@ without a cache) or draft tokens (assisted decoding).
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokencomp.engine.layout import Prompt
-from tokencomp.tokens import VisualSpan
+from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.engine.layout import LiveSpan, Prompt
+from tokencomp.tokens import Reduction, VisualSpan
 
 IGNORED = -100  # label of a column that is not trained, as in transformers
 GENERATE = "generate"
@@ -113,6 +113,28 @@ def starts_from_lengths(cumulative: Any, batch: int, width: int) -> list[list[in
     return rows if any(len(row) > 1 for row in rows) else None
 
 
+def keep_last(reduction: Reduction, live: LiveSpan, feature: Tensor) -> Reduction:
+    """Exchange a kept row for the last one of a span that ends a question.
+
+    The next token is predicted from the last column, so that column never leaves. The last kept
+    patch makes room for it; where only text and special tokens are kept, the count grows by one.
+    """
+    keep, last = reduction.keep, live.count - 1
+    if keep.numel() and int(keep[-1]) == last:
+        return reduction
+    fixed = live.special_rows(keep.device)[keep]
+    patches = (~fixed).nonzero()[:, 0]
+    rest = torch.ones_like(keep, dtype=torch.bool)
+    rest[patches[-1:]] = False
+    end = keep.new_tensor([last])
+    merged, sizes = reduction.merged, reduction.sizes
+    if merged is not None:
+        merged = torch.cat([merged[rest], feature[None].to(merged)])
+    if sizes is not None:
+        sizes = torch.cat([sizes[rest], sizes.new_ones(1)])
+    return Reduction(torch.cat([keep[rest], end]), merged, sizes)
+
+
 class PromptLength:
     """Knows, inside of `model.generate`, how many columns the prompt has.
 
@@ -123,7 +145,7 @@ class PromptLength:
 
     def __init__(self) -> None:
         self._local = threading.local()
-        self._original: Any = None
+        self._replacement: MethodReplacement | None = None
 
     @property
     def columns(self) -> int | None:
@@ -139,20 +161,14 @@ class PromptLength:
 
     def install(self, model: Any) -> None:
         """Replace `model.generate`, if the model has it."""
-        if hasattr(model, GENERATE):
-            self._original = model.__dict__.get(GENERATE)
-            model.__dict__[GENERATE] = functools.partial(self._generate, model)
+        self._replacement = MethodReplacement(model, GENERATE, self._generate)
 
-    def remove(self, model: Any) -> None:
+    def remove(self) -> None:
         """Undo `install`; safe to call twice."""
-        now = model.__dict__.get(GENERATE)
-        if isinstance(now, functools.partial) and getattr(now.func, "__self__", None) is self:
-            del model.__dict__[GENERATE]
-            if self._original is not None:
-                model.__dict__[GENERATE] = self._original
+        if self._replacement is not None:
+            self._replacement.remove()
 
-    def _generate(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        original = self._original or functools.partial(type(model).generate, model)
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before, self._local.columns = self.columns, prompt_columns(args, kwargs)
         try:
             return original(*args, **kwargs)
@@ -161,7 +177,7 @@ class PromptLength:
 
 
 def prompt_columns(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Columns of the prompt that `generate` was called with, or None if it is not said."""
+    """Columns of the prompt that `generate` was called with, or None if they do not show it."""
     for name in ("inputs_embeds", "input_ids", "inputs"):
         if isinstance(kwargs.get(name), Tensor):
             return int(kwargs[name].shape[1])

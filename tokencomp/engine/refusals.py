@@ -1,4 +1,4 @@
-"""What cannot be compressed, or not exactly: refused with the fix before anything is done."""
+"""Refuses what cannot be compressed exactly, with the fix, before anything is computed."""
 
 from __future__ import annotations
 
@@ -66,22 +66,22 @@ def _check_recomputation(between_layers: bool, proportional: bool) -> None:
 
 
 def refuse_foreign(model: nn.Module) -> None:
-    """Raise `AlreadyCompressedError` over what other methods leave on a model."""
+    """Raise `AlreadyCompressedError` if another compression method has changed the model."""
     config = getattr(model, "config", None)
-    found = [
+    changes = [
         name
         for name in ("fastv_config", "use_fast_v", "video_pruning_rate", "image_pruning_rate")
         if getattr(config, name, None)
     ]
-    found += [name for name in ("_info", "_tome_info") if name in model.__dict__]
+    changes += [name for name in ("_info", "_tome_info") if name in model.__dict__]
     for name in ("get_image_features", "get_video_features", "forward"):
         for module in (model, getattr(model, "model", None)):
-            here = getattr(module, "__dict__", {})
-            if name in here and not (name == "forward" and _only_wrapped(module)):
-                found.append(f"{type(module).__name__}.{name} replaced")
-    if found:
+            own = getattr(module, "__dict__", {})
+            if name in own and not (name == "forward" and _only_wrapped(module)):
+                changes.append(f"{type(module).__name__}.{name} replaced")
+    if changes:
         raise AlreadyCompressedError(
-            f"{type(model).__name__} carries another method's changes ({', '.join(found)}). "
+            f"{type(model).__name__} carries another method's changes ({', '.join(changes)}). "
             "Load a fresh model, or undo the other method first."
         )
 
@@ -90,7 +90,7 @@ def _only_wrapped(module: Any) -> bool:
     """Whether `module.forward` was replaced by accelerate, or by torch.compile of the original."""
     own = module.__dict__
     compiled = getattr(own["forward"], "_torchdynamo_orig_callable", None)
-    now = getattr(compiled or own["forward"], "__func__", None)
-    while now is not None and now is not type(module).forward and PREPARED in own:
-        now = getattr(now, "__wrapped__", None)
-    return now is type(module).forward or "_old_forward" in own
+    method = getattr(compiled or own["forward"], "__func__", None)
+    while method is not None and method is not type(module).forward and PREPARED in own:
+        method = getattr(method, "__wrapped__", None)
+    return method is type(module).forward or "_old_forward" in own

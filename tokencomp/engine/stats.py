@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Stats:
-    """Counts of one prefill. Nothing but the ratio is computed before it is asked for.
+    """Counts of one prefill. All but the ratio is computed on access.
 
     Attributes
     ----------
@@ -139,31 +139,36 @@ class Stats:
         }
 
 
-def warn_if_ratio_missed(stats: Stats, plan: Plan, told: set[str]) -> None:
+def warn_if_ratio_missed(stats: Stats, plan: Plan, warned: set[str]) -> None:
     """Warn, once per plan, if a prompt misses its ratio by more than rounding.
 
-    Rounding: a token per span, or a twentieth of what should be left. A plan whose reducers all
-    leave a number of their own promises no ratio.
+    Rounding is a token per span, or a twentieth of what should be left. A plan whose reducers all
+    choose the number of tokens themselves promises no ratio.
+
+    Parameters
+    ----------
+    warned
+        Names of the plans that have warned before; the name of `plan` is added.
     """
-    wanted, got = plan.ratio(stats.shape.num_layers), stats.ratio
+    planned, achieved = plan.ratio(stats.shape.num_layers), stats.ratio
     spans, before = sum(map(len, stats.spans)), sum(stats.tokens_before)
-    if not before or abs(wanted - got) <= max(0.05 * (1 - wanted), spans / before):
+    if not before or abs(planned - achieved) <= max(0.05 * (1 - planned), spans / before):
         return
     name = str([(s.layer, s.fraction, s.reducer.name) for s in plan.stages])
-    if name in told or all(s.reducer.own_count for s in plan.stages):
+    if name in warned or all(s.reducer.own_count for s in plan.stages):
         return
-    told.add(name)
+    warned.add(name)
     every = [span for row in stats.spans for span in row]
     most = max(every, key=lambda span: len(span.special) / max(1, span.visual))
     why = "a reducer of this plan leaves a number of tokens of its own"
-    if most.special and got < wanted and not any(s.reducer.own_count for s in plan.stages):
+    if most.special and achieved < planned and not any(s.reducer.own_count for s in plan.stages):
         why = (
             f"special tokens, such as line breaks, always stay, {len(most.special)} of "
             f"{most.visual} in one {most.kind}"
         )
     warnings.warn(
-        f"a prompt was planned for ratio {wanted:.5g} and reached {got:.5g}: {why}. The handle's "
-        "stats have the counts of every prompt; this is said once.",
+        f"a prompt was planned for ratio {planned:.5g} and reached {achieved:.5g}: {why}. The "
+        "handle's stats have the counts of every prompt; this is said once.",
         RatioWarning,
         stacklevel=2,
     )

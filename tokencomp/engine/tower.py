@@ -1,4 +1,4 @@
-"""What the vision tower's own attention knows of a visual token, without touching its backend.
+"""Signals of the vision tower about visual tokens, without a change of its attention backend.
 
 One block of the tower is watched: its keys, or the attention that every patch receives in it, are
 recomputed from the input of the block's attention and carried along to the decoder's visual tokens.
@@ -6,7 +6,6 @@ recomputed from the input of the block's attention and carried along to the deco
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import TowerCall
+from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.engine import compat
 from tokencomp.engine.parallel import gather_heads
 from tokencomp.errors import OptionError, SpanError
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class _Seen(threading.local):
+class _RecordedCalls(threading.local):
+    """The latest calls of the tower in this thread, and the grids of the call that runs."""
+
     grids: Tensor | None = None
     calls: deque[TowerCall] = field(default_factory=lambda: deque(maxlen=2))
 
@@ -38,19 +40,26 @@ class _Seen(threading.local):
 class TowerProbe:
     """Watches the last block but one of the vision tower for the signals that a plan needs.
 
-    The last but one, as AIM (arXiv 2412.03248) and VisionZip (arXiv 2412.04467) do: the last block
-    of many towers is not used, and its attention serves pooling. While `off` says so, nothing is
-    computed or kept.
+    AIM (arXiv 2412.03248) and VisionZip (arXiv 2412.04467) read the last block but one as well,
+    because many models do not use the output of the last block, whose attention serves pooling.
+
+    Parameters
+    ----------
+    signals
+        Which values are recorded.
+    off
+        Nothing is computed or recorded in a thread where this returns True.
     """
 
     def __init__(
-        self, adapter: Adapter, wanted: frozenset[Signal], off: Callable[[], bool] = lambda: False
+        self, adapter: Adapter, signals: frozenset[Signal], off: Callable[[], bool] = lambda: False
     ) -> None:
-        self.adapter, self.wanted, self.off = adapter, wanted, off
-        self._seen = _Seen()
-        self._handles: list[RemovableHandle] = []
+        self.adapter, self.signals, self.off = adapter, signals, off
+        self._recorded = _RecordedCalls()
+        self._handles: list[RemovableHandle | MethodReplacement] = []
 
     def install(self) -> None:
+        """Hook the tower, and the method of the body that packs tiles, if there is one."""
         tower, packer = self.adapter.tower, self.adapter.packer
         blocks = attention_blocks(tower)
         block = blocks[max(len(blocks) - 2, 0)]
@@ -59,46 +68,49 @@ class TowerProbe:
             block.register_forward_pre_hook(self._block, with_kwargs=True),
         ]
         if packer:
-            body = self.adapter.body
-            body.__dict__[packer] = functools.partial(self._pack, body, packer)
+            self._handles.append(MethodReplacement(self.adapter.body, packer, self._pack))
 
     def remove(self) -> None:
+        """Undo `install`; safe to call twice."""
         for handle in self._handles:
             handle.remove()
-        if self._handles and self.adapter.packer:
-            self.adapter.body.__dict__.pop(self.adapter.packer, None)
         self._handles.clear()
 
     @torch.compiler.disable
     def _tower(
         self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
-        # torch leaves kwargs out if another thread removes the hook while this one is called
+        # If another thread removes the hook during the call, torch passes no kwargs.
         kwargs = kwargs or {}
-        self._seen.grids = compat.bind(tower, args, kwargs).get("grid_thw")
+        self._recorded.grids = compat.bind(tower, args, kwargs).get("grid_thw")
 
     @torch.compiler.disable
     @torch.no_grad()
     def _block(self, attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.off():
             return
-        given = compat.bind(attn, args, kwargs)
-        q, k = queries_and_keys(attn, given)
+        arguments = compat.bind(attn, args, kwargs)
+        q, k = queries_and_keys(attn, arguments)
         values: dict[Signal, Tensor] = {}
-        if TOWER_KEYS in self.wanted:
+        if TOWER_KEYS in self.signals:
             values[TOWER_KEYS] = k.flatten(-2).float()
-        if TOWER_ATTENTION in self.wanted:
+        if TOWER_ATTENTION in self.signals:
             received = attention_received(
-                *_rotated(attn, q, k, given), given.get("cu_seqlens"), self.adapter.class_token
+                *_rotated(attn, q, k, arguments),
+                arguments.get("cu_seqlens"),
+                self.adapter.class_token,
             )
             values[TOWER_ATTENTION] = received[..., None]
-        self._seen.calls.append(TowerCall(values, self._seen.grids))
+        self._recorded.calls.append(TowerCall(values, self._recorded.grids))
 
-    def _pack(self, body: nn.Module, name: str, features: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._seen.calls:
+    def _pack(self, original: Callable[..., Any], features: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the packer of the body, and record how it was called."""
+        if self._recorded.calls:
+            # `Adapter.tower_tokens` packs the recorded values in the same way, but without line
+            # breaks: it passes `image_newline=None` itself.
             kwargs_now = {k: v for k, v in kwargs.items() if k != "image_newline"}
-            self._seen.calls[-1].packing = [len(f) for f in features], args, kwargs_now
-        return getattr(type(body), name)(body, features, *args, **kwargs)
+            self._recorded.calls[-1].packing = [len(f) for f in features], args, kwargs_now
+        return original(features, *args, **kwargs)
 
     def collect(self, spans: list[list[VisualSpan]]) -> dict[Signal, list[list[Tensor]]]:
         """Values of every span by signal: float32 (length, d), 0 at tokens that carry no patch.
@@ -111,25 +123,27 @@ class TowerProbe:
         Raises
         ------
         SpanError
-            The tower was not called for this prompt (features made outside of the model), or for
-            other media.
+            The tower was not called for this prompt (the caller passed features instead of
+            pixels), or it was called for other media.
         """
         kinds = [k for k in ("image", "video") if any(s.kind == k for row in spans for s in row)]
-        calls = list(self._seen.calls)[len(self._seen.calls) - len(kinds) :]
-        self._seen.calls.clear()
+        # The tower runs once for all images and then once for all videos. An earlier call belongs
+        # to another prompt, which never reached the decoder.
+        calls = list(self._recorded.calls)[len(self._recorded.calls) - len(kinds) :]
+        self._recorded.calls.clear()
         if len(calls) < len(kinds):
             raise SpanError(
                 "the reducer reads the vision tower's attention, but the tower did not run for "
                 "this prompt. Pass pixels, not precomputed features, or use another signal."
             )
-        found = {}
-        for name in self.wanted:
+        values = {}
+        for name in self.signals:
             tokens = {
                 kind: self.adapter.tower_tokens(call.values[name], kind, call)
                 for kind, call in zip(kinds, calls, strict=True)
             }
-            found[name] = _spread(spans, tokens)
-        return found
+            values[name] = _spread(spans, tokens)
+        return values
 
 
 def check_signals(plan: Plan, adapter: Adapter) -> frozenset[Signal]:
@@ -143,14 +157,17 @@ def check_signals(plan: Plan, adapter: Adapter) -> frozenset[Signal]:
     reducers = {n: s.reducer.name for s in plan.stages for n in TOWER_SIGNALS & s.reducer.needs}
     if reducers and "tower" not in adapter.signals:
         raise OptionError(
-            f"reducer {next(iter(reducers.values()))!r} asks for the vision tower's attention, "
-            f"which {adapter.family} does not offer here. Use another signal or metric."
+            f"reducer {next(iter(reducers.values()))!r} reads the vision tower's attention, "
+            f"which {adapter.family} does not offer. Use another signal or metric."
         )
     return frozenset(reducers)
 
 
 def attention_blocks(tower: nn.Module) -> list[nn.Module]:
-    """Self-attention modules of a tower, in order: those with a fused or separate q and k."""
+    """Self-attention modules of a tower, in order.
+
+    They are recognised by their projections: one fused `qkv`, or a `q_proj` and a `k_proj`.
+    """
     return [
         m
         for m in tower.modules()
@@ -158,23 +175,23 @@ def attention_blocks(tower: nn.Module) -> list[nn.Module]:
     ]
 
 
-def queries_and_keys(attn: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def queries_and_keys(attn: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """q and k of all heads before any rotation, shape (B, S, heads, head_dim)."""
-    x = given["hidden_states"]
+    x = arguments["hidden_states"]
     x = x[None] if x.ndim == 2 else x
     if hasattr(attn, "qkv"):
         q, k, _ = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)
         return q, k
     q, k = attn.q_proj(x), attn.k_proj(x)
     q, k = getattr(attn, "q_norm", nn.Identity())(q), getattr(attn, "k_norm", nn.Identity())(k)
-    # A sharded tower has some of the heads here, and `num_heads` may count all of them.
+    # A rank of a sharded tower has only some of the heads, and `num_heads` may count all of them.
     heads = (-1, attn.head_dim)
     q, k = q.unflatten(-1, heads), k.unflatten(-1, heads)
     return gather_heads(attn, q, dim=-2), gather_heads(attn, k, dim=-2)
 
 
-def _rotated(attn: Any, q: Tensor, k: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    tables = given.get("position_embeddings")
+def _rotated(attn: Any, q: Tensor, k: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    tables = arguments.get("position_embeddings")
     return (q, k) if tables is None else compat.rotate_vision(attn, q, k, *tables)
 
 
@@ -213,7 +230,12 @@ def attention_received(
 
 
 def _spread(spans: list[list[VisualSpan]], tokens: dict[str, Tensor]) -> list[list[Tensor]]:
-    """Hand out values of patches, in order, to spans; beams repeat rows one after the other."""
+    """Distribute values of patches, in order, to spans.
+
+    Beam search repeats every row of a batch, one copy after the other, but the tower encodes each
+    medium once. The number of copies follows from the number of tokens per encoded value; it must
+    be a whole number and the same for images and videos.
+    """
     total = {
         kind: sum(s.grid[0] * s.grid[1] * s.grid[2] for row in spans for s in row if s.kind == kind)
         for kind in tokens
@@ -221,20 +243,21 @@ def _spread(spans: list[list[VisualSpan]], tokens: dict[str, Tensor]) -> list[li
     copies = {kind: n / max(len(tokens[kind]), 1) for kind, n in total.items()}
     times = next(iter(copies.values()), 1.0)
     if times != int(times) or len(spans) % int(times or 1) or len(set(copies.values())) > 1:
-        told = ", ".join(f"{len(tokens[k])} {k} patches for {n} tokens" for k, n in total.items())
+        counts = [f"{len(tokens[k])} {k} patches for {n} tokens" for k, n in total.items()]
         raise SpanError(
-            f"the vision tower encoded {told}: not the media of this prompt. Let one call encode "
-            "and read them, or use a reducer that does not ask for the tower's attention."
+            f"the vision tower encoded {', '.join(counts)}, which are not the media of this "
+            "prompt. Let one call encode and read them, or use a reducer that does not read the "
+            "tower's attention."
         )
-    at, found = dict.fromkeys(tokens, 0), []
+    next_patch, tables_of_rows = dict.fromkeys(tokens, 0), []
     for row in spans[:: int(times) or 1]:
-        values = []
+        tables = []
         for span in row:
-            source, start = tokens[span.kind], at[span.kind]
+            source, start = tokens[span.kind], next_patch[span.kind]
             patches = ~span.special_mask(source.device)
             table = source.new_zeros(span.length, source.shape[-1])
-            at[span.kind] = start + int(patches.sum())
-            table[patches] = source[start : at[span.kind]]
-            values.append(table)
-        found += [values] * (int(times) or 1)
-    return found
+            next_patch[span.kind] = start + int(patches.sum())
+            table[patches] = source[start : next_patch[span.kind]]
+            tables.append(table)
+        tables_of_rows += [tables] * (int(times) or 1)
+    return tables_of_rows

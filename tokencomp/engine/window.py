@@ -10,9 +10,9 @@ from tokencomp.errors import UnsupportedModelError
 def attention_window(config: Any, cache: Any) -> int | None:
     """How many tokens a decoder row attends to at most; None: all.
 
-    Where `layer_types` is given it decides, and adapters refuse layers with a window when the model
-    is patched. Without it, Mistral's layers have the window that `sliding_window` names, Llama's
-    ignore it, and the default KV cache cuts its rows to it in both.
+    If the config has `layer_types`, they decide, and adapters refuse layers with a window when the
+    model is patched. Without them, Mistral's layers have the window that `sliding_window` names,
+    Llama's ignore it, and the default KV cache cuts its rows to it in both.
     """
     window = getattr(config, "sliding_window", None)
     if getattr(config, "layer_types", None) or getattr(config, "use_sliding_window", True) is False:
@@ -23,7 +23,7 @@ def attention_window(config: Any, cache: Any) -> int | None:
 
 
 def check_attention_window(config: Any, cache: Any, length: int) -> None:
-    """Refuse a compressed sequence that an attention window does not hold as a whole.
+    """Refuse a compressed sequence that is longer than an attention window.
 
     Inside of the window all rows are seen, and dropping equals masking. Beyond it, attention and
     caches count rows, of which there are fewer now: tokens that the full model no longer sees

@@ -1,0 +1,62 @@
+"""Replaces a method of one object, and puts back exactly what was there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+_ABSENT: Any = object()  # the object had no attribute of its own, only the method of its class
+
+
+class MethodReplacement:
+    """A method of one object that runs another function, from construction to `remove`.
+
+    An attribute of the object itself replaces the method, so that other objects of the class keep
+    theirs. If the object has no such method (that of another transformers release, for example),
+    nothing is replaced.
+
+    Parameters
+    ----------
+    owner
+        The object, usually a model.
+    name
+        Name of the method.
+    replacement
+        Called as `replacement(original, *args, **kwargs)`, where `original(...)` is a call of the
+        object as it was before: of its own attribute, if it had one, else of the class's method.
+    """
+
+    def __init__(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+        self._owner, self._name, self._replacement = owner, name, replacement
+        self._earlier = vars(owner).get(name, _ABSENT)
+        self._active = hasattr(owner, name)
+        # `vars` instead of setattr: nn.Module treats some values in a way of its own.
+        self._installed = functools.partial(self._call)
+        if self._active:
+            vars(owner)[name] = self._installed
+
+    def remove(self) -> None:
+        """Put back what was there; safe to call twice.
+
+        If somebody has replaced the attribute since, theirs stays. It may still call this
+        replacement, which from now on only passes calls on to the original.
+        """
+        own = vars(self._owner)
+        if self._active and own.get(self._name) is self._installed:
+            if self._earlier is _ABSENT:
+                del own[self._name]
+            else:
+                own[self._name] = self._earlier
+        self._active = False
+
+    def _original(self) -> Callable[..., Any]:
+        if self._earlier is not _ABSENT:
+            return self._earlier
+        # Looked up in every call, as Python does with methods.
+        return functools.partial(getattr(type(self._owner), self._name), self._owner)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._active:
+            return self._original()(*args, **kwargs)
+        return self._replacement(self._original(), *args, **kwargs)

@@ -1,0 +1,114 @@
+"""What the model and its body are called with, noted for the decoder call inside of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.engine.decode import begins_prompt
+from tokencomp.errors import NoVisualInputError, UncompressedWarning
+
+
+class CallNotes:
+    """Notes of the running call of every thread.
+
+    The methods change thread-local state, which Dynamo cannot trace: they run between the graphs
+    of a compiled model.
+
+    Parameters
+    ----------
+    local
+        State of the calling thread. `labels`, `logits` (last columns whose logits the call
+        returns; 0: all) and `draft` (speculative tokens at its end) come from the model; `kinds`
+        and `inputs` (see `Adapter.kinds`) from its body.
+    strict
+        Whether prompts without media are refused.
+    """
+
+    def __init__(self, adapter: Adapter, local: Any, strict: bool) -> None:
+        self.adapter, self.local, self.strict = adapter, local, strict
+        self._warned_hidden = False
+
+    @torch.compiler.disable
+    def note_call(self, arguments: Mapping[str, Any], slices: bool) -> None:
+        """Note the labels, and which logits the call must return.
+
+        Parameters
+        ----------
+        arguments
+            Arguments of the model by name.
+        slices
+            Whether the model applies `logits_to_keep`.
+        """
+        keep, labels = arguments.get("logits_to_keep", 0), arguments.get("labels")
+        if labels is not None or not isinstance(keep, int):
+            keep = 0
+        self.local.labels = labels
+        self.local.draft = max(keep - 1, 0)  # assisted decoding: speculative tokens at the end
+        self.local.logits = keep if slices else 0
+
+    @torch.compiler.disable
+    def forget_call(self) -> None:
+        """Undo `note_call`."""
+        self.local.logits = self.local.draft = 0
+        self.local.labels = None
+
+    def note_prompt(self, arguments: dict[str, Any], disabled: bool) -> bool:
+        """Note where the visual features of a call go.
+
+        Parameters
+        ----------
+        arguments
+            Arguments of the body by name.
+        disabled
+            Whether compression is off in this thread, so that nothing is noted.
+
+        Returns
+        -------
+        bool
+            Whether the call begins a prompt that brings no features.
+        """
+        self.forget_prompt()
+        if disabled:
+            return False
+        kinds = self.adapter.kinds(arguments)
+        if kinds is None:
+            return begins_prompt(arguments)
+        self.local.kinds, self.local.inputs = kinds.cpu(), arguments
+        return False
+
+    @torch.compiler.disable
+    def forget_prompt(self) -> None:
+        """Undo `note_prompt`, and forget the forward pass of the decoder."""
+        self.local.kinds = self.local.inputs = self.local.forward = None
+
+    def without_features(self, arguments: Mapping[str, Any]) -> None:
+        """Warn of a prompt that may run uncompressed without anybody knowing, once per patch.
+
+        Raises
+        ------
+        NoVisualInputError
+            `strict=True`: a prompt must bring features.
+        """
+        hidden = self.adapter.hides_features(arguments)
+        if self.strict:
+            raise NoVisualInputError(
+                "strict=True and this prompt brings no image or video, so nothing can be "
+                "compressed. Pass pixel_values / pixel_values_videos; beside inputs_embeds with "
+                "features in place pass mm_token_type_ids (0 text, 1 image, 2 video) too; or use "
+                "patch(..., strict=False)."
+            )
+        if hidden and not self._warned_hidden:
+            self._warned_hidden = True
+            warnings.warn(
+                "a prompt came as inputs_embeds without pixels. If image or video features already "
+                "stand in it, they run uncompressed, because their columns are unknown. "
+                "Pass mm_token_type_ids (0 text, 1 image, 2 video) beside it. This warning appears "
+                "once per patch.",
+                UncompressedWarning,
+                stacklevel=2,
+            )

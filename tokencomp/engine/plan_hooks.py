@@ -1,0 +1,94 @@
+"""The hooks that depend on the plan: on decoder layers, their attention, and the vision tower."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.engine import compat
+from tokencomp.engine.forward import ForwardPass
+from tokencomp.engine.tower import TowerProbe, check_signals
+from tokencomp.plan import Plan
+from tokencomp.tokens import Attention
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+
+class PlanHooks:
+    """Installs and removes the hooks of one plan; they act on the forward pass that runs.
+
+    Parameters
+    ----------
+    local
+        State of the calling thread; `forward` is its forward pass, or None.
+    off
+        Whether compression is off in the calling thread.
+    """
+
+    def __init__(self, adapter: Adapter, local: Any, off: Callable[[], bool]) -> None:
+        self.adapter, self.local, self.off = adapter, local, off
+        self.tower: TowerProbe | None = None
+        self._handles: list[RemovableHandle] = []
+        self._layered = False
+        self._lock = threading.Lock()
+
+    def install(self, plan: Plan) -> None:
+        """Hook what the stages of `plan` need."""
+        self._install_scores(plan)
+        signals = check_signals(plan, self.adapter)
+        if signals:
+            self.tower = TowerProbe(self.adapter, signals, off=self.off)
+            self.tower.install()
+        if plan.layer_stages:
+            self.install_layers()
+
+    def remove(self) -> None:
+        """Undo `install` and `install_layers`; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._layered = False
+        if self.tower is not None:
+            self.tower.remove()
+            self.tower = None
+
+    def _install_scores(self, plan: Plan) -> None:
+        for stage in plan.layer_stages:
+            for signal in stage.reducer.needs if stage.fraction > 0 else ():
+                if isinstance(signal, Attention) and signal.layer == "previous":
+                    attn: Any = self.adapter.layers[stage.layer - 1].self_attn
+                    score = functools.partial(self._attention, stage.layer, signal)
+                    self._handles.append(attn.register_forward_hook(score, with_kwargs=True))
+
+    def install_layers(self) -> None:
+        """Hook every decoder layer, once: some hold other rows than the first.
+
+        Entry plans pay for these hooks only when an earlier, staged patch left such a cache.
+        """
+        with self._lock:
+            if self._layered:
+                return
+            self._layered = True
+            for i, layer in enumerate(self.adapter.layers):
+                hook = functools.partial(self._layer, i)
+                self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+
+    @torch.compiler.disable
+    def _layer(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        forward: ForwardPass | None = getattr(self.local, "forward", None)
+        return None if forward is None else forward.before_layer(i, args, kwargs)
+
+    @torch.compiler.disable
+    def _attention(
+        self, stage: int, signal: Any, module: nn.Module, args: Any, kwargs: Any, out: Any
+    ) -> None:
+        forward: ForwardPass | None = getattr(self.local, "forward", None)
+        if forward is not None and forward.compresses:
+            forward.score(stage, module, compat.bind(module, args, kwargs), signal)

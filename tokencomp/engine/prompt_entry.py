@@ -1,0 +1,99 @@
+"""The entry stage of a prefill, and the decoder arguments that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.engine import compat
+from tokencomp.engine.decode import first_layer
+from tokencomp.engine.forward import ForwardPass
+from tokencomp.engine.packing import sequence_lengths, text_positions
+from tokencomp.engine.window import check_attention_window
+
+
+def enter_prompt(
+    adapter: Adapter,
+    forward: ForwardPass,
+    positions: Tensor,
+    arguments: dict[str, Any],
+    cache: Any,
+    compact: bool,
+) -> None:
+    """Apply the entry stage, and set embeddings, positions and masks of the decoder call in place.
+
+    Parameters
+    ----------
+    positions : Tensor of int64, shape (3, B, L) for M-RoPE, else (B, L)
+        Positions of the uncompressed call.
+    arguments
+        Arguments of the decoder by name, with the 2-D mask of padding.
+    cache
+        The KV cache of the call, or None.
+    compact
+        Whether positions count the kept tokens only.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The sequence is longer than the attention window of the decoder.
+    """
+    x, positions, index = forward.entry(arguments["inputs_embeds"], positions, cache)
+    valid = forward.layout.valid(x.device)
+    if index is not None:
+        adapter.gather_extra(arguments, index, valid)
+    if forward.layout.packed:
+        arguments.update(sequence_lengths(forward.layout, arguments))
+        if cache is None and not arguments.get("use_cache"):
+            valid = None  # padding is kept apart like a prompt of its own
+    arguments["inputs_embeds"] = x
+    if compact:
+        positions = _compact_positions(forward, valid, x)
+    _set_positions(adapter, arguments, forward, positions)
+    first = forward.segments[0]
+    length = first.physical + x.shape[1] if compact else first.logical + forward.width
+    # A decode step on a static cache reads no length on the host, so its whole length counts.
+    length = max(length, getattr(first_layer(cache), "max_cache_len", 0))
+    check_attention_window(adapter.text_config, cache, length)
+    arguments["attention_mask"] = first.padding_mask(valid, x.shape[0], x.device)
+    compat.set_cache_position(arguments, first.logical, x.shape[1])
+
+
+def _set_positions(
+    adapter: Adapter, arguments: MutableMapping[str, Any], forward: ForwardPass, positions: Tensor
+) -> None:
+    """Write the positions of a compressed call to the arguments of the decoder.
+
+    Text positions of kept tokens have gaps, which mask code and FlashAttention take for the begin
+    of another packed prompt. They therefore get positions without gaps, and the rotary embedding
+    alone gets the true ones.
+
+    Parameters
+    ----------
+    positions : Tensor of int64, shape (3, B, n) for M-RoPE, else (B, n)
+    """
+    text = text_positions(forward.layout, positions.device)
+    if adapter.mrope:
+        text = text.expand(positions.shape[1], -1)[None]
+        arguments["position_ids"] = torch.cat([text, positions])
+    else:
+        forward.rotary, arguments["position_ids"] = positions, text
+
+
+def _compact_positions(forward: ForwardPass, valid: Tensor | None, x: Tensor) -> Tensor:
+    """Positions (B, n) without gaps; they begin again in every prompt of a packed row.
+
+    Parameters
+    ----------
+    valid : Tensor of bool, shape (B, n), or None
+        False at padding.
+    x : Tensor, shape (B, n, d)
+        Hidden states of the call after its entry stage.
+    """
+    if forward.layout.packed:
+        return text_positions(forward.layout, x.device).expand(x.shape[0], -1)
+    return forward.segments[0].contiguous(valid, x)

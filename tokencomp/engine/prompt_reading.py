@@ -1,0 +1,157 @@
+"""Reads a decoder call with visual tokens: positions, spans, prompts, and cache segments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.adapters.base import Adapter, Call
+from tokencomp.context_window import check_window
+from tokencomp.engine.forward import ForwardPass
+from tokencomp.engine.layout import RowLayout, full_layout
+from tokencomp.engine.padding import aligned_layout, left_padded, real_columns
+from tokencomp.engine.question import (
+    PromptLength,
+    build_prompts,
+    packed_starts,
+    starts_from_lengths,
+)
+from tokencomp.engine.refusals import check_prefill
+from tokencomp.engine.segments import build_segments
+from tokencomp.plan import Plan
+from tokencomp.tokens import VisualSpan
+
+
+@dataclass(frozen=True)
+class PrefillCall:
+    """A decoder call that carries visual tokens, and what the calls around it said.
+
+    Attributes
+    ----------
+    arguments
+        Arguments of the decoder by name, with the 2-D mask of padding as `attention_mask`.
+    kinds : Tensor of int8 on the CPU, shape (B, L)
+        See `Adapter.kinds`.
+    cache
+        The KV cache, or None.
+    inputs
+        Arguments of the model's body by name.
+    labels : Tensor of int64, shape (B, L), or None
+        Labels of a training call.
+    draft
+        Number of draft tokens at the end of the call, where it is not known from `generate`.
+    """
+
+    arguments: dict[str, Any]
+    kinds: Tensor
+    cache: Any
+    inputs: Mapping[str, Any]
+    labels: Tensor | None
+    draft: int
+
+
+class PromptReader:
+    """Turns a prefill call into a `ForwardPass`, before anything is computed or changed.
+
+    Parameters
+    ----------
+    proportional
+        Whether sizes of merged tokens are added to the attention logits.
+    prompt_length
+        Knows how many columns the prompt of a running `generate` has.
+    """
+
+    def __init__(self, adapter: Adapter, proportional: bool, prompt_length: PromptLength) -> None:
+        self.adapter, self.proportional = adapter, proportional
+        self.prompt_length = prompt_length
+
+    def read(self, call: PrefillCall, plan: Plan) -> tuple[ForwardPass, Tensor]:
+        """Read a prefill call.
+
+        Returns
+        -------
+        ForwardPass
+            With the layout and the segments of the call; no stage has run.
+        Tensor of int64
+            Positions of the uncompressed call, (3, B, L) for M-RoPE, else (B, L).
+
+        Raises
+        ------
+        TokenCompError
+            The call cannot be compressed, or not exactly.
+        """
+        adapter, arguments, cache = self.adapter, call.arguments, call.cache
+        x, mask = arguments["inputs_embeds"], arguments.get("attention_mask")
+        layered = bool(plan.layer_stages)
+        check_prefill(adapter, arguments, call.kinds, layered, self.proportional)
+        positions, text = read_positions(adapter, arguments, cache)
+        rows = positions.cpu() if adapter.mrope else None
+        spans = adapter.spans(Call(call.kinds, x, rows, adapter.body, call.inputs))
+        check_window(adapter, call.kinds, cache)
+        layout = self._layout(call, spans, text)
+        forward = ForwardPass(adapter, plan, spans, layout, x.shape[1])
+        forward.segments = build_segments(plan, len(adapter.layers), cache, mask)
+        return forward, positions
+
+    def _layout(
+        self, call: PrefillCall, spans: list[list[VisualSpan]], text: Tensor | None
+    ) -> RowLayout:
+        """Where the tokens of a prefill stand: real columns, prompts, and the end of questions.
+
+        Parameters
+        ----------
+        text : Tensor of int64, shape (B, L) or (1, L), or None
+            Positions of the caller that begin again in every packed prompt.
+        """
+        shape = call.arguments["inputs_embeds"].shape[:2]
+        mask, past = call.arguments.get("attention_mask"), cached_length(call.cache)
+        real, starts = real_columns(mask, shape), None
+        if mask is None and past == 0:  # the only case in which transformers looks for packing
+            starts = packed_starts(None if text is None else text.cpu())
+            starts = starts or starts_from_lengths(call.arguments.get("cu_seq_lens_q"), *shape)
+        generated = self.prompt_length.generated(past, shape[1])
+        if generated is None:
+            # `logits_to_keep` beyond the text at the end cannot be a count of draft tokens: the
+            # caller wants logits of visual columns.
+            tail = min((shape[1] - row[-1].stop for row in spans if row), default=0)
+            generated = call.draft if call.draft <= tail else 0
+        prompts = build_prompts(real, spans, starts, call.labels, generated)
+        if left_padded(real):
+            return full_layout(shape[1], real.sum(1).tolist(), spans, prompts)
+        return aligned_layout(real, spans, prompts)
+
+
+def cached_length(cache: Any) -> int:
+    """Logical tokens that a cache holds; 0 where there is none."""
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def read_positions(
+    adapter: Adapter, arguments: Mapping[str, Any], cache: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Positions of an uncompressed decoder call, and those that distinguish packed prompts.
+
+    Returns
+    -------
+    Tensor of int64
+        (3, B, L) for M-RoPE, else (B, L).
+    Tensor of int64, or None
+        (B, L) or (1, L); None where the caller passed none.
+    """
+    x, positions = arguments["inputs_embeds"], arguments.get("position_ids")
+    batch, n = x.shape[:2]
+    if positions is None:
+        start = cached_length(cache)
+        own = torch.arange(start, start + n, device=x.device)[None]
+        return own.expand(*((3,) if adapter.mrope else ()), batch, -1), None
+    if not adapter.mrope:
+        return positions.expand(batch, -1), positions
+    if positions.ndim == 2:
+        positions = positions[None]
+    # Three rows are time, height and width alone; a fourth before them counts tokens.
+    text = positions[0] if positions.shape[0] == 4 else None
+    return positions[-3:].expand(3, batch, -1), text

@@ -1,0 +1,188 @@
+"""Segments of decoder layers: the layers of a segment see the same rows, others see fewer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.engine import compat
+from tokencomp.engine.cache import CompressedLayer, physical_length
+from tokencomp.engine.layout import RowLayout
+from tokencomp.engine.outputs import cached_columns
+from tokencomp.engine.packing import text_positions
+from tokencomp.plan import Plan, Stage
+
+
+@dataclass
+class Segment:
+    """Layers `first … stop - 1`: they see the same rows, of this call and of earlier ones.
+
+    Attributes
+    ----------
+    physical, dropped : int
+        Rows that their cache layers hold at the start of the call, and tokens that left before.
+    past, past_sizes, past_columns : Tensor or None
+        `valid`, `sizes` and `columns` of those cache layers, see `CompressedLayer`. For plain
+        layers, `past` is the caller's mask of padding.
+    layout
+        Where the tokens of this call stand in these layers.
+    stage
+        The stage before layer `first`, or None.
+    tables
+        Rotary tables of these layers; None: those of the call.
+    mask, text_positions
+        What the layers take as `attention_mask` and `position_ids`. They stay None in the first
+        segment, for which the decoder itself prepares them.
+    ready
+        Whether layer `first` has been entered, and the mask and tables are set.
+    """
+
+    first: int
+    stop: int
+    physical: int = 0
+    dropped: int = 0
+    past: Tensor | None = None
+    past_sizes: Tensor | None = None
+    past_columns: Tensor | None = None
+    layout: RowLayout = field(default_factory=lambda: RowLayout(0, [], []))
+    stage: Stage | None = None
+    tables: tuple[Tensor, Tensor] | None = None
+    mask: Any = None
+    text_positions: Tensor | None = None
+    ready: bool = False
+
+    @classmethod
+    def after(cls, layer: CompressedLayer, first: int, stop: int, layout: RowLayout) -> Segment:
+        """The segment of later tokens on cache layers like `layer`."""
+        past = (layer.rows, layer.dropped, layer.valid, layer.sizes, layer.columns)
+        return cls(first, stop, *past, layout)
+
+    @property
+    def logical(self) -> int:
+        """Tokens before this call, dropped ones and padding included."""
+        return self.physical + self.dropped
+
+    def contiguous(self, new: Tensor | None, x: Tensor) -> Tensor:
+        """Positions (B, n) that count real rows only, earlier ones first; x is (B, n, d)."""
+        if new is None:
+            new = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        start: Any = self.physical
+        if self.past is not None:
+            start = self.past.to(x.device).sum(1, keepdim=True)
+        return (start + new.long().cumsum(1) - 1).clamp(min=0)
+
+    def all_valid(self, new: Tensor | None) -> Tensor | None:
+        """Real rows among past and new ones, (B, rows); None if all are."""
+        if self.past is None and new is None:
+            return None
+        batch = (new if new is not None else self.past).shape[0]  # type: ignore[union-attr]
+        past = self.past
+        if past is None:
+            past = new.new_ones(batch, self.physical)  # type: ignore[union-attr]
+        if new is None:
+            new = past.new_ones(batch, self.layout.width)
+        return torch.cat([past.to(new.device), new], dim=1)
+
+    def all_sizes(self) -> Tensor | None:
+        """Tokens that the first rows, past and new, stand for, (B, m); None if one each."""
+        new, past = self.layout.sizes, self.past_sizes
+        if new is None or self.physical == 0:
+            return past if new is None else new
+        old = new.new_ones(new.shape[0], self.physical)
+        if past is not None:
+            old[:, : past.shape[1]] = past
+        return torch.cat([old, new], dim=1)
+
+    def columns_before(self, batch: int, device: torch.device) -> Tensor | None:
+        """Column of every row cached before this call, (B, rows); None if nothing had left."""
+        return cached_columns(self.past_columns, self.physical, self.dropped, batch, device)
+
+    def all_columns(self, width: int) -> Tensor | None:
+        """Column of every row, cached before or new, (B, rows); None while no row has left.
+
+        Parameters
+        ----------
+        width
+            Number of columns of this call in the caller's batch.
+
+        Returns
+        -------
+        Tensor of int64, or None
+            Columns count over all calls: those of this call follow the logical length before it.
+        """
+        new = self.layout.origin
+        if new is None and not self.dropped:
+            return None
+        if new is None:  # nothing has left in this call, but in an earlier one
+            new = torch.arange(width)[None].expand(len(self.layout.lengths), -1)
+        past = self.columns_before(new.shape[0], new.device)
+        if past is None:  # nothing had left before this call: row and column are the same
+            past = torch.arange(self.physical, device=new.device).expand(new.shape[0], -1)
+        return torch.cat([past, new + self.logical], dim=1)
+
+    def padding_mask(self, new: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
+        """The 2-D mask by logical column, as transformers counts: dropped columns are real."""
+        if self.past is None and new is None:
+            return None
+        valid = self.all_valid(new)
+        ones = torch.ones(batch, self.dropped, dtype=torch.bool, device=device)
+        return torch.cat([ones, valid.to(device)], dim=1)  # type: ignore[union-attr]
+
+    def set_mask(self, config: Any, hidden: Tensor, new: Tensor | None, cache: Any) -> None:
+        """Set the mask (and the positions of packed prompts) of these layers for this call.
+
+        Parameters
+        ----------
+        config
+            Config of the decoder.
+        hidden : Tensor, shape (B, n, d)
+            Input of the first layer.
+        new : Tensor of bool, shape (B, n), or None
+            False at padding among the new rows.
+        cache
+            The KV cache of the call, or None.
+        """
+        text = None
+        if self.layout.packed and cache is None:
+            # transformers distinguishes packed prompts by positions that start again, and only
+            # where there is neither a mask nor a cache.
+            new, text = None, text_positions(self.layout, hidden.device)
+        mask = self.padding_mask(new, hidden.shape[0], hidden.device)
+        view = compat.MaskView(self.physical, self.dropped)
+        self.mask = compat.causal_mask(config, hidden, mask, view, text)
+        self.text_positions = text
+
+
+def build_segments(plan: Plan, total: int, cache: Any, mask: Tensor | None) -> list[Segment]:
+    """Cut the decoder where a stage acts now or has acted in an earlier turn.
+
+    Parameters
+    ----------
+    total
+        Number of decoder layers.
+    cache
+        The KV cache of the call, or None.
+    mask : Tensor, shape (B, past + L), or None
+        The 2-D mask of padding.
+    """
+    layers = list(getattr(cache, "layers", None) or [])
+    stages = {s.layer: s for s in plan.stages}
+    old = {i for i, layer in enumerate(layers) if getattr(layer, "starts_segment", False)}
+    starts = sorted({0, *stages, *old})
+    segments = []
+    for first, stop in zip(starts, [*starts[1:], total], strict=True):
+        segment = Segment(first, stop, stage=stages.get(first))
+        if first < len(layers):
+            layer = layers[first]
+            segment.physical = physical_length(layer)
+            if isinstance(layer, CompressedLayer):
+                segment.dropped, segment.past = layer.dropped, layer.valid
+                segment.past_sizes, segment.past_columns = layer.sizes, layer.columns
+            elif mask is not None and segment.physical:
+                past = mask[:, : segment.physical].bool()
+                segment.past = None if bool(past.all()) else past
+        segments.append(segment)
+    return segments
