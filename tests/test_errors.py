@@ -127,35 +127,39 @@ def test_stage_outside_the_decoder(family: Family) -> None:
         Plan((Stage(2, 0.5, make_reducer("uniform")), Stage(0, 0.2, make_reducer("uniform"))))
 
 
-@pytest.mark.parametrize("kind", ["static", "sliding_window", "quantized-like"])
-def test_caches(family: Family, kind: str) -> None:
-    model, inputs = family.build(), prompt(family)
-    length = inputs["input_ids"].shape[1] + 4
-    if kind == "static":
-        cache = transformers.StaticCache(config=family.decoder(model).config, max_cache_len=length)
-    elif kind == "sliding_window":
-        from transformers.cache_utils import DynamicSlidingWindowLayer
+def test_a_cache_layer_of_another_layout(family: Family) -> None:
+    from transformers.cache_utils import DynamicLayer
 
-        cache = transformers.DynamicCache()
-        cache.layers = [DynamicSlidingWindowLayer(8) for _ in range(family.layers)]
-    else:
-        from transformers.cache_utils import DynamicLayer
+    class PackedLayer(DynamicLayer):
+        """Some other layout."""
 
-        class PackedLayer(DynamicLayer):
-            """Some other layout."""
-
-        cache = transformers.DynamicCache()
-        cache.layers = [PackedLayer() for _ in range(family.layers)]
+    model, cache = family.build(), transformers.DynamicCache()
+    cache.layers = [PackedLayer() for _ in range(family.layers)]
     with (
         tokencomp.patch(model, 0.5),
-        pytest.raises(errors.UnsupportedCacheError, match=r"DynamicCache|DynamicLayer"),
+        pytest.raises(errors.UnsupportedCacheError, match=r"holds PackedLayer"),
     ):
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**prompt(family), past_key_values=cache, use_cache=True)
 
 
-def test_static_cache_through_generate(family: Family) -> None:
+def test_a_window_that_the_prompt_reaches(family: Family) -> None:
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
+    model, cache = family.build(), transformers.DynamicCache()
+    cache.layers = [DynamicSlidingWindowLayer(8) for _ in range(family.layers)]
+    with (
+        tokencomp.patch(model, 0.5),
+        pytest.raises(errors.UnsupportedModelError, match="attends to the last 8 only"),
+    ):
+        model(**prompt(family), past_key_values=cache, use_cache=True)
+
+
+def test_a_static_cache_under_layer_stages(family: Family) -> None:
     model = family.build()
-    with tokencomp.patch(model, 0.5), pytest.raises(errors.UnsupportedCacheError):
+    with (
+        tokencomp.patch(model, 0.5, reducer="prune"),
+        pytest.raises(errors.UnsupportedCacheError, match="entry stage alone"),
+    ):
         model.generate(**prompt(family), max_new_tokens=2, cache_implementation="static")
 
 

@@ -121,6 +121,7 @@ def test_auto_is_the_recorded_choice() -> None:
             assert [s.reducer for s in handle.plan.stages] == [expected]
 
 
+@pytest.mark.long
 def test_published_pages_are_those_of_the_published_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

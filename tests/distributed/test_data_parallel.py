@@ -14,6 +14,8 @@ import tokencomp
 from tokencomp.adapters.base import unwrap
 from tokencomp.errors import UnsupportedModelError
 
+pytestmark = pytest.mark.long
+
 WAYS = [
     ("ddp", "condiv", "wrap"),
     ("ddp", "prune", "patch"),

@@ -14,6 +14,8 @@ import tokencomp
 from tokencomp.engine.parallel import gather_heads
 from tokencomp.errors import UnsupportedModelError
 
+pytestmark = pytest.mark.long
+
 CASES: dict[str, dict[str, Any]] = {
     name: {"reducer": name}
     for name in ("condiv", "fastv", "pyramiddrop", "prune", "cdpruner", "aim", "condiv+prune")

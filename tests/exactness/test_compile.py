@@ -13,6 +13,8 @@ from transformers.generation.configuration_utils import CompileConfig
 
 import tokencomp
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(params=NAMES)
 def family(request: pytest.FixtureRequest) -> Family:
