@@ -23,7 +23,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.hookimpl(tryfirst=True)  # the family comes first in the names of tests
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module may name the families that it runs on, as `FAMILY_NAMES`; the default is all."""
+    if "family" in metafunc.fixturenames:
+        names = getattr(metafunc.module, "FAMILY_NAMES", sorted(FAMILIES))
+        metafunc.parametrize("family", names, indirect=True)
+
+
+@pytest.fixture
 def family(request: pytest.FixtureRequest) -> Family:
     """Every supported model family in turn."""
     family = FAMILIES[request.param]

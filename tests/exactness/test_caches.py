@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from support import oracle
-from support.caches import ENTRY, LAYERS, NAMES, ragged, single, static_cache
-from support.families import FAMILIES, Family, text
+from support.caches import ENTRY, LAYERS, ragged, single, static_cache
+from support.families import CORE, FAMILIES, Family, text
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, QuantizedCache
 from transformers.cache_utils import StaticLayer
@@ -21,14 +21,7 @@ from tokencomp.engine import compat
 from tokencomp.engine.cache import CompressedStaticLayer
 from tokencomp.errors import UnsupportedCacheError
 
-
-@pytest.fixture(params=NAMES)
-def family(request: pytest.FixtureRequest) -> Family:
-    family = FAMILIES[request.param]
-    reason = family.defect(request.node.originalname)
-    if reason:
-        pytest.skip(reason)
-    return family
+FAMILY_NAMES = CORE
 
 
 def close(a: Any, b: Any) -> bool:

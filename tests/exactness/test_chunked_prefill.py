@@ -8,22 +8,15 @@ from typing import Any
 import pytest
 import torch
 from support import oracle
-from support.caches import ENTRY, LAYERS, NAMES, ragged, static_cache
-from support.families import FAMILIES, Family, text
+from support.caches import ENTRY, LAYERS, ragged, static_cache
+from support.families import CORE, FAMILIES, Family, text
 
 import tokencomp
 from tokencomp.errors import PrefillWarning
 
+FAMILY_NAMES = CORE
+
 CHUNK = 7
-
-
-@pytest.fixture(params=NAMES)
-def family(request: pytest.FixtureRequest) -> Family:
-    family = FAMILIES[request.param]
-    reason = family.defect(request.node.originalname)
-    if reason:
-        pytest.skip(reason)
-    return family
 
 
 @pytest.fixture

@@ -7,22 +7,15 @@ from typing import Any
 import pytest
 import torch
 from support import oracle
-from support.caches import ENTRY, NAMES, ragged, single, static_cache
-from support.families import FAMILIES, Family, text
+from support.caches import ENTRY, ragged, single, static_cache
+from support.families import CORE, FAMILIES, Family, text
 from transformers.generation.configuration_utils import CompileConfig
 
 import tokencomp
 
+FAMILY_NAMES = CORE
+
 pytestmark = pytest.mark.long
-
-
-@pytest.fixture(params=NAMES)
-def family(request: pytest.FixtureRequest) -> Family:
-    family = FAMILIES[request.param]
-    reason = family.defect(request.node.originalname)
-    if reason:
-        pytest.skip(reason)
-    return family
 
 
 @pytest.fixture(autouse=True)

@@ -6,19 +6,16 @@ from typing import Any
 
 import pytest
 from support.caches import ENTRY, single
-from support.families import FAMILIES, NO_EOS, V4, Family, text
+from support.families import NO_EOS, V4, Family, text
 from transformers import GenerationConfig
 
 import tokencomp
 from tokencomp.errors import NoVisualInputError, UnsupportedCacheError
 
+FAMILY_NAMES = ("llava_onevision", "qwen2_vl")
+
 CONFIG = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=NO_EOS, pad_token_id=0)
 PROMPTS = [text(9), text(6, 2)]
-
-
-@pytest.fixture(params=["llava_onevision", "qwen2_vl"])
-def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]
 
 
 def answers(model: Any, prompts: list[list[int]]) -> list[list[int]]:

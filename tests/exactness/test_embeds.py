@@ -6,18 +6,13 @@ import warnings
 
 import pytest
 import torch
-from support.families import FAMILIES, VIDEO, Family, text
+from support.families import CORE, FAMILIES, VIDEO, Family, text
 from torch import Tensor, nn
 
 import tokencomp
 from tokencomp.errors import NoVisualInputError, UncompressedWarning
 
-NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]
-
-
-@pytest.fixture(params=NAMES)
-def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]
+FAMILY_NAMES = CORE
 
 
 def embedded(family: Family, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,18 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from support import oracle, plans
-from support.families import FAMILIES, Family, text
+from support.families import CORE, Family, text
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
 
-NAMES = ["qwen2_vl", "qwen3_vl", "llava", "llava_onevision", "internvl"]
+FAMILY_NAMES = (*CORE, "llava")
 REDUCERS = ["aim", "prune", "condiv", "divprune", "merge", "random", "uniform", "fastv"]
-
-
-@pytest.fixture(params=NAMES)
-def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]
 
 
 def ends_in_media(family: Family) -> dict[str, torch.Tensor]:

@@ -5,16 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from support import oracle, plans
-from support.families import FAMILIES, Family, text
+from support.families import CORE, Family, text
 
 import tokencomp
 
-NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]
-
-
-@pytest.fixture(params=NAMES)
-def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]
+FAMILY_NAMES = CORE
 
 
 @pytest.mark.parametrize("name", plans.NAMES)

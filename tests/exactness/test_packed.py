@@ -7,25 +7,20 @@ from typing import Any
 import pytest
 import torch
 from support import oracle, plans
-from support.families import FAMILIES, Family, text
+from support.families import CORE, FAMILIES, Family, text
 from torch import Tensor, nn
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
 from tokencomp.adapters.base import adapter_for
 
-NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]
+FAMILY_NAMES = CORE
 PLANS = {
     "condiv": ("condiv", 0),
     "cdpruner": ("cdpruner", 0),
     "uniform": ("uniform", 0),
     "fastv": ("prune", 2),
 }
-
-
-@pytest.fixture(params=NAMES)
-def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]
 
 
 def prompts(family: Family) -> list[list[Any]]:

@@ -5,19 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from support import oracle
-from support.families import FAMILIES, Family, text
+from support.families import CORE, Family, text
 from torch import Tensor, nn
 
 import tokencomp
 from tokencomp.engine.question import answer_start, packed_starts, starts_from_lengths
 
-NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]
+FAMILY_NAMES = CORE
 REDUCERS = ["condiv", "cdpruner", "fastv", "prune", "aim"]
-
-
-@pytest.fixture(params=NAMES)
-def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]
 
 
 def kept(handle: tokencomp.Handle, rows: int) -> list:

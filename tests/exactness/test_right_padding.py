@@ -7,18 +7,13 @@ from typing import Any
 import pytest
 import torch
 from support import oracle, plans
-from support.families import FAMILIES, PAD, Family, text
+from support.families import CORE, PAD, Family, text
 from torch import Tensor, nn
 
 import tokencomp
 from tokencomp.errors import PaddingError
 
-NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]
-
-
-@pytest.fixture(params=NAMES)
-def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]
+FAMILY_NAMES = CORE
 
 
 def rows(family: Family) -> list[list[Any]]:

@@ -27,6 +27,7 @@ from support.family.tiles import Idefics3, InternVL, SmolVLM
 from support.family.vila import Vila
 
 __all__ = [
+    "CORE",
     "END",
     "EOS",
     "FAMILIES",
@@ -60,6 +61,10 @@ FAMILIES: dict[str, Family] = {
         Vila(),
     )
 }
+
+
+# M-RoPE, M-RoPE with deepstack, and one position per token with and without line breaks.
+CORE = ("qwen2_vl", "qwen3_vl", "llava_onevision", "internvl")
 
 
 def text(n: int, seed: int = 1) -> list[int]:

@@ -120,11 +120,11 @@ def _solve_video(scene, text):
     return _solve_image(scene, text)
 
 
-@pytest.mark.parametrize("family", EVERY)
-def test_answers_rederived(family):
-    solve = _solve_image if family in IMAGE_FAMILIES else _solve_video
+@pytest.mark.parametrize("kind", EVERY)
+def test_answers_rederived(kind):
+    solve = _solve_image if kind in IMAGE_FAMILIES else _solve_video
     answers = set()
-    for one in items("validation", 40, (family,)):
+    for one in items("validation", 40, (kind,)):
         assert solve(one.scene, one.question) == one.answer, (one.id, one.question)
         assert one.answer in one.options and len(set(one.options)) == len(one.options)
         assert one.options["ABCDE".index(one.letter)] == one.answer
@@ -157,9 +157,9 @@ def test_objects_are_free_in_place_and_size():
     assert len({int(t.x) % 28 for t in things}) == 28
 
 
-@pytest.mark.parametrize("family", ["attribute", "needle", "direction"])
-def test_objects_stay_inside_and_never_overlap(family):
-    for one in items("train", 20, (family,)):
+@pytest.mark.parametrize("kind", ["attribute", "needle", "direction"])
+def test_objects_stay_inside_and_never_overlap(kind):
+    for one in items("train", 20, (kind,)):
         scene = one.scene
         for time in range(scene.frames):
             cover = np.zeros((scene.height, scene.width), int)
