@@ -272,18 +272,15 @@ class Hooks:
         if forward is None or out is None:
             return None
         cache = compat.get_cache(kwargs, out)
+        if getattr(out, "attentions", None) is not None:
+            out.attentions = forward.full_maps(out.attentions)
         if not forward.compresses:
             forward.extend_valid(cache)
-            if getattr(out, "attentions", None) is None:
-                return None
-            out.attentions = forward.full_maps(out.attentions)
             return out
         compact_cache(forward, cache, self.proportional is not None)
         out = whole_output(out, forward.earlier)
         self.stats = stats = collect(forward, cache)
         warn_if_ratio_missed(stats, forward.plan, self._missed_plans)
-        if getattr(out, "attentions", None) is not None:
-            out.attentions = forward.full_maps(out.attentions)
         text_only = 0 < getattr(self._local, "logits", 0) <= forward.tail
         return restore_states(out, forward.layer_layouts(), forward.width, text_only)
 

@@ -22,6 +22,20 @@ def refused(model: torch.nn.Module, kind: str) -> str:
     return ""
 
 
+def text_config() -> dict[str, Any]:
+    """The decoder of Qwen2-VL and Qwen2.5-VL, tiny, with M-RoPE."""
+    section = {"mrope_section": [2, 3, 3]}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **section}}
+    if V4:
+        scaling = {"type": "mrope", "rope_type": "default", **section}
+        rope = {"rope_theta": 1e4, "rope_scaling": scaling}
+    return dict(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+        bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD, **rope,
+    )  # fmt: skip
+
+
 class Qwen2VL(Family):
     name = "qwen2_vl"
     mrope = True
@@ -30,21 +44,8 @@ class Qwen2VL(Family):
         return transformers.Qwen2VLForConditionalGeneration
 
     def config(self) -> Any:
-        section = {"mrope_section": [2, 3, 3]}
-        rope = (
-            {
-                "rope_theta": 1e4,
-                "rope_scaling": {"type": "mrope", "rope_type": "default", **section},
-            }
-            if V4
-            else {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **section}}
-        )
         return transformers.Qwen2VLConfig(
-            text_config=dict(
-                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-                bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD, **rope,
-            ),
+            text_config=text_config(),
             vision_config=dict(
                 depth=1, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=4,
                 temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
@@ -94,21 +95,8 @@ class Qwen25VL(Qwen2VL):
         return transformers.Qwen2_5_VLForConditionalGeneration
 
     def config(self) -> Any:
-        section = {"mrope_section": [2, 3, 3]}
-        rope = (
-            {
-                "rope_theta": 1e4,
-                "rope_scaling": {"type": "mrope", "rope_type": "default", **section},
-            }
-            if V4
-            else {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **section}}
-        )
         return transformers.Qwen2_5_VLConfig(
-            text_config=dict(
-                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-                bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD, **rope,
-            ),
+            text_config=text_config(),
             vision_config=dict(
                 depth=2, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=2,
                 patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
