@@ -28,7 +28,7 @@ def check_ratio(ratio: float) -> float:
     """Return `ratio` as a float in [0, 1); raise `RatioError` otherwise."""
     try:
         value = float(ratio)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # of integers that no float can hold
         value = math.nan
     if not 0.0 <= value < 1.0:
         raise RatioError(

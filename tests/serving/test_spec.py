@@ -176,6 +176,13 @@ def test_refused_reducers_are_answered_with_those_that_can_run() -> None:
 def test_oracle_cannot_be_served(engine: str) -> None:
     with pytest.raises(OptionError, match="'oracle' needs the answer"):
         ServerOptions.parse({"reducer": "oracle", "ratio": 0.5}, engine)
+    with pytest.raises(OptionError, match="'oracle' needs the answer"):
+        ServerOptions.parse({"reducer": " oracle +prune", "ratio": 0.5}, engine)
+
+
+def test_a_ratio_that_no_float_can_hold_is_refused() -> None:
+    with pytest.raises(RatioError, match=r"expected a number in \[0, 1\)"):
+        ServerOptions.parse({"ratio": 10**400})
 
 
 @pytest.mark.parametrize("engine", ["hf", "vllm"])

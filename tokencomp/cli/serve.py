@@ -39,8 +39,20 @@ def command(
         typer.Option("--allowed-media-path", help="Directory that file: URLs may point below."),
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option("--api-key", envvar="TOKENCOMP_API_KEY", help="Bearer token.")
+        str | None,
+        typer.Option(
+            "--api-key",
+            envvar="TOKENCOMP_API_KEY",
+            help="Bearer token that requests need. On the command line, all users of this machine "
+            "can read it (ps); the environment variable hides it.",
+        ),
     ] = None,
+    shutdown_timeout: Annotated[
+        int,
+        typer.Option(
+            "--shutdown-timeout", min=0, help="Seconds that running requests have after SIGTERM."
+        ),
+    ] = 60,
     served_name: Annotated[
         str | None, typer.Option("--served-model-name", help="Name that clients use.")
     ] = None,
@@ -73,7 +85,7 @@ def command(
         **({} if max_ratio is None else {"max_ratio": max_ratio}),
     }
     limits = Limits(allowed_path=allowed_media_path, frames=frames)
-    bind = Bind(host, port, api_key)
+    bind = Bind(host, port, api_key, shutdown_timeout)
     if engine == "vllm":
         opt.refuse_given(context, ("device", "frames", "max_batch"), "--engine vllm", VLLM_HINT)
         extra = [*context.args]

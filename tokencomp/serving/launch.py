@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import ipaddress
 import json
+import logging
 import os
+import shutil
 import socket
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import MissingDependencyError, OptionError, UnsupportedModelError
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.spec import ServerOptions
 
+logger = logging.getLogger("tokencomp.serving")
+METRICS_PREFIX = "tokencomp-metrics-"
+
 
 @dataclass(frozen=True)
 class Bind:
-    """Address that a server listens at, and the API key that clients need.
+    """Address that a server listens at, and what it requires of clients.
 
     Attributes
     ----------
@@ -28,11 +35,31 @@ class Bind:
         Network address.
     api_key
         Bearer token that requests must carry; None accepts all requests.
+    shutdown_timeout
+        Seconds in which running requests may end after SIGTERM.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
+    shutdown_timeout: int = 60
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the address."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # another host name, or the empty one, which means all addresses
+            return False
+
+    def warn_if_open(self) -> None:
+        """Log a warning if other machines can use the server without a key."""
+        if not self.api_key and not self.loopback:
+            logger.warning(
+                "the server listens at %s without an API key: everyone who can reach this address "
+                "can use it. Set TOKENCOMP_API_KEY, or use --host 127.0.0.1.",
+                self.host or "all addresses",
+            )
 
 
 def vllm_command(
@@ -83,12 +110,45 @@ def vllm_command(
         # on all of them. `only_own` and the middleware refuse every option except ours.
         command.append("--trust-request-mm-kwargs")
         command += ["--middleware", "tokencomp.serving.vllm.middleware.OwnOptionsOnly"]
-    if "--allowed-media-domains" not in extra:
+    if not _sets(extra, "--allowed-media-domains"):
         # By default vLLM fetches media from any host. This value allows no host.
         command += ["--allowed-media-domains", "invalid."]
-    # In this mode of Prometheus, the reduction times of the workers reach /metrics.
-    env.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="tokencomp-metrics-"))
+    if not _sets(extra, "--shutdown-timeout"):
+        # By default vLLM aborts running requests at SIGTERM, and their clients wait in vain.
+        command += ["--shutdown-timeout", str(bind.shutdown_timeout)]
+    if "PROMETHEUS_MULTIPROC_DIR" not in env:
+        # In this mode of Prometheus, the reduction times of the workers reach /metrics.
+        env["PROMETHEUS_MULTIPROC_DIR"] = metrics_folder()
     return [*command, *extra], env
+
+
+def _sets(arguments: Sequence[str], flag: str) -> bool:
+    """Whether command-line arguments contain a flag, as `--flag value` or `--flag=value`."""
+    return any(a == flag or a.startswith(flag + "=") for a in arguments)
+
+
+def metrics_folder() -> str:
+    """Make the folder in which the processes of this server collect their metrics.
+
+    vLLM replaces this process and cannot remove the folder. The name therefore contains the number
+    of the process, and every start removes the folders of processes that no longer exist.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(METRICS_PREFIX + "*"):
+        number = folder.name.removeprefix(METRICS_PREFIX).partition("-")[0]
+        if number.isdecimal() and not _runs(int(number)):
+            shutil.rmtree(folder, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"{METRICS_PREFIX}{os.getpid()}-")
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of that number exists."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user, or no number of a process
+        return True
+    return True
 
 
 def _entry(model: str) -> list[str]:
@@ -134,6 +194,7 @@ def run_vllm(
 ) -> None:
     """Replace this process with `vllm serve`. Errors are those of `vllm_command`."""
     command, env = vllm_command(model, options, bind, limits, extra)
+    bind.warn_if_open()
     os.execve(command[0], command, env)
 
 
@@ -212,7 +273,14 @@ def run_hf(
     from tokencomp.inputs.loading import load_model
 
     check_port(bind)
+    bind.warn_if_open()
     loaded, processor = load_model(model, device=device, dtype=dtype)
     backend = Engine(loaded, processor, parsed, Metrics(), **engine)
     app = build_app(backend, served_name or model, limits, bind.api_key)
-    uvicorn.run(app, host=bind.host, port=bind.port, log_level="info")
+    uvicorn.run(
+        app,
+        host=bind.host,
+        port=bind.port,
+        log_level="info",
+        timeout_graceful_shutdown=bind.shutdown_timeout,
+    )

@@ -166,7 +166,7 @@ class ServerOptions:
             )
         if old is not None and name == old.name:
             options = {**old.options(), **options}
-        if "oracle" in name.split("+"):
+        if "oracle" in [part.strip() for part in name.split("+")]:
             raise OptionError("reducer 'oracle' needs the answer, so it cannot be served.")
         try:
             return make_reducer(name, **options)

@@ -1,0 +1,52 @@
+"""How servers are started: the command line of vLLM, addresses, and the checks before a start."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tokencomp.serving import launch
+from tokencomp.serving.hf.media import Limits
+from tokencomp.serving.launch import Bind, vllm_command
+
+
+def test_vllm_drains_and_its_metrics_folders_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(launch, "check_architecture", lambda model: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in (f"{ended.pid}-abc", f"{os.getpid()}-abc", "other"):
+        (tmp_path / f"tokencomp-metrics-{name}").mkdir()
+
+    def start(*extra: str) -> tuple[list[str], str]:
+        command, env = vllm_command("tiny", {"ratio": 0.5}, Bind(), Limits(), extra)
+        return command, env["PROMETHEUS_MULTIPROC_DIR"]
+
+    command, folder = start()
+    assert command[command.index("--shutdown-timeout") + 1] == "60"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"tokencomp-metrics-{os.getpid()}-abc", "tokencomp-metrics-other", Path(folder).name,
+    }  # fmt: skip
+    command, _ = start("--shutdown-timeout=5", "--allowed-media-domains=example.org")
+    assert not {"--shutdown-timeout", "--allowed-media-domains"} & set(command)
+
+
+def test_an_open_address_without_a_key_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    for bind in (Bind(), Bind("::1"), Bind("localhost"), Bind("0.0.0.0", api_key="secret")):
+        bind.warn_if_open()
+    assert not caplog.records
+    for host in ("0.0.0.0", "::", "", "192.0.2.1", "server.example"):
+        Bind(host).warn_if_open()
+        assert "without an API key" in caplog.text
+        caplog.clear()
