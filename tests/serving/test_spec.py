@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import importlib.util
 import json
@@ -22,7 +21,6 @@ from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.launch import Bind, vllm_command
 from tokencomp.serving.spec import ServerOptions, servable
 from tokencomp.serving.vllm.item_plan import ItemPlan, Layout
-from tokencomp.serving.vllm.middleware import OwnOptionsOnly
 from tokencomp.tokens import ModelFacts, VisualSpan, VisualTokens
 
 SERVABLE = [name for name, option in servable().items() if not option]
@@ -211,76 +209,6 @@ def test_options_that_make_a_reducer_servable_are_named() -> None:
                 able.append(ServerOptions.parse(options).default.reducer.options()[option])
         assert "none" in able and not make_reducer(name).serving_safe
         assert f"{name} with {option}={' or '.join(able)}," in str(error.value)
-
-
-async def through_middleware(
-    body: bytes, limit: int = 10**6, error: Exception | None = None, late: bool = False
-) -> tuple[int, bytes | None]:
-    """Return the status, and the body that the application behind the middleware read.
-
-    The body is None if the application was not called. The application raises `error`, and with
-    `late` it does so after it has started its answer.
-    """
-    seen: list[bytes] = []
-    status: list[int] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append((await receive())["body"])
-        if error is not None and not late:
-            raise error
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        if error is not None:
-            raise error
-
-    parts = [body[: len(body) // 2], body[len(body) // 2 :]]
-    messages = [
-        {"type": "http.request", "body": part, "more_body": more}
-        for part, more in zip(parts, (True, False), strict=True)
-    ]
-
-    async def receive() -> Any:
-        return messages.pop(0)
-
-    async def send(message: Any) -> None:
-        status.append(message.get("status", 0))
-
-    await OwnOptionsOnly(app, limit)({"type": "http", "method": "POST"}, receive, send)
-    return status[0], seen[0] if seen else None
-
-
-def test_middleware_refuses_the_other_options_of_the_flag() -> None:
-    def ask(text: str, **more: Any) -> tuple[int, bytes | None]:
-        return asyncio.run(through_middleware(text.encode(), **more))
-
-    for good in ('{"a": 1}', '{"media_io_kwargs": null}', '{"a": "media_io_kwargs"}', "", "{"):
-        assert ask(good) == (200, good.encode())
-    for bad in (
-        '{"media_io_kwargs": {"video": {"num_frames": -1}}}',
-        '{"media_io_kwargs": {"a": 1}, "media_io_kwargs": null}',
-        r'{"media_io\u005fkwargs": {"a": 1}}',
-        '{"requests": [{"media_io_kwargs": {"a": 1}}]}',
-        '{"media_io_kwargs": {"a": NaN}, }',
-    ):
-        assert ask(bad) == (400, None)
-    assert ask('{"a": 1}', limit=7) == (413, None)
-
-
-def test_file_url_without_a_file_gets_400() -> None:
-    def ask(text: str, error: Exception, **more: Any) -> int:
-        return asyncio.run(through_middleware(text.encode(), error=error, **more))[0]
-
-    missing = FileNotFoundError(2, "No such file", "/media/none.png")
-    url = '{"url": "file:///media/none.png"}'
-    for error in (missing, OSError(36, "File name too long", "x" * 300)):
-        assert ask(url, error) == 400
-    for text, error, more in (  # not about a file of the request, or after the answer has started
-        ('{"url": "data:"}', missing, {}),
-        (url, ConnectionResetError("engine"), {}),
-        (url, ValueError("other"), {}),
-        (url, missing, {"late": True}),
-    ):
-        with pytest.raises(type(error)):
-            ask(text, error, **more)
 
 
 def stub(**more: Any) -> Any:

@@ -2,95 +2,190 @@
 
 vLLM passes "mm_processor_kwargs" of a request on only with `--trust-request-mm-kwargs`. This flag
 also allows "media_io_kwargs", with which a client can make vLLM decode every frame of a video, so
-the middleware refuses them. It also answers 400 to a file: URL that names no file, for which vLLM
-alone would answer 500 and close the connection.
+the middleware refuses them. It also answers 400 to media that cannot be read, for which vLLM alone
+would answer 500, and to a file: URL of something that is no file, which vLLM would wait for.
+
+A body is read and checked when the application asks for it. vLLM has checked the key of the request
+by then, so that clients without a key cannot make the server work.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+import logging
+import stat
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from PIL.Image import DecompressionBombError
 
 from tokencomp.serving.hf.media import Limits
+
+logger = logging.getLogger("vllm.tokencomp")
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
 CLOSED = "media_io_kwargs"
 MAX_BODY = 2 * Limits.max_bytes
+UNREADABLE = (OSError, RuntimeError, ZeroDivisionError, DecompressionBombError)
+NO_FILE = "a file: URL of this request names no readable file."
+
+
+class Refused(Exception):
+    """The body of a request that vLLM should not see; arguments are status and text."""
 
 
 class OwnOptionsOnly:
     """Refuse requests that vLLM should not see.
 
-    Requests that set `media_io_kwargs` or name files that cannot be read get status 400, and bodies
-    of more than `max_body` bytes get status 413.
+    Requests that set `media_io_kwargs` or bring media that cannot be read get status 400, and
+    bodies of more than `max_body` bytes get status 413.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], max_body: int = MAX_BODY) -> None:
+    def __init__(self, app: App, max_body: int = MAX_BODY) -> None:
         self.app, self.max_body = app, max_body
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Read the whole body, check it, and pass it on to the application."""
+        """Run the application on a request whose body is checked when it is read."""
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)
             return
+        exchange = _Exchange(receive, send, self.max_body)
+        try:
+            await self.app(scope, exchange.receive, exchange.send)
+        except Exception as error:
+            if exchange.refused is None and not exchange.explains(error):
+                raise
+            if exchange.refused is None:
+                exchange.refuse_media(error)
+        if exchange.refused is not None and not exchange.started:
+            await _refuse(send, *exchange.refused.args)
+
+
+class _Exchange:
+    """One request: reads its whole body at the first call of `receive`, and notes the answer."""
+
+    def __init__(self, receive: Receive, send: Send, max_body: int) -> None:
+        self._receive, self._send, self._max_body = receive, send, max_body
+        self.body: bytes | None = None
+        self.started = False
+        self.refused: Refused | None = None
+
+    async def receive(self) -> Message:
+        """Return the checked body, then what follows it.
+
+        Raises
+        ------
+        Refused
+            If the body is too long or has what vLLM should not see.
+        """
+        if self.body is not None:
+            return await self._receive()
         body, more = bytearray(), True
         while more:
-            message = await receive()
+            message = await self._receive()
             if message["type"] == "http.disconnect":
-                return
+                return message
             body += message.get("body", b"")
             more = message.get("more_body", False)
-            if len(body) > self.max_body:
-                await _refuse(send, 413, f"request bodies may have {self.max_body} bytes.")
-                return
-        if sets_closed(bytes(body)):
-            await _refuse(send, 400, f"{CLOSED} is not open to requests on this server.")
-            return
-        await self._answer(scope, bytes(body), receive, send)
+            if len(body) > self._max_body:
+                self._refuse(413, f"request bodies may have {self._max_body} bytes.")
+        self.body = bytes(body)
+        if problem := await asyncio.to_thread(find_problem, self.body):
+            self._refuse(400, problem)
+        return {"type": "http.request", "body": self.body, "more_body": False}
 
-    async def _answer(self, scope: Message, body: bytes, receive: Receive, send: Send) -> None:
-        """Run the application on a body that was read already."""
-        sent = started = False
+    def _refuse(self, status: int, text: str) -> None:
+        self.refused = Refused(status, text)
+        raise self.refused
 
-        async def replay() -> Message:
-            nonlocal sent
-            if sent:
-                return await receive()
-            sent = True
-            return {"type": "http.request", "body": body, "more_body": False}
+    def explains(self, error: Exception) -> bool:
+        """Whether the media of the body, and not the server, are the reason of an error."""
+        if self.started or self.body is None or not isinstance(error, UNREADABLE):
+            return False
+        return _from_media(error, self.body)
 
-        async def send_and_note(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
+    def refuse_media(self, error: Exception) -> None:
+        """Note the answer to media that cannot be read.
 
-        try:
-            await self.app(scope, replay, send_and_note)
-        except OSError as error:
-            # Only file operations set a file name. The answer does not contain it, because the
-            # client must not learn about files of the server.
-            if started or error.filename is None or b"file:" not in body:
-                raise
-            await _refuse(send, 400, "a file: URL of this request names no readable file.")
+        It does not contain the error, because the client must not learn about files of the server.
+        """
+        logger.warning("tokencomp: media of a request cannot be read", exc_info=error)
+        has_file = isinstance(error, OSError) and error.filename is not None
+        self.refused = Refused(400, NO_FILE if has_file else "media of this request are unreadable")
+
+    async def send(self, message: Message) -> None:
+        """Pass an answer on, unless the request was refused: the application has another text."""
+        if self.refused is None:
+            self.started = True
+            await self._send(message)
 
 
-def sets_closed(body: bytes) -> bool:
-    """Whether a JSON body has a non-empty `media_io_kwargs` at any depth."""
-    has_closed = False
+def find_problem(body: bytes) -> str:
+    """Return why vLLM should not see a JSON body, or "".
+
+    It may not set `media_io_kwargs` to something at any depth, and file: URLs must name files.
+    Most bodies are not parsed, as the raw bytes show that there is neither. JSON can hide ASCII
+    text only in escapes, and in UTF-16 or UTF-32, which contain zero bytes.
+    """
+    hidden = any(part in body for part in (CLOSED.encode(), b"\\u", b"\0"))
+    if not hidden and b"file:" not in body.lower():
+        return ""
+    problems: list[str] = []
 
     def check_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        nonlocal has_closed
-        has_closed = has_closed or any(key == CLOSED and bool(value) for key, value in pairs)
+        if any(key == CLOSED and bool(value) for key, value in pairs):
+            problems.append(f"{CLOSED} is not open to requests on this server.")
+        for path in _file_paths(value for _, value in pairs):
+            if not _may_be_opened(path):
+                problems.append(NO_FILE)
         return dict(pairs)
 
     try:
         json.loads(body, object_pairs_hook=check_object)
     except (ValueError, RecursionError):
-        return CLOSED.encode() in body  # vLLM's parser may accept more than this one
-    return has_closed
+        # vLLM's parser may accept more than this one.
+        return f"{CLOSED} is not open to requests." if CLOSED.encode() in body else ""
+    return problems[0] if problems else ""
+
+
+def _file_paths(values: Iterator[Any]) -> Iterator[Path]:
+    """Yield the paths of the strings that are file: URLs."""
+    for value in values:
+        if isinstance(value, str) and value.lstrip()[:5].lower() == "file:":
+            try:
+                url = urlsplit(value.strip())
+            except ValueError:
+                continue
+            yield Path(url2pathname(url.netloc + url.path))
+
+
+def _may_be_opened(path: Path) -> bool:
+    """Whether opening the path cannot wait for ever, as opening a pipe or a device can."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True  # opening it fails at once
+    except ValueError:  # a zero byte in the path
+        return False
+
+
+def _from_media(error: BaseException, body: bytes) -> bool:
+    """Whether vLLM raised `error` while it read or processed media, and not in the engine."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return b"file:" in body.lower()
+    place = error.__traceback__
+    while place is not None:
+        if str(place.tb_frame.f_globals.get("__name__", "")).startswith("vllm.multimodal."):
+            return True
+        place = place.tb_next
+    return False
 
 
 async def _refuse(send: Send, status: int, text: str) -> None:
