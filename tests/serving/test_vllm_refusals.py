@@ -11,19 +11,19 @@ pytest.importorskip("vllm", reason="vllm is not installed")
 
 import numpy as np
 import torch
+import vllm
 from vllm.config import CUDAGraphMode
 
 from tokencomp.errors import OptionError, UnsupportedModelError
-from tokencomp.serving.vllm import checks
-from tokencomp.serving.vllm.item_plan import ItemPlan
-from tokencomp.serving.vllm.model import batches
-from tokencomp.serving.vllm.mrope import (
-    MRopeProcessor,
-    lengthen_tables,
-    pack_offsets,
-    unpack_offsets,
-)
+from tokencomp.method import MethodSpec
+from tokencomp.serving.spec import servable
+from tokencomp.serving.vllm import checks, mrope
+from tokencomp.serving.vllm.item_plan import ItemPlan, Layout
+from tokencomp.serving.vllm.metrics import counters
+from tokencomp.serving.vllm.model import CompressingModel, batches
+from tokencomp.serving.vllm.offsets import pack_offsets, unpack_offsets
 from tokencomp.serving.vllm.qwen3_vl import frame_offsets
+from tokencomp.serving.vllm.rotary import lengthen_tables
 
 
 def config(**changes: Any) -> Any:
@@ -61,11 +61,11 @@ UNTESTED = {
 }
 
 
-@pytest.mark.parametrize("name", [*WRONG, *WRONG_FOR_OFFSETS, *UNTESTED, "use_v2_model_runner"])
+@pytest.mark.parametrize("name", [*WRONG, *WRONG_FOR_OFFSETS, *UNTESTED])
 def test_wrong_and_untested_settings_are_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every = {**WRONG, **WRONG_FOR_OFFSETS, **UNTESTED, "use_v2_model_runner": True}
+    every = {**WRONG, **WRONG_FOR_OFFSETS, **UNTESTED}
     bad = config(**{name: every[name]})
     with pytest.raises(UnsupportedModelError, match="TOKENCOMP_VLLM=off"):
         checks.check_engine(bad, offsets=True)
@@ -85,6 +85,17 @@ def test_models_with_plain_positions_have_fewer_limits() -> None:
     assert full.compilation_config.cudagraph_mode is CUDAGraphMode.FULL
 
 
+def test_model_runner_v2_has_fewer_limits() -> None:
+    """It corrects positions before the forward pass: graphs stay full, drafters see no columns."""
+    full = config(compilation_config__cudagraph_mode=CUDAGraphMode.FULL, use_v2_model_runner=True)
+    full.speculative_config, full.parallel_config.use_ubatching = object(), True
+    checks.check_engine(full, offsets=True)
+    assert full.compilation_config.cudagraph_mode is CUDAGraphMode.FULL
+    full.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(UnsupportedModelError, match="pipeline"):
+        checks.check_engine(full, offsets=True)
+
+
 def test_full_graphs_become_piecewise_where_offsets_are_added() -> None:
     for mode in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_AND_PIECEWISE):
         engine_config = config(compilation_config__cudagraph_mode=mode)
@@ -93,12 +104,13 @@ def test_full_graphs_become_piecewise_where_offsets_are_added() -> None:
 
 
 def test_other_engine_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for version in ("0.31.2", "0.33.0", "1.0", "0.320.0"):
-        monkeypatch.setattr(checks.vllm, "__version__", version)
-        with pytest.raises(UnsupportedModelError, match=rf"{version} .tested: 0\.32\.x"):
+    for version in ("0.31.2", "0.34.0", "1.0", "0.320.0"):
+        monkeypatch.setattr(vllm, "__version__", version)
+        with pytest.raises(UnsupportedModelError, match=rf"{version} .tested: 0\.32\.x, 0\.33\.x"):
             checks.check_engine(config(), offsets=False)
-    monkeypatch.setattr(checks.vllm, "__version__", "0.32.4")
-    checks.check_engine(config(), offsets=False)
+    for version in ("0.32.4", "0.33.0"):
+        monkeypatch.setattr(vllm, "__version__", version)
+        checks.check_engine(config(), offsets=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -159,7 +171,7 @@ def test_positions_beyond_the_tables_are_refused() -> None:
         )
         owner: Any = SimpleNamespace(info=SimpleNamespace(ctx=context))
         plans = [ItemPlan("image", (), (kept,), "uniform", "{}", far) for kept, far in media]
-        MRopeProcessor.check_positions(owner, plans)
+        mrope.Processor.check_positions(owner, plans)
 
     check((10, 310))  # 100 + 300 beyond them = 4 × 100
     check((10, 160), (10, 160), (50, 8))
@@ -179,3 +191,26 @@ def test_vision_batches_are_limited_by_uncompressed_rows() -> None:
         assert [i for first, stop in runs for i in range(first, stop)] == list(range(len(sizes)))
         for first, stop in runs:
             assert stop - first == 1 or sum(sizes[first:stop]) <= budget
+
+
+REDUCERS = [name for name, option in servable().items() if not option]
+OVERFLOWS = {"one value": [(2, 1)], "one row": [(3, slice(None))], "all": [(slice(None),) * 2]}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", OVERFLOWS)
+def test_features_that_overflowed_do_not_end_the_engine(where: str, value: float) -> None:
+    """They keep as many tokens as planned; what compares features keeps evenly spaced ones."""
+    before = counters()["nonfinite"]._value.get()
+    model: Any = SimpleNamespace(reduced_width=6)
+    for name in REDUCERS:
+        plan = ItemPlan.make("video", [Layout((3, 4, 5))], MethodSpec(name, 0.75), extent=5)
+        x = torch.randn(60, 9)
+        for place in OVERFLOWS[where]:
+            x[:, :6][place] = value
+        rows, index = CompressingModel._reduce(model, plan, x)
+        assert rows.shape == (plan.kept, 9) and index.tolist() == sorted(set(index.tolist()))
+        if name == "divprune":
+            assert index.tolist() == [int((i + 0.5) * 60 / plan.kept) for i in range(plan.kept)]
+            assert torch.equal(rows[:, 6:], x[index, 6:])
+    assert counters()["nonfinite"]._value.get() > before

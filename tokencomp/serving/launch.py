@@ -100,8 +100,6 @@ def vllm_command(
         **os.environ,
         "TOKENCOMP_SERVING": json.dumps({**options, "only_own": parsed.only_own}),
         "TOKENCOMP_VLLM": "on",
-        # Model runner V2 has not been tested with compressed media of M-RoPE models.
-        "VLLM_USE_V2_MODEL_RUNNER": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0"),
     }
     if bind.api_key:
         env["VLLM_API_KEY"] = bind.api_key  # a command line would show it to all users

@@ -4,16 +4,18 @@
     vllm serve M --hf-overrides '{"tokencomp": {"reducer": "divprune", "ratio": 0.75}}'
     TOKENCOMP_SERVING='{"ratio": 0.5}' vllm serve M
 
-The entry point `vllm.general_plugins: tokencomp` calls `register` in every engine process. Each
-class is a subclass of vLLM's own model. Its processor emits fewer placeholders, and its
-`embed_multimodal` returns as many rows. Without options nothing is compressed, and the outputs are
-those of stock vLLM.
+The entry point `vllm.general_plugins: tokencomp` calls `register` in every engine process. Without
+an option of tokencomp, vLLM then builds its own model and processor (see `entry`): nothing changes
+and nothing is refused, on any version. With options, the model is a subclass of vLLM's own class.
+Its processor emits fewer placeholders, and its `embed_multimodal` returns as many rows.
 
 Options
     The options are `reducer`, `ratio` and `options`; a server also has `max_ratio`, `per_request`
-    and `only_own`. A request passes its own options in `mm_processor_kwargs={"tokencomp": {...}}`.
-    Over HTTP, vLLM passes these on only with `--trust-request-mm-kwargs`. `tokencomp serve` sets
-    this flag and refuses all other processor options; read `middleware` before you set it yourself.
+    and `only_own`. A request passes its own options in `mm_processor_kwargs={"tokencomp": {...}}`
+    to an engine that was started with options, for which `{}` is enough: the engine then compresses
+    only what requests ask for. Over HTTP, vLLM passes options of requests on only with
+    `--trust-request-mm-kwargs`. `tokencomp serve` sets this flag and refuses all other processor
+    options; read `middleware` before you set it yourself.
     Options of a request take precedence over `--mm-processor-kwargs`, these over `--hf-overrides`,
     and these over the environment. The resolved options are part of the media hash, so prefix and
     encoder caches never mix ratios.
@@ -22,6 +24,8 @@ Reducers
     Every reducer with `serving_safe` can run: it ignores the question, acts at the entry stage, and
     its keep count follows from the grid alone. The server refuses other reducers at start. Layer
     stages need a KV length per layer, which vLLM does not have. The default is "divprune".
+    Features that are not finite cannot be compared, so such an item keeps evenly spaced tokens; the
+    log and the metric `tokencomp_nonfinite_items` say so.
 
 Positions
     M-RoPE models keep the original positions of kept tokens exactly (see `mrope`), and Qwen3-VL's
@@ -30,16 +34,20 @@ Positions
     `tokencomp.patch(model, ratio, positions="compact")`.
 
 Tested and untested settings
-    The plugin is tested with vLLM 0.32 on a CPU: eager mode, one worker, V1 model runner, prefix
-    caching and chunked prefill. It refuses settings with wrong results: pipeline parallelism, dual
-    batch overlap and speculative decoding for M-RoPE models, and vLLM's own video pruning. Unless
-    TOKENCOMP_ALLOW_UNTESTED=1, it refuses untested settings: other versions, model runner V2 for
-    M-RoPE models, data-parallel encoders, disaggregated encoders and disaggregated prefill. GPUs
-    (CUDA graphs of M-RoPE models become piecewise, and the vision tower is not captured) and tensor
-    parallelism are allowed, but we have not run them.
+    Whole engines are tested on a CPU, which means vLLM's model runner V1: eager mode, one worker,
+    prefix caching and chunked prefill. Of model runner V2, which vLLM uses on GPUs, the tests run
+    the parts that concern positions (vLLM's pruner, its gathering of media rows, and the plugin's
+    state) on several requests in random windows. No engine with V2, no GPU, no tensor parallelism
+    and no speculative decoding has been run by us.
+    The plugin refuses settings with wrong results: for M-RoPE models pipeline parallelism, and
+    under V1 dual batch overlap and speculative decoding; vLLM's own video pruning for all models.
+    Under V1, CUDA graphs of M-RoPE models become piecewise; under V2 they stay. The vision tower is
+    not captured. Unless TOKENCOMP_ALLOW_UNTESTED=1, untested settings are refused: other versions
+    than 0.32 and 0.33, data-parallel encoders, disaggregated encoders and disaggregated prefill.
     If the outputs of a vision tower depend on its batch, a data-dependent reducer can choose other
     tokens when an evicted item is encoded again.
-    vLLM answers 500 instead of 4xx to a file: URL that names no file below its media path.
+    vLLM answers 500 instead of 4xx to a file: URL that names no file below its media path; the
+    middleware of `tokencomp serve` answers 400.
     Architectures that are not in `MODELS` never reach this code: `vllm serve` then runs them
     uncompressed, while `tokencomp serve` refuses them.
 """
@@ -47,19 +55,22 @@ Tested and untested settings
 from __future__ import annotations
 
 import os
+from typing import Any
 
 ENV_OPTIONS = "TOKENCOMP_SERVING"
 ENV_OFF = "TOKENCOMP_VLLM"
 ENV_UNTESTED = "TOKENCOMP_ALLOW_UNTESTED"
-TESTED_VERSIONS = ("0.32",)
+TESTED_VERSIONS = ("0.32", "0.33")
 
+# Architecture → the module of this package with its mixins `Model` and `Processor`.
 MODELS = {
-    "LlavaOnevisionForConditionalGeneration": "llava_onevision:TokencompLlavaOnevision",
-    "Qwen2VLForConditionalGeneration": "qwen2_vl:TokencompQwen2VL",
-    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl:TokencompQwen2_5_VL",
-    "Qwen3VLForConditionalGeneration": "qwen3_vl:TokencompQwen3VL",
-    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl:TokencompQwen3VLMoe",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision",
+    "Qwen2VLForConditionalGeneration": "mrope",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl",
 }
+STOCK: dict[str, Any] = {}  # what vLLM's registry had for these architectures
 
 
 def enabled() -> bool:
@@ -67,11 +78,32 @@ def enabled() -> bool:
     return os.environ.get(ENV_OFF, "").lower() not in ("off", "0", "false", "no")
 
 
+def untested_version() -> str:
+    """Return what to say about an installed vLLM that is untested, or "" if it is tested."""
+    import vllm
+
+    version = vllm.__version__
+    if version.startswith(tuple(f"{v}." for v in TESTED_VERSIONS)):
+        return ""
+    tested = ", ".join(f"{v}.x" for v in TESTED_VERSIONS)
+    return f"vLLM {version} (tested: {tested}; install one of these)"
+
+
 def register() -> None:
-    """Replace the supported architectures in vLLM's registry. Repeated calls are harmless."""
+    """Put the classes of `entry` into vLLM's registry. Repeated calls are harmless.
+
+    The names of the classes contain vLLM's version, because vLLM stores what it learns about a
+    class under its name and the hash of our file, and an update of vLLM changes neither.
+    """
     if not enabled():
         return
-    from vllm import ModelRegistry
+    import vllm
 
-    for architecture, target in MODELS.items():
-        ModelRegistry.register_model(architecture, f"{__name__}.{target}")
+    registry = vllm.ModelRegistry
+    entry = f"{__name__}.entry"
+    for architecture in MODELS:
+        stock = registry.models.get(architecture)
+        if stock is None or getattr(stock, "module_name", "") == entry:
+            continue  # this vLLM has no such model, or the class is registered already
+        STOCK[architecture] = stock
+        registry.register_model(architecture, f"{entry}:{architecture}__{vllm.__version__}")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import vllm
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 
 from tokencomp.errors import UnsupportedModelError
-from tokencomp.serving.vllm import ENV_OFF, ENV_UNTESTED, TESTED_VERSIONS
+from tokencomp.serving.vllm import ENV_OFF, ENV_UNTESTED, untested_version
 
 logger = init_logger("vllm.tokencomp")
 
@@ -21,10 +20,10 @@ def check_engine(config: VllmConfig, offsets: bool) -> None:
     Parameters
     ----------
     config
-        The engine's configuration. With `offsets`, full CUDA graphs become piecewise ones, because
-        a replayed full graph would not add the offsets.
+        The engine's configuration. With `offsets` on model runner V1, full CUDA graphs become
+        piecewise ones, because a replayed full graph would not add the offsets.
     offsets
-        Whether the model's `forward` adds position offsets, as M-RoPE models do.
+        Whether rows carry position offsets, as in M-RoPE models.
 
     Raises
     ------
@@ -32,7 +31,7 @@ def check_engine(config: VllmConfig, offsets: bool) -> None:
         If a setting gives wrong results, or is untested and `TOKENCOMP_ALLOW_UNTESTED` is not 1.
     """
     wrong = [*_wrong(config), *(_wrong_for_offsets(config) if offsets else ())]
-    untested = [*_untested(config), *(_untested_for_offsets(config) if offsets else ())]
+    untested = _untested(config)
     if untested and os.environ.get(ENV_UNTESTED) == "1":
         logger.warning("tokencomp: untested engine settings: %s", "; ".join(untested))
         untested = []
@@ -42,17 +41,8 @@ def check_engine(config: VllmConfig, offsets: bool) -> None:
             f"tokencomp cannot serve under these engine settings: {'; '.join(wrong + untested)}."
             f"{hint} Set {ENV_OFF}=off to serve this model without tokencomp."
         )
-    if offsets:
+    if offsets and not config.use_v2_model_runner:
         _piecewise(config)
-
-
-def check_version() -> list[str]:
-    """Return a message about vLLM's version if it is untested, in a list that may be empty."""
-    version = vllm.__version__
-    if version.startswith(tuple(f"{v}." for v in TESTED_VERSIONS)):
-        return []
-    tested = ", ".join(f"{v}.x" for v in TESTED_VERSIONS)
-    return [f"vLLM {version} (tested: {tested}; install one of these)"]
 
 
 def _wrong(config: VllmConfig) -> list[str]:
@@ -66,7 +56,8 @@ def _wrong(config: VllmConfig) -> list[str]:
 def _untested(config: VllmConfig) -> list[str]:
     """Return the settings with which no compressed model has been tested."""
     multimodal: Any = config.model_config.multimodal_config
-    settings = check_version()
+    version = untested_version()
+    settings = [version] if version else []
     if getattr(multimodal, "mm_encoder_tp_mode", None) == "data":
         settings.append("--mm-encoder-tp-mode data (use weights)")
     if config.ec_transfer_config is not None:
@@ -81,18 +72,13 @@ def _wrong_for_offsets(config: VllmConfig) -> list[str]:
     parallel, settings = config.parallel_config, []
     if parallel.pipeline_parallel_size > 1:
         settings.append("--pipeline-parallel-size above 1: later stages see no media (use tensor)")
+    if config.use_v2_model_runner:
+        return settings  # it corrects positions before the forward pass, also for drafters
     if parallel.use_ubatching:
         settings.append("dual batch overlap slices positions (drop --enable-dbo)")
     if config.speculative_config is not None:
         settings.append("speculative decoding: the drafter would see position columns")
     return settings
-
-
-def _untested_for_offsets(config: VllmConfig) -> list[str]:
-    """Return the settings with which models with position offsets have not been tested."""
-    if getattr(config, "use_v2_model_runner", False):
-        return ["model runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0; `tokencomp serve` does)"]
-    return []
 
 
 def _piecewise(config: VllmConfig) -> None:

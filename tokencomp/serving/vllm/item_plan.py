@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -132,6 +132,8 @@ class ItemPlan:
         ------
         RuntimeError
             The engine's features, or the reducer's result, do not have the planned length.
+        ScoreError
+            The features are not finite, and the reducer compares them.
         """
         if features.shape[0] != self.full:
             raise RuntimeError(
@@ -147,6 +149,10 @@ class ItemPlan:
             index.append(kept + start)
             start += layout.length
         return torch.cat(rows), torch.cat(index)
+
+    def evenly(self) -> ItemPlan:
+        """The plan with the same counts that keeps evenly spaced tokens, whatever the features."""
+        return replace(self, reducer="uniform", options="{}")
 
 
 def _reduce_span(

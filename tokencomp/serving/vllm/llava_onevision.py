@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.model_executor.models.llava_onevision import (
-    LlavaOnevisionDummyInputsBuilder,
-    LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionMultiModalProcessor,
-    LlavaOnevisionProcessingInfo,
-    get_anyres_image_grid_shape,
-)
-from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.model_executor.models.llava_onevision import get_anyres_image_grid_shape
 
 from tokencomp.serving.vllm.item_plan import Layout
 from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.processing import CompressingProcessor
 
 
-class LlavaOnevisionProcessor(CompressingProcessor, LlavaOnevisionMultiModalProcessor):
+class Processor(CompressingProcessor):
     """Layouts of LLaVA-OneVision.
 
     An image is a base tile and a mosaic of tiles with a line break after each row. A video is a
     grid with a single line break at its end.
     """
+
+    info: Any
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[Layout]]:
         """See `CompressingProcessor.layouts`."""
@@ -60,10 +55,5 @@ class LlavaOnevisionProcessor(CompressingProcessor, LlavaOnevisionMultiModalProc
         return [Layout((frames, side, side), "end")]
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    LlavaOnevisionProcessor,
-    info=LlavaOnevisionProcessingInfo,
-    dummy_inputs=LlavaOnevisionDummyInputsBuilder,
-)
-class TokencompLlavaOnevision(CompressingModel, LlavaOnevisionForConditionalGeneration):
-    """vLLM's LLaVA-OneVision with compressed media."""
+class Model(CompressingModel):
+    """Reduces the rows of LLaVA-OneVision; positions need no work."""

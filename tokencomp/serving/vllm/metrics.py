@@ -41,6 +41,9 @@ def counters() -> dict[str, Counter]:
     }
     result = {n: Counter(f"tokencomp_visual_tokens_{n}", text) for n, text in descriptions.items()}
     result["items"] = Counter("tokencomp_media_items", "Images and videos", ["compressed"])
+    result["nonfinite"] = Counter(
+        "tokencomp_nonfinite_items", "Items whose features were not finite, in the workers"
+    )
     result["seconds"] = Counter("tokencomp_reduce_seconds", "Time spent reducing, in the workers")
     return result
 
@@ -82,6 +85,15 @@ def count_request(items: list[tuple[int, ItemPlan | None]]) -> None:
     before = sum(plan.full if plan else kept for kept, plan in items)
     if before:
         achieved().set(1 - sum(kept for kept, _ in items) / before)
+
+
+def count_nonfinite(plan: ItemPlan, error: Exception) -> None:
+    """Count an item whose features are not finite; the first one of a worker is logged."""
+    counters()["nonfinite"].inc()
+    logger.warning_once(
+        "tokencomp worker %d, %s: %s An item keeps evenly spaced tokens instead; metric "
+        "tokencomp_nonfinite_items counts such items.", os.getpid(), plan.reducer, error,
+    )  # fmt: skip
 
 
 class ReduceTimer:

@@ -12,9 +12,10 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
+from tokencomp.errors import ScoreError
 from tokencomp.serving.vllm.checks import check_engine
 from tokencomp.serving.vllm.item_plan import ItemPlan, field_name
-from tokencomp.serving.vllm.metrics import ReduceTimer
+from tokencomp.serving.vllm.metrics import ReduceTimer, count_nonfinite
 from tokencomp.serving.vllm.processing import KINDS, server_options
 
 logger = init_logger("vllm.tokencomp")
@@ -26,7 +27,7 @@ class CompressingModel:
     Attributes
     ----------
     needs_offsets
-        Whether `forward` adds position offsets, see `checks.check_engine`.
+        Whether rows carry position offsets, see `checks.check_engine`.
     reduced_width
         How many leading columns of a feature row the reducer sees; None means all.
     """
@@ -83,10 +84,20 @@ class CompressingModel:
         return tuple(outputs)
 
     def _reduce(self, plan: ItemPlan, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Reduce the leading columns; all other columns of the kept rows follow them."""
+        """Reduce the leading columns; all other columns of the kept rows follow them.
+
+        Features that overflowed, as some towers' do in float16, cannot be compared. An exception
+        here would end the engine and with it all requests, so such an item keeps evenly spaced
+        tokens.
+        """
+        seen = x if self.reduced_width is None else x[:, : self.reduced_width]
+        try:
+            rows, index = plan.reduce(seen)
+        except ScoreError as error:
+            count_nonfinite(plan, error)
+            rows, index = plan.evenly().reduce(seen)
         if self.reduced_width is None:
-            return plan.reduce(x)
-        rows, index = plan.reduce(x[:, : self.reduced_width])
+            return rows, index
         return torch.cat([rows, x[index, self.reduced_width :]], dim=1), index
 
 

@@ -4,8 +4,8 @@ The engine needs positions before the vision tower runs, when the kept tokens ar
 Only the positions of kept tokens depend on the choice: text and later media keep the positions that
 follow the full grid. The engine therefore gets exact positions of text, and the base position for
 all rows of a compressed item. Each kept row carries its (t, h, w) offsets from that base in extra
-columns, as digits to the base 256 (bfloat16 represents integers up to 255 exactly), and `forward`
-adds them to the positions.
+columns (see `offsets`). Model runner V2 adds them before the forward pass (see `runner_v2`), and
+under V1 `forward` adds them.
 """
 
 from __future__ import annotations
@@ -15,63 +15,22 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.multimodal.utils import copy_mm_embedding_modality
 
 from tokencomp.errors import OptionError
 from tokencomp.serving.vllm.item_plan import ItemPlan, Layout, field_name
 from tokencomp.serving.vllm.model import CompressingModel, NoEncoderGraphs
+from tokencomp.serving.vllm.offsets import (
+    MAX_OFFSET,
+    grid_extent,
+    grid_offsets,
+    unpack_offsets,
+    with_offsets,
+)
 from tokencomp.serving.vllm.processing import CompressingProcessor
-
-MAX_OFFSET = 65535  # two digits to the base 256
-TABLE_FACTOR = 4  # rotary tables have this many times the model's positions
-
-
-def pack_offsets(offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert offsets (3, k) from 0 to 65535 to digits (k, 6), which are exact in `dtype`."""
-    if offsets.numel() and not 0 <= int(offsets.min()) <= int(offsets.max()) <= MAX_OFFSET:
-        raise RuntimeError(f"position offsets up to {int(offsets.max())} do not fit 16 bits.")
-    return torch.cat([offsets >> 8, offsets & 255]).T.to(dtype)
-
-
-def with_offsets(rows: Tensor, offsets: Tensor) -> Tensor:
-    """Append the digits of offsets (3, k) to rows (k, d) as six columns."""
-    return torch.cat([rows, pack_offsets(offsets, rows.dtype).to(rows.device)], dim=1)
-
-
-def unpack_offsets(digits: Tensor) -> Tensor:
-    """Convert digits (k, 6) to offsets (3, k), int64."""
-    high, low = digits.float().round().long().T.chunk(2)
-    return high * 256 + low
-
-
-def grid_offsets(grid: tuple[int, int, int], t_factor: float) -> np.ndarray:
-    """Return the offsets (3, t·h·w) of a grid from its base position.
-
-    Frames are `t_factor` positions apart, truncated to integers as in the model.
-    """
-    offsets = np.indices(grid).reshape(3, -1)
-    if t_factor != 1.0:
-        offsets[0] = (offsets[0] * t_factor).astype(np.int64)
-    return offsets
-
-
-def lengthen_tables(model: nn.Module, length: int) -> None:
-    """Extend all rotary tables of a model to positions below `length`; old entries do not change.
-
-    Positions can exceed the prompt's length, because kept tokens keep their original positions.
-    """
-    for table in {m for m in model.modules() if isinstance(m, MRotaryEmbedding)}:
-        old = table.cos_sin_cache
-        if old.shape[0] >= length:
-            continue
-        # The engine's own method would scale YaRN's frequencies to the new length.
-        inv_freq = table._compute_inv_freq(table.scaling_factor or table.base)
-        angles = torch.arange(old.shape[0], length, dtype=torch.float)[:, None] * inv_freq
-        more = torch.cat([angles.cos(), angles.sin()], dim=-1) * table.mscale
-        table.cos_sin_cache = torch.cat([old, more.to(old)])
+from tokencomp.serving.vllm.rotary import TABLE_FACTOR, lengthen_tables
 
 
 def _text(n: int, first: int) -> np.ndarray:
@@ -79,13 +38,7 @@ def _text(n: int, first: int) -> np.ndarray:
     return np.broadcast_to(np.arange(first, first + n), (3, n))
 
 
-def grid_extent(grid: tuple[int, int, int], t_factor: float = 1.0) -> int:
-    """Return the distance from the base of a grid to the position of the next token."""
-    t, h, w = grid
-    return max(int((t - 1) * t_factor) + 1, h, w)
-
-
-class MRopeProcessor(CompressingProcessor):
+class Processor(CompressingProcessor):
     """Processor of M-RoPE models, in which every item is one t × h × w grid.
 
     A compressed item keeps the extent of its full grid in positions.
@@ -127,7 +80,7 @@ class MRopeProcessor(CompressingProcessor):
             )
 
 
-class MRopeModel(NoEncoderGraphs, CompressingModel):
+class Model(NoEncoderGraphs, CompressingModel):
     """Model with M-RoPE, which adds the offsets of kept tokens to their base positions."""
 
     needs_offsets: ClassVar[bool] = True
@@ -135,6 +88,7 @@ class MRopeModel(NoEncoderGraphs, CompressingModel):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._vllm_config = vllm_config
         limit = vllm_config.model_config.hf_text_config.max_position_embeddings
         lengthen_tables(self, TABLE_FACTOR * limit)  # type: ignore[arg-type]
 
@@ -179,7 +133,7 @@ class MRopeModel(NoEncoderGraphs, CompressingModel):
     def get_mrope_input_positions(self, input_tokens: Any, mm_features: Any) -> tuple[Tensor, int]:
         """Return positions (3, n) of a prompt and the delta of its generated tokens.
 
-        All rows of a compressed item are at its base position until `forward` adds their offsets.
+        All rows of a compressed item are at its base position until their offsets are added.
         The delta is the next position minus the number of tokens.
         """
         pieces: list[np.ndarray] = []
@@ -200,7 +154,66 @@ class MRopeModel(NoEncoderGraphs, CompressingModel):
         positions = np.concatenate(pieces, axis=1).astype(np.int64)
         return torch.from_numpy(positions), position + rest - len(input_tokens)
 
-    # -- in every step --------------------------------------------------------------------------
+    # -- in every step, model runner V2 ---------------------------------------------------------
+
+    def get_model_state_cls(self) -> type:
+        """Return the state class that vLLM would choose, with corrected positions."""
+        from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+
+        from tokencomp.serving.vllm.runner_v2 import state_with_offsets
+
+        chosen = resolve_model_state_cls(self._vllm_config, self.language_model)  # type: ignore[attr-defined]
+        return state_with_offsets(chosen)
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: Any,
+        multimodal_embeddings: Any,
+        mrope_positions: Tensor,
+        num_computed_tokens: int,
+    ) -> tuple[list[Tensor], Tensor, None]:
+        """Add the offsets of a request's media rows to its positions.
+
+        Parameters
+        ----------
+        input_ids : Tensor or list of int, shape (n,)
+            The whole prompt.
+        multimodal_embeddings : list of Tensor, shape (k, d) or (k, d + 6)
+            Media rows of the tokens that are prefilled now, in order. A window of the prompt is
+            prefilled once per stored base positions, so its offsets are added once.
+        mrope_positions : Tensor of int64, shape (3, n)
+            Positions of the prompt, in which rows of compressed items are at their base.
+        num_computed_tokens
+            Where the window starts.
+
+        Returns
+        -------
+        list of Tensor, shape (k, d)
+            The rows without the offset columns.
+        Tensor of int64, shape (3, n)
+            The corrected positions.
+        None
+            In place of the delta, which `FixedDelta` keeps.
+        """
+        width, first = self.row_width, 0
+        if any(e.shape[1] > width for e in multimodal_embeddings):
+            ids = torch.as_tensor(input_ids, device=mrope_positions.device)[num_computed_tokens:]
+            # Every row belongs to a placeholder. Placeholders of later windows follow these rows.
+            places = num_computed_tokens + torch.isin(ids, self._media_ids(ids)).nonzero()[:, 0]
+            mrope_positions = mrope_positions.clone()
+            for e in multimodal_embeddings:
+                if e.shape[1] > width:
+                    offsets = unpack_offsets(e[:, width:]).to(mrope_positions)
+                    mrope_positions[:, places[first : first + len(e)]] += offsets
+                first += len(e)
+        return [e[:, :width] for e in multimodal_embeddings], mrope_positions, None
+
+    def _media_ids(self, like: Tensor) -> Tensor:
+        """Return the token ids of placeholders."""
+        config = self.config  # type: ignore[attr-defined]
+        return like.new_tensor([config.image_token_id, config.video_token_id])
+
+    # -- in every step, model runner V1 ---------------------------------------------------------
 
     def embed_input_ids(
         self,
@@ -233,7 +246,8 @@ class MRopeModel(NoEncoderGraphs, CompressingModel):
     def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Add the stored offsets to the positions and run the model.
 
-        The addition is in place, because CUDA graphs read the engine's own position buffer.
+        The addition is in place, because CUDA graphs read the engine's own position buffer. Under
+        V2 nothing is stored, as `recompute_mrope_positions` removed the columns.
         """
         if self._pending is not None:
             rows, offsets = self._pending

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,29 +16,19 @@ import tokencomp
 from tokencomp.errors import OptionError
 from tokencomp.method import MethodSpec
 from tokencomp.serving.spec import ServerOptions
-from tokencomp.serving.vllm import ENV_OPTIONS
+from tokencomp.serving.vllm.entry import KEY, configured_options
 from tokencomp.serving.vllm.item_plan import ItemPlan, Layout, field_name
 from tokencomp.serving.vllm.metrics import SeenPlans, count_request
 
 logger = init_logger("vllm.tokencomp")
-KEY = "tokencomp"
 SCOPED = ("images_kwargs", "videos_kwargs", "common_kwargs", "mm_kwargs")
 KINDS = ("image", "video")
 OFF = MethodSpec()
 
 
 def server_options(model_config: Any) -> ServerOptions:
-    """Return the server's options.
-
-    They come from `--mm-processor-kwargs`, otherwise from `--hf-overrides`, otherwise from the
-    environment.
-    """
-    options = (model_config.multimodal_config.mm_processor_kwargs or {}).get(KEY)
-    if options is None:
-        options = getattr(model_config.hf_config, KEY, None)
-    if options is None:
-        options = os.environ.get(ENV_OPTIONS)
-    return ServerOptions.parse(options)
+    """Return the options of the server, see `configured_options`."""
+    return ServerOptions.parse(configured_options(model_config))
 
 
 class CompressingProcessor:

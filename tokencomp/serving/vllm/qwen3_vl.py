@@ -16,21 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.model_executor.models.qwen3_vl import (
-    Qwen3VLDummyInputsBuilder,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLMultiModalProcessor,
-    Qwen3VLProcessingInfo,
-)
-from vllm.model_executor.models.qwen3_vl_moe import (
-    Qwen3VLMoeForConditionalGeneration,
-    Qwen3VLMoeProcessingInfo,
-)
-from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.model_executor.models.qwen3_vl import Qwen3VLMultiModalProcessor
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from tokencomp.serving.vllm import mrope
 from tokencomp.serving.vllm.item_plan import ItemPlan
-from tokencomp.serving.vllm.mrope import MRopeModel, MRopeProcessor, grid_offsets, with_offsets
+from tokencomp.serving.vllm.offsets import grid_offsets, with_offsets
 
 
 def frame_offsets(media: np.ndarray, h: int, w: int) -> np.ndarray:
@@ -45,8 +36,10 @@ def frame_offsets(media: np.ndarray, h: int, w: int) -> np.ndarray:
     return base + np.stack([np.zeros_like(inside), inside // w, inside % w])
 
 
-class Qwen3VLProcessor(MRopeProcessor, Qwen3VLMultiModalProcessor):
-    """vLLM's processor with fewer placeholders for compressed media."""
+class Processor(mrope.Processor):
+    """Videos as one run of placeholders."""
+
+    info: Any
 
     def extents(self, modality: str, layouts: Any, hf_inputs: Any) -> list[int]:
         """Return t · max(h, w) per item, as every frame has the positions of an image.
@@ -56,21 +49,23 @@ class Qwen3VLProcessor(MRopeProcessor, Qwen3VLMultiModalProcessor):
         return [t * max(h, w) for t, h, w in (spans[0].grid for spans in layouts)]
 
     def shorten(self, tokens: Any, plan: ItemPlan) -> Any:
-        """Return one run of placeholders for a video, followed by all text between its frames."""
+        """Return one run of placeholders for a video and all text before, between and after frames.
+
+        All of its tokens are placeholders, as the model needs to know which tokens get rows.
+        """
         if plan.kind == "image":
             return super().shorten(tokens, plan)
         if plan.kept == plan.full:
             return tokens
         pad = self.info.get_hf_config().video_token_id
-        ids = tokens.full
-        first = ids.index(pad)
-        text = [i for i in ids[first:] if i != pad]
-        super().shorten([i for i in ids if i == pad], plan)  # only checks the count
-        return PromptUpdateDetails.from_seq([*ids[:first], *[pad] * plan.kept, *text])
+        media = [i for i in tokens.full if i == pad]
+        super().shorten(media, plan)  # only checks the count
+        text = len(tokens.full) - len(media)
+        return PromptUpdateDetails.from_seq([pad] * (text + plan.kept))
 
 
-class Qwen3VLModel(MRopeModel):
-    """Mixin for the dense and the MoE variant."""
+class Model(mrope.Model):
+    """Deepstack features and the text between frames, for the dense and the MoE variant."""
 
     config: Any
     visual_dim: int
@@ -124,24 +119,10 @@ class Qwen3VLModel(MRopeModel):
         return with_offsets(out, offsets)
 
     def item_offsets(self, feature: Any) -> np.ndarray:
-        """See `MRopeModel.item_offsets`."""
+        """See `mrope.Model.item_offsets`."""
         merge = self.config.vision_config.spatial_merge_size
         t, h, w = feature.data[f"{feature.modality}_grid_thw"].data.tolist()
         grid = t, h // merge, w // merge
         if feature.modality == "image":
             return grid_offsets(grid, 1.0)
         return self._full_video(feature.data["timestamps"].data, grid)[0].numpy()
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    Qwen3VLProcessor, info=Qwen3VLProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
-)
-class TokencompQwen3VL(Qwen3VLModel, Qwen3VLForConditionalGeneration):
-    """vLLM's Qwen3-VL with compressed media."""
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    Qwen3VLProcessor, info=Qwen3VLMoeProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
-)
-class TokencompQwen3VLMoe(Qwen3VLModel, Qwen3VLMoeForConditionalGeneration):
-    """vLLM's Qwen3-VL-MoE with compressed media."""
