@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
+import zlib
 from typing import Any
 
 import pytest
 
 pytest.importorskip("pydantic")
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageSequence
+from PIL.GifImagePlugin import GifImageFile
 from support.serving import models as tiny
 
+from tokencomp.inputs.media import frame_indices
+from tokencomp.serving.hf import video
+from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.media import Limits, load_image, load_video
+from tokencomp.serving.hf.media import Limits, load_image
 from tokencomp.serving.hf.schema import parse
+from tokencomp.serving.hf.video import load_video
 from tokencomp.serving.spec import ServerOptions
 
 LIMITS = Limits(max_pixels=40_000, max_total_pixels=100_000)
@@ -87,3 +95,92 @@ def test_all_media_of_a_request_count_together() -> None:
     for urls in ([image(200)] * 3, [image(200), frames(100, 7)], [frames(100, 7), image(200)]):
         with pytest.raises(RequestError, match="left"):
             parse(request(*urls), options, LIMITS)
+
+
+def large_canvas(side: int, count: int) -> str:
+    """Return a GIF of `count` pictures of one pixel on a canvas of `side` × `side`."""
+    size = side.to_bytes(2, "little")
+    header = b"GIF89a" + size * 2 + b"\x80\x00\x00" + bytes(3) + b"\xff" * 3
+    picture = b"\x2c" + bytes(4) + b"\x01\x00\x01\x00\x00" + b"\x02\x02\x44\x01\x00"
+    content = header + picture * count + b"\x3b"
+    return "data:image/gif;base64," + base64.b64encode(content).decode()
+
+
+def test_frames_that_are_not_sampled_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """45 kB that cost 15 seconds and 2.8 GB to decode are refused before a frame is decoded."""
+    url, decoded = large_canvas(3000, 3000), []
+    assert len(url) < 64_000
+    with monkeypatch.context() as patched:
+        patched.setattr(GifImageFile, "load", lambda image: decoded.append(image.tell()))
+        with pytest.raises(RequestError, match="3000 frames of 3000×3000") as error:
+            load_video(url, Limits())
+    assert error.value.status == 413 and not decoded
+    assert load_video(large_canvas(30, 300), Limits(frames=8)).shape == (8, 30, 30, 3)
+    few = Limits(max_decoded_pixels=20 * 96 * 96)
+    assert len(load_video(clip(96, 20), few)) == 20
+    monkeypatch.setattr(video._Container, "_collect", None)  # the packets alone tell
+    with pytest.raises(RequestError, match="21 frames of 96×96"):
+        load_video(clip(96, 21), few)
+
+
+@pytest.mark.parametrize("make", [frames, clip, gif, large_canvas])
+def test_decoding_ends_with_its_time(make: Any) -> None:
+    deadline = Deadline(60)
+    assert len(load_video(make(64, 5), Limits(), deadline)) == 5
+    deadline.cancel()
+    with pytest.raises(RequestError, match="not decoded within 60 s") as error:
+        load_video(make(64, 5), Limits(), deadline)
+    assert error.value.status == 413
+    with pytest.raises(RequestError, match="within 0 s"):
+        parse(request(image(8)), ServerOptions.parse({}, "hf"), Limits(decode_seconds=0))
+
+
+@pytest.mark.parametrize("promised", [0, 7, 100])
+def test_sampled_frames_are_those_of_a_whole_decode(
+    promised: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    av = pytest.importorskip("av")
+    url = clip(64, 21)
+    content = base64.b64decode(url.partition(",")[2])
+    with av.open(io.BytesIO(content)) as opened:
+        every = [f.to_ndarray(format="rgb24") for f in opened.decode(video=0)]
+    expected = np.stack([every[i] for i in frame_indices(21, 8)])
+    if promised != 7:  # a file may promise more or fewer frames than it has
+        monkeypatch.setattr(video._Container, "count_packets", lambda self: promised)
+    assert np.array_equal(load_video(url, Limits(frames=8)), expected)
+    animated = gif(64, 21)
+    pictures = Image.open(io.BytesIO(base64.b64decode(animated.partition(",")[2])))
+    every = [np.asarray(p.convert("RGB")) for p in ImageSequence.Iterator(pictures)]
+    expected = np.stack([every[i] for i in frame_indices(21, 8)])
+    assert np.array_equal(load_video(animated, Limits(frames=8)), expected)
+
+
+def test_an_image_of_too_many_pixels_is_too_large_rather_than_damaged() -> None:
+    content = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    for name, data in ((b"IHDR", header), (b"IDAT", b"")):
+        content += struct.pack(">I", len(data)) + name + data
+        content += struct.pack(">I", zlib.crc32(name + data))
+    with pytest.raises(RequestError, match="more pixels than the limit of 50000000") as error:
+        load_image("data:image/png;base64," + base64.b64encode(content).decode(), Limits())
+    assert error.value.status == 413
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_transparent_parts_are_white(mode: str) -> None:
+    """The left half is transparent; what colour it hides must not reach the model."""
+    picture, options = Image.new("RGBA", (8, 8), (200, 30, 30, 0)), {}
+    picture.paste((20, 20, 20, 255), (4, 0, 8, 8))
+    if mode in ("P", "L", "RGB"):
+        colors = picture.convert("RGB")
+        hidden = colors.quantize(2) if mode == "P" else colors.convert(mode)
+        options = {"transparency": hidden.getpixel((0, 0))}
+        picture = hidden
+    elif mode == "LA":
+        picture = picture.convert("LA")
+    out = io.BytesIO()
+    picture.save(out, "PNG", **options)
+    url = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    result = load_image(url, Limits())
+    assert result.getpixel((0, 0)) == (255, 255, 255)
+    assert result.getpixel((7, 0)) == (20, 20, 20)

@@ -53,7 +53,8 @@ def expected(folder: Any, urls: list[str], spec: dict[str, Any]) -> tuple[str, i
 
     import tokencomp
     from tokencomp.inputs.prompts import build_inputs
-    from tokencomp.serving.hf.media import Limits, load_image, load_video
+    from tokencomp.serving.hf.media import Limits, load_image
+    from tokencomp.serving.hf.video import load_video
 
     model, processor = hf_reference.load(folder)
     media = [

@@ -9,8 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tokencomp.errors import OptionError, RatioError
 from tokencomp.method import MethodSpec
+from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.media import Limits, load_image, load_video
+from tokencomp.serving.hf.media import Limits, load_image
+from tokencomp.serving.hf.video import load_video
 from tokencomp.serving.spec import ServerOptions
 
 # Fields of the API that never change an answer, and values of other fields that mean "off".
@@ -143,8 +145,9 @@ def parse(body: Any, options: ServerOptions, limits: Limits) -> Prompt:
     if wrong:
         raise RequestError(f"not served: {', '.join(wrong)}. Leave it out.")
     prompt = Prompt(request, [], _spec(request, options))
+    deadline = Deadline(limits.decode_seconds)
     for message in request.messages:
-        content = _content(message, prompt, limits)
+        content = _content(message, prompt, limits, deadline)
         prompt.chat.append({"role": message.template_role, "content": content})
     return prompt
 
@@ -193,7 +196,9 @@ def _spec(request: ChatRequest, options: ServerOptions) -> MethodSpec:
         raise RequestError(str(error)) from None
 
 
-def _content(message: Message, prompt: Prompt, limits: Limits) -> list[dict[str, Any]]:
+def _content(
+    message: Message, prompt: Prompt, limits: Limits, deadline: Deadline
+) -> list[dict[str, Any]]:
     """Return the parts of a message for the chat template, and load its media into `prompt`."""
     if message.content is None and message.role != "assistant":
         raise RequestError(f"a message of role {message.role!r} needs a content.")
@@ -211,9 +216,9 @@ def _content(message: Message, prompt: Prompt, limits: Limits) -> list[dict[str,
             raise RequestError(f"more than {limits.max_items} images and videos.", 413)
         remaining = replace(limits, max_total_pixels=limits.max_total_pixels - prompt.pixels)
         if part.type == "image_url":
-            prompt.images.append(load_image(value.url, remaining))
+            prompt.images.append(load_image(value.url, remaining, deadline))
             parts.append({"type": "image"})
         else:
-            prompt.videos.append(load_video(value.url, remaining))
+            prompt.videos.append(load_video(value.url, remaining, deadline))
             parts.append({"type": "video"})
     return parts

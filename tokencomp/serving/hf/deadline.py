@@ -1,0 +1,52 @@
+"""The time limit of decoding media, also inside of libraries that decode."""
+
+from __future__ import annotations
+
+import io
+import time
+
+from tokencomp.serving.hf.errors import RequestError
+
+
+class Deadline:
+    """End of the time in which the media of a request must be decoded.
+
+    Parameters
+    ----------
+    seconds
+        Time from now on.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def cancel(self) -> None:
+        """End the time now, because nobody waits for the result any more."""
+        self._end = 0.0
+
+    def check(self) -> None:
+        """Raise `RequestError` (413) after the end."""
+        if time.monotonic() >= self._end:
+            raise RequestError(
+                f"the media were not decoded within {self.seconds:g} s. Send fewer or smaller "
+                "media.",
+                413,
+            )
+
+    def reader(self, content: bytes) -> io.BytesIO:
+        """Return a file of `content` whose reads fail after the end.
+
+        Decoders read as they go, so this also ends loops inside of libraries.
+        """
+        return _TimedReader(content, self)
+
+
+class _TimedReader(io.BytesIO):
+    def __init__(self, content: bytes, deadline: Deadline) -> None:
+        super().__init__(content)
+        self.deadline = deadline
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.deadline.check()
+        return super().read(size)

@@ -1,0 +1,192 @@
+"""Videos of requests: sampled frames within limits on frames, pixels and time.
+
+The content of a container decides which demuxer opens it, and only demuxers that cannot refer to
+other files are used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tokencomp.inputs.media import frame_indices
+from tokencomp.serving.hf.deadline import Deadline
+from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.media import (
+    FRAME_LIST,
+    Limits,
+    check_size,
+    decode_base64,
+    decode_image,
+    read_url,
+)
+
+CONTAINERS = {b"\x1aE\xdf\xa3": "matroska", b"RIFF": "avi", b"OggS": "ogg"}
+
+
+class Frames:
+    """Frames of one size in one array, which is filled without a second copy of all of them.
+
+    Parameters
+    ----------
+    count
+        Largest number of frames.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.filled = count, 0
+        self._array: np.ndarray | None = None
+
+    def add(self, frame: np.ndarray) -> None:
+        """Append a frame, uint8 (height, width, 3)."""
+        if self._array is None:
+            self._array = np.empty((self.count, *frame.shape), np.uint8)
+        if frame.shape != self._array.shape[1:]:
+            raise RequestError("frames of one video differ in size.")
+        self._array[self.filled] = frame
+        self.filled += 1
+
+    def array(self) -> np.ndarray:
+        """Return all frames as uint8 (frames, height, width, 3)."""
+        if self._array is None:
+            raise RequestError("a video has no frames.")
+        return self._array[: self.filled]
+
+
+def load_video(url: str, limits: Limits, deadline: Deadline | None = None) -> np.ndarray:
+    """Load evenly spaced frames of a video as uint8 (frames, height, width, 3).
+
+    The format is MP4, MOV, MKV, WebM, AVI, OGG or an animated GIF or WebP. As in vLLM,
+    `data:video/jpeg;base64,A,B,C` is a list of JPEG (or PNG) frames that the client has sampled.
+
+    Raises
+    ------
+    RequestError
+        If the video cannot be decoded or exceeds a limit, or no video decoder is installed.
+    """
+    deadline = deadline or Deadline(limits.decode_seconds)
+    media_type, content = read_url(url, limits)
+    if media_type == FRAME_LIST:
+        return _frame_list(content.decode("ascii").split(","), limits, deadline)
+    if content[:4] == b"GIF8" or (content[:4] == b"RIFF" and content[8:12] == b"WEBP"):
+        return _animation(content, limits, deadline)
+    try:
+        return _Container(content, limits, deadline).frames()
+    except RequestError:
+        raise
+    except ImportError:
+        raise RequestError("this server has no video decoder (pip install av).", 501) from None
+    except Exception as error:  # decoders raise undocumented types
+        raise RequestError(f"a video cannot be decoded ({type(error).__name__}).") from None
+
+
+def _frame_list(parts: list[str], limits: Limits, deadline: Deadline) -> np.ndarray:
+    """Decode frames that were sent one by one in base64."""
+    if len(parts) > limits.frames:
+        raise RequestError(f"{len(parts)} frames; the limit is {limits.frames}.", 413)
+    frames = Frames(len(parts))
+    for part in parts:
+        image = decode_image(decode_base64(part), limits, deadline, len(parts))
+        frames.add(np.asarray(image))
+    return frames.array()
+
+
+def _check_video(total: int, width: int, height: int, limits: Limits) -> None:
+    """Refuse a video of `total` frames of this size, before any of them is decoded."""
+    if total > limits.max_decoded:
+        raise RequestError(f"more than {limits.max_decoded} frames.", 413)
+    check_size(width, height, limits, min(total, limits.frames))
+    if total * width * height > limits.max_decoded_pixels:
+        raise RequestError(
+            f"{total} frames of {width}×{height} pixels; all frames of a video may have "
+            f"{limits.max_decoded_pixels} pixels. Send a shorter or smaller video.",
+            413,
+        )
+
+
+def _animation(content: bytes, limits: Limits, deadline: Deadline) -> np.ndarray:
+    """Decode the sampled frames of an animated GIF or WebP."""
+    try:
+        image = Image.open(deadline.reader(content), formats=("GIF", "WEBP"))
+        check_size(image.width, image.height, limits)
+        total = getattr(image, "n_frames", 1)
+        _check_video(total, image.width, image.height, limits)
+        selected = set(frame_indices(total, limits.frames))
+        frames = Frames(len(selected))
+        for index in range(total):  # a seek over many frames at once could not be interrupted
+            deadline.check()
+            image.seek(index)
+            if index in selected:
+                frames.add(np.asarray(image.convert("RGB")))
+        return frames.array()
+    except RequestError:
+        raise
+    except Image.DecompressionBombError:
+        raise RequestError(f"a frame has more than {limits.max_pixels} pixels.", 413) from None
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise RequestError(f"an animation cannot be read ({type(error).__name__}).") from None
+
+
+class _Container:
+    """A video file, opened by the demuxer that its first bytes name."""
+
+    def __init__(self, content: bytes, limits: Limits, deadline: Deadline) -> None:
+        self.content, self.limits, self.deadline = content, limits, deadline
+        self.format = "mov" if content[4:8] == b"ftyp" else CONTAINERS.get(content[:4])
+        if self.format is None:
+            raise RequestError(
+                "unknown video container; send MP4, MOV, MKV, WebM, AVI, OGG or GIF."
+            )
+
+    def frames(self) -> np.ndarray:
+        """Decode the file once; a second time if it has not as many frames as packets."""
+        total = self.count_packets()
+        frames, decoded = self._collect(total)
+        if decoded != total:
+            frames, _ = self._collect(decoded)
+        return frames.array()
+
+    def _open(self) -> tuple[Any, Any]:
+        import av
+
+        opened = av.open(self.deadline.reader(self.content), "r", format=self.format)
+        if not opened.streams.video:
+            opened.close()
+            raise RequestError("the file has no video stream.")
+        return opened, opened.streams.video[0]
+
+    def count_packets(self) -> int:
+        """Return the number of frames that the file promises, and check it, without decoding.
+
+        Headers often lack this number, or state a wrong one.
+        """
+        opened, stream = self._open()
+        total = 0
+        with opened:
+            for packet in opened.demux(stream):
+                self.deadline.check()
+                total += packet.size > 0  # the last packet is empty
+                if total > self.limits.max_decoded:
+                    break
+            _check_video(total, stream.width or 0, stream.height or 0, self.limits)
+        return total
+
+    def _collect(self, total: int) -> tuple[Frames, int]:
+        """Return the sampled ones of `total` frames, and the number of frames there really are."""
+        opened, stream = self._open()
+        selected = set(frame_indices(total, self.limits.frames))
+        frames, decoded, pixels = Frames(len(selected)), 0, 0
+        with opened:
+            for frame in opened.decode(stream):
+                self.deadline.check()
+                # The size in the header may be wrong, so every frame is checked.
+                check_size(frame.width, frame.height, self.limits, max(len(selected), 1))
+                pixels += frame.width * frame.height
+                if decoded >= self.limits.max_decoded or pixels > self.limits.max_decoded_pixels:
+                    raise RequestError("more frames or pixels than the file promises.", 413)
+                if decoded in selected:
+                    frames.add(frame.to_ndarray(format="rgb24"))
+                decoded += 1
+        return frames, decoded
