@@ -83,6 +83,8 @@ EXTRA: list[Setup] = [
     pool("16 frames x 14 x 14 x 896, bilinear", 16, 14, 896, "bilinear"),
     ccam("64 queries x 8 frames of 196, 8 heads of 72", 64, 8, 196, 8, 72),
     ccam("16 queries x 8 frames of 64, 4 heads of 16", 16, 8, 64, 4, 16),
+    maxmin("1 span x 4096 cells x 192, half kept, rms", 1, 4096, 192, 0.5, metric="rms"),
+    maxmin("1 span x 16384 cells x 192, 2 steps, rms", 1, 16384, 192, 2 / 16384, metric="rms"),
 ]
 QUICK: list[Setup] = [
     colsum("64 rows x 16k keys, 28/4 heads of 128", 64, 16384, 28, 4, 128),
@@ -95,6 +97,7 @@ QUICK: list[Setup] = [
     ccam("1024 queries x 32 frames of 729, 9 heads of 128", 1024, 32, 729, 9, 128),
     maxmin("1 span x 6272 tokens x 3584, a quarter kept", 1, 6272, 3584, 0.25, True),
     maxmin("1 span x 16384 tokens x 3584, 2 steps", 1, 16384, 3584, 2 / 16384, False),
+    maxmin("1 span x 16384 cells x 192, 2 steps, rms", 1, 16384, 192, 2 / 16384, metric="rms"),
 ]
 
 

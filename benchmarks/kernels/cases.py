@@ -270,7 +270,15 @@ def ccam(name: str, queries: int, frames: int, tokens: int, heads: int, dim: int
     return setup
 
 
-def maxmin(name: str, spans: int, tokens: int, dim: int, keep: float, centred: bool) -> Setup:
+def maxmin(
+    name: str,
+    spans: int,
+    tokens: int,
+    dim: int,
+    keep: float,
+    centred: bool = False,
+    metric: str = "cosine",
+) -> Setup:
     """Greedy max-min selection."""
 
     def setup(device: torch.device, dtype: torch.dtype, scale: float) -> Case:
@@ -291,13 +299,13 @@ def maxmin(name: str, spans: int, tokens: int, dim: int, keep: float, centred: b
             op="maxmin_select",
             name=name,
             call=lambda: kernels.maxmin_select(
-                x, k, weights, spans=length, centred=centred, margin=margin
+                x, k, weights, spans=length, centred=centred, margin=margin, metric=metric
             ),
             eager=None,  # a loop of k steps in Python: that is the naive provider
             arguments=(),
             flops=count * 2.0 * products * dim,
             bytes=count * moved,
-            tensor_cores=dtype != torch.float32,
+            tensor_cores=dtype != torch.float32 and metric == "cosine",
         )
 
     return setup

@@ -19,10 +19,11 @@ def maxmin_select(
     margin: Tensor | None = None,
     start: Tensor | None = None,
     ascending: bool = True,
+    metric: str = "cosine",
 ) -> Tensor:
     r"""Choose rows one by one, each as far as possible from those chosen before.
 
-    .. math:: next = \arg\max_i \; w_i \cdot (\mu + \min_{j \in chosen} (1 - \cos(x_i, x_j)))
+    .. math:: next = \arg\max_i \; w_i \cdot (\mu + \min_{j \in chosen} d(x_i, x_j))
 
     within every span; ties go to the lower index. Distances below 1e-5 count as 1e-5, because the
     distance between copies of a row is mere rounding. Among copies, the weight therefore decides.
@@ -40,18 +41,21 @@ def maxmin_select(
     spans
         Rows per span, as an int for equal spans or as one length per span. None means one span.
     centred
-        Whether the span's mean is subtracted before the cosine.
+        Whether the span's mean is subtracted before the cosine. Without effect on differences.
     margin
         μ ≥ 0 of every span, ``(spans,)``, which is added to all of its distances. Among distances
         that are small compared with μ, the weights decide. None means 0. Without weights the margin
         has no effect.
     start
         First choice of every span, int ``(spans,)``, counted within the span. None means the row
-        with the largest weight, or without weights the row with the lowest cosine to the span's
-        mean.
+        with the largest weight, or without weights the row farthest from the span's mean.
     ascending
         Whether the result is sorted. Otherwise rows come in the order of their choice, so that the
         first m rows of a span are what ``k=m`` chooses.
+    metric
+        The distance d: ``"cosine"``, 1 - cos, or ``"rms"``, the root mean square of the
+        differences, √(|x_i - x_j|² / D). The second keeps what the lengths of rows say, which
+        matters for pixels: a dark cell and a bright one may have one direction.
 
     Returns
     -------
@@ -62,16 +66,17 @@ def maxmin_select(
     ------
     KernelError
         If `k` exceeds a span, the spans do not cover `x`, weights or margins are negative or not
-        finite, a start is outside its span, or features are NaN or infinite.
+        finite, a start is outside its span, the metric is not known, or features are NaN or
+        infinite.
 
     Notes
     -----
-    A span of L rows, up to 512 (Triton: 8192), computes all cosines once with ``2·L²·D`` FLOPs and
+    A span of L rows, up to 512 (Triton: 8192), computes all distances once with ``2·L²·D`` FLOPs and
     then takes k steps that read L values each: ``L·D·itemsize + 4·L² + 4·k·L`` bytes. The Triton
     version takes the steps on the device without the host; the plain version takes them on the
     host.
 
-    A longer span does not store L² cosines. It proceeds in rounds among the c best rows, and its
+    A longer span does not store L² distances. It proceeds in rounds among the c best rows, and its
     result is still exact: scores never rise, so the best candidate is the best row of all as long
     as its score is above the score that the best other row had when the round began. The score of
     another row from an earlier round remains an upper bound, and is computed anew only when it is
@@ -81,12 +86,16 @@ def maxmin_select(
     bytes. A round makes tens to hundreds of choices, fewer where rows have many copies. The host
     waits for the device after each round, so a CUDA graph cannot capture such a call.
 
+    The root mean square takes as many FLOPs, but not on tensor cores: it squares the differences
+    themselves, so that two copies of a row have the distance 0 and no rounding error.
+
     Related methods are farthest-point sampling, lazy greedy selection (bounds that only fall) and
     DivPrune (arXiv 2503.02175). The weighted rule and the rounds are ours.
     """
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)
     checks.int32_sizes(n=len(x))
+    checks.choice("metric", metric, tuple(naive.METRICS))
     lengths = segments.lengths_of("spans", spans, len(x))
     counts = [k] * len(lengths) if isinstance(k, int) else [int(c) for c in k]
     if len(counts) != len(lengths):
@@ -107,7 +116,7 @@ def maxmin_select(
         if start.shape != (len(lengths),):
             raise KernelError(f"start must be ({len(lengths)},); got {tuple(start.shape)}")
         start = start.long().contiguous()
-    chosen = _op(x.detach(), counts, weights, lengths, centred, margin, start)
+    chosen = _op(x.detach(), counts, weights, lengths, centred, margin, start, metric)
     return chosen.sort().values if ascending else chosen
 
 
@@ -151,16 +160,17 @@ def _op(
     centred: bool,
     margin: Tensor | None,
     start: Tensor | None,
+    metric: str,
 ) -> Tensor:
     _check_values(x, weights, lengths, margin, start)
     if dispatch.which(x) == "naive":
-        return naive.maxmin_select(x, counts, weights, lengths, centred, margin, start)
+        return naive.maxmin_select(x, counts, weights, lengths, centred, margin, start, metric)
     from tokencomp.kernels.maxmin_select import triton
 
     checks.triton_dtype("x", x)
     x = checks.rows_contiguous(x)
     with dispatch.on_device(x):
-        return triton.maxmin_select(x, counts, weights, lengths, centred, margin, start)
+        return triton.maxmin_select(x, counts, weights, lengths, centred, margin, start, metric)
 
 
 @_op.register_fake
@@ -172,6 +182,7 @@ def _(
     centred: bool,
     margin: Tensor | None,
     start: Tensor | None,
+    metric: str,
 ) -> Tensor:
     return x.new_empty(sum(counts), dtype=torch.int64)
 

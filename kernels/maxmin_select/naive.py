@@ -31,6 +31,7 @@ def maxmin_select(
     centred: bool,
     margin: Tensor | None,
     start: Tensor | None,
+    metric: str = "cosine",
 ) -> Tensor:
     """Return the chosen rows of `x` in the order of their choice, spans one after the other.
 
@@ -53,10 +54,48 @@ def maxmin_select(
             member_index = torch.tensor(members, device=x.device)
             first_choice = None if start is None else start[member_index]
             margins = x.new_zeros(len(members)) if margin is None else margin[member_index]
-            order = _greedy(x[rows], count, weight, centred, margins, first_choice)
+            order = _greedy(x[rows], count, weight, centred, margins, first_choice, metric)
             for member, picks in zip(members, rows.gather(1, order), strict=True):
                 chosen[member] = picks
     return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=x.device)
+
+
+class Cosine:
+    """Distances 1 - cos of rows that are unit vectors."""
+
+    @staticmethod
+    def pairs(a: Tensor, b: Tensor) -> Tensor:
+        """Distances of every row of `a` ``(…, n, D)`` from every row of `b` ``(…, m, D)``."""
+        return _distance(a @ b.mT)
+
+    @staticmethod
+    def closest(a: Tensor, b: Tensor) -> Tensor:
+        """Distance of every row of `a` ``(n, D)`` from the closest row of `b` ``(m, D)``."""
+        return _distance((a @ b.T).amax(1))
+
+
+class RootMeanSquare:
+    """Root mean squares of the differences of rows.
+
+    The differences themselves are squared. A matrix product would be faster, but it subtracts
+    squared norms from each other, and what remains for two copies of a row is their rounding error.
+    """
+
+    @staticmethod
+    def pairs(a: Tensor, b: Tensor) -> Tensor:
+        """See `Cosine.pairs`."""
+        mode = "donot_use_mm_for_euclid_dist"
+        distance = torch.cdist(a, b, compute_mode=mode) / max(1, a.shape[-1]) ** 0.5
+        return distance.clamp_(min=EPSILON)
+
+    @classmethod
+    def closest(cls, a: Tensor, b: Tensor) -> Tensor:
+        """See `Cosine.closest`."""
+        return cls.pairs(a, b).amin(1)
+
+
+Metric = type[Cosine] | type[RootMeanSquare]
+METRICS: dict[str, Metric] = {"cosine": Cosine, "rms": RootMeanSquare}
 
 
 def _greedy(
@@ -66,36 +105,45 @@ def _greedy(
     centred: bool,
     margin: Tensor,
     start: Tensor | None,
+    metric: str,
 ) -> Tensor:
     """Choose `count` rows of every span ``(L, D)`` in `x` ``(S, L, D)``; result ``(S, count)``.
 
     `weight` is ``(S, L)``, `margin` and `start` are ``(S,)``.
     """
+    measure = METRICS[metric]
     x = x if x.dtype == torch.float64 else x.float()
     mean = x.mean(1, keepdim=True)
+    rows = x
+    if measure is Cosine:
+        rows = _centred(x, mean) if centred else normalise(x)
     if start is None:
-        far = 1 - (normalise(x) @ normalise(mean).transpose(1, 2)).squeeze(2)
-        start = (far if weight is None else weight).argmax(1)
-    unit = _centred(x, mean) if centred else normalise(x)
+        if weight is not None:
+            start = weight.argmax(1)
+        elif measure is Cosine:
+            far = 1 - (normalise(x) @ normalise(mean).transpose(1, 2)).squeeze(2)
+            start = far.argmax(1)
+        else:
+            start = (x - mean).square().sum(2).argmax(1)
     weight = x.new_ones(x.shape[:2]) if weight is None else weight.to(x.dtype)
     margin = margin.to(x.dtype)
     if x.shape[1] <= MAX_GRAM_ROWS:
-        return _at_once(unit, weight, margin, start, count)
-    spans = zip(unit, weight, margin, start, strict=True)
-    return torch.stack([_Rounds(*span, count).run() for span in spans])
+        return _at_once(measure.pairs(rows, rows), weight, margin, start, count)
+    spans = zip(rows, weight, margin, start, strict=True)
+    return torch.stack([_Rounds(*span, count, measure).run() for span in spans])
 
 
-def _at_once(unit: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count: int) -> Tensor:
-    """Compute all cosines of every span ``(S, L, D)``, then take each step for all spans at once.
+def _at_once(distance: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count: int) -> Tensor:
+    """Take each step for all spans at once, from the distances ``(S, L, L)`` of their rows.
 
     The steps run on the host in NumPy. They are many short operations, so their start-up cost
     dominates, and NumPy's is the lowest.
     """
-    distances = _distance(unit @ unit.transpose(1, 2)).cpu().numpy()
+    distances = distance.cpu().numpy()
     weights, margins = weight.cpu().numpy().copy(), margin.cpu().numpy()[:, None]
-    last, spans = start.cpu().numpy(), np.arange(len(unit))
+    last, spans = start.cpu().numpy(), np.arange(len(distances))
     nearest, scores = np.full_like(weights, np.inf), np.empty_like(weights)
-    order = np.empty((count, len(unit)), dtype=np.int64)
+    order = np.empty((count, len(distances)), dtype=np.int64)
     with np.errstate(over="ignore"):
         for step in range(count):
             order[step] = last
@@ -103,11 +151,11 @@ def _at_once(unit: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count:
             np.minimum(nearest, distances[spans, last], out=nearest)
             np.multiply(np.add(nearest, margins, out=scores), weights, out=scores)
             last = scores.argmax(1)  # returns the first of equal scores
-    return torch.from_numpy(order.T.copy()).to(unit.device)
+    return torch.from_numpy(order.T.copy()).to(distance.device)
 
 
 class _Rounds:
-    """Selection in one long span ``(L, D)`` without L × L cosines or steps that read all L rows.
+    """Selection in one long span ``(L, D)`` without L × L distances or steps that read all rows.
 
     Scores never rise, so the score of a row against some of the choices is an upper bound of its
     score against all of them. A row is updated only when its bound is among the best, and most rows
@@ -121,8 +169,10 @@ class _Rounds:
         Chosen rows in the order of their choice, int64 ``(count,)``; valid up to `done`.
     done
         Number of choices so far.
+    rows
+        The rows as the metric compares them: unit vectors for the cosine.
     chosen
-        Unit vectors of the choices, ``(count, D)``; valid up to `done`.
+        Those of them that are chosen, ``(count, D)``; valid up to `done`.
     nearest
         Distance of every row to the closest of the first `seen` choices, ``(L,)``.
     seen
@@ -130,15 +180,21 @@ class _Rounds:
     """
 
     def __init__(
-        self, unit: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count: int
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        margin: Tensor,
+        start: Tensor,
+        count: int,
+        measure: Metric,
     ) -> None:
-        self.unit, self.weight, self.margin = unit, weight.clone(), margin
+        self.rows, self.weight, self.margin, self.measure = rows, weight.clone(), margin, measure
         self.order, self.done = start.new_empty(count), 1
         self.order[0] = start
-        self.chosen = unit.new_empty(count, unit.shape[1])
-        self.chosen[0] = unit[start]
+        self.chosen = rows.new_empty(count, rows.shape[1])
+        self.chosen[0] = rows[start]
         self.weight[start] = TAKEN
-        self.nearest = _distance(unit @ unit[start])
+        self.nearest = measure.closest(rows, self.chosen[:1])
         self.seen = torch.ones_like(self.nearest, dtype=torch.int64)
 
     def run(self) -> Tensor:
@@ -147,16 +203,16 @@ class _Rounds:
             best = self.best(ROUND + 1)
             candidates, guard = best[:-1].sort().values, best[-1]
             bar = float(self.score(guard)), -int(guard)
-            unit, nearest = self.unit[candidates], self.nearest[candidates].cpu()
-            distance, weight = _distance(unit @ unit.T).cpu(), self.weight[candidates].cpu()
+            rows, nearest = self.rows[candidates], self.nearest[candidates].cpu()
+            distance, weight = self.measure.pairs(rows, rows).cpu(), self.weight[candidates].cpu()
             limit = len(self.order) - self.done
             picks = _round(
                 distance, weight, nearest, candidates.tolist(), float(self.margin), bar, limit
             )
             picked = torch.tensor(picks, device=candidates.device)
             new, place = candidates[picked], slice(self.done, self.done + len(picks))
-            self.order[place], self.chosen[place], self.done = new, unit[picked], place.stop
-            self.nearest[candidates], self.seen[candidates] = nearest.to(unit.device), self.done
+            self.order[place], self.chosen[place], self.done = new, rows[picked], place.stop
+            self.nearest[candidates], self.seen[candidates] = nearest.to(rows.device), self.done
             self.weight[new] = TAKEN
         return self.order
 
@@ -185,7 +241,7 @@ class _Rounds:
         for already_seen in seen[seen < self.done].unique().tolist():
             unseen = self.chosen[already_seen : self.done]
             for part in rows[seen == already_seen].split(max(1, GRAM_ELEMENTS // len(unseen))):
-                distance = _distance((self.unit[part] @ unseen.T).amax(1))
+                distance = self.measure.closest(self.rows[part], unseen)
                 self.nearest[part] = torch.minimum(self.nearest[part], distance)
         self.seen[rows] = self.done
 

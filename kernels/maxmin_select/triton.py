@@ -1,13 +1,14 @@
 """Triton version of ``maxmin_select``.
 
-For spans of up to ``MAX_GRAM_ROWS`` rows, one launch computes all cosines with tensor cores. A
-second launch has one program per span, which takes all steps on the device and reads one row of
-cosines per step. Longer spans do the same among the best ``CANDIDATES`` rows, in rounds as in the
+For spans of up to ``MAX_GRAM_ROWS`` rows, one launch computes all distances, cosines with tensor
+cores. A second launch has one program per span, which takes all steps on the device and reads one
+row of distances per step. Longer spans do the same among the best ``CANDIDATES`` rows, in rounds as in the
 plain version: every round reads all rows once, and the host waits once per round for the number of
 choices.
 """
 
 import itertools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,14 +21,16 @@ from torch import Tensor
 MAX_GRAM_ROWS = 8192
 # Number of candidates in a round of a longer span; a round may choose all of them.
 CANDIDATES = 2048
-# Number of cosines that are in memory at once (256 MiB in fp32).
+# Number of distances that are in memory at once (256 MiB in fp32).
 GRAM_ELEMENTS = 1 << 26
+# Rows and columns of a tile of root mean squares.
+DIFFERENCE_BLOCK = 32
 
 
 @triton.jit
 def unit_kernel(
     x, mean, span_of, unit, inverse, far, stride, dim,
-    CENTRED: tl.constexpr, LIMIT: tl.constexpr, BLOCK_D: tl.constexpr,
+    CENTRED: tl.constexpr, LIMIT: tl.constexpr, BLOCK_D: tl.constexpr, RMS: tl.constexpr = False,
 ):  # fmt: skip
     """Compute 1/norm and the distance to the span's mean of one row, and its centred unit vector.
 
@@ -49,7 +52,10 @@ def unit_kernel(
         mean_square += tl.sum(centre * centre, axis=0)
         along += tl.sum(value * centre, axis=0)
         around += tl.sum((value - centre) * (value - centre), axis=0)
-    tl.store(far + row, 1.0 - along * inverse_root(square) * inverse_root(mean_square))
+    if RMS:
+        tl.store(far + row, around)
+    else:
+        tl.store(far + row, 1.0 - along * inverse_root(square) * inverse_root(mean_square))
     if CENTRED:
         scale = tl.where(around > LIMIT * square, inverse_root(around), 0.0)
         for chunk in range(0, dim, BLOCK_D):
@@ -65,16 +71,16 @@ def unit_kernel(
 
 @triton.jit
 def pitch(rows):
-    """Distance between rows of the cosine matrix: a multiple of 16, so that loads can be wide."""
+    """Distance in memory between rows of distances: a multiple of 16, so that loads can be wide."""
     return (rows + 15) // 16 * 16
 
 
 @triton.jit
 def gram_kernel(
     x, inverse, first_row, first_gram, gram, stride,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    LEAST: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute one BLOCK × BLOCK tile of the cosines of one span.
+    """Compute one BLOCK × BLOCK tile of the distances 1 - cos of one span.
 
     The grid is (spans, tiles, tiles) for the longest span. Programs outside of a shorter span end
     at once.
@@ -96,20 +102,60 @@ def gram_kernel(
         mask = (i < rows)[:, None] & (j < rows)[None, :]
         cosine = dots * left[:, None] * right[None, :]
         begin = tl.load(first_gram + span) // 16 * 16
-        tl.store(gram + begin + place, cosine, mask=mask)
+        tl.store(gram + begin + place, tl.maximum(1.0 - cosine, LEAST), mask=mask)
+
+
+@triton.jit
+def mean_square(columns, left, left_inside, right, right_inside, rows, dim, zeros):
+    """Mean squares of the differences of rows `left` and rows `right`; `zeros` has their shape.
+
+    `columns` is ``(D, rows)``: the rows of a tile lie side by side, one feature after the other.
+    """
+    total = zeros
+    for _ in range(dim):
+        a = tl.load(columns + left, mask=left_inside, other=0.0)
+        b = tl.load(columns + right, mask=right_inside, other=0.0)
+        difference = a[:, None] - b[None, :]
+        total += difference * difference
+        columns += rows
+    return total / dim
+
+
+@triton.jit
+def difference_kernel(
+    columns, first_row, first_gram, gram, total_rows, dim, LEAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Compute one BLOCK × BLOCK tile of the root mean squares of differences of one span.
+
+    The grid is that of :func:`gram_kernel`; `columns` is fp32 ``(D, rows of all spans)``.
+    """
+    span = tl.program_id(0)
+    start = tl.load(first_row + span)
+    rows = tl.load(first_row + span + 1) - start
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    if (tl.program_id(1) * BLOCK < rows) & (tl.program_id(2) * BLOCK < rows):
+        zeros = tl.zeros([BLOCK, BLOCK], tl.float32)
+        square = mean_square(
+            columns, start + i, i < rows, start + j, j < rows, total_rows, dim, zeros
+        )
+        place = i.to(tl.int64)[:, None] * pitch(rows) + j[None, :]
+        mask = (i < rows)[:, None] & (j < rows)[None, :]
+        begin = tl.load(first_gram + span) // 16 * 16
+        tl.store(gram + begin + place, tl.maximum(tl.sqrt(square), LEAST), mask=mask)
 
 
 @triton.jit
 def greedy_kernel(
     gram, first_row, first_gram, first_pick, start_row, weights, picks,
     margins, nearest, guard_score, guard_place, steps_taken,
-    LEAST: tl.constexpr, WEIGHTED: tl.constexpr, MARGIN: tl.constexpr, ROUND: tl.constexpr,
+    WEIGHTED: tl.constexpr, MARGIN: tl.constexpr, ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Take all steps of one span in one program.
 
     Every step depends on the one before, so a span cannot be shared between programs. All distances
-    of the span stay in registers, and each step reads one row of cosines.
+    of the span stay in registers, and each step reads one row of `gram`, the distances of all pairs.
 
     With ROUND, the rows are the candidates of a round and `nearest` holds their distances from
     earlier choices. The loop ends when the guard, whose place in row order is before candidate
@@ -143,8 +189,7 @@ def greedy_kernel(
         # The mask reaches up to the pitch instead of the last row: a mask in units of 16 lets the
         # loads be wide. Entries in between are never chosen, because their weight is negative.
         at = gram + last.to(tl.int64) * pitch(rows) + row
-        cosine = tl.load(at, mask=row < pitch(rows), other=0.0)
-        distance = tl.minimum(distance, tl.maximum(1.0 - cosine, LEAST))
+        distance = tl.minimum(distance, tl.load(at, mask=row < pitch(rows), other=0.0))
         score = tl.where(weight < 0.0, -1.0, (distance + margin) * weight)
         last = tl.argmax(score, axis=0, tie_break_left=True)
         step += 1
@@ -185,6 +230,28 @@ def closest_kernel(
     tl.store(nearest + i, tl.minimum(before, distance), mask=i < rows)
 
 
+@triton.jit(do_not_specialize=["count"])
+def closest_difference_kernel(
+    columns, picks, nearest, count, rows, dim, LEAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """:func:`closest_kernel` for root mean squares of differences; `columns` is fp32 ``(D, rows)``.
+
+    The grid is (blocks of rows,).
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    closest = tl.full([BLOCK], float("inf"), tl.float32)
+    for first in range(0, count, BLOCK):
+        p = first + tl.arange(0, BLOCK)
+        j = tl.load(picks + p, mask=p < count, other=0)
+        zeros = tl.zeros([BLOCK, BLOCK], tl.float32)
+        square = mean_square(columns, i, i < rows, j, p < count, rows, dim, zeros)
+        square = tl.where((p < count)[None, :], square, float("inf"))
+        closest = tl.minimum(closest, tl.min(square, axis=1))
+    before = tl.load(nearest + i, mask=i < rows, other=0.0)
+    distance = tl.maximum(tl.sqrt(closest), LEAST)
+    tl.store(nearest + i, tl.minimum(before, distance), mask=i < rows)
+
+
 def maxmin_select(
     x: Tensor,
     counts: list[int],
@@ -193,23 +260,91 @@ def maxmin_select(
     centred: bool,
     margin: Tensor | None,
     start: Tensor | None,
+    metric: str = "cosine",
 ) -> Tensor:
     """See :func:`tokencomp.kernels.maxmin_select.naive.maxmin_select`."""
     picks = torch.empty(sum(counts), dtype=torch.int64, device=x.device)
     if len(picks) == 0:
         return picks
-    unit, inverse, far = unit_rows(x, lengths, centred)
+    rms = metric == "rms"
+    unit, inverse, far = unit_rows(x, lengths, centred and not rms, rms)
     if start is None:
         start = first_choice(far if weights is None else weights, lengths)
+    rows: Rows = Differences(x.T.float().contiguous()) if rms else Cosines(unit, inverse)
     for group in grouped(lengths):
-        run(group, unit, inverse, weights, lengths, counts, margin, start, picks)
+        run(group, rows, weights, lengths, counts, margin, start, picks)
     return picks
 
 
-def unit_rows(x: Tensor, lengths: list[int], centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+class Cosines(NamedTuple):
+    """Rows that are compared by the cosine: `x` ``(n, D)``, and the inverse of their norms."""
+
+    x: Tensor
+    inverse: Tensor
+
+    def pairs(self, first_row: Tensor, first_gram: Tensor, gram: Tensor, longest: int) -> None:
+        """Write the distances of all pairs of rows of the spans at `first_row` to `gram`."""
+        block, block_d, warps = gram_blocks(longest, self.x.element_size())
+        tiles = triton.cdiv(longest, block)
+        gram_kernel[(len(first_row) - 1, tiles, tiles)](
+            self.x, self.inverse, first_row, first_gram, gram, self.x.stride(0), LEAST=EPSILON,
+            DIM=self.x.shape[1], BLOCK=block, BLOCK_D=block_d, num_warps=warps, num_stages=3,
+        )  # fmt: skip
+
+    def closest(self, new: Tensor, nearest: Tensor) -> None:
+        """Lower `nearest` of every row to its distance from the closest of the rows `new`."""
+        x = self.x
+        block, block_d, warps = closest_blocks(x.element_size())
+        closest_kernel[(triton.cdiv(len(x), block),)](
+            x, self.inverse, new, nearest, len(new), len(x), x.stride(0), LEAST=EPSILON,
+            DIM=x.shape[1], BLOCK=block, BLOCK_D=block_d, num_warps=warps, num_stages=3,
+        )  # fmt: skip
+
+    def part(self, rows: slice | Tensor) -> "Cosines":
+        """Some of the rows."""
+        return self._replace(x=self.x[rows], inverse=self.inverse[rows])
+
+
+class Differences(NamedTuple):
+    """Rows that are compared by the root mean square of their differences.
+
+    `columns` is fp32 ``(D, n)``, so that programs read the rows of a tile side by side.
+    """
+
+    columns: Tensor
+
+    def pairs(self, first_row: Tensor, first_gram: Tensor, gram: Tensor, longest: int) -> None:
+        """See :meth:`Cosines.pairs`."""
+        dim, total = self.columns.shape
+        tiles = triton.cdiv(longest, DIFFERENCE_BLOCK)
+        difference_kernel[(len(first_row) - 1, tiles, tiles)](
+            self.columns, first_row, first_gram, gram, total, dim,
+            LEAST=EPSILON, BLOCK=DIFFERENCE_BLOCK, num_warps=4,
+        )  # fmt: skip
+
+    def closest(self, new: Tensor, nearest: Tensor) -> None:
+        """See :meth:`Cosines.closest`."""
+        dim, total = self.columns.shape
+        closest_difference_kernel[(triton.cdiv(total, DIFFERENCE_BLOCK),)](
+            self.columns, new, nearest, len(new), total, dim,
+            LEAST=EPSILON, BLOCK=DIFFERENCE_BLOCK, num_warps=4,
+        )  # fmt: skip
+
+    def part(self, rows: slice | Tensor) -> "Differences":
+        """Some of the rows."""
+        return self._replace(columns=self.columns[:, rows].contiguous())
+
+
+Rows = Cosines | Differences
+
+
+def unit_rows(
+    x: Tensor, lengths: list[int], centred: bool, rms: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the rows whose cosines are needed, their inverse norms and the distances to the mean.
 
-    The rows are ``(n, D)``; inverse norms and distances to the span's mean are fp32 ``(n,)``.
+    The rows are ``(n, D)``; inverse norms and distances to the span's mean are fp32 ``(n,)``. With
+    `rms` the distances are sums of squared differences, whose order is the same.
     Centred rows are stored as unit vectors. For 16-bit inputs these are fp16, whose 11 significant
     bits are more exact than the 8 of bfloat16, and unit vectors need no larger range.
     """
@@ -230,7 +365,7 @@ def unit_rows(x: Tensor, lengths: list[int], centred: bool) -> tuple[Tensor, Ten
     block_d = min(4096, triton.next_power_of_2(max(dim, 64)))
     unit_kernel[(rows,)](
         x, mean, span_of, unit, inverse, far, x.stride(0), dim,
-        CENTRED=centred, LIMIT=UNDIRECTED, BLOCK_D=block_d,
+        CENTRED=centred, LIMIT=UNDIRECTED, BLOCK_D=block_d, RMS=rms,
         num_warps=max(1, min(8, block_d // 256)),
     )  # fmt: skip
     return unit, inverse, far
@@ -246,7 +381,7 @@ def first_choice(score: Tensor, lengths: list[int]) -> Tensor:
 def grouped(lengths: list[int]) -> list[list[int]]:
     """Group spans that run together.
 
-    Consecutive spans share a group as long as their cosines fit into ``GRAM_ELEMENTS``. A span with
+    Consecutive spans share a group as long as their distances fit into ``GRAM_ELEMENTS``. A span with
     more than ``MAX_GRAM_ROWS`` rows has a group of its own.
     """
     result: list[list[int]] = []
@@ -262,8 +397,7 @@ def grouped(lengths: list[int]) -> list[list[int]]:
 
 def run(
     group: list[int],
-    x: Tensor,
-    inverse: Tensor,
+    rows: Rows,
     weights: Tensor | None,
     lengths: list[int],
     counts: list[int],
@@ -280,47 +414,48 @@ def run(
     if not len(group_picks):
         return
     if longest > MAX_GRAM_ROWS:
-        span = slice(row[first], row[last])
+        span, length = slice(row[first], row[last]), lengths[first]
         span_weights = None if weights is None else weights[span]
-        run_rounds(x[span], inverse[span], span_weights, group_margin, start[first:], group_picks)
+        run_rounds(rows.part(span), span_weights, length, group_margin, start[first:], group_picks)
         group_picks += row[first]
         return
-    rows, firsts = row[first : last + 1], table(pick[first : last + 1], x.device)
-    greedy(x, inverse, rows, firsts, start[first:], weights, group_margin, picks)
+    firsts = table(pick[first : last + 1], picks.device)
+    greedy(rows, row[first : last + 1], firsts, start[first:], weights, group_margin, picks)
 
 
 def run_rounds(
-    x: Tensor,
-    inverse: Tensor,
+    rows: Rows,
     weights: Tensor | None,
+    length: int,
     margin: Tensor | None,
     start: Tensor,
     picks: Tensor,
 ) -> None:
-    """Choose in one long span and write the rows to `picks`.
+    """Choose in one long span of `length` rows and write them to `picks`.
 
     The algorithm is that of :class:`tokencomp.kernels.maxmin_select.naive._Rounds`, except that
     every round updates all rows. One launch does that without the host, whereas an update of
     selected rows would wait for the device several times per round.
     """
-    nearest = torch.full_like(inverse, torch.inf)
-    remaining = torch.ones_like(inverse) if weights is None else weights.clone()
+    device = picks.device
+    nearest = torch.full((length,), torch.inf, device=device)
+    remaining = torch.ones_like(nearest) if weights is None else weights.clone()
     new, done = start[:1], 0
     while True:
         picks[done : done + len(new)] = new
         done += len(new)
         remaining[new] = TAKEN
-        closest(x, inverse, new, nearest)
+        rows.closest(new, nearest)
         if done == len(picks):
             return
         score = (nearest if margin is None else nearest + margin) * remaining
         ranked = score.sort(descending=True, stable=True).indices[: CANDIDATES + 1]
         candidates, guard = ranked[:-1].sort().values, ranked[-1:]
         limit = min(len(candidates), len(picks) - done)
-        steps_taken = torch.full((1,), limit, dtype=torch.int32, device=x.device)
-        local = torch.zeros(limit, dtype=torch.int64, device=x.device)
+        steps_taken = torch.full((1,), limit, dtype=torch.int32, device=device)
+        local = torch.zeros(limit, dtype=torch.int64, device=device)
         greedy(
-            x[candidates], inverse[candidates], [0, len(candidates)], table([0, limit], x.device),
+            rows.part(candidates), [0, len(candidates)], table([0, limit], device),
             torch.searchsorted(candidates, ranked[:1]), remaining[candidates], margin, local,
             (nearest[candidates], score[guard], torch.searchsorted(candidates, guard), steps_taken),
         )  # fmt: skip
@@ -328,9 +463,8 @@ def run_rounds(
 
 
 def greedy(
-    x: Tensor,
-    inverse: Tensor,
-    rows: list[int],
+    rows: Rows,
+    bounds: list[int],
     first_pick: Tensor,
     start: Tensor,
     weights: Tensor | None,
@@ -338,37 +472,22 @@ def greedy(
     picks: Tensor,
     resume: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> None:
-    """Compute all cosines of spans that begin at `rows`, then take all steps.
+    """Compute all distances of spans that begin at rows `bounds`, then take all steps.
 
-    The last entry of `rows` is the end of the last span. `resume` holds the last four tensors of
+    The last of the bounds is the end of the last span. `resume` holds the last four tensors of
     :func:`greedy_kernel` for a round, and is None otherwise.
     """
-    lengths = [end - begin for begin, end in itertools.pairwise(rows)]
+    lengths, device = [end - begin for begin, end in itertools.pairwise(bounds)], picks.device
     squares = [length * triton.cdiv(length, 16) * 16 for length in lengths]
-    gram = torch.empty(sum(squares), dtype=torch.float32, device=x.device)
-    first_row = table(rows, x.device)
-    first_gram = table(starts(squares), x.device, torch.int64)
-    block, block_d, warps = gram_blocks(max(lengths), x.element_size())
-    tiles = triton.cdiv(max(lengths), block)
-    gram_kernel[(len(lengths), tiles, tiles)](
-        x, inverse, first_row, first_gram, gram, x.stride(0),
-        DIM=x.shape[1], BLOCK=block, BLOCK_D=block_d, num_warps=warps, num_stages=3,
-    )  # fmt: skip
+    gram = torch.empty(sum(squares), dtype=torch.float32, device=device)
+    first_row, first_gram = table(bounds, device), table(starts(squares), device, torch.int64)
+    rows.pairs(first_row, first_gram, gram, max(lengths))
     wide = padded(max(lengths))
     greedy_kernel[(len(lengths),)](
         gram, first_row, first_gram, first_pick, start, weights, picks,
-        margin, *(resume or (None,) * 4), LEAST=EPSILON, WEIGHTED=weights is not None,
+        margin, *(resume or (None,) * 4), WEIGHTED=weights is not None,
         MARGIN=margin is not None, ROUND=resume is not None, BLOCK=wide,
         num_warps=greedy_warps(wide),
-    )  # fmt: skip
-
-
-def closest(x: Tensor, inverse: Tensor, new: Tensor, nearest: Tensor) -> None:
-    """Lower `nearest` of every row to its distance from the closest of the rows `new`."""
-    block, block_d, warps = closest_blocks(x.element_size())
-    closest_kernel[(triton.cdiv(len(x), block),)](
-        x, inverse, new, nearest, len(new), len(x), x.stride(0),
-        LEAST=EPSILON, DIM=x.shape[1], BLOCK=block, BLOCK_D=block_d, num_warps=warps, num_stages=3,
     )  # fmt: skip
 
 

@@ -46,11 +46,11 @@ def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_greedy(
     x: Tensor, order: list[int], weights: Tensor | None, centred: bool, tolerance: float,
-    margin: float = 0.0,
+    margin: float = 0.0, distance: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Each choice after the first has the best remaining score, up to rounding."""
     assert len(set(order)) == len(order)
-    distance = distances(x, centred)
+    distance = distances(x, centred) if distance is None else distance
     weights = torch.ones(len(x)) if weights is None else weights
     nearest = torch.full((len(x),), math.inf, dtype=torch.float64)
     for step, choice in enumerate(order[1:], start=1):
@@ -142,6 +142,63 @@ def test_long_spans_anywhere(
             assert picks[0] - start == weights[span].argmax()
         check_greedy(x[span], (picks - start).tolist(), weights[span], False, 1e-5, m)
         start += length
+
+
+def differences(x: Tensor) -> Tensor:
+    """Root mean squares of the differences of all pairs of rows in fp64, ``(n, n)``."""
+    x = x.double()
+    return (x[:, None] - x[None]).square().mean(2).sqrt().clamp(min=COPIES)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "counts", "dim", "rounds", "dtype"),
+    [
+        ([1], [1], 5, False, torch.float32),
+        ([34, 0, 3, 17], [33, 0, 3, 12], 7, False, torch.bfloat16),
+        ([20, 66], [0, 30], 5, True, torch.float32),
+    ],
+    ids=["one row", "at once", "in rounds"],
+)
+def test_root_mean_square(
+    place: torch.device, lengths: list[int], counts: list[int], dim: int, rounds: bool,
+    weighted: bool, dtype: torch.dtype, request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    """Spans of all lengths; half of the rows are copies, whose distance is exactly 0."""
+    if rounds:
+        request.getfixturevalue("short_rounds")
+    x = 3.0 + torch.randn(sum(lengths), dim)
+    x[::2] = x[torch.randint(len(x), (len(x[::2]),))]
+    x, weights = x.to(dtype), torch.rand(len(x)) if weighted else None
+    margin = torch.rand(len(lengths)) if weighted else None
+    got = maxmin_select(
+        x.to(place), counts, None if weights is None else weights.to(place), spans=lengths,
+        ascending=False, metric="rms", margin=None if margin is None else margin.to(place),
+    ).cpu()  # fmt: skip
+    start = 0
+    for s, (rows, picks) in enumerate(zip(x.split(lengths), got.split(counts), strict=True)):
+        order = (picks - start).tolist()
+        part = torch.ones(len(rows)) if weights is None else weights[start : start + len(rows)]
+        start += len(rows)
+        if not order:
+            continue
+        wide = rows.double()
+        far = (wide - wide.mean(0)).square().sum(1)
+        first = far if weights is None else part.double()
+        assert first[order[0]] >= first.max() - 1e-4
+        check_greedy(
+            rows, order, part, False, 1e-6, 0.0 if margin is None else float(margin[s]),
+            differences(rows),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("place_of_start", [0, 4])
+def test_root_mean_square_sees_lengths(place: torch.device, place_of_start: int) -> None:
+    """Rows of one direction differ in length alone; the cosine takes all of them for copies."""
+    x = torch.tensor([0.0, 1.0, 4.0, 6.0, 10.0])[:, None].expand(5, 3)
+    start = torch.tensor([place_of_start], device=place)
+    got = maxmin_select(x.to(place), 4, start=start, ascending=False, metric="rms").tolist()
+    assert got == ([0, 4, 2, 3] if place_of_start == 0 else [4, 0, 2, 3])
 
 
 @pytest.mark.parametrize("rounds", [False, True], ids=["at once", "in rounds"])
@@ -247,13 +304,13 @@ def test_a_round_chooses_many_rows(
     triton = pytest.importorskip("tokencomp.kernels.maxmin_select.triton")
     monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
     monkeypatch.setattr(triton, "CANDIDATES", 32)
-    original, chosen = triton.closest, []
+    original, chosen = triton.Cosines.closest, []
 
-    def spy(x: Tensor, inverse: Tensor, new: Tensor, nearest: Tensor) -> None:
+    def spy(rows: object, new: Tensor, nearest: Tensor) -> None:
         chosen.append(len(new))
-        original(x, inverse, new, nearest)
+        original(rows, new, nearest)
 
-    monkeypatch.setattr(triton, "closest", spy)
+    monkeypatch.setattr(triton.Cosines, "closest", spy)
     x = torch.randn(40, 16).repeat(5, 1) + 0.05 * torch.randn(200, 16)
     margins = None if margin is None else torch.tensor([margin], device=device)
     maxmin_select(x.to(device), 60, torch.rand(200).to(device), margin=margins)
@@ -368,6 +425,7 @@ def test_mean_distance(
         ({"margin": torch.tensor([-0.1]), "weights": torch.ones(10)}, "margins must be finite"),
         ({"margin": torch.zeros(2)}, r"margin must be \(1,\)"),
         ({"margin": torch.zeros(1, device="meta")}, "one device"),
+        ({"metric": "l1"}, "metric='l1' is not known; allowed: cosine, rms"),
         ({"start": torch.tensor([10])}, "inside its span"),
         ({"start": torch.tensor([0, 1])}, "start must be"),
         ({"start": torch.tensor([0.0])}, "int32 or int64"),
