@@ -71,10 +71,10 @@ def maxmin_select(
 
     Notes
     -----
-    A span of L rows, up to 512 (Triton: 8192), computes all distances once with ``2·L²·D`` FLOPs and
-    then takes k steps that read L values each: ``L·D·itemsize + 4·L² + 4·k·L`` bytes. The Triton
-    version takes the steps on the device without the host; the plain version takes them on the
-    host.
+    A span of L rows, up to 512 (Triton: 8192), computes all distances once with ``2·L²·D`` FLOPs
+    and then takes k steps that read L values each: ``L·D·itemsize + 4·L² + 4·k·L`` bytes. The
+    Triton version takes the steps on the device without the host; the plain version takes them on
+    the host.
 
     A longer span does not store L² distances. It proceeds in rounds among the c best rows, and its
     result is still exact: scores never rise, so the best candidate is the best row of all as long

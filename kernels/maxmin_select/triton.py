@@ -2,9 +2,9 @@
 
 For spans of up to ``MAX_GRAM_ROWS`` rows, one launch computes all distances, cosines with tensor
 cores. A second launch has one program per span, which takes all steps on the device and reads one
-row of distances per step. Longer spans do the same among the best ``CANDIDATES`` rows, in rounds as in the
-plain version: every round reads all rows once, and the host waits once per round for the number of
-choices.
+row of distances per step. Longer spans do the same among the best ``CANDIDATES`` rows, in rounds as
+in the plain version: every round reads all rows once, and the host waits once per round for the
+number of choices.
 """
 
 import itertools
@@ -154,8 +154,9 @@ def greedy_kernel(
 ):  # fmt: skip
     """Take all steps of one span in one program.
 
-    Every step depends on the one before, so a span cannot be shared between programs. All distances
-    of the span stay in registers, and each step reads one row of `gram`, the distances of all pairs.
+    Every step depends on the one before, so a span cannot be shared between programs. The distances
+    from the choices stay in registers, and each step reads one row of `gram`, the distances of all
+    pairs.
 
     With ROUND, the rows are the candidates of a round and `nearest` holds their distances from
     earlier choices. The loop ends when the guard, whose place in row order is before candidate
@@ -381,8 +382,8 @@ def first_choice(score: Tensor, lengths: list[int]) -> Tensor:
 def grouped(lengths: list[int]) -> list[list[int]]:
     """Group spans that run together.
 
-    Consecutive spans share a group as long as their distances fit into ``GRAM_ELEMENTS``. A span with
-    more than ``MAX_GRAM_ROWS`` rows has a group of its own.
+    Consecutive spans share a group as long as their distances fit into ``GRAM_ELEMENTS``. A span
+    with more than ``MAX_GRAM_ROWS`` rows has a group of its own.
     """
     result: list[list[int]] = []
     room = 0
