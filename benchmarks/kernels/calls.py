@@ -1,0 +1,270 @@
+"""Count the device calls and host reads that a patch adds to one prefill, and to a decode step.
+
+    python -m benchmarks.kernels.calls [--reducers NAME ...] [--quick] [--sites] [--out DIR]
+
+On a GPU, every call costs a launch of 5 to 10 µs whatever it computes, and every host read waits
+until the device has finished. Neither depends on the sizes of tensors, so a tiny random Qwen2-VL on
+a CPU shows them exactly: a dispatch mode counts every aten call. A kernel of `tokencomp.kernels` is
+one call; what it reads to check its arguments counts as a read. Calls on tensors that the library
+keeps on the host count as well, although they launch nothing: they take time in Python.
+
+The table has reducer × {1, 4, 16 images} × batch {1, 8}: calls and reads per prefill, without those
+of the unpatched model. It is written to `calls.json` and `calls.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from tokencomp.kernels import checks, dispatch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tokencomp
+from benchmarks import publishing
+
+FOLDER = Path(__file__).parent
+REDUCERS = (
+    "uniform",
+    "random",
+    "divprune",
+    "merge",
+    "condiv",
+    "cdpruner",
+    "pool",
+    "evs",
+    "vidcom2",
+    "prune",
+    "aim",
+    "fastv",
+    "pyramiddrop",
+    "adsc",
+)
+IMAGES, BATCHES = (1, 4, 16), (1, 8)
+RATIO, SIDE, LAYERS = 0.75, 6, 8
+# aten calls whose result the host waits for
+READS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+}
+
+
+class Calls(TorchDispatchMode):
+    """Counts aten calls while it is active.
+
+    Attributes
+    ----------
+    calls, reads
+        Number of calls, and of those among them that make the host wait.
+    sites
+        Line of the library (or of the model) → its calls.
+    """
+
+    def __init__(self, sites: bool = False) -> None:
+        super().__init__()
+        self.calls = self.reads = 0
+        self.sites: Counter[str] | None = Counter() if sites else None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.calls += 1
+        self.reads += func.overloadpacket.__name__ in READS
+        if self.sites is not None:
+            self.sites[f"{_site()} {func.overloadpacket.__name__}"] += 1
+        return func(*args, **(kwargs or {}))
+
+    def count_check(self, condition: Tensor, message: str) -> None:
+        """Stands in for `checks.holds`, which reads its condition inside of a kernel."""
+        if dispatch.checks_enabled(condition):
+            self.reads += 1
+            assert bool(condition), message
+
+
+def _site() -> str:
+    for frame in reversed(traceback.extract_stack()):
+        if "tokencomp" in frame.filename and "benchmarks" not in frame.filename:
+            return f"{Path(frame.filename).parent.name}/{Path(frame.filename).name}:{frame.lineno}"
+    return "model"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Calls and reads that a reducer adds to a prefill of `batch` rows of `images` images."""
+
+    reducer: str
+    images: int
+    batch: int
+    stages: int
+    model_calls: int
+    calls: int
+    reads: int
+
+
+def tiny_model() -> nn.Module:
+    """A random Qwen2-VL of `LAYERS` decoder layers."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text = {
+        "vocab_size": 200,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": rope,
+        "rope_scaling": rope,  # its name before transformers 5
+    }
+    vision = {
+        "depth": 1,
+        "embed_dim": 32,
+        "hidden_size": 64,
+        "num_heads": 2,
+        "mlp_ratio": 2,
+        "patch_size": 4,
+    }
+    tokens = {"image_token_id": 150, "video_token_id": 151}
+    marks = {"vision_start_token_id": 152, "vision_end_token_id": 153}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, **tokens, **marks)
+    return Qwen2VLForConditionalGeneration(config).eval()
+
+
+def prompt(batch: int, images: int) -> dict[str, Tensor]:
+    """`batch` equal rows of `images` images of SIDE × SIDE tokens, and a question."""
+    picture = [152, *[150] * SIDE**2, 153]
+    ids = torch.tensor([[5, 6, *picture * images, 20, 21, 22, 30]] * batch)
+    patches = torch.randn(batch * images * 4 * SIDE**2, 96)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == 150).int(),
+        "pixel_values": patches,
+        "image_grid_thw": torch.tensor([[1, 2 * SIDE, 2 * SIDE]] * batch * images),
+    }
+
+
+def counted(call: Callable[[], Any], sites: bool = False) -> Calls:
+    """Calls of the second of two runs; the first fills caches."""
+    with torch.no_grad():
+        call()
+        calls = Calls(sites)
+        with mock.patch.object(checks, "holds", calls.count_check), calls:
+            call()
+    return calls
+
+
+def prefill(model: Any, inputs: dict[str, Tensor]) -> Callable[[], Any]:
+    return lambda: model(**inputs, use_cache=True, logits_to_keep=1)
+
+
+def measure(
+    model: Any, reducer: str, images: int, batch: int, ratio: float = RATIO, sites: bool = False
+) -> tuple[Row, Counter[str]]:
+    """What `reducer` adds to a prefill, and by `sites` where."""
+    inputs = prompt(batch, images)
+    before = counted(prefill(model, inputs), sites)
+    with tokencomp.patch(model, ratio, reducer=reducer) as handle:
+        after = counted(prefill(model, inputs), sites)
+        stages = len(handle.plan.stages)
+    added = after.calls - before.calls, after.reads - before.reads
+    row = Row(reducer, images, batch, stages, before.calls, *added)
+    return row, (after.sites or Counter()) - (before.sites or Counter())
+
+
+def decode_step(model: Any, reducer: str) -> tuple[int, int]:
+    """Calls and reads that a patch adds to a decode step."""
+    inputs, added = prompt(1, 1), []
+    step = {"input_ids": torch.tensor([[7]])}
+    for ratio in (0.0, RATIO):
+        with tokencomp.patch(model, ratio, reducer=reducer), torch.no_grad():
+            cache = model(**inputs, use_cache=True).past_key_values
+            added.append(counted(lambda cache=cache: model(**step, past_key_values=cache)))
+    return added[1].calls - added[0].calls, added[1].reads - added[0].reads
+
+
+def markdown(rows: list[Row], steps: dict[str, tuple[int, int]]) -> str:
+    """The table, one line per reducer."""
+    shapes = [(i, b) for b in BATCHES for i in IMAGES]
+    by_shape = {(r.reducer, r.images, r.batch): r for r in rows}
+    model = {s: next((r.model_calls for r in rows if (r.images, r.batch) == s), 0) for s in shapes}
+    head = " | ".join(f"{i} × {b} ({model[i, b]})" for i, b in shapes)
+    lines = [
+        f"Calls + host reads added to one prefill, by images × batch (in brackets: calls of the "
+        f"unpatched model), and to one decode step. Ratio {RATIO}, {LAYERS} decoder layers. "
+        "Command: `python -m benchmarks.kernels.calls`.",
+        "",
+        f"| reducer | stages | {head} | decode step |",
+        "|---" * (3 + len(shapes)) + "|",
+    ]
+    for name in dict.fromkeys(r.reducer for r in rows):
+        own = [by_shape[name, i, b] for i, b in shapes if (name, i, b) in by_shape]
+        cells = " | ".join(f"{r.calls} + {r.reads}" for r in own)
+        lines.append(
+            f"| {name} | {own[0].stages} | {cells} | {steps[name][0]} + {steps[name][1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Count, print, write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--reducers", nargs="+", default=REDUCERS, choices=REDUCERS)
+    parser.add_argument("--quick", action="store_true", help="1 and 4 images, batch 1 and 8 × 1")
+    parser.add_argument(
+        "--sites", action="store_true", help="print the lines that call, for 1 image"
+    )
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for calls.json, calls.md")
+    publishing.add_argument(parser)
+    arguments = parser.parse_args()
+    facts = publishing.published_from(arguments.out, arguments.allow_dirty)
+    torch.set_num_threads(1)
+    model = tiny_model()
+    if arguments.sites:
+        for name in arguments.reducers:
+            row, sites = measure(model, name, 1, 1, sites=True)
+            print(row)
+            print("\n".join(f"{n:5d} {site}" for site, n in sorted(sites.items())))
+        return 0
+    shapes = [(i, b) for b in BATCHES for i in IMAGES]
+    if arguments.quick:
+        shapes = [(1, 1), (4, 1), (1, 8)]
+    rows = []
+    for name in arguments.reducers:
+        rows += [measure(model, name, images, batch)[0] for images, batch in shapes]
+        print(name, *(f"{r.images}x{r.batch}: {r.calls}+{r.reads}" for r in rows[-len(shapes) :]))
+        sys.stdout.flush()
+    if arguments.quick:
+        return 0
+    steps = {name: decode_step(model, name) for name in arguments.reducers}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    content = {
+        "torch": torch.__version__,
+        **facts,
+        "rows": [asdict(row) for row in rows],
+        "decode": steps,
+    }
+    (arguments.out / "calls.json").write_text(json.dumps(content, indent=1) + "\n")
+    (arguments.out / "calls.md").write_text(markdown(rows, steps))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
