@@ -8,7 +8,7 @@ import pytest
 from support.serving import cases as cases
 from support.serving.checks import batch, check
 
-MODELS = ("qwen2_vl", "llava_onevision", "qwen3_vl")
+MODELS = ("qwen2_vl", "llava_onevision", "qwen3_vl", "internvl")
 
 
 @pytest.fixture(scope="module", params=MODELS)

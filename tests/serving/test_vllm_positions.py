@@ -9,7 +9,7 @@ import torch
 from support.serving import cases as cases
 from support.serving.checks import batch, check
 
-MODELS = ("qwen2_vl", "llava_onevision", "qwen3_vl")
+MODELS = ("qwen2_vl", "llava_onevision", "qwen3_vl", "internvl")
 TIGHT = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
 
 
@@ -51,6 +51,50 @@ def test_qwen3_vl_moe(tiny_folder: Any, run_engine: Any) -> None:
     ]
     results = run_engine(folder, [[job] for job in jobs])
     check(results, jobs, folder, "qwen3_vl_moe")
+
+
+@pytest.mark.parametrize("model", ["qwen3_5", "qwen3_5_moe"])
+def test_layers_with_linear_attention(model: str, tiny_folder: Any, run_engine: Any) -> None:
+    """A dropped token is not in the sequence that linear attention reads.
+
+    vLLM's linear attention on a CPU runs in bfloat16 only, so positions and lengths are compared
+    exactly, and the first token's log-probability within the error of bfloat16. It is nearer to
+    the reference than to the uncompressed model.
+    """
+    from support.serving import hf_reference
+
+    folder = tiny_folder(model)
+    media = ([cases.IMAGE], [cases.VIDEO], [cases.OTHER, cases.VIDEO, cases.IMAGE])
+    jobs = [cases.job(model, m, 0.75, positions=True) for m in media]
+    plain = [cases.job(model, m, 0.0) for m in media]
+    runs = [[job] for job in [*jobs, *plain]]
+    results = run_engine(folder, runs, dtype="bfloat16", max_num_batched_tokens=64)
+    for job, uncompressed in zip(jobs, plain, strict=True):
+        want, full = (hf_reference.answer_of_kept(folder, j) for j in (job, uncompressed))
+        got = results[job["name"]]
+        assert "error" not in got, got
+        assert got["prompt"] == want["prompt"] < full["prompt"]
+        seen = torch.cat([torch.tensor(p) for p in got["positions"]], dim=1)[:, : got["prompt"]]
+        assert torch.equal(seen, hf_reference.true_positions(folder, job)[:, want["kept"]])
+        error = abs(got["logprobs"][0] - want["logprobs"][0])
+        assert error < 0.1 and error < abs(got["logprobs"][0] - full["logprobs"][0])
+
+
+def test_frames_that_are_spans(tiny_folder: Any, run_engine: Any) -> None:
+    """GLM-4.1V: every frame keeps its share, and the seconds between frames stay."""
+    from support.serving import hf_reference
+
+    folder = tiny_folder("glm4v")
+    jobs = [cases.job("glm4v", [m], r) for m in (cases.IMAGE, cases.VIDEO) for r in (0.5, 0.75)]
+    # transformers refuses a prompt of images and videos, as both have the same placeholder.
+    jobs.append(cases.job("glm4v", [cases.OTHER, cases.IMAGE], 0.75))
+    plain = cases.job("glm4v", [cases.VIDEO], None)
+    runs = [[job] for job in [*jobs, plain]] + [batch(jobs, " together")]
+    engine = {"max_num_batched_tokens": 64, "limit_mm_per_prompt": {"image": 4, "video": 1}}
+    results = run_engine(folder, runs, **engine)
+    check(results, [plain], folder, "glm4v")
+    for suffix in ("", " together"):
+        check(results, jobs, folder, "glm4v", suffix, hf_reference.answer_of_kept)
 
 
 def test_trained_model_on_real_files(run_engine: Any, tmp_path: Any) -> None:

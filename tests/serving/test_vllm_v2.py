@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,8 @@ from tokencomp.serving.vllm.item_plan import ItemPlan, Layout, field_name
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
 WIDTH, LEVELS = 8, 1
 QWEN2, QWEN2_5, QWEN3 = (f"Qwen{v}VLForConditionalGeneration" for v in ("2", "2_5_", "3"))
-MODELS = (QWEN2, QWEN2_5, QWEN3)
+GLM = "Glm4vForConditionalGeneration"
+MODELS = (QWEN2, QWEN2_5, QWEN3, GLM)
 SECONDS = 0.75  # with 2 positions per second, frames of Qwen2.5-VL are 1.5 positions apart
 
 
@@ -78,7 +80,7 @@ class Prompt:
 
     def __init__(self, model: Any, architecture: str, parts: list[Any], name: str) -> None:
         self.model, self.timed = model, architecture == QWEN2_5
-        self.frames = architecture == QWEN3
+        self.frames, self.spans = architecture in (QWEN3, GLM), architecture == GLM
         self.ids: list[int] = []  # of the compressed prompt
         self.features: list[Any] = []
         self.rows: list[torch.Tensor] = []  # what the engine stores for every item
@@ -105,17 +107,21 @@ class Prompt:
     def add(self, kind: str, grid: Any, ratio: float, key: str) -> tuple[list[int], list[int]]:
         """Add an item; return its uncompressed ids and the columns that stay."""
         model, (t, h, w) = self.model, grid
-        pad = IMAGE if kind == "image" else VIDEO
+        pad = IMAGE if kind == "image" or self.spans else VIDEO
         data = {f"{kind}_grid_thw": torch.tensor([t, 2 * h, 2 * w])}
         ids = [pad] * (t * h * w)
         if kind == "video" and self.timed:
             data["second_per_grid_ts"] = torch.tensor(SECONDS)
-        if kind == "video" and self.frames:
+        if kind == "video" and self.spans:
+            frames = [[START, *[pad] * (h * w), END, *[1] * (1 + i % 3)] for i in range(t)]
+            ids = [2, *itertools.chain(*frames), 3]
+        elif kind == "video" and self.frames:
             data["timestamps"] = [i / 2 for i in range(t)]
             ids = model._video_ids(data["timestamps"], [h * w] * t).tolist()
         rows, columns = torch.randn(t * h * w, model.row_width).bfloat16(), list(range(len(ids)))
         if ratio:
-            plan = ItemPlan.make(kind, [Layout(grid)], MethodSpec("random", ratio), extent=1)
+            layouts = [Layout((1, h, w))] * t if self.spans else [Layout(grid)]
+            plan = ItemPlan.make(kind, layouts, MethodSpec("random", ratio), extent=1)
             data[field_name(kind)] = plan.to_tensor()
             rows, index = model._reduce(plan, rows)
             patches = [i for i, x in enumerate(ids) if x == pad]
@@ -124,11 +130,12 @@ class Prompt:
             batch = {name: [value] for name, value in data.items()}
             rows = model.finish_item(plan, rows, index, batch, 0)
         embedded = None
-        if not ratio:  # text between frames stays text
-            self.ids += ids
-            embedded = torch.tensor(ids) == pad
+        if not ratio or self.spans:  # text between frames stays text
+            part = [ids[c] for c in columns]
+            embedded = torch.tensor(part) == pad
         else:
-            self.ids += [pad] * len(columns)
+            part = [pad] * len(columns)
+        self.ids += part
         place = PlaceholderRange(len(self.ids) - len(columns), len(columns), embedded)
         fields = {name: SimpleNamespace(data=value) for name, value in data.items()}
         feature = SimpleNamespace(modality=kind, mm_position=place, data=fields, identifier=key)

@@ -8,13 +8,19 @@ from tokencomp.serving.spec import servable
 
 MARKS = {
     "llava_onevision": ("<image>", "<video>"),
+    "glm4v": (
+        "<|begin_of_image|><|image|><|end_of_image|>",
+        "<|begin_of_video|><|video|><|end_of_video|>",
+    ),
+    "internvl": ("<IMG_CONTEXT>", "<video>"),
     "qwen2_vl": (
         "<|vision_start|><|image_pad|><|vision_end|>",
         "<|vision_start|><|video_pad|><|vision_end|>",
     ),
 }
-TIMED = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")  # positions or prompts depend on the frame rate
-MARKS.update(dict.fromkeys(TIMED, MARKS["qwen2_vl"]))
+QWEN = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+MARKS.update(dict.fromkeys(QWEN, MARKS["qwen2_vl"]))
+TIMED = (*QWEN, "glm4v")  # positions or prompts depend on the frame rate
 TURN = "<|im_start|>user\n{}{}<|im_end|>\n<|im_start|>assistant\n"
 QUESTION = "What color is the small circle?"
 

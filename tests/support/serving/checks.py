@@ -6,16 +6,29 @@ from typing import Any
 
 import torch
 
-POSITIONS = {"llava_onevision": "compact"}
+POSITIONS = {"llava_onevision": "compact", "internvl": "compact"}
 
 
-def check(results: dict, jobs: list[dict], folder: Any, model: str, suffix: str = "") -> None:
-    """Require equal tokens and prompt lengths, and log-probabilities within 1e-3."""
+def check(
+    results: dict,
+    jobs: list[dict],
+    folder: Any,
+    model: str,
+    suffix: str = "",
+    reference: Any = None,
+) -> None:
+    """Require equal tokens and prompt lengths, and log-probabilities within 1e-3.
+
+    `reference` is a function of folder and job, by default the patched model.
+    """
     from support.serving import hf_reference
 
     for job in jobs:
         got = results[job["name"] + suffix]
-        want = hf_reference.answer(folder, job, POSITIONS.get(model, "original"))
+        if reference is not None:
+            want = reference(folder, job)
+        else:
+            want = hf_reference.answer(folder, job, POSITIONS.get(model, "original"))
         assert "error" not in got, (job["name"], got)
         assert got["prompt"] == want["prompt"], job["name"]
         assert got["tokens"] == want["tokens"], job["name"]

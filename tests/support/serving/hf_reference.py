@@ -78,6 +78,43 @@ def answer(folder: Path, job: dict[str, Any], positions: str = "original") -> di
     return {"tokens": tokens, "logprobs": logprobs, "prompt": n - removed, "full": n, "kept": kept}
 
 
+@torch.no_grad()
+def answer_of_kept(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Return what `answer` does for the reducer "uniform", without `tokencomp.patch`.
+
+    The unpatched decoder runs on the kept rows of its own inputs, at their own positions.
+    """
+    model, _ = load(folder)
+    decoder, inputs, seen = model.model.language_model, inputs_of(folder, job), {}
+    hook = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    model(**inputs)
+    hook.remove()
+    kinds, config = inputs["mm_token_type_ids"][0], model.config
+    keep = []
+    for i, kind in enumerate(("image", "video"), start=1):
+        columns = (kinds == i).nonzero()[:, 0]
+        for t, h, w in inputs.get(f"{kind}_grid_thw", torch.empty(0, 3)).tolist():
+            spans = int(t) if config.model_type.startswith("glm") else 1  # every frame is a span
+            n = int(t * h * w) // config.vision_config.spatial_merge_size**2 // spans
+            kept = max(int(n * (1 - job["tokencomp"]["ratio"]) + 0.5), 1)
+            for _ in range(spans):
+                keep += [columns[int((i + 0.5) * n / kept)] for i in range(kept)]
+                columns = columns[n:]
+    rows = torch.tensor(sorted([*(kinds == 0).nonzero()[:, 0].tolist(), *map(int, keep)]))
+    x, positions = seen["inputs_embeds"][:, rows], seen["position_ids"][..., rows]
+    tokens, logprobs = [], []
+    for _ in range(job.get("tokens", 8)):
+        hidden = decoder(inputs_embeds=x, position_ids=positions, use_cache=False)[0]
+        scores = torch.log_softmax(model.lm_head(hidden[0, -1]).float(), -1)
+        tokens.append(int(scores.argmax()))
+        logprobs.append(float(scores.max()))
+        x = torch.cat([x, model.get_input_embeddings()(torch.tensor([[tokens[-1]]]))], dim=1)
+        positions = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
+    return {"tokens": tokens, "logprobs": logprobs, "prompt": len(rows), "kept": rows}
+
+
 def columns(stats: Any) -> list[int]:
     """Return the columns of the uncompressed prompt that the last layer sees."""
     remaining = set(range(stats.lengths[0]))

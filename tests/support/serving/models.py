@@ -138,6 +138,56 @@ def qwen3_vl(folder: Path, experts: int = 0) -> Path:
     return base
 
 
+def qwen3_5(folder: Path, experts: int = 0) -> Path:
+    """Write Qwen3.5: three layers with linear attention for one with full attention.
+
+    With `experts` the model is the MoE variant. Prompts are those of Qwen3-VL.
+    """
+    import transformers
+    from safetensors.torch import save_file
+
+    base = qwen3_vl(folder)
+    old = json.loads((base / "config.json").read_text())
+    tokens = {k: old[k] for k in old if k.endswith("_token_id")}
+    section = {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
+    text: dict[str, Any] = dict(
+        vocab_size=old["text_config"]["vocab_size"], hidden_size=128, intermediate_size=256,
+        num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2, head_dim=64,
+        linear_key_head_dim=64, linear_value_head_dim=64, linear_num_key_heads=2,
+        linear_num_value_heads=2, max_position_embeddings=8192,
+        rope_parameters={
+            "rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25, **section,
+        },
+    )  # fmt: skip
+    if experts:
+        text.update(
+            num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=96,
+            shared_expert_intermediate_size=96,
+        )  # fmt: skip
+    vision = dict(
+        depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
+        patch_size=14, spatial_merge_size=2, temporal_patch_size=2, in_channels=3,
+        num_position_embeddings=256,
+    )  # fmt: skip
+    name = "Qwen3_5Moe" if experts else "Qwen3_5"
+    config = getattr(transformers, name + "Config")(
+        text_config=text, vision_config=vision, **tokens
+    )
+    torch.manual_seed(0)
+    model = _sharpen(getattr(transformers, name + "ForConditionalGeneration")(config)).half()
+    model.lm_head.weight.data.mul_(16)  # so that compression changes more than bfloat16 does
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(base)
+    weights = {n: x.contiguous() for n, x in model.state_dict().items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+def qwen3_5_moe(folder: Path) -> Path:
+    """Write Qwen3.5-MoE with four experts."""
+    return qwen3_5(folder, experts=4)
+
+
 def qwen3_vl_moe(folder: Path) -> Path:
     """Write Qwen3-VL-MoE with four experts."""
     return qwen3_vl(folder, experts=4)
@@ -208,6 +258,89 @@ def llava_onevision(folder: Path) -> Path:
     return folder
 
 
+def glm4v(folder: Path) -> Path:
+    """Write GLM-4.1V, whose video frames have a second behind each of them."""
+    import transformers as hf
+
+    from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
+
+    write_tokenizer(folder, "")
+    marks = [f"<|{edge}_of_{kind}|>" for kind in ("image", "video") for edge in ("begin", "end")]
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*marks, "<|image|>", "<|video|>"]})
+    tokenizer.save_pretrained(folder)
+    ids = dict(zip(marks, tokenizer.convert_tokens_to_ids(marks), strict=True))
+    config = hf.Glm4vConfig(
+        text_config=dict(
+            vocab_size=(len(tokenizer) + 63) // 64 * 64, hidden_size=128, intermediate_size=256,
+            num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
+            max_position_embeddings=8192,
+            rope_parameters={
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6],
+                "partial_rotary_factor": 0.5,
+            },
+        ),
+        vision_config=dict(
+            depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
+            patch_size=14, image_size=112, spatial_merge_size=2, temporal_patch_size=2,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+        image_start_token_id=ids[marks[0]], image_end_token_id=ids[marks[1]],
+        video_start_token_id=ids[marks[2]], video_end_token_id=ids[marks[3]],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = _sharpen(hf.Glm4vForConditionalGeneration(config)).half()
+    config.architectures = ["Glm4vForConditionalGeneration"]
+    config.save_pretrained(folder)
+    model.save_pretrained(folder)
+    size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 4096}
+    hf.Glm4vProcessor(
+        hf.Glm4vImageProcessor(size=size), tokenizer, hf.Glm4vVideoProcessor(size=size)
+    ).save_pretrained(folder)
+    return folder
+
+
+def internvl(folder: Path) -> Path:
+    """Write InternVL with 4 × 4 tokens per tile, at most 4 tiles and a thumbnail."""
+    import transformers as hf
+
+    from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
+
+    write_tokenizer(folder, "")
+    names = {
+        "start_image_token": "<img>", "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
+    }  # fmt: skip
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(names.values())})
+    tokenizer.save_pretrained(folder)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder, extra_special_tokens=names)
+    size, pixels, patch = {"height": 112, "width": 112}, [112, 112], 14
+    config = hf.InternVLConfig(
+        text_config=hf.Qwen2Config(
+            vocab_size=(len(tokenizer) + 63) // 64 * 64, hidden_size=128, intermediate_size=256,
+            num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
+            max_position_embeddings=8192, tie_word_embeddings=False,
+        ),
+        vision_config=hf.InternVLVisionConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+            image_size=pixels, patch_size=[patch, patch], use_mean_pooling=True,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        downsample_ratio=0.5, image_seq_length=16, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = _sharpen(hf.InternVLForConditionalGeneration(config)).half()
+    config.architectures = ["InternVLForConditionalGeneration"]
+    config.save_pretrained(folder)
+    model.save_pretrained(folder)
+    images = hf.GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=4)
+    videos = hf.InternVLVideoProcessor(size=size, do_sample_frames=False)
+    hf.InternVLProcessor(images, tokenizer, videos, image_seq_length=16).save_pretrained(folder)
+    return folder
+
+
 def _published(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights in half precision under the names of published checkpoints."""
     weights = {}
@@ -227,7 +360,11 @@ BUILDERS = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
     "llava_onevision": llava_onevision,
+    "glm4v": glm4v,
+    "internvl": internvl,
 }
 
 

@@ -26,6 +26,7 @@ RECORDED: list = []
 def record_positions() -> None:
     """Record the positions that the stock `forward` receives in the end."""
     from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
+    from vllm.model_executor.models.qwen3_5 import Qwen3_5ForConditionalGeneration
     from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
     def recording(stock):
@@ -35,7 +36,11 @@ def record_positions() -> None:
 
         return forward
 
-    for model in (Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration):
+    for model in (
+        Qwen2VLForConditionalGeneration,
+        Qwen3VLForConditionalGeneration,
+        Qwen3_5ForConditionalGeneration,
+    ):
         model.forward = recording(model.forward)
 
 

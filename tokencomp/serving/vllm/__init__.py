@@ -64,9 +64,15 @@ TESTED_VERSIONS = ("0.32", "0.33")
 
 # Architecture → the module of this package with its mixins `Model` and `Processor`.
 MODELS = {
+    "Glm4vForConditionalGeneration": "glm4v",
+    "Glm4vMoeForConditionalGeneration": "glm4v",
+    "InternVLChatModel": "internvl",
+    "InternVLForConditionalGeneration": "internvl",
     "LlavaOnevisionForConditionalGeneration": "llava_onevision",
     "Qwen2VLForConditionalGeneration": "mrope",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen3_5ForConditionalGeneration": "qwen3_vl",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_vl",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "Qwen3VLMoeForConditionalGeneration": "qwen3_vl",
 }

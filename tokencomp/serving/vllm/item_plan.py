@@ -101,6 +101,11 @@ class ItemPlan:
         """Tokens that stay."""
         return sum(self.keep)
 
+    @property
+    def counted(self) -> list[tuple[Layout, int]]:
+        """Spans with the tokens left of each."""
+        return list(zip(self.spans, self.keep, strict=True))
+
     def to_tensor(self) -> Tensor:
         """The plan as bytes of JSON: a uint8 tensor that every transport carries unchanged."""
         spans = [[*s.grid, s.special] for s in self.spans]
@@ -142,7 +147,7 @@ class ItemPlan:
             )
         reducer = _reducer(self.reducer, self.options)
         rows, index, start = [], [], 0
-        for layout, keep in zip(self.spans, self.keep, strict=True):
+        for layout, keep in self.counted:
             part = features[start : start + layout.length]
             row, kept = _reduce_span(reducer, part, layout, keep, self.kind)
             rows.append(row)

@@ -45,9 +45,9 @@ class CompressingModel:
 
     # -- per model ------------------------------------------------------------------------------
 
-    def slice_items(self, kwargs: Mapping[str, Any], first: int, stop: int) -> dict[str, Any]:
-        """Return the inputs of items `first … stop - 1`, for inputs with one entry per item."""
-        return {name: value[first:stop] for name, value in kwargs.items()}
+    def pixel_rows(self, kwargs: Mapping[str, Any]) -> list[int] | None:
+        """Return how many rows of pixels each item of a batch has, if they are concatenated."""
+        return None
 
     def finish_item(
         self, plan: ItemPlan, rows: Tensor, index: Tensor, kwargs: Mapping[str, Any], item: int
@@ -67,6 +67,13 @@ class CompressingModel:
 
     # -- vLLM's interface -----------------------------------------------------------------------
 
+    def get_encoder_cudagraph_config(self) -> Any:
+        """Turn CUDA graphs of the vision tower off, as they bypass `embed_multimodal`.
+
+        vLLM asks only models whose own class has such graphs.
+        """
+        return replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]
+
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Run the vision tower on batches of limited size and reduce every item to its plan."""
         plan_fields = [kwargs.pop(field_name(m)) for m in KINDS if field_name(m) in kwargs]
@@ -75,13 +82,24 @@ class CompressingModel:
         plans = [ItemPlan.from_tensor(data) for data in plan_fields[0]]
         outputs: list[Tensor] = []
         for first, stop in batches([p.full for p in plans], self._row_budget):
-            part = self.slice_items(kwargs, first, stop)
+            part = self._slice_items(kwargs, first, stop)
             features = super().embed_multimodal(**part)  # type: ignore[misc]
             for item, (plan, x) in enumerate(zip(plans[first:stop], features, strict=True)):
                 with self._timer(plan):
                     rows, index = self._reduce(plan, x.reshape(-1, x.shape[-1]))
                     outputs.append(self.finish_item(plan, rows, index, part, item))
         return tuple(outputs)
+
+    def _slice_items(self, kwargs: Mapping[str, Any], first: int, stop: int) -> dict[str, Any]:
+        """Return the inputs of items `first … stop - 1`; what all items share stays whole."""
+        rows = self.pixel_rows(kwargs)
+        pixels = slice(first, stop) if rows is None else slice(sum(rows[:first]), sum(rows[:stop]))
+        return {
+            name: value
+            if isinstance(value, Tensor) and value.ndim == 0
+            else value[pixels if name.startswith("pixel_values") else slice(first, stop)]
+            for name, value in kwargs.items()
+        }
 
     def _reduce(self, plan: ItemPlan, x: Tensor) -> tuple[Tensor, Tensor]:
         """Reduce the leading columns; all other columns of the kept rows follow them.
@@ -99,13 +117,6 @@ class CompressingModel:
         if self.reduced_width is None:
             return rows, index
         return torch.cat([rows, x[index, self.reduced_width :]], dim=1), index
-
-
-class NoEncoderGraphs:
-    """Mixin that turns CUDA graphs of the vision tower off, as they bypass `embed_multimodal`."""
-
-    def get_encoder_cudagraph_config(self) -> Any:
-        return replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]
 
 
 def batches(sizes: list[int], budget: int) -> Iterator[tuple[int, int]]:

@@ -21,7 +21,7 @@ from vllm.multimodal.utils import copy_mm_embedding_modality
 
 from tokencomp.errors import OptionError
 from tokencomp.serving.vllm.item_plan import ItemPlan, Layout, field_name
-from tokencomp.serving.vllm.model import CompressingModel, NoEncoderGraphs
+from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.offsets import (
     MAX_OFFSET,
     grid_extent,
@@ -80,7 +80,7 @@ class Processor(CompressingProcessor):
             )
 
 
-class Model(NoEncoderGraphs, CompressingModel):
+class Model(CompressingModel):
     """Model with M-RoPE, which adds the offsets of kept tokens to their base positions."""
 
     needs_offsets: ClassVar[bool] = True
@@ -99,15 +99,10 @@ class Model(NoEncoderGraphs, CompressingModel):
 
     # -- in the vision step ---------------------------------------------------------------------
 
-    def slice_items(self, kwargs: Mapping[str, Any], first: int, stop: int) -> dict[str, Any]:
-        """Return the inputs of a range of items, whose pixels are concatenated over all items."""
+    def pixel_rows(self, kwargs: Mapping[str, Any]) -> list[int]:
+        """See `CompressingModel.pixel_rows`."""
         kind = "image" if "image_grid_thw" in kwargs else "video"
-        sizes = kwargs[f"{kind}_grid_thw"].prod(-1).tolist()
-        start, end = sum(sizes[:first]), sum(sizes[:stop])
-        return {
-            name: value[start:end] if name.startswith("pixel_values") else value[first:stop]
-            for name, value in kwargs.items()
-        }
+        return kwargs[f"{kind}_grid_thw"].prod(-1).tolist()
 
     def t_factor(self, kwargs: Mapping[str, Any], item: int) -> float:
         """Return the number of positions between two frames of an item of a batch."""
@@ -125,10 +120,28 @@ class Model(NoEncoderGraphs, CompressingModel):
 
     # -- when a request arrives -----------------------------------------------------------------
 
-    def item_offsets(self, feature: Any) -> np.ndarray:
+    def full_offsets(self, feature: Any) -> np.ndarray:
         """Return the offsets (3, n) of an uncompressed item's placeholders from its base."""
         ((_, t, h, w, factor),) = self.iter_mm_grid_thw([feature])  # type: ignore[attr-defined]
         return grid_offsets((t, h, w), factor)
+
+    def item_offsets(self, feature: Any) -> tuple[np.ndarray, int]:
+        """Return what is known of an item before the vision tower has run.
+
+        Returns
+        -------
+        ndarray of int, shape (3, length)
+            Offsets of its tokens from its base, to which those of its rows are added later.
+        int
+            How far from the base the next token is.
+        """
+        full, length = self.full_offsets(feature), feature.mm_position.length
+        extent = int(full.max()) + 1
+        if length == full.shape[1]:
+            return full, extent
+        if field_name(feature.modality) not in feature.data:
+            raise RuntimeError(f"{length} placeholders for {full.shape[1]} uncompressed tokens")
+        return np.zeros((3, length), dtype=np.int64), extent
 
     def get_mrope_input_positions(self, input_tokens: Any, mm_features: Any) -> tuple[Tensor, int]:
         """Return positions (3, n) of a prompt and the delta of its generated tokens.
@@ -139,16 +152,11 @@ class Model(NoEncoderGraphs, CompressingModel):
         pieces: list[np.ndarray] = []
         start = position = 0
         for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
-            offset, length = feature.mm_position.offset, feature.mm_position.length
-            pieces.append(_text(offset - start, position))
-            base, full = position + offset - start, self.item_offsets(feature)
-            if length == full.shape[1]:
-                pieces.append(base + full)
-            elif field_name(feature.modality) in feature.data:
-                pieces.append(np.full((3, length), base))
-            else:
-                raise RuntimeError(f"{length} placeholders for {full.shape[1]} uncompressed tokens")
-            position, start = base + int(full.max()) + 1, offset + length
+            text = feature.mm_position.offset - start
+            pieces.append(_text(text, position))
+            offsets, extent = self.item_offsets(feature)
+            pieces.append(position + text + offsets)
+            position, start = position + text + extent, start + text + feature.mm_position.length
         rest = len(input_tokens) - start
         pieces.append(_text(rest, position))
         positions = np.concatenate(pieces, axis=1).astype(np.int64)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import BatchFeature
 from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.processing import PromptUpdate
+from vllm.multimodal.processing import PromptUpdate, PromptUpdateDetails
 
 import tokencomp
 from tokencomp.errors import OptionError
@@ -60,12 +60,22 @@ class CompressingProcessor:
         """Refuse a request whose positions exceed the model's rotary tables."""
 
     def shorten(self, tokens: Any, plan: ItemPlan) -> Any:
-        """Return the placeholders of a compressed item; `tokens` are the uncompressed ones."""
-        if len(tokens) != plan.full:
+        """Return the tokens of a compressed item; `tokens` are the uncompressed ones.
+
+        The first placeholders of every span stay, and so does all text between placeholders.
+        """
+        ids, is_embed = getattr(tokens, "full", tokens), getattr(tokens, "is_embed", None)
+        media = [True] * len(ids) if is_embed is None else is_embed(ids).tolist()
+        if sum(media) != plan.full:
             raise RuntimeError(
-                f"{plan.kind}: the engine expects {len(tokens)} tokens, the plan {plan.full}"
+                f"{plan.kind}: the engine expects {sum(media)} tokens, the plan {plan.full}"
             )
-        return tokens[: plan.kept]
+        kept = ([i < keep for i in range(span.length)] for span, keep in plan.counted)
+        stays = iter([stay for span in kept for stay in span])
+        ids = [
+            token for token, is_media in zip(ids, media, strict=True) if not is_media or next(stays)
+        ]
+        return PromptUpdateDetails(ids, is_embed) if is_embed is not None else ids
 
     # -- options --------------------------------------------------------------------------------
 

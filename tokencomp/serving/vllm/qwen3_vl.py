@@ -118,8 +118,8 @@ class Model(mrope.Model):
         out[media.to(rows.device)] = rows
         return with_offsets(out, offsets)
 
-    def item_offsets(self, feature: Any) -> np.ndarray:
-        """See `mrope.Model.item_offsets`."""
+    def full_offsets(self, feature: Any) -> np.ndarray:
+        """See `mrope.Model.full_offsets`."""
         merge = self.config.vision_config.spatial_merge_size
         t, h, w = feature.data[f"{feature.modality}_grid_thw"].data.tolist()
         grid = t, h // merge, w // merge

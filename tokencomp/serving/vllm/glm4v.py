@@ -1,0 +1,73 @@
+"""GLM-4.1V, 4.5V and 4.6V for vLLM, whose videos are frames with text between them.
+
+Every frame is a span of its own, so that the number of kept tokens of each frame is known before
+the vision tower runs. The text between the frames stays where it is and has exact positions from
+the start; rows carry their offsets within their frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokencomp.serving.vllm import mrope
+from tokencomp.serving.vllm.item_plan import ItemPlan, Layout, field_name
+from tokencomp.serving.vllm.offsets import grid_offsets, with_offsets
+
+
+class Processor(mrope.Processor):
+    """Frames as spans."""
+
+    def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[Layout]]:
+        """See `CompressingProcessor.layouts`."""
+        whole = super().layouts(modality, items, hf_inputs)
+        return [[Layout((1, h, w))] * t for ((t, h, w),) in ([s.grid for s in x] for x in whole)]
+
+    def extents(self, modality: str, layouts: Any, hf_inputs: Any) -> list[int]:
+        """Return t · max(h, w) per item; text between frames adds its own positions."""
+        return [len(spans) * max(spans[0].grid) for spans in layouts]
+
+
+class Model(mrope.Model):
+    """Positions of frames with text between them, for the dense and the MoE variants."""
+
+    config: Any
+
+    def finish_item(
+        self, plan: ItemPlan, rows: Tensor, index: Tensor, kwargs: Mapping[str, Any], item: int
+    ) -> Tensor:
+        """Append the offsets of the kept rows within their frame."""
+        if rows.shape[0] == plan.full:
+            return rows
+        frame = plan.spans[0]
+        offsets = torch.from_numpy(grid_offsets(frame.grid, 1.0))
+        return with_offsets(rows, offsets[:, index.cpu() % frame.length])
+
+    def item_offsets(self, feature: Any) -> tuple[np.ndarray, int]:
+        """See `mrope.Model.item_offsets`.
+
+        Rows of a compressed item are at the base of their frame.
+        """
+        kind, place = feature.modality, feature.mm_position
+        merge = self.config.vision_config.spatial_merge_size
+        t, h, w = feature.data[f"{kind}_grid_thw"].data.tolist()
+        frame, side = grid_offsets((1, h // merge, w // merge), 1.0), max(h, w) // merge
+        counts, inside = [frame.shape[1]] * t, np.tile(frame, t)
+        if field_name(kind) in feature.data:
+            plan = ItemPlan.from_tensor(feature.data[field_name(kind)].data)
+            if plan.kept < plan.full:
+                counts, inside = list(plan.keep), np.zeros((3, plan.kept), dtype=np.int64)
+        media = np.ones(place.length, dtype=bool)
+        if place.is_embed is not None:
+            media = place.is_embed.numpy()
+        if int(media.sum()) != inside.shape[1]:
+            raise RuntimeError(f"{media.sum()} placeholders for {inside.shape[1]} planned tokens")
+        done = np.cumsum(media) - media  # number of rows before every token
+        frames = np.searchsorted(np.cumsum(counts), done, side="right")
+        offsets = np.tile(np.arange(place.length) - done + frames * side, (3, 1))
+        offsets[:, media] += inside
+        return offsets, place.length - len(inside[0]) + t * side

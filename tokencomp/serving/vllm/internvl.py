@@ -1,0 +1,37 @@
+"""InternVL3 and 3.5 for vLLM, in both layouts of their checkpoints: tiles, and frames as tiles.
+
+The engine renumbers the tokens without gaps, as for LLaVA-OneVision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokencomp.serving.vllm.item_plan import Layout
+from tokencomp.serving.vllm.model import CompressingModel
+from tokencomp.serving.vllm.processing import CompressingProcessor
+
+
+class Processor(CompressingProcessor):
+    """An image is square tiles and a thumbnail in one run; every frame of a video is a tile.
+
+    Text between frames, such as "Frame1: ", stays.
+    """
+
+    info: Any
+
+    def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[Layout]]:
+        """See `CompressingProcessor.layouts`."""
+        side = round(self.info.get_hf_processor().image_seq_length ** 0.5)
+        tiles = hf_inputs[f"{modality}_num_patches"].tolist()
+        return [[Layout((1, side, side))] * n for n in tiles]
+
+
+class Model(CompressingModel):
+    """Tiles of all items are concatenated."""
+
+    def pixel_rows(self, kwargs: Mapping[str, Any]) -> list[int]:
+        """See `CompressingModel.pixel_rows`."""
+        kind = "image" if "image_num_patches" in kwargs else "video"
+        return kwargs[f"{kind}_num_patches"].tolist()
