@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import struct
 import zlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from tokencomp.serving.hf import video
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits, load_image
-from tokencomp.serving.hf.schema import parse
+from tokencomp.serving.hf.prompt import Prompt, parse
 from tokencomp.serving.hf.video import load_video
 from tokencomp.serving.spec import ServerOptions
 
@@ -64,6 +66,14 @@ def gif(side: int, count: int) -> str:
     return "data:image/gif;base64," + base64.b64encode(out.getvalue()).decode()
 
 
+def parsed(limits: Limits, *urls: str) -> Prompt:
+    """Return the prompt of a request with these media, for a model that takes any text."""
+    text: Any = SimpleNamespace(
+        check_size=lambda *amount: None, check=lambda chat: None, verifies=lambda kind: True
+    )
+    return parse(json.dumps(request(*urls)).encode(), ServerOptions.parse({}, "hf"), limits, text)
+
+
 def request(*urls: str) -> dict[str, Any]:
     parts = []
     for url in urls:
@@ -89,12 +99,11 @@ def test_a_single_image_has_its_own_limit() -> None:
 
 
 def test_all_media_of_a_request_count_together() -> None:
-    options = ServerOptions.parse({"ratio": 0.5}, "hf")
-    prompt = parse(request(image(200), frames(100, 4), image(100)), options, LIMITS)
+    prompt = parsed(LIMITS, image(200), frames(100, 4), image(100))
     assert prompt.pixels == 200 * 200 + 4 * 100 * 100 + 100 * 100
     for urls in ([image(200)] * 3, [image(200), frames(100, 7)], [frames(100, 7), image(200)]):
         with pytest.raises(RequestError, match="left"):
-            parse(request(*urls), options, LIMITS)
+            parsed(LIMITS, *urls)
 
 
 def large_canvas(side: int, count: int) -> str:
@@ -132,7 +141,7 @@ def test_decoding_ends_with_its_time(make: Any) -> None:
         load_video(make(64, 5), Limits(), deadline)
     assert error.value.status == 413
     with pytest.raises(RequestError, match="within 0 s"):
-        parse(request(image(8)), ServerOptions.parse({}, "hf"), Limits(decode_seconds=0))
+        parsed(Limits(decode_seconds=0), image(8))
 
 
 @pytest.mark.parametrize("promised", [0, 7, 100])

@@ -216,7 +216,7 @@ def stub(**more: Any) -> Any:
     from tokencomp.serving.hf.metrics import Metrics
 
     options = ServerOptions.parse({"ratio": 0.5}, "hf")
-    attributes = dict(metrics=Metrics(), options=options, max_model_len=8, alive=True)
+    attributes = dict(metrics=Metrics(), options=options, max_model_len=8, alive=True, text=None)
     return SimpleNamespace(**attributes, close=lambda: None, check_room=lambda: None, **more)
 
 

@@ -108,7 +108,8 @@ def get(url: str, body: Any = None) -> tuple[int, str]:
     """Return status and body of a GET request, or of a POST request with a JSON body."""
     data = None if body is None else json.dumps(body).encode()
     try:
-        with urllib.request.urlopen(url, data, timeout=30) as answer:
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

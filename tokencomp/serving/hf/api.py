@@ -18,11 +18,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from tokencomp.serving.hf.answer import AnswerText
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.job import Job
 from tokencomp.serving.hf.media import Limits
-from tokencomp.serving.hf.schema import Prompt, parse
+from tokencomp.serving.hf.prompt import Prompt, parse
 
 DEFAULT_TOKENS = 256
 DECODING = 4  # number of requests whose media are decoded at the same time
@@ -92,7 +93,7 @@ class Server:
     async def failed(self, request: Request, error: Any) -> Response:
         """Answer a `RequestError` in the form of OpenAI's API, and count it."""
         self.engine.metrics.requests.labels(error.status).inc()
-        return JSONResponse(_error(error), status_code=error.status)
+        return JSONResponse(error.body(), status_code=error.status)
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat completion, whole or as a stream of events.
@@ -104,13 +105,14 @@ class Server:
         self.engine.check_room()  # refuses early, before media are decoded
         body = await self._body(request)
         prompt = await to_thread.run_sync(
-            parse, body, self.engine.options, self.limits, limiter=self.decoding
+            parse, body, self.engine.options, self.limits, self.engine.text, limiter=self.decoding
         )
         chat_request = prompt.request
         if chat_request.model not in ("", self.name):
             raise RequestError(f"model {chat_request.model!r}: this server has {self.name!r}.", 404)
         tokens = chat_request.max_completion_tokens or chat_request.max_tokens or DEFAULT_TOKENS
-        job = Job(prompt, asyncio.get_running_loop(), tokens)
+        text = AnswerText(self.engine.tokenizer, chat_request.stops)
+        job = Job(prompt, asyncio.get_running_loop(), tokens, text)
         self.engine.submit(job)
         try:
             kind, value = await self._next(job, request)
@@ -162,7 +164,7 @@ class Server:
             while True:
                 kind, value = await job.events.get()
                 if kind == "error":
-                    yield _event(_error(value))
+                    yield _event(value.body())
                     break
                 if kind == "end":
                     yield chunk({}, value)
@@ -197,8 +199,8 @@ class Server:
         if self.api_key and not hmac.compare_digest(token.encode(), self.api_key.encode()):
             raise RequestError("missing or wrong API key.", 401)
 
-    async def _body(self, request: Request) -> Any:
-        """Read and decode a JSON body whose size is limited."""
+    async def _body(self, request: Request) -> bytes:
+        """Read a body whose size is limited."""
         limit = self.limits.max_bytes * 2
         content = bytearray()
         try:
@@ -208,10 +210,7 @@ class Server:
                     raise RequestError(f"request bodies may have {limit} bytes.", 413)
         except ClientDisconnect:
             raise RequestError("the client went away.", 499) from None
-        try:
-            return json.loads(content)
-        except (ValueError, RecursionError):
-            raise RequestError("the body is not JSON.") from None
+        return bytes(content)
 
 
 def _identity() -> dict[str, Any]:
@@ -222,9 +221,3 @@ def _identity() -> dict[str, Any]:
 def _event(value: dict[str, Any]) -> str:
     """Format a server-sent event."""
     return f"data: {json.dumps(value)}\n\n"
-
-
-def _error(error: RequestError) -> dict[str, Any]:
-    """Return the error body of OpenAI's API."""
-    kind = "server_error" if error.status >= 500 else "invalid_request_error"
-    return {"error": {"message": str(error), "type": kind, "param": None, "code": error.status}}

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokencomp.inputs.prompts import chat_inputs, to_model
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.schema import Prompt
+from tokencomp.serving.hf.prompt import Prompt
 
 
 def build_inputs(model: Any, processor: Any, prompts: list[Prompt]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import threading
 import time
@@ -12,8 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from tokencomp.adapters.base import adapter_for
 from tokencomp.errors import TokenCompError, WeightsError
@@ -22,8 +20,10 @@ from tokencomp.method import MethodSpec
 from tokencomp.patching import Handle, apply, check
 from tokencomp.serving.hf.batch import build_inputs
 from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.generation import Rows, for_client, sampling, take_end_tokens
 from tokencomp.serving.hf.job import Job, Usage
 from tokencomp.serving.hf.metrics import Metrics
+from tokencomp.serving.hf.text import PromptText
 from tokencomp.serving.spec import ServerOptions
 
 logger = logging.getLogger("tokencomp.serving")
@@ -67,7 +67,8 @@ class Engine:
         limit = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
         self.max_model_len = min(max_model_len or limit, limit)
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self._ends = _end_tokens(model)
+        self.text = PromptText(processor, self.max_model_len)
+        self._ends = take_end_tokens(model)
         check(model, options.default)
         self._handle: Handle = apply(model, replace(options.default, ratio=0.0))
         self._jobs: deque[Job] = deque()
@@ -148,7 +149,7 @@ class Engine:
             elif isinstance(error, WeightsError):
                 logger.error("%s", error)
             for job in waiting:
-                job.send("error", _for_client(error))
+                job.send("error", for_client(error))
 
     @torch.inference_mode()
     def _generate(self, batch: list[Job]) -> None:
@@ -162,13 +163,13 @@ class Engine:
         request, spec = batch[0].prompt.request, batch[0].prompt.spec
         if request.seed is not None:
             torch.manual_seed(request.seed)
-        rows = Rows(self, batch, counts)
+        rows = Rows(batch, self._ends, lambda: self._started(batch, counts), self.metrics.generated)
         with self._compressed(spec):
             self.model.generate(
                 **inputs,
                 max_new_tokens=max(job.max_tokens for job in batch),
                 stopping_criteria=StoppingCriteriaList([rows]),
-                **_sampling(request.temperature, request.top_p),
+                **sampling(request.temperature, request.top_p),
             )
         for job in batch:
             if not job.done:
@@ -194,7 +195,7 @@ class Engine:
         self._handle.set(ratio=spec.ratio, reducer=spec.reducer)
         return contextlib.nullcontext()
 
-    def started(self, batch: list[Job], counts: list[tuple[int, int]]) -> None:
+    def _started(self, batch: list[Job], counts: list[tuple[int, int]]) -> None:
         """Note token counts once the prefill has run; counts are (all, visual) per request."""
         before = [visual for _, visual in counts]
         seen: list[list[int]] = [[visual] for visual in before]  # by every decoder layer
@@ -212,56 +213,3 @@ class Engine:
             job.usage = Usage(total - visual + seen[i][0], 0, visual, after[i])
             self.metrics.ttft.observe(time.monotonic() - job.arrived)
             job.send("start", job.usage)
-
-    def is_end(self, token: int) -> bool:
-        """True for the model's end tokens."""
-        return token in self._ends
-
-
-class Rows(StoppingCriteria):
-    """Called after every step: hands the new tokens out, and ends rows one by one."""
-
-    def __init__(self, engine: Engine, batch: list[Job], counts: list[tuple[int, int]]) -> None:
-        self.engine, self.batch, self.counts = engine, batch, counts
-        self.steps = 0
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if self.steps == 0:
-            self.engine.started(self.batch, self.counts)
-        self.steps += 1
-        for job, token in zip(self.batch, input_ids[:, -1].tolist(), strict=True):
-            if not job.done:
-                self.engine.metrics.generated.inc()
-            job.add(token, self.engine.tokenizer, self.engine.is_end(token))
-        done = [job.done or job.cancelled for job in self.batch]
-        return torch.tensor(done, device=input_ids.device)
-
-
-# Logits divided by a smaller temperature overflow; sampling would only ever pick the top token.
-COLDEST = 1e-5
-
-
-def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
-    """Generation arguments; without any, the model's own generation config is used."""
-    if temperature is not None and temperature < COLDEST:
-        return {"do_sample": False}
-    values = {"temperature": temperature, "top_p": top_p}
-    values = {name: value for name, value in values.items() if value is not None}
-    return {"do_sample": True, **values} if values else {}
-
-
-def _end_tokens(model: Any) -> set[int]:
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    return set(itertools.chain([ends] if isinstance(ends, int) else ends or []))
-
-
-def _for_client(error: Exception) -> RequestError:
-    if isinstance(error, RequestError):
-        return error
-    if isinstance(error, WeightsError):  # its text names files of this machine
-        return RequestError("this server has no trained weights for that reducer.")
-    if isinstance(error, TokenCompError):
-        return RequestError(str(error))
-    if isinstance(error, torch.OutOfMemoryError):
-        return RequestError("out of memory for this request; send fewer or smaller media.", 503)
-    return RequestError(f"the model failed on this request ({type(error).__name__}).", 500)

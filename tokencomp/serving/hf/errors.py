@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokencomp.errors import TokenCompError
+
+MAX_MESSAGE = 500
 
 
 class RequestError(TokenCompError, ValueError):
@@ -11,3 +15,13 @@ class RequestError(TokenCompError, ValueError):
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
+
+    def body(self) -> dict[str, Any]:
+        """Return the error body of OpenAI's API.
+
+        The message may quote the request, so it is cut, and made of characters that can be sent.
+        """
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        text = str(self).encode("utf-8", "backslashreplace").decode()
+        text = text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
+        return {"error": {"message": text, "type": kind, "param": None, "code": self.status}}

@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tokencomp.serving.hf.schema import Prompt
+from tokencomp.serving.hf.answer import AnswerText
+from tokencomp.serving.hf.prompt import Prompt
 
 Finish = Literal["stop", "length", "abort"]
 
@@ -60,6 +61,8 @@ class Job:
         Event loop of the server.
     max_tokens
         Largest number of generated tokens.
+    text
+        The answer so far.
     events
         Queue of the events.
     arrived
@@ -75,13 +78,13 @@ class Job:
     prompt: Prompt
     loop: asyncio.AbstractEventLoop
     max_tokens: int
+    text: AnswerText
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     arrived: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     done: bool = False
     usage: Usage | None = None
-    _ids: list[int] = field(default_factory=list)
-    _sent: int = 0
+    _count: int = 0
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -91,48 +94,30 @@ class Job:
         numbers must not depend on the other requests.
         """
         r = self.prompt.request
-        alone = id(self) if r.seed is not None and r.temperature != 0 else None
-        return self.prompt.spec, r.temperature, r.top_p, alone
+        alone = self.prompt.alone or (r.seed is not None and r.temperature != 0)
+        return self.prompt.spec, r.temperature, r.top_p, id(self) if alone else None
 
     def send(self, kind: str, value: Any) -> None:
         """Send an event to the event loop. Any thread may call this method."""
         self.done = self.done or kind in ("end", "error")
         self.loop.call_soon_threadsafe(self.events.put_nowait, (kind, value))
 
-    def add(self, token: int, tokenizer: Any, is_end: bool) -> None:
+    def add(self, token: int, is_end: bool) -> None:
         """Add one generated token and send the text that became final.
 
         The job ends at an end token, at a stop text, or at its maximum length.
         """
         if self.done:
             return
+        self._count += 1
         if self.usage is not None:
-            self.usage.completion += 1
-        if not is_end:
-            self._ids.append(token)
-        text = tokenizer.decode(self._ids, skip_special_tokens=True)
-        stops = [at for at in map(text.find, self.prompt.request.stops) if at >= 0]
-        full = len(self._ids) >= self.max_tokens
-        if stops:
-            text = text[: min(stops)]
-        final = bool(is_end or stops or full)
-        new = text[self._sent : len(text) if final else self._safe(text)]
+            self.usage.completion = self._count
+        is_end = is_end and not self.prompt.request.ignore_eos
+        new = "" if is_end else self.text.add(token)
+        final = is_end or self.text.stopped or self._count >= self.max_tokens
+        if final:
+            new += self.text.finish()
         if new:
-            self._sent += len(new)
             self.send("text", new)
         if final:
-            self.send("end", "stop" if is_end or stops else "length")
-
-    def _safe(self, text: str) -> int:
-        """Return the length of the text that later tokens can no longer change.
-
-        The end of the text may still change if it is an incomplete character (decoded as U+FFFD) or
-        the beginning of a stop text.
-        """
-        end = len(text.rstrip("\ufffd"))
-        for stop in self.prompt.request.stops:
-            for size in range(min(len(stop) - 1, end), 0, -1):
-                if text[:end].endswith(stop[:size]):
-                    end -= size
-                    break
-        return max(end, self._sent)
+            self.send("end", "stop" if is_end or self.text.stopped else "length")

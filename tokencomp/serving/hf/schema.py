@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
-from tokencomp.errors import OptionError, RatioError
-from tokencomp.method import MethodSpec
-from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.media import Limits, load_image
-from tokencomp.serving.hf.video import load_video
-from tokencomp.serving.spec import ServerOptions
 
-# Fields of the API that never change an answer, and values of other fields that mean "off".
+MAX_STRUCTURE = 1_000_000  # JSON objects, lists and their elements; each costs memory
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # every generated token is compared with all of them
+
+# Fields of the API that never change an answer.
 HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-OFF: dict[str, Any] = {
-    "repetition_penalty": 1,
-    "tool_choice": "none",
-    "top_k": -1,
-    "parallel_tool_calls": True,
-    "response_format": {"type": "text"},
-    "modalities": ["text"],
+# Values of further fields that ask for what this server does anyway. Every other value is refused.
+OFF: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "functions": ([],),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True,),
+    "presence_penalty": (0,),
+    "priority": (0,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "top_k": (-1, 0),
+    "top_logprobs": (0,),
+    "use_beam_search": (False,),
 }
-
 
 FORMS = ("str", "list[Part]", "list[str]")  # pydantic's names for the alternative types of a field
 
@@ -56,7 +80,7 @@ class Message(BaseModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None
 
     @property
     def template_role(self) -> str:
@@ -79,7 +103,7 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str = ""
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -87,10 +111,21 @@ class ChatRequest(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**63)
     n: int | None = 1
     stop: str | list[str] | None = None
+    ignore_eos: bool | None = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     tokencomp: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _bounded(cls, value: str | list[str] | None) -> Any:
+        texts = [value] if isinstance(value, str) else value or []
+        if len(texts) > MAX_STOPS or any(len(text) > MAX_STOP_LENGTH for text in texts):
+            raise ValueError(
+                f"at most {MAX_STOPS} texts of at most {MAX_STOP_LENGTH} characters are allowed"
+            )
+        return value
 
     @property
     def stops(self) -> list[str]:
@@ -99,57 +134,25 @@ class ChatRequest(BaseModel):
         return [text for text in texts if text]
 
 
-@dataclass
-class Prompt:
-    """A checked request with decoded media.
-
-    Attributes
-    ----------
-    request
-        The request as the client sent it.
-    chat
-        Messages in the form that chat templates expect.
-    images, videos
-        RGB images, and uint8 arrays (frames, height, width, 3), in the order of the prompt.
-    spec
-        Reducer and ratio of the request.
-    """
-
-    request: ChatRequest
-    chat: list[dict[str, Any]]
-    spec: MethodSpec
-    images: list[Any] = field(default_factory=list)
-    videos: list[Any] = field(default_factory=list)
-
-    @property
-    def pixels(self) -> int:
-        """Number of pixels of all decoded media."""
-        images = sum(image.width * image.height for image in self.images)
-        return images + sum(video[..., 0].size for video in self.videos)
-
-
-def parse(body: Any, options: ServerOptions, limits: Limits) -> Prompt:
-    """Check a decoded JSON body and load its media.
+def read_request(content: bytes) -> ChatRequest:
+    """Return the checked request of a JSON body.
 
     Raises
     ------
     RequestError
-        If the request is malformed, asks for an unsupported feature, or has media that are not
-        allowed. The error carries the HTTP status of the answer.
+        If the body is not JSON, has a wrong field, or asks for an unsupported feature.
     """
+    # Containers of the parsed body take up to a hundred times as many bytes as their text.
+    if sum(content.count(mark) for mark in (b"{", b"[", b",")) > MAX_STRUCTURE:
+        raise RequestError(f"the body has more than {MAX_STRUCTURE} JSON values.", 413)
     try:
-        request = ChatRequest.model_validate(body)
+        request = ChatRequest.model_validate_json(content)
     except ValidationError as error:
         raise RequestError(_message(error)) from None
     wrong = _unserved(request)
     if wrong:
         raise RequestError(f"not served: {', '.join(wrong)}. Leave it out.")
-    prompt = Prompt(request, [], _spec(request, options))
-    deadline = Deadline(limits.decode_seconds)
-    for message in request.messages:
-        content = _content(message, prompt, limits, deadline)
-        prompt.chat.append({"role": message.template_role, "content": content})
-    return prompt
+    return request
 
 
 def _message(error: ValidationError) -> str:
@@ -158,7 +161,7 @@ def _message(error: ValidationError) -> str:
     A field with several alternative types has one error per alternative. The deepest error location
     belongs to the alternative that fits best, so its messages are returned.
     """
-    every = error.errors()
+    every = error.errors(include_url=False, include_input=False)
     fields = [tuple(part for part in e["loc"] if part not in FORMS) for e in every]
     deepest = max(fields[: _same_field(fields)], key=len)
     messages = [e["msg"] for e, field in zip(every, fields, strict=True) if field == deepest]
@@ -176,7 +179,7 @@ def _unserved(request: ChatRequest) -> list[str]:
     wrong = [
         name
         for name, value in (request.model_extra or {}).items()
-        if value and name not in HARMLESS and value != OFF.get(name)
+        if value is not None and name not in HARMLESS and value not in OFF.get(name, ())
     ]
     wrong += [
         f"mm_processor_kwargs.{name}"
@@ -184,41 +187,3 @@ def _unserved(request: ChatRequest) -> list[str]:
         if name != "tokencomp"
     ]
     return wrong + ([f"n={request.n}"] if request.n not in (None, 1) else [])
-
-
-def _spec(request: ChatRequest, options: ServerOptions) -> MethodSpec:
-    fields = request.tokencomp
-    if fields is None:
-        fields = (request.mm_processor_kwargs or {}).get("tokencomp")
-    try:
-        return options.resolve(fields, engine="hf")
-    except (OptionError, RatioError) as error:
-        raise RequestError(str(error)) from None
-
-
-def _content(
-    message: Message, prompt: Prompt, limits: Limits, deadline: Deadline
-) -> list[dict[str, Any]]:
-    """Return the parts of a message for the chat template, and load its media into `prompt`."""
-    if message.content is None and message.role != "assistant":
-        raise RequestError(f"a message of role {message.role!r} needs a content.")
-    if message.content is None or isinstance(message.content, str):
-        return [{"type": "text", "text": message.content or ""}]
-    parts: list[dict[str, Any]] = []
-    for part in message.content:
-        value = getattr(part, part.type)
-        if value is None:
-            raise RequestError(f"a part of type {part.type!r} needs a field {part.type!r}.")
-        if part.type == "text":
-            parts.append({"type": "text", "text": value})
-            continue
-        if len(prompt.images) + len(prompt.videos) >= limits.max_items:
-            raise RequestError(f"more than {limits.max_items} images and videos.", 413)
-        remaining = replace(limits, max_total_pixels=limits.max_total_pixels - prompt.pixels)
-        if part.type == "image_url":
-            prompt.images.append(load_image(value.url, remaining, deadline))
-            parts.append({"type": "image"})
-        else:
-            prompt.videos.append(load_video(value.url, remaining, deadline))
-            parts.append({"type": "video"})
-    return parts

@@ -1,0 +1,86 @@
+"""An answer that is decoded token by token equals the one that is decoded at once."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pydantic")
+
+from tokencomp.serving.hf.answer import AnswerText
+from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.schema import read_request
+
+TEXTS = ("Grüße: 東京 and 🙂🙃, e\u0301 …", "a b  c\n\n\td", "\ud55c\uae00" * 30)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer of bytes and a few words, so that characters take several tokens."""
+    from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
+
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder, "")
+    return load_tokenizer(folder)
+
+
+def answers(tokenizer: Any) -> list[list[int]]:
+    """Return token sequences of texts, of random tokens, and of characters that are cut off."""
+    chance = random.Random(0)
+    result = [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS]
+    result += [[chance.randrange(len(tokenizer)) for _ in range(60)] for _ in range(40)]
+    return result + [tokens[:-1] for tokens in result[:3]] + [[]]
+
+
+def test_pieces_are_the_whole(tokenizer: Any) -> None:
+    for tokens in answers(tokenizer):
+        answer = AnswerText(tokenizer)
+        pieces = [answer.add(token) for token in tokens]
+        assert "".join([*pieces, answer.finish()]) == tokenizer.decode(
+            tokens, skip_special_tokens=True
+        )
+        assert not answer.stopped
+
+
+def test_stop_texts_cut_where_a_search_of_the_whole_text_finds_them(tokenizer: Any) -> None:
+    chance = random.Random(1)
+    for tokens in answers(tokenizer)[:20]:
+        whole = tokenizer.decode(tokens, skip_special_tokens=True)
+        start = chance.randrange(len(whole))
+        stops = [whole[start : start + 3], "no such text", whole[start] + "never"]
+        answer, text = AnswerText(tokenizer, stops), ""
+        for token in tokens:
+            text += answer.add(token)
+            assert whole.startswith(text) and len(text) <= whole.index(stops[0])
+            if answer.stopped:
+                break
+        assert text + answer.finish() == whole[: whole.index(stops[0])]
+
+
+def test_a_token_costs_the_same_at_any_length(tokenizer: Any) -> None:
+    class Counting:
+        tokens = 0
+
+        def decode(self, tokens: list[int], **options: Any) -> str:
+            self.tokens += len(tokens)
+            return tokenizer.decode(tokens, **options)
+
+    counting: Any = Counting()
+    answer = AnswerText(counting, ["x" * 200])
+    word = tokenizer.encode(" the", add_special_tokens=False)
+    for token in word * 2000:
+        answer.add(token)
+    assert counting.tokens <= 5 * 2000 * len(word)
+
+
+@pytest.mark.parametrize("stop", [["a"] * 17, ["a" * 257], "a" * 257])
+def test_stop_lists_are_bounded(stop: Any) -> None:
+    import json
+
+    body = {"messages": [{"role": "user", "content": "a"}], "stop": stop}
+    with pytest.raises(RequestError, match=r"stop: .*at most 16 texts of at most 256"):
+        read_request(json.dumps(body).encode())
+    assert read_request(json.dumps({**body, "stop": ["a"] * 16}).encode()).stops

@@ -1,0 +1,135 @@
+"""A prompt that cannot fit is refused before the engine's thread sees it, and so are tricks."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pydantic")
+from support.serving import hf_reference, http
+
+from tokencomp.serving.hf.errors import MAX_MESSAGE, RequestError
+from tokencomp.serving.hf.media import Limits
+from tokencomp.serving.hf.prompt import Prompt, parse
+from tokencomp.serving.hf.schema import MAX_STRUCTURE, read_request
+from tokencomp.serving.hf.text import PromptText
+from tokencomp.serving.spec import ServerOptions
+
+LENGTH = 512
+IMAGE = {"type": "image_url", "image_url": {"url": http.image_url(1, 28, 28)}}
+
+
+@pytest.fixture(scope="module")
+def text(tiny_folder: Any) -> PromptText:
+    return PromptText(hf_reference.load(tiny_folder("qwen2_vl"))[1], LENGTH)
+
+
+def user(content: Any, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}], **more}
+
+
+def prompt(body: Any, text: PromptText) -> Prompt:
+    return parse(json.dumps(body).encode(), ServerOptions.parse({}, "hf"), Limits(), text)
+
+
+def test_text_that_cannot_fit_is_not_tokenised(
+    text: PromptText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = max(map(len, text.tokenizer.get_vocab()))
+    assert text.max_characters == longest * LENGTH
+    calls: list[Any] = []
+    tokenizer = lambda words, **options: calls.append(words) or {"input_ids": [0]}  # noqa: E731
+    monkeypatch.setattr(text, "tokenizer", tokenizer)
+    half = "a " * (longest * LENGTH // 4 + 1)
+    for body in (
+        user("ab " * 10**6),
+        user([{"type": "text", "text": half}] * 2),
+        user([{"type": "text", "text": ""}] * (LENGTH + 1)),
+        {"messages": [{"role": "user", "content": "a"}] * (LENGTH + 1)},
+    ):
+        with pytest.raises(RequestError, match="cannot fit: this model takes 512 tokens"):
+            prompt(body, text)
+    assert not calls
+    prompt(user(half), text)
+    assert len(calls) == 1
+
+
+def test_tokens_are_counted_before_media_are_decoded(text: PromptText) -> None:
+    broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,broken"}}
+    long = {"type": "text", "text": "What " * LENGTH}
+    with pytest.raises(RequestError, match="tokens before compression; this model takes 512"):
+        prompt(user([long, broken]), text)
+    with pytest.raises(RequestError, match="base64"):
+        prompt(user([broken]), text)
+    assert not prompt(user([IMAGE, {"type": "text", "text": "What?"}]), text).alone
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>"])
+def test_placeholders_in_a_text_are_refused(token: str, text: PromptText) -> None:
+    """They would take the media of another request in the batch."""
+    for content in (f"a {token}", [IMAGE, {"type": "text", "text": token}]):
+        with pytest.raises(RequestError, match="one placeholder per image and video"):
+            prompt(user(content), text)
+
+
+def test_media_that_a_template_leaves_out_are_refused(text: PromptText) -> None:
+    def only_text(chat: Any, **options: Any) -> str:
+        return "".join(p["text"] for m in chat for p in m["content"] if p["type"] == "text")
+
+    processor = SimpleNamespace(tokenizer=text.tokenizer, apply_chat_template=only_text)
+    unmarked = PromptText(processor, LENGTH)
+    assert prompt(user([IMAGE]), unmarked).alone and not prompt(user("a"), unmarked).alone
+    unmarked._markers = text._markers
+    with pytest.raises(RequestError, match="chat template leaves media of this role out"):
+        prompt(user([IMAGE]), unmarked)
+
+
+def test_bodies_are_bounded_by_their_structure() -> None:
+    good = json.dumps(user("a", metadata=[])).encode()
+    assert read_request(good)
+    with pytest.raises(RequestError, match="JSON values") as error:
+        read_request(good.replace(b"[]", b"[" + b"{}," * (MAX_STRUCTURE // 2) + b"{}]"))
+    assert error.value.status == 413
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"null", b"3", b"\xff", b"[" * 10**5, b'{"messages": []}',
+        rb'{"mm_processor_kwargs": {"\ud800": 1}, "messages": [{"role": "user", "content": "a"}]}',
+        json.dumps(user("a", **{"x" * 10**5: 1})).encode(),
+        json.dumps(user("a", tokencomp={"reducer": "x" * 10**5})).encode(),
+        json.dumps(user("a", tokencomp={"ratio": 10**400})).encode(),
+        json.dumps(user("a", tokencomp={"ratio": float("nan")})).encode(),
+        json.dumps({"messages": [3] * 10**5}).encode(),
+        json.dumps(user([{"type": "x"}] * 10**5)).encode(),
+    ],
+    ids=range(15),
+)  # fmt: skip
+def test_malformed_bodies_have_an_error_that_can_be_sent(content: bytes, text: PromptText) -> None:
+    with pytest.raises(RequestError) as error:
+        parse(content, ServerOptions.parse({}, "hf"), Limits(), text)
+    assert error.value.status == 400
+    body = json.dumps(error.value.body()).encode()
+    assert len(error.value.body()["error"]["message"]) <= MAX_MESSAGE and body
+
+
+def test_an_error_may_quote_what_cannot_be_sent() -> None:
+    assert RequestError("a \ud800").body()["error"]["message"] == "a \\ud800"
+
+
+def test_fields_are_refused_unless_they_ask_for_what_is_done_anyway() -> None:
+    for name, same, other in (
+        ("add_generation_prompt", True, False),
+        ("skip_special_tokens", True, False),
+        ("parallel_tool_calls", True, False),
+        ("frequency_penalty", 0, 0.5),
+        ("tools", [], [{}]),
+        ("anything", None, False),
+    ):
+        assert read_request(json.dumps(user("a", **{name: same})).encode())
+        with pytest.raises(RequestError, match=f"not served: {name}"):
+            read_request(json.dumps(user("a", **{name: other})).encode())

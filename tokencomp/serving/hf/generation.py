@@ -1,0 +1,88 @@
+"""What the engine hands to `generate`: sampling, the end of rows, and errors for clients."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from prometheus_client import Counter
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from tokencomp.errors import TokenCompError, WeightsError
+from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.job import Job
+
+
+class Rows(StoppingCriteria):
+    """Called after every step: hands the new tokens out, and ends rows one by one.
+
+    Parameters
+    ----------
+    batch
+        Jobs in the order of the rows.
+    ends
+        End tokens of the model.
+    started
+        Called once, when the prefill has run.
+    generated
+        Counter of generated tokens.
+    """
+
+    def __init__(
+        self, batch: list[Job], ends: set[int], started: Callable[[], None], generated: Counter
+    ) -> None:
+        self.batch, self.ends, self.started, self.generated = batch, ends, started, generated
+        self.steps = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self.steps == 0:
+            self.started()
+        self.steps += 1
+        for job, token in zip(self.batch, input_ids[:, -1].tolist(), strict=True):
+            if not job.done:
+                self.generated.inc()
+            job.add(token, token in self.ends)
+        done = [job.done or job.cancelled for job in self.batch]
+        return torch.tensor(done, device=input_ids.device)
+
+
+# Logits divided by a smaller temperature overflow; sampling would only ever pick the top token.
+COLDEST = 1e-5
+
+
+def sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
+    """Generation arguments; without any, the model's own generation config is used."""
+    if temperature is not None and temperature < COLDEST:
+        return {"do_sample": False}
+    values = {"temperature": temperature, "top_p": top_p}
+    values = {name: value for name, value in values.items() if value is not None}
+    return {"do_sample": True, **values} if values else {}
+
+
+def take_end_tokens(model: Any) -> set[int]:
+    """Return the model's end tokens and remove them from its generation config.
+
+    `Rows` ends every row itself, because a request may ask to go on after an end token.
+    """
+    config = model.generation_config
+    ends = getattr(config, "eos_token_id", None)
+    if config.pad_token_id is None:  # generate would take the end token
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    config.eos_token_id = None
+    return set(itertools.chain([ends] if isinstance(ends, int) else ends or []))
+
+
+def for_client(error: Exception) -> RequestError:
+    """Return the error that the client of a failed request sees."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, WeightsError):  # its text names files of this machine
+        return RequestError("this server has no trained weights for that reducer.")
+    if isinstance(error, TokenCompError):
+        return RequestError(str(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        return RequestError("out of memory for this request; send fewer or smaller media.", 503)
+    return RequestError(f"the model failed on this request ({type(error).__name__}).", 500)

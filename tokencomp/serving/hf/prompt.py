@@ -1,0 +1,146 @@
+"""From the body of a request to a prompt: text within bounds, media decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tokencomp.errors import OptionError, RatioError
+from tokencomp.method import MethodSpec
+from tokencomp.serving.hf.deadline import Deadline
+from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.media import Limits, load_image
+from tokencomp.serving.hf.schema import ChatRequest, Message, Part, read_request
+from tokencomp.serving.hf.text import PromptText
+from tokencomp.serving.hf.video import load_video
+from tokencomp.serving.spec import ServerOptions
+
+
+@dataclass
+class Prompt:
+    """A checked request with decoded media.
+
+    Attributes
+    ----------
+    request
+        The request as the client sent it.
+    chat
+        Messages in the form that chat templates expect.
+    alone
+        Whether the prompt must not share a batch, because nothing could check that it has as many
+        placeholders as media.
+    images, videos
+        RGB images, and uint8 arrays (frames, height, width, 3), in the order of the prompt.
+    spec
+        Reducer and ratio of the request.
+    """
+
+    request: ChatRequest
+    chat: list[dict[str, Any]]
+    spec: MethodSpec
+    alone: bool = False
+    images: list[Any] = field(default_factory=list)
+    videos: list[Any] = field(default_factory=list)
+
+    @property
+    def pixels(self) -> int:
+        """Number of pixels of all decoded media."""
+        images = sum(image.width * image.height for image in self.images)
+        return images + sum(video[..., 0].size for video in self.videos)
+
+
+def parse(
+    content: bytes,
+    options: ServerOptions,
+    limits: Limits,
+    text: PromptText,
+    deadline: Deadline | None = None,
+) -> Prompt:
+    """Check a JSON body and load its media.
+
+    What is cheap to check is checked first: the form, the amount of text, its tokens, the media.
+
+    Parameters
+    ----------
+    content
+        Body of the request.
+    options, limits, text
+        What requests may ask for, and the bounds of their media and their text.
+    deadline
+        End of the time for decoding; by default `limits.decode_seconds` from now on.
+
+    Raises
+    ------
+    RequestError
+        If the request is malformed, asks for an unsupported feature, or has media that are not
+        allowed. The error carries the HTTP status of the answer.
+    """
+    request = read_request(content)
+    prompt = Prompt(request, [], _spec(request, options))
+    _check_amount(request, text, limits)
+    prompt.chat = [
+        {"role": message.template_role, "content": _content(message)}
+        for message in request.messages
+    ]
+    text.check(prompt.chat)
+    media = [part.type.removesuffix("_url") for part in _media_parts(request)]
+    prompt.alone = not all(map(text.verifies, media))
+    deadline = deadline or Deadline(limits.decode_seconds)
+    for part in _media_parts(request):
+        _load(part, prompt, limits, deadline)
+    return prompt
+
+
+def _parts(message: Message) -> list[Part]:
+    """Return the parts of a message; a content that is one string is a part of text."""
+    if message.content is None or isinstance(message.content, str):
+        return [Part(type="text", text=message.content or "")]
+    return message.content
+
+
+def _media_parts(request: ChatRequest) -> list[Part]:
+    """Return the images and videos of a request in the order of the prompt."""
+    return [part for message in request.messages for part in _parts(message) if part.type != "text"]
+
+
+def _check_amount(request: ChatRequest, text: PromptText, limits: Limits) -> None:
+    """Refuse a request by the amount of its text and its media, before either is processed."""
+    parts = [part for message in request.messages for part in _parts(message)]
+    text.check_size(sum(len(part.text or "") for part in parts), len(parts))
+    if len(_media_parts(request)) > limits.max_items:
+        raise RequestError(f"more than {limits.max_items} images and videos.", 413)
+
+
+def _spec(request: ChatRequest, options: ServerOptions) -> MethodSpec:
+    """Return reducer and ratio of the request, or the server's default."""
+    fields = request.tokencomp
+    if fields is None:
+        fields = (request.mm_processor_kwargs or {}).get("tokencomp")
+    try:
+        return options.resolve(fields, engine="hf")
+    except (OptionError, RatioError) as error:
+        raise RequestError(str(error)) from None
+
+
+def _content(message: Message) -> list[dict[str, Any]]:
+    """Return the parts of a message in the form that chat templates expect."""
+    if message.content is None and message.role != "assistant":
+        raise RequestError(f"a message of role {message.role!r} needs a content.")
+    content = []
+    for part in _parts(message):
+        value = getattr(part, part.type)
+        if value is None:
+            raise RequestError(f"a part of type {part.type!r} needs a field {part.type!r}.")
+        kind = part.type.removesuffix("_url")
+        content.append({"type": kind, "text": value} if kind == "text" else {"type": kind})
+    return content
+
+
+def _load(part: Part, prompt: Prompt, limits: Limits, deadline: Deadline) -> None:
+    """Decode an image or a video into the prompt, within what is left of the limits."""
+    deadline.check()
+    remaining = replace(limits, max_total_pixels=limits.max_total_pixels - prompt.pixels)
+    if part.image_url is not None and part.type == "image_url":
+        prompt.images.append(load_image(part.image_url.url, remaining, deadline))
+    elif part.video_url is not None:
+        prompt.videos.append(load_video(part.video_url.url, remaining, deadline))

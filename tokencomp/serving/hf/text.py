@@ -1,0 +1,117 @@
+"""Bounds of a prompt's text, checked before the engine's thread tokenises it."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import Counter
+from typing import Any
+
+from tokencomp.serving.hf.errors import RequestError
+
+MAX_CHARACTERS = 4 << 20
+MARKED = ("image", "video")
+
+Chat = list[dict[str, Any]]
+
+
+class PromptText:
+    """Refuses texts that are too long, and placeholders of media that the client wrote itself.
+
+    Any thread may call the methods; one text is tokenised at a time. The tokenizer is a copy,
+    because the engine changes the padding of the original while it uses it.
+
+    Parameters
+    ----------
+    processor
+        A Hugging Face processor with a chat template.
+    max_model_len
+        Prompt and answer together, in tokens.
+
+    Attributes
+    ----------
+    max_characters : int
+        Longer texts are refused without being tokenised. No token stands for more characters than
+        the longest entry of the vocabulary has, so they cannot fit.
+    """
+
+    def __init__(self, processor: Any, max_model_len: int) -> None:
+        self.processor, self.max_model_len = processor, max_model_len
+        self.tokenizer = copy.deepcopy(getattr(processor, "tokenizer", processor))
+        self._lock = threading.Lock()
+        longest = max(map(len, self.tokenizer.get_vocab()), default=1)
+        self.max_characters = min(longest * max_model_len, MAX_CHARACTERS)
+        self._markers = {kind: self._marker(kind) for kind in MARKED}
+
+    def verifies(self, kind: str) -> bool:
+        """Whether `check` can count the placeholders of "image" or "video"."""
+        return bool(self._markers[kind])
+
+    def check_size(self, characters: int, parts: int) -> None:
+        """Refuse a conversation by the number of its characters, and of its messages' parts.
+
+        Raises
+        ------
+        RequestError
+            If the conversation cannot fit into the model.
+        """
+        if characters > self.max_characters or parts > self.max_model_len:
+            raise RequestError(
+                f"the prompt has {characters} characters in {parts} parts, which cannot fit: this "
+                f"model takes {self.max_model_len} tokens, answer included, and this server "
+                f"{self.max_characters} characters. Send less text."
+            )
+
+    def check(self, chat: Chat) -> None:
+        """Tokenise a conversation, with one placeholder per medium, and check the result.
+
+        The engine puts the media of several requests into one list, in the order of their
+        placeholders. A prompt with another number of placeholders than media would take the media
+        of another request.
+
+        Raises
+        ------
+        RequestError
+            If the text has too many tokens, or not one placeholder per medium, or if the chat
+            template refuses it.
+        """
+        tokens = self._tokens(chat)
+        if len(tokens) >= self.max_model_len:
+            raise RequestError(
+                f"the text of the prompt has {len(tokens)} tokens before compression; this model "
+                f"takes {self.max_model_len}, answer and media included. Send less text."
+            )
+        expected: Counter[int] = Counter()
+        for message in chat:
+            for part in message["content"]:
+                expected.update(self._markers.get(part["type"], {}))
+        special = {token for marker in self._markers.values() for token in marker}
+        present = Counter(token for token in tokens if token in special)
+        if present != expected:
+            raise RequestError(
+                "the prompt does not have one placeholder per image and video: its text contains "
+                "placeholder tokens, or the model's chat template leaves media of this role out."
+            )
+
+    def _tokens(self, chat: Chat) -> list[int]:
+        try:
+            text = self.processor.apply_chat_template(
+                chat, add_generation_prompt=True, tokenize=False
+            )
+            with self._lock:
+                return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        except Exception as error:  # templates raise undocumented types
+            raise RequestError(f"the model's processor refuses the prompt: {error}") from error
+
+    def _marker(self, kind: str) -> Counter[int]:
+        """Return the special tokens that the chat template writes for one medium of that kind."""
+        text = {"type": "text", "text": "a"}
+        try:
+            plain, marked = (
+                Counter(self._tokens([{"role": "user", "content": content}]))
+                for content in ([text], [{"type": kind}, text])
+            )
+        except RequestError:  # a model without this kind of media
+            return Counter()
+        special = set(self.tokenizer.added_tokens_encoder.values())
+        return Counter({t: n for t, n in (marked - plain).items() if t in special})
