@@ -18,9 +18,9 @@ from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
 from tokencomp.method import MethodSpec
 from tokencomp.reducers.registry import available_reducers, make_reducer
 from tokencomp.serving.hf.media import Limits
+from tokencomp.serving.item_plan import ItemPlan, Layout
 from tokencomp.serving.launch import Bind, vllm_command
 from tokencomp.serving.spec import ServerOptions, servable
-from tokencomp.serving.vllm.item_plan import ItemPlan, Layout
 from tokencomp.tokens import ModelFacts, VisualSpan, VisualTokens
 
 SERVABLE = [name for name, option in servable().items() if not option]

@@ -16,12 +16,11 @@ from vllm.config import CUDAGraphMode
 
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec
+from tokencomp.serving.item_plan import ItemPlan, Layout, batches
+from tokencomp.serving.offsets import pack_offsets, unpack_offsets
 from tokencomp.serving.spec import servable
 from tokencomp.serving.vllm import checks, mrope
-from tokencomp.serving.vllm.item_plan import ItemPlan, Layout
-from tokencomp.serving.vllm.metrics import counters
-from tokencomp.serving.vllm.model import CompressingModel, batches
-from tokencomp.serving.vllm.offsets import pack_offsets, unpack_offsets
+from tokencomp.serving.vllm.metrics import count_nonfinite, counters
 from tokencomp.serving.vllm.qwen3_vl import frame_offsets
 from tokencomp.serving.vllm.rotary import lengthen_tables
 
@@ -202,13 +201,12 @@ OVERFLOWS = {"one value": [(2, 1)], "one row": [(3, slice(None))], "all": [(slic
 def test_features_that_overflowed_do_not_end_the_engine(where: str, value: float) -> None:
     """They keep as many tokens as planned; what compares features keeps evenly spaced ones."""
     before = counters()["nonfinite"]._value.get()
-    model: Any = SimpleNamespace(reduced_width=6)
     for name in REDUCERS:
         plan = ItemPlan.make("video", [Layout((3, 4, 5))], MethodSpec(name, 0.75), extent=5)
         x = torch.randn(60, 9)
         for place in OVERFLOWS[where]:
             x[:, :6][place] = value
-        rows, index = CompressingModel._reduce(model, plan, x)
+        rows, index = plan.reduce_rows(x, 6, count_nonfinite)
         assert rows.shape == (plan.kept, 9) and index.tolist() == sorted(set(index.tolist()))
         if name == "divprune":
             assert index.tolist() == [int((i + 0.5) * 60 / plan.kept) for i in range(plan.kept)]

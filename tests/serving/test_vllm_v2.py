@@ -19,8 +19,8 @@ from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
 
 from tokencomp.method import MethodSpec
+from tokencomp.serving.item_plan import ItemPlan, Layout, field_name
 from tokencomp.serving.vllm import entry, register
-from tokencomp.serving.vllm.item_plan import ItemPlan, Layout, field_name
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
 WIDTH, LEVELS = 8, 1
@@ -123,7 +123,7 @@ class Prompt:
             layouts = [Layout((1, h, w))] * t if self.spans else [Layout(grid)]
             plan = ItemPlan.make(kind, layouts, MethodSpec("random", ratio), extent=1)
             data[field_name(kind)] = plan.to_tensor()
-            rows, index = model._reduce(plan, rows)
+            rows, index = plan.reduce(rows)
             patches = [i for i, x in enumerate(ids) if x == pad]
             lost = set(patches) - {patches[i] for i in index.tolist()}
             columns = [c for c in columns if c not in lost]

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokencomp.serving.item_plan import ItemPlan, Layout, field_name
+from tokencomp.serving.offsets import grid_offsets, with_offsets
 from tokencomp.serving.vllm import mrope
-from tokencomp.serving.vllm.item_plan import ItemPlan, Layout, field_name
-from tokencomp.serving.vllm.offsets import grid_offsets, with_offsets
 
 
 class Processor(mrope.Processor):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tokencomp.serving.vllm.item_plan import Layout
+from tokencomp.serving.item_plan import Layout
 from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.processing import CompressingProcessor
 

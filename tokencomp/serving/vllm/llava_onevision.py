@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.model_executor.models.llava_onevision import get_anyres_image_grid_shape
 
-from tokencomp.serving.vllm.item_plan import Layout
+from tokencomp.serving.item_plan import Layout
 from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.processing import CompressingProcessor
 

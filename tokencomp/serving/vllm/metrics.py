@@ -18,7 +18,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge
 from vllm.logger import init_logger
 
-from tokencomp.serving.vllm.item_plan import ItemPlan, field_name
+from tokencomp.serving.item_plan import ItemPlan, field_name
 
 logger = init_logger("vllm.tokencomp")
 LOG_EVERY = 60.0  # seconds

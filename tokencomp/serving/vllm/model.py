@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from tokencomp.errors import ScoreError
+from tokencomp.serving.item_plan import ItemPlan, batches, field_name
 from tokencomp.serving.vllm.checks import check_engine
-from tokencomp.serving.vllm.item_plan import ItemPlan, field_name
 from tokencomp.serving.vllm.metrics import ReduceTimer, count_nonfinite
 from tokencomp.serving.vllm.processing import KINDS, server_options
 
@@ -86,7 +84,9 @@ class CompressingModel:
             features = super().embed_multimodal(**part)  # type: ignore[misc]
             for item, (plan, x) in enumerate(zip(plans[first:stop], features, strict=True)):
                 with self._timer(plan):
-                    rows, index = self._reduce(plan, x.reshape(-1, x.shape[-1]))
+                    x = x.reshape(-1, x.shape[-1])
+                    width = x.shape[1] if self.reduced_width is None else self.reduced_width
+                    rows, index = plan.reduce_rows(x, width, count_nonfinite)
                     outputs.append(self.finish_item(plan, rows, index, part, item))
         return tuple(outputs)
 
@@ -100,35 +100,3 @@ class CompressingModel:
             else value[pixels if name.startswith("pixel_values") else slice(first, stop)]
             for name, value in kwargs.items()
         }
-
-    def _reduce(self, plan: ItemPlan, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Reduce the leading columns; all other columns of the kept rows follow them.
-
-        Features that overflowed, as some towers' do in float16, cannot be compared. An exception
-        here would end the engine and with it all requests, so such an item keeps evenly spaced
-        tokens.
-        """
-        seen = x if self.reduced_width is None else x[:, : self.reduced_width]
-        try:
-            rows, index = plan.reduce(seen)
-        except ScoreError as error:
-            count_nonfinite(plan, error)
-            rows, index = plan.evenly().reduce(seen)
-        if self.reduced_width is None:
-            return rows, index
-        return torch.cat([rows, x[index, self.reduced_width :]], dim=1), index
-
-
-def batches(sizes: list[int], budget: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of items with at most `budget` uncompressed rows (at least one item each).
-
-    The scheduler admits media by their number of kept rows, but the memory of the vision tower
-    grows with the number of uncompressed rows.
-    """
-    first, total = 0, 0
-    for i, size in enumerate(sizes):
-        if total and total + size > budget:
-            yield first, i
-            first, total = i, 0
-        total += size
-    yield first, len(sizes)

@@ -20,15 +20,15 @@ from vllm.config import VllmConfig
 from vllm.multimodal.utils import copy_mm_embedding_modality
 
 from tokencomp.errors import OptionError
-from tokencomp.serving.vllm.item_plan import ItemPlan, Layout, field_name
-from tokencomp.serving.vllm.model import CompressingModel
-from tokencomp.serving.vllm.offsets import (
+from tokencomp.serving.item_plan import ItemPlan, Layout, field_name
+from tokencomp.serving.offsets import (
     MAX_OFFSET,
     grid_extent,
     grid_offsets,
     unpack_offsets,
     with_offsets,
 )
+from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.processing import CompressingProcessor
 from tokencomp.serving.vllm.rotary import TABLE_FACTOR, lengthen_tables
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tokencomp.serving.offsets import grid_extent
 from tokencomp.serving.vllm import mrope
-from tokencomp.serving.vllm.offsets import grid_extent
 
 
 def time_factor(vision_config: Any, inputs: Mapping[str, Any], item: int) -> float:

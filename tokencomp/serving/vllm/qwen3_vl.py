@@ -19,9 +19,9 @@ from torch import Tensor
 from vllm.model_executor.models.qwen3_vl import Qwen3VLMultiModalProcessor
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from tokencomp.serving.item_plan import ItemPlan
+from tokencomp.serving.offsets import grid_offsets, with_offsets
 from tokencomp.serving.vllm import mrope
-from tokencomp.serving.vllm.item_plan import ItemPlan
-from tokencomp.serving.vllm.offsets import grid_offsets, with_offsets
 
 
 def frame_offsets(media: np.ndarray, h: int, w: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tokencomp.errors import ScoreError
 from tokencomp.method import MethodSpec
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
@@ -155,6 +157,40 @@ class ItemPlan:
             start += layout.length
         return torch.cat(rows), torch.cat(index)
 
+    def reduce_rows(
+        self, x: Tensor, width: int, report: Callable[[ItemPlan, ScoreError], None]
+    ) -> tuple[Tensor, Tensor]:
+        """Reduce an engine's rows by their leading columns; no features make it fail.
+
+        Features that overflowed, as some towers' do in float16, cannot be compared. An exception
+        in an engine ends it, and with it all requests, so such an item keeps evenly spaced tokens.
+
+        Parameters
+        ----------
+        x : Tensor, shape (full, d)
+            Rows of the vision tower; all columns of a kept row stay.
+        width
+            How many leading columns enter the decoder, which the reducer sees.
+        report
+            Is called with the plan and the error if features are not finite.
+
+        Returns
+        -------
+        Tensor, shape (kept, d), and Tensor of int64, shape (kept,)
+            See `reduce`.
+        """
+        seen = x[:, :width]
+        try:
+            rows, index = self.reduce(seen)
+        except ScoreError as error:
+            report(self, error)
+            rows, index = self.evenly().reduce(seen)
+        return (
+            (rows, index)
+            if width == x.shape[1]
+            else (torch.cat([rows, x[index, width:]], dim=1), index)
+        )
+
     def evenly(self) -> ItemPlan:
         """The plan with the same counts that keeps evenly spaced tokens, whatever the features."""
         return replace(self, reducer="uniform", options="{}")
@@ -175,3 +211,18 @@ def _reduce_span(
 @lru_cache(maxsize=256)
 def _reducer(name: str, options: str) -> Reducer:
     return make_reducer(name, **json.loads(options))
+
+
+def batches(sizes: list[int], budget: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges of items with at most `budget` uncompressed rows (at least one item each).
+
+    The scheduler admits media by their number of kept rows, but the memory of the vision tower
+    grows with the number of uncompressed rows.
+    """
+    first, total = 0, 0
+    for i, size in enumerate(sizes):
+        if total and total + size > budget:
+            yield first, i
+            first, total = i, 0
+        total += size
+    yield first, len(sizes)

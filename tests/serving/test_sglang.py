@@ -1,0 +1,332 @@
+"""The SGLang plugin with SGLang's own Python files on a CPU; no engine is run."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.machinery
+import importlib.util
+import sys
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+
+if importlib.util.find_spec("sglang") is None:
+    pytest.skip("sglang is not installed", allow_module_level=True)
+if importlib.util.find_spec("IPython") is None:  # SGLang imports it for notebooks
+    for name in ("IPython", "IPython.display"):
+        sys.modules[name] = stub = MagicMock(__path__=[])
+        stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
+
+import torch
+from sglang.srt.managers import mm_schedule, mm_utils
+from sglang.srt.managers.schedule_batch import (
+    Modality,
+    MultimodalDataItem,
+    MultimodalInputs,
+    MultimodalProcessorOutput,
+)
+from support.serving import cases, hf_reference
+
+from tokencomp.errors import OptionError, UnsupportedModelError
+from tokencomp.method import MethodSpec
+from tokencomp.serving import sglang as plugin
+from tokencomp.serving.sglang.embedding import (
+    Compressing,
+    CorrectingPositions,
+    around_routine,
+)
+from tokencomp.serving.sglang.processing import (
+    MODELS,
+    PLAN,
+    around_processor,
+    check_server,
+    compress,
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mm_utils, "get_server_args", lambda: None)
+
+
+MEDIA = [
+    [cases.IMAGE], [cases.VIDEO], [cases.IMAGE, cases.OTHER],
+    [cases.OTHER, cases.VIDEO, cases.IMAGE],
+]  # fmt: skip
+
+
+def processed(folder: Any, job: dict[str, Any]) -> MultimodalProcessorOutput:
+    """Return what SGLang's processor returns for a job, from the inputs of transformers."""
+    model, _ = hf_reference.load(folder)
+    inputs, config = hf_reference.inputs_of(folder, job), model.config
+    ids = inputs["input_ids"][0].tolist()
+    items, at = [], 0
+    waiting = {"image": [0, 0], "video": [0, 0]}  # items and rows of pixels that are done
+    pads = {config.image_token_id: "image", config.video_token_id: "video"}
+    while at < len(ids):
+        kind = pads.get(ids[at])
+        if kind is None:
+            at += 1
+            continue
+        index, row = waiting[kind]
+        grid = inputs[f"{kind}_grid_thw"][index : index + 1]
+        patches = int(grid.prod())
+        pixels = inputs["pixel_values" if kind == "image" else "pixel_values_videos"]
+        item = MultimodalDataItem(
+            modality=Modality[kind.upper()], feature=pixels[row : row + patches],
+            offsets=[(at, at + patches // 4 - 1)], model_specific_data={f"{kind}_grid_thw": grid},
+        )  # fmt: skip
+        item.set_pad_value()
+        items.append(item)
+        waiting[kind] = [index + 1, row + patches]
+        at += patches // 4
+    positions = hf_reference.true_positions(folder, job)
+    delta = positions.max() + 1 - len(ids)
+    return MultimodalProcessorOutput(
+        mm_items=items, input_ids=ids, mrope_positions=positions,
+        mrope_position_delta=delta.reshape(1, 1),
+    )  # fmt: skip
+
+
+class Tower:
+    """A model of SGLang as its embedding of media sees it, with the features of transformers."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self.visual = model, model.model.visual
+        self.calls = 0
+
+    def get_image_feature(self, items: list[Any]) -> torch.Tensor:
+        return self._rows(items, "image")
+
+    def get_video_feature(self, items: list[Any]) -> torch.Tensor:
+        return self._rows(items, "video")
+
+    def _rows(self, items: list[Any], kind: str) -> torch.Tensor:
+        self.calls += 1
+        pixels = torch.cat([item.feature for item in items])
+        grids = torch.cat([item.model_specific_data[f"{kind}_grid_thw"] for item in items])
+        out = self._model.get_image_features(pixels, grids)
+        out = getattr(out, "pooler_output", out)
+        return torch.cat(list(out)) if not isinstance(out, torch.Tensor) else out
+
+
+class Decoder:
+    """Records what SGLang hands to the decoder."""
+
+    def __init__(self, model: Any) -> None:
+        self.get_input_embeddings = model.get_input_embeddings
+        self.rows: list[torch.Tensor] = []
+        self.positions: list[torch.Tensor] = []
+
+    def __call__(
+        self, input_ids: None, positions: torch.Tensor, forward_batch: Any, input_embeds: Any
+    ) -> None:
+        self.rows.append(input_embeds)
+        self.positions.append(positions)
+
+
+def embedded(
+    model: Any, output: MultimodalProcessorOutput, windows: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows and positions of a prompt that SGLang prefills in windows of these lengths."""
+    decoder, tower, start = Decoder(model), Tower(model), 0
+    for n in windows:
+        no = lambda: False  # noqa: E731
+        batch = SimpleNamespace(
+            forward_mode=SimpleNamespace(is_decode=no, is_target_verify=no), input_embeds=None,
+            contains_mm_inputs=lambda: True, spec_algorithm=None, extend_seq_lens_cpu=[n],
+            mm_inputs=[MultimodalInputs(mm_items=output.mm_items)], extend_prefix_lens_cpu=[start],
+        )  # fmt: skip
+        own = output.mrope_positions[:, start : start + n].clone()
+        around_routine(
+            mm_utils.general_mm_embed_routine,
+            input_ids=torch.tensor(output.padded_input_ids[start : start + n]),
+            forward_batch=batch, language_model=decoder, multimodal_model=tower, positions=own,
+        )  # fmt: skip
+        assert decoder.positions[-1] is own  # corrected in place, as graphs read this tensor
+        start += n
+    return torch.cat(decoder.rows), torch.cat(decoder.positions, dim=1)
+
+
+def split(total: int, size: int) -> list[int]:
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
+@pytest.mark.parametrize("media", MEDIA)
+@pytest.mark.parametrize("reducer", ["divprune", "merge"])
+@torch.no_grad()
+def test_equals_the_patched_model(media: Any, reducer: str, tiny_folder: Any) -> None:
+    """Rows and positions through SGLang's own code give the decoder the same first token."""
+    folder = tiny_folder("qwen2_vl")
+    model, _ = hf_reference.load(folder)
+    job = cases.job("qwen2_vl", media, 0.75, reducer=reducer, tokens=1)
+    with hf_reference.with_true_positions(folder, job):
+        want = hf_reference.answer(folder, job)
+    full = processed(folder, job)
+    output = compress(full, MethodSpec(reducer, 0.75), 2)
+    n = len(output.input_ids)
+    assert n == want["prompt"] and output.mrope_positions.shape == (3, n)
+    true = hf_reference.true_positions(folder, job)
+    assert int(output.mrope_position_delta) == int(true.max()) + 1 - n
+    results = []
+    for size in (n, 7):  # whole, and in chunks that cut items
+        mm_schedule.init_mm_embedding_cache(1 << 26)
+        results.append(embedded(model, output, split(n, size)))
+    (x, positions), (chunked, chunked_positions) = results
+    assert torch.equal(x, chunked) and torch.equal(positions, chunked_positions)
+    if reducer != "merge":  # whose rows have positions of their own
+        assert torch.equal(positions, true[:, want["kept"]])
+    hidden = model.model.language_model(inputs_embeds=x[None], position_ids=positions[:, None])[0]
+    scores = torch.log_softmax(model.lm_head(hidden[0, -1]).float(), -1)
+    assert int(scores.argmax()) == want["tokens"][0]
+    assert abs(float(scores.max()) - want["logprobs"][0]) < 1e-4
+
+
+@torch.no_grad()
+def test_hashes_keep_ratios_apart_and_ratio_zero_is_stock(tiny_folder: Any) -> None:
+    folder = tiny_folder("qwen2_vl")
+    job = cases.job("qwen2_vl", [cases.IMAGE, cases.OTHER], 0.5)
+    stock = processed(folder, job)
+    same = compress(processed(folder, job), MethodSpec("divprune", 0.0), 2)
+    assert same.input_ids == stock.input_ids
+    assert [i.hash for i in same.mm_items] == [i.hash for i in stock.mm_items]
+    seen = [item.hash for item in stock.mm_items]
+    for spec in (("divprune", 0.5), ("divprune", 0.75), ("uniform", 0.5)):
+        output = compress(processed(folder, job), MethodSpec(*spec), 2)
+        again = compress(processed(folder, job), MethodSpec(*spec), 2)
+        assert [i.hash for i in output.mm_items] == [i.hash for i in again.mm_items]
+        seen += [item.hash for item in output.mm_items]
+        for item in output.mm_items:  # what the radix cache compares
+            (start, last) = item.offsets[0]
+            assert output.padded_input_ids[start : last + 1] == item.padding_sequence(
+                last + 1 - start
+            )
+        text = [t for t, s in zip(output.input_ids, output.padded_input_ids, strict=True) if t == s]
+        pads = hf_reference.load(folder)[0].config.image_token_id
+        assert text == [t for t in stock.input_ids if t != pads]
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_shared_item_is_not_changed(tiny_folder: Any) -> None:
+    """SGLang's cache of processed images hands the same item to several requests."""
+    output = processed(tiny_folder("qwen2_vl"), cases.job("qwen2_vl", [cases.IMAGE], 0.5))
+    (item,) = output.mm_items
+    before = item.hash, list(item.offsets), set(item.model_specific_data)
+    compress(output, MethodSpec("divprune", 0.5), 2)
+    assert (item.hash, list(item.offsets), set(item.model_specific_data)) == before
+
+
+@torch.no_grad()
+def test_uncompressed_items_and_levels_of_the_model(tiny_folder: Any) -> None:
+    """Rows of a model with deepstack features keep its levels; rows without a plan get zeros."""
+    model = SimpleNamespace(
+        deepstack_visual_indexes=[3, 5], visual=SimpleNamespace(spatial_merge_size=2),
+        get_image_feature=lambda items: torch.cat([item.feature for item in items]),
+    )  # fmt: skip
+    tower = Compressing(model)
+    grid = torch.tensor([[1, 8, 12]])
+    rows = torch.randn(24, 3 * 16)
+    output = MultimodalProcessorOutput(
+        mm_items=[
+            MultimodalDataItem(
+                modality=Modality.IMAGE, feature=rows, offsets=[(2, 25)],
+                model_specific_data={"image_grid_thw": grid},
+            )
+        ],
+        input_ids=[1] * 30, mrope_position_delta=torch.tensor([[0]]),
+        mrope_positions=hf_reference.grid_positions(
+            [1, 1] + [9] * 24 + [1] * 4, [(1, 4, 6)], (9,), 1.0
+        ),
+    )  # fmt: skip
+    (stock,) = output.mm_items
+    (item,) = compress(output, MethodSpec("uniform", 0.5), 2).mm_items
+    whole, reduced = tower.get_image_feature([stock, item])
+    index = torch.tensor([(2 * i + 1) * 24 // 24 for i in range(12)])
+    assert torch.equal(whole[:, :48], rows) and not whole[:, 48:].any()
+    assert torch.equal(reduced[:, :48], rows[index])
+    embeddings, deepstack = tower.separate_deepstack_embeds(reduced)
+    assert torch.equal(embeddings, rows[index, :16])
+    seen = {}
+
+    def decoder(*args: Any, **kwargs: Any) -> None:
+        seen.update(kwargs)
+
+    positions = torch.full((3, 12), 2)
+    CorrectingPositions(decoder, 2)(positions=positions, input_deepstack_embeds=deepstack)
+    assert torch.equal(seen["input_deepstack_embeds"], rows[index, 16:])
+    assert positions.T.tolist() == [[2, 2 + int(i) // 6, 2 + int(i) % 6] for i in index]
+
+
+def test_what_cannot_be_compressed_is_refused(tiny_folder: Any) -> None:
+    spec = MethodSpec("divprune", 0.5)
+
+    def output(**changes: Any) -> MultimodalProcessorOutput:
+        result = processed(tiny_folder("qwen2_vl"), cases.job("qwen2_vl", [cases.IMAGE], 0.5))
+        for name, value in changes.items():
+            setattr(result.mm_items[0], name, value)
+        return result
+
+    with pytest.raises(OptionError, match="precomputed"):
+        compress(output(precomputed_embeddings=torch.zeros(1)), spec, 2)
+    with pytest.raises(OptionError, match="between its frames"):
+        compress(output(offsets=[(4, 5), (8, 9)]), spec, 2)
+    with pytest.raises(OptionError, match="audio"):
+        compress(output(modality=Modality.AUDIO), spec, 2)
+    model = SimpleNamespace(architectures=[MODELS[0]])
+    check_server(model, SimpleNamespace(speculative_algorithm=None, pp_size=1))
+    for wrong in ({"speculative_algorithm": "EAGLE"}, {"pp_size": 2}):
+        with pytest.raises(UnsupportedModelError, match=next(iter(wrong))):
+            check_server(model, SimpleNamespace(**wrong))
+    with pytest.raises(UnsupportedModelError, match="Other"):
+        check_server(SimpleNamespace(architectures=["Other"]), SimpleNamespace())
+
+
+@torch.no_grad()
+def test_a_request_chooses_and_errors_reach_the_client(
+    tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokencomp.serving.sglang import processing
+
+    monkeypatch.setenv("TOKENCOMP_SERVING", '{"reducer": "uniform", "ratio": 0.5}')
+    processing.options.cache_clear()
+    folder, job = tiny_folder("qwen2_vl"), cases.job("qwen2_vl", [cases.IMAGE], 0.5)
+    hf_config = hf_reference.load(folder)[0].config
+    owner = SimpleNamespace(hf_config=hf_config, server_args=SimpleNamespace())
+
+    async def original(*args: Any, **kwargs: Any) -> MultimodalProcessorOutput:
+        return processed(folder, job)
+
+    def ask(options: Any) -> int:
+        request = SimpleNamespace(mm_processor_kwargs=options)
+        output = asyncio.run(around_processor(original, owner, [b""], "", request))
+        (item,) = output.mm_items
+        return item.offsets[0][1] + 1 - item.offsets[0][0]
+
+    full = ask({"tokencomp": {"ratio": 0}})
+    assert ask(None) == ask({"max_pixels": 1}) == int(full / 2 + 0.5)
+    assert ask({"tokencomp": {"ratio": 0.75}}) == int(full / 4 + 0.5)
+    with pytest.raises(OptionError, match="fastv"):
+        ask({"tokencomp": {"reducer": "fastv"}})
+    processing.options.cache_clear()
+
+
+def test_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sglang
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    monkeypatch.setattr(HookRegistry, "_hooks", type(HookRegistry._hooks)(list))
+    monkeypatch.delenv("TOKENCOMP_SERVING", raising=False)
+    plugin.register()
+    assert not HookRegistry._hooks  # installed but unused
+    monkeypatch.setenv("TOKENCOMP_SERVING", '{"reducer": "fastv", "ratio": 0.5}')
+    with pytest.raises(SystemExit, match="fastv"):
+        plugin.register()
+    monkeypatch.setenv("TOKENCOMP_SERVING", '{"ratio": 0.5}')
+    plugin.register()
+    assert set(HookRegistry._hooks) == {plugin.PROCESSOR, *plugin.ROUTINES}
+    monkeypatch.setattr(sglang, "__version__", "0.4.0", raising=False)
+    with pytest.raises(SystemExit, match=r"0\.4\.0"):
+        plugin.register()
+    assert PLAN.startswith("tokencomp")

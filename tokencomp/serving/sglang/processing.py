@@ -1,0 +1,174 @@
+"""The processor's part of the SGLang plugin: fewer placeholders, and a plan for every item."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+import tokencomp
+from tokencomp.errors import OptionError, UnsupportedModelError
+from tokencomp.method import MethodSpec
+from tokencomp.serving.item_plan import ItemPlan, Layout
+from tokencomp.serving.offsets import MAX_OFFSET
+from tokencomp.serving.spec import ServerOptions
+
+ENV_OPTIONS = "TOKENCOMP_SERVING"
+KEY = "tokencomp"
+PLAN, OFFSETS = "tokencomp_plan", "tokencomp_offsets"
+MODELS = (
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+)
+
+
+def server_options() -> ServerOptions | None:
+    """Return the options of the server, or None if there are none and the plugin is inactive."""
+    text = os.environ.get(ENV_OPTIONS)
+    return ServerOptions.parse(text) if text else None
+
+
+@cache
+def options() -> ServerOptions:
+    """Return the options of this process, which `register` has checked."""
+    return server_options() or ServerOptions()
+
+
+async def around_processor(
+    original: Callable[..., Any], self: Any, image_data: Any, input_text: Any, request_obj: Any,
+    *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """Run SGLang's processor and compress what it returns."""
+    check_server(self.hf_config, self.server_args)
+    request = (getattr(request_obj, "mm_processor_kwargs", None) or {}).get(KEY)
+    spec = options().resolve(request)
+    output = await original(self, image_data, input_text, request_obj, *args, **kwargs)
+    return compress(output, spec, self.hf_config.vision_config.spatial_merge_size)
+
+
+def check_server(hf_config: Any, server_args: Any) -> None:
+    """Refuse models and settings that this plugin cannot serve.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With the names of the settings, or of the model.
+    """
+    names = list(hf_config.architectures or [])
+    if not set(names) & set(MODELS):
+        raise UnsupportedModelError(
+            f"tokencomp cannot compress {', '.join(names)} in SGLang; it can {', '.join(MODELS)}."
+        )
+    off = {
+        "speculative_algorithm": None, "pp_size": 1, "disaggregation_mode": "null",
+        "mm_enable_dp_encoder": False,
+    }  # fmt: skip
+    wrong = [name for name, value in off.items() if getattr(server_args, name, value) != value]
+    if os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes"):
+        wrong.append("SGLANG_RUST_SERVER, which bypasses the processor")
+    if wrong:
+        raise UnsupportedModelError(
+            f"tokencomp cannot compress in SGLang with {', '.join(wrong)}: it was not tested, or "
+            f"moves media past the plugin. Start without, or unset {ENV_OPTIONS}."
+        )
+
+
+def compress(output: Any, spec: MethodSpec, merge: int) -> Any:
+    """Shorten the media of a request.
+
+    Parameters
+    ----------
+    output : MultimodalProcessorOutput
+        What SGLang's processor returns, with the positions of the uncompressed prompt.
+    spec
+        What to compress with. At ratio 0 the output stays as it is, and so do its hashes.
+    merge
+        Patches per side of a token.
+
+    Returns
+    -------
+    MultimodalProcessorOutput
+        Rows of compressed items are at the base position of their item.
+
+    Raises
+    ------
+    OptionError
+        If an item cannot be compressed.
+    """
+    if output is None or not spec.active or not output.mm_items:
+        return output
+    ids = torch.as_tensor(output.input_ids).flatten().tolist()
+    stays = torch.ones(len(ids), dtype=torch.bool)
+    positions = output.mrope_positions.clone()
+    items = []
+    for item in output.mm_items:
+        start, stop, grid = _place(item, merge)
+        base = positions[:, start].clone()
+        offsets = positions[:, start:stop] - base[:, None]
+        if int(offsets.max()) > MAX_OFFSET:
+            raise OptionError(f"one of the media spans more than {MAX_OFFSET} positions.")
+        kind = "image" if item.is_image() else "video"
+        extent = int(offsets.max()) + 1
+        plan = ItemPlan.make(kind, [Layout(grid)], spec, extent)
+        stays[start + plan.kept : stop] = False
+        positions[:, start : start + plan.kept] = base[:, None]
+        items.append(_planned(item, plan, offsets, spec))
+    before = torch.cumsum(stays, 0) - stays.long()  # tokens that stay before every token
+    for item in items:
+        (start, _), kept = item.offsets[0], ItemPlan.from_tensor(getattr(item, PLAN)).kept
+        first = int(before[start])
+        item.offsets = [(first, first + kept - 1)]
+    output.input_ids = [token for token, stay in zip(ids, stays.tolist(), strict=True) if stay]
+    output.mm_items = items
+    output.mrope_positions = positions[:, stays]
+    output.mrope_position_delta = output.mrope_position_delta + int((~stays).sum())
+    output.padded_input_ids = type(output).build_padded_input_ids(output.input_ids, items)
+    return output
+
+
+def _place(item: Any, merge: int) -> tuple[int, int, tuple[int, int, int]]:
+    """Return the first token of an item, the token after it, and its grid."""
+    if not (item.is_image() or item.is_video()):
+        raise OptionError("audio beside images or videos cannot be compressed in SGLang.")
+    kind = "image" if item.is_image() else "video"
+    grid = item.model_specific_data.get(f"{kind}_grid_thw")
+    if item.precomputed_embeddings is not None or grid is None:
+        raise OptionError(
+            f'a precomputed {kind} cannot be compressed; send pixels, or request {{"ratio": 0}}.'
+        )
+    if len(item.offsets) != 1 or len(grid) != 1:
+        raise OptionError(
+            f"a {kind} with text between its frames cannot be compressed in SGLang; request "
+            '{"ratio": 0}.'
+        )
+    (start, last), (t, h, w) = item.offsets[0], (int(n) for n in grid[0])
+    sides = t, h // merge, w // merge
+    if last + 1 - start != sides[0] * sides[1] * sides[2]:
+        raise RuntimeError(f"{last + 1 - start} placeholders for a grid of {sides}")
+    return start, last + 1, sides
+
+
+def _planned(item: Any, plan: ItemPlan, offsets: torch.Tensor, spec: MethodSpec) -> Any:
+    """Return a copy of an item with its plan, and with a hash that depends on the options.
+
+    SGLang's cache of processed images may share the item with other requests.
+    """
+    from sglang.srt.multimodal.cache import resolve_multimodal_item_hash
+
+    result = copy.copy(item)
+    result.model_specific_data = {
+        **item.model_specific_data, PLAN: plan.to_tensor(), OFFSETS: offsets.to(torch.int32),
+    }  # fmt: skip
+    text = json.dumps([spec.describe(), tokencomp.__version__], sort_keys=True)
+    namespace = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    item.set_pad_value()  # computes the hash of the pixels, if nobody has
+    result.set_hash(resolve_multimodal_item_hash(existing_hash=item.hash, namespace=namespace))
+    return result
