@@ -211,30 +211,6 @@ def test_options_that_make_a_reducer_servable_are_named() -> None:
         assert f"{name} with {option}={' or '.join(able)}," in str(error.value)
 
 
-def stub(**more: Any) -> Any:
-    """Return an engine for the API that never runs."""
-    from tokencomp.serving.hf.metrics import Metrics
-
-    options = ServerOptions.parse({"ratio": 0.5}, "hf")
-    attributes = dict(metrics=Metrics(), options=options, max_model_len=8, alive=True, text=None)
-    return SimpleNamespace(**attributes, close=lambda: None, check_room=lambda: None, **more)
-
-
-def test_the_api_key_is_required() -> None:
-    pytest.importorskip("fastapi")
-    client = pytest.importorskip("fastapi.testclient").TestClient
-    from tokencomp.serving.hf.api import build_app
-
-    app = client(build_app(stub(), "tiny", Limits(), api_key="secret"))
-    for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret2"}):
-        assert app.get("/v1/models", headers=header).status_code == 401
-        assert app.post("/v1/chat/completions", headers=header, json={}).status_code == 401
-    header = {"authorization": "Bearer secret"}
-    assert app.get("/v1/models", headers=header).json()["data"][0]["id"] == "tiny"
-    assert app.post("/v1/chat/completions", headers=header, json={}).status_code == 400
-    assert app.get("/health").status_code == 200
-
-
 def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line of `tokencomp serve --engine vllm`."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))

@@ -47,6 +47,14 @@ def command(
             "can read it (ps); the environment variable hides it.",
         ),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            help="Name that clients may use for this server, beside localhost and numeric "
+            "addresses; repeatable (hf). By default any, except at 127.0.0.1.",
+        ),
+    ] = None,
     shutdown_timeout: Annotated[
         int,
         typer.Option(
@@ -74,8 +82,9 @@ def command(
     """
     from tokencomp.errors import OptionError
     from tokencomp.inputs.packaged import resolve
+    from tokencomp.serving.bind import Bind
     from tokencomp.serving.hf.media import Limits
-    from tokencomp.serving.launch import Bind, run_hf, run_vllm
+    from tokencomp.serving.launch import run_hf, run_vllm
 
     options = {
         "reducer": reducer,
@@ -85,9 +94,10 @@ def command(
         **({} if max_ratio is None else {"max_ratio": max_ratio}),
     }
     limits = Limits(allowed_path=allowed_media_path, frames=frames)
-    bind = Bind(host, port, api_key, shutdown_timeout)
+    bind = Bind(host, port, api_key, tuple(allowed_host or ()), shutdown_timeout)
     if engine == "vllm":
-        opt.refuse_given(context, ("device", "frames", "max_batch"), "--engine vllm", VLLM_HINT)
+        ineffective = ("device", "frames", "max_batch", "allowed_host")
+        opt.refuse_given(context, ineffective, "--engine vllm", VLLM_HINT)
         extra = [*context.args]
         if served_name:
             extra += ["--served-model-name", served_name]

@@ -4,62 +4,21 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import ipaddress
 import json
-import logging
 import os
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import MissingDependencyError, OptionError, UnsupportedModelError
+from tokencomp.serving.bind import Bind, check_port
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.spec import ServerOptions
 
-logger = logging.getLogger("tokencomp.serving")
 METRICS_PREFIX = "tokencomp-metrics-"
-
-
-@dataclass(frozen=True)
-class Bind:
-    """Address that a server listens at, and what it requires of clients.
-
-    Attributes
-    ----------
-    host, port
-        Network address.
-    api_key
-        Bearer token that requests must carry; None accepts all requests.
-    shutdown_timeout
-        Seconds in which running requests may end after SIGTERM.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    shutdown_timeout: int = 60
-
-    @property
-    def loopback(self) -> bool:
-        """Whether only this machine can reach the address."""
-        try:
-            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
-        except ValueError:  # another host name, or the empty one, which means all addresses
-            return False
-
-    def warn_if_open(self) -> None:
-        """Log a warning if other machines can use the server without a key."""
-        if not self.api_key and not self.loopback:
-            logger.warning(
-                "the server listens at %s without an API key: everyone who can reach this address "
-                "can use it. Set TOKENCOMP_API_KEY, or use --host 127.0.0.1.",
-                self.host or "all addresses",
-            )
 
 
 def vllm_command(
@@ -196,29 +155,6 @@ def run_vllm(
     os.execve(command[0], command, env)
 
 
-def check_port(bind: Bind) -> None:
-    """Check the address before a model is loaded.
-
-    Raises
-    ------
-    OptionError
-        If no server can listen at `bind`.
-    """
-    kind, passive = socket.SOCK_STREAM, socket.AI_PASSIVE
-    try:
-        addresses = socket.getaddrinfo(bind.host or None, bind.port, type=kind, flags=passive)
-        for family, _, _, _, address in addresses:
-            with socket.socket(family, kind) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(address)
-    except (OSError, UnicodeError) as error:
-        raise OptionError(
-            f"cannot listen at {bind.host}:{bind.port}: {error}. Use another --host or --port."
-        ) from error
-
-
 def run_hf(
     model: str,
     options: dict[str, Any],
@@ -259,11 +195,10 @@ def run_hf(
     if limits.allowed_path is not None and not limits.allowed_path.is_dir():
         raise OptionError(f"--allowed-media-path {limits.allowed_path}: not a directory.")
     try:
-        import uvicorn
-
         from tokencomp.serving.hf.api import build_app
         from tokencomp.serving.hf.engine import Engine
         from tokencomp.serving.hf.metrics import Metrics
+        from tokencomp.serving.hf.server import log_start, server
     except ImportError as error:
         raise MissingDependencyError(
             f"serving needs {error.name}: pip install 'tokencomp[serve]'."
@@ -274,11 +209,6 @@ def run_hf(
     bind.warn_if_open()
     loaded, processor = load_model(model, device=device, dtype=dtype)
     backend = Engine(loaded, processor, parsed, Metrics(), **engine)
-    app = build_app(backend, served_name or model, limits, bind.api_key)
-    uvicorn.run(
-        app,
-        host=bind.host,
-        port=bind.port,
-        log_level="info",
-        timeout_graceful_shutdown=bind.shutdown_timeout,
-    )
+    app = build_app(backend, served_name or model, limits, bind)
+    log_start(backend, served_name or model, limits, bind)
+    server(app, bind).run()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import time
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -16,11 +14,16 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
+from tokencomp.serving.bind import Bind
 from tokencomp.serving.hf.answer import AnswerText
+from tokencomp.serving.hf.bodies import Bodies
+from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.guard import CLIENT_LEFT, Guard, error_response
 from tokencomp.serving.hf.job import Job
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.prompt import Prompt, parse
@@ -30,7 +33,7 @@ DECODING = 4  # number of requests whose media are decoded at the same time
 POLL = 0.5  # seconds between checks whether the client is still connected
 
 
-def build_app(engine: Engine, name: str, limits: Limits, api_key: str | None = None) -> FastAPI:
+def build_app(engine: Engine, name: str, limits: Limits, bind: Bind | None = None) -> ASGIApp:
     """Build the application.
 
     Parameters
@@ -41,8 +44,8 @@ def build_app(engine: Engine, name: str, limits: Limits, api_key: str | None = N
         Model name that clients see.
     limits
         Limits on the media of a request.
-    api_key
-        If not None, routes below `/v1` require it as a bearer token.
+    bind
+        API key and host names that clients must use; by default any.
     """
 
     @contextlib.asynccontextmanager
@@ -50,21 +53,23 @@ def build_app(engine: Engine, name: str, limits: Limits, api_key: str | None = N
         yield
         await run_in_threadpool(engine.close)
 
-    app = FastAPI(title="tokencomp", docs_url=None, redoc_url=None, lifespan=lifespan)
-    server = Server(engine, name, limits, api_key)
+    app = FastAPI(title="tokencomp", openapi_url=None, lifespan=lifespan)
+    server = Server(engine, name, limits)
     app.add_api_route("/health", server.health)
     app.add_api_route("/metrics", server.metrics)
     app.add_api_route("/v1/models", server.models)
     app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"])
-    app.add_exception_handler(RequestError, server.failed)
-    return app
+    for kind in (RequestError, HTTPException, Exception):
+        app.add_exception_handler(kind, _failed)
+    return Guard(app, bind or Bind(host=""), engine.metrics)
 
 
 class Server:
     """The handlers of all routes."""
 
-    def __init__(self, engine: Engine, name: str, limits: Limits, api_key: str | None) -> None:
-        self.engine, self.name, self.limits, self.api_key = engine, name, limits, api_key
+    def __init__(self, engine: Engine, name: str, limits: Limits) -> None:
+        self.engine, self.name, self.limits = engine, name, limits
+        self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
         self.started = int(time.time())
         self.decoding = CapacityLimiter(DECODING)
 
@@ -77,9 +82,8 @@ class Server:
         text = generate_latest(self.engine.metrics.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
-    async def models(self, request: Request) -> Any:
+    async def models(self) -> Any:
         """List the served model with its default reducer and ratio."""
-        self._authorize(request)
         card = {
             "id": self.name,
             "object": "model",
@@ -90,39 +94,27 @@ class Server:
         }
         return {"object": "list", "data": [card]}
 
-    async def failed(self, request: Request, error: Any) -> Response:
-        """Answer a `RequestError` in the form of OpenAI's API, and count it."""
-        self.engine.metrics.requests.labels(error.status).inc()
-        return JSONResponse(error.body(), status_code=error.status)
-
     async def chat(self, request: Request) -> Response:
         """Answer a chat completion, whole or as a stream of events.
 
         The first event is awaited before the response starts, so that errors of the prefill still
         have an HTTP status.
         """
-        self._authorize(request)
-        self.engine.check_room()  # refuses early, before media are decoded
-        body = await self._body(request)
-        prompt = await to_thread.run_sync(
-            parse, body, self.engine.options, self.limits, self.engine.text, limiter=self.decoding
-        )
-        chat_request = prompt.request
-        if chat_request.model not in ("", self.name):
-            raise RequestError(f"model {chat_request.model!r}: this server has {self.name!r}.", 404)
-        tokens = chat_request.max_completion_tokens or chat_request.max_tokens or DEFAULT_TOKENS
-        text = AnswerText(self.engine.tokenizer, chat_request.stops)
+        self.engine.check_room()  # refuses early, before the body is read and media are decoded
+        prompt = await self._prompt(request)
+        asked = prompt.request
+        if asked.model not in ("", self.name):
+            raise RequestError(f"model {asked.model!r}: this server has {self.name!r}.", 404)
+        tokens = asked.max_completion_tokens or asked.max_tokens or DEFAULT_TOKENS
+        text = AnswerText(self.engine.tokenizer, asked.stops)
         job = Job(prompt, asyncio.get_running_loop(), tokens, text)
+        request.state.job = job
         self.engine.submit(job)
-        try:
-            kind, value = await self._next(job, request)
-        except asyncio.CancelledError:
-            job.cancelled = True
-            raise
+        kind, value = await self._next(job, request)
         if kind == "error":
             raise value
-        if chat_request.stream:
-            stream = self._stream(job, prompt, _identity())
+        if asked.stream:
+            stream = self._stream(job, prompt, _identity(request))
             return StreamingResponse(stream, media_type="text/event-stream")
         return await self._whole(job, request)
 
@@ -144,9 +136,8 @@ class Server:
             "message": {"role": "assistant", "content": text},
             "finish_reason": finish,
         }
-        self.engine.metrics.requests.labels(200).inc()
         usage = job.usage.as_dict() if job.usage else None
-        body = {**_identity(), "object": "chat.completion", "model": self.name}
+        body = {**_identity(request), "object": "chat.completion", "model": self.name}
         return JSONResponse({**body, "choices": [choice], "usage": usage})
 
     async def _stream(
@@ -173,49 +164,59 @@ class Server:
             options = prompt.request.stream_options
             if options is not None and options.include_usage and job.usage is not None:
                 yield _event({**base, "choices": [], "usage": job.usage.as_dict()})
-            self.engine.metrics.requests.labels(200).inc()
             yield "data: [DONE]\n\n"
         finally:
             job.cancelled = True  # the client has disconnected, or the answer is complete
 
     async def _next(self, job: Job, request: Request) -> tuple[str, Any]:
-        """Return the next event of a job; cancel the job if the client disconnects."""
-        while True:
-            try:
-                return await asyncio.wait_for(job.events.get(), POLL)
-            except TimeoutError:
-                pass
-            except asyncio.TimeoutError:
-                pass
-            if await request.is_disconnected():
-                job.cancelled = True
-                raise RequestError("the client went away.", 499)
+        """Return the next event of a job, which is cancelled if the client leaves."""
+        return await _while_connected(request, job.events.get(), job.cancel)
 
     # -- requests -------------------------------------------------------------------------------
 
-    def _authorize(self, request: Request) -> None:
-        """Require the API key, if there is one; the comparison takes constant time."""
-        token = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self.api_key and not hmac.compare_digest(token.encode(), self.api_key.encode()):
-            raise RequestError("missing or wrong API key.", 401)
-
-    async def _body(self, request: Request) -> bytes:
-        """Read a body whose size is limited."""
-        limit = self.limits.max_bytes * 2
-        content = bytearray()
-        try:
-            async for piece in request.stream():
-                content += piece
-                if len(content) > limit:
-                    raise RequestError(f"request bodies may have {limit} bytes.", 413)
-        except ClientDisconnect:
-            raise RequestError("the client went away.", 499) from None
-        return bytes(content)
+    async def _prompt(self, request: Request) -> Prompt:
+        """Read and check a request, and decode its media as long as the client is there."""
+        deadline = Deadline(self.limits.decode_seconds)
+        async with self.bodies.read(request) as body:
+            work = to_thread.run_sync(
+                parse, body, self.engine.options, self.limits, self.engine.text, deadline,
+                limiter=self.decoding,
+            )  # fmt: skip
+            return await _while_connected(request, work, deadline.cancel)
 
 
-def _identity() -> dict[str, Any]:
-    """Return id and creation time of a new completion."""
-    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+async def _while_connected(
+    request: Request, work: Awaitable[Any], cancel: Callable[[], None]
+) -> Any:
+    """Return the result of `work`; call `cancel` if the client leaves before, or on shutdown."""
+    task = asyncio.ensure_future(work)
+    # Nobody awaits a task whose client has left, so its exception is taken here.
+    task.add_done_callback(lambda t: t.cancelled() or t.exception())
+    try:
+        while not (await asyncio.wait({task}, timeout=POLL))[0]:
+            if await request.is_disconnected():
+                raise RequestError("the client went away.", CLIENT_LEFT)
+    except BaseException:
+        cancel()
+        task.cancel()
+        raise
+    return task.result()
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """Answer a request that failed in the form of OpenAI's API."""
+    if isinstance(error, HTTPException):
+        error = RequestError(
+            f"{error.detail}: {request.method} {request.url.path}", error.status_code
+        )
+    elif not isinstance(error, RequestError):
+        error = RequestError("the server failed on this request.", 500)
+    return error_response(error)
+
+
+def _identity(request: Request) -> dict[str, Any]:
+    """Return id and creation time of a new completion; the log names the same id."""
+    return {"id": f"chatcmpl-{request.state.request_id}", "created": int(time.time())}
 
 
 def _event(value: dict[str, Any]) -> str:

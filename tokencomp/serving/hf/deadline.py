@@ -21,8 +21,13 @@ class Deadline:
         self.seconds = seconds
         self._end = time.monotonic() + seconds
 
+    def start(self) -> None:
+        """Start the time again, because the work begins only now."""
+        if self._end:
+            self._end = time.monotonic() + self.seconds
+
     def cancel(self) -> None:
-        """End the time now, because nobody waits for the result any more."""
+        """End the time now and for ever, because nobody waits for the result any more."""
         self._end = 0.0
 
     def check(self) -> None:

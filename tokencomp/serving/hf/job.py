@@ -97,6 +97,20 @@ class Job:
         alone = self.prompt.alone or (r.seed is not None and r.temperature != 0)
         return self.prompt.spec, r.temperature, r.top_p, id(self) if alone else None
 
+    def __str__(self) -> str:
+        """Return setting and token counts in the form of the access log."""
+        spec, usage = self.prompt.spec, self.usage
+        name = getattr(spec.reducer, "name", spec.reducer)
+        words = f"reducer={name} ratio={spec.ratio:g}"
+        if usage is None:
+            return words + " tokens=none"
+        visual = f"visual={usage.visual_before}->{usage.visual_after:g}"
+        return f"{words} prompt={usage.prompt} {visual} generated={usage.completion}"
+
+    def cancel(self) -> None:
+        """Note that nobody waits for the answer."""
+        self.cancelled = True
+
     def send(self, kind: str, value: Any) -> None:
         """Send an event to the event loop. Any thread may call this method."""
         self.done = self.done or kind in ("end", "error")

@@ -50,6 +50,10 @@ class Limits:
         Time in which all media of one request must be decoded.
     max_items
         Largest number of images and videos per request.
+    max_body, max_bodies
+        Largest size of the body of a request, and of all bodies in memory, in bytes.
+    body_seconds
+        Time in which a client must send a body.
     """
 
     allowed_path: Path | None = None
@@ -61,6 +65,9 @@ class Limits:
     max_decoded_pixels: int = 20_000_000_000
     decode_seconds: float = 60.0
     max_items: int = 32
+    max_body: int = 128 << 20
+    max_bodies: int = 512 << 20
+    body_seconds: float = 120.0
 
 
 def read_url(url: str, limits: Limits) -> tuple[str, bytes]:

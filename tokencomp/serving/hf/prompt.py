@@ -50,7 +50,7 @@ class Prompt:
 
 
 def parse(
-    content: bytes,
+    content: bytes | bytearray,
     options: ServerOptions,
     limits: Limits,
     text: PromptText,
@@ -86,6 +86,7 @@ def parse(
     media = [part.type.removesuffix("_url") for part in _media_parts(request)]
     prompt.alone = not all(map(text.verifies, media))
     deadline = deadline or Deadline(limits.decode_seconds)
+    deadline.start()
     for part in _media_parts(request):
         _load(part, prompt, limits, deadline)
     return prompt

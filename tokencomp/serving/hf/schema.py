@@ -134,7 +134,7 @@ class ChatRequest(BaseModel):
         return [text for text in texts if text]
 
 
-def read_request(content: bytes) -> ChatRequest:
+def read_request(content: bytes | bytearray) -> ChatRequest:
     """Return the checked request of a JSON body.
 
     Raises

@@ -1,0 +1,221 @@
+"""What a request needs before its body is read, and what happens to slow clients."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+from fastapi.testclient import TestClient
+from support.serving import http
+
+from tokencomp.serving.bind import Bind
+from tokencomp.serving.hf import server
+from tokencomp.serving.hf.api import build_app
+from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.media import Limits
+from tokencomp.serving.hf.metrics import Metrics
+from tokencomp.serving.spec import ServerOptions
+
+CHAT = "/v1/chat/completions"
+NAMES = ("testserver",)  # what the test client calls the server
+
+
+def stub(**more: Any) -> Any:
+    """Return an engine for the API that never runs."""
+    options = ServerOptions.parse({"ratio": 0.5}, "hf")
+    attributes = dict(metrics=Metrics(), options=options, max_model_len=8, alive=True, text=None)
+    attributes |= dict(close=lambda: None, check_room=lambda: None)
+    return SimpleNamespace(**{**attributes, **more})
+
+
+def client(engine: Any = None, limits: Limits | None = None, **bind: Any) -> Any:
+    address = Bind(**{"allowed_hosts": NAMES, **bind})
+    app = build_app(engine or stub(), "tiny", limits or Limits(), address)
+    return TestClient(app, raise_server_exceptions=False)
+
+
+def error(answer: Any) -> dict[str, Any]:
+    """Return the error of an answer, which must have the form of OpenAI's API."""
+    assert set(answer.json()) == {"error"}
+    content = answer.json()["error"]
+    assert set(content) == {"message", "type", "param", "code"}
+    assert content["code"] == answer.status_code and content["message"]
+    return content
+
+
+def test_the_api_key_is_required() -> None:
+    app = client(api_key="sécret")
+    headers = ["", "Bearer wrong", "sécret", "Basic sécret", "Bearer sécret2", "Bearer"]
+    for value in headers:
+        header = {"authorization": value.encode()} if value else {}
+        for answer in (app.get("/v1/models", headers=header), app.post(CHAT, headers=header)):
+            assert answer.status_code == 401 and "API key" in error(answer)["message"]
+            assert answer.headers["www-authenticate"] == "Bearer"
+    for scheme in ("Bearer", "bearer", "BEARER"):
+        header = {"authorization": f"{scheme} sécret".encode()}
+        assert app.get("/v1/models", headers=header).json()["data"][0]["id"] == "tiny"
+        assert app.post(CHAT, headers=header, json={}).status_code == 400
+    assert app.get("/health").status_code == 200
+
+
+def test_other_content_types_are_refused() -> None:
+    """A web page can send these to a server on the machine of its visitor, without permission."""
+    app = client()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        answer = app.post(CHAT, content="{}", headers={"content-type": kind})
+        assert answer.status_code == 415 and "application/json" in error(answer)["message"]
+    for kind in ("application/json", "Application/JSON; charset=utf-8"):
+        assert app.post(CHAT, content="{}", headers={"content-type": kind}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("bind", "good", "bad"),
+    [
+        (Bind(), ["localhost:8000", "127.0.0.1", "[::1]:1"], ["evil.example:8000", "[", "a@b:c"]),
+        (Bind(allowed_hosts=("ai.example",)), ["ai.example", "AI.example:80"], ["x.ai.example"]),
+        (Bind("0.0.0.0"), ["any.example"], []),
+        (Bind("0.0.0.0", allowed_hosts=("a.example",)), ["a.example", "192.0.2.1"], ["b.example"]),
+    ],
+)  # fmt: skip
+def test_host_names(bind: Bind, good: list[str], bad: list[str]) -> None:
+    app = TestClient(build_app(stub(), "tiny", Limits(), bind))
+    for names, status in ((good, 200), (bad, 403)):
+        for name in names:
+            answer = app.get("/v1/models", headers={"host": name})
+            assert answer.status_code == status, name
+            assert status == 200 or "--allowed-host" in error(answer)["message"]
+
+
+def test_every_failure_has_an_openai_body() -> None:
+    def full() -> None:
+        raise RequestError("busy", 503)
+
+    def broken() -> None:
+        raise OSError("/secret/path")
+
+    assert client().get("/nothing").status_code == error(client().get("/nothing"))["code"] == 404
+    assert error(client().get(CHAT))["code"] == 405
+    busy = client(stub(check_room=full)).post(CHAT, json={})
+    assert error(busy)["code"] == 503 and int(busy.headers["retry-after"]) > 0
+    failed = client(stub(check_room=broken)).post(CHAT, json={})
+    assert error(failed)["code"] == 500 and "secret" not in failed.text
+
+
+def test_bodies_are_bounded_one_by_one_and_together() -> None:
+    limits = Limits(max_body=1000, max_bodies=1500)
+    app = client(limits=limits)
+    header = {"content-type": "application/json"}
+    for content in ("x" * 1001, iter([b"x" * 600] * 2)):
+        assert error(app.post(CHAT, content=content, headers=header))["code"] == 413
+    large = app.post(CHAT, content="x" * 1001, headers=header)
+    assert large.headers["connection"] == "close"  # the rest of the body is not read
+    bodies = app.app.app.routes[-1].endpoint.__self__.bodies
+    assert bodies.used == 0
+    bodies.used = 1000
+    assert error(app.post(CHAT, content="x" * 600, headers=header))["code"] == 503
+    assert error(app.post(CHAT, content="x" * 400, headers=header))["code"] == 400
+    assert bodies.used == 1000
+
+
+def test_requests_are_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    engine = stub()
+    app = client(engine)
+    with caplog.at_level(logging.INFO, "tokencomp.serving"):
+        app.get("/health")
+        assert not caplog.records
+        own = app.get("/v1/models", headers={"x-request-id": "job-7"})
+        other = app.post(CHAT, json={}, headers={"x-request-id": "two\twords"})
+    assert own.headers["x-request-id"] == "job-7"
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "GET /v1/models 200" in first and first.endswith("id=job-7")
+    assert "POST /v1/chat/completions 400" in second
+    assert other.headers["x-request-id"] in second and "words" not in second
+    counted = engine.metrics.requests.collect()[0].samples
+    counts = {s.labels["status"]: s.value for s in counted if s.name.endswith("_total")}
+    assert counts == {"200": 1, "400": 1}
+
+
+@contextlib.contextmanager
+def running(app: Any, **bind: Any) -> Iterator[tuple[str, int]]:
+    """Serve an application with uvicorn on a real socket; on leaving, it must end by itself."""
+    address = Bind(port=http.free_port(), **bind)
+    process = server.server(app, address)
+    thread = threading.Thread(target=process.run, daemon=True)
+    thread.start()
+    while not process.started:
+        time.sleep(0.02)
+    try:
+        yield address.host, address.port
+    finally:
+        process.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def received(connection: socket.socket) -> bytes:
+    """Return everything that arrives until the server closes the connection."""
+    connection.settimeout(15)
+    result = b""
+    while piece := connection.recv(4096):
+        result += piece
+    return result
+
+
+def test_slow_clients_are_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.5)
+    app = build_app(stub(), "tiny", Limits(body_seconds=0.5), Bind())
+    with running(app) as address, contextlib.ExitStack() as stack:
+        silent, half_head, half_body, second = (
+            stack.enter_context(socket.create_connection(address)) for _ in range(4)
+        )
+        half_head.sendall(HEAD.encode())
+        half_body.sendall((HEAD + "Content-Length: 9\r\n\r\n{").encode())
+        second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET ")
+        assert received(silent) == received(half_head) == b""
+        assert b" 408 " in received(half_body)
+        assert received(second).startswith(b"HTTP/1.1 200 ")
+        assert http.get("http://{}:{}/health".format(*address))[0] == 200
+
+
+def test_a_half_body_does_not_delay_the_shutdown() -> None:
+    with running(build_app(stub(), "tiny", Limits()), shutdown_timeout=1) as address:
+        connection = socket.create_connection(address)
+        connection.sendall((HEAD + "Content-Length: 9\r\n\r\n{").encode())
+        time.sleep(0.3)
+    connection.close()
+
+
+@pytest.mark.parametrize("endless", [True, False])
+def test_clients_that_do_not_read_are_disconnected(
+    endless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "SEND_SECONDS", 0.3)
+    ended = threading.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            piece = {"type": "http.response.body", "body": b"x" * 10**7, "more_body": endless}
+            await send(piece)
+            while (await receive())["type"] != "http.disconnect":
+                await send(piece)
+        finally:
+            ended.set()
+
+    with running(app) as address, socket.create_connection(address) as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert ended.wait(10)
+        with contextlib.suppress(ConnectionResetError):
+            received(connection)

@@ -1,0 +1,92 @@
+"""The address of a server, and what it requires of its clients."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+from dataclasses import dataclass
+
+from tokencomp.errors import OptionError
+
+logger = logging.getLogger("tokencomp.serving")
+
+
+@dataclass(frozen=True)
+class Bind:
+    """Address that a server listens at, and what it requires of clients.
+
+    Attributes
+    ----------
+    host, port
+        Network address.
+    api_key
+        Bearer token that requests must carry; None accepts all requests.
+    allowed_hosts
+        Names that clients may use for the server, besides "localhost" and numeric addresses; empty
+        means every name, except at an address that only this machine can reach.
+    shutdown_timeout
+        Seconds in which running requests may end after SIGTERM.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    shutdown_timeout: int = 60
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the address."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # another host name, or the empty one, which means all addresses
+            return False
+
+    def warn_if_open(self) -> None:
+        """Log a warning if other machines can use the server without a key."""
+        if not self.api_key and not self.loopback:
+            logger.warning(
+                "the server listens at %s without an API key: everyone who can reach this address "
+                "can use it. Set TOKENCOMP_API_KEY, or use --host 127.0.0.1.",
+                self.host or "all addresses",
+            )
+
+    def serves(self, host: str) -> bool:
+        """Whether a request may call the server by this name (its Host header, without port).
+
+        A web page that gives its own name the address of a local server could otherwise use this
+        server through the browser of a visitor (DNS rebinding). Numeric addresses cannot be
+        abused in this way.
+        """
+        if host in ("", "localhost", self.host, *self.allowed_hosts):
+            return True
+        if not self.allowed_hosts and not self.loopback:
+            return True
+        try:
+            return bool(ipaddress.ip_address(host))
+        except ValueError:
+            return False
+
+
+def check_port(bind: Bind) -> None:
+    """Check the address before a model is loaded.
+
+    Raises
+    ------
+    OptionError
+        If no server can listen at `bind`.
+    """
+    kind, passive = socket.SOCK_STREAM, socket.AI_PASSIVE
+    try:
+        addresses = socket.getaddrinfo(bind.host or None, bind.port, type=kind, flags=passive)
+        for family, _, _, _, address in addresses:
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise OptionError(
+            f"cannot listen at {bind.host}:{bind.port}: {error}. Use another --host or --port."
+        ) from error

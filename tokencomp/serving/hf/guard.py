@@ -1,0 +1,145 @@
+"""What every HTTP exchange passes: host, key and content type, and the access log."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import time
+import uuid
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tokencomp.serving.bind import Bind
+from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.metrics import Metrics
+
+logger = logging.getLogger("tokencomp.serving")
+
+RETRY_SECONDS = 5  # after which clients may try again when the server is busy
+CLIENT_LEFT = 499
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    """Return the answer to a request that failed, in the form of OpenAI's API."""
+    headers = {}
+    if error.status == 503:
+        headers["Retry-After"] = str(RETRY_SECONDS)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers)
+
+
+class Guard:
+    """ASGI middleware around all routes.
+
+    Parameters
+    ----------
+    app
+        The application.
+    bind
+        The names and the key that clients must use. Only paths below `/v1` need the key.
+    metrics
+        Where requests below `/v1` are counted by status.
+    """
+
+    def __init__(self, app: ASGIApp, bind: Bind, metrics: Metrics) -> None:
+        self.app, self.bind, self.metrics = app, bind, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check the head of a request before its body is read, answer it, and log it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = Exchange(scope, receive, send)
+        try:
+            self._check(scope)
+        except RequestError as error:
+            await error_response(error)(scope, exchange.receive, exchange.send)
+        else:
+            await self.app(scope, exchange.receive, exchange.send)
+        finally:
+            if scope["path"].startswith("/v1"):
+                self.metrics.requests.labels(exchange.outcome).inc()
+                logger.info("%s", exchange)
+
+    def _check(self, scope: Scope) -> None:
+        """Raise `RequestError` unless the head of the request is acceptable."""
+        headers = Headers(scope=scope)
+        try:
+            host = urlsplit("//" + headers.get("host", "")).hostname or ""
+        except ValueError:
+            host = "?"
+        if not self.bind.serves(host):
+            raise RequestError(
+                f"Host {host!r} is not a name of this server (start it with --allowed-host).", 403
+            )
+        if not scope["path"].startswith("/v1"):
+            return
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        key = self.bind.api_key
+        # Servers decode headers as Latin-1, whatever the client has encoded.
+        sent = token.strip().encode("latin-1", "replace")
+        if key and not (
+            scheme.lower() == "bearer" and hmac.compare_digest(sent, key.encode("utf-8"))
+        ):
+            raise RequestError("missing or wrong API key (Authorization: Bearer KEY).", 401)
+        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        # Browsers let any web page send other types than this one to any server.
+        if scope["method"] == "POST" and content_type != "application/json":
+            raise RequestError("send Content-Type: application/json.", 415)
+
+
+class Exchange:
+    """One request and its answer: adds headers to the answer, and describes both for the log.
+
+    A handler may put the `Job` of the request into `request.state.job`.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope, self._receive, self._send = scope, receive, send
+        self.started = time.monotonic()
+        self.status, self.complete, self.body_read = 0, False, False
+        sent = Headers(scope=scope).get("x-request-id", "")
+        self.id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = self.id
+
+    async def receive(self) -> Message:
+        """Receive a message of the client, and note the end of the body."""
+        message = await self._receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            self.body_read = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a message to the client, and note the end of the answer."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-Id"] = self.id
+            if self.scope["method"] == "POST" and not self.body_read:
+                headers["Connection"] = "close"  # the rest of the body is not wanted
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True
+
+    @property
+    def outcome(self) -> int:
+        """Status of the answer; 499 if the client left before its end."""
+        return self.status if self.complete else CLIENT_LEFT
+
+    def __str__(self) -> str:
+        client = self.scope.get("client") or ("-", 0)
+        words: list[Any] = [
+            client[0], self.scope["method"], quote(self.scope["path"])[:100], self.outcome,
+            f"{time.monotonic() - self.started:.3f}s", f"id={self.id}",
+        ]  # fmt: skip
+        job = self.scope["state"].get("job")
+        if job is not None:
+            words.append(job)
+        return " ".join(map(str, words))
