@@ -24,14 +24,20 @@ def pytest_configure(config: Any) -> None:
     from transformers import PreTrainedModel
     from transformers.generation import GenerationMixin
 
-    PreTrainedModel.__call__ = _patching(PreTrainedModel.__call__, float(ratio))
-    GenerationMixin.generate = _patching(GenerationMixin.generate, float(ratio))
+    from tokencomp.adapters.base import available_models
+
+    # Read once, here: torch.compile traces `patched`, and cannot trace the import of adapters.
+    served = frozenset(available_models())
+    PreTrainedModel.__call__ = _patching(PreTrainedModel.__call__, float(ratio), served)
+    GenerationMixin.generate = _patching(GenerationMixin.generate, float(ratio), served)
 
 
-def _patching(call: Callable[..., Any], ratio: float) -> Callable[..., Any]:
+def _patching(
+    call: Callable[..., Any], ratio: float, served: frozenset[str]
+) -> Callable[..., Any]:
     @functools.wraps(call)
     def patched(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if MARK not in model.__dict__ and _serves(model):
+        if MARK not in model.__dict__ and _serves(model, served):
             import tokencomp
 
             model.__dict__[MARK] = True
@@ -41,13 +47,10 @@ def _patching(call: Callable[..., Any], ratio: float) -> Callable[..., Any]:
     return patched
 
 
-def _serves(model: Any) -> bool:
+def _serves(model: Any, served: frozenset[str]) -> bool:
     """Whether `model` is the whole model of a family that has an adapter."""
-    from tokencomp.adapters.base import available_models
-
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
     return (
-        model_type in available_models()
+        type(model).__name__.endswith("ForConditionalGeneration")
+        and getattr(getattr(model, "config", None), "model_type", None) in served
         and hasattr(model, "get_output_embeddings")
-        and (type(model).__name__.endswith("ForConditionalGeneration"))
     )
