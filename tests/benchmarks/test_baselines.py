@@ -61,6 +61,7 @@ def test_the_largest_question_sets_count(unpublished: Path) -> None:
         assert all(len(one.scores("full", families=[f])) == ITEMS for (_, f), one in best.items())
 
 
+@pytest.mark.long
 def test_published_pages_are_those_of_the_published_results() -> None:
     every = baselines.read()
     assert (FOLDER / "baselines.md").read_text() == baselines.page(every)
@@ -91,6 +92,7 @@ def test_the_table_of_the_readme_is_part_of_the_summary() -> None:
     assert 4 < len(rows) <= 9 and [row for row in rows if row not in summary] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["unseen", "counting", "chance"])
 def test_published_parts_are_those_of_their_results(name: str) -> None:
     folder = FOLDER / name

@@ -27,6 +27,7 @@ def run(script: str, *arguments: object) -> str:
     return result.stdout
 
 
+@pytest.mark.long
 def test_runs_on_a_cpu(tmp_path: Path) -> None:
     """One line per case and provider, with all that is needed to judge it."""
     out = tmp_path / "cpu.jsonl"

@@ -23,6 +23,7 @@ def answers(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     return [result.generated_tokens for result in out.values()]
 
 
+@pytest.mark.long
 def test_text_is_batched_as_without_a_patch(family: Family) -> None:
     model = family.build()
     try:

@@ -22,6 +22,7 @@ TENSOR_CORE_KERNELS = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux only")
 @pytest.mark.parametrize("arch", [80, 90])
 def test_compiles_ahead_of_time(arch: int, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def test_peak_memory_sees_a_temporary_tensor():
 SMALL = ["llava-onevision-0.5b", "qwen2-vl-2b", "qwen2.5-vl-3b", "qwen3-vl-2b", "nvila-lite-2b"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SMALL)
 def test_named_shapes_are_the_published_ones(name):
     """Parameters of one decoder layer, by hand, and the visual tokens that were asked for."""
@@ -130,6 +131,7 @@ def test_named_shapes_are_the_published_ones(name):
     assert set(accepted(model, inputs)) <= set(inputs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["qwen3-vl-2b", "nvila-lite-2b"])
 def test_named_shapes_are_compressed(name):
     """Layers see half of the tokens; timestamps and line breaks are not counted among them."""

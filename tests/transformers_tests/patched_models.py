@@ -32,9 +32,7 @@ def pytest_configure(config: Any) -> None:
     GenerationMixin.generate = _patching(GenerationMixin.generate, float(ratio), served)
 
 
-def _patching(
-    call: Callable[..., Any], ratio: float, served: frozenset[str]
-) -> Callable[..., Any]:
+def _patching(call: Callable[..., Any], ratio: float, served: frozenset[str]) -> Callable[..., Any]:
     @functools.wraps(call)
     def patched(model: Any, *args: Any, **kwargs: Any) -> Any:
         if MARK not in model.__dict__ and _serves(model, served):

@@ -181,6 +181,7 @@ TINY = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cut", [2, 4])
 def test_interrupted_and_resumed_run_ends_with_the_same_weights(tmp_path, cut):
     arch = family("tiny-qwen2-vl")
