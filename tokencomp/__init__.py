@@ -25,7 +25,7 @@ _LAZY = {
     "make_reducer": "tokencomp.reducers.registry",
     "plan_from_json": "tokencomp.plan_json",
     "plan_to_json": "tokencomp.plan_json",
-    "available_models": "tokencomp.adapters.base",
+    "available_models": "tokencomp.adapters.registry",
     "Reduction": "tokencomp.tokens",
     "VisualTokens": "tokencomp.tokens",
     "TokenCompError": "tokencomp.errors",
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from tokencomp.adapters.base import available_models
+    from tokencomp.adapters.registry import available_models
     from tokencomp.context_window import extend_visual_context
     from tokencomp.errors import TokenCompError
     from tokencomp.patching import Handle, patch, unpatch

@@ -50,7 +50,7 @@ class VisualContext:
 
     def __init__(self, adapter: Adapter, numbers: Yarn, target: int) -> None:
         self.yarn, self.target_tokens = numbers, target
-        self._adapter, self._rotary = adapter, adapter.decoder.rotary_emb
+        self._adapter, self._rotary = adapter, adapter.rotary
         self._local = threading.local()
         rotary, body = self._rotary, adapter.body
         self._before = (rotary.inv_freq, rotary.attention_scaling)
@@ -172,13 +172,13 @@ def extend_visual_context(
     UnsupportedModelError
         If no adapter supports the model, or its rotary embedding is scaled already.
     """
-    from tokencomp.adapters.base import adapter_for
+    from tokencomp.adapters.registry import adapter_for
 
     for name, value in (("target_tokens", target_tokens), ("window", window)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise OptionError(f"{name}={value!r}: expected a whole number of visual tokens, ≥ 1.")
     adapter = adapter_for(model)
-    rotary: Any = adapter.decoder.rotary_emb
+    rotary: Any = adapter.rotary
     kind = getattr(rotary, "rope_type", "default")
     if kind not in ("default", "mrope"):
         raise UnsupportedModelError(
@@ -193,7 +193,7 @@ def extend_visual_context(
 
 def is_extended(adapter: Adapter) -> bool:
     """Whether the visual window of the adapter's model is extended."""
-    return getattr(adapter.decoder.rotary_emb, EXTENSION, None) is not None
+    return getattr(adapter.rotary, EXTENSION, None) is not None
 
 
 def restore_visual_context(model: nn.Module) -> None:
@@ -221,6 +221,6 @@ def check_window(adapter: Adapter, kinds: Tensor, cache: Any) -> None:
     SpanError
         If a sample has more visual tokens than the extended window allows.
     """
-    context = getattr(adapter.decoder.rotary_emb, EXTENSION, None)
+    context = getattr(adapter.rotary, EXTENSION, None)
     if context is not None:
         context.count((kinds != 0).sum(1).tolist(), cache)

@@ -50,6 +50,18 @@ class UnsupportedModelError(TokenCompError, TypeError):
     """A model that no adapter knows, or a feature of it that cannot be compressed exactly."""
 
 
+class NoDecoderError(UnsupportedModelError):
+    """A model without a causal text decoder that reads features of media as tokens."""
+
+
+class NoPlaceholderError(UnsupportedModelError):
+    """A model whose config names no placeholder of images, videos or audio."""
+
+
+class UnverifiedModelError(UnsupportedModelError):
+    """A model of a type for which nobody has checked that dropping tokens equals masking them."""
+
+
 class UnsupportedCacheError(TokenCompError, TypeError):
     """A KV cache whose layout cannot hold rows of different logical and physical length."""
 
@@ -60,6 +72,10 @@ class PaddingError(TokenCompError, ValueError):
 
 class SpanError(TokenCompError, ValueError):
     """Visual tokens in the prompt that do not form the grid the model should have produced."""
+
+
+class UnknownGridError(SpanError):
+    """A reducer that reads places in a grid, and a span whose grid nothing tells."""
 
 
 class NoVisualInputError(TokenCompError, ValueError):

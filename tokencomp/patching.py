@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tokencomp.adapters.base import Adapter, adapter_for, unwrap
+from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.registry import adapter_for, unwrap
 from tokencomp.context_window import (
     VISUAL_WINDOW,
     VisualContext,
@@ -20,7 +21,7 @@ from tokencomp.engine.hooks import Hooks
 from tokencomp.engine.refusals import refuse_foreign
 from tokencomp.engine.stats import Stats
 from tokencomp.engine.tower import check_signals
-from tokencomp.errors import OptionError
+from tokencomp.errors import OptionError, PlanError
 from tokencomp.method import MethodSpec, two_ratios
 from tokencomp.plan import Plan, check_ratio
 from tokencomp.plan_json import PlanLike, as_plan
@@ -346,5 +347,10 @@ def _make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
     num_layers = len(adapter.layers)
     plan = spec.stages(num_layers, adapter.first_layer_stage)
     plan.check(num_layers, adapter.first_layer_stage)
+    if plan.layer_stages and not adapter.layer_stages:
+        raise PlanError(
+            f"stages at layers {[s.layer for s in plan.layer_stages]}: {adapter.family} is served "
+            "at entry only. Use a reducer that acts there, such as 'condiv', 'divprune' or 'merge'."
+        )
     check_signals(plan, adapter)
     return plan.bind(model_facts(adapter))

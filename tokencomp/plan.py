@@ -80,6 +80,10 @@ class StageReducer(ABC):
 
     @property
     @abstractmethod
+    def needs_grid(self) -> bool: ...
+
+    @property
+    @abstractmethod
     def own_count(self) -> bool: ...
 
     @property

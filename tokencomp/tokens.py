@@ -12,12 +12,15 @@ from torch import Tensor
 from tokencomp.errors import PlanError
 
 Grid = tuple[int, int, int]
+Kind = Literal["image", "video", "audio"]
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class VisualSpan:
     """A run of visual positions of one grid (an image, an image tile, or a video) in one sample.
+
+    Clips of audio are spans as well, with a grid of (tokens, 1, 1).
 
     Attributes
     ----------
@@ -26,21 +29,25 @@ class VisualSpan:
     grid
         (t, h, w) after the projector; `t * h * w + len(special) + len(text) == length`.
     kind
-        "image" or "video".
+        "image", "video" or "audio".
     special
         Offsets inside the span of tokens that carry no patch (line breaks, separators). They are
         never scored, merged or dropped unless the whole span goes.
     text
         Offsets inside the span of text between the frames of a video (timestamps). It always
         stays, and it does not count as visual.
+    grid_known
+        False where nothing tells how the tokens lie in the picture. `grid` is then (1, 1, n), and
+        reducers that read places in it (`Reducer.needs_grid`) refuse the span.
     """
 
     start: int
     length: int
     grid: Grid
-    kind: Literal["image", "video"] = "image"
+    kind: Kind = "image"
     special: tuple[int, ...] = ()
     text: tuple[int, ...] = ()
+    grid_known: bool = True
 
     @property
     def stop(self) -> int:
@@ -84,7 +91,7 @@ class VisualTokens:
     query : Tensor, shape (m, d), or None
         Embeddings of the text tokens after the span.
     kind
-        "image" or "video".
+        "image", "video" or "audio".
     sizes : Tensor of float32, shape (n,), or None
         How many original tokens every row stands for; None: one each.
     keys : Tensor of float32, shape (n, c), or None
@@ -101,7 +108,7 @@ class VisualTokens:
     index: Tensor | None = None
     scores: Tensor | None = None
     query: Tensor | None = None
-    kind: Literal["image", "video"] = "image"
+    kind: Kind = "image"
     sizes: Tensor | None = None
     keys: Tensor | None = None
     place: tuple[int, int] = (0, 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.publishing import environment, provenance
 from tokencomp import available_reducers, extend_visual_context, make_reducer
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
 from tokencomp.evaluation.baselines import EqualTokens

@@ -26,7 +26,7 @@ import torch
 import tokencomp
 from benchmarks import publishing
 from benchmarks.publishing import environment
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.zoo import SAMPLES

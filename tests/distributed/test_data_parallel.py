@@ -11,7 +11,7 @@ from support.families import FAMILIES
 from torch import nn
 
 import tokencomp
-from tokencomp.adapters.base import unwrap
+from tokencomp.adapters.registry import unwrap
 from tokencomp.errors import UnsupportedModelError
 
 pytestmark = pytest.mark.long

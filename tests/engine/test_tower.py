@@ -19,7 +19,7 @@ from torch import Tensor
 
 import tokencomp
 from tokencomp import Reducer, Reduction, VisualTokens
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.tower import attention_blocks
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.plan import Plan, Stage

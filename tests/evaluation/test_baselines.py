@@ -7,7 +7,7 @@ import itertools
 import pytest
 from PIL import Image
 
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.evaluation.baselines import STRETCH, EqualTokens
 
 Size = tuple[int, int]

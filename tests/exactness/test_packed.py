@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 
 FAMILY_NAMES = CORE
 PLANS = {

@@ -11,7 +11,7 @@ import torch
 from support.families import FAMILIES, Family, text
 
 import tokencomp
-from tokencomp.adapters.base import adapter_for, available_models
+from tokencomp.adapters.registry import adapter_for, available_models
 from tokencomp.engine import compat
 from tokencomp.plan import Plan, Stage
 from tokencomp.reducers.base import Reducer

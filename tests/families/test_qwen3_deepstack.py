@@ -9,7 +9,7 @@ from support.family.qwen import Qwen3VL
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
-from tokencomp.adapters.base import adapter_for
+from tokencomp.engine.arguments import gather_arguments
 from tokencomp.errors import PlanError
 
 
@@ -17,15 +17,14 @@ class Deep(Qwen3VL):
     deepstack = (0, 2)
 
 
-def test_gather_extra() -> None:
+def test_gather_arguments() -> None:
     """Against a loop over columns, with padding."""
-    adapter = adapter_for(Deep().build())
     mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 0, 1, 0, 0]]).bool()
     features = [torch.randn(6, 5), torch.randn(6, 5)]
     index = torch.tensor([[0, 0, 2, 4, 5], [0, 1, 2, 3, 5]])
     valid = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
     kwargs = {"visual_pos_masks": mask, "deepstack_visual_embeds": features}
-    adapter.gather_extra(kwargs, index, valid)
+    gather_arguments(kwargs, index, valid, 6)
     order = {at: i for i, at in enumerate(map(tuple, mask.nonzero().tolist()))}
     wanted = [
         order[b, int(index[b, c])]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tokencomp
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import UnknownNameError
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.profiling.profiler import PeakMemory, decode_seconds

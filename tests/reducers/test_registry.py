@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import tokencomp
-from tokencomp.adapters.base import Adapter, available_models, register_adapter
+from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.registry import available_models, register_adapter
 from tokencomp.errors import NameTakenError, PluginWarning
 from tokencomp.reducers import registry
 from tokencomp.reducers.merge import Merge
@@ -23,7 +24,7 @@ from tokencomp.reducers.uniform import Uniform
 def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """The registries as they were, after every test."""
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry.available_reducers()))
-    base = importlib.import_module("tokencomp.adapters.base")
+    base = importlib.import_module("tokencomp.adapters.registry")
     monkeypatch.setattr(base, "_REGISTRY", dict(available_models()))
 
 

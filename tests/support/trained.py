@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.training.selector.train import SelectorConfig
 from tokencomp.zoo.export import export
 from tokencomp.zoo.families import family

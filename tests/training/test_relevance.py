@@ -10,7 +10,7 @@ from support.families import Family, text
 from torch import Tensor, nn
 
 from tokencomp import Plan, Stage, make_reducer, patch
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import OptionError
 from tokencomp.training.relevance import explain, relevance
 

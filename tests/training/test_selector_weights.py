@@ -19,7 +19,7 @@ from torch import nn
 
 import tokencomp
 from tokencomp import plan_from_json, plan_to_json
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import WeightsError
 from tokencomp.reducers.selector import load_selector
 from tokencomp.trained.cards import (

@@ -24,7 +24,7 @@ def pytest_configure(config: Any) -> None:
     from transformers import PreTrainedModel
     from transformers.generation import GenerationMixin
 
-    from tokencomp.adapters.base import available_models
+    from tokencomp.adapters.registry import available_models
 
     # Read once, here: torch.compile traces `patched`, and cannot trace the import of adapters.
     served = frozenset(available_models())

@@ -34,7 +34,15 @@ class MethodReplacement:
         # `vars` instead of setattr: nn.Module treats some values in a way of its own.
         self._installed = functools.partial(self._call)
         if self._active:
+            # Transformers reads from the signature which arguments a method takes.
+            self._installed.__wrapped__ = getattr(owner, name)  # type: ignore[attr-defined]
             vars(owner)[name] = self._installed
+
+    @staticmethod
+    def replaces(value: Any) -> bool:
+        """Whether an attribute of an object is what a replacement has put there."""
+        function = getattr(value, "func", None)
+        return isinstance(getattr(function, "__self__", None), MethodReplacement)
 
     def remove(self) -> None:
         """Put back what was there; safe to call twice.

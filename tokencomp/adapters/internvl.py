@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokencomp.adapters.base import register_adapter
+from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.tiles import TileAdapter, shrunk
 
 

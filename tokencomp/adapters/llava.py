@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.base import Call, TowerCall, register_adapter
+from tokencomp.adapters.call import Call, TowerCall
+from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.tiles import TileAdapter
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan

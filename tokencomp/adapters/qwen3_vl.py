@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
-
-from tokencomp.adapters.base import Call, register_adapter
+from tokencomp.adapters.call import Call
 from tokencomp.adapters.qwen_vl import Qwen2VLAdapter
+from tokencomp.adapters.registry import register_adapter
 from tokencomp.errors import SpanError
 from tokencomp.tokens import Grid, VisualSpan
 
@@ -25,10 +24,6 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     family = "Qwen3-VL"
     model_types = ("qwen3_vl", "qwen3_vl_moe")
 
-    @property
-    def first_layer_stage(self) -> int:  # type: ignore[override]
-        return max(1, len(self.model.config.vision_config.deepstack_visual_indexes))
-
     def check_video(self) -> None:
         """Frames have positions of their own, like images: every release gets them right."""
 
@@ -42,24 +37,6 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     def _token_grids(self, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
         grids = super()._token_grids(inputs, kind)
         return [(1, h, w) for t, h, w in grids for _ in range(t)]  # text stands between frames
-
-    def gather_extra(
-        self, kwargs: MutableMapping[str, Any], index: Tensor, valid: Tensor | None
-    ) -> None:
-        from tokencomp.kernels import gather_rows
-
-        mask = kwargs.get("visual_pos_masks")
-        if mask is None:
-            return
-        mask = mask.to(index.device)
-        number = mask.flatten().cumsum(0).view_as(mask) - 1
-        # -1 gathers zeros: nothing is added to padding.
-        columns = index if valid is None else index.masked_fill(~valid, -1)
-        kept, number = gather_rows([mask, number], columns)
-        kwargs["visual_pos_masks"] = kept
-        features = [x.to(index.device)[None] for x in kwargs["deepstack_visual_embeds"]]
-        gathered = gather_rows(features, number[kept][None])
-        kwargs["deepstack_visual_embeds"] = [x[0] for x in gathered]
 
 
 def video_lengths(call: Call, merge: int) -> list[int]:

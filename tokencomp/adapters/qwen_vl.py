@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import Adapter, Call, TowerCall, register_adapter
+from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.call import Call, TowerCall
+from tokencomp.adapters.registry import register_adapter
 from tokencomp.engine import compat
 from tokencomp.errors import SpanError
 from tokencomp.tokens import Grid, VisualSpan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokencomp.adapters.base import register_adapter
+from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.tiles import TileAdapter, shrunk
 
 
@@ -14,10 +14,6 @@ class SmolVLMAdapter(TileAdapter):
 
     family = "SmolVLM"
     model_types = ("smolvlm", "idefics3")
-
-    @property
-    def decoder(self) -> Any:
-        return self.body.text_model
 
     @property
     def tower(self) -> Any:

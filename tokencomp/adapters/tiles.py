@@ -6,7 +6,8 @@ import math
 
 from torch import Tensor
 
-from tokencomp.adapters.base import Adapter, Call, TowerCall, block_means
+from tokencomp.adapters.base import Adapter, block_means
+from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
 

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import Adapter, Call, TowerCall, block_means, register_adapter
+from tokencomp.adapters.base import Adapter, block_means
+from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.adapters.registry import register_adapter
+from tokencomp.adapters.structure import Parts
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
 
@@ -35,13 +38,8 @@ class VilaAdapter(Adapter):
     def of(cls, model: nn.Module) -> Adapter:
         return VilaPortAdapter(model) if hasattr(model, "_embed") else cls(model)
 
-    @property
-    def body(self) -> Any:
-        return self.model
-
-    @property
-    def decoder(self) -> Any:
-        return self.model.llm.model
+    def find_parts(self, model: Any) -> Parts:
+        return Parts(model, model, model.llm.model)
 
     def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
         projector, side = self.model.mm_projector, round(values.shape[1] ** 0.5)
@@ -130,17 +128,8 @@ class VilaPortAdapter(Adapter):
         self._recorded = _Recorded()
         self._handles: list[RemovableHandle | MethodReplacement] = []
 
-    @property
-    def top(self) -> Any:
-        return self.model.llm
-
-    @property
-    def body(self) -> Any:
-        return self.model.llm
-
-    @property
-    def decoder(self) -> Any:
-        return self.model.llm.model
+    def find_parts(self, model: Any) -> Parts:
+        return Parts(model.llm, model.llm, model.llm.model)
 
     # -- recording ------------------------------------------------------------------------------
 

@@ -158,7 +158,7 @@ def _accuracy(runs: dict[Setting, EvalRun], setting: Setting) -> dict[str, Any]:
 
 
 def model_facts(model: Any) -> dict[str, Any]:
-    from tokencomp.adapters.base import adapter_for
+    from tokencomp.adapters.registry import adapter_for
 
     adapter = adapter_for(model)
     return {

@@ -169,7 +169,7 @@ def model_checks(name: str, device: str) -> list[Finding]:
 
 
 def _loaded(model: Any, name: str) -> Finding:
-    from tokencomp.adapters.base import adapter_for
+    from tokencomp.adapters.registry import adapter_for
     from tokencomp.engine.compat import attention_implementation
 
     adapter = adapter_for(model)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import tokencomp
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.inputs.prompts import build_inputs, to_model
 
 QUESTION = "What color is the circle?"

@@ -21,7 +21,7 @@ class PromptMaker:
     def __init__(
         self, model: Any, processor: Any, media: Sequence[Sequence[Any]], texts: Sequence[str]
     ) -> None:
-        from tokencomp.adapters.base import adapter_for
+        from tokencomp.adapters.registry import adapter_for
 
         self.model, self.processor = model, processor
         self.media, self.texts = media, list(texts)

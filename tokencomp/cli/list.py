@@ -97,7 +97,7 @@ def _stage(cls: Any) -> str:
 
 def models() -> list[dict[str, Any]]:
     """Every family: model types, stages, signals, positions, tested releases, embedded models."""
-    from tokencomp.adapters.base import available_models
+    from tokencomp.adapters.registry import available_models
     from tokencomp.engine.compat import tested_with
     from tokencomp.inputs.packaged import available_models as embedded
 
@@ -108,7 +108,7 @@ def models() -> list[dict[str, Any]]:
             {
                 "family": cls.family,
                 "model_types": [],
-                "stages": ["entry", f"layers >= {_first_layer(cls, model_type)}"],
+                "stages": ["entry", f"layers >= {_first_layer(model_type)}"],
                 "signals": list(cls.signals),
                 "positions": "M-RoPE" if cls.mrope else "1-D",
                 "transformers": [],
@@ -123,15 +123,17 @@ def models() -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda r: r["family"])
 
 
-def _first_layer(cls: Any, model_type: str) -> int:
-    """Earliest layer stage; where it depends on the config, that of the default config."""
-    if isinstance(cls.first_layer_stage, int):
-        return cls.first_layer_stage
-    from types import SimpleNamespace
-
+def _first_layer(model_type: str) -> int:
+    """Earliest layer stage with the default config of a model type."""
     from transformers import AutoConfig
 
-    return cls(SimpleNamespace(config=AutoConfig.for_model(model_type))).first_layer_stage
+    from tokencomp.adapters.structure import deepstack_layers
+
+    try:
+        config = AutoConfig.for_model(model_type)
+    except ValueError:  # a class of ours that nobody has imported yet
+        return 1
+    return max(1, deepstack_layers(config))
 
 
 def _numbers(release: str) -> list[int]:

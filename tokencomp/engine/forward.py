@@ -119,7 +119,7 @@ class ForwardPass:
             return x, positions, self.layout.origin
         for signal in stage.reducer.needs:
             if isinstance(signal, Attention):
-                tables = self.adapter.decoder.rotary_emb(x, positions)
+                tables = self.adapter.rotary(x, positions)
                 self._score_input(0, x, tables, signal, cache)
         with self._timed():
             x, positions = self._reduce(stage, [x, positions], [1, -1])

@@ -103,8 +103,8 @@ class Hooks:
         ):
             add(module.register_forward_pre_hook(pre, with_kwargs=True))
             add(module.register_forward_hook(post, with_kwargs=True, always_call=True))
-        if not a.mrope:
-            add(a.decoder.rotary_emb.register_forward_pre_hook(self._rotary, with_kwargs=True))
+        if not a.mrope and a.rotary is not None:
+            add(a.rotary.register_forward_pre_hook(self._rotary, with_kwargs=True))
         self._plan_hooks.install(self.plan)
         if self.proportional is not None:
             self.proportional.install()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import DATA_PARALLEL
+from tokencomp.adapters.registry import DATA_PARALLEL
 from tokencomp.errors import UnsupportedModelError
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.engine import compat
+from tokencomp.engine.arguments import gather_arguments
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.errors import PrefillWarning
 
@@ -142,7 +143,7 @@ class ChunkedPrefill:
         if kwargs.get("cache_position") is not None:
             chunk["cache_position"] = kwargs["cache_position"][start:stop]
         index = torch.arange(start, stop, device=x.device).expand(batch, -1)
-        self.adapter.gather_extra(chunk, index, None)
+        gather_arguments(chunk, index, None, width)
         return chunk
 
 

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.structure import scales_queries
 from tokencomp.engine import compat
+from tokencomp.engine.arguments import gather_arguments
 from tokencomp.engine.decode import first_layer
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.packing import sequence_lengths, text_positions
 from tokencomp.engine.window import check_attention_window
+from tokencomp.errors import UnsupportedModelError
 
 
 def enter_prompt(
@@ -45,7 +48,7 @@ def enter_prompt(
     x, positions, index = forward.entry(arguments["inputs_embeds"], positions, cache)
     valid = forward.layout.valid(x.device)
     if index is not None:
-        adapter.gather_extra(arguments, index, valid)
+        gather_arguments(arguments, index, valid, forward.width)
     if forward.layout.packed:
         arguments.update(sequence_lengths(forward.layout, arguments))
         if cache is None and not arguments.get("use_cache"):
@@ -53,35 +56,58 @@ def enter_prompt(
     arguments["inputs_embeds"] = x
     if compact:
         positions = _compact_positions(forward, valid, x)
-    _set_positions(adapter, arguments, forward, positions)
+    own_ids = _set_positions(adapter, arguments, forward, positions)
     first = forward.segments[0]
     length = first.physical + x.shape[1] if compact else first.logical + forward.width
     # A decode step on a static cache reads no length on the host, so its whole length counts.
     length = max(length, getattr(first_layer(cache), "max_cache_len", 0))
     check_attention_window(adapter.text_config, cache, length)
+    if own_ids and valid is None:  # with a mask, transformers looks for no packed prompts
+        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     arguments["attention_mask"] = first.padding_mask(valid, x.shape[0], x.device)
     compat.set_cache_position(arguments, first.logical, x.shape[1])
 
 
 def _set_positions(
     adapter: Adapter, arguments: MutableMapping[str, Any], forward: ForwardPass, positions: Tensor
-) -> None:
+) -> bool:
     """Write the positions of a compressed call to the arguments of the decoder.
 
-    Text positions of kept tokens have gaps, which mask code and FlashAttention take for the begin
-    of another packed prompt. They therefore get positions without gaps, and the rotary embedding
-    alone gets the true ones.
+    Text positions of kept tokens have gaps, which FlashAttention, and mask code where there is no
+    mask, take for the begin of another packed prompt. There they get positions without gaps, and
+    the rotary embedding alone gets the true ones.
 
     Parameters
     ----------
     positions : Tensor of int64, shape (3, B, n) for M-RoPE, else (B, n)
+
+    Returns
+    -------
+    bool
+        Whether `position_ids` are the true positions, so that the call needs a mask.
+
+    Raises
+    ------
+    UnsupportedModelError
+        FlashAttention, and layers that read positions apart from the rotary embedding.
     """
     text = text_positions(forward.layout, positions.device)
     if adapter.mrope:
         text = text.expand(positions.shape[1], -1)[None]
         arguments["position_ids"] = torch.cat([text, positions])
-    else:
-        forward.rotary, arguments["position_ids"] = positions, text
+        return False
+    flash = "flash" in compat.attention_implementation(adapter.text_config)
+    if adapter.layers_read_positions and not flash and not forward.layout.packed:
+        arguments["position_ids"] = positions
+        return True
+    if adapter.rotary is None or scales_queries(adapter.text_config):
+        raise UnsupportedModelError(
+            f"the layers of {type(adapter.decoder).__name__} read positions themselves, and "
+            "FlashAttention and packed prompts need positions without gaps there. Use "
+            'attn_implementation="sdpa" and one prompt per row.'
+        )
+    forward.rotary, arguments["position_ids"] = positions, text
+    return False
 
 
 def _compact_positions(forward: ForwardPass, valid: Tensor | None, x: Tensor) -> Tensor:

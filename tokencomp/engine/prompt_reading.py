@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.base import Adapter, Call
+from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.call import Call
 from tokencomp.context_window import check_window
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.layout import RowLayout, full_layout
@@ -22,6 +23,7 @@ from tokencomp.engine.question import (
 )
 from tokencomp.engine.refusals import check_prefill
 from tokencomp.engine.segments import build_segments
+from tokencomp.errors import UnknownGridError
 from tokencomp.plan import Plan
 from tokencomp.tokens import VisualSpan
 
@@ -91,6 +93,7 @@ class PromptReader:
         positions, text = read_positions(adapter, arguments, cache)
         rows = positions.cpu() if adapter.mrope else None
         spans = adapter.spans(Call(call.kinds, x, rows, adapter.body, call.inputs))
+        check_grids(plan, spans)
         check_window(adapter, call.kinds, cache)
         layout = self._layout(call, spans, text)
         forward = ForwardPass(adapter, plan, spans, layout, x.shape[1])
@@ -123,6 +126,24 @@ class PromptReader:
         if left_padded(real):
             return full_layout(shape[1], real.sum(1).tolist(), spans, prompts)
         return aligned_layout(real, spans, prompts)
+
+
+def check_grids(plan: Plan, spans: list[list[VisualSpan]]) -> None:
+    """Refuse spans of unknown grid where a reducer of the plan reads places in it.
+
+    Raises
+    ------
+    UnknownGridError
+    """
+    needing = [s.reducer.name for s in plan.stages if s.reducer.needs_grid and s.fraction < 1]
+    unknown = next((s for row in spans for s in row if not s.grid_known), None)
+    if needing and unknown is not None:
+        raise UnknownGridError(
+            f"reducer {needing[0]!r} reads places in the grid of an {unknown.kind}, but nothing "
+            f"tells how the {unknown.length} tokens from column {unknown.start} on lie in the "
+            "picture. Use a reducer that reads features alone, such as 'condiv', 'divprune', "
+            "'merge' or 'uniform'."
+        )
 
 
 def cached_length(cache: Any) -> int:

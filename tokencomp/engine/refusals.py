@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.engine import compat
 from tokencomp.errors import (
     AlreadyCompressedError,
@@ -77,7 +78,9 @@ def refuse_foreign(model: nn.Module) -> None:
     for name in ("get_image_features", "get_video_features", "forward"):
         for module in (model, getattr(model, "model", None)):
             own = getattr(module, "__dict__", {})
-            if name in own and not (name == "forward" and _only_wrapped(module)):
+            if name not in own or MethodReplacement.replaces(own[name]):
+                continue
+            if not (name == "forward" and _only_wrapped(module)):
                 changes.append(f"{type(module).__name__}.{name} replaced")
     if changes:
         raise AlreadyCompressedError(

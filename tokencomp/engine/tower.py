@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import TowerCall
+from tokencomp.adapters.call import TowerCall
 from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.engine import compat
 from tokencomp.engine.parallel import gather_heads
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.tokens import TOWER_ATTENTION, TOWER_KEYS, TOWER_SIGNALS, Signal, VisualSpan
+
+SOURCES = {
+    "query": "the text of the question",
+    "attention": "the attention of decoder layers",
+    "tower": "the vision tower's attention",
+}
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -152,15 +158,16 @@ def check_signals(plan: Plan, adapter: Adapter) -> frozenset[Signal]:
     Raises
     ------
     OptionError
-        The family does not say how patches become tokens.
+        The model does not offer a signal that a reducer reads.
     """
-    reducers = {n: s.reducer.name for s in plan.stages for n in TOWER_SIGNALS & s.reducer.needs}
-    if reducers and "tower" not in adapter.signals:
-        raise OptionError(
-            f"reducer {next(iter(reducers.values()))!r} reads the vision tower's attention, "
-            f"which {adapter.family} does not offer. Use another signal or metric."
-        )
-    return frozenset(reducers)
+    for stage in plan.stages:
+        for signal in stage.reducer.needs:
+            if signal.source not in adapter.signals:
+                raise OptionError(
+                    f"reducer {stage.reducer.name!r} reads {SOURCES[signal.source]}, which "
+                    f"{adapter.family} does not offer. Use another signal or metric."
+                )
+    return frozenset(n for s in plan.stages for n in TOWER_SIGNALS & s.reducer.needs)
 
 
 def attention_blocks(tower: nn.Module) -> list[nn.Module]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.cost import Cost, prefill_costs
 from tokencomp.evaluation.patches import Patches

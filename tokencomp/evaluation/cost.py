@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.flops import DecoderShape
 from tokencomp.engine.stats import Stats
 from tokencomp.inputs.prompts import prompt_lengths

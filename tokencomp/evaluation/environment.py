@@ -105,7 +105,7 @@ def model_identity(model: Any, processor: Any, name: str = "") -> dict[str, Any]
     name
         Model name to note. By default the hub id, or the last part of a local path.
     """
-    from tokencomp.adapters.base import unwrap
+    from tokencomp.adapters.registry import unwrap
     from tokencomp.trained.cards import weights_hash
 
     base = unwrap(model)
@@ -127,7 +127,7 @@ def public_name(name: str) -> str:
 
 def attention_backend(model: Any) -> str:
     """The attention backend of the model, as transformers names it."""
-    from tokencomp.adapters.base import unwrap
+    from tokencomp.adapters.registry import unwrap
 
     return str(getattr(unwrap(model).config, "_attn_implementation", "") or "sdpa")
 

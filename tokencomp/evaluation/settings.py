@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import OptionError
 from tokencomp.method import MethodSpec
 from tokencomp.plan import Plan

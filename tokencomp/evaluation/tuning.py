@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.runner import sweep

@@ -70,7 +70,7 @@ def load_model(
     UnsupportedModelError
         Nothing loadable has that name, or no adapter serves it.
     """
-    from tokencomp.adapters.base import adapter_for
+    from tokencomp.adapters.registry import adapter_for
 
     path = resolve(name)
     device = pick_device(device)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.profiling.timing import Split, interleaved, prefill_split
 
 Patch = Callable[[], AbstractContextManager[Any]]

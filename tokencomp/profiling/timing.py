@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 
 
 @dataclass(frozen=True)

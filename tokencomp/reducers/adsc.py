@@ -81,6 +81,10 @@ class Adsc(Reducer):
         starts = [round(s * num_layers) for s in self.stages]
         return [factor ** sum(s <= layer for s in starts) for layer in range(num_layers)]
 
+    @property
+    def needs_grid(self) -> bool:
+        return self.lattice == "grid"
+
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         patches, budget = patch_rows(tokens, keep)
         per_frame = tokens.grid[1] * tokens.grid[2]

@@ -57,6 +57,11 @@ class Reducer(StageReducer):
         return False
 
     @property
+    def needs_grid(self) -> bool:
+        """Whether it reads places in the grid, so that spans of unknown grid are refused."""
+        return self.whole_spans
+
+    @property
     def own_count(self) -> bool:
         """Whether it leaves a fixed number of tokens, whatever the ratio."""
         return False

@@ -132,6 +132,10 @@ class ConDiv(Reducer):
         return self.weighted_by == "selector"
 
     @property
+    def needs_grid(self) -> bool:
+        return self.whole_spans or self.signal == "selector" or self.frames != "pooled"
+
+    @property
     def whole_spans(self) -> bool:
         return "novelty" in (self.weighted_by, self.frames)
 

@@ -156,6 +156,7 @@ class Selector(Reducer):
     weights: str | None = None
 
     entry_only = True
+    needs_grid = True
     summary = "trained on explainability labels, sees layer-0 attention (2506.01097)"
 
     def __post_init__(self) -> None:

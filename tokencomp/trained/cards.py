@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import Adapter, adapter_for
+from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import WeightsError
 from tokencomp.storage import replace_file, write_json
 from tokencomp.tokens import ModelFacts

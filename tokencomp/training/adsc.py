@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tokencomp
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MissingDependencyError, OptionError, WeightsError
 from tokencomp.evaluation.settings import Setting
 from tokencomp.plan import check_ratio

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import Adapter, Call, adapter_for
+from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.call import Call
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine import compat
 from tokencomp.engine.layout import full_layout
 from tokencomp.engine.padding import left_padded, real_columns

@@ -78,7 +78,7 @@ def explain(
     model: nn.Module, inputs: dict[str, Any], labels: Tensor, target: Target = TARGET
 ) -> tuple[Capture, list[list[Tensor]]]:
     """The forward call and the relevance read from it (see `relevance`)."""
-    from tokencomp.adapters.base import adapter_for
+    from tokencomp.adapters.registry import adapter_for
 
     with eager_attention(adapter_for(model)):
         seen = capture(model, inputs)
@@ -94,7 +94,7 @@ def attention_bytes(model: nn.Module, samples: int, tokens: int) -> int:
 
     For 28 heads and 6,400 tokens 28 GB per question: the largest part beside the model.
     """
-    from tokencomp.adapters.base import adapter_for
+    from tokencomp.adapters.registry import adapter_for
 
     heads = int(adapter_for(model).text_config.num_attention_heads)
     return BYTES * samples * heads * tokens**2

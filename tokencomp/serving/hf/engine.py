@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import TokenCompError, WeightsError
 from tokencomp.inputs.prompts import prompt_lengths
 from tokencomp.method import MethodSpec

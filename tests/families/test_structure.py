@@ -1,0 +1,175 @@
+"""Models without a file of their own: parts, spans and grids by structure, and exactness."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from support import oracle
+from support.families import IMAGE, START, text
+from support.family.llava import LlavaOnevision
+from support.family.mistral import Mistral3
+
+import tokencomp
+from tokencomp.adapters.encoded import sizes_in, token_counts
+from tokencomp.adapters.registry import adapter_for
+from tokencomp.adapters.spans import Medium, cut_media, grid_from_positions, grid_from_size
+from tokencomp.adapters.structural import StructuralAdapter
+from tokencomp.adapters.structure import find_parts
+from tokencomp.errors import (
+    NoDecoderError,
+    NoPlaceholderError,
+    OptionError,
+    PlanError,
+    UnknownGridError,
+    UnverifiedModelError,
+)
+
+MISTRAL = hasattr(transformers, "Ministral3Config")
+needs_mistral = pytest.mark.skipif(not MISTRAL, reason="the release has no Ministral 3")
+
+
+def test_parts_of_a_family_are_found_by_structure() -> None:
+    model = LlavaOnevision().build()
+    parts = find_parts(model)
+    assert parts.top is model
+    assert parts.body is model.model
+    assert parts.decoder is model.model.language_model
+
+
+@needs_mistral
+def test_dropping_equals_masking_and_rows_are_joined() -> None:
+    """Scaled queries, line breaks between the rows of an image, a ragged batch, decoding."""
+    family = Mistral3()
+    model = family.build()
+    inputs = family.batch(
+        [
+            [text(3), family.image(0), text(2, 2), family.image(1), text(7, 3)],
+            [text(4), family.image(2), text(4, 5)],
+            [text(12, 6)],
+        ]
+    )
+    with tokencomp.patch(model, 0.5, reducer="uniform") as handle:
+        out = oracle.generate(model, inputs)
+        spans = handle.stats.spans
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+    assert isinstance(adapter_for(model), StructuralAdapter)
+    grids = [[(s.grid, s.grid_known, s.special) for s in row] for row in spans]
+    breaks = [tuple(6 + 7 * i for i in range(3)), (3,), tuple(2 + 3 * i for i in range(4))]
+    assert grids == [
+        [((1, 4, 6), True, breaks[0]), ((1, 2, 3), True, breaks[1])],
+        [((1, 5, 2), True, breaks[2])],
+        [],
+    ]
+    length = inputs["input_ids"].shape[1]
+    new = out.sequences[:, length:]
+    expected = oracle.masked_logits(model, family, inputs, masks, new[:, :-1])
+    for step, logits in enumerate(out.logits):
+        assert (logits - expected[:, length - 1 + step]).abs().max() < 1e-5, f"step {step}"
+
+
+@needs_mistral
+def test_a_stage_between_layers_and_attention_are_refused() -> None:
+    model = Mistral3().build()
+    with pytest.raises((PlanError, OptionError), match=r"entry|attention"):
+        tokencomp.patch(model, 0.5, reducer="prune")
+
+
+@needs_mistral
+def test_patching_twice_and_unpatching_leave_nothing() -> None:
+    model = Mistral3().build()
+    before = dict(vars(model.model))
+    tokencomp.patch(model, 0.5, reducer="divprune")
+    tokencomp.patch(model, 0.4, reducer="uniform")
+    tokencomp.unpatch(model)
+    assert vars(model.model) == before
+
+
+def test_a_grid_that_nothing_tells_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only by reducers that read places."""
+    if not MISTRAL:
+        pytest.skip("the release has no Ministral 3")
+    family = Mistral3()
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(0), text(5)]])
+    inputs["input_ids"][inputs["input_ids"] == 154] = 20  # rows do not look like one image
+    ids = inputs["input_ids"][0].tolist()
+    ids.insert(ids.index(IMAGE) + 5, START)  # nor are they equally long
+    inputs = {**inputs, "input_ids": torch.tensor([ids])}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="pool") as handle:
+        with pytest.raises(UnknownGridError, match="pool"):
+            model(**inputs)
+        handle.set(reducer="divprune")
+        model(**inputs)
+        assert not any(s.grid_known for s in handle.stats.spans[0])
+
+
+def test_refusals_name_the_reason() -> None:
+    llama = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    with pytest.raises(NoPlaceholderError, match="no placeholder"):
+        tokencomp.patch(transformers.LlamaForCausalLM(llama))
+    t5 = transformers.T5Config(
+        vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    with pytest.raises(NoDecoderError, match=r"encoder-decoder|no text decoder"):
+        tokencomp.patch(transformers.T5ForConditionalGeneration(t5))
+
+
+def test_a_type_nobody_has_checked_is_refused() -> None:
+    model = LlavaOnevision().build()
+    model.config.model_type = "new_type"
+    with pytest.raises(UnverifiedModelError, match="nobody has checked"):
+        tokencomp.patch(model)
+
+
+def test_media_are_cut_out_of_runs() -> None:
+    """Adjacent images, an image in rows, and counts that do not fit."""
+    rows = [[(2, 8, "image"), (9, 12, "image")], [(0, 4, "image"), (5, 9, "image")]]
+    media = cut_media(rows, {"image": [2, 4, 3, 8]})
+    assert media == [
+        [Medium("image", [(2, 4)]), Medium("image", [(4, 8)]), Medium("image", [(9, 12)])],
+        [Medium("image", [(0, 4), (5, 9)])],
+    ]
+    assert cut_media(rows, {"image": [2, 4, 3, 7]}) is None
+    assert cut_media(rows, {"image": [2, 4, 3, 8, 1]}) is None
+    assert cut_media([[(0, 2, "video"), (2, 4, "audio")]], {"video": [4], "audio": [2]}) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "grid"),
+    [
+        ((1, 8, 12), 24, (1, 4, 6)),  # patches, merged 2 × 2
+        ((4, 4, 6), 24, (4, 2, 3)),  # frames stay
+        ((4, 4, 6), 6, (1, 2, 3)),  # frames are pooled
+        ((1, 56, 84), 6, (1, 2, 3)),  # pixels
+        ((1, 5, 7), 12, (1, 3, 4)),  # partial blocks at the edge
+        ((1, 8, 12), 25, None),
+        (None, 24, None),
+    ],
+)
+def test_grid_from_size(size, count: int, grid) -> None:
+    assert grid_from_size(size, count) == grid
+
+
+def test_grid_from_positions() -> None:
+    raster = torch.arange(6)
+    positions = torch.stack([torch.full((6,), 3), 3 + raster // 3, 3 + raster % 3])[:, None]
+    assert grid_from_positions(positions, 0, 0, 6) == (1, 2, 3)
+    assert grid_from_positions(raster.expand(3, 1, 6), 0, 0, 6) is None  # one position per token
+    assert grid_from_positions(positions, 0, 1, 6) is None
+    assert grid_from_positions(None, 0, 0, 6) is None
+
+
+def test_sizes_and_token_counts() -> None:
+    assert sizes_in(torch.tensor([[1, 4, 6], [2, 8, 8]])) == [(1, 4, 6), (2, 8, 8)]
+    assert sizes_in(torch.tensor([[32, 48]])) == [(1, 32, 48)]
+    assert sizes_in([[32, 48], [16, 16]]) == [(1, 32, 48), (1, 16, 16)]
+    places = torch.tensor([[[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1], [-1, -1]]])  # (x, y)
+    assert sizes_in(places) == [(1, 2, 3)]
+    assert sizes_in(torch.zeros(2, 3)) == sizes_in(torch.zeros(2, 3).bool()) == sizes_in(5) == []
+    assert token_counts([torch.zeros(4, 8), torch.zeros(6, 8)]) == [4, 6]
+    assert token_counts(torch.zeros(3, 5, 8)) == [5, 5, 5]
+    assert token_counts((torch.zeros(2, 5, 8), torch.zeros(7, 8))) == [5, 5, 7]

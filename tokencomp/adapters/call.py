@@ -1,0 +1,70 @@
+"""Calls of a model as adapters see them: the body with its features, and the vision tower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokencomp.tokens import Kind, Signal
+
+KINDS: dict[int, Kind] = {1: "image", 2: "video", 3: "audio"}
+CODES: dict[Kind, int] = {kind: code for code, kind in KINDS.items()}
+
+
+@dataclass
+class Call:
+    """One forward call that carries features of media, as the adapter sees it.
+
+    Attributes
+    ----------
+    kinds : Tensor of int8 on the CPU, shape (B, L)
+        0 text, 1 image placeholder, 2 video placeholder, 3 audio placeholder.
+    embeds : Tensor, shape (B, L, d)
+        Decoder input, features in place.
+    positions : Tensor of int64 on the CPU, shape (3, B, L), or None
+        M-RoPE positions (t, h, w); None for models with one position per token.
+    body : nn.Module
+        The module that put the features in place.
+    inputs
+        Arguments of that module's call by name.
+    """
+
+    kinds: Tensor
+    embeds: Tensor
+    positions: Tensor | None
+    body: nn.Module
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def runs(self, row: int) -> list[tuple[int, int, Kind]]:
+        """(start, stop, kind) of every run of equal placeholders in a sample."""
+        runs, start = [], 0
+        for code, group in groupby(self.kinds[row].tolist()):
+            stop = start + sum(1 for _ in group)
+            if code:
+                runs.append((start, stop, KINDS[code]))
+            start = stop
+        return runs
+
+
+@dataclass
+class TowerCall:
+    """One call of the vision tower: all images, or all videos, of a batch.
+
+    Attributes
+    ----------
+    values
+        By signal, float32, (pictures, rows, d) as the tower holds them; towers that pack patches
+        of several pictures make one of all.
+    grids : Tensor of int64, shape (media, 3), or None
+        (t, h, w) in patches, for towers that take them.
+    packing
+        Tiles per image, and the other arguments of `Adapter.packer`, if it was called.
+    """
+
+    values: dict[Signal, Tensor]
+    grids: Any = None
+    packing: tuple[list[int], tuple[Any, ...], dict[str, Any]] | None = None

@@ -1,0 +1,138 @@
+"""What a body encodes: how many tokens every image, video or clip became, and its size before."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.adapters.call import CODES
+from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.tokens import Kind
+
+METHODS = "get_{}_features"  # methods of a body that encode media, since transformers 4.5x
+
+
+@dataclass
+class Encoding:
+    """Media of one kind that a body has encoded in one call, in the order of the batch.
+
+    Attributes
+    ----------
+    lengths
+        Tokens of each medium, or of each of its tiles where the body encodes tiles.
+    sizes
+        (t, h, w) of each medium in whatever unit the call gives it: patches or pixels. Empty where
+        the call gives none.
+    map : tuple of two int, or None
+        Height and width of the feature map, for towers that return one.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+    sizes: list[tuple[int, int, int]] = field(default_factory=list)
+    map: tuple[int, int] | None = None
+
+
+class EncodedMedia(threading.local):
+    """Notes, per thread, what the encoding methods of a body took and returned last.
+
+    `generate` of transformers >= 5.18 encodes media before it calls the model, and drops the
+    arguments that only the encoder reads. They are needed to tell the shape of an image.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[Kind, Encoding] = {}
+
+    def watch(self, body: Any) -> list[MethodReplacement]:
+        """Replace the encoding methods of `body` by ones that note their calls."""
+        return [
+            MethodReplacement(body, METHODS.format(kind), functools.partial(self._call, kind))
+            for kind in CODES
+        ]
+
+    def _call(self, kind: Kind, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        self._note(kind, [*args, *kwargs.values()], out)
+        return out
+
+    @torch.compiler.disable
+    def _note(self, kind: Kind, arguments: list[Any], out: Any) -> None:
+        lengths = token_counts(features_of(out))
+        tables = (sizes_in(argument) for argument in arguments)
+        sizes = next((s for s in tables if s and len(s) == len(lengths)), [])
+        last = getattr(out, "last_hidden_state", None)
+        encoding = Encoding(lengths, sizes)
+        if isinstance(last, Tensor) and last.ndim == 4:
+            encoding.map = last.shape[-2], last.shape[-1]
+        self.latest[kind] = encoding
+
+
+def encoded_by_kind(encoded: Any) -> dict[Kind, list[int]]:
+    """Token counts of features that stand in `mm_encoder_outputs`, by kind."""
+    if not isinstance(encoded, Mapping):
+        return {}
+    return {
+        kind: token_counts(features_of(encoded[kind]))
+        for kind in CODES
+        if encoded.get(kind) is not None
+    }
+
+
+def features_of(out: Any) -> Any:
+    """The features that stand for placeholders, in what an encoding method returned."""
+    pooled = getattr(out, "pooler_output", None)
+    if pooled is not None:
+        return pooled
+    last = getattr(out, "last_hidden_state", None)
+    if last is not None:
+        return last
+    # Releases before 5.0 return features alone, or a tuple of them and of deepstack features.
+    if isinstance(out, tuple) and out and isinstance(out[0], list | tuple):
+        return out[0]
+    return out
+
+
+def token_counts(features: Any) -> list[int]:
+    """Tokens of every medium or tile in features (…, n, d), or in a list of such tensors."""
+    if isinstance(features, Tensor):
+        if features.ndim < 2:
+            return []
+        return [features.shape[-2]] * features.shape[:-2].numel()
+    if isinstance(features, list | tuple):
+        return [n for item in features for n in token_counts(item)]
+    return []
+
+
+def sizes_in(argument: Any) -> list[tuple[int, int, int]]:
+    """Sizes (t, h, w) in an argument of an encoder; empty if it holds something else.
+
+    A table of whole numbers with two or three columns is one of sizes. One with a further axis
+    holds the places of patches, padded with -1, of which the largest tells the size.
+    """
+    if isinstance(argument, list | tuple) and argument:
+        rows = [tuple(row) for row in argument if isinstance(row, list | tuple)]
+        argument = torch.tensor(rows) if len(rows) == len(argument) and _even(rows) else None
+    if not isinstance(argument, Tensor) or argument.is_floating_point():
+        return []
+    if argument.dtype == torch.bool or argument.ndim not in (2, 3):
+        return []
+    if argument.ndim == 3:
+        if argument.shape[-1] != 2:
+            return []
+        argument = (argument.amax(1) + 1).flip(-1)  # places are (x, y)
+    if argument.shape[1] not in (2, 3):
+        return []
+    rows = argument.tolist()
+    return [(row[0] if len(row) == 3 else 1, row[-2], row[-1]) for row in rows]
+
+
+def _even(rows: list[tuple[Any, ...]]) -> bool:
+    """Whether rows are pairs or triples of whole numbers, all of one length."""
+    lengths = {len(row) for row in rows}
+    whole = all(isinstance(value, int) for row in rows for value in row)
+    return whole and len(lengths) == 1 and lengths <= {2, 3}

@@ -1,0 +1,145 @@
+"""Which adapter serves a model."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TypeVar, overload
+
+from torch import nn
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.structural import StructuralAdapter
+from tokencomp.adapters.verified import accepts_unverified, verified_types
+from tokencomp.errors import UnsupportedModelError, UnverifiedModelError, name_taken
+
+DATA_PARALLEL = (
+    "DataParallel over several devices copies the model to each of them in every call, and a patch "
+    "belongs to the original alone. Use DistributedDataParallel (one process per device), or "
+    "DataParallel(model, device_ids=[0])."
+)
+PACKAGE = "tokencomp.adapters"
+A = TypeVar("A", bound=type[Adapter])
+_REGISTRY: dict[str, type[Adapter]] = {}
+
+
+@overload
+def register_adapter(cls: A) -> A: ...
+
+
+@overload
+def register_adapter(*, override: bool) -> Callable[[A], A]: ...
+
+
+def register_adapter(cls: Any = None, *, override: bool = False) -> Any:
+    """Class decorator that makes an adapter available for its model types.
+
+    Use it as `@register_adapter`, or as `@register_adapter(override=True)` to replace the adapter
+    that serves one of the model types already.
+
+    Raises
+    ------
+    NameTakenError
+        Another class serves one of the model types, and `override` is False.
+    """
+    if cls is None:
+        return lambda cls: register_adapter(cls, override=override)  # type: ignore[call-overload]
+    if not cls.__module__.startswith(f"{PACKAGE}."):
+        _load_built_in()  # so that a clash with a built-in adapter shows now, not later
+    for model_type in cls.model_types:
+        old = _REGISTRY.get(model_type, cls)
+        # A reloaded module, or a notebook cell that runs again, defines the same class anew.
+        same = (old.__module__, old.__qualname__) == (cls.__module__, cls.__qualname__)
+        if not same and not override:
+            raise name_taken("model type", model_type, old, cls)
+    _REGISTRY.update(dict.fromkeys(cls.model_types, cls))
+    return cls
+
+
+def _load_built_in() -> None:
+    package = importlib.import_module(PACKAGE)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{PACKAGE}.{module.name}")
+
+
+def available_models() -> dict[str, type[Adapter]]:
+    """Adapters by `config.model_type`."""
+    _load_built_in()
+    return dict(sorted(_REGISTRY.items()))
+
+
+def unwrap(model: Any) -> Any:
+    """The Hugging Face model inside the wrappers of PEFT, torch.compile and data parallelism.
+
+    Those of data parallelism (DistributedDataParallel, DataParallel, FullyShardedDataParallel,
+    DeepSpeed's engine) keep the model as `module`; `fully_shard` wraps nothing.
+    """
+    return list(_unwrapped(model))[-1]
+
+
+def _unwrapped(model: Any) -> Iterator[Any]:
+    """`model`, what it wraps, what that wraps, …"""
+    while True:
+        yield model
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        if inner is None or inner is model:
+            inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module) or inner is model:
+            return
+        model = inner
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of a model: that of its family, or the structural one.
+
+    Raises
+    ------
+    NoDecoderError, NoPlaceholderError
+        The model has no decoder that reads features of media as tokens.
+    UnverifiedModelError
+        Nobody has checked a model of this type.
+    UnsupportedModelError
+        Not a transformers model, its decoder has layers that are not full attention, or the model
+        is copied to several devices in every call (`DataParallel`).
+    """
+    for wrapper in _unwrapped(model):
+        if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
+            raise UnsupportedModelError(DATA_PARALLEL)
+    model = unwrap(model)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    known = available_models()
+    if model_type is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no adapter: it has no config with a model_type. Pass a "
+            "multimodal model of transformers."
+        )
+    try:
+        adapter = known.get(model_type, StructuralAdapter).of(model)
+    except AttributeError as missing:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {missing}. Pass the ...ForConditionalGeneration model, from "
+            "transformers >= 4.57."
+        ) from None
+    _check_verified(adapter, model_type, known)
+    kinds = set(getattr(adapter.text_config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {', '.join(sorted(kinds))} layers; only full attention "
+            "can be compressed exactly. Set use_sliding_window=False where the model allows it."
+        )
+    return adapter
+
+
+def _check_verified(adapter: Adapter, model_type: str, known: Collection[str]) -> None:
+    """Refuse a type that is neither a family nor verified."""
+    types = {model_type, getattr(adapter.config, "model_type", model_type)}
+    if types & {*known, *verified_types()} or accepts_unverified():
+        return
+    raise UnverifiedModelError(
+        f"{type(adapter.model).__name__} (model_type={model_type!r}) has the structure of a model "
+        "that can be compressed, but nobody has checked this type under the installed transformers "
+        f"release. Checked: {', '.join(sorted({*known, *verified_types()}))}."
+    )

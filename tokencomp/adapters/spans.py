@@ -1,0 +1,203 @@
+"""Spans of any model: media cut out of runs of placeholders, and their grids.
+
+A grid comes from the first source that answers: M-RoPE positions, the size that the encoder was
+called with, rows between line breaks, the feature map of the tower, a square that the config
+explains. Where none does, it is 1×1×n and not known.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokencomp.adapters.call import Call
+from tokencomp.tokens import Grid, Kind, VisualSpan
+
+Run = tuple[int, int, Kind]
+Size = tuple[int, int, int]
+
+
+@dataclass
+class Medium:
+    """One image, video or clip (or a tile of one): where its placeholders stand in a sample."""
+
+    kind: Kind
+    pieces: list[tuple[int, int]]
+
+    @property
+    def count(self) -> int:
+        """Its placeholders."""
+        return sum(stop - start for start, stop in self.pieces)
+
+
+def cut_media(
+    rows: Sequence[list[Run]], lengths: dict[Kind, list[int]]
+) -> list[list[Medium]] | None:
+    """Media of every sample from the token counts of what was encoded, in the order of the batch.
+
+    Returns
+    -------
+    list per sample of list of Medium, or None
+        None if the counts are not those of the runs, or media of two kinds interleave.
+    """
+    pending = {kind: deque(n for n in counts if n) for kind, counts in lengths.items()}
+    media = []
+    for runs in rows:
+        own = _cut_row(runs, pending)
+        if own is None:
+            return None
+        media.append(own)
+    return None if any(pending.values()) else media
+
+
+def _cut_row(runs: list[Run], pending: dict[Kind, deque[int]]) -> list[Medium] | None:
+    media: list[Medium] = []
+    missing = 0
+    for start, stop, kind in runs:
+        while start < stop:
+            if not missing:
+                if not pending.get(kind):
+                    return None
+                missing = pending[kind].popleft()
+                media.append(Medium(kind, []))
+            elif media[-1].kind != kind:
+                return None
+            taken = min(missing, stop - start)
+            media[-1].pieces.append((start, start + taken))
+            start, missing = start + taken, missing - taken
+    return None if missing else media
+
+
+def span_of(
+    medium: Medium, row: int, call: Call, size: Size | None, fallback: Grid | None
+) -> list[VisualSpan]:
+    """The spans of one medium: one, or one per piece where text stands between its pieces.
+
+    Parameters
+    ----------
+    size
+        (t, h, w) of the medium in any unit, if the encoder was called with it.
+    fallback
+        The grid of a medium of which nothing else tells it.
+    """
+    if medium.kind == "audio":
+        return [_audio(a, b) for a, b in medium.pieces]
+    if len(medium.pieces) == 1:
+        start, stop = medium.pieces[0]
+        grid = grid_from_positions(call.positions, row, start, stop)
+        grid = grid or grid_from_size(size, stop - start) or fallback
+        return [_span(start, stop, medium.kind, grid)]
+    joined = _joined(medium, row, call, size)
+    if joined is not None:
+        return [joined]
+    return [
+        _span(a, b, medium.kind, grid_from_positions(call.positions, row, a, b) or fallback)
+        for a, b in medium.pieces
+    ]
+
+
+def _audio(start: int, stop: int) -> VisualSpan:
+    return VisualSpan(start, stop - start, (stop - start, 1, 1), "audio")
+
+
+def _span(start: int, stop: int, kind: Kind, grid: Grid | None) -> VisualSpan:
+    known = grid is not None and math.prod(grid) == stop - start
+    shape = grid if known and grid is not None else (1, 1, stop - start)
+    return VisualSpan(start, stop - start, shape, kind, grid_known=known)
+
+
+def _joined(medium: Medium, row: int, call: Call, size: Size | None) -> VisualSpan | None:
+    """Equal pieces with gaps between them as one span, or None.
+
+    Rows of a picture have the same single token between them, which is special: a line break.
+    Frames of a video have any text between them.
+    """
+    pieces, start, stop = medium.pieces, medium.pieces[0][0], medium.pieces[-1][1]
+    length = pieces[0][1] - start
+    if any(b - a != length for a, b in pieces):
+        return None
+    gaps = [(b, a) for (_, b), (a, _) in itertools.pairwise(pieces)]
+    offsets = tuple(column - start for a, b in gaps for column in range(a, b))
+    n = len(pieces)
+    if _line_breaks(call.embeds[row], gaps):
+        grid = grid_from_size(size, medium.count)
+        if grid is None or (grid[1], grid[2]) == (n, length):
+            return VisualSpan(start, stop - start, (1, n, length), medium.kind, special=offsets)
+    if medium.kind != "video":
+        return None
+    frame = grid_from_positions(call.positions, row, *pieces[0])
+    if frame is None:
+        whole = grid_from_size(size, medium.count)
+        frame = (1, *whole[1:]) if whole is not None and whole[0] == n else None
+    known = frame is not None and math.prod(frame) == length
+    grid = (n, frame[1], frame[2]) if known and frame is not None else (n, 1, length)
+    return VisualSpan(start, stop - start, grid, medium.kind, text=offsets, grid_known=known)
+
+
+def _line_breaks(embeds: Tensor, gaps: list[tuple[int, int]]) -> bool:
+    """Whether every gap of a sample (L, d) is one token, everywhere the same."""
+    if any(b - a != 1 for a, b in gaps):
+        return False
+    tokens = embeds[[a for a, _ in gaps]]
+    return bool((tokens == tokens[0]).all())
+
+
+def grid_from_positions(positions: Tensor | None, row: int, start: int, stop: int) -> Grid | None:
+    """The grid that M-RoPE positions (3, B, L) of a run draw; None if they draw none.
+
+    Decoders for three rows that get one position per token have three equal rows, which tell
+    nothing.
+    """
+    if positions is None:
+        return None
+    n = stop - start
+    time, h, w = positions[:, row, start:stop]
+    if n > 1 and torch.equal(time, h) and torch.equal(h, w):
+        return None
+    rows, cols = int(h.max() - h.min()) + 1, int(w.max() - w.min()) + 1
+    raster = torch.arange(n)
+    if n % (rows * cols) or not torch.equal(h - h[0], raster // cols % rows):
+        return None
+    if not torch.equal(w - w[0], raster % cols):
+        return None
+    return n // (rows * cols), rows, cols
+
+
+def grid_from_size(size: Size | None, count: int) -> Grid | None:
+    """The grid of `count` tokens of a medium of size (t, h, w) in patches or pixels, or None.
+
+    The unit is whatever makes the count come out: a token stands for u × u of them, and for one
+    frame, two, or all.
+    """
+    if size is None or min(size) < 1:
+        return None
+    frames, height, width = size
+    for t in dict.fromkeys((frames, -(-frames // 2), 1)):
+        if count % t:
+            continue
+        unit = math.sqrt(height * width * t / count)
+        for u in dict.fromkeys((round(unit), math.floor(unit), math.ceil(unit))):
+            for grid in _divided(t, height, width, u):
+                if math.prod(grid) == count:
+                    return grid
+    return None
+
+
+def _divided(t: int, height: int, width: int, unit: int) -> Iterator[Grid]:
+    if unit >= 1:
+        yield t, height // unit, width // unit
+        yield t, -(-height // unit), -(-width // unit)
+
+
+def square(count: int, patches: int | None) -> Grid | None:
+    """A square of `count` tokens, each of whole blocks of a tower's patches per side, or None."""
+    side = math.isqrt(count)
+    if not patches or side * side != count or patches % side:
+        return None
+    return 1, side, side

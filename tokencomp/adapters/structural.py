@@ -1,0 +1,132 @@
+"""The adapter of every model that has no file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from tokencomp.adapters.base import ENCODED, Adapter
+from tokencomp.adapters.call import Call
+from tokencomp.adapters.encoded import EncodedMedia, Encoding, encoded_by_kind
+from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.adapters.spans import Medium, cut_media, span_of, square
+from tokencomp.tokens import Kind, VisualSpan
+
+
+class StructuralAdapter(Adapter):
+    """Parts, placeholders, spans and grids by structure alone.
+
+    Spans are whole media where the number of tokens of each is known, else runs of placeholders.
+    """
+
+    signals = ("query",)
+    layer_stages = False
+    # Nothing says that they do not: Ministral 3, for one, scales queries by their position.
+    layers_read_positions = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._placeholders = super().placeholder_ids()  # refuses a model without any
+        self._patches = self._patches_per_side()
+        self._encoded = EncodedMedia()
+        self._replaced: list[MethodReplacement] = []
+
+    @property
+    def family(self) -> str:  # type: ignore[override]
+        """The model's own class, in place of a display name."""
+        return type(self.model).__name__
+
+    def placeholder_ids(self) -> dict[int, int]:
+        return self._placeholders
+
+    def install(self) -> None:
+        self.uninstall()
+        self._replaced = self._encoded.watch(self.body)
+
+    def uninstall(self) -> None:
+        for replacement in self._replaced:
+            replacement.remove()
+        self._replaced.clear()
+        self._encoded.latest = {}
+
+    def spans(self, call: Call) -> list[list[VisualSpan]]:
+        rows = [call.runs(b) for b in range(call.kinds.shape[0])]
+        kinds: set[Kind] = {kind for runs in rows for _, _, kind in runs}
+        latest, handed = self._encoded.latest, encoded_by_kind(call.inputs.get(ENCODED))
+        lengths = {kind: handed.get(kind) or latest.get(kind, Encoding()).lengths for kind in kinds}
+        media = cut_media(rows, lengths)
+        if media is None:
+            media = [[Medium(kind, [(a, b)]) for a, b, kind in runs] for runs in rows]
+        sizes = {kind: self._sizes(kind, media) for kind in kinds}
+        spans: list[list[VisualSpan]] = []
+        for b, row in enumerate(media):
+            spans.append([])
+            for medium in row:
+                size = next(sizes[medium.kind], None)
+                fallback = self._fallback(medium)
+                spans[b] += span_of(medium, b, call, size, fallback)
+        return spans
+
+    def _sizes(self, kind: Kind, media: list[list[Medium]]) -> Any:
+        """Sizes of all media of a kind, in the order of the batch; nothing where unknown.
+
+        Beam search repeats the rows of a batch after the media were encoded, one copy of a row
+        after the other.
+        """
+        encoding = self._encoded.latest.get(kind, Encoding())
+        known = encoding.sizes
+        own = [[m for m in row if m.kind == kind] for row in media]
+        total = sum(map(len, own))
+        if not known or total % len(known) or len(media) % (total // len(known) or 1):
+            return iter(())
+        copies = total // len(known)
+        order, cursor = [], 0
+        for i, row in enumerate(own):
+            first = i % copies == 0
+            if first:
+                chunk = known[cursor : cursor + len(row)]
+                cursor += len(row)
+            order += chunk
+        return iter(order if len(order) == total else ())
+
+    def _fallback(self, medium: Medium) -> tuple[int, int, int] | None:
+        """The grid of a piece of a medium of which neither positions nor a size tell it."""
+        start, stop = medium.pieces[0]
+        encoding = self._encoded.latest.get(medium.kind)
+        if encoding is not None and encoding.map is not None:
+            return 1, *encoding.map
+        return square(stop - start, self._patches)
+
+    def _patches_per_side(self) -> int | None:
+        """Patches per side of the vision tower's input; None for other than square ones."""
+        vision = getattr(self.config, "vision_config", None)
+        if vision is None or learned_queries(self.body):
+            return None
+        image, patch = (_one(getattr(vision, n, None)) for n in ("image_size", "patch_size"))
+        return image // patch if image and patch else None
+
+
+def learned_queries(body: nn.Module) -> bool:
+    """Whether tokens of an image come from learned queries, which lie on no grid."""
+    names = {name.rsplit(".", 1)[-1] for name, _ in body.named_parameters()}
+    tables = {
+        name.rsplit(".", 1)[-1]
+        for name, module in body.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    return bool(names & {"query", "queries", "latents", "query_tokens"}) or any(
+        name.startswith("query") for name in tables
+    )
+
+
+def _one(value: Any) -> int | None:
+    """A size that is a number or a pair of equal numbers, else None."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, list | tuple) and len(set(value)) == 1 and isinstance(value[0], int):
+        return value[0]
+    if isinstance(value, Mapping):
+        return _one(tuple(value.values()))
+    return None

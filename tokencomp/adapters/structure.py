@@ -1,0 +1,186 @@
+"""Finds the parts of a multimodal model by how they are built, not by the name of its family."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tokencomp.adapters.call import CODES
+from tokencomp.errors import NoDecoderError, NoPlaceholderError
+from tokencomp.tokens import Kind
+
+# Names of placeholder ids in configs, by what stands behind them; the first that exists counts.
+IDS: dict[Kind, tuple[str, ...]] = {
+    "image": (
+        "image_token_id",
+        "image_token_index",
+        "image_patch_id",
+        "img_context_token_id",
+        "image_placeholder_token_id",
+    ),
+    "video": ("video_token_id", "video_token_index"),
+    "audio": ("audio_token_id", "audio_token_index"),
+}
+# Arguments of decoders that read features of media beside the sequence, from which nothing can
+# leave: the features are no tokens of the prompt.
+BESIDE = ("cross_attention_states", "encoder_hidden_states", "image_hidden_states")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of a multimodal model that compression touches.
+
+    Attributes
+    ----------
+    top
+        The module that generates, and whose forward takes `labels` and `logits_to_keep`.
+    body
+        The module that puts features into the embeddings and calls the decoder.
+    decoder
+        The text decoder, without the output head; it has `layers`.
+    """
+
+    top: Any
+    body: Any
+    decoder: Any
+
+
+def find_parts(model: Any) -> Parts:
+    """The parts of a model.
+
+    Raises
+    ------
+    NoDecoderError
+        No causal text decoder with layers, or one that does not read the features as tokens.
+    """
+    thinker = getattr(model, "thinker", None)  # omni models: it reads, the talker only speaks
+    top = thinker if isinstance(thinker, nn.Module) else model
+    if not hasattr(top, "generate"):
+        raise NoDecoderError(
+            f"{type(model).__name__} does not generate text. Pass the whole model, such as its "
+            "...ForConditionalGeneration class."
+        )
+    decoder = _decoder(top)
+    beside = [name for name in BESIDE if name in parameters_of(decoder)]
+    if getattr(top.config, "is_encoder_decoder", False):
+        raise NoDecoderError(
+            f"{type(model).__name__} is an encoder-decoder: its decoder reads features of media by "
+            "cross-attention, so no token of its sequence could leave."
+        )
+    if beside:
+        raise NoDecoderError(
+            f"the decoder of {type(model).__name__} takes {', '.join(beside)}: it reads features "
+            "of media by cross-attention, so no token of its sequence could leave."
+        )
+    return Parts(top, _body(top, decoder), decoder)
+
+
+def _decoder(top: Any) -> Any:
+    """The text decoder of a model, whatever wrappers with an output head lie around it."""
+    get = getattr(top, "get_decoder", None)
+    decoder = get() if get is not None else None
+    while decoder is not None and not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        inner = getattr(decoder, "model", None)
+        decoder = inner if isinstance(inner, nn.Module) and inner is not decoder else None
+    if decoder is None:
+        decoder = next(_owners_of_embeddings(top), None)
+    if decoder is None:
+        raise NoDecoderError(
+            f"{type(top).__name__} has no text decoder with a list of layers, as get_decoder() of "
+            "transformers' generating models returns it. Pass the model that generates."
+        )
+    return decoder
+
+
+def _owners_of_embeddings(top: Any) -> Iterator[Any]:
+    """Modules with layers that own the table of input embeddings (remote code, old releases)."""
+    if not hasattr(top, "get_input_embeddings"):
+        return
+    table = top.get_input_embeddings()
+    for module in top.modules():
+        owns = any(child is table for child in module.children())
+        if owns and isinstance(getattr(module, "layers", None), nn.ModuleList):
+            yield module
+
+
+def _body(top: Any, decoder: Any) -> Any:
+    """The innermost module around the decoder whose forward takes features of media."""
+    path = next(name for name, module in top.named_modules() if module is decoder)
+    names = path.split(".")[:-1]
+    for depth in range(len(names), 0, -1):
+        module = top.get_submodule(".".join(names[:depth]))
+        if any(feature_kind(name) for name in parameters_of(module)):
+            return module
+    return top
+
+
+def parameters_of(module: Any) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a module's forward by name, as its class defines it."""
+    return inspect.signature(type(module).forward).parameters
+
+
+def feature_kind(name: str) -> Kind | None:
+    """Which kind of media an argument of a body or a prefill brings, by its name; None: none."""
+    if "pixel_values" in name or name == "image_patches":
+        return "video" if "video" in name else "image"
+    if name in ("input_features", "input_values", "audio_values", "audio_input_ids"):
+        return "audio"
+    return None
+
+
+def find_placeholders(parts: Parts) -> dict[int, int]:
+    """Token id → kind (1 image, 2 video, 3 audio) of the placeholders that features replace.
+
+    Videos whose frames stand at placeholders of images have no id of their own.
+
+    Raises
+    ------
+    NoPlaceholderError
+        The config names no placeholder.
+    """
+    ids: dict[int, int] = {}
+    for kind, names in IDS.items():
+        sources = ((source, name) for name in names for source in (parts.top.config, parts.body))
+        values = (getattr(source, name, None) for source, name in sources)
+        token = next((value for value in values if isinstance(value, int)), None)
+        if token is not None:
+            ids.setdefault(token, CODES[kind])
+    if not ids:
+        raise NoPlaceholderError(
+            f"the config of {type(parts.top).__name__} names no placeholder of images, videos or "
+            f"audio ({', '.join(name for names in IDS.values() for name in names)}), so nothing "
+            "tells which tokens of a prompt are features."
+        )
+    return ids
+
+
+def has_mrope(parts: Parts) -> bool:
+    """Whether the decoder rotates by three rows of positions (time, height, width)."""
+    if hasattr(parts.body, "get_rope_index"):
+        return True
+    rotary = getattr(parts.decoder, "rotary_emb", None)
+    if getattr(rotary, "mrope_section", None):
+        return True
+    tables = (
+        getattr(parts.decoder.config, name, None) for name in ("rope_parameters", "rope_scaling")
+    )
+    return any(isinstance(t, Mapping) and "mrope_section" in t for t in tables)
+
+
+def scales_queries(config: Any) -> bool:
+    """Whether attention scales queries by their position (Ministral 3, Mistral 4)."""
+    tables = (getattr(config, name, None) for name in ("rope_parameters", "rope_scaling"))
+    return any(isinstance(t, Mapping) and "llama_4_scaling_beta" in t for t in tables)
+
+
+def deepstack_layers(config: Any) -> int:
+    """How many of the first decoder layers get features of the vision tower added."""
+    # Granite 4 Vision names pairs of tower and decoder layers; others add to the first layers.
+    pairs = getattr(config, "deepstack_layer_map", None) or ()
+    vision = getattr(config, "vision_config", None)
+    indexes = getattr(vision, "deepstack_visual_indexes", None) or ()
+    return max(len(indexes), *(layer + 1 for _, layer in pairs), 0)

@@ -1,0 +1,81 @@
+"""Arguments of a decoder that follow the sequence, gathered by one rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+from tokencomp.engine.compat import CACHE_NAMES
+
+# What the entry stage sets itself.
+SET_APART = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position")
+# A mask of visual columns (B, L), and features of these columns alone, one row for each. The
+# first decoder layers add them to the hidden states (arXiv 2406.04334).
+DEEPSTACK = (
+    ("visual_pos_masks", "deepstack_visual_embeds"),
+    ("vision_mask", "deepstack_features"),
+)
+
+
+def gather_arguments(
+    kwargs: MutableMapping[str, Any], index: Tensor, valid: Tensor | None, width: int
+) -> None:
+    """Gather, in place, every argument of a decoder call that has one entry per column.
+
+    These are all tensors (B or 1, width, ...), also inside of mappings and lists: per-layer inputs,
+    token types, ids for routers and hashes. Deepstack features have one row per visual column of
+    the batch instead, so that they go by their names.
+
+    Parameters
+    ----------
+    index : Tensor of int64, shape (B, n)
+        Column of the call for every column that is left.
+    valid : Tensor of bool, shape (B, n), or None
+        False at padding, where entries become 0; None if there is none.
+    width
+        Columns of the call.
+    """
+    # Column -1 gathers zeros.
+    columns = index if valid is None else index.masked_fill(~valid, -1)
+    for mask_name, features_name in DEEPSTACK:
+        if kwargs.get(mask_name) is not None:
+            _gather_deepstack(kwargs, mask_name, features_name, columns)
+    apart = {*SET_APART, *CACHE_NAMES, *(name for pair in DEEPSTACK for name in pair)}
+    for name in set(kwargs) - apart:
+        kwargs[name] = _gathered(kwargs[name], columns, width)
+
+
+def _gathered(value: Any, columns: Tensor, width: int) -> Any:
+    from tokencomp.kernels import gather_rows
+
+    if isinstance(value, Tensor):
+        if value.ndim < 2 or value.shape[1] != width or value.shape[0] not in (1, len(columns)):
+            return value
+        return gather_rows([value], columns.to(value.device))[0]
+    if isinstance(value, Mapping):
+        return {key: _gathered(item, columns, width) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_gathered(item, columns, width) for item in value)
+    return value
+
+
+def _gather_deepstack(
+    kwargs: MutableMapping[str, Any], mask_name: str, features_name: str, columns: Tensor
+) -> None:
+    from tokencomp.kernels import gather_rows
+
+    mask: Tensor = kwargs[mask_name].to(columns.device)  # (B, L), or (B, L, d) with equal columns
+    flat = mask if mask.ndim == 2 else mask[..., 0]
+    number = flat.flatten().cumsum(0).view_as(flat) - 1
+    kwargs[mask_name], kept, number = gather_rows([mask, flat, number], columns)
+
+    def rows(features: Tensor) -> Tensor:
+        return gather_rows([features.to(columns.device)[None]], number[kept][None])[0][0]
+
+    value = kwargs[features_name]
+    if isinstance(value, Mapping):
+        kwargs[features_name] = {layer: rows(features) for layer, features in value.items()}
+    elif value is not None:
+        kwargs[features_name] = [rows(features) for features in value]
