@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
+import os
 import re
+import signal
+import socket
 import time
 from typing import Any
 
@@ -29,8 +33,8 @@ def served(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     arguments += ["--served-model-name", "tiny", "--allowed-media-path", root / "media"]
     arguments += ["--", "--enforce-eager", "--dtype", "float32", "--max-model-len", 8192]
     arguments += ["--block-size", 32, "--max-num-seqs", 16]
-    with http.server(root / "log", *arguments, **ENV) as url:
-        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=120)
+    with http.server(root / "log", *arguments, **ENV, TOKENCOMP_API_KEY="secret") as url:
+        client = openai.OpenAI(base_url=url + "/v1", api_key="secret", max_retries=0, timeout=120)
         yield url, client, folder, root
 
 
@@ -97,18 +101,52 @@ def test_server_default(served: Any) -> None:
     assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
 
 
-def test_64_concurrent_requests_and_none_is_lost(served: Any) -> None:
-    _, client, _, _ = served
-    urls = [http.image_url(seed, 112 + 28 * (seed % 4), 168) for seed in range(8)]
-    specs = [{"reducer": "uniform", "ratio": ratio} for ratio in (0.5, 0.75)]
-    jobs = [(urls[i % 8], specs[i // 8 % 2]) for i in range(64)]
-    alone = {(u, str(s)): ask(client, u, tokencomp=s) for u in urls for s in specs}
+LONG = 64  # tokens of an answer, so that requests overlap while they decode
+
+
+def streamed(client: Any, *urls: str, stop_after: int = 0, **more: Any) -> str:
+    """Return the text of a stream, whose client hangs up after `stop_after` parts, if not 0."""
+    stream, parts = ask(client, *urls, stream=True, max_tokens=LONG, **more), []
+    for chunk in stream:
+        parts.append(chunk.choices[0].delta.content or "" if chunk.choices else "")
+        if len(parts) == stop_after:
+            stream.close()
+            break
+    return "".join(parts)
+
+
+def test_64_concurrent_mixed_requests_and_none_is_lost(served: Any) -> None:
+    """Images, several media, a video and text; streams, and clients that hang up."""
+    url, client, _, _ = served
+    images = [http.image_url(seed, 112 + 28 * (seed % 4), 168) for seed in range(5)]
+    media = [[image] for image in images] + [images[:2], [http.video_url(1)], []]
+    specs = [{"reducer": "uniform", "ratio": 0.5}, {"reducer": "divprune", "ratio": 0.75}]
+    specs += [{"ratio": 0}]
+    kinds = [(m, s) for m in media for s in specs]
+    alone = [ask(client, *m, tokencomp=s, max_tokens=LONG) for m, s in kinds]
+
+    def answer(i: int) -> tuple[int, str]:
+        m, s = kinds[i % len(kinds)]
+        if i % 8 == 5:
+            streamed(client, *m, tokencomp=s, stop_after=3 + i % 7)
+            return i, ""
+        if i % 2:
+            return i, streamed(client, *m, tokencomp=s)
+        result = ask(client, *m, tokencomp=s, max_tokens=LONG)
+        assert result.usage.completion_tokens == LONG
+        assert result.usage.prompt_tokens == alone[i % len(kinds)].usage.prompt_tokens
+        return i, result.choices[0].message.content
+
     with concurrent.futures.ThreadPoolExecutor(64) as pool:
-        answers = list(pool.map(lambda job: ask(client, job[0], tokencomp=job[1]), jobs))
-    for (u, s), answer in zip(jobs, answers, strict=True):
-        one = alone[u, str(s)]
-        assert answer.choices[0].message.content == one.choices[0].message.content
-        assert answer.usage.prompt_tokens == one.usage.prompt_tokens
+        answers = list(pool.map(answer, range(64)))
+    assert [i for i, _ in answers] == list(range(64))
+    for i, text in answers:
+        if i % 8 != 5:
+            assert text == alone[i % len(kinds)].choices[0].message.content, i
+    end = time.monotonic() + 30
+    while http.metric(url, "vllm:num_requests_running") and time.monotonic() < end:
+        time.sleep(0.1)
+    assert http.metric(url, "vllm:num_requests_running") == 0
 
 
 def test_an_abandoned_stream_is_aborted(served: Any) -> None:
@@ -144,10 +182,14 @@ def test_metrics_count_tokens(served: Any) -> None:
 def test_malformed_requests_get_4xx_and_the_server_continues(served: Any) -> None:
     url, client, _, root = served
     good = http.image_url(1)
+    os.mkfifo(root / "media" / "pipe")
+    cut = base64.b64decode(http.mp4_url(1).partition(",")[2])[:-100]
     media = [
         *http.outside(root / "media", root / "secret.png"), "data:image/png;base64,aGVsbG8=",
         good[: len(good) // 2], "data:video/mp4;base64,aGVsbG8=", f"file://{root}/media/none.png",
-        f"file://{root}/media/{'x' * 300}.png",
+        f"file://{root}/media/{'x' * 300}.png", f"file://{root}/media/pipe",
+        good.replace("data:image/png", "data:video/mp4"), http.mp4_url(1, frames=1),
+        "data:video/mp4;base64," + base64.b64encode(cut).decode(),
     ]  # fmt: skip
     with http.unreached_urls() as remote:
         for bad in [*remote, *media]:
@@ -169,3 +211,34 @@ def test_malformed_requests_get_4xx_and_the_server_continues(served: Any) -> Non
             )
     assert ask(client, good).choices[0].message.content
     assert http.get(url + "/health")[0] == 200
+
+
+def test_bodies_without_a_key_are_refused_unread(served: Any) -> None:
+    """This server has a key. The answer comes although half of the body never does."""
+    url = served[0]
+    port = int(url.rpartition(":")[2])
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(head + b"Content-Length: 60000000\r\n\r\n" + b'{"a": [')
+        assert connection.recv(100).startswith(b"HTTP/1.1 401")
+
+
+def test_running_requests_end_after_sigterm(served: Any) -> None:
+    """The last test of this module, as it ends the server."""
+    url, client, _, _ = served
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        plain = [pool.submit(ask, client, http.image_url(i), max_tokens=400) for i in range(3)]
+        streams = [
+            pool.submit(
+                lambda i=i: list(ask(client, http.image_url(i), max_tokens=400, stream=True))
+            )
+            for i in range(3)
+        ]
+        while http.metric(url, "vllm:num_requests_running") < 6:
+            time.sleep(0.05)
+        os.kill(url.process.pid, signal.SIGTERM)
+        for answer in plain:
+            assert answer.result().usage.completion_tokens == 400
+        for stream in streams:
+            assert stream.result()[-1].choices[0].finish_reason == "length"
+    assert url.process.wait(timeout=60) is not None

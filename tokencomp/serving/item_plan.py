@@ -164,6 +164,8 @@ class ItemPlan:
 
         Features that overflowed, as some towers' do in float16, cannot be compared. An exception
         in an engine ends it, and with it all requests, so such an item keeps evenly spaced tokens.
+        Its values that are not finite become 0, because they would stay in blocks of the KV cache
+        that later requests use.
 
         Parameters
         ----------
@@ -179,17 +181,17 @@ class ItemPlan:
         Tensor, shape (kept, d), and Tensor of int64, shape (kept,)
             See `reduce`.
         """
-        seen = x[:, :width]
         try:
-            rows, index = self.reduce(seen)
+            if not torch.isfinite(x).all():
+                raise ScoreError("the features of an item are not finite.")
+            rows, index = self.reduce(x[:, :width])
         except ScoreError as error:
             report(self, error)
-            rows, index = self.evenly().reduce(seen)
-        return (
-            (rows, index)
-            if width == x.shape[1]
-            else (torch.cat([rows, x[index, width:]], dim=1), index)
-        )
+            x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+            rows, index = self.evenly().reduce(x[:, :width])
+        if width == x.shape[1]:
+            return rows, index
+        return torch.cat([rows, x[index, width:]], dim=1), index
 
     def evenly(self) -> ItemPlan:
         """The plan with the same counts that keeps evenly spaced tokens, whatever the features."""

@@ -33,8 +33,14 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+class BaseUrl(str):
+    """The base URL of a server, which knows the server's process."""
+
+    process: subprocess.Popen
+
+
 @contextlib.contextmanager
-def server(log: Path, *arguments: Any, **env: str) -> Iterator[str]:
+def server(log: Path, *arguments: Any, **env: str) -> Iterator[BaseUrl]:
     """Run `tokencomp serve …` until the block ends; yield its base URL."""
     port = free_port()
     command = [sys.executable, "-m", "tokencomp.cli", "serve", "--port", port, *arguments]
@@ -43,7 +49,8 @@ def server(log: Path, *arguments: Any, **env: str) -> Iterator[str]:
             list(map(str, command)), stdout=out, stderr=subprocess.STDOUT,
             env={**os.environ, "HF_HUB_OFFLINE": "1", **env}, start_new_session=True,
         )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
+    url = BaseUrl(f"http://127.0.0.1:{port}")
+    url.process = process
     try:
         _wait(url, process, log)
         yield url

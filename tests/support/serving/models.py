@@ -34,6 +34,18 @@ def qwen2_vl(folder: Path) -> Path:
     return export(_sharpen(spec.build(load_tokenizer(folder))), spec, folder)
 
 
+def qwen2_vl_overflow(folder: Path) -> Path:
+    """Write `qwen2_vl` with a vision tower that gives infinite features, as overflow does."""
+    from safetensors.torch import load_file, save_file
+
+    file = qwen2_vl(folder) / "model.safetensors"
+    weights = load_file(file)
+    (name,) = (n for n in weights if n.endswith("merger.mlp.2.bias"))
+    weights[name][0] = torch.inf
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
 def qwen2_5_vl(folder: Path) -> Path:
     """Write Qwen2.5-VL in the same size, with a windowed vision tower and times between frames."""
     from safetensors.torch import save_file
@@ -357,6 +369,7 @@ def _published(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 BUILDERS = {
     "qwen2_vl": qwen2_vl,
+    "qwen2_vl_overflow": qwen2_vl_overflow,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,

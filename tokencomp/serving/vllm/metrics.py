@@ -91,7 +91,7 @@ def count_nonfinite(plan: ItemPlan, error: Exception) -> None:
     """Count an item whose features are not finite; the first one of a worker is logged."""
     counters()["nonfinite"].inc()
     logger.warning_once(
-        "tokencomp worker %d, %s: %s An item keeps evenly spaced tokens instead; metric "
+        "tokencomp worker %d, %s: %s It keeps evenly spaced tokens; the metric "
         "tokencomp_nonfinite_items counts such items.", os.getpid(), plan.reducer, error,
     )  # fmt: skip
 
