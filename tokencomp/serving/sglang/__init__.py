@@ -13,8 +13,7 @@ one method of the processor and the function that embeds media, and the engine s
    offsets of its original position as digits in further columns, which travel as one more level of
    SGLang's deepstack features and are added to the positions before the decoder runs.
 
-Models are Qwen2-VL, Qwen2.5-VL and Qwen3-VL (and MoE); videos of Qwen3-VL are refused, as their
-frames have text between them. A request chooses by
+Models are Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 (and MoE). A request chooses by
 `"mm_processor_kwargs": {"tokencomp": {"ratio": 0.75}}`. Precomputed embeddings are refused.
 
 Tested on a CPU with SGLang 0.5.23's Python files: placeholders, offsets, hashes, positions, and its

@@ -18,7 +18,7 @@ from torch import Tensor
 from tokencomp.errors import ScoreError
 from tokencomp.serving.item_plan import ItemPlan, batches
 from tokencomp.serving.offsets import pack_offsets, unpack_offsets
-from tokencomp.serving.sglang.processing import OFFSETS, PLAN
+from tokencomp.serving.sglang.processing import OFFSETS, PLAN, TEXT
 
 logger = logging.getLogger("sglang.srt.tokencomp")
 DIGITS = 6
@@ -75,7 +75,7 @@ class Compressing:
 
     def _features(self, items: list[Any], encode: Callable[..., Any], kind: str) -> list[Tensor]:
         """Run the vision tower on batches of limited size and reduce every item to its plan."""
-        merge = self._model.visual.spatial_merge_size
+        merge = self._model.config.vision_config.spatial_merge_size
         grids = [item.model_specific_data[f"{kind}_grid_thw"] for item in items]
         sizes = [int(grid.prod(-1).sum()) // merge**2 for grid in grids]
         outputs: list[Tensor] = []
@@ -94,10 +94,18 @@ class Compressing:
             return torch.cat([rows, rows.new_zeros(len(rows), width)], dim=1)
         plan = ItemPlan.from_tensor(item.model_specific_data[PLAN].cpu())
         rows, index = plan.reduce_rows(rows, width, _warn)
-        digits = rows.new_zeros(len(rows), width)
-        if len(rows) < plan.full:
-            offsets = item.model_specific_data[OFFSETS].cpu().long()[:, index.cpu()]
-            digits[:, :DIGITS] = pack_offsets(offsets, rows.dtype).to(rows.device)
+        text = item.model_specific_data[TEXT].long().cpu()
+        columns = (text < 0).nonzero()[:, 0][index.cpu()]  # of the kept rows
+        stays = text >= 0
+        stays[columns] = True
+        text = text[stays].to(rows.device)
+        digits = rows.new_zeros(len(text), width)
+        offsets = item.model_specific_data[OFFSETS].long().cpu()[:, stays]
+        digits[:, :DIGITS] = pack_offsets(offsets, rows.dtype).to(rows.device)
+        if len(digits) > len(rows):  # text between frames
+            media, rows = rows, rows.new_zeros(len(digits), rows.shape[1])
+            rows[text < 0] = media
+            rows[text >= 0, :width] = self._model.get_input_embeddings()(text[text >= 0]).to(rows)
         return torch.cat([rows, digits], dim=1)
 
 

@@ -21,12 +21,14 @@ from tokencomp.serving.spec import ServerOptions
 
 ENV_OPTIONS = "TOKENCOMP_SERVING"
 KEY = "tokencomp"
-PLAN, OFFSETS = "tokencomp_plan", "tokencomp_offsets"
+PLAN, OFFSETS, TEXT = "tokencomp_plan", "tokencomp_offsets", "tokencomp_text"
 MODELS = (
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
 )
 
 
@@ -110,22 +112,28 @@ def compress(output: Any, spec: MethodSpec, merge: int) -> Any:
     positions = output.mrope_positions.clone()
     items = []
     for item in output.mm_items:
-        start, stop, grid = _place(item, merge)
+        kind, grid = _grid(item, merge)
+        # Frames of a video may have text between them. How many tokens of a frame stay depends on
+        # the pixels, so all tokens from the first frame to the last become placeholders.
+        start, stop = item.offsets[0][0], item.offsets[-1][1] + 1
+        text = _text(ids, item.offsets)
         base = positions[:, start].clone()
         offsets = positions[:, start:stop] - base[:, None]
-        if int(offsets.max()) > MAX_OFFSET:
-            raise OptionError(f"one of the media spans more than {MAX_OFFSET} positions.")
-        kind = "image" if item.is_image() else "video"
         extent = int(offsets.max()) + 1
+        if extent > MAX_OFFSET:
+            raise OptionError(f"one of the media spans more than {MAX_OFFSET} positions.")
         plan = ItemPlan.make(kind, [Layout(grid)], spec, extent)
-        stays[start + plan.kept : stop] = False
-        positions[:, start : start + plan.kept] = base[:, None]
-        items.append(_planned(item, plan, offsets, spec))
-    before = torch.cumsum(stays, 0) - stays.long()  # tokens that stay before every token
-    for item in items:
-        (start, _), kept = item.offsets[0], ItemPlan.from_tensor(getattr(item, PLAN)).kept
-        first = int(before[start])
-        item.offsets = [(first, first + kept - 1)]
+        if plan.full != int((text < 0).sum()):
+            raise RuntimeError(f"{int((text < 0).sum())} placeholders for a grid of {grid}")
+        if plan.kept == plan.full:
+            items.append(_moved(item, int((~stays[:start]).sum())))
+            continue
+        length = plan.kept + int((text >= 0).sum())
+        stays[start + length : stop] = False
+        positions[:, start : start + length] = base[:, None]
+        first = int(stays[:start].sum())
+        fields = {PLAN: plan.to_tensor(), OFFSETS: offsets.to(torch.int32), TEXT: text}
+        items.append(_planned(item, (first, first + length - 1), fields, spec))
     output.input_ids = [token for token, stay in zip(ids, stays.tolist(), strict=True) if stay]
     output.mm_items = items
     output.mrope_positions = positions[:, stays]
@@ -134,29 +142,37 @@ def compress(output: Any, spec: MethodSpec, merge: int) -> Any:
     return output
 
 
-def _place(item: Any, merge: int) -> tuple[int, int, tuple[int, int, int]]:
-    """Return the first token of an item, the token after it, and its grid."""
+def _grid(item: Any, merge: int) -> tuple[str, tuple[int, int, int]]:
+    """Return kind and token grid (t, h, w) of an item."""
     if not (item.is_image() or item.is_video()):
         raise OptionError("audio beside images or videos cannot be compressed in SGLang.")
     kind = "image" if item.is_image() else "video"
     grid = item.model_specific_data.get(f"{kind}_grid_thw")
-    if item.precomputed_embeddings is not None or grid is None:
+    if item.precomputed_embeddings is not None or grid is None or len(grid) != 1:
         raise OptionError(
             f'a precomputed {kind} cannot be compressed; send pixels, or request {{"ratio": 0}}.'
         )
-    if len(item.offsets) != 1 or len(grid) != 1:
-        raise OptionError(
-            f"a {kind} with text between its frames cannot be compressed in SGLang; request "
-            '{"ratio": 0}.'
-        )
-    (start, last), (t, h, w) = item.offsets[0], (int(n) for n in grid[0])
-    sides = t, h // merge, w // merge
-    if last + 1 - start != sides[0] * sides[1] * sides[2]:
-        raise RuntimeError(f"{last + 1 - start} placeholders for a grid of {sides}")
-    return start, last + 1, sides
+    t, h, w = (int(n) for n in grid[0])
+    return kind, (t, h // merge, w // merge)
 
 
-def _planned(item: Any, plan: ItemPlan, offsets: torch.Tensor, spec: MethodSpec) -> Any:
+def _text(ids: list[int], spans: list[tuple[int, int]]) -> torch.Tensor:
+    """Return the token ids from the first span to the last; placeholders are -1."""
+    first = spans[0][0]
+    text = torch.tensor(ids[first : spans[-1][1] + 1], dtype=torch.int32)
+    for start, last in spans:
+        text[start - first : last + 1 - first] = -1
+    return text
+
+
+def _moved(item: Any, removed: int) -> Any:
+    """Return a copy of an item that loses nothing, with `removed` tokens fewer before it."""
+    result = copy.copy(item)
+    result.offsets = [(start - removed, last - removed) for start, last in item.offsets]
+    return result
+
+
+def _planned(item: Any, span: tuple[int, int], fields: dict[str, Any], spec: MethodSpec) -> Any:
     """Return a copy of an item with its plan, and with a hash that depends on the options.
 
     SGLang's cache of processed images may share the item with other requests.
@@ -164,9 +180,8 @@ def _planned(item: Any, plan: ItemPlan, offsets: torch.Tensor, spec: MethodSpec)
     from sglang.srt.multimodal.cache import resolve_multimodal_item_hash
 
     result = copy.copy(item)
-    result.model_specific_data = {
-        **item.model_specific_data, PLAN: plan.to_tensor(), OFFSETS: offsets.to(torch.int32),
-    }  # fmt: skip
+    result.offsets = [span]
+    result.model_specific_data = {**item.model_specific_data, **fields}
     text = json.dumps([spec.describe(), tokencomp.__version__], sort_keys=True)
     namespace = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
     item.set_pad_value()  # computes the hash of the pixels, if nobody has
