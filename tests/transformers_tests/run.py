@@ -85,12 +85,15 @@ def differences(before: dict[str, str], after: dict[str, str]) -> dict[str, tupl
     return {n: p for n, p in pairs.items() if p[0].split(":")[0] != p[1].split(":")[0]}
 
 
-def expected_reason(expected: list[dict[str, str]], family: str, ratio: str, test: str) -> str:
+def expected_reason(
+    expected: list[dict[str, str]], family: str, ratio: str, test: str, outcome: str
+) -> str:
     """Why this test is known to end in another way, or ""."""
     for entry in expected:
         applies = (
             entry["ratio"] == ratio
             and fnmatch.fnmatch(test, entry["test"])
+            and fnmatch.fnmatch(outcome, entry.get("outcome", "*"))
             and any(fnmatch.fnmatch(family, name) for name in entry["families"].split())
         )
         if applies:
@@ -119,7 +122,7 @@ def main() -> int:
             changed = differences(before, after)
             print(f"{family} at ratio {ratio}: {len(after)} tests, {len(changed)} differ")
             for test, (was, now) in changed.items():
-                reason = expected_reason(expected, family, ratio, test)
+                reason = expected_reason(expected, family, ratio, test, now)
                 unexpected += not reason
                 reasons.add((ratio, reason))
                 print(f"  {'expected' if reason else 'UNEXPECTED'} {test}: {was} → {now}")
