@@ -19,6 +19,7 @@ _LAZY = {
     "extend_visual_context": "tokencomp.context_window",
     "Plan": "tokencomp.plan",
     "Stage": "tokencomp.plan",
+    "TowerStage": "tokencomp.plan",
     "Reducer": "tokencomp.reducers.base",
     "register_reducer": "tokencomp.reducers.registry",
     "available_reducers": "tokencomp.reducers.registry",
@@ -38,6 +39,7 @@ __all__ = [
     "Reduction",
     "Stage",
     "TokenCompError",
+    "TowerStage",
     "VisualTokens",
     "__version__",
     "available_models",
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
     from tokencomp.context_window import extend_visual_context
     from tokencomp.errors import TokenCompError
     from tokencomp.patching import Handle, patch, unpatch
-    from tokencomp.plan import Plan, Stage
+    from tokencomp.plan import Plan, Stage, TowerStage
     from tokencomp.plan_json import plan_from_json, plan_to_json
     from tokencomp.reducers.base import Reducer
     from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer

@@ -12,13 +12,17 @@ from functools import cached_property
 from typing import Any, Literal
 
 from tokencomp.engine.proportional import check_merges
-from tokencomp.errors import OptionError
-from tokencomp.plan import Plan, check_ratio
+from tokencomp.errors import OptionError, PlanError
+from tokencomp.plan import Plan, TowerStage, check_ratio
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
 
 DEFAULT_REDUCER = "condiv"  # chosen on validation data: docs/decisions/0001-default-reducer.md
 DEFAULT_SERVED_REDUCER = "divprune"  # ignores the question, so media caches serve every question
+DEFAULT_TOWER_REDUCER = "kcentre"
+# tower_ratio="auto" keeps this many times the cells that the decoder will see, so that its reducer,
+# which may know the question, still has something to choose from.
+TOWER_SLACK = 1.6
 Engine = Literal["hf", "server"]
 
 
@@ -52,12 +56,18 @@ class MethodSpec:
         Explicit stages instead of a reducer and its options.
     proportional_attention
         Whether a merged token weighs as much as the tokens it stands for.
+    tower_ratio
+        Fraction of the cells that the vision tower does not see, in [0, 1), or "auto"; 0 is off.
+    tower_reducer
+        Chooses the cells of the vision tower: a name, a `Reducer`, or "auto".
 
     Raises
     ------
     RatioError, UnknownNameError, OptionError
         A bad ratio, reducer name or option; a plan beside a reducer or options; proportional
         attention for a reducer that merges nothing.
+    PlanError
+        A tower ratio above the ratio, or a reducer that cannot act in the tower.
     """
 
     reducer: str | Reducer = "auto"
@@ -65,10 +75,19 @@ class MethodSpec:
     options: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
     proportional_attention: bool = False
+    tower_ratio: float | Literal["auto"] = 0.0
+    tower_reducer: str | Reducer = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratio", check_ratio(self.ratio))
+        if self.tower_ratio != "auto":
+            value = check_ratio(self.tower_ratio, "tower_ratio")
+            object.__setattr__(self, "tower_ratio", value)
         conflicts = [] if self.reducer == "auto" else [f"reducer={self.reducer!r}"]
+        conflicts += [f"tower_ratio={self.tower_ratio!r}"] if self.tower_ratio else []
+        conflicts += (
+            [] if self.tower_reducer == "auto" else [f"tower_reducer={self.tower_reducer!r}"]
+        )
         conflicts += [f"{name}={value!r}" for name, value in self.options.items()]
         if self.plan is not None and conflicts:
             raise OptionError(
@@ -78,6 +97,33 @@ class MethodSpec:
         reducer = self.built_reducer if self.plan is None and self.names_reducer else None
         if self.proportional_attention:
             check_merges(self.plan or Plan(), reducer)
+        if self.plan is None:
+            self._check_tower()
+
+    def _check_tower(self) -> None:
+        """Refuse what the tower stage cannot do, whichever model the spec is for."""
+        dropped = self.dropped_cells
+        if dropped > self.ratio:
+            raise PlanError(
+                f"tower_ratio={dropped:g} leaves {1 - dropped:.3g} of the visual tokens, but "
+                f"ratio={self.ratio:g} asks for {1 - self.ratio:.3g} of them in the decoder. Lower "
+                f"tower_ratio to {self.ratio:g} or less, or raise ratio."
+            )
+        if self.tower_reducer != "auto" or dropped:
+            TowerStage(0, 1.0 - dropped, self.built_tower_reducer)
+
+    @property
+    def dropped_cells(self) -> float:
+        """The tower ratio as a number, "auto" resolved."""
+        if self.tower_ratio == "auto":
+            return max(0.0, 1.0 - TOWER_SLACK * (1.0 - self.ratio))
+        return self.tower_ratio
+
+    @cached_property
+    def built_tower_reducer(self) -> Reducer:
+        """The reducer of the tower stage, "auto" resolved."""
+        name = DEFAULT_TOWER_REDUCER if self.tower_reducer == "auto" else self.tower_reducer
+        return make_reducer(name)
 
     @property
     def names_reducer(self) -> bool:
@@ -113,7 +159,11 @@ class MethodSpec:
         key = num_layers, first_layer_stage
         if key not in self._plans:
             plan = self.built_reducer.plan(self.ratio, num_layers)
-            self._plans[key] = plan.not_before(first_layer_stage, num_layers)
+            plan = plan.not_before(first_layer_stage, num_layers)
+            if self.dropped_cells:
+                tower = TowerStage(0, 1.0 - self.dropped_cells, self.built_tower_reducer)
+                plan = plan.behind(tower, num_layers)
+            self._plans[key] = plan
         return self._plans[key]
 
     def changed(
@@ -122,33 +172,45 @@ class MethodSpec:
         reducer: str | Reducer | None,
         plan: Plan | None,
         options: dict[str, Any],
+        tower_ratio: float | Literal["auto"] | None = None,
+        tower_reducer: str | Reducer | None = None,
     ) -> MethodSpec:
         """The spec after `Handle.set` with these arguments; None and {} change nothing."""
         keep: dict[str, Any] = {"proportional_attention": self.proportional_attention}
+        tower: dict[str, Any] = {"tower_ratio": tower_ratio, "tower_reducer": tower_reducer}
+        changed = {name: value for name, value in tower.items() if value is not None}
         if plan is not None:
             if ratio is not None:
                 raise OptionError(two_ratios(ratio))
-            return MethodSpec(reducer or "auto", self.ratio, options, plan, **keep)
+            return MethodSpec(reducer or "auto", self.ratio, options, plan, **keep, **changed)
         new_ratio = self.ratio if ratio is None else ratio
+        keep |= {"tower_ratio": self.tower_ratio, "tower_reducer": self.tower_reducer, **changed}
         if reducer is not None:
             return MethodSpec(reducer, new_ratio, options, **keep)
-        if self.plan is not None and (ratio is not None or options):
+        if self.plan is not None and (ratio is not None or options or changed):
             raise OptionError(
                 "the current stages come from plan=..., so there is no reducer that could plan for "
                 "another ratio or option. Give set(reducer=...) too, or a new plan."
             )
-        return dataclasses.replace(self, ratio=new_ratio, options={**self.options, **options})
+        options = {**self.options, **options}
+        return dataclasses.replace(self, ratio=new_ratio, options=options, **keep)
 
     def describe(self) -> dict[str, Any]:
         """Plain form with every option of the reducer; the same for all inactive specs."""
         if not self.active:
             return {"ratio": 0.0}
         options = self.built_reducer.options()
-        return {"reducer": self.built_reducer.name, "ratio": self.ratio, "options": options}
+        plain = {"reducer": self.built_reducer.name, "ratio": self.ratio, "options": options}
+        if self.dropped_cells:
+            tower = self.built_tower_reducer
+            own = {"ratio": self.dropped_cells, "reducer": tower.name, "options": tower.options()}
+            plain["tower"] = own
+        return plain
 
     def __hash__(self) -> int:
         options = json.dumps(self.options, sort_keys=True, default=str)
-        return hash((self.reducer, self.ratio, options, self.plan))
+        tower = self.tower_ratio, self.tower_reducer
+        return hash((self.reducer, self.ratio, options, self.plan, *tower))
 
 
 def two_ratios(ratio: float) -> str:

@@ -21,6 +21,7 @@ from tokencomp.engine.hooks import Hooks
 from tokencomp.engine.refusals import refuse_foreign
 from tokencomp.engine.stats import Stats
 from tokencomp.engine.tower import check_signals
+from tokencomp.engine.tower_stage import check_tower_stage
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.method import MethodSpec, two_ratios
 from tokencomp.plan import Plan, check_ratio
@@ -41,6 +42,8 @@ def patch(
     *,
     reducer: str | Reducer = "auto",
     plan: PlanLike | None = None,
+    tower_ratio: float | Literal["auto"] = 0.0,
+    tower_reducer: str | Reducer = "auto",
     strict: bool = False,
     positions: Literal["original", "compact"] = "original",
     extend_context: bool | int = False,
@@ -62,7 +65,14 @@ def patch(
     plan
         Explicit stages, instead of `ratio`, `reducer` and options: a `Plan`, its JSON form
         `[{"layer": 0, "fraction": 0.5, "reducer": "merge"}, ...]` (see `plan_to_json`), or the
-        path of a JSON file.
+        path of a JSON file. A first stage with "tower" instead of "layer" acts in the vision tower.
+    tower_ratio
+        Fraction of the vision tower's work to remove, in [0, `ratio`]: the patches of this share of
+        the visual tokens leave before the first block of the tower, and the decoder never gets
+        those tokens. 0 = off, as if there were no such stage. "auto": 1.6 times the tokens that the
+        decoder will see leave the tower (0.6 at `ratio=0.75`).
+    tower_reducer
+        Chooses what the tower sees, from the pixels alone: a name, a `Reducer`, or "auto".
     strict
         Refuse prompts without visual input instead of passing them through.
     positions
@@ -108,9 +118,10 @@ def patch(
         A bad ratio, reducer name, reducer option or `positions`; a plan beside a ratio, reducer or
         options; proportional attention for a reducer that merges nothing.
     PlanError
-        A plan that cannot be read, or not be executed on this model.
+        A plan that cannot be read, or not be executed on this model; a tower ratio above the ratio;
+        a reducer that cannot act in the tower.
     UnsupportedModelError
-        No adapter serves the model.
+        No adapter serves the model, or its vision tower has no known cells (`tower_ratio`).
     AlreadyCompressedError
         The model carries another method's changes.
     """
@@ -118,7 +129,9 @@ def patch(
         raise OptionError(two_ratios(check_ratio(ratio)))
     stages = None if plan is None else as_plan(plan)
     ratio = 0.5 if ratio is None else ratio
-    spec = MethodSpec(reducer, ratio, options, stages, proportional_attention)
+    spec = MethodSpec(
+        reducer, ratio, options, stages, proportional_attention, tower_ratio, tower_reducer
+    )
     return apply(model, spec, strict=strict, positions=positions, extend_context=extend_context)
 
 
@@ -289,9 +302,11 @@ class Handle:
         ratio: float | None = None,
         reducer: str | Reducer | None = None,
         plan: PlanLike | None = None,
+        tower_ratio: float | Literal["auto"] | None = None,
+        tower_reducer: str | Reducer | None = None,
         **options: Any,
     ) -> Handle:
-        """Change ratio, reducer or options in place; arguments left out keep their values.
+        """Change ratios, reducers or options in place; arguments left out keep their values.
 
         A new reducer starts from its own default options. A plan replaces all of them; after a
         plan, a new ratio needs a reducer too.
@@ -304,7 +319,7 @@ class Handle:
                 f"tokencomp.patch(model, ..., {fixed[0]}={options[fixed[0]]!r}) again."
             )
         stages = None if plan is None else as_plan(plan)
-        spec = self._spec.changed(ratio, reducer, stages, options)
+        spec = self._spec.changed(ratio, reducer, stages, options, tower_ratio, tower_reducer)
         new_plan = _make_plan(spec, self._hooks.adapter)
         self._spec = spec
         try:
@@ -338,8 +353,10 @@ class Handle:
     def __repr__(self) -> str:
         family = self._hooks.adapter.family
         state = "active" if self._active else "removed"
-        stages = ", ".join(f"{s.reducer.name}@{s.layer}→{s.fraction:.3g}" for s in self.plan.stages)
-        return f"<tokencomp.Handle {family}: {stages or 'off'} ({state})>"
+        stages = [f"{s.reducer.name}@{s.layer}→{s.fraction:.3g}" for s in self.plan.stages]
+        if tower := self.plan.tower:
+            stages.insert(0, f"{tower.reducer.name}@tower {tower.block}→{tower.fraction:.3g}")
+        return f"<tokencomp.Handle {family}: {', '.join(stages) or 'off'} ({state})>"
 
 
 def _make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
@@ -353,4 +370,4 @@ def _make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
             "at entry only. Use a reducer that acts there, such as 'condiv', 'divprune' or 'merge'."
         )
     check_signals(plan, adapter)
-    return plan.bind(model_facts(adapter))
+    return check_tower_stage(plan, adapter).bind(model_facts(adapter))

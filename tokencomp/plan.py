@@ -1,4 +1,4 @@
-"""Plans: which reducer acts before which decoder layer, and what fraction it leaves.
+"""Plans: which reducer acts before which layer or tower block, and what fraction it leaves.
 
 This module alone turns fractions into token counts. It is plain Python, without tensors.
 """
@@ -17,23 +17,29 @@ from tokencomp.errors import PlanError, RatioError
 from tokencomp.validation import describe_type, fits
 
 if TYPE_CHECKING:
-    from tokencomp.tokens import ModelFacts, Reduction, Signal, VisualSpan, VisualTokens
+    from tokencomp.tokens import Grid, ModelFacts, Reduction, Signal, VisualSpan, VisualTokens
 
 MAX_RATIO = 0.95
 LEAST = 1e-9
 """A fraction so small that only mandatory tokens (special tokens and one patch) remain."""
 
 
-def check_ratio(ratio: float) -> float:
-    """Return `ratio` as a float in [0, 1); raise `RatioError` otherwise."""
+def check_ratio(ratio: float, name: str = "ratio") -> float:
+    """Return `ratio` as a float in [0, 1); raise `RatioError` otherwise.
+
+    Parameters
+    ----------
+    name
+        Of the argument, for the message.
+    """
     try:
         value = float(ratio)
     except (TypeError, ValueError, OverflowError):  # of integers that no float can hold
         value = math.nan
     if not 0.0 <= value < 1.0:
         raise RatioError(
-            f"ratio={ratio!r}: expected a number in [0, 1), the fraction of visual-token work to "
-            "remove (0 = off, 0.75 = a quarter is left). Use e.g. ratio=0.5."
+            f"{name}={ratio!r}: expected a number in [0, 1), the fraction of visual-token work to "
+            f"remove (0 = off, 0.75 = a quarter is left). Use e.g. {name}=0.5."
         )
     return value
 
@@ -154,8 +160,112 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class TowerStage:
+    """Blocks `block` and later of the vision tower see `fraction` of the cells.
+
+    A cell is the patches that one visual token reads. A cell that the tower drops is a visual
+    token that the decoder never gets.
+
+    Attributes
+    ----------
+    block
+        Number of the first block that sees fewer patches; 0: none sees all of them.
+    fraction
+        Of the cells of every image or video, in (0, 1].
+    reducer
+        Chooses the cells: by pixels at block 0, by hidden states at later blocks.
+    frames_apart
+        Whether every frame of a video keeps the same number of cells. Set by `bind`: towers that
+        take pictures as one dense batch need it.
+
+    Raises
+    ------
+    PlanError
+        A block or fraction of another type or range, or a reducer that cannot act in the tower:
+        one that needs the question or other signals, merges, chooses its own number of tokens, or
+        only plans the steps of others.
+    """
+
+    block: int
+    fraction: float
+    reducer: StageReducer
+    frames_apart: bool = False
+
+    def __post_init__(self) -> None:
+        if not fits(self.block, int) or self.block < 0:
+            raise PlanError(f"tower stage: block {self.block!r}; expected an integer from 0 on.")
+        if not fits(self.fraction, float) or not 0.0 < self.fraction <= 1.0:
+            raise PlanError(
+                f"tower stage: fraction={self.fraction!r}; expected a number in (0, 1], the "
+                "fraction of the cells that the tower keeps."
+            )
+        if not isinstance(self.reducer, StageReducer):
+            raise PlanError(
+                f"tower stage: reducer={self.reducer!r}; expected a reducer. Build it with "
+                'make_reducer, e.g. make_reducer("kcentre").'
+            )
+        if fault := _unfit_for_tower(self.reducer):
+            raise PlanError(
+                f"tower stage: reducer {self.reducer.name!r} {fault}. Use a reducer that looks at "
+                "the picture alone, such as 'kcentre', 'runlength', 'uniform' or 'random'."
+            )
+
+    def cells(self, grids: list[Grid]) -> list[int]:
+        """Cells that stay of parts that share one budget, in proportion to their size.
+
+        Parameters
+        ----------
+        grids
+            (t, h, w) of every part: one for a whole image or video.
+        """
+        sizes = [math.prod(grid) for grid in grids]
+        return split_evenly(keep_count(sum(sizes), self.fraction), sizes)
+
+    def most(self, cells: int) -> int:
+        """At most this many of a part of `cells` cells stay, whichever parts share its budget."""
+        return min(cells, math.ceil(cells * self.fraction + 0.5))
+
+    def tokens(self, span: VisualSpan) -> int:
+        """Visual tokens of `span` that leave the tower, special ones included."""
+        t, h, w = span.grid
+        parts, grid = (t, (1, h, w)) if self.frames_apart else (1, span.grid)
+        return parts * self.cells([grid])[0] + len(span.special)
+
+
+def _unfit_for_tower(reducer: StageReducer) -> str:
+    """Why a reducer cannot choose cells of the vision tower, or ""."""
+    if reducer.only_plans:
+        return "only plans the steps of others"
+    if reducer.needs:
+        return "reads the question or attention, which do not exist before the tower has run"
+    if reducer.merges:
+        return "merges tokens, and a mean of several places of a picture is no picture"
+    if reducer.own_count or reducer.entry_only:
+        return "acts on the input of the decoder only"
+    return ""
+
+
+def split_evenly(total: int, counts: list[int]) -> list[int]:
+    """Split `total` over groups in proportion to `counts`: whole numbers with exactly that sum.
+
+    No group gets more than its count, as long as `total` is not above the sum of the counts. If
+    there is less than one per group, the last group of every run of groups gets it.
+    """
+    everything = max(sum(counts), 1)
+    ends = [total * c // everything for c in itertools.accumulate(counts, initial=0)]
+    return [b - a for a, b in itertools.pairwise(ends)]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Stages in ascending layer order, with non-increasing fractions.
+
+    Attributes
+    ----------
+    stages
+        Of the decoder.
+    tower
+        The stage in the vision tower, which comes before all of them; None: the tower sees all.
 
     Raises
     ------
@@ -165,6 +275,7 @@ class Plan:
     """
 
     stages: tuple[Stage, ...] = ()
+    tower: TowerStage | None = None
 
     def __post_init__(self) -> None:
         stages = self.stages
@@ -175,7 +286,9 @@ class Plan:
             )
         object.__setattr__(self, "stages", tuple(stages))
         layers = [s.layer for s in self.stages]
-        fractions = [1.0, *(s.fraction for s in self.stages)]
+        head = [("the tower stage", self.tower.fraction)] if self.tower else []
+        before = [*head, *((f"the stage at layer {s.layer}", s.fraction) for s in self.stages)]
+        fractions = [1.0, *(fraction for _, fraction in before)]
         if layers != sorted(set(layers)) or any(layer < 0 for layer in layers):
             raise PlanError(f"stage layers {layers}: expected ascending, distinct, from 0 on.")
         if any(b > a + 1e-9 or b < 0 for a, b in itertools.pairwise(fractions)):
@@ -183,13 +296,19 @@ class Plan:
                 f"stage fractions {fractions[1:]}: expected non-increasing numbers in [0, 1]; they "
                 "are relative to the uncompressed prompt, not to the previous stage."
             )
-        for before, stage in itertools.pairwise(self.stages):
-            if stage.reducer.whole_spans and before.fraction < 1:
+        later = self.stages if self.tower else self.stages[1:]
+        for (name, fraction), stage in zip(before, later, strict=False):
+            if stage.reducer.whole_spans and fraction < 1:
                 raise PlanError(
                     f"stage at layer {stage.layer}: reducer {stage.reducer.name!r} compares places "
-                    f"of a whole grid, but the stage at layer {before.layer} leaves "
-                    f"{before.fraction:g} of it. Make it the first stage."
+                    f"of a whole grid, but {name} leaves {fraction:g} of it. Make it the first "
+                    "stage."
                 )
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a stage, in the tower or in the decoder."""
+        return bool(self.stages) or self.tower is not None
 
     @property
     def entry(self) -> Stage | None:
@@ -202,7 +321,8 @@ class Plan:
 
     def fractions(self, num_layers: int) -> list[float]:
         """Fraction of visual tokens seen by each of `num_layers` decoder layers."""
-        seen, current, stages = [], 1.0, {s.layer: s.fraction for s in self.stages}
+        current = self.tower.fraction if self.tower else 1.0
+        seen, stages = [], {s.layer: s.fraction for s in self.stages}
         for layer in range(num_layers):
             current = stages.get(layer, current)
             seen.append(current)
@@ -239,11 +359,8 @@ class Plan:
         """
         if not any(0 < s.layer < first for s in self.stages):
             return self
-        by_layer = {s.layer: s.reducer for s in self.stages}
-        reducers = [self.stages[0].reducer]
-        for layer in range(num_layers):
-            reducers.append(by_layer.get(layer, reducers[-1]))
-        return _stages_at_changes(_delayed(self.fractions(num_layers), first), reducers[1:])
+        reducers = self._reducers(self.stages[0].reducer, num_layers)
+        return _stages_at_changes(_delayed(self.fractions(num_layers), first), reducers)
 
     def counts(self, span: VisualSpan, num_layers: int) -> list[int]:
         """Visual tokens of `span` left after each stage, non-increasing.
@@ -277,16 +394,63 @@ class Plan:
         nearest = min((max(0, above - 1), min(steps, above)), key=lambda step: abs(excess(step)))
         return counts_at(nearest)
 
+    def entering(self, span: VisualSpan) -> int:
+        """Visual tokens of `span` that reach the decoder: all, or those that leave the tower."""
+        return self.tower.tokens(span) if self.tower else span.visual
+
     def _falling(self, span: VisualSpan, fractions: list[float]) -> Iterator[int]:
         """Keep counts at these fractions, none above the one before."""
-        current = span.visual
+        current = self.entering(span)
         for stage, fraction in zip(self.stages, fractions, strict=True):
             current = min(current, stage.reducer.keep_count(span, fraction))
             yield current
 
     def bind(self, facts: ModelFacts) -> Plan:
         """The same stages with reducers that have found and checked their weights for a model."""
-        return Plan(tuple(replace(s, reducer=s.reducer.bind(facts)) for s in self.stages))
+        tower = self.tower
+        if tower is not None:
+            tower = replace(tower, reducer=tower.reducer.bind(facts))
+        return Plan(tuple(replace(s, reducer=s.reducer.bind(facts)) for s in self.stages), tower)
+
+    def behind(self, tower: TowerStage, num_layers: int) -> Plan:
+        """The plan at the same ratio behind a tower stage (ours).
+
+        No layer sees more than what leaves the tower; layers that saw less before then see more, by
+        one factor for all of them. If that is not enough, layers that saw nothing see some as well.
+
+        Raises
+        ------
+        PlanError
+            The plan would need more tokens than the tower leaves.
+        """
+        profile, most = self.fractions(num_layers), tower.fraction
+        total = sum(profile)
+        if total > most * sum(f > 0 for f in profile) + 1e-9:
+            profile = [max(f, LEAST) for f in profile]
+        if total > most * num_layers + 1e-9:
+            raise PlanError(
+                f"the tower leaves {most:g} of the visual tokens, but the decoder is to see "
+                f"{total / num_layers:g} of them on average over its layers. Lower tower_ratio, or "
+                "raise ratio."
+            )
+        # With the factor, the sum over all layers grows; between two of the ratios most / f, at
+        # which another layer reaches what the tower leaves, it is linear.
+        capped, rest, factor = 0, sorted((f for f in profile if f > 0), reverse=True), 1.0
+        for capped in range(len(rest) + 1):
+            below = sum(rest[capped:])
+            factor = (total - most * capped) / below if below > 0 else 1.0
+            if capped == len(rest) or factor * rest[capped] <= most + 1e-12:
+                break
+        scaled = [min(most, factor * f) for f in profile]
+        changes = _stages_at_changes(scaled, self._reducers(tower.reducer, num_layers), most)
+        return Plan(changes.stages, tower)
+
+    def _reducers(self, first: StageReducer, num_layers: int) -> list[StageReducer]:
+        """The latest reducer before every layer; `first` before any stage."""
+        by_layer, reducers = {s.layer: s.reducer for s in self.stages}, [first]
+        for layer in range(num_layers):
+            reducers.append(by_layer.get(layer, reducers[-1]))
+        return reducers[1:]
 
 
 def _delayed(profile: list[float], first: int) -> list[float]:
@@ -308,9 +472,17 @@ def from_profile(profile: list[float], reducer: StageReducer) -> Plan:
     return _stages_at_changes(profile, [reducer] * len(profile))
 
 
-def _stages_at_changes(profile: list[float], reducers: list[StageReducer]) -> Plan:
-    """A stage at every layer where `profile` falls, with the reducer listed for that layer."""
-    stages, current = [], 1.0
+def _stages_at_changes(
+    profile: list[float], reducers: list[StageReducer], current: float = 1.0
+) -> Plan:
+    """A stage at every layer where `profile` falls, with the reducer listed for that layer.
+
+    Parameters
+    ----------
+    current
+        Fraction of the tokens before the first layer.
+    """
+    stages = []
     for layer, (fraction, reducer) in enumerate(zip(profile, reducers, strict=True)):
         if fraction < current - 1e-12:
             stages.append(Stage(layer, max(fraction, 0.0), reducer))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import PlanError
-from tokencomp.plan import Plan, Stage
+from tokencomp.plan import Plan, Stage, TowerStage
 from tokencomp.reducers.registry import make_reducer
 from tokencomp.validation import fits
 
@@ -18,12 +18,18 @@ PlanLike = Plan | list[dict[str, Any]] | str | PathLike[str]
 def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
     """A plan as plain data: one object per stage with layer, fraction, reducer and options.
 
+    A stage in the vision tower comes first and has "tower", the number of its first block, instead
+    of "layer".
+
     Raises
     ------
     PlanError
         A reducer without a registered name, so that the plan could not be read again.
     """
-    nameless = [type(s.reducer).__name__ for s in plan.stages if not s.reducer.name]
+    stages: list[Stage | TowerStage] = [*plan.stages]
+    if plan.tower is not None:
+        stages.insert(0, plan.tower)
+    nameless = [type(s.reducer).__name__ for s in stages if not s.reducer.name]
     if nameless:
         raise PlanError(
             f"{nameless[0]} has no name to write down. Register it with "
@@ -31,12 +37,12 @@ def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
         )
     return [
         {
-            "layer": int(s.layer),
+            **({"tower": s.block} if isinstance(s, TowerStage) else {"layer": int(s.layer)}),
             "fraction": float(s.fraction),
             "reducer": s.reducer.name,
             "options": s.reducer.options(),
         }
-        for s in plan.stages
+        for s in stages
     ]
 
 
@@ -47,27 +53,32 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
     ------
     PlanError
         Something other than a list; a stage without layer, fraction or reducer, with further
-        keys, or with a value of another type; whatever `Stage` and `Plan` refuse.
+        keys, or with a value of another type; whatever `Stage`, `TowerStage` and `Plan` refuse.
     UnknownNameError, OptionError
         A reducer that is not registered, or options that it refuses.
     """
     if not isinstance(data, list):
         raise PlanError(f"plan {data!r}: expected a list of stages.")
-    stages = []
+    stages, tower = [], None
     for i, item in enumerate(data):
-        if not _is_stage(item):
+        if not _is_stage(item, "layer") and not (i == 0 and _is_stage(item, "tower")):
             raise PlanError(
                 f"stage {i} of the plan is {item!r}; expected an object with layer (an integer), "
                 "fraction (a number), reducer (a name) and, if needed, options (an object), e.g. "
-                '{"layer": 0, "fraction": 0.5, "reducer": "merge"}.'
+                '{"layer": 0, "fraction": 0.5, "reducer": "merge"}. The first may have tower (a '
+                "block of the vision tower) instead of layer."
             )
         reducer = make_reducer(item["reducer"], **item.get("options", {}))
-        stages.append(Stage(item["layer"], float(item["fraction"]), reducer))
-    return Plan(tuple(stages))
+        if "tower" in item:
+            tower = TowerStage(item["tower"], float(item["fraction"]), reducer)
+        else:
+            stages.append(Stage(item["layer"], float(item["fraction"]), reducer))
+    return Plan(tuple(stages), tower)
 
 
-def _is_stage(item: Any) -> bool:
-    hints = {"layer": int, "fraction": float, "reducer": str}
+def _is_stage(item: Any, place: str) -> bool:
+    """Whether `item` describes a stage before a "layer", or before a block of the "tower"."""
+    hints = {place: int, "fraction": float, "reducer": str}
     if not isinstance(item, dict) or set(item) - {"options"} != set(hints):
         return False
     options = item.get("options", {})

@@ -79,7 +79,8 @@ class VisualTokens:
     Attributes
     ----------
     features : Tensor, shape (n, d)
-        Projected features at entry, hidden states between layers; the model's dtype.
+        Projected features at entry, hidden states between layers; the model's dtype. In the vision
+        tower: float32 pixels or hidden states of a cell's patches, see `pixels`.
     grid
         (t, h, w) of the *uncompressed* span.
     special : Tensor of bool, shape (n,)
@@ -97,6 +98,9 @@ class VisualTokens:
     keys : Tensor of float32, shape (n, c), or None
         Keys of the vision tower (`TOWER_KEYS`), all heads side by side, mean over a token's
         patches; 0 at special tokens.
+    pixels
+        (height, width) of a patch where `features` are pixels, before the first block of the vision
+        tower: they are the last two axes of `features.view(n, -1, height, width)`. Else None.
     place
         (sample of the batch, span of the sample). For evaluation only: what a reducer chooses must
         not depend on the batch.
@@ -111,6 +115,7 @@ class VisualTokens:
     kind: Kind = "image"
     sizes: Tensor | None = None
     keys: Tensor | None = None
+    pixels: tuple[int, int] | None = None
     place: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:

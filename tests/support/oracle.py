@@ -16,13 +16,18 @@ def kept_columns(handle: Any, inputs: dict[str, Tensor], num_layers: int) -> lis
     """Per layer: mask (B, L) of columns that are real and still there, from `handle.stats`."""
     stats, stages = handle.stats, {s.layer: i for i, s in enumerate(handle.plan.stages)}
     current, masks = inputs["attention_mask"].bool().clone(), []
+
+    def leave(b: int, kept: list[list[int]]) -> None:
+        for span, offsets in zip(stats.spans[b], kept, strict=True):
+            current[b, span.start : span.stop] = False
+            current[b, [span.start + o for o in offsets]] = True
+
+    for b in range(len(stats.spans)):
+        leave(b, stats.tower_kept(b))
     for layer in range(num_layers):
         if layer in stages:
-            for b, spans in enumerate(stats.spans):
-                kept = stats.kept(b)[stages[layer]]
-                for span, offsets in zip(spans, kept, strict=True):
-                    current[b, span.start : span.stop] = False
-                    current[b, [span.start + o for o in offsets]] = True
+            for b in range(len(stats.spans)):
+                leave(b, stats.kept(b)[stages[layer]])
         masks.append(current.clone())
     return masks
 

@@ -17,6 +17,7 @@ from tokencomp.adapters.structure import (
     find_placeholders,
     has_mrope,
 )
+from tokencomp.adapters.towers import Tower, unknown_cells
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
 
@@ -136,6 +137,16 @@ class Adapter:
         raise SpanError(
             f"{type(self).__name__} must define tower_tokens to offer signals of the tower."
         )
+
+    def tower_layout(self) -> Tower:
+        """Which patches of the vision tower a visual token reads, for a stage in the tower.
+
+        Raises
+        ------
+        UnsupportedModelError
+            It is not known.
+        """
+        raise unknown_cells(self.family)
 
     def placeholder_ids(self) -> dict[int, int]:
         """Token id → kind (1 image, 2 video, 3 audio)."""

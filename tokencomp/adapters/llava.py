@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,16 @@ from torch import Tensor
 from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.tiles import TileAdapter
+from tokencomp.adapters.towers import DenseTower, MosaicTower, bilinear, squares
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
+
+
+def _tower(adapter: TileAdapter, kind: type[DenseTower], **options: Any) -> DenseTower:
+    """A tower whose patches are the tokens of images, and go through the projector one by one."""
+    projector, layer = adapter.projector, adapter.model.config.vision_feature_layer
+    options = {"restorer": projector, "layer": layer, "owner": adapter.body, **options}
+    return kind(adapter.tower, projector, squares(adapter.patches_per_side, 1), **options)
 
 
 @register_adapter
@@ -20,6 +29,9 @@ class LlavaAdapter(TileAdapter):
 
     family = "LLaVA-1.5"
     model_types = ("llava",)
+
+    def tower_layout(self) -> DenseTower:
+        return _tower(self, DenseTower)
 
 
 @register_adapter
@@ -32,6 +44,9 @@ class LlavaNextAdapter(TileAdapter):
     family = "LLaVA-NeXT"
     model_types = ("llava_next",)
     packer = "pack_image_features"
+
+    def tower_layout(self) -> DenseTower:
+        return _tower(self, MosaicTower, body=self.body)
 
     def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
         patches = self.tile_patches(values)
@@ -119,6 +134,12 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     family = "LLaVA-NeXT-Video"
     model_types = ("llava_next_video",)
 
+    def tower_layout(self) -> DenseTower:
+        # Frames are pooled before the projector, so that rows must stand again before it.
+        size = self.model.config.spatial_pool_stride
+        video = squares(self.patches_per_side, size, partial=False)
+        return _tower(self, MosaicTower, body=self.body, video=video, restorer=self.tower)
+
     def _pooled(self, patches: Tensor) -> Tensor:
         return self.body.vision_resampler(patches)
 
@@ -149,6 +170,11 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
 
     family = "LLaVA-OneVision"
     model_types = ("llava_onevision",)
+
+    def tower_layout(self) -> DenseTower:
+        side = self.patches_per_side
+        video = bilinear(side, math.ceil(side / 2))
+        return _tower(self, MosaicTower, body=self.body, video=video)
 
     def _pooled(self, patches: Tensor) -> Tensor:
         return self.body.apply_pooling(patches)

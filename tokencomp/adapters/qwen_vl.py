@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.adapters.registry import register_adapter
+from tokencomp.adapters.towers import PackedTower
 from tokencomp.engine import compat
 from tokencomp.errors import SpanError
 from tokencomp.tokens import Grid, VisualSpan
@@ -39,6 +41,9 @@ class Qwen2VLAdapter(Adapter):
     def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
         unit = self.model.config.vision_config.spatial_merge_size**2
         return values[0].unflatten(0, (-1, unit)).mean(1)
+
+    def tower_layout(self) -> PackedTower:
+        return PackedTower(self.tower, self.model.config.vision_config.patch_size)
 
     def kinds_in_place(self, inputs: Mapping[str, Any]) -> Tensor | None:
         kinds, positions = super().kinds_in_place(inputs), inputs.get("position_ids")
@@ -145,6 +150,10 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
 
     family = "Qwen2.5-VL"
     model_types = ("qwen2_5_vl",)
+
+    def tower_layout(self) -> PackedTower:
+        order = functools.partial(compat.window_order, self.tower)
+        return PackedTower(self.tower, self.model.config.vision_config.patch_size, order)
 
     def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
         order = compat.window_order(self.tower, call.grids).to(values.device)

@@ -20,5 +20,9 @@ class SmolVLMAdapter(TileAdapter):
         return self.body.vision_model
 
     @property
+    def projector(self) -> Any:
+        return self.body.connector
+
+    @property
     def tile_side(self) -> int:
         return shrunk(self.patches_per_side, 1 / self.model.config.scale_factor)

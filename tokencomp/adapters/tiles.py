@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
 from tokencomp.adapters.base import Adapter, block_means
 from tokencomp.adapters.call import Call, TowerCall
+from tokencomp.adapters.towers import DenseTower, Tower, squares
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
 
@@ -32,6 +34,17 @@ class TileAdapter(Adapter):
         patches, side = self.tile_patches(values), self.patches_per_side
         grid = patches.unflatten(1, (side, side))
         return block_means(grid, side // self.tile_side).flatten(0, 2)
+
+    def tower_layout(self) -> Tower:
+        side = self.patches_per_side
+        table = squares(side, side // self.tile_side)
+        layer = getattr(self.model.config, "vision_feature_layer", -1)
+        return DenseTower(self.tower, self.projector, table, layer=layer, owner=self.body)
+
+    @property
+    def projector(self) -> Any:
+        """The module that maps what the tower returns to the size of text embeddings."""
+        return self.body.multi_modal_projector
 
     @property
     def tile_side(self) -> int:

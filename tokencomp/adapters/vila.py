@@ -15,6 +15,7 @@ from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structure import Parts
+from tokencomp.adapters.towers import DenseTower, pooled, squares, unknown_cells
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
 
@@ -49,6 +50,18 @@ class VilaAdapter(Adapter):
         t, h, w = self._pool if kind == "video" else (1, 1, 1)
         pooled = grid.unflatten(2, (-1, w)).unflatten(1, (-1, h)).unflatten(0, (-1, t))
         return pooled.mean(dim=(1, 3, 5)).flatten(0, 2)
+
+    def tower_layout(self) -> DenseTower:
+        projector, config = self.model.mm_projector, self.model.config
+        (t, h, w), order = self._pool, projector.order
+        if h != w:
+            raise unknown_cells(self.family, f"its videos are averaged over {h}×{w} tokens")
+        image = squares(config.patches_per_side, projector.factor, order)
+        video = pooled(image, h)
+        return DenseTower(
+            self.model.vision_tower, projector, image, video, layer=config.select_layer,
+            owner=self.model, methods=("encode_videos",), pooled_frames=t,
+        )  # fmt: skip
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
         frames = call.inputs.get("video_frames")
@@ -122,6 +135,9 @@ class VilaPortAdapter(Adapter):
     """
 
     family = "VILA (remote code)"
+
+    def tower_layout(self) -> DenseTower:
+        raise unknown_cells(self.family, "its code finds features by comparing them")
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

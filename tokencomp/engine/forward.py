@@ -17,8 +17,10 @@ from tokencomp.engine.packing import sequence_lengths
 from tokencomp.engine.probes import input_scores, layer_scores
 from tokencomp.engine.segments import Segment
 from tokencomp.engine.stage_input import StageInput
+from tokencomp.engine.survivors import surviving_rows
+from tokencomp.engine.tower_flops import TowerCost
 from tokencomp.plan import Plan, Stage
-from tokencomp.tokens import Attention, Signal, VisualSpan
+from tokencomp.tokens import Attention, Reduction, Signal, VisualSpan
 
 
 class ForwardPass:
@@ -36,6 +38,10 @@ class ForwardPass:
         Last columns that stand where the caller put them, whatever leaves.
     tower
         Signals of the vision tower: values of every span of every sample, see `TowerProbe`.
+    survivors
+        Where tokens stood once those had left that a stage in the vision tower has dropped.
+    tower_costs
+        Work of the calls of the vision tower for this prompt; empty if they are not known.
     rotary
         True positions (B, n) for decoders with one position per token.
     chunk, earlier
@@ -67,9 +73,11 @@ class ForwardPass:
         self.chunk: int | None = None
         self.earlier: list[Tensor] = []
         self.tower: dict[Signal, list[list[Tensor]]] = {}
+        self.tower_costs: list[TowerCost] = []
         self.compresses = True
         self.reduce_seconds = 0.0
         self.kept: list[RowLayout] = []
+        self.survivors: RowLayout | None = None
         self._scores: dict[int, list[list[Tensor]]] = {}
         self._new: Tensor | None = None
 
@@ -113,6 +121,9 @@ class ForwardPass:
             valid = self.layout.valid(x.device)
             tensors = [x, positions.to(x.device)]
             x, positions = take(tensors, origin.to(x.device), [1, -1], valid)
+        if self.plan.tower is not None:  # before anything scores what is not there
+            with self._timed():
+                x, positions = self._leave_tower(x, positions)
         stage = self.plan.entry
         if stage is None:
             self.segments[0].layout = self.layout
@@ -136,11 +147,26 @@ class ForwardPass:
             scores = self._scores.pop(stage.layer, None)
             before = StageInput(x, self.layout, scores, self.tower)
             reductions = before.reductions(stage, self.plan.stages.index(stage), self.counts)
-            self.layout, index = compact(self.layout, reductions, x.device)
+            tensors = self._compact(reductions, tensors, dims)
             self.kept.append(self.layout)
-            tensors = [t.to(x.device) for t in tensors]
-            tensors = take(tensors, index, dims, self.layout.valid(x.device))
             write_merged(tensors[0], self.layout, reductions)
+        return tensors
+
+    def _compact(
+        self, reductions: list[list[Reduction]], tensors: list[Tensor], dims: list[int]
+    ) -> list[Tensor]:
+        """Put the layout after `reductions` in force, and take its columns of all tensors."""
+        device = tensors[0].device
+        self.layout, index = compact(self.layout, reductions, device)
+        return take([t.to(device) for t in tensors], index, dims, self.layout.valid(device))
+
+    def _leave_tower(self, x: Tensor, positions: Tensor) -> list[Tensor]:
+        """Drop the visual tokens that the vision tower has not computed, which are NaN."""
+        layout = self.layout = self.layout.to(x.device)
+        left = surviving_rows(x, layout, self.plan)
+        reductions = [[Reduction(keep.to(x.device)) for keep in row] for row in left]
+        tensors = self._compact(reductions, [x, positions], [1, -1])
+        self.survivors = self.layout
         return tensors
 
     @contextlib.contextmanager

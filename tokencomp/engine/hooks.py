@@ -35,6 +35,7 @@ from tokencomp.engine.prompt_reading import PrefillCall, PromptReader
 from tokencomp.engine.proportional import ProportionalAttention
 from tokencomp.engine.question import PromptLength
 from tokencomp.engine.stats import Stats, collect, warn_if_ratio_missed
+from tokencomp.engine.survivors import refuse_missing
 from tokencomp.errors import TokenCompError, copy_error
 from tokencomp.plan import Plan
 
@@ -73,6 +74,7 @@ class Hooks:
             ProportionalAttention(adapter.layers, self._sizes) if proportional else None
         )
         self.stats: Stats | None = None
+        self._had_tower = False  # features of an earlier plan may still come, with tokens missing
         self._missed_plans: set[str] = set()  # plans that have warned of a missed ratio
         self._local = threading.local()
         self._notes = CallNotes(adapter, self._local, strict)
@@ -105,7 +107,7 @@ class Hooks:
             add(module.register_forward_hook(post, with_kwargs=True, always_call=True))
         if not a.mrope and a.rotary is not None:
             add(a.rotary.register_forward_pre_hook(self._rotary, with_kwargs=True))
-        self._plan_hooks.install(self.plan)
+        self._install_plan()
         if self.proportional is not None:
             self.proportional.install()
         self._prefill.install()
@@ -122,7 +124,11 @@ class Hooks:
         with self.gate.change():
             self._plan_hooks.remove()
             self.plan, self.stats = plan, None
-            self._plan_hooks.install(plan)
+            self._install_plan()
+
+    def _install_plan(self) -> None:
+        self._plan_hooks.install(self.plan)
+        self._had_tower = self._had_tower or self.plan.tower is not None
 
     def remove(self) -> None:
         """Undo `install`; safe to call twice."""
@@ -151,7 +157,7 @@ class Hooks:
 
     def _compresses(self) -> bool:
         """Whether prompts with media are compressed in this thread."""
-        return bool(self.plan.stages) and not self.disabled
+        return self.plan.active and not self.disabled
 
     def _forget_stats(self) -> None:
         self.stats = None
@@ -161,7 +167,7 @@ class Hooks:
     def _traced(self, arguments: dict[str, Any]) -> bool:
         """Whether Dynamo may trace through a hook: it does nothing, or tensor operations."""
         kinds = getattr(self._local, "kinds", None)
-        return kinds is None and self._later.traceable(arguments, bool(self.plan.stages))
+        return kinds is None and self._later.traceable(arguments, self.plan.active)
 
     def _busy(self, *names: str) -> bool:
         """Whether this thread notes something for the running call; Dynamo guards on it."""
@@ -188,7 +194,7 @@ class Hooks:
     def _note_prompt(self, arguments: dict[str, Any]) -> None:
         if self._notes.note_prompt(arguments, self.disabled):
             self.stats = None  # not those of another prompt
-            if self.plan.stages:
+            if self.plan.active:
                 self._notes.without_features(arguments)
 
     def _body_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
@@ -213,13 +219,15 @@ class Hooks:
         """Arguments of a decoder call; None where they stay as they are."""
         kinds, cache = getattr(self._local, "kinds", None), compat.get_cache(kwargs)
         if kinds is not None and bool(kinds.any()):
-            if self.plan.stages:
+            if self.plan.active:
                 check_cache(cache, bool(self.plan.layer_stages))
                 kwargs = plain_mask(kwargs, cache)
                 self._compress(kwargs, kinds, cache)
                 keep = getattr(self._local, "logits", 0)
                 return (), self._prefill.advance(module, kwargs, self._local.forward, keep)
             self._count(kwargs, kinds, cache)
+        if self._had_tower and kwargs.get("inputs_embeds") is not None:
+            refuse_missing(kwargs["inputs_embeds"])
         if isinstance(first_layer(cache), CompressedLayer):
             kwargs = dict(kwargs)
             self._later.prepare(kwargs, cache.layers)
@@ -247,6 +255,9 @@ class Hooks:
         forward, positions = self._read(kwargs, kinds, cache)
         if self._plan_hooks.tower is not None:
             forward.tower = self._plan_hooks.tower.collect(forward.spans)
+        if self._plan_hooks.drop is not None:
+            media = {s.kind for row in forward.spans for s in row}
+            forward.tower_costs = self._plan_hooks.drop.collect(len(media))
         if len(forward.segments) > 1:
             self._plan_hooks.install_layers()
         enter_prompt(self.adapter, forward, positions, kwargs, cache, self.compact_positions)

@@ -14,6 +14,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.tower import TowerProbe, check_signals
+from tokencomp.engine.tower_stage import TowerDrop
 from tokencomp.plan import Plan
 from tokencomp.tokens import Attention
 
@@ -35,6 +36,7 @@ class PlanHooks:
     def __init__(self, adapter: Adapter, local: Any, off: Callable[[], bool]) -> None:
         self.adapter, self.local, self.off = adapter, local, off
         self.tower: TowerProbe | None = None
+        self.drop: TowerDrop | None = None
         self._handles: list[RemovableHandle] = []
         self._layered = False
         self._lock = threading.Lock()
@@ -42,9 +44,13 @@ class PlanHooks:
     def install(self, plan: Plan) -> None:
         """Hook what the stages of `plan` need."""
         self._install_scores(plan)
+        if plan.tower is not None:  # before the probe, which reads rows that are left
+            self.drop = TowerDrop(self.adapter, plan.tower, self.off)
+            self.drop.install()
         signals = check_signals(plan, self.adapter)
         if signals:
-            self.tower = TowerProbe(self.adapter, signals, off=self.off)
+            full = self.drop.full_length if self.drop else None
+            self.tower = TowerProbe(self.adapter, signals, self.off, full)
             self.tower.install()
         if plan.layer_stages:
             self.install_layers()
@@ -55,9 +61,10 @@ class PlanHooks:
             handle.remove()
         self._handles.clear()
         self._layered = False
-        if self.tower is not None:
-            self.tower.remove()
-            self.tower = None
+        for part in (self.drop, self.tower):
+            if part is not None:
+                part.remove()
+        self.drop = self.tower = None
 
     def _install_scores(self, plan: Plan) -> None:
         for stage in plan.layer_stages:

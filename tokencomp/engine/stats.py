@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tokencomp.engine.forward import ForwardPass
+    from tokencomp.engine.layout import RowLayout
+    from tokencomp.engine.tower_flops import TowerCost
     from tokencomp.plan import Plan
     from tokencomp.tokens import VisualSpan
 
@@ -43,6 +47,11 @@ class Stats:
     prefill_chunk
         Columns of the compressed prompt that the decoder took at a time (`prefill_chunk_size`);
         None: all.
+    entering
+        Per sample, per span: visual tokens that left the vision tower and reached the decoder.
+    tower_costs
+        Work of the calls of the vision tower; empty without a stage in the tower, or if the tower
+        ran in another thread or for other prompts in between.
     """
 
     spans: list[list[VisualSpan]]
@@ -55,7 +64,10 @@ class Stats:
     past_rows: list[int] = field(default_factory=list)
     reduce_seconds: float = 0.0
     prefill_chunk: int | None = None
+    entering: list[list[int]] = field(default_factory=list)
+    tower_costs: list[TowerCost] = field(default_factory=list, repr=False)
     _kept: list[list[list[Tensor | None]]] = field(default_factory=list, repr=False)
+    _survivors: list[list[Tensor | None]] = field(default_factory=list, repr=False)
 
     @property
     def tokens_before(self) -> list[int]:
@@ -65,8 +77,7 @@ class Stats:
     @property
     def tokens_after(self) -> list[list[int]]:
         """Visual tokens per sample seen by each decoder layer."""
-        pairs = zip(self.counts, self.spans, strict=True)
-        return [self._left(counts, spans) for counts, spans in pairs]
+        return [self._left(*row) for row in zip(self.counts, self.entering, strict=True)]
 
     @property
     def ratio(self) -> float:
@@ -75,9 +86,9 @@ class Stats:
         after = sum(sum(seen) for seen in self.tokens_after)
         return 1.0 - after / before if before else 0.0
 
-    def _left(self, counts: list[list[int]], spans: list[VisualSpan]) -> list[int]:
+    def _left(self, counts: list[list[int]], entering: list[int]) -> list[int]:
         """Visual tokens of some spans that every decoder layer sees."""
-        left, current = [], sum(s.visual for s in spans)
+        left, current = [], sum(entering)
         for layer in range(self.shape.num_layers):
             if layer in self.stage_layers:
                 current = sum(c[self.stage_layers.index(layer)] for c in counts)
@@ -87,11 +98,11 @@ class Stats:
     def _lengths_after(self) -> list[list[int]]:
         """Per prompt: the tokens that every decoder layer sees."""
         lengths = []
-        for spans, counts, prompts in zip(self.spans, self.counts, self.prompts, strict=True):
+        rows = zip(self.spans, self.counts, self.entering, self.prompts, strict=True)
+        for spans, counts, entering, prompts in rows:
             for length, chosen in prompts:
-                own = [spans[j] for j in chosen]
-                text = length - sum(s.visual for s in own)
-                left = self._left([counts[j] for j in chosen], own)
+                text = length - sum(spans[j].visual for j in chosen)
+                left = self._left([counts[j] for j in chosen], [entering[j] for j in chosen])
                 lengths.append([text + n for n in left])
         return lengths
 
@@ -118,13 +129,37 @@ class Stats:
         """Bytes of keys and values it caches for real tokens (padding of a ragged batch apart)."""
         return sum(sum(row) for row in self._lengths_after()) * self.shape.kv_bytes_per_token
 
+    @property
+    def tower_ratio(self) -> float:
+        """Achieved tower ratio: 1 - patches seen / patches of the input, over blocks in use.
+
+        0 without a stage in the tower, NaN if its calls are not known.
+        """
+        if not self._survivors:
+            return 0.0
+        before, after = _sums(cost.patches for cost in self.tower_costs)
+        return 1.0 - after / before if before else math.nan
+
+    @property
+    def tower_flops(self) -> tuple[int, int]:
+        """FLOPs of the blocks of the vision tower without and with its stage; 0 if unknown."""
+        return _sums(cost.tower_flops for cost in self.tower_costs)
+
+    @property
+    def projector_flops(self) -> tuple[int, int]:
+        """FLOPs of the projector without and with the stage in the tower; 0 if unknown."""
+        return _sums(cost.projector_flops for cost in self.tower_costs)
+
+    def tower_kept(self, sample: int = 0) -> list[list[int]]:
+        """Offsets inside each span that left the vision tower: `tower_kept(b)[span]`."""
+        spans = self.spans[sample]
+        if not self._survivors:
+            return _offsets(spans, [None] * len(spans))
+        return _offsets(spans, self._survivors[sample])
+
     def kept(self, sample: int = 0) -> list[list[list[int]]]:
         """Offsets inside each span that are left, per stage: `kept(b)[stage][span]`."""
-        result = []
-        for stage in self._kept:
-            row = zip(self.spans[sample], stage[sample], strict=True)
-            result.append([list(range(s.length)) if i is None else i.tolist() for s, i in row])
-        return result
+        return [_offsets(self.spans[sample], stage[sample]) for stage in self._kept]
 
     def summary(self) -> dict[str, Any]:
         """The numbers as plain types, ready for JSON."""
@@ -136,7 +171,35 @@ class Stats:
             "flops_after": self.flops_after,
             "kv_bytes_before": self.kv_bytes_before,
             "kv_bytes_after": self.kv_bytes_after,
+            **self._tower_summary(),
         }
+
+    def _tower_summary(self) -> dict[str, Any]:
+        """What a stage in the vision tower saved; empty without one."""
+        if not self._survivors:
+            return {}
+        parts = {"tower": self.tower_flops, "projector": self.projector_flops}
+        pairs = {
+            name: dict(zip(("before", "after"), pair, strict=True)) for name, pair in parts.items()
+        }
+        flops = {
+            f"{name}_flops_{side}": n for name, pair in pairs.items() for side, n in pair.items()
+        }
+        return {"tower_ratio": self.tower_ratio, "tower_kept": self.entering, **flops}
+
+
+def _offsets(spans: list[VisualSpan], rows: Sequence[Tensor | None]) -> list[list[int]]:
+    """Offsets inside spans as lists; None stands for all."""
+    pairs = zip(spans, rows, strict=True)
+    return [list(range(s.length)) if i is None else i.tolist() for s, i in pairs]
+
+
+def _sums(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The sums of the first and of the second numbers."""
+    first, second = 0, 0
+    for a, b in pairs:
+        first, second = first + a, second + b
+    return first, second
 
 
 def warn_if_ratio_missed(stats: Stats, plan: Plan, warned: set[str]) -> None:
@@ -192,5 +255,13 @@ def collect(forward: ForwardPass, cache: Any) -> Stats:
         past_rows=[s.physical for s in forward.segments for _ in range(s.first, s.stop)],
         reduce_seconds=forward.reduce_seconds,
         prefill_chunk=forward.chunk,
-        _kept=[[[live.index for live in row] for row in layout.spans] for layout in forward.kept],
+        entering=[[forward.plan.entering(s) for s in row] for row in forward.spans],
+        tower_costs=forward.tower_costs,
+        _survivors=[] if forward.survivors is None else _indices(forward.survivors),
+        _kept=[_indices(layout) for layout in forward.kept],
     )
+
+
+def _indices(layout: RowLayout) -> list[list[Tensor | None]]:
+    """Offsets inside their span of the tokens of every live span; None: all."""
+    return [[live.index for live in row] for row in layout.spans]

@@ -55,12 +55,20 @@ class TowerProbe:
         Which values are recorded.
     off
         Nothing is computed or recorded in a thread where this returns True.
+    full_length
+        Spreads values of the rows of a running call over all rows, where a stage in the tower has
+        dropped some (`TowerDrop.full_length`); None: there is no such stage.
     """
 
     def __init__(
-        self, adapter: Adapter, signals: frozenset[Signal], off: Callable[[], bool] = lambda: False
+        self,
+        adapter: Adapter,
+        signals: frozenset[Signal],
+        off: Callable[[], bool] = lambda: False,
+        full_length: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.adapter, self.signals, self.off = adapter, signals, off
+        self.full_length = full_length or (lambda values: values)
         self._recorded = _RecordedCalls()
         self._handles: list[RemovableHandle | MethodReplacement] = []
 
@@ -107,6 +115,7 @@ class TowerProbe:
                 self.adapter.class_token,
             )
             values[TOWER_ATTENTION] = received[..., None]
+        values = {name: self.full_length(x) for name, x in values.items()}
         self._recorded.calls.append(TowerCall(values, self._recorded.grids))
 
     def _pack(self, original: Callable[..., Any], features: Any, *args: Any, **kwargs: Any) -> Any:

@@ -7,8 +7,6 @@ or `replace_patches`, which put the special tokens back.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -121,17 +119,6 @@ def patches_per_frame(tokens: VisualTokens) -> list[int]:
     if tokens.index is None:
         return [h * w] * t
     return torch.bincount(tokens.cells() // (h * w), minlength=t).tolist()
-
-
-def split_evenly(total: int, counts: list[int]) -> list[int]:
-    """Split `total` over groups in proportion to `counts`: whole numbers with exactly that sum.
-
-    No group gets more than its count, as long as `total` is not above the sum of the counts. If
-    there is less than one per group, the last group of every run of groups gets it.
-    """
-    everything = max(sum(counts), 1)
-    ends = [total * c // everything for c in itertools.accumulate(counts, initial=0)]
-    return [b - a for a, b in itertools.pairwise(ends)]
 
 
 def round_to_sum(shares: list[float], total: int, most: int) -> list[int]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.errors import OptionError
-from tokencomp.plan import Plan, check_ratio, from_profile
-from tokencomp.reducers._rows import keep_patches, patch_rows, patches_per_frame, split_evenly
+from tokencomp.plan import Plan, check_ratio, from_profile, split_evenly
+from tokencomp.reducers._rows import keep_patches, patch_rows, patches_per_frame
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.schedules import bisect, early

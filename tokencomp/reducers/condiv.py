@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from tokencomp.plan import split_evenly
 from tokencomp.reducers._rows import (
     finite_features,
     keep_patches,
@@ -17,7 +18,6 @@ from tokencomp.reducers._rows import (
     patches_per_frame,
     round_to_sum,
     signal_scores,
-    split_evenly,
     whole_grid,
 )
 from tokencomp.reducers.base import Reducer

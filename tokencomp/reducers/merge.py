@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokencomp.plan import split_evenly
 from tokencomp.reducers._rows import (
     finite_features,
     patch_rows,
     patches_per_frame,
     replace_patches,
-    split_evenly,
     token_sizes,
     tower_keys,
 )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.errors import OptionError
-from tokencomp.reducers._rows import finite_features, replace_patches, split_evenly, whole_grid
+from tokencomp.plan import split_evenly
+from tokencomp.reducers._rows import finite_features, replace_patches, whole_grid
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens import ModelFacts, Reduction, VisualTokens

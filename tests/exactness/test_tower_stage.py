@@ -1,0 +1,159 @@
+"""A stage in the vision tower gives the run whose tower and decoder ignore what it drops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import oracle, plans, tower
+from support.families import FAMILIES, Family, text
+from support.hooks import hooks_of, prompt
+from torch import Tensor, nn
+
+import tokencomp
+from tokencomp import Plan, Stage, TowerStage, make_reducer
+
+# The mixture of experts of Qwen3-VL takes no float64; its tower is that of Qwen3-VL.
+FAMILY_NAMES = sorted(set(FAMILIES) - {"qwen3_vl_moe"})
+RANDOM = make_reducer("random")
+
+
+TOLERANCE = {"sdpa": 1e-6, "eager": 1e-4}  # float64 and float32, see `tower.build`
+
+
+def prompts(family: Family, model: nn.Module) -> dict[str, Tensor]:
+    """Ragged: images of different grids and a video; text behind every one of them."""
+    first = [text(3), family.image(0), text(2, 2), family.image(1), text(7, 3)]
+    return tower.like(model, family.batch([first, [family.video(4), text(3, 4)], [text(9, 6)]]))
+
+
+def staged(block: int, fraction: float = 0.6, name: str = "both") -> Plan:
+    decoder = plans.make(name, 4).stages
+    return Plan(
+        tuple(Stage(s.layer, s.fraction * fraction, s.reducer) for s in decoder),
+        TowerStage(block, fraction, RANDOM),
+    )
+
+
+def tower_rows(model: nn.Module, inputs: dict[str, Tensor], plan: Plan, **call: Any) -> Any:
+    """Which rows the tower of a patched run sees from the block of the stage on, per call."""
+    k = plan.tower.block
+    with tower.block_inputs(model, k) as full, torch.no_grad():
+        model(**inputs, use_cache=False)
+    with tokencomp.patch(model, plan=plan), tower.block_inputs(model, k) as short, torch.no_grad():
+        model(**inputs, use_cache=False)
+    return tower.seen_rows(full, short)
+
+
+def test_drop_equals_mask(family: Family) -> None:
+    compare(family, "sdpa", 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block", [0, 1])
+def test_drop_equals_mask_everywhere(family: Family, backend: str, block: int) -> None:
+    compare(family, backend, block)
+
+
+def compare(family: Family, backend: str, block: int) -> None:
+    """Prefill and every decode step, behind stages of the decoder; the tower's weights are loud."""
+    family = tower.deep(family)
+    model, plan = tower.build(family, backend), staged(block)
+    inputs = prompts(family, model)
+    seen = tower_rows(model, inputs, plan)
+    assert all(not mask.all() for mask in seen)
+    with tokencomp.patch(model, plan=plan) as handle:
+        out = oracle.generate(model, inputs, 4)
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+        reached = handle.stats.tower_ratio
+    assert reached == pytest.approx(1 - _left(model, seen, block), abs=0.05)
+    length = inputs["input_ids"].shape[1]
+    new = out.sequences[:, length:][:, :-1]
+    with tower.tower_masks(model, seen, block):
+        expected = oracle.masked_logits(model, family, inputs, masks, new)
+    unmasked = oracle.masked_logits(model, family, inputs, masks, new)
+    for step, logits in enumerate(out.logits):
+        column = length - 1 + step
+        assert (logits - expected[:, column]).abs().max() < TOLERANCE[backend], f"step {step}"
+        assert (expected[:2, column] - unmasked[:2, column]).abs().amax(-1).min() > 1e-3
+
+
+def _left(model: Any, seen: list[Tensor], block: int) -> float:
+    """Mean over the blocks in use of the share of rows that they see, of three blocks in all."""
+    layer = getattr(model.config, "vision_feature_layer", getattr(model.config, "select_layer", -1))
+    used = 3 + layer + 1
+    share = sum(int(m.sum()) for m in seen) / sum(m.numel() for m in seen)
+    return (block + (used - block) * share) / used
+
+
+def whole(family: Family) -> Plan:
+    """Cells before block 0, then an entry stage."""
+    return Plan((Stage(0, 0.4, RANDOM),), TowerStage(0, 0.6, make_reducer("kcentre")))
+
+
+def test_batch_equals_singles_with_beams(family: Family) -> None:
+    model = family.build()
+    rows = [[text(3), family.image(0), text(5, 3)], [family.video(4), text(6, 4)], [text(5)]]
+    options = dict(num_beams=2, num_return_sequences=2)
+    with tokencomp.patch(model, plan=whole(family)) as handle:
+        batch = oracle.generate(model, family.batch(rows), **options)
+        kept = [handle.stats.tower_kept(2 * b) for b in range(2)]
+        for b, row in enumerate(rows):
+            single = oracle.generate(model, family.batch([row]), **options)
+            assert torch.equal(batch.sequences[2 * b : 2 * b + 2, -8:], single.sequences[:, -8:])
+            if b < 2:
+                assert handle.stats.tower_kept(0) == kept[b]
+
+
+def test_second_turns_on_a_reused_cache(family: Family) -> None:
+    """A turn that brings its own image reads it behind a compressed cache, as in one prompt."""
+    model = family.build()
+    a, b = family.image(0), family.image(1)
+    first, second = [text(3), a, text(5, 3)], [text(2, 9), b, text(4, 8)]
+    both = family.batch([[*first, *second]])
+    positions = family.positions(model, both)
+    n = family.batch([first])["input_ids"].shape[1]
+    with tokencomp.patch(model, plan=whole(family)), torch.no_grad():
+        out = model(**family.batch([first]), position_ids=positions[..., :n], use_cache=True)
+        turn = {**family.batch([second]), "attention_mask": both["attention_mask"]}
+        turn |= {"position_ids": positions[..., n:], "past_key_values": oracle.cache_of(out)}
+        last = model(**turn, use_cache=True, logits_to_keep=1).logits[:, -1]
+        expected = model(**both, position_ids=positions, logits_to_keep=1).logits[:, -1]
+    assert (last - expected).abs().max() < 1e-5
+
+
+def test_nothing_is_left_behind(family: Family) -> None:
+    """Tower ratio 0 is the same patch as without it, and unpatching removes every hook."""
+    model, inputs = family.build(), prompt(family)
+    model(**inputs)  # some modules note things at their first call
+    before = hooks_of(model)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with tokencomp.patch(model, 0.5, reducer="random"):
+            hooks, logits = hooks_of(model), model(**inputs).logits
+        with tokencomp.patch(model, 0.5, reducer="random", tower_ratio=0.3) as handle:
+            assert hooks_of(model) != hooks
+            with handle.disabled():
+                assert torch.equal(model(**inputs).logits, expected)
+            assert not torch.equal(model(**inputs).logits, logits)
+            handle.set(tower_ratio=0.0)
+            assert hooks_of(model) == hooks
+            assert torch.equal(model(**inputs).logits, logits)
+        assert hooks_of(model) == before
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_the_question_counts_with_signals_of_the_tower(family: Family) -> None:
+    """Reducers that read the tower's attention or keys get those of the cells that are left."""
+    model, inputs = tower.build(tower.deep(family)), prompts(family, family.build().double())
+    for reducer, options in (
+        ("condiv", {"signal": "vit_attention"}),
+        ("merge", {"metric": "vit_keys"}),
+    ):
+        spec = dict(reducer=reducer, tower_ratio=0.4, tower_reducer="random", **options)
+        with tokencomp.patch(model, 0.7, **spec) as handle, torch.no_grad():
+            assert model(**inputs).logits.isfinite().all()
+            for b in range(2):
+                pairs = zip(handle.stats.kept(b)[0], handle.stats.tower_kept(b), strict=True)
+                assert all(set(kept) <= set(there) for kept, there in pairs)

@@ -1,0 +1,149 @@
+"""The oracle of the tower stage: a full-length tower whose attention ignores dropped patches.
+
+Which patches a patched run has seen is read off the input of the block at the stage, row by row;
+nothing here knows cells, grids or orders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from support.families import Family
+from tokencomp.adapters.base import adapter_for
+from tokencomp.engine.tower import attention_blocks
+
+LOUD = 6
+
+
+def deep(family: Family, blocks: int = 3) -> Family:
+    """The family with a vision tower of that many blocks."""
+    result, config = copy.copy(family), family.config
+
+    def deeper() -> Any:
+        made = config()
+        vision = made.vision_config
+        name = "depth" if hasattr(vision, "depth") else "num_hidden_layers"
+        setattr(vision, name, blocks)
+        return made
+
+    result.config = deeper  # type: ignore[method-assign]
+    return result
+
+
+def build(family: Family, backend: str = "sdpa") -> nn.Module:
+    """A model whose tower has loud weights: with the usual ones, drops hardly show.
+
+    In float64, except for eager attention: transformers takes its softmax in float32, in which the
+    lowest float64 of a mask is -inf, so that padding becomes NaN.
+    """
+    model = family.build(backend)
+    model = model if backend == "eager" else model.double()
+    with torch.no_grad():
+        for name, p in adapter_for(model).tower.named_parameters():
+            if p.ndim == 2 and "position" not in name and "pos_embed" not in name:
+                p.mul_(LOUD)
+    return model
+
+
+def like(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs with pixels in the dtype of the model."""
+    dtype = next(model.parameters()).dtype
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def tower_blocks(model: nn.Module) -> list[nn.Module]:
+    """Modules that hold one self-attention each, in order."""
+    names = {m: n for n, m in model.named_modules()}
+    blocks = attention_blocks(adapter_for(model).tower)
+    return [model.get_submodule(names[a].rpartition(".")[0]) for a in blocks]
+
+
+@contextlib.contextmanager
+def block_inputs(model: nn.Module, k: int) -> Iterator[list[Tensor]]:
+    """Collects the hidden states that reach block `k`, per call of the tower."""
+    seen: list[Tensor] = []
+
+    def spy(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+
+    handle = tower_blocks(model)[k].register_forward_pre_hook(spy, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def seen_rows(full: list[Tensor], short: list[Tensor]) -> list[Tensor]:
+    """Per call, which rows of the full input are among the short one, (pictures, rows) or (rows,).
+
+    Random pixels make all rows different, so equal rows are the same row.
+    """
+    masks = []
+    for whole, part in zip(full, short, strict=True):
+        whole3, part3 = (x if x.ndim == 3 else x[None] for x in (whole, part))
+        exact = "donot_use_mm_for_euclid_dist"
+        mask = torch.cdist(whole3, part3, compute_mode=exact).amin(-1) < 1e-9
+        assert int(mask.sum()) == part3.shape[0] * part3.shape[1]
+        masks.append(mask if whole.ndim == 3 else mask[0])
+    return masks
+
+
+@contextlib.contextmanager
+def tower_masks(model: nn.Module, masks: list[Tensor], k: int) -> Iterator[None]:
+    """Let the attention of blocks `k` and later ignore the rows that are False, call by call."""
+    handles, calls = [], [0]
+    tower = adapter_for(model).tower
+
+    def count(module: Any, args: Any, out: Any) -> None:
+        calls[0] += 1
+
+    def dense(attn: Any, args: Any, kwargs: Any) -> Any:
+        mask = masks[calls[0]]
+        x = args[0] if args else kwargs["hidden_states"]
+        floor = torch.finfo(x.dtype).min
+        hidden = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, floor)[:, None, None]
+        old = kwargs.get("attention_mask")
+        hidden = hidden if old is None else hidden + old.to(hidden)
+        rest = {n: v for n, v in kwargs.items() if n != "attention_mask"}
+        return args, {**rest, "attention_mask": hidden}
+
+    def order_of(bounds: Tensor) -> tuple[Tensor, Tensor]:
+        """Kept rows first in every sequence, as a sequence of their own."""
+        mask, order, lengths = masks[calls[0]], [], []
+        for a, b in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
+            rows = torch.arange(a, b)
+            for part in (rows[mask[a:b]], rows[~mask[a:b]]):
+                order += [part] if len(part) else []
+                lengths += [len(part)] if len(part) else []
+        return torch.cat(order), torch.tensor([0, *lengths]).cumsum(0).to(bounds.dtype)
+
+    def packed(attn: Any, args: Any, kwargs: Any) -> Any:
+        kwargs = dict(kwargs)
+        x = args[0] if args else kwargs.pop("hidden_states")
+        order, kwargs["cu_seqlens"] = order_of(kwargs["cu_seqlens"])
+        attn.oracle_order, kwargs["max_seqlen"] = order, None
+        tables = kwargs["position_embeddings"]
+        kwargs["position_embeddings"] = tuple(t[order] for t in tables)
+        return (x[order],), kwargs
+
+    def unsorted(attn: Any, args: Any, out: Any) -> Any:
+        return out[attn.oracle_order.argsort()]
+
+    handles.append(tower.register_forward_hook(count))
+    for attn in attention_blocks(tower)[k:]:
+        if hasattr(attn, "qkv"):
+            handles.append(attn.register_forward_pre_hook(packed, with_kwargs=True))
+            handles.append(attn.register_forward_hook(unsorted))
+        else:
+            handles.append(attn.register_forward_pre_hook(dense, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

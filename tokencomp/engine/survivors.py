@@ -1,0 +1,86 @@
+"""Which visual tokens of a prompt the vision tower has computed; the others are NaN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokencomp.engine.layout import LiveSpan, RowLayout
+from tokencomp.errors import SpanError
+from tokencomp.plan import Plan
+
+
+def surviving_rows(x: Tensor, layout: RowLayout, plan: Plan) -> list[list[Tensor]]:
+    """Rows of every live span that the tower stage of `plan` has left.
+
+    Parameters
+    ----------
+    x : Tensor, shape (B, n, d)
+        Embeddings of the prompt; NaN where the tower computed nothing.
+
+    Returns
+    -------
+    list per sample of list per span of Tensor of int64
+        Rows of the span, ascending, special tokens and text between frames among them.
+
+    Raises
+    ------
+    SpanError
+        Other tokens are NaN than the stage leaves out; or a question ends in such a token, so that
+        there is no column that the next token could be predicted from.
+    """
+    alive = ~x.isnan().any(-1).cpu()  # the only time that the host waits for the device
+    real = layout.valid(torch.device("cpu"))
+    missing = int((~alive if real is None else ~alive & real).sum())
+    left = []
+    for b, row in enumerate(layout.spans):
+        rows = []
+        for live in row:
+            here = alive[b, live.start : live.stop]
+            _check(here, live, plan, b)
+            if not here[-1] and live.stop == layout.prompt_of(b, live).question_stop:
+                raise SpanError(
+                    f"the question of sample {b} ends in the {live.span.kind} at "
+                    f"{live.span.start}, whose last token the vision tower has dropped. Put "
+                    "text behind it, or use tower_ratio=0."
+                )
+            missing -= int((~here).sum())
+            rows.append(here.nonzero()[:, 0])
+        left.append(rows)
+    if missing:
+        raise SpanError(
+            f"{missing} embeddings outside of the known images and videos are NaN. Pass all of "
+            "input_ids, pixels and grids as the processor returns them."
+        )
+    return left
+
+
+def _check(here: Tensor, live: LiveSpan, plan: Plan, sample: int) -> None:
+    """Compare the tokens of a span that are there with what the tower stage leaves of it."""
+    expected = plan.entering(live.span) + len(live.span.text)
+    if int(here.sum()) == expected:
+        return
+    dropped = plan.tower.fraction if plan.tower else 1.0
+    raise SpanError(
+        f"the {live.span.kind} at {live.span.start} of sample {sample} has {int(here.sum())} of "
+        f"its {len(here)} tokens, but the tower stage, which keeps {dropped:g}, leaves {expected}. "
+        "Features that were computed elsewhere, without the patch or under another tower_ratio, "
+        "cannot be used: pass pixels, or use tower_ratio=0."
+    )
+
+
+def refuse_missing(x: Tensor) -> None:
+    """Refuse embeddings (B, n, d) of a call that nothing compresses, if tokens are missing.
+
+    Raises
+    ------
+    SpanError
+        A stage in the vision tower has dropped tokens that would now stay in the prompt.
+    """
+    missing = int(x.isnan().any(-1).sum())
+    if missing:
+        raise SpanError(
+            f"{missing} visual tokens were dropped in the vision tower, but this prompt runs "
+            "uncompressed (the handle is disabled or has changed since, or the places of features "
+            "are unknown). Encode and read the media under the same setting: pass pixels."
+        )

@@ -1,0 +1,100 @@
+"""FLOPs of a vision tower and its projector, with and without the patches that a stage drops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokencomp.adapters.towers import Tower
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """What the FLOPs of a tower depend on, beside the lengths of its sequences.
+
+    A multiplication and an addition count as two FLOPs. Embedding of patches, norms and
+    activations are not counted.
+
+    Attributes
+    ----------
+    row
+        FLOPs of the linear layers of one block, per row.
+    width
+        Channels of all heads together.
+    blocks, unused
+        Blocks in use, and blocks behind them that need not run.
+    token
+        FLOPs of the projectors, per row of their input.
+    """
+
+    row: int
+    width: int
+    blocks: int
+    unused: int
+    token: int
+
+    @classmethod
+    def of(cls, layout: Tower) -> TowerShape:
+        """The shape of a tower."""
+        block = layout.blocks[0]
+        widths = [_width(m) for m in block.modules() if hasattr(m, "qkv") or hasattr(m, "q_proj")]
+        token = sum(_linear(module) for module in layout.projectors)
+        return cls(_linear(block), widths[0], len(layout.blocks), len(layout.unused), token)
+
+
+def _linear(module: nn.Module) -> int:
+    return 2 * sum(p.numel() for p in module.parameters() if p.ndim == 2)
+
+
+def _width(attn: Any) -> int:
+    if hasattr(attn, "qkv"):
+        return attn.qkv.weight.shape[0] // 3
+    return attn.q_proj.weight.shape[0]
+
+
+@dataclass
+class TowerCost:
+    """Work of one call of a vision tower.
+
+    Attributes
+    ----------
+    before, after
+        Bounds of the sequences of every block that has run, as int64 or int32 tensors, without and
+        with the stage.
+    tokens_before, tokens_after
+        Rows that go through the projectors.
+    """
+
+    shape: TowerShape
+    before: list[Tensor] = field(default_factory=list)
+    after: list[Tensor] = field(default_factory=list)
+    tokens_before: int = 0
+    tokens_after: int = 0
+
+    def block(self, before: Tensor, after: Tensor) -> None:
+        """Note the bounds of one block that is in use."""
+        self.before.append(before)
+        self.after.append(after)
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        """Rows that the blocks in use see, summed over them, without and with the stage."""
+        return tuple(sum(int(b[-1]) for b in side) for side in (self.before, self.after))  # type: ignore[return-value]
+
+    @property
+    def tower_flops(self) -> tuple[int, int]:
+        """FLOPs of all blocks without the stage, and of the blocks in use with it."""
+        before = [self._block_flops(b) for b in self.before]
+        skipped = before[-1] * self.shape.unused if before else 0
+        return sum(before) + skipped, sum(map(self._block_flops, self.after))
+
+    @property
+    def projector_flops(self) -> tuple[int, int]:
+        """FLOPs of the projectors without and with the stage."""
+        return self.shape.token * self.tokens_before, self.shape.token * self.tokens_after
+
+    def _block_flops(self, bounds: Tensor) -> int:
+        squares = int(bounds.long().diff().square().sum())
+        return self.shape.row * int(bounds[-1]) + 4 * self.shape.width * squares
