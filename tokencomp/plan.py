@@ -396,7 +396,7 @@ class Plan:
 
     def entering(self, span: VisualSpan) -> int:
         """Visual tokens of `span` that reach the decoder: all, or those that leave the tower."""
-        return self.tower.tokens(span) if self.tower else span.visual
+        return self.tower.tokens(span) if self.tower and span.kind != "audio" else span.visual
 
     def _falling(self, span: VisualSpan, fractions: list[float]) -> Iterator[int]:
         """Keep counts at these fractions, none above the one before."""

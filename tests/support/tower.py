@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from support.families import Family
-from tokencomp.adapters.base import adapter_for
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.tower import attention_blocks
 
 LOUD = 6
