@@ -43,7 +43,7 @@ def scores(model: LlamaModel, x: Tensor, mask: Tensor, signal: Attention) -> lis
     first = {"inputs_embeds": x[:, :PAST], "position_ids": positions[:, :PAST]}
     model(**first, attention_mask=mask[:, :PAST], past_key_values=cache)
     cache.layers[0].valid = mask[:, :PAST].bool()
-    tables = model.rotary_emb(x[:, PAST:], positions[:, PAST:])
+    tables = {"position_embeddings": model.rotary_emb(x[:, PAST:], positions[:, PAST:])}
     prompts = [[Prompt(WIDTH - n, WIDTH, DRAFT)] for n in LENGTHS]
     layout = full_layout(WIDTH, LENGTHS, spans(), prompts)
     return input_scores(model.layers[0], x[:, PAST:], tables, signal, layout, cache)

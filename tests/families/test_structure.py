@@ -69,10 +69,12 @@ def test_dropping_equals_masking_and_rows_are_joined() -> None:
 
 
 @needs_mistral
-def test_a_stage_between_layers_and_attention_are_refused() -> None:
+def test_a_stage_between_layers_is_refused() -> None:
     model = Mistral3().build()
-    with pytest.raises((PlanError, OptionError), match=r"entry|attention"):
+    with pytest.raises(PlanError, match="at entry only"):
         tokencomp.patch(model, 0.5, reducer="prune")
+    with pytest.raises(OptionError, match="vision tower"):
+        tokencomp.patch(model, 0.5, reducer="condiv", signal="vit_attention")
 
 
 @needs_mistral

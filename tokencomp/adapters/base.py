@@ -16,6 +16,7 @@ from tokencomp.adapters.structure import (
     find_parts,
     find_placeholders,
     has_mrope,
+    parameters_of,
 )
 from tokencomp.adapters.towers import Tower, unknown_cells
 from tokencomp.errors import SpanError
@@ -103,6 +104,21 @@ class Adapter:
     def rotary(self) -> Any:
         """The module that makes the rotary tables of the decoder, or None."""
         return getattr(self.decoder, "rotary_emb", None)
+
+    def rotary_tables(self, x: Tensor, positions: Tensor, layer: int) -> Any:
+        """What a decoder layer takes as `position_embeddings`; None if it takes none.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, n, d)
+        positions : Tensor of int64, shape (3, B, n) for M-RoPE, else (B, n)
+        """
+        if self.rotary is None:
+            return None
+        if "layer_type" in parameters_of(self.rotary):
+            kind = self.text_config.layer_types[layer]
+            return self.rotary(x, positions, layer_type=kind)
+        return self.rotary(x, positions)
 
     @property
     def first_layer_stage(self) -> int:

@@ -52,6 +52,15 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def accepted(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `arguments` that the forward of a module's class takes."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return dict(arguments)
+    names = {p.name for p in parameters}
+    return {name: value for name, value in arguments.items() if name in names}
+
+
 def counts_static_rows() -> bool:
     """Whether static cache layers count the rows they hold themselves (releases since 5.4)."""
     from transformers.cache_utils import StaticLayer
@@ -181,42 +190,6 @@ def attention_function(module: nn.Module, config: Any) -> Callable[..., Any]:
 def attention_implementation(config: Any) -> str:
     """Name of the attention backend ("sdpa", "eager", "flash_attention_2", ...)."""
     return str(getattr(config, "_attn_implementation", None) or "sdpa")
-
-
-def _mrope_section(attn: nn.Module) -> list[int]:
-    sources = (attn, getattr(attn, "config", None))
-    for source in sources:
-        for name in ("rope_parameters", "rope_scaling"):
-            parameters = getattr(source, name, None)
-            if isinstance(parameters, Mapping) and "mrope_section" in parameters:
-                return list(parameters["mrope_section"])
-    raise UnsupportedModelError(
-        f"{type(attn).__name__} gets three-row rotary tables, but its config has no mrope_section, "
-        "so its attention cannot be scored. Use a reducer without attention, such as 'divprune'."
-    )
-
-
-def rotate(attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the model's own rotary embedding to x, shape (B, H, L, D).
-
-    cos, sin: shape (B, L, D), or (3, B, L, D) for M-RoPE before transformers 5.17.
-    """
-    module = sys.modules[type(attn).__module__]
-    if cos.ndim == 4:
-        multimodal = getattr(module, "apply_multimodal_rotary_pos_emb", None)
-        if multimodal is None:
-            raise UnsupportedModelError(
-                f"{type(attn).__name__} has an unknown multimodal rotary embedding. Use "
-                "transformers 4.57 to 5.24, or a reducer without attention, such as 'divprune'."
-            )
-        return multimodal(x, x, cos, sin, _mrope_section(attn))[0]
-    apply = getattr(module, "apply_rotary_pos_emb", None)
-    if apply is None:
-        raise UnsupportedModelError(
-            f"the module of {type(attn).__name__} has no apply_rotary_pos_emb, so its attention "
-            "cannot be scored. Use a reducer without attention, such as 'divprune'."
-        )
-    return apply(x, x, cos, sin)[0]
 
 
 def rotate_vision(

@@ -130,8 +130,9 @@ class ForwardPass:
             return x, positions, self.layout.origin
         for signal in stage.reducer.needs:
             if isinstance(signal, Attention):
-                tables = self.adapter.rotary(x, positions)
-                self._score_input(0, x, tables, signal, cache)
+                tables = self.adapter.rotary_tables(x, positions, layer=0)
+                ids = None if self.adapter.mrope else positions
+                self._score_input(0, x, tables, signal, cache, ids)
         with self._timed():
             x, positions = self._reduce(stage, [x, positions], [1, -1])
         self.segments[0].layout = self.layout
@@ -183,12 +184,20 @@ class ForwardPass:
             self._scores[layer] = layer_scores(attn, kwargs, signal, self.layout)
 
     def _score_input(
-        self, layer: int, x: Tensor, tables: tuple[Tensor, Tensor], signal: Any, cache: Any
+        self,
+        layer: int,
+        x: Tensor,
+        tables: Any,
+        signal: Any,
+        cache: Any,
+        position_ids: Tensor | None = None,
     ) -> None:
         """Scores for the stage before `layer`, from that layer's own queries and keys of x."""
+        arguments = {"position_embeddings": tables, "position_ids": position_ids}
         with self._timed():
-            module = self.adapter.layers[layer]
-            self._scores[layer] = input_scores(module, x, tables, signal, self.layout, cache, layer)
+            self._scores[layer] = input_scores(
+                self.adapter.layers[layer], x, arguments, signal, self.layout, cache, layer
+            )
 
     def before_layer(
         self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]

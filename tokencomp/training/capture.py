@@ -63,7 +63,7 @@ class Capture:
         -------
         list per sample of list per span of Tensor, float32, shape (span.length,)
         """
-        tables = self.arguments[0]["position_embeddings"]
+        tables = {"position_embeddings": self.arguments[0]["position_embeddings"]}
         columns = torch.arange(self.width)[None]
         real = columns >= self.width - torch.tensor(self.lengths)[:, None]
         prompts = build_prompts(real, self.spans, generated=answer)

@@ -1,0 +1,163 @@
+"""Queries and keys of any attention module, as its own code hands them to the attention backend.
+
+A shallow copy of the module, whose config names a backend of ours, runs up to the call of that
+backend. Projections, norms, rotary embeddings, scales, gates and latent projections are therefore
+the module's own, whatever its family, and neither the module nor its config changes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.engine import compat
+from tokencomp.engine.parallel import tensor_parallel_group
+from tokencomp.errors import UnsupportedModelError
+
+NAME = "tokencomp_tap"
+FIX = "Use a reducer without attention, such as 'divprune'."
+# What changes the logits beyond scale and RoPE, as transformers passes it to a backend.
+OTHER_LOGITS = ("softcap", "s_aux", "sinks", "position_bias")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass
+class Tapped(Exception):
+    """Queries (1, heads, n, d), keys (1, kv heads, N, d), and the factor of their product."""
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+
+
+def _tap(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> Any:
+    """End the call with what a backend gets, in place of attention."""
+    other = [name for name in OTHER_LOGITS if kwargs.get(name) is not None]
+    if other:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} changes attention logits by {', '.join(other)}, which "
+            f"scores do not know. {FIX}"
+        )
+    raise Tapped(query, key, query.shape[-1] ** -0.5 if scaling is None else float(scaling))
+
+
+class _Config:
+    """The config of an attention module with the tap as its backend."""
+
+    _attn_implementation = NAME
+
+    def __init__(self, original: Any) -> None:
+        self.__dict__["original"] = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["original"], name)
+
+
+class _Zeros(nn.Module):
+    """Stands for a projection whose result is not needed; only its width is."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.width)
+
+
+class Past:
+    """A cache that holds the rows of one sample in one layer, and forgets what is written to it."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Rows held."""
+        return self.keys.shape[-2]
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The rows held, and new ones behind them."""
+        return torch.cat([self.keys, key], dim=-2), torch.cat([self.values, value], dim=-2)
+
+
+def attention_of(layer: nn.Module) -> Any:
+    """The attention module of a decoder layer.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The layer has none, as layers with a recurrence do.
+    """
+    for name, child in layer.named_children():
+        if ("attn" in name or "attention" in name) and hasattr(child, "scaling"):
+            return child
+    raise UnsupportedModelError(
+        f"{type(layer).__name__} has no attention module that scores could be read from. {FIX}"
+    )
+
+
+def tap(
+    root: Any, attn: Any, hidden: Tensor, arguments: Mapping[str, Any], skipped: Iterable[str] = ()
+) -> Tapped:
+    """Queries and keys that `root`, called with `hidden` (1, n, d), computes in `attn`.
+
+    Parameters
+    ----------
+    root
+        `attn` itself, or the decoder layer around it.
+    arguments
+        Further arguments of the call, for these n columns.
+    skipped
+        Names of projections in `attn` whose results are not needed.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The module does not call a backend that its config names, or changes logits in other ways.
+    """
+    compat.register_attention(NAME, _tap)
+    clone = _copied(attn)
+    clone.config = _Config(attn.config)
+    if tensor_parallel_group(attn) is None:  # else a rank's width is not the module's
+        for name in skipped:
+            width = getattr(getattr(attn, name, None), "out_features", None)
+            if isinstance(width, int):
+                clone._modules[name] = _Zeros(width)
+    run = clone
+    if root is not attn:
+        run = _copied(root)
+        name = next(name for name, child in root.named_children() if child is attn)
+        run._modules[name] = clone
+    call = {"attention_mask": None, **arguments}
+    try:
+        type(run).forward(run, **compat.accepted(run, {"hidden_states": hidden, **call}))
+    except Tapped as tapped:
+        return tapped
+    raise UnsupportedModelError(
+        f"{type(attn).__name__} does not call the attention backend that its config names, so its "
+        f"queries and keys are unknown. {FIX}"
+    )
+
+
+def _copied(module: nn.Module) -> Any:
+    """A copy that shares parameters and submodules, without the hooks of the original."""
+    clone = object.__new__(type(module))
+    clone.__dict__.update(module.__dict__)
+    clone.__dict__.pop("forward", None)  # as accelerate replaces it
+    clone.__dict__["_modules"] = copy.copy(module._modules)
+    for name in [n for n in vars(module) if n.startswith(HOOKS)]:
+        clone.__dict__[name] = OrderedDict()
+    return clone
