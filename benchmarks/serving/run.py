@@ -56,7 +56,11 @@ def engines() -> dict[str, dict[str, Any]]:
             ours[f"{reducer} {ratio}"] = {"reducer": reducer, "ratio": ratio}
     plans = {
         "stock vLLM": {"arms": {"uncompressed": None}},
-        "tokencomp": {"plugin": True, "arms": ours},
+        "tokencomp": {
+            "plugin": True,
+            "engine": {"hf_overrides": {"tokencomp": {}}},  # requests choose
+            "arms": ours,
+        },
     }
     for method in ("evs", "vidcom2"):
         flags = {"video_pruning_rate": COMPARED, "video_pruning_method": method}

@@ -1,0 +1,95 @@
+"""Cost of the vLLM plugin at ratio 0 against stock vLLM, and how much that measurement varies.
+
+    python -m benchmarks.serving.ratio_zero [--out benchmarks/serving/ratio_zero.jsonl]
+    python -m benchmarks.serving.ratio_zero --report    # only rebuilds the page
+
+Engine processes of both arms alternate, and each runs the same requests and nothing else. Two
+processes of one arm differ too, so the page has every process: a difference between the arms that
+is smaller than the spread of one arm says nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import publishing
+from benchmarks.publishing import environment, provenance
+from benchmarks.serving.run import FOLDER, SHAPE, run, vllm_version
+
+ARMS: dict[str, dict[str, Any]] = {
+    "stock vLLM": {"plugin": False, "engine": {}, "arms": {"requests": None}},
+    "tokencomp, ratio 0": {
+        "plugin": True,
+        "engine": {"hf_overrides": {"tokencomp": {}}},
+        "arms": {"requests": {"ratio": 0}},
+    },
+}
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The page from the records of one run."""
+    lines = ["| arm | process | first token, CPU ms: median | of requests |", "|---|---:|---:|---|"]
+    medians: dict[str, list[float]] = {}
+    for row in rows:
+        own = medians.setdefault(row["arm"], [])
+        own.append(1e3 * row["cpu_median_s"])
+        cpu = ", ".join(f"{1e3 * value:.0f}" for value in row["cpu"])
+        lines.append(f"| {row['arm']} | {len(own)} | {own[-1]:.0f} | {cpu} |")
+    text = []
+    for arm, values in medians.items():
+        middle = statistics.median(values)
+        spread = (max(values) - min(values)) / middle
+        text.append(f"{arm}: {middle:.0f} ms, spread of the processes {spread:.1%}.")
+    stock, ours = (statistics.median(values) for values in medians.values())
+    text.append(f"Difference of the medians: {ours / stock - 1:+.1%}.")
+    title, _, method = (__doc__ or "").partition("\n\n")
+    method = method.split("\n\n", 1)[1].strip()
+    setup, facts = rows[-1]["setup"], rows[-1]["environment"]
+    return (
+        f"# {title}\n\n{' '.join(text)}\n\n{method}\n\n" + "\n".join(lines) + "\n\n"
+        f"Setup: {json.dumps(setup)}. {provenance(facts)}.\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=FOLDER / "ratio_zero.jsonl")
+    parser.add_argument("--processes", type=int, default=4, help="of each arm")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--hidden", type=int, default=896)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--report", action="store_true", help="only rebuild the page")
+    publishing.add_argument(parser)
+    args = parser.parse_args()
+    if args.report:
+        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+        args.out.with_suffix(".md").write_text(page(rows))
+        return
+    facts = publishing.published_from(args.out, args.allow_dirty)
+    from benchmarks.serving.model import build
+
+    shape = {**SHAPE, "rounds": args.rounds, "requests": 1}
+    about = {"vllm": vllm_version(), "hidden": args.hidden, "layers": args.layers, **shape}
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "model").mkdir()
+        model = build(work / "model", args.hidden, args.layers)
+        for _ in range(args.processes):
+            for arm, plan in ARMS.items():
+                result = run(model, {**plan, **shape, "pruning_flag": False}, work)["requests"]
+                rows.append({"arm": arm, **result, "setup": about})
+                print(arm, result.get("cpu_median_s", result), flush=True)
+    source = {"environment": {**environment(), **facts}}
+    rows = [{**row, **source} for row in rows]
+    args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args.out.with_suffix(".md").write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()
