@@ -155,12 +155,17 @@ PROMPTS = [
 
 
 def windows(lengths: list[int], seed: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Yield batches of (request, start, stop) until all prompts are prefilled."""
+    """Yield batches of (request, start, stop) until all prompts are prefilled.
+
+    Sometimes a request goes back and runs a part of its prompt again.
+    """
     chance = np.random.RandomState(seed)
     done = [0] * len(lengths)
     while any(d < n for d, n in zip(done, lengths, strict=True)):
         batch = []
         for i in chance.permutation(len(lengths)):
+            if chance.rand() < 0.2 and done[i] < lengths[i]:
+                done[i] = int(chance.randint(done[i] + 1))
             stop = min(done[i] + int(chance.choice([1, 2, 7, 40, 400])), lengths[i])
             if stop > done[i] and chance.rand() < 0.8:
                 batch.append((int(i), done[i], stop))
@@ -185,10 +190,6 @@ def test_windows_of_several_requests_get_exact_positions(architecture: str, seed
         },
     )
     rope = Rope(len(prompts), max(lengths))
-    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int32)
-    for i, p in enumerate(prompts):
-        rope.add(i, *model.get_mrope_input_positions(p.ids, p.features))
-        ids[i, : len(p.ids)] = torch.tensor(p.ids)
 
     class Base:
         """What V2's default state provides."""
@@ -196,7 +197,19 @@ def test_windows_of_several_requests_get_exact_positions(architecture: str, seed
         def __init__(self, *_: Any) -> None:
             self.rope_state, self.inputs_embeds_size = rope, WIDTH
 
-    pruner = state_with_offsets(Base)(None, model, cache, None).mm_pruner
+        def add_request(self, index: int, prompt: Prompt) -> None:
+            rope.add(index, *model.get_mrope_input_positions(prompt.ids, prompt.features))
+
+    state = state_with_offsets(Base)(None, model, cache, None)
+    pruner = state.mm_pruner
+    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int32)
+    for i, p in enumerate(prompts):
+        if seed == 0:  # another request had this index before
+            state.add_request(i, prompts[i - 1])
+            pruner.rope_state.read_prefill_positions(i, lengths[i])
+        state.add_request(i, p)
+        ids[i, : len(p.ids)] = torch.tensor(p.ids)
+
     states = SimpleNamespace(all_token_ids=SimpleNamespace(gpu=ids))
     gatherer = SimpleNamespace(is_realtime=False, encoder_cache=cache)
     corrected = 0
@@ -219,9 +232,10 @@ def test_windows_of_several_requests_get_exact_positions(architecture: str, seed
             assert torch.equal(clean, x[:, : model.row_width])
             assert torch.equal(drafted, x[:, :WIDTH])
             corrected += x.shape[1] > model.row_width
+        for i, first, end in batch:
+            assert torch.equal(rope.positions[i, :, first:end], prompts[i].true[:, first:end].int())
     assert corrected > len(PROMPTS)
     for i, p in enumerate(prompts):
-        assert torch.equal(rope.positions[i, :, : lengths[i]], p.true.int()), i
         assert rope.prefill_delta.np[i] == p.delta, i
     assert int(prompts[3].true.max()) > 256
 

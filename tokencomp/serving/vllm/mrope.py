@@ -187,8 +187,7 @@ class Model(CompressingModel):
         input_ids : Tensor or list of int, shape (n,)
             The whole prompt.
         multimodal_embeddings : list of Tensor, shape (k, d) or (k, d + 6)
-            Media rows of the tokens that are prefilled now, in order. A window of the prompt is
-            prefilled once per stored base positions, so its offsets are added once.
+            Media rows of the tokens that are prefilled now, in order.
         mrope_positions : Tensor of int64, shape (3, n)
             Positions of the prompt, in which rows of compressed items are at their base.
         num_computed_tokens
@@ -201,7 +200,7 @@ class Model(CompressingModel):
         Tensor of int64, shape (3, n)
             The corrected positions.
         None
-            In place of the delta, which `FixedDelta` keeps.
+            In place of the delta, which `BasePositions` keeps.
         """
         width, first = self.row_width, 0
         if any(e.shape[1] > width for e in multimodal_embeddings):

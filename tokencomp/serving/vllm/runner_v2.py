@@ -15,22 +15,35 @@ from torch import Tensor
 from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
 
 
-class FixedDelta:
-    """A `RopeState` for the pruner whose positions change and whose deltas stay.
+class BasePositions:
+    """A `RopeState` for the pruner that hands out the positions which a request came with.
 
-    The delta of the generated tokens follows from the full grids and is exact from the start. The
-    corrected positions alone do not tell it if the prompt ends with media that lost their last row.
+    The engine may run a part of a prompt again, and offsets must not be added to positions that
+    have them already. Positions outside the part that runs now are not used, so those that are
+    written back may lose the offsets of other parts.
     """
 
     def __init__(self, state: Any) -> None:
         self._state = state
+        self._base: dict[int, Tensor] = {}  # by the request's index in the engine
+
+    def forget(self, req_idx: int) -> None:
+        """Note that another request has this index from now on."""
+        self._base.pop(req_idx, None)
 
     def read_prefill_positions(self, req_idx: int, length: int) -> Tensor:
-        """Return the positions (3, length) of a request."""
-        return self._state.read_prefill_positions(req_idx, length)
+        """Return the positions (3, length) of a request without offsets."""
+        if req_idx not in self._base:
+            self._base[req_idx] = self._state.read_prefill_positions(req_idx, length).clone()
+        return self._base[req_idx]
 
     def update_prefill_positions(self, req_idx: int, positions: Tensor, delta: Any) -> None:
-        """Store the positions (3, length) of a request; `delta` is not used."""
+        """Store the positions (3, length) of a request; `delta` is not used.
+
+        The delta of the generated tokens follows from the full grids and is exact from the start.
+        The corrected positions alone do not tell it if the prompt ends with media that lost their
+        last row.
+        """
         own = int(self._state.prefill_delta.np[req_idx])
         self._state.update_prefill_positions(req_idx, positions, own)
 
@@ -44,9 +57,15 @@ def state_with_offsets(base: type) -> type:
 
         def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any) -> None:
             super().__init__(vllm_config, model, encoder_cache, device)
+            self._base_positions = BasePositions(self.rope_state)
             if encoder_cache is not None:  # None if the engine was started for text only
                 self.mm_pruner = MultiModalPruner(
-                    model, FixedDelta(self.rope_state), encoder_cache, self.inputs_embeds_size
+                    model, self._base_positions, encoder_cache, self.inputs_embeds_size
                 )
+
+        def add_request(self, req_index: int, new_req_data: Any) -> None:
+            """Store what a request needs; its index may have belonged to another one."""
+            super().add_request(req_index, new_req_data)
+            self._base_positions.forget(req_index)
 
     return StateWithOffsets
