@@ -9,8 +9,9 @@ import pytest
 from tokencomp.errors import UnknownNameError
 from tokencomp.shapesqa.items import SPLIT_SEEDS, item, items, stream
 from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, PLURALS, VIDEO_FAMILIES
-from tokencomp.shapesqa.render import background, owner_map, render
+from tokencomp.shapesqa.render import owner_map, render
 from tokencomp.shapesqa.scenes import COLORS, SHAPES
+from tokencomp.shapesqa.textures import background
 
 EVERY = (*IMAGE_FAMILIES, *VIDEO_FAMILIES, "video_existence")
 

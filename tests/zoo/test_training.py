@@ -7,9 +7,10 @@ import torch
 from tokencomp.errors import UnknownNameError
 from tokencomp.models import register_auto_classes
 from tokencomp.shapesqa.items import item
-from tokencomp.zoo.batches import BatchMaker, Source, cell_labels
+from tokencomp.zoo.batches import BatchMaker, Source
 from tokencomp.zoo.export import export
 from tokencomp.zoo.families import FAMILIES, family
+from tokencomp.zoo.labels import cell_labels
 from tokencomp.zoo.packing import IGNORE, Packer, attention_mask
 from tokencomp.zoo.recipes import Stage
 from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
@@ -31,7 +32,7 @@ class Setup:
         register_auto_classes()
         self.family = family(name)
         tokens = self.family.special_tokens
-        write_tokenizer(folder / "tokenizer", self.family.chat_template, tokens)
+        write_tokenizer(folder / "tokenizer", self.family.chat_template, tokens, self.family.corpus)
         self.tokenizer = load_tokenizer(folder / "tokenizer")
         self.packer = Packer(self.tokenizer, self.family)
         made = self.family.build(self.tokenizer)
@@ -160,7 +161,7 @@ def test_cell_labels_by_hand():
     assert labels["words"][0, 1, 0] == COLORS.index("red") + 1
     assert (labels["words"][..., 0] > 0).sum() == 1
     assert labels["mask"][0, 1].mean() > 0.8 and labels["mask"][2, 2].sum() == 0
-    assert labels["box"][0, 1].tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert labels["box"][0, 1].tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
     later = cell_labels(Scene(112, 112, 2, things), 1.0, 28)
     assert later["words"][2, 2, 0] == COLORS.index("blue") + 1
 

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from tokencomp.errors import UnknownNameError
+from tokencomp.shapesqa.difficulty import SIZE, sample_scene
 from tokencomp.shapesqa.questions import (
     FAMILIES,
     IMAGE_FAMILIES,
@@ -24,11 +26,12 @@ from tokencomp.shapesqa.questions import (
     ask,
     letter,
 )
-from tokencomp.shapesqa.scenes import Scene, image_scene, video_scene
+from tokencomp.shapesqa.scenes import Scene
 
 SPLIT_SEEDS = {"train": 11_000_003, "validation": 22_000_003, "test": 33_000_001}
-SIZE = (224, 224)
 FRAMES = 8
+
+__all__ = ["FRAMES", "SIZE", "SPLIT_SEEDS", "Evidence", "Item", "item", "items", "stream"]
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,9 @@ def item(
     split: str,
     family: str,
     index: int,
-    size: tuple[int, int] = SIZE,
+    size: tuple[int, int] | None = None,
     frames: int = FRAMES,
+    difficulty: str = "usual",
 ) -> Item:
     """Item ``index`` of one question family.
 
@@ -129,28 +133,27 @@ def item(
         One of :data:`~tokencomp.shapesqa.questions.FAMILIES`.
     index : int
         Any non-negative number; the same arguments always give the same item.
-    size : (int, int)
-        Width and height in pixels.
+    size : (int, int) or None
+        Width and height in pixels; None is 224×224, and random for plain drawings.
     frames : int
         Logical frames of a video; even, at least 8. Image families ignore it.
+    difficulty : {"plain", "usual", "hard"}
+        See :mod:`~tokencomp.shapesqa.difficulty`. Each has seed streams of its own.
 
     Raises
     ------
     UnknownNameError
-        For an unknown split or family.
+        For an unknown split, family or difficulty.
     """
     if family not in FAMILIES:
         raise UnknownNameError(f"Unknown question family {family!r}. Choose one of {[*FAMILIES]}.")
+    stem = () if difficulty == "usual" else (difficulty,)
     for attempt in range(1000):
-        rng = stream(split, family, index, attempt)
-        if family in IMAGE_FAMILIES:
-            small = 0.6 if family == "small_object" else 0.3
-            scene = image_scene(rng, *size, small=small)
-        else:
-            scene = video_scene(rng, *size, frames)
+        rng = stream(split, *stem, family, index, attempt)
+        scene = sample_scene(rng, family, size, frames, difficulty)
         query = ask(scene, family, rng)
         if query is not None:
-            return Item(f"{split}-{family}-{index:05d}", scene, query)
+            return Item("-".join((split, *stem, family, f"{index:05d}")), scene, query)
     raise RuntimeError(f"No scene of {size} px and {frames} frames allows a {family!r} question.")
 
 
@@ -159,7 +162,7 @@ def items(
     per_family: int,
     families: tuple[str, ...] = IMAGE_FAMILIES + VIDEO_FAMILIES,
     start: int = 0,
-    **scene,
+    **scene: Any,
 ) -> Iterator[Item]:
     """``per_family`` items of each family, family by family."""
     for family in families:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tokencomp.shapesqa.lettering import WORDS
 from tokencomp.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES, Scene, Thing
 
 PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
@@ -287,6 +288,18 @@ def action_count(scene: Scene, rng: np.random.Generator) -> Question | None:
 def video_existence(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Is there a red circle in the video? Positives may be visible in one frame only."""
     return _exists(scene, rng, "video_existence", " in the video")
+
+
+@_family("reading")
+def reading(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Which word or number stands on the picture? Only asked where there is one alone."""
+    if len(scene.texts) != 1:
+        return None
+    word = scene.texts[0].text
+    if scene.texts[0].number:
+        near = tuple(str(n) for n in range(10, 100) if len({*str(n)} & {*word}) == 1)
+        return Question("reading", "What number is written?", word, _options(word, near, rng))
+    return Question("reading", "What does the text say?", word, _options(word, WORDS, rng))
 
 
 # --- prompt forms ---------------------------------------------------------------------------

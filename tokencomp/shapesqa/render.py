@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from tokencomp.shapesqa.lettering import draw_text
 from tokencomp.shapesqa.scenes import Scene, Thing
+from tokencomp.shapesqa.textures import background
 
 HUES = {
     "red": 0,
@@ -67,94 +69,53 @@ def shape_mask(shape: str, size: int) -> np.ndarray:
 
 def thing_rgb(thing: Thing) -> np.ndarray:
     """Colour of one thing, float32 (3,) in [0, 255]; hue, saturation and value vary slightly."""
+    if thing.rgb is not None:
+        return np.asarray(thing.rgb, np.float32)
     hue = (HUES[thing.color] + 5.0 * thing.tint[0]) / 360.0
     saturation, value = 0.9 + 0.1 * thing.tint[1], 0.88 + 0.12 * thing.tint[2]
     return 255.0 * np.asarray(colorsys.hsv_to_rgb(hue % 1.0, saturation, value), np.float32)
 
 
-def _muted(rng: np.random.Generator) -> np.ndarray:
-    """A greyish colour that no object can have, float32 (3,)."""
-    rgb = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.0, 0.3), rng.uniform(0.1, 0.85))
-    return 255.0 * np.asarray(rgb, np.float32)
-
-
-def _smooth_noise(rng: np.random.Generator, width: int, height: int, cell: int) -> np.ndarray:
-    """Random colours on a coarse lattice, interpolated: float32 (height, width, 3), mean 0."""
-    small = rng.normal(0, 1, (height // cell + 2, width // cell + 2, 3)).astype(np.float32)
-    small = 0.35 * small + 0.65 * small.mean(axis=2, keepdims=True)
-    coded = Image.fromarray(np.clip(small * 40 + 128, 0, 255).astype(np.uint8))
-    return np.asarray(coded.resize((width, height), Image.Resampling.BICUBIC), np.float32) - 128.0
-
-
-def _gradient(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    a, b = _muted(rng), _muted(rng)
-    angle = rng.uniform(0, 2 * math.pi)
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    t = (x / width - 0.5) * math.cos(angle) + (y / height - 0.5) * math.sin(angle) + 0.5
-    return a + np.clip(t, 0, 1)[..., None] * (b - a)
-
-
-def _stripes(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    a, b = _muted(rng), _muted(rng)
-    period, angle = rng.uniform(6, 40), rng.uniform(0, math.pi)
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    phase = (x * math.cos(angle) + y * math.sin(angle)) / period
-    wave = (np.sin(2 * math.pi * phase) > 0).astype(np.float32)
-    return a + wave[..., None] * (b - a)
-
-
-def _checker(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    a, b, side = _muted(rng), _muted(rng), int(rng.integers(5, 34))
-    y, x = np.mgrid[0:height, 0:width]
-    wave = ((x // side + y // side) % 2).astype(np.float32)
-    return a + wave[..., None] * (b - a)
-
-
-def _clutter(rng: np.random.Generator, base: Image.Image, marks: int) -> Image.Image:
-    """Distractors: greyish bars, arcs, ellipses and dots that no question is about."""
-    draw = ImageDraw.Draw(base)
-    for _ in range(marks):
-        color = tuple(int(c) for c in _muted(rng))
-        x, y = rng.uniform(0, base.width), rng.uniform(0, base.height)
-        w, h = rng.uniform(4, 50, 2)
-        kind = int(rng.integers(4))
-        if kind == 0:
-            draw.line((x, y, x + w - 25, y + h - 25), fill=color, width=int(rng.integers(1, 6)))
-        elif kind == 1:
-            draw.ellipse((x, y, x + w, y + 0.45 * h + 2), fill=color)
-        elif kind == 2:
-            draw.rectangle((x, y, x + w, y + 0.3 * h + 2), fill=color)
-        else:
-            start = int(rng.integers(360))
-            draw.arc((x, y, x + w, y + h), start, start + 200, fill=color, width=3)
-    return base
-
-
-def background(seed: int, width: int, height: int) -> np.ndarray:
-    """A hard background: gradient, stripes or checks under noise, clutter and distractors.
-
-    Returns float32 (height, width, 3) in [0, 255]; never one flat colour.
-    """
-    rng = np.random.default_rng(seed)
-    painters = (_gradient, _gradient, _stripes, _checker)
-    canvas = painters[int(rng.integers(len(painters)))](rng, width, height)
-    canvas = canvas + rng.uniform(0.3, 1.0) * _smooth_noise(rng, width, height, 28)
-    canvas = canvas + rng.uniform(0.0, 0.8) * _smooth_noise(rng, width, height, 7)
-    image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
-    image = _clutter(rng, image, int(rng.integers(3, 12)))
-    grain = rng.normal(0, rng.uniform(1, 9), (height, width, 1)).astype(np.float32)
-    return np.clip(np.asarray(image, np.float32) + grain, 0, 255)
-
-
 def paint(scene: Scene, time: float, canvas: np.ndarray) -> np.ndarray:
     """Draw the things visible at ``time`` on a copy of ``canvas``; returns uint8 (H, W, 3)."""
-    out = canvas.copy()
+    out = _view(scene, time, canvas)
     for thing in scene.visible_at(time):
         left, top, right, bottom = thing.box(time)
         alpha = shape_mask(thing.shape, thing.size)[..., None]
         view = out[top:bottom, left:right]
         view += alpha * (thing_rgb(thing) - view)
-    return out.round().astype(np.uint8)
+    if scene.look.grain:
+        rng = np.random.default_rng([scene.background, round(1000 * time)])
+        out = np.clip(out + rng.normal(0, scene.look.grain, (*out.shape[:2], 1)), 0, 255)
+    pixels = out.round().astype(np.uint8)
+    for text in scene.texts:
+        pixels = draw_text(pixels, text)
+    return pixels
+
+
+def _view(scene: Scene, time: float, canvas: np.ndarray) -> np.ndarray:
+    """The part of ``canvas`` behind the scene at ``time``, float32 (height, width, 3), a copy."""
+    slack = [round(abs(v) * scene.frames) for v in scene.look.pan]
+    left, top = (
+        round(-v * time) + (room if v > 0 else 0)
+        for v, room in zip(scene.look.pan, slack, strict=True)
+    )
+    return canvas[top : top + scene.height, left : left + scene.width].astype(np.float32)
+
+
+def canvas_of(scene: Scene, seed: int | None = None) -> np.ndarray:
+    """Everything that the background of ``scene`` shows over time, in [0, 255].
+
+    It is wider and higher than the scene where the camera pans. ``seed`` replaces the scene's own.
+    """
+    width, height = (
+        side + round(abs(v) * scene.frames)
+        for side, v in zip((scene.width, scene.height), scene.look.pan, strict=True)
+    )
+    if scene.look.flat is not None:
+        return np.broadcast_to(np.asarray(scene.look.flat, np.float32), (height, width, 3))
+    seed = scene.background if seed is None else seed
+    return background(seed, width, height, scene.look.vivid)
 
 
 def owner_map(scene: Scene, time: float = 0.0) -> np.ndarray:
@@ -175,7 +136,7 @@ def render(scene: Scene, times: list[float] | None = None) -> np.ndarray:
     numpy.ndarray
         uint8 (len(times), height, width, 3), RGB.
     """
-    canvas = background(scene.background, scene.width, scene.height)
+    canvas = canvas_of(scene)
     times = [float(k) for k in range(scene.frames)] if times is None else times
     return np.stack([paint(scene, time, canvas) for time in times])
 

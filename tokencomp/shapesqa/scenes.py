@@ -6,9 +6,11 @@ know nothing of each other, so an answer can be derived again from the scene alo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+
+from tokencomp.shapesqa.lettering import Text, place_text
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring")
 COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
@@ -36,6 +38,8 @@ class Thing:
     velocity: tuple[float, float] = (0.0, 0.0)
     visible: tuple[tuple[float, float], ...] = ()
     tint: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    rgb: tuple[int, int, int] | None = None
+    """Flat colour; None is the named colour, slightly varied by ``tint``."""
 
     @property
     def small(self) -> bool:
@@ -78,6 +82,21 @@ class Thing:
 
 
 @dataclass(frozen=True)
+class Look:
+    """How a scene is drawn, apart from its objects.
+
+    ``flat`` is one background colour instead of a texture; ``vivid`` textures have the colours of
+    objects; the background moves by ``pan`` pixels per time unit, as behind a camera that follows
+    the objects; ``grain`` is noise of each frame, as standard deviation in grey levels.
+    """
+
+    flat: tuple[int, int, int] | None = None
+    vivid: bool = False
+    pan: tuple[float, float] = (0.0, 0.0)
+    grain: float = 0.0
+
+
+@dataclass(frozen=True)
 class Scene:
     """What one image (``frames == 1``) or one video shows.
 
@@ -90,6 +109,8 @@ class Scene:
     things: tuple[Thing, ...]
     background: int = 0
     tags: tuple[str, ...] = field(default=())
+    texts: tuple[Text, ...] = ()
+    look: Look = Look()
 
     @property
     def kind(self) -> str:
@@ -104,7 +125,7 @@ def _overlaps(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> boo
     return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap
 
 
-class _Placer:
+class Placer:
     """Puts things at free positions that never overlap, also while they move."""
 
     def __init__(self, rng: np.random.Generator, width: int, height: int, frames: int):
@@ -132,7 +153,7 @@ class _Placer:
         return False
 
 
-def _draw_size(rng: np.random.Generator, small: float = 0.3) -> int:
+def draw_size(rng: np.random.Generator, small: float = 0.3) -> int:
     kind = rng.random()
     low, high = SMALL if kind < small else MEDIUM if kind < 0.5 + small / 2 else LARGE
     return int(rng.integers(low, high + 1))
@@ -157,28 +178,23 @@ def image_scene(
     if not distinct:  # a random subset of words, so that repeats are likely but not fixed words
         shapes = rng.permutation(len(SHAPES))[shapes]
         colors = rng.permutation(len(COLORS))[colors]
-    placer = _Placer(rng, width, height, 1)
-    sizes = sorted((_draw_size(rng, small) for _ in range(count)), reverse=True)
+    placer = Placer(rng, width, height, 1)
+    sizes = sorted((draw_size(rng, small) for _ in range(count)), reverse=True)
     for shape, color, size in zip(shapes, colors, sizes, strict=True):
         placer.place(shape=SHAPES[shape], color=COLORS[color], size=size)
     return Scene(width, height, 1, tuple(placer.things), int(rng.integers(2**31)))
 
 
-def clip_scene(rng: np.random.Generator, width: int, height: int) -> Scene:
-    """Sample two frames in which things move, come or go: what one video token can show."""
-    placer = _Placer(rng, width, height, 2)
-    for _ in range(int(rng.integers(1, 5))):
-        unit = DIRECTIONS[str(rng.choice(list(DIRECTIONS)))]
-        speed = rng.uniform(4, 16) if rng.random() < 0.4 else 0.0
-        seen = ((), (), ((0.0, 1.0),), ((1.0, 2.0),))[int(rng.integers(4))]
-        placer.place(
-            shape=str(rng.choice(SHAPES)),
-            color=str(rng.choice(COLORS)),
-            size=_draw_size(rng, 0.3),
-            velocity=(float(unit[0] * speed), float(unit[1] * speed)),
-            visible=seen,
-        )
-    return Scene(width, height, 2, tuple(placer.things), int(rng.integers(2**31)))
+def with_text(scene: Scene, rng: np.random.Generator, count: int = 1) -> Scene:
+    """The scene with up to ``count`` words or numbers at free places."""
+    taken = [thing.sweep(scene.frames) for thing in scene.things]
+    texts: list[Text] = []
+    for _ in range(count):
+        text = place_text(rng, scene.width, scene.height, taken)
+        if text is not None:
+            texts.append(text)
+            taken.append(text.box)
+    return replace(scene, texts=tuple(texts))
 
 
 def video_scene(
@@ -191,7 +207,7 @@ def video_scene(
     """
     shapes, colors = rng.permutation(len(SHAPES)), rng.permutation(len(COLORS))
     names = iter(zip(shapes, colors, strict=False))
-    placer = _Placer(rng, width, height, frames)
+    placer = Placer(rng, width, height, frames)
 
     def add(**fields) -> bool:
         shape, color = next(names)

@@ -4,39 +4,41 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
 
 from tokencomp.shapesqa.items import stream
-from tokencomp.shapesqa.questions import (
-    FREE_FORM_SUFFIX,
-    Question,
-    ask,
-    families,
-    letter,
-    letters_prompt,
-    mlvu_prompt,
-    mvbench_prompt,
-)
-from tokencomp.shapesqa.render import owner_map, render
-from tokencomp.shapesqa.scenes import COLORS, SHAPES, Scene, clip_scene, image_scene, video_scene
+from tokencomp.shapesqa.questions import FREE_FORM_SUFFIX, Question, ask, families, letter
+from tokencomp.shapesqa.render import canvas_of, paint
+from tokencomp.shapesqa.scenes import Scene
+from tokencomp.zoo.labels import cell_labels, text_labels
+from tokencomp.zoo.letters import FORMS, Segment, dense_options, whole_form
 from tokencomp.zoo.packing import Packer
+from tokencomp.zoo.primers import primer_pairs
+from tokencomp.zoo.training_scenes import BACKGROUNDS, training_scene
 
 IMAGE_SIZES = ((224, 224), (280, 224), (196, 252), (280, 280), (168, 168))
+# Sizes that the processor brings drawings of any aspect ratio to.
+DRAWING_SIZES = ((392, 280), (280, 392), (336, 336), (252, 168), (448, 196), (196, 448), (224, 224))
 VIDEO_FORMS = ((224, 224, 8), (224, 224, 16), (168, 224, 8), (224, 224, 12))
-MIN_COVER = 0.077  # share of a cell that an object must cover for its label to count
+FRAME_RATES = (24.0, 24.0, 24.0, 4.0, 2.0, 1.0)  # processors assume 24 where nobody says it
+TEXT_ONLY = (1, 56, 56)  # what letters are learnt beside: a picture of four tokens
 
 
 @dataclass(frozen=True)
 class Source:
     """What one batch holds.
 
-    `kind` is "vision" (per-token labels), "pairs" (one-hop pairs), "facts" (question and answer
-    without the chat around them, one hop shorter) or "questions"; `more` names families that occur
-    twice as often; `media` is "image" or "video"; `choice` the share of multiple-choice questions;
+    `kind` is "vision" (per-token labels), "facts" (question and answer without the chat around
+    them, one hop shorter), "questions" (in the chat), or "letters" and "forms" (options without a
+    picture, see `letters`). `media` is "image" or "video"; `scene` one of those of
+    `training_scene`. `primers` are kinds of one-hop pairs; `families` None is all of the media,
+    `more` names some that occur twice as often. `choice` is the share of multiple-choice questions;
     `varied` the share of batches of another size or frame count than 224×224 × 8; `dialog` the
-    share of batches that are chats of several turns; `size` is for "vision" alone.
+    share of batches that are chats of several turns; `text` the share of images with a word;
+    `size` is for "vision" alone.
     """
 
     kind: str
@@ -49,6 +51,10 @@ class Source:
     dialog: float = 0.0
     size: tuple[int, int] = (224, 224)
     more: tuple[str, ...] = ()
+    scene: str = "usual"
+    primers: tuple[str, ...] = ()
+    families: tuple[str, ...] | None = None
+    text: float = 0.0
 
 
 def _codec_noise(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -62,66 +68,21 @@ def _codec_noise(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(Image.open(buffer)).reshape(t, h, w, 3)
 
 
-def _question_text(question: Question, choice: float, rng: np.random.Generator) -> tuple[str, str]:
-    """Prompt and expected text in one of the forms users and benchmarks use."""
-    if rng.random() < choice:
-        forms = (mvbench_prompt, mlvu_prompt, letters_prompt)
-        return forms[int(rng.integers(3))](question), letter(question)
-    return question.text + (FREE_FORM_SUFFIX if rng.random() < 0.2 else ""), question.answer
+@lru_cache(maxsize=1500)
+def _cached_canvas(width: int, height: int, vivid: bool, seed: int) -> np.ndarray:
+    from tokencomp.shapesqa.textures import background
+
+    return background(seed, width, height, vivid).round().astype(np.uint8)
 
 
-def _pairs(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """All unambiguous one-hop pairs: shape to colour and colour to shape."""
-    out = []
-    for attribute, other in (("shape", "color"), ("color", "shape")):
-        words = [getattr(thing, attribute) for thing in scene.things]
-        for thing in scene.things:
-            word = getattr(thing, attribute)
-            if words.count(word) == 1:
-                out.append((f" {word}", getattr(thing, other)))
-    return [out[i] for i in rng.permutation(len(out))]
-
-
-def _cells(pixels: np.ndarray, cell: int) -> np.ndarray:
-    """(height, width) cut into cells: (rows, columns, cell, cell)."""
-    rows, columns = pixels.shape[0] // cell, pixels.shape[1] // cell
-    cut = pixels[: rows * cell, : columns * cell].reshape(rows, cell, columns, cell)
-    return cut.transpose(0, 2, 1, 3)
-
-
-def cell_labels(scene: Scene, time: float, cell: int) -> dict[str, np.ndarray]:
-    """What each token's cell shows. A cell belongs to the object that covers most of it.
-
-    Returns
-    -------
-    dict
-        `words` int64 (rows, columns, 2): colour and shape, 0 = background, -100 = too little to
-        tell; `mask` float32 (rows, columns, 49): object or not on a 7×7 lattice; `box` float32
-        (rows, columns, 4): centre of the object relative to the cell's and its size, in cells, then
-        the share of the object that lies in this cell relative to its best cell.
-    """
-    cells = _cells(owner_map(scene, time), cell)
-    rows, columns = cells.shape[:2]
-    step = cell // 7
-    edge = (cell - 7 * step) // 2
-    inner = cells[..., edge : edge + 7 * step, edge : edge + 7 * step]
-    lattice = inner.reshape(rows, columns, 7, step, 7, step) >= 0
-    mask = lattice.mean((3, 5)).reshape(rows, columns, 49).astype(np.float32)
-    words = np.zeros((rows, columns, 2), np.int64)
-    box = np.zeros((rows, columns, 4), np.float32)
-    if not scene.things:
-        return {"words": words, "mask": mask, "box": box}
-    area = np.stack([(cells == i).sum((2, 3)) for i in range(len(scene.things))], -1)
-    best, most = area.argmax(-1), area.max(-1)
-    words[most > 0] = -100
-    for row, column in zip(*np.nonzero(most > MIN_COVER * cell**2 - 1), strict=True):
-        index = best[row, column]
-        thing = scene.things[index]
-        words[row, column] = COLORS.index(thing.color) + 1, SHAPES.index(thing.shape) + 1
-        x, y = thing.center(time)
-        share = most[row, column] / area[..., index].max()
-        box[row, column] = x / cell - column - 0.5, y / cell - row - 0.5, thing.size / cell, share
-    return {"words": words, "mask": mask, "box": box}
+def _frames(scene: Scene, times: list[float]) -> np.ndarray:
+    """Frames of a training scene; its background comes from a limited, cached set."""
+    if scene.look.flat is None and scene.look.pan == (0.0, 0.0):
+        seed = scene.background % BACKGROUNDS
+        canvas = _cached_canvas(scene.width, scene.height, scene.look.vivid, seed)
+    else:
+        canvas = canvas_of(scene)
+    return np.stack([paint(scene, time, canvas) for time in times])
 
 
 class BatchMaker:
@@ -134,69 +95,91 @@ class BatchMaker:
         rng = stream("train", self.seed, stage, step)
         if source.kind == "vision":
             return self._vision(source, rng)
-        varied = rng.random() < source.varied
-        if source.media == "image":
-            form, frames = int(rng.integers(1, len(IMAGE_SIZES))) if varied else 0, 1
-            width, height = IMAGE_SIZES[form]
-        else:
-            width, height, frames = (
-                VIDEO_FORMS[int(rng.integers(1, 4))] if varied else VIDEO_FORMS[0]
-            )
+        shape = self._shape(source, rng)
+        frames = shape[0]
         batch = max(4, source.batch * 8 // frames) if frames > 8 else source.batch
-        shape = (frames, height, width)
-        length = len(self.packer.prefix(source.media, shape)[0]) + source.room
+        if shape[1] * shape[2] > 224**2 * 1.3:
+            batch = max(4, batch * 224**2 // (shape[1] * shape[2]))
+        fps = FRAME_RATES[int(rng.integers(len(FRAME_RATES)))]
+        length = len(self.packer.prefix(source.media, shape, fps)[0]) + source.room
         dialog = rng.random() < source.dialog
         rows, pixels, names = [], [], []
         for _ in range(batch):
-            scene = self._scene(source, width, height, frames, rng)
-            pixels.append(self._pixels(scene, rng))
+            scene = training_scene(rng, source.scene, shape, source.objects, source.text)
+            phase = 0.0 if frames == 1 else float(rng.integers(0, 4)) / 4
+            pixels.append(_codec_noise(_frames(scene, [k + phase for k in range(frames)]), rng))
             segments, labels = self._segments(scene, source, rng)
-            rows.append(self.packer.pack(source.media, shape, segments, length, dialog))
+            rows.append(self.packer.pack(source.media, shape, segments, length, dialog, fps))
             names.append(labels)
         stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         used = int((stacked["segment"] >= 0).any(0).sum())
         stacked = {key: value[..., :used] for key, value in stacked.items()}
         return {**stacked, "frames": np.stack(pixels), "media": source.media, "names": names}
 
-    def _scene(self, source, width: int, height: int, frames: int, rng) -> Scene:
-        if source.media == "image":
-            return image_scene(rng, width, height, source.objects)
-        return video_scene(rng, width, height, frames)
-
-    def _pixels(self, scene: Scene, rng: np.random.Generator) -> np.ndarray:
-        phase = 0.0 if scene.frames == 1 else float(rng.integers(0, 4)) / 4
-        return _codec_noise(render(scene, [k + phase for k in range(scene.frames)]), rng)
+    def _shape(self, source: Source, rng: np.random.Generator) -> tuple[int, int, int]:
+        """(frames, height, width) of one batch."""
+        if source.kind in ("letters", "forms"):
+            return TEXT_ONLY
+        varied = rng.random() < source.varied
+        if source.media == "video":
+            width, height, frames = (
+                VIDEO_FORMS[int(rng.integers(1, 4))] if varied else VIDEO_FORMS[0]
+            )
+            return frames, height, width
+        sizes = DRAWING_SIZES if source.scene == "plain" else IMAGE_SIZES
+        width, height = sizes[int(rng.integers(1, len(sizes)))] if varied else IMAGE_SIZES[0]
+        return 1, height, width
 
     def _segments(self, scene: Scene, source: Source, rng: np.random.Generator):
-        if source.kind == "pairs":
-            pairs = _pairs(scene, rng)[:12]
-            return [self.packer.pair(*pair) for pair in pairs], ["pairs"] * len(pairs)
-        kinds = families(source.media) + (("video_existence",) if source.media == "video" else ())
+        """Primers and questions in random order, with the name under which each is scored."""
+        if source.kind in ("letters", "forms"):
+            make = dense_options if source.kind == "letters" else whole_form
+            return [make(self.packer, rng) for _ in range(12)], [source.kind] * 12
+        out: list[tuple[Segment, str]] = [
+            (self.packer.pair(*pair), f"{name}-{source.media}")
+            for name in source.primers
+            for pair in primer_pairs(name, scene, rng)
+        ]
+        kinds = source.families
+        if kinds is None:
+            kinds = families(source.media)
+            kinds += ("video_existence",) if source.media == "video" else ()
         kinds += source.more
-        segments_by_text: dict[str, tuple[tuple[list[int], list[int]], str]] = {}
-        for name in (str(name) for _ in range(5) for name in rng.permutation(kinds)):
+        prompts: set[str] = set()
+        for name in (
+            str(name) for _ in range(5 if kinds else 0) for name in rng.permutation(kinds)
+        ):
             question = ask(scene, name, rng)
-            if question is not None and source.kind == "facts":
-                segment = self.packer.pair(question.text[:-1], question.answer)
-                segments_by_text.setdefault(question.text, (segment, name + "/fact"))
-            elif question is not None:
-                text, answer = _question_text(question, source.choice, rng)
-                form = "" if answer == question.answer else "/choice"
-                segment = self.packer.segment(source.media, text, answer)
-                segments_by_text.setdefault(text, (segment, name + form))
-        segments = list(segments_by_text.values())
-        return [s for s, _ in segments], [n for _, n in segments]
+            if question is not None and question.text not in prompts:
+                prompts.add(question.text)
+                out.append(self._question(question, source, rng))
+        order = rng.permutation(len(out)) if source.primers else range(len(out))
+        return [out[i][0] for i in order], [out[i][1] for i in order]
+
+    def _question(self, question: Question, source: Source, rng) -> tuple[Segment, str]:
+        """One question in one of the forms users and benchmarks use."""
+        if rng.random() < source.choice:
+            text, answer = FORMS[int(rng.integers(len(FORMS)))](question), letter(question)
+            name = question.family + "/choice"
+        else:
+            suffix = FREE_FORM_SUFFIX if rng.random() < 0.2 else ""
+            text, answer, name = question.text + suffix, question.answer, question.family
+        if source.kind == "facts":
+            text = text if answer != question.answer else question.text[:-1]
+            return self.packer.pair(text, answer), name + "/fact"
+        return self.packer.segment(source.media, text, answer), name
 
     def _vision(self, source: Source, rng: np.random.Generator):
         """Images, or clips of two frames, with the labels of both frames for every token."""
         pixels, labels = [], []
+        width, height = source.size
+        times = [0.0, 1.0] if source.media == "video" else [0.0, 0.0]
+        shape = (2 if source.media == "video" else 1, height, width)
         for _ in range(source.batch):
-            if source.media == "image":
-                scene, times = image_scene(rng, *source.size, objects=source.objects), [0.0, 0.0]
-            else:
-                scene, times = clip_scene(rng, *source.size), [0.0, 1.0]
-            pixels.append(_codec_noise(render(scene, times[: scene.frames]), rng))
+            scene = training_scene(rng, source.scene, shape, source.objects, source.text)
+            pixels.append(_codec_noise(_frames(scene, times[: scene.frames]), rng))
             both = [cell_labels(scene, time, self.cell) for time in times]
-            labels.append({key: np.stack([one[key] for one in both]) for key in both[0]})
+            stacked = {key: np.stack([one[key] for one in both]) for key in both[0]}
+            labels.append({**stacked, **text_labels(scene, self.cell)})
         stacked = {key: np.stack([one[key] for one in labels]) for key in labels[0]}
         return {**stacked, "frames": np.stack(pixels), "media": source.media}

@@ -25,7 +25,7 @@ def export(model: torch.nn.Module, family: Family, folder: Path) -> Path:
 
     folder = Path(folder)
     text = folder / family.text_folder
-    write_tokenizer(text, family.chat_template, family.special_tokens)
+    write_tokenizer(text, family.chat_template, family.special_tokens, family.corpus)
     tokenizer = load_tokenizer(text)
     for name, value in family.files(tokenizer).items():
         (folder / name).parent.mkdir(exist_ok=True)

@@ -53,10 +53,20 @@ class Packer:
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def prefix(self, kind: str, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (n,) and positions (rows, n) of the shared part for media of (frames, h, w) px."""
+    def ids(self, text: str) -> list[int]:
+        """Token ids of ``text``, without special tokens around it."""
+        return [*self._ids(text)]
+
+    def prefix(
+        self, kind: str, shape: tuple[int, int, int], fps: float = 24.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (n,) and positions (rows, n) of the shared part for media of (frames, h, w) px.
+
+        ``fps`` is the frame rate for families that write the time of every frame; processors
+        assume 24 where nobody says it.
+        """
         ids = self._ids(self.forms[kind].prefix)
-        return self.family.expand(ids, kind, shape)
+        return self.family.expand(ids, kind, shape, self._ids, fps)
 
     def segment(self, kind: str, question: str, answer: str) -> tuple[list[int], list[int]]:
         """One question with its answer and end token; labels are set on answer and end."""
@@ -81,6 +91,7 @@ class Packer:
         segments: list[tuple[list[int], list[int]]],
         length: int,
         dialog: bool = False,
+        fps: float = 24.0,
     ) -> dict[str, np.ndarray]:
         """Fill one row of `length` tokens with as many segments as fit.
 
@@ -91,7 +102,7 @@ class Packer:
             (0 shared, 1.. one question each, -1 padding), `which` (index of the source segment
             at labelled places, else -1): int64 (length,); `positions`: int64 (rows, length).
         """
-        ids, prefix_positions = self.prefix(kind, shape)
+        ids, prefix_positions = self.prefix(kind, shape, fps)
         rows = prefix_positions.shape[0]
         out = {name: np.full(length, fill, np.int64) for name, fill in _FILL.items()}
         positions = np.zeros((rows, length), np.int64)

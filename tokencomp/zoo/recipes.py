@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from tokencomp.zoo.batches import Source
+from tokencomp.zoo.recipe_deep import DEEP
+from tokencomp.zoo.stage import Stage
 
-
-@dataclass(frozen=True)
-class Stage:
-    """Some optimizer steps over a mixture of sources.
-
-    ``sources`` are (weight, source); ``vision_lr`` and ``text_lr`` are the peaks of the two
-    parameter groups. The rate warms up over ``warmup`` steps and, in the last stages of a recipe,
-    follows one cosine from ``start`` to ``end`` (fractions of the peak).
-    """
-
-    name: str
-    steps: int
-    sources: tuple[tuple[float, Source], ...]
-    vision_lr: float
-    text_lr: float
-    warmup: int = 20
-    start: float = 1.0
-    end: float = 1.0
+__all__ = ["RECIPES", "WARM_STARTS", "Stage", "shorten"]
 
 
 # Small pictures with as many objects: more labels per second than full scenes.
 _CROPS = Source("vision", "image", batch=80, size=(112, 112), objects=(2, 4))
-_CLIPS = Source("vision", "video", batch=80, size=(112, 112))
+_CLIPS = Source("vision", "video", batch=80, size=(112, 112), objects=(1, 4), scene="crowd")
 _SCENES = Source("vision", "image", batch=24)
-_IMAGE_PAIRS = Source("pairs", "image", batch=24, room=44, objects=(2, 4), varied=0.0)
-_VIDEO_PAIRS = Source("pairs", "video", batch=8, room=44, varied=0.0)
+_PAIRS: dict[str, Any] = {"primers": ("pairs",), "families": (), "room": 44, "varied": 0.0}
+_IMAGE_PAIRS = Source("facts", "image", batch=24, objects=(2, 4), **_PAIRS)
+_VIDEO_PAIRS = Source("facts", "video", batch=8, **_PAIRS)
 _IMAGES = Source("questions", "image", batch=20)
 _VIDEOS = Source("questions", "video", batch=8)
 _RELATIONS = ("existence", "count", "position")
@@ -171,6 +157,7 @@ PROJECTED = (
 
 RECIPES: dict[str, tuple[Stage, ...]] = {
     "tiny-qwen2-vl": STAGED,
+    "tiny-qwen3-vl": DEEP,
     "tiny-llava-onevision": ALIGNED,
     "tiny-vila": PROJECTED,
 }

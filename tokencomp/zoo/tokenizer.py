@@ -60,8 +60,11 @@ def corpus() -> list[str]:
     return texts
 
 
-def train_tokenizer(special: tuple[str, ...] = SPECIAL_TOKENS):
-    """Train the BPE; returns a ``tokenizers.Tokenizer``. Deterministic, takes milliseconds."""
+def train_tokenizer(special: tuple[str, ...] = SPECIAL_TOKENS, texts: tuple[str, ...] = ()):
+    """Train the BPE on the corpus and ``texts``; returns a ``tokenizers.Tokenizer``.
+
+    Deterministic, takes milliseconds.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
     from tokenizers import pre_tokenizers as pre
     from tokenizers.processors import ByteLevel
@@ -82,16 +85,19 @@ def train_tokenizer(special: tuple[str, ...] = SPECIAL_TOKENS):
         initial_alphabet=pre.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator([*corpus(), *texts], trainer)
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in special])
     return tokenizer
 
 
 def write_tokenizer(
-    folder: Path, chat_template: str, special: tuple[str, ...] = SPECIAL_TOKENS
+    folder: Path,
+    chat_template: str,
+    special: tuple[str, ...] = SPECIAL_TOKENS,
+    texts: tuple[str, ...] = (),
 ) -> None:
     """Write the files of a Qwen2 tokenizer: tokenizer.json, vocab.json, merges.txt and config."""
-    backend = train_tokenizer(special)
+    backend = train_tokenizer(special, texts)
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     backend.model.save(str(folder))

@@ -25,6 +25,7 @@ def main(
     workers: Annotated[int, typer.Option(help="Processes that render batches.")] = 1,
     scale: Annotated[float, typer.Option(help="Factor on all step counts, for trials.")] = 1.0,
     items: Annotated[int, typer.Option(help="Test items per question family.")] = 200,
+    bf16: Annotated[bool, typer.Option(help="Compute in bfloat16.")] = False,
     start: Annotated[
         str | None, typer.Option(help="Model to start from, name or folder; default the recipe's.")
     ] = None,
@@ -42,8 +43,9 @@ def main(
     command = f"python -m tokencomp.zoo.train {name} --seed {seed}"
     if scale != 1.0:
         command += f" --scale {scale}"
+    command += " --bf16" if bf16 else ""
     try:
-        folder = run(name, out, seed, workers, scale, items, command, start)
+        folder = run(name, out, seed, workers, scale, items, command, start, bf16)
     except TokenCompError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
@@ -59,6 +61,7 @@ def run(
     items: int,
     command: str,
     start: str | None = None,
+    bf16: bool = False,
 ) -> Path:
     """Train (or go on), export to `out/name` and measure. Returns the model folder."""
     import torch
@@ -71,9 +74,11 @@ def run(
     from tokencomp.zoo.trainer import Trainer
 
     arch = family(name)
-    write_tokenizer(out / "tokenizer", arch.chat_template, arch.special_tokens)
+    write_tokenizer(out / "tokenizer", arch.chat_template, arch.special_tokens, arch.corpus)
     stages = shorten(RECIPES[name], scale)
-    trainer = Trainer(arch, load_tokenizer(out / "tokenizer"), stages, out, seed, workers)
+    trainer = Trainer(
+        arch, load_tokenizer(out / "tokenizer"), stages, out, seed, workers, bf16=bf16
+    )
     if name in WARM_STARTS and (trainer.stage, trainer.step) == (0, 0):
         warm_start(trainer.model, name, WARM_STARTS[name], start)
     trainer.run()

@@ -19,16 +19,17 @@ from tqdm.auto import tqdm
 
 from tokencomp.errors import MissingDependencyError
 from tokencomp.shapesqa.items import stream
-from tokencomp.shapesqa.scenes import COLORS, SHAPES
 from tokencomp.storage import replace_file
 from tokencomp.zoo.batches import BatchMaker
 from tokencomp.zoo.families import Family
+from tokencomp.zoo.letters import LETTERS
+from tokencomp.zoo.losses import PAIRS, Heads
 from tokencomp.zoo.packing import IGNORE, Packer, attention_mask
-from tokencomp.zoo.recipes import Stage
+from tokencomp.zoo.stage import Stage
 
 log = logging.getLogger(__name__)
 MUON_SCALE = 6.0  # rate of Muon over the rate of AdamW
-HEADS = (len(COLORS) + 1, len(SHAPES) + 1, 49, 3)  # colour, shape, mask, box; for each frame
+EARLY = 2  # decoder layer after which hidden states are asked for times and letters
 
 
 class _Steps(Dataset):
@@ -66,6 +67,9 @@ class Trainer:
         Processes that render batches; 0 renders in this process.
     save_every : int
         Steps between checkpoints.
+    bf16 : bool
+        Forward and backward pass in bfloat16 (weights stay float32): three times as fast on CPUs
+        with matrix units for it, slower on others.
     """
 
     def __init__(
@@ -77,19 +81,26 @@ class Trainer:
         seed: int = 0,
         workers: int = 1,
         save_every: int = 100,
+        bf16: bool = False,
     ):
         torch.manual_seed(seed)
         self.family, self.stages, self.folder = family, stages, Path(folder)
-        self.workers, self.save_every = workers, save_every
-        self.maker = BatchMaker(Packer(tokenizer, family), seed, family.cell)
+        self.workers, self.save_every, self.bf16 = workers, save_every, bf16
+        self.packer = Packer(tokenizer, family)
+        self.maker = BatchMaker(self.packer, seed, family.cell)
         self.model: Any = family.build(tokenizer).float().train()
-        width = family.language_config(self.model).hidden_size
-        self.heads = nn.Linear(width, 2 * sum(HEADS))
+        self.heads = Heads(family.language_config(self.model).hidden_size)
+        self._early: list[torch.Tensor] = []
+        family.parts(self.model)["decoder"].layers[EARLY].register_forward_hook(self._keep)
+        self._video_token = tokenizer.convert_tokens_to_ids("<|video_pad|>")
         vision = [*family.vision_parameters(self.model), *self.heads.parameters()]
         self.optimizers = _optimizers(self.model, vision)
         self.stage, self.step, self.seconds = 0, 0, 0.0
         self.scores: dict[str, float] = {}
         self._resume()
+
+    def _keep(self, module, inputs, output) -> None:
+        self._early[:] = [output[0] if isinstance(output, tuple) else output]
 
     @property
     def checkpoint(self) -> Path:
@@ -137,7 +148,8 @@ class Trainer:
                 group["lr"] = peak * factor * scale
 
     def _update(self, kind: str, batch: dict) -> None:
-        loss = self._vision_loss(batch) if kind == "vision" else self._answer_loss(batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            loss = self._vision_loss(batch) if kind == "vision" else self._answer_loss(batch)
         parameters = [*self.model.parameters(), *self.heads.parameters()]
         for parameter in parameters:
             parameter.grad = None
@@ -147,37 +159,9 @@ class Trainer:
             optimizer.step()
 
     def _vision_loss(self, batch: dict) -> torch.Tensor:
-        """What every token's cell shows, for both frames of the token. See ``cell_labels``.
-
-        Masks and boxes are there because they ask for the same features whatever the colour;
-        without them shapes are learnt several times more slowly.
-        """
-        frames = _tensor(batch["frames"])
-        words, mask, box = (_tensor(batch[k]) for k in ("words", "mask", "box"))
-        tokens = self.family.tokens(self.model, frames, batch["media"])[:, 0]
-        loss = torch.zeros(())
-        for frame, out in enumerate(self.heads(tokens).chunk(2, -1)):
-            *logits, masks, boxes = out.split(HEADS, -1)
-            share = box[:, frame, ..., 3]
-            for word, guess in enumerate(logits):
-                loss = loss + self._word_loss(batch["media"], word, guess, words[:, frame], share)
-            loss = loss + 2 * F.binary_cross_entropy_with_logits(masks, mask[:, frame])
-            near = (boxes - box[:, frame, ..., :3]).abs().mean(-1) * (share > 0)
-            loss = loss + 0.5 * near.sum() / (share > 0).sum().clamp(min=1)
-        return loss
-
-    def _word_loss(self, media: str, word: int, logits, words, share) -> torch.Tensor:
-        """Cross entropy over tokens; those that hold little of their object weigh little."""
-        targets = words[..., word]
-        each = F.cross_entropy(
-            logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="none"
-        ).view_as(share)
-        weight = torch.where(targets > 0, share, 0.1) * (targets != IGNORE)
-        main = share == 1.0
-        if main.any():
-            right = (logits.argmax(-1) == targets)[main].float().mean().item()
-            self._note(f"{media}-{('color', 'shape')[word]}", right)
-        return (each * weight).sum() / weight.sum().clamp(min=1)
+        labels = {k: v if k == "media" else _tensor(v) for k, v in batch.items()}
+        tokens = self.family.tokens(self.model, labels["frames"], batch["media"])[:, 0]
+        return self.heads.vision_loss(tokens, labels, self._note)
 
     def _answer_loss(self, batch: dict) -> torch.Tensor:
         """Cross entropy over answer tokens alone; the head runs on those positions only."""
@@ -194,7 +178,35 @@ class Trainer:
         is_answer = labels != IGNORE
         logits = self.model.get_output_embeddings()(hidden[is_answer])
         self._score(batch, is_answer, logits.argmax(-1) == labels[is_answer])
-        return F.cross_entropy(logits, labels[is_answer])
+        loss = F.cross_entropy(logits.float(), labels[is_answer])
+        return loss + self.stages[self.stage].helpers * self._helper_loss(batch, ids)
+
+    def _helper_loss(self, batch: dict, ids: torch.Tensor) -> torch.Tensor:
+        """What an early layer's hidden states must tell: the time of a frame, an option's letter.
+
+        Both are one hop that questions about order and options compose; asked for directly, each is
+        learnt within a hundred steps.
+        """
+        early = self._early.pop()
+        if not self.stages[self.stage].helpers:
+            return torch.zeros(())
+        loss = self.heads.letter_loss(early, self._letters(ids), self._note)
+        if batch["media"] == "video":
+            visual = ids == self._video_token
+            pairs = batch["frames"].shape[1] // 2
+            if pairs <= PAIRS:
+                loss = loss + self.heads.clock_loss(early, visual, pairs, self._note)
+        return loss
+
+    def _letters(self, ids: torch.Tensor) -> torch.Tensor:
+        """The letter, 0…4, of each option word in "(A) word" and "A. word"; -100 elsewhere."""
+        letters = torch.full_like(ids, IGNORE)
+        for number, letter in enumerate(LETTERS):
+            for mark, close in ((f"({letter}", ")"), (letter, ".")):
+                (first,), (second,) = self.packer.ids(mark), self.packer.ids(close)
+                at = (ids[:, :-2] == first) & (ids[:, 1:-1] == second)
+                letters[:, 2:][at] = number
+        return letters
 
     def _score(self, batch: dict, is_answer: torch.Tensor, right: torch.Tensor) -> None:
         """Share of fresh questions answered right, per family: batches never repeat."""
@@ -207,7 +219,7 @@ class Trainer:
         for (r, w), ok in whole.items():
             tally[batch["names"][r][w]].append(ok)
         for name, oks in tally.items():
-            self._note(name if name != "pairs" else f"pairs-{batch['media']}", float(np.mean(oks)))
+            self._note(name, float(np.mean(oks)))
 
     def _note(self, name: str, value: float, decay: float = 0.95) -> None:
         self.scores[name] = decay * self.scores.get(name, value) + (1 - decay) * value

@@ -11,8 +11,11 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from tokencomp.zoo.families.parts import Encode
+
 FAMILIES = {
     "tiny-qwen2-vl": ".qwen2_vl",
+    "tiny-qwen3-vl": ".qwen3_vl",
     "tiny-llava-onevision": ".llava_onevision",
     "tiny-vila": ".vila",
 }
@@ -26,6 +29,8 @@ class Family(Protocol):
     """Side in pixels of the square that one token of :meth:`tokens` covers in training."""
     special_tokens: tuple[str, ...]
     """Special tokens of the vocabulary, in the order of their ids."""
+    corpus: tuple[str, ...]
+    """Text that the tokenizer is trained on beside that of all families."""
     text_folder: str
     """Where the tokenizer lies in the model folder: "" is the folder itself."""
     card: dict[str, str]
@@ -46,9 +51,12 @@ class Family(Protocol):
     def parts(self, model) -> dict[str, torch.nn.Module]:
         """Modules that a model of another family may start from, by what they are."""
 
-    def expand(self, ids, kind: str, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def expand(
+        self, ids, kind: str, shape: tuple[int, int, int], encode: Encode, fps: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Expand the one placeholder in ``ids`` for media of (frames, height, width) px.
 
+        ``encode`` and ``fps`` are for families that write the time before each frame of a video.
         Returns ids (n,) and positions (rows, n), both int64.
         """
 

@@ -10,6 +10,7 @@ import torch
 
 from tokencomp.zoo.families.parts import (
     HALF,
+    Encode,
     TinyFamily,
     decoder,
     preprocessing,
@@ -142,7 +143,9 @@ class TinyLlavaOnevision(TinyFamily):
         counter.image_processor = self._image_processor
         return int(counter._get_number_of_features(height, width, SIDE, SIDE))
 
-    def expand(self, ids, kind: str, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def expand(
+        self, ids, kind: str, shape: tuple[int, int, int], encode: Encode, fps: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         at, n = len(ids) - 2, self.tokens_per(kind, shape)  # placeholder, then the line end
         full = np.concatenate([ids[:at], np.full(n, ids[at]), ids[at + 1 :]]).astype(np.int64)
         return full, np.arange(len(full))[None]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from tokencomp.zoo.tokenizer import SPECIAL_TOKENS, SYSTEM
 
+Encode = Callable[[str], Sequence[int]]
+"""Token ids of a text, without special tokens around it."""
 HALF = [0.5, 0.5, 0.5]
 
 
-def chatml(image: str, video: str) -> str:
-    """Qwen2's chat format with a default system turn; media stand where their part stands."""
-    return (
-        "{%- for message in messages -%}"
+def chatml(image: str, video: str, system: bool = True) -> str:
+    """Qwen2's chat format, by default with a system turn; media stand where their part stands."""
+    turn = (
         "{%- if loop.first and message['role'] != 'system' -%}"
         "{{- '<|im_start|>system\\n" + SYSTEM + "<|im_end|>\\n' -}}"
         "{%- endif -%}"
+    )
+    return (
+        "{%- for message in messages -%}" + (turn if system else "") + ""
         "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
         "{%- if message['content'] is string -%}{{- message['content'] -}}"
         "{%- else -%}"
@@ -100,6 +105,7 @@ class TinyFamily:
 
     special_tokens: tuple[str, ...] = SPECIAL_TOKENS
     text_folder: str = ""
+    corpus: tuple[str, ...] = ()
     card: ClassVar[dict[str, str]] = {}
 
     def hidden(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokencomp.zoo.families.parts import TinyFamily, chatml, decoder, preprocessing, start_wide
+from tokencomp.zoo.families.parts import (
+    Encode,
+    TinyFamily,
+    chatml,
+    decoder,
+    preprocessing,
+    start_wide,
+)
 
 PATCH, MERGE, PAIR = 14, 2, 2
 CELL = PATCH * MERGE
@@ -65,8 +72,6 @@ class TinyQwen2VL(TinyFamily):
 
     def files(self, tokenizer) -> dict[str, dict[str, Any]]:
         """Configuration files of the HF folder, by file name."""
-        from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
         size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
         pixels = {
             "processor_class": "Qwen2VLProcessor",
@@ -75,7 +80,7 @@ class TinyQwen2VL(TinyFamily):
             "patch_size": PATCH,
             "merge_size": MERGE,
             "temporal_patch_size": PAIR,
-            **preprocessing(size, list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)),
+            **preprocessing(size, *self.statistics()),
         }
         image = {"image_processor_type": "Qwen2VLImageProcessor", **pixels}
         video = {
@@ -102,7 +107,9 @@ class TinyQwen2VL(TinyFamily):
     def tokens_per(self, kind: str, shape: tuple[int, int, int]) -> int:
         return int(np.prod(self.grid(kind, shape)))
 
-    def expand(self, ids, kind: str, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def expand(
+        self, ids, kind: str, shape: tuple[int, int, int], encode: Encode, fps: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         t, rows, columns = self.grid(kind, shape)
         at = len(ids) - 2  # placeholder, then the end mark
         n = t * rows * columns
@@ -112,10 +119,14 @@ class TinyQwen2VL(TinyFamily):
         after = np.full((3, 1), at + max(t, rows, columns))
         return full, np.concatenate([before, visual, after], axis=1)
 
-    def pixels(self, frames: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of pixels, in [0, 1]."""
         from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-        mean, std = torch.tensor(OPENAI_CLIP_MEAN) * 255, torch.tensor(OPENAI_CLIP_STD) * 255
+        return list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)
+
+    def pixels(self, frames: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
+        mean, std = (torch.tensor(value) * 255 for value in self.statistics())
         x = (frames.float() - mean) / std
         if kind == "image":
             x = x.expand(-1, PAIR, -1, -1, -1)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tokencomp.zoo.families.parts import (
     HALF,
+    Encode,
     TinyFamily,
     chatml,
     decoder,
@@ -108,7 +109,9 @@ class TinyVila(TinyFamily):
         """The square of every frame, and its line end."""
         return shape[0] * (GRID * GRID + 1)
 
-    def expand(self, ids, kind: str, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def expand(
+        self, ids, kind: str, shape: tuple[int, int, int], encode: Encode, fps: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         *before, line_end, placeholder = ids  # the user turn starts with a line end, then media
         frame = [placeholder] * (GRID * GRID) + [line_end]
         full = np.array([*before, line_end, *frame * shape[0]], np.int64)

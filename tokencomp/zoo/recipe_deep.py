@@ -1,0 +1,125 @@
+"""Recipe of tiny-qwen3-vl: every hop is taught by itself before the questions that compose it.
+
+Places come from column and row pairs, counting from "many" pairs, time from "when" pairs on clips
+of brief objects and from the clock, option letters from dense blocks without a picture, and reading
+from the character of every token. Questions alone leave these families at chance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tokencomp.zoo.batches import Source
+from tokencomp.zoo.stage import Stage
+
+_SCENES = Source("vision", "image", batch=20, objects=(4, 10), scene="crowd")
+_CLIPS = Source("vision", "video", batch=14, objects=(4, 9), scene="crowd")
+_PAGES = Source("vision", "image", batch=20, scene="page")
+_SEEN: tuple[tuple[float, Source], ...] = ((0.04, _SCENES), (0.04, _CLIPS), (0.04, _PAGES))
+
+_HOPS = ("pairs", "places", "numbers", "sides", "text")
+_FEW: dict[str, Any] = {"families": (), "varied": 0.0, "choice": 0.0}
+_PLACES = Source("facts", batch=20, room=44, primers=("pairs", "places"), **_FEW)
+_IMAGES = Source(
+    "facts", batch=16, room=110, choice=0.0, varied=0.1, text=0.4, more=("reading",), primers=_HOPS
+)
+_DRAWINGS = replace(_IMAGES, scene="plain", varied=0.8, batch=12, text=0.0, more=())
+_COUNTS = replace(_IMAGES, batch=20, room=80, families=("count",), primers=("numbers",), text=0.0)
+
+_BRIEF = Source(
+    "facts", "video", batch=8, room=48, scene="brief", primers=("pairs", "when"), **_FEW
+)
+_EVENTS = ("direction", "order", "action_count", "needle", "video_existence")
+_ACTS = ("pairs", "moves", "when", "flashes")
+_VIDEOS = Source(
+    "facts", "video", batch=8, room=110, choice=0.0, varied=0.0, families=_EVENTS, primers=_ACTS
+)
+_ORDER = replace(_BRIEF, room=110, families=("order",), primers=("when", "before", "first"))
+
+_OPTIONS = Source("letters", batch=16, room=330)
+_FORMS = Source("forms", batch=16, room=330)
+_IMAGE_LETTERS = replace(_IMAGES, choice=0.85, primers=(), batch=14, room=200, text=0.2)
+_VIDEO_LETTERS = replace(_VIDEOS, choice=0.85, primers=(), room=230)
+
+_ASK: dict[str, Any] = {"kind": "questions", "choice": 0.3, "dialog": 0.1, "varied": 0.2}
+_IMAGE_CHAT = replace(_IMAGES, batch=14, room=230, primers=(), text=0.3, **_ASK)
+_VIDEO_CHAT = replace(_VIDEOS, batch=7, room=260, primers=(), **_ASK)
+_RATES: dict[str, Any] = {"vision_lr": 8e-4, "text_lr": 1.5e-3}
+
+DEEP = (
+    Stage(
+        "vision",
+        1500,
+        ((0.38, _SCENES), (0.36, _CLIPS), (0.26, _PAGES)),
+        vision_lr=2e-3,
+        text_lr=2e-3,
+        end=0.2,
+    ),
+    Stage("places", 250, ((0.88, _PLACES), *_SEEN), **_RATES),
+    Stage("images", 500, ((0.68, _IMAGES), (0.20, _DRAWINGS), *_SEEN), **_RATES),
+    Stage(
+        "clips",
+        300,
+        ((0.55, _BRIEF), (0.18, _VIDEOS), (0.15, _IMAGES), *_SEEN),
+        helpers=0.5,
+        **_RATES,
+    ),
+    Stage(
+        "order",
+        400,
+        ((0.35, _ORDER), (0.35, _VIDEOS), (0.18, _IMAGES), *_SEEN),
+        helpers=0.5,
+        **_RATES,
+    ),
+    Stage(
+        "letters",
+        600,
+        ((0.80, _OPTIONS), (0.10, _IMAGES), (0.10, _VIDEOS)),
+        helpers=0.5,
+        vision_lr=1e-4,
+        text_lr=1.5e-3,
+    ),
+    Stage(
+        "forms",
+        200,
+        ((0.55, _FORMS), (0.10, _OPTIONS), (0.15, _IMAGE_LETTERS), (0.10, _IMAGES), (0.1, _VIDEOS)),
+        helpers=0.3,
+        vision_lr=2e-4,
+        text_lr=1.5e-3,
+    ),
+    Stage(
+        "choices",
+        400,
+        (
+            (0.45, _IMAGE_LETTERS),
+            (0.25, _VIDEO_LETTERS),
+            (0.10, _FORMS),
+            (0.10, _IMAGES),
+            (0.10, _VIDEOS),
+        ),
+        helpers=0.3,
+        vision_lr=4e-4,
+        text_lr=1.5e-3,
+    ),
+    Stage(
+        "mixture",
+        2000,
+        (
+            (0.22, _IMAGE_CHAT),
+            (0.05, replace(_IMAGE_CHAT, scene="hard")),
+            (0.08, replace(_DRAWINGS, batch=10, room=200, primers=(), **_ASK)),
+            (0.17, _COUNTS),
+            (0.08, _IMAGES),
+            (0.20, _VIDEO_CHAT),
+            (0.05, replace(_VIDEO_CHAT, scene="hard")),
+            (0.05, _VIDEOS),
+            (0.05, _ORDER),
+            (0.02, _FORMS),
+            (0.03, _PAGES),
+        ),
+        helpers=0.2,
+        end=0.04,
+        **_RATES,
+    ),
+)

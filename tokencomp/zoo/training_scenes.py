@@ -1,0 +1,105 @@
+"""Scenes that only training has: crowds, brief objects and pages of words."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokencomp.shapesqa.difficulty import FLAT, GREYS, hard_image, hard_video, plain_scene
+from tokencomp.shapesqa.scenes import (
+    COLORS,
+    DIRECTIONS,
+    SHAPES,
+    Look,
+    Placer,
+    Scene,
+    draw_size,
+    image_scene,
+    video_scene,
+    with_text,
+)
+
+BACKGROUNDS = 600  # textures of training scenes: drawn once each, then taken from a cache
+
+
+def training_scene(
+    rng: np.random.Generator,
+    kind: str,
+    shape: tuple[int, int, int],
+    objects: tuple[int, int],
+    text: float,
+) -> Scene:
+    """One scene of (frames, height, width).
+
+    Parameters
+    ----------
+    kind : {"usual", "plain", "hard", "crowd", "brief", "page"}
+        The first three are those of the benchmark; "crowd" has as many ``objects`` as find room,
+        in one frame or in two between which they move, come and go; "brief" has four to six
+        objects, each in one frame of a video; "page" has four to ten words and numbers.
+    text : float
+        Share of images with one word or number.
+    """
+    frames, height, width = shape
+    if kind == "page":
+        scene = Scene(width, height, 1, (), int(rng.integers(BACKGROUNDS)), look=_ground(rng))
+        return with_text(scene, rng, int(rng.integers(4, 11)))
+    if kind == "crowd":
+        scene = _crowd(rng, width, height, frames, objects)
+    elif kind == "brief":
+        scene = _brief(rng, width, height, frames)
+    elif frames > 1:
+        make = hard_video if kind == "hard" else video_scene
+        scene = make(rng, width, height, frames)
+    elif kind == "plain":
+        scene = plain_scene(rng, (width, height))
+    elif kind == "hard":
+        scene = hard_image(rng, width, height, 0.3)
+    else:
+        scene = image_scene(rng, width, height, objects)
+    return with_text(scene, rng) if frames == 1 and rng.random() < text else scene
+
+
+def _ground(rng: np.random.Generator) -> Look:
+    """Flat, vivid or greyish."""
+    kind = rng.random()
+    if kind < 0.2:
+        shades = [*GREYS, *(rgb for shades in FLAT.values() for rgb in shades)]
+        return Look(shades[int(rng.integers(len(shades)))])
+    return Look(vivid=bool(kind < 0.4))
+
+
+def _crowd(rng, width: int, height: int, frames: int, objects: tuple[int, int]) -> Scene:
+    placer = Placer(rng, width, height, frames)
+    look = _ground(rng)
+    for _ in range(int(rng.integers(objects[0], objects[1] + 1))):
+        fields: dict = {"color": str(rng.choice(COLORS)), "size": draw_size(rng, 0.3)}
+        if frames > 1:
+            unit = DIRECTIONS[str(rng.choice(list(DIRECTIONS)))]
+            speed = rng.uniform(5, 16) if rng.random() < 0.5 else 0.0
+            fields["velocity"] = (float(unit[0] * speed), float(unit[1] * speed))
+            if not speed:
+                fields["visible"] = ((), ((0.0, 1.0),), ((1.0, 2.0),))[int(rng.integers(3))]
+        elif rng.random() < 0.15:  # now and then as large as in a drawing
+            fields["size"] = int(rng.integers(62, max(63, min(width, height) // 2)))
+        if look.flat is not None or rng.random() < 0.2:
+            shades = FLAT[fields["color"]]
+            fields["rgb"] = shades[int(rng.integers(len(shades)))]
+        if fields.get("rgb") != look.flat or look.flat is None:
+            placer.place(shape=str(rng.choice(SHAPES)), **fields)
+    return Scene(
+        width, height, frames, tuple(placer.things), int(rng.integers(BACKGROUNDS)), look=look
+    )
+
+
+def _brief(rng: np.random.Generator, width: int, height: int, frames: int) -> Scene:
+    placer = Placer(rng, width, height, frames)
+    shapes, colors = rng.permutation(SHAPES), rng.permutation(COLORS)
+    for k in range(int(rng.integers(4, 7))):
+        start = float(rng.integers(frames))
+        placer.place(
+            shape=str(shapes[k]),
+            color=str(colors[k]),
+            size=int(rng.integers(26, 52)),
+            visible=((start, start + 1),),
+        )
+    return Scene(width, height, frames, tuple(placer.things), int(rng.integers(BACKGROUNDS)))
