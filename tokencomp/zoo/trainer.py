@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from tokencomp.errors import MissingDependencyError
 from tokencomp.shapesqa.items import stream
 from tokencomp.storage import replace_file
 from tokencomp.zoo.batches import BatchMaker
 from tokencomp.zoo.families import Family
 from tokencomp.zoo.letters import LETTERS
 from tokencomp.zoo.losses import PAIRS, Heads
+from tokencomp.zoo.muon import Muon
 from tokencomp.zoo.packing import IGNORE, Packer, attention_mask
 from tokencomp.zoo.stage import Stage
 
@@ -80,7 +80,7 @@ class Trainer:
         folder: Path,
         seed: int = 0,
         workers: int = 1,
-        save_every: int = 100,
+        save_every: int = 50,
         bf16: bool = False,
     ):
         torch.manual_seed(seed)
@@ -249,11 +249,6 @@ class Trainer:
 
 def _optimizers(model: nn.Module, vision: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
     """AdamW for embeddings, heads, norms and biases; Muon for the matrices inside the blocks."""
-    if not hasattr(torch.optim, "Muon"):
-        raise MissingDependencyError(
-            f"Training uses torch.optim.Muon, which torch {torch.__version__} lacks. "
-            "Install torch>=2.9; running the shipped models needs torch>=2.6 only."
-        )
     seen = {id(p) for p in vision}
     inner = {
         id(p)
@@ -268,7 +263,7 @@ def _optimizers(model: nn.Module, vision: list[nn.Parameter]) -> list[torch.opti
             group[-1]["part"] = part
     return [
         torch.optim.AdamW(groups[False], lr=0.0, betas=(0.9, 0.98), weight_decay=0.01),
-        torch.optim.Muon(groups[True], lr=0.0, weight_decay=0.01, momentum=0.95),
+        Muon(groups[True], lr=0.0, weight_decay=0.01, momentum=0.95),
     ]
 
 
