@@ -14,6 +14,7 @@ from tokencomp.shapesqa.scenes import COLORS, SHAPES
 from tokencomp.shapesqa.textures import background
 
 EVERY = (*IMAGE_FAMILIES, *VIDEO_FAMILIES, "video_existence")
+STILL = ("attribute", "existence", "count", "position")
 
 
 def test_items_are_deterministic():
@@ -38,6 +39,65 @@ def test_splits_are_disjoint():
             assert not scenes[a] & scenes[b]
     draws = [tuple(stream(split, 7, 1).integers(0, 2**62, 4)) for split in SPLIT_SEEDS]
     assert len(set(draws)) == len(draws)
+
+
+def test_difficulties_are_disjoint_and_named():
+    """Same split, family and index, another difficulty: another scene and another id."""
+    for family in STILL:
+        three = [item("test", family, 3, difficulty=d) for d in ("plain", "usual", "hard")]
+        assert len({one.id for one in three}) == 3
+        assert len({repr(one.scene.things) for one in three}) == 3
+    with pytest.raises(UnknownNameError, match="plain"):
+        item("test", "count", 0, difficulty="easy")
+    with pytest.raises(UnknownNameError, match="attribute"):
+        item("test", "needle", 0, difficulty="plain")
+
+
+def test_plain_drawings_are_flat_and_of_any_shape():
+    """One colour of ground, none of an object's; sizes and aspect ratios vary widely."""
+    ratios, sides = [], []
+    for one in items("test", 20, ("attribute",), difficulty="plain"):
+        scene, pixels = one.scene, one.pixels()[0]
+        ground = pixels[owner_map(scene) < 0]
+        flat = (ground == np.asarray(scene.look.flat)).all(-1)
+        assert flat.mean() > 0.97  # what is not flat is the smooth edge of a shape
+        assert 1 <= len(scene.things) <= 3
+        assert scene.look.flat not in {thing.rgb for thing in scene.things}
+        ratios.append(scene.width / scene.height)
+        sides += [scene.width, scene.height]
+    assert min(ratios) < 0.8 and max(ratios) > 1.25 and max(sides) > 2 * min(sides)
+
+
+def test_hard_clips_move_everywhere_and_usual_ones_do_not():
+    """Where no object ever is, a panning background changes between frames."""
+    for difficulty, moves in (("usual", False), ("hard", True)):
+        for one in items("test", 3, ("needle",), difficulty=difficulty):
+            frames = one.pixels().astype(int)
+            away = np.ones(frames.shape[1:3], bool)
+            for frame in range(one.scene.frames):
+                away &= owner_map(one.scene, frame) < 0
+            assert away.mean() > 0.3
+            change = np.abs(frames[1:] - frames[:-1]).mean((0, 3))[away].mean()
+            assert (change > 3) if moves else (change < 0.5)  # smooth edges of objects
+
+
+@pytest.mark.parametrize("difficulty", ["usual", "hard"])
+def test_text_stands_where_the_scene_says(difficulty):
+    """The picture differs from the same scene without text in the text's box alone."""
+    from dataclasses import replace
+
+    for one in items("test", 8, ("reading",), difficulty=difficulty):
+        (text,) = one.scene.texts
+        assert one.answer == text.text and one.answer in one.options
+        assert len(set(one.options)) == 4
+        changed = (one.pixels() != render(replace(one.scene, texts=()))).any((0, 3))
+        left, top, right, bottom = text.box
+        rows, columns = np.nonzero(changed)
+        assert left - 2 <= columns.min() and columns.max() <= right + 2
+        assert top - 2 <= rows.min() and rows.max() <= bottom + 2
+        for thing in one.scene.things:
+            a = thing.box()
+            assert a[2] <= left or right <= a[0] or a[3] <= top or bottom <= a[1]
 
 
 def test_unknown_names_are_typed():
@@ -121,11 +181,16 @@ def _solve_video(scene, text):
     return _solve_image(scene, text)
 
 
-@pytest.mark.parametrize("kind", EVERY)
-def test_answers_rederived(kind):
+CASES = [("usual", kind) for kind in EVERY] + [("hard", kind) for kind in EVERY]
+
+
+@pytest.mark.parametrize(("difficulty", "kind"), CASES + [("plain", kind) for kind in STILL])
+def test_answers_rederived(difficulty, kind):
     solve = _solve_image if kind in IMAGE_FAMILIES else _solve_video
     answers = set()
-    for one in items("validation", 40, (kind,)):
+    for one in items(
+        "validation", 40 if difficulty == "usual" else 15, (kind,), difficulty=difficulty
+    ):
         assert solve(one.scene, one.question) == one.answer, (one.id, one.question)
         assert one.answer in one.options and len(set(one.options)) == len(one.options)
         assert one.options["ABCDE".index(one.letter)] == one.answer

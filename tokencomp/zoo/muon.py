@@ -1,13 +1,13 @@
-"""Muon for small matrices: momentum whose update is made orthogonal, all matrices of a shape at once.
+"""Muon for small matrices: orthogonal updates, computed for all matrices of a shape at once.
 
-torch.optim.Muon iterates one matrix after the other in bfloat16. On CPUs without bfloat16 units that
-takes twice as long as the forward and backward pass of a tiny model together.
+torch.optim.Muon iterates one matrix after the other in bfloat16. On CPUs without bfloat16 units
+that takes twice as long as the forward and backward pass of a tiny model together.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Quintic Newton-Schulz iteration of Muon (Jordan et al., 2024): pushes singular values towards 1.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -59,5 +59,27 @@ class Muon(torch.optim.Optimizer):
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-        return parameter.grad.lerp(buffer, group["momentum"])
+        gradient = parameter.grad
+        assert gradient is not None
+        buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        return gradient.lerp(buffer, group["momentum"])
+
+
+def optimizers(model: nn.Module, vision: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """AdamW for embeddings, heads, norms and biases; Muon for the matrices inside the blocks."""
+    seen = {id(p) for p in vision}
+    inner = {
+        id(p)
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and not any(part in name for part in ("embed", "lm_head"))
+    }
+    parts = {"vision": vision, "text": [p for p in model.parameters() if id(p) not in seen]}
+    groups: dict[bool, list[dict]] = {False: [], True: []}
+    for part, parameters in parts.items():
+        for muon, group in groups.items():
+            group.append({"params": [p for p in parameters if (id(p) in inner) is muon]})
+            group[-1]["part"] = part
+    return [
+        torch.optim.AdamW(groups[False], lr=0.0, betas=(0.9, 0.98), weight_decay=0.01),
+        Muon(groups[True], lr=0.0, weight_decay=0.01, momentum=0.95),
+    ]

@@ -23,7 +23,7 @@ from tokencomp.zoo.batches import BatchMaker
 from tokencomp.zoo.families import Family
 from tokencomp.zoo.letters import LETTERS
 from tokencomp.zoo.losses import PAIRS, Heads
-from tokencomp.zoo.muon import Muon
+from tokencomp.zoo.muon import optimizers
 from tokencomp.zoo.packing import IGNORE, Packer, attention_mask
 from tokencomp.zoo.stage import Stage
 
@@ -68,8 +68,8 @@ class Trainer:
     save_every : int
         Steps between checkpoints.
     bf16 : bool
-        Forward and backward pass in bfloat16 (weights stay float32): three times as fast on CPUs
-        with matrix units for it, slower on others.
+        Forward and backward pass in bfloat16 (weights stay float32): faster on CPUs with units for
+        it, many times slower on others.
     """
 
     def __init__(
@@ -91,10 +91,11 @@ class Trainer:
         self.model: Any = family.build(tokenizer).float().train()
         self.heads = Heads(family.language_config(self.model).hidden_size)
         self._early: list[torch.Tensor] = []
-        family.parts(self.model)["decoder"].layers[EARLY].register_forward_hook(self._keep)
+        decoder: Any = family.parts(self.model)["decoder"]
+        decoder.layers[EARLY].register_forward_hook(self._keep)
         self._video_token = tokenizer.convert_tokens_to_ids("<|video_pad|>")
         vision = [*family.vision_parameters(self.model), *self.heads.parameters()]
-        self.optimizers = _optimizers(self.model, vision)
+        self.optimizers = optimizers(self.model, vision)
         self.stage, self.step, self.seconds = 0, 0, 0.0
         self.scores: dict[str, float] = {}
         self._resume()
@@ -245,26 +246,6 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.stage, self.step, self.seconds = state["progress"]
         self.scores = dict(state["scores"])
-
-
-def _optimizers(model: nn.Module, vision: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
-    """AdamW for embeddings, heads, norms and biases; Muon for the matrices inside the blocks."""
-    seen = {id(p) for p in vision}
-    inner = {
-        id(p)
-        for name, p in model.named_parameters()
-        if p.ndim == 2 and not any(part in name for part in ("embed", "lm_head"))
-    }
-    parts = {"vision": vision, "text": [p for p in model.parameters() if id(p) not in seen]}
-    groups: dict[bool, list[dict]] = {False: [], True: []}
-    for part, parameters in parts.items():
-        for muon, group in groups.items():
-            group.append({"params": [p for p in parameters if (id(p) in inner) is muon]})
-            group[-1]["part"] = part
-    return [
-        torch.optim.AdamW(groups[False], lr=0.0, betas=(0.9, 0.98), weight_decay=0.01),
-        Muon(groups[True], lr=0.0, weight_decay=0.01, momentum=0.95),
-    ]
 
 
 def _tensor(array) -> torch.Tensor:
