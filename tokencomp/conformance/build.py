@@ -1,0 +1,286 @@
+"""A tiny random model around a tiny text config, of which only the text decoder has weights.
+
+The model is created on the meta device, so the default vision and audio towers cost nothing. Its
+decoder and output head are then created anew on the CPU. The tower never runs: features are put in
+where it would return them, see `tokencomp.conformance.prompts`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokencomp.conformance.shrink import VOCABULARY, tiny_text_config
+from tokencomp.conformance.variants import PLAIN, Variant
+
+SMALL = 5_000_000
+"""Parameters of a module beside the decoder that may be created as well."""
+FIRST_SPECIAL = VOCABULARY - 32
+"""Token ids from here on are those of placeholders and markers; below are words."""
+
+
+PLACEHOLDERS = ("image_token_id", "image_token_index", "image_patch_id", "img_context_token_id")
+
+
+class BuildError(Exception):
+    """No tiny model of this type could be built; says nothing about the type itself."""
+
+
+@dataclass
+class TinyModel:
+    """A tiny model in evaluation mode, eager attention, float32.
+
+    Attributes
+    ----------
+    specials
+        Token ids that the config names, by the name of their field.
+    """
+
+    model: Any
+    config: Any
+    text_config: Any
+    decoder: nn.Module
+    specials: dict[str, int]
+
+
+def tiny_model(
+    model_class: type, config: Any, variant: Variant = PLAIN[0], seed: int = 0
+) -> TinyModel:
+    """A tiny model of a class, with the mechanisms that `config` asks for.
+
+    Parameters
+    ----------
+    model_class
+        The class that users call `generate` of.
+    config
+        Its config, real or default; left alone.
+    variant
+        Fields that get exactly these values.
+
+    Raises
+    ------
+    BuildError
+        The classes of transformers refuse the small sizes, or need weights outside the decoder.
+    """
+    config = copy.deepcopy(config)
+    try:
+        for path, value in variant.top.items():
+            *owners, name = path.split(".")
+            setattr(functools.reduce(getattr, owners, config), name, value)
+        text = _replace_text_config(config, _mrope(model_class), variant.text)
+        specials = move_token_ids(config, text.vocab_size)
+        with torch.device("meta"), _quiet(), _towers_optional(text):
+            model: Any = model_class(config)
+        model.set_attn_implementation("eager")
+        torch.manual_seed(seed)
+        outer = model.get_decoder()
+        decoder = _replace_module(model, outer, type(outer)(outer.config))
+        _create_small_parts(model)
+        _empty_towers(model)
+        fill_weights(model, seed)
+    except Exception as error:
+        raise BuildError(f"{type(error).__name__}: {error}") from error
+    while not hasattr(decoder, "layers") and hasattr(decoder, "model"):
+        decoder = decoder.model
+    for module in decoder.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "eager"
+    return TinyModel(model.eval(), config, text, decoder, specials)
+
+
+def bare_model(model_class: type, config: Any) -> Any:
+    """A model without weights, as its config says: enough to look at how it is built."""
+    with torch.device("meta"), _quiet(), _towers_optional(text_config(config)):
+        return model_class(config)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' advice about random weights and odd sizes."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+class AbsentTower(nn.Module):
+    """Stands for a tower that cannot be created, for want of a package or of a valid default."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+
+@contextlib.contextmanager
+def _towers_optional(text: Any) -> Iterator[None]:
+    """Replace towers whose default config does not work; they would never run anyway."""
+    from transformers import AutoModel
+
+    own = AutoModel.__dict__.get("from_config")
+    create = AutoModel.from_config
+
+    def from_config(config: Any, **kwargs: Any) -> Any:
+        try:
+            return create(config, **kwargs)
+        except Exception:
+            if config is text:
+                raise
+            return AbsentTower(config)
+
+    AutoModel.from_config = from_config
+    try:
+        yield
+    finally:
+        del AutoModel.from_config
+        if own is not None:
+            AutoModel.from_config = own
+
+
+def _mrope(model_class: type) -> bool:
+    """Whether the code of a model has positions with one row per axis."""
+    return "def get_rope_index" in inspect.getsource(sys.modules[model_class.__module__])
+
+
+def _replace_text_config(config: Any, mrope: bool, overrides: dict[str, Any]) -> Any:
+    """Shrink the text config inside `config`, and what `config` repeats of its sizes."""
+    old = text_config(config)
+    new = tiny_text_config(old, mrope, **overrides)
+    if old is config:
+        for name, value in new.to_dict().items():
+            if not hasattr(getattr(config, name, None), "to_dict"):
+                with contextlib.suppress(Exception):
+                    setattr(config, name, value)
+        return config
+    for owner in _configs(config):
+        for name, value in list(vars(owner).items()):
+            if value is old:
+                setattr(owner, name, new)
+    for name in ("hidden_size", "vocab_size"):
+        if name in vars(config):
+            setattr(config, name, getattr(new, name))
+    return new
+
+
+def text_config(config: Any) -> Any:
+    """The config of the text decoder inside a composite config."""
+    found = config.get_text_config(decoder=True)
+    if found is not config:
+        return found
+    for name in ("llm_config", "language_config", "thinker_config"):
+        inner = getattr(config, name, None)
+        if inner is not None:
+            return text_config(inner)
+    return config
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A config and all configs inside of it."""
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, "to_dict"):
+            yield from _configs(value)
+
+
+def move_token_ids(config: Any, vocabulary: int) -> dict[str, int]:
+    """Give token ids beyond the vocabulary, and those of placeholders, ids at its end.
+
+    Returns
+    -------
+    dict
+        Field → id, of every id at the end.
+    """
+    moved: dict[int, int] = {}
+    names: dict[str, int] = {}
+
+    def place(value: int) -> int:
+        if FIRST_SPECIAL <= value < vocabulary:
+            return value
+        moved.setdefault(value, FIRST_SPECIAL + len(moved))
+        return moved[value]
+
+    for owner in _configs(config):
+        for name, value in list(vars(owner).items()):
+            if not name.endswith(("_token_id", "_token_index", "_token_ids", "_patch_id")):
+                continue
+            if value is None and name in PLACEHOLDERS:
+                value = 0  # checkpoints have one
+            visual = not name.startswith(("pad_", "bos_", "eos_", "decoder_start"))
+            if isinstance(value, int) and (visual or value >= vocabulary):
+                with contextlib.suppress(Exception):
+                    setattr(owner, name, place(value or -1))
+                    names[name] = place(value or -1)
+            elif isinstance(value, list) and all(isinstance(v, int) for v in value):
+                if visual or max(value, default=0) >= vocabulary:
+                    setattr(owner, name, [place(v) for v in value])
+    return names
+
+
+def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Put a module in the place of another one."""
+    path = next(name for name, module in model.named_modules() if module is old)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)
+    return new
+
+
+def _create_small_parts(model: Any) -> None:
+    """Give memory to the output head, and to small modules beside the decoder (projectors, …)."""
+    body = getattr(model, "model", None)
+    parts = [model.get_output_embeddings(), *model.children()]
+    parts += list(body.children()) if isinstance(body, nn.Module) else []
+    for part in parts:
+        tensors = [] if part is None else [*part.parameters(), *part.buffers()]
+        meta = bool(tensors) and all(t.is_meta for t in tensors)
+        if meta and sum(t.numel() for t in tensors) < SMALL:
+            part.to_empty(device="cpu")
+            for tensor in tensors:
+                nn.init.zeros_(tensor)
+
+
+def _empty_towers(model: nn.Module) -> None:
+    """Put tensors without elements in the place of what is left on the meta device.
+
+    A model asks its first parameter for its device, which may belong to a tower.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                module.register_parameter(name, nn.Parameter(torch.empty(0, dtype=parameter.dtype)))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty(0, dtype=buffer.dtype))
+
+
+@torch.no_grad()
+def fill_weights(model: nn.Module, seed: int = 0) -> None:
+    """Draw the weights so that every layer changes the result, and logits are of order one.
+
+    Matrices are drawn anew with a spread of 1 / sqrt(inputs): the small spread of initialization
+    leaves attention almost uniform, and a wrong mask nearly without effect. Vectors stay as they
+    were initialized (scales of norms, decay rates), unless they are all zero or undefined.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.numel():
+            continue
+        if parameter.ndim >= 2:
+            inputs = parameter.shape[1:].numel() if "conv" in name else parameter.shape[-1]
+            spread = 1.0 if "embed" in name else inputs**-0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+        elif not torch.isfinite(parameter).all() or parameter.abs().max() > 50:
+            parameter.fill_(1.0)
+        elif not parameter.any() and "norm" not in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)

@@ -1,0 +1,187 @@
+"""What a tiny model must show before its type counts as compressed exactly."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tokencomp.conformance.build import BuildError, TinyModel
+from tokencomp.conformance.oracle import OracleError, hidden
+from tokencomp.conformance.prompts import Prompts
+from tokencomp.errors import PlanError, TokenCompError, UnsupportedModelError
+from tokencomp.plan import Plan, Stage
+from tokencomp.reducers.uniform import Uniform
+
+Status = Literal["exact", "entry only", "refused", "unverified"]
+Compress = Callable[[Any, Plan], Any]
+"""`(model, plan) → handle`, a context manager with `stats`; as `tokencomp.patch` is."""
+TOLERANCE = 5e-5
+EFFECT = 1e-2
+"""Compression must change the logits by this much: else a wrong mask would pass as well."""
+STEPS = 4
+
+
+@dataclass
+class Result:
+    """What a type has shown.
+
+    Attributes
+    ----------
+    status
+        "exact": at entry and between layers. "entry only": at entry. "refused": by the package
+        itself, before anything ran. "unverified": could not be checked, or is not exact.
+    reason
+        Why it is not exact; "" for exact types.
+    errors
+        Largest difference of logits by check, and the effect of compression.
+    """
+
+    status: Status
+    reason: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain types, ready for JSON, with rounded numbers."""
+        return {**asdict(self), "errors": {k: float(f"{v:.2g}") for k, v in self.errors.items()}}
+
+
+class NotExact(Exception):
+    """A check whose difference is above the tolerance."""
+
+
+def check_model(tiny: TinyModel, compress: Compress) -> Result:
+    """Run all checks on a tiny model."""
+    errors: dict[str, float] = {}
+    try:
+        compress(tiny.model, Plan()).remove()
+        checks = Checks(tiny, Prompts(tiny), compress, errors)
+        checks.identity()
+        checks.entry()
+    except UnsupportedModelError as error:
+        return Result("refused", str(error), errors)
+    except (NotExact, BuildError, OracleError) as error:
+        return Result("unverified", str(error), errors)
+    except TokenCompError as error:
+        return Result("refused", f"{type(error).__name__}: {error}", errors)
+    except Exception as error:
+        return Result("unverified", f"{type(error).__name__}: {error}", errors)
+    try:
+        checks.layers()
+    except Exception as error:
+        name = "" if isinstance(error, NotExact) else f"{type(error).__name__}: "
+        return Result("entry only", f"{name}{error}", errors)
+    return Result("exact", "", errors)
+
+
+class Checks:
+    """The checks of one model. Each raises `NotExact` where it fails.
+
+    Parameters
+    ----------
+    errors
+        Gets the largest difference of every check.
+    """
+
+    def __init__(
+        self, tiny: TinyModel, prompts: Prompts, compress: Compress, errors: dict[str, float]
+    ) -> None:
+        self.tiny, self.prompts, self.compress, self.errors = tiny, prompts, compress, errors
+        self.depth = len(tiny.decoder.layers)  # type: ignore[arg-type]
+        self.inputs = prompts.inputs()
+        self.real = self.inputs["attention_mask"].bool()
+        self.plain: Tensor = prompts.forward(self.inputs).logits
+
+    def _limit(self, name: str, value: float, limit: float = TOLERANCE) -> None:
+        self.errors[name] = max(value, self.errors.get(name, 0.0))
+        if not value <= limit:  # so that NaN fails
+            raise NotExact(f"{name}: difference {value:.1e}, allowed {limit:.0e}")
+
+    def identity(self) -> None:
+        """At ratio 0 nothing changes, to the last bit."""
+        tokens, logits = self.prompts.generate(self.prompts.inputs(), STEPS)
+        with self.compress(self.tiny.model, Plan()):
+            patched = self.prompts.forward(self.prompts.inputs()).logits
+            same = self.prompts.generate(self.prompts.inputs(), STEPS)
+        self._limit("identity", _distance(patched[self.real], self.plain[self.real]), 0.0)
+        self._limit("identity", _distance(same[1], logits), 0.0)
+        self._limit("identity", float((same[0] != tokens).sum()), 0.0)
+
+    def entry(self) -> None:
+        """Half of the visual tokens leave before the first layer."""
+        plan = Plan((Stage(0, 0.5, Uniform()),))
+        self._against_oracle("entry", plan)
+        self._batch_equals_single(plan)
+
+    def layers(self) -> None:
+        """Some leave at entry, some between later layers."""
+        late = Stage(self.depth - 1, 0.25, Uniform())
+        middle = Stage(max(1, self.depth // 2), 0.5, Uniform())
+        stages = (Stage(0, 0.75, Uniform()), middle, late)
+        try:
+            self.compress(self.tiny.model, Plan(stages)).remove()
+        except PlanError:  # the first layers get features of the tower added
+            stages = (stages[0], late)
+        self._against_oracle("layers", Plan(stages))
+
+    def _against_oracle(self, name: str, plan: Plan) -> None:
+        """Prefill and decode steps of a plan, compared with hiding the same tokens."""
+        with self.compress(self.tiny.model, plan) as handle:
+            compressed = self.prompts.forward(self.prompts.inputs()).logits
+            left = self._left(handle.stats, plan)
+            words, steps = self.prompts.generate(self.prompts.inputs(), STEPS)
+        with hidden(self.tiny, left):
+            reference = self.prompts.forward(self.prompts.inputs(), use_cache=False).logits
+        self._limit(name, _distance(compressed[left[-1]], reference[left[-1]]))
+        if name == "entry":
+            self.errors["effect"] = _distance(compressed[:, -1], self.plain[:, -1])
+            if self.errors["effect"] < EFFECT:
+                raise NotExact(f"compression changes logits by {self.errors['effect']:.1e} only")
+        new = torch.ones_like(words).bool()
+        longer = [torch.cat([mask, new], 1) for mask in left]
+        with hidden(self.tiny, longer):
+            extended = self.prompts.inputs(new=words)
+            reference = self.prompts.forward(extended, use_cache=False).logits
+        expected = reference[:, -STEPS - 1 : -1]
+        self._limit(f"{name} decode", _distance(steps, expected))
+
+    def _batch_equals_single(self, plan: Plan) -> None:
+        """A row of the ragged batch gives what it gives alone, if that holds without compression."""
+        for row in range(len(self.prompts.rows)):
+            inputs = self.prompts.inputs([row])
+            alone = self.prompts.forward(inputs).logits[0, -1]
+            own = _distance(alone, self.plain[row, -1])
+            with self.compress(self.tiny.model, plan):
+                single = self.prompts.forward(self.prompts.inputs([row])).logits[0, -1]
+                batch = self.prompts.forward(self.prompts.inputs()).logits[row, -1]
+            if own > TOLERANCE:
+                self.errors["batch, uncompressed"] = own
+            else:
+                self._limit("batch", _distance(single, batch))
+
+    def _left(self, stats: Any, plan: Plan) -> list[Tensor]:
+        """By layer: the columns (B, L) that the stats say are left."""
+        columns = self.prompts.image_columns()
+        if sum(stats.tokens_before) != int(columns.sum()):
+            raise NotExact(f"{sum(stats.tokens_before)} of {int(columns.sum())} visual tokens seen")
+        numbers = {stage.layer: i for i, stage in enumerate(plan.stages)}
+        current, left = self.real.clone(), []
+        for layer in range(self.depth):
+            if layer in numbers:
+                for row, spans in enumerate(stats.spans):
+                    kept = stats.kept(row)[numbers[layer]]
+                    for span, offsets in zip(spans, kept, strict=True):
+                        current[row, span.start : span.stop] = False
+                        current[row, [span.start + offset for offset in offsets]] = True
+            left.append(current.clone())
+        if int(current.sum()) == int(self.real.sum()):
+            raise NotExact("no token left the prompt")
+        return left
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).abs().max())

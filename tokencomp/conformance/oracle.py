@@ -1,0 +1,107 @@
+"""The reference of every check: the whole model at full length, without the package.
+
+A dropped token is hidden from the layers behind its stage, by the kind of each layer:
+
+* attention (full, sliding, chunked, indexed): its column of the mask that transformers has made
+  for the full-length prompt is hidden, so windows are measured in original positions;
+* linear mixers (recurrences, convolutions): the mixer runs on the rows that are left, alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.conformance.build import TinyModel
+from tokencomp.engine.compat import CACHE_NAMES, bind
+
+CACHES = (*CACHE_NAMES, "cache_params")
+MASKS = ("attention_mask", "conv_mask", "mask", "padding_mask")
+
+
+class OracleError(Exception):
+    """A layer whose mask has a form that the reference cannot edit."""
+
+
+@contextlib.contextmanager
+def hidden(tiny: TinyModel, left: list[Tensor]) -> Iterator[None]:
+    """Hide dropped tokens from every decoder layer inside the block.
+
+    Parameters
+    ----------
+    left : list of Tensor of bool, shape (B, L)
+        By layer: the columns that are real and have not been dropped before that layer.
+
+    Raises
+    ------
+    OracleError
+        In a call, see there.
+    """
+    undo: list[Any] = []
+    try:
+        for layer, mask in zip(tiny.decoder.layers, left, strict=True):  # type: ignore[arg-type]
+            mixers = [m for m in layer.modules() if is_linear_mixer(m)]
+            for mixer in mixers:
+                mixer.forward = _on_rows(mixer.forward, mask)
+                undo.append(lambda m=mixer: m.__dict__.pop("forward"))
+            attends = not mixers or any("attn" in name for name, _ in layer.named_children())
+            hook = _MaskColumns(mask, required=attends)
+            undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+    finally:
+        for step in undo:
+            step()
+
+
+def is_linear_mixer(module: nn.Module) -> bool:
+    """Whether a module mixes tokens through a convolution (and a recurrence, if it has one)."""
+    return any(isinstance(child, nn.Conv1d) for child in module.children())
+
+
+class _MaskColumns:
+    """Hook of a decoder layer that hides columns in the mask of its call."""
+
+    def __init__(self, left: Tensor, required: bool) -> None:
+        self.left, self.required = left, required
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs = bind(module, args, kwargs)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            low = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask = mask.masked_fill(~self.left[:, None, None, :], low)
+            return (), {**kwargs, "attention_mask": mask}
+        if self.required and not _has_no_attention(module):
+            form = "none" if mask is None else f"{mask.ndim} dimensions"
+            raise OracleError(f"{type(module).__name__} gets an attention mask of {form}")
+        return None
+
+
+def _has_no_attention(layer: nn.Module) -> bool:
+    """Whether nothing in a layer takes a mask: it is token by token, as MLP layers are."""
+    for module in layer.modules():
+        if module is not layer and "attention_mask" in inspect.signature(module.forward).parameters:
+            return False
+    return True
+
+
+def _on_rows(forward: Any, left: Tensor) -> Any:
+    """A mixer's forward that sees the rows that are left, one sample after the other."""
+
+    def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {k: None if k in (*CACHES, *MASKS) else v for k, v in kwargs.items()}
+        result, rest = torch.zeros_like(hidden_states), None
+        for row in range(hidden_states.shape[0]):
+            rows = left[row].nonzero()[:, 0]
+            out = forward(hidden_states[row : row + 1, rows], **kwargs)
+            if isinstance(out, tuple):
+                out, rest = out[0], out[1:]
+            result[row, rows] = out[0]
+        return result if rest is None else (result, *rest)
+
+    return run

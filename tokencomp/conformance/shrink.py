@@ -1,0 +1,135 @@
+"""Tiny text configs of any model type: a given config with every size replaced by a small one.
+
+What makes a type special stays as the config has it: kinds of layers, rotary tables, gates,
+normalizations, routing. Only widths, counts and windows shrink, by the name of their field.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+WIDTH, HEADS, HEAD_DIM, VOCABULARY, WINDOW = 128, 4, 32, 512, 8
+# Fields of text configs, by what they count. A field that a config lacks, or has as None, stays out.
+SIZES: dict[str, int] = {
+    **dict.fromkeys(("hidden_size", "dim", "d_model", "block_dim", "conv_dim", "conv_dim_out"), WIDTH),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "block_ff_dim", "intermediate_size_mlp"), 96),
+    **dict.fromkeys(("dense_intermediate_size", "block_intermediate_size"), 96),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("share_expert_dim", "shared_intermediate_size"), 32),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_latent_size"), 32),
+    **dict.fromkeys(("num_attention_heads", "mamba_num_heads", "linear_num_value_heads"), HEADS),
+    **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads"), 2),
+    **dict.fromkeys(("linear_num_key_heads",), 2),
+    **dict.fromkeys(("head_dim", "global_head_dim", "mamba_head_dim", "index_head_dim"), HEAD_DIM),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "ssm_state_size"), 16),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 32),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 16),
+    **dict.fromkeys(("qk_head_dim",), 32),
+    **dict.fromkeys(("linear_head_dim",), 16),
+    **dict.fromkeys(("linear_num_heads",), HEADS),
+    # Few indexer heads tie at a score of zero, where even the whole model depends on its padding.
+    **dict.fromkeys(("index_n_heads",), 32),
+    **dict.fromkeys(("index_topk",), 16),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_groups", "num_shared_experts"), 1),
+    **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "moe_num_shared_experts"), 1),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank"), 8),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size"), WINDOW),
+    **dict.fromkeys(("num_kv_shared_layers",), 0),
+    **dict.fromkeys(("max_position_embeddings",), 4096),
+}
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "decoder_layers")
+NO_ARGUMENTS = (
+    *("model_type", "transformers_version", "architectures", "_name_or_path", "dtype"),
+    *("torch_dtype", "id2label", "label2id", "return_dict", "output_attentions"),
+)
+
+
+def tiny_text_config(config: Any, mrope: bool = False, **overrides: Any) -> Any:
+    """A text config of the same class with small sizes, and at least two layers of every kind.
+
+    Parameters
+    ----------
+    config
+        The text config of a real model, or the default of its class; left alone.
+    mrope
+        Whether the model has one row of positions per axis, also where the config gives no
+        sections: those of a default config are for heads of 128 dimensions.
+    **overrides
+        Fields that get exactly these values.
+
+    Raises
+    ------
+    Exception
+        Whatever the class of the config raises for sizes it cannot take.
+    """
+    values = {k: v for k, v in config.to_dict().items() if k not in NO_ARGUMENTS}
+    kinds = overrides.get("layer_types", values.get("layer_types"))
+    old_depth = next((values[name] for name in DEPTHS if name in values), 0)
+    chosen = pick_layers(kinds) if kinds else list(range(min(4, old_depth or 4)))
+    changed: dict[str, Any] = {name: len(chosen) for name in DEPTHS if name in values}
+    for name, value in values.items():
+        if isinstance(value, list) and name != "layer_types":
+            if len(value) in {old_depth, len(kinds or ())} - {0}:
+                changed[name] = _per_layer(name, value, chosen)
+        elif name in SIZES and value and not isinstance(value, bool | dict | list):
+            changed[name] = SIZES[name]
+    if kinds:
+        changed["layer_types"] = [kinds[i] for i in chosen]
+    if values.get("kv_lora_rank"):  # latent attention has as many keys as queries
+        changed["num_key_value_heads"] = HEADS
+        changed["head_dim"] = 16
+    changed |= overrides
+    width = changed.get("head_dim") or WIDTH // HEADS
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(values.get(name), dict) and name not in overrides:
+            changed[name] = tiny_rope(values[name], width, mrope)
+    known = {k: v for k, v in changed.items() if k in values or k in overrides}
+    try:
+        return type(config)(**{**values, **known})
+    except Exception:
+        return type(config)(**known)
+
+
+def pick_layers(kinds: list[str]) -> list[int]:
+    """Numbers of four or more layers that hold every kind at least twice, in their order.
+
+    A run of the first layers up to the last new kind would be long (Gemma: 5 to 1), so one layer
+    of each kind is taken, and then the same once more.
+    """
+    first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    repeated = first * max(2, math.ceil(4 / len(first)))
+    return repeated
+
+
+def _per_layer(name: str, values: list[Any], chosen: Iterable[int]) -> list[Any]:
+    """The entries of the chosen layers of a list with one entry per layer."""
+    return [SIZES.get(name, values[i]) for i in chosen]
+
+
+def tiny_rope(
+    parameters: Mapping[str, Any], head_dim: int, mrope: bool = False
+) -> dict[str, Any]:
+    """Rotary parameters (also one set per layer kind) whose M-RoPE sections fit small heads."""
+    result = copy.deepcopy(dict(parameters))
+    if mrope and not any(isinstance(v, dict) for v in result.values()):
+        result.setdefault("mrope_section", [22, 22, 20])
+    for own in (result, *(v for v in result.values() if isinstance(v, dict))):
+        section = own.get("mrope_section")
+        if section:
+            half = int(head_dim * own.get("partial_rotary_factor", 1.0)) // 2
+            own["mrope_section"] = scaled_section(section, half)
+    return result
+
+
+def scaled_section(section: list[int], half: int) -> list[int]:
+    """Sections in about the same proportion that add up to `half`; equal ones stay equal."""
+    parts = [max(1, n * half // sum(section)) for n in section]
+    alone = next((i for i, n in enumerate(section) if section.count(n) == 1), 0)
+    parts[alone] += half - sum(parts)
+    return parts

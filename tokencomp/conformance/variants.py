@@ -1,0 +1,96 @@
+"""What the default config of a type leaves out, or has only one of several forms of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+PLAIN_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+
+OMNI = {"vision_start_token_id": 507, "vision_end_token_id": 508, "audio_start_token_id": 509}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Fields that are set before a model is created.
+
+    Attributes
+    ----------
+    name
+        What this form has; "" where a type has one form.
+    text, top
+        Fields of the text config, and of the config of the whole model.
+    """
+
+    name: str = ""
+    text: dict[str, Any] = field(default_factory=dict)
+    top: dict[str, Any] = field(default_factory=dict)
+
+
+VARIANTS: dict[str, tuple[Variant, ...]] = {
+    # Classes with dictionaries of image codes that a checkpoint brings.
+    "chameleon": (Variant(top={"vocabulary_map": {"<image>": 505}, "image_token_id": 505}),),
+    "emu3": (
+        Variant(
+            top={"vocabulary_map": {"<image>": 505, "<|extra_200|>": 506}, "image_token_id": 505}
+        ),
+    ),
+    # Checkpoints have kinds of layers that the default config does not.
+    "step3p7": (Variant(text={"layer_types": [FULL, SLIDING] * 2, "sliding_window": 8}),),
+    "lfm2_vl": (Variant(text={"layer_types": ["conv", "conv", FULL, "conv"]}),),
+    "cohere_compass": (
+        Variant(
+            text={
+                "layer_types": [SLIDING, FULL] * 2,
+                "rope_parameters": {
+                    SLIDING: {**PLAIN_ROPE, "mrope_section": [6, 5, 5]},
+                    FULL: {**PLAIN_ROPE, "mrope_section": [6, 5, 5]},
+                },
+            }
+        ),
+    ),
+    # Defaults of a real checkpoint without which the class cannot be created.
+    "deepseek_ocr2": (
+        Variant(text={"mlp_layer_types": ["dense", "sparse"] * 2, "num_experts_per_tok": 2}),
+    ),
+    "hunyuan_vl": (
+        Variant(
+            text={
+                "num_key_value_heads": 2,
+                "head_dim": 32,
+                "rope_parameters": {**PLAIN_ROPE, "mrope_section": [4, 4, 4, 4]},
+            }
+        ),
+    ),
+    "granite4_vision": (
+        Variant(top={"deepstack_layer_map": [(-1, 0), (-2, 2)], "downsample_rate": "4/8"}),
+    ),
+    "perception_lm": (Variant(top={"vision_config.model_args": {"embed_dim": 64}}),),
+    "qwen2_5_omni_thinker": (Variant(top=OMNI),),
+    "qwen3_omni_moe_thinker": (Variant(top=OMNI),),
+    "unlimited_ocr": (Variant(text={"num_key_value_heads": 4}),),
+    "qwen4_exp": (
+        Variant(
+            text={
+                "indexer_n_heads": 4,
+                "indexer_kv_heads": 1,
+                "indexer_head_dim": 32,
+                "indexer_budget": 16,
+                "indexer_compress_ratio": 4,
+            }
+        ),
+    ),
+    # One type, several mechanisms.
+    "gemma4": (
+        Variant(),
+        Variant("per-layer inputs, shared keys", text={"num_kv_shared_layers": 3}),
+        Variant("image blocks", text={"use_bidirectional_attention": "vision"}),
+    ),
+}
+PLAIN = (Variant(),)
+
+
+def variants(model_type: str) -> tuple[Variant, ...]:
+    """The forms of a type that are checked; one with nothing set for most types."""
+    return VARIANTS.get(model_type, PLAIN)
