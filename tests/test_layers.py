@@ -24,7 +24,7 @@ ROOMS = (
     ("cli",),
     ("serving", "training", "evaluation", "lmms", "pages", "zoo"),
     ("profiling", "inputs", "models", "shapesqa"),
-    ("tokencomp", "patching", "method"),
+    ("tokencomp", "patching", "method", "conformance"),
     ("engine", "context_window", "plan_json"),
     ("adapters", "trained", "reducers"),
     ("plan", "schedules", "tokens", "validation", "errors", "yarn", "storage"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,15 +12,40 @@ from tokencomp.cli import _options as opt
 
 
 def command(
+    types: Annotated[
+        list[str] | None, typer.Argument(help="Model types for --conformance; none: all.")
+    ] = None,
     model: opt.Model = "tiny-qwen2-vl",
     device: opt.Device = "cpu",
     as_json: opt.Json = False,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the live self-check.")] = False,
+    conformance: Annotated[
+        bool,
+        typer.Option(
+            "--conformance",
+            help="Build a tiny random model of every multimodal type of the installed "
+            "transformers, and compare compression with its reference.",
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Write the conformance results to this JSON file."),
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Write them as a Markdown page as well.")
+    ] = None,
 ) -> None:
     """Check versions, attention backend, kernels and GPU, and compress a real prompt.
 
-    Exit code 1 if anything is broken.
+    Exit code 1 if anything is broken; with --conformance, if a type does worse than in the results
+    that the package carries for this transformers release.
     """
+    if conformance:
+        from tokencomp.cli._conformance import conformance_run
+
+        raise typer.Exit(conformance_run(types or [], as_json, output, page))
+    if types or output or page:
+        raise typer.BadParameter("TYPES, --output and --page belong to --conformance.")
     from tokencomp.cli._doctor import environment_checks, facts, model_checks
 
     report: dict[str, Any] = {"facts": facts()}

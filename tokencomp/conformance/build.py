@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokencomp.conformance.shrink import VOCABULARY, tiny_text_config
+from tokencomp.conformance.shrink import DEPTHS, VOCABULARY, tiny_text_config
 from tokencomp.conformance.variants import PLAIN, Variant
 
 SMALL = 5_000_000
@@ -43,6 +43,8 @@ class TinyModel:
     ----------
     specials
         Token ids that the config names, by the name of their field.
+    variant
+        What was set beside the sizes.
     """
 
     model: Any
@@ -50,6 +52,7 @@ class TinyModel:
     text_config: Any
     decoder: nn.Module
     specials: dict[str, int]
+    variant: Variant = PLAIN[0]
 
 
 def tiny_model(
@@ -71,15 +74,22 @@ def tiny_model(
     BuildError
         The classes of transformers refuse the small sizes, or need weights outside the decoder.
     """
-    config = copy.deepcopy(config)
+    with _quiet():
+        return _tiny_model(model_class, copy.deepcopy(config), variant, seed)
+
+
+def _tiny_model(model_class: type, config: Any, variant: Variant, seed: int) -> TinyModel:
     try:
         for path, value in variant.top.items():
             *owners, name = path.split(".")
             setattr(functools.reduce(getattr, owners, config), name, value)
         text = _replace_text_config(config, _mrope(model_class), variant.text)
         specials = move_token_ids(config, text.vocab_size)
-        with torch.device("meta"), _quiet(), _towers_optional(text):
-            model: Any = model_class(config)
+        try:
+            model = _on_meta(model_class, shallow(config, text), text)
+        except Exception:  # something counts the layers of a tower
+            model = _on_meta(model_class, config, text)
+        config = model.config
         model.set_attn_implementation("eager")
         torch.manual_seed(seed)
         outer = model.get_decoder()
@@ -87,20 +97,45 @@ def tiny_model(
         _create_small_parts(model)
         _empty_towers(model)
         fill_weights(model, seed)
+        while not hasattr(decoder, "layers") and hasattr(decoder, "model"):
+            decoder = decoder.model
     except Exception as error:
         raise BuildError(f"{type(error).__name__}: {error}") from error
-    while not hasattr(decoder, "layers") and hasattr(decoder, "model"):
-        decoder = decoder.model
     for module in decoder.modules():
-        if hasattr(module, "config"):
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):
             module.config._attn_implementation = "eager"
-    return TinyModel(model.eval(), config, text, decoder, specials)
+    return TinyModel(model.eval(), config, text, decoder, specials, variant)
 
 
 def bare_model(model_class: type, config: Any) -> Any:
     """A model without weights, as its config says: enough to look at how it is built."""
-    with torch.device("meta"), _quiet(), _towers_optional(text_config(config)):
+    with _quiet(), contextlib.suppress(Exception):
+        return _on_meta(model_class, shallow(config), text_config(config))
+    with _quiet():
+        return _on_meta(model_class, copy.deepcopy(config), text_config(config))
+
+
+def _on_meta(model_class: type, config: Any, text: Any) -> Any:
+    with torch.device("meta"), _towers_optional(text):
         return model_class(config)
+
+
+def shallow(config: Any, text: Any = None) -> Any:
+    """A copy of a config with towers of two layers, which are faster to create.
+
+    Parameters
+    ----------
+    text
+        The one config inside that keeps its depth.
+    """
+    config = copy.deepcopy(config, {} if text is None else {id(text): text})
+    for owner in _configs(config):
+        for name in (*DEPTHS, "depth", "encoder_layers", "num_encoder_layers"):
+            value = getattr(owner, name, None)
+            if owner is not text and isinstance(value, int) and value > 2:
+                with contextlib.suppress(Exception):
+                    setattr(owner, name, 2)
+    return config
 
 
 @contextlib.contextmanager
@@ -241,6 +276,10 @@ def _create_small_parts(model: Any) -> None:
     body = getattr(model, "model", None)
     parts = [model.get_output_embeddings(), *model.children()]
     parts += list(body.children()) if isinstance(body, nn.Module) else []
+    for owner in (model, body):
+        for name, parameter in [] if owner is None else owner.named_parameters(recurse=False):
+            own = nn.Parameter(torch.zeros(parameter.shape))  # LLaVA's image_newline
+            owner.register_parameter(name, own)
     for part in parts:
         tensors = [] if part is None else [*part.parameters(), *part.buffers()]
         meta = bool(tensors) and all(t.is_meta for t in tensors)

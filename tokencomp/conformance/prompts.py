@@ -22,8 +22,6 @@ from tokencomp.conformance.build import FIRST_SPECIAL, PLACEHOLDERS, BuildError,
 from tokencomp.conformance.shrink import VOCABULARY
 
 GRID = (1, 3, 4)
-PER_IMAGE = (12, 15)
-"""Visual tokens of an image: 3 × 4 (or no grid), or as many with a line break behind each row."""
 LAYOUTS = ("list", "stacked", "flat")
 # What stands around an image in the prompts of the families that look for it.
 MARKERS = (
@@ -111,7 +109,8 @@ class Prompts:
     def _find_layout(self, seed: int) -> None:
         """Take the first length, width and layout of features that the model accepts."""
         errors = []
-        for count, width, layout in itertools.product(PER_IMAGE, self._widths(), LAYOUTS):
+        counts = self.tiny.variant.image_tokens
+        for count, width, layout in itertools.product(counts, self._widths(), LAYOUTS):
             generator = torch.Generator().manual_seed(seed)
             self.rows = [self._row(words, count, generator) for words in ((4, 3, 5), (2, 4))]
             self._layout, self._width = layout, width
@@ -145,6 +144,9 @@ class Prompts:
             ids += torch.randint(120, 480, (n,), generator=generator).tolist()
         count = len(words) - 1
         features = torch.randn(count, per_image, max(self._widths()), generator=generator)
+        for offset in self.tiny.variant.newlines:
+            newline = self.model.model.image_newline.detach()
+            features[:, offset, : len(newline)] = newline
         return ids, features
 
     def _marker(self, names: tuple[str, ...]) -> list[int]:

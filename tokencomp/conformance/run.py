@@ -17,7 +17,8 @@ from tokencomp.errors import UnsupportedModelError, unknown_name
 
 SECONDS = 90
 """Time limit of one type, all its forms together."""
-WORKERS = 2
+WORKERS, FEW = 2, 4
+"""Processes, and how many types do not deserve them."""
 RANK = ("exact", "entry only", "unverified", "refused")
 
 
@@ -39,7 +40,7 @@ def model_classes() -> dict[str, str]:
 def check_types(
     types: list[str] | None = None,
     done: Callable[[str, dict[str, Any]], None] | None = None,
-    workers: int = WORKERS,
+    workers: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Results of model types, sorted by type.
 
@@ -50,7 +51,7 @@ def check_types(
     done
         Called with every type and its result as it comes.
     workers
-        Processes; 0: this one.
+        Processes; 0: this one. None: two, for a few types this one.
 
     Raises
     ------
@@ -61,8 +62,11 @@ def check_types(
     for name in types or ():
         if name not in known:
             raise unknown_name("model type", name, known)
+    chosen = types or list(known)
+    if workers is None:
+        workers = WORKERS if len(chosen) > FEW else 0
     results: dict[str, dict[str, Any]] = {}
-    for name, result in _run(types or list(known), workers):
+    for name, result in _run(chosen, workers):
         results[name] = result
         if done is not None:
             done(name, result)

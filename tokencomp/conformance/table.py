@@ -138,3 +138,23 @@ def first_sentence(reason: str, limit: int = 160) -> str:
     text = " ".join(reason.replace("|", "/").split())
     text = text.partition(". ")[0]
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+
+
+def worse(table: Mapping[str, Any]) -> dict[str, str]:
+    """Types of a run that are exact in the kept results of its release, or nearly so, and no more.
+
+    Returns
+    -------
+    dict
+        Type → what has changed.
+    """
+    if table["transformers"] not in releases():
+        return {}
+    kept = load(table["transformers"])["types"]
+    rank = {"exact": 0, "entry only": 1, "refused": 2, "unverified": 2}
+    changes = {}
+    for name, row in table["types"].items():
+        before = kept.get(name, {"status": "unverified"})["status"]
+        if rank[row["status"]] > rank[before]:
+            changes[name] = f"was {before}, is {row['status']}: {first_sentence(row['reason'])}"
+    return changes

@@ -20,15 +20,35 @@ class Variant:
     name
         What this form has; "" where a type has one form.
     text, top
-        Fields of the text config, and of the config of the whole model.
+        Fields of the text config, and of the config of the whole model (with dots: inside of it).
+    image_tokens
+        Tokens of an image to try: 3 × 4 (or no grid), or as many with a line break per row.
+    newlines
+        Which of them are `body.image_newline`.
     """
 
     name: str = ""
     text: dict[str, Any] = field(default_factory=dict)
     top: dict[str, Any] = field(default_factory=dict)
+    image_tokens: tuple[int, ...] = (12, 15)
+    newlines: tuple[int, ...] = ()
+
+
+# Families whose images are tiles of one size: 4 × 4 tokens. The base tile of LLaVA-NeXT is
+# followed by a mosaic, here 4 × 4 with a line break behind each row.
+TILE = Variant(top={"vision_config.image_size": 56}, image_tokens=(16,))
+MOSAIC = Variant(
+    top={"vision_config.image_size": 56}, image_tokens=(36,), newlines=(20, 25, 30, 35)
+)
 
 
 VARIANTS: dict[str, tuple[Variant, ...]] = {
+    "llava": (TILE,),
+    "internvl": (Variant(top={"vision_config.image_size": [112, 112]}, image_tokens=(16,)),),
+    "llava_next": (MOSAIC,),
+    "llava_next_video": (MOSAIC,),
+    "llava_onevision": (MOSAIC,),
+    **dict.fromkeys(("smolvlm", "idefics3"), (Variant(image_tokens=(9,)),)),
     # Classes with dictionaries of image codes that a checkpoint brings.
     "chameleon": (Variant(top={"vocabulary_map": {"<image>": 505}, "image_token_id": 505}),),
     "emu3": (

@@ -1,0 +1,138 @@
+"""The conformance checks see what is exact, and what is not."""
+
+from __future__ import annotations
+
+import functools
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.console import run
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import tokencomp
+from tokencomp.conformance.build import TinyModel, tiny_model
+from tokencomp.conformance.checks import check_model
+from tokencomp.conformance.oracle import hidden, is_linear_mixer
+from tokencomp.conformance.prompts import Prompts
+from tokencomp.conformance.run import compress, model_classes
+from tokencomp.conformance.shrink import scaled_section, tiny_text_config
+from tokencomp.conformance.variants import variants
+
+
+def tiny(model_type: str) -> TinyModel:
+    model_class = getattr(transformers, model_classes()[model_type])
+    return tiny_model(model_class, CONFIG_MAPPING[model_type](), variants(model_type)[-1])
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "llava"])
+def test_served_types_are_exact(model_type: str) -> None:
+    result = check_model(tiny(model_type), compress)
+    assert (result.status, result.reason) == ("exact", "")
+    assert {"entry", "batch", "layers decode"} <= set(result.errors)
+
+
+def test_other_positions_are_not_exact() -> None:
+    """Renumbered positions compress as well, but are another model."""
+    compact = functools.partial(tokencomp.patch, positions="compact")
+    result = check_model(tiny("llava"), lambda model, plan: compact(model, plan=plan))
+    assert result.status == "unverified"
+    assert "entry" in result.reason
+    assert result.errors["entry"] > 1e-2
+
+
+def test_a_patch_that_changes_nothing_is_not_exact() -> None:
+    """An uncompressed run equals a reference without dropped tokens, and must not pass."""
+
+    class Idle:
+        stats = SimpleNamespace(tokens_before=[0, 0], spans=[[], []], kept=lambda row: [[]])
+
+        def __enter__(self) -> Idle:
+            return self
+
+        def __exit__(self, *exc: object) -> None:
+            return None
+
+        def remove(self) -> None:
+            return None
+
+    result = check_model(tiny("llava"), lambda model, plan: Idle())
+    assert result.status == "unverified"
+    assert "0 of 48 visual tokens" in result.reason
+
+
+def test_the_reference_hides_columns_of_sliding_windows() -> None:
+    """Hidden columns change nothing for rows whose window they lie outside of."""
+    model = tiny("gemma3")
+    prompts = Prompts(model)
+    inputs = prompts.inputs()
+    plain = prompts.forward(inputs, use_cache=False).logits
+    depth = len(model.decoder.layers)  # type: ignore[arg-type]
+    real = inputs["attention_mask"].bool()
+    with hidden(model, [real] * depth):
+        same = prompts.forward(prompts.inputs(), use_cache=False).logits
+    assert torch.equal(same[real], plain[real])
+    first = real.clone()
+    first[0, 5:8] = False
+    with hidden(model, [first] * depth):
+        changed = prompts.forward(prompts.inputs(), use_cache=False).logits
+    assert torch.equal(changed[1], same[1])
+    assert (changed[0, 10] - same[0, 10]).abs().max() > 1e-2
+
+
+def test_linear_mixers_of_the_reference_see_the_rows_that_are_left() -> None:
+    """A mixer on some rows is the mixer on a shorter sequence."""
+    model = tiny("qwen3_5")
+    mixers = [m for m in model.decoder.modules() if is_linear_mixer(m)]
+    assert len(mixers) == 2
+    rows = torch.tensor([0, 2, 3, 5])
+    left = torch.zeros(1, 6, dtype=torch.bool)
+    left[:, rows] = True
+    layer = next(x for x in model.decoder.layers if mixers[0] in list(x.modules()))  # type: ignore
+    x = torch.randn(1, 6, model.text_config.hidden_size)
+    only = SimpleNamespace(decoder=SimpleNamespace(layers=[layer]))
+    with torch.no_grad():
+        short = mixers[0](x[:, rows])
+        with hidden(only, [left]):  # type: ignore[arg-type]
+            full = mixers[0](x)
+    assert torch.allclose(full[:, rows], short, atol=1e-6)
+    assert not full[:, [1, 4]].any()
+
+
+def test_tiny_configs_keep_every_kind_of_layer() -> None:
+    config = tiny_text_config(CONFIG_MAPPING["gemma3"]().get_text_config())
+    assert config.layer_types == ["sliding_attention", "full_attention"] * 2
+    assert (config.hidden_size, config.sliding_window, config.num_hidden_layers) == (128, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("section", "half", "expected"),
+    [([16, 24, 24], 16, [4, 6, 6]), ([22, 22, 20], 16, [5, 5, 6]), ([11, 11, 10], 4, [1, 1, 2])],
+)
+def test_sections_of_rotary_axes_fit_small_heads(
+    section: list[int], half: int, expected: list[int]
+) -> None:
+    assert scaled_section(section, half) == expected
+
+
+def test_the_command_checks_named_types(tmp_path: Any, capsys: Any) -> None:
+    file, page = tmp_path / "r.json", tmp_path / "r.md"
+    names = ("qwen2_vl", "mllama")
+    assert run("doctor", "--conformance", *names, "--json", "-o", file, "--page", page) == 0
+    types = json.loads(capsys.readouterr().out)["types"]
+    assert types["qwen2_vl"]["status"] == "exact"
+    assert types["mllama"]["status"] == "refused"
+    assert json.loads(file.read_text())["types"] == types
+    assert "| exact | 1 |" in page.read_text()
+
+
+def test_weights_outside_the_decoder_are_empty() -> None:
+    model = tiny("qwen2_vl").model
+    decoder = {id(p) for p in model.model.language_model.parameters()}
+    rest = [p for p in model.model.visual.parameters() if id(p) not in decoder]
+    assert rest and not any(p.numel() for p in rest)
+    assert isinstance(model.lm_head, nn.Linear) and model.lm_head.weight.abs().max() > 0
