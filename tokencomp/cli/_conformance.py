@@ -10,9 +10,7 @@ from typing import Any
 import typer
 
 
-def conformance_run(
-    types: list[str], as_json: bool, output: Path | None, page: Path | None
-) -> int:
+def conformance_run(types: list[str], as_json: bool, output: Path | None, page: Path | None) -> int:
     """Run conformance, show and write the results.
 
     Returns

@@ -93,7 +93,7 @@ def _tiny_model(model_class: type, config: Any, variant: Variant, seed: int) -> 
         model.set_attn_implementation("eager")
         torch.manual_seed(seed)
         outer = model.get_decoder()
-        decoder = _replace_module(model, outer, type(outer)(outer.config))
+        decoder: Any = _replace_module(model, outer, type(outer)(outer.config))
         _create_small_parts(model)
         _empty_towers(model)
         fill_weights(model, seed)
@@ -175,13 +175,13 @@ def _towers_optional(text: Any) -> Iterator[None]:
                 raise
             return AbsentTower(config)
 
-    AutoModel.from_config = from_config
+    AutoModel.from_config = from_config  # type: ignore[method-assign]
     try:
         yield
     finally:
         del AutoModel.from_config
         if own is not None:
-            AutoModel.from_config = own
+            AutoModel.from_config = own  # type: ignore[method-assign]
 
 
 def _mrope(model_class: type) -> bool:
@@ -257,10 +257,14 @@ def move_token_ids(config: Any, vocabulary: int) -> dict[str, int]:
                 with contextlib.suppress(Exception):
                     setattr(owner, name, place(value or -1))
                     names[name] = place(value or -1)
-            elif isinstance(value, list) and all(isinstance(v, int) for v in value):
-                if visual or max(value, default=0) >= vocabulary:
-                    setattr(owner, name, [place(v) for v in value])
+            elif _ids(value) and (visual or max(value) >= vocabulary):
+                setattr(owner, name, [place(v) for v in value])
     return names
+
+
+def _ids(value: Any) -> bool:
+    """Whether a field holds a list of token ids."""
+    return isinstance(value, list) and bool(value) and all(isinstance(v, int) for v in value)
 
 
 def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
@@ -276,10 +280,10 @@ def _create_small_parts(model: Any) -> None:
     body = getattr(model, "model", None)
     parts = [model.get_output_embeddings(), *model.children()]
     parts += list(body.children()) if isinstance(body, nn.Module) else []
-    for owner in (model, body):
-        for name, parameter in [] if owner is None else owner.named_parameters(recurse=False):
-            own = nn.Parameter(torch.zeros(parameter.shape))  # LLaVA's image_newline
-            owner.register_parameter(name, own)
+    for owner in (model, *([body] if isinstance(body, nn.Module) else [])):
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            new = nn.Parameter(torch.zeros(parameter.shape))  # LLaVA's image_newline
+            owner.register_parameter(name, new)
     for part in parts:
         tensors = [] if part is None else [*part.parameters(), *part.buffers()]
         meta = bool(tensors) and all(t.is_meta for t in tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -121,7 +120,7 @@ class Checks:
         """Some leave at entry, some between later layers."""
         late = Stage(self.depth - 1, 0.25, Uniform())
         middle = Stage(max(1, self.depth // 2), 0.5, Uniform())
-        stages = (Stage(0, 0.75, Uniform()), middle, late)
+        stages: tuple[Stage, ...] = (Stage(0, 0.75, Uniform()), middle, late)
         try:
             self.compress(self.tiny.model, Plan(stages)).remove()
         except PlanError:  # the first layers get features of the tower added
@@ -150,7 +149,7 @@ class Checks:
         self._limit(f"{name} decode", _distance(steps, expected))
 
     def _batch_equals_single(self, plan: Plan) -> None:
-        """A row of the ragged batch gives what it gives alone, if that holds without compression."""
+        """A row of the ragged batch gives what it gives alone, where it does uncompressed."""
         for row in range(len(self.prompts.rows)):
             inputs = self.prompts.inputs([row])
             alone = self.prompts.forward(inputs).logits[0, -1]

@@ -191,7 +191,7 @@ class Prompts:
         return values
 
     def _token_types(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """1 at images; PaliGemma has 0 at the prefix, which is the image and a part of the words."""
+        """1 at images; PaliGemma has 0 at the prefix: the image and a part of the words."""
         kinds = (ids == self.image_id).long()
         if "paligemma" not in self.tiny.config.model_type:
             return kinds

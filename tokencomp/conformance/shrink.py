@@ -12,9 +12,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 WIDTH, HEADS, HEAD_DIM, VOCABULARY, WINDOW = 128, 4, 32, 512, 8
-# Fields of text configs, by what they count. A field that a config lacks, or has as None, stays out.
+# Fields of text configs, by what they count. A field that a config lacks, or has as None or 0,
+# stays as it is.
 SIZES: dict[str, int] = {
-    **dict.fromkeys(("hidden_size", "dim", "d_model", "block_dim", "conv_dim", "conv_dim_out"), WIDTH),
+    **dict.fromkeys(
+        ("hidden_size", "dim", "d_model", "block_dim", "conv_dim", "conv_dim_out"), WIDTH
+    ),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "block_ff_dim", "intermediate_size_mlp"), 96),
     **dict.fromkeys(("dense_intermediate_size", "block_intermediate_size"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
@@ -112,9 +115,7 @@ def _per_layer(name: str, values: list[Any], chosen: Iterable[int]) -> list[Any]
     return [SIZES.get(name, values[i]) for i in chosen]
 
 
-def tiny_rope(
-    parameters: Mapping[str, Any], head_dim: int, mrope: bool = False
-) -> dict[str, Any]:
+def tiny_rope(parameters: Mapping[str, Any], head_dim: int, mrope: bool = False) -> dict[str, Any]:
     """Rotary parameters (also one set per layer kind) whose M-RoPE sections fit small heads."""
     result = copy.deepcopy(dict(parameters))
     if mrope and not any(isinstance(v, dict) for v in result.values()):
