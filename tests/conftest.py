@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 from support.families import FAMILIES, Family  # noqa: E402
+from support.family.hybrid import HYBRID  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def family(request: pytest.FixtureRequest) -> Family:
     """Every supported model family in turn."""
-    family = FAMILIES[request.param]
+    family = {**FAMILIES, **HYBRID}[request.param]
     reason = family.defect(request.node.originalname)
     if reason:
         pytest.skip(reason)

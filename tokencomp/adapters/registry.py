@@ -102,8 +102,7 @@ def adapter_for(model: nn.Module) -> Adapter:
     UnverifiedModelError
         Nobody has checked a model of this type.
     UnsupportedModelError
-        Not a transformers model, its decoder has layers that are not full attention, or the model
-        is copied to several devices in every call (`DataParallel`).
+        Not a transformers model, or it is copied to several devices in every call (`DataParallel`).
     """
     for wrapper in _unwrapped(model):
         if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
@@ -124,12 +123,6 @@ def adapter_for(model: nn.Module) -> Adapter:
             "transformers >= 4.57."
         ) from None
     _check_verified(adapter, model_type, known)
-    kinds = set(getattr(adapter.text_config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has {', '.join(sorted(kinds))} layers; only full attention "
-            "can be compressed exactly. Set use_sliding_window=False where the model allows it."
-        )
     return adapter
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +18,8 @@ from tokencomp.engine import compat
 from tokencomp.errors import UnsupportedCacheError
 
 COUNTS_ROWS = compat.counts_static_rows()
-# A layer with a sliding window holds every row while the window does not bind, which
-# `check_attention_window` makes sure of; it is then compressed like one without a window.
-DYNAMIC = frozenset({DynamicLayer, DynamicSlidingWindowLayer})
+INDEXED: Any = compat.indexed_layer()
+DYNAMIC = frozenset({DynamicLayer, DynamicSlidingWindowLayer, INDEXED})
 
 
 # Python lets an object change its class only to one of the same memory layout. A base class other
@@ -44,6 +43,8 @@ class CompressedLayer(CacheLayerMixin):
         where it is None, stand for one.
     columns : Tensor of int64, shape (B, m), or None
         Column of the uncompressed sequence of the first m rows; the others follow without a gap.
+    starts : Tensor of int64, shape (B,), or None
+        First real column of every sample in the uncompressed sequence; None: not known, or 0.
     starts_segment : bool
         True where this layer holds other rows than the layer before it.
     """
@@ -52,6 +53,7 @@ class CompressedLayer(CacheLayerMixin):
     dropped: int
     sizes: Tensor | None
     columns: Tensor | None
+    starts: Tensor | None
     starts_segment: bool
     _valid: Tensor | None
 
@@ -88,20 +90,24 @@ class CompressedLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._change_samples(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._change(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._change_samples(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some samples."""
         super().batch_select_indices(indices)  # type: ignore[misc]
-        self._change(lambda t: t[indices])
+        self._change_samples(lambda t: t[indices])
+
+    def _change_samples(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._change(change)
+        self.starts = None if self.starts is None else change(self.starts)
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Do to the row flags, `sizes` and `columns` what was done to the rows."""
+        """Do to the row flags, `sizes` and `columns` what was done to the samples or rows."""
         self._valid = None if self._valid is None else change(self._valid)
         self.sizes = None if self.sizes is None else change(self.sizes)
         self.columns = None if self.columns is None else change(self.columns)
@@ -112,7 +118,7 @@ class CompressedLayer(CacheLayerMixin):
         self._forget()
 
     def _forget(self) -> None:
-        del self.dropped, self._valid, self.sizes, self.columns, self.starts_segment
+        del self.dropped, self._valid, self.sizes, self.columns, self.starts, self.starts_segment
         self.__class__ = self.plain
 
 
@@ -124,17 +130,67 @@ class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
     def crop(self, length: int) -> None:
         """Remove `-length` rows, or (transformers < 5.14) cut to `length` logical tokens."""
         rows = self.rows + length if length <= 0 else length - self.dropped
-        if rows >= self.rows:
-            return
-        rows = max(rows, 0)
+        self._cut(min(max(rows, 0), self.rows))
+
+    def _cut(self, rows: int) -> None:
+        """Keep the first `rows` rows."""
         self.keys, self.values = self.keys[..., :rows, :], self.values[..., :rows, :]  # type: ignore[index]
         self._change(lambda t: t[:, :rows])
 
     def reset(self) -> None:
         """Drop the rows (old releases would only set them to 0) and become a plain layer."""
+        super().reset()
         self.keys = self.values = None
         self.is_initialized = False
-        self._forget()
+
+
+class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
+    """A `DynamicSlidingWindowLayer` from which rows have been left out.
+
+    It keeps the last `sliding_window - 1` rows, as before. Since rows that are a window apart in
+    the uncompressed sequence are fewer now, these are at least those that a window measured in
+    columns reaches; the mask hides the others. `rows` counts those that were written, so that the
+    row flags and `columns` stay those of the whole sequence.
+    """
+
+    plain = DynamicSlidingWindowLayer
+
+    def get_seq_length(self, *args: Any) -> Any:
+        """Logical length."""
+        return self.cumulative_length + self.dropped if self.cumulative_length else 0
+
+    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+        """Rows that a write of `query` returns, and the logical column of the first."""
+        n = query if isinstance(query, int) else query.shape[0]
+        held = min(self.rows, self.sliding_window - 1)
+        return held + n, self.rows - held + self.dropped
+
+    def _cut(self, rows: int) -> None:
+        removed, limit = self.rows - rows, self.sliding_window - 1
+        held = self.keys.shape[-2]  # type: ignore[union-attr]
+        if held - removed < min(rows, limit):
+            raise RuntimeError(
+                f"{removed} rows cannot be removed from a sliding window of {self.sliding_window} "
+                "that no longer holds the rows before them. Assisted decoding lets the cache "
+                "record them (activate_past_recording)."
+            )
+        kept = slice(max(held - removed - limit, 0), held - removed)
+        self.keys, self.values = self.keys[..., kept, :], self.values[..., kept, :]  # type: ignore[index]
+        self.cumulative_length = rows
+        self._change(lambda t: t[:, :rows])
+
+
+class CompressedIndexedLayer(CompressedDynamicLayer, INDEXED):
+    """A layer of sparse attention: the keys of its indexer have the same rows."""
+
+    plain = INDEXED
+
+    def _cut(self, rows: int) -> None:
+        super()._cut(rows)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[:, :rows]
+        if self.indexer_position_ids is not None:
+            self.indexer_position_ids = self.indexer_position_ids[..., :rows]
 
 
 class CompressedStaticLayer(CompressedLayer, StaticLayer):
@@ -223,8 +279,12 @@ _QUANTIZED: dict[
 
 def _compressed_class(plain: type) -> type:
     """The compressed class of a transformers class of cache layers."""
-    if plain in DYNAMIC:
+    if plain is DynamicSlidingWindowLayer:
+        return CompressedSlidingLayer
+    if plain is DynamicLayer:
         return CompressedDynamicLayer
+    if plain is INDEXED:
+        return CompressedIndexedLayer
     if plain is StaticLayer:
         return CompressedStaticLayer
     if plain not in _QUANTIZED:  # its rows are quantized as before: only the counting changes
@@ -233,14 +293,34 @@ def _compressed_class(plain: type) -> type:
     return _QUANTIZED[plain]
 
 
+def holds_rows(layer: Any) -> bool:
+    """Whether a cache layer holds keys and values, one row per token.
+
+    Layers of linear attention and of short convolutions hold a state instead, which has no token
+    axis. Layers without a cache of their own (experts alone, or keys shared with another layer)
+    hold nothing.
+    """
+    return isinstance(layer, CacheLayerMixin)
+
+
+def keeps_window(layer: Any) -> bool:
+    """Whether a cache layer keeps no more rows than a sliding window needs."""
+    return isinstance(layer, DynamicSlidingWindowLayer)
+
+
+def first_with_rows(layers: Sequence[Any] | None, first: int = 0, stop: int | None = None) -> Any:
+    """The first of `layers[first:stop]` that holds rows, or None."""
+    return next(filter(holds_rows, (layers or ())[first:stop]), None)
+
+
 def physical_length(layer: Any) -> int:
-    """Rows held by a cache layer."""
+    """Rows written to a cache layer, and held unless it has a sliding window."""
     if isinstance(layer, StaticLayer):
         if not layer.is_initialized:
             return 0
         counted = getattr(layer, "cumulative_length", None)
         return int(StaticLayer.get_seq_length(layer) if counted is None else counted)
-    if isinstance(layer, compat.quantized_layer()):
+    if isinstance(layer, (compat.quantized_layer(), DynamicSlidingWindowLayer)):
         return layer.cumulative_length
     keys = getattr(layer, "keys", None)
     return keys.shape[-2] if keys is not None and keys.numel() else 0
@@ -281,6 +361,7 @@ def check_cache(cache: Any, between_layers: bool = False) -> None:
     kinds = {getattr(layer, "plain", type(layer)) for layer in layers}
     kinds |= {replicate} if replicate else set()
     quantized = {k for k in kinds if issubclass(k, compat.quantized_layer())}
+    kinds -= compat.layers_without_rows()  # whatever leaves the prompt, their state stays right
     wrong = kinds - DYNAMIC - {StaticLayer} - quantized
     if wrong:
         raise UnsupportedCacheError(
@@ -310,6 +391,7 @@ def compress_layer(
     starts_segment: bool,
     sizes: Tensor | None = None,
     columns: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> None:
     """Make `layer` a compressed one (if it is none yet) with `dropped` more tokens left out.
 
@@ -317,7 +399,7 @@ def compress_layer(
     ----------
     rows
         Rows that the layer holds.
-    valid, starts_segment, sizes, columns
+    valid, starts_segment, sizes, columns, starts
         See `CompressedLayer`.
     """
     before = 0
@@ -330,6 +412,6 @@ def compress_layer(
             layer.cumulative_length = torch.tensor(rows, device=layer.device)
             torch._dynamo.mark_static_address(layer.cumulative_length)
     layer.dropped, layer.valid, layer.sizes = before + dropped, valid, sizes
-    layer.columns, layer.starts_segment = columns, starts_segment
+    layer.columns, layer.starts_segment, layer.starts = columns, starts_segment, starts
     if isinstance(layer, CompressedStaticLayer):
         layer.offset = torch.tensor(layer.dropped, device=layer.device)

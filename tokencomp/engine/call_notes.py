@@ -23,8 +23,8 @@ class CallNotes:
     ----------
     local
         State of the calling thread. `labels`, `logits` (last columns whose logits the call
-        returns; 0: all) and `draft` (speculative tokens at its end) come from the model; `kinds`
-        and `inputs` (see `Adapter.kinds`) from its body.
+        returns; 0: all) and `draft` (speculative tokens at its end) come from the model; `kinds`,
+        `inputs` (see `Adapter.kinds`) and `body_mask` (its `attention_mask`) from its body.
     strict
         Whether prompts without media are refused.
     """
@@ -75,6 +75,7 @@ class CallNotes:
         self.forget_prompt()
         if disabled:
             return False
+        self.local.body_mask = arguments.get("attention_mask")
         kinds = self.adapter.kinds(arguments)
         if kinds is None:
             return begins_prompt(arguments)
@@ -84,7 +85,7 @@ class CallNotes:
     @torch.compiler.disable
     def forget_prompt(self) -> None:
         """Undo `note_prompt`, and forget the forward pass of the decoder."""
-        self.local.kinds = self.local.inputs = self.local.forward = None
+        self.local.kinds = self.local.inputs = self.local.forward = self.local.body_mask = None
 
     def without_features(self, arguments: Mapping[str, Any]) -> None:
         """Warn of a prompt that may run uncompressed without anybody knowing, once per patch.

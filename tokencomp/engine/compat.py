@@ -76,6 +76,24 @@ def quantized_layer() -> Any:
     return getattr(cache_utils, "BaseQuantizedLayer", None) or cache_utils.QuantizedLayer
 
 
+@functools.cache
+def indexed_layer() -> Any:
+    """Class of the cache layers of sparse attention with an indexer; a stand-in before 5.13."""
+    from transformers import cache_utils
+
+    absent = type("NoIndexedLayer", (cache_utils.DynamicLayer,), {})
+    return getattr(cache_utils, "DynamicIndexedLayer", absent)
+
+
+@functools.cache
+def layers_without_rows() -> frozenset[type]:
+    """Classes of cache layers that keep a state without a token axis, or nothing."""
+    from transformers import cache_utils
+
+    names = ("LinearAttentionLayer", "DummyLayer")
+    return frozenset(getattr(cache_utils, n) for n in names if hasattr(cache_utils, n))
+
+
 def recomputed(layer: nn.Module) -> bool:
     """Whether a backward pass would run this decoder layer once more."""
     checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training
@@ -147,7 +165,13 @@ def mask_parameters() -> set[str]:
 
 
 def causal_mask(
-    config: Any, hidden: Tensor, mask: Tensor | None, view: MaskView, text: Tensor | None = None
+    config: Any,
+    hidden: Tensor,
+    mask: Tensor | None,
+    view: MaskView,
+    text: Tensor | None = None,
+    within: Callable[..., Any] | None = None,
+    skip: bool = True,
 ) -> Any:
     """Transformers' own causal mask for one layer, whatever the attention backend.
 
@@ -158,6 +182,11 @@ def causal_mask(
     mask : Tensor of bool, shape (B, dropped + physical + q), or None
     text : Tensor of int64, shape (B, q), or None
         Positions that begin again in every prompt of a packed row; there is no cache then.
+    within
+        Function of sample, head, query and key, as indices of logical columns, that says which
+        keys a query may see beside being causal; None: all.
+    skip
+        Whether the result may be None where plain causal attention is right.
     """
     from transformers.masking_utils import create_causal_mask
 
@@ -169,7 +198,19 @@ def causal_mask(
     if "cache_position" in names:
         order = torch.arange(hidden.shape[1], device=hidden.device)
         call["cache_position"] = order + view.get_seq_length()
+    if within is not None:
+        call["and_mask_function"] = within
+    if "allow_is_causal_skip" in names:
+        call["allow_is_causal_skip"] = skip
     return create_causal_mask(**call)
+
+
+def backend_mask(config: Any, visible: Tensor, x: Tensor) -> Tensor:
+    """A mask of bool as the attention backend takes it: numbers for eager attention."""
+    if attention_implementation(config) != "eager":
+        return visible
+    hidden = torch.full((), torch.finfo(x.dtype).min, dtype=x.dtype, device=visible.device)
+    return torch.where(visible, hidden.new_zeros(()), hidden)
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
@@ -19,13 +20,16 @@ from tokencomp.engine.cache import (
     CompressedStaticLayer,
     check_cache,
     compress_layer,
+    first_with_rows,
+    holds_rows,
     physical_length,
 )
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.layout import RowLayout
-from tokencomp.engine.prepared_mask import padding_of
+from tokencomp.engine.prepared_mask import padding_of, prepared_by_body
 from tokencomp.engine.segments import Segment
-from tokencomp.engine.window import check_attention_window
+from tokencomp.engine.window import CHUNKED, Windows, check_windows
+from tokencomp.errors import UnsupportedCacheError
 
 MASKLESS = ("sdpa", "flash")
 
@@ -86,7 +90,8 @@ class LaterTokens:
         if kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = self.adapter.decoder.embed_tokens(kwargs["input_ids"])
             kwargs["input_ids"] = None
-        if isinstance(layers[0], CompressedStaticLayer) and kwargs["inputs_embeds"].shape[1] == 1:
+        first = first_with_rows(layers)
+        if isinstance(first, CompressedStaticLayer) and kwargs["inputs_embeds"].shape[1] == 1:
             self._static_step(kwargs, layers)
         else:
             self._continue(kwargs, layers)
@@ -98,7 +103,7 @@ class LaterTokens:
         columns of the first row and of the token from the cache. With padding, a mask over the
         whole length of the layer is built, from which `MaskView.written` hides unwritten rows.
         """
-        layer, x = layers[0], kwargs["inputs_embeds"]
+        layer, x = first_with_rows(layers), kwargs["inputs_embeds"]
         if layer.unpadded is not None:
             view = compat.MaskView(layer.max_cache_len, written=layer.cumulative_length)
             config = self.adapter.text_config
@@ -115,36 +120,56 @@ class LaterTokens:
         # Of four rows, the first counts text tokens; the rotary embedding reads the other three.
         if self.adapter.mrope and positions is not None and len(positions) > 3:
             kwargs["position_ids"] = positions[-3:]
-        past = layers[0].rows if self.compact_positions else layers[0].get_seq_length()
-        check_attention_window(self.adapter.text_config, compat.get_cache(kwargs), int(past) + n)
-        new = None  # a single token is never padding
+        layer = first_with_rows(layers)
+        past = layer.rows if self.compact_positions else layer.get_seq_length()
+        windows, total = Windows.of(self.adapter.decoder), int(past) + n
+        by_column = not self.compact_positions
+        check_windows(self.adapter.decoder, windows, compat.get_cache(kwargs), total, by_column)
+        new, prepared = None, None  # a single token is never padding, nor a part of a picture
         if n > 1:
-            mask = padding_of(kwargs.get("attention_mask"), n, layers[0].rows)
-            new = None if mask is None else mask[:, -n:].bool()
-            new = None if new is None or bool(new.all()) else new
+            new, prepared = self._columns_of_call(kwargs, n, layer)
         if self.compact_positions:
-            before = Segment.after(layers[0], 0, 1, RowLayout(n, [], []))
+            before = Segment.after(layer, 0, 1, RowLayout(n, [], []))
             kwargs["position_ids"] = before.contiguous(new, x)
         backend = compat.attention_implementation(self.adapter.text_config)
-        plain = new is None and all(layer.valid is None for layer in layers)
+        plain = new is None and all(x.valid is None for x in layers if holds_rows(x))
         # One token attends to every row, so without padding it needs no mask. Backends outside of
         # `MASKLESS` may still require a tensor. `cached` stands for the ForwardPass that such a
         # call does without: proportional attention reads the sizes of the rows from it.
-        if n == 1 and plain and any(name in backend for name in MASKLESS):
+        maskless = n == 1 and plain and any(name in backend for name in MASKLESS)
+        if maskless and not windows.bind(total):
             kwargs["attention_mask"], self.local.cached = None, layers
             return
         forward = ForwardPass.continuation(self.adapter, layers, new, n)
+        forward.by_column, forward.prepared = by_column, prepared
+        source, first = forward.mask_source(new, compat.get_cache(kwargs)), forward.segments[0]
+        explicit = source.explicit(first, total)
+        if maskless and not explicit and len(forward.segments) == 1:
+            kwargs["attention_mask"], self.local.cached = None, layers
+            return
         if len(forward.segments) > 1:
             self.install_layers()
-        first = forward.segments[0]
-        kwargs["attention_mask"] = first.padding_mask(new, x.shape[0], x.device)
+        if explicit:
+            kwargs["attention_mask"] = source.decoder_mask(first, x)
+        else:
+            kwargs["attention_mask"] = first.padding_mask(new, x.shape[0], x.device)
         self.local.forward = forward
+
+    def _columns_of_call(
+        self, kwargs: Mapping[str, Any], n: int, layer: Any
+    ) -> tuple[Tensor | None, Any]:
+        """Which of the `n` columns of a call are real, and what the body prepared for them."""
+        mask = kwargs.get("attention_mask")
+        body = getattr(self.local, "body_mask", None)
+        prepared = prepared_by_body(mask, body)
+        mask = body if prepared is not None else padding_of(mask, n, layer.rows)
+        new = None if mask is None else mask[:, -n:].bool()
+        return (None if new is None or bool(new.all()) else new), prepared
 
 
 def first_layer(cache: Any) -> Any:
-    """The first layer of a cache, or None."""
-    layers = getattr(cache, "layers", None)
-    return layers[0] if layers else None
+    """The first layer of a cache that holds rows, or None."""
+    return first_with_rows(getattr(cache, "layers", None))
 
 
 def _columns(inputs: Mapping[str, Any]) -> int:
@@ -169,17 +194,31 @@ def begins_prompt(inputs: Mapping[str, Any]) -> bool:
     return hasattr(cache, "get_seq_length") and not int(cache.get_seq_length())
 
 
-def plain_mask(kwargs: dict[str, Any], cache: Any) -> dict[str, Any]:
-    """Arguments of a prefill with the 2-D mask of padding, whatever was prepared from it.
+def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict[str, Any], Any]:
+    """Arguments of a prefill with the 2-D mask of padding, and what the body prepared beside it.
+
+    Parameters
+    ----------
+    body_mask
+        The `attention_mask` with which the body was called.
 
     Raises
     ------
     UnsupportedCacheError
-        See `padding_of`.
+        See `padding_of`, or a prepared mask beside a cache of constant length.
     """
-    past, width = physical_length(first_layer(cache)), kwargs["inputs_embeds"].shape[1]
-    mask = padding_of(kwargs.get("attention_mask"), width, past)
-    return {**kwargs, "attention_mask": mask}
+    mask, first = kwargs.get("attention_mask"), first_layer(cache)
+    prepared = prepared_by_body(mask, body_mask)
+    if prepared is None:
+        past, width = physical_length(first), kwargs["inputs_embeds"].shape[1]
+        return {**kwargs, "attention_mask": padding_of(mask, width, past)}, None
+    if isinstance(first, StaticLayer):
+        raise UnsupportedCacheError(
+            "the model lets tokens of an image see each other, and prepares its masks for a "
+            f"{type(cache).__name__} by column of the uncompressed prompt. Drop "
+            "cache_implementation=..., or turn compression off with handle.disabled()."
+        )
+    return {**kwargs, "attention_mask": body_mask}, prepared
 
 
 def compact_cache(forward: ForwardPass, cache: Any, proportional: bool) -> None:
@@ -197,15 +236,18 @@ def compact_cache(forward: ForwardPass, cache: Any, proportional: bool) -> None:
     """
     check_cache(cache, bool(forward.plan.layer_stages))
     layers = getattr(cache, "layers", None)
-    if not layers or layers[0].keys is None:  # checkpointed layers write nothing
+    if not layers or first_with_rows(layers).keys is None:  # checkpointed layers write nothing
         return
     for segment in forward.segments:
-        valid = segment.all_valid(segment.layout.valid(layers[segment.first].device))
+        own = [layer for layer in layers[segment.first : segment.stop] if holds_rows(layer)]
+        if not own:
+            continue
+        valid = segment.all_valid(segment.layout.valid(own[0].device))
         sizes = segment.all_sizes() if proportional else None
         dropped = forward.width - segment.layout.width
         rows, columns = segment.physical + segment.layout.width, segment.all_columns(forward.width)
-        for i in range(segment.first, segment.stop):
-            layer = layers[i]
-            own = valid if valid is None else valid.to(layer.device)
-            starts = i == segment.first and i > 0
-            compress_layer(layer, dropped, rows, own, starts, sizes, columns)
+        starts = forward.starts() if CHUNKED in forward.windows.sizes else None
+        for layer in own:
+            begins = layer is own[0] and segment.first > 0
+            flags = valid if valid is None else valid.to(layer.device)
+            compress_layer(layer, dropped, rows, flags, begins, sizes, columns, starts)

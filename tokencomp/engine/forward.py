@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
+from tokencomp.engine.cache import first_with_rows, holds_rows
 from tokencomp.engine.layout import RowLayout, compact, take, write_merged
+from tokencomp.engine.masks import MaskSource
 from tokencomp.engine.outputs import restore_map
-from tokencomp.engine.packing import sequence_lengths
+from tokencomp.engine.packing import sequence_lengths, text_positions
 from tokencomp.engine.probes import input_scores, layer_scores
 from tokencomp.engine.segments import Segment
 from tokencomp.engine.stage_input import StageInput
 from tokencomp.engine.survivors import surviving_rows
 from tokencomp.engine.tower_flops import TowerCost
+from tokencomp.engine.window import CHUNKED, Windows
 from tokencomp.plan import Plan, Stage
 from tokencomp.tokens import Attention, Reduction, Signal, VisualSpan
 
@@ -44,6 +48,12 @@ class ForwardPass:
         Work of the calls of the vision tower for this prompt; empty if they are not known.
     rotary
         True positions (B, n) for decoders with one position per token.
+    windows
+        Kinds of the decoder layers, and their attention windows.
+    by_column
+        Whether windows are measured in columns of the uncompressed sequence, not in rows.
+    prepared
+        The mask that the body prepared for the uncompressed call, see `MaskSource`.
     chunk, earlier
         Columns per chunk of a chunked prefill (else None), and hidden states of the chunks that
         have run.
@@ -79,6 +89,9 @@ class ForwardPass:
         self.kept: list[RowLayout] = []
         self.survivors: RowLayout | None = None
         self._scores: dict[int, list[list[Tensor]]] = {}
+        self.windows = Windows.of(adapter.decoder)
+        self.by_column = True
+        self.prepared: Any = None
         self._new: Tensor | None = None
 
     @classmethod
@@ -88,10 +101,10 @@ class ForwardPass:
         """The forward pass of later tokens on a compressed cache."""
         forward = cls(adapter, Plan(), [], RowLayout(width, [], []), width)
         forward.compresses, forward._new = False, new
-        starts = [i for i, layer in enumerate(layers) if i == 0 or layer.starts_segment]
-        for first, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
-            layout = RowLayout(width, [], [])
-            forward.segments.append(Segment.after(layers[first], first, stop, layout))
+        starts = [i for i, layer in enumerate(layers) if getattr(layer, "starts_segment", False)]
+        for first, stop in zip([0, *starts], [*starts, len(layers)], strict=True):
+            layer, layout = first_with_rows(layers, first, stop), RowLayout(width, [], [])
+            forward.segments.append(Segment.after(layer, first, stop, layout))
         return forward
 
     def segment_of(self, layer: int) -> Segment:
@@ -210,36 +223,90 @@ class ForwardPass:
         hidden = args[0] if args else kwargs["hidden_states"]
         if not segment.ready:
             hidden = self._enter(segment, hidden, kwargs)
-        kwargs["attention_mask"], kwargs["position_ids"] = segment.mask, segment.text_positions
+        kind, cache = self.windows.kinds[i], compat.get_cache(kwargs)
+        kwargs["attention_mask"] = self._mask(segment, kind, hidden, cache)
+        kwargs["position_ids"] = segment.text_positions
         if segment.layout.packed:
             kwargs.update(sequence_lengths(segment.layout, kwargs))
-        if segment.tables is not None:
-            kwargs["position_embeddings"] = tuple(t.to(hidden.device) for t in segment.tables)
+        if "position_embeddings" in kwargs:
+            kwargs["position_embeddings"] = self._tables(segment, kind, kwargs, hidden.device)
         if args:
             return (hidden, *args[1:]), kwargs
         kwargs["hidden_states"] = hidden
         return args, kwargs
 
+    def _tables(
+        self, segment: Segment, kind: str, kwargs: Mapping[str, Any], device: torch.device
+    ) -> Any:
+        """Rotary tables of a layer of `kind` that is called with `kwargs`, for rows of `segment`.
+
+        Kinds of layers may have tables of their own, and some have none.
+        """
+        tables = kwargs.get("position_embeddings")
+        if tables is None or segment.index is None:
+            return tables
+        several = isinstance(tables, tuple)
+        if kind not in segment.tables:
+            parts, index = (list(tables) if several else [tables]), segment.index
+            index, valid = index.to(parts[0].device), segment.layout.valid(parts[0].device)
+            segment.tables[kind] = take(parts, index, [*map(compat.sequence_dim, parts)], valid)
+        moved = tuple(t.to(device) for t in segment.tables[kind])
+        return moved if several else moved[0]
+
+    def _mask(self, segment: Segment, kind: str, hidden: Tensor, cache: Any) -> Any:
+        """The mask of the layers of one kind in `segment`."""
+        if kind not in segment.masks:
+            source = self.mask_source(self._new_columns(segment, hidden.device), cache)
+            text = segment.text_positions
+            segment.masks[kind] = source.layer_mask(kind, segment, hidden, text)
+        return segment.masks[kind]
+
+    def _new_columns(self, segment: Segment, device: torch.device) -> Tensor | None:
+        """False at padding among the columns of this call, bool (B, n); None if there is none."""
+        return segment.layout.valid(device) if self.compresses else self._new
+
+    def mask_source(self, new: Tensor | None, cache: Any) -> MaskSource:
+        """What the masks of this call are built from; `new` is False at padding, (B, n)."""
+        layers = list(getattr(cache, "layers", None) or ())
+        starts = self.starts() if CHUNKED in self.windows.sizes else None
+        config, windows = self.adapter.text_config, self.windows
+        return MaskSource(config, windows, layers, new, self.prepared, self.by_column, starts)
+
+    def starts(self) -> Tensor | None:
+        """First real column of every sample in the whole sequence, int64 (B,); None: unknown."""
+        first = self.segments[0]
+        if first.starts is not None or not self.compresses:
+            return first.starts
+        if first.physical:
+            past = first.past
+            return None if past is None else (past.cumsum(1) == 0).sum(1)
+        origin, pads = self.layout.origin, [self.layout.width - n for n in self.layout.lengths]
+        if origin is None:
+            return torch.tensor(pads)
+        return origin.cpu().gather(1, torch.tensor(pads)[:, None])[:, 0]
+
     def _enter(self, segment: Segment, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """First layer of a segment: the stage, if there is one, then tables and mask."""
         previous = self.segments[self.segments.index(segment) - 1]
-        segment.tables = previous.tables
+        segment.index = previous.index
         if segment.stage is not None:
-            tables = previous.tables or kwargs["position_embeddings"]
-            dims = [1, *map(compat.sequence_dim, tables)]
             for signal in segment.stage.reducer.needs:
                 if isinstance(signal, Attention) and signal.layer == "next":
-                    cos, sin = (t.to(hidden.device) for t in tables)
+                    kind = self.windows.kinds[segment.first]
+                    tables = self._tables(previous, kind, kwargs, hidden.device)
                     cache = compat.get_cache(kwargs)
-                    self._score_input(segment.first, hidden, (cos, sin), signal, cache)
+                    self._score_input(segment.first, hidden, tables, signal, cache)
+            index = previous.index
+            if index is None:
+                index = torch.arange(hidden.shape[1], device=hidden.device)[None]
             with self._timed():
-                hidden, cos, sin = self._reduce(segment.stage, [hidden, *tables], dims)
-            segment.tables = cos, sin
-        new = self._new
+                hidden, segment.index = self._reduce(segment.stage, [hidden, index], [1, 1])
         if self.compresses:
             segment.layout = self.layout
-            new = self.layout.valid(hidden.device)
-        segment.set_mask(self.adapter.text_config, hidden, new, compat.get_cache(kwargs))
+        if segment.layout.packed and compat.get_cache(kwargs) is None:
+            # transformers distinguishes packed prompts by positions that start again, and only
+            # where there is neither a mask nor a cache.
+            segment.text_positions = text_positions(segment.layout, hidden.device)
         segment.ready = True
         return hidden
 
@@ -251,7 +318,7 @@ class ForwardPass:
             return
         for segment in self.segments:
             valid = segment.all_valid(self._new)
-            for layer in cache.layers[segment.first : segment.stop]:
+            for layer in filter(holds_rows, cache.layers[segment.first : segment.stop]):
                 layer.valid = valid
 
     def full_maps(self, maps: Any) -> Any:

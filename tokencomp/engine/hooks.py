@@ -23,7 +23,7 @@ from tokencomp.engine import compat
 from tokencomp.engine.batching import BatchGuard
 from tokencomp.engine.cache import CompressedLayer, check_cache
 from tokencomp.engine.call_notes import CallNotes
-from tokencomp.engine.decode import LaterTokens, compact_cache, first_layer, plain_mask
+from tokencomp.engine.decode import LaterTokens, compact_cache, first_layer, split_mask
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.gate import CallGate
 from tokencomp.engine.outputs import restore_states
@@ -36,6 +36,7 @@ from tokencomp.engine.proportional import ProportionalAttention
 from tokencomp.engine.question import PromptLength
 from tokencomp.engine.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.survivors import refuse_missing
+from tokencomp.engine.window import Windows
 from tokencomp.errors import TokenCompError, copy_error
 from tokencomp.plan import Plan
 
@@ -68,6 +69,7 @@ class Hooks:
         compact_positions: bool = False,
         proportional: bool = False,
     ) -> None:
+        Windows.of(adapter.decoder)  # refuses kinds of layers that are not known
         self.adapter, self.plan = adapter, plan
         self.compact_positions = compact_positions
         self.proportional = (
@@ -221,8 +223,8 @@ class Hooks:
         if kinds is not None and bool(kinds.any()):
             if self.plan.active:
                 check_cache(cache, bool(self.plan.layer_stages))
-                kwargs = plain_mask(kwargs, cache)
-                self._compress(kwargs, kinds, cache)
+                kwargs, prepared = split_mask(kwargs, cache, self._local.body_mask)
+                self._compress(kwargs, kinds, cache, prepared)
                 keep = getattr(self._local, "logits", 0)
                 return (), self._prefill.advance(module, kwargs, self._local.forward, keep)
             self._count(kwargs, kinds, cache)
@@ -237,7 +239,8 @@ class Hooks:
     def _count(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
         """Stats of a prefill at ratio 0, which stays as it is; None where it cannot be read."""
         try:
-            forward = self._read(plain_mask(kwargs, cache), kinds, cache)[0]
+            plain, _ = split_mask(kwargs, cache, self._local.body_mask)
+            forward = self._read(plain, kinds, cache)[0]
             self.stats = collect(forward, cache)
         except TokenCompError:
             self.stats = None
@@ -250,9 +253,10 @@ class Hooks:
         call = PrefillCall(kwargs, kinds, cache, self._local.inputs, labels, draft)
         return self._reader.read(call, self.plan)
 
-    def _compress(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
+    def _compress(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any, prepared: Any) -> None:
         """Read a prefill with visual tokens, and change its arguments by the entry stage."""
         forward, positions = self._read(kwargs, kinds, cache)
+        forward.prepared = prepared
         if self._plan_hooks.tower is not None:
             forward.tower = self._plan_hooks.tower.collect(forward.spans)
         if self._plan_hooks.drop is not None:

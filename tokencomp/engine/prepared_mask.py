@@ -13,9 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokencomp.engine.window import FULL, LINEAR
 from tokencomp.errors import UnsupportedCacheError
 
-FULL = "full_attention"  # the kind of decoder layer that tokencomp compresses
+
+def prepared_by_body(mask: Any, body_mask: Any) -> Any:
+    """The mask that the body of a model has prepared for its decoder, or None.
+
+    Parameters
+    ----------
+    mask
+        The `attention_mask` of the decoder.
+    body_mask
+        That of the body. Where it has more than two axes, or is a mapping, the caller has prepared
+        it, and `padding_of` says what can be done.
+
+    Returns
+    -------
+    Tensor of shape (B, heads, L, columns), mapping from kinds of layers to such tensors, or None
+        Kinds for which plain causal attention is right have None.
+    """
+    prepared = isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.ndim == 4)
+    if not prepared or isinstance(body_mask, Mapping) or getattr(body_mask, "ndim", 2) != 2:
+        return None
+    if isinstance(mask, Mapping):
+        dense = {k: m for k, m in mask.items() if isinstance(m, Tensor) and m.ndim == 4}
+        return {k: dense.get(k) for k in mask} if dense else None
+    return mask
+
+
+def visible_columns(mask: Tensor) -> Tensor:
+    """Which columns a prepared mask shows, bool: one of numbers hides by adding a negative."""
+    return mask if mask.dtype == torch.bool else mask >= 0
 
 
 def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
@@ -41,7 +70,8 @@ def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
         The mask hides more than padding and what is to come.
     """
     if isinstance(mask, Mapping):
-        if set(mask) != {FULL}:
+        attention = {k: m for k, m in mask.items() if k not in LINEAR}
+        if set(attention) != {FULL}:
             raise _refusal(f"a mask for each of {', '.join(sorted(mask))}")
         mask = mask[FULL]
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
@@ -49,7 +79,7 @@ def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2] != queries:
         shape = tuple(mask.shape) if hasattr(mask, "shape") else mask
         raise _refusal(f"a {type(mask).__name__} of shape {shape}")
-    visible = mask if mask.dtype == torch.bool else mask >= 0
+    visible = visible_columns(mask)
     if visible.shape[-1] < past + queries:
         columns = visible.shape[-1]
         raise _refusal(f"a mask of {columns} columns for {past + queries} tokens (a short cache)")

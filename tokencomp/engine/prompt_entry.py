@@ -15,8 +15,15 @@ from tokencomp.engine.arguments import gather_arguments
 from tokencomp.engine.decode import first_layer
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.packing import sequence_lengths, text_positions
-from tokencomp.engine.window import check_attention_window
-from tokencomp.errors import UnsupportedModelError
+from tokencomp.engine.window import check_windows
+from tokencomp.errors import UnsupportedCacheError, UnsupportedModelError
+
+RAGGED_TURN = (
+    "a later turn brings media, and its samples keep different numbers of tokens. Layers of linear "
+    "attention or convolution would take the padding between the turns for tokens, as they do "
+    "without compression. Give turns of equal size, one sample at a time, or the whole "
+    "conversation as one prompt."
+)
 
 
 def enter_prompt(
@@ -43,8 +50,11 @@ def enter_prompt(
     Raises
     ------
     UnsupportedModelError
-        The sequence is longer than the attention window of the decoder.
+        The decoder would apply its attention window wrongly, see `check_windows`.
+    UnsupportedCacheError
+        Padding between the turns of a decoder with linear layers.
     """
+    forward.by_column = not compact
     x, positions, index = forward.entry(arguments["inputs_embeds"], positions, cache)
     valid = forward.layout.valid(x.device)
     if index is not None:
@@ -61,10 +71,17 @@ def enter_prompt(
     length = first.physical + x.shape[1] if compact else first.logical + forward.width
     # A decode step on a static cache reads no length on the host, so its whole length counts.
     length = max(length, getattr(first_layer(cache), "max_cache_len", 0))
-    check_attention_window(adapter.text_config, cache, length)
+    packed = forward.layout.packed
+    check_windows(adapter.decoder, forward.windows, length, not compact, packed)
+    if valid is not None and first.physical and forward.windows.linear:
+        raise UnsupportedCacheError(RAGGED_TURN)
     if own_ids and valid is None:  # with a mask, transformers looks for no packed prompts
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    arguments["attention_mask"] = first.padding_mask(valid, x.shape[0], x.device)
+    source = forward.mask_source(valid, cache)
+    if source.explicit(first, length):
+        arguments["attention_mask"] = source.decoder_mask(first, x)
+    else:
+        arguments["attention_mask"] = first.padding_mask(valid, x.shape[0], x.device)
     compat.set_cache_position(arguments, first.logical, x.shape[1])
 
 

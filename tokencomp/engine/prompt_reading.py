@@ -97,7 +97,7 @@ class PromptReader:
         check_window(adapter, call.kinds, cache)
         layout = self._layout(call, spans, text)
         forward = ForwardPass(adapter, plan, spans, layout, x.shape[1])
-        forward.segments = build_segments(plan, len(adapter.layers), cache, mask)
+        forward.segments = build_segments(plan, len(adapter.layers), cache, mask, x.shape[1])
         return forward, positions
 
     def _layout(

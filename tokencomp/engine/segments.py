@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.engine import compat
-from tokencomp.engine.cache import CompressedLayer, physical_length
+from tokencomp.engine.cache import CompressedLayer, first_with_rows, physical_length
 from tokencomp.engine.layout import RowLayout
 from tokencomp.engine.outputs import cached_columns
-from tokencomp.engine.packing import text_positions
 from tokencomp.plan import Plan, Stage
 
 
@@ -31,13 +29,19 @@ class Segment:
         Where the tokens of this call stand in these layers.
     stage
         The stage before layer `first`, or None.
-    tables
-        Rotary tables of these layers; None: those of the call.
-    mask, text_positions
-        What the layers take as `attention_mask` and `position_ids`. They stay None in the first
-        segment, for which the decoder itself prepares them.
+    starts : Tensor of int64, shape (B,), or None
+        `starts` of those cache layers.
+    span_of_call : int
+        Columns of this call in the caller's batch.
+    index : Tensor of int64, shape (B, n), or None
+        Column of the decoder call that each column of `layout` was; None: the same.
+    masks, tables
+        What the layers of each kind take as `attention_mask`, and their rotary tables. Empty in the
+        first segment, for which the decoder itself prepares them.
+    text_positions
+        What they take as `position_ids`.
     ready
-        Whether layer `first` has been entered, and the mask and tables are set.
+        Whether layer `first` has been entered.
     """
 
     first: int
@@ -49,8 +53,11 @@ class Segment:
     past_columns: Tensor | None = None
     layout: RowLayout = field(default_factory=lambda: RowLayout(0, [], []))
     stage: Stage | None = None
-    tables: tuple[Tensor, Tensor] | None = None
-    mask: Any = None
+    starts: Tensor | None = None
+    span_of_call: int = 0
+    index: Tensor | None = None
+    masks: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
     text_positions: Tensor | None = None
     ready: bool = False
 
@@ -58,7 +65,8 @@ class Segment:
     def after(cls, layer: CompressedLayer, first: int, stop: int, layout: RowLayout) -> Segment:
         """The segment of later tokens on cache layers like `layer`."""
         past = (layer.rows, layer.dropped, layer.valid, layer.sizes, layer.columns)
-        return cls(first, stop, *past, layout)
+        width = layout.width
+        return cls(first, stop, *past, layout, starts=layer.starts, span_of_call=width)
 
     @property
     def logical(self) -> int:
@@ -131,36 +139,37 @@ class Segment:
         ones = torch.ones(batch, self.dropped, dtype=torch.bool, device=device)
         return torch.cat([ones, valid.to(device)], dim=1)  # type: ignore[union-attr]
 
-    def set_mask(self, config: Any, hidden: Tensor, new: Tensor | None, cache: Any) -> None:
-        """Set the mask (and the positions of packed prompts) of these layers for this call.
+    def columns(self, batch: int, device: torch.device) -> Tensor | None:
+        """Column of every row, past and new, in the uncompressed sequence, (B, rows)."""
+        new = self.layout.origin
+        if new is None and not self.dropped:
+            return None  # a row and its column have the same number
+        if new is None:
+            new = torch.arange(self.layout.width, device=device).expand(batch, -1)
+        past = self.columns_before(batch, device)
+        if past is None:
+            past = torch.arange(self.physical, device=device).expand(batch, -1)
+        return torch.cat([past, new.to(device) + self.logical], dim=1)
 
-        Parameters
-        ----------
-        config
-            Config of the decoder.
-        hidden : Tensor, shape (B, n, d)
-            Input of the first layer.
-        new : Tensor of bool, shape (B, n), or None
-            False at padding among the new rows.
-        cache
-            The KV cache of the call, or None.
-        """
-        text = None
-        if self.layout.packed and cache is None:
-            # transformers distinguishes packed prompts by positions that start again, and only
-            # where there is neither a mask nor a cache.
-            new, text = None, text_positions(self.layout, hidden.device)
-        mask = self.padding_mask(new, hidden.shape[0], hidden.device)
-        view = compat.MaskView(self.physical, self.dropped)
-        self.mask = compat.causal_mask(config, hidden, mask, view, text)
-        self.text_positions = text
+    def gaps_within(self, window: int) -> bool:
+        """Whether a column may be missing among the last `window` rows of any query."""
+        if self.layout.origin is not None:
+            return True
+        if not self.dropped:
+            return False
+        known = 0 if self.past_columns is None else self.past_columns.shape[1]
+        return self.physical - known < window - 1
 
 
-def build_segments(plan: Plan, total: int, cache: Any, mask: Tensor | None) -> list[Segment]:
+def build_segments(
+    plan: Plan, total: int, cache: Any, mask: Tensor | None, width: int
+) -> list[Segment]:
     """Cut the decoder where a stage acts now or has acted in an earlier turn.
 
     Parameters
     ----------
+    width
+        Columns of the call in the caller's batch.
     total
         Number of decoder layers.
     cache
@@ -174,13 +183,14 @@ def build_segments(plan: Plan, total: int, cache: Any, mask: Tensor | None) -> l
     starts = sorted({0, *stages, *old})
     segments = []
     for first, stop in zip(starts, [*starts[1:], total], strict=True):
-        segment = Segment(first, stop, stage=stages.get(first))
-        if first < len(layers):
-            layer = layers[first]
+        segment = Segment(first, stop, stage=stages.get(first), span_of_call=width)
+        layer = first_with_rows(layers, first, stop)
+        if layer is not None:
             segment.physical = physical_length(layer)
             if isinstance(layer, CompressedLayer):
                 segment.dropped, segment.past = layer.dropped, layer.valid
                 segment.past_sizes, segment.past_columns = layer.sizes, layer.columns
+                segment.starts = layer.starts
             elif mask is not None and segment.physical:
                 past = mask[:, : segment.physical].bool()
                 segment.past = None if bool(past.all()) else past

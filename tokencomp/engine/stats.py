@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tokencomp.engine.cache import first_with_rows
 from tokencomp.engine.flops import DecoderShape
 from tokencomp.errors import RatioWarning
 
@@ -241,9 +242,9 @@ def collect(forward: ForwardPass, cache: Any) -> Stats:
     """Stats of a finished forward pass."""
     weight = next(forward.adapter.decoder.parameters())
     dtype = weight.dtype
-    layers = getattr(cache, "layers", None)
-    if layers and layers[0].keys is not None:
-        dtype = layers[0].keys.dtype
+    layer = first_with_rows(getattr(cache, "layers", None))
+    if layer is not None and layer.keys is not None:
+        dtype = layer.keys.dtype
     return Stats(
         spans=forward.spans,
         counts=forward.counts,

@@ -1,55 +1,133 @@
-"""Attention windows of models whose config names one without naming the kinds of layers."""
+"""The kinds of a decoder's layers, and how far back those with an attention window see."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from tokencomp.engine import compat
 from tokencomp.errors import UnsupportedModelError
 
+FULL, INDEXED = "full_attention", "indexed_attention"
+SLIDING, CHUNKED = "sliding_attention", "chunked_attention"
+LINEAR = frozenset({"linear_attention", "conv"})  # they keep a state, and take a 2-D mask
+WITHOUT_ATTENTION = frozenset({"moe", "mlp"})
+SERVED = LINEAR | WITHOUT_ATTENTION | {FULL, INDEXED, SLIDING, CHUNKED}
 
-def attention_window(config: Any, cache: Any) -> int | None:
-    """How many tokens a decoder row attends to at most; None: all.
 
-    If the config has `layer_types`, they decide, and adapters refuse layers with a window when the
-    model is patched. Without them, Mistral's layers have the window that `sliding_window` names,
-    Llama's ignore it, and the default KV cache cuts its rows to it in both.
+@dataclass(frozen=True)
+class Windows:
+    """Kinds of the decoder layers, and the windows among them.
+
+    Attributes
+    ----------
+    kinds
+        Of every layer, as transformers' configs name them.
+    sizes
+        By kind: tokens that a query sees at most, itself included, or tokens per chunk.
+    named
+        Whether the config names the kinds, so that the decoder takes a mask for each.
     """
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "layer_types", None) or getattr(config, "use_sliding_window", True) is False:
-        window = None
-    layers = getattr(cache, "layers", None) or ()
-    windows = [window, *(getattr(layer, "sliding_window", None) for layer in layers)]
-    return min((int(w) for w in windows if w is not None), default=None)
+
+    kinds: tuple[str, ...]
+    sizes: Mapping[str, int]
+    named: bool
+
+    @classmethod
+    def of(cls, decoder: Any) -> Windows:
+        """The windows of a decoder.
+
+        Raises
+        ------
+        UnsupportedModelError
+            A layer is of a kind that tokencomp does not know.
+        """
+        config, count = decoder.config, len(decoder.layers)
+        sliding = getattr(config, "sliding_window", None)
+        sizes = {SLIDING: sliding, CHUNKED: getattr(config, "attention_chunk_size", None)}
+        names = getattr(config, "layer_types", None)
+        kinds = tuple(names[:count]) if names else (_unnamed_kind(decoder),) * count
+        unknown = set(kinds) - SERVED
+        if unknown:
+            raise UnsupportedModelError(
+                f"{type(decoder).__name__} has {', '.join(sorted(unknown))} layers. Known are "
+                f"{', '.join(sorted(SERVED))}: what other layers see depends on how many rows "
+                "stand before a token, so dropping would not equal masking. Run it without patch()."
+            )
+        own = {kind: int(size) for kind, size in sizes.items() if size and kind in kinds}
+        return cls(kinds, own, bool(names))
+
+    def bind(self, total: int) -> bool:
+        """Whether a layer would not see all of a sequence of `total` tokens."""
+        return any(total > size for size in self.sizes.values())
+
+    @property
+    def linear(self) -> bool:
+        """Whether a layer keeps a state instead of rows."""
+        return not LINEAR.isdisjoint(self.kinds)
 
 
-def check_attention_window(config: Any, cache: Any, length: int) -> None:
-    """Refuse a compressed sequence that is longer than an attention window.
+def _unnamed_kind(decoder: Any) -> str:
+    """The kind of all layers of a decoder whose config names none.
 
-    Inside of the window all rows are seen, and dropping equals masking. Beyond it, attention and
-    caches count rows, of which there are fewer now: tokens that the full model no longer sees
-    would be seen again.
+    Some decoders (Mistral) apply `sliding_window`, others (Llama) only let the cache read it. The
+    former import transformers' factory of sliding masks.
+    """
+    config, code = decoder.config, vars(sys.modules[type(decoder).__module__])
+    used = getattr(config, "use_sliding_window", True) is not False
+    if used and getattr(config, "sliding_window", None) is not None:
+        return SLIDING if "create_sliding_window_causal_mask" in code else FULL
+    return FULL
+
+
+def check_windows(
+    decoder: Any, windows: Windows, cache: Any, length: int, by_column: bool, packed: bool = False
+) -> None:
+    """Refuse a compressed sequence whose windows the model would apply wrongly.
 
     Parameters
     ----------
-    config
-        Of the decoder.
+    decoder
+        The text decoder.
     cache
         The KV cache of the call, or None.
     length
         Tokens of the sequence after this call, in the positions that the rotary embedding uses:
         dropped ones count unless positions are compact.
+    by_column
+        Whether windows are measured in columns of the uncompressed sequence.
+    packed
+        Whether rows hold several prompts.
 
     Raises
     ------
     UnsupportedModelError
-        The window is not longer than the sequence.
+        The attention backend, or the cache, counts rows where columns count.
     """
-    window = attention_window(config, cache)
-    if window is not None and length >= window:
+    held = [getattr(x, "sliding_window", None) for x in getattr(cache, "layers", None) or ()]
+    cut = min((int(size) for size in held if size is not None), default=None)
+    if cut is not None and not windows.sizes and length >= cut:
         raise UnsupportedModelError(
-            f"the sequence has {length} tokens, and the decoder attends to the last {window} only "
-            f"(sliding_window={window} of its config or cache). Compressed prompts must stay below "
-            f"the window: give fewer than {window} tokens in all, or turn compression off with "
-            "handle.disabled(). If no layer of the model reads it (Llama), set "
-            "model.config.get_text_config().sliding_window = None."
+            f"the sequence has {length} tokens, and the cache keeps the last {cut} only "
+            f"(sliding_window={cut} of its config), although no layer of the model has a window. "
+            f"Give fewer than {cut} tokens in all, turn compression off with handle.disabled(), or "
+            "set model.config.get_text_config().sliding_window = None."
+        )
+    if not windows.bind(length):
+        return
+    backend = compat.attention_implementation(decoder.config)
+    if by_column and ("flash" in backend or "flex" in backend):
+        raise UnsupportedModelError(
+            f"the sequence has {length} tokens and {type(decoder).__name__} layers with a window "
+            f"of {min(windows.sizes.values())}. The backend {backend} counts the window in rows, "
+            'of which there are fewer than positions now. Use attn_implementation="sdpa", or '
+            'patch(..., positions="compact").'
+        )
+    if packed:
+        raise UnsupportedModelError(
+            f"rows hold several prompts and {length} tokens, more than the attention window of "
+            f"{min(windows.sizes.values())}. Give one prompt per row, or turn compression off "
+            "with handle.disabled()."
         )

@@ -1,0 +1,146 @@
+"""Models whose decoder layers are of several kinds: linear, sliding, and full attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+from support.family.base import END, EOS, IMAGE, PAD, START, VIDEO, VOCAB, Family, Media
+from support.family.qwen import Qwen3VL
+
+WINDOW = 8
+
+
+class Qwen35(Qwen3VL):
+    """Three layers of gated DeltaNet to one of full attention."""
+
+    name = "qwen3_5"
+
+    def model_class(self) -> type:
+        return transformers.Qwen3_5ForConditionalGeneration
+
+    def config(self) -> Any:
+        section = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+        rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, **section}
+        return transformers.Qwen3_5Config(
+            text_config=dict(
+                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+                num_attention_heads=4, num_key_value_heads=2, head_dim=32, linear_num_key_heads=2,
+                linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
+                layer_types=["linear_attention", "full_attention"] * 2,
+                rope_parameters=rope, pad_token_id=PAD, eos_token_id=EOS,
+            ),
+            vision_config=dict(
+                depth=2, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=2,
+                patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
+                num_position_embeddings=64,
+            ),
+            image_token_id=IMAGE, video_token_id=VIDEO,
+            vision_start_token_id=START, vision_end_token_id=END,
+        )  # fmt: skip
+
+    def build(self, backend: str = "sdpa", seed: int = 0) -> Any:
+        model = super().build(backend, seed)
+        for name, p in model.named_parameters():  # states that neither vanish nor explode
+            if "dt_bias" in name or "A_log" in name:
+                torch.nn.init.uniform_(p, -2, 1)
+        return model
+
+
+class Gemma3(Family):
+    """Sliding and full layers; tokens of an image see each other in both."""
+
+    name = "gemma3"
+
+    def model_class(self) -> type:
+        return transformers.Gemma3ForConditionalGeneration
+
+    def config(self) -> Any:
+        return transformers.Gemma3Config(
+            text_config=dict(
+                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+                num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=WINDOW,
+                layer_types=["sliding_attention", "full_attention"] * 2,
+                pad_token_id=PAD, eos_token_id=EOS, bos_token_id=1,
+            ),
+            vision_config=dict(
+                hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                image_size=32, patch_size=4,
+            ),
+            mm_tokens_per_image=16, image_token_id=IMAGE, image_token_index=IMAGE,
+            boi_token_index=START, eoi_token_index=END,
+        )  # fmt: skip
+
+    def image(self, size: int = 0) -> Media:
+        return Media([START, *[IMAGE] * 16, END], {"pixel_values": torch.randn(1, 3, 32, 32)})
+
+    def video(self, frames: int = 4) -> Media:
+        return self.image()
+
+    def finish(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
+        return inputs
+
+
+class Gemma4(Gemma3):
+    """Image blocks in sliding layers alone, as in the 26B and 31B models."""
+
+    name = "gemma4"
+    layers = 6
+    extra: dict[str, Any] = {"use_bidirectional_attention": "vision"}
+
+    def model_class(self) -> type:
+        return transformers.Gemma4ForConditionalGeneration
+
+    def config(self) -> Any:
+        extra = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, **self.extra}
+        return transformers.Gemma4Config(
+            text_config=dict(
+                vocab_size=VOCAB, vocab_size_per_layer_input=VOCAB, hidden_size=64,
+                intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=16, global_head_dim=16, sliding_window=WINDOW,
+                layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+                pad_token_id=PAD, eos_token_id=EOS, bos_token_id=1, **extra,
+            ),
+            vision_config=dict(
+                hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                num_key_value_heads=2, head_dim=16, patch_size=4, pooling_kernel_size=2,
+            ),
+            audio_config=None, image_token_id=IMAGE, video_token_id=VIDEO, audio_token_id=154,
+        )  # fmt: skip
+
+    def image(self, size: int = 0) -> Media:
+        """8 × 8 patches, of which four become a token, with their places (x, y)."""
+        places = torch.cartesian_prod(torch.arange(8), torch.arange(8)).flip(1)[None]
+        inputs = {"pixel_values": torch.rand(1, 64, 48), "image_position_ids": places}
+        return Media([START, *[IMAGE] * 16, END], inputs)
+
+    def finish(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
+        return inputs
+
+
+class Gemma4E(Gemma4):
+    """Per-layer inputs, and layers that share keys and values, as in the E2B and E4B models."""
+
+    name = "gemma4_e"
+    extra = {
+        "use_bidirectional_attention": None,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 3,
+    }
+
+
+# Those whose classes the installed release has; a module names them as `FAMILY_NAMES`.
+HYBRID: dict[str, Family] = {
+    f.name: f
+    for f, cls in (
+        (Qwen35(), "Qwen3_5Config"),
+        (Gemma3(), "Gemma3Config"),
+        (Gemma4(), "Gemma4Config"),
+        (Gemma4E(), "Gemma4Config"),
+    )
+    if hasattr(transformers, cls)
+}

@@ -1,0 +1,91 @@
+"""The oracle for decoders whose layers are of several kinds.
+
+The full-length run of the unpatched model. Attention layers keep transformers' own mask of their
+kind, in which the dropped columns are hidden too. The mixers of linear layers run on the kept
+columns alone: there, dropping a token means that it is absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LINEAR = re.compile("GatedDeltaNet|ShortConv$|Mamba2Mixer|LinearAttention$")
+
+
+@contextlib.contextmanager
+def hidden_columns(decoder: nn.Module, masks: list[Tensor]) -> Iterator[None]:
+    """Hide columns in every decoder layer: `masks` has a bool (B, L) for each. Needs eager."""
+    hooks, mixers = [], []
+    for layer, mask in zip(decoder.layers, masks, strict=True):
+
+        def hide(module: nn.Module, args: Any, kwargs: Any, mask: Tensor = mask) -> Any:
+            own = kwargs.get("attention_mask")
+            if own is None or own.ndim != 4:
+                return None
+            low = torch.finfo(own.dtype).min
+            return args, {**kwargs, "attention_mask": own.masked_fill(~mask[:, None, None], low)}
+
+        hooks.append(layer.register_forward_pre_hook(hide, with_kwargs=True))
+        for module in layer.modules():
+            if LINEAR.search(type(module).__name__):
+                mixers.append(module)
+                module.forward = _on_kept_columns(module.forward, mask)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in mixers:
+            del module.forward
+
+
+def _on_kept_columns(forward: Any, mask: Tensor) -> Any:
+    states = ("cache", "past_key_values", "cache_params", "attention_mask")
+
+    def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {k: None if k in states else v for k, v in kwargs.items()}
+        full = torch.zeros_like(hidden_states)
+        for b, row in enumerate(mask):
+            out = forward(hidden_states[b : b + 1, row], **kwargs)
+            full[b, row] = (out[0] if isinstance(out, tuple) else out)[0]
+        return full
+
+    return run
+
+
+def continued(inputs: dict[str, Tensor], positions: Tensor, new: Tensor) -> dict[str, Tensor]:
+    """Arguments of the full-length run over a prompt and the tokens (B, T) that follow it."""
+    inputs, ones = dict(inputs), torch.ones_like(new)
+    last = positions.max(0).values.max(-1).values if positions.ndim == 3 else positions[:, -1]
+    more = last[:, None] + torch.arange(1, new.shape[1] + 1)
+    more = more.expand(*positions.shape[:-1], -1) if positions.ndim == 3 else more
+    inputs["position_ids"] = torch.cat([positions, more], -1)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], new], 1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], ones], 1)
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in inputs:
+            types = inputs[name]
+            inputs[name] = torch.cat([types, torch.zeros_like(new).to(types)], 1)
+    return inputs
+
+
+def expected_logits(
+    model: nn.Module, family: Any, inputs: dict[str, Tensor], masks: list[Tensor], new: Tensor
+) -> Tensor:
+    """Logits (B, L + T, V) of the oracle over the prompt and T further tokens."""
+    full = continued(inputs, family.positions(model, inputs), new)
+    ones = torch.ones_like(new).bool()
+    masks = [torch.cat([mask, ones], 1) for mask in masks]
+    backend = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad(), hidden_columns(family.decoder(model), masks):
+            return model(**full, use_cache=False).logits
+    finally:
+        model.set_attn_implementation(backend)

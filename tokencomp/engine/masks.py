@@ -1,0 +1,191 @@
+"""The attention mask of every kind of decoder layer, for a sequence from which tokens have left.
+
+transformers makes one mask per kind of layer and knows rows only. Here a sliding or chunked window
+is measured in the columns of the uncompressed prompt, as long as the rotary embedding uses them
+too. Dropping a token then equals masking it: no other token comes into the window in its place.
+Masks that the body of a model has prepared, which let the tokens of an image see each other, are
+gathered and never built again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.engine import compat
+from tokencomp.engine.cache import keeps_window
+from tokencomp.engine.prepared_mask import visible_columns
+from tokencomp.engine.window import CHUNKED, FULL, INDEXED, LINEAR, Windows
+
+if TYPE_CHECKING:
+    from tokencomp.engine.segments import Segment
+
+
+@dataclass(frozen=True)
+class MaskSource:
+    """What the masks of one decoder call are built from.
+
+    Attributes
+    ----------
+    config
+        Config of the decoder.
+    windows
+        The windows of its layers.
+    layers
+        Layers of the KV cache; empty where there is none.
+    new : Tensor of bool, shape (B, n), or None
+        False at padding among the columns of this call.
+    prepared
+        The mask that the body has prepared for the uncompressed call: a tensor (B, 1, L, columns)
+        or a mapping from kinds of layers to such tensors; None: plain causal attention.
+    by_column
+        Whether windows are measured in columns of the uncompressed sequence, not in rows.
+    starts : Tensor of int64, shape (B,), or None
+        First real column of every sample, from which chunks are counted.
+    """
+
+    config: Any
+    windows: Windows
+    layers: list[Any]
+    new: Tensor | None
+    prepared: Any
+    by_column: bool
+    starts: Tensor | None = None
+
+    def explicit(self, segment: Segment, total: int) -> bool:
+        """Whether the decoder's own masks, built from a 2-D mask of rows, would be wrong.
+
+        Parameters
+        ----------
+        total
+            Tokens of the uncompressed sequence after this call.
+        """
+        if self.prepared is not None:
+            return True
+        if not self.windows.bind(total):
+            return False
+        if CHUNKED in self.windows.sizes:  # transformers counts chunks from logical columns
+            return bool(segment.dropped) or segment.layout.origin is not None
+        return self.by_column and segment.gaps_within(max(self.windows.sizes.values()))
+
+    def decoder_mask(self, segment: Segment, x: Tensor) -> Any:
+        """What the decoder takes as `attention_mask`, with the masks of all kinds of layers."""
+        kinds = self.windows.kinds[segment.first : segment.stop]
+        masks = {kind: self.layer_mask(kind, segment, x) for kind in dict.fromkeys(kinds)}
+        # Decoders without kinds in their config pass one mask on to all layers.
+        if isinstance(self.prepared, Mapping) or (self.prepared is None and self.windows.named):
+            return masks
+        return next(iter(masks.values()))
+
+    def layer_mask(self, kind: str, segment: Segment, x: Tensor, text: Tensor | None = None) -> Any:
+        """The mask of the layers of one kind in a segment.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, n, d)
+            Read for its shape, dtype and device.
+        text : Tensor of int64, shape (B, n), or None
+            Positions that begin again in every prompt of a packed row; there is no cache then.
+        """
+        if kind in LINEAR:
+            return None if self.new is None else self.new.to(x.device)
+        held = self._held(kind, segment)
+        offset = segment.logical - held  # logical column of the first row that is held
+        view = compat.MaskView(held, offset)
+        new = None if text is not None else self.new
+        padding = segment.padding_mask(new, x.shape[0], x.device)
+        window = self._window(kind, segment, x)
+        block = self._block(kind)
+        if block is not None:
+            return self._with_block(block, segment, x, padding, window, held, offset)
+        skip = kind != INDEXED
+        return compat.causal_mask(self.config, x, padding, view, text, window, skip)
+
+    def _held(self, kind: str, segment: Segment) -> int:
+        """Rows of earlier calls that the keys of these layers begin with."""
+        size = self.windows.sizes.get(kind)
+        pairs = zip(self.layers, self.windows.kinds, strict=False)
+        if size is None or not any(own == kind and keeps_window(x) for x, own in pairs):
+            return segment.physical
+        return min(segment.physical, size - 1)
+
+    def _window(self, kind: str, segment: Segment, x: Tensor) -> Callable[..., Any] | None:
+        """Whether a query sees a key as far as the window goes, as transformers' masks ask it."""
+        size = self.windows.sizes.get(kind)
+        if size is None or segment.logical + segment.span_of_call <= size:
+            return None
+        columns = segment.columns(x.shape[0], x.device) if self.by_column else None
+        starts = self._starts(segment, x)
+
+        def place(sample: Any, index: Any) -> Any:
+            row = index - segment.dropped
+            return row if columns is None else columns[sample, row]
+
+        def within(sample: Any, head: Any, query: Any, key: Any) -> Any:
+            query, key = place(sample, query), place(sample, key)
+            if kind == CHUNKED:
+                first = starts[sample]
+                return (key - first) // size == (query - first) // size
+            return key > query - size
+
+        return within
+
+    def _starts(self, segment: Segment, x: Tensor) -> Tensor:
+        """First real column (or row, where rows count) of every sample, int64, (B,)."""
+        if self.by_column and self.starts is not None:
+            return self.starts.to(x.device)
+        valid = None if self.by_column else segment.all_valid(self.new)
+        if valid is None:
+            return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+        return (valid.to(x.device).cumsum(1) == 0).sum(1)
+
+    def _block(self, kind: str) -> Tensor | None:
+        """What the body has prepared for layers of this kind, or None."""
+        prepared = self.prepared
+        return prepared.get(kind) if isinstance(prepared, Mapping) else prepared
+
+    def _with_block(
+        self,
+        block: Tensor,
+        segment: Segment,
+        x: Tensor,
+        padding: Tensor | None,
+        window: Callable[..., Any] | None,
+        held: int,
+        offset: int,
+    ) -> Tensor:
+        """The prepared mask of the columns of this call, behind the rows of earlier calls."""
+        batch, n = x.shape[:2]
+        block = visible_columns(block).expand(batch, -1, -1, -1)
+        block = block[..., block.shape[-1] - block.shape[-2] :]  # columns of this call alone
+        index = segment.layout.origin
+        if index is not None:
+            index = index.to(block.device)
+            rows = index[:, None, :, None].expand(-1, block.shape[1], -1, block.shape[-1])
+            block = block.gather(2, rows)
+            keys = index[:, None, None, :].expand(-1, block.shape[1], n, -1)
+            block = block.gather(3, keys)
+        if held:
+            past = torch.ones(batch, block.shape[1], n, held, dtype=torch.bool, device=x.device)
+            if window is not None:
+                device = x.device
+                past &= window(
+                    torch.arange(batch, device=device)[:, None, None, None],
+                    0,
+                    torch.arange(n, device=device)[None, None, :, None] + segment.logical,
+                    torch.arange(held, device=device) + offset,
+                )
+            block = torch.cat([past, block.to(x.device)], dim=-1)
+        if padding is not None:
+            block = block & padding[:, None, None, -block.shape[-1] :]
+        return compat.backend_mask(self.config, block, x)
+
+
+def layer_of_kind(layers: list[nn.Module], kinds: tuple[str, ...], before: int) -> int | None:
+    """The last layer before `before` whose queries see every row, or None."""
+    usable = [i for i in range(before) if kinds[i] == FULL and hasattr(layers[i], "self_attn")]
+    return usable[-1] if usable else None
