@@ -1,4 +1,4 @@
-"""A `sliding_window` without `layer_types`: exact below the window, refused beyond it."""
+"""A `sliding_window` without `layer_types`: Mistral applies it, Llama leaves it to the cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import oracle
+from support import kinds, oracle
 from support.families import EOS, PAD, VOCAB, text
 from support.family.llava import Llava
 
@@ -55,10 +55,10 @@ def test_below_the_window_dropping_is_masking(text_config: type, reducer: str) -
     torch.testing.assert_close(torch.stack(out.logits, 1), expected, atol=1e-5, rtol=1e-5)
 
 
-@TEXTS
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_prompt_beyond_the_window_is_refused(text_config: type, cached: bool) -> None:
-    family = Windowed(text_config, 20)
+def test_a_window_that_no_layer_reads_is_refused(cached: bool) -> None:
+    """The default cache of Llama cuts its rows to it, which the full-length run does not see."""
+    family = Windowed(transformers.LlamaConfig, 20)
     model = family.build()
     inputs = family.batch([[text(3), family.image(), text(5, 2)]])
     handle = tokencomp.patch(model, 0.5)
@@ -68,9 +68,8 @@ def test_a_prompt_beyond_the_window_is_refused(text_config: type, cached: bool) 
         model(**inputs, use_cache=cached)
 
 
-@TEXTS
-def test_generation_beyond_the_window_is_refused(text_config: type) -> None:
-    family = Windowed(text_config, 28)
+def test_generation_beyond_a_window_that_no_layer_reads_is_refused() -> None:
+    family = Windowed(transformers.LlamaConfig, 28)
     model = family.build()
     inputs = family.batch([[text(3), family.image(), text(5, 2)]])
     assert inputs["input_ids"].shape[1] < 28
@@ -78,6 +77,24 @@ def test_generation_beyond_the_window_is_refused(text_config: type) -> None:
     oracle.generate(model, inputs, 2)
     with pytest.raises(UnsupportedModelError, match="28 tokens"):
         oracle.generate(model, inputs, 8)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_a_window_of_columns(backend: str) -> None:
+    """Beyond the window of Mistral, dropping is masking in the windowed full-length run."""
+    family = Windowed(transformers.MistralConfig, 12)
+    model, steps = family.build(backend), 14
+    inputs = family.batch([[text(3), family.image(), text(5, 2)], [text(9)]])
+    width = inputs["input_ids"].shape[1]
+    with tokencomp.patch(model, 0.5, reducer="uniform") as handle, torch.no_grad():
+        out = oracle.generate(model, inputs, steps)
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+        with handle.disabled():
+            plain = model(**inputs, use_cache=False).logits[0, -1]
+    expected = kinds.expected_logits(model, family, inputs, masks, out.sequences[:, width:-1])
+    logits = torch.stack(out.logits, 1)
+    torch.testing.assert_close(logits, expected[:, width - 1 :], atol=2e-5, rtol=1e-5)
+    assert (logits[0, 0] - plain).abs().max() > 1e-2
 
 
 def test_compact_positions_count_kept_tokens() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from support import kinds, oracle
-from support.families import Family, text
+from support.families import IMAGE, Family, text
 from support.family.hybrid import HYBRID
 
-import sys; sys.path.insert(0,'/tmp'); import masks_adapters
 import tokencomp
+from tokencomp.engine.window import Windows
+from tokencomp.errors import UnsupportedCacheError, UnsupportedModelError
 
 FAMILY_NAMES = sorted(HYBRID)
 ENTRY = tokencomp.Plan((tokencomp.Stage(0, 0.4, tokencomp.make_reducer("uniform")),))
@@ -45,3 +46,133 @@ def test_prefill_and_decode(family: Family, backend: str) -> None:
     expected = kinds.expected_logits(model, family, inputs, masks, out.sequences[:, width:-1])
     assert difference(logits, expected[:, width - 1 :]) < 5e-5
     assert difference(logits[:2, 0], plain) > 1e-2  # compression has an effect
+
+
+def test_batch_equals_single_rows(family: Family) -> None:
+    """Without padding too: one mask that is None becomes ragged where counts differ."""
+    model = family.build()
+    rows = [[text(5), family.image(0), text(6, 3)], [text(4, 4), family.image(1), text(4, 5)]]
+    width = max(sum(len(part if isinstance(part, list) else part.ids) for part in r) for r in rows)
+    short = sum(len(part if isinstance(part, list) else part.ids) for part in rows[1])
+    rows[1][0] = text(4 + width - short, 4)  # both prompts have one length
+    batch = family.batch(rows)
+    assert bool(batch["attention_mask"].all())
+    # AIM leaves a number of tokens of its own, so that the rows keep different counts.
+    plan = tokencomp.Plan((tokencomp.Stage(0, 0.4, tokencomp.make_reducer("uniform")),))
+    with tokencomp.patch(model, plan=plan), torch.no_grad():
+        together = oracle.generate(model, batch, 4)
+        alone = [oracle.generate(model, family.batch([row]), 4) for row in rows]
+        beams = oracle.generate(model, batch, 4, num_beams=3).sequences[:, width:]
+        lone = [oracle.generate(model, family.batch([r]), 4, num_beams=3) for r in rows]
+    for b, single in enumerate(alone):
+        pairs = zip(together.logits, single.logits, strict=True)
+        assert max(difference(x[b], y[0]) for x, y in pairs) < 5e-5
+        assert torch.equal(beams[b], lone[b].sequences[0, width:])
+
+
+def test_later_turns(family: Family) -> None:
+    """Several tokens at once on a ragged cache, then a second image in a batch of one."""
+    model, inputs = family.build(), ragged(family)
+    width, later = inputs["input_ids"].shape[1], torch.tensor([text(5, 20 + b) for b in range(3)])
+    with tokencomp.patch(model, plan=ENTRY) as handle, torch.no_grad():
+        positions = family.positions(model, inputs)
+        out = model(**inputs, position_ids=positions, use_cache=True)
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+        whole = kinds.continued(inputs, positions, later)
+        turn = {
+            "input_ids": later,
+            "attention_mask": whole["attention_mask"],
+            "position_ids": whole["position_ids"][..., width:],
+            oracle.cache_name(out): oracle.cache_of(out),
+        }
+        logits = model(**turn, use_cache=True).logits
+    expected = kinds.expected_logits(model, family, inputs, masks, later)[:, width:]
+    assert difference(logits, expected) < 5e-5
+
+
+def test_second_image(family: Family) -> None:
+    """A later turn with an image: prefill of the whole conversation is the same."""
+    model = family.build()
+    first = family.batch([[text(3), family.image(0), text(5, 3)]])
+    second = family.batch([[text(2, 9), family.image(1), text(4, 8)]])
+    width = first["input_ids"].shape[1]
+    with tokencomp.patch(model, plan=ENTRY) as handle, torch.no_grad():
+        positions = family.positions(model, first)
+        out = model(**first, position_ids=positions, use_cache=True)
+        masks = oracle.kept_columns(handle, first, family.layers)
+        turn = {**second, oracle.cache_name(out): oracle.cache_of(out)}
+        own = family.positions(model, second) + positions.max() + 1
+        turn["attention_mask"] = torch.ones(1, width + second["input_ids"].shape[1]).long()
+        logits = model(**turn, position_ids=own, use_cache=True).logits[:, -1]
+        more = oracle.kept_columns(handle, second, family.layers)
+    masks = [torch.cat(pair, 1) for pair in zip(masks, more, strict=True)]
+    both = {k: torch.cat([first[k], second[k]], int(k.endswith(("ids", "mask")))) for k in first}
+    if "image_position_ids" in both:
+        both["image_position_ids"] = torch.cat([first["image_position_ids"]] * 2)
+    both["position_ids"] = torch.cat([positions, own], -1)
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), kinds.hidden_columns(family.decoder(model), masks):
+        expected = model(**both, use_cache=False).logits[:, -1]
+    assert difference(logits, expected) < 5e-5
+
+
+def test_compact_positions(family: Family) -> None:
+    """With compact positions the windows count rows: the model itself on the short prompt."""
+    if family.mrope or not Windows.of(family.decoder(family.build())).sizes:
+        pytest.skip("no window, or three rows of positions")
+    model, inputs = family.build(), ragged(family)
+    states: list[torch.Tensor] = []
+    decoder = family.decoder(model)
+    with tokencomp.patch(model, plan=ENTRY, positions="compact"), torch.no_grad():
+        hook = decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: states.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        out = oracle.generate(model, inputs, 12)
+        hook.remove()
+    assert states[0].shape[1] < inputs["input_ids"].shape[1]
+    assert len(out.logits) == 12
+
+
+def test_stats_count_keys_and_values(family: Family) -> None:
+    """Bytes of the cache that a prefill of one prompt leaves."""
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(0), text(5, 3)]])
+    with tokencomp.patch(model, plan=ENTRY) as handle, torch.no_grad():
+        cache = oracle.cache_of(model(**inputs, use_cache=True))
+    kept = int(oracle.kept_columns(handle, inputs, family.layers)[0].sum())
+    held = 0
+    for layer, size in zip(cache.layers, handle.stats.shape.windows, strict=True):
+        keys = getattr(layer, "keys", None)
+        if keys is not None:
+            rows = kept if size is None else min(kept, size - 1)
+            assert keys.shape[-2] == rows
+            held += 2 * keys.numel() * keys.element_size()
+    assert handle.stats.kv_bytes_after == held
+    assert handle.stats.kv_bytes_before > held
+
+
+@pytest.mark.parametrize("family", ["qwen3_5"], indirect=True)
+def test_a_ragged_turn_is_refused_beside_linear_layers(family: Family) -> None:
+    model, inputs = family.build(), ragged(family)
+    with tokencomp.patch(model, plan=ENTRY), torch.no_grad():
+        out = model(**inputs, use_cache=True)
+        rows = [[text(2, 9), family.image(b), text(4, 8)] for b in (0, 1)]
+        second = family.batch([*rows, [text(4)]])
+        mask = torch.cat([inputs["attention_mask"], second["attention_mask"]], 1)
+        second["attention_mask"] = mask
+        positions = family.positions(model, {**second, "attention_mask": mask[:, -mask.shape[1] :]})
+        with pytest.raises(UnsupportedCacheError, match="linear"):
+            model(
+                **second,
+                position_ids=positions + 40,
+                **{oracle.cache_name(out): oracle.cache_of(out)},
+            )
+
+
+@pytest.mark.parametrize("family", ["gemma3"], indirect=True)
+def test_unknown_kinds_are_refused(family: Family) -> None:
+    model = family.build()
+    model.config.text_config.layer_types = ["compressed_sparse_attention"] * 4
+    with pytest.raises(UnsupportedModelError, match="compressed_sparse_attention"):
+        tokencomp.patch(model, 0.5)
+    assert IMAGE

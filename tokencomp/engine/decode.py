@@ -124,7 +124,7 @@ class LaterTokens:
         past = layer.rows if self.compact_positions else layer.get_seq_length()
         windows, total = Windows.of(self.adapter.decoder), int(past) + n
         by_column = not self.compact_positions
-        check_windows(self.adapter.decoder, windows, compat.get_cache(kwargs), total, by_column)
+        check_windows(self.adapter.decoder, windows, total, by_column)
         new, prepared = None, None  # a single token is never padding, nor a part of a picture
         if n > 1:
             new, prepared = self._columns_of_call(kwargs, n, layer)

@@ -245,13 +245,13 @@ class ForwardPass:
         tables = kwargs.get("position_embeddings")
         if tables is None or segment.index is None:
             return tables
-        several = isinstance(tables, tuple)
-        if kind not in segment.tables:
-            parts, index = (list(tables) if several else [tables]), segment.index
-            index, valid = index.to(parts[0].device), segment.layout.valid(parts[0].device)
+        if not segment.tables.get(kind):
+            parts = _parts(tables)
+            index, valid = segment.index.to(device), segment.layout.valid(device)
+            parts = [t.to(device) for t in parts]
             segment.tables[kind] = take(parts, index, [*map(compat.sequence_dim, parts)], valid)
         moved = tuple(t.to(device) for t in segment.tables[kind])
-        return moved if several else moved[0]
+        return moved if isinstance(tables, tuple) else moved[0]
 
     def _mask(self, segment: Segment, kind: str, hidden: Tensor, cache: Any) -> Any:
         """The mask of the layers of one kind in `segment`."""
@@ -290,17 +290,22 @@ class ForwardPass:
         previous = self.segments[self.segments.index(segment) - 1]
         segment.index = previous.index
         if segment.stage is not None:
+            kind, device = self.windows.kinds[segment.first], hidden.device
+            tables = self._tables(previous, kind, kwargs, device)
             for signal in segment.stage.reducer.needs:
                 if isinstance(signal, Attention) and signal.layer == "next":
-                    kind = self.windows.kinds[segment.first]
-                    tables = self._tables(previous, kind, kwargs, hidden.device)
                     cache = compat.get_cache(kwargs)
                     self._score_input(segment.first, hidden, tables, signal, cache)
             index = previous.index
             if index is None:
-                index = torch.arange(hidden.shape[1], device=hidden.device)[None]
+                index = torch.arange(hidden.shape[1], device=device)[None]
+            parts = _parts(tables)
+            dims = [1, 1, *map(compat.sequence_dim, parts)]
             with self._timed():
-                hidden, segment.index = self._reduce(segment.stage, [hidden, index], [1, 1])
+                hidden, segment.index, *parts = self._reduce(
+                    segment.stage, [hidden, index, *parts], dims
+                )
+            segment.tables[kind] = parts
         if self.compresses:
             segment.layout = self.layout
         if segment.layout.packed and compat.get_cache(kwargs) is None:
@@ -332,3 +337,10 @@ class ForwardPass:
                 weights = restore_map(weights, layout, self.width, past, segment.logical)
             full.append(weights)
         return tuple(full)
+
+
+def _parts(tables: Any) -> list[Tensor]:
+    """The tensors of rotary tables: cosine and sine, one complex tensor, or none."""
+    if tables is None:
+        return []
+    return list(tables) if isinstance(tables, tuple) else [tables]

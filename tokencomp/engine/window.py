@@ -29,11 +29,15 @@ class Windows:
         By kind: tokens that a query sees at most, itself included, or tokens per chunk.
     named
         Whether the config names the kinds, so that the decoder takes a mask for each.
+    cut
+        Rows that a default cache keeps although no layer has a window (a `sliding_window` that
+        layers like those of Llama do not read); None: all.
     """
 
     kinds: tuple[str, ...]
     sizes: Mapping[str, int]
     named: bool
+    cut: int | None = None
 
     @classmethod
     def of(cls, decoder: Any) -> Windows:
@@ -45,10 +49,18 @@ class Windows:
             A layer is of a kind that tokencomp does not know.
         """
         config, count = decoder.config, len(decoder.layers)
-        sliding = getattr(config, "sliding_window", None)
+        used = getattr(config, "use_sliding_window", True) is not False
+        sliding = getattr(config, "sliding_window", None) if used else None
         sizes = {SLIDING: sliding, CHUNKED: getattr(config, "attention_chunk_size", None)}
-        names = getattr(config, "layer_types", None)
-        kinds = tuple(names[:count]) if names else (_unnamed_kind(decoder),) * count
+        names, cut = getattr(config, "layer_types", None), None
+        if names:
+            kinds = tuple(names[:count])
+        else:
+            # Some decoders whose config names no kinds (Mistral) apply `sliding_window`, others
+            # (Llama) only let the cache read it. The former import the factory of such masks.
+            code = vars(sys.modules[type(decoder).__module__])
+            applies = sliding is not None and "create_sliding_window_causal_mask" in code
+            kinds, cut = (SLIDING if applies else FULL,) * count, None if applies else sliding
         unknown = set(kinds) - SERVED
         if unknown:
             raise UnsupportedModelError(
@@ -57,7 +69,7 @@ class Windows:
                 "stand before a token, so dropping would not equal masking. Run it without patch()."
             )
         own = {kind: int(size) for kind, size in sizes.items() if size and kind in kinds}
-        return cls(kinds, own, bool(names))
+        return cls(kinds, own, bool(names), cut)
 
     def bind(self, total: int) -> bool:
         """Whether a layer would not see all of a sequence of `total` tokens."""
@@ -69,21 +81,8 @@ class Windows:
         return not LINEAR.isdisjoint(self.kinds)
 
 
-def _unnamed_kind(decoder: Any) -> str:
-    """The kind of all layers of a decoder whose config names none.
-
-    Some decoders (Mistral) apply `sliding_window`, others (Llama) only let the cache read it. The
-    former import transformers' factory of sliding masks.
-    """
-    config, code = decoder.config, vars(sys.modules[type(decoder).__module__])
-    used = getattr(config, "use_sliding_window", True) is not False
-    if used and getattr(config, "sliding_window", None) is not None:
-        return SLIDING if "create_sliding_window_causal_mask" in code else FULL
-    return FULL
-
-
 def check_windows(
-    decoder: Any, windows: Windows, cache: Any, length: int, by_column: bool, packed: bool = False
+    decoder: Any, windows: Windows, length: int, by_column: bool, packed: bool = False
 ) -> None:
     """Refuse a compressed sequence whose windows the model would apply wrongly.
 
@@ -91,8 +90,6 @@ def check_windows(
     ----------
     decoder
         The text decoder.
-    cache
-        The KV cache of the call, or None.
     length
         Tokens of the sequence after this call, in the positions that the rotary embedding uses:
         dropped ones count unless positions are compact.
@@ -106,14 +103,13 @@ def check_windows(
     UnsupportedModelError
         The attention backend, or the cache, counts rows where columns count.
     """
-    held = [getattr(x, "sliding_window", None) for x in getattr(cache, "layers", None) or ()]
-    cut = min((int(size) for size in held if size is not None), default=None)
-    if cut is not None and not windows.sizes and length >= cut:
+    cut = windows.cut
+    if cut is not None and length >= cut:
         raise UnsupportedModelError(
             f"the sequence has {length} tokens, and the cache keeps the last {cut} only "
-            f"(sliding_window={cut} of its config), although no layer of the model has a window. "
-            f"Give fewer than {cut} tokens in all, turn compression off with handle.disabled(), or "
-            "set model.config.get_text_config().sliding_window = None."
+            f"(sliding_window={cut} of the config), although no layer reads it. Give fewer than "
+            f"{cut} tokens in all, turn compression off with handle.disabled(), or set "
+            "model.config.get_text_config().sliding_window = None."
         )
     if not windows.bind(length):
         return
