@@ -1,8 +1,8 @@
 """The oracle for decoders whose layers are of several kinds.
 
 The full-length run of the unpatched model. Attention layers keep transformers' own mask of their
-kind, in which the dropped columns are hidden too. The mixers of linear layers run on the kept
-columns alone: there, dropping a token means that it is absent.
+kind, in which the dropped columns are hidden too, those of earlier turns included. The mixers of
+linear layers run on the kept columns alone: there, dropping a token means that it is absent.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+CACHES = ("cache", "past_key_values", "cache_params")
 LINEAR = re.compile("GatedDeltaNet|ShortConv$|Mamba2Mixer|LinearAttention$")
 
 
@@ -28,8 +29,8 @@ def hidden_columns(decoder: nn.Module, masks: list[Tensor]) -> Iterator[None]:
             own = kwargs.get("attention_mask")
             if own is None or own.ndim != 4:
                 return None
-            low = torch.finfo(own.dtype).min
-            return args, {**kwargs, "attention_mask": own.masked_fill(~mask[:, None, None], low)}
+            low, shown = torch.finfo(own.dtype).min, mask[:, None, None, -own.shape[-1] :]
+            return args, {**kwargs, "attention_mask": own.masked_fill(~shown, low)}
 
         hooks.append(layer.register_forward_pre_hook(hide, with_kwargs=True))
         for module in layer.modules():
@@ -46,12 +47,12 @@ def hidden_columns(decoder: nn.Module, masks: list[Tensor]) -> Iterator[None]:
 
 
 def _on_kept_columns(forward: Any, mask: Tensor) -> Any:
-    states = ("cache", "past_key_values", "cache_params", "attention_mask")
-
     def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        kwargs = {k: None if k in states else v for k, v in kwargs.items()}
         full = torch.zeros_like(hidden_states)
-        for b, row in enumerate(mask):
+        one = len(mask) == 1  # several rows have states of their own, which no cache here holds
+        away = ("attention_mask",) if one else ("attention_mask", *CACHES)
+        kwargs = {k: None if k in away else v for k, v in kwargs.items()}
+        for b, row in enumerate(mask[:, -hidden_states.shape[1] :]):
             out = forward(hidden_states[b : b + 1, row], **kwargs)
             full[b, row] = (out[0] if isinstance(out, tuple) else out)[0]
         return full

@@ -117,6 +117,11 @@ def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int = 8, **kwar
     )
 
 
+def cache_name(output: Any) -> str:
+    """The name under which the installed release takes and returns a cache."""
+    return "cache" if output.get("cache") is not None else "past_key_values"
+
+
 def cache_of(output: Any) -> Any:
     """The cache of a generate or forward output, old or new name."""
     for name in ("cache", "past_key_values"):

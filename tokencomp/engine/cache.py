@@ -125,7 +125,7 @@ class CompressedLayer(CacheLayerMixin):
 class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
     """A `DynamicLayer` from which rows have been left out."""
 
-    plain = DynamicLayer
+    plain: ClassVar[type] = DynamicLayer
 
     def crop(self, length: int) -> None:
         """Remove `-length` rows, or (transformers < 5.14) cut to `length` logical tokens."""
@@ -184,6 +184,8 @@ class CompressedIndexedLayer(CompressedDynamicLayer, INDEXED):
     """A layer of sparse attention: the keys of its indexer have the same rows."""
 
     plain = INDEXED
+    indexer_keys: Tensor | None
+    indexer_position_ids: Tensor | None
 
     def _cut(self, rows: int) -> None:
         super()._cut(rows)

@@ -110,25 +110,28 @@ class Stats:
     @property
     def flops_before(self) -> int:
         """FLOPs of the decoder layers for this prefill without compression."""
-        layers = self.shape.num_layers
         lengths = [length for row in self.prompts for length, _ in row]
-        return sum(self.shape.layer_flops(n, self.past) * layers for n in lengths)
+        layers = range(self.shape.num_layers)
+        return sum(self.shape.layer_flops(n, self.past, i) for n in lengths for i in layers)
 
     @property
     def flops_after(self) -> int:
         """FLOPs of the decoder layers with compression (the reducer's own work not included)."""
-        layers = [zip(row, self.past_rows, strict=True) for row in self._lengths_after()]
-        return sum(self.shape.layer_flops(n, past) for row in layers for n, past in row)
+        pasts, count = self.past_rows, self.shape.layer_flops
+        rows = self._lengths_after()
+        return sum(count(n, pasts[i], i) for row in rows for i, n in enumerate(row))
 
     @property
     def kv_bytes_before(self) -> int:
         """Bytes of keys and values this prefill would have cached (no padding)."""
-        return sum(self.lengths) * self.shape.kv_bytes_per_token * self.shape.num_layers
+        layers = range(self.shape.num_layers)
+        return sum(self.shape.kv_bytes(n, i) for n in self.lengths for i in layers)
 
     @property
     def kv_bytes_after(self) -> int:
         """Bytes of keys and values it caches for real tokens (padding of a ragged batch apart)."""
-        return sum(sum(row) for row in self._lengths_after()) * self.shape.kv_bytes_per_token
+        rows = self._lengths_after()
+        return sum(self.shape.kv_bytes(n, i) for row in rows for i, n in enumerate(row))
 
     @property
     def tower_ratio(self) -> float:

@@ -44,8 +44,8 @@ class Cost:
 
 def _cost(shape: DecoderShape, length: int, visual: int, per_layer: list[int], full: int) -> Cost:
     rows = [length - visual + n for n in per_layer]
-    flops = sum(shape.layer_flops(n) for n in rows)
-    return Cost(full, per_layer, flops, sum(rows) * shape.kv_bytes_per_token)
+    flops = sum(shape.layer_flops(n, layer=i) for i, n in enumerate(rows))
+    return Cost(full, per_layer, flops, sum(shape.kv_bytes(n, i) for i, n in enumerate(rows)))
 
 
 def prefill_costs(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
 
 from support.family.base import END, EOS, IMAGE, PAD, START, VIDEO, VOCAB, Family, Media
 from support.family.qwen import Qwen3VL
+from tokencomp.adapters.verified import verified_types
 
 WINDOW = 8
 
@@ -89,13 +90,17 @@ class Gemma4(Gemma3):
 
     name = "gemma4"
     layers = 6
-    extra: dict[str, Any] = {"use_bidirectional_attention": "vision"}
+    extra: ClassVar[dict[str, Any]] = {"use_bidirectional_attention": "vision"}
 
     def model_class(self) -> type:
         return transformers.Gemma4ForConditionalGeneration
 
     def config(self) -> Any:
-        extra = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, **self.extra}
+        extra: ClassVar[dict[str, Any]] = {
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            **self.extra,
+        }
         return transformers.Gemma4Config(
             text_config=dict(
                 vocab_size=VOCAB, vocab_size_per_layer_input=VOCAB, hidden_size=64,
@@ -126,21 +131,21 @@ class Gemma4E(Gemma4):
     """Per-layer inputs, and layers that share keys and values, as in the E2B and E4B models."""
 
     name = "gemma4_e"
-    extra = {
+    extra: ClassVar[dict[str, Any]] = {
         "use_bidirectional_attention": None,
         "hidden_size_per_layer_input": 8,
         "num_kv_shared_layers": 3,
     }
 
 
-# Those whose classes the installed release has; a module names them as `FAMILY_NAMES`.
+# Those that the installed release has; a module names them as `FAMILY_NAMES`.
 HYBRID: dict[str, Family] = {
     f.name: f
-    for f, cls in (
-        (Qwen35(), "Qwen3_5Config"),
-        (Gemma3(), "Gemma3Config"),
-        (Gemma4(), "Gemma4Config"),
-        (Gemma4E(), "Gemma4Config"),
+    for f, model_type in (
+        (Qwen35(), "qwen3_5"),
+        (Gemma3(), "gemma3"),
+        (Gemma4(), "gemma4"),
+        (Gemma4E(), "gemma4"),
     )
-    if hasattr(transformers, cls)
+    if model_type in verified_types()
 }
