@@ -85,3 +85,45 @@ def test_inspect_page_has_a_picture_per_stage(folder, tmp_path, capsys):
 def test_mistakes(args, message, capsys):
     assert run(*args) == 2
     assert message in capsys.readouterr().err
+
+
+def test_profile_of_the_vision_tower(folder, capsys):
+    """Progress goes to standard error line by line; the table has the ratio of the tower."""
+    code = run(
+        "profile", "--model", folder, "--image", IMAGE, "--reducer", "uniform", "--ratio", "0.75",
+        "--tower-ratio", "0.5", "--rounds", 1,
+    )  # fmt: skip
+    out = capsys.readouterr()
+    assert code == 0 and "tower ratio reached" in out.out and "0.500" in out.out
+    lines = out.err.splitlines()
+    steps = [line for line in lines if re.match(r"\d+/6 ", line)]
+    assert [line.partition("/")[0] for line in steps] == list("123456")
+
+
+def test_inspect_shows_what_the_tower_never_saw(folder, tmp_path):
+    picture, out = tmp_path / "white.png", tmp_path / "kept.png"
+    Image.new("RGB", (224, 224), "white").save(picture)
+    code = run(
+        "inspect", "--model", folder, "--image", picture, "-r", "uniform", "--ratio", "0.75",
+        "--tower-ratio", "0.5", "--tower-reducer", "uniform", "-o", out, "--max-new-tokens", 2,
+    )  # fmt: skip
+    assert code == 0
+    sheet = np.asarray(Image.open(out)).astype(int)[:, -224:]
+    patches = sheet.reshape(8, 28, 8, 28, 3)[:, 4:-4, :, 4:-4].mean((1, 3)).reshape(64, 3)
+    red = patches[:, 0] - patches[:, 2]
+    assert (red > 40).sum() == 32  # never seen
+    assert ((red <= 40) & (patches.mean(1) < 128)).sum() == 16  # seen by the tower alone
+    assert (patches.mean(1) > 128).sum() == 16  # seen by the decoder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--ratio", "0.5", "--tower-ratio", "0.6"), "tower_ratio=0.6"),
+        (("--ratio", "0.5", "--tower-ratio", "x"), "tower_ratio='x'"),
+        (("--ratio", "0.5", "--tower-ratio", "0.2", "--tower-reducer", "merge"), "merges tokens"),
+    ],
+)
+def test_bad_tower_options(folder, capsys, options, message):
+    assert run("inspect", "--model", folder, "--image", IMAGE, *options) != 0
+    assert message in " ".join(capsys.readouterr().err.split())

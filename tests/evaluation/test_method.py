@@ -28,9 +28,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     counts = {"check_ratio": 0, "built": 0}
     check_ratio, post_init = plan.check_ratio, base.Reducer.__post_init__
 
-    def checking(ratio: float) -> float:
-        counts["check_ratio"] += 1
-        return check_ratio(ratio)
+    def checking(ratio: float, name: str = "ratio") -> float:
+        counts["check_ratio"] += name == "ratio"
+        return check_ratio(ratio, name)
 
     def building(self: Any) -> None:
         counts["built"] += 1

@@ -14,7 +14,7 @@ import torch
 from support import families
 
 import tokencomp
-from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
+from tokencomp.errors import OptionError, PlanError, RatioError, UnsupportedModelError
 from tokencomp.method import MethodSpec
 from tokencomp.reducers.registry import available_reducers, make_reducer
 from tokencomp.serving.hf.media import Limits
@@ -255,3 +255,19 @@ def test_pooled_tokens_have_the_positions_of_the_patched_model(extent: int, posi
     other = make_reducer("pool", position="mean" if extent == 0 else "first")
     assert not torch.equal(other.reduce(tokens, plan.keep[0]).merged, rows)
     assert torch.equal(kept, expected.keep) and torch.equal(rows, expected.merged)
+
+
+def test_the_stage_in_the_vision_tower() -> None:
+    """Only our own server runs the tower; a request may change the stage like everything else."""
+    server = ServerOptions.parse({"ratio": 0.75, "tower_ratio": 0.6}, engine="hf")
+    assert server.default.dropped_cells == 0.6
+    resolve = server.resolve
+    assert resolve({"ratio": 0.5}, engine="hf").dropped_cells == 0.5  # never above the ratio
+    assert resolve({"tower_ratio": 0.0}, engine="hf").dropped_cells == 0
+    assert resolve({"tower_ratio": "auto"}, engine="hf").dropped_cells == pytest.approx(0.6)
+    named = resolve({"tower_reducer": "random"}, engine="hf")
+    assert named.built_tower_reducer.name == "random"
+    with pytest.raises(PlanError, match=r"tower_ratio=0\.9"):
+        resolve({"tower_ratio": 0.9}, engine="hf")
+    with pytest.raises(OptionError, match="--engine hf"):
+        ServerOptions.parse({"ratio": 0.75, "tower_ratio": 0.6})

@@ -1,4 +1,4 @@
-"""From --reducer, --ratio, --set, --plan and --proportional-attention to settings."""
+"""From options such as --reducer, --ratio, --tower-ratio, --set and --plan to settings."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def method(
     options: Sequence[str] | None,
     plan: Path | None,
     proportional: bool,
+    tower: opt.Tower,
 ) -> Settings:
     """Settings for a model that is loaded later: the ratio of a plan depends on the decoder.
 
@@ -53,6 +54,8 @@ def method(
         Of a command whose parameters have these names.
     reducer, ratio, options, plan, proportional
         The values of --reducer, --ratio, --set, --plan and --proportional-attention.
+    tower
+        Of --tower-ratio and --tower-reducer.
 
     Returns
     -------
@@ -64,11 +67,12 @@ def method(
 
     more = {PROPORTIONAL: True} if proportional else {}
     if plan is None:
-        every = {**opt.reducer_options(options), **more}
+        every = {**opt.reducer_options(options), **more, **tower.options}
         settings = grid(reducers(reducer), opt.ratios(ratio), **every)
         return lambda model: checked(settings, model)
     fix = "the stages in the file have reducers, fractions and options of their own"
-    opt.refuse_given(context, ("reducer", "ratio", "options"), "--plan", fix)
+    names = ("reducer", "ratio", "options", "tower_ratio", "tower_reducer")
+    opt.refuse_given(context, names, "--plan", fix)
     stages = as_plan(plan)
     return lambda model: checked(planned(stages, model, **more), model)
 

@@ -46,11 +46,40 @@ Proportional = Annotated[
         help="A merged token weighs as much as the tokens it stands for.",
     ),
 ]
+TowerRatio = Annotated[
+    str,
+    typer.Option(
+        "--tower-ratio",
+        help='Share of the vision tower to remove, from 0 (off) to the ratio; or "auto".',
+    ),
+]
+TowerReducer = Annotated[
+    str, typer.Option("--tower-reducer", help="What chooses the patches that the tower sees.")
+]
 Frames = Annotated[int, typer.Option("--frames", min=1, help="Frames read from a video.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows per batch.")]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda", "cuda:1", ...')]
 Dtype = Annotated[str, typer.Option("--dtype", help='"auto", float32, bfloat16, float16.')]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """The options of the stage in the vision tower."""
+
+    tower_ratio: TowerRatio = "0"
+    tower_reducer: TowerReducer = "auto"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As options of a setting; empty where nothing was given."""
+        from tokencomp.plan import check_ratio
+
+        ratio: Any = self.tower_ratio
+        ratio = ratio if ratio == "auto" else check_ratio(ratio, "tower_ratio")
+        given = {} if ratio == 0.0 else {"tower_ratio": ratio}
+        reducer = {} if self.tower_reducer == "auto" else {"tower_reducer": self.tower_reducer}
+        return {**given, **reducer}
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:

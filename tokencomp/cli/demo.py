@@ -13,8 +13,10 @@ from tokencomp.cli._methods import method
 DEFAULT_QUESTION = "Describe what you see."
 
 
+@opt.flat
 def command(
     context: typer.Context,
+    tower: opt.Tower,
     model: opt.Model = "tiny-qwen2-vl",
     image: opt.Images = None,
     video: opt.Videos = None,
@@ -40,7 +42,7 @@ def command(
     Without files: the embedded model, held-out ShapesQA questions and the packaged samples. With
     --image or --video: any supported model on your files.
     """
-    settings_of = method(context, reducer, ratio, options, plan, proportional)
+    settings_of = method(context, reducer, ratio, options, plan, proportional, tower)
     if image or video:
         opt.refuse_given(context, ("items", "results"), "--image or --video", "leave them out")
     else:

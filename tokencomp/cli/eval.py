@@ -17,8 +17,10 @@ TASKS = "mlvu_dev,mvbench"
 COLUMNS = 6
 
 
+@opt.flat
 def command(
     context: typer.Context,
+    tower: opt.Tower,
     model: opt.Model = "tiny-qwen2-vl",
     tasks: Annotated[
         str | None,
@@ -56,7 +58,7 @@ def command(
     Several processes share the items: `accelerate launch -m tokencomp.cli eval …` on GPUs,
     `torchrun --nproc-per-node N -m tokencomp.cli eval …` anywhere.
     """
-    settings_of = method(context, reducer, ratio, options, plan, proportional)
+    settings_of = method(context, reducer, ratio, options, plan, proportional, tower)
     from rich.console import Console
 
     from tokencomp.lmms.data import PER_TASK, SHAPESQA, local_data

@@ -13,8 +13,10 @@ from tokencomp.cli._methods import method
 PAGES, PICTURES = (".html", ".htm"), (".png", ".jpg", ".jpeg")
 
 
+@opt.flat
 def command(
     context: typer.Context,
+    tower: opt.Tower,
     model: opt.Model = "tiny-qwen2-vl",
     image: opt.Images = None,
     video: opt.Videos = None,
@@ -38,7 +40,7 @@ def command(
     """
     from tokencomp.errors import OptionError
 
-    settings_of = method(context, reducer, ratio, options, plan, proportional)
+    settings_of = method(context, reducer, ratio, options, plan, proportional, tower)
     if output.suffix.lower() not in (*PAGES, *PICTURES):
         allowed = ", ".join((*PAGES, *PICTURES))
         raise OptionError(f"--output {output}: the name must end in one of {allowed}.")

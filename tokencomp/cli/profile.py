@@ -15,8 +15,10 @@ FILES = ("model", "image", "video", "question", "frames")
 SHAPE = ("tokens", "layers", "vision_layers")
 
 
+@opt.flat
 def command(
     context: typer.Context,
+    tower: opt.Tower,
     model: opt.Model = "tiny-qwen2-vl",
     config: Annotated[
         str | None,
@@ -52,7 +54,7 @@ def command(
     Full model and every reducer × ratio alternate in one process; medians. With peak memory, KV
     bytes, FLOPs, and the fraction reached of the speed-up that FLOPs allow.
     """
-    settings_of = method(context, reducer, ratio, options, plan, proportional)
+    settings_of = method(context, reducer, ratio, options, plan, proportional, tower)
     if config is not None:
         opt.refuse_given(context, FILES, "--config", "a shape has random weights and no files")
         _refuse_baselines(opt.names(reducer))
@@ -72,7 +74,8 @@ def command(
 
     full = next(iter(variants.values()))[1]
     costs = {s: _cost(loaded, s, inputs, full) for s, (_, inputs, _) in variants.items()}
-    profiles = profile(loaded, variants, costs, rounds=rounds)
+    say = (lambda text: None) if as_json else (lambda text: typer.echo(text, err=True))
+    profiles = profile(loaded, variants, costs, rounds=rounds, say=say)
     report = {"model": name, **environment(), "rows": _rows(profiles)}
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -177,6 +180,7 @@ def _rows(profiles: dict[Any, Any]) -> list[dict[str, Any]]:
             "ratio": s.ratio,
             "options": s.written_options,
             "achieved_ratio": p.ratio,
+            "tower_ratio": p.tower_ratio,
             "preprocess_s": p.preprocess,
             "vision_s": p.split.vision,
             "reduce_s": p.split.reduce,
@@ -217,6 +221,8 @@ def _print(report: dict[str, Any]) -> None:
         return lambda r: "–" if r[key] is None else f"{1e3 * r[key]:.1f} ms"
 
     line("ratio reached", lambda r: f"{r['achieved_ratio']:.3f}")
+    if any(row["tower_ratio"] for row in rows):
+        line("tower ratio reached", lambda r: f"{r['tower_ratio']:.3f}")
     line("tokens per layer", lambda r: compact(r["tokens_per_layer"]))
     line("preprocess", ms("preprocess_s"))
     line("vision tower", ms("vision_s"))

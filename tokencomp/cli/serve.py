@@ -14,8 +14,10 @@ VLLM_HINT = "use vLLM's own arguments after `--` (--max-num-seqs, --media-io-kwa
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
+@opt.flat
 def command(
     context: typer.Context,
+    tower: opt.Tower,
     model: opt.Model = "tiny-qwen2-vl",
     ratio: Annotated[float, typer.Option("--ratio", help="Default ratio in [0, 1).")] = 0.5,
     reducer: Annotated[
@@ -90,6 +92,7 @@ def command(
         "reducer": reducer,
         "ratio": ratio,
         "options": opt.reducer_options(set_),
+        **tower.options,
         "per_request": per_request,
         **({} if max_ratio is None else {"max_ratio": max_ratio}),
     }

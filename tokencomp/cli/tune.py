@@ -14,8 +14,10 @@ from tokencomp.cli._methods import reducers
 VIDEO_FAMILIES = "needle,video_existence"  # on the others the embedded models guess
 
 
+@opt.flat
 def command(
     context: typer.Context,
+    tower: opt.Tower,
     tokens: Annotated[
         float | None, typer.Option(help="Visual tokens per item and decoder layer, at most.")
     ] = None,
@@ -60,6 +62,7 @@ def command(
         "reducers": reducers(reducer),
         "ratios": opt.ratios(ratio),
         "tokens": tokens,
+        "options": tower.options,
     }
     opt.check_output(output)
     from tokencomp.evaluation import tuning

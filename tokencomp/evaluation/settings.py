@@ -17,6 +17,7 @@ FULL = "full"
 PLAN = "plan"
 RANDOM = "random"
 PROPORTIONAL = "proportional_attention"
+TOWER = ("tower_ratio", "tower_reducer")
 DOWNSCALE = "downscale"
 FEWER_FRAMES = "fewer_frames"
 INPUT_BASELINES = {
@@ -37,8 +38,9 @@ class Setting(MethodSpec):
     ratio
         In [0, 1); every method at 0 is the full model.
     options
-        Options of the reducer. `proportional_attention`, and for "plan" its stages in JSON form as
-        `plan`, may stand among them and are moved to the fields of these names.
+        Options of the reducer. `proportional_attention`, `tower_ratio`, `tower_reducer`, and for
+        "plan" its stages in JSON form as `plan`, may stand among them and are moved to the fields
+        of these names.
     name
         Row label; by default the name of the reducer, or "plan".
     variant
@@ -61,8 +63,9 @@ class Setting(MethodSpec):
         if self.input_baseline and self.options:
             raise OptionError(f"{self.reducer!r} has no options; got {self.options}.")
         options = dict(self.options)
-        proportional = options.pop(PROPORTIONAL, self.proportional_attention)
-        self._assign(options=options, proportional_attention=proportional)
+        for field in (PROPORTIONAL, *TOWER):
+            self._assign(**{field: options.pop(field, getattr(self, field))})
+        self._assign(options=options)
         if self.reducer == PLAN or self.plan is not None:
             self._take_plan(options)
         super().__post_init__()
@@ -70,6 +73,7 @@ class Setting(MethodSpec):
             self._assign(name=self._reducer_name() if self.ratio else FULL)
         if self.ratio == 0:
             self._assign(reducer=FULL, options={}, plan=None, proportional_attention=False)
+            self._assign(tower_ratio=0.0, tower_reducer="auto")
 
     def _assign(self, **values: Any) -> None:
         """Bring fields into their normal form while the object is being built."""
@@ -109,7 +113,16 @@ class Setting(MethodSpec):
         """All options in their JSON form, a plan and proportional attention included."""
         plan = {} if self.plan is None else {"plan": plan_to_json(self.plan)}
         proportional = {PROPORTIONAL: True} if self.proportional_attention else {}
-        return {**plan, **self.options, **proportional}
+        return {**plan, **self.options, **proportional, **self._written_tower}
+
+    @property
+    def _written_tower(self) -> dict[str, Any]:
+        """The stage in the vision tower as options; empty without one."""
+        if not self.active or self.plan is not None or not self.dropped_cells:
+            return {}
+        written = {"tower_ratio": self.tower_ratio}
+        name = getattr(self.tower_reducer, "name", self.tower_reducer)
+        return written if name == "auto" else {**written, "tower_reducer": name}
 
     @property
     def method(self) -> str:
@@ -122,7 +135,8 @@ class Setting(MethodSpec):
         reducer = self.built_reducer
         revision = f", revision {reducer.revision}" if reducer.revision > 1 else ""
         subsets = ", a subset per question" if self.reducer == RANDOM else ""
-        return f"{reducer!r}{revision}{subsets}"
+        tower = f", behind {self.built_tower_reducer!r}" if self.dropped_cells else ""
+        return f"{reducer!r}{revision}{subsets}{tower}"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -150,7 +164,9 @@ class Setting(MethodSpec):
 def grid(reducers: Iterable[str], ratios: Iterable[float], /, **options: Any) -> list[Setting]:
     """The full model, then every reducer at every ratio above 0."""
     above = [r for r in ratios if r > 0]
-    return [Setting(), *(Setting(name, r, options) for name in reducers for r in above)]
+    media = {name: value for name, value in options.items() if name not in TOWER}
+    each = {name: media if name in INPUT_BASELINES else options for name in reducers}
+    return [Setting(), *(Setting(name, r, own) for name, own in each.items() for r in above)]
 
 
 def planned(plan: Plan, model: Any, **options: Any) -> list[Setting]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from tokencomp.errors import OptionError
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
-from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.settings import INPUT_BASELINES, Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.plan import MAX_RATIO
 
@@ -89,12 +89,14 @@ def candidates(
     reducers: Sequence[str],
     ratios: Sequence[float],
     tokens: float | None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[Candidate]:
     """All combinations within the token budget.
 
-    For every frames × scale that costs more than `tokens` uncompressed, each reducer also gets
-    the ratio that meets the budget exactly; scales that do not change the token count are left
-    out.
+    `options` go to every setting, and settings that cannot meet them (a tower ratio above their
+    ratio) are left out. For every frames × scale that costs more than `tokens` uncompressed, each
+    reducer also gets the ratio that meets the budget exactly; scales that do not change the token
+    count are left out.
 
     Raises
     ------
@@ -113,7 +115,7 @@ def candidates(
         for ratio in sorted({0.0, *ratios, *exact}):
             fits = tokens is None or full * (1 - ratio) <= tokens * 1.005
             if fits and ratio <= MAX_RATIO:
-                settings = [Setting(r, ratio) for r in reducers] if ratio else [Setting()]
+                settings = _settings(reducers, ratio, options or {})
                 fitting += [Candidate(n, scale, s, full * (1 - ratio)) for s in settings]
     if not fitting:
         raise OptionError(
@@ -121,6 +123,16 @@ def candidates(
             "Give fewer --frames, smaller --scale, or more --tokens."
         )
     return fitting
+
+
+def _settings(reducers: Sequence[str], ratio: float, options: Mapping[str, Any]) -> list[Setting]:
+    """Every reducer at a ratio with these options; the full model at 0."""
+    if not ratio:
+        return [Setting()]
+    fixed = options.get("tower_ratio", 0.0)
+    if fixed != "auto" and fixed > ratio:
+        return []
+    return [Setting(r, ratio, {} if r in INPUT_BASELINES else dict(options)) for r in reducers]
 
 
 def _mean_tokens(

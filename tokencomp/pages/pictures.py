@@ -1,4 +1,7 @@
-"""Pictures of what survives: every patch as bright as the share of decoder layers that see it."""
+"""Pictures of what survives: every patch as bright as the share of decoder layers that see it.
+
+What the vision tower never saw has a shade of its own.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 
 DIM = 0.16
 TINT = np.array([18.0, 22.0, 38.0])
+UNSEEN = np.array([112.0, 30.0, 38.0])
+NEVER = -1.0
+"""The share of patches that left in the vision tower, before any layer."""
 LINE = (70, 76, 96)
 SIDE = 224
 MAX_FRAMES = 8
@@ -30,7 +36,8 @@ KEPT = "kept.jpg"
 def survival(stats: Stats, sample: int = 0) -> list[np.ndarray]:
     """Per span: the share of decoder layers that see each patch, float (t, h, w) in [0, 1].
 
-    Merged tokens count where the token that stands for them is.
+    `NEVER` where the vision tower has dropped it. Merged tokens count where the token that stands
+    for them is.
     """
     layers, stages = stats.shape.num_layers, stats.stage_layers
     kept = stats.kept(sample)
@@ -41,33 +48,44 @@ def survival(stats: Stats, sample: int = 0) -> list[np.ndarray]:
         share += bounds[0] / layers  # layers before the first stage see everything
         for i, stage in enumerate(kept):
             share[stage[j]] += (bounds[i + 1] - bounds[i]) / layers
+        _mark_unseen(share, stats, sample, j)
         patches = np.setdiff1d(np.arange(span.length), span.special)
         result.append(share[patches].reshape(span.grid))
     return result
 
 
 def layer_survival(stats: Stats, layer: int, sample: int = 0) -> list[np.ndarray]:
-    """Per span: 1 for patches that `layer` sees, float (t, h, w)."""
+    """Per span: 1 for patches that `layer` sees, `NEVER` as in `survival`, float (t, h, w)."""
     passed = [i for i, first in enumerate(stats.stage_layers) if first <= layer]
     result = []
     for j, span in enumerate(stats.spans[sample]):
         seen = np.ones(span.length) if not passed else np.zeros(span.length)
         if passed:
             seen[stats.kept(sample)[passed[-1]][j]] = 1
+        _mark_unseen(seen, stats, sample, j)
         patches = np.setdiff1d(np.arange(span.length), span.special)
         result.append(seen[patches].reshape(span.grid))
     return result
 
 
+def _mark_unseen(share: np.ndarray, stats: Stats, sample: int, span: int) -> None:
+    """Mark the tokens of a span that left in the vision tower, in place."""
+    unseen = np.ones(len(share), dtype=bool)
+    unseen[stats.tower_kept(sample)[span]] = False
+    share[unseen] = NEVER
+
+
 def overlay(image: Image.Image, share: np.ndarray, side: int = SIDE) -> Image.Image:
-    """`image` with patches dimmed by what was removed; `share` is (h, w) in [0, 1]."""
+    """`image` with patches dimmed by what was removed; `share` is (h, w) in [0, 1], or `NEVER`."""
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     pixels = np.asarray(image.convert("RGB").resize(size), dtype=np.float64)
     rows = np.arange(size[1]) * share.shape[0] // size[1]
     columns = np.arange(size[0]) * share.shape[1] // size[0]
-    light = (DIM + (1 - DIM) * share)[rows][:, columns, None]
-    out = Image.fromarray((pixels * light + TINT * (1 - light)).round().astype(np.uint8))
+    spread = share[rows][:, columns, None]
+    light = DIM + (1 - DIM) * np.maximum(spread, 0)
+    tint = np.where(spread == NEVER, UNSEEN, TINT)
+    out = Image.fromarray((pixels * light + tint * (1 - light)).round().astype(np.uint8))
     draw, (width, height) = ImageDraw.Draw(out), size
     for k in range(1, share.shape[0]):
         y = k * height / share.shape[0]

@@ -42,6 +42,8 @@ class Profile:
         Visual tokens seen by every layer.
     ratio
         Achieved ratio.
+    tower_ratio
+        Achieved ratio of the stage in the vision tower; 0 without one.
     """
 
     preprocess: float | None
@@ -52,6 +54,7 @@ class Profile:
     flops: int
     per_layer: list[int]
     ratio: float
+    tower_ratio: float = 0.0
 
     def speedup(self, full: Profile) -> float:
         """LLM prefill, reducer included, against the full model."""
@@ -73,13 +76,14 @@ def profile(
     *,
     rounds: int = 5,
     decode_tokens: int = 16,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[Any, Profile]:
     """Profile variants of one model.
 
     Parameters
     ----------
     variants
-        Per key: a context manager that patches the model (or does nothing), inputs on the model's
+        Per setting: a context manager that patches the model (or does nothing), its inputs on the
         device, and seconds of preprocessing.
     costs
         Per key: an object with `flops`, `per_layer` and `ratio` (`tokencomp.evaluation.cost.Cost`).
@@ -87,25 +91,34 @@ def profile(
         Timed rounds after one warm-up; every round runs every variant once.
     decode_tokens
         Tokens generated for the time per token.
+    say
+        Called with a line of progress before every prefill and every measurement of memory: real
+        shapes take minutes on a CPU.
     """
+    total = len(variants) * (rounds + 2)
+    number = itertools.count(1)
 
-    def timed(patch: Patch, inputs: dict[str, Any]) -> Callable[[], Split]:
+    def timed(key: Any, patch: Patch, inputs: dict[str, Any]) -> Callable[[], Split]:
         def run() -> Split:
+            say(f"{next(number)}/{total} prefill: {key.key}")
             with patch():
                 return prefill_split(model, inputs)
 
         return run
 
-    splits = interleaved({k: timed(p, i) for k, (p, i, _) in variants.items()}, rounds)
+    splits = interleaved({k: timed(k, p, i) for k, (p, i, _) in variants.items()}, rounds)
     profiles = {}
     for key, (patch, inputs, preprocess) in variants.items():
-        with patch():
+        say(f"{next(number)}/{total} memory and decoding: {key.key}")
+        with patch() as handle:
             peak, kv = _memory(model, inputs)
+            stats = getattr(handle, "stats", None)
             decode = decode_seconds(model, inputs, decode_tokens)
         cost = costs[key]
         profiles[key] = Profile(
-            preprocess, splits[key], decode, peak, kv, cost.flops, cost.per_layer, cost.ratio
-        )
+            preprocess, splits[key], decode, peak, kv, cost.flops, cost.per_layer, cost.ratio,
+            stats.tower_ratio if stats else 0.0,
+        )  # fmt: skip
     return profiles
 
 

@@ -14,7 +14,8 @@ from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import available_reducers, make_reducer
 from tokencomp.validation import choices, field_types
 
-REQUEST_KEYS = ("reducer", "ratio", "options")
+TOWER_KEYS = ("tower_ratio", "tower_reducer")
+REQUEST_KEYS = ("reducer", "ratio", "options", *TOWER_KEYS)
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
 SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "per_request", "only_own")
 
@@ -151,7 +152,30 @@ class ServerOptions:
                 f"ratio={ratio}: this server allows ratios from 0 to {self.max_ratio}."
             )
         reducer = self._reducer(values)
-        return MethodSpec(check_servable(reducer) if engine == "vllm" else reducer, ratio)
+        if engine != "vllm":
+            return self._with_tower(reducer, ratio, values)
+        given = [key for key in TOWER_KEYS if values.get(key)]
+        if given:
+            raise OptionError(
+                f"{given[0]}={values[given[0]]!r}: the engine runs its own vision tower, in which "
+                "nothing can be dropped. Leave it out, or serve with `--engine hf`."
+            )
+        return MethodSpec(check_servable(reducer), ratio)
+
+    def _with_tower(self, reducer: Reducer, ratio: float, values: Mapping[str, Any]) -> MethodSpec:
+        """The spec with the stage in the vision tower of a request, else that of the default.
+
+        The default's stage is for the default's ratio; a request for a lower one gets as much of
+        it as that allows.
+        """
+        tower = values.get("tower_ratio")
+        if tower is None:
+            tower = self.default.tower_ratio
+            tower = tower if tower == "auto" else min(tower, ratio)
+        name = values.get("tower_reducer", self.default.tower_reducer)
+        if not isinstance(name, str | Reducer):
+            raise OptionError(f"tower_reducer={name!r}: expected a name, such as 'kcentre'.")
+        return MethodSpec(reducer, ratio, tower_ratio=tower, tower_reducer=name)
 
     def _reducer(self, values: Mapping[str, Any]) -> Reducer:
         own_options = options = as_mapping(values.get("options"), None)
