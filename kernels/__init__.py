@@ -18,6 +18,7 @@ if __name__ != "kernels":
     from tokencomp.kernels.bipartite_match import bipartite_match
     from tokencomp.kernels.ccam_attention import ccam_attention, visible_frames
     from tokencomp.kernels.dispatch import status, which
+    from tokencomp.kernels.dpp_select import dpp_select
     from tokencomp.kernels.errors import KernelError
     from tokencomp.kernels.frame_pool import frame_pool
     from tokencomp.kernels.gather_rows import gather_rows
@@ -33,6 +34,7 @@ __all__ = [
     "attention_lse",
     "bipartite_match",
     "ccam_attention",
+    "dpp_select",
     "frame_pool",
     "gather_rows",
     "join_heads",

@@ -21,8 +21,9 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ OPS = (
     "attention_colsum",
     "bipartite_match",
     "ccam_attention",
+    "dpp_select",
     "frame_pool",
     "gather_rows",
     "maxmin_select",
@@ -44,7 +46,7 @@ OPS = (
     "topk_stable",
 )
 # Ops without a Triton kernel, and the PyTorch function that runs instead on every device.
-TORCH_ONLY = {"topk_stable": "torch.sort"}
+TORCH_ONLY = {"dpp_select": "torch.bmm", "topk_stable": "torch.sort"}
 
 _log = logging.getLogger(__name__)
 
@@ -150,8 +152,27 @@ def autocasts(tensor: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+_assumed = threading.local()
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """Skip checks of values in this thread, for callers that have checked their input themselves.
+
+    A check reads a value on the host, for which the device must finish first. A caller that has
+    looked at its features once spares the reads of every op that follows.
+    """
+    before, _assumed.on = getattr(_assumed, "on", False), True
+    try:
+        yield
+    finally:
+        _assumed.on = before
+
+
 def checks_enabled(tensor: Tensor) -> bool:
     """Whether checks that read values of `tensor` back to the host are enabled."""
+    if getattr(_assumed, "on", False):
+        return False
     if os.environ.get("TOKENCOMP_KERNELS_CHECK", "1") == "0":
         return False
     return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

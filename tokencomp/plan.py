@@ -9,7 +9,7 @@ import bisect
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,15 @@ from tokencomp.errors import PlanError, RatioError
 from tokencomp.validation import describe_type, fits
 
 if TYPE_CHECKING:
-    from tokencomp.tokens import Grid, ModelFacts, Reduction, Signal, VisualSpan, VisualTokens
+    from tokencomp.tokens import (
+        Grid,
+        ModelFacts,
+        Reduction,
+        Signal,
+        SpanBatch,
+        VisualSpan,
+        VisualTokens,
+    )
 
 MAX_RATIO = 0.95
 LEAST = 1e-9
@@ -108,6 +116,9 @@ class StageReducer(ABC):
 
     @abstractmethod
     def reduced(self, tokens: VisualTokens, keep: int) -> Reduction: ...
+
+    @abstractmethod
+    def reduced_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction: ...
 
     @abstractmethod
     def options(self) -> dict[str, Any]: ...

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,17 +60,20 @@ class VisualSpan:
         """Visual tokens of the span, special ones included."""
         return self.length - len(self.text)
 
+    def fixed_mask(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Boolean mask of the tokens that carry no patch, shape (length,), for host tables."""
+        mask = np.zeros(self.length, dtype=np.bool_)
+        mask[[*self.special, *self.text]] = True
+        return mask
+
     def special_mask(self, device: torch.device | str = "cpu") -> Tensor:
-        """Boolean mask of the tokens that carry no patch, shape (length,)."""
-        return self._mask([*self.special, *self.text], device)
+        """`fixed_mask` as a tensor."""
+        return torch.from_numpy(self.fixed_mask()).to(device)
 
     def text_mask(self, device: torch.device | str = "cpu") -> Tensor:
         """Boolean mask of the text between frames, shape (length,)."""
-        return self._mask(list(self.text), device)
-
-    def _mask(self, offsets: list[int], device: torch.device | str) -> Tensor:
         mask = torch.zeros(self.length, dtype=torch.bool)
-        mask[offsets] = True
+        mask[list(self.text)] = True
         return mask.to(device)
 
 
@@ -142,13 +147,116 @@ class VisualTokens:
 
 
 @dataclass
+class SpanBatch:
+    """What a reducer sees of all spans of a call: their tokens, one span after the other.
+
+    What the host must know to choose shapes (lengths, grids, numbers of special tokens) are plain
+    numbers, so that no method has to wait for the device.
+
+    Attributes
+    ----------
+    features : Tensor, shape (n, d)
+    lengths
+        Tokens of every span; n in all.
+    grids, kinds, places
+        As in `VisualTokens`, one per span.
+    fixed
+        Special tokens of every span.
+    special : Tensor of bool, shape (n,), or None
+        True for tokens that must stay; None where no span has one.
+    index : Tensor of int64, shape (n,), or None
+        Offsets of the tokens inside their uncompressed span. None while no token is missing.
+    scores, sizes : Tensor of float32, shape (n,), or None
+    keys : Tensor of float32, shape (n, c), or None
+    queries : list of Tensor, or None
+        Embeddings of the text after every span.
+    """
+
+    features: Tensor
+    lengths: list[int]
+    grids: list[Grid]
+    kinds: list[Literal["image", "video", "audio"]]
+    fixed: list[int]
+    special: Tensor | None = None
+    index: Tensor | None = None
+    scores: Tensor | None = None
+    sizes: Tensor | None = None
+    keys: Tensor | None = None
+    queries: list[Tensor | None] | None = None
+    places: list[tuple[int, int]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @classmethod
+    def of(cls, tokens: VisualTokens) -> SpanBatch:
+        """A batch of one span; the number of its special tokens is read from the device."""
+        fixed = int(tokens.special.sum())
+        return cls(
+            features=tokens.features,
+            lengths=[len(tokens)],
+            grids=[tokens.grid],
+            kinds=[tokens.kind],
+            fixed=[fixed],
+            special=tokens.special if fixed else None,
+            index=tokens.index,
+            scores=tokens.scores,
+            sizes=tokens.sizes,
+            keys=tokens.keys,
+            queries=None if tokens.query is None else [tokens.query],
+            places=[tokens.place],
+        )
+
+    def spans(self) -> Iterator[VisualTokens]:
+        """The spans one by one, as views."""
+        start = 0
+        for number, length in enumerate(self.lengths):
+            rows = slice(start, start + length)
+            special = self.special
+            if special is None:
+                special = torch.zeros(1, dtype=torch.bool, device=self.features.device)
+            yield VisualTokens(
+                features=self.features[rows],
+                grid=self.grids[number],
+                special=special.expand(length) if self.special is None else special[rows],
+                index=None if self.index is None else self.index[rows],
+                scores=None if self.scores is None else self.scores[rows],
+                query=None if self.queries is None else self.queries[number],
+                kind=self.kinds[number],
+                sizes=None if self.sizes is None else self.sizes[rows],
+                keys=None if self.keys is None else self.keys[rows],
+                place=self.places[number] if self.places else (0, 0),
+            )
+            start += length
+
+    @property
+    def starts(self) -> list[int]:
+        """First row of every span."""
+        return list(itertools.accumulate(self.lengths[:-1], initial=0))
+
+    def per_row(self, values: Sequence[int]) -> Tensor:
+        """One number per span as one per row, int64, shape (n,)."""
+        rows = np.repeat(np.asarray(values, dtype=np.int64), self.lengths)
+        return torch.from_numpy(rows).to(self.features.device)
+
+    @property
+    def offsets(self) -> Tensor:
+        """Offsets inside the uncompressed spans, int64, shape (n,)."""
+        if self.index is not None:
+            return self.index
+        rows = np.concatenate([np.arange(n) for n in self.lengths])
+        return torch.from_numpy(rows).to(self.features.device)
+
+
+@dataclass
 class Reduction:
-    """What a reducer returns for one span.
+    """What a reducer returns for one span, or for a batch of spans.
 
     Attributes
     ----------
     keep : Tensor of int64, shape (k,)
-        Rows of `VisualTokens.features` that stay, ascending; k is exactly the requested count.
+        Rows of `features` that stay, ascending; k is exactly the requested count. Rows of a batch
+        count over all of its spans.
     merged : Tensor, shape (k, d), or None
         New content of the kept rows; None keeps them as they are.
     sizes : Tensor of float32, shape (k,), or None
@@ -184,6 +292,67 @@ class Reduction:
                 "`tokens.features`, int64, ascending, all special tokens among them."
             )
         return self
+
+    def check_batch(self, batch: SpanBatch, keeps: Sequence[int], reducer: str) -> Reduction:
+        """Return this reduction of `batch` if every span keeps exactly its number of rows.
+
+        Like `check`; which span a row belongs to is seen on the CPU only.
+
+        Raises
+        ------
+        PlanError
+        """
+        total = sum(keeps)
+        rows = {t.shape[0] for t in (self.keep, self.merged, self.sizes) if t is not None}
+        if rows == {total} and self.keep.dtype == torch.int64:
+            if self.keep.device.type != "cpu":
+                return self
+            kept = self.keep.numpy()
+            first, stop = np.repeat(batch.starts, keeps), np.repeat(batch.lengths, keeps)
+            inside = ((kept >= first) & (kept < first + stop)).all() and (np.diff(kept) > 0).all()
+            special = batch.special
+            if inside and (special is None or special.numpy()[kept].sum() == sum(batch.fixed)):
+                return self
+        parts = zip(batch.spans(), self.split(batch, keeps), keeps, strict=True)
+        for tokens, part, keep in parts:
+            part.check(tokens, keep, reducer)
+        raise PlanError(f"reducer {reducer!r} returned rows that no span of its batch has.")
+
+    def split(self, batch: SpanBatch, keeps: Sequence[int]) -> list[Reduction]:
+        """The reductions of the spans of `batch`, which keep `keeps` rows."""
+        parts = []
+        stops = itertools.accumulate(keeps)
+        for start, stop, keep in zip(batch.starts, stops, keeps, strict=True):
+            rows = slice(stop - keep, stop)
+            merged = None if self.merged is None else self.merged[rows]
+            sizes = None if self.sizes is None else self.sizes[rows]
+            parts.append(Reduction(self.keep[rows] - start, merged, sizes))
+        return parts
+
+    @classmethod
+    def join(cls, parts: Sequence[Reduction], batch: SpanBatch) -> Reduction:
+        """The reduction of `batch` whose spans have the reductions `parts`.
+
+        Where only some of them merge, the others keep features and sizes as they are.
+        """
+        keep = torch.cat([r.keep + start for r, start in zip(parts, batch.starts, strict=True)])
+        merged = sizes = None
+        if any(r.merged is not None for r in parts):
+            rows = zip(parts, batch.spans(), strict=True)
+            merged = torch.cat(
+                [t.features[r.keep] if r.merged is None else r.merged for r, t in rows]
+            )
+        if any(r.sizes is not None for r in parts):
+            before = batch.sizes
+            if before is None:
+                before = torch.ones(sum(batch.lengths), device=keep.device)
+            sizes = before[keep]
+            at = 0
+            for part in parts:
+                if part.sizes is not None:
+                    sizes[at : at + len(part.keep)] = part.sizes.to(sizes)
+                at += len(part.keep)
+        return cls(keep, merged, sizes)
 
     def _fault(self, tokens: VisualTokens) -> str:
         """What is wrong with the kept rows, or ""."""

@@ -1,6 +1,7 @@
 """Greedy max-min selection of rows that are diverse and, with weights, relevant."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from tokencomp.kernels import checks, dispatch, segments
@@ -17,7 +18,7 @@ def maxmin_select(
     spans: int | Sequence[int] | Tensor | None = None,
     centred: bool = False,
     margin: Tensor | None = None,
-    start: Tensor | None = None,
+    start: Tensor | Literal["isolated"] | None = None,
     ascending: bool = True,
     metric: str = "cosine",
 ) -> Tensor:
@@ -48,7 +49,8 @@ def maxmin_select(
         has no effect.
     start
         First choice of every span, int ``(spans,)``, counted within the span. None means the row
-        with the largest weight, or without weights the row farthest from the span's mean.
+        with the largest weight, or without weights the row farthest from the span's mean;
+        ``"isolated"`` the row whose nearest other row is farthest (DivPrune).
     ascending
         Whether the result is sorted. Otherwise rows come in the order of their choice, so that the
         first m rows of a span are what ``k=m`` chooses.
@@ -102,6 +104,10 @@ def maxmin_select(
         raise KernelError(f"{len(counts)} values of k for {len(lengths)} spans")
     for count, length in zip(counts, lengths, strict=True):
         checks.count("k", count, 0, length)
+    isolated = isinstance(start, str)
+    if isinstance(start, str):
+        checks.choice("start", start, ("isolated",))
+        start = None
     checks.same_device(x=x, weights=weights, margin=margin, start=start)
     if weights is not None:
         if weights.shape != (len(x),):
@@ -116,39 +122,58 @@ def maxmin_select(
         if start.shape != (len(lengths),):
             raise KernelError(f"start must be ({len(lengths)},); got {tuple(start.shape)}")
         start = start.long().contiguous()
-    chosen = _op(x.detach(), counts, weights, lengths, centred, margin, start, metric)
+    chosen = _op(x.detach(), counts, weights, lengths, centred, margin, start, metric, isolated)
     return chosen.sort().values if ascending else chosen
 
 
-def mean_distance(x: Tensor, centred: bool = False) -> Tensor:
+def mean_distance(
+    x: Tensor, centred: bool = False, *, spans: Sequence[int] | None = None
+) -> Tensor:
     """Compute the mean distance (1 - cos) of :func:`maxmin_select` over all pairs of rows.
 
     Parameters
     ----------
     x
-        Features ``(n, D)`` of one span, of any floating dtype.
+        Features ``(n, D)``, of any floating dtype.
     centred
         Whether the span's mean is subtracted before the cosine.
+    spans
+        Rows per span. None means one span.
 
     Returns
     -------
     Tensor
-        ``(1,)`` in fp32 (fp64 for fp64 features), from 0 to 1.
+        ``(spans,)`` in fp32 (fp64 for fp64 features), from 0 to 1.
 
     Raises
     ------
     KernelError
-        If `x` is not ``(n, D)`` or not floating.
+        If `x` is not ``(n, D)`` or not floating, or the spans do not cover it.
 
     Notes
     -----
     The mean over all pairs, a row with itself included, is 1 - |mean unit vector|². It therefore
-    takes one pass over the rows (two if centred), with one block of them in fp32 at a time.
+    takes one pass over the rows (two if centred).
     """
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)
-    with dispatch.no_autocast(x):
-        return naive.mean_distance(x.detach(), centred)
+    return _mean_op(x.detach(), segments.lengths_of("spans", spans, len(x)), centred)
+
+
+@dispatch.custom_op("mean_distance")
+def _mean_op(x: Tensor, lengths: list[int], centred: bool) -> Tensor:
+    if dispatch.which(x) == "naive" or x.dtype == torch.float64:
+        return naive.mean_distance(x, lengths, centred)
+    from tokencomp.kernels.maxmin_select import triton
+
+    with dispatch.on_device(x):
+        return triton.mean_distance(checks.rows_contiguous(x), lengths, centred)
+
+
+@_mean_op.register_fake
+def _(x: Tensor, lengths: list[int], centred: bool) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(len(lengths), dtype=dtype)
 
 
 @dispatch.custom_op("maxmin_select")
@@ -161,16 +186,21 @@ def _op(
     margin: Tensor | None,
     start: Tensor | None,
     metric: str,
+    isolated: bool,
 ) -> Tensor:
     _check_values(x, weights, lengths, margin, start)
     if dispatch.which(x) == "naive":
-        return naive.maxmin_select(x, counts, weights, lengths, centred, margin, start, metric)
+        return naive.maxmin_select(
+            x, counts, weights, lengths, centred, margin, start, metric, isolated
+        )
     from tokencomp.kernels.maxmin_select import triton
 
     checks.triton_dtype("x", x)
     x = checks.rows_contiguous(x)
     with dispatch.on_device(x):
-        return triton.maxmin_select(x, counts, weights, lengths, centred, margin, start, metric)
+        return triton.maxmin_select(
+            x, counts, weights, lengths, centred, margin, start, metric, isolated
+        )
 
 
 @_op.register_fake
@@ -183,6 +213,7 @@ def _(
     margin: Tensor | None,
     start: Tensor | None,
     metric: str,
+    isolated: bool,
 ) -> Tensor:
     return x.new_empty(sum(counts), dtype=torch.int64)
 

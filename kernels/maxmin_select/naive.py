@@ -32,6 +32,7 @@ def maxmin_select(
     margin: Tensor | None,
     start: Tensor | None,
     metric: str = "cosine",
+    isolated: bool = False,
 ) -> Tensor:
     """Return the chosen rows of `x` in the order of their choice, spans one after the other.
 
@@ -54,7 +55,9 @@ def maxmin_select(
             member_index = torch.tensor(members, device=x.device)
             first_choice = None if start is None else start[member_index]
             margins = x.new_zeros(len(members)) if margin is None else margin[member_index]
-            order = _greedy(x[rows], count, weight, centred, margins, first_choice, metric)
+            order = _greedy(
+                x[rows], count, weight, centred, margins, first_choice, metric, isolated
+            )
             for member, picks in zip(members, rows.gather(1, order), strict=True):
                 chosen[member] = picks
     return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=x.device)
@@ -106,6 +109,7 @@ def _greedy(
     margin: Tensor,
     start: Tensor | None,
     metric: str,
+    isolated: bool,
 ) -> Tensor:
     """Choose `count` rows of every span ``(L, D)`` in `x` ``(S, L, D)``; result ``(S, count)``.
 
@@ -117,7 +121,11 @@ def _greedy(
     rows = x
     if measure is Cosine:
         rows = _centred(x, mean) if centred else normalise(x)
-    if start is None:
+    short = x.shape[1] <= MAX_GRAM_ROWS
+    distance = measure.pairs(rows, rows) if short else None
+    if isolated:
+        start = isolated_row(rows, measure, distance)
+    elif start is None:
         if weight is not None:
             start = weight.argmax(1)
         elif measure is Cosine:
@@ -127,10 +135,28 @@ def _greedy(
             start = (x - mean).square().sum(2).argmax(1)
     weight = x.new_ones(x.shape[:2]) if weight is None else weight.to(x.dtype)
     margin = margin.to(x.dtype)
-    if x.shape[1] <= MAX_GRAM_ROWS:
-        return _at_once(measure.pairs(rows, rows), weight, margin, start, count)
+    if distance is not None:
+        return _at_once(distance, weight, margin, start, count)
     spans = zip(rows, weight, margin, start, strict=True)
     return torch.stack([_Rounds(*span, count, measure).run() for span in spans])
+
+
+def isolated_row(rows: Tensor, measure: Metric, distance: Tensor | None) -> Tensor:
+    """The row of every span ``(L, D)`` of `rows` whose nearest other row is farthest, ``(S,)``.
+
+    `distance` ``(S, L, L)`` loses its diagonals, which no later step reads.
+    """
+    if distance is not None:
+        distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        return distance.amin(2).argmax(1)
+    length = rows.shape[1]
+    nearest = []
+    for begin in range(0, length, step := max(1, GRAM_ELEMENTS // (length * len(rows)))):
+        part = measure.pairs(rows[:, begin : begin + step], rows)
+        at = torch.arange(part.shape[1], device=rows.device)
+        part[:, at, at + begin] = torch.inf
+        nearest.append(part.amin(2))
+    return torch.cat(nearest, dim=1).argmax(1)
 
 
 def _at_once(distance: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count: int) -> Tensor:
@@ -276,9 +302,16 @@ def _round(
     return picks
 
 
-def mean_distance(x: Tensor, centred: bool) -> Tensor:
+def mean_distance(x: Tensor, lengths: list[int], centred: bool) -> Tensor:
     """See :func:`tokencomp.kernels.mean_distance`."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not lengths:
+        return x.new_zeros(0, dtype=dtype)
+    return torch.cat([_mean_distance(span, centred, dtype) for span in x.split(lengths)])
+
+
+def _mean_distance(x: Tensor, centred: bool, dtype: torch.dtype) -> Tensor:
+    """The mean distance of one span, ``(1,)``."""
     total = x.new_zeros(x.shape[1], dtype=dtype)
     mean = x.mean(0, dtype=dtype) if centred else total
     for part in x.split(max(1, GRAM_ELEMENTS // max(1, x.shape[1]))):

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels.maxmin_select import naive
 from tokencomp.kernels.maxmin_select.naive import EPSILON, TAKEN, UNDIRECTED
-from tokencomp.kernels.segments import groups, stacked, starts, table
+from tokencomp.kernels.segments import starts, table
 from tokencomp.kernels.tile import inverse_root, long_dot, padded
 from torch import Tensor
 
@@ -23,6 +24,8 @@ MAX_GRAM_ROWS = 8192
 CANDIDATES = 2048
 # Number of distances that are in memory at once (256 MiB in fp32).
 GRAM_ELEMENTS = 1 << 26
+# Rows and features of a tile of a mean.
+MEAN_BLOCK = (32, 64)
 # Rows and columns of a tile of root mean squares.
 DIFFERENCE_BLOCK = 32
 
@@ -67,6 +70,53 @@ def unit_kernel(
         tl.store(inverse + row, 1.0)
     else:
         tl.store(inverse + row, inverse_root(square))
+
+
+@triton.jit
+def mean_kernel(
+    x, scale, first_row, mean, stride, dim,
+    SCALED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Compute the mean of the rows of every span, each times its `scale` where SCALED.
+
+    The grid is (spans, blocks of features). The order of additions depends on the span alone.
+    """
+    span = tl.program_id(0)
+    start = tl.load(first_row + span)
+    stop = tl.load(first_row + span + 1)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for begin in range(start, stop, BLOCK_R):
+        row = begin + tl.arange(0, BLOCK_R)
+        mask = (row < stop)[:, None] & (d < dim)[None, :]
+        at = x + row.to(tl.int64)[:, None] * stride + d[None, :]
+        value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        if SCALED:
+            value *= tl.load(scale + row, mask=row < stop, other=0.0)[:, None]
+        total += value
+    count = tl.maximum(stop - start, 1)
+    tl.store(mean + span.to(tl.int64) * dim + d, tl.sum(total, axis=0) / count, mask=d < dim)
+
+
+@triton.jit
+def first_kernel(score, first_row, first, BLOCK: tl.constexpr):
+    """Find the row with the largest score of every span, the lowest of equals (0 without rows).
+
+    The grid is (spans,).
+    """
+    span = tl.program_id(0)
+    start = tl.load(first_row + span)
+    rows = tl.load(first_row + span + 1) - start
+    best = -float("inf")
+    place = tl.zeros([], tl.int32)
+    for begin in range(0, rows, BLOCK):
+        row = begin + tl.arange(0, BLOCK)
+        value = tl.load(score + start + row, mask=row < rows, other=-float("inf"))
+        top = tl.max(value, axis=0)
+        at = begin + tl.argmax(value, axis=0, tie_break_left=True)
+        place = tl.where(top > best, at, place)
+        best = tl.maximum(best, top)
+    tl.store(first + span, place.to(tl.int64))
 
 
 @triton.jit
@@ -143,6 +193,26 @@ def difference_kernel(
         mask = (i < rows)[:, None] & (j < rows)[None, :]
         begin = tl.load(first_gram + span) // 16 * 16
         tl.store(gram + begin + place, tl.maximum(tl.sqrt(square), LEAST), mask=mask)
+
+
+@triton.jit
+def isolated_kernel(gram, first_row, first_gram, nearest, BLOCK: tl.constexpr):
+    """Find the distance of one row from the nearest other row of its span.
+
+    The grid is (rows of the longest span, spans).
+    """
+    span = tl.program_id(1)
+    start = tl.load(first_row + span)
+    rows = tl.load(first_row + span + 1) - start
+    i = tl.program_id(0)
+    if i < rows:
+        gram += tl.load(first_gram + span) // 16 * 16 + i.to(tl.int64) * pitch(rows)
+        closest = tl.full([BLOCK], float("inf"), tl.float32)
+        for begin in range(0, rows, BLOCK):
+            j = begin + tl.arange(0, BLOCK)
+            other = (j < rows) & (j != i)
+            closest = tl.minimum(closest, tl.load(gram + j, mask=other, other=float("inf")))
+        tl.store(nearest + start + i, tl.min(closest, axis=0))
 
 
 @triton.jit
@@ -262,6 +332,7 @@ def maxmin_select(
     margin: Tensor | None,
     start: Tensor | None,
     metric: str = "cosine",
+    isolated: bool = False,
 ) -> Tensor:
     """See :func:`tokencomp.kernels.maxmin_select.naive.maxmin_select`."""
     picks = torch.empty(sum(counts), dtype=torch.int64, device=x.device)
@@ -269,7 +340,7 @@ def maxmin_select(
         return picks
     rms = metric == "rms"
     unit, inverse, far = unit_rows(x, lengths, centred and not rms, rms)
-    if start is None:
+    if start is None and not isolated:
         start = first_choice(far if weights is None else weights, lengths)
     rows: Rows = Differences(x.T.float().contiguous()) if rms else Cosines(unit, inverse)
     for group in grouped(lengths):
@@ -301,6 +372,11 @@ class Cosines(NamedTuple):
             DIM=x.shape[1], BLOCK=block, BLOCK_D=block_d, num_warps=warps, num_stages=3,
         )  # fmt: skip
 
+    def isolated(self) -> Tensor:
+        """The row whose nearest other row is farthest, ``(1,)``, in blocks of all pairs."""
+        unit = (self.x.float() * self.inverse[:, None])[None]
+        return naive.isolated_row(unit, naive.Cosine, None)
+
     def part(self, rows: slice | Tensor) -> "Cosines":
         """Some of the rows."""
         return self._replace(x=self.x[rows], inverse=self.inverse[rows])
@@ -331,6 +407,10 @@ class Differences(NamedTuple):
             LEAST=EPSILON, BLOCK=DIFFERENCE_BLOCK, num_warps=4,
         )  # fmt: skip
 
+    def isolated(self) -> Tensor:
+        """See :meth:`Cosines.isolated`."""
+        return naive.isolated_row(self.columns.T[None], naive.RootMeanSquare, None)
+
     def part(self, rows: slice | Tensor) -> "Differences":
         """Some of the rows."""
         return self._replace(columns=self.columns[:, rows].contiguous())
@@ -350,14 +430,7 @@ def unit_rows(
     bits are more exact than the 8 of bfloat16, and unit vectors need no larger range.
     """
     rows, dim = x.shape
-    mean = torch.zeros(len(lengths), dim, dtype=torch.float32, device=x.device)
-    order: dict[int, list[int]] = {}
-    for span, length in enumerate(lengths):
-        order.setdefault(length, []).append(span)
-    for length, first in groups(lengths).items():
-        if length:
-            part = stacked(x, first, length).mean(1, dtype=torch.float32)
-            mean[table(order[length], x.device, torch.int64)] = part
+    mean = means(x, None, lengths)
     inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
     far = torch.empty_like(inverse)
     dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
@@ -372,11 +445,29 @@ def unit_rows(
     return unit, inverse, far
 
 
+def means(x: Tensor, scale: Tensor | None, lengths: list[int]) -> Tensor:
+    """Return the mean of the rows of every span, each times its `scale`, fp32 ``(spans, D)``."""
+    mean = torch.empty(len(lengths), x.shape[1], dtype=torch.float32, device=x.device)
+    first_row = table([0, *itertools.accumulate(lengths)], x.device)
+    mean_kernel[(len(lengths), triton.cdiv(x.shape[1], MEAN_BLOCK[1]))](
+        x, x if scale is None else scale, first_row, mean, x.stride(0), x.shape[1],
+        SCALED=scale is not None, BLOCK_R=MEAN_BLOCK[0], BLOCK_D=MEAN_BLOCK[1], num_warps=4,
+    )  # fmt: skip
+    return mean
+
+
+def mean_distance(x: Tensor, lengths: list[int], centred: bool) -> Tensor:
+    """See :func:`tokencomp.kernels.mean_distance`."""
+    unit, inverse, _ = unit_rows(x, lengths, centred)
+    return (1 - means(unit, inverse, lengths).square().sum(1)).clamp_(min=0)
+
+
 def first_choice(score: Tensor, lengths: list[int]) -> Tensor:
     """Return the row with the largest score of every span (0 for an empty span)."""
-    best = [part.argmax() if len(part) else part.new_zeros((), dtype=torch.int64)
-            for part in score.split(lengths)]  # fmt: skip
-    return torch.stack(best)
+    first = torch.empty(len(lengths), dtype=torch.int64, device=score.device)
+    first_row = table([0, *itertools.accumulate(lengths)], score.device)
+    first_kernel[(len(lengths),)](score, first_row, first, BLOCK=1024, num_warps=4)
+    return first
 
 
 def grouped(lengths: list[int]) -> list[list[int]]:
@@ -403,7 +494,7 @@ def run(
     lengths: list[int],
     counts: list[int],
     margin: Tensor | None,
-    start: Tensor,
+    start: Tensor | None,
     picks: Tensor,
 ) -> None:
     """Choose the rows of the spans in one group and write them to `picks` ``(Σ counts,)``."""
@@ -417,11 +508,14 @@ def run(
     if longest > MAX_GRAM_ROWS:
         span, length = slice(row[first], row[last]), lengths[first]
         span_weights = None if weights is None else weights[span]
-        run_rounds(rows.part(span), span_weights, length, group_margin, start[first:], group_picks)
+        part = rows.part(span)
+        begin = part.isolated() if start is None else start[first:]
+        run_rounds(part, span_weights, length, group_margin, begin, group_picks)
         group_picks += row[first]
         return
     firsts = table(pick[first : last + 1], picks.device)
-    greedy(rows, row[first : last + 1], firsts, start[first:], weights, group_margin, picks)
+    begin = None if start is None else start[first:]
+    greedy(rows, row[first : last + 1], firsts, begin, weights, group_margin, picks)
 
 
 def run_rounds(
@@ -467,7 +561,7 @@ def greedy(
     rows: Rows,
     bounds: list[int],
     first_pick: Tensor,
-    start: Tensor,
+    start: Tensor | None,
     weights: Tensor | None,
     margin: Tensor | None,
     picks: Tensor,
@@ -475,7 +569,8 @@ def greedy(
 ) -> None:
     """Compute all distances of spans that begin at rows `bounds`, then take all steps.
 
-    The last of the bounds is the end of the last span. `resume` holds the last four tensors of
+    The last of the bounds is the end of the last span. `start` is None for the rows whose nearest
+    other row is farthest. `resume` holds the last four tensors of
     :func:`greedy_kernel` for a round, and is None otherwise.
     """
     lengths, device = [end - begin for begin, end in itertools.pairwise(bounds)], picks.device
@@ -483,6 +578,12 @@ def greedy(
     gram = torch.empty(sum(squares), dtype=torch.float32, device=device)
     first_row, first_gram = table(bounds, device), table(starts(squares), device, torch.int64)
     rows.pairs(first_row, first_gram, gram, max(lengths))
+    if start is None:
+        nearest = torch.empty(bounds[-1], dtype=torch.float32, device=device)
+        isolated_kernel[(max(lengths), len(lengths))](
+            gram, first_row, first_gram, nearest, BLOCK=1024, num_warps=4
+        )
+        start = first_choice(nearest[bounds[0] :], lengths)
     wide = padded(max(lengths))
     greedy_kernel[(len(lengths),)](
         gram, first_row, first_gram, first_pick, start, weights, picks,

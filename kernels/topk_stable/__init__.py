@@ -4,14 +4,18 @@
 between devices and versions. The kept tokens must not depend on that.
 """
 
+from collections.abc import Sequence
+
 import torch
-from tokencomp.kernels import checks, dispatch
+from tokencomp.kernels import checks, dispatch, segments
 from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.topk_stable import naive
 from torch import Tensor
 
 
-def topk_stable(scores: Tensor, k: int) -> Tensor:
+def topk_stable(
+    scores: Tensor, k: int | Sequence[int], *, spans: Sequence[int] | None = None
+) -> Tensor:
     """Return the indices of the `k` largest scores in ascending order; ties go to the lower index.
 
     Parameters
@@ -19,17 +23,22 @@ def topk_stable(scores: Tensor, k: int) -> Tensor:
     scores
         Scores ``(..., n)`` of any real dtype, compared in fp32. Infinities are allowed, NaN is not.
     k
-        How many indices to return, ``0 <= k <= n``.
+        How many indices to return, ``0 <= k <= n``; with `spans`, one number for all or one each.
+    spans
+        Lengths of spans that scores ``(n,)`` hold one after the other; the best of every span are
+        returned. None means that every row of `scores` is one span.
 
     Returns
     -------
     Tensor
-        Indices int64 ``(..., k)``, ascending along the last dimension.
+        Indices int64 ``(..., k)``, ascending along the last dimension. With `spans`, indices into
+        `scores`, ascending, ``(Σ k,)``.
 
     Raises
     ------
     KernelError
-        If `k` is out of range, a score is NaN, or `scores` is complex or has no dimension.
+        If `k` is out of range, a score is NaN, `scores` is complex or has no dimension, or the
+        spans do not cover it.
 
     Notes
     -----
@@ -40,16 +49,42 @@ def topk_stable(scores: Tensor, k: int) -> Tensor:
         raise KernelError(
             f"scores must be real, (..., n); got {scores.dtype} {tuple(scores.shape)}"
         )
-    checks.count("k", k, 0, scores.shape[-1])
-    return _op(scores.detach().float(), k)
+    if spans is None and isinstance(k, int):
+        checks.count("k", k, 0, scores.shape[-1])
+        return _op(scores.detach().float(), k)
+    checks.shape("scores", scores, 1, "(n,)")
+    lengths = segments.lengths_of("spans", spans, len(scores))
+    counts = [k] * len(lengths) if isinstance(k, int) else [int(c) for c in k]
+    if len(counts) != len(lengths):
+        raise KernelError(f"{len(counts)} values of k for {len(lengths)} spans")
+    for count, length in zip(counts, lengths, strict=True):
+        checks.count("k", count, 0, length)
+    return _spans_op(scores.detach().float(), counts, lengths)
+
+
+def _check_values(scores: Tensor) -> None:
+    if dispatch.checks_enabled(scores):
+        checks.holds(
+            ~torch.isnan(scores).any(),
+            "scores contain NaN: no order is defined. Check the features (or attention) they come "
+            "from",
+        )
+
+
+@dispatch.custom_op("topk_of_spans")
+def _spans_op(scores: Tensor, counts: list[int], lengths: list[int]) -> Tensor:
+    _check_values(scores)
+    return naive.topk_of_spans(scores, counts, lengths)
+
+
+@_spans_op.register_fake
+def _(scores: Tensor, counts: list[int], lengths: list[int]) -> Tensor:
+    return scores.new_empty(sum(counts), dtype=torch.int64)
 
 
 @dispatch.custom_op("topk_stable")
 def _op(scores: Tensor, k: int) -> Tensor:
-    checks.holds(
-        ~torch.isnan(scores).any(),
-        "scores contain NaN: no order is defined. Check the features (or attention) they come from",
-    )
+    _check_values(scores)
     return naive.topk_stable(scores, k)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tokencomp
 from tokencomp import Plan, Reduction, Stage, make_reducer
-from tokencomp.engine.layout import LiveSpan, RowLayout, compact, full_layout, take
+from tokencomp.engine.layout import LiveSpan, RowLayout, Selection, compact, full_layout, take
 from tokencomp.tokens import VisualSpan
 
 
@@ -89,7 +89,8 @@ def test_a_frame_moves_as_a_whole() -> None:
 
     span = VisualSpan(1, 4, (1, 2, 2))
     keep = Reduction(torch.tensor([0, 2]), sizes=torch.tensor([2.0, 2.0]))
-    layout, _ = compact(full_layout(6, [6], [[span]]), [[keep]], torch.device("cpu"))
+    selection = Selection([[2]], [(0, 0)], keep)
+    layout, *_ = compact(full_layout(6, [6], [[span]]), selection, torch.device("cpu"))
     moved = layout.to(torch.device("meta"))
-    assert len(tensors(moved)) == len(tensors(layout)) == 3
+    assert len(tensors(moved)) == len(tensors(layout)) == 2
     assert all(t.is_meta for t in tensors(moved)) and not any(t.is_meta for t in tensors(layout))

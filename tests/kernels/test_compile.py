@@ -37,6 +37,9 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     "maxmin_select": lambda x: kernels.maxmin_select(
         x.view(12, 8), 4, x[:12].abs(), spans=6, margin=x[:1].abs().expand(2)
     ),
+    "mean_distance": lambda x: kernels.mean_distance(x.view(12, 8), spans=[5, 7]),
+    "dpp_select": lambda x: kernels.dpp_select(x.view(12, 8), 2, x[:12].abs() + 0.1, spans=6),
+    "topk_of_spans": lambda x: kernels.topk_stable(x, [2, 5], spans=[40, 56]),
     "topk_stable": lambda x: kernels.topk_stable(x.view(2, 48), 5),
 }
 
@@ -65,10 +68,12 @@ def test_opcheck(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatc
     """PyTorch checks the schema (no hidden aliasing or mutation) and the fake tensors."""
     monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
     recorded: list[tuple] = []
-    package = __import__("sys").modules[
-        "tokencomp.kernels." + name.replace("attention_lse", "attention_colsum")
-    ]
-    attribute = "_lse_op" if name == "attention_lse" else "_op"
+    module, attribute = {
+        "attention_lse": ("attention_colsum", "_lse_op"),
+        "mean_distance": ("maxmin_select", "_mean_op"),
+        "topk_of_spans": ("topk_stable", "_spans_op"),
+    }.get(name, (name, "_op"))
+    package = __import__("sys").modules[f"tokencomp.kernels.{module}"]
     op = getattr(package, attribute)
 
     def recorder(*arguments: object) -> object:

@@ -192,6 +192,29 @@ def test_root_mean_square(
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("metric", ["cosine", "rms"])
+@pytest.mark.parametrize("rounds", [False, True], ids=["at once", "in rounds"])
+def test_isolated_start(
+    place: torch.device, rounds: bool, metric: str, request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The first choice is the row whose nearest other row is farthest, also block by block."""
+    if rounds:
+        request.getfixturevalue("short_rounds")
+        monkeypatch.setattr(naive, "GRAM_ELEMENTS", 300)
+    lengths = [70, 1, 33, 70]
+    x = torch.randn(sum(lengths), 6)
+    got = maxmin_select(
+        x.to(place), 1, spans=lengths, start="isolated", metric=metric, ascending=False
+    ).tolist()
+    start = 0
+    for part, pick in zip(x.split(lengths), got, strict=True):
+        distance = differences(part) if metric == "rms" else distances(part)
+        nearest = distance.fill_diagonal_(math.inf).amin(1)
+        assert nearest[pick - start] >= nearest.max() - 1e-5
+        start += len(part)
+
+
 @pytest.mark.parametrize("place_of_start", [0, 4])
 def test_root_mean_square_sees_lengths(place: torch.device, place_of_start: int) -> None:
     """Rows of one direction differ in length alone; the cosine takes all of them for copies."""
@@ -411,6 +434,18 @@ def test_mean_distance(
         assert abs(float(got) - float(expected)) < 1e-5
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_mean_distance_of_spans(place: torch.device, centred: bool) -> None:
+    """Every span has the mean of its own pairs, whatever stands beside it."""
+    lengths = [33, 1, 40, 33]
+    x = torch.randn(sum(lengths), 70) + 0.3
+    got = mean_distance(x.to(place), centred, spans=lengths).cpu()
+    alone = torch.cat([mean_distance(part.to(place), centred).cpu() for part in x.split(lengths)])
+    assert torch.equal(got, alone)
+    expected = [distances(part, centred).clamp(min=0).mean() for part in x.split(lengths)]
+    assert torch.allclose(got.double()[[0, 2, 3]], torch.stack(expected)[[0, 2, 3]], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -426,6 +461,7 @@ def test_mean_distance(
         ({"margin": torch.zeros(2)}, r"margin must be \(1,\)"),
         ({"margin": torch.zeros(1, device="meta")}, "one device"),
         ({"metric": "l1"}, "metric='l1' is not known; allowed: cosine, rms"),
+        ({"start": "first"}, "start='first' is not known; allowed: isolated"),
         ({"start": torch.tensor([10])}, "inside its span"),
         ({"start": torch.tensor([0, 1])}, "start must be"),
         ({"start": torch.tensor([0.0])}, "int32 or int64"),

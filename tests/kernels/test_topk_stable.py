@@ -55,3 +55,18 @@ def test_nan_and_bad_k_are_refused(place: torch.device) -> None:
             topk_stable(torch.zeros(3, device=place), k)
     with pytest.raises(KernelError, match="real"):
         topk_stable(torch.tensor(1.0, device=place), 0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counts"),
+    [([7], [3]), ([5, 5], 2), ([9, 0, 1, 12], [4, 0, 1, 12]), ([6, 4], [0, 0])],
+)
+def test_spans(lengths: list[int], counts: int | list[int]) -> None:
+    """Every span has the result that it has alone; half of the scores are equal."""
+    scores = torch.randint(4, (sum(lengths),)).float()
+    each = [counts] * len(lengths) if isinstance(counts, int) else counts
+    expected, start = [], 0
+    for part, k in zip(scores.split(lengths), each, strict=True):
+        expected.append(topk_stable(part, k) + start)
+        start += len(part)
+    assert torch.equal(topk_stable(scores, counts, spans=lengths), torch.cat(expected))

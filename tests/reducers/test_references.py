@@ -55,15 +55,6 @@ def test_divprune(grid: tuple[int, int, int], keep: int) -> None:
     assert make_reducer("divprune").reduce(given, keep).keep.tolist() == expected
 
 
-def test_divprune_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokencomp.reducers import divprune
-
-    x = matrix.tokens((3, 5, 7)).features
-    whole = divprune.most_isolated(x)
-    monkeypatch.setattr(divprune, "BLOCK", 400)
-    assert divprune.most_isolated(x) == whole
-
-
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(("power", "centred"), [(0.5, False), (1.0, True), (2.0, False)])
 @pytest.mark.parametrize("margin", [0.0, 0.1, 2.0])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
 from tokencomp.engine.cache import first_with_rows, holds_rows
-from tokencomp.engine.layout import RowLayout, compact, take, write_merged
+from tokencomp.engine.layout import RowLayout, Selection, compact, take, write_merged
 from tokencomp.engine.masks import MaskSource
 from tokencomp.engine.outputs import restore_map
 from tokencomp.engine.packing import sequence_lengths, text_positions
@@ -24,7 +24,7 @@ from tokencomp.engine.survivors import surviving_rows
 from tokencomp.engine.tower_flops import TowerCost
 from tokencomp.engine.window import CHUNKED, Windows
 from tokencomp.plan import Plan, Stage
-from tokencomp.tokens import Attention, Reduction, Signal, VisualSpan
+from tokencomp.tokens import Attention, Signal, VisualSpan
 
 
 class ForwardPass:
@@ -160,26 +160,27 @@ class ForwardPass:
             self.layout = self.layout.to(x.device)  # layers may lie on several devices
             scores = self._scores.pop(stage.layer, None)
             before = StageInput(x, self.layout, scores, self.tower)
-            reductions = before.reductions(stage, self.plan.stages.index(stage), self.counts)
-            tensors = self._compact(reductions, tensors, dims)
+            selection = before.selection(stage, self.plan.stages.index(stage), self.counts)
+            tensors = self._compact(selection, tensors, dims)
             self.kept.append(self.layout)
-            write_merged(tensors[0], self.layout, reductions)
         return tensors
 
     def _compact(
-        self, reductions: list[list[Reduction]], tensors: list[Tensor], dims: list[int]
+        self, selection: Selection, tensors: list[Tensor], dims: list[int]
     ) -> list[Tensor]:
-        """Put the layout after `reductions` in force, and take its columns of all tensors."""
+        """Put the layout after `selection` in force, and take its columns of all tensors."""
         device = tensors[0].device
-        self.layout, index = compact(self.layout, reductions, device)
-        return take([t.to(device) for t in tensors], index, dims, self.layout.valid(device))
+        self.layout, index, place = compact(self.layout, selection, device)
+        tensors = [t.to(device) for t in tensors]
+        tensors = take(tensors, index, dims, self.layout.valid(device))
+        write_merged(tensors[0], place, selection.reduction)
+        return tensors
 
     def _leave_tower(self, x: Tensor, positions: Tensor) -> list[Tensor]:
         """Drop the visual tokens that the vision tower has not computed, which are NaN."""
         layout = self.layout = self.layout.to(x.device)
-        left = surviving_rows(x, layout, self.plan)
-        reductions = [[Reduction(keep.to(x.device)) for keep in row] for row in left]
-        tensors = self._compact(reductions, [x, positions], [1, -1])
+        selection = surviving_rows(x, layout, self.plan)
+        tensors = self._compact(selection, [x, positions], [1, -1])
         self.survivors = self.layout
         return tensors
 

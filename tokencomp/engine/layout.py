@@ -9,41 +9,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokencomp.tokens import Reduction, VisualSpan
 
 
 @dataclass
 class LiveSpan:
-    """What is left of a span: `count` tokens from column `start`, at `index` of the span."""
+    """What is left of a span: `count` tokens from column `start`."""
 
     span: VisualSpan
     start: int
     count: int
-    index: Tensor | None = None
-
-    def to(self, device: torch.device) -> LiveSpan:
-        """This span with its tensor on `device`."""
-        return self if self.index is None else replace(self, index=self.index.to(device))
 
     @property
     def stop(self) -> int:
         """The column behind the last one."""
         return self.start + self.count
 
-    def special_rows(self, device: torch.device) -> Tensor:
-        """Which rows of what is left are special tokens or text, bool, shape (count,)."""
-        special = self.span.special_mask(device)
-        return special if self.index is None else special[self.index.to(device)]
+    @property
+    def whole(self) -> bool:
+        """Whether no token of the span has left."""
+        return self.count == self.span.length
 
-    def text_rows(self) -> Tensor:
-        """Rows of what is left that are text between frames, int64, ascending."""
-        mask = self.span.text_mask()
-        if self.index is not None:
-            mask = mask[self.index.cpu()]
-        return mask.nonzero()[:, 0]
+
+@dataclass
+class Selection:
+    """Which of the live visual tokens of a call stay.
+
+    Attributes
+    ----------
+    counts
+        Per sample, per span: tokens that stay.
+    chosen
+        (sample, span) of the spans that lose tokens, in order.
+    reduction
+        What stays of those, as rows of all of them one after the other; None if there are none.
+    """
+
+    counts: list[list[int]]
+    chosen: list[tuple[int, int]]
+    reduction: Reduction | None
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,7 @@ class RowLayout:
     origin: Tensor | None = None
     sizes: Tensor | None = None
     prompts: list[list[Prompt]] = field(default_factory=list)
+    _valid: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def packed(self) -> bool:
@@ -117,21 +126,23 @@ class RowLayout:
     def to(self, device: torch.device) -> RowLayout:
         """This layout with its tensors on `device`."""
         origin, sizes = (None if t is None else t.to(device) for t in (self.origin, self.sizes))
-        spans = [[live.to(device) for live in row] for row in self.spans]
-        return replace(self, spans=spans, origin=origin, sizes=sizes)
+        return replace(self, origin=origin, sizes=sizes)
 
-    def sizes_of(self, sample: int, live: LiveSpan) -> Tensor | None:
-        """Sizes of the tokens of a live span, shape (live.count,); None: one each."""
-        if self.sizes is None:
+    def index_of(self, sample: int, live: LiveSpan) -> Tensor | None:
+        """Offsets in its span of what is left of it, int64, shape (count,); None: all of them."""
+        if live.whole or self.origin is None:
             return None
-        return self.sizes[sample, live.start : live.start + live.count]
+        return self.origin[sample, live.start : live.stop] - live.span.start
 
     def valid(self, device: torch.device) -> Tensor | None:
         """Mask of real columns, shape (B, width); None if all are."""
         if not self.ragged:
             return None
-        starts = torch.tensor([self.width - n for n in self.lengths], device=device)
-        return torch.arange(self.width, device=device)[None] >= starts[:, None]
+        if self._valid is None or self._valid.device != device:
+            starts = self.width - np.asarray(self.lengths)
+            mask = np.arange(self.width)[None] >= starts[:, None]
+            self._valid = torch.from_numpy(mask).to(device)
+        return self._valid
 
 
 def full_layout(
@@ -148,45 +159,57 @@ def full_layout(
 
 
 def compact(
-    layout: RowLayout, reductions: list[list[Reduction]], device: torch.device
-) -> tuple[RowLayout, Tensor]:
-    """The layout after `reductions`, and its index into `layout`.
+    layout: RowLayout, selection: Selection, device: torch.device
+) -> tuple[RowLayout, Tensor, Tensor | None]:
+    """The layout after a stage, and its index into `layout`.
+
+    Which columns text and whole spans come from is known on the host. One table holds them, the
+    columns of the tokens that may leave, and the places of those that stay; it moves to the device
+    once, where the kept rows are filled in.
 
     Returns
     -------
     RowLayout
     Tensor of int64, shape (B, new width)
         Column of `layout` for every new column; 0 at padding.
+    Tensor of int64, or None
+        Flat places (sample · new width + column) of the rows of `selection.reduction`.
     """
-    rows, spans = [], []
-    for b, (live, reduced) in enumerate(zip(layout.spans, reductions, strict=True)):
-        pieces, moved, cursor, length = [], [], layout.width - layout.lengths[b], 0
-        for old, red in zip(live, reduced, strict=True):
-            pieces.append(torch.arange(cursor, old.start, device=device))
-            length += old.start - cursor
-            keep = red.keep.to(device)
-            pieces.append(keep + old.start)
-            index = keep if old.index is None else old.index[keep]
-            moved.append(LiveSpan(old.span, length, keep.numel(), index))
-            length += keep.numel()
-            cursor = old.start + old.count
-        pieces.append(torch.arange(cursor, layout.width, device=device))
-        rows.append(torch.cat(pieces))
-        spans.append(moved)
-    lengths = [r.numel() for r in rows]
-    width = max(lengths)
-    index = torch.stack([nn.functional.pad(r, (width - r.numel(), 0)) for r in rows])
-    prompts = [
-        _shrunk(layout, b, live, width - length)
-        for b, (live, length) in enumerate(zip(spans, lengths, strict=True))
+    pairs = list(zip(layout.spans, selection.counts, strict=True))
+    lengths = [
+        n - sum(old.count for old in live) + sum(counts)
+        for n, (live, counts) in zip(layout.lengths, pairs, strict=True)
     ]
-    for live, length in zip(spans, lengths, strict=True):
-        for item in live:
-            item.start += width - length
+    width, chosen = max(lengths), set(selection.chosen)
+    table = np.zeros((len(lengths), width), dtype=np.int64)
+    spans, columns, places = [], [], []
+    for b, (live, counts) in enumerate(pairs):
+        at, cursor, moved = width - lengths[b], layout.width - layout.lengths[b], []
+        for j, (old, count) in enumerate(zip(live, counts, strict=True)):
+            text = old.start - cursor
+            table[b, at : at + text] = np.arange(cursor, old.start)
+            at += text
+            moved.append(LiveSpan(old.span, at, count))
+            if (b, j) in chosen:
+                columns.append(np.arange(old.start, old.stop))
+                places.append(np.arange(at, at + count) + b * width)
+            else:
+                table[b, at : at + count] = np.arange(old.start, old.stop)
+            at, cursor = at + count, old.stop
+        table[b, at:] = np.arange(cursor, layout.width)
+        spans.append(moved)
+    prompts = [_shrunk(layout, b, moved, width - lengths[b]) for b, moved in enumerate(spans)]
+    parts = [table.ravel(), *places, *columns]
+    packed, place = torch.from_numpy(np.concatenate(parts)).to(device), None
+    index = packed[: table.size].view(table.shape)
+    if selection.reduction is not None:
+        stop = table.size + sum(map(len, places))
+        place, kept = packed[table.size : stop], selection.reduction.keep.to(device)
+        index.view(-1).index_copy_(0, place, packed[stop:].index_select(0, kept))
     origin = index if layout.origin is None else layout.origin.gather(1, index)
-    moved_layout = RowLayout(width, lengths, spans, origin, prompts=prompts)
-    moved_layout.sizes = _sizes(layout, moved_layout, index, reductions)
-    return moved_layout, index
+    after = RowLayout(width, lengths, spans, origin, prompts=prompts)
+    after.sizes = _sizes(layout, after, index, selection.reduction, place)
+    return after, index, place
 
 
 def _shrunk(layout: RowLayout, sample: int, after: list[LiveSpan], shift: int) -> list[Prompt]:
@@ -202,11 +225,15 @@ def _shrunk(layout: RowLayout, sample: int, after: list[LiveSpan], shift: int) -
 
 
 def _sizes(
-    before: RowLayout, after: RowLayout, index: Tensor, reductions: list[list[Reduction]]
+    before: RowLayout,
+    after: RowLayout,
+    index: Tensor,
+    reduction: Reduction | None,
+    place: Tensor | None,
 ) -> Tensor | None:
     """Sizes of the columns of `after`; 1 at padding."""
-    merges = any(red.sizes is not None for row in reductions for red in row)
-    if before.sizes is None and not merges:
+    merged = None if reduction is None else reduction.sizes
+    if before.sizes is None and merged is None:
         return None
     if before.sizes is None:
         sizes = torch.ones(index.shape, device=index.device)
@@ -214,10 +241,8 @@ def _sizes(
         valid = after.valid(index.device)
         sizes = before.sizes.gather(1, index)
         sizes = sizes if valid is None else sizes.masked_fill(~valid, 1.0)
-    for b, (live, reduced) in enumerate(zip(after.spans, reductions, strict=True)):
-        for item, red in zip(live, reduced, strict=True):
-            if red.sizes is not None:
-                sizes[b, item.start : item.start + item.count] = red.sizes.to(sizes)
+    if merged is not None and place is not None:
+        sizes.view(-1).index_copy_(0, place, merged.to(sizes))
     return sizes
 
 
@@ -244,10 +269,7 @@ def take(
     return gather_rows(tensors, index, dims, [dim - 1 for dim in dims])
 
 
-def write_merged(x: Tensor, layout: RowLayout, reductions: list[list[Reduction]]) -> Tensor:
-    """Put merged features at the columns of their kept tokens (in place on the gathered x)."""
-    for b, (live, reduced) in enumerate(zip(layout.spans, reductions, strict=True)):
-        for item, red in zip(live, reduced, strict=True):
-            if red.merged is not None:
-                x[b, item.start : item.start + item.count] = red.merged.to(x)
-    return x
+def write_merged(x: Tensor, place: Tensor | None, reduction: Reduction | None) -> None:
+    """Put merged features at the places of their kept tokens (in place on the gathered x)."""
+    if reduction is not None and reduction.merged is not None and place is not None:
+        x.flatten(0, 1).index_copy_(0, place, reduction.merged.to(x))

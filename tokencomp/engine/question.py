@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.instance_method import MethodReplacement
-from tokencomp.engine.layout import LiveSpan, Prompt
-from tokencomp.tokens import Reduction, VisualSpan
+from tokencomp.engine.layout import Prompt
+from tokencomp.tokens import Reduction, VisualSpan, VisualTokens
 
 IGNORED = -100  # label of a column that is not trained, as in transformers
 GENERATE = "generate"
@@ -113,23 +113,22 @@ def starts_from_lengths(cumulative: Any, batch: int, width: int) -> list[list[in
     return rows if any(len(row) > 1 for row in rows) else None
 
 
-def keep_last(reduction: Reduction, live: LiveSpan, feature: Tensor) -> Reduction:
+def keep_last(reduction: Reduction, tokens: VisualTokens) -> Reduction:
     """Exchange a kept row for the last one of a span that ends a question.
 
     The next token is predicted from the last column, so that column never leaves. The last kept
     patch makes room for it; where only text and special tokens are kept, the count grows by one.
     """
-    keep, last = reduction.keep, live.count - 1
+    keep, last = reduction.keep, len(tokens) - 1
     if keep.numel() and int(keep[-1]) == last:
         return reduction
-    fixed = live.special_rows(keep.device)[keep]
-    patches = (~fixed).nonzero()[:, 0]
+    patches = (~tokens.special[keep]).nonzero()[:, 0]
     rest = torch.ones_like(keep, dtype=torch.bool)
     rest[patches[-1:]] = False
     end = keep.new_tensor([last])
     merged, sizes = reduction.merged, reduction.sizes
     if merged is not None:
-        merged = torch.cat([merged[rest], feature[None].to(merged)])
+        merged = torch.cat([merged[rest], tokens.features[last:].to(merged)])
     if sizes is not None:
         sizes = torch.cat([sizes[rest], sizes.new_ones(1)])
     return Reduction(torch.cat([keep[rest], end]), merged, sizes)

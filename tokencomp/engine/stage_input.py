@@ -1,14 +1,16 @@
-"""What a stage hands to its reducer, span by span, and what it gets back."""
+"""What a stage hands to its reducer: all spans of a call as one batch; and what it gets back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.engine.layout import LiveSpan, RowLayout
+from tokencomp.engine.layout import RowLayout, Selection
 from tokencomp.engine.question import keep_last
 from tokencomp.plan import Stage
 from tokencomp.tokens import (
@@ -17,7 +19,7 @@ from tokencomp.tokens import (
     TOWER_SIGNALS,
     Reduction,
     Signal,
-    VisualTokens,
+    SpanBatch,
 )
 
 
@@ -42,10 +44,8 @@ class StageInput:
     scores: list[list[Tensor]] | None
     tower: Mapping[Signal, list[list[Tensor]]]
 
-    def reductions(
-        self, stage: Stage, order: int, counts: list[list[list[int]]]
-    ) -> list[list[Reduction]]:
-        """The result of the reducer of `stage` for every span of every sample.
+    def selection(self, stage: Stage, order: int, counts: list[list[list[int]]]) -> Selection:
+        """Which tokens of every span stay, by the reducer of `stage`.
 
         Parameters
         ----------
@@ -55,61 +55,165 @@ class StageInput:
             Per sample, per span: visual tokens that stay after every stage of the plan. Where the
             last token of a question must stay in addition, the count is corrected in place.
         """
-        reductions = []
-        for b, row in enumerate(self.layout.spans):
-            reduced = []
-            for j, live in enumerate(row):
-                visual, text = counts[b][j][order], live.text_rows()
-                # The plan counts visual tokens. Text between the frames of a video lies inside of
-                # its span and always stays, so it is added.
-                keep = visual + text.numel()
-                ends_question = live.stop == self.layout.prompt_of(b, live).question_stop
-                # No reducer is needed where all tokens stay, or only the text does.
-                if keep == live.count or visual == 0:
-                    rows = torch.arange(keep) if keep == live.count else text
-                    reduction = Reduction(rows.to(self.x.device))
-                else:
-                    reduction = stage.reducer.reduced(self._tokens(stage, b, j, live), keep)
-                # The next token is predicted from the last column of a question. If a span ends
-                # there, its last token stays in any case.
-                if ends_question and keep < live.count:
-                    reduction = keep_last(reduction, live, self.x[b, live.stop - 1])
-                    counts[b][j][order] = reduction.keep.numel() - text.numel()
-                reduced.append(reduction)
-            reductions.append(reduced)
-        return reductions
+        spans = self.layout.spans
+        # The plan counts visual tokens. Text between the frames of a video lies inside of its span
+        # and always stays, so it is added.
+        keeps = [
+            [counts[b][j][order] + len(live.span.text) for j, live in enumerate(row)]
+            for b, row in enumerate(spans)
+        ]
+        chosen = [
+            (b, j)
+            for b, row in enumerate(spans)
+            for j, live in enumerate(row)
+            if keeps[b][j] < live.count
+        ]
+        if not chosen:  # no reducer is needed where all tokens stay
+            return Selection(keeps, [], None)
+        batch = self._batch(stage, chosen)
+        numbers = [keeps[b][j] for b, j in chosen]
+        reduction = self._reduced(stage, batch, chosen, numbers, order, counts)
+        # The next token is predicted from the last column of a question. If a span ends there, its
+        # last token stays in any case.
+        ends = [self._ends_question(b, j) for b, j in chosen]
+        if any(ends):
+            parts = [
+                keep_last(part, tokens) if end else part
+                for part, tokens, end in zip(
+                    reduction.split(batch, numbers), batch.spans(), ends, strict=True
+                )
+            ]
+            reduction = Reduction.join(parts, batch)
+            for part, (b, j) in zip(parts, chosen, strict=True):
+                keeps[b][j] = part.keep.numel()
+                counts[b][j][order] = keeps[b][j] - len(spans[b][j].span.text)
+        return Selection(keeps, chosen, reduction)
 
-    def _tokens(self, stage: Stage, b: int, j: int, live: LiveSpan) -> VisualTokens:
-        """What the reducer of `stage` sees of live span `j` of sample `b`."""
-        special = live.span.special_mask(self.x.device)
-        tokens = VisualTokens(
-            features=self.x[b, live.start : live.start + live.count],
-            grid=live.span.grid,
-            special=special if live.index is None else special[live.index],
-            index=live.index,
-            scores=None if self.scores is None else self.scores[b][j].to(self.x.device),
-            query=self._query(stage, b, live),
-            kind=live.span.kind,
-            sizes=self.layout.sizes_of(b, live),
+    def _ends_question(self, b: int, j: int) -> bool:
+        live = self.layout.spans[b][j]
+        return live.stop == self.layout.prompt_of(b, live).question_stop
+
+    def _reduced(
+        self,
+        stage: Stage,
+        batch: SpanBatch,
+        chosen: list[tuple[int, int]],
+        numbers: list[int],
+        order: int,
+        counts: list[list[list[int]]],
+    ) -> Reduction:
+        """The reduction of `batch`; where no visual token stays, only the text of a span does."""
+        if all(counts[b][j][order] for b, j in chosen):
+            return stage.reducer.reduced_batch(batch, numbers)
+        parts: list[Reduction] = []
+        for tokens, keep, (b, j) in zip(batch.spans(), numbers, chosen, strict=True):
+            if counts[b][j][order]:
+                parts.append(stage.reducer.reduced(tokens, keep))
+            else:
+                text = self.layout.spans[b][j].span.text_mask(self.x.device)
+                text = text if tokens.index is None else text[tokens.index]
+                parts.append(Reduction(text.nonzero()[:, 0]))
+        return Reduction.join(parts, batch)
+
+    def _batch(self, stage: Stage, chosen: list[tuple[int, int]]) -> SpanBatch:
+        """What the reducer of `stage` sees of the spans `chosen`.
+
+        The tables that it needs are built on the host and moved to the device together.
+        """
+        lives = [self.layout.spans[b][j] for b, j in chosen]
+        fixed = [len(live.span.special) + len(live.span.text) for live in lives]
+        rows = [
+            np.arange(live.start, live.stop) + b * self.layout.width
+            for live, (b, _) in zip(lives, chosen, strict=True)
+        ]
+        tables = HostTables(self.x.device)
+        columns = tables.add(np.concatenate(rows))
+        missing = any(not live.whole for live in lives)
+        lengths = [live.count for live in lives]
+        ends = np.cumsum([live.span.length for live in lives])
+        before = [end - live.span.length for end, live in zip(ends, lives, strict=True)]
+        start = tables.add(np.repeat([live.span.start for live in lives], lengths), missing)
+        base = tables.add(np.repeat(before, lengths), missing)
+        mask = tables.add(np.concatenate([live.span.fixed_mask() for live in lives]), any(fixed))
+        tables.move()
+        flat = self.x.flatten(0, 1)
+        index = full = None
+        if missing and self.layout.origin is not None:
+            index = self.layout.origin.flatten().index_select(0, columns()) - start()
+            full = index + base()  # row in a table of all tokens of these spans
+        special = None
+        if any(fixed):
+            special = (mask() if full is None else mask().index_select(0, full)).bool()
+        sizes = self.layout.sizes
+        first, last = rows[0][0], rows[-1][-1] + 1
+        neighbours = last - first == sum(lengths)
+        batch = SpanBatch(
+            features=flat[first:last] if neighbours else flat.index_select(0, columns()),
+            lengths=lengths,
+            grids=[live.span.grid for live in lives],
+            kinds=[live.span.kind for live in lives],
+            fixed=fixed,
+            special=special,
+            index=index,
+            scores=self._scores(chosen),
+            sizes=None if sizes is None else sizes.flatten().index_select(0, columns()),
+            queries=self._queries(stage, chosen),
+            places=chosen,
         )
-        tokens.place = (b, j)
-        self._add_tower(tokens, stage, b, j)
-        return tokens
+        self._add_tower(batch, stage, full)
+        return batch
 
-    def _add_tower(self, tokens: VisualTokens, stage: Stage, b: int, j: int) -> None:
+    def _scores(self, chosen: list[tuple[int, int]]) -> Tensor | None:
+        """Attention scores of all tokens of the spans `chosen`, shape (n,), or None."""
+        if self.scores is None:
+            return None
+        return torch.cat([self.scores[b][j] for b, j in chosen]).to(self.x.device)
+
+    def _add_tower(self, batch: SpanBatch, stage: Stage, full: Tensor | None) -> None:
         """Add the signals of the vision tower that the stage needs, for the rows that are left."""
         for signal in TOWER_SIGNALS & stage.reducer.needs:
-            values = self.tower[signal][b][j].to(tokens.features.device)
-            values = values if tokens.index is None else values[tokens.index]
+            values = torch.cat([self.tower[signal][b][j] for b, j in batch.places])
+            values = values.to(self.x.device)
+            values = values if full is None else values.index_select(0, full)
             if signal == TOWER_KEYS:
-                tokens.keys = values
+                batch.keys = values
             else:
-                tokens.scores = values[:, 0]
+                batch.scores = values[:, 0]
 
-    def _query(self, stage: Stage, b: int, live: LiveSpan) -> Tensor | None:
+    def _queries(self, stage: Stage, chosen: list[tuple[int, int]]) -> list[Tensor | None] | None:
         """Text embeddings after the last span of a prompt, for reducers that need them."""
         if QUERY not in stage.reducer.needs:
             return None
-        prompt = self.layout.prompt_of(b, live)
-        last = max(s.stop for s in self.layout.spans[b] if prompt.holds(s))
-        return self.x[b, last : prompt.question_stop]
+        by_prompt: dict[tuple[int, int], Tensor] = {}
+        queries: list[Tensor | None] = []
+        for b, j in chosen:
+            prompt = self.layout.prompt_of(b, self.layout.spans[b][j])
+            if (b, prompt.start) not in by_prompt:
+                last = max(s.stop for s in self.layout.spans[b] if prompt.holds(s))
+                by_prompt[b, prompt.start] = self.x[b, last : prompt.question_stop]
+            queries.append(by_prompt[b, prompt.start])
+        return queries
+
+
+class HostTables:
+    """Integer tables that are built on the host and move to a device in one copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._parts: list[Any] = []
+        self._moved: Tensor | None = None
+
+    def add(self, values: Any, used: bool = True) -> Callable[[], Tensor]:
+        """Add a table if it is `used`; returns what gives it, int64, once it has moved."""
+        start = sum(map(len, self._parts))
+        self._parts.append(np.asarray(values, dtype=np.int64) if used else [])
+
+        def moved() -> Tensor:
+            assert self._moved is not None
+            return self._moved[start : start + len(values)]
+
+        return moved
+
+    def move(self) -> None:
+        """Copy all tables to the device."""
+        self._moved = torch.from_numpy(np.concatenate(self._parts).astype(np.int64)).to(self.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,6 @@ from tokencomp.engine.flops import DecoderShape
 from tokencomp.errors import RatioWarning
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tokencomp.engine.forward import ForwardPass
     from tokencomp.engine.layout import RowLayout
     from tokencomp.engine.tower_flops import TowerCost
@@ -67,8 +65,8 @@ class Stats:
     prefill_chunk: int | None = None
     entering: list[list[int]] = field(default_factory=list)
     tower_costs: list[TowerCost] = field(default_factory=list, repr=False)
-    _kept: list[list[list[Tensor | None]]] = field(default_factory=list, repr=False)
-    _survivors: list[list[Tensor | None]] = field(default_factory=list, repr=False)
+    _kept: list[RowLayout] = field(default_factory=list, repr=False)
+    _survivors: RowLayout | None = field(default=None, repr=False)
 
     @property
     def tokens_before(self) -> list[int]:
@@ -139,7 +137,7 @@ class Stats:
 
         0 without a stage in the tower, NaN if its calls are not known.
         """
-        if not self._survivors:
+        if self._survivors is None:
             return 0.0
         before, after = _sums(cost.patches for cost in self.tower_costs)
         return 1.0 - after / before if before else math.nan
@@ -156,14 +154,13 @@ class Stats:
 
     def tower_kept(self, sample: int = 0) -> list[list[int]]:
         """Offsets inside each span that left the vision tower: `tower_kept(b)[span]`."""
-        spans = self.spans[sample]
-        if not self._survivors:
-            return _offsets(spans, [None] * len(spans))
-        return _offsets(spans, self._survivors[sample])
+        if self._survivors is None:
+            return [list(range(span.length)) for span in self.spans[sample]]
+        return _offsets(self._survivors, sample)
 
     def kept(self, sample: int = 0) -> list[list[list[int]]]:
         """Offsets inside each span that are left, per stage: `kept(b)[stage][span]`."""
-        return [_offsets(self.spans[sample], stage[sample]) for stage in self._kept]
+        return [_offsets(layout, sample) for layout in self._kept]
 
     def summary(self) -> dict[str, Any]:
         """The numbers as plain types, ready for JSON."""
@@ -180,7 +177,7 @@ class Stats:
 
     def _tower_summary(self) -> dict[str, Any]:
         """What a stage in the vision tower saved; empty without one."""
-        if not self._survivors:
+        if self._survivors is None:
             return {}
         parts = {"tower": self.tower_flops, "projector": self.projector_flops}
         pairs = {
@@ -192,10 +189,12 @@ class Stats:
         return {"tower_ratio": self.tower_ratio, "tower_kept": self.entering, **flops}
 
 
-def _offsets(spans: list[VisualSpan], rows: Sequence[Tensor | None]) -> list[list[int]]:
-    """Offsets inside spans as lists; None stands for all."""
-    pairs = zip(spans, rows, strict=True)
-    return [list(range(s.length)) if i is None else i.tolist() for s, i in pairs]
+def _offsets(layout: RowLayout, sample: int) -> list[list[int]]:
+    """Offsets inside their span of the tokens that are left of every span of a sample."""
+    lives = layout.spans[sample]
+    rows = [layout.index_of(sample, live) for live in lives]
+    pairs = zip(lives, rows, strict=True)
+    return [list(range(live.count)) if i is None else i.tolist() for live, i in pairs]
 
 
 def _sums(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -261,11 +260,6 @@ def collect(forward: ForwardPass, cache: Any) -> Stats:
         prefill_chunk=forward.chunk,
         entering=[[forward.plan.entering(s) for s in row] for row in forward.spans],
         tower_costs=forward.tower_costs,
-        _survivors=[] if forward.survivors is None else _indices(forward.survivors),
-        _kept=[_indices(layout) for layout in forward.kept],
+        _survivors=forward.survivors,
+        _kept=forward.kept,
     )
-
-
-def _indices(layout: RowLayout) -> list[list[Tensor | None]]:
-    """Offsets inside their span of the tokens of every live span; None: all."""
-    return [[live.index for live in row] for row in layout.spans]

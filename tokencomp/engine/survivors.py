@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokencomp.engine.layout import LiveSpan, RowLayout
+from tokencomp.engine.layout import LiveSpan, RowLayout, Selection
 from tokencomp.errors import SpanError
 from tokencomp.plan import Plan
+from tokencomp.tokens import Reduction
 
 
-def surviving_rows(x: Tensor, layout: RowLayout, plan: Plan) -> list[list[Tensor]]:
-    """Rows of every live span that the tower stage of `plan` has left.
+def surviving_rows(x: Tensor, layout: RowLayout, plan: Plan) -> Selection:
+    """What the tower stage of `plan` has left of every live span.
 
     Parameters
     ----------
@@ -20,8 +21,8 @@ def surviving_rows(x: Tensor, layout: RowLayout, plan: Plan) -> list[list[Tensor
 
     Returns
     -------
-    list per sample of list per span of Tensor of int64
-        Rows of the span, ascending, special tokens and text between frames among them.
+    Selection
+        Special tokens and text between frames are among the rows of a span.
 
     Raises
     ------
@@ -32,10 +33,10 @@ def surviving_rows(x: Tensor, layout: RowLayout, plan: Plan) -> list[list[Tensor
     alive = ~x.isnan().any(-1).cpu()  # the only time that the host waits for the device
     real = layout.valid(torch.device("cpu"))
     missing = int((~alive if real is None else ~alive & real).sum())
-    left = []
+    counts, chosen, rows, first = [], [], [], 0
     for b, row in enumerate(layout.spans):
-        rows = []
-        for live in row:
+        counts.append([0] * len(row))
+        for j, live in enumerate(row):
             here = alive[b, live.start : live.stop]
             _check(here, live, plan, b)
             if not here[-1] and live.stop == layout.prompt_of(b, live).question_stop:
@@ -45,14 +46,17 @@ def surviving_rows(x: Tensor, layout: RowLayout, plan: Plan) -> list[list[Tensor
                     "text behind it, or use tower_ratio=0."
                 )
             missing -= int((~here).sum())
-            rows.append(here.nonzero()[:, 0])
-        left.append(rows)
+            counts[b][j] = int(here.sum())
+            if counts[b][j] < live.count:
+                chosen.append((b, j))
+                rows.append(here.nonzero()[:, 0] + first)
+                first += live.count
     if missing:
         raise SpanError(
             f"{missing} embeddings outside of the known images and videos are NaN. Pass all of "
             "input_ids, pixels and grids as the processor returns them."
         )
-    return left
+    return Selection(counts, chosen, Reduction(torch.cat(rows)) if rows else None)
 
 
 def _check(here: Tensor, live: LiveSpan, plan: Plan, sample: int) -> None:

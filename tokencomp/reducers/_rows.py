@@ -7,11 +7,13 @@ or `replace_patches`, which put the special tokens back.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from tokencomp.errors import PlanError, ScoreError
-from tokencomp.tokens import Reduction, VisualTokens
+from tokencomp.tokens import Reduction, SpanBatch, VisualTokens
 
 BLOCK = 1 << 24  # cosines computed at once
 
@@ -168,6 +170,8 @@ def finite_values(values: Tensor, what: str) -> Tensor:
         The noun for the values in the message, in the plural.
     """
     values = values.float()
+    if math.isfinite(float(values.sum())):  # one read; no sum with NaN or an infinity is finite
+        return values
     bad = ~torch.isfinite(values)
     if bad.any():
         raise ScoreError(
@@ -188,7 +192,7 @@ def finite_features(x: Tensor) -> Tensor:
     return x
 
 
-def signal_scores(tokens: VisualTokens, reducer: str) -> Tensor:
+def signal_scores(tokens: VisualTokens | SpanBatch, reducer: str) -> Tensor:
     """The scores that the engine supplies for `Reducer.needs`, float32, shape (n,).
 
     Raises
@@ -204,7 +208,7 @@ def signal_scores(tokens: VisualTokens, reducer: str) -> Tensor:
     return finite_values(tokens.scores, "scores")
 
 
-def tower_keys(tokens: VisualTokens, reducer: str) -> Tensor:
+def tower_keys(tokens: VisualTokens | SpanBatch, reducer: str) -> Tensor:
     """The vision tower's keys that the engine supplies for `TOWER_KEYS`, float32, shape (n, c).
 
     Raises

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from tokencomp.errors import OptionError
 from tokencomp.plan import Plan, check_ratio, from_profile, split_evenly
-from tokencomp.reducers._rows import keep_patches, patch_rows, patches_per_frame
+from tokencomp.reducers._batch import Patches, Places
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.schedules import bisect, early
-from tokencomp.tokens import Grid, Reduction, VisualTokens
+from tokencomp.tokens import Grid, Reduction, SpanBatch
 from tokencomp.validation import check_range
 
 MOST = 1 << 20  # tokens; more than any frame has
@@ -85,33 +85,33 @@ class Adsc(Reducer):
     def needs_grid(self) -> bool:
         return self.lattice == "grid"
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        patches, budget = patch_rows(tokens, keep)
-        per_frame = tokens.grid[1] * tokens.grid[2]
-        cells, counts = tokens.cells(), patches_per_frame(tokens)
-        starts = itertools.accumulate(counts, initial=0)
-        chosen = []
-        quotas = split_evenly(budget, counts)
-        for start, count, quota in zip(starts, counts, quotas, strict=False):
-            frame = patches[start : start + count]
-            if self.lattice == "grid":
-                in_frame = cells[start : start + count] % per_frame
-                rows = lattice(in_frame, tokens.grid, quota, self.offset)
-            else:
-                rows = windows(count, quota, self.offset, cells.device)
-            chosen.append(frame[rows])
-        return keep_patches(tokens, torch.cat(chosen))
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        """Places alone decide, so that all is computed on the host."""
+        patches, chosen = Patches.of(batch, keeps), []
+        spans = zip(patches.starts, patches.host_cells(), batch.grids, patches.budgets, strict=True)
+        for first, cells, grid, budget in spans:
+            area = grid[1] * grid[2]
+            counts = np.bincount(cells // area, minlength=grid[0]).tolist()
+            starts = itertools.accumulate(counts, initial=0)
+            quotas = split_evenly(budget, counts)
+            for start, count, quota in zip(starts, counts, quotas, strict=False):
+                if self.lattice == "grid":
+                    rows = lattice(cells[start : start + count] % area, grid, quota, self.offset)
+                else:
+                    rows = windows(count, quota, self.offset)
+                chosen.append(np.sort(rows) + start + first)
+        return patches.kept(patches.table(np.concatenate(chosen)))
 
 
-def windows(count: int, quota: int, offset: int, device: torch.device) -> Tensor:
+def windows(count: int, quota: int, offset: int) -> Places:
     """One row of each of `quota` windows that cut `count` rows as evenly as possible."""
-    ends = torch.arange(quota + 1, device=device) * count // max(quota, 1)
-    first, size = ends[:-1], ends.diff()
-    place = size + offset if offset < 0 else torch.full_like(size, offset)
-    return first + torch.minimum(place.clamp(min=0), size - 1)
+    ends = np.arange(quota + 1) * count // max(quota, 1)
+    first, size = ends[:-1], np.diff(ends)
+    place = np.maximum(size + offset if offset < 0 else np.full_like(size, offset), 0)
+    return first + np.minimum(place, size - 1)
 
 
-def lattice(cells: Tensor, grid: Grid, quota: int, offset: int) -> Tensor:
+def lattice(cells: Places, grid: Grid, quota: int, offset: int) -> Places:
     """`quota` of the live cells of one frame on a lattice, as row numbers.
 
     Width and height are halved in turn; a cell's level is the number of halvings after which it
@@ -121,16 +121,15 @@ def lattice(cells: Tensor, grid: Grid, quota: int, offset: int) -> Tensor:
     _, height, width = grid
     down = cells // width - (offset if offset >= 0 else height + offset)
     right = cells % width - (offset if offset >= 0 else width + offset)
-    level = torch.zeros_like(cells)
-    alive = torch.ones_like(cells, dtype=torch.bool)
+    level, alive = np.zeros_like(cells), np.ones_like(cells, dtype=np.bool_)
     for halving in range(max(height, width).bit_length()):
         for distance in (right, down):
             alive = alive & (distance % 2 ** (halving + 1) == 0)
             level += alive
     chosen = []
-    for value in range(int(level.max()) if level.numel() else -1, -1, -1):
-        rows = (level == value).nonzero()[:, 0]
-        take = min(quota, rows.numel())
-        chosen.append(rows[windows(rows.numel(), take, offset, cells.device)])
+    for value in range(int(level.max()) if len(level) else -1, -1, -1):
+        rows = np.flatnonzero(level == value)
+        take = min(quota, len(rows))
+        chosen.append(rows[windows(len(rows), take, offset)])
         quota -= take
-    return torch.cat(chosen) if chosen else cells
+    return np.concatenate(chosen) if chosen else cells

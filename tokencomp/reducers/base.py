@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan import Plan, Stage, StageReducer, check_ratio, keep_count
-from tokencomp.tokens import ModelFacts, Reduction, Signal, VisualSpan, VisualTokens
+from tokencomp.tokens import (
+    ModelFacts,
+    Reduction,
+    Signal,
+    SpanBatch,
+    VisualSpan,
+    VisualTokens,
+)
 from tokencomp.validation import check_types
 
 PROBE_RATIOS = (0.1, 0.5, 0.9)
@@ -18,11 +26,12 @@ PROBE_LAYERS = 32
 class Reducer(StageReducer):
     """Base class: a frozen dataclass whose fields are its options in Python, JSON and the CLI.
 
-    A reducer has no state, sees one span at a time, and does not know at which stage it acts. A
-    subclass implements `reduce`; one that acts between layers overrides `plan`. Options must fit
-    their annotations; a `__post_init__` that checks more calls `super().__post_init__()`. What is
-    always true of a method is a class attribute (`merges = True`); what depends on an option is a
-    property.
+    A reducer has no state and does not know at which stage it acts. A subclass implements `reduce`,
+    which sees one span, or `reduce_batch`, which sees all spans of a call and treats them with one
+    launch per step; either gives the other. What is chosen in a span must not depend on the other
+    spans. One that acts between layers overrides `plan`. Options must fit their annotations; a
+    `__post_init__` that checks more calls `super().__post_init__()`. What is always true of a
+    method is a class attribute (`merges = True`); what depends on an option is a property.
 
     Attributes
     ----------
@@ -39,7 +48,7 @@ class Reducer(StageReducer):
     summary: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        check_types(self.name or type(self).__name__, self)
+        check_types(self._label, self)
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -78,7 +87,11 @@ class Reducer(StageReducer):
     @property
     def only_plans(self) -> bool:
         """Whether it has no step of its own: a preset or a composition, which plans others."""
-        return type(self).reduce is Reducer.reduce
+        return type(self).reduce is Reducer.reduce and not self._batched
+
+    @property
+    def _batched(self) -> bool:
+        return type(self).reduce_batch is not Reducer.reduce_batch
 
     @property
     def serving_safe(self) -> bool:
@@ -120,18 +133,54 @@ class Reducer(StageReducer):
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         """Choose (and possibly rewrite) exactly `keep` of the tokens of one span."""
-        raise OptionError(f"reducer {self.name!r} is a preset: it has a plan but no own step.")
+        if not self._batched:
+            raise OptionError(f"reducer {self.name!r} is a preset: it has a plan but no own step.")
+        return self.reduce_batch(SpanBatch.of(tokens), [keep])
+
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        """`reduce` of all spans of a call.
+
+        Parameters
+        ----------
+        keeps
+            Tokens that stay of every span, special ones included: at least those and one more, and
+            fewer than all.
+
+        Returns
+        -------
+        Reduction
+            Rows of the batch; those of a span stand before those of the next.
+        """
+        parts = [
+            self.reduced(tokens, keep) for tokens, keep in zip(batch.spans(), keeps, strict=True)
+        ]
+        return Reduction.join(parts, batch)
 
     def reduced(self, tokens: VisualTokens, keep: int) -> Reduction:
         """The result of `reduce`, once it has passed `Reduction.check`."""
-        name = self.name or type(self).__name__
-        reduction = self.reduce(tokens, keep)
-        if not isinstance(reduction, Reduction):
-            raise PlanError(
-                f"reducer {name!r} returned a {type(reduction).__name__}. "
-                "`reduce(tokens, keep)` must return a tokencomp.Reduction."
-            )
-        return reduction.check(tokens, keep, name)
+        return self._checked(self.reduce(tokens, keep)).check(tokens, keep, self._label)
+
+    def reduced_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        """The result of `reduce_batch`, once it has passed `Reduction.check_batch`."""
+        if not self._batched:
+            return self.reduce_batch(batch, keeps)
+        from tokencomp.kernels.dispatch import checked
+
+        with checked():  # a reducer of batches looks at its input once, see `finite_features`
+            reduction = self._checked(self.reduce_batch(batch, keeps))
+        return reduction.check_batch(batch, keeps, self._label)
+
+    @property
+    def _label(self) -> str:
+        return self.name or type(self).__name__
+
+    def _checked(self, reduction: object) -> Reduction:
+        if isinstance(reduction, Reduction):
+            return reduction
+        raise PlanError(
+            f"reducer {self._label!r} returned a {type(reduction).__name__}. "
+            "`reduce(tokens, keep)` must return a tokencomp.Reduction."
+        )
 
     def options(self) -> dict[str, Any]:
         """The options of this object, ready for JSON."""

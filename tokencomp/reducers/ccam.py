@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from tokencomp.errors import SpanError, WeightsError
-from tokencomp.reducers._rows import finite_features, replace_patches, whole_grid
+from tokencomp.reducers._batch import Patches, evenly, grouped
+from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import ModelFacts, Reduction, VisualSpan, VisualTokens
+from tokencomp.tokens import ModelFacts, Reduction, SpanBatch, VisualSpan
 
 if TYPE_CHECKING:
     from tokencomp.trained.ccam import CCAMProjector
@@ -129,19 +132,29 @@ class Ccam(Reducer):
             )
         return count
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        patches, budget = whole_grid(tokens, keep, "ccam")
-        x = finite_features(tokens.features[patches])
-        projected = self.projector(x.device, x.dtype)(x[None], tokens.grid[0], tokens.grid[1:])[0]
-        count = len(projected)
-        if budget != count:
-            raise SpanError(
-                f"{budget} tokens were requested of a ccam projector that makes {count}."
-            )
-        step = torch.arange(count, device=x.device)
-        places = patches[(2 * step + 1) * patches.numel() // (2 * count)]
-        sizes = torch.full((count,), patches.numel() / count, device=x.device)
-        return replace_patches(tokens, places, projected, sizes)
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        patches = Patches.whole(batch, keeps, "ccam")
+        x = finite_features(patches.features)
+        projector = self.projector(x.device, x.dtype)
+        parts, chosen, sizes = [], [], []
+        for grid, members in grouped(batch.grids).items():
+            cells = grid[0] * grid[1] * grid[2]
+            starts = [patches.starts[m] for m in members]
+            rows = patches.table(np.add.outer(starts, np.arange(cells)).ravel())
+            stack = x.index_select(0, rows).view(len(members), cells, -1)
+            projected = projector(stack, grid[0], grid[1:])
+            count = projected.shape[1]
+            for m in members:
+                if patches.budgets[m] != count:
+                    raise SpanError(
+                        f"{patches.budgets[m]} tokens were requested of a ccam projector that "
+                        f"makes {count}."
+                    )
+            parts.append(projected.flatten(0, 1))
+            chosen.append(np.add.outer(starts, evenly(cells, count)).ravel())
+            sizes.append(np.full(len(members) * count, cells / count, dtype=np.float32))
+        size = torch.from_numpy(np.concatenate(sizes)).to(x.device)
+        return patches.replaced(patches.table(np.concatenate(chosen)), torch.cat(parts), size)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,15 +11,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.errors import ScoreError
-from tokencomp.reducers._rows import (
-    finite_values,
-    keep_patches,
-    patch_rows,
-    signal_scores,
-)
+from tokencomp.reducers._batch import Patches, segment, spread
+from tokencomp.reducers._rows import finite_values, signal_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import QUERY, Attention, Reduction, Signal, VisualTokens
+from tokencomp.tokens import QUERY, Attention, Reduction, Signal, SpanBatch
 
 Relevance = Literal["query", "attention", "none"]
 RELEVANCE: tuple[Relevance, ...] = get_args(Relevance)
@@ -59,42 +56,46 @@ class CDPruner(Reducer):
         signals: dict[str, Signal] = {"query": QUERY, "attention": Attention("text")}
         return frozenset({signals[self.relevance]} if self.relevance in signals else ())
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        rows, budget = patch_rows(tokens, keep)
-        x = tokens.features[rows].float()
-        finite_values(x.norm(dim=1), "feature norms")
-        r = self._relevance(tokens, rows, x)
-        return keep_patches(tokens, rows[greedy_map(normalize(x, dim=1), r, budget)])
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        from tokencomp.kernels import dpp_select
 
-    def _relevance(self, tokens: VisualTokens, rows: Tensor, x: Tensor) -> Tensor:
+        patches = Patches.of(batch, keeps)
+        x = patches.features.float()
+        finite_values(x.norm(dim=1), "feature norms")
+        unit = normalize(x, dim=1)
+        r = self._relevance(patches, unit)
+        return patches.kept(dpp_select(unit, patches.budgets, r, spans=patches.lengths))
+
+    def _relevance(self, patches: Patches, unit: Tensor) -> Tensor:
+        """Relevance of every patch, scaled to (0, 1] in every span."""
         if self.relevance == "none":
-            return torch.ones_like(x[:, 0])
+            return torch.ones_like(unit[:, 0])
+        lengths = patches.lengths
+        owners = patches.owners() if len(lengths) > 1 else None
         if self.relevance == "attention":
-            r = signal_scores(tokens, "cdpruner")[rows]
-        elif tokens.query is None or not len(tokens.query):
+            r = patches.of_patches(signal_scores(patches.batch, "cdpruner"))
+        else:
+            r = -self._likeness(patches, unit, owners)
+        low = spread(segment(r, lengths, "min"), lengths, owners)
+        high = spread(segment(r, lengths, "max"), lengths, owners)
+        return (r - low + EPS) / (high - low + EPS)
+
+    def _likeness(self, patches: Patches, unit: Tensor, owners: Tensor | None) -> Tensor:
+        """Mean cosine of every patch with the embeddings of the text after its span."""
+        queries = patches.batch.queries
+        if queries is None or any(q is None or not len(q) for q in queries):
             raise ScoreError(
                 "cdpruner compares visual tokens with the text after them, and there is none. Put "
                 "the question after the image, or use relevance='none'."
             )
-        else:
-            r = -normalize(x, dim=1) @ normalize(tokens.query.float(), dim=1).mean(0)
-        return (r - r.min() + EPS) / (r.max() - r.min() + EPS)
-
-
-def greedy_map(unit: Tensor, r: Tensor, k: int) -> Tensor:
-    """k rows of unit (n, d), in order of choice, that greedily maximise det(r·unit·unitᵀ·r)."""
-    n = unit.shape[0]
-    gain = r * r
-    factors = unit.new_zeros(max(k, 1), n)
-    chosen = torch.empty(k, dtype=torch.int64, device=unit.device)
-    taken = torch.zeros(n, dtype=torch.bool, device=unit.device)
-    for i in range(k):
-        # Directions that are used up rank below all others, by relevance.
-        score = torch.where(gain > EPS * r * r, gain, r - 2.0).masked_fill(taken, -torch.inf)
-        best = score.argmax()
-        chosen[i], taken[best] = best, True
-        row = r[best] * r * (unit @ unit[best]) - factors[:i, best] @ factors[:i]
-        fresh = gain[best] > EPS * r[best] ** 2
-        factors[i] = torch.where(fresh, row / gain[best].clamp(min=1e-20).sqrt(), 0.0)
-        gain = gain - factors[i] ** 2
-    return chosen
+        means: dict[int, Tensor] = {}  # the spans of a prompt share one tensor
+        for query in queries:
+            if query is not None and id(query) not in means:
+                means[id(query)] = normalize(query.float(), dim=1).mean(0)
+        order = list(means)
+        prompt = [order.index(id(query)) for query in queries]
+        table = torch.stack(list(means.values()))
+        # Products and sums row by row: no batch changes a rounding.
+        if owners is None:
+            return (unit * table).sum(1)
+        return (unit * table[patches.table(prompt)].index_select(0, owners)).sum(1)

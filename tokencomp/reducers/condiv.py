@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -10,15 +11,12 @@ import torch
 from torch import Tensor
 
 from tokencomp.plan import split_evenly
+from tokencomp.reducers._batch import Patches, previous_similarity, segment, spread
 from tokencomp.reducers._rows import (
     finite_features,
-    keep_patches,
     merge_dropped,
-    patch_rows,
-    patches_per_frame,
     round_to_sum,
     signal_scores,
-    whole_grid,
 )
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -29,7 +27,7 @@ from tokencomp.tokens import (
     ModelFacts,
     Reduction,
     Signal,
-    VisualTokens,
+    SpanBatch,
 )
 from tokencomp.validation import check_range, field_types
 
@@ -151,49 +149,90 @@ class ConDiv(Reducer):
         """The trained reducer whose network makes relevance of an attention row."""
         return Selector(self.weights)
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import maxmin_select, mean_distance
 
-        rows, budget = patch_rows(tokens, keep)
-        x = finite_features(tokens.features[rows])
-        weights = self._weights(tokens, rows)
-        lengths, counts = self._problems(tokens, rows.numel(), budget)
+        patches = self._patches(batch, keeps)
+        x = finite_features(patches.features)
+        weights = self._weights(patches, x)
+        parts, counts = self._problems(patches, x)
+        lengths = [n for own in parts for n in own]
         margin = None  # under equal weights a margin would change no choice
         if self.margin and weights is not None:
-            margin = (self.margin * mean_distance(x, self.centred)).expand(len(lengths))
+            margin = self.margin * mean_distance(x, self.centred, spans=patches.lengths)
+            if len(lengths) > len(parts):
+                margin = spread(margin, [len(own) for own in parts]).expand(len(lengths))
         chosen = maxmin_select(
             x, counts, weights, spans=lengths, centred=self.centred, margin=margin
         )
         if self.merge_rest is None:
-            return keep_patches(tokens, rows[chosen])
-        return merge_dropped(tokens, rows, chosen, self.merge_rest, self.centred)
+            return patches.kept(chosen)
+        return self._merged(patches, chosen)
 
-    def _problems(self, tokens: VisualTokens, n: int, keep: int) -> tuple[list[int], list[int]]:
-        """Patches of every problem, and how many of them to keep: the span, or its frames."""
-        if self.frames == "pooled" or tokens.grid[0] == 1:
-            return [n], [keep]
-        lengths = patches_per_frame(tokens)
+    def _patches(self, batch: SpanBatch, keeps: Sequence[int]) -> Patches:
+        of = Patches.of
+        return Patches.whole(batch, keeps, "condiv") if self.whole_spans else of(batch, keeps)
+
+    def _merged(self, patches: Patches, chosen: Tensor) -> Reduction:
+        """The reduction in which dropped patches merge into `chosen`, span by span."""
+        parts, start, first, floor = [], 0, 0, self.merge_rest
+        assert floor is not None
+        spans = zip(patches.batch.spans(), patches.lengths, patches.budgets, strict=True)
+        for tokens, length, budget in spans:
+            own = chosen[start : start + budget] - first
+            rows = (~tokens.special).nonzero()[:, 0]
+            parts.append(merge_dropped(tokens, rows, own, floor, self.centred))
+            start, first = start + budget, first + length
+        return Reduction.join(parts, patches.batch)
+
+    def _problems(self, patches: Patches, x: Tensor) -> tuple[list[list[int]], list[int]]:
+        """Patches of the problems of every span, and how many to keep: the span, or its frames."""
+        grids = patches.batch.grids
+        if self.frames == "pooled" or all(t == 1 for t, _, _ in grids):
+            return [[n] for n in patches.lengths], patches.budgets
+        lengths, counts = patches.per_frame(), []
+        lengths = [
+            [sum(own)] if t == 1 else own for own, (t, _, _) in zip(lengths, grids, strict=True)
+        ]
         if self.frames == "equal":
-            return lengths, split_evenly(keep, lengths)
-        news = novelty(tokens).view(len(lengths), -1).double().mean(1)
-        return lengths, round_to_sum((keep * news / news.sum()).tolist(), keep, lengths[0])
+            for own, budget in zip(lengths, patches.budgets, strict=True):
+                counts += split_evenly(budget, own)
+            return lengths, counts
+        every = novelty(patches, x).double().tolist()
+        for start, own, budget in zip(patches.starts, lengths, patches.budgets, strict=True):
+            news = (
+                torch.tensor(every[start : start + sum(own)], dtype=torch.float64)
+                .view(len(own), -1)
+                .mean(1)
+            )
+            shares = (budget * news / news.sum()).tolist()
+            counts += [budget] if len(own) == 1 else round_to_sum(shares, budget, own[0])
+        return lengths, counts
 
-    def _weights(self, tokens: VisualTokens, rows: Tensor) -> Tensor | None:
+    def _weights(self, patches: Patches, x: Tensor) -> Tensor | None:
         """Relevance to the power p of every patch, float32; None if all are equal."""
         if self.weighted_by == "none":
             return None
-        if self.signal == "selector":
-            row = signal_scores(tokens, "condiv")[rows]
-            relevance = self.selector.importance(row).softmax(0)
-        elif self.signal in ("attention", "vit_attention"):
-            relevance = signal_scores(tokens, "condiv")[rows]
+        lengths, owners = patches.lengths, None
+        if len(lengths) > 1:
+            owners = patches.owners()
+        if self.signal in ("attention", "vit_attention", "selector"):
+            relevance = patches.of_patches(signal_scores(patches.batch, "condiv"))
         elif self.signal == "norm":
-            relevance = tokens.features[rows].float().norm(dim=1)
+            relevance = x.float().norm(dim=1)
         else:
-            relevance = novelty(tokens)
+            relevance = novelty(patches, x)
+        if self.signal == "selector":
+            logits = self.selector.importances(patches, relevance)
+            most = spread(segment(logits, lengths, "max"), lengths, owners)
+            shares = (logits - most).exp()
+            relevance = shares / spread(segment(shares, lengths, "sum"), lengths, owners)
         relevance = relevance.clamp(min=0)
-        relevance = relevance / relevance.max().clamp(min=1e-30)
-        power = concentration(relevance) if self.power == "auto" else self.power
+        most = segment(relevance, lengths, "max").clamp(min=1e-30)
+        relevance = relevance / spread(most, lengths, owners)
+        power: Any = self.power
+        if power == "auto":
+            power = spread(concentration(relevance, lengths, owners), lengths, owners)
         return relevance.clamp(min=FLOOR) ** power
 
 
@@ -211,19 +250,15 @@ class BoundConDiv(ConDiv):
         return {name: getattr(self, name) for name in field_types(ConDiv)}
 
 
-def concentration(relevance: Tensor) -> Tensor:
-    """2·(1 - H / log n) of n shares: 0 if all are equal, 2 if one has everything; a scalar."""
-    share = relevance / relevance.sum().clamp(min=1e-30)
-    entropy = torch.special.entr(share).sum()
-    return 2 * (1 - entropy / math.log(max(len(relevance), 2))).clamp(min=0)
+def concentration(relevance: Tensor, lengths: list[int], owners: Tensor | None) -> Tensor:
+    """2·(1 - H / log n) of the n shares of every span: 0 if all are equal, 2 if one has all."""
+    total = segment(relevance, lengths, "sum").clamp(min=1e-30)
+    share = relevance / spread(total, lengths, owners)
+    entropy = segment(torch.special.entr(share), lengths, "sum")
+    most = torch.tensor([math.log(max(n, 2)) for n in lengths], device=relevance.device)
+    return 2 * (1 - entropy / most).clamp(min=0)
 
 
-def novelty(tokens: VisualTokens) -> Tensor:
+def novelty(patches: Patches, x: Tensor) -> Tensor:
     """1 - cosine of every patch with the same place of the frame before; 1 in the first frame."""
-    from tokencomp.kernels import nearest_previous_frame
-
-    t, h, w = tokens.grid
-    rows, _ = whole_grid(tokens, len(tokens), "condiv")
-    x = tokens.features[rows]
-    similarity, _ = nearest_previous_frame(x.view(t, h, w, -1))
-    return (1 - similarity).flatten().clamp(max=1.0)
+    return (1 - previous_similarity(patches, x)).clamp(max=1.0)

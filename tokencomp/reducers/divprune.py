@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from tokencomp.reducers._rows import finite_features, keep_patches, patch_rows
+from tokencomp.reducers._batch import Patches
+from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import Reduction, VisualTokens
-
-BLOCK = 1 << 24
+from tokencomp.tokens import Reduction, SpanBatch
 
 
 @register_reducer("divprune")
@@ -28,23 +25,11 @@ class DivPrune(Reducer):
 
     summary = "greedy max-min cosine distance (DivPrune 2503.02175)"
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import maxmin_select
 
-        rows, budget = patch_rows(tokens, keep)
-        x = finite_features(tokens.features[rows])
-        start = most_isolated(x)[None]
-        return keep_patches(tokens, rows[maxmin_select(x, budget, start=start)])
-
-
-def most_isolated(x: Tensor) -> Tensor:
-    """Row of x (n, d) whose most similar other row is least similar; ties to the lower index."""
-    unit = torch.nn.functional.normalize(x.float(), dim=1)
-    n = unit.shape[0]
-    nearest = []
-    for begin in range(0, n, step := max(1, BLOCK // n)):
-        cosine = unit[begin : begin + step] @ unit.T
-        at = torch.arange(cosine.shape[0], device=x.device)
-        cosine[at, at + begin] = -torch.inf
-        nearest.append(cosine.amax(1))
-    return torch.cat(nearest).argmin()
+        patches = Patches.of(batch, keeps)
+        x = finite_features(patches.features)
+        return patches.kept(
+            maxmin_select(x, patches.budgets, spans=patches.lengths, start="isolated")
+        )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from tokencomp.reducers._rows import finite_features, keep_patches, whole_grid
+from tokencomp.reducers._batch import Patches, evenly, previous_similarity
+from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import Reduction, VisualTokens
+from tokencomp.tokens import Reduction, SpanBatch
 
 
 @register_reducer("evs")
@@ -31,16 +34,20 @@ class EVS(Reducer):
     summary = "drop tokens unchanged since the previous frame (EVS 2510.14624)"
     whole_spans = True
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        from tokencomp.kernels import nearest_previous_frame, topk_stable
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        from tokencomp.kernels import topk_stable
 
-        t, h, w = tokens.grid
-        rows, budget = whole_grid(tokens, keep, "evs")
-        x = finite_features(tokens.features[rows])
-        score = -nearest_previous_frame(x.view(t, h, w, -1))[0].flatten()
-        if budget < h * w:
-            first = budget if t == 1 else -(-budget // 2)
-            steps = torch.arange(first, device=x.device)
-            score[: h * w] = -torch.inf
-            score[(2 * steps + 1) * h * w // (2 * first)] = torch.inf
-        return keep_patches(tokens, rows[topk_stable(score, budget)])
+        patches = Patches.whole(batch, keeps, "evs")
+        similarity = previous_similarity(patches, finite_features(patches.features))
+        # 0: by similarity; 1 and -1: before and behind all others, because of the place alone
+        rank = []
+        for (t, h, w), budget in zip(batch.grids, patches.budgets, strict=True):
+            own = np.zeros(t * h * w, dtype=np.int64)
+            own[: h * w] = 1
+            if budget < h * w:
+                own[: h * w] = -1
+                own[evenly(h * w, budget if t == 1 else -(-budget // 2))] = 1
+            rank.append(own)
+        places = patches.table(np.concatenate(rank))
+        score = torch.where(places == 0, -similarity, places * torch.inf)
+        return patches.kept(topk_stable(score, patches.budgets, spans=patches.lengths))

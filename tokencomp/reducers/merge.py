@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tokencomp.plan import split_evenly
-from tokencomp.reducers._rows import (
-    finite_features,
-    patch_rows,
-    patches_per_frame,
-    replace_patches,
-    token_sizes,
-    tower_keys,
-)
+from tokencomp.reducers._batch import Patches
+from tokencomp.reducers._rows import finite_features, tower_keys
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import TOWER_KEYS, Reduction, Signal, VisualTokens
+from tokencomp.tokens import TOWER_KEYS, Reduction, Signal, SpanBatch
 
 
 @register_reducer("merge")
@@ -66,81 +62,95 @@ class Merge(Reducer):
     def needs(self) -> frozenset[Signal]:
         return frozenset({TOWER_KEYS} if self.metric == "vit_keys" else ())
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        patches, budget = patch_rows(tokens, keep)
-        x = finite_features(tokens.features[patches])
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        patches = Patches.of(batch, keeps)
+        x = finite_features(patches.features)
         width, compared = x.shape[1], slice(None)
         if self.metric == "vit_keys":
-            x = torch.cat([x, tower_keys(tokens, "merge")[patches].to(x)], dim=1)
-            compared = slice(width, None)
-        groups = self._groups(tokens, patches.numel(), budget)
-        quota = [1 + q for q in split_evenly(budget - len(groups), [n - 1 for n in groups])]
-        before = token_sizes(tokens)[patches]
-        x, sizes, rows = self._merge(x, compared, patches, before, groups, quota)
-        return replace_patches(tokens, rows, x[:, :width], sizes)
-
-    def _groups(self, tokens: VisualTokens, patches: int, budget: int) -> list[int]:
-        """Lengths of the runs of patches inside which tokens may merge, at most `budget` runs."""
-        if self.temporal or tokens.grid[0] == 1:
-            return [patches]
-        frames = [n for n in patches_per_frame(tokens) if n]
-        runs = split_evenly(len(frames), [1] * min(len(frames), budget))
-        bounds = itertools.accumulate(runs, initial=0)
-        return [sum(frames[a:b]) for a, b in itertools.pairwise(bounds)]
+            keys = patches.of_patches(tower_keys(batch, "merge")).to(x)
+            x, compared = torch.cat([x, keys], dim=1), slice(width, None)
+        groups, quota = [], []
+        per_frame = None if self.temporal else patches.per_frame()
+        for number, budget in enumerate(patches.budgets):
+            own = [patches.lengths[number]]
+            if per_frame is not None and batch.grids[number][0] > 1:
+                own = frame_runs(per_frame[number], budget)
+            groups += own
+            quota += [1 + q for q in split_evenly(budget - len(own), [n - 1 for n in own])]
+        x, sizes, places = self._merge(x, compared, patches.sizes(), groups, quota)
+        return patches.replaced(places, x[:, :width], sizes)
 
     def _merge(
+        self, x: Tensor, compared: slice, sizes: Tensor, lengths: list[int], quota: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Merge every group down to its quota; returns x, sizes and places of what is left.
+
+        Similarity is that of the columns `compared`; all columns of x are merged. A group that has
+        reached its quota takes no part in further steps, so that no rounding depends on the others.
+        """
+        done: list[tuple[Tensor, Tensor, Tensor]] = []
+        rows = torch.arange(len(x), device=x.device)
+        while True:
+            steps = [min(n - q, n // 2) for n, q in zip(lengths, quota, strict=True)]
+            finished = [step == 0 for step in steps]
+            if all(finished):
+                done.append((x, sizes, rows))
+                break
+            if any(finished):
+                owner = np.repeat(finished, lengths)
+                tables = [
+                    torch.from_numpy(np.flatnonzero(part)).to(x.device) for part in (owner, ~owner)
+                ]
+                values = [[v.index_select(0, t) for v in (x, sizes, rows)] for t in tables]
+                done.append((values[0][0], values[0][1], values[0][2]))
+                x, sizes, rows = values[1]
+                lengths, quota, steps = (
+                    [v for v, end in zip(part, finished, strict=True) if not end]
+                    for part in (lengths, quota, steps)
+                )
+            x, sizes, rows = self._step(x, compared, sizes, rows, lengths, steps)
+            lengths = [n - r for n, r in zip(lengths, steps, strict=True)]
+        if len(done) == 1:
+            return done[0]
+        x, sizes, rows = (torch.cat(parts) for parts in zip(*done, strict=True))
+        return x, sizes, rows
+
+    def _step(
         self,
         x: Tensor,
         compared: slice,
-        rows: Tensor,
         sizes: Tensor,
+        rows: Tensor,
         lengths: list[int],
-        quota: list[int],
+        steps: list[int],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Merge every group down to its quota; returns x, sizes and rows in raster order.
+        """Merge the `steps` most similar pairs of every group."""
+        from tokencomp.kernels import bipartite_match, merge_rows, topk_stable
 
-        Similarity is that of the columns `compared`; all columns of x are merged.
-        """
-        from tokencomp.kernels import bipartite_match, merge_rows
-
-        while any(steps := [min(n - q, n // 2) for n, q in zip(lengths, quota, strict=True)]):
-            similarity, partner = bipartite_match(x[:, compared].contiguous(), lengths)
-            gone = best_per_group(similarity, lengths, steps)
-            target = torch.where(gone, partner, torch.arange(x.shape[0], device=x.device))
-            x, sizes, moved = merge_rows(
-                x,
-                target,
-                (~gone).nonzero()[:, 0],
-                sizes,
-                frames=lengths,
-                positions=rows,
-                weighted=self.weighted,
-                position=self.position,
-            )
-            rows = moved if moved.ndim == 1 else moved[0]
-            lengths = [n - r for n, r in zip(lengths, steps, strict=True)]
-        order = rows.argsort()
-        return x[order], sizes[order], rows[order]
+        similarity, partner = bipartite_match(x[:, compared].contiguous(), lengths)
+        gone = topk_stable(similarity, steps, spans=lengths)
+        target = torch.arange(len(x), device=x.device)
+        target = target.index_copy(0, gone, partner.to(target).index_select(0, gone))
+        left = torch.ones(len(x), dtype=torch.uint8, device=x.device).index_fill_(0, gone, 0)
+        # Sorting instead of `nonzero`, whose length the host would have to read.
+        keep = left.sort(descending=True, stable=True).indices[: len(x) - sum(steps)]
+        x, sizes, moved = merge_rows(
+            x,
+            target,
+            keep,
+            sizes,
+            frames=lengths,
+            positions=rows,
+            weighted=self.weighted,
+            position=self.position,
+        )
+        assert moved is not None
+        return x, sizes, moved
 
 
-def best_per_group(similarity: Tensor, lengths: list[int], counts: list[int]) -> Tensor:
-    """Mask of the `counts[g]` largest values of every group g; ties go to the lower index.
-
-    Parameters
-    ----------
-    similarity : Tensor, shape (n,)
-        Groups one after the other.
-    """
-    device = similarity.device
-    width, groups = max(lengths), len(lengths)
-    sizes = torch.tensor(lengths, device=device)
-    group = torch.repeat_interleave(torch.arange(groups, device=device), sizes)
-    place = torch.arange(similarity.numel(), device=device) - (sizes.cumsum(0) - sizes)[group]
-    table = similarity.new_full((groups, width), -torch.inf)
-    table[group, place] = similarity
-    ranked = table.sort(dim=1, descending=True, stable=True).indices
-    places = torch.arange(width, device=device)[None]
-    within = places < torch.tensor(counts, device=device)[:, None]
-    chosen = torch.zeros(groups, width, dtype=torch.bool, device=device)
-    chosen.scatter_(1, ranked, within)
-    return chosen[group, place]
+def frame_runs(per_frame: list[int], budget: int) -> list[int]:
+    """Lengths of the runs of frames inside which tokens may merge, at most `budget` runs."""
+    frames = [n for n in per_frame if n]
+    runs = split_evenly(len(frames), [1] * min(len(frames), budget))
+    bounds = itertools.accumulate(runs, initial=0)
+    return [sum(frames[a:b]) for a, b in itertools.pairwise(bounds)]

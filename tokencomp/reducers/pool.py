@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tokencomp.errors import OptionError
 from tokencomp.plan import split_evenly
-from tokencomp.reducers._rows import finite_features, replace_patches, whole_grid
+from tokencomp.reducers._batch import Patches, Places, grouped
+from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import ModelFacts, Reduction, VisualTokens
+from tokencomp.tokens import ModelFacts, Reduction, SpanBatch
 from tokencomp.validation import check_range
 
 GROUPS = (2, 4, 8)
@@ -79,19 +82,27 @@ class Pool(Reducer):
             return replace(self, position="first")
         return self
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        t, h, w = tokens.grid
-        rows, budget = whole_grid(tokens, keep, "pool")
-        x = finite_features(tokens.features[rows])
-        quota = self.frame_quota(t, h * w, budget)
-        live = [f for f in range(t) if quota[f]]
-        lines = [line_widths(quota[f], h, w) for f in live]
-        pooled = pool_lines(x.view(t, h, w, -1)[live], lines, self.mode)
-        place = places(lines, h, w, self.position or "mean").to(x.device)
-        counts = torch.tensor([quota[f] for f in live], device=x.device)
-        frame = torch.tensor(live, device=x.device).repeat_interleave(counts)
-        sizes = (h * w / counts).repeat_interleave(counts)
-        return replace_patches(tokens, rows[frame * h * w + place], pooled, sizes)
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        patches = Patches.whole(batch, keeps, "pool")
+        x, grids = finite_features(patches.features), batch.grids
+        pooled, chosen, sizes = [], [], []
+        # Spans whose frames have one size are pooled together.
+        for (h, w), members in grouped([(h, w) for _, h, w in grids]).items():
+            frames, lines = [], []
+            for m in members:
+                quota = self.frame_quota(grids[m][0], h * w, patches.budgets[m])
+                frames += [patches.starts[m] + f * h * w for f, n in enumerate(quota) if n]
+                lines += [line_widths(n, h, w) for n in quota if n]
+            counts = [sum(widths) for widths in lines]
+            rows = patches.table(np.add.outer(frames, np.arange(h * w)).ravel())
+            stack = x.index_select(0, rows).view(len(frames), h, w, -1)
+            pooled.append(pool_lines(stack, lines, self.mode))
+            place = places(lines, h, w, self.position or "mean")
+            chosen.append(place + np.repeat(frames, counts))
+            sizes.append(np.repeat(h * w / np.asarray(counts), counts))
+        size = torch.from_numpy(np.concatenate(sizes).astype(np.float32)).to(patches.device)
+        rows = patches.table(np.concatenate(chosen))
+        return patches.replaced(rows, torch.cat(pooled), size)
 
     def frame_quota(self, frames: int, cells: int, budget: int) -> list[int]:
         """Tokens of every frame: whole numbers in 0 … cells that sum to `budget`."""
@@ -139,7 +150,7 @@ def pool_lines(x: Tensor, lines: list[list[int]], mode: str) -> Tensor:
     return frame_pool(tall.view(len(flat), 1, width, dim), [(1, n) for n in flat], mode)
 
 
-def places(lines: list[list[int]], height: int, width: int, position: str) -> Tensor:
+def places(lines: list[list[int]], height: int, width: int, position: str) -> Places:
     """Raster place in its frame of every token: of its "first" member, or of the "mean" one."""
     place = {"first": first, "mean": middle}[position]
     result = []
@@ -147,7 +158,7 @@ def places(lines: list[list[int]], height: int, width: int, position: str) -> Te
         for i, n in enumerate(widths):
             row = place(i, len(widths), height)
             result += [row * width + place(j, n, width) for j in range(n)]
-    return torch.tensor(result)
+    return np.asarray(result, dtype=np.int64)
 
 
 def first(i: int, parts: int, size: int) -> int:

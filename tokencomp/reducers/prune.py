@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from tokencomp.plan import Plan, check_ratio, from_profile
-from tokencomp.reducers._rows import signal_scores, top_k
+from tokencomp.reducers._batch import top_k_of_spans
+from tokencomp.reducers._rows import signal_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.schedules import SCHEDULES, aim, check_ramp
-from tokencomp.tokens import Attention, Reduction, Signal, VisualTokens
+from tokencomp.tokens import Attention, Reduction, Signal, SpanBatch
 from tokencomp.validation import check_range
 
 
@@ -88,5 +90,5 @@ class Prune(Reducer):
             profile = SCHEDULES[self.schedule](num_layers, 1.0 - ratio)
         return from_profile(profile, self)
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        return Reduction(top_k(signal_scores(tokens, "prune"), tokens.special, keep))
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        return top_k_of_spans(signal_scores(batch, "prune"), batch, keeps)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tokencomp.errors import OptionError
-from tokencomp.reducers._rows import keep_patches, patch_rows
+from tokencomp.reducers._batch import Patches, random_ranks
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import Reduction, VisualTokens
+from tokencomp.tokens import Reduction, SpanBatch
 
 
 @register_reducer("random")
@@ -38,10 +41,14 @@ class Random(Reducer):
         if not 0 <= self.seed < 2**63:
             raise OptionError(f"random: seed={self.seed!r}; allowed: an integer from 0 to 2**63-1.")
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import topk_stable
 
-        patches, budget = patch_rows(tokens, keep)
-        generator = torch.Generator().manual_seed(self.seed)
-        rank = torch.rand(math.prod(tokens.grid), generator=generator).to(tokens.features.device)
-        return keep_patches(tokens, patches[topk_stable(rank[tokens.cells()], budget)])
+        patches = Patches.of(batch, keeps)
+        ranks = {n: random_ranks(self.seed, n) for n in map(math.prod, batch.grids)}
+        starts = dict(zip(ranks, itertools.accumulate(ranks, initial=0), strict=False))
+        table = torch.cat(list(ranks.values())).to(patches.device)
+        first = [starts[math.prod(grid)] for grid in batch.grids]
+        cells = patches.cells() + patches.table(np.repeat(first, patches.lengths))
+        rank = table.index_select(0, cells)
+        return patches.kept(topk_stable(rank, patches.budgets, spans=patches.lengths))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from os import PathLike, fspath
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, WeightsError
-from tokencomp.reducers._rows import signal_scores, top_k
+from tokencomp.reducers._batch import Patches, by_group, top_k_of_spans
+from tokencomp.reducers._rows import signal_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import Attention, ModelFacts, Reduction, Signal, VisualTokens
+from tokencomp.tokens import Attention, ModelFacts, Reduction, Signal, SpanBatch
 
 TRAIN = "tokencomp train selector --model MODEL --data DATA --output FOLDER"
 CHANNELS = (32, 64, 128, 256, 512)
@@ -176,16 +178,23 @@ class Selector(Reducer):
         check_card(card, facts, path, TRAIN)
         return BoundSelector(str(path), net)
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        row, patches = signal_scores(tokens, "selector"), ~tokens.special
-        scores = torch.zeros_like(row)
-        scores[patches] = self.importance(row[patches])
-        return Reduction(top_k(scores, tokens.special, keep))
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        patches = Patches.of(batch, keeps)
+        row = patches.of_patches(signal_scores(batch, "selector"))
+        return top_k_of_spans(self.importances(patches, row), batch, keeps, patches)
+
+    def importances(self, patches: Patches, row: Tensor) -> Tensor:
+        """`importance` of the patches of every span, float32, shape (patches,)."""
+
+        def of_group(members: list[int], rows: Tensor) -> Tensor:
+            return self.importance(rows.view(len(members), -1)).flatten()
+
+        return by_group(patches, patches.lengths, row, of_group)
 
     @torch.no_grad()
-    def importance(self, row: Tensor) -> Tensor:
-        """Logits of the patches of a span from their attention row, float32, shape (n,)."""
-        return self.network(row.device)(row[None])[0]
+    def importance(self, rows: Tensor) -> Tensor:
+        """Logits of patches from the attention rows (B, n) of equally long spans, float32."""
+        return self.network(rows.device)(rows)
 
     def network(self, device: torch.device) -> SelectorNet:
         """The trained network on `device`."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
-from tokencomp.reducers._rows import keep_patches, patch_rows
+from tokencomp.reducers._batch import Patches, evenly
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import Reduction, VisualTokens
+from tokencomp.tokens import Reduction, SpanBatch
 
 
 @register_reducer("uniform")
@@ -19,8 +20,8 @@ class Uniform(Reducer):
 
     summary = "evenly spaced tokens in raster order (baseline)"
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        patches, k = patch_rows(tokens, keep)
-        n = patches.numel()
-        steps = torch.arange(k, device=patches.device)
-        return keep_patches(tokens, patches[(2 * steps + 1) * n // (2 * max(k, 1))])
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        patches = Patches.of(batch, keeps)
+        spans = zip(patches.starts, patches.lengths, patches.budgets, strict=True)
+        places = [evenly(n, k) + start for start, n, k in spans]
+        return patches.kept(patches.table(np.concatenate(places)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.errors import OptionError
-from tokencomp.reducers._rows import finite_features, keep_patches, round_to_sum, whole_grid
+from tokencomp.reducers._batch import Patches, by_group
+from tokencomp.reducers._rows import finite_features, round_to_sum
 from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.merge import best_per_group
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import Reduction, VisualTokens
+from tokencomp.tokens import Grid, Reduction, SpanBatch
 from tokencomp.validation import check_range
 
 BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))
@@ -56,23 +57,47 @@ class VidCom2(Reducer):
         if not 0 < self.channels <= 1:
             raise OptionError(f"vidcom2: channels={self.channels!r}; allowed: a number in (0, 1].")
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        t, h, w = tokens.grid
-        rows, budget = whole_grid(tokens, keep, "vidcom2")
-        x = finite_features(tokens.features[rows].float())
-        quiet = x.var(0, unbiased=False).sort(stable=True).indices
-        quiet = quiet[: max(1, int(x.shape[1] * self.channels))]
-        frames = normalize(x[:, quiet], dim=1).view(t, h * w, -1)
-        video = similarity(frames, frames.mean((0, 1), keepdim=True))
-        local = similarity(frames, frames.mean(1, keepdim=True))
-        share = torch.softmax(-video.mean(1) / self.temperature, 0)
-        budgets = budget / t * (1 + share - 1 / t)
-        quota = round_to_sum(budgets.tolist(), budget, h * w)
-        chosen = best_per_group(-(video + local).flatten(), [h * w] * t, quota)
-        return keep_patches(tokens, rows[chosen])
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        from tokencomp.kernels import topk_stable
+
+        patches = Patches.whole(batch, keeps, "vidcom2")
+        x, grids = finite_features(patches.features.float()), batch.grids
+        values = by_group(patches, grids, x, lambda m, rows: self._values(grids[m[0]], rows))
+        frames = [h * w for t, h, w in grids for _ in range(t)]
+        # One read for the budgets of all frames, which depend on the features.
+        means, quota, first = values[:, 1].tolist(), [], 0
+        for (t, h, w), budget in zip(grids, patches.budgets, strict=True):
+            own = torch.tensor(means[first : first + t * h * w : h * w])
+            share = torch.softmax(-own / self.temperature, 0)
+            quota += round_to_sum((budget / t * (1 + share - 1 / t)).tolist(), budget, h * w)
+            first += t * h * w
+        return patches.kept(topk_stable(-values[:, 0], quota, spans=frames))
+
+    def _values(self, grid: Grid, x: Tensor) -> Tensor:
+        """Similarity of every patch with its video and frame, and the mean of its frame.
+
+        Parameters
+        ----------
+        x : Tensor, shape (spans · t·h·w, d)
+            Of spans of one grid.
+
+        Returns
+        -------
+        Tensor of float32, shape (spans · t·h·w, 2)
+        """
+        t, h, w = grid
+        x = x.view(-1, t * h * w, x.shape[1])
+        quiet = x.var(1, unbiased=False).sort(stable=True).indices
+        quiet = quiet[:, : max(1, int(x.shape[2] * self.channels))]
+        x = x.gather(2, quiet[:, None].expand(-1, x.shape[1], -1))
+        frames = normalize(x, dim=2).view(len(x), t, h * w, -1)
+        video = similarity(frames, frames.mean((1, 2), keepdim=True))
+        local = similarity(frames, frames.mean(2, keepdim=True))
+        mean = video.mean(2, keepdim=True).expand_as(video)
+        return torch.stack([video + local, mean], dim=-1).flatten(0, 2)
 
 
 def similarity(x: Tensor, centre: Tensor) -> Tensor:
-    """Sum of Gaussians of the distance between x (t, n, c) and centre, shape (t, n)."""
+    """Sum of Gaussians of the distance between x (…, c) and centre, shape (…)."""
     squared = (x - centre).square().sum(-1)
     return torch.stack([torch.exp(-squared / (2 * a)) for a in BANDWIDTHS]).sum(0)

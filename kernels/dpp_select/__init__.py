@@ -1,0 +1,78 @@
+"""Greedy selection by a determinantal point process: rows that are relevant and unlike."""
+
+from collections.abc import Sequence
+
+import torch
+from tokencomp.kernels import checks, dispatch, segments
+from tokencomp.kernels.dpp_select import naive
+from tokencomp.kernels.errors import KernelError
+from torch import Tensor
+
+
+def dpp_select(
+    unit: Tensor,
+    k: int | Sequence[int],
+    relevance: Tensor,
+    *,
+    spans: int | Sequence[int] | Tensor | None = None,
+) -> Tensor:
+    r"""Choose rows one by one so that the determinant of the kernel of the chosen ones grows most.
+
+    .. math:: K_{ij} = r_i \; (x_i \cdot x_j) \; r_j
+
+    within every span; ties go to the lower index. Rows that add less than 1e-6 of their own
+    relevance, because the directions of the chosen ones span them, come last, by relevance.
+
+    Parameters
+    ----------
+    unit
+        Unit vectors ``(n, D)`` in fp32 or fp64, spans one after the other.
+    k
+        Number of rows to choose in every span (int) or in each (sequence).
+    relevance
+        Relevance r > 0 of every row, ``(n,)``.
+    spans
+        Rows per span, as an int for equal spans or as one length per span. None means one span.
+
+    Returns
+    -------
+    Tensor
+        Chosen rows of `unit`, ascending, int64 ``(Σ k,)``.
+
+    Raises
+    ------
+    KernelError
+        If `k` exceeds a span, the spans do not cover `unit`, or shapes and dtypes do not fit.
+
+    Notes
+    -----
+    k steps of the incremental Cholesky factorisation (arXiv 1709.05135; CDPruner is arXiv
+    2506.10967), ``2·k·L·(D + k/2)`` FLOPs and ``4·k·L`` bytes of memory per span of L rows. Spans
+    with as many rows and choices take their steps together, without the host.
+    """
+    checks.shape("unit", unit, 2, "(n, D)")
+    if unit.dtype not in (torch.float32, torch.float64):
+        raise KernelError(f"unit must be float32 or float64; got {unit.dtype}. Convert with .to()")
+    checks.same_device(unit=unit, relevance=relevance)
+    if relevance.shape != (len(unit),):
+        raise KernelError(f"relevance must be ({len(unit)},); got {tuple(relevance.shape)}")
+    lengths = segments.lengths_of("spans", spans, len(unit))
+    counts = [k] * len(lengths) if isinstance(k, int) else [int(c) for c in k]
+    if len(counts) != len(lengths):
+        raise KernelError(f"{len(counts)} values of k for {len(lengths)} spans")
+    for count, length in zip(counts, lengths, strict=True):
+        checks.count("k", count, 0, length)
+    return _op(unit.detach(), counts, relevance.detach().to(unit.dtype), lengths)
+
+
+@dispatch.custom_op("dpp_select")
+def _op(unit: Tensor, counts: list[int], relevance: Tensor, lengths: list[int]) -> Tensor:
+    if dispatch.checks_enabled(unit):
+        good = unit.sum().isfinite() & (relevance.isfinite() & (relevance > 0)).all()
+        checks.holds(good, "rows must be finite, and relevance finite and above 0")
+    return naive.dpp_select(unit, counts, relevance, lengths)
+
+
+@_op.register_fake
+def _(unit: Tensor, counts: list[int], relevance: Tensor, lengths: list[int]) -> Tensor:
+    return unit.new_empty(sum(counts), dtype=torch.int64)
