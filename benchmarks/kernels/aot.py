@@ -49,6 +49,7 @@ from benchmarks.kernels.cases import (
     gather,
     match,
     maxmin,
+    mean_distance,
     merge,
     nearest,
     pool,
@@ -83,6 +84,8 @@ EXTRA: list[Setup] = [
     pool("16 frames x 14 x 14 x 896, bilinear", 16, 14, 896, "bilinear"),
     ccam("64 queries x 8 frames of 196, 8 heads of 72", 64, 8, 196, 8, 72),
     ccam("16 queries x 8 frames of 64, 4 heads of 16", 16, 8, 64, 4, 16),
+    maxmin("9 spans x 576 tokens x 896, isolated start", 9, 576, 896, 0.25, start="isolated"),
+    mean_distance("9 spans x 576 tokens x 896, mean distance", 9, 576, 896, True),
     maxmin("1 span x 4096 cells x 192, half kept, rms", 1, 4096, 192, 0.5, metric="rms"),
     maxmin("1 span x 16384 cells x 192, 2 steps, rms", 1, 16384, 192, 2 / 16384, metric="rms"),
 ]
@@ -98,6 +101,7 @@ QUICK: list[Setup] = [
     maxmin("1 span x 6272 tokens x 3584, a quarter kept", 1, 6272, 3584, 0.25, True),
     maxmin("1 span x 16384 tokens x 3584, 2 steps", 1, 16384, 3584, 2 / 16384, False),
     maxmin("1 span x 16384 cells x 192, 2 steps, rms", 1, 16384, 192, 2 / 16384, metric="rms"),
+    maxmin("9 spans x 576 tokens x 896, isolated start", 9, 576, 896, 0.25, start="isolated"),
 ]
 
 

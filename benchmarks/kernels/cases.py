@@ -278,6 +278,7 @@ def maxmin(
     keep: float,
     centred: bool = False,
     metric: str = "cosine",
+    start: str | None = None,
 ) -> Setup:
     """Greedy max-min selection."""
 
@@ -299,13 +300,40 @@ def maxmin(
             op="maxmin_select",
             name=name,
             call=lambda: kernels.maxmin_select(
-                x, k, weights, spans=length, centred=centred, margin=margin, metric=metric
+                x,
+                k,
+                weights,
+                spans=length,
+                centred=centred,
+                margin=margin,
+                metric=metric,
+                start=start,
             ),
             eager=None,  # a loop of k steps in Python: that is the naive provider
             arguments=(),
             flops=count * 2.0 * products * dim,
             bytes=count * moved,
             tensor_cores=dtype != torch.float32 and metric == "cosine",
+        )
+
+    return setup
+
+
+def mean_distance(name: str, spans: int, tokens: int, dim: int, centred: bool) -> Setup:
+    """Mean distance of all pairs of rows of every span."""
+
+    def setup(device: torch.device, dtype: torch.dtype, scale: float) -> Case:
+        count = max(1, int(spans * scale))
+        x = _random(count * tokens, dim, device=device, dtype=dtype)
+        return Case(
+            op="maxmin_select",
+            name=name,
+            call=lambda: kernels.mean_distance(x, centred, spans=[tokens] * count),
+            eager=None,
+            arguments=(),
+            flops=8.0 * x.numel(),
+            bytes=3.0 * x.numel() * x.element_size(),
+            tensor_cores=False,
         )
 
     return setup

@@ -464,7 +464,7 @@ def mean_distance(x: Tensor, lengths: list[int], centred: bool) -> Tensor:
 
 def first_choice(score: Tensor, lengths: list[int]) -> Tensor:
     """Return the row with the largest score of every span (0 for an empty span)."""
-    first = torch.empty(len(lengths), dtype=torch.int64, device=score.device)
+    first = torch.zeros(len(lengths), dtype=torch.int64, device=score.device)
     first_row = table([0, *itertools.accumulate(lengths)], score.device)
     first_kernel[(len(lengths),)](score, first_row, first, BLOCK=1024, num_warps=4)
     return first
