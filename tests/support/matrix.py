@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tokencomp import Reducer, Reduction, VisualTokens, available_reducers, make_reducer
+from tokencomp import Reduction, VisualTokens, available_reducers, make_reducer
 from tokencomp.reducers.oracle import truth
 from tokencomp.reducers.selector import SelectorNet
 from tokencomp.trained.cards import model_card, write
@@ -144,7 +144,7 @@ def informed(case: Case, handle: Any, model: Any, inputs: dict[str, Any]) -> Ite
 
 def step_cases() -> list[Case]:
     """The cases that have a step of their own; presets only make plans."""
-    return [(n, o) for n, o in cases() if type(make_reducer(n, **o)).reduce is not Reducer.reduce]
+    return [(n, o) for n, o in cases() if not make_reducer(n, **o).only_plans]
 
 
 def tokens(

@@ -1,0 +1,95 @@
+"""What a reducer chooses in a span does not depend on the spans beside it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from support import matrix
+from support.matrix import Case
+from torch import Tensor
+
+from tokencomp import VisualTokens, make_reducer
+from tokencomp.errors import PlanError
+from tokencomp.reducers.oracle import truth
+from tokencomp.tokens import Reduction, SpanBatch
+
+GRIDS = [((1, 4, 5), 0), ((4, 3, 4), 3), ((1, 4, 5), 2), ((2, 2, 7), 0), ((4, 3, 4), 0)]
+
+
+def without(tokens: VisualTokens, places: list[int]) -> VisualTokens:
+    """A span from which an earlier stage has dropped the patches at `places`."""
+    left = torch.ones(len(tokens), dtype=torch.bool)
+    left[places] = False
+    left |= tokens.special
+    names = ("features", "special", "scores", "sizes", "keys")
+    values: dict[str, Any] = {name: getattr(tokens, name) for name in names}
+    values = {name: None if v is None else v[left] for name, v in values.items()}
+    return VisualTokens(
+        grid=tokens.grid, index=left.nonzero()[:, 0], query=tokens.query, kind=tokens.kind, **values
+    )
+
+
+def joined(spans: list[VisualTokens]) -> SpanBatch:
+    """The spans as one batch."""
+
+    def cat(name: str) -> Tensor | None:
+        values = [getattr(t, name) for t in spans]
+        return None if any(v is None for v in values) else torch.cat(values)
+
+    features, missing = cat("features"), any(t.index is not None for t in spans)
+    assert features is not None
+    return SpanBatch(
+        features=features,
+        lengths=[len(t) for t in spans],
+        grids=[t.grid for t in spans],
+        kinds=[t.kind for t in spans],
+        fixed=[int(t.special.sum()) for t in spans],
+        special=cat("special"),
+        index=torch.cat([t.offsets for t in spans]) if missing else None,
+        scores=cat("scores"),
+        sizes=cat("sizes"),
+        keys=cat("keys"),
+        queries=[t.query for t in spans],
+    )
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
+def test_a_batch_is_its_spans_one_by_one(case: Case, whole: bool) -> None:
+    """Images and videos, with and without special tokens, of which tokens may be missing."""
+    reducer, row = make_reducer(case[0], **case[1]), matrix.row(case[0])
+    if not whole and reducer.whole_spans:
+        pytest.skip("acts on whole spans")
+    spans = [matrix.tokens(grid, special) for grid, special in GRIDS]
+    if not whole:
+        spans = [without(t, [3 + i, 7, 11]) for i, t in enumerate(spans)]
+    batch, keeps = joined(spans), [row.keep(9 + i % 2, t) for i, t in enumerate(spans)]
+    informed = truth([[t.scores for t in spans]]) if case[0] == "oracle" else None
+    with informed or contextlib.nullcontext():
+        together = reducer.reduced_batch(batch, keeps)
+    for tokens, keep, part in zip(spans, keeps, together.split(batch, keeps), strict=True):
+        alone = matrix.reduce(case, tokens, keep)
+        assert part.keep.tolist() == alone.keep.tolist()
+        if alone.merged is not None:
+            torch.testing.assert_close(part.merged, alone.merged, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(part.sizes, alone.sizes)
+
+
+@pytest.mark.parametrize(
+    "rows", [[0, 1, 2, 3], [1, 0, 21, 22], [0, 1, 20], [0, 1, 20, 60], [-1, 1, 20, 22]], ids=str
+)
+def test_wrong_rows_of_a_batch_are_refused(rows: list[int]) -> None:
+    """Rows of another span, in another order, too few, or of no span at all."""
+    batch = joined([matrix.tokens((1, 4, 5)), matrix.tokens((1, 4, 5))])
+    with pytest.raises(PlanError, match="'wrong' returned"):
+        Reduction(torch.tensor(rows)).check_batch(batch, [2, 2], "wrong")
+
+
+def test_a_batch_without_its_special_tokens_is_refused() -> None:
+    batch = joined([matrix.tokens((1, 4, 5), 2), matrix.tokens((1, 4, 5))])
+    patches = (~batch.special).nonzero()[:3, 0]  # type: ignore[operator]
+    with pytest.raises(PlanError, match="without 2 of the special tokens"):
+        Reduction(torch.cat([patches, torch.tensor([30])])).check_batch(batch, [3, 1], "wrong")
