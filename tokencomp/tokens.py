@@ -175,7 +175,7 @@ class SpanBatch:
     features: Tensor
     lengths: list[int]
     grids: list[Grid]
-    kinds: list[Literal["image", "video", "audio"]]
+    kinds: list[Kind]
     fixed: list[int]
     special: Tensor | None = None
     index: Tensor | None = None
