@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from tokencomp.engine.proportional import check_merges
-from tokencomp.errors import OptionError, PlanError
-from tokencomp.plan import Plan, TowerStage, check_ratio
+from tokencomp.errors import OptionError, PlanError, RatioError
+from tokencomp.plan import MEDIA, Plan, Stage, TowerStage, check_ratio
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
 
@@ -49,7 +50,8 @@ class MethodSpec:
     reducer
         A registered name, two of them ("merge+prune"), a `Reducer`, or "auto".
     ratio
-        Fraction of visual-token work to remove, in [0, 1); 0 is off.
+        Fraction of visual-token work to remove, in [0, 1); 0 is off. A mapping from kinds of media
+        ("image", "video", "audio") to ratios goes to `ratios`.
     options
         Options of the named reducer.
     plan
@@ -58,6 +60,8 @@ class MethodSpec:
         Whether a merged token weighs as much as the tokens it stands for.
     tower_ratio
         Fraction of the cells that the vision tower does not see, in [0, 1), or "auto"; 0 is off.
+    ratios
+        Ratios by kind of media, in place of `ratio`; kinds that are not named stay whole.
     tower_reducer
         Chooses the cells of the vision tower: a name, a `Reducer`, or "auto".
 
@@ -77,8 +81,13 @@ class MethodSpec:
     proportional_attention: bool = False
     tower_ratio: float | Literal["auto"] = 0.0
     tower_reducer: str | Reducer = "auto"
+    ratios: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.ratio, Mapping):  # by kind of media
+            object.__setattr__(self, "ratios", dict(self.ratio))
+            object.__setattr__(self, "ratio", 0.0)
+        self._check_ratios()
         object.__setattr__(self, "ratio", check_ratio(self.ratio))
         if self.tower_ratio != "auto":
             value = check_ratio(self.tower_ratio, "tower_ratio")
@@ -99,6 +108,26 @@ class MethodSpec:
             check_merges(self.plan or Plan(), reducer)
         if self.plan is None:
             self._check_tower()
+
+    def _check_ratios(self) -> None:
+        """Check the ratios by kind of media.
+
+        Raises
+        ------
+        RatioError, OptionError
+            A kind that does not exist, or a ratio outside [0, 1); a plan or a tower ratio beside.
+        """
+        for kind, ratio in self.ratios.items():
+            if kind not in MEDIA:
+                raise RatioError(
+                    f"ratio={self.ratios!r}: {kind!r} is no kind of media. Use {', '.join(MEDIA)}."
+                )
+            check_ratio(ratio, f"ratio of {kind}")
+        if self.ratios and (self.plan is not None or self.tower_ratio):
+            raise OptionError(
+                f"ratio={self.ratios!r} beside a plan or tower_ratio, which know no kinds. "
+                'Give the stages of a plan fractions by kind ("by_kind"), or leave one out.'
+            )
 
     def _check_tower(self) -> None:
         """Refuse what the tower stage cannot do, whichever model the spec is for."""
@@ -138,7 +167,7 @@ class MethodSpec:
     @property
     def active(self) -> bool:
         """Whether the spec removes anything."""
-        return self.ratio > 0
+        return self.ratio > 0 or any(self.ratios.values())
 
     @cached_property
     def _plans(self) -> dict[tuple[int, int], Plan]:
@@ -163,12 +192,29 @@ class MethodSpec:
             if self.dropped_cells:
                 tower = TowerStage(0, 1.0 - self.dropped_cells, self.built_tower_reducer)
                 plan = plan.behind(tower, num_layers)
+            if self.ratios:
+                plan = self._by_kind(num_layers, first_layer_stage)
             self._plans[key] = plan
         return self._plans[key]
 
+    def _by_kind(self, num_layers: int, first: int) -> Plan:
+        """The stages of all kinds of media in one plan; kinds without a ratio see every layer."""
+        plans = {
+            kind: self.built_reducer.plan(ratio, num_layers).not_before(first, num_layers)
+            for kind, ratio in self.ratios.items()
+        }
+        profiles = {kind: plan.fractions(num_layers) for kind, plan in plans.items()}
+        reducers = {s.layer: s.reducer for plan in plans.values() for s in plan.stages}
+        return Plan(
+            tuple(
+                Stage(layer, 1.0, reducer, tuple((k, f[layer]) for k, f in profiles.items()))
+                for layer, reducer in sorted(reducers.items())
+            )
+        )
+
     def changed(
         self,
-        ratio: float | None,
+        ratio: float | Mapping[str, float] | None,
         reducer: str | Reducer | None,
         plan: Plan | None,
         options: dict[str, Any],
@@ -183,7 +229,7 @@ class MethodSpec:
             if ratio is not None:
                 raise OptionError(two_ratios(ratio))
             return MethodSpec(reducer or "auto", self.ratio, options, plan, **keep, **changed)
-        new_ratio = self.ratio if ratio is None else ratio
+        new_ratio: Any = (self.ratios or self.ratio) if ratio is None else ratio
         keep |= {"tower_ratio": self.tower_ratio, "tower_reducer": self.tower_reducer, **changed}
         if reducer is not None:
             return MethodSpec(reducer, new_ratio, options, **keep)
@@ -193,14 +239,15 @@ class MethodSpec:
                 "another ratio or option. Give set(reducer=...) too, or a new plan."
             )
         options = {**self.options, **options}
-        return dataclasses.replace(self, ratio=new_ratio, options=options, **keep)
+        return dataclasses.replace(self, ratio=new_ratio, ratios={}, options=options, **keep)
 
     def describe(self) -> dict[str, Any]:
         """Plain form with every option of the reducer; the same for all inactive specs."""
         if not self.active:
             return {"ratio": 0.0}
         options = self.built_reducer.options()
-        plain = {"reducer": self.built_reducer.name, "ratio": self.ratio, "options": options}
+        ratio: Any = self.ratios or self.ratio
+        plain = {"reducer": self.built_reducer.name, "ratio": ratio, "options": options}
         if self.dropped_cells:
             tower = self.built_tower_reducer
             own = {"ratio": self.dropped_cells, "reducer": tower.name, "options": tower.options()}
@@ -209,10 +256,10 @@ class MethodSpec:
 
     def __hash__(self) -> int:
         options = json.dumps(self.options, sort_keys=True, default=str)
-        tower = self.tower_ratio, self.tower_reducer
-        return hash((self.reducer, self.ratio, options, self.plan, *tower))
+        tower, ratios = (self.tower_ratio, self.tower_reducer), tuple(sorted(self.ratios.items()))
+        return hash((self.reducer, self.ratio, ratios, options, self.plan, *tower))
 
 
-def two_ratios(ratio: float) -> str:
+def two_ratios(ratio: Any) -> str:
     """The message for a plan beside a ratio."""
     return f"plan=... together with ratio={ratio!r}: a plan has its own fractions. Leave one out."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -38,7 +38,7 @@ FIXED = {"strict", "positions", "extend_context", "proportional_attention"}
 
 def patch(
     model: nn.Module,
-    ratio: float | None = None,
+    ratio: float | Mapping[str, float] | None = None,
     *,
     reducer: str | Reducer = "auto",
     plan: PlanLike | None = None,
@@ -60,6 +60,8 @@ def patch(
     ratio
         Fraction of visual-token work removed from the LLM, in [0, 1): 1 - mean over decoder layers
         of visual tokens seen / visual tokens of the prompt. 0 = off. None: 0.5, or what `plan` has.
+        A mapping gives ratios by kind of media, `{"video": 0.75, "audio": 0.5}`; kinds that it does
+        not name stay whole.
     reducer
         A name from `tokencomp.available_reducers()`, a `Reducer`, or "auto".
     plan
@@ -126,11 +128,12 @@ def patch(
         The model carries another method's changes.
     """
     if plan is not None and ratio is not None:
-        raise OptionError(two_ratios(check_ratio(ratio)))
+        given = ratio if isinstance(ratio, Mapping) else check_ratio(ratio)
+        raise OptionError(two_ratios(given))
     stages = None if plan is None else as_plan(plan)
-    ratio = 0.5 if ratio is None else ratio
+    amount: Any = 0.5 if ratio is None else ratio
     spec = MethodSpec(
-        reducer, ratio, options, stages, proportional_attention, tower_ratio, tower_reducer
+        reducer, amount, options, stages, proportional_attention, tower_ratio, tower_reducer
     )
     return apply(model, spec, strict=strict, positions=positions, extend_context=extend_context)
 
@@ -299,7 +302,7 @@ class Handle:
     def set(
         self,
         *,
-        ratio: float | None = None,
+        ratio: float | Mapping[str, float] | None = None,
         reducer: str | Reducer | None = None,
         plan: PlanLike | None = None,
         tower_ratio: float | Literal["auto"] | None = None,

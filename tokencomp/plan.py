@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
 
 MAX_RATIO = 0.95
+MEDIA = ("image", "video", "audio")
 LEAST = 1e-9
 """A fraction so small that only mandatory tokens (special tokens and one patch) remain."""
 
@@ -136,20 +137,30 @@ class Stage:
         Relative to the *uncompressed* prompt, not to what an earlier stage has left.
     reducer
         The reducer that chooses the tokens.
+    by_kind
+        Fractions of kinds of media ("image", "video", "audio") that differ from `fraction`, as
+        sorted pairs.
 
     Raises
     ------
     PlanError
-        A layer or fraction of another type; something that is not a reducer; a reducer that only
-        plans the steps of others (a preset or a composition); or a stage between layers for a
-        reducer that was trained for the entry.
+        A layer or fraction of another type; an unknown kind; something that is not a reducer; a
+        reducer that only plans the steps of others (a preset or a composition); or a stage between
+        layers for a reducer that was trained for the entry.
     """
 
     layer: int
     fraction: float
     reducer: StageReducer
+    by_kind: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "by_kind", tuple(sorted(dict(self.by_kind).items())))
+        unknown = [k for k, f in self.by_kind if k not in MEDIA or not fits(f, float)]
+        if unknown:
+            raise PlanError(
+                f"stage: by_kind={dict(self.by_kind)!r}; expected fractions of {', '.join(MEDIA)}."
+            )
         for name, hint in {"layer": int, "fraction": float}.items():
             if not fits(value := getattr(self, name), hint):
                 raise PlanError(f"stage: {name}={value!r}; expected {describe_type(hint)}.")
@@ -168,6 +179,15 @@ class Stage:
                 f"stage at layer {self.layer}: reducer {self.reducer.name!r} was trained on what "
                 "stands before the first layer. Move the stage to layer 0, or take another reducer."
             )
+
+    def fraction_of(self, kind: str | None) -> float:
+        """The fraction of a kind of media; None: of kinds without one of their own."""
+        return dict(self.by_kind).get(kind, self.fraction) if kind else self.fraction
+
+    @property
+    def most(self) -> float:
+        """The largest fraction that the stage leaves of any kind."""
+        return max(self.fraction, *(f for _, f in self.by_kind), 0.0)
 
 
 @dataclass(frozen=True)
@@ -296,9 +316,18 @@ class Plan:
                 "patch(plan=...) or plan_from_json."
             )
         object.__setattr__(self, "stages", tuple(stages))
+        for kind in {kind for s in self.stages for kind, _ in s.by_kind}:
+            self._check_fractions(kind)
+        self._check_fractions(None)
+
+    def _check_fractions(self, kind: str | None) -> None:
+        """Raise `PlanError` if the stages are in another order, for one kind of media."""
         layers = [s.layer for s in self.stages]
         head = [("the tower stage", self.tower.fraction)] if self.tower else []
-        before = [*head, *((f"the stage at layer {s.layer}", s.fraction) for s in self.stages)]
+        before = [
+            *head,
+            *((f"the stage at layer {s.layer}", s.fraction_of(kind)) for s in self.stages),
+        ]
         fractions = [1.0, *(fraction for _, fraction in before)]
         if layers != sorted(set(layers)) or any(layer < 0 for layer in layers):
             raise PlanError(f"stage layers {layers}: expected ascending, distinct, from 0 on.")
@@ -330,18 +359,21 @@ class Plan:
     def layer_stages(self) -> tuple[Stage, ...]:
         return tuple(s for s in self.stages if s.layer > 0)
 
-    def fractions(self, num_layers: int) -> list[float]:
-        """Fraction of visual tokens seen by each of `num_layers` decoder layers."""
+    def fractions(self, num_layers: int, kind: str | None = None) -> list[float]:
+        """Fraction of the tokens of a kind of media seen by each of `num_layers` decoder layers.
+
+        None: of kinds to which the stages give no fraction of their own.
+        """
         current = self.tower.fraction if self.tower else 1.0
-        seen, stages = [], {s.layer: s.fraction for s in self.stages}
+        seen, stages = [], {s.layer: s.fraction_of(kind) for s in self.stages}
         for layer in range(num_layers):
             current = stages.get(layer, current)
             seen.append(current)
         return seen
 
-    def ratio(self, num_layers: int) -> float:
+    def ratio(self, num_layers: int, kind: str | None = None) -> float:
         """1 - mean over layers of the fraction seen: the ratio before rounding to tokens."""
-        return 1.0 - sum(self.fractions(num_layers)) / num_layers
+        return 1.0 - sum(self.fractions(num_layers, kind)) / num_layers
 
     def check(self, num_layers: int, first: int = 1) -> None:
         """Raise `PlanError` if a stage lies outside the decoder, or between layers before `first`.
@@ -380,9 +412,10 @@ class Plan:
         says. The earlier stages then keep fewer tokens, as far as they can, so that the ratio of
         the plan is met (ours).
         """
-        kept = list(self._falling(span, [s.fraction for s in self.stages]))
-        least = list(self._falling(span, [min(s.fraction, LEAST) for s in self.stages]))
-        target = [span.visual * s.fraction for s in self.stages]
+        fractions = [s.fraction_of(span.kind) for s in self.stages]
+        kept = list(self._falling(span, fractions))
+        least = list(self._falling(span, [min(f, LEAST) for f in fractions]))
+        target = [span.visual * f for f in fractions]
         if not any(k == m > t + 0.5 for k, m, t in zip(kept, least, target, strict=True)):
             return kept
         ends = [*(s.layer for s in self.stages[1:]), num_layers]

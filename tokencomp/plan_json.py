@@ -41,6 +41,7 @@ def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
             "fraction": float(s.fraction),
             "reducer": s.reducer.name,
             "options": s.reducer.options(),
+            **({"by_kind": dict(s.by_kind)} if isinstance(s, Stage) and s.by_kind else {}),
         }
         for s in stages
     ]
@@ -64,7 +65,8 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
         if not _is_stage(item, "layer") and not (i == 0 and _is_stage(item, "tower")):
             raise PlanError(
                 f"stage {i} of the plan is {item!r}; expected an object with layer (an integer), "
-                "fraction (a number), reducer (a name) and, if needed, options (an object), e.g. "
+                "fraction (a number), reducer (a name) and, if needed, options (an object) and "
+                "by_kind (fractions of kinds of media that differ), e.g. "
                 '{"layer": 0, "fraction": 0.5, "reducer": "merge"}. The first may have tower (a '
                 "block of the vision tower) instead of layer."
             )
@@ -72,14 +74,18 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
         if "tower" in item:
             tower = TowerStage(item["tower"], float(item["fraction"]), reducer)
         else:
-            stages.append(Stage(item["layer"], float(item["fraction"]), reducer))
+            kinds = tuple(item.get("by_kind", {}).items())
+            stages.append(Stage(item["layer"], float(item["fraction"]), reducer, kinds))
     return Plan(tuple(stages), tower)
 
 
 def _is_stage(item: Any, place: str) -> bool:
     """Whether `item` describes a stage before a "layer", or before a block of the "tower"."""
     hints = {place: int, "fraction": float, "reducer": str}
-    if not isinstance(item, dict) or set(item) - {"options"} != set(hints):
+    further = {"options", "by_kind"} if place == "layer" else {"options"}
+    if not isinstance(item, dict) or set(item) - further != set(hints):
+        return False
+    if not isinstance(item.get("by_kind", {}), dict):
         return False
     options = item.get("options", {})
     typed = all(fits(item[key], hint) for key, hint in hints.items())

@@ -137,6 +137,8 @@ def test_media_are_cut_out_of_runs() -> None:
     ]
     assert cut_media(rows, {"image": [2, 4, 3, 7]}) is None
     assert cut_media(rows, {"image": [2, 4, 3, 8, 1]}) is None
+    mixed = cut_media([[(0, 2, "audio"), (3, 5, "image"), (5, 9, "audio")]], {"image": [2]})
+    assert [m.kind for m in mixed[0]] == ["audio", "image", "audio"]
     assert cut_media([[(0, 2, "video"), (2, 4, "audio")]], {"video": [4], "audio": [2]}) is None
 
 
@@ -174,4 +176,5 @@ def test_sizes_and_token_counts() -> None:
     assert sizes_in(torch.zeros(2, 3)) == sizes_in(torch.zeros(2, 3).bool()) == sizes_in(5) == []
     assert token_counts([torch.zeros(4, 8), torch.zeros(6, 8)]) == [4, 6]
     assert token_counts(torch.zeros(3, 5, 8)) == [5, 5, 5]
+    assert token_counts(torch.zeros(5, 8)) == []  # of all images together
     assert token_counts((torch.zeros(2, 5, 8), torch.zeros(7, 8))) == [5, 5, 7]

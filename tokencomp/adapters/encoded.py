@@ -98,14 +98,15 @@ def features_of(out: Any) -> Any:
 
 
 def token_counts(features: Any) -> list[int]:
-    """Tokens of every medium or tile in features (…, n, d), or in a list of such tensors."""
-    if isinstance(features, Tensor):
-        if features.ndim < 2:
-            return []
-        return [features.shape[-2]] * features.shape[:-2].numel()
+    """Tokens of every medium or tile in features (tiles, n, d), or in a list of (…, n, d).
+
+    Empty for features (n, d) of all media together, of which nothing tells where one ends.
+    """
     if isinstance(features, list | tuple):
-        return [n for item in features for n in token_counts(item)]
-    return []
+        tensors = [item for item in features if isinstance(item, Tensor) and item.ndim >= 2]
+    else:
+        tensors = [features] if isinstance(features, Tensor) and features.ndim >= 3 else []
+    return [n for item in tensors for n in [item.shape[-2]] * item.shape[:-2].numel()]
 
 
 def sizes_in(argument: Any) -> list[tuple[int, int, int]]:

@@ -41,12 +41,17 @@ def cut_media(
 ) -> list[list[Medium]] | None:
     """Media of every sample from the token counts of what was encoded, in the order of the batch.
 
+    Parameters
+    ----------
+    lengths
+        Token counts by kind. Of a kind without any, every run is a medium.
+
     Returns
     -------
     list per sample of list of Medium, or None
         None if the counts are not those of the runs, or media of two kinds interleave.
     """
-    pending = {kind: deque(n for n in counts if n) for kind, counts in lengths.items()}
+    pending = {kind: deque(n for n in counts if n) for kind, counts in lengths.items() if counts}
     media = []
     for runs in rows:
         own = _cut_row(runs, pending)
@@ -60,9 +65,12 @@ def _cut_row(runs: list[Run], pending: dict[Kind, deque[int]]) -> list[Medium] |
     media: list[Medium] = []
     missing = 0
     for start, stop, kind in runs:
+        if kind not in pending and not missing:
+            media.append(Medium(kind, [(start, stop)]))
+            continue
         while start < stop:
             if not missing:
-                if not pending.get(kind):
+                if not pending[kind]:
                     return None
                 missing = pending[kind].popleft()
                 media.append(Medium(kind, []))

@@ -68,7 +68,7 @@ class PlanHooks:
 
     def _install_scores(self, plan: Plan) -> None:
         for stage in plan.layer_stages:
-            for signal in stage.reducer.needs if stage.fraction > 0 else ():
+            for signal in stage.reducer.needs if stage.most > 0 else ():
                 if isinstance(signal, Attention) and signal.layer == "previous":
                     attn: Any = self.adapter.layers[stage.layer - 1].self_attn
                     score = functools.partial(self._attention, stage.layer, signal)

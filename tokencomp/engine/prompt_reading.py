@@ -135,14 +135,15 @@ def check_grids(plan: Plan, spans: list[list[VisualSpan]]) -> None:
     ------
     UnknownGridError
     """
-    needing = [s.reducer.name for s in plan.stages if s.reducer.needs_grid and s.fraction < 1]
     unknown = next((s for row in spans for s in row if not s.grid_known), None)
-    if needing and unknown is not None:
+    for stage in plan.stages:
+        if unknown is None or not stage.reducer.needs_grid or stage.fraction_of(unknown.kind) == 1:
+            continue
         raise UnknownGridError(
-            f"reducer {needing[0]!r} reads places in the grid of an {unknown.kind}, but nothing "
-            f"tells how the {unknown.length} tokens from column {unknown.start} on lie in the "
-            "picture. Use a reducer that reads features alone, such as 'condiv', 'divprune', "
-            "'merge' or 'uniform'."
+            f"reducer {stage.reducer.name!r} reads places in the grid of an {unknown.kind}, but "
+            f"nothing tells how the {unknown.length} tokens from column {unknown.start} on lie "
+            "in the picture. Use a reducer that reads features alone, such as 'condiv', "
+            "'divprune', 'merge' or 'uniform'."
         )
 
 

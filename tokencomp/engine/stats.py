@@ -216,15 +216,17 @@ def warn_if_ratio_missed(stats: Stats, plan: Plan, warned: set[str]) -> None:
     warned
         Names of the plans that have warned before; the name of `plan` is added.
     """
-    planned, achieved = plan.ratio(stats.shape.num_layers), stats.ratio
     spans, before = sum(map(len, stats.spans)), sum(stats.tokens_before)
+    every = [span for row in stats.spans for span in row]
+    layers = stats.shape.num_layers
+    planned = sum(plan.ratio(layers, s.kind) * s.visual for s in every) / max(1, before)
+    achieved = stats.ratio
     if not before or abs(planned - achieved) <= max(0.05 * (1 - planned), spans / before):
         return
-    name = str([(s.layer, s.fraction, s.reducer.name) for s in plan.stages])
+    name = str([(s.layer, s.fraction, s.by_kind, s.reducer.name) for s in plan.stages])
     if name in warned or all(s.reducer.own_count for s in plan.stages):
         return
     warned.add(name)
-    every = [span for row in stats.spans for span in row]
     most = max(every, key=lambda span: len(span.special) / max(1, span.visual))
     why = "a reducer of this plan leaves a number of tokens of its own"
     if most.special and achieved < planned and not any(s.reducer.own_count for s in plan.stages):

@@ -1,0 +1,104 @@
+"""Models that hear: Qwen2-Audio, Voxtral, and the thinker of Qwen2.5-Omni."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+from support.family.base import END, EOS, IMAGE, PAD, START, VIDEO, VOCAB, Media
+from support.family.llava import llama
+from support.family.qwen import Qwen2VL, text_config
+
+AUDIO, BINS = 155, 8
+
+
+class Qwen2Audio(Qwen2VL):
+    """Clips of one length; every fourth frame of the spectrogram becomes a token."""
+
+    name = "qwen2_audio"
+    mrope = False
+
+    def model_class(self) -> type:
+        return transformers.Qwen2AudioForConditionalGeneration
+
+    def config(self) -> Any:
+        return transformers.Qwen2AudioConfig(
+            text_config=transformers.Qwen2Config(
+                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
+            ),
+            audio_config=transformers.Qwen2AudioEncoderConfig(
+                d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=48,
+                num_mel_bins=BINS, max_source_positions=24,
+            ),
+            audio_token_index=AUDIO, audio_token_id=AUDIO,
+        )  # fmt: skip
+
+    def audio(self, tokens: int = 12) -> Media:
+        mask = torch.zeros(1, 48, dtype=torch.long)
+        mask[:, : 4 * tokens] = 1
+        inputs = {"input_features": torch.randn(1, BINS, 48), "feature_attention_mask": mask}
+        return Media([START, *[AUDIO] * tokens, END], inputs)
+
+
+class Voxtral(Qwen2Audio):
+    """Llama behind a Whisper encoder, whose frames are joined by fours."""
+
+    name = "voxtral"
+
+    def model_class(self) -> type:
+        return transformers.VoxtralForConditionalGeneration
+
+    def config(self) -> Any:
+        return transformers.VoxtralConfig(
+            text_config=llama().to_dict(),
+            audio_config=dict(
+                hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128,
+                num_mel_bins=BINS, max_source_positions=48,
+            ),
+            audio_token_id=AUDIO,
+        )  # fmt: skip
+
+    def audio(self, tokens: int = 12) -> Media:
+        return Media([AUDIO] * 12, {"input_features": torch.randn(1, BINS, 96)})
+
+
+class Qwen25OmniThinker(Qwen2VL):
+    """Images, videos and clips in one prompt."""
+
+    name = "qwen2_5_omni_thinker"
+
+    def model_class(self) -> type:
+        return transformers.Qwen2_5OmniThinkerForConditionalGeneration
+
+    def config(self) -> Any:
+        return transformers.Qwen2_5OmniThinkerConfig(
+            text_config=text_config(),
+            vision_config=dict(
+                depth=2, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=2,
+                patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
+                window_size=16, fullatt_block_indexes=[1],
+            ),
+            audio_config=dict(
+                d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=48,
+                num_mel_bins=BINS, max_source_positions=64, n_window=12, output_dim=64,
+            ),
+            image_token_index=IMAGE, video_token_index=VIDEO, audio_token_index=AUDIO,
+            image_token_id=IMAGE, video_token_id=VIDEO, audio_token_id=AUDIO,
+            vision_start_token_id=START, vision_end_token_id=END, audio_start_token_id=156,
+            audio_end_token_id=157, position_id_per_seconds=2, seconds_per_chunk=2,
+        )  # fmt: skip
+
+    def whole_video(self, frames: int) -> Media:
+        media = self._media((frames // 2, 4, 8), VIDEO, "video")
+        media.inputs["video_second_per_grid"] = torch.tensor([1.0])
+        return media
+
+    def audio(self, tokens: int = 12) -> Media:
+        mask = torch.zeros(1, 64, dtype=torch.long)
+        mask[:, : 4 * tokens] = 1
+        inputs = {"input_features": torch.randn(1, BINS, 64), "feature_attention_mask": mask}
+        return Media([156, *[AUDIO] * tokens, 157], inputs)
