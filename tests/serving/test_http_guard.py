@@ -194,6 +194,7 @@ def test_a_half_body_does_not_delay_the_shutdown() -> None:
         connection = socket.create_connection(address)
         connection.sendall((HEAD + "Content-Length: 9\r\n\r\n{").encode())
         time.sleep(0.3)
+    assert b" 503 " in received(connection)
     connection.close()
 
 

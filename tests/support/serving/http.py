@@ -42,26 +42,33 @@ class BaseUrl(str):
 @contextlib.contextmanager
 def server(log: Path, *arguments: Any, **env: str) -> Iterator[BaseUrl]:
     """Run `tokencomp serve …` until the block ends; yield its base URL."""
+    with process(log, *arguments, **env) as (url, _):
+        yield url
+
+
+@contextlib.contextmanager
+def process(log: Path, *arguments: Any, **env: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Run `tokencomp serve …` until the block ends; yield its base URL and its process."""
     port = free_port()
     command = [sys.executable, "-m", "tokencomp.cli", "serve", "--port", port, *arguments]
     with log.open("w") as out:
-        process = subprocess.Popen(
+        running = subprocess.Popen(
             list(map(str, command)), stdout=out, stderr=subprocess.STDOUT,
             env={**os.environ, "HF_HUB_OFFLINE": "1", **env}, start_new_session=True,
         )  # fmt: skip
     url = BaseUrl(f"http://127.0.0.1:{port}")
     url.process = process
     try:
-        _wait(url, process, log)
-        yield url
+        _wait(url, running, log)
+        yield url, running
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(running.pid, signal.SIGTERM)
         try:
-            process.wait(timeout=20)
+            running.wait(timeout=20)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
 
 
 def _wait(url: str, process: subprocess.Popen, log: Path) -> None:

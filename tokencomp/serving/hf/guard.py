@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
@@ -59,10 +60,14 @@ class Guard:
         exchange = Exchange(scope, receive, send)
         try:
             self._check(scope)
-        except RequestError as error:
-            await error_response(error)(scope, exchange.receive, exchange.send)
-        else:
             await self.app(scope, exchange.receive, exchange.send)
+        except RequestError as error:  # of the check; the application answers its own
+            await error_response(error)(scope, exchange.receive, exchange.send)
+        except asyncio.CancelledError:  # the time of the shutdown is over
+            if not exchange.status:
+                late = RequestError("the server shuts down.", 503)
+                await error_response(late)(scope, exchange.receive, exchange.send)
+            raise
         finally:
             if scope["path"].startswith("/v1"):
                 self.metrics.requests.labels(exchange.outcome).inc()
