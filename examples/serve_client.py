@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 import mimetypes
+import os
 from pathlib import Path
 
 from openai import OpenAI
@@ -27,9 +28,10 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="image or video file")
     parser.add_argument("question")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
+    parser.add_argument("--key", default=os.environ.get("TOKENCOMP_API_KEY", "unused"))
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.5, 0.75])
     arguments = parser.parse_args()
-    client = OpenAI(base_url=arguments.url, api_key="unused")
+    client = OpenAI(base_url=arguments.url, api_key=arguments.key)
     model = client.models.list().data[0].id
     url = data_url(arguments.file)
     kind = "video_url" if url.startswith("data:video") else "image_url"

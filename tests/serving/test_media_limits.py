@@ -69,7 +69,10 @@ def gif(side: int, count: int) -> str:
 def parsed(limits: Limits, *urls: str) -> Prompt:
     """Return the prompt of a request with these media, for a model that takes any text."""
     text: Any = SimpleNamespace(
-        check_size=lambda *amount: None, check=lambda chat: None, verifies=lambda kind: True
+        check_size=lambda *amount: None,
+        check=lambda chat: 0,
+        check_images=lambda *images: None,
+        verifies=lambda kind: True,
     )
     return parse(json.dumps(request(*urls)).encode(), ServerOptions.parse({}, "hf"), limits, text)
 

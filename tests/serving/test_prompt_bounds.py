@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,11 @@ import pytest
 pytest.importorskip("pydantic")
 from support.serving import hf_reference, http
 
+from tokencomp.inputs.prompts import chat_inputs, prompt_lengths
+from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.errors import MAX_MESSAGE, RequestError
 from tokencomp.serving.hf.media import Limits
+from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.hf.prompt import Prompt, parse
 from tokencomp.serving.hf.schema import MAX_STRUCTURE, read_request
 from tokencomp.serving.hf.text import PromptText
@@ -65,6 +69,36 @@ def test_tokens_are_counted_before_media_are_decoded(text: PromptText) -> None:
     with pytest.raises(RequestError, match="base64"):
         prompt(user([broken]), text)
     assert not prompt(user([IMAGE, {"type": "text", "text": "What?"}]), text).alone
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_tokens_of_images_are_counted_before_the_processor_runs(
+    name: str, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = hf_reference.load(tiny_folder(name))
+    urls = [http.image_url(seed, 112 + 56 * seed, 196) for seed in (1, 2)]
+    body = user([*({"type": "image_url", "image_url": {"url": url}} for url in urls)])
+    made = prompt(body, PromptText(processor, 10**5))
+    inputs = chat_inputs(processor, [made.chat], made.images, [])
+    ((total, _),) = prompt_lengths(model, inputs)
+    monkeypatch.setattr(type(processor), "__call__", None)
+    assert prompt(body, PromptText(processor, total + 1))
+    with pytest.raises(RequestError, match=f"has {total} tokens before compression"):
+        prompt(body, PromptText(processor, total))
+
+
+def test_a_batch_has_a_limit_of_pixels() -> None:
+    pixels = [30, 200, 60, 20, 20, 100]
+    jobs = [
+        SimpleNamespace(cancelled=False, group=0, prompt=SimpleNamespace(pixels=p)) for p in pixels
+    ]
+    engine: Any = SimpleNamespace(
+        _jobs=deque(jobs), max_batch=3, max_batch_pixels=100, metrics=Metrics()
+    )
+    batches = []
+    while engine._jobs:
+        batches.append([job.prompt.pixels for job in Engine._take(engine)])
+    assert batches == [[30], [200], [60, 20, 20], [100]]
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>"])

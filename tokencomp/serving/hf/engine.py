@@ -23,7 +23,7 @@ from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.generation import Rows, for_client, sampling, take_end_tokens
 from tokencomp.serving.hf.job import Job, Usage
 from tokencomp.serving.hf.metrics import Metrics
-from tokencomp.serving.hf.text import PromptText
+from tokencomp.serving.hf.text import PromptText, too_long
 from tokencomp.serving.spec import ServerOptions
 
 logger = logging.getLogger("tokencomp.serving")
@@ -38,8 +38,9 @@ class Engine:
         A supported Hugging Face model (the engine patches it) and its processor.
     options
         Default reducer and ratio, and what requests may change.
-    max_batch, wait
-        Requests per batch, and seconds to wait for further requests.
+    max_batch, max_batch_pixels, wait
+        Requests per batch, pixels of their media, because the arrays of a processor take about 24
+        bytes per pixel, and seconds to wait for further requests.
     max_model_len
         Prompt and answer together, uncompressed; None is the model's own limit.
     max_waiting, max_waiting_pixels
@@ -54,6 +55,7 @@ class Engine:
         metrics: Metrics,
         *,
         max_batch: int = 8,
+        max_batch_pixels: int = 100_000_000,
         wait: float = 0.005,
         max_model_len: int | None = None,
         max_waiting: int = 256,
@@ -61,7 +63,7 @@ class Engine:
     ) -> None:
         self.model, self.processor = model, processor
         self.options, self.metrics = options, metrics
-        self.max_batch, self.wait = max_batch, wait
+        self.max_batch, self.max_batch_pixels, self.wait = max_batch, max_batch_pixels, wait
         self.max_waiting, self.max_waiting_pixels = max_waiting, max_waiting_pixels
         config = adapter_for(model).text_config
         limit = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
@@ -126,9 +128,15 @@ class Engine:
             job.send("error", RequestError("the server shuts down.", 503))
 
     def _take(self) -> list[Job]:
-        """The oldest request and those with equal options, up to the batch size."""
+        """The oldest request and those with equal options, up to the size of a batch."""
         waiting = [job for job in self._jobs if not job.cancelled]
-        batch = [j for j in waiting if j.group == waiting[0].group][: self.max_batch]
+        batch: list[Job] = []
+        pixels = 0
+        for job in (j for j in waiting if j.group == waiting[0].group):
+            pixels += job.prompt.pixels
+            if batch and (len(batch) == self.max_batch or pixels > self.max_batch_pixels):
+                break
+            batch.append(job)
         self._jobs = deque(j for j in waiting if j not in batch)
         self.metrics.waiting.set(len(self._jobs))
         return batch
@@ -179,13 +187,7 @@ class Engine:
         for job, length in zip(batch, lengths, strict=True):
             room = self.max_model_len - length
             if room < 1:
-                job.send(
-                    "error",
-                    RequestError(
-                        f"the prompt has {length} tokens before compression; this model takes "
-                        f"{self.max_model_len}, answer included. Send fewer or smaller media."
-                    ),
-                )
+                job.send("error", too_long(length, self.max_model_len))
             job.max_tokens = min(job.max_tokens, max(room, 1))
         return any(job.done for job in batch)
 

@@ -82,13 +82,14 @@ def parse(
         {"role": message.template_role, "content": _content(message)}
         for message in request.messages
     ]
-    text.check(prompt.chat)
+    tokens = text.check(prompt.chat)
     media = [part.type.removesuffix("_url") for part in _media_parts(request)]
     prompt.alone = not all(map(text.verifies, media))
     deadline = deadline or Deadline(limits.decode_seconds)
     deadline.start()
     for part in _media_parts(request):
         _load(part, prompt, limits, deadline)
+    text.check_images(tokens, prompt.images)
     return prompt
 
 

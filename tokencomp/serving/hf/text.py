@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
+
+from PIL import Image
 
 from tokencomp.serving.hf.errors import RequestError
 
@@ -13,6 +16,14 @@ MAX_CHARACTERS = 4 << 20
 MARKED = ("image", "video")
 
 Chat = list[dict[str, Any]]
+
+
+def too_long(tokens: int, limit: int) -> RequestError:
+    """Return the error for a prompt of that many tokens."""
+    return RequestError(
+        f"the prompt has {tokens} tokens before compression; this model takes {limit}, answer "
+        "included. Send less text, or fewer or smaller media."
+    )
 
 
 class PromptText:
@@ -62,12 +73,17 @@ class PromptText:
                 f"{self.max_characters} characters. Send less text."
             )
 
-    def check(self, chat: Chat) -> None:
+    def check(self, chat: Chat) -> int:
         """Tokenise a conversation, with one placeholder per medium, and check the result.
 
         The engine puts the media of several requests into one list, in the order of their
         placeholders. A prompt with another number of placeholders than media would take the media
         of another request.
+
+        Returns
+        -------
+        int
+            Number of tokens.
 
         Raises
         ------
@@ -77,10 +93,7 @@ class PromptText:
         """
         tokens = self._tokens(chat)
         if len(tokens) >= self.max_model_len:
-            raise RequestError(
-                f"the text of the prompt has {len(tokens)} tokens before compression; this model "
-                f"takes {self.max_model_len}, answer and media included. Send less text."
-            )
+            raise too_long(len(tokens), self.max_model_len)
         expected: Counter[int] = Counter()
         for message in chat:
             for part in message["content"]:
@@ -92,6 +105,30 @@ class PromptText:
                 "the prompt does not have one placeholder per image and video: its text contains "
                 "placeholder tokens, or the model's chat template leaves media of this role out."
             )
+        return len(tokens)
+
+    def check_images(self, text_tokens: int, images: Sequence[Image.Image]) -> None:
+        """Refuse images with too many tokens before the processor makes arrays of them.
+
+        Processors that cannot tell the number of tokens of a size are asked nothing here; the
+        engine counts again after the processor has run.
+
+        Raises
+        ------
+        RequestError
+            If `text_tokens` and the tokens of the images do not fit into the model.
+        """
+        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+        if count is None or not images:
+            return
+        try:
+            counts = count(image_sizes=[(image.height, image.width) for image in images])
+            visual = sum(counts["num_image_tokens"])
+        except Exception:  # of a size that the processor refuses, which it says better itself
+            return
+        total = text_tokens - len(images) + visual
+        if total >= self.max_model_len:
+            raise too_long(total, self.max_model_len)
 
     def _tokens(self, chat: Chat) -> list[int]:
         try:
