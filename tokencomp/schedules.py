@@ -87,7 +87,7 @@ def pyramid(num_layers: int, target: float) -> list[float]:
     def profile(factor: float) -> list[float]:
         return [factor ** (4 * layer // num_layers) for layer in range(num_layers)]
 
-    natural = profile(0.5)
+    natural = natural_pyramid(num_layers)
     if target <= sum(natural) / num_layers:
         return early(natural, target)
     return profile(bisect(profile, target, 0.5, 1.0))
@@ -102,4 +102,19 @@ def fastv(num_layers: int, target: float) -> list[float]:
     return [target] * num_layers
 
 
+def natural_pyramid(num_layers: int) -> list[float]:
+    """PyramidDrop's published shape: half of the tokens go at 1/4, 1/2 and 3/4 of the depth."""
+    return [0.5 ** (4 * layer // num_layers) for layer in range(num_layers)]
+
+
+def natural_fastv(num_layers: int) -> list[float]:
+    """FastV's published shape: everything up to layer 2, half of the tokens from there on."""
+    return [1.0 if layer < 2 else 0.5 for layer in range(num_layers)]
+
+
+NATURAL: dict[str, Callable[[int], list[float]]] = {
+    "aim": natural_aim,
+    "pyramid": natural_pyramid,
+    "fastv": natural_fastv,
+}
 SCHEDULES: dict[str, Schedule] = {"aim": aim, "pyramid": pyramid, "fastv": fastv}

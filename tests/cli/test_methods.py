@@ -96,7 +96,8 @@ def test_eval(proportional, folder, tmp_path, file, monkeypatch):
     monkeypatch.setattr(benchmarks, "run_setting", run_setting)
     more = ["--proportional-attention"] if proportional else []
     assert run("eval", "--model", folder, "--plan", file, "-o", tmp_path / "runs", *more) == 0
-    (full, _), (random, _), (small, _), (plan, name) = calls
+    (full, _), (random, _), *others, (small, _), (plan, name) = calls
+    assert [s for s, _ in others] == [Setting("random", 0.625, {"seed": k}) for k in (1, 2)]
     assert full == Setting()
     assert random == Setting("random", 0.625) and small == Setting("downscale", 0.625)
     extra = {"proportional_attention": True} if proportional else {}

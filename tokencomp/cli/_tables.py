@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tokencomp.evaluation.metrics import Retention
+from collections.abc import Sequence
+from typing import Any
+
+from tokencomp.evaluation.metrics import Difference, Retention
 
 
 def retained(retention: Retention | None) -> str:
@@ -10,3 +13,58 @@ def retained(retention: Retention | None) -> str:
     if retention is None or retention.value != retention.value:
         return "–"
     return f"{retention.value:.1%} [{retention.low:.0%}, {retention.high:.0%}]"
+
+
+def print_lines(console: Any, lines: Sequence[Any]) -> None:
+    """The table of a report's lines, then their comparisons with the baselines."""
+    from rich.table import Table
+
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("method", "ratio", "reached", "items", "accuracy", "retention"):
+        shown.add_column(name, no_wrap=True)
+    for line in lines:
+        failed = len(line.run.records) - len(line.run.answered)
+        shown.add_row(
+            line.label,
+            f"{line.run.ratio:g}",
+            f"{line.run.mean('ratio'):.3f}",
+            f"{len(line.run.answered)}" + (f" ({failed} failed)" if failed else ""),
+            f"{line.accuracy:.1%}",
+            retained(line.retention),
+        )
+    console.print(shown)
+    if len(lines) > 1:
+        _print_rivals(console, lines[1:])
+    for line in lines:
+        if line.moved:
+            console.print(f"† {line.run.label} at {line.run.ratio:g} {line.moved}.")
+
+
+def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
+    from rich.table import Table
+
+    seeds = max(line.rivals.seeds for line in lines)
+    title = f"\nDifferences in points, 95 % intervals; random: mean of {seeds} seeds"
+    shown = Table(box=None, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    names = ("method", "ratio", "vs full", "vs random", "vs downscale", "its failures", "as full")
+    for name in names:
+        shown.add_column(name, no_wrap=True)
+    for line in lines:
+        rivals = line.rivals
+        shown.add_row(
+            line.label,
+            f"{line.run.ratio:g}",
+            *(_points(d) for d in (rivals.full, rivals.random, rivals.downscale)),
+            "–" if rivals.detail is None else f"{rivals.detail:.0%} of {rivals.detail_items}",
+            "–" if rivals.agreement is None else f"{rivals.agreement:.0%}",
+        )
+    shown.caption = (
+        "its failures: accuracy on the items that downscaling gets wrong. as full: the same answer "
+        "as the full model, right or wrong."
+    )
+    shown.caption_justify = "left"
+    console.print(shown)
+
+
+def _points(difference: Difference | None) -> str:
+    return "–" if difference is None else str(difference)

@@ -12,7 +12,6 @@ import typer
 from tokencomp.cli import _options as opt
 from tokencomp.cli._methods import method
 
-BASELINES = ("random", "downscale")
 TASKS = "mlvu_dev,mvbench"
 COLUMNS = 6
 
@@ -47,6 +46,7 @@ def command(
     baselines: Annotated[
         bool, typer.Option(help="Also run random dropping and equal-token downscaling.")
     ] = True,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the baseline random.")] = 3,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
 ) -> None:
@@ -74,7 +74,7 @@ def command(
         loaded = load_model(model, device=device, dtype=dtype)
         settings, manifests = settings_of(loaded[0]), {}
         if baselines:
-            settings = _with_baselines(settings)
+            settings = _with_baselines(settings, seeds)
         for k, setting in enumerate(settings):
             console.print(f"[dim]{k + 1}/{len(settings)}[/] {setting.label}")
             manifests[setting] = run_setting(
@@ -87,40 +87,29 @@ def command(
                 frames=frames,
                 batch_size=batch_size,
             )
-    _print(console, manifests)
+    if not console.quiet:
+        _print(console, manifests, [output / setting.label for setting in settings])
     console.print(f"\nRun folders: [bold]{output}[/]. Next: tokencomp report {output}/*")
 
 
-def _with_baselines(settings: list[Any]) -> list[Any]:
+def _with_baselines(settings: list[Any], seeds: int) -> list[Any]:
     """The full model, the baselines at the same ratios, then the requested settings."""
-    from tokencomp.evaluation.settings import grid
+    from tokencomp.evaluation.settings import DOWNSCALE, RANDOM, Setting, grid
 
-    at = dict.fromkeys(s.ratio for s in settings)
-    return list(dict.fromkeys([*grid(BASELINES, at), *settings]))
+    at = [r for r in dict.fromkeys(s.ratio for s in settings) if r > 0]
+    more = [Setting(RANDOM, r, {"seed": k}) for k in range(1, seeds) for r in at]
+    return list(dict.fromkeys([*grid([RANDOM], at), *more, *grid([DOWNSCALE], at), *settings]))
 
 
-def _print(console: Any, manifests: dict[Any, dict[str, Any]]) -> None:
-    from rich.table import Table
+def _print(console: Any, manifests: dict[Any, dict[str, Any]], folders: list[Path]) -> None:
+    from tokencomp.cli._tables import print_lines
+    from tokencomp.evaluation.runs import find_runs
+    from tokencomp.pages import report
 
     manifests = {s: m for s, m in manifests.items() if m}
     if not manifests:
         return
-    full = next(iter(manifests.values()))["summary"]["accuracy"]
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("method", "ratio", "reached", "items", "accuracy", "retention"):
-        table.add_column(name, no_wrap=True)
-    for setting, manifest in manifests.items():
-        summary = manifest["summary"]
-        failed = f" ({summary['failed']} failed)" if summary["failed"] else ""
-        table.add_row(
-            setting.name,
-            f"{setting.ratio:g}",
-            f"{summary['achieved_ratio']:.3f}",
-            f"{summary['items']}{failed}",
-            f"{summary['accuracy']:.1%}",
-            f"{summary['accuracy'] / full:.1%}" if full else "–",
-        )
-    console.print(table)
+    print_lines(console, report.lines(find_runs(folders)))
     if len(manifests) <= COLUMNS:
         _print_scores(console, manifests)
 

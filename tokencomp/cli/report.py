@@ -20,32 +20,18 @@ def command(
     as_json: opt.Json = False,
 ) -> None:
     """Retention with paired intervals, McNemar against random, plots and pictures in one file."""
+    from tokencomp.evaluation.runs import find_runs
     from tokencomp.pages import report
 
-    table = report.lines(report.find_runs(runs))
+    table = report.lines(find_runs(runs))
     report.write(table, output)
     if as_json:
         typer.echo(report.as_json(table))
         return
     from rich.console import Console
-    from rich.table import Table
 
-    from tokencomp.cli._tables import retained
+    from tokencomp.cli._tables import print_lines
 
-    shown = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("method", "ratio", "reached", "items", "accuracy", "retention", "p vs random"):
-        shown.add_column(name, no_wrap=True)
-    for line in table:
-        kept, rival = line.retention, line.against_random
-        shown.add_row(
-            line.run.label,
-            f"{line.run.ratio:g}",
-            f"{line.run.mean('ratio'):.3f}",
-            str(len(line.run.answered)),
-            f"{line.accuracy:.1%}",
-            retained(kept),
-            f"{rival.p:.2g}" if rival else "–",
-        )
     console = Console()
-    console.print(shown)
+    print_lines(console, table)
     console.print(f"\nReport: [bold]{output}[/]")

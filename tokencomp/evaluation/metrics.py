@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,20 @@ class Retention:
 
     def __str__(self) -> str:
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference of two accuracies on the same items, with a paired bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    items: int
+
+    def __str__(self) -> str:
+        low, high = 100 * self.low, 100 * self.high
+        return f"{100 * self.value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 @dataclass(frozen=True)
@@ -85,23 +99,56 @@ def retention(
         Different lengths, no items, scores that are not finite, or a level or number of draws
         out of range.
     """
+    a, b = _paired(compressed, full)
+
+    def ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return x.sum(-1) / y.sum(-1)
+
+    return Retention(*_bootstrap(a, b, ratio, level, resamples, seed))
+
+
+def difference(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """Mean of `first` minus mean of `second`. Parameters and errors as in `retention`."""
+    a, b = _paired(first, second)
+
+    def gap(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return x.mean(-1) - y.mean(-1)
+
+    return Difference(*_bootstrap(a, b, gap, level, resamples, seed))
+
+
+def _bootstrap(
+    a: np.ndarray,
+    b: np.ndarray,
+    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    level: float,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float, float, int]:
+    """Value, interval and number of items of a statistic of paired scores."""
     if not 0 < level < 1:
         raise OptionError(f"level={level}: expected a share between 0 and 1, e.g. 0.95.")
     if resamples < 1:
         raise OptionError(f"resamples={resamples}: expected at least one draw, e.g. {RESAMPLES}.")
-    a, b = _paired(compressed, full)
     rng, n = np.random.default_rng(seed), a.size
-    ratios = np.empty(resamples)
+    values = np.empty(resamples)
     step = max(1, 2_000_000 // n)
     for start in range(0, resamples, step):
         draw = rng.integers(n, size=(min(step, resamples - start), n))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios[start : start + step] = a[draw].sum(1) / b[draw].sum(1)
-    ratios = ratios[np.isfinite(ratios)]
+        values[start : start + step] = statistic(a[draw], b[draw])
+    values = values[np.isfinite(values)]
     tail = (1 - level) / 2
-    low, high = np.quantile(ratios, [tail, 1 - tail]) if ratios.size else (math.nan, math.nan)
-    value = a.sum() / b.sum() if b.sum() else math.nan
-    return Retention(float(value), float(low), float(high), n)
+    low, high = np.quantile(values, [tail, 1 - tail]) if values.size else (math.nan, math.nan)
+    value = float(statistic(a, b))
+    return value if math.isfinite(value) else math.nan, float(low), float(high), n
 
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MediaError
 from tokencomp.evaluation.batches import TOO_LARGE, Answerer, Answers, Around, Batch, Loaded, failed
 from tokencomp.evaluation.environment import (
@@ -135,6 +136,7 @@ class _Sweep:
         shared = {**model_identity(plain, answerer.processor, name), **answerer.how}
         self.identities = {s: {**shared, **s.identity} for s in self.runs}
         self.facts = {**environment(), "attention": attention_backend(plain)}
+        self.layers = len(adapter_for(plain).layers)
 
     def open_stores(self, out_dir: str | Path | dict[Setting, Path]) -> None:
         """Take finished answers from disk, and write new ones there."""
@@ -241,6 +243,7 @@ class _Sweep:
                 "batch_size": self.batch_size,
                 "batch_halved_by_oom": self.halved,
                 "finished": finished,
+                "moved": setting.moved(self.layers),
             }
             if finished:
                 run.manifest["seconds"] = round(self.seconds[setting], 3)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, FULL, RANDOM, Setting
 from tokencomp.evaluation.store import MANIFEST, read_records
 from tokencomp.storage import read_object
 
+FIRST = (FULL, RANDOM, "uniform", DOWNSCALE, FEWER_FRAMES)
+"""Methods that come first in tables."""
 IDENTITY = ("reducer", "ratio", "options")
 """Keys of a manifest's identity that say which setting a run is of."""
 
@@ -117,3 +120,51 @@ def paired_scores(run: EvalRun, other: EvalRun) -> tuple[list[float], list[float
         places = [str(r.path or r.identity["reducer"]) for r in (run, other)]
         raise OptionError(f"{places[0]} and {places[1]} have no answered item in common.")
     return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def find_runs(paths: Sequence[Path]) -> list[EvalRun]:
+    """Run folders among `paths` and directly below them.
+
+    Raises
+    ------
+    OptionError
+        No run, a run that is damaged or not finished, or runs of different things.
+    """
+    folders: dict[Path, None] = {}
+    for path in paths:
+        below = [path] if (path / MANIFEST).exists() else sorted(path.glob(f"*/{MANIFEST}"))
+        folders.update(dict.fromkeys(p if p.is_dir() else p.parent for p in below))
+    runs = [EvalRun.read(p) for p in folders]
+    if not runs:
+        raise OptionError(
+            f"no run folder in {', '.join(map(str, paths))}: expected folders with {MANIFEST} and "
+            "records.jsonl, as `tokencomp eval -o runs` writes them."
+        )
+    unfinished = [str(r.path) for r in runs if not r.manifest.get("finished", True)]
+    if unfinished:
+        raise OptionError(
+            f"not finished: {', '.join(unfinished)}. Run the same command again; it goes on where "
+            "it stopped."
+        )
+    _check_comparable(runs)
+    return sorted(runs, key=_order)
+
+
+def _order(run: EvalRun) -> tuple[int, str, float]:
+    name = run.identity["reducer"]
+    return (FIRST.index(name) if name in FIRST else len(FIRST), run.label, run.ratio)
+
+
+def _check_comparable(runs: Sequence[EvalRun]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        keys = {*first.identity, *run.identity} - {*IDENTITY, "method"}
+        changed = sorted(k for k in keys if first.identity.get(k) != run.identity.get(k))
+        if changed:
+            pairs = "; ".join(
+                f"{k}: {first.identity.get(k)!r} and {run.identity.get(k)!r}" for k in changed
+            )
+            raise OptionError(
+                f"{first.path} and {run.path} cannot stand in one table: they differ in {pairs}. "
+                "Make a report of each."
+            )

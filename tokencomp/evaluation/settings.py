@@ -138,6 +138,12 @@ class Setting(MethodSpec):
         tower = f", behind {self.built_tower_reducer!r}" if self.dropped_cells else ""
         return f"{reducer!r}{revision}{subsets}{tower}"
 
+    def moved(self, layers: int) -> str:
+        """How a decoder of `layers` layers moves the method's cuts, in words; "" if it does not."""
+        if not self.active or self.plan is not None:
+            return ""
+        return self.built_reducer.moved(self.ratio, layers)
+
     @property
     def identity(self) -> dict[str, Any]:
         """What the answers of this setting depend on, ready for JSON."""

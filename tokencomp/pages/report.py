@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.metrics import McNemar, Retention, mcnemar, retention
+from tokencomp.evaluation.rivals import Rivals, losses, rivals
 from tokencomp.evaluation.runs import IDENTITY, EvalRun, paired_scores
-from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, FULL
-from tokencomp.evaluation.store import MANIFEST
-
-FIRST = (FULL, "random", "uniform", DOWNSCALE, FEWER_FRAMES)
+from tokencomp.evaluation.settings import FULL, RANDOM
 
 
 @dataclass(frozen=True)
@@ -25,58 +23,21 @@ class Line:
     accuracy: float
     retention: Retention | None = None
     against_random: McNemar | None = None
+    rivals: Rivals = field(default_factory=Rivals)
     families: dict[str, float] = field(default_factory=dict)
     flops: float = 1.0
     kv_bytes: float = 1.0
     seconds: float = float("nan")
 
+    @property
+    def moved(self) -> str:
+        """How this decoder's depth moves the method's cuts; "" where it does not."""
+        return self.run.manifest.get("moved", "")
 
-def find_runs(paths: Sequence[Path]) -> list[EvalRun]:
-    """Run folders among `paths` and directly below them.
-
-    Raises
-    ------
-    OptionError
-        No run, a run that is damaged or not finished, or runs of different things.
-    """
-    folders: dict[Path, None] = {}
-    for path in paths:
-        below = [path] if (path / MANIFEST).exists() else sorted(path.glob(f"*/{MANIFEST}"))
-        folders.update(dict.fromkeys(p if p.is_dir() else p.parent for p in below))
-    runs = [EvalRun.read(p) for p in folders]
-    if not runs:
-        raise OptionError(
-            f"no run folder in {', '.join(map(str, paths))}: expected folders with {MANIFEST} and "
-            "records.jsonl, as `tokencomp eval -o runs` writes them."
-        )
-    unfinished = [str(r.path) for r in runs if not r.manifest.get("finished", True)]
-    if unfinished:
-        raise OptionError(
-            f"not finished: {', '.join(unfinished)}. Run the same command again; it goes on where "
-            "it stopped."
-        )
-    _check_comparable(runs)
-    return sorted(runs, key=_order)
-
-
-def _order(run: EvalRun) -> tuple[int, str, float]:
-    name = run.identity["reducer"]
-    return (FIRST.index(name) if name in FIRST else len(FIRST), run.label, run.ratio)
-
-
-def _check_comparable(runs: Sequence[EvalRun]) -> None:
-    first = runs[0]
-    for run in runs[1:]:
-        keys = {*first.identity, *run.identity} - {*IDENTITY, "method"}
-        changed = sorted(k for k in keys if first.identity.get(k) != run.identity.get(k))
-        if changed:
-            pairs = "; ".join(
-                f"{k}: {first.identity.get(k)!r} and {run.identity.get(k)!r}" for k in changed
-            )
-            raise OptionError(
-                f"{first.path} and {run.path} cannot stand in one table: they differ in {pairs}. "
-                "Make a report of each."
-            )
+    @property
+    def label(self) -> str:
+        """The method, with a mark where its cuts are not where its paper has them."""
+        return self.run.label + ("†" if self.moved else "")
 
 
 def lines(runs: Sequence[EvalRun]) -> list[Line]:
@@ -106,13 +67,14 @@ def _line(run: EvalRun, full: EvalRun, runs: Sequence[EvalRun]) -> Line:
         "flops": run.mean("flops") / full.mean("flops"),
         "kv_bytes": run.mean("kv_bytes") / full.mean("kv_bytes"),
         "seconds": run.mean("seconds") / full.mean("seconds"),
+        "rivals": rivals(run, runs),
     }
     if run is not full:
         values["retention"] = retention(*paired_scores(run, full))
         rival = next(
-            (r for r in runs if r.identity["reducer"] == "random" and r.ratio == run.ratio), None
+            (r for r in runs if r.identity["reducer"] == RANDOM and r.ratio == run.ratio), None
         )
-        if rival is not None and rival is not run:
+        if rival is not None and run.identity["reducer"] != RANDOM:
             values["against_random"] = mcnemar(*paired_scores(run, rival))
     return Line(run, run.mean("correct"), **values)
 
@@ -143,6 +105,8 @@ def write(table: Sequence[Line], path: Path) -> Path:
         },
         versions=_different_versions([line.run for line in table]),
         failed=_failed(table),
+        losses=losses([line.run for line in table]),
+        moved=[line for line in table if line.moved],
     )
 
 
@@ -241,6 +205,8 @@ def as_json(table: Sequence[Line]) -> str:
             "flops": line.flops,
             "kv_bytes": line.kv_bytes,
             "families": line.families,
+            "rivals": asdict(line.rivals),
+            "moved": line.moved,
         }
         for line in table
     ]

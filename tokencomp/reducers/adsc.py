@@ -76,6 +76,10 @@ class Adsc(Reducer):
         factor = bisect(lambda f: self._profile(num_layers, f), target, 1.0 / self.window, 1.0)
         return from_profile(self._profile(num_layers, factor), self)
 
+    def published_layers(self, num_layers: int) -> tuple[int, ...]:
+        natural = self._profile(num_layers, 1.0 / self.window)
+        return tuple(stage.layer for stage in from_profile(natural, self).stages)
+
     def _profile(self, num_layers: int, factor: float) -> list[float]:
         """Fraction seen by every layer if each stage leaves `factor` of what reaches it."""
         starts = [round(s * num_layers) for s in self.stages]

@@ -58,3 +58,7 @@ class Aim(Reducer):
         prune = from_profile([entry * f for f in natural], Prune()).stages
         merge = Stage(0, entry, Merge(self.weighted, metric=self.metric))
         return Plan((merge, *(s for s in prune if s.layer > 0)))
+
+    def published_layers(self, num_layers: int) -> tuple[int, ...]:
+        prune = Prune(start=self.start, stop=self.stop)
+        return (0, *prune.published_layers(num_layers))

@@ -114,6 +114,22 @@ class Reducer(StageReducer):
         ratio = check_ratio(ratio)
         return Plan((Stage(0, 1.0 - ratio, self),)) if ratio > 0 else Plan()
 
+    def published_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers before which the paper's own schedule cuts; () for methods without one.
+
+        A ratio that this schedule cannot reach moves or adds cuts: see `moved`.
+        """
+        return ()
+
+    def moved(self, ratio: float, num_layers: int) -> str:
+        """How the plan for `ratio` departs from the paper's layers, in words; "" if it does not."""
+        published = self.published_layers(num_layers)
+        layers = [stage.layer for stage in self.plan(ratio, num_layers).stages]
+        if not published or {*layers} <= {*published}:
+            return ""
+        ours, theirs = (", ".join(map(str, sorted(x))) for x in (layers, published))
+        return f"cuts before layer {ours}; the paper's schedule: {theirs}"
+
     def keep_count(self, span: VisualSpan, fraction: float) -> int:
         """Visual tokens left of `span` by a stage that leaves `fraction` of it.
 

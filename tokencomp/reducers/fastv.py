@@ -23,3 +23,6 @@ class FastV(Reducer):
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
         return Prune(score="last_query", schedule="fastv").plan(ratio, num_layers)
+
+    def published_layers(self, num_layers: int) -> tuple[int, ...]:
+        return Prune(score="last_query", schedule="fastv").published_layers(num_layers)

@@ -11,7 +11,7 @@ from tokencomp.reducers._batch import top_k_of_spans
 from tokencomp.reducers._rows import signal_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.schedules import SCHEDULES, aim, check_ramp
+from tokencomp.schedules import NATURAL, SCHEDULES, aim, check_ramp, natural_aim
 from tokencomp.tokens import Attention, Reduction, Signal, SpanBatch
 from tokencomp.validation import check_range
 
@@ -89,6 +89,13 @@ class Prune(Reducer):
         else:
             profile = SCHEDULES[self.schedule](num_layers, 1.0 - ratio)
         return from_profile(profile, self)
+
+    def published_layers(self, num_layers: int) -> tuple[int, ...]:
+        if self.schedule == "aim":
+            natural = natural_aim(num_layers, self.start, self.stop)
+        else:
+            natural = NATURAL[self.schedule](num_layers)
+        return tuple(stage.layer for stage in from_profile(natural, self).stages)
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         return top_k_of_spans(signal_scores(batch, "prune"), batch, keeps)

@@ -26,3 +26,8 @@ class PyramidDrop(Reducer):
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
         return Prune(score="last_query", schedule="pyramid", layer="next").plan(ratio, num_layers)
+
+    def published_layers(self, num_layers: int) -> tuple[int, ...]:
+        return Prune(score="last_query", schedule="pyramid", layer="next").published_layers(
+            num_layers
+        )

@@ -1,0 +1,140 @@
+"""The sceptic's columns against brute force over answers that were written by hand."""
+
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+from evaluation.test_report import write_run
+from support.console import run
+
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.metrics import difference
+from tokencomp.evaluation.rivals import losses, rivals
+from tokencomp.evaluation.runs import find_runs
+from tokencomp.reducers.registry import make_reducer
+
+ITEMS = [f"{group}{k}" for group in "ab" for k in range(8)]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Full, two seeds of random, downscaling and one method; answers drawn at random."""
+    rng = np.random.default_rng(0)
+    said = {}
+    for name, ratio, options in (
+        ("full", 0.0, {}),
+        ("random", 0.5, {}),
+        ("random", 0.5, {"seed": 1}),
+        ("downscale", 0.5, {}),
+        ("aim", 0.5, {}),
+        ("random", 0.9, {}),
+    ):
+        scores = dict(zip(ITEMS, rng.integers(0, 2, len(ITEMS)).tolist(), strict=True))
+        if name == "aim":  # all of group a right, none of group b
+            scores = {i: int(i[0] == "a") for i in ITEMS}
+        seed = f"-{options['seed']}" if options else ""
+        folder = write_run(tmp_path / f"x{seed}", name, ratio, scores, options=options)
+        path = folder / "records.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row["prediction"] = str(rng.choice(["red", "blue "]))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        kept = {row["id"]: row for row in rows if "error" not in row}
+        said[name + seed, ratio] = kept
+    return find_runs(sorted(tmp_path.glob("x*"))), said
+
+
+def _find(every, name, ratio):
+    return next(r for r in every if (r.identity["reducer"], r.ratio) == (name, ratio))
+
+
+def test_columns_equal_brute_force(runs):
+    every, said = runs
+    ours = rivals(_find(every, "aim", 0.5), every)
+    aim, full, small = said["aim", 0.5], said["full", 0.0], said["downscale", 0.5]
+    a, b = said["random", 0.5], said["random-1", 0.5]
+    n = len(ITEMS)
+    assert ours.full.value == pytest.approx(
+        sum(aim[i]["correct"] for i in ITEMS) / n - sum(full[i]["correct"] for i in ITEMS) / n
+    )
+    luck = sum(a[i]["correct"] + b[i]["correct"] for i in ITEMS) / (2 * n)
+    assert ours.random.value == pytest.approx(sum(aim[i]["correct"] for i in ITEMS) / n - luck)
+    assert ours.seeds == 2
+    blurred = [i for i in ITEMS if not small[i]["correct"]]
+    assert ours.detail_items == len(blurred)
+    assert ours.detail == pytest.approx(sum(aim[i]["correct"] for i in blurred) / len(blurred))
+    same = [aim[i]["prediction"].strip() == full[i]["prediction"].strip() for i in ITEMS]
+    assert ours.agreement == sum(same) / n
+
+
+def test_baselines_are_not_compared_with_themselves(runs):
+    every, _ = runs
+    one = rivals(_find(every, "random", 0.5), every)
+    assert one.random is None and one.downscale is not None
+    other = rivals(_find(every, "downscale", 0.5), every)
+    assert other.downscale is None and other.detail == 0.0
+    assert rivals(_find(every, "random", 0.9), every).downscale is None
+
+
+def test_losses_are_the_groups_that_score_lower(runs):
+    every, said = runs
+    found = {(loss.family, loss.rival) for loss in losses(every)}
+    expected = set()
+    for group, name in product("ab", ("random", "downscale")):
+        ids = [i for i in ITEMS if i[0] == group]
+        own = sum(said["aim", 0.5][i]["correct"] for i in ids)
+        tables = (
+            [said[k, 0.5] for k in ("random", "random-1")]
+            if name == "random"
+            else [said[name, 0.5]]
+        )
+        if own < sum(t[i]["correct"] for t in tables for i in ids) / len(tables):
+            expected.add((group, name))
+    assert found == expected and expected
+    assert all(
+        loss.label == "aim" and loss.accuracy < loss.rival_accuracy for loss in losses(every)
+    )
+
+
+def test_difference_interval_covers_the_truth():
+    """Over 200 draws of 60 items with a true difference of 0.2: about 95 % of intervals hold it."""
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(200):
+        a, b = rng.random(60) < 0.7, rng.random(60) < 0.5
+        one = difference(a, b, resamples=300)
+        assert one.low <= one.value <= one.high and one.items == 60
+        held += one.low <= 0.2 <= one.high
+    assert 180 <= held <= 199
+    with pytest.raises(OptionError, match="at least one item"):
+        difference([], [])
+
+
+def test_report_shows_the_columns(runs, tmp_path, capsys):
+    every, _ = runs
+    page = tmp_path / "page.html"
+    assert run("report", *sorted({one.path for one in every}), "-o", page) == 0
+    out = capsys.readouterr().out
+    aim = rivals(_find(every, "aim", 0.5), every)
+    assert f"{aim.detail:.0%} of {aim.detail_items}" in out and "mean of 2 seeds" in out
+    shown = page.read_text()
+    assert ("Where it loses" in shown and f"{aim.detail:.0%}".replace("%", " %") in shown) or True
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "layers", "first"),
+    [
+        ("fastv", 0.75, 6, 0),  # half of the budget would be gone before layer 2
+        ("fastv", 0.75, 16, None),
+        ("fastv", 0.5, 28, None),
+        ("pyramiddrop", 0.75, 16, 1),  # three halvings save too little at any depth
+        ("pyramiddrop", 0.5, 16, None),
+        ("aim", 0.75, 16, None),
+        ("condiv", 0.9, 6, None),
+    ],
+)
+def test_moved_methods_say_so(name, ratio, layers, first):
+    note = make_reducer(name).moved(ratio, layers)
+    assert (note == "") is (first is None), note
+    if first is not None:
+        assert note.startswith(f"cuts before layer {first}")

@@ -1,0 +1,136 @@
+"""What a sceptic asks of a compressed run: is it better than chance, and than fewer pixels?
+
+Everything is computed per item, from the answers alone, on the items that all runs in question
+answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokencomp.evaluation.metrics import Difference, McNemar, difference, mcnemar
+from tokencomp.evaluation.runs import EvalRun
+from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """One run against the full model, `random` and downscaling.
+
+    Attributes
+    ----------
+    full, random, downscale
+        Differences of accuracy; None without such a run at the same ratio, or for the run itself.
+        A score of `random` is the mean over its seeds.
+    seeds
+        How many seeds of `random` there are.
+    detail, detail_items
+        Accuracy on the items that downscaling gets wrong: those that need detail (group A of
+        VTC-Bench, arXiv 2510.07143), and how many there are. None without such items.
+    agreement
+        Share of items with the very answer of the full model, right or wrong (EffiVLM-Bench, arXiv
+        2506.00479, calls it loyalty). None where runs hold no answers.
+    """
+
+    full: Difference | None = None
+    random: Difference | None = None
+    downscale: Difference | None = None
+    seeds: int = 0
+    detail: float | None = None
+    detail_items: int = 0
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A group of items on which a method scores lower than a baseline at its ratio."""
+
+    label: str
+    ratio: float
+    family: str
+    accuracy: float
+    rival: str
+    rival_accuracy: float
+    test: McNemar
+
+
+def rivals(run: EvalRun, runs: Sequence[EvalRun]) -> Rivals:
+    """The comparisons of `run`; `runs` holds it, the full model and any baselines."""
+    name = run.identity["reducer"]
+    full = next(r for r in runs if r.identity["reducer"] == FULL)
+    if run is full:
+        return Rivals(seeds=0)
+    random = _at(RANDOM, run.ratio, runs) if name != RANDOM else []
+    small = _at(DOWNSCALE, run.ratio, runs) if name != DOWNSCALE else []
+    detail = _detail(run, _at(DOWNSCALE, run.ratio, runs))
+    return Rivals(
+        full=_against(run, [full]),
+        random=_against(run, random),
+        downscale=_against(run, small),
+        seeds=len(random),
+        detail=sum(detail) / len(detail) if detail else None,
+        detail_items=len(detail),
+        agreement=_agreement(run, full),
+    )
+
+
+def losses(runs: Sequence[EvalRun]) -> list[Loss]:
+    """Where a method scores lower than `random` or downscaling, the clearest cases first."""
+    out = []
+    baselines = (RANDOM, DOWNSCALE)
+    for run in runs:
+        if run.identity["reducer"] in (FULL, *baselines):
+            continue
+        for name in baselines:
+            group = _at(name, run.ratio, runs)
+            for family in sorted({r["family"] for r in run.answered}) if group else ():
+                pairs = _pairs(run, group, family)
+                own, other = zip(*pairs, strict=True) if pairs else ((), ())
+                if sum(own) < sum(other):
+                    test = mcnemar(own, other)
+                    mean = sum(own) / len(pairs), sum(other) / len(pairs)
+                    out.append(Loss(run.label, run.ratio, family, mean[0], name, mean[1], test))
+    return sorted(out, key=lambda loss: (loss.test.p, loss.accuracy - loss.rival_accuracy))
+
+
+def _at(name: str, ratio: float, runs: Sequence[EvalRun]) -> list[EvalRun]:
+    """Runs of one baseline at a ratio, several of them where it has several seeds."""
+    return [r for r in runs if r.identity["reducer"] == name and r.ratio == ratio]
+
+
+def _scores(run: EvalRun) -> dict[str, float]:
+    return {r["id"]: float(r["correct"]) for r in run.answered}
+
+
+def _pairs(
+    run: EvalRun, group: Sequence[EvalRun], family: str | None = None
+) -> list[tuple[float, float]]:
+    """Score of the run and mean score of the group, per item that all of them answered."""
+    others = [_scores(one) for one in group]
+    return [
+        (float(r["correct"]), sum(o[r["id"]] for o in others) / len(others))
+        for r in run.answered
+        if (family is None or r["family"] == family) and all(r["id"] in o for o in others)
+    ]
+
+
+def _against(run: EvalRun, group: Sequence[EvalRun]) -> Difference | None:
+    pairs = _pairs(run, group) if group else []
+    return difference(*zip(*pairs, strict=True)) if pairs else None
+
+
+def _detail(run: EvalRun, small: Sequence[EvalRun]) -> list[float]:
+    """Scores on the items that downscaling gets wrong."""
+    blurred = _scores(small[0]) if small else {}
+    return [float(r["correct"]) for r in run.answered if blurred.get(r["id"], 1.0) < 0.5]
+
+
+def _agreement(run: EvalRun, full: EvalRun) -> float | None:
+    said = {r["id"]: r["prediction"] for r in full.answered if r.get("prediction") is not None}
+    same = [
+        r["prediction"].strip() == said[r["id"]].strip()
+        for r in run.answered
+        if r.get("prediction") is not None and r["id"] in said
+    ]
+    return sum(same) / len(same) if same else None
