@@ -187,7 +187,8 @@ class Adapter:
         """Where the features of a call of `body` go.
 
         A placeholder counts only if the call has features of its kind: the same id in the text of a
-        question is text. Videos without a placeholder of their own stand at those of images.
+        question is text. Videos without placeholders of their own in the prompt stand at those of
+        images, as in GLM-4.1V.
 
         Parameters
         ----------
@@ -205,18 +206,18 @@ class Adapter:
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         source: Tensor = embeds if ids is None else ids  # type: ignore[assignment]
         kinds = torch.zeros(source.shape[:2], dtype=torch.int8, device=source.device)
-        placeholders = self.placeholder_ids()
-        shared = 2 in features and 2 not in placeholders.values()
-        for token, kind in placeholders.items():
-            code = 2 if kind == 1 and shared and 1 not in features else kind
-            if code not in features:
-                continue
+        columns = {}
+        for token, kind in self.placeholder_ids().items():
             if ids is not None:
-                kinds.masked_fill_(ids == token, code)
+                columns[kind] = ids == token
             else:
                 table = self.model.get_input_embeddings()
                 placeholder = table(torch.tensor(token, device=source.device))
-                kinds.masked_fill_((source == placeholder).all(-1), code)
+                columns[kind] = (source == placeholder).all(-1)
+        if 2 in features - {1} and not (2 in columns and bool(columns[2].any())):
+            columns[2] = columns.get(1, torch.zeros_like(kinds, dtype=torch.bool))
+        for kind in features & set(columns):
+            kinds.masked_fill_(columns[kind], kind)
         return kinds
 
     def kinds_in_place(self, inputs: Mapping[str, Any]) -> Tensor | None:

@@ -92,6 +92,20 @@ class Qwen25OmniThinker(Qwen2VL):
             audio_end_token_id=157, position_id_per_seconds=2, seconds_per_chunk=2,
         )  # fmt: skip
 
+    def positions(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model.model.get_rope_index(
+            inputs["input_ids"],
+            inputs.get("image_grid_thw"),
+            inputs.get("video_grid_thw"),
+            inputs["attention_mask"],
+            False,
+            None,
+            inputs.get("video_second_per_grid"),
+        )[0]
+
+    def video(self, frames: int = 4) -> Media:
+        return self.whole_video(frames)
+
     def whole_video(self, frames: int) -> Media:
         media = self._media((frames // 2, 4, 8), VIDEO, "video")
         media.inputs["video_second_per_grid"] = torch.tensor([1.0])

@@ -1,0 +1,127 @@
+"""Models that the structural adapter serves, with real tiny towers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+from support.family.audio import Qwen25OmniThinker
+from support.family.base import END, EOS, IMAGE, PAD, START, VIDEO, VOCAB, Family, Media
+from support.family.mistral import Mistral3
+from support.family.qwen import Qwen2VL
+from tokencomp.adapters.verified import verified_types
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+TEXT: dict[str, Any] = dict(
+    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=2048,
+    bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
+)  # fmt: skip
+IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO)
+
+
+class Glm4v(Qwen2VL):
+    """Frames of a video stand at placeholders of images, with timestamps between them."""
+
+    name = "glm4v"
+
+    def model_class(self) -> type:
+        return transformers.Glm4vForConditionalGeneration
+
+    def config(self) -> Any:
+        return transformers.Glm4vConfig(
+            text_config={**TEXT, "rope_parameters": ROPE},
+            vision_config=dict(
+                depth=2, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=2,
+                patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
+                image_size=32,
+            ),
+            image_start_token_id=START, image_end_token_id=END, video_start_token_id=156,
+            video_end_token_id=157, **IDS,
+        )  # fmt: skip
+
+    def video(self, frames: int = 4) -> Media:
+        return self.two_images()
+
+    def whole_video(self, frames: int) -> Media:
+        media = self._media((frames // 2, 4, 8), IMAGE, "video")
+        ids = [156]
+        for t in range(frames // 2):
+            ids += [START, *[IMAGE] * 8, END, 141 + t]
+        return Media([*ids, 157], media.inputs)
+
+
+class PaddleOcr(Qwen2VL):
+    """A SigLIP tower on patches of several images, with M-RoPE behind it."""
+
+    name = "paddleocr_vl"
+
+    def model_class(self) -> type:
+        return transformers.PaddleOCRVLForConditionalGeneration
+
+    def config(self) -> Any:
+        return transformers.PaddleOCRVLConfig(
+            text_config={**TEXT, "rope_parameters": ROPE},
+            vision_config=dict(
+                hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                image_size=32, patch_size=4, spatial_merge_size=2,
+            ),
+            vision_start_token_id=START, vision_end_token_id=END, **IDS,
+        )  # fmt: skip
+
+    def _media(self, grid: tuple[int, int, int], token: int, prefix: str) -> Media:
+        media = super()._media(grid, token, prefix)
+        t, h, w = grid
+        media.inputs["pixel_values"] = torch.randn(t * h * w, 3, 4, 4)
+        return media
+
+    def video(self, frames: int = 4) -> Media:
+        return self.two_images()
+
+
+class KimiK25(Family):
+    """Latent attention; the size of an image reaches the encoder alone."""
+
+    name = "kimi_k25"
+
+    def model_class(self) -> type:
+        return transformers.Kimi_K25ForConditionalGeneration
+
+    def config(self) -> Any:
+        text = dict(
+            TEXT, model_type="deepseek_v3", num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16,
+            qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, n_routed_experts=4,
+            num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32,
+            first_k_dense_replace=1, n_shared_experts=1,
+        )  # fmt: skip
+        return transformers.Kimi_K25Config(
+            text_config=text,
+            vision_config=dict(
+                hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                patch_size=4, pos_emb_height=8, pos_emb_width=8,
+            ),
+            projection_hidden_size=32, vision_start_token_id=START, vision_end_token_id=END, **IDS,
+        )  # fmt: skip
+
+    def image(self, size: int = 0) -> Media:
+        h, w = [(8, 8), (4, 8), (6, 10)][size]
+        inputs = {
+            "pixel_values": torch.randn(h * w, 3, 4, 4),
+            "image_grid_thw": torch.tensor([[1, h, w]]),
+        }
+        return Media([START] + [IMAGE] * (h * w // 4) + [END], inputs)
+
+    def video(self, frames: int = 4) -> Media:
+        """Two images side by side in one run."""
+        a, b = self.image(1), self.image(2)
+        inputs = {key: torch.cat([value, b.inputs[key]]) for key, value in a.inputs.items()}
+        return Media([*a.ids[:-1], *b.ids[1:]], inputs)
+
+
+STRUCTURAL: dict[str, Family] = {
+    f.name: f
+    for f in (Glm4v(), PaddleOcr(), KimiK25(), Mistral3(), Qwen25OmniThinker())
+    if f.name in verified_types()
+}
