@@ -45,8 +45,12 @@ def page(rows: list[dict[str, Any]]) -> str:
         middle = statistics.median(values)
         spread = (max(values) - min(values)) / middle
         text.append(f"{arm}: {middle:.0f} ms, spread of the processes {spread:.1%}.")
-    stock, ours = (statistics.median(values) for values in medians.values())
-    text.append(f"Difference of the medians: {ours / stock - 1:+.1%}.")
+    stock, ours = medians.values()
+    difference = statistics.median(ours) / statistics.median(stock) - 1
+    pairs = ", ".join(f"{b / a - 1:+.1%}" for a, b in zip(stock, ours, strict=True))
+    text.append(
+        f"Difference of the medians: {difference:+.1%}; of neighbouring processes: {pairs}."
+    )
     title, _, method = (__doc__ or "").partition("\n\n")
     method = method.split("\n\n", 1)[1].strip()
     setup, facts = rows[-1]["setup"], rows[-1]["environment"]
