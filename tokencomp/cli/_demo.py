@@ -114,6 +114,7 @@ def _rows(
                 setting,
                 split=splits[setting],
                 prefill_ratio=splits[setting].llm / splits[Setting()].llm,
+                moved=setting.moved(len(cost["per_layer"])),
                 **cost,
                 **(_accuracy(runs, setting) if runs else {}),
             )

@@ -10,8 +10,17 @@ from tokencomp.evaluation.cost import Cost, prefill_costs
 from tokencomp.evaluation.patches import patched
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.prompts import build_inputs, generate, prompt_lengths, to_model
+from tokencomp.inputs.questions import media_kind
 from tokencomp.pages.demo_data import Answer
-from tokencomp.pages.pictures import group_spans, layer_survival, picture, plain, survival
+from tokencomp.pages.pictures import (
+    group_spans,
+    layer_survival,
+    picture,
+    plain,
+    plain_tiles,
+    survival,
+    tiles,
+)
 from tokencomp.profiling.timing import Split, interleaved, prefill_split
 
 
@@ -63,8 +72,9 @@ def answer_prompt(
             text = generate(model, processor, maker.inputs(setting), max_new_tokens)[0]
             cost = maker.costs(setting, handle)[0]
             stats = handle.stats if handle is not None else None
-        sheets, layers = _pictures(stats, media, maker.media_for(setting)[0])
-        answers.append(Answer(setting, text, cost, sheets, layers))
+        shrunk = maker.media_for(setting)[0]
+        sheets, layers = _pictures(stats, media, shrunk)
+        answers.append(Answer(setting, text, cost, sheets, layers, _clips(stats, media, shrunk)))
     return answers
 
 
@@ -80,6 +90,18 @@ def _pictures(
 
     stages = [(layer, sheets(layer_survival(stats, layer))) for layer in stats.stage_layers]
     return sheets(survival(stats)), stages
+
+
+def _clips(stats: Any, media: Sequence[Any], shrunk: Sequence[Any]) -> list[list[Any]]:
+    """Per video, the pictures of its sheet."""
+    if stats is None:
+        return [plain_tiles(m) for m in shrunk if media_kind(m) == "video"]
+    shares, groups = survival(stats), group_spans(stats.spans[0], media)
+    return [
+        tiles(m, [shares[j] for j in g])
+        for m, g in zip(media, groups, strict=True)
+        if g and media_kind(m) == "video"
+    ]
 
 
 def time_prefill(

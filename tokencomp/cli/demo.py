@@ -95,7 +95,12 @@ def _needs_files(model: str, media: list[Any]) -> None:
 def _print(console: Any, demo: Any) -> None:
     from rich.markup import escape
 
+    for sentence in demo.sentences:
+        console.print(escape(sentence))
+    console.print()
     console.print(_table(demo))
+    for note in demo.moves:
+        console.print(f"[dim]{escape(note)}[/]")
     for one in demo.questions:
         expected = "" if one.expected is None else f" [dim](right: {escape(one.expected)})[/]"
         console.print(f"\n[bold]{escape(one.question)}[/] [dim]{escape(one.name)}[/]{expected}")
@@ -120,7 +125,7 @@ def _table(demo: Any) -> Any:
         table.add_column(name, justify="right", no_wrap=True)
     full, last = demo.rows[0], ""
     for row in demo.rows:
-        name = row.setting.name
+        name = row.label
         cells = [name if name != last else "", f"{row.setting.ratio:g}", f"{row.ratio:.3f}"]
         if demo.items:
             cells += [f"{row.accuracy:.1%}", retained(row.retention)]

@@ -8,7 +8,7 @@ from typing import Any
 from tokencomp.inputs.questions import Example
 from tokencomp.pages.demo_data import Answer, AnsweredQuestion, Demo, Row
 from tokencomp.pages.html import compact, render
-from tokencomp.pages.pictures import data_uri
+from tokencomp.pages.pictures import animation_uri, data_uri
 from tokencomp.pages.plots import Point, lines
 
 
@@ -83,4 +83,5 @@ def _answer(answer: Answer, expected: str | None) -> dict[str, Any]:
         "mark": mark,
         "tokens": compact(answer.cost.per_layer),
         "uris": [data_uri(p) for p in answer.pictures],
+        "moving": [animation_uri(tiles) for tiles in answer.clips if len(tiles) > 1],
     }

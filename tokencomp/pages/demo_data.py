@@ -26,6 +26,12 @@ class Row:
     by_kind: dict[str, float] = field(default_factory=dict)
     retention: Retention | None = None
     against_random: McNemar | None = None
+    moved: str = ""
+
+    @property
+    def label(self) -> str:
+        """The method, marked where its cuts are not where its paper has them."""
+        return self.setting.name + ("†" if self.moved else "")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Answer:
         where nothing was removed inside the model.
     layers
         Per stage: its first layer, and one sheet per image or video of what remains from there on.
+    clips
+        Per video: the pictures of its sheet, to be shown one after the other.
     """
 
     setting: Setting
@@ -47,6 +55,7 @@ class Answer:
     cost: Cost
     pictures: list[Any]
     layers: list[tuple[int, list[Any]]]
+    clips: list[list[Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -93,3 +102,39 @@ class Demo:
     questions: list[AnsweredQuestion]
     items: int = 0
     failed: int = 0
+
+    @property
+    def sentences(self) -> list[str]:
+        """What the last method of the table kept at each ratio, and what that cost, in words."""
+        name = self.rows[-1].setting.name
+        chosen = [r for r in self.rows[1:] if r.setting.name == name]
+        return [_sentence(row, self.rows, self.items) for row in chosen]
+
+    @property
+    def moves(self) -> list[str]:
+        """Which methods the ratio moves in a decoder of this depth, and how."""
+        rows = [row for row in self.rows if row.moved]
+        return [f"† {r.setting.name} at {r.setting.ratio:g} {r.moved}." for r in rows]
+
+
+def _sentence(row: Row, rows: list[Row], items: int) -> str:
+    full = rows[0]
+    kept, before = (sum(r.per_layer) / len(r.per_layer) for r in (row, full))
+    text = (
+        f"{row.setting.name} at ratio {row.setting.ratio:g}: a decoder layer sees {kept:.0f} of "
+        f"{before:.0f} visual tokens on average. That leaves {row.flops / full.flops:.0%} of the "
+        f"decoder's work and {row.kv_bytes / full.kv_bytes:.0%} of its cache."
+    )
+    if row.accuracy is None or full.accuracy is None:
+        return text
+    text += (
+        f" {row.accuracy:.0%} of {items} answers are right; without compression {full.accuracy:.0%}"
+    )
+    random = [
+        r.accuracy
+        for r in rows
+        if r.setting.name == "random" and r.setting.ratio == row.setting.ratio
+    ]
+    if random and row.setting.name != "random":
+        text += f", with as many tokens at random {random[0]:.0%}"
+    return text + "."

@@ -124,22 +124,31 @@ def picture(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> Image
     shares
         One array (t, h, w) per span of this media (a tile and a mosaic make two).
     """
-    tiles = []
+    return strip(tiles(media, shares, side))
+
+
+def tiles(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> list[Image.Image]:
+    """The pictures of one sheet, of one size: see `picture`."""
+    out = []
     for share in shares:
         frames = frames_of(media, share.shape)
         shown = np.unique(np.linspace(0, len(frames) - 1, MAX_FRAMES).round().astype(int))
-        tiles += [overlay(frames[k], share[k], side) for k in shown]
-    size = max((t.size for t in tiles), key=lambda s: s[0] * s[1])
-    return strip([t if t.size == size else t.resize(size) for t in tiles])
+        out += [overlay(frames[k], share[k], side) for k in shown]
+    size = max((t.size for t in out), key=lambda s: s[0] * s[1])
+    return [t if t.size == size else t.resize(size) for t in out]
 
 
 def plain(media: Any, side: int = SIDE, slices: int | None = None) -> Image.Image:
     """The media without overlay, in the same layout."""
     if media_kind(media) == "image":
         return _fit(media, side)
-    frames = media if slices is None else frames_of(media, (slices, 1, 1))
+    return strip(plain_tiles(media if slices is None else frames_of(media, (slices, 1, 1)), side))
+
+
+def plain_tiles(frames: Sequence[Image.Image], side: int = SIDE) -> list[Image.Image]:
+    """Frames of a video, evenly spaced, without overlay."""
     shown = np.unique(np.linspace(0, len(frames) - 1, MAX_FRAMES).round().astype(int))
-    return strip([_fit(frames[k], side) for k in shown])
+    return [_fit(frames[k], side) for k in shown]
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
@@ -184,3 +193,11 @@ def data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=86)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def animation_uri(images: Sequence[Image.Image], milliseconds: int = 500) -> str:
+    """Pictures of one size, one after the other in an endless loop, as a `data:` address."""
+    buffer = io.BytesIO()
+    first, *rest = [image.quantize(64) for image in images]
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    return "data:image/gif;base64," + base64.b64encode(buffer.getvalue()).decode()

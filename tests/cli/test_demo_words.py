@@ -1,0 +1,60 @@
+"""What the demo says in words, against the numbers of rows written by hand; its moving pictures."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokencomp.evaluation.settings import Setting
+from tokencomp.pages.demo_data import Demo, Row
+from tokencomp.pages.pictures import animation_uri, picture, tiles
+from tokencomp.profiling.timing import Split
+
+
+def _row(name, ratio, per_layer, flops, accuracy=None):
+    setting = Setting(name, ratio) if ratio else Setting()
+    split = Split(*[0.0] * len(Split.__dataclass_fields__))
+    moved = setting.moved(len(per_layer))
+    return Row(setting, per_layer, ratio, flops, flops, split, 1.0, accuracy, moved=moved)
+
+
+def test_sentences_say_what_was_kept_and_what_it_cost():
+    rows = [
+        _row("full", 0.0, [200, 200, 200, 200], 1000.0, 0.9),
+        _row("random", 0.75, [50, 50, 50, 50], 400.0, 0.5),
+        _row("fastv", 0.5, [200, 200, 0, 0], 600.0, 0.8),
+        _row("fastv", 0.75, [50, 50, 50, 50], 400.0, 0.7),
+    ]
+    half, quarter = Demo("m", {}, rows, [], items=40).sentences
+    assert "100 of 200 visual tokens" in half and "60% of the decoder's work" in half
+    assert "80% of 40 answers" in half and "compression 90%" in half and "random" not in half
+    assert "50 of 200 visual tokens" in quarter and "at random 50%" in quarter
+    notes = Demo("m", {}, rows, []).moves  # four layers: nothing would be left after layer 2
+    assert "fastv at 0.5 cuts before layer 1" in notes[0] and "schedule: 2" in notes[0]
+    assert "fastv at 0.75 cuts before layer 0" in notes[1] and len(notes) == 2
+
+
+def test_sentences_without_questions_claim_no_accuracy():
+    rows = [_row("full", 0.0, [8, 8], 10.0), _row("uniform", 0.5, [4, 4], 6.0)]
+    (sentence,) = Demo("m", {}, rows, []).sentences
+    assert "4 of 8" in sentence and "answers" not in sentence
+
+
+@pytest.mark.parametrize("count", [4, 8])
+def test_animation_shows_the_pictures_of_the_sheet_in_order(count):
+    """Every frame of the GIF is the tile of its time, up to the palette."""
+    rng = np.random.default_rng(0)
+    media = [Image.new("RGB", (56, 56), tuple(rng.integers(0, 255, 3))) for _ in range(count)]
+    shares = [rng.integers(0, 2, (count, 2, 2)).astype(float)]
+    shown = tiles(media, shares, 56)
+    raw = base64.b64decode(animation_uri(shown).removeprefix("data:image/gif;base64,"))
+    with Image.open(io.BytesIO(raw)) as gif:
+        assert gif.n_frames == len(shown) == count and gif.info["loop"] == 0
+        for k, tile in enumerate(shown):
+            gif.seek(k)
+            error = np.asarray(gif.convert("RGB")).astype(int) - np.asarray(tile)
+            assert np.abs(error).mean() < 4
+    sheet = picture(media, shares, 56)
+    assert np.array_equal(np.asarray(sheet)[:56, :56], np.asarray(shown[0]))
