@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -308,6 +308,11 @@ def holds_rows(layer: Any) -> bool:
 def keeps_window(layer: Any) -> bool:
     """Whether a cache layer keeps no more rows than a sliding window needs."""
     return isinstance(layer, DynamicSlidingWindowLayer)
+
+
+def filled(layers: Iterable[Any]) -> list[Any]:
+    """Those cache layers that hold rows by now. A decoder may leave some of its cache unused."""
+    return [layer for layer in layers if holds_rows(layer) and layer.is_initialized]
 
 
 def first_with_rows(layers: Sequence[Any] | None, first: int = 0, stop: int | None = None) -> Any:

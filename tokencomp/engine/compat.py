@@ -85,6 +85,12 @@ def indexed_layer() -> Any:
     return getattr(cache_utils, "DynamicIndexedLayer", absent)
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """The config of every decoder layer; some releases let them differ."""
+    count = config.num_hidden_layers
+    return list(getattr(config, "per_layer_config", None) or [config] * count)[:count]
+
+
 @functools.cache
 def layers_without_rows() -> frozenset[type]:
     """Classes of cache layers that keep a state without a token axis, or nothing."""

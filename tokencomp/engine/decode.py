@@ -20,8 +20,8 @@ from tokencomp.engine.cache import (
     CompressedStaticLayer,
     check_cache,
     compress_layer,
+    filled,
     first_with_rows,
-    holds_rows,
     physical_length,
 )
 from tokencomp.engine.forward import ForwardPass
@@ -132,7 +132,7 @@ class LaterTokens:
             before = Segment.after(layer, 0, 1, RowLayout(n, [], []))
             kwargs["position_ids"] = before.contiguous(new, x)
         backend = compat.attention_implementation(self.adapter.text_config)
-        plain = new is None and all(x.valid is None for x in layers if holds_rows(x))
+        plain = new is None and all(layer.valid is None for layer in filled(layers))
         # One token attends to every row, so without padding it needs no mask. Backends outside of
         # `MASKLESS` may still require a tensor. `cached` stands for the ForwardPass that such a
         # call does without: proportional attention reads the sizes of the rows from it.
@@ -239,7 +239,7 @@ def compact_cache(forward: ForwardPass, cache: Any, proportional: bool) -> None:
     if not layers or first_with_rows(layers).keys is None:  # checkpointed layers write nothing
         return
     for segment in forward.segments:
-        own = [layer for layer in layers[segment.first : segment.stop] if holds_rows(layer)]
+        own = filled(layers[segment.first : segment.stop])
         if not own:
             continue
         valid = segment.all_valid(segment.layout.valid(own[0].device))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from tokencomp.engine import compat
 
 # Kinds of layers without keys: linear attention, short convolution, and MLPs alone.
 NO_ATTENTION = frozenset({"linear_attention", "conv", "moe", "mlp"})
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
 
 @dataclass(frozen=True)
@@ -16,12 +19,13 @@ class DecoderShape:
     Attributes
     ----------
     reach
-        Per layer: tokens that a query sees at most; None: all; 0: the layer has no attention, so
-        that its cost is linear. Empty: all layers see all tokens.
+        Tokens that a query sees at most; None: all; 0: there is no attention, so that the cost is
+        linear.
     stored
-        Per layer: numbers of the keys and values of one token that the layer caches: none for
-        layers with a state of constant size, or with the keys of another layer. Empty: all cache
-        their own.
+        Numbers that are cached for a token, its keys and values together: none for layers with a
+        state of constant size, or with the keys of another layer.
+    own
+        Per layer: its shape, where layers differ; empty where all are alike.
     """
 
     num_layers: int
@@ -31,41 +35,45 @@ class DecoderShape:
     kv_heads: int
     head_dim: int
     itemsize: int = 2
-    reach: tuple[int | None, ...] = ()
-    stored: tuple[int, ...] = ()
+    reach: int | None = None
+    stored: int | None = None
+    own: tuple[DecoderShape, ...] = ()
 
     @classmethod
     def from_config(cls, config: Any, itemsize: int = 2) -> DecoderShape:
         """Sizes of a transformers text config."""
-        heads, layers = config.num_attention_heads, config.num_hidden_layers
-        kinds = list(getattr(config, "layer_types", None) or ())[:layers]
-        shared = list(getattr(config, "kv_sharing_modes", None) or ())[:layers]
-        windows = {
-            "sliding_attention": getattr(config, "sliding_window", None),
-            "chunked_attention": getattr(config, "attention_chunk_size", None),
-        }
-        reach = tuple(0 if kind in NO_ATTENTION else windows.get(kind) for kind in kinds)
+        count = config.num_hidden_layers
+        kinds = list(getattr(config, "layer_types", None) or ())[:count]
+        per_layer = compat.layer_configs(config)
+        first = cls._of_layer(per_layer[0], count, itemsize)
+        if len(set(kinds)) < 2 and not (kinds and kinds[0] in WINDOWS):
+            return first
+        shared = getattr(config, "kv_sharing_modes", None) or ["store"] * count
+        own = []
+        for kind, mode, layer in zip(kinds, shared, per_layer, strict=False):
+            shape = cls._of_layer(layer, 1, itemsize)
+            reach = 0 if kind in NO_ATTENTION else getattr(layer, WINDOWS.get(kind, ""), None)
+            stored = 0 if kind in NO_ATTENTION or mode == "reuse" else shape.stored
+            own.append(replace(shape, reach=reach, stored=stored))
+        return replace(first, own=tuple(own))
+
+    @classmethod
+    def _of_layer(cls, config: Any, count: int, itemsize: int) -> DecoderShape:
+        heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        # Full layers may have heads of another size (Gemma 4).
-        wide = (getattr(config, "num_global_key_value_heads", None) or kv_heads) * (
-            getattr(config, "global_head_dim", None) or head_dim
-        )
-        stored = [2 * (wide if size is None else kv_heads * head_dim) for size in reach]
-        stored = [0 if size == 0 else n for n, size in zip(stored, reach, strict=True)]
-        for i, mode in enumerate(shared[: len(stored)]):
-            stored[i] = 0 if mode == "reuse" else stored[i]
-        return cls(
-            num_layers=layers,
-            hidden=config.hidden_size,
-            intermediate=_one(config.intermediate_size),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            itemsize=itemsize,
-            reach=reach,
-            stored=tuple(stored),
-        )
+        intermediate = getattr(config, "intermediate_size", None)
+        if intermediate is None:  # experts alone
+            experts = config.num_experts_per_tok * config.moe_intermediate_size
+            intermediate = experts + (getattr(config, "shared_expert_intermediate_size", 0) or 0)
+        if isinstance(intermediate, list | tuple):
+            intermediate = sum(intermediate) // len(intermediate)
+        sizes = (count, config.hidden_size, intermediate, heads, kv_heads, head_dim, itemsize)
+        return cls(*sizes, stored=2 * kv_heads * head_dim)
+
+    def layer(self, number: int | None) -> DecoderShape:
+        """The shape of one layer; None: of one that is like the first and sees all tokens."""
+        return self.own[number] if self.own and number is not None else self
 
     @property
     def linear_flops_per_token(self) -> int:
@@ -76,35 +84,20 @@ class DecoderShape:
     def layer_flops(self, tokens: int, past: int = 0, layer: int | None = None) -> int:
         """FLOPs of one layer for `tokens` new tokens after `past` cached ones.
 
-        Causal attention counts the visible half: 4 · heads · head_dim per (query, key) pair.
-
-        Parameters
-        ----------
-        layer
-            Number of the layer; None: one that sees all tokens.
+        Causal attention counts the visible half: 4 · heads · head_dim per (query, key) pair. The
+        mixer of a linear layer counts as much as the projections of attention.
         """
-        reach = self.reach[layer] if layer is not None and self.reach else None
-        pairs = tokens * past + tokens * (tokens + 1) // 2
+        shape = self.layer(layer)
+        pairs, reach = tokens * past + tokens * (tokens + 1) // 2, shape.reach
         if reach is not None:  # the first queries see fewer than the window holds
             growing = min(max(reach - past, 0), tokens)
             pairs = growing * past + growing * (growing + 1) // 2 + (tokens - growing) * reach
-        attention = 4 * self.heads * self.head_dim * pairs
-        return tokens * self.linear_flops_per_token + attention
+        attention = 4 * shape.heads * shape.head_dim * pairs
+        return tokens * shape.linear_flops_per_token + attention
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token in one layer that caches all of its own."""
-        return 2 * self.kv_heads * self.head_dim * self.itemsize
-
-    def kv_bytes(self, tokens: int, layer: int) -> int:
+    def kv_bytes(self, tokens: int, layer: int | None = None) -> int:
         """Bytes of keys and values that a layer caches for a prompt of `tokens` tokens."""
-        if not self.stored:
-            return tokens * self.kv_bytes_per_token
-        reach = self.reach[layer]
-        rows = tokens if reach is None else min(tokens, max(reach - 1, 0))
-        return rows * self.stored[layer] * self.itemsize
-
-
-def _one(size: Any) -> int:
-    """A size, or the mean of the sizes of all layers."""
-    return sum(size) // len(size) if isinstance(size, list | tuple) else size
+        shape = self.layer(layer)
+        rows = tokens if shape.reach is None else min(tokens, max(shape.reach - 1, 0))
+        stored = 2 * shape.kv_heads * shape.head_dim if shape.stored is None else shape.stored
+        return rows * stored * shape.itemsize

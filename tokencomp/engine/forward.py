@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
-from tokencomp.engine.cache import first_with_rows, holds_rows
+from tokencomp.engine.cache import filled, first_with_rows
 from tokencomp.engine.layout import RowLayout, Selection, compact, take, write_merged
 from tokencomp.engine.masks import MaskSource
 from tokencomp.engine.outputs import restore_map
@@ -324,7 +324,7 @@ class ForwardPass:
             return
         for segment in self.segments:
             valid = segment.all_valid(self._new)
-            for layer in filter(holds_rows, cache.layers[segment.first : segment.stop]):
+            for layer in filled(cache.layers[segment.first : segment.stop]):
                 layer.valid = valid
 
     def full_maps(self, maps: Any) -> Any:
