@@ -18,11 +18,12 @@ from tokencomp.context_window import (
     restore_visual_context,
 )
 from tokencomp.engine.hooks import Hooks
+from tokencomp.engine.layer_stages import check_layer_stages
 from tokencomp.engine.refusals import refuse_foreign
 from tokencomp.engine.stats import Stats
 from tokencomp.engine.tower import check_signals
 from tokencomp.engine.tower_stage import check_tower_stage
-from tokencomp.errors import OptionError, PlanError
+from tokencomp.errors import OptionError
 from tokencomp.method import MethodSpec, two_ratios
 from tokencomp.plan import Plan, check_ratio
 from tokencomp.plan_json import PlanLike, as_plan
@@ -367,10 +368,6 @@ def _make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
     num_layers = len(adapter.layers)
     plan = spec.stages(num_layers, adapter.first_layer_stage)
     plan.check(num_layers, adapter.first_layer_stage)
-    if plan.layer_stages and not adapter.layer_stages:
-        raise PlanError(
-            f"stages at layers {[s.layer for s in plan.layer_stages]}: {adapter.family} is served "
-            "at entry only. Use a reducer that acts there, such as 'condiv', 'divprune' or 'merge'."
-        )
+    check_layer_stages(plan, adapter)
     check_signals(plan, adapter)
     return check_tower_stage(plan, adapter).bind(model_facts(adapter))

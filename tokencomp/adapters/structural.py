@@ -21,7 +21,6 @@ class StructuralAdapter(Adapter):
     Spans are whole media where the number of tokens of each is known, else runs of placeholders.
     """
 
-    layer_stages = False
     # Nothing says that they do not: Ministral 3, for one, scales queries by their position.
     layers_read_positions = True
 

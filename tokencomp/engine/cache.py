@@ -315,9 +315,9 @@ def filled(layers: Iterable[Any]) -> list[Any]:
     return [layer for layer in layers if holds_rows(layer) and layer.is_initialized]
 
 
-def first_with_rows(layers: Sequence[Any] | None, first: int = 0, stop: int | None = None) -> Any:
-    """The first of `layers[first:stop]` that holds rows, or None."""
-    return next(filter(holds_rows, (layers or ())[first:stop]), None)
+def first_with_rows(layers: Sequence[Any] | None, first: int = 0) -> Any:
+    """The first of `layers[first:]` that holds rows, or None."""
+    return next(filter(holds_rows, (layers or ())[first:]), None)
 
 
 def physical_length(layer: Any) -> int:

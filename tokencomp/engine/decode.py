@@ -28,7 +28,7 @@ from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.layout import RowLayout
 from tokencomp.engine.prepared_mask import padding_of, prepared_by_body
 from tokencomp.engine.segments import Segment
-from tokencomp.engine.window import CHUNKED, Windows, check_windows
+from tokencomp.engine.window import CHUNKED, INDEXED, Windows, check_windows
 from tokencomp.errors import UnsupportedCacheError
 
 MASKLESS = ("sdpa", "flash")
@@ -137,7 +137,7 @@ class LaterTokens:
         # `MASKLESS` may still require a tensor. `cached` stands for the ForwardPass that such a
         # call does without: proportional attention reads the sizes of the rows from it.
         maskless = n == 1 and plain and any(name in backend for name in MASKLESS)
-        if maskless and not windows.bind(total):
+        if maskless and not windows.bind(total) and INDEXED not in windows.kinds:
             kwargs["attention_mask"], self.local.cached = None, layers
             return
         forward = ForwardPass.continuation(self.adapter, layers, new, n)

@@ -53,7 +53,7 @@ class DecoderShape:
         for kind, mode, layer in zip(kinds, shared, per_layer, strict=False):
             shape = cls._of_layer(layer, 1, itemsize)
             reach = 0 if kind in NO_ATTENTION else getattr(layer, WINDOWS.get(kind, ""), None)
-            stored = 0 if kind in NO_ATTENTION or mode == "reuse" else shape.stored
+            stored = 0 if kind in NO_ATTENTION or str(mode).startswith("reuse") else shape.stored
             own.append(replace(shape, reach=reach, stored=stored))
         return replace(first, own=tuple(own))
 

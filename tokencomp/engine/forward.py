@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
+from tokencomp.engine.arguments import SET_APART, gather_arguments
 from tokencomp.engine.cache import filled, first_with_rows
 from tokencomp.engine.layout import RowLayout, Selection, compact, take, write_merged
 from tokencomp.engine.masks import MaskSource
@@ -103,7 +104,8 @@ class ForwardPass:
         forward.compresses, forward._new = False, new
         starts = [i for i, layer in enumerate(layers) if getattr(layer, "starts_segment", False)]
         for first, stop in zip([0, *starts], [*starts, len(layers)], strict=True):
-            layer, layout = first_with_rows(layers, first, stop), RowLayout(width, [], [])
+            # Where only linear layers see some rows, the layers behind them tell how many.
+            layer, layout = first_with_rows(layers, first), RowLayout(width, [], [])
             forward.segments.append(Segment.after(layer, first, stop, layout))
         return forward
 
@@ -220,21 +222,56 @@ class ForwardPass:
         segment = self.segment_of(i)
         if segment.first == 0:
             return None
+        if len(args) > 1:
+            args, kwargs = args[:1], compat.bind(self.adapter.layers[i], args, kwargs)
+            kwargs.pop("hidden_states", None)
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         if not segment.ready:
             hidden = self._enter(segment, hidden, kwargs)
         kind, cache = self.windows.kinds[i], compat.get_cache(kwargs)
+        kwargs.update(self._others(segment, kwargs))
         kwargs["attention_mask"] = self._mask(segment, kind, hidden, cache)
-        kwargs["position_ids"] = segment.text_positions
+        kwargs["position_ids"] = self._positions(segment, kwargs)
         if segment.layout.packed:
             kwargs.update(sequence_lengths(segment.layout, kwargs))
         if "position_embeddings" in kwargs:
             kwargs["position_embeddings"] = self._tables(segment, kind, kwargs, hidden.device)
         if args:
-            return (hidden, *args[1:]), kwargs
+            return (hidden,), kwargs
         kwargs["hidden_states"] = hidden
         return args, kwargs
+
+    def _others(self, segment: Segment, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Further arguments of a layer that have an entry for each column, as per-layer inputs."""
+        if segment.index is None:
+            return {}
+        width = self.segments[0].layout.width
+        apart = {"hidden_states", "position_embeddings", *SET_APART} - {"input_ids"}
+        others = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in apart and isinstance(value, Tensor) and value.ndim > 1
+        }
+        if others:
+            gather_arguments(
+                others, segment.index, segment.layout.valid(segment.index.device), width
+            )
+        return others
+
+    def _positions(self, segment: Segment, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The `position_ids` of layers of a segment.
+
+        Layers that read them, and not the rotary tables alone, take those of the rows that are
+        left. Elsewhere gaps would stand for the begin of another packed prompt.
+        """
+        positions = kwargs.get("position_ids")
+        if not self.adapter.layers_read_positions or self.rotary is not None or positions is None:
+            return segment.text_positions
+        if segment.index is None:
+            return positions
+        index = segment.index.to(positions.device)
+        return positions.expand(len(index), -1).gather(1, index)
 
     def _tables(
         self, segment: Segment, kind: str, kwargs: Mapping[str, Any], device: torch.device

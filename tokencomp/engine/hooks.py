@@ -37,7 +37,7 @@ from tokencomp.engine.question import PromptLength
 from tokencomp.engine.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.survivors import refuse_missing
 from tokencomp.engine.window import Windows
-from tokencomp.errors import TokenCompError, copy_error
+from tokencomp.errors import OptionError, TokenCompError, copy_error
 from tokencomp.plan import Plan
 
 if TYPE_CHECKING:
@@ -69,7 +69,12 @@ class Hooks:
         compact_positions: bool = False,
         proportional: bool = False,
     ) -> None:
-        Windows.of(adapter.decoder)  # refuses kinds of layers that are not known
+        windows = Windows.of(adapter.decoder)  # refuses kinds of layers that are not known
+        if proportional and windows.sizes:
+            raise OptionError(
+                "proportional_attention=True: layers with an attention window keep the last rows "
+                "of their cache alone, and sizes count all rows. Patch without it."
+            )
         self.adapter, self.plan = adapter, plan
         self.compact_positions = compact_positions
         self.proportional = (
@@ -225,7 +230,12 @@ class Hooks:
                 check_cache(cache, bool(self.plan.layer_stages))
                 kwargs, prepared = split_mask(kwargs, cache, self._local.body_mask)
                 self._compress(kwargs, kinds, cache, prepared)
-                keep = getattr(self._local, "logits", 0)
+                keep, forward = getattr(self._local, "logits", 0), self._local.forward
+                if "logits_to_keep" in kwargs and (
+                    len(forward.segments) > 1 or keep > forward.tail
+                ):
+                    # Decoders with shared keys (Gemma 4) cut their hidden states to these columns.
+                    kwargs["logits_to_keep"] = 0
                 return (), self._prefill.advance(module, kwargs, self._local.forward, keep)
             self._count(kwargs, kinds, cache)
         if self._had_tower and kwargs.get("inputs_embeds") is not None:

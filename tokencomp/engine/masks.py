@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokencomp.engine import compat
 from tokencomp.engine.cache import keeps_window
 from tokencomp.engine.prepared_mask import visible_columns
-from tokencomp.engine.window import CHUNKED, FULL, INDEXED, LINEAR, Windows
+from tokencomp.engine.window import CHUNKED, INDEXED, LINEAR, Windows
 
 if TYPE_CHECKING:
     from tokencomp.engine.segments import Segment
@@ -183,9 +183,3 @@ class MaskSource:
         if padding is not None:
             block = block & padding[:, None, None, -block.shape[-1] :]
         return compat.backend_mask(self.config, block, x)
-
-
-def layer_of_kind(layers: list[nn.Module], kinds: tuple[str, ...], before: int) -> int | None:
-    """The last layer before `before` whose queries see every row, or None."""
-    usable = [i for i in range(before) if kinds[i] == FULL and hasattr(layers[i], "self_attn")]
-    return usable[-1] if usable else None

@@ -13,8 +13,11 @@ from torch import nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
 from tokencomp.engine.forward import ForwardPass
+from tokencomp.engine.layer_stages import scored_layer
+from tokencomp.engine.tap import attention_of
 from tokencomp.engine.tower import TowerProbe, check_signals
 from tokencomp.engine.tower_stage import TowerDrop
+from tokencomp.engine.window import Windows
 from tokencomp.plan import Plan
 from tokencomp.tokens import Attention
 
@@ -70,7 +73,9 @@ class PlanHooks:
         for stage in plan.layer_stages:
             for signal in stage.reducer.needs if stage.most > 0 else ():
                 if isinstance(signal, Attention) and signal.layer == "previous":
-                    attn: Any = self.adapter.layers[stage.layer - 1].self_attn
+                    windows = Windows.of(self.adapter.decoder)
+                    layer = scored_layer(windows, plan, stage.layer)
+                    attn = attention_of(self.adapter.layers[layer])
                     score = functools.partial(self._attention, stage.layer, signal)
                     self._handles.append(attn.register_forward_hook(score, with_kwargs=True))
 

@@ -225,9 +225,11 @@ def _with_past(cached: Any, past: int, sample: int, current: Tensor) -> Tensor:
     """Keys of earlier turns (real rows only) in front of the sample's own, (kv heads, N, d)."""
     if past == 0:
         return current
-    old, valid = stored_keys(cached)[sample, :, :past], getattr(cached, "valid", None)
+    stored, valid = stored_keys(cached)[sample], getattr(cached, "valid", None)
+    held = min(past, stored.shape[1])  # a sliding window keeps the last rows alone
+    old = stored[:, :held]
     if valid is not None:
-        old = old[:, valid[sample, :past].to(old.device)]
+        old = old[:, valid[sample, past - held : past].to(old.device)]
     return torch.cat([old.to(current.device), current], dim=1)
 
 

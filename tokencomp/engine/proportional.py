@@ -48,7 +48,7 @@ class ProportionalAttention:
     """
 
     def __init__(self, layers: Iterable[nn.Module], sizes_of: SizesOf) -> None:
-        self._modules: list[Any] = [layer.self_attn for layer in layers]
+        self._modules: list[Any] = [x.self_attn for x in layers if hasattr(x, "self_attn")]
         self._sizes_of = sizes_of
         for module in self._modules:
             if getattr(module, "config", None) is None:

@@ -184,7 +184,7 @@ def build_segments(
     segments = []
     for first, stop in zip(starts, [*starts[1:], total], strict=True):
         segment = Segment(first, stop, stage=stages.get(first), span_of_call=width)
-        layer = first_with_rows(layers, first, stop)
+        layer = first_with_rows(layers, first)
         if layer is not None:
             segment.physical = physical_length(layer)
             if isinstance(layer, CompressedLayer):

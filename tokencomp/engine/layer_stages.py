@@ -1,0 +1,88 @@
+"""Between which decoder layers tokens may leave, and whose attention scores them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.engine.tap import attention_of
+from tokencomp.engine.window import FULL, INDEXED, Windows
+from tokencomp.errors import PlanError, UnsupportedModelError
+from tokencomp.plan import Plan
+from tokencomp.tokens import Attention
+
+# Options of text configs that widen hidden states to several streams (AltUp, hyper-connections).
+STREAMS = ("altup_num_inputs", "hc_mult")
+FIX = "Use a reducer that acts at entry, such as 'condiv', 'divprune' or 'merge'."
+
+
+def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
+    """Refuse stages between layers that the decoder does not allow, or that nothing can score.
+
+    Raises
+    ------
+    PlanError
+        The model is served at entry only, hidden states have several streams, a later layer reads
+        the keys of one before a stage, or no layer before a stage has attention.
+    """
+    decoder, layers = adapter.decoder, [stage.layer for stage in plan.layer_stages]
+    if not layers:
+        return
+    if not adapter.layer_stages:
+        raise PlanError(
+            f"stages at layers {layers}: {adapter.family} is served at entry only. {FIX}"
+        )
+    streams = [name for name in STREAMS if (getattr(decoder.config, name, 1) or 1) > 1]
+    if streams:
+        raise PlanError(
+            f"stages at layers {layers}: hidden states of {type(decoder).__name__} have several "
+            f"streams ({streams[0]}), from which tokens cannot leave between layers. {FIX}"
+        )
+    modes = list(getattr(decoder.config, "kv_sharing_modes", None) or ())
+    shared = any(str(mode).startswith("reuse") for mode in modes)
+    last = modes.index("store") if shared else len(decoder.layers)
+    late = [layer for layer in layers if layer > last]
+    if late:
+        raise PlanError(
+            f"stages at layers {late}: later layers of {type(decoder).__name__} read the keys of "
+            f"layer {last}, and must hold the same tokens. Choose layers up to {last}, or a "
+            "reducer that acts at entry."
+        )
+    windows = Windows.of(decoder)
+    for stage in plan.layer_stages:
+        for signal in stage.reducer.needs if stage.fraction > 0 else ():
+            if isinstance(signal, Attention) and signal.layer == "previous":
+                scored_layer(windows, plan, stage.layer)
+            elif isinstance(signal, Attention):
+                _check_attention(adapter.layers[stage.layer], stage.layer)
+
+
+def scored_layer(windows: Windows, plan: Plan, stage: int) -> int:
+    """The layer whose attention scores tokens for the stage before layer `stage`.
+
+    It is the last one before the stage whose queries see all tokens: layers of linear attention
+    have no scores, and layers with a window have none for what lies outside of it.
+
+    Raises
+    ------
+    PlanError
+        There is none behind the stage before.
+    """
+    first = max((s.layer for s in plan.stages if s.layer < stage), default=0)
+    usable = [i for i in range(stage) if windows.kinds[i] in (FULL, INDEXED)]
+    if not usable or usable[-1] < first:
+        allowed = [i + 1 for i, kind in enumerate(windows.kinds) if kind in (FULL, INDEXED)]
+        raise PlanError(
+            f"a stage at layer {stage} is to be scored by the attention of a layer before it, but "
+            f"no layer from {first} to {stage - 1} lets queries see all tokens. The layers behind "
+            f"those that do are {', '.join(map(str, allowed))}. Choose among them, or a reducer "
+            "without attention, such as 'divprune'."
+        )
+    return usable[-1]
+
+
+def _check_attention(layer: Any, number: int) -> None:
+    try:
+        attention_of(layer)
+    except UnsupportedModelError as error:
+        raise PlanError(f"a stage at layer {number} is to be scored there: {error}") from None
