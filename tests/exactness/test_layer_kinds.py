@@ -5,15 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from support import kinds, oracle
-from support.families import Family, text
+from support.families import IMAGE, Family, text
 from support.family.hybrid import HYBRID
 
 import tokencomp
 from tokencomp.engine.window import Windows
-from tokencomp.errors import UnsupportedCacheError, UnsupportedModelError
+from tokencomp.errors import PlanError, UnsupportedCacheError, UnsupportedModelError
 
 FAMILY_NAMES = sorted(HYBRID)
 ENTRY = tokencomp.Plan((tokencomp.Stage(0, 0.4, tokencomp.make_reducer("uniform")),))
+
+
+def staged(family: Family) -> tokencomp.Plan:
+    """Half leave at entry, and half of the rest between layers as late as the family allows."""
+    uniform = tokencomp.make_reducer("uniform")
+    late = {"gemma4_e": 1, "gemma4": 4}.get(family.name, 2)
+    return tokencomp.Plan((tokencomp.Stage(0, 0.5, uniform), tokencomp.Stage(late, 0.25, uniform)))
 
 
 def ragged(family: Family) -> dict[str, torch.Tensor]:
@@ -32,14 +39,16 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_prefill_and_decode(family: Family, backend: str) -> None:
-    model, inputs = family.build(backend), ragged(family)
+@pytest.mark.parametrize(("backend", "layered"), [("sdpa", True), ("sdpa", False), ("eager", True)])
+def test_prefill_and_decode(family: Family, backend: str, layered: bool) -> None:
+    model, inputs, plan = family.build(backend), ragged(family), ENTRY
+    if layered:
+        plan = staged(family)
     width = inputs["input_ids"].shape[1]
     steps = 12  # more than a window, so that what has left comes out of it
     with torch.no_grad():
         plain = model(**inputs).logits[:2, -1]
-    with tokencomp.patch(model, plan=ENTRY) as handle:
+    with tokencomp.patch(model, plan=plan) as handle:
         out = oracle.generate(model, inputs, steps)
         masks = oracle.kept_columns(handle, inputs, family.layers)
     logits = torch.stack(out.logits, 1)
@@ -116,23 +125,6 @@ def test_second_image(family: Family) -> None:
     assert difference(logits, expected) < 5e-5
 
 
-def test_compact_positions(family: Family) -> None:
-    """With compact positions the windows count rows: the model itself on the short prompt."""
-    if family.mrope or not Windows.of(family.decoder(family.build())).sizes:
-        pytest.skip("no window, or three rows of positions")
-    model, inputs = family.build(), ragged(family)
-    states: list[torch.Tensor] = []
-    decoder = family.decoder(model)
-    with tokencomp.patch(model, plan=ENTRY, positions="compact"), torch.no_grad():
-        hook = decoder.register_forward_pre_hook(
-            lambda module, args, kwargs: states.append(kwargs["inputs_embeds"]), with_kwargs=True
-        )
-        out = oracle.generate(model, inputs, 12)
-        hook.remove()
-    assert states[0].shape[1] < inputs["input_ids"].shape[1]
-    assert len(out.logits) == 12
-
-
 def test_stats_count_keys_and_values(family: Family) -> None:
     """Bytes of the cache that a prefill of one prompt leaves."""
     model = family.build()
@@ -166,3 +158,36 @@ def test_unknown_kinds_are_refused(family: Family) -> None:
     model.config.text_config.layer_types = ["compressed_sparse_attention"] * family.layers
     with pytest.raises(UnsupportedModelError, match="compressed_sparse_attention"):
         tokencomp.patch(model, 0.5, reducer="uniform")
+
+
+def test_scores_of_the_nearest_full_layer(family: Family) -> None:
+    """A stage behind a linear or sliding layer is scored by the full layer before it."""
+    if family.name == "gemma4_e":
+        pytest.skip("its stages stand before the first full layer")
+    model = family.build("eager")
+    kinds_of_layers = Windows.of(family.decoder(model)).kinds
+    scored = kinds_of_layers.index("full_attention")
+    stage = scored + (2 if kinds_of_layers[scored + 1] != "full_attention" else 1)
+    inputs = family.batch([[text(3), family.image(0), text(5, 3)]])
+    visual = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
+    with torch.no_grad():
+        maps = model(**inputs, output_attentions=True).attentions
+    weights = [m for m in maps if m is not None]
+    if len(weights) == family.layers:
+        weights = [weights[scored]]
+    received = weights[0][0].mean(0)[visual[-1] + 1 :][:, visual].mean(0)
+    reducer = tokencomp.make_reducer("prune", score="text_query")
+    plan = tokencomp.Plan((tokencomp.Stage(stage, 0.25, reducer),))
+    with tokencomp.patch(model, plan=plan) as handle, torch.no_grad():
+        model(**inputs)
+        kept = handle.stats.kept()[0][0]
+    highest = received.topk(len(kept)).values  # values, since some tokens are as good as equal
+    torch.testing.assert_close(received[kept].sort(descending=True).values, highest)
+
+
+def test_stages_that_nothing_can_score_are_refused(family: Family) -> None:
+    """The first layer is linear or sliding, so that no full layer stands before the second."""
+    reducer = tokencomp.make_reducer("prune", score="text_query")
+    plan = tokencomp.Plan((tokencomp.Stage(1, 0.25, reducer),))
+    with pytest.raises(PlanError, match="no layer from 0 to 0"):
+        tokencomp.patch(family.build(), plan=plan)

@@ -11,8 +11,12 @@ from tokencomp.errors import PlanError, UnsupportedModelError
 from tokencomp.plan import Plan
 from tokencomp.tokens import Attention
 
-# Options of text configs that widen hidden states to several streams (AltUp, hyper-connections).
-STREAMS = ("altup_num_inputs", "hc_mult")
+# Options of text configs whose decoders tokens cannot leave between layers.
+ENTRY_ONLY = {
+    "altup_num_inputs": "its hidden states have several streams",
+    "hc_mult": "its hidden states have several streams",
+    "indexer_compress_ratio": "its indexer pools blocks of rows",
+}
 FIX = "Use a reducer that acts at entry, such as 'condiv', 'divprune' or 'merge'."
 
 
@@ -22,8 +26,8 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
     Raises
     ------
     PlanError
-        The model is served at entry only, hidden states have several streams, a later layer reads
-        the keys of one before a stage, or no layer before a stage has attention.
+        The model is served at entry only, a later layer reads the keys of one before a stage, or
+        no layer before a stage has attention that could score for it.
     """
     decoder, layers = adapter.decoder, [stage.layer for stage in plan.layer_stages]
     if not layers:
@@ -32,11 +36,11 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
         raise PlanError(
             f"stages at layers {layers}: {adapter.family} is served at entry only. {FIX}"
         )
-    streams = [name for name in STREAMS if (getattr(decoder.config, name, 1) or 1) > 1]
-    if streams:
+    why = [w for name, w in ENTRY_ONLY.items() if (getattr(decoder.config, name, 1) or 1) > 1]
+    if why:
         raise PlanError(
-            f"stages at layers {layers}: hidden states of {type(decoder).__name__} have several "
-            f"streams ({streams[0]}), from which tokens cannot leave between layers. {FIX}"
+            f"stages at layers {layers}: {type(decoder).__name__} is served at entry only, because "
+            f"{why[0]}. {FIX}"
         )
     modes = list(getattr(decoder.config, "kv_sharing_modes", None) or ())
     shared = any(str(mode).startswith("reuse") for mode in modes)

@@ -74,12 +74,15 @@ class MaskSource:
 
     def decoder_mask(self, segment: Segment, x: Tensor) -> Any:
         """What the decoder takes as `attention_mask`, with the masks of all kinds of layers."""
-        kinds = self.windows.kinds[segment.first : segment.stop]
-        masks = {kind: self.layer_mask(kind, segment, x) for kind in dict.fromkeys(kinds)}
+        kinds = set(self.windows.kinds[segment.first : segment.stop])
+        masks = {
+            kind: self.layer_mask(kind, segment, x) if kind in kinds else None
+            for kind in dict.fromkeys(self.windows.kinds)
+        }
         # Decoders without kinds in their config pass one mask on to all layers.
         if isinstance(self.prepared, Mapping) or (self.prepared is None and self.windows.named):
             return masks
-        return next(iter(masks.values()))
+        return masks[self.windows.kinds[segment.first]]
 
     def layer_mask(self, kind: str, segment: Segment, x: Tensor, text: Tensor | None = None) -> Any:
         """The mask of the layers of one kind in a segment.
