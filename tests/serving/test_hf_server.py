@@ -317,3 +317,22 @@ def test_the_example_client(served: Any, tmp_path: Any) -> None:
     counts = [int(line.split(":")[1].split()[0]) for line in process.stdout.splitlines()]
     full, half, quarter = counts
     assert (full - half, full - quarter) == (32, 48)  # of 64 visual tokens
+
+
+def test_the_clients_of_the_documentation(served: Any, tmp_path: Any) -> None:
+    import re
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    url, _, _, _ = served
+    http.tiny.image(1).save(tmp_path / "image.png")
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    page = page.replace("http://127.0.0.1:8000", url)
+    script = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    command = re.search(r"```bash\n(curl .*?)```", page, re.DOTALL)[1]
+    for arguments in ([sys.executable, "-c", script], ["bash", "-c", command]):
+        answer = subprocess.run(
+            arguments, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+        )
+        assert re.search("visual_tokens_after.: 16", answer.stdout.replace(":16", ": 16"))
