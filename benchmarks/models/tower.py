@@ -1,7 +1,7 @@
 """Patches dropped before the vision tower: time to the first token, real shapes, random weights.
 
     python -m benchmarks.models.tower                      # all cases → tower.jsonl, tower.md
-    python -m benchmarks.models.tower --cases qwen-image --rounds 1
+    python -m benchmarks.models.tower --cases qwen-image --rounds 1 --part 4
     python -m benchmarks.models.tower --device cuda --dtype bfloat16 --attention flash_attention_2
     python -m benchmarks.models.tower --report             # only rebuilds the page
 
@@ -43,6 +43,8 @@ RATIO, TOWER_RATIO = 0.75, 0.6
 TOWER_RATIOS = (0.25, 0.5, 0.6, 0.75)
 TEXT = 48
 UNIT = 28  # pixels of a side that become one visual token in Qwen2-VL
+VISION = {"qwen2_vl": 32, "llava_onevision": 26}
+"""Blocks of the vision towers."""
 CASES = {
     "qwen-tower": "tower of Qwen2-VL-2B and 7B, one image of 1,024 tokens",
     "siglip-tower": "SigLIP-so400m, 384 px, one frame of LLaVA-OneVision",
@@ -85,7 +87,8 @@ def build(name: str, args: argparse.Namespace, layers: int = 0) -> Any:
     try:
         with torch.device(args.device):
             make = ARCHITECTURES[shape.family].model
-            model = make(shape, layers or args.layers or shape.layers, args.layers)
+            deep = VISION[shape.family] // args.part
+            model = make(shape, layers or shape.layers // args.part, deep)
     finally:
         torch.set_default_dtype(torch.float32)
     model.set_attn_implementation(args.attention)
@@ -304,7 +307,9 @@ PREAMBLE = f"""# The vision tower with fewer patches
 Real shapes with random weights. Patches leave before block 0 of the tower, chosen by k-centre on
 pixels; the decoder keeps {1 - RATIO:g} of the visual tokens with the default reducer. On a CPU all
 times are processor time of one thread. The FLOP limit is the FLOPs of blocks and projector without
-the stage divided by those with it. [All benchmark pages](../README.md).
+the stage divided by those with it. "1/4 of the blocks": of tower and decoder alike, at their full
+width, so that the shares stay and what happens once per prompt weighs four times as much.
+[All benchmark pages](../README.md).
 """
 
 
@@ -315,7 +320,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", type=int, default=448, help="pixels per side of a video frame")
-    parser.add_argument("--layers", type=int, help="fewer blocks everywhere, to try the command")
+    parser.add_argument(
+        "--part", type=int, default=1, help="4: a quarter of the blocks of tower and decoder"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--attention", default="sdpa")
@@ -330,6 +337,7 @@ def main() -> None:
         torch.set_num_threads(1)
     own = "one CPU thread" if args.device == "cpu" else torch.cuda.get_device_name()
     machine = f"{own}, {args.dtype}, {args.attention}"
+    machine += f", 1/{args.part} of the blocks" if args.part > 1 else ""
     whole = None
     for name in () if args.report else args.cases:
         if name.endswith("tower"):

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support import oracle, plans, tower
 from support.families import FAMILIES, Family, text
+from support.family.hybrid import Qwen35
 from support.hooks import hooks_of, prompt
 from torch import Tensor, nn
 
@@ -85,6 +87,37 @@ def _left(model: Any, seen: list[Tensor], block: int) -> float:
     used = 3 + layer + 1
     share = sum(int(m.sum()) for m in seen) / sum(m.numel() for m in seen)
     return (block + (used - block) * share) / used
+
+
+def test_embeddings_of_qwen35() -> None:
+    """Its linear layers know no mask, so the input of the decoder is compared."""
+    family = tower.deep(Qwen35())
+    if not hasattr(transformers, "Qwen3_5Config"):
+        pytest.skip("this release has no Qwen3.5")
+    model, plan = tower.build(family), Plan((), TowerStage(0, 0.6, RANDOM))
+    inputs = tower.like(model, family.batch([[text(3), family.image(0), family.video(4), text(5)]]))
+    embeds: list[Tensor] = []
+
+    def spy(module: Any, args: Any, kwargs: Any) -> None:
+        embeds.append(kwargs["inputs_embeds"][0].clone())
+
+    def embed() -> Tensor:
+        handle = family.decoder(model).register_forward_pre_hook(spy, with_kwargs=True)
+        with torch.no_grad():
+            model(**inputs, use_cache=False)
+        handle.remove()
+        return embeds.pop()
+
+    seen = tower_rows(model, inputs, plan)
+    embeds.clear()
+    with tokencomp.patch(model, plan=plan) as handle:
+        left = embed()
+        (kept,) = oracle.kept_columns(handle, inputs, 1)
+    with tower.tower_masks(model, seen, 0):
+        expected = embed()[kept[0]]
+    assert left.shape == expected.shape and not kept.all()
+    assert (left - expected).abs().max() < 1e-6
+    assert (embed()[kept[0]] - expected).abs().max() > 1e-2
 
 
 def whole(family: Family) -> Plan:

@@ -21,6 +21,12 @@ from tokencomp.engine.tower import attention_blocks
 LOUD = 6
 
 
+def tower_of(model: nn.Module) -> nn.Module:
+    """The vision tower."""
+    adapter = adapter_for(model)
+    return getattr(adapter.body, "visual", None) or adapter.tower
+
+
 def deep(family: Family, blocks: int = 3) -> Family:
     """The family with a vision tower of that many blocks."""
     result, config = copy.copy(family), family.config
@@ -45,7 +51,7 @@ def build(family: Family, backend: str = "sdpa") -> nn.Module:
     model = family.build(backend)
     model = model if backend == "eager" else model.double()
     with torch.no_grad():
-        for name, p in adapter_for(model).tower.named_parameters():
+        for name, p in tower_of(model).named_parameters():
             if p.ndim == 2 and "position" not in name and "pos_embed" not in name:
                 p.mul_(LOUD)
     return model
@@ -60,7 +66,7 @@ def like(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def tower_blocks(model: nn.Module) -> list[nn.Module]:
     """Modules that hold one self-attention each, in order."""
     names = {m: n for n, m in model.named_modules()}
-    blocks = attention_blocks(adapter_for(model).tower)
+    blocks = attention_blocks(tower_of(model))
     return [model.get_submodule(names[a].rpartition(".")[0]) for a in blocks]
 
 
@@ -98,7 +104,7 @@ def seen_rows(full: list[Tensor], short: list[Tensor]) -> list[Tensor]:
 def tower_masks(model: nn.Module, masks: list[Tensor], k: int) -> Iterator[None]:
     """Let the attention of blocks `k` and later ignore the rows that are False, call by call."""
     handles, calls = [], [0]
-    tower = adapter_for(model).tower
+    tower = tower_of(model)
 
     def count(module: Any, args: Any, out: Any) -> None:
         calls[0] += 1

@@ -12,7 +12,11 @@ from tokencomp.adapters.call import Call
 from tokencomp.adapters.encoded import EncodedMedia, Encoding, encoded_by_kind
 from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.adapters.spans import Medium, cut_media, span_of, square
+from tokencomp.adapters.towers import PackedTower, Tower
 from tokencomp.tokens import Kind, VisualSpan
+
+PACKED = ("qwen3_5",)
+"""Model types with the vision tower of Qwen3-VL, where patches of a token stand side by side."""
 
 
 class StructuralAdapter(Adapter):
@@ -38,6 +42,11 @@ class StructuralAdapter(Adapter):
 
     def placeholder_ids(self) -> dict[int, int]:
         return self._placeholders
+
+    def tower_layout(self) -> Tower:
+        if self.model.config.model_type not in PACKED:
+            return super().tower_layout()
+        return PackedTower(self.body.visual, self.model.config.vision_config.patch_size)
 
     def install(self) -> None:
         self.uninstall()
