@@ -120,6 +120,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """Return `tensor` without its gradient; a tensor that has none is returned as it is."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 def rows_contiguous(tensor: Tensor) -> Tensor:
     """Return `tensor` itself if its last dimension is contiguous, otherwise a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

@@ -15,11 +15,12 @@ of the unpatched model. It is written to `calls.json` and `calls.md`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ class Calls(TorchDispatchMode):
     def __init__(self, sites: bool = False) -> None:
         super().__init__()
         self.calls = self.reads = 0
+        self._in_kernel = False
         self.sites: Counter[str] | None = Counter() if sites else None
 
     def __torch_dispatch__(
@@ -88,13 +90,40 @@ class Calls(TorchDispatchMode):
         self.reads += func.overloadpacket.__name__ in READS
         if self.sites is not None:
             self.sites[f"{_site()} {func.overloadpacket.__name__}"] += 1
-        return func(*args, **(kwargs or {}))
+        # What the plain version of a kernel copies to the host is no part of the Triton version.
+        self._in_kernel = func.namespace == "tokencomp"
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._in_kernel = False
 
     def count_check(self, condition: Tensor, message: str) -> None:
         """Stands in for `checks.holds`, which reads its condition inside of a kernel."""
         if dispatch.checks_enabled(condition):
             self.reads += 1
             assert bool(condition), message
+
+    @contextlib.contextmanager
+    def copies(self) -> Iterator[None]:
+        """Count copies to the host (`cpu`, `tolist`), which on a CPU call nothing, as reads."""
+        cpu, tolist = Tensor.cpu, Tensor.tolist
+
+        def count_cpu(tensor: Tensor, *args: Any) -> Tensor:
+            self.reads += not self._in_kernel
+            copy = cpu(tensor, *args)
+            copy.is_host_copy = True  # type: ignore[attr-defined]
+            return copy
+
+        def count_list(tensor: Tensor) -> Any:
+            self.reads += not (self._in_kernel or hasattr(tensor, "is_host_copy"))
+            return tolist(tensor)
+
+        with (
+            mock.patch.object(Tensor, "cpu", count_cpu),
+            mock.patch.object(Tensor, "tolist", count_list),
+            mock.patch.object(checks, "holds", self.count_check),
+        ):
+            yield
 
 
 def _site() -> str:
@@ -166,7 +195,7 @@ def counted(call: Callable[[], Any], sites: bool = False) -> Calls:
     with torch.no_grad():
         call()
         calls = Calls(sites)
-        with mock.patch.object(checks, "holds", calls.count_check), calls:
+        with calls.copies(), calls:
             call()
     return calls
 

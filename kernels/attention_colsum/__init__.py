@@ -23,6 +23,7 @@ def attention_colsum(
     kv_end: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    visible: Tensor | None = None,
     scale: float | None = None,
     temperature: float = 1.0,
     causal: bool = True,
@@ -59,6 +60,10 @@ def attention_colsum(
         ``(B,)``. None means 0 and N.
     cu_seqlens_q, cu_seqlens_k
         Offsets ``(sequences + 1,)`` of the sequences in a packed batch.
+    visible
+        For callers that know on the host what every row sees: int32 ``(3, B, R)``, the first key,
+        the key behind the last, and the row's own key (-1 for a padding row, which sees no key).
+        It replaces `q_index`, `kv_start`, `kv_end` and `causal`.
     scale
         Factor of the logits. None means ``D ** -0.5``.
     temperature
@@ -100,9 +105,12 @@ def attention_colsum(
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     checks.choice("heads", heads, HEADS)
     _check(q, k, packed, temperature)
-    q, k, rows = _canonical(
-        q, k, q_index, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, packed, causal
-    )
+    if visible is None:
+        q, k, rows = _canonical(
+            q, k, q_index, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, packed, causal
+        )
+    else:
+        q, k, rows = _with_visible(q, k, visible)
     if iterations < 1 or (iterations > 1 and q.shape[2] != k.shape[2]):
         raise KernelError(
             f"iterations={iterations} with {q.shape[2]} rows and {k.shape[2]} keys: "
@@ -274,7 +282,7 @@ def _canonical(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Rows]:
     """Return queries and keys as ``(B, H, length, D)`` views, and what every row sees."""
-    q, k = checks.rows_contiguous(q.detach()), checks.rows_contiguous(k.detach())
+    q, k = checks.rows_contiguous(checks.plain(q)), checks.rows_contiguous(checks.plain(k))
     if not packed:
         return q, k, dense_rows(q, k, q_index, kv_start, kv_end, causal)
     if cu_q is None or cu_k is None or kv_start is not None or kv_end is not None:
@@ -284,6 +292,21 @@ def _canonical(
         )
     rows = packed_rows(q, k, q_index, cu_q, cu_k, causal)
     return q.transpose(0, 1)[None], k.transpose(0, 1)[None], rows
+
+
+def _with_visible(q: Tensor, k: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Rows]:
+    """Queries and keys as they are, and `visible` as what every row sees."""
+    checks.same_device(q=q, visible=visible)
+    if visible.dtype != torch.int32 or visible.shape != (3, q.shape[0], q.shape[2]):
+        raise KernelError(
+            f"visible must be int32 (3, {q.shape[0]}, {q.shape[2]}); got {visible.dtype} "
+            f"{tuple(visible.shape)}"
+        )
+    if dispatch.checks_enabled(visible):
+        good = ((visible[0] >= 0) & (visible[1] <= k.shape[2])).all()
+        checks.holds(good, "visible keys must be keys of `k`")
+    rows = Rows(*visible.contiguous().unbind())
+    return checks.rows_contiguous(checks.plain(q)), checks.rows_contiguous(checks.plain(k)), rows
 
 
 def _per_row(name: str, value: Tensor | None, q: Tensor, packed: bool) -> Tensor:

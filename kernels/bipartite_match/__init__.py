@@ -46,7 +46,7 @@ def bipartite_match(
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)
     checks.int32_sizes(n=len(x))
-    similarity, partner = _op(x.detach(), segments.lengths_of("frames", frames, len(x)))
+    similarity, partner = _op(checks.plain(x), segments.lengths_of("frames", frames, len(x)))
     return similarity, partner
 
 

@@ -62,7 +62,7 @@ def dpp_select(
         raise KernelError(f"{len(counts)} values of k for {len(lengths)} spans")
     for count, length in zip(counts, lengths, strict=True):
         checks.count("k", count, 0, length)
-    return _op(unit.detach(), counts, relevance.detach().to(unit.dtype), lengths)
+    return _op(checks.plain(unit), counts, checks.plain(relevance).to(unit.dtype), lengths)
 
 
 @dispatch.custom_op("dpp_select")

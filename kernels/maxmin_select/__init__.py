@@ -112,17 +112,19 @@ def maxmin_select(
     if weights is not None:
         if weights.shape != (len(x),):
             raise KernelError(f"weights must be ({len(x)},); got {tuple(weights.shape)}")
-        weights = weights.detach().float().contiguous()
+        weights = checks.plain(weights).float().contiguous()
     if margin is not None:
         if margin.shape != (len(lengths),):
             raise KernelError(f"margin must be ({len(lengths)},); got {tuple(margin.shape)}")
-        margin = margin.detach().float().contiguous()
+        margin = checks.plain(margin).float().contiguous()
     if start is not None:
         checks.integer("start", start)
         if start.shape != (len(lengths),):
             raise KernelError(f"start must be ({len(lengths)},); got {tuple(start.shape)}")
         start = start.long().contiguous()
-    chosen = _op(x.detach(), counts, weights, lengths, centred, margin, start, metric, isolated)
+    chosen = _op(
+        checks.plain(x), counts, weights, lengths, centred, margin, start, metric, isolated
+    )
     return chosen.sort().values if ascending else chosen
 
 
@@ -157,7 +159,7 @@ def mean_distance(
     """
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)
-    return _mean_op(x.detach(), segments.lengths_of("spans", spans, len(x)), centred)
+    return _mean_op(checks.plain(x), segments.lengths_of("spans", spans, len(x)), centred)
 
 
 @dispatch.custom_op("mean_distance")

@@ -51,7 +51,7 @@ def topk_stable(
         )
     if spans is None and isinstance(k, int):
         checks.count("k", k, 0, scores.shape[-1])
-        return _op(scores.detach().float(), k)
+        return _op(checks.plain(scores).float(), k)
     checks.shape("scores", scores, 1, "(n,)")
     lengths = segments.lengths_of("spans", spans, len(scores))
     counts = [k] * len(lengths) if isinstance(k, int) else [int(c) for c in k]
@@ -59,7 +59,7 @@ def topk_stable(
         raise KernelError(f"{len(counts)} values of k for {len(lengths)} spans")
     for count, length in zip(counts, lengths, strict=True):
         checks.count("k", count, 0, length)
-    return _spans_op(scores.detach().float(), counts, lengths)
+    return _spans_op(checks.plain(scores).float(), counts, lengths)
 
 
 def _check_values(scores: Tensor) -> None:

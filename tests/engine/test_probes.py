@@ -36,17 +36,22 @@ def two_turns() -> tuple[LlamaModel, Tensor, Tensor]:
     return model, torch.randn(2, PAST + WIDTH, 48) * 3, mask
 
 
-def scores(model: LlamaModel, x: Tensor, mask: Tensor, signal: Attention) -> list[list[Tensor]]:
-    """What the probe finds in the second turn, with the first one in the cache."""
+def scores(
+    model: LlamaModel, x: Tensor, mask: Tensor, signal: Attention, past: int = PAST
+) -> list[list[Tensor]]:
+    """What the probe finds in the second turn, with the first one in the cache, or alone."""
     positions = mask.cumsum(1).sub(1).clamp(min=0)
-    cache = DynamicCache()
-    first = {"inputs_embeds": x[:, :PAST], "position_ids": positions[:, :PAST]}
-    model(**first, attention_mask=mask[:, :PAST], past_key_values=cache)
-    cache.layers[0].valid = mask[:, :PAST].bool()
+    cache = DynamicCache() if past else None
+    if cache is not None:
+        first = {"inputs_embeds": x[:, :PAST], "position_ids": positions[:, :PAST]}
+        model(**first, attention_mask=mask[:, :PAST], past_key_values=cache)
+        cache.layers[0].valid = mask[:, :PAST].bool()
     tables = {"position_embeddings": model.rotary_emb(x[:, PAST:], positions[:, PAST:])}
     prompts = [[Prompt(WIDTH - n, WIDTH, DRAFT)] for n in LENGTHS]
     layout = full_layout(WIDTH, LENGTHS, spans(), prompts)
-    return input_scores(model.layers[0], x[:, PAST:], tables, signal, layout, cache)
+    flat = input_scores(model.layers[0], x[:, PAST:], tables, signal, layout, cache)
+    parts = iter(flat.split([span.length for row in spans() for span in row]))
+    return [[next(parts) for _ in row] for row in spans()]
 
 
 def expected(maps: Tensor, sample: int, span: VisualSpan, signal: Attention) -> Tensor:
@@ -63,18 +68,21 @@ def expected(maps: Tensor, sample: int, span: VisualSpan, signal: Attention) -> 
     return heads.mean(0) if signal.heads == "mean" else heads.square().mean(0).sqrt()
 
 
+@pytest.mark.parametrize("past", [PAST, 0])
 @pytest.mark.parametrize("heads", ["mean", "rms"])
 @pytest.mark.parametrize("rows", ["text", "last", "all"])
 @torch.no_grad()
-def test_scores_are_those_of_the_dense_map(two_turns, rows: str, heads: str) -> None:
-    """Several spans, left-padded, behind a padded earlier turn, with draft tokens at the end."""
+def test_scores_are_those_of_the_dense_map(two_turns, rows: str, heads: str, past: int) -> None:
+    """Several spans, left-padded, drafts at the end; alone, or behind an earlier turn."""
     model, x, mask = two_turns
+    if not past:
+        mask[:, :PAST] = 0
     positions = mask.cumsum(1).sub(1).clamp(min=0)
     dense = model(
         inputs_embeds=x, attention_mask=mask, position_ids=positions, output_attentions=True
     ).attentions[0]
     signal = Attention(rows, heads=heads)
-    got = scores(model, x, mask, signal)
+    got = scores(model, x, mask, signal, past)
     for b, row in enumerate(spans()):
         for found, span in zip(got[b], row, strict=True):
             want = expected(dense[b], b, span, signal)

@@ -108,12 +108,12 @@ def test_scores_behind_an_earlier_turn(name: str) -> None:
     def ahead(module: Any, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         signal = Attention("text")
-        inputs["ahead"] = input_scores(module, hidden, kwargs, signal, layout, cache, 1)[0][0]
+        inputs["ahead"] = input_scores(module, hidden, kwargs, signal, layout, cache, 1)
 
     handle = model.layers[-1].register_forward_pre_hook(ahead, with_kwargs=True)
     attn, kwargs, _ = run(model, x[:, past:], cache)
     handle.remove()
-    behind = layer_scores(attn, kwargs, Attention("text"), layout)[0][0]
+    behind = layer_scores(attn, kwargs, Attention("text"), layout)
     assert (inputs["ahead"] - expected).abs().max() < 1e-6
     assert (behind - expected).abs().max() < 1e-6
     assert cache.get_seq_length() == 20

@@ -42,7 +42,7 @@ class Call:
     def runs(self, row: int) -> list[tuple[int, int, Kind]]:
         """(start, stop, kind) of every run of equal placeholders in a sample."""
         runs, start = [], 0
-        for code, group in groupby(self.kinds[row].tolist()):
+        for code, group in groupby(self.kinds.numpy()[row].tolist()):
             stop = start + sum(1 for _ in group)
             if code:
                 runs.append((start, stop, KINDS[code]))

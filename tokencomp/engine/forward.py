@@ -89,7 +89,7 @@ class ForwardPass:
         self.reduce_seconds = 0.0
         self.kept: list[RowLayout] = []
         self.survivors: RowLayout | None = None
-        self._scores: dict[int, list[list[Tensor]]] = {}
+        self._scores: dict[int, Tensor] = {}
         self.windows = Windows.of(adapter.decoder)
         self.by_column = True
         self.prepared: Any = None
@@ -161,6 +161,7 @@ class ForwardPass:
         with no_autocast(x):
             self.layout = self.layout.to(x.device)  # layers may lie on several devices
             scores = self._scores.pop(stage.layer, None)
+            scores = None if scores is None else scores.to(x.device)
             before = StageInput(x, self.layout, scores, self.tower)
             selection = before.selection(stage, self.plan.stages.index(stage), self.counts)
             tensors = self._compact(selection, tensors, dims)

@@ -225,7 +225,7 @@ class Hooks:
     def _decoder_call(self, module: nn.Module, kwargs: dict[str, Any]) -> Any:
         """Arguments of a decoder call; None where they stay as they are."""
         kinds, cache = getattr(self._local, "kinds", None), compat.get_cache(kwargs)
-        if kinds is not None and bool(kinds.any()):
+        if kinds is not None and kinds.numpy().any():
             if self.plan.active:
                 check_cache(cache, bool(self.plan.layer_stages))
                 kwargs, prepared = split_mask(kwargs, cache, self._local.body_mask)

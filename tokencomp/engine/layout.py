@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokencomp.engine.host_tables import HostTables
 from tokencomp.tokens import Reduction, VisualSpan
 
 
@@ -44,7 +45,7 @@ class Selection:
     counts
         Per sample, per span: tokens that stay.
     chosen
-        (sample, span) of the spans that lose tokens, in order.
+        (sample, span) of the spans that lose tokens but not all of them, in order.
     reduction
         What stays of those, as rows of all of them one after the other; None if there are none.
     """
@@ -194,21 +195,23 @@ def compact(
                 columns.append(np.arange(old.start, old.stop))
                 places.append(np.arange(at, at + count) + b * width)
             else:
-                table[b, at : at + count] = np.arange(old.start, old.stop)
+                table[b, at : at + count] = np.arange(old.start, old.start + count)
             at, cursor = at + count, old.stop
         table[b, at:] = np.arange(cursor, layout.width)
         spans.append(moved)
     prompts = [_shrunk(layout, b, moved, width - lengths[b]) for b, moved in enumerate(spans)]
-    parts = [table.ravel(), *places, *columns]
-    packed, place = torch.from_numpy(np.concatenate(parts)).to(device), None
-    index = packed[: table.size].view(table.shape)
-    if selection.reduction is not None:
-        stop = table.size + sum(map(len, places))
-        place, kept = packed[table.size : stop], selection.reduction.keep.to(device)
-        index.view(-1).index_copy_(0, place, packed[stop:].index_select(0, kept))
+    host, place = HostTables(device), None
+    flat, reduction = host.add(table.ravel()), selection.reduction
+    if reduction is not None:
+        places_of, columns_of = host.add(np.concatenate(places)), host.add(np.concatenate(columns))
+    host.move()
+    if reduction is not None:
+        place, kept = places_of(), reduction.keep.to(device)
+        flat().index_copy_(0, place, columns_of().index_select(0, kept))
+    index = flat().view(table.shape)
     origin = index if layout.origin is None else layout.origin.gather(1, index)
     after = RowLayout(width, lengths, spans, origin, prompts=prompts)
-    after.sizes = _sizes(layout, after, index, selection.reduction, place)
+    after.sizes = _sizes(layout, after, index, reduction, place)
     return after, index, place
 
 

@@ -6,6 +6,7 @@ on the right, as most collators for training do, are aligned at entry and spread
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,8 +27,8 @@ def real_columns(mask: Tensor | None, shape: torch.Size) -> Tensor:
     if mask is None:
         return torch.ones(batch, width, dtype=torch.bool)
     real = mask[:, -width:].bool().cpu()
-    empty = (~real.any(1)).nonzero()[:, 0].tolist()
-    if empty:
+    empty = np.flatnonzero(~real.numpy().any(1))
+    if len(empty):
         raise PaddingError(
             f"sample {empty[0]}: attention_mask hides all of its {width} tokens. Every sample of a "
             "prompt with images or videos needs a token; leave the sample out of the batch."
@@ -37,7 +38,7 @@ def real_columns(mask: Tensor | None, shape: torch.Size) -> Tensor:
 
 def left_padded(real: Tensor) -> bool:
     """Whether every row is hidden columns followed by shown ones."""
-    return bool((real.int().diff(dim=1) >= 0).all())
+    return bool((np.diff(real.numpy().astype(np.int8), axis=1) >= 0).all())
 
 
 def aligned_layout(

@@ -10,20 +10,49 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tokencomp.engine import compat
 from tokencomp.engine.cache import physical_length, stored_keys
-from tokencomp.engine.layout import LiveSpan, RowLayout
+from tokencomp.engine.host_tables import HostTables
+from tokencomp.engine.layout import LiveSpan, RowLayout, take
 from tokencomp.engine.parallel import gather_heads, unsharded
 from tokencomp.engine.tap import Past, Tapped, attention_of, tap
 from tokencomp.tokens import Attention
 
-# Arguments of a layer that a probe leaves out: it reads one sample, without padding.
+Table = np.ndarray[Any, np.dtype[np.int64]]
+# Arguments of a layer that a probe leaves out: it knows what is padding.
 LEFT_OUT = ("hidden_states", "attention_mask", "cache_position", *compat.CACHE_NAMES)
+
+
+@dataclass
+class _Question:
+    """The columns of a prompt up to the end of its question, and its spans."""
+
+    sample: int
+    first: int
+    stop: int
+    spans: list[LiveSpan]
+
+    @property
+    def text(self) -> list[int]:
+        """Columns of text behind the begin of the first span."""
+        visual = {c for s in self.spans for c in range(s.start, s.stop)}
+        return [c for c in range(self.spans[0].start, self.stop) if c not in visual]
+
+
+def questions_of(layout: RowLayout) -> list[_Question]:
+    """The questions of all prompts with spans, in order."""
+    result = []
+    for b, (prompts, spans) in enumerate(zip(layout.prompts, layout.spans, strict=True)):
+        pairs = [(p, [s for s in spans if p.holds(s)]) for p in prompts]
+        result += [_Question(b, p.start, p.question_stop, own) for p, own in pairs if own]
+    return result
 
 
 @torch.no_grad()  # scores only choose; a checkpointed layer would also record them just once
@@ -32,7 +61,7 @@ def layer_scores(
     kwargs: Mapping[str, Any],
     signal: Attention,
     layout: RowLayout,
-) -> list[list[Tensor]]:
+) -> Tensor:
     """Scores of every live span from a self-attention call that has just run.
 
     Parameters
@@ -45,23 +74,14 @@ def layer_scores(
 
     Returns
     -------
-    list per sample of list per span of Tensor, float32, shape (span.count,)
+    Tensor, float32, shape (visual tokens that are left,)
+        Spans of all samples one after the other.
     """
     hidden = kwargs["hidden_states"]
     cached = _cached_layer(compat.get_cache(kwargs), attn.layer_idx)
     keys = None if cached is None else cached.keys
     past = 0 if keys is None else keys.shape[-2] - hidden.shape[1]
-    scores: list[list[Tensor]] = []
-    for b, prompts in enumerate(prompts_with_spans(layout)):
-        scores.append([])
-        for first, stop, spans in prompts:
-            probe = _Probe(attn, attn, hidden, kwargs, b, first, stop)
-            if keys is None or not probe.caches_keys(keys):
-                k = probe.keys(cached, past)
-            else:
-                k = _with_past(cached, past, b, keys[b, :, past + first : past + stop])
-            scores[b] += _span_scores(probe, k, spans, signal)
-    return scores
+    return _scores(attn, attn, hidden, kwargs, signal, layout, cached, past, keys)
 
 
 @torch.no_grad()
@@ -73,7 +93,7 @@ def input_scores(
     layout: RowLayout,
     cache: Any = None,
     index: int = 0,
-) -> list[list[Tensor]]:
+) -> Tensor:
     """Scores from decoder layer `index` before it runs: its input norm, q, k and RoPE only.
 
     Parameters
@@ -88,33 +108,52 @@ def input_scores(
 
     Returns
     -------
-    list per sample of list per span of Tensor, float32, shape (span.count,)
+    Tensor, float32, shape (visual tokens that are left,)
+        Spans of all samples one after the other.
     """
     cached = _cached_layer(cache, index)
-    past = physical_length(cached)
-    attn = attention_of(layer)
-    scores: list[list[Tensor]] = []
+    past, attn = physical_length(cached), attention_of(layer)
     with unsharded(layer):
-        for b, prompts in enumerate(prompts_with_spans(layout)):
-            scores.append([])
-            for first, stop, spans in prompts:
-                probe = _Probe(layer, attn, hidden, arguments, b, first, stop)
-                k = probe.keys(cached, past)
-                scores[b] += _span_scores(probe, k, spans, signal)
-    return scores
+        return _scores(layer, attn, hidden, arguments, signal, layout, cached, past, None)
 
 
-def prompts_with_spans(layout: RowLayout) -> list[list[tuple[int, int, list[LiveSpan]]]]:
-    """Per row: first column, column behind the question, and spans of every prompt with spans."""
-    rows = []
-    for prompts, spans in zip(layout.prompts, layout.spans, strict=True):
-        pairs = [(p, [s for s in spans if p.holds(s)]) for p in prompts]
-        rows.append([(p.start, p.question_stop, own) for p, own in pairs if own])
-    return rows
+def _scores(
+    root: Any,
+    attn: Any,
+    hidden: Tensor,
+    arguments: Mapping[str, Any],
+    signal: Attention,
+    layout: RowLayout,
+    cached: Any,
+    past: int,
+    keys: Tensor | None,
+) -> Tensor:
+    """Scores of all live spans; `keys` (B, kv heads, past + n, D) are those of the call, if known.
+
+    What a voter sees is a range of keys unless other prompts, or padding of an earlier turn, lie in
+    between. All samples are then scored together, otherwise one by one.
+    """
+    from tokencomp.kernels.dispatch import checked
+
+    questions = questions_of(layout)
+    groups = [[q] for q in questions] if layout.packed or past else [questions]
+    parts = []
+    with checked():  # columns come from the layout
+        for group in groups:
+            probe = _Probe(root, attn, hidden, arguments, group)
+            known = keys is not None and probe.caches_keys(keys)
+            parts.append(_span_scores(probe, signal, cached, past, keys if known else None))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class _Probe:
-    """One sample's tokens at a layer, `first … stop - 1` of the layout."""
+    """The tokens of some questions at a layer, at most one question of every sample.
+
+    Attributes
+    ----------
+    first, width
+        The columns of the layout that hold all of them.
+    """
 
     def __init__(
         self,
@@ -122,29 +161,52 @@ class _Probe:
         attn: Any,
         hidden: Tensor,
         arguments: Mapping[str, Any],
-        sample: int,
-        first: int,
-        stop: int,
+        questions: list[_Question],
     ) -> None:
-        self.root, self.attn, self.sample, self.first = root, attn, sample, first
-        self.width = stop - first
-        self._hidden = hidden[sample, first:stop]
+        self.root, self.attn, self.questions = root, attn, questions
+        self.first = min(q.first for q in questions)
+        self.width = max(q.stop for q in questions) - self.first
+        samples = [q.sample for q in questions]
+        # One sample is a view, and all samples need no choice.
+        self.samples: slice | Tensor | None = slice(samples[0], samples[0] + 1)
+        if samples == list(range(len(hidden))):
+            self.samples = None
+        elif len(samples) > 1:
+            self.samples = torch.tensor(samples, device=hidden.device)
+        self._hidden = _of_samples(hidden, self, hidden.shape[1], False)
         self._arguments = {
-            name: _of_sample(value, sample, first, stop, hidden.shape[1], "embeddings" in name)
+            name: _of_samples(value, self, hidden.shape[1], "embeddings" in name)
             for name, value in arguments.items()
             if name not in LEFT_OUT
         }
 
+    @property
+    def device(self) -> torch.device:
+        return self._hidden.device
+
+    def columns(self, keys: Tensor) -> Tensor:
+        """The part (S, kv heads, width, D) of keys (B, kv heads, n, D) that belongs to these."""
+        keys = keys if self.samples is None else keys[self.samples]
+        if keys.shape[2] == self.width:
+            return keys
+        return keys.narrow(2, self.first, self.width)
+
     def queries(self, rows: Tensor | None) -> Tapped:
-        """Queries (1, heads, R, d) of some rows, or of all, and the factor of their product."""
+        """Queries (S, heads, R, d) of some rows (S, R), or of all; the factor of their product."""
         return self._tap(rows, ("k_proj", "v_proj"))
 
-    def keys(self, cached: Any, past: int) -> Tensor:
-        """Keys of all tokens, those of earlier turns (real rows only) first, (kv heads, N, d)."""
+    def queries_and_keys(self, rows: Tensor | None, cached: Any, past: int) -> Tapped:
+        """`queries`, and keys of all tokens; of one sample behind those of earlier turns."""
+        from tokencomp.kernels import gather_rows
+
+        sample, earlier = self.questions[0].sample, None
         if past and not self.caches_keys(stored_keys(cached)):
-            return self._tap(None, ("q_proj",), _past_of(cached, past, self.sample)).key[0]
-        current = self._tap(None, ("q_proj", "v_proj")).key[0]
-        return _with_past(cached, past, self.sample, current)
+            earlier, past = _past_of(cached, past, sample), 0
+        caches = {} if earlier is None else dict.fromkeys(compat.CACHE_NAMES, earlier)
+        arguments = {**self._arguments, **caches}
+        tapped = tap(self.root, self.attn, self._hidden, arguments, ("v_proj",), rows)
+        query = tapped.query if rows is None else gather_rows([tapped.query], rows, 2, 0)[0]
+        return Tapped(query, _with_past(cached, past, sample, tapped.key), tapped.scaling)
 
     def caches_keys(self, stored: Tensor) -> bool:
         """Whether a cache of these rows holds the keys that attention reads.
@@ -153,24 +215,23 @@ class _Probe:
         """
         if getattr(self.attn.config, "kv_lora_rank", None) is None:
             return True
-        row = torch.zeros(1, dtype=torch.int64, device=self._hidden.device)
+        row = torch.zeros(len(self._hidden), 1, dtype=torch.int64, device=self._hidden.device)
         key = self._tap(row, ("q_proj",)).key
         return (stored.shape[1], stored.shape[-1]) == (key.shape[1], key.shape[-1])
 
-    def _tap(self, rows: Tensor | None, skipped: tuple[str, ...], past: Any = None) -> Tapped:
+    def _tap(self, rows: Tensor | None, skipped: tuple[str, ...]) -> Tapped:
         hidden, arguments = self._hidden, self._arguments
         if rows is not None:
-            hidden = hidden[rows]
+            hidden = _rows_of(hidden, rows, self.width, False)
             arguments = {
                 name: _rows_of(value, rows, self.width, "embeddings" in name)
                 for name, value in arguments.items()
             }
-        caches = {} if past is None else dict.fromkeys(compat.CACHE_NAMES, past)
-        return tap(self.root, self.attn, hidden[None], {**arguments, **caches}, skipped)
+        return tap(self.root, self.attn, hidden, arguments, skipped)
 
 
-def _of_sample(value: Any, sample: int, first: int, stop: int, width: int, tables: bool) -> Any:
-    """What belongs to columns `first … stop - 1` of one sample, batch axis kept at 1.
+def _of_samples(value: Any, probe: _Probe, width: int, tables: bool) -> Any:
+    """What belongs to the samples and columns of a probe; a batch axis of 1 is shared by all.
 
     Parameters
     ----------
@@ -182,18 +243,21 @@ def _of_sample(value: Any, sample: int, first: int, stop: int, width: int, table
         batch = value.ndim - 3 if tables else 0
         if value.ndim < 2 or value.shape[batch + 1] != width:
             return value
-        value = value.narrow(batch, sample if value.shape[batch] > 1 else 0, 1)
-        return value.narrow(batch + 1, first, stop - first)
-    return _each(value, lambda item: _of_sample(item, sample, first, stop, width, tables))
+        if value.shape[batch] > 1 and probe.samples is not None:
+            value = value[(slice(None),) * batch + (probe.samples,)]
+        if probe.width == width:
+            return value
+        return value.narrow(batch + 1, probe.first, probe.width)
+    return _each(value, lambda item: _of_samples(item, probe, width, tables))
 
 
 def _rows_of(value: Any, rows: Tensor, width: int, tables: bool) -> Any:
-    """Some columns of what `_of_sample` returned."""
+    """Columns `rows` (S, R) of what `_of_samples` returned."""
     if isinstance(value, Tensor):
         axis = value.ndim - 2 if tables else 1
         if value.ndim < 2 or value.shape[axis] != width:
             return value
-        return value.index_select(axis, rows.to(value.device))
+        return take([value], rows.to(value.device), [axis])[0]
     return _each(value, lambda item: _rows_of(item, rows, width, tables))
 
 
@@ -222,20 +286,20 @@ def _cached_layer(cache: Any, index: int) -> Any:
 
 
 def _with_past(cached: Any, past: int, sample: int, current: Tensor) -> Tensor:
-    """Keys of earlier turns (real rows only) in front of the sample's own, (kv heads, N, d)."""
+    """Keys of earlier turns (real rows only) of one sample in front of its own `current`."""
     if past == 0:
         return current
-    stored, valid = stored_keys(cached)[sample], getattr(cached, "valid", None)
-    held = min(past, stored.shape[1])  # a sliding window keeps the last rows alone
-    old = stored[:, :held]
+    stored, valid = stored_keys(cached)[sample : sample + 1], getattr(cached, "valid", None)
+    held = min(past, stored.shape[2])  # a sliding window keeps the last rows alone
+    old = stored[:, :, :held]
     if valid is not None:
-        old = old[:, valid[sample, past - held : past].to(old.device)]
-    return torch.cat([old.to(current.device), current], dim=1)
+        old = old[:, :, valid[sample, past - held : past].to(old.device)]
+    return torch.cat([old.to(current.device), current], dim=2)
 
 
 def _span_scores(
-    probe: _Probe, k: Tensor, spans: list[LiveSpan], signal: Attention
-) -> list[Tensor]:
+    probe: _Probe, signal: Attention, cached: Any, past: int, keys: Tensor | None
+) -> Tensor:
     """Attention to every token of every span, mean over the rows that vote on the span.
 
     The text after a span votes on it; where there is none, the last row does. Text before a span
@@ -243,41 +307,92 @@ def _span_scores(
     serves all spans: O(text · keys), however many spans. Every way to join heads commutes with the
     division by the number of voters.
     """
-    n = probe.width
-    if signal.iterations > 1:
+    questions, n = probe.questions, probe.width
+    passes: dict[str, list[list[int]]] = {}  # by voters: the columns that vote, per question
+    columns, voters = [], []
+    for number, question in enumerate(questions):
+        text = question.text if signal.rows == "text" else []
+        votes = {
+            "text": text,
+            "last": [question.stop - 1],
+            "all": list(range(question.first, question.stop)),
+        }
+        for span in question.spans:
+            later = len(text) - bisect.bisect_left(text, span.stop)
+            rows = "last" if signal.rows == "text" and not later else signal.rows
+            passes.setdefault(rows, [[] for _ in questions])[number] = votes[rows]
+            place = (list(passes).index(rows) * len(questions) + number) * n - probe.first
+            columns.append(np.arange(span.start, span.stop) + place)
+            voters.append(np.full(span.count, later if rows == "text" else len(votes[rows])))
+    host = HostTables(probe.device)
+    column, count = host.add(np.concatenate(columns)), host.add(np.concatenate(voters))
+    tables = [_voting(probe, votes, every=signal.rows == "all") for votes in passes.values()]
+    index = np.concatenate(tables, axis=1)
+    last = np.asarray([[q.stop - 1 - probe.first] for q in questions])
+    voting = host.add(np.where(index < 0, last, index).ravel(), signal.rows != "all")
+    host.move()
+    chosen = None if signal.rows == "all" else voting().view(index.shape)
+    if keys is None:
+        tapped = probe.queries_and_keys(chosen, cached, past)
+    else:
+        tapped = probe.queries(chosen)
+        own = probe.columns(keys[..., past:, :] if past else keys)
+        tapped.key = _with_past(cached, past, questions[0].sample, own)
+    k, offset = tapped.key, tapped.key.shape[2] - n
+    if signal.iterations > 1 and offset:
         # PageRank needs a query for every key; those of earlier turns are gone.
-        k = k[:, k.shape[1] - n :]
-    visual = {column - probe.first for s in spans for column in range(s.start, s.start + s.count)}
-    text = [i for i in range(spans[0].start - probe.first, n) if i not in visual]
-    sums: dict[str, Tensor] = {}
-    scores = []
-    for span in spans:
-        stop = span.start - probe.first + span.count
-        later = len(text) - bisect.bisect_left(text, stop)
-        rows = "last" if signal.rows == "text" and not later else signal.rows
-        if rows not in sums:
-            votes = {"text": text, "last": [n - 1], "all": None}[rows]
-            sums[rows] = _column_sums(probe, k, votes, signal)
-        voters = {"text": later, "last": 1, "all": n}[rows]
-        scores.append(sums[rows][stop - span.count : stop] / voters)
-    return scores
+        k, offset = k[:, :, offset:], 0
+    visible = torch.from_numpy(_visible(probe, index, offset)).to(k.device)
+    sums, at = [], 0
+    for table in tables:
+        part = slice(at, at + table.shape[1])
+        whole = len(tables) == 1
+        query = tapped.query if whole else tapped.query[:, :, part]
+        seen = visible if whole else visible[:, :, part]
+        sums.append(_column_sums(probe, query, k, seen, tapped.scaling, signal))
+        at = part.stop
+    sums = [s[..., offset:] if offset else s for s in sums]
+    flat = (torch.cat(sums) if len(sums) > 1 else sums[0]).flatten()
+    return flat.index_select(0, column()) / count()
 
 
-def _column_sums(probe: _Probe, k: Tensor, votes: list[int] | None, signal: Attention) -> Tensor:
-    """Attention to each of the N tokens of the sample, summed over rows `votes` (None: all)."""
+def _visible(probe: _Probe, index: Table, offset: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """First key, key behind the last, and own key of the voting columns, (3, S, R).
+
+    Keys of earlier turns, `offset` of them, are all real and come first; behind them, a sample that
+    is shorter than others begins with padding.
+    """
+    starts = np.asarray([[q.first - probe.first] for q in probe.questions])
+    key = np.where(index < 0, -1, index + offset)
+    first = np.broadcast_to(0 if offset else starts, index.shape)
+    return np.stack([np.where(index < 0, 0, first), key + 1, key]).astype(np.int32)
+
+
+def _voting(probe: _Probe, votes: list[list[int]], every: bool) -> Table:
+    """The columns that vote, (S, R), counted from the probe's first; -1 where there are fewer.
+
+    With `every` column of a question, column i stands at place i.
+    """
+    index = np.full((len(votes), probe.width if every else max(map(len, votes))), -1)
+    for row, columns in zip(index, votes, strict=True):
+        own = np.asarray(columns, dtype=np.int64) - probe.first
+        row[own if every else slice(len(own))] = own
+    return index
+
+
+def _column_sums(
+    probe: _Probe, query: Tensor, k: Tensor, visible: Tensor, scaling: float, signal: Attention
+) -> Tensor:
+    """Attention to each of the N keys, summed over the rows `query`, heads joined, (S, N)."""
     from tokencomp.kernels import attention_colsum, join_heads
 
-    n = probe.width
-    offset = k.shape[1] - n
-    rows = None if votes is None else torch.tensor(votes, device=k.device)
-    tapped = probe.queries(rows)
     sums = attention_colsum(
-        tapped.query,
-        k[None],
-        q_index=offset + (torch.arange(n, device=k.device) if rows is None else rows),
-        scale=tapped.scaling,
+        query,
+        k,
+        visible=visible,
+        scale=scaling,
         temperature=signal.temperature,
         heads="none",
         iterations=max(signal.iterations, 1),
-    )[..., offset:]
-    return join_heads(gather_heads(probe.attn, sums, dim=1), signal.heads)[0]
+    )
+    return join_heads(gather_heads(probe.attn, sums, dim=1), signal.heads)

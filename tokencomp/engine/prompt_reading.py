@@ -124,7 +124,7 @@ class PromptReader:
             generated = call.draft if call.draft <= tail else 0
         prompts = build_prompts(real, spans, starts, call.labels, generated)
         if left_padded(real):
-            return full_layout(shape[1], real.sum(1).tolist(), spans, prompts)
+            return full_layout(shape[1], real.numpy().sum(1).tolist(), spans, prompts)
         return aligned_layout(real, spans, prompts)
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,9 +48,9 @@ def build_prompts(
     """
     labels = None if labels is None or labels.shape != real.shape else labels.cpu()
     rows = []
-    for b, row in enumerate(real):
-        columns = row.nonzero()[:, 0].tolist()
-        first, stop = (columns[0], columns[-1] + 1) if columns else (0, 0)
+    for b, row in enumerate(real.numpy()):
+        columns = np.flatnonzero(row)
+        first, stop = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
         bounds = [first, *(s for s in (starts[b] if starts else ()) if first < s < stop), stop]
         prompts = []
         for begin, end in itertools.pairwise(bounds):

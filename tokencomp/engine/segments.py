@@ -126,6 +126,8 @@ class Segment:
             return None
         if new is None:  # nothing has left in this call, but in an earlier one
             new = torch.arange(width)[None].expand(len(self.layout.lengths), -1)
+        if not self.physical:
+            return new + self.logical if self.logical else new
         past = self.columns_before(new.shape[0], new.device)
         if past is None:  # nothing had left before this call: row and column are the same
             past = torch.arange(self.physical, device=new.device).expand(new.shape[0], -1)

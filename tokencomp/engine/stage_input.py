@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokencomp.engine.host_tables import HostTables
 from tokencomp.engine.layout import RowLayout, Selection
 from tokencomp.engine.question import keep_last
 from tokencomp.plan import Stage
@@ -33,15 +34,15 @@ class StageInput:
         Hidden states of all tokens.
     layout
         Where the tokens stand in `x`; its tensors lie on the device of `x`.
-    scores : list per sample of list per span of Tensor of float32, shape (span.count,), or None
-        Attention scores of the tokens that are left.
+    scores : Tensor of float32, shape (visual tokens that are left,), or None
+        Attention scores of the tokens of all spans of all samples, one after the other.
     tower
         By signal, values of every span of every sample for all of its tokens, see `TowerProbe`.
     """
 
     x: Tensor
     layout: RowLayout
-    scores: list[list[Tensor]] | None
+    scores: Tensor | None
     tower: Mapping[Signal, list[list[Tensor]]]
 
     def selection(self, stage: Stage, order: int, counts: list[list[list[int]]]) -> Selection:
@@ -66,9 +67,9 @@ class StageInput:
             (b, j)
             for b, row in enumerate(spans)
             for j, live in enumerate(row)
-            if keeps[b][j] < live.count
+            if keeps[b][j] < live.count and (keeps[b][j] or self._ends_question(b, j))
         ]
-        if not chosen:  # no reducer is needed where all tokens stay
+        if not chosen:  # no reducer is needed where all tokens stay, or none
             return Selection(keeps, [], None)
         batch = self._batch(stage, chosen)
         numbers = [keeps[b][j] for b, j in chosen]
@@ -127,14 +128,19 @@ class StageInput:
             for live, (b, _) in zip(lives, chosen, strict=True)
         ]
         tables = HostTables(self.x.device)
-        columns = tables.add(np.concatenate(rows))
+        first, last = rows[0][0], rows[-1][-1] + 1
+        neighbours = last - first == sum(map(len, rows))
         missing = any(not live.whole for live in lives)
-        lengths = [live.count for live in lives]
+        lengths, sizes = [live.count for live in lives], self.layout.sizes
+        columns = tables.add(np.concatenate(rows), not neighbours or missing or sizes is not None)
         ends = np.cumsum([live.span.length for live in lives])
         before = [end - live.span.length for end, live in zip(ends, lives, strict=True)]
         start = tables.add(np.repeat([live.span.start for live in lives], lengths), missing)
         base = tables.add(np.repeat(before, lengths), missing)
         mask = tables.add(np.concatenate([live.span.fixed_mask() for live in lives]), any(fixed))
+        # Spans that keep all of their tokens have scores, but are not in the batch.
+        some = self.scores is not None and len(self.scores) > sum(lengths)
+        score_rows = tables.add(self._rows_of(chosen), some)
         tables.move()
         flat = self.x.flatten(0, 1)
         index = full = None
@@ -144,9 +150,9 @@ class StageInput:
         special = None
         if any(fixed):
             special = (mask() if full is None else mask().index_select(0, full)).bool()
-        sizes = self.layout.sizes
-        first, last = rows[0][0], rows[-1][-1] + 1
-        neighbours = last - first == sum(lengths)
+        scores = self.scores
+        if scores is not None and some:
+            scores = scores.index_select(0, score_rows())
         batch = SpanBatch(
             features=flat[first:last] if neighbours else flat.index_select(0, columns()),
             lengths=lengths,
@@ -155,7 +161,7 @@ class StageInput:
             fixed=fixed,
             special=special,
             index=index,
-            scores=self._scores(chosen),
+            scores=scores,
             sizes=None if sizes is None else sizes.flatten().index_select(0, columns()),
             queries=self._queries(stage, chosen),
             places=chosen,
@@ -163,11 +169,14 @@ class StageInput:
         self._add_tower(batch, stage, full)
         return batch
 
-    def _scores(self, chosen: list[tuple[int, int]]) -> Tensor | None:
-        """Attention scores of all tokens of the spans `chosen`, shape (n,), or None."""
-        if self.scores is None:
-            return None
-        return torch.cat([self.scores[b][j] for b, j in chosen]).to(self.x.device)
+    def _rows_of(self, chosen: list[tuple[int, int]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Rows of the spans `chosen` among the visual tokens that are left."""
+        stops, last = {}, 0
+        for b, row in enumerate(self.layout.spans):
+            for j, live in enumerate(row):
+                stops[b, j] = (last, last + live.count)
+                last += live.count
+        return np.concatenate([np.arange(*stops[key]) for key in chosen])
 
     def _add_tower(self, batch: SpanBatch, stage: Stage, full: Tensor | None) -> None:
         """Add the signals of the vision tower that the stage needs, for the rows that are left."""
@@ -193,27 +202,3 @@ class StageInput:
                 by_prompt[b, prompt.start] = self.x[b, last : prompt.question_stop]
             queries.append(by_prompt[b, prompt.start])
         return queries
-
-
-class HostTables:
-    """Integer tables that are built on the host and move to a device in one copy."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._parts: list[Any] = []
-        self._moved: Tensor | None = None
-
-    def add(self, values: Any, used: bool = True) -> Callable[[], Tensor]:
-        """Add a table if it is `used`; returns what gives it, int64, once it has moved."""
-        start = sum(map(len, self._parts))
-        self._parts.append(np.asarray(values, dtype=np.int64) if used else [])
-
-        def moved() -> Tensor:
-            assert self._moved is not None
-            return self._moved[start : start + len(values)]
-
-        return moved
-
-    def move(self) -> None:
-        """Copy all tables to the device."""
-        self._moved = torch.from_numpy(np.concatenate(self._parts).astype(np.int64)).to(self.device)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.engine import compat
+from tokencomp.engine.layout import take
 from tokencomp.engine.parallel import tensor_parallel_group
 from tokencomp.errors import UnsupportedModelError
 
@@ -29,7 +30,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 @dataclass
 class Tapped(Exception):
-    """Queries (1, heads, n, d), keys (1, kv heads, N, d), and the factor of their product."""
+    """Queries (S, heads, n, d), keys (S, kv heads, N, d), and the factor of their product."""
 
     query: Tensor
     key: Tensor
@@ -78,6 +79,19 @@ class _Zeros(nn.Module):
         return x.new_zeros(*x.shape[:-1], self.width)
 
 
+class _SomeRows(nn.Module):
+    """A projection of `rows` (S, R) of its input alone; the other rows of the output are zeros."""
+
+    def __init__(self, projection: nn.Module, rows: Tensor) -> None:
+        super().__init__()
+        self.__dict__["projection"], self.rows = projection, rows  # no submodule: hooks stay
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.__dict__["projection"](take([x], self.rows, [1])[0])
+        index = self.rows[..., None].expand_as(out)
+        return out.new_zeros(*x.shape[:2], out.shape[-1]).scatter_(1, index, out)
+
+
 class Past:
     """A cache that holds the rows of one sample in one layer, and forgets what is written to it."""
 
@@ -110,9 +124,14 @@ def attention_of(layer: nn.Module) -> Any:
 
 
 def tap(
-    root: Any, attn: Any, hidden: Tensor, arguments: Mapping[str, Any], skipped: Iterable[str] = ()
+    root: Any,
+    attn: Any,
+    hidden: Tensor,
+    arguments: Mapping[str, Any],
+    skipped: Iterable[str] = (),
+    rows: Tensor | None = None,
 ) -> Tapped:
-    """Queries and keys that `root`, called with `hidden` (1, n, d), computes in `attn`.
+    """Queries and keys that `root`, called with `hidden` (S, n, d), computes in `attn`.
 
     Parameters
     ----------
@@ -122,6 +141,8 @@ def tap(
         Further arguments of the call, for these n columns.
     skipped
         Names of projections in `attn` whose results are not needed.
+    rows : Tensor of int64, shape (S, R), or None
+        Rows whose queries are needed; those of the others may be zeros. None: all.
 
     Raises
     ------
@@ -136,6 +157,8 @@ def tap(
             width = getattr(getattr(attn, name, None), "out_features", None)
             if isinstance(width, int):
                 clone._modules[name] = _Zeros(width)
+    if rows is not None and isinstance(getattr(attn, "q_proj", None), nn.Module):
+        clone._modules["q_proj"] = _SomeRows(attn.q_proj, rows)
     run = clone
     if root is not attn:
         run = _copied(root)

@@ -187,7 +187,7 @@ def finite_features(x: Tensor) -> Tensor:
     The device is read once. Norms are taken in float32, because squares of finite float16
     features overflow.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     finite_values(torch.linalg.vector_norm(x, dim=1, dtype=wide), "feature norms")
     return x
 

@@ -88,13 +88,11 @@ class CDPruner(Reducer):
                 "cdpruner compares visual tokens with the text after them, and there is none. Put "
                 "the question after the image, or use relevance='none'."
             )
-        means: dict[int, Tensor] = {}  # the spans of a prompt share one tensor
-        for query in queries:
-            if query is not None and id(query) not in means:
-                means[id(query)] = normalize(query.float(), dim=1).mean(0)
-        order = list(means)
-        prompt = [order.index(id(query)) for query in queries]
-        table = torch.stack(list(means.values()))
+        texts = {id(q): q for q in queries if q is not None}  # the spans of a prompt share one
+        prompt = [list(texts).index(id(query)) for query in queries]
+        unit_text = normalize(torch.cat(list(texts.values())).float(), dim=1)
+        parts = unit_text.split([len(text) for text in texts.values()])
+        table = torch.stack([part.mean(0) for part in parts])
         # Products and sums row by row: no batch changes a rounding.
         if owners is None:
             return (unit * table).sum(1)

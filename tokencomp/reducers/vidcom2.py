@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -67,8 +68,10 @@ class VidCom2(Reducer):
         # One read for the budgets of all frames, which depend on the features.
         means, quota, first = values[:, 1].tolist(), [], 0
         for (t, h, w), budget in zip(grids, patches.budgets, strict=True):
-            own = torch.tensor(means[first : first + t * h * w : h * w])
-            share = torch.softmax(-own / self.temperature, 0)
+            own = np.asarray(means[first : first + t * h * w : h * w], dtype=np.float32)
+            logits = -own / self.temperature
+            share = np.exp(logits - logits.max())
+            share /= share.sum()
             quota += round_to_sum((budget / t * (1 + share - 1 / t)).tolist(), budget, h * w)
             first += t * h * w
         return patches.kept(topk_stable(-values[:, 0], quota, spans=frames))

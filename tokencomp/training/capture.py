@@ -69,7 +69,9 @@ class Capture:
         prompts = build_prompts(real, self.spans, generated=answer)
         layout = full_layout(self.width, self.lengths, self.spans, prompts)
         layer, signal = self.adapter.layers[0], Attention("text")
-        return input_scores(layer, self.inputs[0], tables, signal, layout)
+        scores = input_scores(layer, self.inputs[0], tables, signal, layout)
+        parts = iter(scores.split([span.length for row in self.spans for span in row]))
+        return [[next(parts) for _ in row] for row in self.spans]
 
 
 @torch.no_grad()

@@ -1,0 +1,35 @@
+"""The calls and reads that a patch adds are constants, whatever the number of images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.kernels.calls import REDUCERS, Row, decode_step, measure, tiny_model
+
+CALLS_PER_STAGE, CALLS_PER_IMAGE = 120, 6
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model()
+
+
+def reads_allowed(row: Row) -> int:
+    return 4 + row.stages
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_a_prefill_does_not_grow_with_images(model: Any, reducer: str) -> None:
+    """One image costs a constant per stage, a further image or sample next to nothing."""
+    shapes = ((1, 1), (2, 2), (3, 3))  # images × samples
+    one, four, nine = (measure(model, reducer, *shape)[0] for shape in shapes)
+    assert one.calls <= CALLS_PER_STAGE * one.stages
+    assert nine.calls - four.calls <= (9 - 4) * CALLS_PER_IMAGE
+    assert one.reads == four.reads == nine.reads <= reads_allowed(one)
+
+
+@pytest.mark.parametrize("reducer", ["condiv", "merge"])
+def test_an_entry_plan_adds_nothing_to_a_decode_step(model: Any, reducer: str) -> None:
+    assert decode_step(model, reducer) == (0, 0)
