@@ -170,7 +170,7 @@ def finite_values(values: Tensor, what: str) -> Tensor:
         The noun for the values in the message, in the plural.
     """
     values = values.float()
-    if math.isfinite(float(values.sum())):  # one read; no sum with NaN or an infinity is finite
+    if math.isfinite(values.detach().sum().item()):  # no sum with NaN or an infinity is finite
         return values
     bad = ~torch.isfinite(values)
     if bad.any():
