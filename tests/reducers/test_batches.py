@@ -93,3 +93,12 @@ def test_a_batch_without_its_special_tokens_is_refused() -> None:
     patches = (~batch.special).nonzero()[:3, 0]  # type: ignore[operator]
     with pytest.raises(PlanError, match="without 2 of the special tokens"):
         Reduction(torch.cat([patches, torch.tensor([30])])).check_batch(batch, [3, 1], "wrong")
+
+
+def test_a_subclass_that_overrides_one_span_alone_is_asked_span_by_span() -> None:
+    class FirstRows(type(make_reducer("random"))):  # type: ignore[misc]
+        def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+            return Reduction(torch.arange(keep))
+
+    spans = [VisualTokens(torch.randn(n, 3), (1, 1, n), torch.zeros(n).bool()) for n in (4, 6)]
+    assert FirstRows().reduced_batch(joined(spans), [2, 3]).keep.tolist() == [0, 1, 4, 5, 6]

@@ -91,7 +91,13 @@ class Reducer(StageReducer):
 
     @property
     def _batched(self) -> bool:
-        return type(self).reduce_batch is not Reducer.reduce_batch
+        """Whether `reduce_batch` counts; a subclass may override `reduce` alone."""
+        for base in type(self).__mro__:
+            if base is Reducer or "reduce" in vars(base):
+                return base is not Reducer and "reduce_batch" in vars(base)
+            if "reduce_batch" in vars(base):
+                return True
+        return False
 
     @property
     def serving_safe(self) -> bool:
@@ -179,7 +185,7 @@ class Reducer(StageReducer):
     def reduced_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         """The result of `reduce_batch`, once it has passed `Reduction.check_batch`."""
         if not self._batched:
-            return self.reduce_batch(batch, keeps)
+            return Reducer.reduce_batch(self, batch, keeps)
         from tokencomp.kernels.dispatch import checked
 
         with checked():  # a reducer of batches looks at its input once, see `finite_features`
