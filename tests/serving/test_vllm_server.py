@@ -26,16 +26,25 @@ ENV = {
 
 
 @pytest.fixture(scope="module")
-def served(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def started(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder, root = tiny_folder("qwen2_vl"), tmp_path_factory.mktemp("vllm")
     (root / "media").mkdir()
     arguments = ["--engine", "vllm", "--model", folder, "--ratio", 0.5]
     arguments += ["--served-model-name", "tiny", "--allowed-media-path", root / "media"]
     arguments += ["--", "--enforce-eager", "--dtype", "float32", "--max-model-len", 8192]
     arguments += ["--block-size", 32, "--max-num-seqs", 16]
-    with http.server(root / "log", *arguments, **ENV, TOKENCOMP_API_KEY="secret") as url:
-        client = openai.OpenAI(base_url=url + "/v1", api_key="secret", max_retries=0, timeout=120)
-        yield url, client, folder, root
+    with http.process(root / "log", *arguments, **ENV, TOKENCOMP_API_KEY="secret") as (
+        url,
+        process,
+    ):
+        yield url, process, folder, root
+
+
+@pytest.fixture(scope="module")
+def served(started: Any) -> Any:
+    url, _, folder, root = started
+    client = openai.OpenAI(base_url=url + "/v1", api_key="secret", max_retries=0, timeout=120)
+    return url, client, folder, root
 
 
 def ask(client: Any, *urls: str, text: str = QUESTION, **more: Any) -> Any:
@@ -223,9 +232,9 @@ def test_bodies_without_a_key_are_refused_unread(served: Any) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 401")
 
 
-def test_running_requests_end_after_sigterm(served: Any) -> None:
+def test_running_requests_end_after_sigterm(served: Any, started: Any) -> None:
     """The last test of this module, as it ends the server."""
-    url, client, _, _ = served
+    (url, client, _, _), process = served, started[1]
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         plain = [pool.submit(ask, client, http.image_url(i), max_tokens=400) for i in range(3)]
         streams = [
@@ -236,9 +245,9 @@ def test_running_requests_end_after_sigterm(served: Any) -> None:
         ]
         while http.metric(url, "vllm:num_requests_running") < 6:
             time.sleep(0.05)
-        os.kill(url.process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGTERM)
         for answer in plain:
             assert answer.result().usage.completion_tokens == 400
         for stream in streams:
             assert stream.result()[-1].choices[0].finish_reason == "length"
-    assert url.process.wait(timeout=60) is not None
+    assert process.wait(timeout=60) is not None

@@ -33,14 +33,8 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-class BaseUrl(str):
-    """The base URL of a server, which knows the server's process."""
-
-    process: subprocess.Popen
-
-
 @contextlib.contextmanager
-def server(log: Path, *arguments: Any, **env: str) -> Iterator[BaseUrl]:
+def server(log: Path, *arguments: Any, **env: str) -> Iterator[str]:
     """Run `tokencomp serve …` until the block ends; yield its base URL."""
     with process(log, *arguments, **env) as (url, _):
         yield url
@@ -56,8 +50,7 @@ def process(log: Path, *arguments: Any, **env: str) -> Iterator[tuple[str, subpr
             list(map(str, command)), stdout=out, stderr=subprocess.STDOUT,
             env={**os.environ, "HF_HUB_OFFLINE": "1", **env}, start_new_session=True,
         )  # fmt: skip
-    url = BaseUrl(f"http://127.0.0.1:{port}")
-    url.process = process
+    url = f"http://127.0.0.1:{port}"
     try:
         _wait(url, running, log)
         yield url, running
