@@ -7,7 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.accuracy.library import DOWNSCALE, FULL, McNemar, Retention, mcnemar, retention
+from benchmarks.accuracy.library import (
+    DOWNSCALE,
+    FULL,
+    McNemar,
+    Retention,
+    Setting,
+    available_models,
+    mcnemar,
+    metrics,
+    retention,
+)
 from benchmarks.accuracy.store import KINDS, Results, kind_of
 
 BASELINES = ("random", "uniform", DOWNSCALE)
@@ -65,7 +75,8 @@ def ratio_table(results: Results, ratio: float, default: str) -> str:
     """Retention with paired 95 % intervals, p against random and the default, and cost."""
     tests = ["p vs random", f"p vs {default}"]
     head = ["method", *KINDS, "both", "all families", *tests, "achieved ratio", "FLOPs left"]
-    rows = []
+    head.append("where downscale fails")
+    rows, notes = [], []
     for label in at(results, ratio):
         setting = results.settings[label]
         flops = setting["flops"] / results.settings[FULL]["flops"]
@@ -74,8 +85,31 @@ def ratio_table(results: Results, ratio: float, default: str) -> str:
         at_ratio = reaches(results, label, "both")
         achieved = f"{setting['achieved_ratio']:.3f}" if at_ratio else " / ".join(by_kind)
         p = [against(results, label, f"{base}-{ratio:g}") for base in ("random", default)]
-        rows.append([name(setting, default), *cells, *p, achieved, f"{flops:.0%}"])
-    return table(head, rows)
+        note = moved(results, setting)
+        method = name(setting, default)
+        notes += [f"{method} {note}"] if note else []
+        last = [achieved, f"{flops:.0%}", detail(results, label, ratio)]
+        rows.append([method + ("†" if note else ""), *cells, *p, *last])
+    return table(head, rows) + (f"\n\n† {'; '.join(notes)}." if notes else "")
+
+
+def moved(results: Results, setting: dict[str, Any]) -> str:
+    """How the depth of this model moves the method's cuts; "" where it does not."""
+    model = results.manifest["model"]
+    if model not in available_models():
+        return ""
+    layers = metrics(model)["model"]["layers"]
+    return Setting(setting["reducer"], setting["ratio"], setting["options"]).moved(layers)
+
+
+def detail(results: Results, label: str, ratio: float) -> str:
+    """Accuracy on the questions of the learned families that downscaling gets wrong."""
+    base = f"{DOWNSCALE}-{ratio:g}"
+    if base not in results.settings or not reaches(results, base, "both"):
+        return NONE
+    ours, blurred = (results.scores(k, "both", results.learned) for k in (label, base))
+    scores = [right for right, other in zip(ours, blurred, strict=True) if not other]
+    return f"{sum(scores) / len(scores):.0%} of {len(scores)}" if scores else NONE
 
 
 def against(results: Results, label: str, base: str) -> str:

@@ -36,6 +36,11 @@ def test_tables(unpublished: Path) -> None:
     assert "+" in rows[3].split("|")[6] and "−" in rows[4].split("|")[6]
     against = [row.split("|")[7].strip() for row in rows]  # 20, 8, 4 and 32 only one got right
     assert against == ["1.9e-06 −", "0.0078 −", "0.12", "", "4.7e-10 −"]
+    small = results.scores("downscale-0.9", "both", results.learned)
+    ours = results.scores("condiv-0.9", "both", results.learned)
+    kept = [a for a, b in zip(ours, small, strict=True) if b == 0]
+    assert rows[3].split("|")[10].strip() == f"{sum(kept) / len(kept):.0%} of {len(kept)}"
+    assert rows[2].split("|")[10].strip() == f"0% of {len(kept)}"
     lines = report.bars(results, "condiv")
     assert [line for line in lines if "below downscale" in line] == [
         f"- ratio 0.9, {kind}: below downscale (0 items won, 2 lost, p = 0.5): NOT met"
