@@ -266,10 +266,12 @@ def take(
         False at padding, which becomes 0: copies of other tokens there could carry NaN along.
     """
     from tokencomp.kernels import gather_rows
+    from tokencomp.kernels.dispatch import checked
 
     if valid is not None:
         index = index.masked_fill(~valid, -1)
-    return gather_rows(tensors, index, dims, [dim - 1 for dim in dims])
+    with checked():  # the index comes from a layout, so the host need not wait to look at it
+        return gather_rows(tensors, index, dims, [dim - 1 for dim in dims])
 
 
 def write_merged(x: Tensor, place: Tensor | None, reduction: Reduction | None) -> None:
