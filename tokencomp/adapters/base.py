@@ -15,7 +15,7 @@ from tokencomp.adapters.structure import (
     feature_kind,
     find_parts,
     find_placeholders,
-    has_mrope,
+    mrope_rows,
     parameters_of,
 )
 from tokencomp.adapters.towers import Tower, unknown_cells
@@ -52,8 +52,9 @@ class Adapter:
         what the tower returns; None: none.
     layer_stages
         Whether tokens may leave between decoder layers too.
-    mrope
-        Whether the decoder takes three rows of positions.
+    mrope, mrope_rows
+        Whether the decoder takes several rows of positions, and how many: three, with few
+        exceptions.
     layers_read_positions
         Whether layers may read `position_ids` apart from the rotary embedding.
     """
@@ -70,7 +71,8 @@ class Adapter:
         self.model: Any = model
         parts = self.find_parts(model)
         self.top, self.body, self.decoder = parts.top, parts.body, parts.decoder
-        self.mrope = self.mrope or has_mrope(parts)
+        self.mrope_rows = mrope_rows(parts) or 3 * self.mrope
+        self.mrope = self.mrope_rows > 0
 
     @classmethod
     def of(cls, model: nn.Module) -> Adapter:

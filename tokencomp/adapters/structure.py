@@ -158,17 +158,22 @@ def find_placeholders(parts: Parts) -> dict[int, int]:
     return ids
 
 
-def has_mrope(parts: Parts) -> bool:
-    """Whether the decoder rotates by three rows of positions (time, height, width)."""
-    if hasattr(parts.body, "get_rope_index"):
-        return True
-    rotary = getattr(parts.decoder, "rotary_emb", None)
-    if getattr(rotary, "mrope_section", None):
-        return True
+def mrope_rows(parts: Parts) -> int:
+    """By how many rows of positions the decoder rotates; 0 for one position per token.
+
+    They are three (time, height, width), or as many as the sections of the rotary embedding.
+    """
     tables = (
         getattr(parts.decoder.config, name, None) for name in ("rope_parameters", "rope_scaling")
     )
-    return any(isinstance(t, Mapping) and "mrope_section" in t for t in tables)
+    sections = [getattr(getattr(parts.decoder, "rotary_emb", None), "mrope_section", None)]
+    sections += [
+        t["mrope_section"] for t in tables if isinstance(t, Mapping) and "mrope_section" in t
+    ]
+    known = next((s for s in sections if s), None)
+    if known is None and not hasattr(parts.body, "get_rope_index"):
+        return 0
+    return max(3, len(known or ()))
 
 
 def scales_queries(config: Any) -> bool:

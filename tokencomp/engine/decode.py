@@ -117,9 +117,10 @@ class LaterTokens:
         """Any number of tokens, padded or not, on layers that hold the same rows or other ones."""
         x, n = kwargs["inputs_embeds"], kwargs["inputs_embeds"].shape[1]
         positions = kwargs.get("position_ids")
-        # Of four rows, the first counts text tokens; the rotary embedding reads the other three.
-        if self.adapter.mrope and positions is not None and len(positions) > 3:
-            kwargs["position_ids"] = positions[-3:]
+        # A row before those that the rotary embedding reads counts text tokens.
+        rows = self.adapter.mrope_rows
+        if rows and positions is not None and positions.ndim == 3 and len(positions) > rows:
+            kwargs["position_ids"] = positions[-rows:]
         layer = first_with_rows(layers)
         past = layer.rows if self.compact_positions else layer.get_seq_length()
         windows, total = Windows.of(self.adapter.decoder), int(past) + n

@@ -109,6 +109,9 @@ def _set_positions(
         FlashAttention, and layers that read positions apart from the rotary embedding.
     """
     text = text_positions(forward.layout, positions.device)
+    if adapter.mrope_rows > 3:  # HunyuanVL takes no row for text beside its own
+        arguments["position_ids"] = positions
+        return False
     if adapter.mrope:
         text = text.expand(positions.shape[1], -1)[None]
         arguments["position_ids"] = torch.cat([text, positions])

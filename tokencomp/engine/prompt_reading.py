@@ -91,7 +91,7 @@ class PromptReader:
         layered = bool(plan.layer_stages)
         check_prefill(adapter, arguments, call.kinds, layered, self.proportional)
         positions, text = read_positions(adapter, arguments, cache)
-        rows = positions.cpu() if adapter.mrope else None
+        rows = positions[-3:].cpu() if adapter.mrope else None
         spans = adapter.spans(Call(call.kinds, x, rows, adapter.body, call.inputs))
         check_grids(plan, spans)
         check_window(adapter, call.kinds, cache)
@@ -169,11 +169,12 @@ def read_positions(
     if positions is None:
         start = cached_length(cache)
         own = torch.arange(start, start + n, device=x.device)[None]
-        return own.expand(*((3,) if adapter.mrope else ()), batch, -1), None
+        return own.expand(*((adapter.mrope_rows,) if adapter.mrope else ()), batch, -1), None
     if not adapter.mrope:
         return positions.expand(batch, -1), positions
     if positions.ndim == 2:
         positions = positions[None]
-    # Three rows are time, height and width alone; a fourth before them counts tokens.
-    text = positions[0] if positions.shape[0] == 4 else None
-    return positions[-3:].expand(3, batch, -1), text
+    # A row before those of the rotary embedding (time, height and width) counts tokens.
+    rows = adapter.mrope_rows
+    text = positions[0] if positions.shape[0] == rows + 1 else None
+    return positions[-rows:].expand(rows, batch, -1), text
