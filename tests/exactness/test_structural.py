@@ -37,7 +37,7 @@ def prompts(family: Family) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize("reducer", ["condiv", "divprune"])
+@pytest.mark.parametrize("reducer", ["condiv", "divprune", "prune"])
 def test_dropping_equals_masking(served: Family, reducer: str) -> None:
     """Through `generate`, which encodes ahead of the model, with grids known."""
     model, inputs = served.build(), prompts(served)

@@ -20,7 +20,6 @@ from tokencomp.errors import (
     NoDecoderError,
     NoPlaceholderError,
     OptionError,
-    PlanError,
     UnknownGridError,
     UnverifiedModelError,
 )
@@ -69,10 +68,8 @@ def test_dropping_equals_masking_and_rows_are_joined() -> None:
 
 
 @needs_mistral
-def test_a_stage_between_layers_is_refused() -> None:
+def test_signals_of_the_tower_are_refused() -> None:
     model = Mistral3().build()
-    with pytest.raises(PlanError, match="at entry only"):
-        tokencomp.patch(model, 0.5, reducer="prune")
     with pytest.raises(OptionError, match="vision tower"):
         tokencomp.patch(model, 0.5, reducer="condiv", signal="vit_attention")
 
