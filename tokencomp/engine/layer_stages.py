@@ -6,7 +6,15 @@ from typing import Any
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.tap import attention_of
-from tokencomp.engine.window import FULL, INDEXED, Windows
+from tokencomp.engine.window import (
+    CHUNKED,
+    FULL,
+    INDEXED,
+    LINEAR,
+    SLIDING,
+    WITHOUT_ATTENTION,
+    Windows,
+)
 from tokencomp.errors import PlanError, UnsupportedModelError
 from tokencomp.plan import Plan
 from tokencomp.tokens import Attention
@@ -64,8 +72,9 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
 def scored_layer(windows: Windows, plan: Plan, stage: int) -> int:
     """The layer whose attention scores tokens for the stage before layer `stage`.
 
-    It is the last one before the stage whose queries see all tokens: layers of linear attention
-    have no scores, and layers with a window have none for what lies outside of it.
+    It is the last one before the stage, and behind the stage before, whose queries see all tokens;
+    where there is none, the last with a window, whose scores say what attention each token would
+    receive if all were visible. Layers of linear attention have no scores.
 
     Raises
     ------
@@ -73,16 +82,18 @@ def scored_layer(windows: Windows, plan: Plan, stage: int) -> int:
         There is none behind the stage before.
     """
     first = max((s.layer for s in plan.stages if s.layer < stage), default=0)
-    usable = [i for i in range(stage) if windows.kinds[i] in (FULL, INDEXED)]
-    if not usable or usable[-1] < first:
-        allowed = [i + 1 for i, kind in enumerate(windows.kinds) if kind in (FULL, INDEXED)]
-        raise PlanError(
-            f"a stage at layer {stage} is to be scored by the attention of a layer before it, but "
-            f"no layer from {first} to {stage - 1} lets queries see all tokens. The layers behind "
-            f"those that do are {', '.join(map(str, allowed))}. Choose among them, or a reducer "
-            "without attention, such as 'divprune'."
-        )
-    return usable[-1]
+    kinds = windows.kinds
+    for usable in ((FULL, INDEXED), (SLIDING, CHUNKED)):
+        layers = [i for i in range(first, stage) if kinds[i] in usable]
+        if layers:
+            return layers[-1]
+    allowed = [i + 1 for i, kind in enumerate(kinds) if kind not in LINEAR | WITHOUT_ATTENTION]
+    raise PlanError(
+        f"a stage at layer {stage} is to be scored by the attention of a layer before it, but none "
+        f"of the layers {first} to {stage - 1} has attention. The layers behind those that have "
+        f"are {', '.join(map(str, allowed))}. Choose among them, or a reducer without attention, "
+        "such as 'divprune'."
+    )
 
 
 def _check_attention(layer: Any, number: int) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine import compat
-from tokencomp.engine.cache import physical_length, stored_keys
+from tokencomp.engine.cache import keeps_window, physical_length, stored_keys
 from tokencomp.engine.host_tables import HostTables
 from tokencomp.engine.layout import LiveSpan, RowLayout, take
 from tokencomp.engine.parallel import gather_heads, unsharded
@@ -80,6 +80,8 @@ def layer_scores(
     hidden = kwargs["hidden_states"]
     cached = _cached_layer(compat.get_cache(kwargs), attn.layer_idx)
     keys = None if cached is None else cached.keys
+    if keeps_window(cached) and keys is not None and keys.shape[-2] < physical_length(cached):
+        keys = cached = None  # a window has cut rows of this call: its keys are computed again
     past = 0 if keys is None else keys.shape[-2] - hidden.shape[1]
     return _scores(attn, attn, hidden, kwargs, signal, layout, cached, past, keys)
 
