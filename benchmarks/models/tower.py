@@ -268,23 +268,25 @@ def model_case(name: str, args: argparse.Namespace, model: Any) -> dict[str, Any
 
 def page(records: list[dict[str, Any]]) -> str:
     """The page of the benchmark."""
-    lines = [PREAMBLE, "## Towers alone", ""]
-    lines += [
-        "| tower | tower ratio | full | with the stage | speed-up | FLOP limit | of limit | "
-        "choosing / full tower | rounds | machine |", "|" + "---|" * 10,
-    ]  # fmt: skip
     towers = [r for r in records if "tower_ratio" in r]
+    heads = ["tower", "tower ratio", "full", "with the stage", "speed-up", "FLOP limit"]
+    heads += ["of limit", "choosing / full tower", "rounds", "machine"]
+    lines = [PREAMBLE]
+    if towers:
+        head, rule = f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)
+        lines += ["## Towers alone", "", head, rule]
     for r in towers:
         lines.append(
             f"| {CASES[r['case']]} | {r['tower_ratio']:g} | {r['full_s']:.2f} s | "
             f"{r['seconds']:.2f} s | {r['speedup']:.2f}× | {r['flop_limit']:.2f}× | "
             f"{r['of_limit']:.0%} | {r['choose_share']:.1%} | {r['rounds']} | {r['machine']} |"
         )
-    lines += ["", "## Time to the first token", ""]
+    lines += [""] if towers else []
+    lines += ["## Time to the first token", ""]
     names = ("preprocess", "tower", "choose", "rest", "reduce", "prefill", "total")
-    heads = ("pictures to pixels", "tower, projector", "choosing", "embeddings, head", "reduce")
+    parts_of = ("pictures to pixels", "tower, projector", "choosing", "embeddings, head", "reduce")
     lines += [
-        f"| model and prompt | | {' | '.join(heads)} | prefill | total | speed-up | machine |",
+        f"| model and prompt | | {' | '.join(parts_of)} | prefill | total | speed-up | machine |",
         "|" + "---|" * 11,
     ]
     for r in (r for r in records if "parts" in r):
