@@ -149,7 +149,7 @@ def test_a_window_that_the_prompt_reaches(family: Family) -> None:
     cache.layers = [DynamicSlidingWindowLayer(8) for _ in range(family.layers)]
     with (
         tokencomp.patch(model, 0.5),
-        pytest.raises(errors.UnsupportedModelError, match="attends to the last 8 only"),
+        pytest.raises(errors.UnsupportedModelError, match="keeps the last 8 only"),
     ):
         model(**prompt(family), past_key_values=cache, use_cache=True)
 

@@ -120,6 +120,10 @@ class ChunkedPrefill:
         if len(forward.segments) > 1:
             _one_pass(size, "this plan drops tokens between decoder layers, which need all rows")
             return kwargs
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            _one_pass(size, "the masks of windows or image blocks are made for the whole prompt")
+            return kwargs
         rotary, forward.chunk = forward.rotary, size
         needed = not 0 < logits <= min(forward.tail, width - _last_start(width, size))
         for start, stop in _bounds(width, size):

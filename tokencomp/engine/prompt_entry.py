@@ -72,7 +72,8 @@ def enter_prompt(
     # A decode step on a static cache reads no length on the host, so its whole length counts.
     length = max(length, getattr(first_layer(cache), "max_cache_len", 0))
     packed = forward.layout.packed
-    check_windows(adapter.decoder, forward.windows, length, not compact, packed)
+    layers = getattr(cache, "layers", ())
+    check_windows(adapter.decoder, forward.windows, length, not compact, packed, layers)
     if valid is not None and first.physical and forward.windows.linear:
         raise UnsupportedCacheError(RAGGED_TURN)
     if own_ids and valid is None:  # with a mask, transformers looks for no packed prompts

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokencomp.engine import compat
+from tokencomp.engine.cache import keeps_window
 from tokencomp.errors import UnsupportedModelError
 
 FULL, INDEXED = "full_attention", "indexed_attention"
@@ -75,6 +76,14 @@ class Windows:
         """Whether a layer would not see all of a sequence of `total` tokens."""
         return any(total > size for size in self.sizes.values())
 
+    def rows_kept(self, layers: Sequence[Any]) -> int | None:
+        """Rows that a cache keeps of decoder layers that attend to all; None: all of them."""
+        pairs = zip(layers, self.kinds, strict=False)
+        cuts = [
+            layer.sliding_window for layer, kind in pairs if kind == FULL and keeps_window(layer)
+        ]
+        return min(cuts) if cuts else self.cut
+
     @property
     def linear(self) -> bool:
         """Whether a layer keeps a state instead of rows."""
@@ -82,7 +91,12 @@ class Windows:
 
 
 def check_windows(
-    decoder: Any, windows: Windows, length: int, by_column: bool, packed: bool = False
+    decoder: Any,
+    windows: Windows,
+    length: int,
+    by_column: bool,
+    packed: bool = False,
+    layers: Sequence[Any] = (),
 ) -> None:
     """Refuse a compressed sequence whose windows the model would apply wrongly.
 
@@ -97,19 +111,21 @@ def check_windows(
         Whether windows are measured in columns of the uncompressed sequence.
     packed
         Whether rows hold several prompts.
+    layers
+        Of the cache of the call.
 
     Raises
     ------
     UnsupportedModelError
         The attention backend, or the cache, counts rows where columns count.
     """
-    cut = windows.cut
+    cut = windows.rows_kept(layers)
     if cut is not None and length >= cut:
         raise UnsupportedModelError(
             f"the sequence has {length} tokens, and the cache keeps the last {cut} only "
-            f"(sliding_window={cut} of the config), although no layer reads it. Give fewer than "
-            f"{cut} tokens in all, turn compression off with handle.disabled(), or set "
-            "model.config.get_text_config().sliding_window = None."
+            f"(sliding_window={cut} of the config or of the cache), although layers attend to all. "
+            f"Give fewer than {cut} tokens in all, turn compression off with handle.disabled(), or "
+            "set model.config.get_text_config().sliding_window = None and pass no cache."
         )
     if not windows.bind(length):
         return
