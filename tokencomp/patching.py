@@ -10,6 +10,8 @@ from torch import nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import adapter_for, unwrap
+from tokencomp.adapters.verified import unverified_accepted
+from tokencomp.conformance.verify import verify_model
 from tokencomp.context_window import (
     VISUAL_WINDOW,
     VisualContext,
@@ -34,7 +36,7 @@ from tokencomp.validation import check_choice
 # Where a patched model keeps its handle: both are freed together, and no state_dict shows it.
 ATTRIBUTE = "_tokencomp_handle"
 # Arguments of `patch` that `Handle.set` cannot change.
-FIXED = {"strict", "positions", "extend_context", "proportional_attention"}
+FIXED = {"strict", "positions", "extend_context", "proportional_attention", "verify"}
 
 
 def patch(
@@ -49,6 +51,7 @@ def patch(
     positions: Literal["original", "compact"] = "original",
     extend_context: bool | int = False,
     proportional_attention: bool = False,
+    verify: bool = False,
     **options: Any,
 ) -> Handle:
     """Compress the visual tokens of every later forward and generate call of `model`.
@@ -92,6 +95,10 @@ def patch(
         Let a merged token weigh as much as the tokens it stands for (log size is added to the
         attention logits), for reducers that merge. Your attention backend does the adding, on a
         few more head dimensions; the cache does not grow. Scores for pruning are taken without.
+    verify
+        Check first that compression is exact on a tiny random model with the config of `model`
+        (about a second; the same checks as `tokencomp doctor --conformance`). Needed for types
+        that have never passed, such as those of remote code.
     **options
         Options of the named reducer.
 
@@ -123,6 +130,8 @@ def patch(
     PlanError
         A plan that cannot be read, or not be executed on this model; a tower ratio above the ratio;
         a reducer that cannot act in the tower.
+    UnverifiedModelError
+        The model's type has never passed conformance, and `verify` is False or fails.
     UnsupportedModelError
         No adapter serves the model, or its vision tower has no known cells (`tower_ratio`).
     AlreadyCompressedError
@@ -136,7 +145,25 @@ def patch(
     spec = MethodSpec(
         reducer, amount, options, stages, proportional_attention, tower_ratio, tower_reducer
     )
-    return apply(model, spec, strict=strict, positions=positions, extend_context=extend_context)
+    with _checked(model, spec) if verify else contextlib.nullcontext():
+        return apply(
+            model, spec, strict=strict, positions=positions, extend_context=extend_context
+        )
+
+
+@contextlib.contextmanager
+def _checked(model: nn.Module, spec: MethodSpec) -> Iterator[None]:
+    """Verify a tiny copy of a model, and take the model's type as verified in the block."""
+    with unverified_accepted():
+        result = verify_model(unwrap(model), lambda tiny, plan: patch(tiny, plan=plan))
+        stages = _make_plan(spec, adapter_for(model)).layer_stages
+        if stages and result.status == "entry only":
+            raise PlanError(
+                f"stages at layers {[s.layer for s in stages]}: a tiny model with the config of "
+                f"this one is exact at entry only ({result.reason}). Use a reducer that acts "
+                "there, such as 'condiv', 'divprune' or 'merge'."
+            )
+        yield
 
 
 def apply(

@@ -127,7 +127,7 @@ def test_the_command_checks_named_types(tmp_path: Any, capsys: Any) -> None:
     assert types["qwen2_vl"]["status"] == "exact"
     assert types["mllama"]["status"] == "refused"
     assert json.loads(file.read_text())["types"] == types
-    assert "| exact | 1 |" in page.read_text()
+    assert "| exact | 1 | 1 |" in page.read_text()
 
 
 def test_weights_outside_the_decoder_are_empty() -> None:

@@ -120,7 +120,7 @@ def test_refusals_name_the_reason() -> None:
 def test_a_type_nobody_has_checked_is_refused() -> None:
     model = LlavaOnevision().build()
     model.config.model_type = "new_type"
-    with pytest.raises(UnverifiedModelError, match="nobody has checked"):
+    with pytest.raises(UnverifiedModelError, match="verify=True"):
         tokencomp.patch(model)
 
 

@@ -133,6 +133,7 @@ def _check_verified(adapter: Adapter, model_type: str, known: Collection[str]) -
         return
     raise UnverifiedModelError(
         f"{type(adapter.model).__name__} (model_type={model_type!r}) has the structure of a model "
-        "that can be compressed, but nobody has checked this type under the installed transformers "
-        f"release. Checked: {', '.join(sorted({*known, *verified_types()}))}."
+        "that can be compressed, but this type has never passed conformance under the installed "
+        "transformers release. patch(model, ..., verify=True) checks a tiny copy of it, in about a "
+        f"second. Passed: {', '.join(sorted({*known, *verified_types()}))}."
     )

@@ -1,4 +1,4 @@
-"""Model types for which it has been checked that dropping tokens equals masking them."""
+"""Model types that have passed conformance: dropping tokens equals masking them."""
 
 from __future__ import annotations
 
@@ -11,27 +11,34 @@ from importlib import resources
 
 from packaging.version import Version
 
-TABLE = "verified.json"
+RESULTS = "tokencomp.conformance", "results"
+PASSED = ("exact", "entry only")
 _local = threading.local()
 
 
 @functools.cache
-def _table() -> dict[str, list[str]]:
-    text = resources.files("tokencomp.adapters").joinpath(TABLE).read_text(encoding="utf-8")
-    return json.loads(text)
+def _passed() -> dict[Version, frozenset[str]]:
+    """By transformers release: the types that passed, from the results of conformance runs."""
+    package, folder = RESULTS
+    passed = {}
+    for file in resources.files(package).joinpath(folder).iterdir():
+        if file.name.endswith(".json"):
+            table = json.loads(file.read_text(encoding="utf-8"))
+            types = (name for name, row in table["types"].items() if row["status"] in PASSED)
+            passed[Version(table["transformers"])] = frozenset(types)
+    return passed
 
 
 def verified_types() -> frozenset[str]:
-    """Verified types under the installed transformers release, or the nearest older one listed.
+    """Types that passed under the installed transformers, or the nearest older release with results.
 
     Under a release that is older than all of them, the types of the oldest.
     """
     import transformers
 
-    table = {Version(release): types for release, types in _table().items()}
-    installed = Version(transformers.__version__)
+    table, installed = _passed(), Version(transformers.__version__)
     older = [release for release in table if release <= installed]
-    return frozenset(table[max(older) if older else min(table)])
+    return table[max(older) if older else min(table)]
 
 
 def accepts_unverified() -> bool:

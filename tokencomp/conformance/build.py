@@ -80,6 +80,8 @@ def tiny_model(
 
 def _tiny_model(model_class: type, config: Any, variant: Variant, seed: int) -> TinyModel:
     try:
+        for owner in _configs(config):
+            owner.dtype = torch.float32  # towers and decoders may be created in it
         for path, value in variant.top.items():
             *owners, name = path.split(".")
             setattr(functools.reduce(getattr, owners, config), name, value)

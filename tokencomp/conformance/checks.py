@@ -37,7 +37,8 @@ class Result:
     reason
         Why it is not exact; "" for exact types.
     errors
-        Largest difference of logits by check, and the effect of compression.
+        Largest difference of logits by check, and the effect of compression, both in units of the
+        logits' standard deviation.
     """
 
     status: Status
@@ -94,6 +95,7 @@ class Checks:
         self.inputs = prompts.inputs()
         self.real = self.inputs["attention_mask"].bool()
         self.plain: Tensor = prompts.forward(self.inputs).logits
+        self.scale = float(self.plain[self.real].std()) or 1.0
 
     def _limit(self, name: str, value: float, limit: float = TOLERANCE) -> None:
         self.errors[name] = max(value, self.errors.get(name, 0.0))
@@ -106,8 +108,8 @@ class Checks:
         with self.compress(self.tiny.model, Plan()):
             patched = self.prompts.forward(self.prompts.inputs()).logits
             same = self.prompts.generate(self.prompts.inputs(), STEPS)
-        self._limit("identity", _distance(patched[self.real], self.plain[self.real]), 0.0)
-        self._limit("identity", _distance(same[1], logits), 0.0)
+        self._limit("identity", self._distance(patched[self.real], self.plain[self.real]), 0.0)
+        self._limit("identity", self._distance(same[1], logits), 0.0)
         self._limit("identity", float((same[0] != tokens).sum()), 0.0)
 
     def entry(self) -> None:
@@ -135,9 +137,9 @@ class Checks:
             words, steps = self.prompts.generate(self.prompts.inputs(), STEPS)
         with hidden(self.tiny, left):
             reference = self.prompts.forward(self.prompts.inputs(), use_cache=False).logits
-        self._limit(name, _distance(compressed[left[-1]], reference[left[-1]]))
+        self._limit(name, self._distance(compressed[left[-1]], reference[left[-1]]))
         if name == "entry":
-            self.errors["effect"] = _distance(compressed[:, -1], self.plain[:, -1])
+            self.errors["effect"] = self._distance(compressed[:, -1], self.plain[:, -1])
             if self.errors["effect"] < EFFECT:
                 raise NotExact(f"compression changes logits by {self.errors['effect']:.1e} only")
         new = torch.ones_like(words).bool()
@@ -146,21 +148,21 @@ class Checks:
             extended = self.prompts.inputs(new=words)
             reference = self.prompts.forward(extended, use_cache=False).logits
         expected = reference[:, -STEPS - 1 : -1]
-        self._limit(f"{name} decode", _distance(steps, expected))
+        self._limit(f"{name} decode", self._distance(steps, expected))
 
     def _batch_equals_single(self, plan: Plan) -> None:
         """A row of the ragged batch gives what it gives alone, where it does uncompressed."""
         for row in range(len(self.prompts.rows)):
             inputs = self.prompts.inputs([row])
             alone = self.prompts.forward(inputs).logits[0, -1]
-            own = _distance(alone, self.plain[row, -1])
+            own = self._distance(alone, self.plain[row, -1])
             with self.compress(self.tiny.model, plan):
                 single = self.prompts.forward(self.prompts.inputs([row])).logits[0, -1]
                 batch = self.prompts.forward(self.prompts.inputs()).logits[row, -1]
             if own > TOLERANCE:
                 self.errors["batch, uncompressed"] = own
             else:
-                self._limit("batch", _distance(single, batch))
+                self._limit("batch", self._distance(single, batch))
 
     def _left(self, stats: Any, plan: Plan) -> list[Tensor]:
         """By layer: the columns (B, L) that the stats say are left."""
@@ -181,6 +183,5 @@ class Checks:
             raise NotExact("no token left the prompt")
         return left
 
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    return float((a.float() - b.float()).abs().max())
+    def _distance(self, a: Tensor, b: Tensor) -> float:
+        return float((a.float() - b.float()).abs().max()) / self.scale

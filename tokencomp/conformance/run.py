@@ -37,6 +37,13 @@ def model_classes() -> dict[str, str]:
     return dict(sorted(names.items()))
 
 
+def reads_images(model_type: str) -> bool:
+    """Whether a type is of the image-text-to-text mapping."""
+    from transformers.models.auto import modeling_auto
+
+    return model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
 def check_types(
     types: list[str] | None = None,
     done: Callable[[str, dict[str, Any]], None] | None = None,
@@ -112,7 +119,8 @@ def check_type(model_type: str) -> dict[str, Any]:
         errors |= {k: max(v, errors.get(k, 0.0)) for k, v in result.errors.items()}
     reason = f"{name}: {worst.reason}" if name and worst.reason else worst.reason
     row = _row(Result(worst.status, reason, errors), list(results))
-    return {**row, "seconds": round(time.perf_counter() - start, 1)}
+    seconds = round(time.perf_counter() - start, 1)
+    return {**row, "image_text": reads_images(model_type), "seconds": seconds}
 
 
 def _row(result: Result, forms: list[str] | None = None) -> dict[str, Any]:

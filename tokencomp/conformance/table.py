@@ -74,15 +74,16 @@ def load(release: str) -> dict[str, Any]:
     return table
 
 
-def counts(table: Mapping[str, Any]) -> dict[str, int]:
-    """Number of types by status."""
-    found = Counter(row["status"] for row in table["types"].values())
+def counts(table: Mapping[str, Any], image_text: bool = False) -> dict[str, int]:
+    """Number of types by status; `image_text`: of those of the image-text-to-text mapping alone."""
+    rows = [r for r in table["types"].values() if r.get("image_text") or not image_text]
+    found = Counter(row["status"] for row in rows)
     return {status: found[status] for status in STATUSES}
 
 
 def markdown(table: Mapping[str, Any]) -> str:
     """The page of a release."""
-    number = counts(table)
+    number, images = counts(table), counts(table, image_text=True)
     lines = [
         f"# Model types of transformers {table['transformers']}",
         "",
@@ -92,11 +93,11 @@ def markdown(table: Mapping[str, Any]) -> str:
         "logits of all columns that are left, of a ragged batch with unequal keep counts, are",
         "compared with those of the whole model in which the same tokens are hidden.",
         "",
-        "| status | types | meaning |",
-        "| --- | --- | --- |",
-        *(f"| {status} | {number[status]} | {MEANING[status]} |" for status in STATUSES),
+        "| status | types | of them image-text-to-text | meaning |",
+        "| --- | --- | --- | --- |",
+        *(f"| {s} | {number[s]} | {images[s]} | {MEANING[s]} |" for s in STATUSES),
         "",
-        f"Columns: largest difference of float32 logits (of order 1), allowed "
+        "Columns: largest difference of float32 logits, in units of their standard deviation, allowed",
         f"{table['tolerance']:.0e}; effect: how much compression changes them, at least "
         f"{table['least_effect']:.0e}.",
         "",

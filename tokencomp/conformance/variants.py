@@ -89,6 +89,18 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     "perception_lm": (Variant(top={"vision_config.model_args": {"embed_dim": 64}}),),
     "qwen2_5_omni_thinker": (Variant(top=OMNI),),
     "qwen3_omni_moe_thinker": (Variant(top=OMNI),),
+    "minimax_m3_vl": (
+        Variant(
+            text={
+                "layer_types": [FULL, "minimax_m3_sparse"] * 2,
+                "index_n_heads": 2,
+                "index_head_dim": 32,
+                "index_block_size": 4,
+                "index_topk_blocks": 2,
+                "index_local_blocks": 1,
+            }
+        ),
+    ),
     "unlimited_ocr": (Variant(text={"num_key_value_heads": 4}),),
     "qwen4_exp": (
         Variant(

@@ -1,0 +1,53 @@
+"""Conformance of one given model: the same checks on a shrunken copy of its own config."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tokencomp.conformance.build import BuildError, tiny_model
+from tokencomp.conformance.checks import Compress, Result, check_model
+from tokencomp.conformance.variants import variants
+from tokencomp.errors import UnsupportedModelError, UnverifiedModelError
+
+_passed: dict[tuple[type, str], Result] = {}
+
+
+def verify_model(model: Any, compress: Compress) -> Result:
+    """Check that compression is exact on a tiny random model with the config of `model`.
+
+    The tiny model has the layers, positions, masks and caches of the given one; its sizes are small
+    and its tower does not run. It takes about a second, and nothing for a config that has passed.
+
+    Parameters
+    ----------
+    model
+        The Hugging Face model, without wrappers; left alone.
+    compress
+        `(model, plan) → handle`, which takes models of unverified types.
+
+    Raises
+    ------
+    UnverifiedModelError
+        A check fails, or no tiny model can be built.
+    UnsupportedModelError
+        The model is refused by its structure.
+    """
+    own = type(model)
+    key = own, str(model.config.to_json_string(use_diff=False))
+    if key in _passed:
+        return _passed[key]
+    form = replace(variants(model.config.model_type)[0], name="", text={})
+    try:
+        result = check_model(tiny_model(own, model.config, form), compress)
+    except BuildError as error:
+        result = Result("unverified", f"no tiny model of its config can be built: {error}")
+    if result.status == "refused":
+        raise UnsupportedModelError(result.reason)
+    if result.status == "unverified":
+        raise UnverifiedModelError(
+            f"{own.__name__} was checked on a tiny model with its config, and is not served: "
+            f"{result.reason} Run it without patch()."
+        )
+    _passed[key] = result
+    return result
