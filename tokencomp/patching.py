@@ -146,9 +146,7 @@ def patch(
         reducer, amount, options, stages, proportional_attention, tower_ratio, tower_reducer
     )
     with _checked(model, spec) if verify else contextlib.nullcontext():
-        return apply(
-            model, spec, strict=strict, positions=positions, extend_context=extend_context
-        )
+        return apply(model, spec, strict=strict, positions=positions, extend_context=extend_context)
 
 
 @contextlib.contextmanager

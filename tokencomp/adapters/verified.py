@@ -30,7 +30,7 @@ def _passed() -> dict[Version, frozenset[str]]:
 
 
 def verified_types() -> frozenset[str]:
-    """Types that passed under the installed transformers, or the nearest older release with results.
+    """Types that passed under the installed transformers, or the nearest older release listed.
 
     Under a release that is older than all of them, the types of the oldest.
     """

@@ -97,8 +97,8 @@ def markdown(table: Mapping[str, Any]) -> str:
         "| --- | --- | --- | --- |",
         *(f"| {s} | {number[s]} | {images[s]} | {MEANING[s]} |" for s in STATUSES),
         "",
-        "Columns: largest difference of float32 logits, in units of their standard deviation, allowed",
-        f"{table['tolerance']:.0e}; effect: how much compression changes them, at least "
+        "Columns: largest difference of float32 logits, in units of their standard deviation,",
+        f"allowed {table['tolerance']:.0e}; effect: how much compression changes them, at least "
         f"{table['least_effect']:.0e}.",
         "",
     ]
