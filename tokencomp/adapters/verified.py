@@ -13,6 +13,8 @@ from packaging.version import Version
 
 RESULTS = "tokencomp.conformance", "results"
 PASSED = ("exact", "entry only")
+# Their exactness is tested with a real tower, which has no method that conformance could replace.
+TESTED = frozenset({"qwen2_audio"})
 _local = threading.local()
 
 
@@ -25,7 +27,7 @@ def _passed() -> dict[Version, frozenset[str]]:
         if file.name.endswith(".json"):
             table = json.loads(file.read_text(encoding="utf-8"))
             types = (name for name, row in table["types"].items() if row["status"] in PASSED)
-            passed[Version(table["transformers"])] = frozenset(types)
+            passed[Version(table["transformers"])] = TESTED.union(types)
     return passed
 
 

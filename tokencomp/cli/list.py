@@ -22,7 +22,9 @@ def command(
     if what not in ("all", *WHAT):
         raise unknown_name("list", what, ("all", *WHAT))
     makers = {"reducers": reducers, "models": models}
-    rows = {name: makers[name]() for name in WHAT if what in ("all", name)}
+    rows: dict[str, Any] = {name: makers[name]() for name in WHAT if what in ("all", name)}
+    if "models" in rows:
+        rows["types"] = types()
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
@@ -33,6 +35,7 @@ def command(
         _print_reducers(console, rows["reducers"])
     if "models" in rows:
         _print_models(console, rows["models"])
+        _print_types(console, rows["types"])
 
 
 def reducers() -> list[dict[str, Any]]:
@@ -123,6 +126,15 @@ def models() -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda r: r["family"])
 
 
+def types() -> dict[str, Any]:
+    """Conformance of all model types, under the installed transformers or the release before it."""
+    import transformers
+
+    from tokencomp.conformance.table import load, nearest, short
+
+    return short(load(nearest(transformers.__version__)))
+
+
 def _first_layer(model_type: str) -> int:
     """Earliest layer stage with the default config of a model type."""
     from transformers import AutoConfig
@@ -199,4 +211,20 @@ def _print_models(console: Any, rows: list[dict[str, Any]]) -> None:
     console.print(
         "[dim]transformers: releases that the exactness tests run on. Below a family: the embedded "
         "model.[/]"
+    )
+
+
+def _print_types(console: Any, table: dict[str, Any]) -> None:
+    """The types by status, without what the table of families shows."""
+    from rich.markup import escape
+
+    from tokencomp.conformance.table import STATUSES
+
+    console.print(f"\n[bold]Conformance on transformers {table['transformers']}[/]")
+    for status in STATUSES:
+        names = [name for name, row in table["types"].items() if row["status"] == status]
+        console.print(f"[bold]{status}[/] ({len(names)}): {escape(', '.join(names))}")
+    console.print(
+        "[dim]Unverified types need patch(..., verify=True), which checks a tiny copy. "
+        "`tokencomp doctor --conformance` repeats the run.[/]"
     )

@@ -29,6 +29,7 @@ FIRST_SPECIAL = VOCABULARY - 32
 
 
 PLACEHOLDERS = ("image_token_id", "image_token_index", "image_patch_id", "img_context_token_id")
+AUDIO_PLACEHOLDERS = ("audio_token_id", "audio_token_index")
 
 
 class BuildError(Exception):
@@ -252,7 +253,7 @@ def move_token_ids(config: Any, vocabulary: int) -> dict[str, int]:
         for name, value in list(vars(owner).items()):
             if not name.endswith(("_token_id", "_token_index", "_token_ids", "_patch_id")):
                 continue
-            if value is None and name in PLACEHOLDERS:
+            if value is None and name in (*PLACEHOLDERS, *AUDIO_PLACEHOLDERS):
                 value = 0  # checkpoints have one
             visual = not name.startswith(("pad_", "bos_", "eos_", "decoder_start"))
             if isinstance(value, int) and (visual or value >= vocabulary):

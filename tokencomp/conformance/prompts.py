@@ -1,7 +1,8 @@
 """A small ragged batch of prompts with images, whose features replace the vision tower.
 
-`get_image_features` of the model returns random features instead of calling the tower. Everything
-behind it (the scatter into placeholders, positions, masks, `generate`) is the model's own.
+Models without images get clips of sound in their place. `get_image_features` of the model returns
+random features instead of calling the tower. Everything behind it (the scatter into placeholders,
+positions, masks, `generate`) is the model's own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tokencomp.conformance.build import FIRST_SPECIAL, PLACEHOLDERS, BuildError, TinyModel
+from tokencomp.conformance.build import (
+    AUDIO_PLACEHOLDERS,
+    FIRST_SPECIAL,
+    PLACEHOLDERS,
+    BuildError,
+    TinyModel,
+)
 from tokencomp.conformance.shrink import VOCABULARY
 
 GRID = (1, 3, 4)
@@ -56,12 +63,13 @@ class Prompts:
 
     def __init__(self, tiny: TinyModel, seed: int = 3) -> None:
         self.tiny, self.model = tiny, tiny.model
-        self.image_id = placeholder_id(tiny)
+        self.image_id, self.medium = placeholder(tiny)
+        self._method = f"get_{self.medium}_features"
         self._layout, self._width = LAYOUTS[0], tiny.text_config.hidden_size
         self._features: list[Tensor] = []
-        self._replaced = [m for m in self._owners() if "get_image_features" in dir(m)]
+        self._replaced = [m for m in self._owners() if self._method in dir(m)]
         if not self._replaced:
-            raise BuildError(f"{type(self.model).__name__} has no get_image_features")
+            raise BuildError(f"{type(self.model).__name__} has no {self._method}")
         self._names = set(inspect.signature(type(self.model).forward).parameters)
         for module in self._replaced:
             self._replace(module)
@@ -70,7 +78,7 @@ class Prompts:
     # -- features ---------------------------------------------------------------------------------
 
     def _owners(self) -> list[nn.Module]:
-        """The modules whose `get_image_features` transformers may call."""
+        """The modules whose `get_image_features` (or `get_audio_features`) may be called."""
         modules = [self.model, getattr(self.model, "base_model", None)]
         modules += [getattr(self.model, "model", None)]
         return list(dict.fromkeys(m for m in modules if isinstance(m, nn.Module)))
@@ -82,11 +90,11 @@ class Prompts:
         """
         own = type(module)
 
-        @functools.wraps(own.get_image_features)
+        @functools.wraps(getattr(own, self._method))
         def features(module: Any, *args: Any, **kwargs: Any) -> Any:
             return self._output()
 
-        names = {"get_image_features": features, "__module__": own.__module__}
+        names = {self._method: features, "__module__": own.__module__}
         module.__class__ = type(own.__name__, (own,), names)
 
     def _output(self) -> VisionOutput:
@@ -174,6 +182,10 @@ class Prompts:
     def _media(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         """The arguments that come with images."""
         images = len(self._features)
+        if self.medium == "audio":
+            sound = torch.zeros(images, 8, 16)
+            names = ("input_features", "input_values", "input_features_mask")
+            return {name: sound for name in names if name in self._names}
         values: dict[str, Any] = {"pixel_values": torch.zeros(images, 3, 8, 8)}
         if "high_res_pixel_values" in self._names:
             values["high_res_pixel_values"] = values["pixel_values"]
@@ -251,23 +263,23 @@ def _plain_settings(model: Any) -> Iterator[None]:
         model.generation_config = before
 
 
-def placeholder_id(tiny: TinyModel) -> int:
-    """The token id that image features replace.
+def placeholder(tiny: TinyModel) -> tuple[int, str]:
+    """The token id that features replace, and their medium: images, else sound.
 
     Raises
     ------
     BuildError
         The config names none.
     """
-    for source in (tiny.specials.get, lambda name: getattr(tiny.config, name, None)):
-        for name in PLACEHOLDERS:
-            value = source(name)
-            if isinstance(value, int):
-                return value
+    for medium, names in (("image", PLACEHOLDERS), ("audio", AUDIO_PLACEHOLDERS)):
+        for source in (tiny.specials.get, lambda name: getattr(tiny.config, name, None)):
+            value = next((v for v in map(source, names) if isinstance(v, int)), None)
+            if value is not None:
+                return value, medium
     codes = getattr(tiny.config, "vocabulary_map", None) or {}
     if "<image>" in codes:
-        return int(codes["<image>"])
-    raise BuildError(f"the config of {type(tiny.model).__name__} names no image placeholder")
+        return int(codes["<image>"]), "image"
+    raise BuildError(f"the config of {type(tiny.model).__name__} names no placeholder")
 
 
 def spatial_merge(config: Any) -> int:

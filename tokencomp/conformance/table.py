@@ -13,6 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from tokencomp.errors import unknown_name
 
 STATUSES = ("exact", "entry only", "refused", "unverified")
@@ -56,7 +58,7 @@ def releases() -> list[str]:
     """Transformers releases with results, oldest first."""
     folder = resources.files("tokencomp.conformance").joinpath(FOLDER)
     names = [f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")]
-    return sorted(names, key=lambda release: [int(part) for part in release.split(".")])
+    return sorted(names, key=Version)
 
 
 def load(release: str) -> dict[str, Any]:
@@ -72,6 +74,21 @@ def load(release: str) -> dict[str, Any]:
     file = resources.files("tokencomp.conformance").joinpath(FOLDER, f"{release}.json")
     table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return table
+
+
+def nearest(release: str) -> str:
+    """The release itself, the nearest older one with results, or the oldest with results."""
+    older = [r for r in releases() if Version(r) <= Version(release)]
+    return older[-1] if older else releases()[0]
+
+
+def short(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with nothing but status and reason of every type."""
+    rows = {
+        name: {"status": row["status"], "reason": first_sentence(row["reason"])}
+        for name, row in table["types"].items()
+    }
+    return {"transformers": table["transformers"], "types": rows}
 
 
 def counts(table: Mapping[str, Any], image_text: bool = False) -> dict[str, int]:
