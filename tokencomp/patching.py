@@ -25,7 +25,7 @@ from tokencomp.engine.refusals import refuse_foreign
 from tokencomp.engine.stats import Stats
 from tokencomp.engine.tower import check_signals
 from tokencomp.engine.tower_stage import check_tower_stage
-from tokencomp.errors import OptionError
+from tokencomp.errors import OptionError, PlanError
 from tokencomp.method import MethodSpec, two_ratios
 from tokencomp.plan import Plan, check_ratio
 from tokencomp.plan_json import PlanLike, as_plan

@@ -49,8 +49,7 @@ def hidden(tiny: TinyModel, left: list[Tensor]) -> Iterator[None]:
             for mixer in mixers:
                 mixer.forward = _on_rows(mixer.forward, mask)
                 undo.append(lambda m=mixer: m.__dict__.pop("forward"))
-            attends = not mixers or any("attn" in name for name, _ in layer.named_children())
-            hook = _MaskColumns(mask, required=attends)
+            hook = _MaskColumns(mask, required=_attends(layer, mixers))
             undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
     finally:
@@ -76,18 +75,20 @@ class _MaskColumns:
             low = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
             mask = mask.masked_fill(~self.left[:, None, None, :], low)
             return (), {**kwargs, "attention_mask": mask}
-        if self.required and not _has_no_attention(module):
+        if self.required:
             form = "none" if mask is None else f"{mask.ndim} dimensions"
             raise OracleError(f"{type(module).__name__} gets an attention mask of {form}")
         return None
 
 
-def _has_no_attention(layer: nn.Module) -> bool:
-    """Whether nothing in a layer takes a mask: it is token by token, as MLP layers are."""
-    for module in layer.modules():
-        if module is not layer and "attention_mask" in inspect.signature(module.forward).parameters:
-            return False
-    return True
+def _attends(layer: nn.Module, mixers: list[nn.Module]) -> bool:
+    """Whether something in a layer beside linear mixers takes a mask, as MLPs do not."""
+    return any(
+        module is not layer
+        and module not in mixers
+        and "attention_mask" in inspect.signature(module.forward).parameters
+        for module in layer.modules()
+    )
 
 
 def _on_rows(forward: Any, left: Tensor) -> Any:

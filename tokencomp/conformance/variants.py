@@ -8,6 +8,13 @@ from typing import Any
 FULL, SLIDING = "full_attention", "sliding_attention"
 PLAIN_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 
+QWEN4 = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 32,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
 OMNI = {"vision_start_token_id": 507, "vision_end_token_id": 508, "audio_start_token_id": 509}
 
 
@@ -103,20 +110,22 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     ),
     "unlimited_ocr": (Variant(text={"num_key_value_heads": 4}),),
     "qwen4_exp": (
+        Variant(text=QWEN4),
         Variant(
+            "hashed n-grams",
             text={
-                "indexer_n_heads": 4,
-                "indexer_kv_heads": 1,
-                "indexer_head_dim": 32,
-                "indexer_budget": 16,
-                "indexer_compress_ratio": 4,
-            }
+                **QWEN4,
+                "ple_layer_ids": [1, 2],
+                "ple_embed_dim": 32,
+                "ngram_vocab_size_base": 64,
+                "split_ngram_parts": 1,
+            },
         ),
     ),
     # One type, several mechanisms.
     "gemma4": (
         Variant(),
-        Variant("per-layer inputs, shared keys", text={"num_kv_shared_layers": 3}),
+        Variant("per-layer inputs, shared keys", text={"num_kv_shared_layers": 2}),
         Variant("image blocks", text={"use_bidirectional_attention": "vision"}),
     ),
 }
