@@ -1,0 +1,90 @@
+"""The support table: pages, counts and the list come from the kept results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.console import run
+
+from tokencomp.adapters import verified
+from tokencomp.conformance.table import counts, load, markdown, nearest, releases, worse
+
+REPOSITORY = Path(__file__).parents[2]
+# The families of the ranking in docs/models.md: the types that stand for each.
+RANKED = {
+    "Qwen3.5": ("qwen3_5", "qwen3_5_moe"),
+    "Gemma 4": ("gemma4", "gemma4_unified"),
+    "Qwen3-VL": ("qwen3_vl", "qwen3_vl_moe"),
+    "DeepSeek-OCR 2": ("deepseek_ocr2",),
+    "MiniCPM-V 4.6": ("minicpmv4_6", "minicpmv4_7"),
+    "Qwen2.5-VL": ("qwen2_5_vl",),
+    "InternVL3.5": ("internvl",),
+    "Muse Glimmer": ("muse_glimmer",),
+    "Gemma 3": ("gemma3", "gemma3n"),
+    "PaddleOCR-VL": ("paddleocr_vl",),
+    "GLM-4.xV and GLM-OCR": ("glm4v", "glm4v_moe", "glm46v", "glm_ocr"),
+    "Kimi-K2.5": ("kimi_k25",),
+    "SmolVLM and Idefics3": ("smolvlm", "idefics3", "granite_docling"),
+    "LFM2-VL": ("lfm2_vl", "lfm3_vl"),
+    "Nemotron VL": ("nemotron_h_omni",),
+}
+NEWEST = releases()[-1]
+
+
+@pytest.mark.parametrize("release", releases())
+def test_pages_are_those_of_the_results(release: str) -> None:
+    page = REPOSITORY / "docs" / "conformance" / f"transformers-{release}.md"
+    assert page.read_text(encoding="utf-8") == markdown(load(release))
+
+
+def test_counts_in_the_texts_are_those_of_the_results() -> None:
+    table = load(NEWEST)
+    images = counts(table, image_text=True)
+    served = images["exact"] + images["entry only"]
+    ranked = sum(
+        all(table["types"][t]["status"] in ("exact", "entry only") for t in types)
+        for types in RANKED.values()
+    )
+    for name in ("README.md", "docs/models.md"):
+        text = re.sub(r"\s+", " ", (REPOSITORY / name).read_text(encoding="utf-8"))
+        assert f"{served} of the {sum(images.values())} image-text-to-text types" in text, name
+    assert f"| {ranked} |" in (REPOSITORY / "docs/models.md").read_text(encoding="utf-8")
+
+
+def test_measured_errors_are_below_the_tolerance() -> None:
+    for release in releases():
+        table = load(release)
+        for name, row in table["types"].items():
+            if row["status"] not in ("exact", "entry only"):
+                continue
+            errors = row["errors"]
+            assert errors["identity"] == 0 and errors["effect"] >= table["least_effect"], name
+            assert max(errors["entry"], errors["entry decode"]) <= table["tolerance"], name
+
+
+def test_verified_types_follow_the_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "9.0.0")
+    assert {"qwen2_vl", "mistral3"} <= verified.verified_types()
+    assert nearest("9.0.0") == NEWEST
+    assert nearest("4.57.6") == releases()[0]
+
+
+def test_a_type_that_does_worse_is_named() -> None:
+    table = load(NEWEST)
+    assert worse(table) == {}
+    row: dict[str, Any] = {**table["types"]["llava"], "status": "unverified", "reason": "broken"}
+    changed = {**table, "types": {**table["types"], "llava": row}}
+    assert list(worse(changed)) == ["llava"]
+
+
+def test_list_models_shows_every_type(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("list", "models", "--json") == 0
+    types = json.loads(capsys.readouterr().out)["types"]["types"]
+    assert types["mllama"]["status"] == "refused"
+    assert types["qwen2_vl"]["status"] == "exact"
