@@ -161,6 +161,7 @@ def test_status_is_plain_data(monkeypatch: pytest.MonkeyPatch) -> None:
     info = json.loads(json.dumps(status()))
     assert info["mode"] == "naive"
     assert info["ops"].pop("topk_stable") == "torch.sort"
+    assert info["ops"].pop("dpp_select") == "torch.bmm"
     assert set(info["ops"].values()) == {"naive"} and "attention_colsum" in info["ops"]
 
 

@@ -33,13 +33,13 @@ def test_time_is_booked_where_it_is_spent(loaded, inputs, monkeypatch):
 
     model = loaded[0]
     plain = prefill_split(model, inputs)
-    real = Uniform.reduce
+    real = Uniform.reduce_batch
 
-    def reduce(self, tokens, keep):
+    def reduce_batch(self, batch, keeps):
         time.sleep(0.4)
-        return real(self, tokens, keep)
+        return real(self, batch, keeps)
 
-    monkeypatch.setattr(Uniform, "reduce", reduce)
+    monkeypatch.setattr(Uniform, "reduce_batch", reduce_batch)
     hooks = [slow(model.model.visual, 1.2), slow(model.model.language_model.layers[2].mlp, 0.8)]
     try:
         with tokencomp.patch(model, 0.5, reducer="uniform"):
@@ -56,14 +56,14 @@ def test_time_is_booked_where_it_is_spent(loaded, inputs, monkeypatch):
 def test_layer_stages_count_as_reducing(loaded, inputs, monkeypatch):
     from tokencomp.reducers.prune import Prune
 
-    real, calls = Prune.reduce, []
+    real, calls = Prune.reduce_batch, []
 
-    def reduce(self, tokens, keep):
-        calls.append(keep)
+    def reduce_batch(self, batch, keeps):
+        calls.append(keeps)
         time.sleep(0.2)
-        return real(self, tokens, keep)
+        return real(self, batch, keeps)
 
-    monkeypatch.setattr(Prune, "reduce", reduce)
+    monkeypatch.setattr(Prune, "reduce_batch", reduce_batch)
     with tokencomp.patch(loaded[0], 0.5, reducer="prune"):
         split = prefill_split(loaded[0], inputs)
     assert calls and split.reduce >= 0.2 * len(calls)
