@@ -65,7 +65,8 @@ def test_the_largest_question_sets_count(unpublished: Path) -> None:
 def test_published_pages_are_those_of_the_published_results() -> None:
     every = baselines.read()
     assert (FOLDER / "baselines.md").read_text() == baselines.page(every)
-    models, families = run.available_models(), run.FAMILIES
+    models = run.available_models()
+    families = set(run.FAMILIES) - {"reading"}  # no embedded model has learned to read
     assert {*baselines.largest(every)} == {(m, f) for m in models for f in families}
 
 
