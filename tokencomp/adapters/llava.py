@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.call import Call, TowerCall
+from tokencomp.adapters.dense_tower import DenseTower
+from tokencomp.adapters.mosaic_tower import MosaicTower
+from tokencomp.adapters.patch_tables import bilinear, squares
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.tiles import TileAdapter
-from tokencomp.adapters.towers import DenseTower, MosaicTower, bilinear, squares
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
 
@@ -135,7 +137,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     model_types = ("llava_next_video",)
 
     def tower_layout(self) -> DenseTower:
-        # Frames are pooled before the projector, so that rows must stand again before it.
+        # Frames are pooled before the projector, so the tower's output must have its full length.
         size = self.model.config.spatial_pool_stride
         video = squares(self.patches_per_side, size, partial=False)
         return _tower(self, MosaicTower, body=self.body, video=video, restorer=self.tower)

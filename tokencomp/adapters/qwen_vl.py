@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call, TowerCall
+from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.registry import register_adapter
-from tokencomp.adapters.towers import PackedTower
 from tokencomp.engine import compat
 from tokencomp.errors import SpanError
 from tokencomp.tokens import Grid, VisualSpan

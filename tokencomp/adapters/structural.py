@@ -11,8 +11,9 @@ from tokencomp.adapters.base import ENCODED, Adapter
 from tokencomp.adapters.call import Call
 from tokencomp.adapters.encoded import EncodedMedia, Encoding, encoded_by_kind
 from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.spans import Medium, cut_media, span_of, square
-from tokencomp.adapters.towers import PackedTower, Tower
+from tokencomp.adapters.towers import Tower
 from tokencomp.tokens import Kind, VisualSpan
 
 PACKED = ("qwen3_5",)

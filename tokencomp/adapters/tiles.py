@@ -9,7 +9,9 @@ from torch import Tensor
 
 from tokencomp.adapters.base import Adapter, block_means
 from tokencomp.adapters.call import Call, TowerCall
-from tokencomp.adapters.towers import DenseTower, Tower, squares
+from tokencomp.adapters.dense_tower import DenseTower
+from tokencomp.adapters.patch_tables import squares
+from tokencomp.adapters.towers import Tower
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter, block_means
 from tokencomp.adapters.call import Call, TowerCall
+from tokencomp.adapters.dense_tower import DenseTower
 from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.adapters.patch_tables import pooled, squares
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structure import Parts
-from tokencomp.adapters.towers import DenseTower, pooled, squares, unknown_cells
+from tokencomp.adapters.towers import unknown_cells
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
 

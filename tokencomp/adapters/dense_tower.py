@@ -1,0 +1,122 @@
+"""Vision towers that take a batch of square pictures of equal size."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.adapters.towers import Cells, EncoderCall, Kind, Tower
+from tokencomp.errors import OptionError, SpanError, UnsupportedModelError
+from tokencomp.tokens import Grid
+
+if TYPE_CHECKING:
+    from tokencomp.plan import TowerStage
+
+
+class DenseTower(Tower):
+    """Towers that take square pictures of equal size; a cell is a square of patches.
+
+    Parameters
+    ----------
+    image, video
+        Patches of one picture that each of its tokens reads: int64 (tokens, m), -1 for none.
+    restorer
+        The module whose output gets its full length back, see `Tower`; None: the tower itself.
+    layer
+        Which hidden state of the tower the model uses, as transformers counts; a list: several.
+    pooled_frames
+        Frames of a video that one token reads.
+    """
+
+    frames_apart = True
+
+    def __init__(
+        self,
+        module: Any,
+        projector: nn.Module,
+        image: Tensor,
+        video: Tensor | None = None,
+        restorer: nn.Module | None = None,
+        layer: int | list[int] = -1,
+        owner: Any = None,
+        methods: tuple[str, ...] = ("get_image_features", "get_video_features"),
+        pooled_frames: int = 1,
+    ) -> None:
+        blocks = dense_blocks(module)
+        self.layer, self.pooled_frames = layer, pooled_frames
+        self.indices = [
+            i + len(blocks) + 1 if i < 0 else i
+            for i in ([layer] if isinstance(layer, int) else layer)
+        ]
+        used, restorers = max(self.indices), [restorer or module]
+        ends = blocks[:used], blocks[used:]
+        super().__init__(module, *ends, restorers, [projector], owner, methods)
+        self.tables: dict[Kind, Tensor] = {
+            "image": image,
+            "video": image if video is None else video,
+        }
+
+    def check(self, stage: TowerStage, family: str) -> None:
+        super().check(stage, family)
+        if min(self.indices) <= stage.block:
+            raise UnsupportedModelError(
+                f"{family} also reads hidden state {min(self.indices)} of its vision tower, from "
+                f"before block {stage.block}, where no patch has left. Use tower_ratio=0."
+            )
+
+    def cells(self, call: EncoderCall, stage: TowerStage) -> Cells:
+        self._check_call(call)
+        table, t = self.tables[call.kind], self.pooled_frames if call.kind == "video" else 1
+        pixels, count = self.patches(call.pixels), len(call.pixels)
+        per_picture = len(pixels) // max(count, 1)
+        if int(table.max()) + 1 > per_picture or count % t:
+            raise SpanError(
+                f"{count} pictures of {per_picture} patches, where cells of {t} × "
+                f"{int(table.max()) + 1} were expected. Pass pixels of the model's own processor."
+            )
+        side = round(len(table) ** 0.5)
+        first = torch.arange(0, count, t, device=pixels.device)[:, None, None, None]
+        frame = torch.arange(t, device=pixels.device)[:, None]
+        patch = table.to(pixels.device)[:, None]
+        members = torch.where(patch < 0, -1, (first + frame) * per_picture + patch).flatten(2)
+        parts: list[list[Grid]] = [[(1, side, side)]] * (count // t)
+        rows = min(per_picture, table.shape[1] * stage.cells([(1, side, side)])[0])
+        return Cells(pixels, members.flatten(0, 1), parts, call.kind, count, rows)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """Pixels (pictures, channels, H, W) → (pictures · patches, channels, height, width)."""
+        size = self.module.config.patch_size
+        h, w = (size, size) if isinstance(size, int) else size
+        cut = pixels[..., : pixels.shape[-2] // h * h, : pixels.shape[-1] // w * w]
+        tiles = cut.unflatten(-1, (-1, w)).unflatten(-3, (-1, h))
+        return tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+    def _check_call(self, call: EncoderCall) -> None:
+        """The blocks in use follow from the config, so no call may choose other ones."""
+        layer = call.arguments.get("vision_feature_layer")
+        if layer is not None and layer != self.layer:
+            raise OptionError(
+                f"vision_feature_layer={layer!r} in a call, but the config has {self.layer!r}, "
+                "which the tower stage was set up for. Change the config before patch(), or use "
+                "tower_ratio=0."
+            )
+
+
+def dense_blocks(module: Any) -> list[nn.Module]:
+    """Blocks of a tower with an encoder, in order.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The tower is built in another way.
+    """
+    encoder = getattr(getattr(module, "vision_model", module), "encoder", None)
+    blocks = getattr(encoder, "layers", None) or getattr(encoder, "layer", None)
+    if not blocks or not hasattr(module.config, "patch_size"):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is no tower of patches with an encoder of blocks, so which "
+            "patches a visual token reads is unknown. Use tower_ratio=0."
+        )
+    return list(blocks)

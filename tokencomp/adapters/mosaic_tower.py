@@ -1,0 +1,103 @@
+"""The vision tower of LLaVA-NeXT and LLaVA-OneVision, whose images are mosaics of tiles."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.adapters.dense_tower import DenseTower
+from tokencomp.adapters.towers import Cells, EncoderCall
+from tokencomp.errors import SpanError
+from tokencomp.tokens import Grid
+
+if TYPE_CHECKING:
+    from tokencomp.plan import TowerStage
+
+
+class MosaicTower(DenseTower):
+    """LLaVA-NeXT and LLaVA-OneVision: an image is a base tile and a mosaic of tiles.
+
+    A mosaic is cut to the shape of its image, so some patches are read by no token. The tiles of a
+    mosaic share its budget in proportion to the patches of each that are read.
+    """
+
+    def __init__(self, *args: Any, body: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.body = body
+
+    def cells(self, call: EncoderCall, stage: TowerStage) -> Cells:
+        if call.kind == "video":
+            return super().cells(call, stage)
+        self._check_call(call)
+        pixels, table = self.patches(call.pixels), self.tables["image"]
+        per_picture, side = len(table), round(len(table) ** 0.5)
+        members: list[Tensor] = []
+        parts: list[list[Grid]] = []
+        first = 0
+        for size, tiles in self._images(call):
+            members.append(torch.arange(first * per_picture, (first + 1) * per_picture))
+            parts.append([(1, side, side)])
+            if tiles > 1:
+                visible = self._mosaic(size, tiles, side)
+                members += [(first + 1) * per_picture + part.flatten() for part in visible]
+                parts.append([(1, *part.shape) for part in visible])
+            first += tiles
+        if first != len(call.pixels) or len(pixels) != first * per_picture:
+            raise SpanError(
+                f"{len(call.pixels)} tiles, but image_sizes say {first}. Pass pixel_values and "
+                "image_sizes of one call of the processor."
+            )
+        # Tiles share budgets, so how many patches one of them keeps depends on the others of its
+        # image. The bound is what every tile of the batch gets, whatever stands beside it.
+        rows = max(stage.cells([(1, side, side)])[0], stage.most(per_picture))
+        numbers = torch.cat(members)[:, None].to(pixels.device)
+        return Cells(pixels, numbers, parts, call.kind, first, rows)
+
+    def _images(self, call: EncoderCall) -> list[tuple[list[int], int]]:
+        """(height, width) and number of tiles of every image of a call."""
+        sizes = call.arguments.get("image_sizes")
+        if sizes is None:
+            raise SpanError(
+                "the vision tower was called outside of get_image_features, so the shapes of the "
+                "images are unknown. Pass pixel_values and image_sizes to the model."
+            )
+        numbers = call.arguments.get("batch_num_images")
+        alone = [True] * len(sizes)
+        if numbers is not None:  # several images in a sample have one tile each
+            alone = [int(n) == 1 for n in numbers for _ in range(int(n))]
+        code, config = sys.modules[type(self.body).__module__], self.body.config
+        points, image = config.image_grid_pinpoints, config.vision_config.image_size
+        listed = [size.tolist() if isinstance(size, Tensor) else list(size) for size in sizes]
+        return [
+            (size, code.image_size_to_num_patches(size, points, image) if single else 1)
+            for size, single in zip(listed, alone, strict=True)
+        ]
+
+    def _mosaic(self, size: list[int], tiles: int, side: int) -> list[Tensor]:
+        """Patch numbers, from the first tile on, that tokens read: (h, w) for every tile."""
+        code, config = sys.modules[type(self.body).__module__], self.body.config
+        shape = config.image_grid_pinpoints, config.vision_config.image_size
+        down, across = code.get_anyres_image_grid_shape(size, *shape)
+        if down * across != tiles - 1:
+            raise SpanError(f"image of {size}: {tiles} tiles are no {down}×{across} and a base.")
+        raster = torch.arange(down * side * across * side).view(1, down * side, across * side)
+        seen = code.unpad_image(raster, size)[0]
+        limit = str(getattr(config, "vision_aspect_ratio", "")).removeprefix("anyres_max_")
+        if limit.isdigit() and (seen.numel() / (int(limit) * side**2)) ** 0.5 > 1.1:
+            raise SpanError(
+                f"image of {size[0]}×{size[1]} pixels: its {tiles - 1} tiles are interpolated to "
+                f"{limit}, so its tokens share patches and cannot be dropped one by one in the "
+                "vision tower. Use a smaller image, or tower_ratio=0."
+            )
+        y, x = seen // (across * side), seen % (across * side)
+        tile, patch = y // side * across + x // side, y % side * side + x % side
+        parts = []
+        for number in range(down * across):
+            inside = tile == number
+            h, w = int(inside.any(1).sum()), int(inside.any(0).sum())
+            if h * w:
+                parts.append((number * side * side + patch[inside]).view(h, w))
+        return parts

@@ -1,0 +1,49 @@
+"""Vision towers that take the patches of all media in one row: the Qwen families."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokencomp.adapters.towers import Cells, EncoderCall, Tower
+from tokencomp.errors import SpanError
+
+if TYPE_CHECKING:
+    from tokencomp.plan import TowerStage
+
+
+class PackedTower(Tower):
+    """Towers of the Qwen families: a cell is `unit` patches that stand side by side.
+
+    Parameters
+    ----------
+    window_order
+        Computes `Cells.order` from the grids; None: cells stand in order.
+    """
+
+    def __init__(self, module: Any, patch_size: int, window_order: Any = None) -> None:
+        mergers = [module.merger, *getattr(module, "deepstack_merger_list", [])]
+        super().__init__(module, list(module.blocks), [], mergers, mergers)
+        self.unit, self.patch_size = module.spatial_merge_size**2, patch_size
+        self.window_order = window_order
+
+    def cells(self, call: EncoderCall, stage: TowerStage) -> Cells:
+        if call.grids is None:
+            raise SpanError(
+                f"{type(self.module).__name__} was called without grid_thw, so the patches of its "
+                "visual tokens are unknown. Pass the processor's pixels and grids."
+            )
+        side = round(self.unit**0.5)
+        grids = [(t, h // side, w // side) for t, h, w in call.grids.tolist()]
+        members = torch.arange(len(call.pixels), device=call.pixels.device).view(-1, self.unit)
+        if sum(math.prod(grid) for grid in grids) != len(members):
+            raise SpanError(
+                f"{len(call.pixels)} patches for grids {call.grids.tolist()}: they do not add up. "
+                "Pass the processor's pixels and grids of the same media."
+            )
+        order = None if self.window_order is None else self.window_order(call.grids)
+        order = None if order is None else order.to(members.device)
+        pixels = call.pixels.view(len(call.pixels), -1, self.patch_size, self.patch_size)
+        return Cells(pixels, members, [[grid] for grid in grids], call.kind, order=order)
