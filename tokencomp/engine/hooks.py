@@ -270,7 +270,7 @@ class Hooks:
         if self._plan_hooks.tower is not None:
             forward.tower = self._plan_hooks.tower.collect(forward.spans)
         if self._plan_hooks.drop is not None:
-            media = {s.kind for row in forward.spans for s in row}
+            media = {s.kind for row in forward.spans for s in row} - {"audio"}
             forward.tower_costs = self._plan_hooks.drop.collect(len(media))
         if len(forward.segments) > 1:
             self._plan_hooks.install_layers()
