@@ -170,6 +170,8 @@ class SpanBatch:
     keys : Tensor of float32, shape (n, c), or None
     queries : list of Tensor, or None
         Embeddings of the text after every span.
+    pixels
+        As in `VisualTokens`, of all spans.
     """
 
     features: Tensor
@@ -183,6 +185,7 @@ class SpanBatch:
     sizes: Tensor | None = None
     keys: Tensor | None = None
     queries: list[Tensor | None] | None = None
+    pixels: tuple[int, int] | None = None
     places: list[tuple[int, int]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -204,6 +207,7 @@ class SpanBatch:
             sizes=tokens.sizes,
             keys=tokens.keys,
             queries=None if tokens.query is None else [tokens.query],
+            pixels=tokens.pixels,
             places=[tokens.place],
         )
 
@@ -225,6 +229,7 @@ class SpanBatch:
                 kind=self.kinds[number],
                 sizes=None if self.sizes is None else self.sizes[rows],
                 keys=None if self.keys is None else self.keys[rows],
+                pixels=self.pixels,
                 place=self.places[number] if self.places else (0, 0),
             )
             start += length

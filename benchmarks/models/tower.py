@@ -19,7 +19,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from tokencomp.plan import Plan, TowerStage
 from tokencomp.profiling.architectures import ARCHITECTURES
 from tokencomp.profiling.shapes import SHAPES
 from tokencomp.reducers.kcentre import KCentre
-from tokencomp.tokens import Reduction, VisualTokens
+from tokencomp.tokens import Reduction, SpanBatch
 
 FOLDER = Path(__file__).parent
 RATIO, TOWER_RATIO = 0.75, 0.6
@@ -60,9 +60,9 @@ class Timed(KCentre):
     clock: Any = None
     spent: Any = None
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         start = self.clock()
-        reduction = super().reduce(tokens, keep)
+        reduction = super().reduce_batch(batch, keeps)
         self.spent.append(self.clock() - start)
         return reduction
 

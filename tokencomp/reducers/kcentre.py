@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tokencomp.reducers._batch import Patches
 from tokencomp.reducers._pixels import appearance
-from tokencomp.reducers._rows import keep_patches, patch_rows
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import Reduction, VisualTokens
+from tokencomp.tokens import Reduction, SpanBatch
 from tokencomp.validation import check_range
 
 
@@ -40,9 +41,9 @@ class KCentre(Reducer):
         super().__post_init__()
         check_range(self.name, "thumb", self.thumb, 1, 64)
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import maxmin_select
 
-        rows, budget = patch_rows(tokens, keep)
-        x = appearance(tokens, rows, self.thumb)
-        return keep_patches(tokens, rows[maxmin_select(x, budget, metric="rms")])
+        patches = Patches.of(batch, keeps)
+        x = appearance(patches.features, batch.pixels, self.thumb)
+        return patches.kept(maxmin_select(x, patches.budgets, spans=patches.lengths, metric="rms"))

@@ -54,7 +54,7 @@ class RunLength(Reducer):
 
         t, h, w = tokens.grid
         rows, budget = whole_grid(tokens, keep, self.name)
-        x = appearance(tokens, rows, self.thumb)
+        x = appearance(tokens.features[rows], tokens.pixels, self.thumb)
         if t == 1:
             return keep_patches(tokens, rows[maxmin_select(x, budget, metric="rms")])
         later = (t - 1) * h * w  # places of the other frames, which may be too few for their share
