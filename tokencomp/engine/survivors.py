@@ -37,19 +37,19 @@ def surviving_rows(x: Tensor, layout: RowLayout, plan: Plan) -> Selection:
     for b, row in enumerate(layout.spans):
         counts.append([0] * len(row))
         for j, live in enumerate(row):
-            here = alive[b, live.start : live.stop]
-            _check(here, live, plan, b)
-            if not here[-1] and live.stop == layout.prompt_of(b, live).question_stop:
+            present = alive[b, live.start : live.stop]
+            _check(present, live, plan, b)
+            if not present[-1] and live.stop == layout.prompt_of(b, live).question_stop:
                 raise SpanError(
                     f"the question of sample {b} ends in the {live.span.kind} at "
                     f"{live.span.start}, whose last token the vision tower has dropped. Put "
                     "text behind it, or use tower_ratio=0."
                 )
-            missing -= int((~here).sum())
-            counts[b][j] = int(here.sum())
+            missing -= int((~present).sum())
+            counts[b][j] = int(present.sum())
             if counts[b][j] < live.count:
                 chosen.append((b, j))
-                rows.append(here.nonzero()[:, 0] + first)
+                rows.append(present.nonzero()[:, 0] + first)
                 first += live.count
     if missing:
         raise SpanError(
@@ -59,15 +59,15 @@ def surviving_rows(x: Tensor, layout: RowLayout, plan: Plan) -> Selection:
     return Selection(counts, chosen, Reduction(torch.cat(rows)) if rows else None)
 
 
-def _check(here: Tensor, live: LiveSpan, plan: Plan, sample: int) -> None:
-    """Compare the tokens of a span that are there with what the tower stage leaves of it."""
-    expected = plan.entering(live.span) + len(live.span.text)
-    if int(here.sum()) == expected:
+def _check(present: Tensor, live: LiveSpan, plan: Plan, sample: int) -> None:
+    """Compare the tokens that are left of a span with the count of the tower stage."""
+    count, expected = int(present.sum()), plan.entering(live.span) + len(live.span.text)
+    if count == expected:
         return
     dropped = plan.tower.fraction if plan.tower else 1.0
     raise SpanError(
-        f"the {live.span.kind} at {live.span.start} of sample {sample} has {int(here.sum())} of "
-        f"its {len(here)} tokens, but the tower stage, which keeps {dropped:g}, leaves {expected}. "
+        f"the {live.span.kind} at {live.span.start} of sample {sample} has {count} of its "
+        f"{len(present)} tokens, but the tower stage, which keeps {dropped:g}, leaves {expected}. "
         "Features that were computed elsewhere, without the patch or under another tower_ratio, "
         "cannot be used: pass pixels, or use tower_ratio=0."
     )
