@@ -20,7 +20,7 @@ from torch import Tensor
 import tokencomp
 from tokencomp import Reducer, Reduction, VisualTokens
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.engine.tower import attention_blocks
+from tokencomp.engine.tower_attention import attention_blocks
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.plan import Plan, Stage
 from tokencomp.tokens import TOWER_ATTENTION, TOWER_KEYS, Signal

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from tokencomp.adapters.call import TowerCall
 from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.engine import compat
-from tokencomp.engine.parallel import gather_heads
+from tokencomp.engine.tower_attention import (
+    attention_blocks,
+    attention_received,
+    queries_and_keys,
+    rotated,
+)
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.tokens import TOWER_ATTENTION, TOWER_KEYS, TOWER_SIGNALS, Signal, VisualSpan
 
@@ -110,7 +115,7 @@ class TowerProbe:
             values[TOWER_KEYS] = k.flatten(-2).float()
         if TOWER_ATTENTION in self.signals:
             received = attention_received(
-                *_rotated(attn, q, k, arguments),
+                *rotated(attn, q, k, arguments),
                 arguments.get("cu_seqlens"),
                 self.adapter.class_token,
             )
@@ -177,72 +182,6 @@ def check_signals(plan: Plan, adapter: Adapter) -> frozenset[Signal]:
                     f"{adapter.family} does not offer. Use another signal or metric."
                 )
     return frozenset(n for s in plan.stages for n in TOWER_SIGNALS & s.reducer.needs)
-
-
-def attention_blocks(tower: nn.Module) -> list[nn.Module]:
-    """Self-attention modules of a tower, in order.
-
-    They are recognised by their projections: one fused `qkv`, or a `q_proj` and a `k_proj`.
-    """
-    return [
-        m
-        for m in tower.modules()
-        if hasattr(m, "qkv") or (hasattr(m, "q_proj") and hasattr(m, "k_proj"))
-    ]
-
-
-def queries_and_keys(attn: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """q and k of all heads before any rotation, shape (B, S, heads, head_dim)."""
-    x = arguments["hidden_states"]
-    x = x[None] if x.ndim == 2 else x
-    if hasattr(attn, "qkv"):
-        q, k, _ = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(-3)
-        return q, k
-    q, k = attn.q_proj(x), attn.k_proj(x)
-    q, k = getattr(attn, "q_norm", nn.Identity())(q), getattr(attn, "k_norm", nn.Identity())(k)
-    # A rank of a sharded tower has only some of the heads, and `num_heads` may count all of them.
-    heads = (-1, attn.head_dim)
-    q, k = q.unflatten(-1, heads), k.unflatten(-1, heads)
-    return gather_heads(attn, q, dim=-2), gather_heads(attn, k, dim=-2)
-
-
-def _rotated(attn: Any, q: Tensor, k: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    tables = arguments.get("position_embeddings")
-    return (q, k) if tables is None else compat.rotate_vision(attn, q, k, *tables)
-
-
-def attention_received(
-    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, class_token: bool
-) -> Tensor:
-    """Attention that every patch receives, mean over heads, float32.
-
-    From the class token where there is one (FasterVLM, arXiv 2412.01818), else the mean over all
-    patches that may attend to it (VisionZip, arXiv 2412.04467).
-
-    Parameters
-    ----------
-    q, k : Tensor, shape (B, S, heads, head_dim)
-        B = 1 with `cu_seqlens`, the bounds of independent sequences.
-
-    Returns
-    -------
-    Tensor, shape (B, S)
-    """
-    from tokencomp.kernels import attention_colsum
-
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.to(torch.int32)
-        lengths = bounds.diff().long()
-        weights = (1.0 / lengths.float()).repeat_interleave(lengths)
-        return attention_colsum(
-            q[0], k[0], weights, cu_seqlens_q=bounds, cu_seqlens_k=bounds, causal=False
-        )[None]
-    rows = 1 if class_token else q.shape[1]
-    weights = torch.full((rows,), 1.0 / rows, device=q.device)
-    q, k = q[:, :rows].transpose(1, 2), k.transpose(1, 2)
-    return attention_colsum(
-        q, k, weights, q_index=torch.arange(rows, device=q.device), causal=False
-    )
 
 
 def _spread(spans: list[list[VisualSpan]], tokens: dict[str, Tensor]) -> list[list[Tensor]]:

@@ -1,0 +1,213 @@
+"""The rows of a vision tower that a stage keeps: inputs of its blocks, and their full length."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.adapters.towers import Cells
+from tokencomp.engine.tower_flops import TowerCost
+
+
+class TowerRows(ABC):
+    """The rows of one call of a tower that stay.
+
+    Attributes
+    ----------
+    cells
+        The cells of the call.
+    index : Tensor of int64
+        The rows, ascending: (rows,) of a packed tower, (pictures, rows) of a dense one.
+    entered
+        Whether the block from which on rows are missing has begun.
+    """
+
+    def __init__(self, cells: Cells, index: Tensor) -> None:
+        self.cells, self.index, self.entered = cells, index, False
+        self._results: dict[int, tuple[Tensor, Any]] = {}
+
+    @abstractmethod
+    def arguments(self, hidden: Tensor, args: Any, kwargs: dict[str, Any], cost: TowerCost) -> Any:
+        """Arguments of the next block: fewer rows, and what belongs to them."""
+
+    @abstractmethod
+    def full_length(self, x: Tensor) -> Tensor:
+        """Values of the rows, spread over all rows; NaN where rows were dropped.
+
+        Parameters
+        ----------
+        x : Tensor
+            (1, rows, d) of a packed tower, (pictures, rows, d) of a dense one.
+        """
+
+    @abstractmethod
+    def restored(self, out: Any) -> Any:
+        """The output of a restoring module (`Tower.restorers`) at its full length."""
+
+    def _once(self, function: Callable[[Tensor], Any], tensor: Tensor) -> Any:
+        """`function(tensor)`, computed once: masks, bounds and tables are the same in all blocks.
+
+        The tensor is held, so that no other one gets its identity.
+        """
+        if id(tensor) not in self._results:
+            self._results[id(tensor)] = tensor, function(tensor)
+        return self._results[id(tensor)][1]
+
+
+class PackedRows(TowerRows):
+    """Rows of a tower that takes the patches of all media in one row."""
+
+    @classmethod
+    def of(cls, cells: Cells, chosen: Tensor) -> PackedRows:
+        """The rows that the cells with the numbers `chosen` read."""
+        place = chosen if cells.order is None else cells.order.argsort()[chosen]
+        place, unit = place.sort().values, cells.members.shape[1]
+        return cls(
+            cells, (place[:, None] * unit + torch.arange(unit, device=place.device)).flatten()
+        )
+
+    def arguments(self, hidden: Tensor, args: Any, kwargs: dict[str, Any], cost: TowerCost) -> Any:
+        kwargs, bounds = dict(kwargs), kwargs["cu_seqlens"]
+        if not self.entered:
+            hidden, self.entered = hidden[self.index], True
+        kwargs["cu_seqlens"], longest = self._once(self._bounds, bounds)
+        cost.block(bounds, kwargs["cu_seqlens"])
+        if kwargs.get("max_seqlen") is not None:
+            kwargs["max_seqlen"] = longest
+        tables = kwargs.get("position_embeddings")
+        if tables is not None:
+            kwargs["position_embeddings"] = tuple(self._once(self._table, t) for t in tables)
+        return _with_hidden(hidden, args, kwargs)
+
+    def full_length(self, x: Tensor) -> Tensor:
+        full = x.new_full((1, len(self.cells.pixels), x.shape[-1]), math.nan)
+        return full.index_copy(1, self.index, x)
+
+    def restored(self, out: Tensor) -> Tensor:
+        full = out.new_full((len(self.cells.members), out.shape[-1]), math.nan)
+        unit = self.cells.members.shape[1]
+        return full.index_copy(0, self.index[::unit] // unit, out)
+
+    def _table(self, table: Tensor) -> Tensor:
+        return table[self.index]
+
+    def _bounds(self, bounds: Tensor) -> tuple[Tensor, int]:
+        """Bounds of the sequences that are left, and the length of the longest; no empty ones."""
+        before = torch.searchsorted(self.index, bounds.to(self.index))
+        left = torch.unique_consecutive(before).to(bounds.dtype)
+        return left, int(left.diff().max())
+
+
+class DenseRows(TowerRows):
+    """Rows of a tower that takes a batch of pictures of equal size.
+
+    Attributes
+    ----------
+    unread : Tensor of bool, shape (pictures, rows)
+        Rows that stay to make all pictures equally long, and that no token reads.
+    """
+
+    def __init__(self, cells: Cells, index: Tensor, unread: Tensor) -> None:
+        super().__init__(cells, index)
+        self.unread = unread
+        self._patches = len(cells.pixels) // cells.pictures  # of one picture
+
+    @classmethod
+    def of(cls, cells: Cells, chosen: Tensor) -> DenseRows:
+        """The rows that the cells with the numbers `chosen` read, without the class token.
+
+        Nothing is read from the device.
+        """
+        total = len(cells.pixels)
+        # Members of -1 mark the last place, which is no patch.
+        read = torch.zeros(total + 1, dtype=torch.bool, device=chosen.device)
+        read[cells.members[chosen].flatten()] = True
+        read = read[:total].view(-1, total // cells.pictures)
+        # Patches that are read come first, then the first of the others, up to the common number.
+        index = (~read).to(torch.uint8).argsort(dim=1, stable=True)[:, : cells.rows].sort(1).values
+        return cls(cells, index, ~read.gather(1, index))
+
+    @property
+    def _head(self) -> int:
+        """Rows before the patches of a picture: 1 for a class token, else 0."""
+        return self.index.shape[1] - self.cells.rows
+
+    def arguments(self, hidden: Tensor, args: Any, kwargs: dict[str, Any], cost: TowerCost) -> Any:
+        kwargs, args = dict(kwargs), list(args)
+        if not self.entered:
+            hidden = self._enter(hidden)
+        lengths = (self._head + self._patches, self.index.shape[1])
+        cost.block(*(equal_bounds(len(self.index), n) for n in lengths))
+        if isinstance(kwargs.get("attention_mask"), Tensor):
+            kwargs["attention_mask"] = self._once(self._mask, kwargs["attention_mask"])
+        elif len(args) > 1 and isinstance(args[1], Tensor):
+            args[1] = self._once(self._mask, args[1])
+        return _with_hidden(hidden, tuple(args), kwargs)
+
+    def _enter(self, hidden: Tensor) -> Tensor:
+        """The rows of the input of the first block that sees fewer of them."""
+        first = hidden.shape[1] - self._patches
+        if first:  # the class token stays
+            head = torch.arange(first, device=self.index.device).expand(len(self.index), -1)
+            self.index = torch.cat([head, self.index + first], 1)
+            self.unread = torch.cat([torch.zeros_like(head, dtype=torch.bool), self.unread], 1)
+        self.entered = True
+        return hidden.gather(1, self.index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _mask(self, mask: Tensor) -> Tensor:
+        """A mask (pictures, 1, rows, rows) or (pictures, rows) for the rows that are left."""
+        index = self.index
+        if mask.ndim == 2:
+            return mask.gather(1, index)
+        columns = index[:, None, None].expand(-1, *mask.shape[1:3], -1)
+        mask = mask.expand(len(index), -1, -1, -1).gather(3, columns)
+        if mask.shape[2] == 1:
+            return mask
+        return mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+
+    def full_length(self, x: Tensor) -> Tensor:
+        """See `TowerRows`; rows that no token reads are NaN as well.
+
+        The class token is the first row, if there is one. A projector may get its input without it.
+        """
+        index, unread, head = self.index, self.unread, self._head
+        if x.ndim != 3 or not index.shape[1] >= x.shape[1] >= self.cells.rows:
+            return x
+        if x.shape[1] == self.cells.rows:
+            index, unread, head = index[:, head:] - head, unread[:, head:], 0
+        x = x.masked_fill(unread[..., None], math.nan)
+        full = x.new_full((len(x), head + self._patches, x.shape[-1]), math.nan)
+        return full.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), x)
+
+    def restored(self, out: Any) -> Any:
+        if isinstance(out, Tensor):
+            return self.full_length(out)
+        for name in ("last_hidden_state", "hidden_states"):
+            states = getattr(out, name, None)
+            if isinstance(states, Tensor):
+                setattr(out, name, self.full_length(states))
+            elif states is not None:
+                states = tuple(s if s is None else self.full_length(s) for s in states)
+                setattr(out, name, states)
+        return out
+
+
+def rows_of(cells: Cells, chosen: Tensor) -> TowerRows:
+    """The rows that the cells with the numbers `chosen` read."""
+    return DenseRows.of(cells, chosen) if cells.pictures else PackedRows.of(cells, chosen)
+
+
+def equal_bounds(count: int, length: int) -> Tensor:
+    """Bounds of `count` sequences of equal length."""
+    return torch.arange(count + 1) * length
+
+
+def _with_hidden(hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return (), {**kwargs, "hidden_states": hidden}
