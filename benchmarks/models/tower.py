@@ -30,27 +30,21 @@ from torch import Tensor
 
 import tokencomp
 from benchmarks import publishing
+from benchmarks.models.tower_page import CASES, RATIO, TOWER_RATIO, page
 from benchmarks.publishing import environment
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.plan import Plan, TowerStage
-from tokencomp.profiling.architectures import ARCHITECTURES
+from tokencomp.profiling import shapes
 from tokencomp.profiling.shapes import SHAPES
 from tokencomp.reducers.kcentre import KCentre
 from tokencomp.tokens import Reduction, SpanBatch
 
 FOLDER = Path(__file__).parent
-RATIO, TOWER_RATIO = 0.75, 0.6
 TOWER_RATIOS = (0.25, 0.5, 0.6, 0.75)
 TEXT = 48
 UNIT = 28  # pixels of a side that become one visual token in Qwen2-VL
 VISION = {"qwen2_vl": 32, "llava_onevision": 26}
 """Blocks of the vision towers."""
-CASES = {
-    "qwen-tower": "tower of Qwen2-VL-2B and 7B, one image of 1,024 tokens",
-    "siglip-tower": "SigLIP-so400m, 384 px, one frame of LLaVA-OneVision",
-    "qwen-image": "Qwen2-VL-2B, one image of 1,024 tokens",
-    "qwen-video": "Qwen2-VL-2B, a video of 32 frames",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,20 +73,19 @@ def clock_of(device: str) -> Callable[[], float]:
     return elapsed
 
 
-def build(name: str, args: argparse.Namespace, layers: int = 0) -> Any:
-    """A model of that shape; `layers` of its decoder, 0 for all that there are."""
+def build(name: str, args: argparse.Namespace, layers: int | None = None) -> Any:
+    """A model of that shape; `layers` of its decoder, None for all that there are."""
     shape = SHAPES[name]
-    torch.manual_seed(0)
-    torch.set_default_dtype(getattr(torch, args.dtype))
-    try:
-        with torch.device(args.device):
-            make = ARCHITECTURES[shape.family].model
-            deep = VISION[shape.family] // args.part
-            model = make(shape, layers or shape.layers // args.part, deep)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    model, _ = shapes.build(
+        name,
+        tokens=1,
+        layers=layers or shape.layers // args.part,
+        vision_layers=VISION[shape.family] // args.part,
+        dtype=getattr(torch, args.dtype),
+        device=args.device,
+    )
     model.set_attn_implementation(args.attention)
-    return model.eval()
+    return model
 
 
 def qwen_inputs(model: Any, frames: int, side: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -193,10 +186,9 @@ def tower_case(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             start = clock()
             getattr(model.model, encode)(**call)
             seconds = clock() - start
-            drop = handle._hooks._plan_hooks.drop
-            costs = drop._local.costs  # of a call of the tower alone, without a prefill
-            pairs = [(c.tower_flops, c.projector_flops) for c in costs]
-            (tower, projector) = pairs[-1]
+            # The tower ran alone, so there is no prefill whose stats would say this.
+            (cost,) = handle._hooks._plan_hooks.drop.collect(1)
+            tower, projector = cost.tower_flops, cost.projector_flops
             flops[ratio] = (tower[0] + projector[0]) / (tower[1] + projector[1])
         return seconds, sum(spent)
 
@@ -222,8 +214,8 @@ def model_case(name: str, args: argparse.Namespace, model: Any) -> dict[str, Any
     """The record of a whole model: full, the decoder alone compressed, and both compressed."""
     clock = clock_of(args.device)
     side = args.side if name == "qwen-video" else 32 * UNIT
-    made = qwen_inputs(model, 32 if name == "qwen-video" else 0, side, args)
-    inputs: dict[str, Tensor] = made["inputs"]
+    prompt = qwen_inputs(model, 32 if name == "qwen-video" else 0, side, args)
+    inputs: dict[str, Tensor] = prompt["inputs"]
     spent: list[float] = []
     timed = Timed(clock=clock, spent=spent)
     variants: dict[str, dict[str, Any]] = {
@@ -247,7 +239,7 @@ def model_case(name: str, args: argparse.Namespace, model: Any) -> dict[str, Any
             "tower": marks.seconds("tower") - sum(spent), "choose": sum(spent), "reduce": reduce,
             "prefill": marks.seconds("decoder") - reduce,
             "rest": total - marks.seconds("tower") - marks.seconds("decoder"),
-            "total": total + made["preprocess"], "preprocess": made["preprocess"],
+            "total": total + prompt["preprocess"], "preprocess": prompt["preprocess"],
         }  # fmt: skip
 
     with torch.inference_mode():
@@ -260,59 +252,10 @@ def model_case(name: str, args: argparse.Namespace, model: Any) -> dict[str, Any
         for key, row in rows.items()
     }
     return {
-        "case": name, "tokens": made["tokens"], "side": side, "rounds": args.rounds,
+        "case": name, "tokens": prompt["tokens"], "side": side, "rounds": args.rounds,
         "parts": medians,
         "speedup": {k: medians["full"]["total"] / m["total"] for k, m in medians.items()},
     }  # fmt: skip
-
-
-def page(records: list[dict[str, Any]]) -> str:
-    """The page of the benchmark."""
-    towers = [r for r in records if "tower_ratio" in r]
-    heads = ["tower", "tower ratio", "full", "with the stage", "speed-up", "FLOP limit"]
-    heads += ["of limit", "choosing / full tower", "rounds", "machine"]
-    lines = [PREAMBLE]
-    if towers:
-        head, rule = f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)
-        lines += ["## Towers alone", "", head, rule]
-    for r in towers:
-        lines.append(
-            f"| {CASES[r['case']]} | {r['tower_ratio']:g} | {r['full_s']:.2f} s | "
-            f"{r['seconds']:.2f} s | {r['speedup']:.2f}× | {r['flop_limit']:.2f}× | "
-            f"{r['of_limit']:.0%} | {r['choose_share']:.1%} | {r['rounds']} | {r['machine']} |"
-        )
-    lines += [""] if towers else []
-    lines += ["## Time to the first token", ""]
-    names = ("preprocess", "tower", "choose", "rest", "reduce", "prefill", "total")
-    parts_of = ("pictures to pixels", "tower, projector", "choosing", "embeddings, head", "reduce")
-    lines += [
-        f"| model and prompt | | {' | '.join(parts_of)} | prefill | total | speed-up | machine |",
-        "|" + "---|" * 11,
-    ]
-    for r in (r for r in records if "parts" in r):
-        for key, parts in r["parts"].items():
-            cells = " | ".join(f"{parts[name]:.2f} s" for name in names)
-            label = f"{CASES[r['case']]} ({r['tokens']} tokens)" if key == "full" else ""
-            said = LABELS[key]
-            speedup = f"{r['speedup'][key]:.2f}×"
-            lines.append(f"| {label} | {said} | {cells} | {speedup} | {r['machine']} |")
-    return "\n".join([*lines, ""])
-
-
-LABELS = {
-    "full": "full",
-    "decoder": f"ratio {RATIO}",
-    "both": f"ratio {RATIO}, tower ratio {TOWER_RATIO}",
-}
-PREAMBLE = f"""# The vision tower with fewer patches
-
-Real shapes with random weights. Patches leave before block 0 of the tower, chosen by k-centre on
-pixels; the decoder keeps {1 - RATIO:g} of the visual tokens with the default reducer. On a CPU all
-times are processor time of one thread. The FLOP limit is the FLOPs of blocks and projector without
-the stage divided by those with it. "1/4 of the blocks": of tower and decoder alike, at their full
-width, so that the shares stay and what happens once per prompt weighs four times as much.
-[All benchmark pages](../README.md).
-"""
 
 
 def main() -> None:

@@ -1,0 +1,59 @@
+"""The page of `benchmarks.models.tower`: its cases, and tables of its records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+RATIO, TOWER_RATIO = 0.75, 0.6
+CASES = {
+    "qwen-tower": "tower of Qwen2-VL-2B and 7B, one image of 1,024 tokens",
+    "siglip-tower": "SigLIP-so400m, 384 px, one frame of LLaVA-OneVision",
+    "qwen-image": "Qwen2-VL-2B, one image of 1,024 tokens",
+    "qwen-video": "Qwen2-VL-2B, a video of 32 frames",
+}
+LABELS = {
+    "full": "full",
+    "decoder": f"ratio {RATIO}",
+    "both": f"ratio {RATIO}, tower ratio {TOWER_RATIO}",
+}
+PREAMBLE = f"""# The vision tower with fewer patches
+
+Real shapes with random weights. Patches leave before block 0 of the tower, chosen by k-centre on
+pixels; the decoder keeps {1 - RATIO:g} of the visual tokens with the default reducer. On a CPU all
+times are processor time of one thread. The FLOP limit is the FLOPs of blocks and projector without
+the stage divided by those with it. "1/4 of the blocks": of tower and decoder alike, at their full
+width, so that the shares stay and what happens once per prompt weighs four times as much.
+[All benchmark pages](../README.md).
+"""
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    """The page of the benchmark."""
+    towers = [r for r in records if "tower_ratio" in r]
+    heads = ["tower", "tower ratio", "full", "with the stage", "speed-up", "FLOP limit"]
+    heads += ["of limit", "choosing / full tower", "rounds", "machine"]
+    lines = [PREAMBLE]
+    if towers:
+        head, rule = f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)
+        lines += ["## Towers alone", "", head, rule]
+    for r in towers:
+        lines.append(
+            f"| {CASES[r['case']]} | {r['tower_ratio']:g} | {r['full_s']:.2f} s | "
+            f"{r['seconds']:.2f} s | {r['speedup']:.2f}× | {r['flop_limit']:.2f}× | "
+            f"{r['of_limit']:.0%} | {r['choose_share']:.1%} | {r['rounds']} | {r['machine']} |"
+        )
+    lines += [""] if towers else []
+    lines += ["## Time to the first token", ""]
+    names = ("preprocess", "tower", "choose", "rest", "reduce", "prefill", "total")
+    parts_of = ("pictures to pixels", "tower, projector", "choosing", "embeddings, head", "reduce")
+    lines += [
+        f"| model and prompt | | {' | '.join(parts_of)} | prefill | total | speed-up | machine |",
+        "|" + "---|" * 11,
+    ]
+    for r in (r for r in records if "parts" in r):
+        for key, parts in r["parts"].items():
+            cells = " | ".join(f"{parts[name]:.2f} s" for name in names)
+            label = f"{CASES[r['case']]} ({r['tokens']} tokens)" if key == "full" else ""
+            speedup = f"{r['speedup'][key]:.2f}×"
+            lines.append(f"| {label} | {LABELS[key]} | {cells} | {speedup} | {r['machine']} |")
+    return "\n".join([*lines, ""])
