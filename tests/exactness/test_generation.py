@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import oracle, plans
+from support import oracle, plans, turns
 from support.families import FAMILIES, NO_EOS, Family, text
 from transformers import TextIteratorStreamer
 from transformers.cache_utils import DynamicLayer
@@ -103,25 +103,8 @@ def test_second_turn_on_reused_cache(family: Family, name: str) -> None:
 @pytest.mark.parametrize("name", plans.QUESTION_FREE)
 def test_second_image_on_reused_cache(family: Family, name: str) -> None:
     """Turn 2 brings its own image: it is compressed on top of a compressed cache."""
-    model = family.build()
-    a, b = family.image(0), family.image(1)
-    first_row, second_row = [text(3), a, text(5, 3)], [text(2, 9), b, text(4, 8)]
-    whole = family.batch([[*first_row, *second_row]])
-    positions = family.positions(model, whole)
-    n = family.batch([first_row])["input_ids"].shape[1]
-    with tokencomp.patch(model, plan=plans.make(name, family.layers)), torch.no_grad():
-        out = model(**family.batch([first_row]), position_ids=positions[..., :n], use_cache=True)
-        turn2 = family.batch([second_row])
-        turn2["attention_mask"] = whole["attention_mask"]
-        last = model(
-            **turn2,
-            position_ids=positions[..., n:],
-            past_key_values=oracle.cache_of(out),
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        expected = model(**whole, position_ids=positions, logits_to_keep=1).logits[:, -1]
-    assert (last - expected).abs().max() < 1e-5
+    plan = plans.make(name, family.layers)
+    assert turns.image_in_second_turn(family, family.build(), plan) < 1e-5
 
 
 def _chunks_visual_prompts(model: torch.nn.Module) -> bool:

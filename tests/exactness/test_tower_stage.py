@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import oracle, plans, tower
+from support import oracle, plans, tower, turns
 from support.families import FAMILIES, Family, text
 from support.family.hybrid import Qwen35
 from support.hooks import hooks_of, prompt
@@ -141,19 +141,7 @@ def test_batch_equals_singles_with_beams(family: Family) -> None:
 
 def test_second_turns_on_a_reused_cache(family: Family) -> None:
     """A turn that brings its own image reads it behind a compressed cache, as in one prompt."""
-    model = family.build()
-    a, b = family.image(0), family.image(1)
-    first, second = [text(3), a, text(5, 3)], [text(2, 9), b, text(4, 8)]
-    both = family.batch([[*first, *second]])
-    positions = family.positions(model, both)
-    n = family.batch([first])["input_ids"].shape[1]
-    with tokencomp.patch(model, plan=whole(family)), torch.no_grad():
-        out = model(**family.batch([first]), position_ids=positions[..., :n], use_cache=True)
-        turn = {**family.batch([second]), "attention_mask": both["attention_mask"]}
-        turn |= {"position_ids": positions[..., n:], "past_key_values": oracle.cache_of(out)}
-        last = model(**turn, use_cache=True, logits_to_keep=1).logits[:, -1]
-        expected = model(**both, position_ids=positions, logits_to_keep=1).logits[:, -1]
-    assert (last - expected).abs().max() < 1e-5
+    assert turns.image_in_second_turn(family, family.build(), whole(family)) < 1e-5
 
 
 def test_nothing_is_left_behind(family: Family) -> None:

@@ -32,11 +32,11 @@ def deep(family: Family, blocks: int = 3) -> Family:
     result, config = copy.copy(family), family.config
 
     def deeper() -> Any:
-        made = config()
-        vision = made.vision_config
+        deep_config = config()
+        vision = deep_config.vision_config
         name = "depth" if hasattr(vision, "depth") else "num_hidden_layers"
         setattr(vision, name, blocks)
-        return made
+        return deep_config
 
     result.config = deeper  # type: ignore[method-assign]
     return result
@@ -78,11 +78,8 @@ def block_inputs(model: nn.Module, k: int) -> Iterator[list[Tensor]]:
     def spy(module: Any, args: Any, kwargs: Any) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
 
-    handle = tower_blocks(model)[k].register_forward_pre_hook(spy, with_kwargs=True)
-    try:
+    with tower_blocks(model)[k].register_forward_pre_hook(spy, with_kwargs=True):
         yield seen
-    finally:
-        handle.remove()
 
 
 def seen_rows(full: list[Tensor], short: list[Tensor]) -> list[Tensor]:
@@ -103,8 +100,7 @@ def seen_rows(full: list[Tensor], short: list[Tensor]) -> list[Tensor]:
 @contextlib.contextmanager
 def tower_masks(model: nn.Module, masks: list[Tensor], k: int) -> Iterator[None]:
     """Let the attention of blocks `k` and later ignore the rows that are False, call by call."""
-    handles, calls = [], [0]
-    tower = tower_of(model)
+    calls, tower = [0], tower_of(model)
 
     def count(module: Any, args: Any, out: Any) -> None:
         calls[0] += 1
@@ -141,15 +137,11 @@ def tower_masks(model: nn.Module, masks: list[Tensor], k: int) -> Iterator[None]
     def unsorted(attn: Any, args: Any, out: Any) -> Any:
         return out[attn.oracle_order.argsort()]
 
-    handles.append(tower.register_forward_hook(count))
-    for attn in attention_blocks(tower)[k:]:
-        if hasattr(attn, "qkv"):
-            handles.append(attn.register_forward_pre_hook(packed, with_kwargs=True))
-            handles.append(attn.register_forward_hook(unsorted))
-        else:
-            handles.append(attn.register_forward_pre_hook(dense, with_kwargs=True))
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(tower.register_forward_hook(count))
+        for attn in attention_blocks(tower)[k:]:
+            before = packed if hasattr(attn, "qkv") else dense
+            hooks.enter_context(attn.register_forward_pre_hook(before, with_kwargs=True))
+            if before is packed:
+                hooks.enter_context(attn.register_forward_hook(unsorted))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
