@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencomp.adapters.towers import Tower
+from tokencomp.engine.tower_attention import attention_blocks
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,14 @@ class TowerShape:
         FLOPs of the linear layers of one block, per row.
     width
         Channels of all heads together.
-    blocks, unused
-        Blocks in use, and blocks behind them that need not run.
+    unused
+        Blocks behind those in use, which need not run.
     token
         FLOPs of the projectors, per row of their input.
     """
 
     row: int
     width: int
-    blocks: int
     unused: int
     token: int
 
@@ -39,9 +39,9 @@ class TowerShape:
     def of(cls, layout: Tower) -> TowerShape:
         """The shape of a tower."""
         block = layout.blocks[0]
-        widths = [_width(m) for m in block.modules() if hasattr(m, "qkv") or hasattr(m, "q_proj")]
+        width = _width(attention_blocks(block)[0])
         token = sum(_linear(module) for module in layout.projectors)
-        return cls(_linear(block), widths[0], len(layout.blocks), len(layout.unused), token)
+        return cls(_linear(block), width, len(layout.unused), token)
 
 
 def _linear(module: nn.Module) -> int:
