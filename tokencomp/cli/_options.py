@@ -77,9 +77,9 @@ class Tower:
 
         ratio: Any = self.tower_ratio
         ratio = ratio if ratio == "auto" else check_ratio(ratio, "tower_ratio")
-        given = {} if ratio == 0.0 else {"tower_ratio": ratio}
+        amount = {} if ratio == 0.0 else {"tower_ratio": ratio}
         reducer = {} if self.tower_reducer == "auto" else {"tower_reducer": self.tower_reducer}
-        return {**given, **reducer}
+        return {**amount, **reducer}
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:
