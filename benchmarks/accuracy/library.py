@@ -13,7 +13,7 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
 from tokencomp.evaluation.baselines import EqualTokens
-from tokencomp.evaluation.metrics import McNemar, Retention, mcnemar, retention
+from tokencomp.evaluation.metrics import McNemar, Retention, difference, mcnemar, retention
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import (
@@ -65,6 +65,7 @@ __all__ = [
     "adapter_for",
     "available_models",
     "available_reducers",
+    "difference",
     "environment",
     "extend_visual_context",
     "items",

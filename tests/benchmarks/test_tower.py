@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.accuracy.library import difference
 from benchmarks.accuracy.studies import tower as study
 from benchmarks.models import tower
 
@@ -29,9 +30,10 @@ def test_verdicts_of_the_study() -> None:
 
 def test_intervals_are_paired() -> None:
     """Equal answers differ by nothing, whichever questions are drawn."""
-    assert study.difference([1, 0, 1, 1], [1, 0, 1, 1]) == (0.0, 0.0, 0.0)
-    mean, low, high = study.difference([1] * 50 + [0] * 50, [0] * 100)
-    assert mean == pytest.approx(50) and 35 < low < 45 < 55 < high < 65
+    same = difference([1, 0, 1, 1], [1, 0, 1, 1])
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    half = difference([1] * 50 + [0] * 50, [0] * 100)
+    assert half.value == pytest.approx(0.5) and 0.35 < half.low < 0.45 < 0.55 < half.high < 0.65
 
 
 def test_the_page_of_times() -> None:

@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import publishing
 from benchmarks.accuracy.library import (
     DOWNSCALE,
@@ -28,6 +26,7 @@ from benchmarks.accuracy.library import (
     Example,
     Setting,
     adapter_for,
+    difference,
     environment,
     items,
     load_model,
@@ -105,14 +104,6 @@ def run_set(name: str, args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def difference(first: Sequence[int], second: Sequence[int]) -> tuple[float, float, float]:
-    """Difference of accuracies in points, and its paired bootstrap interval at 95 %."""
-    d = torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64)
-    draws = torch.randint(len(d), (10_000, len(d)), generator=torch.Generator().manual_seed(0))
-    low, high = torch.quantile(d[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return 100 * float(d.mean()), 100 * float(low), 100 * float(high)
-
-
 def page(book: dict[str, Any]) -> str:
     lines = [PREAMBLE]
     for name, entry in book["sets"].items():
@@ -128,11 +119,10 @@ def page(book: dict[str, Any]) -> str:
         ]  # fmt: skip
         for key, values in answers.items():
             row, _, tower = key.rpartition("@")
-            share, own = sum(values) / len(values), retention(values, ceiling)
-            points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*difference(values, ceiling))
-            kept = f"{own.value:.1%} [{own.low:.1%}, {own.high:.1%}]"
+            share = sum(values) / len(values)
             lines.append(
-                f"| {row} | {tower} | {share:.1%} | {share / accuracy:.1%} | {kept} | {points} |"
+                f"| {row} | {tower} | {share:.1%} | {share / accuracy:.1%} | "
+                f"{retention(values, ceiling)} | {difference(values, ceiling)} |"
             )
         lines += ["", *verdicts(answers), ""]
     return "\n".join(lines)
@@ -140,23 +130,26 @@ def page(book: dict[str, Any]) -> str:
 
 def verdicts(answers: dict[str, list[int]]) -> list[str]:
     """Whether k-centre meets its bars, and beats fewer pixels or frames at no more tower work."""
-    ceiling, said = sum(answers["entry only@0"]), []
+    ceiling, sentences = sum(answers["entry only@0"]), []
     for tower, bar in BARS.items():
         kept = sum(answers[f"kcentre@{tower:g}"]) / ceiling
         verb = "meets" if kept >= bar else "misses"
-        said.append(f"- k-centre at {tower:g} keeps {kept:.1%} of entry only: it {verb} {bar:.0%}.")
+        sentences.append(
+            f"- k-centre at {tower:g} keeps {kept:.1%} of entry only: it {verb} {bar:.0%}."
+        )
     for key, values in answers.items():
         row, _, tower = key.rpartition("@")
         if row not in (DOWNSCALE, FEWER_FRAMES):
             continue
         ours = next((t for t in TOWER if t >= float(tower) - 0.005), TOWER[-1])
         gap = difference(answers[f"kcentre@{ours:g}"], values)
-        verb = "above" if gap[1] > 0 else "below" if gap[2] < 0 else "not different from"
-        said.append(
-            f"- k-centre at {ours:g} is {verb} {row} at {tower}: "
-            "{:+.1f} points [{:+.1f}, {:+.1f}].".format(*gap)
+        verb = "above" if gap.low > 0 else "below" if gap.high < 0 else "not different from"
+        low, high = 100 * gap.low, 100 * gap.high
+        sentences.append(
+            f"- k-centre at {ours:g} is {verb} {row} at {tower}: {100 * gap.value:+.1f} points "
+            f"[{low:+.1f}, {high:+.1f}]."
         )
-    return said
+    return sentences
 
 
 PREAMBLE = f"""# Patches dropped before the vision tower
