@@ -92,7 +92,7 @@ def expected(folder: Any, urls: list[str], spec: dict[str, Any], tokens: int = 8
     ]
     inputs = build_inputs(processor, [media], [QUESTION])
     model.generation_config.eos_token_id = hf_reference.end_tokens(folder)
-    with tokencomp.patch(model, spec["ratio"], reducer=spec["reducer"]) as handle, torch.no_grad():
+    with tokencomp.patch(model, **spec) as handle, torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         stats = handle.stats
     model.generation_config.eos_token_id = None
@@ -117,6 +117,45 @@ def test_equals_a_direct_call(served: Any, reducer: str, ratio: float) -> None:
         assert usage["visual_tokens_before"] == before
         assert usage["visual_tokens_after"] == pytest.approx(after)
         assert usage["ratio"] == pytest.approx(1 - after / before)
+
+
+def test_a_request_may_have_a_stage_in_the_vision_tower(served: Any) -> None:
+    _, client, folder, _ = served
+    url, spec = http.image_url(1), {"reducer": "uniform", "ratio": 0.75}
+    tower = {**spec, "tower_ratio": 0.5, "tower_reducer": "random"}
+    texts = []
+    for options in (tower, spec):
+        answer = ask(client, url, tokencomp=options)
+        text, prompt, before, after = expected(folder, [url], options)
+        assert answer.choices[0].message.content == text
+        assert answer.usage.prompt_tokens == prompt
+        usage = answer.usage.model_extra["tokencomp"]
+        assert (usage["visual_tokens_before"], usage["visual_tokens_after"]) == (before, after)
+        texts.append(text)
+    assert texts[0] != texts[1]  # the test can fail
+
+
+def test_the_default_may_have_a_stage_in_the_vision_tower(tiny_folder: Any) -> None:
+    from support.serving import hf_reference
+
+    from tokencomp.serving.hf.engine import Engine
+    from tokencomp.serving.hf.metrics import Metrics
+    from tokencomp.serving.spec import ServerOptions
+
+    options = ServerOptions.parse({"ratio": 0.75, "tower_ratio": 0.5}, engine="hf")
+    engine = Engine(*hf_reference.load(tiny_folder("qwen2_vl")), options, Metrics())
+    try:
+        for request, fraction in (
+            (None, 0.5),
+            ({"tower_ratio": 0.25}, 0.75),
+            ({"ratio": 0.4}, 0.6),
+            ({"tower_ratio": 0}, 1),
+        ):
+            with engine._compressed(options.resolve(request, engine="hf")):
+                tower = engine._handle.plan.tower
+                assert (tower.fraction if tower else 1) == pytest.approx(fraction)
+    finally:
+        engine.close()
 
 
 def test_server_default_and_ratio_zero(served: Any) -> None:
@@ -255,6 +294,9 @@ def test_malformed_requests_get_4xx_and_the_server_continues(served: Any) -> Non
         {"reducer": "none"},
         {"rate": 0.5},
         {"ratio": 0.99},
+        {"tower_ratio": 0.9},
+        {"tower_reducer": "none"},
+        {"tower_reducer": "fastv"},
     ):
         with pytest.raises(openai.BadRequestError):
             ask(client, image, tokencomp=options)

@@ -187,7 +187,7 @@ def run_hf(
     ------
     MissingDependencyError
         If FastAPI, uvicorn or prometheus-client is not installed.
-    OptionError, RatioError, UnsupportedModelError, WeightsError
+    OptionError, PlanError, RatioError, UnsupportedModelError, WeightsError
         If an option is wrong, the port is in use, no adapter serves the model, or the default
         reducer lacks its weights.
     """

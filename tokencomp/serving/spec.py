@@ -102,8 +102,9 @@ class ServerOptions:
 
         Raises
         ------
-        OptionError, RatioError
-            Unknown key, reducer, option or ratio; a reducer that `engine` cannot run.
+        OptionError, PlanError, RatioError
+            Unknown key, reducer, option or ratio; a reducer that `engine` cannot run; a stage that
+            the vision tower cannot have.
         """
         if options is None:
             return cls()
@@ -129,7 +130,8 @@ class ServerOptions:
 
         Raises
         ------
-        OptionError, RatioError
+        OptionError, PlanError, RatioError
+            As `parse`, or an option that only the server's operator may set.
         """
         if request is None:
             return self.default
@@ -154,10 +156,10 @@ class ServerOptions:
         reducer = self._reducer(values)
         if engine != "vllm":
             return self._with_tower(reducer, ratio, values)
-        given = [key for key in TOWER_KEYS if values.get(key)]
-        if given:
+        tower = [key for key in TOWER_KEYS if values.get(key)]
+        if tower:
             raise OptionError(
-                f"{given[0]}={values[given[0]]!r}: the engine runs its own vision tower, in which "
+                f"{tower[0]}={values[tower[0]]!r}: the engine runs its own vision tower, in which "
                 "nothing can be dropped. Leave it out, or serve with `--engine hf`."
             )
         return MethodSpec(check_servable(reducer), ratio)
@@ -175,7 +177,10 @@ class ServerOptions:
         name = values.get("tower_reducer", self.default.tower_reducer)
         if not isinstance(name, str | Reducer):
             raise OptionError(f"tower_reducer={name!r}: expected a name, such as 'kcentre'.")
-        return MethodSpec(reducer, ratio, tower_ratio=tower, tower_reducer=name)
+        try:
+            return MethodSpec(reducer, ratio, tower_ratio=tower, tower_reducer=name)
+        except (UnknownNameError, TypeError) as error:  # unknown, or with required options
+            raise OptionError(f"tower_reducer={name!r}: {error}") from None
 
     def _reducer(self, values: Mapping[str, Any]) -> Reducer:
         own_options = options = as_mapping(values.get("options"), None)

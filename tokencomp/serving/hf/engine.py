@@ -72,7 +72,8 @@ class Engine:
         self.text = PromptText(processor, self.max_model_len)
         self._ends = take_end_tokens(model)
         check(model, options.default)
-        self._handle: Handle = apply(model, replace(options.default, ratio=0.0))
+        off = replace(options.default, ratio=0.0, tower_ratio=0.0)
+        self._handle: Handle = apply(model, off)
         self._jobs: deque[Job] = deque()
         self._wake = threading.Condition()
         self._closed = False
@@ -194,7 +195,10 @@ class Engine:
     def _compressed(self, spec: MethodSpec) -> Any:
         if not spec.active:
             return self._handle.disabled()
-        self._handle.set(ratio=spec.ratio, reducer=spec.reducer)
+        self._handle.set(
+            ratio=spec.ratio, reducer=spec.reducer,
+            tower_ratio=spec.tower_ratio, tower_reducer=spec.tower_reducer,
+        )  # fmt: skip
         return contextlib.nullcontext()
 
     def _started(self, batch: list[Job], counts: list[tuple[int, int]]) -> None:

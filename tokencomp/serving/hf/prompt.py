@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tokencomp.errors import OptionError, RatioError
+from tokencomp.errors import OptionError, PlanError, RatioError
 from tokencomp.method import MethodSpec
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
@@ -120,7 +120,7 @@ def _spec(request: ChatRequest, options: ServerOptions) -> MethodSpec:
         fields = (request.mm_processor_kwargs or {}).get("tokencomp")
     try:
         return options.resolve(fields, engine="hf")
-    except (OptionError, RatioError) as error:
+    except (OptionError, PlanError, RatioError) as error:
         raise RequestError(str(error)) from None
 
 
