@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -165,6 +166,16 @@ def test_sampled_frames_are_those_of_a_whole_decode(
     every = [np.asarray(p.convert("RGB")) for p in ImageSequence.Iterator(pictures)]
     expected = np.stack([every[i] for i in frame_indices(21, 8)])
     assert np.array_equal(load_video(animated, Limits(frames=8)), expected)
+
+
+def test_a_file_has_the_limit_of_bytes(tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(base64.b64decode(encoded(8)))
+    size = (tmp_path / "image.png").stat().st_size
+    url = (tmp_path / "image.png").as_uri()
+    assert load_image(url, Limits(allowed_path=tmp_path, max_bytes=size)).size == (8, 8)
+    with pytest.raises(RequestError, match=f"the limit is {size - 1}") as error:
+        load_image(url, Limits(allowed_path=tmp_path, max_bytes=size - 1))
+    assert error.value.status == 413
 
 
 def test_an_image_of_too_many_pixels_is_too_large_rather_than_damaged() -> None:

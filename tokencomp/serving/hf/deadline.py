@@ -18,21 +18,23 @@ class Deadline:
     """
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._end = time.monotonic() + seconds
+        self.seconds, self.cancelled = seconds, False
+        self.start()
 
     def start(self) -> None:
         """Start the time again, because the work begins only now."""
-        if self._end:
-            self._end = time.monotonic() + self.seconds
+        self._end = time.monotonic() + self.seconds
 
     def cancel(self) -> None:
-        """End the time now and for ever, because nobody waits for the result any more."""
-        self._end = 0.0
+        """End the time for good, because nobody waits for the result any more.
+
+        Another thread than the one that decodes may call this method.
+        """
+        self.cancelled = True
 
     def check(self) -> None:
         """Raise `RequestError` (413) after the end."""
-        if time.monotonic() >= self._end:
+        if self.cancelled or time.monotonic() >= self._end:
             raise RequestError(
                 f"the media were not decoded within {self.seconds:g} s. Send fewer or smaller "
                 "media.",

@@ -133,10 +133,10 @@ def _read_file(url: str, limits: Limits) -> bytes:
         if size > limits.max_bytes:
             raise _too_large(size, limits)
         return path.read_bytes()
-    except (
-        OSError,
-        ValueError,
-    ):  # one message for all causes, so that clients cannot probe for files
+    except RequestError:  # which is a ValueError too
+        raise
+    except (OSError, ValueError):
+        # All causes have one message, so that clients cannot find out which files exist.
         raise RequestError("no such file below the server's media path.") from None
 
 
