@@ -131,7 +131,7 @@ def test_frames_that_are_not_sampled_count_too(monkeypatch: pytest.MonkeyPatch) 
     assert load_video(large_canvas(30, 300), Limits(frames=8)).shape == (8, 30, 30, 3)
     few = Limits(max_decoded_pixels=20 * 96 * 96)
     assert len(load_video(clip(96, 20), few)) == 20
-    monkeypatch.setattr(video._Container, "_collect", None)  # the packets alone tell
+    monkeypatch.setattr(video._Container, "_collect", None)  # the number of packets is enough
     with pytest.raises(RequestError, match="21 frames of 96×96"):
         load_video(clip(96, 21), few)
 

@@ -78,8 +78,8 @@ def test_tokens_of_images_are_counted_before_the_processor_runs(
     model, processor = hf_reference.load(tiny_folder(name))
     urls = [http.image_url(seed, 112 + 56 * seed, 196) for seed in (1, 2)]
     body = user([*({"type": "image_url", "image_url": {"url": url}} for url in urls)])
-    made = prompt(body, PromptText(processor, 10**5))
-    inputs = chat_inputs(processor, [made.chat], made.images, [])
+    parsed = prompt(body, PromptText(processor, 10**5))
+    inputs = chat_inputs(processor, [parsed.chat], parsed.images, [])
     ((total, _),) = prompt_lengths(model, inputs)
     monkeypatch.setattr(type(processor), "__call__", None)
     assert prompt(body, PromptText(processor, total + 1))

@@ -102,18 +102,18 @@ class Server:
         """
         self.engine.check_room()  # refuses early, before the body is read and media are decoded
         prompt = await self._prompt(request)
-        asked = prompt.request
-        if asked.model not in ("", self.name):
-            raise RequestError(f"model {asked.model!r}: this server has {self.name!r}.", 404)
-        tokens = asked.max_completion_tokens or asked.max_tokens or DEFAULT_TOKENS
-        text = AnswerText(self.engine.tokenizer, asked.stops)
+        body = prompt.request
+        if body.model not in ("", self.name):
+            raise RequestError(f"model {body.model!r}: this server has {self.name!r}.", 404)
+        tokens = body.max_completion_tokens or body.max_tokens or DEFAULT_TOKENS
+        text = AnswerText(self.engine.tokenizer, body.stops)
         job = Job(prompt, asyncio.get_running_loop(), tokens, text)
         request.state.job = job
         self.engine.submit(job)
         kind, value = await self._next(job, request)
         if kind == "error":
             raise value
-        if asked.stream:
+        if body.stream:
             stream = self._stream(job, prompt, _identity(request))
             return StreamingResponse(stream, media_type="text/event-stream")
         return await self._whole(job, request)

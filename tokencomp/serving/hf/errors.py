@@ -19,7 +19,7 @@ class RequestError(TokenCompError, ValueError):
     def body(self) -> dict[str, Any]:
         """Return the error body of OpenAI's API.
 
-        The message may quote the request, so it is cut, and made of characters that can be sent.
+        The message may quote the request, so it is shortened, and lone surrogates are escaped.
         """
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         text = str(self).encode("utf-8", "backslashreplace").decode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +71,7 @@ def take_end_tokens(model: Any) -> set[int]:
     if config.pad_token_id is None:  # generate would take the end token
         config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     config.eos_token_id = None
-    return set(itertools.chain([ends] if isinstance(ends, int) else ends or []))
+    return set([ends] if isinstance(ends, int) else ends or [])
 
 
 def for_client(error: Exception) -> RequestError:

@@ -128,7 +128,7 @@ class Exchange:
             headers = MutableHeaders(scope=message)
             headers["X-Request-Id"] = self.id
             if self.scope["method"] == "POST" and not self.body_read:
-                headers["Connection"] = "close"  # the rest of the body is not wanted
+                headers["Connection"] = "close"  # the rest of the body will not be read
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.complete = True

@@ -110,8 +110,8 @@ class PromptText:
     def check_images(self, text_tokens: int, images: Sequence[Image.Image]) -> None:
         """Refuse images with too many tokens before the processor makes arrays of them.
 
-        Processors that cannot tell the number of tokens of a size are asked nothing here; the
-        engine counts again after the processor has run.
+        Images pass if the processor cannot count the tokens of a size. The engine counts all
+        tokens after the processor has run.
 
         Raises
         ------
@@ -124,7 +124,7 @@ class PromptText:
         try:
             counts = count(image_sizes=[(image.height, image.width) for image in images])
             visual = sum(counts["num_image_tokens"])
-        except Exception:  # of a size that the processor refuses, which it says better itself
+        except Exception:  # a size that the processor will refuse, with a better message
             return
         total = text_tokens - len(images) + visual
         if total >= self.max_model_len:

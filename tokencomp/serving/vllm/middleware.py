@@ -5,7 +5,7 @@ also allows "media_io_kwargs", with which a client can make vLLM decode every fr
 the middleware refuses them. It also answers 400 to media that cannot be read, for which vLLM alone
 would answer 500, and to a file: URL of something that is no file, which vLLM would wait for.
 
-A body is read and checked when the application asks for it. vLLM has checked the key of the request
+A body is read and checked when the application reads it. vLLM has checked the key of the request
 by then, so that clients without a key cannot make the server work.
 """
 
@@ -23,6 +23,7 @@ from urllib.request import url2pathname
 
 from PIL.Image import DecompressionBombError
 
+from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits
 
 logger = logging.getLogger("vllm.tokencomp")
@@ -35,10 +36,6 @@ CLOSED = "media_io_kwargs"
 MAX_BODY = 2 * Limits.max_bytes
 UNREADABLE = (OSError, RuntimeError, ZeroDivisionError, DecompressionBombError)
 NO_FILE = "a file: URL of this request names no readable file."
-
-
-class Refused(Exception):
-    """The body of a request that vLLM should not see; arguments are status and text."""
 
 
 class OwnOptionsOnly:
@@ -65,7 +62,7 @@ class OwnOptionsOnly:
             if exchange.refused is None:
                 exchange.refuse_media(error)
         if exchange.refused is not None and not exchange.started:
-            await _refuse(send, *exchange.refused.args)
+            await _send_error(send, exchange.refused)
 
 
 class _Exchange:
@@ -75,14 +72,14 @@ class _Exchange:
         self._receive, self._send, self._max_body = receive, send, max_body
         self.body: bytes | None = None
         self.started = False
-        self.refused: Refused | None = None
+        self.refused: RequestError | None = None
 
     async def receive(self) -> Message:
         """Return the checked body, then what follows it.
 
         Raises
         ------
-        Refused
+        RequestError
             If the body is too long or has what vLLM should not see.
         """
         if self.body is not None:
@@ -95,14 +92,14 @@ class _Exchange:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self._max_body:
-                self._refuse(413, f"request bodies may have {self._max_body} bytes.")
+                self._refuse(f"request bodies may have {self._max_body} bytes.", 413)
         self.body = bytes(body)
         if problem := await asyncio.to_thread(find_problem, self.body):
-            self._refuse(400, problem)
+            self._refuse(problem)
         return {"type": "http.request", "body": self.body, "more_body": False}
 
-    def _refuse(self, status: int, text: str) -> None:
-        self.refused = Refused(status, text)
+    def _refuse(self, message: str, status: int = 400) -> None:
+        self.refused = RequestError(message, status)
         raise self.refused
 
     def explains(self, error: Exception) -> bool:
@@ -118,7 +115,7 @@ class _Exchange:
         """
         logger.warning("tokencomp: media of a request cannot be read", exc_info=error)
         has_file = isinstance(error, OSError) and error.filename is not None
-        self.refused = Refused(400, NO_FILE if has_file else "media of this request are unreadable")
+        self.refused = RequestError(NO_FILE if has_file else "media of this request are unreadable")
 
     async def send(self, message: Message) -> None:
         """Pass an answer on, unless the request was refused: the application has another text."""
@@ -188,10 +185,8 @@ def _from_media(error: BaseException, body: bytes) -> bool:
     return False
 
 
-async def _refuse(send: Send, status: int, text: str) -> None:
+async def _send_error(send: Send, error: RequestError) -> None:
     """Send an error in the form of OpenAI's API."""
-    error = {"message": text, "type": "invalid_request_error", "param": None, "code": status}
-    content = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(error.body()).encode()})

@@ -41,8 +41,8 @@ class BasePositions:
         """Store the positions (3, length) of a request; `delta` is not used.
 
         The delta of the generated tokens follows from the full grids and is exact from the start.
-        The corrected positions alone do not tell it if the prompt ends with media that lost their
-        last row.
+        It does not follow from the corrected positions alone if the prompt ends with media that
+        lost their last row.
         """
         own = int(self._state.prefill_delta.np[req_idx])
         self._state.update_prefill_positions(req_idx, positions, own)
