@@ -21,7 +21,7 @@ ENGINE_SECONDS = 1200
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Function that returns the folder of a tiny random model by name, built at the first call."""
-    from support.serving import models as tiny
+    from support.serving.models import BUILDERS
 
     root = tmp_path_factory.mktemp("models")
 
@@ -29,7 +29,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def build(name: str) -> Path:
         folder = root / name
         folder.mkdir()
-        return tiny.BUILDERS[name](folder)
+        return BUILDERS[name](folder)
 
     return build
 

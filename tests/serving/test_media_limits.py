@@ -18,7 +18,7 @@ pytest.importorskip("pydantic")
 import numpy as np
 from PIL import Image, ImageSequence
 from PIL.GifImagePlugin import GifImageFile
-from support.serving import models as tiny
+from support.serving import media as tiny
 
 from tokencomp.inputs.media import frame_indices
 from tokencomp.serving.hf import video

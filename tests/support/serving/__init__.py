@@ -1,1 +1,1 @@
-"""Models, cases and clients for the tests of the servers."""
+"""Models, media, cases and clients for the tests of the servers."""

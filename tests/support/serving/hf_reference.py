@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import tokencomp
-from support.serving import models as tiny
+from support.serving import media as tiny
 
 
 @lru_cache(maxsize=4)

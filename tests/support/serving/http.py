@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from support.serving import models as tiny
+from support.serving import media as tiny
 
 START_SECONDS = 400
 

@@ -46,7 +46,7 @@ def record_positions() -> None:
 
 def request(job: dict) -> dict:
     """Return the engine's input for a job."""
-    from support.serving import models as tiny
+    from support.serving import media as tiny
 
     media = tiny.media(job["media"])
     if job.get("metadata") and "video" in media:
