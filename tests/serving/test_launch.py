@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.serving import launch
+from tokencomp.serving.bind import Bind
 from tokencomp.serving.hf.media import Limits
-from tokencomp.serving.launch import Bind, vllm_command
+from tokencomp.serving.launch import vllm_command
 
 
 def test_vllm_drains_and_its_metrics_folders_are_removed(
@@ -50,3 +53,28 @@ def test_an_open_address_without_a_key_is_warned_about(caplog: pytest.LogCapture
         Bind(host).warn_if_open()
         assert "without an API key" in caplog.text
         caplog.clear()
+
+
+def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line of `tokencomp serve --engine vllm`."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
+    config = {"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    limits, bind = Limits(allowed_path=tmp_path), Bind(api_key="secret")
+    command, env = vllm_command(str(tmp_path), {"ratio": 0.5}, bind, limits, ["--port", "1"])
+    arguments = dict(zip(command, [*command[1:], ""], strict=True))
+    assert arguments["--allowed-media-domains"] == "invalid." and arguments["--host"] == "127.0.0.1"
+    assert arguments["--allowed-local-media-path"] == str(tmp_path)
+    assert "secret" not in command and env["VLLM_API_KEY"] == "secret"
+    assert arguments["--middleware"].endswith("OwnOptionsOnly") and command[-2:] == ["--port", "1"]
+    assert json.loads(env["TOKENCOMP_SERVING"])["only_own"] is True
+    fixed = {"ratio": 0.5, "per_request": False}
+    command, _ = vllm_command(str(tmp_path), fixed, Bind(), Limits(), [])
+    assert "--trust-request-mm-kwargs" not in command
+    assert "--allowed-local-media-path" not in command
+    with pytest.raises(OptionError, match="divprune"):
+        vllm_command(str(tmp_path), {"reducer": "fastv", "ratio": 0.5}, Bind(), Limits(), [])
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=r"LlavaFor.*--engine hf"):
+        vllm_command(str(tmp_path), {"ratio": 0.5}, Bind(), Limits(), [])

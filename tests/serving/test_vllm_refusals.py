@@ -12,13 +12,13 @@ pytest.importorskip("vllm", reason="vllm is not installed")
 import numpy as np
 import torch
 import vllm
+from support.serving.cases import SERVABLE
 from vllm.config import CUDAGraphMode
 
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec
 from tokencomp.serving.item_plan import ItemPlan, Layout, batches
 from tokencomp.serving.offsets import pack_offsets, unpack_offsets
-from tokencomp.serving.spec import servable
 from tokencomp.serving.vllm import checks, mrope
 from tokencomp.serving.vllm.metrics import count_nonfinite, counters
 from tokencomp.serving.vllm.qwen3_vl import frame_offsets
@@ -192,7 +192,6 @@ def test_vision_batches_are_limited_by_uncompressed_rows() -> None:
             assert stop - first == 1 or sum(sizes[first:stop]) <= budget
 
 
-REDUCERS = [name for name, option in servable().items() if not option]
 OVERFLOWS = {"one value": (2, 1), "one row": (3, slice(None)), "all": (slice(None),) * 2}
 
 
@@ -201,7 +200,7 @@ OVERFLOWS = {"one value": (2, 1), "one row": (3, slice(None)), "all": (slice(Non
 def test_features_that_overflowed_do_not_end_the_engine(where: str, value: float) -> None:
     """An item keeps evenly spaced tokens, as many as planned, and all values become finite."""
     before = counters()["nonfinite"]._value.get()
-    for name in REDUCERS:
+    for name in SERVABLE:
         plan = ItemPlan.make("video", [Layout((3, 4, 5))], MethodSpec(name, 0.75), extent=5)
         x = torch.randn(60, 9)
         x[:, :6][OVERFLOWS[where]] = value
@@ -209,4 +208,4 @@ def test_features_that_overflowed_do_not_end_the_engine(where: str, value: float
         assert index.tolist() == [int((i + 0.5) * 60 / plan.kept) for i in range(plan.kept)]
         zeroed = torch.where(torch.isfinite(x), x, torch.zeros(()))
         assert torch.equal(rows, zeroed[index])
-    assert counters()["nonfinite"]._value.get() == before + len(REDUCERS)
+    assert counters()["nonfinite"]._value.get() == before + len(SERVABLE)

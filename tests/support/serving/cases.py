@@ -24,6 +24,8 @@ TIMED = (*QWEN, "glm4v")  # positions or prompts depend on the frame rate
 TURN = "<|im_start|>user\n{}{}<|im_end|>\n<|im_start|>assistant\n"
 QUESTION = "What color is the small circle?"
 
+SERVABLE = [name for name, option in servable().items() if not option]
+
 IMAGE = ["image", 0, 300, 200]
 OTHER = ["image", 4, 168, 280]
 VIDEO = ["video", 1, 8, 112, 84]
@@ -59,7 +61,7 @@ def job(
 def matrix(model: str) -> list[dict[str, Any]]:
     """Return jobs that cover ratios, media and every reducer that can be served."""
     jobs = [job(model, [m], r) for m in (IMAGE, VIDEO) for r in (0.3, 0.9)]
-    for name in (name for name, option in servable().items() if not option):
+    for name in SERVABLE:
         jobs += [job(model, [m], 0.5, reducer=name) for m in (IMAGE, VIDEO)]
         jobs.append(job(model, [IMAGE, VIDEO, OTHER], 0.75, reducer=name))
     jobs.append(job(model, [IMAGE, OTHER], 0.5))

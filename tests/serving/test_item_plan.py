@@ -1,0 +1,103 @@
+"""The plan of a media item: spans, counts and rows are those of the Hugging Face path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import families
+from support.serving.cases import SERVABLE
+
+import tokencomp
+from tokencomp.method import MethodSpec
+from tokencomp.reducers.registry import make_reducer
+from tokencomp.serving.item_plan import ItemPlan, Layout
+from tokencomp.tokens import ModelFacts, VisualSpan, VisualTokens
+
+LAYOUTS = [
+    Layout((1, 5, 7)),
+    Layout((3, 4, 4)),
+    Layout((1, 6, 5), "rows"),
+    Layout((4, 3, 3), "end"),
+    Layout((1, 1, 1)),
+]
+
+
+def special_by_loops(layout: Layout) -> list[bool]:
+    t, h, w = layout.grid
+    if layout.special == "rows":
+        return [flag for _ in range(h) for flag in [*[False] * w, True]]
+    return [False] * (t * h * w) + [True] * (layout.special == "end")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_special_tokens(layout: Layout) -> None:
+    mask = layout.span("image").special_mask().tolist()
+    assert mask == special_by_loops(layout)
+    assert layout.length == len(mask) and layout.num_special == sum(mask)
+
+
+@pytest.mark.parametrize("name", SERVABLE)
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75, 0.95])
+def test_both_backends_count_and_reduce_alike(name: str, ratio: float) -> None:
+    """The count is the one the Hugging Face path plans; rows are its reducer's, span by span."""
+    reducer = make_reducer(name).bind(ModelFacts(mrope=False))
+    stages = reducer.plan(ratio, 4).stages
+    assert [s.layer for s in stages] == [0]
+    plan = ItemPlan.make("video", LAYOUTS, MethodSpec(reducer, ratio))
+    x = torch.randn(plan.full, 16, generator=torch.Generator().manual_seed(1))
+    rows, index = plan.reduce(x)
+    start = at = 0
+    for layout, keep in zip(LAYOUTS, plan.keep, strict=True):
+        special = torch.tensor(special_by_loops(layout))
+        marks = tuple(special.nonzero()[:, 0].tolist())
+        span = VisualSpan(0, layout.length, layout.grid, "video", marks)
+        assert reducer.plan(ratio, 4).counts(span, 4) == [keep]
+        part = x[start : start + layout.length]
+        if keep < layout.length:
+            done = reducer.reduce(VisualTokens(part, layout.grid, special, kind="video"), keep)
+            want = part[done.keep] if done.merged is None else done.merged
+            assert torch.equal(rows[at : at + keep], want)
+            assert torch.equal(index[at : at + keep], done.keep + start)
+        else:
+            assert torch.equal(rows[at : at + keep], part)
+        start, at = start + layout.length, at + keep
+    assert at == plan.kept == len(rows) == len(index)
+
+
+def test_layouts_are_the_spans_of_the_adapters() -> None:
+    """An image and a video of LLaVA-OneVision have the spans of the patched model's adapter."""
+    family = families.FAMILIES["llava_onevision"]
+    model = family.build()
+    with tokencomp.patch(model, 0.5, reducer="uniform") as handle:
+        model(**family.batch([[family.image(1), [5], family.video(4)]]))
+        spans = handle.stats.spans[0]
+    for span, layout in zip(
+        spans,
+        [Layout((1, 4, 4)), Layout((1, 4, 8), "rows"), Layout((4, 2, 2), "end")],
+        strict=True,
+    ):
+        assert (span.grid, span.length) == (layout.grid, layout.length)
+        assert span.special_mask().tolist() == special_by_loops(layout)
+
+
+def test_plans_travel_unchanged() -> None:
+    plan = ItemPlan.make("image", LAYOUTS, MethodSpec(make_reducer("random", seed=3), 0.4))
+    data = plan.to_tensor()
+    assert data.dtype == torch.uint8 and ItemPlan.from_tensor(data) == plan
+    with pytest.raises(RuntimeError, match="planned"):
+        plan.reduce(torch.zeros(plan.full + 1, 4))
+
+
+@pytest.mark.parametrize(("extent", "position"), [(0, "first"), (40, "mean")])
+def test_pooled_tokens_have_the_positions_of_the_patched_model(extent: int, position: str) -> None:
+    """Between line breaks, the place of a pooled token decides the order of the rows."""
+    layout = Layout((1, 6, 5), "rows")
+    plan = ItemPlan.make("image", [layout], MethodSpec(make_reducer("pool"), 0.5), extent)
+    x = torch.randn(layout.length, 8)
+    mask = layout.span("image").special_mask()
+    tokens = VisualTokens(x, layout.grid, mask, kind="image")
+    expected = make_reducer("pool", position=position).reduce(tokens, plan.keep[0])
+    rows, kept = plan.reduce(x)
+    other = make_reducer("pool", position="mean" if extent == 0 else "first")
+    assert not torch.equal(other.reduce(tokens, plan.keep[0]).merged, rows)
+    assert torch.equal(kept, expected.keep) and torch.equal(rows, expected.merged)
