@@ -13,9 +13,8 @@ import pytest
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 
-import torch  # noqa: E402
 from support.console import run  # noqa: E402
-from support.serving import http  # noqa: E402
+from support.serving import hf_reference, http  # noqa: E402
 
 QUESTION = "What color is the circle?"
 
@@ -73,31 +72,10 @@ def ask(client: Any, *urls: str, text: str = QUESTION, **more: Any) -> Any:
     )  # fmt: skip
 
 
-def expected(folder: Any, urls: list[str], spec: dict[str, Any], tokens: int = 8) -> Any:
+def expected(folder: Any, urls: list[str], spec: dict[str, Any]) -> tuple[str, int, int, float]:
     """Return text, prompt tokens and visual tokens of a direct `generate` on the patched model."""
-    from PIL import Image
-    from support.serving import hf_reference
-
-    import tokencomp
-    from tokencomp.inputs.prompts import build_inputs
-    from tokencomp.serving.hf.media import Limits, load_image
-    from tokencomp.serving.hf.video import load_video
-
-    model, processor = hf_reference.load(folder)
-    media = [
-        [Image.fromarray(f) for f in load_video(u, Limits())]
-        if u.startswith("data:video")
-        else load_image(u, Limits())
-        for u in urls
-    ]
-    inputs = build_inputs(processor, [media], [QUESTION])
-    model.generation_config.eos_token_id = hf_reference.end_tokens(folder)
-    with tokencomp.patch(model, **spec) as handle, torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-        stats = handle.stats
-    model.generation_config.eos_token_id = None
-    n = inputs["input_ids"].shape[1]
-    text = processor.tokenizer.decode(out[0, n:], skip_special_tokens=True)
+    ends = hf_reference.end_tokens(folder)
+    text, n, stats = hf_reference.chat_answer(folder, urls, QUESTION, spec, ends)
     before, after = stats.tokens_before[0], stats.tokens_after[0]
     return text, n - before + after[0], before, sum(after) / len(after)
 
@@ -136,8 +114,6 @@ def test_a_request_may_have_a_stage_in_the_vision_tower(served: Any) -> None:
 
 
 def test_the_default_may_have_a_stage_in_the_vision_tower(tiny_folder: Any) -> None:
-    from support.serving import hf_reference
-
     from tokencomp.serving.hf.engine import Engine
     from tokencomp.serving.hf.metrics import Metrics
     from tokencomp.serving.spec import ServerOptions

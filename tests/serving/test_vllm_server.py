@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("vllm", reason="vllm is not installed")
 
 import openai
-from support.serving import http as http
+from support.serving import hf_reference, http
 
 QUESTION = "What color is the circle?"
 ENV = {
@@ -60,29 +60,8 @@ def ask(client: Any, *urls: str, text: str = QUESTION, **more: Any) -> Any:
 
 def expected(folder: Any, urls: list[str], spec: dict[str, Any]) -> tuple[str, int, int]:
     """Return text, prompt tokens and removed visual tokens of the patched Hugging Face model."""
-    import torch
-    from PIL import Image
-    from support.serving import hf_reference
-
-    import tokencomp
-    from tokencomp.inputs.prompts import build_inputs
-    from tokencomp.serving.hf.media import Limits, load_image
-    from tokencomp.serving.hf.video import load_video
-
-    model, processor = hf_reference.load(folder)
-    media = [
-        [Image.fromarray(f) for f in load_video(u, Limits())]
-        if u.startswith("data:video")
-        else load_image(u, Limits())
-        for u in urls
-    ]
-    inputs = build_inputs(processor, [media], [QUESTION])
-    with tokencomp.patch(model, spec["ratio"], reducer=spec["reducer"]) as handle, torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        stats = handle.stats
-    n = inputs["input_ids"].shape[1]
+    text, n, stats = hf_reference.chat_answer(folder, urls, QUESTION, spec)
     removed = stats.tokens_before[0] - stats.tokens_after[0][0]
-    text = processor.tokenizer.decode(out[0, n:], skip_special_tokens=True)
     return text.rstrip("\ufffd"), n - removed, removed  # an incomplete character is not sent
 
 

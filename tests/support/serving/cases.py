@@ -24,6 +24,7 @@ TIMED = (*QWEN, "glm4v")  # positions or prompts depend on the frame rate
 TURN = "<|im_start|>user\n{}{}<|im_end|>\n<|im_start|>assistant\n"
 QUESTION = "What color is the small circle?"
 
+# Reducers that engines can run with their default options.
 SERVABLE = [name for name, option in servable().items() if not option]
 
 IMAGE = ["image", 0, 300, 200]

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 import tokencomp
 from support.serving import media as tiny
+from tokencomp.inputs.prompts import build_inputs
+from tokencomp.serving.hf.media import Limits, load_image
+from tokencomp.serving.hf.video import load_video
 
 
 @lru_cache(maxsize=4)
@@ -76,6 +80,46 @@ def answer(folder: Path, job: dict[str, Any], positions: str = "original") -> di
         for step, token in zip(out.logits, tokens, strict=True)
     ]
     return {"tokens": tokens, "logprobs": logprobs, "prompt": n - removed, "full": n, "kept": kept}
+
+
+@torch.no_grad()
+def chat_answer(
+    folder: Path, urls: list[str], question: str, spec: dict[str, Any], ends: Any = None
+) -> tuple[str, int, Any]:
+    """Return what a server must answer to a user's message with media and a question.
+
+    Parameters
+    ----------
+    folder
+        Folder of the model.
+    urls, question
+        Media as `data:` URLs, and the text behind them.
+    spec
+        Arguments of `tokencomp.patch`.
+    ends
+        Tokens that end the answer, which has at most 8.
+
+    Returns
+    -------
+    str
+        The greedy answer.
+    int
+        Number of tokens of the uncompressed prompt.
+    Stats
+        Statistics of the compression.
+    """
+    model, processor = load(folder)
+    media = [
+        [Image.fromarray(frame) for frame in load_video(url, Limits())]
+        if url.startswith("data:video")
+        else load_image(url, Limits())
+        for url in urls
+    ]
+    inputs = build_inputs(processor, [media], [question])
+    n = inputs["input_ids"].shape[1]
+    with tokencomp.patch(model, **spec) as handle:
+        out = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=ends)
+        return processor.tokenizer.decode(out[0, n:], skip_special_tokens=True), n, handle.stats
 
 
 @torch.no_grad()
