@@ -10,16 +10,13 @@ is smaller than the spread of one arm says nothing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from benchmarks import publishing
 from benchmarks.publishing import environment, provenance
-from benchmarks.serving.run import FOLDER, SHAPE, run, vllm_version
+from benchmarks.serving.run import SHAPE, parser, random_model, rebuild, run, vllm_version
 
 ARMS: dict[str, dict[str, Any]] = {
     "stock vLLM": {"plugin": False, "engine": {}, "arms": {"requests": None}},
@@ -61,29 +58,17 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FOLDER / "ratio_zero.jsonl")
-    parser.add_argument("--processes", type=int, default=4, help="of each arm")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--hidden", type=int, default=896)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--report", action="store_true", help="only rebuild the page")
-    publishing.add_argument(parser)
-    args = parser.parse_args()
+    options = parser(__doc__ or "", "ratio_zero.jsonl", rounds=5)
+    options.add_argument("--processes", type=int, default=4, help="of each arm")
+    args = options.parse_args()
     if args.report:
-        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
-        args.out.with_suffix(".md").write_text(page(rows))
+        rebuild(args.out, page)
         return
     facts = publishing.published_from(args.out, args.allow_dirty)
-    from benchmarks.serving.model import build
-
     shape = {**SHAPE, "rounds": args.rounds, "requests": 1}
     about = {"vllm": vllm_version(), "hidden": args.hidden, "layers": args.layers, **shape}
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        (work / "model").mkdir()
-        model = build(work / "model", args.hidden, args.layers)
+    with random_model(args.hidden, args.layers) as (model, work):
         for _ in range(args.processes):
             for arm, plan in ARMS.items():
                 result = run(model, {**plan, **shape, "pruning_flag": False}, work)["requests"]

@@ -14,12 +14,14 @@ then runs once more with the one flag set that its CPU runner leaves off. Needs 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ COLUMNS = (
 
 
 def engines() -> dict[str, dict[str, Any]]:
-    """What `engine.py` runs, by name; "plugin" says whether ours is on."""
+    """What `engine.py` runs, by name; "plugin" is whether ours is on."""
     ours: dict[str, Any] = {"ratio 0": {"ratio": 0}}
     for reducer in REDUCERS:
         for ratio in RATIOS:
@@ -126,31 +128,48 @@ def vllm_version() -> str:
     return f"{names[0]} {importlib.metadata.version(names[0])}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FOLDER / "results.jsonl")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=896)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--report", action="store_true", help="only rebuild the page")
-    publishing.add_argument(parser)
-    args = parser.parse_args()
-    if args.report:
-        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
-        args.out.with_suffix(".md").write_text(page(rows))
-        return
-    facts = publishing.published_from(args.out, args.allow_dirty)
+def parser(description: str, out: str, rounds: int) -> argparse.ArgumentParser:
+    """Options that all timings of vLLM have."""
+    result = argparse.ArgumentParser(description=description.splitlines()[0])
+    result.add_argument("--out", type=Path, default=FOLDER / out)
+    result.add_argument("--rounds", type=int, default=rounds)
+    result.add_argument("--hidden", type=int, default=896)
+    result.add_argument("--layers", type=int, default=12)
+    result.add_argument("--report", action="store_true", help="only rebuild the page")
+    publishing.add_argument(result)
+    return result
+
+
+def rebuild(out: Path, page: Callable[[list[dict[str, Any]]], str]) -> None:
+    """Write the page of records that an earlier run has written."""
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    out.with_suffix(".md").write_text(page(rows))
+
+
+@contextlib.contextmanager
+def random_model(hidden: int, layers: int) -> Iterator[tuple[Path, Path]]:
+    """Yield the folder of a model with random weights, and a folder for files, for a while."""
     from benchmarks.serving.model import build
 
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "model").mkdir()
+        yield build(work / "model", hidden, layers), work
+
+
+def main() -> None:
+    options = parser(__doc__ or "", "results.jsonl", rounds=3)
+    options.add_argument("--requests", type=int, default=4)
+    args = options.parse_args()
+    if args.report:
+        rebuild(args.out, page)
+        return
+    facts = publishing.published_from(args.out, args.allow_dirty)
     rows: list[dict[str, Any]] = []
     shape = {**SHAPE, "rounds": args.rounds, "requests": args.requests}
     about = {"vllm": vllm_version(), "hidden": args.hidden, "layers": args.layers}
     about.update(dtype="float32", **shape)
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        (work / "model").mkdir()
-        model = build(work / "model", args.hidden, args.layers)
+    with random_model(args.hidden, args.layers) as (model, work):
         for name, plan in engines().items():
             refused = rows and "not supported" in rows[-1].get("failed", "")
             if plan["pruning_flag"] and ("failed" not in rows[-1] or refused):
