@@ -1,1 +1,7 @@
-"""Serving: a plugin for vLLM, and an OpenAI-compatible server for all other models."""
+"""Serving: plugins for vLLM and SGLang, and an OpenAI-compatible server on transformers."""
+
+# Environment variables that the plugins of engines read: the options of the server as JSON, and "1"
+# for versions and settings that were not tested.
+ENV_OPTIONS = "TOKENCOMP_SERVING"
+ENV_UNTESTED = "TOKENCOMP_ALLOW_UNTESTED"
+KEY = "tokencomp"  # of our options in the processor options of a request

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import MissingDependencyError, OptionError, UnsupportedModelError
+from tokencomp.serving import ENV_OPTIONS
 from tokencomp.serving.bind import Bind, check_port
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.spec import ServerOptions
@@ -57,7 +58,7 @@ def vllm_command(
         command += ["--allowed-local-media-path", str(limits.allowed_path.resolve())]
     env = {
         **os.environ,
-        "TOKENCOMP_SERVING": json.dumps({**options, "only_own": parsed.only_own}),
+        ENV_OPTIONS: json.dumps({**options, "only_own": parsed.only_own}),
         "TOKENCOMP_VLLM": "on",
     }
     if bind.api_key:

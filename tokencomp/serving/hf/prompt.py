@@ -7,6 +7,7 @@ from typing import Any
 
 from tokencomp.errors import OptionError, PlanError, RatioError
 from tokencomp.method import MethodSpec
+from tokencomp.serving import KEY
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits, load_image
@@ -117,7 +118,7 @@ def _spec(request: ChatRequest, options: ServerOptions) -> MethodSpec:
     """Return reducer and ratio of the request, or the server's default."""
     fields = request.tokencomp
     if fields is None:
-        fields = (request.mm_processor_kwargs or {}).get("tokencomp")
+        fields = (request.mm_processor_kwargs or {}).get(KEY)
     try:
         return options.resolve(fields, engine="hf")
     except (OptionError, PlanError, RatioError) as error:

@@ -12,6 +12,7 @@ from pydantic import (
     field_validator,
 )
 
+from tokencomp.serving import KEY
 from tokencomp.serving.hf.errors import RequestError
 
 MAX_STRUCTURE = 1_000_000  # JSON objects, lists and their elements; each costs memory
@@ -182,8 +183,6 @@ def _unserved(request: ChatRequest) -> list[str]:
         if value is not None and name not in HARMLESS and value not in OFF.get(name, ())
     ]
     wrong += [
-        f"mm_processor_kwargs.{name}"
-        for name in request.mm_processor_kwargs or {}
-        if name != "tokencomp"
+        f"mm_processor_kwargs.{name}" for name in request.mm_processor_kwargs or {} if name != KEY
     ]
     return wrong + ([f"n={request.n}"] if request.n not in (None, 1) else [])

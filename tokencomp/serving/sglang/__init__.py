@@ -27,8 +27,8 @@ import os
 import pkgutil
 
 from tokencomp.errors import TokenCompError
+from tokencomp.serving import ENV_OPTIONS, ENV_UNTESTED
 
-ENV_UNTESTED = "TOKENCOMP_ALLOW_UNTESTED"
 TESTED_VERSIONS = ("0.5.23",)
 PROCESSOR = "sglang.srt.multimodal.processors.qwen_vl.QwenVLImageProcessor.process_mm_data_async"
 ROUTINES = tuple(
@@ -46,7 +46,7 @@ def register() -> None:
         If the options are wrong or the version is untested. SGLang only logs other exceptions of a
         plugin, and would then serve without compression.
     """
-    from tokencomp.serving.sglang.processing import ENV_OPTIONS, around_processor, server_options
+    from tokencomp.serving.sglang.processing import around_processor, server_options
 
     try:
         if server_options() is None:

@@ -15,12 +15,11 @@ import torch
 import tokencomp
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec
+from tokencomp.serving import ENV_OPTIONS, KEY
 from tokencomp.serving.item_plan import ItemPlan, Layout
 from tokencomp.serving.offsets import MAX_OFFSET
 from tokencomp.serving.spec import ServerOptions
 
-ENV_OPTIONS = "TOKENCOMP_SERVING"
-KEY = "tokencomp"
 PLAN, OFFSETS, TEXT = "tokencomp_plan", "tokencomp_offsets", "tokencomp_text"
 MODELS = (
     "Qwen2VLForConditionalGeneration",

@@ -58,9 +58,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-ENV_OPTIONS = "TOKENCOMP_SERVING"
 ENV_OFF = "TOKENCOMP_VLLM"
-ENV_UNTESTED = "TOKENCOMP_ALLOW_UNTESTED"
 TESTED_VERSIONS = ("0.32", "0.33")
 
 # Architecture → the module of this package with its mixins `Model` and `Processor`.

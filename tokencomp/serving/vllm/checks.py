@@ -9,7 +9,8 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 
 from tokencomp.errors import UnsupportedModelError
-from tokencomp.serving.vllm import ENV_OFF, ENV_UNTESTED, untested_version
+from tokencomp.serving import ENV_UNTESTED
+from tokencomp.serving.vllm import ENV_OFF, untested_version
 
 logger = init_logger("vllm.tokencomp")
 

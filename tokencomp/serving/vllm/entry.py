@@ -16,9 +16,8 @@ from importlib import import_module
 from typing import Any
 
 from tokencomp.errors import OptionError, UnsupportedModelError
-from tokencomp.serving.vllm import ENV_OPTIONS, ENV_UNTESTED, MODELS, STOCK, untested_version
-
-KEY = "tokencomp"
+from tokencomp.serving import ENV_OPTIONS, ENV_UNTESTED, KEY
+from tokencomp.serving.vllm import MODELS, STOCK, untested_version
 
 
 def configured_options(model_config: Any) -> Any:

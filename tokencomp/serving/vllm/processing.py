@@ -15,9 +15,10 @@ from vllm.multimodal.processing import PromptUpdate, PromptUpdateDetails
 import tokencomp
 from tokencomp.errors import OptionError
 from tokencomp.method import MethodSpec
+from tokencomp.serving import KEY
 from tokencomp.serving.item_plan import ItemPlan, Layout, field_name
 from tokencomp.serving.spec import ServerOptions
-from tokencomp.serving.vllm.entry import KEY, configured_options
+from tokencomp.serving.vllm.entry import configured_options
 from tokencomp.serving.vllm.metrics import SeenPlans, count_request
 
 logger = init_logger("vllm.tokencomp")
