@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from support.console import run
 
-from tokencomp.adapters import verified
-from tokencomp.conformance.table import counts, load, markdown, nearest, releases, worse
+from tokencomp.adapters.verified import load, nearest, releases, verified_types
+from tokencomp.conformance.table import counts, markdown, worse
 
 REPOSITORY = Path(__file__).parents[2]
 # The families of the ranking in docs/models.md: the types that stand for each.
@@ -70,7 +70,7 @@ def test_verified_types_follow_the_release(monkeypatch: pytest.MonkeyPatch) -> N
     import transformers
 
     monkeypatch.setattr(transformers, "__version__", "9.0.0")
-    assert {"qwen2_vl", "mistral3"} <= verified.verified_types()
+    assert {"qwen2_vl", "mistral3"} <= verified_types()
     assert nearest("9.0.0") == NEWEST
     assert nearest("4.57.6") == releases()[0]
 

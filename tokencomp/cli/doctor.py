@@ -38,7 +38,7 @@ def command(
     """Check versions, attention backend, kernels and GPU, and compress a real prompt.
 
     Exit code 1 if anything is broken; with --conformance, if a type does worse than in the results
-    that the package carries for this transformers release.
+    that the package carries for this transformers release, or for the nearest one.
     """
     if conformance:
         from tokencomp.cli._conformance import conformance_run

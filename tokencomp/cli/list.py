@@ -127,10 +127,11 @@ def models() -> list[dict[str, Any]]:
 
 
 def types() -> dict[str, Any]:
-    """Conformance of all model types, under the installed transformers or the release before it."""
+    """Conformance of all model types, from the results that `patch` goes by."""
     import transformers
 
-    from tokencomp.conformance.table import load, nearest, short
+    from tokencomp.adapters.verified import load, nearest
+    from tokencomp.conformance.table import short
 
     return short(load(nearest(transformers.__version__)))
 
@@ -216,11 +217,15 @@ def _print_models(console: Any, rows: list[dict[str, Any]]) -> None:
 
 def _print_types(console: Any, table: dict[str, Any]) -> None:
     """The types by status, without what the table of families shows."""
+    import transformers
     from rich.markup import escape
 
     from tokencomp.conformance.table import STATUSES
 
-    console.print(f"\n[bold]Conformance on transformers {table['transformers']}[/]")
+    release, installed = table["transformers"], transformers.__version__
+    console.print(f"\n[bold]Conformance on transformers {release}[/]")
+    if installed != release:
+        console.print(f"transformers {installed} has no results of its own and takes these.")
     for status in STATUSES:
         names = [name for name, row in table["types"].items() if row["status"] == status]
         console.print(f"[bold]{status}[/] ({len(names)}): {escape(', '.join(names))}")

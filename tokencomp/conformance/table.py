@@ -1,7 +1,6 @@
-"""The support table: results of conformance runs, kept per transformers release.
+"""The support table: what is written, shown and compared of the results of conformance runs.
 
-The results of a release are one JSON file beside this module. `tokencomp list models`, the page of
-the release and the counts in the README come from it.
+`tokencomp list models`, the page of a release and the counts in the README come from it.
 """
 
 from __future__ import annotations
@@ -9,13 +8,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from packaging.version import Version
-
-from tokencomp.errors import unknown_name
+from tokencomp.adapters.verified import PASSED, load, nearest
 
 STATUSES = ("exact", "entry only", "refused", "unverified")
 MEANING = {
@@ -24,7 +20,6 @@ MEANING = {
     "refused": "`patch` raises, with the reason",
     "unverified": "not checked, or a check failed: `patch` refuses it unless `verify=True` passes",
 }
-FOLDER = "results"
 CHECKS = ("entry", "entry decode", "batch", "layers", "layers decode", "effect")
 
 
@@ -54,34 +49,6 @@ def save(table: Mapping[str, Any], path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def releases() -> list[str]:
-    """Transformers releases with results, oldest first."""
-    folder = resources.files("tokencomp.conformance").joinpath(FOLDER)
-    names = [f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")]
-    return sorted(names, key=Version)
-
-
-def load(release: str) -> dict[str, Any]:
-    """The table of a release.
-
-    Raises
-    ------
-    UnknownNameError
-        No results of that release.
-    """
-    if release not in releases():
-        raise unknown_name("transformers release", release, releases())
-    file = resources.files("tokencomp.conformance").joinpath(FOLDER, f"{release}.json")
-    table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return table
-
-
-def nearest(release: str) -> str:
-    """The release itself, the nearest older one with results, or the oldest with results."""
-    older = [r for r in releases() if Version(r) <= Version(release)]
-    return older[-1] if older else releases()[0]
-
-
 def short(table: Mapping[str, Any]) -> dict[str, Any]:
     """A table with nothing but status and reason of every type."""
     rows = {
@@ -94,8 +61,8 @@ def short(table: Mapping[str, Any]) -> dict[str, Any]:
 def counts(table: Mapping[str, Any], image_text: bool = False) -> dict[str, int]:
     """Number of types by status; `image_text`: of those of the image-text-to-text mapping alone."""
     rows = [r for r in table["types"].values() if r.get("image_text") or not image_text]
-    found = Counter(row["status"] for row in rows)
-    return {status: found[status] for status in STATUSES}
+    number = Counter(row["status"] for row in rows)
+    return {status: number[status] for status in STATUSES}
 
 
 def markdown(table: Mapping[str, Any]) -> str:
@@ -123,7 +90,7 @@ def markdown(table: Mapping[str, Any]) -> str:
         rows = {k: r for k, r in table["types"].items() if r["status"] == status}
         if rows:
             lines += [f"## {status.capitalize()}", ""]
-            measured = status in ("exact", "entry only")
+            measured = status in PASSED
             lines += _measured(rows, status) if measured else _reasons(rows)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -159,16 +126,16 @@ def first_sentence(reason: str, limit: int = 160) -> str:
 
 
 def worse(table: Mapping[str, Any]) -> dict[str, str]:
-    """Types of a run that are exact in the kept results of its release, or nearly so, and no more.
+    """Types of a run that do worse than in the kept results that `patch` goes by.
+
+    These are the results of the run's own release, or else of the `nearest` one.
 
     Returns
     -------
     dict
         Type → what has changed.
     """
-    if table["transformers"] not in releases():
-        return {}
-    kept = load(table["transformers"])["types"]
+    kept = load(nearest(table["transformers"]))["types"]
     rank = {"exact": 0, "entry only": 1, "refused": 2, "unverified": 2}
     changes = {}
     for name, row in table["types"].items():
