@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tokencomp.conformance.build import (
+from tokencomp.conformance.build import BuildError, TinyModel
+from tokencomp.conformance.configs import (
     AUDIO_PLACEHOLDERS,
     FIRST_SPECIAL,
     PLACEHOLDERS,
-    BuildError,
-    TinyModel,
+    spatial_merge,
 )
 from tokencomp.conformance.shrink import VOCABULARY
 
@@ -280,13 +280,3 @@ def placeholder(tiny: TinyModel) -> tuple[int, str]:
     if "<image>" in codes:
         return int(codes["<image>"]), "image"
     raise BuildError(f"the config of {type(tiny.model).__name__} names no placeholder")
-
-
-def spatial_merge(config: Any) -> int:
-    """Patches of the tower along one side of a visual token."""
-    for owner in (config, getattr(config, "vision_config", None)):
-        for name in ("spatial_merge_size", "merge_size", "downsample_factor"):
-            value = getattr(owner, name, None)
-            if isinstance(value, int):
-                return value
-    return 1

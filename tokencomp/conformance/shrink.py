@@ -24,18 +24,19 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("share_expert_dim", "shared_intermediate_size"), 32),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_latent_size"), 32),
     **dict.fromkeys(("num_attention_heads", "mamba_num_heads", "linear_num_value_heads"), HEADS),
-    **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads"), 2),
-    **dict.fromkeys(("linear_num_key_heads",), 2),
+    **dict.fromkeys(
+        ("num_key_value_heads", "num_global_key_value_heads", "linear_num_key_heads"), 2
+    ),
     **dict.fromkeys(("head_dim", "global_head_dim", "mamba_head_dim", "index_head_dim"), HEAD_DIM),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "ssm_state_size"), 16),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 32),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 16),
-    **dict.fromkeys(("qk_head_dim",), 32),
-    **dict.fromkeys(("linear_head_dim",), 16),
-    **dict.fromkeys(("linear_num_heads",), HEADS),
+    "qk_head_dim": 32,
+    "linear_head_dim": 16,
+    "linear_num_heads": HEADS,
     # Few indexer heads tie at a score of zero, where even the whole model depends on its padding.
-    **dict.fromkeys(("index_n_heads",), 32),
-    **dict.fromkeys(("index_topk",), 16),
+    "index_n_heads": 32,
+    "index_topk": 16,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk"), 2),
     **dict.fromkeys(("n_group", "topk_group", "n_groups", "num_shared_experts"), 1),
@@ -43,8 +44,8 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank"), 8),
     **dict.fromkeys(("sliding_window", "attention_chunk_size"), WINDOW),
-    **dict.fromkeys(("num_kv_shared_layers",), 0),
-    **dict.fromkeys(("max_position_embeddings",), 4096),
+    "num_kv_shared_layers": 0,
+    "max_position_embeddings": 4096,
 }
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "decoder_layers")
 NO_ARGUMENTS = (
@@ -106,8 +107,7 @@ def pick_layers(kinds: list[str]) -> list[int]:
     of each kind is taken, and then the same once more.
     """
     first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-    repeated = first * max(2, math.ceil(4 / len(first)))
-    return repeated
+    return first * max(2, math.ceil(4 / len(first)))
 
 
 def _per_layer(name: str, values: list[Any], chosen: Iterable[int]) -> list[Any]:
