@@ -12,7 +12,7 @@ from typing import Any
 
 from tokencomp.conformance.build import BuildError, bare_model, tiny_model
 from tokencomp.conformance.checks import Result, check_model
-from tokencomp.conformance.variants import variants
+from tokencomp.conformance.variants import Variant, variants
 from tokencomp.errors import UnsupportedModelError, unknown_name
 
 SECONDS = 90
@@ -22,8 +22,11 @@ WORKERS, FEW = 2, 4
 RANK = ("exact", "entry only", "unverified", "refused")
 
 
-class TimeLimitError(Exception):
-    """A type took longer than it may."""
+class TimeLimitError(BaseException):
+    """A type took longer than it may.
+
+    No `Exception`, because building and checking a model catch those, and would go on.
+    """
 
 
 def model_classes() -> dict[str, str]:
@@ -128,7 +131,7 @@ def _row(result: Result, forms: list[str] | None = None) -> dict[str, Any]:
     return {**result.to_dict(), **({"forms": named} if named else {})}
 
 
-def _check_variant(model_type: str, variant: Any) -> Result:
+def _check_variant(model_type: str, variant: Variant) -> Result:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
