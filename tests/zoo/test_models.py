@@ -12,7 +12,7 @@ from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.inputs.questions import option_letter
 from tokencomp.shapesqa.examples import by_family
 from tokencomp.shapesqa.items import item, items
-from tokencomp.shapesqa.questions import mvbench_prompt
+from tokencomp.shapesqa.prompt_forms import mvbench_prompt
 from tokencomp.zoo.card import render_card
 from tokencomp.zoo.evaluate import evaluate
 

@@ -10,7 +10,7 @@ from typing import Any
 from tokencomp.inputs.questions import Example
 from tokencomp.shapesqa.items import Item
 from tokencomp.shapesqa.layouts import write_media
-from tokencomp.shapesqa.questions import mlvu_prompt, mvbench_prompt
+from tokencomp.shapesqa.prompt_forms import mlvu_prompt, mvbench_prompt
 
 FORMS = {
     "free": lambda item: item.question,

@@ -18,14 +18,8 @@ from PIL import Image
 
 from tokencomp.errors import UnknownNameError
 from tokencomp.shapesqa.difficulty import SIZE, sample_scene
-from tokencomp.shapesqa.questions import (
-    FAMILIES,
-    IMAGE_FAMILIES,
-    VIDEO_FAMILIES,
-    Question,
-    ask,
-    letter,
-)
+from tokencomp.shapesqa.prompt_forms import letter
+from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES, Question, ask
 from tokencomp.shapesqa.scenes import Scene
 
 SPLIT_SEEDS = {"train": 11_000_003, "validation": 22_000_003, "test": 33_000_001}

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tokencomp.shapesqa.items import Item, item
-from tokencomp.shapesqa.questions import mlvu_question
+from tokencomp.shapesqa.prompt_forms import mlvu_question
 from tokencomp.shapesqa.render import render_image, write_mp4
 
 # ShapesQA family -> (MVBench task, folder in which lmms-eval looks for its videos)

@@ -12,7 +12,6 @@ from tokencomp.shapesqa.lettering import WORDS
 from tokencomp.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES, Scene, Thing
 
 PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
-FREE_FORM_SUFFIX = "\nAnswer the question using a single word or phrase."
 
 
 @dataclass(frozen=True)
@@ -300,35 +299,3 @@ def reading(scene: Scene, rng: np.random.Generator) -> Question | None:
         near = tuple(str(n) for n in range(10, 100) if len({*str(n)} & {*word}) == 1)
         return Question("reading", "What number is written?", word, _options(word, near, rng))
     return Question("reading", "What does the text say?", word, _options(word, WORDS, rng))
-
-
-# --- prompt forms ---------------------------------------------------------------------------
-
-
-def letter(question: Question) -> str:
-    """Letter of the right option."""
-    return "ABCDE"[question.options.index(question.answer)]
-
-
-def mvbench_prompt(question: Question) -> str:
-    """Multiple choice as lmms-eval's ``mvbench`` tasks put it."""
-    lines = "".join(f"({'ABCDE'[i]}) {option}\n" for i, option in enumerate(question.options))
-    return f"Question:{question.text}\nOption:\n{lines}Only give the best option.\n"
-
-
-def mlvu_question(question: Question) -> str:
-    """Question text with options as MLVU files hold it."""
-    lines = "".join(f"\n({'ABCDE'[i]}) {option}" for i, option in enumerate(question.options))
-    return question.text + lines
-
-
-def mlvu_prompt(question: Question) -> str:
-    """Multiple choice as lmms-eval's ``mlvu_dev`` task puts it."""
-    return mlvu_question(question) + "\nOnly give the best option.\nBest option: ("
-
-
-def letters_prompt(question: Question) -> str:
-    """Multiple choice in the form most image benchmarks use."""
-    lines = "".join(f"\n{'ABCDE'[i]}. {option}" for i, option in enumerate(question.options))
-    tail = "\nAnswer with the option's letter from the given choices directly."
-    return question.text + lines + tail

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from tokencomp.shapesqa.items import stream
-from tokencomp.shapesqa.questions import FREE_FORM_SUFFIX, Question, ask, families, letter
+from tokencomp.shapesqa.prompt_forms import FREE_FORM_SUFFIX, letter
+from tokencomp.shapesqa.questions import Question, ask, families
 from tokencomp.shapesqa.render import canvas_of, paint
 from tokencomp.shapesqa.scenes import Scene
 from tokencomp.zoo.labels import cell_labels, text_labels

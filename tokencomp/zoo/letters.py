@@ -9,17 +9,17 @@ from __future__ import annotations
 import numpy as np
 
 from tokencomp.shapesqa.lettering import WORDS
-from tokencomp.shapesqa.questions import (
-    Question,
+from tokencomp.shapesqa.prompt_forms import (
+    LETTERS,
     letter,
     letters_prompt,
     mlvu_prompt,
     mvbench_prompt,
 )
+from tokencomp.shapesqa.questions import Question
 from tokencomp.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES
 from tokencomp.zoo.packing import IGNORE, Packer
 
-LETTERS = "ABCDE"
 FORMS = (mvbench_prompt, mlvu_prompt, letters_prompt)
 _POOLS: tuple[tuple[str, ...], ...] = (
     COLORS,

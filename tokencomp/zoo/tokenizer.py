@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokencomp.shapesqa.questions import COLORS, DIRECTIONS, FREE_FORM_SUFFIX, PLURALS, SHAPES
+from tokencomp.shapesqa.prompt_forms import FREE_FORM_SUFFIX, LETTERS
+from tokencomp.shapesqa.questions import COLORS, DIRECTIONS, PLURALS, SHAPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ _SPLIT = (
 
 def corpus() -> list[str]:
     """Text in which every word that ShapesQA uses occurs, with and without a leading space."""
-    words = [*SHAPES, *COLORS, *PLURALS.values(), *DIRECTIONS, *"ABCDE", *"0123456789"]
+    words = [*SHAPES, *COLORS, *PLURALS.values(), *DIRECTIONS, *LETTERS, *"0123456789"]
     words += ["yes", "no", "left", "right", "above", "below", "top", "bottom", "before", "after"]
     words += ["Yes", "No", "image", "video", "picture", "frame", "object", "objects", "system"]
     words += ["user", "assistant", "describe", "Describe", "the", "this", "what", "who", "and"]

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from tokencomp.shapesqa.items import stream
+from tokencomp.shapesqa.prompt_forms import LETTERS
 from tokencomp.storage import replace_file
 from tokencomp.zoo.batches import BatchMaker
 from tokencomp.zoo.families import Family
-from tokencomp.zoo.letters import LETTERS
 from tokencomp.zoo.losses import PAIRS, Heads
 from tokencomp.zoo.muon import optimizers
 from tokencomp.zoo.packing import IGNORE, Packer, attention_mask

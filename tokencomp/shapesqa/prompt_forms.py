@@ -1,0 +1,37 @@
+"""Prompts of ShapesQA questions: in words, and as multiple choice in the forms of benchmarks."""
+
+from __future__ import annotations
+
+from tokencomp.shapesqa.questions import Question
+
+FREE_FORM_SUFFIX = "\nAnswer the question using a single word or phrase."
+LETTERS = "ABCDE"
+
+
+def letter(question: Question) -> str:
+    """Letter of the right option."""
+    return LETTERS[question.options.index(question.answer)]
+
+
+def mvbench_prompt(question: Question) -> str:
+    """Multiple choice as lmms-eval's ``mvbench`` tasks put it."""
+    lines = "".join(f"({LETTERS[i]}) {option}\n" for i, option in enumerate(question.options))
+    return f"Question:{question.text}\nOption:\n{lines}Only give the best option.\n"
+
+
+def mlvu_question(question: Question) -> str:
+    """Question text with options as MLVU files hold it."""
+    lines = "".join(f"\n({LETTERS[i]}) {option}" for i, option in enumerate(question.options))
+    return question.text + lines
+
+
+def mlvu_prompt(question: Question) -> str:
+    """Multiple choice as lmms-eval's ``mlvu_dev`` task puts it."""
+    return mlvu_question(question) + "\nOnly give the best option.\nBest option: ("
+
+
+def letters_prompt(question: Question) -> str:
+    """Multiple choice in the form most image benchmarks use."""
+    lines = "".join(f"\n{LETTERS[i]}. {option}" for i, option in enumerate(question.options))
+    tail = "\nAnswer with the option's letter from the given choices directly."
+    return question.text + lines + tail
