@@ -18,6 +18,7 @@ from tokencomp.pages.pictures import (
     picture,
     plain,
     plain_tiles,
+    strip,
     survival,
     tiles,
 )
@@ -72,36 +73,31 @@ def answer_prompt(
             text = generate(model, processor, maker.inputs(setting), max_new_tokens)[0]
             cost = maker.costs(setting, handle)[0]
             stats = handle.stats if handle is not None else None
-        shrunk = maker.media_for(setting)[0]
-        sheets, layers = _pictures(stats, media, shrunk)
-        answers.append(Answer(setting, text, cost, sheets, layers, _clips(stats, media, shrunk)))
+        pictures = _pictures(stats, media, maker.media_for(setting)[0])
+        answers.append(Answer(setting, text, cost, *pictures))
     return answers
 
 
 def _pictures(
     stats: Any, media: Sequence[Any], shrunk: Sequence[Any]
-) -> tuple[list[Any], list[tuple[int, list[Any]]]]:
+) -> tuple[list[Any], list[tuple[int, list[Any]]], list[list[Any]]]:
+    """The fields `pictures`, `layers` and `clips` of an answer."""
     if stats is None or not media:
-        return [plain(m) for m in shrunk], []
-    groups = group_spans(stats.spans[0], media)
+        return [plain(m) for m in shrunk], [], [plain_tiles(m) for m in shrunk if _is_video(m)]
+    groups = zip(media, group_spans(stats.spans[0], media), strict=True)
+    spans = [(m, group) for m, group in groups if group]
 
     def sheets(shares: list[Any]) -> list[Any]:
-        return [picture(m, [shares[j] for j in g]) for m, g in zip(media, groups, strict=True) if g]
+        return [picture(m, [shares[j] for j in group]) for m, group in spans]
 
     stages = [(layer, sheets(layer_survival(stats, layer))) for layer in stats.stage_layers]
-    return sheets(survival(stats)), stages
+    shares = survival(stats)
+    drawn = [(m, tiles(m, [shares[j] for j in group])) for m, group in spans]
+    return [strip(t) for _, t in drawn], stages, [t for m, t in drawn if _is_video(m)]
 
 
-def _clips(stats: Any, media: Sequence[Any], shrunk: Sequence[Any]) -> list[list[Any]]:
-    """Per video, the pictures of its sheet."""
-    if stats is None:
-        return [plain_tiles(m) for m in shrunk if media_kind(m) == "video"]
-    shares, groups = survival(stats), group_spans(stats.spans[0], media)
-    return [
-        tiles(m, [shares[j] for j in g])
-        for m, g in zip(media, groups, strict=True)
-        if g and media_kind(m) == "video"
-    ]
+def _is_video(media: Any) -> bool:
+    return media_kind(media) == "video"
 
 
 def time_prefill(

@@ -77,16 +77,15 @@ def _mark_unseen(share: np.ndarray, stats: Stats, sample: int, span: int) -> Non
 
 def overlay(image: Image.Image, share: np.ndarray, side: int = SIDE) -> Image.Image:
     """`image` with patches dimmed by what was removed; `share` is (h, w) in [0, 1], or `NEVER`."""
-    scale = side / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    pixels = np.asarray(image.convert("RGB").resize(size), dtype=np.float64)
-    rows = np.arange(size[1]) * share.shape[0] // size[1]
-    columns = np.arange(size[0]) * share.shape[1] // size[0]
+    pixels = np.asarray(_fit(image, side), dtype=np.float64)
+    height, width, _ = pixels.shape
+    rows = np.arange(height) * share.shape[0] // height
+    columns = np.arange(width) * share.shape[1] // width
     spread = share[rows][:, columns, None]
     light = DIM + (1 - DIM) * np.maximum(spread, 0)
     tint = np.where(spread == NEVER, UNSEEN, TINT)
     out = Image.fromarray((pixels * light + tint * (1 - light)).round().astype(np.uint8))
-    draw, (width, height) = ImageDraw.Draw(out), size
+    draw = ImageDraw.Draw(out)
     for k in range(1, share.shape[0]):
         y = k * height / share.shape[0]
         draw.line([(0, y), (width, y)], LINE)
@@ -132,8 +131,7 @@ def tiles(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> list[Im
     out = []
     for share in shares:
         frames = frames_of(media, share.shape)
-        shown = np.unique(np.linspace(0, len(frames) - 1, MAX_FRAMES).round().astype(int))
-        out += [overlay(frames[k], share[k], side) for k in shown]
+        out += [overlay(frames[k], share[k], side) for k in _shown(frames)]
     size = max((t.size for t in out), key=lambda s: s[0] * s[1])
     return [t if t.size == size else t.resize(size) for t in out]
 
@@ -147,8 +145,12 @@ def plain(media: Any, side: int = SIDE, slices: int | None = None) -> Image.Imag
 
 def plain_tiles(frames: Sequence[Image.Image], side: int = SIDE) -> list[Image.Image]:
     """Frames of a video, evenly spaced, without overlay."""
-    shown = np.unique(np.linspace(0, len(frames) - 1, MAX_FRAMES).round().astype(int))
-    return [_fit(frames[k], side) for k in shown]
+    return [_fit(frames[k], side) for k in _shown(frames)]
+
+
+def _shown(frames: Sequence[Image.Image]) -> np.ndarray:
+    """Numbers of up to `MAX_FRAMES` frames, evenly spaced."""
+    return np.unique(np.linspace(0, len(frames) - 1, MAX_FRAMES).round().astype(int))
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
