@@ -1,4 +1,4 @@
-"""Cells that several tables of the command line share."""
+"""Tables, and cells of tables, that several commands share."""
 
 from __future__ import annotations
 

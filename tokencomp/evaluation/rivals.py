@@ -1,4 +1,4 @@
-"""What a sceptic asks of a compressed run: is it better than chance, and than fewer pixels?
+"""Compressed runs against the full model, random dropping and downscaling.
 
 Everything is computed per item, from the answers alone, on the items that all runs in question
 answered.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokencomp.evaluation.metrics import Difference, McNemar, difference, mcnemar
-from tokencomp.evaluation.runs import EvalRun
+from tokencomp.evaluation.runs import EvalRun, score_pairs
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM
 
 
@@ -60,7 +60,7 @@ def rivals(run: EvalRun, runs: Sequence[EvalRun]) -> Rivals:
     name = run.identity["reducer"]
     full = next(r for r in runs if r.identity["reducer"] == FULL)
     if run is full:
-        return Rivals(seeds=0)
+        return Rivals()
     random = _at(RANDOM, run.ratio, runs) if name != RANDOM else []
     small = _at(DOWNSCALE, run.ratio, runs) if name != DOWNSCALE else []
     detail = _detail(run, _at(DOWNSCALE, run.ratio, runs))
@@ -85,7 +85,7 @@ def losses(runs: Sequence[EvalRun]) -> list[Loss]:
         for name in baselines:
             group = _at(name, run.ratio, runs)
             for family in sorted({r["family"] for r in run.answered}) if group else ():
-                pairs = _pairs(run, group, family)
+                pairs = score_pairs(run, group, family)
                 own, other = zip(*pairs, strict=True) if pairs else ((), ())
                 if sum(own) < sum(other):
                     test = mcnemar(own, other)
@@ -99,38 +99,22 @@ def _at(name: str, ratio: float, runs: Sequence[EvalRun]) -> list[EvalRun]:
     return [r for r in runs if r.identity["reducer"] == name and r.ratio == ratio]
 
 
-def _scores(run: EvalRun) -> dict[str, float]:
-    return {r["id"]: float(r["correct"]) for r in run.answered}
-
-
-def _pairs(
-    run: EvalRun, group: Sequence[EvalRun], family: str | None = None
-) -> list[tuple[float, float]]:
-    """Score of the run and mean score of the group, per item that all of them answered."""
-    others = [_scores(one) for one in group]
-    return [
-        (float(r["correct"]), sum(o[r["id"]] for o in others) / len(others))
-        for r in run.answered
-        if (family is None or r["family"] == family) and all(r["id"] in o for o in others)
-    ]
-
-
 def _against(run: EvalRun, group: Sequence[EvalRun]) -> Difference | None:
-    pairs = _pairs(run, group) if group else []
+    pairs = score_pairs(run, group) if group else []
     return difference(*zip(*pairs, strict=True)) if pairs else None
 
 
 def _detail(run: EvalRun, small: Sequence[EvalRun]) -> list[float]:
     """Scores on the items that downscaling gets wrong."""
-    blurred = _scores(small[0]) if small else {}
+    blurred = small[0].scores if small else {}
     return [float(r["correct"]) for r in run.answered if blurred.get(r["id"], 1.0) < 0.5]
 
 
 def _agreement(run: EvalRun, full: EvalRun) -> float | None:
-    said = {r["id"]: r["prediction"] for r in full.answered if r.get("prediction") is not None}
+    answers = {r["id"]: r["prediction"] for r in full.answered if r.get("prediction") is not None}
     same = [
-        r["prediction"].strip() == said[r["id"]].strip()
+        r["prediction"].strip() == answers[r["id"]].strip()
         for r in run.answered
-        if r.get("prediction") is not None and r["id"] in said
+        if r.get("prediction") is not None and r["id"] in answers
     ]
     return sum(same) / len(same) if same else None

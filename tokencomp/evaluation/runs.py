@@ -87,6 +87,11 @@ class EvalRun:
         return [r for r in self.records if not r.get("error")]
 
     @property
+    def scores(self) -> dict[str, float]:
+        """Score of every answered item, by its id."""
+        return {r["id"]: float(r["correct"]) for r in self.answered}
+
+    @property
     def failed(self) -> list[dict[str, Any]]:
         return [r for r in self.records if r.get("error")]
 
@@ -114,12 +119,29 @@ def paired_scores(run: EvalRun, other: EvalRun) -> tuple[list[float], list[float
     OptionError
         The runs have no answered item in common.
     """
-    scores = {r["id"]: float(r["correct"]) for r in other.answered}
-    pairs = [(float(r["correct"]), scores[r["id"]]) for r in run.answered if r["id"] in scores]
+    pairs = score_pairs(run, [other])
     if not pairs:
         places = [str(r.path or r.identity["reducer"]) for r in (run, other)]
         raise OptionError(f"{places[0]} and {places[1]} have no answered item in common.")
     return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def score_pairs(
+    run: EvalRun, others: Sequence[EvalRun], family: str | None = None
+) -> list[tuple[float, float]]:
+    """Score of the run and mean score of the others, per item that all of them answered.
+
+    Parameters
+    ----------
+    family
+        Items of this question family alone; None: of all.
+    """
+    scores = [other.scores for other in others]
+    return [
+        (float(r["correct"]), sum(s[r["id"]] for s in scores) / len(scores))
+        for r in run.answered
+        if (family is None or r["family"] == family) and all(r["id"] in s for s in scores)
+    ]
 
 
 def find_runs(paths: Sequence[Path]) -> list[EvalRun]:
