@@ -101,7 +101,7 @@ def test_a_second_turn(served: Family) -> None:
 
 
 def test_frames_at_placeholders_of_images() -> None:
-    """A video of GLM-4.1V is one span; its frames, and the timestamps between, are told apart."""
+    """A video of GLM-4.1V is one span; the timestamps between its frames are text."""
     if "glm4v" not in STRUCTURAL:
         pytest.skip("the release has no such model")
     family: Any = STRUCTURAL["glm4v"]

@@ -40,7 +40,7 @@ def test_qwen(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe"])
 def test_qwen3_video_is_one_span(name: str) -> None:
-    """Timestamps between frames are text; two videos in a row are told apart."""
+    """Timestamps between frames are text; two videos in a row are two spans."""
     family = FAMILIES[name]
     found = spans(name, family.video(4), family.video(6), family.image(1))
     # per frame: < t > start, 8 tokens, end

@@ -84,10 +84,8 @@ def test_patching_twice_and_unpatching_leave_nothing() -> None:
     assert vars(model.model) == before
 
 
-def test_a_grid_that_nothing_tells_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only by reducers that read places."""
-    if not MISTRAL:
-        pytest.skip("the release has no Ministral 3")
+@needs_mistral
+def test_an_unknown_grid_is_refused_by_reducers_that_read_places() -> None:
     family = Mistral3()
     model = family.build()
     inputs = family.batch([[text(3), family.image(0), text(5)]])

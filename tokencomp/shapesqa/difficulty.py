@@ -2,7 +2,7 @@
 
 `plain` is what a visitor draws: one to three shapes in flat colours on a flat ground, of any size
 and aspect ratio. `hard` has backgrounds in the colours of objects, more objects, cameras that pan
-behind the objects and noise in every frame: what usual scenes spare a method that scores pixels.
+behind the objects and noise in every frame, all of which is hard for methods that score pixels.
 """
 
 from __future__ import annotations

@@ -103,10 +103,10 @@ def _view(scene: Scene, time: float, canvas: np.ndarray) -> np.ndarray:
     return canvas[top : top + scene.height, left : left + scene.width].astype(np.float32)
 
 
-def canvas_of(scene: Scene, seed: int | None = None) -> np.ndarray:
+def canvas_of(scene: Scene) -> np.ndarray:
     """Everything that the background of ``scene`` shows over time, in [0, 255].
 
-    It is wider and higher than the scene where the camera pans. ``seed`` replaces the scene's own.
+    It is wider and higher than the scene where the camera pans.
     """
     width, height = (
         side + round(abs(v) * scene.frames)
@@ -114,8 +114,7 @@ def canvas_of(scene: Scene, seed: int | None = None) -> np.ndarray:
     )
     if scene.look.flat is not None:
         return np.broadcast_to(np.asarray(scene.look.flat, np.float32), (height, width, 3))
-    seed = scene.background if seed is None else seed
-    return background(seed, width, height, scene.look.vivid)
+    return background(scene.background, width, height, scene.look.vivid)
 
 
 def owner_map(scene: Scene, time: float = 0.0) -> np.ndarray:

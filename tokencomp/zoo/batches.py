@@ -14,6 +14,7 @@ from tokencomp.shapesqa.prompt_forms import FREE_FORM_SUFFIX, letter
 from tokencomp.shapesqa.questions import Question, ask, families
 from tokencomp.shapesqa.render import canvas_of, paint
 from tokencomp.shapesqa.scenes import Scene
+from tokencomp.shapesqa.textures import background
 from tokencomp.zoo.labels import cell_labels, text_labels
 from tokencomp.zoo.letters import FORMS, Segment, dense_options, whole_form
 from tokencomp.zoo.packing import Packer
@@ -71,8 +72,6 @@ def _codec_noise(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 @lru_cache(maxsize=1500)
 def _cached_canvas(width: int, height: int, vivid: bool, seed: int) -> np.ndarray:
-    from tokencomp.shapesqa.textures import background
-
     return background(seed, width, height, vivid).round().astype(np.uint8)
 
 

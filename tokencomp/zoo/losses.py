@@ -16,13 +16,13 @@ from tokencomp.zoo.labels import PLACES, UNCLEAR
 FRAME_PARTS = (len(COLORS) + 1, len(SHAPES) + 1, 49, 3, 1, PLACES, PLACES)
 # Outputs per token: motion, character, word.
 TOKEN_PARTS = (len(DIRECTIONS) + 1, len(GLYPHS) + 1, len(WORDS) + 1)
-PAIRS = 8  # pairs of frames that the clock tells apart
+PAIRS = 8  # pairs of frames among which the clock head chooses
 
 Note = Callable[[str, float], None]
 
 
 class Heads(nn.Module):
-    """What training asks of tokens beside the answers; nothing of it is exported.
+    """Heads of the losses beside that of the answers; they are not exported.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class Heads(nn.Module):
     def vision_loss(self, tokens: Tensor, batch: dict, note: Note) -> Tensor:
         """What every token's cell shows, for both frames of the token. See `cell_labels`.
 
-        Masks and boxes are there because they ask for the same features whatever the colour;
+        Masks and boxes are there because they need the same features whatever the colour;
         without them shapes are learnt several times more slowly.
 
         Parameters

@@ -14,7 +14,7 @@ class Stage:
     ``sources`` are (weight, source); ``vision_lr`` and ``text_lr`` are the peaks of the two
     parameter groups. The rate warms up over ``warmup`` steps and, in the last stages of a recipe,
     follows one cosine from ``start`` to ``end`` (fractions of the peak). ``helpers`` is the weight
-    of what an early layer is asked for: the time of a frame and the letter of an option.
+    of the losses on an early layer: the time of a frame and the letter of an option.
     """
 
     name: str

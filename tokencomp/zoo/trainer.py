@@ -29,7 +29,7 @@ from tokencomp.zoo.stage import Stage
 
 log = logging.getLogger(__name__)
 MUON_SCALE = 6.0  # rate of Muon over the rate of AdamW
-EARLY = 2  # decoder layer after which hidden states are asked for times and letters
+EARLY = 2  # decoder layer from whose hidden states heads predict times and letters
 
 
 class _Steps(Dataset):
@@ -183,10 +183,10 @@ class Trainer:
         return loss + self.stages[self.stage].helpers * self._helper_loss(batch, ids)
 
     def _helper_loss(self, batch: dict, ids: torch.Tensor) -> torch.Tensor:
-        """What an early layer's hidden states must tell: the time of a frame, an option's letter.
+        """Losses on an early layer's hidden states: the time of a frame, the letter of an option.
 
-        Both are one hop that questions about order and options compose; asked for directly, each is
-        learnt within a hundred steps.
+        Questions about order and options compose these two; with a loss of its own, each is learnt
+        within a hundred steps.
         """
         early = self._early.pop()
         if not self.stages[self.stage].helpers:
