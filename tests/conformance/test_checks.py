@@ -29,7 +29,7 @@ def tiny(model_type: str) -> TinyModel:
     return tiny_model(model_class, CONFIG_MAPPING[model_type](), variants(model_type)[-1])
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "llava"])
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "llava", "glm4v_moe"])
 def test_served_types_are_exact(model_type: str) -> None:
     result = check_model(tiny(model_type), compress)
     assert (result.status, result.reason) == ("exact", "")

@@ -272,7 +272,9 @@ class ForwardPass:
         if segment.index is None:
             return positions
         index = segment.index.to(positions.device)
-        return positions.expand(len(index), -1).gather(1, index)
+        axes = positions.shape[:-2]  # M-RoPE has one row per axis in front of the samples
+        positions = positions.expand(*axes, len(index), -1)
+        return positions.gather(-1, index.expand(*axes, -1, -1))
 
     def _tables(
         self, segment: Segment, kind: str, kwargs: Mapping[str, Any], device: torch.device
