@@ -16,7 +16,7 @@ from tokencomp.adapters.verified import PASSED, load, nearest
 STATUSES = ("exact", "entry only", "refused", "unverified")
 MEANING = {
     "exact": "at entry and between layers",
-    "entry only": "exact at entry; stages between layers are refused",
+    "entry only": "exact at entry; stages between layers are refused, or did not pass",
     "refused": "`patch` raises, with the reason",
     "unverified": "not checked, or a check failed: `patch` refuses it unless `verify=True` passes",
 }
