@@ -27,7 +27,8 @@ ROOMS = (
     ("tokencomp", "patching", "method", "conformance"),
     ("engine", "context_window", "plan_json"),
     ("adapters", "trained", "reducers"),
-    ("plan", "schedules", "tokens", "validation", "errors", "yarn", "storage"),
+    ("plan", "stages", "keep_counts", "schedules", "tokens", "reduction", "signals"),
+    ("validation", "errors", "yarn", "storage"),
     ("kernels",),
 )
 # `engine.compat` imports nothing but errors: it is the one file that knows transformers releases,

@@ -15,7 +15,8 @@ from support.families import FAMILIES, text
 
 import tokencomp
 from tokencomp import Plan, Reducer, Stage, errors, make_reducer
-from tokencomp.tokens import Reduction, VisualSpan, VisualTokens
+from tokencomp.reduction import Reduction
+from tokencomp.tokens import VisualSpan, VisualTokens
 
 
 def test_plans_as_json_and_files(tmp_path: Path) -> None:

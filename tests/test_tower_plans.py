@@ -13,8 +13,8 @@ from tokencomp import Plan, Stage, TowerStage, make_reducer, plan_from_json, pla
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.llava import LlavaAdapter
 from tokencomp.errors import OptionError, PlanError, RatioError, SpanError, UnsupportedModelError
+from tokencomp.keep_counts import split_evenly
 from tokencomp.method import MethodSpec
-from tokencomp.plan import split_evenly
 from tokencomp.tokens import VisualSpan
 
 UNIFORM = make_reducer("uniform")

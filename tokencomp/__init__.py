@@ -18,8 +18,8 @@ _LAZY = {
     "Handle": "tokencomp.patching",
     "extend_visual_context": "tokencomp.context_window",
     "Plan": "tokencomp.plan",
-    "Stage": "tokencomp.plan",
-    "TowerStage": "tokencomp.plan",
+    "Stage": "tokencomp.stages",
+    "TowerStage": "tokencomp.stages",
     "Reducer": "tokencomp.reducers.base",
     "register_reducer": "tokencomp.reducers.registry",
     "available_reducers": "tokencomp.reducers.registry",
@@ -27,7 +27,7 @@ _LAZY = {
     "plan_from_json": "tokencomp.plan_json",
     "plan_to_json": "tokencomp.plan_json",
     "available_models": "tokencomp.adapters.registry",
-    "Reduction": "tokencomp.tokens",
+    "Reduction": "tokencomp.reduction",
     "VisualTokens": "tokencomp.tokens",
     "TokenCompError": "tokencomp.errors",
 }
@@ -58,11 +58,13 @@ if TYPE_CHECKING:
     from tokencomp.context_window import extend_visual_context
     from tokencomp.errors import TokenCompError
     from tokencomp.patching import Handle, patch, unpatch
-    from tokencomp.plan import Plan, Stage, TowerStage
+    from tokencomp.plan import Plan
     from tokencomp.plan_json import plan_from_json, plan_to_json
     from tokencomp.reducers.base import Reducer
     from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer
-    from tokencomp.tokens import Reduction, VisualTokens
+    from tokencomp.reduction import Reduction
+    from tokencomp.stages import Stage, TowerStage
+    from tokencomp.tokens import VisualTokens
 
 
 def __getattr__(name: str) -> Any:

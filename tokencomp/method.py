@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 from tokencomp.engine.proportional import check_merges
 from tokencomp.errors import OptionError, PlanError, RatioError
-from tokencomp.plan import MEDIA, Plan, Stage, TowerStage, check_ratio
+from tokencomp.keep_counts import check_ratio
+from tokencomp.plan import Plan
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
+from tokencomp.stages import MEDIA, Stage, TowerStage
 
 DEFAULT_REDUCER = "condiv"  # chosen on validation data: docs/decisions/0001-default-reducer.md
 DEFAULT_SERVED_REDUCER = "divprune"  # ignores the question, so media caches serve every question

@@ -26,8 +26,9 @@ from tokencomp.engine.stats import Stats
 from tokencomp.engine.tower import check_signals
 from tokencomp.engine.tower_stage import check_tower_stage
 from tokencomp.errors import OptionError, PlanError
+from tokencomp.keep_counts import check_ratio
 from tokencomp.method import MethodSpec, two_ratios
-from tokencomp.plan import Plan, check_ratio
+from tokencomp.plan import Plan
 from tokencomp.plan_json import PlanLike, as_plan
 from tokencomp.reducers.base import Reducer
 from tokencomp.trained.cards import model_facts

@@ -31,8 +31,8 @@ from tokencomp.reducers.base import Reducer
 from tokencomp.shapesqa.examples import shapesqa
 from tokencomp.shapesqa.items import SIZE, items
 from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES
+from tokencomp.signals import TOWER_SIGNALS
 from tokencomp.storage import replace_file, write_json
-from tokencomp.tokens import TOWER_SIGNALS
 from tokencomp.trained.cards import locate, model_facts
 from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.measure import Measurement

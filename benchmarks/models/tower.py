@@ -33,11 +33,13 @@ from benchmarks import publishing
 from benchmarks.models.tower_page import CASES, RATIO, TOWER_RATIO, page
 from benchmarks.publishing import environment
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.plan import Plan, TowerStage
+from tokencomp.plan import Plan
 from tokencomp.profiling import shapes
 from tokencomp.profiling.shapes import SHAPES
 from tokencomp.reducers.kcentre import KCentre
-from tokencomp.tokens import Reduction, SpanBatch
+from tokencomp.reduction import Reduction
+from tokencomp.stages import TowerStage
+from tokencomp.tokens import SpanBatch
 
 FOLDER = Path(__file__).parent
 TOWER_RATIOS = (0.25, 0.5, 0.6, 0.75)

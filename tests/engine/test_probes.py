@@ -10,7 +10,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from tokencomp.engine.layout import Prompt, full_layout
 from tokencomp.engine.probes import input_scores
-from tokencomp.tokens import Attention, VisualSpan
+from tokencomp.signals import Attention
+from tokencomp.tokens import VisualSpan
 
 PAST, WIDTH, DRAFT = 7, 44, 2
 LENGTHS = [44, 39]

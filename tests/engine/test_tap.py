@@ -13,7 +13,8 @@ from tokencomp.engine.layout import Prompt, full_layout
 from tokencomp.engine.probes import input_scores, layer_scores
 from tokencomp.engine.tap import attention_of, tap
 from tokencomp.errors import UnsupportedModelError
-from tokencomp.tokens import Attention, VisualSpan
+from tokencomp.signals import Attention
+from tokencomp.tokens import VisualSpan
 
 SIZES: dict[str, Any] = dict(
     vocab_size=40, hidden_size=64, intermediate_size=48, num_hidden_layers=2,

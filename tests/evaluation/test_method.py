@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import tokencomp
-from tokencomp import method, patching, plan
+from tokencomp import keep_counts, method, patching
 from tokencomp.cli._methods import checked
 from tokencomp.errors import OptionError, UnknownNameError, WeightsError
 from tokencomp.evaluation import Setting, grid, sweep
@@ -26,7 +26,7 @@ def hooks(model: Any) -> int:
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often ratios are checked and reducers are built."""
     counts = {"check_ratio": 0, "built": 0}
-    check_ratio, post_init = plan.check_ratio, base.Reducer.__post_init__
+    check_ratio, post_init = keep_counts.check_ratio, base.Reducer.__post_init__
 
     def checking(ratio: float, name: str = "ratio") -> float:
         counts["check_ratio"] += name == "ratio"
@@ -36,7 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts["built"] += 1
         post_init(self)
 
-    for module in (plan, base, method, patching):
+    for module in (keep_counts, base, method, patching):
         monkeypatch.setattr(module, "check_ratio", checking, raising=False)
     monkeypatch.setattr(base.Reducer, "__post_init__", building)
     return counts
@@ -115,7 +115,7 @@ def test_specs_are_equal_by_their_fields() -> None:
         (("mergee", 0.5), UnknownNameError),
         (("uniform", 0.5, {"seed": 1}), OptionError),
         (("merge", 1.0), tokencomp.TokenCompError),
-        (("merge", 0.5, {}, plan.Plan()), OptionError),
+        (("merge", 0.5, {}, tokencomp.Plan()), OptionError),
         (("uniform", 0.5, {}, None, True), OptionError),
     ],
 )

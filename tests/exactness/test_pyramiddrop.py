@@ -8,7 +8,8 @@ from support.families import FAMILIES, Family, text
 from torch import Tensor, nn
 
 import tokencomp
-from tokencomp.plan import Plan, Stage
+from tokencomp.plan import Plan
+from tokencomp.stages import Stage
 
 
 def attention_of_last_row(

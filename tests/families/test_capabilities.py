@@ -13,10 +13,13 @@ from support.families import FAMILIES, Family, text
 import tokencomp
 from tokencomp.adapters.registry import adapter_for, available_models
 from tokencomp.engine import compat
-from tokencomp.plan import Plan, Stage
+from tokencomp.plan import Plan
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.uniform import Uniform
-from tokencomp.tokens import QUERY, Attention, Reduction, VisualTokens
+from tokencomp.reduction import Reduction
+from tokencomp.signals import QUERY, Attention
+from tokencomp.stages import Stage
+from tokencomp.tokens import VisualTokens
 
 CI = Path(__file__).parents[2] / ".ci" / "run"
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import PlanError
 from tokencomp.reducers.oracle import truth
-from tokencomp.tokens import Reduction, SpanBatch
+from tokencomp.reduction import Reduction
+from tokencomp.tokens import SpanBatch
 
 GRIDS = [((1, 4, 5), 0), ((4, 3, 4), 3), ((1, 4, 5), 2), ((2, 2, 7), 0), ((4, 3, 4), 0)]
 

@@ -9,9 +9,10 @@ import pytest
 
 from tokencomp import make_reducer
 from tokencomp.errors import OptionError, PlanError, UnknownNameError
-from tokencomp.plan import Plan, Stage
+from tokencomp.plan import Plan
 from tokencomp.plan_json import plan_from_json, plan_to_json
 from tokencomp.reducers.compose import Compose
+from tokencomp.stages import Stage
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])

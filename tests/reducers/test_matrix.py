@@ -20,7 +20,7 @@ from support.matrix import Case
 import tokencomp
 from tokencomp import Reducer, make_reducer
 from tokencomp.errors import OptionError, RatioError, ScoreError, TokenCompError
-from tokencomp.plan import keep_count
+from tokencomp.keep_counts import keep_count
 from tokencomp.reducers.compose import Compose
 from tokencomp.tokens import VisualSpan
 

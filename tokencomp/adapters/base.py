@@ -44,7 +44,7 @@ class Adapter:
     family, model_types
         Display name, and the `config.model_type` values that a subclass serves.
     signals
-        Sources of the signals that reducers may need (`tokencomp.tokens.Signal`). "attention" is
+        Sources of the signals that reducers may need (`tokencomp.signals.Signal`). "attention" is
         recomputed from the queries and keys of the layer before a stage (of layer 0 at entry);
         "tower" is the vision tower's own attention (`tokencomp.engine.tower`).
     packer

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokencomp.tokens import Kind, Signal
+from tokencomp.signals import Signal
+from tokencomp.tokens import Kind
 
 KINDS: dict[int, Kind] = {1: "image", 2: "video", 3: "audio"}
 CODES: dict[Kind, int] = {kind: code for code, kind in KINDS.items()}

@@ -12,7 +12,7 @@ from tokencomp.errors import OptionError, SpanError, UnsupportedModelError
 from tokencomp.tokens import Grid
 
 if TYPE_CHECKING:
-    from tokencomp.plan import TowerStage
+    from tokencomp.stages import TowerStage
 
 
 class DenseTower(Tower):

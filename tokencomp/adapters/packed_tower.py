@@ -11,7 +11,7 @@ from tokencomp.adapters.towers import Cells, EncoderCall, Tower
 from tokencomp.errors import SpanError
 
 if TYPE_CHECKING:
-    from tokencomp.plan import TowerStage
+    from tokencomp.stages import TowerStage
 
 
 class PackedTower(Tower):

@@ -73,7 +73,7 @@ class Tower:
     @property
     def options(self) -> dict[str, Any]:
         """As options of a setting; empty where nothing was given."""
-        from tokencomp.plan import check_ratio
+        from tokencomp.keep_counts import check_ratio
 
         ratio: Any = self.tower_ratio
         ratio = ratio if ratio == "auto" else check_ratio(ratio, "tower_ratio")
@@ -123,7 +123,7 @@ def names(text: str) -> list[str]:
 
 def ratios(text: str) -> list[float]:
     """ "0.5,0.75" → [0.5, 0.75], checked."""
-    from tokencomp.plan import check_ratio
+    from tokencomp.keep_counts import check_ratio
 
     return list(dict.fromkeys(check_ratio(part) for part in names(text)))  # type: ignore[arg-type]
 

@@ -13,8 +13,9 @@ from tokencomp.conformance.build import BuildError, TinyModel
 from tokencomp.conformance.oracle import OracleError, hidden
 from tokencomp.conformance.prompts import Prompts
 from tokencomp.errors import PlanError, TokenCompError, UnsupportedModelError
-from tokencomp.plan import Plan, Stage
+from tokencomp.plan import Plan
 from tokencomp.reducers.uniform import Uniform
+from tokencomp.stages import Stage
 
 Status = Literal["exact", "entry only", "refused", "unverified"]
 Compress = Callable[[Any, Plan], Any]

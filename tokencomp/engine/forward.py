@@ -24,8 +24,10 @@ from tokencomp.engine.stage_input import StageInput
 from tokencomp.engine.survivors import surviving_rows
 from tokencomp.engine.tower_flops import TowerCost
 from tokencomp.engine.window import CHUNKED, Windows
-from tokencomp.plan import Plan, Stage
-from tokencomp.tokens import Attention, Signal, VisualSpan
+from tokencomp.plan import Plan
+from tokencomp.signals import Attention, Signal
+from tokencomp.stages import Stage
+from tokencomp.tokens import VisualSpan
 
 
 class ForwardPass:

@@ -17,7 +17,7 @@ from tokencomp.engine.window import (
 )
 from tokencomp.errors import PlanError, UnsupportedModelError
 from tokencomp.plan import Plan
-from tokencomp.tokens import Attention
+from tokencomp.signals import Attention
 
 # Options of text configs whose decoders tokens cannot leave between layers.
 ENTRY_ONLY = {

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine.host_tables import HostTables
-from tokencomp.tokens import Reduction, VisualSpan
+from tokencomp.reduction import Reduction
+from tokencomp.tokens import VisualSpan
 
 
 @dataclass

@@ -19,7 +19,7 @@ from tokencomp.engine.tower import TowerProbe, check_signals
 from tokencomp.engine.tower_stage import TowerDrop
 from tokencomp.engine.window import Windows
 from tokencomp.plan import Plan
-from tokencomp.tokens import Attention
+from tokencomp.signals import Attention
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

@@ -23,7 +23,7 @@ from tokencomp.engine.host_tables import HostTables
 from tokencomp.engine.layout import LiveSpan, RowLayout, take
 from tokencomp.engine.parallel import gather_heads, unsharded
 from tokencomp.engine.tap import Past, Tapped, attention_of, tap
-from tokencomp.tokens import Attention
+from tokencomp.signals import Attention
 
 Table = np.ndarray[Any, np.dtype[np.int64]]
 # Arguments of a layer that a probe leaves out: it knows what is padding.

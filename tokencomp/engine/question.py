@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.engine.layout import Prompt
-from tokencomp.tokens import Reduction, VisualSpan, VisualTokens
+from tokencomp.reduction import Reduction
+from tokencomp.tokens import VisualSpan, VisualTokens
 
 IGNORED = -100  # label of a column that is not trained, as in transformers
 GENERATE = "generate"

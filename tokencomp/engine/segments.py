@@ -11,7 +11,8 @@ from torch import Tensor
 from tokencomp.engine.cache import CompressedLayer, first_with_rows, physical_length
 from tokencomp.engine.layout import RowLayout
 from tokencomp.engine.outputs import cached_columns
-from tokencomp.plan import Plan, Stage
+from tokencomp.plan import Plan
+from tokencomp.stages import Stage
 
 
 @dataclass

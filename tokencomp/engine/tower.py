@@ -25,7 +25,8 @@ from tokencomp.engine.tower_attention import (
     rotated,
 )
 from tokencomp.errors import OptionError, SpanError
-from tokencomp.tokens import TOWER_ATTENTION, TOWER_KEYS, TOWER_SIGNALS, Signal, VisualSpan
+from tokencomp.signals import TOWER_ATTENTION, TOWER_KEYS, TOWER_SIGNALS, Signal
+from tokencomp.tokens import VisualSpan
 
 SOURCES = {
     "query": "the text of the question",

@@ -29,7 +29,8 @@ from tokencomp.engine.tower_choice import chosen_cells, patch_values
 from tokencomp.engine.tower_flops import TowerCost, TowerShape
 from tokencomp.engine.tower_rows import TowerRows, equal_bounds, rows_of
 from tokencomp.errors import OptionError
-from tokencomp.plan import Plan, TowerStage
+from tokencomp.plan import Plan
+from tokencomp.stages import TowerStage
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

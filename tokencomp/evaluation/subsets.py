@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from tokencomp.evaluation.settings import RANDOM, Setting
 from tokencomp.reducers.random import Random
-from tokencomp.tokens import Reduction, VisualTokens
+from tokencomp.reduction import Reduction
+from tokencomp.tokens import VisualTokens
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import INPUT_BASELINES, Setting
 from tokencomp.inputs.questions import Example
-from tokencomp.plan import MAX_RATIO
+from tokencomp.keep_counts import MAX_RATIO
 
 SCREENED = 1 / 3
 KEPT = 0.5

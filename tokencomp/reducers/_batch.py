@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.errors import PlanError
-from tokencomp.tokens import Reduction, SpanBatch
+from tokencomp.reduction import Reduction
+from tokencomp.tokens import SpanBatch
 
 K = TypeVar("K", bound=Hashable)
 Places = np.ndarray[Any, np.dtype[np.int64]]

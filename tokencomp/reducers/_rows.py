@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.errors import PlanError, ScoreError
-from tokencomp.tokens import Reduction, SpanBatch, VisualTokens
+from tokencomp.reduction import Reduction
+from tokencomp.tokens import SpanBatch, VisualTokens
 
 BLOCK = 1 << 24  # cosines computed at once
 

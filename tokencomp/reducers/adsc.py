@@ -10,12 +10,14 @@ from typing import Literal
 import numpy as np
 
 from tokencomp.errors import OptionError
-from tokencomp.plan import Plan, check_ratio, from_profile, split_evenly
+from tokencomp.keep_counts import check_ratio, split_evenly
+from tokencomp.plan import Plan, from_profile
 from tokencomp.reducers._batch import Patches, Places
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reduction import Reduction
 from tokencomp.schedules import bisect, early
-from tokencomp.tokens import Grid, Reduction, SpanBatch
+from tokencomp.tokens import Grid, SpanBatch
 from tokencomp.validation import check_range
 
 MOST = 1 << 20  # tokens; more than any frame has

@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from tokencomp.errors import OptionError, PlanError
-from tokencomp.plan import Plan, Stage, StageReducer, check_ratio, keep_count
-from tokencomp.tokens import (
-    ModelFacts,
-    Reduction,
-    Signal,
-    SpanBatch,
-    VisualSpan,
-    VisualTokens,
-)
+from tokencomp.keep_counts import check_ratio, keep_count
+from tokencomp.plan import Plan
+from tokencomp.reduction import Reduction
+from tokencomp.signals import Signal
+from tokencomp.stages import Stage, StageReducer
+from tokencomp.tokens import ModelFacts, SpanBatch, VisualSpan, VisualTokens
 from tokencomp.validation import check_types
 
 PROBE_RATIOS = (0.1, 0.5, 0.9)

@@ -15,7 +15,9 @@ from tokencomp.reducers._batch import Patches, segment, spread
 from tokencomp.reducers._rows import finite_values, signal_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import QUERY, Attention, Reduction, Signal, SpanBatch
+from tokencomp.reduction import Reduction
+from tokencomp.signals import QUERY, Attention, Signal
+from tokencomp.tokens import SpanBatch
 
 Relevance = Literal["query", "attention", "none"]
 RELEVANCE: tuple[Relevance, ...] = get_args(Relevance)

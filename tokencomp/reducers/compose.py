@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.plan import Plan, Stage, check_ratio
+from tokencomp.keep_counts import check_ratio
+from tokencomp.plan import Plan
 from tokencomp.reducers.base import Reducer
+from tokencomp.stages import Stage
 from tokencomp.tokens import ModelFacts
 from tokencomp.validation import check_range
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tokencomp.plan import split_evenly
+from tokencomp.keep_counts import split_evenly
 from tokencomp.reducers._batch import Patches, previous_similarity, segment, spread
 from tokencomp.reducers._rows import (
     finite_features,
@@ -21,14 +21,9 @@ from tokencomp.reducers._rows import (
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.selector import Selector
-from tokencomp.tokens import (
-    TOWER_ATTENTION,
-    Attention,
-    ModelFacts,
-    Reduction,
-    Signal,
-    SpanBatch,
-)
+from tokencomp.reduction import Reduction
+from tokencomp.signals import TOWER_ATTENTION, Attention, Signal
+from tokencomp.tokens import ModelFacts, SpanBatch
 from tokencomp.validation import check_range, field_types
 
 SignalName = Literal["attention", "selector", "vit_attention", "norm", "novelty", "none"]

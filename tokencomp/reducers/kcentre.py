@@ -9,7 +9,8 @@ from tokencomp.reducers._batch import Patches
 from tokencomp.reducers._pixels import appearance
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import Reduction, SpanBatch
+from tokencomp.reduction import Reduction
+from tokencomp.tokens import SpanBatch
 from tokencomp.validation import check_range
 
 

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.plan import split_evenly
+from tokencomp.keep_counts import split_evenly
 from tokencomp.reducers._batch import Patches
 from tokencomp.reducers._rows import finite_features, tower_keys
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import TOWER_KEYS, Reduction, Signal, SpanBatch
+from tokencomp.reduction import Reduction
+from tokencomp.signals import TOWER_KEYS, Signal
+from tokencomp.tokens import SpanBatch
 
 
 @register_reducer("merge")

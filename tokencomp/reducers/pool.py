@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from tokencomp.errors import OptionError
-from tokencomp.plan import split_evenly
+from tokencomp.keep_counts import split_evenly
 from tokencomp.reducers._batch import Patches, Places, grouped
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import ModelFacts, Reduction, SpanBatch
+from tokencomp.reduction import Reduction
+from tokencomp.tokens import ModelFacts, SpanBatch
 from tokencomp.validation import check_range
 
 GROUPS = (2, 4, 8)

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tokencomp.plan import Plan, check_ratio, from_profile
+from tokencomp.keep_counts import check_ratio
+from tokencomp.plan import Plan, from_profile
 from tokencomp.reducers._batch import top_k_of_spans
 from tokencomp.reducers._rows import signal_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reduction import Reduction
 from tokencomp.schedules import NATURAL, SCHEDULES, aim, check_ramp, natural_aim
-from tokencomp.tokens import Attention, Reduction, Signal, SpanBatch
+from tokencomp.signals import Attention, Signal
+from tokencomp.tokens import SpanBatch
 from tokencomp.validation import check_range
 
 

@@ -14,7 +14,8 @@ from tokencomp.errors import OptionError
 from tokencomp.reducers._batch import Patches, random_ranks
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import Reduction, SpanBatch
+from tokencomp.reduction import Reduction
+from tokencomp.tokens import SpanBatch
 
 
 @register_reducer("random")

@@ -11,7 +11,8 @@ from tokencomp.reducers._pixels import appearance
 from tokencomp.reducers._rows import keep_patches, whole_grid
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import Reduction, VisualTokens
+from tokencomp.reduction import Reduction
+from tokencomp.tokens import VisualTokens
 from tokencomp.validation import check_range
 
 HALVINGS = 24  # of the interval that holds the threshold: to 6e-8 of the largest distance

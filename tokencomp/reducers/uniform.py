@@ -10,7 +10,8 @@ import numpy as np
 from tokencomp.reducers._batch import Patches, evenly
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens import Reduction, SpanBatch
+from tokencomp.reduction import Reduction
+from tokencomp.tokens import SpanBatch
 
 
 @register_reducer("uniform")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokencomp.errors import OptionError, RatioError, TokenCompError, UnknownNameError
+from tokencomp.keep_counts import MAX_RATIO, check_ratio
 from tokencomp.method import MethodSpec, resolve_auto
-from tokencomp.plan import MAX_RATIO, check_ratio
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import available_reducers, make_reducer
 from tokencomp.validation import choices, field_types

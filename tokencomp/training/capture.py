@@ -19,7 +19,8 @@ from tokencomp.engine.padding import left_padded, real_columns
 from tokencomp.engine.probes import input_scores
 from tokencomp.engine.question import build_prompts
 from tokencomp.errors import OptionError, PaddingError
-from tokencomp.tokens import Attention, VisualSpan
+from tokencomp.signals import Attention
+from tokencomp.tokens import VisualSpan
 
 INPUT_ONLY = ("labels", "logits_to_keep", "use_cache")
 PATCHED = "the model is patched: call tokencomp.unpatch(model) first."

@@ -1,0 +1,224 @@
+"""Stages: which reducer acts before a decoder layer or tower block, and what it leaves there."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tokencomp.errors import PlanError
+from tokencomp.keep_counts import keep_count, split_evenly
+from tokencomp.validation import describe_type, fits
+
+if TYPE_CHECKING:
+    from tokencomp.reduction import Reduction
+    from tokencomp.signals import Signal
+    from tokencomp.tokens import Grid, ModelFacts, SpanBatch, VisualSpan, VisualTokens
+
+MEDIA = ("image", "video", "audio")
+
+
+class StageReducer(ABC):
+    """What a plan and the engine need of a reducer. `tokencomp.Reducer` implements it.
+
+    Reducers make plans, and plans hold reducers. This class stands below both, so that the two
+    modules do not import each other. The members are documented in `tokencomp.Reducer`.
+    """
+
+    name: ClassVar[str] = ""
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[Signal]: ...
+
+    @property
+    @abstractmethod
+    def merges(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def whole_spans(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def needs_grid(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def own_count(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def entry_only(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def only_plans(self) -> bool: ...
+
+    @abstractmethod
+    def keep_count(self, span: VisualSpan, fraction: float) -> int: ...
+
+    @abstractmethod
+    def bind(self, facts: ModelFacts) -> StageReducer: ...
+
+    @abstractmethod
+    def reduced(self, tokens: VisualTokens, keep: int) -> Reduction: ...
+
+    @abstractmethod
+    def reduced_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction: ...
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From decoder layer `layer` on, `fraction` of the uncompressed visual tokens is left.
+
+    Attributes
+    ----------
+    layer
+        0 is the entry stage, before the first decoder layer.
+    fraction
+        Relative to the *uncompressed* prompt, not to what an earlier stage has left.
+    reducer
+        The reducer that chooses the tokens.
+    by_kind
+        Fractions of kinds of media ("image", "video", "audio") that differ from `fraction`, as
+        sorted pairs.
+
+    Raises
+    ------
+    PlanError
+        A layer or fraction of another type; an unknown kind; something that is not a reducer; a
+        reducer that only plans the steps of others (a preset or a composition); or a stage between
+        layers for a reducer that was trained for the entry.
+    """
+
+    layer: int
+    fraction: float
+    reducer: StageReducer
+    by_kind: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_kind", tuple(sorted(dict(self.by_kind).items())))
+        unknown = [k for k, f in self.by_kind if k not in MEDIA or not fits(f, float)]
+        if unknown:
+            raise PlanError(
+                f"stage: by_kind={dict(self.by_kind)!r}; expected fractions of {', '.join(MEDIA)}."
+            )
+        for name, hint in {"layer": int, "fraction": float}.items():
+            if not fits(value := getattr(self, name), hint):
+                raise PlanError(f"stage: {name}={value!r}; expected {describe_type(hint)}.")
+        if not isinstance(self.reducer, StageReducer):
+            raise PlanError(
+                f"stage: reducer={self.reducer!r}; expected a reducer. Build it with "
+                'make_reducer, e.g. make_reducer("merge").'
+            )
+        if self.reducer.only_plans:
+            raise PlanError(
+                f"stage: reducer {self.reducer.name!r} only plans the steps of others. Give it to "
+                "patch(reducer=...), or use the stages that its plan(ratio, num_layers) makes."
+            )
+        if self.layer > 0 and self.reducer.entry_only:
+            raise PlanError(
+                f"stage at layer {self.layer}: reducer {self.reducer.name!r} was trained on what "
+                "stands before the first layer. Move the stage to layer 0, or take another reducer."
+            )
+
+    def fraction_of(self, kind: str | None) -> float:
+        """The fraction of a kind of media; None: of kinds without one of their own."""
+        return dict(self.by_kind).get(kind, self.fraction) if kind else self.fraction
+
+    @property
+    def most(self) -> float:
+        """The largest fraction that the stage leaves of any kind."""
+        return max(self.fraction, *(f for _, f in self.by_kind), 0.0)
+
+
+@dataclass(frozen=True)
+class TowerStage:
+    """Blocks `block` and later of the vision tower see `fraction` of the cells.
+
+    A cell is the patches that one visual token reads. A cell that the tower drops is a visual
+    token that the decoder never gets.
+
+    Attributes
+    ----------
+    block
+        Number of the first block that sees fewer patches; 0: none sees all of them.
+    fraction
+        Of the cells of every image or video, in (0, 1].
+    reducer
+        Chooses the cells: by pixels at block 0, by hidden states at later blocks.
+    frames_apart
+        Whether every frame of a video keeps the same number of cells. Set by `bind`: towers that
+        take pictures as one dense batch need it.
+
+    Raises
+    ------
+    PlanError
+        A block or fraction of another type or range, or a reducer that cannot act in the tower:
+        one that needs the question or other signals, merges, chooses its own number of tokens, or
+        only plans the steps of others.
+    """
+
+    block: int
+    fraction: float
+    reducer: StageReducer
+    frames_apart: bool = False
+
+    def __post_init__(self) -> None:
+        if not fits(self.block, int) or self.block < 0:
+            raise PlanError(f"tower stage: block {self.block!r}; expected an integer from 0 on.")
+        if not fits(self.fraction, float) or not 0.0 < self.fraction <= 1.0:
+            raise PlanError(
+                f"tower stage: fraction={self.fraction!r}; expected a number in (0, 1], the "
+                "fraction of the cells that the tower keeps."
+            )
+        if not isinstance(self.reducer, StageReducer):
+            raise PlanError(
+                f"tower stage: reducer={self.reducer!r}; expected a reducer. Build it with "
+                'make_reducer, e.g. make_reducer("kcentre").'
+            )
+        if fault := _unfit_for_tower(self.reducer):
+            raise PlanError(
+                f"tower stage: reducer {self.reducer.name!r} {fault}. Use a reducer that looks at "
+                "the picture alone, such as 'kcentre', 'runlength', 'uniform' or 'random'."
+            )
+
+    def cells(self, grids: list[Grid]) -> list[int]:
+        """Cells that stay of parts that share one budget, in proportion to their size.
+
+        Parameters
+        ----------
+        grids
+            (t, h, w) of every part: one for a whole image or video.
+        """
+        sizes = [math.prod(grid) for grid in grids]
+        return split_evenly(keep_count(sum(sizes), self.fraction), sizes)
+
+    def most(self, cells: int) -> int:
+        """At most this many of a part of `cells` cells stay, whichever parts share its budget."""
+        return min(cells, math.ceil(cells * self.fraction + 0.5))
+
+    def tokens(self, span: VisualSpan) -> int:
+        """Visual tokens of `span` that leave the tower, special ones included."""
+        t, h, w = span.grid
+        parts, grid = (t, (1, h, w)) if self.frames_apart else (1, span.grid)
+        return parts * self.cells([grid])[0] + len(span.special)
+
+
+def _unfit_for_tower(reducer: StageReducer) -> str:
+    """Why a reducer cannot choose cells of the vision tower, or ""."""
+    if reducer.only_plans:
+        return "only plans the steps of others"
+    if reducer.needs:
+        return "reads the question or attention, which do not exist before the tower has run"
+    if reducer.merges:
+        return "merges tokens, and a mean of several places of a picture is no picture"
+    if reducer.own_count or reducer.entry_only:
+        return "acts on the input of the decoder only"
+    return ""
