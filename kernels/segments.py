@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+from tokencomp.kernels import checks
 from tokencomp.kernels.errors import KernelError
 from torch import Tensor
 
@@ -46,6 +47,40 @@ def lengths_of(name: str, segments: int | Sequence[int] | Tensor | None, rows: i
             f"{len(lengths)} lengths with sum {sum(lengths)}"
         )
     return lengths
+
+
+def spans_and_counts(
+    k: int | Sequence[int], spans: int | Sequence[int] | Tensor | None, rows: int
+) -> tuple[list[int], list[int]]:
+    """Return the lengths of spans that cover `rows` rows, and how many rows each of them keeps.
+
+    Parameters
+    ----------
+    k
+        Rows to keep of every span, as one number for all or one for each.
+    spans
+        As `segments` of :func:`lengths_of`.
+
+    Raises
+    ------
+    KernelError
+        If the spans do not cover the rows, or `k` has another number of entries or exceeds a span.
+    """
+    lengths = lengths_of("spans", spans, rows)
+    counts = [k] * len(lengths) if isinstance(k, int) else [int(c) for c in k]
+    if len(counts) != len(lengths):
+        raise KernelError(f"{len(counts)} values of k for {len(lengths)} spans")
+    for count, length in zip(counts, lengths, strict=True):
+        checks.count("k", count, 0, length)
+    return lengths, counts
+
+
+def same_shape(lengths: Sequence[int], counts: Sequence[int]) -> dict[tuple[int, int], list[int]]:
+    """Group the numbers of all spans by their length and count, to treat each group as a batch."""
+    grouped: dict[tuple[int, int], list[int]] = {}
+    for span, shape in enumerate(zip(lengths, counts, strict=True)):
+        grouped.setdefault(shape, []).append(span)
+    return grouped
 
 
 def groups(lengths: Sequence[int]) -> dict[int, list[int]]:

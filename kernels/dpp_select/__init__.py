@@ -56,12 +56,7 @@ def dpp_select(
     checks.same_device(unit=unit, relevance=relevance)
     if relevance.shape != (len(unit),):
         raise KernelError(f"relevance must be ({len(unit)},); got {tuple(relevance.shape)}")
-    lengths = segments.lengths_of("spans", spans, len(unit))
-    counts = [k] * len(lengths) if isinstance(k, int) else [int(c) for c in k]
-    if len(counts) != len(lengths):
-        raise KernelError(f"{len(counts)} values of k for {len(lengths)} spans")
-    for count, length in zip(counts, lengths, strict=True):
-        checks.count("k", count, 0, length)
+    lengths, counts = segments.spans_and_counts(k, spans, len(unit))
     return _op(checks.plain(unit), counts, checks.plain(relevance).to(unit.dtype), lengths)
 
 

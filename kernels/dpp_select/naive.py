@@ -1,7 +1,7 @@
 """Plain PyTorch version of :func:`tokencomp.kernels.dpp_select`."""
 
 import torch
-from tokencomp.kernels.segments import starts
+from tokencomp.kernels.segments import same_shape, starts
 from torch import Tensor
 
 # A row that adds less than this share of its own relevance lies in the span of the chosen ones.
@@ -11,11 +11,8 @@ EPSILON = 1e-6
 def dpp_select(unit: Tensor, counts: list[int], relevance: Tensor, lengths: list[int]) -> Tensor:
     """Return the chosen rows in ascending order; equal spans take their steps as a batch."""
     first = starts(lengths)
-    groups: dict[tuple[int, int], list[int]] = {}
-    for span, shape in enumerate(zip(lengths, counts, strict=True)):
-        groups.setdefault(shape, []).append(span)
     chosen = [torch.empty(0, dtype=torch.int64, device=unit.device)]
-    for (length, count), spans in groups.items():
+    for (length, count), spans in same_shape(lengths, counts).items():
         if not count:
             continue
         rows = torch.tensor([first[s] for s in spans], device=unit.device)[:, None]

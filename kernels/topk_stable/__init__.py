@@ -53,12 +53,7 @@ def topk_stable(
         checks.count("k", k, 0, scores.shape[-1])
         return _op(checks.plain(scores).float(), k)
     checks.shape("scores", scores, 1, "(n,)")
-    lengths = segments.lengths_of("spans", spans, len(scores))
-    counts = [k] * len(lengths) if isinstance(k, int) else [int(c) for c in k]
-    if len(counts) != len(lengths):
-        raise KernelError(f"{len(counts)} values of k for {len(lengths)} spans")
-    for count, length in zip(counts, lengths, strict=True):
-        checks.count("k", count, 0, length)
+    lengths, counts = segments.spans_and_counts(k, spans, len(scores))
     return _spans_op(checks.plain(scores).float(), counts, lengths)
 
 
