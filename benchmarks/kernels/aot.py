@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -159,20 +161,27 @@ class Recorder:
         return lambda *arguments, **options: self.note(self.kernel, arguments, options)
 
 
+def triton_modules(op: str) -> list[ModuleType]:
+    """The modules of an op that launch Triton kernels: `triton`, and its further parts."""
+    package = f"tokencomp.kernels.{op}"
+    names = [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+    return [importlib.import_module(f"{package}.{n}") for n in names if n.startswith("triton")]
+
+
 @contextmanager
 def recording(note: Callable[..., None], multiprocessors: int) -> Iterator[None]:
     """Replace all launches and pretend to be on a GPU."""
     with mock.patch.object(dispatch, "which", lambda tensor: "triton"):
         patches = []
         for op in OPS:
-            module = importlib.import_module(f"tokencomp.kernels.{op}.triton")
-            for name, value in vars(module).items():
-                if isinstance(value, JITFunction):
-                    patches.append(mock.patch.object(module, name, Recorder(value, note)))
-            if hasattr(module, "multiprocessors"):
-                patches.append(
-                    mock.patch.object(module, "multiprocessors", lambda device: multiprocessors)
-                )
+            for module in triton_modules(op):
+                for name, value in vars(module).items():
+                    if isinstance(value, JITFunction):
+                        patches.append(mock.patch.object(module, name, Recorder(value, note)))
+                if hasattr(module, "multiprocessors"):
+                    patches.append(
+                        mock.patch.object(module, "multiprocessors", lambda device: multiprocessors)
+                    )
         for patch in patches:
             patch.start()
         try:

@@ -34,7 +34,7 @@ class Case:
 
 Setup = Callable[[torch.device, torch.dtype, float], Case]
 # Long spans in max-min selection: candidates of a round, and how many it chooses in the worst case
-# that `tests/kernels/test_maxmin_select.py` counts, a video of 64 frames that stands still. Where
+# that `tests/kernels/test_maxmin_rounds.py` counts, a video of 64 frames that stands still. Where
 # things move it is several times as many.
 CANDIDATES, CHOICES = 2048, 60
 

@@ -7,6 +7,7 @@ import torch
 from tokencomp.kernels import checks, dispatch, segments
 from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.maxmin_select import naive
+from tokencomp.kernels.maxmin_select.metrics import METRICS
 from torch import Tensor
 
 
@@ -97,13 +98,8 @@ def maxmin_select(
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)
     checks.int32_sizes(n=len(x))
-    checks.choice("metric", metric, tuple(naive.METRICS))
-    lengths = segments.lengths_of("spans", spans, len(x))
-    counts = [k] * len(lengths) if isinstance(k, int) else [int(c) for c in k]
-    if len(counts) != len(lengths):
-        raise KernelError(f"{len(counts)} values of k for {len(lengths)} spans")
-    for count, length in zip(counts, lengths, strict=True):
-        checks.count("k", count, 0, length)
+    checks.choice("metric", metric, tuple(METRICS))
+    lengths, counts = segments.spans_and_counts(k, spans, len(x))
     isolated = isinstance(start, str)
     if isinstance(start, str):
         checks.choice("start", start, ("isolated",))
@@ -166,10 +162,10 @@ def mean_distance(
 def _mean_op(x: Tensor, lengths: list[int], centred: bool) -> Tensor:
     if dispatch.which(x) == "naive" or x.dtype == torch.float64:
         return naive.mean_distance(x, lengths, centred)
-    from tokencomp.kernels.maxmin_select import triton
+    from tokencomp.kernels.maxmin_select import triton_rows
 
     with dispatch.on_device(x):
-        return triton.mean_distance(checks.rows_contiguous(x), lengths, centred)
+        return triton_rows.mean_distance(checks.rows_contiguous(x), lengths, centred)
 
 
 @_mean_op.register_fake
