@@ -4,6 +4,7 @@ Without a GPU the Triton kernels run in Triton's interpreter. With a GPU, and TR
 set, they run on the GPU, and ``pytest -m gpu tests/kernels`` runs the same suite there.
 """
 
+import importlib
 import os
 
 import pytest
@@ -38,3 +39,16 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
         pytest.importorskip("triton")
     monkeypatch.setenv("TOKENCOMP_KERNELS", backend)
     return torch.device(device)
+
+
+@pytest.fixture
+def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat spans above 64 rows as long ones, with rounds of 8 candidates."""
+    from tokencomp.kernels.maxmin_select import naive, rounds
+
+    monkeypatch.setattr(naive, "MAX_GRAM_ROWS", 64)
+    monkeypatch.setattr(rounds, "ROUND", 8)
+    if importlib.util.find_spec("triton"):
+        triton = importlib.import_module("tokencomp.kernels.maxmin_select.triton")
+        monkeypatch.setattr(triton, "MAX_GRAM_ROWS", 64)
+        monkeypatch.setattr(triton, "CANDIDATES", 8)

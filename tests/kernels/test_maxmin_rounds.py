@@ -1,0 +1,133 @@
+"""maxmin_select in long spans: the result is exact, and rounds save most of the distances."""
+
+import pytest
+import torch
+from support.max_min import check_greedy
+from tokencomp.kernels import maxmin_select
+from tokencomp.kernels.maxmin_select import naive
+from tokencomp.kernels.maxmin_select import rounds as module
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_long_spans_choose_in_rounds(
+    place: torch.device, margin: float, weighted: bool, centred: bool, short_rounds: None
+) -> None:
+    """With noisy copies of a scene, one choice makes most of the best rows useless."""
+    x = torch.randn(11, 40).repeat(10, 1) + 0.05 * torch.randn(110, 40)
+    x = torch.cat([x, torch.randn(40, 40)])
+    weights = torch.rand(150) if weighted else None
+    place_weights = None if weights is None else weights.to(place)
+    got = maxmin_select(
+        x.to(place), [60, 9], place_weights, spans=[110, 40], centred=centred, ascending=False,
+        margin=torch.tensor([margin, 0.0], device=place) if margin else None,
+    ).cpu()  # fmt: skip
+    part = None if weights is None else weights[:110]
+    check_greedy(x[:110], got[:60].tolist(), part, centred, 1e-6, margin)
+    part = None if weights is None else weights[110:]
+    check_greedy(x[110:], (got[60:] - 110).tolist(), part, centred, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counts"), [([40, 110], [3, 9]), ([110, 30, 90], [6, 0, 11]), ([110, 90], [0, 5])],
+    ids=str,
+)  # fmt: skip
+def test_long_spans_anywhere(
+    place: torch.device, lengths: list[int], counts: list[int], short_rounds: None
+) -> None:
+    """Rows are counted from the start of `x`, and a span with k = 0 is skipped."""
+    x, weights, margin = torch.randn(sum(lengths), 24), torch.rand(sum(lengths)), torch.rand(3)
+    got = maxmin_select(
+        x.to(place), counts, weights.to(place), spans=lengths, ascending=False,
+        margin=margin[: len(lengths)].to(place),
+    ).cpu()  # fmt: skip
+    start = 0
+    for length, m, picks in zip(lengths, margin.tolist(), got.split(counts), strict=False):
+        span = slice(start, start + length)
+        if len(picks):
+            assert picks[0] - start == weights[span].argmax()
+        check_greedy(x[span], (picks - start).tolist(), weights[span], False, 1e-5, m)
+        start += length
+
+
+class Products(TorchDispatchMode):
+    """Count the multiplications of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "bmm", "mv"):
+            self.count += args[0].numel() * (args[1].shape[-1] if args[1].dim() > 1 else 1)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of choices in every round of the plain version."""
+    original, counts = module._round, []
+
+    def spy(*arguments: object) -> list[int]:
+        picks = original(*arguments)
+        counts.append(len(picks))
+        return picks
+
+    monkeypatch.setattr(module, "_round", spy)
+    return counts
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 30.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_most_cosines_are_never_needed(weighted: bool, noise: float, rounds: list[int]) -> None:
+    """In still and moving scenes at most half of the cosines with other rows are computed.
+
+    The cosines between the candidates of a round are not counted.
+    """
+    x = torch.randn(64, 32).repeat(32, 1) + noise * torch.randn(2048, 32)
+    weights = torch.rand(64).repeat(32) if weighted else None
+    with Products() as products:
+        naive.maxmin_select(x, [700], weights, [2048], False, torch.tensor([0.1]), None)
+    cosines = products.count / 32 - 2048  # one row for the distance to the mean
+    assert cosines - len(rounds) * module.ROUND**2 <= 700 * 2048 / 2
+    assert len(rounds) <= 700 / 20
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_choices_of_a_round_in_a_still_video(
+    weighted: bool, margin: float, rounds: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the 2048 candidates of the Triton version, a round makes at least 60 choices.
+
+    The roofline estimate of the Triton version assumes this number.
+    """
+    monkeypatch.setattr(module, "ROUND", 2048)
+    x = torch.randn(256, 128).repeat(64, 1) + 0.02 * torch.randn(16384, 128)
+    weights = torch.rand(256).repeat(64) * (1 + 0.02 * torch.rand(16384)) if weighted else None
+    naive.maxmin_select(x, [819], weights, [16384], False, torch.tensor([margin]), None)
+    assert sum(rounds) == 818 and 819 / len(rounds) >= 60
+
+
+@pytest.mark.parametrize("margin", [None, 0.2])
+def test_a_round_chooses_many_rows(
+    device: torch.device, margin: float | None, monkeypatch: pytest.MonkeyPatch, short_rounds: None
+) -> None:
+    """The Triton version reads all rows once per round instead of once per choice."""
+    triton = pytest.importorskip("tokencomp.kernels.maxmin_select.triton")
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
+    monkeypatch.setattr(triton, "CANDIDATES", 32)
+    original, chosen = triton.Cosines.closest, []
+
+    def spy(rows: object, new: Tensor, nearest: Tensor) -> None:
+        chosen.append(len(new))
+        original(rows, new, nearest)
+
+    monkeypatch.setattr(triton.Cosines, "closest", spy)
+    x = torch.randn(40, 16).repeat(5, 1) + 0.05 * torch.randn(200, 16)
+    margins = None if margin is None else torch.tensor([margin], device=device)
+    maxmin_select(x.to(device), 60, torch.rand(200).to(device), margin=margins)
+    assert sum(chosen) == 60 and len(chosen) <= 15
