@@ -14,10 +14,10 @@ neither transformers nor the rest of tokencomp, and it imports Triton only when 
 if __name__ != "kernels":
     # Imported eagerly because the folders carry the names of their functions: a lazily resolved
     # name would be shadowed by the submodule as soon as anything imported it.
-    from tokencomp.kernels.attention_colsum import attention_colsum, attention_lse, join_heads
+    from tokencomp.kernels.attention_colsum import attention_colsum, join_heads
     from tokencomp.kernels.bipartite_match import bipartite_match
     from tokencomp.kernels.ccam_attention import ccam_attention, visible_frames
-    from tokencomp.kernels.dispatch import status, which
+    from tokencomp.kernels.dispatch import status
     from tokencomp.kernels.dpp_select import dpp_select
     from tokencomp.kernels.errors import KernelError
     from tokencomp.kernels.frame_pool import frame_pool
@@ -31,7 +31,6 @@ __all__ = [
     "KernelError",
     "MergedRows",
     "attention_colsum",
-    "attention_lse",
     "bipartite_match",
     "ccam_attention",
     "dpp_select",
@@ -45,5 +44,4 @@ __all__ = [
     "status",
     "topk_stable",
     "visible_frames",
-    "which",
 ]

@@ -18,16 +18,12 @@ def attention_colsum(
     k: Tensor,
     row_weights: Tensor | None = None,
     *,
-    q_index: Tensor | None = None,
-    kv_start: Tensor | None = None,
-    kv_end: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     visible: Tensor | None = None,
     scale: float | None = None,
     temperature: float = 1.0,
     causal: bool = True,
-    lse: Tensor | None = None,
     heads: str = "mean",
     iterations: int = 1,
 ) -> Tensor:
@@ -41,46 +37,32 @@ def attention_colsum(
     Parameters
     ----------
     q
-        Queries of the probe rows after RoPE, ``(B, Hq, R, D)`` with R from 1 to the sequence
-        length, or packed as ``(Tq, Hq, D)`` with `cu_seqlens_q`. The dtype is float16, bfloat16 or
-        float32; the PyTorch path also accepts float64.
+        Queries of the probe rows after RoPE, ``(B, Hq, R, D)``, or packed as ``(Tq, Hq, D)`` with
+        `cu_seqlens_q`. They belong to the last R keys, in order, unless `visible` says otherwise.
+        The dtype is float16, bfloat16 or float32; the PyTorch path also accepts float64.
     k
         Keys after RoPE, ``(B, Hkv, N, D)`` as in a KV cache, or packed as ``(Tk, Hkv, D)`` with
         `cu_seqlens_k`. Hq is a multiple of Hkv (grouped heads); dtype and device are those of `q`.
     row_weights
         Weights w of the rows: ``(R,)``, ``(B, R)`` or ``(B, Hq, R)``; packed ``(Tq,)`` or
         ``(Hq, Tq)``. None means that every weight is 1.
-    q_index
-        Key column of every probe row, ``(R,)`` or ``(B, R)`` in any order; packed ``(Tq,)``,
-        counted within the row's own sequence. A negative entry marks a padding row, which is
-        ignored. If None, row i belongs to key i where R = N; otherwise the rows are the last ones,
-        with row i at column ``kv_end - R + i``. Rows outside ``[kv_start, kv_end)`` are padding.
-    kv_start, kv_end
-        First valid key column of every sample (after left padding) and one past the last,
-        ``(B,)``. None means 0 and N.
     cu_seqlens_q, cu_seqlens_k
         Offsets ``(sequences + 1,)`` of the sequences in a packed batch.
     visible
-        For callers that know on the host what every row sees: int32 ``(3, B, R)``, the first key,
-        the key behind the last, and the row's own key (-1 for a padding row, which sees no key).
-        It replaces `q_index`, `kv_start`, `kv_end` and `causal`.
+        What every row sees, for rows in any order and batches with padding: int32 ``(3, B, R)``,
+        the first key, the key behind the last, and the row's own key (-1 for a padding row, which
+        sees no key). It replaces `causal`. Not for packed batches.
     scale
         Factor of the logits. None means ``D ** -0.5``.
     temperature
         Softmax temperature τ > 0.
     causal
-        If True, row i sees the keys up to its own column; otherwise it sees all valid keys.
-    lse
-        Log-sum-exp of every row, ``(B, Hq, R)``, packed ``(Hq, Tq)``. It comes from
-        :func:`attention_lse` with the same arguments, or from FlashAttention with the same mask
-        and a `temperature` of 1, and saves the first of the two passes. A row whose value is
-        infinite is ignored.
+        If True, row i sees the keys up to its own; otherwise it sees all keys.
     heads
         ``"mean"``, ``"rms"`` or ``"none"`` (one result per query head).
     iterations
         How often s ← sM is applied per head, with one LSE pass for all repetitions; `row_weights`
-        is the initial s. More than one iteration needs a probe row for every key (R = N), placed
-        by `q_index` (default: the last N).
+        is the initial s. More than one iteration needs a probe row for every key (R = N).
 
     Returns
     -------
@@ -96,19 +78,16 @@ def attention_colsum(
 
     Notes
     -----
-    The cost is ``2·(1 + iterations)·B·Hq·R·N·D`` FLOPs (half of it if causal over all rows, and
-    without the 1 if `lse` is passed) and, for few rows,
-    ``(1 + iterations)·B·Hkv·N·D·itemsize + 4·B·Hq·N`` bytes: each pass reads a key once for all
-    heads of its group. The two streaming passes follow FlashAttention (arXiv 2205.14135); the
-    repeated application is the PageRank over attention of AIM (arXiv 2412.03248).
+    The cost is ``2·(1 + iterations)·B·Hq·R·N·D`` FLOPs (half of it if causal over all rows) and,
+    for few rows, ``(1 + iterations)·B·Hkv·N·D·itemsize + 4·B·Hq·N`` bytes: each pass reads a key
+    once for all heads of its group. The two streaming passes follow FlashAttention (arXiv
+    2205.14135); the repeated application is the PageRank over attention of AIM (arXiv 2412.03248).
     """
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     checks.choice("heads", heads, HEADS)
     _check(q, k, packed, temperature)
     if visible is None:
-        q, k, rows = _canonical(
-            q, k, q_index, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, packed, causal
-        )
+        q, k, rows = _canonical(q, k, cu_seqlens_q, cu_seqlens_k, packed, causal)
     else:
         q, k, rows = _with_visible(q, k, visible)
     if iterations < 1 or (iterations > 1 and q.shape[2] != k.shape[2]):
@@ -116,53 +95,10 @@ def attention_colsum(
             f"iterations={iterations} with {q.shape[2]} rows and {k.shape[2]} keys: "
             "needs at least 1, and more than 1 needs one probe row per key"
         )
-    weights = _per_row("row_weights", row_weights, q, packed)
-    lse = None if lse is None else _per_row("lse", lse, q, packed)
+    weights = _row_weights(row_weights, q, packed)
     scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
-    per_head = _op(q, k, weights, rows.lo, rows.hi, rows.key, lse, scale, iterations, heads)
+    per_head = _op(q, k, weights, rows.lo, rows.hi, rows.key, scale, iterations, heads)
     return per_head[0] if packed else per_head
-
-
-def attention_lse(
-    q: Tensor,
-    k: Tensor,
-    *,
-    q_index: Tensor | None = None,
-    kv_start: Tensor | None = None,
-    kv_end: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    scale: float | None = None,
-    temperature: float = 1.0,
-    causal: bool = True,
-) -> Tensor:
-    """Compute the log-sum-exp of every probe row's visible logits.
-
-    The arguments are those of :func:`attention_colsum`.
-
-    Returns
-    -------
-    Tensor
-        fp32 (fp64 for fp64 inputs), ``(B, Hq, R)``, packed ``(Hq, Tq)``, with the natural
-        logarithm; -inf where a row sees no key.
-
-    Raises
-    ------
-    KernelError
-        As :func:`attention_colsum`.
-
-    Notes
-    -----
-    The cost is ``2·B·Hq·R·N·D`` FLOPs and, for few rows, ``B·Hkv·N·D·itemsize`` bytes.
-    """
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    _check(q, k, packed, temperature)
-    q, k, rows = _canonical(
-        q, k, q_index, kv_start, kv_end, cu_seqlens_q, cu_seqlens_k, packed, causal
-    )
-    scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
-    out = _lse_op(q, k, rows.lo, rows.hi, scale)
-    return out[0] if packed else out
 
 
 @dispatch.custom_op("attention_colsum")
@@ -173,14 +109,14 @@ def _op(
     lo: Tensor,
     hi: Tensor,
     key: Tensor,
-    lse: Tensor | None,
     scale: float,
     iterations: int,
     heads: str,
 ) -> Tensor:
     implementation = _implementation(q)
+    lse = None
     with dispatch.on_device(q):
-        if lse is None and iterations > 1:
+        if iterations > 1:
             if implementation is naive and naive.is_triangular(hi, key):
                 out = naive.causal_powers(q, k, weights, lo, hi, scale, iterations)
                 return join_heads(out, heads)
@@ -217,7 +153,6 @@ def _(
     lo: Tensor,
     hi: Tensor,
     key: Tensor,
-    lse: Tensor | None,
     scale: float,
     iterations: int,
     heads: str,
@@ -225,17 +160,6 @@ def _(
     batch, query_heads, keys = q.shape[0], q.shape[1], k.shape[2]
     shape = (batch, query_heads, keys) if heads == "none" else (batch, keys)
     return q.new_empty(shape, dtype=_accumulation_dtype(q))
-
-
-@dispatch.custom_op("attention_lse")
-def _lse_op(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
-    with dispatch.on_device(q):
-        return _implementation(q).attention_lse(q, k, lo, hi, scale)
-
-
-@_lse_op.register_fake
-def _(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
-    return q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))
 
 
 def _implementation(q: Tensor) -> ModuleType:
@@ -273,9 +197,6 @@ def _check(q: Tensor, k: Tensor, packed: bool, temperature: float) -> None:
 def _canonical(
     q: Tensor,
     k: Tensor,
-    q_index: Tensor | None,
-    kv_start: Tensor | None,
-    kv_end: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     packed: bool,
@@ -284,13 +205,10 @@ def _canonical(
     """Return queries and keys as ``(B, H, length, D)`` views, and what every row sees."""
     q, k = checks.rows_contiguous(checks.plain(q)), checks.rows_contiguous(checks.plain(k))
     if not packed:
-        return q, k, dense_rows(q, k, q_index, kv_start, kv_end, causal)
-    if cu_q is None or cu_k is None or kv_start is not None or kv_end is not None:
-        raise KernelError(
-            "a packed batch needs both cu_seqlens_q and cu_seqlens_k, and neither kv_start nor "
-            "kv_end"
-        )
-    rows = packed_rows(q, k, q_index, cu_q, cu_k, causal)
+        return q, k, dense_rows(q, k, causal)
+    if cu_q is None or cu_k is None:
+        raise KernelError("a packed batch needs both cu_seqlens_q and cu_seqlens_k")
+    rows = packed_rows(q, k, cu_q, cu_k, causal)
     return q.transpose(0, 1)[None], k.transpose(0, 1)[None], rows
 
 
@@ -309,23 +227,22 @@ def _with_visible(q: Tensor, k: Tensor, visible: Tensor) -> tuple[Tensor, Tensor
     return checks.rows_contiguous(checks.plain(q)), checks.rows_contiguous(checks.plain(k)), rows
 
 
-def _per_row(name: str, value: Tensor | None, q: Tensor, packed: bool) -> Tensor:
-    """Broadcast a per-row value to ``(B, Hq, R)`` in the accumulation dtype."""
+def _row_weights(value: Tensor | None, q: Tensor, packed: bool) -> Tensor:
+    """Broadcast the weights of rows to ``(B, Hq, R)`` in the accumulation dtype."""
     shape = q.shape[:3]
     dtype = _accumulation_dtype(q)
     if value is None:
         return torch.ones(shape, dtype=dtype, device=q.device)
-    checks.same_device(q=q, **{name: value})
+    checks.same_device(q=q, row_weights=value)
     value = value.detach().to(dtype)
     if packed and value.dim() == 2:
         value = value[None]
     elif not packed and value.dim() == 2:
         value = value[:, None]
+    fault = f"row_weights {tuple(value.shape)} does not fit {tuple(shape)} probe rows"
     if value.dim() not in (1, 3) or value.shape[-1] != shape[2]:
-        raise KernelError(f"{name} {tuple(value.shape)} does not fit {tuple(shape)} probe rows")
+        raise KernelError(fault)
     try:
         return value.expand(shape).contiguous()
     except RuntimeError as error:
-        raise KernelError(
-            f"{name} {tuple(value.shape)} does not fit {tuple(shape)} probe rows"
-        ) from error
+        raise KernelError(fault) from error

@@ -24,57 +24,35 @@ class Rows(NamedTuple):
     key: Tensor
 
 
-def dense_rows(
-    q: Tensor,
-    k: Tensor,
-    q_index: Tensor | None,
-    kv_start: Tensor | None,
-    kv_end: Tensor | None,
-    causal: bool,
-) -> Rows:
-    """Return the rows of a padded batch with `q` ``(B, Hq, R, D)`` and `k` ``(B, Hkv, N, D)``.
+def dense_rows(q: Tensor, k: Tensor, causal: bool) -> Rows:
+    """Return the rows of a batch with `q` ``(B, Hq, R, D)`` and `k` ``(B, Hkv, N, D)``.
+
+    They belong to the last R keys. Without a causal mask they see all keys.
 
     Raises
     ------
     KernelError
-        If `q_index`, `kv_start` or `kv_end` has a wrong shape, dtype or device, or if there are
-        more causal rows than keys and no `q_index`.
+        If there are more causal rows than keys.
     """
     batch, rows, keys = q.shape[0], q.shape[2], k.shape[2]
-    start = _per_sample("kv_start", kv_start, batch, 0, q)
-    end = _per_sample("kv_end", kv_end, batch, keys, q)
-    if q_index is None:
-        index = _default_index(rows, keys, start, end, causal, q.device)
-    else:
-        checks.integer("q_index", q_index)
-        checks.same_device(q=q, q_index=q_index)
-        if q_index.dim() == 1:
-            q_index = q_index[None].expand(batch, -1)
-        if q_index.shape != (batch, rows):
-            raise KernelError(
-                f"q_index must be ({rows},) or ({batch}, {rows}); got {tuple(q_index.shape)}"
-            )
-        index = q_index.to(torch.int32)
-    index = index.expand(batch, rows)
-    padding = index < 0
-    hi = torch.minimum(index + 1, end) if causal else end.expand(batch, rows)
-    hi = hi.clamp(0, keys).masked_fill(padding, 0)
-    lo = start.clamp(0, keys).expand(batch, rows)
-    return Rows(lo.contiguous(), hi.contiguous(), index.contiguous())
+    if causal and rows > keys:
+        raise KernelError(f"{rows} probe rows but {keys} keys: pass visible to place the rows")
+    key = torch.arange(rows, device=q.device, dtype=torch.int32) + max(0, keys - rows)
+    key = key.expand(batch, rows).contiguous()
+    hi = key + 1 if causal else torch.full_like(key, keys)
+    return Rows(torch.zeros_like(key), hi, key)
 
 
-def packed_rows(
-    q: Tensor, k: Tensor, q_index: Tensor | None, cu_q: Tensor, cu_k: Tensor, causal: bool
-) -> Rows:
+def packed_rows(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool) -> Rows:
     """Return the rows of packed sequences with `q` ``(Tq, Hq, D)`` and `k` ``(Tk, Hkv, D)``.
 
-    The batch size is 1. `q_index` counts within each row's own sequence.
+    The batch size is 1. The rows of a sequence belong to its last keys.
 
     Raises
     ------
     KernelError
-        If the offsets do not rise from 0 to the number of tokens, the two offset tensors differ in
-        length, or `q_index` has a wrong shape or dtype.
+        If the offsets do not rise from 0 to the number of tokens, or the two offset tensors differ
+        in length.
     """
     for name, cu, total in (("cu_seqlens_q", cu_q, len(q)), ("cu_seqlens_k", cu_k, len(k))):
         checks.integer(name, cu)
@@ -88,47 +66,8 @@ def packed_rows(
     token = torch.arange(len(q), device=q.device, dtype=torch.int32)
     sequence = (torch.searchsorted(cu_q, token, right=True) - 1).clamp(min=0)
     lo, end = cu_k[sequence], cu_k[sequence + 1]
-    if q_index is None:
-        key = end - (cu_q[sequence + 1] - token)
-        padding = key < lo
-    else:
-        checks.integer("q_index", q_index)
-        if q_index.shape != token.shape:
-            raise KernelError(f"q_index must be ({len(q)},); got {tuple(q_index.shape)}")
-        key = q_index.to(torch.int32) + lo
-        padding = q_index < 0
-    if not causal and q_index is None:
-        padding = torch.zeros_like(padding)
-    hi = torch.minimum(key + 1, end) if causal else end
-    hi = hi.masked_fill(padding, 0)
-    key = key.masked_fill(padding, -1)
+    key = end - (cu_q[sequence + 1] - token)
+    hi = end
+    if causal:  # a sequence may have more rows than keys; the first of them see none
+        hi, key = (key + 1).masked_fill(key < lo, 0), key.masked_fill(key < lo, -1)
     return Rows(lo[None].contiguous(), hi[None].contiguous(), key[None].contiguous())
-
-
-def _default_index(
-    rows: int, keys: int, start: Tensor, end: Tensor, causal: bool, device: torch.device
-) -> Tensor:
-    """Return the key column of every row, ``(B, R)``.
-
-    Row i belongs to key i if rows and keys are equal in number; otherwise the rows are the last
-    ones before `end`.
-    """
-    index = torch.arange(rows, device=device, dtype=torch.int32)[None]
-    if rows != keys:
-        if causal and rows > keys:
-            raise KernelError(f"{rows} probe rows but {keys} keys: give q_index to place the rows")
-        if not causal:
-            return index  # without a causal mask the column plays no role
-        index = end - rows + index
-    return torch.where((index >= start) & (index < end), index, -1)
-
-
-def _per_sample(name: str, value: Tensor | None, batch: int, default: int, q: Tensor) -> Tensor:
-    """Return a bound per sample as int32 ``(B, 1)``, `default` if it is None."""
-    if value is None:
-        return torch.full((batch, 1), default, dtype=torch.int32, device=q.device)
-    checks.integer(name, value)
-    checks.same_device(q=q, **{name: value})
-    if value.shape != (batch,):
-        raise KernelError(f"{name} must be ({batch},); got {tuple(value.shape)}")
-    return value.to(torch.int32)[:, None]

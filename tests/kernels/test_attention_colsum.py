@@ -1,8 +1,8 @@
-"""attention_colsum and attention_lse are compared with a dense fp64 attention matrix."""
+"""attention_colsum is compared with a dense fp64 attention matrix."""
 
 import pytest
 import torch
-from tokencomp.kernels import KernelError, attention_colsum, attention_lse
+from tokencomp.kernels import KernelError, attention_colsum
 from tokencomp.kernels.attention_colsum import naive
 from torch import Tensor
 
@@ -33,6 +33,14 @@ def causal_mask(q_index: Tensor, keys: int, start: Tensor, end: Tensor) -> Tenso
     column = torch.arange(keys)
     inside = (column >= start[:, None]) & (column < end[:, None])
     return inside[:, None] & (column <= q_index[..., None]) & (q_index >= 0)[..., None]
+
+
+def visible_rows(index: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """What rows at the columns `index` ``(B, R)`` see, as the argument `visible` has it."""
+    stop = torch.minimum(index + 1, end[:, None])
+    rows = torch.stack([start[:, None].expand_as(index), stop, index])
+    padding = index < 0
+    return torch.where(padding, torch.tensor([0, 0, -1])[:, None, None], rows).int()
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -70,8 +78,8 @@ def test_rows_anywhere_with_padding(place: torch.device) -> None:
     index = torch.randint(-20, 150, (3, 70))
     want = matrix(q, k, causal_mask(index, 150, start, end), 0.3).sum(2)
     got = attention_colsum(
-        q.to(place), k.to(place), q_index=index.to(place), kv_start=start.to(place),
-        kv_end=end.to(place), scale=0.3, heads="none",
+        q.to(place), k.to(place), visible=visible_rows(index, start, end).to(place),
+        scale=0.3, heads="none",
     )  # fmt: skip
     check(got, want)
     column = torch.arange(150)
@@ -84,19 +92,17 @@ def test_many_rows_in_any_order(place: torch.device, rows: int) -> None:
     """Long inputs skip row blocks by their bounds; shuffled rows must give the same result."""
     q, k = inputs((2, 1, 2, rows, 300, 32))
     index = torch.stack([torch.randperm(300)[:rows] for _ in range(2)])
-    start = torch.tensor([0, 170])
-    want = matrix(q, k, causal_mask(index, 300, start, torch.tensor([300, 300])), 32**-0.5)
-    got = attention_colsum(
-        q.to(place), k.to(place), q_index=index.to(place), kv_start=start.to(place)
-    )
+    start, end = torch.tensor([0, 170]), torch.tensor([300, 300])
+    want = matrix(q, k, causal_mask(index, 300, start, end), 32**-0.5)
+    visible = visible_rows(index, start, end).to(place)
+    got = attention_colsum(q.to(place), k.to(place), visible=visible)
     check(got, want.sum(2).mean(1))
 
 
 def test_non_causal(place: torch.device) -> None:
     q, k = inputs((2, 2, 2, 9, 70, 64))
-    end = torch.tensor([70, 33])
-    visible = (torch.arange(70) < end[:, None])[:, None].expand(2, 9, 70)
-    got = attention_colsum(q.to(place), k.to(place), kv_end=end.to(place), causal=False)
+    visible = torch.ones(2, 9, 70, dtype=torch.bool)
+    got = attention_colsum(q.to(place), k.to(place), causal=False)
     check(got, matrix(q, k, visible, 64**-0.5).sum(2).mean(1))
 
 
@@ -187,31 +193,10 @@ def test_repeated_application(
     want = scores[:, :, 0].square().mean(1).sqrt()
     weights = torch.full((size,), 1 / size)
     got = attention_colsum(
-        q.to(place), k.to(place), weights.to(place), kv_start=start.to(place), temperature=0.1,
-        heads="rms", iterations=5,
+        q.to(place), k.to(place), weights.to(place), temperature=0.1, heads="rms", iterations=5,
+        visible=visible_rows(index, start, torch.full((2,), size)).to(place),
     )  # fmt: skip
     check(got, want)
-
-
-def test_lse_and_its_reuse(place: torch.device) -> None:
-    q, k = inputs((2, 2, 4, 21, 333, 64), torch.float16)
-    index = torch.randint(-3, 333, (2, 21))
-    start, end = torch.tensor([0, 100]), torch.tensor([333, 300])
-    visible = causal_mask(index, 333, start, end)
-    wide = k.double().repeat_interleave(4, dim=1)
-    logits = (q.double() @ wide.transpose(-1, -2) / 8).masked_fill(~visible[:, None], -torch.inf)
-    options = {
-        "q_index": index.to(place), "kv_start": start.to(place), "kv_end": end.to(place),
-    }  # fmt: skip
-    lse = attention_lse(q.to(place), k.to(place), **options)
-    want = logits.logsumexp(-1)
-    assert torch.equal(lse.cpu().isneginf(), want.isneginf())
-    check(lse.nan_to_num(neginf=0.0), want.nan_to_num(neginf=0.0))
-    fresh = attention_colsum(q.to(place), k.to(place), **options)
-    check(attention_colsum(q.to(place), k.to(place), lse=lse, **options), fresh.cpu().double())
-    # FlashAttention reports +inf where a row sees no key. Such a row is ignored as well.
-    flash = lse.masked_fill(lse.isneginf(), torch.inf)
-    check(attention_colsum(q.to(place), k.to(place), lse=flash, **options), fresh.cpu().double())
 
 
 @pytest.mark.parametrize("magnitude", [30.0, 1000.0])
@@ -228,9 +213,8 @@ def test_extreme_logits(place: torch.device, magnitude: float) -> None:
 
 def test_empty_sequences_and_rows(place: torch.device) -> None:
     q, k = inputs((2, 1, 2, 4, 10, 64))
-    nothing = torch.zeros(2, dtype=torch.int64, device=place)
-    assert (attention_colsum(q.to(place), k.to(place), kv_end=nothing) == 0).all()
-    assert attention_lse(q.to(place), k.to(place), kv_end=nothing).isneginf().all()
+    nothing = torch.zeros(3, 2, 4, dtype=torch.int32, device=place)
+    assert (attention_colsum(q.to(place), k.to(place), visible=nothing) == 0).all()
     got = attention_colsum(q[:, :, :0].to(place), k.to(place))
     assert got.shape == (2, 10) and (got == 0).all()
     assert attention_colsum(q[:0].to(place), k[:0].to(place)).shape == (0, 10)
@@ -281,10 +265,9 @@ def test_naive_streams_over_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"iterations": 0}, "iterations=0"),
         ({"iterations": 2}, "one probe row per key"),
         ({"row_weights": torch.ones(7)}, "row_weights"),
-        ({"lse": torch.ones(2, 4, 7)}, "lse"),
-        ({"q_index": torch.zeros(3, dtype=torch.int64)}, "q_index must be"),
-        ({"q_index": torch.zeros(5)}, "int32 or int64"),
-        ({"kv_start": torch.zeros(1, dtype=torch.int64)}, "kv_start must be"),
+        ({"visible": torch.zeros(3, 2, 5)}, "visible must be int32"),
+        ({"visible": torch.zeros(3, 2, 4, dtype=torch.int32)}, r"visible must be .* \(3, 2, 5\)"),
+        ({"visible": torch.full((3, 2, 5), 10, dtype=torch.int32)}, "visible keys must be keys"),
         ({"k": torch.randn(2, 2, 9, 32)}, "head dimension"),
         ({"k": torch.randn(2, 3, 9, 64)}, "not a multiple"),
         ({"k": torch.randn(2, 2, 9, 64).half()}, "one dtype"),

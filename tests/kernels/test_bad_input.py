@@ -14,7 +14,6 @@ ROWS = torch.arange(0, 12, 2)
 # Shape of the main operand, and a call that puts every index on the device of that operand.
 CALLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]] = {
     "attention_colsum": ((1, 2, 7, 16), lambda x: kernels.attention_colsum(x[:, :, :3], x)),
-    "attention_lse": ((1, 2, 7, 16), lambda x: kernels.attention_lse(x[:, :, :3], x)),
     "bipartite_match": ((12, 20), lambda x: kernels.bipartite_match(x, 6)),
     "ccam_attention": ((1, 2, 6, 16), lambda x: kernels.ccam_attention(x, x, x, 3)),
     "frame_pool": ((2, 4, 4, 20), lambda x: kernels.frame_pool(x, [(2, 2), (3, 4)])),
@@ -58,8 +57,9 @@ HEADS = torch.randn(1, 2, 4, 8)
 ELSEWHERE: dict[str, Callable[[torch.device], object]] = {
     "colsum keys": lambda d: kernels.attention_colsum(HEADS, HEADS.to(d)),
     "colsum row_weights": lambda d: kernels.attention_colsum(HEADS, HEADS, X[:, 0].to(d)),
-    "colsum q_index": lambda d: kernels.attention_colsum(HEADS, HEADS, q_index=INDEX.to(d)),
-    "colsum kv_start": lambda d: kernels.attention_colsum(HEADS, HEADS, kv_start=INDEX[:1].to(d)),
+    "colsum visible": lambda d: kernels.attention_colsum(
+        HEADS, HEADS, visible=INDEX.expand(3, 1, 4).int().to(d)
+    ),
     "ccam keys": lambda d: kernels.ccam_attention(HEADS, HEADS.to(d), HEADS, 2),
     "gather index": lambda d: kernels.gather_rows([X[None]], INDEX[None].to(d)),
     "gather tensors": lambda d: kernels.gather_rows([X[None], X[None].to(d)], INDEX[None]),
@@ -128,14 +128,10 @@ def test_sizes_past_32_bits(call: str) -> None:
 
 
 def test_nan_key_reaches_every_row_that_sees_it(place: torch.device) -> None:
-    """Rows from the key on, and all columns they see, become NaN; earlier rows do not change."""
+    """All columns that such a row sees become NaN, and what such a row reads."""
     q, k = torch.randn(2, 1, 2, 6, 16).to(place).unbind(0)
-    want = kernels.attention_lse(q, k)
     k[:, :, 4] = math.nan
-    lse = kernels.attention_lse(q, k)
-    assert torch.equal(lse[..., :4], want[..., :4]) and lse[..., 4:].isnan().all()
     assert kernels.attention_colsum(q, k).isnan().all()
-    assert kernels.attention_colsum(q, k, lse=lse).isnan().all()
     assert kernels.ccam_attention(q, k, k, 3)[:, :, 4:].isnan().all()
 
 

@@ -21,9 +21,6 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     "attention_colsum_iterated": lambda x: kernels.attention_colsum(
         x.view(1, 2, 3, 16), x.view(1, 2, 3, 16), iterations=2, heads="rms"
     ),
-    "attention_lse": lambda x: kernels.attention_lse(
-        x.view(1, 2, 3, 16)[:, :, :1], x.view(1, 2, 3, 16)
-    ),
     "bipartite_match": lambda x: kernels.bipartite_match(x.view(12, 8), 6),
     "nearest_previous_frame": lambda x: kernels.nearest_previous_frame(x.view(2, 2, 3, 8)),
     "merge_rows": lambda x: kernels.merge_rows(x.view(12, 8), rows(x), rows(x), positions=rows(x)),
@@ -69,7 +66,6 @@ def test_opcheck(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
     recorded: list[tuple] = []
     module, attribute = {
-        "attention_lse": ("attention_colsum", "_lse_op"),
         "mean_distance": ("maxmin_select", "_mean_op"),
         "topk_of_spans": ("topk_stable", "_spans_op"),
     }.get(name, (name, "_op"))

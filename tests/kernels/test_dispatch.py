@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokencomp.kernels import KernelError, bipartite_match, status, which
+from tokencomp.kernels import KernelError, bipartite_match, status
 from tokencomp.kernels import dispatch as module
 from tokencomp.kernels.bipartite_match import naive
+from tokencomp.kernels.dispatch import which
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,7 +95,8 @@ def test_triton_mode_without_interpreter_is_refused_on_a_cpu(
 def test_interpreter_requested_too_late() -> None:
     pytest.importorskip("triton")
     code = (
-        "import os, triton, torch; from tokencomp.kernels import KernelError, which\n"
+        "import os, triton, torch; from tokencomp.kernels import KernelError\n"
+        "from tokencomp.kernels.dispatch import which\n"
         "os.environ.update(TRITON_INTERPRET='1', TOKENCOMP_KERNELS='triton')\n"
         "try: which(torch.zeros(1))\n"
         "except KernelError as error: print(error)"

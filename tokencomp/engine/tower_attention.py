@@ -73,6 +73,4 @@ def attention_received(
     rows = 1 if class_token else q.shape[1]
     weights = torch.full((rows,), 1.0 / rows, device=q.device)
     q, k = q[:, :rows].transpose(1, 2), k.transpose(1, 2)
-    return attention_colsum(
-        q, k, weights, q_index=torch.arange(rows, device=q.device), causal=False
-    )
+    return attention_colsum(q, k, weights, causal=False)
