@@ -24,7 +24,7 @@ ROOMS = (
     ("cli",),
     ("serving", "training", "evaluation", "lmms", "pages", "zoo"),
     ("profiling", "inputs", "models", "shapesqa"),
-    ("tokencomp", "patching", "method", "conformance"),
+    ("tokencomp", "patching", "handle", "method", "conformance"),
     ("engine", "context_window", "plan_json"),
     ("adapters", "trained", "reducers"),
     ("plan", "stages", "keep_counts", "schedules", "tokens", "reduction", "signals"),

@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "patch": "tokencomp.patching",
     "unpatch": "tokencomp.patching",
-    "Handle": "tokencomp.patching",
+    "Handle": "tokencomp.handle",
     "extend_visual_context": "tokencomp.context_window",
     "Plan": "tokencomp.plan",
     "Stage": "tokencomp.stages",
@@ -57,7 +57,8 @@ if TYPE_CHECKING:
     from tokencomp.adapters.registry import available_models
     from tokencomp.context_window import extend_visual_context
     from tokencomp.errors import TokenCompError
-    from tokencomp.patching import Handle, patch, unpatch
+    from tokencomp.handle import Handle
+    from tokencomp.patching import patch, unpatch
     from tokencomp.plan import Plan
     from tokencomp.plan_json import plan_from_json, plan_to_json
     from tokencomp.reducers.base import Reducer

@@ -1,4 +1,4 @@
-"""`patch`, `unpatch`, and the handle of a patched model."""
+"""`patch` and `unpatch`."""
 
 from __future__ import annotations
 
@@ -8,36 +8,23 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import adapter_for, unwrap
 from tokencomp.adapters.verified import unverified_accepted
 from tokencomp.conformance.verify import verify_model
 from tokencomp.context_window import (
     VISUAL_WINDOW,
-    VisualContext,
     extend_visual_context,
-    is_extended,
     restore_visual_context,
 )
 from tokencomp.engine.hooks import Hooks
-from tokencomp.engine.layer_stages import check_layer_stages
 from tokencomp.engine.refusals import refuse_foreign
-from tokencomp.engine.stats import Stats
-from tokencomp.engine.tower import check_signals
-from tokencomp.engine.tower_stage import check_tower_stage
 from tokencomp.errors import OptionError, PlanError
+from tokencomp.handle import ATTRIBUTE, Handle, make_plan
 from tokencomp.keep_counts import check_ratio
 from tokencomp.method import MethodSpec, two_ratios
-from tokencomp.plan import Plan
 from tokencomp.plan_json import PlanLike, as_plan
 from tokencomp.reducers.base import Reducer
-from tokencomp.trained.cards import model_facts
 from tokencomp.validation import check_choice
-
-# Where a patched model keeps its handle: both are freed together, and no state_dict shows it.
-ATTRIBUTE = "_tokencomp_handle"
-# Arguments of `patch` that `Handle.set` cannot change.
-FIXED = {"strict", "positions", "extend_context", "proportional_attention", "verify"}
 
 
 def patch(
@@ -155,7 +142,7 @@ def _checked(model: nn.Module, spec: MethodSpec) -> Iterator[None]:
     """Verify a tiny copy of a model, and take the model's type as verified in the block."""
     with unverified_accepted():
         result = verify_model(unwrap(model), lambda tiny, plan: patch(tiny, plan=plan))
-        stages = _make_plan(spec, adapter_for(model)).layer_stages
+        stages = make_plan(spec, adapter_for(model)).layer_stages
         if stages and result.status == "entry only":
             raise PlanError(
                 f"stages at layers {[s.layer for s in stages]}: a tiny model with the config of "
@@ -182,7 +169,7 @@ def apply(
             f"positions='compact': {adapter.family} has three rows of positions (time, height, "
             "width), which cannot be renumbered without losing the grid. Leave it at 'original'."
         )
-    plan = _make_plan(spec, adapter)
+    plan = make_plan(spec, adapter)
     hooks = Hooks(adapter, plan, strict, positions == "compact", spec.proportional_attention)
     earlier, context = adapter.model.__dict__.get(ATTRIBUTE), None
     if earlier is not None:
@@ -212,7 +199,7 @@ def check(model: nn.Module, spec: MethodSpec) -> None:
     """
     adapter = adapter_for(model)
     refuse_foreign(adapter.model)
-    _make_plan(spec, adapter)
+    make_plan(spec, adapter)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -246,154 +233,3 @@ def unpatched(model: nn.Module) -> Iterator[None]:
     finally:
         if handle.suspended:
             handle.resume()
-
-
-class Handle:
-    """A patch in force. Use as a context manager, or call `remove()`."""
-
-    def __init__(
-        self,
-        hooks: Hooks,
-        spec: MethodSpec,
-        context: VisualContext | None = None,
-        earlier: Handle | None = None,
-    ) -> None:
-        self._hooks, self._spec, self._context = hooks, spec, context
-        self._earlier = earlier  # the patch to resume when a `with` block ends
-        self._active = self._entered = False
-        self._start()
-
-    def __enter__(self) -> Handle:
-        self._check_active()
-        self._entered = True
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        earlier = self._earlier if self._active else None
-        self.remove()
-        if earlier is not None and earlier.suspended:
-            earlier.resume()
-
-    def remove(self) -> None:
-        """Restore the model, see `unpatch`. Safe to call twice."""
-        self._stop()
-        self.suspended, self._earlier = False, None
-
-    def _stop(self) -> None:
-        if self._active:
-            self._active = False
-            self._hooks.remove()
-            if self._context is not None:
-                self._context.remove()
-            del self._hooks.adapter.model.__dict__[ATTRIBUTE]
-
-    def suspend(self) -> None:
-        """Restore the model, until `resume` or `remove` is called."""
-        if self._context is not None and not self._context.in_force:
-            self._context = None  # undone, or replaced by another extension: not ours any more
-        self._stop()
-        self.suspended = True
-        if not self._entered:  # else a chain of patches would keep all of them alive
-            self._earlier = None
-
-    def resume(self) -> None:
-        """Patch the model again after `suspend`; the plan stays the same."""
-        adapter, context = self._hooks.adapter, self._context
-        if context is not None:
-            free = not is_extended(adapter)
-            target = context.target_tokens
-            self._context = extend_visual_context(adapter.model, target) if free else None
-        self._start()
-
-    def _start(self) -> None:
-        self._active, self.suspended = True, False
-        self._hooks.adapter.model.__dict__[ATTRIBUTE] = self
-        self._install()
-
-    def _install(self) -> None:
-        try:
-            self._hooks.install()
-        except BaseException:  # without a handle nobody could remove the hooks installed so far
-            self.remove()
-            raise
-
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Run new prompts uncompressed inside the block, in this thread."""
-        self._hooks.disable(1)
-        try:
-            yield
-        finally:
-            self._hooks.disable(-1)
-
-    def set(
-        self,
-        *,
-        ratio: float | Mapping[str, float] | None = None,
-        reducer: str | Reducer | None = None,
-        plan: PlanLike | None = None,
-        tower_ratio: float | Literal["auto"] | None = None,
-        tower_reducer: str | Reducer | None = None,
-        **options: Any,
-    ) -> Handle:
-        """Change ratios, reducers or options in place; arguments left out keep their values.
-
-        A new reducer starts from its own default options. A plan replaces all of them; after a
-        plan, a new ratio needs a reducer too.
-        """
-        self._check_active()
-        fixed = sorted(FIXED & set(options))
-        if fixed:
-            raise OptionError(
-                f"set({fixed[0]}=...) cannot be changed in place: it belongs to the patch. Call "
-                f"tokencomp.patch(model, ..., {fixed[0]}={options[fixed[0]]!r}) again."
-            )
-        stages = None if plan is None else as_plan(plan)
-        spec = self._spec.changed(ratio, reducer, stages, options, tower_ratio, tower_reducer)
-        new_plan = _make_plan(spec, self._hooks.adapter)
-        self._spec = spec
-        try:
-            self._hooks.change(new_plan)
-        except BaseException:  # without all its hooks the patch would run something else
-            self.remove()
-            raise
-        return self
-
-    def _check_active(self) -> None:
-        if not self._active:
-            raise OptionError(
-                "this handle was removed, or replaced by a later patch; call "
-                "tokencomp.patch(model, ...) again."
-            )
-
-    @property
-    def plan(self) -> Plan:
-        """The stages in force."""
-        return self._hooks.plan
-
-    @property
-    def stats(self) -> Stats | None:
-        """Counts of the last prompt, also at ratio 0; in whichever thread it ran.
-
-        None before the first, after `set`, and after a prompt without visual input. Prompts under
-        `disabled()` change nothing.
-        """
-        return self._hooks.stats
-
-    def __repr__(self) -> str:
-        family = self._hooks.adapter.family
-        state = "active" if self._active else "removed"
-        stages = [f"{s.reducer.name}@{s.layer}→{s.fraction:.3g}" for s in self.plan.stages]
-        if tower := self.plan.tower:
-            stages.insert(0, f"{tower.reducer.name}@tower {tower.block}→{tower.fraction:.3g}")
-        return f"<tokencomp.Handle {family}: {', '.join(stages) or 'off'} ({state})>"
-
-
-def _make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
-    """The stages of a spec in one decoder, with reducers that have loaded their weights."""
-    num_layers = len(adapter.layers)
-    plan = spec.stages(num_layers, adapter.first_layer_stage)
-    plan.check(num_layers, adapter.first_layer_stage)
-    check_layer_stages(plan, adapter)
-    check_signals(plan, adapter)
-    return check_tower_stage(plan, adapter).bind(model_facts(adapter))

@@ -8,7 +8,8 @@ from typing import Any
 
 from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.subsets import per_question
-from tokencomp.patching import Handle, apply, unpatched
+from tokencomp.handle import Handle
+from tokencomp.patching import apply, unpatched
 
 
 @contextlib.contextmanager

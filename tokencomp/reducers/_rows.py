@@ -74,13 +74,6 @@ def replace_patches(tokens: VisualTokens, rows: Tensor, x: Tensor, sizes: Tensor
     return Reduction(keep, merged, torch.cat([ones, sizes])[order])
 
 
-def token_sizes(tokens: VisualTokens) -> Tensor:
-    """How many original tokens every row stands for before this step, float32, shape (n,)."""
-    if tokens.sizes is not None:
-        return tokens.sizes
-    return torch.ones(len(tokens), device=tokens.features.device)
-
-
 def merge_dropped(
     tokens: VisualTokens, rows: Tensor, chosen: Tensor, floor: float, centred: bool
 ) -> Reduction:
@@ -107,21 +100,15 @@ def merge_dropped(
     best, nearest = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     target = torch.where(best >= floor, chosen[nearest], -1)
     target[chosen] = chosen
-    before = token_sizes(tokens)
+    before = tokens.sizes
+    if before is None:
+        before = torch.ones(len(tokens), device=x.device)
     merged = merge_rows(x, target, chosen, before[rows])
     kept = keep_patches(tokens, rows[chosen])
     features, sizes = tokens.features[kept.keep].clone(), before[kept.keep]
     patch = ~tokens.special[kept.keep]
     features[patch], sizes[patch] = merged.x, merged.sizes.float()
     return Reduction(kept.keep, features, sizes)
-
-
-def patches_per_frame(tokens: VisualTokens) -> list[int]:
-    """Patches left of every frame of the grid; read from the device only if some are missing."""
-    t, h, w = tokens.grid
-    if tokens.index is None:
-        return [h * w] * t
-    return torch.bincount(tokens.cells() // (h * w), minlength=t).tolist()
 
 
 def round_to_sum(shares: list[float], total: int, most: int) -> list[int]:

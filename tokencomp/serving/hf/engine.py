@@ -15,9 +15,10 @@ from transformers import StoppingCriteriaList
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import TokenCompError, WeightsError
+from tokencomp.handle import Handle
 from tokencomp.inputs.prompts import prompt_lengths
 from tokencomp.method import MethodSpec
-from tokencomp.patching import Handle, apply, check
+from tokencomp.patching import apply, check
 from tokencomp.serving.hf.batch import build_inputs
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.generation import Rows, for_client, sampling, take_end_tokens

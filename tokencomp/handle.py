@@ -1,0 +1,177 @@
+"""The handle of a patched model: a patch that can be changed, suspended and removed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.context_window import VisualContext, extend_visual_context, is_extended
+from tokencomp.engine.hooks import Hooks
+from tokencomp.engine.layer_stages import check_layer_stages
+from tokencomp.engine.stats import Stats
+from tokencomp.engine.tower import check_signals
+from tokencomp.engine.tower_stage import check_tower_stage
+from tokencomp.errors import OptionError
+from tokencomp.method import MethodSpec
+from tokencomp.plan import Plan
+from tokencomp.plan_json import PlanLike, as_plan
+from tokencomp.reducers.base import Reducer
+from tokencomp.trained.cards import model_facts
+
+# Where a patched model keeps its handle: both are freed together, and no state_dict shows it.
+ATTRIBUTE = "_tokencomp_handle"
+# Arguments of `patch` that `Handle.set` cannot change.
+FIXED = {"strict", "positions", "extend_context", "proportional_attention", "verify"}
+
+
+def make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
+    """The stages of a spec in one decoder, with reducers that have loaded their weights."""
+    num_layers = len(adapter.layers)
+    plan = spec.stages(num_layers, adapter.first_layer_stage)
+    plan.check(num_layers, adapter.first_layer_stage)
+    check_layer_stages(plan, adapter)
+    check_signals(plan, adapter)
+    return check_tower_stage(plan, adapter).bind(model_facts(adapter))
+
+
+class Handle:
+    """A patch in force. Use as a context manager, or call `remove()`."""
+
+    def __init__(
+        self,
+        hooks: Hooks,
+        spec: MethodSpec,
+        context: VisualContext | None = None,
+        earlier: Handle | None = None,
+    ) -> None:
+        self._hooks, self._spec, self._context = hooks, spec, context
+        self._earlier = earlier  # the patch to resume when a `with` block ends
+        self._active = self._entered = False
+        self._start()
+
+    def __enter__(self) -> Handle:
+        self._check_active()
+        self._entered = True
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        earlier = self._earlier if self._active else None
+        self.remove()
+        if earlier is not None and earlier.suspended:
+            earlier.resume()
+
+    def remove(self) -> None:
+        """Restore the model, see `unpatch`. Safe to call twice."""
+        self._stop()
+        self.suspended, self._earlier = False, None
+
+    def _stop(self) -> None:
+        if self._active:
+            self._active = False
+            self._hooks.remove()
+            if self._context is not None:
+                self._context.remove()
+            del self._hooks.adapter.model.__dict__[ATTRIBUTE]
+
+    def suspend(self) -> None:
+        """Restore the model, until `resume` or `remove` is called."""
+        if self._context is not None and not self._context.in_force:
+            self._context = None  # undone, or replaced by another extension: not ours any more
+        self._stop()
+        self.suspended = True
+        if not self._entered:  # else a chain of patches would keep all of them alive
+            self._earlier = None
+
+    def resume(self) -> None:
+        """Patch the model again after `suspend`; the plan stays the same."""
+        adapter, context = self._hooks.adapter, self._context
+        if context is not None:
+            free = not is_extended(adapter)
+            target = context.target_tokens
+            self._context = extend_visual_context(adapter.model, target) if free else None
+        self._start()
+
+    def _start(self) -> None:
+        self._active, self.suspended = True, False
+        self._hooks.adapter.model.__dict__[ATTRIBUTE] = self
+        self._install()
+
+    def _install(self) -> None:
+        try:
+            self._hooks.install()
+        except BaseException:  # without a handle nobody could remove the hooks installed so far
+            self.remove()
+            raise
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run new prompts uncompressed inside the block, in this thread."""
+        self._hooks.disable(1)
+        try:
+            yield
+        finally:
+            self._hooks.disable(-1)
+
+    def set(
+        self,
+        *,
+        ratio: float | Mapping[str, float] | None = None,
+        reducer: str | Reducer | None = None,
+        plan: PlanLike | None = None,
+        tower_ratio: float | Literal["auto"] | None = None,
+        tower_reducer: str | Reducer | None = None,
+        **options: Any,
+    ) -> Handle:
+        """Change ratios, reducers or options in place; arguments left out keep their values.
+
+        A new reducer starts from its own default options. A plan replaces all of them; after a
+        plan, a new ratio needs a reducer too.
+        """
+        self._check_active()
+        fixed = sorted(FIXED & set(options))
+        if fixed:
+            raise OptionError(
+                f"set({fixed[0]}=...) cannot be changed in place: it belongs to the patch. Call "
+                f"tokencomp.patch(model, ..., {fixed[0]}={options[fixed[0]]!r}) again."
+            )
+        stages = None if plan is None else as_plan(plan)
+        spec = self._spec.changed(ratio, reducer, stages, options, tower_ratio, tower_reducer)
+        new_plan = make_plan(spec, self._hooks.adapter)
+        self._spec = spec
+        try:
+            self._hooks.change(new_plan)
+        except BaseException:  # without all its hooks the patch would run something else
+            self.remove()
+            raise
+        return self
+
+    def _check_active(self) -> None:
+        if not self._active:
+            raise OptionError(
+                "this handle was removed, or replaced by a later patch; call "
+                "tokencomp.patch(model, ...) again."
+            )
+
+    @property
+    def plan(self) -> Plan:
+        """The stages in force."""
+        return self._hooks.plan
+
+    @property
+    def stats(self) -> Stats | None:
+        """Counts of the last prompt, also at ratio 0; in whichever thread it ran.
+
+        None before the first, after `set`, and after a prompt without visual input. Prompts under
+        `disabled()` change nothing.
+        """
+        return self._hooks.stats
+
+    def __repr__(self) -> str:
+        family = self._hooks.adapter.family
+        state = "active" if self._active else "removed"
+        stages = [f"{s.reducer.name}@{s.layer}→{s.fraction:.3g}" for s in self.plan.stages]
+        if tower := self.plan.tower:
+            stages.insert(0, f"{tower.reducer.name}@tower {tower.block}→{tower.fraction:.3g}")
+        return f"<tokencomp.Handle {family}: {', '.join(stages) or 'off'} ({state})>"
