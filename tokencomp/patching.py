@@ -126,8 +126,7 @@ def patch(
         The model carries another method's changes.
     """
     if plan is not None and ratio is not None:
-        given = ratio if isinstance(ratio, Mapping) else check_ratio(ratio)
-        raise OptionError(two_ratios(given))
+        raise OptionError(two_ratios(ratio if isinstance(ratio, Mapping) else check_ratio(ratio)))
     stages = None if plan is None else as_plan(plan)
     amount: Any = 0.5 if ratio is None else ratio
     spec = MethodSpec(

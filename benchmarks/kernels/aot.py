@@ -16,18 +16,13 @@ import importlib
 import importlib.util
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "0"
 os.environ["TOKENCOMP_KERNELS_CHECK"] = "0"
@@ -36,30 +31,19 @@ if importlib.util.find_spec("triton") is None:
 
 import torch
 import triton
-from tokencomp.kernels import dispatch
 from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.compiler.compiler import ASTSource
 
 from benchmarks import publishing
-from benchmarks.kernels.cases import (
-    CASES,
-    Case,
-    Setup,
-    ccam,
-    colsum,
-    gather,
-    match,
-    maxmin,
-    mean_distance,
-    merge,
-    nearest,
-    pool,
-)
+from benchmarks.kernels.attention_cases import ccam, colsum
+from benchmarks.kernels.case import Case, Setup
+from benchmarks.kernels.cases import CASES
+from benchmarks.kernels.launches import OPS, Launch, record, specialise
+from benchmarks.kernels.row_cases import gather, match, merge, nearest, pool
+from benchmarks.kernels.selection_cases import maxmin, mean_distance
 
 FOLDER = Path(__file__).parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-OPS = [op for op in dispatch.OPS if op not in dispatch.TORCH_ONLY]
 TARGETS = [80, 90, 100]
 # Shared memory that one block may use, bytes.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -138,87 +122,6 @@ def resident_warps(row: Row) -> int:
         SHARED[int(row.target.removeprefix("sm_"))] // (row.shared + 1024),
     )
     return blocks * row.warps
-
-
-@dataclass
-class Launch:
-    """A recorded launch."""
-
-    kernel: JITFunction
-    case: str
-    dtype: str
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-
-class Recorder:
-    """Stands in for a kernel and writes its launches down."""
-
-    def __init__(self, kernel: JITFunction, note: Callable[..., None]) -> None:
-        self.kernel, self.note = kernel, note
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments, **options: self.note(self.kernel, arguments, options)
-
-
-def triton_modules(op: str) -> list[ModuleType]:
-    """The modules of an op that launch Triton kernels: `triton`, and its further parts."""
-    package = f"tokencomp.kernels.{op}"
-    names = [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)]
-    return [importlib.import_module(f"{package}.{n}") for n in names if n.startswith("triton")]
-
-
-@contextmanager
-def recording(note: Callable[..., None], multiprocessors: int) -> Iterator[None]:
-    """Replace all launches and pretend to be on a GPU."""
-    with mock.patch.object(dispatch, "which", lambda tensor: "triton"):
-        patches = []
-        for op in OPS:
-            for module in triton_modules(op):
-                for name, value in vars(module).items():
-                    if isinstance(value, JITFunction):
-                        patches.append(mock.patch.object(module, name, Recorder(value, note)))
-                if hasattr(module, "multiprocessors"):
-                    patches.append(
-                        mock.patch.object(module, "multiprocessors", lambda device: multiprocessors)
-                    )
-        for patch in patches:
-            patch.start()
-        try:
-            yield
-        finally:
-            for patch in patches:
-                patch.stop()
-
-
-def record(setups: list[Setup], dtype: torch.dtype, multiprocessors: int) -> list[Launch]:
-    """Every different launch of the cases."""
-    launches: list[Launch] = []
-    current = ""
-
-    def note(kernel: JITFunction, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        name = str(dtype).removeprefix("torch.")
-        launches.append(Launch(kernel, current, name, arguments, options))
-
-    random = mock.patch("benchmarks.kernels.cases._random", _uninitialised)
-    with recording(note, multiprocessors), random:
-        for setup in setups:
-            case = setup(torch.device("cpu"), dtype, 1.0)
-            current = case.name
-            case.call()
-    return launches
-
-
-def specialise(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
-    """The compiler's input for a launch, from Triton's own argument binder."""
-    kernel, backend = launch.kernel, make_backend(target)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialisation, options = binder(*launch.arguments, **launch.options)
-    parsed, signature, constants, attributes = kernel._pack_args(
-        backend, options, bound, specialisation, options
-    )
-    source = ASTSource(kernel, signature, constants, attributes)
-    return source, {**parsed.__dict__}
 
 
 def compile_one(launch: Launch, source: ASTSource, options: dict[str, Any], arch: int) -> Row:
@@ -351,11 +254,6 @@ def _tool(name: str, *arguments: str) -> str:
 def _bits(load: str) -> int:
     """Width of a load instruction, e.g. ``LDGSTS.E.BYPASS.128``; 32 where none is written."""
     return next((int(part) for part in load.split(".") if part in ("64", "128", "256")), 32)
-
-
-def _uninitialised(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Only shapes, strides and dtypes matter."""
-    return torch.zeros((), device=device, dtype=dtype).expand(shape).contiguous()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from benchmarks.kernels.cases import Case
+    from benchmarks.kernels.case import Case
 
 
 @dataclass(frozen=True)

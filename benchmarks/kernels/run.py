@@ -29,7 +29,8 @@ from tokencomp.kernels import dispatch
 from tqdm import tqdm
 
 from benchmarks import publishing
-from benchmarks.kernels.cases import CASES, Case
+from benchmarks.kernels.case import Case
+from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.roofline import GPUS, bound, find, floor_seconds
 
 PROVIDERS = ("naive", "eager", "compile", "triton", "flash-colreduce")
