@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.errors import PlanError
+from tokencomp.reducers._rows import check_whole
 from tokencomp.reduction import Reduction
 from tokencomp.tokens import SpanBatch
 
@@ -66,12 +66,8 @@ class Patches:
             An earlier stage has already dropped tokens of a span.
         """
         patches = cls.of(batch, keeps)
-        for (t, h, w), length in zip(batch.grids, patches.lengths, strict=True):
-            if length != t * h * w:
-                raise PlanError(
-                    f"reducer {reducer!r} compares places of a whole {t}×{h}×{w} grid, but "
-                    f"{length} of its tokens are left. Use it at decoder entry (layer 0)."
-                )
+        for grid, length in zip(batch.grids, patches.lengths, strict=True):
+            check_whole(grid, length, reducer)
         return patches
 
     def of_patches(self, values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokencomp.errors import PlanError, ScoreError
 from tokencomp.reduction import Reduction
-from tokencomp.tokens import SpanBatch, VisualTokens
+from tokencomp.tokens import Grid, SpanBatch, VisualTokens
 
 BLOCK = 1 << 24  # cosines computed at once
 
@@ -34,13 +34,18 @@ def whole_grid(tokens: VisualTokens, keep: int, reducer: str) -> tuple[Tensor, i
         An earlier stage has already dropped tokens of the span.
     """
     rows, budget = patch_rows(tokens, keep)
-    t, h, w = tokens.grid
-    if rows.numel() != t * h * w:
-        raise PlanError(
-            f"reducer {reducer!r} compares places of a whole {t}×{h}×{w} grid, but "
-            f"{rows.numel()} of its tokens are left. Use it at decoder entry (layer 0)."
-        )
+    check_whole(tokens.grid, rows.numel(), reducer)
     return rows, budget
+
+
+def check_whole(grid: Grid, patches: int, reducer: str) -> None:
+    """Raise `PlanError` unless as many patches are left of a span as its grid (t, h, w) has."""
+    t, h, w = grid
+    if patches != t * h * w:
+        raise PlanError(
+            f"reducer {reducer!r} compares places of a whole {t}×{h}×{w} grid, but {patches} of "
+            "its tokens are left. Use it at decoder entry (layer 0)."
+        )
 
 
 def keep_patches(tokens: VisualTokens, rows: Tensor) -> Reduction:
