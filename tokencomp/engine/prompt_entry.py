@@ -55,6 +55,9 @@ def enter_prompt(
         Padding between the turns of a decoder with linear layers.
     """
     forward.by_column = not compact
+    first = forward.segments[0]
+    if not compact:  # refused before any work: the reduction does not change this length
+        length = _checked_length(adapter, forward, cache, first.logical + forward.width)
     x, positions, index = forward.entry(arguments["inputs_embeds"], positions, cache)
     valid = forward.layout.valid(x.device)
     if index is not None:
@@ -66,14 +69,8 @@ def enter_prompt(
     arguments["inputs_embeds"] = x
     if compact:
         positions = _compact_positions(forward, valid, x)
+        length = _checked_length(adapter, forward, cache, first.physical + x.shape[1])
     own_ids = _set_positions(adapter, arguments, forward, positions)
-    first = forward.segments[0]
-    length = first.physical + x.shape[1] if compact else first.logical + forward.width
-    # A decode step on a static cache reads no length on the host, so its whole length counts.
-    length = max(length, getattr(first_layer(cache), "max_cache_len", 0))
-    packed = forward.layout.packed
-    layers = getattr(cache, "layers", ())
-    check_windows(adapter.decoder, forward.windows, length, not compact, packed, layers)
     if valid is not None and first.physical and forward.windows.linear:
         raise UnsupportedCacheError(RAGGED_TURN)
     if own_ids and valid is None:  # with a mask, transformers looks for no packed prompts
@@ -84,6 +81,15 @@ def enter_prompt(
     else:
         arguments["attention_mask"] = first.padding_mask(valid, x.shape[0], x.device)
     compat.set_cache_position(arguments, first.logical, x.shape[1])
+
+
+def _checked_length(adapter: Adapter, forward: ForwardPass, cache: Any, length: int) -> int:
+    """Tokens of the sequence that windows are measured against, once none is applied wrongly."""
+    # A decode step on a static cache reads no length on the host, so its whole length counts.
+    length = max(length, getattr(first_layer(cache), "max_cache_len", 0))
+    layers, packed = getattr(cache, "layers", ()), forward.layout.packed
+    check_windows(adapter.decoder, forward.windows, length, forward.by_column, packed, layers)
+    return length
 
 
 def _set_positions(
