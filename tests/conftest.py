@@ -18,6 +18,9 @@ torch.set_num_threads(1)
 from support.families import FAMILIES, Family  # noqa: E402
 from support.family.hybrid import HYBRID  # noqa: E402
 
+# They share decoder and adapter with smolvlm, llava_next and qwen3_vl.
+TWINS = {"idefics3", "llava", "llava_next_video", "qwen3_vl_moe"}
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -26,9 +29,14 @@ def _seed() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # the family comes first in the names of tests
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A module may name the families that it runs on, as `FAMILY_NAMES`; the default is all."""
+    """A module may name the families that it runs on, as `FAMILY_NAMES`; the default is all.
+
+    Of families that share decoder and adapter (`TWINS`), plain pytest runs one, -m long the other.
+    """
     if "family" in metafunc.fixturenames:
-        names = getattr(metafunc.module, "FAMILY_NAMES", sorted(FAMILIES))
+        marks = {name: [pytest.mark.long] for name in TWINS}
+        every = [pytest.param(name, marks=marks.get(name, [])) for name in sorted(FAMILIES)]
+        names = getattr(metafunc.module, "FAMILY_NAMES", every)
         metafunc.parametrize("family", names, indirect=True)
 
 

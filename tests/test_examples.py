@@ -13,7 +13,13 @@ FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(p for p in FOLDER.glob("*.py") if not p.stem.startswith("serve_"))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def example(path: Path) -> object:
+    """A training takes minutes on a busy machine, so plain pytest leaves it out."""
+    marks = [pytest.mark.long] if path.stem.startswith("train_") else []
+    return pytest.param(path, id=path.stem, marks=marks)
+
+
+@pytest.mark.parametrize("path", map(example, EXAMPLES))
 def test_example(path: Path) -> None:
     if path.stem == "train_adsc":
         pytest.importorskip("peft")

@@ -33,6 +33,7 @@ def test_profile_of_a_video(folder, capsys):
     assert all(full[k] > 0 for k in ("preprocess_s", "vision_s", "decode_s_per_token"))
 
 
+@pytest.mark.long
 def test_profile_of_a_named_shape(capsys):
     code = run(
         "profile", "--config", "llava-onevision-0.5b", "--layers", 1, "--vision-layers", 1,

@@ -25,6 +25,7 @@ def kept(reducer: Any, place: tuple[int, int], keep: int = 6) -> tuple[int, ...]
     return tuple(reducer.reduce(tokens, keep).keep.tolist())
 
 
+@pytest.mark.long
 def test_every_question_and_span_draws_as_often_everywhere() -> None:
     """5000 draws of 6 of 64: every place is drawn 469 ± 21 times (binomial, five sigma)."""
     names = tuple(map(str, range(2500)))

@@ -280,6 +280,7 @@ def test_copies_of_a_patched_model_are_refused() -> None:
         assert torch.equal(copy.deepcopy(model)(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["module", "forward"])
 def test_torch_compile(way: str) -> None:
     """Hooks run between compiled graphs, whether the module or its forward was compiled."""

@@ -1,7 +1,8 @@
 """Devices and implementations that the kernel tests run on.
 
-Without a GPU the Triton kernels run in Triton's interpreter. With a GPU, and TRITON_INTERPRET not
-set, they run on the GPU, and ``pytest -m gpu tests/kernels`` runs the same suite there.
+Without a GPU the Triton kernels run in Triton's interpreter, with ``pytest -m long``. With a GPU,
+and TRITON_INTERPRET not set, they run on the GPU, and ``pytest -m gpu tests/kernels`` runs the same
+suite there.
 """
 
 import importlib
@@ -22,7 +23,8 @@ if ON_GPU:
         pytest.param(("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
     ]
 else:
-    PLACES += [pytest.param(("triton", "cpu"), id="triton-cpu")]
+    # The interpreter takes minutes for all shapes.
+    PLACES += [pytest.param(("triton", "cpu"), id="triton-cpu", marks=pytest.mark.long)]
 
 
 @pytest.fixture
