@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokencomp.adapters.verified import PASSED, load, nearest
+from tokencomp.adapters.verified import PASSED, TESTED, load, nearest
 
 STATUSES = ("exact", "entry only", "refused", "unverified")
 MEANING = {
@@ -84,6 +84,8 @@ def markdown(table: Mapping[str, Any]) -> str:
         "Columns: largest difference of float32 logits, in units of their standard deviation,",
         f"allowed {table['tolerance']:.0e}; effect: how much compression changes them, at least "
         f"{table['least_effect']:.0e}.",
+        "",
+        f"`patch` also accepts {', '.join(sorted(TESTED))}, tested with a real tower instead.",
         "",
     ]
     for status in STATUSES:
