@@ -216,7 +216,7 @@ class Adapter:
                 table = self.model.get_input_embeddings()
                 placeholder = table(torch.tensor(token, device=source.device))
                 columns[kind] = (source == placeholder).all(-1)
-        if 2 in features - {1} and not (2 in columns and bool(columns[2].any())):
+        if 2 in features and not (2 in columns and bool(columns[2].any())):
             columns[2] = columns.get(1, torch.zeros_like(kinds, dtype=torch.bool))
         for kind in features & set(columns):
             kinds.masked_fill_(columns[kind], kind)

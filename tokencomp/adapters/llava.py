@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokencomp.adapters.base import ENCODED
 from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.adapters.dense_tower import DenseTower
 from tokencomp.adapters.mosaic_tower import MosaicTower
@@ -162,7 +163,7 @@ def _video_length(call: Call, frame: int) -> int:
     pixels = call.inputs.get("pixel_values_videos")
     if pixels is not None:
         return pixels.shape[1] * frame
-    encoded = (call.inputs.get("mm_encoder_outputs") or {}).get("video")
+    encoded = (call.inputs.get(ENCODED) or {}).get("video")
     return 0 if encoded is None else encoded.pooler_output[0].numel() // call.embeds.shape[-1]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tokencomp.adapters.base import ENCODED
 from tokencomp.adapters.call import Call
+from tokencomp.adapters.encoded import encoded_by_kind
 from tokencomp.adapters.qwen_vl import Qwen2VLAdapter
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.errors import SpanError
@@ -44,8 +46,7 @@ def video_lengths(call: Call, merge: int) -> list[int]:
     grids = call.inputs.get("video_grid_thw")
     if grids is not None:
         return (grids.prod(-1) // merge**2).tolist()
-    encoded = (call.inputs.get("mm_encoder_outputs") or {}).get("video")
-    return [] if encoded is None else [len(features) for features in encoded.pooler_output]
+    return encoded_by_kind(call.inputs.get(ENCODED)).get("video", [])
 
 
 def _join_frames(spans: list[VisualSpan], lengths: Iterator[int], row: int) -> Iterator[VisualSpan]:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.registry import register_adapter
+from tokencomp.adapters.spans import raster_grid
 from tokencomp.engine import compat
 from tokencomp.errors import SpanError
 from tokencomp.tokens import Grid, VisualSpan
@@ -66,26 +66,19 @@ class Qwen2VLAdapter(Adapter):
                 "the decoder got no M-RoPE positions for a prompt with visual tokens. Pass "
                 "input_ids (and mm_token_type_ids) as the processor returns them."
             )
-        # NumPy, because short tensor operations cost ten times as much.
         spans, positions = [], call.positions.numpy()
         for start, stop, kind in call.runs(row):
             if kind == "video":
                 self.check_video()
             _, h, w = positions[:, row, start:stop]
-            rows, cols = int(h.max() - h.min()) + 1, int(w.max() - w.min()) + 1
-            n = stop - start
-            raster = np.arange(n)
-            regular = n % (rows * cols) == 0 and (
-                np.array_equal(h - h[0], raster // cols % rows)
-                and np.array_equal(w - w[0], raster % cols)
-            )
-            if not regular:
+            grid = raster_grid(h, w)
+            if grid is None:
                 raise SpanError(
                     f"visual tokens {start} … {stop - 1} of sample {row} do not form one t×h×w "
                     "grid. Expected whole images or videos, each between its own start and end "
                     "tokens, with the positions the model computes."
                 )
-            spans.append(VisualSpan(start, n, (n // (rows * cols), rows, cols), kind))
+            spans.append(VisualSpan(start, stop - start, grid, kind))
         return spans
 
     def check_video(self) -> None:

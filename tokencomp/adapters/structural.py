@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -13,6 +12,7 @@ from tokencomp.adapters.encoded import EncodedMedia, Encoding, encoded_by_kind
 from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.spans import Medium, cut_media, span_of, square
+from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers import Tower
 from tokencomp.tokens import Kind, VisualSpan
 
@@ -112,7 +112,7 @@ class StructuralAdapter(Adapter):
         vision = getattr(self.config, "vision_config", None)
         if vision is None or learned_queries(self.body):
             return None
-        image, patch = (_one(getattr(vision, n, None)) for n in ("image_size", "patch_size"))
+        image, patch = (square_side(getattr(vision, n, None)) for n in ("image_size", "patch_size"))
         return image // patch if image and patch else None
 
 
@@ -127,14 +127,3 @@ def learned_queries(body: nn.Module) -> bool:
     return bool(names & {"query", "queries", "latents", "query_tokens"}) or any(
         name.startswith("query") for name in tables
     )
-
-
-def _one(value: Any) -> int | None:
-    """A size that is a number or a pair of equal numbers, else None."""
-    if isinstance(value, int):
-        return value
-    if isinstance(value, list | tuple) and len(set(value)) == 1 and isinstance(value[0], int):
-        return value[0]
-    if isinstance(value, Mapping):
-        return _one(tuple(value.values()))
-    return None

@@ -189,3 +189,14 @@ def deepstack_layers(config: Any) -> int:
     vision = getattr(config, "vision_config", None)
     indexes = getattr(vision, "deepstack_visual_indexes", None) or ()
     return max(len(indexes), *(layer + 1 for _, layer in pairs), 0)
+
+
+def square_side(value: Any) -> int | None:
+    """A size in a config that is a number, or two equal numbers; None for anything else."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, list | tuple) and len(set(value)) == 1 and isinstance(value[0], int):
+        return value[0]
+    if isinstance(value, Mapping):
+        return square_side(tuple(value.values()))
+    return None

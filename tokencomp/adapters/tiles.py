@@ -11,6 +11,7 @@ from tokencomp.adapters.base import Adapter, block_means
 from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.adapters.dense_tower import DenseTower
 from tokencomp.adapters.patch_tables import squares
+from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers import Tower
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
@@ -57,7 +58,7 @@ class TileAdapter(Adapter):
     def patches_per_side(self) -> int:
         """Patches per side of the vision tower's input."""
         vision = self.model.config.vision_config
-        image, patch = (_one(vision, name) for name in ("image_size", "patch_size"))
+        image, patch = (_side(vision, name) for name in ("image_size", "patch_size"))
         return image // patch
 
     def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
@@ -77,15 +78,13 @@ class TileAdapter(Adapter):
         return spans
 
 
-def _one(config: object, name: str) -> int:
-    """A size that is a number or a pair of equal numbers."""
+def _side(config: object, name: str) -> int:
+    """A size in a vision config, of which height and width must be equal."""
     value = getattr(config, name)
-    if isinstance(value, int):
-        return value
-    height, width = value
-    if height != width:
+    side = square_side(value)
+    if side is None:
         raise SpanError(f"{name}={value!r}: only square tiles are supported.")
-    return int(height)
+    return side
 
 
 def shrunk(side: int, factor: float) -> int:
