@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.engine import compat
+from tokencomp.engine.attribute_view import AttributeView
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.plan import Plan
 
@@ -61,35 +62,15 @@ class ProportionalAttention:
         """Register the attention function and let the modules use it."""
         compat.register_attention(NAME, attend)
         for module in self._modules:
-            module.config = _Config(module.config, self._sizes_of)
+            module.config = AttributeView(
+                module.config, _attn_implementation=NAME, tokencomp_sizes_of=self._sizes_of
+            )
 
     def remove(self) -> None:
         """Give the modules their original config back."""
         for module in self._modules:
-            if isinstance(getattr(module, "config", None), _Config):
+            if isinstance(getattr(module, "config", None), AttributeView):
                 module.config = module.config.tokencomp_original
-
-
-class _Config:
-    """The config of an attention module with another name of the attention backend."""
-
-    _attn_implementation = NAME
-
-    def __init__(self, original: Any, sizes_of: SizesOf) -> None:
-        self.tokencomp_original, self.tokencomp_sizes_of = original, sizes_of
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["tokencomp_original"], name)
-
-
-class _Plain:
-    """View of a patched attention module that shows the backend the original config."""
-
-    def __init__(self, module: Any, config: Any) -> None:
-        self._module, self.config = module, config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_module"], name)
 
 
 def attend(
@@ -119,7 +100,7 @@ def attend(
         The backend's attention weights.
     """
     config = module.config
-    plain = _Plain(module, config.tokencomp_original)
+    plain = AttributeView(module, config=config.tokencomp_original)
     backend = compat.attention_function(module, plain.config)
     sizes, dim = config.tokencomp_sizes_of(module.layer_idx), value.shape[-1]
     if sizes is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.engine import compat
+from tokencomp.engine.attribute_view import AttributeView
 from tokencomp.engine.layout import take
 from tokencomp.engine.parallel import tensor_parallel_group
 from tokencomp.errors import UnsupportedModelError
@@ -54,18 +55,6 @@ def _tap(
             f"scores do not know. {FIX}"
         )
     raise Tapped(query, key, query.shape[-1] ** -0.5 if scaling is None else float(scaling))
-
-
-class _Config:
-    """The config of an attention module with the tap as its backend."""
-
-    _attn_implementation = NAME
-
-    def __init__(self, original: Any) -> None:
-        self.__dict__["original"] = original
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["original"], name)
 
 
 class _Zeros(nn.Module):
@@ -151,7 +140,7 @@ def tap(
     """
     compat.register_attention(NAME, _tap)
     clone = _copied(attn)
-    clone.config = _Config(attn.config)
+    clone.config = AttributeView(attn.config, _attn_implementation=NAME)
     if tensor_parallel_group(attn) is None:  # else a rank's width is not the module's
         for name in skipped:
             width = getattr(getattr(attn, name, None), "out_features", None)
