@@ -243,10 +243,11 @@ def compact_cache(forward: ForwardPass, cache: Any, proportional: bool) -> None:
         own = filled(layers[segment.first : segment.stop])
         if not own:
             continue
-        valid = segment.all_valid(segment.layout.valid(own[0].device))
+        device, batch = own[0].device, len(segment.layout.lengths)
+        valid = segment.all_valid(segment.layout.valid(device))
         sizes = segment.all_sizes() if proportional else None
         dropped = forward.width - segment.layout.width
-        rows, columns = segment.physical + segment.layout.width, segment.all_columns(forward.width)
+        rows, columns = segment.physical + segment.layout.width, segment.columns(batch, device)
         starts = forward.starts() if CHUNKED in forward.windows.sizes else None
         for layer in own:
             begins = layer is own[0] and segment.first > 0

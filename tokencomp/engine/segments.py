@@ -109,31 +109,6 @@ class Segment:
         """Column of every row cached before this call, (B, rows); None if nothing had left."""
         return cached_columns(self.past_columns, self.physical, self.dropped, batch, device)
 
-    def all_columns(self, width: int) -> Tensor | None:
-        """Column of every row, cached before or new, (B, rows); None while no row has left.
-
-        Parameters
-        ----------
-        width
-            Number of columns of this call in the caller's batch.
-
-        Returns
-        -------
-        Tensor of int64, or None
-            Columns count over all calls: those of this call follow the logical length before it.
-        """
-        new = self.layout.origin
-        if new is None and not self.dropped:
-            return None
-        if new is None:  # nothing has left in this call, but in an earlier one
-            new = torch.arange(width)[None].expand(len(self.layout.lengths), -1)
-        if not self.physical:
-            return new + self.logical if self.logical else new
-        past = self.columns_before(new.shape[0], new.device)
-        if past is None:  # nothing had left before this call: row and column are the same
-            past = torch.arange(self.physical, device=new.device).expand(new.shape[0], -1)
-        return torch.cat([past, new + self.logical], dim=1)
-
     def padding_mask(self, new: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
         """The 2-D mask by logical column, as transformers counts: dropped columns are real."""
         if self.past is None and new is None:
@@ -143,16 +118,23 @@ class Segment:
         return torch.cat([ones, valid.to(device)], dim=1)  # type: ignore[union-attr]
 
     def columns(self, batch: int, device: torch.device) -> Tensor | None:
-        """Column of every row, past and new, in the uncompressed sequence, (B, rows)."""
+        """Column of every row, cached before or new, in the uncompressed sequence, (B, rows).
+
+        Columns count over all calls: those of this call follow the logical length before it. None
+        while no row has left, so that a row and its column have the same number.
+        """
         new = self.layout.origin
         if new is None and not self.dropped:
-            return None  # a row and its column have the same number
-        if new is None:
+            return None
+        if new is None:  # nothing has left in this call, but in an earlier one
             new = torch.arange(self.layout.width, device=device).expand(batch, -1)
+        new = new.to(device)
+        if not self.physical:
+            return new + self.logical if self.logical else new
         past = self.columns_before(batch, device)
-        if past is None:
+        if past is None:  # nothing had left before this call
             past = torch.arange(self.physical, device=device).expand(batch, -1)
-        return torch.cat([past, new.to(device) + self.logical], dim=1)
+        return torch.cat([past, new + self.logical], dim=1)
 
     def gaps_within(self, window: int) -> bool:
         """Whether a column may be missing among the last `window` rows of any query."""
