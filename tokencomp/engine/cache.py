@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +15,10 @@ from transformers.cache_utils import (
 )
 
 from tokencomp.engine import compat
-from tokencomp.errors import UnsupportedCacheError
+from tokencomp.engine.cache_rows import physical_length
 
 COUNTS_ROWS = compat.counts_static_rows()
 INDEXED: Any = compat.indexed_layer()
-DYNAMIC = frozenset({DynamicLayer, DynamicSlidingWindowLayer, INDEXED})
 
 
 # Python lets an object change its class only to one of the same memory layout. A base class other
@@ -274,9 +273,7 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
             del self.cumulative_length
 
 
-_QUANTIZED: dict[
-    type, type
-] = {}  # compressed classes of the quantized layers that caches have used
+_QUANTIZED: dict[type, type] = {}  # compressed classes of quantized layers that caches have used
 
 
 def _compressed_class(plain: type) -> type:
@@ -293,101 +290,6 @@ def _compressed_class(plain: type) -> type:
         name = f"Compressed{plain.__name__}"
         _QUANTIZED[plain] = type(name, (CompressedLayer, plain), {"plain": plain})
     return _QUANTIZED[plain]
-
-
-def holds_rows(layer: Any) -> bool:
-    """Whether a cache layer holds keys and values, one row per token.
-
-    Layers of linear attention and of short convolutions hold a state instead, which has no token
-    axis. Layers without a cache of their own (experts alone, or keys shared with another layer)
-    hold nothing.
-    """
-    return isinstance(layer, CacheLayerMixin)
-
-
-def keeps_window(layer: Any) -> bool:
-    """Whether a cache layer keeps no more rows than a sliding window needs."""
-    return isinstance(layer, DynamicSlidingWindowLayer)
-
-
-def filled(layers: Iterable[Any]) -> list[Any]:
-    """Those cache layers that hold rows by now. A decoder may leave some of its cache unused."""
-    return [layer for layer in layers if holds_rows(layer) and layer.is_initialized]
-
-
-def first_with_rows(layers: Sequence[Any] | None, first: int = 0) -> Any:
-    """The first of `layers[first:]` that holds rows, or None."""
-    return next(filter(holds_rows, (layers or ())[first:]), None)
-
-
-def physical_length(layer: Any) -> int:
-    """Rows written to a cache layer, and held unless it has a sliding window."""
-    if isinstance(layer, StaticLayer):
-        if not layer.is_initialized:
-            return 0
-        counted = getattr(layer, "cumulative_length", None)
-        return int(StaticLayer.get_seq_length(layer) if counted is None else counted)
-    if isinstance(layer, (compat.quantized_layer(), DynamicSlidingWindowLayer)):
-        return layer.cumulative_length
-    keys = getattr(layer, "keys", None)
-    return keys.shape[-2] if keys is not None and keys.numel() else 0
-
-
-def stored_keys(layer: Any) -> Tensor:
-    """Keys of the rows that a layer holds, (B, kv heads, rows or more, d); the first are used."""
-    if not isinstance(layer, compat.quantized_layer()):
-        return layer.keys
-    keys = layer._dequantize(layer._quantized_keys)
-    if getattr(layer, "_pending_beam_idx", None) is not None:
-        keys = keys.index_select(0, layer._pending_beam_idx.to(keys.device))
-    return torch.cat([keys, layer.keys], dim=-2) if layer.keys.numel() else keys
-
-
-def check_cache(cache: Any, between_layers: bool = False) -> None:
-    """Look whether a compressed prompt can be written to `cache`.
-
-    Parameters
-    ----------
-    between_layers
-        Whether tokens leave between layers, so that layers hold different rows.
-
-    Raises
-    ------
-    UnsupportedCacheError
-        The cache has no layers of its own, or one of them cannot hold a compressed prompt.
-    """
-    if cache is None:
-        return
-    layers = getattr(cache, "layers", None)
-    if layers is None:
-        raise UnsupportedCacheError(
-            f"{type(cache).__name__}: continuous batching and legacy caches hold rows that cannot "
-            "differ per layer. Use generate() with a DynamicCache (the default)."
-        )
-    replicate = getattr(cache, "layer_class_to_replicate", None)
-    kinds = {getattr(layer, "plain", type(layer)) for layer in layers}
-    kinds |= {replicate} if replicate else set()
-    quantized = {k for k in kinds if issubclass(k, compat.quantized_layer())}
-    kinds -= compat.layers_without_rows()  # whatever leaves the prompt, their state stays right
-    wrong = kinds - DYNAMIC - {StaticLayer} - quantized
-    if wrong:
-        raise UnsupportedCacheError(
-            f"{type(cache).__name__} holds {_names(wrong)}; compressed prompts need layers that "
-            "keep every row: DynamicLayer, StaticLayer or quantized layers. Drop "
-            "cache_implementation=..., or turn compression off with handle.disabled()."
-        )
-    offloaded = getattr(cache, "offloading", False)
-    if between_layers and (offloaded or kinds - DYNAMIC):
-        raise UnsupportedCacheError(
-            f"{type(cache).__name__} holds {'offloaded ' * offloaded}{_names(kinds)}, and this "
-            "plan drops tokens between decoder layers, which needs plain DynamicLayer rows on the "
-            "device. Use the default cache, or a plan with an entry stage alone (reducers such as "
-            "'condiv', 'divprune' or 'merge')."
-        )
-
-
-def _names(kinds: set[type]) -> str:
-    return ", ".join(sorted(kind.__name__ for kind in kinds))
 
 
 def compress_layer(

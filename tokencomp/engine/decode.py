@@ -15,15 +15,9 @@ from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
-from tokencomp.engine.cache import (
-    CompressedLayer,
-    CompressedStaticLayer,
-    check_cache,
-    compress_layer,
-    filled,
-    first_with_rows,
-    physical_length,
-)
+from tokencomp.engine.cache import CompressedLayer, CompressedStaticLayer, compress_layer
+from tokencomp.engine.cache_rows import filled, first_with_rows, physical_length
+from tokencomp.engine.cache_support import check_cache
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.layout import RowLayout
 from tokencomp.engine.prepared_mask import padding_of, prepared_by_body

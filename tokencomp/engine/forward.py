@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
 from tokencomp.engine.arguments import SET_APART, gather_arguments
-from tokencomp.engine.cache import filled, first_with_rows
+from tokencomp.engine.cache_rows import filled, first_with_rows
 from tokencomp.engine.layout import RowLayout, Selection, compact, take, write_merged
 from tokencomp.engine.masks import MaskSource
 from tokencomp.engine.outputs import restore_map

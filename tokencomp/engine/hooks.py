@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
 from tokencomp.engine.batching import BatchGuard
-from tokencomp.engine.cache import CompressedLayer, check_cache
+from tokencomp.engine.cache import CompressedLayer
+from tokencomp.engine.cache_support import check_cache
 from tokencomp.engine.call_notes import CallNotes
 from tokencomp.engine.decode import LaterTokens, compact_cache, first_layer, split_mask
 from tokencomp.engine.forward import ForwardPass

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine import compat
-from tokencomp.engine.cache import keeps_window
+from tokencomp.engine.cache_rows import keeps_window
 from tokencomp.engine.prepared_mask import visible_columns
 from tokencomp.engine.window import CHUNKED, INDEXED, LINEAR, Windows
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine import compat
-from tokencomp.engine.cache import keeps_window, physical_length, stored_keys
+from tokencomp.engine.cache_rows import keeps_window, physical_length, stored_keys
 from tokencomp.engine.host_tables import HostTables
 from tokencomp.engine.layout import LiveSpan, RowLayout, take
 from tokencomp.engine.parallel import gather_heads, unsharded

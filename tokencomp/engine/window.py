@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokencomp.engine import compat
-from tokencomp.engine.cache import keeps_window
+from tokencomp.engine.cache_rows import keeps_window
 from tokencomp.errors import UnsupportedModelError
 
 FULL, INDEXED = "full_attention", "indexed_attention"

@@ -1,0 +1,60 @@
+"""Which rows the layers of any KV cache hold, compressed or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer, StaticLayer
+
+from tokencomp.engine import compat
+
+
+def holds_rows(layer: Any) -> bool:
+    """Whether a cache layer holds keys and values, one row per token.
+
+    Layers of linear attention and of short convolutions hold a state instead, which has no token
+    axis. Layers without a cache of their own (experts alone, or keys shared with another layer)
+    hold nothing.
+    """
+    return isinstance(layer, CacheLayerMixin)
+
+
+def keeps_window(layer: Any) -> bool:
+    """Whether a cache layer keeps no more rows than a sliding window needs."""
+    return isinstance(layer, DynamicSlidingWindowLayer)
+
+
+def filled(layers: Iterable[Any]) -> list[Any]:
+    """Those cache layers that hold rows by now. A decoder may leave some of its cache unused."""
+    return [layer for layer in layers if holds_rows(layer) and layer.is_initialized]
+
+
+def first_with_rows(layers: Sequence[Any] | None, first: int = 0) -> Any:
+    """The first of `layers[first:]` that holds rows, or None."""
+    return next(filter(holds_rows, (layers or ())[first:]), None)
+
+
+def physical_length(layer: Any) -> int:
+    """Rows written to a cache layer, and held unless it has a sliding window."""
+    if isinstance(layer, StaticLayer):
+        if not layer.is_initialized:
+            return 0
+        counted = getattr(layer, "cumulative_length", None)
+        return int(StaticLayer.get_seq_length(layer) if counted is None else counted)
+    if isinstance(layer, (compat.quantized_layer(), DynamicSlidingWindowLayer)):
+        return layer.cumulative_length
+    keys = getattr(layer, "keys", None)
+    return keys.shape[-2] if keys is not None and keys.numel() else 0
+
+
+def stored_keys(layer: Any) -> Tensor:
+    """Keys of the rows that a layer holds, (B, kv heads, rows or more, d); the first are used."""
+    if not isinstance(layer, compat.quantized_layer()):
+        return layer.keys
+    keys = layer._dequantize(layer._quantized_keys)
+    if getattr(layer, "_pending_beam_idx", None) is not None:
+        keys = keys.index_select(0, layer._pending_beam_idx.to(keys.device))
+    return torch.cat([keys, layer.keys], dim=-2) if layer.keys.numel() else keys
