@@ -1,0 +1,189 @@
+"""Queries and keys of the tokens of some questions at a decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.engine import compat
+from tokencomp.engine.cache_rows import stored_keys
+from tokencomp.engine.layout import LiveSpan, RowLayout, take
+from tokencomp.engine.tap import Past, Tapped, tap
+
+# Arguments of a layer that a probe leaves out: it knows what is padding.
+LEFT_OUT = ("hidden_states", "attention_mask", "cache_position", *compat.CACHE_NAMES)
+
+
+@dataclass
+class Question:
+    """The columns of a prompt up to the end of its question, and its spans."""
+
+    sample: int
+    first: int
+    stop: int
+    spans: list[LiveSpan]
+
+    @property
+    def text(self) -> list[int]:
+        """Columns of text behind the begin of the first span."""
+        visual = {c for s in self.spans for c in range(s.start, s.stop)}
+        return [c for c in range(self.spans[0].start, self.stop) if c not in visual]
+
+
+def questions_of(layout: RowLayout) -> list[Question]:
+    """The questions of all prompts with spans, in order."""
+    result = []
+    for b, (prompts, spans) in enumerate(zip(layout.prompts, layout.spans, strict=True)):
+        pairs = [(p, [s for s in spans if p.holds(s)]) for p in prompts]
+        result += [Question(b, p.start, p.question_stop, own) for p, own in pairs if own]
+    return result
+
+
+class Probe:
+    """The tokens of some questions at a layer, at most one question of every sample.
+
+    Attributes
+    ----------
+    first, width
+        The columns of the layout that hold all of them.
+    """
+
+    def __init__(
+        self,
+        root: Any,
+        attn: Any,
+        hidden: Tensor,
+        arguments: Mapping[str, Any],
+        questions: list[Question],
+    ) -> None:
+        self.root, self.attn, self.questions = root, attn, questions
+        self.first = min(q.first for q in questions)
+        self.width = max(q.stop for q in questions) - self.first
+        samples = [q.sample for q in questions]
+        # One sample is a view, and all samples need no choice.
+        self.samples: slice | Tensor | None = slice(samples[0], samples[0] + 1)
+        if samples == list(range(len(hidden))):
+            self.samples = None
+        elif len(samples) > 1:
+            self.samples = torch.tensor(samples, device=hidden.device)
+        self._hidden = _of_samples(hidden, self, hidden.shape[1], False)
+        self._arguments = {
+            name: _of_samples(value, self, hidden.shape[1], "embeddings" in name)
+            for name, value in arguments.items()
+            if name not in LEFT_OUT
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self._hidden.device
+
+    def columns(self, keys: Tensor) -> Tensor:
+        """The part (S, kv heads, width, D) of keys (B, kv heads, n, D) that belongs to these."""
+        keys = keys if self.samples is None else keys[self.samples]
+        if keys.shape[2] == self.width:
+            return keys
+        return keys.narrow(2, self.first, self.width)
+
+    def queries(self, rows: Tensor | None) -> Tapped:
+        """Queries (S, heads, R, d) of some rows (S, R), or of all; the factor of their product."""
+        return self._tap(rows, ("k_proj", "v_proj"))
+
+    def queries_and_keys(self, rows: Tensor | None, cached: Any, past: int) -> Tapped:
+        """`queries`, and keys of all tokens; of one sample behind those of earlier turns."""
+        from tokencomp.kernels import gather_rows
+
+        sample, earlier = self.questions[0].sample, None
+        if past and not self.caches_keys(stored_keys(cached)):
+            earlier, past = _past_of(cached, past, sample), 0
+        caches = {} if earlier is None else dict.fromkeys(compat.CACHE_NAMES, earlier)
+        arguments = {**self._arguments, **caches}
+        tapped = tap(self.root, self.attn, self._hidden, arguments, ("v_proj",), rows)
+        query = tapped.query if rows is None else gather_rows([tapped.query], rows, 2, 0)[0]
+        return Tapped(query, with_past(cached, past, sample, tapped.key), tapped.scaling)
+
+    def caches_keys(self, stored: Tensor) -> bool:
+        """Whether a cache of these rows holds the keys that attention reads.
+
+        Latent attention may cache what keys are computed from. Its keys have another shape.
+        """
+        if getattr(self.attn.config, "kv_lora_rank", None) is None:
+            return True
+        row = torch.zeros(len(self._hidden), 1, dtype=torch.int64, device=self._hidden.device)
+        key = self._tap(row, ("q_proj",)).key
+        return (stored.shape[1], stored.shape[-1]) == (key.shape[1], key.shape[-1])
+
+    def _tap(self, rows: Tensor | None, skipped: tuple[str, ...]) -> Tapped:
+        hidden, arguments = self._hidden, self._arguments
+        if rows is not None:
+            hidden = _rows_of(hidden, rows, self.width, False)
+            arguments = {
+                name: _rows_of(value, rows, self.width, "embeddings" in name)
+                for name, value in arguments.items()
+            }
+        return tap(self.root, self.attn, hidden, arguments, skipped)
+
+
+def _of_samples(value: Any, probe: Probe, width: int, tables: bool) -> Any:
+    """What belongs to the samples and columns of a probe; a batch axis of 1 is shared by all.
+
+    Parameters
+    ----------
+    tables
+        Whether tensors in `value` are rotary tables, (B, n, d) or (3, B, n, d); others are
+        (B, n, …) if they follow the columns.
+    """
+    if isinstance(value, Tensor):
+        batch = value.ndim - 3 if tables else 0
+        if value.ndim < 2 or value.shape[batch + 1] != width:
+            return value
+        if value.shape[batch] > 1 and probe.samples is not None:
+            value = value[(slice(None),) * batch + (probe.samples,)]
+        if probe.width == width:
+            return value
+        return value.narrow(batch + 1, probe.first, probe.width)
+    return _each(value, lambda item: _of_samples(item, probe, width, tables))
+
+
+def _rows_of(value: Any, rows: Tensor, width: int, tables: bool) -> Any:
+    """Columns `rows` (S, R) of what `_of_samples` returned."""
+    if isinstance(value, Tensor):
+        axis = value.ndim - 2 if tables else 1
+        if value.ndim < 2 or value.shape[axis] != width:
+            return value
+        return take([value], rows.to(value.device), [axis])[0]
+    return _each(value, lambda item: _rows_of(item, rows, width, tables))
+
+
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The items of a mapping or tuple changed one by one; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {key: change(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(change(item) for item in value)
+    return value
+
+
+def _past_of(cached: Any, past: int, sample: int) -> Past:
+    """The first `past` rows of one sample in a cache layer, real ones only."""
+    keys, values = (t[sample : sample + 1, :, :past] for t in (cached.keys, cached.values))
+    valid = getattr(cached, "valid", None)
+    if valid is not None:
+        real = valid[sample, :past].to(keys.device)
+        keys, values = keys[:, :, real], values[:, :, real]
+    return Past(keys, values)
+
+
+def with_past(cached: Any, past: int, sample: int, current: Tensor) -> Tensor:
+    """Keys of earlier turns (real rows only) of one sample in front of its own `current`."""
+    if past == 0:
+        return current
+    stored, valid = stored_keys(cached)[sample : sample + 1], getattr(cached, "valid", None)
+    held = min(past, stored.shape[2])  # a sliding window keeps the last rows alone
+    old = stored[:, :, :held]
+    if valid is not None:
+        old = old[:, :, valid[sample, past - held : past].to(old.device)]
+    return torch.cat([old.to(current.device), current], dim=2)
