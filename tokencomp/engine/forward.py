@@ -337,8 +337,8 @@ class ForwardPass:
             tables = self._tables(previous, kind, kwargs, device)
             for signal in segment.stage.reducer.needs:
                 if isinstance(signal, Attention) and signal.layer == "next":
-                    cache = compat.get_cache(kwargs)
-                    self._score_input(segment.first, hidden, tables, signal, cache)
+                    cache, ids = compat.get_cache(kwargs), self._positions(previous, kwargs)
+                    self._score_input(segment.first, hidden, tables, signal, cache, ids)
             index = previous.index
             if index is None:
                 index = torch.arange(hidden.shape[1], device=device)[None]
