@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,8 +12,13 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
-from tokencomp.engine.arguments import SET_APART, gather_arguments
 from tokencomp.engine.cache_rows import filled, first_with_rows
+from tokencomp.engine.layer_arguments import (
+    column_arguments,
+    layer_positions,
+    layer_tables,
+    table_parts,
+)
 from tokencomp.engine.layout import RowLayout, Selection, compact, take, write_merged
 from tokencomp.engine.masks import MaskSource
 from tokencomp.engine.outputs import restore_map
@@ -233,68 +238,22 @@ class ForwardPass:
         if not segment.ready:
             hidden = self._enter(segment, hidden, kwargs)
         kind, cache = self.windows.kinds[i], compat.get_cache(kwargs)
-        kwargs.update(self._others(segment, kwargs))
+        kwargs.update(column_arguments(segment, kwargs, self.segments[0].layout.width))
         kwargs["attention_mask"] = self._mask(segment, kind, hidden, cache)
-        kwargs["position_ids"] = self._positions(segment, kwargs)
+        kwargs["position_ids"] = layer_positions(segment, kwargs, self._reads_positions)
         if segment.layout.packed:
             kwargs.update(sequence_lengths(segment.layout, kwargs))
         if "position_embeddings" in kwargs:
-            kwargs["position_embeddings"] = self._tables(segment, kind, kwargs, hidden.device)
+            kwargs["position_embeddings"] = layer_tables(segment, kind, kwargs, hidden.device)
         if args:
             return (hidden,), kwargs
         kwargs["hidden_states"] = hidden
         return args, kwargs
 
-    def _others(self, segment: Segment, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Further arguments of a layer that have an entry for each column, as per-layer inputs."""
-        if segment.index is None:
-            return {}
-        width = self.segments[0].layout.width
-        apart = {"hidden_states", "position_embeddings", *SET_APART} - {"input_ids"}
-        others = {
-            name: value
-            for name, value in kwargs.items()
-            if name not in apart and isinstance(value, Tensor) and value.ndim > 1
-        }
-        if others:
-            gather_arguments(
-                others, segment.index, segment.layout.valid(segment.index.device), width
-            )
-        return others
-
-    def _positions(self, segment: Segment, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The `position_ids` of layers of a segment.
-
-        Layers that read them, and not the rotary tables alone, take those of the rows that are
-        left. Elsewhere gaps would stand for the begin of another packed prompt.
-        """
-        positions = kwargs.get("position_ids")
-        if not self.adapter.layers_read_positions or self.rotary is not None or positions is None:
-            return segment.text_positions
-        if segment.index is None:
-            return positions
-        index = segment.index.to(positions.device)
-        axes = positions.shape[:-2]  # M-RoPE has one row per axis in front of the samples
-        positions = positions.expand(*axes, len(index), -1)
-        return positions.gather(-1, index.expand(*axes, -1, -1))
-
-    def _tables(
-        self, segment: Segment, kind: str, kwargs: Mapping[str, Any], device: torch.device
-    ) -> Any:
-        """Rotary tables of a layer of `kind` that is called with `kwargs`, for rows of `segment`.
-
-        Kinds of layers may have tables of their own, and some have none.
-        """
-        tables = kwargs.get("position_embeddings")
-        if tables is None or segment.index is None:
-            return tables
-        if not segment.tables.get(kind):
-            parts = _parts(tables)
-            index, valid = segment.index.to(device), segment.layout.valid(device)
-            parts = [t.to(device) for t in parts]
-            segment.tables[kind] = take(parts, index, [*map(compat.sequence_dim, parts)], valid)
-        moved = tuple(t.to(device) for t in segment.tables[kind])
-        return moved if isinstance(tables, tuple) else moved[0]
+    @property
+    def _reads_positions(self) -> bool:
+        """Whether layers read `position_ids`: `rotary` is set where they must not."""
+        return self.adapter.layers_read_positions and self.rotary is None
 
     def _mask(self, segment: Segment, kind: str, hidden: Tensor, cache: Any) -> Any:
         """The mask of the layers of one kind in `segment`."""
@@ -334,15 +293,16 @@ class ForwardPass:
         segment.index = previous.index
         if segment.stage is not None:
             kind, device = self.windows.kinds[segment.first], hidden.device
-            tables = self._tables(previous, kind, kwargs, device)
+            tables = layer_tables(previous, kind, kwargs, device)
             for signal in segment.stage.reducer.needs:
                 if isinstance(signal, Attention) and signal.layer == "next":
-                    cache, ids = compat.get_cache(kwargs), self._positions(previous, kwargs)
+                    cache = compat.get_cache(kwargs)
+                    ids = layer_positions(previous, kwargs, self._reads_positions)
                     self._score_input(segment.first, hidden, tables, signal, cache, ids)
             index = previous.index
             if index is None:
                 index = torch.arange(hidden.shape[1], device=device)[None]
-            parts = _parts(tables)
+            parts = table_parts(tables)
             dims = [1, 1, *map(compat.sequence_dim, parts)]
             with self._timed():
                 hidden, segment.index, *parts = self._reduce(
@@ -380,10 +340,3 @@ class ForwardPass:
                 weights = restore_map(weights, layout, self.width, past, segment.logical)
             full.append(weights)
         return tuple(full)
-
-
-def _parts(tables: Any) -> list[Tensor]:
-    """The tensors of rotary tables: cosine and sine, one complex tensor, or none."""
-    if tables is None:
-        return []
-    return list(tables) if isinstance(tables, tuple) else [tables]
