@@ -241,8 +241,7 @@ class ForwardPass:
         kwargs.update(column_arguments(segment, kwargs, self.segments[0].layout.width))
         kwargs["attention_mask"] = self._mask(segment, kind, hidden, cache)
         kwargs["position_ids"] = layer_positions(segment, kwargs, self._reads_positions)
-        if segment.layout.packed:
-            kwargs.update(sequence_lengths(segment.layout, kwargs))
+        kwargs.update(segment.lengths)
         if "position_embeddings" in kwargs:
             kwargs["position_embeddings"] = layer_tables(segment, kind, kwargs, hidden.device)
         if args:
@@ -311,6 +310,8 @@ class ForwardPass:
             segment.tables[kind] = parts
         if self.compresses:
             segment.layout = self.layout
+        if segment.layout.packed:
+            segment.lengths = sequence_lengths(segment.layout, kwargs)
         if segment.layout.packed and compat.get_cache(kwargs) is None:
             # transformers distinguishes packed prompts by positions that start again, and only
             # where there is neither a mask nor a cache.

@@ -40,8 +40,8 @@ class Segment:
     masks, tables
         What the layers of each kind take as `attention_mask`, and their rotary tables. Empty in the
         first segment, for which the decoder itself prepares them.
-    text_positions
-        What they take as `position_ids`.
+    text_positions, lengths
+        What they take as `position_ids`, and as lengths of packed prompts (`cu_seq_lens_*`).
     ready
         Whether layer `first` has been entered.
     """
@@ -61,6 +61,7 @@ class Segment:
     masks: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
     text_positions: Tensor | None = None
+    lengths: dict[str, Any] = field(default_factory=dict)
     ready: bool = False
 
     @classmethod
