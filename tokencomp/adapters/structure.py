@@ -119,7 +119,10 @@ def _body(top: Any, decoder: Any) -> Any:
 
 
 def parameters_of(module: Any) -> Mapping[str, inspect.Parameter]:
-    """Parameters of a module's forward by name, as its class defines it."""
+    """Parameters of a module's forward by name, as its class defines it.
+
+    The instance may have a forward of its own, such as the wrapper of accelerate.
+    """
     return inspect.signature(type(module).forward).parameters
 
 

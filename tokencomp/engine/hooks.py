@@ -11,7 +11,6 @@ The hooks on decoder layers, their attention and the vision tower depend on the 
 
 from __future__ import annotations
 
-import inspect
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine import compat
 from tokencomp.engine.batching import BatchGuard
 from tokencomp.engine.cache import CompressedLayer
@@ -96,9 +96,8 @@ class Hooks:
         self._reader = PromptReader(adapter, proportional, self._prompt_length)
         self.gate = CallGate(type(adapter.model).__name__)
         self._handles: list[RemovableHandle] = []
-        # Qwen2-VL before transformers 5 swallows the argument and returns all logits
-        forward = type(adapter.top).forward  # the instance's may be wrapped by accelerate
-        self._slices = "logits_to_keep" in inspect.signature(forward).parameters
+        # Qwen2-VL before transformers 5 swallows the argument and returns all logits.
+        self._slices = "logits_to_keep" in parameters_of(adapter.top)
 
     # -- installation ---------------------------------------------------------------------------
 

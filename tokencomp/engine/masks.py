@@ -117,7 +117,7 @@ class MaskSource:
         return min(segment.physical, size - 1)
 
     def _window(self, kind: str, segment: Segment, x: Tensor) -> Callable[..., Any] | None:
-        """Whether a query sees a key as far as the window goes, as transformers' masks ask it."""
+        """Whether a key lies in the window of a query, as a function for transformers' masks."""
         size = self.windows.sizes.get(kind)
         if size is None or segment.logical + segment.span_of_call <= size:
             return None

@@ -66,7 +66,7 @@ class Segment:
 
     @classmethod
     def after(cls, layer: CompressedLayer, first: int, stop: int, layout: RowLayout) -> Segment:
-        """The segment of later tokens on cache layers like `layer`."""
+        """The segment of a call on cache layers like `layer`, before any stage of the call."""
         past = (layer.rows, layer.dropped, layer.valid, layer.sizes, layer.columns)
         width = layout.width
         return cls(first, stop, *past, layout, starts=layer.starts, span_of_call=width)
@@ -170,16 +170,15 @@ def build_segments(
     starts = sorted({0, *stages, *old})
     segments = []
     for first, stop in zip(starts, [*starts[1:], total], strict=True):
-        segment = Segment(first, stop, stage=stages.get(first), span_of_call=width)
-        layer = first_with_rows(layers, first)
-        if layer is not None:
-            segment.physical = physical_length(layer)
-            if isinstance(layer, CompressedLayer):
-                segment.dropped, segment.past = layer.dropped, layer.valid
-                segment.past_sizes, segment.past_columns = layer.sizes, layer.columns
-                segment.starts = layer.starts
-            elif mask is not None and segment.physical:
+        layer, layout = first_with_rows(layers, first), RowLayout(width, [], [])
+        if isinstance(layer, CompressedLayer):
+            segment = Segment.after(layer, first, stop, layout)
+        else:
+            segment = Segment(first, stop, layout=layout, span_of_call=width)
+            segment.physical = 0 if layer is None else physical_length(layer)
+            if mask is not None and segment.physical:
                 past = mask[:, : segment.physical].bool()
                 segment.past = None if bool(past.all()) else past
+        segment.stage = stages.get(first)
         segments.append(segment)
     return segments

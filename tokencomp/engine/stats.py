@@ -236,7 +236,7 @@ def warn_if_ratio_missed(stats: Stats, plan: Plan, warned: set[str]) -> None:
         )
     warnings.warn(
         f"a prompt was planned for ratio {planned:.5g} and reached {achieved:.5g}: {why}. The "
-        "handle's stats have the counts of every prompt; this is said once.",
+        "handle's stats have the counts of every prompt. This warning appears once per plan.",
         RatioWarning,
         stacklevel=2,
     )

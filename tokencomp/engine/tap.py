@@ -157,7 +157,7 @@ def tap(
     try:
         type(run).forward(run, **compat.accepted(run, {"hidden_states": hidden, **call}))
     except Tapped as tapped:
-        return tapped
+        return tapped.with_traceback(None)  # its frames hold all tensors of the call
     raise UnsupportedModelError(
         f"{type(attn).__name__} does not call the attention backend that its config names, so its "
         f"queries and keys are unknown. {FIX}"
