@@ -131,38 +131,22 @@ def _span_scores(
     serves all spans: O(text · keys), however many spans. Every way to join heads commutes with the
     division by the number of voters.
     """
-    questions, n = probe.questions, probe.width
-    passes: dict[str, list[list[int]]] = {}  # by voters: the columns that vote, per question
-    columns, voters = [], []
-    for number, question in enumerate(questions):
-        text = question.text if signal.rows == "text" else []
-        votes = {
-            "text": text,
-            "last": [question.stop - 1],
-            "all": list(range(question.first, question.stop)),
-        }
-        for span in question.spans:
-            later = len(text) - bisect.bisect_left(text, span.stop)
-            rows = "last" if signal.rows == "text" and not later else signal.rows
-            passes.setdefault(rows, [[] for _ in questions])[number] = votes[rows]
-            place = (list(passes).index(rows) * len(questions) + number) * n - probe.first
-            columns.append(np.arange(span.start, span.stop) + place)
-            voters.append(np.full(span.count, later if rows == "text" else len(votes[rows])))
-    host = HostTables(probe.device)
-    column, count = host.add(np.concatenate(columns)), host.add(np.concatenate(voters))
-    tables = [_voting(probe, votes, every=signal.rows == "all") for votes in passes.values()]
+    passes, columns, voters = _votes(probe, signal.rows)
+    host, every = HostTables(probe.device), signal.rows == "all"
+    column, count = host.add(columns), host.add(voters)
+    tables = [_voting(probe, votes, every) for votes in passes]
     index = np.concatenate(tables, axis=1)
-    last = np.asarray([[q.stop - 1 - probe.first] for q in questions])
-    voting = host.add(np.where(index < 0, last, index).ravel(), signal.rows != "all")
+    last = np.asarray([[q.stop - 1 - probe.first] for q in probe.questions])
+    voting = host.add(np.where(index < 0, last, index).ravel(), not every)
     host.move()
-    chosen = None if signal.rows == "all" else voting().view(index.shape)
+    chosen = None if every else voting().view(index.shape)
     if keys is None:
         tapped = probe.queries_and_keys(chosen, cached, past)
     else:
         tapped = probe.queries(chosen)
         own = probe.columns(keys[..., past:, :] if past else keys)
-        tapped.key = with_past(cached, past, questions[0].sample, own)
-    k, offset = tapped.key, tapped.key.shape[2] - n
+        tapped.key = with_past(cached, past, probe.questions[0].sample, own)
+    k, offset = tapped.key, tapped.key.shape[2] - probe.width
     if signal.iterations > 1 and offset:
         # PageRank needs a query for every key; those of earlier turns are gone.
         k, offset = k[:, :, offset:], 0
@@ -178,6 +162,43 @@ def _span_scores(
     sums = [s[..., offset:] if offset else s for s in sums]
     flat = (torch.cat(sums) if len(sums) > 1 else sums[0]).flatten()
     return flat.index_select(0, column()) / count()
+
+
+def _votes(probe: Probe, signal_rows: str) -> tuple[list[list[list[int]]], Table, Table]:
+    """Which columns vote on which tokens.
+
+    Parameters
+    ----------
+    signal_rows
+        The `rows` of the signal.
+
+    Returns
+    -------
+    list per pass over the keys of list per question of list of int
+        The columns that vote.
+    ndarray, shape (visual tokens,)
+        Place of every token of every span in the sums of all passes, one after the other.
+    ndarray, shape (visual tokens,)
+        How many columns vote on it.
+    """
+    questions = probe.questions
+    passes: dict[str, list[list[int]]] = {}
+    places, voters = [], []
+    for number, question in enumerate(questions):
+        text = question.text if signal_rows == "text" else []
+        votes = {
+            "text": text,
+            "last": [question.stop - 1],
+            "all": list(range(question.first, question.stop)),
+        }
+        for span in question.spans:
+            later = len(text) - bisect.bisect_left(text, span.stop)
+            rows = "last" if signal_rows == "text" and not later else signal_rows
+            passes.setdefault(rows, [[] for _ in questions])[number] = votes[rows]
+            order = list(passes).index(rows) * len(questions) + number
+            places.append(np.arange(span.start, span.stop) + order * probe.width - probe.first)
+            voters.append(np.full(span.count, later if rows == "text" else len(votes[rows])))
+    return list(passes.values()), np.concatenate(places), np.concatenate(voters)
 
 
 def _visible(probe: Probe, index: Table, offset: int) -> np.ndarray[Any, np.dtype[np.int32]]:
