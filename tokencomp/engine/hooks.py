@@ -1,9 +1,14 @@
 """The hooks: the only code that touches arguments of Hugging Face modules.
 
-top       notes `labels` / `logits_to_keep`: must the output have full length?
-body      notes where visual placeholders are, if this call carries visual features
-decoder   entry stage, masks, positions; afterwards the cache layers and the output length
-rotary    (one position per token only) original positions of the kept tokens
+top
+    Notes `labels` and `logits_to_keep`, which say whether the output must have full length.
+body
+    Notes where visual placeholders are, if the call carries visual features.
+decoder
+    Before the call, applies the entry stage and sets masks and positions. After it, compresses the
+    cache layers and gives the output its full length.
+rotary
+    Gets the original positions of the kept tokens, in decoders with one position per token.
 
 The hooks on decoder layers, their attention and the vision tower depend on the plan, see
 `tokencomp.engine.plan_hooks`.
