@@ -123,6 +123,14 @@ def unsharded(layer: nn.Module) -> Iterator[None]:
         yield
 
 
+def unwrapped(module: Any) -> Any:
+    """The module inside of the wrappers that FSDP1 and activation checkpointing put around it."""
+    names = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    while inner := [module._modules[name] for name in names if name in module._modules]:
+        module = inner[0]
+    return module
+
+
 def refuse_replica(module: nn.Module) -> None:
     """Raise `UnsupportedModelError` in a copy of a patched model that `DataParallel` creates."""
     if getattr(module, "_is_replica", False):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tokencomp.engine import compat
 from tokencomp.engine.attribute_view import AttributeView
 from tokencomp.engine.layout import take
-from tokencomp.engine.parallel import tensor_parallel_group
+from tokencomp.engine.parallel import tensor_parallel_group, unwrapped
 from tokencomp.errors import UnsupportedModelError
 
 NAME = "tokencomp_tap"
@@ -104,9 +104,9 @@ def attention_of(layer: nn.Module) -> Any:
     UnsupportedModelError
         The layer has none, as layers with a recurrence do.
     """
-    for name, child in layer.named_children():
-        if ("attn" in name or "attention" in name) and hasattr(child, "scaling"):
-            return child
+    for name, child in unwrapped(layer).named_children():
+        if ("attn" in name or "attention" in name) and hasattr(unwrapped(child), "scaling"):
+            return unwrapped(child)
     raise UnsupportedModelError(
         f"{type(layer).__name__} has no attention module that scores could be read from. {FIX}"
     )
@@ -150,8 +150,8 @@ def tap(
         clone._modules["q_proj"] = _SomeRows(attn.q_proj, rows)
     run = clone
     if root is not attn:
-        run = _copied(root)
-        name = next(name for name, child in root.named_children() if child is attn)
+        run = _copied(unwrapped(root))
+        name = next(name for name, child in run.named_children() if unwrapped(child) is attn)
         run._modules[name] = clone
     call = {"attention_mask": None, **arguments}
     try:
