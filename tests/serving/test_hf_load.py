@@ -121,7 +121,9 @@ def test_memory_stays_flat_over_2000_requests(served: Any) -> None:
         every[number % len(every)].ask(client, tokens=2)
 
     with concurrent.futures.ThreadPoolExecutor(64) as pool:
-        list(pool.map(run, range(400)))  # caches of the allocator and of the model fill
+        # The allocator keeps freed blocks per thread, so memory rises for some 2,500 requests, by
+        # how much depends on the timing, and then stays within a few MB for thousands more.
+        list(pool.map(run, range(2500)))
         before = resident(process)
         list(pool.map(run, range(2000)))
     after = resident(process)
