@@ -28,7 +28,7 @@ from tokencomp.inputs.questions import Example
 from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.pages.plots import Point, lines
 from tokencomp.reducers.base import Reducer
-from tokencomp.shapesqa.examples import shapesqa
+from tokencomp.shapesqa.examples import blind_guess, shapesqa
 from tokencomp.shapesqa.items import SIZE, items
 from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES
 from tokencomp.signals import TOWER_SIGNALS
@@ -65,6 +65,7 @@ __all__ = [
     "adapter_for",
     "available_models",
     "available_reducers",
+    "blind_guess",
     "difference",
     "environment",
     "extend_visual_context",

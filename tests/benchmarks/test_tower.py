@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from PIL import Image
 
-from benchmarks.accuracy.library import difference
+from benchmarks.accuracy.library import difference, load_model
 from benchmarks.accuracy.studies import tower as study
+from benchmarks.accuracy.studies import tower_page, tower_sizes
 from benchmarks.models import tower
+from tokencomp.inputs.prompts import build_inputs, prompt_lengths
 
 
 def test_verdicts_of_the_study() -> None:
@@ -18,14 +22,52 @@ def test_verdicts_of_the_study() -> None:
     answers = {"full@0": rights(100), "entry only@0": rights(100)}
     answers |= {"kcentre@0.5": rights(96), "kcentre@0.6": rights(95), "kcentre@0.75": rights(93)}
     answers |= {"downscale@0.5": rights(80), "downscale@0.75": rights(93)}
-    said = "\n".join(study.verdicts(answers))
+    said = "\n".join(tower_page.verdicts(answers))
     assert "at 0.5 keeps 96.0% of entry only: it misses 97%" in said
     assert "at 0.75 keeps 93.0% of entry only: it meets 92%" in said
     assert "k-centre at 0.5 is above downscale at 0.5: +16.0 points" in said
     assert "k-centre at 0.75 is not different from downscale at 0.75: +0.0 points" in said
     book = {key: "".join(map(str, value)) for key, value in answers.items()}
     entry = {"model": "m", "split": "test", "families": ["count"], "answers": book}
-    assert said in study.page({"sets": {"qwen-images": entry}})
+    assert said in tower_page.page({"sets": {"qwen-images": entry}})
+
+
+def test_families_of_the_study() -> None:
+    """One family is answered by all rows; of the other, k-centre loses what fewer pixels keep."""
+    ids = [f"test-hard-count-{i:05d}" for i in range(50)]
+    ids += [f"test-hard-needle-{i:05d}" for i in range(50)]
+    good, half = "1" * 100, "1" * 50 + "0" * 50
+    answers = {"full@0": good, "entry only@0": good, "kcentre@0.5": half, "kcentre@0.6": half}
+    answers |= {"kcentre@0.75": half, "downscale@0.75": good, "fewer_frames@0.75": half}
+    entry = {
+        "model": "m", "split": "test", "families": ["count", "needle"], "answers": answers,
+        "ids": ids, "blind": {"count": 0.5, "needle": 1.0}, "vivid": "01" * 50,
+    }  # fmt: skip
+    text = tower_page.page({"sets": {"qwen-hard-videos": entry}})
+    assert "| kcentre | 0.5 | 100.0%, +0.0 [+0.0, +0.0] | 0.0%, -100.0 [-100.0, -100.0] |" in text
+    assert "| what the tower sees | tower ratio | count | needle | panning | panning, tex" in text
+    assert "Not learned: needle (100%, a blind guess 100%)" in text
+    assert "below them: panning: 0.75 against downscale at 0.75, -50.0 points" in text
+
+
+@pytest.mark.parametrize("name", [study.ONEVISION, study.VILA])
+def test_smaller_towers(name: str) -> None:
+    """At its own size a model answers as ever; at a smaller one it gets fewer tokens."""
+    picture, tokens = Image.new("RGB", (224, 224), "red"), {}
+    plain, processor = load_model(name, device="cpu")
+    side = plain.config.vision_config.image_size
+    inputs = build_inputs(processor, [[picture]], ["What is it?"])
+    with torch.no_grad():
+        expected = plain(**inputs).logits
+    for size in (side, study.SIDES[name][-1]):
+        model, processor = tower_sizes.at_side(name, size)
+        inputs = build_inputs(processor, [[picture]], ["What is it?"])
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        tokens[size] = prompt_lengths(model, inputs)[0][1]
+        if size == side:
+            assert torch.allclose(logits, expected, atol=1e-5)
+    assert tokens[size] < 0.35 * tokens[side]
 
 
 def test_intervals_are_paired() -> None:

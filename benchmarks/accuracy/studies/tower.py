@@ -1,20 +1,22 @@
 """Patches dropped before the vision tower: accuracy, against fewer pixels at the same tower work.
 
-    python -m benchmarks.accuracy.studies.tower                       # all sets
-    python -m benchmarks.accuracy.studies.tower --sets qwen-images --items 60
+    python -m benchmarks.accuracy.studies.tower                       # what is missing of all sets
+    python -m benchmarks.accuracy.studies.tower --sets qwen-images --again
     python -m benchmarks.accuracy.studies.tower --report              # only rebuilds the page
 
 writes tower.json (answers per question, provenance) and tower.md. All rows leave the decoder the
 same share of the tokens of the full input: what differs is what the vision tower saw. "entry only"
-is the ceiling, in which it sees everything. Media with fewer pixels or frames give the processor as
-few tokens as the tower stage leaves, and the decoder then reduces them by the rest.
+is the ceiling, in which it sees everything. Media with fewer pixels or frames give the tower as few
+patches as the tower stage leaves, and the decoder then drops the rest of its own share. Rows are
+stored as soon as they are answered, and a run that stops goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +28,49 @@ from benchmarks.accuracy.library import (
     Example,
     Setting,
     adapter_for,
-    difference,
+    blind_guess,
     environment,
     items,
     load_model,
     one_message,
-    retention,
     shapesqa,
     sweep,
     write_json,
 )
 from benchmarks.accuracy.store import ACCURACY
+from benchmarks.accuracy.studies.tower_page import ENTRY, RATIO, TOWER, page
+from benchmarks.accuracy.studies.tower_sizes import at_side
 from benchmarks.accuracy.studies.trained import Shrunk
 
-RATIO, ENTRY = 0.75, "condiv"
-TOWER = (0.5, 0.6, 0.75)
 IMAGES = ("attribute", "existence", "count", "small_object")
 VIDEOS = ("needle", "video_existence")
 QWEN, ONEVISION, VILA = "tiny-qwen2-vl", "tiny-llava-onevision", "tiny-vila"
+SIDES = {ONEVISION: (144, 128, 96), VILA: (192, 160, 128)}
+"""Pixels per side of smaller pictures, for towers that take pictures of one size."""
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions for one model, and the rows of its table."""
+
+    model: str
+    families: tuple[str, ...]
+    reducers: tuple[str, ...] = ("kcentre", "random", "uniform")
+    smaller: tuple[str, ...] = (DOWNSCALE,)
+    difficulty: str = "usual"
+
+
+CLIPS = ("kcentre", "runlength", "random", "uniform")
+BOTH = (DOWNSCALE, FEWER_FRAMES)
 SETS = {
-    "qwen-images": (QWEN, IMAGES, ("kcentre", "random", "uniform"), (DOWNSCALE,)),
-    "qwen-videos": (
-        QWEN, VIDEOS, ("kcentre", "runlength", "random", "uniform"), (DOWNSCALE, FEWER_FRAMES),
-    ),
-    "onevision-images": (ONEVISION, IMAGES, ("kcentre", "random", "uniform"), ()),
-    "onevision-videos": (ONEVISION, VIDEOS, ("kcentre", "random", "uniform"), (FEWER_FRAMES,)),
-    "vila-images": (VILA, IMAGES, ("kcentre", "random", "uniform"), ()),
-}  # fmt: skip
-BARS = {0.5: 0.97, 0.75: 0.92}
-"""Share of the accuracy of entry only that k-centre should keep at these tower ratios."""
+    "qwen-images": QuestionSet(QWEN, IMAGES),
+    "qwen-videos": QuestionSet(QWEN, VIDEOS, CLIPS, BOTH),
+    "qwen-hard-videos": QuestionSet(QWEN, VIDEOS, CLIPS, BOTH, "hard"),
+    "onevision-images": QuestionSet(ONEVISION, IMAGES),
+    "onevision-videos": QuestionSet(ONEVISION, VIDEOS, smaller=BOTH),
+    "onevision-hard-videos": QuestionSet(ONEVISION, VIDEOS, smaller=BOTH, difficulty="hard"),
+    "vila-images": QuestionSet(VILA, IMAGES),
+}
 
 
 def settings(reducers: Sequence[str]) -> dict[str, Setting]:
@@ -68,98 +84,99 @@ def settings(reducers: Sequence[str]) -> dict[str, Setting]:
     return rows
 
 
-def right(runs: dict[Setting, Any], setting: Setting, ids: Sequence[str]) -> list[int]:
-    """1 for every question that was answered rightly, in the order of `ids`."""
-    answers = {r["id"]: int(bool(r["correct"])) for r in runs[setting].answered}
-    return [answers[name] for name in ids]
+def right(run: Any, ids: Sequence[str]) -> str:
+    """ "1" for every question that was answered rightly, in the order of `ids`; else "0"."""
+    answers = {r["id"]: str(int(bool(r["correct"]))) for r in run.answered}
+    return "".join(answers[name] for name in ids)
 
 
-def run_set(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Answers of all rows of a set."""
-    model_name, families, reducers, smaller = SETS[name]
-    model, processor = load_model(model_name, device="cpu")
-    questions = items(args.split, args.items // len(families), families)
-    source = shapesqa(questions, ACCURACY / "results" / "media" / args.split)
-    ids = [example.id for example in source]
-    rows = settings(reducers)
-    options: dict[str, Any] = {"batch_size": args.batch, "name": model_name}
-    runs = sweep(model, processor, source, list(rows.values()), progress=name, **options)
-    answers = {key: right(runs, setting, ids) for key, setting in rows.items()}
-    placeholders = list(adapter_for(model).placeholder_ids())
-    for kind in smaller:
-        shrink = EqualTokens(processor, placeholders, kind)
+class Questions:
+    """The questions of a set: examples, and what the page says of them."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.set, self.options = SETS[name], {"batch_size": args.batch, "progress": name}
+        count = args.items // len(self.set.families)
+        chosen = list(items(args.split, count, self.set.families, difficulty=self.set.difficulty))
+        self.source = shapesqa(chosen, ACCURACY / "results" / "media" / args.split)
+        self.ids = [example.id for example in self.source]
+        vivid = [bool(i.scene.look and i.scene.look.vivid) for i in chosen]
+        pan = self.set.difficulty == "hard" and chosen[0].kind == "video"
+        self.facts = {
+            "model": self.set.model, "split": args.split, "families": list(self.set.families),
+            "ids": self.ids, "blind": blind_guess(chosen),
+            "vivid": "".join(str(int(v)) for v in vivid) if pan else "",
+        }  # fmt: skip
+
+    def rows(self, done: Sequence[str]) -> Iterator[dict[str, str]]:
+        """Answers of the rows that are not among `done`, some rows at a time."""
+        whole = {k: s for k, s in settings(self.set.reducers).items() if k not in done}
+        model, processor = load_model(self.set.model, device="cpu")
+        for group in _groups(list(whole)):
+            chosen = [whole[key] for key in group]
+            runs = sweep(model, processor, self.source, chosen, name=self.set.model, **self.options)
+            yield {key: right(runs[whole[key]], self.ids) for key in group}
+        for kind in self.set.smaller:
+            if kind == DOWNSCALE and self.set.model in SIDES:
+                yield from self._smaller_towers(done)
+            else:
+                yield from self._smaller_media(model, processor, kind, done)
+
+    def _smaller_media(
+        self, model: Any, processor: Any, kind: str, done: Sequence[str]
+    ) -> Iterator[dict[str, str]]:
+        shrink = EqualTokens(processor, list(adapter_for(model).placeholder_ids()), kind)
         for tower in TOWER:
-            fewer: Any = Shrunk(source, shrink, tower, 8)
-            examples: list[Example] = [fewer[i] for i in range(len(source))]
+            fewer: Any = Shrunk(self.source, shrink, tower, 8)
+            examples: list[Example] = [fewer[i] for i in range(len(self.source))]
             achieved = sum(fewer.achieved.values()) / len(fewer.achieved)
-            ratio = max(0.0, 1 - (1 - RATIO) / (1 - achieved))
-            setting = Setting(ENTRY, ratio) if ratio > 0.01 else Setting()
-            done = sweep(
-                model, processor, examples, [setting], progress=f"{name} {kind}", **options
-            )
-            answers[f"{kind}@{achieved:.3g}"] = right(done, setting, ids)
-    return {
-        "model": model_name, "split": args.split, "families": list(families), "ids": ids,
-        "answers": {key: "".join(map(str, values)) for key, values in answers.items()},
-    }  # fmt: skip
+            key = f"{kind}@{achieved:.3g}"
+            if key not in done:
+                yield {key: self._reduced(model, processor, examples, achieved)}
+
+    def _smaller_towers(self, done: Sequence[str]) -> Iterator[dict[str, str]]:
+        sides = SIDES[self.set.model]
+        plain, processor = load_model(self.set.model, device="cpu")
+        ids = list(adapter_for(plain).placeholder_ids())
+        media = self.source[0].load(8)[0]
+        full = EqualTokens(processor, ids, DOWNSCALE).tokens(media)
+        for side in sides:
+            achieved = 1 - (side / plain.config.vision_config.image_size) ** 2
+            if (key := f"{DOWNSCALE}@{achieved:.3g}") in done:
+                continue
+            model, processor = at_side(self.set.model, side)
+            tokens = EqualTokens(processor, ids, DOWNSCALE).tokens(media)
+            yield {key: self._reduced(model, processor, self.source, 1 - tokens / full)}
+
+    def _reduced(
+        self, model: Any, processor: Any, examples: Sequence[Example], achieved: float
+    ) -> str:
+        """Answers about media of fewer tokens, of which the decoder drops the rest."""
+        ratio = max(0.0, 1 - (1 - RATIO) / (1 - achieved))
+        setting = Setting(ENTRY, ratio) if ratio > 0.01 else Setting()
+        runs = sweep(model, processor, examples, [setting], name=self.set.model, **self.options)
+        return right(runs[setting], self.ids)
 
 
-def page(book: dict[str, Any]) -> str:
-    lines = [PREAMBLE]
-    for name, entry in book["sets"].items():
-        answers = {k: list(map(int, v)) for k, v in entry["answers"].items()}
-        full, ceiling = answers["full@0"], answers["entry only@0"]
-        accuracy = sum(full) / len(full)
-        lines += [
-            f"## {name}", "",
-            f"{entry['model']}, {entry['split']} split, {len(full)} questions "
-            f"({', '.join(entry['families'])}). The full model answers {accuracy:.1%} rightly.", "",
-            "| what the tower sees | tower ratio | accuracy | kept of full | kept of entry only "
-            "(95 %) | minus entry only, points (95 %) |", "|---|---|---|---|---|---|",
-        ]  # fmt: skip
-        for key, values in answers.items():
-            row, _, tower = key.rpartition("@")
-            share = sum(values) / len(values)
-            lines.append(
-                f"| {row} | {tower} | {share:.1%} | {share / accuracy:.1%} | "
-                f"{retention(values, ceiling)} | {difference(values, ceiling)} |"
-            )
-        lines += ["", *verdicts(answers), ""]
-    return "\n".join(lines)
+def _groups(keys: Sequence[str]) -> Iterator[list[str]]:
+    """Rows of one method each, which are stored together."""
+    methods = dict.fromkeys(key.rpartition("@")[0] for key in keys)
+    for method in methods:
+        yield [key for key in keys if key.rpartition("@")[0] == method]
 
 
-def verdicts(answers: dict[str, list[int]]) -> list[str]:
-    """Whether k-centre meets its bars, and beats fewer pixels or frames at no more tower work."""
-    ceiling, sentences = sum(answers["entry only@0"]), []
-    for tower, bar in BARS.items():
-        kept = sum(answers[f"kcentre@{tower:g}"]) / ceiling
-        verb = "meets" if kept >= bar else "misses"
-        sentences.append(
-            f"- k-centre at {tower:g} keeps {kept:.1%} of entry only: it {verb} {bar:.0%}."
-        )
-    for key, values in answers.items():
-        row, _, tower = key.rpartition("@")
-        if row not in (DOWNSCALE, FEWER_FRAMES):
-            continue
-        ours = next((t for t in TOWER if t >= float(tower) - 0.005), TOWER[-1])
-        gap = difference(answers[f"kcentre@{ours:g}"], values)
-        verb = "above" if gap.low > 0 else "below" if gap.high < 0 else "not different from"
-        low, high = 100 * gap.low, 100 * gap.high
-        sentences.append(
-            f"- k-centre at {ours:g} is {verb} {row} at {tower}: {100 * gap.value:+.1f} points "
-            f"[{low:+.1f}, {high:+.1f}]."
-        )
-    return sentences
-
-
-PREAMBLE = f"""# Patches dropped before the vision tower
-
-Accuracy on ShapesQA with the embedded models, at decoder ratio {RATIO} with `{ENTRY}` at entry in
-all rows but "full" and "random at entry". Intervals are paired bootstraps over questions. Videos of
-ShapesQA have a fixed camera and objects that differ in colour from their background, and the towers
-have three or four blocks: this favours scores on pixels, and no percentage here carries over to
-other models. [All benchmark pages](../README.md).
-"""
+def run_set(name: str, args: argparse.Namespace, book: dict[str, Any], path: Path) -> None:
+    """Answer the rows of a set that `book` lacks, and write them to `path` one after the other."""
+    facts = publishing.published_from(args.output, args.allow_dirty)
+    questions = Questions(name, args)
+    entry = book["sets"].get(name, {})
+    if args.again or any(entry.get(k) != v for k, v in questions.facts.items()):
+        entry = {**questions.facts, "commits": [], "answers": {}}
+    for rows in questions.rows(list(entry["answers"])):
+        entry["answers"] |= rows
+        entry["commits"] = sorted({*entry["commits"], str(facts.get("commit"))})
+        entry["provenance"] = {**facts, **environment()}
+        book["sets"][name] = entry
+        write_json(path, book)
 
 
 def main() -> None:
@@ -167,21 +184,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
-    parser.add_argument("--items", type=int, default=120, help="questions per set")
+    parser.add_argument("--items", type=int, default=240, help="questions per set")
     parser.add_argument("--batch", type=int, default=30)
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--output", type=Path, default=ACCURACY)
+    parser.add_argument("--again", action="store_true", help="answer stored rows again")
     parser.add_argument("--report", action="store_true", help="only rebuild the page")
     publishing.add_argument(parser)
     args = parser.parse_args()
     path = args.output / "tower.json"
     book = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sets": {}}
     for name in () if args.report else args.sets:
-        facts = publishing.published_from(args.output, args.allow_dirty)
-        entry = run_set(name, args)
-        entry |= {"provenance": {**facts, **environment()}}
-        book["sets"] = {n: v for n, v in {**book["sets"], name: entry}.items()}
-        write_json(path, book)  # after every set: a run that stops keeps what it has
+        run_set(name, args, book, path)
     book["sets"] = {name: book["sets"][name] for name in SETS if name in book["sets"]}
     (args.output / "tower.md").write_text(page(book), encoding="utf-8")
 

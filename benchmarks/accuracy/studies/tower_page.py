@@ -1,0 +1,152 @@
+"""The page of `benchmarks.accuracy.studies.tower`, from stored answers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from benchmarks.accuracy.library import DOWNSCALE, FEWER_FRAMES, difference, retention
+
+RATIO, ENTRY = 0.75, "condiv"
+TOWER = (0.5, 0.6, 0.75)
+BARS = {0.5: 0.97, 0.75: 0.92}
+"""Share of the accuracy of entry only that k-centre should keep at these tower ratios."""
+SMALLER = (DOWNSCALE, FEWER_FRAMES)
+PREAMBLE = f"""# Patches dropped before the vision tower
+
+Accuracy on ShapesQA with the embedded models, at decoder ratio {RATIO} with `{ENTRY}` at entry in
+all rows but "full" and "random at entry". Intervals are paired bootstraps over questions. Usual
+videos of ShapesQA have a fixed camera and objects that differ in colour from their background, and
+the towers have three or four blocks: this favours scores on pixels, and no percentage here carries
+over to other models. Hard videos have a background that pans behind the objects and noise in every
+frame; half of them have textures in the colours of objects. No embedded model was trained on them.
+"downscale" gives the tower fewer pixels: smaller media where the tower takes any size, and a tower
+with interpolated position embeddings where all pictures have one size (LLaVA-OneVision, VILA).
+A question family counts as learned if the full model is above a blind guess outside of its
+interval. [All benchmark pages](../README.md).
+"""
+
+Answers = dict[str, list[int]]
+
+
+def page(book: dict[str, Any]) -> str:
+    """The page of all sets in `book`."""
+    lines = [PREAMBLE]
+    for name, entry in book["sets"].items():
+        answers = {k: list(map(int, v)) for k, v in entry["answers"].items()}
+        full = answers["full@0"]
+        kind = f"{len(full)} questions ({', '.join(entry['families'])})"
+        lines += [
+            f"## {name}", "",
+            f"{entry['model']}, {entry['split']} split, {kind}. The full model answers "
+            f"{_mean(full):.1%} rightly.", "",
+            *_table(answers), "", *verdicts(answers), "", *_families(entry, answers),
+        ]  # fmt: skip
+        lines += [NOTES[name], ""] if name in NOTES else []
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[int]) -> float:
+    return sum(values) / len(values)
+
+
+def _table(answers: Answers) -> list[str]:
+    """All questions of a set together."""
+    ceiling, accuracy = answers["entry only@0"], _mean(answers["full@0"])
+    lines = [
+        "| what the tower sees | tower ratio | accuracy | kept of full | kept of entry only "
+        "(95 %) | minus entry only, points (95 %) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, values in answers.items():
+        row, _, tower = key.rpartition("@")
+        lines.append(
+            f"| {row} | {tower} | {_mean(values):.1%} | {_mean(values) / accuracy:.1%} | "
+            f"{retention(values, ceiling)} | {difference(values, ceiling)} |"
+        )
+    return lines
+
+
+def verdicts(answers: Answers) -> list[str]:
+    """Whether k-centre meets its bars, and beats fewer pixels or frames at no more tower work."""
+    ceiling, sentences = sum(answers["entry only@0"]), []
+    for tower, bar in BARS.items():
+        kept = sum(answers[f"kcentre@{tower:g}"]) / ceiling
+        verb = "meets" if kept >= bar else "misses"
+        sentences.append(
+            f"- k-centre at {tower:g} keeps {kept:.1%} of entry only: it {verb} {bar:.0%}."
+        )
+    for key, rival, gap in _duels(answers):
+        verb = "above" if gap.low > 0 else "below" if gap.high < 0 else "not different from"
+        sentences.append(f"- k-centre at {key} is {verb} {rival}: {_points(gap)}.")
+    return sentences
+
+
+def _duels(answers: Answers) -> Iterator[tuple[str, str, Any]]:
+    """k-centre against smaller media, at a tower ratio that is no less than theirs."""
+    for key, values in answers.items():
+        row, _, tower = key.rpartition("@")
+        if row in SMALLER:
+            ours = next((t for t in TOWER if t >= float(tower) - 0.005), TOWER[-1])
+            gap = difference(answers[f"kcentre@{ours:g}"], values)
+            yield f"{ours:g}", f"{row} at {tower}", gap
+
+
+def _points(gap: Any) -> str:
+    return f"{100 * gap.value:+.1f} points [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
+
+
+def _families(entry: dict[str, Any], answers: Answers) -> list[str]:
+    """One column per question family: accuracy, and points against entry only."""
+    groups = _groups(entry)
+    if not groups:
+        return []
+    lines = [
+        "Accuracy by question family; behind it, points minus entry only (95 %):", "",
+        f"| what the tower sees | tower ratio | {' | '.join(groups)} |",
+        "|---|---|" + "---|" * len(groups),
+    ]  # fmt: skip
+    ceiling = answers["entry only@0"]
+    for key, values in answers.items():
+        row, _, tower = key.rpartition("@")
+        cells = []
+        for rows in groups.values():
+            own, top = [values[i] for i in rows], [ceiling[i] for i in rows]
+            gap = "" if key == "entry only@0" else f", {difference(own, top)}"
+            cells.append(f"{_mean(own):.1%}{gap}")
+        lines.append(f"| {row} | {tower} | {' | '.join(cells)} |")
+    return [*lines, "", *_losses(entry, answers), ""]
+
+
+def _groups(entry: dict[str, Any]) -> dict[str, list[int]]:
+    """Numbers of the questions of every column; hard videos also by their background."""
+    families = [name.split("-")[-2] for name in entry.get("ids", ())]
+    groups = {f: [i for i, g in enumerate(families) if g == f] for f in dict.fromkeys(families)}
+    if vivid := entry.get("vivid"):
+        for mark, title in (("0", "panning"), ("1", "panning, texture in colours of objects")):
+            groups[title] = [i for i, v in enumerate(vivid) if v == mark]
+    return {title: rows for title, rows in groups.items() if rows}
+
+
+def _losses(entry: dict[str, Any], answers: Answers) -> list[str]:
+    """In which learned families k-centre is not above smaller media, and which are not learned."""
+    unlearned, beaten, open_, clear = [], [], [], 0
+    for title, rows in _groups(entry).items():
+        part = {key: [values[i] for i in rows] for key, values in answers.items()}
+        blind = entry["blind"].get(title)
+        if blind is not None and difference(part["full@0"], [0] * len(rows)).low <= blind:
+            unlearned.append(f"{title} ({_mean(part['full@0']):.0%}, a blind guess {blind:.0%})")
+            continue
+        for ours, rival, gap in _duels(part):
+            line = f"{title}: {ours} against {rival}, {_points(gap)}"
+            clear += gap.low > 0
+            if gap.low <= 0:
+                (beaten if gap.value < 0 else open_).append(line)
+    lines = [f"- By family, k-centre is above smaller media outside of the interval {clear} times."]
+    lines += [f"- No difference outside of the interval: {'; '.join(open_)}."] if open_ else []
+    lines += [f"- The point estimate is below them: {'; '.join(beaten)}."] if beaten else []
+    return lines + ([f"- Not learned: {', '.join(unlearned)}."] if unlearned else [])
+
+
+NOTES: dict[str, str] = {}
+"""What explains the losses of a set, by name."""
