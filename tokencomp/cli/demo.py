@@ -9,6 +9,7 @@ import typer
 
 from tokencomp.cli import _options as opt
 from tokencomp.cli._methods import method
+from tokencomp.inputs.packaged import DEFAULT_MODEL
 
 DEFAULT_QUESTION = "Describe what you see."
 
@@ -17,7 +18,7 @@ DEFAULT_QUESTION = "Describe what you see."
 def command(
     context: typer.Context,
     tower: opt.Tower,
-    model: opt.Model = "tiny-qwen2-vl",
+    model: opt.Model = DEFAULT_MODEL,
     image: opt.Images = None,
     video: opt.Videos = None,
     question: opt.Question = DEFAULT_QUESTION,

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
+from tokencomp.inputs.packaged import DEFAULT_MODEL
 
 
 def command(
     types: Annotated[
         list[str] | None, typer.Argument(help="Model types for --conformance; none: all.")
     ] = None,
-    model: opt.Model = "tiny-qwen2-vl",
+    model: opt.Model = DEFAULT_MODEL,
     device: opt.Device = "cpu",
     as_json: opt.Json = False,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the live self-check.")] = False,

@@ -11,6 +11,7 @@ import typer
 
 from tokencomp.cli import _options as opt
 from tokencomp.cli._methods import method
+from tokencomp.inputs.packaged import DEFAULT_MODEL
 
 TASKS = "mlvu_dev,mvbench"
 COLUMNS = 6
@@ -20,7 +21,7 @@ COLUMNS = 6
 def command(
     context: typer.Context,
     tower: opt.Tower,
-    model: opt.Model = "tiny-qwen2-vl",
+    model: opt.Model = DEFAULT_MODEL,
     tasks: Annotated[
         str | None,
         typer.Option(

@@ -9,6 +9,7 @@ import typer
 
 from tokencomp.cli import _options as opt
 from tokencomp.cli._methods import method
+from tokencomp.inputs.packaged import DEFAULT_MODEL
 
 PAGES, PICTURES = (".html", ".htm"), (".png", ".jpg", ".jpeg")
 
@@ -17,7 +18,7 @@ PAGES, PICTURES = (".html", ".htm"), (".png", ".jpg", ".jpeg")
 def command(
     context: typer.Context,
     tower: opt.Tower,
-    model: opt.Model = "tiny-qwen2-vl",
+    model: opt.Model = DEFAULT_MODEL,
     image: opt.Images = None,
     video: opt.Videos = None,
     question: opt.Question = "Describe what you see.",

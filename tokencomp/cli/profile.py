@@ -10,6 +10,7 @@ import typer
 
 from tokencomp.cli import _options as opt
 from tokencomp.cli._methods import Settings, method
+from tokencomp.inputs.packaged import DEFAULT_MODEL
 
 FILES = ("model", "image", "video", "question", "frames")
 SHAPE = ("tokens", "layers", "vision_layers")
@@ -19,7 +20,7 @@ SHAPE = ("tokens", "layers", "vision_layers")
 def command(
     context: typer.Context,
     tower: opt.Tower,
-    model: opt.Model = "tiny-qwen2-vl",
+    model: opt.Model = DEFAULT_MODEL,
     config: Annotated[
         str | None,
         typer.Option(

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tokencomp.cli import _options as opt
+from tokencomp.inputs.packaged import DEFAULT_MODEL
 
 VLLM_HINT = "use vLLM's own arguments after `--` (--max-num-seqs, --media-io-kwargs, ...)"
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -18,7 +19,7 @@ CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 def command(
     context: typer.Context,
     tower: opt.Tower,
-    model: opt.Model = "tiny-qwen2-vl",
+    model: opt.Model = DEFAULT_MODEL,
     ratio: Annotated[float, typer.Option("--ratio", help="Default ratio in [0, 1).")] = 0.5,
     reducer: Annotated[
         str,

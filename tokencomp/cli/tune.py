@@ -10,6 +10,7 @@ import typer
 
 from tokencomp.cli import _options as opt
 from tokencomp.cli._methods import reducers
+from tokencomp.inputs.packaged import DEFAULT_MODEL
 
 VIDEO_FAMILIES = "needle,video_existence"  # on the others the embedded models guess
 
@@ -24,7 +25,7 @@ def command(
     latency: Annotated[
         float | None, typer.Option(help="Milliseconds of model time per answer, at most.")
     ] = None,
-    model: opt.Model = "tiny-qwen2-vl",
+    model: opt.Model = DEFAULT_MODEL,
     data: Annotated[
         Path | None,
         typer.Option(help="JSON Lines with question, answer, media. Default: ShapesQA validation."),

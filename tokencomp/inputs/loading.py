@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from tokencomp.errors import OptionError, UnsupportedModelError
-from tokencomp.inputs.packaged import available_models, resolve
+from tokencomp.inputs.packaged import DEFAULT_MODEL, available_models, resolve
 
-DEFAULT_MODEL = "tiny-qwen2-vl"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

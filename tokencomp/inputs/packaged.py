@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokencomp.errors import unknown_name
 
+DEFAULT_MODEL = "tiny-qwen2-vl"
 MODELS = Path(__file__).parents[1] / "zoo" / "models"
 
 

@@ -20,6 +20,7 @@ from tokencomp.errors import OptionError
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.evaluation.store import read_records
+from tokencomp.inputs.packaged import DEFAULT_MODEL
 from tokencomp.inputs.questions import Deferred, Example, Media
 from tokencomp.pages.pictures import save_kept
 
@@ -62,7 +63,7 @@ class TokenComp(lmms):
 
     def __init__(
         self,
-        pretrained: str = "tiny-qwen2-vl",
+        pretrained: str = DEFAULT_MODEL,
         reducer: str = FULL,
         ratio: float = 0.0,
         options: str = "{}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokencomp.inputs.packaged import available_models, model_path, resolve
+from tokencomp.inputs.packaged import DEFAULT_MODEL, available_models, model_path, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ SAMPLES = Path(__file__).parent / "samples"
 __all__ = ["SAMPLES", "available_models", "load", "metrics", "model_path", "resolve"]
 
 
-def load(name: str = "tiny-qwen2-vl", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+def load(name: str = DEFAULT_MODEL, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Load a packaged model and its processor with the stock auto classes.
 
     Parameters
