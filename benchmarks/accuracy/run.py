@@ -109,6 +109,13 @@ def watches_tower(setting: Setting) -> bool:
     return bool(make_reducer(setting.reducer, **setting.options).needs & TOWER_SIGNALS)
 
 
+def stored_families(folder: Path, split: str) -> list[str]:
+    """Question families of the results in `folder`, which a later run adds to; else all."""
+    if not (folder / f"{split}.json").exists():
+        return list(FAMILIES)
+    return Results.read(folder, split).families
+
+
 def check_items(folder: Path, split: str, ids: Iterable[str]) -> None:
     """Raise `OptionError` before a run if `folder` has results on other questions."""
     if not (folder / f"{split}.json").exists():
@@ -138,7 +145,8 @@ def answer_all(
         The stored results are of other questions, or of another model.
     """
     folder, unfinished = args.out / name, args.out / "runs" / name / split
-    questions = list(items(split, args.per_family, tuple(args.families), args.start))
+    families = args.families or stored_families(folder, split)
+    questions = list(items(split, args.per_family, tuple(families), args.start))
     check_items(folder, split, (item.id for item in questions))
     examples = shapesqa(questions, args.out / "media" / split)
     model, processor = load(name)
@@ -174,7 +182,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--start", type=_count, default=0, help="index of the first question of every family"
     )
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument(
+        "--families",
+        nargs="+",
+        choices=FAMILIES,
+        help="question families; default those of the model's stored results, else all",
+    )
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

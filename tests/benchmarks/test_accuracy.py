@@ -175,3 +175,10 @@ def test_tower_runs_once_per_input() -> None:
         assert len(count) == 3
     assert len(calls) == 4
     assert torch.equal(original(plain), first)
+
+
+def test_a_later_run_asks_the_families_of_the_stored_results(unpublished: Path) -> None:
+    results_of(unpublished, SHARES, families=("needle", "attribute"))
+    folder = next(path.parent for path in unpublished.rglob("test.json"))
+    assert run.stored_families(folder, "test") == ["needle", "attribute"]
+    assert run.stored_families(unpublished / "other", "test") == list(run.FAMILIES)
