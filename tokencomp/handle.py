@@ -165,6 +165,9 @@ class Handle:
 
         None before the first, after `set`, and after a prompt without visual input. Prompts under
         `disabled()` change nothing.
+
+        A prompt at ratio 0 is counted when its stats are read, so that it costs nothing before.
+        Until then its tokens and embeddings stay in memory.
         """
         return self._hooks.stats
 

@@ -9,7 +9,8 @@ one call; what it reads to check its arguments counts as a read. Calls on tensor
 keeps on the host count as well, although they launch nothing: they take time in Python.
 
 The table has reducer × {1, 4, 16 images} × batch {1, 8}: calls and reads per prefill, without those
-of the unpatched model. It is written to `calls.json` and `calls.md`.
+of the unpatched model, and a patch at ratio 0, which adds none. It is written to `calls.json` and
+`calls.md`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -51,6 +53,8 @@ REDUCERS = (
     "pyramiddrop",
     "adsc",
 )
+OFF = "ratio 0"  # a patch that does nothing, whatever its reducer
+CASES = (OFF, *REDUCERS)
 IMAGES, BATCHES = (1, 4, 16), (1, 8)
 RATIO, SIDE, LAYERS = 0.75, 6, 8
 # aten calls whose result the host waits for
@@ -146,8 +150,8 @@ class Row:
     reads: int
 
 
-def tiny_model() -> nn.Module:
-    """A random Qwen2-VL of `LAYERS` decoder layers."""
+def tiny_model(layers: int = LAYERS) -> nn.Module:
+    """A random Qwen2-VL with this number of decoder layers."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     torch.manual_seed(0)
@@ -156,7 +160,7 @@ def tiny_model() -> nn.Module:
         "vocab_size": 200,
         "hidden_size": 64,
         "intermediate_size": 64,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "rope_parameters": rope,
@@ -204,13 +208,20 @@ def prefill(model: Any, inputs: dict[str, Tensor]) -> Callable[[], Any]:
     return lambda: model(**inputs, use_cache=True, logits_to_keep=1)
 
 
+def patched(model: Any, reducer: str) -> tokencomp.Handle:
+    """The patch of one line of the table."""
+    if reducer == OFF:
+        return tokencomp.patch(model, 0.0)
+    return tokencomp.patch(model, RATIO, reducer=reducer)
+
+
 def measure(
-    model: Any, reducer: str, images: int, batch: int, ratio: float = RATIO, sites: bool = False
+    model: Any, reducer: str, images: int, batch: int, sites: bool = False
 ) -> tuple[Row, Counter[str]]:
     """What `reducer` adds to a prefill, and by `sites` where."""
     inputs = prompt(batch, images)
     before = counted(prefill(model, inputs), sites)
-    with tokencomp.patch(model, ratio, reducer=reducer) as handle:
+    with patched(model, reducer) as handle:
         after = counted(prefill(model, inputs), sites)
         stages = len(handle.plan.stages)
     added = after.calls - before.calls, after.reads - before.reads
@@ -218,15 +229,39 @@ def measure(
     return row, (after.sites or Counter()) - (before.sites or Counter())
 
 
+def step_after(model: Any) -> Callable[[], Any]:
+    """A decode step behind a prefill."""
+    with torch.no_grad():
+        cache = model(**prompt(1, 1), use_cache=True).past_key_values
+    token = torch.tensor([[7]])
+    return lambda: model(input_ids=token, past_key_values=cache)
+
+
 def decode_step(model: Any, reducer: str) -> tuple[int, int]:
     """Calls and reads that a patch adds to a decode step."""
-    inputs, added = prompt(1, 1), []
-    step = {"input_ids": torch.tensor([[7]])}
-    for ratio in (0.0, RATIO):
-        with tokencomp.patch(model, ratio, reducer=reducer), torch.no_grad():
-            cache = model(**inputs, use_cache=True).past_key_values
-            added.append(counted(lambda cache=cache: model(**step, past_key_values=cache)))
-    return added[1].calls - added[0].calls, added[1].reads - added[0].reads
+    before = counted(step_after(model))
+    with patched(model, reducer):
+        after = counted(step_after(model))
+    return after.calls - before.calls, after.reads - before.reads
+
+
+def step_functions(model: Any, reducer: str) -> Counter[str]:
+    """Python functions of the library that a decode step runs, by name."""
+    package, names = str(Path(tokencomp.__file__).parent), Counter[str]()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            names[frame.f_code.co_name] += 1
+
+    with patched(model, reducer), torch.no_grad():
+        step = step_after(model)
+        step()
+        sys.setprofile(note)
+        try:
+            step()
+        finally:
+            sys.setprofile(None)
+    return names
 
 
 def markdown(rows: list[Row], steps: dict[str, tuple[int, int]]) -> str:
@@ -255,7 +290,7 @@ def markdown(rows: list[Row], steps: dict[str, tuple[int, int]]) -> str:
 def main() -> int:
     """Count, print, write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--reducers", nargs="+", default=REDUCERS, choices=REDUCERS)
+    parser.add_argument("--reducers", nargs="+", default=CASES, choices=CASES)
     parser.add_argument("--quick", action="store_true", help="1 and 4 images, batch 1 and 8 × 1")
     parser.add_argument(
         "--sites", action="store_true", help="print the lines that call, for 1 image"

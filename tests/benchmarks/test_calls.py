@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks.kernels.calls import REDUCERS, Row, decode_step, measure, tiny_model
+from benchmarks.kernels.calls import (
+    CASES,
+    LAYERS,
+    OFF,
+    REDUCERS,
+    Row,
+    decode_step,
+    measure,
+    step_functions,
+    tiny_model,
+)
 
 CALLS_PER_STAGE, CALLS_PER_IMAGE = 120, 6
 
@@ -30,6 +40,28 @@ def test_a_prefill_does_not_grow_with_images(model: Any, reducer: str) -> None:
     assert one.reads == four.reads == nine.reads <= reads_allowed(one)
 
 
-@pytest.mark.parametrize("reducer", ["condiv", "merge"])
-def test_an_entry_plan_adds_nothing_to_a_decode_step(model: Any, reducer: str) -> None:
+@pytest.mark.parametrize("reducer", CASES)
+def test_a_decode_step_costs_as_much_as_without_a_patch(model: Any, reducer: str) -> None:
     assert decode_step(model, reducer) == (0, 0)
+
+
+def test_ratio_0_adds_nothing_to_a_prefill(model: Any) -> None:
+    for shape in ((1, 1), (3, 2)):
+        row = measure(model, OFF, *shape)[0]
+        assert (row.calls, row.reads) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("reducer", "callbacks"),
+    [(OFF, {}), ("condiv", {}), ("merge", {}), ("fastv", {"_layer": 1})],
+)
+def test_python_per_layer_of_a_decode_step(
+    model: Any, reducer: str, callbacks: dict[str, int]
+) -> None:
+    """Entry plans run none; layer plans one function, which looks whether arguments change.
+
+    fastv has one stage, whatever the depth.
+    """
+    deep, shallow = (step_functions(m, reducer) for m in (tiny_model(2 * LAYERS), model))
+    assert deep - shallow == {name: n * LAYERS for name, n in callbacks.items()}
+    assert deep.total() > 0

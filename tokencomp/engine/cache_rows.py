@@ -37,6 +37,13 @@ def first_with_rows(layers: Sequence[Any] | None, first: int = 0) -> Any:
     return next(filter(holds_rows, (layers or ())[first:]), None)
 
 
+def segment_heads(layers: Sequence[Any]) -> list[Any]:
+    """The first cache layer of every segment: the layers of a segment hold the same rows."""
+    starts = [layer for layer in layers if getattr(layer, "starts_segment", False)]
+    first = first_with_rows(layers)
+    return starts if first is None or first in starts[:1] else [first, *starts]
+
+
 def physical_length(layer: Any) -> int:
     """Rows written to a cache layer, and held unless it has a sliding window."""
     if isinstance(layer, StaticLayer):

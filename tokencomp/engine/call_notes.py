@@ -82,6 +82,11 @@ class CallNotes:
         self.local.kinds, self.local.inputs = kinds.cpu(), arguments
         return False
 
+    def note_uncounted(self, arguments: dict[str, Any]) -> None:
+        """Note the arguments of the body alone, for a prompt that is read later."""
+        self.forget_prompt()
+        self.local.body_mask, self.local.inputs = arguments.get("attention_mask"), arguments
+
     @torch.compiler.disable
     def forget_prompt(self) -> None:
         """Undo `note_prompt`, and forget the forward pass of the decoder."""

@@ -16,7 +16,12 @@ from transformers.cache_utils import StaticLayer
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
 from tokencomp.engine.cache import CompressedLayer, CompressedStaticLayer, compress_layer
-from tokencomp.engine.cache_rows import filled, first_with_rows, physical_length
+from tokencomp.engine.cache_rows import (
+    filled,
+    first_with_rows,
+    physical_length,
+    segment_heads,
+)
 from tokencomp.engine.cache_support import check_cache
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.layout import RowLayout
@@ -127,7 +132,7 @@ class LaterTokens:
             before = Segment.after(layer, 0, 1, RowLayout(n, [], []))
             kwargs["position_ids"] = before.contiguous(new, x)
         backend = compat.attention_implementation(self.adapter.text_config)
-        plain = new is None and all(layer.valid is None for layer in filled(layers))
+        plain = new is None and all(layer.valid is None for layer in segment_heads(layers))
         # One token attends to every row, so without padding it needs no mask. Backends outside of
         # `MASKLESS` may still require a tensor. `cached` stands for the ForwardPass that such a
         # call does without: proportional attention reads the sizes of the rows from it.

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of
+from tokencomp.context_window import is_extended
 from tokencomp.engine import compat
 from tokencomp.engine.batching import BatchGuard
 from tokencomp.engine.cache import CompressedLayer
@@ -42,6 +43,7 @@ from tokencomp.engine.proportional import ProportionalAttention
 from tokencomp.engine.question import PromptLength
 from tokencomp.engine.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.survivors import refuse_missing
+from tokencomp.engine.uncounted import UncountedPrompt, can_wait
 from tokencomp.engine.window import Windows
 from tokencomp.errors import OptionError, TokenCompError, copy_error
 from tokencomp.plan import Plan
@@ -86,7 +88,8 @@ class Hooks:
         self.proportional = (
             ProportionalAttention(adapter.layers, self._sizes) if proportional else None
         )
-        self.stats: Stats | None = None
+        self._stats: Stats | None = None
+        self._uncounted: UncountedPrompt | None = None
         self._had_tower = False  # features of an earlier plan may still come, with tokens missing
         self._missed_plans: set[str] = set()  # plans that have warned of a missed ratio
         self._local = threading.local()
@@ -174,6 +177,21 @@ class Hooks:
     def _forget_stats(self) -> None:
         self.stats = None
 
+    @property
+    def stats(self) -> Stats | None:
+        """Counts of the last prefill; those of one at ratio 0 are made when they are read."""
+        prompt = self._uncounted
+        if prompt is None:
+            return self._stats
+        stats = prompt.stats(self.adapter, self._reader)
+        if self._uncounted is prompt:  # no other thread has run a prompt meanwhile
+            self.stats = stats
+        return stats
+
+    @stats.setter
+    def stats(self, stats: Stats | None) -> None:
+        self._stats, self._uncounted = stats, None
+
     # -- top and body ---------------------------------------------------------------------------
 
     def _traced(self, arguments: dict[str, Any]) -> bool:
@@ -204,10 +222,17 @@ class Hooks:
 
     @torch.compiler.disable
     def _note_prompt(self, arguments: dict[str, Any]) -> None:
-        if self._notes.note_prompt(arguments, self.disabled):
+        if self._waits(arguments):
+            self._notes.note_uncounted(arguments)
+        elif self._notes.note_prompt(arguments, self.disabled):
             self.stats = None  # not those of another prompt
             if self.plan.active:
                 self._notes.without_features(arguments)
+
+    def _waits(self, arguments: dict[str, Any]) -> bool:
+        """Whether a prompt is read only when somebody reads its stats."""
+        idle = not (self.plan.active or self.disabled or is_extended(self.adapter))
+        return idle and can_wait(self.adapter, arguments)
 
     def _body_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         if self._busy("inputs", "forward"):
@@ -229,7 +254,7 @@ class Hooks:
     @torch.compiler.disable
     def _decoder_call(self, module: nn.Module, kwargs: dict[str, Any]) -> Any:
         """Arguments of a decoder call; None where they stay as they are."""
-        kinds, cache = getattr(self._local, "kinds", None), compat.get_cache(kwargs)
+        kinds, cache = self._kinds_of(kwargs), compat.get_cache(kwargs)
         if kinds is not None and kinds.numpy().any():
             if self.plan.active:
                 check_cache(cache, bool(self.plan.layer_stages))
@@ -250,6 +275,17 @@ class Hooks:
             self._later.prepare(kwargs, cache.layers)
             return (), kwargs
         return None
+
+    def _kinds_of(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """Where features go in a decoder call; None where nobody needs to know."""
+        kinds, inputs = getattr(self._local, "kinds", None), getattr(self._local, "inputs", None)
+        if kinds is not None or inputs is None:
+            return kinds
+        if UncountedPrompt.readable(kwargs):
+            self._uncounted = UncountedPrompt(kwargs, inputs, getattr(self._local, "labels", None))
+            return None
+        kinds = self.adapter.kinds(inputs)
+        return None if kinds is None else kinds.cpu()
 
     def _count(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
         """Stats of a prefill at ratio 0, which stays as it is; None where it cannot be read."""

@@ -92,15 +92,25 @@ class PlanHooks:
                 hook = functools.partial(self._layer, i)
                 self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
-    @torch.compiler.disable
     def _layer(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        forward: ForwardPass | None = getattr(self.local, "forward", None)
-        return None if forward is None else forward.before_layer(i, args, kwargs)
+        # Most decode steps end here: arguments change only where rows or masks differ by layer.
+        if getattr(self.local, "forward", None) is None:
+            return None
+        return self._arguments(i, args, kwargs)
 
     @torch.compiler.disable
+    def _arguments(self, i: int, args: Any, kwargs: dict[str, Any]) -> Any:
+        forward: ForwardPass = self.local.forward
+        return forward.before_layer(i, args, kwargs)
+
     def _attention(
         self, stage: int, signal: Any, module: nn.Module, args: Any, kwargs: Any, out: Any
     ) -> None:
-        forward: ForwardPass | None = getattr(self.local, "forward", None)
-        if forward is not None and forward.compresses:
+        if getattr(self.local, "forward", None) is not None:
+            self._score(stage, signal, module, args, kwargs)
+
+    @torch.compiler.disable
+    def _score(self, stage: int, signal: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
+        forward: ForwardPass = self.local.forward
+        if forward.compresses:
             forward.score(stage, module, compat.bind(module, args, kwargs), signal)
