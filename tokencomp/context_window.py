@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from tokencomp.engine import compat
@@ -115,7 +114,7 @@ class VisualContext:
                 f"extend_visual_context(model, {past + most})."
             )
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def _count_placeholders(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Count the placeholders of a call before it runs (forward pre-hook of the body)."""
         named = compat.bind(module, args, kwargs)
@@ -123,7 +122,7 @@ class VisualContext:
         new = [] if kinds is None else (kinds != 0).sum(1).tolist()
         self.count(new, compat.get_cache(named))
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Store the count on the cache of the finished call (forward hook of the body)."""
         cache = compat.get_cache(compat.bind(module, args, kwargs), out)

@@ -10,7 +10,7 @@ from tokencomp.errors import RatioError
 MAX_RATIO = 0.95
 
 
-def check_ratio(ratio: float, name: str = "ratio") -> float:
+def check_ratio(ratio: float | str, name: str = "ratio") -> float:
     """Return `ratio` as a float in [0, 1); raise `RatioError` otherwise.
 
     Parameters

@@ -91,7 +91,8 @@ class Adapter:
 
     @property
     def layers(self) -> nn.ModuleList:
-        return self.decoder.layers
+        layers: nn.ModuleList = self.decoder.layers
+        return layers
 
     @property
     def config(self) -> Any:
@@ -205,8 +206,8 @@ class Adapter:
         features = self.feature_kinds(inputs)
         if not features:
             return self.kinds_in_place(inputs)
-        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        source: Tensor = embeds if ids is None else ids  # type: ignore[assignment]
+        ids: Tensor | None = inputs.get("input_ids")
+        source: Tensor = inputs["inputs_embeds"] if ids is None else ids
         kinds = torch.zeros(source.shape[:2], dtype=torch.int8, device=source.device)
         columns = {}
         for token, kind in self.placeholder_ids().items():
@@ -229,7 +230,8 @@ class Adapter:
             return None
         if types.shape != embeds.shape[:2] or not bool(types.any()):
             return None
-        return types.to(torch.int8)
+        kinds: Tensor = types.to(torch.int8)
+        return kinds
 
     def hides_features(self, inputs: Mapping[str, Any]) -> bool:
         """Whether `inputs_embeds` may hold features at unknown columns."""

@@ -90,7 +90,7 @@ class DenseTower(Tower):
         size = self.module.config.patch_size
         h, w = (size, size) if isinstance(size, int) else size
         cut = pixels[..., : pixels.shape[-2] // h * h, : pixels.shape[-1] // w * w]
-        tiles = cut.unflatten(-1, (-1, w)).unflatten(-3, (-1, h))
+        tiles: Tensor = cut.unflatten(-1, (-1, w)).unflatten(-3, (-1, h))
         return tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
     def _check_call(self, call: EncoderCall) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokencomp.adapters.call import CODES
 from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.engine import compat
 from tokencomp.tokens import Kind
 
 METHODS = "get_{}_features"  # methods of a body that encode media, since transformers 4.5x
@@ -60,7 +61,7 @@ class EncodedMedia(threading.local):
         self._note(kind, [*args, *kwargs.values()], out)
         return out
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def _note(self, kind: Kind, arguments: list[Any], out: Any) -> None:
         lengths = token_counts(features_of(out))
         tables = (sizes_in(argument) for argument in arguments)

@@ -35,7 +35,7 @@ class MethodReplacement:
         self._installed = functools.partial(self._call)
         if self._active:
             # Transformers reads from the signature which arguments a method takes.
-            self._installed.__wrapped__ = getattr(owner, name)  # type: ignore[attr-defined]
+            vars(self._installed)["__wrapped__"] = getattr(owner, name)
             vars(owner)[name] = self._installed
 
     @staticmethod
@@ -59,8 +59,9 @@ class MethodReplacement:
         self._active = False
 
     def _original(self) -> Callable[..., Any]:
-        if self._earlier is not _ABSENT:
-            return self._earlier
+        earlier: Callable[..., Any] = self._earlier
+        if earlier is not _ABSENT:
+            return earlier
         # Looked up in every call, as Python does with methods.
         return functools.partial(getattr(type(self._owner), self._name), self._owner)
 

@@ -144,7 +144,8 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
         return _tower(self, MosaicTower, body=self.body, video=video, restorer=self.tower)
 
     def _pooled(self, patches: Tensor) -> Tensor:
-        return self.body.vision_resampler(patches)
+        pooled: Tensor = self.body.vision_resampler(patches)
+        return pooled
 
     def _video(self, start: int, stop: int, row: int, call: Call) -> list[VisualSpan]:
         side = self.tile_side // self.model.config.spatial_pool_stride
@@ -160,7 +161,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
 
 def _video_length(call: Call, frame: int) -> int:
     """Tokens of each video of the batch (all have the same number of frames of `frame` tokens)."""
-    pixels = call.inputs.get("pixel_values_videos")
+    pixels: Tensor | None = call.inputs.get("pixel_values_videos")
     if pixels is not None:
         return pixels.shape[1] * frame
     encoded = (call.inputs.get(ENCODED) or {}).get("video")
@@ -180,7 +181,8 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return _tower(self, MosaicTower, body=self.body, video=video)
 
     def _pooled(self, patches: Tensor) -> Tensor:
-        return self.body.apply_pooling(patches)
+        pooled: Tensor = self.body.apply_pooling(patches)
+        return pooled
 
     def _video(self, start: int, stop: int, row: int, call: Call) -> list[VisualSpan]:
         side = math.ceil(self.tile_side / 2)

@@ -45,7 +45,8 @@ def video_lengths(call: Call, merge: int) -> list[int]:
     """Tokens of every video of the batch, in order, from the grids or from encoded features."""
     grids = call.inputs.get("video_grid_thw")
     if grids is not None:
-        return (grids.prod(-1) // merge**2).tolist()
+        lengths: list[int] = (grids.prod(-1) // merge**2).tolist()
+        return lengths
     return encoded_by_kind(call.inputs.get(ENCODED)).get("video", [])
 
 

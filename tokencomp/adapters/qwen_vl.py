@@ -41,7 +41,8 @@ class Qwen2VLAdapter(Adapter):
 
     def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
         unit = self.model.config.vision_config.spatial_merge_size**2
-        return values[0].unflatten(0, (-1, unit)).mean(1)
+        cells: Tensor = values[0].unflatten(0, (-1, unit))
+        return cells.mean(1)
 
     def tower_layout(self) -> PackedTower:
         return PackedTower(self.tower, self.model.config.vision_config.patch_size)

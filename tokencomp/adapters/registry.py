@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Iterator
@@ -44,7 +45,7 @@ def register_adapter(cls: Any = None, *, override: bool = False) -> Any:
         Another class serves one of the model types, and `override` is False.
     """
     if cls is None:
-        return lambda cls: register_adapter(cls, override=override)  # type: ignore[call-overload]
+        return functools.partial(register_adapter, override=override)
     if not cls.__module__.startswith(f"{PACKAGE}."):
         _load_built_in()  # so that a clash with a built-in adapter shows now, not later
     for model_type in cls.model_types:

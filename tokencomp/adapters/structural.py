@@ -37,7 +37,7 @@ class StructuralAdapter(Adapter):
         self._replaced: list[MethodReplacement] = []
 
     @property
-    def family(self) -> str:  # type: ignore[override]
+    def family(self) -> str:  # type: ignore[override]  # a class variable elsewhere
         """The model's own class, in place of a display name."""
         return type(self.model).__name__
 

@@ -191,7 +191,7 @@ def deepstack_layers(config: Any) -> int:
     pairs = getattr(config, "deepstack_layer_map", None) or ()
     vision = getattr(config, "vision_config", None)
     indexes = getattr(vision, "deepstack_visual_indexes", None) or ()
-    return max(len(indexes), *(layer + 1 for _, layer in pairs), 0)
+    return max(len(indexes), *(int(layer) + 1 for _, layer in pairs), 0)
 
 
 def square_side(value: Any) -> int | None:

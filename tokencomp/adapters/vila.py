@@ -43,7 +43,7 @@ class VilaAdapter(Adapter):
         if projector.order == "columns":
             grid = grid.transpose(1, 2)
         t, h, w = self._pool if kind == "video" else (1, 1, 1)
-        pooled = grid.unflatten(2, (-1, w)).unflatten(1, (-1, h)).unflatten(0, (-1, t))
+        pooled: Tensor = grid.unflatten(2, (-1, w)).unflatten(1, (-1, h)).unflatten(0, (-1, t))
         return pooled.mean(dim=(1, 3, 5)).flatten(0, 2)
 
     def tower_layout(self) -> DenseTower:
@@ -73,7 +73,8 @@ class VilaAdapter(Adapter):
 
     @property
     def _pool(self) -> tuple[int, int, int]:
-        return self.model.config.video_pool
+        t, h, w = self.model.config.video_pool
+        return t, h, w
 
     def _span(self, runs: list[Any], call: Call, row: int, n: int) -> VisualSpan:
         """One image, or the frames of one video, with their separators."""

@@ -195,6 +195,7 @@ def _first_column(row: Tensor, embeds: Tensor, cursor: int) -> int:
     """First column from `cursor` on where `embeds` (n, d) stands in `row` (L, d), or -1."""
     embeds = embeds.to(row)
     starts = (row[cursor:] == embeds[0]).all(-1).nonzero()[:, 0] + cursor
+    start: int
     for start in starts.tolist():
         if torch.equal(row[start : start + len(embeds)], embeds):
             return start

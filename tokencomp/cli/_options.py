@@ -108,7 +108,7 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
 
     options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
     call.__name__, call.__doc__ = command.__name__, command.__doc__
-    call.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    call.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # functions may have one
     call.__annotations__ = {p.name: p.annotation for p in options}
     return call
 
@@ -125,7 +125,7 @@ def ratios(text: str) -> list[float]:
     """ "0.5,0.75" → [0.5, 0.75], checked."""
     from tokencomp.keep_counts import check_ratio
 
-    return list(dict.fromkeys(check_ratio(part) for part in names(text)))  # type: ignore[arg-type]
+    return list(dict.fromkeys(check_ratio(part) for part in names(text)))
 
 
 def reducer_options(pairs: Sequence[str] | None) -> dict[str, Any]:

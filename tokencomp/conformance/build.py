@@ -160,13 +160,13 @@ def _towers_optional(text: Any) -> Iterator[None]:
                 raise
             return AbsentTower(config)
 
-    AutoModel.from_config = from_config  # type: ignore[method-assign]
+    AutoModel.from_config = from_config  # type: ignore[method-assign]  # undone below
     try:
         yield
     finally:
         del AutoModel.from_config
         if own is not None:
-            AutoModel.from_config = own  # type: ignore[method-assign]
+            AutoModel.from_config = own  # type: ignore[method-assign]  # undone below
 
 
 def _mrope(model_class: type) -> bool:

@@ -92,7 +92,7 @@ class Checks:
         self, tiny: TinyModel, prompts: Prompts, compress: Compress, errors: dict[str, float]
     ) -> None:
         self.tiny, self.prompts, self.compress, self.errors = tiny, prompts, compress, errors
-        self.depth = len(tiny.decoder.layers)  # type: ignore[arg-type]
+        self.depth = len(tiny.decoder.layers)  # type: ignore[arg-type]  # a ModuleList
         self.inputs = prompts.inputs()
         self.real = self.inputs["attention_mask"].bool()
         self.plain: Tensor = prompts.forward(self.inputs).logits

@@ -44,7 +44,7 @@ def hidden(tiny: TinyModel, left: list[Tensor]) -> Iterator[None]:
     """
     undo: list[Any] = []
     try:
-        for layer, mask in zip(tiny.decoder.layers, left, strict=True):  # type: ignore[arg-type]
+        for layer, mask in zip(tiny.decoder.layers, left, strict=True):  # type: ignore[arg-type]  # a ModuleList
             mixers = [m for m in layer.modules() if is_linear_mixer(m)]
             for mixer in mixers:
                 mixer.forward = _on_rows(mixer.forward, mask)

@@ -72,7 +72,9 @@ def _gather_deepstack(
     kwargs[mask_name], kept, number = gather_rows([mask, flat, number], columns)
 
     def rows(features: Tensor) -> Tensor:
-        return gather_rows([features.to(columns.device)[None]], number[kept][None])[0][0]
+        (gathered,) = gather_rows([features.to(columns.device)[None]], number[kept][None])
+        row: Tensor = gathered[0]
+        return row
 
     value = kwargs[features_name]
     if isinstance(value, Mapping):

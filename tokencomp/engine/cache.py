@@ -55,6 +55,8 @@ class CompressedLayer(CacheLayerMixin):
     starts: Tensor | None
     starts_segment: bool
     _valid: Tensor | None
+    keys: Any  # for transformers they may be None; what is called here has rows
+    values: Any
 
     @property
     def rows(self) -> int:
@@ -86,19 +88,19 @@ class CompressedLayer(CacheLayerMixin):
         n = query if isinstance(query, int) else query.shape[0]
         return self.rows + n, self.dropped
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Follow the beams."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        super().reorder_cache(beam_idx)
         self._change_samples(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample."""
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]  # the other base has it
         self._change_samples(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some samples."""
-        super().batch_select_indices(indices)  # type: ignore[misc]
+        super().batch_select_indices(indices)  # type: ignore[misc]  # the other base has it
         self._change_samples(lambda t: t[indices])
 
     def _change_samples(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -133,7 +135,7 @@ class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
 
     def _cut(self, rows: int) -> None:
         """Keep the first `rows` rows."""
-        self.keys, self.values = self.keys[..., :rows, :], self.values[..., :rows, :]  # type: ignore[index]
+        self.keys, self.values = self.keys[..., :rows, :], self.values[..., :rows, :]
         self._change(lambda t: t[:, :rows])
 
     def reset(self) -> None:
@@ -166,7 +168,7 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
 
     def _cut(self, rows: int) -> None:
         removed, limit = self.rows - rows, self.sliding_window - 1
-        held = self.keys.shape[-2]  # type: ignore[union-attr]
+        held = self.keys.shape[-2]
         if held - removed < min(rows, limit):
             raise RuntimeError(
                 f"{removed} rows cannot be removed from a sliding window of {self.sliding_window} "
@@ -174,12 +176,12 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
                 "record them (activate_past_recording)."
             )
         kept = slice(max(held - removed - limit, 0), held - removed)
-        self.keys, self.values = self.keys[..., kept, :], self.values[..., kept, :]  # type: ignore[index]
+        self.keys, self.values = self.keys[..., kept, :], self.values[..., kept, :]
         self.cumulative_length = rows
         self._change(lambda t: t[:, :rows])
 
 
-class CompressedIndexedLayer(CompressedDynamicLayer, INDEXED):
+class CompressedIndexedLayer(CompressedDynamicLayer, INDEXED):  # type: ignore[misc]  # older releases lack it
     """A layer of sparse attention: the keys of its indexer have the same rows."""
 
     plain = INDEXED
@@ -221,7 +223,7 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
     def valid(self, valid: Tensor | None) -> None:
         if valid is not None:  # rows that are written later are real
             free = self.max_cache_len - valid.shape[1]
-            valid = nn.functional.pad(valid, (0, free), value=True).to(self.keys.device)  # type: ignore[union-attr]
+            valid = nn.functional.pad(valid, (0, free), value=True).to(self.keys.device)
         self._valid = valid
 
     @property

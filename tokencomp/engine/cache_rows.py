@@ -60,8 +60,9 @@ def physical_length(layer: Any) -> int:
 def stored_keys(layer: Any) -> Tensor:
     """Keys of the rows that a layer holds, (B, kv heads, rows or more, d); the first are used."""
     if not isinstance(layer, compat.quantized_layer()):
-        return layer.keys
-    keys = layer._dequantize(layer._quantized_keys)
+        own: Tensor = layer.keys
+        return own
+    keys: Tensor = layer._dequantize(layer._quantized_keys)
     if getattr(layer, "_pending_beam_idx", None) is not None:
         keys = keys.index_select(0, layer._pending_beam_idx.to(keys.device))
     return torch.cat([keys, layer.keys], dim=-2) if layer.keys.numel() else keys

@@ -6,9 +6,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from tokencomp.adapters.base import Adapter
+from tokencomp.engine import compat
 from tokencomp.engine.decode import begins_prompt
 from tokencomp.errors import NoVisualInputError, UncompressedWarning
 
@@ -33,7 +32,7 @@ class CallNotes:
         self.adapter, self.local, self.strict = adapter, local, strict
         self._warned_hidden = False
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def note_call(self, arguments: Mapping[str, Any], slices: bool) -> None:
         """Note the labels, and which logits the call must return.
 
@@ -51,7 +50,7 @@ class CallNotes:
         self.local.draft = max(keep - 1, 0)  # assisted decoding: speculative tokens at the end
         self.local.logits = keep if slices else 0
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def forget_call(self) -> None:
         """Undo `note_call`."""
         self.local.logits = self.local.draft = 0
@@ -87,7 +86,7 @@ class CallNotes:
         self.forget_prompt()
         self.local.body_mask, self.local.inputs = arguments.get("attention_mask"), arguments
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def forget_prompt(self) -> None:
         """Undo `note_prompt`, and forget the forward pass of the decoder."""
         self.local.kinds = self.local.inputs = self.local.forward = self.local.body_mask = None

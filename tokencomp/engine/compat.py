@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,14 @@ RELEASES: dict[str, tuple[str, ...] | None] = {
     "5.13.1": _QUICK,
     "5.24.0": None,
 }
+F = TypeVar("F", bound=Callable[..., Any])
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
+
+
+def not_compiled(function: F) -> F:
+    """`torch.compiler.disable`, which has no types: compiled models call `function` as it is."""
+    disabled: F = torch.compiler.disable(function)
+    return disabled
 
 
 def tested_with(model_type: str) -> list[str]:
@@ -230,8 +237,10 @@ def attention_function(module: nn.Module, config: Any) -> Callable[..., Any]:
     """What the attention `module` calls for the backend that `config` names."""
     code, name = sys.modules[type(module).__module__], attention_implementation(config)
     if name == "eager":
-        return code.eager_attention_forward
-    return code.ALL_ATTENTION_FUNCTIONS[name]
+        function: Callable[..., Any] = code.eager_attention_forward
+    else:
+        function = code.ALL_ATTENTION_FUNCTIONS[name]
+    return function
 
 
 def attention_implementation(config: Any) -> str:
@@ -249,7 +258,8 @@ def rotate_vision(
             f"the module of {type(attn).__name__} has no apply_rotary_pos_emb_vision, so the "
             "attention of the vision tower cannot be scored. Use a reducer that does not read it."
         )
-    return apply(q, k, cos, sin)
+    q, k = apply(q, k, cos, sin)
+    return q, k
 
 
 def window_order(tower: Any, grids: Tensor) -> Tensor:
@@ -267,7 +277,7 @@ def sequence_dim(table: Tensor) -> int:
     return table.ndim - 2
 
 
-def rope_index(body: nn.Module, ids: Tensor, kinds: Tensor, **grids: Tensor) -> Tensor:
+def rope_index(body: Any, ids: Tensor, kinds: Tensor, **grids: Tensor) -> Tensor:
     """M-RoPE positions (3, B, L) by the model's own `get_rope_index`.
 
     Parameters
@@ -275,10 +285,10 @@ def rope_index(body: nn.Module, ids: Tensor, kinds: Tensor, **grids: Tensor) -> 
     ids, kinds : Tensor, shape (B, L)
         Token ids, and 0 text, 1 image, 2 video (an argument since 5.3).
     """
-    names = inspect.signature(body.get_rope_index).parameters  # type: ignore[arg-type]
-    if "mm_token_type_ids" in names:
+    get_rope_index: Callable[..., tuple[Tensor, Tensor]] = body.get_rope_index
+    if "mm_token_type_ids" in inspect.signature(get_rope_index).parameters:
         grids["mm_token_type_ids"] = kinds
-    return body.get_rope_index(ids, **grids)[0]  # type: ignore[operator]
+    return get_rope_index(ids, **grids)[0]
 
 
 def check_rope_index(model: Any, kind: str) -> None:

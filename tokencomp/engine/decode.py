@@ -176,7 +176,7 @@ def _columns(inputs: Mapping[str, Any]) -> int:
     """Columns of a call; 0 where its arguments do not say."""
     for name in ("input_ids", "inputs_embeds"):
         if inputs.get(name) is not None:
-            return inputs[name].shape[1]
+            return int(inputs[name].shape[1])
     return 0
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
@@ -220,7 +219,7 @@ class Hooks:
         elif compat.get_cache(arguments) is None or self.adapter.carries_features(arguments):
             self.stats = None  # a compiled prompt at ratio 0, which nobody has counted
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def _note_prompt(self, arguments: dict[str, Any]) -> None:
         if self._waits(arguments):
             self._notes.note_uncounted(arguments)
@@ -251,7 +250,7 @@ class Hooks:
         self._later.prepare(kwargs, cache.layers)
         return (), kwargs
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def _decoder_call(self, module: nn.Module, kwargs: dict[str, Any]) -> Any:
         """Arguments of a decoder call; None where they stay as they are."""
         kinds, cache = self._kinds_of(kwargs), compat.get_cache(kwargs)
@@ -318,7 +317,7 @@ class Hooks:
         enter_prompt(self.adapter, forward, positions, kwargs, cache, self.compact_positions)
         self._local.forward = forward
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def _sizes(self, layer: int) -> Tensor | None:
         """How many tokens the first rows of `layer` stand for in the call that runs now."""
         forward: ForwardPass | None = getattr(self._local, "forward", None)
@@ -330,7 +329,7 @@ class Hooks:
     def _decoder_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         return self._finish_decoder(kwargs, out) if self._busy("forward", "cached") else None
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def _finish_decoder(self, kwargs: dict[str, Any], out: Any) -> Any:
         """The output of a decoder call with full length; None where it stays as it is."""
         forward: ForwardPass | None = getattr(self._local, "forward", None)
@@ -355,7 +354,7 @@ class Hooks:
     def _rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._true_positions(args, kwargs) if self._busy("forward") else None
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def _true_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward: ForwardPass | None = getattr(self._local, "forward", None)
         if forward is None or forward.rotary is None:

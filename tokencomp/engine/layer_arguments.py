@@ -49,7 +49,7 @@ def layer_positions(segment: Segment, kwargs: Mapping[str, Any], read: bool) -> 
     read
         Whether the layers read `position_ids`, which then are the true positions.
     """
-    positions = kwargs.get("position_ids")
+    positions: Tensor | None = kwargs.get("position_ids")
     if not read or positions is None:
         return segment.text_positions
     if segment.index is None:

@@ -272,7 +272,8 @@ def take(
     if valid is not None:
         index = index.masked_fill(~valid, -1)
     with checked():  # the index comes from a layout, so the host need not wait to look at it
-        return gather_rows(tensors, index, dims, [dim - 1 for dim in dims])
+        gathered: list[Tensor] = gather_rows(tensors, index, dims, [dim - 1 for dim in dims])
+    return gathered
 
 
 def write_merged(x: Tensor, place: Tensor | None, reduction: Reduction | None) -> None:

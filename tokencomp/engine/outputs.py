@@ -109,7 +109,8 @@ def restore_map(
     full = weights.new_zeros(batch, heads, queries, past_width + width)
     full = full.scatter_add(-1, columns[:, None, None].expand_as(weights), weights)
     rows = restore(full.transpose(1, 2).flatten(2), layout, width)
-    return rows.unflatten(2, (heads, -1)).transpose(1, 2)
+    split: Tensor = rows.unflatten(2, (heads, -1))
+    return split.transpose(1, 2)
 
 
 def cached_columns(

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from tokencomp.adapters.base import Adapter
@@ -98,7 +97,7 @@ class PlanHooks:
             return None
         return self._arguments(i, args, kwargs)
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def _arguments(self, i: int, args: Any, kwargs: dict[str, Any]) -> Any:
         forward: ForwardPass = self.local.forward
         return forward.before_layer(i, args, kwargs)
@@ -109,7 +108,7 @@ class PlanHooks:
         if getattr(self.local, "forward", None) is not None:
             self._score(stage, signal, module, args, kwargs)
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def _score(self, stage: int, signal: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
         forward: ForwardPass = self.local.forward
         if forward.compresses:

@@ -240,7 +240,8 @@ def _column_sums(
         heads="none",
         iterations=max(signal.iterations, 1),
     )
-    return join_heads(gather_heads(probe.attn, sums, dim=1), signal.heads)
+    joined: Tensor = join_heads(gather_heads(probe.attn, sums, dim=1), signal.heads)
+    return joined
 
 
 def _cached_layer(cache: Any, index: int) -> Any:

@@ -70,7 +70,7 @@ class Probe:
             self.samples = None
         elif len(samples) > 1:
             self.samples = torch.tensor(samples, device=hidden.device)
-        self._hidden = _of_samples(hidden, self, hidden.shape[1], False)
+        self._hidden: Tensor = _of_samples(hidden, self, hidden.shape[1], False)
         self._arguments = {
             name: _of_samples(value, self, hidden.shape[1], "embeddings" in name)
             for name, value in arguments.items()

@@ -80,21 +80,20 @@ class Segment:
         """Positions (B, n) that count real rows only, earlier ones first; x is (B, n, d)."""
         if new is None:
             new = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        start: Any = self.physical
-        if self.past is not None:
-            start = self.past.to(x.device).sum(1, keepdim=True)
-        return (start + new.long().cumsum(1) - 1).clamp(min=0)
+        counts = new.long().cumsum(1) - 1
+        earlier = self.past
+        counts += self.physical if earlier is None else earlier.to(x.device).sum(1, keepdim=True)
+        return counts.clamp(min=0)
 
     def all_valid(self, new: Tensor | None) -> Tensor | None:
         """Real rows among past and new ones, (B, rows); None if all are."""
-        if self.past is None and new is None:
-            return None
-        batch = (new if new is not None else self.past).shape[0]  # type: ignore[union-attr]
         past = self.past
-        if past is None:
-            past = new.new_ones(batch, self.physical)  # type: ignore[union-attr]
         if new is None:
-            new = past.new_ones(batch, self.layout.width)
+            if past is None:
+                return None
+            new = past.new_ones(len(past), self.layout.width)
+        elif past is None:
+            past = new.new_ones(len(new), self.physical)
         return torch.cat([past.to(new.device), new], dim=1)
 
     def all_sizes(self) -> Tensor | None:
@@ -113,11 +112,11 @@ class Segment:
 
     def padding_mask(self, new: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
         """The 2-D mask by logical column, as transformers counts: dropped columns are real."""
-        if self.past is None and new is None:
-            return None
         valid = self.all_valid(new)
+        if valid is None:
+            return None
         ones = torch.ones(batch, self.dropped, dtype=torch.bool, device=device)
-        return torch.cat([ones, valid.to(device)], dim=1)  # type: ignore[union-attr]
+        return torch.cat([ones, valid.to(device)], dim=1)
 
     def columns(self, batch: int, device: torch.device) -> Tensor | None:
         """Column of every row, cached before or new, in the uncompressed sequence, (B, rows).

@@ -76,7 +76,7 @@ class _SomeRows(nn.Module):
         self.__dict__["projection"], self.rows = projection, rows  # no submodule: hooks stay
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.__dict__["projection"](take([x], self.rows, [1])[0])
+        out: Tensor = self.__dict__["projection"](take([x], self.rows, [1])[0])
         index = self.rows[..., None].expand_as(out)
         return out.new_zeros(*x.shape[:2], out.shape[-1]).scatter_(1, index, out)
 

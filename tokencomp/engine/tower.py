@@ -96,7 +96,7 @@ class TowerProbe:
             handle.remove()
         self._handles.clear()
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def _tower(
         self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> None:
@@ -104,7 +104,7 @@ class TowerProbe:
         kwargs = kwargs or {}
         self._recorded.grids = compat.bind(tower, args, kwargs).get("grid_thw")
 
-    @torch.compiler.disable
+    @compat.not_compiled
     @torch.no_grad()
     def _block(self, attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.off():

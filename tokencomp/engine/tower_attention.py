@@ -67,10 +67,12 @@ def attention_received(
         bounds = cu_seqlens.to(torch.int32)
         lengths = bounds.diff().long()
         weights = (1.0 / lengths.float()).repeat_interleave(lengths)
-        return attention_colsum(
+        flat: Tensor = attention_colsum(
             q[0], k[0], weights, cu_seqlens_q=bounds, cu_seqlens_k=bounds, causal=False
-        )[None]
+        )
+        return flat[None]
     rows = 1 if class_token else q.shape[1]
     weights = torch.full((rows,), 1.0 / rows, device=q.device)
     q, k = q[:, :rows].transpose(1, 2), k.transpose(1, 2)
-    return attention_colsum(q, k, weights, causal=False)
+    sums: Tensor = attention_colsum(q, k, weights, causal=False)
+    return sums

@@ -50,8 +50,8 @@ def _linear(module: nn.Module) -> int:
 
 def _width(attn: Any) -> int:
     if hasattr(attn, "qkv"):
-        return attn.qkv.weight.shape[0] // 3
-    return attn.q_proj.weight.shape[0]
+        return int(attn.qkv.weight.shape[0]) // 3
+    return int(attn.q_proj.weight.shape[0])
 
 
 @dataclass
@@ -81,7 +81,8 @@ class TowerCost:
     @property
     def patches(self) -> tuple[int, int]:
         """Rows that the blocks in use see, summed over them, without and with the stage."""
-        return tuple(sum(int(b[-1]) for b in side) for side in (self.before, self.after))  # type: ignore[return-value]
+        before, after = (sum(int(b[-1]) for b in side) for side in (self.before, self.after))
+        return before, after
 
     @property
     def tower_flops(self) -> tuple[int, int]:

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.dense_tower import DenseTower
@@ -131,7 +130,7 @@ class TowerDrop:
         finally:
             local.kind, local.arguments = earlier
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def _begin(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         local = self._local
         local.rows = local.cells = local.cost = None
@@ -183,7 +182,7 @@ class TowerDrop:
         """Note the rows of the cells that the reducer keeps, see `chosen_cells`."""
         self._local.rows = rows_of(cells, chosen_cells(cells, self.stage, values, pixels))
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def _block(self, i: int, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Arguments of block `i`: fewer rows, and what belongs to them."""
         local = self._local
@@ -195,7 +194,7 @@ class TowerDrop:
         if i < self.stage.block:
             bounds = kwargs.get("cu_seqlens")
             bounds = equal_bounds(*hidden.shape[:2]) if bounds is None else bounds
-            local.cost.block(bounds, bounds)  # type: ignore[union-attr]
+            local.cost.block(bounds, bounds)  # type: ignore[union-attr]  # set with `cells`
             return None
         rows: Any = local.rows
         return rows.arguments(hidden, args, kwargs, local.cost)
@@ -220,7 +219,7 @@ class TowerDrop:
         rows = self._local.rows
         return x if rows is None or not rows.entered else rows.full_length(x)
 
-    @torch.compiler.disable
+    @compat.not_compiled
     def _restore(self, module: nn.Module, args: Any, out: Any) -> Any:
         """The output of a restoring module at its full length."""
         rows = self._local.rows

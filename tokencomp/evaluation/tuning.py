@@ -248,7 +248,7 @@ def as_json(measured: Sequence[Candidate], cost: str, facts: dict[str, Any]) -> 
     front = {c.key for c in pareto(measured, cost)}
     rows = []
     for c in measured:
-        row = asdict(replace(c, setting=None))  # type: ignore[arg-type]
+        row = asdict(replace(c, setting=None))  # type: ignore[arg-type]  # taken out below
         row |= {"reducer": c.setting.name, "ratio": c.setting.ratio, "pareto": c.key in front}
         rows.append({k: v for k, v in row.items() if k != "setting"})
     return json.dumps({**facts, "candidates": rows}, indent=2) + "\n"

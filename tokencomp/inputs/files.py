@@ -59,7 +59,7 @@ class FileQuestions(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # of items of any type
         return self.rows[index]
 
 

@@ -76,9 +76,9 @@ def lines(
         axes.plot(xs, ys, "o--" if baseline else "o-", markersize=5, linewidth=1.8, **style)
         low, high = [p.low for p in ordered], [p.high for p in ordered]
         if None not in low and len(ordered) > 1:
-            axes.fill_between(xs, low, high, color=style["color"], alpha=0.08, linewidth=0)  # type: ignore[arg-type]
+            axes.fill_between(xs, low, high, color=style["color"], alpha=0.08, linewidth=0)  # type: ignore[arg-type]  # none is None
         elif None not in low:
-            axes.vlines(xs, low, high, color=style["color"], alpha=0.4)  # type: ignore[arg-type]
+            axes.vlines(xs, low, high, color=style["color"], alpha=0.4)  # type: ignore[arg-type]  # none is None
     if reference is not None:
         axes.axhline(reference, color="#111827", linewidth=1, zorder=1)
         axes.annotate(

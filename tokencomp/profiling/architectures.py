@@ -199,7 +199,7 @@ def _llava_onevision(shape: Shape, layers: int, vision_layers: int | None) -> An
     config = transformers.LlavaOnevisionConfig(
         text_config=transformers.Qwen2Config(**_text(shape, layers)),
         vision_config=_siglip(384, 26 if vision_layers is None else vision_layers),
-        image_token_id=151646,  # type: ignore[call-arg]
+        image_token_id=151646,  # type: ignore[call-arg]  # a field of its dataclass
         video_token_id=151647,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",

@@ -155,7 +155,8 @@ def interleaved(
     """
     for run in variants.values():
         run()
-    start, samples = time.perf_counter(), {key: [] for key in variants}  # type: ignore[var-annotated]
+    samples: dict[Any, list[Split]] = {key: [] for key in variants}
+    start = time.perf_counter()
     for done in range(rounds):
         if budget is not None and done >= 3 and time.perf_counter() - start > budget:
             break

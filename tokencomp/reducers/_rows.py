@@ -151,7 +151,8 @@ def top_k(scores: Tensor, special: Tensor, keep: int) -> Tensor:
             f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN. The hidden "
             "states or attention logits overflowed; run the model in bfloat16 or float32."
         )
-    return topk_stable(scores.masked_fill(special, torch.inf), keep)
+    kept: Tensor = topk_stable(scores.masked_fill(special, torch.inf), keep)
+    return kept
 
 
 def finite_values(values: Tensor, what: str) -> Tensor:

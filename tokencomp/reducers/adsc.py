@@ -114,7 +114,8 @@ def windows(count: int, quota: int, offset: int) -> Places:
     ends = np.arange(quota + 1) * count // max(quota, 1)
     first, size = ends[:-1], np.diff(ends)
     place = np.maximum(size + offset if offset < 0 else np.full_like(size, offset), 0)
-    return first + np.minimum(place, size - 1)
+    rows: Places = first + np.minimum(place, size - 1)
+    return rows
 
 
 def lattice(cells: Places, grid: Grid, quota: int, offset: int) -> Places:

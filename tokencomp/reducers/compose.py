@@ -57,7 +57,7 @@ class Compose(Reducer):
             )
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:  # type: ignore[override]  # a class variable elsewhere
         return f"{self.entry.name}+{self.layer.name}"
 
     @property

@@ -228,7 +228,7 @@ class ConDiv(Reducer):
         power: Any = self.power
         if power == "auto":
             power = spread(concentration(relevance, lengths, owners), lengths, owners)
-        return relevance.clamp(min=FLOOR) ** power
+        return relevance.clamp(min=FLOOR).pow(power)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,8 @@ def pool_lines(x: Tensor, lines: list[list[int]], mode: str) -> Tensor:
     _, _, width, dim = x.shape
     tall = frame_pool(x, [(len(widths), width) for widths in lines], mode)
     flat = [n for widths in lines for n in widths]
-    return frame_pool(tall.view(len(flat), 1, width, dim), [(1, n) for n in flat], mode)
+    pooled: Tensor = frame_pool(tall.view(len(flat), 1, width, dim), [(1, n) for n in flat], mode)
+    return pooled
 
 
 def places(lines: list[list[int]], height: int, width: int, position: str) -> Places:

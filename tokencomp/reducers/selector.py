@@ -74,7 +74,7 @@ class SelectorNet(nn.Module):
                 x = _real_columns(layer, x, real)
             else:
                 x = layer(x)
-        logits = self.head(x)[:, 0]
+        logits: Tensor = self.head(x)[:, 0]
         return logits if real is None else logits.masked_fill(~real, torch.finfo(x.dtype).min)
 
 
@@ -196,7 +196,8 @@ class Selector(Reducer):
     @torch.no_grad()
     def importance(self, rows: Tensor) -> Tensor:
         """Logits of patches from the attention rows (B, n) of equally long spans, float32."""
-        return self.network(rows.device)(rows)
+        logits: Tensor = self.network(rows.device)(rows)
+        return logits
 
     def network(self, device: torch.device) -> SelectorNet:
         """The trained network on `device`."""

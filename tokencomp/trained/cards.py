@@ -105,13 +105,15 @@ def weights_hash(model: nn.Module) -> str:
 
 def _weight(layer: Any) -> Tensor | None:
     """Return the weight of a linear layer, also if an offloading hook of accelerate stores it."""
-    if not layer.weight.is_meta:
-        return layer.weight
+    weight: Tensor = layer.weight
+    if not weight.is_meta:
+        return weight
     hook = getattr(layer, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):
         stored = getattr(one, "weights_map", None)
         if stored is not None and "weight" in stored:
-            return stored["weight"]
+            weight = stored["weight"]
+            return weight
     return None
 
 

@@ -97,11 +97,13 @@ class CCAMProjector(nn.Module):
         hidden = query + self.o_proj(attended.transpose(1, 2).flatten(2))
         normed = self.norm_mlp(hidden)
         hidden = hidden + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
-        return self.output(hidden).to(x.dtype)
+        output: Tensor = self.output(hidden)
+        return output.to(x.dtype)
 
     def _heads(self, x: Tensor) -> Tensor:
         """Split (B, n, width) into heads (B, H, n, width / H)."""
-        return x.unflatten(2, (self.config.heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(2, (self.config.heads, -1))
+        return heads.transpose(1, 2)
 
     def _with_places(self, k: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """Add the positions within the frame to the keys, if the configuration is spatial."""

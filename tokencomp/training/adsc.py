@@ -64,7 +64,7 @@ class AdscConfig(LoopConfig):
 
     def phases(self) -> list[list[float]]:
         """Ratios of every phase, checked."""
-        return [[check_ratio(r) for r in phase.split("|")] for phase in self.schedule]  # type: ignore[arg-type]
+        return [[check_ratio(r) for r in phase.split("|")] for phase in self.schedule]
 
     def ratio_at(self, step: int) -> float:
         """Ratio of one step."""

@@ -47,7 +47,7 @@ class ShapesQuestions(Sequence[Example]):
     def __len__(self) -> int:
         return self.total
 
-    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # of items of any type
         if not 0 <= index < self.total:
             raise IndexError(index)
         one = self.item(index)
@@ -125,7 +125,7 @@ class Joined(Sequence[Example]):
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
-    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # of items of any type
         for part in self.parts:
             if index < len(part):
                 return part[index]

@@ -64,8 +64,8 @@ class VilaConfig(PretrainedConfig):
         select_layer: int = -2,
         image_token_id: int = 0,
         video_token_id: int = 1,
-        image_ends: tuple[list[int], list[int]] = ((), ()),  # type: ignore[assignment]
-        video_ends: tuple[list[int], list[int]] = ((), ()),  # type: ignore[assignment]
+        image_ends: tuple[list[int], list[int]] = ((), ()),  # type: ignore[assignment]  # JSON has no tuples
+        video_ends: tuple[list[int], list[int]] = ((), ()),  # type: ignore[assignment]  # JSON has no tuples
         video_pool: tuple[int, int, int] = (1, 1, 1),
         num_video_frames: int = 8,
         image_aspect_ratio: str = "resize",

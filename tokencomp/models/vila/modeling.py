@@ -66,8 +66,8 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.post_init()  # runs before the parts exist, which initialise or load themselves
         self.llm = llm or AutoModelForCausalLM.from_config(config.text_config)
-        self.vision_tower = vision_tower or SiglipVisionModel(config.vision_config)  # type: ignore[arg-type]
-        order: Order | None = config.token_order  # type: ignore[assignment]
+        self.vision_tower = vision_tower or SiglipVisionModel(config.vision_config)  # type: ignore[arg-type]  # no dict
+        order: Order | None = config.token_order  # type: ignore[assignment]  # checked there
         self.mm_projector = VilaProjector(
             config.projector_type,
             config.vision_config.hidden_size,
@@ -79,7 +79,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     # -- folders --------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]  # local folders only
         cls,
         folder: str | Path,
         *,
@@ -118,7 +118,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.name_or_path = str(folder)
         return model.eval()
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]  # fewer arguments
         self, save_directory: str | Path, **kwargs: Any
     ) -> None:
         """Write the folder layout that `from_pretrained` reads.
@@ -326,10 +326,10 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         media = {name: kwargs.pop(name) for name in MEDIA if kwargs.get(name) is not None}
         if input_ids is not None and expand_size > 1:
             media = self._expand_media(media, input_ids, expand_size)
-        ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+        ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]  # of a mixin
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
-            input_ids=input_ids,  # type: ignore[arg-type]
+            input_ids=input_ids,  # type: ignore[arg-type]  # or None
             **kwargs,
         )
         return ids, {**kwargs, **media}

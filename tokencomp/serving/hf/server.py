@@ -33,7 +33,7 @@ class TimedProtocol(H11Protocol):
 
     _writing: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # TCP transports only
         """Start the time of the first request."""
         super().connection_made(transport)
         self._wait_for_request()

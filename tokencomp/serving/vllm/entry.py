@@ -76,7 +76,7 @@ def refusing(stock: type) -> type:
                     "Start it with `--hf-overrides '{\"tokencomp\": {}}'` (in Python: "
                     'hf_overrides={"tokencomp": {}}) to allow the options of requests.'
                 )
-        return stock.apply(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return stock.apply(self, *args, **kwargs)  # type: ignore[attr-defined]  # of vLLM's class
 
     return type(stock.__name__, (stock,), {"__module__": stock.__module__, "apply": apply})
 

@@ -36,7 +36,7 @@ class CompressingModel:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_engine(vllm_config, self.needs_offsets)
         default = server_options(vllm_config.model_config).default.describe()
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]  # of vLLM's class
         self._row_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self._timer = ReduceTimer()
         logger.info("tokencomp in worker %d: default %s", os.getpid(), default)
@@ -70,18 +70,18 @@ class CompressingModel:
 
         vLLM asks only models whose own class has such graphs.
         """
-        return replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]
+        return replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]  # of vLLM's class
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Run the vision tower on batches of limited size and reduce every item to its plan."""
         plan_fields = [kwargs.pop(field_name(m)) for m in KINDS if field_name(m) in kwargs]
         if not plan_fields:
-            return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+            return super().embed_multimodal(**kwargs)  # type: ignore[misc]  # of vLLM's class
         plans = [ItemPlan.from_tensor(data) for data in plan_fields[0]]
         outputs: list[Tensor] = []
         for first, stop in batches([p.full for p in plans], self._row_budget):
             part = self._slice_items(kwargs, first, stop)
-            features = super().embed_multimodal(**part)  # type: ignore[misc]
+            features = super().embed_multimodal(**part)  # type: ignore[misc]  # of vLLM's class
             for item, (plan, x) in enumerate(zip(plans[first:stop], features, strict=True)):
                 with self._timer(plan):
                     x = x.reshape(-1, x.shape[-1])

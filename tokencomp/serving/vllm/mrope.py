@@ -47,12 +47,12 @@ class Model(CompressingModel):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._vllm_config = vllm_config
         limit = vllm_config.model_config.hf_text_config.max_position_embeddings
-        lengthen_tables(self, TABLE_FACTOR * limit)  # type: ignore[arg-type]
+        lengthen_tables(self, TABLE_FACTOR * limit)  # type: ignore[arg-type]  # a module
 
     @property
     def row_width(self) -> int:
         """Number of columns of an uncompressed row."""
-        return self.language_model.config.hidden_size  # type: ignore[attr-defined]
+        return self.language_model.config.hidden_size  # type: ignore[attr-defined]  # of vLLM's class
 
     # -- in the vision step ---------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ class Model(CompressingModel):
 
     def full_offsets(self, feature: Any) -> np.ndarray:
         """Return the offsets (3, n) of an uncompressed item's placeholders from its base."""
-        ((_, t, h, w, factor),) = self.iter_mm_grid_thw([feature])  # type: ignore[attr-defined]
+        ((_, t, h, w, factor),) = self.iter_mm_grid_thw([feature])  # type: ignore[attr-defined]  # of vLLM's class
         return grid_offsets((t, h, w), factor)
 
     def item_offsets(self, feature: Any) -> tuple[np.ndarray, int]:
@@ -127,7 +127,7 @@ class Model(CompressingModel):
 
         from tokencomp.serving.vllm.runner_v2 import state_with_offsets
 
-        chosen = resolve_model_state_cls(self._vllm_config, self.language_model)  # type: ignore[attr-defined]
+        chosen = resolve_model_state_cls(self._vllm_config, self.language_model)  # type: ignore[attr-defined]  # of vLLM's class
         return state_with_offsets(chosen)
 
     def recompute_mrope_positions(
@@ -174,7 +174,7 @@ class Model(CompressingModel):
 
     def _media_ids(self, like: Tensor) -> Tensor:
         """Return the token ids of placeholders."""
-        config = self.config  # type: ignore[attr-defined]
+        config = self.config  # type: ignore[attr-defined]  # of vLLM's class
         return like.new_tensor([config.image_token_id, config.video_token_id])
 
     # -- in every step, model runner V1 ---------------------------------------------------------
@@ -200,10 +200,10 @@ class Model(CompressingModel):
                     if e.shape[1] > width
                     else torch.zeros(3, e.shape[0], dtype=torch.long, device=e.device)
                 )
-            rows = is_multimodal.nonzero()[:, 0]  # type: ignore[union-attr]
+            rows = is_multimodal.nonzero()[:, 0]  # type: ignore[union-attr]  # of vLLM's class
             self._pending = rows, torch.cat(offsets, dim=1)
             multimodal_embeddings = plain
-        return super().embed_input_ids(  # type: ignore[misc]
+        return super().embed_input_ids(  # type: ignore[misc]  # of vLLM's class
             input_ids, multimodal_embeddings, is_multimodal=is_multimodal, **kwargs
         )
 
@@ -217,4 +217,4 @@ class Model(CompressingModel):
             rows, offsets = self._pending
             self._pending = None
             positions[:, rows.to(positions.device)] += offsets.to(positions)
-        return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
+        return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]  # of vLLM's class

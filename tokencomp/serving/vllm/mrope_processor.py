@@ -19,7 +19,7 @@ class Processor(CompressingProcessor):
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[Layout]]:
         """See `CompressingProcessor.layouts`."""
-        merge = self.info.get_hf_config().vision_config.spatial_merge_size  # type: ignore[attr-defined]
+        merge = self.info.get_hf_config().vision_config.spatial_merge_size  # type: ignore[attr-defined]  # of vLLM's class
         grids = hf_inputs[f"{modality}_grid_thw"].tolist()
         return [[Layout((t, h // merge, w // merge))] for t, h, w in grids]
 
@@ -37,7 +37,7 @@ class Processor(CompressingProcessor):
         OptionError
             If an item spans more than 65535 positions, or all items together exceed the tables.
         """
-        config = self.info.ctx.model_config  # type: ignore[attr-defined]
+        config = self.info.ctx.model_config  # type: ignore[attr-defined]  # of vLLM's class
         table = TABLE_FACTOR * config.hf_text_config.max_position_embeddings
         beyond = sum(max(plan.extent - plan.kept, 0) for plan in plans)
         if max((plan.extent for plan in plans), default=0) > MAX_OFFSET:

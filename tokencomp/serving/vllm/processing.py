@@ -42,7 +42,7 @@ class CompressingProcessor:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._options = server_options(self.info.ctx.model_config)  # type: ignore[attr-defined]
+        self._options = server_options(self.info.ctx.model_config)  # type: ignore[attr-defined]  # of vLLM's class
         self._seen = SeenPlans()
         default = json.dumps(self._options.default.describe())
         logger.info_once("tokencomp %s: default %s", tokencomp.__version__, default)
@@ -94,7 +94,7 @@ class CompressingProcessor:
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Return uncompressed inputs for memory profiling: requests may turn compression off."""
-        inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
+        inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]  # of vLLM's class
         inputs.hf_processor_mm_kwargs = {**inputs.hf_processor_mm_kwargs, KEY: OFF}
         return inputs
 
@@ -107,7 +107,7 @@ class CompressingProcessor:
             raise OptionError(
                 f"mm_processor_kwargs {', '.join(others)}: this server takes only {KEY!r} there."
             )
-        result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        result = super().apply(inputs, timing_ctx)  # type: ignore[misc]  # of vLLM's class
         if inputs.hf_processor_mm_kwargs.get(KEY) is not OFF:
             items = self._seen.of(result)
             self.check_positions([plan for _, plan in items if plan is not None])
@@ -123,14 +123,14 @@ class CompressingProcessor:
         kwargs = self._plain(inputs.hf_processor_mm_kwargs)
         if spec.active:
             kwargs[KEY] = {**spec.describe(), "version": tokencomp.__version__}
-        return super()._get_mm_hashes(  # type: ignore[misc]
+        return super()._get_mm_hashes(  # type: ignore[misc]  # of vLLM's class
             replace(inputs, hf_processor_mm_kwargs=kwargs)
         )
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         """Run the processor and add the plan of every compressed item as a field."""
         spec = self._spec(hf_kwargs)
-        data = super()._apply_hf_processor_main(  # type: ignore[misc]
+        data = super()._apply_hf_processor_main(  # type: ignore[misc]  # of vLLM's class
             mm_items=mm_items, hf_kwargs=self._plain(hf_kwargs)
         )
         for modality in KINDS:
@@ -156,7 +156,7 @@ class CompressingProcessor:
     ) -> Mapping[str, MultiModalFieldConfig]:
         """Declare the plans as one field per item, which stays on the CPU."""
         fields = dict(
-            super()._get_mm_fields_config(  # type: ignore[misc]
+            super()._get_mm_fields_config(  # type: ignore[misc]  # of vLLM's class
                 hf_inputs, self._plain(hf_processor_mm_kwargs)
             )
         )
@@ -171,7 +171,7 @@ class CompressingProcessor:
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Sequence[PromptUpdate]:
         """Return prompt updates whose placeholders have the number that the plans keep."""
-        updates = super()._get_prompt_updates(  # type: ignore[misc]
+        updates = super()._get_prompt_updates(  # type: ignore[misc]  # of vLLM's class
             mm_items=mm_items,
             hf_processor_mm_kwargs=self._plain(hf_processor_mm_kwargs),
             out_mm_kwargs=out_mm_kwargs,

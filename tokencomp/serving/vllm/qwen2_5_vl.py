@@ -24,7 +24,7 @@ class Processor(mrope.Processor):
         if modality == "image":
             return super().extents(modality, layouts, hf_inputs)
         # Only videos have times between their frames.
-        config = self.info.get_hf_config().vision_config  # type: ignore[attr-defined]
+        config = self.info.get_hf_config().vision_config  # type: ignore[attr-defined]  # of vLLM's class
         return [
             grid_extent(spans[0].grid, time_factor(config, hf_inputs, i))
             for i, spans in enumerate(layouts)

@@ -77,7 +77,7 @@ class Model(mrope.Model):
         return self.visual_dim + self.multiscale_dim
 
     @property
-    def reduced_width(self) -> int | None:  # type: ignore[override]
+    def reduced_width(self) -> int | None:  # type: ignore[override]  # of vLLM's class
         """Number of leading columns that enter the decoder, which the reducer sees."""
         return self.visual_dim
 
@@ -86,7 +86,7 @@ class Model(mrope.Model):
         details = Qwen3VLMultiModalProcessor.get_video_repl(
             tokens_per_frame=list(counts),
             timestamps=stamps,
-            tokenizer=self._tokenizer,  # type: ignore[attr-defined]
+            tokenizer=self._tokenizer,  # type: ignore[attr-defined]  # of vLLM's class
             vision_start_token_id=self.config.vision_start_token_id,
             vision_end_token_id=self.config.vision_end_token_id,
             video_token_id=self.config.video_token_id,
@@ -113,7 +113,7 @@ class Model(mrope.Model):
         offsets = torch.empty(3, len(ids), dtype=torch.long)
         offsets[:, media], offsets[:, ~media] = full[:, was_media][:, index], full[:, ~was_media]
         out = rows.new_zeros(len(ids), self.row_width)
-        text = self.language_model.embed_input_ids(ids.to(rows.device))  # type: ignore[attr-defined]
+        text = self.language_model.embed_input_ids(ids.to(rows.device))  # type: ignore[attr-defined]  # of vLLM's class
         out[:, : self.visual_dim] = text
         out[media.to(rows.device)] = rows
         return with_offsets(out, offsets)
