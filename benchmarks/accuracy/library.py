@@ -14,6 +14,7 @@ from tokencomp.cli import one_message
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.metrics import McNemar, Retention, difference, mcnemar, retention
+from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import (
@@ -55,6 +56,7 @@ __all__ = [
     "McNemar",
     "Measurement",
     "OptionError",
+    "PackedAnswers",
     "Point",
     "Retention",
     "Setting",
@@ -79,7 +81,6 @@ __all__ = [
     "metrics",
     "model_facts",
     "one_message",
-    "predictions",
     "provenance",
     "replace_file",
     "retention",
@@ -101,8 +102,3 @@ def Way(
     method = (reducer or name) if ratio else FULL
     chosen = options if ratio and options else {}
     return Setting(method, ratio, chosen, name=name, variant=variant, target=target)
-
-
-def predictions(record: dict[str, Any]) -> dict[str, str]:
-    """The answer texts of a record of `Measurement`, by method: its dict besides `correct`."""
-    return next(v for k, v in record.items() if isinstance(v, dict) and k != "correct")

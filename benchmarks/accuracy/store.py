@@ -1,7 +1,8 @@
 """Results of a sweep: which questions every setting answered correctly, its cost, its provenance.
 
 `results/MODEL/SPLIT.json` holds one model on one split. Later runs are merged into it: the answers
-of a setting that is run again replace the older ones. See `packing` for the form of the answers.
+of a setting that is run again replace the older ones. The answers are in the packed
+form of `tokencomp.evaluation.packed`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from benchmarks.accuracy.library import (
     IMAGE_FAMILIES,
     EvalRun,
     OptionError,
+    PackedAnswers,
     Setting,
     metrics,
     write_json,
 )
-from benchmarks.accuracy.packing import PackedAnswers
 
 ACCURACY = Path(__file__).parent
 RESULTS = ACCURACY / "results"
@@ -158,24 +159,18 @@ def collected(
     if failed:
         label, (first, *_) = next(iter(failed.items()))
         raise OptionError(f"{label}: {first['id']} was not answered ({first['error']}). Try again.")
-    rows: dict[str, dict[str, Any]] = {}
-    texts: dict[str, dict[str, str]] = {}
-    for setting, run in runs.items():
-        for r in run.answered:
-            row = rows.setdefault(r["id"], {k: r[k] for k in ("id", "family", "prompt", "answer")})
-            row.setdefault("correct", {})[setting.label] = int(r["correct"])
-            texts.setdefault(r["id"], {})[setting.label] = r["prediction"]
+    answers = PackedAnswers.of({setting.label: run for setting, run in runs.items()}, FULL)
     first_run = next(iter(runs.values())).manifest
     known = {**first_run["identity"], **first_run}
     manifest = {
         "model": model,
         "split": split,
-        "items": len(rows),
+        "items": len(answers.questions),
         **({"blind": metrics(model)["blind"]} if split == "validation" else {}),
         "runs": [{**{k: known[k] for k in (*ENVIRONMENT, *IDENTITY)}, **(facts or {})}],
         "settings": {s.label: {**_cost(s, run), "run": 0} for s, run in runs.items()},
     }
-    return Results(manifest, PackedAnswers.of([*rows.values()], [*texts.values()], FULL))
+    return Results(manifest, answers)
 
 
 def _cost(setting: Setting, run: EvalRun) -> dict[str, Any]:

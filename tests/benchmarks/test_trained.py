@@ -10,9 +10,16 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from support.accuracy import answer_record
 
-from benchmarks.accuracy.library import Example, Measurement, OptionError, Way
-from benchmarks.accuracy.packing import PackedAnswers
+from benchmarks.accuracy.library import (
+    EvalRun,
+    Example,
+    Measurement,
+    OptionError,
+    PackedAnswers,
+    Way,
+)
 from benchmarks.accuracy.studies import adsc, ccam, long_video, selector, trained, trained_page
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
@@ -31,20 +38,6 @@ def arguments(folder: Path, sets: list[str], **more: Any) -> argparse.Namespace:
     return argparse.Namespace(output=folder, sets=sets, allow_dirty=True, **{**defaults, **more})
 
 
-def answers(right: dict[str, list[int]], family: str = "count") -> list[dict[str, Any]]:
-    count = len(next(iter(right.values())))
-    return [
-        {
-            "id": str(i),
-            "family": family,
-            "answer": "a",
-            "texts": {k: "a" if v[i] else "b" for k, v in right.items()},
-            "correct": {k: bool(v[i]) for k, v in right.items()},
-        }
-        for i in range(count)
-    ]
-
-
 def filled(folder: Path, sets: list[str], right: dict[str, list[int]]) -> trained.Book:
     """A book with one table per set."""
     card = folder / "card.json"
@@ -54,8 +47,10 @@ def filled(folder: Path, sets: list[str], right: dict[str, list[int]]) -> traine
     ways = [Way(name, float(ratio), "uniform") for name, _, ratio in rows]
     for title in sets:
         measured = Measurement({}, None)
-        measured.records = answers(right)
-        book.add(title, measured.table(ways), measured.records, {"trained": card})
+        for key, bits in right.items():
+            records = [answer_record(str(i), "count", bool(bit)) for i, bit in enumerate(bits)]
+            measured.runs[key] = EvalRun(None, records)
+        book.add(title, measured.table(ways), measured.runs, {"trained": card})
     book.write()
     return book
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.library import EvalRun, Setting
-from benchmarks.accuracy.packing import PackedAnswers
+from tokencomp.evaluation.packed import PackedAnswers
+from tokencomp.evaluation.runs import EvalRun
+from tokencomp.evaluation.settings import Setting
 
 ITEMS = 40
 BLIND = {"attribute": 0.25, "position": 0.5, "needle": 0.25}
@@ -18,6 +19,12 @@ def run_facts(**more: Any) -> dict[str, Any]:
     versions = dict.fromkeys(("torch", "transformers", "tokencomp"), "1")
     where = {"hardware": {"cpu": "none", "threads": 1}, "commit": None, "date": "2000-01-01"}
     return {"versions": versions, "command": "by hand", **where, **more}
+
+
+def answer_record(name: str, family: str, correct: bool, answer: str = "a") -> dict[str, Any]:
+    """The record of one question; wrong answers are "no"."""
+    about = {"id": name, "family": family, "prompt": "?", "answer": answer}
+    return {**about, "prediction": answer if correct else "no", "correct": correct}
 
 
 def write_results(
@@ -33,26 +40,25 @@ def write_results(
 
     `bonus` has other shares by family and label.
     """
-    rows, texts = [], []
+    runs = {label: EvalRun(None) for label in shares}
     for family in families:
-        by_label = {k: (bonus or {}).get((family, k), share) for k, share in shares.items()}
-        for i in range(items):
-            correct = {k: int(i < share * ITEMS) for k, share in by_label.items()}
-            answer = "abcd"[i % 4]
-            texts.append({k: answer if c else "no" for k, c in correct.items()})
-            about = {"id": f"{split}-{family}-{i:05d}", "family": family, "prompt": "?"}
-            rows.append({**about, "answer": answer, "correct": correct})
+        for label, share in shares.items():
+            count = (bonus or {}).get((family, label), share) * ITEMS
+            runs[label].records += [
+                answer_record(f"{split}-{family}-{i:05d}", family, i < count, "abcd"[i % 4])
+                for i in range(items)
+            ]
     manifest = {
         "model": name,
         "split": split,
-        "items": len(rows),
+        "items": len(families) * items,
         "blind": BLIND,
         "runs": [run_facts()],
         "settings": {label: setting(label) for label in shares},
     }
     model_folder = folder / name
     model_folder.mkdir(parents=True, exist_ok=True)
-    answers = PackedAnswers.of(rows, texts, "full").to_json()
+    answers = PackedAnswers.of(runs, "full").to_json()
     (model_folder / f"{split}.json").write_text(json.dumps({**manifest, "answers": answers}))
     return model_folder
 
@@ -73,10 +79,6 @@ def sweep_runs(scores: dict[str, list[bool]], **facts: Any) -> dict[Setting, Eva
     for label, correct in scores.items():
         name, _, ratio = label.partition("-")
         cost = {"ratio": float(ratio or 0), "flops": 1, "kv_bytes": 1}
-        about = {"family": "attribute", "prompt": "?", "answer": "a"}
-        rows = [
-            {"id": str(i), **about, "prediction": "ab"[not s], "correct": s, **cost}
-            for i, s in enumerate(correct)
-        ]
+        rows = [{**answer_record(str(i), "attribute", s), **cost} for i, s in enumerate(correct)]
         runs[Setting(name, float(ratio or 0))] = EvalRun(Setting(), rows, shared)
     return runs

@@ -67,7 +67,7 @@ def test_the_oracle_is_told_the_relevance_of_the_target(
     others = [Setting("oracle", 0.5, name=t, target=t) for t in TARGETS if t != target]
     measured.run(asked(data, "red"), [*ways, *others])
     inputs, _ = load_batch(asked(data, "red"), processor, 8)
-    answer = measured.records[0]["predictions"]["full@0"] or "?"
+    answer = measured.runs["full@0"].records[0]["prediction"] or "?"
     forced, labels = append(inputs, answer_ids(processor, model, [answer], end=False))
     expected = relevance(model, forced, labels, target)
     assert len(told) == 2 and torch.equal(told[0][0][0], expected[0][0])

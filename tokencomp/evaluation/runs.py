@@ -100,6 +100,13 @@ class EvalRun:
         values = [float(r[name]) for r in self.answered if name in r]
         return sum(values) / len(values) if values else float("nan")
 
+    @property
+    def mean_tokens(self) -> float:
+        """Visual tokens that a layer sees, averaged over layers, then over the answered items."""
+        layers = [r["per_layer"] for r in self.answered if "per_layer" in r]
+        means = [sum(seen) / len(seen) for seen in layers]
+        return sum(means) / len(means) if means else float("nan")
+
     def summary(self) -> dict[str, Any]:
         """Counts and means, ready for JSON."""
         fields = {"accuracy": "correct", "achieved_ratio": "ratio", "flops": "flops"}

@@ -216,14 +216,12 @@ def _measure(
 
 
 def _result(c: Candidate, run: EvalRun) -> Candidate:
-    good = run.answered
-    seen = [sum(r["per_layer"]) / len(r["per_layer"]) for r in good]
     return replace(
         c,
-        tokens=sum(seen) / max(len(seen), 1),
+        tokens=run.mean_tokens if run.answered else 0.0,
         seconds=run.mean("seconds"),
         accuracy=run.mean("correct"),
-        items=len(good),
+        items=len(run.answered),
     )
 
 

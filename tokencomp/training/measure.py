@@ -11,6 +11,7 @@ from tokencomp.errors import MediaError
 from tokencomp.evaluation.batches import Answers
 from tokencomp.evaluation.metrics import mcnemar, retention
 from tokencomp.evaluation.runner import sweep
+from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
@@ -40,10 +41,8 @@ class Measurement:
 
     Attributes
     ----------
-    records
-        Per question: id, family, answer, and by `Setting.key` predictions and correct.
-    achieved, tokens
-        By key, per question: achieved ratio, and visual tokens that a layer sees on average.
+    runs
+        Records of every setting, by `Setting.key`.
     """
 
     def __init__(
@@ -57,9 +56,7 @@ class Measurement:
         self.models, self.processor = models, processor
         self.frames, self.batch = frames, batch
         self.max_new_tokens = max_new_tokens
-        self.records: list[dict[str, Any]] = []
-        self.achieved: dict[str, list[float]] = {}
-        self.tokens: dict[str, list[float]] = {}
+        self.runs: dict[str, EvalRun] = {}
 
     def run(
         self, examples: Sequence[Example], settings: Sequence[Setting], title: str = "asking"
@@ -86,24 +83,11 @@ class Measurement:
         failed = runs[Setting()].failed
         if failed:
             raise MediaError(f"question {failed[0]['id']!r}: {failed[0]['error']}")
-        for parts in zip(*(run.records for run in runs.values()), strict=True):
-            named = [(s.key, r) for s, r in zip(runs, parts, strict=True)]
-            self.records.append(
-                {
-                    **{k: parts[0][k] for k in ("id", "family", "answer")},
-                    "predictions": {key: r["prediction"] for key, r in named},
-                    "correct": {key: r["correct"] for key, r in named},
-                }
-            )
-        for setting, run in runs.items():
-            if setting.active:
-                means = [sum(r["per_layer"]) / len(r["per_layer"]) for r in run.records]
-                self.achieved.setdefault(setting.key, []).extend(r["ratio"] for r in run.records)
-                self.tokens.setdefault(setting.key, []).extend(means)
+        self.runs |= {setting.key: run for setting, run in runs.items()}
 
     def scores(self, key: str) -> list[float]:
         """Right (1) or wrong (0) per question."""
-        return [float(r["correct"][key]) for r in self.records]
+        return [float(r["correct"]) for r in self.runs[key].answered]
 
     def table(self, settings: Sequence[Setting], baseline: str = "random") -> list[dict[str, Any]]:
         """One row per setting, with the paired interval of its retention and McNemar's test.
@@ -113,19 +97,19 @@ class Measurement:
         full = self.scores(Setting().key)
         rows = [{"name": FULL, "ratio": 0.0, "accuracy": sum(full) / len(full), "items": len(full)}]
         for setting in settings:
-            scores = self.scores(setting.key)
+            scores, run = self.scores(setting.key), self.runs[setting.key]
             kept = retention(scores, full)
             row: dict[str, Any] = {
                 "name": setting.name,
                 "ratio": setting.ratio,
-                "achieved_ratio": _mean(self.achieved.get(setting.key)),
-                "tokens": _mean(self.tokens.get(setting.key)),
+                "achieved_ratio": _finite(run.mean("ratio")) if setting.ratio else None,
+                "tokens": _finite(run.mean_tokens) if setting.ratio else None,
                 "accuracy": sum(scores) / len(scores),
                 "retention": _finite(kept.value),
                 "interval": [_finite(kept.low), _finite(kept.high)],
             }
             rival = f"{baseline}@{setting.ratio:g}"
-            if setting.name != baseline and self.records and rival in self.records[0]["correct"]:
+            if setting.name != baseline and rival in self.runs:
                 test = mcnemar(scores, self.scores(rival))
                 row[f"vs_{baseline}"] = {"wins": test.wins, "losses": test.losses, "p": test.p}
             rows.append(row)
@@ -164,10 +148,6 @@ def longest_answer(processor: Any, model: Any, source: Sequence[Example]) -> int
     """Tokens of the longest reference answer, the end-of-turn token included."""
     answers = [example.answer for example in source]
     return max(map(len, answer_ids(processor, model, answers, end=True)), default=0)
-
-
-def _mean(values: list[float] | None) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _finite(value: float) -> float | None:

@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
         source = ShapesQuestions(families, args.items // fewer, args.split)
         measured, every = measure(variants, processor, source, methods, name, args.batch)
         cards = {n: folder / CARD for n, folder in folders.items()}
-        book.add(name, measured.table(every), measured.records, cards)
+        book.add(name, measured.table(every), measured.runs, cards)
         book.write(NOTES)
     book.write(NOTES)
 

@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
             methods.append(Way(FREE, methods[0].ratio, "ccam", {"weights": str(files[FREE])}))
         batch = max(2, args.batch // fewer**2)
         measured, methods = measure({"": model}, processor, source, methods, name, batch)
-        book.add(name, measured.table(methods), measured.records, cards)
+        book.add(name, measured.table(methods), measured.runs, cards)
         book.write(NOTES)
     book.write(NOTES)
 

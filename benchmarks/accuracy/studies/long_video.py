@@ -22,6 +22,7 @@ from benchmarks.accuracy.library import (
     FULL,
     SIZE,
     EqualTokens,
+    EvalRun,
     Measurement,
     Setting,
     Way,
@@ -30,7 +31,6 @@ from benchmarks.accuracy.library import (
     items,
     load_model,
     one_message,
-    predictions,
     shapesqa,
 )
 from benchmarks.accuracy.run import tower_once
@@ -79,18 +79,14 @@ def join(measured: Measurement, more: Measurement, ways: list[Setting]) -> list[
     list of Setting
         The extended methods, the full model first.
     """
-    for record, other in zip(measured.records, more.records, strict=True):
-        record["correct"] |= {_extended(k): v for k, v in other["correct"].items()}
-        predictions(record).update({_extended(k): v for k, v in predictions(other).items()})
-    measured.achieved |= {_extended(k): v for k, v in more.achieved.items()}
-    measured.tokens |= {_extended(k): v for k, v in more.tokens.items()}
+    measured.runs |= {_extended(key): run for key, run in more.runs.items()}
     return [Way(f"{w.name}{EXTENDED}", w.ratio, w.reducer) for w in (Way(FULL), *ways)]
 
 
 def measure_length(
     model: Any, processor: Any, frames: int, args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows and records of all methods on videos of one length, without and with extension."""
+) -> tuple[list[dict[str, Any]], dict[str, EvalRun]]:
+    """Rows and runs of all methods on videos of one length, without and with extension."""
     questions = items(args.split, args.items // len(FAMILIES), FAMILIES, frames=frames)
     source = shapesqa(questions, ACCURACY / "results" / "media" / "long" / str(frames))
     ratio, tokens = 1 - TRAINED / frames, tokens_of(model, processor, frames)
@@ -109,7 +105,7 @@ def measure_length(
                     smaller=(), **options,
                 )  # fmt: skip
             ways += join(measured, more, extended)
-    return measured.table(ways), measured.records
+    return measured.table(ways), measured.runs
 
 
 def main(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.accuracy.library import (
     DOWNSCALE,
+    PackedAnswers,
     ShapesQuestions,
     adapter_for,
     load_model,
@@ -24,7 +25,6 @@ from benchmarks.accuracy.library import (
     model_facts,
     one_message,
 )
-from benchmarks.accuracy.packing import PackedAnswers
 from benchmarks.accuracy.studies.trained import REFERENCE, Book, measure, parser
 from benchmarks.accuracy.tables import table
 from tokencomp.training.relevance import Target
@@ -102,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
         measured, methods = measure({"": model}, processor, source, methods, name, batch)
         rows, cards = measured.table(methods), {"selector": file.with_suffix(".json")}
         wrong = {"against_the_published_order": order(rows)}
-        book.add(name, rows, measured.records, cards, **wrong)
+        book.add(name, rows, measured.runs, cards, **wrong)
         book.write(notes(book.answers.values()))
     book.write(notes(book.answers.values()))
 

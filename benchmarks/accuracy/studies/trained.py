@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,18 @@ from benchmarks.accuracy.library import (
     DOWNSCALE,
     FULL,
     EqualTokens,
+    EvalRun,
     Example,
     Measurement,
     OptionError,
+    PackedAnswers,
     Setting,
     Way,
     adapter_for,
     environment,
-    predictions,
     replace_file,
     write_json,
 )
-from benchmarks.accuracy.packing import PackedAnswers
 from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies.trained_page import Rivals, compared, markdown
 
@@ -110,12 +110,18 @@ def measure(
             fewer = Shrunk(source, shrink, way.ratio, frames)
             alone = Measurement({"": models[""]}, processor, frames, batch)
             alone.run(fewer, [], f"{title}, {way.key}")
-            for record, other in zip(measured.records, alone.records, strict=True):
-                record["correct"][way.key] = other["correct"][REFERENCE]
-                predictions(record)[way.key] = predictions(other)[REFERENCE]
-            measured.achieved[way.key] = list(fewer.achieved.values())
+            measured.runs[way.key] = with_ratios(alone.runs[REFERENCE], fewer.achieved)
             every.append(way)
     return measured, sorted(every, key=lambda w: w.ratio)
+
+
+def with_ratios(run: EvalRun, ratios: Mapping[int, float]) -> EvalRun:
+    """The uncompressed answers on smaller media, at the ratio of every question's media.
+
+    Tables leave out how many tokens a layer sees: the ratio is one of the input.
+    """
+    rows = [{**r, "ratio": ratios[i]} for i, r in enumerate(run.records)]
+    return replace(run, records=[{k: v for k, v in r.items() if k != "per_layer"} for r in rows])
 
 
 class Book:
@@ -175,7 +181,7 @@ class Book:
         self,
         title: str,
         rows: list[dict[str, Any]],
-        records: list[dict[str, Any]],
+        runs: Mapping[str, EvalRun],
         cards: dict[str, Path],
         **more: Any,
     ) -> None:
@@ -183,16 +189,17 @@ class Book:
 
         Parameters
         ----------
-        records
-            Of `Measurement`: id, family, answer, correct, and the texts by method.
+        runs
+            Of `Measurement`, by key.
         """
         script = Path(sys.argv[0]).stem
         command = ["python", "-m", f"benchmarks.accuracy.studies.{script}", *sys.argv[1:]]
+        answers = PackedAnswers.of(runs, REFERENCE)
         contents = {k: json.loads(path.read_text()) for k, path in cards.items()}
         self.tables[title] = {
             "model": self.args.model,
             "split": self.args.split,
-            "families": list(dict.fromkeys(r["family"] for r in records)),
+            "families": list(dict.fromkeys(answers.questions.families)),
             "provenance": {
                 **environment(),
                 "command": shlex.join(command),
@@ -203,8 +210,7 @@ class Book:
             "rows": rows,
             **more,
         }
-        texts = [predictions(r) for r in records]
-        self.answers[title] = PackedAnswers.of(records, texts, REFERENCE)
+        self.answers[title] = answers
 
     def write(self, notes: str = "") -> None:
         """Both files, `notes` at the end of the page."""

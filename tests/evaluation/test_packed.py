@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.accuracy.packing import PackedAnswers, Questions, pack, unpack
-
-ROOT = Path(__file__).parents[2]
+from tokencomp.evaluation.packed import PackedAnswers, Questions, pack, unpack
+from tokencomp.evaluation.runs import EvalRun
 
 
 def records(ids: list[tuple[str, int]], seed: int = 0) -> list[dict[str, Any]]:
@@ -60,8 +57,13 @@ def test_another_number_of_questions_is_an_error() -> None:
 )
 def test_questions_and_answers_come_back(ids: list[tuple[str, int]], in_ranges: bool) -> None:
     rows = records(ids)
-    texts = [{k: r["answer"] if c else "?" for k, c in r["correct"].items()} for r in rows]
-    packed = PackedAnswers.of(rows, texts, "full")
+    runs = {label: EvalRun(None) for label in rows[0]["correct"]}
+    for label, run in runs.items():
+        for r in rows:
+            correct = r["correct"][label]
+            text = r["answer"] if correct else "?"
+            run.records.append({**r, "prediction": text, "correct": correct})
+    packed = PackedAnswers.of(runs, "full")
     stored = json.loads(json.dumps(packed.to_json()))
     assert ("ids" not in stored["questions"]) == in_ranges
     again = PackedAnswers.from_json(stored)
@@ -84,14 +86,3 @@ def test_equal_ids_with_another_prompt_are_other_questions() -> None:
     rows = records(by_family(3))
     other = [{**r, "prompt": "Which one?"} for r in rows]
     assert Questions.of(rows) != Questions.of(other)
-
-
-def test_the_evidence_stays_small() -> None:
-    """What git tracks under benchmarks/ is below 4 MB, and holds no answer texts by the line."""
-    command = ["git", "-C", str(ROOT), "ls-files", "-z", "benchmarks"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode or not result.stdout:
-        pytest.skip("not a git checkout")
-    files = [ROOT / name for name in result.stdout.split("\0") if name]
-    assert sum(f.stat().st_size for f in files if f.exists()) < 4e6
-    assert not [f for f in files if f.suffix == ".jsonl" and "accuracy" in f.parts]

@@ -1,9 +1,9 @@
-"""Answers packed to one bit per question and method.
+"""The packed form of runs: one bit per question and method in place of a folder of records.
 
-Every paired statistic of the pages (retention intervals, McNemar tests) needs to know which
-questions a method answered correctly, and nothing else about the answer texts. A second bit says
-whether the answer is the one that the uncompressed model gave. Question ids are derived from the
-split, the families and the index range where the question set has that form.
+Every paired statistic (retention intervals, McNemar tests) needs to know which questions a method
+answered correctly, and nothing else about the answer texts. A second bit says whether the answer is
+the one that the uncompressed model gave. Question ids are derived from the split, the families and
+the index range where the question set has that form.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from tokencomp.evaluation.runs import EvalRun
 
 BY_FAMILY, ALTERNATING = "by family", "alternating"
 
@@ -131,20 +133,29 @@ class PackedAnswers:
     agrees: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, records: Sequence[dict[str, Any]], texts: Sequence[dict[str, str]], reference: str
-    ) -> PackedAnswers:
-        """Pack records that have a `correct` dict; `texts` are their answers by label.
+    def of(cls, runs: Mapping[str, EvalRun], reference: str) -> PackedAnswers:
+        """Pack runs by their labels; the order of the questions is that of the first run.
 
         Parameters
         ----------
         reference
             Label of the uncompressed model.
+
+        Raises
+        ------
+        KeyError
+            A run has not answered a question of the first run.
         """
-        labels = list(records[0]["correct"]) if records else []
-        correct = {k: [int(r["correct"][k]) for r in records] for k in labels}
-        agrees = {k: [int(row[k] == row[reference]) for row in texts] for k in labels}
-        return cls(Questions.of(records), correct, agrees)
+        questions = Questions.of(next(iter(runs.values())).answered if runs else ())
+        records = {label: {r["id"]: r for r in run.answered} for label, run in runs.items()}
+        rows = {label: [by_id[name] for name in questions.ids] for label, by_id in records.items()}
+        texts = {label: [r["prediction"] for r in some] for label, some in rows.items()}
+        correct = {label: [int(r["correct"]) for r in some] for label, some in rows.items()}
+        agrees = {
+            label: [int(a == b) for a, b in zip(some, texts[reference], strict=True)]
+            for label, some in texts.items()
+        }
+        return cls(questions, correct, agrees)
 
     def to_json(self) -> dict[str, Any]:
         return {
