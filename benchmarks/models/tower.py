@@ -1,5 +1,6 @@
 """Patches dropped before the vision tower: time to the first token, real shapes, random weights.
 
+    python -m benchmarks.models.tower --headline           # full depth, in less than 8 minutes
     python -m benchmarks.models.tower                      # all cases → tower.jsonl, tower.md
     python -m benchmarks.models.tower --cases qwen-image --rounds 1 --part 4
     python -m benchmarks.models.tower --device cuda --dtype bfloat16 --attention flash_attention_2
@@ -7,156 +8,47 @@
 
 Two kinds of cases. Towers alone, at several tower ratios: which share of the speed-up that FLOPs
 allow is reached, and what choosing costs. Whole models: everything between a decoded picture and
-the first token, full against (ratio 0.75, tower ratio 0.6). On a CPU the times are processor time
-of one thread, which other programs on the machine hardly change; on a GPU they are elapsed time.
-Records of other cases stay in the file, so the benchmark can be run in pieces.
+the first token, full against (ratio 0.75, tower ratio 0.6). Times of one CPU thread are processor
+time, which other programs on the machine hardly change; times of several threads and of a GPU are
+elapsed time. Every round runs all variants, in turning order, and is a pair of its own: the page
+shows the median and the range of its speed-ups. Records of other cases stay in the file, so the
+benchmark can be run in pieces.
+
+`--headline` runs the two whole models at full depth, two rounds or as many as fit into `--minutes`,
+with two threads. It needs about 14 GB of memory and an otherwise idle machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 import tokencomp
 from benchmarks import publishing
 from benchmarks.models.tower_page import CASES, RATIO, TOWER_RATIO, page
+from benchmarks.models.tower_parts import UNIT, Marks, Timed, build, clock_of, qwen_inputs
 from benchmarks.publishing import environment
-from tokencomp.adapters.registry import adapter_for
 from tokencomp.plan import Plan
-from tokencomp.profiling import shapes
-from tokencomp.profiling.shapes import SHAPES
-from tokencomp.reducers.kcentre import KCentre
-from tokencomp.reduction import Reduction
 from tokencomp.stages import TowerStage
-from tokencomp.tokens import SpanBatch
 
 FOLDER = Path(__file__).parent
 TOWER_RATIOS = (0.25, 0.5, 0.6, 0.75)
-TEXT = 48
-UNIT = 28  # pixels of a side that become one visual token in Qwen2-VL
-VISION = {"qwen2_vl": 32, "llava_onevision": 26}
-"""Blocks of the vision towers."""
-
-
-@dataclass(frozen=True, eq=False)
-class Timed(KCentre):
-    """k-centre that adds up what choosing costs."""
-
-    clock: Any = None
-    spent: Any = None
-
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        start = self.clock()
-        reduction = super().reduce_batch(batch, keeps)
-        self.spent.append(self.clock() - start)
-        return reduction
-
-
-def clock_of(device: str) -> Callable[[], float]:
-    """Processor time of this process on a CPU, elapsed time on a GPU."""
-    if device == "cpu":
-        return time.process_time
-
-    def elapsed() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return elapsed
-
-
-def build(name: str, args: argparse.Namespace, layers: int | None = None) -> Any:
-    """A model of that shape; `layers` of its decoder, None for all that there are."""
-    shape = SHAPES[name]
-    model, _ = shapes.build(
-        name,
-        tokens=1,
-        layers=layers or shape.layers // args.part,
-        vision_layers=VISION[shape.family] // args.part,
-        dtype=getattr(torch, args.dtype),
-        device=args.device,
-    )
-    model.set_attn_implementation(args.attention)
-    return model
-
-
-def qwen_inputs(model: Any, frames: int, side: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The processor's output for a picture (frames = 0) or video of noise, and its seconds."""
-    from transformers import Qwen2VLImageProcessor
-
-    clock, generator = clock_of("cpu"), torch.Generator().manual_seed(0)
-    pictures = [
-        Image.fromarray(torch.randint(256, (side, side, 3), generator=generator).byte().numpy())
-        for _ in range(max(frames, 1))
-    ]
-    processor = Qwen2VLImageProcessor(min_pixels=UNIT**2, max_pixels=side**2)
-    start, kind = clock(), "video" if frames else "image"
-    # A video is read as pairs of frames: every patch holds two of them. The image processor repeats
-    # a single picture instead, so a video's pixels are put together from its frames in pairs.
-    parts = [processor(images=[p], return_tensors="pt")["pixel_values"] for p in pictures]
-    seconds = clock() - start
-    if frames:
-        halves = [part.unflatten(1, (3, 2, -1)) for part in parts]
-        pairs = zip(halves[::2], halves[1::2], strict=True)
-        parts = [torch.stack([a[:, :, 0], b[:, :, 1]], 2).flatten(1) for a, b in pairs]
-    t, h = len(parts), side // 14
-    token = getattr(model.config, f"{kind}_token_id")
-    count = t * (side // UNIT) ** 2
-    before, after = [5] * 16 + [model.config.vision_start_token_id], [7] * (TEXT - 16)
-    ids = torch.tensor([[*before, *[token] * count, model.config.vision_end_token_id, *after]])
-    suffix = "_videos" if frames else ""
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == token).int() * (2 if frames else 1),
-        f"pixel_values{suffix}": torch.cat(parts).to(getattr(torch, args.dtype)),
-        f"{kind}_grid_thw": torch.tensor([[t, h, h]]),
-    }
-    moved = {name: value.to(args.device) for name, value in inputs.items()}
-    return {"inputs": moved, "preprocess": seconds, "tokens": count}
-
-
-class Marks:
-    """When the tower, the projector and the decoder of a model begin and end."""
-
-    def __init__(self, model: Any, clock: Callable[[], float]) -> None:
-        self.clock, self.at = clock, {}
-        adapter = adapter_for(model)
-        parts = {"tower": adapter.tower, "decoder": adapter.decoder}
-        self._hooks = []
-        for name, module in parts.items():
-            self._hooks += [
-                module.register_forward_pre_hook(self._mark(f"{name} begins"), prepend=True),
-                module.register_forward_hook(self._mark(f"{name} ends")),
-            ]
-
-    def _mark(self, name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            self.at[name] = self.clock()
-
-        return hook
-
-    def seconds(self, part: str) -> float:
-        return self.at[f"{part} ends"] - self.at[f"{part} begins"]
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+HEADLINE = {"cases": ["qwen-image", "qwen-video"], "rounds": 2, "part": 1, "threads": 2}
+VARIANTS = ("full", "decoder", "both")
 
 
 def tower_case(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Records of one tower at every tower ratio, full runs in between."""
-    clock, frames = clock_of(args.device), name == "siglip-tower"
+    clock, frames = clock_of(args.device, args.threads), name == "siglip-tower"
     model = build("llava-onevision-0.5b" if frames else "qwen2-vl-2b", args, layers=1)
     if frames:
         pixels = torch.randn(1, 1, 3, 384, 384, dtype=getattr(torch, args.dtype))
@@ -212,52 +104,90 @@ def tower_case(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def model_case(name: str, args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """The record of a whole model: full, the decoder alone compressed, and both compressed."""
-    clock = clock_of(args.device)
-    side = args.side if name == "qwen-video" else 32 * UNIT
-    prompt = qwen_inputs(model, 32 if name == "qwen-video" else 0, side, args)
-    inputs: dict[str, Tensor] = prompt["inputs"]
-    spent: list[float] = []
-    timed = Timed(clock=clock, spent=spent)
-    variants: dict[str, dict[str, Any]] = {
-        "full": {},
-        "decoder": {"ratio": RATIO},
-        "both": {"ratio": RATIO, "tower_ratio": TOWER_RATIO, "tower_reducer": timed},
-    }
-    rows: dict[str, list[dict[str, float]]] = {key: [] for key in variants}
+class ModelCase:
+    """A whole model and its prompt: full, the decoder alone compressed, and both compressed."""
 
-    def run(options: dict[str, Any]) -> dict[str, float]:
-        spent.clear()
-        with tokencomp.patch(model, **options) if options else torch.inference_mode() as handle:
-            marks, start = Marks(model, clock), clock()
+    def __init__(self, name: str, model: Any, args: argparse.Namespace) -> None:
+        self.name, self.model = name, model
+        self.clock = clock_of(args.device, args.threads)
+        self.side = args.side if name == "qwen-video" else 32 * UNIT
+        self.prompt = qwen_inputs(model, 32 if name == "qwen-video" else 0, self.side, args)
+        self.spent: list[float] = []
+        timed = Timed(clock=self.clock, spent=self.spent)
+        self.variants: dict[str, dict[str, Any]] = {
+            "full": {},
+            "decoder": {"ratio": RATIO},
+            "both": {"ratio": RATIO, "tower_ratio": TOWER_RATIO, "tower_reducer": timed},
+        }
+        self.rows: dict[str, list[dict[str, float]]] = {}
+
+    def round(self, number: int, variants: Sequence[str]) -> None:
+        """Run every variant once; odd rounds in reverse order."""
+        for key in variants if number % 2 == 0 else reversed(variants):
+            self.rows.setdefault(key, []).append(self.run(key))
+            total = self.rows[key][-1]["total"]
+            print(f"{self.name}, round {number + 1}: {key}, {total:.1f} s", flush=True)
+
+    def run(self, key: str) -> dict[str, float]:
+        """Seconds of the parts of one prefill."""
+        self.spent.clear()
+        options, before = self.variants[key], self.prompt["preprocess"]
+        with tokencomp.patch(self.model, **options) if options else torch.no_grad() as handle:
+            marks, start = Marks(self.model, self.clock), self.clock()
             with torch.inference_mode():
-                model(**inputs, use_cache=True, logits_to_keep=1)
-            total = clock() - start
+                self.model(**self.prompt["inputs"], use_cache=True, logits_to_keep=1)
+            total = self.clock() - start
             marks.remove()
-            stats = handle.stats if options else None
-        reduce = stats.reduce_seconds if stats else 0.0
+            reduce = handle.stats.reduce_seconds if options else 0.0
+        chosen = sum(self.spent)
         return {
-            "tower": marks.seconds("tower") - sum(spent), "choose": sum(spent), "reduce": reduce,
+            "tower": marks.seconds("tower") - chosen, "choose": chosen, "reduce": reduce,
             "prefill": marks.seconds("decoder") - reduce,
             "rest": total - marks.seconds("tower") - marks.seconds("decoder"),
-            "total": total + prompt["preprocess"], "preprocess": prompt["preprocess"],
+            "total": total + before, "preprocess": before,
         }  # fmt: skip
 
-    with torch.inference_mode():
-        for number in range(args.rounds):
-            for key, options in variants.items():
-                rows[key].append(run(options))
-                print(f"{name} {number + 1}: {key}, {rows[key][-1]['total']:.1f} s", flush=True)
-    medians = {
-        key: {part: statistics.median(r[part] for r in row) for part in row[0]}
-        for key, row in rows.items()
-    }
-    return {
-        "case": name, "tokens": prompt["tokens"], "side": side, "rounds": args.rounds,
-        "parts": medians,
-        "speedup": {k: medians["full"]["total"] / m["total"] for k, m in medians.items()},
-    }  # fmt: skip
+    def record(self) -> dict[str, Any]:
+        """Medians of the parts, and the speed-up of every round."""
+        rows = {key: self.rows[key] for key in VARIANTS if key in self.rows}
+        full = [row["total"] for row in rows["full"]]
+        medians = {
+            key: {part: statistics.median(r[part] for r in row) for part in row[0]}
+            for key, row in rows.items()
+        }
+        pairs = {
+            key: [whole / row["total"] for whole, row in zip(full, row_of, strict=True)]
+            for key, row_of in rows.items()
+        }
+        return {
+            "case": self.name, "tokens": self.prompt["tokens"], "side": self.side,
+            "rounds": len(full), "parts": medians, "pairs": pairs,
+            "speedup": {key: statistics.median(values) for key, values in pairs.items()},
+        }  # fmt: skip
+
+
+def model_cases(names: Sequence[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Records of whole models after every round, while the time allows another one."""
+    started = time.perf_counter()
+    model = build("qwen2-vl-2b", args)
+    variants = ("full", "both") if args.headline else VARIANTS
+    cases = [ModelCase(name, model, args) for name in names]
+    warm = argparse.Namespace(**{**vars(args), "side": 2 * UNIT})
+    ModelCase("qwen-video", model, warm).run("both")
+    ready = time.perf_counter()
+    print(f"the model is built and warm after {ready - started:.0f} s", flush=True)
+    for number in range(args.rounds):
+        for case in cases:
+            case.round(number, variants)
+            yield case.record()
+        now = time.perf_counter()
+        if now + (now - ready) / (number + 1) > started + 60 * args.minutes:
+            break
+
+
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What a new record replaces: the same case on the same machine."""
+    return tuple(record.get(name) for name in ("case", "tokens", "tower_ratio", "machine"))
 
 
 def main() -> None:
@@ -266,7 +196,20 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--side", type=int, default=448, help="pixels per side of a video frame")
+    parser.add_argument("--side", type=int, default=224, help="pixels per side of a video frame")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="no round of whole models begins that would end later than this after the start",
+    )
+    parser.add_argument(
+        "--headline",
+        action="store_true",
+        help="whole models at full depth on two threads, full "
+        "and both compressed, within 7.5 minutes; other options count as they are given",
+    )
     parser.add_argument(
         "--part", type=int, default=1, help="4: a quarter of the blocks of tower and decoder"
     )
@@ -276,25 +219,30 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--report", action="store_true", help="only rebuild the page")
     publishing.add_argument(parser)
+    if parser.parse_known_args()[0].headline:
+        parser.set_defaults(**HEADLINE, minutes=7.5)
     args = parser.parse_args()
     path = args.output / "tower.jsonl"
     records = [json.loads(r) for r in path.read_text().splitlines()] if path.exists() else []
     facts = {} if args.report else publishing.published_from(args.output, args.allow_dirty)
     if args.device == "cpu":
-        torch.set_num_threads(1)
-    own = "one CPU thread" if args.device == "cpu" else torch.cuda.get_device_name()
+        torch.set_num_threads(args.threads)
+    threads = "one CPU thread" if args.threads == 1 else f"{args.threads} CPU threads, elapsed time"
+    own = threads if args.device == "cpu" else torch.cuda.get_device_name()
     machine = f"{own}, {args.dtype}, {args.attention}"
     machine += f", 1/{args.part} of the blocks" if args.part > 1 else ""
-    whole = None
-    for name in () if args.report else args.cases:
-        if name.endswith("tower"):
-            fresh = list(tower_case(name, args))
-        else:
-            whole = whole or build("qwen2-vl-2b", args)
-            fresh = [model_case(name, args, whole)]
-        kept = [r for r in records if (r["case"], r["machine"]) != (name, machine)]
-        extra = {"machine": machine, "provenance": {**facts, **environment()}}
-        records = [*kept, *({**record, **extra} for record in fresh)]
+    names = [] if args.report else args.cases
+    towers = [name for name in names if name.endswith("tower")]
+    whole = [name for name in names if name not in towers]
+    extra = {"machine": machine, "provenance": {**facts, **environment()}}
+    fresh = itertools.chain(
+        itertools.chain.from_iterable(tower_case(name, args) for name in towers),
+        model_cases(whole, args) if whole else (),
+    )
+    for record in fresh:
+        record = {**record, **extra}
+        kept = [r for r in records if _key(r) != _key(record)]
+        records = [*kept, record]
         path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     order = list(CASES)
     records.sort(

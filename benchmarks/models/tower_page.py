@@ -19,8 +19,11 @@ LABELS = {
 PREAMBLE = f"""# The vision tower with fewer patches
 
 Real shapes with random weights. Patches leave before block 0 of the tower, chosen by k-centre on
-pixels; the decoder keeps {1 - RATIO:g} of the visual tokens with the default reducer. On a CPU all
-times are processor time of one thread. The FLOP limit is the FLOPs of blocks and projector without
+pixels; the decoder keeps {1 - RATIO:g} of the visual tokens with the default reducer. Times of one
+CPU thread are processor time, those of several are elapsed time. The speed-up of a whole model is
+the median over rounds, each of which runs all variants, with the smallest and the largest of them
+in brackets. `python -m benchmarks.models.tower --headline` measures the rows at full depth. The
+FLOP limit is the FLOPs of blocks and projector without
 the stage divided by those with it. "1/4 of the blocks": of tower and decoder alike, at their full
 width, so that the shares stay and what happens once per prompt weighs four times as much.
 [All benchmark pages](../README.md).
@@ -47,13 +50,17 @@ def page(records: list[dict[str, Any]]) -> str:
     names = ("preprocess", "tower", "choose", "rest", "reduce", "prefill", "total")
     parts_of = ("pictures to pixels", "tower, projector", "choosing", "embeddings, head", "reduce")
     lines += [
-        f"| model and prompt | | {' | '.join(parts_of)} | prefill | total | speed-up | machine |",
-        "|" + "---|" * 11,
+        f"| model and prompt | | {' | '.join(parts_of)} | prefill | total | speed-up | rounds "
+        "| machine |",
+        "|" + "---|" * 12,
     ]
     for r in (r for r in records if "parts" in r):
         for key, parts in r["parts"].items():
             cells = " | ".join(f"{parts[name]:.2f} s" for name in names)
             label = f"{CASES[r['case']]} ({r['tokens']} tokens)" if key == "full" else ""
-            speedup = f"{r['speedup'][key]:.2f}×"
-            lines.append(f"| {label} | {LABELS[key]} | {cells} | {speedup} | {r['machine']} |")
+            pairs = r.get("pairs", {}).get(key, ())
+            spread = f" [{min(pairs):.2f}, {max(pairs):.2f}]" if len(pairs) > 1 else ""
+            speedup = f"{r['speedup'][key]:.2f}×{spread}"
+            tail = f"{speedup} | {r['rounds']} | {r['machine']}"
+            lines.append(f"| {label} | {LABELS[key]} | {cells} | {tail} |")
     return "\n".join([*lines, ""])

@@ -81,9 +81,11 @@ def test_intervals_are_paired() -> None:
 def test_the_page_of_times() -> None:
     parts = dict.fromkeys(("preprocess", "tower", "choose", "rest", "reduce", "prefill"), 1.0)
     record = {
-        "case": "qwen-image", "tokens": 1024, "machine": "here",
+        "case": "qwen-image", "tokens": 1024, "machine": "here", "rounds": 2,
+        "pairs": {"full": [1.0, 1.0], "both": [3.9, 4.1]},
         "parts": {"full": {**parts, "total": 12.0}, "both": {**parts, "total": 3.0}},
         "speedup": {"full": 1.0, "both": 4.0},
     }  # fmt: skip
     text = tower.page([record])
-    assert "| 12.00 s | 1.00× | here |" in text and "| 3.00 s | 4.00× | here |" in text
+    assert "| 12.00 s | 1.00× [1.00, 1.00] | 2 | here |" in text
+    assert "| 3.00 s | 4.00× [3.90, 4.10] | 2 | here |" in text

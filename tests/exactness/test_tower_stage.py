@@ -89,6 +89,29 @@ def _left(model: Any, seen: list[Tensor], block: int) -> float:
     return (block + (used - block) * share) / used
 
 
+def test_only_kept_patches_are_embedded(family: Family) -> None:
+    """Towers that embed every patch by itself embed those that the stage before block 0 keeps."""
+    model = family.build()
+    embed = getattr(tower.tower_of(model), "patch_embed", None)
+    if embed is None:
+        pytest.skip("this tower embeds whole pictures")
+    inputs, sizes = prompt(family), []
+
+    def count(module: Any, args: Any) -> None:
+        sizes.append(len(args[0]))
+
+    with torch.no_grad(), embed.proj.register_forward_pre_hook(count):
+        model(**inputs)
+        with tokencomp.patch(model, plan=Plan((), TowerStage(0, 0.5, RANDOM))) as handle:
+            model(**inputs)
+            spans = [span for row in handle.stats.spans for span in row]
+            left = [kept for b in range(2) for kept in handle.stats.tower_kept(b)]
+    kept = sum(len(set(k) - set(span.text)) for k, span in zip(left, spans, strict=True))
+    half = len(sizes) // 2
+    patches = tower.tower_of(model).spatial_merge_size ** 2
+    assert sum(sizes[half:]) == kept * patches < 0.7 * sum(sizes[:half])
+
+
 def test_embeddings_of_qwen35() -> None:
     """Its linear layers know no mask, so the input of the decoder is compared."""
     family = tower.deep(Qwen35())

@@ -21,6 +21,11 @@ class PackedTower(Tower):
     ----------
     window_order
         Computes `Cells.order` from the grids; None: cells stand in order.
+
+    Attributes
+    ----------
+    embedding
+        The module that embeds every patch by itself; None: there is no such module.
     """
 
     def __init__(self, module: Any, patch_size: int, window_order: Any = None) -> None:
@@ -28,6 +33,7 @@ class PackedTower(Tower):
         super().__init__(module, list(module.blocks), [], mergers, mergers)
         self.unit, self.patch_size = module.spatial_merge_size**2, patch_size
         self.window_order = window_order
+        self.embedding = getattr(module, "patch_embed", None)
 
     def cells(self, call: EncoderCall, stage: TowerStage) -> Cells:
         if call.grids is None:

@@ -60,16 +60,37 @@ class TowerRows(ABC):
 
 
 class PackedRows(TowerRows):
-    """Rows of a tower that takes the patches of all media in one row."""
+    """Rows of a tower that takes the patches of all media in one row.
+
+    Attributes
+    ----------
+    patches : Tensor of int64, shape (rows,)
+        The patches that stay, as the tower's input numbers them.
+    """
+
+    def __init__(self, cells: Cells, index: Tensor, patches: Tensor) -> None:
+        super().__init__(cells, index)
+        self.patches = patches
 
     @classmethod
     def of(cls, cells: Cells, chosen: Tensor) -> PackedRows:
         """The rows that the cells with the numbers `chosen` read."""
         place = chosen if cells.order is None else cells.order.argsort()[chosen]
         place, unit = place.sort().values, cells.members.shape[1]
-        return cls(
-            cells, (place[:, None] * unit + torch.arange(unit, device=place.device)).flatten()
-        )
+        index = place[:, None] * unit + torch.arange(unit, device=place.device)
+        return cls(cells, index.flatten(), cells.members[chosen].flatten())
+
+    def embedded(self, embed: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+        """Embeddings of all patches, computed for those that stay; NaN for the others.
+
+        Parameters
+        ----------
+        embed
+            Embeds patches, every one by itself.
+        pixels : Tensor, shape (patches, values)
+        """
+        x = embed(pixels[self.patches])
+        return x.new_full((len(pixels), x.shape[-1]), math.nan).index_copy(0, self.patches, x)
 
     def arguments(self, hidden: Tensor, args: Any, kwargs: dict[str, Any], cost: TowerCost) -> Any:
         kwargs, bounds = dict(kwargs), kwargs["cu_seqlens"]

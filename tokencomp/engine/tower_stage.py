@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.dense_tower import DenseTower
 from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.towers import Cells, EncoderCall, Tower
 from tokencomp.engine import compat
 from tokencomp.engine.tower_choice import chosen_cells, patch_values
 from tokencomp.engine.tower_flops import TowerCost, TowerShape
-from tokencomp.engine.tower_rows import TowerRows, equal_bounds, rows_of
+from tokencomp.engine.tower_rows import PackedRows, TowerRows, equal_bounds, rows_of
 from tokencomp.errors import OptionError
 from tokencomp.plan import Plan
 from tokencomp.stages import TowerStage
@@ -95,6 +96,8 @@ class TowerDrop:
             note = functools.partial(self._encode, "video" if "video" in name else "image")
             add(MethodReplacement(layout.owner, name, note))
         add(layout.module.register_forward_pre_hook(self._begin, with_kwargs=True))
+        if isinstance(layout, PackedTower) and layout.embedding is not None:
+            add(MethodReplacement(layout.embedding, "forward", self._embed))
         for i, block in enumerate(layout.blocks):
             hook = functools.partial(self._block, i)
             add(block.register_forward_pre_hook(hook, with_kwargs=True))
@@ -175,6 +178,12 @@ class TowerDrop:
         else:
             cost.tokens_before = len(cells.members)
             cost.tokens_after = len(rows.index) // cells.members.shape[1]
+
+    @compat.not_compiled
+    def _embed(self, original: Callable[..., Any], pixels: Tensor) -> Tensor:
+        """Embed patches before the first block, where a stage there has chosen some of them."""
+        rows = self._local.rows
+        return rows.embedded(original, pixels) if isinstance(rows, PackedRows) else original(pixels)
 
     # -- blocks ---------------------------------------------------------------------------------
 

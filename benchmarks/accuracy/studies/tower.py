@@ -7,14 +7,15 @@
 writes tower.json (answers per question, provenance) and tower.md. All rows leave the decoder the
 same share of the tokens of the full input: what differs is what the vision tower saw. "entry only"
 is the ceiling, in which it sees everything. Media with fewer pixels or frames give the tower as few
-patches as the tower stage leaves, and the decoder then drops the rest of its own share. Rows are
-stored as soon as they are answered, and a run that stops goes on where it was.
+patches as the tower stage leaves, and the decoder then drops the rest of its own share. Answers are
+stored as soon as they exist, in an ignored folder, and a run that stops goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,9 @@ class Questions:
     """The questions of a set: examples, and what the page says of them."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.set, self.options = SETS[name], {"batch_size": args.batch, "progress": name}
+        self.set = SETS[name]
+        self.options = {"batch_size": args.batch, "progress": name, "name": self.set.model}
+        self.folder = ACCURACY / "runs" / "tower" / f"{args.split}-{name}"
         count = args.items // len(self.set.families)
         chosen = list(items(args.split, count, self.set.families, difficulty=self.set.difficulty))
         self.source = shapesqa(chosen, ACCURACY / "results" / "media" / args.split)
@@ -111,10 +114,11 @@ class Questions:
         """Answers of the rows that are not among `done`, some rows at a time."""
         whole = {k: s for k, s in settings(self.set.reducers).items() if k not in done}
         model, processor = load_model(self.set.model, device="cpu")
-        for group in _groups(list(whole)):
-            chosen = [whole[key] for key in group]
-            runs = sweep(model, processor, self.source, chosen, name=self.set.model, **self.options)
-            yield {key: right(runs[whole[key]], self.ids) for key in group}
+        if whole:  # in one go, because every video is decoded once for all rows
+            run = sweep(
+                model, processor, self.source, list(whole.values()), self.folder, **self.options
+            )
+            yield {key: right(run[setting], self.ids) for key, setting in whole.items()}
         for kind in self.set.smaller:
             if kind == DOWNSCALE and self.set.model in SIDES:
                 yield from self._smaller_towers(done)
@@ -131,7 +135,7 @@ class Questions:
             achieved = sum(fewer.achieved.values()) / len(fewer.achieved)
             key = f"{kind}@{achieved:.3g}"
             if key not in done:
-                yield {key: self._reduced(model, processor, examples, achieved)}
+                yield {key: self._reduced(key, model, processor, examples, achieved)}
 
     def _smaller_towers(self, done: Sequence[str]) -> Iterator[dict[str, str]]:
         sides = SIDES[self.set.model]
@@ -145,29 +149,24 @@ class Questions:
                 continue
             model, processor = at_side(self.set.model, side)
             tokens = EqualTokens(processor, ids, DOWNSCALE).tokens(media)
-            yield {key: self._reduced(model, processor, self.source, 1 - tokens / full)}
+            yield {key: self._reduced(key, model, processor, self.source, 1 - tokens / full)}
 
     def _reduced(
-        self, model: Any, processor: Any, examples: Sequence[Example], achieved: float
+        self, key: str, model: Any, processor: Any, examples: Sequence[Example], achieved: float
     ) -> str:
         """Answers about media of fewer tokens, of which the decoder drops the rest."""
         ratio = max(0.0, 1 - (1 - RATIO) / (1 - achieved))
         setting = Setting(ENTRY, ratio) if ratio > 0.01 else Setting()
-        runs = sweep(model, processor, examples, [setting], name=self.set.model, **self.options)
+        runs = sweep(model, processor, examples, [setting], self.folder / key, **self.options)
         return right(runs[setting], self.ids)
 
 
-def _groups(keys: Sequence[str]) -> Iterator[list[str]]:
-    """Rows of one method each, which are stored together."""
-    methods = dict.fromkeys(key.rpartition("@")[0] for key in keys)
-    for method in methods:
-        yield [key for key in keys if key.rpartition("@")[0] == method]
-
-
 def run_set(name: str, args: argparse.Namespace, book: dict[str, Any], path: Path) -> None:
-    """Answer the rows of a set that `book` lacks, and write them to `path` one after the other."""
+    """Answer the rows of a set that `book` lacks, and write them to `path`."""
     facts = publishing.published_from(args.output, args.allow_dirty)
     questions = Questions(name, args)
+    if args.again:
+        shutil.rmtree(questions.folder, ignore_errors=True)
     entry = book["sets"].get(name, {})
     if args.again or any(entry.get(k) != v for k, v in questions.facts.items()):
         entry = {**questions.facts, "commits": [], "answers": {}}
@@ -184,7 +183,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
-    parser.add_argument("--items", type=int, default=240, help="questions per set")
+    parser.add_argument("--items", type=int, default=120, help="questions per set")
     parser.add_argument("--batch", type=int, default=30)
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--output", type=Path, default=ACCURACY)

@@ -1,0 +1,129 @@
+"""What the benchmark of the vision tower times: models of real shapes, prompts, and their parts."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from tokencomp.adapters.registry import adapter_for
+from tokencomp.profiling import shapes
+from tokencomp.profiling.shapes import SHAPES
+from tokencomp.reducers.kcentre import KCentre
+from tokencomp.reduction import Reduction
+from tokencomp.tokens import SpanBatch
+
+TEXT = 48
+UNIT = 28  # pixels of a side that become one visual token in Qwen2-VL
+VISION = {"qwen2_vl": 32, "llava_onevision": 26}
+"""Blocks of the vision towers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Timed(KCentre):
+    """k-centre that adds up what choosing costs."""
+
+    clock: Any = None
+    spent: Any = None
+
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        start = self.clock()
+        reduction = super().reduce_batch(batch, keeps)
+        self.spent.append(self.clock() - start)
+        return reduction
+
+
+def clock_of(device: str, threads: int = 1) -> Callable[[], float]:
+    """Processor time of this process on one CPU thread; elapsed time on several, and on a GPU."""
+    if device == "cpu":
+        return time.process_time if threads == 1 else time.perf_counter
+
+    def elapsed() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return elapsed
+
+
+def build(name: str, args: argparse.Namespace, layers: int | None = None) -> Any:
+    """A model of that shape; `layers` of its decoder, None for all that there are."""
+    shape = SHAPES[name]
+    model, _ = shapes.build(
+        name,
+        tokens=1,
+        layers=layers or shape.layers // args.part,
+        vision_layers=VISION[shape.family] // args.part,
+        dtype=getattr(torch, args.dtype),
+        device=args.device,
+    )
+    model.set_attn_implementation(args.attention)
+    return model
+
+
+def qwen_inputs(model: Any, frames: int, side: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The processor's output for a picture (frames = 0) or video of noise, and its seconds."""
+    from transformers import Qwen2VLImageProcessor
+
+    clock, generator = clock_of("cpu", args.threads), torch.Generator().manual_seed(0)
+    pictures = [
+        Image.fromarray(torch.randint(256, (side, side, 3), generator=generator).byte().numpy())
+        for _ in range(max(frames, 1))
+    ]
+    processor = Qwen2VLImageProcessor(min_pixels=UNIT**2, max_pixels=side**2)
+    start, kind = clock(), "video" if frames else "image"
+    # A video is read as pairs of frames: every patch holds two of them. The image processor repeats
+    # a single picture instead, so a video's pixels are put together from its frames in pairs.
+    parts = [processor(images=[p], return_tensors="pt")["pixel_values"] for p in pictures]
+    seconds = clock() - start
+    if frames:
+        halves = [part.unflatten(1, (3, 2, -1)) for part in parts]
+        pairs = zip(halves[::2], halves[1::2], strict=True)
+        parts = [torch.stack([a[:, :, 0], b[:, :, 1]], 2).flatten(1) for a, b in pairs]
+    t, h = len(parts), side // 14
+    token = getattr(model.config, f"{kind}_token_id")
+    count = t * (side // UNIT) ** 2
+    before, after = [5] * 16 + [model.config.vision_start_token_id], [7] * (TEXT - 16)
+    ids = torch.tensor([[*before, *[token] * count, model.config.vision_end_token_id, *after]])
+    suffix = "_videos" if frames else ""
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == token).int() * (2 if frames else 1),
+        f"pixel_values{suffix}": torch.cat(parts).to(getattr(torch, args.dtype)),
+        f"{kind}_grid_thw": torch.tensor([[t, h, h]]),
+    }
+    moved = {name: value.to(args.device) for name, value in inputs.items()}
+    return {"inputs": moved, "preprocess": seconds, "tokens": count}
+
+
+class Marks:
+    """When the tower, the projector and the decoder of a model begin and end."""
+
+    def __init__(self, model: Any, clock: Callable[[], float]) -> None:
+        self.clock, self.at = clock, {}
+        adapter = adapter_for(model)
+        parts = {"tower": adapter.tower, "decoder": adapter.decoder}
+        self._hooks = []
+        for name, module in parts.items():
+            self._hooks += [
+                module.register_forward_pre_hook(self._mark(f"{name} begins"), prepend=True),
+                module.register_forward_hook(self._mark(f"{name} ends")),
+            ]
+
+    def _mark(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self.at[name] = self.clock()
+
+        return hook
+
+    def seconds(self, part: str) -> float:
+        return self.at[f"{part} ends"] - self.at[f"{part} begins"]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
