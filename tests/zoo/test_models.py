@@ -15,9 +15,19 @@ from tokencomp.shapesqa.items import item, items
 from tokencomp.shapesqa.prompt_forms import mvbench_prompt
 from tokencomp.zoo.card import render_card
 from tokencomp.zoo.evaluate import evaluate
+from tokencomp.zoo.families import family
 
 BARS = ("attribute", "existence", "needle")
 MODELS = zoo.available_models()
+
+
+def takes(name, kind):
+    """Whether the processor of a packaged model takes this kind of media."""
+    return kind in family(name).kinds
+
+
+def bars(name):
+    return [f for f in BARS if f != "needle" or takes(name, "video")]
 
 
 def answer(model, processor, media, prompts):
@@ -35,10 +45,11 @@ def test_something_is_packaged():
 
 
 def test_answers_held_out_items_from_files(loaded):
-    """60 items never trained on, read from JPEG and mp4: at least 80 %, chance is below 30 %."""
-    _, model, processor = loaded
-    rows = evaluate(model, processor, items("validation", 20, BARS), batch=20)
-    assert len(rows) == 60 and sum(row["correct"] for row in rows) >= 48, by_family(rows)
+    """Items never trained on, read from JPEG and mp4: at least 80 %, chance is below 30 %."""
+    name, model, processor = loaded
+    rows = evaluate(model, processor, items("validation", 20, bars(name)), batch=20)
+    assert len(rows) == 20 * len(bars(name))
+    assert sum(row["correct"] for row in rows) >= 0.8 * len(rows), by_family(rows)
 
 
 def test_image_matters(loaded):
@@ -52,8 +63,10 @@ def test_image_matters(loaded):
 
 
 def test_multiple_choice_in_a_padded_batch_equals_singles(loaded):
-    _, model, processor = loaded
-    some = [item("validation", name, 5) for name in ("attribute", "needle", "existence", "order")]
+    name, model, processor = loaded
+    asked = ("attribute", "needle", "existence", "order")
+    some = [item("validation", each, 5) for each in asked]
+    some = [one for one in some if takes(name, one.kind)]
     media = [one.image() if one.kind == "image" else one.video() for one in some]
     prompts = [mvbench_prompt(one.query) for one in some]
     together = answer(model, processor, media, prompts)
@@ -64,7 +77,7 @@ def test_multiple_choice_in_a_padded_batch_equals_singles(loaded):
 
 def test_chat_template_tokenises_media(loaded):
     """apply_chat_template(tokenize=True) with media parts, several turns, left padding."""
-    _, model, processor = loaded
+    name, model, processor = loaded
     picture, clip = item("test", "attribute", 0), item("test", "needle", 0)
     one = [
         {
@@ -93,6 +106,8 @@ def test_chat_template_tokenises_media(loaded):
         out = model.generate(**inputs, max_new_tokens=3)
     told = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert all(text.strip() for text in told)
+    if not takes(name, "video"):
+        return
     text = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}],
         add_generation_prompt=True,
@@ -101,11 +116,12 @@ def test_chat_template_tokenises_media(loaded):
 
 
 def test_token_counts(loaded):
-    _, _, processor = loaded
-    chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
-    text = processor.apply_chat_template(chat)
-    clip = processor(text=[text], videos=[item("test", "order", 0).video()])
-    assert len(clip["input_ids"][0]) >= 256
+    name, _, processor = loaded
+    if takes(name, "video"):
+        chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
+        text = processor.apply_chat_template(chat)
+        clip = processor(text=[text], videos=[item("test", "order", 0).video()])
+        assert len(clip["input_ids"][0]) >= 256
     text = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     )
@@ -118,19 +134,29 @@ def test_card_is_generated_and_bars_hold(loaded):
     folder = zoo.model_path(name)
     metrics = zoo.metrics(name)
     assert (folder / "README.md").read_text() == render_card(metrics).rstrip() + "\n"
-    for family in BARS:
-        assert metrics["test"]["free"][family]["accuracy"] >= 0.9, family
-        assert metrics["test"]["free"][family]["items"] >= 100
+    for asked in bars(name):
+        assert metrics["test"]["free"][asked]["accuracy"] >= 0.9, asked
+        assert metrics["test"]["free"][asked]["items"] >= 100
     assert sum(p.numel() for p in model.parameters()) == round(metrics["model"]["parameters"] * 1e6)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert size < 6.5e6
 
 
 def test_samples_are_answered(loaded):
-    _, model, processor = loaded
+    name, model, processor = loaded
     rows = json.loads((zoo.SAMPLES / "questions.json").read_text())
     media = [load_media(zoo.SAMPLES / row["media"]) for row in rows]
     assert {isinstance(m, list) for m in media} == {True, False}
+    kinds = ["video" if isinstance(m, list) else "image" for m in media]
+    rows, media = zip(
+        *(
+            pair
+            for pair, kind in zip(zip(rows, media, strict=True), kinds, strict=True)
+            if takes(name, kind)
+        ),
+        strict=True,
+    )
+    media = list(media)
     told = answer(model, processor, media, [row["question"] for row in rows])
     assert sum(a == row["answer"] for a, row in zip(told, rows, strict=True)) >= 0.7 * len(rows)
     assert sum(path.stat().st_size for path in zoo.SAMPLES.iterdir()) < 300_000

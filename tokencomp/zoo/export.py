@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tokencomp.storage import write_json, write_text
 from tokencomp.zoo.families import Family
-from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
+from tokencomp.zoo.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ def export(model: torch.nn.Module, family: Family, folder: Path) -> Path:
 
     folder = Path(folder)
     text = folder / family.text_folder
-    write_tokenizer(text, family.chat_template, family.special_tokens, family.corpus)
+    family.write_tokenizer(text)
     tokenizer = load_tokenizer(text)
     for name, value in family.files(tokenizer).items():
         (folder / name).parent.mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from tokencomp.zoo.batches import Source
 from tokencomp.zoo.recipe_deep import DEEP
+from tokencomp.zoo.recipe_siblings import HYBRID, SLIDING
 from tokencomp.zoo.stage import Stage
 
 __all__ = ["RECIPES", "WARM_STARTS", "Stage", "shorten"]
@@ -158,6 +159,8 @@ PROJECTED = (
 RECIPES: dict[str, tuple[Stage, ...]] = {
     "tiny-qwen2-vl": STAGED,
     "tiny-qwen3-vl": DEEP,
+    "tiny-qwen3-5": HYBRID,
+    "tiny-gemma3": SLIDING,
     "tiny-llava-onevision": ALIGNED,
     "tiny-vila": PROJECTED,
 }

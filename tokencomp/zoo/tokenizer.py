@@ -96,8 +96,12 @@ def write_tokenizer(
     chat_template: str,
     special: tuple[str, ...] = SPECIAL_TOKENS,
     texts: tuple[str, ...] = (),
+    names: dict[str, str] | None = None,
 ) -> None:
-    """Write the files of a Qwen2 tokenizer: tokenizer.json, vocab.json, merges.txt and config."""
+    """Write the files of a Qwen2 tokenizer: tokenizer.json, vocab.json, merges.txt and config.
+
+    ``names`` are special tokens that a processor looks up as attributes of the tokenizer.
+    """
     backend = train_tokenizer(special, texts)
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
@@ -129,6 +133,8 @@ def write_tokenizer(
         "tokenizer_class": "Qwen2Tokenizer",
         "unk_token": None,
     }
+    if names:
+        config["extra_special_tokens"] = names
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -70,11 +70,11 @@ def run(
     from tokencomp.zoo.export import export
     from tokencomp.zoo.families import family
     from tokencomp.zoo.recipes import RECIPES, WARM_STARTS, shorten
-    from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
+    from tokencomp.zoo.tokenizer import load_tokenizer
     from tokencomp.zoo.trainer import Trainer
 
     arch = family(name)
-    write_tokenizer(out / "tokenizer", arch.chat_template, arch.special_tokens, arch.corpus)
+    arch.write_tokenizer(out / "tokenizer")
     stages = shorten(RECIPES[name], scale)
     trainer = Trainer(
         arch, load_tokenizer(out / "tokenizer"), stages, out, seed, workers, bf16=bf16
@@ -161,12 +161,13 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
 
     arch = family(name)
     model, processor = load_folder(str(folder))
-    every = (*IMAGE_FAMILIES, *VIDEO_FAMILIES, "video_existence")
+    videos = (*VIDEO_FAMILIES, "video_existence") if "video" in arch.kinds else ()
+    every = (*IMAGE_FAMILIES, *videos)
     with tempfile.TemporaryDirectory() as media:
         test = [write_media(one, Path(media)) for one in sample("test", items, every)]
         results = {form: by_family(evaluate(model, processor, test, form)) for form in FORMS}
     others = []
-    for what, families, frames, shape in OTHER_SHAPES:
+    for what, families, frames, shape in OTHER_SHAPES[: len(arch.kinds)]:
         rows = evaluate(
             model, processor, sample("test", items // 4, families, **shape), "free", frames
         )
@@ -174,6 +175,7 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
         others.append({"what": what, "accuracy": right / len(rows), "items": len(rows)})
     text = arch.language_config(model)
     count = sum(p.numel() for p in model.parameters())
+    seen = [row for row in SEEN if row[0] in arch.kinds]
     facts = {
         **arch.card,
         "name": name,
@@ -183,9 +185,10 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
         "layers": text.num_hidden_layers,
         "hidden": text.hidden_size,
         "heads": text.num_attention_heads,
-        "tokens": f"{arch.tokens_per('image', (1, 224, 224))} per 224×224 image, "
-        f"{arch.tokens_per('video', (8, 224, 224))} per video of 8 such frames",
-        "trained_on": "images of 168 to 280 px a side; videos of 8, 12 and 16 frames",
+        "tokens": ", ".join(
+            text.format(arch.tokens_per(kind, shape)) for kind, shape, text, _ in seen
+        ),
+        "trained_on": "; ".join(sizes for *_, sizes in seen),
     }
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {
@@ -197,6 +200,10 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
     }
 
 
+SEEN = (
+    ("image", (1, 224, 224), "{} per 224×224 image", "images of 168 to 280 px a side"),
+    ("video", (8, 224, 224), "{} per video of 8 such frames", "videos of 8, 12 and 16 frames"),
+)
 OTHER_SHAPES = (
     ("280×280 images", ("attribute", "existence", "count", "position"), 8, {"size": (280, 280)}),
     ("16-frame videos", ("needle", "order", "direction"), 16, {"frames": 16}),

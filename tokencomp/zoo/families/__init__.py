@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tokencomp.errors import UnknownNameError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     import torch
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 FAMILIES = {
     "tiny-qwen2-vl": ".qwen2_vl",
     "tiny-qwen3-vl": ".qwen3_vl",
+    "tiny-qwen3-5": ".qwen3_5",
+    "tiny-gemma3": ".gemma3",
     "tiny-llava-onevision": ".llava_onevision",
     "tiny-vila": ".vila",
 }
@@ -29,12 +33,19 @@ class Family(Protocol):
     """Side in pixels of the square that one token of :meth:`tokens` covers in training."""
     special_tokens: tuple[str, ...]
     """Special tokens of the vocabulary, in the order of their ids."""
+    token_names: dict[str, str]
+    """Special tokens that the processor looks up by a name, such as "boi_token"."""
+    kinds: tuple[str, ...]
+    """Media that its processor takes: "image", "video"."""
     corpus: tuple[str, ...]
     """Text that the tokenizer is trained on beside that of all families."""
     text_folder: str
     """Where the tokenizer lies in the model folder: "" is the folder itself."""
     card: dict[str, str]
     """What the model card says differently: see :data:`~tokencomp.zoo.card.USUAL`."""
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files."""
 
     def build(self, tokenizer) -> torch.nn.Module:
         """A freshly initialised stock HF model for the vocabulary of ``tokenizer``."""
@@ -45,7 +56,7 @@ class Family(Protocol):
     def weight_name(self, name: str) -> str:
         """Name of a parameter in published checkpoints; "folder/name" in a sub-checkpoint."""
 
-    def hidden(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def hidden(self, model, inputs: dict[str, Any]) -> torch.Tensor:
         """Last hidden states (batch, length, hidden) for model inputs, without the head."""
 
     def parts(self, model) -> dict[str, torch.nn.Module]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from tokencomp.zoo.tokenizer import SPECIAL_TOKENS, SYSTEM
+from tokencomp.zoo.tokenizer import SPECIAL_TOKENS, SYSTEM, write_tokenizer
 
 Encode = Callable[[str], Sequence[int]]
 """Token ids of a text, without special tokens around it."""
@@ -103,12 +104,20 @@ def start_wide(*configs: Any) -> None:
 class TinyFamily:
     """Answers that most families give; see :class:`~tokencomp.zoo.families.Family`."""
 
+    chat_template: str
     special_tokens: tuple[str, ...] = SPECIAL_TOKENS
+    token_names: ClassVar[dict[str, str]] = {}
+    kinds: tuple[str, ...] = ("image", "video")
     text_folder: str = ""
     corpus: tuple[str, ...] = ()
     card: ClassVar[dict[str, str]] = {}
 
-    def hidden(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def write_tokenizer(self, folder: Path) -> None:
+        write_tokenizer(
+            folder, self.chat_template, self.special_tokens, self.corpus, self.token_names
+        )
+
+    def hidden(self, model, inputs: dict[str, Any]) -> torch.Tensor:
         return model.model(**inputs, use_cache=False).last_hidden_state
 
     def parts(self, model) -> dict[str, torch.nn.Module]:

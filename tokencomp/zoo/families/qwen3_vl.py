@@ -19,6 +19,11 @@ from tokencomp.zoo.families.parts import HALF, Encode, chatml, decoder, start_wi
 from tokencomp.zoo.families.qwen2_vl import MERGE, PAIR, PATCH, TinyQwen2VL
 
 _PLACES = ("row", "column", "side", "over", "when", "moves", "flashes", "many", "number", "seconds")
+CORPUS = (
+    *(form for word in (*_PLACES, *WORDS) for form in (word, f" {word}", f"({word}")),
+    "What does the text say? What number is written?",
+    "<0.2 seconds>",
+)
 
 
 class TinyQwen3VL(TinyQwen2VL):
@@ -29,11 +34,7 @@ class TinyQwen3VL(TinyQwen2VL):
     chat_template = chatml(
         "<|vision_start|><|image_pad|><|vision_end|>", "<|video_pad|>", system=False
     )
-    corpus = (
-        *(form for word in (*_PLACES, *WORDS) for form in (word, f" {word}", f"({word}")),
-        "What does the text say? What number is written?",
-        "<0.2 seconds>",
-    )
+    corpus = CORPUS
 
     def config(self, tokenizer) -> dict[str, Any]:
         token = tokenizer.convert_tokens_to_ids
@@ -82,8 +83,7 @@ class TinyQwen3VL(TinyQwen2VL):
         config = Qwen3VLConfig(**self.config(tokenizer))
         start_wide(config, config.get_text_config(), config.vision_config)
         model = Qwen3VLForConditionalGeneration(config)
-        for block in model.model.visual.blocks:
-            block.attn.forward = MethodType(_batched_attention, block.attn)
+        batch_tower_attention(model.model.visual)
         return model
 
     def statistics(self) -> tuple[list[float], list[float]]:
@@ -148,6 +148,12 @@ class TinyQwen3VL(TinyQwen2VL):
             here += max(rows, columns)
             text(encode("<|vision_end|>"))
         return np.asarray(tokens, np.int64), np.concatenate(positions, 1).astype(np.int64)
+
+
+def batch_tower_attention(tower) -> None:
+    """Let a tower attend within all pictures of a training batch in one call."""
+    for block in tower.blocks:
+        block.attn.forward = MethodType(_batched_attention, block.attn)
 
 
 def _batched_attention(self, hidden_states, cu_seqlens, position_embeddings=None, **_):

@@ -124,7 +124,7 @@ class TinyVila(TinyFamily):
         counts = torch.full((len(frames),), frames.shape[1])
         return {"pixel_values_videos": planes, "video_frames": counts}
 
-    def hidden(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def hidden(self, model, inputs: dict[str, Any]) -> torch.Tensor:
         media = ("input_ids", "pixel_values", "pixel_values_videos", "video_frames")
         embeds = model.embed(**{name: inputs[name] for name in media if name in inputs})
         rest = {name: value for name, value in inputs.items() if name not in media}
