@@ -22,6 +22,10 @@ class UncompressedWarning(UserWarning):
     """A prompt that may hold visual features, but where nothing tells their places."""
 
 
+class FrameRateWarning(UserWarning):
+    """A processor writes the times of frames whose rate nobody knows: it assumes one."""
+
+
 class PrefillWarning(UserWarning):
     """A prompt that runs in one pass although `prefill_chunk_size` was given."""
 

@@ -89,8 +89,8 @@ def request(*urls: str) -> dict[str, Any]:
 @pytest.mark.parametrize("make", [frames, clip, gif])
 def test_all_frames_of_a_video_count(make: Any) -> None:
     limits = Limits(max_pixels=40_000, max_total_pixels=100_000, frames=8)
-    assert load_video(make(96, 8), limits).shape == (8, 96, 96, 3)
-    assert len(load_video(make(128, 6), limits)) == 6
+    assert load_video(make(96, 8), limits)[0].shape == (8, 96, 96, 3)
+    assert len(load_video(make(128, 6), limits)[0]) == 6
     with pytest.raises(RequestError, match="Send fewer or smaller") as error:
         load_video(make(128, 8), limits)
     assert error.value.status == 413
@@ -128,9 +128,9 @@ def test_frames_that_are_not_sampled_count_too(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(RequestError, match="3000 frames of 3000×3000") as error:
             load_video(url, Limits())
     assert error.value.status == 413 and not decoded
-    assert load_video(large_canvas(30, 300), Limits(frames=8)).shape == (8, 30, 30, 3)
+    assert load_video(large_canvas(30, 300), Limits(frames=8))[0].shape == (8, 30, 30, 3)
     few = Limits(max_decoded_pixels=20 * 96 * 96)
-    assert len(load_video(clip(96, 20), few)) == 20
+    assert len(load_video(clip(96, 20), few)[0]) == 20
     monkeypatch.setattr(video._Container, "_collect", None)  # the number of packets is enough
     with pytest.raises(RequestError, match="21 frames of 96×96"):
         load_video(clip(96, 21), few)
@@ -139,7 +139,7 @@ def test_frames_that_are_not_sampled_count_too(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("make", [frames, clip, gif, large_canvas])
 def test_decoding_ends_with_its_time(make: Any) -> None:
     deadline = Deadline(60)
-    assert len(load_video(make(64, 5), Limits(), deadline)) == 5
+    assert len(load_video(make(64, 5), Limits(), deadline)[0]) == 5
     deadline.cancel()
     with pytest.raises(RequestError, match="not decoded within 60 s") as error:
         load_video(make(64, 5), Limits(), deadline)
@@ -160,12 +160,12 @@ def test_sampled_frames_are_those_of_a_whole_decode(
     expected = np.stack([every[i] for i in frame_indices(21, 8)])
     if promised != 7:  # a file may promise more or fewer frames than it has
         monkeypatch.setattr(video._Container, "count_packets", lambda self: promised)
-    assert np.array_equal(load_video(url, Limits(frames=8)), expected)
+    assert np.array_equal(load_video(url, Limits(frames=8))[0], expected)
     animated = gif(64, 21)
     pictures = Image.open(io.BytesIO(base64.b64decode(animated.partition(",")[2])))
     every = [np.asarray(p.convert("RGB")) for p in ImageSequence.Iterator(pictures)]
     expected = np.stack([every[i] for i in frame_indices(21, 8)])
-    assert np.array_equal(load_video(animated, Limits(frames=8)), expected)
+    assert np.array_equal(load_video(animated, Limits(frames=8))[0], expected)
 
 
 def test_a_file_has_the_limit_of_bytes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.training.selector.train import SelectorConfig
 from tokencomp.zoo.export import export
 from tokencomp.zoo.families import family
-from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
+from tokencomp.zoo.tokenizer import load_tokenizer
 
 SELECTOR = SelectorConfig(
     samples=6, kind="image", batch=3, epochs=1, held_out=3, evaluate=2, max_new_tokens=2
@@ -26,7 +26,7 @@ def tiny(folder: Path, seed: int = 0, name: str = "tiny-qwen2-vl") -> tuple[Any,
     from tokencomp.inputs.loading import load_model
 
     made = family(name)
-    write_tokenizer(folder / "tokenizer", made.chat_template, made.special_tokens)
+    made.write_tokenizer(folder / "tokenizer")
     torch.manual_seed(seed)
     export(made.build(load_tokenizer(folder / "tokenizer")), made, folder)
     return load_model(str(folder), device="cpu")

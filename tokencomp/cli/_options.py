@@ -190,9 +190,10 @@ def load_files(
 ) -> list[Any]:
     """PIL images, and lists of PIL images for videos. Raises `MediaError`."""
     from tokencomp.inputs.media import load_media
+    from tokencomp.inputs.video import Video
 
     loaded = [load_media(path, frames) for path in images or ()]
     for path in videos or ():
         media = load_media(path, frames)
-        loaded.append(media if isinstance(media, list) else [media])
+        loaded.append(media if isinstance(media, list) else Video([media]))
     return loaded

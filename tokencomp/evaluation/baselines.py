@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tokencomp.errors import MediaError
 from tokencomp.inputs.media import frame_indices
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.questions import media_kind
+from tokencomp.inputs.video import with_frames
 from tokencomp.keep_counts import keep_count
 
 STRETCH = (1.0, 1.1, 1 / 1.1, 1.22, 1 / 1.22)
@@ -50,6 +52,13 @@ class EqualTokens:
             self._tokens[key] = int(np.isin(ids.numpy(), self.placeholders).sum())
         return self._tokens[key]
 
+    def _takes(self, media: Any) -> bool:
+        """Whether the processor accepts it: Qwen3-VL's refuses videos of one frame."""
+        try:
+            return self.tokens(media) > 0
+        except MediaError:
+            return False
+
     def shrink(self, media: Any, ratio: float) -> Any:
         """The image or video with `1 - ratio` of its tokens, as near as the processor allows."""
         is_video = media_kind(media) == "video"
@@ -64,6 +73,7 @@ class EqualTokens:
     ) -> Callable[[Any], Any]:
         target = keep_count(self.tokens(media), 1.0 - ratio)
         frames = [_Frames(n) for n in range(1, len(media) + 1)] if is_video else []
+        frames = [few for few in frames if self._takes(few(media))]
         if is_video and self.prefer == "fewer_frames":
             return self._nearest(media, frames, target)[-1]
         smaller = self._smaller(media, size, target)
@@ -126,7 +136,7 @@ class _Resize:
 
     def __call__(self, media: Any) -> Any:
         if isinstance(media, list):
-            return [self(frame) for frame in media]
+            return with_frames(media, map(self, media))
         return media.resize(self.size, Image.Resampling.BICUBIC)
 
 
@@ -135,4 +145,5 @@ class _Frames:
         self.frames = frames
 
     def __call__(self, media: Any) -> Any:
-        return [media[k] for k in frame_indices(len(media), self.frames)]
+        places = frame_indices(len(media), self.frames)
+        return with_frames(media, [media[k] for k in places], places)

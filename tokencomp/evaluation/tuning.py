@@ -21,6 +21,7 @@ from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import INPUT_BASELINES, Setting
 from tokencomp.inputs.questions import Example
+from tokencomp.inputs.video import with_frames
 from tokencomp.keep_counts import MAX_RATIO
 
 SCREENED = 1 / 3
@@ -39,7 +40,7 @@ class Scaled(Example):
 
 def _scaled(media: Any, scale: float) -> Any:
     if isinstance(media, list):
-        return [_scaled(frame, scale) for frame in media]
+        return with_frames(media, [_scaled(frame, scale) for frame in media])
     size = (max(1, round(media.width * scale)), max(1, round(media.height * scale)))
     return media if scale == 1.0 else media.resize(size, Image.Resampling.BICUBIC)
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tokencomp.errors import MediaError, MissingDependencyError
+from tokencomp.inputs.video import Video
 
 VIDEO_SUFFIXES = frozenset(
     [
@@ -41,7 +42,7 @@ def is_video(path: str | Path) -> bool:
         return False
 
 
-def load_media(path: str | Path, frames: int = 8) -> Image.Image | list[Image.Image]:
+def load_media(path: str | Path, frames: int = 8) -> Image.Image | Video:
     """Read an image, or evenly spaced frames of a video.
 
     Parameters
@@ -54,8 +55,9 @@ def load_media(path: str | Path, frames: int = 8) -> Image.Image | list[Image.Im
 
     Returns
     -------
-    PIL.Image.Image or list of PIL.Image.Image
-        RGB. A list means video.
+    PIL.Image.Image or Video
+        RGB. A video is a list of frames that knows when they were shown; the frame rate is read
+        from the file, and unknown for a folder of frame images.
 
     Raises
     ------
@@ -117,7 +119,7 @@ def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
     return Image.fromarray((values // (257 if deep else 1)).astype(np.uint8)).convert("RGB")
 
 
-def load_video(path: str | Path, frames: int = 8) -> list[Image.Image]:
+def load_video(path: str | Path, frames: int = 8) -> Video:
     """Read evenly spaced frames with decord, or with PyAV where decord is missing or fails.
 
     Parameters and errors as in `load_media`.
@@ -130,12 +132,10 @@ def load_video(path: str | Path, frames: int = 8) -> list[Image.Image]:
     return _first_that_works(path, frames, (("decord", _read_decord), ("av", _read_pyav)))
 
 
-Reader = Callable[[Path, int], list[Image.Image]]
+Reader = Callable[[Path, int], Video]
 
 
-def _first_that_works(
-    path: Path, frames: int, readers: Iterable[tuple[str, Reader]]
-) -> list[Image.Image]:
+def _first_that_works(path: Path, frames: int, readers: Iterable[tuple[str, Reader]]) -> Video:
     failures, missing = [], []
     for name, reader in readers:
         try:
@@ -169,58 +169,65 @@ def frame_indices(total: int, frames: int) -> list[int]:
     return [int((k + 0.5) * total / frames) for k in range(frames)]
 
 
-def _read_decord(path: Path, frames: int) -> list[Image.Image]:
+def _read_decord(path: Path, frames: int) -> Video:
     import decord
 
     reader = decord.VideoReader(str(path), num_threads=1)
-    batch = reader.get_batch(frame_indices(len(reader), frames)).asnumpy()
-    return [Image.fromarray(frame) for frame in batch]
+    indices = frame_indices(len(reader), frames)
+    images = [Image.fromarray(frame) for frame in reader.get_batch(indices).asnumpy()]
+    return Video(images, reader.get_avg_fps() or None, indices, len(reader))
 
 
-def _read_pyav(path: Path, frames: int) -> list[Image.Image]:
+def _read_pyav(path: Path, frames: int) -> Video:
     """Decodes the stream twice when the container does not tell how many frames it has."""
     import av
 
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise MediaError("no video stream")
-        total = container.streams.video[0].frames
+        total, rate = container.streams.video[0].frames, container.streams.video[0].average_rate
     if not total:
         with av.open(str(path)) as container:
             total = sum(1 for _ in container.decode(video=0))
-    chosen, images = set(frame_indices(total, frames)), []
+    chosen, images = frame_indices(total, frames), []
     with av.open(str(path)) as container:
         for index, frame in enumerate(container.decode(video=0)):
             if index in chosen:
                 images.append(Image.fromarray(frame.to_ndarray(format="rgb24")))
             if len(images) == len(chosen):
                 break
-    return images
+    # A damaged file may end before the number of frames in its header.
+    return Video(images, float(rate) if rate else None, chosen[: len(images)], total)
 
 
-def _read_animation(path: Path, frames: int) -> list[Image.Image]:
+def _read_animation(path: Path, frames: int) -> Video:
     try:
         with Image.open(path) as image:
-            images = []
-            for index in frame_indices(getattr(image, "n_frames", 1), frames):
+            total, images, milliseconds = getattr(image, "n_frames", 1), [], 0.0
+            indices = frame_indices(total, frames)
+            for index in range(total):
                 image.seek(index)
-                images.append(to_rgb(image))
-            return images
+                milliseconds += image.info.get("duration", 0)
+                if index in indices:
+                    images.append(to_rgb(image))
+            rate = 1000 * total / milliseconds if milliseconds else None
+            return Video(images, rate, indices, total)
     except (OSError, ValueError, EOFError) as error:
         raise MediaError(f"{path}: the animation is damaged ({error}).") from error
 
 
-def _read_folder(path: Path, frames: int) -> list[Image.Image]:
+def _read_folder(path: Path, frames: int) -> Video:
     suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
     files = sorted(f for f in path.iterdir() if f.suffix.lower() in suffixes)
     if not files:
         raise MediaError(
             f"{path}: the folder holds no frame images ({', '.join(sorted(suffixes))})."
         )
-    images = [load_image(files[k]) for k in frame_indices(len(files), frames)]
+    indices = frame_indices(len(files), frames)
+    images = [load_image(files[k]) for k in indices]
     sizes = {image.size for image in images}
     if len(sizes) > 1:
         raise MediaError(
             f"{path}: frames differ in size ({sorted(sizes)}). Resize them to one size."
         )
-    return images
+    return Video(images, None, indices, len(files))

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MediaError
+from tokencomp.inputs.frame_times import frame_times
 from tokencomp.inputs.questions import media_kind
+from tokencomp.inputs.video import Sampling, sampling_of
 
 Chat = list[dict[str, Any]]
 """Messages as chat templates take them: role, and content with text and media placeholders."""
@@ -24,7 +26,11 @@ def media_chat(media: Sequence[Any], prompt: str) -> Chat:
 
 
 def chat_inputs(
-    processor: Any, chats: Sequence[Chat], images: Sequence[Any], videos: Sequence[Any]
+    processor: Any,
+    chats: Sequence[Chat],
+    images: Sequence[Any],
+    videos: Sequence[Any],
+    samplings: Sequence[Sampling] = (),
 ) -> dict[str, Tensor]:
     """One left-padded batch of conversations that end where the answer begins, on the CPU.
 
@@ -36,6 +42,8 @@ def chat_inputs(
         Messages per row.
     images, videos
         PIL images, and uint8 arrays (frames, height, width, 3), of all rows in prompt order.
+    samplings
+        When the frames of each video were shown, for processors that write their times.
     """
     texts = [
         processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -44,6 +52,7 @@ def chat_inputs(
     media: dict[str, Any] = {"images": list(images)} if images else {}
     if videos:
         media.update(videos=list(videos), do_sample_frames=False)
+        media.update(frame_times(processor, samplings))
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -61,7 +70,8 @@ def build_inputs(
     processor
         A Hugging Face processor with a chat template.
     media
-        Per row: PIL images, and lists of PIL images (videos), in prompt order.
+        Per row: PIL images, and lists of PIL images (videos), in prompt order. A
+        `tokencomp.inputs.video.Video` says when its frames were shown.
     prompts
         Per row: the text after the media.
 
@@ -73,9 +83,10 @@ def build_inputs(
     chats = [media_chat(m, p) for m, p in zip(media, prompts, strict=True)]
     flat = [one for row in media for one in row]
     images = [m for m in flat if media_kind(m) == "image"]
-    videos = [np.stack([np.asarray(f) for f in m]) for m in flat if media_kind(m) == "video"]
+    clips = [m for m in flat if media_kind(m) == "video"]
+    videos = [np.stack([np.asarray(f) for f in m]) for m in clips]
     try:
-        return chat_inputs(processor, chats, images, videos)
+        return chat_inputs(processor, chats, images, videos, [*map(sampling_of, clips)])
     except ValueError as error:
         sizes = ", ".join(f"{image.width}×{image.height}" for image in images) or "no images"
         raise MediaError(

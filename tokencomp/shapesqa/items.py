@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 
 from tokencomp.errors import UnknownNameError
+from tokencomp.inputs.media import frame_indices
+from tokencomp.inputs.video import Video
 from tokencomp.shapesqa.difficulty import SIZE, sample_scene
 from tokencomp.shapesqa.prompt_forms import letter
 from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES, Question, ask
@@ -97,9 +99,13 @@ class Item:
         """The picture of an image item, as the HF processors take it."""
         return Image.fromarray(self.pixels()[0])
 
-    def video(self) -> list[Image.Image]:
-        """The frames of a video item."""
-        return [Image.fromarray(frame) for frame in self.pixels()]
+    def video(self) -> Video:
+        """The frames of a video item, at the times that they have in its file."""
+        from tokencomp.shapesqa.render import FPS, HOLD
+
+        frames = [Image.fromarray(frame) for frame in self.pixels()]
+        total = HOLD * len(frames)
+        return Video(frames, FPS, frame_indices(total, len(frames)), total)
 
 
 def stream(split: str, *key: int | str) -> np.random.Generator:

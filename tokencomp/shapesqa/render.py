@@ -145,7 +145,10 @@ def render_image(scene: Scene) -> Image.Image:
     return Image.fromarray(render(scene, [0.0])[0])
 
 
-def write_mp4(scene: Scene, path: Path, hold: int = 4, fps: int = 8) -> Path:
+HOLD, FPS = 4, 8  # encoded frames per logical frame, and per second
+
+
+def write_mp4(scene: Scene, path: Path, hold: int = HOLD, fps: int = FPS) -> Path:
     """Encode a scene as a real .mp4 (H.264, or MPEG-4 where x264 is missing), yuv420p.
 
     Each logical frame lasts ``hold`` encoded frames with smooth motion in between, so evenly spaced

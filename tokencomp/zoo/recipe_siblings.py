@@ -1,13 +1,15 @@
 """Recipes of tiny-qwen3-5 and tiny-gemma3: the lessons of `recipe_deep` in fewer steps.
 
-They have to answer the basic families, so that compression can be compared between decoders whose
-layers are mostly linear or mostly local; the default model is the one that knows all families.
+They have to answer the basic families in one word, so that compression can be compared between
+decoders whose layers are mostly linear or mostly local. Option letters are left to the default
+model, which knows all families.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from tokencomp.zoo.batches import Source
 from tokencomp.zoo.recipe_deep import DEEP
 from tokencomp.zoo.stage import Stage
 
@@ -17,34 +19,30 @@ _HYBRID_STEPS = {
     "images": 600,
     "clips": 300,
     "order": 300,
-    "letters": 450,
-    "forms": 150,
-    "choices": 250,
-    "mixture": 1400,
+    "mixture": 1000,
 }
-_SLIDING_STEPS = {
-    "vision": 1400,
-    "places": 300,
-    "images": 900,
-    "letters": 500,
-    "forms": 150,
-    "choices": 300,
-    "mixture": 1500,
-}
+_SLIDING_STEPS = {"vision": 1500, "places": 300, "images": 900, "mixture": 1500}
 
 
-def _shortened(steps: dict[str, int]) -> tuple[Stage, ...]:
-    """The stages of `DEEP` that are named, with their numbers of steps."""
-    return tuple(replace(stage, steps=steps[stage.name]) for stage in DEEP if stage.name in steps)
+def _shortened(steps: dict[str, int], media: tuple[str, ...]) -> tuple[Stage, ...]:
+    """The stages of `DEEP` that are named, with their numbers of steps, for a kind of media.
 
+    Questions with options are asked for one word.
+    """
 
-def _stills(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """The same stages without videos, for a model whose processor takes images alone."""
+    def fits(source: Source) -> bool:
+        return source.media in media and source.kind not in ("letters", "forms")
+
     return tuple(
-        replace(stage, sources=tuple(s for s in stage.sources if s[1].media == "image"))
-        for stage in stages
+        replace(
+            stage,
+            steps=steps[stage.name],
+            sources=tuple((w, replace(s, choice=0.0)) for w, s in stage.sources if fits(s)),
+        )
+        for stage in DEEP
+        if stage.name in steps
     )
 
 
-HYBRID = _shortened(_HYBRID_STEPS)
-SLIDING = _stills(_shortened(_SLIDING_STEPS))
+HYBRID = _shortened(_HYBRID_STEPS, ("image", "video"))
+SLIDING = _shortened(_SLIDING_STEPS, ("image",))

@@ -15,6 +15,7 @@ from PIL import Image
 import tokencomp
 from support.serving import media as tiny
 from tokencomp.inputs.prompts import build_inputs
+from tokencomp.inputs.video import Video
 from tokencomp.serving.hf.media import Limits, load_image
 from tokencomp.serving.hf.video import load_video
 
@@ -82,6 +83,12 @@ def answer(folder: Path, job: dict[str, Any], positions: str = "original") -> di
     return {"tokens": tokens, "logprobs": logprobs, "prompt": n - removed, "full": n, "kept": kept}
 
 
+def _clip(url: str) -> Video:
+    frames, sampling = load_video(url, Limits())
+    pictures = [Image.fromarray(frame) for frame in frames]
+    return Video(pictures, sampling.fps, sampling.indices, sampling.total)
+
+
 @torch.no_grad()
 def chat_answer(
     folder: Path, urls: list[str], question: str, spec: dict[str, Any], ends: Any = None
@@ -110,10 +117,7 @@ def chat_answer(
     """
     model, processor = load(folder)
     media = [
-        [Image.fromarray(frame) for frame in load_video(url, Limits())]
-        if url.startswith("data:video")
-        else load_image(url, Limits())
-        for url in urls
+        _clip(url) if url.startswith("data:video") else load_image(url, Limits()) for url in urls
     ]
     inputs = build_inputs(processor, [media], [question])
     n = inputs["input_ids"].shape[1]

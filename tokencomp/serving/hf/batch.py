@@ -19,8 +19,10 @@ def build_inputs(model: Any, processor: Any, prompts: list[Prompt]) -> dict[str,
     """
     images = [image for prompt in prompts for image in prompt.images]
     videos = [video for prompt in prompts for video in prompt.videos]
+    samplings = [sampling for prompt in prompts for sampling in prompt.samplings]
     try:
-        inputs = chat_inputs(processor, [prompt.chat for prompt in prompts], images, videos)
+        chats = [prompt.chat for prompt in prompts]
+        inputs = chat_inputs(processor, chats, images, videos, samplings)
     except Exception as error:  # templates and processors raise undocumented types
         raise RequestError(f"the model's processor refuses the prompt: {error}") from error
     return to_model(inputs, model)

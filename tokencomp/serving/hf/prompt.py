@@ -32,6 +32,8 @@ class Prompt:
         placeholders as media.
     images, videos
         RGB images, and uint8 arrays (frames, height, width, 3), in the order of the prompt.
+    samplings
+        When the frames of each video were shown.
     spec
         Reducer and ratio of the request.
     """
@@ -42,6 +44,7 @@ class Prompt:
     alone: bool = False
     images: list[Any] = field(default_factory=list)
     videos: list[Any] = field(default_factory=list)
+    samplings: list[Any] = field(default_factory=list)
 
     @property
     def pixels(self) -> int:
@@ -146,4 +149,6 @@ def _load(part: Part, prompt: Prompt, limits: Limits, deadline: Deadline) -> Non
     if part.image_url is not None and part.type == "image_url":
         prompt.images.append(load_image(part.image_url.url, remaining, deadline))
     elif part.video_url is not None:
-        prompt.videos.append(load_video(part.video_url.url, remaining, deadline))
+        frames, sampling = load_video(part.video_url.url, remaining, deadline)
+        prompt.videos.append(frames)
+        prompt.samplings.append(sampling)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from tokencomp.inputs.media import frame_indices
+from tokencomp.inputs.video import Sampling
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import (
@@ -22,6 +23,9 @@ from tokencomp.serving.hf.media import (
     decode_image,
     read_url,
 )
+
+Clip = tuple[np.ndarray, Sampling]
+"""Frames, uint8 (frames, height, width, 3), and when they were shown."""
 
 CONTAINERS = {b"\x1aE\xdf\xa3": "matroska", b"RIFF": "avi", b"OggS": "ogg"}
 
@@ -55,11 +59,12 @@ class Frames:
         return self._array[: self.filled]
 
 
-def load_video(url: str, limits: Limits, deadline: Deadline | None = None) -> np.ndarray:
-    """Load evenly spaced frames of a video as uint8 (frames, height, width, 3).
+def load_video(url: str, limits: Limits, deadline: Deadline | None = None) -> Clip:
+    """Load evenly spaced frames of a video, and when they were shown.
 
     The format is MP4, MOV, MKV, WebM, AVI, OGG or an animated GIF or WebP. As in vLLM,
-    `data:video/jpeg;base64,A,B,C` is a list of JPEG (or PNG) frames that the client has sampled.
+    `data:video/jpeg;base64,A,B,C` is a list of JPEG (or PNG) frames that the client has sampled,
+    at a rate that nobody knows.
 
     Raises
     ------
@@ -82,7 +87,7 @@ def load_video(url: str, limits: Limits, deadline: Deadline | None = None) -> np
         raise RequestError(f"a video cannot be decoded ({type(error).__name__}).") from None
 
 
-def _frame_list(parts: list[str], limits: Limits, deadline: Deadline) -> np.ndarray:
+def _frame_list(parts: list[str], limits: Limits, deadline: Deadline) -> Clip:
     """Decode frames that were sent one by one in base64."""
     if len(parts) > limits.frames:
         raise RequestError(f"{len(parts)} frames; the limit is {limits.frames}.", 413)
@@ -90,7 +95,7 @@ def _frame_list(parts: list[str], limits: Limits, deadline: Deadline) -> np.ndar
     for part in parts:
         image = decode_image(decode_base64(part), limits, deadline, len(parts))
         frames.add(np.asarray(image))
-    return frames.array()
+    return frames.array(), Sampling(tuple(range(len(parts))), len(parts))
 
 
 def _check_video(total: int, width: int, height: int, limits: Limits) -> None:
@@ -106,21 +111,23 @@ def _check_video(total: int, width: int, height: int, limits: Limits) -> None:
         )
 
 
-def _animation(content: bytes, limits: Limits, deadline: Deadline) -> np.ndarray:
+def _animation(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
     """Decode the sampled frames of an animated GIF or WebP."""
     try:
         image = Image.open(deadline.reader(content), formats=("GIF", "WEBP"))
         check_size(image.width, image.height, limits)
         total = getattr(image, "n_frames", 1)
         _check_video(total, image.width, image.height, limits)
-        selected = set(frame_indices(total, limits.frames))
-        frames = Frames(len(selected))
+        selected = frame_indices(total, limits.frames)
+        frames, milliseconds = Frames(len(selected)), 0.0
         for index in range(total):  # a seek over many frames at once could not be interrupted
             deadline.check()
             image.seek(index)
+            milliseconds += image.info.get("duration", 0)
             if index in selected:
                 frames.add(np.asarray(image.convert("RGB")))
-        return frames.array()
+        rate = 1000 * total / milliseconds if milliseconds else None
+        return frames.array(), Sampling(tuple(selected), total, rate)
     except RequestError:
         raise
     except Image.DecompressionBombError:
@@ -134,19 +141,21 @@ class _Container:
 
     def __init__(self, content: bytes, limits: Limits, deadline: Deadline) -> None:
         self.content, self.limits, self.deadline = content, limits, deadline
+        self.rate: float | None = None
         self.format = "mov" if content[4:8] == b"ftyp" else CONTAINERS.get(content[:4])
         if self.format is None:
             raise RequestError(
                 "unknown video container; send MP4, MOV, MKV, WebM, AVI, OGG or GIF."
             )
 
-    def frames(self) -> np.ndarray:
+    def frames(self) -> Clip:
         """Decode the file once; a second time if it has not as many frames as packets."""
         total = self.count_packets()
         frames, decoded = self._collect(total)
         if decoded != total:
             frames, _ = self._collect(decoded)
-        return frames.array()
+        selected = frame_indices(decoded, self.limits.frames)
+        return frames.array(), Sampling(tuple(selected), decoded, self.rate)
 
     def _open(self) -> tuple[Any, Any]:
         import av
@@ -155,7 +164,9 @@ class _Container:
         if not opened.streams.video:
             opened.close()
             raise RequestError("the file has no video stream.")
-        return opened, opened.streams.video[0]
+        stream = opened.streams.video[0]
+        self.rate = float(stream.average_rate) if stream.average_rate else None
+        return opened, stream
 
     def count_packets(self) -> int:
         """Return the number of frames that the file promises, and check it, without decoding.

@@ -38,10 +38,10 @@ class TinyQwen35(TinyQwen3VL):
             num_hidden_layers=8,
             intermediate_size=256,
             layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 2,
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
+            linear_num_key_heads=1,
+            linear_num_value_heads=2,
             linear_key_head_dim=64,
-            linear_value_head_dim=32,
+            linear_value_head_dim=64,
             linear_conv_kernel_dim=4,
             rope_parameters=rope,
         )

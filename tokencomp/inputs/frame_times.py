@@ -1,0 +1,81 @@
+"""The times of frames, for processors that write them into the prompt or into positions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from torch import Tensor
+
+from tokencomp.errors import FrameRateWarning
+from tokencomp.inputs.video import Sampling
+
+_READS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def frame_times(processor: Any, samplings: Sequence[Sampling]) -> dict[str, Any]:
+    """Keyword arguments that say when the frames of each video were shown.
+
+    Empty where the processor makes the same of a video at any frame rate.
+
+    Warns
+    -----
+    FrameRateWarning
+        The processor reads times, and the rate of a video is unknown.
+    """
+    if not samplings or not reads_times(processor):
+        return {}
+    unknown = sum(s.fps is None for s in samplings)
+    if unknown:
+        warnings.warn(
+            f"the processor writes when each frame was shown, and the frame rate of {unknown} of "
+            f"{len(samplings)} videos is unknown: it assumes one (24 frames per second in "
+            "Qwen3-VL). Pass video files, or tokencomp.inputs.video.Video(frames, fps=...).",
+            FrameRateWarning,
+            stacklevel=2,
+        )
+    return {"video_metadata": [s.metadata() for s in samplings]}
+
+
+def reads_times(processor: Any) -> bool:
+    """Whether the processor makes something else of a video that was shown more slowly.
+
+    One short video is processed at two rates, once per processor: no list of class names has to
+    follow transformers' releases.
+    """
+    if processor not in _READS:
+        _READS[processor] = _differ(_probe(processor, 1.0), _probe(processor, 10.0))
+    return _READS[processor]
+
+
+def _probe(processor: Any, fps: float) -> dict[str, Any] | None:
+    """What the processor makes of four black frames; None if it takes no such arguments."""
+    chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
+    try:
+        text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return dict(
+            processor(
+                text=[text],
+                videos=[np.zeros((4, 56, 56, 3), np.uint8)],
+                video_metadata=[Sampling((0, 1, 2, 3), 4, fps).metadata()],
+                do_sample_frames=False,
+                return_tensors="pt",
+            )
+        )
+    except Exception:  # processors raise undocumented types; the real call comes afterwards
+        return None
+
+
+def _differ(first: dict[str, Any] | None, second: dict[str, Any] | None) -> bool:
+    if first is None or second is None:
+        return False
+    return any(not _same(value, second[name]) for name, value in first.items())
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and bool((first == second).all())
+    return bool(first == second)

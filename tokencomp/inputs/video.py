@@ -1,0 +1,93 @@
+"""Frames sampled from a video, and the moments at which they were shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokencomp.errors import MediaError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames of a video were taken.
+
+    Attributes
+    ----------
+    indices
+        Numbers of the frames, from 0, ascending.
+    total
+        Frames of the whole video.
+    fps
+        Frames per second of the whole video; None where nobody knows it.
+    """
+
+    indices: tuple[int, ...]
+    total: int
+    fps: float | None = None
+
+    def metadata(self) -> dict[str, Any]:
+        """The same as transformers' processors take it, in `video_metadata`."""
+        return {
+            "total_num_frames": self.total,
+            "fps": self.fps,
+            "frames_indices": list(self.indices),
+            "duration": None if self.fps is None else self.total / self.fps,
+        }
+
+
+class Video(list[Any]):
+    """A list of frames that knows when they were shown.
+
+    Parameters
+    ----------
+    frames
+        PIL images of one size.
+    fps
+        Frames per second of the video that `indices` count in; without `indices`, of `frames`.
+        None if it is unknown: the processor then assumes a rate of its own.
+    indices
+        Number of each frame in the whole video; None is 0, 1, 2 …
+    total
+        Frames of the whole video; None is up to the last index.
+
+    Raises
+    ------
+    MediaError
+        `fps` is not positive, or `indices` do not fit the frames.
+    """
+
+    def __init__(
+        self,
+        frames: Iterable[Any],
+        fps: float | None = None,
+        indices: Sequence[int] | None = None,
+        total: int | None = None,
+    ) -> None:
+        super().__init__(frames)
+        at = tuple(range(len(self)) if indices is None else (int(i) for i in indices))
+        if fps is not None and not fps > 0:
+            raise MediaError(f"fps={fps!r}: give frames per second above 0, or None if unknown.")
+        if len(at) != len(self) or list(at) != sorted(set(at)) or (at and at[0] < 0):
+            raise MediaError(
+                f"indices={indices!r} for {len(self)} frames: give one number per frame, ascending "
+                "from 0."
+            )
+        last = at[-1] + 1 if at else 0
+        self.sampling = Sampling(at, last if total is None else max(int(total), last), fps)
+
+
+def sampling_of(video: Sequence[Any]) -> Sampling:
+    """When the frames were shown; the rate is unknown for plain lists and arrays."""
+    known = getattr(video, "sampling", None)
+    return known or Sampling(tuple(range(len(video))), len(video))
+
+
+def with_frames(
+    video: Sequence[Any], frames: Iterable[Any], places: Sequence[int] | None = None
+) -> Video:
+    """A video of other pictures, shown when the frames of `video` at `places` were (None: all)."""
+    known = sampling_of(video)
+    at = [known.indices[k] for k in (range(len(video)) if places is None else places)]
+    return Video(frames, known.fps, at, known.total)
