@@ -45,8 +45,6 @@ OPS = (
     "nearest_previous_frame",
     "topk_stable",
 )
-# Ops without a Triton kernel, and the PyTorch function that runs instead on every device.
-TORCH_ONLY = {"dpp_select": "torch.bmm", "topk_stable": "torch.sort"}
 
 _log = logging.getLogger(__name__)
 
@@ -182,7 +180,7 @@ def status() -> dict[str, Any]:
     """Return what ``tokencomp doctor`` shows: mode, Triton, device, and the backend of every op.
 
     ``ops`` maps every op to ``"naive"``, ``"triton"`` or ``"unavailable"`` (Triton was requested
-    and cannot run). Ops that need no kernel of their own map to the name of a PyTorch function.
+    and cannot run).
     """
     problem = triton_problem()
     info: dict[str, Any] = {
@@ -203,7 +201,7 @@ def status() -> dict[str, Any]:
         backend = which(torch.empty(0, device=device))
     except KernelError as error:
         backend, info["problem"] = "unavailable", str(error)
-    info["ops"] = dict.fromkeys(OPS, backend) | TORCH_ONLY
+    info["ops"] = dict.fromkeys(OPS, backend)
     return info
 
 

@@ -31,7 +31,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tokencomp.kernels import dispatch
 
 from benchmarks import publishing
 from benchmarks.gpu.measurements import backends, flash_available, prefills
@@ -112,8 +111,6 @@ def _kernel(setup: Any, setting: Setting) -> Records:
     backend = "naive" if setting.dry else "triton"
     case = setup(setting.device, setting.dtype, DRY_SCALE if setting.dry else 1.0)
     environment = {"TOKENCOMP_KERNELS": backend, "TOKENCOMP_KERNELS_CHECK": "0"}
-    if case.op in dispatch.TORCH_ONLY:
-        backend = "torch"
     with mock.patch.dict(os.environ, environment), torch.inference_mode():
         times = measure(case.call, not setting.dry, 2)
         yield line(case, backend, times, setting.card)

@@ -40,7 +40,7 @@ from benchmarks.kernels.case import Case, Setup
 from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.launches import OPS, Launch, record, specialise
 from benchmarks.kernels.row_cases import gather, match, merge, nearest, pool
-from benchmarks.kernels.selection_cases import maxmin, mean_distance
+from benchmarks.kernels.selection_cases import dpp, maxmin, mean_distance, topk_spans
 
 FOLDER = Path(__file__).parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -72,6 +72,7 @@ EXTRA: list[Setup] = [
     ccam("16 queries x 8 frames of 64, 4 heads of 16", 16, 8, 64, 4, 16),
     maxmin("9 spans x 576 tokens x 896, isolated start", 9, 576, 896, 0.25, start="isolated"),
     mean_distance("9 spans x 576 tokens x 896, mean distance", 9, 576, 896, True),
+    dpp("4 spans x 30 tokens x 896, half kept", 4, 30, 896, 0.5),
     maxmin("1 span x 4096 cells x 192, half kept, rms", 1, 4096, 192, 0.5, metric="rms"),
     maxmin("1 span x 16384 cells x 192, 2 steps, rms", 1, 16384, 192, 2 / 16384, metric="rms"),
 ]
@@ -79,7 +80,7 @@ QUICK: list[Setup] = [
     colsum("64 rows x 16k keys, 28/4 heads of 128", 64, 16384, 28, 4, 128),
     colsum("8k rows x 8k keys causal, 28/4 heads of 128", 0, 8192, 28, 4, 128),
     match("32 frames x 196 tokens x 3584", 32, 196, 3584),
-    nearest("32 frames x 14 x 14 x 3584, same place", 32, 14, 3584, 0),
+    nearest("32 frames x 14 x 14 x 3584, same place", 32, 14, 3584),
     merge("32 frames x 196 tokens x 3584, half kept", 32, 196, 3584),
     gather("7B layer, 8k rows, half kept", 1, 8192, 3584, 4, 128),
     pool("128 frames x 14 x 14 x 3584, area", 128, 14, 3584, "area"),
@@ -88,6 +89,8 @@ QUICK: list[Setup] = [
     maxmin("1 span x 16384 tokens x 3584, 2 steps", 1, 16384, 3584, 2 / 16384, False),
     maxmin("1 span x 16384 cells x 192, 2 steps, rms", 1, 16384, 192, 2 / 16384, metric="rms"),
     maxmin("9 spans x 576 tokens x 896, isolated start", 9, 576, 896, 0.25, start="isolated"),
+    dpp("16 spans x 576 tokens x 3584, a quarter kept", 16, 576, 3584, 0.25),
+    topk_spans("16 spans of 576 and 729 scores", [576, 729] * 8),
 ]
 
 
@@ -226,7 +229,7 @@ def main() -> int:
     publishing.add_argument(parser)
     arguments = parser.parse_args()
     facts = publishing.published_from(arguments.out, arguments.allow_dirty)
-    setups = QUICK if arguments.quick else CASES[:-1] + EXTRA
+    setups = QUICK if arguments.quick else CASES + EXTRA
     dtypes = [torch.bfloat16] if arguments.quick else [torch.bfloat16, torch.float32]
     chosen = [setup for setup in setups if described(setup).op in arguments.ops]
     rows = [

@@ -9,7 +9,7 @@ large dimension for runs without a GPU.
 from benchmarks.kernels.attention_cases import ccam, colsum
 from benchmarks.kernels.case import Setup
 from benchmarks.kernels.row_cases import gather, match, merge, nearest, pool
-from benchmarks.kernels.selection_cases import maxmin, topk
+from benchmarks.kernels.selection_cases import dpp, maxmin, topk, topk_spans
 
 CASES: list[Setup] = [
     colsum("1 row x 16k keys, 28/4 heads of 128", 1, 16384, 28, 4, 128),
@@ -22,8 +22,7 @@ CASES: list[Setup] = [
     match("32 frames x 196 tokens x 3584", 32, 196, 3584),
     match("32 frames x 196 tokens x 896", 32, 196, 896),
     match("8 tiles x 729 tokens x 3584", 8, 729, 3584),
-    nearest("32 frames x 14 x 14 x 3584, same place", 32, 14, 3584, 0),
-    nearest("32 frames x 14 x 14 x 3584, 3 x 3 window", 32, 14, 3584, 1),
+    nearest("32 frames x 14 x 14 x 3584, same place", 32, 14, 3584),
     merge("32 frames x 196 tokens x 3584, half kept", 32, 196, 3584),
     gather("7B layer, 8k rows, half kept", 1, 8192, 3584, 4, 128),
     gather("0.5B layer, 4 x 8k rows, half kept", 4, 8192, 896, 2, 64),
@@ -34,5 +33,8 @@ CASES: list[Setup] = [
     maxmin("32 spans x 196 tokens x 3584, a quarter kept", 32, 196, 3584, 0.25, False),
     maxmin("1 span x 6272 tokens x 3584, a quarter kept", 1, 6272, 3584, 0.25, True),
     maxmin("1 span x 16384 tokens x 3584, 5 % kept", 1, 16384, 3584, 0.05, False),
+    dpp("16 spans x 576 tokens x 3584, a quarter kept", 16, 576, 3584, 0.25),
+    dpp("1 span x 4096 tokens x 3584, a tenth kept", 1, 4096, 3584, 0.1),
     topk("8 x 8k scores", 8, 8192),
+    topk_spans("16 spans of 576 and 729 scores", [576, 729] * 8),
 ]

@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks.kernels.case import Setup
 
-OPS = [op for op in dispatch.OPS if op not in dispatch.TORCH_ONLY]
+OPS = list(dispatch.OPS)
 
 
 @dataclass

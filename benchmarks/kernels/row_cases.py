@@ -35,7 +35,7 @@ def match(name: str, frames: int, tokens: int, dim: int) -> Setup:
     return setup
 
 
-def nearest(name: str, frames: int, side: int, dim: int, radius: int) -> Setup:
+def nearest(name: str, frames: int, side: int, dim: int) -> Setup:
     """Similarity to the previous frame."""
 
     def setup(device: torch.device, dtype: torch.dtype, scale: float) -> Case:
@@ -49,11 +49,11 @@ def nearest(name: str, frames: int, side: int, dim: int, radius: int) -> Setup:
         return Case(
             op="nearest_previous_frame",
             name=name,
-            call=lambda: kernels.nearest_previous_frame(x, radius),
-            eager=eager if radius == 0 else None,
+            call=lambda: kernels.nearest_previous_frame(x),
+            eager=eager,
             arguments=(x,),
-            flops=6 * tokens * dim * (2 * radius + 1) ** 2,
-            bytes=x.numel() * x.element_size() + 12 * tokens,
+            flops=6 * tokens * dim,
+            bytes=x.numel() * x.element_size() + 4 * tokens,
             tensor_cores=False,
         )
 

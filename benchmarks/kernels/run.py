@@ -41,7 +41,7 @@ def providers(case: Case, names: list[str], gpu: bool) -> Iterator[tuple[str, Ca
     """The calls that can run on this machine, by name."""
     for name in names:
         if name in ("naive", "triton"):
-            if name == "naive" or (gpu and case.op not in dispatch.TORCH_ONLY):
+            if name == "naive" or gpu:
                 yield name, case.call
         elif case.eager is not None and name == "eager":
             yield name, functools.partial(case.eager, *case.arguments)

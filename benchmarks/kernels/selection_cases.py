@@ -99,3 +99,46 @@ def topk(name: str, rows: int, tokens: int) -> Setup:
         )
 
     return setup
+
+
+def topk_spans(name: str, lengths: list[int]) -> Setup:
+    """Stable selection of the best quarter of every span."""
+
+    def setup(device: torch.device, dtype: torch.dtype, scale: float) -> Case:
+        scores = torch.rand(sum(lengths), device=device)
+        counts = [n // 4 for n in lengths]
+        return Case(
+            op="topk_stable",
+            name=name,
+            call=lambda: kernels.topk_stable(scores, counts, spans=lengths),
+            eager=None,
+            arguments=(),
+            flops=sum(n * n for n in lengths),
+            bytes=12 * len(scores),
+            tensor_cores=False,
+        )
+
+    return setup
+
+
+def dpp(name: str, spans: int, tokens: int, dim: int, keep: float) -> Setup:
+    """Greedy selection by a determinantal point process; in fp32 whatever the dtype."""
+
+    def setup(device: torch.device, dtype: torch.dtype, scale: float) -> Case:
+        count = max(1, int(spans * scale)) if spans > 1 else 1
+        length = max(16, int(tokens * scale)) if spans == 1 else tokens
+        k = max(1, int(length * keep))
+        x = case.random_values(count * length, dim, device=device, dtype=torch.float32)
+        relevance = torch.rand(len(x), device=device) + 0.1
+        return Case(
+            op="dpp_select",
+            name=name,
+            call=lambda: kernels.dpp_select(x, k, relevance, spans=length),
+            eager=None,  # a loop of k steps in Python: that is the naive provider
+            arguments=(),
+            flops=count * (2.0 * length**2 * dim + k * k * length),
+            bytes=count * (4.0 * length * dim + 4 * length * (length + k)),
+            tensor_cores=False,
+        )
+
+    return setup

@@ -47,8 +47,11 @@ def dpp_select(
     Notes
     -----
     k steps of the incremental Cholesky factorisation (arXiv 1709.05135; CDPruner is arXiv
-    2506.10967), ``2·k·L·(D + k/2)`` FLOPs and ``4·k·L`` bytes of memory per span of L rows. Spans
-    with as many rows and choices take their steps together, without the host.
+    2506.10967), ``2·k·L·(D + k/2)`` FLOPs and ``4·k·L`` bytes of memory per span of L rows. In the
+    plain version spans with as many rows and choices take their steps together, without the host.
+    The Triton version computes all products of the rows first, ``2·L²·D`` FLOPs and ``4·L²`` bytes,
+    and takes all steps in one launch. Spans above 4096 rows, or with k²·L above 2³¹, run in plain
+    PyTorch on the device.
     """
     checks.shape("unit", unit, 2, "(n, D)")
     if unit.dtype not in (torch.float32, torch.float64):
@@ -57,7 +60,8 @@ def dpp_select(
     if relevance.shape != (len(unit),):
         raise KernelError(f"relevance must be ({len(unit)},); got {tuple(relevance.shape)}")
     lengths, counts = segments.spans_and_counts(k, spans, len(unit))
-    return _op(checks.plain(unit), counts, checks.plain(relevance).to(unit.dtype), lengths)
+    weight = checks.plain(relevance).to(unit.dtype).contiguous()
+    return _op(checks.plain(unit), counts, weight, lengths)
 
 
 @dispatch.custom_op("dpp_select")
@@ -65,7 +69,14 @@ def _op(unit: Tensor, counts: list[int], relevance: Tensor, lengths: list[int]) 
     if dispatch.checks_enabled(unit):
         good = unit.sum().isfinite() & (relevance.isfinite() & (relevance > 0)).all()
         checks.holds(good, "rows must be finite, and relevance finite and above 0")
-    return naive.dpp_select(unit, counts, relevance, lengths)
+    if dispatch.which(unit) == "naive" or unit.dtype == torch.float64:
+        return naive.dpp_select(unit, counts, relevance, lengths)
+    from tokencomp.kernels.dpp_select import triton
+
+    if not triton.fits(counts, lengths):
+        return naive.dpp_select(unit, counts, relevance, lengths)
+    with dispatch.on_device(unit):
+        return triton.dpp_select(checks.rows_contiguous(unit), counts, relevance, lengths)
 
 
 @_op.register_fake

@@ -20,7 +20,6 @@ def maxmin_select(
     centred: bool = False,
     margin: Tensor | None = None,
     start: Tensor | Literal["isolated"] | None = None,
-    ascending: bool = True,
     metric: str = "cosine",
 ) -> Tensor:
     r"""Choose rows one by one, each as far as possible from those chosen before.
@@ -52,9 +51,6 @@ def maxmin_select(
         First choice of every span, int ``(spans,)``, counted within the span. None means the row
         with the largest weight, or without weights the row farthest from the span's mean;
         ``"isolated"`` the row whose nearest other row is farthest (DivPrune).
-    ascending
-        Whether the result is sorted. Otherwise rows come in the order of their choice, so that the
-        first m rows of a span are what ``k=m`` chooses.
     metric
         The distance d: ``"cosine"``, 1 - cos, or ``"rms"``, the root mean square of the
         differences, √(|x_i - x_j|² / D). The second keeps what the lengths of rows say, which
@@ -63,7 +59,7 @@ def maxmin_select(
     Returns
     -------
     Tensor
-        Chosen rows of `x`, int64 ``(Σ k,)``, spans one after the other.
+        Chosen rows of `x`, ascending, int64 ``(Σ k,)``.
 
     Raises
     ------
@@ -95,6 +91,27 @@ def maxmin_select(
     Related methods are farthest-point sampling, lazy greedy selection (bounds that only fall) and
     DivPrune (arXiv 2503.02175). The weighted rule and the rounds are ours.
     """
+    chosen = ordered_choices(
+        x, k, weights, spans=spans, centred=centred, margin=margin, start=start, metric=metric
+    )
+    return chosen.sort().values
+
+
+def ordered_choices(
+    x: Tensor,
+    k: int | Sequence[int],
+    weights: Tensor | None = None,
+    *,
+    spans: int | Sequence[int] | Tensor | None = None,
+    centred: bool = False,
+    margin: Tensor | None = None,
+    start: Tensor | Literal["isolated"] | None = None,
+    metric: str = "cosine",
+) -> Tensor:
+    """Return the rows of :func:`maxmin_select` in the order of their choice, span by span.
+
+    The first m rows of a span are therefore what ``k=m`` chooses.
+    """
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)
     checks.int32_sizes(n=len(x))
@@ -118,10 +135,8 @@ def maxmin_select(
         if start.shape != (len(lengths),):
             raise KernelError(f"start must be ({len(lengths)},); got {tuple(start.shape)}")
         start = start.long().contiguous()
-    chosen = _op(
-        checks.plain(x), counts, weights, lengths, centred, margin, start, metric, isolated
-    )
-    return chosen.sort().values if ascending else chosen
+    x = checks.plain(x)
+    return _op(x, counts, weights, lengths, centred, margin, start, metric, isolated)
 
 
 def mean_distance(

@@ -9,7 +9,7 @@ from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.merge_rows import naive
 from torch import Tensor
 
-POSITIONS = ("keep", "first", "mean")
+POSITIONS = ("keep", "first")
 
 
 class MergedRows(NamedTuple):
@@ -62,8 +62,8 @@ def merge_rows(
         Whether means are weighted by `sizes` (ToMe, arXiv 2210.09461) or plain (AIM,
         arXiv 2412.03248).
     position
-        Position of a merged row: that of the kept row (``"keep"``), that of the member with the
-        lowest index (``"first"``), or the weighted mean rounded half up (``"mean"``).
+        Position of a merged row: that of the kept row (``"keep"``), or that of the member with the
+        lowest index (``"first"``).
 
     Returns
     -------

@@ -32,25 +32,10 @@ def merge_rows(
     merged = x.new_zeros(count, x.shape[1], dtype=dtype)
     merged = merged.index_add(0, slot, x[members].to(dtype) * weight[:, None]) / total[:, None]
     new_sizes = total if weighted else total.new_zeros(count).index_add(0, slot, size)
-    moved = _positions(positions, keep, members, slot, weight, total, position)
+    moved = positions[:, keep if position == "keep" else _first(keep, members, slot, len(x))]
     return merged.to(x.dtype), new_sizes, moved
 
 
-def _positions(
-    positions: Tensor,
-    keep: Tensor,
-    members: Tensor,
-    slot: Tensor,
-    weight: Tensor,
-    total: Tensor,
-    rule: str,
-) -> Tensor:
-    """Return the positions ``(P, k)`` of the merged rows under the rule keep, first or mean."""
-    if rule == "keep":
-        return positions[:, keep]
-    if rule == "first":
-        first = torch.full_like(keep, positions.shape[1])
-        return positions[:, first.scatter_reduce(0, slot, members, "amin")]
-    mean = torch.zeros(len(positions), len(keep), dtype=torch.float64, device=positions.device)
-    mean.index_add_(1, slot, positions[:, members].double() * weight.double())
-    return (mean / total + 0.5).floor().to(positions.dtype)
+def _first(keep: Tensor, members: Tensor, slot: Tensor, rows: int) -> Tensor:
+    """The lowest row that merges into every kept row, int64 ``(k,)``."""
+    return torch.full_like(keep, rows).scatter_reduce(0, slot, members, "amin")

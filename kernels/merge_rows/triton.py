@@ -20,13 +20,13 @@ NONE = tl.constexpr(2147483647)
 def merge_kernel(
     x, target, keep, sizes, begins, ends, order, positions, out, new_sizes, new_positions,
     stride, dim, rows, count, planes,
-    SCAN: tl.constexpr, HAS_SIZES: tl.constexpr, WEIGHTED: tl.constexpr, POSITION: tl.constexpr,
+    SCAN: tl.constexpr, HAS_SIZES: tl.constexpr, WEIGHTED: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Merge the members of one kept row.
 
     The grid is (kept rows, blocks of features). SCAN selects between the two ways of finding the
-    members, see ``MAX_SCAN``. POSITION is the rule of the position: 0 keep, 1 first, 2 mean.
+    members, see ``MAX_SCAN``. FIRST takes the position of the first member, not of the kept row.
     """
     slot = tl.program_id(0)
     kept = tl.load(keep + slot)
@@ -49,7 +49,6 @@ def merge_kernel(
     weights = 0.0
     size = 0.0
     first = rows
-    moved = tl.zeros([BLOCK_P], tl.float64)
     for number in range(members):
         if SCAN:
             row = tl.min(waiting, axis=0)
@@ -65,20 +64,15 @@ def merge_kernel(
         total += value.to(tl.float32) * weight
         weights += weight
         size += own
-        if POSITION == 2:
-            at = tl.load(positions + p.to(tl.int64) * rows + row, mask=p < planes, other=0)
-            moved += at.to(tl.float64) * weight
     place_out = slot.to(tl.int64) * dim + d
     tl.store(out + place_out, (total / weights).to(out.dtype.element_ty), mask=d < dim)
     # Sizes and positions are the same for all blocks of features; the first block writes them.
     if tl.program_id(1) == 0:
         tl.store(new_sizes + slot, size)
         source = kept
-        if POSITION == 1:
+        if FIRST:
             source = first.to(tl.int64)
         moved_to = tl.load(positions + p.to(tl.int64) * rows + source, mask=p < planes, other=0)
-        if POSITION == 2:
-            moved_to = tl.floor(moved / weights + 0.5).to(moved_to.dtype)
         tl.store(new_positions + p.to(tl.int64) * count + slot, moved_to, mask=p < planes)
 
 
@@ -114,7 +108,7 @@ def merge_rows(
         x, target, keep, target if sizes is None else sizes, begins, ends, order, positions,
         out, new_sizes, moved, x.stride(0), dim, rows, len(keep), len(positions),
         SCAN=scan, HAS_SIZES=sizes is not None, WEIGHTED=weighted,
-        POSITION=("keep", "first", "mean").index(position),
+        FIRST=position == "first",
         BLOCK_P=max(2, triton.next_power_of_2(len(positions))),
         BLOCK_S=max(16, triton.next_power_of_2(max(lengths))) if scan else 16,
         BLOCK_D=block_d, num_warps=warps, num_stages=1,

@@ -7,69 +7,48 @@ from torch import Tensor
 
 
 @triton.jit
-def nearest_kernel(
-    x, similarity, index, tokens, height, width, dim,
-    RADIUS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Best match of BLOCK_T tokens within a window of the previous frame.
+def nearest_kernel(x, similarity, tokens, area, dim, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Cosine of BLOCK_T tokens with the tokens `area` rows before them.
 
-    Each token is compared with at most 49 others, so the products are elementwise sums rather than
-    matrix products. The norms are computed from the same loads. The loop over offsets is unrolled,
-    because the radius is a constant.
+    The norms are computed from the same loads as the products.
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    area = height * width
-    inside = token < tokens
-    frame = token // area
-    y = token % area // width
-    column = token % width
+    valid = (token < tokens) & (token >= area)
     own_row = x + token.to(tl.int64) * dim
+    other_row = own_row - area.to(tl.int64) * dim
     d = tl.arange(0, BLOCK_D)
-    best = tl.full([BLOCK_T], -float("inf"), tl.float32)
-    best_index = tl.full([BLOCK_T], -1, tl.int32)
-    for offset in tl.static_range((2 * RADIUS + 1) * (2 * RADIUS + 1)):
-        dy = offset // (2 * RADIUS + 1) - RADIUS
-        dx = offset % (2 * RADIUS + 1) - RADIUS
-        valid = inside & (frame > 0) & (y + dy >= 0) & (y + dy < height)
-        valid = valid & (column + dx >= 0) & (column + dx < width)
-        other_row = own_row + (dy * width + dx - area).to(tl.int64) * dim
-        dots = tl.zeros([BLOCK_T], tl.float32)
-        square = tl.zeros([BLOCK_T], tl.float32)
-        square_before = tl.zeros([BLOCK_T], tl.float32)
-        for chunk in range(0, dim, BLOCK_D):
-            wide = chunk + d
-            mask = valid[:, None] & (wide < dim)[None, :]
-            own = tl.load(own_row[:, None] + wide[None, :], mask=mask, other=0.0).to(tl.float32)
-            other = tl.load(other_row[:, None] + wide[None, :], mask=mask, other=0.0).to(tl.float32)
-            dots += tl.sum(own * other, axis=1)
-            square += tl.sum(own * own, axis=1)
-            square_before += tl.sum(other * other, axis=1)
-        norm = tl.sqrt(square) * tl.sqrt(square_before)
-        # NaN and infinite features must give NaN, which the caller's check refuses. The second line
-        # adds 0 for finite norms and NaN for all others.
-        cosine = tl.where(norm == 0.0, 0.0, dots / tl.where(norm == 0.0, 1.0, norm))
-        cosine += (square + square_before) * 0.0
-        better = valid & ((cosine > best) | (cosine != cosine))
-        best = tl.where(better, cosine, best)
-        best_index = tl.where(better, (y + dy) * width + column + dx, best_index)
-    tl.store(similarity + token, best, mask=inside)
-    tl.store(index + token, best_index.to(tl.int64), mask=inside)
+    dots = tl.zeros([BLOCK_T], tl.float32)
+    square = tl.zeros([BLOCK_T], tl.float32)
+    square_before = tl.zeros([BLOCK_T], tl.float32)
+    for chunk in range(0, dim, BLOCK_D):
+        wide = chunk + d
+        mask = valid[:, None] & (wide < dim)[None, :]
+        own = tl.load(own_row[:, None] + wide[None, :], mask=mask, other=0.0).to(tl.float32)
+        other = tl.load(other_row[:, None] + wide[None, :], mask=mask, other=0.0).to(tl.float32)
+        dots += tl.sum(own * other, axis=1)
+        square += tl.sum(own * own, axis=1)
+        square_before += tl.sum(other * other, axis=1)
+    norm = tl.sqrt(square) * tl.sqrt(square_before)
+    # NaN and infinite features must give NaN, which the caller's check refuses. The second line
+    # adds 0 for finite norms and NaN for all others.
+    cosine = tl.where(norm == 0.0, 0.0, dots / tl.where(norm == 0.0, 1.0, norm))
+    cosine += (square + square_before) * 0.0
+    tl.store(similarity + token, tl.where(valid, cosine, -float("inf")), mask=token < tokens)
 
 
-def nearest_previous_frame(x: Tensor, radius: int) -> tuple[Tensor, Tensor]:
-    """See :func:`tokencomp.kernels.nearest_previous_frame.naive.nearest_previous_frame`."""
+def nearest_previous_frame(x: Tensor) -> Tensor:
+    """See :func:`tokencomp.kernels.nearest_previous_frame`."""
     frames, height, width, dim = x.shape
     similarity = torch.empty(x.shape[:3], dtype=torch.float32, device=x.device)
-    index = torch.empty(x.shape[:3], dtype=torch.int64, device=x.device)
     tokens = frames * height * width
     if tokens == 0:
-        return similarity, index
+        return similarity
     block_t, block_d = blocks(dim)
     nearest_kernel[(triton.cdiv(tokens, block_t),)](
-        x, similarity, index, tokens, height, width, dim,
-        RADIUS=radius, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4, num_stages=2,
+        x, similarity, tokens, height * width, dim,
+        BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4, num_stages=2,
     )  # fmt: skip
-    return similarity, index
+    return similarity
 
 
 def blocks(dim: int) -> tuple[int, int]:

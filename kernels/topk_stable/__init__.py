@@ -12,6 +12,9 @@ from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.topk_stable import naive
 from torch import Tensor
 
+# Longest span whose ranks are counted. Counting takes n² comparisons; longer spans are sorted.
+LONGEST = 32768
+
 
 def topk_stable(
     scores: Tensor, k: int | Sequence[int], *, spans: Sequence[int] | None = None
@@ -42,8 +45,10 @@ def topk_stable(
 
     Notes
     -----
-    ``torch.sort`` guarantees a stable order on every device, so no Triton kernel is needed. It
-    costs O(n log n) comparisons and about ``12 n`` bytes of workspace per row.
+    The plain version sorts with ``torch.sort``, whose order is stable on every device: O(n log n)
+    comparisons and about ``12 n`` bytes of workspace per row, in launches that grow with their
+    length. The Triton version counts in n² comparisons how many scores are ahead of each, and
+    takes two launches for all spans. Spans above 32768 rows are sorted.
     """
     if scores.dim() == 0 or scores.is_complex():
         raise KernelError(
@@ -66,10 +71,21 @@ def _check_values(scores: Tensor) -> None:
         )
 
 
+def _counts_ranks(scores: Tensor, longest: int) -> bool:
+    """Whether the Triton kernels run, for spans of up to `longest` rows."""
+    return dispatch.which(scores) == "triton" and longest <= LONGEST
+
+
 @dispatch.custom_op("topk_of_spans")
 def _spans_op(scores: Tensor, counts: list[int], lengths: list[int]) -> Tensor:
     _check_values(scores)
-    return naive.topk_of_spans(scores, counts, lengths)
+    if not _counts_ranks(scores, max(lengths, default=0)):
+        return naive.topk_of_spans(scores, counts, lengths)
+    from tokencomp.kernels.topk_stable import triton
+
+    checks.int32_sizes(scores=len(scores))
+    with dispatch.on_device(scores):
+        return triton.topk_of_spans(scores.contiguous(), counts, lengths)
 
 
 @_spans_op.register_fake
@@ -80,7 +96,13 @@ def _(scores: Tensor, counts: list[int], lengths: list[int]) -> Tensor:
 @dispatch.custom_op("topk_stable")
 def _op(scores: Tensor, k: int) -> Tensor:
     _check_values(scores)
-    return naive.topk_stable(scores, k)
+    if not _counts_ranks(scores, scores.shape[-1]):
+        return naive.topk_stable(scores, k)
+    from tokencomp.kernels.topk_stable import triton
+
+    checks.int32_sizes(scores=scores.numel())
+    with dispatch.on_device(scores):
+        return triton.topk_stable(scores.contiguous(), k)
 
 
 @_op.register_fake

@@ -28,7 +28,7 @@ CALLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]] = {
             x, torch.arange(12, device=x.device) // 2 * 2, ROWS.to(x.device)
         ),
     ),
-    "nearest_previous_frame": ((3, 2, 2, 20), lambda x: kernels.nearest_previous_frame(x, 1)),
+    "nearest_previous_frame": ((3, 2, 2, 20), lambda x: kernels.nearest_previous_frame(x)),
     "topk_stable": ((3, 20), lambda x: kernels.topk_stable(x, 5)),
 }
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -17,22 +17,70 @@ def by_determinants(unit: Tensor, r: Tensor, k: int) -> list[int]:
     return sorted(chosen)
 
 
-def test_spans_by_determinants() -> None:
-    """Spans of different lengths, some with nothing to choose, each as if it were alone."""
-    lengths, counts = [20, 1, 9, 20, 5], [6, 1, 4, 6, 0]
-    unit = torch.nn.functional.normalize(torch.randn(sum(lengths), 12), dim=1)
-    r = torch.rand(len(unit)) + 0.1
+def random_spans(lengths: list[int], dim: int) -> tuple[Tensor, Tensor]:
+    unit = torch.nn.functional.normalize(torch.randn(sum(lengths), dim), dim=1)
+    return unit, torch.rand(len(unit)) + 0.1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counts", "dim"),
+    [
+        ([1], [1], 3),
+        ([20, 1, 9, 20, 5], [6, 1, 4, 6, 0], 12),
+        ([0, 33, 16], [0, 5, 3], 70),
+        ([17, 17, 17], [4, 4, 4], 33),
+        ([65, 2], [7, 2], 40),
+    ],
+    ids=str,
+)
+def test_spans_by_determinants(
+    place: torch.device, lengths: list[int], counts: list[int], dim: int
+) -> None:
+    """Spans of odd lengths, some with nothing to choose, each as if it were alone."""
+    unit, r = random_spans(lengths, dim)
     expected, start = [], 0
     for part, weight, k in zip(unit.split(lengths), r.split(lengths), counts, strict=True):
         expected += [start + i for i in by_determinants(part, weight, k)]
         start += len(part)
-    assert dpp_select(unit, counts, r, spans=lengths).tolist() == expected
+    chosen = dpp_select(unit.to(place), counts, r.to(place), spans=lengths)
+    assert chosen.dtype == torch.int64 and chosen.tolist() == expected
 
 
-def test_directions_that_are_used_up_go_by_relevance() -> None:
-    unit = torch.eye(3).repeat(4, 1)
-    r = torch.linspace(1.0, 0.1, 12)
+def test_directions_that_are_used_up_go_by_relevance(place: torch.device) -> None:
+    unit = torch.eye(3).repeat(4, 1).to(place)
+    r = torch.linspace(1.0, 0.1, 12).to(place)
     assert dpp_select(unit, 7, r).tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_ties_go_to_the_lower_row(place: torch.device) -> None:
+    """Copies of three directions with equal relevance: one of each, then the first copies."""
+    unit = torch.eye(3)[[2, 2, 0, 0, 1, 1, 2]].to(place)
+    ones = torch.ones(7, device=place)
+    assert dpp_select(unit, 3, ones).tolist() == [0, 2, 4]
+    assert dpp_select(unit, 5, ones).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_rows_of_any_stride(place: torch.device) -> None:
+    unit, r = random_spans([30], 12)
+    view = torch.stack([unit, unit], -1).to(place)[..., 0]
+    assert not view.is_contiguous()
+    assert dpp_select(view, 6, r.to(place)).tolist() == by_determinants(unit, r, 6)
+
+
+@pytest.mark.parametrize("limit", ["MAX_ROWS", "MAX_WORK"])
+def test_what_one_program_cannot_hold_runs_in_pytorch(
+    place: torch.device, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    triton = pytest.importorskip("tokencomp.kernels.dpp_select.triton")
+    monkeypatch.setattr(triton, limit, 10)
+    monkeypatch.setattr(triton, "dpp_select", None)  # would fail if it were called
+    unit, r = random_spans([12, 12], 6)
+    expected = [
+        12 * s + i
+        for s in (0, 1)
+        for i in by_determinants(unit[12 * s :][:12], r[12 * s :][:12], 3)
+    ]
+    assert dpp_select(unit.to(place), 3, r.to(place), spans=12).tolist() == expected
 
 
 @pytest.mark.parametrize(

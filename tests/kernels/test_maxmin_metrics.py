@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 from support.max_min import check_greedy, differences, distances
-from tokencomp.kernels import maxmin_select
-from tokencomp.kernels.maxmin_select import naive
+from tokencomp.kernels.maxmin_select import naive, ordered_choices
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -30,9 +29,9 @@ def test_root_mean_square(
     x[::2] = x[torch.randint(len(x), (len(x[::2]),))]
     x, weights = x.to(dtype), torch.rand(len(x)) if weighted else None
     margin = torch.rand(len(lengths)) if weighted else None
-    got = maxmin_select(
+    got = ordered_choices(
         x.to(place), counts, None if weights is None else weights.to(place), spans=lengths,
-        ascending=False, metric="rms", margin=None if margin is None else margin.to(place),
+        metric="rms", margin=None if margin is None else margin.to(place),
     ).cpu()  # fmt: skip
     start = 0
     for s, (rows, picks) in enumerate(zip(x.split(lengths), got.split(counts), strict=True)):
@@ -63,9 +62,7 @@ def test_isolated_start(
         monkeypatch.setattr(naive, "GRAM_ELEMENTS", 300)
     lengths = [70, 1, 33, 70]
     x = torch.randn(sum(lengths), 6)
-    got = maxmin_select(
-        x.to(place), 1, spans=lengths, start="isolated", metric=metric, ascending=False
-    ).tolist()
+    got = ordered_choices(x.to(place), 1, spans=lengths, start="isolated", metric=metric).tolist()
     start = 0
     for part, pick in zip(x.split(lengths), got, strict=True):
         distance = differences(part) if metric == "rms" else distances(part)
@@ -79,5 +76,5 @@ def test_root_mean_square_sees_lengths(place: torch.device, place_of_start: int)
     """Rows of one direction differ in length alone; the cosine takes all of them for copies."""
     x = torch.tensor([0.0, 1.0, 4.0, 6.0, 10.0])[:, None].expand(5, 3)
     start = torch.tensor([place_of_start], device=place)
-    got = maxmin_select(x.to(place), 4, start=start, ascending=False, metric="rms").tolist()
+    got = ordered_choices(x.to(place), 4, start=start, metric="rms").tolist()
     assert got == ([0, 4, 2, 3] if place_of_start == 0 else [4, 0, 2, 3])

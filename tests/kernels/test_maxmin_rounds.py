@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.max_min import check_greedy
 from tokencomp.kernels import maxmin_select
-from tokencomp.kernels.maxmin_select import naive
+from tokencomp.kernels.maxmin_select import naive, ordered_choices
 from tokencomp.kernels.maxmin_select import rounds as module
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +21,8 @@ def test_long_spans_choose_in_rounds(
     x = torch.cat([x, torch.randn(40, 40)])
     weights = torch.rand(150) if weighted else None
     place_weights = None if weights is None else weights.to(place)
-    got = maxmin_select(
-        x.to(place), [60, 9], place_weights, spans=[110, 40], centred=centred, ascending=False,
+    got = ordered_choices(
+        x.to(place), [60, 9], place_weights, spans=[110, 40], centred=centred,
         margin=torch.tensor([margin, 0.0], device=place) if margin else None,
     ).cpu()  # fmt: skip
     part = None if weights is None else weights[:110]
@@ -40,8 +40,8 @@ def test_long_spans_anywhere(
 ) -> None:
     """Rows are counted from the start of `x`, and a span with k = 0 is skipped."""
     x, weights, margin = torch.randn(sum(lengths), 24), torch.rand(sum(lengths)), torch.rand(3)
-    got = maxmin_select(
-        x.to(place), counts, weights.to(place), spans=lengths, ascending=False,
+    got = ordered_choices(
+        x.to(place), counts, weights.to(place), spans=lengths,
         margin=margin[: len(lengths)].to(place),
     ).cpu()  # fmt: skip
     start = 0

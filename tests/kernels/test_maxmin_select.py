@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.max_min import check_greedy, distances
 from tokencomp.kernels import KernelError, maxmin_select
+from tokencomp.kernels.maxmin_select import ordered_choices
 from torch import Tensor
 
 
@@ -41,9 +42,9 @@ def test_greedy(
     x = (torch.randn(sum(lengths), dim) + 0.3).to(dtype)
     weights = torch.rand(len(x)) if weighted else None
     margin = torch.rand(len(lengths)) if margins else torch.zeros(len(lengths))
-    got = maxmin_select(
+    got = ordered_choices(
         x.to(place), counts, None if weights is None else weights.to(place), spans=lengths,
-        centred=centred, ascending=False, margin=margin.to(place) if margins else None,
+        centred=centred, margin=margin.to(place) if margins else None,
     ).cpu()  # fmt: skip
     start = 0
     for rows, picks, m in zip(x.split(lengths), got.split(counts), margin.tolist(), strict=True):
@@ -73,7 +74,7 @@ def test_ties_everywhere(
     x = torch.eye(20)[torch.randint(20, (100,))]
     weights = 0.5 ** torch.randint(4, (100,)).float()
     margins = torch.tensor([margin], device=place)
-    got = maxmin_select(x.to(place), k, weights.to(place), margin=margins, ascending=False)
+    got = ordered_choices(x.to(place), k, weights.to(place), margin=margins)
     assert got.tolist() == by_hand(x, weights, k, int(weights.argmax()), margin)
 
 
@@ -88,9 +89,7 @@ def test_copies_go_by_weight_then_by_row(
     x = torch.randn(7, 300).repeat(15, 1)
     weights = torch.rand(105) if weighted else torch.ones(105)
     start = weights.argmax()[None]
-    got = maxmin_select(
-        x.to(place), 70, weights.to(place), start=start.to(place), ascending=False
-    ).tolist()
+    got = ordered_choices(x.to(place), 70, weights.to(place), start=start.to(place)).tolist()
     assert len({i % 7 for i in got[:7]}) == 7
     check_greedy(x, got[:7], weights, False, 1e-6)
     remaining = [i for i in range(105) if i not in got[:7]]
@@ -113,7 +112,7 @@ def test_spans_in_several_groups(place: torch.device, monkeypatch: pytest.Monkey
 def test_start_ties_and_duplicates(place: torch.device) -> None:
     x = torch.eye(4).repeat(2, 1)  # rows 4..7 repeat rows 0..3
     start = torch.tensor([6], device=place)
-    got = maxmin_select(x.to(place), 8, start=start, ascending=False)
+    got = ordered_choices(x.to(place), 8, start=start)
     # Ties go to the lower row. Once every direction is chosen, only copies remain.
     assert got.tolist() == [6, 0, 1, 3, 2, 4, 5, 7]
     assert maxmin_select(x.to(place), 4, start=start).tolist() == [0, 1, 3, 6]
@@ -124,18 +123,18 @@ def test_strided_weights_margins_and_starts(place: torch.device) -> None:
     x, weights = torch.randn(40, 12, device=place), torch.rand(80, device=place)[::2]
     margin = torch.tensor(0.3, device=place).expand(2)
     start = torch.tensor([[3, 0], [7, 0]], device=place)[:, 0]
-    options = {"spans": [20, 20], "ascending": False}
-    got = maxmin_select(x, 6, weights, margin=margin, start=start, **options)
+    options = {"spans": [20, 20]}
+    got = ordered_choices(x, 6, weights, margin=margin, start=start, **options)
     solid = {"margin": margin.clone(), "start": start.clone()}
-    assert got.tolist() == maxmin_select(x, 6, weights.clone(), **solid, **options).tolist()
+    assert got.tolist() == ordered_choices(x, 6, weights.clone(), **solid, **options).tolist()
     check_greedy(x[:20].cpu(), got[:6].tolist(), weights[:20].cpu(), False, 1e-5, 0.3)
 
 
 def test_prefixes_are_nested(place: torch.device) -> None:
     x = torch.randn(50, 12, device=place)
-    full = maxmin_select(x, 50, ascending=False)
+    full = ordered_choices(x, 50)
     assert sorted(full.tolist()) == list(range(50))
-    assert torch.equal(maxmin_select(x, 13, ascending=False), full[:13])
+    assert torch.equal(ordered_choices(x, 13), full[:13])
 
 
 def test_zero_weights_come_last(place: torch.device) -> None:

@@ -1,5 +1,6 @@
 """topk_stable is compared with sorting pairs (score, index) in Python."""
 
+import importlib
 import math
 
 import pytest
@@ -59,14 +60,28 @@ def test_nan_and_bad_k_are_refused(place: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("lengths", "counts"),
-    [([7], [3]), ([5, 5], 2), ([9, 0, 1, 12], [4, 0, 1, 12]), ([6, 4], [0, 0])],
+    [
+        ([7], [3]),
+        ([5, 5], 2),
+        ([9, 0, 1, 12], [4, 0, 1, 12]),
+        ([6, 4], [0, 0]),
+        ([1100, 33, 129], [1025, 32, 1]),
+    ],
+    ids=str,
 )
-def test_spans(lengths: list[int], counts: int | list[int]) -> None:
-    """Every span has the result that it has alone; half of the scores are equal."""
+def test_spans(place: torch.device, lengths: list[int], counts: int | list[int]) -> None:
+    """Every span by hand; many of the scores are equal, some are infinite."""
     scores = torch.randint(4, (sum(lengths),)).float()
+    scores[::5] = -math.inf
     each = [counts] * len(lengths) if isinstance(counts, int) else counts
     expected, start = [], 0
     for part, k in zip(scores.split(lengths), each, strict=True):
-        expected.append(topk_stable(part, k) + start)
+        expected += [start + i for i in by_hand(part.tolist(), k)]
         start += len(part)
-    assert torch.equal(topk_stable(scores, counts, spans=lengths), torch.cat(expected))
+    assert topk_stable(scores.to(place), counts, spans=lengths).tolist() == expected
+
+
+def test_long_spans_are_sorted(place: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("tokencomp.kernels.topk_stable"), "LONGEST", 10)
+    scores = torch.randint(3, (30,)).float()
+    assert topk_stable(scores.to(place), 7).tolist() == by_hand(scores.tolist(), 7)

@@ -266,7 +266,7 @@ def previous_similarity(patches: Patches, x: Tensor) -> Tensor:
 
     def of_group(members: list[int], rows: Tensor) -> Tensor:
         frames, height, width = [grids[m][0] for m in members], *grids[members[0]][1:]
-        similarity: Tensor = nearest_previous_frame(rows.view(sum(frames), height, width, -1))[0]
+        similarity: Tensor = nearest_previous_frame(rows.view(sum(frames), height, width, -1))
         if len(members) > 1:
             first = patches.table(list(itertools.accumulate(frames[:-1], initial=0)))
             similarity = similarity.index_fill(0, first, -torch.inf)
