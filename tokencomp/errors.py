@@ -62,6 +62,10 @@ class NoPlaceholderError(UnsupportedModelError):
     """A model whose config names no placeholder of images, videos or audio."""
 
 
+class RowIndexedAttentionError(UnsupportedModelError):
+    """Attention that depends on how many rows lie between two tokens, or on groups of rows."""
+
+
 class UnverifiedModelError(UnsupportedModelError):
     """A model of a type for which nobody has checked that dropping tokens equals masking them."""
 

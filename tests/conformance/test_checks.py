@@ -15,6 +15,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tokencomp
+from tokencomp.conformance import build
 from tokencomp.conformance.build import TinyModel, tiny_model
 from tokencomp.conformance.checks import check_model
 from tokencomp.conformance.oracle import hidden, is_linear_mixer
@@ -22,6 +23,8 @@ from tokencomp.conformance.prompts import Prompts
 from tokencomp.conformance.run import compress, model_classes
 from tokencomp.conformance.shrink import scaled_section, tiny_text_config
 from tokencomp.conformance.variants import variants
+from tokencomp.errors import NoDecoderError, RowIndexedAttentionError
+from tokencomp.plan import Plan
 
 
 def tiny(model_type: str) -> TinyModel:
@@ -107,6 +110,73 @@ def test_tiny_configs_keep_every_kind_of_layer() -> None:
     config = tiny_text_config(CONFIG_MAPPING["gemma3"]().get_text_config())
     assert config.layer_types == ["sliding_attention", "full_attention"] * 2
     assert (config.hidden_size, config.sliding_window, config.num_hidden_layers) == (128, 8, 4)
+
+
+def test_layers_that_differ_get_small_sizes_too() -> None:
+    config = tiny_text_config(CONFIG_MAPPING["dots3_note"]().get_text_config())
+    assert config.layer_types == ["indexed_attention", "sliding_attention"] * 2
+    assert config.per_layer_config["sliding_attention"].kv_lora_rank == 32
+    kinds = tiny_text_config(CONFIG_MAPPING["nemo_speechlm"]().get_text_config()).layer_types
+    assert len(kinds) == 2 * len(set(kinds)) == 6
+
+
+def test_a_decoder_that_keeps_its_size_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "LARGEST", 1000)
+    with pytest.raises(build.BuildError, match="LlamaModel has 0 million parameters in spite of"):
+        tiny("llava")
+
+
+def test_a_model_that_reads_no_media_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Emu3 of transformers 5.13, whose forward loses the pixels."""
+    model, own = tiny("llava"), transformers.LlavaForConditionalGeneration.forward
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, pixel_values: Any = None, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.LlavaForConditionalGeneration, "forward", forward)
+    with pytest.raises(build.BuildError, match="never encodes the media of a call"):
+        Prompts(model)
+
+
+def test_a_model_that_fails_by_itself_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llava")
+    monkeypatch.setattr(type(model.decoder), "forward", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(build.BuildError, match="fails by itself, on a prompt of words: ZeroDiv"):
+        Prompts(model)
+
+
+def test_decoders_that_fill_placeholders_themselves_are_exact() -> None:
+    """Chameleon's decoder takes pixels, so embeddings are computed before tokens leave."""
+    result = check_model(tiny("chameleon"), compress)
+    assert (result.status, result.reason) == ("exact", "")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "mechanism"),
+    [
+        ("glm5_next", "pools of 16 consecutive rows"),
+        ("qwen4_exp", "groups of 4 consecutive rows"),
+        ("minimax_m3_vl", "blocks of 4 consecutive rows"),
+        ("inkling2", "a bias by the number of rows"),
+    ],
+)
+def test_attention_by_row_number_is_refused(model_type: str, mechanism: str) -> None:
+    with pytest.raises(RowIndexedAttentionError, match=mechanism):
+        compress(tiny(model_type).model, Plan())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "mechanism"),
+    [
+        ("blip-2", "32 learned queries of a Q-Former"),
+        ("florence2", "is an encoder-decoder"),
+        ("diffusion_gemma", "a sequence of its own"),
+    ],
+)
+def test_models_without_a_causal_decoder_are_refused(model_type: str, mechanism: str) -> None:
+    with pytest.raises(NoDecoderError, match=mechanism):
+        compress(tiny(model_type).model, Plan())
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_counts_in_the_texts_are_those_of_the_results() -> None:
 
 
 def test_rows_of_the_comparison_are_those_of_both_runs() -> None:
-    """With family files only, and now: types with images, types with sound alone, families."""
+    """With family files only, and now: types with images, other types, families."""
     types = load(NEWEST)["types"]
     folder = REPOSITORY / "docs" / "conformance"
     before = json.loads((folder / "before-structural-adapter.json").read_text())["types"]

@@ -64,19 +64,41 @@ def find_parts(model: Any) -> Parts:
             f"{type(model).__name__} does not generate text. Pass the whole model, such as its "
             "...ForConditionalGeneration class."
         )
+    _refuse_other_decoders(model, top)
     decoder = _decoder(top)
     beside = [name for name in BESIDE if name in parameters_of(decoder)]
-    if getattr(top.config, "is_encoder_decoder", False):
-        raise NoDecoderError(
-            f"{type(model).__name__} is an encoder-decoder: its decoder reads features of media by "
-            "cross-attention, so no token of its sequence could leave."
-        )
     if beside:
         raise NoDecoderError(
             f"the decoder of {type(model).__name__} takes {', '.join(beside)}: it reads features "
             "of media by cross-attention, so no token of its sequence could leave."
         )
     return Parts(top, _body(top, decoder), decoder)
+
+
+def _refuse_other_decoders(model: Any, top: Any) -> None:
+    """Refuse models that do not write text behind a prompt that holds the features as tokens.
+
+    Raises
+    ------
+    NoDecoderError
+    """
+    name = type(model).__name__
+    if getattr(top.config, "is_encoder_decoder", False):
+        raise NoDecoderError(
+            f"{name} is an encoder-decoder: its decoder reads features of media by "
+            "cross-attention, so no token of its sequence could leave."
+        )
+    if any(isinstance(getattr(m, "query_tokens", None), nn.Parameter) for m in top.modules()):
+        raise NoDecoderError(
+            f"{name} reads an image as {top.config.num_query_tokens} learned queries of a "
+            "Q-Former, and its generate() puts them into the prompt itself, out of reach of "
+            "patch(). Run it without patch()."
+        )
+    if "decoder_input_ids" in parameters_of(top):
+        raise NoDecoderError(
+            f"{name} writes text in a sequence of its own (decoder_input_ids), which reads the "
+            "prompt from outside, so that it is no causal decoder. Run it without patch()."
+        )
 
 
 def _decoder(top: Any) -> Any:

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tokencomp.adapters.structure import find_parts
 from tokencomp.conformance.configs import (
     configs_in,
     move_token_ids,
@@ -27,9 +29,10 @@ from tokencomp.conformance.configs import (
     text_config,
 )
 from tokencomp.conformance.variants import PLAIN, Variant
+from tokencomp.errors import UnsupportedModelError
 
-SMALL = 5_000_000
-"""Parameters of a module beside the decoder that may be created as well."""
+SMALL, LARGEST = 5_000_000, 50_000_000
+"""Parameters of a module beside the decoder that may be created as well, and of a tiny decoder."""
 
 
 class BuildError(Exception):
@@ -42,6 +45,10 @@ class TinyModel:
 
     Attributes
     ----------
+    model
+        The module that generates text: the thinker of an omni model.
+    whole
+        What users call `patch` with: the omni model around it, or `model` itself.
     specials
         Token ids that the config names, by the name of their field.
     variant
@@ -49,6 +56,7 @@ class TinyModel:
     """
 
     model: Any
+    whole: Any
     config: Any
     text_config: Any
     decoder: nn.Module
@@ -86,28 +94,40 @@ def _tiny_model(model_class: type, config: Any, variant: Variant, seed: int) -> 
         for path, value in variant.top.items():
             *owners, name = path.split(".")
             setattr(functools.reduce(getattr, owners, config), name, value)
+        if variant.text_type:
+            config.text_config = CONFIG_MAPPING[variant.text_type]()
         text = replace_text_config(config, _mrope(model_class), variant.text)
         specials = move_token_ids(config, text.vocab_size)
         try:
             model = _on_meta(model_class, shallow(config, text), text)
         except Exception:  # something counts the layers of a tower
             model = _on_meta(model_class, config, text)
+        whole, model = model, getattr(model, "thinker", model)
         config = model.config
         model.set_attn_implementation("eager")
         torch.manual_seed(seed)
         outer = model.get_decoder()
+        _check_size(outer)
         decoder: Any = _replace_module(model, outer, type(outer)(outer.config))
         _create_small_parts(model)
         _empty_towers(model)
         fill_weights(model, seed)
-        while not hasattr(decoder, "layers") and hasattr(decoder, "model"):
-            decoder = decoder.model
+        with contextlib.suppress(UnsupportedModelError):  # `patch` will say why
+            decoder = find_parts(whole).decoder
     except Exception as error:
         raise BuildError(f"{type(error).__name__}: {error}") from error
     for module in decoder.modules():
         if hasattr(getattr(module, "config", None), "_attn_implementation"):
             module.config._attn_implementation = "eager"
-    return TinyModel(model.eval(), config, text, decoder, specials, variant)
+    return TinyModel(model.eval(), whole.eval(), config, text, decoder, specials, variant)
+
+
+def _check_size(decoder: nn.Module) -> None:
+    """Refuse a decoder that has kept its size: nothing would be gained by waiting for it."""
+    count = sum(p.numel() for p in decoder.parameters())
+    if count > LARGEST:
+        name = type(decoder).__name__
+        raise ValueError(f"{name} has {count / 1e6:.0f} million parameters in spite of its config")
 
 
 def bare_model(model_class: type, config: Any) -> Any:

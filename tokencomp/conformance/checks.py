@@ -59,7 +59,7 @@ def check_model(tiny: TinyModel, compress: Compress) -> Result:
     """Run all checks on a tiny model."""
     errors: dict[str, float] = {}
     try:
-        compress(tiny.model, Plan()).remove()
+        compress(tiny.whole, Plan()).remove()
         checks = Checks(tiny, Prompts(tiny), compress, errors)
         checks.identity()
         checks.entry()
@@ -106,7 +106,7 @@ class Checks:
     def identity(self) -> None:
         """At ratio 0 nothing changes, to the last bit."""
         tokens, logits = self.prompts.generate(self.prompts.inputs(), STEPS)
-        with self.compress(self.tiny.model, Plan()):
+        with self.compress(self.tiny.whole, Plan()):
             patched = self.prompts.forward(self.prompts.inputs()).logits
             same = self.prompts.generate(self.prompts.inputs(), STEPS)
         self._limit("identity", self._distance(patched[self.real], self.plain[self.real]), 0.0)
@@ -125,14 +125,14 @@ class Checks:
         middle = Stage(max(1, self.depth // 2), 0.5, Uniform())
         stages: tuple[Stage, ...] = (Stage(0, 0.75, Uniform()), middle, late)
         try:
-            self.compress(self.tiny.model, Plan(stages)).remove()
+            self.compress(self.tiny.whole, Plan(stages)).remove()
         except PlanError:  # the first layers get features of the tower added
             stages = (stages[0], late)
         self._against_oracle("layers", Plan(stages))
 
     def _against_oracle(self, name: str, plan: Plan) -> None:
         """Prefill and decode steps of a plan, compared with hiding the same tokens."""
-        with self.compress(self.tiny.model, plan) as handle:
+        with self.compress(self.tiny.whole, plan) as handle:
             compressed = self.prompts.forward(self.prompts.inputs()).logits
             left = self._left(handle.stats, plan)
             words, steps = self.prompts.generate(self.prompts.inputs(), STEPS)
@@ -157,7 +157,7 @@ class Checks:
             inputs = self.prompts.inputs([row])
             alone = self.prompts.forward(inputs).logits[0, -1]
             own = self._distance(alone, self.plain[row, -1])
-            with self.compress(self.tiny.model, plan):
+            with self.compress(self.tiny.whole, plan):
                 single = self.prompts.forward(self.prompts.inputs([row])).logits[0, -1]
                 batch = self.prompts.forward(self.prompts.inputs()).logits[row, -1]
             if own > TOLERANCE:

@@ -1,23 +1,20 @@
 """A small ragged batch of prompts with images, whose features replace the vision tower.
 
-Models without images get clips of sound in their place. `get_image_features` of the model returns
-random features instead of calling the tower. Everything behind it (the scatter into placeholders,
-positions, masks, `generate`) is the model's own.
+Models without images get clips of sound in their place. Features are random numbers, see
+`tokencomp.conformance.features`. Everything behind them (the scatter into placeholders, positions,
+masks, `generate`) is the model's own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from torch import Tensor
 
 from tokencomp.conformance.build import BuildError, TinyModel
 from tokencomp.conformance.configs import (
@@ -26,25 +23,17 @@ from tokencomp.conformance.configs import (
     PLACEHOLDERS,
     spatial_merge,
 )
+from tokencomp.conformance.features import Encoder, layouts
 from tokencomp.conformance.shrink import VOCABULARY
 
 GRID = (1, 3, 4)
-LAYOUTS = ("list", "stacked", "flat")
+# Arguments that take pixels, by family.
+PIXELS = ("pixel_values", "high_res_pixel_values", "pixel_values_images", "image_patches")
 # What stands around an image in the prompts of the families that look for it.
 MARKERS = (
     ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index"),
     ("vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index"),
 )
-
-
-@dataclass
-class VisionOutput(BaseModelOutputWithPooling):
-    """What image encoders return, with the fields that some families add."""
-
-    deepstack_features: Any = None
-    visual_indicator_features: Any = None
-    vision_outputs: Any = None
-    router_logits: Any = None
 
 
 class Prompts:
@@ -53,7 +42,7 @@ class Prompts:
     Parameters
     ----------
     tiny
-        The model. Its `get_image_features` is replaced for good.
+        The model. Its tower is replaced for good, see `Encoder`.
 
     Raises
     ------
@@ -64,81 +53,40 @@ class Prompts:
     def __init__(self, tiny: TinyModel, seed: int = 3) -> None:
         self.tiny, self.model = tiny, tiny.model
         self.image_id, self.medium = placeholder(tiny)
-        self._method = f"get_{self.medium}_features"
-        self._layout, self._width = LAYOUTS[0], tiny.text_config.hidden_size
-        self._features: list[Tensor] = []
-        self._replaced = [m for m in self._owners() if self._method in dir(m)]
-        if not self._replaced:
-            raise BuildError(f"{type(self.model).__name__} has no {self._method}")
+        self.encoder = Encoder(tiny, self.medium)
         self._names = set(inspect.signature(type(self.model).forward).parameters)
-        for module in self._replaced:
-            self._replace(module)
         self._find_layout(seed)
-
-    # -- features ---------------------------------------------------------------------------------
-
-    def _owners(self) -> list[nn.Module]:
-        """The modules whose `get_image_features` (or `get_audio_features`) may be called."""
-        modules = [self.model, getattr(self.model, "base_model", None)]
-        modules += [getattr(self.model, "model", None)]
-        return list(dict.fromkeys(m for m in modules if isinstance(m, nn.Module)))
-
-    def _replace(self, module: Any) -> None:
-        """Let a module of the tiny model return features, by a subclass of its class.
-
-        A method of the instance would count as another compression method's change.
-        """
-        own = type(module)
-
-        @functools.wraps(getattr(own, self._method))
-        def features(module: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._output()
-
-        names = {self._method: features, "__module__": own.__module__}
-        module.__class__ = type(own.__name__, (own,), names)
-
-    def _output(self) -> VisionOutput:
-        images = [f[:, : self._width] for f in self._features]
-        hidden = self.tiny.text_config.hidden_size
-        deep = [f[:, :hidden] * 0.3 for f in self._features]
-        layers = getattr(self.tiny.config, "deepstack_layer_map", None)
-        return VisionOutput(
-            last_hidden_state=torch.stack(images),
-            pooler_output=self._arranged(images),
-            deepstack_features=[(layer, deep) for _, layer in layers] if layers else [deep, deep],
-            visual_indicator_features=torch.ones(8, hidden),
-        )
-
-    def _arranged(self, images: list[Tensor]) -> Any:
-        if self._layout == "list":
-            return images
-        return torch.stack(images) if self._layout == "stacked" else torch.cat(images)
 
     def _find_layout(self, seed: int) -> None:
         """Take the first length, width and layout of features that the model accepts."""
-        errors = []
+        errors, encoder = [], self.encoder
         counts = self.tiny.variant.image_tokens
-        for count, width, layout in itertools.product(counts, self._widths(), LAYOUTS):
+        for count, width, layout in itertools.product(counts, encoder.widths(), layouts()):
             generator = torch.Generator().manual_seed(seed)
             self.rows = [self._row(words, count, generator) for words in ((4, 3, 5), (2, 4))]
-            self._layout, self._width = layout, width
+            encoder.layout, encoder.width = layout, width
             try:
                 self.forward(self.inputs())
-                return
+                break
             except Exception as error:
                 errors.append(f"{count} × {width} {layout}: {type(error).__name__}: {error}"[:300])
-        raise BuildError("no layout of features fits: " + " | ".join(errors))
+        else:
+            self._check_words()
+            raise BuildError("no layout of features fits: " + " | ".join(errors))
+        if not encoder.calls:
+            name = type(self.model).__name__
+            raise BuildError(f"forward of {name} in this release never encodes the media of a call")
 
-    def _widths(self) -> list[int]:
-        """The decoder's width, and that of the input of a projector that is a part of the body."""
-        widths = [self.tiny.text_config.hidden_size]
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.Linear) and "projector" in name:
-                widths.append(module.in_features)
-                break
-        return widths
-
-    # -- inputs -----------------------------------------------------------------------------------
+    def _check_words(self) -> None:
+        """Raise `BuildError` where the model itself fails, without media or compression."""
+        words = self.inputs()
+        try:
+            self.forward({name: words[name] for name in ("input_ids", "attention_mask")})
+        except Exception as error:
+            raise BuildError(
+                f"{type(self.model).__name__} of this transformers release fails by itself, on a "
+                f"prompt of words: {type(error).__name__}: {error}"
+            ) from error
 
     def _row(
         self, words: tuple[int, ...], per_image: int, generator: torch.Generator
@@ -151,7 +99,7 @@ class Prompts:
                 ids += [*before, *[self.image_id] * per_image, *after]
             ids += torch.randint(120, 480, (n,), generator=generator).tolist()
         count = len(words) - 1
-        features = torch.randn(count, per_image, max(self._widths()), generator=generator)
+        features = torch.randn(count, per_image, max(self.encoder.widths()), generator=generator)
         for offset in self.tiny.variant.newlines:
             newline = self.model.model.image_newline.detach()
             features[:, offset, : len(newline)] = newline
@@ -176,19 +124,20 @@ class Prompts:
         width = max(map(len, ids))
         table = torch.tensor([[0] * (width - len(row)) + row for row in ids])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
-        self._features = [image for _, images in chosen for image in images]
+        self.encoder.images = [image for _, images in chosen for image in images]
         return {"input_ids": table, "attention_mask": mask, **self._media(table, mask)}
 
     def _media(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         """The arguments that come with images."""
-        images = len(self._features)
+        images = len(self.encoder.images)
         if self.medium == "audio":
-            sound = torch.zeros(images, 8, 16)
-            names = ("input_features", "input_values", "input_features_mask")
-            return {name: sound for name in names if name in self._names}
-        values: dict[str, Any] = {"pixel_values": torch.zeros(images, 3, 8, 8)}
-        if "high_res_pixel_values" in self._names:
-            values["high_res_pixel_values"] = values["pixel_values"]
+            return self._sound(images)
+        # Families that name the sizes of images in patches pack the patches of all in one row.
+        shape = (1 if "target_sizes" in self._names else images, 3, 8, 8)
+        names = [name for name in PIXELS if name in self._names] or PIXELS[:1]
+        values: dict[str, Any] = {name: torch.zeros(shape) for name in names}
+        if "qformer_input_ids" in self._names:  # the question, which the tower reads as well
+            values["qformer_input_ids"] = torch.zeros(images, 4, dtype=torch.long)
         kinds = (ids == self.image_id).long()
         if "mm_token_type_ids" in self._names:
             values["mm_token_type_ids"] = kinds
@@ -200,6 +149,15 @@ class Prompts:
             merge = spatial_merge(self.tiny.config)
             grid = (GRID[0], GRID[1] * merge, GRID[2] * merge)
             values["image_grid_thw"] = torch.tensor([grid] * images)
+        return values
+
+    def _sound(self, clips: int) -> dict[str, Any]:
+        """The arguments that come with clips of sound."""
+        names = [name for name in ("input_features", "input_values") if name in self._names]
+        values: dict[str, Any] = {name: torch.zeros(clips, 8, 16) for name in names}
+        if "input_features_mask" in self._names:
+            tokens = self.encoder.images[0].shape[0]
+            values["input_features_mask"] = torch.ones(clips, tokens, dtype=torch.bool)
         return values
 
     def _token_types(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -214,8 +172,6 @@ class Prompts:
         """Where visual tokens stand, bool (B, L)."""
         result: Tensor = self.inputs()["input_ids"] == self.image_id
         return result
-
-    # -- calls ------------------------------------------------------------------------------------
 
     @property
     def own_positions(self) -> bool:

@@ -18,11 +18,13 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(
         ("hidden_size", "dim", "d_model", "block_dim", "conv_dim", "conv_dim_out"), WIDTH
     ),
+    "word_embed_proj_dim": WIDTH,
     **dict.fromkeys(("intermediate_size", "ffn_dim", "block_ff_dim", "intermediate_size_mlp"), 96),
     **dict.fromkeys(("dense_intermediate_size", "block_intermediate_size"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("share_expert_dim", "shared_intermediate_size"), 32),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_latent_size"), 32),
+    **dict.fromkeys(("shared_experts_intermediate_size", "moe_hidden_size"), 32),
     **dict.fromkeys(("num_attention_heads", "mamba_num_heads", "linear_num_value_heads"), HEADS),
     **dict.fromkeys(
         ("num_key_value_heads", "num_global_key_value_heads", "linear_num_key_heads"), 2
@@ -47,6 +49,10 @@ SIZES: dict[str, int] = {
     "num_kv_shared_layers": 0,
     "max_position_embeddings": 4096,
 }
+KINDS = ("layer_types", "layers_block_type")
+"""Names of the list with the kind of every layer."""
+PER_LAYER = "per_layer_config"
+"""Name of the mapping from numbers of layers to fields in which they differ from the others."""
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "decoder_layers")
 NO_ARGUMENTS = (
     *("model_type", "transformers_version", "architectures", "_name_or_path", "dtype"),
@@ -73,21 +79,22 @@ def tiny_text_config(config: Any, mrope: bool = False, **overrides: Any) -> Any:
         Whatever the class of the config raises for sizes it cannot take.
     """
     values = {k: v for k, v in config.to_dict().items() if k not in NO_ARGUMENTS}
-    kinds = overrides.get("layer_types", values.get("layer_types"))
+    listed = next((name for name in KINDS if overrides.get(name) or values.get(name)), KINDS[0])
+    kinds = overrides.get(listed, values.get(listed))
     old_depth = next((values[name] for name in DEPTHS if name in values), 0)
     chosen = pick_layers(kinds) if kinds else list(range(min(4, old_depth or 4)))
     changed: dict[str, Any] = {name: len(chosen) for name in DEPTHS if name in values}
     for name, value in values.items():
-        if isinstance(value, list) and name != "layer_types":
+        if isinstance(value, list) and name != listed:
             if len(value) in {old_depth, len(kinds or ())} - {0}:
                 changed[name] = _per_layer(name, value, chosen)
-        elif name in SIZES and value and not isinstance(value, bool | dict | list):
-            changed[name] = SIZES[name]
+            elif name in SIZES:  # by kind of expert
+                changed[name] = [SIZES[name]] * len(value)
+    changed |= small_sizes(values)
     if kinds:
-        changed["layer_types"] = [kinds[i] for i in chosen]
-    if values.get("kv_lora_rank"):  # latent attention has as many keys as queries
-        changed["num_key_value_heads"] = HEADS
-        changed["head_dim"] = 16
+        changed[listed] = [kinds[i] for i in chosen]
+    if isinstance(values.get(PER_LAYER), dict):
+        changed[PER_LAYER] = _layer_fields(values, chosen)
     changed |= overrides
     width = changed.get("head_dim") or WIDTH // HEADS
     for name in ("rope_parameters", "rope_scaling"):
@@ -98,6 +105,30 @@ def tiny_text_config(config: Any, mrope: bool = False, **overrides: Any) -> Any:
         return type(config)(**{**values, **known})
     except Exception:
         return type(config)(**known)
+
+
+def small_sizes(values: Mapping[str, Any]) -> dict[str, int]:
+    """The fields that give sizes, with small ones."""
+    small = {
+        name: SIZES[name]
+        for name, value in values.items()
+        if name in SIZES and value and not isinstance(value, bool | dict | list)
+    }
+    if values.get("kv_lora_rank"):  # latent attention has as many keys as queries
+        small |= {"num_key_value_heads": HEADS, "head_dim": 16}
+    return small
+
+
+def _layer_fields(values: Mapping[str, Any], chosen: list[int]) -> dict[str, dict[str, int]]:
+    """Small sizes of the chosen layers that differ from the others, by their new number."""
+    own = {int(layer): fields for layer, fields in values[PER_LAYER].items()}
+    result = {}
+    for new, old in enumerate(chosen):
+        if old in own:
+            result[str(new)] = small_sizes({"kv_lora_rank": values.get("kv_lora_rank"), **own[old]})
+            if "qk_nope_head_dim" in own[old]:
+                result[str(new)]["head_dim"] = HEAD_DIM  # with and without rotation
+    return result
 
 
 def pick_layers(kinds: list[str]) -> list[int]:

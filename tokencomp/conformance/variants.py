@@ -28,6 +28,9 @@ class Variant:
         What this form has; "" where a type has one form.
     text, top
         Fields of the text config, and of the config of the whole model (with dots: inside of it).
+    text_type
+        Model type of the text config, where the default one of some releases is of another; "":
+        the default one.
     image_tokens
         Tokens of an image to try: 3 × 4 (or no grid), or as many with a line break per row.
     newlines
@@ -37,6 +40,7 @@ class Variant:
     name: str = ""
     text: dict[str, Any] = field(default_factory=dict)
     top: dict[str, Any] = field(default_factory=dict)
+    text_type: str = ""
     image_tokens: tuple[int, ...] = (12, 15)
     newlines: tuple[int, ...] = ()
 
@@ -65,6 +69,9 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     ),
     # Checkpoints have kinds of layers that the default config does not.
     "step3p7": (Variant(text={"layer_types": [FULL, SLIDING] * 2, "sliding_window": 8}),),
+    # transformers clips the time steps of Mamba-2 from below in the prefill, and not in decoding:
+    # logits differ by 1e-3 without any compression.
+    **dict.fromkeys(("nemotron_h_omni", "nemo_speechlm"), (Variant(text={"time_step_min": 1e-9}),)),
     "lfm2_vl": (Variant(text={"layer_types": ["conv", "conv", FULL, "conv"]}),),
     "cohere_compass": (
         Variant(
@@ -90,12 +97,31 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
             }
         ),
     ),
+    "diffusion_gemma": (
+        Variant(text={"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}),
+    ),
+    "instructblip": (Variant(text_type="llama"),),
     "granite4_vision": (
-        Variant(top={"deepstack_layer_map": [(-1, 0), (-2, 2)], "downsample_rate": "4/8"}),
+        Variant(
+            top={"deepstack_layer_map": [(-1, 0), (-2, 2)], "downsample_rate": "4/8"},
+            text_type="granite4_vision_text",
+        ),
     ),
     "perception_lm": (Variant(top={"vision_config.model_args": {"embed_dim": 64}}),),
     "qwen2_5_omni_thinker": (Variant(top=OMNI),),
     "qwen3_omni_moe_thinker": (Variant(top=OMNI),),
+    # Without the talker, which reads what the thinker has written.
+    **dict.fromkeys(
+        ("qwen2_5_omni", "qwen3_omni_moe"),
+        (
+            Variant(
+                top={
+                    "enable_audio_output": False,
+                    **{f"thinker_config.{name}": value for name, value in OMNI.items()},
+                }
+            ),
+        ),
+    ),
     "minimax_m3_vl": (
         Variant(
             text={
@@ -115,7 +141,8 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
             "hashed n-grams",
             text={
                 **QWEN4,
-                "ple_layer_ids": [1, 2],
+                "ple_layer_ids": [1, 3],
+                "eos_token_id": 2,
                 "ple_embed_dim": 32,
                 "ngram_vocab_size_base": 64,
                 "split_ngram_parts": 1,

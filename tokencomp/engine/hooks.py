@@ -33,6 +33,7 @@ from tokencomp.engine.decode import LaterTokens, compact_cache, first_layer, spl
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.gate import CallGate
 from tokencomp.engine.outputs import restore_states
+from tokencomp.engine.own_embeddings import with_embeddings
 from tokencomp.engine.parallel import refuse_replica
 from tokencomp.engine.plan_hooks import PlanHooks
 from tokencomp.engine.prefill import ChunkedPrefill, whole_output
@@ -255,6 +256,8 @@ class Hooks:
         """Arguments of a decoder call; None where they stay as they are."""
         kinds, cache = self._kinds_of(kwargs), compat.get_cache(kwargs)
         if kinds is not None and kinds.numpy().any():
+            if kwargs.get("inputs_embeds") is None:
+                kwargs = with_embeddings(module, kwargs)
             if self.plan.active:
                 check_cache(cache, bool(self.plan.layer_stages))
                 kwargs, prepared = split_mask(kwargs, cache, self._local.body_mask)

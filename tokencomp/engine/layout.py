@@ -271,9 +271,15 @@ def take(
 
     if valid is not None:
         index = index.masked_fill(~valid, -1)
+    # Complex rotary tables (Llama 4) are moved as pairs of real numbers.
+    real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    dims = [d % t.ndim for d, t in zip(dims, tensors, strict=True)]
     with checked():  # the index comes from a layout, so the host need not wait to look at it
-        gathered: list[Tensor] = gather_rows(tensors, index, dims, [dim - 1 for dim in dims])
-    return gathered
+        rows: list[Tensor] = gather_rows(real, index, dims, [dim - 1 for dim in dims])
+    return [
+        torch.view_as_complex(row) if t.is_complex() else row
+        for row, t in zip(rows, tensors, strict=True)
+    ]
 
 
 def write_merged(x: Tensor, place: Tensor | None, reduction: Reduction | None) -> None:

@@ -7,8 +7,6 @@ the module's own, whatever its family, and neither the module nor its config cha
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +18,13 @@ from tokencomp.engine import compat
 from tokencomp.engine.attribute_view import AttributeView
 from tokencomp.engine.layout import take
 from tokencomp.engine.parallel import tensor_parallel_group, unwrapped
+from tokencomp.engine.shallow_copy import shallow_copy
 from tokencomp.errors import UnsupportedModelError
 
 NAME = "tokencomp_tap"
 FIX = "Use a reducer without attention, such as 'divprune'."
 # What changes the logits beyond scale and RoPE, as transformers passes it to a backend.
 OTHER_LOGITS = ("softcap", "s_aux", "sinks", "position_bias")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass
@@ -139,7 +137,7 @@ def tap(
         The module does not call a backend that its config names, or changes logits in other ways.
     """
     compat.register_attention(NAME, _tap)
-    clone = _copied(attn)
+    clone = shallow_copy(attn)
     clone.config = AttributeView(attn.config, _attn_implementation=NAME)
     if tensor_parallel_group(attn) is None:  # else a rank's width is not the module's
         for name in skipped:
@@ -150,7 +148,7 @@ def tap(
         clone._modules["q_proj"] = _SomeRows(attn.q_proj, rows)
     run = clone
     if root is not attn:
-        run = _copied(unwrapped(root))
+        run = shallow_copy(unwrapped(root))
         name = next(name for name, child in run.named_children() if unwrapped(child) is attn)
         run._modules[name] = clone
     call = {"attention_mask": None, **arguments}
@@ -162,14 +160,3 @@ def tap(
         f"{type(attn).__name__} does not call the attention backend that its config names, so its "
         f"queries and keys are unknown. {FIX}"
     )
-
-
-def _copied(module: nn.Module) -> Any:
-    """A copy that shares parameters and submodules, without the hooks of the original."""
-    clone = object.__new__(type(module))
-    clone.__dict__.update(module.__dict__)
-    clone.__dict__.pop("forward", None)  # as accelerate replaces it
-    clone.__dict__["_modules"] = copy.copy(module._modules)
-    for name in [n for n in vars(module) if n.startswith(HOOKS)]:
-        clone.__dict__[name] = OrderedDict()
-    return clone

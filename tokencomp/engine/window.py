@@ -9,13 +9,21 @@ from typing import Any
 
 from tokencomp.engine import compat
 from tokencomp.engine.cache_rows import keeps_window
-from tokencomp.errors import UnsupportedModelError
+from tokencomp.errors import RowIndexedAttentionError, UnsupportedModelError
 
 FULL, INDEXED = "full_attention", "indexed_attention"
 SLIDING, CHUNKED = "sliding_attention", "chunked_attention"
 LINEAR = frozenset({"linear_attention", "conv"})  # they keep a state, and take a 2-D mask
 WITHOUT_ATTENTION = frozenset({"moe", "mlp"})
 SERVED = LINEAR | WITHOUT_ATTENTION | {FULL, INDEXED, SLIDING, CHUNKED}
+# Fields of configs that let attention depend on the numbers of rows, where they are above 1.
+BY_ROW = {
+    "index_kpool": "an indexer scores pools of {} consecutive rows",
+    "indexer_compress_ratio": "an indexer scores groups of {} consecutive rows",
+    "index_block_size": "sparse layers choose blocks of {} consecutive rows",
+    "rel_extent": "attention adds a bias by the number of rows between two tokens, up to {}",
+}
+BLOCKS = "minimax_m3_sparse"
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,8 @@ class Windows:
 
         Raises
         ------
+        RowIndexedAttentionError
+            What a layer attends to depends on the numbers of rows.
         UnsupportedModelError
             A layer is of a kind that tokencomp does not know.
         """
@@ -62,12 +72,13 @@ class Windows:
             code = vars(sys.modules[type(decoder).__module__])
             applies = sliding is not None and "create_sliding_window_causal_mask" in code
             kinds, cut = (SLIDING if applies else FULL,) * count, None if applies else sliding
+        _refuse_row_numbers(decoder, kinds)
         unknown = set(kinds) - SERVED
         if unknown:
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} has {', '.join(sorted(unknown))} layers. Known are "
-                f"{', '.join(sorted(SERVED))}: what other layers see depends on how many rows "
-                "stand before a token, so dropping would not equal masking. Run it without patch()."
+                f"{', '.join(sorted(SERVED))}: nobody has checked that dropping tokens from other "
+                "layers equals masking them. Run it without patch()."
             )
         own = {kind: int(size) for kind, size in sizes.items() if size and kind in kinds}
         return cls(kinds, own, bool(names), cut)
@@ -88,6 +99,26 @@ class Windows:
     def linear(self) -> bool:
         """Whether a layer keeps a state instead of rows."""
         return not LINEAR.isdisjoint(self.kinds)
+
+
+def _refuse_row_numbers(decoder: Any, kinds: Sequence[str]) -> None:
+    """Refuse layers whose attention would change for other tokens when one is dropped.
+
+    Raises
+    ------
+    RowIndexedAttentionError
+    """
+    for name, reason in BY_ROW.items():
+        value = getattr(decoder.config, name, None)
+        if not isinstance(value, int) or value <= 1:
+            continue
+        if name == "index_block_size" and BLOCKS not in kinds:
+            continue
+        raise RowIndexedAttentionError(
+            f"{type(decoder).__name__}: {reason.format(value)} ({name} of its config), so that "
+            "dropping a token would not equal masking it: the rows behind it would count "
+            "differently. Run it without patch()."
+        )
 
 
 def check_windows(

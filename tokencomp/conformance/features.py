@@ -1,0 +1,149 @@
+"""Features of random numbers in the place of those that a vision or audio tower would return.
+
+`get_image_features` (or `get_audio_features`) of a model returns them, in the layout in which the
+rest of the model takes them. That layout differs between families and releases, so all of them
+are tried.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from tokencomp.conformance.build import BuildError, TinyModel
+
+
+@dataclass
+class EncoderOutput(BaseModelOutputWithPooling):
+    """What encoders of media return, with the fields that some families add."""
+
+    deepstack_features: Any = None
+    visual_indicator_features: Any = None
+    vision_outputs: Any = None
+    qformer_outputs: Any = None
+    router_logits: Any = None
+    audio_mask: Any = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How features of several images are put together.
+
+    Attributes
+    ----------
+    whole
+        Class of what the method returns: `EncoderOutput`, or `Tensor` for nothing but features.
+    pooled, deep
+        "list" of (tokens, d) per image, "stacked" (images, tokens, d), or "flat" (all tokens, d):
+        of the features, and of those that are added in each of the first layers.
+    """
+
+    pooled: str = "list"
+    deep: str = "list"
+    whole: type = EncoderOutput
+
+    def __str__(self) -> str:
+        return f"{self.pooled}, deepstack {self.deep}"
+
+
+def layouts() -> Iterator[Layout]:
+    """All known layouts, frequent ones first."""
+    for deep, pooled in itertools.product(("list", "flat"), ("list", "stacked", "flat")):
+        yield Layout(pooled, deep)
+    yield Layout("stacked", whole=Tensor)
+
+
+def arranged(images: list[Tensor], how: str) -> Any:
+    """Features of all images, one tensor (tokens, d) each, in a layout."""
+    if how == "list":
+        return images
+    return torch.stack(images) if how == "stacked" else torch.cat(images)
+
+
+class Encoder:
+    """Stands for the tower of a tiny model.
+
+    Parameters
+    ----------
+    tiny
+        The model. The method that encodes media is replaced for good.
+    medium
+        "image" or "audio".
+
+    Attributes
+    ----------
+    images : list of Tensor, shape (tokens, d)
+        Features of the next call; of each, the first `width` numbers count.
+    layout, width
+        As they are returned.
+    calls
+        How often they were returned.
+
+    Raises
+    ------
+    BuildError
+        The model has no such method.
+    """
+
+    def __init__(self, tiny: TinyModel, medium: str) -> None:
+        self.tiny, self._method = tiny, f"get_{medium}_features"
+        self.layout, self.width = Layout(), tiny.text_config.hidden_size
+        self.images: list[Tensor] = []
+        self.calls = 0
+        replaced = [m for m in self._owners() if self._method in dir(m)]
+        if not replaced:
+            raise BuildError(f"{type(tiny.model).__name__} has no {self._method}")
+        for module in replaced:
+            self._replace(module)
+
+    def _owners(self) -> list[nn.Module]:
+        """The modules whose method may be called."""
+        model = self.tiny.model
+        modules = [model, *(getattr(model, name, None) for name in ("base_model", "model"))]
+        return list(dict.fromkeys(m for m in modules if isinstance(m, nn.Module)))
+
+    def _replace(self, module: Any) -> None:
+        """Let a module of the tiny model return features, by a subclass of its class.
+
+        A method of the instance would count as another compression method's change.
+        """
+        own = type(module)
+
+        @functools.wraps(getattr(own, self._method))
+        def features(module: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._output()
+
+        names = {self._method: features, "__module__": own.__module__}
+        module.__class__ = type(own.__name__, (own,), names)
+
+    def _output(self) -> Any:
+        self.calls += 1
+        images = [f[:, : self.width] for f in self.images]
+        if self.layout.whole is Tensor:
+            return torch.stack(images)
+        hidden = self.tiny.text_config.hidden_size
+        deep = arranged([f[:, :hidden] * 0.3 for f in self.images], self.layout.deep)
+        layers = getattr(self.tiny.config, "deepstack_layer_map", None)
+        stacked = torch.stack(images)
+        return EncoderOutput(
+            last_hidden_state=stacked,
+            pooler_output=arranged(images, self.layout.pooled),
+            deepstack_features=[(layer, deep) for _, layer in layers] if layers else [deep, deep],
+            visual_indicator_features=torch.ones(8, hidden),
+            audio_mask=torch.ones(stacked.shape[:2], dtype=torch.bool),
+        )
+
+    def widths(self) -> list[int]:
+        """The decoder's width, and those of the inputs of projectors behind the tower."""
+        widths = [self.tiny.text_config.hidden_size]
+        for name, module in self.tiny.model.named_modules():
+            if isinstance(module, nn.Linear) and "projector" in name:
+                widths.append(module.in_features)
+        return list(dict.fromkeys(widths))[:3]
