@@ -78,6 +78,19 @@ def test_runlength_keeps_what_changed() -> None:
     assert best <= own and {(2, 1), (3, 4), (4, 4)} <= own
 
 
+@pytest.mark.parametrize("by", ["thumbnails", "even"])
+def test_keyframes_of_features(by: str) -> None:
+    """Frames by their means, then tokens of these frames, both by k-centre."""
+    torch.manual_seed(6)
+    frames = torch.randn(7, 6, 5) + 2 * torch.randn(7, 1, 5)
+    kept = make_reducer("keyframes", by=by, slack=1.5).reduce(
+        span(frames.flatten(0, 1), (7, 2, 3)), 11
+    )
+    chosen = greedy(frames.mean(1), 3) if by == "thumbnails" else [1, 3, 5]
+    tokens = greedy(frames[chosen].flatten(0, 1), 11)
+    assert kept.keep.tolist() == [chosen[i // 6] * 6 + i % 6 for i in tokens]
+
+
 def test_a_small_budget_is_not_all_first_frame() -> None:
     torch.manual_seed(4)
     frames = torch.randn(4, 9, 5)

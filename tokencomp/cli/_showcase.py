@@ -9,6 +9,7 @@ from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.cost import Cost, prefill_costs
 from tokencomp.evaluation.patches import patched
 from tokencomp.evaluation.settings import Setting
+from tokencomp.inputs.frames import frame_plan
 from tokencomp.inputs.prompts import build_inputs, generate, prompt_lengths, to_model
 from tokencomp.inputs.questions import media_kind
 from tokencomp.pages.demo_data import Answer
@@ -45,9 +46,10 @@ class PromptMaker:
         return [[shrink(m, setting.ratio) for m in row] for row in self.media]
 
     def inputs(self, setting: Setting) -> dict[str, Any]:
-        key = setting if setting.input_baseline else None
+        plan = frame_plan(self.model, setting)
+        key = setting if setting.input_baseline or plan else None
         if key not in self._inputs:
-            inputs = build_inputs(self.processor, self.media_for(setting), self.texts)
+            inputs = build_inputs(self.processor, self.media_for(setting), self.texts, plan)
             self._inputs[key] = to_model(inputs, self.model)
         return self._inputs[key]
 

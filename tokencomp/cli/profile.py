@@ -96,6 +96,7 @@ def _real(
     from tokencomp.cli._showcase import PromptMaker
     from tokencomp.errors import OptionError
     from tokencomp.evaluation.patches import patched
+    from tokencomp.inputs.frames import frame_plan
     from tokencomp.inputs.loading import load_model
     from tokencomp.inputs.prompts import build_inputs, to_model
 
@@ -107,10 +108,10 @@ def _real(
     loaded, processor = load_model(model, device=device, dtype=dtype)
     maker, variants = PromptMaker(loaded, processor, [media], [question]), {}
     for setting in settings_of(loaded):
-        shrunk, times = maker.media_for(setting), []
+        shrunk, plan, times = maker.media_for(setting), frame_plan(loaded, setting), []
         for _ in range(3):
             start = time.perf_counter()
-            inputs = build_inputs(processor, shrunk, [question])
+            inputs = build_inputs(processor, shrunk, [question], plan)
             times.append(time.perf_counter() - start)
         patch = functools.partial(patched, loaded, setting)
         variants[setting] = (patch, to_model(inputs, loaded), statistics.median(times))

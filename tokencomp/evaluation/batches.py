@@ -15,6 +15,7 @@ from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.cost import Cost, prefill_costs
 from tokencomp.evaluation.patches import Patches
 from tokencomp.evaluation.settings import Setting
+from tokencomp.inputs.frames import frame_plan
 from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.inputs.questions import Example
 
@@ -81,6 +82,7 @@ class Answerer:
         self.models, self.processor, self.patches, self.how = models, processor, patches, how
         self.disable_adapters, self.around = disable_adapters, around
         self.plain = next(iter(models.values()))
+        self._own: dict[Setting, bool] = {}
         ids = list(adapter_for(self.plain).placeholder_ids())
         self.shrinkers = {
             s.reducer: EqualTokens(processor, ids, s.name) for s in settings if s.input_baseline
@@ -88,11 +90,19 @@ class Answerer:
 
     def inputs(self, rows: Sequence[Loaded], setting: Setting | None = None) -> dict[str, Any]:
         """What the processor makes of a batch; input baselines shrink the media first."""
+        plan = None if setting is None else frame_plan(self.models[setting.variant], setting)
         media = [m for _, m in rows]
         if setting is not None and setting.input_baseline:
             shrink = self.shrinkers[setting.reducer].shrink
             media = [[shrink(m, setting.ratio) for m in row] for row in media]
-        return build_inputs(self.processor, media, [e.prompt for e, _ in rows])
+        return build_inputs(self.processor, media, [e.prompt for e, _ in rows], plan)
+
+    def has_own_inputs(self, setting: Setting) -> bool:
+        """Whether other settings cannot use the inputs of this one."""
+        if setting not in self._own:
+            frames = frame_plan(self.models[setting.variant], setting) is not None
+            self._own[setting] = setting.input_baseline or frames
+        return self._own[setting]
 
     def answer(
         self, setting: Setting, rows: Sequence[Loaded], inputs: dict[str, Any], answers: Answers

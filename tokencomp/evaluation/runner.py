@@ -191,7 +191,7 @@ class _Sweep:
             if not rows:
                 continue
             try:
-                if setting.input_baseline or len(rows) < len(loaded):
+                if self.answerer.has_own_inputs(setting) or len(rows) < len(loaded):
                     inputs = self.answerer.inputs(rows, setting)
                 else:
                     inputs = shared = shared or self.answerer.inputs(loaded)

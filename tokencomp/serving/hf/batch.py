@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from tokencomp.inputs.frames import frame_plan
 from tokencomp.inputs.prompts import chat_inputs, to_model
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.prompt import Prompt
 
 
 def build_inputs(model: Any, processor: Any, prompts: list[Prompt]) -> dict[str, Any]:
-    """One left-padded batch on the model's device.
+    """One left-padded batch on the model's device, of prompts with equal specs.
 
     Raises
     ------
@@ -21,8 +22,9 @@ def build_inputs(model: Any, processor: Any, prompts: list[Prompt]) -> dict[str,
     videos = [video for prompt in prompts for video in prompt.videos]
     samplings = [sampling for prompt in prompts for sampling in prompt.samplings]
     try:
+        plan = frame_plan(model, prompts[0].spec)
         chats = [prompt.chat for prompt in prompts]
-        inputs = chat_inputs(processor, chats, images, videos, samplings)
+        inputs = chat_inputs(processor, chats, images, videos, samplings, plan)
     except Exception as error:  # templates and processors raise undocumented types
         raise RequestError(f"the model's processor refuses the prompt: {error}") from error
     return to_model(inputs, model)
