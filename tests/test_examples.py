@@ -13,16 +13,34 @@ FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(p for p in FOLDER.glob("*.py") if not p.stem.startswith("serve_"))
 
 
-def example(path: Path) -> object:
-    """A training takes minutes on a busy machine, so plain pytest leaves it out."""
-    marks = [pytest.mark.long] if path.stem.startswith("train_") else []
-    return pytest.param(path, id=path.stem, marks=marks)
+# Runs the scripts that its arguments name, and prints a line before each.
+DRIVER = """
+import runpy, sys
+for path in sys.argv[1:]:
+    print("==", path, flush=True)
+    runpy.run_path(path, run_name="__main__")
+"""
 
 
-@pytest.mark.parametrize("path", map(example, EXAMPLES))
-def test_example(path: Path) -> None:
+def run(*paths: Path) -> list[str]:
+    """What each script prints. They share a process: starting one takes most of the time."""
+    command = [sys.executable, "-c", DRIVER, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{done.stdout[-500:]}\n{done.stderr[-2000:]}"
+    return [part.partition("\n")[2] for part in done.stdout.split("== ")[1:]]
+
+
+def test_examples() -> None:
+    paths = [path for path in EXAMPLES if not path.stem.startswith("train_")]
+    printed = run(*paths)
+    assert len(printed) == len(paths) == 3 and all(text.strip() for text in printed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "path", [p for p in EXAMPLES if p.stem.startswith("train_")], ids=lambda path: path.stem
+)
+def test_training_example(path: Path) -> None:
     if path.stem == "train_adsc":
         pytest.importorskip("peft")
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip()
+    assert run(path)[0].strip()

@@ -47,19 +47,19 @@ def test_something_is_packaged():
 def test_answers_held_out_items_from_files(loaded):
     """Items never trained on, read from JPEG and mp4: at least 80 %, chance is below 30 %."""
     name, model, processor = loaded
-    rows = evaluate(model, processor, items("validation", 20, bars(name)), batch=20)
-    assert len(rows) == 20 * len(bars(name))
+    rows = evaluate(model, processor, items("validation", 10, bars(name)), batch=10)
+    assert len(rows) == 10 * len(bars(name))
     assert sum(row["correct"] for row in rows) >= 0.8 * len(rows), by_family(rows)
 
 
 def test_image_matters(loaded):
     """The same questions about the wrong pictures are answered much worse."""
     _, model, processor = loaded
-    some = list(items("validation", 30, ("attribute",)))
+    some = list(items("validation", 16, ("attribute",)))
     right = [one.answer for one in some]
     wrong = [one.image() for one in some[1:] + some[:1]]
     told = answer(model, processor, wrong, [one.question for one in some])
-    assert sum(a == b for a, b in zip(told, right, strict=True)) < 15
+    assert sum(a == b for a, b in zip(told, right, strict=True)) < 8
 
 
 def test_multiple_choice_in_a_padded_batch_equals_singles(loaded):
