@@ -237,9 +237,10 @@ def check_batch(case: Case, ratio: float, family: Family) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("ratio", [0.3, 0.75, 0.95])
-@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
-def test_batch_equals_singles(case: Case, ratio: float, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "ratio"), [("qwen2_vl", 0.3), ("llava_onevision", 0.75), ("qwen2_vl", 0.95)]
+)
+def test_batch_equals_singles(case: Case, name: str, ratio: float) -> None:
     """Every option set, with three-row and with one-row positions."""
     check_batch(case, ratio, FAMILIES[name])
 

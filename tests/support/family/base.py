@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -35,6 +37,13 @@ class Family:
         raise NotImplementedError
 
     def build(self, backend: str = "sdpa", seed: int = 0) -> nn.Module:
+        """A model of the caller's own: thousands of tests copy one that was built once."""
+        model, state = self._built(backend, seed)
+        torch.set_rng_state(state)  # as building leaves it
+        return copy.deepcopy(model)
+
+    @functools.cache  # noqa: B019
+    def _built(self, backend: str, seed: int) -> tuple[nn.Module, Tensor]:
         torch.manual_seed(seed)
         model = self.model_class()(self.config()).eval()
         with torch.no_grad():
@@ -48,7 +57,7 @@ class Family:
         model.generation_config.pad_token_id = PAD
         model.generation_config.eos_token_id = NO_EOS
         model.generation_config.do_sample = False
-        return model
+        return model, torch.get_rng_state()
 
     def model_class(self) -> type:
         raise NotImplementedError
