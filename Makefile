@@ -25,5 +25,6 @@ docs:  ## rebuild every page and picture from the stored results
 	for page in models.prefill models.chunked_prefill models.tower serving.run serving.ratio_zero \
 	  serving.positions peers.run; do \
 	  $(PYTHON) -m benchmarks.$$page --report > /dev/null || exit 1; done
+	$(PYTHON) -m benchmarks.gpu.recompute
 	$(PYTHON) -m benchmarks.kernels.roofline
 	$(PYTHON) -m benchmarks.picture

@@ -64,7 +64,30 @@ def chat_inputs(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return dict(processor(text=texts, padding=True, return_tensors="pt", **media))
+
+    def call(**given: Any) -> dict[str, Tensor]:
+        return dict(processor(text=texts, padding=True, return_tensors="pt", **given))
+
+    try:
+        return call(**media)
+    except ValueError:
+        if not images or len(chats) < 2:
+            raise
+        # Gemma 3's processor takes a list of images per prompt.
+        return call(**{**media, "images": _per_row(chats, images)})
+
+
+def _per_row(chats: Sequence[Chat], images: Sequence[Any]) -> list[list[Any]]:
+    """The images of each conversation."""
+    left = iter(images)
+    return [
+        [next(left) for m in chat for part in _parts(m) if part["type"] == "image"]
+        for chat in chats
+    ]
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    return [] if isinstance(message["content"], str) else message["content"]
 
 
 def build_inputs(

@@ -1,0 +1,174 @@
+"""Result files that readers send: their schema, and how they are made from run folders.
+
+A file holds one bit per item and method, not the answers, so that every paired statistic can be
+computed again, and nothing that a benchmark's licence would keep from being published.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from benchmarks.gpu.catalogue import TABLES
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.packed import PackedAnswers
+from tokencomp.evaluation.runs import EvalRun, find_runs
+from tokencomp.evaluation.settings import FULL
+
+FORMAT = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Row(_Strict):
+    """What one setting cost, and lmms-eval's own scores."""
+
+    label: str
+    reducer: str
+    ratio: float = Field(ge=0, lt=1)
+    options: dict[str, Any]
+    frames: int = Field(ge=1)
+    reached: float = Field(ge=-0.5, lt=1)
+    visual_tokens: float = Field(gt=0)
+    flops: float = Field(gt=0)
+    kv_bytes: float = Field(gt=0)
+    seconds: float = Field(ge=0)
+    failed: int = Field(ge=0)
+    scores: dict[str, dict[str, float]]
+
+
+class About(_Strict):
+    """What the numbers depend on."""
+
+    model: str
+    weights: str
+    dtype: str
+    tasks: list[str]
+    data: list[str]
+    limit: int | None
+    date: str
+    commit: str = Field(pattern=r"^[0-9a-f]{40}$", description="Of a checkout without changes.")
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+
+
+class Contribution(_Strict):
+    """One file under `results/`."""
+
+    format: Literal[1] = FORMAT
+    table: str
+    about: About
+    rows: list[Row] = Field(min_length=1)
+    answers: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Contribution:
+        packed = PackedAnswers.from_json(self.answers)
+        labels = [row.label for row in self.rows]
+        if self.table not in TABLES:
+            raise ValueError(f"table {self.table!r} is none of {', '.join(TABLES)}")
+        if labels[0] != FULL or self.rows[0].reducer != FULL:
+            raise ValueError("the first row must be the full model")
+        if list(packed.correct) != labels or list(packed.agrees) != labels:
+            raise ValueError("the packed answers and the rows name different settings")
+        if not all(packed.agrees[FULL]):
+            raise ValueError("the full model must agree with itself")
+        return self
+
+    @property
+    def packed(self) -> PackedAnswers:
+        return PackedAnswers.from_json(self.answers)
+
+
+def read(path: Path) -> Contribution:
+    """A result file, checked.
+
+    Raises
+    ------
+    OptionError
+        It does not fit the schema; the message names each field.
+    """
+    try:
+        return Contribution.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path}: not a result file ({error}).") from error
+
+
+def collect(table: str, steps: Sequence[Path]) -> Contribution:
+    """One result file from the run folders of all steps.
+
+    Raises
+    ------
+    OptionError
+        A step is missing or not finished, or the code had uncommitted changes.
+    """
+    runs: dict[str, EvalRun] = {}
+    for number, step in enumerate(steps):
+        for run in find_runs([step]):
+            label = _label(run, number)
+            runs[label] = replace(run, records=[_bit(r) for r in run.records])
+    runs = {FULL: runs[FULL], **runs}
+    shared = set.intersection(*({r["id"] for r in run.answered} for run in runs.values()))
+    if not shared:
+        raise OptionError(f"no item was answered under all settings of {table}.")
+    common = {
+        label: replace(run, records=[r for r in run.records if r["id"] in shared])
+        for label, run in runs.items()
+    }
+    packed = PackedAnswers.of(common, FULL)
+    # Reference answers belong to the benchmarks; the digest alone tells question sets apart.
+    unnamed = replace(packed.questions, answers=("",) * len(packed.questions))
+    answers = replace(packed, questions=unnamed).to_json()
+    rows = [_row(label, run) for label, run in runs.items()]
+    first = runs[FULL]
+    known = ("model", "weights", "dtype", "tasks", "data", "limit")
+    about = {name: first.identity.get(name) for name in known}
+    about |= {k: first.manifest.get(k) for k in ("date", "commit", "versions", "hardware")}
+    try:
+        return Contribution.model_validate(
+            {"table": table, "about": about, "rows": rows, "answers": answers}
+        )
+    except ValidationError as error:
+        raise OptionError(
+            f"these runs cannot be contributed: {error}. A commit must be the 40 digits of a "
+            "checkout without uncommitted changes."
+        ) from error
+
+
+def _label(run: EvalRun, step: int) -> str:
+    """What tells the run apart from all others of the table."""
+    at = "" if run.identity["reducer"] == FULL else f" at {run.ratio:g}"
+    return run.label + at + (f", {run.identity['frames']} frames" if step else "")
+
+
+def _bit(record: dict[str, Any]) -> dict[str, Any]:
+    """An item counts as right from a score of one half on."""
+    if record.get("error"):
+        return record
+    return {**record, "correct": float(record["correct"]) >= 0.5}
+
+
+def _row(label: str, run: EvalRun) -> dict[str, Any]:
+    return {
+        "label": label,
+        **{k: run.identity[k] for k in ("reducer", "ratio", "options", "frames")},
+        "reached": run.mean("ratio"),
+        "visual_tokens": run.mean_tokens,
+        "flops": run.mean("flops"),
+        "kv_bytes": run.mean("kv_bytes"),
+        "seconds": run.mean("seconds"),
+        "failed": len(run.failed),
+        "scores": run.manifest.get("scores", {}),
+    }
+
+
+def schema() -> str:
+    """The JSON schema of a result file."""
+    return json.dumps(Contribution.model_json_schema(), indent=2) + "\n"
