@@ -23,7 +23,7 @@ class UncompressedWarning(UserWarning):
 
 
 class FrameRateWarning(UserWarning):
-    """A processor writes the times of frames whose rate nobody knows: it assumes one."""
+    """A processor writes frame times, and assumes a frame rate because the video's is unknown."""
 
 
 class PrefillWarning(UserWarning):

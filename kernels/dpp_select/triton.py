@@ -96,7 +96,7 @@ def cholesky_kernel(
 
 
 def fits(counts: list[int], lengths: list[int]) -> bool:
-    """Whether one program can hold each span, and takes its steps faster than the plain version."""
+    """Whether one program can hold each span, and should be faster than the plain version."""
     pairs = zip(counts, lengths, strict=True)
     return all(n <= MAX_ROWS and k * k * n <= MAX_WORK for k, n in pairs)
 

@@ -1,4 +1,4 @@
-"""Triton version of ``topk_stable``, over ragged spans: two launches, whatever their number.
+"""Triton version of ``topk_stable``, over ragged spans: two launches for any number of spans.
 
 The first counts how many scores of its span are ahead of each score, which is its rank. The second
 writes the rows of the best ranks in ascending order. Nothing is sorted, so ties need no care.

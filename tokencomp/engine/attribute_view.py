@@ -1,4 +1,4 @@
-"""Views of an object that show some of its attributes with other values."""
+"""Stand-ins for an object, in which some attributes have other values."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 
 class AttributeView:
-    """Reads as `original`, apart from the attributes that it has itself.
+    """A stand-in for `original`, in which some attributes have other values.
 
     An attention module chooses its backend by its config, and a backend reads the module's config.
-    A view of either lets both see another value, and the original does not change.
+    A view of the config or of the module changes a value for both, and leaves the original as
+    it is.
 
     Parameters
     ----------

@@ -28,7 +28,7 @@ def keeps_window(layer: Any) -> bool:
 
 
 def filled(layers: Iterable[Any]) -> list[Any]:
-    """Those cache layers that hold rows by now. A decoder may leave some of its cache unused."""
+    """Cache layers that already hold rows. A decoder may leave some layers of its cache unused."""
     return [layer for layer in layers if holds_rows(layer) and layer.is_initialized]
 
 

@@ -1,4 +1,4 @@
-"""Into which KV caches a compressed prompt can be written."""
+"""The check that a compressed prompt can be written to a KV cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DYNAMIC = frozenset({DynamicLayer, DynamicSlidingWindowLayer, compat.indexed_lay
 
 
 def check_cache(cache: Any, between_layers: bool = False) -> None:
-    """Look whether a compressed prompt can be written to `cache`.
+    """Check that a compressed prompt can be written to `cache`.
 
     Parameters
     ----------

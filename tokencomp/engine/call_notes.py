@@ -92,7 +92,7 @@ class CallNotes:
         self.local.kinds = self.local.inputs = self.local.forward = self.local.body_mask = None
 
     def without_features(self, arguments: Mapping[str, Any]) -> None:
-        """Warn of a prompt that may run uncompressed without anybody knowing, once per patch.
+        """Warn, once per patch, that a prompt with features at unknown places runs uncompressed.
 
         Raises
         ------

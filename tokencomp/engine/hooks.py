@@ -218,7 +218,7 @@ class Hooks:
         if not self._traced(arguments):
             self._note_prompt(arguments)
         elif compat.get_cache(arguments) is None or self.adapter.carries_features(arguments):
-            self.stats = None  # a compiled prompt at ratio 0, which nobody has counted
+            self.stats = None  # a compiled prompt at ratio 0, which is not counted
 
     @compat.not_compiled
     def _note_prompt(self, arguments: dict[str, Any]) -> None:
@@ -230,7 +230,7 @@ class Hooks:
                 self._notes.without_features(arguments)
 
     def _waits(self, arguments: dict[str, Any]) -> bool:
-        """Whether a prompt is read only when somebody reads its stats."""
+        """Whether the tokens of a prompt are counted only when `handle.stats` is read."""
         idle = not (self.plan.active or self.disabled or is_extended(self.adapter))
         return idle and can_wait(self.adapter, arguments)
 
@@ -279,7 +279,7 @@ class Hooks:
         return None
 
     def _kinds_of(self, kwargs: dict[str, Any]) -> Tensor | None:
-        """Where features go in a decoder call; None where nobody needs to know."""
+        """Kind of feature in every column of a decoder call; None where it is not needed."""
         kinds, inputs = getattr(self._local, "kinds", None), getattr(self._local, "inputs", None)
         if kinds is not None or inputs is None:
             return kinds

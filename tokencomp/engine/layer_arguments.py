@@ -13,12 +13,12 @@ from tokencomp.engine.arguments import SET_APART, gather_arguments
 from tokencomp.engine.layout import take
 from tokencomp.engine.segments import Segment
 
-# What `layer_positions`, `layer_tables` and the masks of a segment answer for.
+# Arguments that `layer_positions`, `layer_tables` and the masks of a segment provide.
 APART = {"hidden_states", "position_embeddings", *SET_APART} - {"input_ids"}
 
 
 def column_arguments(segment: Segment, kwargs: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Further arguments of a layer that have an entry for each column, as per-layer inputs.
+    """Further arguments of a layer that have an entry for each column, such as per-layer inputs.
 
     Parameters
     ----------
@@ -41,8 +41,9 @@ def column_arguments(segment: Segment, kwargs: Mapping[str, Any], width: int) ->
 def layer_positions(segment: Segment, kwargs: Mapping[str, Any], read: bool) -> Tensor | None:
     """The `position_ids` of layers of a segment.
 
-    Layers that read them, and not the rotary tables alone, take those of the rows that are
-    left. Elsewhere gaps would stand for the begin of another packed prompt.
+    Layers that compute with positions themselves get the positions of the rows that are left.
+    Other layers get positions without gaps, because transformers reads a gap as the start of
+    another packed prompt.
 
     Parameters
     ----------

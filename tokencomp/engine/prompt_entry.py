@@ -84,7 +84,13 @@ def enter_prompt(
 
 
 def _checked_length(adapter: Adapter, forward: ForwardPass, cache: Any, length: int) -> int:
-    """Tokens of the sequence that windows are measured against, once none is applied wrongly."""
+    """Length to which attention windows are compared.
+
+    Raises
+    ------
+    UnsupportedModelError
+        A window would be applied to the wrong tokens, see `check_windows`.
+    """
     # A decode step on a static cache reads no length on the host, so its whole length counts.
     length = max(length, getattr(first_layer(cache), "max_cache_len", 0))
     layers, packed = getattr(cache, "layers", ()), forward.layout.packed

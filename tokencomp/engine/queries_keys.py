@@ -29,7 +29,7 @@ class Question:
 
     @property
     def text(self) -> list[int]:
-        """Columns of text behind the begin of the first span."""
+        """Columns of text after the start of the first span."""
         visual = {c for s in self.spans for c in range(s.start, s.stop)}
         return [c for c in range(self.spans[0].start, self.stop) if c not in visual]
 

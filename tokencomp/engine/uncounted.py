@@ -1,7 +1,7 @@
-"""Prompts at ratio 0, whose tokens nobody has counted yet.
+"""Prompts at ratio 0 whose tokens are counted later.
 
-A patch at ratio 0 changes nothing, and reading a prompt costs device calls and host reads. The
-prompt is therefore noted as it is, and read only when somebody asks for its stats.
+A patch at ratio 0 changes nothing, and counting the tokens of a prompt costs device calls and host
+reads. The arguments of the call are therefore stored, and counted when `handle.stats` is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tokencomp.plan import Plan
 
 
 def can_wait(adapter: Adapter, inputs: Mapping[str, Any]) -> bool:
-    """Whether a call of the body begins a prompt that may bring media, without a device call.
+    """Whether a call of the body starts a prompt that may hold media. Needs no device call.
 
     Parameters
     ----------
@@ -40,18 +40,18 @@ def can_wait(adapter: Adapter, inputs: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What readers of a prompt may know of its pixels: how many there are, but no values."""
+    """Shape and dtype of a pixel tensor, whose values are not needed to count tokens."""
 
     shape: torch.Size
     dtype: torch.dtype
 
     def tensor(self) -> Tensor:
-        """A tensor of this shape in the memory of one number."""
+        """A tensor of zeros of this shape that takes the memory of one number."""
         return torch.zeros((), dtype=self.dtype).expand(self.shape)
 
 
 class UncountedPrompt:
-    """The arguments of a prefill at ratio 0, of which everything but pixels and cache is kept.
+    """The arguments of a prefill at ratio 0, without the values of pixels and without the cache.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class UncountedPrompt:
 
     @staticmethod
     def readable(arguments: Mapping[str, Any]) -> bool:
-        """Whether the mask of a decoder call is none, or one of padding that is small to keep."""
+        """Whether a decoder call has no mask, or a 2-D padding mask, which takes little memory."""
         mask = arguments.get("attention_mask")
         return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
 

@@ -23,7 +23,7 @@ BY_FAMILY, ALTERNATING = "by family", "alternating"
 
 
 def pack(bits: Sequence[int]) -> str:
-    """0/1 values as base64 text, eight to a byte, first value in the highest bit."""
+    """Write 0/1 values as base64 text, eight to a byte, the first value in the highest bit."""
     return base64.b64encode(np.packbits(np.asarray(bits, dtype=bool)).tobytes()).decode()
 
 

@@ -19,7 +19,7 @@ _READS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 def frame_times(processor: Any, samplings: Sequence[Sampling]) -> dict[str, Any]:
     """Keyword arguments that say when the frames of each video were shown.
 
-    Empty where the processor makes the same of a video at any frame rate.
+    Empty if the output of the processor does not depend on the frame rate.
 
     Warns
     -----
@@ -41,7 +41,7 @@ def frame_times(processor: Any, samplings: Sequence[Sampling]) -> dict[str, Any]
 
 
 def reads_times(processor: Any) -> bool:
-    """Whether the processor makes something else of a video that was shown more slowly.
+    """Whether the output of the processor depends on the frame rate of a video.
 
     One short video is processed at two rates, once per processor: no list of class names has to
     follow transformers' releases.
@@ -52,7 +52,7 @@ def reads_times(processor: Any) -> bool:
 
 
 def _probe(processor: Any, fps: float) -> dict[str, Any] | None:
-    """What the processor makes of four black frames; None if it takes no such arguments."""
+    """Output of the processor for four black frames; None if it does not accept the arguments."""
     chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
     try:
         text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)

@@ -1,4 +1,4 @@
-"""Frames sampled from a video, and the moments at which they were shown."""
+"""Frames sampled from a video, and the times at which they are shown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Sampling:
     total
         Frames of the whole video.
     fps
-        Frames per second of the whole video; None where nobody knows it.
+        Frames per second of the whole video; None if unknown.
     """
 
     indices: tuple[int, ...]
@@ -28,7 +28,7 @@ class Sampling:
     fps: float | None = None
 
     def metadata(self) -> dict[str, Any]:
-        """The same as transformers' processors take it, in `video_metadata`."""
+        """The same in the form of `video_metadata`, an argument of transformers' processors."""
         return {
             "total_num_frames": self.total,
             "fps": self.fps,
@@ -79,7 +79,7 @@ class Video(list[Any]):
 
 
 def sampling_of(video: Sequence[Any]) -> Sampling:
-    """When the frames were shown; the rate is unknown for plain lists and arrays."""
+    """The times of the frames; the frame rate of plain lists and arrays is unknown."""
     known = getattr(video, "sampling", None)
     return known or Sampling(tuple(range(len(video))), len(video))
 
@@ -87,7 +87,7 @@ def sampling_of(video: Sequence[Any]) -> Sampling:
 def with_frames(
     video: Sequence[Any], frames: Iterable[Any], places: Sequence[int] | None = None
 ) -> Video:
-    """A video of other pictures, shown when the frames of `video` at `places` were (None: all)."""
+    """Other pictures with the times of the frames of `video` at `places` (None: of all frames)."""
     known = sampling_of(video)
     at = [known.indices[k] for k in (range(len(video)) if places is None else places)]
     return Video(frames, known.fps, at, known.total)

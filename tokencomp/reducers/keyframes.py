@@ -1,4 +1,4 @@
-"""Some frames of a video and nothing of the others. Ours."""
+"""Keep tokens of some frames of a video, and none of the other frames. Ours."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tokencomp.validation import check_range
 class KeyFrames(Reducer):
     """Choose frames of a video, and tokens of these frames alone by k-centre.
 
-    The frames that are not chosen are dropped whole, so nobody needs their pixels: in the vision
-    tower, the prompts of `tokencomp.inputs` leave them out before they are resized, normalised and
-    embedded. A frame is what one row of the grid in time reads: two frames of the video in the Qwen
-    families.
+    All tokens of the other frames are dropped, so their pixels are not needed: with a stage in the
+    vision tower, `tokencomp.inputs` leaves them out of the prompt before they are resized,
+    normalised and embedded. A frame is one step of the grid in time: two frames of the video in the
+    Qwen families.
 
-    How many frames are chosen follows from the keep count alone. An image is left to k-centre. So
-    is every frame of a video where frames come one by one: in the vision tower of LLaVA, InternVL,
-    SmolVLM and VILA.
+    The number of chosen frames follows from the keep count alone. k-centre chooses the tokens of an
+    image, and those of single video frames in vision towers that take frames one by one (LLaVA,
+    InternVL, SmolVLM and VILA).
 
     Attributes
     ----------

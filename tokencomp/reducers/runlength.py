@@ -28,8 +28,8 @@ class RunLength(Reducer):
     exact. The first frame gets at most the share `first` of the budget, by k-centre, because with
     small budgets a whole first frame would be all (ours).
 
-    An image is left to k-centre. So is every frame of a video where frames come one by one: in the
-    vision tower of LLaVA, InternVL, SmolVLM and VILA.
+    k-centre chooses the tokens of an image, and those of single video frames in vision towers that
+    take frames one by one (LLaVA, InternVL, SmolVLM and VILA).
 
     Attributes
     ----------
@@ -42,7 +42,9 @@ class RunLength(Reducer):
     first: float = 0.5
     thumb: int = 4
 
-    summary = "drop what looks as when it was last kept (RLT 2411.05222, exact count)"
+    summary = (
+        "drop tokens that look like the last kept one at their place (RLT 2411.05222, exact count)"
+    )
     whole_spans = True
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Scenes by difficulty: drawings in flat colours, the usual scenes, and harder ones.
 
-`plain` is what a visitor draws: one to three shapes in flat colours on a flat ground, of any size
-and aspect ratio. `hard` has backgrounds in the colours of objects, more objects, cameras that pan
+`plain` scenes are simple drawings: one to three shapes in flat colours on a flat ground, of any
+size and aspect ratio. `hard` has backgrounds in the colours of objects, more objects, cameras that pan
 behind the objects and noise in every frame, all of which is hard for methods that score pixels.
 """
 

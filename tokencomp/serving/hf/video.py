@@ -63,8 +63,8 @@ def load_video(url: str, limits: Limits, deadline: Deadline | None = None) -> Cl
     """Load evenly spaced frames of a video, and when they were shown.
 
     The format is MP4, MOV, MKV, WebM, AVI, OGG or an animated GIF or WebP. As in vLLM,
-    `data:video/jpeg;base64,A,B,C` is a list of JPEG (or PNG) frames that the client has sampled,
-    at a rate that nobody knows.
+    `data:video/jpeg;base64,A,B,C` is a list of JPEG (or PNG) frames that the client has sampled
+    at an unknown rate.
 
     Raises
     ------
