@@ -10,6 +10,7 @@ from tokencomp.shapesqa.items import stream
 from tokencomp.shapesqa.lettering import Text
 from tokencomp.shapesqa.render import owner_map
 from tokencomp.shapesqa.scenes import Scene
+from tokencomp.zoo.batches import BatchMaker
 from tokencomp.zoo.families import family
 from tokencomp.zoo.labels import text_labels
 from tokencomp.zoo.letters import dense_options, whole_form
@@ -43,6 +44,22 @@ def test_characters_are_labelled_where_their_ink_is():
     assert (labels["glyph"] > 0).sum() >= 3 and labels["word"].max() > 0
     left, top, right, bottom = text.box
     assert (labels["word"][top // 28 : bottom // 28 + 1, left // 28 : right // 28 + 1] != 0).all()
+
+
+def test_spelling_labels_the_visual_token_in_the_middle_of_a_word(packer):
+    """The cells are found here by arithmetic on the boxes of a word and of a digit."""
+    word, digit = Text("moon", 30, 60, 40), Text("7", 150, 150, 40)
+    scene = Scene(224, 224, 1, (), texts=(word, digit))
+    row = packer.pack("image", (1, 224, 224), [packer.pair(" text", "moon")], 90)
+    BatchMaker(packer, 0, 28).spell(row, scene, "image", 1)
+    first = int(np.argmax(row["ids"] == packer.ids("<|image_pad|>")[0]))
+    expected = {}
+    for text in (word, digit):
+        left, top, right, bottom = text.box
+        cell = int((top + bottom) / 2) // 28 * 8 + int((left + right) / 2) // 28
+        expected[first + cell] = packer.ids(text.text)[0]
+    spelled = np.flatnonzero(row["which"] == 1)
+    assert {int(at): int(row["labels"][at]) for at in spelled} == expected
 
 
 def _seen(scene, shape, time=0.0):

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from tokencomp.shapesqa.items import stream
+from tokencomp.shapesqa.lettering import GLYPHS, WORDS
 from tokencomp.shapesqa.prompt_forms import FREE_FORM_SUFFIX, letter
 from tokencomp.shapesqa.questions import Question, ask, families
 from tokencomp.shapesqa.render import canvas_of, paint
@@ -39,8 +40,9 @@ class Source:
     `training_scene`. `primers` are kinds of one-hop pairs; `families` None is all of the media,
     `more` names some that occur twice as often. `choice` is the share of multiple-choice questions;
     `varied` the share of batches of another size or frame count than 224×224 × 8; `dialog` the
-    share of batches that are chats of several turns; `text` the share of images with a word;
-    `size` is for "vision" alone.
+    share of batches that are chats of several turns; `text` the share of images with a word; with
+    `spell` the visual tokens of words and digits are labelled with them; `size` is for "vision"
+    alone.
     """
 
     kind: str
@@ -57,6 +59,7 @@ class Source:
     primers: tuple[str, ...] = ()
     families: tuple[str, ...] | None = None
     text: float = 0.0
+    spell: bool = False
 
 
 def _codec_noise(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -109,12 +112,31 @@ class BatchMaker:
             phase = 0.0 if frames == 1 else float(rng.integers(0, 4)) / 4
             pixels.append(_codec_noise(_frames(scene, [k + phase for k in range(frames)]), rng))
             segments, labels = self._segments(scene, source, rng)
-            rows.append(self.packer.pack(source.media, shape, segments, length, dialog, fps))
+            row = self.packer.pack(source.media, shape, segments, length, dialog, fps)
+            if source.spell:
+                self.spell(row, scene, source.media, len(labels))
+                labels = [*labels, "spelling"]
+            rows.append(row)
             names.append(labels)
         stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         used = int((stacked["segment"] >= 0).any(0).sum())
         stacked = {key: value[..., :used] for key, value in stacked.items()}
         return {**stacked, "frames": np.stack(pixels), "media": source.media, "names": names}
+
+    def spell(self, row: dict, scene: Scene, media: str, number: int) -> None:
+        """Label the visual tokens of `row` that show a word or a digit with its token.
+
+        The decoder then learns to name what a visual token shows apart from where to look.
+        """
+        marks = text_labels(scene, self.cell)
+        glyphs, words = marks["glyph"].ravel(), marks["word"].ravel()
+        (pad,) = self.packer.ids(f"<|{media}_pad|>")
+        for place, at in enumerate((row["ids"] == pad).nonzero()[0]):
+            glyph = GLYPHS[glyphs[place] - 1] if glyphs[place] > 0 else ""
+            name = WORDS[words[place] - 1] if words[place] > 0 else glyph
+            if name in WORDS or name.isdigit():
+                (row["labels"][at],) = self.packer.ids(name)
+                row["which"][at] = number
 
     def _shape(self, source: Source, rng: np.random.Generator) -> tuple[int, int, int]:
         """(frames, height, width) of one batch."""

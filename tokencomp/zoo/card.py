@@ -89,9 +89,7 @@ def render_card(metrics: dict[str, Any]) -> str:
             f"- {row['what']}: {100 * row['accuracy']:.1f} % ({row['items']} items)"
             for row in metrics["other_shapes"]
         ]
-        bars = "\nOther sizes and lengths (one word, all families of the kind):\n\n" + "\n".join(
-            lines
-        )
+        bars = "\nOther sizes, lengths and scenes (one word):\n\n" + "\n".join(lines)
     note = facts.pop("note", "")
     facts["note"] = f"\n{note}\n" if note else ""
     return _TEMPLATE.format(**facts, table=table(metrics["test"], metrics["blind"]), bars=bars)

@@ -19,11 +19,18 @@ _PAGES = Source("vision", "image", batch=20, scene="page")
 _SEEN: tuple[tuple[float, Source], ...] = ((0.04, _SCENES), (0.04, _CLIPS), (0.04, _PAGES))
 
 _HOPS = ("pairs", "places", "numbers", "sides", "text")
-_FEW: dict[str, Any] = {"families": (), "varied": 0.0, "choice": 0.0}
+_PLAIN_FORM: dict[str, Any] = {"varied": 0.0, "choice": 0.0}
+_FEW: dict[str, Any] = {"families": (), **_PLAIN_FORM}
 _PLACES = Source("facts", batch=20, room=44, primers=("pairs", "places"), **_FEW)
 _IMAGES = Source(
     "facts", batch=16, room=110, choice=0.0, varied=0.1, text=0.4, more=("reading",), primers=_HOPS
 )
+# One label a picture drowns among the others, so reading gets batches of its own.
+_WORDS = Source(
+    "facts", batch=24, room=30, families=("reading",), primers=("text",), text=1.0, **_PLAIN_FORM
+)
+_SPELLING = replace(_WORDS, spell=True)
+_SPELLED_PAGES = Source("facts", batch=20, room=4, scene="page", spell=True, **_FEW)
 _DRAWINGS = replace(_IMAGES, scene="plain", varied=0.8, batch=12, text=0.0, more=())
 _COUNTS = replace(_IMAGES, batch=20, room=80, families=("count",), primers=("numbers",), text=0.0)
 
@@ -57,6 +64,16 @@ DEEP = (
         end=0.2,
     ),
     Stage("places", 250, ((0.88, _PLACES), *_SEEN), **_RATES),
+    # Characters and the shapes of moving objects are learnt last in the tower, and everything that
+    # reads words or orders events waits for them.
+    Stage(
+        "pages",
+        1500,
+        ((0.54, _PAGES), (0.30, _CLIPS), (0.08, _SCENES), (0.08, _PLACES)),
+        vision_lr=2e-3,
+        text_lr=1.5e-3,
+        end=0.3,
+    ),
     Stage("images", 500, ((0.68, _IMAGES), (0.20, _DRAWINGS), *_SEEN), **_RATES),
     Stage(
         "clips",
@@ -65,17 +82,25 @@ DEEP = (
         helpers=0.5,
         **_RATES,
     ),
+    Stage("words", 200, ((0.58, _SPELLING), (0.15, _VIDEOS), (0.15, _IMAGES), *_SEEN), **_RATES),
+    # The decoder reads once it can name the word that one visual token shows.
+    Stage(
+        "spelling",
+        300,
+        ((0.28, _SPELLED_PAGES), (0.40, _SPELLING), (0.12, _VIDEOS), (0.08, _IMAGES), *_SEEN),
+        **_RATES,
+    ),
     Stage(
         "order",
         400,
-        ((0.35, _ORDER), (0.35, _VIDEOS), (0.18, _IMAGES), *_SEEN),
+        ((0.33, _ORDER), (0.33, _VIDEOS), (0.14, _IMAGES), (0.08, _SPELLING), *_SEEN),
         helpers=0.5,
         **_RATES,
     ),
     Stage(
         "letters",
         600,
-        ((0.80, _OPTIONS), (0.10, _IMAGES), (0.10, _VIDEOS)),
+        ((0.76, _OPTIONS), (0.10, _IMAGES), (0.10, _VIDEOS), (0.04, _SPELLING)),
         helpers=0.5,
         vision_lr=1e-4,
         text_lr=1.5e-3,
@@ -90,7 +115,7 @@ DEEP = (
     ),
     Stage(
         "choices",
-        400,
+        300,
         (
             (0.45, _IMAGE_LETTERS),
             (0.25, _VIDEO_LETTERS),
@@ -104,19 +129,22 @@ DEEP = (
     ),
     Stage(
         "mixture",
-        2000,
+        1200,
         (
-            (0.22, _IMAGE_CHAT),
-            (0.05, replace(_IMAGE_CHAT, scene="hard")),
+            (0.20, _IMAGE_CHAT),
+            (0.04, replace(_IMAGE_CHAT, scene="hard")),
             (0.08, replace(_DRAWINGS, batch=10, room=200, primers=(), **_ASK)),
-            (0.17, _COUNTS),
-            (0.08, _IMAGES),
-            (0.20, _VIDEO_CHAT),
+            (0.15, _COUNTS),
+            (0.05, _IMAGES),
+            (0.05, _SPELLING),
+            (0.05, _SPELLED_PAGES),
+            (0.19, _VIDEO_CHAT),
             (0.05, replace(_VIDEO_CHAT, scene="hard")),
             (0.05, _VIDEOS),
-            (0.05, _ORDER),
-            (0.02, _FORMS),
-            (0.03, _PAGES),
+            (0.04, _ORDER),
+            (0.01, _FORMS),
+            (0.02, _PAGES),
+            (0.02, _CLIPS),
         ),
         helpers=0.2,
         end=0.04,

@@ -153,24 +153,30 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
 
     from tokencomp.inputs.loading import load_folder
     from tokencomp.shapesqa.examples import FORMS, blind_guess, by_family
+    from tokencomp.shapesqa.items import FRAMES
     from tokencomp.shapesqa.items import items as sample
     from tokencomp.shapesqa.layouts import write_media
     from tokencomp.shapesqa.questions import IMAGE_FAMILIES, VIDEO_FAMILIES
     from tokencomp.zoo.evaluate import evaluate
     from tokencomp.zoo.families import family
+    from tokencomp.zoo.recipes import RECIPES
 
     arch = family(name)
     model, processor = load_folder(str(folder))
+    sources = [source for stage in RECIPES[name] for _, source in stage.sources]
+    reading = ("reading",) if any(source.text for source in sources) else ()
     videos = (*VIDEO_FAMILIES, "video_existence") if "video" in arch.kinds else ()
-    every = (*IMAGE_FAMILIES, *videos)
+    every = (*IMAGE_FAMILIES, *reading, *videos)
     with tempfile.TemporaryDirectory() as media:
         test = [write_media(one, Path(media)) for one in sample("test", items, every)]
         results = {form: by_family(evaluate(model, processor, test, form)) for form in FORMS}
     others = []
-    for what, families, frames, shape in OTHER_SHAPES[: len(arch.kinds)]:
-        rows = evaluate(
-            model, processor, sample("test", items // 4, families, **shape), "free", frames
-        )
+    for what, kind, families, scenes in OTHER_SCENES:
+        learned = {source.scene for source in sources} | {"usual"}
+        if kind not in arch.kinds or scenes.get("difficulty", "usual") not in learned:
+            continue
+        chosen = sample("test", items // 4, families, **scenes)
+        rows = evaluate(model, processor, chosen, "free", scenes.get("frames", FRAMES))
         right = sum(row["correct"] for row in rows)
         others.append({"what": what, "accuracy": right / len(rows), "items": len(rows)})
     text = arch.language_config(model)
@@ -204,9 +210,15 @@ SEEN = (
     ("image", (1, 224, 224), "{} per 224×224 image", "images of 168 to 280 px a side"),
     ("video", (8, 224, 224), "{} per video of 8 such frames", "videos of 8, 12 and 16 frames"),
 )
-OTHER_SHAPES = (
-    ("280×280 images", ("attribute", "existence", "count", "position"), 8, {"size": (280, 280)}),
-    ("16-frame videos", ("needle", "order", "direction"), 16, {"frames": 16}),
+BASIC = ("attribute", "existence", "count", "position")
+# What else the card measures: name, kind, families, and arguments of `items`. Drawings and hard
+# scenes are left out for models whose recipe has none.
+OTHER_SCENES: tuple[tuple[str, str, tuple[str, ...], dict[str, Any]], ...] = (
+    ("280×280 images", "image", BASIC, {"size": (280, 280)}),
+    ("drawings in flat colours, any size", "image", BASIC, {"difficulty": "plain"}),
+    ("hard images", "image", BASIC, {"difficulty": "hard"}),
+    ("16-frame videos", "video", ("needle", "order", "direction"), {"frames": 16}),
+    ("hard videos", "video", ("needle", "order", "direction"), {"difficulty": "hard"}),
 )
 
 
