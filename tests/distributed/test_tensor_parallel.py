@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     name: {"reducer": name}
     for name in ("condiv", "fastv", "pyramiddrop", "prune", "cdpruner", "aim", "condiv+prune")
 }
+CASES["tower stage"] = {"reducer": "condiv", "tower_ratio": 0.4}
 JOBS = ["qwen2_vl", "llava_onevision", "internvl"]
 if ranks.takes_plans():
     JOBS += ["qwen3_vl", "tower"]
@@ -37,6 +38,8 @@ def decoder_plan() -> dict[str, str]:
 TOWER_CASES: dict[str, dict[str, Any]] = {
     "attention": {"reducer": "condiv", "signal": "vit_attention"},
     "keys": {"reducer": "merge", "metric": "vit_keys"},
+    "stage": {"reducer": "condiv", "tower_ratio": 0.4},
+    "stage and attention": {"reducer": "condiv", "signal": "vit_attention", "tower_ratio": 0.4},
 }
 
 

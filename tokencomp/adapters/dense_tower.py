@@ -28,6 +28,8 @@ class DenseTower(Tower):
         Which hidden state of the tower the model uses, as transformers counts; a list: several.
     pooled_frames
         Frames of a video that one token reads.
+    projects_tokens
+        Whether the projector gets the tokens of a video, pooled before, instead of all patches.
     """
 
     frames_apart = True
@@ -43,9 +45,11 @@ class DenseTower(Tower):
         owner: Any = None,
         methods: tuple[str, ...] = ("get_image_features", "get_video_features"),
         pooled_frames: int = 1,
+        projects_tokens: bool = False,
     ) -> None:
         blocks = dense_blocks(module)
         self.layer, self.pooled_frames = layer, pooled_frames
+        self._projected: Kind | None = None if projects_tokens else "image"
         self.indices = [
             i + len(blocks) + 1 if i < 0 else i
             for i in ([layer] if isinstance(layer, int) else layer)
@@ -57,6 +61,10 @@ class DenseTower(Tower):
             "image": image,
             "video": image if video is None else video,
         }
+
+    def projected(self, kind: Kind) -> int:
+        """Rows that the projector gets of one whole picture or frame."""
+        return len(self.tables[self._projected or kind])
 
     def check(self, stage: TowerStage, family: str) -> None:
         super().check(stage, family)

@@ -141,7 +141,14 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
         # Frames are pooled before the projector, so the tower's output must have its full length.
         size = self.model.config.spatial_pool_stride
         video = squares(self.patches_per_side, size, partial=False)
-        return _tower(self, MosaicTower, body=self.body, video=video, restorer=self.tower)
+        return _tower(
+            self,
+            MosaicTower,
+            body=self.body,
+            video=video,
+            restorer=self.tower,
+            projects_tokens=True,
+        )
 
     def _pooled(self, patches: Tensor) -> Tensor:
         pooled: Tensor = self.body.vision_resampler(patches)

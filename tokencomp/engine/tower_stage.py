@@ -172,7 +172,7 @@ class TowerDrop:
         """Count the rows that go through the projectors."""
         layout, cells = self.layout, rows.cells
         if isinstance(layout, DenseTower):
-            cost.tokens_before = cost.tokens_after = cells.pictures * len(layout.tables["image"])
+            cost.tokens_before = cost.tokens_after = cells.pictures * layout.projected(cells.kind)
             if self._projector_restores:  # so it gets what the tower leaves
                 cost.tokens_after = cells.pictures * cells.rows
         else:
