@@ -167,9 +167,19 @@ class MethodSpec:
         return make_reducer(resolve_auto(self.reducer), **self.options)
 
     @property
+    def off(self) -> bool:
+        """Whether the ratio is 0 for all kinds of media."""
+        return self.ratio == 0 and not any(self.ratios.values())
+
+    @property
     def active(self) -> bool:
         """Whether the spec removes anything."""
-        return self.ratio > 0 or any(self.ratios.values())
+        return not self.off
+
+    @property
+    def shown_ratio(self) -> str:
+        """The ratio in words, as the command line takes it: "0.75", or "video=0.75,audio=0.5"."""
+        return ratio_text(self.ratios or self.ratio)
 
     @cached_property
     def _plans(self) -> dict[tuple[int, int], Plan]:
@@ -260,6 +270,13 @@ class MethodSpec:
         options = json.dumps(self.options, sort_keys=True, default=str)
         tower, ratios = (self.tower_ratio, self.tower_reducer), tuple(sorted(self.ratios.items()))
         return hash((self.reducer, self.ratio, ratios, options, self.plan, *tower))
+
+
+def ratio_text(ratio: float | Mapping[str, float]) -> str:
+    """A ratio, or ratios by kind of media, as the command line takes them."""
+    if isinstance(ratio, Mapping):
+        return ",".join(f"{kind}={value:g}" for kind, value in ratio.items())
+    return f"{ratio:g}"
 
 
 def two_ratios(ratio: Any) -> str:

@@ -10,6 +10,8 @@ import pytest
 from support.console import run
 
 import tokencomp
+from tokencomp.cli._options import ratios
+from tokencomp.errors import OptionError, RatioError
 from tokencomp.evaluation import Setting, patches
 from tokencomp.inputs import loading
 from tokencomp.lmms import tasks as benchmarks
@@ -50,6 +52,55 @@ def ask(command: str, folder: Path, tmp_path: Path, *args: object) -> int:
     output = tmp_path / ("out.json" if command == "profile" else "out.html")
     given = ("--model", folder, "--image", IMAGE, *SHORT[command], "-o", output)
     return run(command, *given, *args)
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_ratios_by_kind_of_media(command, folder, tmp_path, specs, capsys):
+    ratio = "0.5;image=0.75,video=0.5"
+    assert ask(command, folder, tmp_path, "-r", "divprune", "--ratio", ratio) == 0
+    asked = list(dict.fromkeys(spec.shown_ratio for spec, _ in specs))
+    assert asked == ["0.5", "image=0.75,video=0.5"]
+    plan = specs[-1][1]
+    assert [(s.layer, s.fraction_of("image"), s.fraction_of("audio")) for s in plan.stages] == [
+        (0, 0.25, 1.0)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("0.5, 0.75,0.5", [0.5, 0.75]),
+        ("video=0.75,audio=0.5", [{"video": 0.75, "audio": 0.5}]),
+        ("0.5;video = 0.75;0.5;image=0", [0.5, {"video": 0.75}, {"image": 0.0}]),
+    ],
+)
+def test_texts_of_ratios(text, settings):
+    assert ratios(text) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("0.5,video=0.75", OptionError, "numbers and kinds of media in one setting"),
+        ("video=0.5,video=0.6", OptionError, "gives video twice"),
+        ("sound=0.5", RatioError, "'sound' is no kind of media. Use image, video, audio"),
+        ("video=1.5", RatioError, "ratio of video='1.5': expected a number in"),
+        ("video=", RatioError, "ratio of video=''"),
+        ("0.5;", OptionError, "expected one or more names"),
+    ],
+)
+def test_bad_texts_of_ratios(text, error, message):
+    with pytest.raises(error, match=message):
+        ratios(text)
+
+
+def test_ratios_by_kind_where_one_number_counts(capsys):
+    """Servers and the search for a budget have one ratio; so have input baselines."""
+    for command in (("serve",), ("tune", "--tokens", "9")):
+        assert run(*command, "--ratio", "video=0.5") == 2
+        assert "takes one number for all kinds of media" in capsys.readouterr().err
+    with pytest.raises(OptionError, match="makes all media smaller by one ratio"):
+        Setting("downscale", {"video": 0.5})
 
 
 @pytest.mark.parametrize("command", SHORT)

@@ -17,11 +17,18 @@ GRIDS = {
     "paddleocr_vl": [[(1, 4, 4), (1, 2, 4)], [(1, 2, 4), (1, 2, 4), (1, 3, 5)]],
     "kimi_k25": [[(1, 4, 4), (1, 2, 4)], [(1, 2, 4), (1, 3, 5), (1, 3, 5)]],
     "mistral3": [[(1, 4, 6), (1, 2, 3)], [(1, 2, 3), (1, 5, 2), (1, 5, 2)]],
+    "fast_vlm": [[(1, 4, 6), (1, 4, 6)], [(1, 4, 6)] * 3],
+    "qwen3_omni_moe_thinker": [[(1, 4, 4), (1, 2, 4)], [(2, 2, 4), (1, 3, 5)]],
     "qwen2_5_omni_thinker": [[(1, 4, 4), (1, 2, 4)], [(2, 2, 4), (1, 3, 5)]],
 }
 
 
-@pytest.fixture(params=list(STRUCTURAL))
+# Most of the thinker of Qwen3-Omni is that of Qwen2.5-Omni, and the tower of Qwen3-VL.
+TWINS = ("qwen3_omni_moe_thinker",)
+NAMES = [pytest.param(n, marks=pytest.mark.long) if n in TWINS else n for n in STRUCTURAL]
+
+
+@pytest.fixture(params=NAMES)
 def served(request: pytest.FixtureRequest) -> Family:
     return STRUCTURAL[request.param]
 
@@ -66,7 +73,8 @@ def test_ratio_zero_changes_nothing(served: Family) -> None:
 
 
 @pytest.mark.long
-def test_batch_beams_and_drafts(served: Family) -> None:
+@pytest.mark.parametrize("reducer", ["condiv", "merge"])
+def test_batch_beams_and_drafts(served: Family, reducer: str) -> None:
     """Beams of a batch are those of its rows; drafts of assisted decoding change nothing."""
     model = served.build()
     rows = [
@@ -74,7 +82,7 @@ def test_batch_beams_and_drafts(served: Family) -> None:
         [served.video(4), text(3, 4), served.image(2), text(4, 5)],
     ]
     inputs = served.batch(rows)
-    with tokencomp.patch(model, 0.5, reducer="condiv"):
+    with tokencomp.patch(model, 0.5, reducer=reducer):
         beams = oracle.generate(model, inputs, num_beams=3).sequences
         for b, row in enumerate(rows):
             single = oracle.generate(model, served.batch([row]), num_beams=3).sequences

@@ -27,7 +27,12 @@ Reducers = Annotated[
     str, typer.Option("--reducer", "-r", help="Reducers, separated by commas (tokencomp list).")
 ]
 Ratios = Annotated[
-    str, typer.Option("--ratio", help="Ratios in [0, 1), separated by commas; 0 = off.")
+    str,
+    typer.Option(
+        "--ratio",
+        help="Ratios in [0, 1), separated by commas; 0 = off. Or one per kind of media, such as "
+        "video=0.75,audio=0.5; several of these are separated by semicolons.",
+    ),
 ]
 Set = Annotated[
     list[str] | None,
@@ -121,11 +126,71 @@ def names(text: str) -> list[str]:
     return parts
 
 
-def ratios(text: str) -> list[float]:
-    """ "0.5,0.75" → [0.5, 0.75], checked."""
+def ratios(text: str) -> list[float | dict[str, float]]:
+    """ "0.5,0.75" → [0.5, 0.75]; "0.5;video=0.75,audio=0.5" → [0.5, {"video": 0.75, "audio": 0.5}].
+
+    Raises
+    ------
+    OptionError, RatioError
+        No ratio, numbers and kinds of media in one part, a kind twice; an unknown kind, or a number
+        outside [0, 1).
+    """
     from tokencomp.keep_counts import check_ratio
 
-    return list(dict.fromkeys(check_ratio(part) for part in names(text)))
+    found: list[float | dict[str, float]] = []
+    for part in text.split(";"):
+        pieces = names(part)
+        named = [piece for piece in pieces if "=" in piece]
+        if named and len(named) < len(pieces):
+            raise OptionError(
+                f"--ratio {part.strip()!r}: numbers and kinds of media in one setting. Separate "
+                "settings with a semicolon, e.g. --ratio '0.5;video=0.75,audio=0.5'."
+            )
+        own: list[float | dict[str, float]] = [_by_kind(named)] if named else []
+        own += [check_ratio(piece) for piece in pieces if piece not in named]
+        found += [ratio for i, ratio in enumerate(own) if ratio not in (*found, *own[:i])]
+    return found
+
+
+def _by_kind(pairs: list[str]) -> dict[str, float]:
+    """["video=0.75", "audio=0.5"] → {"video": 0.75, "audio": 0.5}."""
+    from tokencomp.errors import RatioError
+    from tokencomp.keep_counts import check_ratio
+    from tokencomp.stages import MEDIA
+
+    found: dict[str, float] = {}
+    for pair in pairs:
+        kind, value = (side.strip() for side in pair.split("=", 1))
+        if kind not in MEDIA:
+            raise RatioError(
+                f"--ratio {pair!r}: {kind!r} is no kind of media. Use {', '.join(MEDIA)}."
+            )
+        if kind in found:
+            raise OptionError(
+                f"--ratio gives {kind} twice in one setting. Separate settings with a semicolon, "
+                f"e.g. --ratio '{kind}={found[kind]:g};{pair}'."
+            )
+        found[kind] = check_ratio(value, f"ratio of {kind}")
+    return found
+
+
+def numbers(found: Sequence[float | dict[str, float]], command: str) -> list[float]:
+    """Ratios of a command that takes no ratios by kind of media; raise `OptionError` for those."""
+    for ratio in found:
+        if not isinstance(ratio, float):
+            raise OptionError(
+                f"--ratio {ratio}: {command} takes one number for all kinds of media. Ratios by "
+                "kind work in demo, eval, inspect and profile, and in tokencomp.patch."
+            )
+    return [ratio for ratio in found if isinstance(ratio, float)]
+
+
+def one_ratio(text: str, command: str) -> float:
+    """The ratio of a command that takes one; raise `OptionError` for several."""
+    found = numbers(ratios(text), command)
+    if len(found) != 1:
+        raise OptionError(f"--ratio {text!r}: {command} takes one ratio, got {len(found)}.")
+    return found[0]
 
 
 def reducer_options(pairs: Sequence[str] | None) -> dict[str, Any]:

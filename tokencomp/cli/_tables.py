@@ -26,7 +26,7 @@ def print_lines(console: Any, lines: Sequence[Any]) -> None:
         failed = len(line.run.records) - len(line.run.answered)
         shown.add_row(
             line.label,
-            f"{line.run.ratio:g}",
+            f"{line.run.shown_ratio}",
             f"{line.run.mean('ratio'):.3f}",
             f"{len(line.run.answered)}" + (f" ({failed} failed)" if failed else ""),
             f"{line.accuracy:.1%}",
@@ -37,7 +37,7 @@ def print_lines(console: Any, lines: Sequence[Any]) -> None:
         _print_rivals(console, lines[1:])
     for line in lines:
         if line.moved:
-            console.print(f"† {line.run.label} at {line.run.ratio:g} {line.moved}.")
+            console.print(f"† {line.run.label} at {line.run.shown_ratio} {line.moved}.")
 
 
 def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
@@ -53,7 +53,7 @@ def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
         rivals = line.rivals
         shown.add_row(
             line.label,
-            f"{line.run.ratio:g}",
+            f"{line.run.shown_ratio}",
             *(_points(d) for d in (rivals.full, rivals.random, rivals.downscale)),
             "–" if rivals.detail is None else f"{rivals.detail:.0%} of {rivals.detail_items}",
             "–" if rivals.agreement is None else f"{rivals.agreement:.0%}",

@@ -106,7 +106,7 @@ def _print(console: Any, demo: Any) -> None:
         expected = "" if one.expected is None else f" [dim](right: {escape(one.expected)})[/]"
         console.print(f"\n[bold]{escape(one.question)}[/] [dim]{escape(one.name)}[/]{expected}")
         for answer in one.answers:
-            label = f"{answer.setting.name} {answer.setting.ratio:g}"
+            label = f"{answer.setting.name} {answer.setting.shown_ratio}"
             console.print(f"  {label:<18} {escape(answer.text)}")
 
 
@@ -127,7 +127,7 @@ def _table(demo: Any) -> Any:
     full, last = demo.rows[0], ""
     for row in demo.rows:
         name = row.label
-        cells = [name if name != last else "", f"{row.setting.ratio:g}", f"{row.ratio:.3f}"]
+        cells = [name if name != last else "", f"{row.setting.shown_ratio}", f"{row.ratio:.3f}"]
         if demo.items:
             cells += [f"{row.accuracy:.1%}", retained(row.retention)]
         cells += [

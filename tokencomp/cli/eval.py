@@ -97,9 +97,13 @@ def _with_baselines(settings: list[Any], seeds: int) -> list[Any]:
     """The full model, the baselines at the same ratios, then the requested settings."""
     from tokencomp.evaluation.settings import DOWNSCALE, RANDOM, Setting, grid
 
-    at = [r for r in dict.fromkeys(s.ratio for s in settings) if r > 0]
+    at: list[Any] = [s.ratios or s.ratio for s in settings if not s.off]
+    numbers = [
+        ratio for ratio in at if isinstance(ratio, float)
+    ]  # all that an input baseline takes
     more = [Setting(RANDOM, r, {"seed": k}) for k in range(1, seeds) for r in at]
-    return list(dict.fromkeys([*grid([RANDOM], at), *more, *grid([DOWNSCALE], at), *settings]))
+    small = grid([DOWNSCALE], numbers)
+    return list(dict.fromkeys([*grid([RANDOM], at), *more, *small, *settings]))
 
 
 def _print(console: Any, manifests: dict[Any, dict[str, Any]], folders: list[Path]) -> None:
@@ -123,7 +127,7 @@ def _print_scores(console: Any, manifests: dict[Any, dict[str, Any]]) -> None:
     table.title_justify = "left"
     table.add_column("task", overflow="fold")
     for setting in manifests:
-        label = f"{setting.name}\n{setting.ratio:g}" if setting.ratio else setting.name
+        label = setting.name if setting.off else f"{setting.name}\n{setting.shown_ratio}"
         table.add_column(label, justify="right")
     first = next(iter(manifests.values()))
     for task in first["identity"]["tasks"]:

@@ -61,7 +61,7 @@ def command(
     answers = answer_prompt(loaded, processor, media, question, settings, max_new_tokens)
     console = Console()
     for a in answers:
-        name = f"{a.setting.name} {a.setting.ratio:g}"
+        name = f"{a.setting.name} {a.setting.shown_ratio}"
         tokens = f"{compact(a.cost.per_layer)} tokens per layer"
         console.print(f"[bold]{name:<18}[/] [dim]{tokens}[/]\n  {escape(a.text)}")
     label = ", ".join(p.name for p in [*(image or ()), *(video or ())])
@@ -87,7 +87,7 @@ def _write(
     rows = [
         {
             "name": a.setting.name,
-            "ratio": a.setting.ratio,
+            "ratio": "" if a.setting.off else a.setting.shown_ratio,
             "text": a.text,
             "cost": a.cost,
             "uris": [data_uri(p) for p in a.pictures],

@@ -179,7 +179,7 @@ def _rows(profiles: dict[Any, Any]) -> list[dict[str, Any]]:
     return [
         {
             "reducer": s.name,
-            "ratio": s.ratio,
+            "ratio": s.ratios or s.ratio,
             "options": s.written_options,
             "achieved_ratio": p.ratio,
             "tower_ratio": p.tower_ratio,
@@ -207,13 +207,14 @@ def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from tokencomp.method import ratio_text
     from tokencomp.pages.html import compact, si
 
     rows = report["rows"]
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title=report["model"])
     table.add_column("", no_wrap=True)
     for row in rows:
-        label = row["reducer"] + (f"\n{row['ratio']:g}" if row["ratio"] else "")
+        label = row["reducer"] + (f"\n{ratio_text(row['ratio'])}" if row["ratio"] else "")
         table.add_column(label, justify="right")
 
     def line(name: str, show: Any) -> None:

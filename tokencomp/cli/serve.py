@@ -20,7 +20,7 @@ def command(
     context: typer.Context,
     tower: opt.Tower,
     model: opt.Model = DEFAULT_MODEL,
-    ratio: Annotated[float, typer.Option("--ratio", help="Default ratio in [0, 1).")] = 0.5,
+    ratio: Annotated[str, typer.Option("--ratio", help="Default ratio in [0, 1).")] = "0.5",
     reducer: Annotated[
         str,
         typer.Option("--reducer", "-r", help="Default reducer (tokencomp list); auto is divprune."),
@@ -91,7 +91,7 @@ def command(
 
     options = {
         "reducer": reducer,
-        "ratio": ratio,
+        "ratio": opt.one_ratio(ratio, "serve"),
         "options": opt.reducer_options(set_),
         **tower.options,
         "per_request": per_request,

@@ -61,7 +61,7 @@ def command(
         "frames": [int(n) for n in _numbers("frames", frames, whole=True)],
         "scales": _numbers("scale", scale),
         "reducers": reducers(reducer),
-        "ratios": opt.ratios(ratio),
+        "ratios": opt.numbers(opt.ratios(ratio), "tune"),
         "tokens": tokens,
         "options": tower.options,
     }

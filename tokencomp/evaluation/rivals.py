@@ -47,7 +47,7 @@ class Loss:
     """A group of items on which a method scores lower than a baseline at its ratio."""
 
     label: str
-    ratio: float
+    ratio: str
     family: str
     accuracy: float
     rival: str
@@ -90,11 +90,13 @@ def losses(runs: Sequence[EvalRun]) -> list[Loss]:
                 if sum(own) < sum(other):
                     test = mcnemar(own, other)
                     mean = sum(own) / len(pairs), sum(other) / len(pairs)
-                    out.append(Loss(run.label, run.ratio, family, mean[0], name, mean[1], test))
+                    out.append(
+                        Loss(run.label, run.shown_ratio, family, mean[0], name, mean[1], test)
+                    )
     return sorted(out, key=lambda loss: (loss.test.p, loss.accuracy - loss.rival_accuracy))
 
 
-def _at(name: str, ratio: float, runs: Sequence[EvalRun]) -> list[EvalRun]:
+def _at(name: str, ratio: float | dict[str, float], runs: Sequence[EvalRun]) -> list[EvalRun]:
     """Runs of one baseline at a ratio, several of them where it has several seeds."""
     return [r for r in runs if r.identity["reducer"] == name and r.ratio == ratio]
 

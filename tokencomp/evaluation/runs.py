@@ -10,6 +10,7 @@ from typing import Any
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, FULL, RANDOM, Setting
 from tokencomp.evaluation.store import MANIFEST, read_records
+from tokencomp.method import ratio_text
 from tokencomp.storage import read_object
 
 FIRST = (FULL, RANDOM, "uniform", DOWNSCALE, FEWER_FRAMES)
@@ -79,8 +80,15 @@ class EvalRun:
         return " ".join([self.identity["reducer"], *options])
 
     @property
-    def ratio(self) -> float:
-        return float(self.identity["ratio"])
+    def ratio(self) -> float | dict[str, float]:
+        """As requested: a number, or numbers by kind of media."""
+        ratio = self.identity["ratio"]
+        return dict(ratio) if isinstance(ratio, dict) else float(ratio)
+
+    @property
+    def shown_ratio(self) -> str:
+        """The requested ratio as the command line takes it."""
+        return ratio_text(self.ratio)
 
     @property
     def answered(self) -> list[dict[str, Any]]:
@@ -179,9 +187,10 @@ def find_runs(paths: Sequence[Path]) -> list[EvalRun]:
     return sorted(runs, key=_order)
 
 
-def _order(run: EvalRun) -> tuple[int, str, float]:
-    name = run.identity["reducer"]
-    return (FIRST.index(name) if name in FIRST else len(FIRST), run.label, run.ratio)
+def _order(run: EvalRun) -> tuple[int, str, list[float]]:
+    name, ratio = run.identity["reducer"], run.ratio
+    numbers = [1.0, *ratio.values()] if isinstance(ratio, dict) else [ratio]
+    return (FIRST.index(name) if name in FIRST else len(FIRST), run.label, numbers)
 
 
 def _check_comparable(runs: Sequence[EvalRun]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,11 @@ class Setting(MethodSpec):
             )
         if self.input_baseline and self.options:
             raise OptionError(f"{self.reducer!r} has no options; got {self.options}.")
+        if self.input_baseline and isinstance(self.ratio, Mapping):
+            raise OptionError(
+                f"{self.reducer!r} makes all media smaller by one ratio; got {dict(self.ratio)}. "
+                "Give it a number, or leave it out."
+            )
         options = dict(self.options)
         for field in (PROPORTIONAL, *TOWER):
             self._assign(**{field: options.pop(field, getattr(self, field))})
@@ -70,9 +75,11 @@ class Setting(MethodSpec):
             self._take_plan(options)
         super().__post_init__()
         if not self.name:
-            self._assign(name=self._reducer_name() if self.ratio else FULL)
-        if self.ratio == 0:
-            self._assign(reducer=FULL, options={}, plan=None, proportional_attention=False)
+            self._assign(name=FULL if self.off else self._reducer_name())
+        if self.off:
+            self._assign(
+                ratios={}, reducer=FULL, options={}, plan=None, proportional_attention=False
+            )
             self._assign(tower_ratio=0.0, tower_reducer="auto")
 
     def _assign(self, **values: Any) -> None:
@@ -106,7 +113,7 @@ class Setting(MethodSpec):
     @property
     def active(self) -> bool:
         """Whether the model itself is patched."""
-        return self.ratio > 0 and self.names_reducer
+        return not self.off and self.names_reducer
 
     @property
     def written_options(self) -> dict[str, Any]:
@@ -140,36 +147,37 @@ class Setting(MethodSpec):
 
     def moved(self, layers: int) -> str:
         """How a decoder of `layers` layers moves the method's cuts, in words; "" if it does not."""
-        if not self.active or self.plan is not None:
+        if not self.active or self.plan is not None or self.ratios:
             return ""
         return self.built_reducer.moved(self.ratio, layers)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the answers of this setting depend on, ready for JSON."""
-        values = {"ratio": self.ratio, "options": self.written_options, "method": self.method}
+        ratio: Any = self.ratios or self.ratio
+        values = {"ratio": ratio, "options": self.written_options, "method": self.method}
         return {"reducer": self.name, **values}
 
     @property
     def key(self) -> str:
         """Name of the row in tables of many settings, e.g. "aim@0.75"."""
-        return f"{self.name}@{self.ratio:g}"
+        return f"{self.name}@{self.shown_ratio}"
 
     @property
     def label(self) -> str:
         """Name of the run folder, e.g. "aim-0.75" or "prune-0.9-schedule=fastv"."""
-        if self.ratio == 0:
+        if self.off:
             return self.name
         options = sorted(self.written_options.items())
         extra = [f"{k}={v}" for k, v in options if k != PLAN]
-        return "-".join([self.name, f"{self.ratio:g}", *extra]).replace("/", "_")
+        return "-".join([self.name, self.shown_ratio, *extra]).replace("/", "_")
 
     __hash__ = MethodSpec.__hash__
 
 
-def grid(reducers: Iterable[str], ratios: Iterable[float], /, **options: Any) -> list[Setting]:
-    """The full model, then every reducer at every ratio above 0."""
-    above = [r for r in ratios if r > 0]
+def grid(reducers: Iterable[str], ratios: Iterable[Any], /, **options: Any) -> list[Setting]:
+    """The full model, then every reducer at every ratio above 0, or ratios by kind of media."""
+    above = [r for r in ratios if (any(r.values()) if isinstance(r, Mapping) else r > 0)]
     media = {name: value for name, value in options.items() if name not in TOWER}
     each = {name: media if name in INPUT_BASELINES else options for name in reducers}
     return [Setting(), *(Setting(name, r, own) for name, own in each.items() for r in above)]

@@ -78,7 +78,7 @@ def _answer(answer: Answer, expected: str | None) -> dict[str, Any]:
         mark = "right" if right else "wrong"
     return {
         "label": answer.setting.name,
-        "ratio": answer.setting.ratio,
+        "ratio": "" if answer.setting.off else answer.setting.shown_ratio,
         "text": answer.text,
         "mark": mark,
         "tokens": compact(answer.cost.per_layer),

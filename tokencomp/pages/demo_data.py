@@ -114,16 +114,17 @@ class Demo:
     def moves(self) -> list[str]:
         """Which methods the ratio moves in a decoder of this depth, and how."""
         rows = [row for row in self.rows if row.moved]
-        return [f"† {r.setting.name} at {r.setting.ratio:g} {r.moved}." for r in rows]
+        return [f"† {r.setting.name} at {r.setting.shown_ratio} {r.moved}." for r in rows]
 
 
 def _sentence(row: Row, rows: list[Row], items: int) -> str:
     full = rows[0]
     kept, before = (sum(r.per_layer) / len(r.per_layer) for r in (row, full))
     text = (
-        f"{row.setting.name} at ratio {row.setting.ratio:g}: a decoder layer sees {kept:.0f} of "
-        f"{before:.0f} visual tokens on average. That leaves {row.flops / full.flops:.0%} of the "
-        f"decoder's work and {row.kv_bytes / full.kv_bytes:.0%} of its cache."
+        f"{row.setting.name} at ratio {row.setting.shown_ratio}: a decoder layer sees "
+        f"{kept:.0f} of {before:.0f} visual tokens on average. That leaves "
+        f"{row.flops / full.flops:.0%} of the decoder's work and "
+        f"{row.kv_bytes / full.kv_bytes:.0%} of its cache."
     )
     if row.accuracy is None or full.accuracy is None:
         return text
@@ -133,7 +134,7 @@ def _sentence(row: Row, rows: list[Row], items: int) -> str:
     random = [
         r.accuracy
         for r in rows
-        if r.setting.name == "random" and r.setting.ratio == row.setting.ratio
+        if r.setting.name == "random" and r.setting.shown_ratio == row.setting.shown_ratio
     ]
     if random and row.setting.name != "random":
         text += f", with as many tokens at random {random[0]:.0%}"

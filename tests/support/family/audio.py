@@ -1,4 +1,4 @@
-"""Models that hear: Qwen2-Audio, Voxtral, and the thinker of Qwen2.5-Omni."""
+"""Models that hear: Qwen2-Audio, Voxtral, and the thinkers of Qwen2.5-Omni and Qwen3-Omni."""
 
 from __future__ import annotations
 
@@ -115,4 +115,42 @@ class Qwen25OmniThinker(Qwen2VL):
         mask = torch.zeros(1, 64, dtype=torch.long)
         mask[:, : 4 * tokens] = 1
         inputs = {"input_features": torch.randn(1, BINS, 64), "feature_attention_mask": mask}
+        return Media([156, *[AUDIO] * tokens, 157], inputs)
+
+
+class Qwen3OmniThinker(Qwen25OmniThinker):
+    """Experts, deepstack features, and clips whose frames become tokens in chunks."""
+
+    name = "qwen3_omni_moe_thinker"
+
+    def model_class(self) -> type:
+        return transformers.Qwen3OmniMoeThinkerForConditionalGeneration
+
+    def config(self) -> Any:
+        section = {"mrope_section": [2, 3, 3], "mrope_interleaved": True}
+        return transformers.Qwen3OmniMoeThinkerConfig(
+            text_config={
+                **text_config(), "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **section},
+            },
+            vision_config=dict(
+                depth=3, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=2,
+                patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
+                num_position_embeddings=64, deepstack_visual_indexes=[0],
+            ),
+            audio_config=dict(
+                d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=48,
+                num_mel_bins=BINS, max_source_positions=64, n_window=50, n_window_infer=100,
+                output_dim=64, downsample_hidden_size=16,
+            ),
+            image_token_id=IMAGE, video_token_id=VIDEO, audio_token_id=AUDIO,
+            vision_start_token_id=START, vision_end_token_id=END, audio_start_token_id=156,
+            audio_end_token_id=157, position_id_per_seconds=2,
+        )  # fmt: skip
+
+    def audio(self, tokens: int = 12) -> Media:
+        mask = torch.zeros(1, 96, dtype=torch.long)
+        mask[:, : 8 * tokens] = 1
+        inputs = {"input_features": torch.randn(1, BINS, 96), "feature_attention_mask": mask}
         return Media([156, *[AUDIO] * tokens, 157], inputs)

@@ -53,11 +53,15 @@ class Family:
             for name, p in model.named_parameters():
                 if "bias" in name or name.endswith("norm.weight"):
                     p.add_(torch.randn_like(p) * 0.02)
-        model.set_attn_implementation(backend)
+        model.set_attn_implementation(self.attention(backend))
         model.generation_config.pad_token_id = PAD
         model.generation_config.eos_token_id = NO_EOS
         model.generation_config.do_sample = False
         return model, torch.get_rng_state()
+
+    def attention(self, backend: str) -> Any:
+        """What `set_attn_implementation` takes for a backend."""
+        return backend
 
     def model_class(self) -> type:
         raise NotImplementedError

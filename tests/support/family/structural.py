@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from support.family.audio import Qwen25OmniThinker
+from support.family.audio import Qwen3OmniThinker, Qwen25OmniThinker
 from support.family.base import END, EOS, IMAGE, PAD, START, VIDEO, VOCAB, Family, Media
 from support.family.mistral import Mistral3
 from support.family.qwen import Qwen2VL
@@ -120,8 +120,49 @@ class KimiK25(Family):
         return Media([*a.ids[:-1], *b.ids[1:]], inputs)
 
 
+class FastVLM(Family):
+    """A convolutional tower, whose feature map tells the grid. FastViT itself needs timm."""
+
+    name = "fast_vlm"
+
+    def attention(self, backend: str) -> Any:
+        return {"text_config": backend, "vision_config": "eager"}
+
+    def model_class(self) -> type:
+        return transformers.FastVlmForConditionalGeneration
+
+    def config(self) -> Any:
+        tower = transformers.ResNetConfig(
+            num_channels=3, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1],
+            layer_type="basic",
+        )  # fmt: skip
+        tower.hidden_size = 32
+        return transformers.FastVlmConfig(
+            text_config=transformers.Qwen2Config(**{k: TEXT[k] for k in TEXT if k != "head_dim"}),
+            vision_config=tower, image_token_id=IMAGE,
+        )  # fmt: skip
+
+    def image(self, size: int = 0) -> Media:
+        """Eight pixels a token; images of one batch have one size."""
+        return Media([START, *[IMAGE] * 24, END], {"pixel_values": torch.randn(1, 3, 32, 48)})
+
+    def video(self, frames: int = 4) -> Media:
+        """Two images side by side in one run."""
+        a, b = self.image(), self.image()
+        pixels = torch.cat([a.inputs["pixel_values"], b.inputs["pixel_values"]])
+        return Media([*a.ids[:-1], *b.ids[1:]], {"pixel_values": pixels})
+
+
 STRUCTURAL: dict[str, Family] = {
     f.name: f
-    for f in (Glm4v(), PaddleOcr(), KimiK25(), Mistral3(), Qwen25OmniThinker())
+    for f in (
+        Glm4v(),
+        PaddleOcr(),
+        KimiK25(),
+        Mistral3(),
+        Qwen25OmniThinker(),
+        Qwen3OmniThinker(),
+        FastVLM(),
+    )
     if f.name in verified_types()
 }
