@@ -78,7 +78,8 @@ class Calls(TorchDispatchMode):
     calls, reads
         Number of calls, and of those among them that make the host wait.
     sites
-        Line of the library (or of the model) → its calls.
+        Line of the library (or of the model) and call → how often; host reads stand there as
+        `read` once more.
     """
 
     def __init__(self, sites: bool = False) -> None:
@@ -91,9 +92,9 @@ class Calls(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self.calls += 1
-        self.reads += func.overloadpacket.__name__ in READS
-        if self.sites is not None:
-            self.sites[f"{_site()} {func.overloadpacket.__name__}"] += 1
+        self._note(func.overloadpacket.__name__)
+        if func.overloadpacket.__name__ in READS:
+            self._read()
         # What the plain version of a kernel copies to the host is no part of the Triton version.
         self._in_kernel = func.namespace == "tokencomp"
         try:
@@ -101,10 +102,18 @@ class Calls(TorchDispatchMode):
         finally:
             self._in_kernel = False
 
+    def _note(self, name: str) -> None:
+        if self.sites is not None:
+            self.sites[f"{_site()} {name}"] += 1
+
+    def _read(self) -> None:
+        self.reads += 1
+        self._note("read")
+
     def count_check(self, condition: Tensor, message: str) -> None:
         """Stands in for `checks.holds`, which reads its condition inside of a kernel."""
         if dispatch.checks_enabled(condition):
-            self.reads += 1
+            self._read()
             assert bool(condition), message
 
     @contextlib.contextmanager
@@ -113,13 +122,15 @@ class Calls(TorchDispatchMode):
         cpu, tolist = Tensor.cpu, Tensor.tolist
 
         def count_cpu(tensor: Tensor, *args: Any) -> Tensor:
-            self.reads += not self._in_kernel
+            if not self._in_kernel:
+                self._read()
             copy = cpu(tensor, *args)
             copy.is_host_copy = True  # type: ignore[attr-defined]
             return copy
 
         def count_list(tensor: Tensor) -> Any:
-            self.reads += not (self._in_kernel or hasattr(tensor, "is_host_copy"))
+            if not (self._in_kernel or hasattr(tensor, "is_host_copy")):
+                self._read()
             return tolist(tensor)
 
         with (
@@ -293,7 +304,7 @@ def main() -> int:
     parser.add_argument("--reducers", nargs="+", default=CASES, choices=CASES)
     parser.add_argument("--quick", action="store_true", help="1 and 4 images, batch 1 and 8 × 1")
     parser.add_argument(
-        "--sites", action="store_true", help="print the lines that call, for 1 image"
+        "--sites", action="store_true", help="print the lines that call or read, for 1 image"
     )
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for calls.json, calls.md")
     publishing.add_argument(parser)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.models.prefill             # all cases → prefill.jsonl, prefill.md
     python -m benchmarks.models.prefill --models llava-onevision-0.5b --tokens 2048
+    python -m benchmarks.models.prefill --quick     # few cases → prefill_quick.jsonl, .md
     python -m benchmarks.models.prefill --report    # only rebuilds the page
 
 Patched and unpatched runs alternate in one process; the medians of their times are compared. The
@@ -10,16 +11,22 @@ LLM-only numbers. The limit is arithmetic: FLOPs without / with compression. Sho
 processor less well, so each ratio is also compared with the unpatched model on a text as long as
 the compressed prompt ("native"). Records of other models and lengths stay in the file, so the
 benchmark can be run in pieces.
+
+`--quick` takes less than ten minutes on two quiet cores: Qwen2-VL-2B at 4,096 tokens with merge,
+condiv and aim, and aim at 0.5 on the 0.5B shape. It leaves out the peaks of memory, each of which
+takes another run.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +42,26 @@ from benchmarks.publishing import environment, provenance
 FOLDER = Path(__file__).parent
 TEXT_BEFORE, TEXT_AFTER = 16, 48
 REDUCERS = ("uniform", "merge", "condiv", "aim")
+RATIOS = (0.5, 0.75, 0.9)
+Case = tuple[str, float]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One model at one length: the reducers and ratios, and how often each runs."""
+
+    model: str
+    tokens: int
+    cases: tuple[Case, ...]
+    repeats: int
+    peaks: bool = True  # of memory; each takes another run
+
+
+QUICK = (
+    Piece("llava-onevision-0.5b", 2048, (("aim", 0.5),), 5, False),
+    Piece("llava-onevision-0.5b", 4096, (("aim", 0.5),), 5, False),
+    Piece("qwen2-vl-2b", 4096, tuple(itertools.product(REDUCERS[1:], RATIOS)), 2, False),
+)
 
 
 def llava_onevision() -> tuple[nn.Module, Any]:
@@ -140,20 +167,18 @@ def peak_of(model: nn.Module, inputs: dict[str, Any]) -> int:
     return peak
 
 
-def measure(
-    name: str, tokens: int, dtype: torch.dtype, ratios: list[float], repeats: int
-) -> Iterator[dict[str, Any]]:
-    """One record per reducer and ratio; every repeat runs the full model, then each in turn."""
-    model, inputs = setup(name, tokens, dtype)
-    cases = [(reducer, ratio) for reducer in REDUCERS for ratio in ratios]
-    peak_full, full = peak_of(model, inputs), []
+def measure(piece: Piece, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """One record per case; every repeat runs the full model, then each case in turn."""
+    model, inputs = setup(piece.model, piece.tokens, dtype)
+    cases, ratios = piece.cases, list(dict.fromkeys(ratio for _, ratio in piece.cases))
+    peak_full, full = peak_of(model, inputs) if piece.peaks else None, []
     visual = int((inputs["input_ids"] == model.config.video_token_id).sum())
     native: dict[float, list[float]] = {ratio: [] for ratio in ratios}
     seconds = {case: [] for case in cases}
     reduce: dict[Any, list[float]] = {case: [] for case in cases}
-    peaks, stats = {}, {}
+    peaks, stats = dict.fromkeys(cases), {}
     with tokencomp.patch(model, 0.0) as handle:
-        for repeat in range(repeats):
+        for repeat in range(piece.repeats):
             with handle.disabled():
                 full.append(prefill(model, inputs))
                 for ratio in ratios:
@@ -161,7 +186,7 @@ def measure(
                     native[ratio].append(prefill(model, short))
             for reducer, ratio in cases:
                 handle.set(ratio=ratio, reducer=reducer)
-                if repeat == 0:
+                if repeat == 0 and piece.peaks:
                     peaks[reducer, ratio] = peak_of(model, inputs)
                 seconds[reducer, ratio].append(prefill(model, inputs))
                 stats[reducer, ratio] = handle.stats
@@ -171,8 +196,8 @@ def measure(
         s = stats[case]
         limit, speedup = s.flops_before / s.flops_after, base / statistics.median(seconds[case])
         yield {
-            "model": name,
-            "tokens": tokens,
+            "model": piece.model,
+            "tokens": piece.tokens,
             "dtype": str(dtype).removeprefix("torch."),
             "visual_tokens": s.tokens_before[0],
             "text_tokens": TEXT_BEFORE + TEXT_AFTER,
@@ -227,7 +252,9 @@ def table(records: list[dict[str, Any]]) -> str:
     )  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for r in records:
-        peak = r["peak_bytes_compressed"] / r["peak_bytes_full"]
+        peak = "–"
+        if r["peak_bytes_full"]:
+            peak = f"{100 * r['peak_bytes_compressed'] / r['peak_bytes_full']:.0f} %"
         kv = r["kv_bytes_compressed"] / r["kv_bytes_full"]
         full, less = r["seconds_full"], r["seconds_compressed"]
         spread = f"({min(full) / max(less):.1f}–{max(full) / min(less):.1f})"
@@ -235,7 +262,7 @@ def table(records: list[dict[str, Any]]) -> str:
             f"| {r['model']} | {r['visual_tokens']} | {r['reducer']} | {r['ratio']} | "
             f"{len(less)} | {r['speedup']:.2f}× {spread} | {r['flop_limit']:.2f}× | "
             f"{100 * r['fraction_of_limit']:.0f} % | {100 * r['fraction_of_native']:.0f} % | "
-            f"{100 * r['reduce_overhead']:.1f} % | {100 * peak:.0f} % | {100 * kv:.0f} % |"
+            f"{100 * r['reduce_overhead']:.1f} % | {peak} | {100 * kv:.0f} % |"
         )
     return "\n".join(lines)
 
@@ -262,31 +289,44 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def pieces(args: argparse.Namespace) -> Iterator[Piece]:
+    """What the command line requests."""
+    cases = tuple(itertools.product(REDUCERS, args.ratios))
+    for name, tokens in itertools.product(args.models, args.tokens):
+        yield Piece(name, tokens, cases, args.repeats)
+
+
+def key(piece: Piece) -> tuple[str, int]:
+    """What identifies the records of a piece."""
+    return piece.model, piece.tokens
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096])
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.75, 0.9])
+    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="the few cases of `QUICK`")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    parser.add_argument("--out", type=Path, default=FOLDER / "prefill.jsonl")
+    parser.add_argument("--out", type=Path, help="default: prefill.jsonl, or prefill_quick.jsonl")
     parser.add_argument("--report", action="store_true", help="only rebuild the page")
     publishing.add_argument(parser)
     args = parser.parse_args()
+    args.out = args.out or FOLDER / ("prefill_quick.jsonl" if args.quick else "prefill.jsonl")
     if args.report:
         args.out.with_suffix(".md").write_text(page(read(args.out)))
         return
     facts = publishing.published_from(args.out, args.allow_dirty)
     dtype = fastest_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
-    pieces = [(name, tokens) for name in args.models for tokens in args.tokens]
-    records = [r for r in read(args.out) if (r["model"], r["tokens"]) not in pieces]
-    for name, tokens in pieces:
-        for record in measure(name, tokens, dtype, args.ratios, args.repeats):
+    for piece in QUICK if args.quick else pieces(args):
+        records = [r for r in read(args.out) if (r["model"], r["tokens"]) != key(piece)]
+        for record in measure(piece, dtype):
             records.append({**record, "environment": {**environment(), **facts}})
             print(table(records[-1:]).splitlines()[-1], flush=True)
         records.sort(key=lambda r: (list(MODELS).index(r["model"]), r["tokens"]))
         args.out.write_text("".join(json.dumps(r) + "\n" for r in records))
-    args.out.with_suffix(".md").write_text(page(records))
+    args.out.with_suffix(".md").write_text(page(read(args.out)))
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak resident memory of this process: {usage / 2**20:.1f} GiB")
 

@@ -26,6 +26,12 @@ def model() -> Any:
     return tiny_model()
 
 
+@pytest.fixture(scope="module")
+def layout_reads(model: Any) -> int:
+    """Reads of where spans and padding stand; `uniform` looks at no feature."""
+    return measure(model, "uniform", 1, 1)[0].reads
+
+
 def reads_allowed(row: Row) -> int:
     return 4 + row.stages
 
@@ -38,6 +44,13 @@ def test_a_prefill_does_not_grow_with_images(model: Any, reducer: str) -> None:
     assert one.calls <= CALLS_PER_STAGE * one.stages
     assert nine.calls - four.calls <= (9 - 4) * CALLS_PER_IMAGE
     assert one.reads == four.reads == nine.reads <= reads_allowed(one)
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_features_are_read_once_per_stage(model: Any, reducer: str, layout_reads: int) -> None:
+    """Beyond the layout of the prompt, one read: whether the values are finite."""
+    row = measure(model, reducer, 1, 1)[0]
+    assert row.reads - layout_reads <= row.stages
 
 
 @pytest.mark.parametrize("reducer", CASES)

@@ -175,31 +175,57 @@ def finite_values(values: Tensor, what: str) -> Tensor:
     return values
 
 
-def finite_features(x: Tensor) -> Tensor:
-    """Return the features x (n, d) as they are, or raise `ScoreError` if a row is not finite.
+def feature_norms(x: Tensor) -> Tensor:
+    """Lengths of the features x (n, d), shape (n,), finite where the features are.
 
-    The device is read once. Norms are taken in float32, because squares of finite float16
-    features overflow.
+    They are taken in float32, because squares of finite float16 features overflow.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    finite_values(torch.linalg.vector_norm(x, dim=1, dtype=wide), "feature norms")
-    return x
+    return torch.linalg.vector_norm(x, dim=1, dtype=wide)
 
 
-def signal_scores(tokens: VisualTokens | SpanBatch, reducer: str) -> Tensor:
-    """The scores that the engine supplies for `Reducer.needs`, float32, shape (n,).
+def finite_features(x: Tensor, scores: Tensor | None = None) -> Tensor:
+    """Return the features x (n, d) as they are, once they and `scores` are known to be finite.
+
+    The device is read once for both.
+
+    Parameters
+    ----------
+    scores : Tensor of float32, shape (m,), or None
 
     Raises
     ------
     ScoreError
-        There are none, or one is not finite.
+        A row or a score is not finite.
+    """
+    norms = feature_norms(x)
+    if scores is None:
+        finite_values(norms, "feature norms")
+    elif not math.isfinite((norms.detach().sum() + scores.detach().sum()).item()):
+        finite_values(norms, "feature norms")
+        finite_values(scores, "scores")
+    return x
+
+
+def supplied_scores(tokens: VisualTokens | SpanBatch, reducer: str) -> Tensor:
+    """The scores that the engine supplies for `Reducer.needs`, float32, shape (n,), unchecked.
+
+    Raises
+    ------
+    ScoreError
+        There are none.
     """
     if tokens.scores is None:
         raise ScoreError(
             f"reducer {reducer!r} needs attention scores and got none. Run it through "
             "tokencomp.patch, or set VisualTokens.scores."
         )
-    return finite_values(tokens.scores, "scores")
+    return tokens.scores.float()
+
+
+def signal_scores(tokens: VisualTokens | SpanBatch, reducer: str) -> Tensor:
+    """`supplied_scores`, or a `ScoreError` if one of them is not finite."""
+    return finite_values(supplied_scores(tokens, reducer), "scores")
 
 
 def tower_keys(tokens: VisualTokens | SpanBatch, reducer: str) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from tokencomp.errors import ScoreError
 from tokencomp.reducers._batch import Patches, segment, spread
-from tokencomp.reducers._rows import finite_values, signal_scores
+from tokencomp.reducers._rows import finite_features, supplied_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reduction import Reduction
@@ -62,22 +62,20 @@ class CDPruner(Reducer):
         from tokencomp.kernels import dpp_select
 
         patches = Patches.of(batch, keeps)
-        x = patches.features.float()
-        finite_values(x.norm(dim=1), "feature norms")
-        unit = normalize(x, dim=1)
-        r = self._relevance(patches, unit)
+        scores = None
+        if self.relevance == "attention":
+            scores = patches.of_patches(supplied_scores(batch, "cdpruner"))
+        unit = normalize(finite_features(patches.features.float(), scores), dim=1)
+        r = self._relevance(patches, unit, scores)
         return patches.kept(dpp_select(unit, patches.budgets, r, spans=patches.lengths))
 
-    def _relevance(self, patches: Patches, unit: Tensor) -> Tensor:
-        """Relevance of every patch, scaled to (0, 1] in every span."""
+    def _relevance(self, patches: Patches, unit: Tensor, scores: Tensor | None) -> Tensor:
+        """Relevance of every patch, scaled to (0, 1] in every span; `scores` are its attention."""
         if self.relevance == "none":
             return torch.ones_like(unit[:, 0])
         lengths = patches.lengths
         owners = patches.owners() if len(lengths) > 1 else None
-        if self.relevance == "attention":
-            r = patches.of_patches(signal_scores(patches.batch, "cdpruner"))
-        else:
-            r = -self._likeness(patches, unit, owners)
+        r = scores if scores is not None else -self._likeness(patches, unit, owners)
         low = spread(segment(r, lengths, "min"), lengths, owners)
         high = spread(segment(r, lengths, "max"), lengths, owners)
         return (r - low + EPS) / (high - low + EPS)

@@ -16,7 +16,7 @@ from tokencomp.reducers._rows import (
     finite_features,
     merge_dropped,
     round_to_sum,
-    signal_scores,
+    supplied_scores,
 )
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -148,8 +148,11 @@ class ConDiv(Reducer):
         from tokencomp.kernels import maxmin_select, mean_distance
 
         patches = self._patches(batch, keeps)
-        x = finite_features(patches.features)
-        weights = self._weights(patches, x)
+        scores = None
+        if self.weighted_by in ("attention", "vit_attention", "selector"):
+            scores = patches.of_patches(supplied_scores(batch, "condiv"))
+        x = finite_features(patches.features, scores)
+        weights = self._weights(patches, x, scores)
         parts, counts = self._problems(patches, x)
         lengths = [n for own in parts for n in own]
         margin = None  # under equal weights a margin would change no choice
@@ -204,15 +207,21 @@ class ConDiv(Reducer):
             counts += [budget] if len(own) == 1 else round_to_sum(shares, budget, own[0])
         return lengths, counts
 
-    def _weights(self, patches: Patches, x: Tensor) -> Tensor | None:
-        """Relevance to the power p of every patch, float32; None if all are equal."""
+    def _weights(self, patches: Patches, x: Tensor, scores: Tensor | None) -> Tensor | None:
+        """Relevance to the power p of every patch, float32; None if all are equal.
+
+        Parameters
+        ----------
+        scores : Tensor of float32, shape (patches,), or None
+            What the engine supplied, for the signals that need it.
+        """
         if self.weighted_by == "none":
             return None
         lengths, owners = patches.lengths, None
         if len(lengths) > 1:
             owners = patches.owners()
-        if self.signal in ("attention", "vit_attention", "selector"):
-            relevance = patches.of_patches(signal_scores(patches.batch, "condiv"))
+        if scores is not None:
+            relevance = scores
         elif self.signal == "norm":
             relevance = x.float().norm(dim=1)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch.nn.functional import normalize
 
 from tokencomp.errors import OptionError
 from tokencomp.reducers._batch import Patches, by_group
-from tokencomp.reducers._rows import finite_features, round_to_sum
+from tokencomp.reducers._rows import feature_norms, finite_features, round_to_sum
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reduction import Reduction
@@ -63,11 +64,15 @@ class VidCom2(Reducer):
         from tokencomp.kernels import topk_stable
 
         patches = Patches.whole(batch, keeps, "vidcom2")
-        x, grids = finite_features(patches.features.float()), batch.grids
+        x, grids = patches.features.float(), batch.grids
         values = by_group(patches, grids, x, lambda m, rows: self._values(grids[m[0]], rows))
         frames = [h * w for t, h, w in grids for _ in range(t)]
-        # One read for the budgets of all frames, which depend on the features.
-        means, quota, first = values[:, 1].tolist(), [], 0
+        # One read for the budgets of all frames, which depend on the features, and for whether
+        # these are finite.
+        *means, norms = torch.cat([values[:, 1], feature_norms(x).sum()[None]]).tolist()
+        if not math.isfinite(norms):
+            finite_features(x)
+        quota, first = [], 0
         for (t, h, w), budget in zip(grids, patches.budgets, strict=True):
             own = np.asarray(means[first : first + t * h * w : h * w], dtype=np.float32)
             logits = -own / self.temperature
