@@ -10,7 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Logits per block. 16 MiB in fp32 are small enough to stay in the last-level cache of a CPU.
+# Rows of a block, and the most logits that it may have (16 MiB in fp32). On a CPU, blocks of this
+# height stay in the cache between their passes and compute few logits that causality hides.
+BLOCK_ROWS = 64
 BLOCK_ELEMENTS = 1 << 22
 
 
@@ -89,7 +91,7 @@ def _blocks(
     kv_heads, keys = k.shape[1:3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     k = k.to(dtype)
-    size = max(1, BLOCK_ELEMENTS // max(1, batch * heads * keys))
+    size = min(BLOCK_ROWS, max(1, BLOCK_ELEMENTS // max(1, batch * heads * keys)))
     starts = range(0, total, size)
     for first in reversed(starts) if backwards else starts:
         rows = slice(first, min(first + size, total))

@@ -181,7 +181,8 @@ def feature_norms(x: Tensor) -> Tensor:
     They are taken in float32, because squares of finite float16 features overflow.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(x, dim=1, dtype=wide)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=wide)
+    return norms
 
 
 def finite_features(x: Tensor, scores: Tensor | None = None) -> Tensor:
