@@ -134,3 +134,14 @@ def test_report_of_real_runs_shows_kept_patches(loaded, examples, tmp_path):
     page = tmp_path / "r.html"
     assert run("report", tmp_path, "-o", page) == 0
     assert page.read_text().count("data:image/jpeg;base64,") == 2
+
+
+def test_times_of_the_parts_are_shown_beside_the_full_models(runs, tmp_path):
+    """A linear layer of the page: every part of the setting with that of the full model."""
+    manifest = runs / "aim-0.5/manifest.json"
+    times = {"setting": {"vision": 0.012, "reduce": 0.001}, "full": {"vision": 0.0125, "reduce": 0}}
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "times": times}))
+    page = tmp_path / "r.html"
+    assert run("report", runs, "-o", page) == 0
+    text = " ".join(re.sub("<[^>]+>", " ", page.read_text()).split())
+    assert "Where the time goes" in text and "aim 0.5 12.0 of 12.5 1.0 of 0.0" in text

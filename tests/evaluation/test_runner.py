@@ -38,6 +38,24 @@ def test_batches_answer_like_single_prompts(loaded, examples):
         assert [r["id"] for r in runs[setting].records] == [e.id for e in examples]
 
 
+def test_timing_the_parts_changes_no_answer(loaded, examples, tmp_path):
+    settings = grid(["uniform", "downscale"], [0.5])
+    plain = sweep(*loaded, examples, settings, **HOW)
+    timed = sweep(*loaded, examples, settings, tmp_path, times=True, **HOW)
+    for setting in settings:
+        answers = [[r["prediction"] for r in run[setting].records] for run in (plain, timed)]
+        assert answers[0] == answers[1]
+        times = timed[setting].manifest["times"]
+        parts = ("preprocess", "vision", "prefill", "decode")
+        assert all(times[which][part] > 0 for which in times for part in parts)
+        if setting.active:
+            assert times["setting"]["reduce"] > times["full"]["reduce"]
+    again = sweep(*loaded, examples, settings, tmp_path, times=True, **HOW)
+    assert [r.manifest["times"] for r in again.values()] == [
+        r.manifest["times"] for r in timed.values()
+    ]
+
+
 def test_costs_are_those_of_the_shapes(loaded, examples):
     """64 tokens an image, 256 a video; FLOPs and bytes recomputed by hand."""
     model, processor = loaded

@@ -15,6 +15,7 @@ from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.cost import Cost, prefill_costs
 from tokencomp.evaluation.patches import Patches
 from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.time_parts import time_parts
 from tokencomp.inputs.frames import frame_plan
 from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.inputs.questions import Example
@@ -133,6 +134,16 @@ class Answerer:
             for (example, _), text, cost in zip(rows, texts, costs, strict=True)
         ]
         return Batch(records, seconds, stats)
+
+    def time_parts(self, setting: Setting, row: Loaded) -> dict[str, dict[str, float]]:
+        """Where the time of one answer goes, see `tokencomp.evaluation.time_parts`."""
+        names = [row[0].id]
+        return time_parts(
+            self.models[setting.variant],
+            lambda own: self.inputs([row], setting if own else None),
+            lambda: self.patches.applied(setting, names),
+            lambda: self.patches.applied(Setting(), names),
+        )
 
     def _costs(
         self, setting: Setting, stats: Stats | None, inputs: dict[str, Any], rows: Sequence[Loaded]

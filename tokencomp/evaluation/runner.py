@@ -64,6 +64,7 @@ def sweep(
     shard: bool = True,
     around: Around | None = None,
     draw: Draw | None = None,
+    times: bool = False,
 ) -> dict[Setting, EvalRun]:
     """Evaluate several settings; every batch is decoded and preprocessed once for all of them.
 
@@ -101,6 +102,9 @@ def sweep(
     draw
         Called by the first process with the first question of every compressed batch, to keep a
         picture in the run folder: `tokencomp.pages.pictures.save_kept` draws what reports show.
+    times
+        Whether the first answer of each setting is timed in parts, in turn with the full model;
+        the manifest keeps the result under "times".
 
     Returns
     -------
@@ -112,7 +116,7 @@ def sweep(
     distinct, patches = list(dict.fromkeys(settings)), Patches(models)
     answerer = Answerer(models, processor, distinct, patches, how, isinstance(model, dict), around)
     work = _Sweep(answerer, items, distinct, name)
-    work.batch_size, work.shard, work.draw = batch_size, shard, draw
+    work.batch_size, work.shard, work.draw, work.timed = batch_size, shard, draw, times
     if out_dir is not None:
         work.open_stores(out_dir)
     return work.run(progress)
@@ -127,6 +131,8 @@ class _Sweep:
         self.answerer, self.items, self.halved = answerer, list(items), False
         self.batch_size, self.shard = 16, True
         self.draw: Draw | None = None
+        self.timed = False
+        self.times: dict[Setting, dict[str, dict[str, float]]] = {}
         self.rank, self.world = process_rank()
         self.runs = {s: EvalRun(s) for s in settings}
         self.seconds = dict.fromkeys(self.runs, 0.0)
@@ -144,6 +150,8 @@ class _Sweep:
         for setting, run in self.runs.items():
             path = paths.get(setting) or Path(str(out_dir)) / setting.label
             self.stores[setting] = AnswerStore(path, self.identities[setting], self.rank)
+            if known := self.stores[setting].manifest.get("times"):
+                self.times[setting] = known
             self.done[setting] = self.stores[setting].done()
             run.path = path
 
@@ -216,6 +224,8 @@ class _Sweep:
         self._write(setting, batch.records)
         if self.draw and setting in self.stores and not self.rank and batch.stats is not None:
             self.draw(self.stores[setting].path, *rows[0], batch.stats)
+        if self.timed and not self.rank and setting not in self.times:
+            self.times[setting] = self.answerer.time_parts(setting, rows[0])
 
     def _write(self, setting: Setting, records: list[dict[str, Any]]) -> None:
         self.runs[setting].records += records
@@ -245,6 +255,8 @@ class _Sweep:
                 "finished": finished,
                 "moved": setting.moved(self.layers),
             }
+            if setting in self.times:
+                run.manifest["times"] = self.times[setting]
             if finished:
                 run.manifest["seconds"] = round(self.seconds[setting], 3)
                 run.manifest["summary"] = run.summary()

@@ -135,6 +135,7 @@ class TokenComp(lmms):
                 name=self.name,
                 shard=False,
                 draw=save_kept,
+                times=True,
             )[self.setting]
             self._note(run.manifest)
             for record in run.records:

@@ -107,6 +107,7 @@ def write(table: Sequence[Line], path: Path) -> Path:
         failed=_failed(table),
         losses=losses([line.run for line in table]),
         moved=[line for line in table if line.moved],
+        timed=[line for line in table if "times" in line.run.manifest],
     )
 
 
@@ -207,6 +208,7 @@ def as_json(table: Sequence[Line]) -> str:
             "families": line.families,
             "rivals": asdict(line.rivals),
             "moved": line.moved,
+            "times": line.run.manifest.get("times"),
         }
         for line in table
     ]

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -39,6 +39,10 @@ class Split:
     def llm(self) -> float:
         """What the LLM costs with the reducer: prefill + reduce."""
         return self.prefill + self.reduce
+
+
+Parts = TypeVar("Parts")
+"""A dataclass whose fields are seconds."""
 
 
 class _Clock:
@@ -78,7 +82,8 @@ class _Watch:
         self._enclose(adapter.decoder, pre=False)
         for layer in adapter.layers:
             self._enclose(layer, pre=True)
-            self._enclose(layer.self_attn, pre=False)
+            if hasattr(layer, "self_attn"):  # a linear layer has no scores that a stage could read
+                self._enclose(layer.self_attn, pre=False)
 
     def _named(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -140,14 +145,14 @@ def prefill_split(model: Any, inputs: dict[str, Any]) -> Split:
 
 
 def interleaved(
-    variants: Mapping[Any, Callable[[], Split]], rounds: int = 5, budget: float | None = None
-) -> dict[Any, Split]:
+    variants: Mapping[Any, Callable[[], Parts]], rounds: int = 5, budget: float | None = None
+) -> dict[Any, Parts]:
     """Run all variants in turn, `rounds` times after a warm-up, and take medians.
 
     Parameters
     ----------
     variants
-        Callables that run once and return their split.
+        Callables that run once and return their times, a dataclass of seconds such as `Split`.
     rounds
         How often each variant is timed.
     budget
@@ -155,7 +160,7 @@ def interleaved(
     """
     for run in variants.values():
         run()
-    samples: dict[Any, list[Split]] = {key: [] for key in variants}
+    samples: dict[Any, list[Parts]] = {key: [] for key in variants}
     start = time.perf_counter()
     for done in range(rounds):
         if budget is not None and done >= 3 and time.perf_counter() - start > budget:
@@ -165,8 +170,9 @@ def interleaved(
     return {key: median(splits) for key, splits in samples.items()}
 
 
-def median(splits: list[Split]) -> Split:
+def median(splits: list[Parts]) -> Parts:
     """Median of every part on its own."""
-    return Split(
-        **{f.name: statistics.median(getattr(s, f.name) for s in splits) for f in fields(Split)}
+    kind: Any = type(splits[0])
+    return kind(
+        **{f.name: statistics.median(getattr(s, f.name) for s in splits) for f in fields(kind)}
     )
