@@ -67,6 +67,14 @@ def test_the_api_key_is_required() -> None:
     assert app.get("/health").status_code == 200
 
 
+def test_other_spellings_of_a_path_need_the_key_too() -> None:
+    app = client(api_key="secret")
+    for path in ("/%76%31/models", "/v1/%6dodels", "/v1/models/", "/v1//models"):
+        assert app.get(path, follow_redirects=False).status_code == 401, path
+    for path in ("//v1/models", "/V1/models", "/x/../v1/models", "/health/..%2fv1/models"):
+        assert app.get(path).status_code in (401, 404), path
+
+
 def test_other_content_types_are_refused() -> None:
     """A web page can send these to a server on the machine of its visitor, without permission."""
     app = client()
@@ -186,6 +194,24 @@ def test_slow_clients_are_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
         assert received(silent) == received(half_head) == b""
         assert b" 408 " in received(half_body)
         assert received(second).startswith(b"HTTP/1.1 200 ")
+        assert http.get("http://{}:{}/health".format(*address))[0] == 200
+
+
+def test_heads_and_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 4)
+    get = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+    with running(build_app(stub(), "tiny", Limits(), Bind())) as address:
+        for flood in (b"".join(b"x-%d: y\r\n" % i for i in range(20_000)), b"x: " + b"y" * 10**6):
+            with socket.create_connection(address) as connection:
+                with contextlib.suppress(OSError):  # closed before everything was sent
+                    connection.sendall(get + flood)
+                with contextlib.suppress(ConnectionResetError):
+                    assert received(connection)[:13] in (b"HTTP/1.1 400 ", b"")
+        with contextlib.ExitStack() as stack:
+            idle = [stack.enter_context(socket.create_connection(address)) for _ in range(4)]
+            idle[0].sendall(get + b"\r\n")
+            assert idle[0].recv(13) == b"HTTP/1.1 503 "
+        time.sleep(0.2)
         assert http.get("http://{}:{}/health".format(*address))[0] == 200
 
 

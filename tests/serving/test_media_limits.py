@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import zlib
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,3 +208,42 @@ def test_transparent_parts_are_white(mode: str) -> None:
     result = load_image(url, Limits())
     assert result.getpixel((0, 0)) == (255, 255, 255)
     assert result.getpixel((7, 0)) == (20, 20, 20)
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
+    """Each scan passes over all pixels, so a few kilobytes of them take minutes."""
+    out = io.BytesIO()
+    Image.new("L", (64, 64), 128).save(out, "JPEG", progressive=True)
+    content = out.getvalue()
+    scan = content[content.rindex(b"\xff\xc4", 0, content.rindex(b"\xff\xda")) : -2]
+    for count, refused in ((50, False), (200, True)):
+        bomb = content[:-2] + scan * count + content[-2:]
+        url = "data:image/jpeg;base64," + base64.b64encode(bomb).decode()
+        assert Image.open(io.BytesIO(bomb)).format == "JPEG"
+        if not refused:
+            assert load_image(url, Limits()).size == (64, 64)
+            continue
+        with pytest.raises(RequestError, match="scans") as error:
+            load_image(url, Limits())
+        assert error.value.status == 413
+
+
+def test_a_frame_that_is_larger_than_the_header_says_is_not_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    av = pytest.importorskip("av")
+    out, sizes = io.BytesIO(), []
+    with av.open(out, "w", format="matroska") as container:
+        stream = container.add_stream("mjpeg", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"
+        for i, side in enumerate((64, 64, 400, 64)):
+            picture = io.BytesIO()
+            Image.new("RGB", (side, side)).save(picture, "JPEG")
+            packet = av.Packet(picture.getvalue())
+            packet.stream, packet.pts, packet.time_base = stream, i, Fraction(1, 4)
+            container.mux(packet)
+    monkeypatch.setattr(video, "check_size", lambda w, h, *_: sizes.append((w, h)))
+    url = "data:video/x-matroska;base64," + base64.b64encode(out.getvalue()).decode()
+    with pytest.raises(RequestError):
+        load_video(url, LIMITS)
+    assert set(sizes) == {(64, 64)}

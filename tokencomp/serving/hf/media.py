@@ -21,6 +21,7 @@ from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_SCANS = 100  # of a progressive JPEG, which costs a pass over all its pixels per scan; usual: 10
 FRAME_LIST = "video/jpeg"  # media type of a list of frames, as in vLLM
 
 
@@ -163,6 +164,9 @@ def decode_image(content: bytes, limits: Limits, deadline: Deadline, count: int 
     try:
         image: Any = Image.open(deadline.reader(content), formats=IMAGE_FORMATS)
         check_size(image.width, image.height, limits, count)
+        # In compressed data a byte 0xFF is followed by 0, so this counts the markers of scans.
+        if image.format == "JPEG" and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
+            raise RequestError(f"a JPEG of {scans} scans; the limit is {MAX_SCANS}.", 413)
         return _opaque(ImageOps.exif_transpose(image), image.format)
     except RequestError:
         raise

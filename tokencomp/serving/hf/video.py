@@ -166,6 +166,9 @@ class _Container:
             raise RequestError("the file has no video stream.")
         stream = opened.streams.video[0]
         self.rate = float(stream.average_rate) if stream.average_rate else None
+        # A frame may be larger than the header says. The decoder refuses it before it makes one. As
+        # it counts rows as up to 63 pixels wider than they are, the exact limit is checked later.
+        stream.codec_context.options = {"max_pixels": str(2 * self.limits.max_pixels)}
         return opened, stream
 
     def count_packets(self) -> int:
