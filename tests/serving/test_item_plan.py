@@ -88,6 +88,41 @@ def test_plans_travel_unchanged() -> None:
         plan.reduce(torch.zeros(plan.full + 1, 4))
 
 
+@pytest.mark.parametrize("name", ["uniform", "divprune", "merge"])
+def test_behind_a_tower_stage_the_entry_sees_what_the_tower_left(name: str) -> None:
+    """Rows that the tower dropped are NaN; counts and rows are those of the stages' reducers."""
+    grid = (2, 5, 6)
+    spec = MethodSpec(name, 0.75, tower_ratio=0.5, tower_reducer="random")
+    plan = ItemPlan.make("video", [Layout(grid)], spec, 6)
+    assert ItemPlan.from_tensor(plan.to_tensor()) == plan
+    assert (plan.entering, plan.kept) == (30, 15)
+    present = torch.randperm(60, generator=torch.Generator().manual_seed(2))[:30].sort().values
+    x = torch.full((60, 8), torch.nan)
+    x[present] = torch.randn(30, 8)
+    tokens = VisualTokens(
+        x[present], grid, torch.zeros(30, dtype=torch.bool), present, kind="video"
+    )
+    reducer = make_reducer(name)
+    done = reducer.reduce(tokens, 15)
+    rows, index = plan.reduce_rows(x, 8, lambda *_: pytest.fail("rows are finite"), present)
+    assert torch.equal(index, present[done.keep])
+    assert torch.equal(rows, x[index] if done.merged is None else done.merged)
+    reports = []
+    x[present[3], 1] = torch.inf  # a feature that the tower has computed
+    rows, index = plan.reduce_rows(x, 8, lambda *report: reports.append(report), present)
+    assert len(reports) == 1 and torch.isfinite(rows).all()
+    assert set(index.tolist()) <= set(present.tolist())
+
+
+def test_a_tower_stage_that_leaves_what_the_ratio_asks_for_is_the_only_one() -> None:
+    plan = ItemPlan.make("image", [Layout((1, 4, 5))], MethodSpec("uniform", 0.5, tower_ratio=0.5))
+    assert plan.entering == plan.kept == 10
+    present = torch.arange(0, 20, 2)
+    x = torch.randn(20, 3)
+    rows, index = plan.reduce(x, present)
+    assert torch.equal(index, present) and torch.equal(rows, x[::2])
+
+
 @pytest.mark.parametrize(("extent", "position"), [(0, "first"), (40, "mean")])
 def test_pooled_tokens_have_the_positions_of_the_patched_model(extent: int, position: str) -> None:
     """Between line breaks, the place of a pooled token decides the order of the rows."""

@@ -24,7 +24,7 @@ def test_vllm_drains_and_its_metrics_folders_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
-    monkeypatch.setattr(launch, "check_architecture", lambda model: None)
+    monkeypatch.setattr(launch, "check_architecture", lambda *arguments: None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     ended = subprocess.Popen([sys.executable, "-c", ""])
@@ -78,3 +78,12 @@ def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match=r"LlavaFor.*--engine hf"):
         vllm_command(str(tmp_path), {"ratio": 0.5}, Bind(), Limits(), [])
+    config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=r"attention masks.*--engine hf"):
+        vllm_command(str(tmp_path), {"ratio": 0.5}, Bind(), Limits(), [])
+    config = {"model_type": "internvl", "architectures": ["InternVLForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tower = {"ratio": 0.5, "tower_ratio": 0.4}
+    with pytest.raises(OptionError, match=r"--tower-ratio 0\.4.*batches of pictures.*--engine hf"):
+        vllm_command(str(tmp_path), tower, Bind(), Limits(), [])

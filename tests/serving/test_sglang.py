@@ -207,8 +207,12 @@ def test_what_cannot_be_compressed_is_refused(tiny_folder: Any) -> None:
     for wrong in ({"speculative_algorithm": "EAGLE"}, {"pp_size": 2}):
         with pytest.raises(UnsupportedModelError, match=next(iter(wrong))):
             check_server(model, SimpleNamespace(**wrong))
-    with pytest.raises(UnsupportedModelError, match="Other"):
-        check_server(SimpleNamespace(architectures=["Other"]), SimpleNamespace())
+    for name, reason in (
+        ("Other", "Other in SGLang"),
+        ("NVILAForConditionalGeneration", "code of"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=rf"{reason}.*--engine hf"):
+            check_server(SimpleNamespace(architectures=[name]), SimpleNamespace())
 
 
 @torch.no_grad()
@@ -237,6 +241,8 @@ def test_a_request_chooses_and_errors_reach_the_client(
     assert ask({"tokencomp": {"ratio": 0.75}}) == int(full / 4 + 0.5)
     with pytest.raises(OptionError, match="fastv"):
         ask({"tokencomp": {"reducer": "fastv"}})
+    with pytest.raises(OptionError, match="no stage in the vision tower"):
+        ask({"tokencomp": {"tower_ratio": 0.3}})
     processing.options.cache_clear()
 
 

@@ -133,17 +133,29 @@ def test_options_are_plain_json() -> None:
         assert json.loads(json.dumps(described)) == described
 
 
-def test_the_stage_in_the_vision_tower() -> None:
-    """Only our own server runs the tower; a request may change the stage like everything else."""
-    server = ServerOptions.parse({"ratio": 0.75, "tower_ratio": 0.6}, engine="hf")
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_the_stage_in_the_vision_tower(engine: str) -> None:
+    """A request may change the stage like everything else."""
+    server = ServerOptions.parse({"ratio": 0.75, "tower_ratio": 0.6}, engine)
     assert server.default.dropped_cells == 0.6
-    resolve = server.resolve
-    assert resolve({"ratio": 0.5}, engine="hf").dropped_cells == 0.5  # never above the ratio
-    assert resolve({"tower_ratio": 0.0}, engine="hf").dropped_cells == 0
-    assert resolve({"tower_ratio": "auto"}, engine="hf").dropped_cells == pytest.approx(0.6)
-    named = resolve({"tower_reducer": "random"}, engine="hf")
-    assert named.built_tower_reducer.name == "random"
+
+    def resolve(**options: Any) -> MethodSpec:
+        return server.resolve(options, engine)
+
+    assert resolve(ratio=0.5).dropped_cells == 0.5  # never above the ratio
+    assert resolve(tower_ratio=0.0).dropped_cells == 0
+    assert resolve(tower_ratio="auto").dropped_cells == pytest.approx(0.6)
+    assert resolve(tower_reducer="random").built_tower_reducer.name == "random"
     with pytest.raises(PlanError, match=r"tower_ratio=0\.9"):
-        resolve({"tower_ratio": 0.9}, engine="hf")
-    with pytest.raises(OptionError, match="--engine hf"):
-        ServerOptions.parse({"ratio": 0.75, "tower_ratio": 0.6})
+        resolve(tower_ratio=0.9)
+    with pytest.raises(PlanError, match="whole grid"):
+        resolve(reducer="pool").stages(1, 1)
+    with pytest.raises(PlanError, match="only plans the steps"):
+        resolve(tower_reducer="fastv")
+
+
+def test_the_stage_in_the_vision_tower_is_refused_where_there_is_none() -> None:
+    with pytest.raises(OptionError, match="SGLang plugin has no stage"):
+        ServerOptions.parse({"ratio": 0.75, "tower_ratio": 0.6}, "sglang")
+    with pytest.raises(OptionError, match="SGLang plugin has no stage"):
+        ServerOptions().resolve({"ratio": 0.75, "tower_reducer": "random"}, "sglang")

@@ -21,6 +21,7 @@ from tokencomp.serving.item_plan import ItemPlan, Layout, batches
 from tokencomp.serving.offsets import pack_offsets, unpack_offsets
 from tokencomp.serving.vllm import checks, mrope
 from tokencomp.serving.vllm.metrics import count_nonfinite, counters
+from tokencomp.serving.vllm.processing import CompressingProcessor
 from tokencomp.serving.vllm.qwen3_vl import frame_offsets
 from tokencomp.serving.vllm.rotary import lengthen_tables
 
@@ -190,6 +191,27 @@ def test_vision_batches_are_limited_by_uncompressed_rows() -> None:
         assert [i for first, stop in runs for i in range(first, stop)] == list(range(len(sizes)))
         for first, stop in runs:
             assert stop - first == 1 or sum(sizes[first:stop]) <= budget
+
+
+def test_items_with_other_stages_in_the_tower_have_calls_of_their_own() -> None:
+    towers = [None, None, (0.5, "kcentre", "{}"), (0.5, "kcentre", "{}"), (0.4, "random", "{}")]
+    assert list(batches([1] * 5, 100, towers)) == [(0, 2), (2, 4), (4, 5)]
+    assert list(batches([3] * 5, 3, towers)) == [(i, i + 1) for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"mm_encoder_attn_backend": "FLASHINFER"}, "FlashInfer"),
+     ({"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode data")],
+)  # fmt: skip
+def test_engines_whose_towers_cannot_be_shortened(settings: Any, reason: str) -> None:
+    multimodal = SimpleNamespace(**settings)
+    context = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=multimodal))
+    processor = object.__new__(CompressingProcessor)
+    processor.info = SimpleNamespace(ctx=context)
+    processor._check_tower(MethodSpec("uniform", 0.5))
+    with pytest.raises(OptionError, match=reason):
+        processor._check_tower(MethodSpec("uniform", 0.5, tower_ratio=0.4))
 
 
 OVERFLOWS = {"one value": (2, 1), "one row": (3, slice(None)), "all": (slice(None),) * 2}

@@ -17,12 +17,9 @@ pytest.importorskip("vllm", reason="vllm is not installed")
 
 import openai
 from support.serving import hf_reference, http
+from support.serving.vllm_environment import ENV
 
 QUESTION = "What color is the circle?"
-ENV = {
-    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ class PackedRows(TowerRows):
         kwargs, bounds = dict(kwargs), kwargs["cu_seqlens"]
         if not self.entered:
             hidden, self.entered = hidden[self.index], True
-        kwargs["cu_seqlens"], longest = self._once(self._bounds, bounds)
+        kwargs["cu_seqlens"], longest = self._once(self.bounds, bounds)
         cost.block(bounds, kwargs["cu_seqlens"])
         if kwargs.get("max_seqlen") is not None:
             kwargs["max_seqlen"] = longest
@@ -117,7 +117,7 @@ class PackedRows(TowerRows):
     def _table(self, table: Tensor) -> Tensor:
         return table[self.index]
 
-    def _bounds(self, bounds: Tensor) -> tuple[Tensor, int]:
+    def bounds(self, bounds: Tensor) -> tuple[Tensor, int]:
         """Bounds of the sequences that are left, and the length of the longest; no empty ones."""
         before = torch.searchsorted(self.index, bounds.to(self.index))
         left = torch.unique_consecutive(before).to(bounds.dtype)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from tokencomp.errors import ScoreError
 from tokencomp.method import MethodSpec
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
+from tokencomp.stages import StageReducer, TowerStage
 from tokencomp.tokens import Grid, ModelFacts, VisualSpan, VisualTokens
 
 Special = Literal["none", "rows", "end"]
@@ -74,6 +75,9 @@ class ItemPlan:
         Positions that the uncompressed item takes where kept tokens keep theirs; else 0.
     reducer, options
         Registry name and options of the reducer.
+    tower
+        Fraction of the cells that the vision tower sees, and name and options of the reducer that
+        chooses them; None: it sees all.
     """
 
     kind: Literal["image", "video"]
@@ -82,16 +86,23 @@ class ItemPlan:
     reducer: str
     options: str = "{}"
     extent: int = 0
+    tower: tuple[float, str, str] | None = None
 
     @classmethod
     def make(cls, kind: Any, layouts: list[Layout], spec: MethodSpec, extent: int = 0) -> ItemPlan:
         """Plan an item under an active spec."""
-        reducer = spec.built_reducer.bind(ModelFacts(mrope=extent > 0))
+        facts = ModelFacts(mrope=extent > 0)
         # A reducer that can be served has one stage, at entry, however many layers there are.
-        plan = reducer.plan(spec.ratio, num_layers=1)
-        keep = tuple(plan.counts(layout.span(kind), num_layers=1)[-1] for layout in layouts)
-        options = json.dumps(reducer.options(), sort_keys=True)
-        return cls(kind, tuple(layouts), keep, reducer.name, options, extent)
+        plan = spec.stages(num_layers=1, first_layer_stage=1).bind(facts)
+        spans = [layout.span(kind) for layout in layouts]
+        # Behind a tower stage that leaves no more than the ratio asks for, the entry has no stage.
+        counts = [plan.counts(span, 1) or [plan.entering(span)] for span in spans]
+        name, options = _described(spec.built_reducer.bind(facts))
+        tower = None
+        if plan.tower is not None:
+            tower = (plan.tower.fraction, *_described(plan.tower.reducer))
+        keep = tuple(count[-1] for count in counts)
+        return cls(kind, tuple(layouts), keep, name, options, extent, tower)
 
     @property
     def full(self) -> int:
@@ -108,25 +119,43 @@ class ItemPlan:
         """Spans with the tokens left of each."""
         return list(zip(self.spans, self.keep, strict=True))
 
+    @cached_property
+    def tower_stage(self) -> TowerStage | None:
+        """The stage in the vision tower, if any; equal for items that one call may encode."""
+        if self.tower is None:
+            return None
+        fraction, reducer, options = self.tower
+        return TowerStage(0, fraction, _reducer(reducer, options))
+
+    @property
+    def entering(self) -> int:
+        """Tokens that leave the vision tower."""
+        stage = self.tower_stage
+        return self.full if stage is None else sum(stage.cells([s.grid])[0] for s in self.spans)
+
     def to_tensor(self) -> Tensor:
         """The plan as bytes of JSON: a uint8 tensor that every transport carries unchanged."""
         spans = [[*s.grid, s.special] for s in self.spans]
-        plan = [self.kind, spans, self.keep, self.reducer, self.options, self.extent]
+        plan = [self.kind, spans, self.keep, self.reducer, self.options, self.extent, self.tower]
         return torch.frombuffer(bytearray(json.dumps(plan).encode()), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, data: Tensor) -> ItemPlan:
         """Read back what `to_tensor` wrote."""
-        kind, spans, keep, *rest = json.loads(bytes(data.tolist()).decode())
+        values = json.loads(bytes(data.tolist()).decode())
+        kind, spans, keep, reducer, options, extent, tower = values
         layouts = tuple(Layout((t, h, w), special) for t, h, w, special in spans)
-        return cls(kind, layouts, tuple(keep), *rest)
+        tower = tuple(tower) if tower else None
+        return cls(kind, layouts, tuple(keep), reducer, options, extent, tower)
 
-    def reduce(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def reduce(self, features: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Reduce the features of the item.
 
         Parameters
         ----------
         features : Tensor, shape (full, d)
+        present : Tensor of int64, shape (entering,), or None
+            The tokens that the vision tower has computed, ascending; None: all.
 
         Returns
         -------
@@ -150,15 +179,21 @@ class ItemPlan:
         reducer = _reducer(self.reducer, self.options)
         rows, index, start = [], [], 0
         for layout, keep in self.counted:
-            part = features[start : start + layout.length]
-            row, kept = _reduce_span(reducer, part, layout, keep, self.kind)
+            stop, places = start + layout.length, None
+            if present is not None:
+                places = present[(present >= start) & (present < stop)] - start
+            row, kept = _reduce_span(reducer, features[start:stop], layout, keep, self.kind, places)
             rows.append(row)
             index.append(kept + start)
-            start += layout.length
+            start = stop
         return torch.cat(rows), torch.cat(index)
 
     def reduce_rows(
-        self, x: Tensor, width: int, report: Callable[[ItemPlan, ScoreError], None]
+        self,
+        x: Tensor,
+        width: int,
+        report: Callable[[ItemPlan, ScoreError], None],
+        present: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Reduce an engine's rows by their leading columns; no features make it fail.
 
@@ -175,6 +210,8 @@ class ItemPlan:
             How many leading columns enter the decoder, which the reducer sees.
         report
             Is called with the plan and the error if features are not finite.
+        present
+            See `reduce`; other rows are not read.
 
         Returns
         -------
@@ -182,13 +219,13 @@ class ItemPlan:
             See `reduce`.
         """
         try:
-            if not torch.isfinite(x).all():
+            if not torch.isfinite(x if present is None else x[present]).all():
                 raise ScoreError("the features of an item are not finite.")
-            rows, index = self.reduce(x[:, :width])
+            rows, index = self.reduce(x[:, :width], present)
         except ScoreError as error:
             report(self, error)
             x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
-            rows, index = self.evenly().reduce(x[:, :width])
+            rows, index = self.evenly().reduce(x[:, :width], present)
         if width == x.shape[1]:
             return rows, index
         return torch.cat([rows, x[index, width:]], dim=1), index
@@ -199,15 +236,28 @@ class ItemPlan:
 
 
 def _reduce_span(
-    reducer: Reducer, features: Tensor, layout: Layout, keep: int, kind: Any
+    reducer: Reducer,
+    features: Tensor,
+    layout: Layout,
+    keep: int,
+    kind: Any,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if keep == layout.length:
-        return features, torch.arange(keep, device=features.device)
     special = layout.span(kind).special_mask(features.device)
-    tokens = VisualTokens(features, layout.grid, special, kind=kind)
-    result = reducer.reduced(tokens, keep)
-    rows = features[result.keep] if result.merged is None else result.merged.to(features)
-    return rows, result.keep
+    if present is not None:
+        features, special = features[present], special[present]
+    kept = torch.arange(keep, device=features.device)
+    if keep < len(features):
+        tokens = VisualTokens(features, layout.grid, special, present, kind=kind)
+        result = reducer.reduced(tokens, keep)
+        kept = result.keep
+        features = features[kept] if result.merged is None else result.merged.to(features)
+    return features, kept if present is None else present[kept]
+
+
+def _described(reducer: StageReducer) -> tuple[str, str]:
+    """Registry name, and options as JSON."""
+    return reducer.name, json.dumps(reducer.options(), sort_keys=True)
 
 
 @lru_cache(maxsize=256)
@@ -215,15 +265,16 @@ def _reducer(name: str, options: str) -> Reducer:
     return make_reducer(name, **json.loads(options))
 
 
-def batches(sizes: list[int], budget: int) -> Iterator[tuple[int, int]]:
+def batches(sizes: list[int], budget: int, towers: Sequence[Any] = ()) -> Iterator[tuple[int, int]]:
     """Yield ranges of items with at most `budget` uncompressed rows (at least one item each).
 
     The scheduler admits media by their number of kept rows, but the memory of the vision tower
-    grows with the number of uncompressed rows.
+    grows with the number of uncompressed rows. Items with different stages in the tower, which are
+    `towers`, cannot share a call of it.
     """
     first, total = 0, 0
     for i, size in enumerate(sizes):
-        if total and total + size > budget:
+        if total and (total + size > budget or (towers and towers[i] != towers[first])):
             yield first, i
             first, total = i, 0
         total += size

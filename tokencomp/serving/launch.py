@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import MissingDependencyError, OptionError, UnsupportedModelError
+from tokencomp.method import MethodSpec
 from tokencomp.serving import ENV_OPTIONS
 from tokencomp.serving.bind import Bind, check_port
 from tokencomp.serving.hf.media import Limits
@@ -52,7 +53,7 @@ def vllm_command(
         )
     trusts_kwargs = "--trust-request-mm-kwargs" in extra
     parsed = ServerOptions.parse({**options, "only_own": not trusts_kwargs})
-    check_architecture(model)
+    check_architecture(model, parsed.default)
     command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
     if limits.allowed_path is not None:
         command += ["--allowed-local-media-path", str(limits.allowed_path.resolve())]
@@ -122,26 +123,40 @@ def _entry(model: str) -> list[str]:
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
 
 
-def check_architecture(model: str) -> None:
+def check_architecture(model: str, default: MethodSpec | None = None) -> None:
     """Refuse models that vLLM would serve uncompressed, because the plugin does not know them.
+
+    Parameters
+    ----------
+    default
+        What the server compresses with by default.
 
     Raises
     ------
     UnsupportedModelError
         If the configuration cannot be read or names no architecture of the plugin.
+    OptionError
+        If `default` has a stage in the vision tower, and the plugin has none for this family.
     """
     from transformers import AutoConfig
 
-    from tokencomp.serving.vllm import MODELS
+    from tokencomp.serving.vllm import MODELS, NO_TOWER_STAGE, NOT_SERVED
 
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"{model!r} cannot be read: {error}") from None
     names = list(getattr(config, "architectures", None) or [])
+    reasons = [NO_TOWER_STAGE[MODELS[n]] for n in names if MODELS.get(n) in NO_TOWER_STAGE]
+    if default is not None and default.dropped_cells and reasons:
+        raise OptionError(
+            f"--tower-ratio {default.tower_ratio} with {names[0]} on vLLM: {reasons[0]}. Leave it "
+            "out, or use --engine hf."
+        )
     if not set(names) & set(MODELS):
+        why = "".join(f" ({NOT_SERVED[name]})" for name in names if name in NOT_SERVED)
         raise UnsupportedModelError(
-            f"{model!r} is a {', '.join(names) or 'model of unknown architecture'}; the vLLM "
+            f"{model!r} is a {', '.join(names) or 'model of unknown architecture'}{why}; the vLLM "
             f"plugin compresses {', '.join(MODELS)}. Use --engine hf, or run `vllm serve` itself "
             "to serve it uncompressed."
         )

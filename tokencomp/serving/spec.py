@@ -103,8 +103,8 @@ class ServerOptions:
         Raises
         ------
         OptionError, PlanError, RatioError
-            Unknown key, reducer, option or ratio; a reducer that `engine` cannot run; a stage that
-            the vision tower cannot have.
+            Unknown key, reducer, option or ratio; a reducer that `engine` ("hf", "vllm" or
+            "sglang") cannot run; a stage that the vision tower cannot have.
         """
         if options is None:
             return cls()
@@ -154,15 +154,18 @@ class ServerOptions:
                 f"ratio={ratio}: this server allows ratios from 0 to {self.max_ratio}."
             )
         reducer = self._reducer(values)
-        if engine != "vllm":
-            return self._with_tower(reducer, ratio, values)
         tower = [key for key in TOWER_KEYS if values.get(key)]
-        if tower:
+        if engine == "sglang" and tower:
             raise OptionError(
-                f"{tower[0]}={values[tower[0]]!r}: the engine runs its own vision tower, in which "
-                "nothing can be dropped. Leave it out, or serve with `--engine hf`."
+                f"{tower[0]}={values[tower[0]]!r}: the SGLang plugin has no stage in the vision "
+                "tower. Leave it out, or serve with vLLM or `--engine hf`."
             )
-        return MethodSpec(check_servable(reducer), ratio)
+        if engine == "hf":
+            return self._with_tower(reducer, ratio, values)
+        spec = self._with_tower(check_servable(reducer), ratio, values)
+        if spec.dropped_cells:
+            spec.stages(num_layers=1, first_layer_stage=1)  # raises if they do not fit together
+        return spec
 
     def _with_tower(self, reducer: Reducer, ratio: float, values: Mapping[str, Any]) -> MethodSpec:
         """The spec with the stage in the vision tower of a request, else that of the default.

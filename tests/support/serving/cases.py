@@ -41,6 +41,7 @@ def job(
     marks = " then ".join(image if kind == "image" else video for kind, *_ in media)
     reducer = more.pop("reducer", "uniform")
     options = more.pop("options", {})
+    tower = {n: more.pop(n) for n in ("tower_ratio", "tower_reducer") if n in more}
     result: dict[str, Any] = {
         "prompt": TURN.format(marks, question),
         "media": media,
@@ -49,8 +50,8 @@ def job(
     }
     label = "plain"
     if ratio is not None:
-        result["tokencomp"] = {"reducer": reducer, "ratio": ratio}
-        label = f"{reducer}@{ratio}"
+        result["tokencomp"] = {"reducer": reducer, "ratio": ratio, **tower}
+        label = f"{reducer}@{ratio}" + (f" {tower}" if tower else "")
         if options:
             result["tokencomp"]["options"] = options
             label += f" {options}"

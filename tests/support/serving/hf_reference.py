@@ -57,10 +57,10 @@ def answer(folder: Path, job: dict[str, Any], positions: str = "original") -> di
     spec = job.get("tokencomp") or {}
     removed, handle, kept = 0, None, None
     if spec.get("ratio", 0) > 0:
-        options = spec.get("options", {})
+        tower = {name: spec[name] for name in ("tower_ratio", "tower_reducer") if name in spec}
         handle = tokencomp.patch(
             model, spec["ratio"], reducer=spec.get("reducer", "divprune"), positions=positions,
-            **options,
+            **tower, **spec.get("options", {}),
         )  # fmt: skip
     try:
         out = model.generate(
@@ -69,8 +69,8 @@ def answer(folder: Path, job: dict[str, Any], positions: str = "original") -> di
         )  # fmt: skip
         if handle is not None:
             stats = handle.stats
-            removed = stats.tokens_before[0] - stats.tokens_after[0][-1]
             kept = columns(stats)
+            removed = stats.lengths[0] - len(kept)
     finally:
         if handle is not None:
             handle.remove()
@@ -166,7 +166,8 @@ def answer_of_kept(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 def columns(stats: Any) -> list[int]:
     """Return the columns of the uncompressed prompt that the last layer sees."""
     remaining = set(range(stats.lengths[0]))
-    for span, kept in zip(stats.spans[0], stats.kept(0)[-1], strict=True):
+    chosen = [stats.tower_kept(0), *stats.kept(0)][-1]
+    for span, kept in zip(stats.spans[0], chosen, strict=True):
         remaining -= set(range(span.start, span.stop))
         remaining |= {span.start + k for k in kept}
     return sorted(remaining)

@@ -29,12 +29,20 @@ MODELS = (
     "Qwen3_5ForConditionalGeneration",
     "Qwen3_5MoeForConditionalGeneration",
 )
+_NVILA = (
+    "its checkpoints bring code of their own that decides how tokens lie in a picture, and SGLang "
+    "encodes all pictures of a batch in one call"
+)
+# Architectures that users may miss in `MODELS`, and why they are not there.
+NOT_SERVED = dict.fromkeys(
+    ("NVILAForConditionalGeneration", "NVILALiteForConditionalGeneration"), _NVILA
+)
 
 
 def server_options() -> ServerOptions | None:
     """Return the options of the server, or None if there are none and the plugin is inactive."""
     text = os.environ.get(ENV_OPTIONS)
-    return ServerOptions.parse(text) if text else None
+    return ServerOptions.parse(text, "sglang") if text else None
 
 
 @cache
@@ -50,7 +58,7 @@ async def around_processor(
     """Run SGLang's processor and compress what it returns."""
     check_server(self.hf_config, self.server_args)
     request = (getattr(request_obj, "mm_processor_kwargs", None) or {}).get(KEY)
-    spec = options().resolve(request)
+    spec = options().resolve(request, "sglang")
     output = await original(self, image_data, input_text, request_obj, *args, **kwargs)
     return compress(output, spec, self.hf_config.vision_config.spatial_merge_size)
 
@@ -65,8 +73,10 @@ def check_server(hf_config: Any, server_args: Any) -> None:
     """
     names = list(hf_config.architectures or [])
     if not set(names) & set(MODELS):
+        why = "".join(f" ({NOT_SERVED[name]})" for name in names if name in NOT_SERVED)
         raise UnsupportedModelError(
-            f"tokencomp cannot compress {', '.join(names)} in SGLang; it can {', '.join(MODELS)}."
+            f"tokencomp cannot compress {', '.join(names)} in SGLang{why}; it can "
+            f"{', '.join(MODELS)}. Use `tokencomp serve --engine hf`, or unset {ENV_OPTIONS}."
         )
     off = {
         "speculative_algorithm": None, "pp_size": 1, "disaggregation_mode": "null",

@@ -10,12 +10,12 @@ and nothing is refused, on any version. With options, the model is a subclass of
 Its processor emits fewer placeholders, and its `embed_multimodal` returns as many rows.
 
 Options
-    The options are `reducer`, `ratio` and `options`; a server also has `max_ratio`, `per_request`
-    and `only_own`. A request passes its own options in `mm_processor_kwargs={"tokencomp": {...}}`
-    to an engine that was started with options, for which `{}` is enough: the engine then compresses
-    only what requests ask for. Over HTTP, vLLM passes options of requests on only with
-    `--trust-request-mm-kwargs`. `tokencomp serve` sets this flag and refuses all other processor
-    options; read `middleware` before you set it yourself.
+    The options are `reducer`, `ratio`, `options`, `tower_ratio` and `tower_reducer`; a server also
+    has `max_ratio`, `per_request` and `only_own`. A request passes its own options in
+    `mm_processor_kwargs={"tokencomp": {...}}` to an engine that was started with options, for which
+    `{}` is enough: the engine then compresses only what requests ask for. Over HTTP, vLLM passes
+    options of requests on only with `--trust-request-mm-kwargs`. `tokencomp serve` sets this flag
+    and refuses all other processor options; read `middleware` before you set it yourself.
     Options of a request take precedence over `--mm-processor-kwargs`, these over `--hf-overrides`,
     and these over the environment. The resolved options are part of the media hash, so prefix and
     encoder caches never mix ratios.
@@ -27,6 +27,11 @@ Reducers
     Features that are not finite cannot be compared, so such an item keeps evenly spaced tokens, and
     its values that are not finite become 0; the log and the metric `tokencomp_nonfinite_items` say
     so. In the KV cache they would spoil answers to later requests, which we saw on a CPU.
+
+Vision tower
+    With `tower_ratio`, the towers of the Qwen families see fewer patches (see `tower`). The counts
+    follow from the grid, so placeholders and caches work as without it. Other families refuse it
+    with the reason in `NO_TOWER_STAGE`, and so do engines with FlashInfer in the tower.
 
 Positions
     M-RoPE models keep the original positions of kept tokens exactly (see `mrope`), and Qwen3-VL's
@@ -74,6 +79,18 @@ MODELS = {
     "Qwen3_5MoeForConditionalGeneration": "qwen3_vl",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "Qwen3VLMoeForConditionalGeneration": "qwen3_vl",
+}
+# Modules whose families have no stage in the vision tower, and why.
+_DENSE = "its vision tower takes batches of pictures, and this plugin shortens packed towers only"
+NO_TOWER_STAGE = {
+    "glm4v": "which patches of its vision tower a visual token reads has not been checked",
+    "internvl": _DENSE,
+    "llava_onevision": _DENSE,
+}
+# Architectures that users may miss in `MODELS`, and why they are not there.
+NOT_SERVED = {
+    "Gemma3ForConditionalGeneration": "its images need attention masks, which vLLM's attention on "
+    "a CPU does not have, so that no test of this plugin could see a mistake",
 }
 STOCK: dict[str, Any] = {}  # what vLLM's registry had for these architectures
 

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from tokencomp.serving.item_plan import ItemPlan, Layout, field_name
 from tokencomp.serving.offsets import grid_offsets, with_offsets
-from tokencomp.serving.vllm import mrope
+from tokencomp.serving.vllm import NO_TOWER_STAGE, mrope
 
 
 class Processor(mrope.Processor):
     """Frames as spans."""
+
+    no_tower_stage = NO_TOWER_STAGE["glm4v"]
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[Layout]]:
         """See `CompressingProcessor.layouts`."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokencomp.serving.item_plan import Layout
+from tokencomp.serving.vllm import NO_TOWER_STAGE
 from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.processing import CompressingProcessor
 
@@ -19,6 +20,7 @@ class Processor(CompressingProcessor):
     Text between frames, such as "Frame1: ", stays.
     """
 
+    no_tower_stage = NO_TOWER_STAGE["internvl"]
     info: Any
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[Layout]]:

@@ -7,6 +7,7 @@ from typing import Any
 from vllm.model_executor.models.llava_onevision import get_anyres_image_grid_shape
 
 from tokencomp.serving.item_plan import Layout
+from tokencomp.serving.vllm import NO_TOWER_STAGE
 from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.processing import CompressingProcessor
 
@@ -18,6 +19,7 @@ class Processor(CompressingProcessor):
     grid with a single line break at its end.
     """
 
+    no_tower_stage = NO_TOWER_STAGE["llava_onevision"]
     info: Any
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[Layout]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from tokencomp.serving.item_plan import ItemPlan, batches, field_name
 from tokencomp.serving.vllm.checks import check_engine
 from tokencomp.serving.vllm.metrics import ReduceTimer, count_nonfinite
 from tokencomp.serving.vllm.processing import KINDS, server_options
+from tokencomp.serving.vllm.tower import EngineTower
 
 logger = init_logger("vllm.tokencomp")
 
@@ -28,10 +30,13 @@ class CompressingModel:
         Whether rows carry position offsets, see `checks.check_engine`.
     reduced_width
         How many leading columns of a feature row the reducer sees; None means all.
+    visual
+        The vision tower of vLLM's model.
     """
 
     needs_offsets: ClassVar[bool] = False
     reduced_width: int | None = None
+    visual: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_engine(vllm_config, self.needs_offsets)
@@ -39,6 +44,7 @@ class CompressingModel:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]  # of vLLM's class
         self._row_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self._timer = ReduceTimer()
+        self._tower: EngineTower | None = None  # made by the first request that needs it
         logger.info("tokencomp in worker %d: default %s", os.getpid(), default)
 
     # -- per model ------------------------------------------------------------------------------
@@ -79,16 +85,28 @@ class CompressingModel:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]  # of vLLM's class
         plans = [ItemPlan.from_tensor(data) for data in plan_fields[0]]
         outputs: list[Tensor] = []
-        for first, stop in batches([p.full for p in plans], self._row_budget):
-            part = self._slice_items(kwargs, first, stop)
-            features = super().embed_multimodal(**part)  # type: ignore[misc]  # of vLLM's class
-            for item, (plan, x) in enumerate(zip(plans[first:stop], features, strict=True)):
+        towers = [p.tower for p in plans]
+        for first, stop in batches([p.full for p in plans], self._row_budget, towers):
+            part, items = self._slice_items(kwargs, first, stop), plans[first:stop]
+            features, present = self._encode(part, items)
+            for item, (plan, x) in enumerate(zip(items, features, strict=True)):
                 with self._timer(plan):
                     x = x.reshape(-1, x.shape[-1])
                     width = x.shape[1] if self.reduced_width is None else self.reduced_width
-                    rows, index = plan.reduce_rows(x, width, count_nonfinite)
+                    rows, index = plan.reduce_rows(x, width, count_nonfinite, present[item])
                     outputs.append(self.finish_item(plan, rows, index, part, item))
         return tuple(outputs)
+
+    def _encode(
+        self, part: dict[str, Any], plans: list[ItemPlan]
+    ) -> tuple[Any, Sequence[Tensor | None]]:
+        """Return the rows of items with equal stages in the tower, see `EngineTower.encode`."""
+        embed = functools.partial(super().embed_multimodal, **part)  # type: ignore[misc]  # of vLLM's class
+        if plans[0].tower is None:
+            return embed(), [None] * len(plans)
+        if self._tower is None:
+            self._tower = EngineTower(self.visual)
+        return self._tower.encode(embed, plans)
 
     def _slice_items(self, kwargs: Mapping[str, Any], first: int, stop: int) -> dict[str, Any]:
         """Return the inputs of items `first … stop - 1`; what all items share stays whole."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import BatchFeature
 from vllm.logger import init_logger
@@ -38,11 +38,19 @@ class CompressingProcessor:
     The plan of an item (spans, counts, reducer) is one field of the item. The placeholders in this
     process and the rows in the worker both follow it, so their numbers are equal. The parameter
     names are vLLM's, as vLLM passes arguments by keyword.
+
+    Attributes
+    ----------
+    no_tower_stage
+        Why `tower_ratio` is refused for this family; "" if it is not.
     """
+
+    no_tower_stage: ClassVar[str] = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._options = server_options(self.info.ctx.model_config)  # type: ignore[attr-defined]  # of vLLM's class
+        self._check_tower(self._options.default)
         self._seen = SeenPlans()
         default = json.dumps(self._options.default.describe())
         logger.info_once("tokencomp %s: default %s", tokencomp.__version__, default)
@@ -85,7 +93,32 @@ class CompressingProcessor:
             if isinstance(kwargs.get(scope), Mapping) and KEY in kwargs[scope]:
                 raise OptionError(f"'{KEY}' was given inside {scope}; put it beside it.")
         options = kwargs.get(KEY)
-        return options if isinstance(options, MethodSpec) else self._options.resolve(options)
+        spec = options if isinstance(options, MethodSpec) else self._options.resolve(options)
+        self._check_tower(spec)
+        return spec
+
+    def _check_tower(self, spec: MethodSpec) -> None:
+        """Refuse a stage in the vision tower where this engine cannot run it.
+
+        Raises
+        ------
+        OptionError
+            With the reason.
+        """
+        if not spec.dropped_cells:
+            return
+        reason = self.no_tower_stage
+        multimodal = self.info.ctx.model_config.multimodal_config  # type: ignore[attr-defined]  # of vLLM's class
+        backend = getattr(multimodal, "mm_encoder_attn_backend", None)
+        if "FLASHINFER" in str(backend):
+            reason = reason or "FlashInfer takes the bounds of sequences in a form of its own"
+        if getattr(multimodal, "mm_encoder_tp_mode", None) == "data":
+            reason = reason or "--mm-encoder-tp-mode data divides the media over several towers"
+        if reason:
+            raise OptionError(
+                f"tower_ratio={spec.tower_ratio}: {reason}. Use tower_ratio=0, or serve with "
+                "`--engine hf`."
+            )
 
     @staticmethod
     def _plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""The stage in a vision tower of vLLM: the tower runs on the cells that its reducer keeps.
+
+The towers of the Qwen families take the patches of all media in one row, and what belongs to the
+rows (positions, bounds of sequences, order of windows) comes from `prepare_encoder_metadata`, from
+which `forward` accepts them as an argument. So a tower runs on fewer patches if it gets fewer of
+them and metadata that describe these. No block is hooked, and a compiled tower stays compiled.
+The cells are chosen as by `tokencomp.patch(tower_ratio=...)`, from the pixels alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.adapters.packed_tower import PackedTower
+from tokencomp.adapters.towers import Cells, EncoderCall
+from tokencomp.engine.tower_choice import chosen_cells
+from tokencomp.engine.tower_rows import PackedRows
+from tokencomp.serving.item_plan import ItemPlan
+
+PER_ROW = ("rotary_pos_emb_cos", "rotary_pos_emb_sin", "pos_embeds")
+BOUNDS = ("cu_seqlens", "cu_window_seqlens")
+
+
+class EngineTower:
+    """A vision tower of vLLM that sees, within `encode`, the cells that a stage keeps.
+
+    Parameters
+    ----------
+    module
+        The tower, whose `forward` is replaced.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.layout = PackedTower(module, module.patch_embed.patch_size)
+        self._plan: ItemPlan | None = None
+        self._kept: Tensor | None = None
+        MethodReplacement(module, "forward", self._forward)
+
+    def encode(
+        self, embed: Callable[[], Any], plans: Sequence[ItemPlan]
+    ) -> tuple[Any, list[Tensor]]:
+        """Return what `embed` returns for items whose plans have the same stage in the tower.
+
+        Returns
+        -------
+        sequence of Tensor, shape (full, d)
+            Rows of every item. Those that the tower has not computed are NaN.
+        list of Tensor of int64, shape (entering,)
+            The rows of every item that it has computed, ascending.
+        """
+        self._plan = plans[0]
+        try:
+            features, kept = embed(), self._kept
+        finally:
+            self._plan = self._kept = None
+        if kept is None:
+            raise RuntimeError(f"{type(self.module).__name__} was not called to encode media.")
+        present, first = [], 0
+        for plan, cells in zip(plans, kept.split([p.entering for p in plans]), strict=True):
+            present.append(cells - first)
+            first += plan.full
+        return features, present
+
+    def _forward(
+        self, original: Callable[..., Tensor], x: Tensor, grid_thw: Any, **kwargs: Any
+    ) -> Tensor:
+        """Rows of all cells (cells, d), NaN where the stage has dropped the cell."""
+        plan, tower = self._plan, self.module
+        if plan is None or plan.tower_stage is None:
+            return original(x, grid_thw, **kwargs)
+        grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else list(grid_thw)
+        x = x.to(tower.device)
+        pixels = torch.nan_to_num(tower.input_norm(x, tower.dtype))
+        call = EncoderCall(pixels, torch.as_tensor(grids), plan.kind)
+        cells = self.layout.cells(call, plan.tower_stage)
+        height, width = cells.pixels.shape[-2:]
+        values = cells.pixels.flatten(1)
+        kept = chosen_cells(cells, plan.tower_stage, values, (height, width)).sort().values
+        metadata = shorter(tower.prepare_encoder_metadata(grids), cells, kept)
+        rows = original(x[cells.members[kept].flatten()], grids, encoder_metadata=metadata)
+        self._kept = kept
+        full = rows.new_full((len(cells.members), rows.shape[-1]), torch.nan)
+        return full.index_copy(0, kept, rows)
+
+
+def shorter(metadata: dict[str, Any], cells: Cells, kept: Tensor) -> dict[str, Any]:
+    """Metadata of a tower for the cells `kept` (n,), ascending.
+
+    The lengths of the longest sequence stay, as they are upper bounds.
+    """
+    order = metadata.get("window_index")
+    rows = PackedRows.of(replace(cells, order=order), kept)
+    result = dict(metadata)
+    result.update({name: metadata[name][rows.index] for name in PER_ROW if name in metadata})
+    result.update({n: rows.bounds(metadata[n])[0] for n in BOUNDS if n in metadata})
+    if order is not None:
+        unit = cells.members.shape[1]
+        result["window_index"] = torch.searchsorted(kept, order[rows.index[::unit] // unit])
+        result["reverse_indices"] = result["window_index"].argsort()
+    return result
