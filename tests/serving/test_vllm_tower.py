@@ -67,11 +67,14 @@ def test_caches_keep_tower_ratios_apart(answered: tuple) -> None:
 
 
 def test_linear_layers_do_not_see_what_the_tower_dropped(tiny_folder: Any, run_engine: Any) -> None:
-    """Qwen3.5 runs in bfloat16 only, so kept positions are compared, which are exact."""
+    """Qwen3.5 runs in bfloat16 only, so kept positions are compared, which are exact.
+
+    The patched model takes every frame of a video for a span, so only images can be compared.
+    """
     from support.serving import hf_reference
 
     folder, tower = tiny_folder("qwen3_5"), {"tower_ratio": 0.5, "tower_reducer": "random"}
-    media = ([cases.IMAGE], [cases.OTHER, cases.VIDEO])
+    media = ([cases.IMAGE], [cases.OTHER, cases.IMAGE])
     jobs = [cases.job("qwen3_5", m, 0.75, positions=True, **tower) for m in media]
     results = run_engine(folder, [[job] for job in jobs], dtype="bfloat16")
     for job in jobs:
