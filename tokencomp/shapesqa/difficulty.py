@@ -1,8 +1,8 @@
 """Scenes by difficulty: drawings in flat colours, the usual scenes, and harder ones.
 
 `plain` scenes are simple drawings: one to three shapes in flat colours on a flat ground, of any
-size and aspect ratio. `hard` has backgrounds in the colours of objects, more objects, cameras that pan
-behind the objects and noise in every frame, all of which is hard for methods that score pixels.
+size and aspect ratio. `hard` has backgrounds in the colours of objects, more objects, cameras that
+pan behind the objects and noise in every frame, all of which is hard for methods that score pixels.
 """
 
 from __future__ import annotations
