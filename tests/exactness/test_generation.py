@@ -65,7 +65,7 @@ def test_beams(family: Family, name: str) -> None:
             assert torch.equal(batch.sequences[2 * b : 2 * b + 2, -8:], single.sequences[:, -8:])
 
 
-@pytest.mark.parametrize("name", plans.NAMES)
+@pytest.mark.parametrize("name", plans.DISTINCT)
 def test_prompt_lookup_equals_greedy(family: Family, name: str) -> None:
     model = family.build()
     repeats = text(4, 3) * 3
@@ -111,7 +111,7 @@ def _chunks_visual_prompts(model: torch.nn.Module) -> bool:
     return hasattr(model, "_expand_multimodal_outputs")  # transformers that pre-encode media
 
 
-@pytest.mark.parametrize("name", plans.NAMES)
+@pytest.mark.parametrize("name", plans.DISTINCT)
 def test_chunked_prefill(family: Family, name: str) -> None:
     model, inputs = family.build(), family.batch(rows(family)[:2])
     if not _chunks_visual_prompts(model):
@@ -181,7 +181,7 @@ def test_sampled_sequences(family: Family) -> None:
         assert (many.logits[0][b] - greedy.logits[0][0]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", plans.NAMES)
+@pytest.mark.parametrize("name", plans.DISTINCT)
 def test_kv_bytes(family: Family, name: str) -> None:
     """An unpadded cache holds the kept tokens of every layer, to the byte."""
     model, data = family.build(), rows(family)[1]

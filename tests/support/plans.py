@@ -32,4 +32,5 @@ def make(name: str, layers: int) -> Plan:
 
 
 NAMES = ("entry", "layer", "both", "attention", "vanish", "pagerank")
+DISTINCT = NAMES[:-1]  # caches see no difference between two ways to score
 QUESTION_FREE = ("entry", "layer", "both", "vanish")

@@ -56,8 +56,6 @@ def lines(
     diagonal
         Draw y = x, the limit of arithmetic.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -65,30 +63,9 @@ def lines(
     axes = figure.add_subplot()
     colors = iter(COLORS * (1 + len(series) // len(COLORS)))
     for name, points in series.items():
-        baseline = name in GREYS
-        ordered = sorted(points, key=lambda p: p.x)
-        xs, ys = [p.x for p in ordered], [p.y for p in ordered]
-        style: dict[str, Any] = {
-            "color": GREYS.get(name) or next(colors),
-            "label": name,
-            "zorder": 3,
-        }
-        axes.plot(xs, ys, "o--" if baseline else "o-", markersize=5, linewidth=1.8, **style)
-        low, high = [p.low for p in ordered], [p.high for p in ordered]
-        if None not in low and len(ordered) > 1:
-            axes.fill_between(xs, low, high, color=style["color"], alpha=0.08, linewidth=0)  # type: ignore[arg-type]  # none is None
-        elif None not in low:
-            axes.vlines(xs, low, high, color=style["color"], alpha=0.4)  # type: ignore[arg-type]  # none is None
+        _draw_series(axes, name, points, GREYS.get(name) or next(colors))
     if reference is not None:
-        axes.axhline(reference, color="#111827", linewidth=1, zorder=1)
-        axes.annotate(
-            reference_label,
-            (0.01, reference),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            xytext=(0, 3),
-            fontsize=9,
-        )
+        _draw_reference(axes, reference, reference_label)
     if diagonal:
         axes.axline((0, 0), slope=1, color="#111827", linewidth=1, zorder=1)
         axes.set_xlim(0, None)
@@ -103,6 +80,34 @@ def lines(
     axes.spines[["top", "right"]].set_visible(False)
     if series:
         axes.legend(frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def _draw_series(axes: Any, name: str, points: Sequence[Point], color: str) -> None:
+    """Draw a line through the points, and their intervals as a band, or as strokes."""
+    ordered = sorted(points, key=lambda p: p.x)
+    xs, ys = [p.x for p in ordered], [p.y for p in ordered]
+    form = "o--" if name in GREYS else "o-"
+    axes.plot(xs, ys, form, markersize=5, linewidth=1.8, color=color, label=name, zorder=3)
+    low, high = [p.low for p in ordered], [p.high for p in ordered]
+    if None not in low and len(ordered) > 1:
+        axes.fill_between(xs, low, high, color=color, alpha=0.08, linewidth=0)
+    elif None not in low:
+        axes.vlines(xs, low, high, color=color, alpha=0.4)
+
+
+def _draw_reference(axes: Any, y: float, label: str) -> None:
+    """A horizontal line with its label."""
+    axes.axhline(y, color="#111827", linewidth=1, zorder=1)
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(label, (0.01, y), xytext=(0, 3), fontsize=9, **place)
+
+
+def _svg(figure: Any) -> str:
+    """The `<svg>` element of a figure, without dates and random ids."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": "tokencomp"}):  # else ids of clip paths are random
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
