@@ -18,8 +18,8 @@ torch.set_num_threads(1)
 from support.families import FAMILIES, Family  # noqa: E402
 from support.family.hybrid import HYBRID  # noqa: E402
 
-# They share decoder and adapter with smolvlm, llava_next and qwen3_vl.
-TWINS = {"idefics3", "llava", "llava_next_video", "qwen3_vl_moe"}
+# They share decoder and adapter with smolvlm, llava_next, qwen3_vl and qwen3_5.
+TWINS = {"idefics3", "llava", "llava_next_video", "qwen3_vl_moe", "minicpmv4_6"}
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +35,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """
     if "family" in metafunc.fixturenames:
         marks = {name: [pytest.mark.long] for name in TWINS}
-        every = [pytest.param(name, marks=marks.get(name, [])) for name in sorted(FAMILIES)]
-        names = getattr(metafunc.module, "FAMILY_NAMES", every)
-        metafunc.parametrize("family", names, indirect=True)
+        names = getattr(metafunc.module, "FAMILY_NAMES", sorted(FAMILIES))
+        every = [pytest.param(name, marks=marks.get(name, [])) for name in names]
+        metafunc.parametrize("family", every, indirect=True)
 
 
 @pytest.fixture

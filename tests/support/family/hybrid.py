@@ -138,6 +138,86 @@ class Gemma4E(Gemma4):
     }
 
 
+class Lfm2Vl(Family):
+    """Short convolutions and full attention, behind a SigLIP 2 tower on padded patches."""
+
+    name = "lfm2_vl"
+
+    def model_class(self) -> type:
+        return transformers.Lfm2VlForConditionalGeneration
+
+    def config(self) -> Any:
+        return transformers.Lfm2VlConfig(
+            text_config=dict(
+                model_type="lfm2", vocab_size=VOCAB, hidden_size=64, intermediate_size=96,
+                num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"] * 2,
+                pad_token_id=PAD, eos_token_id=EOS, bos_token_id=1,
+            ),
+            vision_config=dict(
+                model_type="siglip2_vision_model", hidden_size=32, intermediate_size=48,
+                num_hidden_layers=1, num_attention_heads=2, patch_size=4, num_patches=64,
+                vision_use_head=False,
+            ),
+            image_token_id=IMAGE, projector_hidden_size=32, downsample_factor=2,
+        )  # fmt: skip
+
+    def image(self, size: int = 0) -> Media:
+        """Four patches a token; smaller images are padded to 64 patches."""
+        h, w = [(8, 8), (4, 8), (6, 4)][size]
+        inputs = {
+            "pixel_values": torch.randn(1, 64, 48),
+            "pixel_attention_mask": (torch.arange(64) < h * w).long()[None],
+            "spatial_shapes": torch.tensor([[h, w]]),
+        }
+        return Media([START, *[IMAGE] * (h * w // 4), END], inputs)
+
+    def video(self, frames: int = 4) -> Media:
+        return self.image()
+
+
+class MiniCpmV46(Qwen35):
+    """The decoder of Qwen3.5 with one position per token, behind windows merged in the tower."""
+
+    name = "minicpmv4_6"
+    mrope = False
+
+    def model_class(self) -> type:
+        return transformers.MiniCPMV4_6ForConditionalGeneration
+
+    def config(self) -> Any:
+        return transformers.MiniCPMV4_6Config(
+            text_config={**super().config().text_config.to_dict(), "model_type": "qwen3_5_text"},
+            vision_config=dict(
+                hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                image_size=64, patch_size=4, insert_layer_id=0,
+            ),
+            insert_layer_id=0, image_size=64, image_token_id=IMAGE, video_token_id=VIDEO,
+        )  # fmt: skip
+
+    def image(self, size: int = 0) -> Media:
+        """Sixteen patches a token, packed side by side."""
+        h, w = [(16, 16), (8, 16), (12, 8)][size]
+        inputs = {
+            "pixel_values": torch.randn(1, 3, 4, 4 * h * w),
+            "target_sizes": torch.tensor([[h, w]]),
+        }
+        return Media([START, *[IMAGE] * (h * w // 16), END], inputs)
+
+    def video(self, frames: int = 4) -> Media:
+        return self.image()
+
+    def collect(self, rows: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+        media = [one for row in rows for one in row]
+        return {
+            "pixel_values": torch.cat([one["pixel_values"] for one in media], dim=-1),
+            "target_sizes": torch.cat([one["target_sizes"] for one in media]),
+        }
+
+    def positions(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return Family.positions(self, model, inputs)
+
+
 # Those that the installed release has; a module names them as `FAMILY_NAMES`.
 HYBRID: dict[str, Family] = {
     f.name: f
@@ -146,6 +226,8 @@ HYBRID: dict[str, Family] = {
         (Gemma3(), "gemma3"),
         (Gemma4(), "gemma4"),
         (Gemma4E(), "gemma4"),
+        (Lfm2Vl(), "lfm2_vl"),
+        (MiniCpmV46(), "minicpmv4_6"),
     )
     if model_type in verified_types()
 }
