@@ -128,3 +128,21 @@ def test_inspect_shows_what_the_tower_never_saw(folder, tmp_path):
 def test_bad_tower_options(folder, capsys, options, message):
     assert run("inspect", "--model", folder, "--image", IMAGE, *options) != 0
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_inspect_says_in_words_what_was_kept():
+    from types import SimpleNamespace
+
+    from tokencomp.cli.inspect import in_words
+
+    def answer(name, ratio, layers, text):
+        cost = SimpleNamespace(per_layer=layers, flops=sum(layers), kv_bytes=2 * sum(layers))
+        return SimpleNamespace(
+            setting=SimpleNamespace(name=name, ratio=ratio), cost=cost, text=text
+        )
+
+    full = answer("full", 0.0, [64, 64], "red")
+    words = in_words(answer("prune", 0.75, [32, 0], "red "), full)
+    assert "prune at ratio 0.75: a decoder layer sees 16 of 64 visual tokens" in words
+    assert "25% of the decoder's work" in words and words.endswith("The answer is the same.")
+    assert in_words(answer("prune", 0.75, [32, 0], "blue"), full).endswith("another one.")

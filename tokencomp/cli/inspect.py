@@ -69,13 +69,26 @@ def command(
     console.print(f"\nPictures: [bold]{output}[/]")
 
 
+def in_words(answer: Any, full: Any) -> str:
+    """What one setting kept, what that costs, and whether the answer stayed the same."""
+    kept, before = (sum(a.cost.per_layer) / len(a.cost.per_layer) for a in (answer, full))
+    same = answer.text.strip() == full.text.strip()
+    return (
+        f"{answer.setting.name} at ratio {answer.setting.ratio:g}: a decoder layer sees {kept:.0f} "
+        f"of {before:.0f} visual tokens on average, which leaves "
+        f"{answer.cost.flops / full.cost.flops:.0%} of the decoder's work and "
+        f"{answer.cost.kv_bytes / full.cost.kv_bytes:.0%} of its cache. The answer is "
+        + ("the same." if same else "another one.")
+    )
+
+
 def _write(
     answers: list[Any], question: str, label: str, loaded: Any, model: str, output: Path
 ) -> None:
     from tokencomp.cli._demo import model_facts
     from tokencomp.evaluation.environment import public_name
     from tokencomp.pages.html import render
-    from tokencomp.pages.pictures import data_uri, strip
+    from tokencomp.pages.pictures import animation_uri, data_uri, strip
 
     if output.suffix.lower() in PICTURES:
         sheets = [p for a in answers for p in a.pictures]
@@ -91,6 +104,7 @@ def _write(
             "text": a.text,
             "cost": a.cost,
             "uris": [data_uri(p) for p in a.pictures],
+            "moving": [animation_uri(tiles) for tiles in a.clips if len(tiles) > 1],
             "stages": [(layer, [data_uri(p) for p in sheets]) for layer, sheets in a.layers],
         }
         for a in answers
@@ -103,5 +117,6 @@ def _write(
         question=question,
         label=label,
         rows=rows,
+        sentences=[in_words(a, answers[0]) for a in answers[1:]],
         facts=model_facts(loaded),
     )
