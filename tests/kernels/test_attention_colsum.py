@@ -199,6 +199,33 @@ def test_repeated_application(
     check(got, want)
 
 
+@pytest.mark.parametrize("lengths", [[1], [3, 0, 70, 1], [17, 66, 33]], ids=str)
+def test_repeated_application_over_ragged_sequences(
+    place: torch.device, lengths: list[int]
+) -> None:
+    """Sequences of odd lengths in one packed batch, each as if it were alone."""
+    q, k = torch.randn(sum(lengths), 4, 24), torch.randn(sum(lengths), 2, 24)
+    weights = torch.rand(sum(lengths))
+    parts = []
+    for part_q, part_k, own in zip(
+        q.split(lengths), k.split(lengths), weights.double().split(lengths), strict=True
+    ):
+        size = len(own)
+        index = torch.arange(size)[None]
+        mask = causal_mask(index, size, torch.zeros(1), torch.tensor([size]))
+        part_q, part_k = part_q.transpose(0, 1)[None], part_k.transpose(0, 1)[None]
+        scores = own.expand(1, 4, 1, size)
+        for _ in range(3 if size else 0):
+            scores = scores @ matrix(part_q, part_k, mask, 24**-0.5)
+        parts.append(scores[0, :, 0])
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32).to(place)
+    got = attention_colsum(
+        q.to(place), k.to(place), weights.to(place), cu_seqlens_q=bounds, cu_seqlens_k=bounds,
+        heads="none", iterations=3,
+    )  # fmt: skip
+    check(got, torch.cat(parts, dim=1))
+
+
 @pytest.mark.parametrize("magnitude", [30.0, 1000.0])
 def test_extreme_logits(place: torch.device, magnitude: float) -> None:
     q, k = inputs((1, 1, 2, 40, 200, 64))
