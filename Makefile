@@ -23,7 +23,7 @@ docs:  ## rebuild every page and picture from the stored results
 	  "long_video --model tiny-llava-onevision"; do \
 	  $(PYTHON) -m benchmarks.accuracy.studies.$$study --report > /dev/null || exit 1; done
 	for page in models.prefill models.chunked_prefill models.tower serving.run serving.ratio_zero \
-	  serving.positions peers.run; do \
+	  serving.positions peers.run gpu.prefill; do \
 	  $(PYTHON) -m benchmarks.$$page --report > /dev/null || exit 1; done
 	$(PYTHON) -m benchmarks.gpu.recompute
 	$(PYTHON) -m benchmarks.kernels.roofline

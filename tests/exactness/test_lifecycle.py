@@ -242,7 +242,7 @@ def test_peft(family: Family, name: str) -> None:
     assert (torch.stack(out.logits, 1) - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["both", "attention", "pagerank"])
+@pytest.mark.parametrize("name", ["both", "attention"])
 def test_accelerate_cpu_offload(family: Family, name: str) -> None:
     accelerate = pytest.importorskip("accelerate")
     inputs = prompt(family)

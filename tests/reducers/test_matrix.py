@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,16 +251,16 @@ FIRST = list({case[0]: case for case in reversed(matrix.cases())}.values())[::-1
 
 @pytest.mark.parametrize("case", FIRST, ids=lambda c: c[0])
 def test_every_family(case: Case, family: Family) -> None:
-    """The first option set of every method."""
+    """The first option set of every method; `test_achieved_ratio` has more ratios."""
     check_batch(case, 0.75, family)
-    check_achieved(case, family)
+    check_achieved(case, family, (0.5,))
 
 
-def check_achieved(case: Case, family: Family) -> None:
+def check_achieved(case: Case, family: Family, ratios: Sequence[float]) -> None:
     """What ran is the plan, to the token; only rounding stands between it and the request."""
     model, inputs = family.build(), family.batch(prompts(family)[:1])
     case, fixed = matrix.on_model(case, model), matrix.row(case[0]).fixed
-    for ratio in (0.0, 0.25, 0.5, 0.8):
+    for ratio in ratios:
         handle = tokencomp.patch(model, ratio, reducer=case[0], **case[1])
         with torch.no_grad(), matrix.informed(case, handle, model, inputs):
             model(**inputs, logits_to_keep=1)
@@ -281,4 +282,4 @@ def check_achieved(case: Case, family: Family) -> None:
 @every_case
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
 def test_achieved_ratio(case: Case, name: str) -> None:
-    check_achieved(case, FAMILIES[name])
+    check_achieved(case, FAMILIES[name], (0.0, 0.25, 0.5, 0.8))
