@@ -74,10 +74,12 @@ class Plan:
         later = self.stages if self.tower else self.stages[1:]
         for (name, fraction), stage in zip(before, later, strict=False):
             if stage.reducer.whole_spans and fraction < 1:
+                fix = "Make it the first stage"
+                if self.tower:
+                    fix = "Use tower_ratio=0, or a reducer that needs no whole grid, as condiv"
                 raise PlanError(
                     f"stage at layer {stage.layer}: reducer {stage.reducer.name!r} compares places "
-                    f"of a whole grid, but {name} leaves {fraction:g} of it. Make it the first "
-                    "stage."
+                    f"of a whole grid, but {name} leaves {fraction:g} of it. {fix}."
                 )
 
     @property

@@ -123,6 +123,7 @@ def test_inspect_shows_what_the_tower_never_saw(folder, tmp_path):
         (("--ratio", "0.5", "--tower-ratio", "0.6"), "tower_ratio=0.6"),
         (("--ratio", "0.5", "--tower-ratio", "x"), "tower_ratio='x'"),
         (("--ratio", "0.5", "--tower-ratio", "0.2", "--tower-reducer", "merge"), "merges tokens"),
+        (("--ratio", "0.5", "--tower-reducer", "kcentre"), "no effect with --tower-ratio 0"),
     ],
 )
 def test_bad_tower_options(folder, capsys, options, message):

@@ -67,6 +67,9 @@ def method(
 
     more = {PROPORTIONAL: True} if proportional else {}
     if plan is None:
+        if not tower.options.get("tower_ratio"):
+            fix = "give the share to remove there, e.g. --tower-ratio auto"
+            opt.refuse_given(context, ("tower_reducer",), "--tower-ratio 0", fix)
         every = {**opt.reducer_options(options), **more, **tower.options}
         settings = grid(reducers(reducer), opt.ratios(ratio), **every)
         return lambda model: checked(settings, model)

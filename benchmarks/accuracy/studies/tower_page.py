@@ -133,7 +133,7 @@ def _losses(entry: dict[str, Any], answers: Answers) -> list[str]:
     unlearned, beaten, open_, clear = [], [], [], 0
     for title, rows in _groups(entry).items():
         part = {key: [values[i] for i in rows] for key, values in answers.items()}
-        blind = entry["blind"].get(title)
+        blind = entry.get("blind", {}).get(title)
         if blind is not None and difference(part["full@0"], [0] * len(rows)).low <= blind:
             unlearned.append(f"{title} ({_mean(part['full@0']):.0%}, a blind guess {blind:.0%})")
             continue
@@ -148,5 +148,16 @@ def _losses(entry: dict[str, Any], answers: Answers) -> list[str]:
     return lines + ([f"- Not learned: {', '.join(unlearned)}."] if unlearned else [])
 
 
-NOTES: dict[str, str] = {}
+NOTES: dict[str, str] = {
+    "qwen-images": "Small objects cost k-centre most. A likely reason: its thumbnails average over "
+    "4 × 4 pixels inside of every patch, so an object of a few pixels changes the look of its cell "
+    "little, and cells with the edges of large objects go first. Fewer pixels lose more there. "
+    "Counting is the family in which fewer pixels do as well.",
+    "qwen-videos": "What k-centre loses is in `needle`, objects that are seen in few frames, for "
+    "the same likely reason as small objects in images. Fewer pixels and frames lose more.",
+    "onevision-images": "Counting is the family in which fewer pixels do as well as k-centre, or "
+    "better. A likely reason: the objects to be counted are large, and a tower that sees all of "
+    "the picture at a lower resolution misses none of them. Against entry only, k-centre loses "
+    "nothing.",
+}
 """What explains the losses of a set, by name."""
