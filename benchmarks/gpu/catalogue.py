@@ -83,7 +83,7 @@ class Table:
         """The same steps on the embedded model and two questions: a trial that needs no GPU."""
         steps = tuple(replace(s, frames=8, reducers=s.reducers[-1:]) for s in self.steps)
         small = {"model": DEFAULT_MODEL, "tasks": ("shapesqa",), "data": "shapesqa", "limit": 2}
-        return replace(self, steps=steps, **small)  # type: ignore[arg-type]
+        return replace(self, steps=steps, **small)  # type: ignore[arg-type]  # fields by name
 
 
 _VIDEO_TASKS = ("mvbench", "longvideobench_val_v", "mlvu_dev", "videomme")

@@ -143,7 +143,7 @@ def collect(table: str, steps: Sequence[Path]) -> Contribution:
 
 
 def _label(run: EvalRun, step: int) -> str:
-    """What tells the run apart from all others of the table."""
+    """Key of the run, which no other run of the table has."""
     at = "" if run.identity["reducer"] == FULL else f" at {run.ratio:g}"
     return run.label + at + (f", {run.identity['frames']} frames" if step else "")
 

@@ -46,7 +46,7 @@ def runs_of(file: Contribution) -> list[EvalRun]:
 
 
 def page(files: list[Contribution]) -> str:
-    """Markdown of all tables; those that nobody has sent are named with their command."""
+    """Markdown of all tables; tables without a file are listed with their command."""
     parts = [HEAD]
     for table in TABLES.values():
         parts.append(f"\n## {table.title}\n\n{_command(table)}\n")

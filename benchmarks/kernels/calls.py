@@ -125,7 +125,7 @@ class Calls(TorchDispatchMode):
             if not self._in_kernel:
                 self._read()
             copy = cpu(tensor, *args)
-            copy.is_host_copy = True  # type: ignore[attr-defined]
+            copy.is_host_copy = True  # type: ignore[attr-defined]  # a mark of our own
             return copy
 
         def count_list(tensor: Tensor) -> Any:

@@ -123,7 +123,7 @@ def _tiny_model(model_class: type, config: Any, variant: Variant, seed: int) -> 
 
 
 def _check_size(decoder: nn.Module) -> None:
-    """Refuse a decoder that has kept its size: nothing would be gained by waiting for it."""
+    """Refuse a decoder that has kept its full size, because running it would take too long."""
     count = sum(p.numel() for p in decoder.parameters())
     if count > LARGEST:
         name = type(decoder).__name__

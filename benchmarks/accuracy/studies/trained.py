@@ -68,7 +68,7 @@ class Shrunk(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         example, count = self.source[index], self.shrink.tokens
         media = example.load(self.frames)
         smaller = tuple(self.shrink.shrink(m, self.ratio) for m in media)
