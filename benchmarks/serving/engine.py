@@ -1,6 +1,6 @@
 """Times one vLLM engine; a child process of `run.py`.
 
-usage: engine.py MODEL ARMS.json RESULTS.json
+usage: python -m benchmarks.serving.engine MODEL ARMS.json RESULTS.json
 ARMS: {"engine": {LLM arguments}, "frames": n, "side": px, "rounds": n, "requests": n,
        "arms": {name: tokencomp options or null}, "pruning_flag": true or false}
 """
@@ -16,6 +16,11 @@ from typing import Any
 
 import numpy as np
 
+ARGUMENTS: dict[str, Any] = {
+    "max_model_len": 4096, "max_num_batched_tokens": 4096, "dtype": "float32",
+    "enforce_eager": True, "enable_prefix_caching": False, "mm_processor_cache_gb": 0,
+    "limit_mm_per_prompt": {"image": 0, "video": 1}, "max_num_seqs": 8,
+}  # fmt: skip
 TURN = (
     "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>What happens in the video?"
     "<|im_end|>\n<|im_start|>assistant\n"
@@ -58,11 +63,7 @@ def main() -> None:
 
     if plan["pruning_flag"]:
         set_pruning_flag()
-    llm = LLM(
-        model, max_model_len=4096, max_num_batched_tokens=4096, dtype="float32",
-        enforce_eager=True, enable_prefix_caching=False, mm_processor_cache_gb=0,
-        limit_mm_per_prompt={"image": 0, "video": 1}, max_num_seqs=8, **plan["engine"],
-    )  # fmt: skip
+    llm = LLM(model, **ARGUMENTS, **plan["engine"])
     first = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
     several = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
     shape = plan["frames"], plan["side"]

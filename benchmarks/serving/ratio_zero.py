@@ -1,15 +1,18 @@
-"""Cost of the vLLM plugin at ratio 0 against stock vLLM, and how much that measurement varies.
+"""Cost of the vLLM plugin at ratio 0 against vLLM without it, and what the measurement resolves.
 
     python -m benchmarks.serving.ratio_zero [--out benchmarks/serving/ratio_zero.jsonl]
     python -m benchmarks.serving.ratio_zero --report    # only rebuilds the page
 
-Engine processes of both arms alternate, and each runs the same requests and nothing else. Two
-processes of one arm differ too, so the page has every process: a difference between the arms that
-is smaller than the spread of one arm says nothing.
+Two engines in one process answer the same videos in turn, the order reversed from round to round
+(ABBA): vLLM's own classes, which the plugin leaves alone where no option of tokencomp is set, and
+the plugin, asked for ratio 0. Requests of one arm in two rounds that follow each other say what the
+measurement resolves. The engines share a process, because two processes of one arm differ as well.
+Every process builds them in another order.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from typing import Any
@@ -18,62 +21,65 @@ from benchmarks import publishing
 from benchmarks.publishing import environment, provenance
 from benchmarks.serving.run import SHAPE, parser, random_model, rebuild, run, vllm_version
 
+STOCK, OURS = "vLLM", "tokencomp, ratio 0"
 ARMS: dict[str, dict[str, Any]] = {
-    "stock vLLM": {"plugin": False, "engine": {}, "arms": {"requests": None}},
-    "tokencomp, ratio 0": {
-        "plugin": True,
-        "engine": {"hf_overrides": {"tokencomp": {}}},
-        "arms": {"requests": {"ratio": 0}},
-    },
+    STOCK: {"engine": {}, "request": None},
+    OURS: {"engine": {"hf_overrides": {"tokencomp": {}}}, "request": {"ratio": 0}},
 }
+
+
+def quartiles(values: list[float]) -> str:
+    """Median and quartiles of fractions, in percent."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:+.1%} (quartiles {low:+.1%} and {high:+.1%})"
 
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The page from the records of one run."""
-    lines = ["| arm | process | first token, CPU ms: median | of requests |", "|---|---:|---:|---|"]
-    medians: dict[str, list[float]] = {}
-    for row in rows:
-        own = medians.setdefault(row["arm"], [])
-        own.append(1e3 * row["cpu_median_s"])
-        cpu = ", ".join(f"{1e3 * value:.0f}" for value in row["cpu"])
-        lines.append(f"| {row['arm']} | {len(own)} | {own[-1]:.0f} | {cpu} |")
-    text = []
-    for arm, values in medians.items():
-        middle = statistics.median(values)
-        spread = (max(values) - min(values)) / middle
-        text.append(f"{arm}: {middle:.0f} ms, spread of the processes {spread:.1%}.")
-    stock, ours = medians.values()
-    difference = statistics.median(ours) / statistics.median(stock) - 1
-    pairs = ", ".join(f"{b / a - 1:+.1%}" for a, b in zip(stock, ours, strict=True))
-    text.append(
-        f"Difference of the medians: {difference:+.1%}; of neighbouring processes: {pairs}."
-    )
+    lines = ["| process | arm | first token, CPU ms: median | of requests |", "|---:|---|---:|---|"]
+    differences, noise = [], []
+    for number, row in enumerate(rows, start=1):
+        stock, ours = row["arms"][STOCK]["cpu"], row["arms"][OURS]["cpu"]
+        differences += [b / a - 1 for a, b in zip(stock, ours, strict=True)]
+        for values in (stock, ours):
+            noise += [b / a - 1 for a, b in itertools.pairwise(values)]
+        for arm, result in row["arms"].items():
+            cpu = ", ".join(f"{1e3 * value:.0f}" for value in result["cpu"])
+            lines.append(f"| {number} | {arm} | {1e3 * result['cpu_median_s']:.0f} | {cpu} |")
     title, _, method = (__doc__ or "").partition("\n\n")
     method = method.split("\n\n", 1)[1].strip()
     setup, facts = rows[-1]["setup"], rows[-1]["environment"]
     return (
-        f"# {title}\n\n{' '.join(text)}\n\n{method}\n\n" + "\n".join(lines) + "\n\n"
+        f"# {title}\n\nOver {len(differences)} pairs of requests, the plugin at ratio 0 takes "
+        f"{quartiles(differences)} more CPU time. Between neighbouring requests of one arm the "
+        f"difference is {quartiles(noise)}.\n\n{method}\n\n" + "\n".join(lines) + "\n\n"
         f"Setup: {json.dumps(setup)}. {provenance(facts)}.\n"
     )
 
 
 def main() -> None:
-    options = parser(__doc__ or "", "ratio_zero.jsonl", rounds=5)
-    options.add_argument("--processes", type=int, default=4, help="of each arm")
+    options = parser(__doc__ or "", "ratio_zero.jsonl", rounds=24)
+    options.add_argument("--processes", type=int, default=2)
     args = options.parse_args()
     if args.report:
+        if '"arms"' not in args.out.read_text():
+            print(f"{args.out}: records of one engine per process. Run the benchmark again.")
+            return
         rebuild(args.out, page)
         return
     facts = publishing.published_from(args.out, args.allow_dirty)
-    shape = {**SHAPE, "rounds": args.rounds, "requests": 1}
+    shape = {**SHAPE, "rounds": args.rounds}
     about = {"vllm": vllm_version(), "hidden": args.hidden, "layers": args.layers, **shape}
     rows: list[dict[str, Any]] = []
     with random_model(args.hidden, args.layers) as (model, work):
-        for _ in range(args.processes):
-            for arm, plan in ARMS.items():
-                result = run(model, {**plan, **shape, "pruning_flag": False}, work)["requests"]
-                rows.append({"arm": arm, **result, "setup": about})
-                print(arm, result.get("cpu_median_s", result), flush=True)
+        for number in range(args.processes):
+            names = [OURS, STOCK] if number % 2 else [STOCK, OURS]
+            plan = {**shape, "plugin": True, "arms": {name: ARMS[name] for name in names}}
+            arms = run(model, plan, work, "pair")
+            if failed := [r["failed"] for r in arms.values() if "failed" in r]:
+                raise SystemExit(f"an engine failed: {failed[0]}")
+            rows.append({"arms": arms, "setup": about})
+            print({name: r["cpu_median_s"] for name, r in arms.items()}, flush=True)
     source = {"environment": {**environment(), **facts}}
     rows = [{**row, **source} for row in rows]
     args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))

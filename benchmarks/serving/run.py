@@ -28,7 +28,8 @@ from typing import Any
 from benchmarks import publishing
 from benchmarks.publishing import environment, provenance
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
 SHAPE = {"frames": 16, "side": 224}  # 8 × 64 tokens
 RATIOS = (0.5, 0.75)
 REDUCERS = ("divprune", "uniform", "evs", "vidcom2")
@@ -73,15 +74,15 @@ def engines() -> dict[str, dict[str, Any]]:
     return {name: {**base, **plan} for name, plan in plans.items()}
 
 
-def run(model: Path, plan: dict[str, Any], work: Path) -> dict[str, Any]:
-    """Arms of one engine process; a failure is a result too."""
+def run(model: Path, plan: dict[str, Any], work: Path, module: str = "engine") -> dict[str, Any]:
+    """Arms of one engine process, which runs `module`; a failure is a result too."""
     jobs, results = work / "plan.json", work / "results.json"
     jobs.write_text(json.dumps(plan))
     results.unlink(missing_ok=True)
     env = {**os.environ, **ENV, "TOKENCOMP_VLLM": "on" if plan["plugin"] else "off"}
     env.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
-    command = [sys.executable, FOLDER / "engine.py", model, jobs, results]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", f"benchmarks.serving.{module}", model, jobs, results]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode == 0 and results.exists():
         return json.loads(results.read_text())
     lines = [line for line in done.stderr.splitlines() if "Error" in line or "Value error" in line]

@@ -52,6 +52,7 @@ class CompressingProcessor:
         self._options = server_options(self.info.ctx.model_config)  # type: ignore[attr-defined]  # of vLLM's class
         self._check_tower(self._options.default)
         self._seen = SeenPlans()
+        self._latest = "", self._options.default  # options of a request as JSON, and their spec
         default = json.dumps(self._options.default.describe())
         logger.info_once("tokencomp %s: default %s", tokencomp.__version__, default)
 
@@ -93,8 +94,19 @@ class CompressingProcessor:
             if isinstance(kwargs.get(scope), Mapping) and KEY in kwargs[scope]:
                 raise OptionError(f"'{KEY}' was given inside {scope}; put it beside it.")
         options = kwargs.get(KEY)
-        spec = options if isinstance(options, MethodSpec) else self._options.resolve(options)
-        self._check_tower(spec)
+        if isinstance(options, MethodSpec):
+            return options
+        if options is None:
+            return self._options.default
+        try:
+            text = json.dumps(options, sort_keys=True)
+        except (TypeError, ValueError):  # no JSON, which `resolve` refuses
+            text = ""
+        known, spec = self._latest
+        if not text or text != known:  # several steps of a request ask, and often many requests
+            spec = self._options.resolve(options)
+            self._check_tower(spec)
+            self._latest = text, spec
         return spec
 
     def _check_tower(self, spec: MethodSpec) -> None:
