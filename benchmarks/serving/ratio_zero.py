@@ -50,9 +50,9 @@ def page(rows: list[dict[str, Any]]) -> str:
     method = method.split("\n\n", 1)[1].strip()
     setup, facts = rows[-1]["setup"], rows[-1]["environment"]
     return (
-        f"# {title}\n\nOver {len(differences)} pairs of requests, the plugin at ratio 0 takes "
-        f"{quartiles(differences)} more CPU time. Between neighbouring requests of one arm the "
-        f"difference is {quartiles(noise)}.\n\n{method}\n\n" + "\n".join(lines) + "\n\n"
+        f"# {title.rstrip('.')}\n\nThe CPU time of the plugin at ratio 0 differs from vLLM's by "
+        f"{quartiles(differences)}, over {len(differences)} pairs of requests. Neighbouring "
+        f"requests of one arm differ by {quartiles(noise)}.\n\n{method}\n\n" + "\n".join(lines) + "\n\n"
         f"Setup: {json.dumps(setup)}. {provenance(facts)}.\n"
     )
 

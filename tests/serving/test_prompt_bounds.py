@@ -167,3 +167,9 @@ def test_fields_are_refused_unless_they_ask_for_what_is_done_anyway() -> None:
         assert read_request(json.dumps(user("a", **{name: same})).encode())
         with pytest.raises(RequestError, match=f"not served: {name}"):
             read_request(json.dumps(user("a", **{name: other})).encode())
+
+
+def test_options_in_the_wrong_place_are_answered_with_the_right_one() -> None:
+    for wrong in ({"ratio": 0.5}, {"mm_processor_kwargs": {"tower_ratio": 0.5}}):
+        with pytest.raises(RequestError, match=r'ratio\. Write it as "tokencomp": {"ratio"'):
+            read_request(json.dumps(user("a", **wrong)).encode())

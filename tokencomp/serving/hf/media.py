@@ -80,14 +80,16 @@ def read_url(url: str, limits: Limits) -> tuple[str, bytes]:
         If the scheme is another one, the path is outside the allowed directory, or the content is
         too large.
     """
-    scheme = url[:10].partition(":")[0].lower()
+    scheme, colon, _ = url[:10].partition(":")
+    scheme = scheme.lower() if colon else ""
     if scheme == "data":
         return _read_data(url, limits)
     if scheme == "file":
         return "", _read_file(url, limits)
+    what = f"media URL scheme {scheme!r}" if scheme else "a media URL without a scheme"
     raise RequestError(
-        f"media URL scheme {scheme!r}: this server fetches nothing. Send the content as a data: "
-        "URL" + (", or a file: URL below its media path." if limits.allowed_path else ".")
+        f"{what}: this server fetches nothing. Send the content as a data: URL"
+        + (", or a file: URL below its media path." if limits.allowed_path else ".")
     )
 
 

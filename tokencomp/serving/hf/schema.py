@@ -14,6 +14,7 @@ from pydantic import (
 
 from tokencomp.serving import KEY
 from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.spec import REQUEST_KEYS
 
 MAX_STRUCTURE = 1_000_000  # JSON objects, lists and their elements; each costs memory
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # every generated token is compared with all of them
@@ -152,7 +153,9 @@ def read_request(content: bytes | bytearray) -> ChatRequest:
         raise RequestError(_message(error)) from None
     wrong = _unserved(request)
     if wrong:
-        raise RequestError(f"not served: {', '.join(wrong)}. Leave it out.")
+        own = [name for name in wrong if name.rpartition(".")[2] in REQUEST_KEYS]
+        fix = f'Write it as "{KEY}": {{"ratio": ...}}.' if own else "Leave it out."
+        raise RequestError(f"not served: {', '.join(own or wrong)}. {fix}")
     return request
 
 
