@@ -52,8 +52,9 @@ def page(rows: list[dict[str, Any]]) -> str:
     return (
         f"# {title.rstrip('.')}\n\nThe CPU time of the plugin at ratio 0 differs from vLLM's by "
         f"{quartiles(differences)}, over {len(differences)} pairs of requests. Neighbouring "
-        f"requests of one arm differ by {quartiles(noise)}.\n\n{method}\n\n" + "\n".join(lines) + "\n\n"
-        f"Setup: {json.dumps(setup)}. {provenance(facts)}.\n"
+        f"requests of one arm differ by {quartiles(noise)}.\n\n{method}\n\n"
+        + "\n".join(lines)
+        + f"\n\nSetup: {json.dumps(setup)}. {provenance(facts)}.\n"
     )
 
 

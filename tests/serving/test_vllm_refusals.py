@@ -15,10 +15,11 @@ import vllm
 from support.serving.cases import SERVABLE
 from vllm.config import CUDAGraphMode
 
-from tokencomp.errors import OptionError, UnsupportedModelError
+from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
 from tokencomp.method import MethodSpec
 from tokencomp.serving.item_plan import ItemPlan, Layout, batches
 from tokencomp.serving.offsets import pack_offsets, unpack_offsets
+from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import checks, mrope
 from tokencomp.serving.vllm.metrics import count_nonfinite, counters
 from tokencomp.serving.vllm.processing import CompressingProcessor
@@ -212,6 +213,30 @@ def test_engines_whose_towers_cannot_be_shortened(settings: Any, reason: str) ->
     processor._check_tower(MethodSpec("uniform", 0.5))
     with pytest.raises(OptionError, match=reason):
         processor._check_tower(MethodSpec("uniform", 0.5, tower_ratio=0.4))
+
+
+def test_options_of_requests_are_resolved_once_and_never_mixed_up() -> None:
+    resolved = []
+
+    class Options(ServerOptions):
+        def resolve(self, request: Any, engine: str = "vllm") -> MethodSpec:
+            resolved.append(request)
+            return super().resolve(request, engine)
+
+    processor = object.__new__(CompressingProcessor)
+    processor._options = Options()
+    processor._latest = "", processor._options.default
+    own = {"ratio": 0.5}
+    first = processor._spec({"tokencomp": own})
+    assert first.ratio == 0.5 and processor._spec({"tokencomp": {"ratio": 0.5}}) is first
+    own["ratio"] = 0.25  # a client in Python may change its object
+    assert processor._spec({"tokencomp": own}).ratio == 0.25
+    assert processor._spec({}) is processor._spec({"tokencomp": None}) is processor._options.default
+    assert processor._spec({"tokencomp": first}) is first
+    assert [dict(request) for request in resolved] == [{"ratio": 0.25}] * 2  # the same object
+    for wrong in ({"ratio": 2}, {1: 2, "a": 3}, {"ratio": {1}}, object()):
+        with pytest.raises((OptionError, RatioError)):
+            processor._spec({"tokencomp": wrong})
 
 
 OVERFLOWS = {"one value": (2, 1), "one row": (3, slice(None)), "all": (slice(None),) * 2}
