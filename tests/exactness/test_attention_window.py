@@ -12,7 +12,7 @@ from support.families import EOS, PAD, VOCAB, text
 from support.family.llava import Llava
 
 import tokencomp
-from tokencomp.errors import UnsupportedModelError
+from tokencomp.errors import RowIndexedAttentionError, UnsupportedModelError
 
 
 class Windowed(Llava):
@@ -109,3 +109,18 @@ def test_compact_positions_count_kept_tokens() -> None:
         expected = model(**inputs, use_cache=False).logits
         assert handle.stats.ratio > 0.7
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_queries_that_are_scaled_by_row_are_refused() -> None:
+    """As layers without positions do in long prompts of Llama 4."""
+    family = Windowed(transformers.MistralConfig, 200)
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(), text(5, 2)]])
+    length = inputs["input_ids"].shape[1]
+    config = model.config.text_config
+    config.attn_temperature_tuning, config.floor_scale = True, length + 1
+    with torch.no_grad(), tokencomp.patch(model, 0.5):
+        model(**inputs)
+        config.floor_scale = length
+        with pytest.raises(RowIndexedAttentionError, match="scale queries by the number of their"):
+            model(**inputs)

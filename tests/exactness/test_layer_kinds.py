@@ -6,11 +6,12 @@ import pytest
 import torch
 from support import kinds, oracle
 from support.families import IMAGE, Family, text
+from support.family import hybrid
 from support.family.hybrid import HYBRID
 
 import tokencomp
 from tokencomp.engine.window import Windows
-from tokencomp.errors import PlanError, UnsupportedCacheError, UnsupportedModelError
+from tokencomp.errors import OptionError, PlanError, UnsupportedCacheError, UnsupportedModelError
 
 FAMILY_NAMES = sorted(HYBRID)
 ENTRY = tokencomp.Plan((tokencomp.Stage(0, 0.4, tokencomp.make_reducer("uniform")),))
@@ -196,3 +197,34 @@ def test_stages_that_nothing_can_score_are_refused(family: Family) -> None:
         return
     with pytest.raises(PlanError, match="none of the layers 0 to 0 has attention"):
         tokencomp.patch(model, plan=plan)
+
+
+@pytest.mark.parametrize("name", [n for n in ("gemma3", "gemma4") if n in HYBRID])
+def test_compact_positions_beside_masks_of_the_body(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the model on the kept embeddings alone; a window that the body applied is refused."""
+    family = HYBRID[name]
+    inputs = family.batch([[text(3), family.image(), text(12, 3), family.image(), text(5, 4)]])
+    model = family.build("eager")
+    handle = tokencomp.patch(model, 0.5, positions="compact")
+    with handle, pytest.raises(OptionError, match="a window of 8 tokens, measured in the 56"):
+        model(**inputs)
+    monkeypatch.setattr(hybrid, "WINDOW", 64)
+    model, embeds = type(family)().build("eager"), []  # models are kept by family
+
+    def note(module: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        embeds.append(kwargs["inputs_embeds"])
+
+    with torch.no_grad():
+        with tokencomp.patch(model, 0.5, reducer="uniform", positions="compact") as handle:
+            found = model(**inputs).logits
+            left = oracle.kept_columns(handle, inputs, family.layers)[-1][0]
+        hook = model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+        model(**inputs)
+        hook.remove()
+        columns = ("attention_mask", "token_type_ids", "mm_token_type_ids")
+        short = {k: inputs[k][:, left] for k in columns if k in inputs}
+        expected = model(inputs_embeds=embeds[0][:, left], **short).logits
+    assert difference(found[:, left], expected) < 1e-5
+    assert int(left.sum()) < len(left) - 15

@@ -16,7 +16,12 @@ from tokencomp.engine.decode import first_layer
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.packing import sequence_lengths, text_positions
 from tokencomp.engine.window import check_windows
-from tokencomp.errors import UnsupportedCacheError, UnsupportedModelError
+from tokencomp.errors import (
+    OptionError,
+    RowIndexedAttentionError,
+    UnsupportedCacheError,
+    UnsupportedModelError,
+)
 
 RAGGED_TURN = (
     "a later turn brings media, and its samples keep different numbers of tokens. Layers of linear "
@@ -53,11 +58,18 @@ def enter_prompt(
         The decoder would apply its attention window wrongly, see `check_windows`.
     UnsupportedCacheError
         Padding between the turns of a decoder with linear layers.
+    RowIndexedAttentionError
+        A prompt in which layers scale queries by the number of their row.
+    OptionError
+        Compact positions, and masks whose window counts columns of the uncompressed prompt.
     """
     forward.by_column = not compact
     first = forward.segments[0]
-    if not compact:  # refused before any work: the reduction does not change this length
+    if compact:
+        _check_prepared(adapter, forward, first.logical + forward.width)
+    else:  # refused before any work: the reduction does not change this length
         length = _checked_length(adapter, forward, cache, first.logical + forward.width)
+    _check_temperature(adapter, first.logical + forward.width)
     x, positions, index = forward.entry(arguments["inputs_embeds"], positions, cache)
     valid = forward.layout.valid(x.device)
     if index is not None:
@@ -81,6 +93,45 @@ def enter_prompt(
     else:
         arguments["attention_mask"] = first.padding_mask(valid, x.shape[0], x.device)
     compat.set_cache_position(arguments, first.logical, x.shape[1])
+
+
+def _check_prepared(adapter: Adapter, forward: ForwardPass, length: int) -> None:
+    """Refuse compact positions beside a window that the body of the model has already applied.
+
+    Its masks let the tokens of an image see each other, which nothing could build again, and their
+    windows count columns of the uncompressed sequence of `length` tokens.
+
+    Raises
+    ------
+    OptionError
+    """
+    if forward.prepared is not None and forward.windows.bind(length):
+        size = min(forward.windows.sizes.values())
+        raise OptionError(
+            f'positions="compact": {type(adapter.body).__name__} prepares the masks of its layers '
+            f"with a window of {size} tokens, measured in the {length} tokens of the uncompressed "
+            'prompt, and not in those that are kept. Use positions="original" (the default).'
+        )
+
+
+def _check_temperature(adapter: Adapter, length: int) -> None:
+    """Refuse prompts in which layers without positions scale queries by their row (Llama 4).
+
+    The scale of the rows before `floor_scale` is one, so that shorter prompts do not feel it.
+
+    Raises
+    ------
+    RowIndexedAttentionError
+    """
+    config = adapter.text_config
+    limit = getattr(config, "floor_scale", None)
+    if getattr(config, "attn_temperature_tuning", False) and limit and length >= limit:
+        raise RowIndexedAttentionError(
+            f"the prompt has {length} tokens, and layers of {type(adapter.decoder).__name__} scale "
+            f"queries by the number of their row from {limit:g} on (floor_scale), so that dropping "
+            "would not equal masking. Give a shorter prompt, or turn compression off with "
+            "handle.disabled()."
+        )
 
 
 def _checked_length(adapter: Adapter, forward: ForwardPass, cache: Any, length: int) -> int:
