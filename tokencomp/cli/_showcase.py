@@ -7,8 +7,9 @@ from typing import Any
 
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.cost import Cost, prefill_costs
+from tokencomp.evaluation.native import budget_of
 from tokencomp.evaluation.patches import patched
-from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.settings import NATIVE, Setting
 from tokencomp.inputs.frames import frame_plan
 from tokencomp.inputs.prompts import build_inputs, generate, prompt_lengths, to_model
 from tokencomp.inputs.questions import media_kind
@@ -40,7 +41,7 @@ class PromptMaker:
         self._inputs: dict[Any, dict[str, Any]] = {}
 
     def media_for(self, setting: Setting) -> Sequence[Sequence[Any]]:
-        if not setting.input_baseline:
+        if not setting.input_baseline or setting.reducer == NATIVE:
             return self.media
         shrink = EqualTokens(self.processor, self._ids, setting.name).shrink
         return [[shrink(m, setting.ratio) for m in row] for row in self.media]
@@ -49,7 +50,9 @@ class PromptMaker:
         plan = frame_plan(self.model, setting)
         key = setting if setting.input_baseline or plan else None
         if key not in self._inputs:
-            inputs = build_inputs(self.processor, self.media_for(setting), self.texts, plan)
+            media = self.media_for(setting)
+            with budget_of(self.processor, setting):
+                inputs = build_inputs(self.processor, media, self.texts, plan)
             self._inputs[key] = to_model(inputs, self.model)
         return self._inputs[key]
 

@@ -70,12 +70,13 @@ def command(
     with tempfile.TemporaryDirectory() as home:
         local = None if data is None else local_data(data, per_task=max(limit or 0, PER_TASK))
         single_tasks = find_tasks(opt.names(names), local, Path(home))
+        from tokencomp.evaluation.native import has_budget
         from tokencomp.inputs.loading import load_model
 
         loaded = load_model(model, device=device, dtype=dtype)
         settings, manifests = settings_of(loaded[0]), {}
         if baselines:
-            settings = _with_baselines(settings, seeds)
+            settings = _with_baselines(settings, seeds, has_budget(loaded[1]))
         for k, setting in enumerate(settings):
             console.print(f"[dim]{k + 1}/{len(settings)}[/] {setting.label}")
             manifests[setting] = run_setting(
@@ -93,16 +94,16 @@ def command(
     console.print(f"\nRun folders: [bold]{output}[/]. Next: tokencomp report {output}/*")
 
 
-def _with_baselines(settings: list[Any], seeds: int) -> list[Any]:
+def _with_baselines(settings: list[Any], seeds: int, native: bool = False) -> list[Any]:
     """The full model, the baselines at the same ratios, then the requested settings."""
-    from tokencomp.evaluation.settings import DOWNSCALE, RANDOM, Setting, grid
+    from tokencomp.evaluation.settings import DOWNSCALE, NATIVE, RANDOM, Setting, grid
 
     at: list[Any] = [s.ratios or s.ratio for s in settings if not s.off]
     numbers = [
         ratio for ratio in at if isinstance(ratio, float)
     ]  # all that an input baseline takes
     more = [Setting(RANDOM, r, {"seed": k}) for k in range(1, seeds) for r in at]
-    small = grid([DOWNSCALE], numbers)
+    small = grid([DOWNSCALE, NATIVE] if native else [DOWNSCALE], numbers)
     return list(dict.fromkeys([*grid([RANDOM], at), *more, *small, *settings]))
 
 

@@ -95,6 +95,7 @@ def _real(
 
     from tokencomp.cli._showcase import PromptMaker
     from tokencomp.errors import OptionError
+    from tokencomp.evaluation.native import budget_of
     from tokencomp.evaluation.patches import patched
     from tokencomp.inputs.frames import frame_plan
     from tokencomp.inputs.loading import load_model
@@ -111,7 +112,8 @@ def _real(
         shrunk, plan, times = maker.media_for(setting), frame_plan(loaded, setting), []
         for _ in range(3):
             start = time.perf_counter()
-            inputs = build_inputs(processor, shrunk, [question], plan)
+            with budget_of(processor, setting):
+                inputs = build_inputs(processor, shrunk, [question], plan)
             times.append(time.perf_counter() - start)
         patch = functools.partial(patched, loaded, setting)
         variants[setting] = (patch, to_model(inputs, loaded), statistics.median(times))

@@ -13,8 +13,9 @@ import torch
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.cost import Cost, prefill_costs
+from tokencomp.evaluation.native import budget_of
 from tokencomp.evaluation.patches import Patches
-from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.settings import NATIVE, Setting
 from tokencomp.evaluation.time_parts import time_parts
 from tokencomp.inputs.frames import frame_plan
 from tokencomp.inputs.prompts import build_inputs, generate
@@ -93,10 +94,12 @@ class Answerer:
         """What the processor makes of a batch; input baselines shrink the media first."""
         plan = None if setting is None else frame_plan(self.models[setting.variant], setting)
         media = [m for _, m in rows]
-        if setting is not None and setting.input_baseline:
-            shrink = self.shrinkers[setting.reducer].shrink
-            media = [[shrink(m, setting.ratio) for m in row] for row in media]
-        return build_inputs(self.processor, media, [e.prompt for e, _ in rows], plan)
+        own = setting if setting is not None else Setting()
+        if own.input_baseline and own.reducer != NATIVE:
+            shrink = self.shrinkers[own.reducer].shrink
+            media = [[shrink(m, own.ratio) for m in row] for row in media]
+        with budget_of(self.processor, own):
+            return build_inputs(self.processor, media, [e.prompt for e, _ in rows], plan)
 
     def has_own_inputs(self, setting: Setting) -> bool:
         """Whether other settings cannot use the inputs of this one."""

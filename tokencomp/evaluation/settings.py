@@ -20,9 +20,11 @@ PROPORTIONAL = "proportional_attention"
 TOWER = ("tower_ratio", "tower_reducer")
 DOWNSCALE = "downscale"
 FEWER_FRAMES = "fewer_frames"
+NATIVE = "native"
 INPUT_BASELINES = {
     DOWNSCALE: "smaller images and frames, so that the processor makes as few tokens (baseline)",
     FEWER_FRAMES: "fewer video frames (smaller images) for as few tokens (baseline)",
+    NATIVE: "the model's own budget of tokens per image, where its processor has one (baseline)",
 }
 
 

@@ -56,7 +56,7 @@ def _accuracy_point(row: Row, full: Row) -> Point:
     if row.retention is None or full.accuracy is None:
         return Point(row.ratio, row.accuracy)
     low, high = row.retention.low * full.accuracy, row.retention.high * full.accuracy
-    return Point(row.ratio, row.accuracy, low, high)
+    return Point(row.ratio, row.accuracy, low, min(high, 1.0))
 
 
 def _question(question: AnsweredQuestion) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def _plots(table: Sequence[Line]) -> list[Any]:
     for line in table[1:]:
         kept, name = line.retention, line.run.label
         low = kept.low * full.accuracy if kept else None
-        high = kept.high * full.accuracy if kept else None
+        high = min(kept.high * full.accuracy, 1.0) if kept else None
         by_ratio.setdefault(name, []).append(
             Point(line.run.mean("ratio"), line.accuracy, low, high)
         )
