@@ -20,7 +20,7 @@ def test_list_is_generated_from_the_registries(capsys):
     assert run("list", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     names = {row["name"] for row in told["reducers"]}
-    assert names == {*available_reducers(), "downscale", "fewer_frames"}
+    assert names == {*available_reducers(), "downscale", "fewer_frames", "native"}
     assert {t for row in told["models"] for t in row["model_types"]} == set(available_models())
     merge = next(r for r in told["reducers"] if r["name"] == "merge")
     assert merge["options"]["weighted"] is True and merge["stage"] == "entry"
