@@ -21,9 +21,9 @@ Status = Literal["exact", "entry only", "refused", "unverified"]
 Compress = Callable[[Any, Plan], Any]
 """`(model, plan) → handle`, a context manager with `stats`; as `tokencomp.patch` is."""
 TOLERANCE = 5e-5
-"""Largest difference in float32. Gemma 4 comes closest, with 4e-5: its attention does not scale its
-logits, which span about 40, so that softmax enlarges their rounding. In float64 the same prompts
-differ by 2e-14."""
+"""Largest difference in float32. With some random weights Gemma 4 comes close to it, with 4e-5: its
+attention does not scale its logits, which span about 40, so that softmax enlarges their rounding.
+In float64 the same prompts differ by 2e-14."""
 EFFECT = 1e-2
 """Compression must change the logits by this much: else a wrong mask would pass as well."""
 STEPS = 4

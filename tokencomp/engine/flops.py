@@ -48,7 +48,7 @@ class DecoderShape:
         first = cls._of_layer(per_layer[0], count, itemsize)
         if len(set(kinds)) < 2 and not (kinds and kinds[0] in WINDOWS):
             return first
-        shared = getattr(config, "kv_sharing_modes", None) or ["store"] * count
+        shared = compat.kv_sharing_modes(config) or ["store"] * count
         own = []
         for kind, mode, layer in zip(kinds, shared, per_layer, strict=False):
             shape = cls._of_layer(layer, 1, itemsize)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.engine import compat
 from tokencomp.engine.tap import attention_of
 from tokencomp.engine.window import (
     CHUNKED,
@@ -50,7 +51,7 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
             f"stages at layers {layers}: {type(decoder).__name__} is served at entry only, because "
             f"{why[0]}. {FIX}"
         )
-    modes = list(getattr(decoder.config, "kv_sharing_modes", None) or ())
+    modes = compat.kv_sharing_modes(decoder.config)
     shared = any(str(mode).startswith("reuse") for mode in modes)
     last = modes.index("store") if shared else len(decoder.layers)
     late = [layer for layer in layers if layer > last]

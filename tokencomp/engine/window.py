@@ -24,6 +24,12 @@ BY_ROW = {
     "rel_extent": "attention adds a bias by the number of rows between two tokens, up to {}",
 }
 BLOCKS = "minimax_m3_sparse"
+UNCHECKED = "nobody has checked that dropping tokens from them equals masking them"
+# What is known of layers that are not served.
+NOT_SERVED = {
+    "reference_sliding_attention": "their cache keeps all rows of the first call and a window of "
+    "later ones, and takes the number of these rows for the length of the prompt",
+}
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,9 @@ class Windows:
         unknown = set(kinds) - SERVED
         if unknown:
             raise UnsupportedModelError(
-                f"{type(decoder).__name__} has {', '.join(sorted(unknown))} layers. Known are "
-                f"{', '.join(sorted(SERVED))}: nobody has checked that dropping tokens from other "
-                "layers equals masking them. Run it without patch()."
+                f"{type(decoder).__name__} has {', '.join(sorted(unknown))} layers: "
+                f"{'; '.join(NOT_SERVED.get(kind, UNCHECKED) for kind in sorted(unknown))}. Served "
+                f"are {', '.join(sorted(SERVED))}. Run it without patch()."
             )
         own = {kind: int(size) for kind, size in sizes.items() if size and kind in kinds}
         return cls(kinds, own, bool(names), cut)
