@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.context_window import VisualContext, extend_visual_context, is_extended
 from tokencomp.engine.hooks import Hooks
-from tokencomp.engine.layer_stages import check_layer_stages
+from tokencomp.engine.layer_stages import check_entry, check_layer_stages
 from tokencomp.engine.stats import Stats
 from tokencomp.engine.tower import check_signals
 from tokencomp.engine.tower_stage import check_tower_stage
-from tokencomp.errors import OptionError
-from tokencomp.method import MethodSpec
+from tokencomp.errors import OptionError, PlanError
+from tokencomp.method import DEFAULT_SERVED_REDUCER, MethodSpec
 from tokencomp.plan import Plan
 from tokencomp.plan_json import PlanLike, as_plan
 from tokencomp.reducers.base import Reducer
@@ -27,10 +28,20 @@ FIXED = {"strict", "positions", "extend_context", "proportional_attention", "ver
 
 
 def make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
-    """The stages of a spec in one decoder, with reducers that have loaded their weights."""
+    """The stages of a spec in one decoder, with reducers that have loaded their weights.
+
+    "auto" stands for a reducer that scores by attention. In a decoder whose first layer has none,
+    such as the linear layers of Qwen3.5, it stands for the one that ignores the question.
+    """
     num_layers = len(adapter.layers)
     plan = spec.stages(num_layers, adapter.first_layer_stage)
     plan.check(num_layers, adapter.first_layer_stage)
+    try:
+        check_entry(plan, adapter)
+    except PlanError:
+        if spec.reducer != "auto":
+            raise
+        return make_plan(replace(spec, reducer=DEFAULT_SERVED_REDUCER), adapter)
     check_layer_stages(plan, adapter)
     check_signals(plan, adapter)
     return check_tower_stage(plan, adapter).bind(model_facts(adapter))

@@ -29,6 +29,31 @@ ENTRY_ONLY = {
 FIX = "Use a reducer that acts at entry, such as 'condiv', 'divprune' or 'merge'."
 
 
+def check_entry(plan: Plan, adapter: Adapter) -> None:
+    """Refuse an entry stage whose reducer reads attention that the first layer does not have.
+
+    Raises
+    ------
+    PlanError
+        Tokens would be scored by layer 0, which is a layer of linear attention, for example.
+    """
+    if plan.entry is None or not scored_by_attention(plan):
+        return
+    try:
+        attention_of(adapter.layers[0])
+    except UnsupportedModelError as error:
+        raise PlanError(
+            f"reducer {plan.entry.reducer.name!r} scores tokens at entry by the attention of the "
+            f"first decoder layer: {error}"
+        ) from None
+
+
+def scored_by_attention(plan: Plan) -> bool:
+    """Whether the entry stage scores tokens by the attention of the first decoder layer."""
+    entry = plan.entry
+    return entry is not None and any(isinstance(s, Attention) for s in entry.reducer.needs)
+
+
 def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
     """Refuse stages between layers that the decoder does not allow, or that nothing can score.
 
