@@ -24,7 +24,7 @@ from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.pages.pictures import overlay, survival
 from tokencomp.zoo import SAMPLES, load
 
-MODEL, RATIO = "tiny-qwen2-vl", 0.75
+MODEL, RATIO = "tiny-qwen3-vl", 0.75
 QUESTION = "test-small_object-00002"
 FILE = Path(__file__).parents[1] / "docs" / "overview.png"
 COLORS = {"random": "#6b7280", "uniform": "#9ca3af", "downscale": "#d97706"}

@@ -165,7 +165,7 @@ RUN = "python -m benchmarks.accuracy.run"
 INTROS = {
     "results": (
         "Accuracy under compression",
-        "Every reducer at four ratios on the three embedded models, on the first 60 test questions "
+        "Every reducer at four ratios on the embedded models, on the first 60 test questions "
         f"of every ShapesQA family. `{RUN}` makes this page.",
     ),
     "unseen": (

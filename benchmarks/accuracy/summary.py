@@ -9,7 +9,7 @@ from benchmarks.accuracy.library import FULL
 from benchmarks.accuracy.store import Results
 from benchmarks.accuracy.tables import BASELINES, NONE, cell, kept, name, table
 
-MAIN = "tiny-qwen2-vl"
+MAIN = "tiny-qwen3-vl"
 INTERVALS = ("random",)  # and the default
 TRAINED = ("selector",)
 

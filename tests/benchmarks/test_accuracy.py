@@ -91,7 +91,7 @@ def test_one_family_alone_can_be_reported(unpublished: Path) -> None:
 
 
 def test_summary_has_methods_by_ratios_over_learned_families(unpublished: Path) -> None:
-    for name in ("tiny-qwen2-vl", "other"):
+    for name in (summary.MAIN, "other"):
         write_results(unpublished, {"full": 0.7}, "validation", name)
         shares = {**SHARES, "condiv-0.9": 0.6, "selector-0.9": 0.65}
         write_results(unpublished, shares, "test", name)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokencomp.errors import unknown_name
 
-DEFAULT_MODEL = "tiny-qwen2-vl"
+DEFAULT_MODEL = "tiny-qwen3-vl"
 MODELS = Path(__file__).parents[1] / "zoo" / "models"
 
 
