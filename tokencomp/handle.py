@@ -12,10 +12,11 @@ from tokencomp.context_window import VisualContext, extend_visual_context, is_ex
 from tokencomp.engine.hooks import Hooks
 from tokencomp.engine.layer_stages import check_entry, check_layer_stages
 from tokencomp.engine.stats import Stats
+from tokencomp.engine.tap import attention_of
 from tokencomp.engine.tower import check_signals
 from tokencomp.engine.tower_stage import check_tower_stage
-from tokencomp.errors import OptionError, PlanError
-from tokencomp.method import DEFAULT_SERVED_REDUCER, MethodSpec
+from tokencomp.errors import OptionError, UnsupportedModelError
+from tokencomp.method import DEFAULT_REDUCER, DEFAULT_SERVED_REDUCER, MethodSpec
 from tokencomp.plan import Plan
 from tokencomp.plan_json import PlanLike, as_plan
 from tokencomp.reducers.base import Reducer
@@ -27,21 +28,27 @@ ATTRIBUTE = "_tokencomp_handle"
 FIXED = {"strict", "positions", "extend_context", "proportional_attention", "verify"}
 
 
-def make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
-    """The stages of a spec in one decoder, with reducers that have loaded their weights.
+def auto_reducer(adapter: Adapter) -> str:
+    """The reducer that "auto" stands for in one model.
 
-    "auto" stands for a reducer that scores by attention. In a decoder whose first layer has none,
-    such as the linear layers of Qwen3.5, it stands for the one that ignores the question.
+    The default scores tokens by attention. Where the first decoder layer has none, as in Qwen3.5,
+    the reducer that servers use takes its place; it does not read the question.
     """
+    try:
+        attention_of(adapter.layers[0])
+    except UnsupportedModelError:
+        return DEFAULT_SERVED_REDUCER
+    return DEFAULT_REDUCER
+
+
+def make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
+    """The stages of a spec in one decoder, with reducers that have loaded their weights."""
+    if spec.reducer == "auto" and spec.plan is None:
+        spec = replace(spec, reducer=auto_reducer(adapter))
     num_layers = len(adapter.layers)
     plan = spec.stages(num_layers, adapter.first_layer_stage)
     plan.check(num_layers, adapter.first_layer_stage)
-    try:
-        check_entry(plan, adapter)
-    except PlanError:
-        if spec.reducer != "auto":
-            raise
-        return make_plan(replace(spec, reducer=DEFAULT_SERVED_REDUCER), adapter)
+    check_entry(plan, adapter)
     check_layer_stages(plan, adapter)
     check_signals(plan, adapter)
     return check_tower_stage(plan, adapter).bind(model_facts(adapter))

@@ -55,7 +55,8 @@ def patch(
         A mapping gives ratios by kind of media, `{"video": 0.75, "audio": 0.5}`; kinds that it does
         not name stay whole.
     reducer
-        A name from `tokencomp.available_reducers()`, a `Reducer`, or "auto".
+        A name from `tokencomp.available_reducers()`, a `Reducer`, or "auto": condiv, or divprune if
+        the first decoder layer has no attention that could score tokens.
     plan
         Explicit stages, instead of `ratio`, `reducer` and options: a `Plan`, its JSON form
         `[{"layer": 0, "fraction": 0.5, "reducer": "merge"}, ...]` (see `plan_to_json`), or the

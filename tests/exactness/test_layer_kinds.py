@@ -58,6 +58,20 @@ def test_prefill_and_decode(family: Family, backend: str, layered: bool) -> None
     assert difference(logits[:2, 0], plain) > 1e-2  # compression has an effect
 
 
+def test_auto_does_not_need_attention_that_the_first_layer_lacks(family: Family) -> None:
+    """The families whose first layer is a recurrence or a convolution are listed by hand."""
+    model, linear = family.build(), family.name in ("lfm2_vl", "minicpmv4_6", "qwen3_5")
+    with tokencomp.patch(model, 0.5) as handle, torch.no_grad():
+        model(**ragged(family))
+        assert handle.plan.entry.reducer.name == ("divprune" if linear else "condiv")
+        assert handle.stats.ratio > 0.3
+        handle.set(ratio=0.25)
+        assert handle.plan.entry.reducer.name == ("divprune" if linear else "condiv")
+    if linear:
+        with pytest.raises(PlanError, match="first decoder layer"):
+            tokencomp.patch(model, 0.5, reducer="condiv")
+
+
 def test_batch_equals_single_rows(family: Family) -> None:
     """Without padding too: one mask that is None becomes ragged where counts differ."""
     model = family.build()

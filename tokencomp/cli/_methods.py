@@ -13,17 +13,21 @@ from tokencomp.cli import _options as opt
 Settings = Callable[[Any], list[Any]]
 
 
-def reducers(text: str) -> list[str]:
+def reducers(text: str, model: Any = None) -> list[str]:
     """ "auto,merge+prune" → ["condiv", "merge+prune"]: "auto" becomes the reducer it stands for.
+
+    What it stands for can depend on `model`; None: one whose first layer has attention.
 
     Raises
     ------
     UnknownNameError, OptionError
         A name that is not known; two reducers that do not go together.
     """
+    from tokencomp.adapters.registry import adapter_for
     from tokencomp.errors import unknown_name
     from tokencomp.evaluation.settings import INPUT_BASELINES
-    from tokencomp.method import resolve_auto
+    from tokencomp.handle import auto_reducer
+    from tokencomp.method import DEFAULT_REDUCER
     from tokencomp.reducers.registry import available_reducers, make_reducer
 
     names, known = opt.names(text), {"auto", *INPUT_BASELINES, *available_reducers()}
@@ -32,7 +36,8 @@ def reducers(text: str) -> list[str]:
             make_reducer(name)
         elif name not in known:
             raise unknown_name("reducer", name, known)
-    return list(dict.fromkeys(str(resolve_auto(name)) for name in names))
+    auto = DEFAULT_REDUCER if model is None else auto_reducer(adapter_for(model))
+    return list(dict.fromkeys(auto if name == "auto" else name for name in names))
 
 
 def method(
@@ -71,8 +76,9 @@ def method(
             fix = "give the share to remove there, e.g. --tower-ratio auto"
             opt.refuse_given(context, ("tower_reducer",), "--tower-ratio 0", fix)
         every = {**opt.reducer_options(options), **more, **tower.options}
-        settings = grid(reducers(reducer), opt.ratios(ratio), **every)
-        return lambda model: checked(settings, model)
+        ratios = opt.ratios(ratio)
+        grid(reducers(reducer), ratios, **every)
+        return lambda model: checked(grid(reducers(reducer, model), ratios, **every), model)
     fix = "the stages in the file have reducers, fractions and options of their own"
     names = ("reducer", "ratio", "options", "tower_ratio", "tower_reducer")
     opt.refuse_given(context, names, "--plan", fix)

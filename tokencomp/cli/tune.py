@@ -72,6 +72,7 @@ def command(
     from tokencomp.inputs.loading import load_model
 
     loaded = load_model(model, device=device, dtype=dtype)
+    grid["reducers"] = reducers(reducer, loaded[0])
     with tempfile.TemporaryDirectory() as folder:
         if data is None:
             questions = _shapesqa(opt.names(families), items, folder)

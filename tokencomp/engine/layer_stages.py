@@ -37,21 +37,16 @@ def check_entry(plan: Plan, adapter: Adapter) -> None:
     PlanError
         Tokens would be scored by layer 0, which is a layer of linear attention, for example.
     """
-    if plan.entry is None or not scored_by_attention(plan):
+    entry = plan.entry
+    if entry is None or not any(isinstance(signal, Attention) for signal in entry.reducer.needs):
         return
     try:
         attention_of(adapter.layers[0])
     except UnsupportedModelError as error:
         raise PlanError(
-            f"reducer {plan.entry.reducer.name!r} scores tokens at entry by the attention of the "
+            f"reducer {entry.reducer.name!r} scores tokens at entry by the attention of the "
             f"first decoder layer: {error}"
         ) from None
-
-
-def scored_by_attention(plan: Plan) -> bool:
-    """Whether the entry stage scores tokens by the attention of the first decoder layer."""
-    entry = plan.entry
-    return entry is not None and any(isinstance(s, Attention) for s in entry.reducer.needs)
 
 
 def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
