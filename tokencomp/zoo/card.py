@@ -46,7 +46,7 @@ processor = {processor_class}.from_pretrained("{name}")
 | visual tokens | {tokens} |
 | trained on | {trained_on} |
 | training | `{command}`, seed {seed} |
-| cost | {seconds:.0f} s on {cores} CPU cores ({steps} optimizer steps) |
+| cost | {seconds:.0f} s on {cores} CPU {unit} ({steps} optimizer steps) |
 | versions | torch {torch}, transformers {transformers} |
 {note}
 ## Accuracy on the test split
@@ -90,6 +90,7 @@ def render_card(metrics: dict[str, Any]) -> str:
             for row in metrics["other_shapes"]
         ]
         bars = "\nOther sizes, lengths and scenes (one word):\n\n" + "\n".join(lines)
+    facts["unit"] = "core" if facts["cores"] == 1 else "cores"
     note = facts.pop("note", "")
     facts["note"] = f"\n{note}\n" if note else ""
     return _TEMPLATE.format(**facts, table=table(metrics["test"], metrics["blind"]), bars=bars)
