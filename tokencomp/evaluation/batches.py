@@ -92,14 +92,15 @@ class Answerer:
 
     def inputs(self, rows: Sequence[Loaded], setting: Setting | None = None) -> dict[str, Any]:
         """What the processor makes of a batch; input baselines shrink the media first."""
-        plan = None if setting is None else frame_plan(self.models[setting.variant], setting)
-        media = [m for _, m in rows]
-        own = setting if setting is not None else Setting()
-        if own.input_baseline and own.reducer != NATIVE:
-            shrink = self.shrinkers[own.reducer].shrink
-            media = [[shrink(m, own.ratio) for m in row] for row in media]
-        with budget_of(self.processor, own):
-            return build_inputs(self.processor, media, [e.prompt for e, _ in rows], plan)
+        media, prompts = [m for _, m in rows], [e.prompt for e, _ in rows]
+        if setting is None:
+            return build_inputs(self.processor, media, prompts)
+        plan = frame_plan(self.models[setting.variant], setting)
+        if setting.input_baseline and setting.reducer != NATIVE:
+            shrink = self.shrinkers[setting.reducer].shrink
+            media = [[shrink(m, setting.ratio) for m in row] for row in media]
+        with budget_of(self.processor, setting):
+            return build_inputs(self.processor, media, prompts, plan)
 
     def has_own_inputs(self, setting: Setting) -> bool:
         """Whether other settings cannot use the inputs of this one."""
