@@ -66,8 +66,9 @@ def test_published_pages_are_those_of_the_published_results() -> None:
     every = baselines.read()
     assert (FOLDER / "baselines.md").read_text() == baselines.page(every)
     models = run.available_models()
-    families = set(run.FAMILIES) - {"reading"}  # no embedded model has learned to read
-    assert {*baselines.largest(every)} == {(m, f) for m in models for f in families}
+    reads = "tiny-qwen3-vl"  # the only embedded model that has learned to read
+    asked = {(m, f) for m in models for f in run.FAMILIES if f != "reading" or m == reads}
+    assert {*baselines.largest(every)} == asked
 
 
 def test_the_readme_says_what_the_page_says() -> None:

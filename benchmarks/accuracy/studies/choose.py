@@ -95,7 +95,11 @@ def mean_of(values: list[float], cells: list[tuple[float, str]], column: tuple[f
 
 
 def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
-    """Write choice.md and choice.json; returns the chosen row."""
+    """Write choice.md and choice.json; returns the chosen row.
+
+    Models that have not answered for any candidate at every ratio take no part.
+    """
+    results = [one for one in results if any(answered([one], c) for c in CANDIDATES)]
     ready = [c for c in CANDIDATES if answered(results, c)]
     rows = rank(results, ready)
     chosen = max((r for r in rows if r["tied"]), key=preference)
