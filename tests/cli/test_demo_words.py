@@ -5,12 +5,17 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import tokencomp
+from tokencomp import zoo
 from tokencomp.evaluation.settings import Setting
+from tokencomp.inputs.prompts import build_inputs
 from tokencomp.pages.demo_data import Demo, Row
-from tokencomp.pages.pictures import animation_uri, picture, tiles
+from tokencomp.pages.pictures import animation_uri, layer_survival, picture, survival, tiles
 from tokencomp.profiling.timing import Split
+from tokencomp.shapesqa.items import item
 
 
 def _row(name, ratio, per_layer, flops, accuracy=None):
@@ -58,3 +63,15 @@ def test_animation_shows_the_pictures_of_the_sheet_in_order(count):
             assert np.abs(error).mean() < 4
     sheet = picture(media, shares, 56)
     assert np.array_equal(np.asarray(sheet)[:56, :56], np.asarray(shown[0]))
+
+
+def test_pictures_leave_out_the_times_between_frames():
+    """Qwen3-VL: the span of a video holds text, which is no patch and always stays."""
+    model, processor = zoo.load("tiny-qwen3-vl")
+    inputs = build_inputs(processor, [[item("test", "needle", 0).video()]], ["?"])
+    with tokencomp.patch(model, 0.75, reducer="uniform") as handle, torch.no_grad():
+        model(**inputs)
+    (share,) = survival(handle.stats)
+    assert share.shape == (4, 8, 8) == handle.stats.spans[0][0].grid
+    assert {*share.ravel()} == {0.0, 1.0} and share.sum() == handle.stats.tokens_after[0][0]
+    assert (layer_survival(handle.stats, 0)[0] == share).all()

@@ -49,8 +49,7 @@ def survival(stats: Stats, sample: int = 0) -> list[np.ndarray]:
         for i, stage in enumerate(kept):
             share[stage[j]] += (bounds[i + 1] - bounds[i]) / layers
         _mark_unseen(share, stats, sample, j)
-        patches = np.setdiff1d(np.arange(span.length), span.special)
-        result.append(share[patches].reshape(span.grid))
+        result.append(share[~span.fixed_mask()].reshape(span.grid))
     return result
 
 
@@ -63,8 +62,7 @@ def layer_survival(stats: Stats, layer: int, sample: int = 0) -> list[np.ndarray
         if passed:
             seen[stats.kept(sample)[passed[-1]][j]] = 1
         _mark_unseen(seen, stats, sample, j)
-        patches = np.setdiff1d(np.arange(span.length), span.special)
-        result.append(seen[patches].reshape(span.grid))
+        result.append(seen[~span.fixed_mask()].reshape(span.grid))
     return result
 
 
