@@ -143,13 +143,13 @@ def test_a_missed_ratio_is_told_once() -> None:
     """16 + 72 tokens: 1.6 and 7.2 should be left, 2 and 8 line breaks with one patch are."""
     family = FAMILIES["llava_onevision"]
     model, inputs = family.build(), family.batch([[text(3), family.image(0), text(5, 2)]])
-    with torch.no_grad(), pytest.warns(errors.RatioWarning, match="special tokens") as told:
+    with torch.no_grad(), pytest.warns(errors.RatioWarning, match="special tokens") as warned:
         handle = tokencomp.patch(model, 0.9, reducer="uniform")
         model(**inputs)
         model(**inputs)
-    assert len(told) == 1 and handle.stats.tokens_after == [[11] * family.layers]
-    assert "8 of 72 in one image" in str(told[0].message)
-    assert f"ratio 0.9 and reached {1 - 11 / 88:.3g}: special tokens" in str(told[0].message)
+    assert len(warned) == 1 and handle.stats.tokens_after == [[11] * family.layers]
+    assert "8 of 72 in one image" in str(warned[0].message)
+    assert f"ratio 0.9 and reached {1 - 11 / 88:.3g}: special tokens" in str(warned[0].message)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         handle.set(ratio=0.5)

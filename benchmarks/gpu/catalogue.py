@@ -46,7 +46,7 @@ class Table:
     limit
         Items per task; the same first ones for everybody.
     hours
-        Estimate for one H100, from token counts; nobody has measured it yet.
+        Estimate for one H100, from token counts; it has not been measured yet.
     note
         What the reader has to know beside it.
     data

@@ -51,7 +51,7 @@ def page(files: list[Contribution]) -> str:
     for table in TABLES.values():
         parts.append(f"\n## {table.title}\n\n{_command(table)}\n")
         sent = [file for file in files if file.table == table.name]
-        parts += [_one(file) for file in sent] or ["Not run by us, and nobody has sent it yet.\n"]
+        parts += [_one(file) for file in sent] or ["There is no result file for this table yet.\n"]
     return "\n".join(parts)
 
 

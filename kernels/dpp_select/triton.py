@@ -28,7 +28,7 @@ def product_kernel(
     """Compute one BLOCK × BLOCK tile of the products of the rows of one span.
 
     The grid is (spans, tiles, tiles) for the longest span. Products are taken in full fp32: three
-    tf32 products would leave an error of the size of EPSILON, which tells copies of a row.
+    tf32 products would leave an error of the size of EPSILON, which detects copies.
     """
     span = tl.program_id(0)
     start = tl.load(first_row + span)

@@ -67,8 +67,8 @@ def test_published_pages_are_those_of_the_published_results() -> None:
     assert (FOLDER / "baselines.md").read_text() == baselines.page(every)
     models = run.available_models()
     reads = "tiny-qwen3-vl"  # the only embedded model that has learned to read
-    asked = {(m, f) for m in models for f in run.FAMILIES if f != "reading" or m == reads}
-    assert {*baselines.largest(every)} == asked
+    expected_pairs = {(m, f) for m in models for f in run.FAMILIES if f != "reading" or m == reads}
+    assert {*baselines.largest(every)} == expected_pairs
 
 
 def test_the_readme_says_what_the_page_says() -> None:

@@ -18,17 +18,17 @@ def test_list_is_generated_from_the_registries(capsys):
     from tokencomp import available_models, available_reducers
 
     assert run("list", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    names = {row["name"] for row in told["reducers"]}
+    printed = json.loads(capsys.readouterr().out)
+    names = {row["name"] for row in printed["reducers"]}
     assert names == {*available_reducers(), "downscale", "fewer_frames", "native"}
-    assert {t for row in told["models"] for t in row["model_types"]} == set(available_models())
-    merge = next(r for r in told["reducers"] if r["name"] == "merge")
+    assert {t for row in printed["models"] for t in row["model_types"]} == set(available_models())
+    merge = next(r for r in printed["reducers"] if r["name"] == "merge")
     assert merge["options"]["weighted"] is True and merge["stage"] == "entry"
-    assert next(r for r in told["reducers"] if r["name"] == "aim")["stage"] == "entry + layers"
-    condiv = next(r for r in told["reducers"] if r["name"] == "condiv")
+    assert next(r for r in printed["reducers"] if r["name"] == "aim")["stage"] == "entry + layers"
+    condiv = next(r for r in printed["reducers"] if r["name"] == "condiv")
     assert not condiv["serving_safe"] and "norm" in condiv["serving_safe_with"]
     assert merge["serving_safe"] and merge["serving_safe_with"] == ""
-    qwen = next(r for r in told["models"] if r["family"] == "Qwen2-VL")
+    qwen = next(r for r in printed["models"] if r["family"] == "Qwen2-VL")
     assert len(qwen["transformers"]) > 1 and "tiny-qwen2-vl" in qwen["embedded"]
 
 
@@ -42,11 +42,11 @@ def test_list_prints_every_reducer(capsys):
 
 def test_doctor_proves_that_layers_saw_fewer_tokens(folder, capsys):
     assert run("doctor", "--model", folder, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    checks = {c["name"]: c for c in told["checks"]}
+    printed = json.loads(capsys.readouterr().out)
+    checks = {c["name"]: c for c in printed["checks"]}
     assert checks["uniform: layers see fewer tokens"]["detail"].endswith("ratio 0.500")
     assert checks["prune: equals the masked run"]["ok"] is True
-    assert told["facts"]["torch"] == torch.__version__
+    assert printed["facts"]["torch"] == torch.__version__
 
 
 def test_doctor_says_what_is_broken(folder, capsys, monkeypatch):
@@ -61,9 +61,9 @@ def test_doctor_says_what_is_broken(folder, capsys, monkeypatch):
 
 def test_doctor_without_a_model_is_broken(tmp_path, capsys):
     assert run("doctor", "--model", tmp_path, "--json") == 1
-    told = json.loads(capsys.readouterr().out)
-    assert told["ok"] is False
-    assert "cannot be loaded" in told["checks"][-1]["detail"]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["ok"] is False
+    assert "cannot be loaded" in printed["checks"][-1]["detail"]
 
 
 def test_demo_on_held_out_questions(folder, tmp_path, capsys):

@@ -58,8 +58,8 @@ def ask(command: str, folder: Path, tmp_path: Path, *args: object) -> int:
 def test_ratios_by_kind_of_media(command, folder, tmp_path, specs, capsys):
     ratio = "0.5;image=0.75,video=0.5"
     assert ask(command, folder, tmp_path, "-r", "divprune", "--ratio", ratio) == 0
-    asked = list(dict.fromkeys(spec.shown_ratio for spec, _ in specs))
-    assert asked == ["0.5", "image=0.75,video=0.5"]
+    ratio_texts = list(dict.fromkeys(spec.shown_ratio for spec, _ in specs))
+    assert ratio_texts == ["0.5", "image=0.75,video=0.5"]
     plan = specs[-1][1]
     assert [(s.layer, s.fraction_of("image"), s.fraction_of("audio")) for s in plan.stages] == [
         (0, 0.25, 1.0)

@@ -39,11 +39,11 @@ def test_profile_of_a_named_shape(capsys):
         "profile", "--config", "llava-onevision-0.5b", "--layers", 1, "--vision-layers", 1,
         "--tokens", 196, "--reducer", "random", "--ratio", "0.5", "--rounds", 1, "--json",
     )  # fmt: skip
-    told = json.loads(capsys.readouterr().out)
-    assert code == 0 and "random weights" in told["model"]
-    assert told["rows"][0]["tokens_per_layer"] == [197]
-    assert told["rows"][0]["kv_bytes"] == (197 + 64) * 2 * 2 * 64 * 4
-    assert told["rows"][0]["preprocess_s"] is None
+    content = json.loads(capsys.readouterr().out)
+    assert code == 0 and "random weights" in content["model"]
+    assert content["rows"][0]["tokens_per_layer"] == [197]
+    assert content["rows"][0]["kv_bytes"] == (197 + 64) * 2 * 2 * 64 * 4
+    assert content["rows"][0]["preprocess_s"] is None
 
 
 def test_inspect_shows_what_is_kept(folder, tmp_path, capsys):
@@ -70,8 +70,8 @@ def test_inspect_page_has_a_picture_per_stage(folder, tmp_path, capsys):
         "-r", "prune", "--ratio", "0.5", "-o", page, "--max-new-tokens", 2,
     )  # fmt: skip
     assert code == 0
-    told = page.read_text()
-    assert "from layer 1 on" in told and not re.search(r'(src|href)="(?!data:|#)', told)
+    content = page.read_text()
+    assert "from layer 1 on" in content and not re.search(r'(src|href)="(?!data:|#)', content)
 
 
 @pytest.mark.parametrize(

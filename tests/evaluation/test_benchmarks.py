@@ -52,8 +52,8 @@ def test_videos_are_found_where_lmms_eval_looks(data, tmp_path):
 def test_missing_data_say_what_to_put_where(tmp_path):
     with pytest.raises(OptionError, match="no such folder"):
         local_data(str(tmp_path / "nowhere"))
-    told = str(LocalData(tmp_path).missing("mlvu_dev", MLVU))
-    assert str(tmp_path / "sy1998/MLVU_dev") in told and "huggingface-cli" in told
+    content = str(LocalData(tmp_path).missing("mlvu_dev", MLVU))
+    assert str(tmp_path / "sy1998/MLVU_dev") in content and "huggingface-cli" in content
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,8 @@ def test_eval_goes_on_after_a_kill(args, done, tmp_path):
     shutil.copytree(done, out)
     cut = out / "uniform-0.75"
     (cut / "records.jsonl").unlink()
-    told = json.loads((cut / "manifest.json").read_text())
-    (cut / "manifest.json").write_text(json.dumps({"identity": told["identity"]}))
+    content = json.loads((cut / "manifest.json").read_text())
+    (cut / "manifest.json").write_text(json.dumps({"identity": content["identity"]}))
     file = next(cut.glob("answers-16/records.jsonl"))
     before = file.read_text().splitlines(keepends=True)
     file.write_text("".join(before[:2]) + before[2][:20])
@@ -227,9 +227,9 @@ def test_lmms_evals_own_command_gives_the_same_score(folder, done, data, tmp_pat
         HF_HOME=str(tmp_path / "home"), HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1",
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-2000:]
-    told = json.loads(next((tmp_path / "out").rglob("*results.json")).read_text())["results"]
+    content = json.loads(next((tmp_path / "out").rglob("*results.json")).read_text())["results"]
     known = json.loads((done / "uniform-0.75/manifest.json").read_text())["scores"]
-    assert told["shapesqa"]["exact_match,none"] == known["shapesqa"]["exact_match"]
+    assert content["shapesqa"]["exact_match,none"] == known["shapesqa"]["exact_match"]
 
 
 @needs_lmms

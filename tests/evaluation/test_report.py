@@ -63,10 +63,10 @@ def test_table_is_paired_by_item(runs, tmp_path, capsys):
 def test_page_is_one_file_and_says_what_failed(runs, tmp_path):
     page = tmp_path / "r.html"
     assert run("report", runs / "full-0.0", runs / "aim-0.5", "-o", page) == 0
-    told = page.read_text()
-    assert told.count("<svg") == 2 and not re.search(r'(src|href)="(?!data:|#)', told)
-    assert "no frame of this video" in told and "+1 failed" in told
-    assert 'name="viewport"' in told
+    content = page.read_text()
+    assert content.count("<svg") == 2 and not re.search(r'(src|href)="(?!data:|#)', content)
+    assert "no frame of this video" in content and "+1 failed" in content
+    assert 'name="viewport"' in content
 
 
 @pytest.mark.parametrize("case", ["mixed", "no full", "nothing", "unfinished"])
@@ -91,7 +91,7 @@ def test_what_cannot_be_reported(runs, tmp_path, capsys, case):
 def damaged(folder: Path, case: str) -> str:
     """Damage a run folder; returns what the report must say."""
     records, manifest = folder / "records.jsonl", folder / "manifest.json"
-    told = json.loads(manifest.read_text())
+    content = json.loads(manifest.read_text())
     if case == "no id":
         records.write_text('{"correct": true}\n')
         return "line 1: not a record"
@@ -102,13 +102,13 @@ def damaged(folder: Path, case: str) -> str:
         records.write_bytes(bytes(range(256)))
         return "not a readable records file"
     if case == "fewer":
-        manifest.write_text(json.dumps({**told, "summary": {"items": 9, "failed": 1}}))
+        manifest.write_text(json.dumps({**content, "summary": {"items": 9, "failed": 1}}))
         return "records of 7 items, and its manifest says 10"
     if case == "no identity":
-        del told["identity"]
+        del content["identity"]
     else:
-        told = [told]
-    manifest.write_text(json.dumps(told))
+        content = [content]
+    manifest.write_text(json.dumps(content))
     return "reducer, ratio, options" if case == "no identity" else "a JSON object"
 
 

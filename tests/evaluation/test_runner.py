@@ -24,8 +24,8 @@ def one_by_one(loaded, example, reducer=None, ratio=0.0):
     out = model.generate(**inputs, do_sample=False, max_new_tokens=4)
     if handle is not None:
         handle.remove()
-    told = out[0, inputs["input_ids"].shape[1] :]
-    return processor.decode(told, skip_special_tokens=True).strip()
+    answer = out[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(answer, skip_special_tokens=True).strip()
 
 
 def test_batches_answer_like_single_prompts(loaded, examples):
@@ -33,8 +33,8 @@ def test_batches_answer_like_single_prompts(loaded, examples):
     runs = sweep(*loaded, examples, settings, batch_size=3, **HOW)
     for setting in settings:
         reducer = None if setting == Setting() else setting.reducer
-        told = [r["prediction"] for r in runs[setting].records]
-        assert told == [one_by_one(loaded, e, reducer, setting.ratio) for e in examples]
+        predictions = [r["prediction"] for r in runs[setting].records]
+        assert predictions == [one_by_one(loaded, e, reducer, setting.ratio) for e in examples]
         assert [r["id"] for r in runs[setting].records] == [e.id for e in examples]
 
 
@@ -94,12 +94,12 @@ def test_resumes_where_it_was_killed(loaded, examples, tmp_path, monkeypatch):
     assert len(file.read_text().splitlines()) == 2
     with file.open("a") as handle:
         handle.write('{"id": "half a li')
-    asked = []
-    monkeypatch.setattr(batches, "generate", lambda *a: asked.append(1) or real(*a))
+    calls = []
+    monkeypatch.setattr(batches, "generate", lambda *a: calls.append(1) or real(*a))
     run = evaluate(*loaded, examples, "uniform", 0.5, tmp_path / "cut", batch_size=2, **HOW)
     untimed = [[{**r, "seconds": 0} for r in one.records] for one in (run, whole)]
     assert untimed[0] == untimed[1]
-    assert len(asked) == 2  # three items were left
+    assert len(calls) == 2  # three items were left
     assert len(file.read_text().splitlines()) == len(examples)
     assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["finished"] is True
 
@@ -215,9 +215,9 @@ def test_a_patch_of_the_model_waits_outside(loaded, examples):
     with tokencomp.patch(loaded[0], 0.95, reducer="random") as handle:
         runs = sweep(*loaded, examples, settings, batch_size=1, **HOW)
         handle.set(ratio=0.9)  # in force again
-    told = [[(r["prediction"], r["ratio"]) for r in run.records] for run in runs.values()]
+    predictions = [[(r["prediction"], r["ratio"]) for r in run.records] for run in runs.values()]
     plain = [[(r["prediction"], r["ratio"]) for r in run.records] for run in expected.values()]
-    assert told == plain
+    assert predictions == plain
 
 
 def test_another_rule_of_the_same_options_is_another_run(loaded, examples, tmp_path, monkeypatch):

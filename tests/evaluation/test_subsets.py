@@ -1,4 +1,4 @@
-"""`random` as a baseline: a subset per question, however the questions are asked."""
+"""`random` as a baseline: a subset per question, however the questions are batched."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_pareto_front_by_brute_force():
 
 
 def test_candidates_take_turns(monkeypatch):
-    """Every batch is asked under all candidates before the next; the warm-up is not counted."""
+    """Every batch is answered under all candidates before the next; the warm-up is not counted."""
     calls = []
 
     def pretend(model, processor, batch, settings, *, frames, **how):
@@ -78,10 +78,10 @@ def test_tune_stays_within_the_budget(folder, tmp_path, capsys):
         "tune", "--tokens", 64, "--model", folder, "--items", 1, "--families", "needle",
         "--frames", "4", "--scale", "1,0.5", "-r", "uniform", "--ratio", "0.5", "-o", out,
     )  # fmt: skip
-    told = json.loads(out.read_text())
+    stored = json.loads(out.read_text())
     assert code == 0 and "Pareto front" in capsys.readouterr().out
-    assert told["candidates"] and all(c["tokens"] <= 64 for c in told["candidates"])
-    assert any(c["pareto"] for c in told["candidates"])
+    assert stored["candidates"] and all(c["tokens"] <= 64 for c in stored["candidates"])
+    assert any(c["pareto"] for c in stored["candidates"])
 
 
 def test_examples_from_a_file(tmp_path):

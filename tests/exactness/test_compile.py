@@ -25,7 +25,7 @@ def _fresh() -> None:
 
 
 def compiled(model: Any, backend: str = "eager") -> Any:
-    """How `generate` is told to compile decoding on a CPU too; skips where it cannot, unpatched."""
+    """Options that make `generate` compile on a CPU too; skips where it cannot, unpatched."""
     config = CompileConfig(fullgraph=True, backend=backend, mode=None, dynamic=False)
     if not hasattr(config, "_compile_all_devices"):
         pytest.skip("this release compiles on accelerators alone")

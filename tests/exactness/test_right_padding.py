@@ -56,7 +56,7 @@ def test_right_equals_left(family: Family, name: str) -> None:
     real = right["attention_mask"].bool()
     spread = expected.gather(1, order[..., None].expand_as(expected))
     torch.testing.assert_close(got[real], spread[real], atol=1e-4, rtol=1e-4)
-    assert all(bool((m <= real).all()) for m in masks)  # spans are told in the caller's columns
+    assert all(bool((m <= real).all()) for m in masks)  # spans are in columns of the caller
 
 
 @pytest.mark.parametrize("reducer", ["condiv", "merge", "fastv"])

@@ -50,9 +50,9 @@ def test_signals_and_stages(family: Family) -> None:
         model(**inputs, use_cache=False)
     words = model.get_input_embeddings()(inputs["input_ids"][0, -5:])
     assert set(adapter.signals) == {"query", "attention", "tower"}  # see test_tower.py
-    for asked in (entry, layer):
-        assert asked.seen
-        for tokens in asked.seen:
+    for reducer_spy in (entry, layer):
+        assert reducer_spy.seen
+        for tokens in reducer_spy.seen:
             n, width = tokens.features.shape
             assert n > 1 and width == words.shape[1] and tokens.features.std() > 0
             assert tokens.scores.shape == (n,) and tokens.scores.isfinite().all()

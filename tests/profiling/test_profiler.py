@@ -116,7 +116,7 @@ SMALL = ["llava-onevision-0.5b", "qwen2-vl-2b", "qwen2.5-vl-3b", "qwen3-vl-2b", 
 @pytest.mark.long
 @pytest.mark.parametrize("name", SMALL)
 def test_named_shapes_are_the_published_ones(name):
-    """Parameters of one decoder layer, by hand, and the visual tokens that were asked for."""
+    """Parameters of one decoder layer, by hand, and the visual tokens of the option."""
     model, inputs = build(name, 400, layers=1, vision_layers=1)
     shape = SHAPES[name]
     d, f, head = shape.hidden, shape.intermediate, shape.hidden // shape.heads

@@ -33,7 +33,7 @@ def left_over(grid: tuple[int, int, int], special: tuple[int, ...], seed: int) -
     ],
 )
 def test_uneven_frames(grid: tuple[int, int, int], special: tuple[int, ...], seed: int) -> None:
-    """Tokens merge inside their frame, and the count is that which was asked for."""
+    """Tokens merge inside their frame, and as many are left as the keep count says."""
     given = left_over(grid, special, seed)
     live, rigid = given.offsets.tolist(), len(special)
     frame = merge_loops.patches_of(grid[0] * grid[1] * grid[2] + rigid, set(special), grid)

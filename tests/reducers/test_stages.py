@@ -90,7 +90,7 @@ def test_merging_after_another_stage(name: str, first: str) -> None:
 
 @dataclass(frozen=True)
 class Short(Reducer):
-    """Returns fewer rows than it is asked for, or fewer merged ones."""
+    """Returns fewer rows than its keep count, or fewer merged ones."""
 
     rows: int = 0
     merged: int = 0

@@ -121,7 +121,7 @@ def on_model(case: Case, model: Any) -> Case:
 
 
 def reduce(case: Case, given: VisualTokens, keep: int) -> Reduction:
-    """One step of the case's reducer; the oracle is told that scores are the truth."""
+    """One step of the case's reducer; the oracle reads the scores as the truth."""
     with truth([[given.scores]]) if case[0] == "oracle" else contextlib.nullcontext():
         return make_reducer(case[0], **case[1]).reduce(given, keep)
 

@@ -23,8 +23,8 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
         main(args)
     except SystemExit as stop:
         code = int(stop.code or 0)
-    told = capsys.readouterr()
-    return code, told.out, told.err
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
 
 
 def test_each_command_trains_and_says_how_to_use_the_result(
@@ -50,7 +50,7 @@ def test_each_command_trains_and_says_how_to_use_the_result(
 def test_mistakes_end_in_one_message_and_leave_nothing(
     folder: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for args, told in (
+    for args, message in (
         (("adsc", "--schedule", "0.5,2"), "ratio"),
         (("adsc", "--reducer", "adcs"), "adsc"),
         (("selector", "--answers", "none"), "generated"),
@@ -62,7 +62,7 @@ def test_mistakes_end_in_one_message_and_leave_nothing(
     ):
         output = tmp_path / "none"
         code, _, err = run(capsys, "train", *args, "--model", folder, "--output", str(output))
-        assert code == 2 and "error:" in err and told in err
+        assert code == 2 and "error:" in err and message in err
         assert not output.exists()
 
 

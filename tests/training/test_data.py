@@ -147,7 +147,7 @@ def test_orders_are_whole_passes_that_the_seed_decides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("{", "expected a JSON object"),
         ('{"question": "a", "answer": "b"}', "'media'"),
@@ -159,9 +159,9 @@ def test_orders_are_whole_passes_that_the_seed_decides() -> None:
         ("", "holds no questions"),
     ],
 )
-def test_broken_files_are_refused(tmp_path: Path, line: str, told: str) -> None:
+def test_broken_files_are_refused(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "questions.jsonl").write_text(line + "\n")
-    with pytest.raises(OptionError, match=told):
+    with pytest.raises(OptionError, match=message):
         questions(str(tmp_path), "image", 4)
 
 

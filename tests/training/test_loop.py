@@ -68,11 +68,11 @@ def test_loss_is_the_mean_over_answer_tokens(family: Family) -> None:
     model = family.build()
     prompts, answers = [[family.image(), text(6)], [family.video(), text(9)]], [[9, 8, 7], [5]]
     forced, labels = append(family.batch(prompts), answers)
-    told = []
+    token_losses = []
     for prompt, answer in zip(prompts, answers, strict=True):
         logits = model(**family.batch([[*prompt, answer]])).logits[0, -len(answer) - 1 : -1]
-        told += [-logits.log_softmax(-1)[i, token] for i, token in enumerate(answer)]
-    torch.testing.assert_close(answer_loss(model, forced, labels), torch.stack(told).mean())
+        token_losses += [-logits.log_softmax(-1)[i, token] for i, token in enumerate(answer)]
+    torch.testing.assert_close(answer_loss(model, forced, labels), torch.stack(token_losses).mean())
 
 
 def nan_loss(weight: Tensor) -> Tensor:

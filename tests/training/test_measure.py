@@ -1,4 +1,4 @@
-"""Measurement: where answers are cut, and what the oracle is told."""
+"""Measurement: where answers are cut, and which answer the oracle gets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parrot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "generate", generate)
 
 
-def asked(data: str, *answers: str) -> list[Example]:
+def examples_with(data: str, *answers: str) -> list[Example]:
     media = questions(data, "image", 1)[0].media
     return [Example(str(i), "What?", answer, media) for i, answer in enumerate(answers)]
 
@@ -40,7 +40,7 @@ def test_long_answers_are_not_cut(
 ) -> None:
     """The limit is that of all questions: the short one is not right because of a cut."""
     measured = Measurement({"": tiny[0]}, tiny[1], batch=1, **limit)
-    measured.run(asked(data, "red", LONG), [])
+    measured.run(examples_with(data, "red", LONG), [])
     assert measured.table([])[0]["accuracy"] == right
 
 
@@ -55,21 +55,23 @@ def test_the_oracle_is_told_the_relevance_of_the_target(
     tiny: Any, data: str, monkeypatch: pytest.MonkeyPatch, target: Any
 ) -> None:
     """Of the model's own answer."""
-    (model, processor), told = tiny, []
+    (model, processor), relevances = tiny, []
 
     def spy(*args: Any) -> Any:
-        told.append(relevance(*args))
-        return told[-1]
+        relevances.append(relevance(*args))
+        return relevances[-1]
 
     monkeypatch.setattr(measure, "relevance", spy)
     measured = Measurement({"": model}, processor)
     ways = [Setting("oracle", ratio, name=str(ratio), target=target) for ratio in (0.5, 0.75)]
     others = [Setting("oracle", 0.5, name=t, target=t) for t in TARGETS if t != target]
-    measured.run(asked(data, "red"), [*ways, *others])
-    inputs, _ = load_batch(asked(data, "red"), processor, 8)
+    measured.run(examples_with(data, "red"), [*ways, *others])
+    inputs, _ = load_batch(examples_with(data, "red"), processor, 8)
     answer = measured.runs["full@0"].records[0]["prediction"] or "?"
     forced, labels = append(inputs, answer_ids(processor, model, [answer], end=False))
     expected = relevance(model, forced, labels, target)
-    assert len(told) == 2 and torch.equal(told[0][0][0], expected[0][0])
+    assert len(relevances) == 2 and torch.equal(relevances[0][0][0], expected[0][0])
     other = relevance(model, forced, labels, others[0].name)
-    assert torch.equal(told[1][0][0], other[0][0]) and not torch.equal(other[0][0], expected[0][0])
+    assert torch.equal(relevances[1][0][0], other[0][0]) and not torch.equal(
+        other[0][0], expected[0][0]
+    )

@@ -46,11 +46,11 @@ def test_equals_the_product_of_full_matrices(family: Family, answers: int, targe
     model = family.build("eager")
     prompts = [[text(5), family.image(), text(4), family.image(1), text(6)],
                [family.video(), text(9)]]  # fmt: skip
-    told = [text(answers, seed=3), text(max(answers - 1, 1), seed=4)]
-    inputs, labels = with_answers(family, prompts, told)
+    replies = [text(answers, seed=3), text(max(answers - 1, 1), seed=4)]
+    inputs, labels = with_answers(family, prompts, replies)
     seen, got = explain(model, inputs, labels, target)
     for b, prompt in enumerate(prompts):
-        alone, wanted = with_answers(family, [prompt], [told[b]])
+        alone, wanted = with_answers(family, [prompt], [replies[b]])
         expected = brute_force(model, alone, wanted, target)
         pad = inputs["input_ids"].shape[1] - alone["input_ids"].shape[1]
         for span, scores in zip(seen.spans[b], got[b], strict=True):

@@ -73,11 +73,11 @@ def test_padding_is_no_data() -> None:
     got, expected = net(rows, real), plain(net, [row for row, _ in spans])
     for b, logits in enumerate(expected):
         torch.testing.assert_close(got[b, : len(logits)], logits, atol=1e-5, rtol=1e-4)
-    told = [
+    divergences = [
         sum(t * (t.log() - p) for t, p in zip(target, logits.log_softmax(0), strict=True) if t > 0)
         for (_, target), logits in zip(spans, expected, strict=True)
     ]
-    losses = (selector_fit.divergence(got, wanted), torch.stack(told).mean())
+    losses = (selector_fit.divergence(got, wanted), torch.stack(divergences).mean())
     torch.testing.assert_close(*losses)
     for a, b in zip(*(torch.autograd.grad(v, list(net.parameters())) for v in losses), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)

@@ -79,7 +79,7 @@ def test_missing_and_broken_files_are_refused(tiny: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"fingerprint": [1.0]}, "damaged"),
         ({"fingerprint": "abc"}, "damaged"),
@@ -94,13 +94,13 @@ def test_missing_and_broken_files_are_refused(tiny: Any, tmp_path: Path) -> None
     ],
 )
 def test_bad_cards_are_refused(
-    trained: Path, tiny: Any, tmp_path: Path, change: Any, told: str
+    trained: Path, tiny: Any, tmp_path: Path, change: Any, message: str
 ) -> None:
     card = copied(trained, tmp_path).with_suffix(".json")
     if isinstance(change, dict):
         change = json.dumps({**json.loads(card.read_text()), **change}).encode()
     card.write_bytes(change)
-    with pytest.raises(WeightsError, match=told):
+    with pytest.raises(WeightsError, match=message):
         patched(tiny[0], tmp_path)
 
 

@@ -176,10 +176,10 @@ def test_media_are_sampled_along_the_source(tiny: Any) -> None:
     ]
     for count in (1, 3, 48):
         places = [i * count // 16 for i in range(16)] if count > 16 else range(count)
-        asked = [s for i in places for s in sides[i]]
+        image_sides = [s for i in places for s in sides[i]]
         spans = sample_spans(*tiny, source[:count], SMALL)
-        assert [s.visual for s in spans] == [(s // 28) ** 2 for s in asked]
-        ratio = 1 - 3 * len(asked) / sum((s // 28) ** 2 for s in asked)
+        assert [s.visual for s in spans] == [(s // 28) ** 2 for s in image_sides]
+        ratio = 1 - 3 * len(image_sides) / sum((s // 28) ** 2 for s in image_sides)
         assert [w.ratio for w in comparison(Path(), 3, spans)] == pytest.approx([ratio] * 3)
 
 

@@ -148,9 +148,9 @@ def test_dense_options_label_every_option(packer):
     for index in range(20):
         tokens, labels = dense_options(packer, stream("train", "dense", index))
         text = packer.tokenizer.decode(tokens)
-        block, asked = text.rsplit("\n", 1)
+        block, word_list = text.rsplit("\n", 1)
         letters = dict(re.findall(r"\n\(?([A-E])[.)] (\w+)", block))
-        words = [w.strip() for w in asked.split(",") if w.strip()]
+        words = [w.strip() for w in word_list.split(",") if w.strip()]
         answers = [packer.tokenizer.decode([i]) for i in labels if i != IGNORE]
         assert sorted(words) == sorted(letters.values())
         assert [letters[a] for a in answers] == words

@@ -62,14 +62,14 @@ def test_image_matters(loaded):
     some = list(items("validation", 16, ("attribute",)))
     right = [one.answer for one in some]
     wrong = [one.image() for one in some[1:] + some[:1]]
-    told = answer(model, processor, wrong, [one.question for one in some])
-    assert sum(a == b for a, b in zip(told, right, strict=True)) < 8
+    blind = answer(model, processor, wrong, [one.question for one in some])
+    assert sum(a == b for a, b in zip(blind, right, strict=True)) < 8
 
 
 def test_multiple_choice_in_a_padded_batch_equals_singles(loaded):
     name, model, processor = loaded
-    asked = ("attribute", "needle", "existence", "order")
-    some = [item("validation", each, 5) for each in asked]
+    names = ("attribute", "needle", "existence", "order")
+    some = [item("validation", each, 5) for each in names]
     some = [one for one in some if takes(name, one.kind)]
     media = [one.image() if one.kind == "image" else one.video() for one in some]
     prompts = [mvbench_prompt(one.query) for one in some]
@@ -138,9 +138,9 @@ def test_card_is_generated_and_bars_hold(loaded):
     folder = zoo.model_path(name)
     metrics = zoo.metrics(name)
     assert (folder / "README.md").read_text() == render_card(metrics).rstrip() + "\n"
-    for asked in bars(name):
-        assert metrics["test"]["free"][asked]["accuracy"] >= 0.9, asked
-        assert metrics["test"]["free"][asked]["items"] >= 100
+    for family_name in bars(name):
+        assert metrics["test"]["free"][family_name]["accuracy"] >= 0.9, family_name
+        assert metrics["test"]["free"][family_name]["items"] >= 100
     assert sum(p.numel() for p in model.parameters()) == round(metrics["model"]["parameters"] * 1e6)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert size < 8e6
@@ -161,8 +161,8 @@ def test_samples_are_answered(loaded):
         strict=True,
     )
     media = list(media)
-    told = answer(model, processor, media, [row["question"] for row in rows])
-    assert sum(a == row["answer"] for a, row in zip(told, rows, strict=True)) >= 0.7 * len(rows)
+    answers = answer(model, processor, media, [row["question"] for row in rows])
+    assert sum(a == row["answer"] for a, row in zip(answers, rows, strict=True)) >= 0.7 * len(rows)
     assert sum(path.stat().st_size for path in zoo.SAMPLES.iterdir()) < 300_000
 
 

@@ -291,7 +291,7 @@ def video_existence(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 @_family("reading")
 def reading(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """Which word or number stands on the picture? Only asked where there is one alone."""
+    """Which word or number stands on the picture? There must be exactly one."""
     if len(scene.texts) != 1:
         return None
     word = scene.texts[0].text

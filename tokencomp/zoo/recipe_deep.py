@@ -64,8 +64,8 @@ DEEP = (
         end=0.2,
     ),
     Stage("places", 250, ((0.88, _PLACES), *_SEEN), **_RATES),
-    # Characters and the shapes of moving objects are learnt last in the tower, and everything that
-    # reads words or orders events waits for them.
+    # The tower learns characters and the shapes of moving objects last. Reading and the order of
+    # events can only be learnt after them.
     Stage(
         "pages",
         1500,

@@ -27,7 +27,7 @@ _SLIDING_STEPS = {"vision": 1500, "places": 300, "images": 900, "mixture": 1500}
 def _shortened(steps: dict[str, int], media: tuple[str, ...]) -> tuple[Stage, ...]:
     """The stages of `DEEP` that are named, with their numbers of steps, for a kind of media.
 
-    Questions with options are asked for one word.
+    Questions with options become questions that one word answers.
     """
 
     def fits(source: Source) -> bool:
