@@ -16,7 +16,7 @@ from tokencomp.engine.tap import attention_of
 from tokencomp.engine.tower import check_signals
 from tokencomp.engine.tower_stage import check_tower_stage
 from tokencomp.errors import OptionError, UnsupportedModelError
-from tokencomp.method import DEFAULT_REDUCER, DEFAULT_SERVED_REDUCER, MethodSpec
+from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan import Plan
 from tokencomp.plan_json import PlanLike, as_plan
 from tokencomp.reducers.base import Reducer
@@ -28,23 +28,19 @@ ATTRIBUTE = "_tokencomp_handle"
 FIXED = {"strict", "positions", "extend_context", "proportional_attention", "verify"}
 
 
-def auto_reducer(adapter: Adapter) -> str:
-    """The reducer that "auto" stands for in one model.
-
-    The default scores tokens by attention. Where the first decoder layer has none, as in Qwen3.5,
-    the reducer that servers use takes its place; it does not read the question.
-    """
+def resolve_in(reducer: str | Reducer, adapter: Adapter) -> str | Reducer:
+    """`resolve_auto` for one model."""
     try:
         attention_of(adapter.layers[0])
     except UnsupportedModelError:
-        return DEFAULT_SERVED_REDUCER
-    return DEFAULT_REDUCER
+        return resolve_auto(reducer, scored=False)
+    return resolve_auto(reducer)
 
 
 def make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
     """The stages of a spec in one decoder, with reducers that have loaded their weights."""
     if spec.reducer == "auto" and spec.plan is None:
-        spec = replace(spec, reducer=auto_reducer(adapter))
+        spec = replace(spec, reducer=resolve_in("auto", adapter))
     num_layers = len(adapter.layers)
     plan = spec.stages(num_layers, adapter.first_layer_stage)
     plan.check(num_layers, adapter.first_layer_stage)

@@ -29,7 +29,9 @@ TOWER_SLACK = 1.6
 Engine = Literal["hf", "server"]
 
 
-def resolve_auto(reducer: str | Reducer, engine: Engine = "hf") -> str | Reducer:
+def resolve_auto(
+    reducer: str | Reducer, engine: Engine = "hf", scored: bool = True
+) -> str | Reducer:
     """The reducer that "auto" stands for under an engine; every other value unchanged.
 
     Parameters
@@ -37,10 +39,13 @@ def resolve_auto(reducer: str | Reducer, engine: Engine = "hf") -> str | Reducer
     engine
         "hf": a patched model in this process. "server": a server that may reuse the media of one
         request for the question of another.
+    scored
+        Whether the first decoder layer has attention, by which the default scores tokens. Where it
+        has none, as in Qwen3.5, the default of servers takes its place.
     """
     if not isinstance(reducer, str) or reducer != "auto":
         return reducer
-    return DEFAULT_REDUCER if engine == "hf" else DEFAULT_SERVED_REDUCER
+    return DEFAULT_REDUCER if engine == "hf" and scored else DEFAULT_SERVED_REDUCER
 
 
 @dataclass(frozen=True)

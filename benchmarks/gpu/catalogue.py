@@ -86,7 +86,20 @@ class Table:
         return replace(self, steps=steps, **small)  # type: ignore[arg-type]  # fields by name
 
 
-_VIDEO_TASKS = ("mvbench", "longvideobench_val_v", "mlvu_dev", "videomme")
+def _videos(name: str, title: str, model: str) -> Table:
+    """The table of one model on videos of 32 frames."""
+    return Table(
+        f"videos-{name}",
+        f"Videos: {title}, 32 frames",
+        model,
+        ("mvbench", "longvideobench_val_v", "mlvu_dev", "videomme"),
+        (Step(32, VIDEO_METHODS, (0.5, 0.75, 0.9)),),
+        limit=150,
+        hours=16,
+        note="The setting of VidCom2's table (arXiv 2505.14454).",
+    )
+
+
 TABLES = {
     table.name: table
     for table in (
@@ -100,26 +113,10 @@ TABLES = {
             hours=8,
             note="The six tasks that the image table of AngelSlim names in public, of its eleven.",
         ),
-        Table(
-            "videos-llava-onevision-7b",
-            "Videos: LLaVA-OneVision-7B, 32 frames",
-            "llava-hf/llava-onevision-qwen2-7b-ov-hf",
-            _VIDEO_TASKS,
-            (Step(32, VIDEO_METHODS, (0.5, 0.75, 0.9)),),
-            limit=150,
-            hours=16,
-            note="The setting of VidCom2's table (arXiv 2505.14454).",
+        _videos(
+            "llava-onevision-7b", "LLaVA-OneVision-7B", "llava-hf/llava-onevision-qwen2-7b-ov-hf"
         ),
-        Table(
-            "videos-qwen3-vl-8b",
-            "Videos: Qwen3-VL-8B, 32 frames",
-            "Qwen/Qwen3-VL-8B-Instruct",
-            _VIDEO_TASKS,
-            (Step(32, VIDEO_METHODS, (0.5, 0.75, 0.9)),),
-            limit=150,
-            hours=16,
-            note="The setting of VidCom2's table (arXiv 2505.14454).",
-        ),
+        _videos("qwen3-vl-8b", "Qwen3-VL-8B", "Qwen/Qwen3-VL-8B-Instruct"),
         Table(
             "lvbench-matched-tokens",
             "LVBench: more frames at the same number of visual tokens, Qwen3-VL-8B",

@@ -26,8 +26,8 @@ def reducers(text: str, model: Any = None) -> list[str]:
     from tokencomp.adapters.registry import adapter_for
     from tokencomp.errors import unknown_name
     from tokencomp.evaluation.settings import INPUT_BASELINES
-    from tokencomp.handle import auto_reducer
-    from tokencomp.method import DEFAULT_REDUCER
+    from tokencomp.handle import resolve_in
+    from tokencomp.method import resolve_auto
     from tokencomp.reducers.registry import available_reducers, make_reducer
 
     names, known = opt.names(text), {"auto", *INPUT_BASELINES, *available_reducers()}
@@ -36,8 +36,8 @@ def reducers(text: str, model: Any = None) -> list[str]:
             make_reducer(name)
         elif name not in known:
             raise unknown_name("reducer", name, known)
-    auto = DEFAULT_REDUCER if model is None else auto_reducer(adapter_for(model))
-    return list(dict.fromkeys(auto if name == "auto" else name for name in names))
+    auto = resolve_auto("auto") if model is None else resolve_in("auto", adapter_for(model))
+    return list(dict.fromkeys(str(auto) if name == "auto" else name for name in names))
 
 
 def method(

@@ -20,6 +20,7 @@ from tokencomp.zoo.families.parts import (
     decoder,
     preprocessing,
     siglip,
+    siglip_checkpoint_name,
     start_wide,
 )
 from tokencomp.zoo.families.qwen3_vl import CORPUS
@@ -114,15 +115,7 @@ class TinyGemma3(TinyFamily):
 
     def weight_name(self, name: str) -> str:
         """Name of a parameter in published Gemma 3 checkpoints."""
-        for ours, theirs in (
-            ("model.language_model.", "language_model.model."),
-            ("lm_head.", "language_model.lm_head."),
-            ("model.vision_tower.", "vision_tower.vision_model."),
-            ("model.", ""),
-        ):
-            if name.startswith(ours):
-                return theirs + name[len(ours) :].removeprefix("vision_model.")
-        return name
+        return siglip_checkpoint_name(name)
 
     def tokens_per(self, kind: str, shape: tuple[int, int, int]) -> int:
         return GRID * GRID

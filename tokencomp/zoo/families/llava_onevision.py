@@ -15,6 +15,7 @@ from tokencomp.zoo.families.parts import (
     decoder,
     preprocessing,
     siglip,
+    siglip_checkpoint_name,
     start_wide,
 )
 
@@ -107,15 +108,7 @@ class TinyLlavaOnevision(TinyFamily):
 
     def weight_name(self, name: str) -> str:
         """Name of a parameter in published LLaVA-OneVision checkpoints."""
-        for ours, theirs in (
-            ("model.language_model.", "language_model.model."),
-            ("lm_head.", "language_model.lm_head."),
-            ("model.vision_tower.", "vision_tower.vision_model."),
-            ("model.", ""),
-        ):
-            if name.startswith(ours):
-                return theirs + name[len(ours) :].removeprefix("vision_model.")
-        return name
+        return siglip_checkpoint_name(name)
 
     @cached_property
     def _image_processor(self) -> Any:

@@ -95,6 +95,19 @@ def preprocessing(size: dict[str, int], mean: list[float], std: list[float]) -> 
     }
 
 
+def siglip_checkpoint_name(name: str) -> str:
+    """Name of a parameter in published checkpoints of models with a SigLIP tower."""
+    for ours, theirs in (
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.", ""),
+    ):
+        if name.startswith(ours):
+            return theirs + name[len(ours) :].removeprefix("vision_model.")
+    return name
+
+
 def start_wide(*configs: Any) -> None:
     """Initial weights of about 1 / sqrt(width): the usual 0.02 starts slowly this narrow."""
     for config in configs:
