@@ -67,7 +67,7 @@ class RowIndexedAttentionError(UnsupportedModelError):
 
 
 class UnverifiedModelError(UnsupportedModelError):
-    """A model of a type for which nobody has checked that dropping tokens equals masking them."""
+    """A model of a type that has not passed the check that dropping tokens equals masking them."""
 
 
 class UnsupportedCacheError(TokenCompError, TypeError):

@@ -5,7 +5,7 @@
 
 Two engines in one process answer the same videos in turn, the order reversed from round to round
 (ABBA): vLLM's own classes, which the plugin leaves alone where no option of tokencomp is set, and
-the plugin, asked for ratio 0. Requests of one arm in two rounds that follow each other say what the
+the plugin, set to ratio 0. Requests of one arm in two rounds that follow each other say what the
 measurement resolves. The engines share a process, because two processes of one arm differ as well.
 Every process builds them in another order.
 """

@@ -161,7 +161,7 @@ def _refusal(model_class: Any, config: Any) -> Result | None:
 
 
 def compress(model: Any, plan: Any) -> Any:
-    """`tokencomp.patch` with a plan, also for a model of a type that nobody has verified."""
+    """`tokencomp.patch` with a plan, also for a model of an unverified type."""
     from tokencomp.adapters.verified import unverified_accepted
     from tokencomp.patching import patch
 

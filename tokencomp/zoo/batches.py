@@ -26,7 +26,7 @@ IMAGE_SIZES = ((224, 224), (280, 224), (196, 252), (280, 280), (168, 168))
 # Sizes that the processor brings drawings of any aspect ratio to.
 DRAWING_SIZES = ((392, 280), (280, 392), (336, 336), (252, 168), (448, 196), (196, 448), (224, 224))
 VIDEO_FORMS = ((224, 224, 8), (224, 224, 16), (168, 224, 8), (224, 224, 12))
-FRAME_RATES = (24.0, 24.0, 24.0, 4.0, 2.0, 1.0)  # processors assume 24 where nobody says it
+FRAME_RATES = (24.0, 24.0, 24.0, 4.0, 2.0, 1.0)  # processors assume 24 by default
 TEXT_ONLY = (1, 56, 56)  # what letters are learnt beside: a picture of four tokens
 
 

@@ -63,7 +63,7 @@ class Packer:
         """Ids (n,) and positions (rows, n) of the shared part for media of (frames, h, w) px.
 
         ``fps`` is the frame rate for families that write the time of every frame; processors
-        assume 24 where nobody says it.
+        assume 24 where none is given.
         """
         ids = self._ids(self.forms[kind].prefix)
         return self.family.expand(ids, kind, shape, self._ids, fps)

@@ -26,7 +26,7 @@ class Deadline:
         self._end = time.monotonic() + self.seconds
 
     def cancel(self) -> None:
-        """End the time for good, because nobody waits for the result any more.
+        """End the time for good, because the client has left.
 
         Another thread than the one that decodes may call this method.
         """

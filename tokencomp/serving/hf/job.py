@@ -68,7 +68,7 @@ class Job:
     arrived
         Time of arrival in seconds on the monotonic clock.
     cancelled
-        Set by the server when nobody waits for the answer.
+        Set by the server when the client has left.
     done
         Whether the last event was sent.
     usage
@@ -108,7 +108,7 @@ class Job:
         return f"{words} prompt={usage.prompt} {visual} generated={usage.completion}"
 
     def cancel(self) -> None:
-        """Note that nobody waits for the answer."""
+        """Note that the client has left."""
         self.cancelled = True
 
     def send(self, kind: str, value: Any) -> None:
