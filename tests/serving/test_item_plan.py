@@ -8,9 +8,13 @@ from support import families
 from support.serving.cases import SERVABLE
 
 import tokencomp
+from tokencomp.adapters.towers import Cells
+from tokencomp.errors import OptionError, PlanError
 from tokencomp.method import MethodSpec
-from tokencomp.reducers.registry import make_reducer
+from tokencomp.reducers.registry import available_reducers, make_reducer
 from tokencomp.serving.item_plan import ItemPlan, Layout
+from tokencomp.serving.spec import ServerOptions
+from tokencomp.serving.vllm.tower import kept_cells
 from tokencomp.tokens import ModelFacts, VisualSpan, VisualTokens
 
 LAYOUTS = [
@@ -136,3 +140,34 @@ def test_pooled_tokens_have_the_positions_of_the_patched_model(extent: int, posi
     other = make_reducer("pool", position="mean" if extent == 0 else "first")
     assert not torch.equal(other.reduce(tokens, plan.keep[0]).merged, rows)
     assert torch.equal(kept, expected.keep) and torch.equal(rows, expected.merged)
+
+
+PIXELS = {"noise": 1.0, "equal": 0.0, "overflow": 1e30}
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("scale", PIXELS)
+def test_no_pixels_make_the_stage_in_the_tower_fail(scale: str, kind: str) -> None:
+    """An engine ends with the first exception, so every reducer that a request may name works."""
+    grid, seen = (1 if kind == "image" else 4, 3, 5), []
+    n = grid[0] * grid[1] * grid[2]
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(4 * n, 3, 2, 2, generator=generator) * PIXELS[scale]
+    cells = Cells(pixels, torch.arange(4 * n).view(n, 4), [[grid]], kind)
+    for name in available_reducers():
+        options = {"ratio": 0.75, "tower_ratio": 0.6, "tower_reducer": name}
+        try:
+            spec = ServerOptions().resolve(options, "vllm")
+        except (OptionError, PlanError):
+            continue
+        reports: list[str] = []
+        plan = ItemPlan.make(kind, [Layout(grid)], spec)
+        kept = kept_cells(cells, plan, lambda plan, error, to=reports: to.append(str(error)))
+        assert len(kept) == plan.entering < n and kept.diff().min() > 0
+        if reports:
+            assert kept.tolist() == [int((i + 0.5) * n / len(kept)) for i in range(len(kept))]
+        seen.append((name, bool(reports)))
+    blind = {"random", "uniform"}
+    assert {name for name, failed in seen if failed} <= {name for name, _ in seen} - blind
+    assert {"kcentre", "divprune", "runlength"} <= {name for name, _ in seen}
+    assert any(failed for _, failed in seen) == (scale == "overflow")

@@ -86,12 +86,41 @@ def test_refused_reducers_are_answered_with_those_that_can_run() -> None:
         assert ServerOptions.parse({"reducer": name, "ratio": 0.5}, engine="hf").default.active
 
 
-@pytest.mark.parametrize("engine", ["hf", "vllm"])
+@pytest.mark.parametrize("engine", ["hf", "vllm", "sglang"])
 def test_oracle_cannot_be_served(engine: str) -> None:
-    with pytest.raises(OptionError, match="'oracle' needs the answer"):
-        ServerOptions.parse({"reducer": "oracle", "ratio": 0.5}, engine)
-    with pytest.raises(OptionError, match="'oracle' needs the answer"):
-        ServerOptions.parse({"reducer": " oracle +prune", "ratio": 0.5}, engine)
+    for name in ("oracle", " oracle +prune", "merge+oracle"):
+        with pytest.raises(OptionError, match="'oracle' needs the answer"):
+            ServerOptions.parse({"reducer": name, "ratio": 0.5}, engine)
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_the_tower_of_a_server_has_no_oracle(engine: str) -> None:
+    for tower in ({"tower_ratio": 0.5}, {}):
+        options = {"ratio": 0.75, "tower_reducer": "oracle", **tower}
+        with pytest.raises(OptionError, match="tower_reducer 'oracle' needs the answer"):
+            ServerOptions().resolve(options, engine)
+
+
+@pytest.mark.parametrize("name", ["nothing", "orcle", "orcle+prune", "", "+", 3, None, [], {}])
+@pytest.mark.parametrize("field", ["reducer", "tower_reducer"])
+def test_reducers_that_a_request_may_name_are_listed(field: str, name: Any) -> None:
+    options = {field: name, "ratio": 0.5}
+    if name is None:  # as if the field were left out
+        assert ServerOptions().resolve(options, "hf").active
+        return
+    with pytest.raises(OptionError) as error:
+        ServerOptions().resolve(options, "hf")
+    assert all(good in str(error.value) for good in available_reducers() if good != "oracle")
+    assert "oracle" not in str(error.value)
+
+
+def test_reducers_that_cannot_act_in_the_tower_of_an_engine_are_refused() -> None:
+    """They would fail in the engine, and take all other requests with them."""
+    for name, reason in (("keyframes", "where the prompt is made"), ("adsc", "cannot run inside")):
+        options = {"ratio": 0.75, "tower_ratio": 0.5, "tower_reducer": name}
+        with pytest.raises(OptionError, match=reason):
+            ServerOptions().resolve(options, "vllm")
+        assert ServerOptions().resolve(options, "hf").dropped_cells == 0.5
 
 
 def test_a_ratio_that_no_float_can_hold_is_refused() -> None:

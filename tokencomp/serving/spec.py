@@ -7,17 +7,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokencomp.errors import OptionError, RatioError, TokenCompError, UnknownNameError
+from tokencomp.errors import OptionError, RatioError, TokenCompError, unknown_name
 from tokencomp.keep_counts import MAX_RATIO, check_ratio
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.keyframes import KeyFrames
 from tokencomp.reducers.registry import available_reducers, make_reducer
 from tokencomp.validation import choices, field_types
 
 TOWER_KEYS = ("tower_ratio", "tower_reducer")
 REQUEST_KEYS = ("reducer", "ratio", "options", *TOWER_KEYS)
+NEED_ANSWER = ("oracle",)  # reducers that no server can run
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
 SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "per_request", "only_own")
+
+
+def requestable() -> list[str]:
+    """Names of the reducers that a server may run, on one engine at least."""
+    return [name for name in available_reducers() if name not in NEED_ANSWER]
+
+
+def check_name(field_name: str, name: Any) -> str:
+    """Return the name of a reducer, or of a composition, if a server may run it.
+
+    Raises
+    ------
+    OptionError
+        No text, an unknown name, or a reducer that needs the answer.
+    """
+    if not isinstance(name, str):
+        raise OptionError(f"{field_name}={name!r}: expected one of {', '.join(requestable())}.")
+    for part in [part.strip() for part in name.split("+") if part.strip()] or [name]:
+        if part in NEED_ANSWER:
+            raise OptionError(f"{field_name} {part!r} needs the answer, so it cannot be served.")
+        if part not in available_reducers():
+            raise OptionError(str(unknown_name(field_name, part, requestable())))
+    return name
 
 
 def servable() -> dict[str, str]:
@@ -72,6 +97,23 @@ def check_servable(reducer: Reducer) -> Reducer:
         f"before the vision tower runs and caches media across questions. These can: {able}. "
         f"Serve {reducer.name!r} with `--engine hf` instead."
     )
+
+
+def check_servable_tower(reducer: Reducer) -> None:
+    """Check that an engine can run `reducer` in its vision tower.
+
+    Raises
+    ------
+    OptionError
+        As `check_servable`, or it needs a prompt with frames left out, which engines do not make.
+    """
+    check_servable(reducer)
+    if isinstance(reducer, KeyFrames) and reducer.by == "thumbnails":
+        raise OptionError(
+            f"tower_reducer {reducer.name!r} chooses frames where the prompt is made, which the "
+            "processors of engines do not do. Use another one, such as 'kcentre', or serve with "
+            "`--engine hf`."
+        )
 
 
 @dataclass(frozen=True)
@@ -164,6 +206,7 @@ class ServerOptions:
             return self._with_tower(reducer, ratio, values)
         spec = self._with_tower(check_servable(reducer), ratio, values)
         if spec.dropped_cells:
+            check_servable_tower(spec.built_tower_reducer)
             spec.stages(num_layers=1, first_layer_stage=1)  # raises if they do not fit together
         return spec
 
@@ -177,12 +220,12 @@ class ServerOptions:
         if tower is None:
             tower = self.default.tower_ratio
             tower = tower if tower == "auto" else min(tower, ratio)
-        name = values.get("tower_reducer", self.default.tower_reducer)
-        if not isinstance(name, str | Reducer):
-            raise OptionError(f"tower_reducer={name!r}: expected a name, such as 'kcentre'.")
+        name = self.default.tower_reducer
+        if values.get("tower_reducer") is not None:
+            name = check_name("tower_reducer", values["tower_reducer"])
         try:
             return MethodSpec(reducer, ratio, tower_ratio=tower, tower_reducer=name)
-        except (UnknownNameError, TypeError) as error:  # unknown, or with required options
+        except TypeError as error:  # it has required options
             raise OptionError(f"tower_reducer={name!r}: {error}") from None
 
     def _reducer(self, values: Mapping[str, Any]) -> Reducer:
@@ -191,19 +234,11 @@ class ServerOptions:
         name = values.get("reducer")
         if name is None:
             name = old.name if old is not None else "auto"
-        name = resolve_auto(name, "server")
-        if not isinstance(name, str):
-            raise OptionError(
-                f"reducer={name!r}: expected one of {', '.join(available_reducers())}."
-            )
+        name = check_name("reducer", resolve_auto(name, "server"))
         if old is not None and name == old.name:
             options = {**old.options(), **options}
-        if "oracle" in [part.strip() for part in name.split("+")]:
-            raise OptionError("reducer 'oracle' needs the answer, so it cannot be served.")
         try:
             return make_reducer(name, **options)
-        except UnknownNameError as error:
-            raise OptionError(str(error)) from None
         except (TypeError, ValueError, OverflowError) as error:
             raise OptionError(f"reducer {name!r}, options {own_options}: {error}") from None
 

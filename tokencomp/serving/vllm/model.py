@@ -105,7 +105,7 @@ class CompressingModel:
         if plans[0].tower is None:
             return embed(), [None] * len(plans)
         if self._tower is None:
-            self._tower = EngineTower(self.visual)
+            self._tower = EngineTower(self.visual, count_nonfinite)
         return self._tower.encode(embed, plans)
 
     def _slice_items(self, kwargs: Mapping[str, Any], first: int, stop: int) -> dict[str, Any]:

@@ -21,10 +21,14 @@ from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.towers import Cells, EncoderCall
 from tokencomp.engine.tower_choice import chosen_cells
 from tokencomp.engine.tower_rows import PackedRows
+from tokencomp.errors import TokenCompError
+from tokencomp.reducers.uniform import Uniform
 from tokencomp.serving.item_plan import ItemPlan
 
 PER_ROW = ("rotary_pos_emb_cos", "rotary_pos_emb_sin", "pos_embeds")
 BOUNDS = ("cu_seqlens", "cu_window_seqlens")
+
+Report = Callable[[ItemPlan, TokenCompError], None]
 
 
 class EngineTower:
@@ -34,10 +38,12 @@ class EngineTower:
     ----------
     module
         The tower, whose `forward` is replaced.
+    report
+        Is called with a plan and the error if its cells cannot be compared.
     """
 
-    def __init__(self, module: Any) -> None:
-        self.module = module
+    def __init__(self, module: Any, report: Report) -> None:
+        self.module, self.report = module, report
         self.layout = PackedTower(module, module.patch_embed.patch_size)
         self._plan: ItemPlan | None = None
         self._kept: Tensor | None = None
@@ -80,14 +86,29 @@ class EngineTower:
         pixels = torch.nan_to_num(tower.input_norm(x, tower.dtype))
         call = EncoderCall(pixels, torch.as_tensor(grids), plan.kind)
         cells = self.layout.cells(call, plan.tower_stage)
-        height, width = cells.pixels.shape[-2:]
-        values = cells.pixels.flatten(1)
-        kept = chosen_cells(cells, plan.tower_stage, values, (height, width)).sort().values
+        kept = kept_cells(cells, plan, self.report)
         metadata = shorter(tower.prepare_encoder_metadata(grids), cells, kept)
         rows = original(x[cells.members[kept].flatten()], grids, encoder_metadata=metadata)
         self._kept = kept
         full = rows.new_full((len(cells.members), rows.shape[-1]), torch.nan)
         return full.index_copy(0, kept, rows)
+
+
+def kept_cells(cells: Cells, plan: ItemPlan, report: Report) -> Tensor:
+    """Numbers of the cells that the stage of a plan keeps, int64, ascending.
+
+    An exception in an engine ends it, and with it all requests. If the reducer fails, evenly spaced
+    cells stay, as many as planned, and `report` is called.
+    """
+    stage: Any = plan.tower_stage
+    height, width = cells.pixels.shape[-2:]
+    values = cells.pixels.flatten(1)
+    try:
+        kept = chosen_cells(cells, stage, values, (height, width))
+    except TokenCompError as error:
+        report(plan, error)
+        kept = chosen_cells(cells, replace(stage, reducer=Uniform()), values, (height, width))
+    return kept.sort().values
 
 
 def shorter(metadata: dict[str, Any], cells: Cells, kept: Tensor) -> dict[str, Any]:
