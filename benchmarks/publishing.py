@@ -7,28 +7,65 @@ whose code has uncommitted changes, unless `--allow-dirty` is given, which marks
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.environment import environment, provenance
 
-__all__ = ["MARK", "add_argument", "changed_code", "environment", "provenance", "published_from"]
+__all__ = [
+    "MARK",
+    "changed_code",
+    "environment",
+    "parser",
+    "provenance",
+    "published_from",
+    "read_lines",
+    "table",
+]
 
 FOLDER = Path(__file__).resolve().parent
 OUTPUTS = (".json", ".jsonl", ".md", ".svg")
 MARK = "publishable"
 
 
-def add_argument(parser: argparse.ArgumentParser) -> None:
-    """`--allow-dirty`."""
-    parser.add_argument(
+def parser(
+    doc: str | None, out: Path | None = None, flag: str = "--out", report: bool = True
+) -> argparse.ArgumentParser:
+    """Options that all benchmarks share: where the files go, `--report` and `--allow-dirty`.
+
+    `doc` is the docstring of the script, `flag` the name of the option for `out`.
+    """
+    result = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument(flag, type=Path, default=out, help=f"where results go (default: {out})")
+    if report:
+        result.add_argument("--report", action="store_true", help="only rebuild the page")
+    result.add_argument(
         "--allow-dirty",
         action="store_true",
         help="run although the checkout has uncommitted changes; the results are marked as "
         "unpublishable",
     )
+    return result
+
+
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], rule: str = "---", right: int = 0
+) -> str:
+    """Markdown table with `rule` below the head; the last `right` columns are right-aligned."""
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    rules = [rule] * (len(head) - right) + [f"{rule}:"] * right
+    return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON Lines file; none if it does not exist."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def changed_code(root: Path) -> list[str]:

@@ -24,34 +24,40 @@ class StageReducer(ABC):
     """What a plan and the engine need of a reducer. `tokencomp.Reducer` implements it.
 
     Reducers make plans, and plans hold reducers. This class stands below both, so that the two
-    modules do not import each other. The members are documented in `tokencomp.Reducer`.
+    modules do not import each other.
     """
 
     name: ClassVar[str] = ""
 
     @property
-    @abstractmethod
-    def needs(self) -> frozenset[Signal]: ...
+    def needs(self) -> frozenset[Signal]:
+        """Signals that the engine must supply in `VisualTokens` beyond features and grid."""
+        return frozenset()
 
     @property
-    @abstractmethod
-    def merges(self) -> bool: ...
+    def merges(self) -> bool:
+        """Whether kept tokens take in dropped ones; `Reduction.sizes` then says how many."""
+        return False
 
     @property
-    @abstractmethod
-    def whole_spans(self) -> bool: ...
+    def whole_spans(self) -> bool:
+        """Whether it compares places of a whole grid: no earlier stage may have dropped tokens."""
+        return False
 
     @property
-    @abstractmethod
-    def needs_grid(self) -> bool: ...
+    def needs_grid(self) -> bool:
+        """Whether it reads places in the grid, so that spans of unknown grid are refused."""
+        return self.whole_spans
 
     @property
-    @abstractmethod
-    def own_count(self) -> bool: ...
+    def own_count(self) -> bool:
+        """Whether it leaves a fixed number of tokens, whatever the ratio."""
+        return False
 
     @property
-    @abstractmethod
-    def entry_only(self) -> bool: ...
+    def entry_only(self) -> bool:
+        """Whether its weights were trained on the input of the first layer."""
+        return False
 
     @property
     @abstractmethod

@@ -171,7 +171,7 @@ def _count(text: str) -> int:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = publishing.parser(__doc__, RESULTS, report=False)
     parser.add_argument("--models", nargs="+", default=available_models())
     parser.add_argument(
         "--reducers", nargs="+", help="default: baselines, and all that can run at any ratio"
@@ -189,9 +189,7 @@ def arguments() -> argparse.ArgumentParser:
         help="question families; default those of the model's stored results, else all",
     )
     parser.add_argument("--batch", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    publishing.add_argument(parser)
     return parser
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks import publishing
 from benchmarks.accuracy.library import (
     DOWNSCALE,
     FULL,
@@ -25,9 +27,7 @@ SLACK = 0.05  # of the ratio, for a baseline that cannot reach it exactly
 NONE = "–"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+table = functools.partial(publishing.table, rule=" --- ")
 
 
 def kept(results: Results, label: str, kind: str) -> Retention | None:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.publishing import provenance
+from benchmarks.publishing import provenance, table
 
 Record = dict[str, Any]
 
@@ -43,16 +43,11 @@ def page(records: list[Record]) -> str:
     for card in dict.fromkeys(r["card"] for r in records):
         own = [r for r in records if r["card"] == card]
         parts.append(f"## {card}\n\nMade by: {provenance(own[0]['environment'])}")
-        for title, kind, table in SECTIONS:
+        for title, kind, show in SECTIONS:
             chosen = [r for r in own if r["step"].startswith(kind)]
             if chosen:
-                parts += [title, table(chosen)]
+                parts += [title, show(chosen)]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _parts(record: Record) -> list[str]:
@@ -80,7 +75,7 @@ def prefills(records: list[Record]) -> str:
         ]
         for r in records
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def kernels(records: list[Record]) -> str:
@@ -90,7 +85,7 @@ def kernels(records: list[Record]) -> str:
     for r in records:
         share = f"{100 * r['roofline_share']:.0f} %" if "roofline_share" in r else "card not listed"
         rows.append([r["op"], r["case"], r["provider"], f"{1e6 * r['median_s']:.1f}", share])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def backends(records: list[Record]) -> str:
@@ -114,7 +109,7 @@ def backends(records: list[Record]) -> str:
         ]
         for r in records
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 SECTIONS: tuple[tuple[str, str, Callable[[list[Record]], str]], ...] = (

@@ -19,9 +19,7 @@ it stopped. The steps are:
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -38,6 +36,7 @@ from benchmarks.gpu.page import page
 from benchmarks.gpu.prompts import DECODERS, PROMPTS, TINY, TINY_PROMPTS, build
 from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.run import line, measure
+from tokencomp.storage import write_lines
 
 FOLDER = Path(__file__).parent
 DRY_SCALE = 1 / 256
@@ -121,15 +120,10 @@ def file_of(folder: Path, card: str) -> Path:
     return folder / f"{re.sub('[^a-z0-9]+', '-', card.lower()).strip('-')}.jsonl"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Records of earlier runs."""
-    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-
-
 def run(setting: Setting, folder: Path, facts: dict[str, Any]) -> None:
     """Take the steps that this card and commit lack; write their records one step at a time."""
     path = file_of(folder, setting.card)
-    records = [r for r in read(path) if r["commit"] == facts["commit"]]
+    records = [r for r in publishing.read_lines(path) if r["commit"] == facts["commit"]]
     done = {r["step"] for r in records}
     environment = publishing.environment()
     for name, work in steps(setting):
@@ -138,19 +132,13 @@ def run(setting: Setting, folder: Path, facts: dict[str, Any]) -> None:
         print(name, flush=True)
         common = {"step": name, "card": setting.card, **facts, "environment": environment}
         records += [{**common, **record} for record in work()]
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        part = path.with_suffix(".part")  # an interruption never leaves half a file
-        part.write_text(text)
-        part.replace(path)
+        write_lines(path, records)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, or only rebuild the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = publishing.parser(__doc__, FOLDER)
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with a tiny decoder")
-    parser.add_argument("--report", action="store_true", help="only rebuild the page")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for records and page")
-    publishing.add_argument(parser)
     args = parser.parse_args(arguments)
     if args.dry_run and args.out == FOLDER:
         parser.error("a dry run measures nothing: name a folder for its files with --out")
@@ -160,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
         facts = publishing.published_from(args.out, args.allow_dirty)
         args.out.mkdir(parents=True, exist_ok=True)
         run(Setting.of(args.dry_run), args.out, facts)
-    records = [r for path in sorted(args.out.glob("*.jsonl")) for r in read(path)]
+    records = [r for path in sorted(args.out.glob("*.jsonl")) for r in publishing.read_lines(path)]
     (args.out / "prefill.md").write_text(page(records))
     return 0
 

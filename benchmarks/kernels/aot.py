@@ -11,7 +11,6 @@ architecture's limits or lacks tensor-core instructions. With ``--ops`` it compi
 keeps the file's rows of all others.
 """
 
-import argparse
 import importlib
 import importlib.util
 import json
@@ -205,28 +204,28 @@ def in_order(rows: list[Row], setups: list[Setup]) -> list[Row]:
 
 def markdown(rows: list[Row]) -> str:
     """The table, one line per kernel, configuration and architecture."""
-    lines = [
-        "| kernel | configuration | dtype | arch | warps | registers | stack bytes | shared KiB | "
-        "warps per SM | widest load, bits | tensor cores |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+    head = (
+        "kernel", "configuration", "dtype", "arch", "warps", "registers", "stack bytes",
+        "shared KiB", "warps per SM", "widest load, bits", "tensor cores",
+    )  # fmt: skip
+    body = [
+        [
+            *(r.kernel, r.case, r.dtype, r.target),
+            *map(str, (r.warps, r.registers, r.stack)),
+            *(f"{r.shared / 1024:.1f}", str(resident_warps(r)), str(r.load_bits)),
+            "yes" if r.tensor_cores else "-",
+        ]
+        for r in rows
     ]
-    for row in rows:
-        lines.append(
-            f"| {row.kernel} | {row.case} | {row.dtype} | {row.target} | {row.warps} | "
-            f"{row.registers} | {row.stack} | {row.shared / 1024:.1f} | "
-            f"{resident_warps(row)} | {row.load_bits} | {'yes' if row.tensor_cores else '-'} |"
-        )
-    return "\n".join(lines) + "\n"
+    return publishing.table(head, body) + "\n"
 
 
 def main() -> int:
     """Compile, write the tables, fail on any problem."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = publishing.parser(__doc__, FOLDER, report=False)
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--quick", action="store_true", help="one configuration per kernel, bf16")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="compile only these")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for aot.json and aot.md")
-    publishing.add_argument(parser)
     arguments = parser.parse_args()
     facts = publishing.published_from(arguments.out, arguments.allow_dirty)
     setups = QUICK if arguments.quick else CASES + EXTRA

@@ -15,7 +15,6 @@ of the unpatched model, and a patch at ratio 0, which adds none. It is written t
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
@@ -280,34 +279,30 @@ def markdown(rows: list[Row], steps: dict[str, tuple[int, int]]) -> str:
     shapes = [(i, b) for b in BATCHES for i in IMAGES]
     by_shape = {(r.reducer, r.images, r.batch): r for r in rows}
     model = {s: next((r.model_calls for r in rows if (r.images, r.batch) == s), 0) for s in shapes}
-    head = " | ".join(f"{i} × {b} ({model[i, b]})" for i, b in shapes)
-    lines = [
+    counted = [f"{i} × {b} ({model[i, b]})" for i, b in shapes]
+    head = ["reducer", "stages", *counted, "decode step"]
+    intro = (
         f"Calls + host reads added to one prefill, by images × batch (in brackets: calls of the "
         f"unpatched model), and to one decode step. Ratio {RATIO}, {LAYERS} decoder layers. "
-        "Command: `python -m benchmarks.kernels.calls`.",
-        "",
-        f"| reducer | stages | {head} | decode step |",
-        "|---" * (3 + len(shapes)) + "|",
-    ]
+        "Command: `python -m benchmarks.kernels.calls`."
+    )
+    body = []
     for name in dict.fromkeys(r.reducer for r in rows):
         own = [by_shape[name, i, b] for i, b in shapes if (name, i, b) in by_shape]
-        cells = " | ".join(f"{r.calls} + {r.reads}" for r in own)
-        lines.append(
-            f"| {name} | {own[0].stages} | {cells} | {steps[name][0]} + {steps[name][1]} |"
-        )
-    return "\n".join(lines) + "\n"
+        pairs = [*((r.calls, r.reads) for r in own), steps[name]]
+        cells = [f"{calls} + {reads}" for calls, reads in pairs]
+        body.append([name, str(own[0].stages), *cells])
+    return f"{intro}\n\n{publishing.table(head, body)}\n"
 
 
 def main() -> int:
     """Count, print, write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = publishing.parser(__doc__, FOLDER, report=False)
     parser.add_argument("--reducers", nargs="+", default=CASES, choices=CASES)
     parser.add_argument("--quick", action="store_true", help="1 and 4 images, batch 1 and 8 × 1")
     parser.add_argument(
         "--sites", action="store_true", help="print the lines that call or read, for 1 image"
     )
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for calls.json, calls.md")
-    publishing.add_argument(parser)
     arguments = parser.parse_args()
     facts = publishing.published_from(arguments.out, arguments.allow_dirty)
     torch.set_num_threads(1)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks import publishing
+
 if TYPE_CHECKING:
     from benchmarks.kernels.case import Case
 
@@ -98,6 +100,20 @@ def prefill_flops(tokens: int) -> float:
     return LAYERS * (2 * projections * tokens + attention)
 
 
+HEAD = """# Roofline of the kernels (arithmetic, nothing on this page was timed)
+
+Unavoidable bytes and FLOPs at full size in bf16, and the least possible time in µs at data-sheet \
+rates. m: memory bandwidth is the limit; c: FLOPs are the limit. \
+[All benchmark pages](../README.md)."""
+TARGET = (
+    "The target is a reduce step of at most 2 % of a 7B prefill, and of at most 1 % for the "
+    "default, condiv. The table compares the roofline time of a step with that of the "
+    "decoder's matrix products. The brackets add a part that a roofline does not include: each "
+    "of condiv's choices depends on the one before, and we assume that it takes "
+    f"{CHOICE * 1e6:.0f} µs (one read from the L2 cache and one reduction)."
+)
+
+
 def table() -> str:
     """Bytes, FLOPs, intensity and roofline time of every case in bf16, as Markdown."""
     import torch
@@ -105,39 +121,21 @@ def table() -> str:
     from benchmarks.kernels.cases import CASES
 
     cases = [setup(torch.device("meta"), torch.bfloat16, 1.0) for setup in CASES]
-    names = [gpu.name for gpu in GPUS]
-    lines = [
-        "# Roofline of the kernels (arithmetic, nothing on this page was timed)",
-        "",
-        "Unavoidable bytes and FLOPs at full size in bf16, and the least possible time in µs at "
-        "data-sheet rates. m: memory bandwidth is the limit; c: FLOPs are the limit. "
-        "[All benchmark pages](../README.md).",
-        "",
-        f"| op | case | MB | GFLOP | FLOP/byte | {' | '.join(names)} |",
-        "|---|---|---|---|---|" + "---|" * len(GPUS),
-    ]
+    rows = []
     for case in cases:
         work = (case.flops, case.bytes, case.tensor_cores)
         times = [f"{floor_seconds(*work, g) * 1e6:.1f} {bound(*work, g)[0]}" for g in GPUS]
-        lines.append(
-            f"| {case.op} | {case.name} | {case.bytes / 1e6:.2f} | {case.flops / 1e9:.2f} | "
-            f"{case.flops / case.bytes:.1f} | {' | '.join(times)} |"
-        )
-    return "\n".join([*lines, "", shares({case.name: case for case in cases})]) + "\n"
+        sizes = (case.bytes / 1e6, case.flops / 1e9)
+        numbers = [f"{size:.2f}" for size in sizes] + [f"{case.flops / case.bytes:.1f}"]
+        rows.append([case.op, case.name, *numbers, *times])
+    head = ("op", "case", "MB", "GFLOP", "FLOP/byte", *(gpu.name for gpu in GPUS))
+    steps = shares({case.name: case for case in cases})
+    return f"{HEAD}\n\n{publishing.table(head, rows)}\n\n{steps}\n"
 
 
 def shares(cases: Mapping[str, Case]) -> str:
     """The share of a prefill that a reduce step takes, as Markdown."""
-    lines = [
-        "The target is a reduce step of at most 2 % of a 7B prefill, and of at most 1 % for the "
-        "default, condiv. The table compares the roofline time of a step with that of the "
-        "decoder's matrix products. The brackets add a part that a roofline does not include: each "
-        "of condiv's choices depends on the one before, and we assume that it takes "
-        f"{CHOICE * 1e6:.0f} µs (one read from the L2 cache and one reduction).",
-        "",
-        f"| step | tokens | choices | {' | '.join(f'{g.name}: ms of ms, share' for g in GPUS)} |",
-        "|---|---|---|" + "---|" * len(GPUS),
-    ]
+    body = []
     for tokens, name, parts, choices, rows in STEPS:
         cells = []
         for gpu in GPUS:
@@ -147,8 +145,9 @@ def shares(cases: Mapping[str, Case]) -> str:
             prefill = prefill_flops(tokens) / gpu.tensor_flops
             waiting = f" ({(step + choices * CHOICE) / prefill:.2%})" if choices else ""
             cells.append(f"{step * 1e3:.2f} of {prefill * 1e3:.1f}, {step / prefill:.2%}{waiting}")
-        lines.append(f"| {name} | {tokens} | {choices or '-'} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        body.append([name, str(tokens), str(choices or "-"), *cells])
+    head = ("step", "tokens", "choices", *(f"{gpu.name}: ms of ms, share" for gpu in GPUS))
+    return f"{TARGET}\n\n{publishing.table(head, body)}"
 
 
 def main() -> None:

@@ -123,14 +123,12 @@ def environment(device_name: str, arguments: argparse.Namespace) -> dict[str, An
 
 def main() -> None:
     """Run the cases and write JSON lines."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = publishing.parser(__doc__, report=False)
     parser.add_argument("--ops", nargs="+", choices=dispatch.OPS, default=list(dispatch.OPS))
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="default: bf16, on CPU fp32")
     parser.add_argument("--scale", type=float, default=None, help="default: 1, on a CPU 1/16")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls on a CPU")
-    parser.add_argument("--out", type=Path, default=None)
-    publishing.add_argument(parser)
     arguments = parser.parse_args()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")

@@ -11,7 +11,6 @@ count.
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import subprocess
@@ -102,26 +101,23 @@ the vision tower, which runs once and is not chunked. [All benchmark pages](../R
 
 def page(report: dict[str, Any]) -> str:
     """Everything as a Markdown page."""
-    lines = ["| ratio | prefill_chunk_size | widest call | peak, MiB |", "|---|---|---|---|"]
-    lines += [
-        f"| {r['ratio']} | {r['chunk'] or 'none'} | {r['widest']} | {r['peak_mib']:.0f} |"
+    head = ("ratio", "prefill_chunk_size", "widest call", "peak, MiB")
+    rows = [
+        [str(r["ratio"]), str(r["chunk"] or "none"), str(r["widest"]), f"{r['peak_mib']:.0f}"]
         for r in report["rows"]
     ]
     parts = [
         "# Chunked prefill of a long video",
         LEGEND.format(tokens=report["visual_tokens"]).replace("\n", " "),
-        "\n".join(lines),
+        publishing.table(head, rows),
         f"Made by: {provenance(report['environment'])}",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--report", action="store_true", help="only rebuild the page")
+    parser = publishing.parser(__doc__, OUT)
     parser.add_argument("--case", type=json.loads, help="[ratio, chunk]: measure it and print JSON")
-    publishing.add_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.case:

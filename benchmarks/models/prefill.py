@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import resource
 import statistics
 import time
@@ -37,7 +36,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import tokencomp
 from benchmarks import publishing
-from benchmarks.publishing import environment, provenance
+from benchmarks.publishing import environment, provenance, read_lines
+from tokencomp.storage import write_lines
 
 FOLDER = Path(__file__).parent
 TEXT_BEFORE, TEXT_AFTER = 16, 48
@@ -250,7 +250,7 @@ def table(records: list[dict[str, Any]]) -> str:
         "model", "visual tokens", "reducer", "ratio", "runs", "prefill speed-up", "FLOP limit",
         "of limit", "of native", "reduce / full prefill", "peak memory", "KV cache",
     )  # fmt: skip
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    rows = []
     for r in records:
         peak = "–"
         if r["peak_bytes_full"]:
@@ -258,13 +258,15 @@ def table(records: list[dict[str, Any]]) -> str:
         kv = r["kv_bytes_compressed"] / r["kv_bytes_full"]
         full, less = r["seconds_full"], r["seconds_compressed"]
         spread = f"({min(full) / max(less):.1f}–{max(full) / min(less):.1f})"
-        lines.append(
-            f"| {r['model']} | {r['visual_tokens']} | {r['reducer']} | {r['ratio']} | "
-            f"{len(less)} | {r['speedup']:.2f}× {spread} | {r['flop_limit']:.2f}× | "
-            f"{100 * r['fraction_of_limit']:.0f} % | {100 * r['fraction_of_native']:.0f} % | "
-            f"{100 * r['reduce_overhead']:.1f} % | {peak} | {100 * kv:.0f} % |"
+        shares = [f"{100 * r[f'fraction_of_{name}']:.0f} %" for name in ("limit", "native")]
+        rows.append(
+            [
+                *(str(r[name]) for name in ("model", "visual_tokens", "reducer", "ratio")),
+                *(str(len(less)), f"{r['speedup']:.2f}× {spread}", f"{r['flop_limit']:.2f}×"),
+                *(*shares, f"{100 * r['reduce_overhead']:.1f} %", peak, f"{100 * kv:.0f} %"),
+            ]
         )
-    return "\n".join(lines)
+    return publishing.table(columns, rows)
 
 
 def fastest_dtype() -> torch.dtype:
@@ -284,11 +286,6 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Records of earlier runs; a new run replaces those of its own models and lengths."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def pieces(args: argparse.Namespace) -> Iterator[Piece]:
     """What the command line requests."""
     cases = tuple(itertools.product(REDUCERS, args.ratios))
@@ -302,31 +299,28 @@ def key(piece: Piece) -> tuple[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = publishing.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096])
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="the few cases of `QUICK`")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    parser.add_argument("--out", type=Path, help="default: prefill.jsonl, or prefill_quick.jsonl")
-    parser.add_argument("--report", action="store_true", help="only rebuild the page")
-    publishing.add_argument(parser)
     args = parser.parse_args()
     args.out = args.out or FOLDER / ("prefill_quick.jsonl" if args.quick else "prefill.jsonl")
     if args.report:
-        args.out.with_suffix(".md").write_text(page(read(args.out)))
+        args.out.with_suffix(".md").write_text(page(read_lines(args.out)))
         return
     facts = publishing.published_from(args.out, args.allow_dirty)
     dtype = fastest_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
     for piece in QUICK if args.quick else pieces(args):
-        records = [r for r in read(args.out) if (r["model"], r["tokens"]) != key(piece)]
+        records = [r for r in read_lines(args.out) if (r["model"], r["tokens"]) != key(piece)]
         for record in measure(piece, dtype):
             records.append({**record, "environment": {**environment(), **facts}})
             print(table(records[-1:]).splitlines()[-1], flush=True)
         records.sort(key=lambda r: (list(MODELS).index(r["model"]), r["tokens"]))
-        args.out.write_text("".join(json.dumps(r) + "\n" for r in records))
-    args.out.with_suffix(".md").write_text(page(read(args.out)))
+        write_lines(args.out, records)
+    args.out.with_suffix(".md").write_text(page(read_lines(args.out)))
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak resident memory of this process: {usage / 2**20:.1f} GiB")
 

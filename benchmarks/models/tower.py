@@ -191,9 +191,7 @@ def _key(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = publishing.parser(__doc__, FOLDER, "--output")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", type=int, default=224, help="pixels per side of a video frame")
@@ -216,9 +214,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--attention", default="sdpa")
-    parser.add_argument("--output", type=Path, default=FOLDER)
-    parser.add_argument("--report", action="store_true", help="only rebuild the page")
-    publishing.add_argument(parser)
     if parser.parse_known_args()[0].headline:
         parser.set_defaults(**HEADLINE, minutes=7.5)
     args = parser.parse_args()

@@ -12,7 +12,6 @@ vLLM's own pruning is compared in the serving benchmark.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 from collections.abc import Callable
@@ -131,16 +130,12 @@ def _version(package: str) -> str:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    lines = [
-        "| peer | version | input | works | rows per layer | detail |",
-        "|---|---|---|---|---|---|",
-    ]
+    body = []
     for o in outcomes:
-        rows = " ".join(map(str, o.rows)) or "–"
-        detail = o.detail.replace("|", "\\|")
-        works = "yes" if o.works else "no"
-        lines.append(f"| {o.peer} | {o.version} | {o.what} | {works} | {rows} | {detail} |")
-    return "\n".join(lines)
+        rows, works = " ".join(map(str, o.rows)) or "–", "yes" if o.works else "no"
+        body.append([o.peer, o.version, o.what, works, rows, o.detail.replace("|", "\\|")])
+    head = ("peer", "version", "input", "works", "rows per layer", "detail")
+    return publishing.table(head, body)
 
 
 def page(report: dict[str, Any]) -> str:
@@ -159,12 +154,7 @@ def page(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run every peer and write the two files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--report", action="store_true", help="only rebuild the page")
-    publishing.add_argument(parser)
+    parser = publishing.parser(__doc__, FOLDER)
     args = parser.parse_args()
     stored, text = args.out / "peers.json", args.out / "peers.md"
     if not args.report:

@@ -9,7 +9,6 @@ can do both. Every question is answered with both, so the differences are paired
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import tempfile
@@ -42,32 +41,26 @@ def correct(model: Any, processor: Any, examples: list[Any], batch: int) -> list
 
 def table(report: dict[str, Any]) -> str:
     """Markdown."""
-    columns = (
-        "| reducer | ratio | original | compact | original alone right | compact alone right | p |"
-    )
-    lines = [columns, "|---|---:|---:|---:|---:|---:|---:|"]
+    head = ("reducer", "ratio", *POSITIONS, *(f"{how} alone right" for how in POSITIONS), "p")
+    rows = []
     for row in report["rows"]:
-        both = " | ".join(f"{row[f'accuracy_{how}']:.3f}" for how in POSITIONS)
-        test = row["mcnemar"]
-        paired = f"{test['wins']} | {test['losses']} | {test['p']:.2g}"
-        lines.append(f"| {row['reducer']} | {row['ratio']} | {both} | {paired} |")
-    head = f"{report['model']}, {report['items']} items, uncompressed {report['accuracy_full']:.3f}"
+        both, test = [f"{row[f'accuracy_{how}']:.3f}" for how in POSITIONS], row["mcnemar"]
+        paired = [str(test["wins"]), str(test["losses"]), f"{test['p']:.2g}"]
+        rows.append([row["reducer"], str(row["ratio"]), *both, *paired])
+    full = f"uncompressed {report['accuracy_full']:.3f}"
+    about = f"{report['model']}, {report['items']} items, {full}"
     source = provenance(report["environment"])
-    return (
-        f"# Positions of kept tokens\n\n{INTRO}\n\n{head}. {source}.\n\n" + "\n".join(lines) + "\n"
-    )
+    listed = publishing.table(head, rows, right=len(head) - 1)
+    return f"# Positions of kept tokens\n\n{INTRO}\n\n{about}. {source}.\n\n{listed}\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = publishing.parser(__doc__, FOLDER / "positions.json")
     parser.add_argument("--model", default="tiny-llava-onevision")
     parser.add_argument("--reducers", nargs="+", default=["divprune", "uniform"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.75, 0.9])
     parser.add_argument("--per-family", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=FOLDER / "positions.json")
-    parser.add_argument("--report", action="store_true", help="only rebuild the page")
-    publishing.add_argument(parser)
     args = parser.parse_args()
     if args.report:
         args.out.with_suffix(".md").write_text(table(json.loads(args.out.read_text())))

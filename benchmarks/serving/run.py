@@ -131,19 +131,16 @@ def vllm_version() -> str:
 
 def parser(description: str, out: str, rounds: int) -> argparse.ArgumentParser:
     """Options that all timings of vLLM have."""
-    result = argparse.ArgumentParser(description=description.splitlines()[0])
-    result.add_argument("--out", type=Path, default=FOLDER / out)
+    result = publishing.parser(description, FOLDER / out)
     result.add_argument("--rounds", type=int, default=rounds)
     result.add_argument("--hidden", type=int, default=896)
     result.add_argument("--layers", type=int, default=12)
-    result.add_argument("--report", action="store_true", help="only rebuild the page")
-    publishing.add_argument(result)
     return result
 
 
 def rebuild(out: Path, page: Callable[[list[dict[str, Any]]], str]) -> None:
     """Write the page of records that an earlier run has written."""
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = publishing.read_lines(out)
     out.with_suffix(".md").write_text(page(rows))
 
 

@@ -1,6 +1,7 @@
 """Column sums of an attention matrix that is never stored."""
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from tokencomp.kernels import checks, dispatch
@@ -146,17 +147,8 @@ def join_heads(out: Tensor, heads: str) -> Tensor:
 
 
 @_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    weights: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    key: Tensor,
-    scale: float,
-    iterations: int,
-    heads: str,
-) -> Tensor:
+def _(q: Tensor, k: Tensor, *others: Any) -> Tensor:
+    heads = others[-1]
     batch, query_heads, keys = q.shape[0], q.shape[1], k.shape[2]
     shape = (batch, query_heads, keys) if heads == "none" else (batch, keys)
     return q.new_empty(shape, dtype=_accumulation_dtype(q))

@@ -100,7 +100,5 @@ def _op(
 
 
 @_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, frames: list[int], per_frame: int, causal: bool, scale: float
-) -> Tensor:
+def _(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)

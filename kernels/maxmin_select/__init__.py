@@ -21,6 +21,7 @@ def maxmin_select(
     margin: Tensor | None = None,
     start: Tensor | Literal["isolated"] | None = None,
     metric: str = "cosine",
+    ordered: bool = False,
 ) -> Tensor:
     r"""Choose rows one by one, each as far as possible from those chosen before.
 
@@ -55,6 +56,9 @@ def maxmin_select(
         The distance d: ``"cosine"``, 1 - cos, or ``"rms"``, the root mean square of the
         differences, √(|x_i - x_j|² / D). The second keeps what the lengths of rows say, which
         matters for pixels: a dark cell and a bright one may have one direction.
+    ordered
+        Whether the rows come in the order of their choice, span by span: the first m rows of a
+        span are then what ``k=m`` chooses.
 
     Returns
     -------
@@ -91,27 +95,6 @@ def maxmin_select(
     Related methods are farthest-point sampling, lazy greedy selection (bounds that only fall) and
     DivPrune (arXiv 2503.02175). The weighted rule and the rounds are ours.
     """
-    chosen = ordered_choices(
-        x, k, weights, spans=spans, centred=centred, margin=margin, start=start, metric=metric
-    )
-    return chosen.sort().values
-
-
-def ordered_choices(
-    x: Tensor,
-    k: int | Sequence[int],
-    weights: Tensor | None = None,
-    *,
-    spans: int | Sequence[int] | Tensor | None = None,
-    centred: bool = False,
-    margin: Tensor | None = None,
-    start: Tensor | Literal["isolated"] | None = None,
-    metric: str = "cosine",
-) -> Tensor:
-    """Return the rows of :func:`maxmin_select` in the order of their choice, span by span.
-
-    The first m rows of a span are therefore what ``k=m`` chooses.
-    """
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)
     checks.int32_sizes(n=len(x))
@@ -136,7 +119,8 @@ def ordered_choices(
             raise KernelError(f"start must be ({len(lengths)},); got {tuple(start.shape)}")
         start = start.long().contiguous()
     x = checks.plain(x)
-    return _op(x, counts, weights, lengths, centred, margin, start, metric, isolated)
+    chosen = _op(x, counts, weights, lengths, centred, margin, start, metric, isolated)
+    return chosen if ordered else chosen.sort().values
 
 
 def mean_distance(
@@ -217,17 +201,7 @@ def _op(
 
 
 @_op.register_fake
-def _(
-    x: Tensor,
-    counts: list[int],
-    weights: Tensor | None,
-    lengths: list[int],
-    centred: bool,
-    margin: Tensor | None,
-    start: Tensor | None,
-    metric: str,
-    isolated: bool,
-) -> Tensor:
+def _(x: Tensor, counts: list[int], *_: object) -> Tensor:
     return x.new_empty(sum(counts), dtype=torch.int64)
 
 

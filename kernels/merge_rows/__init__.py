@@ -129,14 +129,7 @@ def _op(
 
 @_op.register_fake
 def _(
-    x: Tensor,
-    target: Tensor,
-    keep: Tensor,
-    sizes: Tensor | None,
-    positions: Tensor,
-    lengths: list[int],
-    weighted: bool,
-    position: str,
+    x: Tensor, target: Tensor, keep: Tensor, sizes: Tensor | None, positions: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (

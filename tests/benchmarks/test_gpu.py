@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import publishing
 from benchmarks.gpu import measurements, page, prefill
 from benchmarks.gpu.prompts import Prompt
 
@@ -68,6 +69,6 @@ def test_a_dry_run_is_never_published(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_page_says_that_no_gpu_has_run() -> None:
     folder = ROOT / "benchmarks" / "gpu"
-    records = [r for path in sorted(folder.glob("*.jsonl")) for r in prefill.read(path)]
+    records = [r for path in sorted(folder.glob("*.jsonl")) for r in publishing.read_lines(path)]
     assert (folder / "prefill.md").read_text() == page.page(records)
     assert ("No GPU has run" in page.page(records)) == (not records)

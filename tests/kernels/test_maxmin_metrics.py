@@ -1,11 +1,15 @@
 """maxmin_select by root mean squares of differences, and from the most isolated row."""
 
+import functools
 import math
 
 import pytest
 import torch
 from support.max_min import check_greedy, differences, distances
-from tokencomp.kernels.maxmin_select import naive, ordered_choices
+from tokencomp.kernels import maxmin_select
+from tokencomp.kernels.maxmin_select import naive
+
+ordered_choices = functools.partial(maxmin_select, ordered=True)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -10,7 +10,6 @@ from tokencomp.errors import OptionError, PlanError
 from tokencomp.keep_counts import check_ratio, keep_count
 from tokencomp.plan import Plan
 from tokencomp.reduction import Reduction
-from tokencomp.signals import Signal
 from tokencomp.stages import Stage, StageReducer
 from tokencomp.tokens import ModelFacts, SpanBatch, VisualSpan, VisualTokens
 from tokencomp.validation import check_types
@@ -46,36 +45,6 @@ class Reducer(StageReducer):
 
     def __post_init__(self) -> None:
         check_types(self._label, self)
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        """Signals that the engine must supply in `VisualTokens` beyond features and grid."""
-        return frozenset()
-
-    @property
-    def merges(self) -> bool:
-        """Whether kept tokens take in dropped ones; `Reduction.sizes` then says how many."""
-        return False
-
-    @property
-    def whole_spans(self) -> bool:
-        """Whether it compares places of a whole grid: no earlier stage may have dropped tokens."""
-        return False
-
-    @property
-    def needs_grid(self) -> bool:
-        """Whether it reads places in the grid, so that spans of unknown grid are refused."""
-        return self.whole_spans
-
-    @property
-    def own_count(self) -> bool:
-        """Whether it leaves a fixed number of tokens, whatever the ratio."""
-        return False
-
-    @property
-    def entry_only(self) -> bool:
-        """Whether its weights were trained on the input of the first layer."""
-        return False
 
     @property
     def revision(self) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokencomp.storage import write_json, write_text
-from tokencomp.zoo.families import Family
+from tokencomp.zoo.families.parts import Family
 from tokencomp.zoo.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from tokencomp.shapesqa.items import stream
 from tokencomp.shapesqa.prompt_forms import LETTERS
 from tokencomp.storage import replace_file
 from tokencomp.zoo.batches import BatchMaker
-from tokencomp.zoo.families import Family
+from tokencomp.zoo.families.parts import Family
 from tokencomp.zoo.losses import PAIRS, Heads
 from tokencomp.zoo.muon import optimizers
 from tokencomp.zoo.packing import IGNORE, Packer, attention_mask

@@ -8,7 +8,6 @@ The rule, its history and the reasons are in docs/decisions/0001-default-reducer
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from pathlib import Path
 from typing import Any
@@ -150,17 +149,12 @@ def run_missing(
     doc: str, candidates: list[Candidate], per_family: int, families: tuple[str, ...], out: Path
 ) -> Path:
     """Run on every model what the command line names and has no results; returns their folder."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = publishing.parser(doc, out)
     parser.add_argument("--models", nargs="+", default=available_models())
     parser.add_argument("--per-family", type=int, default=per_family)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(families))
     parser.add_argument("--batch", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--report", action="store_true", help="only rebuild the page")
-    publishing.add_argument(parser)
     parser.set_defaults(start=0)
     args = parser.parse_args()
     if args.report:

@@ -179,17 +179,12 @@ def run_set(name: str, args: argparse.Namespace, book: dict[str, Any], path: Pat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = publishing.parser(__doc__, ACCURACY, "--output")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
     parser.add_argument("--items", type=int, default=120, help="questions per set")
     parser.add_argument("--batch", type=int, default=30)
     parser.add_argument("--split", default="test", choices=("validation", "test"))
-    parser.add_argument("--output", type=Path, default=ACCURACY)
     parser.add_argument("--again", action="store_true", help="answer stored rows again")
-    parser.add_argument("--report", action="store_true", help="only rebuild the page")
-    publishing.add_argument(parser)
     args = parser.parse_args()
     path = args.output / "tower.json"
     book = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sets": {}}

@@ -39,19 +39,14 @@ CARD = ("kind", "model_id", "data", "config", "seconds", "held_out", "spans")
 
 def parser(doc: str | None, sets: Iterable[str]) -> argparse.ArgumentParser:
     """Arguments of every study."""
-    shared = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shared = publishing.parser(doc, ACCURACY, "--output")
     shared.add_argument("--model", default="tiny-qwen2-vl")
     shared.add_argument("--weights", help="trained part; default: beside the model")
     shared.add_argument("--items", type=int, default=300, help="questions per set")
     shared.add_argument("--batch", type=int, default=30)
     shared.add_argument("--split", default="test", choices=("validation", "test"))
     shared.add_argument("--device", default="auto")
-    shared.add_argument("--output", type=Path, default=ACCURACY)
     shared.add_argument("--sets", nargs="+", choices=list(sets), default=list(sets))
-    shared.add_argument("--report", action="store_true", help="only rebuild the page")
-    publishing.add_argument(shared)
     shared.set_defaults(every=list(sets))
     return shared
 

@@ -15,7 +15,7 @@ import torch
 from tokencomp.zoo.families.parts import (
     HALF,
     Encode,
-    TinyFamily,
+    Family,
     chatml,
     decoder,
     preprocessing,
@@ -34,7 +34,7 @@ BEGIN, SOFT, END = "<start_of_image>", "<image_soft_token>", "<end_of_image>"
 _RENAMED = {"<|vision_start|>": BEGIN, "<|image_pad|>": SOFT, "<|vision_end|>": END}
 
 
-class TinyGemma3(TinyFamily):
+class TinyGemma3(Family):
     """See :class:`~tokencomp.zoo.families.Family`."""
 
     kinds = ("image",)

@@ -11,7 +11,7 @@ import torch
 from tokencomp.zoo.families.parts import (
     HALF,
     Encode,
-    TinyFamily,
+    Family,
     decoder,
     preprocessing,
     siglip,
@@ -44,7 +44,7 @@ CHAT_TEMPLATE = (
 )
 
 
-class TinyLlavaOnevision(TinyFamily):
+class TinyLlavaOnevision(Family):
     """See :class:`~tokencomp.zoo.families.Family`."""
 
     chat_template = CHAT_TEMPLATE

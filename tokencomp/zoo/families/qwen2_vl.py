@@ -9,7 +9,7 @@ import torch
 
 from tokencomp.zoo.families.parts import (
     Encode,
-    TinyFamily,
+    Family,
     chatml,
     decoder,
     preprocessing,
@@ -24,7 +24,7 @@ CHAT_TEMPLATE = chatml(
 )
 
 
-class TinyQwen2VL(TinyFamily):
+class TinyQwen2VL(Family):
     """See :class:`~tokencomp.zoo.families.Family`."""
 
     chat_template = CHAT_TEMPLATE

@@ -15,7 +15,7 @@ from PIL import Image
 from tokencomp.zoo.families.parts import (
     HALF,
     Encode,
-    TinyFamily,
+    Family,
     chatml,
     decoder,
     preprocessing,
@@ -31,7 +31,7 @@ FRAMES = 16  # taken from a video at most
 IMAGE, VIDEO = "<image>", "<vila/video>"
 
 
-class TinyVila(TinyFamily):
+class TinyVila(Family):
     """See :class:`~tokencomp.zoo.families.Family`."""
 
     chat_template = chatml(IMAGE, VIDEO)
