@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Callable
 
 from tokencomp.serving.hf.errors import RequestError
 
@@ -19,6 +20,7 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.cancelled = seconds, False
+        self._then: Callable[[], None] | None = None
         self.start()
 
     def start(self) -> None:
@@ -31,6 +33,18 @@ class Deadline:
         Another thread than the one that decodes may call this method.
         """
         self.cancelled = True
+        if self._then is not None:
+            self._then()
+
+    def when_cancelled(self, then: Callable[[], None]) -> None:
+        """Call `then` when the client leaves, or now if it has left, in place of earlier ones."""
+        self._then = then
+        if self.cancelled:
+            then()
+
+    def remaining(self) -> float:
+        """Return the seconds that are left, at least 0."""
+        return 0.0 if self.cancelled else max(self._end - time.monotonic(), 0.0)
 
     def check(self) -> None:
         """Raise `RequestError` (413) after the end."""

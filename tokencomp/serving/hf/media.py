@@ -49,6 +49,8 @@ class Limits:
         a decoder has to produce every frame, and in an animation each one costs a whole canvas.
     decode_seconds
         Time in which all media of one request must be decoded.
+    decode_memory
+        Memory in bytes that the process which decodes a video file may take.
     max_items
         Largest number of images and videos per request.
     max_body, max_bodies
@@ -65,6 +67,7 @@ class Limits:
     max_decoded: int = 36_000
     max_decoded_pixels: int = 20_000_000_000
     decode_seconds: float = 60.0
+    decode_memory: int = 3 << 30
     max_items: int = 32
     max_body: int = 128 << 20
     max_bodies: int = 512 << 20

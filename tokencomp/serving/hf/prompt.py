@@ -9,6 +9,7 @@ from tokencomp.errors import OptionError, PlanError, RatioError
 from tokencomp.method import MethodSpec
 from tokencomp.serving import KEY
 from tokencomp.serving.hf.deadline import Deadline
+from tokencomp.serving.hf.decoder import decode_apart
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits, load_image
 from tokencomp.serving.hf.schema import ChatRequest, Message, Part, read_request
@@ -149,6 +150,6 @@ def _load(part: Part, prompt: Prompt, limits: Limits, deadline: Deadline) -> Non
     if part.image_url is not None and part.type == "image_url":
         prompt.images.append(load_image(part.image_url.url, remaining, deadline))
     elif part.video_url is not None:
-        frames, sampling = load_video(part.video_url.url, remaining, deadline)
+        frames, sampling = load_video(part.video_url.url, remaining, deadline, decode_apart)
         prompt.videos.append(frames)
         prompt.samplings.append(sampling)

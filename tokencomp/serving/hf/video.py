@@ -6,6 +6,7 @@ other files are used.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -59,12 +60,46 @@ class Frames:
         return self._array[: self.filled]
 
 
-def load_video(url: str, limits: Limits, deadline: Deadline | None = None) -> Clip:
+def too_much_memory(limits: Limits) -> RequestError:
+    """Return the error for a video that its process cannot hold."""
+    return RequestError(
+        f"a video cannot be decoded with {limits.decode_memory >> 20} MiB of memory. Send a "
+        "shorter or smaller video.",
+        413,
+    )
+
+
+def decode_container(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
+    """Decode the sampled frames of a video file.
+
+    Raises
+    ------
+    RequestError
+        If the video cannot be decoded or exceeds a limit, or no video decoder is installed.
+    """
+    try:
+        return _Container(content, limits, deadline).frames()
+    except RequestError:
+        raise
+    except ImportError:
+        raise RequestError("this server has no video decoder (pip install av).", 501) from None
+    except (MemoryError, BlockingIOError):  # no memory for a buffer, or for a thread of the decoder
+        raise too_much_memory(limits) from None
+    except Exception as error:  # decoders raise undocumented types
+        raise RequestError(f"a video cannot be decoded ({type(error).__name__}).") from None
+
+
+Decode = Callable[[bytes, Limits, Deadline], Clip]
+
+
+def load_video(
+    url: str, limits: Limits, deadline: Deadline | None = None, decode: Decode = decode_container
+) -> Clip:
     """Load evenly spaced frames of a video, and when they were shown.
 
     The format is MP4, MOV, MKV, WebM, AVI, OGG or an animated GIF or WebP. As in vLLM,
     `data:video/jpeg;base64,A,B,C` is a list of JPEG (or PNG) frames that the client has sampled
-    at an unknown rate.
+    at an unknown rate. `decode` decodes files; servers use `decoder.decode_apart`.
 
     Raises
     ------
@@ -77,14 +112,7 @@ def load_video(url: str, limits: Limits, deadline: Deadline | None = None) -> Cl
         return _frame_list(content.decode("ascii").split(","), limits, deadline)
     if content[:4] == b"GIF8" or (content[:4] == b"RIFF" and content[8:12] == b"WEBP"):
         return _animation(content, limits, deadline)
-    try:
-        return _Container(content, limits, deadline).frames()
-    except RequestError:
-        raise
-    except ImportError:
-        raise RequestError("this server has no video decoder (pip install av).", 501) from None
-    except Exception as error:  # decoders raise undocumented types
-        raise RequestError(f"a video cannot be decoded ({type(error).__name__}).") from None
+    return decode(content, limits, deadline)
 
 
 def _frame_list(parts: list[str], limits: Limits, deadline: Deadline) -> Clip:
