@@ -112,7 +112,7 @@ def collect(table: str, steps: Sequence[Path]) -> Contribution:
     runs: dict[str, EvalRun] = {}
     for number, step in enumerate(steps):
         for run in find_runs([step]):
-            label = _label(run, number)
+            label = label_of(run, number)
             runs[label] = replace(run, records=[_bit(r) for r in run.records])
     runs = {FULL: runs[FULL], **runs}
     shared = set.intersection(*({r["id"] for r in run.answered} for run in runs.values()))
@@ -126,7 +126,7 @@ def collect(table: str, steps: Sequence[Path]) -> Contribution:
     # Reference answers belong to the benchmarks; the digest alone tells question sets apart.
     unnamed = replace(packed.questions, answers=("",) * len(packed.questions))
     answers = replace(packed, questions=unnamed).to_json()
-    rows = [_row(label, run) for label, run in runs.items()]
+    rows = [row_of(label, run) for label, run in runs.items()]
     first = runs[FULL]
     known = ("model", "weights", "dtype", "tasks", "data", "limit")
     about = {name: first.identity.get(name) for name in known}
@@ -142,7 +142,7 @@ def collect(table: str, steps: Sequence[Path]) -> Contribution:
         ) from error
 
 
-def _label(run: EvalRun, step: int) -> str:
+def label_of(run: EvalRun, step: int = 0) -> str:
     """Key of the run, which no other run of the table has."""
     at = "" if run.identity["reducer"] == FULL else f" at {run.ratio:g}"
     return run.label + at + (f", {run.identity['frames']} frames" if step else "")
@@ -155,7 +155,8 @@ def _bit(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "correct": float(record["correct"]) >= 0.5}
 
 
-def _row(label: str, run: EvalRun) -> dict[str, Any]:
+def row_of(label: str, run: EvalRun) -> dict[str, Any]:
+    """The fields of a `Row`."""
     return {
         "label": label,
         **{k: run.identity[k] for k in ("reducer", "ratio", "options", "frames")},

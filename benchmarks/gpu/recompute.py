@@ -7,11 +7,13 @@ python -m benchmarks.gpu.recompute --check   # fails if they are not what the fi
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu.catalogue import TABLES, Table
-from benchmarks.gpu.contribution import Contribution, read, schema
+from benchmarks.gpu.contribution import Contribution, Row, read, schema
 from tokencomp.evaluation.metrics import Difference
+from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.rivals import losses, rivals
 from tokencomp.evaluation.runs import EvalRun
 
@@ -29,12 +31,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def runs_of(file: Contribution) -> list[EvalRun]:
-    """The runs behind a file, with a bit in place of each answer."""
-    packed, out = file.packed, []
+def runs_of(rows: Sequence[Row], packed: PackedAnswers) -> list[EvalRun]:
+    """The runs behind packed answers, with a bit in place of each answer."""
+    out = []
     names = zip(packed.questions.ids, packed.questions.families, strict=True)
     items = [{"id": name, "family": family} for name, family in names]
-    for row in file.rows:
+    for row in rows:
         bits = zip(items, packed.correct[row.label], packed.agrees[row.label], strict=True)
         records = [
             {**item, "correct": right, "prediction": "" if same else "another"}
@@ -64,15 +66,21 @@ def _command(table: Table) -> str:
 
 
 def _one(file: Contribution) -> str:
-    runs, full = runs_of(file), file.rows[0]
+    runs = runs_of(file.rows, file.packed)
     about = file.about
     gpus = ", ".join(about.hardware.get("gpus") or ["no GPU"])
     facts = (
         f"{about.model}, {about.dtype}; {len(runs[0].records)} items of {', '.join(about.tasks)}; "
         f"{gpus}; commit {about.commit[:9]}; {about.date[:10]}.\n"
     )
+    return "\n".join([facts, *table_lines(file.rows, runs), "", losing(runs), _scores(file)])
+
+
+def table_lines(rows: Sequence[Row], runs: Sequence[EvalRun]) -> list[str]:
+    """One line per setting with all comparisons; the first row is the full model."""
+    full = rows[0]
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    for row, run in zip(file.rows, runs, strict=True):
+    for row, run in zip(rows, runs, strict=True):
         against = rivals(run, runs)
         detail = "–"
         if against.detail is not None:
@@ -91,14 +99,14 @@ def _one(file: Contribution) -> str:
             f"{row.seconds / full.seconds:.0%}" if full.seconds else "–",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([facts, *lines, "", _losing(runs), _scores(file)])
+    return lines
 
 
 def _points(value: Difference | None) -> str:
     return "–" if value is None else str(value)
 
 
-def _losing(runs: list[EvalRun]) -> str:
+def losing(runs: Sequence[EvalRun]) -> str:
     """The groups of items where a method scores lower than a baseline."""
     rows = [
         f"- {case.label} at {case.ratio:g}, {case.family}: {case.accuracy:.0%}, {case.rival} "

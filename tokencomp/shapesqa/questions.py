@@ -52,7 +52,7 @@ def ask(scene: Scene, family: str, rng: np.random.Generator) -> Question | None:
     return FAMILIES[family](scene, rng)
 
 
-def _options(answer: str, pool: tuple[str, ...], rng: np.random.Generator) -> tuple[str, ...]:
+def draw_options(answer: str, pool: tuple[str, ...], rng: np.random.Generator) -> tuple[str, ...]:
     """Up to four options in random order, the answer among them."""
     wrong = [word for word in pool if word != answer]
     chosen = [answer, *(str(w) for w in rng.permutation(wrong)[:3])]
@@ -90,9 +90,9 @@ def _attribute(
     thing: Thing = scene.things[index]
     if attribute == "color":
         text = f"What color is the {thing.shape}?"
-        return Question(family, text, thing.color, _options(thing.color, COLORS, rng), (index,))
+        return Question(family, text, thing.color, draw_options(thing.color, COLORS, rng), (index,))
     text = f"What shape is the {thing.color} object?"
-    return Question(family, text, thing.shape, _options(thing.shape, SHAPES, rng), (index,))
+    return Question(family, text, thing.shape, draw_options(thing.shape, SHAPES, rng), (index,))
 
 
 @_family("attribute")
@@ -118,7 +118,7 @@ def small_object(scene: Scene, rng: np.random.Generator) -> Question | None:
     else:
         text, answer = f"What shape is the small {thing.color} object?", thing.shape
     pool = COLORS if attribute == "shape" else SHAPES
-    return Question("small_object", text, answer, _options(answer, pool, rng), (index,))
+    return Question("small_object", text, answer, draw_options(answer, pool, rng), (index,))
 
 
 def _exists(scene: Scene, rng: np.random.Generator, family: str, suffix: str = "") -> Question:
@@ -266,7 +266,9 @@ def direction(scene: Scene, rng: np.random.Generator) -> Question | None:
     thing = scene.things[index]
     text = f"Which direction does the {thing.shape} move?"
     answer = str(thing.direction)
-    return Question("direction", text, answer, _options(answer, tuple(DIRECTIONS), rng), (index,))
+    return Question(
+        "direction", text, answer, draw_options(answer, tuple(DIRECTIONS), rng), (index,)
+    )
 
 
 @_family("action_count")
@@ -297,5 +299,5 @@ def reading(scene: Scene, rng: np.random.Generator) -> Question | None:
     word = scene.texts[0].text
     if scene.texts[0].number:
         near = tuple(str(n) for n in range(10, 100) if len({*str(n)} & {*word}) == 1)
-        return Question("reading", "What number is written?", word, _options(word, near, rng))
-    return Question("reading", "What does the text say?", word, _options(word, WORDS, rng))
+        return Question("reading", "What number is written?", word, draw_options(word, near, rng))
+    return Question("reading", "What does the text say?", word, draw_options(word, WORDS, rng))

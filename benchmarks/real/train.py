@@ -1,0 +1,307 @@
+"""Training of the projector and of low-rank adapters in the decoder; resumable, seeded.
+
+First the projector alone learns to give each visual token the embedding of what the token shows
+(the decoder does not run, so this is cheap). Then projector and adapters (LoRA, arXiv 2106.09685)
+learn to answer; many short segments share the visual tokens of one picture.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from benchmarks.real.batches import BatchMaker, Mixture
+from tokencomp.shapesqa.lettering import WORDS
+from tokencomp.storage import replace_file
+from tokencomp.zoo.packing import IGNORE, attention_mask
+
+log = logging.getLogger(__name__)
+RANK = 16
+SHARPNESS = 14.0  # of the softmax over cosines of a visual token and the names' embeddings
+PLACES = (("left", "center", "right"), ("top", "middle", "bottom"))
+PLACE_WEIGHT = 0.5  # of a place's embedding beside a name's
+BACKGROUND = "background"
+BACKGROUND_WEIGHT = 0.15  # of a token that shows no thing: most tokens do
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Optimizer steps of one kind.
+
+    Attributes
+    ----------
+    mixture
+        Of the sequences; None trains the projector alone.
+    batches
+        Distinct batches in a stage without a mixture, whose features are kept in memory.
+    projector_lr, adapter_lr
+        Peaks of the rates, which warm up over 20 steps and fall to a tenth along a cosine where
+        ``falls`` is set.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    projector_lr: float
+    mixture: Mixture | None = None
+    adapter_lr: float = 0.0
+    falls: bool = False
+    batches: int = 40
+
+
+RECIPE = (
+    Stage("names", 400, 16, 2e-3, falls=True),
+    Stage("primers", 400, 8, 2e-4, Mixture(), 1e-3),
+    Stage("questions", 1200, 8, 2e-4, Mixture(True, 6, 1), 1e-3, falls=True),
+)
+
+
+def shortened(recipe: tuple[Stage, ...], share: float) -> tuple[Stage, ...]:
+    """The recipe with a share of the steps of the stages in which the decoder runs."""
+    return tuple(
+        Stage(**{**vars(s), "steps": max(1, round(s.steps * share))}) if s.mixture else s
+        for s in recipe
+    )
+
+
+class Trainer:
+    """Runs a recipe and keeps ``folder/checkpoint.pt`` up to date.
+
+    Batches depend on seed, stage and step alone, so a run that was stopped and started again sees
+    the same data as one that was not.
+
+    Parameters
+    ----------
+    model
+        A FastVLM with bfloat16 or float32 weights; adapters are added to its decoder.
+    maker
+        Of the batches.
+    recipe
+        Stages in order.
+    folder
+        Of the checkpoint.
+    save_every
+        Steps between checkpoints.
+    rank
+        Of the adapters.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        maker: BatchMaker,
+        recipe: tuple[Stage, ...],
+        folder: Path,
+        save_every: int = 20,
+        rank: int = RANK,
+    ) -> None:
+        torch.manual_seed(maker.seed)
+        self.model, self.maker, self.recipe = model.eval(), maker, recipe
+        self.folder, self.save_every = folder, save_every
+        names = r".*language_model.*\.(q|k|v|o)_proj"
+        adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
+        self.adapted = get_peft_model(model, adapters)
+        projector = model.model.multi_modal_projector.float()
+        for parameter in projector.parameters():
+            parameter.requires_grad_(True)
+        self.parts = {
+            "projector": list(projector.parameters()),
+            "adapter": [p for n, p in model.named_parameters() if "lora_" in n],
+        }
+        groups = [{"params": p, "part": name} for name, p in self.parts.items()]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+        self.stage, self.step, self.seconds = 0, 0, 0.0
+        self.scores: dict[str, float] = {}
+        self.names = Names(maker, model)
+        self._features: dict[int, tuple[torch.Tensor, list[list[list[str]]]]] = {}
+        self._resume()
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def trained(self) -> dict[str, torch.Tensor]:
+        """Projector and adapters by their names in the model."""
+        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def run(self, stop_after: int | None = None) -> bool:
+        """Train until the recipe is done (True), or for ``stop_after`` steps (False)."""
+        done = 0
+        while self.stage < len(self.recipe):
+            for _ in self._steps(self.recipe[self.stage]):
+                done += 1
+                if done == stop_after:
+                    self.save()
+                    return False
+            self.stage, self.step = self.stage + 1, 0
+            self.save()
+        return True
+
+    def _steps(self, stage: Stage) -> Iterator[None]:
+        bar = tqdm(desc=stage.name, initial=self.step, total=stage.steps, mininterval=5)
+        while self.step < stage.steps:
+            begin = time.perf_counter()
+            self._set_rates(stage)
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = self._names_loss(stage) if stage.mixture is None else self._loss(stage)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for ps in self.parts.values() for p in ps], 1.0)
+            self.optimizer.step()
+            self.step += 1
+            self.seconds += time.perf_counter() - begin
+            bar.update()
+            if self.step % self.save_every == 0:
+                self.save()
+                log.info("%s %d %.0f s %s", stage.name, self.step, self.seconds, self.shown)
+            yield
+        bar.close()
+
+    @property
+    def shown(self) -> dict[str, int]:
+        """Running shares of right answers on fresh questions, in percent."""
+        return {k: round(100 * v) for k, v in sorted(self.scores.items())}
+
+    def _set_rates(self, stage: Stage) -> None:
+        along = self.step / stage.steps if stage.falls else 0.0
+        factor = (0.55 + 0.45 * math.cos(math.pi * along)) * min(1.0, (self.step + 1) / 20)
+        rates = {"projector": stage.projector_lr, "adapter": stage.adapter_lr}
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["part"]] * factor
+
+    def _names_loss(self, stage: Stage) -> torch.Tensor:
+        number = self.step % stage.batches
+        if number not in self._features:
+            pixels, cells = self.maker.cells(self.stage, number, stage.batch)
+            with torch.no_grad():
+                maps = self.model.model.vision_tower(pixels.to(self.model.dtype)).last_hidden_state
+            self._features[number] = maps.flatten(2).mT, cells
+        features, cells = self._features[number]
+        tokens = self.model.model.multi_modal_projector(features)
+        return self.names.loss(tokens.float(), cells, self._note)
+
+    def _loss(self, stage: Stage) -> torch.Tensor:
+        """Cross entropy over answer tokens alone; the head runs on those positions only."""
+        assert stage.mixture is not None
+        batch = self.maker.make(self.stage, self.step, stage.batch, stage.mixture)
+        labels = torch.from_numpy(batch["labels"])
+        hidden = self.model.model(
+            input_ids=torch.from_numpy(batch["ids"]),
+            attention_mask=attention_mask(torch.from_numpy(batch["segment"])),
+            position_ids=torch.from_numpy(batch["positions"])[:, 0],
+            pixel_values=batch["pixels"].to(self.model.dtype),
+            use_cache=False,
+        ).last_hidden_state
+        is_answer = labels != IGNORE
+        logits = self.model.lm_head(hidden[is_answer]).float()
+        self._score(batch, is_answer, logits.argmax(-1) == labels[is_answer])
+        return F.cross_entropy(logits, labels[is_answer])
+
+    def _score(self, batch: dict[str, Any], is_answer: torch.Tensor, right: torch.Tensor) -> None:
+        """Share of segments whose every answer token was right, per name: batches never repeat."""
+        rows = is_answer.nonzero()[:, 0].tolist()
+        which = torch.from_numpy(batch["which"])[is_answer].tolist()
+        whole: dict[tuple[int, int], bool] = defaultdict(lambda: True)
+        for row, number, ok in zip(rows, which, right.tolist(), strict=True):
+            whole[row, number] &= ok
+        tally = defaultdict(list)
+        for (row, number), ok in whole.items():
+            tally[batch["names"][row][number]].append(ok)
+        for name, oks in tally.items():
+            self._note(name, float(np.mean(oks)))
+
+    def _note(self, name: str, value: float, decay: float = 0.95) -> None:
+        self.scores[name] = decay * self.scores.get(name, value) + (1 - decay) * value
+
+    def save(self) -> None:
+        """Write the checkpoint; a kill in the middle leaves the previous one intact."""
+        state = {
+            "trained": self.trained,
+            "optimizer": self.optimizer.state_dict(),
+            "progress": (self.stage, self.step, self.seconds),
+            "scores": self.scores,
+        }
+        replace_file(self.checkpoint, partial(torch.save, state))
+
+    def _resume(self) -> None:
+        if not self.checkpoint.exists():
+            return
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["trained"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stage, self.step, self.seconds = state["progress"]
+        self.scores = dict(state["scores"])
+
+    def merged(self) -> Any:
+        """The model with its adapters in its weights: a stock FastVLM again."""
+        return self.adapted.merge_and_unload()
+
+
+class Names:
+    """What visual tokens should look like to the decoder: the embeddings of words.
+
+    A token that shows a thing or a word gets the embedding of its name, and half of those of the
+    column and the row that it is in; the decoder reads text, so this is what it can read.
+    """
+
+    def __init__(self, maker: BatchMaker, model: Any) -> None:
+        table = model.get_input_embeddings().weight.detach().float()
+
+        def embedded(words: tuple[str, ...]) -> torch.Tensor:
+            return torch.stack([table[maker.packer.ids(f" {word}")[0]] for word in words])
+
+        words = (BACKGROUND, *maker.library.names, *WORDS)
+        self.index = {"": 0, **{word: k for k, word in enumerate(words)}}
+        self.words, self.places = embedded(words), [embedded(one) for one in PLACES]
+
+    def loss(self, tokens: torch.Tensor, cells: list[list[list[str]]], note: Any) -> torch.Tensor:
+        """Classification of name, column and row by cosine, and distance to their sum.
+
+        Parameters
+        ----------
+        tokens
+            float32 (batch, rows × columns, hidden), projected.
+        cells
+            Per picture, row and column, what the token shows.
+        note
+            Called with the name and the value of each score.
+        """
+        side = len(cells[0])
+        names = torch.tensor([[self.index[n] for row in c for n in row] for c in cells]).flatten()
+        thirds = torch.arange(side) * 3 // side
+        rows = thirds[:, None].expand(side, side).flatten().repeat(len(cells))
+        columns = thirds.expand(side, side).flatten().repeat(len(cells))
+        tokens = tokens.flatten(0, 1)
+        shown = names > 0
+        weight = torch.where(shown, 1.0, BACKGROUND_WEIGHT)
+        logits = SHARPNESS * F.normalize(tokens, dim=-1) @ F.normalize(self.words, dim=-1).T
+        loss = (F.cross_entropy(logits, names, reduction="none") * weight).sum() / weight.sum()
+        note("token name", _share(logits[shown], names[shown]))
+        target = self.words[names]
+        for what, places, table in zip(
+            ("column", "row"), (columns, rows), self.places, strict=True
+        ):
+            by = SHARPNESS * F.normalize(tokens[shown], dim=-1) @ F.normalize(table, dim=-1).T
+            loss = loss + 0.3 * F.cross_entropy(by, places[shown])
+            target = target + PLACE_WEIGHT * shown[:, None] * table[places]
+            note(f"token {what}", _share(by, places[shown]))
+        distance = (tokens - target).square().mean(1) / self.words.square().mean()
+        return loss + 0.5 * (distance * weight).sum() / weight.sum()
+
+
+def _share(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    return float((logits.argmax(-1) == labels).float().mean())
