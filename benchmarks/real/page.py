@@ -39,8 +39,8 @@ python -m benchmarks.real.run      # makes this page
   text: real attention sinks, real text priors.
 - It cannot show what a method does to a 7B model. The decoder has 135 M parameters; of the visual
   side, only the projector and the adapters have ever seen a picture and a text together.
-- The things are a closed set of {len(NAMES)} nouns with one to two photographs each. Test items have
-  layouts, sizes and backgrounds that training did not see, but the same photographs of the things.
+- The things are a closed set of {len(NAMES)} nouns with one or two photographs each. Test items
+  have layouts, sizes and backgrounds that training did not see, but the same photographs.
 - The pictures are composed, so there are no occlusions, no shadows and no scenes that make sense.
 - 49 visual tokens are few: at ratio 0.9 five of them are left. There are no videos.
 - Families that the full model has not learned (see the table) say nothing about methods. The

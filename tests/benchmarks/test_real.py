@@ -84,12 +84,12 @@ def answer_from_pixels(family: str, text: str, pixels: np.ndarray) -> str:
     return answer
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "reading"])
-def test_answers_follow_from_the_pixels(family: str) -> None:
+@pytest.mark.parametrize("group", [f for f in FAMILIES if f != "reading"])
+def test_answers_follow_from_the_pixels(group: str) -> None:
     answers = set()
-    for one in items(Drawings(), "test", 25, (family,)):
+    for one in items(Drawings(), "test", 25, (group,)):
         pixels = render(one.scene, Drawings())
-        assert one.answer == answer_from_pixels(family, one.query.text, pixels)
+        assert one.answer == answer_from_pixels(group, one.query.text, pixels)
         assert one.answer in one.options and len(set(one.options)) == len(one.options)
         answers.add(one.answer)
     assert len(answers) > 1
