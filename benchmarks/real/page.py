@@ -138,4 +138,8 @@ def _moved(results: dict[str, Any]) -> str:
 
 
 def write_page(results: Path, page_path: Path) -> Path:
-    return write_text(page_path, page(json.loads(results.read_text())).rstrip() + "\n")
+    """Write the page; without a result file it says that there is none."""
+    text = f"{HEAD}\nThere are no results yet.\n"
+    if results.exists():
+        text = page(json.loads(results.read_text()))
+    return write_text(page_path, text.rstrip() + "\n")
