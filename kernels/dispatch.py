@@ -47,6 +47,10 @@ OPS = (
 )
 
 _log = logging.getLogger(__name__)
+_assumed = threading.local()
+
+BODIES: dict[str, Callable[..., Any]] = {}
+"""What every custom op runs, by its name without the namespace; see :func:`plain`."""
 
 
 def mode() -> str:
@@ -57,6 +61,8 @@ def mode() -> str:
     KernelError
         If the value is not one of ``MODES``.
     """
+    if getattr(_assumed, "plain", False):
+        return "naive"
     value = os.environ.get("TOKENCOMP_KERNELS", "auto").strip().lower() or "auto"
     if value not in MODES:
         raise KernelError(
@@ -132,6 +138,7 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
             with no_autocast(args[0] if isinstance(args[0], Tensor) else args[0][0]):
                 return body(*args)
 
+        BODIES[name] = run
         return torch.library.custom_op(f"tokencomp::{name}", run, mutates_args=())
 
     return decorate
@@ -150,7 +157,17 @@ def autocasts(tensor: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-_assumed = threading.local()
+@contextmanager
+def plain() -> Iterator[None]:
+    """Run the ops of this thread in plain PyTorch, whatever the environment says.
+
+    A counter of FLOPs sees the products of the plain form, and nothing of a Triton kernel.
+    """
+    before, _assumed.plain = getattr(_assumed, "plain", False), True
+    try:
+        yield
+    finally:
+        _assumed.plain = before
 
 
 @contextmanager

@@ -13,7 +13,17 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
 from tokencomp.evaluation.baselines import EqualTokens
-from tokencomp.evaluation.metrics import McNemar, Retention, difference, mcnemar, retention
+from tokencomp.evaluation.cost import PARTS
+from tokencomp.evaluation.lost import LostItem, draw_lost
+from tokencomp.evaluation.metrics import (
+    Difference,
+    McNemar,
+    Retention,
+    difference,
+    mcnemar,
+    retention,
+)
+from tokencomp.evaluation.native import has_budget
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
@@ -22,12 +32,14 @@ from tokencomp.evaluation.settings import (
     FEWER_FRAMES,
     FULL,
     INPUT_BASELINES,
+    NATIVE,
     Setting,
 )
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.questions import Example
 from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.pages.plots import Point, lines
+from tokencomp.pages.report import work_cell
 from tokencomp.reducers.base import Reducer
 from tokencomp.shapesqa.examples import blind_guess, shapesqa
 from tokencomp.shapesqa.items import SIZE, items
@@ -48,11 +60,15 @@ __all__ = [
     "FULL",
     "IMAGE_FAMILIES",
     "INPUT_BASELINES",
+    "NATIVE",
+    "PARTS",
     "SIZE",
     "TOWER_SIGNALS",
+    "Difference",
     "EqualTokens",
     "EvalRun",
     "Example",
+    "LostItem",
     "McNemar",
     "Measurement",
     "OptionError",
@@ -69,8 +85,10 @@ __all__ = [
     "available_reducers",
     "blind_guess",
     "difference",
+    "draw_lost",
     "environment",
     "extend_visual_context",
+    "has_budget",
     "items",
     "lines",
     "load",
@@ -86,6 +104,7 @@ __all__ = [
     "retention",
     "shapesqa",
     "sweep",
+    "work_cell",
     "write_json",
 ]
 

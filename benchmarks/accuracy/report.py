@@ -29,9 +29,12 @@ from benchmarks.accuracy.tables import (
     family_table,
     kept,
     loss_table,
+    lost_table,
     ratio_table,
     reaches,
     rivals,
+    rivals_table,
+    work_table,
 )
 from benchmarks.publishing import MARK
 
@@ -151,6 +154,14 @@ def section(results: Results, default: str, pictures: str) -> str:
     ]
     for ratio in results.ratios:
         parts += [f"### {model}, ratio {ratio:g}", ratio_table(results, ratio, default)]
+        work, lost = (
+            work_table(results, ratio, default),
+            lost_table(results, ratio, default, pictures),
+        )
+        if work:
+            parts += ["Where the work goes (images / videos where they differ):", work]
+        if lost:
+            parts += [f"What {default} loses, the first by id:", lost]
     losses = [one for one in compare_families(results, default) if one.lost]
     if losses:
         title = f"### {model}, families where a baseline answered more correctly than the default"
@@ -159,6 +170,18 @@ def section(results: Results, default: str, pictures: str) -> str:
     labels = [label for label in shown if label in results.settings]
     parts += [f"### {model}, accuracy per question family", family_table(results, labels)]
     return "\n\n".join(parts)
+
+
+def sceptic(results: Results, ratio: float, default: str, pictures: str) -> list[str]:
+    """The tables that doubt the first one: baselines, agreement, cost, and what is lost."""
+    tables = {
+        "Against the full model and the baselines:": rivals_table(results, ratio, default),
+        "Where the work goes (images / videos where they differ):": work_table(
+            results, ratio, default
+        ),
+        f"What {default} loses, the first by id:": lost_table(results, ratio, default, pictures),
+    }
+    return [text for pair in tables.items() if pair[1] for text in pair]
 
 
 RUN = "python -m benchmarks.accuracy.run"

@@ -26,10 +26,15 @@ import torch
 
 from benchmarks import publishing
 from benchmarks.accuracy.library import (
+    DEFAULT_REDUCER,
     DOWNSCALE,
     FAMILIES,
     INPUT_BASELINES,
+    NATIVE,
     TOWER_SIGNALS,
+    EvalRun,
+    Example,
+    LostItem,
     OptionError,
     Setting,
     TokenCompError,
@@ -37,6 +42,8 @@ from benchmarks.accuracy.library import (
     adapter_for,
     available_models,
     available_reducers,
+    draw_lost,
+    has_budget,
     items,
     load,
     make_reducer,
@@ -46,13 +53,15 @@ from benchmarks.accuracy.library import (
     sweep,
 )
 from benchmarks.accuracy.report import write_report
-from benchmarks.accuracy.store import RESULTS, Results, collected, merged
+from benchmarks.accuracy.store import LOST, RESULTS, Results, add_lost, collected, merged
 
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 BASELINES = ("random", "uniform", DOWNSCALE)
 TOWERS = ("visual", "vision_tower", "vision_model")
+LOST_RATIOS, LOST_PER_KIND, LOST_SIDE = (0.75, 0.9), 2, 128
 LEFT_OUT = ("oracle", "ccam")  # one needs the answer, one always returns the same token count
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "random": ({}, {"seed": 1}, {"seed": 2}),
     "cdpruner": ({}, {"relevance": "attention"}),
     "pool": ({}, {"stride": 1.0}),
 }
@@ -150,17 +159,33 @@ def answer_all(
     check_items(folder, split, (item.id for item in questions))
     examples = shapesqa(questions, args.out / "media" / split)
     model, processor = load(name)
-    options = {"batch_size": args.batch, "name": name}
+    options = {"batch_size": args.batch, "name": name, "work": True}
     groups = [[s for s in grid if watches_tower(s) is watches] for watches in (False, True)]
     with tower_once(model):
         runs = sweep(model, processor, examples, groups[0], unfinished, **options)
     if groups[1]:
         runs |= sweep(model, processor, examples, groups[1], unfinished, **options)
     results = collected(runs, name, split, facts)
+    add_lost(results, draw_default(model, processor, runs, examples, folder / LOST))
     if (folder / f"{split}.json").exists():
         results = merged(Results.read(folder, split), results)
     results.write(folder)
     shutil.rmtree(unfinished)  # a later run starts afresh
+
+
+def draw_default(
+    model: Any, processor: Any, runs: dict[Setting, EvalRun], examples: list[Example], folder: Path
+) -> dict[str, list[LostItem]]:
+    """Draw what the default loses at `LOST_RATIOS`, by a fixed rule; items by label."""
+    by_id = {example.id: example for example in examples}
+    small = {"per_kind": LOST_PER_KIND, "side": LOST_SIDE}
+    return {
+        setting.label: draw_lost(model, processor, run, runs[Setting()], by_id, folder, **small)
+        for setting, run in runs.items()
+        if setting.reducer == DEFAULT_REDUCER
+        and setting.ratio in LOST_RATIOS
+        and not setting.written_options
+    }
 
 
 def _count(text: str) -> int:
@@ -198,9 +223,11 @@ def main() -> None:
     facts = publishing.published_from(args.out, args.allow_dirty)
     torch.set_num_threads(args.threads)
     methods = [n for n in available_reducers() if n not in (*BASELINES, *LEFT_OUT)]
-    names = args.reducers or [*BASELINES, *methods]
     for name in args.models:
-        ready, refused = usable(load(name)[0], names)
+        model, processor = load(name)
+        native = [NATIVE] if has_budget(processor) else []
+        names = args.reducers or [*BASELINES, *native, *methods]
+        ready, refused = usable(model, names)
         for reducer, reason in refused.items():
             print(f"{name}: left out {reducer}: {reason}")
         answer_all(name, args.split, settings(ready, args.ratios), args, facts)

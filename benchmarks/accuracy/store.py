@@ -8,8 +8,8 @@ form of `tokencomp.evaluation.packed`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from benchmarks.accuracy.library import (
     FULL,
     IMAGE_FAMILIES,
     EvalRun,
+    LostItem,
     OptionError,
     PackedAnswers,
     Setting,
@@ -26,6 +27,8 @@ from benchmarks.accuracy.library import (
 
 ACCURACY = Path(__file__).parent
 RESULTS = ACCURACY / "results"
+LOST = "lost"
+"""Folder beside the results with pictures of what the default loses."""
 KINDS = ("images", "videos")
 BARS = {0.5: 0.97, 0.75: 0.97, 0.9: 0.94, 0.95: 0.80}
 """Retention that the default has to reach, on images and on videos of every model."""
@@ -173,8 +176,15 @@ def collected(
     return Results(manifest, answers)
 
 
+def add_lost(results: Results, lost: Mapping[str, Sequence[LostItem]]) -> None:
+    """Note the items that were drawn, under the label of their setting."""
+    for label, drawn in lost.items():
+        results.settings[label]["lost"] = [asdict(item) for item in drawn]
+
+
 def _cost(setting: Setting, run: EvalRun) -> dict[str, Any]:
     """The setting and its cost. No time: the vision tower ran for the first setting only."""
+    work = {f"{kind}s": parts for kind, parts in run.manifest.get("work", {}).items()}
     ratios: dict[str, list[float]] = {}
     for r in run.answered:
         ratios.setdefault(kind_of(r["family"]), []).append(r["ratio"])
@@ -185,6 +195,7 @@ def _cost(setting: Setting, run: EvalRun) -> dict[str, Any]:
         "options": setting.options,
         **run.summary(),
         "achieved": {kind: sum(values) / len(values) for kind, values in ratios.items()},
+        **({"work": work} if work else {}),
     }
 
 

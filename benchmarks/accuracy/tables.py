@@ -12,19 +12,23 @@ from benchmarks import publishing
 from benchmarks.accuracy.library import (
     DOWNSCALE,
     FULL,
+    PARTS,
     McNemar,
     Retention,
     Setting,
     available_models,
+    difference,
     mcnemar,
     metrics,
     retention,
+    work_cell,
 )
-from benchmarks.accuracy.store import KINDS, Results, kind_of
+from benchmarks.accuracy.store import KINDS, LOST, Results, kind_of
 
 BASELINES = ("random", "uniform", DOWNSCALE)
 SLACK = 0.05  # of the ratio, for a baseline that cannot reach it exactly
 NONE = "–"
+READING = "reading"
 
 
 table = functools.partial(publishing.table, rule=" --- ")
@@ -75,7 +79,6 @@ def ratio_table(results: Results, ratio: float, default: str) -> str:
     """Retention with paired 95 % intervals, p against random and the default, and cost."""
     tests = ["p vs random", f"p vs {default}"]
     head = ["method", *KINDS, "both", "all families", *tests, "achieved ratio", "FLOPs left"]
-    head.append("where downscale fails")
     rows, notes = [], []
     for label in at(results, ratio):
         setting = results.settings[label]
@@ -86,10 +89,9 @@ def ratio_table(results: Results, ratio: float, default: str) -> str:
         achieved = f"{setting['achieved_ratio']:.3f}" if at_ratio else " / ".join(by_kind)
         p = [against(results, label, f"{base}-{ratio:g}") for base in ("random", default)]
         note = moved(results, setting)
-        method = name(setting, default)
-        notes += [f"{method} {note}"] if note else []
-        last = [achieved, f"{flops:.0%}", detail(results, label, ratio)]
-        rows.append([method + ("†" if note else ""), *cells, *p, *last])
+        notes += [f"{name(setting, default)} {note}"] if note else []
+        method = name_of(results, label, default)
+        rows.append([method, *cells, *p, achieved, f"{flops:.0%}"])
     return table(head, rows) + (f"\n\n† {'; '.join(notes)}." if notes else "")
 
 
@@ -102,6 +104,50 @@ def moved(results: Results, setting: dict[str, Any]) -> str:
     return Setting(setting["reducer"], setting["ratio"], setting["options"]).moved(layers)
 
 
+def rivals_table(results: Results, ratio: float, default: str) -> str:
+    """Accuracy on the learned families, and differences to full model and baselines."""
+    seeds = seeds_of(results, ratio)
+    small = f"{DOWNSCALE}-{ratio:g}"
+    small_ones = [small] if small in results.settings and reaches(results, small, "both") else []
+    columns = {"vs full": [FULL], f"vs random ({len(seeds)} seeds)": seeds}
+    columns["vs downscale"] = small_ones
+    head = ["method", "accuracy", *columns, "where downscale fails", "same answer as full"]
+    reading = [READING] if READING in results.families else []
+    rows = []
+    for label in at(results, ratio):
+        cells = [accuracy_cell(results.scores(label, "both", results.learned))]
+        cells += [versus(results, label, bases) for bases in columns.values()]
+        cells += [detail(results, label, ratio), agreement(results, label)]
+        cells += [f"{results.accuracy(label, name):.0%}" for name in reading]
+        rows.append([name_of(results, label, default), *cells])
+    return table([*head, *reading], rows)
+
+
+def name_of(results: Results, label: str, default: str) -> str:
+    """The method of a label, marked where the depth of the model moves its cuts."""
+    setting = results.settings[label]
+    return name(setting, default) + ("†" if moved(results, setting) else "")
+
+
+def seeds_of(results: Results, ratio: float) -> list[str]:
+    """Labels of `random` at a ratio, one per seed."""
+    settings = results.settings
+    return [k for k, s in settings.items() if s["reducer"] == "random" and s["ratio"] == ratio]
+
+
+def accuracy_cell(scores: Sequence[float]) -> str:
+    return f"{sum(scores) / len(scores):.1%}" if scores else NONE
+
+
+def versus(results: Results, label: str, bases: Sequence[str]) -> str:
+    """Difference to the mean of some baselines in points on the learned families."""
+    scores = results.scores(label, "both", results.learned)
+    if not bases or label in bases or not scores or not reaches(results, label, "both"):
+        return NONE
+    every = [results.scores(base, "both", results.learned) for base in bases]
+    return str(difference(scores, [sum(one) / len(bases) for one in zip(*every, strict=True)]))
+
+
 def detail(results: Results, label: str, ratio: float) -> str:
     """Accuracy on the questions of the learned families that downscaling gets wrong."""
     base = f"{DOWNSCALE}-{ratio:g}"
@@ -110,6 +156,57 @@ def detail(results: Results, label: str, ratio: float) -> str:
     ours, blurred = (results.scores(k, "both", results.learned) for k in (label, base))
     scores = [right for right, other in zip(ours, blurred, strict=True) if not other]
     return f"{sum(scores) / len(scores):.0%} of {len(scores)}" if scores else NONE
+
+
+def agreement(results: Results, label: str) -> str:
+    """Share of the learned families' questions that get the very answer of the full model."""
+    agrees = results.answers.agrees[label]
+    return accuracy_cell([agrees[i] for i in results.select("both", results.learned)])
+
+
+def work_table(results: Results, ratio: float, default: str) -> str:
+    """Where the work of an answer goes, images / videos; "" for results without counts.
+
+    The full model's row has amounts, the other rows have shares of them; the reducer's own work is
+    a share of the full model's prefill.
+    """
+    full = results.settings[FULL].get("work")
+    labels = [label for label in at(results, ratio) if "work" in results.settings[label]]
+    if not full or not labels:
+        return ""
+    titles = {"decode": "decode, per token", "kv_bytes": "KV bytes"}
+    head = ["method", *(titles.get(part, part) for part in PARTS)]
+    rows = [["full", *_work_cells(full, None)]]
+    for label in labels:
+        setting = results.settings[label]
+        rows.append([name(setting, default), *_work_cells(setting["work"], full)])
+    return table(head, rows)
+
+
+def _work_cells(work: dict[str, Any], full: dict[str, Any] | None) -> list[str]:
+    """One cell per part, the kinds of media in order; one value where all are equal."""
+    cells = []
+    for part in PARTS:
+        values = [work_cell(work[k], part, full and full.get(k)) for k in KINDS if k in work]
+        cells.append(" / ".join(values) if len(set(values)) > 1 else values[0])
+    return cells
+
+
+def lost_table(results: Results, ratio: float, default: str, pictures: str) -> str:
+    """What the default loses at a ratio, with pictures; "" where nothing was drawn."""
+    lost = results.settings.get(f"{default}-{ratio:g}", {}).get("lost", ())
+    rows = [
+        [
+            f"`{item['id']}`",
+            item["question"],
+            item["full"],
+            item["compressed"],
+            f"![what was kept]({pictures}/{results.manifest['model']}/{LOST}/{item['picture']})",
+        ]
+        for item in lost
+    ]
+    head = ["question", "", "full model", "compressed", "what the decoder saw"]
+    return table(head, rows) if rows else ""
 
 
 def against(results: Results, label: str, base: str) -> str:

@@ -56,6 +56,37 @@ def test_timing_the_parts_changes_no_answer(loaded, examples, tmp_path):
     ]
 
 
+def test_work_is_that_of_the_first_image_and_the_first_video(loaded, examples, tmp_path):
+    settings = grid(["uniform", "downscale"], [0.75])
+    runs = sweep(*loaded, examples, settings, tmp_path, work=True, **HOW)
+    full = runs[Setting()].manifest["work"]
+    for setting in settings:
+        work, records = runs[setting].manifest["work"], runs[setting].records
+        for kind in ("image", "video"):
+            is_video = [e.media[0].suffix == ".mp4" for e in examples]
+            record, parts = records[is_video.index(kind == "video")], work[kind]
+            assert parts["prefill"] == record["flops"] and parts["decode"] == record["decode_flops"]
+            assert parts["kv_bytes"] == record["kv_bytes"]
+            smaller = setting.reducer == "downscale"
+            assert (parts["tower"] < full[kind]["tower"]) is smaller
+            assert (parts["projector"] < full[kind]["projector"]) is smaller
+    again = sweep(*loaded, examples, settings, tmp_path, work=True, **HOW)
+    assert all(again[s].manifest["work"] == runs[s].manifest["work"] for s in settings)
+
+
+def test_decoding_reads_the_rows_that_were_kept(loaded, examples):
+    """One token attends to what every layer kept of the prompt and to itself."""
+    model, processor = loaded
+    (record,) = evaluate(*loaded, examples[:1], "uniform", 0.75, **HOW).records
+    text = model.config.get_text_config()
+    d, f, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    inputs = build_inputs(processor, [examples[0].load(8)], [examples[0].prompt])
+    visual = record["visual_tokens"]
+    kept = inputs["input_ids"].shape[1] - visual + visual // 4
+    linear, pairs = 2 * (4 * d * d + 3 * d * f), kept + 1
+    assert record["decode_flops"] == layers * (linear + 4 * d * pairs)
+
+
 def test_costs_are_those_of_the_shapes(loaded, examples):
     """64 tokens an image, 256 a video; FLOPs and bytes recomputed by hand."""
     model, processor = loaded

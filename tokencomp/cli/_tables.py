@@ -35,6 +35,7 @@ def print_lines(console: Any, lines: Sequence[Any]) -> None:
     console.print(shown)
     if len(lines) > 1:
         _print_rivals(console, lines[1:])
+    _print_work(console, lines)
     for line in lines:
         if line.moved:
             console.print(f"† {line.run.label} at {line.run.shown_ratio} {line.moved}.")
@@ -64,6 +65,26 @@ def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
     )
     shown.caption_justify = "left"
     console.print(shown)
+
+
+def _print_work(console: Any, lines: Sequence[Any]) -> None:
+    """Where the work of the first image and of the first video goes."""
+    from rich.table import Table
+
+    from tokencomp.evaluation.cost import PARTS
+    from tokencomp.pages.report import work_tables
+
+    titles = {"decode": "decode/token", "kv_bytes": "KV bytes"}
+    for kind, rows in work_tables(lines).items():
+        title = f"\nWork of the first {kind}: the full model's, and shares of it"
+        shown = Table(box=None, padding=(0, 1, 0, 0), title=title, title_justify="left")
+        for name in ("method", "ratio", *PARTS):
+            shown.add_column(titles.get(name, name), no_wrap=True)
+        for line, cells in rows:
+            shown.add_row(line.label, f"{line.run.shown_ratio}", *cells)
+        shown.caption = "FLOPs; reduce: the method's own work as a share of the full prefill."
+        shown.caption_justify = "left"
+        console.print(shown)
 
 
 def _points(difference: Difference | None) -> str:

@@ -77,6 +77,7 @@ def command(
         settings, manifests = settings_of(loaded[0]), {}
         if baselines:
             settings = _with_baselines(settings, seeds, has_budget(loaded[1]))
+        full = next((output / s.label for s in settings if s.off), None)
         for k, setting in enumerate(settings):
             console.print(f"[dim]{k + 1}/{len(settings)}[/] {setting.label}")
             manifests[setting] = run_setting(
@@ -88,6 +89,7 @@ def command(
                 limit=limit,
                 frames=frames,
                 batch_size=batch_size,
+                full=full,
             )
     if not console.quiet:
         _print(console, manifests, [output / setting.label for setting in settings])

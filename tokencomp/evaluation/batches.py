@@ -12,14 +12,15 @@ import torch
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.evaluation.baselines import EqualTokens
-from tokencomp.evaluation.cost import Cost, prefill_costs
+from tokencomp.evaluation.cost import Cost, prefill_costs, work_parts
 from tokencomp.evaluation.native import budget_of
 from tokencomp.evaluation.patches import Patches
 from tokencomp.evaluation.settings import NATIVE, Setting
 from tokencomp.evaluation.time_parts import time_parts
 from tokencomp.inputs.frames import frame_plan
-from tokencomp.inputs.prompts import build_inputs, generate
-from tokencomp.inputs.questions import Example
+from tokencomp.inputs.prompts import build_inputs, generate, to_model
+from tokencomp.inputs.questions import Example, media_kind
+from tokencomp.profiling.work import vision_work
 
 if TYPE_CHECKING:
     from tokencomp.engine.stats import Stats
@@ -134,8 +135,8 @@ class Answerer:
             costs = self._costs(setting, stats, inputs, rows)
         answers[setting] = texts
         records = [
-            _record(example, text, seconds / len(rows), cost)
-            for (example, _), text, cost in zip(rows, texts, costs, strict=True)
+            _record(row, text, seconds / len(rows), cost)
+            for row, text, cost in zip(rows, texts, costs, strict=True)
         ]
         return Batch(records, seconds, stats)
 
@@ -149,6 +150,26 @@ class Answerer:
             lambda: self.patches.applied(Setting(), names),
         )
 
+    def work_parts(self, setting: Setting, row: Loaded) -> dict[str, int | None]:
+        """Where the work of one answer goes: `tokencomp.evaluation.cost.PARTS`."""
+        model = self.models[setting.variant]
+        inputs = to_model(self.inputs([row], setting), model)
+        with self.patches.applied(setting, [row[0].id]) as handle:
+            counted = vision_work(model, inputs)
+            (cost,) = self._costs(setting, handle.stats if handle else None, inputs, [row])
+        return work_parts(counted, cost)
+
+    def prefill_stats(self, setting: Setting, row: Loaded) -> Stats:
+        """`handle.stats` of the prefill of one question under a setting that patches the model."""
+        model = self.models[setting.variant]
+        inputs = to_model(self.inputs([row], setting), model)
+        with self.patches.applied(setting, [row[0].id]) as handle, torch.inference_mode():
+            assert handle is not None
+            model(**inputs, use_cache=True, logits_to_keep=1)
+            stats = handle.stats
+        assert stats is not None
+        return stats
+
     def _costs(
         self, setting: Setting, stats: Stats | None, inputs: dict[str, Any], rows: Sequence[Loaded]
     ) -> list[Cost]:
@@ -159,9 +180,17 @@ class Answerer:
         return prefill_costs(self.plain, inputs, stats, full)
 
 
-def _record(example: Example, text: str, seconds: float, cost: Cost) -> dict[str, Any]:
+def kind_of(row: Loaded) -> str:
+    """ "video" if a video is among the media of a question, "image" if an image is, else ""."""
+    kinds = {media_kind(media) for media in row[1]}
+    return "video" if "video" in kinds else "image" if kinds else ""
+
+
+def _record(row: Loaded, text: str, seconds: float, cost: Cost) -> dict[str, Any]:
+    example, _ = row
     return {
         "id": example.id,
+        "kind": kind_of(row),
         "family": example.family,
         "prompt": example.prompt,
         "prediction": text,

@@ -1,4 +1,4 @@
-"""What the LLM's prefill of each sample costs: visual tokens per layer, FLOPs, KV bytes."""
+"""What each sample costs: visual tokens per layer, FLOPs and KV bytes of the LLM, and its parts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.flops import DecoderShape
 from tokencomp.engine.stats import Stats
 from tokencomp.inputs.prompts import prompt_lengths
+from tokencomp.profiling.work import VisionWork
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,15 @@ class Cost:
         FLOPs of the decoder layers for this prefill.
     kv_bytes
         Bytes of keys and values it caches.
+    decode_flops
+        FLOPs of the decoder layers for one further token.
     """
 
     visual_tokens: int
     per_layer: list[int]
     flops: int
     kv_bytes: int
+    decode_flops: int = 0
 
     @property
     def ratio(self) -> float:
@@ -42,10 +46,30 @@ class Cost:
         return {**asdict(self), "ratio": self.ratio}
 
 
+PARTS = ("tower", "projector", "reduce", "prefill", "decode", "kv_bytes")
+"""Where the work of one answer goes: FLOPs, but for the bytes of keys and values."""
+
+
+def work_parts(counted: VisionWork, cost: Cost) -> dict[str, int | None]:
+    """The `PARTS` of one answer; `decode` is one further token.
+
+    Parameters
+    ----------
+    counted
+        Of its prefill. A projector that the family does not name is None.
+    cost
+        Of its prompt.
+    """
+    decoder = {"prefill": cost.flops, "decode": cost.decode_flops, "kv_bytes": cost.kv_bytes}
+    return {**vars(counted), **decoder}
+
+
 def _cost(shape: DecoderShape, length: int, visual: int, per_layer: list[int], full: int) -> Cost:
     rows = [length - visual + n for n in per_layer]
     flops = sum(shape.layer_flops(n, layer=i) for i, n in enumerate(rows))
-    return Cost(full, per_layer, flops, sum(shape.kv_bytes(n, i) for i, n in enumerate(rows)))
+    kv_bytes = sum(shape.kv_bytes(n, i) for i, n in enumerate(rows))
+    decode = sum(shape.layer_flops(1, past=n, layer=i) for i, n in enumerate(rows))
+    return Cost(full, per_layer, flops, kv_bytes, decode)
 
 
 def prefill_costs(

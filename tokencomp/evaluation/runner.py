@@ -14,7 +14,16 @@ import torch
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MediaError
-from tokencomp.evaluation.batches import TOO_LARGE, Answerer, Answers, Around, Batch, Loaded, failed
+from tokencomp.evaluation.batches import (
+    TOO_LARGE,
+    Answerer,
+    Answers,
+    Around,
+    Batch,
+    Loaded,
+    failed,
+    kind_of,
+)
 from tokencomp.evaluation.environment import (
     attention_backend,
     environment,
@@ -65,6 +74,7 @@ def sweep(
     around: Around | None = None,
     draw: Draw | None = None,
     times: bool = False,
+    work: bool = False,
 ) -> dict[Setting, EvalRun]:
     """Evaluate several settings; every batch is decoded and preprocessed once for all of them.
 
@@ -105,6 +115,9 @@ def sweep(
     times
         Whether the first answer of each setting is timed in parts, in turn with the full model;
         the manifest keeps the result under "times".
+    work
+        Whether the work of the first answer about an image, and of the first about a video, is
+        counted in parts; the manifest keeps it under "work", by the kind of media.
 
     Returns
     -------
@@ -115,11 +128,13 @@ def sweep(
     how = {"frames": frames, "max_new_tokens": max_new_tokens, "seed": seed}
     distinct, patches = list(dict.fromkeys(settings)), Patches(models)
     answerer = Answerer(models, processor, distinct, patches, how, isinstance(model, dict), around)
-    work = _Sweep(answerer, items, distinct, name)
-    work.batch_size, work.shard, work.draw, work.timed = batch_size, shard, draw, times
+    one = _Sweep(answerer, items, distinct, name)
+    one.batch_size, one.shard, one.draw, one.timed, one.counted = (
+        batch_size, shard, draw, times, work,
+    )  # fmt: skip
     if out_dir is not None:
-        work.open_stores(out_dir)
-    return work.run(progress)
+        one.open_stores(out_dir)
+    return one.run(progress)
 
 
 class _Sweep:
@@ -131,10 +146,11 @@ class _Sweep:
         self.answerer, self.items, self.halved = answerer, list(items), False
         self.batch_size, self.shard = 16, True
         self.draw: Draw | None = None
-        self.timed = False
+        self.timed = self.counted = False
         self.times: dict[Setting, dict[str, dict[str, float]]] = {}
         self.rank, self.world = process_rank()
         self.runs = {s: EvalRun(s) for s in settings}
+        self.work: dict[Setting, dict[str, Any]] = {s: {} for s in settings}
         self.seconds = dict.fromkeys(self.runs, 0.0)
         self.done: dict[Setting, set[str]] = {s: set() for s in self.runs}
         self.stores: dict[Setting, AnswerStore] = {}
@@ -152,6 +168,7 @@ class _Sweep:
             self.stores[setting] = AnswerStore(path, self.identities[setting], self.rank)
             if known := self.stores[setting].manifest.get("times"):
                 self.times[setting] = known
+            self.work[setting] = self.stores[setting].manifest.get("work", {})
             self.done[setting] = self.stores[setting].done()
             run.path = path
 
@@ -226,6 +243,15 @@ class _Sweep:
             self.draw(self.stores[setting].path, *rows[0], batch.stats)
         if self.timed and not self.rank and setting not in self.times:
             self.times[setting] = self.answerer.time_parts(setting, rows[0])
+        if self.counted and not self.rank:
+            self._count(setting, rows)
+
+    def _count(self, setting: Setting, rows: list[Loaded]) -> None:
+        """Count the work of the first answer about every kind of media."""
+        for row in rows:
+            kind = kind_of(row)
+            if kind and kind not in self.work[setting]:
+                self.work[setting][kind] = self.answerer.work_parts(setting, row)
 
     def _write(self, setting: Setting, records: list[dict[str, Any]]) -> None:
         self.runs[setting].records += records
@@ -257,6 +283,8 @@ class _Sweep:
             }
             if setting in self.times:
                 run.manifest["times"] = self.times[setting]
+            if self.work[setting]:
+                run.manifest["work"] = self.work[setting]
             if finished:
                 run.manifest["seconds"] = round(self.seconds[setting], 3)
                 run.manifest["summary"] = run.summary()

@@ -92,6 +92,7 @@ class TokenComp(lmms):
         self.results = None if results is None else Path(results)
         self.run_manifest: dict[str, Any] = {}
         self._records: dict[str, dict[str, Any]] = {}
+        self.examples: dict[str, Example] = {}
 
     def _accelerate(self) -> None:
         """Data parallelism under `accelerate launch`."""
@@ -122,6 +123,7 @@ class TokenComp(lmms):
         """Greedy answers, in the order of the requests; failed items give an empty answer."""
         answers: dict[str, str] = {}
         for limit, examples, stops in _groups(self._examples(requests)):
+            self.examples |= {example.id: example for example in examples}
             folders = None if self.results is None else {self.setting: self._folder(limit)}
             run = sweep(
                 self.model,
@@ -136,6 +138,7 @@ class TokenComp(lmms):
                 shard=False,
                 draw=save_kept,
                 times=True,
+                work=True,
             )[self.setting]
             self._note(run.manifest)
             for record in run.records:
@@ -157,12 +160,16 @@ class TokenComp(lmms):
     def _note(self, manifest: dict[str, Any]) -> None:
         """Keep the latest manifest, but carry over an earlier out-of-memory flag.
 
-        The smallest batch size of all manifests is kept with it.
+        The smallest batch size of all manifests is kept with it, and the first count of work for
+        every kind of media.
         """
         before = self.run_manifest or manifest
         halved = before["batch_halved_by_oom"] or manifest["batch_halved_by_oom"]
         size = min(before["batch_size"], manifest["batch_size"])
-        self.run_manifest = {**manifest, "batch_halved_by_oom": halved, "batch_size": size}
+        work = {**manifest.get("work", {}), **before.get("work", {})}
+        self.run_manifest = {
+            **manifest, "batch_halved_by_oom": halved, "batch_size": size, "work": work,
+        }  # fmt: skip
 
     def _examples(self, requests: list[Instance]) -> Iterator[tuple[int, Example, tuple[str, ...]]]:
         """Every item once: lmms-eval fills the shorter shares with copies of their last item."""

@@ -10,8 +10,9 @@ from typing import Any
 
 from tokencomp.errors import MissingDependencyError, OptionError, unknown_name
 from tokencomp.evaluation.environment import model_identity, public_name
+from tokencomp.evaluation.lost import draw_lost
 from tokencomp.evaluation.runs import EvalRun
-from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.settings import RANDOM, Setting
 from tokencomp.evaluation.store import AnswerStore
 from tokencomp.lmms.data import LocalData, cache_dirs, use_home
 
@@ -122,10 +123,17 @@ def run_setting(
     limit: int | None,
     frames: int,
     batch_size: int,
+    full: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate one setting, and write records and manifest to `out`.
 
     Answers are written as they come, so that an interrupted run continues after the last one.
+
+    Parameters
+    ----------
+    full
+        Folder of the finished run of the full model. What a method loses against it is drawn, see
+        `draw_lost`.
 
     Returns
     -------
@@ -167,9 +175,11 @@ def run_setting(
         return {}
     answers = model.records
     records = [r for t in tasks for r in _records(t.name, results["samples"][t.name], answers)]
-    summary = EvalRun(setting, records).summary()
-    manifest = {**model.run_manifest, "scores": _scores(results["results"]), "summary": summary}
-    store.write(manifest, records)
+    run = EvalRun(setting, records)
+    scores = _scores(results["results"])
+    store.write({**model.run_manifest, "scores": scores, "summary": run.summary()}, records)
+    if full is not None and setting.active and setting.name != RANDOM:
+        draw_lost(*loaded, run, EvalRun.read(full), model.examples, out, frames=frames)
     return store.manifest
 
 

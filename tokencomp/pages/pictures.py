@@ -29,6 +29,7 @@ NEVER = -1.0
 LINE = (70, 76, 96)
 SIDE = 224
 MAX_FRAMES = 8
+MAX_MEDIA = 4
 KEPT = "kept.jpg"
 """The picture in a run folder that `tokencomp report` shows."""
 
@@ -183,9 +184,25 @@ def save_kept(folder: Path, example: Example, media: Sequence[Any], stats: Stats
     path = folder / KEPT
     if path.exists() or not media or not stats.spans[0]:
         return
+    kept_picture(media, stats).save(path, comment=f"{example.id}: {example.prompt}".encode())
+
+
+def kept_picture(media: Sequence[Any], stats: Stats, side: int = SIDE) -> Image.Image:
+    """What the layers saw of the media of the first row of a batch, as one sheet.
+
+    Parameters
+    ----------
+    media
+        Of the row, decoded; the first `MAX_MEDIA` of them are drawn.
+    """
     shares, groups = survival(stats), group_spans(stats.spans[0], media)
-    first = picture(media[0], [shares[j] for j in groups[0]])
-    first.save(path, comment=f"{example.id}: {example.prompt}".encode())
+    sheets = [
+        picture(m, [shares[j] for j in group], side)
+        for m, group in zip(media, groups, strict=True)
+        if group
+    ][:MAX_MEDIA]
+    size = max((s.size for s in sheets), key=lambda s: s[0] * s[1])
+    return strip([s if s.size == size else s.resize(size) for s in sheets])
 
 
 def data_uri(image: Image.Image) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
+from tokencomp.evaluation.cost import PARTS
+from tokencomp.evaluation.lost import lost_ids, read_lost
 from tokencomp.evaluation.metrics import McNemar, Retention, mcnemar, retention
 from tokencomp.evaluation.rivals import Rivals, losses, rivals
 from tokencomp.evaluation.runs import IDENTITY, EvalRun, paired_scores
@@ -108,7 +110,68 @@ def write(table: Sequence[Line], path: Path) -> Path:
         losses=losses([line.run for line in table]),
         moved=[line for line in table if line.moved],
         timed=[line for line in table if "times" in line.run.manifest],
+        work=work_tables(table),
+        parts=PARTS,
+        lost=_lost(table),
     )
+
+
+def _lost(table: Sequence[Line]) -> list[dict[str, Any]]:
+    """Per line with pictures of lost items: how many there are, of how many, and the pictures."""
+    from PIL import Image
+
+    from tokencomp.pages.pictures import data_uri
+
+    shown, full = [], table[0].run
+    for line in table[1:]:
+        folder = line.run.path
+        items = [] if folder is None else read_lost(folder)
+        if folder is None or not items:
+            continue
+        cards = []
+        for item in items:
+            with Image.open(folder / item.picture) as image:
+                cards.append({"item": item, "uri": data_uri(image.convert("RGB"))})
+        right = sum(score >= 0.5 for score in full.scores.values())
+        shown.append(
+            {"line": line, "count": len(lost_ids(line.run, full)), "of": right, "cards": cards}
+        )
+    return shown
+
+
+def work_tables(table: Sequence[Line]) -> dict[str, list[tuple[Line, list[str]]]]:
+    """By kind of media: every counted line, and a cell for each of `PARTS`.
+
+    The full model's cells are amounts, the others shares of them; the reducer's is a share of the
+    full model's prefill.
+    """
+    full = table[0].run.manifest.get("work", {})
+    return {
+        kind: [
+            (line, _work_cells(line.run.manifest["work"][kind], None if line is table[0] else base))
+            for line in table
+            if kind in line.run.manifest.get("work", {})
+        ]
+        for kind, base in full.items()
+    }
+
+
+def _work_cells(work: dict[str, int | None], full: dict[str, int | None] | None) -> list[str]:
+    return [work_cell(work, part, full) for part in PARTS]
+
+
+def work_cell(work: dict[str, Any], part: str, full: dict[str, Any] | None) -> str:
+    """One part of the work as text: an amount, or a share of the full model's if there is one."""
+    from tokencomp.pages.html import si
+
+    value = work.get(part)
+    base = None if full is None else full.get("prefill" if part == "reduce" else part)
+    if value is None:
+        return "–"
+    if full is None or not base:
+        return si(value, "B" if part == "kv_bytes" else "")
+    share = value / base
+    return f"{share:.1%}" if 0 < share < 0.1 else f"{share:.0%}"
 
 
 def _scores(table: Sequence[Line]) -> list[tuple[str, list[str]]]:
@@ -209,6 +272,7 @@ def as_json(table: Sequence[Line]) -> str:
             "rivals": asdict(line.rivals),
             "moved": line.moved,
             "times": line.run.manifest.get("times"),
+            "work": line.run.manifest.get("work"),
         }
         for line in table
     ]

@@ -1,4 +1,4 @@
-"""Where the time of one prefill goes, measured from the outside with hooks."""
+"""Where the time or the work of one prefill goes, measured from the outside with hooks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -45,7 +45,20 @@ Parts = TypeVar("Parts")
 """A dataclass whose fields are seconds."""
 
 
-class _Clock:
+class Clock(Protocol):
+    """Something that grows while the model runs: time, or FLOPs."""
+
+    def mark(self) -> Any:
+        """What the clock shows at this point of the model's work."""
+
+    def between(self, start: Any, stop: Any) -> float:
+        """How much the clock grew between two marks."""
+
+    def finish(self) -> None:
+        """Wait until all marks can be read."""
+
+
+class _Seconds:
     """Marks on the device's own time line."""
 
     def __init__(self, device: torch.device) -> None:
@@ -58,8 +71,12 @@ class _Clock:
         event.record()
         return event
 
-    def seconds(self, start: Any, stop: Any) -> float:
+    def between(self, start: Any, stop: Any) -> float:
         return start.elapsed_time(stop) / 1e3 if self.cuda else stop - start
+
+    def finish(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
 
 
 class _Watch:
@@ -69,9 +86,9 @@ class _Watch:
     enclose the patch's own, so what lies between is the reducer.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, clock: Clock | None = None) -> None:
         adapter = adapter_for(model)
-        self.clock = _Clock(next(adapter.decoder.parameters()).device)
+        self.clock = clock or _Seconds(next(adapter.decoder.parameters()).device)
         self.marks: dict[str, Any] = {}
         self.pairs: list[list[Any]] = []
         self._hooks: list[Any] = []
@@ -107,9 +124,8 @@ class _Watch:
         self._hooks += [register(opened, prepend=True), register(closed)]
 
     def split(self) -> Split:
-        if self.clock.cuda:
-            torch.cuda.synchronize()
-        span, marks = self.clock.seconds, self.marks
+        self.clock.finish()
+        span, marks = self.clock.between, self.marks
         inside = sum(span(*pair) for pair in self.pairs)
         finishing = span(*self.pairs[-1])
         # the decoder's own forward hooks start when its forward is done: they come on top
@@ -127,9 +143,9 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def watch(model: Any) -> Iterator[_Watch]:
+def watch(model: Any, clock: Clock | None = None) -> Iterator[_Watch]:
     """Time the next forward call; put it inside the patch, whose hooks must exist already."""
-    watcher = _Watch(model)
+    watcher = _Watch(model, clock)
     try:
         yield watcher
     finally:
@@ -137,9 +153,15 @@ def watch(model: Any) -> Iterator[_Watch]:
 
 
 @torch.inference_mode()
-def prefill_split(model: Any, inputs: dict[str, Any]) -> Split:
-    """Time one prefill (last logits only) of inputs that are on the model's device."""
-    with watch(model) as watcher:
+def prefill_split(model: Any, inputs: dict[str, Any], clock: Clock | None = None) -> Split:
+    """Time one prefill (last logits only) of inputs that are on the model's device.
+
+    Parameters
+    ----------
+    clock
+        What the parts are measured with; None: seconds of the device.
+    """
+    with watch(model, clock) as watcher:
         model(**inputs, use_cache=True, logits_to_keep=1)
         return watcher.split()
 

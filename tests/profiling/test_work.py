@@ -1,0 +1,66 @@
+"""Counted FLOPs against products that are written out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokencomp.kernels import maxmin_select
+
+import tokencomp
+from tokencomp.inputs.prompts import build_inputs
+from tokencomp.profiling.work import flop_counter, vision_work
+
+
+@pytest.fixture
+def inputs(loaded, examples):
+    return build_inputs(loaded[1], [examples[0].load(8)], [examples[0].prompt])
+
+
+def by_hand(model, patches: int) -> tuple[int, int, int]:
+    """FLOPs of a Qwen2-VL tower's embedding, blocks and merger for one image of so many patches."""
+    config = model.config.vision_config
+    d, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+    pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    block = 2 * patches * (4 * d * d + 2 * d * hidden) + 4 * patches**2 * d
+    merged = d * config.spatial_merge_size**2
+    merger = 2 * (patches // config.spatial_merge_size**2) * merged * (merged + config.hidden_size)
+    return 2 * patches * pixels * d, config.depth * block, merger
+
+
+def test_tower_and_projector_are_the_products_written_out(loaded, inputs):
+    model, patches = loaded[0], int(inputs["image_grid_thw"].prod())
+    counted = vision_work(model, inputs)
+    embedding, blocks, merger = by_hand(model, patches)
+    assert (counted.tower, counted.projector) == (embedding + blocks, merger)
+    assert counted.reduce == 0
+    with tokencomp.patch(model, 0.5, reducer="uniform"):
+        assert vision_work(model, inputs) == counted
+
+
+def test_a_tower_stage_counts_as_its_statistics_say(loaded, inputs):
+    """The statistics leave out the embedding, which the half that is dropped does not need."""
+    model, patches = loaded[0], int(inputs["image_grid_thw"].prod())
+    embedding = by_hand(model, patches)[0]
+    full = vision_work(model, inputs)
+    with tokencomp.patch(model, 0.5, tower_ratio=0.5, tower_reducer="uniform") as handle:
+        short = vision_work(model, inputs)
+        (before, after), (_, projected) = handle.stats.tower_flops, handle.stats.projector_flops
+    assert short.projector == projected
+    assert full.tower - short.tower == before - after + embedding // 2
+
+
+def test_reducing_counts_the_products_inside_the_kernels(loaded, inputs):
+    """DivPrune at entry computes all similarities once: 2·L²·D in spans of up to 512 rows."""
+    model, tokens = loaded[0], 64
+    with tokencomp.patch(model, 0.5, reducer="divprune"):
+        work = vision_work(model, inputs)
+    products = 2 * tokens**2 * model.config.get_text_config().hidden_size
+    assert work.reduce >= products
+
+
+def test_kernels_are_counted_once_and_give_what_they_give():
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    with flop_counter() as counter:
+        chosen = maxmin_select(x, 8)
+    assert torch.equal(chosen, maxmin_select(x, 8))
+    assert counter.get_total_flops() == 2 * (40 + 1) * 40 * 16  # with the mean and with each other

@@ -1,0 +1,136 @@
+"""Items that the full model answers correctly and a compressed one does not, with pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.batches import Answerer, Loaded
+from tokencomp.evaluation.patches import Patches
+from tokencomp.evaluation.runs import EvalRun
+from tokencomp.inputs.questions import Example
+from tokencomp.pages.pictures import SIDE, kept_picture
+from tokencomp.storage import write_json
+
+FILE = "lost.json"
+PER_KIND = 3
+KINDS = ("image", "video")
+
+
+@dataclass(frozen=True)
+class LostItem:
+    """One item that compression loses.
+
+    Attributes
+    ----------
+    id, kind, question, answer
+        "image" or "video" as its kind; the answer that counts as right.
+    full, compressed
+        What the full and the compressed model answer.
+    picture
+        File name of the picture of what the compressed model kept.
+    """
+
+    id: str
+    kind: str
+    question: str
+    answer: str
+    full: str
+    compressed: str
+    picture: str
+
+
+def lost_ids(run: EvalRun, full: EvalRun, kind: str | None = None) -> list[str]:
+    """Ids of the items that `full` answers correctly and `run` does not, in their natural order.
+
+    Parameters
+    ----------
+    kind
+        Items about an "image" or a "video" alone; None: all.
+    """
+    right = {name for name, score in full.scores.items() if score >= 0.5}
+    lost = [
+        r["id"]
+        for r in run.answered
+        if r["id"] in right and float(r["correct"]) < 0.5 and kind in (None, r.get("kind"))
+    ]
+    return sorted(lost, key=_natural)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key by which "task/9" comes before "task/10"."""
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]
+
+
+def draw_lost(
+    model: Any,
+    processor: Any,
+    run: EvalRun,
+    full: EvalRun,
+    examples: Mapping[str, Example],
+    folder: Path,
+    *,
+    frames: int = 8,
+    per_kind: int = PER_KIND,
+    side: int = SIDE,
+) -> list[LostItem]:
+    """Draw what was kept of the first lost items about images, and of the first about videos.
+
+    The choice is a rule, see `lost_ids`: nobody picks cases by hand. Each item runs once more,
+    alone, to see which tokens stay.
+
+    Parameters
+    ----------
+    run, full
+        Of the compressed and of the uncompressed model.
+    examples
+        By id, the items of the run; others are left out. Under several processes one of them has
+        its share alone.
+    folder
+        Where pictures and the file `FILE` go.
+    frames
+        Frames read from each video.
+    per_kind
+        Items about images, and items about videos, at most.
+    side
+        Longer side of one picture in pixels.
+    """
+    assert run.setting is not None
+    chosen = []
+    for kind in KINDS:
+        names = [name for name in lost_ids(run, full, kind) if name in examples]
+        chosen += [(kind, name) for name in names[:per_kind]]
+    said = {r["id"]: r["prediction"] for r in full.answered}
+    own = {r["id"]: r for r in run.answered}
+    items, patches = [], Patches({"": model})
+    answerer = Answerer({"": model}, processor, [run.setting], patches, {"frames": frames})
+    folder.mkdir(parents=True, exist_ok=True)
+    with patches:
+        for number, (kind, name) in enumerate(chosen):
+            row: Loaded = (examples[name], examples[name].load(frames))
+            stats, record = answerer.prefill_stats(run.setting, row), own[name]
+            picture = f"lost-{run.setting.label}-{number}.jpg"
+            kept_picture(row[1], stats, side).save(folder / picture, quality=80)
+            question = record.get("prompt", row[0].prompt)
+            answers = (record["answer"], said[name], record["prediction"])
+            items.append(LostItem(name, kind, question, *answers, picture))
+    write_json(folder / FILE, [asdict(item) for item in items])
+    return items
+
+
+def read_lost(folder: Path) -> list[LostItem]:
+    """What `draw_lost` wrote to a run folder; nothing where it did not."""
+    file = folder / FILE
+    if not file.exists():
+        return []
+    try:
+        return [LostItem(**item) for item in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise OptionError(
+            f"{file} is damaged ({error}). Remove it: the report then goes without these pictures."
+        ) from error

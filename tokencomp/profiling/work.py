@@ -1,0 +1,149 @@
+"""FLOPs of the parts of one answer: vision tower, projector, reducer, decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokencomp.adapters.registry import adapter_for
+from tokencomp.errors import TokenCompError
+from tokencomp.kernels import dispatch
+from tokencomp.profiling.timing import prefill_split
+
+SDPA_ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+@dataclass(frozen=True)
+class VisionWork:
+    """FLOPs before the decoder and beside it, counted on one prefill that really ran.
+
+    Only products of matrices and convolutions count; a multiplication and an addition are two
+    FLOPs.
+
+    Attributes
+    ----------
+    tower
+        Vision tower, its patch embedding and the choice of a tower stage included, and whatever
+        else runs before the decoder.
+    projector
+        The modules that turn patches into tokens; None where the family does not name them, so
+        that they are part of `tower`.
+    reduce
+        The reducer at every stage, its scores included, in plain PyTorch.
+    """
+
+    tower: int
+    projector: int | None
+    reduce: int
+
+
+class FlopClock:
+    """A clock of `prefill_split` that shows FLOPs; the prefill must run inside its context."""
+
+    def __init__(self) -> None:
+        self._counter = flop_counter()
+
+    def __enter__(self) -> FlopClock:
+        self._counter.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._counter.__exit__(*exc)
+
+    def mark(self) -> int:
+        return int(self._counter.get_total_flops())
+
+    def between(self, start: int, stop: int) -> int:
+        return stop - start
+
+    def finish(self) -> None:
+        """Nothing to wait for."""
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter, extended by attention on CPUs and by the kernels of this package."""
+    formulas: dict[Any, Any] = {
+        getattr(torch.ops.tokencomp, name): _plain_flops(body)
+        for name, body in dispatch.BODIES.items()
+    }
+    attention = getattr(torch.ops.aten, SDPA_ON_CPU, None)
+    if attention is not None:
+        formulas[attention] = _raw(_attention_flops)
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def vision_work(model: Any, inputs: dict[str, Any]) -> VisionWork:
+    """Count the work of one prefill; call it inside the patch.
+
+    Parameters
+    ----------
+    inputs
+        Of one prompt or a batch, on the model's device.
+    """
+    projectors = _projectors(model)
+    with FlopClock() as clock:
+        inside = _Inside(projectors, clock)
+        try:
+            split = prefill_split(model, inputs, clock)
+        finally:
+            inside.remove()
+    tower = int(split.vision) - inside.total
+    return VisionWork(tower, inside.total if projectors else None, int(split.reduce))
+
+
+class _Inside:
+    """What a clock grows by inside of some modules."""
+
+    def __init__(self, modules: list[torch.nn.Module], clock: FlopClock) -> None:
+        self.clock, self.total, self._start = clock, 0, 0
+        self._hooks: list[Any] = []
+        for module in modules:
+            self._hooks.append(module.register_forward_pre_hook(self._enter))
+            self._hooks.append(module.register_forward_hook(self._leave, prepend=True))
+
+    def _enter(self, *_: Any) -> None:
+        self._start = self.clock.mark()
+
+    def _leave(self, *_: Any) -> None:
+        self.total += self.clock.mark() - self._start
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _projectors(model: Any) -> list[torch.nn.Module]:
+    """The modules that turn patches into tokens; none where the family does not name them."""
+    try:
+        return adapter_for(model).tower_layout().projectors
+    except TokenCompError:
+        return []
+
+
+def _raw(formula: Callable[..., int]) -> Callable[..., int]:
+    """Mark a formula that takes the tensors themselves, and not their shapes."""
+    formula._get_raw = True  # type: ignore[attr-defined]  # how PyTorch's counter marks them
+    return formula
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Two products per pair of a query and a key, both halves of a causal mask counted."""
+    *batch, rows, width = query.shape
+    pairs = int(torch.Size(batch).numel()) * rows * key.shape[-2]
+    return 2 * pairs * (width + value.shape[-1])
+
+
+def _plain_flops(body: Callable[..., Any]) -> Callable[..., int]:
+    """FLOPs of a kernel: its body runs once more, in plain PyTorch, under a counter of its own."""
+
+    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        with dispatch.plain(), flop_counter() as counter:
+            body(*args, **kwargs)
+        return int(counter.get_total_flops())
+
+    return _raw(count)
