@@ -210,22 +210,46 @@ def test_transparent_parts_are_white(mode: str) -> None:
     assert result.getpixel((7, 0)) == (20, 20, 20)
 
 
-def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(kind: str) -> None:
     """Each scan passes over all pixels, so a few kilobytes of them take minutes."""
-    out = io.BytesIO()
-    Image.new("L", (64, 64), 128).save(out, "JPEG", progressive=True)
+    out, picture = io.BytesIO(), Image.new("L", (64, 64), 128)
+    several = {"save_all": True, "append_images": [picture]} if kind == "MPO" else {}
+    picture.save(out, kind, progressive=True, **several)
     content = out.getvalue()
-    scan = content[content.rindex(b"\xff\xc4", 0, content.rindex(b"\xff\xda")) : -2]
+    end = content.index(b"\xff\xd9")
+    scan = content[content.rindex(b"\xff\xc4", 0, content.rindex(b"\xff\xda", 0, end)) : end]
     for count, refused in ((50, False), (200, True)):
-        bomb = content[:-2] + scan * count + content[-2:]
-        url = "data:image/jpeg;base64," + base64.b64encode(bomb).decode()
-        assert Image.open(io.BytesIO(bomb)).format == "JPEG"
+        bomb = content[:end] + scan * count + content[end:]
+        assert Image.open(io.BytesIO(bomb)).format == kind
+        # What follows the end of the picture, such as the film in a moving photo, does not count.
+        url = "data:image/jpeg;base64," + base64.b64encode(bomb + scan * 200).decode()
         if not refused:
             assert load_image(url, Limits()).size == (64, 64)
             continue
-        with pytest.raises(RequestError, match="scans") as error:
+        with pytest.raises(RequestError, match="100 scans") as error:
             load_image(url, Limits())
         assert error.value.status == 413
+
+
+@pytest.mark.parametrize("filler", [b"\xff\xef\0\2", b"\xff\xfe\0\2", b"\xff\xff\xef\0\2"])
+def test_a_jpeg_of_many_parts_is_refused_before_it_is_opened(
+    filler: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow stores each of them; 64 MB of parts took 2 GB of memory."""
+    out = io.BytesIO()
+    Image.new("L", (64, 64), 128).save(out, "JPEG")
+    content = out.getvalue()
+
+    def url(count: int) -> str:
+        bomb = content[:2] + filler * count + content[2:]
+        return "data:image/jpeg;base64," + base64.b64encode(bomb).decode()
+
+    assert load_image(url(900), Limits()).size == (64, 64)
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(RequestError, match="1000 parts") as error:
+        load_image(url(2000), Limits())
+    assert error.value.status == 413
 
 
 def test_a_frame_that_is_larger_than_the_header_says_is_not_decoded(

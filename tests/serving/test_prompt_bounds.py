@@ -169,6 +169,43 @@ def test_fields_are_refused_unless_they_ask_for_what_is_done_anyway() -> None:
             read_request(json.dumps(user("a", **{name: other})).encode())
 
 
+def test_fields_inside_of_messages_are_refused_unless_they_are_empty() -> None:
+    """A message as a client has received it passes; calls of tools and options of media do not."""
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    url = IMAGE["image_url"]
+    received = {
+        "role": "assistant", "content": "Red.", "refusal": None, "annotations": [], "audio": None,
+        "function_call": None, "tool_calls": [],
+    }  # fmt: skip
+
+    def read(*messages: Any, **more: Any) -> Any:
+        return read_request(json.dumps({"messages": [*messages], **more}).encode())
+
+    def said(content: Any) -> dict[str, Any]:
+        return {"role": "user", "content": content}
+
+    good = said([{**IMAGE, "image_url": {**url, "detail": "auto"}}])
+    usage = {"include_usage": True, "include_obfuscation": False}
+    assert read(good, received, said("Why?"), stream_options=usage)
+    for name, message in (
+        ("messages.0.tool_calls", {**received, "tool_calls": [call]}),
+        ("messages.0.function_call", {**received, "function_call": call["function"]}),
+        ("messages.0.name", {**said("a"), "name": "Ann"}),
+        ("messages.0.content.0.fps", said([{**IMAGE, "fps": 2}])),
+        ("messages.0.content.0.max_pixels", said([{**IMAGE, "max_pixels": 0}])),
+        (
+            "messages.0.content.0.image_url.detail",
+            said([{**IMAGE, "image_url": {**url, "detail": "low"}}]),
+        ),
+    ):
+        with pytest.raises(RequestError, match=f"not served: {name}. Leave it out"):
+            read(message)
+    with pytest.raises(RequestError, match=r"role.*'assistant'"):
+        read({"role": "tool", "content": "1", "tool_call_id": "a"})
+    with pytest.raises(RequestError, match=r"stream_options\.continuous_usage_stats"):
+        read(said("a"), stream_options={"continuous_usage_stats": True})
+
+
 def test_options_in_the_wrong_place_are_answered_with_the_right_one() -> None:
     for wrong in ({"ratio": 0.5}, {"mm_processor_kwargs": {"tower_ratio": 0.5}}):
         with pytest.raises(RequestError, match=r'ratio\. Write it as "tokencomp": {"ratio"'):

@@ -19,9 +19,9 @@ from tokencomp.errors import MediaError
 from tokencomp.inputs.media import to_rgb
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.jpeg import check_jpeg
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-MAX_SCANS = 100  # of a progressive JPEG, which costs a pass over all its pixels per scan; usual: 10
 FRAME_LIST = "video/jpeg"  # media type of a list of frames, as in vLLM
 
 
@@ -167,11 +167,9 @@ def load_image(url: str, limits: Limits, deadline: Deadline | None = None) -> Im
 def decode_image(content: bytes, limits: Limits, deadline: Deadline, count: int = 1) -> Image.Image:
     """Decode an image as `load_image`; `count` images of its size must fit the limits together."""
     try:
+        check_jpeg(content)
         image: Any = Image.open(deadline.reader(content), formats=IMAGE_FORMATS)
         check_size(image.width, image.height, limits, count)
-        # In compressed data a byte 0xFF is followed by 0, so this counts the markers of scans.
-        if image.format == "JPEG" and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
-            raise RequestError(f"a JPEG of {scans} scans; the limit is {MAX_SCANS}.", 413)
         return _opaque(ImageOps.exif_transpose(image), image.format)
     except RequestError:
         raise

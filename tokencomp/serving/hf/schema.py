@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -53,16 +54,54 @@ OFF: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
 }
 
+# The same for fields of a message, of its parts, of a part's URL object, and of `stream_options`.
+# Clients send the messages that they have received, with all of their empty fields.
+MESSAGE_OFF: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "reasoning": ("",),
+    "reasoning_content": ("",),
+    "refusal": ("",),
+    "tool_calls": ([],),
+}
+URL_OFF: dict[str, tuple[Any, ...]] = {"detail": ("auto", "high")}
+STREAM_OFF: dict[str, tuple[Any, ...]] = {
+    "continuous_usage_stats": (False,),
+    "include_obfuscation": (False, True),  # padding of events, against observers of their sizes
+}
+
 FORMS = ("str", "list[Part]", "list[str]")  # pydantic's names for the alternative types of a field
 
 
-class Url(BaseModel):
+class Strict(BaseModel):
+    """An object whose unknown fields are kept, so that they can be refused by name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def unserved(self, where: str, off: Mapping[str, tuple[Any, ...]]) -> list[str]:
+        """Return the unknown fields that ask for something that this server does not do.
+
+        Parameters
+        ----------
+        where
+            Path of this object in the request, with a dot at its end.
+        off
+            Values of unknown fields that ask for what the server does anyway.
+        """
+        fields = (self.model_extra or {}).items()
+        return [
+            where + name
+            for name, value in fields
+            if value is not None and value not in off.get(name, ())
+        ]
+
+
+class Url(Strict):
     """OpenAI's object around a media URL."""
 
     url: str
 
 
-class Part(BaseModel):
+class Part(Strict):
     """One part of a message: text, an image or a video."""
 
     type: Literal["text", "image_url", "video_url"]
@@ -78,7 +117,7 @@ class Part(BaseModel):
         return value
 
 
-class Message(BaseModel):
+class Message(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -90,19 +129,17 @@ class Message(BaseModel):
         return "system" if self.role == "developer" else self.role
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Strict):
     """Options of a streamed answer."""
 
     include_usage: bool = False
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(Strict):
     """A chat-completions request.
 
     A sampling parameter that the client leaves out has the value of the model's generation config.
     """
-
-    model_config = ConfigDict(extra="allow")
 
     model: str = ""
     messages: list[Message] = Field(min_length=1, fail_fast=True)
@@ -180,12 +217,18 @@ def _same_field(fields: list[tuple[Any, ...]]) -> int:
 
 def _unserved(request: ChatRequest) -> list[str]:
     """Return the fields that would change the answer but are not supported."""
-    wrong = [
-        name
-        for name, value in (request.model_extra or {}).items()
-        if value is not None and name not in HARMLESS and value not in OFF.get(name, ())
-    ]
+    wrong = [name for name in request.unserved("", OFF) if name not in HARMLESS]
     wrong += [
         f"mm_processor_kwargs.{name}" for name in request.mm_processor_kwargs or {} if name != KEY
     ]
+    for i, message in enumerate(request.messages):
+        wrong += message.unserved(f"messages.{i}.", MESSAGE_OFF)
+        parts = message.content if isinstance(message.content, list) else []
+        for j, part in enumerate(parts):
+            where = f"messages.{i}.content.{j}."
+            wrong += part.unserved(where, {})
+            for name, url in (("image_url", part.image_url), ("video_url", part.video_url)):
+                wrong += url.unserved(f"{where}{name}.", URL_OFF) if url is not None else []
+    if request.stream_options is not None:
+        wrong += request.stream_options.unserved("stream_options.", STREAM_OFF)
     return wrong + ([f"n={request.n}"] if request.n not in (None, 1) else [])
