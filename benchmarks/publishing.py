@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.environment import environment, provenance
+from tokencomp.evaluation.environment import environment, git, provenance
 
 __all__ = [
     "MARK",
@@ -74,7 +74,7 @@ def changed_code(root: Path) -> list[str]:
     Result files and pages under `benchmarks/` are left out: a run that stopped after some models
     has changed them itself, and has to be able to go on.
     """
-    status = _git(root, "status", "--porcelain", "--untracked-files=no")
+    status = git(root, "status", "--porcelain", "--untracked-files=no")
     paths = [line[3:].split(" -> ")[-1].strip('"') for line in status.splitlines()]
     return [p for p in paths if not (p.startswith("benchmarks/") and p.endswith(OUTPUTS))]
 
@@ -103,7 +103,7 @@ def published_from(out: Path, allow_dirty: bool, root: Path = FOLDER.parent) -> 
         The code has uncommitted changes, or its commit is unknown.
     """
     try:
-        head, changed = _git(root, "rev-parse", "HEAD").strip(), changed_code(root)
+        head, changed = git(root, "rev-parse", "HEAD").strip(), changed_code(root)
     except (OSError, subprocess.SubprocessError):
         head, changed = "", []
     if head and not changed:
@@ -117,8 +117,3 @@ def published_from(out: Path, allow_dirty: bool, root: Path = FOLDER.parent) -> 
             "unpublishable."
         )
     return {"commit": f"{head}+dirty" if head else None, MARK: False}
-
-
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout

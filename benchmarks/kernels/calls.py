@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -253,25 +252,6 @@ def decode_step(model: Any, reducer: str) -> tuple[int, int]:
     with patched(model, reducer):
         after = counted(step_after(model))
     return after.calls - before.calls, after.reads - before.reads
-
-
-def step_functions(model: Any, reducer: str) -> Counter[str]:
-    """Python functions of the library that a decode step runs, by name."""
-    package, names = str(Path(tokencomp.__file__).parent), Counter[str]()
-
-    def note(frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(package):
-            names[frame.f_code.co_name] += 1
-
-    with patched(model, reducer), torch.no_grad():
-        step = step_after(model)
-        step()
-        sys.setprofile(note)
-        try:
-            step()
-        finally:
-            sys.setprofile(None)
-    return names
 
 
 def markdown(rows: list[Row], steps: dict[str, tuple[int, int]]) -> str:

@@ -11,14 +11,11 @@ nothing about the Triton kernels. On a GPU the value checks are off: they wait f
 provider that fails (out of memory, no C++ compiler) leaves a line that says so.
 """
 
-import argparse
-import datetime
 import functools
 import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,26 +98,6 @@ def line(case: Case, provider: str, times: dict[str, float], device_name: str) -
     return row
 
 
-def environment(device_name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Versions, commit, hardware, date, command."""
-    status = dispatch.status()
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return {
-        "torch": torch.__version__,
-        "triton": status["triton"],
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
-        "hardware": device_name,
-        "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "scale": arguments.scale,
-        "dtype": arguments.dtype,
-    }
-
-
 def main() -> None:
     """Run the cases and write JSON lines."""
     parser = publishing.parser(__doc__, report=False)
@@ -142,7 +119,8 @@ def main() -> None:
             "is a measurement of the Triton kernels."
         )
     facts = publishing.published_from(out, arguments.allow_dirty)
-    info = {**environment(device_name, arguments), **facts}
+    sizes = {"scale": arguments.scale, "dtype": arguments.dtype, "device": device_name}
+    info = {**publishing.environment(), "cuda": torch.version.cuda, **sizes, **facts}
     torch.manual_seed(0)
     with out.open("w") as file, torch.inference_mode():
         for setup in tqdm(CASES, unit="case"):

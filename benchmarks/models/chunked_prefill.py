@@ -25,6 +25,7 @@ import transformers
 import tokencomp
 from benchmarks import publishing
 from benchmarks.publishing import environment, provenance
+from tokencomp.profiling.profiler import counted_rows
 
 OUT = Path(__file__).with_suffix(".json")
 ROOT = Path(__file__).parents[2]
@@ -67,22 +68,15 @@ def prompt() -> dict[str, torch.Tensor]:
 
 def measure(ratio: float, chunk: int | None) -> dict[str, Any]:
     """Widest call and peak memory of one case, in this process."""
-    model, inputs, widest = build(), prompt(), 0
-
-    def note(module: Any, args: Any, kwargs: Any) -> None:
-        nonlocal widest
-        widest = max(widest, (args[0] if args else kwargs["hidden_states"]).shape[1])
-
-    for layer in model.model.language_model.layers:
-        layer.register_forward_pre_hook(note, with_kwargs=True)
+    model, inputs = build(), prompt()
     short = {k: v[:, :3] for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
-    with tokencomp.patch(model, ratio, reducer="uniform"):
+    with counted_rows(model) as rows, tokencomp.patch(model, ratio, reducer="uniform"):
         model.generate(**short, **options)  # what is loaded on first use is not counted
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         model.generate(**inputs, **options, prefill_chunk_size=chunk)
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"widest": widest, "peak_mib": (after - before) / 1024}
+    return {"widest": max(rows), "peak_mib": (after - before) / 1024}
 
 
 def measure_apart(ratio: float, chunk: int | None) -> dict[str, Any]:

@@ -30,13 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import tokencomp
 from benchmarks import publishing
 from benchmarks.publishing import environment, provenance, read_lines
+from tokencomp.profiling import shapes
 from tokencomp.storage import write_lines
 
 FOLDER = Path(__file__).parent
@@ -64,47 +64,14 @@ QUICK = (
 )
 
 
-def llava_onevision() -> tuple[nn.Module, Any]:
-    """Decoder of LLaVA-OneVision-0.5B (Qwen2-0.5B), one-layer vision tower."""
-    text = transformers.Qwen2Config(
-        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-        num_key_value_heads=2, vocab_size=152000, max_position_embeddings=32768,
-        rope_theta=1e6, tie_word_embeddings=True,
-    )  # fmt: skip
-    config = transformers.LlavaOnevisionConfig(
-        text_config=text,
-        vision_config=transformers.SiglipVisionConfig(
-            hidden_size=1152, intermediate_size=64, num_hidden_layers=1, num_attention_heads=16,
-            image_size=384, patch_size=14,
-        ),
-        image_token_id=151646, video_token_id=151647, vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-    )  # fmt: skip
-    return transformers.LlavaOnevisionForConditionalGeneration(config), config
-
-
-def qwen2_vl() -> tuple[nn.Module, Any]:
-    """Decoder of Qwen2-VL-2B, one-layer vision tower."""
-    rope = {"rope_type": "default", "mrope_section": [16, 24, 24]}
-    config = transformers.Qwen2VLConfig(
-        text_config=dict(
-            hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-            num_key_value_heads=2, vocab_size=151936, max_position_embeddings=32768,
-            rope_parameters={**rope, "rope_theta": 1e6}, tie_word_embeddings=True,
-        ),
-        vision_config=dict(depth=1, embed_dim=64, hidden_size=1536, num_heads=2),
-    )  # fmt: skip
-    return transformers.Qwen2VLForConditionalGeneration(config), config
-
-
-MODELS = {"llava-onevision-0.5b": llava_onevision, "qwen2-vl-2b": qwen2_vl}
+MODELS = ("llava-onevision-0.5b", "qwen2-vl-2b")
 
 
 def setup(name: str, tokens: int, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
     """Model and the inputs of one prompt with a video of about `tokens` visual tokens."""
     torch.manual_seed(0)
-    model, config = MODELS[name]()
-    model = model.to(dtype).eval()
+    model, _ = shapes.build(name, tokens=1, vision_layers=1, dtype=dtype)
+    config: Any = model.config
     hidden = config.text_config.hidden_size
     if name.startswith("llava"):
         base = still_video(round(tokens / 196), 196, hidden)

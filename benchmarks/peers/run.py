@@ -28,6 +28,7 @@ from benchmarks.publishing import environment
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.prompts import build_inputs
+from tokencomp.profiling.profiler import counted_rows
 from tokencomp.zoo import SAMPLES
 
 FOLDER = Path(__file__).parent
@@ -48,21 +49,10 @@ class Outcome:
 
 
 def rows_of(model: Any, run: Callable[[], None]) -> list[int]:
-    """Rows per decoder layer of the first pass that `run` causes."""
-    rows: list[int] = []
-
-    def hook(module: Any, args: Any, kwargs: Any) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rows.append(hidden.shape[1])
-
-    layers = adapter_for(model).layers
-    hooks = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
-    try:
+    """Rows that every decoder layer received in the prefill, the first call of all layers."""
+    with counted_rows(model) as rows:
         run()
-    finally:
-        for h in hooks:
-            h.remove()
-    return rows[: len(layers)]
+    return rows[: len(adapter_for(model).layers)]
 
 
 def images(count: int) -> list[list[Any]]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 
+import tokencomp
 from benchmarks.kernels.calls import (
     CASES,
     LAYERS,
@@ -14,7 +20,8 @@ from benchmarks.kernels.calls import (
     Row,
     decode_step,
     measure,
-    step_functions,
+    patched,
+    step_after,
     tiny_model,
 )
 
@@ -30,6 +37,25 @@ def model() -> Any:
 def layout_reads(model: Any) -> int:
     """Reads of where spans and padding stand; `uniform` looks at no feature."""
     return measure(model, "uniform", 1, 1)[0].reads
+
+
+def step_functions(model: Any, reducer: str) -> Counter[str]:
+    """Python functions of the library that a decode step runs, by name."""
+    package, names = str(Path(tokencomp.__file__).parent), Counter[str]()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            names[frame.f_code.co_name] += 1
+
+    with patched(model, reducer), torch.no_grad():
+        step = step_after(model)
+        step()
+        sys.setprofile(note)
+        try:
+            step()
+        finally:
+            sys.setprofile(None)
+    return names
 
 
 def reads_allowed(row: Row) -> int:

@@ -45,7 +45,7 @@ def test_runs_on_a_cpu(tmp_path: Path) -> None:
         assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
         assert row["bytes_per_s"] == pytest.approx(row["bytes"] / row["median_s"])
         assert set(row["roofline_s"]) == {"A100 SXM 80 GB", "H100 SXM", "H200 SXM"}
-        assert row["torch"] and row["hardware"] and row["date"] and row["scale"] == 0.01
+        assert row["versions"]["torch"] and row["hardware"] and row["date"] and row["scale"] == 0.01
 
 
 def test_recorded_roofline_is_that_of_the_code(

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from dataclasses import dataclass
 from typing import Any
 
+from tokencomp.cli._finding import Finding
 from tokencomp.errors import TokenCompError, UnsupportedModelError
 
 FLOOR, CEILING = "4.57", "6"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """`ok` is None for things that are worth knowing but not broken."""
-
-    name: str
-    ok: bool | None
-    detail: str
 
 
 def facts() -> dict[str, str]:
@@ -161,9 +152,7 @@ def model_checks(name: str, device: str) -> list[Finding]:
 
     try:
         model, processor = load_model(name, device=device)
-        return [_loaded(model, name)] + [
-            Finding(c.name, c.ok, c.detail) for c in self_check(model, processor)
-        ]
+        return [_loaded(model, name), *self_check(model, processor)]
     except TokenCompError as error:
         return [Finding(f"self-check on {name}", False, str(error))]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -40,49 +39,28 @@ def reducers(text: str, model: Any = None) -> list[str]:
     return list(dict.fromkeys(str(auto) if name == "auto" else name for name in names))
 
 
-def method(
-    context: typer.Context,
-    reducer: str,
-    ratio: str,
-    options: Sequence[str] | None,
-    plan: Path | None,
-    proportional: bool,
-    tower: opt.Tower,
-) -> Settings:
+def settings(context: typer.Context, chosen: opt.Method) -> Settings:
     """Settings for a model that is loaded later: the ratio of a plan depends on the decoder.
 
-    Mistakes that can be found without a model are reported at once.
-
-    Parameters
-    ----------
-    context
-        Of a command whose parameters have these names.
-    reducer, ratio, options, plan, proportional
-        The values of --reducer, --ratio, --set, --plan and --proportional-attention.
-    tower
-        Of --tower-ratio and --tower-reducer.
-
-    Returns
-    -------
-    callable
-        Model → the full model, then each reducer at each ratio, or the plan.
+    Mistakes that can be found without a model are reported at once. The result takes a model and
+    returns the full model, then each reducer at each ratio, or the plan.
     """
     from tokencomp.evaluation.settings import PROPORTIONAL, grid, planned
     from tokencomp.plan_json import as_plan
 
-    more = {PROPORTIONAL: True} if proportional else {}
-    if plan is None:
-        if not tower.options.get("tower_ratio"):
+    more = {PROPORTIONAL: True} if chosen.proportional else {}
+    if chosen.plan is None:
+        if not chosen.tower.get("tower_ratio"):
             fix = "give the share to remove there, e.g. --tower-ratio auto"
             opt.refuse_given(context, ("tower_reducer",), "--tower-ratio 0", fix)
-        every = {**opt.reducer_options(options), **more, **tower.options}
-        ratios = opt.ratios(ratio)
-        grid(reducers(reducer), ratios, **every)
-        return lambda model: checked(grid(reducers(reducer, model), ratios, **every), model)
+        every = {**opt.reducer_options(chosen.options), **more, **chosen.tower}
+        ratios = opt.ratios(chosen.ratio)
+        grid(reducers(chosen.reducer), ratios, **every)
+        return lambda model: checked(grid(reducers(chosen.reducer, model), ratios, **every), model)
     fix = "the stages in the file have reducers, fractions and options of their own"
     names = ("reducer", "ratio", "options", "tower_ratio", "tower_reducer")
     opt.refuse_given(context, names, "--plan", fix)
-    stages = as_plan(plan)
+    stages = as_plan(chosen.plan)
     return lambda model: checked(planned(stages, model, **more), model)
 
 

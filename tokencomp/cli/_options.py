@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from tokencomp.errors import OptionError
+from tokencomp.inputs.packaged import DEFAULT_MODEL
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Embedded model, local folder, or hub id.")
@@ -76,8 +78,8 @@ class Tower:
     tower_reducer: TowerReducer = "auto"
 
     @property
-    def options(self) -> dict[str, Any]:
-        """As options of a setting; empty where nothing was given."""
+    def tower(self) -> dict[str, Any]:
+        """As options of a setting; empty for the defaults."""
         from tokencomp.keep_counts import check_ratio
 
         ratio: Any = self.tower_ratio
@@ -87,11 +89,64 @@ class Tower:
         return {**amount, **reducer}
 
 
-def flat(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` for typer: a parameter that is a dataclass becomes its fields, one option each.
+@dataclasses.dataclass(frozen=True)
+class Method(Tower):
+    """What compresses: reducers at ratios, or a plan."""
 
-    So options that several commands share are declared once, with their defaults.
+    reducer: Reducers = "auto"
+    ratio: Ratios = "0.5,0.75,0.9"
+    options: Set = None
+    plan: PlanFile = None
+    proportional: Proportional = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The model that answers."""
+
+    model: Model = DEFAULT_MODEL
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+
+    def load(self) -> tuple[Any, Any]:
+        """Model and processor."""
+        from tokencomp.inputs.loading import load_model
+
+        return load_model(self.model, device=self.device, dtype=self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """What the model looks at, and what is asked about it."""
+
+    image: Images = None
+    video: Videos = None
+    question: Question = "Describe what you see."
+    frames: Frames = 8
+
+    @property
+    def label(self) -> str:
+        return ", ".join(path.name for path in [*(self.image or ()), *(self.video or ())])
+
+    def load(self) -> list[Any]:
+        """PIL images, and lists of PIL images for videos. Raises `MediaError`."""
+        from tokencomp.inputs.media import load_media
+        from tokencomp.inputs.video import Video
+
+        loaded = [load_media(path, self.frames) for path in self.image or ()]
+        for path in self.video or ():
+            media = load_media(path, self.frames)
+            loaded.append(media if isinstance(media, list) else Video([media]))
+        return loaded
+
+
+def flat(command: Any = None, /, **defaults: Any) -> Any:
+    """Decorate `command` for typer: a parameter that is a dataclass becomes one option per field.
+
+    So options that several commands share are declared once. `defaults` are those of this command.
     """
+    if command is None:
+        return functools.partial(flat, **defaults)
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {
         name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)
@@ -103,7 +158,12 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
             continue
         kinds = get_type_hints(groups[name], include_extras=True)
         fields = inspect.signature(groups[name]).parameters.values()
-        parameters += [field.replace(annotation=kinds[field.name]) for field in fields]
+        parameters += [
+            field.replace(
+                annotation=kinds[field.name], default=defaults.get(field.name, field.default)
+            )
+            for field in fields
+        ]
 
     def call(**values: Any) -> None:
         for name, kind in groups.items():
@@ -248,17 +308,3 @@ def write(path: Path | None, text: str) -> None:
             path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise OptionError(f"cannot write {path}: {error}. Give another -o/--output.") from error
-
-
-def load_files(
-    images: Sequence[Path] | None, videos: Sequence[Path] | None, frames: int
-) -> list[Any]:
-    """PIL images, and lists of PIL images for videos. Raises `MediaError`."""
-    from tokencomp.inputs.media import load_media
-    from tokencomp.inputs.video import Video
-
-    loaded = [load_media(path, frames) for path in images or ()]
-    for path in videos or ():
-        media = load_media(path, frames)
-        loaded.append(media if isinstance(media, list) else Video([media]))
-    return loaded

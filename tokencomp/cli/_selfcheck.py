@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +10,9 @@ from torch import Tensor
 
 import tokencomp
 from tokencomp.adapters.registry import adapter_for
+from tokencomp.cli._finding import Finding
 from tokencomp.inputs.prompts import build_inputs, to_model
+from tokencomp.profiling.profiler import counted_rows
 
 QUESTION = "What color is the circle?"
 RATIO = 0.5
@@ -20,16 +20,7 @@ REDUCERS = ("uniform", "prune")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
-@dataclass(frozen=True)
-class Check:
-    """One check: its name, whether it passed, and what was observed."""
-
-    name: str
-    ok: bool
-    detail: str
-
-
-def self_check(model: Any, processor: Any) -> list[Check]:
+def self_check(model: Any, processor: Any) -> list[Finding]:
     """Compress a real prompt and compare with counted rows and the masked full-length run.
 
     Returns
@@ -39,26 +30,26 @@ def self_check(model: Any, processor: Any) -> list[Check]:
         really got, and the logits against the oracle; at last, that `unpatch` restores outputs.
     """
     inputs = to_model(build_inputs(processor, [[_picture()]], [QUESTION]), model)
-    with _counting(model) as full_rows:
+    with counted_rows(model) as full_rows:
         plain = _logits(model, inputs)
     checks = []
     for reducer in REDUCERS:
-        with tokencomp.patch(model, RATIO, reducer=reducer) as handle, _counting(model) as rows:
+        with tokencomp.patch(model, RATIO, reducer=reducer) as handle, counted_rows(model) as rows:
             compressed = _logits(model, inputs)
             stats = handle.stats
         if stats is None:
-            checks.append(Check(reducer, False, "the prompt ran uncompressed"))
+            checks.append(Finding(reducer, False, "the prompt ran uncompressed"))
             continue
         text = stats.lengths[0] - stats.tokens_before[0]
         expected = [text + n for n in stats.tokens_after[0]]
         fewer = rows == expected and sum(rows) < sum(full_rows)
         detail = f"rows per layer {_short(full_rows)} → {_short(rows)}, ratio {stats.ratio:.3f}"
-        checks.append(Check(f"{reducer}: layers see fewer tokens", fewer, detail))
+        checks.append(Finding(f"{reducer}: layers see fewer tokens", fewer, detail))
         masked = _masked_logits(model, inputs, stats, handle)
         checks.append(_equal(f"{reducer}: equals the masked run", compressed, masked, model.dtype))
     after = _logits(model, inputs)
     same = torch.equal(after, plain)
-    checks.append(Check("unpatch restores the model", same, "identical logits" if same else "no"))
+    checks.append(Finding("unpatch restores the model", same, "identical logits" if same else "no"))
     return checks
 
 
@@ -76,29 +67,12 @@ def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
     return model(**inputs, use_cache=False, logits_to_keep=1).logits.float()
 
 
-@contextlib.contextmanager
-def _counting(model: Any) -> Iterator[list[int]]:
-    """Rows of the hidden states that each decoder layer gets."""
-    rows: list[int] = []
-
-    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rows.append(hidden.shape[1])
-
-    layers = adapter_for(model).layers
-    hooks = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
-    try:
-        yield rows
-    finally:
-        for h in hooks:
-            h.remove()
-
-
 def _masked_logits(model: Any, inputs: dict[str, Any], stats: Any, handle: Any) -> Tensor:
     """The full-length run in which every layer masks the columns that had been dropped."""
     stages = {s.layer: i for i, s in enumerate(handle.plan.stages)}
     eager = getattr(adapter_for(model).text_config, "_attn_implementation", "sdpa") == "eager"
-    n, current, hooks = stats.lengths[0], torch.ones(stats.lengths[0], dtype=torch.bool), []
+    n, current = stats.lengths[0], torch.ones(stats.lengths[0], dtype=torch.bool)
+    hooks = contextlib.ExitStack()
     for number, layer in enumerate(adapter_for(model).layers):
         if number in stages:
             kept = stats.kept(0)[stages[number]]
@@ -112,12 +86,9 @@ def _masked_logits(model: Any, inputs: dict[str, Any], stats: Any, handle: Any) 
                 ~mask, torch.finfo(model.dtype).min
             )
         hook = _replace_mask(mask)
-        hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+        hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    with hooks:
         return _logits(model, inputs)
-    finally:
-        for h in hooks:
-            h.remove()
 
 
 def _replace_mask(mask: Tensor) -> Any:
@@ -127,11 +98,11 @@ def _replace_mask(mask: Tensor) -> Any:
     return hook
 
 
-def _equal(name: str, logits: Tensor, expected: Tensor, dtype: torch.dtype) -> Check:
+def _equal(name: str, logits: Tensor, expected: Tensor, dtype: torch.dtype) -> Finding:
     limit = TOLERANCE[dtype]
     off = float((logits - expected).abs().max())
     scale = max(1.0, float(expected.abs().max()))
-    return Check(name, off <= limit * scale, f"largest difference of logits {off:.1e}")
+    return Finding(name, off <= limit * scale, f"largest difference of logits {off:.1e}")
 
 
 def _short(rows: list[int]) -> str:

@@ -8,25 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
-from tokencomp.cli._methods import method
-from tokencomp.inputs.packaged import DEFAULT_MODEL
-
-DEFAULT_QUESTION = "Describe what you see."
+from tokencomp.cli._methods import settings
 
 
-@opt.flat
+@opt.flat(reducer="random,uniform,downscale,merge,prune,aim,auto", ratio="0,0.5,0.75,0.9")
 def command(
     context: typer.Context,
-    tower: opt.Tower,
-    model: opt.Model = DEFAULT_MODEL,
-    image: opt.Images = None,
-    video: opt.Videos = None,
-    question: opt.Question = DEFAULT_QUESTION,
-    reducer: opt.Reducers = "random,uniform,downscale,merge,prune,aim,auto",
-    ratio: opt.Ratios = "0,0.5,0.75,0.9",
-    options: opt.Set = None,
-    plan: opt.PlanFile = None,
-    proportional: opt.Proportional = False,
+    method: opt.Method,
+    source: opt.Source,
+    files: opt.Files,
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML report.")] = Path(
         "tokencomp-demo.html"
     ),
@@ -34,42 +24,36 @@ def command(
     results: Annotated[
         Path | None, typer.Option(help="Keep per-item records in this folder (resumable).")
     ] = None,
-    frames: opt.Frames = 8,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
 ) -> None:
     """Answer questions with and without compression; print a table and write an HTML report.
 
     Without files: the embedded model, held-out ShapesQA questions and the packaged samples. With
     --image or --video: any supported model on your files.
     """
-    settings_of = method(context, reducer, ratio, options, plan, proportional, tower)
-    if image or video:
+    settings_of = settings(context, method)
+    if files.image or files.video:
         opt.refuse_given(context, ("items", "results"), "--image or --video", "leave them out")
     else:
         own = "give files to ask about with --image or --video"
         opt.refuse_given(context, ("question", "frames"), "ShapesQA's own questions", own)
     opt.check_output(output)
-    media = opt.load_files(image, video, frames)
+    media = files.load()
     from rich.console import Console
 
     from tokencomp.cli import _demo as work
     from tokencomp.evaluation.environment import public_name
-    from tokencomp.inputs.loading import load_model
     from tokencomp.pages import demo as demo_page
 
     console = Console()
     say = lambda text: console.print(f"[dim]{text} …[/]")  # noqa: E731
-    _needs_files(model, media)
-    loaded, processor = load_model(model, device=device, dtype=dtype)
-    settings, called = settings_of(loaded), public_name(model)
+    _needs_files(source.model, media)
+    loaded, processor = source.load()
+    chosen, called = settings_of(loaded), public_name(source.model)
+    answered = (loaded, processor, called, chosen)
     if media:
-        label = ", ".join(p.name for p in [*(image or ()), *(video or ())])
-        demo = work.demo_files(loaded, processor, called, settings, media, label, question, say)
+        demo = work.demo_files(*answered, media, files.label, files.question, say)
     else:
-        demo = work.demo_embedded(
-            loaded, processor, called, settings, items, _picture_ratio(settings), results, say
-        )
+        demo = work.demo_embedded(*answered, items, _picture_ratio(chosen), results, say)
     _print(console, demo)
     path = demo_page.write(demo, output)
     console.print(f"\nReport with plots and pictures: [bold]{path}[/]")

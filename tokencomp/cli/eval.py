@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
-from tokencomp.cli._methods import method
-from tokencomp.inputs.packaged import DEFAULT_MODEL
+from tokencomp.cli._methods import settings
 
 TASKS = "mlvu_dev,mvbench"
 COLUMNS = 6
@@ -20,8 +19,8 @@ COLUMNS = 6
 @opt.flat
 def command(
     context: typer.Context,
-    tower: opt.Tower,
-    model: opt.Model = DEFAULT_MODEL,
+    method: opt.Method,
+    source: opt.Source,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -31,11 +30,6 @@ def command(
             "shapesqa also the one-word task shapesqa.",
         ),
     ] = None,
-    reducer: opt.Reducers = "auto",
-    ratio: opt.Ratios = "0.5,0.75,0.9",
-    options: opt.Set = None,
-    plan: opt.PlanFile = None,
-    proportional: opt.Proportional = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Items per task.")] = None,
     data: Annotated[
         str | None,
@@ -48,8 +42,6 @@ def command(
         bool, typer.Option(help="Also run random dropping and equal-token downscaling.")
     ] = True,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the baseline random.")] = 3,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
 ) -> None:
     """Run lmms-eval's tasks, prompts and scoring on the compressed model.
 
@@ -59,7 +51,7 @@ def command(
     Several processes share the items: `accelerate launch -m tokencomp.cli eval …` on GPUs,
     `torchrun --nproc-per-node N -m tokencomp.cli eval …` anywhere.
     """
-    settings_of = method(context, reducer, ratio, options, plan, proportional, tower)
+    settings_of = settings(context, method)
     from rich.console import Console
 
     from tokencomp.lmms.data import PER_TASK, SHAPESQA, local_data
@@ -71,28 +63,21 @@ def command(
         local = None if data is None else local_data(data, per_task=max(limit or 0, PER_TASK))
         single_tasks = find_tasks(opt.names(names), local, Path(home))
         from tokencomp.evaluation.native import has_budget
-        from tokencomp.inputs.loading import load_model
 
-        loaded = load_model(model, device=device, dtype=dtype)
-        settings, manifests = settings_of(loaded[0]), {}
+        loaded = source.load()
+        chosen, manifests = settings_of(loaded[0]), {}
         if baselines:
-            settings = _with_baselines(settings, seeds, has_budget(loaded[1]))
-        full = next((output / s.label for s in settings if s.off), None)
-        for k, setting in enumerate(settings):
-            console.print(f"[dim]{k + 1}/{len(settings)}[/] {setting.label}")
+            chosen = _with_baselines(chosen, seeds, has_budget(loaded[1]))
+        how: dict[str, Any] = {"limit": limit, "frames": frames, "batch_size": batch_size}
+        how["full"] = next((output / s.label for s in chosen if s.off), None)
+        for k, setting in enumerate(chosen):
+            console.print(f"[dim]{k + 1}/{len(chosen)}[/] {setting.label}")
+            out = output / setting.label
             manifests[setting] = run_setting(
-                loaded,
-                model,
-                single_tasks,
-                setting,
-                output / setting.label,
-                limit=limit,
-                frames=frames,
-                batch_size=batch_size,
-                full=full,
+                loaded, source.model, single_tasks, setting, out, **how
             )
     if not console.quiet:
-        _print(console, manifests, [output / setting.label for setting in settings])
+        _print(console, manifests, [output / setting.label for setting in chosen])
     console.print(f"\nRun folders: [bold]{output}[/]. Next: tokencomp report {output}/*")
 
 

@@ -8,31 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
-from tokencomp.cli._methods import method
-from tokencomp.inputs.packaged import DEFAULT_MODEL
+from tokencomp.cli._methods import settings
 
 PAGES, PICTURES = (".html", ".htm"), (".png", ".jpg", ".jpeg")
 
 
-@opt.flat
+@opt.flat(ratio="0.75")
 def command(
     context: typer.Context,
-    tower: opt.Tower,
-    model: opt.Model = DEFAULT_MODEL,
-    image: opt.Images = None,
-    video: opt.Videos = None,
-    question: opt.Question = "Describe what you see.",
-    reducer: opt.Reducers = "auto",
-    ratio: opt.Ratios = "0.75",
-    options: opt.Set = None,
-    plan: opt.PlanFile = None,
-    proportional: opt.Proportional = False,
+    method: opt.Method,
+    source: opt.Source,
+    files: opt.Files,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="HTML page; a .png or .jpg name gives a picture.")
     ] = Path("tokencomp-inspect.html"),
-    frames: opt.Frames = 8,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
 ) -> None:
     """Show which patches and frames each reducer keeps, per stage, and the answers.
@@ -41,31 +30,29 @@ def command(
     """
     from tokencomp.errors import OptionError
 
-    settings_of = method(context, reducer, ratio, options, plan, proportional, tower)
+    settings_of = settings(context, method)
     if output.suffix.lower() not in (*PAGES, *PICTURES):
         allowed = ", ".join((*PAGES, *PICTURES))
         raise OptionError(f"--output {output}: the name must end in one of {allowed}.")
     opt.check_output(output)
-    media = opt.load_files(image, video, frames)
+    media = files.load()
     if not media:
         raise OptionError("nothing to look at: give --image FILE or --video FILE.")
     from rich.console import Console
     from rich.markup import escape
 
     from tokencomp.cli._showcase import answer_prompt
-    from tokencomp.inputs.loading import load_model
     from tokencomp.pages.html import compact
 
-    loaded, processor = load_model(model, device=device, dtype=dtype)
-    settings = settings_of(loaded)
-    answers = answer_prompt(loaded, processor, media, question, settings, max_new_tokens)
+    loaded, processor = source.load()
+    chosen, question = settings_of(loaded), files.question
+    answers = answer_prompt(loaded, processor, media, question, chosen, max_new_tokens)
     console = Console()
     for a in answers:
         name = f"{a.setting.name} {a.setting.shown_ratio}"
         tokens = f"{compact(a.cost.per_layer)} tokens per layer"
         console.print(f"[bold]{name:<18}[/] [dim]{tokens}[/]\n  {escape(a.text)}")
-    label = ", ".join(p.name for p in [*(image or ()), *(video or ())])
-    _write(answers, question, label, loaded, model, output)
+    _write(answers, question, files.label, loaded, source.model, output)
     console.print(f"\nPictures: [bold]{output}[/]")
 
 

@@ -43,37 +43,34 @@ def reducers() -> list[dict[str, Any]]:
     import dataclasses
 
     from tokencomp.evaluation.settings import INPUT_BASELINES
-    from tokencomp.method import DEFAULT_REDUCER
     from tokencomp.reducers.registry import available_reducers
     from tokencomp.serving.spec import servable
 
     rows, safe = [], servable()
     for name, cls in available_reducers().items():
         options = {f.name: _default(f) for f in dataclasses.fields(cls)}
-        rows.append(
-            {
-                "name": name,
-                "summary": cls.summary,
-                "stage": _stage(cls),
-                "serving_safe": safe.get(name) == "",
-                "serving_safe_with": safe.get(name, ""),
-                "default": name == DEFAULT_REDUCER,
-                "options": options,
-            }
-        )
-    for name, summary in INPUT_BASELINES.items():
-        rows.append(
-            {
-                "name": name,
-                "summary": summary,
-                "stage": "input",
-                "serving_safe": False,
-                "serving_safe_with": "",
-                "default": False,
-                "options": {},
-            }
-        )
+        rows.append(_row(name, cls.summary, _stage(cls), options, safe.get(name)))
+    rows += [_row(name, summary, "input") for name, summary in INPUT_BASELINES.items()]
     return rows
+
+
+def _row(
+    name: str,
+    summary: str,
+    stage: str,
+    options: dict[str, Any] | None = None,
+    safe_with: str | None = None,
+) -> dict[str, Any]:
+    """`safe_with`: with which options servers can run it; "" for all, None for none."""
+    return {
+        "name": name,
+        "summary": summary,
+        "stage": stage,
+        "serving_safe": safe_with == "",
+        "serving_safe_with": safe_with or "",
+        "default": name == DEFAULT_REDUCER,
+        "options": options or {},
+    }
 
 
 def _default(field: Any) -> Any:

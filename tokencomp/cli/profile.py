@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
-from tokencomp.cli._methods import Settings, method
-from tokencomp.inputs.packaged import DEFAULT_MODEL
+from tokencomp.cli._methods import Settings, settings
 
 FILES = ("model", "image", "video", "question", "frames")
 SHAPE = ("tokens", "layers", "vision_layers")
@@ -19,8 +18,9 @@ SHAPE = ("tokens", "layers", "vision_layers")
 @opt.flat
 def command(
     context: typer.Context,
-    tower: opt.Tower,
-    model: opt.Model = DEFAULT_MODEL,
+    method: opt.Method,
+    source: opt.Source,
+    files: opt.Files,
     config: Annotated[
         str | None,
         typer.Option(
@@ -35,18 +35,7 @@ def command(
     vision_layers: Annotated[
         int | None, typer.Option(min=1, help="Vision layers of --config (default: all).")
     ] = None,
-    image: opt.Images = None,
-    video: opt.Videos = None,
-    question: opt.Question = "Describe what you see.",
-    reducer: opt.Reducers = "auto",
-    ratio: opt.Ratios = "0.5,0.75,0.9",
-    options: opt.Set = None,
-    plan: opt.PlanFile = None,
-    proportional: opt.Proportional = False,
-    frames: opt.Frames = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds after a warm-up.")] = 5,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -55,22 +44,22 @@ def command(
     Full model and every reducer × ratio alternate in one process; medians. With peak memory, KV
     bytes, FLOPs, and the fraction reached of the speed-up that FLOPs allow.
     """
-    settings_of = method(context, reducer, ratio, options, plan, proportional, tower)
+    settings_of = settings(context, method)
     if config is not None:
         opt.refuse_given(context, FILES, "--config", "a shape has random weights and no files")
-        _refuse_baselines(opt.names(reducer))
+        _refuse_baselines(opt.names(method.reducer))
     else:
         opt.refuse_given(context, SHAPE, "--model", "they describe a --config")
     opt.check_output(output)
-    media = opt.load_files(image, video, frames)
+    media = files.load()
     from tokencomp.evaluation.environment import environment, public_name
 
     if config is not None:
-        loaded, variants = _shape(config, tokens, layers, vision_layers, dtype, device, settings_of)
+        loaded, variants = _shape(config, tokens, layers, vision_layers, source, settings_of)
         name = f"{config} (random weights)"
     else:
-        loaded, variants = _real(model, media, question, dtype, device, settings_of)
-        name = public_name(model)
+        loaded, variants = _real(source, media, files.question, settings_of)
+        name = public_name(source.model)
     from tokencomp.profiling.profiler import profile
 
     full = next(iter(variants.values()))[1]
@@ -86,7 +75,7 @@ def command(
 
 
 def _real(
-    model: str, media: list[Any], question: str, dtype: str, device: str, settings_of: Settings
+    source: opt.Source, media: list[Any], question: str, settings_of: Settings
 ) -> tuple[Any, dict[Any, Any]]:
     """Inputs of the processor, and how long it took (median of three)."""
     import functools
@@ -98,7 +87,6 @@ def _real(
     from tokencomp.evaluation.native import budget_of
     from tokencomp.evaluation.patches import patched
     from tokencomp.inputs.frames import frame_plan
-    from tokencomp.inputs.loading import load_model
     from tokencomp.inputs.prompts import build_inputs, to_model
 
     if not media:
@@ -106,7 +94,7 @@ def _real(
             "nothing to look at: give --image FILE or --video FILE, or a model shape with "
             "--config llava-onevision-0.5b."
         )
-    loaded, processor = load_model(model, device=device, dtype=dtype)
+    loaded, processor = source.load()
     maker, variants = PromptMaker(loaded, processor, [media], [question]), {}
     for setting in settings_of(loaded):
         shrunk, plan, times = maker.media_for(setting), frame_plan(loaded, setting), []
@@ -125,8 +113,7 @@ def _shape(
     tokens: int,
     layers: int | None,
     vision_layers: int | None,
-    dtype: str,
-    device: str,
+    source: opt.Source,
     settings_of: Settings,
 ) -> tuple[Any, dict[Any, Any]]:
     import functools
@@ -135,13 +122,13 @@ def _shape(
     from tokencomp.inputs.loading import pick_device, pick_dtype
     from tokencomp.profiling.shapes import accepted, build
 
-    where = pick_device(device)
+    where = pick_device(source.device)
     model, inputs = build(
         config,
         tokens,
         layers=layers,
         vision_layers=vision_layers,
-        dtype=pick_dtype(dtype, where),
+        dtype=pick_dtype(source.dtype, where),
         device=where,
     )
     inputs = accepted(model, inputs)

@@ -93,7 +93,7 @@ def command(
         "reducer": reducer,
         "ratio": opt.one_ratio(ratio, "serve"),
         "options": opt.reducer_options(set_),
-        **tower.options,
+        **tower.tower,
         "per_request": per_request,
         **({} if max_ratio is None else {"max_ratio": max_ratio}),
     }

@@ -10,7 +10,6 @@ import typer
 
 from tokencomp.cli import _options as opt
 from tokencomp.cli._methods import reducers
-from tokencomp.inputs.packaged import DEFAULT_MODEL
 
 VIDEO_FAMILIES = "needle,video_existence"  # on the others the embedded models guess
 
@@ -19,13 +18,13 @@ VIDEO_FAMILIES = "needle,video_existence"  # on the others the embedded models g
 def command(
     context: typer.Context,
     tower: opt.Tower,
+    source: opt.Source,
     tokens: Annotated[
         float | None, typer.Option(help="Visual tokens per item and decoder layer, at most.")
     ] = None,
     latency: Annotated[
         float | None, typer.Option(help="Milliseconds of model time per answer, at most.")
     ] = None,
-    model: opt.Model = DEFAULT_MODEL,
     data: Annotated[
         Path | None,
         typer.Option(help="JSON Lines with question, answer, media. Default: ShapesQA validation."),
@@ -38,8 +37,6 @@ def command(
     ratio: opt.Ratios = "0.5,0.75,0.9",
     batch_size: opt.BatchSize = 8,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
     as_json: opt.Json = False,
 ) -> None:
     """Search frames × pixels × reducer × ratio for the best validation accuracy at a budget.
@@ -63,15 +60,14 @@ def command(
         "reducers": reducers(reducer),
         "ratios": opt.numbers(opt.ratios(ratio), "tune"),
         "tokens": tokens,
-        "options": tower.options,
+        "options": tower.tower,
     }
     opt.check_output(output)
     from tokencomp.evaluation import tuning
     from tokencomp.evaluation.environment import environment
     from tokencomp.inputs.files import FileQuestions
-    from tokencomp.inputs.loading import load_model
 
-    loaded = load_model(model, device=device, dtype=dtype)
+    loaded = source.load()
     grid["reducers"] = reducers(reducer, loaded[0])
     with tempfile.TemporaryDirectory() as folder:
         if data is None:
@@ -82,7 +78,11 @@ def command(
         measured = tuning.search(*loaded, questions, candidates, batch_size=batch_size)
     within = [c for c in measured if latency is None or 1e3 * c.seconds <= latency]
     cost = "tokens" if latency is None else "seconds"
-    facts = {"model": model, "budget": {"tokens": tokens, "latency_ms": latency}, **environment()}
+    facts = {
+        "model": source.model,
+        "budget": {"tokens": tokens, "latency_ms": latency},
+        **environment(),
+    }
     text = tuning.as_json(within, cost, facts)
     if as_json:
         typer.echo(text)

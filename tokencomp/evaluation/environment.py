@@ -44,17 +44,18 @@ def commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        head = _git(root, "rev-parse", "HEAD")
-        return head + ("+dirty" if _git(root, "status", "--porcelain", "-uno") else "")
+        head = git(root, "rev-parse", "HEAD")
+        return head + ("+dirty" if git(root, "status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _git(root: Path, *args: str) -> str:
+def git(root: Path, *args: str) -> str:
+    """What a git command prints for the checkout at `root`, without the last line end."""
     command = ["git", "-C", str(root), *args]
     return subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=10
-    ).stdout.strip()
+        command, capture_output=True, text=True, check=True, timeout=30
+    ).stdout.rstrip()
 
 
 def hardware() -> dict[str, Any]:

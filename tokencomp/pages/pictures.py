@@ -34,43 +34,43 @@ KEPT = "kept.jpg"
 """The picture in a run folder that `tokencomp report` shows."""
 
 
-def survival(stats: Stats, sample: int = 0) -> list[np.ndarray]:
+def survival(stats: Stats) -> list[np.ndarray]:
     """Per span: the share of decoder layers that see each patch, float (t, h, w) in [0, 1].
 
     `NEVER` where the vision tower has dropped it. Merged tokens count where the token that stands
     for them is.
     """
     layers, stages = stats.shape.num_layers, stats.stage_layers
-    kept = stats.kept(sample)
+    kept = stats.kept(0)
     bounds = [*stages, layers]
     result = []
-    for j, span in enumerate(stats.spans[sample]):
+    for j, span in enumerate(stats.spans[0]):
         share = np.zeros(span.length)
         share += bounds[0] / layers  # layers before the first stage see everything
         for i, stage in enumerate(kept):
             share[stage[j]] += (bounds[i + 1] - bounds[i]) / layers
-        _mark_unseen(share, stats, sample, j)
+        _mark_unseen(share, stats, j)
         result.append(share[~span.fixed_mask()].reshape(span.grid))
     return result
 
 
-def layer_survival(stats: Stats, layer: int, sample: int = 0) -> list[np.ndarray]:
+def layer_survival(stats: Stats, layer: int) -> list[np.ndarray]:
     """Per span: 1 for patches that `layer` sees, `NEVER` as in `survival`, float (t, h, w)."""
     passed = [i for i, first in enumerate(stats.stage_layers) if first <= layer]
     result = []
-    for j, span in enumerate(stats.spans[sample]):
+    for j, span in enumerate(stats.spans[0]):
         seen = np.ones(span.length) if not passed else np.zeros(span.length)
         if passed:
-            seen[stats.kept(sample)[passed[-1]][j]] = 1
-        _mark_unseen(seen, stats, sample, j)
+            seen[stats.kept(0)[passed[-1]][j]] = 1
+        _mark_unseen(seen, stats, j)
         result.append(seen[~span.fixed_mask()].reshape(span.grid))
     return result
 
 
-def _mark_unseen(share: np.ndarray, stats: Stats, sample: int, span: int) -> None:
+def _mark_unseen(share: np.ndarray, stats: Stats, span: int) -> None:
     """Mark the tokens of a span that left in the vision tower, in place."""
     unseen = np.ones(len(share), dtype=bool)
-    unseen[stats.tower_kept(sample)[span]] = False
+    unseen[stats.tower_kept(0)[span]] = False
     share[unseen] = NEVER
 
 
@@ -94,9 +94,9 @@ def overlay(image: Image.Image, share: np.ndarray, side: int = SIDE) -> Image.Im
     return out
 
 
-def strip(images: Sequence[Image.Image], gap: int = 6, columns: int = 4) -> Image.Image:
+def strip(images: Sequence[Image.Image], columns: int = 4) -> Image.Image:
     """Pictures of equal size in rows of `columns`."""
-    columns = min(columns, len(images))
+    columns, gap = min(columns, len(images)), 6
     rows = -(-len(images) // columns)
     w, h = images[0].size
     sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
@@ -135,11 +135,11 @@ def tiles(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> list[Im
     return [t if t.size == size else t.resize(size) for t in out]
 
 
-def plain(media: Any, side: int = SIDE, slices: int | None = None) -> Image.Image:
+def plain(media: Any, side: int = SIDE) -> Image.Image:
     """The media without overlay, in the same layout."""
     if media_kind(media) == "image":
         return _fit(media, side)
-    return strip(plain_tiles(media if slices is None else frames_of(media, (slices, 1, 1)), side))
+    return strip(plain_tiles(media, side))
 
 
 def plain_tiles(frames: Sequence[Image.Image], side: int = SIDE) -> list[Image.Image]:
@@ -212,9 +212,9 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def animation_uri(images: Sequence[Image.Image], milliseconds: int = 500) -> str:
+def animation_uri(images: Sequence[Image.Image]) -> str:
     """Pictures of one size, one after the other in an endless loop, as a `data:` address."""
     buffer = io.BytesIO()
     first, *rest = [image.quantize(64) for image in images]
-    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=500, loop=0)
     return "data:image/gif;base64," + base64.b64encode(buffer.getvalue()).decode()

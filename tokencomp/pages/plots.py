@@ -32,9 +32,6 @@ def lines(
     x: str,
     y: str,
     reference: float | None = None,
-    reference_label: str = "full model",
-    percent: bool = True,
-    log_x: bool = False,
     diagonal: bool = False,
 ) -> str:
     """One line per series, baselines dashed and grey; returns an `<svg>` element.
@@ -48,11 +45,7 @@ def lines(
     x, y
         Axis labels.
     reference
-        y of a horizontal line.
-    percent
-        y is a fraction.
-    log_x
-        Logarithmic x axis.
+        y of a horizontal line, the full model.
     diagonal
         Draw y = x, the limit of arithmetic.
     """
@@ -65,16 +58,15 @@ def lines(
     for name, points in series.items():
         _draw_series(axes, name, points, GREYS.get(name) or next(colors))
     if reference is not None:
-        _draw_reference(axes, reference, reference_label)
+        axes.axhline(reference, color="#111827", linewidth=1, zorder=1)
+        place: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate("full model", (0.01, reference), xytext=(0, 3), fontsize=9, **place)
     if diagonal:
         axes.axline((0, 0), slope=1, color="#111827", linewidth=1, zorder=1)
         axes.set_xlim(0, None)
         axes.set_ylim(0, None)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    if percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    if log_x:
-        axes.set_xscale("log")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -94,13 +86,6 @@ def _draw_series(axes: Any, name: str, points: Sequence[Point], color: str) -> N
         axes.fill_between(xs, low, high, color=color, alpha=0.08, linewidth=0)
     elif None not in low:
         axes.vlines(xs, low, high, color=color, alpha=0.4)
-
-
-def _draw_reference(axes: Any, y: float, label: str) -> None:
-    """A horizontal line with its label."""
-    axes.axhline(y, color="#111827", linewidth=1, zorder=1)
-    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    axes.annotate(label, (0.01, y), xytext=(0, 3), fontsize=9, **place)
 
 
 def _svg(figure: Any) -> str:

@@ -83,64 +83,42 @@ _QWEN_TOKENS: dict[str, Any] = {
 }
 
 
-def _qwen2_vl(shape: Shape, layers: int, vision_layers: int | None) -> Any:
+def _qwen(name: str, shape: Shape, text: dict[str, Any], vision: dict[str, Any]) -> Any:
+    """Model of the classes that begin with `name`."""
     import transformers
 
-    config = transformers.Qwen2VLConfig(
-        text_config={**_text(shape, layers), **_mrope(16, 24, 24)},
-        vision_config={
-            "depth": 32 if vision_layers is None else vision_layers,
-            "embed_dim": 1280,
-            "hidden_size": shape.hidden,
-            "num_heads": 16,
-            "mlp_ratio": 4,
-        },
-        tie_word_embeddings=shape.tied,
-        **_QWEN_TOKENS,
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text, vision_config=vision, tie_word_embeddings=shape.tied, **_QWEN_TOKENS
     )
-    return transformers.Qwen2VLForConditionalGeneration(config)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
+def _qwen2_vl(shape: Shape, layers: int, vision_layers: int | None) -> Any:
+    depth = 32 if vision_layers is None else vision_layers
+    tower = {"depth": depth, "embed_dim": 1280, "hidden_size": shape.hidden, "num_heads": 16}
+    text = {**_text(shape, layers), **_mrope(16, 24, 24)}
+    return _qwen("Qwen2VL", shape, text, {**tower, "mlp_ratio": 4})
 
 
 def _qwen2_5_vl(shape: Shape, layers: int, vision_layers: int | None) -> Any:
-    import transformers
-
-    config = transformers.Qwen2_5_VLConfig(
-        text_config={**_text(shape, layers), **_mrope(16, 24, 24)},
-        vision_config={
-            "depth": 32 if vision_layers is None else vision_layers,
-            "out_hidden_size": shape.hidden,
-            "intermediate_size": 3420,
-        },
-        tie_word_embeddings=shape.tied,
-        **_QWEN_TOKENS,
-    )
-    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+    depth = 32 if vision_layers is None else vision_layers
+    tower = {"depth": depth, "out_hidden_size": shape.hidden, "intermediate_size": 3420}
+    return _qwen("Qwen2_5_VL", shape, {**_text(shape, layers), **_mrope(16, 24, 24)}, tower)
 
 
 def _qwen3_vl(shape: Shape, layers: int, vision_layers: int | None) -> Any:
     """Fewer vision layers keep the deepstack features that are left, at least one."""
-    import transformers
-
     tower = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16}
     deepstack = [5, 11, 17]
     if shape.large_tower:
         tower = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16}
         deepstack = [8, 16, 24]
-    tower["depth"] = vision_layers or tower["depth"]
-    deepstack = [k for k in deepstack if k < tower["depth"]] or [tower["depth"] - 1]
-    rope = _mrope(24, 20, 20, theta=5e6, mrope_interleaved=True)
-    config = transformers.Qwen3VLConfig(
-        text_config={**_text(shape, layers), "head_dim": 128, **rope},
-        vision_config={
-            **tower,
-            "patch_size": 16,
-            "out_hidden_size": shape.hidden,
-            "deepstack_visual_indexes": deepstack,
-        },
-        tie_word_embeddings=shape.tied,
-        **_QWEN_TOKENS,
-    )
-    return transformers.Qwen3VLForConditionalGeneration(config)
+    depth = vision_layers or tower["depth"]
+    deepstack = [k for k in deepstack if k < depth] or [depth - 1]
+    vision = {**tower, "depth": depth, "patch_size": 16, "out_hidden_size": shape.hidden}
+    text = {**_text(shape, layers), "head_dim": 128}
+    text |= _mrope(24, 20, 20, theta=5e6, mrope_interleaved=True)
+    return _qwen("Qwen3VL", shape, text, {**vision, "deepstack_visual_indexes": deepstack})
 
 
 def _prompt(video: list[int], device: str) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,20 @@ def profile(
     return profiles
 
 
+@contextlib.contextmanager
+def counted_rows(model: Any) -> Iterator[list[int]]:
+    """Rows of the hidden states that each decoder layer gets, call by call."""
+    rows: list[int] = []
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        rows.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    with contextlib.ExitStack() as hooks:
+        for layer in adapter_for(model).layers:
+            hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        yield rows
+
+
 @torch.inference_mode()
 def decode_seconds(model: Any, inputs: dict[str, Any], tokens: int) -> float:
     """Median seconds of the decoder's one-token steps in a greedy generation."""
@@ -131,13 +146,9 @@ def decode_seconds(model: Any, inputs: dict[str, Any], tokens: int) -> float:
         _synchronize(device)
         marks.append(time.perf_counter())
 
-    hook = adapter_for(model).model.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        model.generate(
-            **inputs, do_sample=False, max_new_tokens=tokens + 2, min_new_tokens=tokens + 2
-        )
-    finally:
-        hook.remove()
+    count = tokens + 2
+    with adapter_for(model).model.register_forward_pre_hook(before, with_kwargs=True):
+        model.generate(**inputs, do_sample=False, max_new_tokens=count, min_new_tokens=count)
     steps = [b - a for a, b in itertools.pairwise(marks[1:])]
     return statistics.median(steps)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from tokencomp.shapesqa.items import Item, item
 from tokencomp.shapesqa.prompt_forms import mlvu_question
 from tokencomp.shapesqa.render import render_image, write_mp4
+from tokencomp.storage import write_lines
 
 # ShapesQA family -> (MVBench task, folder in which lmms-eval looks for its videos)
 MVBENCH_TASKS = {
@@ -31,11 +32,6 @@ def write_media(item: Item, folder: Path) -> Item:
     else:
         path = write_mp4(item.scene, folder / f"{item.id}.mp4")
     return replace(item, media=path)
-
-
-def _write_lines(path: Path, rows: Iterable[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def record(item: Item, root: Path) -> dict:
@@ -62,7 +58,7 @@ def write_freeform(items: Iterable[Item], root: Path) -> Path:
     """``root/questions.jsonl``, ``root/media/*`` and a card. Returns the path of the JSONL file."""
     root = Path(root)
     rows = [record(write_media(one, root / "media"), root) for one in items]
-    _write_lines(root / "questions.jsonl", rows)
+    write_lines(root / "questions.jsonl", rows)
     _write_card(root, {"default": "questions.jsonl"}, split="test")
     return root / "questions.jsonl"
 
@@ -117,7 +113,7 @@ def write_mlvu(root: Path, split: str, per_task: int, **scene) -> Path:
                     "task_type": task,
                 }
             )
-    _write_lines(root / "test.jsonl", rows)
+    write_lines(root / "test.jsonl", rows)
     _write_card(root, {"default": "test.jsonl"}, split="test")
     return root
 

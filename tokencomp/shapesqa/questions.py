@@ -69,30 +69,37 @@ def _pick(items: list, rng: np.random.Generator):
     return items[int(rng.integers(len(items)))]
 
 
-def _unique(scene: Scene, attribute: str, among: list[int] | None = None) -> list[int]:
-    """Indices of things whose ``attribute`` no other thing of the scene shares."""
-    tally = Counter(getattr(thing, attribute) for thing in scene.things)
-    indices = range(len(scene.things)) if among is None else among
-    return [i for i in indices if tally[getattr(scene.things[i], attribute)] == 1]
+def _unique(
+    scene: Scene, attribute: str, among: list[int] | None = None, within: list[int] | None = None
+) -> list[int]:
+    """Those of ``among`` whose ``attribute`` no other thing of ``within`` shares; None: of all."""
+    every = list(range(len(scene.things)))
+    words = [getattr(thing, attribute) for thing in scene.things]
+    tally = Counter(words[i] for i in (every if within is None else within))
+    return [i for i in (every if among is None else among) if tally[words[i]] == 1]
 
 
 def _attribute(
-    scene: Scene, among: list[int], family: str, rng: np.random.Generator
+    scene: Scene,
+    among: list[int],
+    family: str,
+    rng: np.random.Generator,
+    within: list[int] | None = None,
+    adjective: str = "",
 ) -> Question | None:
     """Colour of a unique shape, or shape of a unique colour."""
-    if rng.random() < 0.6:
-        matching, attribute = _unique(scene, "shape", among), "color"
-    else:
-        matching, attribute = _unique(scene, "color", among), "shape"
+    shared = "shape" if rng.random() < 0.6 else "color"
+    matching = _unique(scene, shared, among, within)
     if not matching:
         return None
     index = _pick(matching, rng)
     thing: Thing = scene.things[index]
-    if attribute == "color":
-        text = f"What color is the {thing.shape}?"
-        return Question(family, text, thing.color, draw_options(thing.color, COLORS, rng), (index,))
-    text = f"What shape is the {thing.color} object?"
-    return Question(family, text, thing.shape, draw_options(thing.shape, SHAPES, rng), (index,))
+    if shared == "shape":
+        text, answer, pool = f"What color is the {adjective}{thing.shape}?", thing.color, COLORS
+    else:
+        text = f"What shape is the {adjective}{thing.color} object?"
+        answer, pool = thing.shape, SHAPES
+    return Question(family, text, answer, draw_options(answer, pool, rng), (index,))
 
 
 @_family("attribute")
@@ -104,21 +111,9 @@ def attribute(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 @_family("small_object")
 def small_object(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """Colour or shape of an object below one token's 28 px, named by "small"."""
+    """Like `attribute`, about objects of at most `SMALL` px, unique among those."""
     small = [i for i, thing in enumerate(scene.things) if thing.small]
-    attribute = "shape" if rng.random() < 0.6 else "color"
-    tally = Counter(getattr(scene.things[i], attribute) for i in small)
-    matching = [i for i in small if tally[getattr(scene.things[i], attribute)] == 1]
-    if not matching:
-        return None
-    index = _pick(matching, rng)
-    thing = scene.things[index]
-    if attribute == "shape":
-        text, answer = f"What color is the small {thing.shape}?", thing.color
-    else:
-        text, answer = f"What shape is the small {thing.color} object?", thing.shape
-    pool = COLORS if attribute == "shape" else SHAPES
-    return Question("small_object", text, answer, draw_options(answer, pool, rng), (index,))
+    return _attribute(scene, small, "small_object", rng, small, "small ")
 
 
 def _exists(scene: Scene, rng: np.random.Generator, family: str, suffix: str = "") -> Question:

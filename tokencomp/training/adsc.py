@@ -103,8 +103,7 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
         loop = Loop(tuned, processor, tuned, source, config, output / "checkpoint.pt", identity)
         _run(loop, tuned, config)
         save_adapter(tuned, output, card["model_id"])
-        card["seconds"] = round(loop.seconds, 1)
-        card["loss"] = [round(v, 4) for v in loop.history[:: max(1, len(loop.history) // 50)]]
+        card |= loop.report()
         write_json(output / CARD, card)
         if config.evaluate:
             card["accuracy"] = evaluate(tuned, processor, data, config)

@@ -96,19 +96,16 @@ def capture(model: nn.Module, inputs: dict[str, Any], layers: bool = True) -> Ca
     adapter = adapter_for(model)
     captured = Capture(adapter)
     call = {k: v for k, v in inputs.items() if k not in INPUT_ONLY}
-    hooks = [adapter.decoder.register_forward_pre_hook(_spans_of(captured, call), with_kwargs=True)]
-    for i, layer in enumerate(adapter.layers if layers else adapter.layers[:1]):
-        hooks.append(
-            layer.register_forward_pre_hook(_input_of(captured, stop=not layers), with_kwargs=True)
-        )
-        if i == len(adapter.layers) - 1:
-            hooks.append(layer.register_forward_hook(_output_of(captured)))
-    try:
-        with contextlib.suppress(_Enough):
-            adapter.body(**call, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    before = {adapter.decoder: _spans_of(captured, call)}
+    before |= {
+        layer: _input_of(captured, stop=not layers)
+        for layer in (adapter.layers if layers else adapter.layers[:1])
+    }
+    with contextlib.ExitStack() as hooks, contextlib.suppress(_Enough):
+        for module, hook in before.items():
+            hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        hooks.enter_context(adapter.layers[-1].register_forward_hook(_output_of(captured)))
+        adapter.body(**call, use_cache=False)
     return captured
 
 

@@ -86,8 +86,7 @@ def train_ccam(model: Any, processor: Any, data: str, output: Path, config: Ccam
 
     with frozen(model):
         loop.run(lambda step: None, loss, "training ccam")
-    card["loss"] = [round(v, 4) for v in loop.history[:: max(1, len(loop.history) // 50)]]
-    card["seconds"] = round(loop.seconds, 1)
+    card |= loop.report()
     path = module.eval().save(output, card)
     if config.evaluate:
         evaluated = evaluate(model, processor, data, path, config)

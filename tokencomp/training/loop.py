@@ -176,6 +176,11 @@ class Loop:
         forced, labels = append(inputs, answer_ids(self.processor, self.model, answers, end=True))
         return to_model(forced, self.model), labels.to(self.model.device)
 
+    def report(self) -> dict[str, Any]:
+        """What a card says of the run: seconds, and some 50 of its losses."""
+        losses = self.history[:: max(1, len(self.history) // 50)]
+        return {"seconds": round(self.seconds, 1), "loss": [round(v, 4) for v in losses]}
+
     def save(self) -> None:
         """Write the checkpoint; a kill leaves the previous one intact."""
         state = {

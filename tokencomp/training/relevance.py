@@ -152,11 +152,8 @@ def _run(layer: Any, x: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tens
         if isinstance(out, tuple) and len(out) > 1 and out[1] is not None:
             weights.append(out[1])
 
-    handle = layer.self_attn.register_forward_hook(hook)
-    try:
+    with layer.self_attn.register_forward_hook(hook):
         out = layer(x, **arguments)
-    finally:
-        handle.remove()
     if not weights:
         raise UnsupportedModelError(
             f"{type(layer.self_attn).__name__} does not return its attention weights with eager "

@@ -25,6 +25,7 @@ from tokencomp.errors import CheckpointError, SpanError
 from tokencomp.models.vila.config import VilaConfig, read_config, read_root
 from tokencomp.models.vila.projector import Order, VilaProjector, load_projector, save_projector
 from tokencomp.models.vila.tokens import load_tokenizer
+from tokencomp.storage import write_json
 
 # Key of the root config → attribute of VilaConfig and its value if the key is missing.
 ROOT_FIELDS: dict[str, tuple[str, Any]] = {
@@ -131,8 +132,8 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.vision_tower.save_pretrained(folder / "vision_tower", **kwargs)
         save_projector(self.mm_projector, folder / "mm_projector")
         projector = {"mm_projector_type": self.mm_projector.kind, "model_type": "v2l_projector"}
-        _write_json(folder / "mm_projector" / "config.json", projector)
-        _write_json(folder / "config.json", self._root())
+        write_json(folder / "mm_projector" / "config.json", projector)
+        write_json(folder / "config.json", self._root())
 
     def _root(self) -> dict[str, Any]:
         """Return the root config: the one that was loaded with changed settings, or a new one."""
@@ -377,7 +378,3 @@ def _load_part(loader: Any, folder: Path, kwargs: dict[str, Any]) -> Any:
         raise CheckpointError(
             f"{folder}: transformers cannot load it ({str(error).splitlines()[0]})."
         ) from error
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
