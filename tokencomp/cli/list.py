@@ -62,6 +62,8 @@ def _row(
     safe_with: str | None = None,
 ) -> dict[str, Any]:
     """`safe_with`: with which options servers can run it; "" for all, None for none."""
+    from tokencomp.method import DEFAULT_REDUCER
+
     return {
         "name": name,
         "summary": summary,
