@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine import compat
+from tokencomp.engine import compat, mask_compat
 from tokencomp.engine.cache import CompressedLayer, CompressedStaticLayer, compress_layer
 from tokencomp.engine.cache_rows import (
     filled,
@@ -59,7 +59,7 @@ class LaterTokens:
         self.adapter, self.local = adapter, local
         self.compact_positions, self.proportional = compact_positions, proportional
         self.install_layers = install_layers
-        compat.mask_parameters()  # before a step is compiled
+        mask_compat.mask_parameters()  # before a step is compiled
 
     def traceable(self, inputs: Mapping[str, Any], stages: bool) -> bool:
         """Whether torch.compile can trace our part of a call: tensor operations, or nothing.
@@ -104,9 +104,9 @@ class LaterTokens:
         """
         layer, x = first_with_rows(layers), kwargs["inputs_embeds"]
         if layer.unpadded is not None:
-            view = compat.MaskView(layer.max_cache_len, written=layer.cumulative_length)
+            view = mask_compat.MaskView(layer.max_cache_len, written=layer.cumulative_length)
             config = self.adapter.text_config
-            kwargs["attention_mask"] = compat.causal_mask(config, x, layer.unpadded, view)
+            kwargs["attention_mask"] = mask_compat.causal_mask(config, x, layer.unpadded, view)
         if self.compact_positions:
             kwargs["position_ids"] = layer.real_rows().expand(x.shape[0], 1)
         if self.proportional:

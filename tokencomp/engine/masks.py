@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokencomp.engine import compat
+from tokencomp.engine import mask_compat
 from tokencomp.engine.cache_rows import keeps_window
 from tokencomp.engine.prepared_mask import visible_columns
 from tokencomp.engine.window import CHUNKED, INDEXED, LINEAR, Windows
@@ -98,7 +98,7 @@ class MaskSource:
             return None if self.new is None else self.new.to(x.device)
         held = self._held(kind, segment)
         offset = segment.logical - held  # logical column of the first row that is held
-        view = compat.MaskView(held, offset)
+        view = mask_compat.MaskView(held, offset)
         new = None if text is not None else self.new
         padding = segment.padding_mask(new, x.shape[0], x.device)
         window = self._window(kind, segment, x)
@@ -106,7 +106,7 @@ class MaskSource:
         if block is not None:
             return self._with_block(block, segment, x, padding, window, held, offset)
         skip = kind != INDEXED
-        return compat.causal_mask(self.config, x, padding, view, text, window, skip)
+        return mask_compat.causal_mask(self.config, x, padding, view, text, window, skip)
 
     def _held(self, kind: str, segment: Segment) -> int:
         """Rows of earlier calls that the keys of these layers begin with."""
@@ -185,4 +185,4 @@ class MaskSource:
             block = torch.cat([past, block.to(x.device)], dim=-1)
         if padding is not None:
             block = block & padding[:, None, None, -block.shape[-1] :]
-        return compat.backend_mask(self.config, block, x)
+        return mask_compat.backend_mask(self.config, block, x)

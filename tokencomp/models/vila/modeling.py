@@ -7,8 +7,6 @@ loads and saves the published folder layout: config.json, llm/, vision_tower/ an
 from __future__ import annotations
 
 import copy
-import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +21,12 @@ from transformers import (
 
 from tokencomp.errors import CheckpointError, SpanError
 from tokencomp.models.vila.config import VilaConfig, read_config, read_root
+from tokencomp.models.vila.media import expanded, splice
 from tokencomp.models.vila.projector import Order, VilaProjector, load_projector, save_projector
+from tokencomp.models.vila.root import root_of
 from tokencomp.models.vila.tokens import load_tokenizer
 from tokencomp.storage import write_json
 
-# Key of the root config → attribute of VilaConfig and its value if the key is missing.
-ROOT_FIELDS: dict[str, tuple[str, Any]] = {
-    "image_aspect_ratio": ("image_aspect_ratio", "resize"),
-    "mm_vision_select_layer": ("select_layer", -2),
-    "num_video_frames": ("num_video_frames", 8),
-    "min_tiles": ("min_tiles", 1),
-    "max_tiles": ("max_tiles", 12),
-    "chat_template": ("chat_template", None),
-}
 MEDIA = ("pixel_values", "pixel_values_videos", "video_frames")
 
 
@@ -133,33 +124,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         save_projector(self.mm_projector, folder / "mm_projector")
         projector = {"mm_projector_type": self.mm_projector.kind, "model_type": "v2l_projector"}
         write_json(folder / "mm_projector" / "config.json", projector)
-        write_json(folder / "config.json", self._root())
-
-    def _root(self) -> dict[str, Any]:
-        """Return the root config: the one that was loaded with changed settings, or a new one."""
-        config, root = self.config, self.config.root
-        current = {name: getattr(config, field) for name, (field, _) in ROOT_FIELDS.items()}
-        if root:
-            for name, (_, default) in ROOT_FIELDS.items():
-                loaded = default if root.get(name) is None else root[name]
-                if current[name] == loaded:
-                    del current[name]
-            return {**root, **current}
-        new_root: dict[str, Any] = {
-            "architectures": ["LlavaLlamaModel"],
-            "model_type": config.model_type,
-            "mm_vision_select_feature": "cls_patch",
-            "mm_hidden_size": config.vision_config.hidden_size,
-            "hidden_size": config.text_config.hidden_size,
-            **current,
-        }
-        # With these ids in the config, the model loads without a tokenizer.
-        names = ("image_token_id", "video_token_id", "image_ends", "video_ends")
-        new_root["media_tokens"] = {name: getattr(config, name) for name in names}
-        if config.video_pool != (1, 1, 1):
-            pool = {"_target_": "TSPVideoEncoder", "pool_sizes": [list(config.video_pool)]}
-            new_root["video_encoder"] = json.dumps(pool)
-        return new_root
+        write_json(folder / "config.json", root_of(self.config))
 
     # -- parts ----------------------------------------------------------------------------------
 
@@ -239,11 +204,11 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise SpanError(f"{int(mask.sum())} placeholders, but no {kind}. Pass them too.")
         if pixel_values is not None:
             features = self.encode_images(pixel_values).flatten(0, 1)
-            embeds = _splice(embeds, image, features, "image")
+            embeds = splice(embeds, image, features, "image")
         if pixel_values_videos is not None:
             frames = [len(pixel_values_videos)] if video_frames is None else video_frames.tolist()
             features = self.encode_videos(pixel_values_videos, frames)
-            embeds = _splice(embeds, video, features, "video")
+            embeds = splice(embeds, video, features, "video")
         return embeds
 
     def _placeholders(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -326,7 +291,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Repeat the media of a sample as a group: [A, B] becomes [A, B, A, B]."""
         media = {name: kwargs.pop(name) for name in MEDIA if kwargs.get(name) is not None}
         if input_ids is not None and expand_size > 1:
-            media = self._expand_media(media, input_ids, expand_size)
+            media = expanded(media, input_ids, expand_size, self.config, self.side**2)
         ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]  # of a mixin
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
@@ -334,40 +299,6 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         return ids, {**kwargs, **media}
-
-    def _expand_media(self, media: dict[str, Tensor], ids: Tensor, times: int) -> dict[str, Tensor]:
-        """Repeat media per sample, whose number of images and frames follows from its tokens."""
-        per_image = self.side**2
-        t, h, w = self.config.video_pool
-        frames = (ids == self.config.video_token_id).sum(1) * (t * h * w) // per_image
-        out = {}
-        if "pixel_values" in media:
-            images = (ids == self.config.image_token_id).sum(1) // per_image
-            out["pixel_values"] = _repeat(media["pixel_values"], images.tolist(), times)
-        if "pixel_values_videos" in media:
-            pixels = media["pixel_values_videos"]
-            out["pixel_values_videos"] = _repeat(pixels, frames.tolist(), times)
-        if "video_frames" in media:
-            ends, videos = frames.cumsum(0).tolist(), media["video_frames"].cumsum(0).tolist()
-            bounds = itertools.pairwise([0, *ends])
-            counts = [sum(low < v <= high for v in videos) for low, high in bounds]
-            out["video_frames"] = _repeat(media["video_frames"], counts, times)
-        return out
-
-
-def _repeat(x: Tensor, counts: list[int], times: int) -> Tensor:
-    """Split `x` into groups of `counts` rows and repeat each group as a whole."""
-    return torch.cat([part for group in x.split(counts) for part in [group] * times])
-
-
-def _splice(embeds: Tensor, where: Tensor, features: Tensor, kind: str) -> Tensor:
-    """Write features (N, hidden_size) to the N positions of the mask `where` (B, L)."""
-    if int(where.sum()) != len(features):
-        raise SpanError(
-            f"{int(where.sum())} {kind} placeholders for {len(features)} {kind} features. Create "
-            "input_ids and pixels of a prompt with one call of VilaProcessor."
-        )
-    return embeds.masked_scatter(where[..., None].to(embeds.device), features.to(embeds))
 
 
 def _load_part(loader: Any, folder: Path, kwargs: dict[str, Any]) -> Any:

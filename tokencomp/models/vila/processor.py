@@ -11,23 +11,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, SiglipImageProcessor
 
-from tokencomp.errors import CheckpointError, MediaError, OptionError
+from tokencomp.errors import CheckpointError, MediaError
+from tokencomp.models.vila.arguments import check_counts, check_options, flatten, listed
 from tokencomp.models.vila.config import VilaConfig, read_config, read_root
 from tokencomp.models.vila.images import as_frames, as_image, pad_square, tiles
 from tokencomp.models.vila.projector import DOWNSAMPLE
 from tokencomp.models.vila.tokens import IMAGE, VIDEO, chat_template, load_tokenizer
-
-# Options of other processors with the values that this processor implements anyway. Videos are
-# always reduced to `num_frames`, also if the caller sampled frames before.
-AS_IS: dict[str, tuple[Any, ...]] = {
-    "padding": (True, "longest"),
-    "padding_side": ("left",),
-    "truncation": (False,),
-    "return_tensors": ("pt",),
-    "return_dict": (True,),
-    "do_sample_frames": (True, False),
-    "continue_final_message": (False,),
-}
 
 
 class VilaProcessor:
@@ -115,7 +104,7 @@ class VilaProcessor:
         MediaError
             If a content part has an unknown type, or its medium is missing although it is needed.
         """
-        _check_options(kwargs)
+        check_options(kwargs)
         if self.chat_template is None:
             raise CheckpointError(
                 "this checkpoint has no conversation format. Set processor.chat_template to a "
@@ -127,7 +116,7 @@ class VilaProcessor:
         images: list[Any] = []
         videos: list[Any] = []
         for messages in batch:
-            plain = [{**m, "content": _flatten(m["content"], images, videos)} for m in messages]
+            plain = [{**m, "content": flatten(m["content"], images, videos)} for m in messages]
             texts.append(
                 self.tokenizer.apply_chat_template(
                     plain,
@@ -182,13 +171,13 @@ class VilaProcessor:
             If the numbers of placeholders and media differ (the message names the prompt), or a
             medium cannot be read.
         """
-        _check_options(kwargs)
+        check_options(kwargs)
         texts = [text] if isinstance(text, str) else list(text)
-        flat = _listed(images)
+        flat = listed(images)
         counts = [t.count(IMAGE) for t in texts]
-        _check_counts(texts, IMAGE, len(flat), "images")
+        check_counts(texts, IMAGE, len(flat), "images")
         clips = [] if videos is None else [videos] if isinstance(videos, (str, Path)) else videos
-        _check_counts(texts, VIDEO, len(clips), "videos")
+        check_counts(texts, VIDEO, len(clips), "videos")
         limit = self.num_frames if num_frames is None else num_frames
         pixels: list[Image.Image] = []
         for b, (prompt, n) in enumerate(zip(texts, counts, strict=True)):
@@ -277,61 +266,3 @@ class VilaProcessor:
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """Call the tokenizer's method of the same name."""
         return self.tokenizer.batch_decode(*args, **kwargs)
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Refuse options that would be ignored. None counts as an option that was not passed."""
-    for name, value in options.items():
-        if value is None or value in AS_IS.get(name, ()):
-            continue
-        if name in AS_IS:
-            allowed = ", ".join(map(repr, AS_IS[name]))
-            raise OptionError(f"VILA's processor: {name}={value!r}; allowed: {allowed}.")
-        raise OptionError(
-            f"VILA's processor has no option {name!r}. It has num_frames, and accepts "
-            f"{', '.join(AS_IS)} at the values that it implements anyway."
-        )
-
-
-def _listed(images: Any) -> list[Any]:
-    """Return images as a flat list, from one image, a list, or a list per prompt."""
-    if images is None:
-        return []
-    if not isinstance(images, (list, tuple)):
-        return [images]
-    return [x for item in images for x in (item if isinstance(item, (list, tuple)) else [item])]
-
-
-def _check_counts(texts: list[str], token: str, total: int, what: str) -> None:
-    """Require one medium per placeholder `token`; `what` names the media in the message."""
-    cursor = 0
-    for b, prompt in enumerate(texts):
-        cursor += prompt.count(token)
-        if cursor > total:
-            raise MediaError(
-                f"prompt {b} has {prompt.count(token)} {token}, but only "
-                f"{total - cursor + prompt.count(token)} of the {total} {what} are left for it. "
-                f"Pass one of {what} per {token}."
-            )
-    if cursor < total:
-        raise MediaError(
-            f"{total} {what} for {cursor} {token} in the text. Put one {token} per item into it."
-        )
-
-
-def _flatten(content: Any, images: list[Any], videos: list[Any]) -> str:
-    """Return content parts as text with placeholders, and append the media to the lists."""
-    if isinstance(content, str):
-        return content.strip()
-    text = ""
-    for part in content:
-        kind = part.get("type")
-        if kind == "text":
-            text += part["text"]
-        elif kind in ("image", "video"):
-            media = next((part[k] for k in (kind, "path", "url") if k in part), None)
-            (images if kind == "image" else videos).append(media)
-            text += IMAGE if kind == "image" else VIDEO
-        else:
-            raise MediaError(f"content part of type {kind!r}; allowed: text, image, video.")
-    return text.strip()

@@ -1,0 +1,111 @@
+"""Attention masks as the installed transformers release makes them, by feature detection."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.engine.compat import attention_implementation
+
+
+class MaskView:
+    """The part of a cache that HF mask code reads, frozen at the start of a forward call.
+
+    Layers of one cache can hold different numbers of rows, and some have already been written
+    when a later layer's mask is built; this view answers for one layer at the call's start.
+
+    Parameters
+    ----------
+    physical
+        Rows held. Or rows that a static layer can hold, of which `written` (a tensor) are.
+    dropped
+        Logical column of the first row.
+    """
+
+    is_sliding = (False,)
+
+    def __init__(self, physical: int, dropped: int = 0, written: Tensor | None = None) -> None:
+        self.physical, self.dropped, self.written = physical, dropped, written
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether shapes stay as they are from token to token."""
+        return self.written is not None
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Logical column of the first query."""
+        return self.physical + self.dropped if self.written is None else self.written
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+        """Rows that are attended to, and the logical column of the first."""
+        if self.written is not None:
+            return self.physical, self.dropped
+        n = query if isinstance(query, int) else query.shape[0]
+        return self.physical + n, self.dropped
+
+
+_MASK_PARAMETERS: set[str] = set()
+
+
+def mask_parameters() -> set[str]:
+    """Parameters of transformers' factory of causal masks; Dynamo only reads what is known."""
+    if not _MASK_PARAMETERS:
+        from transformers.masking_utils import create_causal_mask
+
+        _MASK_PARAMETERS.update(inspect.signature(create_causal_mask).parameters)
+    return _MASK_PARAMETERS
+
+
+def causal_mask(
+    config: Any,
+    hidden: Tensor,
+    mask: Tensor | None,
+    view: MaskView,
+    text: Tensor | None = None,
+    within: Callable[..., Any] | None = None,
+    skip: bool = True,
+) -> Any:
+    """Transformers' own causal mask for one layer, whatever the attention backend.
+
+    Parameters
+    ----------
+    hidden : Tensor, shape (B, q, d)
+        Read for its batch size, length, dtype and device.
+    mask : Tensor of bool, shape (B, dropped + physical + q), or None
+    text : Tensor of int64, shape (B, q), or None
+        Positions that begin again in every prompt of a packed row; there is no cache then.
+    within
+        Function of sample, head, query and key, as indices of logical columns, that says which
+        keys a query may see beside being causal; None: all.
+    skip
+        Whether the result may be None where plain causal attention is right.
+    """
+    from transformers.masking_utils import create_causal_mask
+
+    names = mask_parameters()
+    call: dict[str, Any] = {"config": config, "attention_mask": mask}
+    call["inputs_embeds" if "inputs_embeds" in names else "input_embeds"] = hidden
+    call["cache" if "cache" in names else "past_key_values"] = view if text is None else None
+    call["position_ids"] = text
+    if "cache_position" in names:
+        order = torch.arange(hidden.shape[1], device=hidden.device)
+        call["cache_position"] = order + view.get_seq_length()
+    if within is not None:
+        call["and_mask_function"] = within
+    if "allow_is_causal_skip" in names:
+        call["allow_is_causal_skip"] = skip
+    return create_causal_mask(**call)
+
+
+def backend_mask(config: Any, visible: Tensor, x: Tensor) -> Tensor:
+    """A mask of bool as the attention backend takes it: numbers for eager attention."""
+    if attention_implementation(config) != "eager":
+        return visible
+    hidden = torch.full((), torch.finfo(x.dtype).min, dtype=x.dtype, device=visible.device)
+    return torch.where(visible, hidden.new_zeros(()), hidden)
