@@ -79,7 +79,6 @@ __all__ = [
     "ShapesQuestions",
     "TokenCompError",
     "UnknownNameError",
-    "Way",
     "adapter_for",
     "available_models",
     "available_reducers",
@@ -98,6 +97,7 @@ __all__ = [
     "mcnemar",
     "metrics",
     "model_facts",
+    "named",
     "one_message",
     "provenance",
     "replace_file",
@@ -109,7 +109,7 @@ __all__ = [
 ]
 
 
-def Way(
+def named(
     name: str,
     ratio: float = 0.0,
     reducer: str | Reducer | None = None,

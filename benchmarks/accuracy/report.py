@@ -119,7 +119,7 @@ def out_of_reach(results: Results) -> list[str]:
     return report
 
 
-def made_by(results: Results) -> str:
+def sources(results: Results) -> str:
     """Provenance of every run; with several runs, which settings came from each of them."""
     report = []
     runs = results.manifest["runs"]
@@ -146,7 +146,7 @@ def section(results: Results, default: str, pictures: str) -> str:
     parts = [
         f"## {model}",
         f"{m['items']} questions of the {m['split']} split, greedy decoding.",
-        made_by(results),
+        sources(results),
         learned_sentence(results),
         "Bars for the default:",
         "\n".join(bars(results, default)),

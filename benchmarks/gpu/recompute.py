@@ -132,9 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT)
     options = parser.parse_args(arguments)
     files = [read(path) for path in sorted(options.results.glob("*/*.json"))]
-    made = {"tables.md": page(files), "schema.json": schema()}
+    pages = {"tables.md": page(files), "schema.json": schema()}
     stale = []
-    for name, text in made.items():
+    for name, text in pages.items():
         path = options.results / name
         if options.check:
             stale += [] if path.exists() and path.read_text() == text else [name]

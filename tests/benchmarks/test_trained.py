@@ -18,7 +18,7 @@ from benchmarks.accuracy.library import (
     Measurement,
     OptionError,
     PackedAnswers,
-    Way,
+    named,
 )
 from benchmarks.accuracy.studies import adsc, ccam, long_video, selector, trained, trained_page
 
@@ -38,21 +38,21 @@ def arguments(folder: Path, sets: list[str], **more: Any) -> argparse.Namespace:
     return argparse.Namespace(output=folder, sets=sets, allow_dirty=True, **{**defaults, **more})
 
 
-def filled(folder: Path, sets: list[str], right: dict[str, list[int]]) -> trained.Book:
-    """A book with one table per set."""
+def filled(folder: Path, sets: list[str], right: dict[str, list[int]]) -> trained.StudyTables:
+    """A study with one table per set."""
     card = folder / "card.json"
     card.write_text(json.dumps(CARD))
-    book = trained.Book("adsc", arguments(folder, sets), RIVALS)
+    study = trained.StudyTables("adsc", arguments(folder, sets), RIVALS)
     rows = [k.partition("@") for k in right if k != "full@0"]
-    ways = [Way(name, float(ratio), "uniform") for name, _, ratio in rows]
+    ways = [named(name, float(ratio), "uniform") for name, _, ratio in rows]
     for title in sets:
         measured = Measurement({}, None)
         for key, bits in right.items():
             records = [answer_record(str(i), "count", bool(bit)) for i, bit in enumerate(bits)]
             measured.runs[key] = EvalRun(None, records)
-        book.add(title, measured.table(ways), measured.runs, {"trained": card})
-    book.write()
-    return book
+        study.add(title, measured.table(ways), measured.runs, {"trained": card})
+    study.write()
+    return study
 
 
 RIGHT = {
@@ -64,8 +64,8 @@ RIGHT = {
 
 
 def test_paired_test_is_reported(tmp_path: Path, capsys) -> None:
-    book = filled(tmp_path, ["count"], RIGHT)
-    row = next(r for r in book.tables["count"]["rows"] if r["name"] == "trained")
+    study = filled(tmp_path, ["count"], RIGHT)
+    row = next(r for r in study.tables["count"]["rows"] if r["name"] == "trained")
     exact = 2 * sum(math.comb(11, k) for k in range(2)) / 2**11  # ten won, one lost
     assert row["against"] == {"training-free": {"wins": 10, "losses": 1, "p": pytest.approx(exact)}}
     page = (tmp_path / "adsc.md").read_text()
@@ -104,8 +104,8 @@ def test_sets_that_the_script_no_longer_has_are_dropped(tmp_path: Path) -> None:
 def test_models_and_splits_are_not_mixed(tmp_path: Path, changed: dict[str, str]) -> None:
     filled(tmp_path, ["count", "video"], RIGHT)
     with pytest.raises(OptionError, match="'count' has"):
-        trained.Book("adsc", arguments(tmp_path, ["video"], **changed), RIVALS)
-    trained.Book("adsc", arguments(tmp_path, ["count", "video"], **changed), RIVALS)
+        trained.StudyTables("adsc", arguments(tmp_path, ["video"], **changed), RIVALS)
+    trained.StudyTables("adsc", arguments(tmp_path, ["count", "video"], **changed), RIVALS)
 
 
 def test_lost_cards_are_described() -> None:

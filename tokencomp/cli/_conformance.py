@@ -29,21 +29,21 @@ def conformance_run(types: list[str], as_json: bool, output: Path | None, page: 
             bar.set_postfix_str(f"{name}: {row['status']}")
             bar.update()
 
-        found = table.new_table(check_types(types or None, done))
+        results = table.new_table(check_types(types or None, done))
     if output is not None:
-        table.save(found, output)
+        table.save(results, output)
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(table.markdown(found), encoding="utf-8")
-    worse = table.worse(found)
+        page.write_text(table.markdown(results), encoding="utf-8")
+    worse = table.worse(results)
     if as_json:
-        typer.echo(json.dumps({**found, "worse": worse}, indent=2))
+        typer.echo(json.dumps({**results, "worse": worse}, indent=2))
     else:
-        _show(found, worse)
+        _show(results, worse)
     return 1 if worse else 0
 
 
-def _show(found: dict[str, Any], worse: dict[str, str]) -> None:
+def _show(results: dict[str, Any], worse: dict[str, str]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -51,12 +51,12 @@ def _show(found: dict[str, Any], worse: dict[str, str]) -> None:
     from tokencomp.conformance.table import counts, first_sentence
 
     console = Console()
-    title = f"Model types of transformers {found['transformers']}"
+    title = f"Model types of transformers {results['transformers']}"
     rows = Table(title=title, title_justify="left", box=None)
     for name in ("model type", "status", "error", "effect", "reason"):
         rows.add_column(name, overflow="fold")
     colors = {"exact": "green", "entry only": "green", "refused": "yellow", "unverified": "red"}
-    for name, row in found["types"].items():
+    for name, row in results["types"].items():
         errors = {k: v for k, v in row["errors"].items() if k not in ("effect", "identity")}
         rows.add_row(
             name,
@@ -66,6 +66,6 @@ def _show(found: dict[str, Any], worse: dict[str, str]) -> None:
             escape(first_sentence(row["reason"], 100)),
         )
     console.print(rows)
-    console.print("\n" + ", ".join(f"{n} {status}" for status, n in counts(found).items()))
+    console.print("\n" + ", ".join(f"{n} {status}" for status, n in counts(results).items()))
     for name, change in worse.items():
         console.print(f"[red]{name}: {escape(change)}[/]")

@@ -52,14 +52,14 @@ def settings(context: typer.Context, chosen: opt.Method) -> Settings:
     if chosen.plan is None:
         if not chosen.tower.get("tower_ratio"):
             fix = "give the share to remove there, e.g. --tower-ratio auto"
-            opt.refuse_given(context, ("tower_reducer",), "--tower-ratio 0", fix)
+            opt.refuse_options(context, ("tower_reducer",), "--tower-ratio 0", fix)
         every = {**opt.reducer_options(chosen.options), **more, **chosen.tower}
         ratios = opt.ratios(chosen.ratio)
         grid(reducers(chosen.reducer), ratios, **every)
         return lambda model: checked(grid(reducers(chosen.reducer, model), ratios, **every), model)
     fix = "the stages in the file have reducers, fractions and options of their own"
     names = ("reducer", "ratio", "options", "tower_ratio", "tower_reducer")
-    opt.refuse_given(context, names, "--plan", fix)
+    opt.refuse_options(context, names, "--plan", fix)
     stages = as_plan(chosen.plan)
     return lambda model: checked(planned(stages, model, **more), model)
 

@@ -197,7 +197,7 @@ def ratios(text: str) -> list[float | dict[str, float]]:
     """
     from tokencomp.keep_counts import check_ratio
 
-    found: list[float | dict[str, float]] = []
+    settings: list[float | dict[str, float]] = []
     for part in text.split(";"):
         pieces = names(part)
         named = [piece for piece in pieces if "=" in piece]
@@ -208,8 +208,8 @@ def ratios(text: str) -> list[float | dict[str, float]]:
             )
         own: list[float | dict[str, float]] = [_by_kind(named)] if named else []
         own += [check_ratio(piece) for piece in pieces if piece not in named]
-        found += [ratio for i, ratio in enumerate(own) if ratio not in (*found, *own[:i])]
-    return found
+        settings += [ratio for i, ratio in enumerate(own) if ratio not in (*settings, *own[:i])]
+    return settings
 
 
 def _by_kind(pairs: list[str]) -> dict[str, float]:
@@ -218,39 +218,39 @@ def _by_kind(pairs: list[str]) -> dict[str, float]:
     from tokencomp.keep_counts import check_ratio
     from tokencomp.stages import MEDIA
 
-    found: dict[str, float] = {}
+    by_kind: dict[str, float] = {}
     for pair in pairs:
         kind, value = (side.strip() for side in pair.split("=", 1))
         if kind not in MEDIA:
             raise RatioError(
                 f"--ratio {pair!r}: {kind!r} is no kind of media. Use {', '.join(MEDIA)}."
             )
-        if kind in found:
+        if kind in by_kind:
             raise OptionError(
                 f"--ratio gives {kind} twice in one setting. Separate settings with a semicolon, "
-                f"e.g. --ratio '{kind}={found[kind]:g};{pair}'."
+                f"e.g. --ratio '{kind}={by_kind[kind]:g};{pair}'."
             )
-        found[kind] = check_ratio(value, f"ratio of {kind}")
-    return found
+        by_kind[kind] = check_ratio(value, f"ratio of {kind}")
+    return by_kind
 
 
-def numbers(found: Sequence[float | dict[str, float]], command: str) -> list[float]:
+def numbers(chosen: Sequence[float | dict[str, float]], command: str) -> list[float]:
     """Ratios of a command that takes no ratios by kind of media; raise `OptionError` for those."""
-    for ratio in found:
+    for ratio in chosen:
         if not isinstance(ratio, float):
             raise OptionError(
                 f"--ratio {ratio}: {command} takes one number for all kinds of media. Ratios by "
                 "kind work in demo, eval, inspect and profile, and in tokencomp.patch."
             )
-    return [ratio for ratio in found if isinstance(ratio, float)]
+    return [ratio for ratio in chosen if isinstance(ratio, float)]
 
 
 def one_ratio(text: str, command: str) -> float:
     """The ratio of a command that takes one; raise `OptionError` for several."""
-    found = numbers(ratios(text), command)
-    if len(found) != 1:
-        raise OptionError(f"--ratio {text!r}: {command} takes one ratio, got {len(found)}.")
-    return found[0]
+    values = numbers(ratios(text), command)
+    if len(values) != 1:
+        raise OptionError(f"--ratio {text!r}: {command} takes one ratio, got {len(values)}.")
+    return values[0]
 
 
 def reducer_options(pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def reducer_options(pairs: Sequence[str] | None) -> dict[str, Any]:
     return options
 
 
-def refuse_given(context: typer.Context, options: Sequence[str], where: str, fix: str) -> None:
+def refuse_options(context: typer.Context, options: Sequence[str], where: str, fix: str) -> None:
     """Raise `OptionError` for options on the command line that would have no effect.
 
     Parameters

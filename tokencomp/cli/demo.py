@@ -32,10 +32,10 @@ def command(
     """
     settings_of = settings(context, method)
     if files.image or files.video:
-        opt.refuse_given(context, ("items", "results"), "--image or --video", "leave them out")
+        opt.refuse_options(context, ("items", "results"), "--image or --video", "leave them out")
     else:
         own = "give files to ask about with --image or --video"
-        opt.refuse_given(context, ("question", "frames"), "ShapesQA's own questions", own)
+        opt.refuse_options(context, ("question", "frames"), "ShapesQA's own questions", own)
     opt.check_output(output)
     media = files.load()
     from rich.console import Console

@@ -46,10 +46,10 @@ def command(
     """
     settings_of = settings(context, method)
     if config is not None:
-        opt.refuse_given(context, FILES, "--config", "a shape has random weights and no files")
+        opt.refuse_options(context, FILES, "--config", "a shape has random weights and no files")
         _refuse_baselines(opt.names(method.reducer))
     else:
-        opt.refuse_given(context, SHAPE, "--model", "they describe a --config")
+        opt.refuse_options(context, SHAPE, "--model", "they describe a --config")
     opt.check_output(output)
     media = files.load()
     from tokencomp.evaluation.environment import environment, public_name

@@ -101,7 +101,7 @@ def command(
     bind = Bind(host, port, api_key, tuple(allowed_host or ()), shutdown_timeout)
     if engine == "vllm":
         ineffective = ("device", "frames", "max_batch", "allowed_host")
-        opt.refuse_given(context, ineffective, "--engine vllm", VLLM_HINT)
+        opt.refuse_options(context, ineffective, "--engine vllm", VLLM_HINT)
         extra = [*context.args]
         if served_name:
             extra += ["--served-model-name", served_name]

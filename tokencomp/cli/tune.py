@@ -53,7 +53,7 @@ def command(
             raise OptionError(f"--{name} {budget:g}: expected a positive number.")
     if data is not None:
         fix = "the file decides which questions there are"
-        opt.refuse_given(context, ("items", "families"), "--data", fix)
+        opt.refuse_options(context, ("items", "families"), "--data", fix)
     grid: dict[str, Any] = {
         "frames": [int(n) for n in _numbers("frames", frames, whole=True)],
         "scales": _numbers("scale", scale),

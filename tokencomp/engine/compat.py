@@ -104,16 +104,16 @@ def kv_sharing_modes(config: Any) -> list[str | None]:
     Empty where every layer has keys of its own. Releases without such a list in the config let
     the last `num_kv_shared_layers` layers read the keys of the last layer of their kind before.
     """
-    modes = getattr(config, "kv_sharing_modes", None)
+    modes: list[str | None] | None = getattr(config, "kv_sharing_modes", None)
     shared = getattr(config, "num_kv_shared_layers", None) or 0
     kinds = list(getattr(config, "layer_types", None) or ())
     if modes is not None or not shared or not kinds:
         return list(modes or ())
     first = len(kinds) - shared
-    found: list[str | None] = [None] * first + ["reuse"] * shared
+    modes = [None] * first + ["reuse"] * shared
     for kind in set(kinds[first:]) & set(kinds[:first]):
-        found[first - 1 - kinds[:first][::-1].index(kind)] = "store"
-    return found
+        modes[first - 1 - kinds[:first][::-1].index(kind)] = "store"
+    return modes
 
 
 @functools.cache

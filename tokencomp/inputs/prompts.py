@@ -65,8 +65,8 @@ def chat_inputs(
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
 
-    def call(**given: Any) -> dict[str, Tensor]:
-        return dict(processor(text=texts, padding=True, return_tensors="pt", **given))
+    def call(**inputs: Any) -> dict[str, Tensor]:
+        return dict(processor(text=texts, padding=True, return_tensors="pt", **inputs))
 
     try:
         return call(**media)

@@ -95,11 +95,10 @@ def _attribute(
     index = _pick(matching, rng)
     thing: Thing = scene.things[index]
     if shared == "shape":
-        text, answer, pool = f"What color is the {adjective}{thing.shape}?", thing.color, COLORS
-    else:
-        text = f"What shape is the {adjective}{thing.color} object?"
-        answer, pool = thing.shape, SHAPES
-    return Question(family, text, answer, draw_options(answer, pool, rng), (index,))
+        text, answer = f"What color is the {adjective}{thing.shape}?", thing.color
+        return Question(family, text, answer, draw_options(answer, COLORS, rng), (index,))
+    text, answer = f"What shape is the {adjective}{thing.color} object?", thing.shape
+    return Question(family, text, answer, draw_options(answer, SHAPES, rng), (index,))
 
 
 @_family("attribute")

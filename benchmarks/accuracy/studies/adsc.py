@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.accuracy.library import ShapesQuestions, Way, load_model, one_message
+from benchmarks.accuracy.library import ShapesQuestions, load_model, named, one_message
 from benchmarks.accuracy.store import ACCURACY
-from benchmarks.accuracy.studies.trained import Book, measure, parser
+from benchmarks.accuracy.studies.trained import StudyTables, measure, parser
 from tokencomp.training.adsc import CARD, AdscConfig, comparison, load_adapter
 
 SETS = {
@@ -34,26 +34,26 @@ RIVALS = {"trained": ("training-free", "control"), "control": ("training-free",)
 
 
 def main(args: argparse.Namespace) -> None:
-    book = Book("adsc", args, RIVALS)
+    study = StudyTables("adsc", args, RIVALS)
     folders = {"trained": Path(args.weights or ACCURACY / "adsc")}
     methods = comparison(AdscConfig(ratios=RATIOS))
-    methods += [Way("trained, random", r, "random", {}, "tuned") for r in RATIOS if r]
+    methods += [named("trained, random", r, "random", {}, "tuned") for r in RATIOS if r]
     if args.control:
         folders["control"] = Path(args.control)
-        methods += [Way("control", r, "adsc", {}, "control") for r in RATIOS]
+        methods += [named("control", r, "adsc", {}, "control") for r in RATIOS]
     models = {}
-    for name in folders if book.sets else ():
+    for name in folders if study.sets else ():
         model, processor = load_model(args.model, device=args.device)
         models[name] = load_adapter(model, folders[name])
     variants = {"": models.get("trained"), "tuned": models.get("trained"), **models}
-    for name in book.sets:
+    for name in study.sets:
         families, fewer = SETS[name]
         source = ShapesQuestions(families, args.items // fewer, args.split)
         measured, every = measure(variants, processor, source, methods, name, args.batch)
         cards = {n: folder / CARD for n, folder in folders.items()}
-        book.add(name, measured.table(every), measured.runs, cards)
-        book.write(NOTES)
-    book.write(NOTES)
+        study.add(name, measured.table(every), measured.runs, cards)
+        study.write(NOTES)
+    study.write(NOTES)
 
 
 if __name__ == "__main__":

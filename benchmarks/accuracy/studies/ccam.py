@@ -14,14 +14,14 @@ import argparse
 
 from benchmarks.accuracy.library import (
     ShapesQuestions,
-    Way,
     adapter_for,
     load_model,
     locate,
     model_facts,
+    named,
     one_message,
 )
-from benchmarks.accuracy.studies.trained import Book, measure, parser
+from benchmarks.accuracy.studies.trained import StudyTables, measure, parser
 from tokencomp.trained.ccam_config import read_card
 from tokencomp.training.ccam_evaluation import comparison, sample_spans
 from tokencomp.training.loop import LoopConfig
@@ -43,8 +43,8 @@ NOTES = (
 
 
 def main(args: argparse.Namespace) -> None:
-    book = Book("ccam", args, RIVALS)
-    if book.sets:
+    study = StudyTables("ccam", args, RIVALS)
+    if study.sets:
         model, processor = load_model(args.model, device=args.device)
         facts = model_facts(adapter_for(model))
         files = {"ccam": locate(args.weights, facts, "ccam", TRAIN)}
@@ -52,18 +52,18 @@ def main(args: argparse.Namespace) -> None:
             files[FREE] = locate(args.free, facts, "ccam", f"{TRAIN} --no-causal")
         cards = {name: path.with_suffix(".json") for name, path in files.items()}
         queries = read_card(files["ccam"])[1].queries
-    for name in book.sets:
+    for name in study.sets:
         families, scene, fewer = SETS[name]
         source = ShapesQuestions(families, args.items // fewer, args.split, **scene)
         spans = sample_spans(model, processor, source, LoopConfig())
         methods = comparison(files["ccam"], queries, spans)
         if args.free:
-            methods.append(Way(FREE, methods[0].ratio, "ccam", {"weights": str(files[FREE])}))
+            methods.append(named(FREE, methods[0].ratio, "ccam", {"weights": str(files[FREE])}))
         batch = max(2, args.batch // fewer**2)
         measured, methods = measure({"": model}, processor, source, methods, name, batch)
-        book.add(name, measured.table(methods), measured.runs, cards)
-        book.write(NOTES)
-    book.write(NOTES)
+        study.add(name, measured.table(methods), measured.runs, cards)
+        study.write(NOTES)
+    study.write(NOTES)
 
 
 if __name__ == "__main__":

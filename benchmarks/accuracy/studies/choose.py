@@ -23,7 +23,7 @@ from benchmarks.accuracy.library import (
     replace_file,
     write_json,
 )
-from benchmarks.accuracy.report import learned_sentence, made_by, page_folder
+from benchmarks.accuracy.report import learned_sentence, page_folder, sources
 from benchmarks.accuracy.run import RATIOS, answer_all
 from benchmarks.accuracy.store import KINDS, RESULTS, Results, read_all
 from benchmarks.accuracy.studies.ranking import Candidate, answered, keys, rank, settings
@@ -117,7 +117,7 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
     for one in results:
         m = one.manifest
         parts += [f"## {m['model']}", f"{m['items']} questions. {learned_sentence(one)}"]
-        parts.append(made_by(one))
+        parts.append(sources(one))
     text = "\n\n".join(parts) + "\n"
     replace_file(folder / "choice.md", lambda part: part.write_text(text))
     return chosen

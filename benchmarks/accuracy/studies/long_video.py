@@ -25,17 +25,17 @@ from benchmarks.accuracy.library import (
     EvalRun,
     Measurement,
     Setting,
-    Way,
     adapter_for,
     extend_visual_context,
     items,
     load_model,
+    named,
     one_message,
     shapesqa,
 )
 from benchmarks.accuracy.run import tower_once
 from benchmarks.accuracy.store import ACCURACY
-from benchmarks.accuracy.studies.trained import Book, measure, parser
+from benchmarks.accuracy.studies.trained import StudyTables, measure, parser
 
 SETS = {"16 frames": 16, "32 frames": 32, "64 frames": 64}
 TRAINED = 16
@@ -80,7 +80,7 @@ def join(measured: Measurement, more: Measurement, ways: list[Setting]) -> list[
         The extended methods, the full model first.
     """
     measured.runs |= {_extended(key): run for key, run in more.runs.items()}
-    return [Way(f"{w.name}{EXTENDED}", w.ratio, w.reducer) for w in (Way(FULL), *ways)]
+    return [named(f"{w.name}{EXTENDED}", w.ratio, w.reducer) for w in (named(FULL), *ways)]
 
 
 def measure_length(
@@ -90,7 +90,7 @@ def measure_length(
     questions = items(args.split, args.items // len(FAMILIES), FAMILIES, frames=frames)
     source = shapesqa(questions, ACCURACY / "results" / "media" / "long" / str(frames))
     ratio, tokens = 1 - TRAINED / frames, tokens_of(model, processor, frames)
-    methods = [Way(name, ratio, *spec) for name, spec in METHODS.items()] if ratio else []
+    methods = [named(name, ratio, *spec) for name, spec in METHODS.items()] if ratio else []
     options: dict[str, Any] = {"batch": max(1, TOKENS_AT_ONCE // tokens), "frames": frames}
     with tower_once(model):
         measured, ways = measure(
@@ -110,13 +110,13 @@ def measure_length(
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    book = Book(f"long_video-{args.model}", args, RIVALS)
-    if book.sets:
+    study = StudyTables(f"long_video-{args.model}", args, RIVALS)
+    if study.sets:
         model, processor = load_model(args.model, device=args.device)
-    for name in book.sets:
-        book.add(name, *measure_length(model, processor, SETS[name], args), {})
-        book.write(NOTES)
-    book.write(NOTES)
+    for name in study.sets:
+        study.add(name, *measure_length(model, processor, SETS[name], args), {})
+        study.write(NOTES)
+    study.write(NOTES)
 
 
 NOTES = (

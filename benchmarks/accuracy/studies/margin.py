@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.accuracy.library import FULL, available_models, one_message, replace_file
-from benchmarks.accuracy.report import made_by
+from benchmarks.accuracy.report import sources
 from benchmarks.accuracy.run import RATIOS
 from benchmarks.accuracy.store import ACCURACY, RESULTS, Results, read_all
 from benchmarks.accuracy.studies.choose import preference, run_missing
@@ -76,7 +76,7 @@ def model_part(one: Results) -> str:
         rows.append([f"{ratio:g}", f"{margin:g}", *cells])
     learned = ", ".join(family for family in FAMILIES if family in one.learned)
     count = f"{one.manifest['items']} validation questions. Learned families: {learned}."
-    return "\n\n".join([f"## {one.manifest['model']}", count, table(head, rows), made_by(one)])
+    return "\n\n".join([f"## {one.manifest['model']}", count, table(head, rows), sources(one)])
 
 
 def main() -> None:

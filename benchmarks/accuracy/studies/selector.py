@@ -25,7 +25,7 @@ from benchmarks.accuracy.library import (
     model_facts,
     one_message,
 )
-from benchmarks.accuracy.studies.trained import REFERENCE, Book, measure, parser
+from benchmarks.accuracy.studies.trained import REFERENCE, StudyTables, measure, parser
 from benchmarks.accuracy.tables import table
 from tokencomp.training.relevance import Target
 from tokencomp.training.selector.train import RATIOS, comparison, oracle_name
@@ -88,13 +88,13 @@ def order(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def main(args: argparse.Namespace) -> None:
-    book = Book("selector", args, RIVALS)
-    if book.sets:
+    study = StudyTables("selector", args, RIVALS)
+    if study.sets:
         model, processor = load_model(args.model, device=args.device)
         file = locate(
             args.weights, model_facts(adapter_for(model)), "selector", "tokencomp train selector"
         )
-    for name in book.sets:
+    for name in study.sets:
         scene = {k: v for k, v in SETS[name].items() if k == "frames"}
         count = args.items // SETS[name]["fewer"]
         source = ShapesQuestions(SETS[name]["families"], count, args.split, **scene)
@@ -102,9 +102,9 @@ def main(args: argparse.Namespace) -> None:
         measured, methods = measure({"": model}, processor, source, methods, name, batch)
         rows, cards = measured.table(methods), {"selector": file.with_suffix(".json")}
         wrong = {"against_the_published_order": order(rows)}
-        book.add(name, rows, measured.runs, cards, **wrong)
-        book.write(notes(book.answers.values()))
-    book.write(notes(book.answers.values()))
+        study.add(name, rows, measured.runs, cards, **wrong)
+        study.write(notes(study.answers.values()))
+    study.write(notes(study.answers.values()))
 
 
 def notes(sets: Iterable[PackedAnswers]) -> str:

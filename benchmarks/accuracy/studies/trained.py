@@ -22,9 +22,9 @@ from benchmarks.accuracy.library import (
     OptionError,
     PackedAnswers,
     Setting,
-    Way,
     adapter_for,
     environment,
+    named,
     replace_file,
     write_json,
 )
@@ -96,12 +96,12 @@ def measure(
         The answers, and all methods that were run, by ratio.
     """
     ratios = sorted({w.ratio for w in methods if w.ratio})
-    every = [*methods, *(Way("uniform", r, "uniform") for r in ratios)]
+    every = [*methods, *(named("uniform", r, "uniform") for r in ratios)]
     measured = Measurement(models, processor, frames, batch)
     measured.run(source, every, title)
     for name in smaller:
         shrink = EqualTokens(processor, list(adapter_for(models[""]).placeholder_ids()), name)
-        for way in (Way(name, r) for r in ratios):
+        for way in (named(name, r) for r in ratios):
             fewer = Shrunk(source, shrink, way.ratio, frames)
             alone = Measurement({"": models[""]}, processor, frames, batch)
             alone.run(fewer, [], f"{title}, {way.key}")
@@ -119,7 +119,7 @@ def with_ratios(run: EvalRun, ratios: Mapping[int, float]) -> EvalRun:
     return replace(run, records=[{k: v for k, v in r.items() if k != "per_layer"} for r in rows])
 
 
-class Book:
+class StudyTables:
     """Tables and packed answers of one study, by question set.
 
     Sets that are not run again stay as they are.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokencomp.errors import SpanError
-from tokencomp.models.vila.config import VilaConfig
 
 
 def expanded(
-    media: dict[str, Tensor], ids: Tensor, times: int, config: VilaConfig, per_image: int
+    media: dict[str, Tensor], ids: Tensor, times: int, config: Any, per_image: int
 ) -> dict[str, Tensor]:
     """Repeat media per sample, whose number of images and frames follows from its tokens."""
     t, h, w = config.video_pool

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tokencomp.models.vila.config import VilaConfig
-
 # Key of the root config → attribute of VilaConfig and its value if the key is missing.
 ROOT_FIELDS: dict[str, tuple[str, Any]] = {
     "image_aspect_ratio": ("image_aspect_ratio", "resize"),
@@ -18,7 +16,7 @@ ROOT_FIELDS: dict[str, tuple[str, Any]] = {
 }
 
 
-def root_of(config: VilaConfig) -> dict[str, Any]:
+def root_of(config: Any) -> dict[str, Any]:
     """Return the root config: the one that was loaded with changed settings, or a new one."""
     root = config.root
     current = {name: getattr(config, field) for name, (field, _) in ROOT_FIELDS.items()}

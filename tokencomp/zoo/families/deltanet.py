@@ -100,8 +100,8 @@ def _forward(layer: Any, segments: Segments, hidden_states: Tensor, **unused: An
         inputs = torch.cat([before[rows, -context:], mixed[places]], 1)
         second, _ = _rule(layer, inputs, beta[places], decay[places], state[rows], CHUNK)
         real = segments.real
-        here = (rows[:, None].expand_as(real)[real], segments.index[real])
-        out = out.index_put(here, second[real])
+        filled = (rows[:, None].expand_as(real)[real], segments.index[real])
+        out = out.index_put(filled, second[real])
     gate = layer.in_proj_z(hidden_states).reshape(-1, layer.head_v_dim)
     normed = layer.norm(out.reshape(-1, layer.head_v_dim).to(gate.dtype), gate)
     return layer.out_proj(normed.reshape(*mixed.shape[:2], -1))

@@ -131,21 +131,21 @@ class TinyQwen3VL(TinyQwen2VL):
         *before, pad = ids
         tokens: list[int] = []
         positions: list[np.ndarray] = []
-        here = 0
+        position = 0
 
         def text(more) -> None:
-            nonlocal here
+            nonlocal position
             tokens.extend(more)
-            positions.append(np.tile(np.arange(here, here + len(more)), (3, 1)))
-            here += len(more)
+            positions.append(np.tile(np.arange(position, position + len(more)), (3, 1)))
+            position += len(more)
 
         text(before)
         for pair in range(t):
             # The processor writes the mean time of the two frames.
             text(encode(f"<{(2 * pair + 0.5) / fps:.1f} seconds><|vision_start|>"))
             tokens.extend([pad] * (rows * columns))
-            positions.append(np.indices((1, rows, columns)).reshape(3, -1) + here)
-            here += max(rows, columns)
+            positions.append(np.indices((1, rows, columns)).reshape(3, -1) + position)
+            position += max(rows, columns)
             text(encode("<|vision_end|>"))
         return np.asarray(tokens, np.int64), np.concatenate(positions, 1).astype(np.int64)
 
