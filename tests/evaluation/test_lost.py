@@ -31,7 +31,7 @@ def test_lost_items_stand_in_their_natural_order():
 def test_pictures_of_images_and_videos_are_drawn_and_reported(loaded, examples, tmp_path, capsys):
     """Untrained models answer all alike, so the scores are written by hand."""
     setting = Setting("uniform", 0.75)
-    runs = sweep(*loaded, examples, [Setting(), setting], tmp_path, max_new_tokens=2)
+    runs = sweep(*loaded, examples, [Setting(), setting], tmp_path, max_new_tokens=2, work=True)
     for one in runs.values():
         for record in one.records:
             record["correct"] = one.setting.off
@@ -51,6 +51,7 @@ def test_pictures_of_images_and_videos_are_drawn_and_reported(loaded, examples, 
     content = page.read_text()
     assert f"{len(examples)} of {len(examples)} are lost" in content
     assert all(item.id in content for item in shown)
+    assert all(f"<h3>The first {kind}</h3>" in content for kind in ("image", "video"))
 
 
 def test_a_damaged_list_is_refused(tmp_path):

@@ -56,7 +56,7 @@ def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
             line.label,
             f"{line.run.shown_ratio}",
             *(_points(d) for d in (rivals.full, rivals.random, rivals.downscale)),
-            "–" if rivals.detail is None else f"{rivals.detail:.0%} of {rivals.detail_items}",
+            "–" if rivals.detail is None else f"{rivals.detail:.0%}\nof {rivals.detail_items}",
             "–" if rivals.agreement is None else f"{rivals.agreement:.0%}",
         )
     shown.caption = (
@@ -88,4 +88,8 @@ def _print_work(console: Any, lines: Sequence[Any]) -> None:
 
 
 def _points(difference: Difference | None) -> str:
-    return "–" if difference is None else str(difference)
+    """The difference, and its interval on a line of its own: a terminal has 80 columns."""
+    if difference is None:
+        return "–"
+    low, high = 100 * difference.low, 100 * difference.high
+    return f"{100 * difference.value:+.1f}\n[{low:+.0f}, {high:+.0f}]"

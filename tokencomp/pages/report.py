@@ -111,7 +111,7 @@ def write(table: Sequence[Line], path: Path) -> Path:
         moved=[line for line in table if line.moved],
         timed=[line for line in table if "times" in line.run.manifest],
         work=work_tables(table),
-        parts=PARTS,
+        work_parts=PARTS,
         lost=_lost(table),
     )
 
