@@ -69,8 +69,15 @@ def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.Mon
     assert arguments["--middleware"].endswith("OwnOptionsOnly") and command[-2:] == ["--port", "1"]
     assert json.loads(env["TOKENCOMP_SERVING"])["only_own"] is True
     fixed = {"ratio": 0.5, "per_request": False}
-    command, _ = vllm_command(str(tmp_path), fixed, Bind(), Limits(), [])
-    assert "--trust-request-mm-kwargs" not in command
+    named = Bind("0.0.0.0", allowed_hosts=("ai.example",))
+    command, env = vllm_command(str(tmp_path), fixed, named, Limits(), [])
+    assert "--trust-request-mm-kwargs" not in command and "--middleware" in command
+    assert json.loads(env["TOKENCOMP_HOSTS"]) == ["0.0.0.0", "ai.example"]
+    trusting = ["--trust-request-mm-kwargs"]
+    command, _ = vllm_command(str(tmp_path), {"ratio": 0.5}, Bind(), Limits(), trusting)
+    assert "--middleware" not in command and command.count(trusting[0]) == 1
+    with pytest.raises(OptionError, match="put it before"):
+        vllm_command(str(tmp_path), {"ratio": 0.5}, Bind(), Limits(), ["--host", "0.0.0.0"])
     assert "--allowed-local-media-path" not in command
     with pytest.raises(OptionError, match="divprune"):
         vllm_command(str(tmp_path), {"reducer": "fastv", "ratio": 0.5}, Bind(), Limits(), [])

@@ -91,6 +91,49 @@ def test_bodies_of_clients_without_a_key_are_not_read() -> None:
     assert statuses == [401, 0]
 
 
+@pytest.mark.parametrize(
+    ("hosts", "good", "bad"),
+    [
+        (None, ["any.example", ""], []),
+        ('["127.0.0.1"]', ["localhost:8000", "127.0.0.1", "[::1]:1", ""], ["evil.example", "["]),
+        ('["0.0.0.0"]', ["any.example"], []),
+        ('["0.0.0.0", "ai.example"]', ["AI.example:80", "192.0.2.1"], ["x.ai.example"]),
+    ],
+)  # fmt: skip
+def test_host_names(
+    hosts: str | None, good: list[str], bad: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A web page that gives its own name the address of the server must not reach it."""
+    if hosts is not None:
+        monkeypatch.setenv("TOKENCOMP_HOSTS", hosts)
+    called: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        called.append(scope["type"])
+
+    def ask(names: list[str], kind: str = "http") -> list[Any]:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"host", name.encode()) for name in names]
+        scope = {"type": kind, "method": "GET", "headers": headers}
+        asyncio.run(OwnOptionsOnly(app)(scope, None, send))  # type: ignore[arg-type]
+        return sent
+
+    for name in good:
+        assert not ask([name]) and not ask([name], "websocket")
+    assert len(called) == 2 * len(good)
+    for name in bad:
+        for names in ([name], ["localhost", name]):
+            first, second = ask(names)
+            assert first["status"] == 403
+            assert "--allowed-host" in json.loads(second["body"])["error"]["message"]
+        assert ask([name], "websocket")[0]["type"] == "websocket.close"
+    assert len(called) == 2 * len(good)
+
+
 def test_the_answer_of_the_application_to_a_refusal_is_replaced() -> None:
     """FastAPI turns an exception while it reads the body into an answer of its own."""
     sent: list[Any] = []

@@ -203,10 +203,15 @@ def test_bodies_without_a_key_are_refused_unread(served: Any) -> None:
     """This server has a key. The answer comes although half of the body never does."""
     url = served[0]
     port = int(url.rpartition(":")[2])
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    line = b"POST /v1/chat/completions HTTP/1.1\r\n"
+    head = line + b"Host: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(head + b"Content-Length: 60000000\r\n\r\n" + b'{"a": [')
         assert connection.recv(100).startswith(b"HTTP/1.1 401")
+    for name, status in (("localhost", b"200"), ("evil.example", b"403")):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(f"GET /health HTTP/1.1\r\nHost: {name}\r\n\r\n".encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 " + status)
 
 
 def test_running_requests_end_after_sigterm(served: Any, started: Any) -> None:

@@ -55,7 +55,7 @@ def command(
         typer.Option(
             "--allowed-host",
             help="Name that clients may use for this server, beside localhost and numeric "
-            "addresses; repeatable (hf). By default any, except at 127.0.0.1.",
+            "addresses; repeatable. By default any, except at 127.0.0.1.",
         ),
     ] = None,
     shutdown_timeout: Annotated[
@@ -100,7 +100,7 @@ def command(
     limits = Limits(allowed_path=allowed_media_path, frames=frames)
     bind = Bind(host, port, api_key, tuple(allowed_host or ()), shutdown_timeout)
     if engine == "vllm":
-        ineffective = ("device", "frames", "max_batch", "allowed_host")
+        ineffective = ("device", "frames", "max_batch")
         opt.refuse_options(context, ineffective, "--engine vllm", VLLM_HINT)
         extra = [*context.args]
         if served_name:

@@ -1,7 +1,9 @@
 """Serving: plugins for vLLM and SGLang, and an OpenAI-compatible server on transformers."""
 
 # Environment variables that the plugins of engines read: the options of the server as JSON, and "1"
-# for versions and settings that were not tested.
+# for versions and settings that were not tested. The middleware of `tokencomp serve --engine vllm`
+# reads a JSON list of host names: the address of the server, and further names of it.
 ENV_OPTIONS = "TOKENCOMP_SERVING"
+ENV_HOSTS = "TOKENCOMP_HOSTS"
 ENV_UNTESTED = "TOKENCOMP_ALLOW_UNTESTED"
 KEY = "tokencomp"  # of our options in the processor options of a request

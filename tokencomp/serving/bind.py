@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import socket
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from tokencomp.errors import OptionError
 
@@ -67,6 +68,16 @@ class Bind:
             return bool(ipaddress.ip_address(host))
         except ValueError:
             return False
+
+    def refusal(self, header: str) -> str:
+        """Return why a request with this Host header is refused, or ""."""
+        try:
+            host = urlsplit("//" + header).hostname or ""
+        except ValueError:
+            host = "?"
+        if self.serves(host):
+            return ""
+        return f"Host {host!r} is not a name of this server (start it with --allowed-host)."
 
 
 def check_port(bind: Bind) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tokencomp.errors import MissingDependencyError, OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec
-from tokencomp.serving import ENV_OPTIONS
+from tokencomp.serving import ENV_HOSTS, ENV_OPTIONS
 from tokencomp.serving.bind import Bind, check_port
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.spec import ServerOptions
@@ -51,6 +51,8 @@ def vllm_command(
             "`--engine vllm` needs vLLM: pip install 'tokencomp[vllm]' (in its own environment), "
             "or use --engine hf."
         )
+    if _sets(extra, "--host"):
+        raise OptionError("--host after `--`: put it before, where tokencomp sees it.")
     trusts_kwargs = "--trust-request-mm-kwargs" in extra
     parsed = ServerOptions.parse({**options, "only_own": not trusts_kwargs})
     check_architecture(model, parsed.default)
@@ -60,15 +62,17 @@ def vllm_command(
     env = {
         **os.environ,
         ENV_OPTIONS: json.dumps({**options, "only_own": parsed.only_own}),
+        ENV_HOSTS: json.dumps([bind.host, *bind.allowed_hosts]),
         "TOKENCOMP_VLLM": "on",
     }
     if bind.api_key:
         env["VLLM_API_KEY"] = bind.api_key  # a command line would show it to all users
-    if parsed.per_request and not trusts_kwargs:
-        # Only with this flag does vLLM pass processor options of a request on, but then it passes
-        # on all of them. `only_own` and the middleware refuse every option except ours.
-        command.append("--trust-request-mm-kwargs")
+    if not trusts_kwargs:
         command += ["--middleware", "tokencomp.serving.vllm.middleware.OwnOptionsOnly"]
+        if parsed.per_request:
+            # Only with this flag does vLLM pass processor options of a request on, but then it
+            # passes on all of them. `only_own` and the middleware refuse every option except ours.
+            command.append("--trust-request-mm-kwargs")
     if not _sets(extra, "--allowed-media-domains"):
         # By default vLLM fetches media from any host. This value allows no host.
         command += ["--allowed-media-domains", "invalid."]

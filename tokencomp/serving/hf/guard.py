@@ -9,7 +9,7 @@ import re
 import time
 import uuid
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -76,14 +76,8 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         """Raise `RequestError` unless the head of the request is acceptable."""
         headers = Headers(scope=scope)
-        try:
-            host = urlsplit("//" + headers.get("host", "")).hostname or ""
-        except ValueError:
-            host = "?"
-        if not self.bind.serves(host):
-            raise RequestError(
-                f"Host {host!r} is not a name of this server (start it with --allowed-host).", 403
-            )
+        if problem := self.bind.refusal(headers.get("host", "")):
+            raise RequestError(problem, 403)
         if not scope["path"].startswith("/v1"):
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")

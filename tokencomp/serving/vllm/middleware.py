@@ -3,7 +3,8 @@
 vLLM passes "mm_processor_kwargs" of a request on only with `--trust-request-mm-kwargs`. This flag
 also allows "media_io_kwargs", with which a client can make vLLM decode every frame of a video, so
 the middleware refuses them. It also answers 400 to media that cannot be read, for which vLLM alone
-would answer 500, and to a file: URL of something that is no file, which vLLM would wait for.
+would answer 500, and to a file: URL of something that is no file, which vLLM would wait for. A
+request that calls the server by a name that is not its own gets 403, see `Bind.serves`.
 
 A body is read and checked when the application reads it. vLLM has checked the key of the request
 by then, so that clients without a key cannot make the server work.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import stat
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
@@ -23,6 +25,8 @@ from urllib.request import url2pathname
 
 from PIL.Image import DecompressionBombError
 
+from tokencomp.serving import ENV_HOSTS
+from tokencomp.serving.bind import Bind
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits
 
@@ -42,14 +46,23 @@ class OwnOptionsOnly:
     """Refuse requests that vLLM should not see.
 
     Requests that set `media_io_kwargs` or bring media that cannot be read get status 400, and
-    bodies of more than `max_body` bytes get status 413.
+    bodies of more than `max_body` bytes get status 413. Requests to other host names than the
+    environment allows get status 403.
     """
 
     def __init__(self, app: App, max_body: int = MAX_BODY) -> None:
         self.app, self.max_body = app, max_body
+        host, *allowed = json.loads(os.environ.get(ENV_HOSTS) or '[""]')
+        self.bind = Bind(host, allowed_hosts=tuple(allowed))
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Run the application on a request whose body is checked when it is read."""
+        if scope["type"] in ("http", "websocket") and (problem := self._host_problem(scope)):
+            if scope["type"] == "http":
+                await _send_error(send, RequestError(problem, 403))
+            else:
+                await send({"type": "websocket.close", "code": 1008, "reason": problem})
+            return
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)
             return
@@ -63,6 +76,11 @@ class OwnOptionsOnly:
                 exchange.refuse_media(error)
         if exchange.refused is not None and not exchange.started:
             await _send_error(send, exchange.refused)
+
+    def _host_problem(self, scope: Message) -> str:
+        """Return why the Host header of a request is refused, or ""."""
+        names = [value for name, value in scope.get("headers", ()) if name == b"host"] or [b""]
+        return next(filter(None, (self.bind.refusal(n.decode("latin-1")) for n in names)), "")
 
 
 class _Exchange:
