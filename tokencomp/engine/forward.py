@@ -19,7 +19,14 @@ from tokencomp.engine.layer_arguments import (
     layer_tables,
     table_parts,
 )
-from tokencomp.engine.layout import RowLayout, Selection, compact, take, write_merged
+from tokencomp.engine.layout import (
+    RowLayout,
+    Selection,
+    compact,
+    kept_values,
+    take,
+    write_merged,
+)
 from tokencomp.engine.masks import MaskSource
 from tokencomp.engine.outputs import restore_map
 from tokencomp.engine.packing import sequence_lengths, text_positions
@@ -179,8 +186,10 @@ class ForwardPass:
         self, selection: Selection, tensors: list[Tensor], dims: list[int]
     ) -> list[Tensor]:
         """Put the layout after `selection` in force, and take its columns of all tensors."""
-        device = tensors[0].device
-        self.layout, index, place = compact(self.layout, selection, device)
+        device, before = tensors[0].device, self.layout
+        self.layout, index, place = compact(before, selection, device)
+        for stage, scores in self._scores.items():  # of later stages, where no layer scores anew
+            self._scores[stage] = kept_values(scores.to(device), before, self.layout, index)
         tensors = [t.to(device) for t in tensors]
         tensors = take(tensors, index, dims, self.layout.valid(device))
         write_merged(tensors[0], place, selection.reduction)
@@ -294,7 +303,8 @@ class ForwardPass:
             kind, device = self.windows.kinds[segment.first], hidden.device
             tables = layer_tables(previous, kind, kwargs, device)
             for signal in segment.stage.reducer.needs:
-                if isinstance(signal, Attention) and signal.layer == "next":
+                known = segment.first in self._scores  # by a layer before, this one has none
+                if isinstance(signal, Attention) and signal.layer == "next" and not known:
                     cache = compat.get_cache(kwargs)
                     ids = layer_positions(previous, kwargs, self._reads_positions)
                     self._score_input(segment.first, hidden, tables, signal, cache, ids)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
 from tokencomp.engine.tap import attention_of
@@ -20,11 +18,14 @@ from tokencomp.errors import PlanError, UnsupportedModelError
 from tokencomp.plan import Plan
 from tokencomp.signals import Attention
 
-# Options of text configs whose decoders tokens cannot leave between layers.
+# Options of text configs whose decoders tokens cannot leave between layers, if they are above a
+# number.
+STREAMS = "its hidden states have several streams"
 ENTRY_ONLY = {
-    "altup_num_inputs": "its hidden states have several streams",
-    "hc_mult": "its hidden states have several streams",
-    "indexer_compress_ratio": "its indexer pools blocks of rows",
+    "altup_num_inputs": (1, STREAMS),
+    "hc_mult": (1, STREAMS),
+    "n_layers_per_attn_res_block": (0, "its layers read the states of blocks before them, too"),
+    "indexer_compress_ratio": (1, "its indexer pools blocks of rows"),
 }
 FIX = "Use a reducer that acts at entry, such as 'condiv', 'divprune' or 'merge'."
 
@@ -65,7 +66,8 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
         raise PlanError(
             f"stages at layers {layers}: {adapter.family} is served at entry only. {FIX}"
         )
-    why = [w for name, w in ENTRY_ONLY.items() if (getattr(decoder.config, name, 1) or 1) > 1]
+    values = {name: getattr(decoder.config, name, None) or 0 for name in ENTRY_ONLY}
+    why = [reason for name, (limit, reason) in ENTRY_ONLY.items() if values[name] > limit]
     if why:
         raise PlanError(
             f"stages at layers {layers}: {type(decoder).__name__} is served at entry only, because "
@@ -84,10 +86,22 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
     windows = Windows.of(decoder)
     for stage in plan.layer_stages:
         for signal in stage.reducer.needs if stage.fraction > 0 else ():
-            if isinstance(signal, Attention) and signal.layer == "previous":
-                scored_layer(windows, plan, stage.layer)
-            elif isinstance(signal, Attention):
-                _check_attention(adapter.layers[stage.layer], stage.layer)
+            if isinstance(signal, Attention) and scored_before(signal, adapter, stage.layer):
+                _check_attention(adapter, scored_layer(windows, plan, stage.layer), stage.layer)
+
+
+def scored_before(signal: Attention, adapter: Adapter, stage: int) -> bool:
+    """Whether a layer before the stage scores for it, and not layer `stage` itself.
+
+    That is so where the signal says it, and where layer `stage` has no attention.
+    """
+    if signal.layer == "previous":
+        return True
+    try:
+        attention_of(adapter.layers[stage])
+    except UnsupportedModelError:
+        return True
+    return False
 
 
 def scored_layer(windows: Windows, plan: Plan, stage: int) -> int:
@@ -95,30 +109,34 @@ def scored_layer(windows: Windows, plan: Plan, stage: int) -> int:
 
     It is the last one before the stage, and behind the stage before, whose queries see all tokens;
     where there is none, the last with a window, whose scores say what attention each token would
-    receive if all were visible. Layers of linear attention have no scores.
+    receive if all were visible. Layers of linear attention have no scores: where nothing else lies
+    between two stages, the second goes by a layer before the first, too.
 
     Raises
     ------
     PlanError
-        There is none behind the stage before.
+        No layer before the stage has attention.
     """
-    first = max((s.layer for s in plan.stages if s.layer < stage), default=0)
     kinds = windows.kinds
-    for usable in ((FULL, INDEXED), (SLIDING, CHUNKED)):
-        layers = [i for i in range(first, stage) if kinds[i] in usable]
-        if layers:
-            return layers[-1]
-    allowed = [i + 1 for i, kind in enumerate(kinds) if kind not in LINEAR | WITHOUT_ATTENTION]
+    behind = max((s.layer for s in plan.stages if s.layer < stage), default=0)
+    for first in (behind, 0):
+        for usable in ((FULL, INDEXED), (SLIDING, CHUNKED)):
+            layers = [i for i in range(first, stage) if kinds[i] in usable]
+            if layers:
+                return layers[-1]
+    scored = (i for i, kind in enumerate(kinds) if kind not in LINEAR | WITHOUT_ATTENTION)
     raise PlanError(
         f"a stage at layer {stage} is to be scored by the attention of a layer before it, but none "
-        f"of the layers {first} to {stage - 1} has attention. The layers behind those that have "
-        f"are {', '.join(map(str, allowed))}. Choose among them, or a reducer without attention, "
-        "such as 'divprune'."
+        f"of the layers 0 to {stage - 1} has attention. The first that has is layer "
+        f"{next(scored, None)}. Choose layers behind it, or a reducer without attention, such as "
+        "'divprune'."
     )
 
 
-def _check_attention(layer: Any, number: int) -> None:
+def _check_attention(adapter: Adapter, layer: int, stage: int) -> None:
     try:
-        attention_of(layer)
+        attention_of(adapter.layers[layer])
     except UnsupportedModelError as error:
-        raise PlanError(f"a stage at layer {number} is to be scored there: {error}") from None
+        raise PlanError(
+            f"a stage at layer {stage} is to be scored by layer {layer}: {error}"
+        ) from None

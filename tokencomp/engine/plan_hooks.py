@@ -12,7 +12,7 @@ from torch import nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
 from tokencomp.engine.forward import ForwardPass
-from tokencomp.engine.layer_stages import scored_layer
+from tokencomp.engine.layer_stages import scored_before, scored_layer
 from tokencomp.engine.tap import attention_of
 from tokencomp.engine.tower import TowerProbe, check_signals
 from tokencomp.engine.tower_stage import TowerDrop
@@ -71,7 +71,9 @@ class PlanHooks:
     def _install_scores(self, plan: Plan) -> None:
         for stage in plan.layer_stages:
             for signal in stage.reducer.needs if stage.most > 0 else ():
-                if isinstance(signal, Attention) and signal.layer == "previous":
+                if isinstance(signal, Attention) and scored_before(
+                    signal, self.adapter, stage.layer
+                ):
                     windows = Windows.of(self.adapter.decoder)
                     layer = scored_layer(windows, plan, stage.layer)
                     attn = attention_of(self.adapter.layers[layer])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine import compat
 from tokencomp.engine.attribute_view import AttributeView
 from tokencomp.engine.layout import take
@@ -23,6 +24,7 @@ from tokencomp.errors import UnsupportedModelError
 
 NAME = "tokencomp_tap"
 FIX = "Use a reducer without attention, such as 'divprune'."
+SHARED = "shared_kv_states"  # keys and values of one layer that others read (Gemma 4)
 # What changes the logits beyond scale and RoPE, as transformers passes it to a backend.
 OTHER_LOGITS = ("softcap", "s_aux", "sinks", "position_bias")
 
@@ -100,7 +102,7 @@ def attention_of(layer: nn.Module) -> Any:
     Raises
     ------
     UnsupportedModelError
-        The layer has none, as layers with a recurrence do.
+        The layer has none, as layers with a recurrence do, or one whose logits have a bias.
     """
     for name, child in unwrapped(layer).named_children():
         if ("attn" in name or "attention" in name) and hasattr(unwrapped(child), "scaling"):
@@ -152,6 +154,8 @@ def tap(
         name = next(name for name, child in run.named_children() if unwrapped(child) is attn)
         run._modules[name] = clone
     call = {"attention_mask": None, **arguments}
+    if SHARED in parameters_of(run):  # a layer may write to it, and then later ones would read that
+        call[SHARED] = dict(arguments.get(SHARED) or {})
     try:
         type(run).forward(run, **compat.accepted(run, {"hidden_states": hidden, **call}))
     except Tapped as tapped:

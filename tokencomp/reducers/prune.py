@@ -36,7 +36,8 @@ class Prune(Reducer):
         "aim", "pyramid" or "fastv" (see `tokencomp.schedules`).
     layer
         Whose attention: "previous", the layer before the stage (AIM, FastV), or "next", the layer
-        after it, by its own queries and keys of the tokens before the stage (PyramidDrop).
+        after it, by its own queries and keys of the tokens before the stage (PyramidDrop). Where
+        that layer has no attention (a recurrence, for example), the nearest one before it counts.
     start, stop
         AIM's ramp as fractions of the depth; published: 14/28 … 22/28 for video, 13/32 … 21/32 for
         images. Without effect on other schedules.
