@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import oracle, plans, tower, turns
+from support import kinds, oracle, plans, tower, turns
 from support.families import FAMILIES, Family, text
-from support.family.hybrid import Qwen35
+from support.family.hybrid import Qwen35, Qwen35Moe
 from support.hooks import hooks_of, prompt
 from torch import Tensor, nn
 
@@ -112,17 +112,26 @@ def test_only_kept_patches_are_embedded(family: Family) -> None:
     assert sum(sizes[half:]) == kept * patches < 0.7 * sum(sizes[:half])
 
 
-def test_embeddings_of_qwen35() -> None:
-    """Its linear layers know no mask, so the input of the decoder is compared."""
-    family = tower.deep(Qwen35())
+def qwen35(family: Family, model: Any) -> dict[str, Tensor]:
+    """A ragged batch: an image and a video with timestamps, and another such video."""
     if not hasattr(transformers, "Qwen3_5Config"):
         pytest.skip("this release has no Qwen3.5")
+    rows = [
+        [text(3), family.image(0), text(2), family.video(4), text(5)],
+        [family.video(4), text(6, 2)],
+    ]
+    return tower.like(model, family.batch(rows))
+
+
+def test_embeddings_of_qwen35() -> None:
+    """The input of the decoder, in float64."""
+    family = tower.deep(Qwen35())
     model, plan = tower.build(family), Plan((), TowerStage(0, 0.6, RANDOM))
-    inputs = tower.like(model, family.batch([[text(3), family.image(0), family.video(4), text(5)]]))
+    inputs = qwen35(family, model)
     embeds: list[Tensor] = []
 
     def spy(module: Any, args: Any, kwargs: Any) -> None:
-        embeds.append(kwargs["inputs_embeds"][0].clone())
+        embeds.append(kwargs["inputs_embeds"].clone())
 
     def embed() -> Tensor:
         handle = family.decoder(model).register_forward_pre_hook(spy, with_kwargs=True)
@@ -137,10 +146,36 @@ def test_embeddings_of_qwen35() -> None:
         left = embed()
         (kept,) = oracle.kept_columns(handle, inputs, 1)
     with tower.tower_masks(model, seen, 0):
-        expected = embed()[kept[0]]
-    assert left.shape == expected.shape and not kept.all()
-    assert (left - expected).abs().max() < 1e-6
-    assert (embed()[kept[0]] - expected).abs().max() > 1e-2
+        expected = embed()
+    unmasked = embed()
+    for b, columns in enumerate(kept):
+        own = left[b, -int(columns.sum()) :]
+        assert int(columns.sum()) < int(inputs["attention_mask"][b].sum())
+        assert (own - expected[b, columns]).abs().max() < 1e-6
+        assert (unmasked[b, columns] - expected[b, columns]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["dense", pytest.param("moe", marks=pytest.mark.long)])
+def test_prefill_and_decode_of_qwen35(name: str) -> None:
+    """Through `generate`; dropped tokens are hidden in full layers and absent in linear ones."""
+    family = tower.deep(Qwen35() if name == "dense" else Qwen35Moe())
+    model = tower.build(family, "eager")
+    plan, inputs = whole(family), qwen35(family, model)
+    seen = tower_rows(model, inputs, plan)
+    with tokencomp.patch(model, plan=plan) as handle:
+        out = oracle.generate(model, inputs, 4)
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+        spans = [(s.kind, s.grid, len(s.text)) for row in handle.stats.spans for s in row]
+        with torch.no_grad():
+            forward = model(**inputs).logits[:, -1]
+    video = ("video", (2, 2, 4), 5)
+    assert spans == [("image", (1, 4, 4), 0), video, video]
+    length = inputs["input_ids"].shape[1]
+    with tower.tower_masks(model, seen, 0):
+        expected = kinds.expected_logits(model, family, inputs, masks, out.sequences[:, length:-1])
+    found = torch.stack(out.logits, 1)
+    assert (found - expected[:, length - 1 :]).abs().max() < TOLERANCE["eager"]
+    assert (forward - expected[:, length - 1]).abs().max() < TOLERANCE["eager"]
 
 
 def whole(family: Family) -> Plan:

@@ -11,7 +11,7 @@ from support.family.llava import LlavaOnevision
 from support.family.mistral import Mistral3
 
 import tokencomp
-from tokencomp.adapters.encoded import sizes_in, token_counts
+from tokencomp.adapters.encoded import per_medium, sizes_in, token_counts
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.adapters.spans import Medium, cut_media, grid_from_positions, grid_from_size
 from tokencomp.adapters.structural import StructuralAdapter
@@ -169,7 +169,12 @@ def test_sizes_and_token_counts() -> None:
     places = torch.tensor([[[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1], [-1, -1]]])  # (x, y)
     assert sizes_in(places) == [(1, 2, 3)]
     assert sizes_in(torch.zeros(2, 3)) == sizes_in(torch.zeros(2, 3).bool()) == sizes_in(5) == []
+    assert per_medium([(1, 8, 8), (1, 4, 8)], [16, 8]) == [(1, 8, 8), (1, 4, 8)]
+    assert per_medium([(1, 8, 8)] * 5, [32, 48]) == [(2, 8, 8), (3, 8, 8)]  # frames of two videos
+    assert per_medium([(1, 8, 8)] * 5, [32, 47]) == per_medium([(1, 8, 8)] * 4, [20, 12]) == []
+    assert per_medium([(1, 8, 8), (1, 4, 8)], [24]) == per_medium([(1, 8, 8)], []) == []
     assert token_counts([torch.zeros(4, 8), torch.zeros(6, 8)]) == [4, 6]
     assert token_counts(torch.zeros(3, 5, 8)) == [5, 5, 5]
     assert token_counts(torch.zeros(5, 8)) == []  # of all images together
+    assert token_counts(torch.zeros(5, 1, 8)) == []  # patch by patch
     assert token_counts((torch.zeros(2, 5, 8), torch.zeros(7, 8))) == [5, 5, 7]

@@ -48,6 +48,7 @@ class EncodedMedia(threading.local):
 
     def __init__(self) -> None:
         self.latest: dict[Kind, Encoding] = {}
+        self._running = False
 
     def watch(self, body: Any) -> list[MethodReplacement]:
         """Replace the encoding methods of `body` by ones that note their calls."""
@@ -57,15 +58,21 @@ class EncodedMedia(threading.local):
         ]
 
     def _call(self, kind: Kind, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        out = original(*args, **kwargs)
+        if self._running:  # videos that are encoded as images (Qwen3.5) are no images
+            return original(*args, **kwargs)
+        self._running = True
+        try:
+            out = original(*args, **kwargs)
+        finally:
+            self._running = False
         self._note(kind, [*args, *kwargs.values()], out)
         return out
 
     @compat.not_compiled
     def _note(self, kind: Kind, arguments: list[Any], out: Any) -> None:
         lengths = token_counts(features_of(out))
-        tables = (sizes_in(argument) for argument in arguments)
-        sizes = next((s for s in tables if s and len(s) == len(lengths)), [])
+        tables = (per_medium(sizes_in(argument), lengths) for argument in arguments)
+        sizes = next(filter(None, tables), [])
         last = getattr(out, "last_hidden_state", None)
         encoding = Encoding(lengths, sizes)
         if isinstance(last, Tensor) and last.ndim == 4:
@@ -101,13 +108,15 @@ def features_of(out: Any) -> Any:
 def token_counts(features: Any) -> list[int]:
     """Tokens of every medium or tile in features (tiles, n, d), or in a list of (…, n, d).
 
-    Empty for features (n, d) of all media together, of which nothing tells where one ends.
+    Empty for features (n, d) of all media together, of which nothing tells where one ends, and for
+    those of single patches, (n, 1, d) (Inkling).
     """
     if isinstance(features, list | tuple):
         tensors = [item for item in features if isinstance(item, Tensor) and item.ndim >= 2]
     else:
         tensors = [features] if isinstance(features, Tensor) and features.ndim >= 3 else []
-    return [n for item in tensors for n in [item.shape[-2]] * item.shape[:-2].numel()]
+    counts = [n for item in tensors for n in [item.shape[-2]] * item.shape[:-2].numel()]
+    return counts if max(counts, default=0) > 1 else []
 
 
 def sizes_in(argument: Any) -> list[tuple[int, int, int]]:
@@ -131,6 +140,22 @@ def sizes_in(argument: Any) -> list[tuple[int, int, int]]:
         return []
     rows = argument.tolist()
     return [(row[0] if len(row) == 3 else 1, row[-2], row[-1]) for row in rows]
+
+
+def per_medium(sizes: list[tuple[int, int, int]], lengths: list[int]) -> list[tuple[int, int, int]]:
+    """One size for each medium of `lengths` tokens, or none.
+
+    Frames of one size may stand in place of the videos that they belong to (Gemma 4).
+    """
+    if len(sizes) == len(lengths) or not sizes or not lengths:
+        return sizes if len(sizes) == len(lengths) else []
+    tokens, rest = divmod(sum(lengths), len(sizes))
+    _, height, width = sizes[0]
+    if rest or not tokens or any(size != (1, height, width) for size in sizes):
+        return []
+    if any(n % tokens for n in lengths):
+        return []
+    return [(n // tokens, height, width) for n in lengths]
 
 
 def _even(rows: list[tuple[Any, ...]]) -> bool:

@@ -16,7 +16,7 @@ from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers import Tower
 from tokencomp.tokens import Kind, VisualSpan
 
-PACKED = ("qwen3_5",)
+PACKED = ("qwen3_5", "qwen3_5_moe")
 """Model types with the vision tower of Qwen3-VL, where patches of a token stand side by side."""
 
 
