@@ -158,12 +158,27 @@ def test_decoders_that_fill_placeholders_themselves_are_exact() -> None:
         ("glm5_next", "pools of 16 consecutive rows"),
         ("qwen4_exp", "groups of 4 consecutive rows"),
         ("minimax_m3_vl", "blocks of 4 consecutive rows"),
-        ("inkling2", "a bias by the number of rows"),
     ],
 )
 def test_attention_by_row_number_is_refused(model_type: str, mechanism: str) -> None:
     with pytest.raises(RowIndexedAttentionError, match=mechanism):
         compress(tiny(model_type).model, Plan())
+
+
+def test_a_bias_by_rows_that_nothing_corrects_is_refused() -> None:
+    """As that of Inkling, in a decoder whose layers take no distances."""
+    model = tiny("llava").model
+    model.model.language_model.config.rel_extent = 64
+    with pytest.raises(RowIndexedAttentionError, match="a bias by the number of rows"):
+        compress(model, Plan())
+
+
+@pytest.mark.parametrize("model_type", ["inkling2", "inkling2_loop"])
+def test_biases_by_distance_count_columns(model_type: str) -> None:
+    """Behind dropped tokens distances stay what they were, also where layers run twice."""
+    result = check_model(tiny(model_type), compress)
+    assert result.status == "entry only" and "states of blocks" in result.reason
+    assert result.errors["entry decode"] < 5e-5
 
 
 @pytest.mark.parametrize(

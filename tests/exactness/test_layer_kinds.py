@@ -14,6 +14,7 @@ from tokencomp.engine.window import Windows
 from tokencomp.errors import OptionError, PlanError, UnsupportedCacheError, UnsupportedModelError
 
 FAMILY_NAMES = sorted(HYBRID)
+UNSCORED = "inkling_mm_model"  # its attention logits have a bias that scores do not know
 ENTRY = tokencomp.Plan((tokencomp.Stage(0, 0.4, tokencomp.make_reducer("uniform")),))
 
 
@@ -60,7 +61,8 @@ def test_prefill_and_decode(family: Family, backend: str, layered: bool) -> None
 
 def test_auto_does_not_need_attention_that_the_first_layer_lacks(family: Family) -> None:
     """The families whose first layer is a recurrence or a convolution are listed by hand."""
-    model, linear = family.build(), family.name in ("lfm2_vl", "minicpmv4_6", "qwen3_5")
+    model = family.build()
+    linear = family.name in ("lfm2_vl", "minicpmv4_6", "qwen3_5", UNSCORED)
     with tokencomp.patch(model, 0.5) as handle, torch.no_grad():
         model(**ragged(family))
         assert handle.plan.entry.reducer.name == ("divprune" if linear else "condiv")
@@ -140,6 +142,26 @@ def test_second_image(family: Family) -> None:
     assert difference(logits, expected) < 5e-5
 
 
+def test_videos(family: Family) -> None:
+    """Frames with text between them beside an image, and another video, in a ragged batch."""
+    if not hasattr(family, "whole_video"):
+        pytest.skip("its processor takes no videos")
+    model = family.build()
+    first = [text(3), family.image(0), text(2), family.whole_video(4), text(5, 3)]
+    inputs = family.batch([first, [family.whole_video(4), text(4, 5)], [text(9, 6)]])
+    width = inputs["input_ids"].shape[1]
+    with tokencomp.patch(model, plan=ENTRY) as handle:
+        out = oracle.generate(model, inputs, 4, suppress_tokens=[*range(IMAGE, IMAGE + 5)])
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+        spans = [s for row in handle.stats.spans for s in row]
+    assert [s.kind for s in spans if s.kind == "image"] == ["image"]
+    _, rows, columns = spans[-1].grid  # two frames of two videos
+    assert sum(s.visual for s in spans if s.kind == "video") == 4 * rows * columns
+    assert all(s.grid_known for s in spans)
+    expected = kinds.expected_logits(model, family, inputs, masks, out.sequences[:, width:-1])
+    assert difference(torch.stack(out.logits, 1), expected[:, width - 1 :]) < 5e-5
+
+
 def test_stats_count_keys_and_values(family: Family) -> None:
     """Bytes of the cache that a prefill of one prompt leaves."""
     model = family.build()
@@ -177,8 +199,8 @@ def test_unknown_kinds_are_refused(family: Family) -> None:
 
 def test_scores_of_the_nearest_full_layer(family: Family) -> None:
     """A stage behind a linear or sliding layer is scored by the full layer before it."""
-    if family.name == "gemma4_e":
-        pytest.skip("its stages stand before the first full layer")
+    if family.name in ("gemma4_e", UNSCORED):
+        pytest.skip("its stages stand before the first full layer, or it has no scores")
     model = family.build("eager")
     kinds_of_layers = Windows.of(family.decoder(model)).kinds
     scored = kinds_of_layers.index("full_attention")
@@ -200,6 +222,42 @@ def test_scores_of_the_nearest_full_layer(family: Family) -> None:
     torch.testing.assert_close(received[kept].sort(descending=True).values, highest)
 
 
+def test_two_stages_behind_one_layer_with_attention(family: Family) -> None:
+    """The second goes by what the first went by, as far as it is left."""
+    model = family.build("eager")
+    if not Windows.of(family.decoder(model)).linear or family.name == UNSCORED:
+        pytest.skip("every layer has attention, or none has scores")
+    inputs = family.batch([[text(3), family.image(0), text(5, 3)]])
+    visual = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
+    reducer, other = tokencomp.make_reducer("prune", score="text_query"), ENTRY.entry.reducer
+    stages = ((2, 0.75, other), (3, 0.25, reducer))  # layer 1 has attention, and layer 2 has none
+    plan = tokencomp.Plan(tuple(tokencomp.Stage(*stage) for stage in stages))
+    with torch.no_grad():
+        maps = [m for m in model(**inputs, output_attentions=True).attentions if m is not None]
+        received = maps[0][0].mean(0)[visual[-1] + 1 :][:, visual].mean(0)
+        with tokencomp.patch(model, plan=plan) as handle:
+            model(**inputs)
+            first, second = (kept[0] for kept in handle.stats.kept())
+    highest = received[first].topk(len(second)).values
+    torch.testing.assert_close(received[second].sort(descending=True).values, highest)
+    assert len(second) == 4 and len(first) == 12
+
+
+@pytest.mark.parametrize("reducer", ["prune", "pyramiddrop"])
+def test_reducers_between_layers(family: Family, reducer: str) -> None:
+    """By name alone, with stages before and behind layers of every kind."""
+    if family.name in ("gemma4_e", UNSCORED):
+        pytest.skip("its last layers read the keys of the first, or it has no scores")
+    model, inputs = family.build(), ragged(family)
+    width = inputs["input_ids"].shape[1]
+    with tokencomp.patch(model, 0.2, reducer=reducer) as handle:
+        out = oracle.generate(model, inputs, 4, suppress_tokens=[*range(IMAGE, IMAGE + 5)])
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+        assert handle.plan.layer_stages
+    expected = kinds.expected_logits(model, family, inputs, masks, out.sequences[:, width:-1])
+    assert difference(torch.stack(out.logits, 1), expected[:, width - 1 :]) < 5e-5
+
+
 def test_stages_that_nothing_can_score_are_refused(family: Family) -> None:
     """No layer before the second has attention, where the first one is linear."""
     model, reducer = family.build(), tokencomp.make_reducer("prune", score="text_query")
@@ -209,7 +267,8 @@ def test_stages_that_nothing_can_score_are_refused(family: Family) -> None:
             model(**ragged(family))  # keys that the window has cut from the cache are read too
             assert handle.stats.ratio > 0.4
         return
-    with pytest.raises(PlanError, match="none of the layers 0 to 0 has attention"):
+    why = "a bias by distance" if family.name == UNSCORED else "none of the layers 0 to 0 has"
+    with pytest.raises(PlanError, match=why):
         tokencomp.patch(model, plan=plan)
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 CACHES = ("cache", "past_key_values", "cache_params")
-LINEAR = re.compile("GatedDeltaNet|ShortConv$|Mamba2Mixer|LinearAttention$")
+MASKS = ("attention_mask", "conv_mask")
+LINEAR = re.compile("GatedDeltaNet|ShortConv$|ShortConvolution$|Mamba2Mixer|LinearAttention$")
 
 
 @contextlib.contextmanager
@@ -50,7 +51,7 @@ def _on_kept_columns(forward: Any, mask: Tensor) -> Any:
     def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         full = torch.zeros_like(hidden_states)
         one = len(mask) == 1  # several rows have states of their own, which no cache here holds
-        away = ("attention_mask",) if one else ("attention_mask", *CACHES)
+        away = MASKS if one else (*MASKS, *CACHES)
         kwargs = {k: None if k in away else v for k, v in kwargs.items()}
         for b, row in enumerate(mask[:, -hidden_states.shape[1] :]):
             out = forward(hidden_states[b : b + 1, row], **kwargs)

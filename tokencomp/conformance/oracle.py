@@ -21,7 +21,8 @@ from tokencomp.conformance.build import TinyModel
 from tokencomp.engine.compat import CACHE_NAMES, bind
 
 CACHES = (*CACHE_NAMES, "cache_params")
-MASKS = ("attention_mask", "conv_mask", "mask", "padding_mask")
+CONVOLUTION_MASK = "conv_mask"
+MASKS = ("attention_mask", CONVOLUTION_MASK, "mask", "padding_mask")
 
 
 class OracleError(Exception):
@@ -59,7 +60,11 @@ def hidden(tiny: TinyModel, left: list[Tensor]) -> Iterator[None]:
 
 def is_linear_mixer(module: nn.Module) -> bool:
     """Whether a module mixes tokens through a convolution (and a recurrence, if it has one)."""
-    return any(isinstance(child, nn.Conv1d) for child in module.children())
+    if any(isinstance(child, nn.Conv1d) for child in module.children()):
+        return True
+    return _takes(module, CONVOLUTION_MASK) and not any(
+        _takes(inner, CONVOLUTION_MASK) for inner in module.modules() if inner is not module
+    )
 
 
 class _MaskColumns:
@@ -84,11 +89,13 @@ class _MaskColumns:
 def _attends(layer: nn.Module, mixers: list[nn.Module]) -> bool:
     """Whether something in a layer beside linear mixers takes a mask, as MLPs do not."""
     return any(
-        module is not layer
-        and module not in mixers
-        and "attention_mask" in inspect.signature(module.forward).parameters
+        module is not layer and module not in mixers and _takes(module, "attention_mask")
         for module in layer.modules()
     )
+
+
+def _takes(module: nn.Module, name: str) -> bool:
+    return name in inspect.signature(module.forward).parameters
 
 
 def _on_rows(forward: Any, left: Tensor) -> Any:
@@ -96,10 +103,18 @@ def _on_rows(forward: Any, left: Tensor) -> Any:
 
     def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs = {k: None if k in (*CACHES, *MASKS) else v for k, v in kwargs.items()}
+        # Of what is not named, only further hidden states count: weights of a convolution.
+        args = tuple(a for a in args if isinstance(a, Tensor) and a.ndim == 3)
         result, rest = torch.zeros_like(hidden_states), None
         for row in range(hidden_states.shape[0]):
             rows = left[row].nonzero()[:, 0]
-            out = forward(hidden_states[row : row + 1, rows], **kwargs)
+
+            def pick(value: Any, row: int = row, rows: Tensor = rows) -> Any:
+                own = isinstance(value, Tensor) and value.shape[:2] == hidden_states.shape[:2]
+                return value[row : row + 1, rows] if own else value
+
+            named = {k: pick(v) for k, v in kwargs.items()}
+            out = forward(pick(hidden_states), *map(pick, args), **named)
             if isinstance(out, tuple):
                 out, rest = out[0], out[1:]
             result[row, rows] = out[0]

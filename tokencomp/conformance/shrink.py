@@ -43,7 +43,9 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk"), 2),
     **dict.fromkeys(("n_group", "topk_group", "n_groups", "num_shared_experts"), 1),
     **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "moe_num_shared_experts"), 1),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(
+        ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCABULARY
+    ),
     **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank"), 8),
     **dict.fromkeys(("sliding_window", "attention_chunk_size"), WINDOW),
     "num_kv_shared_layers": 0,

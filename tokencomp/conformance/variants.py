@@ -8,6 +8,15 @@ from typing import Any
 FULL, SLIDING = "full_attention", "sliding_attention"
 PLAIN_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 
+# Windows and biases that bind in short prompts.
+INKLING = {
+    "sliding_window_size": 8,
+    "rel_extent": 12,
+    "d_rel": 8,
+    "swa_head_dim": 32,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+}
 QWEN4 = {
     "indexer_n_heads": 4,
     "indexer_kv_heads": 1,
@@ -131,6 +140,18 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
                 "index_block_size": 4,
                 "index_topk_blocks": 2,
                 "index_local_blocks": 1,
+            }
+        ),
+    ),
+    **dict.fromkeys(("inkling_mm_model", "inkling2"), (Variant(text=INKLING),)),
+    "inkling2_loop": (
+        Variant(
+            text={
+                **INKLING,
+                "n_layers_per_attn_res_block": 1,
+                "loop_layer_index_start": 1,
+                "loop_layer_index_end": 3,
+                "loop_num_passes": 2,
             }
         ),
     ),

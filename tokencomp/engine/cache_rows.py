@@ -11,6 +11,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer,
 
 from tokencomp.engine import compat
 
+REFERENCE = "reference_sliding_attention"
+
 
 def holds_rows(layer: Any) -> bool:
     """Whether a cache layer holds keys and values, one row per token.
@@ -25,6 +27,12 @@ def holds_rows(layer: Any) -> bool:
 def keeps_window(layer: Any) -> bool:
     """Whether a cache layer keeps no more rows than a sliding window needs."""
     return isinstance(layer, DynamicSlidingWindowLayer)
+
+
+def is_reference(kind: type) -> bool:
+    """Whether cache layers of a class keep all rows of the prompt, and a window of later ones."""
+    own = getattr(kind, "_layer_type", None)
+    return own == REFERENCE and not issubclass(kind, StaticLayer)
 
 
 def filled(layers: Iterable[Any]) -> list[Any]:
@@ -51,6 +59,8 @@ def physical_length(layer: Any) -> int:
             return 0
         counted = getattr(layer, "cumulative_length", None)
         return int(StaticLayer.get_seq_length(layer) if counted is None else counted)
+    if is_reference(type(layer)):
+        return int(layer.prefill_cumulative_length + layer.cumulative_length)
     if isinstance(layer, (compat.quantized_layer(), DynamicSlidingWindowLayer)):
         return layer.cumulative_length
     keys = getattr(layer, "keys", None)

@@ -7,9 +7,11 @@ from typing import Any
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from tokencomp.engine import compat
+from tokencomp.engine.cache_rows import is_reference
 from tokencomp.errors import UnsupportedCacheError
 
-DYNAMIC = frozenset({DynamicLayer, DynamicSlidingWindowLayer, compat.indexed_layer()})
+HYBRID = {compat.hybrid_layer(sliding) for sliding in (False, True)}
+DYNAMIC = frozenset({DynamicLayer, DynamicSlidingWindowLayer, compat.indexed_layer(), *HYBRID})
 
 
 def check_cache(cache: Any, between_layers: bool = False) -> None:
@@ -38,7 +40,8 @@ def check_cache(cache: Any, between_layers: bool = False) -> None:
     kinds |= {replicate} if replicate else set()
     quantized = {k for k in kinds if issubclass(k, compat.quantized_layer())}
     kinds -= compat.layers_without_rows()  # whatever leaves the prompt, their state stays right
-    wrong = kinds - DYNAMIC - {StaticLayer} - quantized
+    reference = {k for k in kinds if is_reference(k)}
+    wrong = kinds - DYNAMIC - {StaticLayer} - quantized - reference
     if wrong:
         raise UnsupportedCacheError(
             f"{type(cache).__name__} holds {_names(wrong)}; compressed prompts need layers that "
@@ -46,7 +49,7 @@ def check_cache(cache: Any, between_layers: bool = False) -> None:
             "cache_implementation=..., or turn compression off with handle.disabled()."
         )
     offloaded = getattr(cache, "offloading", False)
-    if between_layers and (offloaded or kinds - DYNAMIC):
+    if between_layers and (offloaded or kinds - DYNAMIC - reference):
         raise UnsupportedCacheError(
             f"{type(cache).__name__} holds {'offloaded ' * offloaded}{_names(kinds)}, and this "
             "plan drops tokens between decoder layers, which needs plain DynamicLayer rows on the "

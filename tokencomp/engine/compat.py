@@ -92,6 +92,26 @@ def indexed_layer() -> Any:
     return getattr(cache_utils, "DynamicIndexedLayer", absent)
 
 
+@functools.cache
+def linear_layer() -> Any:
+    """Class of the cache layers that hold states; a stand-in where there is none."""
+    from transformers import cache_utils
+
+    return getattr(cache_utils, "LinearAttentionLayer", type("NoLinearLayer", (), {}))
+
+
+@functools.cache
+def hybrid_layer(sliding: bool) -> Any:
+    """Class of the cache layers that hold rows, or a window of them, beside states; a stand-in
+    where there is none."""
+    from transformers import cache_utils
+
+    kind = "SlidingWindow" if sliding else "Full"
+    base = cache_utils.DynamicSlidingWindowLayer if sliding else cache_utils.DynamicLayer
+    absent = type(f"NoHybrid{kind}Layer", (base,), {})
+    return getattr(cache_utils, f"LinearAttentionAnd{kind}AttentionLayer", absent)
+
+
 def layer_configs(config: Any) -> list[Any]:
     """The config of every decoder layer; some releases let them differ."""
     count = config.num_hidden_layers

@@ -15,14 +15,16 @@ from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat, mask_compat
-from tokencomp.engine.cache import CompressedLayer, CompressedStaticLayer, compress_layer
+from tokencomp.engine.cache import CompressedLayer, CompressedStaticLayer
 from tokencomp.engine.cache_rows import (
+    REFERENCE,
     filled,
     first_with_rows,
     physical_length,
     segment_heads,
 )
 from tokencomp.engine.cache_support import check_cache
+from tokencomp.engine.compress_layer import compress_layer
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.layout import RowLayout
 from tokencomp.engine.prepared_mask import padding_of, prepared_by_body
@@ -137,14 +139,15 @@ class LaterTokens:
         # `MASKLESS` may still require a tensor. `cached` stands for the ForwardPass that such a
         # call does without: proportional attention reads the sizes of the rows from it.
         maskless = n == 1 and plain and any(name in backend for name in MASKLESS)
-        if maskless and not windows.bind(total) and INDEXED not in windows.kinds:
+        masked = {INDEXED, REFERENCE}.intersection(windows.kinds)  # the decoder builds them anyway
+        if maskless and not windows.bind(total) and not masked and not windows.relative:
             kwargs["attention_mask"], self.local.cached = None, layers
             return
         forward = ForwardPass.continuation(self.adapter, layers, new, n)
         forward.by_column, forward.prepared = by_column, prepared
         source, first = forward.mask_source(new, compat.get_cache(kwargs)), forward.segments[0]
         explicit = source.explicit(first, total)
-        if maskless and not explicit and len(forward.segments) == 1:
+        if maskless and not explicit and len(forward.segments) == 1 and not windows.relative:
             kwargs["attention_mask"], self.local.cached = None, layers
             return
         if len(forward.segments) > 1:

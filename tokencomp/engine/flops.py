@@ -9,7 +9,11 @@ from tokencomp.engine import compat
 
 # Kinds of layers without keys: linear attention, short convolution, and MLPs alone.
 NO_ATTENTION = frozenset({"linear_attention", "conv", "moe", "mlp"})
-WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+WINDOWS = {
+    "sliding_attention": "sliding_window",
+    "hybrid_sliding": "sliding_window",
+    "chunked_attention": "attention_chunk_size",
+}
 
 
 @dataclass(frozen=True)
@@ -51,17 +55,18 @@ class DecoderShape:
         shared = compat.kv_sharing_modes(config) or ["store"] * count
         own = []
         for kind, mode, layer in zip(kinds, shared, per_layer, strict=False):
-            shape = cls._of_layer(layer, 1, itemsize)
+            shape = cls._of_layer(layer, 1, itemsize, "swa_" if kind == "hybrid_sliding" else "")
             reach = 0 if kind in NO_ATTENTION else getattr(layer, WINDOWS.get(kind, ""), None)
             stored = 0 if kind in NO_ATTENTION or str(mode).startswith("reuse") else shape.stored
             own.append(replace(shape, reach=reach, stored=stored))
         return replace(first, own=tuple(own))
 
     @classmethod
-    def _of_layer(cls, config: Any, count: int, itemsize: int) -> DecoderShape:
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    def _of_layer(cls, config: Any, count: int, itemsize: int, own: str = "") -> DecoderShape:
+        """`own` is the prefix of the fields that give the heads of such layers."""
+        heads = getattr(config, f"{own}num_attention_heads")
+        kv_heads = getattr(config, f"{own}num_key_value_heads", None) or heads
+        head_dim = getattr(config, f"{own}head_dim", None) or config.hidden_size // heads
         intermediate = getattr(config, "intermediate_size", None)
         if intermediate is None:  # experts alone
             experts = config.num_experts_per_tok * config.moe_intermediate_size

@@ -35,7 +35,7 @@ from tokencomp.engine.segments import Segment
 from tokencomp.engine.stage_input import StageInput
 from tokencomp.engine.survivors import surviving_rows
 from tokencomp.engine.tower_flops import TowerCost
-from tokencomp.engine.window import CHUNKED, Windows
+from tokencomp.engine.window import CHUNKED, CONVOLUTION, Windows
 from tokencomp.plan import Plan
 from tokencomp.signals import Attention, Signal
 from tokencomp.stages import Stage
@@ -249,6 +249,8 @@ class ForwardPass:
         kind, cache = self.windows.kinds[i], compat.get_cache(kwargs)
         kwargs.update(column_arguments(segment, kwargs, self.segments[0].layout.width))
         kwargs["attention_mask"] = self._mask(segment, kind, hidden, cache)
+        if "conv_mask" in kwargs:
+            kwargs["conv_mask"] = self._mask(segment, CONVOLUTION, hidden, cache)
         kwargs["position_ids"] = layer_positions(segment, kwargs, self._reads_positions)
         kwargs.update(segment.lengths)
         if "position_embeddings" in kwargs:

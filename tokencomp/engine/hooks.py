@@ -41,6 +41,7 @@ from tokencomp.engine.prompt_entry import enter_prompt
 from tokencomp.engine.prompt_reading import PrefillCall, PromptReader
 from tokencomp.engine.proportional import ProportionalAttention
 from tokencomp.engine.question import PromptLength
+from tokencomp.engine.relative_positions import RelativePositions
 from tokencomp.engine.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.survivors import refuse_missing
 from tokencomp.engine.uncounted import UncountedPrompt, can_wait
@@ -98,6 +99,7 @@ class Hooks:
         self._later = LaterTokens(
             adapter, self._local, compact_positions, proportional, self._plan_hooks.install_layers
         )
+        self._relative = RelativePositions(adapter, self._local)
         self._batches = BatchGuard(adapter, self._compresses, strict)
         self._prefill = ChunkedPrefill(adapter, self._local, self._compresses, self._forget_stats)
         self._prompt_length = PromptLength()
@@ -125,6 +127,7 @@ class Hooks:
         self._install_plan()
         if self.proportional is not None:
             self.proportional.install()
+        self._relative.install()
         self._prefill.install()
         self._batches.install()
         self._prompt_length.install(a.top)
@@ -154,6 +157,7 @@ class Hooks:
         self.gate.remove()
         if self.proportional is not None:
             self.proportional.remove()
+        self._relative.remove()
         self._prefill.remove()
         self._batches.remove()
         self._prompt_length.remove()

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine import mask_compat
-from tokencomp.engine.cache_rows import keeps_window
+from tokencomp.engine.cache_rows import REFERENCE, first_with_rows, keeps_window
 from tokencomp.engine.prepared_mask import visible_columns
-from tokencomp.engine.window import CHUNKED, INDEXED, LINEAR, Windows
+from tokencomp.engine.window import CHUNKED, CONVOLUTION, INDEXED, LINEAR, Windows
 
 if TYPE_CHECKING:
     from tokencomp.engine.segments import Segment
@@ -66,6 +66,8 @@ class MaskSource:
         """
         if self.prepared is not None:
             return True
+        if REFERENCE in self.windows.kinds:  # transformers looks up padding by shifted columns
+            return bool(segment.physical) and segment.past is not None
         if not self.windows.bind(total):
             return False
         if CHUNKED in self.windows.sizes:  # transformers counts chunks from logical columns
@@ -79,6 +81,8 @@ class MaskSource:
             kind: self.layer_mask(kind, segment, x) if kind in kinds else None
             for kind in dict.fromkeys(self.windows.kinds)
         }
+        if self.windows.convolves:
+            masks[CONVOLUTION] = self.layer_mask(CONVOLUTION, segment, x)
         # Decoders without kinds in their config pass one mask on to all layers.
         if isinstance(self.prepared, Mapping) or (self.prepared is None and self.windows.named):
             return masks
@@ -96,6 +100,8 @@ class MaskSource:
         """
         if kind in LINEAR:
             return None if self.new is None else self.new.to(x.device)
+        if kind == REFERENCE and segment.physical:
+            return self._reference_mask(segment, x)
         held = self._held(kind, segment)
         offset = segment.logical - held  # logical column of the first row that is held
         view = mask_compat.MaskView(held, offset)
@@ -107,6 +113,25 @@ class MaskSource:
             return self._with_block(block, segment, x, padding, window, held, offset)
         skip = kind != INDEXED
         return mask_compat.causal_mask(self.config, x, padding, view, text, window, skip)
+
+    def _reference_mask(self, segment: Segment, x: Tensor) -> Tensor:
+        """All rows of the prompt, and a window of the later ones, among which no column is missing.
+
+        Media of later calls are refused, see `tokencomp.engine.prompt_entry`.
+        """
+        layer = first_with_rows(self.layers, segment.first)
+        evicted = max(layer.cumulative_length - layer.sliding_window + 1, 0)
+        rows = torch.arange(segment.physical + x.shape[1], device=x.device)
+        prompt = rows < layer.prefill_length
+        rows = rows[prompt | (rows >= layer.prefill_cumulative_length + evicted)]
+        new = rows[-x.shape[1] :, None]
+        near = (rows > new - layer.sliding_window) | (rows < layer.prefill_length)
+        visible = near & (rows <= new)
+        visible = visible.expand(x.shape[0], 1, -1, -1)
+        valid = segment.all_valid(self.new)
+        if valid is not None:
+            visible = visible & valid.to(x.device)[:, None, None, rows]
+        return mask_compat.backend_mask(self.config, visible, x)
 
     def _held(self, kind: str, segment: Segment) -> int:
         """Rows of earlier calls that the keys of these layers begin with."""

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.structure import scales_queries
+from tokencomp.adapters.structure import parameters_of, scales_queries
 from tokencomp.engine import compat
 from tokencomp.engine.arguments import gather_arguments
+from tokencomp.engine.cache_rows import REFERENCE
 from tokencomp.engine.decode import first_layer
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.packing import sequence_lengths, text_positions
+from tokencomp.engine.relative_positions import DISTANCE
 from tokencomp.engine.window import check_windows
 from tokencomp.errors import (
     OptionError,
@@ -28,6 +30,12 @@ RAGGED_TURN = (
     "attention or convolution would take the padding between the turns for tokens, as they do "
     "without compression. Give turns of equal size, one sample at a time, or the whole "
     "conversation as one prompt."
+)
+
+
+LATER_MEDIA = (
+    "a later turn brings media, of which {} keeps a window of {} tokens, as of all that follows "
+    "the first prompt. Give the whole conversation as one prompt, whose tokens are all seen."
 )
 
 
@@ -57,7 +65,8 @@ def enter_prompt(
     UnsupportedModelError
         The decoder would apply its attention window wrongly, see `check_windows`.
     UnsupportedCacheError
-        Padding between the turns of a decoder with linear layers.
+        Padding between the turns of a decoder with linear layers, or media in a later turn of one
+        that keeps the first prompt alone.
     RowIndexedAttentionError
         A prompt in which layers scale queries by the number of their row.
     OptionError
@@ -65,6 +74,9 @@ def enter_prompt(
     """
     forward.by_column = not compact
     first = forward.segments[0]
+    if first.physical and REFERENCE in forward.windows.kinds:
+        window = first_layer(cache).sliding_window
+        raise UnsupportedCacheError(LATER_MEDIA.format(type(adapter.decoder).__name__, window))
     if compact:
         _check_prepared(adapter, forward, first.logical + forward.width)
     else:  # refused before any work: the reduction does not change this length
@@ -115,23 +127,27 @@ def _check_prepared(adapter: Adapter, forward: ForwardPass, length: int) -> None
 
 
 def _check_temperature(adapter: Adapter, length: int) -> None:
-    """Refuse prompts in which layers without positions scale queries by their row (Llama 4).
+    """Refuse prompts in which layers scale queries by their row (Llama 4, Inkling).
 
-    The scale of the rows before `floor_scale` is one, so that shorter prompts do not feel it.
+    The scale of the rows before the limit is one, so that shorter prompts do not feel it.
 
     Raises
     ------
     RowIndexedAttentionError
     """
-    config = adapter.text_config
-    limit = getattr(config, "floor_scale", None)
-    if getattr(config, "attn_temperature_tuning", False) and limit and length >= limit:
-        raise RowIndexedAttentionError(
-            f"the prompt has {length} tokens, and layers of {type(adapter.decoder).__name__} scale "
-            f"queries by the number of their row from {limit:g} on (floor_scale), so that dropping "
-            "would not equal masking. Give a shorter prompt, or turn compression off with "
-            "handle.disabled()."
-        )
+    config, limits = adapter.text_config, {}
+    if getattr(config, "attn_temperature_tuning", False):
+        limits["floor_scale"] = getattr(config, "floor_scale", None)
+    if DISTANCE not in parameters_of(adapter.layers[0]):  # else they read positions (Inkling 2)
+        limits["log_scaling_n_floor"] = getattr(config, "log_scaling_n_floor", None)
+    for name, limit in limits.items():
+        if limit and length >= limit:
+            raise RowIndexedAttentionError(
+                f"the prompt has {length} tokens, and layers of {type(adapter.decoder).__name__} "
+                f"scale queries by the number of their row from {limit:g} on ({name}), so that "
+                "dropping would not equal masking. Give a shorter prompt, or turn compression off "
+                "with handle.disabled()."
+            )
 
 
 def _checked_length(adapter: Adapter, forward: ForwardPass, cache: Any, length: int) -> int:

@@ -106,6 +106,11 @@ def attention_of(layer: nn.Module) -> Any:
     """
     for name, child in unwrapped(layer).named_children():
         if ("attn" in name or "attention" in name) and hasattr(unwrapped(child), "scaling"):
+            if hasattr(unwrapped(child), "rel_extent"):
+                raise UnsupportedModelError(
+                    f"{type(unwrapped(child)).__name__} adds a bias by distance to its attention "
+                    f"logits, which scores do not know. {FIX}"
+                )
             return unwrapped(child)
     raise UnsupportedModelError(
         f"{type(layer).__name__} has no attention module that scores could be read from. {FIX}"

@@ -8,28 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokencomp.engine import compat
-from tokencomp.engine.cache_rows import keeps_window
+from tokencomp.engine.cache_rows import REFERENCE, keeps_window
 from tokencomp.errors import RowIndexedAttentionError, UnsupportedModelError
 
 FULL, INDEXED = "full_attention", "indexed_attention"
 SLIDING, CHUNKED = "sliding_attention", "chunked_attention"
+# Attention whose keys and values run through short convolutions: what its masks are those of.
+HYBRID = {"hybrid": FULL, "hybrid_sliding": SLIDING}
+CONVOLUTION = "linear_attention"  # the kind under which decoders take the mask of convolutions
 LINEAR = frozenset({"linear_attention", "conv"})  # they keep a state, and take a 2-D mask
 WITHOUT_ATTENTION = frozenset({"moe", "mlp"})
-SERVED = LINEAR | WITHOUT_ATTENTION | {FULL, INDEXED, SLIDING, CHUNKED}
+SERVED = LINEAR | WITHOUT_ATTENTION | {FULL, INDEXED, SLIDING, CHUNKED, REFERENCE}
 # Fields of configs that let attention depend on the numbers of rows, where they are above 1.
 BY_ROW = {
     "index_kpool": "an indexer scores pools of {} consecutive rows",
     "indexer_compress_ratio": "an indexer scores groups of {} consecutive rows",
     "index_block_size": "sparse layers choose blocks of {} consecutive rows",
-    "rel_extent": "attention adds a bias by the number of rows between two tokens, up to {}",
 }
 BLOCKS = "minimax_m3_sparse"
-UNCHECKED = "nobody has checked that dropping tokens from them equals masking them"
-# What is known of layers that are not served.
-NOT_SERVED = {
-    "reference_sliding_attention": "their cache keeps all rows of the first call and a window of "
-    "later ones, and takes the number of these rows for the length of the prompt",
-}
 
 
 @dataclass(frozen=True)
@@ -47,12 +43,18 @@ class Windows:
     cut
         Rows that a default cache keeps although no layer has a window (a `sliding_window` that
         layers like those of Llama do not read); None: all.
+    convolves
+        Whether layers with attention also hold short convolutions, which take a mask of their own.
+    relative
+        Whether attention has a bias by distance, see `tokencomp.engine.relative_positions`.
     """
 
     kinds: tuple[str, ...]
     sizes: Mapping[str, int]
     named: bool
     cut: int | None = None
+    convolves: bool = False
+    relative: bool = False
 
     @classmethod
     def of(cls, decoder: Any) -> Windows:
@@ -71,7 +73,7 @@ class Windows:
         sizes = {SLIDING: sliding, CHUNKED: getattr(config, "attention_chunk_size", None)}
         names, cut = getattr(config, "layer_types", None), None
         if names:
-            kinds = tuple(names[:count])
+            kinds = tuple(HYBRID.get(name, name) for name in names[:count])
         else:
             # Some decoders whose config names no kinds (Mistral) apply `sliding_window`, others
             # (Llama) only let the cache read it. The former import the factory of such masks.
@@ -82,12 +84,14 @@ class Windows:
         unknown = set(kinds) - SERVED
         if unknown:
             raise UnsupportedModelError(
-                f"{type(decoder).__name__} has {', '.join(sorted(unknown))} layers: "
-                f"{'; '.join(NOT_SERVED.get(kind, UNCHECKED) for kind in sorted(unknown))}. Served "
-                f"are {', '.join(sorted(SERVED))}. Run it without patch()."
+                f"{type(decoder).__name__} has {', '.join(sorted(unknown))} layers: nobody has "
+                "checked that dropping tokens from them equals masking them. Served are "
+                f"{', '.join(sorted(SERVED))}. Run it without patch()."
             )
         own = {kind: int(size) for kind, size in sizes.items() if size and kind in kinds}
-        return cls(kinds, own, bool(names), cut)
+        convolves = any(name in HYBRID for name in names or ())
+        relative = isinstance(getattr(config, "rel_extent", None), int)
+        return cls(kinds, own, bool(names), cut, convolves, relative)
 
     def bind(self, total: int) -> bool:
         """Whether a layer would not see all of a sequence of `total` tokens."""
@@ -103,8 +107,8 @@ class Windows:
 
     @property
     def linear(self) -> bool:
-        """Whether a layer keeps a state instead of rows."""
-        return not LINEAR.isdisjoint(self.kinds)
+        """Whether a layer keeps a state, instead of rows or beside them."""
+        return self.convolves or not LINEAR.isdisjoint(self.kinds)
 
 
 def _refuse_row_numbers(decoder: Any, kinds: Sequence[str]) -> None:

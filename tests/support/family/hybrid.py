@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from support.family.base import END, EOS, IMAGE, PAD, START, VIDEO, VOCAB, Family, Media
+from support.family.inkling import Inkling
 from support.family.qwen import Qwen3VL
 from tokencomp.adapters.verified import verified_types
 
@@ -48,6 +49,29 @@ class Qwen35(Qwen3VL):
             if "dt_bias" in name or "A_log" in name:
                 torch.nn.init.uniform_(p, -2, 1)
         return model
+
+
+class Qwen35Moe(Qwen35):
+    """Mixture-of-experts layers in the same decoder."""
+
+    name = "qwen3_5_moe"
+
+    def model_class(self) -> type:
+        return transformers.Qwen3_5MoeForConditionalGeneration
+
+    def config(self) -> Any:
+        dense, names = super().config().to_dict(), ("model_type", "intermediate_size")
+        text = {k: v for k, v in dense["text_config"].items() if k not in names}
+        vision = {k: v for k, v in dense["vision_config"].items() if k != "model_type"}
+        experts = dict(
+            num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+        )  # fmt: skip
+        return transformers.Qwen3_5MoeConfig(
+            text_config={**text, **experts}, vision_config=vision,
+            image_token_id=IMAGE, video_token_id=VIDEO,
+            vision_start_token_id=START, vision_end_token_id=END,
+        )  # fmt: skip
 
 
 class Gemma3(Family):
@@ -122,8 +146,21 @@ class Gemma4(Gemma3):
         inputs = {"pixel_values": torch.rand(1, 64, 48), "image_position_ids": places}
         return Media([START, *[IMAGE] * 16, END], inputs)
 
+    def whole_video(self, frames: int) -> Media:
+        """A time before every frame."""
+        image, ids = self.image(), []
+        for t in range(frames // 2):
+            ids += [141 + t, START, *[VIDEO] * 16, END]
+        inputs = {
+            "pixel_values_videos": torch.rand(frames // 2, 64, 48),
+            "video_position_ids": image.inputs["image_position_ids"].repeat(frames // 2, 1, 1),
+            "num_frames_per_video": torch.tensor([frames // 2]),
+        }
+        return Media(ids, inputs)
+
     def finish(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
+        ids = inputs["input_ids"]
+        inputs["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
         return inputs
 
 
@@ -207,12 +244,22 @@ class MiniCpmV46(Qwen35):
     def video(self, frames: int = 4) -> Media:
         return self.image()
 
+    def whole_video(self, frames: int) -> Media:
+        """Every frame is like an image."""
+        ids, count = [START, *[VIDEO] * 8, END], frames // 2
+        inputs = {
+            "pixel_values_videos": torch.randn(1, 3, 4, count * 4 * 128),
+            "target_sizes_videos": torch.tensor([[8, 16]] * count),
+        }
+        return Media(ids * count, inputs)
+
     def collect(self, rows: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
         media = [one for row in rows for one in row]
-        return {
-            "pixel_values": torch.cat([one["pixel_values"] for one in media], dim=-1),
-            "target_sizes": torch.cat([one["target_sizes"] for one in media]),
-        }
+        result = {}
+        for name in dict.fromkeys(name for one in media for name in one):
+            parts = [one[name] for one in media if name in one]
+            result[name] = torch.cat(parts, dim=-1 if "pixel" in name else 0)
+        return result
 
     def positions(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return Family.positions(self, model, inputs)
@@ -228,6 +275,7 @@ HYBRID: dict[str, Family] = {
         (Gemma4E(), "gemma4"),
         (Lfm2Vl(), "lfm2_vl"),
         (MiniCpmV46(), "minicpmv4_6"),
+        (Inkling(), "inkling_mm_model"),
     )
     if model_type in verified_types()
 }

@@ -1,0 +1,142 @@
+"""Reference sliding attention: the prompt is seen for good, and a window of what follows.
+
+The oracle is the full-length run without a cache, whose masks are written here from the rule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import oracle
+from support.families import IMAGE, text
+from support.family.reference import WINDOW, UnlimitedOcr
+
+import tokencomp
+from tokencomp.adapters.verified import verified_types
+from tokencomp.errors import UnsupportedCacheError
+
+FAMILY = UnlimitedOcr()
+STEPS = 3 * WINDOW
+UNIFORM = tokencomp.make_reducer("uniform")
+PLANS = {
+    "entry": tokencomp.Plan((tokencomp.Stage(0, 0.4, UNIFORM),)),
+    "layers": tokencomp.Plan((tokencomp.Stage(0, 0.6, UNIFORM), tokencomp.Stage(2, 0.3, UNIFORM))),
+}
+pytestmark = pytest.mark.skipif(
+    FAMILY.name not in verified_types(), reason="the release has no such model"
+)
+
+
+def rows() -> list[list[Any]]:
+    """Two images, one image, and text alone, of different lengths."""
+    torch.manual_seed(7)
+    return [
+        [text(3), FAMILY.image(), text(2, 2), FAMILY.image(), text(5, 3)],
+        [text(4, 4), FAMILY.image(), text(4, 5)],
+        [text(9, 6)],
+    ]
+
+
+def expected_logits(
+    model: Any, inputs: dict[str, Any], left: list[torch.Tensor], new: torch.Tensor
+) -> torch.Tensor:
+    """Logits (B, L + T, V) over the prompt and T further tokens; `left` are columns by layer."""
+    prompt, total = inputs["input_ids"].shape[1], inputs["input_ids"].shape[1] + new.shape[1]
+    query, key = torch.arange(total)[:, None], torch.arange(total)
+    rule = (key <= query) & ((key < prompt) | (key > query - WINDOW))
+    hooks = []
+    for layer, mask in zip(FAMILY.decoder(model).layers, left, strict=True):
+        shown = torch.cat([mask, torch.ones_like(new).bool()], 1)
+
+        def hook(module: Any, args: Any, kwargs: Any, shown: torch.Tensor = shown) -> Any:
+            seen = (rule & shown[:, None, None]) | torch.eye(total, dtype=torch.bool)
+            return args, {**kwargs, "attention_mask": seen}
+
+        hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    ids = torch.cat([inputs["input_ids"], new], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    call = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    with torch.no_grad():
+        pixels = {k: v for k, v in inputs.items() if k.startswith("pixel")}
+        logits = model(**call, **pixels, use_cache=False).logits
+    for one in hooks:
+        one.remove()
+    return logits
+
+
+def generate(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
+    return oracle.generate(model, inputs, STEPS, suppress_tokens=[IMAGE], **kwargs)
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_prefill_and_decode(name: str, backend: str) -> None:
+    """A ragged batch, and more words than the window holds."""
+    model, inputs = FAMILY.build(backend), FAMILY.batch(rows())
+    width = inputs["input_ids"].shape[1]
+    with tokencomp.patch(model, plan=PLANS[name]) as handle:
+        out = generate(model, inputs)
+        left = oracle.kept_columns(handle, inputs, FAMILY.layers)
+    assert sum(int(mask.sum()) for mask in left) < FAMILY.layers * int(left[0].sum()) + 1
+    assert int(left[0].sum()) < int(inputs["attention_mask"].sum())
+    model.set_attn_implementation("sdpa")
+    expected = expected_logits(model, inputs, left, out.sequences[:, width:-1])
+    assert (torch.stack(out.logits, 1) - expected[:, width - 1 :]).abs().max() < 5e-5
+
+
+def test_the_oracle_is_the_model() -> None:
+    """Without padding and compression; and at ratio 0 nothing changes."""
+    model, inputs = FAMILY.build(), FAMILY.batch(rows()[:1])
+    width, out = inputs["input_ids"].shape[1], generate(model, inputs)
+    every = [inputs["attention_mask"].bool()] * FAMILY.layers
+    expected = expected_logits(model, inputs, every, out.sequences[:, width:-1])
+    assert (torch.stack(out.logits, 1) - expected[:, width - 1 :]).abs().max() < 5e-5
+    with tokencomp.patch(model, 0.0):
+        assert torch.equal(generate(model, inputs).sequences, out.sequences)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_batch_beams_drafts_and_chunks(name: str) -> None:
+    model, data = FAMILY.build(), rows()
+    inputs, one = FAMILY.batch(data), FAMILY.batch(data[:1])
+    width = inputs["input_ids"].shape[1]
+    with tokencomp.patch(model, plan=PLANS[name]):
+        batch, beams = generate(model, inputs), generate(model, inputs, num_beams=3)
+        for b, row in enumerate(data):
+            single = generate(model, FAMILY.batch([row]))
+            for step in range(STEPS):
+                assert (batch.logits[step][b] - single.logits[step][0]).abs().max() < 5e-5
+            lone = generate(model, FAMILY.batch([row]), num_beams=3).sequences
+            assert torch.equal(beams.sequences[b, width:], lone[0, -STEPS:])
+        greedy = generate(model, one).sequences
+        drafted = generate(model, one, prompt_lookup_num_tokens=3).sequences
+        assert torch.equal(drafted, greedy)
+        if name == "entry":
+            chunked = generate(model, one, prefill_chunk_size=7).sequences
+            assert torch.equal(chunked, greedy)
+
+
+def test_a_second_turn() -> None:
+    """Several words at once on the cache of the first turn; media there are refused."""
+    model, inputs = FAMILY.build(), FAMILY.batch(rows())
+    width, later = inputs["input_ids"].shape[1], torch.tensor([text(9, 20 + b) for b in range(3)])
+    with tokencomp.patch(model, plan=PLANS["entry"]) as handle, torch.no_grad():
+        positions = FAMILY.positions(model, inputs)
+        out = model(**inputs, position_ids=positions, use_cache=True)
+        left = oracle.kept_columns(handle, inputs, FAMILY.layers)
+        cache = {oracle.cache_name(out): oracle.cache_of(out)}
+        logits = []
+        for a, b in ((0, 1), (1, 9)):
+            mask = torch.cat([inputs["attention_mask"], torch.ones_like(later[:, :b])], 1)
+            own = positions[:, -1:] + 1 + torch.arange(a, b)
+            turn = {"input_ids": later[:, a:b], "attention_mask": mask, "position_ids": own}
+            logits.append(model(**turn, **cache, use_cache=True).logits)
+        media = FAMILY.batch([[text(2), FAMILY.image(), text(3)]] * 3)
+        media["attention_mask"] = torch.ones(3, width + 9 + media["input_ids"].shape[1]).long()
+        with pytest.raises(UnsupportedCacheError, match="a window of 5 tokens"):
+            model(**media, **cache)
+    expected = expected_logits(model, inputs, left, later)[:, width:]
+    assert (torch.cat(logits, 1) - expected).abs().max() < 5e-5

@@ -1,0 +1,87 @@
+"""Turns a cache layer of transformers into the compressed one of its class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from tokencomp.engine.cache import (
+    COUNTS_ROWS,
+    INDEXED,
+    CompressedDynamicLayer,
+    CompressedIndexedLayer,
+    CompressedLayer,
+    CompressedSlidingLayer,
+    CompressedStaticLayer,
+)
+from tokencomp.engine.cache_rows import is_reference
+from tokencomp.engine.hybrid_cache import (
+    HYBRID,
+    HYBRID_SLIDING,
+    CompressedHybridLayer,
+    CompressedHybridSlidingLayer,
+)
+from tokencomp.engine.reference_cache import CompressedReferenceLayer, compressed_reference
+
+_QUANTIZED: dict[type, type] = {}  # compressed classes of quantized layers that caches have used
+
+
+def _compressed_class(plain: type) -> type:
+    """The compressed class of a transformers class of cache layers."""
+    if plain is DynamicSlidingWindowLayer:
+        return CompressedSlidingLayer
+    if plain is DynamicLayer:
+        return CompressedDynamicLayer
+    if plain is INDEXED:
+        return CompressedIndexedLayer
+    if plain is StaticLayer:
+        return CompressedStaticLayer
+    if plain is HYBRID:
+        return CompressedHybridLayer
+    if plain is HYBRID_SLIDING:
+        return CompressedHybridSlidingLayer
+    if is_reference(plain):
+        return compressed_reference(plain)
+    if plain not in _QUANTIZED:  # its rows are quantized as before: only the counting changes
+        name = f"Compressed{plain.__name__}"
+        _QUANTIZED[plain] = type(name, (CompressedLayer, plain), {"plain": plain})
+    return _QUANTIZED[plain]
+
+
+def compress_layer(
+    layer: Any,
+    dropped: int,
+    rows: int,
+    valid: Tensor | None,
+    starts_segment: bool,
+    sizes: Tensor | None = None,
+    columns: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> None:
+    """Make `layer` a compressed one (if it is none yet) with `dropped` more tokens left out.
+
+    Parameters
+    ----------
+    rows
+        Rows that the layer holds.
+    valid, starts_segment, sizes, columns, starts
+        See `CompressedLayer`.
+    """
+    before = 0
+    if isinstance(layer, CompressedLayer):
+        before, starts_segment = layer.dropped, starts_segment or layer.starts_segment
+    else:
+        static = isinstance(layer, StaticLayer)
+        layer.__class__ = _compressed_class(type(layer))
+        if static and not COUNTS_ROWS:
+            layer.cumulative_length = torch.tensor(rows, device=layer.device)
+            torch._dynamo.mark_static_address(layer.cumulative_length)
+    layer.dropped, layer.valid, layer.sizes = before + dropped, valid, sizes
+    layer.columns, layer.starts_segment, layer.starts = columns, starts_segment, starts
+    if isinstance(layer, CompressedStaticLayer):
+        layer.offset = torch.tensor(layer.dropped, device=layer.device)
+    if isinstance(layer, CompressedReferenceLayer):
+        layer.shorten_prompt(dropped)

@@ -1,0 +1,60 @@
+"""Cache layers of reference sliding attention, from which rows have been left out.
+
+Unlimited-OCR keeps all rows of the prompt for good, and a window of the rows that follow. The class
+of its cache layers stands in the code of that model, so it is not known before one is met.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from tokencomp.engine.cache import CompressedDynamicLayer
+
+
+class CompressedReferenceLayer(CompressedDynamicLayer):
+    """What every compressed layer of this kind adds to the class of the model.
+
+    Attributes
+    ----------
+    prefill_length : int
+        Rows to be kept for good, as far as they are known before they are written.
+    prefill_cumulative_length, cumulative_length : int
+        Rows written that are kept for good, and rows written behind them.
+    """
+
+    prefill_length: int
+    prefill_cumulative_length: int
+    cumulative_length: int
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Rows that a write of `query_length` returns, and columns minus rows of the later ones."""
+        plain: Any = self.plain
+        rows, evicted = plain.get_mask_sizes(self, query_length)
+        return rows, evicted + self.dropped
+
+    def shorten_prompt(self, dropped: int) -> None:
+        """Correct the length of the prompt, which `generate` gives before the prefill.
+
+        Without it the first call gives the length, by the rows that it writes.
+        """
+        if self.prefill_length > self.prefill_cumulative_length:
+            self.prefill_length -= dropped
+
+    def _cut(self, rows: int) -> None:
+        plain: Any = self.plain
+        plain.crop(self, rows - self.rows)
+        self._change(lambda t: t[:, :rows])
+
+
+@functools.cache
+def compressed_reference(plain: type) -> type:
+    """The compressed class of a model's own class of such layers."""
+    name, kind = f"Compressed{plain.__name__}", vars(plain)["_layer_type"]
+    # transformers enters a class with a kind of its own as that which new caches take.
+    members = {"plain": plain, "_layer_type": None}
+    own: Any = type(name, (CompressedReferenceLayer, plain), members)
+    own._layer_type = kind
+    return own  # type: ignore[no-any-return]  # a class
