@@ -17,6 +17,7 @@ torch.set_num_threads(1)
 
 from support.families import FAMILIES, Family  # noqa: E402
 from support.family.hybrid import HYBRID  # noqa: E402
+from support.family.structural import STRUCTURAL  # noqa: E402
 
 # They share decoder and adapter with smolvlm, llava_next, qwen3_vl and qwen3_5.
 TWINS = {"idefics3", "llava", "llava_next_video", "qwen3_vl_moe", "minicpmv4_6"}
@@ -32,9 +33,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A module may name the families that it runs on, as `FAMILY_NAMES`; the default is all.
 
     Of families that share decoder and adapter (`TWINS`), plain pytest runs one, -m long the other.
+    A module may name further ones for -m long, as `LONG_FAMILIES`.
     """
     if "family" in metafunc.fixturenames:
-        marks = {name: [pytest.mark.long] for name in TWINS}
+        late = TWINS.union(getattr(metafunc.module, "LONG_FAMILIES", ()))
+        marks = {name: [pytest.mark.long] for name in late}
         names = getattr(metafunc.module, "FAMILY_NAMES", sorted(FAMILIES))
         every = [pytest.param(name, marks=marks.get(name, [])) for name in names]
         metafunc.parametrize("family", every, indirect=True)
@@ -43,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def family(request: pytest.FixtureRequest) -> Family:
     """Every supported model family in turn."""
-    family = {**FAMILIES, **HYBRID}[request.param]
+    family = {**FAMILIES, **HYBRID, **STRUCTURAL}[request.param]
     reason = family.defect(request.node.originalname)
     if reason:
         pytest.skip(reason)

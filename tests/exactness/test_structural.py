@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import oracle
-from support.families import IMAGE, Family, text
+from support.families import IMAGE, VIDEO, Family, text
 from support.family.structural import STRUCTURAL
 
 import tokencomp
@@ -109,18 +109,22 @@ def test_a_second_turn(served: Family) -> None:
         assert (logits - expected[:, whole.shape[1] - 1 + step]).abs().max() < 1e-5
 
 
-def test_frames_at_placeholders_of_images() -> None:
-    """A video of GLM-4.1V is one span; the timestamps between its frames are text."""
-    if "glm4v" not in STRUCTURAL:
-        pytest.skip("the release has no such model")
-    family: Any = STRUCTURAL["glm4v"]
+@pytest.mark.parametrize("name", [n for n in ("glm4v", "kimi_k25") if n in STRUCTURAL])
+def test_videos_with_times_between_frames(name: str) -> None:
+    """One span with text in it at placeholders of images (GLM), or one per two frames (Kimi)."""
+    family: Any = STRUCTURAL[name]
     model = family.build()
-    inputs = family.batch([[text(3), family.whole_video(4), text(5)]])
-    types = (inputs["input_ids"] == IMAGE).int() * 2
-    inputs["mm_token_type_ids"] = types
-    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="uniform") as handle:
-        model(**inputs)
-        (span,) = handle.stats.spans[0]
-    assert (span.kind, span.grid, span.visual) == ("video", (2, 2, 4), 16)
-    assert span.text == (8, 9, 10)
-    assert handle.stats.tokens_after == [[8] * 4]
+    rows = [[text(3), family.whole_video(4), text(5)], [text(9), family.whole_video(4), text(7)]]
+    inputs = family.batch(rows)
+    if name == "glm4v":
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int() * 2
+    with tokencomp.patch(model, 0.5, reducer="uniform") as handle:
+        out = oracle.generate(model, inputs, suppress_tokens=[IMAGE, VIDEO])
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+        found = [[(s.kind, s.grid, s.text) for s in row] for row in handle.stats.spans]
+        assert handle.stats.tokens_after == [[8] * 4] * 2
+    joined = [("video", (2, 2, 4), (8, 9, 10))]
+    assert found == [joined if name == "glm4v" else [("video", (1, 2, 4), ())] * 2] * 2
+    length = inputs["input_ids"].shape[1]
+    expected = oracle.masked_logits(model, family, inputs, masks, out.sequences[:, length:-1])
+    assert (torch.stack(out.logits, 1) - expected[:, length - 1 :]).abs().max() < 1e-5

@@ -119,6 +119,17 @@ class KimiK25(Family):
         inputs = {key: torch.cat([value, b.inputs[key]]) for key, value in a.inputs.items()}
         return Media([*a.ids[:-1], *b.ids[1:]], inputs)
 
+    def whole_video(self, frames: int) -> Media:
+        """Frames are merged by twos; a time stands before every two."""
+        ids, count = [], frames // 2
+        for t in range(count):
+            ids += [141 + t, START, *[VIDEO] * 8, END]
+        inputs = {
+            "pixel_values_videos": torch.randn(count * 64, 3, 4, 4),
+            "video_grid_thw": torch.tensor([[2, 4, 8]] * count),
+        }
+        return Media(ids, inputs)
+
 
 class FastVLM(Family):
     """A convolutional tower, whose feature map tells the grid. FastViT itself needs timm."""
