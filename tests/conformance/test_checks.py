@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from tokencomp.conformance.build import TinyModel, tiny_model
 from tokencomp.conformance.checks import check_model
 from tokencomp.conformance.oracle import hidden, is_linear_mixer
 from tokencomp.conformance.prompts import Prompts
-from tokencomp.conformance.run import compress, model_classes
+from tokencomp.conformance.run import TimeLimitError, _time_limit, compress, model_classes
 from tokencomp.conformance.shrink import scaled_section, tiny_text_config
 from tokencomp.conformance.variants import variants
 from tokencomp.errors import NoDecoderError, RowIndexedAttentionError
@@ -221,3 +222,10 @@ def test_weights_outside_the_decoder_are_empty() -> None:
     rest = [p for p in model.model.visual.parameters() if id(p) not in decoder]
     assert rest and not any(p.numel() for p in rest)
     assert isinstance(model.lm_head, nn.Linear) and model.lm_head.weight.abs().max() > 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPROF"), reason="the system has no such timer")
+def test_a_type_that_does_not_end_is_left() -> None:
+    with pytest.raises(TimeLimitError, match="not finished after"), _time_limit(1):
+        while True:
+            sum(range(100))
