@@ -11,7 +11,13 @@ from support.family.hybrid import HYBRID
 
 import tokencomp
 from tokencomp.engine.window import Windows
-from tokencomp.errors import OptionError, PlanError, UnsupportedCacheError, UnsupportedModelError
+from tokencomp.errors import (
+    OptionError,
+    PlanError,
+    RowIndexedAttentionError,
+    UnsupportedCacheError,
+    UnsupportedModelError,
+)
 
 FAMILY_NAMES = sorted(HYBRID)
 UNSCORED = "inkling_mm_model"  # its attention logits have a bias that scores do not know
@@ -188,6 +194,21 @@ def test_a_ragged_turn_is_refused_beside_linear_layers(family: Family) -> None:
         turn[oracle.cache_name(out)] = oracle.cache_of(out)
         with pytest.raises(UnsupportedCacheError, match="linear"):
             model(**turn)
+
+
+def test_queries_that_are_scaled_by_their_row_are_refused() -> None:
+    """Up to the limit the scale is one."""
+    if UNSCORED not in HYBRID:
+        pytest.skip("the release has no such model")
+    family = HYBRID[UNSCORED]
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(0), text(5, 3)]])
+    model.config.text_config.log_scaling_n_floor = inputs["input_ids"].shape[1] + 1
+    with tokencomp.patch(model, 0.5), torch.no_grad():
+        model(**inputs)
+        model.config.text_config.log_scaling_n_floor -= 1
+        with pytest.raises(RowIndexedAttentionError, match="log_scaling_n_floor"):
+            model(**inputs)
 
 
 def test_unknown_kinds_are_refused(family: Family) -> None:

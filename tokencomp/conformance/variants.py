@@ -17,6 +17,7 @@ INKLING = {
     "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 2,
 }
+SCALED = {"log_scaling_n_floor": 16}  # queries are scaled by their position from there on
 QWEN4 = {
     "indexer_n_heads": 4,
     "indexer_kv_heads": 1,
@@ -143,11 +144,13 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
             }
         ),
     ),
-    **dict.fromkeys(("inkling_mm_model", "inkling2"), (Variant(text=INKLING),)),
+    "inkling_mm_model": (Variant(text=INKLING),),
+    "inkling2": (Variant(text={**INKLING, **SCALED}),),
     "inkling2_loop": (
         Variant(
             text={
                 **INKLING,
+                **SCALED,
                 "n_layers_per_attn_res_block": 1,
                 "loop_layer_index_start": 1,
                 "loop_layer_index_end": 3,
