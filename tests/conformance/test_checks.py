@@ -24,7 +24,7 @@ from tokencomp.conformance.prompts import Prompts
 from tokencomp.conformance.run import TimeLimitError, _time_limit, compress, model_classes
 from tokencomp.conformance.shrink import scaled_section, tiny_text_config
 from tokencomp.conformance.variants import variants
-from tokencomp.errors import NoDecoderError, RowIndexedAttentionError
+from tokencomp.errors import NoDecoderError, NoPlaceholderError, RowIndexedAttentionError
 from tokencomp.plan import Plan
 
 
@@ -187,12 +187,22 @@ def test_biases_by_distance_count_columns(model_type: str) -> None:
     [
         ("blip-2", "32 learned queries of a Q-Former"),
         ("florence2", "is an encoder-decoder"),
+        ("mllama", "cross_attention_states: it reads features of media by cross-attention"),
+        ("idefics", "image_encoder_embeddings.*by cross-attention"),
         ("diffusion_gemma", "a sequence of its own"),
     ],
 )
 def test_models_without_a_causal_decoder_are_refused(model_type: str, mechanism: str) -> None:
     with pytest.raises(NoDecoderError, match=mechanism):
         compress(tiny(model_type).model, Plan())
+
+
+@pytest.mark.parametrize("model_type", ["kosmos-2", "kosmos-2.5"])
+def test_models_without_a_placeholder_are_refused(model_type: str) -> None:
+    model_class = getattr(transformers, model_classes()[model_type])
+    model = build.bare_model(model_class, CONFIG_MAPPING[model_type]())
+    with pytest.raises(NoPlaceholderError, match="learned queries, whose places"):
+        compress(model, Plan())
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,12 @@ IDS: dict[Kind, tuple[str, ...]] = {
 }
 # Arguments of decoders that read features of media beside the sequence, from which nothing can
 # leave: the features are no tokens of the prompt.
-BESIDE = ("cross_attention_states", "encoder_hidden_states", "image_hidden_states")
+BESIDE = (
+    *("cross_attention_states", "encoder_hidden_states", "image_hidden_states"),
+    *("image_encoder_embeddings", "perceiver_embeddings"),
+)
+# Argument of models (Kosmos) that says where features go, in place of a token id.
+PLACES = "image_embeds_position_mask"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ def find_parts(model: Any) -> Parts:
     ------
     NoDecoderError
         No causal text decoder with layers, or one that does not read the features as tokens.
+    NoPlaceholderError
+        No token id marks the features.
     """
     thinker = getattr(model, "thinker", None)  # omni models: it reads, the talker only speaks
     top = thinker if isinstance(thinker, nn.Module) else model
@@ -80,9 +87,16 @@ def _refuse_other_decoders(model: Any, top: Any) -> None:
 
     Raises
     ------
-    NoDecoderError
+    NoDecoderError, NoPlaceholderError
     """
     name = type(model).__name__
+    if PLACES in parameters_of(top):
+        count = getattr(top.config, "latent_query_num", "some")
+        raise NoPlaceholderError(
+            f"{name} reads an image as {count} learned queries, whose places {PLACES} gives "
+            "instead of a placeholder id, so nothing tells which tokens of a prompt are features. "
+            "Run it without patch()."
+        )
     if getattr(top.config, "is_encoder_decoder", False):
         raise NoDecoderError(
             f"{name} is an encoder-decoder: its decoder reads features of media by "
