@@ -1,6 +1,7 @@
 """Patches dropped before the vision tower: time to the first token, real shapes, random weights.
 
-    python -m benchmarks.models.tower --headline           # full depth, in less than 8 minutes
+    python -m benchmarks.models.tower --headline           # whole models, in less than 8 minutes
+    python -m benchmarks.models.tower --towers             # towers alone, in about 6 minutes
     python -m benchmarks.models.tower                      # all cases → tower.jsonl, tower.md
     python -m benchmarks.models.tower --cases qwen-image --rounds 1 --part 4
     python -m benchmarks.models.tower --device cuda --dtype bfloat16 --attention flash_attention_2
@@ -9,19 +10,21 @@
 Two kinds of cases. Towers alone, at several tower ratios: which share of the speed-up that FLOPs
 allow is reached, and what choosing costs. Whole models: everything between a decoded picture and
 the first token, full against (ratio 0.75, tower ratio 0.6). Times of one CPU thread are processor
-time, which other programs on the machine hardly change; times of several threads and of a GPU are
-elapsed time. Every round runs all variants, in turning order, and is a pair of its own: the page
-shows the median and the range of its speed-ups. Records of other cases stay in the file, so the
-benchmark can be run in pieces.
+time, which other programs on the machine change less; times of several threads and of a GPU are
+elapsed time. Every round of a whole model runs all variants, in turning order, and is a pair of its
+own: the page shows the median and the range of its speed-ups. Records of other cases stay in the
+file, so the benchmark can be run in pieces.
 
 `--headline` runs the two whole models at full depth, two rounds or as many as fit into `--minutes`,
-with two threads. It needs about 14 GB of memory and an otherwise idle machine.
+with two threads. It needs about 14 GB of memory and an otherwise idle machine. `--towers` runs the
+two towers alone at full depth, one round on one thread. Every row of a tower is stored as soon as
+it is measured, and the same command measures only the rows that are missing; with `--again` it
+measures all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import statistics
@@ -34,74 +37,15 @@ import torch
 
 import tokencomp
 from benchmarks import publishing
+from benchmarks.models.tower_alone import tower_rows
 from benchmarks.models.tower_page import CASES, RATIO, TOWER_RATIO, page
 from benchmarks.models.tower_parts import UNIT, Marks, Timed, build, clock_of, qwen_inputs
 from benchmarks.publishing import environment
-from tokencomp.plan import Plan
-from tokencomp.stages import TowerStage
 
 FOLDER = Path(__file__).parent
-TOWER_RATIOS = (0.25, 0.5, 0.6, 0.75)
 HEADLINE = {"cases": ["qwen-image", "qwen-video"], "rounds": 2, "part": 1, "threads": 2}
+TOWERS = {"cases": ["qwen-tower", "siglip-tower"], "rounds": 1, "part": 1, "threads": 1}
 VARIANTS = ("full", "decoder", "both")
-
-
-def tower_case(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Records of one tower at every tower ratio, full runs in between."""
-    clock, frames = clock_of(args.device, args.threads), name == "siglip-tower"
-    model = build("llava-onevision-0.5b" if frames else "qwen2-vl-2b", args, layers=1)
-    if frames:
-        pixels = torch.randn(1, 1, 3, 384, 384, dtype=getattr(torch, args.dtype))
-        call: dict[str, Any] = {
-            "pixel_values_videos": pixels.to(args.device),
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "full",
-        }
-        encode = "get_video_features"  # looked up in every call: a patch replaces it
-    else:
-        inputs = qwen_inputs(model, 0, 32 * UNIT, args)["inputs"]
-        call = {n: inputs[n] for n in ("pixel_values", "image_grid_thw")}
-        encode = "get_image_features"
-    spent: list[float] = []
-    plans = {
-        ratio: Plan((), TowerStage(0, 1 - ratio, Timed(clock=clock, spent=spent)))
-        for ratio in TOWER_RATIOS
-    }
-    times: dict[float, list[tuple[float, float]]] = {0.0: [], **{r: [] for r in plans}}
-    flops = {}
-
-    def run(ratio: float) -> tuple[float, float]:
-        spent.clear()
-        if not ratio:
-            start = clock()
-            getattr(model.model, encode)(**call)
-            return clock() - start, 0.0
-        with tokencomp.patch(model, plan=plans[ratio]) as handle:
-            start = clock()
-            getattr(model.model, encode)(**call)
-            seconds = clock() - start
-            # The tower ran alone, so there is no prefill whose stats would say this.
-            (cost,) = handle._hooks._plan_hooks.drop.collect(1)
-            tower, projector = cost.tower_flops, cost.projector_flops
-            flops[ratio] = (tower[0] + projector[0]) / (tower[1] + projector[1])
-        return seconds, sum(spent)
-
-    with torch.inference_mode():
-        run(TOWER_RATIOS[-1])  # warm-up, on the smallest
-        for _ in range(args.rounds):
-            for ratio, values in times.items():
-                values.append(run(ratio))
-                print(f"{name}: tower ratio {ratio:g}, {values[-1][0]:.2f} s", flush=True)
-    full = statistics.median(t for t, _ in times[0.0])
-    for ratio in plans:
-        seconds = statistics.median(t for t, _ in times[ratio])
-        chosen = statistics.median(s for _, s in times[ratio])
-        yield {
-            "case": name, "tower_ratio": ratio, "full_s": full, "seconds": seconds,
-            "speedup": full / seconds, "flop_limit": flops[ratio],
-            "of_limit": full / seconds / flops[ratio], "choose_s": chosen,
-            "choose_share": chosen / full, "rounds": args.rounds,
-        }  # fmt: skip
 
 
 class ModelCase:
@@ -185,6 +129,20 @@ def model_cases(names: Sequence[str], args: argparse.Namespace) -> Iterator[dict
             break
 
 
+def fresh(
+    towers: Sequence[str],
+    whole: Sequence[str],
+    args: argparse.Namespace,
+    records: list[dict[str, Any]],
+    extra: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """What is measured now: towers alone that `records` lack, and whole models."""
+    for name in towers:
+        yield from tower_rows(name, args, records, extra)
+    for record in model_cases(whole, args) if whole else ():
+        yield {**record, **extra}
+
+
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:
     """What a new record replaces: the same case on the same machine."""
     return tuple(record.get(name) for name in ("case", "tokens", "tower_ratio", "machine"))
@@ -209,13 +167,20 @@ def main() -> None:
         "and both compressed, within 7.5 minutes; other options count as they are given",
     )
     parser.add_argument(
+        "--towers", action="store_true", help="towers alone at full depth, one round on one thread"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="measure towers alone anew, stored rows included"
+    )
+    parser.add_argument(
         "--part", type=int, default=1, help="4: a quarter of the blocks of tower and decoder"
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--attention", default="sdpa")
-    if parser.parse_known_args()[0].headline:
-        parser.set_defaults(**HEADLINE, minutes=7.5)
+    known = parser.parse_known_args()[0]
+    if known.headline or known.towers:
+        parser.set_defaults(**(HEADLINE if known.headline else TOWERS), minutes=7.5)
     args = parser.parse_args()
     path = args.output / "tower.jsonl"
     records = [json.loads(r) for r in path.read_text().splitlines()] if path.exists() else []
@@ -230,14 +195,8 @@ def main() -> None:
     towers = [name for name in names if name.endswith("tower")]
     whole = [name for name in names if name not in towers]
     extra = {"machine": machine, "provenance": {**facts, **environment()}}
-    fresh = itertools.chain(
-        itertools.chain.from_iterable(tower_case(name, args) for name in towers),
-        model_cases(whole, args) if whole else (),
-    )
-    for record in fresh:
-        record = {**record, **extra}
-        kept = [r for r in records if _key(r) != _key(record)]
-        records = [*kept, record]
+    for record in fresh(towers, whole, args, records, extra):
+        records = [r for r in records if _key(r) != _key(record)] + [record]
         path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     order = list(CASES)
     records.sort(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
+from support.families import FAMILIES
 
 from benchmarks.accuracy.library import difference, load_model
 from benchmarks.accuracy.studies import tower as study
 from benchmarks.accuracy.studies import tower_page, tower_sizes
-from benchmarks.models import tower
+from benchmarks.models import tower, tower_alone
+from benchmarks.models.tower_page import page as page_of_times
 from tokencomp.inputs.prompts import build_inputs, prompt_lengths
 
 
@@ -86,6 +92,58 @@ def test_the_page_of_times() -> None:
         "parts": {"full": {**parts, "total": 12.0}, "both": {**parts, "total": 3.0}},
         "speedup": {"full": 1.0, "both": 4.0},
     }  # fmt: skip
-    text = tower.page([record])
+    text = page_of_times([record])
     assert "| 12.00 s | 1.00× [1.00, 1.00] | 2 | here |" in text
     assert "| 3.00 s | 4.00× [3.90, 4.10] | 2 | here |" in text
+
+
+def test_towers_alone_go_on_where_they_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends after two rows measures the other three when it is started again."""
+    measured: list[float] = []
+    run = tower_alone.TowerCase.run
+
+    def counted(self: tower_alone.TowerCase, ratio: float) -> tuple[float, float, float]:
+        if len(measured) == 3:  # one to warm up, and two rows
+            measured.append(-1.0)
+            raise KeyboardInterrupt
+        measured.append(ratio)
+        return run(self, ratio)
+
+    monkeypatch.setattr(tower_alone, "build", lambda *_, **__: FAMILIES["qwen2_vl"].build())
+    monkeypatch.setattr(tower_alone, "qwen_inputs", lambda *_: {"inputs": _square()})
+    monkeypatch.setattr(tower_alone.TowerCase, "run", counted)
+    command = ["tower", "--towers", "--cases", "qwen-tower", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(KeyboardInterrupt):
+        tower.main()
+    tower.main()
+    last = tower_alone.TOWER_RATIOS[-1]
+    assert measured == [last, 0.0, 0.25, -1.0, last, 0.5, 0.6, 0.75]
+    tower.main()
+    assert len(measured) == 8
+    rows = [json.loads(line) for line in (tmp_path / "tower.jsonl").read_text().splitlines()]
+    assert [r["tower_ratio"] for r in rows] == list(tower_alone.TOWER_RATIOS)
+    # One block of width 32 on n patches and the merger, which reads four patches at a time.
+    linear = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 64)
+    flops = [n * linear + 4 * 32 * n * n + n // 4 * 2 * (128 * 128 + 128 * 64) for n in (256, 128)]
+    assert rows[2]["flop_limit"] == pytest.approx(flops[0] / flops[1])
+    assert (tmp_path / "tower.md").read_text().count("| tower of Qwen2-VL-2B and 7B") == 4
+
+
+def _square() -> dict[str, torch.Tensor]:
+    """A picture of 16 x 16 patches for the tiny Qwen2-VL."""
+    return {"pixel_values": torch.randn(256, 96), "image_grid_thw": torch.tensor([[1, 16, 16]])}
+
+
+def test_rows_of_another_machine_are_not_compared() -> None:
+    def row(ratio: float, seconds: float, cpu: str) -> dict[str, object]:
+        return {
+            "case": "qwen-tower", "tower_ratio": ratio, "seconds": [seconds], "choose_s": [0.1],
+            "flop_limit": 2.0, "machine": "one thread", "provenance": {"hardware": cpu},
+        }  # fmt: skip
+
+    rows = [row(0.0, 8.0, "a"), row(0.5, 4.0, "a"), row(0.6, 4.0, "b")]
+    (pair,) = tower_alone.compared(rows)
+    assert (pair["tower_ratio"], pair["speedup"], pair["full_s"]) == (0.5, 2.0, 8.0)
