@@ -24,7 +24,7 @@ from tokencomp.evaluation.metrics import (
     retention,
 )
 from tokencomp.evaluation.native import has_budget
-from tokencomp.evaluation.packed import PackedAnswers
+from tokencomp.evaluation.packed import PackedAnswers, pack, unpack
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import (
@@ -46,7 +46,7 @@ from tokencomp.shapesqa.items import SIZE, items
 from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES
 from tokencomp.signals import TOWER_SIGNALS
 from tokencomp.storage import replace_file, write_json
-from tokencomp.trained.cards import locate, model_facts
+from tokencomp.trained.cards import locate, model_facts, weights_hash
 from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.measure import Measurement
 from tokencomp.training.relevance import TARGET, Target
@@ -99,11 +99,14 @@ __all__ = [
     "model_facts",
     "named",
     "one_message",
+    "pack",
     "provenance",
     "replace_file",
     "retention",
     "shapesqa",
     "sweep",
+    "unpack",
+    "weights_hash",
     "work_cell",
     "write_json",
 ]

@@ -213,11 +213,7 @@ def merged(old: Results, new: Results) -> Results:
             "items or other weights than this run, and the two cannot stand in one table. Give "
             "another folder with --out."
         )
-    answers = PackedAnswers(
-        old.answers.questions,
-        {**old.answers.correct, **new.answers.correct},
-        {**old.answers.agrees, **new.answers.agrees},
-    )
+    answers = old.answers.joined(new.answers)
     runs = [*old.manifest["runs"], *new.manifest["runs"]]
     latest = {k: {**setting, "run": len(runs) - 1} for k, setting in new.settings.items()}
     settings = {**old.settings, **latest}

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tokencomp.errors import OptionError
 from tokencomp.evaluation.runs import EvalRun
 
 BY_FAMILY, ALTERNATING = "by family", "alternating"
@@ -133,13 +134,13 @@ class PackedAnswers:
     agrees: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, runs: Mapping[str, EvalRun], reference: str) -> PackedAnswers:
+    def of(cls, runs: Mapping[str, EvalRun], reference: str | None) -> PackedAnswers:
         """Pack runs by their labels; the order of the questions is that of the first run.
 
         Parameters
         ----------
         reference
-            Label of the uncompressed model.
+            Label of the uncompressed model; None: `agrees` stays empty.
 
         Raises
         ------
@@ -154,8 +155,28 @@ class PackedAnswers:
         agrees = {
             label: [int(a == b) for a, b in zip(some, texts[reference], strict=True)]
             for label, some in texts.items()
+            if reference is not None
         }
         return cls(questions, correct, agrees)
+
+    def joined(self, later: PackedAnswers) -> PackedAnswers:
+        """Both; of methods that are in both, the answers of `later` count.
+
+        Raises
+        ------
+        OptionError
+            They are answers to other questions.
+        """
+        if self.questions != later.questions:
+            raise OptionError(
+                f"answers to {len(self.questions)} and {len(later.questions)} questions cannot "
+                "stand in one table, because the questions differ. Answer them again."
+            )
+        return PackedAnswers(
+            self.questions,
+            {**self.correct, **later.correct},
+            {**self.agrees, **later.agrees},
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {

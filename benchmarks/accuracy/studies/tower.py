@@ -4,17 +4,18 @@
     python -m benchmarks.accuracy.studies.tower --sets qwen-images --again
     python -m benchmarks.accuracy.studies.tower --report              # only rebuilds the page
 
-writes tower.json (answers per question, provenance) and tower.md. All rows leave the decoder the
-same share of the tokens of the full input: what differs is what the vision tower saw. "entry only"
-is the ceiling, in which it sees everything. Media with fewer pixels or frames give the tower as few
-patches as the tower stage leaves, and the decoder then drops the rest of its own share. Answers are
-stored as soon as they exist, in an ignored folder, and a run that stops goes on where it was.
+writes tower.json (which questions every row answers correctly, and provenance) and tower.md. All
+rows leave the decoder the same share of the tokens of the full input: what differs is what the
+vision tower saw. "entry only" is the ceiling, in which it sees everything. Media with fewer pixels
+or frames give the tower as few patches as the tower stage leaves, and the decoder then drops the
+rest of its own share. Answers are stored as soon as they exist, in an ignored folder, and a run
+that stops goes on where it was. Rows that are stored for other weights of a model are answered
+again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from benchmarks.accuracy.library import (
     FEWER_FRAMES,
     EqualTokens,
     Example,
+    PackedAnswers,
     Setting,
     adapter_for,
     blind_guess,
@@ -36,41 +38,62 @@ from benchmarks.accuracy.library import (
     one_message,
     shapesqa,
     sweep,
-    write_json,
+    weights_hash,
 )
 from benchmarks.accuracy.store import ACCURACY
+from benchmarks.accuracy.studies import tower_book
+from benchmarks.accuracy.studies.tower_book import IDENTITY
 from benchmarks.accuracy.studies.tower_page import ENTRY, RATIO, TOWER, page
 from benchmarks.accuracy.studies.tower_sizes import at_side
 from benchmarks.accuracy.studies.trained import Shrunk
 
 IMAGES = ("attribute", "existence", "count", "small_object")
 VIDEOS = ("needle", "video_existence")
-QWEN, ONEVISION, VILA = "tiny-qwen2-vl", "tiny-llava-onevision", "tiny-vila"
+DEEP_IMAGES = (*IMAGES, "position", "reading")
+DEEP_VIDEOS = (*VIDEOS, "order", "direction", "action_count")
+QWEN3, QWEN = "tiny-qwen3-vl", "tiny-qwen2-vl"
+ONEVISION, VILA = "tiny-llava-onevision", "tiny-vila"
 SIDES = {ONEVISION: (144, 128, 96), VILA: (192, 160, 128)}
 """Pixels per side of smaller pictures, for towers that take pictures of one size."""
+STILLS = ("kcentre", "random", "uniform")
+CLIPS = ("kcentre", "runlength", "keyframes", "random", "uniform")
+BOTH = (DOWNSCALE, FEWER_FRAMES)
 
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions for one model, and the rows of its table."""
+    """Questions for one model, and the rows of its table.
+
+    Attributes
+    ----------
+    per_family
+        Questions of every family.
+    reducers
+        Methods in the tower.
+    smaller
+        Input baselines.
+    """
 
     model: str
     families: tuple[str, ...]
-    reducers: tuple[str, ...] = ("kcentre", "random", "uniform")
+    per_family: int = 30
+    reducers: tuple[str, ...] = STILLS
     smaller: tuple[str, ...] = (DOWNSCALE,)
     difficulty: str = "usual"
 
 
-CLIPS = ("kcentre", "runlength", "random", "uniform")
-BOTH = (DOWNSCALE, FEWER_FRAMES)
 SETS = {
-    "qwen-images": QuestionSet(QWEN, IMAGES),
-    "qwen-videos": QuestionSet(QWEN, VIDEOS, CLIPS, BOTH),
-    "qwen-hard-videos": QuestionSet(QWEN, VIDEOS, CLIPS, BOTH, "hard"),
+    "qwen3-images": QuestionSet(QWEN3, DEEP_IMAGES, 60),
+    "qwen3-videos": QuestionSet(QWEN3, DEEP_VIDEOS, 40, CLIPS, BOTH),
+    "qwen3-hard-videos": QuestionSet(QWEN3, VIDEOS, 30, CLIPS, BOTH, "hard"),
+    "qwen-images": QuestionSet(QWEN, IMAGES, 60),
+    "qwen-videos": QuestionSet(QWEN, VIDEOS, 60, CLIPS, BOTH),
+    "qwen-hard-videos": QuestionSet(QWEN, VIDEOS, 30, CLIPS, BOTH, "hard"),
     "onevision-images": QuestionSet(ONEVISION, IMAGES),
     "onevision-videos": QuestionSet(ONEVISION, VIDEOS, smaller=BOTH),
     "onevision-hard-videos": QuestionSet(ONEVISION, VIDEOS, smaller=BOTH, difficulty="hard"),
     "vila-images": QuestionSet(VILA, IMAGES),
+    "vila-videos": QuestionSet(VILA, VIDEOS, smaller=BOTH),
 }
 
 
@@ -85,12 +108,6 @@ def settings(reducers: Sequence[str]) -> dict[str, Setting]:
     return rows
 
 
-def right(run: Any, ids: Sequence[str]) -> str:
-    """ "1" for every question that was answered rightly, in the order of `ids`; else "0"."""
-    answers = {r["id"]: str(int(bool(r["correct"]))) for r in run.answered}
-    return "".join(answers[name] for name in ids)
-
-
 class Questions:
     """The questions of a set: examples, and what the page says of them."""
 
@@ -98,100 +115,103 @@ class Questions:
         self.set = SETS[name]
         self.options = {"batch_size": args.batch, "progress": name, "name": self.set.model}
         self.folder = ACCURACY / "runs" / "tower" / f"{args.split}-{name}"
-        count = args.items // len(self.set.families)
+        count = args.per_family or self.set.per_family
         chosen = list(items(args.split, count, self.set.families, difficulty=self.set.difficulty))
         self.source = shapesqa(chosen, ACCURACY / "results" / "media" / args.split)
-        self.ids = [example.id for example in self.source]
-        vivid = [bool(i.scene.look and i.scene.look.vivid) for i in chosen]
+        self.model, self.processor = load_model(self.set.model, device="cpu")
         pan = self.set.difficulty == "hard" and chosen[0].kind == "video"
         self.facts = {
-            "model": self.set.model, "split": args.split, "families": list(self.set.families),
-            "ids": self.ids, "blind": blind_guess(chosen),
-            "vivid": "".join(str(int(v)) for v in vivid) if pan else "",
+            "model": self.set.model, "weights": weights_hash(self.model), "split": args.split,
+            "blind": blind_guess(chosen),
+            "vivid": [int(bool(i.scene.look and i.scene.look.vivid)) for i in chosen if pan],
         }  # fmt: skip
 
-    def rows(self, done: Sequence[str]) -> Iterator[dict[str, str]]:
+    def is_in(self, entry: dict[str, Any]) -> bool:
+        """Whether the stored rows of `entry` are answers of this model to these questions."""
+        ids = tuple(example.id for example in self.source)
+        same = all(entry.get(name) == self.facts[name] for name in IDENTITY)
+        return same and entry["answers"].questions.ids == ids
+
+    def rows(self, done: Sequence[str]) -> Iterator[PackedAnswers]:
         """Answers of the rows that are not among `done`, some rows at a time."""
         whole = {k: s for k, s in settings(self.set.reducers).items() if k not in done}
-        model, processor = load_model(self.set.model, device="cpu")
         if whole:  # in one go, because every video is decoded once for all rows
-            run = sweep(
-                model, processor, self.source, list(whole.values()), self.folder, **self.options
+            chosen = list(whole.values())
+            runs = sweep(
+                self.model, self.processor, self.source, chosen, self.folder, **self.options
             )
-            yield {key: right(run[setting], self.ids) for key, setting in whole.items()}
+            yield PackedAnswers.of({key: runs[setting] for key, setting in whole.items()}, None)
         for kind in self.set.smaller:
             if kind == DOWNSCALE and self.set.model in SIDES:
                 yield from self._smaller_towers(done)
             else:
-                yield from self._smaller_media(model, processor, kind, done)
+                yield from self._smaller_media(kind, done)
 
-    def _smaller_media(
-        self, model: Any, processor: Any, kind: str, done: Sequence[str]
-    ) -> Iterator[dict[str, str]]:
-        shrink = EqualTokens(processor, list(adapter_for(model).placeholder_ids()), kind)
+    def _smaller_media(self, kind: str, done: Sequence[str]) -> Iterator[PackedAnswers]:
+        ids = list(adapter_for(self.model).placeholder_ids())
+        shrink = EqualTokens(self.processor, ids, kind)
         for tower in TOWER:
             fewer: Any = Shrunk(self.source, shrink, tower, 8)
             examples: list[Example] = [fewer[i] for i in range(len(self.source))]
             achieved = sum(fewer.achieved.values()) / len(fewer.achieved)
             key = f"{kind}@{achieved:.3g}"
             if key not in done:
-                yield {key: self._reduced(key, model, processor, examples, achieved)}
+                yield self._reduced(key, self.model, self.processor, examples, achieved)
 
-    def _smaller_towers(self, done: Sequence[str]) -> Iterator[dict[str, str]]:
-        sides = SIDES[self.set.model]
-        plain, processor = load_model(self.set.model, device="cpu")
-        ids = list(adapter_for(plain).placeholder_ids())
+    def _smaller_towers(self, done: Sequence[str]) -> Iterator[PackedAnswers]:
+        ids = list(adapter_for(self.model).placeholder_ids())
         media = self.source[0].load(8)[0]
-        full = EqualTokens(processor, ids, DOWNSCALE).tokens(media)
-        for side in sides:
-            achieved = 1 - (side / plain.config.vision_config.image_size) ** 2
+        full = EqualTokens(self.processor, ids, DOWNSCALE).tokens(media)
+        for side in SIDES[self.set.model]:
+            achieved = 1 - (side / self.model.config.vision_config.image_size) ** 2
             if (key := f"{DOWNSCALE}@{achieved:.3g}") in done:
                 continue
             model, processor = at_side(self.set.model, side)
             tokens = EqualTokens(processor, ids, DOWNSCALE).tokens(media)
-            yield {key: self._reduced(key, model, processor, self.source, 1 - tokens / full)}
+            yield self._reduced(key, model, processor, self.source, 1 - tokens / full)
 
     def _reduced(
         self, key: str, model: Any, processor: Any, examples: Sequence[Example], achieved: float
-    ) -> str:
+    ) -> PackedAnswers:
         """Answers about media of fewer tokens, of which the decoder drops the rest."""
         ratio = max(0.0, 1 - (1 - RATIO) / (1 - achieved))
         setting = Setting(ENTRY, ratio) if ratio > 0.01 else Setting()
         runs = sweep(model, processor, examples, [setting], self.folder / key, **self.options)
-        return right(runs[setting], self.ids)
+        return PackedAnswers.of({key: runs[setting]}, None)
 
 
-def run_set(name: str, args: argparse.Namespace, book: dict[str, Any], path: Path) -> None:
-    """Answer the rows of a set that `book` lacks, and write them to `path`."""
+def run_set(name: str, args: argparse.Namespace, sets: tower_book.Sets, path: Path) -> None:
+    """Answer the rows of a set that `sets` lacks, and write them to `path`."""
     facts = publishing.published_from(args.output, args.allow_dirty)
     questions = Questions(name, args)
     if args.again:
         shutil.rmtree(questions.folder, ignore_errors=True)
-    entry = book["sets"].get(name, {})
-    if args.again or any(entry.get(k) != v for k, v in questions.facts.items()):
-        entry = {**questions.facts, "commits": [], "answers": {}}
-    for rows in questions.rows(list(entry["answers"])):
-        entry["answers"] |= rows
-        entry["commits"] = sorted({*entry["commits"], str(facts.get("commit"))})
-        entry["provenance"] = {**facts, **environment()}
-        book["sets"][name] = entry
-        write_json(path, book)
+    entry = sets.get(name, {})
+    if args.again or not entry or not questions.is_in(entry):
+        entry = questions.facts
+    done = list(entry["answers"].correct) if "answers" in entry else []
+    for rows in questions.rows(done):
+        entry = tower_book.with_rows(entry, rows, {**environment(), **facts})
+        sets[name] = entry
+        tower_book.write(path, sets)
 
 
 def main() -> None:
     parser = publishing.parser(__doc__, ACCURACY, "--output")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
-    parser.add_argument("--items", type=int, default=120, help="questions per set")
+    parser.add_argument(
+        "--per-family", type=int, help="questions per family; default: those of the page"
+    )
     parser.add_argument("--batch", type=int, default=30)
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--again", action="store_true", help="answer stored rows again")
     args = parser.parse_args()
     path = args.output / "tower.json"
-    book = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sets": {}}
+    sets = tower_book.read(path)
     for name in () if args.report else args.sets:
-        run_set(name, args, book, path)
-    book["sets"] = {name: book["sets"][name] for name in SETS if name in book["sets"]}
-    (args.output / "tower.md").write_text(page(book), encoding="utf-8")
+        run_set(name, args, sets, path)
+    ordered = {name: sets[name] for name in SETS if name in sets}
+    (args.output / "tower.md").write_text(page(ordered), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.accuracy.library import DOWNSCALE, FEWER_FRAMES, difference, retention
+from benchmarks.accuracy.library import difference, retention
+from benchmarks.accuracy.store import RESULTS, learned_families
+from benchmarks.accuracy.studies.tower_book import CEILING, FULL, SMALLER, Sets
 
 RATIO, ENTRY = 0.75, "condiv"
 TOWER = (0.5, 0.6, 0.75)
 BARS = {0.5: 0.97, 0.75: 0.92}
 """Share of the accuracy of entry only that k-centre should keep at these tower ratios."""
-SMALLER = (DOWNSCALE, FEWER_FRAMES)
 PREAMBLE = f"""# Patches dropped before the vision tower
 
 Accuracy on ShapesQA with the embedded models, at decoder ratio {RATIO} with `{ENTRY}` at entry in
 all rows but "full" and "random at entry". Intervals are paired bootstraps over questions. Usual
 videos of ShapesQA have a fixed camera and objects that differ in colour from their background, and
-the towers have three or four blocks: this favours scores on pixels, and no percentage here carries
+the towers have three to eight blocks: this favours scores on pixels, and no percentage here carries
 over to other models. Hard videos have a background that pans behind the objects and noise in every
 frame; half of them have textures in the colours of objects.
 "downscale" gives the tower fewer pixels: smaller media where the tower takes any size, and a tower
 with interpolated position embeddings where all pictures have one size (LLaVA-OneVision, VILA).
-A question family counts as learned if the full model is above a blind guess outside of its
-interval. [All benchmark pages](../README.md).
+A question family counts as learned if the full model is at least 25 points above a blind guess on
+the validation split, as on the page of [all methods](summary.md). [All benchmark
+pages](../README.md).
 """
 
 Answers = dict[str, list[int]]
 
 
-def page(book: dict[str, Any]) -> str:
-    """The page of all sets in `book`."""
+def page(sets: Sets) -> str:
+    """The page of all sets."""
     lines = [PREAMBLE]
-    for name, entry in book["sets"].items():
-        answers = {k: list(map(int, v)) for k, v in entry["answers"].items()}
-        full = answers["full@0"]
-        kind = f"{len(full)} questions ({', '.join(entry['families'])})"
+    for name, entry in sets.items():
+        answers = entry["answers"].correct
+        families = dict.fromkeys(entry["answers"].questions.families)
+        full = answers[FULL]
         lines += [
             f"## {name}", "",
-            f"{entry['model']}, {entry['split']} split, {kind}. The full model answers "
-            f"{_mean(full):.1%} rightly.", "",
-            *_table(answers), "", *verdicts(answers), "", *_families(entry, answers),
+            f"{entry['model']}, {entry['split']} split, {len(full)} questions "
+            f"({', '.join(families)}). The full model answers {_mean(full):.1%} rightly.", "",
+            *_table(answers), "", *verdicts(answers), "",
+            *_families(entry, answers),
         ]  # fmt: skip
         lines += [NOTES[name], ""] if name in NOTES else []
     return "\n".join(lines)
@@ -52,7 +56,7 @@ def _mean(values: Sequence[int]) -> float:
 
 def _table(answers: Answers) -> list[str]:
     """All questions of a set together."""
-    ceiling, accuracy = answers["entry only@0"], _mean(answers["full@0"])
+    ceiling, accuracy = answers[CEILING], _mean(answers[FULL])
     lines = [
         "| what the tower sees | tower ratio | accuracy | kept of full | kept of entry only "
         "(95 %) | minus entry only, points (95 %) |",
@@ -69,7 +73,7 @@ def _table(answers: Answers) -> list[str]:
 
 def verdicts(answers: Answers) -> list[str]:
     """Whether k-centre meets its bars, and beats fewer pixels or frames at no more tower work."""
-    ceiling, sentences = sum(answers["entry only@0"]), []
+    ceiling, sentences = sum(answers[CEILING]), []
     for tower, bar in BARS.items():
         kept = sum(answers[f"kcentre@{tower:g}"]) / ceiling
         verb = "meets" if kept >= bar else "misses"
@@ -106,13 +110,13 @@ def _families(entry: dict[str, Any], answers: Answers) -> list[str]:
         f"| what the tower sees | tower ratio | {' | '.join(groups)} |",
         "|---|---|" + "---|" * len(groups),
     ]  # fmt: skip
-    ceiling = answers["entry only@0"]
+    ceiling = answers[CEILING]
     for key, values in answers.items():
         row, _, tower = key.rpartition("@")
         cells = []
         for rows in groups.values():
             own, top = [values[i] for i in rows], [ceiling[i] for i in rows]
-            gap = "" if key == "entry only@0" else f", {difference(own, top)}"
+            gap = "" if key == CEILING else f", {difference(own, top)}"
             cells.append(f"{_mean(own):.1%}{gap}")
         lines.append(f"| {row} | {tower} | {' | '.join(cells)} |")
     return [*lines, "", *_losses(entry, answers), ""]
@@ -120,24 +124,35 @@ def _families(entry: dict[str, Any], answers: Answers) -> list[str]:
 
 def _groups(entry: dict[str, Any]) -> dict[str, list[int]]:
     """Numbers of the questions of every column; hard videos also by their background."""
-    families = [name.split("-")[-2] for name in entry.get("ids", ())]
+    families, vivid = entry["answers"].questions.families, entry["vivid"]
     groups = {f: [i for i, g in enumerate(families) if g == f] for f in dict.fromkeys(families)}
-    if vivid := entry.get("vivid"):
-        for mark, title in (("0", "panning"), ("1", "panning, texture in colours of objects")):
+    if vivid:
+        for mark, title in ((0, "panning"), (1, "panning, texture in colours of objects")):
             groups[title] = [i for i, v in enumerate(vivid) if v == mark]
     return {title: rows for title, rows in groups.items() if rows}
+
+
+def _learned(model: str) -> tuple[str, ...]:
+    """Families that a model has learned, by its published answers to validation questions."""
+    path = RESULTS / model / "validation.json"
+    return learned_families(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _losses(entry: dict[str, Any], answers: Answers) -> list[str]:
     """In which learned families k-centre is not above smaller media, and which are not learned."""
     unlearned, beaten, open_, clear = [], [], [], 0
+    learned, blind = _learned(entry["model"]), entry["blind"]
     for title, rows in _groups(entry).items():
         part = {key: [values[i] for i in rows] for key, values in answers.items()}
-        blind = entry.get("blind", {}).get(title)
-        if blind is not None and difference(part["full@0"], [0] * len(rows)).low <= blind:
-            unlearned.append(f"{title} ({_mean(part['full@0']):.0%}, a blind guess {blind:.0%})")
+        duels = list(_duels(part))
+        if title in blind and title not in learned:
+            gaps = ", ".join(f"{ours} against {rival} {_points(gap)}" for ours, rival, gap in duels)
+            full = f"{_mean(part[FULL]):.0%}, a blind guess {blind[title]:.0%}"
+            unlearned.append(
+                f"- Not learned, and therefore not among these: {title} ({full}): {gaps}."
+            )
             continue
-        for ours, rival, gap in _duels(part):
+        for ours, rival, gap in duels:
             line = f"{title}: {ours} against {rival}, {_points(gap)}"
             clear += gap.low > 0
             if gap.low <= 0:
@@ -145,7 +160,7 @@ def _losses(entry: dict[str, Any], answers: Answers) -> list[str]:
     lines = [f"- By family, k-centre is above smaller media outside of the interval {clear} times."]
     lines += [f"- No difference outside of the interval: {'; '.join(open_)}."] if open_ else []
     lines += [f"- The point estimate is below them: {'; '.join(beaten)}."] if beaten else []
-    return lines + ([f"- Not learned: {', '.join(unlearned)}."] if unlearned else [])
+    return lines + unlearned
 
 
 NOTES: dict[str, str] = {
