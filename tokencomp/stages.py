@@ -13,6 +13,8 @@ from tokencomp.keep_counts import keep_count, split_evenly
 from tokencomp.validation import describe_type, fits
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tokencomp.reduction import Reduction
     from tokencomp.signals import Signal
     from tokencomp.tokens import Grid, ModelFacts, SpanBatch, VisualSpan, VisualTokens
@@ -28,6 +30,10 @@ class StageReducer(ABC):
     """
 
     name: ClassVar[str] = ""
+    drops_frames: ClassVar[bool] = False
+
+    def chosen_frames(self, looks: Tensor, places: int, keep: int) -> list[int]:
+        raise NotImplementedError
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -160,8 +166,12 @@ class TowerStage:
     reducer
         Chooses the cells: by pixels at block 0, by hidden states at later blocks.
     frames_apart
-        Whether every frame of a video keeps the same number of cells. Set by `bind`: towers that
-        take pictures as one dense batch need it.
+        Whether the cells of every frame of a video are chosen by themselves, and equally many.
+        Set when a model is patched: towers that take pictures as one dense batch need it.
+    frame
+        (pictures, cells) of one frame of a video's grid where such a tower knows which pictures
+        belong to one video, and the reducer drops frames whole; only frames that are left are equal
+        then. Set when a model is patched; None elsewhere.
 
     Raises
     ------
@@ -175,6 +185,7 @@ class TowerStage:
     fraction: float
     reducer: StageReducer
     frames_apart: bool = False
+    frame: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not fits(self.block, int) or self.block < 0:
@@ -210,10 +221,34 @@ class TowerStage:
         """At most this many of a part of `cells` cells stay, whichever parts share its budget."""
         return min(cells, math.ceil(cells * self.fraction + 0.5))
 
+    def cells_of_frames(self, looks: Tensor) -> list[int]:
+        """Cells that stay of every frame of a video: none of frames that are dropped whole.
+
+        Parameters
+        ----------
+        looks : Tensor, shape (t, d)
+            Pixels of the frames; NaN where they were not computed.
+
+        Raises
+        ------
+        SpanError
+            The reducer chooses frames before their pixels are computed, and others are missing.
+        """
+        if self.frame is None:
+            raise AssertionError("the stage does not drop frames whole")
+        t, places = len(looks), self.frame[1]
+        keep = self.cells([(t, 1, places)])[0]
+        chosen = self.reducer.chosen_frames(looks, places, keep)
+        counts = [0] * t
+        for i, count in zip(chosen, split_evenly(keep, [places] * len(chosen)), strict=True):
+            counts[i] = count
+        return counts
+
     def tokens(self, span: VisualSpan) -> int:
         """Visual tokens of `span` that leave the tower, special ones included."""
         t, h, w = span.grid
-        parts, grid = (t, (1, h, w)) if self.frames_apart else (1, span.grid)
+        apart = self.frames_apart and (self.frame is None or span.kind != "video")
+        parts, grid = (t, (1, h, w)) if apart else (1, span.grid)
         return parts * self.cells([grid])[0] + len(span.special)
 
 

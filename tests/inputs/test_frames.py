@@ -133,6 +133,40 @@ def test_times_of_frames_are_those_of_the_whole_video(loaded: Any, fps: float | 
         assert torch.equal(first, second), name
 
 
+@pytest.mark.parametrize("bound", ["none", "largest", "smallest"])
+@pytest.mark.parametrize("count", [2 * T, 2 * T - 1])
+def test_frames_of_qwen3_vl_have_the_size_that_they_have_among_all(
+    count: int, bound: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size of a frame depends on how many there are, and timestamps stand between them."""
+    model, processor = load_model("tiny-qwen3-vl", device="cpu")
+    sizes = {
+        "none": (1, 10**8), "largest": (1, count * 64 * 96), "smallest": (count * 128 * 160, 10**8)
+    }  # fmt: skip
+    low, high = sizes[bound]
+    monkeypatch.setattr(
+        processor.video_processor, "size", {"shortest_edge": low, "longest_edge": high}
+    )
+    media, chosen = [[Video(clip(count), fps=4.0)]], plan(make_reducer("keyframes", slack=1.0))
+    whole = build_inputs(processor, media, [QUESTION])
+    counts = counted(processor, monkeypatch)
+    short = build_inputs(processor, media, [QUESTION], chosen)
+    kept = -(-3 * T // 10)
+    assert counts == {"resize": 2 * kept, "rescale_and_normalize": 2 * kept}
+    pixels = "pixel_values_videos"
+    for name in whole.keys() - {pixels}:
+        assert torch.equal(torch.as_tensor(short[name]), torch.as_tensor(whole[name])), name
+    there = ~short[pixels].isnan().any(1)
+    assert torch.equal(short[pixels][there], whole[pixels][there])
+    numbers = sorted({i * T // len(there) for i in there.nonzero()[:, 0].tolist()})
+    assert numbers == _frames(media[0][0], "thumbnails", kept)
+    assert int(there.sum()) == kept * len(there) // T
+    with tokencomp.patch(model, plan=chosen) as handle:
+        generate(model, processor, short, 2)
+        left = handle.stats.tower_kept(0)[0]
+    assert left and handle.stats.tower_ratio == pytest.approx(0.7, abs=0.02)
+
+
 def _frames(video: list[Image.Image], by: str, count: int) -> list[int]:
     if by == "even":
         return [int((k + 0.5) * T / count) for k in range(count)]
@@ -159,7 +193,7 @@ def test_equal_frames_are_processed_once(loaded: Any, monkeypatch: pytest.Monkey
 def test_processors_that_share_a_budget_among_frames_process_all(
     loaded: Any, capped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The size of a frame may depend on their number, and then none is left out, but marked."""
+    """A cap per frame depends on their number, and then none is left out, but marked."""
     _, processor = loaded
     monkeypatch.setattr(processor.video_processor, "cap_pixels_per_frame", capped, raising=False)
     chosen = plan(make_reducer("keyframes", slack=1.0))

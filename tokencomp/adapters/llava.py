@@ -15,6 +15,7 @@ from tokencomp.adapters.mosaic_tower import MosaicTower
 from tokencomp.adapters.patch_tables import bilinear, squares
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.tiles import TileAdapter
+from tokencomp.adapters.towers import EncoderCall
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
 
@@ -24,6 +25,17 @@ def _tower(adapter: TileAdapter, kind: type[DenseTower], **options: Any) -> Dens
     projector, layer = adapter.projector, adapter.model.config.vision_feature_layer
     options = {"restorer": projector, "layer": layer, "owner": adapter.body, **options}
     return kind(adapter.tower, projector, squares(adapter.patches_per_side, 1), **options)
+
+
+def _frames_of_videos(call: EncoderCall) -> list[int]:
+    """Frames of every video of a call; all videos of a batch have equally many."""
+    videos = call.arguments.get("pixel_values_videos")
+    if videos is None:
+        raise SpanError(
+            "the vision tower was called outside of get_video_features, so which frames belong to "
+            "one video is unknown. Pass pixel_values_videos to the model."
+        )
+    return [int(videos.shape[1])] * int(videos.shape[0])
 
 
 @register_adapter
@@ -185,7 +197,9 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def tower_layout(self) -> DenseTower:
         side = self.patches_per_side
         video = bilinear(side, math.ceil(side / 2))
-        return _tower(self, MosaicTower, body=self.body, video=video)
+        return _tower(
+            self, MosaicTower, body=self.body, video=video, video_frames=_frames_of_videos
+        )
 
     def _pooled(self, patches: Tensor) -> Tensor:
         pooled: Tensor = self.body.apply_pooling(patches)

@@ -12,7 +12,7 @@ from tokencomp.adapters.dense_tower import DenseTower
 from tokencomp.adapters.patch_tables import pooled, squares
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structure import Parts
-from tokencomp.adapters.towers import unknown_cells
+from tokencomp.adapters.towers import EncoderCall, unknown_cells
 from tokencomp.adapters.vila_remote import VilaPortAdapter
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
@@ -56,6 +56,7 @@ class VilaAdapter(Adapter):
         return DenseTower(
             self.model.vision_tower, projector, image, video, layer=config.select_layer,
             owner=self.model, methods=("encode_videos",), pooled_frames=t,
+            video_frames=_frames_of_videos,
         )  # fmt: skip
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
@@ -101,3 +102,8 @@ class VilaAdapter(Adapter):
                 "input_ids with VilaProcessor."
             )
         return VisualSpan(start, stop - start, grid, kind, special=tuple(special))
+
+
+def _frames_of_videos(call: EncoderCall) -> list[int]:
+    """Frames of every video of a call of `encode_videos`."""
+    return [int(n) for n in call.arguments["frames"]]

@@ -22,7 +22,7 @@ class TowerRows(ABC):
     cells
         The cells of the call.
     index : Tensor of int64
-        The rows, ascending: (rows,) of a packed tower, (pictures, rows) of a dense one.
+        The rows, ascending: (rows,) of a packed tower, (pictures that stay, rows) of a dense one.
     entered
         Whether the block from which on rows are missing has begun.
     """
@@ -129,13 +129,14 @@ class DenseRows(TowerRows):
 
     Attributes
     ----------
-    unread : Tensor of bool, shape (pictures, rows)
+    unread : Tensor of bool, shape (pictures that stay, rows)
         Rows that stay to make all pictures equally long, and that no token reads.
     """
 
     def __init__(self, cells: Cells, index: Tensor, unread: Tensor) -> None:
         super().__init__(cells, index)
         self.unread = unread
+        self._kept = _kept_pictures(cells, index.device)
         self._patches = len(cells.pixels) // cells.pictures  # of one picture
 
     @classmethod
@@ -149,6 +150,8 @@ class DenseRows(TowerRows):
         read = torch.zeros(total + 1, dtype=torch.bool, device=chosen.device)
         read[cells.members[chosen].flatten()] = True
         read = read[:total].view(-1, total // cells.pictures)
+        kept = _kept_pictures(cells, chosen.device)
+        read = read if kept is None else read[kept]
         # Patches that are read come first, then the first of the others, up to the common number.
         index = (~read).to(torch.uint8).argsort(dim=1, stable=True)[:, : cells.rows].sort(1).values
         return cls(cells, index, ~read.gather(1, index))
@@ -162,8 +165,8 @@ class DenseRows(TowerRows):
         kwargs, args = dict(kwargs), list(args)
         if not self.entered:
             hidden = self._enter(hidden)
-        lengths = (self._head + self._patches, self.index.shape[1])
-        cost.block(*(equal_bounds(len(self.index), n) for n in lengths))
+        before = equal_bounds(self.cells.pictures, self._head + self._patches)
+        cost.block(before, equal_bounds(*self.index.shape))
         if isinstance(kwargs.get("attention_mask"), Tensor):
             kwargs["attention_mask"] = self._once(self._mask, kwargs["attention_mask"])
         elif len(args) > 1 and isinstance(args[1], Tensor):
@@ -172,6 +175,7 @@ class DenseRows(TowerRows):
 
     def _enter(self, hidden: Tensor) -> Tensor:
         """The rows of the input of the first block that sees fewer of them."""
+        hidden = self._pictures(hidden)
         first = hidden.shape[1] - self._patches
         if first:  # the class token stays
             head = torch.arange(first, device=self.index.device).expand(len(self.index), -1)
@@ -182,7 +186,7 @@ class DenseRows(TowerRows):
 
     def _mask(self, mask: Tensor) -> Tensor:
         """A mask (pictures, 1, rows, rows) or (pictures, rows) for the rows that are left."""
-        index = self.index
+        index, mask = self.index, self._pictures(mask)
         if mask.ndim == 2:
             return mask.gather(1, index)
         columns = index[:, None, None].expand(-1, *mask.shape[1:3], -1)
@@ -197,13 +201,26 @@ class DenseRows(TowerRows):
         The class token is the first row, if there is one. A projector may get its input without it.
         """
         index, unread, head = self.index, self.unread, self._head
-        if x.ndim != 3 or not index.shape[1] >= x.shape[1] >= self.cells.rows:
+        if (
+            x.ndim != 3
+            or len(x) != len(index)
+            or not index.shape[1] >= x.shape[1] >= self.cells.rows
+        ):
             return x
         if x.shape[1] == self.cells.rows:
             index, unread, head = index[:, head:] - head, unread[:, head:], 0
         x = x.masked_fill(unread[..., None], math.nan)
         full = x.new_full((len(x), head + self._patches, x.shape[-1]), math.nan)
-        return full.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), x)
+        full = full.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), x)
+        if self._kept is None:
+            return full
+        return full.new_full((self.cells.pictures, *full.shape[1:]), math.nan).index_copy(
+            0, self._kept, full
+        )
+
+    def _pictures(self, x: Tensor) -> Tensor:
+        """What belongs to the pictures that stay; one row for all pictures is left as it is."""
+        return x if self._kept is None or len(x) != self.cells.pictures else x[self._kept]
 
     def restored(self, out: Any) -> Any:
         if isinstance(out, Tensor):
@@ -221,6 +238,11 @@ class DenseRows(TowerRows):
 def rows_of(cells: Cells, chosen: Tensor) -> TowerRows:
     """The rows that the cells with the numbers `chosen` read."""
     return DenseRows.of(cells, chosen) if cells.pictures else PackedRows.of(cells, chosen)
+
+
+def _kept_pictures(cells: Cells, device: torch.device) -> Tensor | None:
+    """Numbers of the pictures that stay, int64; None where none is dropped whole."""
+    return None if cells.kept is None else torch.tensor(cells.kept, device=device)
 
 
 def equal_bounds(count: int, length: int) -> Tensor:

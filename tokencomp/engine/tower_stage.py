@@ -50,9 +50,10 @@ def check_tower_stage(plan: Plan, adapter: Adapter) -> Plan:
     """
     if plan.tower is None:
         return plan
-    layout = adapter.tower_layout()
-    layout.check(plan.tower, adapter.family)
-    return Plan(plan.stages, replace(plan.tower, frames_apart=layout.frames_apart))
+    layout, stage = adapter.tower_layout(), plan.tower
+    layout.check(stage, adapter.family)
+    frame = layout.frame if stage.reducer.drops_frames and not stage.block else None
+    return Plan(plan.stages, replace(stage, frames_apart=layout.frames_apart, frame=frame))
 
 
 class _Local(threading.local):
@@ -174,7 +175,7 @@ class TowerDrop:
         if isinstance(layout, DenseTower):
             cost.tokens_before = cost.tokens_after = cells.pictures * layout.projected(cells.kind)
             if self._projector_restores:  # so it gets what the tower leaves
-                cost.tokens_after = cells.pictures * cells.rows
+                cost.tokens_after = len(rows.index) * cells.rows
         else:
             cost.tokens_before = len(cells.members)
             cost.tokens_after = len(rows.index) // cells.members.shape[1]

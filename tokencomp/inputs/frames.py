@@ -6,15 +6,22 @@ gets the other frames alone, and the pixels of those that are missing are NaN, "
 Frames that are equal to an earlier one to the byte, as in recordings of screens, are processed
 once, whatever the plan.
 
-Both need a processor that treats every frame by itself: that of Qwen2-VL and Qwen2.5-VL without
-`cap_pixels_per_frame`. Others process all frames, and NaN is written afterwards. `kcentre` and
-`runlength` compare resized pixels of all frames, so none can be left out for them.
+Both need a processor that treats every frame by itself: that of Qwen2-VL and Qwen2.5-VL, and that
+of Qwen3-VL, where the size of a frame depends on their number and is asked for explicitly
+(`tokencomp.inputs.frame_size`). Where a processor cannot be brought to the size that a frame has
+among all frames, it processes all of them, and NaN is written afterwards. `kcentre` and `runlength`
+compare resized pixels of all frames, so none can be left out for them.
+
+The processors of LLaVA-OneVision and VILA return the pixels of every frame for itself. There, too,
+only the frames that a plan needs are processed.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +31,8 @@ from torch import Tensor
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.handle import make_plan
+from tokencomp.inputs.frame_size import FrameSize
+from tokencomp.inputs.video import Sampling
 from tokencomp.method import MethodSpec
 from tokencomp.plan import Plan
 from tokencomp.reducers.keyframes import KeyFrames
@@ -35,7 +44,7 @@ SAMPLED, SIDE = 64, 16  # pixels per side that a thumbnail is taken of, and that
 def frame_stage(plan: Plan | None) -> TowerStage | None:
     """The tower stage of a plan if it drops frames whole."""
     stage = None if plan is None else plan.tower
-    if stage is None or stage.block or stage.frames_apart:
+    if stage is None or stage.block or (stage.frames_apart and stage.frame is None):
         return None
     return stage if isinstance(stage.reducer, KeyFrames) else None
 
@@ -54,12 +63,37 @@ def frame_plan(model: Any, spec: MethodSpec) -> Plan | None:
 
 def with_frames(processor: Any, plan: Plan | None) -> Any:
     """A processor that handles only the frames that `plan` needs; `processor` stays as it is."""
-    inner = getattr(processor, "video_processor", None)
-    if inner is None:
-        return processor
-    result = copy.copy(processor)
-    result.video_processor = FrameProcessor(inner, frame_stage(plan))
-    return result
+    inner, stage = getattr(processor, "video_processor", None), frame_stage(plan)
+    if inner is not None:
+        result = copy.copy(processor)
+        result.video_processor = FrameProcessor(inner, stage)
+        return result
+    if stage is not None and hasattr(processor, "needed_frames"):  # our own, of VILA
+        result = copy.copy(processor)
+        result.needed_frames = functools.partial(_needed_pictures, stage)
+        return result
+    return processor
+
+
+def _needed_pictures(stage: TowerStage, video: np.ndarray) -> list[int]:
+    """Frames of a video that a stage needs in a vision tower that takes frames one by one."""
+    pictures, places = stage.frame or (1, 1)
+    t = -(-len(video) // pictures)
+    groups = _groups(len(video), pictures)
+    kept = _kept_frames(stage, video, t, places, pictures)
+    return sorted({n for i in kept for n in groups[i]})
+
+
+def _kept_frames(
+    stage: TowerStage, video: np.ndarray, t: int, places: int, patch: int
+) -> list[int]:
+    """Rows of a grid in time, of `places` tokens and `patch` frames each, that a stage keeps."""
+    reducer: Any = stage.reducer
+    keep = stage.cells([(t, 1, places)])[0]
+    count = reducer.frames(t, places, keep)
+    if count == t or keep == t * places:
+        return list(range(t))
+    return list(reducer.choose(count, thumbnails(video, patch)))
 
 
 def thumbnails(frames: np.ndarray, patch: int) -> Tensor:
@@ -92,7 +126,8 @@ class FrameProcessor:
     inner
         The video processor of transformers.
     stage
-        Drops frames whole; None: none are left out, but equal ones are processed once.
+        Drops frames whole; None: none are left out, but equal ones are processed once (by the
+        processors of the Qwen families).
     """
 
     def __init__(self, inner: Any, stage: TowerStage | None) -> None:
@@ -103,39 +138,41 @@ class FrameProcessor:
 
     def __call__(self, videos: Any = None, **options: Any) -> Any:
         plain = isinstance(videos, list) and all(map(_is_video, videos))
-        if not plain or not hasattr(self.inner, "temporal_patch_size"):
+        if not plain or not videos:
             return self.inner(videos, **options)
-        if not self._apart(options):
+        if self.stage is not None and self.stage.frame is not None:
+            return self._pictures(videos, self.stage, options)
+        if not hasattr(self.inner, "temporal_patch_size"):
+            return self.inner(videos, **options)
+        size = FrameSize.of(self.inner, options)
+        if size is None:
             out = self.inner(videos, **options)
             return out if self.stage is None else self._marked(out, videos)
-        return self._processed(videos, options)
+        metadata = options.get("video_metadata") or [None] * len(videos)
+        pairs = zip(videos, metadata, strict=True)
+        return _joined([self._processed(video, m, size, options) for video, m in pairs])
 
-    def _apart(self, options: dict[str, Any]) -> bool:
-        """Whether the processor treats every frame by itself, at a size that is known before."""
-        from transformers import Qwen2VLVideoProcessor
-
-        capped = options.get("cap_pixels_per_frame", getattr(self, "cap_pixels_per_frame", None))
-        resized = options.get("do_resize", self.inner.do_resize)
-        sampled = options.get("do_sample_frames", self.inner.do_sample_frames)
-        return type(self.inner) is Qwen2VLVideoProcessor and resized and not capped and not sampled
-
-    def _processed(self, videos: Sequence[np.ndarray], options: dict[str, Any]) -> Any:
-        """The output for whole videos, of which only some frames are processed."""
-        needed, places = [], []
-        for video in videos:
-            groups = _groups(len(video), self.inner.temporal_patch_size)
-            patches = self.inner.get_num_of_video_patches(*video.shape[:3], options) // len(groups)
-            kept = self._kept(video, len(groups), patches)
-            first, source = _distinct(video, [groups[i] for i in kept])
-            needed.append(video[[n for i in first for n in groups[kept[i]]]])
-            places.append((len(groups), kept, source))
-        out = self.inner(needed, **options)
-        grids, pixels = out["video_grid_thw"].tolist(), out["pixel_values_videos"]
-        parts = pixels.split([t * h * w for t, h, w in grids])
-        spread = zip(parts, grids, places, strict=True)
-        out["pixel_values_videos"] = torch.cat([_spread(x, grid, *p) for x, grid, p in spread])
-        lengths = torch.tensor([t for t, _, _ in places]).to(out["video_grid_thw"])
-        out["video_grid_thw"] = torch.cat([lengths[:, None], out["video_grid_thw"][:, 1:]], 1)
+    def _processed(
+        self, video: np.ndarray, metadata: Any, size: FrameSize, options: dict[str, Any]
+    ) -> Any:
+        """The output for a whole video, of which only some frames are processed."""
+        groups = _groups(len(video), self.inner.temporal_patch_size)
+        patches = self.inner.get_num_of_video_patches(*video.shape[:3], options) // len(groups)
+        kept = self._kept(video, len(groups), patches)
+        first, source = _distinct(video, [groups[i] for i in kept])
+        needed = [n for i in first for n in groups[kept[i]]]
+        own = size.options(len(needed), video.shape)
+        if metadata or size.counts_frames:  # times of all frames, also of those that are left out
+            times = metadata or Sampling(tuple(range(len(video))), len(video)).metadata()
+            options = {**options, "video_metadata": [times]}
+        if own is None:
+            out = self.inner([video], **options)
+            return out if self.stage is None else self._marked(out, [video])
+        out = self.inner([video[needed]], **{**options, **own})
+        ((_, h, w),) = out["video_grid_thw"].tolist()
+        x, grid = out["pixel_values_videos"], (len(first), h, w)
+        out["pixel_values_videos"] = _spread(x, grid, len(groups), kept, source)
+        out["video_grid_thw"] = out["video_grid_thw"].new_tensor([[len(groups), h, w]])
         return out
 
     def _marked(self, out: Any, videos: Sequence[np.ndarray]) -> Any:
@@ -153,13 +190,39 @@ class FrameProcessor:
         """Rows of the grid in time that stay, of `patches` patches each."""
         if self.stage is None:
             return list(range(t))
-        reducer: Any = self.stage.reducer
-        places = patches // self.inner.merge_size**2
-        keep = self.stage.cells([(t, 1, places)])[0]
-        count = reducer.frames(t, places, keep)
-        if count == t or keep == t * places:
-            return list(range(t))
-        return list(reducer.choose(count, thumbnails(video, self.inner.temporal_patch_size)))
+        places, patch = patches // self.inner.merge_size**2, self.inner.temporal_patch_size
+        return _kept_frames(self.stage, video, t, places, patch)
+
+    def _pictures(
+        self, videos: Sequence[np.ndarray], stage: TowerStage, options: dict[str, Any]
+    ) -> Any:
+        """The output of a processor that returns the pixels of every frame for itself."""
+        import transformers
+
+        kept = [_needed_pictures(stage, video) for video in videos]
+        sampled = options.get("do_sample_frames", self.inner.do_sample_frames)
+        apart = type(self.inner) is transformers.LlavaOnevisionVideoProcessor and not sampled
+        needed = [v[k] for v, k in zip(videos, kept, strict=True)] if apart else list(videos)
+        out = self.inner(needed, **options)
+        full = []
+        for pixels, video, rows in zip(out["pixel_values_videos"], videos, kept, strict=True):
+            x = torch.as_tensor(pixels)
+            whole = x.new_full((len(video), *x.shape[1:]), torch.nan)
+            whole[rows] = x if apart else x[rows]
+            full.append(whole)
+        alike = len({x.shape for x in full}) == 1
+        out["pixel_values_videos"] = torch.stack(full) if alike else full
+        return out
+
+
+def _joined(outs: Sequence[Any]) -> Any:
+    """The outputs for single videos as the output for all of them."""
+    result = outs[0]
+    for name, value in list(result.items()):
+        parts = [out[name] for out in outs]
+        flat = [*itertools.chain.from_iterable(parts)]
+        result[name] = torch.cat(parts) if isinstance(value, Tensor) else flat
+    return result
 
 
 def _is_video(video: Any) -> bool:

@@ -30,8 +30,10 @@ class KeyFrames(Reducer):
     Qwen families.
 
     The number of chosen frames follows from the keep count alone. k-centre chooses the tokens of an
-    image, and those of single video frames in vision towers that take frames one by one (LLaVA,
-    InternVL, SmolVLM and VILA).
+    image. In the vision towers of LLaVA-OneVision and VILA, which take frames one by one, the
+    chosen frames share the budget equally; in those of other families that do (LLaVA-NeXT-Video,
+    InternVL, SmolVLM), and before later blocks of the tower, no frame is dropped whole, and
+    k-centre chooses equally many tokens of every frame.
 
     Attributes
     ----------
@@ -53,6 +55,7 @@ class KeyFrames(Reducer):
 
     summary = "tokens of the frames that differ most, nothing of the others (ours)"
     whole_spans = True
+    drops_frames = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +95,25 @@ class KeyFrames(Reducer):
         places = rows.view(t, h * w)[torch.tensor(chosen, device=rows.device)].flatten()
         x = appearance(tokens.features[places], tokens.pixels, self.thumb)
         return keep_patches(tokens, places[maxmin_select(x, budget, metric="rms")])
+
+    def chosen_frames(self, looks: Tensor, places: int, keep: int) -> list[int]:
+        """Numbers of the chosen frames in a vision tower that takes frames one by one.
+
+        Parameters
+        ----------
+        looks : Tensor, shape (t, d)
+            Pixels of the frames; those of frames that were not chosen are NaN.
+        places
+            Tokens of one frame.
+        keep
+            Tokens of the video that stay.
+
+        Raises
+        ------
+        SpanError
+            Pixels of other frames are missing than the keep count asks for.
+        """
+        return self._chosen(looks[:, None], self.frames(len(looks), places, keep))
 
     def _chosen(self, frames: Tensor, count: int) -> list[int]:
         """Numbers of the chosen frames of pixels (t, places, d); those of NaN were not chosen."""
