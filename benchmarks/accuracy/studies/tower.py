@@ -57,6 +57,7 @@ SIDES = {ONEVISION: (144, 128, 96), VILA: (192, 160, 128)}
 """Pixels per side of smaller pictures, for towers that take pictures of one size."""
 STILLS = ("kcentre", "random", "uniform")
 CLIPS = ("kcentre", "runlength", "keyframes", "random", "uniform")
+SINGLE = tuple(name for name in CLIPS if name != "runlength")  # sees frames one by one there
 BOTH = (DOWNSCALE, FEWER_FRAMES)
 
 
@@ -90,10 +91,10 @@ SETS = {
     "qwen-videos": QuestionSet(QWEN, VIDEOS, 60, CLIPS, BOTH),
     "qwen-hard-videos": QuestionSet(QWEN, VIDEOS, 30, CLIPS, BOTH, "hard"),
     "onevision-images": QuestionSet(ONEVISION, IMAGES),
-    "onevision-videos": QuestionSet(ONEVISION, VIDEOS, smaller=BOTH),
-    "onevision-hard-videos": QuestionSet(ONEVISION, VIDEOS, smaller=BOTH, difficulty="hard"),
+    "onevision-videos": QuestionSet(ONEVISION, VIDEOS, 30, SINGLE, BOTH),
+    "onevision-hard-videos": QuestionSet(ONEVISION, VIDEOS, 30, SINGLE, BOTH, "hard"),
     "vila-images": QuestionSet(VILA, IMAGES),
-    "vila-videos": QuestionSet(VILA, VIDEOS, smaller=BOTH),
+    "vila-videos": QuestionSet(VILA, VIDEOS, 30, SINGLE, BOTH),
 }
 
 
@@ -114,14 +115,15 @@ class Questions:
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.set = SETS[name]
         self.options = {"batch_size": args.batch, "progress": name, "name": self.set.model}
-        self.folder = ACCURACY / "runs" / "tower" / f"{args.split}-{name}"
         count = args.per_family or self.set.per_family
         chosen = list(items(args.split, count, self.set.families, difficulty=self.set.difficulty))
         self.source = shapesqa(chosen, ACCURACY / "results" / "media" / args.split)
         self.model, self.processor = load_model(self.set.model, device="cpu")
+        weights = weights_hash(self.model)
+        self.folder = ACCURACY / "runs" / "tower" / f"{args.split}-{name}-{weights}"
         pan = self.set.difficulty == "hard" and chosen[0].kind == "video"
         self.facts = {
-            "model": self.set.model, "weights": weights_hash(self.model), "split": args.split,
+            "model": self.set.model, "weights": weights, "split": args.split,
             "blind": blind_guess(chosen),
             "vivid": [int(bool(i.scene.look and i.scene.look.vivid)) for i in chosen if pan],
         }  # fmt: skip
