@@ -48,8 +48,9 @@ def test_a_plan_may_begin_in_the_tower(
     assert plans and all(plan == expected for plan in plans)
     plans.clear()
     assert run(command, "--model", folder, "--image", IMAGE, *OPTIONS, *more) == 0
-    towers = [(plan.tower.fraction, plan.tower.reducer.name) for plan in plans if plan.tower]
-    assert set(towers) == {(pytest.approx(0.4), "random")}
+    towers = [plan.tower for plan in plans]
+    assert towers and all(t is not None and t.reducer.name == "random" for t in towers)
+    assert [t.fraction for t in towers if t] == pytest.approx([0.4] * len(towers))
 
 
 def test_eval_passes_the_stage_on(
@@ -67,13 +68,12 @@ def test_eval_passes_the_stage_on(
     assert chosen.dropped_cells == pytest.approx(0.6) and chosen.tower_reducer == "random"
 
 
-def test_tune_passes_the_stage_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tune_passes_the_stage_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(tuning, "search", lambda m, p, q, found, **how: calls.extend(found) or [])
     given = ("--tokens", 64, "--model", folder, "--items", 1, "--families", "needle")
-    more = ("--frames", 4, "--scale", 1, "-o", tmp_path / "tuned.json")
+    more = ("--frames", 4, "--scale", 1, "--json")
     assert run("tune", *given, *OPTIONS, *more) == 0
     settings = [candidate.setting for candidate in calls if candidate.setting.active]
-    assert settings and all(s.dropped_cells == pytest.approx(0.6) for s in settings)
+    assert settings
+    assert all((s.tower_ratio, s.tower_reducer) == ("auto", "random") for s in settings)
