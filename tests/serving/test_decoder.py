@@ -72,6 +72,15 @@ def test_frames_and_times_are_those_of_this_process(frames: int) -> None:
     assert len(here) == min(frames, 21)
 
 
+def test_modules_of_the_working_directory_are_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("numpy", "tokencomp", "av"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(1)")
+    monkeypatch.chdir(tmp_path)
+    assert len(decode_apart(clip(), Limits(), Deadline(60))[0]) == 21
+
+
 def test_refusals_keep_their_status() -> None:
     few = Limits(max_decoded=20)
     for content, limits, status in ((clip(), few, 413), (clip()[:300], Limits(), 400)):

@@ -29,7 +29,10 @@ from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.video import Clip, decode_container, too_much_memory
 
 GRACE = 5  # seconds after the end of its time when the kernel ends a process that hangs
-ENV = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}  # both reserve memory per core
+ENV = {
+    "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",  # both reserve memory per core
+    "PYTHONSAFEPATH": "1",
+}  # fmt: skip
 
 
 def decode_apart(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
@@ -62,7 +65,8 @@ def _process(deadline: Deadline) -> Iterator[subprocess.Popen[bytes]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, **ENV},
+        env={**os.environ, **ENV, "PYTHONPATH": _import_path()},
+        cwd=Path(sys.executable).anchor,  # modules of the working directory are not imported
         start_new_session=True,  # Ctrl-C is for the server, which lets requests end
     ) as process:
         try:
@@ -70,6 +74,11 @@ def _process(deadline: Deadline) -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.kill()
+
+
+def _import_path() -> str:
+    """Return where this process imports modules from, for the one that decodes."""
+    return os.pathsep.join(str(Path(folder).resolve()) for folder in sys.path if folder)
 
 
 def _answer(stream: IO[bytes]) -> Clip | None:
