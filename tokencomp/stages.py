@@ -31,8 +31,10 @@ class StageReducer(ABC):
 
     name: ClassVar[str] = ""
     drops_frames: ClassVar[bool] = False
+    """Whether it drops frames of a video whole, so that their pixels need not be computed."""
 
     def chosen_frames(self, looks: Tensor, places: int, keep: int) -> list[int]:
+        """Numbers of the frames that stay; only of reducers that drop frames, see `KeyFrames`."""
         raise NotImplementedError
 
     @property

@@ -41,7 +41,7 @@ from benchmarks.accuracy.library import (
     weights_hash,
 )
 from benchmarks.accuracy.store import ACCURACY
-from benchmarks.accuracy.studies import tower_book
+from benchmarks.accuracy.studies import tower_book, tower_variants
 from benchmarks.accuracy.studies.tower_book import IDENTITY
 from benchmarks.accuracy.studies.tower_page import ENTRY, RATIO, TOWER, page
 from benchmarks.accuracy.studies.tower_sizes import at_side
@@ -213,7 +213,9 @@ def main() -> None:
     for name in () if args.report else args.sets:
         run_set(name, args, sets, path)
     ordered = {name: sets[name] for name in SETS if name in sets}
-    (args.output / "tower.md").write_text(page(ordered), encoding="utf-8")
+    variants = tower_variants.section(args.output / tower_variants.NAME)
+    text = "\n".join([page(ordered), *variants])
+    (args.output / "tower.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -167,13 +167,14 @@ NOTES: dict[str, str] = {
     "qwen-images": "Small objects cost k-centre most. A likely reason: its thumbnails average over "
     "4 × 4 pixels inside of every patch, so an object of a few pixels changes the look of its cell "
     "little, and cells with the edges of large objects go first. Fewer pixels lose more there. "
-    "Counting is the family in which fewer pixels do as well.",
+    "Counting is the family in which fewer pixels do as well: what it loses, it loses at the entry "
+    "of the decoder (see the variants of k-centre below).",
     "qwen-videos": "What k-centre loses is in `needle`, objects that are seen in few frames, for "
     "the same likely reason as small objects in images. Fewer pixels and frames lose more.",
-    "onevision-images": "Counting is the family in which fewer pixels do as well as k-centre, or "
-    "better. A likely reason: the objects to be counted are large, and a tower that sees all of "
-    "the picture at a lower resolution misses none of them. Against entry only, k-centre loses "
-    "nothing.",
+    "onevision-images": "In counting, which this model has hardly learned, fewer pixels do as well "
+    "as k-centre, or better. A likely reason: the objects to be counted are large, and a tower "
+    "that sees all of the picture at a lower resolution misses none of them. Against entry only, "
+    "k-centre loses nothing.",
     "onevision-hard-videos": "A background that moves makes all places change, and cells with its "
     "texture compete with those of objects. At 0.75 k-centre therefore loses more than on usual "
     "videos, where the background is the same in all frames. That is the likely reason; fewer "
