@@ -6,9 +6,12 @@ import itertools
 
 import pytest
 import torch
+from support import tower
+from support.families import FAMILIES, text
 from torch import Tensor
 
-from tokencomp import VisualTokens, make_reducer
+import tokencomp
+from tokencomp import Plan, TowerStage, VisualTokens, make_reducer
 
 
 def span(
@@ -101,3 +104,23 @@ def test_a_small_budget_is_not_all_first_frame() -> None:
     frames = torch.randn(4, 9, 5)
     kept = make_reducer("runlength").reduce(span(frames.flatten(0, 1), (4, 3, 3)), 9).keep
     assert int((kept < 9).sum()) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("divprune", {}), ("condiv", {"signal": "none"}), ("kcentre", {}), ("uniform", {})],
+)
+def test_reducers_at_later_blocks_see_mean_hidden_states(name: str, options: dict) -> None:
+    """Any reducer that reads the picture alone chooses cells before block 1 of the tower."""
+    family = tower.deep(FAMILIES["qwen2_vl"])
+    model = tower.build(family)
+    inputs = tower.like(model, family.batch([[text(3), family.image(0), text(4)]]))
+    with torch.no_grad(), tower.block_inputs(model, 1) as states:
+        model(**inputs)
+    means = states[0].view(16, 4, -1).mean(1).float()  # four neighbouring patches are one token
+    reducer = make_reducer(name, **options)
+    expected = reducer.reduce(span(means, (1, 4, 4)), 7).keep.tolist()
+    with tokencomp.patch(model, plan=Plan((), TowerStage(1, 7 / 16, reducer))) as handle:
+        with torch.no_grad():
+            assert model(**inputs).logits.isfinite().all()
+        assert handle.stats.tower_kept(0) == [expected]
