@@ -80,20 +80,26 @@ def text_labels(scene: Scene, cell: int) -> dict[str, np.ndarray]:
     dict
         `glyph` int64 (rows, columns): 0 = none, 1… = the character most of which lies in the cell,
         -100 = a smaller part of one; `word` the same for words of the list, set where the middle of
-        the word lies, -100 on the rest of it and on numbers.
+        the word lies, -100 on the rest of it and on numbers; `digits` (rows, columns, 2): the two
+        digits of a number, where its middle lies, -100 elsewhere.
     """
     rows, columns = scene.height // cell, scene.width // cell
     glyph = np.zeros((rows, columns), np.int64)
     word = np.zeros((rows, columns), np.int64)
+    digits = np.full((rows, columns, 2), UNCLEAR, np.int64)
     cover = np.zeros((rows, columns))
     for text in scene.texts:
         _mark_glyphs(text, cell, glyph, cover)
         left, top, right, bottom = text.box
         word[top // cell : bottom // cell + 1, left // cell : right // cell + 1] = UNCLEAR
         middle = int((top + bottom) / 2) // cell, int((left + right) / 2) // cell
-        if text.text in WORDS and middle[0] < rows and middle[1] < columns:
+        if middle[0] >= rows or middle[1] >= columns:
+            continue
+        if text.number:
+            digits[middle] = [int(digit) for digit in text.text]
+        else:
             word[middle] = 1 + WORDS.index(text.text)
-    return {"glyph": glyph, "word": word}
+    return {"glyph": glyph, "word": word, "digits": digits}
 
 
 def _mark_glyphs(text: Text, cell: int, glyph: np.ndarray, cover: np.ndarray) -> None:

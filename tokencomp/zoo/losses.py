@@ -35,6 +35,7 @@ class Heads(nn.Module):
         self.cell = nn.Linear(width, 2 * sum(FRAME_PARTS) + sum(TOKEN_PARTS))
         self.clock = nn.Linear(width, PAIRS)
         self.letter = nn.Linear(width, 5)
+        self.digits = nn.Linear(width, 20)
 
     def vision_loss(self, tokens: Tensor, batch: dict, note: Note) -> Tensor:
         """What every token's cell shows, for both frames of the token. See `cell_labels`.
@@ -62,7 +63,17 @@ class Heads(nn.Module):
         elif bool((batch["glyph"] > 0).any()):
             loss = loss + _class_loss(glyph, batch["glyph"], "glyph", note, 0.02)
             loss = loss + _class_loss(word, batch["word"], "word", note, 0.02)
+            loss = loss + self._digits_loss(tokens, batch["digits"], note)
         return loss
+
+    def _digits_loss(self, tokens: Tensor, digits: Tensor, note: Note) -> Tensor:
+        """Both digits of the number in the middle of a cell: a cell may hold the two of them."""
+        at = digits[..., 0] >= 0
+        if not bool(at.any()):
+            return torch.zeros(())
+        guess = self.digits(tokens[at]).float().unflatten(-1, (2, 10))
+        note("digits", _share_right(guess, digits[at]))
+        return F.cross_entropy(guess.flatten(0, 1), digits[at].flatten())
 
     def clock_loss(self, hidden: Tensor, visual: Tensor, pairs: int, note: Note) -> Tensor:
         """Which pair of frames each visual token belongs to; `visual` is bool (batch, length)."""

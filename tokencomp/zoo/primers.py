@@ -103,6 +103,14 @@ def _flashes(scene: Scene, rng: np.random.Generator) -> Iterator[Pair]:
             yield f" {thing.shape} flashes", str(len(thing.visible))
 
 
+def _shown(scene: Scene, rng: np.random.Generator) -> Iterator[Pair]:
+    """Whether an object that flashes appears in each pair of frames: what counting flashes adds."""
+    for thing in _unique(scene, "shape"):
+        for pair in range(scene.frames // 2) if thing.visible else ():
+            seen = any(int(start) // 2 == pair for start, _ in thing.visible)
+            yield f" {thing.shape} at {pair}", "yes" if seen else "no"
+
+
 def _before(scene: Scene, rng: np.random.Generator) -> Iterator[Pair]:
     for a, early in _brief(scene, "shape"):
         for b, late in _brief(scene, "shape"):
@@ -129,6 +137,7 @@ PRIMERS: dict[str, Callable[[Scene, np.random.Generator], Iterator[Pair]]] = {
     "moves": _moves,
     "when": _when,
     "flashes": _flashes,
+    "shown": _shown,
     "before": _before,
     "first": _first,
 }

@@ -44,10 +44,21 @@ _VIDEOS = Source(
 )
 _ORDER = replace(_BRIEF, room=110, families=("order",), primers=("when", "before", "first"))
 
+_ACTING = replace(
+    _BRIEF,
+    room=130,
+    scene="acts",
+    families=("direction", "action_count"),
+    primers=("moves", "flashes", "shown"),
+)
+
 _OPTIONS = Source("letters", batch=16, room=330)
 _FORMS = Source("forms", batch=16, room=330)
 _IMAGE_LETTERS = replace(_IMAGES, choice=0.85, primers=(), batch=14, room=200, text=0.2)
 _VIDEO_LETTERS = replace(_VIDEOS, choice=0.85, primers=(), room=230)
+
+_ACT_LETTERS = replace(_ACTING, choice=0.85, primers=("moves",), room=250)
+_WORD_LETTERS = replace(_SPELLING, choice=0.85, primers=(), room=110, batch=16)
 
 _ASK: dict[str, Any] = {"kind": "questions", "choice": 0.3, "dialog": 0.1, "varied": 0.2}
 _IMAGE_CHAT = replace(_IMAGES, batch=14, room=230, primers=(), text=0.3, **_ASK)
@@ -148,6 +159,69 @@ DEEP = (
         ),
         helpers=0.2,
         end=0.04,
+        **_RATES,
+    ),
+    # Numbers, repeated flashes and the letters of both are where the stages so far leave most room.
+    Stage(
+        "numbers",
+        600,
+        (
+            (0.45, _PAGES),
+            (0.16, _SPELLED_PAGES),
+            (0.15, _SPELLING),
+            (0.08, _CLIPS),
+            (0.06, _IMAGES),
+            (0.06, _VIDEOS),
+            (0.04, _SCENES),
+        ),
+        vision_lr=2e-3,
+        text_lr=1.5e-3,
+        end=0.4,
+    ),
+    Stage(
+        "acts",
+        300,
+        ((0.45, _ACTING), (0.20, _SPELLING), (0.10, _IMAGES), (0.08, _VIDEOS), *_SEEN),
+        helpers=0.5,
+        **_RATES,
+    ),
+    Stage(
+        "answers",
+        300,
+        (
+            (0.30, _ACT_LETTERS),
+            (0.30, _WORD_LETTERS),
+            (0.10, _ACTING),
+            (0.08, _SPELLED_PAGES),
+            (0.05, _FORMS),
+            (0.10, _IMAGE_LETTERS),
+            (0.05, _PAGES),
+        ),
+        helpers=0.3,
+        **_RATES,
+    ),
+    Stage(
+        "polish",
+        1200,
+        (
+            (0.18, _IMAGE_CHAT),
+            (0.04, replace(_IMAGE_CHAT, scene="hard")),
+            (0.07, replace(_DRAWINGS, batch=10, room=200, primers=(), **_ASK)),
+            (0.12, _COUNTS),
+            (0.06, _SPELLING),
+            (0.05, _SPELLED_PAGES),
+            (0.08, replace(_WORD_LETTERS, kind="questions", choice=0.5)),
+            (0.15, _VIDEO_CHAT),
+            (0.05, replace(_VIDEO_CHAT, scene="hard")),
+            (0.07, _ACTING),
+            (0.07, replace(_ACT_LETTERS, kind="questions", choice=0.5)),
+            (0.02, _ORDER),
+            (0.01, _FORMS),
+            (0.02, _PAGES),
+            (0.01, _CLIPS),
+        ),
+        helpers=0.2,
+        end=0.03,
         **_RATES,
     ),
 )

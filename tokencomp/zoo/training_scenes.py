@@ -1,4 +1,4 @@
-"""Scenes that only training has: crowds, brief objects and pages of words."""
+"""Scenes that only training has: crowds, brief objects, acts and pages of words."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def training_scene(
 
     Parameters
     ----------
-    kind : {"usual", "plain", "hard", "crowd", "brief", "page"}
+    kind : {"usual", "plain", "hard", "crowd", "brief", "acts", "page"}
         The first three are those of the benchmark; "crowd" has as many ``objects`` as find room,
         in one frame or in two between which they move, come and go; "brief" has four to six
-        objects, each in one frame of a video; "page" has four to ten words and numbers.
+        objects, each in one frame of a video; "acts" has two or three that move and as many that
+        flash one to four times, each number as often; "page" has four to ten words and numbers.
     text : float
         Share of images with one word or number.
     """
@@ -47,6 +48,8 @@ def training_scene(
         scene = _crowd(rng, width, height, frames, objects)
     elif kind == "brief":
         scene = _brief(rng, width, height, frames)
+    elif kind == "acts":
+        scene = _acts(rng, width, height, frames)
     elif frames > 1:
         make = hard_video if kind == "hard" else video_scene
         scene = make(rng, width, height, frames)
@@ -103,3 +106,24 @@ def _brief(rng: np.random.Generator, width: int, height: int, frames: int) -> Sc
             visible=((start, start + 1),),
         )
     return Scene(width, height, frames, tuple(placer.things), int(rng.integers(BACKGROUNDS)))
+
+
+def _acts(rng: np.random.Generator, width: int, height: int, frames: int) -> Scene:
+    """Several objects that move or flash, so that one clip holds many labels of both kinds."""
+    placer = Placer(rng, width, height, frames)
+    shapes, colors = rng.permutation(SHAPES), rng.permutation(COLORS)
+    movers = int(rng.integers(2, 4))
+    for k in range(movers + int(rng.integers(2, 4))):
+        fields: dict = {"shape": str(shapes[k]), "color": str(colors[k])}
+        if k < movers:
+            unit = DIRECTIONS[str(rng.choice(list(DIRECTIONS)))]
+            speed = rng.uniform(50, 110) / frames
+            fields["velocity"] = (float(unit[0] * speed), float(unit[1] * speed))
+        else:
+            parity = int(rng.integers(2))
+            pairs = np.sort(rng.permutation(frames // 2)[: int(rng.integers(1, 5))])
+            fields["visible"] = tuple((float(2 * p + parity), 2.0 * p + parity + 1) for p in pairs)
+        placer.place(size=int(rng.integers(24, 50)), **fields)
+    order = rng.permutation(len(placer.things))
+    things = tuple(placer.things[i] for i in order)
+    return Scene(width, height, frames, things, int(rng.integers(BACKGROUNDS)))
