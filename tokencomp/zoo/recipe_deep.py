@@ -180,7 +180,7 @@ DEEP = (
     ),
     Stage(
         "acts",
-        300,
+        600,
         ((0.45, _ACTING), (0.20, _SPELLING), (0.10, _IMAGES), (0.08, _VIDEOS), *_SEEN),
         helpers=0.5,
         **_RATES,
