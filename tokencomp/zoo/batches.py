@@ -41,8 +41,8 @@ class Source:
     `more` names some that occur twice as often. `choice` is the share of multiple-choice questions;
     `varied` the share of batches of another size or frame count than 224×224 × 8; `dialog` the
     share of batches that are chats of several turns; `text` the share of images with a word; with
-    `spell` the visual tokens of words and digits are labelled with them; `size` is for "vision"
-    alone.
+    `spell` the visual tokens of words and digits are labelled with them; with `repeat` a question
+    comes up to five times with other options each time; `size` is for "vision" alone.
     """
 
     kind: str
@@ -60,6 +60,7 @@ class Source:
     families: tuple[str, ...] | None = None
     text: float = 0.0
     spell: bool = False
+    repeat: bool = False
 
 
 def _codec_noise(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -167,13 +168,16 @@ class BatchMaker:
             kinds = families(source.media)
             kinds += ("video_existence",) if source.media == "video" else ()
         kinds += source.more
-        prompts: set[str] = set()
+        prompts: set[tuple[str, ...]] = set()
         for name in (
             str(name) for _ in range(5 if kinds else 0) for name in rng.permutation(kinds)
         ):
             question = ask(scene, name, rng)
-            if question is not None and question.text not in prompts:
-                prompts.add(question.text)
+            if question is None:
+                continue
+            prompt = (question.text, *(question.options if source.repeat else ()))
+            if prompt not in prompts:
+                prompts.add(prompt)
                 out.append(self._question(question, source, rng))
         order = rng.permutation(len(out)) if source.primers else range(len(out))
         return [out[i][0] for i in order], [out[i][1] for i in order]

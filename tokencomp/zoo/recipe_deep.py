@@ -59,6 +59,7 @@ _VIDEO_LETTERS = replace(_VIDEOS, choice=0.85, primers=(), room=230)
 
 _ACT_LETTERS = replace(_ACTING, choice=0.85, primers=("moves",), room=250)
 _WORD_LETTERS = replace(_SPELLING, choice=0.85, primers=(), room=110, batch=16)
+_WORD_OPTIONS = replace(_WORD_LETTERS, choice=0.9, room=260, repeat=True)
 
 _ASK: dict[str, Any] = {"kind": "questions", "choice": 0.3, "dialog": 0.1, "varied": 0.2}
 _IMAGE_CHAT = replace(_IMAGES, batch=14, room=230, primers=(), text=0.3, **_ASK)
@@ -200,6 +201,21 @@ DEEP = (
         helpers=0.3,
         **_RATES,
     ),
+    # One question a picture leaves the letters of words at chance; five with other options do not.
+    Stage(
+        "options",
+        300,
+        (
+            (0.60, _WORD_OPTIONS),
+            (0.10, _SPELLING),
+            (0.10, replace(_ACT_LETTERS, repeat=True)),
+            (0.08, _IMAGE_LETTERS),
+            (0.05, _FORMS),
+            (0.07, _PAGES),
+        ),
+        helpers=0.3,
+        **_RATES,
+    ),
     Stage(
         "polish",
         1200,
@@ -210,7 +226,7 @@ DEEP = (
             (0.12, _COUNTS),
             (0.06, _SPELLING),
             (0.05, _SPELLED_PAGES),
-            (0.08, replace(_WORD_LETTERS, kind="questions", choice=0.5)),
+            (0.08, replace(_WORD_OPTIONS, kind="questions", choice=0.5)),
             (0.15, _VIDEO_CHAT),
             (0.05, replace(_VIDEO_CHAT, scene="hard")),
             (0.07, _ACTING),
