@@ -79,9 +79,9 @@ def draw_text(pixels: np.ndarray, text: Text) -> np.ndarray:
     return np.asarray(image)
 
 
-def draw_word(rng: np.random.Generator) -> str:
-    """A word, or in a third of the cases a number of two digits."""
-    if rng.random() < 1 / 3:
+def draw_word(rng: np.random.Generator, numbers: float = 1 / 3) -> str:
+    """A word, or in a share of `numbers` a number of two digits."""
+    if rng.random() < numbers:
         return str(rng.integers(10, 100))
     return WORDS[int(rng.integers(len(WORDS)))]
 
@@ -92,9 +92,10 @@ def place_text(
     height: int,
     taken: list[tuple[int, int, int, int]],
     tries: int = 20,
+    numbers: float = 1 / 3,
 ) -> Text | None:
     """A random word at a place that overlaps no box of ``taken``, or None when none is free."""
-    word, size = draw_word(rng), int(rng.integers(SIZES[0], SIZES[1] + 1))
+    word, size = draw_word(rng, numbers), int(rng.integers(SIZES[0], SIZES[1] + 1))
     font, dark = FONTS[int(rng.integers(len(FONTS)))], bool(rng.random() < 0.5)
     w, h = extent(word, size, font)
     for _ in range(tries if width > w + 8 and height > h + 8 else 0):

@@ -185,12 +185,14 @@ def image_scene(
     return Scene(width, height, 1, tuple(placer.things), int(rng.integers(2**31)))
 
 
-def with_text(scene: Scene, rng: np.random.Generator, count: int = 1) -> Scene:
-    """The scene with up to ``count`` words or numbers at free places."""
+def with_text(
+    scene: Scene, rng: np.random.Generator, count: int = 1, numbers: float = 1 / 3
+) -> Scene:
+    """The scene with up to ``count`` words or, in a share of ``numbers``, numbers at free places."""
     taken = [thing.sweep(scene.frames) for thing in scene.things]
     texts: list[Text] = []
     for _ in range(count):
-        text = place_text(rng, scene.width, scene.height, taken)
+        text = place_text(rng, scene.width, scene.height, taken, numbers=numbers)
         if text is not None:
             texts.append(text)
             taken.append(text.box)

@@ -16,6 +16,7 @@ from tokencomp.zoo.stage import Stage
 _SCENES = Source("vision", "image", batch=20, objects=(4, 10), scene="crowd")
 _CLIPS = Source("vision", "video", batch=14, objects=(4, 9), scene="crowd")
 _PAGES = Source("vision", "image", batch=20, scene="page")
+_NUMBERS = replace(_PAGES, scene="numbers")
 _SEEN: tuple[tuple[float, Source], ...] = ((0.04, _SCENES), (0.04, _CLIPS), (0.04, _PAGES))
 
 _HOPS = ("pairs", "places", "numbers", "sides", "text")
@@ -220,20 +221,21 @@ DEEP = (
         "polish",
         1200,
         (
-            (0.18, _IMAGE_CHAT),
+            (0.16, _IMAGE_CHAT),
             (0.04, replace(_IMAGE_CHAT, scene="hard")),
             (0.07, replace(_DRAWINGS, batch=10, room=200, primers=(), **_ASK)),
             (0.12, _COUNTS),
             (0.06, _SPELLING),
             (0.05, _SPELLED_PAGES),
-            (0.08, replace(_WORD_OPTIONS, kind="questions", choice=0.5)),
-            (0.15, _VIDEO_CHAT),
+            (0.07, replace(_WORD_OPTIONS, kind="questions", choice=0.5)),
+            (0.13, _VIDEO_CHAT),
             (0.05, replace(_VIDEO_CHAT, scene="hard")),
             (0.07, _ACTING),
             (0.07, replace(_ACT_LETTERS, kind="questions", choice=0.5)),
             (0.02, _ORDER),
             (0.01, _FORMS),
-            (0.02, _PAGES),
+            (0.04, _PAGES),
+            (0.08, _NUMBERS),
             (0.01, _CLIPS),
         ),
         helpers=0.2,

@@ -32,18 +32,20 @@ def training_scene(
 
     Parameters
     ----------
-    kind : {"usual", "plain", "hard", "crowd", "brief", "acts", "page"}
+    kind : {"usual", "plain", "hard", "crowd", "brief", "acts", "page", "numbers"}
         The first three are those of the benchmark; "crowd" has as many ``objects`` as find room,
         in one frame or in two between which they move, come and go; "brief" has four to six
         objects, each in one frame of a video; "acts" has two or three that move and as many that
-        flash one to four times, each number as often; "page" has four to ten words and numbers.
+        flash one to four times, each number as often; "page" has four to ten words and numbers; on a page of
+        "numbers" three of four are numbers.
     text : float
         Share of images with one word or number.
     """
     frames, height, width = shape
-    if kind == "page":
+    if kind in ("page", "numbers"):
         scene = Scene(width, height, 1, (), int(rng.integers(BACKGROUNDS)), look=_ground(rng))
-        return with_text(scene, rng, int(rng.integers(4, 11)))
+        share = 3 / 4 if kind == "numbers" else 1 / 3
+        return with_text(scene, rng, int(rng.integers(4, 11)), share)
     if kind == "crowd":
         scene = _crowd(rng, width, height, frames, objects)
     elif kind == "brief":
