@@ -188,7 +188,7 @@ def image_scene(
 def with_text(
     scene: Scene, rng: np.random.Generator, count: int = 1, numbers: float = 1 / 3
 ) -> Scene:
-    """The scene with up to ``count`` words or, in a share of ``numbers``, numbers at free places."""
+    """The scene with up to ``count`` words at free places; a share of ``numbers`` are numbers."""
     taken = [thing.sweep(scene.frames) for thing in scene.things]
     texts: list[Text] = []
     for _ in range(count):

@@ -36,8 +36,8 @@ def training_scene(
         The first three are those of the benchmark; "crowd" has as many ``objects`` as find room,
         in one frame or in two between which they move, come and go; "brief" has four to six
         objects, each in one frame of a video; "acts" has two or three that move and as many that
-        flash one to four times, each number as often; "page" has four to ten words and numbers; on a page of
-        "numbers" three of four are numbers.
+        flash one to four times, each number as often; "page" has four to ten words and numbers, of
+        which three in four are numbers in "numbers".
     text : float
         Share of images with one word or number.
     """
