@@ -1,6 +1,7 @@
 """What training adds to the benchmark: labels of characters, pairs, letters, the optimizer."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from tokencomp.shapesqa.items import stream
 from tokencomp.shapesqa.lettering import Text
 from tokencomp.shapesqa.render import owner_map
 from tokencomp.shapesqa.scenes import Scene
-from tokencomp.zoo.batches import BatchMaker
+from tokencomp.zoo.batches import BatchMaker, Source
 from tokencomp.zoo.families import family
 from tokencomp.zoo.labels import text_labels
 from tokencomp.zoo.letters import dense_options, whole_form
@@ -44,6 +45,32 @@ def test_characters_are_labelled_where_their_ink_is():
     assert (labels["glyph"] > 0).sum() >= 3 and labels["word"].max() > 0
     left, top, right, bottom = text.box
     assert (labels["word"][top // 28 : bottom // 28 + 1, left // 28 : right // 28 + 1] != 0).all()
+
+
+def test_both_digits_are_labelled_where_the_middle_of_a_number_is():
+    scene = Scene(224, 224, 1, (), texts=(Text("47", 30, 60, 20), Text("sun", 140, 150, 30)))
+    digits = text_labels(scene, 28)["digits"]
+    left, top, right, bottom = scene.texts[0].box
+    middle = int((top + bottom) / 2) // 28, int((left + right) / 2) // 28
+    assert digits[middle].tolist() == [4, 7]
+    digits[middle] = IGNORE
+    assert (digits == IGNORE).all()
+
+
+def test_repeated_questions_differ_in_their_options(packer):
+    """A picture with one word has one question; `repeat` asks it with other options each time."""
+    source = Source("facts", families=("reading",), choice=1.0, repeat=True)
+    maker = BatchMaker(packer, 0, 28)
+    rng = stream("train", "repeat")
+    scene = Scene(224, 224, 1, (), texts=(Text("moon", 30, 60, 40),))
+    segments, names = maker._segments(scene, source, rng)
+    prompts = [packer.tokenizer.decode(tokens[:-1]) for tokens, _ in segments]
+    assert len(prompts) == len(set(prompts)) >= 4 and set(names) == {"reading/choice/fact"}
+    for prompt, (_, labels) in zip(prompts, segments, strict=True):
+        options = dict(re.findall(r"\(?([A-E])[.)] (\w+)", prompt))
+        (answer,) = [packer.tokenizer.decode([i]) for i in labels if i != IGNORE]
+        assert options[answer] == "moon"
+    assert len(maker._segments(scene, replace(source, repeat=False), rng)[0]) == 1
 
 
 def test_spelling_labels_the_visual_token_in_the_middle_of_a_word(packer):
@@ -99,12 +126,12 @@ def test_still_pairs_agree_with_pixels(name):
     assert checked > 30
 
 
-@pytest.mark.parametrize("name", ["moves", "when", "flashes", "before", "first"])
+@pytest.mark.parametrize("name", ["moves", "when", "flashes", "shown", "before", "first"])
 def test_clip_pairs_agree_with_frames(name):
     checked = 0
     for index in range(16):
         rng = stream("train", "clips", index)
-        kind = "usual" if name in ("moves", "flashes") else "brief"
+        kind = "acts" if name in ("moves", "flashes", "shown") else "brief"
         scene = training_scene(rng, kind, (8, 224, 224), (2, 5), 0.0)
         for key, value in primer_pairs(name, scene, rng):
             words = key.split()
@@ -115,7 +142,10 @@ def test_clip_pairs_agree_with_frames(name):
                 assert value == (sideways if abs(dx) > abs(dy) else ("up", "down")[int(dy > 0)])
             else:
                 kinds = "shape" if any(t.shape == words[-1] for t in scene.things) else "color"
-                if name in ("when", "flashes"):
+                if name == "shown":
+                    pairs = {frame // 2 for frame in _frames(scene, shape=words[0])}
+                    assert value == ("yes" if int(words[2]) in pairs else "no")
+                elif name in ("when", "flashes"):
                     kinds = "shape" if any(t.shape == words[0] for t in scene.things) else "color"
                     frames = _frames(scene, **{kinds: words[0]})
                     right = frames[0] // 2 if name == "when" else len(frames)
@@ -136,11 +166,13 @@ def test_every_primer_is_one_token_per_word(packer):
     for name in PRIMERS:
         for index in range(4):
             rng = stream("train", "words", name, index)
-            shape = (8, 224, 224) if name in ("moves", "when", "flashes") else (1, 224, 224)
-            kind = "brief" if name == "when" else "usual"
+            clips = {"moves": "acts", "when": "brief", "flashes": "acts", "shown": "acts"}
+            shape = (8, 224, 224) if name in clips else (1, 224, 224)
+            kind = clips.get(name, "usual")
             scene = training_scene(rng, kind, shape, (2, 5), 1.0)
             for key, value in primer_pairs(name, scene, rng):
-                assert len(packer.ids(key)) == len(key.split()), key
+                digits = sum(word.isdigit() for word in key.split())  # a space, then the digit
+                assert len(packer.ids(key)) == len(key.split()) + digits, key
                 assert len(packer.ids(value)) == (2 if value.isdigit() and len(value) > 1 else 1)
 
 
