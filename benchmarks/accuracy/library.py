@@ -41,9 +41,10 @@ from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.pages.plots import Point, lines
 from tokencomp.pages.report import work_cell
 from tokencomp.reducers.base import Reducer
+from tokencomp.shapesqa.difficulty import DIFFICULTIES, is_image_family
 from tokencomp.shapesqa.examples import blind_guess, shapesqa
 from tokencomp.shapesqa.items import SIZE, items
-from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES
+from tokencomp.shapesqa.questions import FAMILIES
 from tokencomp.signals import TOWER_SIGNALS
 from tokencomp.storage import replace_file, write_json
 from tokencomp.trained.cards import locate, model_facts, weights_hash
@@ -54,11 +55,11 @@ from tokencomp.zoo import available_models, load, metrics
 
 __all__ = [
     "DEFAULT_REDUCER",
+    "DIFFICULTIES",
     "DOWNSCALE",
     "FAMILIES",
     "FEWER_FRAMES",
     "FULL",
-    "IMAGE_FAMILIES",
     "INPUT_BASELINES",
     "NATIVE",
     "PARTS",
@@ -88,6 +89,7 @@ __all__ = [
     "environment",
     "extend_visual_context",
     "has_budget",
+    "is_image_family",
     "items",
     "lines",
     "load",

@@ -201,6 +201,11 @@ INTROS = {
         "The default and the baselines on 1500 counting questions, for the two models that have "
         "not learned to count.",
     ),
+    "hard": (
+        "Hard scenes",
+        "The default and the baselines where cameras pan, objects are coloured like their "
+        "background, crowds are counted and text stands over textures.",
+    ),
     "chance": (
         "Families that the models have not learned",
         "The default and the baselines on 300 questions of every family on which the full model is "

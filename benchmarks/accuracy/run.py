@@ -27,6 +27,7 @@ import torch
 from benchmarks import publishing
 from benchmarks.accuracy.library import (
     DEFAULT_REDUCER,
+    DIFFICULTIES,
     DOWNSCALE,
     FAMILIES,
     INPUT_BASELINES,
@@ -155,7 +156,8 @@ def answer_all(
     """
     folder, unfinished = args.out / name, args.out / "runs" / name / split
     families = args.families or stored_families(folder, split)
-    questions = list(items(split, args.per_family, tuple(families), args.start))
+    scenes = {"difficulty": args.difficulty}
+    questions = list(items(split, args.per_family, tuple(families), args.start, **scenes))
     check_items(folder, split, (item.id for item in questions))
     examples = shapesqa(questions, args.out / "media" / split)
     model, processor = load(name)
@@ -212,6 +214,13 @@ def arguments() -> argparse.ArgumentParser:
         nargs="+",
         choices=FAMILIES,
         help="question families; default those of the model's stored results, else all",
+    )
+    parser.add_argument(
+        "--difficulty",
+        choices=DIFFICULTIES,
+        default="usual",
+        help="of the scenes; hard ones have panning cameras, crowds, backgrounds in the colours of "
+        "objects and text over them, and seeds of their own in every split",
     )
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -15,12 +15,12 @@ from typing import Any
 
 from benchmarks.accuracy.library import (
     FULL,
-    IMAGE_FAMILIES,
     EvalRun,
     LostItem,
     OptionError,
     PackedAnswers,
     Setting,
+    is_image_family,
     metrics,
     write_json,
 )
@@ -39,7 +39,7 @@ IDENTITY = ("weights", "dtype", "pixels", "frames", "max_new_tokens", "seed")
 
 
 def kind_of(family: str) -> str:
-    return "images" if family in IMAGE_FAMILIES else "videos"
+    return "images" if is_image_family(family) else "videos"
 
 
 @dataclass(frozen=True)

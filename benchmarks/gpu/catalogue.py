@@ -1,9 +1,11 @@
-"""The tables that a reader with a GPU can fill, one command each."""
+"""The tables that a reader with a GPU can fill, one command each: accuracy and serving."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+from benchmarks.gpu.load import Work
 from tokencomp.errors import UnknownNameError
 from tokencomp.inputs.packaged import DEFAULT_MODEL
 
@@ -86,6 +88,58 @@ class Table:
         return replace(self, steps=steps, **small)  # type: ignore[arg-type]  # fields by name
 
 
+@dataclass(frozen=True)
+class LoadTable:
+    """One published table of a server under load.
+
+    Attributes
+    ----------
+    name, title, model, hours, note
+        As in `Table`.
+    ratios, clients
+        Ratios that requests ask for, 0 among them, and numbers of clients that ask at once.
+    per_client, least
+        Requests per client, and requests in all at the least.
+    work
+        What every request asks.
+    engine, arguments
+        Of `tokencomp serve`, and its further arguments.
+    """
+
+    name: str
+    title: str
+    model: str
+    ratios: tuple[float, ...]
+    clients: tuple[int, ...]
+    per_client: int
+    least: int
+    work: Work
+    hours: float
+    engine: str = "vllm"
+    arguments: tuple[str, ...] = ()
+    note: str = ""
+
+    def requests(self, clients: int) -> int:
+        """Requests of one ratio at so many clients."""
+        return max(self.least, self.per_client * clients)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the times depend on, ready for JSON; more ratios or clients may join later."""
+        shared = {"model": self.model, "engine": self.engine, "arguments": [*self.arguments]}
+        counts = {"per_client": self.per_client, "least": self.least, **vars(self.work)}
+        return {**shared, **counts, "ratios": [*self.ratios], "clients": [*self.clients]}
+
+    def dry(self) -> LoadTable:
+        """A few requests to the embedded model on the server that runs on any machine."""
+        work = Work(images=1, side=112, tokens=2)
+        small = {"ratios": (0.0, 0.75), "clients": (1, 2), "per_client": 1, "least": 2}
+        arguments = ("--max-batch", "2")
+        return replace(
+            self, model=DEFAULT_MODEL, engine="hf", arguments=arguments, work=work, **small
+        )  # type: ignore[arg-type]  # fields by name
+
+
 def _videos(name: str, title: str, model: str) -> Table:
     """The table of one model on videos of 32 frames."""
     return Table(
@@ -134,8 +188,31 @@ TABLES = {
     )
 }
 
+LOADS = {
+    table.name: table
+    for table in (
+        LoadTable(
+            "serving-qwen2.5-vl-7b",
+            "Serving under load: Qwen2.5-VL-7B with vLLM, two images of 1008 px a request",
+            "Qwen/Qwen2.5-VL-7B-Instruct",
+            (0.0, 0.5, 0.75, 0.9),
+            (1, 8, 32, 64),
+            per_client=8,
+            least=32,
+            work=Work(images=2, side=1008, tokens=64),
+            hours=1.5,
+            arguments=(
+                "--max-model-len", "8192", "--", "--mm-processor-cache-gb", "0",
+                "--no-enable-prefix-caching", "--max-num-seqs", "64",
+            ),
+            note="2,592 visual tokens a request. One server answers all ratios, so that they "
+            "differ in nothing else; no cache has seen the pictures.",
+        ),
+    )
+}  # fmt: skip
 
-def table(name: str) -> Table:
+
+def table(name: str) -> Table | LoadTable:
     """A table by name.
 
     Raises
@@ -143,6 +220,7 @@ def table(name: str) -> Table:
     UnknownNameError
         There is no such table.
     """
-    if name not in TABLES:
-        raise UnknownNameError(f"No table {name!r}. Choose one of {', '.join(TABLES)}.")
-    return TABLES[name]
+    every = {**TABLES, **LOADS}
+    if name not in every:
+        raise UnknownNameError(f"No table {name!r}. Choose one of {', '.join(every)}.")
+    return every[name]

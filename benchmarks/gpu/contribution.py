@@ -12,9 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
-from benchmarks.gpu.catalogue import TABLES
+from benchmarks.gpu.catalogue import LOADS, TABLES
+from benchmarks.gpu.serving_file import ServingFile
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runs import EvalRun, find_runs
@@ -87,8 +95,8 @@ class Contribution(_Strict):
         return PackedAnswers.from_json(self.answers)
 
 
-def read(path: Path) -> Contribution:
-    """A result file, checked.
+def read(path: Path) -> Contribution | ServingFile:
+    """A result file, checked by the schema of its table.
 
     Raises
     ------
@@ -96,8 +104,11 @@ def read(path: Path) -> Contribution:
         It does not fit the schema; the message names each field.
     """
     try:
-        return Contribution.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        known = json.loads(text)
+        serving = isinstance(known, dict) and known.get("table") in LOADS
+        return (ServingFile if serving else Contribution).model_validate_json(text)
+    except (ValidationError, OSError, ValueError) as error:
         raise OptionError(f"{path}: not a result file ({error}).") from error
 
 
@@ -171,5 +182,6 @@ def row_of(label: str, run: EvalRun) -> dict[str, Any]:
 
 
 def schema() -> str:
-    """The JSON schema of a result file."""
-    return json.dumps(Contribution.model_json_schema(), indent=2) + "\n"
+    """The JSON schema of a result file: of accuracy, or of serving under load."""
+    either = TypeAdapter(Contribution | ServingFile).json_schema()
+    return json.dumps(either, indent=2) + "\n"

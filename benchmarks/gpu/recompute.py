@@ -10,8 +10,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu.catalogue import TABLES, Table
+from benchmarks.gpu import serving_file
+from benchmarks.gpu.catalogue import LOADS, TABLES, LoadTable, Table
 from benchmarks.gpu.contribution import Contribution, Row, read, schema
+from benchmarks.gpu.serving_file import ServingFile
 from tokencomp.evaluation.metrics import Difference
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.rivals import losses, rivals
@@ -25,6 +27,7 @@ hand. [How to contribute](README.md). Differences are in points, on the items th
 answered, with paired bootstrap 95 % intervals; the score of random is the mean over its seeds. An
 item with a fractional score counts as right from one half on; the tasks' own scores stand below.
 """
+EMPTY = "Not run by us, and there is no result file for this table yet.\n"
 COLUMNS = (
     "method", "ratio", "frames", "reached", "visual tokens", "accuracy", "vs full", "vs random",
     "vs downscale", "where downscale fails", "same answer as full", "FLOPs", "KV", "time",
@@ -47,17 +50,17 @@ def runs_of(rows: Sequence[Row], packed: PackedAnswers) -> list[EvalRun]:
     return out
 
 
-def page(files: list[Contribution]) -> str:
+def page(files: Sequence[Contribution | ServingFile]) -> str:
     """Markdown of all tables; tables without a file are listed with their command."""
-    parts = [HEAD]
-    for table in TABLES.values():
+    parts, every = [HEAD], [*TABLES.values(), *LOADS.values()]
+    for table in every:
         parts.append(f"\n## {table.title}\n\n{_command(table)}\n")
         sent = [file for file in files if file.table == table.name]
-        parts += [_one(file) for file in sent] or ["There is no result file for this table yet.\n"]
+        parts += [_one(file) for file in sent] or [EMPTY]
     return "\n".join(parts)
 
 
-def _command(table: Table) -> str:
+def _command(table: Table | LoadTable) -> str:
     note = f" {table.note}" if table.note else ""
     return (
         f"`python -m benchmarks.gpu.tables {table.name}`: about {table.hours:g} hours on one H100 "
@@ -65,7 +68,23 @@ def _command(table: Table) -> str:
     )
 
 
-def _one(file: Contribution) -> str:
+def _one(file: Contribution | ServingFile) -> str:
+    return _serving(file) if isinstance(file, ServingFile) else _accuracy(file)
+
+
+def _serving(file: ServingFile) -> str:
+    about = file.about
+    gpus = ", ".join(about.hardware.get("gpus") or ["no GPU"])
+    work = ", ".join(f"{name} {value}" for name, value in about.work.items())
+    facts = (
+        f"{about.model}, {about.engine}; per request: {work}; {gpus}; commit {about.commit[:9]}; "
+        f"{about.date[:10]}. First token: median and 95th percentile over the answered requests. "
+        "Factors (×) are against ratio 0 at as many clients.\n"
+    )
+    return "\n".join([facts, *serving_file.table_lines(file.loads), ""])
+
+
+def _accuracy(file: Contribution) -> str:
     runs = runs_of(file.rows, file.packed)
     about = file.about
     gpus = ", ".join(about.hardware.get("gpus") or ["no GPU"])

@@ -4,8 +4,9 @@
     python -m benchmarks.gpu.tables images-qwen2.5-vl-7b --dry-run   # two questions, any machine
 
 Without a name it lists the tables with their hours. Needs `pip install -e ".[eval]"` and a clean
-checkout. Stop it at any time: run again, it goes on after the last finished batch of answers. The
-file comes to `results/NAME/`; `results/README.md` says what to do with it.
+checkout; the table of serving needs vLLM instead (`pip install -e ".[vllm]"`). Stop it at any time:
+run again, it goes on after the last finished batch of answers. The file comes to `results/NAME/`;
+`results/README.md` says what to do with it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.gpu.catalogue import TABLES, table
-from benchmarks.gpu.contribution import collect
+from benchmarks.gpu.catalogue import LOADS, TABLES, LoadTable, Table, table
+from benchmarks.gpu.contribution import Contribution, collect
+from benchmarks.gpu.serve_table import collect_loads, run_loads
+from benchmarks.gpu.serving_file import ServingFile
 from benchmarks.publishing import changed_code
 from tokencomp.cli import main as tokencomp
 from tokencomp.errors import OptionError, TokenCompError
@@ -40,6 +43,26 @@ def run(name: str, runs: Path, results: Path, dry: bool) -> Path | None:
             f"{', '.join(changed[:3])} has uncommitted changes: results need a clean checkout."
         )
     folder = runs / name
+    if isinstance(chosen, LoadTable):
+        run_loads(chosen, folder)
+    else:
+        run_steps(chosen, folder)
+    if dry or process_rank()[0]:  # one process of several writes the file
+        return None
+    file: ServingFile | Contribution
+    if isinstance(chosen, LoadTable):
+        file = collect_loads(chosen, folder)
+    else:
+        file = collect(name, [folder / f"step-{n}" for n in range(len(chosen.steps))])
+    gpu = "-".join(file.about.hardware.get("gpus", [])[:1]).replace(" ", "-") or "cpu"
+    path = results / name / f"{gpu}-{file.about.commit[:9]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, file.model_dump_json(indent=1) + "\n")
+    return path
+
+
+def run_steps(chosen: Table, folder: Path) -> None:
+    """Take all steps of a table of accuracy."""
     for number, arguments in enumerate(chosen.commands(str(folder))):
         print(
             f"step {number + 1} of {len(chosen.steps)}: tokencomp {' '.join(arguments)}", flush=True
@@ -49,14 +72,6 @@ def run(name: str, runs: Path, results: Path, dry: bool) -> Path | None:
         except SystemExit as leave:
             if leave.code:
                 raise OptionError(f"step {number + 1} ended with exit code {leave.code}.") from None
-    if dry or process_rank()[0]:  # one process of several writes the file
-        return None
-    file = collect(name, [folder / f"step-{n}" for n in range(len(chosen.steps))])
-    gpu = "-".join(file.about.hardware.get("gpus", [])[:1]).replace(" ", "-") or "cpu"
-    path = results / name / f"{gpu}-{file.about.commit[:9]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, file.model_dump_json(indent=1) + "\n")
-    return path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     options = parser.parse_args(arguments)
     if options.name is None:
-        for one in TABLES.values():
+        every: list[Table | LoadTable] = [*TABLES.values(), *LOADS.values()]
+        for one in every:
             print(f"{one.name:<28}{one.hours:>4g} h on one H100 (estimate)  {one.title}")
         return 0
     try:

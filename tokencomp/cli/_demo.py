@@ -141,13 +141,13 @@ def _batch_cost(maker: PromptMaker, setting: Setting) -> dict[str, Any]:
 
 
 def _accuracy(runs: dict[Setting, EvalRun], setting: Setting) -> dict[str, Any]:
-    from tokencomp.shapesqa.questions import IMAGE_FAMILIES
+    from tokencomp.shapesqa.difficulty import is_image_family
 
     run, full = runs[setting], runs[Setting()]
     values: dict[str, Any] = {"accuracy": run.mean("correct")}
     kinds: dict[str, list[float]] = {"image": [], "video": []}
     for record in run.answered:
-        kind = "image" if record["family"] in IMAGE_FAMILIES else "video"
+        kind = "image" if is_image_family(record["family"]) else "video"
         kinds[kind].append(float(record["correct"]))
     values["by_kind"] = {k: sum(v) / len(v) for k, v in kinds.items() if v}
     if setting.ratio and run.answered:
