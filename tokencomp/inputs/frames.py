@@ -32,13 +32,12 @@ from torch import Tensor
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.handle import make_plan
 from tokencomp.inputs.frame_size import FrameSize
+from tokencomp.inputs.needed_frames import groups_of, kept_frames, needed_pictures
 from tokencomp.inputs.video import Sampling
 from tokencomp.method import MethodSpec
 from tokencomp.plan import Plan
 from tokencomp.reducers.keyframes import KeyFrames
 from tokencomp.stages import TowerStage
-
-SAMPLED, SIDE = 64, 16  # pixels per side that a thumbnail is taken of, and that it has
 
 
 def frame_stage(plan: Plan | None) -> TowerStage | None:
@@ -70,52 +69,9 @@ def with_frames(processor: Any, plan: Plan | None) -> Any:
         return result
     if stage is not None and hasattr(processor, "needed_frames"):  # our own, of VILA
         result = copy.copy(processor)
-        result.needed_frames = functools.partial(_needed_pictures, stage)
+        result.needed_frames = functools.partial(needed_pictures, stage)
         return result
     return processor
-
-
-def _needed_pictures(stage: TowerStage, video: np.ndarray) -> list[int]:
-    """Frames of a video that a stage needs in a vision tower that takes frames one by one."""
-    pictures, places = stage.frame or (1, 1)
-    t = -(-len(video) // pictures)
-    groups = _groups(len(video), pictures)
-    kept = _kept_frames(stage, video, t, places, pictures)
-    return sorted({n for i in kept for n in groups[i]})
-
-
-def _kept_frames(
-    stage: TowerStage, video: np.ndarray, t: int, places: int, patch: int
-) -> list[int]:
-    """Rows of a grid in time, of `places` tokens and `patch` frames each, that a stage keeps."""
-    reducer: Any = stage.reducer
-    keep = stage.cells([(t, 1, places)])[0]
-    count = reducer.frames(t, places, keep)
-    if count == t or keep == t * places:
-        return list(range(t))
-    return list(reducer.choose(count, thumbnails(video, patch)))
-
-
-def thumbnails(frames: np.ndarray, patch: int) -> Tensor:
-    """What the frames of a video look like, float32, shape (t, d).
-
-    Parameters
-    ----------
-    frames : uint8 array, shape (frames, height, width, 3)
-    patch
-        Frames that one row of the grid reads; a last one that is missing repeats its predecessor.
-    """
-    height, width = frames.shape[1:3]
-    small = frames[:, :: max(1, height // SAMPLED), :: max(1, width // SAMPLED)]
-    x = torch.from_numpy(np.ascontiguousarray(small)).permute(0, 3, 1, 2).float()
-    x = torch.nn.functional.adaptive_avg_pool2d(x, SIDE).flatten(1)
-    return x[torch.tensor(_groups(len(x), patch))].flatten(1)
-
-
-def _groups(frames: int, patch: int) -> list[list[int]]:
-    """Numbers of the frames that every row of the grid reads."""
-    starts = range(0, frames, patch)
-    return [[min(start + i, frames - 1) for i in range(patch)] for start in starts]
 
 
 class FrameProcessor:
@@ -156,7 +112,7 @@ class FrameProcessor:
         self, video: np.ndarray, metadata: Any, size: FrameSize, options: dict[str, Any]
     ) -> Any:
         """The output for a whole video, of which only some frames are processed."""
-        groups = _groups(len(video), self.inner.temporal_patch_size)
+        groups = groups_of(len(video), self.inner.temporal_patch_size)
         patches = self.inner.get_num_of_video_patches(*video.shape[:3], options) // len(groups)
         kept = self._kept(video, len(groups), patches)
         first, source = _distinct(video, [groups[i] for i in kept])
@@ -191,7 +147,7 @@ class FrameProcessor:
         if self.stage is None:
             return list(range(t))
         places, patch = patches // self.inner.merge_size**2, self.inner.temporal_patch_size
-        return _kept_frames(self.stage, video, t, places, patch)
+        return kept_frames(self.stage, video, t, places, patch)
 
     def _pictures(
         self, videos: Sequence[np.ndarray], stage: TowerStage, options: dict[str, Any]
@@ -199,7 +155,7 @@ class FrameProcessor:
         """The output of a processor that returns the pixels of every frame for itself."""
         import transformers
 
-        kept = [_needed_pictures(stage, video) for video in videos]
+        kept = [needed_pictures(stage, video) for video in videos]
         sampled = options.get("do_sample_frames", self.inner.do_sample_frames)
         apart = type(self.inner) is transformers.LlavaOnevisionVideoProcessor and not sampled
         needed = [v[k] for v, k in zip(videos, kept, strict=True)] if apart else list(videos)
