@@ -53,6 +53,15 @@ class FrameSize:
                 return cls(inner, size, resize)
         return None
 
+    def patches(self, shape: tuple[int, ...], options: dict[str, Any]) -> int:
+        """Patches of a whole video of that shape, see `options`."""
+        if self.size is None:
+            return int(self.inner.get_num_of_video_patches(*shape[:3], options))
+        # Older releases of transformers have no such method for Qwen3-VL.
+        h, w = self._size(shape[0], shape, self.size["shortest_edge"], self.size["longest_edge"])
+        patch, frames = self.inner.patch_size, self.inner.temporal_patch_size
+        return -(-shape[0] // frames) * (h // patch) * (w // patch)
+
     def options(self, frames: int, shape: tuple[int, ...]) -> dict[str, Any] | None:
         """Options under which `frames` frames of a video come out as they do among all.
 

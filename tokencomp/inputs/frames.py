@@ -113,7 +113,7 @@ class FrameProcessor:
     ) -> Any:
         """The output for a whole video, of which only some frames are processed."""
         groups = groups_of(len(video), self.inner.temporal_patch_size)
-        patches = self.inner.get_num_of_video_patches(*video.shape[:3], options) // len(groups)
+        patches = size.patches(video.shape, options) // len(groups)
         kept = self._kept(video, len(groups), patches)
         first, source = _distinct(video, [groups[i] for i in kept])
         needed = [n for i in first for n in groups[kept[i]]]
