@@ -160,7 +160,7 @@ def test_code_of_a_folder_runs_with_verify(model: Any) -> None:
             out = oracle.generate(model, inputs, suppress_tokens=[IMAGE])
             masks = oracle.kept_columns(handle, inputs, 4)
             assert [len(row) for row in handle.stats.spans] == [2, 1, 0]
-        found = torch.stack(out.logits, 1)
-        assert (found - torch.stack(plain.logits, 1)).abs()[:2].max() > 1e-3
+        logits = torch.stack(out.logits, 1)
+        assert (logits - torch.stack(plain.logits, 1)).abs()[:2].max() > 1e-3
         expected = oracle.masked_logits(model, Shard(), inputs, masks, out.sequences[:, width:-1])
-        assert (found - expected[:, width - 1 :]).abs().max() < 1e-5
+        assert (logits - expected[:, width - 1 :]).abs().max() < 1e-5

@@ -77,6 +77,8 @@ def test_beams(family: Family, name: str) -> None:
 def test_prompt_lookup_equals_greedy(family: Family, name: str) -> None:
     plans.skip_refused(family, name)
     model = family.build()
+    if getattr(model, "_is_stateful", False):  # Qwen3.5
+        pytest.skip("transformers has no assisted decoding for models that keep a state")
     repeats = text(4, 3) * 3
     inputs = family.batch([[text(3), family.image(0), repeats]])
     with tokencomp.patch(model, plan=plans.make(name, family.layers)):

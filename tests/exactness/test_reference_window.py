@@ -1,6 +1,6 @@
 """Reference sliding attention: the prompt is seen for good, and a window of what follows.
 
-The oracle is the full-length run without a cache, whose masks are written here from the rule.
+The oracle is the full-length run without a cache, whose masks are written from the rule.
 """
 
 from __future__ import annotations

@@ -121,10 +121,10 @@ def test_videos_with_times_between_frames(name: str) -> None:
     with tokencomp.patch(model, 0.5, reducer="uniform") as handle:
         out = oracle.generate(model, inputs, suppress_tokens=[IMAGE, VIDEO])
         masks = oracle.kept_columns(handle, inputs, family.layers)
-        found = [[(s.kind, s.grid, s.text) for s in row] for row in handle.stats.spans]
+        spans = [[(s.kind, s.grid, s.text) for s in row] for row in handle.stats.spans]
         assert handle.stats.tokens_after == [[8] * 4] * 2
     joined = [("video", (2, 2, 4), (8, 9, 10))]
-    assert found == [joined if name == "glm4v" else [("video", (1, 2, 4), ())] * 2] * 2
+    assert spans == [joined if name == "glm4v" else [("video", (1, 2, 4), ())] * 2] * 2
     length = inputs["input_ids"].shape[1]
     expected = oracle.masked_logits(model, family, inputs, masks, out.sequences[:, length:-1])
     assert (torch.stack(out.logits, 1) - expected[:, length - 1 :]).abs().max() < 1e-5

@@ -173,8 +173,8 @@ def test_prefill_and_decode_of_qwen35(name: str) -> None:
     length = inputs["input_ids"].shape[1]
     with tower.tower_masks(model, seen, 0):
         expected = kinds.expected_logits(model, family, inputs, masks, out.sequences[:, length:-1])
-    found = torch.stack(out.logits, 1)
-    assert (found - expected[:, length - 1 :]).abs().max() < TOLERANCE["eager"]
+    logits = torch.stack(out.logits, 1)
+    assert (logits - expected[:, length - 1 :]).abs().max() < TOLERANCE["eager"]
     assert (forward - expected[:, length - 1]).abs().max() < TOLERANCE["eager"]
 
 
