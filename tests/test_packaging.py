@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +25,19 @@ def test_every_package_is_listed() -> None:
             parts = init.parent.relative_to(folder).parts
             found.add(".".join((name, *parts)))
     assert set(listed) == found
+
+
+def test_a_checkout_in_the_working_directory_has_its_kernels() -> None:
+    """`python -m` imports from there even if tokencomp is installed elsewhere."""
+    code = (
+        "import sys, importlib.util\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
+        "print(importlib.util.find_spec('tokencomp.kernels').origin)\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert Path(process.stdout.strip()) == ROOT / "kernels" / "__init__.py"
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is new in Python 3.11")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import re
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,6 +228,38 @@ def test_metrics_count_tokens(served: Any) -> None:
     assert client.models.list().data[0].id == "tiny"
 
 
+def test_the_log_says_what_is_served_and_what_each_request_cost(served: Any) -> None:
+    _, client, _, root = served
+    answer = ask(
+        client, http.image_url(6), tokencomp={"ratio": 0.75, "reducer": "merge"},
+        extra_headers={"X-Request-Id": "line-of-the-log"},
+    )  # fmt: skip
+    assert answer.id == "chatcmpl-line-of-the-log"
+    end = time.monotonic() + 30
+    while "line-of-the-log" not in (text := (root / "log").read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    (line,) = (line for line in text.splitlines() if "line-of-the-log" in line)
+    assert re.search(r"POST /v1/chat/completions 200 \d+\.\d{3}s id=line-of-the-log ", line)
+    words = f"reducer=merge ratio=0.75 prompt={answer.usage.prompt_tokens} visual=64->16"
+    assert line.endswith(f"{words} generated={answer.usage.completion_tokens}")
+    for part in (
+        "serving 'tiny' (Qwen2VLForConditionalGeneration) on cpu in float32",
+        "reducer divprune, ratio 0.5, ratio of requests up to 0.95",
+        "limits: 1024 tokens, 8 requests per batch, 256 waiting",
+        f"files {root / 'media'}",
+        "API key off; host names localhost; shutdown within 60 s",
+    ):
+        assert part in text, part
+
+
+def test_the_documentation_names_all_metrics(served: Any) -> None:
+    kinds = re.findall(r"^# TYPE (\S+)", http.get(served[0] + "/metrics")[1], re.MULTILINE)
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    named = re.findall(r"^\| `(tokencomp_\w+)", page, re.MULTILINE)
+    assert sorted(named) == sorted(name for name in kinds if not name.endswith("_created"))
+
+
 def test_real_video_files_and_allowed_paths(served: Any) -> None:
     pytest.importorskip("av")
     import base64
@@ -323,7 +357,6 @@ def test_malformed_requests_get_4xx_and_the_server_continues(served: Any) -> Non
 def test_the_example_client(served: Any, tmp_path: Any) -> None:
     import subprocess
     import sys
-    from pathlib import Path
 
     url, _, _, _ = served
     file = tmp_path / "image.png"
@@ -338,10 +371,8 @@ def test_the_example_client(served: Any, tmp_path: Any) -> None:
 
 
 def test_the_clients_of_the_documentation(served: Any, tmp_path: Any) -> None:
-    import re
     import subprocess
     import sys
-    from pathlib import Path
 
     url, _, _, _ = served
     http.tiny.image(1).save(tmp_path / "image.png")
