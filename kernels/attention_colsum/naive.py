@@ -5,6 +5,7 @@ The shapes are: `q` ``(B, Hq, R, D)``, `k` ``(B, Hkv, N, D)``, `weights` and `ls
 in fp32, `lo` and `hi` ``(B, R)`` in int32. They compute in fp32 (fp64 for fp64 inputs).
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -61,7 +62,7 @@ def causal_powers(
     powers = _accumulator(q, k.shape[2]).new_zeros(steps + 1, *q.shape[:2], k.shape[2])
     powers[0] = weights
     for rows, columns, logits in _blocks(q, k, lo, hi, scale, backwards=True):
-        matrix = logits.softmax(-1)
+        matrix = torch.softmax(logits, -1, out=logits)
         empty = (hi <= lo)[:, rows]
         if bool(empty.any()):
             matrix.masked_fill_(empty[:, None, :, None], 0.0)
@@ -85,13 +86,15 @@ def _blocks(
     """Yield row slice, column slice and masked logits ``(B, Hq, rows, columns)`` of all blocks.
 
     The column slice covers the keys that any row of the block sees. Blocks in which no row sees a
-    key are left out.
+    key are left out. All blocks have their logits in the same memory, one after the other: fresh
+    memory for each would take a CPU about as long as the product that fills it.
     """
     batch, heads, total, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     k = k.to(dtype)
     size = min(BLOCK_ROWS, max(1, BLOCK_ELEMENTS // max(1, batch * heads * keys)))
+    memory = torch.empty(batch * heads * size * keys, dtype=dtype, device=q.device)
     starts = range(0, total, size)
     for first in reversed(starts) if backwards else starts:
         rows = slice(first, min(first + size, total))
@@ -102,7 +105,9 @@ def _blocks(
         begin, end = int(low[seen].min()), int(high[seen].max())
         block = q[:, :, rows].to(dtype) * scale
         block = block.reshape(batch, kv_heads, -1, dim)
-        logits = block @ k[:, :, begin:end].transpose(-1, -2)
+        shape = (batch, kv_heads, block.shape[2], end - begin)
+        logits = memory[: math.prod(shape)].view(shape)
+        torch.matmul(block, k[:, :, begin:end].transpose(-1, -2), out=logits)
         logits = logits.view(batch, heads, -1, end - begin)
         # If all rows begin at the same key, every row sees the columns before `shared`, and only
         # the columns from there on need a mask.
