@@ -118,10 +118,15 @@ class Adapter:
         """
         if self.rotary is None:
             return None
-        if "layer_type" in parameters_of(self.rotary):
-            kind = self.text_config.layer_types[layer]
-            return self.rotary(x, positions, layer_type=kind)
-        return self.rotary(x, positions)
+        kind = self.rotary_kind(layer)
+        return self.rotary(x, positions, **({} if kind is None else {"layer_type": kind}))
+
+    def rotary_kind(self, layer: int) -> str | None:
+        """The kind of layer whose rotary tables `layer` takes; None if all kinds share them."""
+        if self.rotary is None or "layer_type" not in parameters_of(self.rotary):
+            return None
+        kind: str = self.text_config.layer_types[layer]
+        return kind
 
     @property
     def first_layer_stage(self) -> int:

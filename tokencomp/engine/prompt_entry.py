@@ -92,6 +92,7 @@ def enter_prompt(
             valid = None  # padding is kept apart like a prompt of its own
     arguments["inputs_embeds"] = x
     if compact:
+        forward.tables.clear()  # those of the original positions
         positions = _compact_positions(forward, valid, x)
         length = _checked_length(adapter, forward, cache, first.physical + x.shape[1])
     own_ids = _set_positions(adapter, arguments, forward, positions)

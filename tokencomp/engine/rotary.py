@@ -1,0 +1,57 @@
+"""The rotary tables of the decoder, computed once where scores at entry have needed them before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.engine import compat
+from tokencomp.engine.forward import ForwardPass
+from tokencomp.plan import Plan
+from tokencomp.signals import Attention
+
+
+class SharedTables:
+    """Gives the decoder the tables with which the entry stage has scored the prompt.
+
+    An entry of a table depends on its own position alone, so that the columns which are left of
+    these tables equal what the decoder would compute anew. No hook can leave a call out. Therefore
+    `forward` of the rotary module is replaced, and only under plans that score tokens at entry.
+
+    Parameters
+    ----------
+    local
+        State of the calling thread; `forward` is its forward pass, or None.
+    """
+
+    def __init__(self, adapter: Adapter, local: Any) -> None:
+        self.adapter, self.local = adapter, local
+        self._replacement: MethodReplacement | None = None
+
+    def install(self, plan: Plan) -> None:
+        """Replace `forward`, if the entry stage of `plan` computes tables."""
+        needs = plan.entry.reducer.needs if plan.entry is not None else ()
+        if self.adapter.rotary is not None and any(isinstance(s, Attention) for s in needs):
+            self._replacement = MethodReplacement(self.adapter.rotary, "forward", self._forward)
+
+    def remove(self) -> None:
+        """Undo `install`; safe to call twice."""
+        if self._replacement is not None:
+            self._replacement.remove()
+
+    def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        tables = None
+        if getattr(self.local, "forward", None) is not None:
+            tables = self._tables(args, kwargs)
+        return original(*args, **kwargs) if tables is None else tables
+
+    @compat.not_compiled
+    def _tables(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The tables of the entry stage; None if the call asks for others, as a chunk does."""
+        forward: ForwardPass = self.local.forward
+        arguments = compat.bind(self.adapter.rotary, args, kwargs)
+        positions = arguments.get("position_ids")
+        if positions is None or positions.shape[-1] != forward.layout.width:
+            return None
+        return forward.tables.get(arguments.get("layer_type"))
