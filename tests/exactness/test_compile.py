@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import oracle
-from support.caches import ENTRY, ragged, single, static_cache
+from support.caches import ENTRY, LAYERS, ragged, single, static_cache
 from support.families import CORE, FAMILIES, Family, text
 from transformers.generation.configuration_utils import CompileConfig
 
@@ -126,3 +126,52 @@ def test_hooks_act_after_a_traced_call() -> None:
         handle.set(plan=ENTRY)
         assert (both(**prompt).logits - expected).abs().max() < 1e-5
         assert handle.stats.ratio > 0.2
+
+
+def compile_layers(family: Family, model: Any) -> None:
+    for layer in family.decoder(model).layers:
+        layer.compile(backend="eager", dynamic=True)
+
+
+def compile_decoder(family: Family, model: Any) -> None:
+    decoder = family.decoder(model)
+    decoder.forward = torch.compile(decoder.forward, backend="eager", dynamic=True)
+
+
+def compile_model(family: Family, model: Any) -> None:
+    model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "early"), [(compile_layers, True), (compile_decoder, False), (compile_model, True)]
+)
+def test_layer_hooks_act_after_calls_without_them(change: Any, early: bool) -> None:
+    """A decode step has removed the hooks, or none was there; then calls are compiled."""
+    family = FAMILIES["llava_onevision"]
+    model = family.build()
+    plain, prompt = family.batch([[text(9)]]), single(family)
+    with torch.no_grad(), tokencomp.patch(model, plan=LAYERS) as handle:
+        expected = oracle.generate(model, prompt, 4)
+        if early:  # compiled while there are no hooks
+            change(family, model)
+            model(**plain)
+        oracle.generate(model, prompt, 4)
+        if not early:
+            change(family, model)
+            model(**plain)
+        for inputs in (plain, prompt):
+            out = oracle.generate(model, inputs, 4)
+        assert torch.equal(out.sequences, expected.sequences)
+        assert handle.stats is not None and handle.stats.ratio > 0.1
+
+
+def test_decoding_is_one_graph_with_scores_at_entry(family: Family) -> None:
+    """The rotary module, whose forward is replaced under such plans, breaks no graph."""
+    model, inputs = family.build(), single(family)
+    config = compiled(model)
+    with tokencomp.patch(model, 0.5, reducer="condiv"):
+        options = {"cache_implementation": "static", "compile_config": config}
+        out = oracle.generate(model, inputs, **options)
+        expected = oracle.generate(model, inputs)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert graphs() == 1 and not torch._dynamo.utils.counters["graph_break"]

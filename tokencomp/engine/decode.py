@@ -6,7 +6,7 @@ is, the cache layers know themselves (`tokencomp.engine.cache`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,8 +46,6 @@ class LaterTokens:
         Whether positions count real rows only.
     proportional
         Whether attention reads how many tokens the cached rows stand for.
-    install_layers
-        Called when layers of the cache hold different rows, which needs hooks on every layer.
     """
 
     def __init__(
@@ -56,11 +54,9 @@ class LaterTokens:
         local: Any,
         compact_positions: bool,
         proportional: bool,
-        install_layers: Callable[[], None],
     ) -> None:
         self.adapter, self.local = adapter, local
         self.compact_positions, self.proportional = compact_positions, proportional
-        self.install_layers = install_layers
         mask_compat.mask_parameters()  # before a step is compiled
 
     def traceable(self, inputs: Mapping[str, Any], stages: bool) -> bool:
@@ -150,8 +146,6 @@ class LaterTokens:
         if maskless and not explicit and len(forward.segments) == 1 and not windows.relative:
             kwargs["attention_mask"], self.local.cached = None, layers
             return
-        if len(forward.segments) > 1:
-            self.install_layers()
         if explicit:
             kwargs["attention_mask"] = source.decoder_mask(first, x)
         else:

@@ -63,6 +63,11 @@ class ForwardPass:
         Work of the calls of the vision tower for this prompt; empty if they are not known.
     rotary
         True positions (B, n) for decoders with one position per token.
+    tables
+        Rotary tables of the columns that the entry stage leaves, where it has computed them, by
+        the kind of layer that they are for (None: all).
+    projected
+        By stage, what the attention call that scores for it has made of its input by `q_proj`.
     windows
         Kinds of the decoder layers, and their attention windows.
     by_column
@@ -95,6 +100,7 @@ class ForwardPass:
             self.tail = 0
         self.segments: list[Segment] = []
         self.rotary: Tensor | None = None
+        self.tables: dict[str | None, Any] = {}
         self.chunk: int | None = None
         self.earlier: list[Tensor] = []
         self.tower: dict[Signal, list[list[Tensor]]] = {}
@@ -104,6 +110,7 @@ class ForwardPass:
         self.kept: list[RowLayout] = []
         self.survivors: RowLayout | None = None
         self._scores: dict[int, Tensor] = {}
+        self.projected: dict[int, Tensor] = {}
         self.windows = Windows.of(adapter.decoder)
         self.by_column = True
         self.prepared: Any = None
@@ -157,13 +164,20 @@ class ForwardPass:
         if stage is None:
             self.segments[0].layout = self.layout
             return x, positions, self.layout.origin
+        tables = None
         for signal in stage.reducer.needs:
             if isinstance(signal, Attention):
-                tables = self.adapter.rotary_tables(x, positions, layer=0)
+                if tables is None:
+                    tables = self.adapter.rotary_tables(x, positions, layer=0)
                 ids = None if self.adapter.mrope else positions
                 self._score_input(0, x, tables, signal, cache, ids)
+        parts = table_parts(tables)
+        dims = [1, -1, *map(compat.sequence_dim, parts)]
         with self._timed():
-            x, positions = self._reduce(stage, [x, positions], [1, -1])
+            x, positions, *parts = self._reduce(stage, [x, positions, *parts], dims)
+        if parts:
+            kind = self.adapter.rotary_kind(layer=0)
+            self.tables[kind] = tuple(parts) if isinstance(tables, tuple) else parts[0]
         self.segments[0].layout = self.layout
         return x, positions, self.layout.origin
 
@@ -214,7 +228,8 @@ class ForwardPass:
     def score(self, layer: int, attn: nn.Module, kwargs: dict[str, Any], signal: Any) -> None:
         """Scores for the stage before `layer`, from the attention call that has just run."""
         with self._timed():
-            self._scores[layer] = layer_scores(attn, kwargs, signal, self.layout)
+            projected = self.projected.pop(layer, None)
+            self._scores[layer] = layer_scores(attn, kwargs, signal, self.layout, projected)
 
     def _score_input(
         self,

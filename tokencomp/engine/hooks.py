@@ -19,6 +19,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
@@ -42,6 +43,7 @@ from tokencomp.engine.prompt_reading import PrefillCall, PromptReader
 from tokencomp.engine.proportional import ProportionalAttention
 from tokencomp.engine.question import PromptLength
 from tokencomp.engine.relative_positions import RelativePositions
+from tokencomp.engine.segments import check_entered
 from tokencomp.engine.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.survivors import refuse_missing
 from tokencomp.engine.uncounted import UncountedPrompt, can_wait
@@ -96,9 +98,7 @@ class Hooks:
         self._local = threading.local()
         self._notes = CallNotes(adapter, self._local, strict)
         self._plan_hooks = PlanHooks(adapter, self._local, off=lambda: self.disabled)
-        self._later = LaterTokens(
-            adapter, self._local, compact_positions, proportional, self._plan_hooks.install_layers
-        )
+        self._later = LaterTokens(adapter, self._local, compact_positions, proportional)
         self._relative = RelativePositions(adapter, self._local)
         self._batches = BatchGuard(adapter, self._compresses, strict)
         self._prefill = ChunkedPrefill(adapter, self._local, self._compresses, self._forget_stats)
@@ -247,7 +247,7 @@ class Hooks:
     def _decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = compat.bind(module, args, kwargs)
         if not self._traced(kwargs):
-            return self._decoder_call(module, kwargs)
+            return self._decoder_call(module, kwargs, torch.compiler.is_compiling())
         cache = compat.get_cache(kwargs)
         if not isinstance(first_layer(cache), CompressedLayer):
             return None
@@ -256,7 +256,21 @@ class Hooks:
         return (), kwargs
 
     @compat.not_compiled
-    def _decoder_call(self, module: nn.Module, kwargs: dict[str, Any]) -> Any:
+    def _decoder_call(self, module: nn.Module, kwargs: dict[str, Any], traced: bool) -> Any:
+        """Arguments of a decoder call, whose layers then have the hooks that they need.
+
+        Parameters
+        ----------
+        traced
+            Whether Dynamo has compiled the caller.
+        """
+        arguments = self._arguments(module, kwargs)
+        forward: ForwardPass | None = getattr(self._local, "forward", None)
+        needed = forward is not None and len(forward.segments) > 1
+        self._plan_hooks.layers.prepare(needed, traced)
+        return arguments
+
+    def _arguments(self, module: nn.Module, kwargs: dict[str, Any]) -> Any:
         """Arguments of a decoder call; None where they stay as they are."""
         kinds, cache = self._kinds_of(kwargs), compat.get_cache(kwargs)
         if kinds is not None and kinds.numpy().any():
@@ -319,8 +333,6 @@ class Hooks:
         if self._plan_hooks.drop is not None:
             media = {s.kind for row in forward.spans for s in row} - {"audio"}
             forward.tower_costs = self._plan_hooks.drop.collect(len(media))
-        if len(forward.segments) > 1:
-            self._plan_hooks.install_layers()
         enter_prompt(self.adapter, forward, positions, kwargs, cache, self.compact_positions)
         self._local.forward = forward
 
@@ -334,15 +346,19 @@ class Hooks:
         return cached[layer].sizes if cached else None
 
     def _decoder_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-        return self._finish_decoder(kwargs, out) if self._busy("forward", "cached") else None
+        return (
+            self._finish_decoder(module, kwargs, out) if self._busy("forward", "cached") else None
+        )
 
     @compat.not_compiled
-    def _finish_decoder(self, kwargs: dict[str, Any], out: Any) -> Any:
+    def _finish_decoder(self, module: nn.Module, kwargs: dict[str, Any], out: Any) -> Any:
         """The output of a decoder call with full length; None where it stays as it is."""
         forward: ForwardPass | None = getattr(self._local, "forward", None)
         self._local.forward = self._local.cached = None
+        self._plan_hooks.layers.finish()
         if forward is None or out is None:
             return None
+        check_entered(forward.segments, module)
         cache = compat.get_cache(kwargs, out)
         if getattr(out, "attentions", None) is not None:
             out.attentions = forward.full_maps(out.attentions)

@@ -34,6 +34,7 @@ def layer_scores(
     kwargs: Mapping[str, Any],
     signal: Attention,
     layout: RowLayout,
+    projected: Tensor | None = None,
 ) -> Tensor:
     """Scores of every live span from a self-attention call that has just run.
 
@@ -44,6 +45,9 @@ def layer_scores(
         tables, cache).
     layout
         Only the question of every prompt votes and counts, see `Prompt.trailing`.
+    projected : Tensor, shape (B, n, width), or None
+        Output of the module's `q_proj` in this call, which spares computing it again where all
+        rows vote.
 
     Returns
     -------
@@ -56,7 +60,8 @@ def layer_scores(
     if keeps_window(cached) and keys is not None and keys.shape[-2] < physical_length(cached):
         keys = cached = None  # a window has cut rows of this call: its keys are computed again
     past = 0 if keys is None else keys.shape[-2] - hidden.shape[1]
-    return _scores(attn, attn, hidden, kwargs, signal, layout, cached, past, keys)
+    call = attn, attn, hidden, kwargs, signal, layout, cached, past
+    return _scores(*call, keys, projected)
 
 
 @torch.no_grad()
@@ -102,6 +107,7 @@ def _scores(
     cached: Any,
     past: int,
     keys: Tensor | None,
+    projected: Tensor | None = None,
 ) -> Tensor:
     """Scores of all live spans; `keys` (B, kv heads, past + n, D) are those of the call, if known.
 
@@ -115,7 +121,7 @@ def _scores(
     parts = []
     with checked():  # columns come from the layout
         for group in groups:
-            probe = Probe(root, attn, hidden, arguments, group)
+            probe = Probe(root, attn, hidden, arguments, group, projected)
             known = keys is not None and probe.caches_keys(keys)
             parts.append(_span_scores(probe, signal, cached, past, keys if known else None))
     return torch.cat(parts) if len(parts) > 1 else parts[0]

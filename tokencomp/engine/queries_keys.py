@@ -46,6 +46,11 @@ def questions_of(layout: RowLayout) -> list[Question]:
 class Probe:
     """The tokens of some questions at a layer, at most one question of every sample.
 
+    Parameters
+    ----------
+    projected : Tensor, shape (B, n, width), or None
+        What `q_proj` has made of `hidden` (B, n, d) in the call that has just run.
+
     Attributes
     ----------
     first, width
@@ -59,6 +64,7 @@ class Probe:
         hidden: Tensor,
         arguments: Mapping[str, Any],
         questions: list[Question],
+        projected: Tensor | None = None,
     ) -> None:
         self.root, self.attn, self.questions = root, attn, questions
         self.first = min(q.first for q in questions)
@@ -71,6 +77,7 @@ class Probe:
         elif len(samples) > 1:
             self.samples = torch.tensor(samples, device=hidden.device)
         self._hidden: Tensor = _of_samples(hidden, self, hidden.shape[1], False)
+        self._projected: Tensor | None = _of_samples(projected, self, hidden.shape[1], False)
         self._arguments = {
             name: _of_samples(value, self, hidden.shape[1], "embeddings" in name)
             for name, value in arguments.items()
@@ -90,7 +97,8 @@ class Probe:
 
     def queries(self, rows: Tensor | None) -> Tapped:
         """Queries (S, heads, R, d) of some rows (S, R), or of all; the factor of their product."""
-        return self._tap(rows, ("k_proj", "v_proj"))
+        projected = self._projected if rows is None else None
+        return self._tap(rows, ("k_proj", "v_proj"), projected)
 
     def queries_and_keys(self, rows: Tensor | None, cached: Any, past: int) -> Tapped:
         """`queries`, and keys of all tokens; of one sample behind those of earlier turns."""
@@ -116,7 +124,9 @@ class Probe:
         key = self._tap(row, ("q_proj",)).key
         return (stored.shape[1], stored.shape[-1]) == (key.shape[1], key.shape[-1])
 
-    def _tap(self, rows: Tensor | None, skipped: tuple[str, ...]) -> Tapped:
+    def _tap(
+        self, rows: Tensor | None, skipped: tuple[str, ...], projected: Tensor | None = None
+    ) -> Tapped:
         hidden, arguments = self._hidden, self._arguments
         if rows is not None:
             hidden = _rows_of(hidden, rows, self.width, False)
@@ -124,7 +134,7 @@ class Probe:
                 name: _rows_of(value, rows, self.width, "embeddings" in name)
                 for name, value in arguments.items()
             }
-        return tap(self.root, self.attn, hidden, arguments, skipped)
+        return tap(self.root, self.attn, hidden, arguments, skipped, projected=projected)
 
 
 def _of_samples(value: Any, probe: Probe, width: int, tables: bool) -> Any:

@@ -12,6 +12,7 @@ from tokencomp.engine.cache import CompressedLayer
 from tokencomp.engine.cache_rows import first_with_rows, physical_length
 from tokencomp.engine.layout import RowLayout
 from tokencomp.engine.outputs import cached_columns
+from tokencomp.errors import UnsupportedModelError
 from tokencomp.plan import Plan
 from tokencomp.stages import Stage
 
@@ -181,3 +182,22 @@ def build_segments(
         segment.stage = stages.get(first)
         segments.append(segment)
     return segments
+
+
+def check_entered(segments: list[Segment], decoder: Any) -> None:
+    """Refuse the output of a call whose layers have run without the hooks that they need.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Tokens have not left, or layers had the mask of other rows.
+    """
+    last = getattr(decoder.config, "num_hidden_layers", len(decoder.layers))
+    late = [s.first for s in segments if not s.ready and 0 < s.first < last]
+    if late:
+        raise UnsupportedModelError(
+            f"the layers {late} of {type(decoder).__name__} have run without the hooks that drop "
+            "tokens before them. The usual reason is that torch.compile runs what it has compiled "
+            "before the hooks were there. Call torch.compiler.reset() and run the prompt again, or "
+            "compile the model itself in place of its layers."
+        )

@@ -81,6 +81,17 @@ class _SomeRows(nn.Module):
         return out.new_zeros(*x.shape[:2], out.shape[-1]).scatter_(1, index, out)
 
 
+class _Known(nn.Module):
+    """Stands for a projection whose result is known."""
+
+    def __init__(self, result: Tensor) -> None:
+        super().__init__()
+        self.result = result
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.result
+
+
 class Past:
     """A cache that holds the rows of one sample in one layer, and forgets what is written to it."""
 
@@ -124,6 +135,7 @@ def tap(
     arguments: Mapping[str, Any],
     skipped: Iterable[str] = (),
     rows: Tensor | None = None,
+    projected: Tensor | None = None,
 ) -> Tapped:
     """Queries and keys that `root`, called with `hidden` (S, n, d), computes in `attn`.
 
@@ -137,6 +149,8 @@ def tap(
         Names of projections in `attn` whose results are not needed.
     rows : Tensor of int64, shape (S, R), or None
         Rows whose queries are needed; those of the others may be zeros. None: all.
+    projected : Tensor, shape (S, n, width), or None
+        What the projection `q_proj` of `attn` makes of `hidden`, if that is known.
 
     Raises
     ------
@@ -151,7 +165,9 @@ def tap(
             width = getattr(getattr(attn, name, None), "out_features", None)
             if isinstance(width, int):
                 clone._modules[name] = _Zeros(width)
-    if rows is not None and isinstance(getattr(attn, "q_proj", None), nn.Module):
+    if projected is not None:
+        clone._modules["q_proj"] = _Known(projected)
+    elif rows is not None and isinstance(getattr(attn, "q_proj", None), nn.Module):
         clone._modules["q_proj"] = _SomeRows(attn.q_proj, rows)
     run = clone
     if root is not attn:
