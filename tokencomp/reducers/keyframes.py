@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from tokencomp.errors import SpanError
+from tokencomp.reducers._batch import Patches, evenly, stacks
 from tokencomp.reducers._pixels import appearance
-from tokencomp.reducers._rows import finite_features, keep_patches, whole_grid
+from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reduction import Reduction
-from tokencomp.tokens import VisualTokens
+from tokencomp.tokens import SpanBatch
 from tokencomp.validation import check_range
 
 
@@ -78,23 +81,26 @@ class KeyFrames(Reducer):
 
         t = len(looks)
         if self.by == "even" or count == t:
-            return [int((k + 0.5) * t / count) for k in range(count)]
+            return [int(i) for i in evenly(t, count)]
         return sorted(maxmin_select(looks.float(), count, metric="rms").tolist())
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import maxmin_select
 
-        t, h, w = tokens.grid
-        rows, budget = whole_grid(tokens, keep, self.name)
-        frames = tokens.features[rows].unflatten(0, (t, h * w))
-        count = self.frames(t, h * w, budget)
-        if tokens.pixels is None:
-            chosen = self.choose(count, finite_features(frames.flatten(1)).view_as(frames).mean(1))
-        else:
-            chosen = self._chosen(frames, count)
-        places = rows.view(t, h * w)[torch.tensor(chosen, device=rows.device)].flatten()
-        x = appearance(tokens.features[places], tokens.pixels, self.thumb)
-        return keep_patches(tokens, places[maxmin_select(x, budget, metric="rms")])
+        patches = Patches.whole(batch, keeps, self.name)
+        pairs = list(zip(batch.grids, patches.budgets, strict=True))
+        counts = [self.frames(t, h * w, budget) for (t, h, w), budget in pairs]
+        first = patches.table(_first_patches(patches))
+        frames = self._chosen(patches, counts, first)
+        areas = np.repeat([h * w for _, h, w in batch.grids], counts)
+        rows = patches.table(np.repeat(np.arange(len(areas)), areas))
+        within = patches.table(np.concatenate([np.arange(area) for area in areas]))
+        places = first.index_select(0, frames).index_select(0, rows) + within
+        x = patches.features.index_select(0, places)
+        x = appearance(x, batch.pixels, self.thumb)
+        lengths = [n * h * w for n, (_, h, w) in zip(counts, batch.grids, strict=True)]
+        kept = maxmin_select(x, patches.budgets, spans=lengths, metric="rms")
+        return patches.kept(places.index_select(0, kept))
 
     def chosen_frames(self, looks: Tensor, places: int, keep: int) -> list[int]:
         """Numbers of the chosen frames in a vision tower that takes frames one by one.
@@ -113,25 +119,76 @@ class KeyFrames(Reducer):
         SpanError
             Pixels of other frames are missing than the keep count asks for.
         """
-        return self._chosen(looks[:, None], self.frames(len(looks), places, keep))
+        missing = looks[:, 0].isnan().tolist()
+        return self._with_pixels(missing, self.frames(len(looks), places, keep))
 
-    def _chosen(self, frames: Tensor, count: int) -> list[int]:
-        """Numbers of the chosen frames of pixels (t, places, d); those of NaN were not chosen."""
-        missing = frames[:, 0, 0].isnan().tolist()
+    def _chosen(self, patches: Patches, counts: list[int], first: Tensor) -> Tensor:
+        """Numbers of the chosen frames among all frames of the batch, ascending, int64.
+
+        Parameters
+        ----------
+        counts
+            How many frames of every span are chosen.
+        first : Tensor of int64, shape (frames,)
+            First patch of every frame of the batch.
+        """
+        from tokencomp.kernels import maxmin_select
+
+        depths = [t for t, _, _ in patches.batch.grids]
+        if patches.batch.pixels is not None:
+            missing = patches.features.index_select(0, first)[:, 0].isnan().tolist()
+            lists = [
+                self._with_pixels(missing[at : at + t], count)
+                for at, t, count in zip(_starts(depths), depths, counts, strict=True)
+            ]
+        elif self.by == "thumbnails":
+            looks = _means(patches, len(first)).float()
+            chosen: Tensor = maxmin_select(looks, counts, spans=depths, metric="rms")
+            return chosen
+        else:
+            lists = [[int(i) for i in evenly(t, n)] for t, n in zip(depths, counts, strict=True)]
+        starts = _starts(depths)
+        return patches.table([at + i for at, own in zip(starts, lists, strict=True) for i in own])
+
+    def _with_pixels(self, missing: list[bool], count: int) -> list[int]:
+        """Numbers of the chosen frames of a span with pixels; those of NaN were not chosen."""
         there = [i for i, gone in enumerate(missing) if not gone]
-        if len(there) == len(frames):
-            if self.by == "thumbnails" and count < len(frames):
+        if len(there) == len(missing):
+            if self.by == "thumbnails" and count < len(missing):
                 raise SpanError(
-                    f"{self.name} keeps {count} of {len(frames)} frames of a video, but which of "
+                    f"{self.name} keeps {count} of {len(missing)} frames of a video, but which of "
                     "them is decided on thumbnails where the prompt is made, and this prompt has "
                     "pixels of all frames. Make it with tokencomp.inputs.prompts.build_inputs(..., "
                     "plan=handle.plan), or use make_reducer('keyframes', by='even')."
                 )
-            return self.choose(count, frames.mean(1))
+            return [int(i) for i in evenly(len(missing), count)]
         if len(there) != count:
             raise SpanError(
-                f"{self.name} keeps {count} of {len(frames)} frames of a video, but the prompt has "
-                f"pixels of {len(there)}: it was made for another plan. Make it again with "
+                f"{self.name} keeps {count} of {len(missing)} frames of a video, but the prompt "
+                f"has pixels of {len(there)}: it was made for another plan. Make it again with "
                 "tokencomp.inputs.prompts.build_inputs(..., plan=handle.plan)."
             )
         return there
+
+
+def _starts(lengths: list[int]) -> list[int]:
+    """Where each of several runs of these lengths starts."""
+    return list(itertools.accumulate(lengths[:-1], initial=0))
+
+
+def _first_patches(patches: Patches) -> list[int]:
+    """The first patch of every frame of every span."""
+    pairs = zip(patches.starts, patches.batch.grids, strict=True)
+    return [start + i * h * w for start, (t, h, w) in pairs for i in range(t)]
+
+
+def _means(patches: Patches, frames: int) -> Tensor:
+    """Mean features of every frame, shape (frames, d); frames of one size are read together."""
+    x, grids = finite_features(patches.features), patches.batch.grids
+    starts, means = _starts([t for t, _, _ in grids]), x.new_empty(frames, x.shape[1])
+    for members, rows in stacks(patches, [(h, w) for _, h, w in grids]):
+        _, h, w = grids[members[0]]
+        own = x if rows is None else x.index_select(0, rows)
+        numbers = [np.arange(starts[m], starts[m] + grids[m][0]) for m in members]
+        means[patches.table(np.concatenate(numbers))] = own.unflatten(0, (-1, h * w)).mean(1)
+    return means
