@@ -10,7 +10,7 @@ vision tower does not run: the visual features are synthetic (see `still_video`)
 LLM-only numbers. The limit is arithmetic: FLOPs without / with compression. Short prompts use a
 processor less well, so each ratio is also compared with the unpatched model on a text as long as
 the compressed prompt ("native"). Records of other models and lengths stay in the file, so the
-benchmark can be run in pieces.
+benchmark can be run in pieces. The file and the page are written after every repeat.
 
 `--quick` takes less than ten minutes on two quiet cores: Qwen2-VL-2B at 4,096 tokens with merge,
 condiv and aim, and aim at 0.5 on the 0.5B shape. It leaves out the peaks of memory, each of which
@@ -134,8 +134,8 @@ def peak_of(model: nn.Module, inputs: dict[str, Any]) -> int:
     return peak
 
 
-def measure(piece: Piece, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """One record per case; every repeat runs the full model, then each case in turn."""
+def measure(piece: Piece, dtype: torch.dtype) -> Iterator[list[dict[str, Any]]]:
+    """After every repeat, one record per case: the full model runs, then each case in turn."""
     model, inputs = setup(piece.model, piece.tokens, dtype)
     cases, ratios = piece.cases, list(dict.fromkeys(ratio for _, ratio in piece.cases))
     peak_full, full = peak_of(model, inputs) if piece.peaks else None, []
@@ -158,35 +158,54 @@ def measure(piece: Piece, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
                 seconds[reducer, ratio].append(prefill(model, inputs))
                 stats[reducer, ratio] = handle.stats
                 reduce[reducer, ratio].append(handle.stats.reduce_seconds)
-    base = statistics.median(full)
-    for case in cases:
-        s = stats[case]
-        limit, speedup = s.flops_before / s.flops_after, base / statistics.median(seconds[case])
-        yield {
-            "model": piece.model,
-            "tokens": piece.tokens,
-            "dtype": str(dtype).removeprefix("torch."),
-            "visual_tokens": s.tokens_before[0],
-            "text_tokens": TEXT_BEFORE + TEXT_AFTER,
-            "reducer": case[0],
-            "ratio": case[1],
-            "achieved_ratio": round(s.ratio, 4),
-            "seconds_full": full,
-            "seconds_compressed": seconds[case],
-            "seconds_native": native[case[1]],
-            "seconds_reduce": reduce[case],
-            "speedup": round(speedup, 3),
-            "flop_limit": round(limit, 3),
-            "fraction_of_limit": round(speedup / limit, 3),
-            "fraction_of_native": round(
-                statistics.median(native[case[1]]) / statistics.median(seconds[case]), 3
-            ),
-            "reduce_overhead": round(statistics.median(reduce[case]) / base, 4),
-            "peak_bytes_full": peak_full,
-            "peak_bytes_compressed": peaks[case],
-            "kv_bytes_full": s.kv_bytes_before,
-            "kv_bytes_compressed": s.kv_bytes_after,
-        }
+            yield [
+                {
+                    **record(piece, case, dtype, stats[case]),
+                    **speed(stats[case], full, seconds[case], native[case[1]], reduce[case]),
+                    "peak_bytes_full": peak_full,
+                    "peak_bytes_compressed": peaks[case],
+                }
+                for case in cases
+            ]
+
+
+def record(piece: Piece, case: Case, dtype: torch.dtype, stats: Any) -> dict[str, Any]:
+    """What a case is, and what it leaves of the KV cache."""
+    return {
+        "model": piece.model,
+        "tokens": piece.tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+        "visual_tokens": stats.tokens_before[0],
+        "text_tokens": TEXT_BEFORE + TEXT_AFTER,
+        "reducer": case[0],
+        "ratio": case[1],
+        "achieved_ratio": round(stats.ratio, 4),
+        "kv_bytes_full": stats.kv_bytes_before,
+        "kv_bytes_compressed": stats.kv_bytes_after,
+    }
+
+
+def speed(
+    stats: Any,
+    full: list[float],
+    compressed: list[float],
+    native: list[float],
+    reduce: list[float],
+) -> dict[str, Any]:
+    """The seconds of the runs so far, and what their medians say."""
+    median, base = statistics.median, statistics.median(full)
+    limit, speedup = stats.flops_before / stats.flops_after, base / median(compressed)
+    return {
+        "seconds_full": list(full),
+        "seconds_compressed": list(compressed),
+        "seconds_native": list(native),
+        "seconds_reduce": list(reduce),
+        "speedup": round(speedup, 3),
+        "flop_limit": round(limit, 3),
+        "fraction_of_limit": round(speedup / limit, 3),
+        "fraction_of_native": round(median(native) / median(compressed), 3),
+        "reduce_overhead": round(median(reduce) / base, 4),
+    }
 
 
 LEGEND = """Time of the LLM prefill with compression, compared with the same model without it, with
@@ -281,13 +300,16 @@ def main() -> None:
     facts = publishing.published_from(args.out, args.allow_dirty)
     dtype = fastest_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
     for piece in QUICK if args.quick else pieces(args):
-        records = [r for r in read_lines(args.out) if (r["model"], r["tokens"]) != key(piece)]
-        for record in measure(piece, dtype):
-            records.append({**record, "environment": {**environment(), **facts}})
-            print(table(records[-1:]).splitlines()[-1], flush=True)
-        records.sort(key=lambda r: (list(MODELS).index(r["model"]), r["tokens"]))
-        write_lines(args.out, records)
-    args.out.with_suffix(".md").write_text(page(read_lines(args.out)))
+        made = {**environment(), **facts}
+        others = [r for r in read_lines(args.out) if (r["model"], r["tokens"]) != key(piece)]
+        own: list[dict[str, Any]] = []
+        for repeat in measure(piece, dtype):
+            own = [{**r, "environment": made} for r in repeat]
+            records = [*others, *own]
+            records.sort(key=lambda r: (list(MODELS).index(r["model"]), r["tokens"]))
+            write_lines(args.out, records)
+            args.out.with_suffix(".md").write_text(page(records))
+        print("\n".join(table(own).splitlines()[2:]), flush=True)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak resident memory of this process: {usage / 2**20:.1f} GiB")
 
