@@ -73,7 +73,7 @@ class Windows:
         sizes = {SLIDING: sliding, CHUNKED: getattr(config, "attention_chunk_size", None)}
         names, cut = getattr(config, "layer_types", None), None
         if names:
-            kinds = tuple(HYBRID.get(name, name) for name in names[:count])
+            kinds = tuple([HYBRID.get(name, name) for name in names[:count]])
         else:
             # Some decoders whose config names no kinds (Mistral) apply `sliding_window`, others
             # (Llama) only let the cache read it. The former import the factory of such masks.
@@ -89,7 +89,7 @@ class Windows:
                 f"{', '.join(sorted(SERVED))}. Run it without patch()."
             )
         own = {kind: int(size) for kind, size in sizes.items() if size and kind in kinds}
-        convolves = any(name in HYBRID for name in names or ())
+        convolves = not HYBRID.keys().isdisjoint(names or ())
         relative = isinstance(getattr(config, "rel_extent", None), int)
         return cls(kinds, own, bool(names), cut, convolves, relative)
 
