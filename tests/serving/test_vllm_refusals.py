@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +18,11 @@ from vllm.config import CUDAGraphMode
 
 from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
 from tokencomp.method import MethodSpec
-from tokencomp.serving.item_plan import ItemPlan, Layout, batches
+from tokencomp.serving.item_plan import ItemPlan, ItemSize, Layout, batches, field_name
 from tokencomp.serving.offsets import pack_offsets, unpack_offsets
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import checks, mrope
-from tokencomp.serving.vllm.metrics import count_nonfinite, counters
+from tokencomp.serving.vllm.metrics import SeenItems, count_nonfinite, counters
 from tokencomp.serving.vllm.processing import CompressingProcessor
 from tokencomp.serving.vllm.qwen3_vl import frame_offsets
 from tokencomp.serving.vllm.rotary import lengthen_tables
@@ -171,8 +172,8 @@ def test_positions_beyond_the_tables_are_refused() -> None:
             model_config=SimpleNamespace(max_model_len=100, hf_text_config=text)
         )
         owner: Any = SimpleNamespace(info=SimpleNamespace(ctx=context))
-        plans = [ItemPlan("image", (), (kept,), "uniform", "{}", far) for kept, far in media]
-        mrope.Processor.check_positions(owner, plans)
+        sizes = [ItemSize(1000, kept, far) for kept, far in media]
+        mrope.Processor.check_positions(owner, sizes)
 
     check((10, 310))  # 100 + 300 beyond them = 4 × 100
     check((10, 160), (10, 160), (50, 8))
@@ -181,6 +182,23 @@ def test_positions_beyond_the_tables_are_refused() -> None:
             check(*wrong)
     with pytest.raises(OptionError, match="frame rate"):
         check((10, 70_000), positions=10**9)
+
+
+def test_media_from_a_cache_are_counted_without_their_plan() -> None:
+    """What is stored of an item has one size, however many frames it has."""
+    plan = ItemPlan.make("video", [Layout((1, 2, 2))] * 500, MethodSpec("uniform", 0.5))
+    place = SimpleNamespace(get_num_embeds=lambda: plan.kept)
+
+    def result(key: str, item: Any) -> dict[str, Any]:
+        fields = {"mm_hashes": key, "mm_kwargs": item, "mm_placeholders": place}
+        return {name: {"video": [value]} for name, value in fields.items()}
+
+    seen = SeenItems()
+    new = {field_name("video"): SimpleNamespace(data=plan.to_tensor())}
+    want = [(1000, ItemSize(full=2000, kept=1000, extent=0))]
+    assert seen.of(result("a", new)) == seen.of(result("a", None)) == want
+    assert seen.of(result("b", None)) == [(1000, None)]
+    assert len(pickle.dumps(seen._known)) < 500 < len(pickle.dumps(plan))
 
 
 def test_vision_batches_are_limited_by_uncompressed_rows() -> None:

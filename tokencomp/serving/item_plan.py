@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +59,14 @@ class Layout:
         width, length = self.grid[2], self.length
         offsets = {"none": (), "rows": range(width, length, width + 1), "end": (length - 1,)}
         return VisualSpan(0, length, self.grid, kind, tuple(offsets[self.special]))
+
+
+class ItemSize(NamedTuple):
+    """Tokens of an item before and after the reduction, and its positions (`ItemPlan.extent`)."""
+
+    full: int
+    kept: int
+    extent: int
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,11 @@ class ItemPlan:
     def kept(self) -> int:
         """Tokens that stay."""
         return sum(self.keep)
+
+    @property
+    def size(self) -> ItemSize:
+        """What the front end has to remember of the item."""
+        return ItemSize(self.full, self.kept, self.extent)
 
     @property
     def counted(self) -> list[tuple[Layout, int]]:

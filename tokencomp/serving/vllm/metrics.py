@@ -18,11 +18,11 @@ from typing import Any
 from prometheus_client import Counter, Gauge
 from vllm.logger import init_logger
 
-from tokencomp.serving.item_plan import ItemPlan, field_name
+from tokencomp.serving.item_plan import ItemPlan, ItemSize, field_name
 
 logger = init_logger("vllm.tokencomp")
 LOG_EVERY = 60.0  # seconds
-REMEMBERED = 16384  # plans of media that may come from a cache
+REMEMBERED = 16384  # media that may come from a cache
 
 
 @lru_cache(maxsize=1)
@@ -48,41 +48,45 @@ def counters() -> dict[str, Counter]:
     return result
 
 
-class SeenPlans:
-    """Plans by media hash, because media that come from a cache come without their plan."""
+class SeenItems:
+    """Sizes by media hash, because media that come from a cache come without their plan.
+
+    The plans themselves would take much memory, as that of a video may list all of its frames.
+    """
 
     def __init__(self) -> None:
-        self._known: OrderedDict[str, ItemPlan] = OrderedDict()
+        self._known: OrderedDict[str, ItemSize] = OrderedDict()
 
-    def of(self, result: Any) -> list[tuple[int, ItemPlan | None]]:
-        """Return for all items of a `MultiModalInput` the kept tokens and the plan, if any."""
+    def of(self, result: Any) -> list[tuple[int, ItemSize | None]]:
+        """Return for all items of a `MultiModalInput` the kept tokens, and the size if planned."""
         counted = []
         for modality, hashes in result["mm_hashes"].items():
             items = result["mm_kwargs"].get(modality, [None] * len(hashes))
             ranges = result["mm_placeholders"].get(modality, [])
             for key, item, place in zip(hashes, items, ranges, strict=True):
                 if item is not None and field_name(modality) in item:
-                    self._remember(key, ItemPlan.from_tensor(item[field_name(modality)].data))
-                plan = self._known.get(key)
-                counted.append((plan.kept if plan else place.get_num_embeds(), plan))
+                    plan = ItemPlan.from_tensor(item[field_name(modality)].data)
+                    self._remember(key, plan.size)
+                size = self._known.get(key)
+                counted.append((size.kept if size else place.get_num_embeds(), size))
         return counted
 
-    def _remember(self, key: str, plan: ItemPlan) -> None:
-        """Store a plan and drop the one that was stored longest ago, if there are too many."""
-        self._known[key] = plan
+    def _remember(self, key: str, size: ItemSize) -> None:
+        """Store a size and drop the one that was stored longest ago, if there are too many."""
+        self._known[key] = size
         self._known.move_to_end(key)
         if len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
 
 
-def count_request(items: list[tuple[int, ItemPlan | None]]) -> None:
-    """Count the media of one request, which `SeenPlans.of` returns."""
-    for kept, plan in items:
-        full = plan.full if plan else kept
+def count_request(items: list[tuple[int, ItemSize | None]]) -> None:
+    """Count the media of one request, which `SeenItems.of` returns."""
+    for kept, size in items:
+        full = size.full if size else kept
         counters()["before"].inc(full)
         counters()["after"].inc(kept)
         counters()["items"].labels(str(full != kept).lower()).inc()
-    before = sum(plan.full if plan else kept for kept, plan in items)
+    before = sum(size.full if size else kept for kept, size in items)
     if before:
         achieved().set(1 - sum(kept for kept, _ in items) / before)
 

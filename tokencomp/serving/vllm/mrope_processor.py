@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.serving.item_plan import ItemPlan, Layout
+from tokencomp.serving.item_plan import ItemSize, Layout
 from tokencomp.serving.offsets import MAX_OFFSET, grid_extent
 from tokencomp.serving.vllm.processing import CompressingProcessor
 from tokencomp.serving.vllm.rotary import TABLE_FACTOR
@@ -27,7 +27,7 @@ class Processor(CompressingProcessor):
         """See `CompressingProcessor.extents`."""
         return [grid_extent(spans[0].grid) for spans in layouts]
 
-    def check_positions(self, plans: list[ItemPlan]) -> None:
+    def check_positions(self, sizes: list[ItemSize]) -> None:
         """Refuse requests whose positions exceed the rotary tables.
 
         Positions exceed the prompt's length if a long grid keeps few of its tokens.
@@ -39,8 +39,8 @@ class Processor(CompressingProcessor):
         """
         config = self.info.ctx.model_config  # type: ignore[attr-defined]  # of vLLM's class
         table = TABLE_FACTOR * config.hf_text_config.max_position_embeddings
-        beyond = sum(max(plan.extent - plan.kept, 0) for plan in plans)
-        if max((plan.extent for plan in plans), default=0) > MAX_OFFSET:
+        beyond = sum(max(size.extent - size.kept, 0) for size in sizes)
+        if max((size.extent for size in sizes), default=0) > MAX_OFFSET:
             raise OptionError(
                 f"one of the media spans more than {MAX_OFFSET} positions; send a shorter video, "
                 "or one with a correct frame rate."

@@ -16,10 +16,10 @@ import tokencomp
 from tokencomp.errors import OptionError
 from tokencomp.method import MethodSpec
 from tokencomp.serving import KEY
-from tokencomp.serving.item_plan import ItemPlan, Layout, field_name
+from tokencomp.serving.item_plan import ItemPlan, ItemSize, Layout, field_name
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.entry import configured_options
-from tokencomp.serving.vllm.metrics import SeenPlans, count_request
+from tokencomp.serving.vllm.metrics import SeenItems, count_request
 
 logger = init_logger("vllm.tokencomp")
 SCOPED = ("images_kwargs", "videos_kwargs", "common_kwargs", "mm_kwargs")
@@ -51,7 +51,7 @@ class CompressingProcessor:
         super().__init__(*args, **kwargs)
         self._options = server_options(self.info.ctx.model_config)  # type: ignore[attr-defined]  # of vLLM's class
         self._check_tower(self._options.default)
-        self._seen = SeenPlans()
+        self._seen = SeenItems()
         self._latest = "", self._options.default  # options of a request as JSON, and their spec
         default = json.dumps(self._options.default.describe())
         logger.info_once("tokencomp %s: default %s", tokencomp.__version__, default)
@@ -66,7 +66,7 @@ class CompressingProcessor:
         """Return the positions of every uncompressed item; 0 if the engine renumbers tokens."""
         return [0] * len(layouts)
 
-    def check_positions(self, plans: list[ItemPlan]) -> None:
+    def check_positions(self, sizes: list[ItemSize]) -> None:
         """Refuse a request whose positions exceed the model's rotary tables."""
 
     def shorten(self, tokens: Any, plan: ItemPlan) -> Any:
@@ -155,7 +155,7 @@ class CompressingProcessor:
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]  # of vLLM's class
         if inputs.hf_processor_mm_kwargs.get(KEY) is not OFF:
             items = self._seen.of(result)
-            self.check_positions([plan for _, plan in items if plan is not None])
+            self.check_positions([size for _, size in items if size is not None])
             count_request(items)
         return result
 
