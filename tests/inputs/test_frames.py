@@ -44,7 +44,7 @@ def counted(processor: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         def count(self: Any, *args: Any, _name: str = name, _of: Any = original, **kw: Any) -> Any:
             videos = args[0] if args else kw["videos"]
-            counts[_name] += videos.shape[0] * videos.shape[1]
+            counts[_name] += int(np.prod(videos.shape[:-3]))
             return _of(self, *args, **kw)
 
         monkeypatch.setattr(kind, name, count)

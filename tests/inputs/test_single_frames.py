@@ -63,7 +63,9 @@ def features(model: Any, values: Tensor, videos: int) -> Tensor:
         if hasattr(model, "encode_videos"):
             out = model.encode_videos(values, [len(values) // videos] * videos)
         else:
-            out = model.model.get_video_features(values.unflatten(0, (videos, -1)))
+            config = model.config
+            how = config.vision_feature_layer, config.vision_feature_select_strategy
+            out = model.model.get_video_features(values.unflatten(0, (videos, -1)), *how)
     out = getattr(out, "pooler_output", out)
     out = torch.cat(list(out)) if isinstance(out, (list, tuple)) else out
     rows, frames = out.reshape(videos, -1, out.shape[-1]), len(values) // videos

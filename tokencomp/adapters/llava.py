@@ -29,8 +29,9 @@ def _tower(adapter: TileAdapter, kind: type[DenseTower], **options: Any) -> Dens
 
 def _frames_of_videos(call: EncoderCall) -> list[int]:
     """Frames of every video of a call; all videos of a batch have equally many."""
-    videos = call.arguments.get("pixel_values_videos")
-    if videos is None:
+    names = ("pixel_values_videos", "pixel_values")  # the second one before transformers 5
+    videos = next((call.arguments[n] for n in names if n in call.arguments), None)
+    if videos is None or videos.ndim != 5:
         raise SpanError(
             "the vision tower was called outside of get_video_features, so which frames belong to "
             "one video is unknown. Pass pixel_values_videos to the model."
