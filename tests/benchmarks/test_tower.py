@@ -14,9 +14,10 @@ from support.families import FAMILIES
 
 from benchmarks.accuracy.library import difference, load_model
 from benchmarks.accuracy.studies import tower as study
-from benchmarks.accuracy.studies import tower_book, tower_page, tower_sizes
+from benchmarks.accuracy.studies import tower_book, tower_page, tower_sizes, tower_variants
 from benchmarks.models import tower, tower_alone
 from benchmarks.models.tower_page import page as page_of_times
+from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.packed import PackedAnswers, Questions
 from tokencomp.inputs.prompts import build_inputs, prompt_lengths
@@ -196,6 +197,21 @@ def test_towers_alone_go_on_where_they_stopped(
     flops = [n * linear + 4 * 32 * n * n + n // 4 * 2 * (128 * 128 + 128 * 64) for n in (256, 128)]
     assert rows[2]["flop_limit"] == pytest.approx(flops[0] / flops[1])
     assert (tmp_path / "tower.md").read_text().count("| tower of Qwen2-VL-2B and 7B") == 4
+
+
+def test_variants_without_their_change_are_k_centre(tmp_path: Path) -> None:
+    """Places of weight 0 and a share too small for one cell change nothing; without a file, no
+    table is written."""
+    x = torch.rand(48, 27, generator=torch.Generator().manual_seed(0))
+    span = VisualTokens(x, (1, 6, 8), torch.zeros(48, dtype=torch.bool), pixels=(3, 3))
+    expected = make_reducer("kcentre", thumb=1).reduced(span, 9).keep.tolist()
+    plain = tower_variants.Places(thumb=1, weight=0.0), tower_variants.Outstanding(1, share=0.1)
+    assert [reducer.reduced(span, 9).keep.tolist() for reducer in plain] == [expected] * 2
+    changed = tower_variants.Places(thumb=1, weight=5.0), tower_variants.Outstanding(1, share=0.5)
+    for reducer in changed:
+        kept = reducer.reduced(span, 9).keep.tolist()
+        assert len(kept) == 9 and kept == sorted(set(kept)) != expected
+    assert tower_variants.section(tmp_path / tower_variants.NAME) == []
 
 
 def _square() -> dict[str, torch.Tensor]:
