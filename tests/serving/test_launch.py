@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.console import run
 
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.serving import launch
@@ -53,6 +55,28 @@ def test_an_open_address_without_a_key_is_warned_about(caplog: pytest.LogCapture
         Bind(host).warn_if_open()
         assert "without an API key" in caplog.text
         caplog.clear()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ([], ["tiny-qwen2-vl"]),
+        (["--served-model-name", "mine"], ["mine"]),
+        (["--", "--served-model-name", "theirs"], ["theirs"]),
+        (["--", "--served-model-name=theirs"], []),
+    ],
+)
+def test_an_embedded_model_has_its_name_on_vllm(
+    arguments: list[str], names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(launch, "run_vllm", lambda model, *args: started.append((model, args[-1])))
+    assert run("serve", "--engine", "vllm", "--model", "tiny-qwen2-vl", *arguments) in (0, None)
+    ((folder, extra),) = started
+    assert (Path(folder) / "config.json").exists()
+    flag = "--served-model-name"
+    assert [b for a, b in pairwise(extra) if a == flag] == names
+    assert sum(a.startswith(flag) for a in extra) == 1
 
 
 def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,14 +102,16 @@ def command(
     if engine == "vllm":
         ineffective = ("device", "frames", "max_batch")
         opt.refuse_options(context, ineffective, "--engine vllm", VLLM_HINT)
-        extra = [*context.args]
+        extra, folder = [*context.args], resolve(model)
+        if folder != model and not any(a.startswith("--served-model-name") for a in extra):
+            served_name = served_name or model  # clients do not see where embedded models lie
         if served_name:
             extra += ["--served-model-name", served_name]
         if max_model_len:
             extra += ["--max-model-len", str(max_model_len)]
         if dtype != "auto":
             extra += ["--dtype", dtype]
-        run_vllm(resolve(model), options, bind, limits, extra)
+        run_vllm(folder, options, bind, limits, extra)
         return
     if engine != "hf":
         raise OptionError(f"--engine {engine!r}: use 'hf' or 'vllm'.")
