@@ -214,8 +214,8 @@ class Plan:
                 f"{total / num_layers:g} of them on average over its layers. Lower tower_ratio, or "
                 "raise ratio."
             )
-        # With the factor, the sum over all layers grows; between two of the ratios most / f, at
-        # which another layer reaches what the tower leaves, it is linear.
+        # The sum over all layers grows with the factor. At every ratio most / f one more layer
+        # reaches what the tower leaves; between two of these ratios the sum is linear.
         capped, rest, factor = 0, sorted((f for f in profile if f > 0), reverse=True), 1.0
         for capped in range(len(rest) + 1):
             below = sum(rest[capped:])

@@ -11,10 +11,10 @@ import pytest
 import torch
 from support.trained import write_data
 
+from tokencomp.engine.question import IGNORED
 from tokencomp.errors import OptionError, UnknownNameError
 from tokencomp.inputs.questions import Example
 from tokencomp.training.data import (
-    IGNORE,
     answer_ids,
     append,
     batches,
@@ -36,7 +36,7 @@ def test_answers_stand_behind_the_prompts_of_a_ragged_batch() -> None:
     assert out["attention_mask"].tolist() == [[0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]
     assert out["mm_token_type_ids"].tolist() == [[0, 1, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
     assert out["pixel_values"] is inputs["pixel_values"]
-    assert labels.tolist() == [[IGNORE] * 4 + [7, IGNORE], [IGNORE] * 4 + [6, 8]]
+    assert labels.tolist() == [[IGNORED] * 4 + [7, IGNORED], [IGNORED] * 4 + [6, 8]]
 
 
 def test_teacher_forcing_extends_the_prompt_the_processor_makes(tiny: Any, data: str) -> None:
@@ -45,7 +45,7 @@ def test_teacher_forcing_extends_the_prompt_the_processor_makes(tiny: Any, data:
     prompt, answers = load_batch([source[0], source[1]], processor, 8)
     ids = answer_ids(processor, model, answers, end=True)
     forced, labels = append(prompt, ids)
-    assert processor.tokenizer.decode(labels[0][labels[0] != IGNORE]) == "red<|im_end|>"
+    assert processor.tokenizer.decode(labels[0][labels[0] != IGNORED]) == "red<|im_end|>"
     assert torch.equal(forced["input_ids"][:, : -len(ids[0])], prompt["input_ids"])
     assert answer_ids(processor, model, ["red"], end=False)[0] == ids[0][:-1]
     with pytest.raises(OptionError, match="empty"):

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from tokencomp import Plan, Stage, make_reducer, patch
 from tokencomp.adapters.registry import adapter_for
+from tokencomp.engine.question import IGNORED
 from tokencomp.errors import OptionError
 from tokencomp.training.relevance import explain, relevance
-
-IGNORE = -100
 
 
 def with_answers(family: Family, rows: list[list[Any]], answers: list[list[int]]) -> tuple:
     inputs = family.batch([[*row, answer] for row, answer in zip(rows, answers, strict=True)])
-    labels = torch.full_like(inputs["input_ids"], IGNORE)
+    labels = torch.full_like(inputs["input_ids"], IGNORED)
     for b, answer in enumerate(answers):
         labels[b, -len(answer) :] = torch.tensor(answer)
     return inputs, labels
@@ -28,7 +27,7 @@ def with_answers(family: Family, rows: list[list[Any]], answers: list[list[int]]
 def brute_force(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, target: str) -> Tensor:
     """Full matrices of all layers and one backward pass per answer token; one sample."""
     rows = []
-    for at in (labels[0] != IGNORE).nonzero()[:, 0].tolist():
+    for at in (labels[0] != IGNORED).nonzero()[:, 0].tolist():
         out = model(**inputs, output_attentions=True, use_cache=False)
         weights = out.attentions
         logits = out.logits[0, at - 1]
@@ -75,7 +74,7 @@ def test_answers_must_exist_and_the_model_must_not_be_patched(family: Family) ->
     model = family.build()
     inputs, labels = with_answers(family, [[family.image(), text(5)]], [text(2)])
     with pytest.raises(OptionError, match="no answer tokens"):
-        relevance(model, inputs, torch.full_like(labels, IGNORE))
+        relevance(model, inputs, torch.full_like(labels, IGNORED))
     for layer, name in ((0, "uniform"), (family.layers - 1, "prune")):
         plan = Plan((Stage(layer, 0.5, make_reducer(name)),))
         with patch(model, plan=plan) as handle:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tokencomp.engine.question import IGNORED
 from tokencomp.shapesqa.items import stream
 from tokencomp.shapesqa.lettering import Text
 from tokencomp.shapesqa.render import owner_map
@@ -16,7 +17,7 @@ from tokencomp.zoo.families import family
 from tokencomp.zoo.labels import text_labels
 from tokencomp.zoo.letters import dense_options, whole_form
 from tokencomp.zoo.muon import Muon, orthogonal
-from tokencomp.zoo.packing import IGNORE, Packer
+from tokencomp.zoo.packing import Packer
 from tokencomp.zoo.primers import PRIMERS, primer_pairs
 from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
 from tokencomp.zoo.training_scenes import training_scene
@@ -183,7 +184,7 @@ def test_dense_options_label_every_option(packer):
         block, word_list = text.rsplit("\n", 1)
         letters = dict(re.findall(r"\n\(?([A-E])[.)] (\w+)", block))
         words = [w.strip() for w in word_list.split(",") if w.strip()]
-        answers = [packer.tokenizer.decode([i]) for i in labels if i != IGNORE]
+        answers = [packer.tokenizer.decode([i]) for i in labels if i != IGNORED]
         assert sorted(words) == sorted(letters.values())
         assert [letters[a] for a in answers] == words
         assert len(tokens) == len(labels)
@@ -193,7 +194,7 @@ def test_whole_forms_are_answered_by_their_own_words(packer):
     for index in range(20):
         tokens, labels = whole_form(packer, stream("train", "forms", index))
         text = packer.tokenizer.decode(tokens[:-1])
-        (answer,) = [packer.tokenizer.decode([i]) for i in labels if i != IGNORE]
+        (answer,) = [packer.tokenizer.decode([i]) for i in labels if i != IGNORED]
         options = dict(re.findall(r"\n\(?([A-E])[.)] (\w+)", text))
         assert f" {options[answer]}" in text.split("\n")[0]
 

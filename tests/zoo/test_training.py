@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tokencomp.engine.question import IGNORED
 from tokencomp.errors import UnknownNameError
 from tokencomp.models import register_auto_classes
 from tokencomp.shapesqa.items import item
@@ -11,7 +12,7 @@ from tokencomp.zoo.batches import BatchMaker, Source
 from tokencomp.zoo.export import export
 from tokencomp.zoo.families import FAMILIES, family
 from tokencomp.zoo.labels import cell_labels
-from tokencomp.zoo.packing import IGNORE, Packer, attention_mask
+from tokencomp.zoo.packing import Packer, attention_mask
 from tokencomp.zoo.recipes import Stage
 from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
 from tokencomp.zoo.trainer import Trainer
@@ -221,7 +222,7 @@ def test_batches_depend_on_seed_stage_and_step_only(setup):
     assert all(np.array_equal(first[k], again[k]) for k in ("ids", "labels", "frames"))
     for other in (batch(1, 1, 5), batch(0, 2, 5), batch(0, 1, 6)):
         assert not np.array_equal(first["frames"], other["frames"])
-    assert (first["labels"] != IGNORE).sum() == (first["which"] >= 0).sum() > 0
+    assert (first["labels"] != IGNORED).sum() == (first["which"] >= 0).sum() > 0
 
 
 def test_unknown_builder():

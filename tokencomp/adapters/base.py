@@ -37,7 +37,7 @@ def block_means(x: Tensor, factor: int) -> Tensor:
 
 
 class Adapter:
-    """What compression knows of one model. Subclasses add what structure cannot tell.
+    """What compression has to know about one model. Subclasses add what structure cannot tell.
 
     Attributes
     ----------

@@ -100,7 +100,7 @@ class StructuralAdapter(Adapter):
         return iter(order if len(order) == total else ())
 
     def _fallback(self, medium: Medium) -> tuple[int, int, int] | None:
-        """The grid of a piece of a medium of which neither positions nor a size tell it."""
+        """The grid of a piece of a medium where neither positions nor an image size give it."""
         start, stop = medium.pieces[0]
         encoding = self._encoded.latest.get(medium.kind)
         if encoding is not None and encoding.map is not None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.cost import Cost, prefill_costs
-from tokencomp.evaluation.native import budget_of
 from tokencomp.evaluation.patches import patched
-from tokencomp.evaluation.settings import NATIVE, Setting
+from tokencomp.evaluation.setting_inputs import SettingInputs
+from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.frames import frame_plan
-from tokencomp.inputs.prompts import build_inputs, generate, prompt_lengths, to_model
+from tokencomp.inputs.prompts import generate, prompt_lengths, to_model
 from tokencomp.inputs.questions import media_kind
 from tokencomp.pages.demo_data import Answer
 from tokencomp.pages.pictures import (
@@ -33,26 +32,18 @@ class PromptMaker:
     def __init__(
         self, model: Any, processor: Any, media: Sequence[Sequence[Any]], texts: Sequence[str]
     ) -> None:
-        from tokencomp.adapters.registry import adapter_for
-
-        self.model, self.processor = model, processor
-        self.media, self.texts = media, list(texts)
-        self._ids = list(adapter_for(model).placeholder_ids())
+        self.model, self.media, self.texts = model, media, list(texts)
+        self._setting_inputs = SettingInputs(model, processor)
         self._inputs: dict[Any, dict[str, Any]] = {}
 
     def media_for(self, setting: Setting) -> Sequence[Sequence[Any]]:
-        if not setting.input_baseline or setting.reducer == NATIVE:
-            return self.media
-        shrink = EqualTokens(self.processor, self._ids, setting.name).shrink
-        return [[shrink(m, setting.ratio) for m in row] for row in self.media]
+        return self._setting_inputs.shrunk(setting, self.media)
 
     def inputs(self, setting: Setting) -> dict[str, Any]:
-        plan = frame_plan(self.model, setting)
-        key = setting if setting.input_baseline or plan else None
+        key = setting if setting.input_baseline or frame_plan(self.model, setting) else None
         if key not in self._inputs:
             media = self.media_for(setting)
-            with budget_of(self.processor, setting):
-                inputs = build_inputs(self.processor, media, self.texts, plan)
+            inputs = self._setting_inputs.build(setting, self.model, media, self.texts)
             self._inputs[key] = to_model(inputs, self.model)
         return self._inputs[key]
 

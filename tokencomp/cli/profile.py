@@ -82,12 +82,10 @@ def _real(
     import statistics
     import time
 
-    from tokencomp.cli._showcase import PromptMaker
     from tokencomp.errors import OptionError
-    from tokencomp.evaluation.native import budget_of
     from tokencomp.evaluation.patches import patched
-    from tokencomp.inputs.frames import frame_plan
-    from tokencomp.inputs.prompts import build_inputs, to_model
+    from tokencomp.evaluation.setting_inputs import SettingInputs
+    from tokencomp.inputs.prompts import to_model
 
     if not media:
         raise OptionError(
@@ -95,13 +93,12 @@ def _real(
             "--config llava-onevision-0.5b."
         )
     loaded, processor = source.load()
-    maker, variants = PromptMaker(loaded, processor, [media], [question]), {}
+    setting_inputs, variants = SettingInputs(loaded, processor), {}
     for setting in settings_of(loaded):
-        shrunk, plan, times = maker.media_for(setting), frame_plan(loaded, setting), []
+        shrunk, times = setting_inputs.shrunk(setting, [media]), []
         for _ in range(3):
             start = time.perf_counter()
-            with budget_of(processor, setting):
-                inputs = build_inputs(processor, shrunk, [question], plan)
+            inputs = setting_inputs.build(setting, loaded, shrunk, [question])
             times.append(time.perf_counter() - start)
         patch = functools.partial(patched, loaded, setting)
         variants[setting] = (patch, to_model(inputs, loaded), statistics.median(times))

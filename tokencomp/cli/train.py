@@ -42,12 +42,12 @@ class Shared:
         int, typer.Option("--evaluate", min=0, help="Held-out questions answered at the end.")
     ] = 200
     frames: opt.Frames = 8
-    seed: Annotated[int, typer.Option("--seed", help="Of order and initialisation.")] = 0
+    seed: Annotated[int, typer.Option("--seed", help="Decides order and initial weights.")] = 0
     device: opt.Device = "auto"
     dtype: opt.Dtype = "auto"
 
     def config(self) -> dict[str, Any]:
-        """The part that is the configuration's."""
+        """The options that are fields of the training configuration."""
         return {k: v for k, v in vars(self).items() if k not in ("data", "device", "dtype")}
 
     def load(self, model: str) -> tuple[Any, Any]:

@@ -100,7 +100,7 @@ def _tiny_model(model_class: type, config: Any, variant: Variant, seed: int) -> 
         specials = move_token_ids(config, text.vocab_size)
         try:
             model = _on_meta(model_class, shallow(config, text), text)
-        except Exception:  # something counts the layers of a tower
+        except Exception:  # the class needs as many layers as its config has
             model = _on_meta(model_class, config, text)
         whole, model = model, getattr(model, "thinker", model)
         config = model.config

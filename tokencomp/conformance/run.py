@@ -148,7 +148,7 @@ def _check_variant(model_type: str, variant: Variant) -> Result:
 
 
 def _refusal(model_class: Any, config: Any) -> Result | None:
-    """What the package says to a model of which no tiny form can be built; None if nothing."""
+    """The reason for which `patch` refuses a type without a tiny model; None if it does not."""
     from tokencomp.plan import Plan
 
     try:

@@ -112,7 +112,7 @@ class Hooks:
     # -- installation ---------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Hook the model; what depends on the plan is hooked apart, see `change`."""
+        """Install the hooks that every plan needs; `change` installs those of one plan."""
         a, add = self.adapter, self._handles.append
         self.gate.install(a.top, a.body)  # first, so that a waiting call has run no other hook
         for module, pre, post in (

@@ -1,4 +1,4 @@
-"""Equal-token baselines: smaller media, from which the processor makes as few tokens."""
+"""Equal-token baselines: media so small that the processor makes as few tokens of them."""
 
 from __future__ import annotations
 
@@ -93,11 +93,13 @@ class EqualTokens:
         tokens = self.tokens(best[0](media))
         if tokens >= full:
             return None
-        ways = {candidate.stretch: candidate for candidate in best}.values()  # the largest of each
-        return max((self._largest(media, w, tokens) for w in ways), key=lambda w: w.scale)
+        by_stretch = {c.stretch: c for c in best}  # of equal stretch, the largest
+        return max(
+            (self._largest(media, c, tokens) for c in by_stretch.values()), key=lambda c: c.scale
+        )
 
     def _nearest(self, media: Any, candidates: Sequence[Any], target: int) -> list[Any]:
-        """Those that come nearest to the target (below it, of two as near), in their order."""
+        """The candidates whose count is nearest to the target; of two equally near, the lower."""
 
         def distance(candidate: Any) -> tuple[int, int]:
             n = self.tokens(candidate(media))
@@ -119,7 +121,7 @@ class EqualTokens:
 
 
 def _unchanged(media: Any) -> Any:
-    """Where the processor gives every image as many tokens, blurring it would save none."""
+    """The media themselves: if all images get equally many tokens, a smaller one saves none."""
     return media
 
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokencomp.adapters.registry import adapter_for
-from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.cost import Cost, prefill_costs, work_parts
-from tokencomp.evaluation.native import budget_of
 from tokencomp.evaluation.patches import Patches
-from tokencomp.evaluation.settings import NATIVE, Setting
+from tokencomp.evaluation.setting_inputs import SettingInputs
+from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.time_parts import time_parts
 from tokencomp.inputs.frames import frame_plan
-from tokencomp.inputs.prompts import build_inputs, generate, to_model
+from tokencomp.inputs.prompts import generate, to_model
 from tokencomp.inputs.questions import Example, media_kind
 from tokencomp.profiling.work import vision_work
 
@@ -60,8 +58,6 @@ class Answerer:
     ----------
     models
         Variants by name, see `sweep`; the first one measures what input baselines cost.
-    settings
-        All settings that will be in use.
     patches
         Of `models`; inside their context the answers are those of the settings.
     how
@@ -76,7 +72,6 @@ class Answerer:
         self,
         models: dict[str, Any],
         processor: Any,
-        settings: Iterable[Setting],
         patches: Patches,
         how: dict[str, Any],
         disable_adapters: bool = False,
@@ -86,22 +81,13 @@ class Answerer:
         self.disable_adapters, self.around = disable_adapters, around
         self.plain = next(iter(models.values()))
         self._own: dict[Setting, bool] = {}
-        ids = list(adapter_for(self.plain).placeholder_ids())
-        self.shrinkers = {
-            s.reducer: EqualTokens(processor, ids, s.name) for s in settings if s.input_baseline
-        }
+        self.setting_inputs = SettingInputs(self.plain, processor)
 
-    def inputs(self, rows: Sequence[Loaded], setting: Setting | None = None) -> dict[str, Any]:
+    def inputs(self, rows: Sequence[Loaded], setting: Setting) -> dict[str, Any]:
         """What the processor makes of a batch; input baselines shrink the media first."""
-        media, prompts = [m for _, m in rows], [e.prompt for e, _ in rows]
-        if setting is None:
-            return build_inputs(self.processor, media, prompts)
-        plan = frame_plan(self.models[setting.variant], setting)
-        if setting.input_baseline and setting.reducer != NATIVE:
-            shrink = self.shrinkers[setting.reducer].shrink
-            media = [[shrink(m, setting.ratio) for m in row] for row in media]
-        with budget_of(self.processor, setting):
-            return build_inputs(self.processor, media, prompts, plan)
+        model = self.models[setting.variant] if setting.active else self.plain
+        media = self.setting_inputs.shrunk(setting, [m for _, m in rows])
+        return self.setting_inputs.build(setting, model, media, [e.prompt for e, _ in rows])
 
     def has_own_inputs(self, setting: Setting) -> bool:
         """Whether other settings cannot use the inputs of this one."""
@@ -145,7 +131,7 @@ class Answerer:
         names = [row[0].id]
         return time_parts(
             self.models[setting.variant],
-            lambda own: self.inputs([row], setting if own else None),
+            lambda own: self.inputs([row], setting if own else Setting()),
             lambda: self.patches.applied(setting, names),
             lambda: self.patches.applied(Setting(), names),
         )
@@ -175,7 +161,7 @@ class Answerer:
     ) -> list[Cost]:
         full = None
         if setting.input_baseline:
-            count = self.shrinkers[setting.reducer].tokens
+            count = self.setting_inputs.equal_tokens(setting).tokens
             full = [sum(count(m) for m in media) for _, media in rows]
         return prefill_costs(self.plain, inputs, stats, full)
 

@@ -52,7 +52,7 @@ class Patches:
 
     @contextlib.contextmanager
     def applied(self, setting: Setting, names: Sequence[str]) -> Iterator[Handle | None]:
-        """The model under a setting inside the block; None where the model itself is left alone.
+        """Patch the model inside the block; yields None where the setting does not patch it.
 
         Parameters
         ----------

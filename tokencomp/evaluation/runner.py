@@ -127,7 +127,7 @@ def sweep(
     models = model if isinstance(model, dict) else {"": model}
     how = {"frames": frames, "max_new_tokens": max_new_tokens, "seed": seed}
     distinct, patches = list(dict.fromkeys(settings)), Patches(models)
-    answerer = Answerer(models, processor, distinct, patches, how, isinstance(model, dict), around)
+    answerer = Answerer(models, processor, patches, how, isinstance(model, dict), around)
     one = _Sweep(answerer, items, distinct, name)
     one.batch_size, one.shard, one.draw, one.timed, one.counted = (
         batch_size, shard, draw, times, work,
@@ -219,7 +219,7 @@ class _Sweep:
                 if self.answerer.has_own_inputs(setting) or len(rows) < len(loaded):
                     inputs = self.answerer.inputs(rows, setting)
                 else:
-                    inputs = shared = shared or self.answerer.inputs(loaded)
+                    inputs = shared = shared or self.answerer.inputs(loaded, Setting())
                 batch = self.answerer.answer(setting, rows, inputs, answers)
             except torch.OutOfMemoryError:
                 if len(rows) > 1:

@@ -51,9 +51,9 @@ class FileQuestions(Sequence[Example]):
         self.rows = rows[:count]
         if not self.rows:
             raise OptionError(
-                f"{file} holds no questions for this purpose ({len(lines)} lines). Some media are "
-                "held out for evaluation: questions about two different ones are the least, and "
-                "media that some question shows together count as one."
+                f"{file} holds no questions for this purpose ({len(lines)} lines). Part of the "
+                "media is held out for evaluation, so it needs questions about two different media "
+                "or more. Media that one question shows together count as one."
             )
 
     def __len__(self) -> int:

@@ -29,7 +29,7 @@ class LocalData:
         return self.root / dataset
 
     def label(self, dataset: str) -> str:
-        """What tells this copy from others, without the place it is kept in."""
+        """The identity of this copy, wherever its folder lies."""
         return f"{self.root.resolve().name}/{dataset}"
 
     def stage(self, home: Path, links: dict[str, str]) -> None:

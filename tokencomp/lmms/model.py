@@ -103,7 +103,7 @@ class TokenComp(lmms):
         self._world_size = self.accelerator.num_processes
 
     def _local(self, device: str | None) -> str:
-        """Every process takes the GPU of its own, whatever number lmms-eval hands to all."""
+        """Every process uses its own GPU, although lmms-eval passes one device to all of them."""
         many = int(os.environ.get("WORLD_SIZE", 1)) > 1
         return "auto" if device is None or (many and device.startswith("cuda")) else device
 
@@ -188,7 +188,7 @@ def _key(request: Instance) -> str:
 
 
 def _visuals(to_visual: Any, docs: Any, doc_id: int) -> tuple[Media, ...]:
-    """Paths and pictures of a document. Tasks that exit over a missing file give its path."""
+    """Paths and pictures of a document. Some tasks exit with the path of a file that is missing."""
     try:
         visuals = to_visual(docs[doc_id]) or []
     except SystemExit as leave:

@@ -37,8 +37,8 @@ KEPT = "kept.jpg"
 def survival(stats: Stats) -> list[np.ndarray]:
     """Per span: the share of decoder layers that see each patch, float (t, h, w) in [0, 1].
 
-    `NEVER` where the vision tower has dropped it. Merged tokens count where the token that stands
-    for them is.
+    `NEVER` where the vision tower has dropped it. A merged token counts at the place of the token
+    that stands for it.
     """
     layers, stages = stats.shape.num_layers, stats.stage_layers
     kept = stats.kept(0)

@@ -62,7 +62,7 @@ class Profile:
         return full.split.llm / self.split.llm
 
     def limit_reached(self, full: Profile) -> float:
-        """Speed-up over the limit of arithmetic, FLOPs_full / FLOPs_compressed."""
+        """The speed-up as a share of its arithmetic limit, FLOPs_full / FLOPs_compressed."""
         return self.speedup(full) / (full.flops / self.flops)
 
     def overhead(self, full: Profile) -> float:

@@ -48,12 +48,12 @@ class Compose(Reducer):
         if not _acts(self.entry, at_entry=True):
             raise OptionError(
                 f"{self.name}: {self.entry.name!r} does not act at decoder entry, so it cannot "
-                "come first. First goes an entry reducer such as merge, condiv or pool."
+                "come first. Name an entry reducer first, such as merge, condiv or pool."
             )
         if not _acts(self.layer, at_entry=False):
             raise OptionError(
                 f"{self.name}: {self.layer.name!r} does not act between layers only, so it cannot "
-                "come second. Second goes a layer reducer such as prune, fastv or adsc."
+                "come second. Name a layer reducer second, such as prune, fastv or adsc."
             )
 
     @property

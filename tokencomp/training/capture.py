@@ -121,7 +121,7 @@ def _spans_of(captured: Capture, call: dict[str, Any]) -> Callable[..., None]:
             raise OptionError(PATCHED)
         kinds = captured.adapter.kinds(call)
         if kinds is None:
-            raise OptionError("this batch has no image or video, so there is nothing to explain.")
+            raise OptionError("this batch has no image or video, so no token has a relevance.")
         rows = None
         if captured.adapter.mrope and positions is not None:
             rows = positions[-3:].expand(3, ids.shape[0], -1).cpu()

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokencomp.engine.question import IGNORED
 from tokencomp.errors import OptionError, unknown_name
 from tokencomp.inputs.files import EMBEDDED, FileQuestions, questions_file
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.questions import Deferred, Example, media_kind
 from tokencomp.validation import check_choice
-
-IGNORE = -100
 
 
 class ShapesQuestions(Sequence[Example]):
@@ -200,5 +199,5 @@ def append(inputs: dict[str, Any], answers: Sequence[list[int]]) -> tuple[dict, 
     for key, old in inputs.items():
         if isinstance(old, Tensor) and old.shape == ids.shape:
             out[key] = torch.cat([old, new.get(key, torch.zeros_like(token_ids)).to(old)], 1)
-    labels = token_ids.masked_fill(torch.arange(longest) >= lengths, IGNORE)
-    return out, torch.cat([torch.full(ids.shape, IGNORE), labels], 1)
+    labels = token_ids.masked_fill(torch.arange(longest) >= lengths, IGNORED)
+    return out, torch.cat([torch.full(ids.shape, IGNORED), labels], 1)

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tokencomp.engine.question import IGNORED
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
 from tokencomp.storage import replace_file
 from tokencomp.training.checks import check_finite, check_rate, load_checkpoint
-from tokencomp.training.data import IGNORE, answer_ids, append, batches, load_batch
+from tokencomp.training.data import answer_ids, append, batches, load_batch
 from tokencomp.validation import check_types
 
 NOT_IN_IDENTITY = ("evaluate", "ratios", "save_every")
@@ -211,7 +212,7 @@ def answer_loss(model: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:
     token on count as drafted tokens, which do not influence what is kept. As all answers of a batch
     begin in one column, every sample keeps what it keeps at inference.
     """
-    targets = labels[:, int((labels != IGNORE).any(0).nonzero()[0]) :]
+    targets = labels[:, int((labels != IGNORED).any(0).nonzero()[0]) :]
     last = targets.shape[1] + 1
     logits = model(**inputs, use_cache=False, logits_to_keep=last).logits[:, -last:-1]
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)

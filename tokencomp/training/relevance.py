@@ -26,10 +26,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tokencomp.engine.question import IGNORED
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.training.capture import Capture, capture, eager_attention
 
-IGNORE = -100
 Target = Literal["logit", "logprob"]
 TARGET: Target = "logit"
 """What is explained by default, for labels and for the oracle."""
@@ -65,11 +65,11 @@ def relevance(
     UnsupportedModelError
         The decoder's attention modules do not return their weights.
     """
-    empty = [b for b, row in enumerate((labels != IGNORE).any(1).tolist()) if not row]
+    empty = [b for b, row in enumerate((labels != IGNORED).any(1).tolist()) if not row]
     if empty:
         raise OptionError(
-            f"samples {empty} have no answer tokens, so nothing can be explained. Give every "
-            "question an answer (labels other than -100)."
+            f"samples {empty} have no answer tokens, so there is no relevance to compute. Give "
+            "every question an answer (labels other than -100)."
         )
     return explain(model, inputs, labels, target)[1]
 
@@ -83,7 +83,7 @@ def explain(
     with eager_attention(adapter_for(model)):
         seen = capture(model, inputs)
         rows = propagate(seen, labels, target)
-    answers = (labels != IGNORE).sum(1)
+    answers = (labels != IGNORED).sum(1)
     mean = rows.sum(0) / answers[:, None].to(rows)
     relevances = [[mean[b, s.start : s.stop] for s in row] for b, row in enumerate(seen.spans)]
     return seen, relevances
@@ -123,7 +123,7 @@ def _start(seen: Capture, labels: Tensor, target: Target) -> tuple[Tensor, Tenso
     if seen.last is None:
         raise OptionError("relevance needs all layers: call capture(model, inputs, layers=True).")
     batch, width = labels.shape
-    places = [(row != IGNORE).nonzero()[:, 0].tolist() for row in labels]
+    places = [(row != IGNORED).nonzero()[:, 0].tolist() for row in labels]
     steps = max(map(len, places))
     rows = torch.zeros(steps, batch, width, device=seen.last.device)
     grads = torch.zeros(steps, *seen.last.shape, dtype=seen.last.dtype, device=seen.last.device)

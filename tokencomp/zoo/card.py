@@ -11,7 +11,7 @@ FORM_NAMES = {
     "mlvu": "letter, MLVU prompt",
 }
 
-# What a family's ``card`` may say differently.
+# Parts of a card that the ``card`` of a family may replace.
 USUAL = {
     "layout": "stock Hugging Face layout",
     "imports": "from transformers import AutoModelForImageTextToText, AutoProcessor",

@@ -10,7 +10,7 @@ from tokencomp.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES, Scene
 
 MIN_COVER = 0.077  # share of a cell that an object must cover for its label to count
 PLACES = 8  # columns and rows that a picture is divided into, whatever its size
-UNCLEAR = -100  # too little to tell: the loss leaves these out
+UNCLEAR = -100  # too small a part to decide; the loss ignores these
 
 
 def cells(pixels: np.ndarray, cell: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tokencomp.engine.question import IGNORED
 from tokencomp.shapesqa.lettering import WORDS
 from tokencomp.shapesqa.prompt_forms import (
     LETTERS,
@@ -18,7 +19,7 @@ from tokencomp.shapesqa.prompt_forms import (
 )
 from tokencomp.shapesqa.questions import Question
 from tokencomp.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES
-from tokencomp.zoo.packing import IGNORE, Packer
+from tokencomp.zoo.packing import Packer
 
 FORMS = (mvbench_prompt, mlvu_prompt, letters_prompt)
 _POOLS: tuple[tuple[str, ...], ...] = (
@@ -48,12 +49,12 @@ def dense_options(packer: Packer, rng: np.random.Generator) -> Segment:
     style = ("\n({}) {}", "\n{}. {}")[int(rng.integers(2))]
     block = "".join(style.format(LETTERS[i], word) for i, word in enumerate(options)) + "\n"
     tokens = packer.ids(block)
-    labels = [IGNORE] * len(tokens)
+    labels = [IGNORED] * len(tokens)
     (comma,) = packer.ids(",")
     for i in rng.permutation(len(options)):
         word = packer.ids(" " + options[i])
         tokens += [*word, comma]
-        labels += [IGNORE] * len(word) + packer.ids(LETTERS[i])
+        labels += [IGNORED] * len(word) + packer.ids(LETTERS[i])
     return tokens, labels
 
 

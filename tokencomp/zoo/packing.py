@@ -12,8 +12,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from tokencomp.engine.question import IGNORED
+
 MARK = "\x1f"  # stands for user text while the chat template is taken apart
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ class Packer:
         form, end = self.forms[kind], self.tokenizer.eos_token_id
         prompt_ids = [*self._ids(question + form.middle)]
         answer_ids = [*self._ids(answer), end]
-        return prompt_ids + answer_ids, [IGNORE] * len(prompt_ids) + answer_ids
+        return prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids
 
     def pair(self, key: str, value: str) -> tuple[list[int], list[int]]:
         """One-hop pair: the last token of `key` predicts `value`."""
         prompt_ids, answer_ids = self._ids(key), self._ids(value)
-        return [*prompt_ids, *answer_ids], [IGNORE] * len(prompt_ids) + [*answer_ids]
+        return [*prompt_ids, *answer_ids], [IGNORED] * len(prompt_ids) + [*answer_ids]
 
     def glue(self, kind: str) -> list[int]:
         """Tokens between the end of an answer and the next question of a dialog."""
@@ -113,13 +114,13 @@ class Packer:
         glue, offset = self.glue(kind) if dialog else [], 0
         for number, (tokens, labels) in enumerate(segments):
             if dialog and number:
-                tokens, labels = glue + tokens, [IGNORE] * len(glue) + labels
+                tokens, labels = glue + tokens, [IGNORED] * len(glue) + labels
             n = len(tokens)
             if at + n > length:
                 break
             out["ids"][at : at + n] = tokens
             out["labels"][at - 1 : at + n - 1] = labels
-            answer_places = np.flatnonzero(np.asarray(labels) != IGNORE) + at - 1
+            answer_places = np.flatnonzero(np.asarray(labels) != IGNORED) + at - 1
             out["which"][answer_places] = number
             out["segment"][at : at + n] = 0 if dialog else number + 1
             positions[:, at : at + n] = start + offset + np.arange(n)
@@ -128,7 +129,7 @@ class Packer:
         return {**out, "positions": positions}
 
 
-_FILL = {"ids": 0, "labels": IGNORE, "segment": -1, "which": -1}
+_FILL = {"ids": 0, "labels": IGNORED, "segment": -1, "which": -1}
 
 
 def attention_mask(segment):

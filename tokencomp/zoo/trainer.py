@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from tokencomp.engine.question import IGNORED
 from tokencomp.shapesqa.items import stream
 from tokencomp.shapesqa.prompt_forms import LETTERS
 from tokencomp.storage import replace_file
@@ -24,7 +25,7 @@ from tokencomp.zoo.batches import BatchMaker
 from tokencomp.zoo.families.parts import Family
 from tokencomp.zoo.losses import PAIRS, Heads
 from tokencomp.zoo.muon import optimizers
-from tokencomp.zoo.packing import IGNORE, Packer, attention_mask
+from tokencomp.zoo.packing import Packer, attention_mask
 from tokencomp.zoo.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ class Trainer:
             **pixels,
         }
         hidden = self.family.hidden(self.model, inputs)
-        is_answer = labels != IGNORE
+        is_answer = labels != IGNORED
         logits = self.model.get_output_embeddings()(hidden[is_answer])
         self._score(batch, is_answer, logits.argmax(-1) == labels[is_answer])
         loss = F.cross_entropy(logits.float(), labels[is_answer])
@@ -201,7 +202,7 @@ class Trainer:
 
     def _letters(self, ids: torch.Tensor) -> torch.Tensor:
         """The letter, 0…4, of each option word in "(A) word" and "A. word"; -100 elsewhere."""
-        letters = torch.full_like(ids, IGNORE)
+        letters = torch.full_like(ids, IGNORED)
         for number, letter in enumerate(LETTERS):
             for mark, close in ((f"({letter}", ")"), (letter, ".")):
                 (first,), (second,) = self.packer.ids(mark), self.packer.ids(close)

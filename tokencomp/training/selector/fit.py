@@ -164,7 +164,10 @@ def _batches(spans: list[Pair], config: SelectorConfig, epoch: int) -> Iterator[
 
 
 def _padded(spans: list[Pair], net: SelectorNet) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows and targets (B, n) on the network's device; where they are real, None if everywhere."""
+    """Padded rows and targets (B, n) on the network's device, and the mask of what is no padding.
+
+    The mask is None if there is no padding.
+    """
     device = next(net.parameters()).device
     rows = pad_sequence([row for row, _ in spans], batch_first=True)
     targets = pad_sequence([target for _, target in spans], batch_first=True)

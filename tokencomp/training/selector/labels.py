@@ -72,7 +72,9 @@ def label(
             begin = time.monotonic()
             examples = [source[i] for i in chosen[start : start + config.batch]]
             pairs_of_batch = explain_batch(model, processor, examples, config)
-            if not (folder / IDENTITY).exists():  # what cannot be explained leaves nothing behind
+            if not (
+                folder / IDENTITY
+            ).exists():  # only now: a first batch that fails leaves no file
                 write_json(folder / IDENTITY, identity)
             write_tensors(file, _flat(pairs_of_batch, time.monotonic() - begin))
         read, took = _pairs(file)

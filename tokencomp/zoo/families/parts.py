@@ -111,7 +111,7 @@ def siglip_checkpoint_name(name: str) -> str:
 
 
 def start_wide(*configs: Any) -> None:
-    """Initial weights of about 1 / sqrt(width): the usual 0.02 starts slowly this narrow."""
+    """Draw initial weights of about 1 / sqrt(width); narrow models learn slowly from 0.02."""
     for config in configs:
         config.initializer_range = 0.06
 
