@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,26 @@ from tokencomp.cli._methods import Settings, settings
 
 FILES = ("model", "image", "video", "question", "frames")
 SHAPE = ("tokens", "layers", "vision_layers")
+LINES = (
+    ("ratio reached", "achieved_ratio", "{:.3f}"),
+    ("tower ratio reached", "tower_ratio", "{:.3f}"),
+    ("tokens per layer", "tokens_per_layer", "tokens"),
+    ("preprocess", "preprocess_s", "ms"),
+    ("vision tower", "vision_s", "ms"),
+    ("reduce", "reduce_s", "ms"),
+    ("LLM prefill", "prefill_s", "ms"),
+    ("total to first token", "total_s", "ms"),
+    ("decode per token", "decode_s_per_token", "ms"),
+    ("peak memory", "peak_bytes", "bytes"),
+    ("KV cache", "kv_bytes", "bytes"),
+    ("LLM FLOPs", "flops", "count"),
+    ("LLM speed-up", "speedup", "{:.2f}×"),
+    ("limit by FLOPs", "flop_limit", "{:.2f}×"),
+    ("limit reached", "limit_reached", "{:.0%}"),
+    ("reducer overhead", "reduce_overhead", "{:.1%}"),
+    ("speed-up in all", "total_speedup", "{:.2f}×"),
+)
+"""Lines of the table: name, key of the row, and the form of its value."""
 
 
 @opt.flat
@@ -203,30 +224,17 @@ def _print(report: dict[str, Any]) -> None:
         label = row["reducer"] + (f"\n{ratio_text(row['ratio'])}" if row["ratio"] else "")
         table.add_column(label, justify="right")
 
-    def line(name: str, show: Any) -> None:
-        table.add_row(f"[bold]{name}[/]", *[show(row) for row in rows])
-
-    def ms(key: str) -> Any:
-        return lambda r: "–" if r[key] is None else f"{1e3 * r[key]:.1f} ms"
-
-    line("ratio reached", lambda r: f"{r['achieved_ratio']:.3f}")
-    if any(row["tower_ratio"] for row in rows):
-        line("tower ratio reached", lambda r: f"{r['tower_ratio']:.3f}")
-    line("tokens per layer", lambda r: compact(r["tokens_per_layer"]))
-    line("preprocess", ms("preprocess_s"))
-    line("vision tower", ms("vision_s"))
-    line("reduce", ms("reduce_s"))
-    line("LLM prefill", ms("prefill_s"))
-    line("total to first token", ms("total_s"))
-    line("decode per token", ms("decode_s_per_token"))
-    line("peak memory", lambda r: "–" if r["peak_bytes"] is None else si(r["peak_bytes"], "B"))
-    line("KV cache", lambda r: si(r["kv_bytes"], "B"))
-    line("LLM FLOPs", lambda r: si(r["flops"]))
-    line("LLM speed-up", lambda r: f"{r['speedup']:.2f}×")
-    line("limit by FLOPs", lambda r: f"{r['flop_limit']:.2f}×")
-    line("limit reached", lambda r: f"{r['limit_reached']:.0%}")
-    line("reducer overhead", lambda r: f"{r['reduce_overhead']:.1%}")
-    line("speed-up in all", lambda r: f"{r['total_speedup']:.2f}×")
+    texts: dict[str, Callable[[Any], str]] = {
+        "tokens": compact,
+        "ms": lambda seconds: f"{1e3 * seconds:.1f} ms",
+        "bytes": lambda count: si(count, "B"),
+        "count": si,
+    }
+    for name, key, form in LINES:
+        values = [row[key] for row in rows]
+        if key != "tower_ratio" or any(values):
+            text = texts.get(form, form.format)
+            table.add_row(f"[bold]{name}[/]", *("–" if v is None else text(v) for v in values))
     console = Console()
     console.print(table)
     where = report["hardware"]

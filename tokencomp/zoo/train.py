@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -153,7 +154,6 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
 
     from tokencomp.inputs.loading import load_folder
     from tokencomp.shapesqa.examples import FORMS, blind_guess, by_family
-    from tokencomp.shapesqa.items import FRAMES
     from tokencomp.shapesqa.items import items as sample
     from tokencomp.shapesqa.layouts import write_media
     from tokencomp.shapesqa.questions import IMAGE_FAMILIES, VIDEO_FAMILIES
@@ -170,10 +170,32 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
     with tempfile.TemporaryDirectory() as media:
         test = [write_media(one, Path(media)) for one in sample("test", items, every)]
         results = {form: by_family(evaluate(model, processor, test, form)) for form in FORMS}
-    others = []
+    learned = {source.scene for source in sources} | {"usual"}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "model": _facts(name, arch, model),
+        "training": {**training, **versions},
+        "test": results,
+        "blind": blind_guess(test),
+        "other_shapes": [*_other_scenes(model, processor, items, arch.kinds, learned, reading)],
+    }
+
+
+def _other_scenes(
+    model: Any,
+    processor: Any,
+    items: int,
+    kinds: Collection[str],
+    learned: Collection[str],
+    reading: Collection[str],
+) -> Iterator[dict[str, Any]]:
+    """Accuracy on the `OTHER_SCENES` whose kind, difficulty and text the recipe has."""
+    from tokencomp.shapesqa.items import FRAMES
+    from tokencomp.shapesqa.items import items as sample
+    from tokencomp.zoo.evaluate import evaluate
+
     for what, kind, families, scenes in OTHER_SCENES:
-        learned = {source.scene for source in sources} | {"usual"}
-        if kind not in arch.kinds or scenes.get("difficulty", "usual") not in learned:
+        if kind not in kinds or scenes.get("difficulty", "usual") not in learned:
             continue
         if "reading" in families and not reading:
             continue
@@ -181,31 +203,26 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
         chosen = sample("test", count, families, **scenes)
         rows = evaluate(model, processor, chosen, "free", scenes.get("frames", FRAMES))
         right = sum(row["correct"] for row in rows)
-        others.append({"what": what, "accuracy": right / len(rows), "items": len(rows)})
-    text = arch.language_config(model)
-    count = sum(p.numel() for p in model.parameters())
+        yield {"what": what, "accuracy": right / len(rows), "items": len(rows)}
+
+
+def _facts(name: str, arch: Any, model: Any) -> dict[str, Any]:
+    """Sizes of the model for its card."""
+    config = arch.language_config(model)
     seen = [row for row in SEEN if row[0] in arch.kinds]
-    facts = {
+    return {
         **arch.card,
         "name": name,
         "architecture": type(model).__name__.removesuffix("ForConditionalGeneration"),
-        "parameters": count / 1e6,
+        "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
         "vision": sum(p.numel() for p in arch.vision_parameters(model)) / 1e6,
-        "layers": text.num_hidden_layers,
-        "hidden": text.hidden_size,
-        "heads": text.num_attention_heads,
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
         "tokens": ", ".join(
             text.format(arch.tokens_per(kind, shape)) for kind, shape, text, _ in seen
         ),
         "trained_on": "; ".join(sizes for *_, sizes in seen),
-    }
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {
-        "model": facts,
-        "training": {**training, **versions},
-        "test": results,
-        "blind": blind_guess(test),
-        "other_shapes": others,
     }
 
 
