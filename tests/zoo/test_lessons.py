@@ -54,8 +54,8 @@ def test_both_digits_are_labelled_where_the_middle_of_a_number_is():
     left, top, right, bottom = scene.texts[0].box
     middle = int((top + bottom) / 2) // 28, int((left + right) / 2) // 28
     assert digits[middle].tolist() == [4, 7]
-    digits[middle] = IGNORE
-    assert (digits == IGNORE).all()
+    digits[middle] = IGNORED
+    assert (digits == IGNORED).all()
 
 
 def test_repeated_questions_differ_in_their_options(packer):
@@ -69,7 +69,7 @@ def test_repeated_questions_differ_in_their_options(packer):
     assert len(prompts) == len(set(prompts)) >= 4 and set(names) == {"reading/choice/fact"}
     for prompt, (_, labels) in zip(prompts, segments, strict=True):
         options = dict(re.findall(r"\(?([A-E])[.)] (\w+)", prompt))
-        (answer,) = [packer.tokenizer.decode([i]) for i in labels if i != IGNORE]
+        (answer,) = [packer.tokenizer.decode([i]) for i in labels if i != IGNORED]
         assert options[answer] == "moon"
     assert len(maker._segments(scene, replace(source, repeat=False), rng)[0]) == 1
 

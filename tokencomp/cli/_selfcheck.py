@@ -53,11 +53,11 @@ def self_check(model: Any, processor: Any) -> list[Finding]:
     return checks
 
 
-def _picture(size: int = 224) -> Any:
+def _picture() -> Any:
     """A red disc on a gradient: every patch differs."""
     from PIL import Image, ImageDraw
 
-    image = Image.radial_gradient("L").resize((size, size)).convert("RGB")
+    image = Image.radial_gradient("L").resize((224, 224)).convert("RGB")
     ImageDraw.Draw(image).ellipse((30, 50, 110, 130), fill=(200, 30, 30))
     return image
 

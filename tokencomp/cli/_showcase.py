@@ -97,7 +97,7 @@ def _is_video(media: Any) -> bool:
 
 
 def time_prefill(
-    maker: PromptMaker, settings: Sequence[Setting], rounds: int = 5, budget: float | None = None
+    maker: PromptMaker, settings: Sequence[Setting], budget: float
 ) -> dict[Setting, Split]:
     """Median split of one prefill per setting, settings interleaved in one process."""
 
@@ -108,4 +108,4 @@ def time_prefill(
 
         return run
 
-    return interleaved({s: variant(s) for s in settings}, rounds, budget)
+    return interleaved({s: variant(s) for s in settings}, budget=budget)

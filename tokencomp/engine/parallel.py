@@ -30,7 +30,7 @@ def total_heads(attn: Any) -> int:
     )
 
 
-def gather_heads(attn: Any, x: Tensor, dim: int, total: int | None = None) -> Tensor:
+def gather_heads(attn: Any, x: Tensor, dim: int) -> Tensor:
     """The values of all heads, of which this rank may have computed only its own.
 
     Under tensor parallelism every rank holds some of the heads, in order. Whatever a choice of
@@ -45,21 +45,18 @@ def gather_heads(attn: Any, x: Tensor, dim: int, total: int | None = None) -> Te
         Values of the heads of this rank.
     dim
         Axis of `x` that runs over heads.
-    total
-        Heads on all ranks; None: `total_heads(attn)`.
 
     Returns
     -------
     Tensor
-        `x` itself if it has all heads; otherwise with `total` heads, the same on every rank.
+        `x` itself if it has all heads; otherwise the heads of all ranks, the same on every rank.
 
     Raises
     ------
     UnsupportedModelError
         Heads are missing, and no group of ranks is known that has them.
     """
-    total = total_heads(attn) if total is None else total
-    heads = x.shape[dim]
+    total, heads = total_heads(attn), x.shape[dim]
     if heads == total:
         return x
     group = tensor_parallel_group(attn)

@@ -152,7 +152,6 @@ def search(
     candidates: Sequence[Candidate],
     *,
     batch_size: int = 8,
-    max_new_tokens: int = 16,
     name: str = "",
 ) -> list[Candidate]:
     """Measure the candidates in turn; the worse half is dropped after a third of the items.
@@ -162,7 +161,7 @@ def search(
     list of Candidate
         Best accuracy first; dropped ones at the end.
     """
-    how = {"max_new_tokens": max_new_tokens, "name": name}
+    how = {"max_new_tokens": 16, "name": name}
 
     def measure(some: Sequence[Example], these: Sequence[Candidate]) -> dict[Candidate, EvalRun]:
         return _measure(model, processor, some, these, batch_size, how)

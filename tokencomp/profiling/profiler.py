@@ -20,6 +20,9 @@ from tokencomp.profiling.timing import Split, interleaved, prefill_split
 
 Patch = Callable[[], AbstractContextManager[Any]]
 
+DECODE_TOKENS = 16
+"""Generated tokens over which the time per token is averaged."""
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -76,7 +79,6 @@ def profile(
     costs: dict[Any, Any],
     *,
     rounds: int = 5,
-    decode_tokens: int = 16,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[Any, Profile]:
     """Profile variants of one model.
@@ -90,8 +92,6 @@ def profile(
         Per key: an object with `flops`, `per_layer` and `ratio` (`tokencomp.evaluation.cost.Cost`).
     rounds
         Timed rounds after one warm-up; every round runs every variant once.
-    decode_tokens
-        Tokens generated for the time per token.
     say
         Called with a line of progress before every prefill and every measurement of memory: real
         shapes take minutes on a CPU.
@@ -114,7 +114,7 @@ def profile(
         with patch() as handle:
             peak, kv = _memory(model, inputs)
             stats = getattr(handle, "stats", None)
-            decode = decode_seconds(model, inputs, decode_tokens)
+            decode = decode_seconds(model, inputs, DECODE_TOKENS)
         cost = costs[key]
         profiles[key] = Profile(
             preprocess, splits[key], decode, peak, kv, cost.flops, cost.per_layer, cost.ratio,
