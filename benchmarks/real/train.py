@@ -10,23 +10,23 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from benchmarks.real.batches import BatchMaker, Mixture
+from tokencomp.engine.question import IGNORED
 from tokencomp.shapesqa.lettering import WORDS
 from tokencomp.storage import replace_file
-from tokencomp.zoo.packing import IGNORE, attention_mask
+from tokencomp.zoo.packing import attention_mask
+from tokencomp.zoo.scores import RunningScores
 
 log = logging.getLogger(__name__)
 RANK = 16
@@ -124,7 +124,7 @@ class Trainer:
         groups = [{"params": p, "part": name} for name, p in self.parts.items()]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
         self.stage, self.step, self.seconds = 0, 0, 0.0
-        self.scores: dict[str, float] = {}
+        self.scores = RunningScores()
         self.names = Names(maker, model)
         self._features: dict[int, tuple[torch.Tensor, list[list[list[str]]]]] = {}
         self._resume()
@@ -192,7 +192,7 @@ class Trainer:
             self._features[number] = maps.flatten(2).mT, cells
         features, cells = self._features[number]
         tokens = self.model.model.multi_modal_projector(features)
-        return self.names.loss(tokens.float(), cells, self._note)
+        return self.names.loss(tokens.float(), cells, self.scores.note)
 
     def _loss(self, stage: Stage) -> torch.Tensor:
         """Cross entropy over answer tokens alone; the head runs on those positions only."""
@@ -206,26 +206,10 @@ class Trainer:
             pixel_values=batch["pixels"].to(self.model.dtype),
             use_cache=False,
         ).last_hidden_state
-        is_answer = labels != IGNORE
+        is_answer = labels != IGNORED
         logits = self.model.lm_head(hidden[is_answer]).float()
-        self._score(batch, is_answer, logits.argmax(-1) == labels[is_answer])
+        self.scores.note_answers(batch, is_answer, logits.argmax(-1) == labels[is_answer])
         return F.cross_entropy(logits, labels[is_answer])
-
-    def _score(self, batch: dict[str, Any], is_answer: torch.Tensor, right: torch.Tensor) -> None:
-        """Share of segments whose every answer token was right, per name: batches never repeat."""
-        rows = is_answer.nonzero()[:, 0].tolist()
-        which = torch.from_numpy(batch["which"])[is_answer].tolist()
-        whole: dict[tuple[int, int], bool] = defaultdict(lambda: True)
-        for row, number, ok in zip(rows, which, right.tolist(), strict=True):
-            whole[row, number] &= ok
-        tally = defaultdict(list)
-        for (row, number), ok in whole.items():
-            tally[batch["names"][row][number]].append(ok)
-        for name, oks in tally.items():
-            self._note(name, float(np.mean(oks)))
-
-    def _note(self, name: str, value: float, decay: float = 0.95) -> None:
-        self.scores[name] = decay * self.scores.get(name, value) + (1 - decay) * value
 
     def save(self) -> None:
         """Write the checkpoint; a kill in the middle leaves the previous one intact."""
@@ -233,7 +217,7 @@ class Trainer:
             "trained": self.trained,
             "optimizer": self.optimizer.state_dict(),
             "progress": (self.stage, self.step, self.seconds),
-            "scores": self.scores,
+            "scores": dict(self.scores),
         }
         replace_file(self.checkpoint, partial(torch.save, state))
 
@@ -244,7 +228,7 @@ class Trainer:
         self.model.load_state_dict(state["trained"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.stage, self.step, self.seconds = state["progress"]
-        self.scores = dict(state["scores"])
+        self.scores = RunningScores(state["scores"])
 
     def merged(self) -> Any:
         """The model with its adapters in its weights: a stock FastVLM again."""

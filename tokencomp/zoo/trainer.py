@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from tokencomp.zoo.families.parts import Family
 from tokencomp.zoo.losses import PAIRS, Heads
 from tokencomp.zoo.muon import optimizers
 from tokencomp.zoo.packing import Packer, attention_mask
+from tokencomp.zoo.scores import RunningScores
 from tokencomp.zoo.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Trainer:
         vision = [*family.vision_parameters(self.model), *self.heads.parameters()]
         self.optimizers = optimizers(self.model, vision)
         self.stage, self.step, self.seconds = 0, 0, 0.0
-        self.scores: dict[str, float] = {}
+        self.scores = RunningScores()
         self._resume()
 
     def _keep(self, module, inputs, output) -> None:
@@ -163,7 +163,7 @@ class Trainer:
     def _vision_loss(self, batch: dict) -> torch.Tensor:
         labels = {k: v if k == "media" else _tensor(v) for k, v in batch.items()}
         tokens = self.family.tokens(self.model, labels["frames"], batch["media"])[:, 0]
-        return self.heads.vision_loss(tokens, labels, self._note)
+        return self.heads.vision_loss(tokens, labels, self.scores.note)
 
     def _answer_loss(self, batch: dict) -> torch.Tensor:
         """Cross entropy over answer tokens alone; the head runs on those positions only."""
@@ -179,7 +179,7 @@ class Trainer:
         hidden = self.family.hidden(self.model, inputs)
         is_answer = labels != IGNORED
         logits = self.model.get_output_embeddings()(hidden[is_answer])
-        self._score(batch, is_answer, logits.argmax(-1) == labels[is_answer])
+        self.scores.note_answers(batch, is_answer, logits.argmax(-1) == labels[is_answer])
         loss = F.cross_entropy(logits.float(), labels[is_answer])
         return loss + self.stages[self.stage].helpers * self._helper_loss(batch, ids)
 
@@ -192,12 +192,12 @@ class Trainer:
         early = self._early.pop()
         if not self.stages[self.stage].helpers:
             return torch.zeros(())
-        loss = self.heads.letter_loss(early, self._letters(ids), self._note)
+        loss = self.heads.letter_loss(early, self._letters(ids), self.scores.note)
         if batch["media"] == "video":
             visual = ids == self._video_token
             pairs = batch["frames"].shape[1] // 2
             if pairs <= PAIRS:
-                loss = loss + self.heads.clock_loss(early, visual, pairs, self._note)
+                loss = loss + self.heads.clock_loss(early, visual, pairs, self.scores.note)
         return loss
 
     def _letters(self, ids: torch.Tensor) -> torch.Tensor:
@@ -210,22 +210,6 @@ class Trainer:
                 letters[:, 2:][at] = number
         return letters
 
-    def _score(self, batch: dict, is_answer: torch.Tensor, right: torch.Tensor) -> None:
-        """Share of fresh questions answered right, per family: batches never repeat."""
-        row = is_answer.nonzero()[:, 0].tolist()
-        which = _tensor(batch["which"])[is_answer].tolist()
-        whole: dict[tuple[int, int], bool] = defaultdict(lambda: True)
-        for r, w, ok in zip(row, which, right.tolist(), strict=True):
-            whole[r, w] &= ok
-        tally = defaultdict(list)
-        for (r, w), ok in whole.items():
-            tally[batch["names"][r][w]].append(ok)
-        for name, oks in tally.items():
-            self._note(name, float(np.mean(oks)))
-
-    def _note(self, name: str, value: float, decay: float = 0.95) -> None:
-        self.scores[name] = decay * self.scores.get(name, value) + (1 - decay) * value
-
     def save(self) -> None:
         """Write the checkpoint; a kill in the middle leaves the previous one intact."""
         state = {
@@ -233,7 +217,7 @@ class Trainer:
             "heads": self.heads.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "progress": (self.stage, self.step, self.seconds),
-            "scores": self.scores,
+            "scores": dict(self.scores),
         }
         replace_file(self.checkpoint, partial(torch.save, state))
 
@@ -246,7 +230,7 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.stage, self.step, self.seconds = state["progress"]
-        self.scores = dict(state["scores"])
+        self.scores = RunningScores(state["scores"])
 
 
 def _tensor(array) -> torch.Tensor:
