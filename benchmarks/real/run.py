@@ -43,7 +43,7 @@ LETTERS_START = 50_000  # index of the first item that is asked with letters
 MARGIN = 0.25  # above a blind guess, from which a family counts as learned
 
 
-def asked(library: Library, split: str, per_family: int) -> list[tuple[StampItem, Example]]:
+def item_examples(library: Library, split: str, per_family: int) -> list[tuple[StampItem, Example]]:
     """Items of all families in words; then as many with lettered options, of all families."""
     out = [(one, one.example()) for one in items(library, split, per_family)]
     names = [*FAMILIES]
@@ -105,7 +105,9 @@ def answer(
         how = {"batch_size": args.batch, "max_new_tokens": 4, "name": "real-fastvlm"}
         return sweep(model, processor, examples, chosen, runs / split, **how)
 
-    pairs = {split: asked(library, split, args.per_family) for split in ("validation", "test")}
+    pairs = {
+        split: item_examples(library, split, args.per_family) for split in ("validation", "test")
+    }
     plain, everything = Setting(), (*FAMILIES, LETTERS)
     scores = {split: by_family(asks(split, [plain], everything)[plain]) for split in pairs}
     guess = {split: blind(some) for split, some in pairs.items()}

@@ -86,20 +86,20 @@ class Photos:
         OptionError
             A name has no photograph.
         """
-        found: dict[str, list[Path]] = {name: [] for name in self.names}
+        files: dict[str, list[Path]] = {name: [] for name in self.names}
         for path in sorted((self.root / "stamps").rglob("*.png")):
             name = caption(path)
             is_drawing = path.with_suffix(".svg").exists() or "cartoon" in path.parts
-            if name in found and not is_drawing and max(self.picture_of(path).size) >= LEAST:
-                found[name].append(path)
-        absent = [name for name, paths in found.items() if not paths]
+            if name in files and not is_drawing and max(self.picture_of(path).size) >= LEAST:
+                files[name].append(path)
+        absent = [name for name, paths in files.items() if not paths]
         if absent:
             raise OptionError(
                 f"no photograph of {', '.join(absent[:5])} in {self.root / 'stamps'}. Run: apt-get "
                 "install --no-install-recommends tuxpaint-stamps-default tuxpaint-data; or give "
                 "another folder with --photos."
             )
-        return {name: tuple(paths) for name, paths in found.items()}
+        return {name: tuple(paths) for name, paths in files.items()}
 
     def picture_of(self, path: Path) -> Image.Image:
         """The photograph (RGBA), cut to what is visible of it."""
