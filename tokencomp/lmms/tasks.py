@@ -141,15 +141,9 @@ def run_setting(
         The manifest: lmms-eval's own scores under "scores", counts under "summary".
     """
     facts = model_identity(*loaded, name=public_name(name))
-    identity = {
-        **{k: facts[k] for k in ("model", "dtype", "weights")},
-        **setting.identity,
-        "tasks": [t.name for t in tasks],
-        "data": sorted({t.data for t in tasks}),
-        "limit": limit,
-        "frames": frames,
-    }
-    store = AnswerStore(out, identity)
+    questions = {"tasks": [t.name for t in tasks], "data": sorted({t.data for t in tasks})}
+    identity = {k: facts[k] for k in ("model", "dtype", "weights")} | setting.identity | questions
+    store = AnswerStore(out, {**identity, "limit": limit, "frames": frames})
     if store.manifest.get("finished"):
         return store.manifest
     from lmms_eval.evaluator import simple_evaluate
