@@ -10,7 +10,7 @@ import pytest
 from support.console import run
 
 import tokencomp
-from tokencomp.cli._options import ratios
+from tokencomp.cli._parse import ratios
 from tokencomp.errors import OptionError, RatioError
 from tokencomp.evaluation import Setting, patches
 from tokencomp.inputs import loading

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from tokencomp.cli import _options as opt
+from tokencomp.cli import _parse as parse
 
 Settings = Callable[[Any], list[Any]]
 
@@ -29,7 +30,7 @@ def reducers(text: str, model: Any = None) -> list[str]:
     from tokencomp.method import resolve_auto
     from tokencomp.reducers.registry import available_reducers, make_reducer
 
-    names, known = opt.names(text), {"auto", *INPUT_BASELINES, *available_reducers()}
+    names, known = parse.names(text), {"auto", *INPUT_BASELINES, *available_reducers()}
     for name in names:
         if "+" in name:
             make_reducer(name)
@@ -53,8 +54,8 @@ def settings(context: typer.Context, chosen: opt.Method) -> Settings:
         if not chosen.tower.get("tower_ratio"):
             fix = "give the share to remove there, e.g. --tower-ratio auto"
             opt.refuse_options(context, ("tower_reducer",), "--tower-ratio 0", fix)
-        every = {**opt.reducer_options(chosen.options), **more, **chosen.tower}
-        ratios = opt.ratios(chosen.ratio)
+        every = {**parse.reducer_options(chosen.options), **more, **chosen.tower}
+        ratios = parse.ratios(chosen.ratio)
         grid(reducers(chosen.reducer), ratios, **every)
         return lambda model: checked(grid(reducers(chosen.reducer, model), ratios, **every), model)
     fix = "the stages in the file have reducers, fractions and options of their own"

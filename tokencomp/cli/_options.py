@@ -1,11 +1,10 @@
-"""Options that several commands share, and how their text becomes values."""
+"""Options that several commands share, and checks of them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -176,95 +175,6 @@ def flat(command: Any = None, /, **defaults: Any) -> Any:
     call.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # functions may have one
     call.__annotations__ = {p.name: p.annotation for p in options}
     return call
-
-
-def names(text: str) -> list[str]:
-    """ "aim, prune" → ["aim", "prune"], duplicates removed."""
-    parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not parts:
-        raise OptionError(f"{text!r}: expected one or more names separated by commas.")
-    return parts
-
-
-def ratios(text: str) -> list[float | dict[str, float]]:
-    """ "0.5,0.75" → [0.5, 0.75]; "0.5;video=0.75,audio=0.5" → [0.5, {"video": 0.75, "audio": 0.5}].
-
-    Raises
-    ------
-    OptionError, RatioError
-        No ratio, numbers and kinds of media in one part, a kind twice; an unknown kind, or a number
-        outside [0, 1).
-    """
-    from tokencomp.keep_counts import check_ratio
-
-    settings: list[float | dict[str, float]] = []
-    for part in text.split(";"):
-        pieces = names(part)
-        named = [piece for piece in pieces if "=" in piece]
-        if named and len(named) < len(pieces):
-            raise OptionError(
-                f"--ratio {part.strip()!r}: numbers and kinds of media in one setting. Separate "
-                "settings with a semicolon, e.g. --ratio '0.5;video=0.75,audio=0.5'."
-            )
-        own: list[float | dict[str, float]] = [_by_kind(named)] if named else []
-        own += [check_ratio(piece) for piece in pieces if piece not in named]
-        settings += [ratio for i, ratio in enumerate(own) if ratio not in (*settings, *own[:i])]
-    return settings
-
-
-def _by_kind(pairs: list[str]) -> dict[str, float]:
-    """["video=0.75", "audio=0.5"] → {"video": 0.75, "audio": 0.5}."""
-    from tokencomp.errors import RatioError
-    from tokencomp.keep_counts import check_ratio
-    from tokencomp.stages import MEDIA
-
-    by_kind: dict[str, float] = {}
-    for pair in pairs:
-        kind, value = (side.strip() for side in pair.split("=", 1))
-        if kind not in MEDIA:
-            raise RatioError(
-                f"--ratio {pair!r}: {kind!r} is no kind of media. Use {', '.join(MEDIA)}."
-            )
-        if kind in by_kind:
-            raise OptionError(
-                f"--ratio gives {kind} twice in one setting. Separate settings with a semicolon, "
-                f"e.g. --ratio '{kind}={by_kind[kind]:g};{pair}'."
-            )
-        by_kind[kind] = check_ratio(value, f"ratio of {kind}")
-    return by_kind
-
-
-def numbers(chosen: Sequence[float | dict[str, float]], command: str) -> list[float]:
-    """Ratios of a command that takes no ratios by kind of media; raise `OptionError` for those."""
-    for ratio in chosen:
-        if not isinstance(ratio, float):
-            raise OptionError(
-                f"--ratio {ratio}: {command} takes one number for all kinds of media. Ratios by "
-                "kind work in demo, eval, inspect and profile, and in tokencomp.patch."
-            )
-    return [ratio for ratio in chosen if isinstance(ratio, float)]
-
-
-def one_ratio(text: str, command: str) -> float:
-    """The ratio of a command that takes one; raise `OptionError` for several."""
-    values = numbers(ratios(text), command)
-    if len(values) != 1:
-        raise OptionError(f"--ratio {text!r}: {command} takes one ratio, got {len(values)}.")
-    return values[0]
-
-
-def reducer_options(pairs: Sequence[str] | None) -> dict[str, Any]:
-    """["weighted=false", "schedule=fastv"] → {"weighted": False, "schedule": "fastv"}."""
-    options = {}
-    for pair in pairs or ():
-        name, mark, value = pair.partition("=")
-        if not mark or not name:
-            raise OptionError(f"--set {pair!r}: expected NAME=VALUE, e.g. --set schedule=fastv.")
-        try:
-            options[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name.strip()] = value
-    return options
 
 
 def refuse_options(context: typer.Context, options: Sequence[str], where: str, fix: str) -> None:

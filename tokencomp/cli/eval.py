@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
+from tokencomp.cli import _parse as parse
 from tokencomp.cli._methods import settings
 
 TASKS = "mlvu_dev,mvbench"
@@ -61,7 +62,7 @@ def command(
     console = Console(quiet=int(os.environ.get("RANK", 0)) > 0)  # one process speaks for all
     with tempfile.TemporaryDirectory() as home:
         local = None if data is None else local_data(data, per_task=max(limit or 0, PER_TASK))
-        single_tasks = find_tasks(opt.names(names), local, Path(home))
+        single_tasks = find_tasks(parse.names(names), local, Path(home))
         from tokencomp.evaluation.native import has_budget
 
         loaded = source.load()

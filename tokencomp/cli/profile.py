@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
+from tokencomp.cli import _parse as parse
 from tokencomp.cli._methods import Settings, settings
 
 FILES = ("model", "image", "video", "question", "frames")
@@ -68,7 +69,7 @@ def command(
     settings_of = settings(context, method)
     if config is not None:
         opt.refuse_options(context, FILES, "--config", "a shape has random weights and no files")
-        _refuse_baselines(opt.names(method.reducer))
+        _refuse_baselines(parse.names(method.reducer))
     else:
         opt.refuse_options(context, SHAPE, "--model", "they describe a --config")
     opt.check_output(output)

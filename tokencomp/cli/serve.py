@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tokencomp.cli import _options as opt
+from tokencomp.cli import _parse as parse
 from tokencomp.inputs.packaged import DEFAULT_MODEL
 
 VLLM_HINT = "use vLLM's own arguments after `--` (--max-num-seqs, --media-io-kwargs, ...)"
@@ -91,8 +92,8 @@ def command(
 
     options = {
         "reducer": reducer,
-        "ratio": opt.one_ratio(ratio, "serve"),
-        "options": opt.reducer_options(set_),
+        "ratio": parse.one_ratio(ratio, "serve"),
+        "options": parse.reducer_options(set_),
         **tower.tower,
         "per_request": per_request,
         **({} if max_ratio is None else {"max_ratio": max_ratio}),

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
+from tokencomp.cli import _parse as parse
 
 app = typer.Typer(
     help="Train a selector, an ADSC adapter, or a ccam projector.", no_args_is_help=True
@@ -111,7 +112,7 @@ def adsc(
     config = AdscConfig(
         schedule=tuple(part.strip() for part in schedule.split(",") if part.strip()),
         reducer=reducer,
-        options=opt.reducer_options(option),
+        options=parse.reducer_options(option),
         rank=rank,
         alpha=2 * rank,
         steps=steps,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
+from tokencomp.cli import _parse as parse
 from tokencomp.cli._methods import reducers
 
 VIDEO_FAMILIES = "needle,video_existence"  # on the others the embedded models guess
@@ -58,7 +59,7 @@ def command(
         "frames": [int(n) for n in _numbers("frames", frames, whole=True)],
         "scales": _numbers("scale", scale),
         "reducers": reducers(reducer),
-        "ratios": opt.numbers(opt.ratios(ratio), "tune"),
+        "ratios": parse.numbers(parse.ratios(ratio), "tune"),
         "tokens": tokens,
         "options": tower.tower,
     }
@@ -71,7 +72,7 @@ def command(
     grid["reducers"] = reducers(reducer, loaded[0])
     with tempfile.TemporaryDirectory() as folder:
         if data is None:
-            questions = _shapesqa(opt.names(families), items, folder)
+            questions = _shapesqa(parse.names(families), items, folder)
         else:
             questions = list(FileQuestions(data))
         candidates = tuning.candidates(*loaded, questions, **grid)
@@ -102,7 +103,7 @@ def _numbers(name: str, text: str, whole: bool = False) -> list[float]:
     from tokencomp.errors import OptionError
 
     try:
-        numbers = [float(part) for part in opt.names(text)]
+        numbers = [float(part) for part in parse.names(text)]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) <= 0 or (whole and any(n != int(n) for n in numbers)):

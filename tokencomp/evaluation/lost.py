@@ -108,7 +108,7 @@ def draw_lost(
     said = {r["id"]: r["prediction"] for r in full.answered}
     own = {r["id"]: r for r in run.answered}
     items, patches = [], Patches({"": model})
-    answerer = Answerer({"": model}, processor, [run.setting], patches, {"frames": frames})
+    answerer = Answerer({"": model}, processor, patches, {"frames": frames})
     folder.mkdir(parents=True, exist_ok=True)
     with patches:
         for number, (kind, name) in enumerate(chosen):

@@ -33,10 +33,10 @@ class SettingInputs:
 
     def equal_tokens(self, setting: Setting) -> EqualTokens:
         """What counts tokens and shrinks media for an input baseline; it remembers both."""
-        if setting.reducer not in self._equal_tokens:
-            baseline = EqualTokens(self.processor, self._placeholders, setting.name)
-            self._equal_tokens[setting.reducer] = baseline
-        return self._equal_tokens[setting.reducer]
+        name = setting.name
+        if name not in self._equal_tokens:
+            self._equal_tokens[name] = EqualTokens(self.processor, self._placeholders, name)
+        return self._equal_tokens[name]
 
     def shrunk(self, setting: Setting, media: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
         """The media of every row: smaller under an input baseline, unchanged otherwise."""
