@@ -154,14 +154,7 @@ def section(results: Results, default: str, pictures: str) -> str:
     ]
     for ratio in results.ratios:
         parts += [f"### {model}, ratio {ratio:g}", ratio_table(results, ratio, default)]
-        work, lost = (
-            work_table(results, ratio, default),
-            lost_table(results, ratio, default, pictures),
-        )
-        if work:
-            parts += ["Where the work goes (images / videos where they differ):", work]
-        if lost:
-            parts += [f"What {default} loses, the first by id:", lost]
+        parts += further_tables(results, ratio, default, pictures)
     losses = [one for one in compare_families(results, default) if one.lost]
     if losses:
         title = f"### {model}, families where a baseline answered more correctly than the default"
@@ -172,8 +165,8 @@ def section(results: Results, default: str, pictures: str) -> str:
     return "\n\n".join(parts)
 
 
-def sceptic(results: Results, ratio: float, default: str, pictures: str) -> list[str]:
-    """The tables that doubt the first one: baselines, agreement, cost, and what is lost."""
+def further_tables(results: Results, ratio: float, default: str, pictures: str) -> list[str]:
+    """Differences to full model and baselines, where the work goes, and what is lost."""
     tables = {
         "Against the full model and the baselines:": rivals_table(results, ratio, default),
         "Where the work goes (images / videos where they differ):": work_table(

@@ -105,12 +105,17 @@ def moved(results: Results, setting: dict[str, Any]) -> str:
 
 
 def rivals_table(results: Results, ratio: float, default: str) -> str:
-    """Accuracy on the learned families, and differences to full model and baselines."""
+    """Accuracy on the learned families, and differences to full model and baselines.
+
+    Empty where the model has learned none of the families.
+    """
+    if not results.learned:
+        return ""
     seeds = seeds_of(results, ratio)
     small = f"{DOWNSCALE}-{ratio:g}"
     small_ones = [small] if small in results.settings and reaches(results, small, "both") else []
-    columns = {"vs full": [FULL], f"vs random ({len(seeds)} seeds)": seeds}
-    columns["vs downscale"] = small_ones
+    random = f"vs random ({len(seeds)} seeds)" if len(seeds) > 1 else "vs random"
+    columns = {"vs full": [FULL], random: seeds, "vs downscale": small_ones}
     head = ["method", "accuracy", *columns, "where downscale fails", "same answer as full"]
     reading = [READING] if READING in results.families else []
     rows = []
