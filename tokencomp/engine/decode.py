@@ -146,6 +146,8 @@ class LaterTokens:
         if maskless and not explicit and len(forward.segments) == 1 and not windows.relative:
             kwargs["attention_mask"], self.local.cached = None, layers
             return
+        if len(forward.segments) > 1 and "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = 0  # layers with shared keys would get the last rows alone
         if explicit:
             kwargs["attention_mask"] = source.decoder_mask(first, x)
         else:
