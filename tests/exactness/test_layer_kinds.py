@@ -21,6 +21,7 @@ from tokencomp.errors import (
 
 FAMILY_NAMES = sorted(HYBRID)
 UNSCORED = "inkling_mm_model"  # its attention logits have a bias that scores do not know
+ENTRY_REDUCERS = [pytest.param(n, marks=pytest.mark.long) for n in ("condiv", "divprune")]
 ENTRY = tokencomp.Plan((tokencomp.Stage(0, 0.4, tokencomp.make_reducer("uniform")),))
 
 
@@ -80,7 +81,8 @@ def test_auto_does_not_need_attention_that_the_first_layer_lacks(family: Family)
             tokencomp.patch(model, 0.5, reducer="condiv")
 
 
-def test_batch_equals_single_rows(family: Family) -> None:
+@pytest.mark.parametrize("name", ["uniform", pytest.param("merge", marks=pytest.mark.long)])
+def test_batch_equals_single_rows(family: Family, name: str) -> None:
     """Without padding too: one mask that is None becomes ragged where counts differ."""
     model = family.build()
     rows = [[text(5), family.image(0), text(6, 3)], [text(4, 4), family.image(1), text(4, 5)]]
@@ -89,7 +91,7 @@ def test_batch_equals_single_rows(family: Family) -> None:
     rows[1][0] = text(4 + width - short, 4)  # both prompts have one length
     batch = family.batch(rows)
     assert bool(batch["attention_mask"].all())
-    with tokencomp.patch(model, plan=ENTRY), torch.no_grad():
+    with tokencomp.patch(model, 0.6, reducer=name), torch.no_grad():
         together = oracle.generate(model, batch, 4)
         alone = [oracle.generate(model, family.batch([row]), 4) for row in rows]
         beams = oracle.generate(model, batch, 4, num_beams=3).sequences[:, width:]
@@ -264,17 +266,20 @@ def test_two_stages_behind_one_layer_with_attention(family: Family) -> None:
     assert len(second) == 4 and len(first) == 12
 
 
-@pytest.mark.parametrize("reducer", ["prune", "pyramiddrop"])
-def test_reducers_between_layers(family: Family, reducer: str) -> None:
-    """By name alone, with stages before and behind layers of every kind."""
-    if family.name in ("gemma4_e", UNSCORED):
+@pytest.mark.parametrize("reducer", ["prune", "pyramiddrop", *ENTRY_REDUCERS])
+def test_reducers_by_name(family: Family, reducer: str) -> None:
+    """At entry, and with stages before and behind layers of every kind."""
+    between = reducer in ("prune", "pyramiddrop")
+    if between and family.name in ("gemma4_e", UNSCORED):
         pytest.skip("its last layers read the keys of the first, or it has no scores")
+    if reducer == "condiv" and Windows.of(family.decoder(family.build())).linear:
+        pytest.skip("its first layer has no attention")
     model, inputs = family.build(), ragged(family)
     width = inputs["input_ids"].shape[1]
     with tokencomp.patch(model, 0.2, reducer=reducer) as handle:
         out = oracle.generate(model, inputs, 4, suppress_tokens=[*range(IMAGE, IMAGE + 5)])
         masks = oracle.kept_columns(handle, inputs, family.layers)
-        assert handle.plan.layer_stages
+        assert bool(handle.plan.layer_stages) == between
     expected = kinds.expected_logits(model, family, inputs, masks, out.sequences[:, width:-1])
     assert difference(torch.stack(out.logits, 1), expected[:, width - 1 :]) < 5e-5
 
