@@ -29,10 +29,8 @@ def run_loads(table: LoadTable, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = _finished(table, folder)
-    wanted = list(itertools.product(table.clients, table.ratios))
-    missing = [
-        (c, r) for c, r in wanted if (c, r) not in {(d["clients"], d["ratio"]) for d in done}
-    ]
+    loads = list(itertools.product(table.clients, table.ratios))
+    missing = [(c, r) for c, r in loads if (c, r) not in {(d["clients"], d["ratio"]) for d in done}]
     if missing:
         arguments = ["--engine", table.engine, *table.arguments]
         with server(table.model, arguments, folder / LOG) as address:
@@ -40,7 +38,7 @@ def run_loads(table: LoadTable, folder: Path) -> Path:
                 load(address, ratio, 1, 1, 10**6 + round(1000 * ratio), table.work)
             for clients, ratio in missing:
                 print(f"{clients} clients at ratio {ratio:g}", flush=True)
-                first = 10**4 * (1 + wanted.index((clients, ratio)))
+                first = 10**4 * (1 + loads.index((clients, ratio)))
                 measured = load(address, ratio, clients, table.requests(clients), first, table.work)
                 done.append({"ratio": ratio, "clients": clients, **measured})
                 write_lines(folder / RECORDS, done)

@@ -300,11 +300,11 @@ def main() -> None:
     facts = publishing.published_from(args.out, args.allow_dirty)
     dtype = fastest_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
     for piece in QUICK if args.quick else pieces(args):
-        made = {**environment(), **facts}
+        run_facts = {**environment(), **facts}
         others = [r for r in read_lines(args.out) if (r["model"], r["tokens"]) != key(piece)]
         own: list[dict[str, Any]] = []
         for repeat in measure(piece, dtype):
-            own = [{**r, "environment": made} for r in repeat]
+            own = [{**r, "environment": run_facts} for r in repeat]
             records = [*others, *own]
             records.sort(key=lambda r: (list(MODELS).index(r["model"]), r["tokens"]))
             write_lines(args.out, records)

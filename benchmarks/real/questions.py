@@ -50,10 +50,10 @@ def existence(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) ->
         return None
     present = [t.name for t in scene.things]
     absent = [n for n in names if n not in present]
-    there = bool(rng.random() < 0.5) or not absent
-    name = str(rng.choice(present if there else absent))
+    is_shown = bool(rng.random() < 0.5) or not absent
+    name = str(rng.choice(present if is_shown else absent))
     order = ("yes", "no") if rng.random() < 0.5 else ("no", "yes")
-    return Question("existence", f"Is there {_article(name)}?", "yes" if there else "no", order)
+    return Question("existence", f"Is there {_article(name)}?", "yes" if is_shown else "no", order)
 
 
 def half(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:

@@ -152,8 +152,8 @@ class KeyFrames(Reducer):
 
     def _with_pixels(self, missing: list[bool], count: int) -> list[int]:
         """Numbers of the chosen frames of a span with pixels; those of NaN were not chosen."""
-        there = [i for i, gone in enumerate(missing) if not gone]
-        if len(there) == len(missing):
+        present = [i for i, gone in enumerate(missing) if not gone]
+        if len(present) == len(missing):
             if self.by == "thumbnails" and count < len(missing):
                 raise SpanError(
                     f"{self.name} keeps {count} of {len(missing)} frames of a video, but which of "
@@ -162,13 +162,13 @@ class KeyFrames(Reducer):
                     "plan=handle.plan), or use make_reducer('keyframes', by='even')."
                 )
             return [int(i) for i in evenly(len(missing), count)]
-        if len(there) != count:
+        if len(present) != count:
             raise SpanError(
                 f"{self.name} keeps {count} of {len(missing)} frames of a video, but the prompt "
-                f"has pixels of {len(there)}: it was made for another plan. Make it again with "
+                f"has pixels of {len(present)}: it was made for another plan. Make it again with "
                 "tokencomp.inputs.prompts.build_inputs(..., plan=handle.plan)."
             )
-        return there
+        return present
 
 
 def _starts(lengths: list[int]) -> list[int]:
