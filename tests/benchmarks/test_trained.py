@@ -21,6 +21,7 @@ from benchmarks.accuracy.library import (
     named,
 )
 from benchmarks.accuracy.studies import adsc, ccam, long_video, selector, trained, trained_page
+from tokencomp.evaluation.packed import Questions
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 RIVALS = {"trained": ("training-free",)}
@@ -74,6 +75,23 @@ def test_paired_test_is_reported(tmp_path: Path, capsys) -> None:
     assert "tokencomp train adsc --model m --data shapesqa:count --seed 3 " in page
     assert "--schedule '0.8,0|0.5' --steps 7 --output FOLDER` (60 s)" in page
     assert page in capsys.readouterr().out
+
+
+def test_where_downscale_fails_by_plain_counting() -> None:
+    """Of ten questions downscaling gets four wrong, and the method answers three of those."""
+    correct = {"ours@0.5": [1] * 9 + [0], "downscale@0.5": [1] * 6 + [0] * 4}
+    agrees = {"ours@0.5": [1] * 8 + [0] * 2, "downscale@0.5": [1] * 6 + [0] * 4}
+    answers = PackedAnswers(Questions((), (), (), ""), correct, agrees)
+    rows = [
+        {"name": name, "ratio": 0.5, "accuracy": 0.9, "achieved_ratio": 0.5}
+        for name in ("ours", "downscale")
+    ]
+    ours, small = (trained_page.cells(r) for r in trained_page.compared(rows, answers, {}))
+    assert ours[5].startswith("+30.0 [") and ours[6:] == ["75% of 4", "80%"]
+    assert small[5:] == ["", "", "60%"]
+    rows[1]["achieved_ratio"] = 0.2  # no baseline at this ratio
+    ours, small = (trained_page.cells(r) for r in trained_page.compared(rows, answers, {}))
+    assert ours[5:] == ["", "", "80%"] and set(small[2:]) == {"–"}
 
 
 def test_tables_that_are_not_run_again_keep_what_they_depend_on(

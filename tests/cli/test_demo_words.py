@@ -45,6 +45,8 @@ def test_sentences_without_questions_claim_no_accuracy():
     rows = [_row("full", 0.0, [8, 8], 10.0), _row("uniform", 0.5, [4, 4], 6.0)]
     (sentence,) = Demo("m", {}, rows, []).sentences
     assert "4 of 8" in sentence and "answers" not in sentence
+    opening = Demo("m", {}, rows, []).opening
+    assert "this prompt as 8 visual tokens" in opening and "what uniform keeps" in opening
 
 
 @pytest.mark.parametrize("count", [4, 8])

@@ -139,7 +139,7 @@ def test_inspect_says_in_words_what_was_kept():
     def answer(name, ratio, layers, text):
         cost = SimpleNamespace(per_layer=layers, flops=sum(layers), kv_bytes=2 * sum(layers))
         return SimpleNamespace(
-            setting=SimpleNamespace(name=name, ratio=ratio), cost=cost, text=text
+            setting=SimpleNamespace(name=name, shown_ratio=f"{ratio:g}"), cost=cost, text=text
         )
 
     full = answer("full", 0.0, [64, 64], "red")

@@ -45,7 +45,8 @@ def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
     from rich.table import Table
 
     seeds = max(line.rivals.seeds for line in lines)
-    title = f"\nDifferences in points, 95 % intervals; random: mean of {seeds} seeds"
+    title = "\nDifferences in points, 95 % intervals"
+    title += f"; random: mean of {seeds} seeds" if seeds else ""
     shown = Table(box=None, padding=(0, 1, 0, 0), title=title, title_justify="left")
     names = ("method", "ratio", "vs full", "vs random", "vs downscale", "its failures", "as full")
     for name in names:

@@ -80,7 +80,7 @@ def _needs_files(model: str, media: list[Any]) -> None:
 def _print(console: Any, demo: Any) -> None:
     from rich.markup import escape
 
-    for sentence in demo.sentences:
+    for sentence in (demo.opening, *demo.sentences):
         console.print(escape(sentence))
     console.print()
     console.print(_table(demo))
@@ -105,7 +105,7 @@ def _table(demo: Any) -> Any:
     columns += ["acc.", "retention"] if demo.items else []
     for name in columns:
         table.add_column(name, no_wrap=True)
-    table.add_column("tokens/layer", overflow="fold")
+    table.add_column("per layer", overflow="fold")
     for name in ("FLOPs", "KV", "prefill"):
         table.add_column(name, justify="right", no_wrap=True)
     full, last = demo.rows[0], ""
@@ -125,7 +125,7 @@ def _table(demo: Any) -> Any:
     flops, kv = si(full.flops, "FLOP"), si(full.kv_bytes, "B")
     table.caption = (
         f"Prefill of the full model: {flops}, {kv} of KV. prefill: LLM time against the full "
-        "model, interleaved, medians. tokens/layer: n×k is k layers with n visual tokens."
+        "model, interleaved, medians. per layer: n×k is k layers with n visual tokens."
     )
     table.caption_justify = "left"
     return table

@@ -52,6 +52,8 @@ def command(
         name = f"{a.setting.name} {a.setting.shown_ratio}"
         tokens = f"{compact(a.cost.per_layer)} tokens per layer"
         console.print(f"[bold]{name:<18}[/] [dim]{tokens}[/]\n  {escape(a.text)}")
+    for sentence in (in_words(a, answers[0]) for a in answers[1:]):
+        console.print(f"\n{escape(sentence)}")
     _write(answers, question, files.label, loaded, source.model, output)
     console.print(f"\nPictures: [bold]{output}[/]")
 
@@ -60,9 +62,10 @@ def in_words(answer: Any, full: Any) -> str:
     """What one setting kept, what that costs, and whether the answer stayed the same."""
     kept, before = (sum(a.cost.per_layer) / len(a.cost.per_layer) for a in (answer, full))
     same = answer.text.strip() == full.text.strip()
+    setting = answer.setting
     return (
-        f"{answer.setting.name} at ratio {answer.setting.ratio:g}: a decoder layer sees {kept:.0f} "
-        f"of {before:.0f} visual tokens on average, which leaves "
+        f"{setting.name} at ratio {setting.shown_ratio}: a decoder layer sees {kept:.0f} of "
+        f"{before:.0f} visual tokens on average, which leaves "
         f"{answer.cost.flops / full.cost.flops:.0%} of the decoder's work and "
         f"{answer.cost.kv_bytes / full.cost.kv_bytes:.0%} of its cache. The answer is "
         + ("the same." if same else "another one.")

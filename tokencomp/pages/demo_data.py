@@ -104,6 +104,17 @@ class Demo:
     failed: int = 0
 
     @property
+    def opening(self) -> str:
+        """What compression does, for readers who have not heard of it."""
+        full, name = self.rows[0].per_layer[0], self.rows[-1].setting.name
+        what = "a video" if self.items else "this prompt"
+        return (
+            f"The decoder reads {what} as {full} visual tokens. Each method removes a share of "
+            f"them, the ratio, and the model answers from the rest. This is what {name} keeps and "
+            "saves:"
+        )
+
+    @property
     def sentences(self) -> list[str]:
         """What the last method of the table kept at each ratio, and what that cost, in words."""
         name = self.rows[-1].setting.name

@@ -108,6 +108,7 @@ def write(table: Sequence[Line], path: Path) -> Path:
         versions=_different_versions([line.run for line in table]),
         failed=_failed(table),
         losses=losses([line.run for line in table]),
+        compared=any(line.rivals.random or line.rivals.downscale for line in table),
         moved=[line for line in table if line.moved],
         timed=[line for line in table if "times" in line.run.manifest],
         work=work_tables(table),

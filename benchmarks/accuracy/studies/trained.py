@@ -210,8 +210,7 @@ class StudyTables:
     def write(self, notes: str = "") -> None:
         """Both files, `notes` at the end of the page."""
         for title, table in self.tables.items():
-            correct = self.answers[title].correct
-            table["rows"] = compared(table["rows"], correct, self.rivals)
+            table["rows"] = compared(table["rows"], self.answers[title], self.rivals)
         page = markdown(self.name, self.tables) + (f"\n{notes}\n" if notes else "")
         stored = {t: {**v, "answers": self.answers[t].to_json()} for t, v in self.tables.items()}
         folder = self.args.output

@@ -6,12 +6,15 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.accuracy.library import DOWNSCALE, mcnemar, provenance
+from benchmarks.accuracy.library import DOWNSCALE, PackedAnswers, difference, mcnemar, provenance
 from benchmarks.accuracy.tables import NONE, SLACK, table
 from benchmarks.publishing import MARK
 
 Rivals = Mapping[str, tuple[str, ...]]
-COLUMNS = ("method", "ratio", "accuracy", "retention", "p against random")
+COLUMNS = (
+    "method", "ratio", "accuracy", "retention", "p against random", "vs downscale",
+    "where downscale fails", "same answer as full",
+)  # fmt: skip
 TITLES = {
     "adsc": "ADSC: what training an adapter for compression gains",
     "selector": "The trained selector against its oracle and the raw attention row",
@@ -23,18 +26,20 @@ OUTCOMES = ("better", "worse")
 
 
 def compared(
-    rows: Sequence[dict[str, Any]], correct: Mapping[str, Sequence[int]], rivals: Rivals
+    rows: Sequence[dict[str, Any]], answers: PackedAnswers, rivals: Rivals
 ) -> list[dict[str, Any]]:
-    """The rows, each with its exact McNemar tests against its rivals at the same ratio.
+    """The rows, each with its comparisons at the same ratio.
 
-    Parameters
-    ----------
-    correct
-        Per method label, 0 or 1 per question.
+    They are the exact McNemar tests against its rivals, what it answers where downscaling fails,
+    and how often it gives the full model's answer.
     """
-    result = []
+    result, correct = [], answers.correct
+    reached = {row["ratio"] for row in rows if row["name"] == DOWNSCALE and reaches(row)}
     for row in rows:
         label, tests = key(row["name"], row["ratio"]), {}
+        row = {**row, **agreement(answers, label)}
+        if row["ratio"] in reached:
+            row |= against_downscale(answers, label, key(DOWNSCALE, row["ratio"]))
         for rival in rivals.get(row["name"], ()):
             other = key(rival, row["ratio"])
             if other in correct:
@@ -42,6 +47,30 @@ def compared(
                 tests[rival] = {"wins": test.wins, "losses": test.losses, "p": test.p}
         result.append({**row, "against": tests} if tests else row)
     return result
+
+
+def agreement(answers: PackedAnswers, label: str) -> dict[str, Any]:
+    """The share of questions with the very answer of the full model."""
+    same = answers.agrees.get(label)
+    return {"agreement": sum(same) / len(same)} if same else {}
+
+
+def against_downscale(answers: PackedAnswers, label: str, small: str) -> dict[str, Any]:
+    """Difference to downscaling, and right answers where it fails, as (right, questions)."""
+    if label not in answers.correct or small not in answers.correct or label == small:
+        return {}
+    ours, blurred = answers.correct[label], answers.correct[small]
+    failures = [right for right, other in zip(ours, blurred, strict=True) if not other]
+    gap = difference(ours, blurred)
+    return {
+        "vs_downscale": {"value": gap.value, "low": gap.low, "high": gap.high},
+        "where_downscale_fails": [sum(failures), len(failures)],
+    }
+
+
+def reaches(row: dict[str, Any]) -> bool:
+    """Whether smaller media give the processor as few tokens as the ratio says."""
+    return bool(row["achieved_ratio"] >= row["ratio"] - SLACK)
 
 
 def key(name: str, ratio: float) -> str:
@@ -55,9 +84,21 @@ def cells(row: dict[str, Any]) -> list[str]:
     kept, p = row.get("retention"), row.get("vs_random", {}).get("p")
     retention = "" if kept is None else f"{kept:.1%} [{low:.1%}, {high:.1%}]"
     shown = [f"{row['accuracy']:.1%}", retention, "" if p is None else f"{p:.2g}"]
-    if row["name"] == DOWNSCALE and row["achieved_ratio"] < row["ratio"] - SLACK:
-        shown = [NONE, NONE, NONE]
+    gap, (right, count) = row.get("vs_downscale"), row.get("where_downscale_fails", (0, 0))
+    shown += [
+        "" if gap is None else points(gap),
+        f"{right / count:.0%} of {count}" if count else "",
+        f"{row['agreement']:.0%}" if "agreement" in row else "",
+    ]
+    if row["name"] == DOWNSCALE and not reaches(row):
+        shown = [NONE] * len(shown)
     return [row["name"], f"{row['ratio']:.3g}", *shown]
+
+
+def points(gap: dict[str, float]) -> str:
+    """A difference in points, with its interval."""
+    value, low, high = (100 * gap[name] for name in ("value", "low", "high"))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def tests(tables: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, dict[str, Any]]]:
