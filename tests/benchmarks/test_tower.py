@@ -20,6 +20,7 @@ from benchmarks.models.tower_page import page as page_of_times
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.packed import PackedAnswers, Questions
+from tokencomp.evaluation.runs import EvalRun
 from tokencomp.inputs.prompts import build_inputs, prompt_lengths
 
 
@@ -229,3 +230,10 @@ def test_rows_of_another_machine_are_not_compared() -> None:
     rows = [row(0.0, 8.0, "a"), row(0.5, 4.0, "a"), row(0.6, 4.0, "b")]
     (pair,) = tower_alone.compared(rows)
     assert (pair["tower_ratio"], pair["speedup"], pair["full_s"]) == (0.5, 2.0, 8.0)
+
+
+def test_an_unanswered_question_stops_the_study() -> None:
+    """A damaged file is no wrong answer."""
+    rows = [{"id": "a", "family": "count", "error": "cannot be read"}]
+    with pytest.raises(OptionError, match="a was not answered"):
+        study._packed({"full@0": EvalRun(None, rows)})

@@ -2,6 +2,7 @@
 
 import re
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -254,3 +255,19 @@ def test_other_shapes_render():
 
 def test_every_family_is_listed():
     assert set(FAMILIES) == {*EVERY, "reading"}
+
+
+def test_a_stopped_run_leaves_no_part_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Existing files are used again, so half of a video would be taken for all of it."""
+    from tokencomp.shapesqa import layouts
+
+    def stopped(scene: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layouts, "write_mp4", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        layouts.write_media(layouts.item("validation", "needle", 0), tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokencomp.shapesqa.items import Item, item
 from tokencomp.shapesqa.prompt_forms import mlvu_question
 from tokencomp.shapesqa.render import render_image, write_mp4
-from tokencomp.storage import write_lines
+from tokencomp.storage import replace_file, write_lines
 
 # ShapesQA family -> (MVBench task, folder in which lmms-eval looks for its videos)
 MVBENCH_TASKS = {
@@ -24,13 +24,17 @@ MLVU_TASKS = {"needle": "needle", "order": "order", "action_count": "count"}
 
 
 def write_media(item: Item, folder: Path) -> Item:
-    """Write the JPEG or mp4 of one item into ``folder``; returns the item with its path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the JPEG or mp4 of one item into ``folder``; returns the item with its path.
+
+    Existing files are used again, so a run that is stopped must not leave a part of one.
+    """
     if item.kind == "image":
+        picture = render_image(item.scene)
         path = folder / f"{item.id}.jpg"
-        render_image(item.scene).save(path, quality=92)
+        replace_file(path, lambda part: picture.save(part, "JPEG", quality=92))
     else:
-        path = write_mp4(item.scene, folder / f"{item.id}.mp4")
+        path = folder / f"{item.id}.mp4"
+        replace_file(path, lambda part: write_mp4(item.scene, part))
     return replace(item, media=path)
 
 

@@ -158,7 +158,7 @@ def write_mp4(scene: Scene, path: Path, hold: int = HOLD, fps: int = FPS) -> Pat
 
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     times = [k / hold for k in range(scene.frames * hold)]
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format="mp4") as container:
         options = {"crf": "20", "preset": "veryfast"} if codec == "libx264" else {"qscale": "3"}
         stream: Any = container.add_stream(codec, rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = scene.width, scene.height, "yuv420p"

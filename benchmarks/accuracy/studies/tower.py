@@ -27,7 +27,9 @@ from benchmarks.accuracy.library import (
     DOWNSCALE,
     FEWER_FRAMES,
     EqualTokens,
+    EvalRun,
     Example,
+    OptionError,
     PackedAnswers,
     Setting,
     adapter_for,
@@ -142,7 +144,7 @@ class Questions:
             runs = sweep(
                 self.model, self.processor, self.source, chosen, self.folder, **self.options
             )
-            yield PackedAnswers.of({key: runs[setting] for key, setting in whole.items()}, None)
+            yield _packed({key: runs[setting] for key, setting in whole.items()})
         for kind in self.set.smaller:
             if kind == DOWNSCALE and self.set.model in SIDES:
                 yield from self._smaller_towers(done)
@@ -179,7 +181,22 @@ class Questions:
         ratio = max(0.0, 1 - (1 - RATIO) / (1 - achieved))
         setting = Setting(ENTRY, ratio) if ratio > 0.01 else Setting()
         runs = sweep(model, processor, examples, [setting], self.folder / key, **self.options)
-        return PackedAnswers.of({key: runs[setting]}, None)
+        return _packed({key: runs[setting]})
+
+
+def _packed(runs: dict[str, EvalRun]) -> PackedAnswers:
+    """The answers of rows by their keys.
+
+    Raises
+    ------
+    OptionError
+        A question was not answered, for instance because its file is damaged.
+    """
+    for key, run in runs.items():
+        if run.failed:
+            first = run.failed[0]
+            raise OptionError(f"{key}: {first['id']} was not answered ({first['error']}).")
+    return PackedAnswers.of(runs, None)
 
 
 def run_set(name: str, args: argparse.Namespace, sets: tower_book.Sets, path: Path) -> None:
