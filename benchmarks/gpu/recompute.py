@@ -128,7 +128,7 @@ def _points(value: Difference | None) -> str:
 def losing(runs: Sequence[EvalRun]) -> str:
     """The groups of items where a method scores lower than a baseline."""
     rows = [
-        f"- {case.label} at {case.ratio:g}, {case.family}: {case.accuracy:.0%}, {case.rival} "
+        f"- {case.label} at {case.ratio}, {case.family}: {case.accuracy:.0%}, {case.rival} "
         f"{case.rival_accuracy:.0%} (p {case.test.p:.2g})"
         for case in losses(runs)
     ]

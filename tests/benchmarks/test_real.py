@@ -12,6 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.gpu.recompute import losing
 from benchmarks.real import page, run
 from benchmarks.real.batches import BatchMaker, Mixture
 from benchmarks.real.items import items
@@ -20,6 +21,7 @@ from benchmarks.real.questions import COUNTS, FAMILIES
 from benchmarks.real.scenes import SIZE, render
 from benchmarks.real.train import Stage, Trainer
 from tokencomp.errors import OptionError
+from tokencomp.evaluation.runs import EvalRun
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.storage import write_json
 from tokencomp.zoo.tokenizer import train_tokenizer
@@ -270,3 +272,17 @@ def test_toy_run_makes_a_page(
     assert by_label["downscale at 0.75"]["visual_tokens"] == 12  # of 49
     assert len(by_label) == 1 + 3 + 4
     assert "| condiv | 0.75 |" in text and "random seed=2" in text
+
+
+def test_losing_cases_are_named() -> None:
+    """A method that a baseline beats stands below the table, with its ratio."""
+    bits = {"full": [1, 1, 1, 1], "random": [1, 1, 1, 0], "condiv": [1, 0, 0, 0]}
+    runs = [
+        EvalRun(
+            None,
+            [{"id": k, "family": "name", "correct": bit} for k, bit in enumerate(own)],
+            {"identity": {"reducer": name, "ratio": 0.75 * (name != "full"), "options": {}}},
+        )
+        for name, own in bits.items()
+    ]
+    assert "- condiv at 0.75, name: 25%, random 75% (p 0.5)" in losing(runs)
