@@ -109,7 +109,7 @@ class DenseTower(Tower):
     def _cells_of_frames(self, call: EncoderCall, stage: TowerStage) -> list[int]:
         """Cells that stay of every frame of the grids of all videos, one video after the other."""
         if self.video_frames is None:
-            raise AssertionError("the stage drops frames whole, but videos are not told apart")
+            raise AssertionError("the stage drops whole frames and needs the counts of videos")
         keeps: list[int] = []
         lengths = self.video_frames(call)
         if sum(lengths) != len(call.pixels) or any(n % self.pooled_frames for n in lengths):
