@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def _limit(limits: Limits) -> None:
-    """Limit memory and time of this process, where its system can do so (not on Windows)."""
+    """Limit memory and time of this process, where its system can do so (tested on Linux)."""
     with contextlib.suppress(ImportError, OSError, ValueError, AttributeError):
         import resource
         import signal
