@@ -19,6 +19,7 @@ from benchmarks.real.items import items
 from benchmarks.real.model import CELL, IMAGE, build_processor, fast_vlm, mapped
 from benchmarks.real.questions import COUNTS, FAMILIES
 from benchmarks.real.scenes import SIZE, render
+from benchmarks.real.sources import Photos, missing
 from benchmarks.real.train import Stage, Trainer
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.runs import EvalRun
@@ -286,3 +287,30 @@ def test_losing_cases_are_named() -> None:
         for name, own in bits.items()
     ]
     assert "- condiv at 0.75, name: 25%, random 75% (p 0.5)" in losing(runs)
+
+
+def test_photographs_are_stamps_with_a_name_as_caption(tmp_path: Path) -> None:
+    """No drawings, no longer captions, nothing tiny; every background is in one split."""
+    stamps, templates = tmp_path / "stamps" / "animals", tmp_path / "templates"
+    for folder in (stamps, stamps / "cartoon", templates):
+        folder.mkdir(parents=True)
+    for name, side, text in (
+        ("a", 60, "A fox."), ("b", 60, "A red fox."), ("c", 20, "A fox."), ("d", 60, "A fox."),
+        ("e", 60, "An owl\nfr.utf8=Un hibou"), ("cartoon/f", 60, "A fox."),
+    ):  # fmt: skip
+        Image.new("RGBA", (side, side), (9, 9, 9, 255)).save(stamps / f"{name}.png")
+        (stamps / f"{name}.txt").write_text(text)
+    (stamps / "d.svg").touch()
+    for number in range(5):
+        Image.new("RGB", (30, 30)).save(templates / f"{number}.jpg")
+    photos = Photos(tmp_path, ("fox", "owl"))
+    assert photos.files == {"fox": (stamps / "a.png",), "owl": (stamps / "e.png",)}
+    split = {k: [p.stem for p in paths] for k, paths in photos.landscapes.items()}
+    assert split == {"train": ["0", "1", "2"], "validation": ["3"], "test": ["4"]}
+    with pytest.raises(OptionError, match=r"photograph of koala .*apt-get install"):
+        _ = Photos(tmp_path, ("koala",)).files
+
+
+def test_missing_packages_are_named_with_their_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gguf" else name)
+    assert missing() == ['pip install -e ".[real]"   # gguf']
