@@ -8,7 +8,7 @@ from tokencomp.kernels import maxmin_select
 
 import tokencomp
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.profiling.work import flop_counter, vision_work
+from tokencomp.profiling.work import _sees_attention, flop_counter, vision_work
 
 
 @pytest.fixture
@@ -47,6 +47,14 @@ def test_a_tower_stage_counts_as_its_statistics_say(loaded, inputs):
         (before, after), (_, projected) = handle.stats.tower_flops, handle.stats.projector_flops
     assert short.projector == projected
     assert full.tower - short.tower == before - after + embedding // 2
+
+
+def test_a_tower_whose_attention_is_not_seen_has_no_number(loaded, inputs, monkeypatch):
+    config = loaded[0].model.visual.config
+    monkeypatch.setattr(config, "_attn_implementation_internal", "flash_attention_2")
+    assert not _sees_attention(loaded[0])
+    monkeypatch.undo()
+    assert _sees_attention(loaded[0])
 
 
 def test_reducing_counts_the_products_inside_the_kernels(loaded, inputs):

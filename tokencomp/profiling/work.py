@@ -15,7 +15,16 @@ from tokencomp.errors import TokenCompError
 from tokencomp.kernels import dispatch
 from tokencomp.profiling.timing import prefill_split
 
-SDPA_ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"
+# PyTorch's own formulas for these fail on fewer key than query heads in older releases, and it has
+# none for CPUs.
+SDPA = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+COUNTED = ("eager", "sdpa", "flex_attention")
+"""Attention that the counter sees. Kernels of other packages, such as flash_attn, it does not."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class VisionWork:
     ----------
     tower
         Vision tower, its patch embedding and the choice of a tower stage included, and whatever
-        else runs before the decoder.
+        else runs before the decoder; None where its attention cannot be counted (`COUNTED`).
     projector
         The modules that turn patches into tokens; None where the family does not name them, so
         that they are part of `tower`.
@@ -37,7 +46,7 @@ class VisionWork:
         The reducer at every stage, its scores included, in plain PyTorch.
     """
 
-    tower: int
+    tower: int | None
     projector: int | None
     reduce: int
 
@@ -71,9 +80,8 @@ def flop_counter() -> FlopCounterMode:
         getattr(torch.ops.tokencomp, name): _plain_flops(body)
         for name, body in dispatch.BODIES.items()
     }
-    attention = getattr(torch.ops.aten, SDPA_ON_CPU, None)
-    if attention is not None:
-        formulas[attention] = _raw(_attention_flops)
+    attention = [getattr(torch.ops.aten, name, None) for name in SDPA]
+    formulas |= {op: _raw(_attention_flops) for op in attention if op is not None}
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
@@ -92,7 +100,7 @@ def vision_work(model: Any, inputs: dict[str, Any]) -> VisionWork:
             split = prefill_split(model, inputs, clock)
         finally:
             inside.remove()
-    tower = int(split.vision) - inside.total
+    tower = int(split.vision) - inside.total if _sees_attention(model) else None
     return VisionWork(tower, inside.total if projectors else None, int(split.reduce))
 
 
@@ -123,6 +131,13 @@ def _projectors(model: Any) -> list[torch.nn.Module]:
         return adapter_for(model).tower_layout().projectors
     except TokenCompError:
         return []
+
+
+def _sees_attention(model: Any) -> bool:
+    """Whether the counter sees the attention of all parts of the model."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    names = {getattr(config, "_attn_implementation", None) for config in configs}
+    return names <= {None, *COUNTED}
 
 
 def _raw(formula: Callable[..., int]) -> Callable[..., int]:
