@@ -11,7 +11,7 @@ from support.console import run
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation import Setting, sweep
-from tokencomp.evaluation.lost import FILE, draw_lost, lost_ids, read_lost
+from tokencomp.evaluation.lost import FILE, draw_lost, lost_ids, read_lost, write_lost
 from tokencomp.evaluation.runs import EvalRun
 
 
@@ -38,6 +38,7 @@ def test_pictures_of_images_and_videos_are_drawn_and_reported(loaded, examples, 
     folder = runs[setting].path
     by_id = {e.id: e for e in examples}
     shown = draw_lost(*loaded, runs[setting], runs[Setting()], by_id, folder, per_kind=2)
+    write_lost(folder, shown)
     expected = sorted(e.id for e in examples if e.media[0].suffix != ".mp4")[:2]
     expected += sorted(e.id for e in examples if e.media[0].suffix == ".mp4")
     assert [item.id for item in shown] == expected and read_lost(folder) == shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def draw_lost(
         By id, the items of the run; others are left out. Under several processes one of them has
         its share alone.
     folder
-        Where pictures and the file `FILE` go.
+        Where the pictures go.
     frames
         Frames read from each video.
     per_kind
@@ -119,12 +119,16 @@ def draw_lost(
             question = record.get("prompt", row[0].prompt)
             answers = (record["answer"], said[name], record["prediction"])
             items.append(LostItem(name, kind, question, *answers, picture))
-    write_json(folder / FILE, [asdict(item) for item in items])
     return items
 
 
+def write_lost(folder: Path, items: Sequence[LostItem]) -> None:
+    """Write the list that `read_lost` reads to a run folder, beside the pictures."""
+    write_json(folder / FILE, [asdict(item) for item in items])
+
+
 def read_lost(folder: Path) -> list[LostItem]:
-    """What `draw_lost` wrote to a run folder; nothing where it did not."""
+    """What `write_lost` wrote to a run folder; nothing where it did not."""
     file = folder / FILE
     if not file.exists():
         return []

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokencomp.errors import MissingDependencyError, OptionError, unknown_name
 from tokencomp.evaluation.environment import model_identity, public_name
-from tokencomp.evaluation.lost import draw_lost
+from tokencomp.evaluation.lost import draw_lost, write_lost
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import RANDOM, Setting
 from tokencomp.evaluation.store import AnswerStore
@@ -173,7 +173,8 @@ def run_setting(
     scores = _scores(results["results"])
     store.write({**model.run_manifest, "scores": scores, "summary": run.summary()}, records)
     if full is not None and setting.active and setting.name != RANDOM:
-        draw_lost(*loaded, run, EvalRun.read(full), model.examples, out, frames=frames)
+        lost = draw_lost(*loaded, run, EvalRun.read(full), model.examples, out, frames=frames)
+        write_lost(out, lost)
     return store.manifest
 
 
