@@ -75,9 +75,10 @@ class Given(KeyFrames):
 
     numbers: tuple[int, ...] = ()
 
-    def _chosen(self, frames: Any, count: int) -> list[int]:
-        assert not frames.isnan().any() and count == len(self.numbers)
-        return list(self.numbers)
+    def _chosen(self, patches: Any, counts: list[int], first: torch.Tensor) -> torch.Tensor:
+        assert not patches.features.isnan().any() and set(counts) == {len(self.numbers)}
+        starts = np.cumsum([0] + [t for t, _, _ in patches.batch.grids])[:-1]
+        return torch.tensor([start + number for start in starts for number in self.numbers])
 
 
 @pytest.mark.parametrize("by", ["thumbnails", "even"])

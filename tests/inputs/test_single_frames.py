@@ -64,8 +64,9 @@ def features(model: Any, values: Tensor, videos: int) -> Tensor:
             out = model.encode_videos(values, [len(values) // videos] * videos)
         else:
             config = model.config
-            how = config.vision_feature_layer, config.vision_feature_select_strategy
-            out = model.model.get_video_features(values.unflatten(0, (videos, -1)), *how)
+            names = ("vision_feature_layer", "vision_feature_select_strategy")
+            how = {name: getattr(config, name) for name in names}  # releases before 5 need them
+            out = model.model.get_video_features(values.unflatten(0, (videos, -1)), **how)
     out = getattr(out, "pooler_output", out)
     out = torch.cat(list(out)) if isinstance(out, (list, tuple)) else out
     rows, frames = out.reshape(videos, -1, out.shape[-1]), len(values) // videos

@@ -94,7 +94,8 @@ def _svg(figure: Any) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": "tokencomp"}):  # else ids of clip paths are random
+    # A fixed salt, else ids of clip paths are random; text as text, else letters are outlines.
+    with rc_context({"svg.hashsalt": "tokencomp", "svg.fonttype": "none"}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]
