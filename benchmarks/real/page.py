@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import losing, runs_of, table_lines
-from benchmarks.publishing import MARK, provenance
+from benchmarks.publishing import MARK, provenance, table
 from benchmarks.real.sources import NAMES
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runs import EvalRun
@@ -94,11 +94,6 @@ def _training(results: dict[str, Any]) -> str:
 """
 
 
-def _lines(head: list[str], rows: list[list[str]]) -> list[str]:
-    rule = "|---" * len(head) + "|"
-    return ["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(r) + " |" for r in rows)]
-
-
 def _families(results: dict[str, Any]) -> str:
     """Accuracy of the full model by family, beside that of a blind guess."""
     scores, guess = results["scores"], results["blind"]
@@ -116,7 +111,7 @@ def _families(results: dict[str, Any]) -> str:
         "options at random, whichever scores more. A family counts as learned where the full model "
         "is 25 points above it on the validation split.\n"
     )
-    return "\n".join([title, *_lines([*head, "full, test"], rows)])
+    return f"{title}\n{table([*head, 'full, test'], rows)}"
 
 
 def _by_family(results: dict[str, Any], runs: list[EvalRun]) -> str:
@@ -127,7 +122,7 @@ def _by_family(results: dict[str, Any], runs: list[EvalRun]) -> str:
         for run in runs
     ]
     title = "\n## Methods by family\n"
-    return "\n".join([title, *_lines(["method", "ratio", *learned], rows), ""])
+    return f"{title}\n{table(['method', 'ratio', *learned], rows)}\n"
 
 
 def _accuracy(run: EvalRun, family: str) -> float:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.real.run                    # test split → results.json, README.md
     python -m benchmarks.real.run --per-family 150   # more questions
-    python -m benchmarks.real.run --page             # README.md from results.json alone
+    python -m benchmarks.real.run --report           # README.md from results.json alone
 
 Needs the model that `python -m benchmarks.real.build` made. All settings answer the same questions,
 greedily. A run that was stopped goes on from the answers in the ignored folder `build/real/runs/`.
@@ -126,27 +126,24 @@ def answer(
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = publishing.parser(__doc__, RESULTS)
     parser.add_argument("--model", type=Path, default=FOLDER / "model")
     parser.add_argument("--photos", type=Path, default=TUXPAINT)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--per-family", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--runs", type=Path, default=FOLDER / "runs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--busy", action="store_true", help="other jobs use this machine: leave times out"
     )
-    parser.add_argument("--page", action="store_true", help="only write the page again")
-    publishing.add_argument(parser)
     return parser
 
 
 def main() -> None:
     args = arguments().parse_args()
-    if not args.page:
+    if not args.report:
         facts = publishing.published_from(args.out, args.allow_dirty)
         torch.set_num_threads(args.threads)
         from benchmarks.real.model import load
