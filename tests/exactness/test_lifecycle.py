@@ -270,7 +270,8 @@ def test_a_patched_model_can_be_freed(family: Family) -> None:
 def test_copies_of_a_patched_model_are_refused() -> None:
     family = FAMILIES["qwen2_vl"]
     model, inputs = family.build(), prompt(family)
-    with tokencomp.patch(model, 0.5, reducer="aim") as handle:
+    with tokencomp.patch(model, 0.5, reducer="aim") as handle, torch.no_grad():
+        model(**inputs)  # from here on, layers have hooks as well
         for part in (model, family.decoder(model), family.decoder(model).layers[1]):
             with handle.disabled(), pytest.raises(CopyError, match=r"unpatch\(model\) first"):
                 copy.deepcopy(part)

@@ -1,13 +1,17 @@
 """maxmin_select in long spans: the result is exact, and rounds save most of the distances."""
 
+import functools
+
 import pytest
 import torch
 from support.max_min import check_greedy
 from tokencomp.kernels import maxmin_select
-from tokencomp.kernels.maxmin_select import naive, ordered_choices
+from tokencomp.kernels.maxmin_select import naive
 from tokencomp.kernels.maxmin_select import rounds as module
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+ordered_choices = functools.partial(maxmin_select, ordered=True)
 
 
 @pytest.mark.parametrize("centred", [False, True])

@@ -14,6 +14,7 @@ from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.layer_stages import scored_before, scored_layer
 from tokencomp.engine.tap import attention_of
 from tokencomp.engine.window import Windows
+from tokencomp.errors import copy_error
 from tokencomp.plan import Plan
 from tokencomp.signals import Attention
 
@@ -47,6 +48,9 @@ class LayerHooks:
         self._users: dict[int, threading.Thread] = {}
         self._handles: list[RemovableHandle] = []
         self._lock = threading.Lock()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise copy_error(type(self.adapter.model).__name__)
 
     def install(self, plan: Plan) -> None:
         """Serve the calls of this plan.

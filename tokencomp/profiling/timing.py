@@ -83,7 +83,8 @@ class _Watch:
     """Marks before and after the hooks that tokencomp has on the decoder and its layers.
 
     Hooks run in order of registration; one registered first (`prepend`) and one registered last
-    enclose the patch's own, so what lies between is the reducer.
+    enclose the patch's own, so what lies between is the reducer. The patch registers its hooks on
+    layers while the decoder is called, so those are enclosed then.
     """
 
     def __init__(self, model: Any, clock: Clock | None = None) -> None:
@@ -92,15 +93,14 @@ class _Watch:
         self.marks: dict[str, Any] = {}
         self.pairs: list[list[Any]] = []
         self._hooks: list[Any] = []
+        self._layer_hooks: list[Any] = []
+        self._layers = adapter.layers
         self._on(adapter.model, self._named("start"), self._named("stop"))
         self._on(adapter.body, self._named("body"), None)
         self._on(adapter.decoder, self._named("decoder"), self._named("decoded"), last=False)
         self._enclose(adapter.decoder, pre=True)
         self._enclose(adapter.decoder, pre=False)
-        for layer in adapter.layers:
-            self._enclose(layer, pre=True)
-            if hasattr(layer, "self_attn"):  # a linear layer has no scores that a stage could read
-                self._enclose(layer.self_attn, pre=False)
+        self._hooks.append(adapter.decoder.register_forward_pre_hook(self._enclose_layers))
 
     def _named(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -113,7 +113,22 @@ class _Watch:
         if post is not None:
             self._hooks.append(module.register_forward_hook(post, prepend=not last))
 
+    def _enclose_layers(self, *_: Any) -> None:
+        self._leave_layers()
+        for layer in self._layers:
+            self._layer_hooks += self._enclosing(layer, pre=True)
+            if hasattr(layer, "self_attn"):  # a linear layer has no scores that a stage could read
+                self._layer_hooks += self._enclosing(layer.self_attn, pre=False)
+
+    def _leave_layers(self) -> None:
+        for hook in self._layer_hooks:
+            hook.remove()
+        self._layer_hooks.clear()
+
     def _enclose(self, module: Any, pre: bool) -> None:
+        self._hooks += self._enclosing(module, pre)
+
+    def _enclosing(self, module: Any, pre: bool) -> list[Any]:
         def opened(*_: Any) -> None:
             self.pairs.append([self.clock.mark()])
 
@@ -121,7 +136,7 @@ class _Watch:
             self.pairs[-1].append(self.clock.mark())
 
         register = module.register_forward_pre_hook if pre else module.register_forward_hook
-        self._hooks += [register(opened, prepend=True), register(closed)]
+        return [register(opened, prepend=True), register(closed)]
 
     def split(self) -> Split:
         self.clock.finish()
@@ -138,6 +153,7 @@ class _Watch:
         )
 
     def remove(self) -> None:
+        self._leave_layers()
         for hook in self._hooks:
             hook.remove()
 
