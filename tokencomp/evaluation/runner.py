@@ -57,6 +57,10 @@ def evaluate(
     return sweep(model, processor, items, [setting], folders, **how)[setting]
 
 
+_FULL = Setting()
+"""The full model, whose inputs most settings share."""
+
+
 def sweep(
     model: Any,
     processor: Any,
@@ -219,7 +223,7 @@ class _Sweep:
                 if self.answerer.has_own_inputs(setting) or len(rows) < len(loaded):
                     inputs = self.answerer.inputs(rows, setting)
                 else:
-                    inputs = shared = shared or self.answerer.inputs(loaded, Setting())
+                    inputs = shared = shared or self.answerer.inputs(loaded, _FULL)
                 batch = self.answerer.answer(setting, rows, inputs, answers)
             except torch.OutOfMemoryError:
                 if len(rows) > 1:
