@@ -124,11 +124,13 @@ def test_memory_stays_flat_over_2000_requests(served: Any) -> None:
         # The allocator keeps freed blocks per thread, so memory rises for some 2,500 requests, by
         # how much depends on the timing, and then stays within a few MB for thousands more.
         list(pool.map(run, range(2500)))
-        before = resident(process)
-        list(pool.map(run, range(2000)))
-    after = resident(process)
-    print(f"resident memory: {before} MB before, {after} MB after 2000 requests")
-    assert after - before < 50
+        # On a busy machine that takes longer. A leak grows in every window of 2,000 requests.
+        sizes = [resident(process)]
+        while len(sizes) < 2 or (len(sizes) < 4 and sizes[-1] - sizes[-2] >= 50):
+            list(pool.map(run, range(2000)))
+            sizes.append(resident(process))
+    print(f"resident memory after 2500 requests, and after every 2000 more: {sizes} MB")
+    assert sizes[-1] - sizes[-2] < 50
     assert http.metric(url, "tokencomp_requests_waiting") == 0
 
 
