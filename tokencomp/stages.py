@@ -34,8 +34,8 @@ class StageReducer(ABC):
     """Whether it drops frames of a video whole, so that their pixels need not be computed."""
 
     def chosen_frames(self, looks: Tensor, places: int, keep: int) -> list[int]:
-        """Numbers of the frames that stay; only of reducers that drop frames, see `KeyFrames`."""
-        raise NotImplementedError
+        """Numbers of the frames that stay: all, unless the reducer drops frames (`KeyFrames`)."""
+        return list(range(places))
 
     @property
     def needs(self) -> frozenset[Signal]:

@@ -14,7 +14,7 @@ from tokencomp.kernels import checks, dispatch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# aten calls whose result the host waits for
+# aten calls that block the host until their result is there
 READS = {
     "_local_scalar_dense",
     "nonzero",

@@ -96,11 +96,11 @@ def test_a_set_is_answered_row_by_row(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(study, "ACCURACY", tmp_path / "folder")
     monkeypatch.setattr(study, "page", lambda sets: " ".join(sets))
     monkeypatch.setattr(sys, "argv", ["tower", "--output", str(tmp_path)])
-    asked: list[list[str]] = []
+    settings_run: list[list[str]] = []
     sweep = study.sweep
 
     def noted(model: Any, processor: Any, items: Any, settings: Any, *a: Any, **kw: Any) -> Any:
-        asked.append([s.name for s in settings])
+        settings_run.append([s.name for s in settings])
         return sweep(model, processor, items, settings, *a, **kw)
 
     monkeypatch.setattr(study, "sweep", noted)
@@ -109,19 +109,19 @@ def test_a_set_is_answered_row_by_row(tmp_path: Path, monkeypatch: pytest.Monkey
     first = path.read_text()
     book = tower_book.read(path)
     correct = book["qwen-images"]["answers"].correct
-    assert len(correct) == 6 and len(asked.pop()) == 6
+    assert len(correct) == 6 and len(settings_run.pop()) == 6
     study.main()
-    assert not asked and path.read_text() == first
+    assert not settings_run and path.read_text() == first
     assert correct.pop("uniform@0.6")
     tower_book.write(path, book)
     study.main()
-    assert asked.pop() == ["uniform 0.6"]
+    assert settings_run.pop() == ["uniform 0.6"]
     stale = tower_book.read(path)
     assert stale["qwen-images"]["answers"] == tower_book.read(path)["qwen-images"]["answers"]
     stale["qwen-images"]["weights"] = "other"
     tower_book.write(path, stale)
     study.main()
-    assert len(asked.pop()) == 6
+    assert len(settings_run.pop()) == 6
 
 
 @pytest.mark.parametrize("name", [study.ONEVISION, study.VILA])

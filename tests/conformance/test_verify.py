@@ -1,4 +1,4 @@
-"""`patch(verify=True)` on models of a type that nobody knows."""
+"""`patch(verify=True)` on models of a type that never passed conformance."""
 
 from __future__ import annotations
 

@@ -26,20 +26,20 @@ class Tables:
 
     def __init__(self, decoder: Any) -> None:
         self.rotary = decoder.rotary_emb
-        self.asked: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[Any, ...]] = []
         self.got: list[Any] = []
         self.rotary.register_forward_pre_hook(self._ask, with_kwargs=True)
         decoder.layers[0].register_forward_pre_hook(self._get, with_kwargs=True)
 
     def _ask(self, module: Any, args: Any, kwargs: Any) -> None:
-        self.asked.append((*args, *kwargs.values()))
+        self.calls.append((*args, *kwargs.values()))
 
     def _get(self, module: Any, args: Any, kwargs: Any) -> None:
         self.got.append(kwargs["position_embeddings"])
 
     def computed(self) -> list[Tensor]:
         """What the class of the module computes for the last request."""
-        return parts(type(self.rotary).forward(self.rotary, *self.asked[-1]))
+        return parts(type(self.rotary).forward(self.rotary, *self.calls[-1]))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -106,7 +106,7 @@ def test_fullgraph_at_ratio_zero(family: Family) -> None:
             assert handle.stats is not None
             whole = torch.compile(model, fullgraph=True, backend="eager")
             assert torch.equal(whole(**inputs).logits, expected)
-            assert handle.stats is None  # of a prompt that nobody counted
+            assert handle.stats is None  # of a prompt that was not counted
             positional = whole(inputs["input_ids"], attention_mask=inputs["attention_mask"])
             assert torch.equal(positional.logits, expected)
 

@@ -49,8 +49,8 @@ def test_equals_the_product_of_full_matrices(family: Family, answers: int, targe
     inputs, labels = with_answers(family, prompts, replies)
     seen, got = explain(model, inputs, labels, target)
     for b, prompt in enumerate(prompts):
-        alone, wanted = with_answers(family, [prompt], [replies[b]])
-        expected = brute_force(model, alone, wanted, target)
+        alone, answered = with_answers(family, [prompt], [replies[b]])
+        expected = brute_force(model, alone, answered, target)
         pad = inputs["input_ids"].shape[1] - alone["input_ids"].shape[1]
         for span, scores in zip(seen.spans[b], got[b], strict=True):
             assert (scores >= 0).all() and scores.max() > 0

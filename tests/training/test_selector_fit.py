@@ -28,8 +28,8 @@ def test_targets_zero_the_lowest_half_and_sum_to_one() -> None:
     labels = ([4.0, 1.0, 3.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 1.0])
     expected = ([4 / 7, 0, 3 / 7, 0], [0, 0, 0.5, 0.5], [0, 2 / 3, 1 / 3])
     got = targets([(torch.ones(len(v)), torch.tensor(v)) for v in labels], 0.5)
-    for (_, target), wanted in zip(got, expected, strict=True):
-        torch.testing.assert_close(target, torch.tensor(wanted))
+    for (_, target), reference in zip(got, expected, strict=True):
+        torch.testing.assert_close(target, torch.tensor(reference))
 
 
 def test_training_finds_a_pattern_that_the_raw_row_does_not_show() -> None:
@@ -68,7 +68,7 @@ def test_padding_is_no_data() -> None:
     """Spans of different lengths in one batch: logits and gradients of the plain loop."""
     net = SelectorNet((6, 4, 5)).train()
     spans = targets(pairs(*LENGTHS), 0.5)
-    rows, wanted, real = selector_fit._padded(spans, net)
+    rows, reference, real = selector_fit._padded(spans, net)
     assert real is not None and real.sum(1).tolist() == list(LENGTHS)
     got, expected = net(rows, real), plain(net, [row for row, _ in spans])
     for b, logits in enumerate(expected):
@@ -77,7 +77,7 @@ def test_padding_is_no_data() -> None:
         sum(t * (t.log() - p) for t, p in zip(target, logits.log_softmax(0), strict=True) if t > 0)
         for (_, target), logits in zip(spans, expected, strict=True)
     ]
-    losses = (selector_fit.divergence(got, wanted), torch.stack(divergences).mean())
+    losses = (selector_fit.divergence(got, reference), torch.stack(divergences).mean())
     torch.testing.assert_close(*losses)
     for a, b in zip(*(torch.autograd.grad(v, list(net.parameters())) for v in losses), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)

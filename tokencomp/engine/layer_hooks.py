@@ -114,7 +114,7 @@ class LayerHooks:
     def _hook(self) -> None:
         for i, layer in enumerate(self.adapter.layers):
             hook = functools.partial(self._layer, i)
-            # First, whoever else has a hook there: these see the rows that the layer gets.
+            # Before the hooks of others, which then see the rows that the layer gets.
             handle = layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
             self._handles.append(handle)
         for attn, stage, signal in self._scored:

@@ -81,7 +81,7 @@ def draw_lost(
 ) -> list[LostItem]:
     """Draw what was kept of the first lost items about images, and of the first about videos.
 
-    The choice is a rule, see `lost_ids`: nobody picks cases by hand. Each item runs once more,
+    The choice is a rule, see `lost_ids`; no case is picked by hand. Each item runs once more,
     alone, to see which tokens stay.
 
     Parameters

@@ -25,7 +25,7 @@ MAX_CONNECTIONS = 1024
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1 that closes connections on which no request starts, or whose answer nobody takes.
+    """HTTP/1.1 that closes connections on which no request starts, or whose answer is not read.
 
     uvicorn's keep-alive time ends with the first byte that arrives, so that it does not limit how
     long a client may take for the head of a request.
