@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
@@ -22,20 +20,15 @@ from pydantic import (
 )
 
 from benchmarks.gpu.catalogue import LOADS, TABLES
+from benchmarks.gpu.result_file import FORMAT, Origin, Strict
 from benchmarks.gpu.serving_file import ServingFile
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runs import EvalRun, find_runs
 from tokencomp.evaluation.settings import FULL
 
-FORMAT = 1
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Row(_Strict):
+class Row(Strict):
     """What one setting cost, and lmms-eval's own scores."""
 
     label: str
@@ -52,22 +45,17 @@ class Row(_Strict):
     scores: dict[str, dict[str, float]]
 
 
-class About(_Strict):
+class About(Origin):
     """What the numbers depend on."""
 
-    model: str
     weights: str
     dtype: str
     tasks: list[str]
     data: list[str]
     limit: int | None
-    date: str
-    commit: str = Field(pattern=r"^[0-9a-f]{40}$", description="Of a checkout without changes.")
-    versions: dict[str, str]
-    hardware: dict[str, Any]
 
 
-class Contribution(_Strict):
+class Contribution(Strict):
     """One file under `results/`."""
 
     format: Literal[1] = FORMAT

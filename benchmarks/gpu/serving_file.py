@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-FORMAT = 1
+from benchmarks.gpu.result_file import FORMAT, Origin, Strict
+
 COLUMNS = (
     "clients", "ratio", "requests", "failed", "first token, ms", "95 %", "×", "requests/s", "×",
     "text pieces/s",
 )  # fmt: skip
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Answer(_Strict):
+class Answer(Strict):
     """One request: seconds to the first token and in all, and pieces of text; or its error."""
 
     first: float | None = Field(default=None, gt=0)
@@ -35,7 +32,7 @@ class Answer(_Strict):
         return self
 
 
-class Load(_Strict):
+class Load(Strict):
     """All requests of one ratio and one number of clients."""
 
     ratio: float = Field(ge=0, lt=1)
@@ -44,19 +41,14 @@ class Load(_Strict):
     requests: list[Answer] = Field(min_length=1)
 
 
-class ServingAbout(_Strict):
+class ServingAbout(Origin):
     """What the numbers depend on."""
 
-    model: str
     engine: str
     work: dict[str, int]
-    date: str
-    commit: str = Field(pattern=r"^[0-9a-f]{40}$", description="Of a checkout without changes.")
-    versions: dict[str, str]
-    hardware: dict[str, Any]
 
 
-class ServingFile(_Strict):
+class ServingFile(Strict):
     """One file of the table under `results/`."""
 
     format: Literal[1] = FORMAT

@@ -10,7 +10,7 @@ from PIL import Image
 from benchmarks.real.questions import FAMILIES
 from benchmarks.real.scenes import Library, Scene, render, sample
 from tokencomp.inputs.questions import Deferred
-from tokencomp.shapesqa.items import stream
+from tokencomp.shapesqa.items import QueryFields, stream
 from tokencomp.shapesqa.prompt_forms import letter, letters_prompt
 from tokencomp.shapesqa.questions import Question
 
@@ -18,25 +18,13 @@ LETTERS = "letters"  # family of questions with lettered options
 
 
 @dataclass(frozen=True)
-class StampItem:
+class StampItem(QueryFields):
     """One question with its scene; pixels are composed when they are needed."""
 
     id: str
     scene: Scene
     query: Question
     library: Library
-
-    @property
-    def family(self) -> str:
-        return self.query.family
-
-    @property
-    def answer(self) -> str:
-        return self.query.answer
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        return self.query.options
 
     def image(self) -> Image.Image:
         return Image.fromarray(render(self.scene, self.library))

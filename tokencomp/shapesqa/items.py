@@ -42,23 +42,14 @@ class Evidence:
     frames: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Item:
-    """One question with its scene; pixels are rendered on demand."""
+class QueryFields:
+    """What an item says of its question, `query`."""
 
-    id: str
-    scene: Scene
     query: Question
-    media: Path | None = None
 
     @property
     def family(self) -> str:
         return self.query.family
-
-    @property
-    def kind(self) -> str:
-        """ "image" or "video"."""
-        return self.scene.kind
 
     @property
     def question(self) -> str:
@@ -72,6 +63,21 @@ class Item:
     @property
     def options(self) -> tuple[str, ...]:
         return self.query.options
+
+
+@dataclass(frozen=True)
+class Item(QueryFields):
+    """One question with its scene; pixels are rendered on demand."""
+
+    id: str
+    scene: Scene
+    query: Question
+    media: Path | None = None
+
+    @property
+    def kind(self) -> str:
+        """ "image" or "video"."""
+        return self.scene.kind
 
     @property
     def letter(self) -> str:
