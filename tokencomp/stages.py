@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,6 +32,32 @@ class StageReducer(ABC):
     name: ClassVar[str] = ""
     drops_frames: ClassVar[bool] = False
     """Whether it drops frames of a video whole, so that their pixels need not be computed."""
+
+    @property
+    def reads_thumbnails(self) -> bool:
+        """Whether it chooses frames by their looks, where the prompt is made."""
+        return False
+
+    def needed_frames(
+        self, t: int, places: int, keep: int, looks: Callable[[], Tensor]
+    ) -> list[int]:
+        """Frames whose pixels have to be computed: all, unless the reducer drops frames.
+
+        Parameters
+        ----------
+        t, places
+            Frames of the video in the grid, and tokens of each.
+        keep
+            Tokens of the video that stay.
+        looks
+            Returns what the frames look like, (t, d).
+
+        Returns
+        -------
+        list of int
+            Their numbers, ascending.
+        """
+        return list(range(t))
 
     def chosen_frames(self, looks: Tensor, places: int, keep: int) -> list[int]:
         """Numbers of the frames that stay: all, unless the reducer drops frames (`KeyFrames`)."""

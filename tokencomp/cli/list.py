@@ -143,7 +143,7 @@ def _first_layer(model_type: str) -> int:
 
     try:
         config = AutoConfig.for_model(model_type)
-    except ValueError:  # a class of ours that nobody has imported yet
+    except ValueError:  # a class of ours that is not imported yet
         return 1
     return max(1, deepstack_layers(config))
 

@@ -26,29 +26,25 @@ from tokencomp.engine.hybrid_cache import (
 )
 from tokencomp.engine.reference_cache import CompressedReferenceLayer, compressed_reference
 
-_QUANTIZED: dict[type, type] = {}  # compressed classes of quantized layers that caches have used
+# Compressed classes by transformers' own; those of quantized layers enter when a cache has them.
+_COMPRESSED: dict[type, type] = {
+    DynamicLayer: CompressedDynamicLayer,
+    DynamicSlidingWindowLayer: CompressedSlidingLayer,
+    StaticLayer: CompressedStaticLayer,
+    INDEXED: CompressedIndexedLayer,
+    HYBRID: CompressedHybridLayer,
+    HYBRID_SLIDING: CompressedHybridSlidingLayer,
+}
 
 
 def _compressed_class(plain: type) -> type:
     """The compressed class of a transformers class of cache layers."""
-    if plain is DynamicSlidingWindowLayer:
-        return CompressedSlidingLayer
-    if plain is DynamicLayer:
-        return CompressedDynamicLayer
-    if plain is INDEXED:
-        return CompressedIndexedLayer
-    if plain is StaticLayer:
-        return CompressedStaticLayer
-    if plain is HYBRID:
-        return CompressedHybridLayer
-    if plain is HYBRID_SLIDING:
-        return CompressedHybridSlidingLayer
     if is_reference(plain):
         return compressed_reference(plain)
-    if plain not in _QUANTIZED:  # its rows are quantized as before: only the counting changes
+    if plain not in _COMPRESSED:  # rows are quantized as before: only the counting changes
         name = f"Compressed{plain.__name__}"
-        _QUANTIZED[plain] = type(name, (CompressedLayer, plain), {"plain": plain})
-    return _QUANTIZED[plain]
+        _COMPRESSED[plain] = type(name, (CompressedLayer, plain), {"plain": plain})
+    return _COMPRESSED[plain]
 
 
 def compress_layer(

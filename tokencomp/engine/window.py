@@ -84,8 +84,8 @@ class Windows:
         unknown = set(kinds) - SERVED
         if unknown:
             raise UnsupportedModelError(
-                f"{type(decoder).__name__} has {', '.join(sorted(unknown))} layers: nobody has "
-                "checked that dropping tokens from them equals masking them. Served are "
+                f"{type(decoder).__name__} has {', '.join(sorted(unknown))} layers, for "
+                "which it is not checked that dropping a token equals masking it. Served are "
                 f"{', '.join(sorted(SERVED))}. Run it without patch()."
             )
         own = {kind: int(size) for kind, size in sizes.items() if size and kind in kinds}

@@ -133,9 +133,8 @@ def sweep(
     distinct, patches = list(dict.fromkeys(settings)), Patches(models)
     answerer = Answerer(models, processor, patches, how, isinstance(model, dict), around)
     one = _Sweep(answerer, items, distinct, name)
-    one.batch_size, one.shard, one.draw, one.timed, one.counted = (
-        batch_size, shard, draw, times, work,
-    )  # fmt: skip
+    one.batch_size, one.shard, one.draw = batch_size, shard, draw
+    one.timed, one.counted = times, work
     if out_dir is not None:
         one.open_stores(out_dir)
     return one.run(progress)

@@ -36,7 +36,6 @@ from tokencomp.inputs.needed_frames import groups_of, kept_frames, needed_pictur
 from tokencomp.inputs.video import Sampling
 from tokencomp.method import MethodSpec
 from tokencomp.plan import Plan
-from tokencomp.reducers.keyframes import KeyFrames
 from tokencomp.stages import TowerStage
 
 
@@ -45,7 +44,7 @@ def frame_stage(plan: Plan | None) -> TowerStage | None:
     stage = None if plan is None else plan.tower
     if stage is None or stage.block or (stage.frames_apart and stage.frame is None):
         return None
-    return stage if isinstance(stage.reducer, KeyFrames) else None
+    return stage if stage.reducer.drops_frames else None
 
 
 def frame_plan(model: Any, spec: MethodSpec) -> Plan | None:
@@ -54,7 +53,8 @@ def frame_plan(model: Any, spec: MethodSpec) -> Plan | None:
         return None
     stage = spec.plan.tower if spec.plan is not None else None
     own = spec.built_tower_reducer if spec.plan is None and spec.dropped_cells else None
-    if not isinstance(stage.reducer if stage else own, KeyFrames):
+    reducer = stage.reducer if stage else own
+    if reducer is None or not reducer.drops_frames:
         return None
     plan = make_plan(spec, adapter_for(model))
     return plan if frame_stage(plan) else None

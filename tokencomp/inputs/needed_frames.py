@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,12 +22,8 @@ def needed_pictures(stage: TowerStage, video: np.ndarray) -> list[int]:
 
 def kept_frames(stage: TowerStage, video: np.ndarray, t: int, places: int, patch: int) -> list[int]:
     """Rows of a grid in time, of `places` tokens and `patch` frames each, that a stage keeps."""
-    reducer: Any = stage.reducer
     keep = stage.cells([(t, 1, places)])[0]
-    count = reducer.frames(t, places, keep)
-    if count == t or keep == t * places:
-        return list(range(t))
-    return list(reducer.choose(count, thumbnails(video, patch)))
+    return stage.reducer.needed_frames(t, places, keep, lambda: thumbnails(video, patch))
 
 
 def thumbnails(frames: np.ndarray, patch: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,20 +69,22 @@ class KeyFrames(Reducer):
         """How many of `t` frames of `places` tokens are chosen, if `keep` tokens stay."""
         return min(t, max(1, math.ceil(self.slack * keep / places - 1e-9)))
 
-    def choose(self, count: int, looks: Tensor) -> list[int]:
-        """Numbers of the chosen frames, ascending.
+    @property
+    def reads_thumbnails(self) -> bool:
+        return self.by == "thumbnails"
 
-        Parameters
-        ----------
-        looks : Tensor, shape (t, d)
-            What the frames look like; not read by "even".
-        """
+    def needed_frames(
+        self, t: int, places: int, keep: int, looks: Callable[[], Tensor]
+    ) -> list[int]:
+        """Numbers of the chosen frames, ascending; see `StageReducer.needed_frames`."""
         from tokencomp.kernels import maxmin_select
 
-        t = len(looks)
-        if self.by == "even" or count == t:
+        count = self.frames(t, places, keep)
+        if count == t or keep == t * places:
+            return list(range(t))
+        if not self.reads_thumbnails:
             return [int(i) for i in evenly(t, count)]
-        return sorted(maxmin_select(looks.float(), count, metric="rms").tolist())
+        return sorted(maxmin_select(looks().float(), count, metric="rms").tolist())
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import maxmin_select
@@ -141,7 +143,7 @@ class KeyFrames(Reducer):
                 self._with_pixels(missing[at : at + t], count)
                 for at, t, count in zip(_starts(depths), depths, counts, strict=True)
             ]
-        elif self.by == "thumbnails":
+        elif self.reads_thumbnails:
             looks = _means(patches, len(first)).float()
             chosen: Tensor = maxmin_select(looks, counts, spans=depths, metric="rms")
             return chosen
@@ -154,7 +156,7 @@ class KeyFrames(Reducer):
         """Numbers of the chosen frames of a span with pixels; those of NaN were not chosen."""
         present = [i for i, gone in enumerate(missing) if not gone]
         if len(present) == len(missing):
-            if self.by == "thumbnails" and count < len(missing):
+            if self.reads_thumbnails and count < len(missing):
                 raise SpanError(
                     f"{self.name} keeps {count} of {len(missing)} frames of a video, but which of "
                     "them is decided on thumbnails where the prompt is made, and this prompt has "

@@ -11,7 +11,6 @@ from tokencomp.errors import OptionError, RatioError, TokenCompError, unknown_na
 from tokencomp.keep_counts import MAX_RATIO, check_ratio
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.keyframes import KeyFrames
 from tokencomp.reducers.registry import available_reducers, make_reducer
 from tokencomp.validation import choices, field_types
 
@@ -108,7 +107,7 @@ def check_servable_tower(reducer: Reducer) -> None:
         As `check_servable`, or it needs a prompt with frames left out, which engines do not make.
     """
     check_servable(reducer)
-    if isinstance(reducer, KeyFrames) and reducer.by == "thumbnails":
+    if reducer.reads_thumbnails:
         raise OptionError(
             f"tower_reducer {reducer.name!r} chooses frames where the prompt is made, which the "
             "processors of engines do not do. Use another one, such as 'kcentre', or serve with "

@@ -193,6 +193,6 @@ def _planned(item: Any, span: tuple[int, int], fields: dict[str, Any], spec: Met
     result.model_specific_data = {**item.model_specific_data, **fields}
     text = json.dumps([spec.describe(), tokencomp.__version__], sort_keys=True)
     namespace = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-    item.set_pad_value()  # computes the hash of the pixels, if nobody has
+    item.set_pad_value()  # computes the hash of the pixels if it is missing
     result.set_hash(resolve_multimodal_item_hash(existing_hash=item.hash, namespace=namespace))
     return result
