@@ -72,9 +72,8 @@ def label(
             begin = time.monotonic()
             examples = [source[i] for i in chosen[start : start + config.batch]]
             pairs_of_batch = explain_batch(model, processor, examples, config)
-            if not (
-                folder / IDENTITY
-            ).exists():  # only now: a first batch that fails leaves no file
+            # Only now, so that a first batch which fails leaves no file.
+            if not (folder / IDENTITY).exists():
                 write_json(folder / IDENTITY, identity)
             write_tensors(file, _flat(pairs_of_batch, time.monotonic() - begin))
         read, took = _pairs(file)
