@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import publishing
+from benchmarks.accuracy.store import MARGIN
 from benchmarks.gpu.contribution import label_of, row_of
 from benchmarks.real.build import FOLDER
 from benchmarks.real.items import LETTERS, StampItem, item, items
@@ -40,7 +41,6 @@ RATIOS = (0.5, 0.75, 0.9)
 METHODS = ("uniform", DOWNSCALE, "condiv", "divprune", "merge", "fastv", "prune", "pyramiddrop")
 SEEDS = (0, 1, 2)
 LETTERS_START = 50_000  # index of the first item that is asked with letters
-MARGIN = 0.25  # above a blind guess, from which a family counts as learned
 
 
 def item_examples(library: Library, split: str, per_family: int) -> list[tuple[StampItem, Example]]:
