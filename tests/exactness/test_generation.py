@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import oracle, plans, turns
 from support.families import FAMILIES, NO_EOS, Family, text
+from support.family.base import IMAGE, VIDEO
 from support.family.hybrid import HYBRID
 from support.family.structural import STRUCTURAL
 from transformers import TextIteratorStreamer
@@ -98,7 +99,8 @@ def test_second_turn_on_reused_cache(family: Family, name: str) -> None:
     model = family.build()
     turn1 = family.batch([[text(3), family.image(0), text(5, 3)]])
     with tokencomp.patch(model, plan=plans.make(name, family.layers)):
-        first = oracle.generate(model, turn1, 5)
+        # A placeholder in the answer would stand for media that the next prompt does not have.
+        first = oracle.generate(model, turn1, 5, suppress_tokens=[IMAGE, VIDEO])
         cache = oracle.cache_of(first)
         ids = torch.cat([first.sequences, torch.tensor([text(4, 8)])], 1)
         after = {**turn1, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
