@@ -11,15 +11,6 @@ import itertools
 import os
 from pathlib import Path
 
-from benchmarks.accuracy.library import (
-    DEFAULT_REDUCER,
-    DOWNSCALE,
-    FULL,
-    Point,
-    lines,
-    one_message,
-    provenance,
-)
 from benchmarks.accuracy.store import ACCURACY, BARS, KINDS, RESULTS, Results, read_all
 from benchmarks.accuracy.summary import summary
 from benchmarks.accuracy.tables import (
@@ -36,7 +27,11 @@ from benchmarks.accuracy.tables import (
     rivals_table,
     work_table,
 )
-from benchmarks.publishing import MARK
+from benchmarks.publishing import MARK, provenance
+from tokencomp.cli import one_message
+from tokencomp.evaluation.settings import DOWNSCALE, FULL
+from tokencomp.method import DEFAULT_REDUCER
+from tokencomp.pages.plots import Point, lines
 
 
 def plot(results: Results, kind: str) -> str:

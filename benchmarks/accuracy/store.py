@@ -13,17 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.library import (
-    FULL,
-    EvalRun,
-    LostItem,
-    OptionError,
-    PackedAnswers,
-    Setting,
-    is_image_family,
-    metrics,
-    write_json,
-)
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.lost import LostItem
+from tokencomp.evaluation.packed import PackedAnswers
+from tokencomp.evaluation.runs import EvalRun
+from tokencomp.evaluation.settings import FULL, Setting
+from tokencomp.shapesqa.difficulty import is_image_family
+from tokencomp.storage import write_json
+from tokencomp.zoo import metrics
 
 ACCURACY = Path(__file__).parent
 RESULTS = ACCURACY / "results"

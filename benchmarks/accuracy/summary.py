@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from benchmarks.accuracy.library import FULL
 from benchmarks.accuracy.store import Results
 from benchmarks.accuracy.tables import BASELINES, NONE, cell, kept, name, table
+from tokencomp.evaluation.settings import FULL
 
 MAIN = "tiny-qwen3-vl"
 INTERVALS = ("random",)  # and the default

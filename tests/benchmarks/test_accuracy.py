@@ -11,8 +11,9 @@ from support.accuracy import BLIND, SHARES, sweep_runs, write_results
 from torch import nn
 
 from benchmarks.accuracy import report, run, store, summary, tables
-from benchmarks.accuracy.library import OptionError, Setting, UnknownNameError
 from benchmarks.accuracy.store import Results
+from tokencomp.errors import OptionError, UnknownNameError
+from tokencomp.evaluation.settings import Setting
 
 
 def results_of(folder: Path, shares: dict[str, float], **more) -> Results:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.accuracy.library import DEFAULT_REDUCER, one_message, replace_file
 from benchmarks.accuracy.store import ACCURACY, Results, read_all
 from benchmarks.accuracy.tables import Comparison, compare_families, table
+from tokencomp.cli import one_message
+from tokencomp.method import DEFAULT_REDUCER
+from tokencomp.storage import write_text
 
 FOLDERS = ("unseen", "counting", "chance")
 LEVEL = 0.05
@@ -115,7 +117,7 @@ def read() -> list[Results]:
 
 def main() -> None:
     text = page(read())
-    replace_file(ACCURACY / "baselines.md", lambda part: part.write_text(text))
+    write_text(ACCURACY / "baselines.md", text)
     print(ACCURACY / "baselines.md")
 
 
