@@ -220,7 +220,7 @@ def head(results: Path) -> str:
 def text(results: Path) -> str:
     """The page on every model with test results."""
     pictures = os.path.relpath(results, page_folder(results))
-    sections = [section(one, DEFAULT_REDUCER, pictures) for one in read_all(results)]
+    sections = [section(one, one.default, pictures) for one in read_all(results)]
     return "\n\n".join([head(results), *sections]) + "\n"
 
 
@@ -233,7 +233,7 @@ def write_report(results: Path) -> Path:
     page = page_folder(results) / "README.md"
     page.write_text(text(results))
     if results == RESULTS:
-        (page.parent / "summary.md").write_text(summary(read_all(results), DEFAULT_REDUCER))
+        (page.parent / "summary.md").write_text(summary(read_all(results)))
     return page
 
 

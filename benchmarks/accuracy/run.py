@@ -28,7 +28,6 @@ from benchmarks import publishing
 from benchmarks.accuracy.report import write_report
 from benchmarks.accuracy.store import LOST, RESULTS, Results, add_lost, collected, merged
 from tokencomp import available_reducers, make_reducer
-from tokencomp.adapters.registry import adapter_for
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
 from tokencomp.evaluation.lost import LostItem, draw_lost
@@ -37,13 +36,13 @@ from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, INPUT_BASELINES, NATIVE, Setting
 from tokencomp.inputs.questions import Example
-from tokencomp.method import DEFAULT_REDUCER
+from tokencomp.method import DEFAULT_REDUCER, MethodSpec
+from tokencomp.patching import check
 from tokencomp.shapesqa.difficulty import DIFFICULTIES
 from tokencomp.shapesqa.examples import shapesqa
 from tokencomp.shapesqa.items import items
 from tokencomp.shapesqa.questions import FAMILIES
 from tokencomp.signals import TOWER_SIGNALS
-from tokencomp.trained.cards import model_facts
 from tokencomp.zoo import available_models, load
 
 RATIOS = (0.5, 0.75, 0.9, 0.95)
@@ -64,8 +63,8 @@ def usable(model: Any, names: Iterable[str]) -> tuple[list[str], dict[str, str]]
     for name in names:
         try:
             if name not in INPUT_BASELINES:
-                reducer = make_reducer(name)
-                reducer.bind(model_facts(adapter_for(model)))
+                make_reducer(name)
+                check(model, MethodSpec(name, 0.5))
             ready.append(name)
         except UnknownNameError:
             raise

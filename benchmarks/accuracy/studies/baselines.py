@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from benchmarks.accuracy.store import ACCURACY, Results, read_all
 from benchmarks.accuracy.tables import Comparison, compare_families, table
 from tokencomp.cli import one_message
-from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.storage import write_text
 
 FOLDERS = ("unseen", "counting", "chance")
@@ -102,10 +101,11 @@ methods is better is a coin toss. [Methods](METHODS.md).
 COLUMNS = ["model", "family", "learned", "questions", "full", "comparisons", "better", "worse"]
 
 
-def page(every: Iterable[Results], default: str = DEFAULT_REDUCER) -> str:
+def page(every: Iterable[Results]) -> str:
     rows, compared = [], []
     for (_, family), results in largest(every).items():
-        comparisons = [one for one in compare_families(results, default) if one.family == family]
+        every_family = compare_families(results, results.default)
+        comparisons = [one for one in every_family if one.family == family]
         compared += comparisons
         rows.append(row((results, family), comparisons))
     return f"{HEAD}{verdict(compared)}\n\n{table([*COLUMNS, 'worst'], rows)}\n"
