@@ -30,7 +30,6 @@ from benchmarks.accuracy.tables import (
 from benchmarks.publishing import MARK, provenance
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import DOWNSCALE, FULL
-from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.pages.plots import Point, lines
 
 
