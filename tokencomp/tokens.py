@@ -102,8 +102,9 @@ class VisualTokens:
         Keys of the vision tower (`TOWER_KEYS`), all heads side by side, mean over a token's
         patches; 0 at special tokens.
     pixels
-        (height, width) of a patch where `features` are pixels, before the first block of the vision
-        tower: they are the last two axes of `features.view(n, -1, height, width)`. Else None.
+        (frames, height, width) of a patch where `features` are pixels, before the first block of
+        the vision tower: they are the last three axes of
+        `features.view(n, -1, frames, height, width)`. Else None.
     place
         (sample of the batch, span of the sample). For evaluation only: what a reducer chooses must
         not depend on the batch.
@@ -118,7 +119,7 @@ class VisualTokens:
     kind: Kind = "image"
     sizes: Tensor | None = None
     keys: Tensor | None = None
-    pixels: tuple[int, int] | None = None
+    pixels: tuple[int, int, int] | None = None
     place: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
@@ -183,7 +184,7 @@ class SpanBatch:
     sizes: Tensor | None = None
     keys: Tensor | None = None
     queries: list[Tensor | None] | None = None
-    pixels: tuple[int, int] | None = None
+    pixels: tuple[int, int, int] | None = None
     places: list[tuple[int, int]] = field(default_factory=list)
 
     def __len__(self) -> int:

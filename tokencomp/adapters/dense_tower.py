@@ -130,12 +130,12 @@ class DenseTower(Tower):
         return replace(cells, keeps=[[keep] for keep in keeps], kept=kept)
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """Pixels (pictures, channels, H, W) → (pictures · patches, channels, height, width)."""
+        """Pixels (pictures, channels, H, W) → (pictures · patches, channels, 1, height, width)."""
         size = self.module.config.patch_size
         h, w = (size, size) if isinstance(size, int) else size
         cut = pixels[..., : pixels.shape[-2] // h * h, : pixels.shape[-1] // w * w]
         tiles: Tensor = cut.unflatten(-1, (-1, w)).unflatten(-3, (-1, h))
-        return tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        return tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).unsqueeze(2)
 
     def _check_call(self, call: EncoderCall) -> None:
         """The blocks in use follow from the config, so no call may choose other ones."""

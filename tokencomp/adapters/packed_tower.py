@@ -13,6 +13,8 @@ from tokencomp.errors import SpanError
 if TYPE_CHECKING:
     from tokencomp.stages import TowerStage
 
+CHANNELS = 3  # red, green and blue; a patch has one frame or more of each
+
 
 class PackedTower(Tower):
     """Towers of the Qwen families: a cell is `unit` patches that stand side by side.
@@ -51,5 +53,6 @@ class PackedTower(Tower):
             )
         order = None if self.window_order is None else self.window_order(call.grids)
         order = None if order is None else order.to(members.device)
-        pixels = call.pixels.view(len(call.pixels), -1, self.patch_size, self.patch_size)
+        size = self.patch_size
+        pixels = call.pixels.view(len(call.pixels), CHANNELS, -1, size, size)
         return Cells(pixels, members, [[grid] for grid in grids], call.kind, order=order)

@@ -52,7 +52,7 @@ class Cells:
 
     Attributes
     ----------
-    pixels : Tensor, shape (patches, channels, height, width)
+    pixels : Tensor, shape (patches, channels, frames, height, width)
         Pixels of every patch, in the order of the tower's input.
     members : Tensor of int64, shape (cells, m)
         Numbers of the patches of every cell; -1: the cell has fewer than m.

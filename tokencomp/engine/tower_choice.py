@@ -16,7 +16,7 @@ from tokencomp.tokens import SpanBatch
 
 @torch.no_grad()
 def chosen_cells(
-    cells: Cells, stage: TowerStage, values: Tensor, pixels: tuple[int, int] | None = None
+    cells: Cells, stage: TowerStage, values: Tensor, pixels: tuple[int, int, int] | None = None
 ) -> Tensor:
     """Numbers of the cells that stay, int64, shape (kept cells,), in no certain order.
 
@@ -25,7 +25,7 @@ def chosen_cells(
     values : Tensor, shape (patches, d)
         Pixels or hidden states of the patches, in the order of the tower's input.
     pixels
-        (height, width) of a patch, if the values are pixels.
+        (frames, height, width) of a patch, if the values are pixels.
     """
     from tokencomp.kernels.dispatch import no_autocast
 

@@ -149,8 +149,8 @@ class TowerDrop:
         local.cost = TowerCost(self.shape)
         if self.stage.block == 0:
             pixels = local.cells.pixels
-            height, width = pixels.shape[-2:]
-            self._choose(local.cells, pixels.flatten(1), (height, width))
+            frames, height, width = pixels.shape[-3:]
+            self._choose(local.cells, pixels.flatten(1), (frames, height, width))
 
     def _check_recomputation(self, tower: nn.Module) -> None:
         if compat.recomputed(self.layout.blocks[0]) and compat.recomputes_hooks():
@@ -188,7 +188,9 @@ class TowerDrop:
 
     # -- blocks ---------------------------------------------------------------------------------
 
-    def _choose(self, cells: Cells, values: Tensor, pixels: tuple[int, int] | None = None) -> None:
+    def _choose(
+        self, cells: Cells, values: Tensor, pixels: tuple[int, int, int] | None = None
+    ) -> None:
         """Note the rows of the cells that the reducer keeps, see `chosen_cells`."""
         self._local.rows = rows_of(cells, chosen_cells(cells, self.stage, values, pixels))
 

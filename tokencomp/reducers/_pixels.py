@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from tokencomp.reducers._batch import Patches
 from tokencomp.reducers._rows import finite_features
 
+TURN = math.pi * (3 - math.sqrt(5))
+"""The golden angle, in radians: its multiples never meet again, see `looks`."""
 
-def appearance(features: Tensor, pixels: tuple[int, int] | None, thumb: int) -> Tensor:
+
+def appearance(features: Tensor, pixels: tuple[int, int, int] | None, thumb: int) -> Tensor:
     """What patches look like, float32, shape (n, d).
 
     In the vision tower before its first block these are the pixels of a cell, averaged over squares
@@ -23,7 +30,60 @@ def appearance(features: Tensor, pixels: tuple[int, int] | None, thumb: int) -> 
     x = finite_features(features).float()
     if pixels is None or thumb == 1:
         return x
-    height, width = pixels
-    size = (max(1, round(height / thumb)), max(1, round(width / thumb)))
-    pictures = x.view(len(x), -1, height, width)
-    return torch.nn.functional.adaptive_avg_pool2d(pictures, size).flatten(1)
+    return _averages(_pictures(x, pixels), thumb).flatten(1)
+
+
+def looks(patches: Patches, thumb: int, contrast: float, change: float) -> Tensor:
+    """`appearance` with the contrast inside of squares and with what changes, float32 (n, d).
+
+    Before the first block of the vision tower, the mean square of the difference of two rows is
+    proportional to
+
+        |Δm|² + contrast² · |Δs|² + change² · |Δp|²
+
+    with the means m and standard deviations s of the pixels of a square, both as mean squares over
+    squares, channels and frames. A cell with the change c, the root mean square difference of the
+    averages in successive frames of the cell, stands at p = c · (cos, sin)/√2 of an angle that
+    grows by the golden angle from step to step of the video. Cells of all steps that look the same
+    and do not change coincide. Of those that change alike, two steps are c apart in the root mean
+    square over pairs of steps.
+    """
+    x, pixels = finite_features(patches.features).float(), patches.batch.pixels
+    if pixels is None:
+        return x
+    pictures = _pictures(x, pixels)
+    means = _averages(pictures, thumb)
+    columns = [means.flatten(1)]
+    if contrast and thumb > 1:
+        # Relative to the mean of a patch, so that the difference of squares loses no digits.
+        centre = pictures.mean((2, 3), keepdim=True)
+        squares = _averages((pictures - centre).square(), thumb)
+        deviations = (squares - (means - centre).square()).clamp_(min=0).sqrt_()
+        columns.append(contrast * deviations.flatten(1))
+    if change and pixels[0] > 1:
+        frames = means.view(len(x), -1, pixels[0], *means.shape[2:])
+        changes = frames.diff(dim=2).square().mean((1, 2, 3, 4)).sqrt()
+        scale = change * math.sqrt(columns[0].shape[1] / 2)
+        columns.append(scale * changes[:, None] * _steps(patches))
+    return torch.cat(columns, 1)
+
+
+def _pictures(x: Tensor, pixels: tuple[int, int, int]) -> Tensor:
+    """Pixels (n, c) as pictures (n, pictures, height, width)."""
+    return x.view(len(x), -1, *pixels[1:])
+
+
+def _averages(pictures: Tensor, thumb: int) -> Tensor:
+    """Means over squares of `thumb` × `thumb` pixels, shape (n, pictures, height', width')."""
+    if thumb == 1:
+        return pictures
+    height, width = (max(1, round(side / thumb)) for side in pictures.shape[2:])
+    return torch.nn.functional.adaptive_avg_pool2d(pictures, (height, width))
+
+
+def _steps(patches: Patches) -> Tensor:
+    """Cosine and sine of the angle of every patch's step in time, float32, shape (n, 2)."""
+    pairs = zip(patches.host_cells(), patches.batch.grids, strict=True)
+    angles = TURN * np.concatenate([cells // (h * w) for cells, (_, h, w) in pairs])
+    table = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    return torch.from_numpy(table).to(patches.device)

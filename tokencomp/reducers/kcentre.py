@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokencomp.reducers._batch import Patches
-from tokencomp.reducers._pixels import appearance
+from tokencomp.reducers._pixels import looks
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reduction import Reduction
@@ -25,6 +25,16 @@ class KCentre(Reducer):
     come last: while the budget exceeds the number of different cells, a document or screen loses
     only copies (the regime of PixelPrune, arXiv 2604.00886), with `thumb=1` to the pixel.
 
+    In the vision tower before its first block, cells are compared by averages of pixels, by the
+    contrast that averages hide, and by what changes within a cell. Letters are strokes of few
+    pixels: averaged, a word looks like the plain surface around it, and large areas of colour win.
+    Things that blink look the same each time, so that one time would stand for all.
+
+    What that means for photographs follows from the distance. Where all parts of a picture have
+    about the same contrast, such as grain or noise of the sensor, it adds nothing. Where sharp and
+    smooth parts alternate, sharp ones differ more from each other and get more of the budget. With
+    a camera that moves, all cells change, and what looks alike in several steps stays more often.
+
     Attributes
     ----------
     thumb : int
@@ -32,19 +42,31 @@ class KCentre(Reducer):
         inside of every patch before they are compared: 4 takes a sixteenth of the work, and is
         robust to shifts by a pixel and to noise of codecs. 1 compares all pixels. Elsewhere
         features are compared as they are.
+    contrast : float
+        How much the standard deviation of the pixels in such a square counts relative to their
+        average; 0: not at all. With 1, and normally distributed pixels, the distance is that of
+        two distributions (Wasserstein-2). A square of one pixel has no contrast.
+    change : float
+        In towers that read several frames into one cell (the Qwen families): how much the change
+        from frame to frame of a cell sets it apart from cells that look and change alike in other
+        steps of the video; 0: not at all. See `tokencomp.reducers._pixels.looks`.
     """
 
     thumb: int = 4
+    contrast: float = 2.0
+    change: float = 1.0
 
     summary = "greedy k-centre by appearance (Gonzalez 1985), default in the vision tower"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self.name, "thumb", self.thumb, 1, 64)
+        check_range(self.name, "contrast", self.contrast, 0, 16)
+        check_range(self.name, "change", self.change, 0, 16)
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import maxmin_select
 
         patches = Patches.of(batch, keeps)
-        x = appearance(patches.features, batch.pixels, self.thumb)
+        x = looks(patches, self.thumb, self.contrast, self.change)
         return patches.kept(maxmin_select(x, patches.budgets, spans=patches.lengths, metric="rms"))
