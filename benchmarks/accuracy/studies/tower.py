@@ -26,7 +26,7 @@ from benchmarks import publishing
 from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies import tower_book, tower_variants
 from benchmarks.accuracy.studies.tower_book import IDENTITY
-from benchmarks.accuracy.studies.tower_page import ENTRY, RATIO, TOWER, page
+from benchmarks.accuracy.studies.tower_page import ENTRY, RATIO, TOWER, distances, page
 from benchmarks.accuracy.studies.tower_sizes import at_side
 from benchmarks.accuracy.studies.trained import Shrunk
 from benchmarks.publishing import environment
@@ -226,7 +226,8 @@ def main() -> None:
         run_set(name, args, sets, path)
     ordered = {name: sets[name] for name in SETS if name in sets}
     variants = tower_variants.section(args.output / tower_variants.NAME)
-    text = "\n".join([page(ordered), *variants])
+    compared = distances(args.output / tower_book.DISTANCE)
+    text = "\n".join([page(ordered), *compared, *variants])
     (args.output / "tower.md").write_text(text, encoding="utf-8")
 
 

@@ -15,6 +15,8 @@ from tokencomp.evaluation.packed import PackedAnswers, pack, unpack
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES
 from tokencomp.storage import write_json
 
+DISTANCE = "tower_distance.json"
+"""Where `benchmarks.accuracy.studies.tower_distance` keeps its answers."""
 FULL, CEILING = "full@0", "entry only@0"
 CHOSEN = ("kcentre", "runlength", "keyframes", "random", "uniform")
 SMALLER = (DOWNSCALE, FEWER_FRAMES)

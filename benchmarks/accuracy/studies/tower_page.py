@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.store import RESULTS, learned_families
 from benchmarks.accuracy.studies.tower_book import CEILING, FULL, SMALLER, Sets
 from tokencomp.evaluation.metrics import difference, retention
+from tokencomp.evaluation.packed import PackedAnswers
 
 RATIO, ENTRY = 0.75, "condiv"
 TOWER = (0.5, 0.6, 0.75)
@@ -161,6 +163,48 @@ def _losses(entry: dict[str, Any], answers: Answers) -> list[str]:
     lines += [f"- No difference outside of the interval: {'; '.join(open_)}."] if open_ else []
     lines += [f"- The point estimate is below them: {'; '.join(beaten)}."] if beaten else []
     return lines + unlearned
+
+
+def distances(path: Path) -> list[str]:
+    """What k-centre keeps with other distances, on validation questions; empty without results."""
+    if not path.exists():
+        return []
+    sets: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["sets"]
+    books = {name: PackedAnswers.from_json(entry["answers"]) for name, entry in sets.items()}
+    rows = [key for key in next(iter(books.values())).correct if key != CEILING]
+    lines = [
+        "## What k-centre compares", "",
+        "Validation questions, decoder ratio 0.75: share of the accuracy of entry only that "
+        "k-centre keeps with other weights of contrast and change (`contrast=`, `change=`; 0 and 0 "
+        "compare averages of pixels alone). Questions of a set in brackets.", "",
+        "| contrast, change | tower ratio | "
+        + " | ".join(f"{name} ({len(book.questions)})" for name, book in books.items()) + " |",
+        "|---|---|" + "---|" * len(books),
+    ]  # fmt: skip
+    for key in rows:
+        weights, _, tower = key.partition("@")
+        cells = [
+            f"{sum(book.correct[key]) / sum(book.correct[CEILING]):.1%}" for book in books.values()
+        ]
+        lines.append(f"| {weights} | {tower} | {' | '.join(cells)} |")
+    return [*lines, "", *_moved(books, rows)]
+
+
+def _moved(books: dict[str, PackedAnswers], rows: Sequence[str]) -> list[str]:
+    """The question families for which contrast and change were added."""
+    lines = ["Accuracy of the two question families that the additions are for:", ""]
+    for name, family in (("qwen3-images", "reading"), ("qwen3-videos", "action_count")):
+        if name not in books:
+            continue
+        book = books[name]
+        own = [i for i, other in enumerate(book.questions.families) if other == family]
+        parts = [
+            f"{key.replace('@', ' at ')}: {_mean([book.correct[key][i] for i in own]):.1%}"
+            for key in rows
+        ]
+        top = _mean([book.correct[CEILING][i] for i in own])
+        lines.append(f"- {family} ({len(own)}): entry only {top:.1%}; {'; '.join(parts)}.")
+    return [*lines, ""]
 
 
 NOTES: dict[str, str] = {

@@ -101,13 +101,14 @@ def kept_cells(cells: Cells, plan: ItemPlan, report: Report) -> Tensor:
     cells stay, as many as planned, and `report` is called.
     """
     stage: Any = plan.tower_stage
-    height, width = cells.pixels.shape[-2:]
+    frames, height, width = cells.pixels.shape[-3:]
+    size = frames, height, width
     values = cells.pixels.flatten(1)
     try:
-        kept = chosen_cells(cells, stage, values, (height, width))
+        kept = chosen_cells(cells, stage, values, size)
     except TokenCompError as error:
         report(plan, error)
-        kept = chosen_cells(cells, replace(stage, reducer=Uniform()), values, (height, width))
+        kept = chosen_cells(cells, replace(stage, reducer=Uniform()), values, size)
     return kept.sort().values
 
 
