@@ -91,7 +91,7 @@ def test_stored_sets_are_packed(tmp_path: Path) -> None:
 
 
 def test_a_set_is_answered_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that exist stay; rows of other weights are answered again."""
+    """Rows that exist stay unless they are named; rows of other weights are answered again."""
     one = study.QuestionSet(study.QWEN, ("attribute",), 1, ("uniform",), ())
     monkeypatch.setattr(study, "SETS", {"qwen-images": one})
     monkeypatch.setattr(study, "ACCURACY", tmp_path / "folder")
@@ -117,6 +117,10 @@ def test_a_set_is_answered_row_by_row(tmp_path: Path, monkeypatch: pytest.Monkey
     tower_book.write(path, book)
     study.main()
     assert settings_run.pop() == ["uniform 0.6"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--rows", "uniform", "--again"])
+    study.main()
+    assert settings_run.pop() == ["uniform 0.5", "uniform 0.6", "uniform 0.75"]
+    monkeypatch.setattr(sys, "argv", sys.argv[:3])
     stale = tower_book.read(path)
     assert stale["qwen-images"]["answers"] == tower_book.read(path)["qwen-images"]["answers"]
     stale["qwen-images"]["weights"] = "other"
@@ -205,7 +209,7 @@ def test_variants_without_their_change_are_k_centre(tmp_path: Path) -> None:
     """Places of weight 0 and a share too small for one cell change nothing; without a file, no
     table is written."""
     x = torch.rand(48, 27, generator=torch.Generator().manual_seed(0))
-    span = VisualTokens(x, (1, 6, 8), torch.zeros(48, dtype=torch.bool), pixels=(3, 3))
+    span = VisualTokens(x, (1, 6, 8), torch.zeros(48, dtype=torch.bool), pixels=(1, 3, 3))
     expected = make_reducer("kcentre", thumb=1).reduced(span, 9).keep.tolist()
     plain = tower_variants.Places(thumb=1, weight=0.0), tower_variants.Outstanding(1, share=0.1)
     assert [reducer.reduced(span, 9).keep.tolist() for reducer in plain] == [expected] * 2
@@ -214,6 +218,23 @@ def test_variants_without_their_change_are_k_centre(tmp_path: Path) -> None:
         kept = reducer.reduced(span, 9).keep.tolist()
         assert len(kept) == 9 and kept == sorted(set(kept)) != expected
     assert tower_variants.section(tmp_path / tower_variants.NAME) == []
+
+
+def test_distances_are_compared_by_set(tmp_path: Path) -> None:
+    """One column per set, one row per weights and tower ratio; reading is named on its own."""
+    path = tmp_path / tower_book.DISTANCE
+    assert tower_page.distances(path) == []
+    names = ["qwen3-images", "qwen-images"]
+    families = ("count", "count", "reading", "reading")
+    questions = Questions(tuple("abcd"), families, tuple("1234"), "digest")
+    right = {"entry only@0": [1, 1, 1, 1], "0, 0@0.75": [1, 1, 0, 0], "2, 1@0.75": [1, 1, 1, 0]}
+    answers = PackedAnswers(questions, right).to_json()
+    path.write_text(json.dumps({"sets": {name: {"answers": answers} for name in names}}))
+    text = "\n".join(tower_page.distances(path))
+    assert "| contrast, change | tower ratio | qwen3-images (4) | qwen-images (4) |" in text
+    assert "| 0, 0 | 0.75 | 50.0% | 50.0% |" in text and "| 2, 1 | 0.75 | 75.0% | 75.0% |" in text
+    reading = "- reading (2): entry only 100.0%; 0, 0 at 0.75: 0.0%; 2, 1 at 0.75: 50.0%."
+    assert reading in text and "action_count" not in text
 
 
 def _square() -> dict[str, torch.Tensor]:

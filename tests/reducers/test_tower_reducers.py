@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from support import tower
 from support.families import FAMILIES, text
 from torch import Tensor
+from transformers import Qwen2VLVideoProcessor
 
 import tokencomp
 from tokencomp import Plan, TowerStage, VisualTokens, make_reducer
+from tokencomp.adapters.registry import adapter_for
+from tokencomp.adapters.towers import EncoderCall
 
 
 def span(
-    x: Tensor, grid: tuple[int, int, int], pixels: tuple[int, int] | None = None
+    x: Tensor, grid: tuple[int, int, int], pixels: tuple[int, int, int] | None = None
 ) -> VisualTokens:
     special = torch.zeros(len(x), dtype=torch.bool)
     return VisualTokens(x, grid, special, kind="video" if grid[0] > 1 else "image", pixels=pixels)
@@ -35,14 +39,93 @@ def greedy(x: Tensor, keep: int) -> list[int]:
     return sorted(chosen)
 
 
-@pytest.mark.parametrize("thumb", [1, 2, 4])
-def test_kcentre_compares_thumbnails(thumb: int) -> None:
-    """Cells of two patches with three channels of 4×4 pixels each."""
+def naive_looks(
+    x: Tensor, grid: tuple[int, int, int], thumb: int, contrast: float, change: float
+) -> Tensor:
+    """What k-centre compares, one square at a time: cells (n, patches, 3, frames, side, side)."""
+    _, patches, channels, frames, side, _ = x.shape
+    rows = []
+    for number, cell in enumerate(x):
+        means = torch.zeros(patches, channels, frames, side // thumb, side // thumb)
+        deviations = torch.zeros_like(means)
+        for at in itertools.product(*map(range, means.shape)):
+            top, left = at[3] * thumb, at[4] * thumb
+            square = cell[at[:3]][top : top + thumb, left : left + thumb]
+            means[at] = square.mean()
+            deviations[at] = square.std(correction=0)
+        steps = [rms(means[:, :, i], means[:, :, i + 1]) ** 2 for i in range(frames - 1)]
+        moved = math.sqrt(sum(steps) / max(1, len(steps)))
+        angle = number // (grid[1] * grid[2]) * math.pi * (3 - math.sqrt(5))
+        place = [change * moved * f(angle) / math.sqrt(2) for f in (math.cos, math.sin)]
+        columns = torch.cat([means.flatten(), contrast * deviations.flatten()])
+        rows.append(torch.cat([columns / math.sqrt(means.numel()), torch.tensor(place)]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("thumb", "contrast", "change"),
+    [(1, 0.0, 0.0), (2, 0.0, 0.0), (4, 2.0, 1.0), (2, 1.0, 0.0), (1, 2.0, 1.5), (4, 0.0, 3.0)],
+)
+def test_kcentre_compares_averages_contrast_and_change(
+    thumb: int, contrast: float, change: float, frames: int
+) -> None:
+    """Twelve cells of two patches with three channels of 4×4 pixels each, in three steps."""
     torch.manual_seed(1)
-    x = torch.randn(12, 2 * 3 * 16)
-    small = x.view(12, 6, 4 // thumb, thumb, 4 // thumb, thumb).mean((3, 5)).flatten(1)
-    kept = make_reducer("kcentre", thumb=thumb).reduce(span(x, (1, 3, 4), (4, 4)), 5).keep
-    assert kept.tolist() == greedy(small, 5)
+    x, grid = torch.randn(12, 2, 3, frames, 4, 4), (3, 2, 2)
+    x[:, :, :, 1:] = x[:, :, :, :1] + torch.rand(12, 1, 1, 1, 1, 1) * x[:, :, :, 1:]
+    reducer = make_reducer("kcentre", thumb=thumb, contrast=contrast, change=change)
+    kept = reducer.reduce(span(x.flatten(1), grid, (frames, 4, 4)), 5).keep
+    assert kept.tolist() == greedy(naive_looks(x, grid, thumb, contrast, change), 5)
+
+
+def test_letters_stand_out_from_a_surface_of_their_mean_colour() -> None:
+    """Of 12 cells in slightly different greys, two have strokes that average to such a grey."""
+    grey = torch.linspace(-0.3, 0.3, 12)[:, None, None, None].repeat(1, 3, 4, 4)
+    strokes = torch.tensor([-0.9, 0.9]).repeat(2)
+    grey[4] += strokes
+    grey[7] += strokes[:, None]
+    seen = span(grey.flatten(1), (1, 3, 4), (1, 4, 4))
+    assert {4, 7}.isdisjoint(make_reducer("kcentre", contrast=0).reduce(seen, 3).keep.tolist())
+    assert make_reducer("kcentre").reduce(seen, 1).keep.tolist() in ([4], [7])
+
+
+def test_a_thing_that_blinks_stays_in_every_step() -> None:
+    """It shows in the second frame of three of five steps; all else differs from place to place."""
+    torch.manual_seed(7)
+    x = (0.1 * torch.randn(1, 4, 3, 1, 4, 4)).repeat(5, 1, 1, 2, 1, 1)
+    for step in (0, 2, 3):
+        x[step, 1, :, 1] = 1.0
+    seen = span(x.flatten(0, 1).flatten(1), (5, 2, 2), (2, 4, 4))
+    flashes = {1, 9, 13}
+    assert flashes <= set(make_reducer("kcentre").reduce(seen, 4).keep.tolist())
+    once = set(make_reducer("kcentre", change=0).reduce(seen, 4).keep.tolist())
+    assert len(flashes & once) == 1
+
+
+def test_what_does_not_change_needs_no_second_step() -> None:
+    """A still video: as many cells as it has places are those of one step's looks."""
+    torch.manual_seed(8)
+    x = torch.randn(1, 6, 3, 1, 4, 4).repeat(4, 1, 1, 2, 1, 1)
+    kept = make_reducer("kcentre").reduce(span(x.flatten(0, 1).flatten(1), (4, 2, 3), (2, 4, 4)), 6)
+    assert sorted(int(i) % 6 for i in kept.keep) == list(range(6))
+
+
+def test_patches_of_the_qwen_processor_hold_frames_side_by_side() -> None:
+    """Where a cell's first frame is black and its second one white, the tower's cells say so."""
+    family = FAMILIES["qwen2_vl"]
+    adapter = adapter_for(tower.build(family))
+    patch = adapter.tower_layout().patch_size
+    processor = Qwen2VLVideoProcessor(
+        patch_size=patch, merge_size=2, do_resize=False, do_normalize=False, do_sample_frames=False
+    )
+    clip = torch.zeros(4, 3, 4 * patch, 4 * patch, dtype=torch.uint8)
+    clip[1::2] = 255
+    made = processor(videos=[clip], return_tensors="pt")
+    call = EncoderCall(made["pixel_values_videos"], made["video_grid_thw"], "video")
+    pixels = adapter.tower_layout().cells(call, TowerStage(0, 0.5, make_reducer("kcentre"))).pixels
+    assert pixels.shape[1:3] == (3, 2)
+    assert float(pixels[:, :, 0].amax()) == 0 and float(pixels[:, :, 1].amin()) == 1
 
 
 def test_copies_leave_first() -> None:
@@ -51,7 +134,7 @@ def test_copies_leave_first() -> None:
     which = torch.cat([torch.arange(11), torch.randint(11, (29,))])[torch.randperm(40)]
     x = torch.randn(11, 48)[which]
     for keep in (11, 20, 39):
-        kept = make_reducer("kcentre", thumb=1).reduce(span(x, (1, 5, 8), (4, 4)), keep).keep
+        kept = make_reducer("kcentre", thumb=1).reduce(span(x, (1, 5, 8), (1, 4, 4)), keep).keep
         assert len(kept) == keep and set(which[kept].tolist()) == set(range(11))
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.accuracy.studies.tower                       # what is missing of all sets
     python -m benchmarks.accuracy.studies.tower --sets qwen-images --again
+    python -m benchmarks.accuracy.studies.tower --rows kcentre --again # after a change of a method
     python -m benchmarks.accuracy.studies.tower --report              # only rebuilds the page
 
 writes tower.json (which questions every row answers correctly, and provenance) and tower.md. All
@@ -25,7 +26,7 @@ from typing import Any
 from benchmarks import publishing
 from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies import tower_book, tower_variants
-from benchmarks.accuracy.studies.tower_book import IDENTITY
+from benchmarks.accuracy.studies.tower_book import CEILING, FULL, IDENTITY, ORDER, row_of
 from benchmarks.accuracy.studies.tower_page import ENTRY, RATIO, TOWER, distances, page
 from benchmarks.accuracy.studies.tower_sizes import at_side
 from benchmarks.accuracy.studies.trained import Shrunk
@@ -131,16 +132,23 @@ class Questions:
         same = all(entry.get(name) == self.facts[name] for name in IDENTITY)
         return same and entry["answers"].questions.ids == ids
 
-    def rows(self, done: Sequence[str]) -> Iterator[PackedAnswers]:
-        """Answers of the rows that are not among `done`, some rows at a time."""
-        whole = {k: s for k, s in settings(self.set.reducers).items() if k not in done}
+    def rows(self, done: Sequence[str], names: Sequence[str]) -> Iterator[PackedAnswers]:
+        """Answers of the rows called `names` that are not among `done`, some rows at a time.
+
+        The rows that others are compared with are answered in any case.
+        """
+        whole = {
+            key: setting
+            for key, setting in settings(self.set.reducers).items()
+            if key not in done and (row_of(key) in names or key in (FULL, CEILING))
+        }
         if whole:  # in one go, because every video is decoded once for all rows
             chosen = list(whole.values())
             runs = sweep(
                 self.model, self.processor, self.source, chosen, self.folder, **self.options
             )
             yield _packed({key: runs[setting] for key, setting in whole.items()})
-        for kind in self.set.smaller:
+        for kind in (kind for kind in self.set.smaller if kind in names):
             if kind == DOWNSCALE and self.set.model in SIDES:
                 yield from self._smaller_towers(done)
             else:
@@ -201,10 +209,11 @@ def run_set(name: str, args: argparse.Namespace, sets: tower_book.Sets, path: Pa
     if args.again:
         shutil.rmtree(questions.folder, ignore_errors=True)
     entry = sets.get(name, {})
-    if args.again or not entry or not questions.is_in(entry):
+    if not entry or not questions.is_in(entry):
         entry = questions.facts
-    done = list(entry["answers"].correct) if "answers" in entry else []
-    for rows in questions.rows(done):
+    stored = entry["answers"].correct if "answers" in entry else ()
+    done = [key for key in stored if not (args.again and row_of(key) in args.rows)]
+    for rows in questions.rows(done, args.rows):
         entry = tower_book.with_rows(entry, rows, {**environment(), **facts})
         sets[name] = entry
         tower_book.write(path, sets)
@@ -218,6 +227,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=30)
     parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--rows", nargs="+", choices=ORDER, default=list(ORDER), help="row names")
     parser.add_argument("--again", action="store_true", help="answer stored rows again")
     args = parser.parse_args()
     path = args.output / "tower.json"

@@ -78,6 +78,10 @@ def with_rows(entry: dict[str, Any], rows: PackedAnswers, facts: dict[str, Any])
     }
 
 
+def row_of(key: str) -> str:
+    """The name in the key of a row."""
+    return key.rpartition("@")[0]
+
+
 def _place(key: str) -> tuple[int, float]:
-    name, _, tower = key.rpartition("@")
-    return ORDER.index(name), float(tower)
+    return ORDER.index(row_of(key)), float(key.rpartition("@")[2])
