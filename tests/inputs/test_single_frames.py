@@ -129,6 +129,9 @@ def test_whole_frames_are_what_they_are_among_all(
         assert t == T and sorted(frames) == brightest(video, 3)
 
 
+AVERAGES = {"contrast": 0, "change": 0}  # what keyframes compares
+
+
 def test_frames_that_stay_share_the_budget(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of eight frames, half of each: as a video of these two under k-centre at one half."""
     model, processor = loaded
@@ -141,7 +144,9 @@ def test_frames_that_stay_share_the_budget(loaded: Any, monkeypatch: pytest.Monk
     with tokencomp.patch(model, plan=chosen):
         got = features(model, pixels(short), 1)
         assert counts["seen"] == 2
-    with tokencomp.patch(model, plan=Plan((), TowerStage(0, 0.5, make_reducer("kcentre")))):
+    with tokencomp.patch(
+        model, plan=Plan((), TowerStage(0, 0.5, make_reducer("kcentre", **AVERAGES)))
+    ):
         alone = features(model, pixels(short)[numbers], 1)
     assert alone.isnan().any() and not alone.isnan().all()
     assert torch.allclose(got[numbers], alone, atol=1e-5, equal_nan=True)
@@ -173,8 +178,8 @@ def test_images_are_chosen_by_k_centre(loaded: Any) -> None:
     model, processor = loaded
     inputs = build_inputs(processor, [[clip()[0]]], [QUESTION])
     kept = []
-    for name in ("keyframes", "kcentre"):
-        with tokencomp.patch(model, plan=plan(model, name, 0.5)) as handle:
+    for name, options in (("keyframes", {}), ("kcentre", AVERAGES)):
+        with tokencomp.patch(model, plan=plan(model, name, 0.5, **options)) as handle:
             generate(model, processor, inputs, 1)
             kept.append(handle.stats.tower_kept(0))
     assert kept[0] == kept[1] and len(kept[0][0])

@@ -53,7 +53,7 @@ class KCentre(Reducer):
     """
 
     thumb: int = 4
-    contrast: float = 2.0
+    contrast: float = 1.0
     change: float = 1.0
 
     summary = "greedy k-centre by appearance (Gonzalez 1985), default in the vision tower"

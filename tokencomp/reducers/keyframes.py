@@ -27,6 +27,8 @@ from tokencomp.validation import check_range
 class KeyFrames(Reducer):
     """Choose frames of a video, and tokens of these frames alone by k-centre.
 
+    Distances are those of averages of pixels, without contrast and change.
+
     All tokens of the other frames are dropped, so their pixels are not needed: with a stage in the
     vision tower, `tokencomp.inputs` leaves them out of the prompt before they are resized,
     normalised and embedded. A frame is one step of the grid in time: two frames of the video in the

@@ -32,7 +32,8 @@ class RunLength(Reducer):
     small budgets a whole first frame would be all (ours).
 
     k-centre chooses the tokens of an image, and those of single video frames in vision towers that
-    take frames one by one (LLaVA, InternVL, SmolVLM and VILA).
+    take frames one by one (LLaVA, InternVL, SmolVLM and VILA). Distances are those of averages of
+    pixels, without contrast and change.
 
     Attributes
     ----------
