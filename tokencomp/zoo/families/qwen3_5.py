@@ -7,7 +7,7 @@ methods that were made for attention hold there.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,6 +18,12 @@ from tokencomp.zoo.families.qwen3_vl import TinyQwen3VL, batch_tower_attention
 
 class TinyQwen35(TinyQwen3VL):
     """See :class:`~tokencomp.zoo.families.Family`."""
+
+    card: ClassVar[dict[str, str]] = {
+        "note": "Most of its layers keep a state of constant size instead of keys and values. It "
+        "answers in one word and has not been taught option letters. Words on pictures, the order "
+        "of events and repeated actions are not learned."
+    }
 
     def config(self, tokenizer) -> dict[str, Any]:
         base = super().config(tokenizer)
