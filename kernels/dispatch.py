@@ -27,8 +27,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from tokencomp.kernels.errors import KernelError
 from torch import Tensor
+
+from tokencomp.kernels.errors import KernelError
 
 MODES = ("auto", "naive", "triton")
 MIN_TRITON = (3, 3)  # the first release that accepts tuples as kernel arguments

@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from tokencomp.kernels.ccam_attention.rule import runs
 from torch import Tensor
+
+from tokencomp.kernels.ccam_attention.rule import runs
 
 
 def ccam_attention(

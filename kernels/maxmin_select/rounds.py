@@ -2,8 +2,9 @@
 
 import numpy as np
 import torch
-from tokencomp.kernels.maxmin_select.metrics import Metric
 from torch import Tensor
+
+from tokencomp.kernels.maxmin_select.metrics import Metric
 
 # Number of cosines that are in memory at once (64 MiB in fp32).
 GRAM_ELEMENTS = 1 << 24

@@ -1,8 +1,9 @@
 """Plain PyTorch version of :func:`tokencomp.kernels.nearest_previous_frame`."""
 
 import torch
-from tokencomp.kernels.bipartite_match.naive import normalise
 from torch import Tensor
+
+from tokencomp.kernels.bipartite_match.naive import normalise
 
 
 def nearest_previous_frame(x: Tensor) -> Tensor:

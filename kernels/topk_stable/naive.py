@@ -2,8 +2,9 @@
 
 import numpy as np
 import torch
-from tokencomp.kernels.segments import starts
 from torch import Tensor
+
+from tokencomp.kernels.segments import starts
 
 
 def topk_stable(scores: Tensor, k: int) -> Tensor:

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from tokencomp.kernels import KernelError, bipartite_match
 from torch import Tensor
+
+from tokencomp.kernels import KernelError, bipartite_match
 
 
 def by_hand(x: Tensor, lengths: list[int]) -> tuple[list[float], list[int]]:

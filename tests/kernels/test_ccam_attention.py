@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from tokencomp.kernels import KernelError, ccam_attention, visible_frames
 from tokencomp.kernels.ccam_attention.rule import runs
-from torch import Tensor
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, frames: list[int], causal: bool, scale: float) -> Tensor:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tokencomp.kernels import KernelError, dpp_select
 from torch import Tensor
+
+from tokencomp.kernels import KernelError, dpp_select
 
 
 def by_determinants(unit: Tensor, r: Tensor, k: int) -> list[int]:

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from tokencomp.kernels import KernelError, frame_pool
 from torch import Tensor
+
+from tokencomp.kernels import KernelError, frame_pool
 
 
 def area(frame: Tensor, h: int, w: int) -> Tensor:

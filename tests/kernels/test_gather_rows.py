@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tokencomp.kernels import KernelError, gather_rows
 from torch import Tensor
+
+from tokencomp.kernels import KernelError, gather_rows
 
 
 def by_hand(tensor: Tensor, index: Tensor, seq: int, batch: int) -> Tensor:

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from support.max_min import check_greedy, distances
-from tokencomp.kernels import KernelError, maxmin_select
 from torch import Tensor
+
+from tokencomp.kernels import KernelError, maxmin_select
 
 ordered_choices = functools.partial(maxmin_select, ordered=True)
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from tokencomp.kernels import KernelError, nearest_previous_frame
 from torch import Tensor
+
+from tokencomp.kernels import KernelError, nearest_previous_frame
 
 
 def by_hand(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from tokencomp.kernels import KernelError, topk_stable
 
 

@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from tokencomp.zoo.families.deltanet import segmented
-from tokencomp.zoo.families.parts import start_wide
-from tokencomp.zoo.families.qwen3_vl import TinyQwen3VL, batch_tower_attention
+from tokencomp.zoo.families.qwen3_vl import TinyQwen3VL
 
 
 class TinyQwen35(TinyQwen3VL):
@@ -59,12 +58,7 @@ class TinyQwen35(TinyQwen3VL):
         }
 
     def build(self, tokenizer) -> torch.nn.Module:
-        from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
-
-        config = Qwen3_5Config(**self.config(tokenizer))
-        start_wide(config, config.get_text_config(), config.vision_config)
-        model = Qwen3_5ForConditionalGeneration(config)
-        batch_tower_attention(model.model.visual)
+        model: Any = super().build(tokenizer)
         for layer in model.model.language_model.layers:
             if hasattr(layer, "linear_attn"):
                 _remember_long(layer.linear_attn)
