@@ -27,9 +27,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from tokencomp.kernels.errors import KernelError
+from torch import Tensor
 
 MODES = ("auto", "naive", "triton")
 MIN_TRITON = (3, 3)  # the first release that accepts tuples as kernel arguments

@@ -5,10 +5,9 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import checks
 from tokencomp.kernels.errors import KernelError
+from torch import Tensor
 
 
 def lengths_of(name: str, segments: int | Sequence[int] | Tensor | None, rows: int) -> list[int]:

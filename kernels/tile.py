@@ -8,7 +8,6 @@ import functools
 import torch
 import triton
 import triton.language as tl
-
 from tokencomp.kernels.dispatch import interpreting
 
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tokencomp.kernels import checks, dispatch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from tokencomp.kernels import checks, dispatch
 
 # aten calls that block the host until their result is there
 READS = {

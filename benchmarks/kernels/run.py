@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokencomp.kernels import dispatch
 from tqdm import tqdm
 
 from benchmarks import publishing
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.roofline import GPUS, bound, find, floor_seconds
-from tokencomp.kernels import dispatch
 
 PROVIDERS = ("naive", "eager", "compile", "triton", "flash-colreduce")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

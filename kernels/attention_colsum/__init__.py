@@ -4,12 +4,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.attention_colsum import naive
 from tokencomp.kernels.attention_colsum.visibility import Rows, dense_rows, packed_rows
 from tokencomp.kernels.errors import KernelError
+from torch import Tensor
 
 HEADS = ("mean", "rms", "none")
 MAX_HEAD_DIM = 256

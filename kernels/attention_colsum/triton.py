@@ -10,8 +10,6 @@ its sums need no atomics and are deterministic.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from tokencomp.kernels.tile import (
     LOG2E,
     aligned,
@@ -22,6 +20,7 @@ from tokencomp.kernels.tile import (
     multiprocessors,
     padded,
 )
+from torch import Tensor
 
 # From this number of probe rows on, the column pass computes in advance which row blocks can see a
 # key block, and spreads heads over programs instead of looping over them. With fewer rows the

@@ -7,10 +7,9 @@ such ranges, so one kernel serves all of them.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import checks
 from tokencomp.kernels.errors import KernelError
+from torch import Tensor
 
 
 class Rows(NamedTuple):

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import checks, dispatch, segments
 from tokencomp.kernels.bipartite_match import naive
+from torch import Tensor
 
 
 def bipartite_match(

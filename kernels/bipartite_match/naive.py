@@ -1,9 +1,8 @@
 """Plain PyTorch version of :func:`tokencomp.kernels.bipartite_match`."""
 
 import torch
-from torch import Tensor
-
 from tokencomp.kernels.segments import groups, stacked
+from torch import Tensor
 
 # Number of similarities that are in memory at once (16 MiB in fp32).
 BLOCK_ELEMENTS = 1 << 22

@@ -3,10 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from tokencomp.kernels.segments import starts, table
 from tokencomp.kernels.tile import dot, inverse_root
+from torch import Tensor
 
 
 @triton.jit

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.ccam_attention import naive
 from tokencomp.kernels.ccam_attention.rule import visible_frames
 from tokencomp.kernels.errors import KernelError
+from torch import Tensor
 
 __all__ = ["MAX_HEAD_DIM", "ccam_attention", "visible_frames"]
 

@@ -2,9 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from tokencomp.kernels.ccam_attention.rule import runs
+from torch import Tensor
 
 
 def ccam_attention(

@@ -3,10 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from tokencomp.kernels.segments import table
 from tokencomp.kernels.tile import LOG2E, aligned, alignment, dot, log_sum, multiprocessors, padded
+from torch import Tensor
 
 
 @triton.jit

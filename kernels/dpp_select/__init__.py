@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import checks, dispatch, segments
 from tokencomp.kernels.dpp_select import naive
 from tokencomp.kernels.errors import KernelError
+from torch import Tensor
 
 
 def dpp_select(

@@ -8,11 +8,10 @@ host, and the number of launches depends neither on the spans nor on the choices
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from tokencomp.kernels.dpp_select.naive import EPSILON
 from tokencomp.kernels.segments import starts, table
 from tokencomp.kernels.tile import padded
+from torch import Tensor
 
 # Rows of a span that one program holds in its registers.
 MAX_ROWS = 4096

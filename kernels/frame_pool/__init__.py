@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.frame_pool import naive
+from torch import Tensor
 
 MODES = ("area", "bilinear")
 

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.gather_rows import naive
+from torch import Tensor
 
 DTYPES = (
     *checks.FLOATS,

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import checks, dispatch, segments
 from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.maxmin_select import naive
 from tokencomp.kernels.maxmin_select.metrics import METRICS
+from torch import Tensor
 
 
 def maxmin_select(

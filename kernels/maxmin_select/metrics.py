@@ -1,9 +1,8 @@
 """Distances that max-min selection can use, in plain PyTorch."""
 
 import torch
-from torch import Tensor
-
 from tokencomp.kernels.bipartite_match.naive import normalise
+from torch import Tensor
 
 # Smallest distance. The cosine of two copies of a row differs from 1 by rounding: 6e-7 in fp32, and
 # more on tensor cores, which truncate their sums. This rounding must not rank copies; the weight

@@ -2,12 +2,11 @@
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from tokencomp.kernels.bipartite_match.naive import normalise
 from tokencomp.kernels.maxmin_select.metrics import METRICS, Cosine, Metric, centred_unit, directed
 from tokencomp.kernels.maxmin_select.rounds import GRAM_ELEMENTS, TAKEN, Rounds
 from tokencomp.kernels.segments import same_shape, starts
+from torch import Tensor
 
 # Spans of up to this many rows compute all their cosines at once, equal spans as a batch.
 MAX_GRAM_ROWS = 512

@@ -2,9 +2,8 @@
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from tokencomp.kernels.maxmin_select.metrics import Metric
+from torch import Tensor
 
 # Number of cosines that are in memory at once (64 MiB in fp32).
 GRAM_ELEMENTS = 1 << 24

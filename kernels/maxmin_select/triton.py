@@ -12,13 +12,12 @@ import itertools
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from tokencomp.kernels.maxmin_select.naive import TAKEN
 from tokencomp.kernels.maxmin_select.triton_distances import Cosines, Differences, Rows, pitch
 from tokencomp.kernels.maxmin_select.triton_rows import first_choice, unit_rows
 from tokencomp.kernels.segments import starts, table
 from tokencomp.kernels.tile import padded
+from torch import Tensor
 
 MAX_GRAM_ROWS = 8192
 # Number of candidates in a round of a longer span; a round may choose all of them.

@@ -4,11 +4,10 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from tokencomp.kernels.maxmin_select import naive
 from tokencomp.kernels.maxmin_select.metrics import EPSILON, Cosine, RootMeanSquare
 from tokencomp.kernels.tile import long_dot
+from torch import Tensor
 
 # Rows and columns of a tile of root mean squares.
 DIFFERENCE_BLOCK = 32

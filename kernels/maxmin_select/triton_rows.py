@@ -5,11 +5,10 @@ import itertools
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from tokencomp.kernels.maxmin_select.metrics import UNDIRECTED
 from tokencomp.kernels.segments import table
 from tokencomp.kernels.tile import inverse_root
+from torch import Tensor
 
 # Rows and features of a tile of a mean.
 MEAN_BLOCK = (32, 64)

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import checks, dispatch, segments
 from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.merge_rows import naive
+from torch import Tensor
 
 POSITIONS = ("keep", "first")
 

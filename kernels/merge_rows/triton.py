@@ -7,9 +7,8 @@ the rounded result, does not depend on scheduling.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from tokencomp.kernels.segments import bounds
+from torch import Tensor
 
 # In segments of up to this many rows a program finds the members of its kept row by scanning the
 # targets. For longer segments the targets are sorted beforehand, and members are a range of them.

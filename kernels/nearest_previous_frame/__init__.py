@@ -1,10 +1,9 @@
 """Similarity of every token of a video with the same place of the previous frame."""
 
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.nearest_previous_frame import naive
+from torch import Tensor
 
 
 def nearest_previous_frame(x: Tensor) -> Tensor:

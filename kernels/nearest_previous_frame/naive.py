@@ -1,9 +1,8 @@
 """Plain PyTorch version of :func:`tokencomp.kernels.nearest_previous_frame`."""
 
 import torch
-from torch import Tensor
-
 from tokencomp.kernels.bipartite_match.naive import normalise
+from torch import Tensor
 
 
 def nearest_previous_frame(x: Tensor) -> Tensor:

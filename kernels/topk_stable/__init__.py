@@ -7,11 +7,10 @@ between devices and versions. The kept tokens must not depend on that.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import checks, dispatch, segments
 from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.topk_stable import naive
+from torch import Tensor
 
 # Longest span whose ranks are counted. Counting takes n² comparisons; longer spans are sorted.
 LONGEST = 32768

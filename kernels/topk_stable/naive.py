@@ -2,9 +2,8 @@
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from tokencomp.kernels.segments import starts
+from torch import Tensor
 
 
 def topk_stable(scores: Tensor, k: int) -> Tensor:

@@ -7,9 +7,8 @@ writes the rows of the best ranks in ascending order. Nothing is sorted, so ties
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from tokencomp.kernels.segments import starts, table
+from torch import Tensor
 
 # Rows of a program, and scores that it compares them with at a time.
 BLOCKS = (32, 128)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import tokencomp.kernels
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-import tokencomp.kernels
 from tokencomp.engine.layout import Prompt, full_layout
 from tokencomp.engine.probes import input_scores
 from tokencomp.signals import Attention

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import KernelError, attention_colsum
 from tokencomp.kernels.attention_colsum import naive
+from torch import Tensor
 
 # (batch, kv heads, group, rows, keys, head dim)
 SHAPES = [

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tokencomp.kernels import KernelError
 from torch import Tensor
 
 from tokencomp import kernels
-from tokencomp.kernels import KernelError
 
 ROWS = torch.arange(0, 12, 2)
 # Shape of the main operand, and a call that puts every index on the device of that operand.

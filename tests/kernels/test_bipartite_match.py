@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import KernelError, bipartite_match
+from torch import Tensor
 
 
 def by_hand(x: Tensor, lengths: list[int]) -> tuple[list[float], list[int]]:

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import KernelError, ccam_attention, visible_frames
 from tokencomp.kernels.ccam_attention.rule import runs
+from torch import Tensor
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, frames: list[int], causal: bool, scale: float) -> Tensor:

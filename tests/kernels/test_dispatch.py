@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from tokencomp.kernels import KernelError, bipartite_match, status
 from tokencomp.kernels import dispatch as module
 from tokencomp.kernels.bipartite_match import naive

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import KernelError, dpp_select
+from torch import Tensor
 
 
 def by_determinants(unit: Tensor, r: Tensor, k: int) -> list[int]:

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import KernelError, frame_pool
+from torch import Tensor
 
 
 def area(frame: Tensor, h: int, w: int) -> Tensor:

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import KernelError, gather_rows
+from torch import Tensor
 
 
 def by_hand(tensor: Tensor, index: Tensor, seq: int, batch: int) -> Tensor:

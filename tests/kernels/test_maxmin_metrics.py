@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from support.max_min import check_greedy, differences, distances
-
 from tokencomp.kernels import maxmin_select
 from tokencomp.kernels.maxmin_select import naive
 

@@ -5,12 +5,11 @@ import functools
 import pytest
 import torch
 from support.max_min import check_greedy
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from tokencomp.kernels import maxmin_select
 from tokencomp.kernels.maxmin_select import naive
 from tokencomp.kernels.maxmin_select import rounds as module
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ordered_choices = functools.partial(maxmin_select, ordered=True)
 

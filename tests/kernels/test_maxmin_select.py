@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 from support.max_min import check_greedy, distances
-from torch import Tensor
-
 from tokencomp.kernels import KernelError, maxmin_select
+from torch import Tensor
 
 ordered_choices = functools.partial(maxmin_select, ordered=True)
 

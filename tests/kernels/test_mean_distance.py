@@ -3,7 +3,6 @@
 import pytest
 import torch
 from support.max_min import distances
-
 from tokencomp.kernels import mean_distance
 from tokencomp.kernels.maxmin_select import naive
 

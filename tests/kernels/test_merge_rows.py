@@ -5,9 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import KernelError, MergedRows, merge_rows
+from torch import Tensor
 
 
 def random_merge(lengths: list[int], kept: float = 0.4) -> tuple[Tensor, Tensor]:

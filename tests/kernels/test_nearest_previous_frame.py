@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-
 from tokencomp.kernels import KernelError, nearest_previous_frame
+from torch import Tensor
 
 
 def by_hand(x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-
 from tokencomp.kernels import KernelError, topk_stable
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokencomp.kernels import maxmin_select
 
 import tokencomp
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.kernels import maxmin_select
 from tokencomp.profiling.work import _sees_attention, flop_counter, vision_work
 
 
