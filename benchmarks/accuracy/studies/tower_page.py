@@ -176,8 +176,8 @@ def distances(path: Path) -> list[str]:
         "## What k-centre compares", "",
         "Validation questions, decoder ratio 0.75: share of the accuracy of entry only that "
         "k-centre keeps with other weights of contrast and change (`contrast=`, `change=`; 0 and 0 "
-        "compare averages of pixels alone). Questions of a set in brackets. 1 and 1 are the default: "
-        "the largest mean over the sets at 0.75.", "",
+        "compare averages of pixels alone). Questions of a set in brackets. The default, 1 and 1, "
+        "has the largest mean over the sets at 0.75.", "",
         "| contrast, change | tower ratio | "
         + " | ".join(f"{name} ({len(book.questions)})" for name, book in books.items()) + " |",
         "|---|---|" + "---|" * len(books),
