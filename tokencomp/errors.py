@@ -135,10 +135,14 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UnknownNameErr
     return UnknownNameError(f"unknown {kind} {name!r}.{hint} Available: {', '.join(names)}.")
 
 
-def name_taken(kind: str, name: str, old: type, new: type) -> NameTakenError:
-    """Build the error for registering `new` under a `kind` of name that `old` already has."""
+def check_free(kind: str, name: str, old: type, new: type) -> None:
+    """Raise `NameTakenError` if `new` shall have a `kind` of name that another class, `old`, has.
+
+    A reloaded module, or a notebook cell that runs again, defines the same class anew.
+    """
     old_class, new_class = (f"{c.__module__}.{c.__qualname__}" for c in (old, new))
-    return NameTakenError(
-        f"{kind} {name!r} is already registered by {old_class}, so {new_class} cannot take the "
-        "name. Choose another name, or pass override=True to replace the registered one."
-    )
+    if old_class != new_class:
+        raise NameTakenError(
+            f"{kind} {name!r} is already registered by {old_class}, so {new_class} cannot take the "
+            "name. Choose another name, or pass override=True to replace the registered one."
+        )

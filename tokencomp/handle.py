@@ -110,9 +110,6 @@ class Handle:
     def _start(self) -> None:
         self._active, self.suspended = True, False
         self._hooks.adapter.model.__dict__[ATTRIBUTE] = self
-        self._install()
-
-    def _install(self) -> None:
         try:
             self._hooks.install()
         except BaseException:  # without a handle nobody could remove the hooks installed so far

@@ -7,6 +7,7 @@ mean over layers always equals the target.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from tokencomp.errors import OptionError
@@ -84,13 +85,11 @@ def pyramid(num_layers: int, target: float) -> list[float]:
     See arXiv 2410.17247.
     """
 
-    def profile(factor: float) -> list[float]:
-        return [factor ** (4 * layer // num_layers) for layer in range(num_layers)]
-
     natural = natural_pyramid(num_layers)
     if target <= sum(natural) / num_layers:
         return early(natural, target)
-    return profile(bisect(profile, target, 0.5, 1.0))
+    factor = bisect(functools.partial(natural_pyramid, num_layers), target, 0.5, 1.0)
+    return natural_pyramid(num_layers, factor)
 
 
 def fastv(num_layers: int, target: float) -> list[float]:
@@ -102,9 +101,9 @@ def fastv(num_layers: int, target: float) -> list[float]:
     return [target] * num_layers
 
 
-def natural_pyramid(num_layers: int) -> list[float]:
+def natural_pyramid(num_layers: int, factor: float = 0.5) -> list[float]:
     """PyramidDrop's published shape: half of the tokens go at 1/4, 1/2 and 3/4 of the depth."""
-    return [0.5 ** (4 * layer // num_layers) for layer in range(num_layers)]
+    return [factor ** (4 * layer // num_layers) for layer in range(num_layers)]
 
 
 def natural_fastv(num_layers: int) -> list[float]:

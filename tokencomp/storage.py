@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ def write_json(path: Path, value: Any) -> Path:
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write one JSON object per line atomically."""
     return write_text(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write `path`, or to make its folder, into an `OptionError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OptionError(f"cannot write {path}: {error}. Give another -o/--output.") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -215,19 +215,16 @@ class SpanBatch:
         start = 0
         for number, length in enumerate(self.lengths):
             rows = slice(start, start + length)
-            special = self.special
-            if special is None:
-                special = torch.zeros(1, dtype=torch.bool, device=self.features.device)
+            names = ("features", "special", "index", "scores", "sizes", "keys")
+            parts = {n: t[rows] for n in names if (t := getattr(self, n)) is not None}
+            if self.special is None:
+                none = torch.zeros(1, dtype=torch.bool, device=self.features.device)
+                parts["special"] = none.expand(length)
             yield VisualTokens(
-                features=self.features[rows],
+                **parts,
                 grid=self.grids[number],
-                special=special.expand(length) if self.special is None else special[rows],
-                index=None if self.index is None else self.index[rows],
-                scores=None if self.scores is None else self.scores[rows],
                 query=None if self.queries is None else self.queries[number],
                 kind=self.kinds[number],
-                sizes=None if self.sizes is None else self.sizes[rows],
-                keys=None if self.keys is None else self.keys[rows],
                 pixels=self.pixels,
                 place=self.places[number] if self.places else (0, 0),
             )

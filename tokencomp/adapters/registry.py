@@ -13,7 +13,7 @@ from torch import nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structural import StructuralAdapter
 from tokencomp.adapters.verified import accepts_unverified, verified_types
-from tokencomp.errors import UnsupportedModelError, UnverifiedModelError, name_taken
+from tokencomp.errors import UnsupportedModelError, UnverifiedModelError, check_free
 
 DATA_PARALLEL = (
     "DataParallel over several devices copies the model to each of them in every call, and a patch "
@@ -49,11 +49,8 @@ def register_adapter(cls: Any = None, *, override: bool = False) -> Any:
     if not cls.__module__.startswith(f"{PACKAGE}."):
         _load_built_in()  # so that a clash with a built-in adapter shows now, not later
     for model_type in cls.model_types:
-        old = _REGISTRY.get(model_type, cls)
-        # A reloaded module, or a notebook cell that runs again, defines the same class anew.
-        same = (old.__module__, old.__qualname__) == (cls.__module__, cls.__qualname__)
-        if not same and not override:
-            raise name_taken("model type", model_type, old, cls)
+        if not override:
+            check_free("model type", model_type, _REGISTRY.get(model_type, cls), cls)
     _REGISTRY.update(dict.fromkeys(cls.model_types, cls))
     return cls
 

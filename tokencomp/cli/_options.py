@@ -13,6 +13,7 @@ import typer
 
 from tokencomp.errors import OptionError
 from tokencomp.inputs.packaged import DEFAULT_MODEL
+from tokencomp.storage import writing
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Embedded model, local folder, or hub id.")
@@ -201,20 +202,15 @@ def check_output(path: Path | None) -> None:
     """Raise `OptionError` before the work starts if `path` cannot be written."""
     if path is None:
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
         existed = path.exists()
         path.open("a").close()
         if not existed:
             path.unlink()
-    except OSError as error:
-        raise OptionError(f"cannot write {path}: {error}. Give another -o/--output.") from error
 
 
 def write(path: Path | None, text: str) -> None:
     """Write an output file, if `path` names one. Raises `OptionError`."""
     if path is not None:
-        try:
+        with writing(path):
             path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OptionError(f"cannot write {path}: {error}. Give another -o/--output.") from error

@@ -84,32 +84,27 @@ def quantized_layer() -> Any:
 
 
 @functools.cache
+def _layer_class(name: str, base: str = "") -> Any:
+    """A class of cache layers, or a stand-in derived from `base` where there is none."""
+    from transformers import cache_utils
+
+    return getattr(cache_utils, name, type(f"No{name}", (getattr(cache_utils, base, object),), {}))
+
+
 def indexed_layer() -> Any:
-    """Class of the cache layers of sparse attention with an indexer; a stand-in before 5.13."""
-    from transformers import cache_utils
-
-    absent = type("NoIndexedLayer", (cache_utils.DynamicLayer,), {})
-    return getattr(cache_utils, "DynamicIndexedLayer", absent)
+    """Class of the cache layers of sparse attention with an indexer (since 5.13)."""
+    return _layer_class("DynamicIndexedLayer", "DynamicLayer")
 
 
-@functools.cache
 def linear_layer() -> Any:
-    """Class of the cache layers that hold states; a stand-in where there is none."""
-    from transformers import cache_utils
-
-    return getattr(cache_utils, "LinearAttentionLayer", type("NoLinearLayer", (), {}))
+    """Class of the cache layers that hold states."""
+    return _layer_class("LinearAttentionLayer")
 
 
-@functools.cache
 def hybrid_layer(sliding: bool) -> Any:
-    """Class of the cache layers that hold rows, or a window of them, beside states; a stand-in
-    where there is none."""
-    from transformers import cache_utils
-
-    kind = "SlidingWindow" if sliding else "Full"
-    base = cache_utils.DynamicSlidingWindowLayer if sliding else cache_utils.DynamicLayer
-    absent = type(f"NoHybrid{kind}Layer", (base,), {})
-    return getattr(cache_utils, f"LinearAttentionAnd{kind}AttentionLayer", absent)
+    """Class of the cache layers that hold rows, or a window of them, beside states."""
+    kind, base = ("SlidingWindow", "SlidingWindow") if sliding else ("Full", "")
+    return _layer_class(f"LinearAttentionAnd{kind}AttentionLayer", f"Dynamic{base}Layer")
 
 
 def layer_configs(config: Any) -> list[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokencomp.errors import OptionError
+from tokencomp.storage import writing
 
 
 def render(template: str, path: str | Path, **values: Any) -> Path:
@@ -23,11 +23,8 @@ def render(template: str, path: str | Path, **values: Any) -> Path:
     )
     environment.filters.update(si=si, pct=percent, runs=compact)
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
         path.write_text(environment.get_template(template).render(**values), encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"cannot write {path}: {error}. Give another -o/--output.") from error
     return path
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any, TypeVar
 
-from tokencomp.errors import OptionError, PluginWarning, name_taken, unknown_name
+from tokencomp.errors import OptionError, PluginWarning, check_free, unknown_name
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.compose import Compose, assign_options, part_names
 
@@ -47,18 +47,13 @@ def register_reducer(name: str, *, override: bool = False) -> Callable[[R], R]:
         if not cls.__module__.startswith(f"{PACKAGE}."):
             _load_built_in()  # so that a clash with a built-in name shows now, not later
         old = _REGISTRY.get(name)
-        if old is not None and not override and not same_class(old, cls):
-            raise name_taken("reducer", name, old, cls)
+        if old is not None and not override:
+            check_free("reducer", name, old, cls)
         cls.name = name
         _REGISTRY[name] = cls
         return cls
 
     return decorate
-
-
-def same_class(old: type, new: type) -> bool:
-    """Whether `new` is `old`, or comes from running the definition of `old` again."""
-    return (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
 
 
 def _load_built_in() -> None:

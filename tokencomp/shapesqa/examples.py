@@ -19,11 +19,6 @@ FORMS = {
 }
 
 
-def expected_answer(item: Item, form: str) -> str:
-    """The text that counts as right: the word, or the letter in multiple-choice forms."""
-    return item.answer if form == "free" else item.letter
-
-
 def shapesqa(items: Iterable[Any], folder: str | Path, form: str = "free") -> list[Example]:
     """ShapesQA items as examples, with their media written as real JPEG and mp4 files.
 
@@ -40,8 +35,8 @@ def shapesqa(items: Iterable[Any], folder: str | Path, form: str = "free") -> li
     for item in items:
         path = folder / f"{item.id}{'.jpg' if item.kind == 'image' else '.mp4'}"
         media = item.media or (path if path.exists() else write_media(item, folder).media)
-        prompt, answer = FORMS[form](item), expected_answer(item, form)
-        examples.append(Example(item.id, prompt, answer, (media,), item.family))
+        answer = item.answer if form == "free" else item.letter
+        examples.append(Example(item.id, FORMS[form](item), answer, (media,), item.family))
     return examples
 
 

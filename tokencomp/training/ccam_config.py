@@ -35,14 +35,7 @@ class CcamConfig(LoopConfig):
     def sizes(self, model: Any) -> CCAMConfig:
         """The projector for `model`."""
         config = adapter_for(model).text_config
-        width = self.width or int(config.hidden_size)
-        return CCAMConfig(
-            queries=self.queries,
-            width=width,
-            heads=self.heads or int(config.num_attention_heads),
-            mlp=self.mlp or 2 * width,
-            kv_dim=int(config.hidden_size),
-            out_dim=int(config.hidden_size),
-            causal=self.causal,
-            spatial=self.spatial,
-        )
+        hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+        width = self.width or hidden
+        sizes = (self.queries, width, self.heads or heads, self.mlp or 2 * width, hidden, hidden)
+        return CCAMConfig(*sizes, causal=self.causal, spatial=self.spatial)
