@@ -215,14 +215,17 @@ NOTES: dict[str, str] = {
     "k-centre loses nothing.",
     "onevision-hard-videos": "A background that moves makes all places change, and cells with its "
     "texture compete with those of objects. At 0.75 k-centre therefore loses more than on usual "
-    "videos, where the background is the same in all frames. That is the likely reason; fewer "
-    "pixels and fewer frames lose more.",
-    "qwen3-images": "k-centre misses the bar at 0.75 because of reading, and of small objects. A "
-    "likely reason: letters are strokes of few pixels, which the thumbnails average away, so cells "
-    "with text do not stand out. Fewer pixels lose reading as well.",
-    "qwen3-videos": "k-centre misses the bar at 0.75, by 0.1 points, because of repeated flashes. "
-    "A likely reason: an object that appears again in the same place looks the same, and k-centre "
-    "lets go what looks the same as something that it keeps. keyframes does the same with whole "
+    "videos, where the background is the same in all frames, and misses the bar by one question. "
+    "That is the likely reason; fewer pixels and fewer frames lose more.",
+    "qwen3-images": "What k-centre loses at 0.75 is in small objects and counting. A likely "
+    "reason: an object of few pixels changes the look of its cell little, and cells with the edges "
+    "of large objects go first. Words stay because contrast counts; with averages alone, reading "
+    "falls to half (see what k-centre compares). At 0.5 and 0.6 the model reads more words than "
+    "with entry only: the reducer of the decoder drops cells with letters, and here there are "
+    "fewer other cells that compete with them.",
+    "qwen3-videos": "Repeated flashes stay because changes count. An object that appears again in "
+    "the same place looks the same, and with averages alone k-centre lets go what looks the same "
+    "as something that it keeps (see what k-centre compares). keyframes does that with whole "
     "frames.",
     "vila-videos": "k-centre misses both bars by one question each. It loses objects that are seen "
     "in few frames. A likely reason: this tower takes frames one by one, so k-centre has to keep "
