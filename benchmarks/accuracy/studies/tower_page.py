@@ -227,8 +227,8 @@ NOTES: dict[str, str] = {
     "the same place looks the same, and with averages alone k-centre lets go what looks the same "
     "as something that it keeps (see what k-centre compares). keyframes does that with whole "
     "frames.",
-    "qwen3-hard-videos": "k-centre misses the bar at 0.5 by one question. It loses objects that are "
-    "seen in few frames before a background that moves, where all cells change.",
+    "qwen3-hard-videos": "k-centre misses the bar at 0.5 by one question. It loses objects that "
+    "are seen in few frames before a background that moves, where all cells change.",
     "vila-videos": "k-centre misses both bars by one question each. It loses objects that are seen "
     "in few frames. A likely reason: this tower takes frames one by one, so k-centre has to keep "
     "an equal share of every frame, also of those that show nothing new. keyframes drops such "
