@@ -156,7 +156,7 @@ def run_missing(
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(families))
     parser.add_argument("--batch", type=int, default=60)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.set_defaults(start=0)
+    parser.set_defaults(start=0, difficulty="usual")
     args = parser.parse_args()
     if args.report:
         return Path(args.out)
