@@ -155,7 +155,9 @@ def answer_all(
         The stored results are of other questions, or of another model.
     """
     folder, unfinished = args.out / name, args.out / "runs" / name / split
-    families = args.families or stored_families(folder, split)
+    stored = stored_families(folder, split)
+    # In the stored order, whatever the command line's: answers are merged by position.
+    families = [f for f in dict.fromkeys([*stored, *FAMILIES]) if f in (args.families or stored)]
     scenes = {"difficulty": args.difficulty}
     questions = list(items(split, args.per_family, tuple(families), args.start, **scenes))
     check_items(folder, split, (item.id for item in questions))
