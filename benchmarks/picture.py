@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 import tokencomp
-from benchmarks.accuracy.library import DEFAULT_REDUCER, one_message
 from benchmarks.accuracy.store import RESULTS, Results
 from benchmarks.accuracy.tables import BASELINES, kept
+from tokencomp.cli import one_message
 from tokencomp.inputs.media import load_media
 from tokencomp.inputs.prompts import build_inputs, generate
+from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.pages.pictures import overlay, survival
 from tokencomp.zoo import SAMPLES, load
 

@@ -11,15 +11,6 @@ import itertools
 import os
 from pathlib import Path
 
-from benchmarks.accuracy.library import (
-    DEFAULT_REDUCER,
-    DOWNSCALE,
-    FULL,
-    Point,
-    lines,
-    one_message,
-    provenance,
-)
 from benchmarks.accuracy.store import ACCURACY, BARS, KINDS, RESULTS, Results, read_all
 from benchmarks.accuracy.summary import summary
 from benchmarks.accuracy.tables import (
@@ -36,7 +27,10 @@ from benchmarks.accuracy.tables import (
     rivals_table,
     work_table,
 )
-from benchmarks.publishing import MARK
+from benchmarks.publishing import MARK, provenance
+from tokencomp.cli import one_message
+from tokencomp.evaluation.settings import DOWNSCALE, FULL
+from tokencomp.pages.plots import Point, lines
 
 
 def plot(results: Results, kind: str) -> str:
@@ -225,7 +219,7 @@ def head(results: Path) -> str:
 def text(results: Path) -> str:
     """The page on every model with test results."""
     pictures = os.path.relpath(results, page_folder(results))
-    sections = [section(one, DEFAULT_REDUCER, pictures) for one in read_all(results)]
+    sections = [section(one, one.default, pictures) for one in read_all(results)]
     return "\n\n".join([head(results), *sections]) + "\n"
 
 
@@ -238,7 +232,7 @@ def write_report(results: Path) -> Path:
     page = page_folder(results) / "README.md"
     page.write_text(text(results))
     if results == RESULTS:
-        (page.parent / "summary.md").write_text(summary(read_all(results), DEFAULT_REDUCER))
+        (page.parent / "summary.md").write_text(summary(read_all(results)))
     return page
 
 

@@ -25,36 +25,25 @@ from typing import Any
 import torch
 
 from benchmarks import publishing
-from benchmarks.accuracy.library import (
-    DEFAULT_REDUCER,
-    DIFFICULTIES,
-    DOWNSCALE,
-    FAMILIES,
-    INPUT_BASELINES,
-    NATIVE,
-    TOWER_SIGNALS,
-    EvalRun,
-    Example,
-    LostItem,
-    OptionError,
-    Setting,
-    TokenCompError,
-    UnknownNameError,
-    adapter_for,
-    available_models,
-    available_reducers,
-    draw_lost,
-    has_budget,
-    items,
-    load,
-    make_reducer,
-    model_facts,
-    one_message,
-    shapesqa,
-    sweep,
-)
 from benchmarks.accuracy.report import write_report
 from benchmarks.accuracy.store import LOST, RESULTS, Results, add_lost, collected, merged
+from tokencomp import available_reducers, make_reducer
+from tokencomp.cli import one_message
+from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
+from tokencomp.evaluation.lost import LostItem, draw_lost
+from tokencomp.evaluation.native import has_budget
+from tokencomp.evaluation.runner import sweep
+from tokencomp.evaluation.runs import EvalRun
+from tokencomp.evaluation.settings import DOWNSCALE, INPUT_BASELINES, NATIVE, Setting
+from tokencomp.inputs.questions import Example
+from tokencomp.method import DEFAULT_REDUCER, MethodSpec
+from tokencomp.patching import check
+from tokencomp.shapesqa.difficulty import DIFFICULTIES
+from tokencomp.shapesqa.examples import shapesqa
+from tokencomp.shapesqa.items import items
+from tokencomp.shapesqa.questions import FAMILIES
+from tokencomp.signals import TOWER_SIGNALS
+from tokencomp.zoo import available_models, load
 
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 BASELINES = ("random", "uniform", DOWNSCALE)
@@ -74,8 +63,8 @@ def usable(model: Any, names: Iterable[str]) -> tuple[list[str], dict[str, str]]
     for name in names:
         try:
             if name not in INPUT_BASELINES:
-                reducer = make_reducer(name)
-                reducer.bind(model_facts(adapter_for(model)))
+                make_reducer(name)
+                check(model, MethodSpec(name, 0.5))
             ready.append(name)
         except UnknownNameError:
             raise

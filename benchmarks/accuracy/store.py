@@ -13,17 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.library import (
-    FULL,
-    EvalRun,
-    LostItem,
-    OptionError,
-    PackedAnswers,
-    Setting,
-    is_image_family,
-    metrics,
-    write_json,
-)
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.lost import LostItem
+from tokencomp.evaluation.packed import PackedAnswers
+from tokencomp.evaluation.runs import EvalRun
+from tokencomp.evaluation.settings import FULL, Setting
+from tokencomp.method import DEFAULT_REDUCER, DEFAULT_SERVED_REDUCER
+from tokencomp.shapesqa.difficulty import is_image_family
+from tokencomp.storage import write_json
+from tokencomp.zoo import metrics
 
 ACCURACY = Path(__file__).parent
 RESULTS = ACCURACY / "results"
@@ -109,6 +107,13 @@ class Results:
     @property
     def kinds(self) -> list[str]:
         return [kind for kind in KINDS if self.select(kind)]
+
+    @property
+    def default(self) -> str:
+        """What "auto" stands for on this model: another reducer where the default cannot run."""
+        ran = {setting["reducer"] for setting in self.settings.values()}
+        replaced = DEFAULT_REDUCER not in ran and DEFAULT_SERVED_REDUCER in ran
+        return DEFAULT_SERVED_REDUCER if replaced else DEFAULT_REDUCER
 
     @property
     def ratios(self) -> list[float]:

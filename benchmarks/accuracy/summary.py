@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from benchmarks.accuracy.library import FULL
 from benchmarks.accuracy.store import Results
 from benchmarks.accuracy.tables import BASELINES, NONE, cell, kept, name, table
+from tokencomp.evaluation.settings import FULL
 
 MAIN = "tiny-qwen3-vl"
 INTERVALS = ("random",)  # and the default
@@ -33,10 +33,10 @@ def methods(results: Results) -> dict[Method, dict[float, str]]:
     return {method: labels[method] for method in sorted(labels, key=rank)}
 
 
-def line(results: Results, labels: dict[float, str], default: str) -> list[str]:
+def line(results: Results, labels: dict[float, str]) -> list[str]:
     """One method's name and its retention over the learned families at every ratio."""
     setting = results.settings[next(iter(labels.values()))]
-    method = name(setting, default)
+    method = name(setting, results.default)
     interval = setting["reducer"] in INTERVALS or method.startswith("**")
     cells = [
         cell(kept(results, labels[r], "both"), interval) if r in labels else NONE
@@ -52,20 +52,20 @@ without it, on the same questions of the learned families, images and videos tog
 paired bootstrap 95 % intervals. [Methods](METHODS.md). [The full tables](README.md)."""
 
 
-def summary(every: Sequence[Results], default: str) -> str:
+def summary(every: Sequence[Results]) -> str:
     """The page: all methods on the main model; the default and the baselines on the others."""
     main = next(one for one in every if one.manifest["model"] == MAIN)
     others = [one for one in every if one is not main]
     head = [f"ratio {r:g}" for r in main.ratios]
-    body = [line(main, labels, default) for labels in methods(main).values()]
-    flops = [main.settings[f"{default}-{r:g}"]["flops"] for r in main.ratios]
+    body = [line(main, labels) for labels in methods(main).values()]
+    flops = [main.settings[f"{main.default}-{r:g}"]["flops"] for r in main.ratios]
     full = main.settings[FULL]["flops"]
     body.append(["FLOPs left (LLM, text included)", *(f"{f / full:.0%}" for f in flops)])
     short = []
     for one in others:
         for (reducer, options), labels in methods(one).items():
-            if options == "{}" and reducer in (default, *BASELINES):
-                short.append([one.manifest["model"], *line(one, labels, default)])
+            if options == "{}" and reducer in (one.default, *BASELINES):
+                short.append([one.manifest["model"], *line(one, labels)])
     families = [
         f"{one.manifest['model']}: {', '.join(one.learned)} "
         f"({len(one.select('both', one.learned))} of {len(one.answers.questions)} items)"

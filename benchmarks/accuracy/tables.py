@@ -9,21 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import publishing
-from benchmarks.accuracy.library import (
-    DOWNSCALE,
-    FULL,
-    PARTS,
-    McNemar,
-    Retention,
-    Setting,
-    available_models,
-    difference,
-    mcnemar,
-    metrics,
-    retention,
-    work_cell,
-)
 from benchmarks.accuracy.store import KINDS, LOST, Results, kind_of
+from tokencomp.evaluation.cost import PARTS
+from tokencomp.evaluation.metrics import McNemar, Retention, difference, mcnemar, retention
+from tokencomp.evaluation.settings import DOWNSCALE, FULL, Setting
+from tokencomp.pages.report import work_cell
+from tokencomp.zoo import available_models, metrics
 
 BASELINES = ("random", "uniform", DOWNSCALE)
 SLACK = 0.05  # of the ratio, for a baseline that cannot reach it exactly

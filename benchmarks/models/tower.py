@@ -77,11 +77,10 @@ class ModelCase:
         self.spent.clear()
         options, before = self.variants[key], self.prompt["preprocess"]
         with tokencomp.patch(self.model, **options) if options else torch.no_grad() as handle:
-            marks, start = Marks(self.model, self.clock), self.clock()
-            with torch.inference_mode():
+            with Marks(self.model, self.clock) as marks, torch.inference_mode():
+                start = self.clock()
                 self.model(**self.prompt["inputs"], use_cache=True, logits_to_keep=1)
-            total = self.clock() - start
-            marks.remove()
+                total = self.clock() - start
             reduce = handle.stats.reduce_seconds if options else 0.0
         chosen = sum(self.spent)
         return {

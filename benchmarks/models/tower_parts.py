@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from tokencomp.adapters.instance_method import Hooked
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.profiling import shapes
 from tokencomp.profiling.shapes import SHAPES
@@ -101,16 +102,15 @@ def qwen_inputs(model: Any, frames: int, side: int, args: argparse.Namespace) ->
     return {"inputs": moved, "preprocess": seconds, "tokens": count}
 
 
-class Marks:
+class Marks(Hooked):
     """When the tower, the projector and the decoder of a model begin and end."""
 
     def __init__(self, model: Any, clock: Callable[[], float]) -> None:
         self.clock, self.at = clock, {}
         adapter = adapter_for(model)
         parts = {"tower": adapter.tower, "decoder": adapter.decoder}
-        self._hooks = []
         for name, module in parts.items():
-            self._hooks += [
+            self._handles += [
                 module.register_forward_pre_hook(self._mark(f"{name} begins"), prepend=True),
                 module.register_forward_hook(self._mark(f"{name} ends")),
             ]
@@ -123,7 +123,3 @@ class Marks:
 
     def seconds(self, part: str) -> float:
         return self.at[f"{part} ends"] - self.at[f"{part} begins"]
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()

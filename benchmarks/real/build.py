@@ -57,11 +57,11 @@ def build(folder: Path, photos: Path, share: float, seed: int, stop_after: int |
         "share": share,
         "finished": done,
         "stages": {stage.name: stage.steps for stage in recipe},
-        "reached": recipe[trainer.stage].name if not done else "end",
+        "reached": recipe[trainer.phase].name if not done else "end",
         "step": trainer.step,
         "seconds": round(trainer.seconds),
-        "training_scores": trainer.shown,
-        "trained_parameters": sum(t.numel() for t in trainer.trained.values()),
+        "training_scores": trainer.scores.percent(),
+        "trained_parameters": sum(t.numel() for t in trainer.parameters.values()),
         **environment(),
     }
     write(trainer, processor, folder / "model", facts)

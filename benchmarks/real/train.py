@@ -7,28 +7,22 @@ learn to answer; many short segments share the visual tokens of one picture.
 
 from __future__ import annotations
 
-import logging
-import math
-import time
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from benchmarks.real.batches import BatchMaker, Mixture
 from tokencomp.engine.question import IGNORED
 from tokencomp.shapesqa.lettering import WORDS
-from tokencomp.storage import replace_file
+from tokencomp.training.steps import Phase, Steps
 from tokencomp.zoo.packing import attention_mask
-from tokencomp.zoo.scores import RunningScores
 
-log = logging.getLogger(__name__)
 RANK = 16
 SHARPNESS = 14.0  # of the softmax over cosines of a visual token and the names' embeddings
 PLACES = (("left", "center", "right"), ("top", "middle", "bottom"))
@@ -38,7 +32,7 @@ BACKGROUND_WEIGHT = 0.15  # of a token that shows no thing: most tokens do
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Phase):
     """Optimizer steps of one kind.
 
     Attributes
@@ -48,40 +42,34 @@ class Stage:
     batches
         Distinct batches in a stage without a mixture, whose features are kept in memory.
     projector_lr, adapter_lr
-        Peaks of the rates, which warm up over 20 steps and fall to a tenth along a cosine where
-        ``falls`` is set.
+        Peaks of the rates.
     """
 
-    name: str
-    steps: int
     batch: int
     projector_lr: float
     mixture: Mixture | None = None
     adapter_lr: float = 0.0
-    falls: bool = False
     batches: int = 40
 
 
 RECIPE = (
-    Stage("names", 400, 16, 2e-3, falls=True),
+    Stage("names", 400, 16, 2e-3, end=0.1),
     Stage("primers", 400, 8, 2e-4, Mixture(), 1e-3),
-    Stage("questions", 1200, 8, 2e-4, Mixture(True, 6, 1), 1e-3, falls=True),
+    Stage("questions", 1200, 8, 2e-4, Mixture(True, 6, 1), 1e-3, end=0.1),
 )
 
 
 def shortened(recipe: tuple[Stage, ...], share: float) -> tuple[Stage, ...]:
     """The recipe with a share of the steps of the stages in which the decoder runs."""
     return tuple(
-        Stage(**{**vars(s), "steps": max(1, round(s.steps * share))}) if s.mixture else s
-        for s in recipe
+        replace(s, steps=max(1, round(s.steps * share))) if s.mixture else s for s in recipe
     )
 
 
-class Trainer:
+class Trainer(Steps):
     """Runs a recipe and keeps ``folder/checkpoint.pt`` up to date.
 
-    Batches depend on seed, stage and step alone, so a run that was stopped and started again sees
-    the same data as one that was not.
+    Batches depend on seed, stage and step alone.
 
     Parameters
     ----------
@@ -110,83 +98,47 @@ class Trainer:
     ) -> None:
         torch.manual_seed(maker.seed)
         self.model, self.maker, self.recipe = model.eval(), maker, recipe
-        self.folder, self.save_every = folder, save_every
         names = r".*language_model.*\.(q|k|v|o)_proj"
         adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
         self.adapted = get_peft_model(model, adapters)
         projector = model.model.multi_modal_projector.float()
         for parameter in projector.parameters():
             parameter.requires_grad_(True)
-        self.parts = {
-            "projector": list(projector.parameters()),
-            "adapter": [p for n, p in model.named_parameters() if "lora_" in n],
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        parts = {
+            "projector": {n: p for n, p in trained.items() if "lora_" not in n},
+            "adapter": {n: p for n, p in trained.items() if "lora_" in n},
         }
-        groups = [{"params": p, "part": name} for name, p in self.parts.items()]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-        self.stage, self.step, self.seconds = 0, 0, 0.0
-        self.scores = RunningScores()
+        groups = [{"params": list(p.values()), "part": name} for name, p in parts.items()]
         self.names = Names(maker, model)
         self._features: dict[int, tuple[torch.Tensor, list[list[list[str]]]]] = {}
-        self._resume()
+        super().__init__(
+            recipe,
+            parts["projector"] | parts["adapter"],
+            [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)],
+            folder / "checkpoint.pt",
+            {"seed": maker.seed, "rank": rank, "recipe": [asdict(stage) for stage in recipe]},
+            maker.seed,
+            save_every,
+        )
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
+    def batches(self) -> Iterator[Stage]:
+        """The stage, for every step: what a batch holds is cheap to make, or kept in memory."""
+        stage = self.recipe[self.phase]
+        return itertools.repeat(stage, stage.steps - self.step)
 
-    @property
-    def trained(self) -> dict[str, torch.Tensor]:
-        """Projector and adapters by their names in the model."""
-        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+    def peak(self, group: dict[str, Any]) -> float:
+        stage = self.recipe[self.phase]
+        return stage.projector_lr if group["part"] == "projector" else stage.adapter_lr
 
-    def run(self, stop_after: int | None = None) -> bool:
-        """Train until the recipe is done (True), or for ``stop_after`` steps (False)."""
-        done = 0
-        while self.stage < len(self.recipe):
-            for _ in self._steps(self.recipe[self.stage]):
-                done += 1
-                if done == stop_after:
-                    self.save()
-                    return False
-            self.stage, self.step = self.stage + 1, 0
-            self.save()
-        return True
-
-    def _steps(self, stage: Stage) -> Iterator[None]:
-        bar = tqdm(desc=stage.name, initial=self.step, total=stage.steps, mininterval=5)
-        while self.step < stage.steps:
-            begin = time.perf_counter()
-            self._set_rates(stage)
-            self.optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = self._names_loss(stage) if stage.mixture is None else self._loss(stage)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for ps in self.parts.values() for p in ps], 1.0)
-            self.optimizer.step()
-            self.step += 1
-            self.seconds += time.perf_counter() - begin
-            bar.update()
-            if self.step % self.save_every == 0:
-                self.save()
-                log.info("%s %d %.0f s %s", stage.name, self.step, self.seconds, self.shown)
-            yield
-        bar.close()
-
-    @property
-    def shown(self) -> dict[str, int]:
-        """Running shares of right answers on fresh questions, in percent."""
-        return {k: round(100 * v) for k, v in sorted(self.scores.items())}
-
-    def _set_rates(self, stage: Stage) -> None:
-        along = self.step / stage.steps if stage.falls else 0.0
-        factor = (0.55 + 0.45 * math.cos(math.pi * along)) * min(1.0, (self.step + 1) / 20)
-        rates = {"projector": stage.projector_lr, "adapter": stage.adapter_lr}
-        for group in self.optimizer.param_groups:
-            group["lr"] = rates[group["part"]] * factor
+    def loss(self, batch: Stage) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self._names_loss(batch) if batch.mixture is None else self._answer_loss(batch)
 
     def _names_loss(self, stage: Stage) -> torch.Tensor:
         number = self.step % stage.batches
         if number not in self._features:
-            pixels, cells = self.maker.cells(self.stage, number, stage.batch)
+            pixels, cells = self.maker.cells(self.phase, number, stage.batch)
             with torch.no_grad():
                 maps = self.model.model.vision_tower(pixels.to(self.model.dtype)).last_hidden_state
             self._features[number] = maps.flatten(2).mT, cells
@@ -194,10 +146,10 @@ class Trainer:
         tokens = self.model.model.multi_modal_projector(features)
         return self.names.loss(tokens.float(), cells, self.scores.note)
 
-    def _loss(self, stage: Stage) -> torch.Tensor:
+    def _answer_loss(self, stage: Stage) -> torch.Tensor:
         """Cross entropy over answer tokens alone; the head runs on those positions only."""
         assert stage.mixture is not None
-        batch = self.maker.make(self.stage, self.step, stage.batch, stage.mixture)
+        batch = self.maker.make(self.phase, self.step, stage.batch, stage.mixture)
         labels = torch.from_numpy(batch["labels"])
         hidden = self.model.model(
             input_ids=torch.from_numpy(batch["ids"]),
@@ -210,25 +162,6 @@ class Trainer:
         logits = self.model.lm_head(hidden[is_answer]).float()
         self.scores.note_answers(batch, is_answer, logits.argmax(-1) == labels[is_answer])
         return F.cross_entropy(logits, labels[is_answer])
-
-    def save(self) -> None:
-        """Write the checkpoint; a kill in the middle leaves the previous one intact."""
-        state = {
-            "trained": self.trained,
-            "optimizer": self.optimizer.state_dict(),
-            "progress": (self.stage, self.step, self.seconds),
-            "scores": dict(self.scores),
-        }
-        replace_file(self.checkpoint, partial(torch.save, state))
-
-    def _resume(self) -> None:
-        if not self.checkpoint.exists():
-            return
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(state["trained"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.stage, self.step, self.seconds = state["progress"]
-        self.scores = RunningScores(state["scores"])
 
     def merged(self) -> Any:
         """The model with its adapters in its weights: a stock FastVLM again."""

@@ -17,9 +17,12 @@ from typing import Any
 
 import tokencomp
 from benchmarks import publishing
-from benchmarks.accuracy.library import items, load, mcnemar, shapesqa
 from benchmarks.publishing import environment, provenance
+from tokencomp.evaluation.metrics import mcnemar
 from tokencomp.inputs.prompts import build_inputs, generate
+from tokencomp.shapesqa.examples import shapesqa
+from tokencomp.shapesqa.items import items
+from tokencomp.zoo import load
 
 FOLDER = Path(__file__).parent
 POSITIONS = ("original", "compact")

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from support.accuracy import BLIND, SHARES, sweep_runs, write_results
+from support.family.hybrid import HYBRID
 from torch import nn
 
 from benchmarks.accuracy import report, run, store, summary, tables
-from benchmarks.accuracy.library import OptionError, Setting, UnknownNameError
 from benchmarks.accuracy.store import Results
+from tokencomp.errors import OptionError, UnknownNameError
+from tokencomp.evaluation.settings import Setting
 
 
 def results_of(folder: Path, shares: dict[str, float], **more) -> Results:
@@ -124,7 +126,7 @@ def test_summary_has_methods_by_ratios_over_learned_families(unpublished: Path) 
         shares = {**SHARES, "condiv-0.9": 0.6, "selector-0.9": 0.65}
         write_results(unpublished, shares, "test", name)
     every = store.read_all(unpublished)
-    first, second = summary.summary(every, "condiv").split("\n\n")[3:6:2]
+    first, second = summary.summary(every).split("\n\n")[3:6:2]
     rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in first.splitlines()}
     methods = ["selector (trained)", "**condiv**", "random", "uniform", "downscale"]
     assert list(rows)[2:] == [*methods, "FLOPs left (LLM, text included)"]
@@ -182,6 +184,21 @@ def test_settings_of_a_run() -> None:
     watching = Setting("condiv", 0.5, {"signal": "vit_attention"})
     grid = [Setting(), Setting("condiv", 0.5), Setting("downscale", 0.5), watching]
     assert [run.watches_tower(s) for s in grid] == [False, False, False, True]
+
+
+def test_methods_that_a_model_refuses_are_left_out_with_the_reason() -> None:
+    """The first layer of Qwen3.5 has no attention that could score tokens at entry."""
+    model = HYBRID["qwen3_5"].build()
+    ready, refused = run.usable(model, ["uniform", "condiv", "divprune"])
+    assert ready == ["uniform", "divprune"]
+    assert list(refused) == ["condiv"] and "attention" in refused["condiv"]
+
+
+def test_the_default_of_a_model_that_refuses_condiv_is_divprune(unpublished: Path) -> None:
+    results = results_of(unpublished, {**SHARES, "divprune-0.9": 0.6})
+    assert results.default == "divprune"
+    assert "**divprune**" in report.write_report(unpublished).read_text()
+    assert results_of(unpublished, {**SHARES, "condiv-0.9": 0.6}).default == "condiv"
 
 
 def test_tower_runs_once_per_input() -> None:

@@ -13,11 +13,11 @@ from support.families import FAMILIES
 
 import tokencomp
 from benchmarks.accuracy import report, store, tables
-from benchmarks.accuracy.library import Setting
 from benchmarks.accuracy.run import RATIOS
 from benchmarks.accuracy.store import read_all
 from benchmarks.accuracy.studies import choose, margin, ranking
 from tokencomp import make_reducer
+from tokencomp.evaluation.settings import Setting
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 CHOICES = (("condiv", 0.675), ("merge", 0.65), ("random", 0.3))

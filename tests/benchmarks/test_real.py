@@ -209,7 +209,7 @@ def toy() -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
 
 RECIPE = (
     Stage("names", 3, 2, 1e-3, batches=2),
-    Stage("questions", 3, 2, 1e-3, Mixture(True, 2, 1), 1e-3, falls=True),
+    Stage("questions", 3, 2, 1e-3, Mixture(True, 2, 1), 1e-3, end=0.1),
 )
 
 
@@ -222,7 +222,7 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
             maker = BatchMaker(tokenizer, Drawings())
             trainer = Trainer(model, maker, RECIPE, tmp_path / name, rank=2)
             assert trainer.run(stop) is (stop is None)
-        weights.append(trainer.trained)
+        weights.append(trainer.parameters)
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=0)

@@ -12,16 +12,13 @@ import pytest
 from PIL import Image
 from support.accuracy import answer_record
 
-from benchmarks.accuracy.library import (
-    EvalRun,
-    Example,
-    Measurement,
-    OptionError,
-    PackedAnswers,
-    named,
-)
 from benchmarks.accuracy.studies import adsc, ccam, long_video, selector, trained, trained_page
-from tokencomp.evaluation.packed import Questions
+from benchmarks.accuracy.studies.trained import named
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.packed import PackedAnswers, Questions
+from tokencomp.evaluation.runs import EvalRun
+from tokencomp.inputs.questions import Example
+from tokencomp.training.measure import Measurement
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 RIVALS = {"trained": ("training-free",)}

@@ -28,8 +28,16 @@ class Scale(nn.Module):
         self.weight = nn.Parameter(torch.ones(()))
 
 
-def loop(tiny: Any, data: str, file: Path, module: nn.Module, config: LoopConfig = SMALL) -> Loop:
-    return Loop(*tiny, module, questions(data, "image", 8), config, file, {"data": data})
+def loop(
+    tiny: Any,
+    data: str,
+    file: Path,
+    module: nn.Module,
+    loss: Any = None,
+    config: LoopConfig = SMALL,
+) -> Loop:
+    source = questions(data, "image", 8)
+    return Loop(*tiny, module, source, config, file, {"data": data}, loss, "test")
 
 
 def test_losses_under_a_patch_see_full_length_labels(family: Family) -> None:
@@ -89,13 +97,13 @@ def test_divergence_is_an_error_and_no_step(
 ) -> None:
     """After a good first step; its checkpoint stays as it was."""
     module = Scale()
-    made = loop(tiny, data, tmp_path / "checkpoint.pt", module)
 
     def loss(inputs: dict[str, Any], labels: Tensor) -> Tensor:
         return wrong(module.weight) if made.step else module.weight**2
 
+    made = loop(tiny, data, tmp_path / "checkpoint.pt", module, loss)
     with pytest.raises(ScoreError, match="step 2"):
-        made.run(lambda step: None, loss, "test")
+        made.run()
     state = torch.load(tmp_path / "checkpoint.pt")
     assert state["step"] == 1 and torch.equal(state["weights"]["weight"], module.weight.detach())
 
@@ -105,7 +113,6 @@ def test_randomness_and_seconds_survive_a_kill(tiny: Any, data: str, tmp_path: P
 
     def run(name: str, die: int = 9) -> Loop:
         module = Scale()
-        made = loop(tiny, data, tmp_path / f"{name}.pt", module)
 
         def loss(inputs: dict[str, Any], labels: Tensor) -> Tensor:
             if made.step == die:
@@ -114,7 +121,8 @@ def test_randomness_and_seconds_survive_a_kill(tiny: Any, data: str, tmp_path: P
             seen[name].append(float(torch.rand(())))
             return module.weight * seen[name][-1]
 
-        made.run(lambda step: None, loss, "test")
+        made = loop(tiny, data, tmp_path / f"{name}.pt", module, loss)
+        made.run()
         return made
 
     whole = run("whole")
@@ -128,17 +136,17 @@ def test_randomness_and_seconds_survive_a_kill(tiny: Any, data: str, tmp_path: P
 def test_slow_steps_are_saved_by_the_clock(
     tiny: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokencomp.training.loop.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("tokencomp.training.steps.SAVE_SECONDS", 0.0)
     module, file = Scale(), tmp_path / "one.pt"
-    made = loop(tiny, data, file, module, replace(SMALL, save_every=100))
 
     def loss(inputs: dict[str, Any], labels: Tensor) -> Tensor:
         if made.step == 2:
             raise KeyboardInterrupt
         return module.weight * 1.0
 
+    made = loop(tiny, data, file, module, loss, replace(SMALL, save_every=100))
     with pytest.raises(KeyboardInterrupt):
-        made.run(lambda step: None, loss, "test")
+        made.run()
     assert torch.load(file)["step"] == 2
 
 

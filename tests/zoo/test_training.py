@@ -205,7 +205,7 @@ def test_interrupted_and_resumed_run_ends_with_the_same_weights(tmp_path, cut):
     assert whole.run()
     assert not trainer("cut").run(stop_after=cut)
     resumed = trainer("cut")
-    assert resumed.stage * 3 + resumed.step == cut
+    assert resumed.phase * 3 + resumed.step == cut
     assert resumed.run()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name

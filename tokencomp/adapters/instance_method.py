@@ -1,11 +1,12 @@
-"""Replaces a method of one object, and puts back exactly what was there."""
+"""Replaced methods of one object, and hooks: whatever is installed is taken back exactly."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+H = TypeVar("H", bound="Hooked")
 _ABSENT: Any = object()  # the object had no attribute of its own, only the method of its class
 
 
@@ -69,3 +70,26 @@ class MethodReplacement:
         if not self._active:
             return self._original()(*args, **kwargs)
         return self._replacement(self._original(), *args, **kwargs)
+
+
+class Hooked:
+    """Something that installs hooks and method replacements, and removes them together.
+
+    They also go when a `with` block of it ends.
+    """
+
+    def __enter__(self: H) -> H:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    @functools.cached_property
+    def _handles(self) -> list[Any]:
+        return []
+
+    def remove(self) -> None:
+        """Undo `install`; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.adapters.instance_method import Hooked, MethodReplacement
 from tokencomp.errors import NoVisualInputError, UnsupportedCacheError
 
 BATCH = "generate_batch"  # the method of transformers' generation that runs it
 FIX = "Use model.generate(...), one prompt or a padded batch at a time, or handle.disabled()."
 
 
-class BatchGuard:
+class BatchGuard(Hooked):
     """Looks at the requests of `generate_batch` while prompts are compressed.
 
     Parameters
@@ -30,16 +30,10 @@ class BatchGuard:
 
     def __init__(self, adapter: Adapter, active: Callable[[], bool], strict: bool) -> None:
         self.adapter, self.active, self.strict = adapter, active, strict
-        self._replacement: MethodReplacement | None = None
 
     def install(self) -> None:
         """Replace `model.generate_batch`, where the release has it."""
-        self._replacement = MethodReplacement(self.adapter.top, BATCH, self._generate)
-
-    def remove(self) -> None:
-        """Undo `install`; safe to call twice."""
-        if self._replacement is not None:
-            self._replacement.remove()
+        self._handles.append(MethodReplacement(self.adapter.top, BATCH, self._generate))
 
     def _generate(
         self,

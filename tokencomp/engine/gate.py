@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tokencomp.adapters.instance_method import Hooked
 from tokencomp.errors import copy_error
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.utils.hooks import RemovableHandle
 
 POLL_SECONDS = 0.1  # how often a waiting change looks whether a calling thread has died
 
 
-class CallGate:
+class CallGate(Hooked):
     """Knows which threads are in a call, and lets one thread at a time change what calls read.
 
     A thread that has died, or the thread that makes the change, never blocks it: an interrupt from
@@ -35,7 +35,6 @@ class CallGate:
         self._condition = threading.Condition()
         self._calls: dict[int, tuple[threading.Thread, list[int]]] = {}
         self._changing: int | None = None
-        self._handles: list[RemovableHandle] = []
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise copy_error(self._model_name)
@@ -48,12 +47,6 @@ class CallGate:
             enter = module.register_forward_pre_hook(self._enter)
             leave = module.register_forward_hook(self._leave, always_call=True)
             self._handles += [enter, leave]
-
-    def remove(self) -> None:
-        """Undo `install`; safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():

@@ -17,12 +17,13 @@ The hooks on decoder layers, their attention and the vision tower depend on the 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.instance_method import Hooked
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.context_window import is_extended
 from tokencomp.engine import compat
@@ -51,11 +52,8 @@ from tokencomp.engine.window import Windows
 from tokencomp.errors import OptionError, TokenCompError, copy_error
 from tokencomp.plan import Plan
 
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
-
-class Hooks:
+class Hooks(Hooked):
     """Installs and removes the hooks of one patched model.
 
     What belongs to a running call lives in thread-local storage; `stats` is shared: the counts of
@@ -102,10 +100,11 @@ class Hooks:
         self._relative = RelativePositions(adapter, self._local)
         self._batches = BatchGuard(adapter, self._compresses, strict)
         self._prefill = ChunkedPrefill(adapter, self._local, self._compresses, self._forget_stats)
-        self._prompt_length = PromptLength()
-        self._reader = PromptReader(adapter, proportional, self._prompt_length)
+        length = PromptLength(adapter.top)
+        self._reader = PromptReader(adapter, proportional, length)
+        parts = (self.proportional, self._relative, self._prefill, self._batches, length)
+        self._parts: list[Any] = [part for part in parts if part is not None]
         self.gate = CallGate(type(adapter.model).__name__)
-        self._handles: list[RemovableHandle] = []
         # Qwen2-VL before transformers 5 swallows the argument and returns all logits.
         self._slices = "logits_to_keep" in parameters_of(adapter.top)
 
@@ -125,13 +124,8 @@ class Hooks:
         if not a.mrope and a.rotary is not None:
             add(a.rotary.register_forward_pre_hook(self._rotary, with_kwargs=True))
         self._install_plan()
-        if self.proportional is not None:
-            self.proportional.install()
-        self._relative.install()
-        self._prefill.install()
-        self._batches.install()
-        self._prompt_length.install(a.top)
-        a.install()
+        for part in (*self._parts, a):
+            part.install()
 
     def change(self, plan: Plan) -> None:
         """Put another plan in force, between the calls of all threads.
@@ -150,17 +144,9 @@ class Hooks:
 
     def remove(self) -> None:
         """Undo `install`; safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._plan_hooks.remove()
-        self.gate.remove()
-        if self.proportional is not None:
-            self.proportional.remove()
-        self._relative.remove()
-        self._prefill.remove()
-        self._batches.remove()
-        self._prompt_length.remove()
+        super().remove()
+        for part in (self._plan_hooks, self.gate, *self._parts):
+            part.remove()
         self.adapter.uninstall()
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.instance_method import Hooked
 from tokencomp.engine import compat
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.layer_stages import scored_before, scored_layer
@@ -18,11 +19,8 @@ from tokencomp.errors import copy_error
 from tokencomp.plan import Plan
 from tokencomp.signals import Attention
 
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
-
-class LayerHooks:
+class LayerHooks(Hooked):
     """Installs the hooks of the layers for calls whose layers hold different rows.
 
     These are prompts with stages between layers, and later tokens whose masks differ by layer. A
@@ -46,7 +44,6 @@ class LayerHooks:
         self._staged = self._compiled = False
         self._scored: list[tuple[nn.Module, int, Attention]] = []  # attention, stage, signal
         self._users: dict[int, threading.Thread] = {}
-        self._handles: list[RemovableHandle] = []
         self._lock = threading.Lock()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -76,7 +73,7 @@ class LayerHooks:
             self._staged = False
             self._scored.clear()
             self._users.clear()
-            self._unhook()
+            super().remove()
 
     def prepare(self, needed: bool, traced: bool) -> None:
         """Install or remove the hooks before the decoder runs, as this call needs.
@@ -109,7 +106,7 @@ class LayerHooks:
         with self._lock:
             self._users.pop(threading.get_ident(), None)  # left over from an interrupted call
             if not any(thread.is_alive() for thread in list(self._users.values())):
-                self._unhook()
+                super().remove()
 
     def _hook(self) -> None:
         for i, layer in enumerate(self.adapter.layers):
@@ -124,11 +121,6 @@ class LayerHooks:
                 self._handles.append(query.register_forward_hook(note))
             score = functools.partial(self._attention, stage, signal)
             self._handles.append(attn.register_forward_hook(score, with_kwargs=True))
-
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     # A thread may reach a module just while another one registers or removes its hook. torch then
     # calls the hook without keyword arguments; that thread's own call does not need it.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.adapters.instance_method import Hooked, MethodReplacement
 from tokencomp.engine import compat
 from tokencomp.engine.arguments import gather_arguments
 from tokencomp.engine.forward import ForwardPass
@@ -27,7 +27,7 @@ from tokencomp.errors import PrefillWarning
 PREFILL = "_prefill"  # the method of transformers' generation that runs it
 
 
-class ChunkedPrefill:
+class ChunkedPrefill(Hooked):
     """Takes `prefill_chunk_size` from `generate` and applies it behind the entry stage.
 
     Text-only prompts, and every prompt while nothing is compressed, are chunked by transformers.
@@ -53,16 +53,10 @@ class ChunkedPrefill:
     ) -> None:
         self.adapter, self.local = adapter, local
         self.active, self.uncounted = active, uncounted
-        self._replacement: MethodReplacement | None = None
 
     def install(self) -> None:
         """Replace `model._prefill`, where the release has it."""
-        self._replacement = MethodReplacement(self.adapter.top, PREFILL, self._prefill)
-
-    def remove(self) -> None:
-        """Undo `install`; safe to call twice."""
-        if self._replacement is not None:
-            self._replacement.remove()
+        self._handles.append(MethodReplacement(self.adapter.top, PREFILL, self._prefill))
 
     def _prefill(
         self,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.adapters.instance_method import Hooked, MethodReplacement
 from tokencomp.engine.layout import Prompt
 from tokencomp.reduction import Reduction
 from tokencomp.tokens import VisualSpan, VisualTokens
@@ -136,7 +136,7 @@ def keep_last(reduction: Reduction, tokens: VisualTokens) -> Reduction:
     return Reduction(torch.cat([keep[rest], end]), merged, sizes)
 
 
-class PromptLength:
+class PromptLength(Hooked):
     """Knows, inside of `model.generate`, how many columns the prompt has.
 
     `generate` calls the model with the prompt and whatever it has drafted or generated since; only
@@ -144,9 +144,8 @@ class PromptLength:
     carries a `generate` of its own that notes this and calls the original.
     """
 
-    def __init__(self) -> None:
-        self._local = threading.local()
-        self._replacement: MethodReplacement | None = None
+    def __init__(self, model: Any) -> None:
+        self.model, self._local = model, threading.local()
 
     @property
     def columns(self) -> int | None:
@@ -160,14 +159,9 @@ class PromptLength:
         """
         return None if self.columns is None else max(0, past + width - self.columns)
 
-    def install(self, model: Any) -> None:
+    def install(self) -> None:
         """Replace `model.generate`, if the model has it."""
-        self._replacement = MethodReplacement(model, GENERATE, self._generate)
-
-    def remove(self) -> None:
-        """Undo `install`; safe to call twice."""
-        if self._replacement is not None:
-            self._replacement.remove()
+        self._handles.append(MethodReplacement(self.model, GENERATE, self._generate))
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before, self._local.columns = self.columns, prompt_columns(args, kwargs)

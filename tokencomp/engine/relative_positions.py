@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.adapters.instance_method import Hooked, MethodReplacement
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine import compat
 from tokencomp.errors import RowIndexedAttentionError
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 DISTANCE = "relative_distance"  # argument of decoder layers, int64 (queries, keys)
 POSITIONS = ("query_positions", "key_positions")  # of the module of a bias, int64 (n,)
 
 
-class RelativePositions:
+class RelativePositions(Hooked):
     """Hooks where the decoder hands distances to a layer, or positions to the module of its bias.
 
     Parameters
@@ -45,7 +42,6 @@ class RelativePositions:
         self.local = local
         self._layers: dict[int, nn.Module] = {}
         self._biases: list[tuple[int, nn.Module]] = []
-        self._handles: list[RemovableHandle | MethodReplacement] = []
         extent = getattr(adapter.decoder.config, "rel_extent", None)
         if not isinstance(extent, int):
             return
@@ -71,12 +67,6 @@ class RelativePositions:
         for i, module in self._biases:
             bias = functools.partial(self._bias, i)
             self._handles.append(MethodReplacement(module, "forward", bias))
-
-    def remove(self) -> None:
-        """Undo `install`; safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     @compat.not_compiled
     def _columns(self, layer: int, batch: int, device: torch.device) -> Tensor | None:

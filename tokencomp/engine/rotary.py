@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.adapters.instance_method import Hooked, MethodReplacement
 from tokencomp.engine import compat
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.plan import Plan
 from tokencomp.signals import Attention
 
 
-class SharedTables:
+class SharedTables(Hooked):
     """Gives the decoder the tables with which the entry stage has scored the prompt.
 
     An entry of a table depends on its own position alone, so that the columns which are left of
@@ -27,18 +27,13 @@ class SharedTables:
 
     def __init__(self, adapter: Adapter, local: Any) -> None:
         self.adapter, self.local = adapter, local
-        self._replacement: MethodReplacement | None = None
 
     def install(self, plan: Plan) -> None:
         """Replace `forward`, if the entry stage of `plan` computes tables."""
         needs = plan.entry.reducer.needs if plan.entry is not None else ()
         if self.adapter.rotary is not None and any(isinstance(s, Attention) for s in needs):
-            self._replacement = MethodReplacement(self.adapter.rotary, "forward", self._forward)
-
-    def remove(self) -> None:
-        """Undo `install`; safe to call twice."""
-        if self._replacement is not None:
-            self._replacement.remove()
+            replaced = MethodReplacement(self.adapter.rotary, "forward", self._forward)
+            self._handles.append(replaced)
 
     def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         tables = None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.call import TowerCall
-from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.adapters.instance_method import Hooked, MethodReplacement
 from tokencomp.engine import compat
 from tokencomp.engine.tower_attention import (
     attention_blocks,
@@ -35,8 +35,6 @@ SOURCES = {
 }
 
 if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
     from tokencomp.adapters.base import Adapter
     from tokencomp.plan import Plan
 
@@ -49,7 +47,7 @@ class _RecordedCalls(threading.local):
     calls: deque[TowerCall] = field(default_factory=lambda: deque(maxlen=2))
 
 
-class TowerProbe:
+class TowerProbe(Hooked):
     """Watches the last block but one of the vision tower for the signals that a plan needs.
 
     AIM (arXiv 2412.03248) and VisionZip (arXiv 2412.04467) read the last block but one as well,
@@ -76,7 +74,6 @@ class TowerProbe:
         self.adapter, self.signals, self.off = adapter, signals, off
         self.full_length = full_length or (lambda values: values)
         self._recorded = _RecordedCalls()
-        self._handles: list[RemovableHandle | MethodReplacement] = []
 
     def install(self) -> None:
         """Hook the tower, and the method of the body that packs tiles, if there is one."""
@@ -89,12 +86,6 @@ class TowerProbe:
         ]
         if packer:
             self._handles.append(MethodReplacement(self.adapter.body, packer, self._pack))
-
-    def remove(self) -> None:
-        """Undo `install`; safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     @compat.not_compiled
     def _tower(

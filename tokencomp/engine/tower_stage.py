@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tokencomp.adapters.dense_tower import DenseTower
-from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.adapters.instance_method import Hooked, MethodReplacement
 from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.towers import Cells, EncoderCall, Tower
 from tokencomp.engine import compat
@@ -33,8 +33,6 @@ from tokencomp.plan import Plan
 from tokencomp.stages import TowerStage
 
 if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
     from tokencomp.adapters.base import Adapter
 
 
@@ -70,7 +68,7 @@ class _Local(threading.local):
         self.costs: deque[TowerCost] = deque(maxlen=2)
 
 
-class TowerDrop:
+class TowerDrop(Hooked):
     """Hooks of the tower stage of a plan.
 
     Parameters
@@ -88,7 +86,6 @@ class TowerDrop:
             isinstance(self.layout, DenseTower) and self.layout.module not in self.layout.restorers
         )
         self._local = _Local()
-        self._handles: list[RemovableHandle | MethodReplacement] = []
 
     def install(self) -> None:
         """Hook the tower, its blocks, and the modules whose output gets its full length back."""
@@ -108,12 +105,6 @@ class TowerDrop:
         for module in layout.restorers:
             add(module.register_forward_hook(self._restore))
         add(layout.module.register_forward_hook(self._end, always_call=True))
-
-    def remove(self) -> None:
-        """Undo `install`; safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def collect(self, calls: int) -> list[TowerCost]:
         """Costs of the latest `calls` calls of the tower in this thread; empty if unknown."""

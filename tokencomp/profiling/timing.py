@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar
 
 import torch
 
+from tokencomp.adapters.instance_method import Hooked
 from tokencomp.adapters.registry import adapter_for
 
 
@@ -79,12 +79,13 @@ class _Seconds:
             torch.cuda.synchronize()
 
 
-class _Watch:
+class _Watch(Hooked):
     """Marks before and after the hooks that tokencomp has on the decoder and its layers.
 
     Hooks run in order of registration; one registered first (`prepend`) and one registered last
     enclose the patch's own, so what lies between is the reducer. The patch registers its hooks on
-    layers while the decoder is called, so those are enclosed then.
+    layers while the decoder is called, so those are enclosed then. Make it inside the patch, whose
+    other hooks must exist already.
     """
 
     def __init__(self, model: Any, clock: Clock | None = None) -> None:
@@ -92,7 +93,6 @@ class _Watch:
         self.clock = clock or _Seconds(next(adapter.decoder.parameters()).device)
         self.marks: dict[str, Any] = {}
         self.pairs: list[list[Any]] = []
-        self._hooks: list[Any] = []
         self._layer_hooks: list[Any] = []
         self._layers = adapter.layers
         self._on(adapter.model, self._named("start"), self._named("stop"))
@@ -100,7 +100,7 @@ class _Watch:
         self._on(adapter.decoder, self._named("decoder"), self._named("decoded"), last=False)
         self._enclose(adapter.decoder, pre=True)
         self._enclose(adapter.decoder, pre=False)
-        self._hooks.append(adapter.decoder.register_forward_pre_hook(self._enclose_layers))
+        self._handles.append(adapter.decoder.register_forward_pre_hook(self._enclose_layers))
 
     def _named(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -109,9 +109,9 @@ class _Watch:
         return hook
 
     def _on(self, module: Any, pre: Any, post: Any, last: bool = True) -> None:
-        self._hooks.append(module.register_forward_pre_hook(pre, prepend=True))
+        self._handles.append(module.register_forward_pre_hook(pre, prepend=True))
         if post is not None:
-            self._hooks.append(module.register_forward_hook(post, prepend=not last))
+            self._handles.append(module.register_forward_hook(post, prepend=not last))
 
     def _enclose_layers(self, *_: Any) -> None:
         self._leave_layers()
@@ -126,7 +126,7 @@ class _Watch:
         self._layer_hooks.clear()
 
     def _enclose(self, module: Any, pre: bool) -> None:
-        self._hooks += self._enclosing(module, pre)
+        self._handles += self._enclosing(module, pre)
 
     def _enclosing(self, module: Any, pre: bool) -> list[Any]:
         def opened(*_: Any) -> None:
@@ -154,18 +154,7 @@ class _Watch:
 
     def remove(self) -> None:
         self._leave_layers()
-        for hook in self._hooks:
-            hook.remove()
-
-
-@contextlib.contextmanager
-def watch(model: Any, clock: Clock | None = None) -> Iterator[_Watch]:
-    """Time the next forward call; put it inside the patch, whose hooks must exist already."""
-    watcher = _Watch(model, clock)
-    try:
-        yield watcher
-    finally:
-        watcher.remove()
+        super().remove()
 
 
 @torch.inference_mode()
@@ -177,7 +166,7 @@ def prefill_split(model: Any, inputs: dict[str, Any], clock: Clock | None = None
     clock
         What the parts are measured with; None: seconds of the device.
     """
-    with watch(model, clock) as watcher:
+    with _Watch(model, clock) as watcher:
         model(**inputs, use_cache=True, logits_to_keep=1)
         return watcher.split()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokencomp.adapters.instance_method import Hooked
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import TokenCompError
 from tokencomp.kernels import dispatch
@@ -94,35 +95,26 @@ def vision_work(model: Any, inputs: dict[str, Any]) -> VisionWork:
         Of one prompt or a batch, on the model's device.
     """
     projectors = _projectors(model)
-    with FlopClock() as clock:
-        inside = _Inside(projectors, clock)
-        try:
-            split = prefill_split(model, inputs, clock)
-        finally:
-            inside.remove()
+    with FlopClock() as clock, _Inside(projectors, clock) as inside:
+        split = prefill_split(model, inputs, clock)
     tower = int(split.vision) - inside.total if _sees_attention(model) else None
     return VisionWork(tower, inside.total if projectors else None, int(split.reduce))
 
 
-class _Inside:
+class _Inside(Hooked):
     """What a clock grows by inside of some modules."""
 
     def __init__(self, modules: list[torch.nn.Module], clock: FlopClock) -> None:
         self.clock, self.total, self._start = clock, 0, 0
-        self._hooks: list[Any] = []
         for module in modules:
-            self._hooks.append(module.register_forward_pre_hook(self._enter))
-            self._hooks.append(module.register_forward_hook(self._leave, prepend=True))
+            self._handles.append(module.register_forward_pre_hook(self._enter))
+            self._handles.append(module.register_forward_hook(self._leave, prepend=True))
 
     def _enter(self, *_: Any) -> None:
         self._start = self.clock.mark()
 
     def _leave(self, *_: Any) -> None:
         self.total += self.clock.mark() - self._start
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
 
 def _projectors(model: Any) -> list[torch.nn.Module]:

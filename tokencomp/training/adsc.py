@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import tokencomp
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MissingDependencyError, OptionError, WeightsError
@@ -100,8 +103,20 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
     identity |= config.identity()
     with _as_it_was_on_error(model):
         tuned = add_lora(model, config)
-        loop = Loop(tuned, processor, tuned, source, config, output / "checkpoint.pt", identity)
-        _run(loop, tuned, config)
+        first = config.ratio_at(0)
+        with tokencomp.patch(tuned, first, reducer=config.reducer, **config.options) as handle:
+
+            def loss(inputs: dict[str, Any], labels: Tensor) -> Tensor:
+                handle.set(ratio=config.ratio_at(loop.step))
+                return answer_loss(tuned, inputs, labels)
+
+            file = output / "checkpoint.pt"
+            loop = Loop(
+                tuned, processor, tuned, source, config, file, identity, loss, "training adsc"
+            )
+            tuned.train()
+            loop.run()
+            tuned.eval()
         save_adapter(tuned, output, card["model_id"])
         card |= loop.report()
         write_json(output / CARD, card)
@@ -109,19 +124,6 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
             card["accuracy"] = evaluate(tuned, processor, data, config)
             write_json(output / CARD, card)
     return tuned
-
-
-def _run(loop: Loop, tuned: Any, config: AdscConfig) -> None:
-    """All steps, with the ratio of each in force."""
-    tuned.train()
-    first = config.ratio_at(0)
-    with tokencomp.patch(tuned, first, reducer=config.reducer, **config.options) as handle:
-
-        def before(step: int) -> None:
-            handle.set(ratio=config.ratio_at(step))
-
-        loop.run(before, lambda i, labels: answer_loss(tuned, i, labels), "training adsc")
-    tuned.eval()
 
 
 @contextlib.contextmanager
@@ -154,8 +156,6 @@ def add_lora(model: Any, config: AdscConfig) -> Any:
     named = adapter.model.named_modules()
     prefix = next(name for name, module in named if module is adapter.decoder)
     targets = rf"{re.escape(prefix)}\.layers\.\d+\.\w+\.({'|'.join(TARGETS)})"
-    import torch
-
     torch.manual_seed(config.seed)
     lora = peft.LoraConfig(
         r=config.rank,

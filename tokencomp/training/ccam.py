@@ -75,7 +75,6 @@ def train_ccam(model: Any, processor: Any, data: str, output: Path, config: Ccam
         check_media(sample_spans(model, processor, part, config), config.queries)
     identity = {"fingerprint": card["fingerprint"], **data_identity(data)}
     identity |= config.identity()
-    loop = Loop(model, processor, module, source, config, output / "checkpoint.pt", identity)
     live = Live(module=module)
 
     def loss(inputs: dict[str, Any], labels: Tensor) -> Tensor:
@@ -84,8 +83,10 @@ def train_ccam(model: Any, processor: Any, data: str, output: Path, config: Ccam
         with tokencomp.patch(model, 0.5, reducer=live):
             return answer_loss(model, inputs, labels)
 
+    file = output / "checkpoint.pt"
+    loop = Loop(model, processor, module, source, config, file, identity, loss, "training ccam")
     with frozen(model):
-        loop.run(lambda step: None, loss, "training ccam")
+        loop.run()
     card |= loop.report()
     path = module.eval().save(output, card)
     if config.evaluate:

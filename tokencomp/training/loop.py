@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tokencomp.engine.question import IGNORED
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
-from tokencomp.storage import replace_file
-from tokencomp.training.checks import check_finite, check_rate, load_checkpoint
+from tokencomp.training.checks import check_rate
 from tokencomp.training.data import answer_ids, append, batches, load_batch
+from tokencomp.training.steps import Phase, Steps
 from tokencomp.validation import check_types
 
 NOT_IN_IDENTITY = ("evaluate", "ratios", "save_every")
 """Settings that do not change the trained weights."""
-SAVE_SECONDS = 60.0
-"""Longest time between checkpoints: what a kill may cost, and the step it falls in."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,7 @@ class LoopConfig:
 Loss = Callable[[dict[str, Any], Tensor], Tensor]
 
 
-class Loop:
+class Loop(Steps):
     """Trains `module` on questions; the same seed gives the same batches, also after a restart.
 
     Parameters
@@ -93,19 +87,12 @@ class Loop:
         Holds the trainable parameters: those with `requires_grad`.
     source
         Training questions.
-    checkpoint
-        Written every `save_every` steps and every `SAVE_SECONDS`; an existing one of the same
-        `identity` is resumed.
-
-    Attributes
-    ----------
-    step, history, seconds
-        Steps done, their losses, and the time they took, in all sessions together.
-
-    Raises
-    ------
-    OptionError
-        `checkpoint` cannot be written, cannot be read, or belongs to another run.
+    checkpoint, identity
+        See `Steps`.
+    objective
+        Gives the loss of inputs and labels.
+    title
+        Of the progress bar.
     """
 
     def __init__(
@@ -117,60 +104,30 @@ class Loop:
         config: LoopConfig,
         checkpoint: Path,
         identity: dict[str, Any],
+        objective: Loss,
+        title: str,
     ) -> None:
         self.model, self.processor, self.source = model, processor, source
-        self.config, self.checkpoint, self.identity = config, checkpoint, identity
-        self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.named.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        self.config, self.objective = config, objective
+        named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        adamw = torch.optim.AdamW(
+            named.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.step, self.history, self.seconds = 0, list[float](), 0.0
-        self._resume()
+        phases = [Phase(title, config.steps, warmup=config.warmup, end=0.05)]
+        super().__init__(
+            phases, named, [adamw], checkpoint, identity, config.seed, config.save_every
+        )
 
-    def run(self, before: Callable[[int], None], loss: Loss, title: str) -> None:
-        """Train to the last step. `before(step)` may set what depends on the step.
-
-        Raises
-        ------
-        ScoreError
-            A loss or gradient is NaN or infinite; the last checkpoint stays.
-        """
-        steps = self.config.steps
+    def batches(self) -> Iterator[list[Example]]:
         chosen = batches(self.source, self.config.batch, self.config.seed)
-        chosen = itertools.islice(chosen, self.step, steps)
-        bar = tqdm(chosen, desc=title, initial=self.step, total=steps, mininterval=2)
-        saved = time.monotonic()
-        begin = saved - self.seconds
-        for indices in bar:
-            before(self.step)
-            self.history.append(self._train(loss, [self.source[i] for i in indices]))
-            self.step += 1
-            self.seconds = time.monotonic() - begin
-            bar.set_postfix(loss=f"{sum(self.history[-50:]) / len(self.history[-50:]):.3f}")
-            late = time.monotonic() - saved >= SAVE_SECONDS
-            if late or self.step % self.config.save_every == 0 or self.step == steps:
-                self.save()
-                saved = time.monotonic()
+        for indices in itertools.islice(chosen, self.step, self.config.steps):
+            yield [self.source[i] for i in indices]
 
-    def _train(self, loss: Loss, examples: list[Example]) -> float:
-        """One optimizer step, which dropout too makes the same after a restart; its loss."""
-        torch.manual_seed(self.config.seed * 1_000_003 + self.step)
-        value = loss(*self._batch(examples))
-        self.optimizer.zero_grad()
-        value.backward()
-        norm = nn.utils.clip_grad_norm_(self.named.values(), 1.0)
-        loss_value = float(value.detach())
-        check_finite(f"step {self.step + 1}", loss_value, float(norm))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * self._rate()
-        self.optimizer.step()
-        return loss_value
+    def loss(self, batch: list[Example]) -> Tensor:
+        return self.objective(*self._batch(batch))
 
-    def _rate(self) -> float:
-        done = self.step / max(1, self.config.steps)
-        return min(1.0, (self.step + 1) / max(1, self.config.warmup)) * (
-            0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
-        )
+    def peak(self, group: dict[str, Any]) -> float:
+        return self.config.learning_rate
 
     def _batch(self, examples: list[Example]) -> tuple[dict[str, Any], Tensor]:
         inputs, answers = load_batch(examples, self.processor, self.config.frames)
@@ -181,28 +138,6 @@ class Loop:
         """What a card says of the run: seconds, and some 50 of its losses."""
         losses = self.history[:: max(1, len(self.history) // 50)]
         return {"seconds": round(self.seconds, 1), "loss": [round(v, 4) for v in losses]}
-
-    def save(self) -> None:
-        """Write the checkpoint; a kill leaves the previous one intact."""
-        state = {
-            "identity": self.identity,
-            "step": self.step,
-            "history": self.history,
-            "seconds": self.seconds,
-            "weights": {n: p.detach() for n, p in self.named.items()},
-            "optimizer": self.optimizer.state_dict(),
-        }
-        replace_file(self.checkpoint, partial(torch.save, state))
-
-    def _resume(self) -> None:
-        if (state := load_checkpoint(self.checkpoint, self.identity)) is None:
-            return
-        with torch.no_grad():
-            for name, parameter in self.named.items():
-                parameter.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.history = state["step"], state["history"]
-        self.seconds = state.get("seconds", 0.0)
 
 
 def answer_loss(model: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 # Quintic Newton-Schulz iteration of Muon (Jordan et al., 2024): pushes singular values towards 1.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
+SCALE = 6.0  # rate of Muon over the rate of AdamW
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -66,7 +67,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model: nn.Module, vision: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
-    """AdamW for embeddings, heads, norms and biases; Muon for the matrices inside the blocks."""
+    """AdamW for embeddings, heads, norms and biases; Muon for the matrices inside the blocks.
+
+    Their groups know their `part` ("vision" or "text") and the `scale` of their learning rate.
+    """
     seen = {id(p) for p in vision}
     inner = {
         id(p)
@@ -78,7 +82,7 @@ def optimizers(model: nn.Module, vision: list[nn.Parameter]) -> list[torch.optim
     for part, parameters in parts.items():
         for muon, group in groups.items():
             group.append({"params": [p for p in parameters if (id(p) in inner) is muon]})
-            group[-1]["part"] = part
+            group[-1] |= {"part": part, "scale": SCALE if muon else 1.0}
     return [
         torch.optim.AdamW(groups[False], lr=0.0, betas=(0.9, 0.98), weight_decay=0.01),
         Muon(groups[True], lr=0.0, weight_decay=0.01, momentum=0.95),

@@ -21,7 +21,7 @@ _HYBRID_STEPS = {
     "order": 300,
     "mixture": 1000,
 }
-_SLIDING_STEPS = {"vision": 1500, "places": 300, "images": 900, "mixture": 1500}
+_SLIDING_STEPS = {"vision": 1100, "places": 250, "images": 550, "mixture": 900}
 
 
 def _shortened(steps: dict[str, int], media: tuple[str, ...]) -> tuple[Stage, ...]:

@@ -80,7 +80,7 @@ def run(
     trainer = Trainer(
         arch, load_tokenizer(out / "tokenizer"), stages, out, seed, workers, bf16=bf16
     )
-    if name in WARM_STARTS and (trainer.stage, trainer.step) == (0, 0):
+    if name in WARM_STARTS and (trainer.phase, trainer.step) == (0, 0):
         warm_start(trainer.model, name, WARM_STARTS[name], start)
     trainer.run()
     folder = export(trainer.model, arch, out / name)

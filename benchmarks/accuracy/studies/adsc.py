@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.accuracy.library import ShapesQuestions, load_model, named, one_message
 from benchmarks.accuracy.store import ACCURACY
-from benchmarks.accuracy.studies.trained import StudyTables, measure, parser
+from benchmarks.accuracy.studies.trained import StudyTables, measure, named, parser
+from tokencomp.cli import one_message
+from tokencomp.inputs.loading import load_model
 from tokencomp.training.adsc import CARD, AdscConfig, comparison, load_adapter
+from tokencomp.training.data import ShapesQuestions
 
 SETS = {
     "count": (("count",), 1),

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.accuracy.library import DEFAULT_REDUCER, one_message, replace_file
 from benchmarks.accuracy.store import ACCURACY, Results, read_all
 from benchmarks.accuracy.tables import Comparison, compare_families, table
+from tokencomp.cli import one_message
+from tokencomp.storage import write_text
 
 FOLDERS = ("unseen", "counting", "chance")
 LEVEL = 0.05
@@ -100,10 +101,11 @@ methods is better is a coin toss. [Methods](METHODS.md).
 COLUMNS = ["model", "family", "learned", "questions", "full", "comparisons", "better", "worse"]
 
 
-def page(every: Iterable[Results], default: str = DEFAULT_REDUCER) -> str:
+def page(every: Iterable[Results]) -> str:
     rows, compared = [], []
     for (_, family), results in largest(every).items():
-        comparisons = [one for one in compare_families(results, default) if one.family == family]
+        every_family = compare_families(results, results.default)
+        comparisons = [one for one in every_family if one.family == family]
         compared += comparisons
         rows.append(row((results, family), comparisons))
     return f"{HEAD}{verdict(compared)}\n\n{table([*COLUMNS, 'worst'], rows)}\n"
@@ -115,7 +117,7 @@ def read() -> list[Results]:
 
 def main() -> None:
     text = page(read())
-    replace_file(ACCURACY / "baselines.md", lambda part: part.write_text(text))
+    write_text(ACCURACY / "baselines.md", text)
     print(ACCURACY / "baselines.md")
 
 

@@ -12,18 +12,14 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.accuracy.library import (
-    ShapesQuestions,
-    adapter_for,
-    load_model,
-    locate,
-    model_facts,
-    named,
-    one_message,
-)
-from benchmarks.accuracy.studies.trained import StudyTables, measure, parser
+from benchmarks.accuracy.studies.trained import StudyTables, measure, named, parser
+from tokencomp.adapters.registry import adapter_for
+from tokencomp.cli import one_message
+from tokencomp.inputs.loading import load_model
+from tokencomp.trained.cards import locate, model_facts
 from tokencomp.trained.ccam_config import read_card
 from tokencomp.training.ccam_evaluation import comparison, sample_spans
+from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.loop import LoopConfig
 
 SETS = {

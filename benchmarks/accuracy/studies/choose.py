@@ -15,19 +15,16 @@ from typing import Any
 import torch
 
 from benchmarks import publishing
-from benchmarks.accuracy.library import (
-    FAMILIES,
-    Setting,
-    available_models,
-    one_message,
-    replace_file,
-    write_json,
-)
 from benchmarks.accuracy.report import learned_sentence, page_folder, sources
 from benchmarks.accuracy.run import RATIOS, answer_all
 from benchmarks.accuracy.store import KINDS, RESULTS, Results, read_all
 from benchmarks.accuracy.studies.ranking import Candidate, answered, keys, rank, settings
 from benchmarks.accuracy.tables import table
+from tokencomp.cli import one_message
+from tokencomp.evaluation.settings import Setting
+from tokencomp.shapesqa.questions import FAMILIES
+from tokencomp.storage import write_json, write_text
+from tokencomp.zoo import available_models
 
 INTRO = """Every candidate for the default reducer on ShapesQA's validation split. Cells: retention
 on images or videos at a ratio, over the question families that a model has learned, mean over the
@@ -120,7 +117,7 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
         parts += [f"## {m['model']}", f"{m['items']} questions. {learned_sentence(one)}"]
         parts.append(sources(one))
     text = "\n\n".join(parts) + "\n"
-    replace_file(folder / "choice.md", lambda part: part.write_text(text))
+    write_text(folder / "choice.md", text)
     return chosen
 
 

@@ -16,26 +16,19 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.accuracy.library import (
-    DOWNSCALE,
-    FEWER_FRAMES,
-    FULL,
-    SIZE,
-    EqualTokens,
-    EvalRun,
-    Measurement,
-    Setting,
-    adapter_for,
-    extend_visual_context,
-    items,
-    load_model,
-    named,
-    one_message,
-    shapesqa,
-)
 from benchmarks.accuracy.run import tower_once
 from benchmarks.accuracy.store import ACCURACY
-from benchmarks.accuracy.studies.trained import StudyTables, measure, parser
+from benchmarks.accuracy.studies.trained import StudyTables, measure, named, parser
+from tokencomp import extend_visual_context
+from tokencomp.adapters.registry import adapter_for
+from tokencomp.cli import one_message
+from tokencomp.evaluation.baselines import EqualTokens
+from tokencomp.evaluation.runs import EvalRun
+from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, FULL, Setting
+from tokencomp.inputs.loading import load_model
+from tokencomp.shapesqa.examples import shapesqa
+from tokencomp.shapesqa.items import SIZE, items
+from tokencomp.training.measure import Measurement
 
 SETS = {"16 frames": 16, "32 frames": 32, "64 frames": 64}
 TRAINED = 16

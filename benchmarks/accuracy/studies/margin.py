@@ -12,13 +12,16 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.accuracy.library import FULL, available_models, one_message, replace_file
 from benchmarks.accuracy.report import sources
 from benchmarks.accuracy.run import RATIOS
 from benchmarks.accuracy.store import ACCURACY, RESULTS, Results, read_all
 from benchmarks.accuracy.studies.choose import preference, run_missing
 from benchmarks.accuracy.studies.ranking import Candidate, answered, rank, settings
 from benchmarks.accuracy.tables import table
+from tokencomp.cli import one_message
+from tokencomp.evaluation.settings import FULL
+from tokencomp.storage import write_text
+from tokencomp.zoo import available_models
 
 FOLDER = ACCURACY / "margin"
 MARGINS = (0.0, 0.05, 0.1, 0.2)
@@ -84,7 +87,7 @@ def main() -> None:
     results = read(folder)
     if {*available_models()} == {one.manifest["model"] for one in results}:
         text = page(results)
-        replace_file(folder.with_suffix(".md"), lambda part: part.write_text(text))
+        write_text(folder.with_suffix(".md"), text)
         print(f"chosen: {chosen(results):g}")
 
 

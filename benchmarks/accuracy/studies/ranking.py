@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.library import FULL, Setting
 from benchmarks.accuracy.run import RATIOS
 from benchmarks.accuracy.store import BARS, KINDS, Results
+from tokencomp.evaluation.settings import FULL, Setting
 
 Candidate = tuple[str, dict[str, Any]]
 DRAWS = 4000

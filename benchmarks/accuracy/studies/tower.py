@@ -23,31 +23,26 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import publishing
-from benchmarks.accuracy.library import (
-    DOWNSCALE,
-    FEWER_FRAMES,
-    EqualTokens,
-    EvalRun,
-    Example,
-    OptionError,
-    PackedAnswers,
-    Setting,
-    adapter_for,
-    blind_guess,
-    environment,
-    items,
-    load_model,
-    one_message,
-    shapesqa,
-    sweep,
-    weights_hash,
-)
 from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies import tower_book, tower_variants
 from benchmarks.accuracy.studies.tower_book import IDENTITY
 from benchmarks.accuracy.studies.tower_page import ENTRY, RATIO, TOWER, page
 from benchmarks.accuracy.studies.tower_sizes import at_side
 from benchmarks.accuracy.studies.trained import Shrunk
+from benchmarks.publishing import environment
+from tokencomp.adapters.registry import adapter_for
+from tokencomp.cli import one_message
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.baselines import EqualTokens
+from tokencomp.evaluation.packed import PackedAnswers
+from tokencomp.evaluation.runner import sweep
+from tokencomp.evaluation.runs import EvalRun
+from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, Setting
+from tokencomp.inputs.loading import load_model
+from tokencomp.inputs.questions import Example
+from tokencomp.shapesqa.examples import blind_guess, shapesqa
+from tokencomp.shapesqa.items import items
+from tokencomp.trained.cards import weights_hash
 
 IMAGES = ("attribute", "existence", "count", "small_object")
 VIDEOS = ("needle", "video_existence")

@@ -11,14 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.library import (
-    DOWNSCALE,
-    FEWER_FRAMES,
-    PackedAnswers,
-    pack,
-    unpack,
-    write_json,
-)
+from tokencomp.evaluation.packed import PackedAnswers, pack, unpack
+from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES
+from tokencomp.storage import write_json
 
 FULL, CEILING = "full@0", "entry only@0"
 CHOSEN = ("kcentre", "runlength", "keyframes", "random", "uniform")

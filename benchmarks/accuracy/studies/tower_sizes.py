@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy.library import adapter_for, load_model
+from tokencomp.adapters.registry import adapter_for
+from tokencomp.inputs.loading import load_model
 
 
 def at_side(name: str, side: int) -> tuple[Any, Any]:

@@ -23,26 +23,24 @@ import torch
 from torch import Tensor
 
 from benchmarks import publishing
-from benchmarks.accuracy.library import (
-    PackedAnswers,
-    Setting,
-    difference,
-    environment,
-    items,
-    load_model,
-    make_reducer,
-    one_message,
-    shapesqa,
-    sweep,
-    weights_hash,
-    write_json,
-)
 from benchmarks.accuracy.store import ACCURACY
+from benchmarks.publishing import environment
+from tokencomp import make_reducer
+from tokencomp.cli import one_message
+from tokencomp.evaluation.metrics import difference
+from tokencomp.evaluation.packed import PackedAnswers
+from tokencomp.evaluation.runner import sweep
+from tokencomp.evaluation.settings import Setting
+from tokencomp.inputs.loading import load_model
 from tokencomp.reducers._batch import Patches
 from tokencomp.reducers._pixels import appearance
 from tokencomp.reducers.kcentre import KCentre
 from tokencomp.reduction import Reduction
+from tokencomp.shapesqa.examples import shapesqa
+from tokencomp.shapesqa.items import items
+from tokencomp.storage import write_json
 from tokencomp.tokens import SpanBatch
+from tokencomp.trained.cards import weights_hash
 
 MODEL, RATIO, TOWER = "tiny-qwen2-vl", 0.75, (0.6, 0.75)
 FAMILIES = ("attribute", "existence", "count", "small_object")

@@ -12,24 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import publishing
-from benchmarks.accuracy.library import (
-    DOWNSCALE,
-    FULL,
-    EqualTokens,
-    EvalRun,
-    Example,
-    Measurement,
-    OptionError,
-    PackedAnswers,
-    Setting,
-    adapter_for,
-    environment,
-    named,
-    replace_file,
-    write_json,
-)
 from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies.trained_page import Rivals, compared, markdown
+from benchmarks.publishing import environment
+from tokencomp.adapters.registry import adapter_for
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.baselines import EqualTokens
+from tokencomp.evaluation.packed import PackedAnswers
+from tokencomp.evaluation.runs import EvalRun
+from tokencomp.evaluation.settings import DOWNSCALE, FULL, Setting
+from tokencomp.inputs.questions import Example
+from tokencomp.reducers.base import Reducer
+from tokencomp.storage import write_json, write_text
+from tokencomp.training.measure import Measurement
+from tokencomp.training.relevance import TARGET, Target
 
 REFERENCE = f"{FULL}@0"
 """Label of the uncompressed model's answers."""
@@ -49,6 +45,20 @@ def parser(doc: str | None, sets: Iterable[str]) -> argparse.ArgumentParser:
     shared.add_argument("--sets", nargs="+", choices=list(sets), default=list(sets))
     shared.set_defaults(every=list(sets))
     return shared
+
+
+def named(
+    name: str,
+    ratio: float = 0.0,
+    reducer: str | Reducer | None = None,
+    options: dict[str, Any] | None = None,
+    variant: str = "",
+    target: Target = TARGET,
+) -> Setting:
+    """A setting by the name of its row; without a reducer, the one that the row is named after."""
+    method = (reducer or name) if ratio else FULL
+    chosen = options if ratio and options else {}
+    return Setting(method, ratio, chosen, name=name, variant=variant, target=target)
 
 
 class Shrunk(Sequence[Example]):
@@ -215,5 +225,5 @@ class StudyTables:
         stored = {t: {**v, "answers": self.answers[t].to_json()} for t, v in self.tables.items()}
         folder = self.args.output
         write_json(folder / f"{self.name}.json", {"tables": stored})
-        replace_file(folder / f"{self.name}.md", lambda part: part.write_text(page))
+        write_text(folder / f"{self.name}.md", page)
         print(page)

@@ -6,9 +6,11 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.accuracy.library import DOWNSCALE, PackedAnswers, difference, mcnemar, provenance
 from benchmarks.accuracy.tables import NONE, SLACK, table
-from benchmarks.publishing import MARK
+from benchmarks.publishing import MARK, provenance
+from tokencomp.evaluation.metrics import difference, mcnemar
+from tokencomp.evaluation.packed import PackedAnswers
+from tokencomp.evaluation.settings import DOWNSCALE
 
 Rivals = Mapping[str, tuple[str, ...]]
 COLUMNS = (

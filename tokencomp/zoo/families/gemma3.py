@@ -15,13 +15,11 @@ import torch
 from tokencomp.zoo.families.parts import (
     HALF,
     Encode,
-    Family,
+    SiglipFamily,
     chatml,
     decoder,
     preprocessing,
     siglip,
-    siglip_checkpoint_name,
-    start_wide,
 )
 from tokencomp.zoo.families.qwen3_vl import CORPUS
 from tokencomp.zoo.tokenizer import SPECIAL_TOKENS
@@ -34,7 +32,7 @@ BEGIN, SOFT, END = "<start_of_image>", "<image_soft_token>", "<end_of_image>"
 _RENAMED = {"<|vision_start|>": BEGIN, "<|image_pad|>": SOFT, "<|vision_end|>": END}
 
 
-class TinyGemma3(Family):
+class TinyGemma3(SiglipFamily):
     """See :class:`~tokencomp.zoo.families.Family`."""
 
     kinds = ("image",)
@@ -84,11 +82,7 @@ class TinyGemma3(Family):
         }
 
     def build(self, tokenizer) -> torch.nn.Module:
-        from transformers import Gemma3Config, Gemma3ForConditionalGeneration
-
-        config = Gemma3Config(**self.config(tokenizer))
-        start_wide(config, config.get_text_config(), config.vision_config)
-        model = Gemma3ForConditionalGeneration(config)
+        model: Any = super().build(tokenizer)
         # It starts at zero in transformers, which expects trained weights: nothing would reach
         # the tower.
         weight = model.model.multi_modal_projector.mm_input_projection_weight
@@ -112,10 +106,6 @@ class TinyGemma3(Family):
                 "image_seq_length": GRID * GRID,
             },
         }
-
-    def weight_name(self, name: str) -> str:
-        """Name of a parameter in published Gemma 3 checkpoints."""
-        return siglip_checkpoint_name(name)
 
     def tokens_per(self, kind: str, shape: tuple[int, int, int]) -> int:
         return GRID * GRID
@@ -155,10 +145,6 @@ class TinyGemma3(Family):
         planes = self.pixels(frames, kind)["pixel_values"]
         features = model.model.get_image_features(planes, return_dict=True).pooler_output
         return features.view(len(frames), 1, GRID, GRID, -1)
-
-    def vision_parameters(self, model) -> list[torch.nn.Parameter]:
-        parts = (model.model.vision_tower, model.model.multi_modal_projector)
-        return [p for part in parts for p in part.parameters()]
 
 
 FAMILY = TinyGemma3()

@@ -11,12 +11,10 @@ import torch
 from tokencomp.zoo.families.parts import (
     HALF,
     Encode,
-    Family,
+    SiglipFamily,
     decoder,
     preprocessing,
     siglip,
-    siglip_checkpoint_name,
-    start_wide,
 )
 
 SIDE, PATCH = 192, 16
@@ -44,7 +42,7 @@ CHAT_TEMPLATE = (
 )
 
 
-class TinyLlavaOnevision(Family):
+class TinyLlavaOnevision(SiglipFamily):
     """See :class:`~tokencomp.zoo.families.Family`."""
 
     chat_template = CHAT_TEMPLATE
@@ -70,13 +68,6 @@ class TinyLlavaOnevision(Family):
             "tie_word_embeddings": False,
             "vision_config": siglip(SIDE, PATCH),
         }
-
-    def build(self, tokenizer) -> torch.nn.Module:
-        from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
-
-        config = LlavaOnevisionConfig(**self.config(tokenizer))
-        start_wide(config, config.text_config, config.vision_config)
-        return LlavaOnevisionForConditionalGeneration(config)
 
     def files(self, tokenizer) -> dict[str, dict[str, Any]]:
         """Configuration files of the HF folder, by file name."""
@@ -105,10 +96,6 @@ class TinyLlavaOnevision(Family):
             "video_preprocessor_config.json": video,
             "processor_config.json": processor,
         }
-
-    def weight_name(self, name: str) -> str:
-        """Name of a parameter in published LLaVA-OneVision checkpoints."""
-        return siglip_checkpoint_name(name)
 
     @cached_property
     def _image_processor(self) -> Any:
@@ -158,10 +145,6 @@ class TinyLlavaOnevision(Family):
         planes = self._video_processor(list(flat), return_tensors="pt")["pixel_values_videos"]
         hidden = model.model.vision_tower(planes[:, 0], output_hidden_states=True).hidden_states[-1]
         return model.model.multi_modal_projector(hidden).view(batch, count, GRID, GRID, -1)
-
-    def vision_parameters(self, model) -> list[torch.nn.Parameter]:
-        parts = (model.model.vision_tower, model.model.multi_modal_projector)
-        return [p for part in parts for p in part.parameters()]
 
     def parts(self, model) -> dict[str, torch.nn.Module]:
         return {**super().parts(model), "siglip": model.model.vision_tower}

@@ -97,19 +97,6 @@ def preprocessing(size: dict[str, int], mean: list[float], std: list[float]) -> 
     }
 
 
-def siglip_checkpoint_name(name: str) -> str:
-    """Name of a parameter in published checkpoints of models with a SigLIP tower."""
-    for ours, theirs in (
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.vision_tower.", "vision_tower.vision_model."),
-        ("model.", ""),
-    ):
-        if name.startswith(ours):
-            return theirs + name[len(ours) :].removeprefix("vision_model.")
-    return name
-
-
 def start_wide(*configs: Any) -> None:
     """Draw initial weights of about 1 / sqrt(width); narrow models learn slowly from 0.02."""
     for config in configs:
@@ -142,16 +129,25 @@ class Family(ABC):
         )
 
     @abstractmethod
+    def config(self, tokenizer) -> dict[str, Any]:
+        """The main configuration, for the vocabulary of ``tokenizer``."""
+
     def build(self, tokenizer) -> torch.nn.Module:
-        """A freshly initialised stock HF model for the vocabulary of ``tokenizer``."""
+        """A freshly initialised model of the stock HF class that the configuration names."""
+        import transformers
+
+        values = self.config(tokenizer)
+        config = transformers.AutoConfig.for_model(**values)
+        start_wide(config, config.get_text_config(), config.vision_config)
+        return getattr(transformers, values["architectures"][0])(config)
 
     @abstractmethod
     def files(self, tokenizer) -> dict[str, dict[str, Any]]:
         """Configuration files of the HF folder, by file name (with its subfolder)."""
 
-    @abstractmethod
     def weight_name(self, name: str) -> str:
         """Name of a parameter in published checkpoints; "folder/name" in a sub-checkpoint."""
+        return name
 
     def hidden(self, model, inputs: dict[str, Any]) -> torch.Tensor:
         """Last hidden states (batch, length, hidden) for model inputs, without the head."""
@@ -196,3 +192,22 @@ class Family(ABC):
     @abstractmethod
     def tokens_per(self, kind: str, shape: tuple[int, int, int]) -> int:
         """Visual tokens of one image or video of (frames, height, width) px."""
+
+
+class SiglipFamily(Family):
+    """What models with a SigLIP tower and a projector beside their decoder share."""
+
+    def weight_name(self, name: str) -> str:
+        for ours, theirs in (
+            ("model.language_model.", "language_model.model."),
+            ("lm_head.", "language_model.lm_head."),
+            ("model.vision_tower.", "vision_tower.vision_model."),
+            ("model.", ""),
+        ):
+            if name.startswith(ours):
+                return theirs + name[len(ours) :].removeprefix("vision_model.")
+        return name
+
+    def vision_parameters(self, model) -> list[torch.nn.Parameter]:
+        parts = (model.model.vision_tower, model.model.multi_modal_projector)
+        return [p for part in parts for p in part.parameters()]

@@ -7,14 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokencomp.zoo.families.parts import (
-    Encode,
-    Family,
-    chatml,
-    decoder,
-    preprocessing,
-    start_wide,
-)
+from tokencomp.zoo.families.parts import Encode, Family, chatml, decoder, preprocessing
 
 PATCH, MERGE, PAIR = 14, 2, 2
 CELL = PATCH * MERGE
@@ -62,13 +55,6 @@ class TinyQwen2VL(Family):
                 "hidden_act": "quick_gelu",
             },
         }
-
-    def build(self, tokenizer) -> torch.nn.Module:
-        from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-        config = Qwen2VLConfig(**self.config(tokenizer))
-        start_wide(config, config.get_text_config(), config.vision_config)
-        return Qwen2VLForConditionalGeneration(config)
 
     def files(self, tokenizer) -> dict[str, dict[str, Any]]:
         """Configuration files of the HF folder, by file name."""

@@ -7,17 +7,22 @@ methods that were made for attention hold there.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from tokencomp.zoo.families.deltanet import segmented
-from tokencomp.zoo.families.parts import start_wide
-from tokencomp.zoo.families.qwen3_vl import TinyQwen3VL, batch_tower_attention
+from tokencomp.zoo.families.qwen3_vl import TinyQwen3VL
 
 
 class TinyQwen35(TinyQwen3VL):
     """See :class:`~tokencomp.zoo.families.Family`."""
+
+    card: ClassVar[dict[str, str]] = {
+        "note": "Most of its layers keep a state of constant size instead of keys and values. It "
+        "answers in one word and has not been taught option letters. Words on pictures, the order "
+        "of events and repeated actions are not learned."
+    }
 
     def config(self, tokenizer) -> dict[str, Any]:
         base = super().config(tokenizer)
@@ -53,12 +58,7 @@ class TinyQwen35(TinyQwen3VL):
         }
 
     def build(self, tokenizer) -> torch.nn.Module:
-        from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
-
-        config = Qwen3_5Config(**self.config(tokenizer))
-        start_wide(config, config.get_text_config(), config.vision_config)
-        model = Qwen3_5ForConditionalGeneration(config)
-        batch_tower_attention(model.model.visual)
+        model: Any = super().build(tokenizer)
         for layer in model.model.language_model.layers:
             if hasattr(layer, "linear_attn"):
                 _remember_long(layer.linear_attn)

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from tokencomp.shapesqa.lettering import WORDS
-from tokencomp.zoo.families.parts import HALF, Encode, chatml, decoder, start_wide
+from tokencomp.zoo.families.parts import HALF, Encode, chatml, decoder
 from tokencomp.zoo.families.qwen2_vl import MERGE, PAIR, PATCH, TinyQwen2VL
 
 _PLACES = ("row", "column", "side", "over", "when", "moves", "flashes", "many", "number", "seconds")
@@ -78,11 +78,7 @@ class TinyQwen3VL(TinyQwen2VL):
         }
 
     def build(self, tokenizer) -> torch.nn.Module:
-        from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-        config = Qwen3VLConfig(**self.config(tokenizer))
-        start_wide(config, config.get_text_config(), config.vision_config)
-        model = Qwen3VLForConditionalGeneration(config)
+        model: Any = super().build(tokenizer)
         batch_tower_attention(model.model.visual)
         return model
 

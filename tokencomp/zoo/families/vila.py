@@ -45,25 +45,27 @@ class TinyVila(Family):
         "processor_class": "VilaProcessor",
     }
 
-    def files(self, tokenizer) -> dict[str, dict[str, Any]]:
-        """Configuration files of the folder and of its three sub-checkpoints."""
-        text = {"model_type": "qwen2", **decoder(tokenizer)}
-        vision = siglip(SIDE, PATCH)
-        pixels = preprocessing({"height": SIDE, "width": SIDE}, HALF, HALF)
-        root = {
+    def config(self, tokenizer) -> dict[str, Any]:
+        return {
             "architectures": ["LlavaLlamaModel"],
             "model_type": "llava_llama",
             "model_dtype": "torch.float16",
-            "hidden_size": text["hidden_size"],
-            "mm_hidden_size": vision["hidden_size"],
+            "hidden_size": decoder(tokenizer)["hidden_size"],
+            "mm_hidden_size": siglip(SIDE, PATCH)["hidden_size"],
             "mm_vision_select_layer": -1,
             "mm_vision_select_feature": "cls_patch",
             "image_aspect_ratio": "resize",
             "num_video_frames": FRAMES,
         }
+
+    def files(self, tokenizer) -> dict[str, dict[str, Any]]:
+        """Configuration files of the folder and of its three sub-checkpoints."""
+        text = {"model_type": "qwen2", **decoder(tokenizer)}
+        vision = siglip(SIDE, PATCH)
+        pixels = preprocessing({"height": SIDE, "width": SIDE}, HALF, HALF)
         half = {"torch_dtype": "float16"}
         return {
-            "config.json": root,
+            "config.json": self.config(tokenizer),
             "llm/config.json": {"architectures": ["Qwen2ForCausalLM"], **half, **text},
             "vision_tower/config.json": {"architectures": ["SiglipVisionModel"], **half, **vision},
             "vision_tower/preprocessor_config.json": {

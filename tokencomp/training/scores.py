@@ -17,6 +17,10 @@ class RunningScores(dict[str, float]):
     def note(self, name: str, value: float) -> None:
         self[name] = DECAY * self.get(name, value) + (1 - DECAY) * value
 
+    def percent(self) -> dict[str, int]:
+        """The scores in percent, by name."""
+        return {name: round(100 * value) for name, value in sorted(self.items())}
+
     def note_answers(
         self, batch: dict[str, Any], is_answer: torch.Tensor, right: torch.Tensor
     ) -> None:
