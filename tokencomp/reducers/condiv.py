@@ -83,7 +83,7 @@ class ConDiv(Reducer):
     every p.
     """
 
-    power: float | Literal["auto"] = 1.0
+    power: float | Literal["auto"] = 0.35
     signal: SignalName = "attention"
     margin: float = 0.2
     centred: bool = False
