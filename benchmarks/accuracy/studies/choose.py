@@ -41,6 +41,7 @@ CANDIDATES: list[Candidate] = [
     *(("condiv", {"power": p, "margin": 0.1}) for p in (0.5, 1.0, 2.0, "auto")),
     *(("condiv", {"power": 1.0, "margin": m}) for m in (0.05, 0.2)),
     *(("condiv", {"power": p, "margin": m}) for p in (0.35, 0.5) for m in (0.2, 0.35, 0.5)),
+    ("condiv", {"power": None, "margin": 0.2}),
     *(("condiv", {"power": p, "margin": 0.1, "centred": True}) for p in (0.5, 1.0)),
     *(("condiv", {"power": 1.0, "margin": 0.2, "frames": f}) for f in ("equal", "novelty")),
     ("condiv", {"power": 1.0, "margin": 0.1, "merge_rest": 0.8}),
