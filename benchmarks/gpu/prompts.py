@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from benchmarks.models.prefill import still_video
+from benchmarks.random_model import qwen2_vl
 
 IMAGE, VIDEO = 151655, 151656
 TEXT_BEFORE, TEXT_AFTER = 16, 48
@@ -73,30 +73,14 @@ TINY_PROMPTS = {"2 images": Prompt(2, (1, 6, 6)), "1 video": Prompt(1, (3, 4, 4)
 
 def build(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A random Qwen2-VL with this decoder and a one-layer vision tower, which never runs."""
-    torch.manual_seed(0)
     eighth = decoder.hidden // decoder.heads // 16
-    rope = {"rope_type": "default", "mrope_section": [2 * eighth, 3 * eighth, 3 * eighth]}
-    config = transformers.Qwen2VLConfig(
-        text_config={
-            "hidden_size": decoder.hidden,
-            "intermediate_size": decoder.inner,
-            "num_hidden_layers": decoder.layers,
-            "num_attention_heads": decoder.heads,
-            "num_key_value_heads": decoder.kv_heads,
-            "vocab_size": decoder.vocabulary,
-            "max_position_embeddings": 32768,
-            "rope_parameters": {**rope, "rope_theta": 1e6},
-        },
-        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": decoder.hidden, "num_heads": 2},
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        tie_word_embeddings=True,
-    )
+    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return transformers.Qwen2VLForConditionalGeneration(config).eval()
+            sections = (2 * eighth, 3 * eighth, 3 * eighth)
+            return qwen2_vl(*astuple(decoder), sections=sections, ids=ids, tied=True)
     finally:
         torch.set_default_dtype(before)
 

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import publishing
 from benchmarks.gpu import serving_file
 from benchmarks.gpu.catalogue import LOADS, TABLES, LoadTable, Table
 from benchmarks.gpu.contribution import Contribution, Row, read, schema
@@ -98,27 +99,31 @@ def _accuracy(file: Contribution) -> str:
 def table_lines(rows: Sequence[Row], runs: Sequence[EvalRun]) -> list[str]:
     """One line per setting with all comparisons; the first row is the full model."""
     full = rows[0]
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines = []
     for row, run in zip(rows, runs, strict=True):
         against = rivals(run, runs)
         detail = "–"
         if against.detail is not None:
             detail = f"{against.detail:.0%} of {against.detail_items}"
-        cells = [
-            run.label,
-            f"{row.ratio:g}",
-            str(row.frames),
-            f"{row.reached:.3f}",
-            f"{row.visual_tokens:.0f}",
-            f"{run.mean('correct'):.1%}",
-            *(_points(d) for d in (against.full, against.random, against.downscale)),
-            detail,
-            "–" if against.agreement is None else f"{against.agreement:.0%}",
-            *(f"{share:.0%}" for share in (row.flops / full.flops, row.kv_bytes / full.kv_bytes)),
-            f"{row.seconds / full.seconds:.0%}" if full.seconds else "–",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        lines.append(
+            [
+                run.label,
+                f"{row.ratio:g}",
+                str(row.frames),
+                f"{row.reached:.3f}",
+                f"{row.visual_tokens:.0f}",
+                f"{run.mean('correct'):.1%}",
+                *(_points(d) for d in (against.full, against.random, against.downscale)),
+                detail,
+                "–" if against.agreement is None else f"{against.agreement:.0%}",
+                *(
+                    f"{share:.0%}"
+                    for share in (row.flops / full.flops, row.kv_bytes / full.kv_bytes)
+                ),
+                f"{row.seconds / full.seconds:.0%}" if full.seconds else "–",
+            ]
+        )
+    return publishing.table(COLUMNS, lines).splitlines()
 
 
 def _points(value: Difference | None) -> str:

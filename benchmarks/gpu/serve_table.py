@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from benchmarks.gpu.catalogue import LoadTable
-from benchmarks.gpu.load import Work, load, server
+from benchmarks.gpu.load import load, server
 from benchmarks.gpu.serving_file import ServingFile
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.environment import environment
@@ -81,8 +81,3 @@ def collect_loads(table: LoadTable, folder: Path) -> ServingFile:
         return ServingFile.model_validate({"table": table.name, "about": about, "loads": loads})
     except ValidationError as error:
         raise OptionError(f"these loads cannot be contributed: {error}.") from error
-
-
-def trial_work() -> Work:
-    """One small image and two tokens."""
-    return Work(images=1, side=112, tokens=2)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from benchmarks import publishing
 from benchmarks.gpu.result_file import FORMAT, Origin, Strict
 
 COLUMNS = (
@@ -69,11 +70,10 @@ class ServingFile(Strict):
 
 def table_lines(loads: Sequence[Load]) -> list[str]:
     """One line per number of clients and ratio, with factors against ratio 0."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     base = {load.clients: load for load in loads if load.ratio == 0}
-    for load in sorted(loads, key=lambda one: (one.clients, one.ratio)):
-        lines.append("| " + " | ".join(_cells(load, base[load.clients])) + " |")
-    return lines
+    ordered = sorted(loads, key=lambda one: (one.clients, one.ratio))
+    rows = [_cells(load, base[load.clients]) for load in ordered]
+    return publishing.table(COLUMNS, rows).splitlines()
 
 
 def _cells(load: Load, base: Load) -> list[str]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import tokencomp
 from benchmarks import publishing
 from benchmarks.kernels.call_counter import Calls
+from benchmarks.random_model import qwen2_vl
 
 FOLDER = Path(__file__).parent
 REDUCERS = (
@@ -68,32 +69,10 @@ class Row:
 
 def tiny_model(layers: int = LAYERS) -> nn.Module:
     """A random Qwen2-VL with this number of decoder layers."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    torch.manual_seed(0)
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-    text = {
-        "vocab_size": 200,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_parameters": rope,
-        "rope_scaling": rope,  # its name before transformers 5
-    }
-    vision = {
-        "depth": 1,
-        "embed_dim": 32,
-        "hidden_size": 64,
-        "num_heads": 2,
-        "mlp_ratio": 2,
-        "patch_size": 4,
-    }
-    tokens = {"image_token_id": 150, "video_token_id": 151}
-    marks = {"vision_start_token_id": 152, "vision_end_token_id": 153}
-    config = Qwen2VLConfig(text_config=text, vision_config=vision, **tokens, **marks)
-    return Qwen2VLForConditionalGeneration(config).eval()
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = dict(zip(names, range(150, 154), strict=True))
+    options: dict[str, Any] = {"mlp_ratio": 2, "patch_size": 4}
+    return qwen2_vl(64, 64, layers, 4, 2, 200, sections=(2, 3, 3), ids=ids, theta=1e4, **options)
 
 
 def prompt(batch: int, images: int) -> dict[str, Tensor]:

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import tokencomp
 from benchmarks import publishing
 from benchmarks.publishing import environment, provenance
+from benchmarks.random_model import qwen2_vl
 from tokencomp.profiling.profiler import counted_rows
 
 OUT = Path(__file__).with_suffix(".json")
@@ -36,21 +36,10 @@ CASES = [(0.0, None), (RATIO, None), (RATIO, 512), (RATIO, 128)]
 
 def build() -> Any:
     """A Qwen2-VL whose MLP dominates the memory of a prefill, as in models of real size."""
-    torch.manual_seed(0)
-    rope = {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6}
-    config = transformers.Qwen2VLConfig(
-        text_config={
-            "hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
-            "rope_parameters": rope, "max_position_embeddings": 32768,
-        },
-        vision_config={
-            "depth": 1, "embed_dim": 32, "hidden_size": 256, "num_heads": 2, "mlp_ratio": 2,
-            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
-        },
-        image_token_id=500, video_token_id=501, vision_start_token_id=502, vision_end_token_id=503,
-    )  # fmt: skip
-    return transformers.Qwen2VLForConditionalGeneration(config).eval()
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = dict(zip(names, range(500, 504), strict=True))
+    tower = {"mlp_ratio": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    return qwen2_vl(256, 4096, 4, 4, 2, 512, sections=(8, 12, 12), ids=ids, **tower)
 
 
 def prompt() -> dict[str, torch.Tensor]:

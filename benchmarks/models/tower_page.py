@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks import publishing
 from benchmarks.models.tower_alone import compared
 
 RATIO, TOWER_RATIO = 0.75, 0.6
@@ -38,17 +39,16 @@ def page(records: list[dict[str, Any]]) -> str:
     heads = ["tower", "tower ratio", "full", "with the stage", "speed-up", "FLOP limit"]
     heads += ["of limit", "choosing / full tower", "rounds", "machine"]
     lines = [PREAMBLE]
-    if towers:
-        head, rule = f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)
-        lines += ["## Towers alone", "", head, rule]
-    for r in towers:
-        lines.append(
-            f"| {CASES[r['case']]} | {r['tower_ratio']:g} | {r['full_s']:.2f} s | "
-            f"{r['seconds']:.2f} s | {r['speedup']:.2f}× | {r['flop_limit']:.2f}× | "
-            f"{r['speedup'] / r['flop_limit']:.0%} | {r['choose_s'] / r['full_s']:.1%} | "
-            f"{r['rounds']} | {r['machine']} |"
-        )
-    lines += [""] if towers else []
+    rows = [
+        [
+            CASES[r["case"]], f"{r['tower_ratio']:g}", f"{r['full_s']:.2f} s",
+            f"{r['seconds']:.2f} s", f"{r['speedup']:.2f}×", f"{r['flop_limit']:.2f}×",
+            f"{r['speedup'] / r['flop_limit']:.0%}", f"{r['choose_s'] / r['full_s']:.1%}",
+            str(r["rounds"]), r["machine"],
+        ]
+        for r in towers
+    ]  # fmt: skip
+    lines += ["## Towers alone", "", publishing.table(heads, rows), ""] if towers else []
     lines += ["## Time to the first token", ""]
     names = ("preprocess", "tower", "choose", "rest", "reduce", "prefill", "total")
     parts_of = ("pictures to pixels", "tower, projector", "choosing", "embeddings, head", "reduce")

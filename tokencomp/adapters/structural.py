@@ -9,7 +9,7 @@ from torch import nn
 from tokencomp.adapters.base import ENCODED, Adapter
 from tokencomp.adapters.call import Call
 from tokencomp.adapters.encoded import EncodedMedia, Encoding, encoded_by_kind
-from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.adapters.instance_method import Hooked
 from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.spans import Medium, cut_media, span_of, square
 from tokencomp.adapters.structure import square_side
@@ -20,7 +20,7 @@ PACKED = ("qwen3_5", "qwen3_5_moe")
 """Model types with the vision tower of Qwen3-VL, where patches of a token stand side by side."""
 
 
-class StructuralAdapter(Adapter):
+class StructuralAdapter(Adapter, Hooked):
     """Parts, placeholders, spans and grids by structure alone.
 
     Spans are whole media where the number of tokens of each is known, else runs of placeholders.
@@ -34,7 +34,6 @@ class StructuralAdapter(Adapter):
         self._placeholders = super().placeholder_ids()  # refuses a model without any
         self._patches = self._patches_per_side()
         self._encoded = EncodedMedia()
-        self._replaced: list[MethodReplacement] = []
 
     @property
     def family(self) -> str:  # type: ignore[override]  # a class variable elsewhere
@@ -51,12 +50,10 @@ class StructuralAdapter(Adapter):
 
     def install(self) -> None:
         self.uninstall()
-        self._replaced = self._encoded.watch(self.body)
+        self._handles.extend(self._encoded.watch(self.body))
 
     def uninstall(self) -> None:
-        for replacement in self._replaced:
-            replacement.remove()
-        self._replaced.clear()
+        self.remove()
         self._encoded.latest = {}
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:

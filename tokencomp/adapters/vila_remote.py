@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,11 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call
 from tokencomp.adapters.dense_tower import DenseTower
-from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.adapters.instance_method import Hooked, MethodReplacement
 from tokencomp.adapters.structure import Parts
 from tokencomp.adapters.towers import unknown_cells
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 
 @dataclass
@@ -42,7 +39,7 @@ class _Recorded(threading.local):
         self.spans: list[list[VisualSpan]] = []
 
 
-class VilaPortAdapter(Adapter):
+class VilaPortAdapter(Adapter, Hooked):
     """A model of the remote code: `_embed` splices media and pads; `llm` does the rest.
 
     When the language model is called, the placeholders are gone. The adapter therefore records
@@ -58,7 +55,6 @@ class VilaPortAdapter(Adapter):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._recorded = _Recorded()
-        self._handles: list[RemovableHandle | MethodReplacement] = []
 
     def find_parts(self, model: Any) -> Parts:
         return Parts(model.llm, model.llm, model.llm.model)
@@ -73,9 +69,7 @@ class VilaPortAdapter(Adapter):
         self._handles.append(MethodReplacement(self.model, "_embed", self._embed))
 
     def uninstall(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.remove()
         self._recorded = _Recorded()
 
     def _record(self, kind: str) -> Any:

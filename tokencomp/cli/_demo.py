@@ -10,9 +10,9 @@ from typing import Any
 
 from tokencomp.cli._showcase import PromptMaker, answer_prompt, time_prefill
 from tokencomp.evaluation.environment import environment
-from tokencomp.evaluation.metrics import mcnemar, retention
+from tokencomp.evaluation.rivals import paired_tests
 from tokencomp.evaluation.runner import sweep
-from tokencomp.evaluation.runs import EvalRun, paired_scores
+from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.pages.demo_data import Answer, AnsweredQuestion, Demo, Row
@@ -143,7 +143,7 @@ def _batch_cost(maker: PromptMaker, setting: Setting) -> dict[str, Any]:
 def _accuracy(runs: dict[Setting, EvalRun], setting: Setting) -> dict[str, Any]:
     from tokencomp.shapesqa.difficulty import is_image_family
 
-    run, full = runs[setting], runs[Setting()]
+    run = runs[setting]
     values: dict[str, Any] = {"accuracy": run.mean("correct")}
     kinds: dict[str, list[float]] = {"image": [], "video": []}
     for record in run.answered:
@@ -151,10 +151,7 @@ def _accuracy(runs: dict[Setting, EvalRun], setting: Setting) -> dict[str, Any]:
         kinds[kind].append(float(record["correct"]))
     values["by_kind"] = {k: sum(v) / len(v) for k, v in kinds.items() if v}
     if setting.ratio and run.answered:
-        values["retention"] = retention(*paired_scores(run, full))
-        rival = next((s for s in runs if s.name == "random" and s.ratio == setting.ratio), None)
-        if rival is not None and rival != setting:
-            values["against_random"] = mcnemar(*paired_scores(run, runs[rival]))
+        values |= paired_tests(run, list(runs.values()))
     return values
 
 

@@ -15,13 +15,20 @@ def retained(retention: Retention | None) -> str:
     return f"{retention.value:.1%} [{retention.low:.0%}, {retention.high:.0%}]"
 
 
-def print_lines(console: Any, lines: Sequence[Any]) -> None:
-    """The table of a report's lines, then their comparisons with the baselines."""
+def table(*names: str, gap: int = 2, title: str | None = None, **column: Any) -> Any:
+    """A table without lines, whose columns do not wrap unless `column` says how they do."""
     from rich.table import Table
 
-    shown = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("method", "ratio", "reached", "items", "accuracy", "retention"):
-        shown.add_column(name, no_wrap=True)
+    shown = Table(box=None, padding=(0, gap, 0, 0), title=title, title_justify="left")
+    shown.caption_justify = "left"
+    for name in names:
+        shown.add_column(name, **(column or {"no_wrap": True}))
+    return shown
+
+
+def print_lines(console: Any, lines: Sequence[Any]) -> None:
+    """The table of a report's lines, then their comparisons with the baselines."""
+    shown = table("method", "ratio", "reached", "items", "accuracy", "retention")
     for line in lines:
         failed = len(line.run.records) - len(line.run.answered)
         shown.add_row(
@@ -42,15 +49,11 @@ def print_lines(console: Any, lines: Sequence[Any]) -> None:
 
 
 def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
-    from rich.table import Table
-
     seeds = max(line.rivals.seeds for line in lines)
     title = "\nDifferences in points, 95 % intervals"
     title += f"; random: mean of {seeds} seeds" if seeds else ""
-    shown = Table(box=None, padding=(0, 1, 0, 0), title=title, title_justify="left")
     names = ("method", "ratio", "vs full", "vs random", "vs downscale", "its failures", "as full")
-    for name in names:
-        shown.add_column(name, no_wrap=True)
+    shown = table(*names, gap=1, title=title)
     for line in lines:
         rivals = line.rivals
         shown.add_row(
@@ -64,27 +67,22 @@ def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
         "its failures: accuracy on the items that downscaling gets wrong. as full: the same answer "
         "as the full model, right or wrong."
     )
-    shown.caption_justify = "left"
     console.print(shown)
 
 
 def _print_work(console: Any, lines: Sequence[Any]) -> None:
     """Where the work of the first image and of the first video goes."""
-    from rich.table import Table
-
     from tokencomp.evaluation.cost import PARTS
     from tokencomp.pages.report import work_tables
 
     titles = {"decode": "decode/token", "kv_bytes": "KV bytes"}
     for kind, rows in work_tables(lines).items():
         title = f"\nWork of the first {kind}: the full model's, and shares of it"
-        shown = Table(box=None, padding=(0, 1, 0, 0), title=title, title_justify="left")
-        for name in ("method", "ratio", *PARTS):
-            shown.add_column(titles.get(name, name), no_wrap=True)
+        names = (titles.get(name, name) for name in PARTS)
+        shown = table("method", "ratio", *names, gap=1, title=title)
         for line, cells in rows:
             shown.add_row(line.label, f"{line.run.shown_ratio}", *cells)
         shown.caption = "FLOPs; reduce: the method's own work as a share of the full prefill."
-        shown.caption_justify = "left"
         console.print(shown)
 
 

@@ -95,16 +95,11 @@ def _print(console: Any, demo: Any) -> None:
 
 
 def _table(demo: Any) -> Any:
-    from rich.table import Table
-
-    from tokencomp.cli._tables import retained
+    from tokencomp.cli import _tables
     from tokencomp.pages.html import compact, si
 
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    columns = ["method", "ratio", "reached"]
-    columns += ["acc.", "retention"] if demo.items else []
-    for name in columns:
-        table.add_column(name, no_wrap=True)
+    accuracy = ("acc.", "retention") if demo.items else ()
+    table = _tables.table("method", "ratio", "reached", *accuracy, gap=1)
     table.add_column("per layer", overflow="fold")
     for name in ("FLOPs", "KV", "prefill"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -113,7 +108,7 @@ def _table(demo: Any) -> Any:
         name = row.label
         cells = [name if name != last else "", f"{row.setting.shown_ratio}", f"{row.ratio:.3f}"]
         if demo.items:
-            cells += [f"{row.accuracy:.1%}", retained(row.retention)]
+            cells += [f"{row.accuracy:.1%}", _tables.retained(row.retention)]
         cells += [
             compact(row.per_layer),
             f"{row.flops / full.flops:.0%}",
@@ -127,5 +122,4 @@ def _table(demo: Any) -> Any:
         f"Prefill of the full model: {flops}, {kv} of KV. prefill: LLM time against the full "
         "model, interleaved, medians. per layer: n×k is k layers with n visual tokens."
     )
-    table.caption_justify = "left"
     return table

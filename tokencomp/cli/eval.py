@@ -110,11 +110,9 @@ def _print(console: Any, manifests: dict[Any, dict[str, Any]], folders: list[Pat
 
 def _print_scores(console: Any, manifests: dict[Any, dict[str, Any]]) -> None:
     """lmms-eval's own scores, one row per task; `tokencomp report` has them for all settings."""
-    from rich.table import Table
+    from tokencomp.cli import _tables
 
-    table = Table(box=None, padding=(0, 2, 0, 0), title="\nlmms-eval's scores")
-    table.title_justify = "left"
-    table.add_column("task", overflow="fold")
+    table = _tables.table("task", title="\nlmms-eval's scores", overflow="fold")
     for setting in manifests:
         label = setting.name if setting.off else f"{setting.name}\n{setting.shown_ratio}"
         table.add_column(label, justify="right")

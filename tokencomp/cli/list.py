@@ -170,9 +170,10 @@ def _print_reducers(console: Any, rows: list[dict[str, Any]]) -> None:
 
 def _print_table(console: Any, title: str, rows: list[dict[str, Any]]) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    from tokencomp.cli import _tables
+
+    table = _tables.table(title=title)
     for name in ("name", "stage", "vLLM", "what it does, and its options"):
         width = 14 if name == "vLLM" else None
         table.add_column(name, overflow="fold", no_wrap=name in ("name", "stage"), max_width=width)
@@ -192,11 +193,10 @@ def _short(value: Any) -> str:
 
 
 def _print_models(console: Any, rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from tokencomp.cli import _tables
 
-    table = Table(title="Models", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for name in ("family", "model_type", "positions", "stages", "signals", "transformers"):
-        table.add_column(name, overflow="fold")
+    names = ("family", "model_type", "positions", "stages", "signals", "transformers")
+    table = _tables.table(*names, gap=1, title="Models", overflow="fold")
     for row in rows:
         own = "".join(f"\n[dim]{name}[/]" for name in row["embedded"])
         table.add_row(

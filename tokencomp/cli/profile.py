@@ -213,14 +213,13 @@ def _rows(profiles: dict[Any, Any]) -> list[dict[str, Any]]:
 
 def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
+    from tokencomp.cli import _tables
     from tokencomp.method import ratio_text
     from tokencomp.pages.html import compact, si
 
     rows = report["rows"]
-    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title=report["model"])
-    table.add_column("", no_wrap=True)
+    table = _tables.table("", title=report["model"])
     for row in rows:
         label = row["reducer"] + (f"\n{ratio_text(row['ratio'])}" if row["ratio"] else "")
         table.add_column(label, justify="right")

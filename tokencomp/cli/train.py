@@ -123,39 +123,36 @@ def adsc(
     _report(output / CARD, f"peft.PeftModel.from_pretrained(model, '{output}')")
 
 
+@dataclass(frozen=True)
+class Projector:
+    """Options of a ccam projector."""
+
+    queries: Annotated[int, typer.Option("--queries", min=1, help="Tokens per media.")] = 32
+    width: Annotated[int, typer.Option("--width", min=0, help="Inside; 0: the model's.")] = 0
+    heads: Annotated[int, typer.Option("--heads", min=0, help="Of attention; 0: model's.")] = 0
+    mlp: Annotated[int, typer.Option("--mlp", min=0, help="Of the MLP; 0: twice the width.")] = 0
+    spatial: Annotated[bool, typer.Option(help="Keys know their place in the frame.")] = True
+    causal: Annotated[bool, typer.Option(help="Queries see frames up to their own time.")] = True
+    align: Annotated[
+        int, typer.Option("--align", min=0, help="First steps that only imitate pooled frames.")
+    ] = 200
+
+
 @app.command()
 @opt.flat
 def ccam(
     model: opt.Model,
     output: Output,
     shared: Shared,
-    queries: Annotated[int, typer.Option("--queries", min=1, help="Tokens per media.")] = 32,
-    width: Annotated[int, typer.Option("--width", min=0, help="Inside; 0: the model's.")] = 0,
-    heads: Annotated[int, typer.Option("--heads", min=0, help="Of attention; 0: model's.")] = 0,
-    mlp: Annotated[int, typer.Option("--mlp", min=0, help="Of the MLP; 0: twice the width.")] = 0,
-    spatial: Annotated[bool, typer.Option(help="Keys know their place in the frame.")] = True,
-    causal: Annotated[bool, typer.Option(help="Queries see frames up to their own time.")] = True,
-    align: Annotated[
-        int, typer.Option("--align", min=0, help="First steps that only imitate pooled frames.")
-    ] = 200,
+    projector: Projector,
     steps: Steps = 2000,
     learning_rate: Rate = 1e-3,
 ) -> None:
     """A projector to a fixed number of tokens, on the frozen model (arXiv 2408.14023)."""
     from tokencomp.training.ccam import CcamConfig, train_ccam
 
-    config = CcamConfig(
-        queries=queries,
-        width=width,
-        heads=heads,
-        mlp=mlp,
-        spatial=spatial,
-        causal=causal,
-        align=align,
-        steps=steps,
-        learning_rate=learning_rate,
-        **shared.config(),
-    )
+    more = {**vars(projector), **shared.config()}
+    config = CcamConfig(steps=steps, learning_rate=learning_rate, **more)
     path = train_ccam(*shared.load(model), shared.data, output, config)
     _report(path.with_suffix(".json"), f"reducer='ccam', weights='{output}'")
 

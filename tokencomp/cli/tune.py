@@ -114,15 +114,15 @@ def _numbers(name: str, text: str, whole: bool = False) -> list[float]:
 
 def _print(measured: list[Any], front: list[Any], latency: float | None) -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from tokencomp.cli import _tables
 
     console = Console()
     if not front:
         console.print(f"Nothing answered within {latency:g} ms; give more time or fewer frames.")
         raise typer.Exit(1)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("", "frames", "scale", "method", "ratio", "tokens", "ms/answer", "accuracy", "n"):
-        table.add_column(name, no_wrap=True)
+    names = ("frames", "scale", "method", "ratio", "tokens", "ms/answer", "accuracy", "n")
+    table = _tables.table("", *names)
     for c in measured:
         mark = "[green]●[/]" if c in front else ("[dim]dropped[/]" if c.screened else "")
         table.add_row(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -54,10 +54,15 @@ def _gathered(value: Any, columns: Tensor, width: int) -> Any:
         if value.ndim < 2 or value.shape[1] != width or value.shape[0] not in (1, len(columns)):
             return value
         return gather_rows([value], columns.to(value.device))[0]
+    return each(value, lambda item: _gathered(item, columns, width))
+
+
+def each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """`value` with every item of a mapping, list or tuple changed; anything else as it is."""
     if isinstance(value, Mapping):
-        return {key: _gathered(item, columns, width) for key, item in value.items()}
+        return {key: change(item) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_gathered(item, columns, width) for item in value)
+        return type(value)(change(item) for item in value)
     return value
 
 

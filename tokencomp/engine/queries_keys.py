@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine import compat
+from tokencomp.engine.arguments import each
 from tokencomp.engine.cache_rows import stored_keys
 from tokencomp.engine.layout import LiveSpan, RowLayout, take
 from tokencomp.engine.tap import Past, Tapped, tap
@@ -155,7 +156,7 @@ def _of_samples(value: Any, probe: Probe, width: int, tables: bool) -> Any:
         if probe.width == width:
             return value
         return value.narrow(batch + 1, probe.first, probe.width)
-    return _each(value, lambda item: _of_samples(item, probe, width, tables))
+    return each(value, lambda item: _of_samples(item, probe, width, tables))
 
 
 def _rows_of(value: Any, rows: Tensor, width: int, tables: bool) -> Any:
@@ -165,16 +166,7 @@ def _rows_of(value: Any, rows: Tensor, width: int, tables: bool) -> Any:
         if value.ndim < 2 or value.shape[axis] != width:
             return value
         return take([value], rows.to(value.device), [axis])[0]
-    return _each(value, lambda item: _rows_of(item, rows, width, tables))
-
-
-def _each(value: Any, change: Callable[[Any], Any]) -> Any:
-    """The items of a mapping or tuple changed one by one; anything else as it is."""
-    if isinstance(value, Mapping):
-        return {key: change(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(change(item) for item in value)
-    return value
+    return each(value, lambda item: _rows_of(item, rows, width, tables))
 
 
 def _past_of(cached: Any, past: int, sample: int) -> Past:

@@ -14,13 +14,11 @@ RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
-class Retention:
-    """Compressed accuracy as a fraction of the full model's, on the same items.
+class Paired:
+    """A statistic of two methods on the same items.
 
     Attributes
     ----------
-    value
-        mean(compressed) / mean(full); NaN if the full model scores 0.
     low, high
         Paired bootstrap percentile interval.
     items
@@ -32,18 +30,16 @@ class Retention:
     high: float
     items: int
 
+
+class Retention(Paired):
+    """mean(compressed) / mean(full); NaN if the full model scores 0."""
+
     def __str__(self) -> str:
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Difference of two accuracies on the same items, with a paired bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-    items: int
+class Difference(Paired):
+    """Difference of two accuracies."""
 
     def __str__(self) -> str:
         low, high = 100 * self.low, 100 * self.high

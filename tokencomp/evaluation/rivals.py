@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from tokencomp.evaluation.metrics import Difference, McNemar, difference, mcnemar
-from tokencomp.evaluation.runs import EvalRun, score_pairs
+from tokencomp.evaluation.metrics import Difference, McNemar, difference, mcnemar, retention
+from tokencomp.evaluation.runs import EvalRun, paired_scores, score_pairs
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM
 
 
@@ -73,6 +74,22 @@ def rivals(run: EvalRun, runs: Sequence[EvalRun]) -> Rivals:
         detail_items=len(detail),
         agreement=_agreement(run, full),
     )
+
+
+def paired_tests(run: EvalRun, runs: Sequence[EvalRun]) -> dict[str, Any]:
+    """`retention` against the full model among `runs`, and a test `against_random`, if it is there.
+
+    Raises
+    ------
+    OptionError
+        Two runs have no answered item in common.
+    """
+    full = next(r for r in runs if r.identity["reducer"] == FULL)
+    values: dict[str, Any] = {"retention": retention(*paired_scores(run, full))}
+    random = _at(RANDOM, run.ratio, runs)
+    if random and run.identity["reducer"] != RANDOM:
+        values["against_random"] = mcnemar(*paired_scores(run, random[0]))
+    return values
 
 
 def losses(runs: Sequence[EvalRun]) -> list[Loss]:

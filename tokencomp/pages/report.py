@@ -11,10 +11,10 @@ from typing import Any
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.cost import PARTS
 from tokencomp.evaluation.lost import lost_ids, read_lost
-from tokencomp.evaluation.metrics import McNemar, Retention, mcnemar, retention
-from tokencomp.evaluation.rivals import Rivals, losses, rivals
-from tokencomp.evaluation.runs import IDENTITY, EvalRun, paired_scores
-from tokencomp.evaluation.settings import FULL, RANDOM
+from tokencomp.evaluation.metrics import McNemar, Retention
+from tokencomp.evaluation.rivals import Rivals, losses, paired_tests, rivals
+from tokencomp.evaluation.runs import IDENTITY, EvalRun
+from tokencomp.evaluation.settings import FULL
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,7 @@ def _line(run: EvalRun, full: EvalRun, runs: Sequence[EvalRun]) -> Line:
         "rivals": rivals(run, runs),
     }
     if run is not full:
-        values["retention"] = retention(*paired_scores(run, full))
-        rival = next(
-            (r for r in runs if r.identity["reducer"] == RANDOM and r.ratio == run.ratio), None
-        )
-        if rival is not None and run.identity["reducer"] != RANDOM:
-            values["against_random"] = mcnemar(*paired_scores(run, rival))
+        values |= paired_tests(run, runs)
     return Line(run, run.mean("correct"), **values)
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokencomp.plan import Plan
-from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.prune import Prune
+from tokencomp.reducers.prune import Preset, Prune
 from tokencomp.reducers.registry import register_reducer
 
 
 @register_reducer("fastv")
 @dataclass(frozen=True)
-class FastV(Reducer):
+class FastV(Preset):
     """Preset of FastV (arXiv 2403.06764): one cut after layer 2, by the last token's attention.
 
     The fraction that is cut follows from the ratio. If a cut after layer 2 cannot meet the ratio,
@@ -20,9 +18,4 @@ class FastV(Reducer):
     """
 
     summary = "one early cut by the last token's attention (FastV 2403.06764)"
-
-    def plan(self, ratio: float, num_layers: int) -> Plan:
-        return Prune(score="last_query", schedule="fastv").plan(ratio, num_layers)
-
-    def published_layers(self, num_layers: int) -> tuple[int, ...]:
-        return Prune(score="last_query", schedule="fastv").published_layers(num_layers)
+    step = Prune(score="last_query", schedule="fastv")

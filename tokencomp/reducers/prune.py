@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tokencomp.keep_counts import check_ratio
 from tokencomp.plan import Plan, from_profile
@@ -103,3 +103,16 @@ class Prune(Reducer):
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         return top_k_of_spans(signal_scores(batch, "prune"), batch, keeps)
+
+
+@dataclass(frozen=True)
+class Preset(Reducer):
+    """The steps that a published method takes, as a setting of `Prune`."""
+
+    step: ClassVar[Prune]
+
+    def plan(self, ratio: float, num_layers: int) -> Plan:
+        return self.step.plan(ratio, num_layers)
+
+    def published_layers(self, num_layers: int) -> tuple[int, ...]:
+        return self.step.published_layers(num_layers)

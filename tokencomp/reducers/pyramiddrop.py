@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokencomp.plan import Plan
-from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.prune import Prune
+from tokencomp.reducers.prune import Preset, Prune
 from tokencomp.reducers.registry import register_reducer
 
 
 @register_reducer("pyramiddrop")
 @dataclass(frozen=True)
-class PyramidDrop(Reducer):
+class PyramidDrop(Preset):
     """Preset of PyramidDrop (arXiv 2410.17247): cuts at a quarter, half and three quarters.
 
     Every cut keeps the same share (half, or more if the ratio allows), by the attention of the last
@@ -23,11 +21,4 @@ class PyramidDrop(Reducer):
 
     revision = 2  # 1: attention of the layer before the cut
     summary = "equal cuts at 1/4, 1/2, 3/4 of the depth (PyramidDrop 2410.17247)"
-
-    def plan(self, ratio: float, num_layers: int) -> Plan:
-        return Prune(score="last_query", schedule="pyramid", layer="next").plan(ratio, num_layers)
-
-    def published_layers(self, num_layers: int) -> tuple[int, ...]:
-        return Prune(score="last_query", schedule="pyramid", layer="next").published_layers(
-            num_layers
-        )
+    step = Prune(score="last_query", schedule="pyramid", layer="next")

@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from benchmarks import publishing
 from benchmarks.accuracy.store import RESULTS, learned_families
 from benchmarks.accuracy.studies.tower_book import CEILING, FULL, SMALLER, Sets
 from tokencomp.evaluation.metrics import difference, retention
 
 RATIO, ENTRY = 0.75, "condiv"
 TOWER = (0.5, 0.6, 0.75)
+SEEN = ("what the tower sees", "tower ratio")
 BARS = {0.5: 0.97, 0.75: 0.92}
 """Share of the accuracy of entry only that k-centre should keep at these tower ratios."""
 PREAMBLE = f"""# Patches dropped before the vision tower
@@ -43,7 +45,7 @@ def page(sets: Sets) -> str:
             f"## {name}", "",
             f"{entry['model']}, {entry['split']} split, {len(full)} questions "
             f"({', '.join(families)}). The full model answers {_mean(full):.1%} rightly.", "",
-            *_table(answers), "", *verdicts(answers), "",
+            _table(answers), "", *verdicts(answers), "",
             *_families(entry, answers),
         ]  # fmt: skip
         lines += [NOTES[name], ""] if name in NOTES else []
@@ -54,21 +56,17 @@ def _mean(values: Sequence[int]) -> float:
     return sum(values) / len(values)
 
 
-def _table(answers: Answers) -> list[str]:
+def _table(answers: Answers) -> str:
     """All questions of a set together."""
     ceiling, accuracy = answers[CEILING], _mean(answers[FULL])
-    lines = [
-        "| what the tower sees | tower ratio | accuracy | kept of full | kept of entry only "
-        "(95 %) | minus entry only, points (95 %) |",
-        "|---|---|---|---|---|---|",
-    ]
+    kept = ("kept of full", "kept of entry only (95 %)", "minus entry only, points (95 %)")
+    rows = []
     for key, values in answers.items():
         row, _, tower = key.rpartition("@")
-        lines.append(
-            f"| {row} | {tower} | {_mean(values):.1%} | {_mean(values) / accuracy:.1%} | "
-            f"{retention(values, ceiling)} | {difference(values, ceiling)} |"
-        )
-    return lines
+        shares = [f"{share:.1%}" for share in (_mean(values), _mean(values) / accuracy)]
+        gaps = [str(compare(values, ceiling)) for compare in (retention, difference)]
+        rows.append([row, tower, *shares, *gaps])
+    return publishing.table([*SEEN, "accuracy", *kept], rows)
 
 
 def verdicts(answers: Answers) -> list[str]:
@@ -105,12 +103,8 @@ def _families(entry: dict[str, Any], answers: Answers) -> list[str]:
     groups = _groups(entry)
     if not groups:
         return []
-    lines = [
-        "Accuracy by question family; behind it, points minus entry only (95 %):", "",
-        f"| what the tower sees | tower ratio | {' | '.join(groups)} |",
-        "|---|---|" + "---|" * len(groups),
-    ]  # fmt: skip
-    ceiling = answers[CEILING]
+    title = "Accuracy by question family; behind it, points minus entry only (95 %):"
+    ceiling, table = answers[CEILING], []
     for key, values in answers.items():
         row, _, tower = key.rpartition("@")
         cells = []
@@ -118,8 +112,9 @@ def _families(entry: dict[str, Any], answers: Answers) -> list[str]:
             own, top = [values[i] for i in rows], [ceiling[i] for i in rows]
             gap = "" if key == CEILING else f", {difference(own, top)}"
             cells.append(f"{_mean(own):.1%}{gap}")
-        lines.append(f"| {row} | {tower} | {' | '.join(cells)} |")
-    return [*lines, "", *_losses(entry, answers), ""]
+        table.append([row, tower, *cells])
+    rows_of_page = publishing.table([*SEEN, *groups], table)
+    return [title, "", rows_of_page, "", *_losses(entry, answers), ""]
 
 
 def _groups(entry: dict[str, Any]) -> dict[str, list[int]]:

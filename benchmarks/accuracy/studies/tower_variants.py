@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks import publishing
 from benchmarks.accuracy.store import ACCURACY
+from benchmarks.accuracy.studies.tower_page import SEEN
 from benchmarks.publishing import environment
 from tokencomp import make_reducer
 from tokencomp.cli import one_message
@@ -153,9 +154,8 @@ def section(path: Path) -> list[str]:
         'has seen: with k-centre in the tower it is as good as with "entry only". Smaller media '
         "give the decoder tokens of every object, and lose small objects instead, which is the "
         "likely reason why they count as well. k-centre stays as it is.", "",
-        f"| what the tower sees | tower ratio | {' | '.join(FAMILIES)} |",
-        "|---|---|" + "---|" * len(FAMILIES),
     ]  # fmt: skip
+    table = []
     for key, values in answers.correct.items():
         name, _, tower = key.partition("@")
         base = answers.correct.get(f"k-centre@{tower}")
@@ -167,8 +167,8 @@ def section(path: Path) -> list[str]:
             if base is not None and name != "k-centre":
                 gap = f", {difference(own, [base[i] for i in rows])}"
             cells.append(f"{sum(own) / len(own):.1%}{gap}")
-        lines.append(f"| {name} | {tower or 0} | {' | '.join(cells)} |")
-    return [*lines, ""]
+        table.append([name, tower or "0", *cells])
+    return [*lines, publishing.table([*SEEN, *FAMILIES], table), ""]
 
 
 def main() -> None:

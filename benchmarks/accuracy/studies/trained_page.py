@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.accuracy.tables import NONE, SLACK, table
 from benchmarks.publishing import MARK, provenance
-from tokencomp.evaluation.metrics import difference, mcnemar
+from tokencomp.evaluation.metrics import Difference, difference, mcnemar
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.settings import DOWNSCALE
 
@@ -88,19 +88,13 @@ def cells(row: dict[str, Any]) -> list[str]:
     shown = [f"{row['accuracy']:.1%}", retention, "" if p is None else f"{p:.2g}"]
     gap, (right, count) = row.get("vs_downscale"), row.get("where_downscale_fails", (0, 0))
     shown += [
-        "" if gap is None else points(gap),
+        "" if gap is None else str(Difference(**gap, items=0)),
         f"{right / count:.0%} of {count}" if count else "",
         f"{row['agreement']:.0%}" if "agreement" in row else "",
     ]
     if row["name"] == DOWNSCALE and not reaches(row):
         shown = [NONE] * len(shown)
     return [row["name"], f"{row['ratio']:.3g}", *shown]
-
-
-def points(gap: dict[str, float]) -> str:
-    """A difference in points, with its interval."""
-    value, low, high = (100 * gap[name] for name in ("value", "low", "high"))
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def tests(tables: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, dict[str, Any]]]:
