@@ -46,6 +46,9 @@ class TinyGemma3(SiglipFamily):
     corpus = CORPUS
     cell = CELL
 
+    def placeholder(self, kind: str) -> str:
+        return SOFT
+
     def config(self, tokenizer) -> dict[str, Any]:
         """config.json as published Gemma 3 checkpoints have it."""
         token = tokenizer.convert_tokens_to_ids
