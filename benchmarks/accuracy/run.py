@@ -57,19 +57,19 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
-def usable(model: Any, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
-    """Reducers that can run on `model`, and why the others cannot."""
+def usable(model: Any, grid: Iterable[Setting]) -> tuple[list[Setting], dict[str, str]]:
+    """Settings that can run on `model`, and by label why the others cannot."""
     ready, refused = [], {}
-    for name in names:
+    for setting in grid:
         try:
-            if name not in INPUT_BASELINES:
-                make_reducer(name)
-                check(model, MethodSpec(name, 0.5))
-            ready.append(name)
+            if setting.active and setting.reducer not in INPUT_BASELINES:
+                make_reducer(setting.reducer, **setting.options)
+                check(model, MethodSpec(setting.reducer, setting.ratio, setting.options))
+            ready.append(setting)
         except UnknownNameError:
             raise
         except TokenCompError as error:
-            refused[name] = str(error)
+            refused[setting.label] = str(error)
     return ready, refused
 
 
@@ -227,10 +227,10 @@ def main() -> None:
         model, processor = load(name)
         native = [NATIVE] if has_budget(processor) else []
         names = args.reducers or [*BASELINES, *native, *methods]
-        ready, refused = usable(model, names)
-        for reducer, reason in refused.items():
-            print(f"{name}: left out {reducer}: {reason}")
-        answer_all(name, args.split, settings(ready, args.ratios), args, facts)
+        ready, refused = usable(model, settings(names, args.ratios))
+        for label, reason in refused.items():
+            print(f"{name}: left out {label}: {reason}")
+        answer_all(name, args.split, ready, args, facts)
     if args.split == "test":
         print(write_report(args.out.resolve()))
 

@@ -179,8 +179,9 @@ def test_settings_of_a_run() -> None:
     attention = "cdpruner-0.5-relevance=attention"
     assert labels == ["full", "downscale-0.5", "cdpruner-0.5", attention]
     with pytest.raises(UnknownNameError):
-        run.usable(None, ["condvi"])
-    assert run.usable(None, ["downscale"]) == (["downscale"], {})
+        run.usable(None, [Setting("condvi", 0.5)])
+    runs_anywhere = run.settings(["downscale"], [0.5])
+    assert run.usable(None, runs_anywhere) == (runs_anywhere, {})
     watching = Setting("condiv", 0.5, {"signal": "vit_attention"})
     grid = [Setting(), Setting("condiv", 0.5), Setting("downscale", 0.5), watching]
     assert [run.watches_tower(s) for s in grid] == [False, False, False, True]
@@ -189,9 +190,10 @@ def test_settings_of_a_run() -> None:
 def test_methods_that_a_model_refuses_are_left_out_with_the_reason() -> None:
     """The first layer of Qwen3.5 has no attention that could score tokens at entry."""
     model = HYBRID["qwen3_5"].build()
-    ready, refused = run.usable(model, ["uniform", "condiv", "divprune"])
-    assert ready == ["uniform", "divprune"]
-    assert list(refused) == ["condiv"] and "attention" in refused["condiv"]
+    ready, refused = run.usable(model, run.settings(["condiv", "divprune", "cdpruner"], [0.5]))
+    assert [setting.label for setting in ready] == ["full", "divprune-0.5", "cdpruner-0.5"]
+    assert list(refused) == ["condiv-0.5", "cdpruner-0.5-relevance=attention"]
+    assert all("attention" in reason for reason in refused.values())
 
 
 def test_the_default_of_a_model_that_refuses_condiv_is_divprune(unpublished: Path) -> None:
