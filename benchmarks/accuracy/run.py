@@ -87,11 +87,12 @@ def tower_once(model: torch.nn.Module) -> Iterator[None]:
     run = tower.forward
     last: list[Any] = []
 
-    def forward(pixels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        pixels = args[0] if args else kwargs["pixel_values"]
         key = (pixels.data_ptr(), pixels.shape)
         if not last or last[0] != key:
             # Holding `pixels` keeps its memory from being reused for the next batch.
-            last[:] = [key, run(pixels, *args, **kwargs), pixels]
+            last[:] = [key, run(*args, **kwargs), pixels]
         return copy.copy(last[1])  # the caller writes into it
 
     tower.forward = forward

@@ -213,14 +213,16 @@ def test_tower_runs_once_per_input() -> None:
     model.visual.register_forward_hook(lambda *_: calls.append(1))
     plain, original = torch.ones(2, 2), model.visual.forward
     count = []
-    model.visual.forward = lambda x: (count.append(1), original(x))[1]
+    model.visual.forward = lambda pixel_values: (count.append(1), original(pixel_values))[1]
     with run.tower_once(model):
         first = model.visual(plain)
         assert torch.equal(first, model.visual(plain.view(2, 2))) and len(count) == 1
         model.visual(plain + 1)
         model.visual(plain[:1])
         assert len(count) == 3
-    assert len(calls) == 4
+        model.visual(pixel_values=plain)  # as Gemma 3 calls its tower
+        assert torch.equal(first, model.visual(pixel_values=plain)) and len(count) == 4
+    assert len(calls) == 6
     assert torch.equal(original(plain), first)
 
 
