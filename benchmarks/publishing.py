@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 FOLDER = Path(__file__).resolve().parent
-OUTPUTS = (".json", ".jsonl", ".md", ".svg")
+OUTPUTS = (".json", ".jsonl", ".md", ".svg", ".jpg")
 MARK = "publishable"
 
 

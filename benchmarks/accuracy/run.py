@@ -57,19 +57,19 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
-def usable(model: Any, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
-    """Reducers that can run on `model`, and why the others cannot."""
+def usable(model: Any, grid: Iterable[Setting]) -> tuple[list[Setting], dict[str, str]]:
+    """Settings that can run on `model`, and by label why the others cannot."""
     ready, refused = [], {}
-    for name in names:
+    for setting in grid:
         try:
-            if name not in INPUT_BASELINES:
-                make_reducer(name)
-                check(model, MethodSpec(name, 0.5))
-            ready.append(name)
+            if setting.active and setting.reducer not in INPUT_BASELINES:
+                make_reducer(setting.reducer, **setting.options)
+                check(model, MethodSpec(setting.reducer, setting.ratio, setting.options))
+            ready.append(setting)
         except UnknownNameError:
             raise
         except TokenCompError as error:
-            refused[name] = str(error)
+            refused[setting.label] = str(error)
     return ready, refused
 
 
@@ -87,11 +87,12 @@ def tower_once(model: torch.nn.Module) -> Iterator[None]:
     run = tower.forward
     last: list[Any] = []
 
-    def forward(pixels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        pixels = args[0] if args else kwargs["pixel_values"]
         key = (pixels.data_ptr(), pixels.shape)
         if not last or last[0] != key:
             # Holding `pixels` keeps its memory from being reused for the next batch.
-            last[:] = [key, run(pixels, *args, **kwargs), pixels]
+            last[:] = [key, run(*args, **kwargs), pixels]
         return copy.copy(last[1])  # the caller writes into it
 
     tower.forward = forward
@@ -144,7 +145,9 @@ def answer_all(
         The stored results are of other questions, or of another model.
     """
     folder, unfinished = args.out / name, args.out / "runs" / name / split
-    families = args.families or stored_families(folder, split)
+    stored = stored_families(folder, split)
+    # In the stored order, whatever the command line's: answers are merged by position.
+    families = [f for f in dict.fromkeys([*stored, *FAMILIES]) if f in (args.families or stored)]
     scenes = {"difficulty": args.difficulty}
     questions = list(items(split, args.per_family, tuple(families), args.start, **scenes))
     check_items(folder, split, (item.id for item in questions))
@@ -225,10 +228,10 @@ def main() -> None:
         model, processor = load(name)
         native = [NATIVE] if has_budget(processor) else []
         names = args.reducers or [*BASELINES, *native, *methods]
-        ready, refused = usable(model, names)
-        for reducer, reason in refused.items():
-            print(f"{name}: left out {reducer}: {reason}")
-        answer_all(name, args.split, settings(ready, args.ratios), args, facts)
+        ready, refused = usable(model, settings(names, args.ratios))
+        for label, reason in refused.items():
+            print(f"{name}: left out {label}: {reason}")
+        answer_all(name, args.split, ready, args, facts)
     if args.split == "test":
         print(write_report(args.out.resolve()))
 

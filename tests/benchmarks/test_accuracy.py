@@ -179,8 +179,9 @@ def test_settings_of_a_run() -> None:
     attention = "cdpruner-0.5-relevance=attention"
     assert labels == ["full", "downscale-0.5", "cdpruner-0.5", attention]
     with pytest.raises(UnknownNameError):
-        run.usable(None, ["condvi"])
-    assert run.usable(None, ["downscale"]) == (["downscale"], {})
+        run.usable(None, [Setting("condvi", 0.5)])
+    runs_anywhere = run.settings(["downscale"], [0.5])
+    assert run.usable(None, runs_anywhere) == (runs_anywhere, {})
     watching = Setting("condiv", 0.5, {"signal": "vit_attention"})
     grid = [Setting(), Setting("condiv", 0.5), Setting("downscale", 0.5), watching]
     assert [run.watches_tower(s) for s in grid] == [False, False, False, True]
@@ -189,9 +190,10 @@ def test_settings_of_a_run() -> None:
 def test_methods_that_a_model_refuses_are_left_out_with_the_reason() -> None:
     """The first layer of Qwen3.5 has no attention that could score tokens at entry."""
     model = HYBRID["qwen3_5"].build()
-    ready, refused = run.usable(model, ["uniform", "condiv", "divprune"])
-    assert ready == ["uniform", "divprune"]
-    assert list(refused) == ["condiv"] and "attention" in refused["condiv"]
+    ready, refused = run.usable(model, run.settings(["condiv", "divprune", "cdpruner"], [0.5]))
+    assert [setting.label for setting in ready] == ["full", "divprune-0.5", "cdpruner-0.5"]
+    assert list(refused) == ["condiv-0.5", "cdpruner-0.5-relevance=attention"]
+    assert all("attention" in reason for reason in refused.values())
 
 
 def test_the_default_of_a_model_that_refuses_condiv_is_divprune(unpublished: Path) -> None:
@@ -211,14 +213,16 @@ def test_tower_runs_once_per_input() -> None:
     model.visual.register_forward_hook(lambda *_: calls.append(1))
     plain, original = torch.ones(2, 2), model.visual.forward
     count = []
-    model.visual.forward = lambda x: (count.append(1), original(x))[1]
+    model.visual.forward = lambda pixel_values: (count.append(1), original(pixel_values))[1]
     with run.tower_once(model):
         first = model.visual(plain)
         assert torch.equal(first, model.visual(plain.view(2, 2))) and len(count) == 1
         model.visual(plain + 1)
         model.visual(plain[:1])
         assert len(count) == 3
-    assert len(calls) == 4
+        model.visual(pixel_values=plain)  # as Gemma 3 calls its tower
+        assert torch.equal(first, model.visual(pixel_values=plain)) and len(count) == 4
+    assert len(calls) == 6
     assert torch.equal(original(plain), first)
 
 

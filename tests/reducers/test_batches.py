@@ -9,13 +9,11 @@ import pytest
 import torch
 from support import matrix
 from support.matrix import Case
-from torch import Tensor
 
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import PlanError
 from tokencomp.reducers.oracle import truth
 from tokencomp.reduction import Reduction
-from tokencomp.tokens import SpanBatch
 
 GRIDS = [((1, 4, 5), 0), ((4, 3, 4), 3), ((1, 4, 5), 2), ((2, 2, 7), 0), ((4, 3, 4), 0)]
 
@@ -33,30 +31,6 @@ def without(tokens: VisualTokens, places: list[int]) -> VisualTokens:
     )
 
 
-def joined(spans: list[VisualTokens]) -> SpanBatch:
-    """The spans as one batch."""
-
-    def cat(name: str) -> Tensor | None:
-        values = [getattr(t, name) for t in spans]
-        return None if any(v is None for v in values) else torch.cat(values)
-
-    features, missing = cat("features"), any(t.index is not None for t in spans)
-    assert features is not None
-    return SpanBatch(
-        features=features,
-        lengths=[len(t) for t in spans],
-        grids=[t.grid for t in spans],
-        kinds=[t.kind for t in spans],
-        fixed=[int(t.special.sum()) for t in spans],
-        special=cat("special"),
-        index=torch.cat([t.offsets for t in spans]) if missing else None,
-        scores=cat("scores"),
-        sizes=cat("sizes"),
-        keys=cat("keys"),
-        queries=[t.query for t in spans],
-    )
-
-
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
 def test_a_batch_is_its_spans_one_by_one(case: Case, whole: bool) -> None:
@@ -67,7 +41,7 @@ def test_a_batch_is_its_spans_one_by_one(case: Case, whole: bool) -> None:
     spans = [matrix.tokens(grid, special) for grid, special in GRIDS]
     if not whole:
         spans = [without(t, [3 + i, 7, 11]) for i, t in enumerate(spans)]
-    batch, keeps = joined(spans), [row.keep(9 + i % 2, t) for i, t in enumerate(spans)]
+    batch, keeps = matrix.joined(spans), [row.keep(9 + i % 2, t) for i, t in enumerate(spans)]
     informed = truth([[t.scores for t in spans]]) if case[0] == "oracle" else None
     with informed or contextlib.nullcontext():
         together = reducer.reduced_batch(batch, keeps)
@@ -84,13 +58,13 @@ def test_a_batch_is_its_spans_one_by_one(case: Case, whole: bool) -> None:
 )
 def test_wrong_rows_of_a_batch_are_refused(rows: list[int]) -> None:
     """Rows of another span, in another order, too few, or of no span at all."""
-    batch = joined([matrix.tokens((1, 4, 5)), matrix.tokens((1, 4, 5))])
+    batch = matrix.joined([matrix.tokens((1, 4, 5)), matrix.tokens((1, 4, 5))])
     with pytest.raises(PlanError, match="'wrong' returned"):
         Reduction(torch.tensor(rows)).check_batch(batch, [2, 2], "wrong")
 
 
 def test_a_batch_without_its_special_tokens_is_refused() -> None:
-    batch = joined([matrix.tokens((1, 4, 5), 2), matrix.tokens((1, 4, 5))])
+    batch = matrix.joined([matrix.tokens((1, 4, 5), 2), matrix.tokens((1, 4, 5))])
     patches = (~batch.special).nonzero()[:3, 0]  # type: ignore[operator]
     with pytest.raises(PlanError, match="without 2 of the special tokens"):
         Reduction(torch.cat([patches, torch.tensor([30])])).check_batch(batch, [3, 1], "wrong")
@@ -102,4 +76,4 @@ def test_a_subclass_that_overrides_one_span_alone_is_asked_span_by_span() -> Non
             return Reduction(torch.arange(keep))
 
     spans = [VisualTokens(torch.randn(n, 3), (1, 1, n), torch.zeros(n).bool()) for n in (4, 6)]
-    assert FirstRows().reduced_batch(joined(spans), [2, 3]).keep.tolist() == [0, 1, 4, 5, 6]
+    assert FirstRows().reduced_batch(matrix.joined(spans), [2, 3]).keep.tolist() == [0, 1, 4, 5, 6]

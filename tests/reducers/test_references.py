@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -151,9 +152,30 @@ def test_condiv_takes_the_selectors_shares() -> None:
     logits = net(given.scores[places][None])[0].tolist()
     shares = [math.exp(v - max(logits)) for v in logits]
     expected = farthest_first(x, shares.index(1.0), [max(s, 1e-3) for s in shares], 10, 0.2)
-    got = make_reducer("condiv", signal="selector", weights=weights).reduce(given, 12)
+    reducer = make_reducer("condiv", signal="selector", weights=weights, power=1.0)
+    got = reducer.reduce(given, 12)
     special = given.special.nonzero()[:, 0].tolist()
     assert got.keep.tolist() == sorted([*(places[i] for i in expected), *special])
+
+
+def test_condiv_weighs_relevance_by_the_kind_of_media() -> None:
+    """Spans of one batch have powers of their own."""
+    spans = [
+        dataclasses.replace(matrix.tokens((t, 4, 4), special=1, seed=seed), kind=kind)
+        for seed, (t, kind) in enumerate([(1, "image"), (2, "video"), (1, "audio")])
+    ]
+    got = make_reducer("condiv").reduce_batch(matrix.joined(spans), [9, 12, 7])
+    kept, start, expected = got.keep.tolist(), 0, []
+    for span, keep in zip(spans, (9, 12, 7), strict=True):
+        places, x = rows_of(span)
+        power = 1.0 if span.kind == "video" else 0.35
+        most = max(float(span.scores[p]) for p in places)
+        weights = [max(float(span.scores[p]) / most, 1e-3) ** power for p in places]
+        own = farthest_first(x, weights.index(max(weights)), weights, keep - 1, 0.2)
+        special = span.special.nonzero()[:, 0].tolist()
+        expected += [start + p for p in sorted([*(places[i] for i in own), *special])]
+        start += len(span)
+    assert kept == expected
 
 
 @pytest.mark.parametrize("signal", ["norm", "novelty"])

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokencomp import Reduction, VisualTokens, available_reducers, make_reducer
 from tokencomp.reducers.oracle import truth
 from tokencomp.reducers.selector import SelectorNet
+from tokencomp.tokens import SpanBatch
 from tokencomp.trained.cards import model_card, write
 from tokencomp.trained.ccam import CCAMConfig, CCAMProjector
 from tokencomp.training.capture import capture
@@ -163,4 +165,28 @@ def tokens(
         query=torch.randn(5, dim, generator=g),
         keys=torch.randn(n, 6, generator=g),
         kind="video" if grid[0] > 1 else "image",
+    )
+
+
+def joined(spans: list[VisualTokens]) -> SpanBatch:
+    """The spans as one batch."""
+
+    def cat(name: str) -> Tensor | None:
+        values = [getattr(t, name) for t in spans]
+        return None if any(v is None for v in values) else torch.cat(values)
+
+    features, missing = cat("features"), any(t.index is not None for t in spans)
+    assert features is not None
+    return SpanBatch(
+        features=features,
+        lengths=[len(t) for t in spans],
+        grids=[t.grid for t in spans],
+        kinds=[t.kind for t in spans],
+        fixed=[int(t.special.sum()) for t in spans],
+        special=cat("special"),
+        index=torch.cat([t.offsets for t in spans]) if missing else None,
+        scores=cat("scores"),
+        sizes=cat("sizes"),
+        keys=cat("keys"),
+        queries=[t.query for t in spans],
     )

@@ -23,11 +23,15 @@ from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
 from tokencomp.zoo.training_scenes import training_scene
 
 
-@pytest.fixture(scope="module")
-def packer(tmp_path_factory):
-    folder, arch = tmp_path_factory.mktemp("tokenizer"), family("tiny-qwen3-vl")
+def packer_of(name, tmp_path_factory):
+    folder, arch = tmp_path_factory.mktemp("tokenizer"), family(name)
     write_tokenizer(folder, arch.chat_template, arch.special_tokens, arch.corpus)
     return Packer(load_tokenizer(folder), arch)
+
+
+@pytest.fixture(scope="module")
+def packer(tmp_path_factory):
+    return packer_of("tiny-qwen3-vl", tmp_path_factory)
 
 
 def test_characters_are_labelled_where_their_ink_is():
@@ -74,13 +78,19 @@ def test_repeated_questions_differ_in_their_options(packer):
     assert len(maker._segments(scene, replace(source, repeat=False), rng)[0]) == 1
 
 
-def test_spelling_labels_the_visual_token_in_the_middle_of_a_word(packer):
+@pytest.mark.parametrize(
+    ("name", "placeholder"),
+    [("tiny-qwen3-vl", "<|image_pad|>"), ("tiny-gemma3", "<image_soft_token>")],
+)
+def test_spelling_labels_the_token_in_the_middle_of_a_word(name, placeholder, tmp_path_factory):
+    """Families name their visual tokens differently."""
+    packer = packer_of(name, tmp_path_factory)
     """The cells are found here by arithmetic on the boxes of a word and of a digit."""
     word, digit = Text("moon", 30, 60, 40), Text("7", 150, 150, 40)
     scene = Scene(224, 224, 1, (), texts=(word, digit))
     row = packer.pack("image", (1, 224, 224), [packer.pair(" text", "moon")], 90)
     BatchMaker(packer, 0, 28).spell(row, scene, "image", 1)
-    first = int(np.argmax(row["ids"] == packer.ids("<|image_pad|>")[0]))
+    first = int(np.argmax(row["ids"] == packer.ids(placeholder)[0]))
     expected = {}
     for text in (word, digit):
         left, top, right, bottom = text.box

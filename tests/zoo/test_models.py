@@ -21,6 +21,7 @@ BARS = ("attribute", "existence", "needle")
 MORE = {  # what a model has to know besides
     "tiny-qwen3-vl": ("count", "position", "small_object", "order", "direction", "video_existence"),
     "tiny-qwen3-5": ("position", "direction", "video_existence"),
+    "tiny-gemma3": ("position",),
 }
 MODELS = zoo.available_models()
 

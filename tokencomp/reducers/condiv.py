@@ -29,6 +29,7 @@ from tokencomp.validation import check_range, field_types
 SignalName = Literal["attention", "selector", "vit_attention", "norm", "novelty", "none"]
 SIGNALS: tuple[SignalName, ...] = get_args(SignalName)
 FLOOR = 1e-3
+IMAGE_POWER, VIDEO_POWER = 0.35, 1.0  # chosen on validation: docs/decisions/0001-default-reducer.md
 
 
 @register_reducer("condiv")
@@ -46,9 +47,12 @@ class ConDiv(Reducer):
     Attributes
     ----------
     power
-        p, 0 to 8; 0 is plain max-min diversity. "auto": 2·(1 - H(r) / log n), H the entropy of r
-        as shares: relevance that is spread evenly gets p = 0, so that diversity alone decides;
-        relevance that is concentrated on a single token gets p = 2.
+        p, 0 to 8; 0 is plain max-min diversity. None: 1 on videos and 0.35 on everything else. What
+        happens again in a video looks like what is already kept, so that relevance has to speak
+        for it; a word in an image is many unlike tokens, of which relevance alone keeps few.
+        "auto": 2·(1 - H(r) / log n), H the entropy of r as shares: relevance that is spread evenly
+        gets p = 0, so that diversity alone decides; relevance that is concentrated on a single
+        token gets p = 2.
     signal
         What r is. "attention": layer 0's attention of the text after the span, mean over heads
         and tokens. "selector": the output of the trained network of `selector` for that row, as
@@ -83,7 +87,7 @@ class ConDiv(Reducer):
     every p.
     """
 
-    power: float | Literal["auto"] = 1.0
+    power: float | Literal["auto"] | None = None
     signal: SignalName = "attention"
     margin: float = 0.2
     centred: bool = False
@@ -95,7 +99,7 @@ class ConDiv(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.power != "auto":
+        if self.power is not None and self.power != "auto":
             check_range("condiv", "power", self.power, 0, 8)
         check_range("condiv", "margin", self.margin, 0, 8)
         if self.merge_rest is not None:
@@ -237,6 +241,8 @@ class ConDiv(Reducer):
         power: Any = self.power
         if power == "auto":
             power = spread(concentration(relevance, lengths, owners), lengths, owners)
+        elif power is None:
+            power = usual_power(patches, relevance, owners)
         return relevance.clamp(min=FLOOR).pow(power)
 
 
@@ -261,6 +267,14 @@ def concentration(relevance: Tensor, lengths: list[int], owners: Tensor | None) 
     entropy = segment(torch.special.entr(share), lengths, "sum")
     most = torch.tensor([math.log(max(n, 2)) for n in lengths], device=relevance.device)
     return 2 * (1 - entropy / most).clamp(min=0)
+
+
+def usual_power(patches: Patches, relevance: Tensor, owners: Tensor | None) -> Tensor | float:
+    """The power of every patch by its kind of media; a number where all have the same."""
+    powers = [VIDEO_POWER if kind == "video" else IMAGE_POWER for kind in patches.batch.kinds]
+    if len({*powers}) == 1:
+        return powers[0]
+    return spread(relevance.new_tensor(powers), patches.lengths, owners)
 
 
 def novelty(patches: Patches, x: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class BatchMaker:
         """
         marks = text_labels(scene, self.cell)
         glyphs, words = marks["glyph"].ravel(), marks["word"].ravel()
-        (pad,) = self.packer.ids(f"<|{media}_pad|>")
+        (pad,) = self.packer.ids(self.packer.family.placeholder(media))
         for place, at in enumerate((row["ids"] == pad).nonzero()[0]):
             glyph = GLYPHS[glyphs[place] - 1] if glyphs[place] > 0 else ""
             name = WORDS[words[place] - 1] if words[place] > 0 else glyph

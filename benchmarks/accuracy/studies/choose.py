@@ -40,6 +40,8 @@ CANDIDATES: list[Candidate] = [
     *(("condiv", {"power": p, "margin": 0.0}) for p in (0.25, 0.5, 1.0, 2.0, 4.0)),
     *(("condiv", {"power": p, "margin": 0.1}) for p in (0.5, 1.0, 2.0, "auto")),
     *(("condiv", {"power": 1.0, "margin": m}) for m in (0.05, 0.2)),
+    *(("condiv", {"power": p, "margin": m}) for p in (0.35, 0.5) for m in (0.2, 0.35, 0.5)),
+    ("condiv", {"power": None, "margin": 0.2}),
     *(("condiv", {"power": p, "margin": 0.1, "centred": True}) for p in (0.5, 1.0)),
     *(("condiv", {"power": 1.0, "margin": 0.2, "frames": f}) for f in ("equal", "novelty")),
     ("condiv", {"power": 1.0, "margin": 0.1, "merge_rest": 0.8}),
@@ -152,7 +154,7 @@ def run_missing(
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(families))
     parser.add_argument("--batch", type=int, default=60)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.set_defaults(start=0)
+    parser.set_defaults(start=0, difficulty="usual")
     args = parser.parse_args()
     if args.report:
         return Path(args.out)

@@ -45,6 +45,14 @@ class TinyGemma3(SiglipFamily):
     }
     corpus = CORPUS
     cell = CELL
+    card: ClassVar[dict[str, str]] = {
+        "note": "Five of six layers see a window of tokens, and the tokens of an image see each "
+        "other. It takes images, answers in one word, and has not been taught option letters. "
+        "Words on pictures are not learned."
+    }
+
+    def placeholder(self, kind: str) -> str:
+        return SOFT
 
     def config(self, tokenizer) -> dict[str, Any]:
         """config.json as published Gemma 3 checkpoints have it."""

@@ -189,6 +189,10 @@ class Family(ABC):
         """Config of the text decoder."""
         return model.config.get_text_config()
 
+    def placeholder(self, kind: str) -> str:
+        """The text of the token that stands for one visual token of an image or a video."""
+        return f"<|{kind}_pad|>"
+
     @abstractmethod
     def tokens_per(self, kind: str, shape: tuple[int, int, int]) -> int:
         """Visual tokens of one image or video of (frames, height, width) px."""
