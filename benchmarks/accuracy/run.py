@@ -27,6 +27,7 @@ import torch
 from benchmarks import publishing
 from benchmarks.accuracy.report import write_report
 from benchmarks.accuracy.store import LOST, RESULTS, Results, add_lost, collected, merged
+from benchmarks.accuracy.summary import MAIN
 from tokencomp import available_reducers, make_reducer
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
@@ -160,7 +161,8 @@ def answer_all(
     if groups[1]:
         runs |= sweep(model, processor, examples, groups[1], unfinished, **options)
     results = collected(runs, name, split, facts)
-    add_lost(results, draw_default(model, processor, runs, examples, folder / LOST))
+    if name == MAIN:  # pictures take much space: those of one model have to do
+        add_lost(results, draw_default(model, processor, runs, examples, folder / LOST))
     if (folder / f"{split}.json").exists():
         results = merged(Results.read(folder, split), results)
     results.write(folder)

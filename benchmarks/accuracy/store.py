@@ -20,7 +20,7 @@ from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.method import DEFAULT_REDUCER, DEFAULT_SERVED_REDUCER
 from tokencomp.shapesqa.difficulty import is_image_family
-from tokencomp.storage import write_json
+from tokencomp.storage import write_text
 from tokencomp.zoo import metrics
 
 ACCURACY = Path(__file__).parent
@@ -72,8 +72,8 @@ class Results:
         return cls(stored, answers, learned)
 
     def write(self, folder: Path) -> None:
-        file = folder / f"{self.manifest['split']}.json"
-        write_json(file, {**self.manifest, "answers": self.answers.to_json()})
+        content = {**self.manifest, "answers": self.answers.to_json()}
+        write_text(folder / f"{self.manifest['split']}.json", two_levels(content))
 
     @property
     def settings(self) -> dict[str, dict[str, Any]]:
@@ -124,6 +124,21 @@ class Results:
         setting = self.settings[label]
         by_kind = setting.get("achieved", {})
         return by_kind.get(kind, min([*by_kind.values(), setting["achieved_ratio"]]))
+
+
+def two_levels(content: Mapping[str, Any]) -> str:
+    """JSON with a line for every entry of the two upper levels.
+
+    Indented at all levels, the files of all settings would be mostly spaces.
+    """
+    parts = []
+    for key, value in content.items():
+        text = json.dumps(value)
+        if isinstance(value, dict):
+            lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]
+            text = "{\n" + ",\n".join(lines) + "\n }"
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def learned_families(validation: dict[str, Any]) -> tuple[str, ...]:

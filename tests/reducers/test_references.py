@@ -116,7 +116,8 @@ def test_the_margin_keeps_like_things_before_the_background() -> None:
     given = matrix.tokens((1, 4, 4))
     given.features, given.scores = x, torch.full((16,), 0.05)
     given.scores[things] = 1.0
-    kept = {m: make_reducer("condiv", margin=m).reduce(given, 4).keep.tolist() for m in (0.0, 0.1)}
+    reducers = {margin: make_reducer("condiv", power=1.0, margin=margin) for margin in (0.0, 0.1)}
+    kept = {margin: one.reduce(given, 4).keep.tolist() for margin, one in reducers.items()}
     assert set(things) <= set(kept[0.1]) and len(set(things) & set(kept[0.0])) == 1
 
 
