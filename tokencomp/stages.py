@@ -61,7 +61,7 @@ class StageReducer(ABC):
 
     def chosen_frames(self, looks: Tensor, places: int, keep: int) -> list[int]:
         """Numbers of the frames that stay: all, unless the reducer drops frames (`KeyFrames`)."""
-        return list(range(places))
+        return list(range(len(looks)))
 
     @property
     def needs(self) -> frozenset[Signal]:

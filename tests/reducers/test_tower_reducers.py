@@ -207,3 +207,10 @@ def test_reducers_at_later_blocks_see_mean_hidden_states(name: str, options: dic
         with torch.no_grad():
             assert model(**inputs).logits.isfinite().all()
         assert handle.stats.tower_kept(0) == [expected]
+
+
+def test_reducers_that_drop_no_frames_keep_all_of_a_video() -> None:
+    """Five frames of four tokens: numbers of frames, whatever stays of each."""
+    looks = torch.zeros(5, 3)
+    assert make_reducer("random").chosen_frames(looks, 4, 10) == [0, 1, 2, 3, 4]
+    assert make_reducer("random").needed_frames(5, 4, 10, lambda: looks) == [0, 1, 2, 3, 4]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
@@ -48,7 +49,7 @@ class Phase:
         return warm * (self.end + (self.start - self.end) * cosine)
 
 
-class Steps:
+class Steps(ABC):
     """Trains `parameters` phase by phase. A subclass says what a step is.
 
     Batches have to depend on phase and step alone. Then a run that was killed and started again
@@ -102,17 +103,17 @@ class Steps:
         if state := load_checkpoint(checkpoint, self.identity):
             self._resume(state)
 
+    @abstractmethod
     def batches(self) -> Iterable[Any]:
         """Those of the current phase, from the current step on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, batch: Any) -> Tensor:
         """A scalar with a gradient."""
-        raise NotImplementedError
 
+    @abstractmethod
     def peak(self, group: dict[str, Any]) -> float:
         """Largest learning rate of a group of parameters in the current phase."""
-        raise NotImplementedError
 
     def run(self, stop_after: int | None = None) -> bool:
         """Train to the end of the last phase (True), or for `stop_after` steps (False).
