@@ -5,17 +5,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokencomp.errors import CheckpointError
+from tokencomp.errors import CheckpointError, UnknownNameError
 from tokencomp.inputs import packaged
+from tokencomp.storage import write_json
 from tokencomp.zoo.export import export
 from tokencomp.zoo.families import family
-from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
-from tokencomp.zoo.train import fit_positions, warm_start
+from tokencomp.zoo.recipes import RECIPES
+from tokencomp.zoo.tokenizer import load_tokenizer
+from tokencomp.zoo.train import copy_weights, finished, fit_positions, stages_from, warm_start
 
 
 def _made(name, folder):
     arch = family(name)
-    write_tokenizer(folder / "tokenizer", arch.chat_template, arch.special_tokens)
+    arch.write_tokenizer(folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
     return SimpleNamespace(arch=arch, tokenizer=tokenizer, model=arch.build(tokenizer))
 
@@ -65,3 +67,31 @@ def test_missing_source_names_the_fix(tmp_path, monkeypatch):
     new = _made("tiny-vila", tmp_path)
     with pytest.raises(CheckpointError, match=r"tokencomp\.zoo\.train tiny-llava-onevision"):
         warm_start(new.model, "tiny-vila", "tiny-llava-onevision")
+
+
+def test_training_goes_on_from_the_weights_of_a_finished_model(tmp_path):
+    source = _made("tiny-gemma3", tmp_path / "source")
+    folder = export(source.model, source.arch, tmp_path / "export")
+    with pytest.raises(CheckpointError, match=r"has no metrics\.json"):
+        finished(str(folder))
+    write_json(folder / "metrics.json", {"training": {"steps": 7, "seconds": 2.5, "seed": 0}})
+    assert finished(str(folder)) == {"steps": 7, "seconds": 2.5}
+    new = _made("tiny-gemma3", tmp_path / "new")
+    with torch.no_grad():
+        for parameter in new.model.parameters():
+            parameter.zero_()
+    copy_weights(new.model, str(folder))
+    theirs = source.model.state_dict()
+    for name, value in new.model.state_dict().items():
+        assert torch.equal(value, theirs[name].half().float()), name
+    other = _made("tiny-llava-onevision", tmp_path / "other")
+    with pytest.raises(CheckpointError, match="do not fit"):
+        copy_weights(other.model, str(folder))
+
+
+def test_a_recipe_can_start_at_a_stage():
+    stages = RECIPES["tiny-gemma3"]
+    assert stages_from(stages, None) == stages
+    assert [stage.name for stage in stages_from(stages, "mixture")] == ["mixture", "balance"]
+    with pytest.raises(UnknownNameError, match=r"no stage 'polish'.*'balance'"):
+        stages_from(stages, "polish")

@@ -20,28 +20,33 @@ _HYBRID_STEPS = {
     "clips": 300,
     "order": 300,
     "mixture": 1000,
+    "balance": 600,
 }
-_SLIDING_STEPS = {"vision": 1100, "places": 250, "images": 550, "mixture": 900}
+_SLIDING_STEPS = {"vision": 1100, "places": 250, "images": 550, "mixture": 900, "balance": 700}
+
+
+def _shows_words(source: Source) -> bool:
+    """Whether every picture of a source has words or numbers on it."""
+    return source.text == 1.0 or source.scene in ("page", "numbers")
 
 
 def _shortened(steps: dict[str, int], media: tuple[str, ...]) -> tuple[Stage, ...]:
     """The stages of `DEEP` that are named, with their numbers of steps, for a kind of media.
 
-    Questions with options become questions that one word answers.
+    Questions with options become questions that one word answers. The last stage has no words on
+    pictures, which these models do not learn.
     """
 
     def fits(source: Source) -> bool:
         return source.media in media and source.kind not in ("letters", "forms")
 
-    return tuple(
-        replace(
-            stage,
-            steps=steps[stage.name],
-            sources=tuple((w, replace(s, choice=0.0)) for w, s in stage.sources if fits(s)),
-        )
-        for stage in DEEP
-        if stage.name in steps
-    )
+    def adapted(stage: Stage) -> Stage:
+        sources = [(w, replace(s, choice=0.0)) for w, s in stage.sources if fits(s)]
+        if stage.name == "balance":
+            sources = [(w, replace(s, text=0.0)) for w, s in sources if not _shows_words(s)]
+        return replace(stage, steps=steps[stage.name], sources=tuple(sources))
+
+    return tuple(adapted(stage) for stage in DEEP if stage.name in steps)
 
 
 HYBRID = _shortened(_HYBRID_STEPS, ("image", "video"))

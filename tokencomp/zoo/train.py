@@ -6,13 +6,17 @@ arguments and it goes on.
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from tokencomp.zoo.stage import Stage
 
 app = typer.Typer(add_completion=False)
 
@@ -30,6 +34,10 @@ def main(
     start: Annotated[
         str | None, typer.Option(help="Model to start from, name or folder; default the recipe's.")
     ] = None,
+    from_stage: Annotated[
+        str | None,
+        typer.Option(help="Train from this stage of the recipe on, at the weights of --start."),
+    ] = None,
 ) -> None:
     """Train one tiny model and write a complete model folder to OUT/NAME."""
     import torch
@@ -46,7 +54,7 @@ def main(
         command += f" --scale {scale}"
     command += " --bf16" if bf16 else ""
     try:
-        folder = run(name, out, seed, workers, scale, items, command, start, bf16)
+        folder = run(name, out, seed, workers, scale, items, command, start, bf16, from_stage)
     except TokenCompError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
@@ -63,6 +71,7 @@ def run(
     command: str,
     start: str | None = None,
     bf16: bool = False,
+    from_stage: str | None = None,
 ) -> Path:
     """Train (or go on), export to `out/name` and measure. Returns the model folder."""
     import torch
@@ -76,23 +85,66 @@ def run(
 
     arch = family(name)
     arch.write_tokenizer(out / "tokenizer")
-    stages = shorten(RECIPES[name], scale)
+    stages = stages_from(shorten(RECIPES[name], scale), from_stage)
+    before = {"steps": 0, "seconds": 0.0}
     trainer = Trainer(
         arch, load_tokenizer(out / "tokenizer"), stages, out, seed, workers, bf16=bf16
     )
-    if name in WARM_STARTS and (trainer.phase, trainer.step) == (0, 0):
-        warm_start(trainer.model, name, WARM_STARTS[name], start)
+    if from_stage:
+        before = finished(start or name)
+    if (trainer.phase, trainer.step) == (0, 0):
+        if from_stage:
+            copy_weights(trainer.model, start or name)
+        elif name in WARM_STARTS:
+            warm_start(trainer.model, name, WARM_STARTS[name], start)
     trainer.run()
     folder = export(trainer.model, arch, out / name)
     training = {
         "command": command,
         "seed": seed,
-        "steps": sum(stage.steps for stage in stages),
-        "seconds": trainer.seconds,
+        "steps": before["steps"] + sum(stage.steps for stage in stages),
+        "seconds": before["seconds"] + trainer.seconds,
         "cores": torch.get_num_threads(),
     }
     write_json(folder / "metrics.json", measure(name, folder, items, training))
     return write_report(folder)
+
+
+def stages_from(stages: tuple[Stage, ...], name: str | None) -> tuple[Stage, ...]:
+    """The stages from the one that is named on; all without a name."""
+    from tokencomp.errors import UnknownNameError
+
+    names = [stage.name for stage in stages]
+    if name is not None and name not in names:
+        raise UnknownNameError(f"The recipe has no stage {name!r}. Choose one of {names}.")
+    return stages[names.index(name) if name else 0 :]
+
+
+def finished(model: str) -> dict[str, Any]:
+    """What the training of a model of this zoo, a name or a folder, took: `steps`, `seconds`."""
+    from tokencomp.errors import CheckpointError
+    from tokencomp.inputs.packaged import resolve
+
+    metrics = Path(resolve(model)) / "metrics.json"
+    if not metrics.exists():
+        raise CheckpointError(
+            f"{model} has no metrics.json, so it is no finished training of this command. Give its "
+            "output folder, or the name of a packaged model, with --start."
+        )
+    training = json.loads(metrics.read_text())["training"]
+    return {key: training[key] for key in ("steps", "seconds")}
+
+
+def copy_weights(model: Any, source: str) -> None:
+    """Copy all weights of `source`, a name or a folder, into a model of the same shape."""
+    from tokencomp.errors import CheckpointError
+    from tokencomp.inputs.loading import load_folder
+    from tokencomp.inputs.packaged import resolve
+
+    try:
+        model.load_state_dict(load_folder(resolve(source))[0].state_dict())
+    except RuntimeError as error:
+        raise CheckpointError(f"The weights of {source} do not fit: {error}.") from error
 
 
 def warm_start(model: Any, name: str, other: str, folder: str | Path | None = None) -> None:
@@ -246,8 +298,6 @@ OTHER_SCENES: tuple[tuple[str, str, tuple[str, ...], dict[str, Any]], ...] = (
 
 def write_report(folder: Path) -> Path:
     """Write README.md from metrics.json."""
-    import json
-
     from tokencomp.zoo.card import write_card
 
     write_card(folder, json.loads((folder / "metrics.json").read_text()))

@@ -48,7 +48,8 @@ class TinyGemma3(SiglipFamily):
     card: ClassVar[dict[str, str]] = {
         "note": "Five of six layers see a window of tokens, and the tokens of an image see each "
         "other. It takes images, answers in one word, and has not been taught option letters. "
-        "Words on pictures are not learned."
+        "Words on pictures are not learned. The stage `balance` was added after the first card had "
+        "shown that counts and small objects needed more; it started at the published weights."
     }
 
     def placeholder(self, kind: str) -> str:
