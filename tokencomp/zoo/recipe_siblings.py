@@ -20,7 +20,6 @@ _HYBRID_STEPS = {
     "clips": 300,
     "order": 300,
     "mixture": 1000,
-    "balance": 600,
 }
 _SLIDING_STEPS = {"vision": 1100, "places": 250, "images": 550, "mixture": 900, "balance": 700}
 
@@ -49,5 +48,13 @@ def _shortened(steps: dict[str, int], media: tuple[str, ...]) -> tuple[Stage, ..
     return tuple(adapted(stage) for stage in DEEP if stage.name in steps)
 
 
-HYBRID = _shortened(_HYBRID_STEPS, ("image", "video"))
-SLIDING = _shortened(_SLIDING_STEPS, ("image",))
+def _finish(steps: int, media: tuple[str, ...]) -> Stage:
+    """The balancing stage with answers alone, which can start at weights without training heads."""
+    (balance,) = _shortened({"balance": steps}, media)
+    answers = tuple((w, s) for w, s in balance.sources if s.kind != "vision")
+    return replace(balance, name="finish", sources=answers)
+
+
+_ALL, _STILL = ("image", "video"), ("image",)
+HYBRID = (*_shortened(_HYBRID_STEPS, _ALL), _finish(600, _ALL))
+SLIDING = (*_shortened(_SLIDING_STEPS, _STILL), _finish(500, _STILL))

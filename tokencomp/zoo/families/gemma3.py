@@ -48,8 +48,9 @@ class TinyGemma3(SiglipFamily):
     card: ClassVar[dict[str, str]] = {
         "note": "Five of six layers see a window of tokens, and the tokens of an image see each "
         "other. It takes images, answers in one word, and has not been taught option letters. "
-        "Words on pictures are not learned. The stage `balance` was added after the first card had "
-        "shown that counts and small objects needed more; it started at the published weights."
+        "Words on pictures are not learned. The stages `balance` and `finish` were added after the "
+        "first card had shown that counts and small objects needed more; they started at the "
+        "weights published before."
     }
 
     def placeholder(self, kind: str) -> str:

@@ -21,7 +21,7 @@ class TinyQwen35(TinyQwen3VL):
     card: ClassVar[dict[str, str]] = {
         "note": "Most of its layers keep a state of constant size instead of keys and values. It "
         "answers in one word and has not been taught option letters. Words on pictures, the order "
-        "of events and repeated actions are not learned. The stage `balance` was added after the "
+        "of events and repeated actions are not learned. The stage `finish` was added after the "
         "first card had shown that counts and small objects needed more; it started at the "
         "published weights."
     }
