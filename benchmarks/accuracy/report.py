@@ -190,8 +190,8 @@ INTROS = {
     ),
     "hard": (
         "Hard scenes",
-        "The default and the baselines where cameras pan, objects are coloured like their "
-        "background, crowds are counted and text stands over textures.",
+        "Every reducer where cameras pan, objects are coloured like their background, crowds are "
+        "counted and text stands over textures. The scenes have seeds of their own in every split.",
     ),
     "chance": (
         "Families that the models have not learned",
