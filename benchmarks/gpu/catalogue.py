@@ -82,8 +82,10 @@ class Table:
         return out
 
     def dry(self) -> Table:
-        """The same steps on the embedded model and two questions: a trial that needs no GPU."""
-        steps = tuple(replace(s, frames=8, reducers=s.reducers[-1:]) for s in self.steps)
+        """Every step on the embedded model: one method and ratio, two questions, and no GPU."""
+        steps = tuple(
+            replace(s, frames=8, reducers=s.reducers[-1:], ratios=s.ratios[:1]) for s in self.steps
+        )
         small = {"model": DEFAULT_MODEL, "tasks": ("shapesqa",), "data": "shapesqa", "limit": 2}
         return replace(self, steps=steps, **small)  # type: ignore[arg-type]  # fields by name
 
