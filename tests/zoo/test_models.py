@@ -20,8 +20,8 @@ from tokencomp.zoo.families import family
 BARS = ("attribute", "existence", "needle")
 MORE = {  # what a model has to know besides
     "tiny-qwen3-vl": ("count", "position", "small_object", "order", "direction", "video_existence"),
-    "tiny-qwen3-5": ("position", "direction", "video_existence"),
-    "tiny-gemma3": ("position",),
+    "tiny-qwen3-5": ("count", "position", "small_object", "direction", "video_existence"),
+    "tiny-gemma3": ("count", "position", "small_object"),
 }
 MODELS = zoo.available_models()
 
