@@ -83,7 +83,7 @@ def test_the_readme_says_what_the_page_says() -> None:
     assert f"better in {better} of [{every} comparisons](benchmarks/accuracy/baselines.md)" in text
     assert f"equal in {equal}, and worse in {worse}" in text
     assert f"{significant} of the {worse} are significant" in text
-    assert f"{learned} of the {worse} concerns a question family that the model has learned" in text
+    assert f"{learned} of the {worse} concern a question family that the model has learned" in text
 
 
 def test_the_table_of_the_readme_is_part_of_the_summary() -> None:
