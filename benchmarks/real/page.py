@@ -121,7 +121,7 @@ def _by_family(results: dict[str, Any], runs: list[EvalRun]) -> str:
     """Accuracy of every setting by learned family."""
     learned = results["learned"]
     rows = [
-        [run.label, f"{run.ratio:g}", *(f"{_accuracy(run, family):.0%}" for family in learned)]
+        [run.label, f"{run.ratio:g}", *(f"{accuracy(run, family):.0%}" for family in learned)]
         for run in runs
     ]
     title = "\n## Methods by family\n"
@@ -140,7 +140,8 @@ def _against_uniform(runs: list[EvalRun]) -> str:
     return "\n".join([title, *rows, ""]) if rows else ""
 
 
-def _accuracy(run: EvalRun, family: str) -> float:
+def accuracy(run: EvalRun, family: str) -> float:
+    """Share of right answers in a family."""
     scores = [r["correct"] for r in run.records if r["family"] == family]
     return sum(scores) / len(scores)
 

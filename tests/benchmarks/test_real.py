@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.gpu.recompute import losing
-from benchmarks.real import page, run
+from benchmarks.real import candidates, page, run
 from benchmarks.real.batches import BatchMaker, Mixture
 from benchmarks.real.items import items
 from benchmarks.real.model import CELL, IMAGE, build_processor, fast_vlm, mapped
@@ -273,6 +274,26 @@ def test_toy_run_makes_a_page(
     assert by_label["downscale at 0.75"]["visual_tokens"] == 12  # of 49
     assert len(by_label) == 1 + 3 + 4
     assert "| condiv | 0.75 |" in text and "random seed=2" in text
+
+
+def test_candidates_stand_on_a_page_with_their_difference_to_random(tmp_path: Path) -> None:
+    """The numbers of the page are counted again from the answers on disk."""
+    model, tokenizer = toy()
+    asked = [*items(Drawings(), "validation", 2, ("half", "count"))]
+    processor = build_processor(tokenizer)
+    results = candidates.answer(model.eval(), processor, asked, 4, tmp_path)
+    about = {
+        "command": "x", "date": "2026-01-01", "commit": "0" * 40, "versions": {},
+        "hardware": {"cpu": "x", "threads": 1},
+    }  # fmt: skip
+    text = candidates.page({"about": about, **results})
+    rows = {r.split(" | ")[0].strip("| "): r for r in text.splitlines() if r.startswith("| ")}
+    lines = (tmp_path / "merge-0.75" / "records.jsonl").read_text().splitlines()
+    share = sum(json.loads(line)["correct"] for line in lines) / len(asked)
+    assert rows["merge"].split(" | ")[2].startswith(f"{share:.1%}, ")
+    names = {f"{name} {', '.join(f'{k}={v}' for k, v in options.items())}".strip()
+             for name, options in candidates.CANDIDATES}  # fmt: skip
+    assert names < {*rows} and "4 questions" in text
 
 
 def test_losing_cases_are_named() -> None:

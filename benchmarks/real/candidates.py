@@ -1,0 +1,137 @@
+"""Candidates for the default reducer on the validation questions about photographs.
+
+    python -m benchmarks.real.candidates            # → candidates.json, candidates.md
+    python -m benchmarks.real.candidates --report   # candidates.md from candidates.json alone
+
+Needs the model of `python -m benchmarks.real.build`. Nothing is chosen here: the page shows what a
+later choice (docs/decisions/0001-default-reducer.md) can use beside the embedded models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import publishing
+from benchmarks.gpu.contribution import Row
+from benchmarks.gpu.recompute import runs_of
+from benchmarks.real.items import StampItem, items
+from benchmarks.real.page import HERE, accuracy
+from benchmarks.real.page import RESULTS as TEST_RESULTS
+from benchmarks.real.run import FOLDER, packed
+from benchmarks.real.sources import TUXPAINT, Photos
+from tokencomp.cli import one_message
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.metrics import difference
+from tokencomp.evaluation.packed import PackedAnswers
+from tokencomp.evaluation.runner import sweep
+from tokencomp.evaluation.runs import EvalRun, paired_scores
+from tokencomp.evaluation.settings import RANDOM, Setting
+from tokencomp.method import DEFAULT_REDUCER
+from tokencomp.storage import write_json, write_text
+
+RESULTS = HERE / "candidates.json"
+CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (RANDOM, {}),
+    ("uniform", {}),
+    ("merge", {}),
+    ("kcentre", {}),
+    ("divprune", {}),
+    ("vidcom2", {}),
+    ("runlength", {}),
+    ("aim", {}),
+    ("cdpruner", {"relevance": "attention"}),
+    (DEFAULT_REDUCER, {}),
+    *((DEFAULT_REDUCER, {"power": power}) for power in (0.0, 1.0, 2.0)),
+    (DEFAULT_REDUCER, {"margin": 0.5}),
+    (DEFAULT_REDUCER, {"merge_rest": 0.8}),
+    (DEFAULT_REDUCER, {"power": 0.5, "signal": "norm"}),
+)
+RATIOS = (0.5, 0.75, 0.9)
+HEAD = """# Candidates for the default on photographs
+
+Validation questions of [this benchmark](README.md), on the families that its model has learned. The
+second number is the difference to random in points, with its paired 95 % interval. Nothing was
+chosen here: [the record of the default](../../docs/decisions/0001-default-reducer.md).
+"""
+
+
+def learned() -> list[str]:
+    """Families that the published results call learned, by validation questions."""
+    names: list[str] = json.loads(TEST_RESULTS.read_text())["learned"]
+    return names
+
+
+def answer(
+    model: Any, processor: Any, questions: Iterable[StampItem], batch: int, folder: Path
+) -> dict[str, Any]:
+    """Content of the result file, without provenance: rows of cost, and a bit per question.
+
+    A run that was stopped goes on from the answers in `folder`.
+    """
+    grid = [Setting(), *(Setting(n, r, o) for n, o in CANDIDATES for r in RATIOS)]
+    how = {"batch_size": batch, "max_new_tokens": 4, "name": "real-fastvlm"}
+    examples = [one.example() for one in questions]
+    return packed(sweep(model, processor, examples, grid, folder, **how))
+
+
+def page(results: dict[str, Any]) -> str:
+    """Markdown of a result file."""
+    rows = [Row.model_validate(row) for row in results["rows"]]
+    runs = runs_of(rows, PackedAnswers.from_json(results["answers"]))
+    full, by_ratio = runs[0], {r.ratio: r for r in runs if r.identity["reducer"] == RANDOM}
+    names = [*dict.fromkeys(_name(run) for run in runs[1:])]
+    lines = [[name, *(_cell(runs, by_ratio, name, ratio) for ratio in RATIOS)] for name in names]
+    head = ["candidate", *(f"ratio {ratio:g}" for ratio in RATIOS)]
+    families = sorted({record["family"] for record in full.records})
+    text = [f"{name} {accuracy(full, name):.0%}" for name in families]
+    about = (
+        f"- {publishing.provenance(results['about'])}\n- {len(full.records)} questions; the full "
+        f"model answers {full.mean('correct'):.1%}: {', '.join(text)}."
+    )
+    return "\n".join([HEAD, about, "", publishing.table(head, lines), ""])
+
+
+def _name(run: EvalRun) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in run.identity["options"].items())
+    return f"{run.identity['reducer']} {options}".strip()
+
+
+def _cell(runs: list[EvalRun], randoms: dict[float, EvalRun], name: str, ratio: float) -> str:
+    """Accuracy of a candidate, and its difference to random."""
+    (run,) = (r for r in runs if _name(r) == name and r.ratio == ratio)
+    value = f"{run.mean('correct'):.1%}"
+    if run is randoms[ratio]:
+        return value
+    return f"{value}, {difference(*paired_scores(run, randoms[ratio]))}"
+
+
+def main() -> None:
+    parser = publishing.parser(__doc__, RESULTS)
+    parser.add_argument("--model", type=Path, default=FOLDER / "model")
+    parser.add_argument("--photos", type=Path, default=TUXPAINT)
+    parser.add_argument("--per-family", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    if not args.report:
+        facts = publishing.published_from(args.out, args.allow_dirty)
+        torch.set_num_threads(args.threads)
+        from benchmarks.real.model import load
+
+        model, processor = load(args.model)
+        asked = items(Photos(args.photos), "validation", args.per_family, tuple(learned()))
+        content = answer(model, processor, asked, args.batch, FOLDER / "runs" / "candidates")
+        write_json(args.out, {"about": {**publishing.environment(), **facts}, **content})
+    if not args.out.exists():
+        raise OptionError(f"there is no {args.out}. Run without --report first.")
+    print(write_text(args.out.with_suffix(".md"), page(json.loads(args.out.read_text()))))
+
+
+if __name__ == "__main__":
+    with one_message():
+        main()
