@@ -19,10 +19,11 @@ import torch
 from benchmarks import publishing
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import runs_of
+from benchmarks.real.build import FOLDER
 from benchmarks.real.items import StampItem, items
 from benchmarks.real.page import HERE, accuracy
 from benchmarks.real.page import RESULTS as TEST_RESULTS
-from benchmarks.real.run import FOLDER, packed
+from benchmarks.real.run import packed
 from benchmarks.real.sources import TUXPAINT, Photos
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError

@@ -296,6 +296,13 @@ def test_candidates_stand_on_a_page_with_their_difference_to_random(tmp_path: Pa
     assert names < {*rows} and "4 questions" in text
 
 
+def test_published_pages_are_those_of_their_results() -> None:
+    pages = ((page.RESULTS, page.PAGE, page.page), (candidates.RESULTS, None, candidates.page))
+    for results, path, make in pages:
+        text = (path or results.with_suffix(".md")).read_text()
+        assert text.rstrip() == make(json.loads(results.read_text())).rstrip(), results
+
+
 def test_losing_cases_are_named() -> None:
     """A method that a baseline beats stands below the table, with its ratio."""
     bits = {"full": [1, 1, 1, 1], "random": [1, 1, 1, 0], "condiv": [1, 0, 0, 0]}

@@ -53,6 +53,7 @@ def main(
     if scale != 1.0:
         command += f" --scale {scale}"
     command += " --bf16" if bf16 else ""
+    command += f" --from-stage {from_stage}" if from_stage else ""
     try:
         folder = run(name, out, seed, workers, scale, items, command, start, bf16, from_stage)
     except TokenCompError as error:

@@ -50,7 +50,7 @@ class TinyGemma3(SiglipFamily):
         "other. It takes images, answers in one word, and has not been taught option letters. "
         "Words on pictures are not learned. The stages `balance` and `finish` were added after the "
         "first card had shown that counts and small objects needed more; they started at the "
-        "weights published before."
+        "weights published before. The command repeats the recipe, not these exact weights."
     }
 
     def placeholder(self, kind: str) -> str:

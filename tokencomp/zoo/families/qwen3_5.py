@@ -23,7 +23,7 @@ class TinyQwen35(TinyQwen3VL):
         "answers in one word and has not been taught option letters. Words on pictures, the order "
         "of events and repeated actions are not learned. The stage `finish` was added after the "
         "first card had shown that counts and small objects needed more; it started at the "
-        "published weights."
+        "published weights. The command repeats the recipe, not these exact weights."
     }
 
     def config(self, tokenizer) -> dict[str, Any]:
