@@ -3,20 +3,22 @@
     python -m benchmarks.real.candidates            # → candidates.json, candidates.md
     python -m benchmarks.real.candidates --report   # candidates.md from candidates.json alone
 
-Needs the model of `python -m benchmarks.real.build`. Nothing is chosen here: the page shows what a
-later choice (docs/decisions/0001-default-reducer.md) can use beside the embedded models.
+Needs the model of `python -m benchmarks.real.build`. The options are those of candidates in
+`benchmarks.accuracy.studies.choose`, which reads the results.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import publishing
+from benchmarks.accuracy.store import Results
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import runs_of
 from benchmarks.real.build import FOLDER
@@ -31,11 +33,12 @@ from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun, paired_scores
-from tokencomp.evaluation.settings import RANDOM, Setting
+from tokencomp.evaluation.settings import FULL, RANDOM, Setting
 from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.storage import write_json, write_text
 
 RESULTS = HERE / "candidates.json"
+MODEL = "real-fastvlm"
 CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = (
     (RANDOM, {}),
     ("uniform", {}),
@@ -43,21 +46,23 @@ CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("kcentre", {}),
     ("divprune", {}),
     ("vidcom2", {}),
-    ("runlength", {}),
     ("aim", {}),
+    ("prune", {}),
+    ("cdpruner", {}),
     ("cdpruner", {"relevance": "attention"}),
-    (DEFAULT_REDUCER, {}),
-    *((DEFAULT_REDUCER, {"power": power}) for power in (0.0, 1.0, 2.0)),
-    (DEFAULT_REDUCER, {"margin": 0.5}),
-    (DEFAULT_REDUCER, {"merge_rest": 0.8}),
-    (DEFAULT_REDUCER, {"power": 0.5, "signal": "norm"}),
+    *((DEFAULT_REDUCER, {"power": p, "margin": 0.2}) for p in (0.35, 0.5, 1.0)),
+    (DEFAULT_REDUCER, {"power": 0.5, "margin": 0.5}),
+    (DEFAULT_REDUCER, {"power": "auto", "margin": 0.1}),
+    (DEFAULT_REDUCER, {"power": 0.0, "centred": True}),
+    (DEFAULT_REDUCER, {"power": 0.5, "margin": 0.1, "signal": "norm"}),
+    (DEFAULT_REDUCER, {"power": 1.0, "margin": 0.1, "merge_rest": 0.8}),
 )
-RATIOS = (0.5, 0.75, 0.9)
+RATIOS = (0.5, 0.75, 0.9, 0.95)
 HEAD = """# Candidates for the default on photographs
 
 Validation questions of [this benchmark](README.md), on the families that its model has learned. The
-second number is the difference to random in points, with its paired 95 % interval. Nothing was
-chosen here: [the record of the default](../../docs/decisions/0001-default-reducer.md).
+second number is the difference to random in points, with its paired 95 % interval. The [choice of
+the default](../accuracy/choice.md) counts these answers beside those of the embedded models.
 """
 
 
@@ -65,6 +70,33 @@ def learned() -> list[str]:
     """Families that the published results call learned, by validation questions."""
     names: list[str] = json.loads(TEST_RESULTS.read_text())["learned"]
     return names
+
+
+@dataclass(frozen=True)
+class Photographs(Results):
+    """Results whose questions are all about images, whatever their families are called."""
+
+    def select(self, kind: str, families: Iterable[str] | None = None) -> list[int]:
+        allowed = None if families is None else {*families}
+        names = enumerate(self.answers.questions.families)
+        return [i for i, name in names if kind != "videos" and (allowed is None or name in allowed)]
+
+
+def photographs(path: Path = RESULTS) -> Photographs:
+    """The stored answers, in the form of those of the embedded models."""
+    stored = json.loads(path.read_text())
+    answers = PackedAnswers.from_json(stored["answers"])
+    rows = {FULL: {"reducer": FULL, "run": 0}}
+    correct = {FULL: answers.correct[FULL]}
+    for row in stored["rows"]:
+        if row["reducer"] != FULL:
+            setting = Setting(row["reducer"], row["ratio"], row["options"])
+            rows[setting.label] = {"reducer": setting.reducer, "ratio": setting.ratio, "run": 0}
+            correct[setting.label] = answers.correct[row["label"]]
+    count, learnt = len(answers.questions), tuple(dict.fromkeys(answers.questions.families))
+    about = {"model": MODEL, "split": "validation", "items": count, "runs": [stored["about"]]}
+    manifest = {**about, "settings": rows}
+    return Photographs(manifest, PackedAnswers(answers.questions, correct), learnt)
 
 
 def answer(
@@ -75,7 +107,7 @@ def answer(
     A run that was stopped goes on from the answers in `folder`.
     """
     grid = [Setting(), *(Setting(n, r, o) for n, o in CANDIDATES for r in RATIOS)]
-    how = {"batch_size": batch, "max_new_tokens": 4, "name": "real-fastvlm"}
+    how = {"batch_size": batch, "max_new_tokens": 4, "name": MODEL}
     examples = [one.example() for one in questions]
     return packed(sweep(model, processor, examples, grid, folder, **how))
 
@@ -115,7 +147,7 @@ def main() -> None:
     parser = publishing.parser(__doc__, RESULTS)
     parser.add_argument("--model", type=Path, default=FOLDER / "model")
     parser.add_argument("--photos", type=Path, default=TUXPAINT)
-    parser.add_argument("--per-family", type=int, default=50)
+    parser.add_argument("--per-family", type=int, default=60)
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
