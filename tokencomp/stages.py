@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -67,6 +67,10 @@ class StageReducer(ABC):
     def needs(self) -> frozenset[Signal]:
         """Signals that the engine must supply in `VisualTokens` beyond features and grid."""
         return frozenset()
+
+    def needs_for(self, kinds: Collection[str]) -> frozenset[Signal]:
+        """Those of `needs` that these kinds of media ("image", "video", "audio") call for."""
+        return self.needs
 
     @property
     def merges(self) -> bool:

@@ -55,14 +55,14 @@ def test_choice(unpublished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ([("condiv", {"power": 2.0}, 0.99, 0.01), ("merge", {}, 0.98, 0.02)], "merge"),
         ([("condiv", {"power": 2.0}, 0.99, 0.02), ("merge", {}, 0.98, 0.02)], "condiv"),
-        ([("merge", {}, 0.99, 0.02), ("condiv", {"power": 1.0, "margin": 0.2}, 0.9, 0.02)], None),
+        ([("merge", {}, 0.99, 0.02), (*choose.PREVIOUS, 0.9, 0.02)], None),
     ],
     ids=["points to spare", "then the score", "but the previous default stays"],
 )
 def test_what_decides_between_tied_candidates(rows: Any, best: str | None) -> None:
     keys = ("reducer", "options", "score", "spare")
     tied = [dict(zip(keys, row, strict=True)) for row in rows]
-    assert max(tied, key=choose.preference)["reducer"] == (best or "condiv")
+    assert max(tied, key=choose.preference)["reducer"] == (best or ranking.BY_KIND)
 
 
 def test_points_to_spare_are_those_above_the_bar_of_the_ratio(unpublished: Path) -> None:

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support import oracle
+from support import oracle, plans
 from support.caches import ragged, single
 from support.families import FAMILIES, text
 from torch import Tensor
@@ -49,7 +49,7 @@ def test_tables_equal_those_of_the_decoder(name: str, turns: int) -> None:
     model, prompt = family.build(), [text(3), family.image(0), text(9, 3)]
     inputs = family.batch([prompt] * 2 if turns == 1 else [prompt * 2])
     rotary = family.decoder(model).rotary_emb
-    with tokencomp.patch(model, 0.5, reducer="condiv") as handle, torch.no_grad():
+    with tokencomp.patch(model, 0.5, reducer=plans.RELEVANT) as handle, torch.no_grad():
         tables = Tables(family.decoder(model))
         with mock.patch.object(type(rotary), "forward", wraps=type(rotary).forward) as forward:
             model(**inputs)
@@ -72,7 +72,7 @@ def test_logits_are_those_of_a_decoder_that_computes_them(name: str, compact: bo
     for inputs in (single(family), ragged(family)):
         outputs = []
         for shared in (True, False):
-            with tokencomp.patch(model, 0.5, reducer="condiv", positions=positions):
+            with tokencomp.patch(model, 0.5, reducer=plans.RELEVANT, positions=positions):
                 rotary = family.decoder(model).rotary_emb
                 if not shared:
                     del vars(rotary)["forward"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import kinds, oracle
+from support import kinds, oracle, plans
 from support.families import EOS, PAD, VOCAB, text
 from support.family.llava import Llava
 
@@ -34,12 +34,12 @@ class Windowed(Llava):
 TEXTS = pytest.mark.parametrize(
     "text_config", [transformers.LlamaConfig, transformers.MistralConfig]
 )
-REDUCERS = pytest.mark.parametrize("reducer", ["condiv", "fastv"])
+REDUCERS = pytest.mark.parametrize("reducer", [pytest.param(plans.RELEVANT, id="condiv"), "fastv"])
 
 
 @TEXTS
 @REDUCERS
-def test_below_the_window_dropping_is_masking(text_config: type, reducer: str) -> None:
+def test_below_the_window_dropping_is_masking(text_config: type, reducer: Any) -> None:
     """Prompt and generated tokens together; the model without the window is the oracle."""
     family = Windowed(text_config, 60)
     model, steps = family.build(), 5

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import oracle
+from support import oracle, plans
 from support.caches import ENTRY, LAYERS, ragged, single, static_cache
 from support.families import CORE, FAMILIES, Family, text
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -267,7 +267,7 @@ def test_quantized_second_image(backend: str) -> None:
     mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
     n = first["input_ids"].shape[1]
     kept = []
-    with tokencomp.patch(model, 0.5, reducer="condiv") as handle, torch.no_grad():
+    with tokencomp.patch(model, 0.5, reducer=plans.RELEVANT) as handle, torch.no_grad():
         for cache in (DynamicCache(), _quantized(backend, model)):
             model(**first, past_key_values=cache, use_cache=True)
             turn = {**second, "attention_mask": mask}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import oracle
+from support import oracle, plans
 from support.caches import ENTRY, LAYERS, ragged, single, static_cache
 from support.families import CORE, FAMILIES, Family, text
 from transformers.generation.configuration_utils import CompileConfig
@@ -169,7 +169,7 @@ def test_decoding_is_one_graph_with_scores_at_entry(family: Family) -> None:
     """The rotary module, whose forward is replaced under such plans, breaks no graph."""
     model, inputs = family.build(), single(family)
     config = compiled(model)
-    with tokencomp.patch(model, 0.5, reducer="condiv"):
+    with tokencomp.patch(model, 0.5, reducer=plans.RELEVANT):
         options = {"cache_implementation": "static", "compile_config": config}
         out = oracle.generate(model, inputs, **options)
         expected = oracle.generate(model, inputs)

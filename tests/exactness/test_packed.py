@@ -16,10 +16,10 @@ from tokencomp.adapters.registry import adapter_for
 
 FAMILY_NAMES = CORE
 PLANS = {
-    "condiv": ("condiv", 0),
-    "cdpruner": ("cdpruner", 0),
-    "uniform": ("uniform", 0),
-    "fastv": ("prune", 2),
+    "condiv": (plans.RELEVANT, 0),
+    "cdpruner": (make_reducer("cdpruner"), 0),
+    "uniform": (make_reducer("uniform"), 0),
+    "fastv": (make_reducer("prune"), 2),
 }
 
 
@@ -54,7 +54,7 @@ def test_packed_equals_alone(family: Family, name: str, backend: str) -> None:
     reducer, layer = PLANS[name]
     if layer:
         layer = max(layer, adapter_for(model).first_layer_stage)
-    plan = Plan((Stage(layer, 0.5, make_reducer(reducer)),))
+    plan = Plan((Stage(layer, 0.5, reducer),))
     with torch.no_grad(), tokencomp.patch(model, plan=plan) as handle:
         packed = model(**pack(family, model, rows), use_cache=False).logits[0]
         kept = [span for stage in handle.stats.kept(0) for span in stage]

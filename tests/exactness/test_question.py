@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from support import oracle
+from support import oracle, plans
 from support.families import CORE, Family, text
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ import tokencomp
 from tokencomp.engine.question import answer_start, packed_starts, starts_from_lengths
 
 FAMILY_NAMES = CORE
-REDUCERS = ["condiv", "cdpruner", "fastv", "prune", "aim"]
+REDUCERS = [pytest.param(plans.RELEVANT, id="condiv"), "cdpruner", "fastv", "prune", "aim"]
 
 
 def kept(handle: tokencomp.Handle, rows: int) -> list:
@@ -27,7 +29,7 @@ def with_answers(inputs: dict[str, Tensor], answers: Tensor, family: Family) -> 
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)
-def test_the_answer_does_not_choose(family: Family, reducer: str) -> None:
+def test_the_answer_does_not_choose(family: Family, reducer: Any) -> None:
     """With labels the same tokens stay as for the question alone, whatever the answer."""
     model = family.build()
     question = family.batch([[text(3), family.image(0), text(9, 3)], [family.image(1), text(5, 4)]])
@@ -64,7 +66,7 @@ def test_the_last_turn_asks(family: Family) -> None:
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)
-def test_generating_without_a_cache(family: Family, reducer: str) -> None:
+def test_generating_without_a_cache(family: Family, reducer: Any) -> None:
     """Every step sees the tokens generated so far; they are no question."""
     model = family.build()
     inputs = family.batch([[text(3), family.image(0), text(9, 3)], [family.image(1), text(5, 4)]])

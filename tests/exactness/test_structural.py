@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import oracle
+from support import oracle, plans
 from support.families import IMAGE, VIDEO, Family, text
 from support.family.structural import STRUCTURAL
 
@@ -45,8 +45,10 @@ def prompts(family: Family) -> dict[str, Any]:
 
 
 # PyramidDrop scores by the layer behind a stage, which may read positions beside the rotary tables.
-@pytest.mark.parametrize("reducer", ["condiv", "divprune", "prune", "pyramiddrop"])
-def test_dropping_equals_masking(served: Family, reducer: str) -> None:
+@pytest.mark.parametrize(
+    "reducer", [pytest.param(plans.RELEVANT, id="condiv"), "divprune", "prune", "pyramiddrop"]
+)
+def test_dropping_equals_masking(served: Family, reducer: Any) -> None:
     """Through `generate`, which encodes ahead of the model, with grids known."""
     model, inputs = served.build(), prompts(served)
     with tokencomp.patch(model, 0.5, reducer=reducer) as handle:
@@ -73,8 +75,8 @@ def test_ratio_zero_changes_nothing(served: Family) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("reducer", ["condiv", "merge"])
-def test_batch_beams_and_drafts(served: Family, reducer: str) -> None:
+@pytest.mark.parametrize("reducer", [pytest.param(plans.RELEVANT, id="condiv"), "merge"])
+def test_batch_beams_and_drafts(served: Family, reducer: Any) -> None:
     """Beams of a batch are those of its rows; drafts of assisted decoding change nothing."""
     model = served.build()
     rows = [

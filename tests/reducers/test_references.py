@@ -159,8 +159,18 @@ def test_condiv_takes_the_selectors_shares() -> None:
     assert got.keep.tolist() == sorted([*(places[i] for i in expected), *special])
 
 
-def test_condiv_weighs_relevance_by_the_kind_of_media() -> None:
-    """Spans of one batch have powers of their own."""
+def k_centre(x: list[list[float]], k: int) -> list[int]:
+    """The row farthest from the mean, then every next one farthest from those chosen."""
+    mean = [sum(column) / len(x) for column in zip(*x, strict=True)]
+    chosen = [max(range(len(x)), key=lambda i: math.dist(x[i], mean))]
+    while len(chosen) < k:
+        rest = [i for i in range(len(x)) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: min(math.dist(x[i], x[j]) for j in chosen)))
+    return sorted(chosen)
+
+
+def test_condiv_chooses_by_the_kind_of_media() -> None:
+    """Spans of one batch have powers of their own; images have no relevance."""
     spans = [
         dataclasses.replace(matrix.tokens((t, 4, 4), special=1, seed=seed), kind=kind)
         for seed, (t, kind) in enumerate([(1, "image"), (2, "video"), (1, "audio")])
@@ -173,10 +183,26 @@ def test_condiv_weighs_relevance_by_the_kind_of_media() -> None:
         most = max(float(span.scores[p]) for p in places)
         weights = [max(float(span.scores[p]) / most, 1e-3) ** power for p in places]
         own = farthest_first(x, weights.index(max(weights)), weights, keep - 1, 0.2)
+        if span.kind == "image":
+            own = k_centre(x, keep - 1)
         special = span.special.nonzero()[:, 0].tolist()
         expected += [start + p for p in sorted([*(places[i] for i in own), *special])]
         start += len(span)
     assert kept == expected
+
+
+@pytest.mark.parametrize("merge_rest", [None, -1.0])
+def test_condiv_on_images_needs_no_scores(merge_rest: float | None) -> None:
+    """Without a power; what it keeps is then a k-centre, whatever the other options are."""
+    given = dataclasses.replace(matrix.tokens((1, 5, 6), special=2), scores=None)
+    places, x = rows_of(given)
+    reducer = make_reducer("condiv", centred=True, margin=1.0, merge_rest=merge_rest)
+    assert not reducer.needs_for(["image"]) and reducer.needs_for(["image", "video"])
+    for power in (0.35, 1.0, "auto"):
+        assert make_reducer("condiv", power=power).needs_for(["image"]) == reducer.needs
+    special = given.special.nonzero()[:, 0].tolist()
+    expected = sorted([*(places[i] for i in k_centre(x, 9)), *special])
+    assert reducer.reduce(given, 11).keep.tolist() == expected
 
 
 @pytest.mark.parametrize("signal", ["norm", "novelty"])

@@ -67,6 +67,7 @@ ROWS = {
     "condiv": Row(
         (
             {},
+            {"power": 0.35},
             {"power": 0.0},
             {"signal": "norm", "centred": True},
             {"signal": "novelty", "power": 1.0},

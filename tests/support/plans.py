@@ -9,6 +9,9 @@ import pytest
 from support.families import Family
 from tokencomp import Plan, Reducer, Reduction, Stage, VisualTokens, make_reducer
 
+RELEVANT = make_reducer("condiv", power=1.0)
+"""Scores tokens at entry by attention, on images too."""
+
 
 @dataclass(frozen=True)
 class Ragged(Reducer):

@@ -165,7 +165,7 @@ class ForwardPass:
             self.segments[0].layout = self.layout
             return x, positions, self.layout.origin
         tables = None
-        for signal in stage.reducer.needs:
+        for signal in stage.reducer.needs_for(self.layout.kinds):
             if isinstance(signal, Attention):
                 if tables is None:
                     tables = self.adapter.rotary_tables(x, positions, layer=0)

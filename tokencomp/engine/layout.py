@@ -113,6 +113,11 @@ class RowLayout:
     _valid: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
+    def kinds(self) -> set[str]:
+        """Kinds of media among the live spans."""
+        return {live.span.kind for row in self.spans for live in row}
+
+    @property
     def packed(self) -> bool:
         """Whether a row holds more than one prompt."""
         return any(len(row) > 1 for row in self.prompts)

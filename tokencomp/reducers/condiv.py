@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,7 +29,7 @@ from tokencomp.validation import check_range, field_types
 SignalName = Literal["attention", "selector", "vit_attention", "norm", "novelty", "none"]
 SIGNALS: tuple[SignalName, ...] = get_args(SignalName)
 FLOOR = 1e-3
-IMAGE_POWER, VIDEO_POWER = 0.35, 1.0  # chosen on validation: docs/decisions/0001-default-reducer.md
+STILL_POWER, VIDEO_POWER = 0.35, 1.0  # chosen on validation: docs/decisions/0001-default-reducer.md
 
 
 @register_reducer("condiv")
@@ -47,9 +47,13 @@ class ConDiv(Reducer):
     Attributes
     ----------
     power
-        p, 0 to 8; 0 is plain max-min diversity. None: 1 on videos and 0.35 on everything else. What
-        happens again in a video looks like what is already kept, so that relevance has to speak
-        for it; a word in an image is many unlike tokens, of which relevance alone keeps few.
+        p, 0 to 8; 0 is plain max-min diversity. None: 1 on videos. What happens again in a video
+        looks like what is already kept, so that relevance has to speak for it. On images, None
+        means no relevance if the signal is attention: the first layer attends to the end of a
+        picture rather than to what a question asks about (known of early layers, arXiv
+        2412.13180). Tokens are then compared by the root mean square of their differences, as
+        `kcentre` does, and `margin`, `centred` and `frames` have no effect. Under any other
+        signal, and on audio, None means 0.35.
         "auto": 2·(1 - H(r) / log n), H the entropy of r as shares: relevance that is spread evenly
         gets p = 0, so that diversity alone decides; relevance that is concentrated on a single
         token gets p = 2.
@@ -120,6 +124,14 @@ class ConDiv(Reducer):
         uses = self.weighted_by in signals
         return frozenset({signals[self.weighted_by]}) if uses else frozenset()
 
+    def needs_for(self, kinds: Collection[str]) -> frozenset[Signal]:
+        return frozenset() if all(map(self._by_looks, kinds)) else self.needs
+
+    @property
+    def revision(self) -> int:
+        """Since revision 2 images are compared by looks alone where no power is given."""
+        return 2 if self.power is None and self.signal == "attention" else 1
+
     @property
     def merges(self) -> bool:
         return self.merge_rest is not None
@@ -149,12 +161,29 @@ class ConDiv(Reducer):
         return Selector(self.weights)
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        patches = self._patches(batch, keeps)
+        looks = [self._by_looks(kind) for kind in batch.kinds]
+        parts = []
+        if any(looks):
+            parts.append(_centres(_only(patches, looks)))
+        if not all(looks):
+            parts.append(self._relevant(_only(patches, [not one for one in looks])))
+        chosen = parts[0] if len(parts) == 1 else torch.cat(parts).sort().values
+        if self.merge_rest is None:
+            return patches.kept(chosen)
+        return self._merged(patches, chosen)
+
+    def _by_looks(self, kind: str) -> bool:
+        """Whether tokens of this kind of media are compared without relevance."""
+        return kind == "image" and self.power is None and self.signal == "attention"
+
+    def _relevant(self, patches: Patches) -> Tensor:
+        """Patches that are chosen by relevance and distance, ascending."""
         from tokencomp.kernels import maxmin_select, mean_distance
 
-        patches = self._patches(batch, keeps)
         scores = None
         if self.weighted_by in ("attention", "vit_attention", "selector"):
-            scores = patches.of_patches(supplied_scores(batch, "condiv"))
+            scores = patches.of_patches(supplied_scores(patches.batch, "condiv"))
         x = finite_features(patches.features, scores)
         weights = self._weights(patches, x, scores)
         parts, counts = self._problems(patches, x)
@@ -164,12 +193,9 @@ class ConDiv(Reducer):
             margin = self.margin * mean_distance(x, self.centred, spans=patches.lengths)
             if len(lengths) > len(parts):
                 margin = spread(margin, [len(own) for own in parts]).expand(len(lengths))
-        chosen = maxmin_select(
-            x, counts, weights, spans=lengths, centred=self.centred, margin=margin
-        )
-        if self.merge_rest is None:
-            return patches.kept(chosen)
-        return self._merged(patches, chosen)
+        how = {"spans": lengths, "centred": self.centred, "margin": margin}
+        chosen: Tensor = maxmin_select(x, counts, weights, **how)
+        return chosen
 
     def _patches(self, batch: SpanBatch, keeps: Sequence[int]) -> Patches:
         of = Patches.of
@@ -260,6 +286,23 @@ class BoundConDiv(ConDiv):
         return {name: getattr(self, name) for name in field_types(ConDiv)}
 
 
+def _only(patches: Patches, chosen: list[bool]) -> Patches:
+    """The same patches with a budget of 0 for the spans that are not chosen."""
+    if all(chosen):
+        return patches
+    budgets = [n if one else 0 for n, one in zip(patches.budgets, chosen, strict=True)]
+    return replace(patches, budgets=budgets)
+
+
+def _centres(patches: Patches) -> Tensor:
+    """Patches of a greedy k-centre, ascending: see `KCentre`."""
+    from tokencomp.kernels import maxmin_select
+
+    x = finite_features(patches.features)
+    chosen: Tensor = maxmin_select(x, patches.budgets, spans=patches.lengths, metric="rms")
+    return chosen
+
+
 def concentration(relevance: Tensor, lengths: list[int], owners: Tensor | None) -> Tensor:
     """2·(1 - H / log n) of the n shares of every span: 0 if all are equal, 2 if one has all."""
     total = segment(relevance, lengths, "sum").clamp(min=1e-30)
@@ -271,7 +314,7 @@ def concentration(relevance: Tensor, lengths: list[int], owners: Tensor | None) 
 
 def usual_power(patches: Patches, relevance: Tensor, owners: Tensor | None) -> Tensor | float:
     """The power of every patch by its kind of media; a number where all have the same."""
-    powers = [VIDEO_POWER if kind == "video" else IMAGE_POWER for kind in patches.batch.kinds]
+    powers = [VIDEO_POWER if kind == "video" else STILL_POWER for kind in patches.batch.kinds]
     if len({*powers}) == 1:
         return powers[0]
     return spread(relevance.new_tensor(powers), patches.lengths, owners)

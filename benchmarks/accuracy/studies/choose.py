@@ -18,44 +18,48 @@ from benchmarks import publishing
 from benchmarks.accuracy.report import learned_sentence, page_folder, sources
 from benchmarks.accuracy.run import RATIOS, answer_all
 from benchmarks.accuracy.store import KINDS, RESULTS, Results, read_all
-from benchmarks.accuracy.studies.ranking import Candidate, answered, keys, rank, settings
+from benchmarks.accuracy.studies.ranking import (
+    BY_KIND,
+    Candidate,
+    answered,
+    by_kind,
+    keys,
+    rank,
+    settings,
+)
 from benchmarks.accuracy.tables import table
+from benchmarks.real.candidates import photographs
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import Setting
 from tokencomp.shapesqa.questions import FAMILIES
 from tokencomp.storage import write_json, write_text
 from tokencomp.zoo import available_models
 
-INTRO = """Every candidate for the default reducer on ShapesQA's validation split. Cells: retention
-on images or videos at a ratio, over the question families that a model has learned, mean over the
-models. Score: mean over all cells. Tied: the paired 95 % interval of the difference to the best
-includes 0. To spare: points above the bar in the cell where the candidate has least; of the tied
-candidates, the one with most to spare is chosen. The [decision
-record](../../docs/decisions/0001-default-reducer.md) explains the rule and how it came about;
-[methods](METHODS.md) explains the rest."""
+INTRO = """Every candidate for the default reducer on the validation splits of ShapesQA and of the
+[photographs](../real/README.md). Cells: retention on images or videos at a ratio, over the question
+families that a model has learned, mean over the models. Score: mean over all cells. Tied: the
+paired 95 % interval of the difference to the best includes 0. To spare: points above the bar in the
+cell where the candidate has least; of the tied candidates, the one with most to spare is chosen.
+The [decision record](../../docs/decisions/0001-default-reducer.md) explains the rule and how it
+came about; [methods](METHODS.md) explains the rest."""
 
-PREVIOUS: Candidate = ("condiv", {"power": 1.0, "margin": 0.2})
+VIDEOS: Candidate = ("condiv", {"power": 1.0, "margin": 0.2})
+IMAGES: Candidate = ("condiv", {"power": 0.35, "margin": 0.2})
+NORM: Candidate = ("condiv", {"power": 0.5, "margin": 0.1, "signal": "norm"})
+PREVIOUS = by_kind(IMAGES, VIDEOS)
 """The default before this choice, which stays where candidates are equal."""
 CANDIDATES: list[Candidate] = [
-    *(("condiv", {"power": p, "margin": 0.0}) for p in (0.25, 0.5, 1.0, 2.0, 4.0)),
-    *(("condiv", {"power": p, "margin": 0.1}) for p in (0.5, 1.0, 2.0, "auto")),
-    *(("condiv", {"power": 1.0, "margin": m}) for m in (0.05, 0.2)),
-    *(("condiv", {"power": p, "margin": m}) for p in (0.35, 0.5) for m in (0.2, 0.35, 0.5)),
-    ("condiv", {"power": None, "margin": 0.2}),
-    *(("condiv", {"power": p, "margin": 0.1, "centred": True}) for p in (0.5, 1.0)),
-    *(("condiv", {"power": 1.0, "margin": 0.2, "frames": f}) for f in ("equal", "novelty")),
+    *(("condiv", {"power": p, "margin": 0.2}) for p in (0.35, 0.5, 1.0)),
+    ("condiv", {"power": 0.5, "margin": 0.5}),
+    ("condiv", {"power": "auto", "margin": 0.1}),
     ("condiv", {"power": 1.0, "margin": 0.1, "merge_rest": 0.8}),
     ("condiv", {"power": 0.0, "centred": True}),
-    ("condiv", {"power": 0.5, "margin": 0.1, "signal": "norm"}),
-    ("condiv", {"power": 0.5, "margin": 0.1, "signal": "novelty"}),
-    ("condiv", {"power": 1.0, "margin": 0.1, "signal": "vit_attention"}),
+    NORM,
+    *(by_kind(images, VIDEOS) for images in (IMAGES, NORM, ("kcentre", {}), ("merge", {}))),
     ("cdpruner", {"relevance": "attention"}),
-    ("cdpruner", {}),
     ("divprune", {}),
+    ("kcentre", {}),
     ("merge", {}),
-    ("aim", {}),
-    ("prune", {}),
-    *(("pool", options) for options in ({}, {"stride": 1.0}, {"stride": None})),
     ("random", {}),
     ("uniform", {}),
 ]
@@ -65,6 +69,8 @@ QUESTION_FAMILIES = (
 
 
 def title(candidate: Candidate) -> str:
+    if candidate[0] == BY_KIND:
+        return ", ".join(f"{title(part)} on {kind}" for kind, part in candidate[1].items())
     return f"{candidate[0]} {', '.join(f'{k}={v}' for k, v in candidate[1].items())}".strip()
 
 
@@ -92,6 +98,11 @@ def mean_of(values: list[float], cells: list[tuple[float, str]], column: tuple[f
     return f"{sum(selected) / len(selected):.1%}" if selected else "–"
 
 
+def evidence(folder: Path) -> list[Results]:
+    """Validation results of all embedded models in a folder, and those about photographs."""
+    return [*read_all(folder, "validation"), photographs()]
+
+
 def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
     """Write choice.md and choice.json; returns the chosen row.
 
@@ -109,7 +120,7 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
         "# Candidates for the default reducer",
         "Made by `python -m benchmarks.accuracy.studies.choose`.",
         INTRO,
-        f"Chosen: **{chosen['reducer']}** with {chosen['options'] or 'its default options'}.",
+        f"Chosen: **{title((chosen['reducer'], chosen['options']))}**.",
         *([f"Without results yet: {'; '.join(waiting)}."] if waiting else []),
         choice_table(rows, chosen, results),
     ]
@@ -122,9 +133,9 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
     return chosen
 
 
-def preference(row: dict[str, Any]) -> tuple[float, bool, float]:
+def preference(row: dict[str, Any], previous: Candidate = PREVIOUS) -> tuple[float, bool, float]:
     """Order of tied candidates: points to spare, then the previous default, then the score."""
-    return row["spare"], (row["reducer"], row["options"]) == PREVIOUS, row["score"]
+    return row["spare"], (row["reducer"], row["options"]) == previous, row["score"]
 
 
 def missing(folder: Path, candidates: list[Candidate]) -> list[Setting]:
@@ -169,7 +180,7 @@ def run_missing(
 
 def main() -> None:
     folder = run_missing(str(__doc__), CANDIDATES, 40, QUESTION_FAMILIES, RESULTS)
-    chosen = write_choice(read_all(folder, "validation"), page_folder(folder.resolve()))
+    chosen = write_choice(evidence(folder), page_folder(folder.resolve()))
     print(f"chosen: {title((chosen['reducer'], chosen['options']))}")
 
 

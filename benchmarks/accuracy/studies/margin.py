@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.accuracy.report import sources
 from benchmarks.accuracy.run import RATIOS
 from benchmarks.accuracy.store import ACCURACY, RESULTS, Results, read_all
-from benchmarks.accuracy.studies.choose import preference, run_missing
+from benchmarks.accuracy.studies.choose import VIDEOS, preference, run_missing
 from benchmarks.accuracy.studies.ranking import Candidate, answered, rank, settings
 from benchmarks.accuracy.tables import table
 from tokencomp.cli import one_message
@@ -53,7 +53,8 @@ def read(folder: Path) -> list[Results]:
 def chosen(results: list[Results]) -> float:
     """The margin that the rule picks."""
     tied = [row for row in rank(results, CANDIDATES) if row["tied"]]
-    return float(max(tied, key=preference)["options"]["margin"])
+    best = max(tied, key=lambda row: preference(row, VIDEOS))
+    return float(best["options"]["margin"])
 
 
 def page(results: list[Results]) -> str:

@@ -13,18 +13,38 @@ from benchmarks.accuracy.store import BARS, KINDS, Results
 from tokencomp.evaluation.settings import FULL, Setting
 
 Candidate = tuple[str, dict[str, Any]]
+"""A reducer with its options; or `BY_KIND` with a candidate for images and one for videos."""
+BY_KIND = "by kind"
 DRAWS = 4000
 
 
+def by_kind(images: Candidate, videos: Candidate) -> Candidate:
+    """One candidate for questions about images, another for those about videos."""
+    return BY_KIND, {"images": list(images), "videos": list(videos)}
+
+
+def part(candidate: Candidate, kind: str) -> Candidate:
+    """What answers the questions of a kind."""
+    name, options = candidate[1][kind] if candidate[0] == BY_KIND else candidate
+    return name, options
+
+
 def settings(candidate: Candidate) -> list[Setting]:
-    name, options = candidate
-    return [Setting(name, ratio, options) for ratio in RATIOS]
+    """What has to be answered, at every ratio."""
+    parts = [part(candidate, kind) for kind in KINDS]
+    unique = [one for i, one in enumerate(parts) if one not in parts[:i]]
+    return [Setting(name, ratio, options) for name, options in unique for ratio in RATIOS]
 
 
 def answered(results: list[Results], candidate: Candidate) -> bool:
-    """Whether every model has results at every ratio."""
-    labels = {s.label for s in settings(candidate)}
-    return all(labels <= one.settings.keys() for one in results)
+    """Whether every model has results at every ratio, on the kinds of media that it was asked."""
+    return all(label(candidate, *key[1:]) in results[key[0]].settings for key in keys(results))
+
+
+def label(candidate: Candidate, ratio: float, kind: str) -> str:
+    """The setting whose answers count in a cell."""
+    name, options = part(candidate, kind)
+    return Setting(name, ratio, options).label
 
 
 def keys(results: list[Results]) -> list[tuple[int, float, str]]:
@@ -35,10 +55,10 @@ def keys(results: list[Results]) -> list[tuple[int, float, str]]:
 
 def scores(results: list[Results], candidate: Candidate) -> list[np.ndarray]:
     """(2, questions) arrays of compressed and full scores, one per cell."""
-    labels = {s.ratio: s.label for s in settings(candidate)}
+    pairs = [(key, (label(candidate, *key[1:]), FULL)) for key in keys(results)]
     return [
-        np.array([results[i].scores(k, kind, results[i].learned) for k in (labels[ratio], FULL)])
-        for i, ratio, kind in keys(results)
+        np.array([results[i].scores(name, kind, results[i].learned) for name in names])
+        for (i, _, kind), names in pairs
     ]
 
 
