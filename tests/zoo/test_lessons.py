@@ -209,6 +209,19 @@ def test_whole_forms_are_answered_by_their_own_words(packer):
         assert f" {options[answer]}" in text.split("\n")[0]
 
 
+def test_numbers_among_options_cannot_be_told_apart_by_one_digit(packer):
+    """A third of the blocks: every other option shares a digit with the number they come from."""
+    blocks = []
+    for index in range(60):
+        text = packer.tokenizer.decode(dense_options(packer, stream("train", "dense", index))[0])
+        words = re.findall(r"\n\(?[A-E][.)] (\w+)", text)
+        if all(re.fullmatch(r"[1-9]\d", word) for word in words):
+            blocks.append(words)
+            assert len({*words}) == len(words)
+            assert any(all({*a} & {*b} for b in words) for a in map(str, range(10, 100))), words
+    assert 10 <= len(blocks) <= 30
+
+
 @pytest.mark.parametrize("shape", [(128, 64), (64, 128), (96, 96)])
 def test_orthogonal_keeps_singular_vectors(shape):
     """Against the SVD: same vectors, singular values within Muon's band around 1."""

@@ -34,8 +34,19 @@ _POOLS: tuple[tuple[str, ...], ...] = (
     ("before", "after"),
 )
 _EVERY = tuple(dict.fromkeys([word for pool in _POOLS for word in pool] + [*WORDS]))
+_NUMBERS = 1 / 3  # share of blocks whose options are numbers of two digits
 
 Segment = tuple[list[int], list[int]]
+
+
+def _near_numbers(rng: np.random.Generator) -> tuple[str, ...]:
+    """A number of two digits, then numbers that share one digit with it, as in a question.
+
+    One digit is then not enough to tell the options apart.
+    """
+    number = str(rng.integers(10, 100))
+    near = [str(n) for n in range(10, 100) if len({*str(n)} & {*number}) == 1 and str(n) != number]
+    return (number, *(str(other) for other in rng.permutation(near)[:4]))
 
 
 def dense_options(packer: Packer, rng: np.random.Generator) -> Segment:
@@ -44,7 +55,10 @@ def dense_options(packer: Packer, rng: np.random.Generator) -> Segment:
     The label stands on the word itself; a comma follows, whatever the letter was, so no letter is
     ever read from the sequence.
     """
-    pool = _EVERY if rng.random() < 0.6 else _POOLS[int(rng.integers(4))]
+    if rng.random() < _NUMBERS:
+        pool = _near_numbers(rng)
+    else:
+        pool = _EVERY if rng.random() < 0.6 else _POOLS[int(rng.integers(4))]
     options = [str(word) for word in rng.permutation(pool)[: int(rng.integers(2, 6))]]
     style = ("\n({}) {}", "\n{}. {}")[int(rng.integers(2))]
     block = "".join(style.format(LETTERS[i], word) for i, word in enumerate(options)) + "\n"
@@ -60,7 +74,10 @@ def dense_options(packer: Packer, rng: np.random.Generator) -> Segment:
 
 def whole_form(packer: Packer, rng: np.random.Generator) -> Segment:
     """A benchmark's whole prompt whose question is the answer itself, labelled with its letter."""
-    pool = _POOLS[int(rng.integers(len(_POOLS)))] if rng.random() < 0.7 else _EVERY
+    if rng.random() < _NUMBERS:
+        pool = _near_numbers(rng)[:4]
+    else:
+        pool = _POOLS[int(rng.integers(len(_POOLS)))] if rng.random() < 0.7 else _EVERY
     options = tuple(str(word) for word in rng.permutation(pool)[:4])
     answer = options[int(rng.integers(len(options)))]
     question = Question("match", " " + answer, answer, options)
