@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from support import matrix
 from support.accuracy import write_results
 from support.families import FAMILIES
 
@@ -48,6 +51,21 @@ def test_choice(unpublished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Without results yet: divprune" in page and page.count("`by hand`") == 2
     missing = [s.label for s in choose.missing(unpublished / "a", choose.CANDIDATES)]
     assert missing == ["full", *(f"divprune-{r:g}" for r in RATIOS)]
+
+
+def test_a_candidate_for_images_and_one_for_videos(unpublished: Path) -> None:
+    """Cells of images count the answers of the one, cells of videos those of the other."""
+    choices(unpublished, ("a",))
+    results = read_all(unpublished, "validation")
+    joined = ranking.by_kind(("merge", {}), ("random", {}))
+    rows = {r["reducer"]: r for r in ranking.rank(results, [joined, ("merge", {}), ("random", {})])}
+    for at, (_, _, kind) in enumerate(ranking.keys(results)):
+        other = rows["merge" if kind == "images" else "random"]
+        assert rows[ranking.BY_KIND]["cells"][at] == other["cells"][at]
+    assert choose.title(joined) == "merge on images, random on videos"
+    assert {s.reducer for s in ranking.settings(joined)} == {"merge", "random"}
+    del results[0].settings["random-0.9"]
+    assert ranking.answered(results, ("merge", {})) and not ranking.answered(results, joined)
 
 
 @pytest.mark.parametrize(
@@ -112,13 +130,20 @@ def test_the_margin_by_the_same_rule(unpublished: Path, monkeypatch: pytest.Monk
 
 
 def test_auto_is_the_recorded_choice() -> None:
-    """`reducer="auto"`, the default of `patch`, is what choose.py recorded, options included."""
-    chosen = json.loads((FOLDER / "choice.json").read_text())["chosen"]
-    expected = make_reducer(chosen["reducer"], **chosen["options"])
+    """The default of `patch` keeps what the reducers that choose.py recorded for each kind keep."""
+    stored = json.loads((FOLDER / "choice.json").read_text())["chosen"]
     family = FAMILIES["qwen2_vl"]
     for options in ({}, {"reducer": "auto"}):
         with tokencomp.patch(family.build(), 0.5, **options) as handle:
-            assert [s.reducer for s in handle.plan.stages] == [expected]
+            (stage,) = handle.plan.stages
+    for kind, grid in (("images", (1, 8, 8)), ("videos", (6, 4, 4))):
+        name, chosen = ranking.part((stored["reducer"], stored["options"]), kind)
+        for seed in range(5):
+            tokens = dataclasses.replace(matrix.tokens(grid, seed=seed), kind=kind[:-1])
+            kept = [
+                one.reduce(tokens, 20).keep for one in (stage.reducer, make_reducer(name, **chosen))
+            ]
+            assert torch.equal(*kept), (kind, seed)
 
 
 @pytest.mark.long
@@ -132,7 +157,7 @@ def test_published_pages_are_those_of_the_published_results(
         monkeypatch.setattr(module, "RESULTS", copy)
     monkeypatch.setattr(report, "ACCURACY", tmp_path)
     report.write_report(copy)
-    choose.write_choice(read_all(copy, "validation"), tmp_path)
+    choose.write_choice(choose.evidence(copy), tmp_path)
     (tmp_path / "margin.md").write_text(margin.page(margin.read(FOLDER / "margin")))
     for name in ("README.md", "summary.md", "choice.md", "margin.md"):
         assert (tmp_path / name).read_text() == (FOLDER / name).read_text(), name

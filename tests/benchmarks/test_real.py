@@ -294,6 +294,11 @@ def test_candidates_stand_on_a_page_with_their_difference_to_random(tmp_path: Pa
     names = {f"{name} {', '.join(f'{k}={v}' for k, v in options.items())}".strip()
              for name, options in candidates.CANDIDATES}  # fmt: skip
     assert names < {*rows} and "4 questions" in text
+    (tmp_path / "stored.json").write_text(json.dumps({"about": about, **results}))
+    stored = candidates.photographs(tmp_path / "stored.json")
+    assert stored.select("videos") == [] and stored.learned == ("half", "count")
+    assert sum(stored.scores("merge-0.75", "images")) == round(share * len(asked))
+    assert len(stored.scores("full", "images", ["half"])) == 2
 
 
 def test_published_pages_are_those_of_their_results() -> None:

@@ -35,25 +35,25 @@ STILL_POWER, VIDEO_POWER = 0.35, 1.0  # chosen on validation: docs/decisions/000
 @register_reducer("condiv")
 @dataclass(frozen=True)
 class ConDiv(Reducer):
-    r"""Greedy choice of tokens that are relevant and unlike those already kept.
+    r"""Greedy choice of tokens that are unlike those already kept and, on videos, relevant.
 
     .. math:: next = \arg\max_i \; r_i^p \cdot (m \bar d + \min_{j \in kept} (1 - \cos(x_i, x_j)))
 
-    Attention alone keeps many copies of one thing, and diversity alone keeps outliers; the product
-    does neither. With a margin, the second and third of several similar things (objects to be
-    counted, for instance) still rank above faint background. Ours; related to DivPrune (arXiv
-    2503.02175) and CDPruner (arXiv 2506.10967).
+    On images, unless a power is given, it is the greedy k-centre of `kcentre` instead, which reads
+    no attention. Attention alone keeps many copies of one thing, and diversity alone keeps
+    outliers; the product does neither. With a margin, the second and third of several similar
+    things (objects to be counted, for instance) still rank above faint background. Ours; related to
+    DivPrune (arXiv 2503.02175) and CDPruner (arXiv 2506.10967).
 
     Attributes
     ----------
     power
-        p, 0 to 8; 0 is plain max-min diversity. None: 1 on videos. What happens again in a video
-        looks like what is already kept, so that relevance has to speak for it. On images, None
-        means no relevance if the signal is attention: the first layer attends to the end of a
-        picture rather than to what a question asks about (known of early layers, arXiv
-        2412.13180). Tokens are then compared by the root mean square of their differences, as
-        `kcentre` does, and `margin`, `centred` and `frames` have no effect. Under any other
-        signal, and on audio, None means 0.35.
+        p, 0 to 8; 0 is plain max-min diversity. None depends on the kind of media. On videos it is
+        1: what happens again looks like what is already kept, so that relevance has to speak for
+        it. On images attention has no part, because that of early layers leans towards the end of a
+        picture (arXiv 2412.13180): tokens are compared by the root mean square of their
+        differences, as in `kcentre`, and `margin`, `centred` and `frames` have no effect. On audio,
+        and on images under any other signal, it is 0.35.
         "auto": 2·(1 - H(r) / log n), H the entropy of r as shares: relevance that is spread evenly
         gets p = 0, so that diversity alone decides; relevance that is concentrated on a single
         token gets p = 2.
@@ -99,7 +99,7 @@ class ConDiv(Reducer):
     merge_rest: float | None = None
     weights: str | None = None
 
-    summary = "relevance × diversity, greedy (ours)"
+    summary = "greedy: k-centre on images, relevance × diversity on videos (ours)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
