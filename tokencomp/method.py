@@ -21,7 +21,7 @@ from tokencomp.reducers.registry import make_reducer
 from tokencomp.stages import MEDIA, Stage, TowerStage
 
 DEFAULT_REDUCER = "condiv"  # chosen on validation data: docs/decisions/0001-default-reducer.md
-DEFAULT_SERVED_REDUCER = "divprune"  # ignores the question, so media caches serve every question
+DEFAULT_SERVED_REDUCER = "kcentre"  # ignores the question, so media caches serve every question
 DEFAULT_TOWER_REDUCER = "kcentre"
 # tower_ratio="auto" keeps this many times the cells that the decoder will see, so that its reducer,
 # which may know the question, still has something to choose from.

@@ -55,7 +55,7 @@ def patch(
         A mapping gives ratios by kind of media, `{"video": 0.75, "audio": 0.5}`; kinds that it does
         not name stay whole.
     reducer
-        A name from `tokencomp.available_reducers()`, a `Reducer`, or "auto": condiv, or divprune if
+        A name from `tokencomp.available_reducers()`, a `Reducer`, or "auto": condiv, or kcentre if
         the first decoder layer has no attention that could score tokens.
     plan
         Explicit stages, instead of `ratio`, `reducer` and options: a `Plan`, its JSON form

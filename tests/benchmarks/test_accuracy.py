@@ -196,10 +196,10 @@ def test_methods_that_a_model_refuses_are_left_out_with_the_reason() -> None:
     assert all("attention" in reason for reason in refused.values())
 
 
-def test_the_default_of_a_model_that_refuses_condiv_is_divprune(unpublished: Path) -> None:
-    results = results_of(unpublished, {**SHARES, "divprune-0.9": 0.6})
-    assert results.default == "divprune"
-    assert "**divprune**" in report.write_report(unpublished).read_text()
+def test_the_default_of_a_model_that_refuses_condiv_is_kcentre(unpublished: Path) -> None:
+    results = results_of(unpublished, {**SHARES, "kcentre-0.9": 0.6})
+    assert results.default == "kcentre"
+    assert "**kcentre**" in report.write_report(unpublished).read_text()
     assert results_of(unpublished, {**SHARES, "condiv-0.9": 0.6}).default == "condiv"
 
 

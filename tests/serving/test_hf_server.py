@@ -140,7 +140,7 @@ def test_server_default_and_ratio_zero(served: Any) -> None:
     _, client, folder, _ = served
     url = http.image_url(1)
     default, off = ask(client, url), ask(client, url, tokencomp={"ratio": 0})
-    text, prompt, before, _ = expected(folder, [url], {"reducer": "divprune", "ratio": 0.5})
+    text, prompt, before, _ = expected(folder, [url], {"reducer": "kcentre", "ratio": 0.5})
     assert (default.choices[0].message.content, default.usage.prompt_tokens) == (text, prompt)
     assert off.usage.prompt_tokens == prompt + before // 2
     assert off.usage.model_extra["tokencomp"]["ratio"] == 0
@@ -219,7 +219,7 @@ def test_metrics_count_tokens(served: Any) -> None:
     start = [http.metric(url, n) for n in names]
     media = http.image_url(5)
     ask(client, media, tokencomp={"ratio": 0.75})
-    _, _, before, after = expected(folder, [media], {"reducer": "divprune", "ratio": 0.75})
+    _, _, before, after = expected(folder, [media], {"reducer": "kcentre", "ratio": 0.75})
     increase = [http.metric(url, n) - s for n, s in zip(names, start, strict=True)]
     assert increase == [before, after]
     assert http.metric(url, "tokencomp_reduce_seconds_total") > 0
@@ -245,7 +245,7 @@ def test_the_log_says_what_is_served_and_what_each_request_cost(served: Any) -> 
     assert line.endswith(f"{words} generated={answer.usage.completion_tokens}")
     for part in (
         "serving 'tiny' (Qwen2VLForConditionalGeneration) on cpu in float32",
-        "reducer divprune, ratio 0.5, ratio of requests up to 0.95",
+        "reducer kcentre, ratio 0.5, ratio of requests up to 0.95",
         "limits: 1024 tokens, 8 requests per batch, 256 waiting",
         f"files {root / 'media'}",
         "API key off; host names localhost; shutdown within 60 s",

@@ -62,9 +62,9 @@ def test_bad_request_options(wrong: Any) -> None:
 def test_the_default_can_be_served() -> None:
     for options in ({"ratio": 0.5}, {"ratio": 0.5, "reducer": "auto"}):
         for engine in ("vllm", "hf"):
-            assert ServerOptions.parse(options, engine).default.describe()["reducer"] == "divprune"
-        assert ServerOptions().resolve(options).describe()["reducer"] == "divprune"
-    assert "divprune" in SERVABLE
+            assert ServerOptions.parse(options, engine).default.describe()["reducer"] == "kcentre"
+        assert ServerOptions().resolve(options).describe()["reducer"] == "kcentre"
+    assert "kcentre" in SERVABLE
 
 
 def test_fixed_servers_refuse_request_options() -> None:

@@ -81,7 +81,7 @@ def test_equals_the_patched_model_over_http(served: Any, reducer: str) -> None:
 def test_server_default(served: Any) -> None:
     _, client, folder, _ = served
     url = http.image_url(1)
-    text, prompt, _ = expected(folder, [url], {"reducer": "divprune", "ratio": 0.5})
+    text, prompt, _ = expected(folder, [url], {"reducer": "kcentre", "ratio": 0.5})
     answer = ask(client, url)
     assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
 
@@ -160,7 +160,7 @@ def test_metrics_count_tokens(served: Any) -> None:
     assert http.metric(url, "tokencomp_achieved_ratio") == 0.75
     assert http.metric(url, "tokencomp_reduce_seconds_total") > 0
     assert re.search(
-        r"tokencomp worker \d+, divprune: .* tokens \(ratio 0", (root / "log").read_text()
+        r"tokencomp worker \d+, kcentre: .* tokens \(ratio 0", (root / "log").read_text()
     )
 
 

@@ -24,7 +24,7 @@ def command(
     ratio: Annotated[str, typer.Option("--ratio", help="Default ratio in [0, 1).")] = "0.5",
     reducer: Annotated[
         str,
-        typer.Option("--reducer", "-r", help="Default reducer (tokencomp list); auto is divprune."),
+        typer.Option("--reducer", "-r", help="Default reducer (tokencomp list); auto is kcentre."),
     ] = "auto",
     set_: opt.Set = None,
     engine: Annotated[str, typer.Option("--engine", help='"hf" or "vllm".')] = "hf",

@@ -59,7 +59,7 @@ def answer(folder: Path, job: dict[str, Any], positions: str = "original") -> di
     if spec.get("ratio", 0) > 0:
         tower = {name: spec[name] for name in ("tower_ratio", "tower_reducer") if name in spec}
         handle = tokencomp.patch(
-            model, spec["ratio"], reducer=spec.get("reducer", "divprune"), positions=positions,
+            model, spec["ratio"], reducer=spec.get("reducer", "kcentre"), positions=positions,
             **tower, **spec.get("options", {}),
         )  # fmt: skip
     try:
