@@ -190,8 +190,9 @@ INTROS = {
     ),
     "hard": (
         "Hard scenes",
-        "Every reducer where cameras pan, objects are coloured like their background, crowds are "
-        "counted and text stands over textures. The scenes have seeds of their own in every split.",
+        "The default, two reducers beside it and the baselines where cameras pan, objects are "
+        "coloured like their background, crowds are counted and text stands over textures. The "
+        "scenes have seeds of their own in every split.",
     ),
     "chance": (
         "Families that the models have not learned",
