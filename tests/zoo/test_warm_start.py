@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tokencomp.errors import CheckpointError, UnknownNameError
 from tokencomp.inputs import packaged
@@ -12,7 +13,7 @@ from tokencomp.zoo.export import export
 from tokencomp.zoo.families import family
 from tokencomp.zoo.recipes import RECIPES
 from tokencomp.zoo.tokenizer import load_tokenizer
-from tokencomp.zoo.train import copy_weights, finished, fit_positions, stages_from, warm_start
+from tokencomp.zoo.train import app, copy_weights, finished, fit_positions, stages_from, warm_start
 
 
 def _made(name, folder):
@@ -96,3 +97,12 @@ def test_a_recipe_can_start_at_a_stage():
     assert rest == ["balance", "finish"]
     with pytest.raises(UnknownNameError, match=r"no stage 'polish'.*'finish'"):
         stages_from(stages, "polish")
+
+
+@pytest.mark.parametrize(("start", "stage"), [("nothing", "finish"), ("tiny-gemma3", "polish")])
+def test_a_wrong_name_leaves_no_folder_behind(tmp_path, start, stage):
+    out, start = tmp_path / "out", str(tmp_path / start) if start == "nothing" else start
+    command = ["tiny-gemma3", "--out", str(out), "--from-stage", stage, "--start", start]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2 and "error: " in result.output
+    assert not out.exists()

@@ -85,14 +85,13 @@ def run(
     from tokencomp.zoo.trainer import Trainer
 
     arch = family(name)
-    arch.write_tokenizer(out / "tokenizer")
     stages = stages_from(shorten(RECIPES[name], scale), from_stage)
-    before = {"steps": 0, "seconds": 0.0}
+    # Before anything is written, so that a wrong name leaves no folder behind.
+    before = finished(start or name) if from_stage else {"steps": 0, "seconds": 0.0}
+    arch.write_tokenizer(out / "tokenizer")
     trainer = Trainer(
         arch, load_tokenizer(out / "tokenizer"), stages, out, seed, workers, bf16=bf16
     )
-    if from_stage:
-        before = finished(start or name)
     if (trainer.phase, trainer.step) == (0, 0):
         if from_stage:
             copy_weights(trainer.model, start or name)
