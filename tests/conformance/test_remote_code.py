@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import oracle
+from support import oracle, plans
 from support.families import EOS, IMAGE, PAD, VOCAB, text
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -155,7 +155,7 @@ def test_code_of_a_folder_runs_with_verify(model: Any) -> None:
         "pixel_values": torch.randn(3, 3, 16, 24),
     }
     plain = oracle.generate(model, inputs, suppress_tokens=[IMAGE])
-    for reducer in ("condiv", "prune"):
+    for reducer in (plans.RELEVANT, "prune"):
         with tokencomp.patch(model, 0.5, reducer=reducer, verify=True) as handle:
             out = oracle.generate(model, inputs, suppress_tokens=[IMAGE])
             masks = oracle.kept_columns(handle, inputs, 4)
