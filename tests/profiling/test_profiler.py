@@ -15,6 +15,7 @@ from tokencomp.inputs.prompts import build_inputs
 from tokencomp.profiling.profiler import PeakMemory, decode_seconds
 from tokencomp.profiling.shapes import SHAPES, accepted, build
 from tokencomp.profiling.timing import Split, interleaved, prefill_split
+from tokencomp.profiling.work import FlopClock
 
 
 @pytest.fixture
@@ -71,8 +72,13 @@ def test_layer_stages_count_as_reducing(loaded, inputs, monkeypatch):
 
 
 def test_an_unpatched_model_spends_nothing_on_reducing(loaded, inputs):
-    split = prefill_split(loaded[0], inputs)
-    assert split.reduce < 0.1 * max(split.total, 0.05)
+    """In floating-point operations, which do not depend on what else the machine does."""
+    for ratio in (0.0, 0.5):
+        with tokencomp.patch(loaded[0], ratio, reducer="divprune"), FlopClock() as clock:
+            split = prefill_split(loaded[0], inputs, clock)
+        assert (split.reduce > 0) == (ratio > 0) and split.prefill > 0
+    with FlopClock() as clock:
+        assert prefill_split(loaded[0], inputs, clock).reduce == 0
 
 
 def test_hooks_are_gone_afterwards(loaded, inputs):
