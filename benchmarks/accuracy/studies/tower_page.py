@@ -219,17 +219,14 @@ NOTES: dict[str, str] = {
     "texture compete with those of objects. At 0.75 k-centre therefore loses more than on usual "
     "videos, where the background is the same in all frames, and misses the bar by one question. "
     "That is the likely reason; fewer pixels and fewer frames lose more.",
-    "qwen3-images": "k-centre misses the bar at 0.75 by one question. What it loses there is in "
-    "words and small objects. A likely reason: an object of few pixels changes the look of its "
-    "cell little, and cells with the edges of large objects go first. A word needs most of its "
-    "letters, and k-centre does not know that cells belong together. With averages alone "
-    "it kept half as many words (see what k-centre compares).",
+    "qwen3-images": "What k-centre loses at 0.75 is in words, places and small objects. A likely "
+    "reason: an object of few pixels changes the look of its cell little, and cells with the edges "
+    "of large objects go first. A word needs most of its letters, and k-centre does not know that "
+    "cells belong together.",
     "qwen3-videos": "Repeated flashes stay because changes count. An object that appears again in "
     "the same place looks the same, and with averages alone k-centre lets go what looks the same "
     "as something that it keeps (see what k-centre compares). keyframes does that with whole "
     "frames.",
-    "qwen3-hard-videos": "k-centre misses the bar at 0.5 by one question. It loses objects that "
-    "are seen in few frames before a background that moves, where all cells change.",
     "vila-videos": "k-centre misses both bars by one question each. It loses objects that are seen "
     "in few frames. A likely reason: this tower takes frames one by one, so k-centre has to keep "
     "an equal share of every frame, also of those that show nothing new. keyframes drops such "
