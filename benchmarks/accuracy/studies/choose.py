@@ -31,6 +31,7 @@ from benchmarks.accuracy.tables import table
 from benchmarks.real.candidates import photographs
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import Setting
+from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.shapesqa.questions import FAMILIES
 from tokencomp.storage import write_json, write_text
 from tokencomp.zoo import available_models
@@ -99,8 +100,9 @@ def mean_of(values: list[float], cells: list[tuple[float, str]], column: tuple[f
 
 
 def evidence(folder: Path) -> list[Results]:
-    """Validation results of all embedded models in a folder, and those about photographs."""
-    return [*read_all(folder, "validation"), photographs()]
+    """Validation results of the models in a folder that can run condiv, and of photographs."""
+    every = read_all(folder, "validation")
+    return [*(one for one in every if one.default == DEFAULT_REDUCER), photographs()]
 
 
 def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
