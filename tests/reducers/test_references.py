@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import matrix
+from support.max_min import k_centre
 
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import OptionError, PlanError, ScoreError
@@ -159,16 +160,6 @@ def test_condiv_takes_the_selectors_shares() -> None:
     assert got.keep.tolist() == sorted([*(places[i] for i in expected), *special])
 
 
-def k_centre(x: list[list[float]], k: int) -> list[int]:
-    """The row farthest from the mean, then every next one farthest from those chosen."""
-    mean = [sum(column) / len(x) for column in zip(*x, strict=True)]
-    chosen = [max(range(len(x)), key=lambda i: math.dist(x[i], mean))]
-    while len(chosen) < k:
-        rest = [i for i in range(len(x)) if i not in chosen]
-        chosen.append(max(rest, key=lambda i: min(math.dist(x[i], x[j]) for j in chosen)))
-    return sorted(chosen)
-
-
 def test_condiv_chooses_by_the_kind_of_media() -> None:
     """Spans of one batch have powers of their own; images have no relevance."""
     spans = [
@@ -184,7 +175,7 @@ def test_condiv_chooses_by_the_kind_of_media() -> None:
         weights = [max(float(span.scores[p]) / most, 1e-3) ** power for p in places]
         own = farthest_first(x, weights.index(max(weights)), weights, keep - 1, 0.2)
         if span.kind == "image":
-            own = k_centre(x, keep - 1)
+            own = k_centre(torch.tensor(x, dtype=torch.float64), keep - 1)
         special = span.special.nonzero()[:, 0].tolist()
         expected += [start + p for p in sorted([*(places[i] for i in own), *special])]
         start += len(span)
@@ -201,7 +192,9 @@ def test_condiv_on_images_needs_no_scores(merge_rest: float | None) -> None:
     for power in (0.35, 1.0, "auto"):
         assert make_reducer("condiv", power=power).needs_for(["image"]) == reducer.needs
     special = given.special.nonzero()[:, 0].tolist()
-    expected = sorted([*(places[i] for i in k_centre(x, 9)), *special])
+    expected = sorted(
+        [*(places[i] for i in k_centre(torch.tensor(x, dtype=torch.float64), 9)), *special]
+    )
     assert reducer.reduce(given, 11).keep.tolist() == expected
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import tower
 from support.families import FAMILIES, text
+from support.max_min import k_centre, rms
 from torch import Tensor
 from transformers import Qwen2VLVideoProcessor
 
@@ -23,20 +24,6 @@ def span(
 ) -> VisualTokens:
     special = torch.zeros(len(x), dtype=torch.bool)
     return VisualTokens(x, grid, special, kind="video" if grid[0] > 1 else "image", pixels=pixels)
-
-
-def rms(a: Tensor, b: Tensor) -> float:
-    return float((a - b).square().mean().sqrt())
-
-
-def greedy(x: Tensor, keep: int) -> list[int]:
-    """k-centre, one distance at a time."""
-    centre = x.mean(0)
-    chosen = [max(range(len(x)), key=lambda i: (rms(x[i], centre), -i))]
-    while len(chosen) < keep:
-        rest = [i for i in range(len(x)) if i not in chosen]
-        chosen.append(max(rest, key=lambda i: (min(rms(x[i], x[j]) for j in chosen), -i)))
-    return sorted(chosen)
 
 
 def naive_looks(
@@ -76,7 +63,7 @@ def test_kcentre_compares_averages_contrast_and_change(
     x[:, :, :, 1:] = x[:, :, :, :1] + torch.rand(12, 1, 1, 1, 1, 1) * x[:, :, :, 1:]
     reducer = make_reducer("kcentre", thumb=thumb, contrast=contrast, change=change)
     kept = reducer.reduce(span(x.flatten(1), grid, (frames, 4, 4)), 5).keep
-    assert kept.tolist() == greedy(naive_looks(x, grid, thumb, contrast, change), 5)
+    assert kept.tolist() == k_centre(naive_looks(x, grid, thumb, contrast, change), 5)
 
 
 def test_letters_stand_out_from_a_surface_of_their_mean_colour() -> None:
@@ -159,7 +146,7 @@ def test_runlength_keeps_what_changed() -> None:
     reducer = make_reducer("runlength", first=0.5)
     kept = reducer.reduce(span(frames.flatten(0, 1), (5, 2, 3)), 8).keep
     first, later = kept[kept < places], kept[kept >= places]
-    assert first.tolist() == greedy(frames[0], 4) and len(later) == 4
+    assert first.tolist() == k_centre(frames[0], 4) and len(later) == 4
     own = {(int(i) // places, int(i) % places) for i in later}
     # Only at the distance of two frames of a place can another threshold make a difference.
     pairs = itertools.combinations(frames, 2)
@@ -177,8 +164,8 @@ def test_keyframes_of_features(by: str) -> None:
     kept = make_reducer("keyframes", by=by, slack=1.5).reduce(
         span(frames.flatten(0, 1), (7, 2, 3)), 11
     )
-    chosen = greedy(frames.mean(1), 3) if by == "thumbnails" else [1, 3, 5]
-    tokens = greedy(frames[chosen].flatten(0, 1), 11)
+    chosen = k_centre(frames.mean(1), 3) if by == "thumbnails" else [1, 3, 5]
+    tokens = k_centre(frames[chosen].flatten(0, 1), 11)
     assert kept.keep.tolist() == [chosen[i // 6] * 6 + i % 6 for i in tokens]
 
 

@@ -24,6 +24,20 @@ def differences(x: Tensor) -> Tensor:
     return (x[:, None] - x[None]).square().mean(2).sqrt().clamp(min=COPIES)
 
 
+def rms(a: Tensor, b: Tensor) -> float:
+    return float((a - b).square().mean().sqrt())
+
+
+def k_centre(x: Tensor, keep: int) -> list[int]:
+    """Rows of a greedy k-centre, ascending, one distance at a time."""
+    centre = x.mean(0)
+    chosen = [max(range(len(x)), key=lambda i: (rms(x[i], centre), -i))]
+    while len(chosen) < keep:
+        rest = [i for i in range(len(x)) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: (min(rms(x[i], x[j]) for j in chosen), -i)))
+    return sorted(chosen)
+
+
 def check_greedy(
     x: Tensor, order: list[int], weights: Tensor | None, centred: bool, tolerance: float,
     margin: float = 0.0, distance: Tensor | None = None,
