@@ -61,6 +61,8 @@ _VIDEO_LETTERS = replace(_VIDEOS, choice=0.85, primers=(), room=230)
 _ACT_LETTERS = replace(_ACTING, choice=0.85, primers=("moves",), room=250)
 _WORD_LETTERS = replace(_SPELLING, choice=0.85, primers=(), room=110, batch=16)
 _WORD_OPTIONS = replace(_WORD_LETTERS, choice=0.9, room=260, repeat=True)
+_COUNT_LETTERS = replace(_COUNTS, choice=0.85, primers=(), room=260, batch=16, repeat=True)
+_SPELLED_NUMBERS = replace(_SPELLED_PAGES, scene="numbers")
 
 _ASK: dict[str, Any] = {"kind": "questions", "choice": 0.3, "dialog": 0.1, "varied": 0.2}
 _IMAGE_CHAT = replace(_IMAGES, batch=14, room=230, primers=(), text=0.3, **_ASK)
@@ -304,6 +306,31 @@ DEEP = (
             (0.03, replace(_ACT_LETTERS, kind="questions", choice=0.5)),
             (0.02, _ORDER),
             (0.05, _FORMS),
+        ),
+        helpers=0.2,
+        start=0.6,
+        end=0.02,
+        **_RATES,
+    ),
+    # Letters of counts stay behind the counts themselves, and numbers on pictures behind words.
+    Stage(
+        "tallies",
+        800,
+        (
+            (0.17, replace(_IMAGE_CHAT, more=("reading", "small_object"))),
+            (0.03, replace(_IMAGE_CHAT, scene="hard")),
+            (0.05, replace(_DRAWINGS, batch=10, room=200, primers=(), **_ASK)),
+            (0.13, _COUNTS),
+            (0.18, _COUNT_LETTERS),
+            (0.11, _SPELLING),
+            (0.08, _SPELLED_NUMBERS),
+            (0.06, replace(_WORD_OPTIONS, kind="questions", choice=0.6)),
+            (0.09, _VIDEO_CHAT),
+            (0.02, replace(_VIDEO_CHAT, scene="hard")),
+            (0.03, _ACTING),
+            (0.02, replace(_ACT_LETTERS, kind="questions", choice=0.5)),
+            (0.02, _ORDER),
+            (0.01, _FORMS),
         ),
         helpers=0.2,
         start=0.6,

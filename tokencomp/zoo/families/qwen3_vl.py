@@ -39,9 +39,10 @@ class TinyQwen3VL(TinyQwen2VL):
         "note": "The stages from `numbers` on were added after the first twelve had been trained "
         "and measured: that card showed which families needed more (reading, action counts, some "
         "option letters), training and validation accuracy showed what helps. The head that names "
-        "both digits of a number joined with them. The stages `figures` and `settle` came last, "
-        "because numbers among options had been at chance; they started at the weights published "
-        "before. The command repeats the recipe, not these exact weights."
+        "both digits of a number joined with them. The stages `figures` and `settle` came "
+        "next, because numbers among options had been at chance, and `tallies` last, because "
+        "letters of counts and written numbers were at 90 %. All three started at the weights "
+        "published before. The command repeats the recipe, not these exact weights."
     }
 
     def config(self, tokenizer) -> dict[str, Any]:
