@@ -17,7 +17,9 @@ from tokencomp.context_window import (
     restore_visual_context,
 )
 from tokencomp.engine.hooks import Hooks
+from tokencomp.engine.proportional import check_windows
 from tokencomp.engine.refusals import refuse_foreign
+from tokencomp.engine.window import Windows
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.handle import ATTRIBUTE, Handle, make_plan
 from tokencomp.keep_counts import check_ratio
@@ -200,6 +202,7 @@ def check(model: nn.Module, spec: MethodSpec) -> None:
     """
     adapter = adapter_for(model)
     refuse_foreign(adapter.model)
+    check_windows(float(spec.proportional_attention), Windows.of(adapter.decoder).sizes)
     make_plan(spec, adapter)
 
 

@@ -41,7 +41,7 @@ from tokencomp.engine.plan_hooks import PlanHooks
 from tokencomp.engine.prefill import ChunkedPrefill, whole_output
 from tokencomp.engine.prompt_entry import enter_prompt
 from tokencomp.engine.prompt_reading import PrefillCall, PromptReader
-from tokencomp.engine.proportional import ProportionalAttention
+from tokencomp.engine.proportional import ProportionalAttention, check_windows
 from tokencomp.engine.question import PromptLength
 from tokencomp.engine.relative_positions import RelativePositions
 from tokencomp.engine.segments import check_entered
@@ -49,7 +49,7 @@ from tokencomp.engine.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.survivors import refuse_missing
 from tokencomp.engine.uncounted import UncountedPrompt, can_wait
 from tokencomp.engine.window import Windows
-from tokencomp.errors import OptionError, TokenCompError, copy_error
+from tokencomp.errors import TokenCompError, copy_error
 from tokencomp.plan import Plan
 
 
@@ -79,11 +79,7 @@ class Hooks(Hooked):
         proportional: float = 0.0,
     ) -> None:
         windows = Windows.of(adapter.decoder)  # refuses kinds of layers that are not known
-        if proportional and windows.sizes:
-            raise OptionError(
-                f"proportional_attention={proportional:g}: layers with an attention window keep "
-                "the last rows of their cache alone, and sizes count all rows. Patch without it."
-            )
+        check_windows(proportional, windows.sizes)
         self.adapter, self.plan = adapter, plan
         self.compact_positions = compact_positions
         self.proportional = (

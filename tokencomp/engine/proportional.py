@@ -10,7 +10,7 @@ cache holds plain keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from numbers import Real
 from typing import Any
 
@@ -169,6 +169,15 @@ def check_share(value: Any) -> bool | float:
             "share of the log size that a merged token's attention logits get."
         )
     return bool(value) if value in (0, 1) else float(value)
+
+
+def check_windows(share: float, windows: Collection[Any]) -> None:
+    """Raise `OptionError` if a share of log sizes is wanted in a decoder with `windows`."""
+    if share and windows:
+        raise OptionError(
+            f"proportional_attention={share:g}: layers with an attention window keep the last rows "
+            "of their cache alone, and sizes count all rows. Patch without it."
+        )
 
 
 def check_merges(plan: Plan, reducer: Any = None) -> None:
