@@ -44,8 +44,8 @@ cell where the candidate has least; of the tied candidates, the one with most to
 The [decision record](../../docs/decisions/0001-default-reducer.md) explains the rule and how it
 came about; [methods](METHODS.md) explains the rest."""
 
-BEYOND = """On images, the same tokens are kept, and every other token is merged into the one that
-it resembles most. `proportional_attention` is the power of the number of merged tokens with which
+BEYOND = """The same tokens are kept, and every other token is merged into the one that it resembles
+most, on images or on all media. `proportional_attention` is the power of the number of merged tokens with which
 their mean counts in attention. These candidates are not for the default: they do not equal masking,
 and proportional attention is refused for layers with windows and for gradient checkpointing."""
 
@@ -69,11 +69,12 @@ CANDIDATES: list[Candidate] = [
     ("random", {}),
     ("uniform", {}),
 ]
-MERGED: list[Candidate] = [
-    by_kind(("condiv", {"merge_rest": -1.0, **weight}), VIDEOS)
+MERGERS: list[Candidate] = [
+    ("condiv", {"merge_rest": -1.0, **weight})
     for weight in ({}, *({PROPORTIONAL: share} for share in (0.25, 0.5, True)))
 ]
-"""The default with dropped tokens merged into kept ones, at several weights of what is merged.
+MERGED = [*(by_kind(one, VIDEOS) for one in MERGERS), *MERGERS]
+"""The default with dropped tokens merged into kept ones, on images or on all media.
 
 They cannot be the default, which has to run on every model and to equal masking.
 """
