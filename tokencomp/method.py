@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from tokencomp.engine.proportional import check_merges
+from tokencomp.engine.proportional import check_merges, check_share
 from tokencomp.errors import OptionError, PlanError, RatioError
 from tokencomp.keep_counts import check_ratio
 from tokencomp.plan import Plan
@@ -64,7 +64,8 @@ class MethodSpec:
     plan
         Explicit stages instead of a reducer and its options.
     proportional_attention
-        Whether a merged token weighs as much as the tokens it stands for.
+        How much a merged token weighs, by the number of tokens it stands for: the number to this
+        power, in [0, 1]. True is 1, and False 0: as much as one token.
     tower_ratio
         Fraction of the cells that the vision tower does not see, in [0, 1), or "auto"; 0 is off.
     ratios
@@ -85,7 +86,7 @@ class MethodSpec:
     ratio: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
-    proportional_attention: bool = False
+    proportional_attention: bool | float = False
     tower_ratio: float | Literal["auto"] = 0.0
     tower_reducer: str | Reducer = "auto"
     ratios: dict[str, float] = field(default_factory=dict)
@@ -111,7 +112,9 @@ class MethodSpec:
                 "their options, in its stages. Leave out the plan, or everything else."
             )
         reducer = self.built_reducer if self.plan is None and self.names_reducer else None
-        if self.proportional_attention:
+        share = check_share(self.proportional_attention)
+        object.__setattr__(self, "proportional_attention", share)
+        if share:
             check_merges(self.plan or Plan(), reducer)
         if self.plan is None:
             self._check_tower()

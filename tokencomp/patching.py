@@ -17,7 +17,9 @@ from tokencomp.context_window import (
     restore_visual_context,
 )
 from tokencomp.engine.hooks import Hooks
+from tokencomp.engine.proportional import check_windows
 from tokencomp.engine.refusals import refuse_foreign
+from tokencomp.engine.window import Windows
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.handle import ATTRIBUTE, Handle, make_plan
 from tokencomp.keep_counts import check_ratio
@@ -38,7 +40,7 @@ def patch(
     strict: bool = False,
     positions: Literal["original", "compact"] = "original",
     extend_context: bool | int = False,
-    proportional_attention: bool = False,
+    proportional_attention: bool | float = False,
     verify: bool = False,
     **options: Any,
 ) -> Handle:
@@ -81,9 +83,10 @@ def patch(
         for the window of training (up to it nothing is stretched; of other windows call
         `extend_visual_context(model, target, window=...)`).
     proportional_attention
-        Let a merged token weigh as much as the tokens it stands for (log size is added to the
-        attention logits), for reducers that merge. Your attention backend does the adding, on a
-        few more head dimensions; the cache does not grow. Scores for pruning are taken without.
+        Let a merged token weigh as much as the tokens it stands for, for reducers that merge: the
+        log of their number is added to the attention logits. A number in [0, 1] adds this share of
+        the log; True is 1. Your attention backend does the adding, on a few more head dimensions;
+        the cache does not grow. Scores for pruning are taken without.
     verify
         Check first that compression is exact on a tiny random model with the config of `model`
         (about a second; the same checks as `tokencomp doctor --conformance`). Needed for types
@@ -170,7 +173,7 @@ def apply(
             "width), which cannot be renumbered without losing the grid. Leave it at 'original'."
         )
     plan = make_plan(spec, adapter)
-    hooks = Hooks(adapter, plan, strict, positions == "compact", spec.proportional_attention)
+    hooks = Hooks(adapter, plan, strict, positions == "compact", float(spec.proportional_attention))
     earlier, context = adapter.model.__dict__.get(ATTRIBUTE), None
     if earlier is not None:
         earlier.suspend()  # before its window is replaced, so that it can restore that window
@@ -199,6 +202,7 @@ def check(model: nn.Module, spec: MethodSpec) -> None:
     """
     adapter = adapter_for(model)
     refuse_foreign(adapter.model)
+    check_windows(float(spec.proportional_attention), Windows.of(adapter.decoder).sizes)
     make_plan(spec, adapter)
 
 

@@ -35,9 +35,9 @@ from tokencomp.evaluation.lost import LostItem, draw_lost
 from tokencomp.evaluation.native import has_budget
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
-from tokencomp.evaluation.settings import DOWNSCALE, INPUT_BASELINES, NATIVE, Setting
+from tokencomp.evaluation.settings import DOWNSCALE, INPUT_BASELINES, NATIVE, PROPORTIONAL, Setting
 from tokencomp.inputs.questions import Example
-from tokencomp.method import DEFAULT_REDUCER, MethodSpec
+from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.patching import check
 from tokencomp.shapesqa.difficulty import DIFFICULTIES
 from tokencomp.shapesqa.examples import shapesqa
@@ -52,6 +52,7 @@ TOWERS = ("visual", "vision_tower", "vision_model")
 LOST_RATIOS, LOST_PER_KIND, LOST_SIDE = (0.75, 0.9), 2, 128
 LEFT_OUT = ("oracle", "ccam")  # one needs the answer, one always returns the same token count
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "condiv": ({}, *({"merge_rest": -1.0, PROPORTIONAL: share} for share in (0.5, True))),
     "random": ({}, {"seed": 1}, {"seed": 2}),
     "cdpruner": ({}, {"relevance": "attention"}),
     "pool": ({}, {"stride": 1.0}),
@@ -65,7 +66,7 @@ def usable(model: Any, grid: Iterable[Setting]) -> tuple[list[Setting], dict[str
         try:
             if setting.active and setting.reducer not in INPUT_BASELINES:
                 make_reducer(setting.reducer, **setting.options)
-                check(model, MethodSpec(setting.reducer, setting.ratio, setting.options))
+                check(model, setting)
             ready.append(setting)
         except UnknownNameError:
             raise

@@ -33,7 +33,7 @@ from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun, paired_scores
-from tokencomp.evaluation.settings import FULL, RANDOM, Setting
+from tokencomp.evaluation.settings import FULL, PROPORTIONAL, RANDOM, Setting
 from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.storage import write_json, write_text
 
@@ -56,6 +56,8 @@ CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = (
     (DEFAULT_REDUCER, {"power": 0.0, "centred": True}),
     (DEFAULT_REDUCER, {"power": 0.5, "margin": 0.1, "signal": "norm"}),
     (DEFAULT_REDUCER, {"power": 1.0, "margin": 0.1, "merge_rest": 0.8}),
+    (DEFAULT_REDUCER, {"merge_rest": -1.0}),
+    *((DEFAULT_REDUCER, {"merge_rest": -1.0, PROPORTIONAL: p}) for p in (0.25, 0.5, True)),
 )
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 HEAD = """# Candidates for the default on photographs

@@ -107,7 +107,7 @@ def test_ratios_by_kind_where_one_number_counts(capsys):
 def test_a_composition(command, folder, tmp_path, specs, capsys):
     code = ask(
         command, folder, tmp_path,
-        "-r", "merge+prune", "--ratio", "0.6", *SETS, "--proportional-attention",
+        "-r", "merge+prune", "--ratio", "0.6", *SETS, "--proportional-attention", "1",
     )  # fmt: skip
     assert code == 0 and "merge+prune" in capsys.readouterr().out
     stages = tokencomp.make_reducer("merge+prune", **COMPOSED).plan(0.6, 6)
@@ -145,7 +145,7 @@ def test_eval(proportional, folder, tmp_path, file, monkeypatch):
 
     monkeypatch.setattr(benchmarks, "find_tasks", lambda *args: [])
     monkeypatch.setattr(benchmarks, "run_setting", run_setting)
-    more = ["--proportional-attention"] if proportional else []
+    more = ["--proportional-attention", "1"] if proportional else []
     assert run("eval", "--model", folder, "--plan", file, "-o", tmp_path / "runs", *more) == 0
     (full, _), (random, _), *others, (small, _), (plan, name) = calls
     assert [s for s, _ in others] == [Setting("random", 0.625, {"seed": k}) for k in (1, 2)]
@@ -198,7 +198,7 @@ def test_parts_that_do_not_go_together(command, reducer, message, capsys):
         (["-r", "merge", "--set", "name=x"], "no option 'name'"),
         (["-r", "merge", "--set", "reducers=x"], "no option 'reducers'"),
         (["-r", "merge", "--set", "plan=x"], "no option 'plan'"),
-        (["--proportional-attention", "-r", "uniform"], "'uniform' merges no tokens"),
+        (["--proportional-attention", "0.5", "-r", "uniform"], "'uniform' merges no tokens"),
     ],
 )
 def test_mistakes(command, args, message, file, capsys):

@@ -12,7 +12,9 @@ from support.families import EOS, PAD, VOCAB, text
 from support.family.llava import Llava
 
 import tokencomp
-from tokencomp.errors import RowIndexedAttentionError, UnsupportedModelError
+from tokencomp.errors import OptionError, RowIndexedAttentionError, UnsupportedModelError
+from tokencomp.method import MethodSpec
+from tokencomp.patching import apply, check
 
 
 class Windowed(Llava):
@@ -124,3 +126,13 @@ def test_queries_that_are_scaled_by_row_are_refused() -> None:
         config.floor_scale = length
         with pytest.raises(RowIndexedAttentionError, match="scale queries by the number of their"):
             model(**inputs)
+
+
+def test_windows_have_no_proportional_attention() -> None:
+    """Refused by `patch`, and before a long run by `check`; without sizes merging works."""
+    model = Windowed(transformers.MistralConfig, 60).build()
+    spec = MethodSpec("merge", 0.5, proportional_attention=0.5)
+    for refuse in (check, apply):
+        with pytest.raises(OptionError, match=r"proportional_attention=0.5: .* window"):
+            refuse(model, spec)
+    tokencomp.patch(model, 0.5, reducer="merge").remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,8 +45,10 @@ def rows(family: Family) -> list[list[Any]]:
     ]
 
 
-def patched(model: nn.Module, case: Case, ratio: float = 0.8) -> tokencomp.Handle:
-    return tokencomp.patch(model, ratio, reducer=case[0], proportional_attention=True, **case[1])
+def patched(
+    model: nn.Module, case: Case, ratio: float = 0.8, share: float = 1.0
+) -> tokencomp.Handle:
+    return tokencomp.patch(model, ratio, reducer=case[0], proportional_attention=share, **case[1])
 
 
 @contextlib.contextmanager
@@ -72,10 +75,10 @@ def merged_at_entry(model: nn.Module, family: Family, handle: Any, bias: Tensor)
     hook.remove()
 
 
-def check_dense(model: nn.Module, family: Family, case: Case) -> None:
+def check_dense(model: nn.Module, family: Family, case: Case, share: float = 1.0) -> None:
     """Prefill and eight decode steps of a ragged batch."""
     inputs = family.batch(rows(family))
-    with patched(model, case) as handle:
+    with patched(model, case, share=share) as handle:
         out = oracle.generate(model, inputs)
         masks = oracle.kept_columns(handle, inputs, family.layers)
     length = inputs["input_ids"].shape[1]
@@ -83,7 +86,7 @@ def check_dense(model: nn.Module, family: Family, case: Case) -> None:
     with merged_at_entry(model, family, handle, bias):
         plain = oracle.masked_logits(model, family, inputs, masks, new)
         assert bias.max() > 0.5
-        dense = oracle.masked_logits(model, family, inputs, masks, new, bias)
+        dense = oracle.masked_logits(model, family, inputs, masks, new, share * bias)
     for step, logits in enumerate(out.logits):
         at = length - 1 + step
         assert (logits - dense[:, at]).abs().max() < 1e-5, f"step {step}"
@@ -99,6 +102,22 @@ def test_every_family(family: Family, backend: str) -> None:
 @mergers
 def test_every_reducer(case: Case, name: str, backend: str) -> None:
     check_dense(FAMILIES[name].build(backend), FAMILIES[name], case)
+
+
+@two_families
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_a_share_of_the_logarithm(share: float, name: str, backend: str) -> None:
+    family = FAMILIES[name]
+    check_dense(family.build(backend), family, MERGERS[2], share)
+
+
+def test_bad_shares_are_refused() -> None:
+    model = FAMILIES["qwen2_vl"].build()
+    for share in (-0.5, 1.5, math.nan, "half"):
+        with pytest.raises(OptionError, match="a number from 0 to 1"):
+            tokencomp.patch(model, 0.5, reducer="merge", proportional_attention=share)
+    for share in (0, 0.0):  # as False: every token weighs the same, whatever the reducer
+        tokencomp.patch(model, 0.5, reducer="uniform", proportional_attention=share).remove()
 
 
 @two_families

@@ -49,7 +49,7 @@ def settings(context: typer.Context, chosen: opt.Method) -> Settings:
     from tokencomp.evaluation.settings import PROPORTIONAL, grid, planned
     from tokencomp.plan_json import as_plan
 
-    more = {PROPORTIONAL: True} if chosen.proportional else {}
+    more = {PROPORTIONAL: chosen.proportional} if chosen.proportional else {}
     if chosen.plan is None:
         if not chosen.tower.get("tower_ratio"):
             fix = "give the share to remove there, e.g. --tower-ratio auto"

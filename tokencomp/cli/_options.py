@@ -47,10 +47,13 @@ PlanFile = Annotated[
     ),
 ]
 Proportional = Annotated[
-    bool,
+    float,
     typer.Option(
         "--proportional-attention",
-        help="A merged token weighs as much as the tokens it stands for.",
+        min=0,
+        max=1,
+        help="1: a merged token weighs as much as the tokens it stands for; 0.5: as their "
+        "number's root; 0: as one.",
     ),
 ]
 TowerRatio = Annotated[
@@ -97,7 +100,7 @@ class Method(Tower):
     ratio: Ratios = "0.5,0.75,0.9"
     options: Set = None
     plan: PlanFile = None
-    proportional: Proportional = False
+    proportional: Proportional = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

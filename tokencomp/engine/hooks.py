@@ -41,7 +41,7 @@ from tokencomp.engine.plan_hooks import PlanHooks
 from tokencomp.engine.prefill import ChunkedPrefill, whole_output
 from tokencomp.engine.prompt_entry import enter_prompt
 from tokencomp.engine.prompt_reading import PrefillCall, PromptReader
-from tokencomp.engine.proportional import ProportionalAttention
+from tokencomp.engine.proportional import ProportionalAttention, check_windows
 from tokencomp.engine.question import PromptLength
 from tokencomp.engine.relative_positions import RelativePositions
 from tokencomp.engine.segments import check_entered
@@ -49,7 +49,7 @@ from tokencomp.engine.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.survivors import refuse_missing
 from tokencomp.engine.uncounted import UncountedPrompt, can_wait
 from tokencomp.engine.window import Windows
-from tokencomp.errors import OptionError, TokenCompError, copy_error
+from tokencomp.errors import TokenCompError, copy_error
 from tokencomp.plan import Plan
 
 
@@ -67,7 +67,7 @@ class Hooks(Hooked):
     compact_positions
         Whether positions count the kept tokens only.
     proportional
-        Whether sizes of merged tokens are added to the attention logits.
+        Share of the log sizes of merged tokens that is added to the attention logits; 0: none.
     """
 
     def __init__(
@@ -76,18 +76,16 @@ class Hooks(Hooked):
         plan: Plan,
         strict: bool,
         compact_positions: bool = False,
-        proportional: bool = False,
+        proportional: float = 0.0,
     ) -> None:
         windows = Windows.of(adapter.decoder)  # refuses kinds of layers that are not known
-        if proportional and windows.sizes:
-            raise OptionError(
-                "proportional_attention=True: layers with an attention window keep the last rows "
-                "of their cache alone, and sizes count all rows. Patch without it."
-            )
+        check_windows(proportional, windows.sizes)
         self.adapter, self.plan = adapter, plan
         self.compact_positions = compact_positions
         self.proportional = (
-            ProportionalAttention(adapter.layers, self._sizes) if proportional else None
+            ProportionalAttention(adapter.layers, self._sizes, proportional)
+            if proportional
+            else None
         )
         self._stats: Stats | None = None
         self._uncounted: UncountedPrompt | None = None
@@ -96,12 +94,12 @@ class Hooks(Hooked):
         self._local = threading.local()
         self._notes = CallNotes(adapter, self._local, strict)
         self._plan_hooks = PlanHooks(adapter, self._local, off=lambda: self.disabled)
-        self._later = LaterTokens(adapter, self._local, compact_positions, proportional)
+        self._later = LaterTokens(adapter, self._local, compact_positions, proportional > 0)
         self._relative = RelativePositions(adapter, self._local)
         self._batches = BatchGuard(adapter, self._compresses, strict)
         self._prefill = ChunkedPrefill(adapter, self._local, self._compresses, self._forget_stats)
         length = PromptLength(adapter.top)
-        self._reader = PromptReader(adapter, proportional, length)
+        self._reader = PromptReader(adapter, proportional > 0, length)
         parts = (self.proportional, self._relative, self._prefill, self._batches, length)
         self._parts: list[Any] = [part for part in parts if part is not None]
         self.gate = CallGate(type(adapter.model).__name__)

@@ -1,15 +1,17 @@
 """Proportional attention: a merged token has the weight of all tokens that it stands for.
 
 Proportional attention adds log(size) to the softmax logits of a merged token (ToMe,
-arXiv 2210.09461). In our implementation the attention backend itself does the addition. Queries and
-keys get a few more dimensions whose product is the logarithm. SDPA, FlashAttention and eager
-attention therefore run unchanged and without an additional mask, and the cache holds plain keys.
+arXiv 2210.09461), or a share of it. In our implementation the attention backend itself does the
+addition. Queries and keys get a few more dimensions whose product is the logarithm. SDPA,
+FlashAttention and eager attention therefore run unchanged and without an additional mask, and the
+cache holds plain keys.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -41,6 +43,8 @@ class ProportionalAttention:
         Function of the layer index that returns the sizes of the first m cached rows, fp32 (B, m),
         in the current call. Later rows stand for one token each. If it returns None, all rows do,
         and the backend is called unchanged.
+    share
+        What the logarithm of the size is multiplied with, in (0, 1].
 
     Raises
     ------
@@ -48,9 +52,9 @@ class ProportionalAttention:
         If an attention module has no config.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], sizes_of: SizesOf) -> None:
+    def __init__(self, layers: Iterable[nn.Module], sizes_of: SizesOf, share: float) -> None:
         self._modules: list[Any] = [x.self_attn for x in layers if hasattr(x, "self_attn")]
-        self._sizes_of = sizes_of
+        self._sizes_of, self._share = sizes_of, share
         for module in self._modules:
             if getattr(module, "config", None) is None:
                 raise UnsupportedModelError(
@@ -63,7 +67,10 @@ class ProportionalAttention:
         compat.register_attention(NAME, attend)
         for module in self._modules:
             module.config = AttributeView(
-                module.config, _attn_implementation=NAME, tokencomp_sizes_of=self._sizes_of
+                module.config,
+                _attn_implementation=NAME,
+                tokencomp_sizes_of=self._sizes_of,
+                tokencomp_share=self._share,
             )
 
     def remove(self) -> None:
@@ -105,15 +112,15 @@ def attend(
     sizes, dim = config.tokencomp_sizes_of(module.layer_idx), value.shape[-1]
     if sizes is not None:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        query, key, value = widen(query, key, value, sizes, scaling)
+        query, key, value = widen(query, key, value, sizes, scaling, config.tokencomp_share)
     out, weights = backend(plain, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return out[..., :dim], weights
 
 
 def widen(
-    query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, scaling: float
+    query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, scaling: float, share: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add dimensions so that scaling · q·k grows by log(size) of every key.
+    """Add dimensions so that scaling · q·k grows by share · log(size) of every key.
 
     The head dimension grows to the next multiple of 8 that has two more dimensions. The first holds
     the logarithm in the dtype of the keys, and the second the part that rounding removed from it.
@@ -134,7 +141,7 @@ def widen(
     dim, rows = query.shape[-1], key.shape[-2]
     extra = -(-(dim + 2) // MULTIPLE) * MULTIPLE - dim
     factor = 2.0 ** round(-math.log2(scaling))  # a power of two is exact in every dtype
-    log_sizes = sizes.to(key.device).float().log() / (scaling * factor)
+    log_sizes = share * sizes.to(key.device).float().log() / (scaling * factor)
     log_sizes = nn.functional.pad(log_sizes, (0, rows - log_sizes.shape[1]))
     high = log_sizes.to(key.dtype)
     key_extra = key.new_zeros(key.shape[0], 1, rows, extra)
@@ -146,6 +153,31 @@ def widen(
         torch.cat([key, key_extra.expand(*key.shape[:-1], extra)], dim=-1),
         nn.functional.pad(value, (0, query.shape[-1] + extra - value.shape[-1])),
     )
+
+
+def check_share(value: Any) -> bool | float:
+    """The share of log sizes as False, True or a number between 0 and 1.
+
+    Raises
+    ------
+    OptionError
+        If `value` is neither a bool nor a number in [0, 1].
+    """
+    if not (isinstance(value, Real) and 0 <= float(value) <= 1):
+        raise OptionError(
+            f"proportional_attention={value!r}; allowed: False, True, or a number from 0 to 1, the "
+            "share of the log size that a merged token's attention logits get."
+        )
+    return bool(value) if value in (0, 1) else float(value)
+
+
+def check_windows(share: float, windows: Collection[Any]) -> None:
+    """Raise `OptionError` if a share of log sizes is wanted in a decoder with `windows`."""
+    if share and windows:
+        raise OptionError(
+            f"proportional_attention={share:g}: layers with an attention window keep the last rows "
+            "of their cache alone, and sizes count all rows. Patch without it."
+        )
 
 
 def check_merges(plan: Plan, reducer: Any = None) -> None:

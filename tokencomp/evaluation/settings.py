@@ -121,7 +121,8 @@ class Setting(MethodSpec):
     def written_options(self) -> dict[str, Any]:
         """All options in their JSON form, a plan and proportional attention included."""
         plan = {} if self.plan is None else {"plan": plan_to_json(self.plan)}
-        proportional = {PROPORTIONAL: True} if self.proportional_attention else {}
+        share = self.proportional_attention
+        proportional = {PROPORTIONAL: share} if share else {}
         return {**plan, **self.options, **proportional, **self._written_tower}
 
     @property

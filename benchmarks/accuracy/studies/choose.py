@@ -30,7 +30,7 @@ from benchmarks.accuracy.studies.ranking import (
 from benchmarks.accuracy.tables import table
 from benchmarks.real.candidates import photographs
 from tokencomp.cli import one_message
-from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.settings import PROPORTIONAL, Setting
 from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.shapesqa.questions import FAMILIES
 from tokencomp.storage import write_json, write_text
@@ -43,6 +43,11 @@ paired 95 % interval of the difference to the best includes 0. To spare: points 
 cell where the candidate has least; of the tied candidates, the one with most to spare is chosen.
 The [decision record](../../docs/decisions/0001-default-reducer.md) explains the rule and how it
 came about; [methods](METHODS.md) explains the rest."""
+
+BEYOND = """The same tokens are kept, and every other token is merged into the one that it resembles
+most, on images or on all media. `proportional_attention` is the power of the number of merged tokens with which
+their mean counts in attention. These candidates are not for the default: they do not equal masking,
+and proportional attention is refused for layers with windows and for gradient checkpointing."""
 
 VIDEOS: Candidate = ("condiv", {"power": 1.0, "margin": 0.2})
 IMAGES: Candidate = ("condiv", {"power": 0.35, "margin": 0.2})
@@ -64,6 +69,15 @@ CANDIDATES: list[Candidate] = [
     ("random", {}),
     ("uniform", {}),
 ]
+MERGERS: list[Candidate] = [
+    ("condiv", {"merge_rest": -1.0, **weight})
+    for weight in ({}, *({PROPORTIONAL: share} for share in (0.25, 0.5, True)))
+]
+MERGED = [*(by_kind(one, VIDEOS) for one in MERGERS), *MERGERS]
+"""The default with dropped tokens merged into kept ones, on images or on all media.
+
+They cannot be the default, which has to run on every model and to equal masking.
+"""
 QUESTION_FAMILIES = (
     "attribute", "existence", "count", "small_object", "needle", "video_existence", "action_count",
 )  # fmt: skip
@@ -118,6 +132,8 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
     data = {"chosen": chosen, "cells": cells, "candidates": rows}
     write_json(folder / "choice.json", data)
     waiting = [title(c) for c in CANDIDATES if c not in ready]
+    merged = [c for c in MERGED if answered(results, c)]
+    beyond = rank(results, [(chosen["reducer"], chosen["options"]), *merged])
     parts = [
         "# Candidates for the default reducer",
         "Made by `python -m benchmarks.accuracy.studies.choose`.",
@@ -125,6 +141,9 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
         f"Chosen: **{title((chosen['reducer'], chosen['options']))}**.",
         *([f"Without results yet: {'; '.join(waiting)}."] if waiting else []),
         choice_table(rows, chosen, results),
+        "## Beyond dropping",
+        BEYOND,
+        choice_table(beyond, beyond[0], results),
     ]
     for one in results:
         m = one.manifest
@@ -181,7 +200,7 @@ def run_missing(
 
 
 def main() -> None:
-    folder = run_missing(str(__doc__), CANDIDATES, 40, QUESTION_FAMILIES, RESULTS)
+    folder = run_missing(str(__doc__), [*CANDIDATES, *MERGED], 40, QUESTION_FAMILIES, RESULTS)
     chosen = write_choice(evidence(folder), page_folder(folder.resolve()))
     print(f"chosen: {title((chosen['reducer'], chosen['options']))}")
 
