@@ -130,7 +130,8 @@ def _by_family(results: dict[str, Any], runs: list[EvalRun]) -> str:
 
 def _against_uniform(runs: list[EvalRun]) -> str:
     """The default against keeping every n-th token: the next section knows random alone."""
-    by_name = {(run.identity["reducer"], run.ratio): run for run in runs}
+    plain = [run for run in runs if not run.identity["options"]]
+    by_name = {(run.identity["reducer"], run.ratio): run for run in plain}
     rows = []
     for name, ratio in by_name:
         if name == DEFAULT_REDUCER and ("uniform", ratio) in by_name:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import publishing
+from benchmarks.accuracy.run import VARIANTS
 from benchmarks.accuracy.store import MARGIN
 from benchmarks.gpu.contribution import label_of, row_of
 from benchmarks.real.build import FOLDER
@@ -54,9 +55,10 @@ def item_examples(library: Library, split: str, per_family: int) -> list[tuple[S
 
 
 def settings(methods: Iterable[str], ratios: Sequence[float]) -> list[Setting]:
-    """The full model; `random` under three seeds; the methods."""
+    """The full model; `random` under three seeds; the methods, with their variants."""
     random = [Setting(RANDOM, ratio, {"seed": seed}) for ratio in ratios for seed in SEEDS]
-    return [Setting(), *random, *(Setting(name, ratio) for name in methods for ratio in ratios)]
+    variants = [(name, options) for name in methods for options in VARIANTS.get(name, ({},))]
+    return [Setting(), *random, *(Setting(n, r, o) for n, o in variants for r in ratios)]
 
 
 def blind(pairs: Iterable[tuple[StampItem, Example]]) -> dict[str, float]:
