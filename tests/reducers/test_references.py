@@ -215,7 +215,7 @@ def test_condiv_question_agnostic(signal: str) -> None:
 
 
 def test_condiv_merges_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokencomp.reducers import _rows as rows
+    from tokencomp.reducers import _merging as merging_rows
 
     given = matrix.tokens((1, 5, 6), special=1)
     places, x = rows_of(given)
@@ -231,7 +231,7 @@ def test_condiv_merges_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
         if best >= 0.2:
             members[-minus].append(place)
     for block in (1 << 24, 16):
-        monkeypatch.setattr(rows, "BLOCK", block)
+        monkeypatch.setattr(merging_rows, "BLOCK", block)
         got = merging.reduce(given, 8)
         assert got.keep.tolist() == kept
         for i, k in enumerate(kept):

@@ -16,8 +16,6 @@ from tokencomp.errors import PlanError, ScoreError
 from tokencomp.reduction import Reduction
 from tokencomp.tokens import Grid, SpanBatch, VisualTokens
 
-BLOCK = 1 << 24  # cosines computed at once
-
 
 def patch_rows(tokens: VisualTokens, keep: int) -> tuple[Tensor, int]:
     """Rows that are patches, int64, ascending; and how many of them stay if `keep` tokens do."""
@@ -77,43 +75,6 @@ def replace_patches(tokens: VisualTokens, rows: Tensor, x: Tensor, sizes: Tensor
     ones = torch.ones(special.numel(), device=sizes.device)
     merged = torch.cat([tokens.features[special], x])[order]
     return Reduction(keep, merged, torch.cat([ones, sizes])[order])
-
-
-def merge_dropped(
-    tokens: VisualTokens, rows: Tensor, chosen: Tensor, floor: float, centred: bool
-) -> Reduction:
-    """Merge every dropped patch into its nearest kept one, if their cosine is at least `floor`.
-
-    Parameters
-    ----------
-    rows : Tensor of int64, shape (n,)
-        Rows of the patches.
-    chosen : Tensor of int64, shape (k,)
-        Indices into `rows` of the patches that stay, ascending.
-    floor
-        Smallest cosine at which a dropped patch is merged; below it the patch is lost.
-    centred
-        Subtract the mean feature of the patches before the cosine.
-    """
-    from tokencomp.kernels import merge_rows
-
-    x = tokens.features[rows]
-    wide = x.float()
-    unit = torch.nn.functional.normalize(wide - wide.mean(0) if centred else wide, dim=1)
-    kept_unit, step = unit[chosen].T, max(1, BLOCK // chosen.numel())
-    blocks = [(unit[at : at + step] @ kept_unit).max(1) for at in range(0, len(unit), step)]
-    best, nearest = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    target = torch.where(best >= floor, chosen[nearest], -1)
-    target[chosen] = chosen
-    before = tokens.sizes
-    if before is None:
-        before = torch.ones(len(tokens), device=x.device)
-    merged = merge_rows(x, target, chosen, before[rows])
-    kept = keep_patches(tokens, rows[chosen])
-    features, sizes = tokens.features[kept.keep].clone(), before[kept.keep]
-    patch = ~tokens.special[kept.keep]
-    features[patch], sizes[patch] = merged.x, merged.sizes.float()
-    return Reduction(kept.keep, features, sizes)
 
 
 def round_to_sum(shares: list[float], total: int, most: int) -> list[int]:

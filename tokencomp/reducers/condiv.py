@@ -12,12 +12,8 @@ from torch import Tensor
 
 from tokencomp.keep_counts import split_evenly
 from tokencomp.reducers._batch import Patches, previous_similarity, segment, spread
-from tokencomp.reducers._rows import (
-    finite_features,
-    merge_dropped,
-    round_to_sum,
-    supplied_scores,
-)
+from tokencomp.reducers._merging import merge_dropped
+from tokencomp.reducers._rows import finite_features, round_to_sum, supplied_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.selector import Selector
@@ -171,7 +167,7 @@ class ConDiv(Reducer):
         chosen = parts[0] if len(parts) == 1 else torch.cat(parts).sort().values
         if self.merge_rest is None:
             return patches.kept(chosen)
-        return self._merged(patches, chosen)
+        return merge_dropped(patches, chosen, self.merge_rest, self.centred)
 
     def _by_looks(self, kind: str) -> bool:
         """Whether tokens of this kind of media are compared without relevance."""
@@ -200,18 +196,6 @@ class ConDiv(Reducer):
     def _patches(self, batch: SpanBatch, keeps: Sequence[int]) -> Patches:
         of = Patches.of
         return Patches.whole(batch, keeps, "condiv") if self.whole_spans else of(batch, keeps)
-
-    def _merged(self, patches: Patches, chosen: Tensor) -> Reduction:
-        """The reduction in which dropped patches merge into `chosen`, span by span."""
-        parts, start, first, floor = [], 0, 0, self.merge_rest
-        assert floor is not None
-        spans = zip(patches.batch.spans(), patches.lengths, patches.budgets, strict=True)
-        for tokens, length, budget in spans:
-            own = chosen[start : start + budget] - first
-            rows = (~tokens.special).nonzero()[:, 0]
-            parts.append(merge_dropped(tokens, rows, own, floor, self.centred))
-            start, first = start + budget, first + length
-        return Reduction.join(parts, patches.batch)
 
     def _problems(self, patches: Patches, x: Tensor) -> tuple[list[list[int]], list[int]]:
         """Patches of the problems of every span, and how many to keep: the span, or its frames."""
