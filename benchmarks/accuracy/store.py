@@ -212,7 +212,7 @@ def _cost(setting: Setting, run: EvalRun) -> dict[str, Any]:
         "reducer": setting.reducer,
         "method": setting.method,
         "ratio": setting.ratio,
-        "options": setting.options,
+        "options": setting.written_options,
         **run.summary(),
         "achieved": {kind: sum(values) / len(values) for kind, values in ratios.items()},
         **({"work": work} if work else {}),
