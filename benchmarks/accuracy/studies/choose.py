@@ -44,11 +44,11 @@ cell where the candidate has least; of the tied candidates, the one with most to
 The [decision record](../../docs/decisions/0001-default-reducer.md) explains the rule and how it
 came about; [methods](METHODS.md) explains the rest."""
 
-BEYOND = """The same tokens are kept, and every other token is merged into the one that it resembles
-most, on images or on all media. `proportional_attention` is the power of the number of merged
-tokens with which their mean counts in attention. These candidates are not for the default: they do
-not equal masking, and proportional attention is refused for layers with windows and for gradient
-checkpointing."""
+BEYOND = """The same tokens are kept, and every other token is merged into the one that it
+resembles most, on images or on all media. `proportional_attention` is the power of the number of
+merged tokens with which their mean counts in attention. These candidates are not for the default:
+they do not equal masking, and proportional attention is refused for layers with windows and for
+gradient checkpointing."""
 
 VIDEOS: Candidate = ("condiv", {"power": 1.0, "margin": 0.2})
 IMAGES: Candidate = ("condiv", {"power": 0.35, "margin": 0.2})
