@@ -72,7 +72,9 @@ class ConDiv(Reducer):
         the three are the same.
     merge_rest
         Kept tokens become the mean of themselves and the dropped tokens nearest to them, of
-        cosine at least this; None leaves kept tokens as they are.
+        cosine at least this (-1: of all of them); None leaves kept tokens as they are. With
+        `patch(..., proportional_attention=True)` a mean counts in attention as often as the tokens
+        it stands for, so that the background keeps its share of the attention.
     weights
         Of the selector, see there. Used by the signal "selector" only.
 
