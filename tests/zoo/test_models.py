@@ -146,7 +146,7 @@ def test_card_is_generated_and_bars_hold(loaded):
         assert metrics["test"]["free"][family_name]["items"] >= 100
     assert sum(p.numel() for p in model.parameters()) == round(metrics["model"]["parameters"] * 1e6)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    assert size < 8e6
+    assert size < 8.5e6  # with the trained selector and projector
 
 
 def test_samples_are_answered(loaded):
