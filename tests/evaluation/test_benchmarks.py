@@ -15,7 +15,7 @@ import pytest
 from support.console import run
 
 from benchmarks.gpu.catalogue import TABLES
-from tokencomp.errors import OptionError
+from tokencomp.errors import MediaError, OptionError
 from tokencomp.lmms import data as bench_data
 from tokencomp.lmms.data import SHAPESQA_ID, LocalData, local_data, write_shapesqa
 from tokencomp.lmms.tasks import item_score
@@ -244,6 +244,26 @@ def test_data_that_are_not_there_say_what_to_put_where(folder, tmp_path):
     done = tokencomp("--model", folder, "--data", tmp_path / "copy", "--tasks", "mlvu_dev")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "copy/sy1998/MLVU_dev" in done.stderr and "huggingface-cli" in done.stderr
+
+
+@needs_lmms
+def test_a_hub_out_of_reach_is_one_message(folder, tmp_path, monkeypatch):
+    """Nothing of the task is on this disk, and nothing may be downloaded."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = tokencomp("--model", folder, "--tasks", "mlvu_dev", "--limit", "1", "-o", tmp_path / "o")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "sy1998/MLVU_dev" in done.stderr and "--data shapesqa" in done.stderr
+
+
+def test_other_errors_beside_the_hub_are_left_alone():
+    with pytest.raises(KeyError), bench_data.from_hub(["a/b"]):
+        raise KeyError("x")
+    with pytest.raises(MediaError, match="a/b"), bench_data.from_hub(["a/b"]):
+        try:
+            raise ConnectionError("refused")
+        except ConnectionError as error:
+            raise RuntimeError("retried") from error
 
 
 @needs_lmms

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokencomp.errors import OptionError
+from tokencomp.errors import MediaError, OptionError
 
 SHAPESQA = "shapesqa"
 SHAPESQA_ID = "tokencomp/ShapesQA"
@@ -118,6 +119,37 @@ def write_shapesqa(cache: Path, per_task: int) -> Path:
             write_mlvu(root / "sy1998" / "MLVU_dev", "test", per_task)
             done.touch()
     return root
+
+
+@contextlib.contextmanager
+def from_hub(data: Iterable[str]) -> Iterator[None]:
+    """Say in one message what to do if data sets are neither on this disk nor within reach.
+
+    Raises
+    ------
+    MediaError
+        Some of `data` are not on this disk, and the hub cannot be reached.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    away = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
+    try:
+        yield
+    except Exception as error:
+        if not any(isinstance(one, away) for one in _causes(error)):
+            raise
+        raise MediaError(
+            f"the data of the tasks ({', '.join(sorted(data))}) are not all on this disk, and the "
+            "hub cannot be reached. Allow the download once, pass --data DIR with a copy in hub "
+            "layout, or --data shapesqa for the embedded questions."
+        ) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and all errors that it was raised from or while handling."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def use_home(home: Path) -> None:

@@ -14,7 +14,7 @@ from tokencomp.evaluation.lost import draw_lost, write_lost
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import RANDOM, Setting
 from tokencomp.evaluation.store import AnswerStore
-from tokencomp.lmms.data import LocalData, cache_dirs, use_home
+from tokencomp.lmms.data import LocalData, cache_dirs, from_hub, use_home
 
 
 @dataclass(frozen=True)
@@ -155,16 +155,17 @@ def run_setting(
     )
     if model.rank == 0:
         store.write({"finished": False})
-    results = simple_evaluate(
-        model=model,
-        tasks=[{"task": t.name, **t.changes} for t in tasks],
-        task_manager=_manager(),
-        limit=limit,
-        batch_size=batch_size,
-        bootstrap_iters=0,
-        log_samples=True,
-        verbosity="ERROR",
-    )
+    with from_hub(questions["data"]):
+        results = simple_evaluate(
+            model=model,
+            tasks=[{"task": t.name, **t.changes} for t in tasks],
+            task_manager=_manager(),
+            limit=limit,
+            batch_size=batch_size,
+            bootstrap_iters=0,
+            log_samples=True,
+            verbosity="ERROR",
+        )
     if results is None:  # not the main process
         return {}
     answers = model.records
