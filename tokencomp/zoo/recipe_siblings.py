@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tokencomp.zoo.batches import Source
-from tokencomp.zoo.recipe_deep import DEEP
+from tokencomp.zoo.recipe_deep import _ASK, _COUNTS, _DRAWINGS, _IMAGE_CHAT, _IMAGES, _RATES, DEEP
 from tokencomp.zoo.stage import Stage
 
 _HYBRID_STEPS = {
@@ -57,4 +57,20 @@ def _finish(steps: int, media: tuple[str, ...]) -> Stage:
 
 _ALL, _STILL = ("image", "video"), ("image",)
 HYBRID = (*_shortened(_HYBRID_STEPS, _ALL), _finish(600, _ALL))
-SLIDING = (*_shortened(_SLIDING_STEPS, _STILL), _finish(500, _STILL))
+# After `finish`, counts and small objects are below 90 % still: most of the last stage is theirs.
+_TALLIES = Stage(
+    "tallies",
+    600,
+    (
+        (0.40, replace(_COUNTS, choice=0.0)),
+        (0.45, replace(_IMAGE_CHAT, choice=0.0, text=0.0, more=("small_object", "small_object"))),
+        (0.05, replace(_IMAGE_CHAT, choice=0.0, text=0.0, scene="hard")),
+        (0.06, replace(_DRAWINGS, batch=10, room=200, primers=(), **{**_ASK, "choice": 0.0})),
+        (0.04, replace(_IMAGES, text=0.0, more=())),
+    ),
+    helpers=0.2,
+    start=0.8,
+    end=0.02,
+    **_RATES,
+)
+SLIDING = (*_shortened(_SLIDING_STEPS, _STILL), _finish(500, _STILL), _TALLIES)
