@@ -48,9 +48,9 @@ class TinyGemma3(SiglipFamily):
     card: ClassVar[dict[str, str]] = {
         "note": "Five of six layers see a window of tokens, and the tokens of an image see each "
         "other. It takes images, answers in one word, and has not been taught option letters. "
-        "Words on pictures are not learned. The stages `balance`, `finish` and `tallies` were added "
-        "after cards had shown that counts and small objects needed more; they started at the "
-        "weights published before. The command repeats the recipe, not these exact weights."
+        "Words on pictures are not learned. The stages `balance`, `finish` and `tallies` were "
+        "added after cards had shown that counts and small objects needed more; they started at "
+        "the weights published before. The command repeats the recipe, not these exact weights."
     }
 
     def placeholder(self, kind: str) -> str:
