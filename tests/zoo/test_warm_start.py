@@ -94,7 +94,7 @@ def test_a_recipe_can_start_at_a_stage():
     stages = RECIPES["tiny-gemma3"]
     assert stages_from(stages, None) == stages
     rest = [stage.name for stage in stages_from(stages, "balance")]
-    assert rest == ["balance", "finish"]
+    assert rest == ["balance", "finish", "tallies"]
     with pytest.raises(UnknownNameError, match=r"no stage 'polish'.*'finish'"):
         stages_from(stages, "polish")
 

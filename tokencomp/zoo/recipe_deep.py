@@ -23,7 +23,7 @@ _HOPS = ("pairs", "places", "numbers", "sides", "text")
 _PLAIN_FORM: dict[str, Any] = {"varied": 0.0, "choice": 0.0}
 _FEW: dict[str, Any] = {"families": (), **_PLAIN_FORM}
 _PLACES = Source("facts", batch=20, room=44, primers=("pairs", "places"), **_FEW)
-_IMAGES = Source(
+IMAGES = Source(
     "facts", batch=16, room=110, choice=0.0, varied=0.1, text=0.4, more=("reading",), primers=_HOPS
 )
 # One label a picture drowns among the others, so reading gets batches of its own.
@@ -32,8 +32,8 @@ _WORDS = Source(
 )
 _SPELLING = replace(_WORDS, spell=True)
 _SPELLED_PAGES = Source("facts", batch=20, room=4, scene="page", spell=True, **_FEW)
-_DRAWINGS = replace(_IMAGES, scene="plain", varied=0.8, batch=12, text=0.0, more=())
-_COUNTS = replace(_IMAGES, batch=20, room=80, families=("count",), primers=("numbers",), text=0.0)
+DRAWINGS = replace(IMAGES, scene="plain", varied=0.8, batch=12, text=0.0, more=())
+COUNTS = replace(IMAGES, batch=20, room=80, families=("count",), primers=("numbers",), text=0.0)
 
 _BRIEF = Source(
     "facts", "video", batch=8, room=48, scene="brief", primers=("pairs", "when"), **_FEW
@@ -55,19 +55,19 @@ _ACTING = replace(
 
 _OPTIONS = Source("letters", batch=16, room=330)
 _FORMS = Source("forms", batch=16, room=330)
-_IMAGE_LETTERS = replace(_IMAGES, choice=0.85, primers=(), batch=14, room=200, text=0.2)
+_IMAGE_LETTERS = replace(IMAGES, choice=0.85, primers=(), batch=14, room=200, text=0.2)
 _VIDEO_LETTERS = replace(_VIDEOS, choice=0.85, primers=(), room=230)
 
 _ACT_LETTERS = replace(_ACTING, choice=0.85, primers=("moves",), room=250)
 _WORD_LETTERS = replace(_SPELLING, choice=0.85, primers=(), room=110, batch=16)
 _WORD_OPTIONS = replace(_WORD_LETTERS, choice=0.9, room=260, repeat=True)
-_COUNT_LETTERS = replace(_COUNTS, choice=0.85, primers=(), room=260, batch=16, repeat=True)
+_COUNT_LETTERS = replace(COUNTS, choice=0.85, primers=(), room=260, batch=16, repeat=True)
 _SPELLED_NUMBERS = replace(_SPELLED_PAGES, scene="numbers")
 
-_ASK: dict[str, Any] = {"kind": "questions", "choice": 0.3, "dialog": 0.1, "varied": 0.2}
-_IMAGE_CHAT = replace(_IMAGES, batch=14, room=230, primers=(), text=0.3, **_ASK)
-_VIDEO_CHAT = replace(_VIDEOS, batch=7, room=260, primers=(), **_ASK)
-_RATES: dict[str, Any] = {"vision_lr": 8e-4, "text_lr": 1.5e-3}
+ASK: dict[str, Any] = {"kind": "questions", "choice": 0.3, "dialog": 0.1, "varied": 0.2}
+IMAGE_CHAT = replace(IMAGES, batch=14, room=230, primers=(), text=0.3, **ASK)
+_VIDEO_CHAT = replace(_VIDEOS, batch=7, room=260, primers=(), **ASK)
+RATES: dict[str, Any] = {"vision_lr": 8e-4, "text_lr": 1.5e-3}
 
 DEEP = (
     Stage(
@@ -78,7 +78,7 @@ DEEP = (
         text_lr=2e-3,
         end=0.2,
     ),
-    Stage("places", 250, ((0.88, _PLACES), *_SEEN), **_RATES),
+    Stage("places", 250, ((0.88, _PLACES), *_SEEN), **RATES),
     # The tower learns characters and the shapes of moving objects last. Reading and the order of
     # events can only be learnt after them.
     Stage(
@@ -89,33 +89,33 @@ DEEP = (
         text_lr=1.5e-3,
         end=0.3,
     ),
-    Stage("images", 500, ((0.68, _IMAGES), (0.20, _DRAWINGS), *_SEEN), **_RATES),
+    Stage("images", 500, ((0.68, IMAGES), (0.20, DRAWINGS), *_SEEN), **RATES),
     Stage(
         "clips",
         300,
-        ((0.55, _BRIEF), (0.18, _VIDEOS), (0.15, _IMAGES), *_SEEN),
+        ((0.55, _BRIEF), (0.18, _VIDEOS), (0.15, IMAGES), *_SEEN),
         helpers=0.5,
-        **_RATES,
+        **RATES,
     ),
-    Stage("words", 200, ((0.58, _SPELLING), (0.15, _VIDEOS), (0.15, _IMAGES), *_SEEN), **_RATES),
+    Stage("words", 200, ((0.58, _SPELLING), (0.15, _VIDEOS), (0.15, IMAGES), *_SEEN), **RATES),
     # The decoder reads once it can name the word that one visual token shows.
     Stage(
         "spelling",
         300,
-        ((0.28, _SPELLED_PAGES), (0.40, _SPELLING), (0.12, _VIDEOS), (0.08, _IMAGES), *_SEEN),
-        **_RATES,
+        ((0.28, _SPELLED_PAGES), (0.40, _SPELLING), (0.12, _VIDEOS), (0.08, IMAGES), *_SEEN),
+        **RATES,
     ),
     Stage(
         "order",
         400,
-        ((0.33, _ORDER), (0.33, _VIDEOS), (0.14, _IMAGES), (0.08, _SPELLING), *_SEEN),
+        ((0.33, _ORDER), (0.33, _VIDEOS), (0.14, IMAGES), (0.08, _SPELLING), *_SEEN),
         helpers=0.5,
-        **_RATES,
+        **RATES,
     ),
     Stage(
         "letters",
         600,
-        ((0.76, _OPTIONS), (0.10, _IMAGES), (0.10, _VIDEOS), (0.04, _SPELLING)),
+        ((0.76, _OPTIONS), (0.10, IMAGES), (0.10, _VIDEOS), (0.04, _SPELLING)),
         helpers=0.5,
         vision_lr=1e-4,
         text_lr=1.5e-3,
@@ -123,7 +123,7 @@ DEEP = (
     Stage(
         "forms",
         200,
-        ((0.55, _FORMS), (0.10, _OPTIONS), (0.15, _IMAGE_LETTERS), (0.10, _IMAGES), (0.1, _VIDEOS)),
+        ((0.55, _FORMS), (0.10, _OPTIONS), (0.15, _IMAGE_LETTERS), (0.10, IMAGES), (0.1, _VIDEOS)),
         helpers=0.3,
         vision_lr=2e-4,
         text_lr=1.5e-3,
@@ -135,7 +135,7 @@ DEEP = (
             (0.45, _IMAGE_LETTERS),
             (0.25, _VIDEO_LETTERS),
             (0.10, _FORMS),
-            (0.10, _IMAGES),
+            (0.10, IMAGES),
             (0.10, _VIDEOS),
         ),
         helpers=0.3,
@@ -146,11 +146,11 @@ DEEP = (
         "mixture",
         1200,
         (
-            (0.20, _IMAGE_CHAT),
-            (0.04, replace(_IMAGE_CHAT, scene="hard")),
-            (0.08, replace(_DRAWINGS, batch=10, room=200, primers=(), **_ASK)),
-            (0.15, _COUNTS),
-            (0.05, _IMAGES),
+            (0.20, IMAGE_CHAT),
+            (0.04, replace(IMAGE_CHAT, scene="hard")),
+            (0.08, replace(DRAWINGS, batch=10, room=200, primers=(), **ASK)),
+            (0.15, COUNTS),
+            (0.05, IMAGES),
             (0.05, _SPELLING),
             (0.05, _SPELLED_PAGES),
             (0.19, _VIDEO_CHAT),
@@ -163,7 +163,7 @@ DEEP = (
         ),
         helpers=0.2,
         end=0.04,
-        **_RATES,
+        **RATES,
     ),
     # Numbers, repeated flashes and the letters of both are where the stages so far leave most room.
     Stage(
@@ -174,7 +174,7 @@ DEEP = (
             (0.16, _SPELLED_PAGES),
             (0.15, _SPELLING),
             (0.08, _CLIPS),
-            (0.06, _IMAGES),
+            (0.06, IMAGES),
             (0.06, _VIDEOS),
             (0.04, _SCENES),
         ),
@@ -185,9 +185,9 @@ DEEP = (
     Stage(
         "acts",
         600,
-        ((0.45, _ACTING), (0.20, _SPELLING), (0.10, _IMAGES), (0.08, _VIDEOS), *_SEEN),
+        ((0.45, _ACTING), (0.20, _SPELLING), (0.10, IMAGES), (0.08, _VIDEOS), *_SEEN),
         helpers=0.5,
-        **_RATES,
+        **RATES,
     ),
     Stage(
         "answers",
@@ -202,7 +202,7 @@ DEEP = (
             (0.05, _PAGES),
         ),
         helpers=0.3,
-        **_RATES,
+        **RATES,
     ),
     # One question a picture leaves the letters of words at chance; five with other options do not.
     Stage(
@@ -217,16 +217,16 @@ DEEP = (
             (0.07, _PAGES),
         ),
         helpers=0.3,
-        **_RATES,
+        **RATES,
     ),
     Stage(
         "polish",
         1200,
         (
-            (0.16, _IMAGE_CHAT),
-            (0.04, replace(_IMAGE_CHAT, scene="hard")),
-            (0.07, replace(_DRAWINGS, batch=10, room=200, primers=(), **_ASK)),
-            (0.12, _COUNTS),
+            (0.16, IMAGE_CHAT),
+            (0.04, replace(IMAGE_CHAT, scene="hard")),
+            (0.07, replace(DRAWINGS, batch=10, room=200, primers=(), **ASK)),
+            (0.12, COUNTS),
             (0.06, _SPELLING),
             (0.05, _SPELLED_PAGES),
             (0.07, replace(_WORD_OPTIONS, kind="questions", choice=0.5)),
@@ -242,17 +242,17 @@ DEEP = (
         ),
         helpers=0.2,
         end=0.03,
-        **_RATES,
+        **RATES,
     ),
     # Counting and small objects are forgotten first and come back last.
     Stage(
         "balance",
         600,
         (
-            (0.26, replace(_IMAGE_CHAT, more=("reading", "small_object"))),
-            (0.03, replace(_IMAGE_CHAT, scene="hard")),
-            (0.05, replace(_DRAWINGS, batch=10, room=200, primers=(), **_ASK)),
-            (0.24, _COUNTS),
+            (0.26, replace(IMAGE_CHAT, more=("reading", "small_object"))),
+            (0.03, replace(IMAGE_CHAT, scene="hard")),
+            (0.05, replace(DRAWINGS, batch=10, room=200, primers=(), **ASK)),
+            (0.24, COUNTS),
             (0.05, _SPELLING),
             (0.05, replace(_WORD_OPTIONS, kind="questions", choice=0.5)),
             (0.10, _VIDEO_CHAT),
@@ -268,7 +268,7 @@ DEEP = (
         helpers=0.2,
         start=0.6,
         end=0.02,
-        **_RATES,
+        **RATES,
     ),
     # Numbers among options: two digits have to be found together. Both stages can start at
     # published weights, because nothing in them needs the heads on visual tokens.
@@ -280,8 +280,8 @@ DEEP = (
             (0.15, _FORMS),
             (0.30, _WORD_OPTIONS),
             (0.06, _SPELLED_PAGES),
-            (0.05, _COUNTS),
-            (0.07, _IMAGE_CHAT),
+            (0.05, COUNTS),
+            (0.07, IMAGE_CHAT),
             (0.07, _VIDEO_CHAT),
         ),
         helpers=0.2,
@@ -293,10 +293,10 @@ DEEP = (
         "settle",
         700,
         (
-            (0.23, replace(_IMAGE_CHAT, more=("reading", "small_object"))),
-            (0.03, replace(_IMAGE_CHAT, scene="hard")),
-            (0.05, replace(_DRAWINGS, batch=10, room=200, primers=(), **_ASK)),
-            (0.19, _COUNTS),
+            (0.23, replace(IMAGE_CHAT, more=("reading", "small_object"))),
+            (0.03, replace(IMAGE_CHAT, scene="hard")),
+            (0.05, replace(DRAWINGS, batch=10, room=200, primers=(), **ASK)),
+            (0.19, COUNTS),
             (0.07, _SPELLING),
             (0.04, _SPELLED_PAGES),
             (0.14, replace(_WORD_OPTIONS, kind="questions", choice=0.6)),
@@ -310,17 +310,17 @@ DEEP = (
         helpers=0.2,
         start=0.6,
         end=0.02,
-        **_RATES,
+        **RATES,
     ),
     # Letters of counts stay behind the counts themselves, and numbers on pictures behind words.
     Stage(
         "tallies",
         800,
         (
-            (0.17, replace(_IMAGE_CHAT, more=("reading", "small_object"))),
-            (0.03, replace(_IMAGE_CHAT, scene="hard")),
-            (0.05, replace(_DRAWINGS, batch=10, room=200, primers=(), **_ASK)),
-            (0.13, _COUNTS),
+            (0.17, replace(IMAGE_CHAT, more=("reading", "small_object"))),
+            (0.03, replace(IMAGE_CHAT, scene="hard")),
+            (0.05, replace(DRAWINGS, batch=10, room=200, primers=(), **ASK)),
+            (0.13, COUNTS),
             (0.18, _COUNT_LETTERS),
             (0.11, _SPELLING),
             (0.08, _SPELLED_NUMBERS),
@@ -335,6 +335,6 @@ DEEP = (
         helpers=0.2,
         start=0.6,
         end=0.02,
-        **_RATES,
+        **RATES,
     ),
 )

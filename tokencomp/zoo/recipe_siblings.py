@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tokencomp.zoo.batches import Source
-from tokencomp.zoo.recipe_deep import _ASK, _COUNTS, _DRAWINGS, _IMAGE_CHAT, _IMAGES, _RATES, DEEP
+from tokencomp.zoo.recipe_deep import ASK, COUNTS, DEEP, DRAWINGS, IMAGE_CHAT, IMAGES, RATES
 from tokencomp.zoo.stage import Stage
 
 _HYBRID_STEPS = {
@@ -62,15 +62,15 @@ _TALLIES = Stage(
     "tallies",
     600,
     (
-        (0.40, replace(_COUNTS, choice=0.0)),
-        (0.45, replace(_IMAGE_CHAT, choice=0.0, text=0.0, more=("small_object", "small_object"))),
-        (0.05, replace(_IMAGE_CHAT, choice=0.0, text=0.0, scene="hard")),
-        (0.06, replace(_DRAWINGS, batch=10, room=200, primers=(), **{**_ASK, "choice": 0.0})),
-        (0.04, replace(_IMAGES, text=0.0, more=())),
+        (0.40, replace(COUNTS, choice=0.0)),
+        (0.45, replace(IMAGE_CHAT, choice=0.0, text=0.0, more=("small_object", "small_object"))),
+        (0.05, replace(IMAGE_CHAT, choice=0.0, text=0.0, scene="hard")),
+        (0.06, replace(DRAWINGS, batch=10, room=200, primers=(), **{**ASK, "choice": 0.0})),
+        (0.04, replace(IMAGES, text=0.0, more=())),
     ),
     helpers=0.2,
     start=0.8,
     end=0.02,
-    **_RATES,
+    **RATES,
 )
 SLIDING = (*_shortened(_SLIDING_STEPS, _STILL), _finish(500, _STILL), _TALLIES)
