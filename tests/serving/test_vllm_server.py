@@ -159,9 +159,7 @@ def test_metrics_count_tokens(served: Any) -> None:
         assert increase == [64, 16]
     assert http.metric(url, "tokencomp_achieved_ratio") == 0.75
     assert http.metric(url, "tokencomp_reduce_seconds_total") > 0
-    assert re.search(
-        r"tokencomp worker \d+, \w+: .* tokens \(ratio 0", (root / "log").read_text()
-    )
+    assert re.search(r"tokencomp worker \d+, \w+: .* tokens \(ratio 0", (root / "log").read_text())
 
 
 def test_malformed_requests_get_4xx_and_the_server_continues(served: Any) -> None:
