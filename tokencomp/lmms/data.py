@@ -136,12 +136,13 @@ def from_hub(data: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not any(isinstance(one, away) for one in _causes(error)):
+        cause = next((one for one in _causes(error) if isinstance(one, away)), None)
+        if cause is None:
             raise
         raise MediaError(
             f"the data of the tasks ({', '.join(sorted(data))}) are not all on this disk, and the "
-            "hub cannot be reached. Allow the download once, pass --data DIR with a copy in hub "
-            "layout, or --data shapesqa for the embedded questions."
+            f"hub cannot be reached ({type(cause).__name__}). Allow the download once, pass --data "
+            "DIR with a copy in hub layout, or --data shapesqa for the embedded questions."
         ) from error
 
 
