@@ -74,6 +74,24 @@ class DenseTower(Tower):
         """Rows that the projector gets of one whole picture or frame."""
         return len(self.tables[self._projected or kind])
 
+    def missing_tokens(self, missing: Tensor, count: int) -> Tensor:
+        """Which tokens of a projector's output read a missing row of its input.
+
+        Parameters
+        ----------
+        missing : Tensor of bool, shape (pictures, rows)
+        count
+            Tokens of one picture: one for each row, or one for each square of patches.
+
+        Returns
+        -------
+        Tensor of bool, shape (pictures, count)
+        """
+        if missing.shape[1] == count:
+            return missing
+        table = self.tables["image"].to(missing.device)
+        return nn.functional.pad(missing, (0, 1))[:, table].any(-1)  # -1 finds the padding
+
     def check(self, stage: TowerStage, family: str) -> None:
         super().check(stage, family)
         if min(self.indices) <= stage.block:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.dense_tower import DenseTower
@@ -104,6 +105,9 @@ class TowerDrop(Hooked):
             add(MethodReplacement(block, "forward", self._skip))
         for module in layout.restorers:
             add(module.register_forward_hook(self._restore))
+        if isinstance(layout, DenseTower) and not self._projector_restores:
+            project = functools.partial(self._project, layout)
+            add(MethodReplacement(layout.projectors[0], "forward", project))
         add(layout.module.register_forward_hook(self._end, always_call=True))
 
     def collect(self, calls: int) -> list[TowerCost]:
@@ -231,3 +235,17 @@ class TowerDrop(Hooked):
         if self._projector_restores:
             self._local.rows = None
         return rows.restored(out)
+
+    @compat.not_compiled
+    def _project(
+        self, layout: DenseTower, original: Callable[..., Tensor], x: Tensor, *args: Any
+    ) -> Tensor:
+        """Call a projector with zeros for rows of NaN; tokens that read them are NaN behind it.
+
+        Gradients of its weights sum over all rows, and NaN times a gradient of 0 is NaN.
+        """
+        if self.off() or not torch.is_grad_enabled():
+            return original(x, *args)
+        missing = x.isnan().any(-1)
+        out = original(x.masked_fill(missing[..., None], 0.0), *args)
+        return out.masked_fill(layout.missing_tokens(missing, out.shape[1])[..., None], torch.nan)
