@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -64,7 +65,12 @@ def test_the_api_key_is_required() -> None:
         header = {"authorization": f"{scheme} sécret".encode()}
         assert app.get("/v1/models", headers=header).json()["data"][0]["id"] == "tiny"
         assert app.post(CHAT, headers=header, json={}).status_code == 400
-    assert app.get("/health").status_code == 200
+    assert app.get("/health").status_code == app.get("/metrics").status_code == 200
+    for route in app.app.app.routes:  # only these two, and no path that a later version adds
+        if route.path not in ("/health", "/ping", "/metrics"):
+            for method in route.methods:
+                assert app.request(method, route.path).status_code == 401, route.path
+    assert app.post("/health").status_code == app.get("/nothing").status_code == 401
 
 
 def test_other_spellings_of_a_path_need_the_key_too() -> None:
@@ -152,6 +158,21 @@ def test_requests_are_logged_and_counted(caplog: pytest.LogCaptureFixture) -> No
     assert counts == {"200": 1, "400": 1}
 
 
+def test_the_log_has_the_reason_of_a_refusal_and_bounds_what_clients_wrote(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = client(api_key="secret")
+    key = {"authorization": "Bearer secret"}
+    with caplog.at_level(logging.INFO, "tokencomp.serving"):
+        app.request("X" * 60_000, "/v1/models")
+        app.post(CHAT, json={"messages": [], "top_k": 5}, headers=key)
+        app.post(CHAT, json={"messages": [{"role": "user\n" * 10**4}]}, headers=key)
+    key_missing, no_message, long = (record.getMessage() for record in caplog.records)
+    assert " 401 " in key_missing and "reason='missing or wrong API key" in key_missing
+    assert "reason='messages: List should have at least 1 item" in no_message
+    assert all(len(line) < 500 and "\n" not in line for line in (key_missing, no_message, long))
+
+
 @contextlib.contextmanager
 def running(app: Any, **bind: Any) -> Iterator[tuple[str, int]]:
     """Serve an application with uvicorn on a real socket; on leaving, it must end by itself."""
@@ -179,6 +200,64 @@ def received(connection: socket.socket) -> bytes:
     while piece := connection.recv(4096):
         result += piece
     return result
+
+
+def chunks(content: bytes, size: int) -> bytes:
+    """Return a body in chunks of `size` bytes."""
+    pieces = [content[i : i + size] for i in range(0, len(content), size)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
+
+
+def test_a_body_of_many_small_chunks_is_refused() -> None:
+    """A chunk of one byte costs as much as one of a megabyte: 6 seconds per megabyte."""
+    head = (HEAD + "Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n").encode()
+    with running(build_app(stub(), "tiny", Limits())) as address:
+        for content, size, answer in (
+            (b" " * 10**6, 1, b"Invalid HTTP request"),
+            (b" " * 10**6, 2, b"Invalid HTTP request"),
+            (b" " * 10**6, 200, b"body: "),
+            (b" " * 4000, 1, b"body: "),
+        ):
+            with socket.create_connection(address) as connection:
+                with contextlib.suppress(OSError):  # closed before everything was sent
+                    connection.sendall(head + chunks(content, size))
+                with contextlib.suppress(ConnectionResetError):
+                    whole = received(connection)
+                    assert whole.startswith(b"HTTP/1.1 400 ") and answer in whole
+        assert http.get("http://{}:{}/health".format(*address))[0] == 200
+
+
+@pytest.mark.parametrize("path", [CHAT, "/health"])
+def test_a_body_with_two_lengths_ends_the_connection(path: str) -> None:
+    """A proxy that believes the other header takes the rest for another client's request."""
+    hidden = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = HEAD.replace(CHAT, path).encode()
+    for length in (4, len(hidden) + 5):
+        lengths = b"Content-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n" % length
+        with (
+            running(build_app(stub(), "tiny", Limits())) as address,
+            socket.create_connection(address) as connection,
+        ):
+            connection.sendall(head + lengths + b"0\r\n\r\n" + hidden)
+            answers = received(connection)
+        assert answers.startswith(b"HTTP/1.1 400 ") and answers.count(b"HTTP/1.1 ") == 1
+
+
+def test_a_request_that_waited_behind_another_is_not_disconnected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await asyncio.sleep(0.8 if scope["path"] == "/slow" else 0)
+            await send({"type": "http.response.start", "status": 204, "headers": []})
+            await send({"type": "http.response.body"})
+
+    with running(app) as address, socket.create_connection(address) as connection:
+        for path in ("/", "/slow"):
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert received(connection).count(b"HTTP/1.1 204 ") == 2
 
 
 def test_slow_clients_are_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import ipaddress
 import logging
 import socket
@@ -52,6 +53,15 @@ class Bind:
                 "can use it. Set TOKENCOMP_API_KEY, or use --host 127.0.0.1.",
                 self.host or "all addresses",
             )
+
+    def accepts(self, authorization: str) -> bool:
+        """Whether a request with this Authorization header may use the server."""
+        scheme, _, token = authorization.partition(" ")
+        # Servers decode headers as Latin-1, whatever the client has encoded.
+        sent = token.strip().encode("latin-1", "replace")
+        return not self.api_key or (
+            scheme.lower() == "bearer" and hmac.compare_digest(sent, self.api_key.encode("utf-8"))
+        )
 
     def serves(self, host: str) -> bool:
         """Whether a request may call the server by this name (its Host header, without port).

@@ -22,8 +22,8 @@ from tokencomp.serving.hf.answer import AnswerText
 from tokencomp.serving.hf.bodies import Bodies
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.engine import Engine
-from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.guard import CLIENT_LEFT, Guard, error_response
+from tokencomp.serving.hf.errors import CLIENT_LEFT, RequestError
+from tokencomp.serving.hf.guard import Guard, error_response
 from tokencomp.serving.hf.job import Job
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.prompt import Prompt, parse
@@ -211,6 +211,7 @@ async def _failed(request: Request, error: Exception) -> Response:
         )
     elif not isinstance(error, RequestError):
         error = RequestError("the server failed on this request.", 500)
+    request.state.refusal = str(error)
     return error_response(error)
 
 

@@ -8,8 +8,7 @@ from collections.abc import AsyncIterator
 import anyio
 from starlette.requests import ClientDisconnect, Request
 
-from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.guard import CLIENT_LEFT
+from tokencomp.serving.hf.errors import CLIENT_LEFT, RequestError
 
 
 class Bodies:

@@ -7,6 +7,7 @@ from typing import Any
 from tokencomp.errors import TokenCompError
 
 MAX_MESSAGE = 500
+CLIENT_LEFT = 499  # in place of a status, where nobody waits for the answer
 
 
 class RequestError(TokenCompError, ValueError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import re
 import time
@@ -16,13 +15,14 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokencomp.serving.bind import Bind
-from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.errors import CLIENT_LEFT, RequestError
+from tokencomp.serving.hf.head import check_head, has_body, is_open
 from tokencomp.serving.hf.metrics import Metrics
 
 logger = logging.getLogger("tokencomp.serving")
 
 RETRY_SECONDS = 5  # after which clients may try again when the server is busy
-CLIENT_LEFT = 499
+MAX_REASON = 200  # characters of a refusal in the log
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -44,9 +44,9 @@ class Guard:
     app
         The application.
     bind
-        The names and the key that clients must use. Only paths below `/v1` need the key.
+        The names and the key that clients must use.
     metrics
-        Where requests below `/v1` are counted by status.
+        Where requests are counted by status, except those of probes and monitoring.
     """
 
     def __init__(self, app: ASGIApp, bind: Bind, metrics: Metrics) -> None:
@@ -59,9 +59,10 @@ class Guard:
             return
         exchange = Exchange(scope, receive, send)
         try:
-            self._check(scope)
+            check_head(scope, self.bind)
             await self.app(scope, exchange.receive, exchange.send)
         except RequestError as error:  # of the check; the application answers its own
+            scope["state"]["refusal"] = str(error)
             await error_response(error)(scope, exchange.receive, exchange.send)
         except asyncio.CancelledError:  # the time of the shutdown is over
             if not exchange.status:
@@ -69,35 +70,16 @@ class Guard:
                 await error_response(late)(scope, exchange.receive, exchange.send)
             raise
         finally:
-            if scope["path"].startswith("/v1"):
+            if not is_open(scope):
                 self.metrics.requests.labels(exchange.outcome).inc()
                 logger.info("%s", exchange)
-
-    def _check(self, scope: Scope) -> None:
-        """Raise `RequestError` unless the head of the request is acceptable."""
-        headers = Headers(scope=scope)
-        if problem := self.bind.refusal(headers.get("host", "")):
-            raise RequestError(problem, 403)
-        if not scope["path"].startswith("/v1"):
-            return
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        key = self.bind.api_key
-        # Servers decode headers as Latin-1, whatever the client has encoded.
-        sent = token.strip().encode("latin-1", "replace")
-        if key and not (
-            scheme.lower() == "bearer" and hmac.compare_digest(sent, key.encode("utf-8"))
-        ):
-            raise RequestError("missing or wrong API key (Authorization: Bearer KEY).", 401)
-        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        # Browsers let any web page send other types than this one to any server.
-        if scope["method"] == "POST" and content_type != "application/json":
-            raise RequestError("send Content-Type: application/json.", 415)
 
 
 class Exchange:
     """One request and its answer: adds headers to the answer, and describes both for the log.
 
-    A handler may put the `Job` of the request into `request.state.job`.
+    A handler may put the `Job` of the request into `request.state.job`, and the reason of a refusal
+    into `request.state.refusal`.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,7 +103,7 @@ class Exchange:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["X-Request-Id"] = self.id
-            if self.scope["method"] == "POST" and not self.body_read:
+            if has_body(self.scope) and not self.body_read:
                 headers["Connection"] = "close"  # the rest of the body will not be read
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
@@ -135,10 +117,12 @@ class Exchange:
     def __str__(self) -> str:
         client = self.scope.get("client") or ("-", 0)
         words: list[Any] = [
-            client[0], self.scope["method"], quote(self.scope["path"])[:100], self.outcome,
+            client[0], self.scope["method"][:20], quote(self.scope["path"])[:100], self.outcome,
             f"{time.monotonic() - self.started:.3f}s", f"id={self.id}",
         ]  # fmt: skip
         job = self.scope["state"].get("job")
         if job is not None:
             words.append(job)
+        if refusal := self.scope["state"].get("refusal"):
+            words.append(f"reason={refusal[:MAX_REASON]!r}")  # quoted, so that it stays one line
         return " ".join(map(str, words))

@@ -8,6 +8,7 @@ import logging
 import logging.config
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.config import LOGGING_CONFIG
@@ -22,6 +23,23 @@ logger = logging.getLogger("tokencomp.serving")
 HEAD_SECONDS = 15.0  # in which a connection must send the head of its next request
 SEND_SECONDS = 60.0  # in which a client must take a full buffer of its answer
 MAX_CONNECTIONS = 1024
+FREE_PIECES, PIECE_BYTES = 4096, 64  # parts of a body, and how large more must be on average
+
+
+class PiecewiseConnection(h11.Connection):
+    """Refuses a body in very many small chunks, each of which costs as much as a large one."""
+
+    def next_event(self) -> Any:
+        """Return what has arrived. Raises `RemoteProtocolError` for too many chunks."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._pieces = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._pieces, self._bytes = self._pieces + 1, self._bytes + len(event.data)
+            crumbs = self._pieces > FREE_PIECES + self._bytes // PIECE_BYTES
+            if crumbs and self.our_state is h11.SEND_RESPONSE:  # else the connection ends anyway
+                raise h11.RemoteProtocolError("too many chunks")
+        return event
 
 
 class TimedProtocol(H11Protocol):
@@ -33,15 +51,19 @@ class TimedProtocol(H11Protocol):
 
     _writing: asyncio.TimerHandle | None = None
 
+    def __init__(self, config: uvicorn.Config, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.conn = PiecewiseConnection(h11.SERVER)
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # TCP transports only
         """Start the time of the first request."""
         super().connection_made(transport)
         self._wait_for_request()
 
     def on_response_complete(self) -> None:
-        """Start the time of the next request."""
-        super().on_response_complete()
+        """Start the time of the next request, which may have arrived already."""
         self._wait_for_request()
+        super().on_response_complete()
 
     def _wait_for_request(self) -> None:
         self.loop.call_later(HEAD_SECONDS, self._close_unless_started, self.cycle)
