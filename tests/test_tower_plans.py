@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,14 @@ import tokencomp
 from tokencomp import Plan, Stage, TowerStage, make_reducer, plan_from_json, plan_to_json
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.llava import LlavaAdapter
-from tokencomp.errors import OptionError, PlanError, RatioError, SpanError, UnsupportedModelError
+from tokencomp.errors import (
+    OptionError,
+    PlanError,
+    RatioError,
+    RatioWarning,
+    SpanError,
+    UnsupportedModelError,
+)
 from tokencomp.keep_counts import split_evenly
 from tokencomp.method import MethodSpec
 from tokencomp.tokens import VisualSpan
@@ -140,6 +148,25 @@ def test_features_of_another_setting_are_refused() -> None:
             handle.set(ratio=0.0, tower_ratio=0.0)
             with pytest.raises(SpanError, match="8 visual tokens were dropped"):
                 model(inputs_embeds=short, **call)
+
+
+def test_a_tower_alone_that_rounds_up_misses_the_ratio() -> None:
+    """4 frames of 4 cells and a line break: 1.7 tokens should be left, 5 are."""
+    family = FAMILIES["llava_onevision"]
+    model, inputs = family.build(), family.batch([[text(3), family.video(4), text(4)]])
+    handle = tokencomp.patch(model, 0.9, reducer="uniform", tower_ratio=0.9)
+    assert not handle.plan.stages
+    with torch.no_grad(), pytest.warns(RatioWarning, match="vision tower keeps") as warned:
+        model(**inputs)
+        model(**inputs)
+    assert len(warned) == 1 and f"ratio 0.9 and reached {1 - 5 / 17:.5g}" in str(warned[0].message)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handle.set(ratio=0.5, tower_ratio=0.5)  # 9 of 17 are left, which is rounding
+        model(**inputs)
+    handle.set(ratio=0.95, tower_ratio=0.95)
+    with torch.no_grad(), pytest.warns(RatioWarning, match=r"ratio 0\.95"):
+        model(**inputs)
 
 
 def test_a_question_that_ends_in_a_dropped_token() -> None:

@@ -223,13 +223,17 @@ def warn_if_ratio_missed(stats: Stats, plan: Plan, warned: set[str]) -> None:
     achieved = stats.ratio
     if not before or abs(planned - achieved) <= max(0.05 * (1 - planned), spans / before):
         return
+    own = [s.reducer.own_count for s in plan.stages]
     name = str([(s.layer, s.fraction, s.by_kind, s.reducer.name) for s in plan.stages])
-    if name in warned or all(s.reducer.own_count for s in plan.stages):
+    name += str(plan.tower and plan.tower.fraction)
+    if name in warned or (own and all(own)):
         return
     warned.add(name)
     most = max(every, key=lambda span: len(span.special) / max(1, span.visual))
     why = "a reducer of this plan leaves a number of tokens of its own"
-    if most.special and achieved < planned and not any(s.reducer.own_count for s in plan.stages):
+    if not own:
+        why = "the vision tower keeps a cell or more of every frame, and special tokens always stay"
+    elif most.special and achieved < planned and not any(own):
         why = (
             f"special tokens, such as line breaks, always stay, {len(most.special)} of "
             f"{most.visual} in one {most.kind}"
