@@ -136,7 +136,8 @@ class LaterTokens:
         # call does without: proportional attention reads the sizes of the rows from it.
         maskless = n == 1 and plain and any(name in backend for name in MASKLESS)
         masked = {INDEXED, REFERENCE}.intersection(windows.kinds)  # the decoder builds them anyway
-        if maskless and not windows.bind(total) and not masked and not windows.relative:
+        # transformers leaves a mask out only below the window, so at the window it is ours too.
+        if maskless and not windows.bind(total + 1) and not masked and not windows.relative:
             kwargs["attention_mask"], self.local.cached = None, layers
             return
         forward = ForwardPass.continuation(self.adapter, layers, new, n)

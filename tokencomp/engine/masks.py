@@ -71,7 +71,7 @@ class MaskSource:
         if not self.windows.bind(total):
             return False
         if CHUNKED in self.windows.sizes:  # transformers counts chunks from logical columns
-            return bool(segment.dropped) or segment.layout.origin is not None
+            return segment.gaps
         return self.by_column and segment.gaps_within(max(self.windows.sizes.values()))
 
     def decoder_mask(self, segment: Segment, x: Tensor) -> Any:

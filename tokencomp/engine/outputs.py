@@ -125,7 +125,7 @@ def cached_columns(
     rows, dropped
         Rows that the layer holds, and columns that it does not.
     """
-    if not dropped or columns is None:
+    if columns is None:
         return None
     later = torch.arange(columns.shape[1], rows, device=device) + dropped
     return torch.cat([columns.to(device), later.expand(batch, -1)], dim=1)

@@ -107,6 +107,15 @@ class Segment:
             old[:, : past.shape[1]] = past
         return torch.cat([old, new], dim=1)
 
+    @property
+    def gaps(self) -> bool:
+        """Whether a sample may have lost a token, now or before.
+
+        `dropped` does not tell: it is what the whole batch is narrower by, and 0 where the longest
+        sample has lost nothing.
+        """
+        return self.layout.origin is not None or self.past_columns is not None
+
     def columns_before(self, batch: int, device: torch.device) -> Tensor | None:
         """Column of every row cached before this call, (B, rows); None if nothing had left."""
         return cached_columns(self.past_columns, self.physical, self.dropped, batch, device)
@@ -125,9 +134,9 @@ class Segment:
         Columns count over all calls: those of this call follow the logical length before it. None
         while no row has left, so that a row and its column have the same number.
         """
-        new = self.layout.origin
-        if new is None and not self.dropped:
+        if not self.gaps:
             return None
+        new = self.layout.origin
         if new is None:  # nothing has left in this call, but in an earlier one
             new = torch.arange(self.layout.width, device=device).expand(batch, -1)
         new = new.to(device)
@@ -140,12 +149,9 @@ class Segment:
 
     def gaps_within(self, window: int) -> bool:
         """Whether a column may be missing among the last `window` rows of any query."""
-        if self.layout.origin is not None:
-            return True
-        if not self.dropped:
-            return False
-        known = 0 if self.past_columns is None else self.past_columns.shape[1]
-        return self.physical - known < window - 1
+        if self.layout.origin is not None or self.past_columns is None:
+            return self.gaps
+        return self.physical - self.past_columns.shape[1] < window - 1
 
 
 def build_segments(
