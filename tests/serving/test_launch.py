@@ -57,6 +57,24 @@ def test_an_open_address_without_a_key_is_warned_about(caplog: pytest.LogCapture
         caplog.clear()
 
 
+def test_other_frames_than_on_transformers_are_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(launch, "check_architecture", lambda *arguments: None)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+
+    def values(*extra: str) -> list[str]:
+        command, _ = vllm_command("tiny", {"ratio": 0.5}, Bind(), Limits(frames=8), extra)
+        return [b for a, b in pairwise(command) if a == "--media-io-kwargs"]
+
+    (ours,) = values()
+    assert json.loads(ours)["video"]["num_frames"] == 8
+    assert values("--media-io-kwargs", ours) == [ours] and not caplog.records
+    assert values("--media-io-kwargs", '{"video": {"fps": 1}}') == ['{"video": {"fps": 1}}']
+    assert "other frames" in caplog.text and ours in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
@@ -92,6 +110,8 @@ def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.Mon
     assert "secret" not in command and env["VLLM_API_KEY"] == "secret"
     assert arguments["--middleware"].endswith("OwnOptionsOnly") and command[-2:] == ["--port", "1"]
     assert json.loads(env["TOKENCOMP_SERVING"])["only_own"] is True
+    video = {"video_backend": "tokencomp", "num_frames": 32}
+    assert json.loads(arguments["--media-io-kwargs"]) == {"video": video}
     fixed = {"ratio": 0.5, "per_request": False}
     named = Bind("0.0.0.0", allowed_hosts=("ai.example",))
     command, env = vllm_command(str(tmp_path), fixed, named, Limits(), [])

@@ -12,7 +12,7 @@ from tokencomp.cli import _options as opt
 from tokencomp.cli import _parse as parse
 from tokencomp.inputs.packaged import DEFAULT_MODEL
 
-VLLM_HINT = "use vLLM's own arguments after `--` (--max-num-seqs, --media-io-kwargs, ...)"
+VLLM_HINT = "use vLLM's own arguments after `--` (--max-num-seqs, ...)"
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -70,7 +70,7 @@ def command(
     ] = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
-    frames: Annotated[int, typer.Option("--frames", min=1, help="Frames of a video (hf).")] = 32,
+    frames: Annotated[int, typer.Option("--frames", min=1, help="Frames of a video.")] = 32,
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Batch size (hf).")] = 8,
     max_model_len: Annotated[
         int | None, typer.Option("--max-model-len", min=1, help="Prompt and answer.")
@@ -101,7 +101,7 @@ def command(
     limits = Limits(allowed_path=allowed_media_path, frames=frames)
     bind = Bind(host, port, api_key, tuple(allowed_host or ()), shutdown_timeout)
     if engine == "vllm":
-        ineffective = ("device", "frames", "max_batch")
+        ineffective = ("device", "max_batch")
         opt.refuse_options(context, ineffective, "--engine vllm", VLLM_HINT)
         extra, folder = [*context.args], resolve(model)
         if folder != model and not any(a.startswith("--served-model-name") for a in extra):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import sys
@@ -19,6 +20,9 @@ from tokencomp.serving import ENV_HOSTS, ENV_OPTIONS
 from tokencomp.serving.bind import Bind, check_port
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.spec import ServerOptions
+from tokencomp.serving.vllm import LOADER
+
+logger = logging.getLogger("tokencomp.serving")
 
 METRICS_PREFIX = "tokencomp-metrics-"
 
@@ -76,6 +80,15 @@ def vllm_command(
     if not _sets(extra, "--allowed-media-domains"):
         # By default vLLM fetches media from any host. This value allows no host.
         command += ["--allowed-media-domains", "invalid."]
+    loading = json.dumps({"video": {"video_backend": LOADER, "num_frames": limits.frames}})
+    if not _sets(extra, "--media-io-kwargs"):
+        command += ["--media-io-kwargs", loading]
+    elif LOADER not in "".join(extra):
+        logger.warning(
+            "--media-io-kwargs: vLLM takes other frames of a video than --engine hf, and limits on "
+            "videos do not hold. To keep both, add to its value: %s",
+            loading,
+        )
     if not _sets(extra, "--shutdown-timeout"):
         # By default vLLM aborts running requests at SIGTERM, and their clients wait in vain.
         command += ["--shutdown-timeout", str(bind.shutdown_timeout)]

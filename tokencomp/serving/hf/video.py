@@ -28,6 +28,7 @@ from tokencomp.serving.hf.media import (
 Clip = tuple[np.ndarray, Sampling]
 """Frames, uint8 (frames, height, width, 3), and when they were shown."""
 
+FRAME_LIST_RATE = 1.0  # frames per second of a list of frames, as in vLLM
 CONTAINERS = {b"\x1aE\xdf\xa3": "matroska", b"RIFF": "avi", b"OggS": "ogg"}
 
 
@@ -99,7 +100,7 @@ def load_video(
 
     The format is MP4, MOV, MKV, WebM, AVI, OGG or an animated GIF or WebP. As in vLLM,
     `data:video/jpeg;base64,A,B,C` is a list of JPEG (or PNG) frames that the client has sampled
-    at an unknown rate. `decode` decodes files; servers use `decoder.decode_apart`.
+    at one frame per second. `decode` decodes files; servers use `decoder.decode_apart`.
 
     Raises
     ------
@@ -110,6 +111,17 @@ def load_video(
     media_type, content = read_url(url, limits)
     if media_type == FRAME_LIST:
         return _frame_list(content.decode("ascii").split(","), limits, deadline)
+    return load_file(content, limits, deadline, decode)
+
+
+def load_file(content: bytes, limits: Limits, deadline: Deadline, decode: Decode) -> Clip:
+    """Decode the sampled frames of an animation, or with `decode` those of a video file.
+
+    Raises
+    ------
+    RequestError
+        As `load_video`.
+    """
     if content[:4] == b"GIF8" or (content[:4] == b"RIFF" and content[8:12] == b"WEBP"):
         return _animation(content, limits, deadline)
     return decode(content, limits, deadline)
@@ -123,7 +135,7 @@ def _frame_list(parts: list[str], limits: Limits, deadline: Deadline) -> Clip:
     for part in parts:
         image = decode_image(decode_base64(part), limits, deadline, len(parts))
         frames.add(np.asarray(image))
-    return frames.array(), Sampling(tuple(range(len(parts))), len(parts))
+    return frames.array(), Sampling(tuple(range(len(parts))), len(parts), FRAME_LIST_RATE)
 
 
 def _check_video(total: int, width: int, height: int, limits: Limits) -> None:

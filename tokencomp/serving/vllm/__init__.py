@@ -60,10 +60,13 @@ Tested and untested settings
 
 from __future__ import annotations
 
+import contextlib
 import os
+from importlib import import_module
 from typing import Any
 
 ENV_OFF = "TOKENCOMP_VLLM"
+LOADER = "tokencomp"  # name of `frames.EvenFrames` among vLLM's loaders of videos
 TESTED_VERSIONS = ("0.32", "0.33")
 
 # Architecture → the module of this package with its mixins `Model` and `Processor`.
@@ -112,7 +115,7 @@ def untested_version() -> str:
 
 
 def register() -> None:
-    """Put the classes of `entry` into vLLM's registry. Repeated calls are harmless.
+    """Put the classes of `entry` and `frames` into vLLM's registries. Repeated calls are harmless.
 
     The names of the classes contain vLLM's version, because vLLM stores what it learns about a
     class under its name and the hash of our file, and an update of vLLM changes neither.
@@ -129,3 +132,5 @@ def register() -> None:
             continue  # this vLLM has no such model, or the class is registered already
         STOCK[architecture] = stock
         registry.register_model(architecture, f"{entry}:{architecture}__{vllm.__version__}")
+    with contextlib.suppress(ImportError, AttributeError):  # another version of vLLM
+        import_module(f"{__name__}.frames")

@@ -1,0 +1,107 @@
+"""Both engines take the same frames of a video file: vLLM's own media connector loads them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm", reason="vllm is not installed")
+pytest.importorskip("av")
+
+import av
+from PIL import Image
+
+from tokencomp.errors import TokenCompError
+from tokencomp.serving.bind import Bind
+from tokencomp.serving.hf.media import Limits
+from tokencomp.serving.hf.video import load_video
+from tokencomp.serving.launch import vllm_command
+from tokencomp.serving.vllm import register
+
+PROCESSORS = ("Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor", "Glm4vVideoProcessor", None)
+
+
+def numbered(total: int, rate: Fraction, name: str = "mp4", codec: str = "mpeg4") -> str:
+    """Return a video file whose frames show their number as two shades of grey."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=name) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(total):
+            frame = np.full((48, 64, 3), number % 25 * 10, np.uint8)
+            frame[:, 32:] = number // 25 * 10
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
+    return f"data:video/{name};base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    """Read the numbers of frames from their pixels."""
+    low, high = frames[:, 12:36, 8:24].mean((1, 2, 3)), frames[:, 12:36, 40:56].mean((1, 2, 3))
+    return (np.rint(high / 10) * 25 + np.rint(low / 10)).astype(int).tolist()
+
+
+@pytest.fixture(scope="module")
+def connector(tiny_folder: Any) -> Any:
+    """vLLM's connector with the arguments that `tokencomp serve --engine vllm` passes to it."""
+    from vllm.multimodal.media.connector import MediaConnector
+
+    register()
+    command, _ = vllm_command(str(tiny_folder("qwen2_vl")), {"ratio": 0.5}, Bind(), Limits(), [])
+    value = command[command.index("--media-io-kwargs") + 1]
+    return MediaConnector(media_io_kwargs=json.loads(value))
+
+
+@pytest.mark.parametrize("rate", [Fraction(4), Fraction(24000, 1001), Fraction(7)])
+@pytest.mark.parametrize("total", [1, 8, 100, 600])
+def test_frames_depend_on_the_file_alone(connector: Any, total: int, rate: Fraction) -> None:
+    url = numbered(total, rate)
+    middles = [(2 * k + 1) * total // 64 for k in range(32)] if total > 32 else [*range(total)]
+    ours, sampling = load_video(url, Limits())
+    assert numbers(ours) == [*sampling.indices] == middles
+    for processor in PROCESSORS:
+        frames, metadata = connector.fetch_video(url, video_processor=processor).media
+        assert np.array_equal(frames, ours)
+        assert metadata["frames_indices"] == middles and not metadata["do_sample_frames"]
+        assert metadata["fps"] == sampling.fps and metadata["total_num_frames"] == total
+
+
+def test_other_containers_and_animations(connector: Any) -> None:
+    pictures = [Image.new("L", (64, 48), shade) for shade in range(0, 250, 5)]
+    files = [numbered(50, Fraction(5), "webm", "libvpx")]
+    for name in ("gif", "webp"):
+        out = io.BytesIO()
+        pictures[0].save(out, name, save_all=True, append_images=pictures[1:], duration=100)
+        files.append(f"data:video/{name};base64," + base64.b64encode(out.getvalue()).decode())
+    for url in files:
+        ours, sampling = load_video(url, Limits())
+        frames, metadata = connector.fetch_video(url).media
+        assert np.array_equal(frames, ours) and len(frames) == 32
+        assert metadata["frames_indices"] == [*sampling.indices]
+
+
+def test_lists_of_frames_have_equal_times(connector: Any) -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(out, "JPEG")
+    url = "data:video/jpeg;base64," + ",".join([base64.b64encode(out.getvalue()).decode()] * 5)
+    ours, sampling = load_video(url, Limits())
+    frames, metadata = connector.fetch_video(url, video_processor=PROCESSORS[1]).media
+    assert np.array_equal(frames, ours) and metadata["fps"] == sampling.fps == 1
+    assert metadata["frames_indices"] == [*sampling.indices] and not metadata["do_sample_frames"]
+
+
+def test_limits_on_videos_hold(connector: Any) -> None:
+    """A canvas of 2,500 × 2,500 pixels, 3,500 times: 22 gigapixels in a few kilobytes."""
+    out, dots = io.BytesIO(), [Image.new("P", (1, 1), i % 2) for i in range(3500)]
+    dots[0].save(out, "GIF", save_all=True, append_images=dots[1:], optimize=False, duration=10)
+    content = bytearray(out.getvalue())
+    content[6:10] = (2500).to_bytes(2, "little") * 2
+    url = "data:video/gif;base64," + base64.b64encode(content).decode()
+    with pytest.raises(TokenCompError, match="pixels"):
+        connector.fetch_video(url)

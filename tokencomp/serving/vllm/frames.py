@@ -1,0 +1,45 @@
+"""Videos of requests to vLLM: the frames that the transformers server takes.
+
+By itself vLLM chooses the frames of a file by a rule of the model's family. `tokencomp serve` sets
+`--media-io-kwargs '{"video": {"video_backend": "tokencomp", "num_frames": 32}}'`: the frames then
+depend on the file and on their number alone, and the limits on a video file hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
+
+from tokencomp.serving.hf.deadline import Deadline
+from tokencomp.serving.hf.decoder import decode_apart
+from tokencomp.serving.hf.media import Limits
+from tokencomp.serving.hf.video import load_file
+from tokencomp.serving.vllm import LOADER
+
+ASSUMED_RATE = 24.0  # frames per second of a file that does not say it, as in transformers
+
+
+@VIDEO_LOADER_REGISTRY.register(LOADER)
+class EvenFrames(VideoLoader):  # type: ignore[misc]  # of vLLM
+    """Evenly spaced frames of a video file, decoded in a process of its own."""
+
+    @classmethod
+    def load_bytes(
+        cls, data: bytes, num_frames: int = Limits.frames, **kwargs: Any
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return uint8 frames (frames, height, width, 3), and when they were shown.
+
+        Raises
+        ------
+        RequestError
+            If the video cannot be decoded or exceeds a limit of the transformers server.
+        """
+        limits = Limits(frames=num_frames)
+        deadline = Deadline(limits.decode_seconds)
+        frames, sampling = load_file(data, limits, deadline, decode_apart)
+        rate = sampling.fps or ASSUMED_RATE
+        # With `do_sample_frames` the processors of some families would take fewer of these frames.
+        own = {"fps": rate, "duration": sampling.total / rate, "do_sample_frames": False}
+        return frames, {**sampling.metadata(), "video_backend": LOADER, **own}
