@@ -33,7 +33,7 @@ NAMES = ("testserver",)  # what the test client calls the server
 def stub(**more: Any) -> Any:
     """Return an engine for the API that never runs."""
     options = ServerOptions.parse({"ratio": 0.5}, "hf")
-    attributes = dict(metrics=Metrics(), options=options, max_model_len=8, alive=True, text=None)
+    attributes = dict(metrics=Metrics(), options=options, max_model_len=8, healthy=True, text=None)
     attributes |= dict(close=lambda: None, check_room=lambda: None)
     return SimpleNamespace(**{**attributes, **more})
 
@@ -171,6 +171,20 @@ def test_the_log_has_the_reason_of_a_refusal_and_bounds_what_clients_wrote(
     assert " 401 " in key_missing and "reason='missing or wrong API key" in key_missing
     assert "reason='messages: List should have at least 1 item" in no_message
     assert all(len(line) < 500 and "\n" not in line for line in (key_missing, no_message, long))
+
+
+@pytest.mark.parametrize(("version", "warned"), [("12.3.0", True), ("13.0.0", False)])
+def test_a_pillow_without_a_bound_is_named_at_the_start(
+    version: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    for name in ("warning", "info"):
+        monkeypatch.setattr(server.logger, name, lambda text, *a: lines.append(text % a))
+    monkeypatch.setattr(server.logging.config, "dictConfig", lambda config: None)
+    monkeypatch.setattr(server.PIL, "__version__", version)
+    model = SimpleNamespace(device="cpu", dtype="torch.float32")
+    server.log_start(stub(model=model, max_batch=1, max_waiting=1), "tiny", Limits(), Bind())
+    assert any("pillow>=13" in line for line in lines) == warned
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import struct
+import tracemalloc
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("pydantic")
+pytest.importorskip("fastapi")
 
 import numpy as np
+import PIL
 from PIL import Image, ImageSequence
 from PIL.GifImagePlugin import GifImageFile
 from support.serving import media as tiny
@@ -25,8 +27,10 @@ from tokencomp.inputs.media import frame_indices
 from tokencomp.serving.hf import video
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.gif import count_frames
 from tokencomp.serving.hf.media import Limits, load_image
 from tokencomp.serving.hf.prompt import Prompt, parse
+from tokencomp.serving.hf.server import SAFE_PILLOW
 from tokencomp.serving.hf.video import load_video
 from tokencomp.serving.spec import ServerOptions
 
@@ -135,6 +139,28 @@ def test_frames_that_are_not_sampled_count_too(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(video._Container, "_collect", None)  # the number of packets is enough
     with pytest.raises(RequestError, match="21 frames of 96×96"):
         load_video(clip(96, 21), few)
+
+
+def test_frames_of_a_gif_are_counted_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow takes 13 seconds to count the frames of a GIF of 48 MB to their end."""
+    options = {"save_all": True, "duration": 40, "loop": 0, "comment": b"note " * 200}
+    for count in (1, 2, 7, 40):
+        pictures = [Image.effect_noise((40, 30), 90).convert("P") for _ in range(count)]
+        out = io.BytesIO()
+        pictures[0].save(out, "GIF", append_images=pictures[1:], **options)
+        for content in (out.getvalue(), out.getvalue()[:-1], out.getvalue() + b"x" * 99):
+            assert count_frames(content, 99) == Image.open(io.BytesIO(content)).n_frames == count
+        assert count_frames(out.getvalue(), 3) == min(count, 4)
+        for end in range(0, len(out.getvalue()), 7):  # damaged files
+            assert 0 <= count_frames(out.getvalue()[:end], 99) <= count
+    places: list[int] = []
+    seek = GifImageFile._seek
+    monkeypatch.setattr(
+        GifImageFile, "_seek", lambda image, n, *more: places.append(n) or seek(image, n, *more)
+    )
+    with pytest.raises(RequestError, match="more than 500 frames"):
+        load_video(large_canvas(30, 4000), Limits(max_decoded=500))
+    assert max(places) < 10
 
 
 @pytest.mark.parametrize("make", [frames, clip, gif, large_canvas])
@@ -250,6 +276,33 @@ def test_a_jpeg_of_many_parts_is_refused_before_it_is_opened(
     with pytest.raises(RequestError, match="1000 parts") as error:
         load_image(url(2000), Limits())
     assert error.value.status == 413
+
+
+def exif_bomb(entries: int, size: int) -> bytes:
+    """Return a PNG whose EXIF directory has many entries that name the same `size` bytes."""
+    start = 8 + 2 + 12 * entries + 4
+    exif = struct.pack("<4sIH", b"II*\0", 8, entries)
+    exif += b"".join(struct.pack("<HHII", 1000 + i, 7, size, start) for i in range(entries))
+    exif += bytes(4 + size)
+    content = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(b"\0\0")
+    for name, data in ((b"IHDR", header), (b"eXIf", exif), (b"IDAT", pixels), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + name + data
+        content += struct.pack(">I", zlib.crc32(name + data))
+    return content
+
+
+def test_exif_data_do_not_multiply() -> None:
+    url = "data:image/png;base64," + base64.b64encode(exif_bomb(400, 1 << 20)).decode()
+    if int(PIL.__version__.split(".")[0]) < SAFE_PILLOW:  # the server warns about it at its start
+        pytest.skip("this Pillow reads the data of every entry")
+    tracemalloc.start()
+    try:
+        assert load_image(url, Limits()).size == (1, 1)
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_frame_that_is_larger_than_the_header_says_is_not_decoded(

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("pydantic")
 from support.serving import hf_reference, http
 
+from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.prompts import chat_inputs, prompt_lengths
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.errors import MAX_MESSAGE, RequestError
@@ -109,6 +110,19 @@ def test_placeholders_in_a_text_are_refused(token: str, text: PromptText) -> Non
             prompt(user(content), text)
 
 
+@pytest.mark.parametrize("token", ["<image_soft_token>", "<start_of_image>"])
+def test_placeholders_that_the_processor_writes_are_refused(token: str) -> None:
+    """The template of Gemma 3 writes another placeholder than the model reads."""
+    options = ServerOptions.parse({}, "hf")
+    engine = Engine(*load_model("tiny-gemma3", device="cpu"), options, Metrics())
+    engine.close()
+    gemma = engine.text
+    assert not prompt(user([IMAGE]), gemma).alone
+    for content in (f"a {token}", [IMAGE, {"type": "text", "text": token}]):
+        with pytest.raises(RequestError, match="one placeholder per image and video"):
+            prompt(user(content), gemma)
+
+
 def test_media_that_a_template_leaves_out_are_refused(text: PromptText) -> None:
     def only_text(chat: Any, **options: Any) -> str:
         return "".join(p["text"] for m in chat for p in m["content"] if p["type"] == "text")
@@ -138,10 +152,15 @@ def test_bodies_are_bounded_by_their_structure() -> None:
         json.dumps(user("a", tokencomp={"reducer": "x" * 10**5})).encode(),
         json.dumps(user("a", tokencomp={"ratio": 10**400})).encode(),
         json.dumps(user("a", tokencomp={"ratio": float("nan")})).encode(),
+        *(
+            json.dumps(user("a", mm_processor_kwargs={"tokencomp": value})).encode()
+            for text in ("[" * 10**5, "1" * 5000)
+            for value in (text, {"options": text})
+        ),
         json.dumps({"messages": [3] * 10**5}).encode(),
         json.dumps(user([{"type": "x"}] * 10**5)).encode(),
     ],
-    ids=range(15),
+    ids=range(19),
 )  # fmt: skip
 def test_malformed_bodies_have_an_error_that_can_be_sent(content: bytes, text: PromptText) -> None:
     with pytest.raises(RequestError) as error:
@@ -149,6 +168,20 @@ def test_malformed_bodies_have_an_error_that_can_be_sent(content: bytes, text: P
     assert error.value.status == 400
     body = json.dumps(error.value.body()).encode()
     assert len(error.value.body()["error"]["message"]) <= MAX_MESSAGE and body
+
+
+def test_two_settings_in_one_request_must_be_equal(text: PromptText) -> None:
+    half = {"ratio": 0.5, "reducer": "uniform"}
+
+    def settings(own: Any, processor: Any) -> Prompt:
+        return prompt(user("a", tokencomp=own, mm_processor_kwargs={"tokencomp": processor}), text)
+
+    assert settings(half, {"reducer": "uniform", "ratio": 0.5}).spec.ratio == 0.5
+    assert settings(half, None).spec == settings(None, half).spec
+    with pytest.raises(RequestError, match="two settings"):
+        settings(half, {**half, "ratio": 0.4})
+    with pytest.raises(RequestError, match="ratio=7"):
+        settings(half, {"ratio": 7})
 
 
 def test_an_error_may_quote_what_cannot_be_sent() -> None:

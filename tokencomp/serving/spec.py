@@ -247,8 +247,8 @@ def as_mapping(value: Any, allowed: tuple[str, ...] | None) -> dict[str, Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise OptionError(f"tokencomp options {value!r} are not JSON ({error}).") from None
+        except (ValueError, RecursionError) as error:  # also numbers of very many digits
+            raise OptionError(f"tokencomp options are not JSON ({error}): {value!r}.") from None
     if value is None:
         return {}
     if not isinstance(value, Mapping):

@@ -74,8 +74,8 @@ class Server:
         self.decoding = CapacityLimiter(DECODING)
 
     async def health(self) -> Response:
-        """Answer 200 while the engine runs, and 503 after it has failed."""
-        return Response(status_code=200 if self.engine.alive else 503)
+        """Answer 200 while the engine answers requests, and 503 after it has failed."""
+        return Response(status_code=200 if self.engine.healthy else 503)
 
     async def metrics(self) -> Response:
         """Answer with all metrics in the text format of Prometheus."""

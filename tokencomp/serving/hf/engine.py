@@ -21,13 +21,21 @@ from tokencomp.method import MethodSpec
 from tokencomp.patching import apply, check
 from tokencomp.serving.hf.batch import build_inputs
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.generation import Rows, for_client, sampling, take_end_tokens
+from tokencomp.serving.hf.generation import (
+    Rows,
+    for_client,
+    sampling,
+    seeded,
+    take_end_tokens,
+)
 from tokencomp.serving.hf.job import Job, Usage
 from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.hf.text import PromptText, too_long
 from tokencomp.serving.spec import ServerOptions
 
 logger = logging.getLogger("tokencomp.serving")
+
+MAX_FAILURES = 10  # requests in a row that failed by no fault of theirs; then the engine is unwell
 
 
 class Engine:
@@ -66,11 +74,11 @@ class Engine:
         self.options, self.metrics = options, metrics
         self.max_batch, self.max_batch_pixels, self.wait = max_batch, max_batch_pixels, wait
         self.max_waiting, self.max_waiting_pixels = max_waiting, max_waiting_pixels
-        config = adapter_for(model).text_config
-        limit = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+        adapter = adapter_for(model)
+        limit = int(getattr(adapter.text_config, "max_position_embeddings", None) or 1 << 20)
         self.max_model_len = min(max_model_len or limit, limit)
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.text = PromptText(processor, self.max_model_len)
+        self.text = PromptText(processor, self.max_model_len, adapter.placeholder_ids())
         self._ends = take_end_tokens(model)
         check(model, options.default)
         off = replace(options.default, ratio=0.0, tower_ratio=0.0)
@@ -78,6 +86,7 @@ class Engine:
         self._jobs: deque[Job] = deque()
         self._wake = threading.Condition()
         self._closed = False
+        self._failures = 0  # since the last request that was answered
         self._thread = threading.Thread(target=self._loop, name="tokencomp-engine", daemon=True)
         self._thread.start()
 
@@ -104,6 +113,11 @@ class Engine:
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._closed
 
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine runs and has not failed `MAX_FAILURES` times in a row."""
+        return self.alive and self._failures < MAX_FAILURES
+
     def close(self) -> None:
         """Stop after the running batch; waiting requests fail with 503."""
         with self._wake:
@@ -115,6 +129,15 @@ class Engine:
     # -- the engine thread ----------------------------------------------------------------------
 
     def _loop(self) -> None:
+        try:
+            self._serve()
+        finally:  # also after an error that ends the thread
+            with self._wake:
+                self._closed = True
+            for job in self._jobs:
+                job.send("error", RequestError("the server shuts down.", 503))
+
+    def _serve(self) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._jobs or self._closed)
@@ -126,8 +149,6 @@ class Engine:
                 batch = self._take()
             if batch:
                 self._run(batch)
-        for job in self._jobs:
-            job.send("error", RequestError("the server shuts down.", 503))
 
     def _take(self) -> list[Job]:
         """The oldest request and those with equal options, up to the size of a batch."""
@@ -144,22 +165,39 @@ class Engine:
         return batch
 
     def _run(self, batch: list[Job]) -> None:
-        """Generate for a batch; if a prompt breaks it, every request runs alone."""
+        """Generate for a batch; if it fails, for its halves, until a request fails alone.
+
+        A request that has sent text cannot start again, so such a batch fails as a whole.
+        """
         try:
             self._generate(batch)
-        except Exception as error:
-            waiting = [job for job in batch if not job.done]
-            untouched = all(job.usage is None for job in waiting)
-            if len(batch) > 1 and untouched and not isinstance(error, torch.OutOfMemoryError):
-                for job in waiting:
-                    self._run([job])
-                return
-            if not isinstance(error, TokenCompError):
-                logger.exception("a batch of %d failed", len(batch))
-            elif isinstance(error, WeightsError):
-                logger.error("%s", error)
-            for job in waiting:
-                job.send("error", for_client(error))
+            self._failures = 0
+            return
+        except BaseException as error:
+            batch = [job for job in batch if not job.done]
+            again = len(batch) > 1 and all(job.usage is None for job in batch)
+            if not (again and isinstance(error, Exception)):
+                self._fail(batch, error)
+                again = False
+            if not isinstance(error, Exception):  # the thread ends
+                raise
+        # Outside of the block above, the error no longer keeps the tensors of its frames.
+        torch.cuda.empty_cache()
+        if again:
+            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                self._run(half)
+
+    def _fail(self, batch: list[Job], error: BaseException) -> None:
+        """Log why a batch failed, and answer its requests."""
+        answer = for_client(error)
+        if not isinstance(error, TokenCompError):
+            logger.error("a batch of %d failed", len(batch), exc_info=error)
+        elif isinstance(error, WeightsError) or answer.status >= 500:
+            logger.error("%s", error)
+        if answer.status >= 500:
+            self._failures += len(batch)
+        for job in batch:
+            job.send("error", answer)
 
     @torch.inference_mode()
     def _generate(self, batch: list[Job]) -> None:
@@ -171,10 +209,8 @@ class Engine:
                 self._generate(batch)
             return
         request, spec = batch[0].prompt.request, batch[0].prompt.spec
-        if request.seed is not None:
-            torch.manual_seed(request.seed)
         rows = Rows(batch, self._ends, lambda: self._started(batch, counts), self.metrics.generated)
-        with self._compressed(spec):
+        with self._compressed(spec), seeded(request.seed):
             self.model.generate(
                 **inputs,
                 max_new_tokens=max(job.max_tokens for job in batch),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from prometheus_client import Counter
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from tokencomp.errors import TokenCompError, WeightsError
+from tokencomp.errors import ScoreError, TokenCompError, WeightsError
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.job import Job
 
@@ -61,6 +62,19 @@ def sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
     return {"do_sample": True, **values} if values else {}
 
 
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seed all generators, on every device, for the block; after it, nobody knows their state."""
+    if seed is None:
+        yield
+        return
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.seed()  # else requests without a seed would repeat what follows this one
+
+
 def take_end_tokens(model: Any) -> set[int]:
     """Return the model's end tokens and remove them from its generation config.
 
@@ -74,12 +88,14 @@ def take_end_tokens(model: Any) -> set[int]:
     return set([ends] if isinstance(ends, int) else ends or [])
 
 
-def for_client(error: Exception) -> RequestError:
+def for_client(error: BaseException) -> RequestError:
     """Return the error that the client of a failed request sees."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, WeightsError):  # its text names files of this machine
         return RequestError("this server has no trained weights for that reducer.")
+    if isinstance(error, ScoreError):  # of the model in its dtype, not of the request
+        return RequestError(f"the model cannot compress these media: {error}", 500)
     if isinstance(error, TokenCompError):
         return RequestError(str(error))
     if isinstance(error, torch.OutOfMemoryError):

@@ -120,11 +120,13 @@ def _check_amount(request: ChatRequest, text: PromptText, limits: Limits) -> Non
 
 def _spec(request: ChatRequest, options: ServerOptions) -> MethodSpec:
     """Return reducer and ratio of the request, or the server's default."""
-    fields = request.tokencomp
-    if fields is None:
-        fields = (request.mm_processor_kwargs or {}).get(KEY)
+    fields = (request.tokencomp, (request.mm_processor_kwargs or {}).get(KEY))
+    given = [field for field in fields if field is not None]
     try:
-        return options.resolve(fields, engine="hf")
+        spec, *others = [options.resolve(field, engine="hf") for field in given or [None]]
+        if any(other != spec for other in others):
+            raise OptionError(f'two settings: "{KEY}" and "mm_processor_kwargs" differ. Send one.')
+        return spec
     except (OptionError, PlanError, RatioError) as error:
         raise RequestError(str(error)) from None
 

@@ -9,6 +9,7 @@ import logging.config
 from typing import Any
 
 import h11
+import PIL
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.config import LOGGING_CONFIG
@@ -23,6 +24,7 @@ logger = logging.getLogger("tokencomp.serving")
 HEAD_SECONDS = 15.0  # in which a connection must send the head of its next request
 SEND_SECONDS = 60.0  # in which a client must take a full buffer of its answer
 MAX_CONNECTIONS = 1024
+SAFE_PILLOW = 13
 FREE_PIECES, PIECE_BYTES = 4096, 64  # parts of a body, and how large more must be on average
 
 
@@ -112,6 +114,12 @@ def log_config() -> dict[str, Any]:
 def log_start(engine: Engine, name: str, limits: Limits, bind: Bind) -> None:
     """Log what is served, how it is compressed, and which limits hold."""
     logging.config.dictConfig(log_config())
+    if int(PIL.__version__.partition(".")[0]) < SAFE_PILLOW:
+        logger.warning(
+            "Pillow %s reads the EXIF data of an image without a bound: a file of 1 MB can take "
+            "gigabytes of memory. Install pillow>=%d (Python 3.11), or serve trusted clients only.",
+            PIL.__version__, SAFE_PILLOW,
+        )  # fmt: skip
     model, options, default = engine.model, engine.options, engine.options.default
     described = default.describe()
     requests = f"up to {options.max_ratio:g}" if options.per_request else "fixed"

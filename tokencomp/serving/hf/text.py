@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from PIL import Image
@@ -38,6 +38,9 @@ class PromptText:
         A Hugging Face processor with a chat template.
     max_model_len
         Prompt and answer together, in tokens.
+    placeholders
+        Tokens that the model replaces by media. Some processors (Gemma 3) write other ones than the
+        chat template.
 
     Attributes
     ----------
@@ -46,13 +49,18 @@ class PromptText:
         the longest entry of the vocabulary has, so they cannot fit.
     """
 
-    def __init__(self, processor: Any, max_model_len: int) -> None:
+    def __init__(
+        self, processor: Any, max_model_len: int, placeholders: Collection[int] = ()
+    ) -> None:
         self.processor, self.max_model_len = processor, max_model_len
         self.tokenizer = copy.deepcopy(getattr(processor, "tokenizer", processor))
         self._lock = threading.Lock()
         longest = max(map(len, self.tokenizer.get_vocab()), default=1)
         self.max_characters = min(longest * max_model_len, MAX_CHARACTERS)
+        self._added = set(self.tokenizer.added_tokens_encoder.values())
         self._markers = {kind: self._marker(kind) for kind in MARKED}
+        self._special = {token for marker in self._markers.values() for token in marker}
+        self._special |= self._added & set(placeholders)
 
     def verifies(self, kind: str) -> bool:
         """Whether `check` can count the placeholders of "image" or "video"."""
@@ -98,8 +106,7 @@ class PromptText:
         for message in chat:
             for part in message["content"]:
                 expected.update(self._markers.get(part["type"], {}))
-        special = {token for marker in self._markers.values() for token in marker}
-        present = Counter(token for token in tokens if token in special)
+        present = Counter(token for token in tokens if token in self._special)
         if present != expected:
             raise RequestError(
                 "the prompt does not have one placeholder per image and video: its text contains "
@@ -150,5 +157,4 @@ class PromptText:
             )
         except RequestError:  # a model without this kind of media
             return Counter()
-        special = set(self.tokenizer.added_tokens_encoder.values())
-        return Counter({t: n for t, n in (marked - plain).items() if t in special})
+        return Counter({t: n for t, n in (marked - plain).items() if t in self._added})

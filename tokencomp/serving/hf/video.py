@@ -16,6 +16,7 @@ from tokencomp.inputs.media import frame_indices
 from tokencomp.inputs.video import Sampling
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.gif import count_frames
 from tokencomp.serving.hf.media import (
     FRAME_LIST,
     Limits,
@@ -156,7 +157,9 @@ def _animation(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
     try:
         image = Image.open(deadline.reader(content), formats=("GIF", "WEBP"))
         check_size(image.width, image.height, limits)
-        total = getattr(image, "n_frames", 1)
+        total = count_frames(content, limits.max_decoded)
+        if total <= limits.max_decoded:  # else Pillow would count all of them, to the last
+            total = getattr(image, "n_frames", 1)
         _check_video(total, image.width, image.height, limits)
         selected = frame_indices(total, limits.frames)
         frames, milliseconds = Frames(len(selected)), 0.0

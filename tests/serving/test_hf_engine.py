@@ -1,0 +1,185 @@
+"""The engine's thread when the model fails: who is answered what, and what the next client gets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pydantic")
+import torch
+from support.serving import hf_reference, http
+
+from tokencomp.serving.hf import engine as module
+from tokencomp.serving.hf.answer import AnswerText
+from tokencomp.serving.hf.api import Server
+from tokencomp.serving.hf.engine import Engine
+from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.job import Job
+from tokencomp.serving.hf.media import Limits
+from tokencomp.serving.hf.metrics import Metrics
+from tokencomp.serving.hf.prompt import parse
+from tokencomp.serving.spec import ServerOptions
+
+URLS = [http.image_url(seed, 112, 112) for seed in range(6)]
+GUILTY = 4  # the number of the image that the model cannot process
+
+
+@pytest.fixture
+def engine(tiny_folder: Any) -> Iterator[Engine]:
+    options = ServerOptions.parse({"ratio": 0.5}, engine="hf")
+    result = Engine(*hf_reference.load(tiny_folder("qwen2_vl")), options, Metrics())
+    yield result
+    result.close()
+
+
+def ask(engine: Engine, urls: list[str], **fields: Any) -> list[tuple[str, Any]]:
+    """Return the last event of one request per image, and its text, all sent at once."""
+
+    async def run() -> list[tuple[str, Any]]:
+        loop, jobs = asyncio.get_running_loop(), []
+        for url in urls:
+            body = {"messages": http.messages("What?", url), "max_tokens": 6, "temperature": 0}
+            content = json.dumps({**body, **fields}).encode()
+            prompt = parse(content, engine.options, Limits(), engine.text)
+            jobs.append(Job(prompt, loop, 6, AnswerText(engine.tokenizer)))
+        with engine._wake:  # the engine sees all of them at once
+            for job in jobs:
+                engine.submit(job)
+        return [await asyncio.wait_for(last(job), 60) for job in jobs]
+
+    async def last(job: Job) -> tuple[str, Any]:
+        text = ""
+        while True:
+            kind, value = await job.events.get()
+            if kind == "error":
+                return kind, value
+            if kind == "end":
+                return kind, text
+            text += value if kind == "text" else ""
+
+    return asyncio.run(run())
+
+
+def failing(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> list[int]:
+    """Let the model fail on batches with the guilty image; return the sizes of all batches."""
+    guilty = parse(
+        json.dumps({"messages": http.messages("What?", URLS[GUILTY])}).encode(),
+        engine.options, Limits(), engine.text,
+    ).images[0].tobytes()  # fmt: skip
+    build, sizes = module.build_inputs, []
+
+    def build_inputs(model: Any, processor: Any, prompts: list[Any]) -> Any:
+        sizes.append(len(prompts))
+        if any(image.tobytes() == guilty for prompt in prompts for image in prompt.images):
+            raise error
+        return build(model, processor, prompts)
+
+    monkeypatch.setattr(module, "build_inputs", build_inputs)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (torch.OutOfMemoryError("no"), 503, "out of memory"),
+        (OSError("/secret"), 500, "OSError"),
+    ],
+)
+def test_only_the_request_that_the_model_cannot_run_fails(
+    engine: Engine,
+    error: BaseException,
+    status: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alone = [ask(engine, [url])[0] for url in URLS]
+    emptied: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    sizes = failing(engine, monkeypatch, error)
+    together = ask(engine, URLS)
+    assert sizes[0] == len(URLS)  # they shared a batch
+    for number, answer in enumerate(together):
+        if number != GUILTY:
+            assert answer == alone[number] and answer[0] == "end"
+    failure = together[GUILTY][1]
+    assert isinstance(failure, RequestError) and failure.status == status and words in str(failure)
+    assert emptied and engine.healthy
+
+
+def test_an_engine_that_only_fails_is_unwell_until_it_answers(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = SimpleNamespace(engine=engine)
+    health: Callable[[], int] = lambda: asyncio.run(Server.health(server)).status_code  # noqa: E731
+    failing(engine, monkeypatch, RuntimeError("CUDA error"))
+    for _ in range(module.MAX_FAILURES - 1):
+        ask(engine, [URLS[GUILTY]])
+    assert health() == 200
+    ask(engine, [URLS[0]])
+    for _ in range(module.MAX_FAILURES):
+        assert health() == 200
+        ask(engine, [URLS[GUILTY]])
+    assert health() == 503
+    assert ask(engine, [URLS[0]])[0][0] == "end"
+    end = time.monotonic() + 10
+    while health() != 200:  # the thread notes the success after it has sent the answer
+        assert time.monotonic() < end
+    failing(engine, monkeypatch, RequestError("the processor refuses the prompt."))
+    for _ in range(module.MAX_FAILURES):  # by fault of the request
+        ask(engine, [URLS[GUILTY]])
+    assert health() == 200
+
+
+def test_an_error_that_ends_the_thread_is_answered(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    monkeypatch.setattr(engine, "max_batch", 2)
+    failing(engine, monkeypatch, SystemExit(1))
+    answers = ask(engine, [URLS[GUILTY], *URLS[:3]])
+    statuses = [value.status for kind, value in answers if kind == "error"]
+    assert statuses == [500, 500, 503, 503]
+    assert not engine.healthy
+    with pytest.raises(RequestError) as error:
+        ask(engine, [URLS[0]])
+    assert error.value.status == 503
+
+
+def test_features_that_are_not_finite_are_no_fault_of_the_request(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model overflows on one image, as some vision towers do in float16."""
+    visual = engine.model.model.visual
+
+    def overflow(_: Any, inputs: Any, kwargs: Any, output: Any) -> Any:
+        if engine.model.overflows:
+            output.pooler_output[:1] = float("nan")
+        return output
+
+    hook = visual.register_forward_hook(overflow, with_kwargs=True)
+    try:
+        engine.model.overflows = False
+        assert ask(engine, URLS[:1])[0][0] == "end"
+        engine.model.overflows = True
+        (answer,) = ask(engine, URLS[:1])
+    finally:
+        hook.remove()
+        del engine.model.overflows
+    assert answer[0] == "error" and answer[1].status == 500
+    assert "NaN or infinite" in str(answer[1]) and "bfloat16" in str(answer[1])
+
+
+def test_a_seed_does_not_reach_the_next_request(engine: Engine) -> None:
+    sampled = {"temperature": 2, "ignore_eos": True}
+    seeded, free = [], []
+    for _ in range(3):
+        seeded.append(ask(engine, URLS[:1], **sampled, seed=1)[0])
+        free.append(ask(engine, URLS[:1], **sampled)[0])
+    assert len(set(seeded)) == 1 and len(set(free)) == 3
