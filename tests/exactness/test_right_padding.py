@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import oracle, plans
 from support.families import CORE, PAD, Family, text
-from torch import Tensor, nn
+from support.padding import positions, shifted
 
 import tokencomp
 from tokencomp.errors import PaddingError
@@ -22,23 +22,6 @@ def rows(family: Family) -> list[list[Any]]:
         [family.image(1), text(3, 4), family.image(2), text(5, 5)],
         [text(7, 6)],
     ]
-
-
-def shifted(inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """The batch with its padding on the right, and for every column the one it came from."""
-    mask = inputs["attention_mask"]
-    order = mask.sort(dim=1, descending=True, stable=True).indices
-    moved = {
-        name: value.gather(1, order)
-        for name, value in inputs.items()
-        if name in ("input_ids", "attention_mask", "mm_token_type_ids")
-    }
-    return {**inputs, **moved}, order
-
-
-def positions(family: Family, model: nn.Module, inputs: dict[str, Tensor], order: Tensor) -> Tensor:
-    given = family.positions(model, inputs)
-    return given.gather(-1, order.expand(given.shape))
 
 
 @pytest.mark.parametrize("name", plans.NAMES)

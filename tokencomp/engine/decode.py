@@ -27,7 +27,7 @@ from tokencomp.engine.cache_support import check_cache
 from tokencomp.engine.compress_layer import compress_layer
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.layout import RowLayout
-from tokencomp.engine.prepared_mask import padding_of, prepared_by_body
+from tokencomp.engine.prepared_mask import read_mask
 from tokencomp.engine.segments import Segment
 from tokencomp.engine.window import CHUNKED, INDEXED, Windows, check_windows
 from tokencomp.errors import UnsupportedCacheError
@@ -159,10 +159,8 @@ class LaterTokens:
         self, kwargs: Mapping[str, Any], n: int, layer: Any
     ) -> tuple[Tensor | None, Any]:
         """Which of the `n` columns of a call are real, and what the body prepared for them."""
-        mask = kwargs.get("attention_mask")
         body = getattr(self.local, "body_mask", None)
-        prepared = prepared_by_body(mask, body)
-        mask = body if prepared is not None else padding_of(mask, n, layer.rows)
+        mask, prepared = read_mask(kwargs.get("attention_mask"), body, n, layer.rows)
         new = None if mask is None else mask[:, -n:].bool()
         return (None if new is None or bool(new.all()) else new), prepared
 
@@ -207,18 +205,16 @@ def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict
     UnsupportedCacheError
         See `padding_of`, or a prepared mask beside a cache of constant length.
     """
-    mask, first = kwargs.get("attention_mask"), first_layer(cache)
-    prepared = prepared_by_body(mask, body_mask)
-    if prepared is None:
-        past, width = physical_length(first), kwargs["inputs_embeds"].shape[1]
-        return {**kwargs, "attention_mask": padding_of(mask, width, past)}, None
-    if isinstance(first, StaticLayer):
+    first, width = first_layer(cache), kwargs["inputs_embeds"].shape[1]
+    past = physical_length(first)
+    padding, prepared = read_mask(kwargs.get("attention_mask"), body_mask, width, past)
+    if prepared is not None and isinstance(first, StaticLayer):
         raise UnsupportedCacheError(
             "the model lets tokens of an image see each other, and prepares its masks for a "
             f"{type(cache).__name__} by column of the uncompressed prompt. Drop "
             "cache_implementation=..., or turn compression off with handle.disabled()."
         )
-    return {**kwargs, "attention_mask": body_mask}, prepared
+    return {**kwargs, "attention_mask": padding}, prepared
 
 
 def compact_cache(forward: ForwardPass, cache: Any, proportional: bool) -> None:

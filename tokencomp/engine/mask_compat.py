@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 from tokencomp.engine.compat import attention_implementation
+from tokencomp.errors import UnsupportedModelError
 
 
 class MaskView:
@@ -103,9 +105,62 @@ def causal_mask(
     return create_causal_mask(**call)
 
 
-def backend_mask(config: Any, visible: Tensor, x: Tensor) -> Tensor:
-    """A mask of bool as the attention backend takes it: numbers for eager attention."""
-    if attention_implementation(config) != "eager":
+def backend_mask(config: Any, visible: Tensor, x: Tensor) -> Any:
+    """A mask of bool (B, 1, n, columns) as the attention backend takes it.
+
+    Numbers for eager attention, blocks for FlexAttention, and the columns that are no padding
+    (B, columns) for FlashAttention.
+
+    Raises
+    ------
+    UnsupportedModelError
+        FlashAttention, and a mask that hides more than padding and what is to come.
+    """
+    backend = attention_implementation(config)
+    if "flash" in backend:
+        padding = visible[:, 0, -1]  # the last query sees every real column
+        if not only_padding(visible, padding, visible.shape[-1] - x.shape[1]):
+            raise UnsupportedModelError(
+                f"the backend {backend} takes no mask but one of padding, and these layers need "
+                'one that hides other tokens too. Use attn_implementation="sdpa".'
+            )
+        return padding
+    if "flex" in backend:
+        return block_mask(visible)
+    if backend != "eager":
         return visible
     hidden = torch.full((), torch.finfo(x.dtype).min, dtype=x.dtype, device=visible.device)
     return torch.where(visible, hidden.new_zeros(()), hidden)
+
+
+def only_padding(visible: Tensor, padding: Tensor, past: int) -> bool:
+    """Whether `visible` (B, heads, q, columns) is causal with `padding` at every real query."""
+    columns, queries = visible.shape[-1], visible.shape[-2]
+    if padding.shape[1] < past + queries:
+        return False
+    order = torch.arange(columns, device=visible.device)
+    causal = order <= past + torch.arange(queries, device=visible.device)[:, None]
+    real = torch.nn.functional.pad(padding, (0, columns - padding.shape[1]))
+    expected = causal & real[:, None, None, :]
+    ignored = ~padding[:, None, past:, None]  # rows of padding are never read
+    return bool(((visible == expected) | ignored).all())
+
+
+def block_mask(visible: Tensor) -> BlockMask:
+    """A mask of bool (B, 1, queries, columns) as FlexAttention takes it."""
+
+    def shown(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible[sample, 0, query, key]
+
+    batch, _, *lengths = visible.shape
+    return create_block_mask(shown, batch, None, *lengths, device=visible.device)
+
+
+def visible_columns(mask: Any) -> Tensor:
+    """Which columns a prepared mask shows, bool (B, 1, queries, columns).
+
+    One of numbers hides by adding a negative; one of FlexAttention is a function.
+    """
+    if isinstance(mask, BlockMask):
+        return create_mask(mask.mask_mod, *mask.shape, device=mask.kv_indices.device)
+    return mask if mask.dtype == torch.bool else mask >= 0

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from tokencomp.engine import mask_compat
 from tokencomp.engine.cache_rows import REFERENCE, first_with_rows, keeps_window
-from tokencomp.engine.prepared_mask import visible_columns
 from tokencomp.engine.window import CHUNKED, CONVOLUTION, INDEXED, LINEAR, Windows
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ class MaskSource:
         skip = kind != INDEXED
         return mask_compat.causal_mask(self.config, x, padding, view, text, window, skip)
 
-    def _reference_mask(self, segment: Segment, x: Tensor) -> Tensor:
+    def _reference_mask(self, segment: Segment, x: Tensor) -> Any:
         """All rows of the prompt, and a window of the later ones, among which no column is missing.
 
         Media of later calls are refused, see `tokencomp.engine.prompt_entry`.
@@ -171,24 +170,24 @@ class MaskSource:
             return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         return (valid.to(x.device).cumsum(1) == 0).sum(1)
 
-    def _block(self, kind: str) -> Tensor | None:
+    def _block(self, kind: str) -> Any:
         """What the body has prepared for layers of this kind, or None."""
         prepared = self.prepared
         return prepared.get(kind) if isinstance(prepared, Mapping) else prepared
 
     def _with_block(
         self,
-        block: Tensor,
+        block: Any,
         segment: Segment,
         x: Tensor,
         padding: Tensor | None,
         window: Callable[..., Any] | None,
         held: int,
         offset: int,
-    ) -> Tensor:
+    ) -> Any:
         """The prepared mask of the columns of this call, behind the rows of earlier calls."""
         batch, n = x.shape[:2]
-        block = visible_columns(block).expand(batch, -1, -1, -1)
+        block = mask_compat.visible_columns(block).expand(batch, -1, -1, -1)
         block = block[..., block.shape[-1] - block.shape[-2] :]  # columns of this call alone
         index = segment.layout.origin
         if index is not None:

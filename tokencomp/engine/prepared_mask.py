@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
+from tokencomp.engine import mask_compat
 from tokencomp.engine.window import FULL, LINEAR
 from tokencomp.errors import UnsupportedCacheError
 
 
-def prepared_by_body(mask: Any, body_mask: Any) -> Any:
-    """The mask that the body of a model has prepared for its decoder, or None.
+def read_mask(mask: Any, body_mask: Any, queries: int, past: int) -> tuple[Tensor | None, Any]:
+    """The padding of a decoder call, and what the body of the model has prepared beside it.
 
     Parameters
     ----------
@@ -27,24 +28,34 @@ def prepared_by_body(mask: Any, body_mask: Any) -> Any:
     body_mask
         That of the body. Where it has more than two axes, or is a mapping, the caller has prepared
         it, and `padding_of` says what can be done.
+    queries, past
+        See `padding_of`.
 
     Returns
     -------
-    Tensor of shape (B, heads, L, columns), mapping from kinds of layers to such tensors, or None
-        Kinds for which plain causal attention is right have None.
+    padding : Tensor, shape (B, past + queries), or None
+        The 2-D mask; None where every column is real.
+    prepared : mask (B, heads, L, columns), mapping from kinds of layers to such masks, or None
+        None, also for a kind: plain causal attention. It is all that FlashAttention can do, for
+        which a body has nothing else to prepare.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        See `padding_of`.
     """
-    prepared = isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.ndim == 4)
-    if not prepared or isinstance(body_mask, Mapping) or getattr(body_mask, "ndim", 2) != 2:
-        return None
-    if isinstance(mask, Mapping):
-        dense = {k: m for k, m in mask.items() if isinstance(m, Tensor) and m.ndim == 4}
-        return {k: dense.get(k) for k in mask} if dense else None
-    return mask
+    by_body = isinstance(mask, Mapping) or _dense(mask)
+    if not by_body or isinstance(body_mask, Mapping) or getattr(body_mask, "ndim", 2) != 2:
+        return padding_of(mask, queries, past), None
+    if not isinstance(mask, Mapping):
+        return body_mask, mask
+    dense = {kind: own if _dense(own) else None for kind, own in mask.items()}
+    return body_mask, dense if any(own is not None for own in dense.values()) else None
 
 
-def visible_columns(mask: Tensor) -> Tensor:
-    """Which columns a prepared mask shows, bool: one of numbers hides by adding a negative."""
-    return mask if mask.dtype == torch.bool else mask >= 0
+def _dense(mask: Any) -> bool:
+    """Whether a mask says for every query what it sees."""
+    return isinstance(mask, BlockMask) or (isinstance(mask, Tensor) and mask.ndim == 4)
 
 
 def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
@@ -79,27 +90,14 @@ def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2] != queries:
         shape = tuple(mask.shape) if hasattr(mask, "shape") else mask
         raise _refusal(f"a {type(mask).__name__} of shape {shape}")
-    visible = visible_columns(mask)
+    visible = mask_compat.visible_columns(mask)
     if visible.shape[-1] < past + queries:
         columns = visible.shape[-1]
         raise _refusal(f"a mask of {columns} columns for {past + queries} tokens (a short cache)")
     padding = visible[:, 0, -1, : past + queries]  # the last query sees every real column
-    if not _only_padding(visible, padding, past):
+    if not mask_compat.only_padding(visible, padding, past):
         raise _refusal("a 4-D mask that hides other columns than padding on the left")
     return padding
-
-
-def _only_padding(visible: Tensor, padding: Tensor, past: int) -> bool:
-    """Whether `visible` (B, heads, q, columns) is causal with `padding` at every real query."""
-    columns, queries = visible.shape[-1], visible.shape[-2]
-    if padding.shape[1] < past + queries:
-        return False
-    order = torch.arange(columns, device=visible.device)
-    causal = order <= past + torch.arange(queries, device=visible.device)[:, None]
-    real = torch.nn.functional.pad(padding, (0, columns - padding.shape[1]))
-    expected = causal & real[:, None, None, :]
-    ignored = ~padding[:, None, past:, None]  # rows of padding are never read
-    return bool(((visible == expected) | ignored).all())
 
 
 def _refusal(description: str) -> UnsupportedCacheError:

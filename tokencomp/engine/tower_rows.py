@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from tokencomp.adapters.towers import Cells
+from tokencomp.engine.mask_compat import block_mask, visible_columns
 from tokencomp.engine.tower_flops import TowerCost
 
 
@@ -29,7 +31,7 @@ class TowerRows(ABC):
 
     def __init__(self, cells: Cells, index: Tensor) -> None:
         self.cells, self.index, self.entered = cells, index, False
-        self._results: dict[int, tuple[Tensor, Any]] = {}
+        self._results: dict[int, tuple[Any, Any]] = {}
 
     @abstractmethod
     def arguments(self, hidden: Tensor, args: Any, kwargs: dict[str, Any], cost: TowerCost) -> Any:
@@ -49,7 +51,7 @@ class TowerRows(ABC):
     def restored(self, out: Any) -> Any:
         """The output of a restoring module (`Tower.restorers`) at its full length."""
 
-    def _once(self, function: Callable[[Tensor], Any], tensor: Tensor) -> Any:
+    def _once(self, function: Callable[[Any], Any], tensor: Any) -> Any:
         """`function(tensor)`, computed once: masks, bounds and tables are the same in all blocks.
 
         The tensor is held, so that no other one gets its identity.
@@ -167,9 +169,9 @@ class DenseRows(TowerRows):
             hidden = self._enter(hidden)
         before = equal_bounds(self.cells.pictures, self._head + self._patches)
         cost.block(before, equal_bounds(*self.index.shape))
-        if isinstance(kwargs.get("attention_mask"), Tensor):
+        if isinstance(kwargs.get("attention_mask"), Tensor | BlockMask):
             kwargs["attention_mask"] = self._once(self._mask, kwargs["attention_mask"])
-        elif len(args) > 1 and isinstance(args[1], Tensor):
+        elif len(args) > 1 and isinstance(args[1], Tensor | BlockMask):
             args[1] = self._once(self._mask, args[1])
         return _with_hidden(hidden, tuple(args), kwargs)
 
@@ -184,8 +186,10 @@ class DenseRows(TowerRows):
         self.entered = True
         return hidden.gather(1, self.index[..., None].expand(-1, -1, hidden.shape[-1]))
 
-    def _mask(self, mask: Tensor) -> Tensor:
+    def _mask(self, mask: Any) -> Any:
         """A mask (pictures, 1, rows, rows) or (pictures, rows) for the rows that are left."""
+        if isinstance(mask, BlockMask):
+            return block_mask(self._mask(visible_columns(mask)))
         index, mask = self.index, self._pictures(mask)
         if mask.ndim == 2:
             return mask.gather(1, index)

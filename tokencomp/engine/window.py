@@ -171,7 +171,7 @@ def check_windows(
     if not windows.bind(length):
         return
     backend = compat.attention_implementation(decoder.config)
-    if by_column and ("flash" in backend or "flex" in backend):
+    if by_column and "flash" in backend:
         raise UnsupportedModelError(
             f"the sequence has {length} tokens and {type(decoder).__name__} layers with a window "
             f"of {min(windows.sizes.values())}. The backend {backend} counts the window in rows, "

@@ -1,0 +1,113 @@
+"""FlashAttention and FlexAttention give what SDPA gives: on a CPU, with stand-ins for both.
+
+transformers' own code of both paths runs; what stands in for the kernels is `support.backends`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import backends, kinds, oracle, plans, ways
+from support.backends import FLASH, FLEX
+from support.families import FAMILIES, V4, Family
+from support.family.hybrid import HYBRID
+from support.family.structural import STRUCTURAL
+from torch import nn
+
+import tokencomp
+from tokencomp import Plan, Stage, TowerStage, make_reducer
+from tokencomp.errors import TokenCompError, UnsupportedModelError
+
+pytestmark = pytest.mark.skipif(V4, reason="the stand-ins are for transformers 5")
+FAMILY_NAMES = sorted({**FAMILIES, **HYBRID, **STRUCTURAL})
+QUICK = {"qwen2_vl", "llava_onevision", "gemma3"}
+LONG_FAMILIES = set(FAMILY_NAMES) - QUICK
+UNIFORM = make_reducer("uniform")
+SETTINGS: dict[str, Callable[[Family], dict[str, Any]]] = {
+    **{name: lambda f, name=name: {"plan": plans.make(name, f.layers)} for name in plans.NAMES},
+    "condiv": lambda f: {"ratio": 0.5, "reducer": plans.RELEVANT},
+    "compact": lambda f: {"ratio": 0.5, "reducer": "uniform", "positions": "compact"},
+    "weights": lambda f: {
+        "ratio": 0.6,
+        "reducer": "condiv",
+        "signal": "norm",
+        "merge_rest": -1.0,
+        "proportional_attention": True,
+    },
+    "tower": lambda f: {
+        "plan": Plan((Stage(0, 0.4, UNIFORM),), TowerStage(0, 0.6, make_reducer("random")))
+    },
+}
+# What runs in plain pytest; `-m long` runs every way with these settings, and greedy with all.
+STAGES = ("entry", "both", "attention", "compact", "weights", "tower")
+SHOWN = {("greedy", name) for name in ("both", "attention", "compact", "weights", "tower")}
+SHOWN |= {(way, "both") for way in ("beams", "turns", "training", "packed")} | {("chunks", "entry")}
+CASES = [
+    pytest.param(way, name, marks=[] if (way, name) in SHOWN else [pytest.mark.long])
+    for way in ways.WAYS
+    for name in (SETTINGS if way == "greedy" else STAGES)
+]
+# FlashAttention counts windows in rows, and finds the bounds of packed prompts by positions.
+WINDOWED = 'a window of 8. The backend flash_attention_2 .* in rows.* attn_implementation="sdpa"'
+REFUSED = {"mistral3": 'read positions themselves.*attn_implementation="sdpa"'}
+REFUSED |= dict.fromkeys(("gemma3", "gemma4", "gemma4_e"), WINDOWED)
+
+
+@pytest.fixture(params=[FLASH, FLEX])
+def other(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    backends.install(monkeypatch, request.param)
+    return request.param
+
+
+def call(model: nn.Module, family: Family, way: str, name: str) -> Any:
+    with tokencomp.patch(model, **SETTINGS[name](family)):
+        return ways.WAYS[way](model, family)
+
+
+def check_refusal(family: Family, other: str, run: Callable[[], Any]) -> bool:
+    """Whether FlashAttention cannot serve the family; it then says so, and what to do."""
+    if other != FLASH or family.name not in REFUSED:
+        return False
+    with pytest.raises(UnsupportedModelError, match=f"(?s){REFUSED[family.name]}"):
+        run()
+    return True
+
+
+@pytest.mark.parametrize(("way", "name"), CASES)
+def test_equals_sdpa(family: Family, other: str, way: str, name: str) -> None:
+    model = backends.build(family, other)
+    try:
+        expected = call(family.build(), family, way, name)
+    except TokenCompError as refusal:
+        pytest.skip(f"refused under SDPA too: {refusal}")
+    if check_refusal(family, other, lambda: call(model, family, way, name)):
+        return
+    found = call(model, family, way, name)
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        # Gradients of models whose attention is made sharp are large.
+        scale = float(theirs.abs().max()) if way == "training" else 0.0
+        assert float((mine - theirs).abs().max()) < 2e-5 + 1e-3 * scale
+
+
+def test_equals_the_masked_run(family: Family, other: str) -> None:
+    """The full-length, unpatched run whose dropped columns are masked, under SDPA or eager."""
+    model, inputs = backends.build(family, other), ways.ragged(family)
+    late = 1 if family.name == "gemma4_e" else 2
+    plan = Plan((Stage(0, 0.5, UNIFORM), Stage(late, 0.25, UNIFORM)))
+
+    def run() -> Any:
+        with tokencomp.patch(model, plan=plan) as handle:
+            out = ways.generated(model, inputs)
+            return out, oracle.kept_columns(handle, inputs, family.layers)
+
+    if check_refusal(family, other, run):
+        return
+    out, masks = run()
+    width = inputs["input_ids"].shape[1]
+    expect = kinds.expected_logits if family.name in HYBRID else oracle.masked_logits
+    expected = expect(family.build(), family, inputs, masks, out.sequences[:, width:-1])
+    assert (torch.stack(out.logits, 1) - expected[:, width - 1 :]).abs().max() < 5e-5

@@ -1,0 +1,90 @@
+"""Ways in which a patched model can be called: what each of them returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from support import oracle
+from support.families import IMAGE, Family, text
+from support.packed import pack, prompts
+from support.padding import positions, shifted
+
+STEPS = 4
+
+
+def ragged(family: Family) -> dict[str, Tensor]:
+    """A left-padded batch: one image, a video and an image, and text alone."""
+    torch.manual_seed(7)
+    first = [text(3), family.image(0), text(9, 3)]
+    second = [family.video(4), text(3, 4), family.image(0), text(5, 5)]
+    return family.batch([first, second, [text(11, 6)]])
+
+
+def generated(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Any:
+    """Greedy generation that writes no placeholders of media."""
+    return oracle.generate(
+        model, inputs, STEPS, suppress_tokens=[*range(IMAGE, IMAGE + 6)], **kwargs
+    )
+
+
+def greedy(model: nn.Module, family: Family) -> list[Tensor]:
+    """Logits of a ragged batch: its prefill, and tokens that are decoded behind it."""
+    return list(generated(model, ragged(family)).logits)
+
+
+def beams(model: nn.Module, family: Family) -> list[Tensor]:
+    """What beam search finds, and the logits of its beams."""
+    out = generated(model, ragged(family), num_beams=3, num_return_sequences=2)
+    return [out.sequences.float(), *out.logits]
+
+
+def chunks(model: nn.Module, family: Family) -> list[Tensor]:
+    """Logits behind a prefill in chunks."""
+    if not hasattr(model, "_expand_multimodal_outputs"):
+        pytest.skip("this transformers cannot chunk prompts with media, patched or not")
+    return list(generated(model, ragged(family), prefill_chunk_size=7).logits)
+
+
+def turns(model: nn.Module, family: Family) -> list[Tensor]:
+    """Logits of a second turn that brings an image, and of a third of text alone."""
+    torch.manual_seed(7)
+    rows = [[text(3), family.image(0), text(5, 3)], [text(2, 9), family.image(0), text(4, 8)]]
+    parts = [family.batch([row]) for row in (*rows, [text(6, 4)])]
+    whole = family.batch([[*rows[0], *rows[1], text(6, 4)]])
+    where, start, found = family.positions(model, whole), 0, []
+    cache: dict[str, Any] = {"use_cache": True}
+    for part in parts:
+        stop = start + part["input_ids"].shape[1]
+        mask, own = whole["attention_mask"][:, :stop], where[..., start:stop]
+        with torch.no_grad():
+            out = model(**{**part, "attention_mask": mask, "position_ids": own}, **cache)
+        cache[oracle.cache_name(out)] = oracle.cache_of(out)
+        found.append(out.logits[:, -1])
+        start = stop
+    return found
+
+
+def training(model: nn.Module, family: Family) -> list[Tensor]:
+    """Loss and gradients of a batch with its padding on the right."""
+    left = ragged(family)
+    right, order = shifted(left)
+    labels = torch.full_like(left["input_ids"], -100)
+    labels[:, -4:] = left["input_ids"][:, -4:]
+    where = positions(family, model, left, order)
+    loss = model(**right, position_ids=where, labels=labels.gather(1, order)).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def packed(model: nn.Module, family: Family) -> list[Tensor]:
+    """Logits of several prompts in one row."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        return [model(**pack(family, model, prompts(family)), use_cache=False).logits]
+
+
+WAYS = {way.__name__: way for way in (greedy, beams, chunks, turns, training, packed)}
