@@ -108,7 +108,8 @@ def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.Mon
     assert arguments["--allowed-media-domains"] == "invalid." and arguments["--host"] == "127.0.0.1"
     assert arguments["--allowed-local-media-path"] == str(tmp_path)
     assert "secret" not in command and env["VLLM_API_KEY"] == "secret"
-    assert arguments["--middleware"].endswith("OwnOptionsOnly") and command[-2:] == ["--port", "1"]
+    assert arguments["--middleware"].endswith("middleware.Guard")
+    assert command[-2:] == ["--port", "1"]
     assert json.loads(env["TOKENCOMP_SERVING"])["only_own"] is True
     video = {"video_backend": "tokencomp", "num_frames": 32}
     assert json.loads(arguments["--media-io-kwargs"]) == {"video": video}
@@ -116,12 +117,14 @@ def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.Mon
     named = Bind("0.0.0.0", allowed_hosts=("ai.example",))
     command, env = vllm_command(str(tmp_path), fixed, named, Limits(), [])
     assert "--trust-request-mm-kwargs" not in command and "--middleware" in command
-    assert json.loads(env["TOKENCOMP_HOSTS"]) == ["0.0.0.0", "ai.example"]
+    assert json.loads(env["TOKENCOMP_RULES"])["hosts"] == ["0.0.0.0", "ai.example"]
     trusting = ["--trust-request-mm-kwargs"]
-    command, _ = vllm_command(str(tmp_path), {"ratio": 0.5}, Bind(), Limits(), trusting)
-    assert "--middleware" not in command and command.count(trusting[0]) == 1
-    with pytest.raises(OptionError, match="put it before"):
-        vllm_command(str(tmp_path), {"ratio": 0.5}, Bind(), Limits(), ["--host", "0.0.0.0"])
+    command, env = vllm_command(str(tmp_path), {"ratio": 0.5}, Bind(), Limits(), trusting)
+    assert "--middleware" in command and command.count(trusting[0]) == 1  # the key stays checked
+    assert json.loads(env["TOKENCOMP_RULES"])["media_options"] is True
+    for flag in ("--host", "--api-key", "--allowed-local-media-path"):
+        with pytest.raises(OptionError, match=f"put {flag.replace('local-', '')} before"):
+            vllm_command(str(tmp_path), {"ratio": 0.5}, Bind(), Limits(), [flag, "x"])
     assert "--allowed-local-media-path" not in command
     with pytest.raises(OptionError, match="divprune"):
         vllm_command(str(tmp_path), {"reducer": "fastv", "ratio": 0.5}, Bind(), Limits(), [])

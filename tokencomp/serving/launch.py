@@ -16,11 +16,12 @@ from typing import Any
 
 from tokencomp.errors import MissingDependencyError, OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec
-from tokencomp.serving import ENV_HOSTS, ENV_OPTIONS
+from tokencomp.serving import ENV_OPTIONS, ENV_RULES
 from tokencomp.serving.bind import Bind, check_port
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import LOADER
+from tokencomp.serving.vllm.rules import Rules
 
 logger = logging.getLogger("tokencomp.serving")
 
@@ -55,29 +56,34 @@ def vllm_command(
             "`--engine vllm` needs vLLM: pip install 'tokencomp[vllm]' (in its own environment), "
             "or use --engine hf."
         )
-    if _sets(extra, "--host"):
-        raise OptionError("--host after `--`: put it before, where tokencomp sees it.")
+    for flag in ("--host", "--api-key", "--allowed-local-media-path"):
+        if _sets(extra, flag):
+            own = flag.replace("local-", "")
+            raise OptionError(f"{flag} after `--`: put {own} before it, where tokencomp sees it.")
     trusts_kwargs = "--trust-request-mm-kwargs" in extra
     parsed = ServerOptions.parse({**options, "only_own": not trusts_kwargs})
     check_architecture(model, parsed.default)
     command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
-    if limits.allowed_path is not None:
-        command += ["--allowed-local-media-path", str(limits.allowed_path.resolve())]
+    command += ["--middleware", "tokencomp.serving.vllm.middleware.Guard"]
+    path = str(limits.allowed_path.resolve()) if limits.allowed_path is not None else None
+    if path is not None:
+        command += ["--allowed-local-media-path", path]
+    remote = _sets(extra, "--allowed-media-domains")
+    hosts = bind.host, *bind.allowed_hosts
+    rules = Rules(hosts, path, limits.frames, remote, media_options=trusts_kwargs)
     env = {
         **os.environ,
         ENV_OPTIONS: json.dumps({**options, "only_own": parsed.only_own}),
-        ENV_HOSTS: json.dumps([bind.host, *bind.allowed_hosts]),
+        ENV_RULES: rules.as_json(),
         "TOKENCOMP_VLLM": "on",
     }
     if bind.api_key:
         env["VLLM_API_KEY"] = bind.api_key  # a command line would show it to all users
-    if not trusts_kwargs:
-        command += ["--middleware", "tokencomp.serving.vllm.middleware.OwnOptionsOnly"]
-        if parsed.per_request:
-            # Only with this flag does vLLM pass processor options of a request on, but then it
-            # passes on all of them. `only_own` and the middleware refuse every option except ours.
-            command.append("--trust-request-mm-kwargs")
-    if not _sets(extra, "--allowed-media-domains"):
+    if parsed.per_request and not trusts_kwargs:
+        # Only with this flag does vLLM pass processor options of a request on, but then it passes
+        # on all of them. `only_own` and the middleware refuse every option except ours.
+        command.append("--trust-request-mm-kwargs")
+    if not remote:
         # By default vLLM fetches media from any host. This value allows no host.
         command += ["--allowed-media-domains", "invalid."]
     loading = json.dumps({"video": {"video_backend": LOADER, "num_frames": limits.frames}})

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,13 +166,41 @@ def load_image(url: str, limits: Limits, deadline: Deadline | None = None) -> Im
     return decode_image(read_url(url, limits)[1], limits, deadline)
 
 
+def check_image(content: bytes, limits: Limits, deadline: Deadline, count: int = 1) -> int:
+    """Check an image without decoding its pixels; return how many it has.
+
+    `count` images of its size must fit the limits together.
+
+    Raises
+    ------
+    RequestError
+        If it cannot be opened or exceeds a limit.
+    """
+    with _readable(limits):
+        image = _open(content, limits, deadline, count)
+        return int(image.width * image.height)
+
+
 def decode_image(content: bytes, limits: Limits, deadline: Deadline, count: int = 1) -> Image.Image:
     """Decode an image as `load_image`; `count` images of its size must fit the limits together."""
-    try:
-        check_jpeg(content)
-        image: Any = Image.open(deadline.reader(content), formats=IMAGE_FORMATS)
-        check_size(image.width, image.height, limits, count)
+    with _readable(limits):
+        image = _open(content, limits, deadline, count)
         return _opaque(ImageOps.exif_transpose(image), image.format)
+
+
+def _open(content: bytes, limits: Limits, deadline: Deadline, count: int) -> Any:
+    """Open an image and check its size, which its head says."""
+    check_jpeg(content)
+    image = Image.open(deadline.reader(content), formats=IMAGE_FORMATS)
+    check_size(image.width, image.height, limits, count)
+    return image
+
+
+@contextlib.contextmanager
+def _readable(limits: Limits) -> Iterator[None]:
+    """Turn what Pillow raises in the block into a `RequestError`."""
+    try:
+        yield
     except RequestError:
         raise
     except MediaError as error:

@@ -52,8 +52,6 @@ Tested and untested settings
     than 0.32 and 0.33, data-parallel encoders, disaggregated encoders and disaggregated prefill.
     If the outputs of a vision tower depend on its batch, a data-dependent reducer can choose other
     tokens when an evicted item is encoded again.
-    vLLM answers 500 instead of 4xx to a file: URL that names no file below its media path; the
-    middleware of `tokencomp serve` answers 400.
     Architectures that are not in `MODELS` never reach this code: `vllm serve` then runs them
     uncompressed, while `tokencomp serve` refuses them.
 """
