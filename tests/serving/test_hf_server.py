@@ -27,7 +27,7 @@ def served(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     (root / "media").mkdir()
     arguments = ["--model", folder, "--ratio", 0.5, "--max-batch", 8]
     arguments += ["--served-model-name", "tiny", "--max-model-len", 1024]
-    arguments += ["--allowed-media-path", root / "media"]
+    arguments += ["--allowed-media-path", root / "media", "--low-detail-ratio", 0.75]
     with http.server(root / "log", *arguments, OMP_NUM_THREADS="1") as url:
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=60)
         yield url, client, folder, root
@@ -97,6 +97,21 @@ def test_equals_a_direct_call(served: Any, reducer: str, ratio: float) -> None:
         assert usage["visual_tokens_before"] == before
         assert usage["visual_tokens_after"] == pytest.approx(after)
         assert usage["ratio"] == pytest.approx(1 - after / before)
+
+
+def test_ratios_by_kind_and_low_detail_equal_direct_calls(served: Any) -> None:
+    _, client, folder, _ = served
+    urls, kinds = [http.image_url(1), http.video_url(2)], {"image": 0.25, "video": 0.75}
+    answer = ask(client, *urls, tokencomp={"ratio": kinds, "reducer": "uniform"})
+    text, prompt, _, after = expected(folder, urls, {"ratio": kinds, "reducer": "uniform"})
+    assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
+    assert answer.usage.model_extra["tokencomp"]["visual_tokens_after"] == after
+    messages = http.messages(QUESTION, urls[0])
+    messages[0]["content"][0]["image_url"]["detail"] = "low"
+    body = {"model": "tiny", "messages": messages, "max_tokens": 8, "temperature": 0}
+    answer = client.chat.completions.create(**body)
+    text, prompt, *_ = expected(folder, urls[:1], {"ratio": 0.75, "reducer": "kcentre"})
+    assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
 
 
 def test_a_request_may_have_a_stage_in_the_vision_tower(served: Any) -> None:
@@ -217,8 +232,19 @@ def test_metrics_count_tokens(served: Any) -> None:
     url, client, folder, _ = served
     names = [f"tokencomp_visual_tokens_{n}_total" for n in ("before", "after")]
     start = [http.metric(url, n) for n in names]
+    others = ["prompt_tokens_total", "end_to_end_seconds_count"]
+    others += ["end_to_end_seconds_sum", "time_per_output_token_seconds_count"]
+    others += ["time_per_output_token_seconds_sum", "time_to_first_token_seconds_sum"]
+    past = [http.metric(url, f"tokencomp_{n}") for n in others]
     media = http.image_url(5)
-    ask(client, media, tokencomp={"ratio": 0.75})
+    since = time.monotonic()
+    answer = ask(client, media, tokencomp={"ratio": 0.75})
+    seconds = time.monotonic() - since
+    new = [http.metric(url, f"tokencomp_{n}") - p for n, p in zip(others, past, strict=True)]
+    assert [new[0], new[1], new[3]] == [answer.usage.prompt_tokens, 1, 1]
+    assert 0 < new[5] < new[2] < seconds  # the first token, the end of the answer, its arrival
+    assert new[2] - new[5] == pytest.approx(new[4] * (answer.usage.completion_tokens - 1))
+    assert http.metric(url, "tokencomp_requests_running") == 0
     _, _, before, after = expected(folder, [media], {"reducer": "kcentre", "ratio": 0.75})
     increase = [http.metric(url, n) - s for n, s in zip(names, start, strict=True)]
     assert increase == [before, after]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shlex
 import socket
 import threading
 import time
@@ -18,12 +19,14 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 from support.serving import http
 
+import tokencomp
 from tokencomp.serving.bind import Bind
 from tokencomp.serving.hf import server
 from tokencomp.serving.hf.api import build_app
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.metrics import Metrics
+from tokencomp.serving.hf.schema import read_request
 from tokencomp.serving.spec import ServerOptions
 
 CHAT = "/v1/chat/completions"
@@ -122,6 +125,37 @@ def test_every_failure_has_an_openai_body() -> None:
     assert error(busy)["code"] == 503 and int(busy.headers["retry-after"]) > 0
     failed = client(stub(check_room=broken)).post(CHAT, json={})
     assert error(failed)["code"] == 500 and "secret" not in failed.text
+
+
+def test_the_server_says_what_it_is() -> None:
+    app = client(api_key="secret")
+    key = {"authorization": "Bearer secret"}
+    assert app.get("/ping").status_code == 200
+    assert app.get("/version", headers=key).json() == {"version": tokencomp.__version__}
+    (card,) = app.get("/v1/models", headers=key).json()["data"]
+    assert app.get("/v1/models/tiny", headers=key).json() == card
+    assert (
+        "'a/b': this server has 'tiny'" in error(app.get("/v1/models/a/b", headers=key))["message"]
+    )
+    page = app.get("/", headers=key).text
+    assert "tiny" in page and '"ratio": 0.5' in page and "kcentre" in page
+    words = shlex.split(page.splitlines()[-1])
+    assert words[1] == "http://testserver/v1/chat/completions"
+    read_request(words[-1].encode())
+    assert app.get("/docs", headers=key).status_code == 404
+    assert app.get("/openapi.json", headers=key).status_code == 404
+
+
+def test_the_operator_may_let_the_server_describe_its_api() -> None:
+    app = TestClient(build_app(stub(), "tiny", Limits(), Bind(allowed_hosts=NAMES), docs=True))
+    assert app.get("/docs").status_code == 200
+    chat = app.get("/openapi.json").json()["paths"][CHAT]["post"]
+    schema = chat["requestBody"]["content"]["application/json"]["schema"]
+    assert set(schema["properties"]) >= {"messages", "max_tokens", "tokencomp"}
+    place: Any = app.get("/openapi.json").json()
+    for step in schema["properties"]["messages"]["items"]["$ref"].removeprefix("#/").split("/"):
+        place = place[step.replace("~1", "/")]
+    assert "role" in place["properties"]
 
 
 def test_bodies_are_bounded_one_by_one_and_together() -> None:

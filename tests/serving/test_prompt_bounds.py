@@ -170,6 +170,32 @@ def test_malformed_bodies_have_an_error_that_can_be_sent(content: bytes, text: P
     assert len(error.value.body()["error"]["message"]) <= MAX_MESSAGE and body
 
 
+def test_low_detail_has_the_ratio_of_the_operator(text: PromptText) -> None:
+    server = ServerOptions.parse(
+        {"ratio": 0.5, "reducer": "uniform", "low_detail_ratio": 0.9, "per_request": False}, "hf"
+    )
+    low = {**IMAGE, "image_url": {**IMAGE["image_url"], "detail": "low"}}
+    high = {**IMAGE, "image_url": {**IMAGE["image_url"], "detail": "high"}}
+    video = {"type": "video_url", "video_url": {"url": http.video_url(1, 2, 28, 28)}}
+
+    def spec(parts: Any, options: ServerOptions = server, **more: Any) -> Any:
+        content = json.dumps(user(parts, **more)).encode()
+        return parse(content, options, Limits(), text).spec
+
+    assert (spec([low, low]).ratio, spec([high]).ratio, spec([IMAGE]).ratio) == (0.9, 0.5, 0.5)
+    assert spec([low, video]).ratios == {"image": 0.9, "video": 0.5}
+    assert spec([low]).reducer.name == "uniform"
+    free = ServerOptions.parse({"low_detail_ratio": 0.9}, "hf")
+    assert spec([low], free, tokencomp={"ratio": 0.25}).ratio == 0.25
+    for parts, options, words in (
+        ([low, IMAGE], server, "all images of a request share it"),
+        ([low], ServerOptions.parse({}, "hf"), "--low-detail-ratio"),
+        ([{**video, "video_url": {**video["video_url"], "detail": "low"}}], server, "for images"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            spec(parts, options)
+
+
 def test_two_settings_in_one_request_must_be_equal(text: PromptText) -> None:
     half = {"ratio": 0.5, "reducer": "uniform"}
 
@@ -226,10 +252,6 @@ def test_fields_inside_of_messages_are_refused_unless_they_are_empty() -> None:
         ("messages.0.name", {**said("a"), "name": "Ann"}),
         ("messages.0.content.0.fps", said([{**IMAGE, "fps": 2}])),
         ("messages.0.content.0.max_pixels", said([{**IMAGE, "max_pixels": 0}])),
-        (
-            "messages.0.content.0.image_url.detail",
-            said([{**IMAGE, "image_url": {**url, "detail": "low"}}]),
-        ),
     ):
         with pytest.raises(RequestError, match=f"not served: {name}. Leave it out"):
             read(message)

@@ -32,6 +32,22 @@ def test_request_options_override_the_server_default() -> None:
             server.resolve(wrong)
 
 
+def test_ratios_by_kind_of_media() -> None:
+    server = ServerOptions.parse({"ratio": 0.5, "max_ratio": 0.8}, "hf")
+    spec = server.resolve({"ratio": {"image": "0.5", "video": 0.75}}, "hf")
+    assert spec.ratios == {"image": 0.5, "video": 0.75} and spec.shown_ratio
+    assert server.resolve({"ratio": {}}, "hf").off
+    for wrong in ({"video": 0.9}, {"film": 0.5}, {"image": None}, {"image": {"image": 0.5}}):
+        with pytest.raises(RatioError):
+            server.resolve({"ratio": wrong}, "hf")
+    with pytest.raises(OptionError, match="--engine hf"):
+        server.resolve({"ratio": {"video": 0.5}})
+    tower = ServerOptions.parse({"ratio": 0.5, "tower_ratio": 0.5}, "hf")
+    with pytest.raises(OptionError, match="tower_ratio"):
+        tower.resolve({"ratio": {"video": 0.5}}, "hf")
+    assert tower.resolve({"ratio": {"video": 0.5}, "tower_ratio": 0}, "hf").ratios
+
+
 def test_only_the_operator_may_set_paths() -> None:
     options = {"reducer": "selector", "ratio": 0.5, "options": {"weights": "somewhere"}}
     server = ServerOptions.parse(options, "hf")

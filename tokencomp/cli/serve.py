@@ -68,6 +68,13 @@ def command(
     served_name: Annotated[
         str | None, typer.Option("--served-model-name", help="Name that clients use.")
     ] = None,
+    low_detail_ratio: Annotated[
+        float | None,
+        typer.Option(
+            "--low-detail-ratio", help='Ratio of images that requests send as detail "low" (hf).'
+        ),
+    ] = None,
+    docs: Annotated[bool, typer.Option("--docs", help="Describe the API at /docs (hf).")] = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     frames: Annotated[int, typer.Option("--frames", min=1, help="Frames of a video.")] = 32,
@@ -97,11 +104,12 @@ def command(
         **tower.tower,
         "per_request": per_request,
         **({} if max_ratio is None else {"max_ratio": max_ratio}),
+        **({} if low_detail_ratio is None else {"low_detail_ratio": low_detail_ratio}),
     }
     limits = Limits(allowed_path=allowed_media_path, frames=frames)
     bind = Bind(host, port, api_key, tuple(allowed_host or ()), shutdown_timeout)
     if engine == "vllm":
-        ineffective = ("device", "max_batch")
+        ineffective = ("device", "docs", "low_detail_ratio", "max_batch")
         opt.refuse_options(context, ineffective, "--engine vllm", VLLM_HINT)
         extra, folder = [*context.args], resolve(model)
         if folder != model and not any(a.startswith("--served-model-name") for a in extra):
@@ -121,5 +129,5 @@ def command(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_hf(
         model, options, bind, limits, device=device, dtype=dtype, served_name=served_name,
-        max_batch=max_batch, max_model_len=max_model_len,
+        docs=docs, max_batch=max_batch, max_model_len=max_model_len,
     )  # fmt: skip

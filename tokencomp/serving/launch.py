@@ -203,6 +203,7 @@ def run_hf(
     device: str = "auto",
     dtype: str = "auto",
     served_name: str | None = None,
+    docs: bool = False,
     **engine: Any,
 ) -> None:
     """Serve with transformers until the process is interrupted.
@@ -219,6 +220,8 @@ def run_hf(
         Device and dtype of the model, see `load_model`.
     served_name
         Model name that clients see, by default `model`.
+    docs
+        Whether the server describes its API at `/docs`.
     **engine
         Options of `Engine`.
 
@@ -248,6 +251,6 @@ def run_hf(
     bind.warn_if_open()
     loaded, processor = load_model(model, device=device, dtype=dtype)
     backend = Engine(loaded, processor, parsed, Metrics(), **engine)
-    app = build_app(backend, served_name or model, limits, bind)
+    app = build_app(backend, served_name or model, limits, bind, docs)
     log_start(backend, served_name or model, limits, bind)
     server(app, bind).run()

@@ -18,7 +18,7 @@ TOWER_KEYS = ("tower_ratio", "tower_reducer")
 REQUEST_KEYS = ("reducer", "ratio", "options", *TOWER_KEYS)
 NEED_ANSWER = ("oracle",)  # reducers that no server can run
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
-SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "per_request", "only_own")
+SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "low_detail_ratio", "per_request", "only_own")
 
 
 def requestable() -> list[str]:
@@ -127,6 +127,9 @@ class ServerOptions:
         Largest ratio a request may ask for.
     per_request : bool
         False refuses requests that bring their own reducer, ratio or options.
+    low_detail_ratio : float or None
+        Ratio of images that a request without options of its own sends as `detail` "low", which
+        None refuses. Only the server on transformers reads the field.
     only_own : bool
         True refuses all other processor options of a request (vLLM hands them through, and they
         can make media many times larger).
@@ -136,6 +139,7 @@ class ServerOptions:
     max_ratio: float = MAX_RATIO
     per_request: bool = True
     only_own: bool = False
+    low_detail_ratio: float | None = None
 
     @classmethod
     def parse(cls, options: Any, engine: str = "vllm") -> ServerOptions:
@@ -157,6 +161,9 @@ class ServerOptions:
                 f"ratio={ratio} is above max_ratio={max_ratio}, so that no request could have the "
                 "default. Lower one, or raise the other."
             )
+        low = values.get("low_detail_ratio")
+        if low is not None:
+            low = check_ratio(low, "low_detail_ratio")
         flags = {"per_request": True, "only_own": False}
         for name, default in flags.items():
             flags[name] = values.get(name, default)
@@ -164,7 +171,30 @@ class ServerOptions:
                 raise OptionError(f"{name}={flags[name]!r}: expected true or false.")
         base = cls(max_ratio=max_ratio)
         request = {k: v for k, v in values.items() if k in REQUEST_KEYS}
-        return cls(base._resolve(request, engine), max_ratio, **flags)
+        default = base._resolve({**request, "ratio": ratio}, engine)
+        return cls(default, max_ratio, **flags, low_detail_ratio=low)
+
+    def low_detail(self, videos: bool) -> MethodSpec:
+        """The default with the ratio of images in low detail.
+
+        Parameters
+        ----------
+        videos
+            Whether the request has videos too, which keep the ratio of the default.
+
+        Raises
+        ------
+        OptionError
+            The operator has set no such ratio, or images and videos cannot differ.
+        """
+        if self.low_detail_ratio is None:
+            raise OptionError(
+                'detail "low" has no ratio on this server (--low-detail-ratio). Leave it out.'
+            )
+        ratio: Any = self.low_detail_ratio
+        if videos:
+            ratio = {"image": ratio, "video": self.default.ratio}
+        return self._with_tower(self._reducer({}), ratio, {})
 
     def resolve(self, request: Any, engine: str = "vllm") -> MethodSpec:
         """The spec of a request with these tokencomp options (None: the server's default).
@@ -189,11 +219,18 @@ class ServerOptions:
         return self._resolve(values, engine)
 
     def _resolve(self, values: Mapping[str, Any], engine: str) -> MethodSpec:
-        ratio = check_ratio(values.get("ratio", self.default.ratio))
-        if ratio > self.max_ratio:
-            raise RatioError(
-                f"ratio={ratio}: this server allows ratios from 0 to {self.max_ratio}."
+        ratio = values.get("ratio", self.default.ratio)
+        if isinstance(ratio, Mapping) and engine != "hf":
+            raise OptionError(
+                f"ratio={ratio!r}: ratios by kind of media are served with `--engine hf` only."
             )
+        by_kind = ratio if isinstance(ratio, Mapping) else {"": ratio}
+        checked = {k: check_ratio(v, f"ratio of {k}" if k else "ratio") for k, v in by_kind.items()}
+        if (largest := max(checked.values(), default=0.0)) > self.max_ratio:
+            raise RatioError(
+                f"ratio={largest}: this server allows ratios from 0 to {self.max_ratio}."
+            )
+        ratio = checked if isinstance(ratio, Mapping) else checked[""]
         reducer = self._reducer(values)
         tower = [key for key in TOWER_KEYS if values.get(key)]
         if engine == "sglang" and tower:
@@ -209,7 +246,9 @@ class ServerOptions:
             spec.stages(num_layers=1, first_layer_stage=1)  # raises if they do not fit together
         return spec
 
-    def _with_tower(self, reducer: Reducer, ratio: float, values: Mapping[str, Any]) -> MethodSpec:
+    def _with_tower(
+        self, reducer: Reducer, ratio: float | dict[str, float], values: Mapping[str, Any]
+    ) -> MethodSpec:
         """The spec with the stage in the vision tower of a request, else that of the default.
 
         The default's stage is for the default's ratio; a request for a lower one gets as much of
@@ -218,7 +257,8 @@ class ServerOptions:
         tower = values.get("tower_ratio")
         if tower is None:
             tower = self.default.tower_ratio
-            tower = tower if tower == "auto" else min(tower, ratio)
+            if tower != "auto" and not isinstance(ratio, dict):
+                tower = min(tower, ratio)
         name = self.default.tower_reducer
         if values.get("tower_reducer") is not None:
             name = check_name("tower_reducer", values["tower_reducer"])

@@ -1,4 +1,4 @@
-"""The HTTP routes: OpenAI's chat completions, health, models and metrics."""
+"""The HTTP application: its routes, and OpenAI's chat completions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from tokencomp import __version__
 from tokencomp.serving.bind import Bind
+from tokencomp.serving.hf.about import About
 from tokencomp.serving.hf.answer import AnswerText
 from tokencomp.serving.hf.bodies import Bodies
 from tokencomp.serving.hf.deadline import Deadline
@@ -27,13 +28,18 @@ from tokencomp.serving.hf.guard import Guard, error_response
 from tokencomp.serving.hf.job import Job
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.prompt import Prompt, parse
+from tokencomp.serving.hf.schema import ChatRequest
 
 DEFAULT_TOKENS = 256
+# Of the request's schema in the description of the API, for references inside of it.
+PLACE = "~1v1~1chat~1completions/post/requestBody/content/application~1json/schema"
 DECODING = 4  # number of requests whose media are decoded at the same time
 POLL = 0.5  # seconds between checks whether the client is still connected
 
 
-def build_app(engine: Engine, name: str, limits: Limits, bind: Bind | None = None) -> ASGIApp:
+def build_app(
+    engine: Engine, name: str, limits: Limits, bind: Bind | None = None, docs: bool = False
+) -> ASGIApp:
     """Build the application.
 
     Parameters
@@ -46,6 +52,8 @@ def build_app(engine: Engine, name: str, limits: Limits, bind: Bind | None = Non
         Limits on the media of a request.
     bind
         API key and host names that clients must use; by default any.
+    docs
+        Whether `/docs` and `/openapi.json` describe the API.
     """
 
     @contextlib.asynccontextmanager
@@ -53,46 +61,37 @@ def build_app(engine: Engine, name: str, limits: Limits, bind: Bind | None = Non
         yield
         await run_in_threadpool(engine.close)
 
-    app = FastAPI(title="tokencomp", openapi_url=None, lifespan=lifespan)
-    server = Server(engine, name, limits)
-    app.add_api_route("/health", server.health)
-    app.add_api_route("/metrics", server.metrics)
-    app.add_api_route("/v1/models", server.models)
-    app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"])
+    bind = bind or Bind(host="")
+    schema = "/openapi.json" if docs else None
+    app = FastAPI(title="tokencomp", version=__version__, openapi_url=schema, lifespan=lifespan)
+    about = About(engine, name, bool(bind.api_key))
+    server = Server(engine, about, limits)
+    for path, handler in (
+        ("/", about.page),
+        ("/health", about.health),
+        ("/ping", about.health),
+        ("/metrics", about.metrics),
+        ("/version", about.version),
+        ("/v1/models", about.models),
+        ("/v1/models/{name:path}", about.model),
+    ):
+        app.add_api_route(path, handler, include_in_schema=path.startswith("/v1"))
+    form = ChatRequest.model_json_schema(ref_template=f"#/paths/{PLACE}/$defs/{{model}}")
+    body = {"requestBody": {"content": {"application/json": {"schema": form}}}}
+    app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"], openapi_extra=body)
     for kind in (RequestError, HTTPException, Exception):
         app.add_exception_handler(kind, _failed)
-    return Guard(app, bind or Bind(host=""), engine.metrics)
+    return Guard(app, bind, engine.metrics)
 
 
 class Server:
-    """The handlers of all routes."""
+    """The handler of chat completions."""
 
-    def __init__(self, engine: Engine, name: str, limits: Limits) -> None:
-        self.engine, self.name, self.limits = engine, name, limits
+    def __init__(self, engine: Engine, about: About, limits: Limits) -> None:
+        self.engine, self.about, self.limits = engine, about, limits
+        self.name = about.name
         self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
-        self.started = int(time.time())
         self.decoding = CapacityLimiter(DECODING)
-
-    async def health(self) -> Response:
-        """Answer 200 while the engine answers requests, and 503 after it has failed."""
-        return Response(status_code=200 if self.engine.healthy else 503)
-
-    async def metrics(self) -> Response:
-        """Answer with all metrics in the text format of Prometheus."""
-        text = generate_latest(self.engine.metrics.registry)
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
-
-    async def models(self) -> Any:
-        """List the served model with its default reducer and ratio."""
-        card = {
-            "id": self.name,
-            "object": "model",
-            "created": self.started,
-            "owned_by": "tokencomp",
-            "max_model_len": self.engine.max_model_len,
-            "tokencomp": self.engine.options.default.describe(),
-        }
-        return {"object": "list", "data": [card]}
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat completion, whole or as a stream of events.
@@ -103,8 +102,7 @@ class Server:
         self.engine.check_room()  # refuses early, before the body is read and media are decoded
         prompt = await self._prompt(request)
         body = prompt.request
-        if body.model not in ("", self.name):
-            raise RequestError(f"model {body.model!r}: this server has {self.name!r}.", 404)
+        self.about.check_name(body.model or self.name)
         tokens = body.max_completion_tokens or body.max_tokens or DEFAULT_TOKENS
         text = AnswerText(self.engine.tokenizer, body.stops)
         job = Job(prompt, asyncio.get_running_loop(), tokens, text)

@@ -28,9 +28,10 @@ from tokencomp.serving.hf.generation import (
     seeded,
     take_end_tokens,
 )
-from tokencomp.serving.hf.job import Job, Usage
+from tokencomp.serving.hf.job import Job
 from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.hf.text import PromptText, too_long
+from tokencomp.serving.hf.usage import Usage
 from tokencomp.serving.spec import ServerOptions
 
 logger = logging.getLogger("tokencomp.serving")
@@ -148,7 +149,9 @@ class Engine:
                     self._wake.wait(timeout=max(deadline - time.monotonic(), 0))
                 batch = self._take()
             if batch:
+                self.metrics.running.set(len(batch))
                 self._run(batch)
+                self.metrics.running.set(0)
 
     def _take(self) -> list[Job]:
         """The oldest request and those with equal options, up to the size of a batch."""
@@ -209,7 +212,7 @@ class Engine:
                 self._generate(batch)
             return
         request, spec = batch[0].prompt.request, batch[0].prompt.spec
-        rows = Rows(batch, self._ends, lambda: self._started(batch, counts), self.metrics.generated)
+        rows = Rows(batch, self._ends, lambda: self._started(batch, counts), self.metrics)
         with self._compressed(spec), seeded(request.seed):
             self.model.generate(
                 **inputs,
@@ -233,7 +236,7 @@ class Engine:
         if not spec.active:
             return self._handle.disabled()
         self._handle.set(
-            ratio=spec.ratio, reducer=spec.reducer,
+            ratio=spec.ratios or spec.ratio, reducer=spec.reducer,
             tower_ratio=spec.tower_ratio, tower_reducer=spec.tower_reducer,
         )  # fmt: skip
         return contextlib.nullcontext()
@@ -249,10 +252,12 @@ class Engine:
                 self.metrics.ratio.set(stats.ratio)
                 self.metrics.reduce.inc(stats.reduce_seconds)
         after = [sum(row) / len(row) for row in seen]
-        self.metrics.before.inc(sum(before))
-        self.metrics.after.inc(sum(after))
-        self.metrics.batch.observe(len(batch))
-        for i, (job, (total, visual)) in enumerate(zip(batch, counts, strict=True)):
-            job.usage = Usage(total - visual + seen[i][0], 0, visual, after[i])
-            self.metrics.ttft.observe(time.monotonic() - job.arrived)
-            job.send("start", job.usage)
+        usages = [
+            Usage(total - visual + seen[i][0], 0, visual, after[i])
+            for i, (total, visual) in enumerate(counts)
+        ]
+        self.metrics.count_prefill(usages)
+        for job, usage in zip(batch, usages, strict=True):
+            job.usage, job.first = usage, time.monotonic()
+            self.metrics.ttft.observe(job.first - job.arrived)
+            job.send("start", usage)

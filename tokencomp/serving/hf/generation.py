@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from prometheus_client import Counter
 from torch import Tensor
 from transformers import StoppingCriteria
 
 from tokencomp.errors import ScoreError, TokenCompError, WeightsError
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.job import Job
+from tokencomp.serving.hf.metrics import Metrics
 
 
 class Rows(StoppingCriteria):
@@ -27,14 +28,14 @@ class Rows(StoppingCriteria):
         End tokens of the model.
     started
         Called once, when the prefill has run.
-    generated
-        Counter of generated tokens.
+    metrics
+        Where tokens and answers are counted.
     """
 
     def __init__(
-        self, batch: list[Job], ends: set[int], started: Callable[[], None], generated: Counter
+        self, batch: list[Job], ends: set[int], started: Callable[[], None], metrics: Metrics
     ) -> None:
-        self.batch, self.ends, self.started, self.generated = batch, ends, started, generated
+        self.batch, self.ends, self.started, self.metrics = batch, ends, started, metrics
         self.steps = 0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -42,9 +43,14 @@ class Rows(StoppingCriteria):
             self.started()
         self.steps += 1
         for job, token in zip(self.batch, input_ids[:, -1].tolist(), strict=True):
-            if not job.done:
-                self.generated.inc()
+            if job.done:
+                continue
+            self.metrics.generated.inc()
             job.add(token, token in self.ends)
+            if job.done and job.usage is not None:
+                seconds = time.monotonic() - job.arrived
+                first = job.first - job.arrived
+                self.metrics.count_answer(seconds, first, job.usage.completion)
         done = [job.done or job.cancelled for job in self.batch]
         return torch.tensor(done, device=input_ids.device)
 

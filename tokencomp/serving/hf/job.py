@@ -9,42 +9,9 @@ from typing import Any, Literal
 
 from tokencomp.serving.hf.answer import AnswerText
 from tokencomp.serving.hf.prompt import Prompt
+from tokencomp.serving.hf.usage import Usage
 
 Finish = Literal["stop", "length", "abort"]
-
-
-@dataclass
-class Usage:
-    """Token counts of one request.
-
-    Attributes
-    ----------
-    prompt
-        Tokens that entered the decoder: text tokens and the visual tokens that were kept.
-    completion
-        Generated tokens.
-    visual_before, visual_after
-        Visual tokens before compression, and visual tokens that a decoder layer sees on average.
-    """
-
-    prompt: int
-    completion: int = 0
-    visual_before: int = 0
-    visual_after: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return OpenAI's usage object with the counts of compression under "tokencomp"."""
-        ratio = 1 - self.visual_after / self.visual_before if self.visual_before else 0.0
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "tokencomp": {
-                "visual_tokens_before": self.visual_before,
-                "visual_tokens_after": self.visual_after,
-                "ratio": ratio,
-            },
-        }
 
 
 @dataclass(eq=False)  # identity instead of equality, as prompts contain arrays
@@ -67,6 +34,8 @@ class Job:
         Queue of the events.
     arrived
         Time of arrival in seconds on the monotonic clock.
+    first
+        Time of the first token, on the same clock.
     cancelled
         Set by the server when the client has left.
     done
@@ -81,6 +50,7 @@ class Job:
     text: AnswerText
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     arrived: float = field(default_factory=time.monotonic)
+    first: float = 0.0
     cancelled: bool = False
     done: bool = False
     usage: Usage | None = None
@@ -101,7 +71,7 @@ class Job:
         """Return setting and token counts in the form of the access log."""
         spec, usage = self.prompt.spec, self.usage
         name = getattr(spec.reducer, "name", spec.reducer)
-        words = f"reducer={name} ratio={spec.ratio:g}"
+        words = f"reducer={name} ratio={spec.shown_ratio}"
         if usage is None:
             return words + " tokens=none"
         visual = f"visual={usage.visual_before}->{usage.visual_after:g}"

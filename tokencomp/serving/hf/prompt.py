@@ -123,12 +123,34 @@ def _spec(request: ChatRequest, options: ServerOptions) -> MethodSpec:
     fields = (request.tokencomp, (request.mm_processor_kwargs or {}).get(KEY))
     given = [field for field in fields if field is not None]
     try:
+        if not given and (low := _low_detail(request, options)) is not None:
+            return low
         spec, *others = [options.resolve(field, engine="hf") for field in given or [None]]
         if any(other != spec for other in others):
             raise OptionError(f'two settings: "{KEY}" and "mm_processor_kwargs" differ. Send one.')
         return spec
     except (OptionError, PlanError, RatioError) as error:
         raise RequestError(str(error)) from None
+
+
+def _low_detail(request: ChatRequest, options: ServerOptions) -> MethodSpec | None:
+    """Return the setting of a request whose images have low detail, or None.
+
+    Raises
+    ------
+    OptionError
+        If this server has no ratio for them, or one image differs from another.
+    """
+    parts = _media_parts(request)
+    videos = [part for part in parts if part.type == "video_url"]
+    low = [part.image_url is not None and part.image_url.detail == "low" for part in parts]
+    if any(part.video_url is not None and part.video_url.detail == "low" for part in videos):
+        raise OptionError('detail "low" is for images. Set a ratio for videos.')
+    if not any(low):
+        return None
+    if sum(low) + len(videos) < len(parts):
+        raise OptionError('detail "low" beside other images: all images of a request share it.')
+    return options.low_detail(bool(videos))
 
 
 def _content(message: Message) -> list[dict[str, Any]]:

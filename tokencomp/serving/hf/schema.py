@@ -63,7 +63,6 @@ MESSAGE_OFF: dict[str, tuple[Any, ...]] = {
     "refusal": ("",),
     "tool_calls": ([],),
 }
-URL_OFF: dict[str, tuple[Any, ...]] = {"detail": ("auto", "high")}
 STREAM_OFF: dict[str, tuple[Any, ...]] = {
     "continuous_usage_stats": (False,),
     "include_obfuscation": (False, True),  # padding of events, against observers of their sizes
@@ -99,6 +98,7 @@ class Url(Strict):
     """OpenAI's object around a media URL."""
 
     url: str
+    detail: Literal["auto", "high", "low"] | None = None
 
 
 class Part(Strict):
@@ -240,7 +240,7 @@ def _unserved(request: ChatRequest) -> list[str]:
             where = f"messages.{i}.content.{j}."
             wrong += part.unserved(where, {})
             for name, url in (("image_url", part.image_url), ("video_url", part.video_url)):
-                wrong += url.unserved(f"{where}{name}.", URL_OFF) if url is not None else []
+                wrong += url.unserved(f"{where}{name}.", {}) if url is not None else []
     if request.stream_options is not None:
         wrong += request.stream_options.unserved("stream_options.", STREAM_OFF)
     return wrong + ([f"n={request.n}"] if request.n not in (None, 1) else [])
