@@ -342,7 +342,7 @@ def test_the_proxy_never_passes_two_lengths_on(proxied: tuple[int, list[Any]]) -
 def test_the_proxy_passes_documented_paths_only(proxied: tuple[int, list[Any]]) -> None:
     port, seen = proxied
     request = "{} {} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-    passed = ["/v1/chat/completions", "/v1/models", "/health"]
+    passed = ["/v1/chat/completions", "/v1/models", "/v1/models/tiny/a", "/health"]
     for path in passed:
         assert send(port, request.format("GET", path).encode())[0] == 200
     assert [path for path, _, _ in seen] == passed
