@@ -165,8 +165,8 @@ def test_compose_is_closed_and_bounded() -> None:
     assert set(gpu["services"]["server"]["build"]["args"]) <= set(server["build"]["args"])
     # Clients reach the proxy only: the server listens at 127.0.0.1 of a network that both share.
     assert not any(argument.startswith("--host") for argument in server["command"])
-    assert proxy["network_mode"] == "service:server"
-    inside = {port.split(":")[1] for port in server["ports"]}
+    assert server["network_mode"] == "service:proxy" and "ports" not in server
+    inside = {port.split(":")[1] for port in proxy["ports"]}
     assert inside == set(re.findall(r"listen (\d+)", text("nginx.conf")))
     assert server["mem_limit"] == server["memswap_limit"] and server["read_only"]
     assert server["cap_drop"] == ["ALL"] and server["ulimits"]["nofile"] >= 65536
