@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tokencomp.engine.compat import CACHE_NAMES
 from tokencomp.engine.layout import Prompt, full_layout
 from tokencomp.engine.probes import input_scores, layer_scores
 from tokencomp.engine.tap import attention_of, tap
@@ -35,6 +36,7 @@ SCALED = {
         "original_max_position_embeddings": 8,
     },
 }  # fmt: skip
+INDEXED = {**LATENT, "layer_types": ["indexed_attention"] * 2, "index_n_heads": 2}
 DECODERS: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen3": FULL,  # norms of queries and keys
@@ -44,6 +46,19 @@ DECODERS: dict[str, dict[str, Any]] = {
     "Gemma3Text": {**FULL, "query_pre_attn_scalar": 32},
     "Qwen3_5Text": FULL,  # the query projection makes a gate too
     "Glm4": {},  # pairs are interleaved, only a part is rotated
+    "Dots3NoteText": {  # layers differ in their heads, and an indexer reads the mask
+        **INDEXED,
+        "layer_types": ["sliding_attention", "indexed_attention"],
+        "per_layer_config": {
+            "0": {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+            | {"kv_lora_rank": 24}
+        },
+    },
+    "MistralLarge4Text": {  # the last layer follows the indexer of the one before
+        **INDEXED,
+        "indexer_types": ["full", "shared"],
+        "no_rope_layers": [1, 1],
+    },
 }
 
 
@@ -82,7 +97,8 @@ def test_weights_are_those_of_eager_attention(name: str) -> None:
     model, x = decoder(name), torch.randn(1, 14, 64)
     attn, kwargs, weights = run(model, x)
     before = vars(attn.config).copy()
-    arguments = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "attention_mask")}
+    left_out = ("hidden_states", "attention_mask", *CACHE_NAMES)
+    arguments = {k: v for k, v in kwargs.items() if k not in left_out}
     whole = tap(attn, attn, kwargs["hidden_states"], arguments)
     q = tap(attn, attn, kwargs["hidden_states"], arguments, ("k_proj", "v_proj")).query
     k = tap(attn, attn, kwargs["hidden_states"], arguments, ("q_proj", "v_proj")).key
@@ -93,7 +109,9 @@ def test_weights_are_those_of_eager_attention(name: str) -> None:
     assert vars(attn.config) == before and "forward" not in vars(attn)
 
 
-@pytest.mark.parametrize("name", ["Llama", "DeepseekV3", "Ministral3"])
+@pytest.mark.parametrize(
+    "name", ["Llama", "DeepseekV3", "Ministral3", "Dots3NoteText", "MistralLarge4Text"]
+)
 @torch.no_grad()
 def test_scores_behind_an_earlier_turn(name: str) -> None:
     """Scores after the call, and ahead of it, where the cache may hold latents instead of keys."""

@@ -10,17 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support import oracle
 from support.families import FAMILIES, Family, text
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
+from tokencomp.conformance.build import tiny_model
+from tokencomp.conformance.prompts import Prompts
+from tokencomp.conformance.run import model_classes
+from tokencomp.conformance.variants import variants
 from tokencomp.engine.proportional import widen
-from tokencomp.errors import OptionError
+from tokencomp.errors import OptionError, UnsupportedModelError
 
 Case = tuple[str, dict[str, Any]]
 MERGERS: list[Case] = [
@@ -268,6 +274,44 @@ def test_widened_product(dim: int, dtype: torch.dtype) -> None:
     added = scaling * (wide_q[..., dim:].double() @ repeated[..., dim:].mT)
     wanted = torch.nn.functional.pad(sizes.double().log(), (0, 2))[:, None, None]
     assert (added - wanted).abs().max() < 2e-4
+
+
+def tiny(model_type: str) -> Any:
+    model_class = getattr(transformers, model_classes().get(model_type, ""), None)
+    if model_class is None:
+        pytest.skip("the release has no such type")
+    return tiny_model(model_class, CONFIG_MAPPING[model_type](), variants(model_type)[0])
+
+
+@pytest.mark.parametrize("model_type", ["mistral_large4", "hy_v4_vl"])
+def test_attention_with_an_indexer_is_refused(model_type: str) -> None:
+    """It masks what its indexer has not chosen under the names of known backends alone."""
+    with pytest.raises(UnsupportedModelError, match="does not reach the attention of"):
+        tokencomp.patch(tiny(model_type).model, 0.5, reducer="merge", proportional_attention=True)
+
+
+@torch.no_grad()
+def test_attention_by_another_name() -> None:
+    """Layers of Nemotron-H call their attention a mixer, as they call their recurrence."""
+    model = tiny("nemotron_h_omni")
+    prompts = Prompts(model)
+    attn = next(m for m in model.decoder.modules() if type(m).__name__ == "NemotronHAttention")
+    seen: list[Any] = []
+    attn.register_forward_hook(lambda *call: seen.append((call[2], call[3])), with_kwargs=True)
+    with tokencomp.patch(model.whole, 0.5, reducer="merge", proportional_attention=True):
+        out = prompts.forward(prompts.inputs([0]))
+    (kwargs, (found, _)), layer = seen[-1], oracle.cache_of(out).layers[attn.layer_idx]
+    x, sizes = kwargs["hidden_states"], layer.sizes
+    assert sizes.max() > 2
+    q, k, v = (
+        p(x).unflatten(-1, (-1, attn.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj)
+    )
+    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
+    bias = torch.nn.functional.pad(sizes.log(), (0, x.shape[1] - sizes.shape[1]))
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * attn.scaling + bias[:, None, None]
+    logits = logits.masked_fill(~torch.ones(logits.shape[-2:]).tril().bool(), -torch.inf)
+    expected = attn.o_proj(torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v).flatten(2))
+    assert (found - expected).abs().max() < 1e-5
 
 
 def test_refused_where_nothing_merges() -> None:

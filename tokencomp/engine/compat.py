@@ -113,6 +113,20 @@ def layer_configs(config: Any) -> list[Any]:
     return list(getattr(config, "per_layer_config", None) or [config] * count)[:count]
 
 
+def layer_config(config: Any, layer: int) -> Any:
+    """The config of one decoder layer, of which the config of all may not know the sizes."""
+    own = getattr(config, "per_layer_config", None)
+    return own[layer] if own else config
+
+
+def layer_values(config: Any, name: str) -> list[Any]:
+    """What a field of a text config is in the decoder layers: one value where they are alike."""
+    try:
+        return [getattr(config, name, None)]
+    except RuntimeError:  # transformers': the layers differ
+        return [getattr(layer, name, None) for layer in layer_configs(config)]
+
+
 def kv_sharing_modes(config: Any) -> list[str | None]:
     """By layer: "store" where later layers read its keys, "reuse" where it reads those, or None.
 

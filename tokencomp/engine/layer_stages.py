@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat
+from tokencomp.engine.cache_rows import REFERENCE
 from tokencomp.engine.tap import attention_of
 from tokencomp.engine.window import (
     CHUNKED,
@@ -36,18 +39,34 @@ def check_entry(plan: Plan, adapter: Adapter) -> None:
     Raises
     ------
     PlanError
-        Tokens would be scored by layer 0, which is a layer of linear attention, for example.
+        Tokens would be scored by layer 0, which is a layer of linear attention, for example, or
+        takes several streams of hidden states, which embeddings are not.
     """
     entry = plan.entry
     if entry is None or not any(isinstance(signal, Attention) for signal in entry.reducer.needs):
         return
     try:
+        if STREAMS in _entry_only(adapter.decoder):
+            raise UnsupportedModelError(
+                f"{type(adapter.layers[0]).__name__} takes hidden states of several streams, made "
+                "of the embeddings behind that stage. Use a reducer without attention, such as "
+                "'divprune'."
+            )
         attention_of(adapter.layers[0])
     except UnsupportedModelError as error:
         raise PlanError(
             f"reducer {entry.reducer.name!r} scores tokens at entry by the attention of the "
             f"first decoder layer: {error}"
         ) from None
+
+
+def _entry_only(decoder: Any) -> list[str]:
+    """Why tokens cannot leave between the layers of a decoder; empty if they can."""
+    return [
+        reason
+        for name, (limit, reason) in ENTRY_ONLY.items()
+        if any((value or 0) > limit for value in compat.layer_values(decoder.config, name))
+    ]
 
 
 def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
@@ -57,7 +76,7 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
     ------
     PlanError
         The model is served at entry only, a later layer reads the keys of one before a stage, or
-        no layer before a stage has attention that could score for it.
+        its choice of rows, or no layer before a stage has attention that could score for it.
     """
     decoder, layers = adapter.decoder, [stage.layer for stage in plan.layer_stages]
     if not layers:
@@ -66,12 +85,20 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
         raise PlanError(
             f"stages at layers {layers}: {adapter.family} is served at entry only. {FIX}"
         )
-    values = {name: getattr(decoder.config, name, None) or 0 for name in ENTRY_ONLY}
-    why = [reason for name, (limit, reason) in ENTRY_ONLY.items() if values[name] > limit]
+    why = _entry_only(decoder)
     if why:
         raise PlanError(
             f"stages at layers {layers}: {type(decoder).__name__} is served at entry only, because "
             f"{why[0]}. {FIX}"
+        )
+    choosers = list(getattr(decoder.config, "indexer_types", None) or ())
+    follow = [layer for layer in layers if choosers[layer : layer + 1] == ["shared"]]
+    if follow:
+        raise PlanError(
+            f"stages at layers {follow}: these layers of {type(decoder).__name__} attend to the "
+            "rows that the indexer of a layer before has chosen, by number, and must hold the same "
+            'rows. Choose layers whose entry in indexer_types of the config is "full", or a '
+            "reducer that acts at entry."
         )
     modes = compat.kv_sharing_modes(decoder.config)
     shared = any(str(mode).startswith("reuse") for mode in modes)
@@ -120,7 +147,7 @@ def scored_layer(windows: Windows, plan: Plan, stage: int) -> int:
     kinds = windows.kinds
     behind = max((s.layer for s in plan.stages if s.layer < stage), default=0)
     for first in (behind, 0):
-        for usable in ((FULL, INDEXED), (SLIDING, CHUNKED)):
+        for usable in ((FULL, INDEXED, REFERENCE), (SLIDING, CHUNKED)):
             layers = [i for i in range(first, stage) if kinds[i] in usable]
             if layers:
                 return layers[-1]

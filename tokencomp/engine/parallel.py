@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.registry import DATA_PARALLEL
+from tokencomp.engine import compat
 from tokencomp.errors import UnsupportedModelError
 
 
 def total_heads(attn: Any) -> int:
     """Query heads of a self-attention module on all ranks together."""
     config = getattr(attn, "config", None)
+    config = compat.layer_config(config, getattr(attn, "layer_idx", 0))
     for source, name in (
         (config, "num_attention_heads"),
         (config, "num_heads"),

@@ -2,8 +2,8 @@
 
 The query rows that vote are recomputed from the layer's own input (`tokencomp.engine.tap`); keys
 come from the KV cache. Softmax columns are summed by `tokencomp.kernels.attention_colsum`: no rows
-× keys tensor exists. A sliding window of the layer is left out: the scores say what attention each
-token would receive if the whole prompt were visible.
+× keys tensor exists. A sliding window of the layer is left out, and so is what its indexer would
+choose: the scores say what attention each token would receive if the whole prompt were visible.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine import compat
-from tokencomp.engine.cache_rows import keeps_window, physical_length
+from tokencomp.engine.cache_rows import is_reference, keeps_window, physical_length
 from tokencomp.engine.host_tables import HostTables
 from tokencomp.engine.layout import RowLayout
 from tokencomp.engine.parallel import gather_heads, unsharded
@@ -57,8 +57,10 @@ def layer_scores(
     hidden = kwargs["hidden_states"]
     cached = _cached_layer(compat.get_cache(kwargs), attn.layer_idx)
     keys = None if cached is None else cached.keys
-    if keeps_window(cached) and keys is not None and keys.shape[-2] < physical_length(cached):
-        keys = cached = None  # a window has cut rows of this call: its keys are computed again
+    if is_reference(type(cached)) or (
+        keys is not None and keeps_window(cached) and keys.shape[-2] < physical_length(cached)
+    ):
+        keys = cached = None  # rows of this call are elsewhere, or cut: they are computed again
     past = 0 if keys is None else keys.shape[-2] - hidden.shape[1]
     call = attn, attn, hidden, kwargs, signal, layout, cached, past
     return _scores(*call, keys, projected)

@@ -49,11 +49,19 @@ class ProportionalAttention:
     Raises
     ------
     UnsupportedModelError
-        If an attention module has no config.
+        There is no attention module, one has no config, or one has an indexer, which masks what
+        it has not chosen under the backends that it knows alone.
     """
 
     def __init__(self, layers: Iterable[nn.Module], sizes_of: SizesOf, share: float) -> None:
-        self._modules: list[Any] = [x.self_attn for x in layers if hasattr(x, "self_attn")]
+        modules = [m for layer in layers for m in layer.modules() if hasattr(m, "layer_idx")]
+        self._modules: list[Any] = [m for m in modules if hasattr(m, "is_causal")]
+        if not self._modules or any(getattr(m, "indexer", None) for m in self._modules):
+            names = " and ".join(sorted({type(m).__name__ for m in self._modules or modules}))
+            raise UnsupportedModelError(
+                f"proportional_attention=True does not reach the attention of {names}. Patch "
+                "without it."
+            )
         self._sizes_of, self._share = sizes_of, share
         for module in self._modules:
             if getattr(module, "config", None) is None:

@@ -119,7 +119,8 @@ class Probe:
 
         Latent attention may cache what keys are computed from. Its keys have another shape.
         """
-        if getattr(self.attn.config, "kv_lora_rank", None) is None:
+        config = compat.layer_config(self.attn.config, self.attn.layer_idx)
+        if getattr(config, "kv_lora_rank", None) is None:
             return True
         row = torch.zeros(len(self._hidden), 1, dtype=torch.int64, device=self._hidden.device)
         key = self._tap(row, ("q_proj",)).key

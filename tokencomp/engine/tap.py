@@ -24,6 +24,7 @@ from tokencomp.errors import UnsupportedModelError
 
 NAME = "tokencomp_tap"
 FIX = "Use a reducer without attention, such as 'divprune'."
+CHOICE = "prev_topk_indices"  # what the indexer of an earlier layer has chosen (GLM, Mistral)
 SHARED = "shared_kv_states"  # keys and values of one layer that others read (Gemma 4)
 # What changes the logits beyond scale and RoPE, as transformers passes it to a backend.
 OTHER_LOGITS = ("softcap", "s_aux", "sinks", "position_bias")
@@ -92,6 +93,13 @@ class _Known(nn.Module):
         return self.result
 
 
+class _NoChoice(nn.Module):
+    """Stands for an indexer: what it would choose changes neither queries nor keys."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
 class Past:
     """A cache that holds the rows of one sample in one layer, and forgets what is written to it."""
 
@@ -116,7 +124,8 @@ def attention_of(layer: nn.Module) -> Any:
         The layer has none, as layers with a recurrence do, or one whose logits have a bias.
     """
     for name, child in unwrapped(layer).named_children():
-        if ("attn" in name or "attention" in name) and hasattr(unwrapped(child), "scaling"):
+        named = any(part in name for part in ("attn", "attention", "mixer"))
+        if named and hasattr(unwrapped(child), "scaling"):
             if hasattr(unwrapped(child), "rel_extent"):
                 raise UnsupportedModelError(
                     f"{type(unwrapped(child)).__name__} adds a bias by distance to its attention "
@@ -175,6 +184,11 @@ def tap(
         name = next(name for name, child in run.named_children() if unwrapped(child) is attn)
         run._modules[name] = clone
     call = {"attention_mask": None, **arguments}
+    if clone._modules.get("indexer") is not None:  # its mask is read in front of the call
+        clone._modules["indexer"] = _NoChoice()
+        call["attention_mask"] = hidden.new_ones(1, 1, 1, 1, dtype=torch.bool)
+    if CHOICE in parameters_of(run) and call.get(CHOICE) is None:
+        call[CHOICE] = hidden.new_zeros(1, 1, 1, dtype=torch.int32)
     if SHARED in parameters_of(run):  # a layer may write to it, and then later ones would read that
         call[SHARED] = dict(arguments.get(SHARED) or {})
     try:

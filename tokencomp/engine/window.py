@@ -65,12 +65,12 @@ class Windows:
         RowIndexedAttentionError
             What a layer attends to depends on the numbers of rows.
         UnsupportedModelError
-            A layer is of a kind that tokencomp does not know.
+            A layer is of a kind that tokencomp does not know, or windows differ in size.
         """
         config, count = decoder.config, len(decoder.layers)
         used = getattr(config, "use_sliding_window", True) is not False
-        sliding = getattr(config, "sliding_window", None) if used else None
-        sizes = {SLIDING: sliding, CHUNKED: getattr(config, "attention_chunk_size", None)}
+        sliding = _size(config, "sliding_window") if used else None
+        sizes = {SLIDING: sliding, CHUNKED: _size(config, "attention_chunk_size")}
         names, cut = getattr(config, "layer_types", None), None
         if names:
             kinds = tuple([HYBRID.get(name, name) for name in names[:count]])
@@ -111,6 +111,22 @@ class Windows:
         return self.convolves or not LINEAR.isdisjoint(self.kinds)
 
 
+def _size(config: Any, name: str) -> int | None:
+    """The one size of all windows that a field of a text config gives; None: there are none.
+
+    Raises
+    ------
+    UnsupportedModelError
+    """
+    found: set[int] = {size for size in compat.layer_values(config, name) if size}
+    if len(found) > 1:
+        raise UnsupportedModelError(
+            f"{name} of the layers is {', '.join(map(str, sorted(found)))}. Served are decoders "
+            "whose windows have one size. Run it without patch()."
+        )
+    return found.pop() if found else None
+
+
 def _refuse_row_numbers(decoder: Any, kinds: Sequence[str]) -> None:
     """Refuse layers whose attention would change for other tokens when one is dropped.
 
@@ -119,8 +135,9 @@ def _refuse_row_numbers(decoder: Any, kinds: Sequence[str]) -> None:
     RowIndexedAttentionError
     """
     for name, reason in BY_ROW.items():
-        value = getattr(decoder.config, name, None)
-        if not isinstance(value, int) or value <= 1:
+        values = [v for v in compat.layer_values(decoder.config, name) if isinstance(v, int)]
+        value = max(values, default=0)
+        if value <= 1:
             continue
         if name == "index_block_size" and BLOCKS not in kinds:
             continue
