@@ -18,14 +18,23 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import tokencomp
 from tokencomp.conformance import build
 from tokencomp.conformance.build import TinyModel, tiny_model
-from tokencomp.conformance.checks import check_model
+from tokencomp.conformance.checks import SCORED, Checks, check_model
 from tokencomp.conformance.oracle import hidden, is_linear_mixer
 from tokencomp.conformance.prompts import Prompts
 from tokencomp.conformance.run import TimeLimitError, _time_limit, compress, model_classes
 from tokencomp.conformance.shrink import scaled_section, tiny_text_config
-from tokencomp.conformance.variants import variants
-from tokencomp.errors import NoDecoderError, NoPlaceholderError, RowIndexedAttentionError
+from tokencomp.conformance.variants import Variant, variants
+from tokencomp.errors import (
+    NoDecoderError,
+    NoPlaceholderError,
+    PlanError,
+    RowIndexedAttentionError,
+    UnsupportedModelError,
+)
 from tokencomp.plan import Plan
+from tokencomp.reducers.prune import Prune
+from tokencomp.reducers.registry import make_reducer
+from tokencomp.stages import Stage
 
 
 def tiny(model_type: str) -> TinyModel:
@@ -33,11 +42,53 @@ def tiny(model_type: str) -> TinyModel:
     return tiny_model(model_class, CONFIG_MAPPING[model_type](), variants(model_type)[-1])
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "llava", "glm4v_moe"])
+# Those of dots3_note and mistral_large4 have indexers, and sizes that differ by layer.
+@pytest.mark.parametrize(
+    "model_type",
+    ["qwen2_vl", "llava", "glm4v_moe", "dots3_note", "mistral_large4", "unlimited_ocr"],
+)
 def test_served_types_are_exact(model_type: str) -> None:
     result = check_model(tiny(model_type), compress)
-    assert (result.status, result.reason) == ("exact", "")
-    assert {"entry", "batch", "layers decode"} <= set(result.errors)
+    assert (result.status, result.reason, result.refusals) == ("exact", "", {})
+    assert {"entry", "batch", "layers decode", *SCORED} <= set(result.errors)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "refused", "reason"),
+    [
+        ("gemma3n", [*SCORED], "takes hidden states of several streams"),
+        ("hy_v4_vl", [*SCORED], "takes hidden states of several streams"),
+        ("nemotron_h_omni", ["condiv"], "has no attention module that scores"),
+        ("inkling_mm_model", [*SCORED], "adds a bias by distance"),
+    ],
+)
+def test_reducers_that_nothing_could_score_are_refused(
+    model_type: str, refused: list[str], reason: str
+) -> None:
+    """With a typed error, before any layer runs."""
+    result = check_model(tiny(model_type), compress)
+    assert result.status in ("exact", "entry only")
+    assert list(result.refusals) == refused and reason in result.refusals["condiv"]
+    assert {*SCORED} - {*refused} <= set(result.errors)
+
+
+def test_a_reducer_that_crashes_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Prune, "reduce_batch", lambda *args: 1 / 0)
+    result = check_model(tiny("llava"), compress)
+    assert result.status == "unverified"
+    assert result.reason == "fastv: ZeroDivisionError: division by zero"
+
+
+def test_rows_that_an_indexer_has_chosen_stay() -> None:
+    """Layers that follow the choice of a layer before keep its rows, whose numbers it holds."""
+    followers = {"indexer_types": ["full", "shared", "full", "shared"], "index_topk": 6}
+    model_class = getattr(transformers, model_classes()["mistral_large4"])
+    model = tiny_model(model_class, CONFIG_MAPPING["mistral_large4"](), Variant(text=followers))
+    with pytest.raises(PlanError, match=r"stages at layers \[1.*indexer_types of the config"):
+        tokencomp.patch(model.model, 0.5, reducer="fastv")
+    last = make_reducer("prune", score="last_query")
+    checks = Checks(model, Prompts(model), compress, {})
+    checks._against_oracle("layers", Plan((Stage(2, 0.5, last),)))
 
 
 def test_other_positions_are_not_exact() -> None:
@@ -107,6 +158,13 @@ def test_linear_mixers_of_the_reference_see_the_rows_that_are_left() -> None:
     assert not full[:, [1, 4]].any()
 
 
+def test_tiny_configs_of_one_kind_have_the_first_layers() -> None:
+    """Which differ in what a config says by layer: the last of these does not rotate."""
+    config = tiny_text_config(CONFIG_MAPPING["mistral_large4"]().get_text_config())
+    assert config.layer_types == ["indexed_attention"] * 4
+    assert config.kv_source_layers == [0, 1, 2, 3] and config.no_rope_layers == [1, 1, 1, 0]
+
+
 def test_tiny_configs_keep_every_kind_of_layer() -> None:
     config = tiny_text_config(CONFIG_MAPPING["gemma3"]().get_text_config())
     assert config.layer_types == ["sliding_attention", "full_attention"] * 2
@@ -171,6 +229,16 @@ def test_a_bias_by_rows_that_nothing_corrects_is_refused() -> None:
     model = tiny("llava").model
     model.model.language_model.config.rel_extent = 64
     with pytest.raises(RowIndexedAttentionError, match="a bias by the number of rows"):
+        compress(model, Plan())
+
+
+def test_windows_of_several_sizes_are_refused() -> None:
+    """transformers lets layers of one kind differ, but tokencomp knows one window."""
+    model = tiny("dots3_note").model
+    windows = {"0": {"sliding_window": 6}, "1": {"sliding_window": 8}}
+    config = model.model.language_model.config
+    config.per_layer_config = {**windows, "2": windows["0"], "3": windows["0"]}
+    with pytest.raises(UnsupportedModelError, match="sliding_window of the layers is 6, 8"):
         compress(model, Plan())
 
 

@@ -11,6 +11,7 @@ import pytest
 from support.console import run
 
 from tokencomp.adapters.verified import load, nearest, releases, verified_types
+from tokencomp.conformance.checks import SCORED, TOLERANCE
 from tokencomp.conformance.table import counts, markdown, worse
 
 REPOSITORY = Path(__file__).parents[2]
@@ -91,6 +92,25 @@ def test_a_type_that_does_worse_is_named() -> None:
     row: dict[str, Any] = {**table["types"]["llava"], "status": "unverified", "reason": "broken"}
     changed = {**table, "types": {**table["types"], "llava": row}}
     assert list(worse(changed)) == ["llava"]
+
+
+def test_a_reducer_that_is_refused_now_is_named() -> None:
+    table = load(NEWEST)
+    llava = table["types"]["llava"]
+    errors = {name: error for name, error in llava["errors"].items() if name != "fastv"}
+    row = {**llava, "errors": errors, "refusals": {"fastv": "no attention. Other words."}}
+    changed = {**table, "types": {**table["types"], "llava": row}}
+    assert worse(changed) == {"llava": "refuses fastv: no attention"}
+    lines = markdown(changed).splitlines()
+    assert "| llava | fastv | no attention |" in lines
+    assert any(line.startswith("| llava | ") and "| refused |" in line for line in lines)
+
+
+def test_every_exact_type_shows_or_refuses_reducers_that_read_attention() -> None:
+    for name, row in load(NEWEST)["types"].items():
+        if row["status"] == "exact":
+            assert {*SCORED} <= {*row["errors"], *row.get("refusals", {})}, name
+            assert all(row["errors"].get(r, 0) <= TOLERANCE for r in SCORED), name
 
 
 def test_list_models_shows_every_type(capsys: pytest.CaptureFixture[str]) -> None:

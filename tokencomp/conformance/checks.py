@@ -14,6 +14,7 @@ from tokencomp.conformance.oracle import OracleError, hidden
 from tokencomp.conformance.prompts import Prompts
 from tokencomp.errors import PlanError, TokenCompError, UnsupportedModelError
 from tokencomp.plan import Plan
+from tokencomp.reducers.registry import make_reducer
 from tokencomp.reducers.uniform import Uniform
 from tokencomp.stages import Stage
 
@@ -27,6 +28,13 @@ In float64 the same prompts differ by 2e-14."""
 EFFECT = 1e-2
 """Compression must change the logits by this much: else a wrong mask would pass as well."""
 STEPS = 4
+SCORED: dict[str, dict[str, Any]] = {
+    "condiv": {"power": 1.0},  # as on a video: without a power it reads no attention on images
+    "fastv": {},
+    "prune": {},
+    "pyramiddrop": {},
+}
+"""Reducers that read attention, and their options: every way to score at entry and later."""
 
 
 @dataclass
@@ -40,6 +48,8 @@ class Result:
         itself, before anything ran. "unverified": could not be checked, or is not exact.
     reason
         Why it is not exact; "" for exact types.
+    refusals
+        By reducer that reads attention: why the package refuses it.
     errors
         Largest difference of logits by check, and the effect of compression, both in units of the
         logits' standard deviation.
@@ -48,10 +58,12 @@ class Result:
     status: Status
     reason: str = ""
     errors: dict[str, float] = field(default_factory=dict)
+    refusals: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain types, ready for JSON, with rounded numbers."""
-        return {**asdict(self), "errors": {k: float(f"{v:.2g}") for k, v in self.errors.items()}}
+        values = {**asdict(self), "errors": {k: float(f"{v:.2g}") for k, v in self.errors.items()}}
+        return {k: v for k, v in values.items() if k != "refusals" or v}
 
 
 class NotExact(Exception):
@@ -74,12 +86,23 @@ def check_model(tiny: TinyModel, compress: Compress) -> Result:
         return Result("refused", f"{type(error).__name__}: {error}", errors)
     except Exception as error:
         return Result("unverified", f"{type(error).__name__}: {error}", errors)
+    result = Result("exact", "", errors)
     try:
         checks.layers()
     except Exception as error:
-        name = "" if isinstance(error, NotExact) else f"{type(error).__name__}: "
-        return Result("entry only", f"{name}{error}", errors)
-    return Result("exact", "", errors)
+        result = Result("entry only", _reason(error), errors)
+    for name in SCORED:
+        try:
+            checks.scored(name)
+        except (PlanError, UnsupportedModelError) as error:
+            result.refusals[name] = str(error)
+        except Exception as error:
+            return Result("unverified", f"{name}: {_reason(error)}", errors, result.refusals)
+    return result
+
+
+def _reason(error: Exception) -> str:
+    return f"{'' if isinstance(error, NotExact) else f'{type(error).__name__}: '}{error}"
 
 
 class Checks:
@@ -133,6 +156,20 @@ class Checks:
             stages = (stages[0], late)
         self._against_oracle("layers", Plan(stages))
 
+    def scored(self, name: str) -> None:
+        """Half of the visual work leaves by attention, as the plan of a reducer says."""
+        reducer = make_reducer(name, **SCORED[name])
+        plan = reducer.plan(0.5, self.depth)
+        try:
+            self.compress(self.tiny.whole, plan).remove()
+        except PlanError:  # as in `layers`: half of the tokens before the last layer
+            late = reducer.plan(0.5 / self.depth, self.depth)
+            plan = late.not_before(self.depth - 1, self.depth)
+        with self.compress(self.tiny.whole, plan) as handle:
+            words, steps = self.prompts.generate(self.prompts.inputs(), STEPS)
+            left = self._left(handle.stats, plan)
+        self._decode_against_oracle(name, left, words, steps)
+
     def _against_oracle(self, name: str, plan: Plan) -> None:
         """Prefill and decode steps of a plan, compared with hiding the same tokens."""
         with self.compress(self.tiny.whole, plan) as handle:
@@ -146,13 +183,21 @@ class Checks:
             self.errors["effect"] = self._distance(compressed[:, -1], self.plain[:, -1])
             if self.errors["effect"] < EFFECT:
                 raise NotExact(f"compression changes logits by {self.errors['effect']:.1e} only")
+        self._decode_against_oracle(f"{name} decode", left, words, steps)
+
+    def _decode_against_oracle(
+        self, name: str, left: list[Tensor], words: Tensor, steps: Tensor
+    ) -> None:
+        """Logits of the prompt's last token, and of decode steps, on the tokens that were `left`.
+
+        `words` (B, T) and `steps` (B, T, V) are what `Prompts.generate` returned.
+        """
         new = torch.ones_like(words).bool()
         longer = [torch.cat([mask, new], 1) for mask in left]
         with hidden(self.tiny, longer):
             extended = self.prompts.inputs(new=words)
             reference = self.prompts.forward(extended, use_cache=False).logits
-        expected = reference[:, -STEPS - 1 : -1]
-        self._limit(f"{name} decode", self._distance(steps, expected))
+        self._limit(name, self._distance(steps, reference[:, -STEPS - 1 : -1]))
 
     def _batch_equals_single(self, plan: Plan) -> None:
         """A row of the ragged batch gives what it gives alone, where it does uncompressed."""

@@ -118,10 +118,12 @@ def check_type(model_type: str) -> dict[str, Any]:
         results["time"] = Result("unverified", str(error))
     name, worst = max(results.items(), key=lambda item: RANK.index(item[1].status))
     errors: dict[str, float] = {}
+    refusals: dict[str, str] = {}
     for result in results.values():
         errors |= {k: max(v, errors.get(k, 0.0)) for k, v in result.errors.items()}
+        refusals |= result.refusals
     reason = f"{name}: {worst.reason}" if name and worst.reason else worst.reason
-    row = _row(Result(worst.status, reason, errors), list(results))
+    row = _row(Result(worst.status, reason, errors, refusals), list(results))
     seconds = round(time.perf_counter() - start, 1)
     return {**row, "image_text": reads_images(model_type), "seconds": seconds}
 

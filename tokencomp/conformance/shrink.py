@@ -137,9 +137,12 @@ def pick_layers(kinds: list[str]) -> list[int]:
     """Numbers of four or more layers that hold every kind at least twice, in their order.
 
     A run of the first layers up to the last new kind would be long (Gemma: 5 to 1), so one layer
-    of each kind is taken, and then the same once more.
+    of each kind is taken, and then the same once more. Where there is one kind, the first layers
+    are: what else a config says by layer (rotation, whose keys are read) differs between them.
     """
     first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    if len(first) == 1 and len(kinds) >= 4:
+        return list(range(4))
     return first * max(2, math.ceil(4 / len(first)))
 
 

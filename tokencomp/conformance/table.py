@@ -20,7 +20,14 @@ MEANING = {
     "refused": "`patch` raises, with the reason",
     "unverified": "not checked, or a check failed: `patch` refuses it unless `verify=True` passes",
 }
-CHECKS = ("entry", "entry decode", "batch", "layers", "layers decode", "effect")
+LATER = ("fastv", "prune", "pyramiddrop")  # reducers that act between layers
+CHECKS = ("entry", "entry decode", "batch", "layers", "layers decode", "condiv", *LATER, "effect")
+
+
+SCORES = (
+    "Columns named after reducers: half of the work leaves by the attention that they read;",
+    "the last logits of the prompt and those of decode steps count. Else tokens leave by place.",
+)
 
 
 def new_table(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +91,7 @@ def markdown(table: Mapping[str, Any]) -> str:
         "Columns: largest difference of float32 logits, in units of their standard deviation,",
         f"allowed {table['tolerance']:.0e}; effect: how much compression changes them, at least "
         f"{table['least_effect']:.0e}.",
+        *(SCORES if any("condiv" in row["errors"] for row in table["types"].values()) else ()),
         "",
         f"`patch` also accepts {', '.join(sorted(TESTED))}, tested with a real tower instead.",
         "",
@@ -94,15 +102,19 @@ def markdown(table: Mapping[str, Any]) -> str:
             lines += [f"## {status.capitalize()}", ""]
             measured = status in PASSED
             lines += _measured(rows, status) if measured else _reasons(rows)
+            lines += _refusals(rows) if status == "exact" else []
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _measured(rows: Mapping[str, Any], status: str) -> list[str]:
-    checks = [c for c in CHECKS if status == "exact" or not c.startswith("layers")]
+    known = {c for row in rows.values() for c in (*row["errors"], *row.get("refusals", ()))}
+    checks = [c for c in CHECKS if c in known]
+    if status != "exact":
+        checks = [c for c in checks if c not in (*LATER, "layers", "layers decode")]
     head = ["model type", *checks, *(["why entry only"] if status != "exact" else [])]
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
     for name, row in rows.items():
-        cells = [_number(row["errors"].get(check)) for check in checks]
+        cells = [_cell(row, check) for check in checks]
         why = [first_sentence(row["reason"])] if status != "exact" else []
         lines.append(f"| {' | '.join([name, *cells, *why])} |")
     return [*lines, ""]
@@ -112,6 +124,22 @@ def _reasons(rows: Mapping[str, Any]) -> list[str]:
     lines = ["| model type | reason |", "| --- | --- |"]
     lines += [f"| {name} | {first_sentence(row['reason'])} |" for name, row in rows.items()]
     return [*lines, ""]
+
+
+def _refusals(rows: Mapping[str, Any]) -> list[str]:
+    """Which reducers that read attention are refused, and why."""
+    lines = []
+    for name, row in rows.items():
+        reasons: dict[str, list[str]] = {}
+        for reducer, reason in row.get("refusals", {}).items():
+            reasons.setdefault(first_sentence(reason), []).append(reducer)
+        lines += [f"| {name} | {', '.join(own)} | {why} |" for why, own in reasons.items()]
+    head = ["Refused reducers:", "", "| model type | reducers | reason |", "| --- | --- | --- |"]
+    return [*head, *lines, ""] if lines else []
+
+
+def _cell(row: Mapping[str, Any], check: str) -> str:
+    return "refused" if check in row.get("refusals", {}) else _number(row["errors"].get(check))
 
 
 def _number(value: float | None) -> str:
@@ -141,7 +169,11 @@ def worse(table: Mapping[str, Any]) -> dict[str, str]:
     rank = {"exact": 0, "entry only": 1, "refused": 2, "unverified": 2}
     changes = {}
     for name, row in table["types"].items():
-        before = kept.get(name, {"status": "unverified"})["status"]
+        kept_row = kept.get(name, {"status": "unverified", "errors": {}})
+        before, refusals = kept_row["status"], row.get("refusals", {})
+        lost = [r for r in refusals if r in kept_row["errors"] and r not in row["errors"]]
         if rank[row["status"]] > rank[before]:
             changes[name] = f"was {before}, is {row['status']}: {first_sentence(row['reason'])}"
+        elif lost:
+            changes[name] = f"refuses {', '.join(lost)}: {first_sentence(refusals[lost[0]])}"
     return changes
