@@ -47,7 +47,7 @@ def ask(engine: Engine, urls: list[str], **fields: Any) -> list[tuple[str, Any]]
         for url in urls:
             body = {"messages": http.messages("What?", url), "max_tokens": 6, "temperature": 0}
             content = json.dumps({**body, **fields}).encode()
-            prompt = parse(content, engine.options, Limits(), engine.text)
+            prompt = parse(content, engine.options, Limits(), engine.text, engine.grammars)
             jobs.append(Job(prompt, loop, 6, AnswerText(engine.tokenizer)))
         with engine._wake:  # the engine sees all of them at once
             for job in jobs:
@@ -57,12 +57,12 @@ def ask(engine: Engine, urls: list[str], **fields: Any) -> list[tuple[str, Any]]
     async def last(job: Job) -> tuple[str, Any]:
         text = ""
         while True:
-            kind, value = await job.events.get()
+            _, kind, value = await job.events.get()
             if kind == "error":
                 return kind, value
             if kind == "end":
                 return kind, text
-            text += value if kind == "text" else ""
+            text += value.text if kind == "text" else ""
 
     return asyncio.run(run())
 
@@ -71,7 +71,7 @@ def failing(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: BaseExceptio
     """Let the model fail on batches with the guilty image; return the sizes of all batches."""
     guilty = parse(
         json.dumps({"messages": http.messages("What?", URLS[GUILTY])}).encode(),
-        engine.options, Limits(), engine.text,
+        engine.options, Limits(), engine.text, engine.grammars,
     ).images[0].tobytes()  # fmt: skip
     build, sizes = module.build_inputs, []
 

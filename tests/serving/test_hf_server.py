@@ -336,7 +336,7 @@ def test_malformed_requests_get_4xx_and_the_server_continues(served: Any) -> Non
     ):
         with pytest.raises(openai.BadRequestError):
             ask(client, image, tokencomp=options)
-    for more in ({"n": 2}, {"logprobs": True}, {"max_tokens": 0}, {"stop": 3}, {"n": 0}):
+    for more in ({"n": 17}, {"top_logprobs": 3}, {"max_tokens": 0}, {"stop": 3}, {"n": 0}):
         with pytest.raises(openai.BadRequestError):
             ask(client, image, **more)
     chat = {"model": "tiny", "messages": http.messages(QUESTION, image), "max_tokens": 2}

@@ -37,7 +37,7 @@ def stub(**more: Any) -> Any:
     """Return an engine for the API that never runs."""
     options = ServerOptions.parse({"ratio": 0.5}, "hf")
     attributes = dict(metrics=Metrics(), options=options, max_model_len=8, healthy=True, text=None)
-    attributes |= dict(close=lambda: None, check_room=lambda: None)
+    attributes |= dict(close=lambda: None, check_room=lambda: None, grammars=None)
     return SimpleNamespace(**{**attributes, **more})
 
 

@@ -28,6 +28,7 @@ from tokencomp.serving.hf import video
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.gif import count_frames
+from tokencomp.serving.hf.grammar import Grammars
 from tokencomp.serving.hf.media import Limits, load_image
 from tokencomp.serving.hf.prompt import Prompt, parse
 from tokencomp.serving.hf.server import SAFE_PILLOW
@@ -80,7 +81,8 @@ def parsed(limits: Limits, *urls: str) -> Prompt:
         check_images=lambda *images: None,
         verifies=lambda kind: True,
     )
-    return parse(json.dumps(request(*urls)).encode(), ServerOptions.parse({}, "hf"), limits, text)
+    options, content = ServerOptions.parse({}, "hf"), json.dumps(request(*urls)).encode()
+    return parse(content, options, limits, text, Grammars(None, set()))
 
 
 def request(*urls: str) -> dict[str, Any]:

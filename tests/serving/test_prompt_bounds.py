@@ -16,6 +16,7 @@ from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.prompts import chat_inputs, prompt_lengths
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.errors import MAX_MESSAGE, RequestError
+from tokencomp.serving.hf.grammar import Grammars
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.hf.prompt import Prompt, parse
@@ -37,7 +38,11 @@ def user(content: Any, **more: Any) -> dict[str, Any]:
 
 
 def prompt(body: Any, text: PromptText) -> Prompt:
-    return parse(json.dumps(body).encode(), ServerOptions.parse({}, "hf"), Limits(), text)
+    return parsed(json.dumps(body).encode(), ServerOptions.parse({}, "hf"), text)
+
+
+def parsed(content: bytes, options: ServerOptions, text: PromptText) -> Prompt:
+    return parse(content, options, Limits(), text, Grammars(text.tokenizer, set()))
 
 
 def test_text_that_cannot_fit_is_not_tokenised(
@@ -79,8 +84,8 @@ def test_tokens_of_images_are_counted_before_the_processor_runs(
     model, processor = hf_reference.load(tiny_folder(name))
     urls = [http.image_url(seed, 112 + 56 * seed, 196) for seed in (1, 2)]
     body = user([*({"type": "image_url", "image_url": {"url": url}} for url in urls)])
-    parsed = prompt(body, PromptText(processor, 10**5))
-    inputs = chat_inputs(processor, [parsed.chat], parsed.images, [])
+    loaded = prompt(body, PromptText(processor, 10**5))
+    inputs = chat_inputs(processor, [loaded.chat], loaded.images, [])
     ((total, _),) = prompt_lengths(model, inputs)
     monkeypatch.setattr(type(processor), "__call__", None)
     assert prompt(body, PromptText(processor, total + 1))
@@ -164,7 +169,7 @@ def test_bodies_are_bounded_by_their_structure() -> None:
 )  # fmt: skip
 def test_malformed_bodies_have_an_error_that_can_be_sent(content: bytes, text: PromptText) -> None:
     with pytest.raises(RequestError) as error:
-        parse(content, ServerOptions.parse({}, "hf"), Limits(), text)
+        parsed(content, ServerOptions.parse({}, "hf"), text)
     assert error.value.status == 400
     body = json.dumps(error.value.body()).encode()
     assert len(error.value.body()["error"]["message"]) <= MAX_MESSAGE and body
@@ -180,7 +185,7 @@ def test_low_detail_has_the_ratio_of_the_operator(text: PromptText) -> None:
 
     def spec(parts: Any, options: ServerOptions = server, **more: Any) -> Any:
         content = json.dumps(user(parts, **more)).encode()
-        return parse(content, options, Limits(), text).spec
+        return parsed(content, options, text).spec
 
     assert (spec([low, low]).ratio, spec([high]).ratio, spec([IMAGE]).ratio) == (0.9, 0.5, 0.5)
     assert spec([low, video]).ratios == {"image": 0.9, "video": 0.5}

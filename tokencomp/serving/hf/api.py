@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -19,18 +18,17 @@ from starlette.types import ASGIApp
 from tokencomp import __version__
 from tokencomp.serving.bind import Bind
 from tokencomp.serving.hf.about import About
-from tokencomp.serving.hf.answer import AnswerText
 from tokencomp.serving.hf.bodies import Bodies
+from tokencomp.serving.hf.completion import Completion
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.errors import CLIENT_LEFT, RequestError
 from tokencomp.serving.hf.guard import Guard, error_response
-from tokencomp.serving.hf.job import Job
+from tokencomp.serving.hf.job import Event
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.prompt import Prompt, parse
 from tokencomp.serving.hf.schema import ChatRequest
 
-DEFAULT_TOKENS = 256
 # Of the request's schema in the description of the API, for references inside of it.
 PLACE = "~1v1~1chat~1completions/post/requestBody/content/application~1json/schema"
 DECODING = 4  # number of requests whose media are decoded at the same time
@@ -103,82 +101,35 @@ class Server:
         prompt = await self._prompt(request)
         body = prompt.request
         self.about.check_name(body.model or self.name)
-        tokens = body.max_completion_tokens or body.max_tokens or DEFAULT_TOKENS
-        text = AnswerText(self.engine.tokenizer, body.stops)
-        job = Job(prompt, asyncio.get_running_loop(), tokens, text)
-        request.state.job = job
-        self.engine.submit(job)
-        kind, value = await self._next(job, request)
+        identity = {
+            "id": f"chatcmpl-{request.state.request_id}",  # the log names the same id
+            "created": int(time.time()),
+            "model": self.name,
+        }
+        completion = Completion(prompt, self.engine.tokenizer, identity)
+        request.state.completion = completion
+        self.engine.submit(*completion.jobs)
+
+        async def next_event() -> Event:
+            return await _while_connected(request, completion.events.get(), completion.cancel)
+
+        _, kind, value = await next_event()
         if kind == "error":
             raise value
         if body.stream:
-            stream = self._stream(job, prompt, _identity(request))
-            return StreamingResponse(stream, media_type="text/event-stream")
-        return await self._whole(job, request)
-
-    # -- responses ------------------------------------------------------------------------------
-
-    async def _whole(self, job: Job, request: Request) -> Response:
-        """Collect all text of a job and answer with one JSON body."""
-        text, finish = "", "length"
-        while True:
-            kind, value = await self._next(job, request)
-            if kind == "error":
-                raise value
-            if kind == "end":
-                finish = value
-                break
-            text += value
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text},
-            "finish_reason": finish,
-        }
-        usage = job.usage.as_dict() if job.usage else None
-        body = {**_identity(request), "object": "chat.completion", "model": self.name}
-        return JSONResponse({**body, "choices": [choice], "usage": usage})
-
-    async def _stream(
-        self, job: Job, prompt: Prompt, identity: dict[str, Any]
-    ) -> AsyncIterator[str]:
-        """Yield the server-sent events of a job, which is cancelled if the client disconnects."""
-        base = {**identity, "object": "chat.completion.chunk", "model": self.name}
-
-        def chunk(delta: dict[str, Any], finish: str | None = None) -> str:
-            choice = {"index": 0, "delta": delta, "finish_reason": finish}
-            return _event({**base, "choices": [choice]})
-
+            return StreamingResponse(completion.stream(), media_type="text/event-stream")
         try:
-            yield chunk({"role": "assistant", "content": ""})
-            while True:
-                kind, value = await job.events.get()
-                if kind == "error":
-                    yield _event(value.body())
-                    break
-                if kind == "end":
-                    yield chunk({}, value)
-                    break
-                yield chunk({"content": value})
-            options = prompt.request.stream_options
-            if options is not None and options.include_usage and job.usage is not None:
-                yield _event({**base, "choices": [], "usage": job.usage.as_dict()})
-            yield "data: [DONE]\n\n"
+            return JSONResponse(await completion.whole(next_event))
         finally:
-            job.cancelled = True  # the client has disconnected, or the answer is complete
-
-    async def _next(self, job: Job, request: Request) -> tuple[str, Any]:
-        """Return the next event of a job, which is cancelled if the client leaves."""
-        return await _while_connected(request, job.events.get(), job.cancel)
-
-    # -- requests -------------------------------------------------------------------------------
+            completion.cancel()  # the other answers, if one has failed
 
     async def _prompt(self, request: Request) -> Prompt:
         """Read and check a request, and decode its media as long as the client is there."""
         deadline = Deadline(self.limits.decode_seconds)
         async with self.bodies.read(request) as body:
             work = to_thread.run_sync(
-                parse, body, self.engine.options, self.limits, self.engine.text, deadline,
-                limiter=self.decoding,
+                parse, body, self.engine.options, self.limits, self.engine.text,
+                self.engine.grammars, deadline, limiter=self.decoding,
             )  # fmt: skip
             return await _while_connected(request, work, deadline.cancel)
 
@@ -211,13 +162,3 @@ async def _failed(request: Request, error: Exception) -> Response:
         error = RequestError("the server failed on this request.", 500)
     request.state.refusal = str(error)
     return error_response(error)
-
-
-def _identity(request: Request) -> dict[str, Any]:
-    """Return id and creation time of a new completion; the log names the same id."""
-    return {"id": f"chatcmpl-{request.state.request_id}", "created": int(time.time())}
-
-
-def _event(value: dict[str, Any]) -> str:
-    """Format a server-sent event."""
-    return f"data: {json.dumps(value)}\n\n"

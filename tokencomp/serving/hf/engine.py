@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import TokenCompError, WeightsError
@@ -27,8 +27,11 @@ from tokencomp.serving.hf.generation import (
     sampling,
     seeded,
     take_end_tokens,
+    take_penalty,
 )
+from tokencomp.serving.hf.grammar import Grammars
 from tokencomp.serving.hf.job import Job
+from tokencomp.serving.hf.logits import Steps
 from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.hf.text import PromptText, too_long
 from tokencomp.serving.hf.usage import Usage
@@ -80,7 +83,8 @@ class Engine:
         self.max_model_len = min(max_model_len or limit, limit)
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.text = PromptText(processor, self.max_model_len, adapter.placeholder_ids())
-        self._ends = take_end_tokens(model)
+        self._ends, self._penalty = take_end_tokens(model), take_penalty(model)
+        self.grammars = Grammars(self.text.tokenizer, self._ends)
         check(model, options.default)
         off = replace(options.default, ratio=0.0, tower_ratio=0.0)
         self._handle: Handle = apply(model, off)
@@ -93,20 +97,20 @@ class Engine:
 
     # -- from other threads ---------------------------------------------------------------------
 
-    def check_room(self, pixels: int = 0) -> None:
-        """Raise `RequestError` (503) when full or shut down, or full with `pixels` more."""
+    def check_room(self, pixels: int = 0, count: int = 1) -> None:
+        """Raise `RequestError` (503) when shut down, or full with `count` more of these pixels."""
         waiting = sum(job.prompt.pixels for job in list(self._jobs))
-        full = len(self._jobs) >= self.max_waiting
+        full = len(self._jobs) + count > self.max_waiting
         if full or (waiting and waiting + pixels > self.max_waiting_pixels):
             raise RequestError("the server is busy; try again later.", 503)
         if not self.alive:
             raise RequestError("the server shuts down.", 503)
 
-    def submit(self, job: Job) -> None:
-        """Queue a request. Raises `RequestError` (503) when full or shut down."""
+    def submit(self, *jobs: Job) -> None:
+        """Queue all answers to a request. Raises `RequestError` (503) when full or shut down."""
         with self._wake:
-            self.check_room(job.prompt.pixels)
-            self._jobs.append(job)
+            self.check_room(sum(job.prompt.pixels for job in jobs), len(jobs))
+            self._jobs.extend(jobs)
             self.metrics.waiting.set(len(self._jobs))
             self._wake.notify()
 
@@ -212,12 +216,15 @@ class Engine:
                 self._generate(batch)
             return
         request, spec = batch[0].prompt.request, batch[0].prompt.spec
-        rows = Rows(batch, self._ends, lambda: self._started(batch, counts), self.metrics)
-        with self._compressed(spec), seeded(request.seed):
+        mask = inputs.get("attention_mask")
+        steps = Steps(batch, mask, self._penalty, self.tokenizer)
+        rows = Rows(batch, self._ends, lambda: self._started(batch, counts), self.metrics, steps)
+        with self._compressed(spec), seeded(batch[0].seed):
             self.model.generate(
                 **inputs,
                 max_new_tokens=max(job.max_tokens for job in batch),
                 stopping_criteria=StoppingCriteriaList([rows]),
+                logits_processor=LogitsProcessorList([steps] if steps.needed else []),
                 **sampling(request.temperature, request.top_p),
             )
         for job in batch:

@@ -14,6 +14,7 @@ from transformers import StoppingCriteria
 from tokencomp.errors import ScoreError, TokenCompError, WeightsError
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.job import Job
+from tokencomp.serving.hf.logits import Steps
 from tokencomp.serving.hf.metrics import Metrics
 
 
@@ -30,23 +31,30 @@ class Rows(StoppingCriteria):
         Called once, when the prefill has run.
     metrics
         Where tokens and answers are counted.
+    steps
+        Knows the log-probabilities of the tokens.
     """
 
     def __init__(
-        self, batch: list[Job], ends: set[int], started: Callable[[], None], metrics: Metrics
+        self,
+        batch: list[Job],
+        ends: set[int],
+        started: Callable[[], None],
+        metrics: Metrics,
+        steps: Steps,
     ) -> None:
         self.batch, self.ends, self.started, self.metrics = batch, ends, started, metrics
-        self.steps = 0
+        self.steps, self.begun = steps, False
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if self.steps == 0:
+        if not self.begun:
             self.started()
-        self.steps += 1
-        for job, token in zip(self.batch, input_ids[:, -1].tolist(), strict=True):
+        self.begun = True
+        for row, (job, token) in enumerate(zip(self.batch, input_ids[:, -1].tolist(), strict=True)):
             if job.done:
                 continue
             self.metrics.generated.inc()
-            job.add(token, token in self.ends)
+            job.add(token, token in self.ends, self.steps.entry(row, token))
             if job.done and job.usage is not None:
                 seconds = time.monotonic() - job.arrived
                 first = job.first - job.arrived
@@ -92,6 +100,17 @@ def take_end_tokens(model: Any) -> set[int]:
         config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     config.eos_token_id = None
     return set([ends] if isinstance(ends, int) else ends or [])
+
+
+def take_penalty(model: Any) -> float:
+    """Return the model's repetition penalty and remove it from its generation config.
+
+    `Steps` applies it to every row itself, because requests have penalties of their own.
+    """
+    config = model.generation_config
+    penalty = getattr(config, "repetition_penalty", None)
+    config.repetition_penalty = None if penalty is None else 1.0
+    return 1.0 if penalty is None else float(penalty)
 
 
 def for_client(error: BaseException) -> RequestError:

@@ -78,7 +78,7 @@ class Guard:
 class Exchange:
     """One request and its answer: adds headers to the answer, and describes both for the log.
 
-    A handler may put the `Job` of the request into `request.state.job`, and the reason of a refusal
+    A handler may put the `Completion` into `request.state.completion`, and the reason of a refusal
     into `request.state.refusal`.
     """
 
@@ -120,9 +120,8 @@ class Exchange:
             client[0], self.scope["method"][:20], quote(self.scope["path"])[:100], self.outcome,
             f"{time.monotonic() - self.started:.3f}s", f"id={self.id}",
         ]  # fmt: skip
-        job = self.scope["state"].get("job")
-        if job is not None:
-            words.append(job)
+        if completion := self.scope["state"].get("completion"):
+            words.append(completion)
         if refusal := self.scope["state"].get("refusal"):
             words.append(f"reason={refusal[:MAX_REASON]!r}")  # quoted, so that it stays one line
         return " ".join(map(str, words))

@@ -8,17 +8,28 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tokencomp.serving.hf.answer import AnswerText
+from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.grammar import Grammar
 from tokencomp.serving.hf.prompt import Prompt
 from tokencomp.serving.hf.usage import Usage
 
 Finish = Literal["stop", "length", "abort"]
+Event = tuple[int, str, Any]
+"""Index of the answer, kind, and value: `("start", Usage)`, `("text", Piece)`, `("end", Finish)` or
+`("error", exception)`."""
+
+
+@dataclass
+class Piece:
+    """Text of an answer that is final, and the log-probabilities of its tokens, if asked for."""
+
+    text: str
+    logprobs: list[dict[str, Any]]
 
 
 @dataclass(eq=False)  # identity instead of equality, as prompts contain arrays
 class Job:
-    """One request. The engine's thread writes `events`, and the event loop reads them.
-
-    Events are ("start", Usage), ("text", str), ("end", Finish) and ("error", exception).
+    """One answer to a request. The engine's thread writes `events`, and the event loop reads them.
 
     Attributes
     ----------
@@ -31,7 +42,11 @@ class Job:
     text
         The answer so far.
     events
-        Queue of the events.
+        Queue of the events, which all answers to the request share.
+    index
+        Number of the answer.
+    grammar
+        What the answer must follow.
     arrived
         Time of arrival in seconds on the monotonic clock.
     first
@@ -48,13 +63,16 @@ class Job:
     loop: asyncio.AbstractEventLoop
     max_tokens: int
     text: AnswerText
-    events: asyncio.Queue = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    index: int = 0
+    grammar: Grammar | None = None
     arrived: float = field(default_factory=time.monotonic)
     first: float = 0.0
     cancelled: bool = False
     done: bool = False
     usage: Usage | None = None
     _count: int = 0
+    _logprobs: list[dict[str, Any]] = field(default_factory=list)  # not sent yet
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -64,44 +82,48 @@ class Job:
         numbers must not depend on the other requests.
         """
         r = self.prompt.request
-        alone = self.prompt.alone or (r.seed is not None and r.temperature != 0)
+        alone = self.prompt.alone or (self.seed is not None and r.temperature != 0)
         return self.prompt.spec, r.temperature, r.top_p, id(self) if alone else None
 
-    def __str__(self) -> str:
-        """Return setting and token counts in the form of the access log."""
-        spec, usage = self.prompt.spec, self.usage
-        name = getattr(spec.reducer, "name", spec.reducer)
-        words = f"reducer={name} ratio={spec.shown_ratio}"
-        if usage is None:
-            return words + " tokens=none"
-        visual = f"visual={usage.visual_before}->{usage.visual_after:g}"
-        return f"{words} prompt={usage.prompt} {visual} generated={usage.completion}"
-
-    def cancel(self) -> None:
-        """Note that the client has left."""
-        self.cancelled = True
+    @property
+    def seed(self) -> int | None:
+        """Seed of this answer; the answers to one request differ."""
+        seed = self.prompt.request.seed
+        return None if seed is None else seed + self.index
 
     def send(self, kind: str, value: Any) -> None:
         """Send an event to the event loop. Any thread may call this method."""
         self.done = self.done or kind in ("end", "error")
-        self.loop.call_soon_threadsafe(self.events.put_nowait, (kind, value))
+        self.loop.call_soon_threadsafe(self.events.put_nowait, (self.index, kind, value))
 
-    def add(self, token: int, is_end: bool) -> None:
+    def add(self, token: int, is_end: bool, logprob: dict[str, Any] | None = None) -> None:
         """Add one generated token and send the text that became final.
 
-        The job ends at an end token, at a stop text, or at its maximum length.
+        The job ends at an end token, at a stop text, where its grammar ends, or at its maximum
+        length.
         """
         if self.done:
             return
         self._count += 1
         if self.usage is not None:
             self.usage.completion = self._count
-        is_end = is_end and not self.prompt.request.ignore_eos
-        new = "" if is_end else self.text.add(token)
-        final = is_end or self.text.stopped or self._count >= self.max_tokens
+        is_end, new = is_end and not self.prompt.request.ignore_eos, ""
+        stopped = is_end
+        if not is_end:
+            new = self.text.add(token)
+            if logprob is not None:
+                self._logprobs.append(logprob)
+            if self.grammar is not None:
+                if problem := self.grammar.accept(token):
+                    self.send("error", RequestError(f"response_format cannot go on: {problem}"))
+                    return
+                stopped = self.grammar.ended
+            stopped = stopped or self.text.stopped
+        final = stopped or self._count >= self.max_tokens
         if final:
             new += self.text.finish()
-        if new:
-            self.send("text", new)
+        if new or (final and self._logprobs):
+            self.send("text", Piece(new, self._logprobs))
+            self._logprobs = []
         if final:
-            self.send("end", "stop" if is_end or self.text.stopped else "length")
+            self.send("end", "stop" if stopped else "length")

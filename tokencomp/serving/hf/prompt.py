@@ -11,6 +11,7 @@ from tokencomp.serving import KEY
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.decoder import decode_apart
 from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.grammar import Grammar, Grammars
 from tokencomp.serving.hf.media import Limits, load_image
 from tokencomp.serving.hf.schema import ChatRequest, Message, Part, read_request
 from tokencomp.serving.hf.text import PromptText
@@ -37,6 +38,8 @@ class Prompt:
         When the frames of each video were shown.
     spec
         Reducer and ratio of the request.
+    grammars
+        What each of its answers must follow, or None.
     """
 
     request: ChatRequest
@@ -46,6 +49,7 @@ class Prompt:
     images: list[Any] = field(default_factory=list)
     videos: list[Any] = field(default_factory=list)
     samplings: list[Any] = field(default_factory=list)
+    grammars: list[Grammar | None] = field(default_factory=list)
 
     @property
     def pixels(self) -> int:
@@ -59,6 +63,7 @@ def parse(
     options: ServerOptions,
     limits: Limits,
     text: PromptText,
+    grammars: Grammars,
     deadline: Deadline | None = None,
 ) -> Prompt:
     """Check a JSON body and load its media.
@@ -71,6 +76,8 @@ def parse(
         Body of the request.
     options, limits, text
         What requests may ask for, and the bounds of their media and their text.
+    grammars
+        Makes grammars of `response_format`.
     deadline
         End of the time for decoding; by default `limits.decode_seconds` from now on.
 
@@ -88,6 +95,7 @@ def parse(
         for message in request.messages
     ]
     tokens = text.check(prompt.chat)
+    prompt.grammars = grammars.of(request.response_format, request.n)
     media = [part.type.removesuffix("_url") for part in _media_parts(request)]
     prompt.alone = not all(map(text.verifies, media))
     deadline = deadline or Deadline(limits.decode_seconds)

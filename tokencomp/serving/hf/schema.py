@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from tokencomp.serving import KEY
@@ -18,6 +20,7 @@ from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.spec import REQUEST_KEYS
 
 MAX_STRUCTURE = 1_000_000  # JSON objects, lists and their elements; each costs memory
+MAX_ANSWERS = 16  # to one request; each is computed from the whole prompt
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # every generated token is compared with all of them
 
 # Fields of the API that never change an answer.
@@ -36,21 +39,17 @@ OFF: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "min_p": (0,),
     "min_tokens": (0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True,),
     "presence_penalty": (0,),
     "priority": (0,),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
     "stop_token_ids": ([],),
     "tool_choice": ("none",),
     "tools": ([],),
     "top_k": (-1, 0),
-    "top_logprobs": (0,),
     "use_beam_search": (False,),
 }
 
@@ -135,6 +134,33 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
+class JsonSchema(Strict):
+    """OpenAI's object around a JSON schema."""
+
+    name: str = ""
+    description: str | None = None
+    strict: bool | None = None
+    definition: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Strict):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError('"type": "json_schema" needs a field "json_schema"')
+        return self
+
+    def schema_text(self) -> str:
+        """Return the JSON schema that an answer in JSON follows, as text."""
+        named = self.json_schema is not None and self.type == "json_schema"
+        return json.dumps(self.json_schema.definition if named else {"type": "object"})
+
+
 class ChatRequest(Strict):
     """A chat-completions request.
 
@@ -148,7 +174,11 @@ class ChatRequest(Strict):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    n: int | None = 1
+    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    n: int = Field(1, ge=1, le=MAX_ANSWERS)
+    response_format: ResponseFormat | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = False
     stream: bool | None = False
@@ -165,6 +195,19 @@ class ChatRequest(Strict):
                 f"at most {MAX_STOPS} texts of at most {MAX_STOP_LENGTH} characters are allowed"
             )
         return value
+
+    @field_validator("n", mode="before")
+    @classmethod
+    def _default(cls, value: Any) -> Any:
+        return 1 if value is None else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError('"top_logprobs" needs "logprobs": true')
+        if self.ignore_eos and self.response_format and self.response_format.type != "text":
+            raise ValueError('"ignore_eos" beside "response_format": an answer in JSON ends')
+        return self
 
     @property
     def stops(self) -> list[str]:
@@ -243,4 +286,8 @@ def _unserved(request: ChatRequest) -> list[str]:
                 wrong += url.unserved(f"{where}{name}.", {}) if url is not None else []
     if request.stream_options is not None:
         wrong += request.stream_options.unserved("stream_options.", STREAM_OFF)
-    return wrong + ([f"n={request.n}"] if request.n not in (None, 1) else [])
+    if (wanted := request.response_format) is not None:
+        wrong += wanted.unserved("response_format.", {})
+        if wanted.json_schema is not None:
+            wrong += wanted.json_schema.unserved("response_format.json_schema.", {})
+    return wrong

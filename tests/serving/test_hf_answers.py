@@ -1,0 +1,221 @@
+"""Penalties, log-probabilities, several answers and answers in JSON of the transformers server."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+import torch
+from fastapi.testclient import TestClient
+from support.serving import hf_reference, http
+
+from tokencomp.inputs.prompts import build_inputs
+from tokencomp.serving.hf.api import build_app
+from tokencomp.serving.hf.engine import Engine
+from tokencomp.serving.hf.media import Limits, load_image
+from tokencomp.serving.hf.metrics import Metrics
+from tokencomp.serving.spec import ServerOptions
+
+CHAT = "/v1/chat/completions"
+QUESTION = "What color is the circle?"
+URLS = [http.image_url(1, 112, 112), http.image_url(2, 168, 84), http.image_url(3, 56, 56)]
+
+
+@pytest.fixture(scope="module")
+def app(tiny_folder: Any) -> Iterator[TestClient]:
+    model, processor = hf_reference.load.__wrapped__(tiny_folder("qwen2_vl"))
+    engine = Engine(model, processor, ServerOptions.parse({}, "hf"), Metrics(), wait=0.05)
+    with TestClient(build_app(engine, "tiny", Limits())) as client:
+        yield client
+
+
+def body(url: str = URLS[0], **fields: Any) -> dict[str, Any]:
+    messages = http.messages(QUESTION, url)
+    return {"messages": messages, "max_tokens": 12, "temperature": 0, **fields}
+
+
+def ask(app: TestClient, url: str = URLS[0], **fields: Any) -> dict[str, Any]:
+    answer = app.post(CHAT, json=body(url, **fields))
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def together(app: TestClient, requests: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    with concurrent.futures.ThreadPoolExecutor(len(requests)) as pool:
+        return list(pool.map(lambda request: ask(app, request[0], **request[1]), requests))
+
+
+def text(answer: dict[str, Any], index: int = 0) -> str:
+    return answer["choices"][index]["message"]["content"]
+
+
+def generated(folder: Any, url: str, **arguments: Any) -> tuple[Any, list[int], list[torch.Tensor]]:
+    """Return tokenizer, tokens and their log-probabilities of a plain call of `generate`."""
+    model, processor = hf_reference.load(folder)
+    inputs = build_inputs(processor, [[load_image(url, Limits())]], [QUESTION])
+    out = model.generate(
+        **inputs, max_new_tokens=12, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, **arguments,
+    )  # fmt: skip
+    tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    return processor.tokenizer, tokens, [torch.log_softmax(x[0].float(), -1) for x in out.logits]
+
+
+def test_repetition_penalties_are_those_of_generate_in_any_batch(
+    app: TestClient, tiny_folder: Any
+) -> None:
+    requests = [(u, {"repetition_penalty": p}) for u in URLS for p in (1.0, 1.3, 0.8)]
+    answers = together(app, requests)
+    texts = set()
+    for (url, fields), answer in zip(requests, answers, strict=True):
+        tokenizer, tokens, _ = generated(tiny_folder("qwen2_vl"), url, **fields)
+        assert text(answer) == tokenizer.decode(tokens, skip_special_tokens=True)
+        texts.add(text(answer))
+    assert len(texts) > len(URLS)  # the penalty changes answers
+
+
+def test_the_penalty_of_the_model_is_the_default(tiny_folder: Any) -> None:
+    model, processor = hf_reference.load.__wrapped__(tiny_folder("qwen2_vl"))
+    model.generation_config.repetition_penalty = 1.3
+    engine = Engine(model, processor, ServerOptions.parse({}, "hf"), Metrics())
+    with TestClient(build_app(engine, "tiny", Limits())) as client:
+        for fields, penalty in (({}, 1.3), ({"repetition_penalty": 1}, 1.0)):
+            tokenizer, tokens, _ = generated(
+                tiny_folder("qwen2_vl"), URLS[0], repetition_penalty=penalty
+            )
+            expected = tokenizer.decode(tokens, skip_special_tokens=True)
+            assert text(ask(client, **fields)) == expected
+
+
+def test_log_probabilities_are_those_of_the_model(app: TestClient, tiny_folder: Any) -> None:
+    requests: list[tuple[str, dict[str, Any]]]
+    requests = [(u, {"logprobs": True, "top_logprobs": k}) for u in URLS for k in (0, 3)]
+    requests += [(URLS[0], {})]
+    answers = together(app, requests)
+    assert answers[-1]["choices"][0].get("logprobs") is None
+    for (url, fields), answer in zip(requests[:-1], answers, strict=False):
+        tokenizer, tokens, logprobs = generated(tiny_folder("qwen2_vl"), url)
+        content = answer["choices"][0]["logprobs"]["content"]
+        assert len(content) == len(tokens)
+        for token, values, entry in zip(tokens, logprobs, content, strict=True):
+            assert entry["token"] == tokenizer.decode([token])
+            assert bytes(entry["bytes"]).decode() == entry["token"]
+            assert entry["logprob"] == pytest.approx(values[token].item(), abs=1e-4)
+            order = values.argsort(descending=True)[: fields["top_logprobs"]]
+            top = [e["logprob"] for e in entry["top_logprobs"]]
+            assert top == pytest.approx(values[order].tolist(), abs=1e-4)
+    penalised = {"repetition_penalty": 1.3, "logprobs": True}
+    answer = ask(app, **penalised)  # what the model says, before the penalty
+    _, tokens, logprobs = generated(tiny_folder("qwen2_vl"), URLS[0], repetition_penalty=1.3)
+    entries = answer["choices"][0]["logprobs"]["content"]
+    for token, values, entry in zip(tokens, logprobs, entries, strict=True):
+        assert entry["logprob"] == pytest.approx(values[token].item(), abs=1e-4)
+
+
+def events(app: TestClient, **fields: Any) -> list[dict[str, Any]]:
+    lines = app.post(CHAT, json=body(stream=True, **fields)).text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+def test_a_stream_has_the_same_log_probabilities(app: TestClient) -> None:
+    fields = {"logprobs": True, "top_logprobs": 2, "stop": ["no such text"]}
+    whole = ask(app, **fields)["choices"][0]
+    choices = [event["choices"][0] for event in events(app, **fields)]
+    assert "".join(c["delta"].get("content", "") for c in choices) == whole["message"]["content"]
+    entries = [entry for c in choices for entry in c["logprobs"]["content"]]
+    assert entries == whole["logprobs"]["content"]
+
+
+def test_several_answers_are_those_of_several_requests(app: TestClient) -> None:
+    sampled = {"temperature": 1.5, "seed": 5, "ignore_eos": True}
+    single = [ask(app, **{**sampled, "seed": 5 + i}) for i in range(3)]
+    answer = ask(app, **sampled, n=3)
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert [text(answer, i) for i in range(3)] == [text(one) for one in single]
+    assert len({text(one) for one in single}) == 3
+    assert answer["usage"]["prompt_tokens"] == single[0]["usage"]["prompt_tokens"]
+    assert answer["usage"]["completion_tokens"] == 36
+    parts = ["", "", ""]
+    chunks = events(app, **sampled, n=3, stream_options={"include_usage": True})
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            parts[choice["index"]] += choice["delta"].get("content", "")
+    assert parts == [text(one) for one in single]
+    assert chunks[-1]["usage"] == answer["usage"]
+    free = ask(app, temperature=1.5, n=4, ignore_eos=True)
+    assert len({text(free, i) for i in range(4)}) > 1
+    for n in (0, 17, "x"):
+        assert app.post(CHAT, json=body(n=n)).status_code == 400
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "color": {"enum": ["red", "green"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 99},
+        "seen": {"type": "boolean"},
+    },
+    "required": ["color", "count", "seen"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+
+
+def test_answers_follow_a_schema_and_neighbours_do_not_change(app: TestClient) -> None:
+    pytest.importorskip("llguidance")
+    plain = [ask(app, url, max_tokens=60) for url in URLS]
+    formed = {"response_format": FORMAT, "max_tokens": 60}
+    requests: list[tuple[str, dict[str, Any]]]
+    requests = [(url, {"max_tokens": 60}) for url in URLS] + [(url, formed) for url in URLS]
+    answers = together(app, requests)
+    assert [text(a) for a in answers[:3]] == [text(a) for a in plain]
+    for answer in [*answers[3:], ask(app, **formed, n=2, temperature=1.5, seed=3)]:
+        for choice in answer["choices"]:
+            value = json.loads(choice["message"]["content"])
+            assert set(value) == {"color", "count", "seen"} and value["color"] in ("red", "green")
+            assert 0 <= value["count"] <= 99 and isinstance(value["seen"], bool)
+            assert choice["finish_reason"] == "stop"
+    start = text(ask(app, response_format={"type": "json_object"}))
+    assert start.startswith("{") and text(ask(app, response_format={"type": "text"})) == text(
+        ask(app)
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({"type": "json_schema"}, "json_schema"),
+        ({"type": "xml"}, "response_format.type"),
+        ({"type": "json_object", "grammar": "x"}, "response_format.grammar"),
+        ({"type": "json_schema", "json_schema": {"schema": {"type": "no"}}}, "response_format"),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 70_000]}}},
+            "65536 characters",
+        ),
+    ],
+)
+def test_formats_that_cannot_be_followed_are_refused(
+    app: TestClient, wanted: Any, words: str
+) -> None:
+    pytest.importorskip("llguidance")
+    answer = app.post(CHAT, json=body(response_format=wanted))
+    assert answer.status_code == 400 and words in answer.json()["error"]["message"]
+
+
+def test_without_the_grammar_library_json_is_refused_by_name(
+    app: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    answer = app.post(CHAT, json=body(response_format={"type": "json_object"}))
+    assert answer.status_code == 400 and "pip install llguidance" in answer.text
+    assert ask(app, response_format={"type": "text"})
+    for fields in ({"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21}):
+        assert app.post(CHAT, json=body(**fields)).status_code == 400

@@ -1,0 +1,127 @@
+"""The answers to one request, in the form of OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from tokencomp.serving.hf.answer import AnswerText
+from tokencomp.serving.hf.job import Event, Job, Piece
+from tokencomp.serving.hf.prompt import Prompt
+from tokencomp.serving.hf.usage import Usage
+
+DEFAULT_TOKENS = 256
+
+
+class Completion:
+    """The jobs of one request, which has `n` answers, and one queue of their events.
+
+    Parameters
+    ----------
+    prompt
+        The checked request with its media.
+    tokenizer
+        Decodes the answers.
+    identity
+        Fields of every response: id, time and model.
+    """
+
+    def __init__(self, prompt: Prompt, tokenizer: Any, identity: dict[str, Any]) -> None:
+        self.request, self.identity = prompt.request, identity
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        request, loop = self.request, asyncio.get_running_loop()
+        tokens = request.max_completion_tokens or request.max_tokens or DEFAULT_TOKENS
+        self.jobs = [
+            Job(
+                prompt, loop, tokens, AnswerText(tokenizer, request.stops), self.events, index,
+                grammar,
+            )
+            for index, grammar in enumerate(prompt.grammars)
+        ]  # fmt: skip
+
+    def cancel(self) -> None:
+        """Note that the client has left, or needs no more."""
+        for job in self.jobs:
+            job.cancelled = True
+
+    @property
+    def usage(self) -> Usage | None:
+        """Token counts of all answers; the prompt counts once."""
+        every = [job.usage for job in self.jobs if job.usage is not None]
+        if not every:
+            return None
+        first = every[0]
+        completion = sum(usage.completion for usage in every)
+        return Usage(first.prompt, completion, first.visual_before, first.visual_after)
+
+    def __str__(self) -> str:
+        """Return setting and token counts in the form of the access log."""
+        spec, usage = self.jobs[0].prompt.spec, self.usage
+        name = getattr(spec.reducer, "name", spec.reducer)
+        words = f"reducer={name} ratio={spec.shown_ratio}"
+        if usage is None:
+            return words + " tokens=none"
+        visual = f"visual={usage.visual_before}->{usage.visual_after:g}"
+        return f"{words} prompt={usage.prompt} {visual} generated={usage.completion}"
+
+    async def whole(self, next_event: Callable[[], Awaitable[Event]]) -> dict[str, Any]:
+        """Collect all events; return the body of the response. Raises the error of a job."""
+        pieces: list[list[Piece]] = [[] for _ in self.jobs]
+        finish: dict[int, str] = {}
+        while len(finish) < len(self.jobs):
+            index, kind, value = await next_event()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                finish[index] = value
+            elif kind == "text":
+                pieces[index].append(value)
+        choices = []
+        for index, parts in enumerate(pieces):
+            message = {"role": "assistant", "content": "".join(part.text for part in parts)}
+            choice = self._choice(index, finish[index], [e for p in parts for e in p.logprobs])
+            choices.append({**choice, "message": message})
+        body = {**self.identity, "object": "chat.completion", "choices": choices}
+        return {**body, "usage": self.usage.as_dict() if self.usage else None}
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Yield server-sent events; the jobs are cancelled if the client disconnects."""
+        base = {**self.identity, "object": "chat.completion.chunk"}
+
+        def chunk(index: int, delta: dict[str, Any], finish: Any = None, entries: Any = ()) -> str:
+            choice = {**self._choice(index, finish, list(entries)), "delta": delta}
+            return _event({**base, "choices": [choice]})
+
+        try:
+            for job in self.jobs:
+                yield chunk(job.index, {"role": "assistant", "content": ""})
+            running = len(self.jobs)
+            while running:
+                index, kind, value = await self.events.get()
+                if kind == "error":
+                    yield _event(value.body())
+                    break
+                if kind == "end":
+                    running -= 1
+                    yield chunk(index, {}, value)
+                elif kind == "text":
+                    yield chunk(index, {"content": value.text}, entries=value.logprobs)
+            options = self.request.stream_options
+            if options is not None and options.include_usage and self.usage is not None:
+                yield _event({**base, "choices": [], "usage": self.usage.as_dict()})
+            yield "data: [DONE]\n\n"
+        finally:
+            self.cancel()  # the client has disconnected, or the answer is complete
+
+    def _choice(self, index: int, finish: str | None, entries: list[Any]) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "finish_reason": finish}
+        if self.request.logprobs:
+            choice["logprobs"] = {"content": entries, "refusal": None}
+        return choice
+
+
+def _event(value: dict[str, Any]) -> str:
+    """Format a server-sent event."""
+    return f"data: {json.dumps(value)}\n\n"

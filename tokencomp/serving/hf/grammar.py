@@ -1,0 +1,108 @@
+"""Answers in JSON: `response_format` as a grammar that the tokens of an answer follow."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.schema import ResponseFormat
+
+MAX_SCHEMA = 64 << 10  # characters; a grammar takes many times as much memory
+
+
+class Grammar:
+    """The state of one answer.
+
+    Parameters
+    ----------
+    matcher
+        An `LLMatcher` of llguidance.
+    """
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can follow."""
+        return bool(self._matcher.is_stopped())
+
+    def mask(self, scores: Tensor) -> None:
+        """Exclude the tokens that cannot follow from the scores (vocabulary,), in place."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little").astype(bool))
+        excluded = torch.ones(len(scores), dtype=torch.bool)
+        excluded[: len(allowed)] = ~allowed[: len(scores)]
+        if not excluded.all():  # else the matcher has failed, which `accept` reports
+            scores.masked_fill_(excluded.to(scores.device), -torch.inf)
+
+    def accept(self, token: int) -> str:
+        """Take the next token of the answer; return why that is impossible, or ""."""
+        if self._matcher.consume_token(token):
+            return ""
+        return self._matcher.get_error() or "no token can follow"
+
+
+class Grammars:
+    """Makes the grammars of requests, if llguidance is installed.
+
+    Any thread may call `of`.
+
+    Parameters
+    ----------
+    tokenizer
+        A fast Hugging Face tokenizer.
+    ends
+        End tokens of the model.
+    """
+
+    def __init__(self, tokenizer: Any, ends: set[int]) -> None:
+        self.tokenizer, self.ends = tokenizer, ends
+        self._lock = threading.Lock()
+        self._vocabulary: Any = None
+
+    def of(self, wanted: ResponseFormat | None, count: int = 1) -> list[Grammar | None]:
+        """Return a grammar for each of `count` answers, or None for answers in any form.
+
+        Raises
+        ------
+        RequestError
+            If llguidance is not installed, cannot use the tokenizer, or refuses the schema.
+        """
+        if wanted is None or wanted.type == "text":
+            return [None] * count
+        try:
+            from llguidance import LLMatcher
+
+            vocabulary = self._read_vocabulary()
+        except ImportError:
+            raise RequestError(
+                f"response_format {wanted.type!r} is not served: this server has no llguidance "
+                "(pip install llguidance)."
+            ) from None
+        except ValueError as error:
+            raise RequestError(f"response_format: not for this model: {error}") from None
+        schema = wanted.schema_text()
+        if len(schema) > MAX_SCHEMA:
+            raise RequestError(f"response_format: a schema of more than {MAX_SCHEMA} characters.")
+        grammar = LLMatcher.grammar_from_json_schema(schema)
+        matchers = [LLMatcher(vocabulary, grammar, log_level=0) for _ in range(count)]
+        if matchers[0].is_error():
+            raise RequestError(f"response_format: {matchers[0].get_error()}")
+        return [Grammar(matcher) for matcher in matchers]
+
+    def _read_vocabulary(self) -> Any:
+        """Return llguidance's form of the tokenizer, which takes a second to make."""
+        from llguidance.hf import from_tokenizer
+
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = from_tokenizer(
+                    self.tokenizer, eos_token=sorted(self.ends) or None
+                )
+            return self._vocabulary
