@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import backends, kinds, oracle, plans, ways
+from support import backends, kinds, oracle, packed, plans, ways
 from support.backends import FLASH, FLEX
 from support.families import FAMILIES, V4, Family
 from support.family.hybrid import HYBRID
@@ -111,3 +111,32 @@ def test_equals_the_masked_run(family: Family, other: str) -> None:
     expect = kinds.expected_logits if family.name in HYBRID else oracle.masked_logits
     expected = expect(family.build(), family, inputs, masks, out.sequences[:, width:-1])
     assert (torch.stack(out.logits, 1) - expected[:, width - 1 :]).abs().max() < 5e-5
+
+
+@pytest.mark.skipif("glm4v" not in STRUCTURAL, reason="the release has no such model")
+def test_gaps_in_positions_begin_no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where layers take positions, and FlashAttention with them: behind a stage between layers."""
+    backends.install(monkeypatch, FLASH)
+    family = STRUCTURAL["glm4v"]
+    found = call(backends.build(family, FLASH), family, "turns", "both")
+    expected = call(family.build(), family, "turns", "both")
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine - theirs).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_lengths_of_packed_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention takes the bounds of packed prompts as lengths, where they are given."""
+    backends.install(monkeypatch, FLASH)
+    family = FAMILIES[name]
+    model, rows = backends.build(family, FLASH), packed.prompts(family)
+    inputs = packed.pack(family, model, rows)
+    lengths = torch.tensor([0, *(family.batch([row])["input_ids"].shape[1] for row in rows)])
+    bounds, longest = lengths.cumsum(0).int(), int(lengths.max())
+    given = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    given |= {"max_length_q": longest, "max_length_k": longest}
+    found = []
+    for own, extra in ((model, given), (family.build(), {})):
+        with tokencomp.patch(own, plan=plans.make("both", family.layers)), torch.no_grad():
+            found.append(own(**inputs, **extra, use_cache=False).logits)
+    assert (found[0] - found[1]).abs().max() < 2e-5

@@ -21,15 +21,11 @@ def prompts(family: Family) -> list[list[Any]]:
 
 def pack(family: Family, model: nn.Module, rows: list[list[Any]]) -> dict[str, Tensor]:
     """One row of all prompts: positions start again in every prompt, and there is no mask."""
-    singles = [family.batch([row]) for row in rows]
-    positions = [family.positions(model, one) for one in singles]
+    packed = family.batch([[item for row in rows for item in row]])
+    del packed["attention_mask"]
+    positions = [family.positions(model, family.batch([row])) for row in rows]
     if family.mrope:
         # The first of four rows counts tokens; transformers finds the prompts by it.
         counts = [torch.arange(p.shape[-1]).expand(1, 1, -1) for p in positions]
         positions = [torch.cat([c, p]) for c, p in zip(counts, positions, strict=True)]
-    packed = {"position_ids": torch.cat(positions, -1)}
-    for name in ("input_ids", "mm_token_type_ids", "token_type_ids"):
-        if name in singles[0]:
-            packed[name] = torch.cat([one[name] for one in singles], 1)
-    rest = dict.fromkeys(k for one in singles for k in one if k not in (*packed, "attention_mask"))
-    return {**packed, **{k: torch.cat([one[k] for one in singles if k in one]) for k in rest}}
+    return {**packed, "position_ids": torch.cat(positions, -1)}

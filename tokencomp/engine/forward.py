@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -266,7 +266,7 @@ class ForwardPass:
         kwargs["attention_mask"] = self._mask(segment, kind, hidden, cache)
         if "conv_mask" in kwargs:
             kwargs["conv_mask"] = self._mask(segment, CONVOLUTION, hidden, cache)
-        kwargs["position_ids"] = layer_positions(segment, kwargs, self._reads_positions)
+        kwargs["position_ids"] = self._layer_positions(segment, kwargs)
         kwargs.update(segment.lengths)
         if "position_embeddings" in kwargs:
             kwargs["position_embeddings"] = layer_tables(segment, kind, kwargs, hidden.device)
@@ -275,10 +275,16 @@ class ForwardPass:
         kwargs["hidden_states"] = hidden
         return args, kwargs
 
-    @property
-    def _reads_positions(self) -> bool:
-        """Whether layers read `position_ids`: `rotary` is set where they must not."""
-        return self.adapter.layers_read_positions and self.rotary is None
+    def _layer_positions(self, segment: Segment, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The `position_ids` of layers of a segment, see `layer_positions`.
+
+        Layers read no true positions where `rotary` is set, or where M-RoPE has rows of its own
+        and the layers get the row that counts text tokens.
+        """
+        positions = kwargs.get("position_ids")
+        counts = self.adapter.mrope and positions is not None and positions.ndim < 3
+        read = self.adapter.layers_read_positions and self.rotary is None and not counts
+        return layer_positions(segment, kwargs, read)
 
     def _mask(self, segment: Segment, kind: str, hidden: Tensor, cache: Any) -> Any:
         """The mask of the layers of one kind in `segment`."""
@@ -323,7 +329,7 @@ class ForwardPass:
                 known = segment.first in self._scores  # by a layer before, this one has none
                 if isinstance(signal, Attention) and signal.layer == "next" and not known:
                     cache = compat.get_cache(kwargs)
-                    ids = layer_positions(previous, kwargs, self._reads_positions)
+                    ids = self._layer_positions(previous, kwargs)
                     self._score_input(segment.first, hidden, tables, signal, cache, ids)
             index = previous.index
             if index is None:
