@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tokencomp.adapters.base import Adapter
 from tokencomp.context_window import VisualContext, extend_visual_context, is_extended
 from tokencomp.engine.hooks import Hooks
-from tokencomp.engine.layer_stages import check_entry, check_layer_stages
+from tokencomp.engine.layer_stages import check_entry, check_kinds, check_layer_stages
 from tokencomp.engine.stats import Stats
 from tokencomp.engine.tap import attention_of
 from tokencomp.engine.tower import check_signals
@@ -44,6 +44,7 @@ def make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
     num_layers = len(adapter.layers)
     plan = spec.stages(num_layers, adapter.first_layer_stage)
     plan.check(num_layers, adapter.first_layer_stage)
+    check_kinds(plan, adapter)
     check_entry(plan, adapter)
     check_layer_stages(plan, adapter)
     check_signals(plan, adapter)

@@ -19,6 +19,7 @@ from tokencomp.plan import Plan
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
 from tokencomp.stages import MEDIA, Stage, TowerStage
+from tokencomp.validation import check_effect
 
 DEFAULT_REDUCER = "condiv"  # chosen on validation data: docs/decisions/0001-default-reducer.md
 DEFAULT_SERVED_REDUCER = "kcentre"  # ignores the question, so media caches serve every question
@@ -72,12 +73,16 @@ class MethodSpec:
         Ratios by kind of media, in place of `ratio`; kinds that are not named stay whole.
     tower_reducer
         Chooses the cells of the vision tower: a name, a `Reducer`, or "auto".
+    carried
+        Names of fields that an earlier setting left behind (`changed`). They may wait for another
+        ratio; any other field that has no effect is refused.
 
     Raises
     ------
     RatioError, UnknownNameError, OptionError
         A bad ratio, reducer name or option; a plan beside a reducer or options; proportional
-        attention for a reducer that merges nothing.
+        attention for a reducer that merges nothing; a tower reducer without a tower ratio, or
+        tower_ratio="auto" at ratio 0.
     PlanError
         A tower ratio above the ratio, or a reducer that cannot act in the tower.
     """
@@ -90,9 +95,12 @@ class MethodSpec:
     tower_ratio: float | Literal["auto"] = 0.0
     tower_reducer: str | Reducer = "auto"
     ratios: dict[str, float] = field(default_factory=dict)
+    carried: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, Mapping):  # by kind of media
+            if not self.ratio:
+                raise RatioError(f"ratio={{}}: names no kind of media. Use {', '.join(MEDIA)}.")
             object.__setattr__(self, "ratios", dict(self.ratio))
             object.__setattr__(self, "ratio", 0.0)
         self._check_ratios()
@@ -142,6 +150,9 @@ class MethodSpec:
     def _check_tower(self) -> None:
         """Refuse what the tower stage cannot do, whichever model the spec is for."""
         dropped = self.dropped_cells
+        idle = {} if self.tower_ratio else {"tower_reducer": "with tower_ratio=0"}
+        if self.off:
+            idle["tower_ratio"] = "at ratio=0"
         if dropped > self.ratio:
             raise PlanError(
                 f"tower_ratio={dropped:g} leaves {1 - dropped:.3g} of the visual tokens, but "
@@ -150,6 +161,8 @@ class MethodSpec:
             )
         if self.tower_reducer != "auto" or dropped:
             TowerStage(0, 1.0 - dropped, self.built_tower_reducer)
+        waiting = {name: why for name, why in idle.items() if name not in self.carried}
+        check_effect("method spec", self, waiting)
 
     @property
     def dropped_cells(self) -> float:
@@ -245,6 +258,7 @@ class MethodSpec:
         keep: dict[str, Any] = {"proportional_attention": self.proportional_attention}
         tower: dict[str, Any] = {"tower_ratio": tower_ratio, "tower_reducer": tower_reducer}
         changed = {name: value for name, value in tower.items() if value is not None}
+        keep["carried"] = frozenset(tower) - set(changed)
         if plan is not None:
             if ratio is not None:
                 raise OptionError(two_ratios(ratio))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokencomp.errors import PlanError
 from tokencomp.keep_counts import keep_count, split_evenly
-from tokencomp.validation import describe_type, fits
+from tokencomp.validation import check_effect, describe_type, fits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,6 +97,16 @@ class StageReducer(ABC):
         """Whether its weights were trained on the input of the first layer."""
         return False
 
+    def idle(self, pixels: bool) -> dict[str, str]:
+        """Options that have no effect beside the others, by name, and why.
+
+        Parameters
+        ----------
+        pixels
+            Whether it sees pixels: in the vision tower, before its first block.
+        """
+        return {}
+
     @property
     @abstractmethod
     def only_plans(self) -> bool: ...
@@ -139,6 +149,8 @@ class Stage:
         A layer or fraction of another type; an unknown kind; something that is not a reducer; a
         reducer that only plans the steps of others (a preset or a composition); or a stage between
         layers for a reducer that was trained for the entry.
+    OptionError
+        An option of the reducer that has no effect there.
     """
 
     layer: int
@@ -166,6 +178,7 @@ class Stage:
                 f"stage: reducer {self.reducer.name!r} only plans the steps of others. Give it to "
                 "patch(reducer=...), or use the stages that its plan(ratio, num_layers) makes."
             )
+        check_effect(self.reducer.name, self.reducer, self.reducer.idle(pixels=False))
         if self.layer > 0 and self.reducer.entry_only:
             raise PlanError(
                 f"stage at layer {self.layer}: reducer {self.reducer.name!r} was trained on what "
@@ -211,6 +224,8 @@ class TowerStage:
         A block or fraction of another type or range, or a reducer that cannot act in the tower:
         one that needs the question or other signals, merges, chooses its own number of tokens, or
         only plans the steps of others.
+    OptionError
+        An option of the reducer that has no effect there.
     """
 
     block: int
@@ -237,6 +252,8 @@ class TowerStage:
                 f"tower stage: reducer {self.reducer.name!r} {fault}. Use a reducer that looks at "
                 "the picture alone, such as 'kcentre', 'runlength', 'uniform' or 'random'."
             )
+
+        check_effect(self.reducer.name, self.reducer, self.reducer.idle(pixels=self.block == 0))
 
     def cells(self, grids: list[Grid]) -> list[int]:
         """Cells that stay of parts that share one budget, in proportion to their size.

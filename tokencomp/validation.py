@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -82,6 +83,22 @@ def describe_type(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return f"a list ({', '.join('…' if a is Ellipsis else describe_type(a) for a in args)})"
     return "None" if hint is NoneType else PLAIN.get(hint, str(hint))
+
+
+def check_effect(owner: str, options: Any, idle: Mapping[str, str]) -> None:
+    """Raise `OptionError` if an option that has no effect is set.
+
+    Parameters
+    ----------
+    options
+        A dataclass object. A field at its default counts as not set.
+    idle
+        Names of the fields that have no effect, and why.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(options)} if idle else {}
+    for name, reason in idle.items():
+        if (value := getattr(options, name)) != defaults[name]:
+            raise OptionError(f"{owner}: {name}={value!r} has no effect {reason}. Leave it out.")
 
 
 def check_choice(owner: str, option: str, value: Any, allowed: tuple[Any, ...]) -> None:

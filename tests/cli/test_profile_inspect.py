@@ -124,9 +124,15 @@ def test_inspect_shows_what_the_tower_never_saw(folder, tmp_path):
         (("--ratio", "0.5", "--tower-ratio", "x"), "tower_ratio='x'"),
         (("--ratio", "0.5", "--tower-ratio", "0.2", "--tower-reducer", "merge"), "merges tokens"),
         (("--ratio", "0.5", "--tower-reducer", "kcentre"), "no effect with --tower-ratio 0"),
+        (("--ratio", "0.5", "-r", "kcentre", "--set", "thumb=1"), "thumb=1 has no effect in this"),
+        (
+            ("--ratio", "0.5", "-r", "prune", "--set", "score=last_query", "--set", "iterations=9"),
+            "iterations=9 has no effect with score='last_query'",
+        ),
+        (("--ratio", "audio=0.5"), "a ratio of audio has no effect"),
     ],
 )
-def test_bad_tower_options(folder, capsys, options, message):
+def test_bad_options(folder, capsys, options, message):
     assert run("inspect", "--model", folder, "--image", IMAGE, *options) != 0
     assert message in " ".join(capsys.readouterr().err.split())
 

@@ -129,8 +129,8 @@ HOSTILE = (
 
 
 @every_case
-def test_any_option_value_is_refused_when_built_or_works(case: Case) -> None:
-    """Options come from requests: no value may pass construction and end a server's forward."""
+def test_any_option_value_is_refused_when_planned_or_works(case: Case) -> None:
+    """Options come from requests: no value may pass the plan and end a server's forward."""
     made = make_reducer(case[0], **case[1])
     given = matrix.tokens((4, 3, 3), 2)
     keep = matrix.row(case[0]).keep(12, given)
@@ -141,7 +141,7 @@ def test_any_option_value_is_refused_when_built_or_works(case: Case) -> None:
         except OptionError:
             if not isinstance(made, Compose):
                 with pytest.raises(OptionError):
-                    type(made)(**options)
+                    type(made)(**options).plan(0.7, 28)
             continue
         if not made.only_plans:
             with contextlib.suppress(TokenCompError):  # there are no weights of that name

@@ -64,7 +64,7 @@ def test_lines(tokens: int) -> None:
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 7, 8, 16, 33])
 @pytest.mark.parametrize("group", [1, 3])
-@pytest.mark.parametrize("stride", [None, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("stride", [None, 1.5, 2.0, 3.0])
 def test_frame_quota(frames: int, group: int, stride: float | None) -> None:
     """Exact sums, even parts; first frames are whole as far as the stride of the others allows."""
     reducer, square = make_reducer("pool", group=group, stride=stride), (stride or 4) ** 2
@@ -80,6 +80,13 @@ def test_frame_quota(frames: int, group: int, stride: float | None) -> None:
             # half a token is lost by rounding the firsts' share, one token by spreading the others'
             assert sum(fine) / len(fine) <= square * (max(coarse) + 1)
             assert sum(fine) / len(fine) + 1 >= max(coarse)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 7, 8, 16, 33])
+def test_plain_pooling(frames: int) -> None:
+    for budget in range(1, frames * 16 + 1):
+        quota = make_reducer("pool", stride=1.0).frame_quota(frames, 16, budget)
+        assert sum(quota) == budget and max(quota) - min(quota) <= 1
 
 
 @pytest.mark.parametrize("budget", [1, 3, 5, 6, 15])

@@ -219,8 +219,8 @@ def test_condiv_merges_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
 
     given = matrix.tokens((1, 5, 6), special=1)
     places, x = rows_of(given)
-    plain = make_reducer("condiv", signal="none", power=0.0, centred=False)
-    merging = make_reducer("condiv", signal="none", power=0.0, centred=False, merge_rest=0.2)
+    plain = make_reducer("condiv", signal="none", centred=False)
+    merging = make_reducer("condiv", signal="none", centred=False, merge_rest=0.2)
     kept = plain.reduce(given, 8).keep.tolist()
     members: dict[int, list[int]] = {k: [k] for k in kept}
     for place, row in zip(places, x, strict=True):

@@ -327,6 +327,8 @@ def test_malformed_requests_get_4xx_and_the_server_continues(served: Any) -> Non
     for options in (
         {"ratio": 2},
         {"ratio": "x"},
+        {"ratio": {"audio": 0.5}},
+        {"ratio": 0.5, "reducer": "kcentre", "options": {"thumb": 1}},
         {"reducer": "none"},
         {"rate": 0.5},
         {"ratio": 0.99},

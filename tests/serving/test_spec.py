@@ -36,8 +36,7 @@ def test_ratios_by_kind_of_media() -> None:
     server = ServerOptions.parse({"ratio": 0.5, "max_ratio": 0.8}, "hf")
     spec = server.resolve({"ratio": {"image": "0.5", "video": 0.75}}, "hf")
     assert spec.ratios == {"image": 0.5, "video": 0.75} and spec.shown_ratio
-    assert server.resolve({"ratio": {}}, "hf").off
-    for wrong in ({"video": 0.9}, {"film": 0.5}, {"image": None}, {"image": {"image": 0.5}}):
+    for wrong in ({}, {"video": 0.9}, {"film": 0.5}, {"image": None}, {"image": {"image": 0.5}}):
         with pytest.raises(RatioError):
             server.resolve({"ratio": wrong}, "hf")
     with pytest.raises(OptionError, match="--engine hf"):

@@ -176,6 +176,13 @@ class Adapter:
         """Token id → kind (1 image, 2 video, 3 audio)."""
         return find_placeholders(Parts(self.top, self.body, self.decoder))
 
+    @property
+    def media(self) -> set[str]:
+        """Kinds of media that the model takes: those with placeholders or arguments."""
+        arguments = (*parameters_of(self.top), *parameters_of(self.body))
+        kinds = {kind for kind in map(feature_kind, arguments) if kind is not None}
+        return {KINDS[code] for code in self.placeholder_ids().values()} | kinds
+
     def carries_features(self, inputs: Mapping[str, Any]) -> bool:
         """Whether arguments of `body` or of a prefill hold features of media."""
         return bool(self.feature_kinds(inputs))

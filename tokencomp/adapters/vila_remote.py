@@ -56,6 +56,10 @@ class VilaPortAdapter(Adapter, Hooked):
         super().__init__(model)
         self._recorded = _Recorded()
 
+    @property
+    def media(self) -> set[str]:
+        return {"image", "video"}
+
     def find_parts(self, model: Any) -> Parts:
         return Parts(model.llm, model.llm, model.llm.model)
 

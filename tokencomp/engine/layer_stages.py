@@ -69,6 +69,23 @@ def _entry_only(decoder: Any) -> list[str]:
     ]
 
 
+def check_kinds(plan: Plan, adapter: Adapter) -> None:
+    """Refuse fractions of kinds of media that the model does not take.
+
+    Raises
+    ------
+    PlanError
+        A stage would treat such a kind in a way of its own, to no effect.
+    """
+    kinds = {kind for s in plan.stages for kind, f in s.by_kind if f != s.fraction}
+    if kinds and (idle := kinds - adapter.media):
+        raise PlanError(
+            f"a ratio of {', '.join(sorted(idle))} has no effect: {adapter.family} takes "
+            f"{' and '.join(sorted(adapter.media))} only. Leave it out. (Where frames of a video "
+            "stand at placeholders of images, they count as images.)"
+        )
+
+
 def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
     """Refuse stages between layers that the decoder does not allow, or that nothing can score.
 

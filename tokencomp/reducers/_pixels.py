@@ -13,6 +13,8 @@ from tokencomp.reducers._rows import finite_features
 
 TURN = math.pi * (3 - math.sqrt(5))
 """The golden angle, in radians: its multiples never meet again, see `looks`."""
+NO_PIXELS = "in this stage, which compares features; pixels are seen before block 0 of the tower"
+"""Why options about pixels are idle (`Reducer.idle`)."""
 
 
 def appearance(features: Tensor, pixels: tuple[int, int, int] | None, thumb: int) -> Tensor:

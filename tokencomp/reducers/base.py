@@ -12,7 +12,7 @@ from tokencomp.plan import Plan
 from tokencomp.reduction import Reduction
 from tokencomp.stages import Stage, StageReducer
 from tokencomp.tokens import ModelFacts, SpanBatch, VisualSpan, VisualTokens
-from tokencomp.validation import check_types
+from tokencomp.validation import check_effect, check_types
 
 PROBE_RATIOS = (0.1, 0.5, 0.9)
 PROBE_LAYERS = 32
@@ -26,7 +26,8 @@ class Reducer(StageReducer):
     which sees one span, or `reduce_batch`, which sees all spans of a call and treats them with one
     launch per step; either gives the other. What is chosen in a span must not depend on the other
     spans. One that acts between layers overrides `plan`. Options must fit their annotations; a
-    `__post_init__` that checks more calls `super().__post_init__()`. What is always true of a
+    `__post_init__` that checks more calls `super().__post_init__()`; options that others make
+    useless belong into `idle`, so that nobody sets them in vain. What is always true of a
     method is a class attribute (`merges = True`); what depends on an option is a property.
 
     Attributes
@@ -45,6 +46,7 @@ class Reducer(StageReducer):
 
     def __post_init__(self) -> None:
         check_types(self._label, self)
+        check_effect(self._label, self, self.idle(pixels=True))
 
     @property
     def revision(self) -> int:

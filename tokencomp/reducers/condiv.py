@@ -107,6 +107,18 @@ class ConDiv(Reducer):
         if self.merge_rest is not None:
             check_range("condiv", "merge_rest", self.merge_rest, -1, 1)
 
+    def idle(self, pixels: bool) -> dict[str, str]:
+        idle = {}
+        if self.signal == "none":
+            idle["power"] = "with signal='none', which is 1 at every power"
+        elif self.power == 0:
+            idle["signal"] = "with power=0"
+        if self.weighted_by == "none":
+            idle["margin"] = "where all tokens are equally relevant (signal='none' or power=0)"
+        if self.weighted_by != "selector":
+            idle["weights"] = "without signal='selector', which alone reads them"
+        return idle
+
     @property
     def weighted_by(self) -> SignalName:
         """The signal that has an effect: at power 0 none has."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokencomp.reducers._batch import Patches
-from tokencomp.reducers._pixels import looks
+from tokencomp.reducers._pixels import NO_PIXELS, looks
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reduction import Reduction
@@ -63,6 +63,9 @@ class KCentre(Reducer):
         check_range(self.name, "thumb", self.thumb, 1, 64)
         check_range(self.name, "contrast", self.contrast, 0, 16)
         check_range(self.name, "change", self.change, 0, 16)
+
+    def idle(self, pixels: bool) -> dict[str, str]:
+        return {} if pixels else dict.fromkeys(("thumb", "contrast", "change"), NO_PIXELS)
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import maxmin_select

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokencomp.errors import SpanError
 from tokencomp.reducers._batch import Patches, evenly, stacks
-from tokencomp.reducers._pixels import appearance
+from tokencomp.reducers._pixels import NO_PIXELS, appearance
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -66,6 +66,9 @@ class KeyFrames(Reducer):
         super().__post_init__()
         check_range(self.name, "slack", self.slack, 1, 100)
         check_range(self.name, "thumb", self.thumb, 1, 64)
+
+    def idle(self, pixels: bool) -> dict[str, str]:
+        return {} if pixels else {"thumb": NO_PIXELS}
 
     def frames(self, t: int, places: int, keep: int) -> int:
         """How many of `t` frames of `places` tokens are chosen, if `keep` tokens stay."""

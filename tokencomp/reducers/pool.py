@@ -78,6 +78,11 @@ class Pool(Reducer):
         if self.group is not None and self.group < 1:
             raise OptionError(f"pool: group={self.group!r}; allowed: None (solved), 1, 2, 3, ...")
 
+    def idle(self, pixels: bool) -> dict[str, str]:
+        return (
+            {"group": "with stride=1, which pools all frames equally"} if self.stride == 1 else {}
+        )
+
     def bind(self, facts: ModelFacts) -> Pool:
         if self.position is None and not facts.mrope:
             return replace(self, position="first")

@@ -74,6 +74,16 @@ class Prune(Reducer):
         check_range("prune", "iterations", self.iterations, 1, 100)
         check_ramp("prune", self.start, self.stop)
 
+    def idle(self, pixels: bool) -> dict[str, str]:
+        idle = {}
+        if self.score != "pagerank":
+            why = f"with score={self.score!r}, which takes no steps of PageRank"
+            idle |= dict.fromkeys(("temperature", "iterations"), why)
+        if self.schedule != "aim":
+            why = f"with schedule={self.schedule!r}, which has no ramp"
+            idle |= dict.fromkeys(("start", "stop"), why)
+        return idle
+
     @property
     def needs(self) -> frozenset[Signal]:
         if self.score == "pagerank":

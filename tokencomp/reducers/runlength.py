@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.reducers._batch import Patches, by_group
-from tokencomp.reducers._pixels import appearance
+from tokencomp.reducers._pixels import NO_PIXELS, appearance
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reduction import Reduction
@@ -55,6 +55,9 @@ class RunLength(Reducer):
         super().__post_init__()
         check_range(self.name, "first", self.first, 0, 1)
         check_range(self.name, "thumb", self.thumb, 1, 64)
+
+    def idle(self, pixels: bool) -> dict[str, str]:
+        return {} if pixels else {"thumb": NO_PIXELS}
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import maxmin_select, topk_stable

@@ -252,14 +252,14 @@ class ServerOptions:
         """The spec with the stage in the vision tower of a request, else that of the default.
 
         The default's stage is for the default's ratio; a request for a lower one gets as much of
-        it as that allows.
+        it as that allows, down to none.
         """
         tower = values.get("tower_ratio")
         if tower is None:
-            tower = self.default.tower_ratio
+            tower = self.default.tower_ratio if ratio else 0.0
             if tower != "auto" and not isinstance(ratio, dict):
                 tower = min(tower, ratio)
-        name = self.default.tower_reducer
+        name = self.default.tower_reducer if tower else "auto"
         if values.get("tower_reducer") is not None:
             name = check_name("tower_reducer", values["tower_reducer"])
         try:

@@ -86,7 +86,7 @@ class Engine:
         self._ends, self._penalty = take_end_tokens(model), take_penalty(model)
         self.grammars = Grammars(self.text.tokenizer, self._ends)
         check(model, options.default)
-        off = replace(options.default, ratio=0.0, tower_ratio=0.0)
+        off = replace(options.default, ratio=0.0, tower_ratio=0.0, tower_reducer="auto")
         self._handle: Handle = apply(model, off)
         self._jobs: deque[Job] = deque()
         self._wake = threading.Condition()
