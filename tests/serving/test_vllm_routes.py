@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +13,22 @@ pytest.importorskip("vllm", reason="vllm is not installed")
 
 from starlette.testclient import TestClient
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 KEY = "secret"
+PARSERS = ("launchers", "common")  # packages of vLLM's command line in 0.32 and 0.33
 OPEN = {"/health", "/ping", "/metrics"}
 SERVED = {*OPEN, "/v1/chat/completions", "/v1/models", "/version"}
 GUARD = ["--middleware", "tokencomp.serving.vllm.middleware.Guard"]
+
+
+def arguments_of(*words: str) -> Any:
+    """Return what vLLM's command line makes of the words."""
+    for package in PARSERS:
+        with contextlib.suppress(ModuleNotFoundError):
+            module = import_module(f"vllm.entrypoints.{package}.cli_args")
+            return module.make_arg_parser(FlexibleArgumentParser()).parse_args([*words])
+    raise AssertionError("vLLM has its command line elsewhere")
 
 
 @pytest.fixture
@@ -31,9 +42,7 @@ def application(monkeypatch: pytest.MonkeyPatch) -> Any:
         pass
 
     def build(*arguments: str) -> Any:
-        app = build_app(
-            make_arg_parser(FlexibleArgumentParser()).parse_args([*arguments]), ("generate",)
-        )
+        app = build_app(arguments_of(*arguments), ("generate",))
         app.state.engine_client = SimpleNamespace(check_health=healthy)
         return app
 

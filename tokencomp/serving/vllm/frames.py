@@ -22,7 +22,7 @@ ASSUMED_RATE = 24.0  # frames per second of a file that does not say it, as in t
 
 
 @VIDEO_LOADER_REGISTRY.register(LOADER)
-class EvenFrames(VideoLoader):  # type: ignore[misc]  # of vLLM
+class EvenFrames(VideoLoader):
     """Evenly spaced frames of a video file, decoded in a process of its own."""
 
     @classmethod
