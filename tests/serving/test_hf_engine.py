@@ -141,7 +141,7 @@ def test_an_error_that_ends_the_thread_is_answered(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
-    monkeypatch.setattr(engine, "max_batch", 2)
+    monkeypatch.setattr(engine.waiting, "max_batch", 2)
     failing(engine, monkeypatch, SystemExit(1))
     answers = ask(engine, [URLS[GUILTY], *URLS[:3]])
     statuses = [value.status for kind, value in answers if kind == "error"]

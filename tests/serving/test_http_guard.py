@@ -27,6 +27,7 @@ from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.hf.schema import read_request
+from tokencomp.serving.hf.waiting import Waiting
 from tokencomp.serving.spec import ServerOptions
 
 CHAT = "/v1/chat/completions"
@@ -217,7 +218,7 @@ def test_a_pillow_without_a_bound_is_named_at_the_start(
     monkeypatch.setattr(server.logging.config, "dictConfig", lambda config: None)
     monkeypatch.setattr(server.PIL, "__version__", version)
     model = SimpleNamespace(device="cpu", dtype="torch.float32")
-    server.log_start(stub(model=model, max_batch=1, max_waiting=1), "tiny", Limits(), Bind())
+    server.log_start(stub(model=model, waiting=Waiting()), "tiny", Limits(), Bind())
     assert any("pillow>=13" in line for line in lines) == warned
 
 

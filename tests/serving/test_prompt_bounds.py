@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +21,7 @@ from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.hf.prompt import Prompt, parse
 from tokencomp.serving.hf.schema import MAX_STRUCTURE, read_request
 from tokencomp.serving.hf.text import PromptText
+from tokencomp.serving.hf.waiting import Waiting
 from tokencomp.serving.spec import ServerOptions
 
 LENGTH = 512
@@ -98,12 +98,11 @@ def test_a_batch_has_a_limit_of_pixels() -> None:
     jobs = [
         SimpleNamespace(cancelled=False, group=0, prompt=SimpleNamespace(pixels=p)) for p in pixels
     ]
-    engine: Any = SimpleNamespace(
-        _jobs=deque(jobs), max_batch=3, max_batch_pixels=100, metrics=Metrics()
-    )
+    waiting = Waiting(max_batch=3, max_batch_pixels=100)
+    waiting.jobs.extend(jobs)
     batches = []
-    while engine._jobs:
-        batches.append([job.prompt.pixels for job in Engine._take(engine)])
+    while waiting.jobs:
+        batches.append([job.prompt.pixels for job in waiting.take()])
     assert batches == [[30], [200], [60, 20, 20], [100]]
 
 

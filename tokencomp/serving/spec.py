@@ -171,8 +171,8 @@ class ServerOptions:
                 raise OptionError(f"{name}={flags[name]!r}: expected true or false.")
         base = cls(max_ratio=max_ratio)
         request = {k: v for k, v in values.items() if k in REQUEST_KEYS}
-        default = base._resolve({**request, "ratio": ratio}, engine)
-        return cls(default, max_ratio, **flags, low_detail_ratio=low)
+        spec = base._resolve({**request, "ratio": ratio}, engine)
+        return cls(spec, max_ratio, **flags, low_detail_ratio=low)
 
     def low_detail(self, videos: bool) -> MethodSpec:
         """The default with the ratio of images in low detail.
@@ -246,10 +246,10 @@ class ServerOptions:
             spec.stages(num_layers=1, first_layer_stage=1)  # raises if they do not fit together
         return spec
 
-    def _with_tower(
-        self, reducer: Reducer, ratio: float | dict[str, float], values: Mapping[str, Any]
-    ) -> MethodSpec:
+    def _with_tower(self, reducer: Reducer, ratio: Any, values: Mapping[str, Any]) -> MethodSpec:
         """The spec with the stage in the vision tower of a request, else that of the default.
+
+        `ratio` is a number, or a mapping from kinds of media to numbers.
 
         The default's stage is for the default's ratio; a request for a lower one gets as much of
         it as that allows, down to none.

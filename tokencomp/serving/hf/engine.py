@@ -6,7 +6,6 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +34,7 @@ from tokencomp.serving.hf.logits import Steps
 from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.hf.text import PromptText, too_long
 from tokencomp.serving.hf.usage import Usage
+from tokencomp.serving.hf.waiting import Waiting
 from tokencomp.serving.spec import ServerOptions
 
 logger = logging.getLogger("tokencomp.serving")
@@ -51,13 +51,12 @@ class Engine:
         A supported Hugging Face model (the engine patches it) and its processor.
     options
         Default reducer and ratio, and what requests may change.
-    max_batch, max_batch_pixels, wait
-        Requests per batch, pixels of their media, because the arrays of a processor take about 24
-        bytes per pixel, and seconds to wait for further requests.
+    max_batch
+        Largest number of requests per batch.
+    wait
+        Seconds to wait for further requests.
     max_model_len
         Prompt and answer together, uncompressed; None is the model's own limit.
-    max_waiting, max_waiting_pixels
-        Requests in the queue, and pixels of their media, before new ones are refused with 503.
     """
 
     def __init__(
@@ -68,16 +67,12 @@ class Engine:
         metrics: Metrics,
         *,
         max_batch: int = 8,
-        max_batch_pixels: int = 100_000_000,
         wait: float = 0.005,
         max_model_len: int | None = None,
-        max_waiting: int = 256,
-        max_waiting_pixels: int = 1_000_000_000,
     ) -> None:
         self.model, self.processor = model, processor
         self.options, self.metrics = options, metrics
-        self.max_batch, self.max_batch_pixels, self.wait = max_batch, max_batch_pixels, wait
-        self.max_waiting, self.max_waiting_pixels = max_waiting, max_waiting_pixels
+        self.waiting, self.wait = Waiting(max_batch), wait
         adapter = adapter_for(model)
         limit = int(getattr(adapter.text_config, "max_position_embeddings", None) or 1 << 20)
         self.max_model_len = min(max_model_len or limit, limit)
@@ -88,7 +83,6 @@ class Engine:
         check(model, options.default)
         off = replace(options.default, ratio=0.0, tower_ratio=0.0, tower_reducer="auto")
         self._handle: Handle = apply(model, off)
-        self._jobs: deque[Job] = deque()
         self._wake = threading.Condition()
         self._closed = False
         self._failures = 0  # since the last request that was answered
@@ -97,21 +91,19 @@ class Engine:
 
     # -- from other threads ---------------------------------------------------------------------
 
-    def check_room(self, pixels: int = 0, count: int = 1) -> None:
-        """Raise `RequestError` (503) when shut down, or full with `count` more of these pixels."""
-        waiting = sum(job.prompt.pixels for job in list(self._jobs))
-        full = len(self._jobs) + count > self.max_waiting
-        if full or (waiting and waiting + pixels > self.max_waiting_pixels):
-            raise RequestError("the server is busy; try again later.", 503)
+    def check_room(self) -> None:
+        """Raise `RequestError` (503) when full or shut down."""
+        self.waiting.check_room()
         if not self.alive:
             raise RequestError("the server shuts down.", 503)
 
     def submit(self, *jobs: Job) -> None:
         """Queue all answers to a request. Raises `RequestError` (503) when full or shut down."""
         with self._wake:
-            self.check_room(sum(job.prompt.pixels for job in jobs), len(jobs))
-            self._jobs.extend(jobs)
-            self.metrics.waiting.set(len(self._jobs))
+            self.check_room()
+            self.waiting.check_room(sum(job.prompt.pixels for job in jobs), len(jobs))
+            self.waiting.jobs.extend(jobs)
+            self.metrics.waiting.set(len(self.waiting))
             self._wake.notify()
 
     @property
@@ -139,37 +131,24 @@ class Engine:
         finally:  # also after an error that ends the thread
             with self._wake:
                 self._closed = True
-            for job in self._jobs:
+            for job in self.waiting.jobs:
                 job.send("error", RequestError("the server shuts down.", 503))
 
     def _serve(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._jobs or self._closed)
+                self._wake.wait_for(lambda: len(self.waiting) or self._closed)
                 if self._closed:
                     break
                 deadline = time.monotonic() + self.wait
-                while len(self._jobs) < self.max_batch and time.monotonic() < deadline:
+                while len(self.waiting) < self.waiting.max_batch and time.monotonic() < deadline:
                     self._wake.wait(timeout=max(deadline - time.monotonic(), 0))
-                batch = self._take()
+                batch = self.waiting.take()
+                self.metrics.waiting.set(len(self.waiting))
             if batch:
                 self.metrics.running.set(len(batch))
                 self._run(batch)
                 self.metrics.running.set(0)
-
-    def _take(self) -> list[Job]:
-        """The oldest request and those with equal options, up to the size of a batch."""
-        waiting = [job for job in self._jobs if not job.cancelled]
-        batch: list[Job] = []
-        pixels = 0
-        for job in (j for j in waiting if j.group == waiting[0].group):
-            pixels += job.prompt.pixels
-            if batch and (len(batch) == self.max_batch or pixels > self.max_batch_pixels):
-                break
-            batch.append(job)
-        self._jobs = deque(j for j in waiting if j not in batch)
-        self.metrics.waiting.set(len(self._jobs))
-        return batch
 
     def _run(self, batch: list[Job]) -> None:
         """Generate for a batch; if it fails, for its halves, until a request fails alone.

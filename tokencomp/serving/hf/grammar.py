@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.schema import ResponseFormat
+from tokencomp.serving.hf.form import ResponseFormat
 
 MAX_SCHEMA = 64 << 10  # characters; a grammar takes many times as much memory
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -17,6 +13,7 @@ from pydantic import (
 
 from tokencomp.serving import KEY
 from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.form import ResponseFormat, Strict
 from tokencomp.serving.spec import REQUEST_KEYS
 
 MAX_STRUCTURE = 1_000_000  # JSON objects, lists and their elements; each costs memory
@@ -70,29 +67,6 @@ STREAM_OFF: dict[str, tuple[Any, ...]] = {
 FORMS = ("str", "list[Part]", "list[str]")  # pydantic's names for the alternative types of a field
 
 
-class Strict(BaseModel):
-    """An object whose unknown fields are kept, so that they can be refused by name."""
-
-    model_config = ConfigDict(extra="allow")
-
-    def unserved(self, where: str, off: Mapping[str, tuple[Any, ...]]) -> list[str]:
-        """Return the unknown fields that ask for something that this server does not do.
-
-        Parameters
-        ----------
-        where
-            Path of this object in the request, with a dot at its end.
-        off
-            Values of unknown fields that ask for what the server does anyway.
-        """
-        fields = (self.model_extra or {}).items()
-        return [
-            where + name
-            for name, value in fields
-            if value is not None and value not in off.get(name, ())
-        ]
-
-
 class Url(Strict):
     """OpenAI's object around a media URL."""
 
@@ -132,33 +106,6 @@ class StreamOptions(Strict):
     """Options of a streamed answer."""
 
     include_usage: bool = False
-
-
-class JsonSchema(Strict):
-    """OpenAI's object around a JSON schema."""
-
-    name: str = ""
-    description: str | None = None
-    strict: bool | None = None
-    definition: dict[str, Any] = Field(alias="schema")
-
-
-class ResponseFormat(Strict):
-    """The form of an answer."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _complete(self) -> ResponseFormat:
-        if self.type == "json_schema" and self.json_schema is None:
-            raise ValueError('"type": "json_schema" needs a field "json_schema"')
-        return self
-
-    def schema_text(self) -> str:
-        """Return the JSON schema that an answer in JSON follows, as text."""
-        named = self.json_schema is not None and self.type == "json_schema"
-        return json.dumps(self.json_schema.definition if named else {"type": "object"})
 
 
 class ChatRequest(Strict):
