@@ -53,4 +53,5 @@ def test_model_folders_are_package_data_and_small() -> None:
     zoo = ROOT / "tokencomp" / "zoo"
     kept = {path for part in ("models", "samples") for path in (zoo / part).rglob("*")}
     assert {path for path in kept if path.is_file()} <= shipped
+    assert tool["include-package-data"] is False  # else pip warns that folders are no packages
     assert 5e6 < sum(path.stat().st_size for path in shipped) <= 40e6

@@ -12,6 +12,7 @@ pytest.importorskip("vllm", reason="vllm is not installed")
 
 import openai
 from support.serving import http
+from support.serving.processes import session
 from support.serving.vllm_environment import ENV
 
 pytestmark = [
@@ -32,14 +33,12 @@ def resident(leader: int) -> int:
     Pages of files are left out, as the system takes them back when it likes.
     """
     kilobytes = 0
-    for folder in Path("/proc").glob("[0-9]*"):
+    for folder in session(leader):
         try:
-            session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
             lines = (folder / "status").read_text().splitlines()
         except OSError:  # the process has ended
             continue
-        if session == leader:
-            kilobytes += sum(int(x.split()[1]) for x in lines if x.startswith("RssAnon:"))
+        kilobytes += sum(int(x.split()[1]) for x in lines if x.startswith("RssAnon:"))
     return kilobytes // 1000
 
 

@@ -25,8 +25,9 @@ Reducers
     its keep count follows from the grid alone. The server refuses other reducers at start. Layer
     stages need a KV length per layer, which vLLM does not have. The default is "kcentre".
     Features that are not finite cannot be compared, so such an item keeps evenly spaced tokens, and
-    its values that are not finite become 0; the log and the metric `tokencomp_nonfinite_items` say
-    so. In the KV cache they would spoil answers to later requests, which we saw on a CPU.
+    its values that are not finite become 0, also at ratio 0; the log and the metric
+    `tokencomp_nonfinite_items` say so. In the KV cache they would spoil answers to later requests,
+    which we saw on a CPU.
 
 Vision tower
     With `tower_ratio`, the towers of the Qwen families see fewer patches (see `tower`). The counts
@@ -59,12 +60,19 @@ Tested and untested settings
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import multiprocessing
 import os
+import signal
+import sys
 from importlib import import_module
 from typing import Any
 
+from tokencomp.serving import ENV_RULES
+
 ENV_OFF = "TOKENCOMP_VLLM"
 LOADER = "tokencomp"  # name of `frames.EvenFrames` among vLLM's loaders of videos
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 TESTED_VERSIONS = ("0.32", "0.33")
 
 # Architecture → the module of this package with its mixins `Model` and `Processor`.
@@ -112,6 +120,16 @@ def untested_version() -> str:
     return f"vLLM {version} (tested: {tested}; install one of these)"
 
 
+def end_with_parent() -> None:
+    """Have the system kill this process when the one that started it ends, if that is a part of it.
+
+    The engine and its workers would otherwise outlive a server that was killed, and keep its
+    memory. Only Linux can do so.
+    """
+    if multiprocessing.parent_process() is not None and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def register() -> None:
     """Put the classes of `entry` and `frames` into vLLM's registries. Repeated calls are harmless.
 
@@ -120,6 +138,8 @@ def register() -> None:
     """
     if not enabled():
         return
+    if ENV_RULES in os.environ:  # a process of `tokencomp serve`
+        end_with_parent()
     import vllm
 
     registry = vllm.ModelRegistry

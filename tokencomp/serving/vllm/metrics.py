@@ -91,12 +91,16 @@ def count_request(items: list[tuple[int, ItemSize | None]]) -> None:
         achieved().set(1 - sum(kept for kept, _ in items) / before)
 
 
-def count_nonfinite(plan: ItemPlan, error: Exception) -> None:
-    """Count an item whose features are not finite; the first one of a worker is logged."""
+def count_nonfinite(plan: ItemPlan | None, error: Exception) -> None:
+    """Count an item whose features are not finite; the first one of a worker is logged.
+
+    An item without a plan is not compressed.
+    """
     counters()["nonfinite"].inc()
+    kept = f"{plan.reducer}: It keeps evenly spaced tokens" if plan else "off: It keeps all tokens"
     logger.warning_once(
-        "tokencomp worker %d, %s: %s It keeps evenly spaced tokens; the metric "
-        "tokencomp_nonfinite_items counts such items.", os.getpid(), plan.reducer, error,
+        "tokencomp worker %d, %s, with 0 for such values; the metric tokencomp_nonfinite_items "
+        "counts such items (%s)", os.getpid(), kept, error,
     )  # fmt: skip
 
 

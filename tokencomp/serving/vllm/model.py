@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
+from tokencomp.errors import ScoreError
 from tokencomp.serving.item_plan import ItemPlan, batches, field_name
 from tokencomp.serving.vllm.checks import check_engine
 from tokencomp.serving.vllm.metrics import ReduceTimer, count_nonfinite
@@ -19,6 +21,31 @@ from tokencomp.serving.vllm.processing import KINDS, server_options
 from tokencomp.serving.vllm.tower import EngineTower
 
 logger = init_logger("vllm.tokencomp")
+
+
+def finite(items: Any) -> Any:
+    """Return the rows of uncompressed items with 0 in place of values that are not finite.
+
+    Such values would stay in blocks of the KV cache, and spoil answers to later requests.
+
+    Parameters
+    ----------
+    items
+        One tensor (rows, d) per item, or all of them as one tensor, or None if there are none;
+        returned itself if finite.
+    """
+    # One pass over the rows, and the device is waited for once. A sum is not finite if a value is
+    # not, or, very rarely, if large values add up.
+    sums = [rows.sum(dtype=torch.float32) for rows in (() if items is None else items)]
+    if not sums or torch.stack(sums).isfinite().all():
+        return items
+    error = ScoreError("the features of an item are not finite.")
+    bad = [rows for rows in items if not torch.isfinite(rows).all()]
+    for _ in bad:
+        count_nonfinite(None, error)
+    if not bad:
+        return items
+    return tuple(torch.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0) for rows in items)
 
 
 class CompressingModel:
@@ -82,7 +109,7 @@ class CompressingModel:
         """Run the vision tower on batches of limited size and reduce every item to its plan."""
         plan_fields = [kwargs.pop(field_name(m)) for m in KINDS if field_name(m) in kwargs]
         if not plan_fields:
-            return super().embed_multimodal(**kwargs)  # type: ignore[misc]  # of vLLM's class
+            return finite(super().embed_multimodal(**kwargs))  # type: ignore[misc]  # of vLLM's class
         plans = [ItemPlan.from_tensor(data) for data in plan_fields[0]]
         outputs: list[Tensor] = []
         towers = [p.tower for p in plans]

@@ -100,7 +100,7 @@ class CompressingProcessor:
             return self._options.default
         try:
             text = json.dumps(options, sort_keys=True)
-        except (TypeError, ValueError):  # no JSON, which `resolve` refuses
+        except (TypeError, ValueError, RecursionError):  # no JSON, which `resolve` refuses
             text = ""
         known, spec = self._latest
         if not text or text != known:  # several steps of a request ask, and often many requests
