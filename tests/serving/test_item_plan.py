@@ -41,6 +41,18 @@ def test_special_tokens(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("name", SERVABLE)
+def test_each_kind_of_media_has_its_ratio(name: str) -> None:
+    spec = MethodSpec(name, {"image": 0.9, "video": 0.4})
+    for kind, ratio in (("image", 0.9), ("video", 0.4)):
+        alone = ItemPlan.make(kind, LAYOUTS, MethodSpec(name, ratio))
+        assert ItemPlan.make(kind, LAYOUTS, spec) == alone
+    whole = ItemPlan.make("image", LAYOUTS, MethodSpec(name, {"video": 0.4}))
+    assert whole.keep == tuple(layout.length for layout in LAYOUTS)
+    x = torch.randn(whole.full, 16)
+    assert torch.equal(whole.reduce(x)[0], x)
+
+
+@pytest.mark.parametrize("name", SERVABLE)
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75, 0.95])
 def test_both_backends_count_and_reduce_alike(name: str, ratio: float) -> None:
     """The count is the one the Hugging Face path plans; rows are its reducer's, span by span."""

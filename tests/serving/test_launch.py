@@ -127,6 +127,10 @@ def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(OptionError, match=f"put {flag.replace('local-', '')} before"):
             vllm_command(str(tmp_path), {"ratio": 0.5}, Bind(), Limits(), [flag, "x"])
     assert "--allowed-local-media-path" not in command
+    for more in ({"max_ratio": 0.8}, {"per_request": False}):
+        low = {"ratio": 0.5, "low_detail_ratio": 0.9, **more}
+        with pytest.raises(OptionError, match="--low-detail-ratio"):
+            vllm_command(str(tmp_path), low, Bind(), Limits(), [])
     with pytest.raises(OptionError, match="divprune"):
         vllm_command(str(tmp_path), {"reducer": "fastv", "ratio": 0.5}, Bind(), Limits(), [])
     config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}

@@ -39,8 +39,9 @@ def test_ratios_by_kind_of_media() -> None:
     for wrong in ({}, {"video": 0.9}, {"film": 0.5}, {"image": None}, {"image": {"image": 0.5}}):
         with pytest.raises(RatioError):
             server.resolve({"ratio": wrong}, "hf")
-    with pytest.raises(OptionError, match="--engine hf"):
-        server.resolve({"ratio": {"video": 0.5}})
+    assert server.resolve({"ratio": {"video": 0.5}}).ratios == {"video": 0.5}  # on vLLM
+    with pytest.raises(OptionError, match="SGLang"):
+        server.resolve({"ratio": {"video": 0.5}}, "sglang")
     tower = ServerOptions.parse({"ratio": 0.5, "tower_ratio": 0.5}, "hf")
     with pytest.raises(OptionError, match="tower_ratio"):
         tower.resolve({"ratio": {"video": 0.5}}, "hf")

@@ -29,7 +29,7 @@ KEY = "secret"
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TOKENCOMP_RULES", "VLLM_API_KEY"):
+    for name in ("TOKENCOMP_RULES", "TOKENCOMP_SERVING", "VLLM_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -220,6 +220,29 @@ def test_requests_on_which_vllm_fails_are_refused() -> None:
         assert status == 400 and "surrogate" in message
     assert refused(b'{"stop": "\xed\xa0\x80"}')[0] == 400
     passes('{"stop": "\\ud83d\\ude00", "a": "größer"}'.encode())
+
+
+def test_low_detail_is_a_ratio_of_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    def part(kind: str, url: str, detail: Any) -> dict[str, Any]:
+        return {"type": kind, kind: {"url": url, "detail": detail}}
+
+    low, high = (part("image_url", http.image_url(1), detail) for detail in ("low", "high"))
+    clip = part("video_url", http.video_url(1), None)
+    assert "--low-detail-ratio" in refused(chat(low))[1]
+    passes(chat(high, part("image_url", http.image_url(1), None)))
+    passes(chat(low, high, mm_processor_kwargs={"tokencomp": {}}))  # options of its own
+    monkeypatch.setenv("TOKENCOMP_SERVING", '{"ratio": 0.5, "low_detail_ratio": 0.9}')
+    for parts, ratio in (([low, low], 0.9), ([low, clip], {"image": 0.9, "video": 0.5})):
+        app = Application()
+        assert ask(app, chat(*parts, seed=None, temperature=0.5))[0] == 200
+        sent = {
+            "seed": None,
+            "temperature": 0.5,
+            "mm_processor_kwargs": {"tokencomp": {"ratio": ratio}},
+        }
+        assert json.loads(app.seen[0] or b"") == chat(*parts, **sent)
+    assert "share" in refused(chat(low, high))[1]
+    assert "for images" in refused(chat(part("video_url", http.video_url(1), "low")))[1]
 
 
 # -- media ----------------------------------------------------------------------------------------

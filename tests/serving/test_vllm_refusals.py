@@ -23,6 +23,7 @@ from tokencomp.serving.offsets import pack_offsets, unpack_offsets
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import checks, mrope
 from tokencomp.serving.vllm.metrics import SeenItems, count_nonfinite, counters
+from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.processing import CompressingProcessor
 from tokencomp.serving.vllm.qwen3_vl import frame_offsets
 from tokencomp.serving.vllm.rotary import lengthen_tables
@@ -252,7 +253,10 @@ def test_options_of_requests_are_resolved_once_and_never_mixed_up() -> None:
     assert processor._spec({}) is processor._spec({"tokencomp": None}) is processor._options.default
     assert processor._spec({"tokencomp": first}) is first
     assert [dict(request) for request in resolved] == [{"ratio": 0.25}] * 2  # the same object
-    for wrong in ({"ratio": 2}, {1: 2, "a": 3}, {"ratio": {1}}, object()):
+    deep: Any = []
+    for _ in range(10**5):
+        deep = [deep]
+    for wrong in ({"ratio": 2}, {1: 2, "a": 3}, {"ratio": {1}}, object(), {"options": deep}):
         with pytest.raises((OptionError, RatioError)):
             processor._spec({"tokencomp": wrong})
 
@@ -274,3 +278,30 @@ def test_features_that_overflowed_do_not_end_the_engine(where: str, value: float
         zeroed = torch.where(torch.isfinite(x), x, torch.zeros(()))
         assert torch.equal(rows, zeroed[index])
     assert counters()["nonfinite"]._value.get() == before + len(SERVABLE)
+
+
+class Tower:
+    """What stands in for vLLM's model: it returns the features that it is given."""
+
+    def embed_multimodal(self, features: Any) -> Any:
+        return features
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_uncompressed_features_that_overflowed_do_not_spoil_other_answers(value: float) -> None:
+    """They would stay in blocks of the KV cache."""
+    model = object.__new__(type("Model", (CompressingModel, Tower), {}))
+    large = torch.full((2, 4, 5), torch.finfo(torch.float32).max)
+    assert model.embed_multimodal(features=large) is large
+    for whole in (torch.randn(3, 4, 5), [torch.randn(4, 5), torch.randn(9, 5)], (), None):
+        before = counters()["nonfinite"]._value.get()
+        assert model.embed_multimodal(features=whole) is whole
+        assert counters()["nonfinite"]._value.get() == before
+        if not isinstance(whole, torch.Tensor | list):
+            continue
+        whole[1][2, 3] = value
+        expected = [rows.clone() for rows in whole]
+        expected[1][2, 3] = 0
+        rows = model.embed_multimodal(features=whole)
+        assert all(map(torch.equal, rows, expected)) and len(rows) == len(expected)
+        assert counters()["nonfinite"]._value.get() == before + 1

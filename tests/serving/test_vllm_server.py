@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import io
 import os
 import re
 import signal
 import socket
+import struct
 import time
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 pytest.importorskip("vllm", reason="vllm is not installed")
 
 import openai
+from PIL import Image
 from support.serving import hf_reference, http
 from support.serving.vllm_environment import ENV
 
@@ -26,7 +29,7 @@ QUESTION = "What color is the circle?"
 def started(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder, root = tiny_folder("qwen2_vl"), tmp_path_factory.mktemp("vllm")
     (root / "media").mkdir()
-    arguments = ["--engine", "vllm", "--model", folder, "--ratio", 0.5]
+    arguments = ["--engine", "vllm", "--model", folder, "--ratio", 0.5, "--low-detail-ratio", 0.9]
     arguments += ["--served-model-name", "tiny", "--allowed-media-path", root / "media"]
     arguments += ["--", "--enforce-eager", "--dtype", "float32", "--max-model-len", 8192]
     arguments += ["--block-size", 32, "--max-num-seqs", 16]
@@ -93,6 +96,44 @@ def test_server_default(served: Any) -> None:
     text, prompt, _ = expected(folder, [url], {"reducer": "kcentre", "ratio": 0.5})
     answer = ask(client, url)
     assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
+
+
+def test_images_and_videos_have_ratios_of_their_own(served: Any) -> None:
+    _, client, folder, _ = served
+    image, video = http.image_url(1), http.video_url(2)
+    spec = {"reducer": "divprune", "ratio": {"image": 0.75, "video": 0.5}}
+    answer = ask(client, image, video, tokencomp=spec)
+    text, prompt, _ = expected(folder, [image, video], spec)
+    assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
+    part = {"type": "image_url", "image_url": {"url": image, "detail": "low"}}
+    message = {"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}
+    answer = client.chat.completions.create(
+        model="tiny", messages=[message], max_tokens=8, temperature=0,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    text, prompt, _ = expected(folder, [image], {"reducer": "kcentre", "ratio": 0.9})
+    assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
+
+
+def test_no_client_chooses_what_is_answered_about_the_picture_of_another(served: Any) -> None:
+    """vLLM takes `uuid` of a media part for its name in caches that all clients share."""
+    _, client, folder, _ = served
+    urls = [http.image_url(seed, 112, 112) for seed in (41, 42)]
+
+    def asked(url: str | None, **name: str) -> str:
+        part = {"type": "image_url", "image_url": {"url": url} if url else None, **name}
+        message = {"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}
+        answer = client.chat.completions.create(
+            model="tiny", messages=[message], max_tokens=8, temperature=0,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        return answer.choices[0].message.content
+
+    for url in (*urls, None):  # the second answer would be about the first picture
+        with pytest.raises(openai.BadRequestError, match="uuid"):
+            asked(url, uuid="A")
+    for url in urls:
+        assert asked(url) == expected(folder, [url], {"reducer": "kcentre", "ratio": 0.5})[0]
 
 
 LONG = 64  # tokens of an answer, so that requests overlap while they decode
@@ -171,6 +212,16 @@ def test_metrics_count_tokens(served: Any) -> None:
     assert re.search(r"tokencomp worker \d+, \w+: .* tokens \(ratio 0", (root / "log").read_text())
 
 
+def bombs() -> list[str]:
+    """Return a picture and an animation of a few bytes, which take gigabytes when decoded."""
+    out = io.BytesIO()
+    Image.new("L", (20_000, 20_000)).save(out, "PNG")
+    frame = b"," + struct.pack("<4H", 0, 0, 1, 1) + b"\0\2\2D\1\0"
+    head = b"GIF89a" + struct.pack("<2H", 2500, 2500) + b"\x80\0\0" + bytes(6)
+    files = (("image/png", out.getvalue()), ("video/gif", head + 4000 * frame + b";"))
+    return [f"data:{kind};base64,{base64.b64encode(data).decode()}" for kind, data in files]
+
+
 def test_malformed_requests_get_4xx_and_the_server_continues(served: Any) -> None:
     url, client, _, root = served
     good = http.image_url(1)
@@ -181,7 +232,7 @@ def test_malformed_requests_get_4xx_and_the_server_continues(served: Any) -> Non
         good[: len(good) // 2], "data:video/mp4;base64,aGVsbG8=", f"file://{root}/media/none.png",
         f"file://{root}/media/{'x' * 300}.png", f"file://{root}/media/pipe",
         good.replace("data:image/png", "data:video/mp4"),
-        "data:video/mp4;base64," + base64.b64encode(cut).decode(),
+        "data:video/mp4;base64," + base64.b64encode(cut).decode(), *bombs(),
     ]  # fmt: skip
     with http.unreached_urls() as remote:
         for bad in [*remote, *media]:

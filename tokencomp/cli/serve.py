@@ -71,7 +71,7 @@ def command(
     low_detail_ratio: Annotated[
         float | None,
         typer.Option(
-            "--low-detail-ratio", help='Ratio of images that requests send as detail "low" (hf).'
+            "--low-detail-ratio", help='Ratio of images that requests send as detail "low".'
         ),
     ] = None,
     docs: Annotated[bool, typer.Option("--docs", help="Describe the API at /docs (hf).")] = False,
@@ -109,7 +109,7 @@ def command(
     limits = Limits(allowed_path=allowed_media_path, frames=frames)
     bind = Bind(host, port, api_key, tuple(allowed_host or ()), shutdown_timeout)
     if engine == "vllm":
-        ineffective = ("device", "docs", "low_detail_ratio", "max_batch")
+        ineffective = ("device", "docs", "max_batch")
         opt.refuse_options(context, ineffective, "--engine vllm", VLLM_HINT)
         extra, folder = [*context.args], resolve(model)
         if folder != model and not any(a.startswith("--served-model-name") for a in extra):

@@ -62,6 +62,12 @@ def vllm_command(
             raise OptionError(f"{flag} after `--`: put {own} before it, where tokencomp sees it.")
     trusts_kwargs = "--trust-request-mm-kwargs" in extra
     parsed = ServerOptions.parse({**options, "only_own": not trusts_kwargs})
+    low = parsed.low_detail_ratio
+    if low is not None and (low > parsed.max_ratio or not parsed.per_request):
+        raise OptionError(
+            f"--low-detail-ratio {low}: on vLLM it is the ratio of a request, so it must not be "
+            f"above --max-ratio ({parsed.max_ratio}), and --fixed leaves no room for it."
+        )
     check_architecture(model, parsed.default)
     command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
     command += ["--middleware", "tokencomp.serving.vllm.middleware.Guard"]

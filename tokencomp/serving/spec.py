@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,7 +130,7 @@ class ServerOptions:
         False refuses requests that bring their own reducer, ratio or options.
     low_detail_ratio : float or None
         Ratio of images that a request without options of its own sends as `detail` "low", which
-        None refuses. Only the server on transformers reads the field.
+        None refuses.
     only_own : bool
         True refuses all other processor options of a request (vLLM hands them through, and they
         can make media many times larger).
@@ -220,10 +221,8 @@ class ServerOptions:
 
     def _resolve(self, values: Mapping[str, Any], engine: str) -> MethodSpec:
         ratio = values.get("ratio", self.default.ratio)
-        if isinstance(ratio, Mapping) and engine != "hf":
-            raise OptionError(
-                f"ratio={ratio!r}: ratios by kind of media are served with `--engine hf` only."
-            )
+        if isinstance(ratio, Mapping) and engine == "sglang":
+            raise OptionError(f"ratio={ratio!r}: the SGLang plugin has no ratios by kind of media.")
         by_kind = ratio if isinstance(ratio, Mapping) else {"": ratio}
         checked = {k: check_ratio(v, f"ratio of {k}" if k else "ratio") for k, v in by_kind.items()}
         if (largest := max(checked.values(), default=0.0)) > self.max_ratio:
@@ -293,7 +292,7 @@ def as_mapping(value: Any, allowed: tuple[str, ...] | None) -> dict[str, Any]:
         return {}
     if not isinstance(value, Mapping):
         raise OptionError(
-            f"tokencomp={value!r}: expected an object such as "
+            f"tokencomp={reprlib.repr(value)}: expected an object such as "
             '{"reducer": "divprune", "ratio": 0.5, "options": {}}.'
         )
     wrong = [k for k in value if allowed is not None and k not in allowed]

@@ -10,6 +10,7 @@ from tokencomp.method import MethodSpec
 from tokencomp.serving import KEY
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.decoder import decode_apart
+from tokencomp.serving.hf.detail import in_low_detail
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.grammar import Grammar, Grammars
 from tokencomp.serving.hf.media import Limits, load_image
@@ -149,16 +150,14 @@ def _low_detail(request: ChatRequest, options: ServerOptions) -> MethodSpec | No
     OptionError
         If this server has no ratio for them, or one image differs from another.
     """
-    parts = _media_parts(request)
-    videos = [part for part in parts if part.type == "video_url"]
-    low = [part.image_url is not None and part.image_url.detail == "low" for part in parts]
-    if any(part.video_url is not None and part.video_url.detail == "low" for part in videos):
-        raise OptionError('detail "low" is for images. Set a ratio for videos.')
-    if not any(low):
+    details = [
+        (part.type, url.detail)
+        for part in _media_parts(request)
+        if (url := getattr(part, part.type)) is not None
+    ]
+    if not in_low_detail(details):
         return None
-    if sum(low) + len(videos) < len(parts):
-        raise OptionError('detail "low" beside other images: all images of a request share it.')
-    return options.low_detail(bool(videos))
+    return options.low_detail("video_url" in dict(details))
 
 
 def _content(message: Message) -> list[dict[str, Any]]:

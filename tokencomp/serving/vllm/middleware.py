@@ -18,12 +18,14 @@ from PIL.Image import DecompressionBombError
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tokencomp.serving import ENV_OPTIONS
 from tokencomp.serving.bind import Bind
 from tokencomp.serving.hf.bodies import Bodies
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.guard import error_response
 from tokencomp.serving.hf.head import OPEN_PATHS, check_head, has_body
 from tokencomp.serving.hf.media import Limits
+from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.request_checks import check_request
 from tokencomp.serving.vllm.rules import Rules
 
@@ -45,6 +47,7 @@ class Guard:
         path = Path(self.rules.media_path) if self.rules.media_path else None
         limits = replace(limits or Limits(), allowed_path=path, frames=self.rules.frames)
         self.limits = limits
+        self.options = ServerOptions.parse(os.environ.get(ENV_OPTIONS))
         self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
         self.checking = CapacityLimiter(CHECKING)
 
@@ -82,11 +85,11 @@ class Guard:
     async def _read(self, exchange: _Exchange, scope: Scope) -> None:
         """Read and check the body of a request."""
         async with self.bodies.read(Request(scope, exchange.receive)) as content:
-            body = bytes(content)
-            exchange.body = body
-            await to_thread.run_sync(
-                check_request, body, self.rules, self.limits, limiter=self.checking
-            )
+            exchange.body = bytes(content)
+            exchange.body = await to_thread.run_sync(
+                check_request, exchange.body, self.rules, self.limits, self.options,
+                limiter=self.checking,
+            )  # fmt: skip
 
 
 class _Exchange:

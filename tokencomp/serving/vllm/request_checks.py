@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from tokencomp.errors import OptionError, RatioError
+from tokencomp.serving import KEY
 from tokencomp.serving.hf.deadline import Deadline
+from tokencomp.serving.hf.detail import in_low_detail
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import (
     FRAME_LIST,
@@ -17,15 +20,21 @@ from tokencomp.serving.hf.media import (
     read_url,
 )
 from tokencomp.serving.hf.schema import check_structure
+from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.rules import Rules
 
 MEDIA = ("image_url", "video_url")
 
 
-def check_request(body: bytes, rules: Rules, limits: Limits) -> None:
+def check_request(body: bytes, rules: Rules, limits: Limits, options: ServerOptions) -> bytes:
     """Check a JSON body, and its pictures without decoding their pixels.
 
     vLLM reads the body with the same parser, so it sees what was checked here.
+
+    Returns
+    -------
+    bytes
+        The body that vLLM gets. Only `detail` "low" changes it: into the ratio of `options`.
 
     Raises
     ------
@@ -45,6 +54,23 @@ def check_request(body: bytes, rules: Rules, limits: Limits) -> None:
     _check_text(request)
     _check_sampling(request)
     _check_media(request, rules, limits)
+    try:
+        return _with_detail(request, options) or body
+    except (OptionError, RatioError) as error:
+        raise RequestError(str(error)) from None
+
+
+def _with_detail(request: dict[str, Any], options: ServerOptions) -> bytes | None:
+    """Return the body of a request for images in low detail with their ratio, else None."""
+    media = [(p, name) for p in _parts(request) for name in MEDIA if isinstance(p.get(name), dict)]
+    details = [(name, part[name].get("detail")) for part, name in media]
+    kwargs = request.get("mm_processor_kwargs") or {}
+    if not isinstance(kwargs, dict) or KEY in kwargs or not in_low_detail(details):
+        return None
+    spec = options.low_detail("video_url" in dict(details))
+    return json.dumps(
+        {**request, "mm_processor_kwargs": {**kwargs, KEY: {"ratio": spec.ratios or spec.ratio}}}
+    ).encode()
 
 
 def _check_text(value: Any) -> None:
