@@ -12,6 +12,9 @@ from torch import Tensor
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.form import ResponseFormat
 
+# Between the parts of a JSON text: nothing, a space, or a new line and its indentation. Some models
+# write white space without an end where they may.
+WHITE_SPACE = r"\n? {0,16}"
 MAX_SCHEMA = 64 << 10  # characters; a grammar takes many times as much memory
 
 
@@ -90,7 +93,8 @@ class Grammars:
         schema = wanted.schema_text()
         if len(schema) > MAX_SCHEMA:
             raise RequestError(f"response_format: a schema of more than {MAX_SCHEMA} characters.")
-        grammar = LLMatcher.grammar_from_json_schema(schema)
+        options: Any = {"whitespace_pattern": WHITE_SPACE}
+        grammar = LLMatcher.grammar_from_json_schema(schema, defaults=options)
         matchers = [LLMatcher(vocabulary, grammar, log_level=0) for _ in range(count)]
         if matchers[0].is_error():
             raise RequestError(f"response_format: {matchers[0].get_error()}")

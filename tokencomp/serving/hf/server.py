@@ -156,7 +156,8 @@ def log_start(engine: Engine, name: str, limits: Limits, bind: Bind) -> None:
         "megapixels each and %g in all, %d frames, %g s of decoding; files %s",
         engine.max_model_len, engine.waiting.max_batch, engine.waiting.max_waiting,
         limits.max_bytes >> 20, limits.max_items, limits.max_pixels / 1e6,
-        limits.max_total_pixels / 1e6, limits.frames, limits.decode_seconds, limits.allowed_path or "off",
+        limits.max_total_pixels / 1e6, limits.frames, limits.decode_seconds,
+        limits.allowed_path or "off",
     )  # fmt: skip
     logger.info(
         "API key %s; host names %s; shutdown within %d s",
