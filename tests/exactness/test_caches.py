@@ -1,19 +1,17 @@
-"""Caches other than the default one: static, offloaded, quantized."""
+"""Caches other than the default one: static and offloaded; for others see test_quantized_caches."""
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from support import oracle, plans
-from support.caches import ENTRY, LAYERS, ragged, single, static_cache
+from support import oracle
+from support.caches import ENTRY, LAYERS, quantized_cache, ragged, single, static_cache
 from support.families import CORE, FAMILIES, Family, text
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, QuantizedCache
+from transformers import DynamicCache
 from transformers.cache_utils import StaticLayer
 
 import tokencomp
@@ -189,95 +187,6 @@ def test_offloaded(family: Family, kind: str, offloaded: Any) -> None:
     assert torch.equal(out.sequences, expected.sequences) and close(out, expected)
 
 
-# -- quantized -------------------------------------------------------------------------------------
-
-
-def _quantized(backend: str, model: Any) -> QuantizedCache:
-    if backend == "fp8":
-        if "fp8" not in inspect.getsource(QuantizedCache):
-            pytest.skip("this release has no fp8 cache")
-        options = {}
-    else:
-        if not importlib.util.find_spec("optimum.quanto" if _has("optimum") else "optimum"):
-            pytest.skip("optimum-quanto is not installed")
-        options = {"nbits": 4, "q_group_size": 16, "residual_length": 4}
-    return QuantizedCache(backend, model.config.get_text_config(decoder=True), **options)
-
-
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def _decoder_inputs(model: Any, family: Family, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What the unpatched body passes to the decoder."""
-    caught: dict[str, Any] = {}
-
-    def catch(module: Any, args: Any, kwargs: Any) -> None:
-        caught.update(kwargs)
-
-    hook = family.decoder(model).register_forward_pre_hook(catch, with_kwargs=True)
-    model(**inputs, position_ids=family.positions(model, inputs), use_cache=False)
-    hook.remove()
-    return caught
-
-
-def _shortened(caught: dict[str, Any], kept: torch.Tensor) -> dict[str, Any]:
-    """The same for the columns `kept` of the only sample alone."""
-    short = {"inputs_embeds": caught["inputs_embeds"][:, kept]}
-    mask = caught.get("visual_pos_masks")
-    if mask is not None:
-        short["visual_pos_masks"] = mask[:, kept]
-        rows = kept[mask[0]]
-        short["deepstack_visual_embeds"] = [x[rows] for x in caught["deepstack_visual_embeds"]]
-    return short
-
-
-@pytest.mark.parametrize("backend", ["fp8", "quanto"])
-def test_quantized_equals_a_shortened_prompt(family: Family, backend: str) -> None:
-    """Against the unpatched decoder, fed by hand with the kept columns at their positions."""
-    model, inputs = family.build(), single(family)
-    cache = _quantized(backend, model)
-    with tokencomp.patch(model, plan=ENTRY) as handle:
-        out = oracle.generate(model, inputs, past_key_values=cache)
-        kept = oracle.kept_columns(handle, inputs, 1)[0][0]
-    assert int(kept.sum()) < len(kept)
-    assert cache.get_seq_length() == len(kept) + 7
-    reference, decoder = _quantized(backend, model), family.decoder(model)
-    positions = family.positions(model, inputs)
-    logits = []
-    with torch.no_grad():
-        call = _shortened(_decoder_inputs(model, family, inputs), kept)
-        now = positions[..., kept]
-        for step in range(8):
-            hidden = decoder(**call, position_ids=now, past_key_values=reference, use_cache=True)[0]
-            logits.append(model.get_output_embeddings()(hidden[:, -1]))
-            token = out.sequences[:, len(kept) + step]
-            call = {"inputs_embeds": model.get_input_embeddings()(token[:, None])}
-            now = (positions.max() + 1 + step).expand(*positions.shape[:-1], 1)
-    assert all((a - b).abs().max() < 1e-5 for a, b in zip(out.logits, logits, strict=True))
-
-
-@pytest.mark.parametrize("backend", ["fp8", "quanto"])
-def test_quantized_second_image(backend: str) -> None:
-    """A question-aware reducer scores against the keys of the first turn, dequantized."""
-    family = FAMILIES["llava_onevision"]
-    model = family.build()
-    first = family.batch([[text(3), family.image(0), text(5, 3)]])
-    second = family.batch([[text(2, 9), family.image(1), text(4, 8)]])
-    mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
-    n = first["input_ids"].shape[1]
-    kept = []
-    with tokencomp.patch(model, 0.5, reducer=plans.RELEVANT) as handle, torch.no_grad():
-        for cache in (DynamicCache(), _quantized(backend, model)):
-            model(**first, past_key_values=cache, use_cache=True)
-            turn = {**second, "attention_mask": mask}
-            turn["position_ids"] = family.positions(model, second) + n
-            model(**turn, past_key_values=cache, use_cache=True)
-            kept.append(handle.stats.kept(0))
-            assert cache.get_seq_length() == mask.shape[1]
-    assert [len(s) for row in kept[0] for s in row] == [len(s) for row in kept[1] for s in row]
-
-
 # -- refused ---------------------------------------------------------------------------------------
 
 
@@ -286,7 +195,7 @@ def test_layer_plans_are_refused(family: Family, kind: str, offloaded: Any) -> N
     """At the first prompt, before a layer runs; text passes."""
     model, inputs, calls = family.build(), single(family), []
     if kind == "quantized":
-        cache: Any = _quantized("fp8", model)
+        cache: Any = quantized_cache("fp8", model)
     else:
         cache = static_cache(model, 128) if kind == "static" else offloaded(DynamicCache())
     family.decoder(model).layers[0].register_forward_pre_hook(lambda *_: calls.append(1))

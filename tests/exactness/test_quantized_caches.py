@@ -1,0 +1,153 @@
+"""Quantized caches against the unpatched decoder on an equal cache that got the kept rows alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import oracle, plans
+from support.caches import ENTRY, quantized_cache, ragged, single
+from support.families import CORE, FAMILIES, Family, text
+from torch import Tensor
+from transformers import DynamicCache
+
+import tokencomp
+
+FAMILY_NAMES = CORE
+STEPS = 8  # more than the rows that a cache keeps as they are
+
+
+class KeptRows:
+    """The decoder of an unpatched model on a cache, and the rows that calls have written to it."""
+
+    def __init__(self, model: Any, family: Family, cache: Any) -> None:
+        self.model, self.family, self.cache = model, family, cache
+        self.mask: Tensor | None = None
+
+    def turn(self, inputs: dict[str, Tensor], positions: Tensor, kept: Tensor) -> Tensor:
+        """Last logits (B, V) of a prompt of which the columns `kept` (B, L) alone are given."""
+        caught = self._decoder_inputs(inputs)
+        order = kept.long().argsort(dim=1, stable=True)[:, -int(kept.sum(1).max()) :]
+        real = kept.gather(1, order)
+        embeds = caught["inputs_embeds"]
+        # As the rows of padding do not count, they may be zeros.
+        embeds = (
+            embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1])) * real[..., None]
+        )
+        call = {"inputs_embeds": embeds}
+        visual = caught.get("visual_pos_masks")
+        if visual is not None:
+            number = (visual.flatten().cumsum(0) - 1).view_as(visual)
+            call["visual_pos_masks"] = visual.gather(1, order) & real
+            rows = number.gather(1, order)[call["visual_pos_masks"]]
+            call["deepstack_visual_embeds"] = [x[rows] for x in caught["deepstack_visual_embeds"]]
+        index = order.expand(*positions.shape[:-2], -1, -1)
+        return self._run(call, positions.gather(-1, index) * real, real)
+
+    def word(self, token: Tensor, positions: Tensor) -> Tensor:
+        """Last logits (B, V) behind one more token (B,), at `positions` (…, B, 1)."""
+        call = {"inputs_embeds": self.model.get_input_embeddings()(token[:, None])}
+        return self._run(call, positions, torch.ones(len(token), 1, dtype=torch.bool))
+
+    @torch.no_grad()
+    def _run(self, call: dict[str, Any], positions: Tensor, real: Tensor) -> Tensor:
+        self.mask = real if self.mask is None else torch.cat([self.mask, real], 1)
+        call |= {"attention_mask": self.mask.long(), "position_ids": positions}
+        decoder = self.family.decoder(self.model)
+        hidden = decoder(**call, past_key_values=self.cache, use_cache=True)[0]
+        return self.model.get_output_embeddings()(hidden[:, -1])
+
+    @torch.no_grad()
+    def _decoder_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """What the unpatched body passes to the decoder."""
+        caught: dict[str, Any] = {}
+
+        def catch(module: Any, args: Any, kwargs: Any) -> None:
+            caught.update(kwargs)
+
+        hook = self.family.decoder(self.model).register_forward_pre_hook(catch, with_kwargs=True)
+        positions = self.family.positions(self.model, inputs)
+        self.model(**inputs, position_ids=positions, use_cache=False)
+        hook.remove()
+        return caught
+
+
+def following(positions: Tensor, step: int) -> Tensor:
+    """Positions (…, B, 1) of the token `step` behind a prompt with `positions` (…, B, L)."""
+    last = positions.amax(-1, keepdim=True)
+    if last.ndim == 3:  # the largest of all axes
+        last = last.amax(0, keepdim=True).expand(3, -1, -1)
+    return last + 1 + step
+
+
+# The scale of fp8 values counts the whole batch, padding included: see docs/limits.md.
+@pytest.mark.parametrize(
+    ("backend", "batch"),
+    [("fp8", single), ("quanto", single), ("rounded", single), ("rounded", ragged)],
+)
+def test_prompts_and_words(family: Family, backend: str, batch: Any) -> None:
+    model, inputs = family.build(), batch(family)
+    cache, length = quantized_cache(backend, model), inputs["input_ids"].shape[1]
+    with tokencomp.patch(model, plan=ENTRY) as handle:
+        out = oracle.generate(model, inputs, STEPS, past_key_values=cache)
+        kept = oracle.kept_columns(handle, inputs, 1)[0]
+        plain = oracle.generate(model, inputs, STEPS)
+    assert int(kept.sum()) < int(inputs["attention_mask"].sum())
+    assert cache.get_seq_length() == length + STEPS - 1
+    positions = family.positions(model, inputs)
+    rows = KeptRows(model, family, quantized_cache(backend, model))
+    logits = [rows.turn(inputs, positions, kept)]
+    for step, token in enumerate(out.sequences[:, length:-1].T):
+        logits.append(rows.word(token, following(positions, step)))
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(out.logits, logits, strict=True))
+    assert (out.logits[1] - plain.logits[1]).abs().max() > 1e-3  # rounding changes something
+
+
+@pytest.mark.parametrize("backend", ["fp8", "quanto", "rounded"])
+def test_a_second_image(family: Family, backend: str) -> None:
+    """Rows of the first turn are dequantized, and those of both are rounded again."""
+    model = family.build()
+    first = family.batch([[text(3), family.image(0), text(5, 3)]])
+    second = family.batch([[text(2, 9), family.image(1), text(4, 8)]])
+    n = first["input_ids"].shape[1]
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
+    turns = [(first, family.positions(model, first)), (second, family.positions(model, second) + n)]
+    rows = KeptRows(model, family, quantized_cache(backend, model))
+    got, kept, cache = [], [], quantized_cache(backend, model)
+    with tokencomp.patch(model, plan=ENTRY) as handle, torch.no_grad():
+        for number, (inputs, positions) in enumerate(turns):
+            call = {**inputs, "attention_mask": mask[:, : n if number == 0 else None]}
+            call |= {"position_ids": positions, "past_key_values": cache}
+            got.append(model(**call, use_cache=True, logits_to_keep=1).logits[:, -1])
+            kept.append(oracle.kept_columns(handle, inputs, 1)[0])
+        for step in range(STEPS):
+            word = {"input_ids": torch.tensor([[7 + step]]), "past_key_values": cache}
+            word["attention_mask"] = torch.ones(1, mask.shape[1] + step + 1, dtype=torch.long)
+            word["position_ids"] = following(turns[1][1], step)
+            got.append(model(**word, use_cache=True).logits[:, -1])
+    expected = [rows.turn(*turn, columns) for turn, columns in zip(turns, kept, strict=True)]
+    expected += [rows.word(torch.tensor([7 + i]), following(turns[1][1], i)) for i in range(STEPS)]
+    assert all(int((~columns).sum()) for columns in kept)
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["fp8", "quanto"])
+def test_choices_behind_a_second_image(backend: str) -> None:
+    """A question-aware reducer scores against the keys of the first turn, dequantized."""
+    family = FAMILIES["llava_onevision"]
+    model = family.build()
+    first = family.batch([[text(3), family.image(0), text(5, 3)]])
+    second = family.batch([[text(2, 9), family.image(1), text(4, 8)]])
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
+    n = first["input_ids"].shape[1]
+    kept = []
+    with tokencomp.patch(model, 0.5, reducer=plans.RELEVANT) as handle, torch.no_grad():
+        for cache in (DynamicCache(), quantized_cache(backend, model)):
+            model(**first, past_key_values=cache, use_cache=True)
+            turn = {**second, "attention_mask": mask}
+            turn["position_ids"] = family.positions(model, second) + n
+            model(**turn, past_key_values=cache, use_cache=True)
+            kept.append(handle.stats.kept(0))
+            assert cache.get_seq_length() == mask.shape[1]
+    assert [len(s) for row in kept[0] for s in row] == [len(s) for row in kept[1] for s in row]
