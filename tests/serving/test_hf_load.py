@@ -41,12 +41,14 @@ class Question:
     text: str
     reducer: str
     ratio: float
+    penalty: float = 1.0
 
     def ask(self, client: Any, tokens: int = LONG, **more: Any) -> Any:
         options = {"reducer": self.reducer, "ratio": self.ratio}
+        body = {"tokencomp": options, "ignore_eos": True, "repetition_penalty": self.penalty}
         return client.chat.completions.create(
             model="tiny", messages=http.messages(self.text, *self.urls), max_tokens=tokens,
-            temperature=0, extra_body={"tokencomp": options, "ignore_eos": True}, **more,
+            temperature=0, extra_body=body, logprobs=self.penalty != 1, **more,
         )  # fmt: skip
 
 
@@ -55,7 +57,7 @@ def questions() -> list[Question]:
     media = [(image,), (image, wide), (), (video,), (http.mp4_url(4),), (wide, video)]
     settings = [("uniform", 0.5), ("divprune", 0.75), ("fastv", 0.5), ("condiv", 0.9), ("merge", 0)]
     return [
-        Question(urls, f"What color is shape {i}?", *settings[(i + j) % len(settings)])
+        Question(urls, f"What color is shape {i}?", *settings[(i + j) % len(settings)], 1 + j / 5)
         for i, urls in enumerate(media)
         for j in range(2)
     ]

@@ -44,7 +44,7 @@ def reducers() -> list[dict[str, Any]]:
 
     from tokencomp.evaluation.settings import INPUT_BASELINES
     from tokencomp.reducers.registry import available_reducers
-    from tokencomp.serving.spec import servable
+    from tokencomp.serving.servable import servable
 
     rows, safe = [], servable()
     for name, cls in available_reducers().items():

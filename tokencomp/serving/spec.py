@@ -8,112 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokencomp.errors import OptionError, RatioError, TokenCompError, unknown_name
+from tokencomp.errors import OptionError, RatioError
 from tokencomp.keep_counts import MAX_RATIO, check_ratio
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import available_reducers, make_reducer
-from tokencomp.validation import choices, field_types
+from tokencomp.reducers.registry import make_reducer
+from tokencomp.serving.servable import check_name, check_servable, check_servable_tower
 
 TOWER_KEYS = ("tower_ratio", "tower_reducer")
 REQUEST_KEYS = ("reducer", "ratio", "options", *TOWER_KEYS)
-NEED_ANSWER = ("oracle",)  # reducers that no server can run
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
 SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "low_detail_ratio", "per_request", "only_own")
-
-
-def requestable() -> list[str]:
-    """Names of the reducers that a server may run, on one engine at least."""
-    return [name for name in available_reducers() if name not in NEED_ANSWER]
-
-
-def check_name(field_name: str, name: Any) -> str:
-    """Return the name of a reducer, or of a composition, if a server may run it.
-
-    Raises
-    ------
-    OptionError
-        No text, an unknown name, or a reducer that needs the answer.
-    """
-    if not isinstance(name, str):
-        raise OptionError(f"{field_name}={name!r}: expected one of {', '.join(requestable())}.")
-    for part in [part.strip() for part in name.split("+") if part.strip()] or [name]:
-        if part in NEED_ANSWER:
-            raise OptionError(f"{field_name} {part!r} needs the answer, so it cannot be served.")
-        if part not in available_reducers():
-            raise OptionError(str(unknown_name(field_name, part, requestable())))
-    return name
-
-
-def servable() -> dict[str, str]:
-    """Reducers that an engine with fixed placeholder counts can run, and how.
-
-    Returns
-    -------
-    dict
-        Name → "" if the default options can be served, else the option and the values that make it
-        so: "signal=norm or novelty or none".
-    """
-    able = {}
-    for name, cls in available_reducers().items():
-        if _is_safe(cls):
-            able[name] = ""
-        elif values := _safe_choices(cls):
-            able[name] = values
-    return able
-
-
-def _is_safe(cls: type[Reducer], **options: Any) -> bool:
-    """Whether the reducer with these options, and defaults otherwise, can be served."""
-    try:
-        return cls(**options).serving_safe
-    except (TokenCompError, TypeError):  # it has required options, or refuses these
-        return False
-
-
-def _safe_choices(cls: type[Reducer]) -> str:
-    """The first option with a fixed list of values of which some, alone, make `cls` safe; or ""."""
-    for option, hint in field_types(cls).items():
-        values = [v for v in choices(hint) if _is_safe(cls, **{option: v})]
-        if values:
-            return f"{option}={' or '.join(map(str, values))}"
-    return ""
-
-
-def check_servable(reducer: Reducer) -> Reducer:
-    """Return `reducer` if an engine can run it.
-
-    Raises
-    ------
-    OptionError
-        Its keep count, or its choice, depends on more than the media item: on the text, on
-        attention, or on a decoder layer. Prefix caches would then mix up questions.
-    """
-    if reducer.serving_safe and not reducer.needs:
-        return reducer
-    able = ", ".join(f"{name} with {o}" if o else name for name, o in servable().items())
-    raise OptionError(
-        f"reducer {reducer.name!r} cannot run inside an engine that fixes placeholder counts "
-        f"before the vision tower runs and caches media across questions. These can: {able}. "
-        f"Serve {reducer.name!r} with `--engine hf` instead."
-    )
-
-
-def check_servable_tower(reducer: Reducer) -> None:
-    """Check that an engine can run `reducer` in its vision tower.
-
-    Raises
-    ------
-    OptionError
-        As `check_servable`, or it needs a prompt with frames left out, which engines do not make.
-    """
-    check_servable(reducer)
-    if reducer.reads_thumbnails:
-        raise OptionError(
-            f"tower_reducer {reducer.name!r} chooses frames where the prompt is made, which the "
-            "processors of engines do not do. Use another one, such as 'kcentre', or serve with "
-            "`--engine hf`."
-        )
 
 
 @dataclass(frozen=True)

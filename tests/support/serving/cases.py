@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokencomp.serving.spec import servable
+from tokencomp.serving.servable import servable
 
 MARKS = {
     "llava_onevision": ("<image>", "<video>"),
