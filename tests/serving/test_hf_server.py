@@ -251,7 +251,9 @@ def test_metrics_count_tokens(served: Any) -> None:
     assert http.metric(url, "tokencomp_reduce_seconds_total") > 0
     assert http.metric(url, "tokencomp_time_to_first_token_seconds_count") > 0
     assert http.get(url + "/health")[0] == 200
-    assert client.models.list().data[0].id == "tiny"
+    assert client.models.list().data[0].id == client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
 
 
 def test_the_log_says_what_is_served_and_what_each_request_cost(served: Any) -> None:

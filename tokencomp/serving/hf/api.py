@@ -113,15 +113,16 @@ class Server:
         async def next_event() -> Event:
             return await _while_connected(request, completion.events.get(), completion.cancel)
 
-        _, kind, value = await next_event()
-        if kind == "error":
-            raise value
-        if body.stream:
-            return StreamingResponse(completion.stream(), media_type="text/event-stream")
         try:
+            _, kind, value = await next_event()
+            if kind == "error":
+                raise value
+            if body.stream:
+                return StreamingResponse(completion.stream(), media_type="text/event-stream")
             return JSONResponse(await completion.whole(next_event))
-        finally:
-            completion.cancel()  # the other answers, if one has failed
+        except RequestError:
+            completion.cancel()  # the other answers
+            raise
 
     async def _prompt(self, request: Request) -> Prompt:
         """Read and check a request, and decode its media as long as the client is there."""

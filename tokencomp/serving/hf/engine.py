@@ -167,8 +167,11 @@ class Engine:
                 again = False
             if not isinstance(error, Exception):  # the thread ends
                 raise
-        # Outside of the block above, the error no longer keeps the tensors of its frames.
-        torch.cuda.empty_cache()
+            memory = isinstance(error, torch.OutOfMemoryError)
+        if (
+            memory
+        ):  # outside of the block above, the error no longer keeps the tensors of its frames
+            torch.cuda.empty_cache()
         if again:
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 self._run(half)

@@ -124,5 +124,5 @@ def for_client(error: BaseException) -> RequestError:
     if isinstance(error, TokenCompError):
         return RequestError(str(error))
     if isinstance(error, torch.OutOfMemoryError):
-        return RequestError("out of memory for this request; send fewer or smaller media.", 503)
+        return RequestError("out of memory; send fewer or smaller media, or try again later.", 503)
     return RequestError(f"the model failed on this request ({type(error).__name__}).", 500)
