@@ -27,8 +27,10 @@ def maxmin_select(
 
     .. math:: next = \arg\max_i \; w_i \cdot (\mu + \min_{j \in chosen} d(x_i, x_j))
 
-    within every span; ties go to the lower index. Distances below 1e-5 count as 1e-5, because the
-    distance between copies of a row is mere rounding. Among copies, the weight therefore decides.
+    within every span; ties go to the lower index, and scores that differ by less than a share of
+    4e-6 are ties: of two rows each is as far from the other, and rounding must not decide.
+    Distances below 1e-5 count as 1e-5, because the distance between copies of a row is mere
+    rounding. Among copies, the weight therefore decides.
 
     Parameters
     ----------
@@ -81,7 +83,8 @@ def maxmin_select(
 
     A longer span does not store L² distances. It proceeds in rounds among the c best rows, and its
     result is still exact: scores never rise, so the best candidate is the best row of all as long
-    as its score is above the score that the best other row had when the round began. The score of
+    as its score is above the score that the best other row had when the round began, by more than a
+    tie. The score of
     another row from an earlier round remains an upper bound, and is computed anew only when it is
     among the best. With c = 256, r rounds take at most ``2·(k·L + r·c²)·D`` FLOPs; in videos, still
     or moving, about half of the first part is needed. The Triton version has c = 2048 and updates

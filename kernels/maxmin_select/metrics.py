@@ -8,6 +8,9 @@ from torch import Tensor
 # more on tensor cores, which truncate their sums. This rounding must not rank copies; the weight
 # decides between them.
 EPSILON = 1e-5
+# Scores of at least this share of the best one are ties with it. The last bits of features differ
+# between batches of another shape, and must not decide between rows that are equally far.
+TIED = 1 - 4e-6
 # A centred row whose squared norm is below this share of the uncentred row's squared norm consists
 # of rounding. It has no direction, and its cosine is 0 with every row.
 UNDIRECTED = 1e-5
@@ -49,6 +52,12 @@ class RootMeanSquare:
 
 Metric = type[Cosine] | type[RootMeanSquare]
 METRICS: dict[str, Metric] = {"cosine": Cosine, "rms": RootMeanSquare}
+
+
+def first_best(scores: Tensor) -> Tensor:
+    """Index of the first of the scores ``(…, n)`` that tie with the best, ``(…)``."""
+    best = scores.amax(-1, keepdim=True)
+    return (scores >= torch.minimum(best, best * TIED)).int().argmax(-1)
 
 
 def _distance(cosine: Tensor) -> Tensor:

@@ -3,7 +3,15 @@
 import numpy as np
 import torch
 from tokencomp.kernels.bipartite_match.naive import normalise
-from tokencomp.kernels.maxmin_select.metrics import METRICS, Cosine, Metric, centred_unit, directed
+from tokencomp.kernels.maxmin_select.metrics import (
+    METRICS,
+    TIED,
+    Cosine,
+    Metric,
+    centred_unit,
+    directed,
+    first_best,
+)
 from tokencomp.kernels.maxmin_select.rounds import GRAM_ELEMENTS, TAKEN, Rounds
 from tokencomp.kernels.segments import same_shape, starts
 from torch import Tensor
@@ -78,9 +86,9 @@ def _greedy(
             start = weight.argmax(1)
         elif measure is Cosine:
             far = 1 - (normalise(x) @ normalise(mean).transpose(1, 2)).squeeze(2)
-            start = far.argmax(1)
+            start = first_best(far)
         else:
-            start = (x - mean).square().sum(2).argmax(1)
+            start = first_best((x - mean).square().sum(2))
     weight = x.new_ones(x.shape[:2]) if weight is None else weight.to(x.dtype)
     margin = margin.to(x.dtype)
     if distance is not None:
@@ -96,7 +104,7 @@ def isolated_row(rows: Tensor, measure: Metric, distance: Tensor | None) -> Tens
     """
     if distance is not None:
         distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        return distance.amin(2).argmax(1)
+        return first_best(distance.amin(2))
     length = rows.shape[1]
     nearest = []
     for begin in range(0, length, step := max(1, GRAM_ELEMENTS // (length * len(rows)))):
@@ -104,7 +112,7 @@ def isolated_row(rows: Tensor, measure: Metric, distance: Tensor | None) -> Tens
         at = torch.arange(part.shape[1], device=rows.device)
         part[:, at, at + begin] = torch.inf
         nearest.append(part.amin(2))
-    return torch.cat(nearest, dim=1).argmax(1)
+    return first_best(torch.cat(nearest, dim=1))
 
 
 def _at_once(distance: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count: int) -> Tensor:
@@ -124,7 +132,7 @@ def _at_once(distance: Tensor, weight: Tensor, margin: Tensor, start: Tensor, co
             weights[spans, last] = TAKEN
             np.minimum(nearest, distances[spans, last], out=nearest)
             np.multiply(np.add(nearest, margins, out=scores), weights, out=scores)
-            last = scores.argmax(1)  # returns the first of equal scores
+            last = (scores >= scores.max(1, keepdims=True) * TIED).argmax(1)  # the first of them
     return torch.from_numpy(order.T.copy()).to(distance.device)
 
 

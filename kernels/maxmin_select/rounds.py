@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from tokencomp.kernels.maxmin_select.metrics import Metric
+from tokencomp.kernels.maxmin_select.metrics import EPSILON, TIED, Metric
 from torch import Tensor
 
 # Number of cosines that are in memory at once (64 MiB in fp32).
@@ -18,9 +18,11 @@ class Rounds:
 
     Scores never rise, so the score of a row against some of the choices is an upper bound of its
     score against all of them. A row is updated only when its bound is among the best, and most rows
-    never are. Each round takes the ROUND best rows as candidates; the next best row is the guard.
-    As long as the best candidate is above the score that the guard had when the round began, it is
-    the best row of all, and only the cosines between candidates are needed. This algorithm is ours.
+    never are. Each round takes the ROUND best rows as candidates; of rows that tie with the best,
+    the first ones. As long as the best candidate is above the scores that all other rows had when
+    the round began (of those that tied then, and stand behind the candidates, not below them), it
+    is the best row of all, and only the cosines between candidates are needed. This algorithm is
+    ours.
 
     Attributes
     ----------
@@ -59,15 +61,13 @@ class Rounds:
     def run(self) -> Tensor:
         """Run rounds until all rows are chosen; return `order`."""
         while self.done < len(self.order):
-            best = self.best(ROUND + 1)
-            candidates, guard = best[:-1].sort().values, best[-1]
-            bar = float(self.score(guard)), -int(guard)
+            score, tied, ranked = self.ranked(ROUND + 1)
+            candidates, others = ranked[:ROUND].sort().values, ranked[ROUND:]
             rows, nearest = self.rows[candidates], self.nearest[candidates].cpu()
             distance, weight = self.measure.pairs(rows, rows).cpu(), self.weight[candidates].cpu()
             limit = len(self.order) - self.done
-            picks = _round(
-                distance, weight, nearest, candidates.tolist(), float(self.margin), bar, limit
-            )
+            bars = highest(score[others], tied[others]), highest(score[others], ~tied[others])
+            picks = _round(distance, weight, nearest, float(self.margin), bars, limit)
             picked = torch.tensor(picks, device=candidates.device)
             new, place = candidates[picked], slice(self.done, self.done + len(picks))
             self.order[place], self.chosen[place], self.done = new, rows[picked], place.stop
@@ -75,24 +75,31 @@ class Rounds:
             self.weight[new] = TAKEN
         return self.order
 
-    def score(self, rows: Tensor) -> Tensor:
-        """Return the scores of `rows`, which are upper bounds where rows are not up to date."""
-        return (self.nearest[rows] + self.margin) * self.weight[rows]
+    def ranked(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of all rows, which of them tie with the best, and all rows in order.
 
-    def best(self, count: int) -> Tensor:
-        """Return the `count` best rows, best first, all of them up to date.
+        Rows that tie come first, in their own order; then the others, best first. Of these, scores
+        behind the first `count` rows may be upper bounds.
 
         The rows with the best bounds are updated, which can only lower their scores, until the best
         `count` rows are all up to date. The others then have lower bounds, hence lower scores.
         """
         score, reach = (self.nearest + self.margin) * self.weight, count
         while True:
-            ranked = score.sort(descending=True, stable=True).indices
-            if bool((self.seen[ranked[:count]] == self.done).all()):
-                return ranked[:count]
-            self.refresh(ranked[:reach])
-            score[ranked[:reach]] = self.score(ranked[:reach])
+            tied = score >= score.max() * TIED
+            ranked = score.masked_fill(tied, torch.inf).sort(descending=True, stable=True).indices
+            needed = max(count, int(tied.sum()))
+            if not bool(self.stale(ranked[:needed]).any()):
+                return score, tied, ranked
+            rows = ranked[: max(reach, needed)]
+            rows = rows[self.stale(rows)]
+            self.refresh(rows)
+            score[rows] = (self.nearest[rows] + self.margin) * self.weight[rows]
             reach *= 2  # without doubling, bounds that keep falling would take many sorts
+
+    def stale(self, rows: Tensor) -> Tensor:
+        """Whether the distances of `rows` may still fall: not below the smallest distance."""
+        return (self.seen[rows] < self.done) & (self.nearest[rows] > EPSILON)
 
     def refresh(self, rows: Tensor) -> None:
         """Compare `rows` with the choices that they have not seen, equal numbers together."""
@@ -105,31 +112,38 @@ class Rounds:
         self.seen[rows] = self.done
 
 
+def highest(score: Tensor, of: Tensor) -> float:
+    """The highest of some scores, -inf of none."""
+    return float(score[of].max()) if bool(of.any()) else -torch.inf
+
+
 def _round(
     distance: Tensor,
     weight: Tensor,
     nearest: Tensor,
-    rows: list[int],
     margin: float,
-    bar: tuple[float, int],
+    bars: tuple[float, float],
     limit: int,
 ) -> list[int]:
-    """Choose at most `limit` candidates while the best of them is above `bar`.
+    """Choose candidates, at least one and at most `limit`, while no other row could come first.
 
-    `bar` is the guard's score and minus its row, so that a tie goes to the lower row. `weight` and
-    `nearest` change in place. The steps run on the host in NumPy: a choice is four operations on
-    short rows, whose start-up cost dominates.
+    `bars` are the highest scores, when the round began, of the other rows that tied with the best,
+    and of those that did not. `weight` and `nearest` change in place. The steps run on the host in
+    NumPy: a choice is five operations on short rows, whose start-up cost dominates.
     """
     picks: list[int] = []
     distances, weights, near = distance.numpy(), weight.numpy(), nearest.numpy()
-    scores = np.empty_like(near)
+    scores, number = np.empty_like(near), near.dtype.type
+    behind, below, share = map(number, (*bars, TIED))
     with np.errstate(over="ignore"):
         while len(picks) < limit:
             np.multiply(np.add(near, margin, out=scores), weights, out=scores)
-            best = int(scores.argmax())  # returns the first of equal scores
-            if (float(scores[best]), -rows[best]) < bar:
+            best = scores.max()
+            line = max(best, behind) * share
+            if picks and (best < behind or line <= below):
                 break
-            picks.append(best)
-            weights[best] = TAKEN
-            np.minimum(near, distances[best], out=near)
+            first = int((scores >= line).argmax())
+            picks.append(first)
+            weights[first] = TAKEN
+            np.minimum(near, distances[first], out=near)
     return picks

@@ -12,6 +12,7 @@ import itertools
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels.maxmin_select.metrics import TIED
 from tokencomp.kernels.maxmin_select.naive import TAKEN
 from tokencomp.kernels.maxmin_select.triton_distances import Cosines, Differences, Rows, pitch
 from tokencomp.kernels.maxmin_select.triton_rows import first_choice, unit_rows
@@ -49,9 +50,9 @@ def isolated_kernel(gram, first_row, first_gram, nearest, BLOCK: tl.constexpr):
 @triton.jit
 def greedy_kernel(
     gram, first_row, first_gram, first_pick, start_row, weights, picks,
-    margins, nearest, guard_score, guard_place, steps_taken,
+    margins, nearest, behind, below, steps_taken,
     WEIGHTED: tl.constexpr, MARGIN: tl.constexpr, ROUND: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, TIED: tl.constexpr,
 ):  # fmt: skip
     """Take all steps of one span in one program.
 
@@ -60,8 +61,9 @@ def greedy_kernel(
     pairs.
 
     With ROUND, the rows are the candidates of a round and `nearest` holds their distances from
-    earlier choices. The loop ends when the guard, whose place in row order is before candidate
-    `guard_place`, is better than every candidate. `steps_taken` receives the number of steps.
+    earlier choices. The loop ends when another row could come first: `behind` and `below` are the
+    highest scores of the other rows, see :func:`tokencomp.kernels.maxmin_select.rounds._round`.
+    `steps_taken` receives the number of steps.
     """
     span = tl.program_id(0)
     start = tl.load(first_row + span)
@@ -74,8 +76,8 @@ def greedy_kernel(
     distance = tl.full([BLOCK], float("inf"), tl.float32)
     if ROUND:
         distance = tl.load(nearest + row, mask=inside, other=0.0)
-        bar = tl.load(guard_score)
-        place = tl.load(guard_place)
+        highest_behind = tl.load(behind)
+        highest_below = tl.load(below)
     # A negative weight marks rows that are chosen already or lie outside of the span.
     weight = tl.where(inside, 1.0, -1.0)
     if WEIGHTED:
@@ -93,12 +95,12 @@ def greedy_kernel(
         at = gram + last.to(tl.int64) * pitch(rows) + row
         distance = tl.minimum(distance, tl.load(at, mask=row < pitch(rows), other=0.0))
         score = tl.where(weight < 0.0, -1.0, (distance + margin) * weight)
-        last = tl.argmax(score, axis=0, tie_break_left=True)
+        best = tl.max(score, axis=0)
+        line = best * TIED
+        last = tl.min(tl.where(score >= line, row, BLOCK), axis=0)  # the first of those that tie
         step += 1
         if ROUND:
-            best = tl.max(score, axis=0)
-            # A tie goes to the lower row, which is the guard if its place is not after `last`.
-            over = (best < bar) | ((best == bar) & (last >= place))
+            over = (best < highest_behind) | (line <= highest_below)
             count = tl.where(over, step, count)
     if ROUND:
         tl.store(steps_taken, step)
@@ -122,7 +124,7 @@ def maxmin_select(
     rms = metric == "rms"
     unit, inverse, far = unit_rows(x, lengths, centred and not rms, rms)
     if start is None and not isolated:
-        start = first_choice(far if weights is None else weights, lengths)
+        start = first_choice(far, lengths) if weights is None else first_choice(weights, lengths, 1)
     rows: Rows = Differences(x.T.float().contiguous()) if rms else Cosines(unit, inverse)
     for group in grouped(lengths):
         run(group, rows, weights, lengths, counts, margin, start, picks)
@@ -203,15 +205,20 @@ def run_rounds(
         if done == len(picks):
             return
         score = (nearest if margin is None else nearest + margin) * remaining
-        ranked = score.sort(descending=True, stable=True).indices[: CANDIDATES + 1]
-        candidates, guard = ranked[:-1].sort().values, ranked[-1:]
+        tied = score >= score.max() * TIED
+        ranked = score.masked_fill(tied, torch.inf).sort(descending=True, stable=True).indices
+        candidates, others = ranked[:CANDIDATES].sort().values, ranked[CANDIDATES:]
+        bars = [
+            score[others].masked_fill(hidden, -torch.inf).amax()
+            for hidden in (~tied[others], tied[others])
+        ]
         limit = min(len(candidates), len(picks) - done)
         steps_taken = torch.full((1,), limit, dtype=torch.int32, device=device)
         local = torch.zeros(limit, dtype=torch.int64, device=device)
         greedy(
             rows.part(candidates), [0, len(candidates)], table([0, limit], device),
             torch.searchsorted(candidates, ranked[:1]), remaining[candidates], margin, local,
-            (nearest[candidates], score[guard], torch.searchsorted(candidates, guard), steps_taken),
+            (nearest[candidates], *bars, steps_taken),
         )  # fmt: skip
         new = candidates[local[: int(steps_taken)]]
 
@@ -247,7 +254,7 @@ def greedy(
     greedy_kernel[(len(lengths),)](
         gram, first_row, first_gram, first_pick, start, weights, picks,
         margin, *(resume or (None,) * 4), WEIGHTED=weights is not None,
-        MARGIN=margin is not None, ROUND=resume is not None, BLOCK=wide,
+        MARGIN=margin is not None, ROUND=resume is not None, BLOCK=wide, TIED=TIED,
         num_warps=greedy_warps(wide),
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ import itertools
 import torch
 import triton
 import triton.language as tl
-from tokencomp.kernels.maxmin_select.metrics import UNDIRECTED
+from tokencomp.kernels.maxmin_select.metrics import TIED, UNDIRECTED
 from tokencomp.kernels.segments import table
 from tokencomp.kernels.tile import inverse_root
 from torch import Tensor
@@ -83,8 +83,8 @@ def mean_kernel(
 
 
 @triton.jit
-def first_kernel(score, first_row, first, BLOCK: tl.constexpr):
-    """Find the row with the largest score of every span, the lowest of equals (0 without rows).
+def first_kernel(score, first_row, first, BLOCK: tl.constexpr, TIED: tl.constexpr):
+    """Find the first row of every span whose score ties with the largest (0 without rows).
 
     The grid is (spans,).
     """
@@ -92,14 +92,17 @@ def first_kernel(score, first_row, first, BLOCK: tl.constexpr):
     start = tl.load(first_row + span)
     rows = tl.load(first_row + span + 1) - start
     best = -float("inf")
-    place = tl.zeros([], tl.int32)
     for begin in range(0, rows, BLOCK):
         row = begin + tl.arange(0, BLOCK)
         value = tl.load(score + start + row, mask=row < rows, other=-float("inf"))
-        top = tl.max(value, axis=0)
-        at = begin + tl.argmax(value, axis=0, tie_break_left=True)
-        place = tl.where(top > best, at, place)
-        best = tl.maximum(best, top)
+        best = tl.maximum(best, tl.max(value, axis=0))
+    line = tl.minimum(best, best * TIED)
+    place = rows
+    for begin in range(0, rows, BLOCK):
+        row = begin + tl.arange(0, BLOCK)
+        value = tl.load(score + start + row, mask=row < rows, other=-float("inf"))
+        tie = (row < rows) & (value >= line)
+        place = tl.minimum(place, tl.min(tl.where(tie, row, rows), axis=0))
     tl.store(first + span, place.to(tl.int64))
 
 
@@ -146,9 +149,12 @@ def mean_distance(x: Tensor, lengths: list[int], centred: bool) -> Tensor:
     return (1 - means(unit, inverse, lengths).square().sum(1)).clamp_(min=0)
 
 
-def first_choice(score: Tensor, lengths: list[int]) -> Tensor:
-    """Return the row with the largest score of every span (0 for an empty span)."""
+def first_choice(score: Tensor, lengths: list[int], tied: float = TIED) -> Tensor:
+    """Return the first row of every span that ties with its largest score (0 if it is empty).
+
+    A score ties if it has at least the share `tied` of the largest one.
+    """
     first = torch.zeros(len(lengths), dtype=torch.int64, device=score.device)
     first_row = table([0, *itertools.accumulate(lengths)], score.device)
-    first_kernel[(len(lengths),)](score, first_row, first, BLOCK=1024, num_warps=4)
+    first_kernel[(len(lengths),)](score, first_row, first, BLOCK=1024, TIED=tied, num_warps=4)
     return first
