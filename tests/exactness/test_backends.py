@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import backends, kinds, oracle, packed, plans, ways
 from support.backends import FLASH, FLEX
-from support.families import FAMILIES, V4, Family
+from support.families import FAMILIES, Family
 from support.family.hybrid import HYBRID
 from support.family.structural import STRUCTURAL
 from torch import nn
@@ -21,7 +21,6 @@ import tokencomp
 from tokencomp import Plan, Stage, TowerStage, make_reducer
 from tokencomp.errors import TokenCompError, UnsupportedModelError
 
-pytestmark = pytest.mark.skipif(V4, reason="the stand-ins are for transformers 5")
 FAMILY_NAMES = sorted({**FAMILIES, **HYBRID, **STRUCTURAL})
 QUICK = {"qwen2_vl", "llava_onevision", "gemma3"}
 LONG_FAMILIES = set(FAMILY_NAMES) - QUICK
@@ -124,7 +123,7 @@ def test_gaps_in_positions_begin_no_prompt(monkeypatch: pytest.MonkeyPatch) -> N
         assert (mine - theirs).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava_onevision"])
 def test_lengths_of_packed_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashAttention takes the bounds of packed prompts as lengths, where they are given."""
     backends.install(monkeypatch, FLASH)
