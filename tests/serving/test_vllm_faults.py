@@ -41,8 +41,9 @@ def test_one_client_cannot_spoil_answers_of_others_nor_leave_processes_behind(
 ) -> None:
     model = overflowing(tiny_folder("qwen2_vl"), tmp_path / "model")
     arguments = ["--engine", "vllm", "--model", model, "--served-model-name", "tiny"]
-    arguments += ["--", "--enforce-eager", "--dtype", "float32", "--max-model-len", 2048]
-    arguments += ["--block-size", 32, "--num-gpu-blocks-override", 128]  # which are soon used again
+    arguments += ["--", "--enforce-eager", "--dtype", "float32", "--max-model-len", 512]
+    # A few blocks of the KV cache, which are soon used again.
+    arguments += ["--block-size", 32, "--num-gpu-blocks-override", 20, "--no-enable-prefix-caching"]
     with http.process(tmp_path / "log", *arguments, **ENV) as (url, process):
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=120)
 
@@ -53,7 +54,7 @@ def test_one_client_cannot_spoil_answers_of_others_nor_leave_processes_behind(
             )  # fmt: skip
             return answer.choices[0].message.content
 
-        questions = [f"Question {i}: " + "word " * 40 * (i % 4) for i in range(12)]
+        questions = [f"Question {i}: " + "word " * 20 * (i % 4) for i in range(12)]
         before = [ask(question) for question in questions]
         assert len(set(before)) > 1
         for i in range(8):

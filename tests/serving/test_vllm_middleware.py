@@ -18,6 +18,7 @@ from PIL import Image
 from PIL.Image import DecompressionBombError
 from support.serving import http
 
+from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.vllm import request_checks
 from tokencomp.serving.vllm.middleware import Guard
@@ -333,5 +334,8 @@ def test_media_that_vllm_cannot_process_get_400(kind: type[Exception]) -> None:
     for module, more in (("vllm.v1.engine.core_client", {}), ("vllm.multimodal", {"late": True})):
         with pytest.raises(kind):
             answer(module, **more)
+    assert ask(Application(RequestError("too large", 413)), b"{}") == (413, "too large")
+    with pytest.raises(RequestError):
+        ask(Application(RequestError("too large", 413), late=True), b"{}")
     with pytest.raises(TypeError):
         ask(Application(raised_in("vllm.multimodal.video", TypeError())), b"{}")

@@ -192,7 +192,9 @@ def as_mapping(value: Any, allowed: tuple[str, ...] | None) -> dict[str, Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:  # also numbers of very many digits
-            raise OptionError(f"tokencomp options are not JSON ({error}): {value!r}.") from None
+            raise OptionError(
+                f"tokencomp options are not JSON ({error}): {reprlib.repr(value)}."
+            ) from None
     if value is None:
         return {}
     if not isinstance(value, Mapping):

@@ -68,11 +68,13 @@ class Guard:
             if scope["method"] == "POST":
                 await self._read(exchange, scope)
             await self.app(scope, exchange.receive, exchange.send)
-        except RequestError as error:
+        except RequestError as error:  # also of `frames`, in the application
+            if exchange.started:
+                raise
             answer = error_response(error)
             if has_body(scope) and exchange.body is None:
                 answer.headers["Connection"] = "close"  # the rest of the body will not be read
-            logger.info("%s %s: %s", scope["method"][:20], error.status, str(error)[:200])
+            logger.info("%s %s: %r", scope["method"][:20], error.status, str(error)[:200])
             await answer(scope, receive, send)
         except Exception as error:
             if exchange.started or not _from_media(error):
@@ -104,8 +106,8 @@ class _Exchange:
         """Return the body once if it has been read, and what the client sends before and after."""
         if self.body is None or self._delivered:
             return await self._receive()
-        self._delivered = True
-        return {"type": "http.request", "body": self.body, "more_body": False}
+        self._delivered, body, self.body = True, self.body, b""  # the application has a copy
+        return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(self, message: Message) -> None:
         """Send a message, and note that the answer has started."""
