@@ -257,10 +257,19 @@ def chunks(content: bytes, size: int) -> bytes:
     return b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
 
 
-def test_a_body_of_many_small_chunks_is_refused() -> None:
+def test_a_body_of_many_small_chunks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk of one byte costs as much as one of a megabyte: 6 seconds per megabyte."""
     head = (HEAD + "Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n").encode()
+    errors: list[Any] = []
+    log = logging.getLogger("uvicorn.error")
+    monkeypatch.setattr(log, "error", lambda *words, **options: errors.append(words))
     with running(build_app(stub(), "tiny", Limits())) as address:
+        with socket.create_connection(address) as connection:  # also where nobody reads the body
+            small = head.replace(f"POST {CHAT}".encode(), b"GET /health")
+            with contextlib.suppress(OSError):
+                connection.sendall(small + chunks(b" " * 10**5, 1))
+            with contextlib.suppress(ConnectionResetError):
+                assert received(connection).startswith(b"HTTP/1.1 400 ")
         for content, size, answer in (
             (b" " * 10**5, 1, b"Invalid HTTP request"),
             (b" " * 10**5, 2, b"Invalid HTTP request"),
@@ -274,6 +283,7 @@ def test_a_body_of_many_small_chunks_is_refused() -> None:
                     whole = received(connection)
                     assert whole.startswith(b"HTTP/1.1 400 ") and answer in whole
         assert http.get("http://{}:{}/health".format(*address))[0] == 200
+    assert not errors
 
 
 @pytest.mark.parametrize("path", [CHAT, "/health"])

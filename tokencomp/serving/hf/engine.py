@@ -168,9 +168,7 @@ class Engine:
             if not isinstance(error, Exception):  # the thread ends
                 raise
             memory = isinstance(error, torch.OutOfMemoryError)
-        if (
-            memory
-        ):  # outside of the block above, the error no longer keeps the tensors of its frames
+        if memory:  # only here, where the error no longer keeps the tensors of its frames
             torch.cuda.empty_cache()
         if again:
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):

@@ -76,6 +76,13 @@ class TimedProtocol(H11Protocol):
         if self.cycle is last:  # each request has a cycle of its own
             self.transport.abort()  # `close` would first wait for the client to read
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are no HTTP; the application, if it runs, can no longer answer."""
+        super().send_400_response(msg)
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
     def pause_writing(self) -> None:
         """Start the time in which the client must read."""
         super().pause_writing()
