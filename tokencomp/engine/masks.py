@@ -39,8 +39,9 @@ class MaskSource:
     new : Tensor of bool, shape (B, n), or None
         False at padding among the columns of this call.
     prepared
-        The mask that the body has prepared for the uncompressed call: a tensor (B, 1, L, columns)
-        or a mapping from kinds of layers to such tensors; None: plain causal attention.
+        The mask that the body has prepared for the uncompressed call: one of (B, 1, L, columns), a
+        tensor or blocks of FlexAttention, or a mapping from kinds of layers to such masks; None:
+        plain causal attention.
     by_column
         Whether windows are measured in columns of the uncompressed sequence, not in rows.
     starts : Tensor of int64, shape (B,), or None
