@@ -8,8 +8,8 @@ import pytest
 import torch
 from support import oracle, plans
 from support.caches import ENTRY, LAYERS, ragged, single, static_cache
+from support.compiled import breaks, compiled, graphs, reset
 from support.families import CORE, FAMILIES, Family, text
-from transformers.generation.configuration_utils import CompileConfig
 
 import tokencomp
 
@@ -20,21 +20,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-
-
-def compiled(model: Any, backend: str = "eager") -> Any:
-    """Options that make `generate` compile on a CPU too; skips where it cannot, unpatched."""
-    config = CompileConfig(fullgraph=True, backend=backend, mode=None, dynamic=False)
-    if not hasattr(config, "_compile_all_devices"):
-        pytest.skip("this release compiles on accelerators alone")
-    config._compile_all_devices = True
-    return config
-
-
-def graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    reset()
 
 
 def test_decoding_is_one_graph(family: Family) -> None:
@@ -50,7 +36,7 @@ def test_decoding_is_one_graph(family: Family) -> None:
             expected = oracle.generate(model, inputs)
             masks = oracle.kept_columns(handle, inputs, family.layers)
             assert torch.equal(out.sequences, expected.sequences)
-            assert graphs() == 1 and not torch._dynamo.utils.counters["graph_break"]
+            assert graphs() == 1 and not breaks()
             dropped.add(cache.layers[0].dropped)
     assert len(dropped) > 1
     new = out.sequences[:, -8:-1]
@@ -69,7 +55,7 @@ def test_decoding_a_ragged_batch_is_one_graph(family: Family, compiler: str) -> 
         expected = oracle.generate(model, inputs)
     assert torch.equal(out.sequences, expected.sequences)
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(out.logits, expected.logits, strict=True))
-    assert graphs() == 1 and not torch._dynamo.utils.counters["graph_break"]
+    assert graphs() == 1 and not breaks()
 
 
 def test_a_step_without_generate() -> None:
@@ -174,4 +160,4 @@ def test_decoding_is_one_graph_with_scores_at_entry(family: Family) -> None:
         out = oracle.generate(model, inputs, **options)
         expected = oracle.generate(model, inputs)
     assert torch.equal(out.sequences, expected.sequences)
-    assert graphs() == 1 and not torch._dynamo.utils.counters["graph_break"]
+    assert graphs() == 1 and not breaks()
