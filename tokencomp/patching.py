@@ -209,8 +209,10 @@ def check(model: nn.Module, spec: MethodSpec) -> None:
 def unpatch(model: nn.Module) -> None:
     """Undo `patch(model)` and `extend_visual_context(model, ...)`, if they were called.
 
-    A cache filled under layer stages holds other rows in every part of the decoder; the unpatched
-    model cannot continue on it. Start the conversation again, or patch the model (in any way).
+    It waits for running calls. The unpatched model can continue on the cache of a prompt that was
+    compressed at entry, one sample at a time; what it would read wrongly is refused
+    (`UnsupportedCacheError`): padded batches, layer stages, merged tokens with weights, compact
+    positions and attention windows. Patch the model again (at any ratio) to continue on those.
     """
     base = unwrap(model)
     if isinstance(base, Handle):

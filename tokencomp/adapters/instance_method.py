@@ -89,7 +89,7 @@ class Hooked:
         return []
 
     def remove(self) -> None:
-        """Undo `install`; safe to call twice."""
-        for handle in self._handles:
+        """Undo `install`, the latest first; safe to call twice."""
+        for handle in reversed(self._handles):
             handle.remove()
         self._handles.clear()

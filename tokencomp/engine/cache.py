@@ -16,9 +16,34 @@ from transformers.cache_utils import (
 
 from tokencomp.engine import compat
 from tokencomp.engine.cache_rows import physical_length
+from tokencomp.errors import UnsupportedCacheError
 
 COUNTS_ROWS = compat.counts_static_rows()
 INDEXED: Any = compat.indexed_layer()
+NEEDS_PATCH = (
+    "this cache holds a compressed prompt that only a patched model reads right: a padded batch, "
+    "rows that differ by layer, merged tokens with weights, compact positions, or an attention "
+    "window. The patch is gone. Call tokencomp.patch(model, ...) again (at any ratio) before you "
+    "continue, or start the conversation again."
+)
+
+
+class InForce:
+    """Whether the patch under which a cache was written is still there; copies of a cache share it.
+
+    Attributes
+    ----------
+    compact
+        Whether positions count the kept tokens only.
+    active
+        Whether the hooks of the patch are installed.
+    """
+
+    def __init__(self, compact: bool) -> None:
+        self.compact, self.active = compact, False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InForce:
+        return self
 
 
 # Python lets an object change its class only to one of the same memory layout. A base class other
@@ -46,6 +71,10 @@ class CompressedLayer(CacheLayerMixin):
         First real column of every sample in the uncompressed sequence; None: not known, or 0.
     starts_segment : bool
         True where this layer holds other rows than the layer before it.
+    patch : InForce or None
+        The patch under which the first layer of a cache was written; None in the other layers.
+    needs_patch : bool
+        Whether a decoder without hooks would read the rows of the cache wrongly.
     """
 
     plain: ClassVar[type]
@@ -54,6 +83,8 @@ class CompressedLayer(CacheLayerMixin):
     columns: Tensor | None
     starts: Tensor | None
     starts_segment: bool
+    patch: InForce | None
+    needs_patch: bool
     _valid: Tensor | None
     keys: Any  # for transformers they may be None; what is called here has rows
     values: Any
@@ -88,6 +119,18 @@ class CompressedLayer(CacheLayerMixin):
         n = query if isinstance(query, int) else query.shape[0]
         return self.rows + n, self.dropped
 
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Write rows behind those written last.
+
+        Raises
+        ------
+        UnsupportedCacheError
+            The patch that must tell the decoder how to read the rows is gone.
+        """
+        if self.needs_patch and self.patch is not None and not self.patch.active:
+            raise UnsupportedCacheError(NEEDS_PATCH)
+        return super().update(*args, **kwargs)
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Follow the beams."""
         super().reorder_cache(beam_idx)
@@ -120,6 +163,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def _forget(self) -> None:
         del self.dropped, self._valid, self.sizes, self.columns, self.starts, self.starts_segment
+        del self.patch, self.needs_patch
         self.__class__ = self.plain
 
 

@@ -91,6 +91,11 @@ class CallNotes:
         """Undo `note_prompt`, and forget the forward pass of the decoder."""
         self.local.kinds = self.local.inputs = self.local.forward = self.local.body_mask = None
 
+    def called_alone(self, arguments: Mapping[str, Any]) -> None:
+        """Treat a decoder that is called on its own like a prompt that brings no features."""
+        if begins_prompt(arguments):
+            self.without_features(arguments)
+
     def without_features(self, arguments: Mapping[str, Any]) -> None:
         """Warn, once per patch, that a prompt with features at unknown places runs uncompressed.
 

@@ -66,8 +66,9 @@ def compress_layer(
     valid, starts_segment, sizes, columns, starts
         See `CompressedLayer`.
     """
-    before = 0
+    before, patch = 0, None
     if isinstance(layer, CompressedLayer):
+        patch = layer.patch
         before, starts_segment = layer.dropped, starts_segment or layer.starts_segment
     else:
         static = isinstance(layer, StaticLayer)
@@ -77,6 +78,7 @@ def compress_layer(
             torch._dynamo.mark_static_address(layer.cumulative_length)
     layer.dropped, layer.valid, layer.sizes = before + dropped, valid, sizes
     layer.columns, layer.starts_segment, layer.starts = columns, starts_segment, starts
+    layer.patch, layer.needs_patch = patch, False
     if isinstance(layer, CompressedStaticLayer):
         layer.offset = torch.tensor(layer.dropped, device=layer.device)
     if isinstance(layer, CompressedReferenceLayer):

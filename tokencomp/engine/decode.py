@@ -15,7 +15,7 @@ from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import compat, mask_compat
-from tokencomp.engine.cache import CompressedLayer, CompressedStaticLayer
+from tokencomp.engine.cache import CompressedLayer, CompressedStaticLayer, InForce
 from tokencomp.engine.cache_rows import (
     REFERENCE,
     filled,
@@ -42,8 +42,8 @@ class LaterTokens:
     ----------
     local
         State of the calling thread; `forward` or `cached` is set on it for the running call.
-    compact_positions
-        Whether positions count real rows only.
+    in_force
+        The patch that these calls are made under.
     proportional
         Whether attention reads how many tokens the cached rows stand for.
     """
@@ -52,11 +52,11 @@ class LaterTokens:
         self,
         adapter: Adapter,
         local: Any,
-        compact_positions: bool,
+        in_force: InForce,
         proportional: bool,
     ) -> None:
-        self.adapter, self.local = adapter, local
-        self.compact_positions, self.proportional = compact_positions, proportional
+        self.adapter, self.local, self.in_force = adapter, local, in_force
+        self.compact_positions, self.proportional = in_force.compact, proportional
         mask_compat.mask_parameters()  # before a step is compiled
 
     def traceable(self, inputs: Mapping[str, Any], stages: bool) -> bool:
@@ -88,10 +88,31 @@ class LaterTokens:
             kwargs["inputs_embeds"] = self.adapter.decoder.embed_tokens(kwargs["input_ids"])
             kwargs["input_ids"] = None
         first = first_with_rows(layers)
+        self.adopt(first)
         if isinstance(first, CompressedStaticLayer) and kwargs["inputs_embeds"].shape[1] == 1:
             self._static_step(kwargs, layers)
         else:
             self._continue(kwargs, layers)
+
+    def adopt(self, first: Any) -> None:
+        """Let this patch continue a cache, whose first layer with rows is `first`.
+
+        Raises
+        ------
+        UnsupportedCacheError
+            The rows were written at other kinds of positions.
+        """
+        patch = getattr(first, "patch", None)
+        if patch is None or patch is self.in_force:
+            return
+        if patch.compact != self.compact_positions:
+            names = [("original", "compact")[p.compact] for p in (patch, self.in_force)]
+            raise UnsupportedCacheError(
+                f"this cache was written with positions='{names[0]}', and the patch in force has "
+                f"positions='{names[1]}', so later tokens would stand at wrong distances. Patch "
+                f"the model with positions='{names[0]}', or start the conversation again."
+            )
+        first.patch = self.in_force
 
     def _static_step(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
         """Prepare one token on a static cache, without a host read and with constant shapes.
@@ -217,13 +238,15 @@ def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict
     return {**kwargs, "attention_mask": padding}, prepared
 
 
-def compact_cache(forward: ForwardPass, cache: Any, proportional: bool) -> None:
+def compact_cache(forward: ForwardPass, cache: Any, proportional: bool, patch: InForce) -> None:
     """Record in the cache layers that a prefill has filled which tokens their rows stand for.
 
     Parameters
     ----------
     proportional
         Whether the layers must remember how many tokens each row stands for.
+    patch
+        The patch under which the prefill has run.
 
     Raises
     ------
@@ -248,3 +271,12 @@ def compact_cache(forward: ForwardPass, cache: Any, proportional: bool) -> None:
             begins = layer is own[0] and segment.first > 0
             flags = valid if valid is None else valid.to(layer.device)
             compress_layer(layer, dropped, rows, flags, begins, sizes, columns, starts)
+    _note_patch(forward, layers, patch)
+
+
+def _note_patch(forward: ForwardPass, layers: list[Any], patch: InForce) -> None:
+    """Let the first layer of a cache know the patch, and whether later tokens can do without."""
+    heads, windows = segment_heads(layers), forward.windows
+    needed = len(heads) > 1 or patch.compact or bool(windows.sizes) or windows.relative
+    needed |= any(head.valid is not None or head.sizes is not None for head in heads)
+    heads[0].patch, heads[0].needs_patch = patch, needed or REFERENCE in windows.kinds

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokencomp.adapters.instance_method import Hooked
+from tokencomp.adapters.instance_method import Hooked, MethodReplacement
 from tokencomp.errors import copy_error
 
 if TYPE_CHECKING:
@@ -21,8 +22,11 @@ POLL_SECONDS = 0.1  # how often a waiting change looks whether a calling thread 
 class CallGate(Hooked):
     """Knows which threads are in a call, and lets one thread at a time change what calls read.
 
-    A thread that has died, or the thread that makes the change, never blocks it: an interrupt from
-    the keyboard ends a call without the hooks that would say so.
+    A thread that has died, or the thread that makes the change, never blocks it.
+
+    `generate` counts as one call, because it encodes media before it calls the model: features of
+    one setting must not meet the plan of another. torch runs hooks for `module(...)` alone, so a
+    direct call of `module.forward(...)` is sent through it.
 
     Parameters
     ----------
@@ -46,11 +50,51 @@ class CallGate(Hooked):
         for module in dict.fromkeys(modules):
             enter = module.register_forward_pre_hook(self._enter)
             leave = module.register_forward_hook(self._leave, always_call=True)
-            self._handles += [enter, leave]
+            direct = functools.partial(self._forward, module)
+            self._handles += [enter, leave, MethodReplacement(module, "forward", direct)]
+            self._handles.append(MethodReplacement(module, "generate", self._generate))
+
+    def remove(self) -> None:
+        """Undo `install`; safe to call twice."""
+        super().remove()
+        with self._condition:
+            self._calls.clear()  # the hooks that would end them are gone
+
+    def inside(self, *modules: nn.Module) -> bool:
+        """Whether this thread is in a call of one of these modules."""
+        _, names = self._calls.get(threading.get_ident(), (None, []))
+        return any(id(module) in names for module in modules)
+
+    def _forward(
+        self, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """`module.forward`: what `module(...)` runs between its hooks, or a call of its own."""
+        if torch.compiler.is_compiling():
+            return original(*args, **kwargs)
+        if not self.inside(module):
+            return module(*args, **kwargs)
+        try:
+            return original(*args, **kwargs)
+        except Exception:
+            raise  # torch still runs the hook that ends the call
+        except BaseException:  # not after an interrupt from the keyboard
+            self.leave(id(module))
+            raise
+
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        name = id(kwargs)
+        self.enter(name)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self.leave(name)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.enter(id(module))
+        if torch.compiler.is_compiling():
+            return
+        self.enter(id(module))
+        if not self._handles:  # the patch has gone while this call has waited
+            self.leave(id(module))
 
     def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
         if not torch.compiler.is_compiling():

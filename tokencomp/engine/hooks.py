@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import threading
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from tokencomp.adapters.structure import parameters_of
 from tokencomp.context_window import is_extended
 from tokencomp.engine import compat
 from tokencomp.engine.batching import BatchGuard
-from tokencomp.engine.cache import CompressedLayer
+from tokencomp.engine.cache import CompressedLayer, InForce
 from tokencomp.engine.cache_support import check_cache
 from tokencomp.engine.call_notes import CallNotes
 from tokencomp.engine.decode import LaterTokens, compact_cache, first_layer, split_mask
@@ -51,6 +52,9 @@ from tokencomp.engine.uncounted import UncountedPrompt, can_wait
 from tokencomp.engine.window import Windows
 from tokencomp.errors import TokenCompError, copy_error
 from tokencomp.plan import Plan
+
+# Bodies that have had a tower stage: their features may come later, with tokens missing.
+_HAD_TOWER: WeakSet[nn.Module] = WeakSet()
 
 
 class Hooks(Hooked):
@@ -89,12 +93,12 @@ class Hooks(Hooked):
         )
         self._stats: Stats | None = None
         self._uncounted: UncountedPrompt | None = None
-        self._had_tower = False  # features of an earlier plan may still come, with tokens missing
         self._missed_plans: set[str] = set()  # plans that have warned of a missed ratio
         self._local = threading.local()
         self._notes = CallNotes(adapter, self._local, strict)
         self._plan_hooks = PlanHooks(adapter, self._local, off=lambda: self.disabled)
-        self._later = LaterTokens(adapter, self._local, compact_positions, proportional > 0)
+        self._in_force = InForce(compact_positions)
+        self._later = LaterTokens(adapter, self._local, self._in_force, proportional > 0)
         self._relative = RelativePositions(adapter, self._local)
         self._batches = BatchGuard(adapter, self._compresses, strict)
         self._prefill = ChunkedPrefill(adapter, self._local, self._compresses, self._forget_stats)
@@ -124,6 +128,7 @@ class Hooks(Hooked):
         self._install_plan()
         for part in (*self._parts, a):
             part.install()
+        self._in_force.active = True
 
     def change(self, plan: Plan) -> None:
         """Put another plan in force, between the calls of all threads.
@@ -138,14 +143,17 @@ class Hooks(Hooked):
 
     def _install_plan(self) -> None:
         self._plan_hooks.install(self.plan)
-        self._had_tower = self._had_tower or self.plan.tower is not None
+        if self.plan.tower is not None:
+            _HAD_TOWER.add(self.adapter.body)
 
     def remove(self) -> None:
-        """Undo `install`; safe to call twice."""
-        super().remove()
-        for part in (self._plan_hooks, self.gate, *self._parts):
-            part.remove()
-        self.adapter.uninstall()
+        """Undo `install`, between the calls of all threads; safe to call twice."""
+        with self.gate.change():
+            self._in_force.active = False
+            super().remove()
+            for part in (*reversed(self._parts), self._plan_hooks, self.gate):
+                part.remove()
+            self.adapter.uninstall()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise copy_error(type(self.adapter.model).__name__)
@@ -257,11 +265,16 @@ class Hooks(Hooked):
     def _arguments(self, module: nn.Module, kwargs: dict[str, Any]) -> Any:
         """Arguments of a decoder call; None where they stay as they are."""
         kinds, cache = self._kinds_of(kwargs), compat.get_cache(kwargs)
+        if self._compresses() and not self.gate.inside(self.adapter.top, self.adapter.body):
+            self._notes.called_alone(kwargs)
         if kinds is not None and kinds.numpy().any():
             if kwargs.get("inputs_embeds") is None:
                 kwargs = with_embeddings(module, kwargs)
             if self.plan.active:
+                if self.plan.tower is None:
+                    self._refuse_missing(kwargs)
                 check_cache(cache, bool(self.plan.layer_stages))
+                self._later.adopt(first_layer(cache))
                 kwargs, prepared = split_mask(kwargs, cache, self._local.body_mask)
                 self._compress(kwargs, kinds, cache, prepared)
                 keep, forward = getattr(self._local, "logits", 0), self._local.forward
@@ -272,13 +285,17 @@ class Hooks(Hooked):
                     kwargs["logits_to_keep"] = 0
                 return (), self._prefill.advance(module, kwargs, self._local.forward, keep)
             self._count(kwargs, kinds, cache)
-        if self._had_tower and kwargs.get("inputs_embeds") is not None:
-            refuse_missing(kwargs["inputs_embeds"])
+        self._refuse_missing(kwargs)
         if isinstance(first_layer(cache), CompressedLayer):
             kwargs = dict(kwargs)
             self._later.prepare(kwargs, cache.layers)
             return (), kwargs
         return None
+
+    def _refuse_missing(self, kwargs: dict[str, Any]) -> None:
+        """Refuse features of a tower stage in a call whose plan, or lack of one, has none."""
+        if self.adapter.body in _HAD_TOWER and kwargs.get("inputs_embeds") is not None:
+            refuse_missing(kwargs["inputs_embeds"])
 
     def _kinds_of(self, kwargs: dict[str, Any]) -> Tensor | None:
         """Kind of feature in every column of a decoder call; None where it is not needed."""
@@ -349,7 +366,7 @@ class Hooks(Hooked):
         if not forward.compresses:
             forward.extend_valid(cache)
             return out
-        compact_cache(forward, cache, self.proportional is not None)
+        compact_cache(forward, cache, self.proportional is not None, self._in_force)
         out = whole_output(out, forward.earlier)
         self.stats = stats = collect(forward, cache)
         warn_if_ratio_missed(stats, forward.plan, self._missed_plans)

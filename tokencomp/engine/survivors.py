@@ -74,7 +74,7 @@ def _check(present: Tensor, live: LiveSpan, plan: Plan, sample: int) -> None:
 
 
 def refuse_missing(x: Tensor) -> None:
-    """Refuse embeddings (B, n, d) of a call that nothing compresses, if tokens are missing.
+    """Refuse embeddings (B, n, d) of a call without a tower stage, if tokens are missing.
 
     Raises
     ------
@@ -85,6 +85,6 @@ def refuse_missing(x: Tensor) -> None:
     if missing:
         raise SpanError(
             f"{missing} visual tokens were dropped in the vision tower, but this prompt runs "
-            "uncompressed (the handle is disabled or has changed since, or the places of features "
-            "are unknown). Encode and read the media under the same setting: pass pixels."
+            "without a tower stage (the handle is disabled or has changed since, or the places of "
+            "features are unknown). Encode and read the media under the same setting: pass pixels."
         )

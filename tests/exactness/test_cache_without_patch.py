@@ -1,0 +1,123 @@
+"""Caches that outlive their patch, or continue under another: exact, or refused before a write."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from support import kinds, oracle, plans
+from support.families import FAMILIES, Family, text
+from support.family.hybrid import HYBRID
+from torch import Tensor
+
+import tokencomp
+from tokencomp.engine.cache_rows import first_with_rows, physical_length
+from tokencomp.errors import UnsupportedCacheError
+
+NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]
+ENTRY: dict[str, Any] = {"plan": plans.make("entry", 4)}
+
+
+def rows(family: Family, count: int) -> list[list[Any]]:
+    """`count` prompts, each longer than the one before it."""
+    return [[text(3 + 4 * b), family.image(b), text(5, b)] for b in range(count)]
+
+
+class Chat:
+    """A patched first turn, and the arguments and the oracle of a second one of text alone."""
+
+    def __init__(self, family: Family, count: int, **setting: Any) -> None:
+        self.family, self.model = family, family.build()
+        inputs = family.batch(rows(family, count))
+        self.width, later = inputs["input_ids"].shape[1], text(4, 9)
+        new = torch.tensor([later] * count)
+        positions = family.positions(self.model, inputs)
+        self.handle = tokencomp.patch(self.model, **setting)
+        with torch.no_grad():
+            out = self.model(**inputs, position_ids=positions, use_cache=True)
+        self.cache, self.name = oracle.cache_of(out), oracle.cache_name(out)
+        whole = kinds.continued(inputs, positions, new)
+        self.turn: dict[str, Tensor] = {
+            "input_ids": new,
+            "attention_mask": whole["attention_mask"],
+            "position_ids": whole["position_ids"][..., self.width :],
+        }
+        self.inputs, self.new = inputs, new
+        self.masks = oracle.kept_columns(self.handle, inputs, family.layers)
+
+    def expected(self) -> Tensor:
+        """Logits of the masked full-length run; the model must not be patched."""
+        return kinds.expected_logits(
+            self.model, self.family, self.inputs, self.masks, self.new
+        )[:, self.width :]  # fmt: skip
+
+    def say(self, cache: Any = None, **changes: Any) -> Tensor:
+        turn = {**self.turn, **changes, self.name: cache or self.cache}
+        with torch.no_grad():
+            return self.model(**turn, use_cache=True).logits
+
+    def refused(self, match: str) -> None:
+        """A refusal writes nothing; neither to the cache nor to a copy of it."""
+        before = physical_length(first_with_rows(self.cache.layers))
+        for cache in (self.cache, copy.deepcopy(self.cache)):
+            with pytest.raises(UnsupportedCacheError, match=match):
+                self.say(cache)
+            assert physical_length(first_with_rows(cache.layers)) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_sample_goes_on_without_the_patch(name: str) -> None:
+    chat = Chat(FAMILIES[name], 1, **ENTRY)
+    chat.handle.remove()
+    expected = chat.expected()
+    torch.testing.assert_close(chat.say(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("plan", ["padded", "layers"])
+def test_what_needs_the_patch_is_refused_without_it(name: str, plan: str) -> None:
+    """A new patch continues it, also one that compresses nothing."""
+    setting = ENTRY if plan == "padded" else {"plan": plans.make("layer", 4)}
+    chat = Chat(FAMILIES[name], 2 if plan == "padded" else 1, **setting)
+    chat.handle.remove()
+    chat.refused("The patch is gone")
+    expected = chat.expected()
+    with tokencomp.patch(chat.model, 0):
+        torch.testing.assert_close(chat.say(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_suspended_patches_are_gone_too() -> None:
+    """A block whose own patch ends brings the first one back."""
+    chat = Chat(FAMILIES["qwen2_vl"], 2, **ENTRY)
+    with tokencomp.patching.unpatched(chat.model):
+        chat.refused("The patch is gone")
+        expected = chat.expected()
+    torch.testing.assert_close(chat.say(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in ("gemma3",) if n in HYBRID])
+def test_windows_are_counted_in_columns_by_the_patch_alone(name: str) -> None:
+    chat = Chat(HYBRID[name], 1, **ENTRY)
+    chat.handle.remove()
+    chat.refused("attention window")
+
+
+def test_weights_of_merged_tokens_are_read_by_the_patch_alone() -> None:
+    chat = Chat(FAMILIES["llava"], 1, ratio=0.5, reducer="merge", proportional_attention=True)
+    chat.handle.remove()
+    chat.refused("merged tokens with weights")
+
+
+@pytest.mark.parametrize("first", ["original", "compact"])
+def test_positions_of_one_cache_are_of_one_kind(first: str) -> None:
+    chat = Chat(FAMILIES["internvl"], 1, **ENTRY, positions=first)
+    chat.handle.remove()
+    other = "compact" if first == "original" else "original"
+    with tokencomp.patch(chat.model, 0.5, positions=other):
+        chat.refused(f"positions='{first}', and the patch in force has positions='{other}'")
+    if first == "compact":
+        chat.refused("compact positions")
+    with tokencomp.patch(chat.model, 0.5, positions=first):
+        assert chat.say().isfinite().all()
