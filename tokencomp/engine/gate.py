@@ -72,7 +72,11 @@ class CallGate(Hooked):
         if torch.compiler.is_compiling():
             return original(*args, **kwargs)
         if not self.inside(module):
-            return module(*args, **kwargs)
+            self.enter(id(module))  # Dynamo may skip the hook that enters, but not this function
+            try:
+                return module(*args, **kwargs)
+            finally:
+                self.leave(id(module))
         try:
             return original(*args, **kwargs)
         except Exception:
