@@ -152,8 +152,8 @@ def block_mask(visible: Tensor) -> BlockMask:
     def shown(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible[sample, 0, query, key]
 
-    batch, _, *lengths = visible.shape
-    return create_block_mask(shown, batch, None, *lengths, device=visible.device)
+    batch, _, queries, keys = visible.shape
+    return create_block_mask(shown, batch, None, queries, keys, device=visible.device)
 
 
 def visible_columns(mask: Any) -> Tensor:
@@ -162,5 +162,9 @@ def visible_columns(mask: Any) -> Tensor:
     One of numbers hides by adding a negative; one of FlexAttention is a function.
     """
     if isinstance(mask, BlockMask):
-        return create_mask(mask.mask_mod, *mask.shape, device=mask.kv_indices.device)
-    return mask if mask.dtype == torch.bool else mask >= 0
+        batch, heads, queries, keys = mask.shape
+        device = mask.kv_indices.device
+        shown: Tensor = create_mask(mask.mask_mod, batch, heads, queries, keys, device=device)
+        return shown
+    visible: Tensor = mask if mask.dtype == torch.bool else mask >= 0
+    return visible
