@@ -19,6 +19,7 @@ import tokencomp
 from tokencomp.conformance import build
 from tokencomp.conformance.build import TinyModel, tiny_model
 from tokencomp.conformance.checks import SCORED, Checks, check_model
+from tokencomp.conformance.features import Encoder
 from tokencomp.conformance.oracle import hidden, is_linear_mixer
 from tokencomp.conformance.prompts import Prompts
 from tokencomp.conformance.run import TimeLimitError, _time_limit, compress, model_classes
@@ -70,6 +71,25 @@ def test_reducers_that_nothing_could_score_are_refused(
     assert result.status in ("exact", "entry only")
     assert list(result.refusals) == refused and reason in result.refusals["condiv"]
     assert {*SCORED} - {*refused} <= set(result.errors)
+
+
+@torch.no_grad()
+def test_the_default_on_a_video_of_layers_with_indexers() -> None:
+    """It reads the attention of the first layer of dots3_note, whose indexer reads a mask."""
+    model = tiny("dots3_note")
+    encoder = Encoder(model, "video")
+    encoder.images = [torch.randn(12, model.text_config.hidden_size)]
+    ids = torch.tensor([[130, 140, *[model.config.video_token_id] * 12, 150, 160, 170]])
+    grid = {"video_grid_thw": torch.tensor([[2, 4, 6]])}
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **grid}
+    with tokencomp.patch(model.whole, 0.5) as handle:
+        short = model.model(**call, pixel_values_videos=torch.zeros(1, 3, 8, 8)).logits
+        left = ids != model.config.video_token_id
+        left[0, [2 + i for i in handle.stats.kept(0)[0][0]]] = True
+    assert int((~left).sum()) == 6
+    with hidden(model, [left] * len(model.decoder.layers)):  # type: ignore[arg-type]
+        full = model.model(**call, pixel_values_videos=torch.zeros(1, 3, 8, 8)).logits
+    assert (short - full)[left].abs().max() < 5e-5
 
 
 def test_a_reducer_that_crashes_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
