@@ -75,7 +75,7 @@ class Prune(Reducer):
         check_ramp("prune", self.start, self.stop)
 
     def idle(self, pixels: bool) -> dict[str, str]:
-        idle = {}
+        idle: dict[str, str] = {}
         if self.score != "pagerank":
             why = f"with score={self.score!r}, which takes no steps of PageRank"
             idle |= dict.fromkeys(("temperature", "iterations"), why)
