@@ -129,7 +129,7 @@ class CompressedLayer(CacheLayerMixin):
         """
         if self.needs_patch and self.patch is not None and not self.patch.active:
             raise UnsupportedCacheError(NEEDS_PATCH)
-        return super().update(*args, **kwargs)
+        return super().update(*args, **kwargs)  # type: ignore[safe-super]  # the other base has it
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Follow the beams."""
