@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -46,7 +47,9 @@ def application(monkeypatch: pytest.MonkeyPatch) -> Any:
         app.state.engine_client = SimpleNamespace(check_health=healthy)
         return app
 
-    return build
+    level = logging.root.level
+    yield build
+    logging.root.setLevel(level)  # a package of vLLM's routes raises it for all loggers
 
 
 def asked(app: Any, **headers: str) -> dict[tuple[str, str], int]:
