@@ -71,8 +71,8 @@ class CompressedLayer(CacheLayerMixin):
         First real column of every sample in the uncompressed sequence; None: not known, or 0.
     starts_segment : bool
         True where this layer holds other rows than the layer before it.
-    patch : InForce or None
-        The patch under which the first layer of a cache was written; None in the other layers.
+    patch : InForce
+        The patch under which the cache is written.
     needs_patch : bool
         Whether a decoder without hooks would read the rows of the cache wrongly.
     """
@@ -83,7 +83,7 @@ class CompressedLayer(CacheLayerMixin):
     columns: Tensor | None
     starts: Tensor | None
     starts_segment: bool
-    patch: InForce | None
+    patch: InForce
     needs_patch: bool
     _valid: Tensor | None
     keys: Any  # for transformers they may be None; what is called here has rows
@@ -116,20 +116,23 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         """Rows after a write of `query` (a count, or positions in old releases), and `dropped`."""
+        self.check_patch()
         n = query if isinstance(query, int) else query.shape[0]
         return self.rows + n, self.dropped
 
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Write rows behind those written last.
+    def check_patch(self) -> None:
+        """Refuse to say where rows lie to a decoder without hooks that would read them wrongly.
+
+        transformers asks before it runs a layer, and once per call, so that a decode step runs no
+        Python of ours per layer.
 
         Raises
         ------
         UnsupportedCacheError
             The patch that must tell the decoder how to read the rows is gone.
         """
-        if self.needs_patch and self.patch is not None and not self.patch.active:
+        if self.needs_patch and not self.patch.active:
             raise UnsupportedCacheError(NEEDS_PATCH)
-        return super().update(*args, **kwargs)  # type: ignore[safe-super]  # the other base has it
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Follow the beams."""
@@ -206,6 +209,7 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         """Rows that a write of `query` returns, and the logical column of the first."""
+        self.check_patch()
         n = query if isinstance(query, int) else query.shape[0]
         held = min(self.rows, self.sliding_window - 1)
         return held + n, self.rows - held + self.dropped
@@ -297,6 +301,7 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         """Rows that the layer can hold, and the logical column of the first."""
+        self.check_patch()
         return self.max_cache_len, self.dropped
 
     def get_max_length(self) -> int:

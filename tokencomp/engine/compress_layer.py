@@ -66,9 +66,8 @@ def compress_layer(
     valid, starts_segment, sizes, columns, starts
         See `CompressedLayer`.
     """
-    before, patch = 0, None
+    before = 0
     if isinstance(layer, CompressedLayer):
-        patch = layer.patch
         before, starts_segment = layer.dropped, starts_segment or layer.starts_segment
     else:
         static = isinstance(layer, StaticLayer)
@@ -78,7 +77,6 @@ def compress_layer(
             torch._dynamo.mark_static_address(layer.cumulative_length)
     layer.dropped, layer.valid, layer.sizes = before + dropped, valid, sizes
     layer.columns, layer.starts_segment, layer.starts = columns, starts_segment, starts
-    layer.patch, layer.needs_patch = patch, False
     if isinstance(layer, CompressedStaticLayer):
         layer.offset = torch.tensor(layer.dropped, device=layer.device)
     if isinstance(layer, CompressedReferenceLayer):

@@ -87,22 +87,22 @@ class LaterTokens:
         if kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = self.adapter.decoder.embed_tokens(kwargs["input_ids"])
             kwargs["input_ids"] = None
+        self.adopt(layers)
         first = first_with_rows(layers)
-        self.adopt(first)
         if isinstance(first, CompressedStaticLayer) and kwargs["inputs_embeds"].shape[1] == 1:
             self._static_step(kwargs, layers)
         else:
             self._continue(kwargs, layers)
 
-    def adopt(self, first: Any) -> None:
-        """Let this patch continue a cache, whose first layer with rows is `first`.
+    def adopt(self, layers: list[Any]) -> None:
+        """Let this patch continue a cache.
 
         Raises
         ------
         UnsupportedCacheError
             The rows were written at other kinds of positions.
         """
-        patch = getattr(first, "patch", None)
+        patch = getattr(first_with_rows(layers), "patch", None)
         if patch is None or patch is self.in_force:
             return
         if patch.compact != self.compact_positions:
@@ -112,7 +112,9 @@ class LaterTokens:
                 f"positions='{names[1]}', so later tokens would stand at wrong distances. Patch "
                 f"the model with positions='{names[0]}', or start the conversation again."
             )
-        first.patch = self.in_force
+        for layer in layers:
+            if isinstance(layer, CompressedLayer):
+                layer.patch = self.in_force
 
     def _static_step(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
         """Prepare one token on a static cache, without a host read and with constant shapes.
@@ -275,8 +277,9 @@ def compact_cache(forward: ForwardPass, cache: Any, proportional: bool, patch: I
 
 
 def _note_patch(forward: ForwardPass, layers: list[Any], patch: InForce) -> None:
-    """Let the first layer of a cache know the patch, and whether later tokens can do without."""
+    """Let the layers of a cache know the patch, and whether later tokens can do without."""
     heads, windows = segment_heads(layers), forward.windows
     needed = len(heads) > 1 or patch.compact or bool(windows.sizes) or windows.relative
     needed |= any(head.valid is not None or head.sizes is not None for head in heads)
-    heads[0].patch, heads[0].needs_patch = patch, needed or REFERENCE in windows.kinds
+    for layer in filled(layers):
+        layer.patch, layer.needs_patch = patch, needed or REFERENCE in windows.kinds

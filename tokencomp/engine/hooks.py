@@ -274,7 +274,7 @@ class Hooks(Hooked):
                 if self.plan.tower is None:
                     self._refuse_missing(kwargs)
                 check_cache(cache, bool(self.plan.layer_stages))
-                self._later.adopt(first_layer(cache))
+                self._later.adopt(getattr(cache, "layers", []))
                 kwargs, prepared = split_mask(kwargs, cache, self._local.body_mask)
                 self._compress(kwargs, kinds, cache, prepared)
                 keep, forward = getattr(self._local, "logits", 0), self._local.forward

@@ -31,6 +31,7 @@ class CompressedReferenceLayer(CompressedDynamicLayer):
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Rows that a write of `query_length` returns, and columns minus rows of the later ones."""
+        self.check_patch()
         plain: Any = self.plain
         rows, evicted = plain.get_mask_sizes(self, query_length)
         return rows, evicted + self.dropped
