@@ -29,12 +29,10 @@ ROOMS = (
     ("engine", "context_window", "plan_json"),
     ("adapters", "trained", "reducers"),
     ("plan", "stages", "keep_counts", "schedules", "tokens", "reduction", "signals"),
+    ("torchlib",),
     ("validation", "errors", "yarn", "storage"),
     ("kernels",),
 )
-# `engine.compat` imports nothing but errors: it is the one file that knows transformers releases,
-# and adapters need it as much as the engine does.
-LOWER = {"tokencomp.engine.compat": "errors"}
 Edge = tuple[str, str]
 
 
@@ -81,7 +79,7 @@ def edges() -> set[Edge]:
 def rank(module: str) -> int:
     """Number of the room, 0 at the top."""
     parts = module.split(".")
-    room = LOWER.get(module, parts[1] if len(parts) > 1 else parts[0])
+    room = parts[1] if len(parts) > 1 else parts[0]
     return next(i for i, rooms in enumerate(ROOMS) if room in rooms)
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tokencomp.engine import compat
 from tokencomp.errors import CopyError, OptionError, SpanError, UnsupportedModelError
+from tokencomp.torchlib import compat
 from tokencomp.yarn import Yarn, rope_base, yarn
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tokencomp.adapters.instance_method import Hooked
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.profiling import shapes
 from tokencomp.profiling.shapes import SHAPES
 from tokencomp.reducers.kcentre import KCentre
 from tokencomp.reduction import Reduction
 from tokencomp.tokens import SpanBatch
+from tokencomp.torchlib.replace import Hooked
 
 TEXT = 48
 UNIT = 28  # pixels of a side that become one visual token in Qwen2-VL

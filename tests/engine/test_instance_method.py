@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tokencomp.adapters.instance_method import MethodReplacement
+from tokencomp.torchlib.replace import MethodReplacement
 
 
 class Greeter:

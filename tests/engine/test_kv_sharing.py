@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tokencomp.engine.compat import kv_sharing_modes
+from tokencomp.torchlib.compat import kv_sharing_modes
 
 
 @pytest.mark.parametrize("shared", [0, 2, 3, 5])

@@ -9,13 +9,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tokencomp.engine.compat import CACHE_NAMES
 from tokencomp.engine.layout import Prompt, full_layout
 from tokencomp.engine.probes import input_scores, layer_scores
 from tokencomp.engine.tap import attention_of, tap
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.signals import Attention
 from tokencomp.tokens import VisualSpan
+from tokencomp.torchlib.compat import CACHE_NAMES
 
 SIZES: dict[str, Any] = dict(
     vocab_size=40, hidden_size=64, intermediate_size=48, num_hidden_layers=2,

@@ -15,9 +15,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import StaticLayer
 
 import tokencomp
-from tokencomp.engine import compat
 from tokencomp.engine.cache import CompressedStaticLayer
 from tokencomp.errors import UnsupportedCacheError
+from tokencomp.torchlib import compat
 
 FAMILY_NAMES = CORE
 

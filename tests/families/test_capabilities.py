@@ -12,7 +12,6 @@ from support.families import FAMILIES, Family, text
 
 import tokencomp
 from tokencomp.adapters.registry import adapter_for, available_models
-from tokencomp.engine import compat
 from tokencomp.plan import Plan
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.uniform import Uniform
@@ -20,6 +19,7 @@ from tokencomp.reduction import Reduction
 from tokencomp.signals import QUERY, Attention
 from tokencomp.stages import Stage
 from tokencomp.tokens import VisualTokens
+from tokencomp.torchlib import compat
 
 CI = Path(__file__).parents[2] / ".ci" / "run"
 

@@ -9,8 +9,8 @@ import torch
 from support.families import FAMILIES, text
 
 import tokencomp
-from tokencomp.engine import compat
 from tokencomp.errors import UnsupportedModelError
+from tokencomp.torchlib import compat
 
 
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.call import CODES
-from tokencomp.adapters.instance_method import MethodReplacement
-from tokencomp.engine import compat
 from tokencomp.tokens import Kind
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.replace import MethodReplacement
 
 METHODS = "get_{}_features"  # methods of a body that encode media, since transformers 4.5x
 

@@ -15,9 +15,9 @@ from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.spans import raster_grid
-from tokencomp.engine import compat
 from tokencomp.errors import SpanError
 from tokencomp.tokens import Grid, VisualSpan
+from tokencomp.torchlib import compat
 
 
 @register_adapter

@@ -9,12 +9,12 @@ from torch import nn
 from tokencomp.adapters.base import ENCODED, Adapter
 from tokencomp.adapters.call import Call
 from tokencomp.adapters.encoded import EncodedMedia, Encoding, encoded_by_kind
-from tokencomp.adapters.instance_method import Hooked
 from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.spans import Medium, cut_media, span_of, square
 from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers import Tower
 from tokencomp.tokens import Kind, VisualSpan
+from tokencomp.torchlib.replace import Hooked
 
 PACKED = ("qwen3_5", "qwen3_5_moe")
 """Model types with the vision tower of Qwen3-VL, where patches of a token stand side by side."""

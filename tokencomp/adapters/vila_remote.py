@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call
 from tokencomp.adapters.dense_tower import DenseTower
-from tokencomp.adapters.instance_method import Hooked, MethodReplacement
 from tokencomp.adapters.structure import Parts
 from tokencomp.adapters.towers import unknown_cells
 from tokencomp.errors import SpanError
 from tokencomp.tokens import VisualSpan
+from tokencomp.torchlib.replace import Hooked, MethodReplacement
 
 
 @dataclass

@@ -75,7 +75,7 @@ def _transformers() -> Finding:
 def _mrope() -> Finding:
     """Positions that the installed release computes, as `patch` looks at them."""
     from tokencomp.adapters.qwen_vl import Qwen2VLAdapter, Qwen25VLAdapter
-    from tokencomp.engine.compat import check_rope_index
+    from tokencomp.torchlib.compat import check_rope_index
 
     faults = []
     for adapter in (Qwen2VLAdapter, Qwen25VLAdapter):
@@ -159,7 +159,7 @@ def model_checks(name: str, device: str) -> list[Finding]:
 
 def _loaded(model: Any, name: str) -> Finding:
     from tokencomp.adapters.registry import adapter_for
-    from tokencomp.engine.compat import attention_implementation
+    from tokencomp.torchlib.compat import attention_implementation
 
     adapter = adapter_for(model)
     size = sum(p.numel() for p in model.parameters()) / 1e6

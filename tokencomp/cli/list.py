@@ -100,8 +100,8 @@ def _stage(cls: Any) -> str:
 def models() -> list[dict[str, Any]]:
     """Every family: model types, stages, signals, positions, tested releases, embedded models."""
     from tokencomp.adapters.registry import available_models
-    from tokencomp.engine.compat import tested_with
     from tokencomp.inputs.packaged import available_models as embedded
+    from tokencomp.torchlib.compat import tested_with
 
     rows: dict[type, dict[str, Any]] = {}
     for model_type, cls in available_models().items():

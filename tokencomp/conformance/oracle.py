@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.conformance.build import TinyModel
-from tokencomp.engine.compat import CACHE_NAMES, bind
+from tokencomp.torchlib.compat import CACHE_NAMES, bind
 
 CACHES = (*CACHE_NAMES, "cache_params")
 CONVOLUTION_MASK = "conv_mask"

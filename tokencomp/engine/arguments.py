@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokencomp.engine.compat import CACHE_NAMES
+from tokencomp.torchlib.compat import CACHE_NAMES
 
 # What the entry stage sets itself.
 SET_APART = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.instance_method import Hooked, MethodReplacement
 from tokencomp.errors import NoVisualInputError, UnsupportedCacheError
+from tokencomp.torchlib.replace import Hooked, MethodReplacement
 
 BATCH = "generate_batch"  # the method of transformers' generation that runs it
 FIX = "Use model.generate(...), one prompt or a padded batch at a time, or handle.disabled()."

@@ -14,9 +14,9 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from tokencomp.engine import compat
 from tokencomp.engine.cache_rows import physical_length
 from tokencomp.errors import UnsupportedCacheError
+from tokencomp.torchlib import compat
 
 COUNTS_ROWS = compat.counts_static_rows()
 INDEXED: Any = compat.indexed_layer()

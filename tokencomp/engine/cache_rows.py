@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer, StaticLayer
 
-from tokencomp.engine import compat
+from tokencomp.torchlib import compat
 
 REFERENCE = "reference_sliding_attention"
 

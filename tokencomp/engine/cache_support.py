@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from tokencomp.engine import compat
 from tokencomp.engine.cache_rows import is_reference
 from tokencomp.errors import UnsupportedCacheError
+from tokencomp.torchlib import compat
 
 HYBRID = {compat.hybrid_layer(sliding) for sliding in (False, True)}
 DYNAMIC = frozenset({DynamicLayer, DynamicSlidingWindowLayer, compat.indexed_layer(), *HYBRID})

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine import compat, mask_compat
+from tokencomp.engine import mask_compat
 from tokencomp.engine.cache import CompressedLayer, CompressedStaticLayer, InForce
 from tokencomp.engine.cache_rows import (
     REFERENCE,
@@ -31,6 +31,7 @@ from tokencomp.engine.prepared_mask import read_mask
 from tokencomp.engine.segments import Segment
 from tokencomp.engine.window import CHUNKED, INDEXED, Windows, check_windows
 from tokencomp.errors import UnsupportedCacheError
+from tokencomp.torchlib import compat
 
 MASKLESS = ("sdpa", "flash")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tokencomp.engine import compat
+from tokencomp.torchlib import compat
 
 # Kinds of layers without keys: linear attention, short convolution, and MLPs alone.
 NO_ATTENTION = frozenset({"linear_attention", "conv", "moe", "mlp"})

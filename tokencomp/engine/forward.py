@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine import compat
 from tokencomp.engine.cache_rows import filled, first_with_rows
 from tokencomp.engine.layer_arguments import (
     column_arguments,
@@ -40,6 +39,7 @@ from tokencomp.plan import Plan
 from tokencomp.signals import Attention, Signal
 from tokencomp.stages import Stage
 from tokencomp.tokens import VisualSpan
+from tokencomp.torchlib import compat
 
 
 class ForwardPass:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokencomp.adapters.instance_method import Hooked, MethodReplacement
 from tokencomp.errors import copy_error
+from tokencomp.torchlib.replace import Hooked, MethodReplacement
 
 if TYPE_CHECKING:
     from torch import nn

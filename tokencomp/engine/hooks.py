@@ -24,10 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.instance_method import Hooked
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.context_window import is_extended
-from tokencomp.engine import compat
 from tokencomp.engine.batching import BatchGuard
 from tokencomp.engine.cache import CompressedLayer, InForce
 from tokencomp.engine.cache_support import check_cache
@@ -52,6 +50,8 @@ from tokencomp.engine.uncounted import UncountedPrompt, can_wait
 from tokencomp.engine.window import Windows
 from tokencomp.errors import TokenCompError, copy_error
 from tokencomp.plan import Plan
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.replace import Hooked
 
 # Bodies that have had a tower stage: their features may come later, with tokens missing.
 _HAD_TOWER: WeakSet[nn.Module] = WeakSet()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from tokencomp.engine import compat
 from tokencomp.engine.cache import CompressedDynamicLayer, CompressedSlidingLayer
+from tokencomp.torchlib import compat
 
 HYBRID: Any = compat.hybrid_layer(sliding=False)
 HYBRID_SLIDING: Any = compat.hybrid_layer(sliding=True)

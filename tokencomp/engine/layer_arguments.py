@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.engine import compat
 from tokencomp.engine.arguments import SET_APART, gather_arguments
 from tokencomp.engine.layout import take
 from tokencomp.engine.segments import Segment
+from tokencomp.torchlib import compat
 
 # Arguments that `layer_positions`, `layer_tables` and the masks of a segment provide.
 APART = {"hidden_states", "position_embeddings", *SET_APART} - {"input_ids"}

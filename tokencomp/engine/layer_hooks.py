@@ -9,8 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.instance_method import Hooked
-from tokencomp.engine import compat
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.layer_stages import scored_before, scored_layer
 from tokencomp.engine.tap import attention_of
@@ -18,6 +16,8 @@ from tokencomp.engine.window import Windows
 from tokencomp.errors import copy_error
 from tokencomp.plan import Plan
 from tokencomp.signals import Attention
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.replace import Hooked
 
 
 class LayerHooks(Hooked):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine import compat
 from tokencomp.engine.cache_rows import REFERENCE
 from tokencomp.engine.tap import attention_of
 from tokencomp.engine.window import (
@@ -20,6 +19,7 @@ from tokencomp.engine.window import (
 from tokencomp.errors import PlanError, UnsupportedModelError
 from tokencomp.plan import Plan
 from tokencomp.signals import Attention
+from tokencomp.torchlib import compat
 
 # Options of text configs whose decoders tokens cannot leave between layers, if they are above a
 # number.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
-from tokencomp.engine.compat import attention_implementation
 from tokencomp.errors import UnsupportedModelError
+from tokencomp.torchlib.compat import attention_implementation
 
 
 class MaskView:

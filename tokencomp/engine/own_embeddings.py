@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import ENCODED
 from tokencomp.adapters.structure import feature_kind
-from tokencomp.engine import compat
-from tokencomp.engine.shallow_copy import shallow_copy
 from tokencomp.errors import UnsupportedModelError
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.shallow_copy import shallow_copy
 
 
 class _Reached(Exception):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.registry import DATA_PARALLEL
-from tokencomp.engine import compat
 from tokencomp.errors import UnsupportedModelError
+from tokencomp.torchlib import compat
 
 
 def total_heads(attn: Any) -> int:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.instance_method import Hooked, MethodReplacement
-from tokencomp.engine import compat
 from tokencomp.engine.arguments import gather_arguments
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.errors import PrefillWarning
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.replace import Hooked, MethodReplacement
 
 PREFILL = "_prefill"  # the method of transformers' generation that runs it
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.engine import compat
 from tokencomp.engine.cache_rows import is_reference, keeps_window, physical_length
 from tokencomp.engine.host_tables import HostTables
 from tokencomp.engine.layout import RowLayout
@@ -24,6 +23,7 @@ from tokencomp.engine.parallel import gather_heads, unsharded
 from tokencomp.engine.queries_keys import Probe, questions_of, with_past
 from tokencomp.engine.tap import attention_of
 from tokencomp.signals import Attention
+from tokencomp.torchlib import compat
 
 Table = np.ndarray[Any, np.dtype[np.int64]]
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of, scales_queries
-from tokencomp.engine import compat
 from tokencomp.engine.arguments import gather_arguments
 from tokencomp.engine.cache_rows import REFERENCE
 from tokencomp.engine.decode import first_layer
@@ -24,6 +23,7 @@ from tokencomp.errors import (
     UnsupportedCacheError,
     UnsupportedModelError,
 )
+from tokencomp.torchlib import compat
 
 RAGGED_TURN = (
     "a later turn brings media, and its samples keep different numbers of tokens. Layers of linear "

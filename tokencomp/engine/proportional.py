@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.engine import compat
-from tokencomp.engine.attribute_view import AttributeView
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.plan import Plan
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.attribute_view import AttributeView
 
 NAME = "tokencomp_proportional"
 MULTIPLE = 8  # FlashAttention requires head dimensions that are multiples of 8

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.engine import compat
 from tokencomp.engine.arguments import each
 from tokencomp.engine.cache_rows import stored_keys
 from tokencomp.engine.layout import LiveSpan, RowLayout, take
 from tokencomp.engine.tap import Past, Tapped, tap
+from tokencomp.torchlib import compat
 
 # Arguments of a layer that a probe leaves out: it knows what is padding.
 LEFT_OUT = ("hidden_states", "attention_mask", "cache_position", *compat.CACHE_NAMES)

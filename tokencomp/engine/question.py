@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.instance_method import Hooked, MethodReplacement
 from tokencomp.engine.layout import Prompt
 from tokencomp.reduction import Reduction
 from tokencomp.tokens import VisualSpan, VisualTokens
+from tokencomp.torchlib.replace import Hooked, MethodReplacement
 
 IGNORED = -100  # label of a column that is not trained, as in transformers
 GENERATE = "generate"

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.instance_method import MethodReplacement
-from tokencomp.engine import compat
 from tokencomp.errors import (
     AlreadyCompressedError,
     OptionError,
 )
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.replace import MethodReplacement
 
 PREPARED = "_original_forward"  # where Accelerator.prepare keeps what mixed precision wraps
 

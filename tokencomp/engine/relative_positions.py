@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.instance_method import Hooked, MethodReplacement
 from tokencomp.adapters.structure import parameters_of
-from tokencomp.engine import compat
 from tokencomp.errors import RowIndexedAttentionError
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.replace import Hooked, MethodReplacement
 
 DISTANCE = "relative_distance"  # argument of decoder layers, int64 (queries, keys)
 POSITIONS = ("query_positions", "key_positions")  # of the module of a bias, int64 (n,)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.instance_method import Hooked, MethodReplacement
-from tokencomp.engine import compat
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.plan import Plan
 from tokencomp.signals import Attention
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.replace import Hooked, MethodReplacement
 
 
 class SharedTables(Hooked):

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.structure import parameters_of
-from tokencomp.engine import compat
-from tokencomp.engine.attribute_view import AttributeView
 from tokencomp.engine.layout import take
 from tokencomp.engine.parallel import tensor_parallel_group, unwrapped
-from tokencomp.engine.shallow_copy import shallow_copy
 from tokencomp.errors import UnsupportedModelError
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.attribute_view import AttributeView
+from tokencomp.torchlib.shallow_copy import shallow_copy
 
 NAME = "tokencomp_tap"
 FIX = "Use a reducer without attention, such as 'divprune'."

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.call import TowerCall
-from tokencomp.adapters.instance_method import Hooked, MethodReplacement
-from tokencomp.engine import compat
 from tokencomp.engine.tower_attention import (
     attention_blocks,
     attention_received,
@@ -27,6 +25,8 @@ from tokencomp.engine.tower_attention import (
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.signals import TOWER_ATTENTION, TOWER_KEYS, TOWER_SIGNALS, Signal
 from tokencomp.tokens import VisualSpan
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.replace import Hooked, MethodReplacement
 
 SOURCES = {
     "query": "the text of the question",

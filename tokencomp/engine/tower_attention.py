@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.engine import compat
 from tokencomp.engine.parallel import gather_heads
+from tokencomp.torchlib import compat
 
 
 def attention_blocks(tower: nn.Module) -> list[nn.Module]:

@@ -22,16 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.dense_tower import DenseTower
-from tokencomp.adapters.instance_method import Hooked, MethodReplacement
 from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.towers import Cells, EncoderCall, Tower
-from tokencomp.engine import compat
 from tokencomp.engine.tower_choice import chosen_cells, patch_values
 from tokencomp.engine.tower_flops import TowerCost, TowerShape
 from tokencomp.engine.tower_rows import PackedRows, TowerRows, equal_bounds, rows_of
 from tokencomp.errors import OptionError
 from tokencomp.plan import Plan
 from tokencomp.stages import TowerStage
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.replace import Hooked, MethodReplacement
 
 if TYPE_CHECKING:
     from tokencomp.adapters.base import Adapter

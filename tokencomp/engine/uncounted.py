@@ -15,12 +15,12 @@ from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import feature_kind
-from tokencomp.engine import compat
 from tokencomp.engine.decode import first_layer
 from tokencomp.engine.prompt_reading import PrefillCall, PromptReader
 from tokencomp.engine.stats import Stats, collect
 from tokencomp.errors import TokenCompError
 from tokencomp.plan import Plan
+from tokencomp.torchlib import compat
 
 
 def can_wait(adapter: Adapter, inputs: Mapping[str, Any]) -> bool:

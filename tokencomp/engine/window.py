@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokencomp.engine import compat
 from tokencomp.engine.cache_rows import REFERENCE, keeps_window
 from tokencomp.errors import RowIndexedAttentionError, UnsupportedModelError
+from tokencomp.torchlib import compat
 
 FULL, INDEXED = "full_attention", "indexed_attention"
 SLIDING, CHUNKED = "sliding_attention", "chunked_attention"

@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from tokencomp.adapters.instance_method import Hooked
 from tokencomp.adapters.registry import adapter_for
+from tokencomp.torchlib.replace import Hooked
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokencomp.adapters.instance_method import Hooked
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import TokenCompError
 from tokencomp.kernels import dispatch
 from tokencomp.profiling.timing import prefill_split
+from tokencomp.torchlib.replace import Hooked
 
 # PyTorch's own formulas for these fail on fewer key than query heads in older releases, and it has
 # none for CPUs.

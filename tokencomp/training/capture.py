@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.engine import compat
 from tokencomp.engine.layout import full_layout
 from tokencomp.engine.padding import left_padded, real_columns
 from tokencomp.engine.probes import input_scores
@@ -21,6 +20,7 @@ from tokencomp.engine.question import build_prompts
 from tokencomp.errors import OptionError, PaddingError
 from tokencomp.signals import Attention
 from tokencomp.tokens import VisualSpan
+from tokencomp.torchlib import compat
 
 INPUT_ONLY = ("labels", "logits_to_keep", "use_cache")
 PATCHED = "the model is patched: call tokencomp.unpatch(model) first."

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from support.family.base import END, EOS, IMAGE, PAD, START, V4, VIDEO, VOCAB, Family, Media
-from tokencomp.engine.compat import check_rope_index
 from tokencomp.errors import UnsupportedModelError
+from tokencomp.torchlib.compat import check_rope_index
 
 
 def refused(model: torch.nn.Module, kind: str) -> str:

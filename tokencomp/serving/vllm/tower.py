@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.instance_method import MethodReplacement
 from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.towers import Cells, EncoderCall
 from tokencomp.engine.tower_choice import chosen_cells
@@ -24,6 +23,7 @@ from tokencomp.engine.tower_rows import PackedRows
 from tokencomp.errors import TokenCompError
 from tokencomp.reducers.uniform import Uniform
 from tokencomp.serving.item_plan import ItemPlan
+from tokencomp.torchlib.replace import MethodReplacement
 
 PER_ROW = ("rotary_pos_emb_cos", "rotary_pos_emb_sin", "pos_embeds")
 BOUNDS = ("cu_seqlens", "cu_window_seqlens")
