@@ -21,8 +21,8 @@ from tokencomp.errors import (
     SpanError,
     UnsupportedModelError,
 )
-from tokencomp.keep_counts import split_evenly
 from tokencomp.method import MethodSpec
+from tokencomp.plan.counts import split_evenly
 from tokencomp.tokens import VisualSpan
 
 UNIFORM = make_reducer("uniform")

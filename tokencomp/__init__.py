@@ -24,15 +24,15 @@ _LAZY = {
     "unpatch": "tokencomp.patching",
     "Handle": "tokencomp.handle",
     "extend_visual_context": "tokencomp.context_window",
-    "Plan": "tokencomp.plan",
-    "Stage": "tokencomp.stages",
-    "TowerStage": "tokencomp.stages",
+    "Plan": "tokencomp.plan.plan",
+    "Stage": "tokencomp.plan.stages",
+    "TowerStage": "tokencomp.plan.stages",
     "Reducer": "tokencomp.reducers.base",
     "register_reducer": "tokencomp.reducers.registry",
     "available_reducers": "tokencomp.reducers.registry",
     "make_reducer": "tokencomp.reducers.registry",
-    "plan_from_json": "tokencomp.plan_json",
-    "plan_to_json": "tokencomp.plan_json",
+    "plan_from_json": "tokencomp.reducers.plan_json",
+    "plan_to_json": "tokencomp.reducers.plan_json",
     "available_models": "tokencomp.adapters.registry",
     "Reduction": "tokencomp.reduction",
     "VisualTokens": "tokencomp.tokens",
@@ -66,12 +66,12 @@ if TYPE_CHECKING:
     from tokencomp.errors import TokenCompError
     from tokencomp.handle import Handle
     from tokencomp.patching import patch, unpatch
-    from tokencomp.plan import Plan
-    from tokencomp.plan_json import plan_from_json, plan_to_json
+    from tokencomp.plan.plan import Plan
+    from tokencomp.plan.stages import Stage, TowerStage
     from tokencomp.reducers.base import Reducer
+    from tokencomp.reducers.plan_json import plan_from_json, plan_to_json
     from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer
     from tokencomp.reduction import Reduction
-    from tokencomp.stages import Stage, TowerStage
     from tokencomp.tokens import VisualTokens
 
 

@@ -17,9 +17,9 @@ from tokencomp.engine.tower import check_signals
 from tokencomp.engine.tower_stage import check_tower_stage
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec, resolve_auto
-from tokencomp.plan import Plan
-from tokencomp.plan_json import PlanLike, as_plan
+from tokencomp.plan.plan import Plan
 from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.plan_json import PlanLike, as_plan
 from tokencomp.trained.cards import model_facts
 
 # Where a patched model keeps its handle: both are freed together, and no state_dict shows it.

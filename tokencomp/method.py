@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from tokencomp.engine.proportional import check_merges, check_share
 from tokencomp.errors import OptionError, PlanError, RatioError
-from tokencomp.keep_counts import check_ratio
-from tokencomp.plan import Plan
+from tokencomp.plan.counts import check_ratio
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import MEDIA, Stage, TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
-from tokencomp.stages import MEDIA, Stage, TowerStage
 from tokencomp.validation import check_effect
 
 DEFAULT_REDUCER = "condiv"  # chosen on validation data: docs/decisions/0001-default-reducer.md

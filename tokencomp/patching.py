@@ -22,10 +22,10 @@ from tokencomp.engine.refusals import refuse_foreign
 from tokencomp.engine.window import Windows
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.handle import ATTRIBUTE, Handle, make_plan
-from tokencomp.keep_counts import check_ratio
 from tokencomp.method import MethodSpec, two_ratios
-from tokencomp.plan_json import PlanLike, as_plan
+from tokencomp.plan.counts import check_ratio
 from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.plan_json import PlanLike, as_plan
 from tokencomp.validation import check_choice
 
 

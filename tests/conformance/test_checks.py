@@ -32,10 +32,10 @@ from tokencomp.errors import (
     RowIndexedAttentionError,
     UnsupportedModelError,
 )
-from tokencomp.plan import Plan
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage
 from tokencomp.reducers.prune import Prune
 from tokencomp.reducers.registry import make_reducer
-from tokencomp.stages import Stage
 
 
 def tiny(model_type: str) -> TinyModel:

@@ -22,9 +22,9 @@ from tokencomp import Reducer, Reduction, VisualTokens
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.tower_attention import attention_blocks
 from tokencomp.errors import OptionError, SpanError
-from tokencomp.plan import Plan
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage
 from tokencomp.signals import TOWER_ATTENTION, TOWER_KEYS, Signal
-from tokencomp.stages import Stage
 
 SEEN: list[VisualTokens] = []
 OUTPUTS = ("out_proj", "proj", "projection_layer")

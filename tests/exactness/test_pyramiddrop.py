@@ -8,8 +8,8 @@ from support.families import FAMILIES, Family, text
 from torch import Tensor, nn
 
 import tokencomp
-from tokencomp.plan import Plan
-from tokencomp.stages import Stage
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage
 
 
 def attention_of_last_row(

@@ -15,8 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import tokencomp
 from tokencomp import Reduction, VisualTokens, make_reducer
 from tokencomp.errors import AlreadyCompressedError, OptionError
-from tokencomp.plan import Plan
-from tokencomp.stages import Stage
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage
 
 
 def step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,12 +12,12 @@ from support.families import FAMILIES, Family, text
 
 import tokencomp
 from tokencomp.adapters.registry import adapter_for, available_models
-from tokencomp.plan import Plan
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.uniform import Uniform
 from tokencomp.reduction import Reduction
 from tokencomp.signals import QUERY, Attention
-from tokencomp.stages import Stage
 from tokencomp.tokens import VisualTokens
 from tokencomp.torchlib import compat
 

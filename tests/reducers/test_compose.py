@@ -9,10 +9,10 @@ import pytest
 
 from tokencomp import make_reducer
 from tokencomp.errors import OptionError, PlanError, UnknownNameError
-from tokencomp.plan import Plan
-from tokencomp.plan_json import plan_from_json, plan_to_json
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage
 from tokencomp.reducers.compose import Compose
-from tokencomp.stages import Stage
+from tokencomp.reducers.plan_json import plan_from_json, plan_to_json
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])

@@ -21,7 +21,7 @@ from support.matrix import Case
 import tokencomp
 from tokencomp import make_reducer
 from tokencomp.errors import OptionError, RatioError, ScoreError, TokenCompError
-from tokencomp.keep_counts import keep_count
+from tokencomp.plan.counts import keep_count
 from tokencomp.reducers.compose import Compose
 from tokencomp.tokens import VisualSpan
 

@@ -14,7 +14,7 @@ from tokencomp.errors import OptionError, SpanError, UnsupportedModelError
 from tokencomp.tokens import Grid
 
 if TYPE_CHECKING:
-    from tokencomp.stages import TowerStage
+    from tokencomp.plan.stages import TowerStage
 
 
 class DenseTower(Tower):

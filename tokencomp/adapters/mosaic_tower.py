@@ -14,7 +14,7 @@ from tokencomp.errors import SpanError
 from tokencomp.tokens import Grid
 
 if TYPE_CHECKING:
-    from tokencomp.stages import TowerStage
+    from tokencomp.plan.stages import TowerStage
 
 
 class MosaicTower(DenseTower):

@@ -11,7 +11,7 @@ from tokencomp.adapters.towers import Cells, EncoderCall, Tower
 from tokencomp.errors import SpanError
 
 if TYPE_CHECKING:
-    from tokencomp.stages import TowerStage
+    from tokencomp.plan.stages import TowerStage
 
 CHANNELS = 3  # red, green and blue; a patch has one frame or more of each
 

@@ -19,7 +19,7 @@ from tokencomp.errors import PlanError, UnsupportedModelError
 from tokencomp.tokens import Grid
 
 if TYPE_CHECKING:
-    from tokencomp.stages import TowerStage
+    from tokencomp.plan.stages import TowerStage
 
 Kind = Literal["image", "video"]
 

@@ -47,7 +47,7 @@ def settings(context: typer.Context, chosen: opt.Method) -> Settings:
     returns the full model, then each reducer at each ratio, or the plan.
     """
     from tokencomp.evaluation.settings import PROPORTIONAL, grid, planned
-    from tokencomp.plan_json import as_plan
+    from tokencomp.reducers.plan_json import as_plan
 
     more = {PROPORTIONAL: chosen.proportional} if chosen.proportional else {}
     if chosen.plan is None:

@@ -83,7 +83,7 @@ class Tower:
     @property
     def tower(self) -> dict[str, Any]:
         """As options of a setting; empty for the defaults."""
-        from tokencomp.keep_counts import check_ratio
+        from tokencomp.plan.counts import check_ratio
 
         ratio: Any = self.tower_ratio
         ratio = ratio if ratio == "auto" else check_ratio(ratio, "tower_ratio")

@@ -26,7 +26,7 @@ def ratios(text: str) -> list[float | dict[str, float]]:
         No ratio, numbers and kinds of media in one part, a kind twice; an unknown kind, or a number
         outside [0, 1).
     """
-    from tokencomp.keep_counts import check_ratio
+    from tokencomp.plan.counts import check_ratio
 
     settings: list[float | dict[str, float]] = []
     for part in text.split(";"):
@@ -46,8 +46,8 @@ def ratios(text: str) -> list[float | dict[str, float]]:
 def _by_kind(pairs: list[str]) -> dict[str, float]:
     """["video=0.75", "audio=0.5"] → {"video": 0.75, "audio": 0.5}."""
     from tokencomp.errors import RatioError
-    from tokencomp.keep_counts import check_ratio
-    from tokencomp.stages import MEDIA
+    from tokencomp.plan.counts import check_ratio
+    from tokencomp.plan.stages import MEDIA
 
     by_kind: dict[str, float] = {}
     for pair in pairs:

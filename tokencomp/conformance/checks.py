@@ -13,10 +13,10 @@ from tokencomp.conformance.build import BuildError, TinyModel
 from tokencomp.conformance.oracle import OracleError, hidden
 from tokencomp.conformance.prompts import Prompts
 from tokencomp.errors import PlanError, TokenCompError, UnsupportedModelError
-from tokencomp.plan import Plan
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage
 from tokencomp.reducers.registry import make_reducer
 from tokencomp.reducers.uniform import Uniform
-from tokencomp.stages import Stage
 
 Status = Literal["exact", "entry only", "refused", "unverified"]
 Compress = Callable[[Any, Plan], Any]

@@ -151,7 +151,7 @@ def _check_variant(model_type: str, variant: Variant) -> Result:
 
 def _refusal(model_class: Any, config: Any) -> Result | None:
     """The reason for which `patch` refuses a type without a tiny model; None if it does not."""
-    from tokencomp.plan import Plan
+    from tokencomp.plan.plan import Plan
 
     try:
         compress(bare_model(model_class, config), Plan()).remove()

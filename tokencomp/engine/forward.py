@@ -35,9 +35,9 @@ from tokencomp.engine.stage_input import StageInput
 from tokencomp.engine.survivors import surviving_rows
 from tokencomp.engine.tower_flops import TowerCost
 from tokencomp.engine.window import CHUNKED, CONVOLUTION, Windows
-from tokencomp.plan import Plan
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage
 from tokencomp.signals import Attention, Signal
-from tokencomp.stages import Stage
 from tokencomp.tokens import VisualSpan
 from tokencomp.torchlib import compat
 

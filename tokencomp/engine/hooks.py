@@ -49,7 +49,7 @@ from tokencomp.engine.survivors import refuse_missing
 from tokencomp.engine.uncounted import UncountedPrompt, can_wait
 from tokencomp.engine.window import Windows
 from tokencomp.errors import TokenCompError, copy_error
-from tokencomp.plan import Plan
+from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import Hooked
 

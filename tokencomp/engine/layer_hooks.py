@@ -14,7 +14,7 @@ from tokencomp.engine.layer_stages import scored_before, scored_layer
 from tokencomp.engine.tap import attention_of
 from tokencomp.engine.window import Windows
 from tokencomp.errors import copy_error
-from tokencomp.plan import Plan
+from tokencomp.plan.plan import Plan
 from tokencomp.signals import Attention
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import Hooked

@@ -17,7 +17,7 @@ from tokencomp.engine.window import (
     Windows,
 )
 from tokencomp.errors import PlanError, UnsupportedModelError
-from tokencomp.plan import Plan
+from tokencomp.plan.plan import Plan
 from tokencomp.signals import Attention
 from tokencomp.torchlib import compat
 

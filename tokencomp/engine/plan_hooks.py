@@ -10,7 +10,7 @@ from tokencomp.engine.layer_hooks import LayerHooks
 from tokencomp.engine.rotary import SharedTables
 from tokencomp.engine.tower import TowerProbe, check_signals
 from tokencomp.engine.tower_stage import TowerDrop
-from tokencomp.plan import Plan
+from tokencomp.plan.plan import Plan
 
 
 class PlanHooks:

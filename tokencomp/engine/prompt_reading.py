@@ -24,7 +24,7 @@ from tokencomp.engine.question import (
 from tokencomp.engine.refusals import check_prefill
 from tokencomp.engine.segments import build_segments
 from tokencomp.errors import UnknownGridError
-from tokencomp.plan import Plan
+from tokencomp.plan.plan import Plan
 from tokencomp.tokens import VisualSpan
 
 

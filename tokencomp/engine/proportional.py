@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, UnsupportedModelError
-from tokencomp.plan import Plan
+from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.attribute_view import AttributeView
 

@@ -13,8 +13,8 @@ from tokencomp.engine.cache_rows import first_with_rows, physical_length
 from tokencomp.engine.layout import RowLayout
 from tokencomp.engine.outputs import cached_columns
 from tokencomp.errors import UnsupportedModelError
-from tokencomp.plan import Plan
-from tokencomp.stages import Stage
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage
 
 
 @dataclass

@@ -13,9 +13,9 @@ from torch import Tensor
 from tokencomp.engine.host_tables import HostTables
 from tokencomp.engine.layout import RowLayout, Selection
 from tokencomp.engine.question import keep_last
+from tokencomp.plan.stages import Stage
 from tokencomp.reduction import Reduction
 from tokencomp.signals import QUERY, TOWER_KEYS, TOWER_SIGNALS, Signal
-from tokencomp.stages import Stage
 from tokencomp.tokens import SpanBatch
 
 

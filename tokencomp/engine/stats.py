@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokencomp.engine.forward import ForwardPass
     from tokencomp.engine.layout import RowLayout
     from tokencomp.engine.tower_flops import TowerCost
-    from tokencomp.plan import Plan
+    from tokencomp.plan.plan import Plan
     from tokencomp.tokens import VisualSpan
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokencomp.engine.layout import LiveSpan, RowLayout, Selection
 from tokencomp.errors import SpanError
-from tokencomp.plan import Plan
+from tokencomp.plan.plan import Plan
 from tokencomp.reduction import Reduction
 
 

@@ -36,7 +36,7 @@ SOURCES = {
 
 if TYPE_CHECKING:
     from tokencomp.adapters.base import Adapter
-    from tokencomp.plan import Plan
+    from tokencomp.plan.plan import Plan
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.towers import Cells
-from tokencomp.stages import TowerStage
+from tokencomp.plan.stages import TowerStage
 from tokencomp.tokens import SpanBatch
 
 

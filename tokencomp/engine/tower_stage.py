@@ -28,8 +28,8 @@ from tokencomp.engine.tower_choice import chosen_cells, patch_values
 from tokencomp.engine.tower_flops import TowerCost, TowerShape
 from tokencomp.engine.tower_rows import PackedRows, TowerRows, equal_bounds, rows_of
 from tokencomp.errors import OptionError
-from tokencomp.plan import Plan
-from tokencomp.stages import TowerStage
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import TowerStage
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import Hooked, MethodReplacement
 

@@ -19,7 +19,7 @@ from tokencomp.engine.decode import first_layer
 from tokencomp.engine.prompt_reading import PrefillCall, PromptReader
 from tokencomp.engine.stats import Stats, collect
 from tokencomp.errors import TokenCompError
-from tokencomp.plan import Plan
+from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
 
 

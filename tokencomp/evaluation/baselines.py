@@ -13,7 +13,7 @@ from tokencomp.inputs.media import frame_indices
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.questions import media_kind
 from tokencomp.inputs.video import with_frames
-from tokencomp.keep_counts import keep_count
+from tokencomp.plan.counts import keep_count
 
 STRETCH = (1.0, 1.1, 1 / 1.1, 1.22, 1 / 1.22)
 STEPS = 10

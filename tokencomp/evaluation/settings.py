@@ -9,9 +9,9 @@ from typing import Any
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import OptionError
 from tokencomp.method import MethodSpec
-from tokencomp.plan import Plan
-from tokencomp.plan_json import plan_from_json, plan_to_json
+from tokencomp.plan.plan import Plan
 from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.plan_json import plan_from_json, plan_to_json
 
 FULL = "full"
 PLAN = "plan"

@@ -22,7 +22,7 @@ from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import INPUT_BASELINES, Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.inputs.video import with_frames
-from tokencomp.keep_counts import MAX_RATIO
+from tokencomp.plan.counts import MAX_RATIO
 
 SCREENED = 1 / 3
 KEPT = 0.5

@@ -35,8 +35,8 @@ from tokencomp.inputs.frame_size import FrameSize
 from tokencomp.inputs.needed_frames import groups_of, kept_frames, needed_pictures
 from tokencomp.inputs.video import Sampling
 from tokencomp.method import MethodSpec
-from tokencomp.plan import Plan
-from tokencomp.stages import TowerStage
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import TowerStage
 
 
 def frame_stage(plan: Plan | None) -> TowerStage | None:

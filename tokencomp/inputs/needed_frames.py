@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.stages import TowerStage
+from tokencomp.plan.stages import TowerStage
 
 SAMPLED, SIDE = 64, 16  # pixels per side that a thumbnail is taken of, and that it has
 

@@ -15,7 +15,7 @@ from tokencomp.inputs.frame_times import frame_times
 from tokencomp.inputs.frames import with_frames
 from tokencomp.inputs.questions import media_kind
 from tokencomp.inputs.video import Sampling, sampling_of
-from tokencomp.plan import Plan
+from tokencomp.plan.plan import Plan
 
 Chat = list[dict[str, Any]]
 """Messages as chat templates take them: role, and content with text and media placeholders."""

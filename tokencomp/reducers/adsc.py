@@ -10,13 +10,13 @@ from typing import Literal
 import numpy as np
 
 from tokencomp.errors import OptionError
-from tokencomp.keep_counts import check_ratio, split_evenly
-from tokencomp.plan import Plan, from_profile
+from tokencomp.plan.counts import check_ratio, split_evenly
+from tokencomp.plan.plan import Plan, from_profile
+from tokencomp.plan.schedules import bisect, early
 from tokencomp.reducers._batch import Patches, Places
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reduction import Reduction
-from tokencomp.schedules import bisect, early
 from tokencomp.tokens import Grid, SpanBatch
 from tokencomp.validation import check_range
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tokencomp.keep_counts import check_ratio
-from tokencomp.plan import Plan, from_profile
+from tokencomp.plan.counts import check_ratio
+from tokencomp.plan.plan import Plan, from_profile
+from tokencomp.plan.schedules import aim, check_ramp, natural_aim
+from tokencomp.plan.stages import Stage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.merge import Merge
 from tokencomp.reducers.prune import Prune
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.schedules import aim, check_ramp, natural_aim
-from tokencomp.stages import Stage
 
 
 @register_reducer("aim")

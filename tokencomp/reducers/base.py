@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from tokencomp.errors import OptionError, PlanError
-from tokencomp.keep_counts import check_ratio, keep_count
-from tokencomp.plan import Plan
+from tokencomp.plan.counts import check_ratio, keep_count
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage, StageReducer
 from tokencomp.reduction import Reduction
-from tokencomp.stages import Stage, StageReducer
 from tokencomp.tokens import ModelFacts, SpanBatch, VisualSpan, VisualTokens
 from tokencomp.validation import check_effect, check_types
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.keep_counts import check_ratio
-from tokencomp.plan import Plan
+from tokencomp.plan.counts import check_ratio
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage
 from tokencomp.reducers.base import Reducer
-from tokencomp.stages import Stage
 from tokencomp.tokens import ModelFacts
 from tokencomp.validation import check_range
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tokencomp.keep_counts import split_evenly
+from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import Patches, previous_similarity, segment, spread
 from tokencomp.reducers._merging import merge_dropped
 from tokencomp.reducers._rows import finite_features, round_to_sum, supplied_scores

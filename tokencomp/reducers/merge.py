@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.keep_counts import split_evenly
+from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import Patches
 from tokencomp.reducers._rows import finite_features, tower_keys
 from tokencomp.reducers.base import Reducer

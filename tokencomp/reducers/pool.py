@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.errors import OptionError
-from tokencomp.keep_counts import split_evenly
+from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import Patches, Places, grouped
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from tokencomp.keep_counts import check_ratio
-from tokencomp.plan import Plan, from_profile
+from tokencomp.plan.counts import check_ratio
+from tokencomp.plan.plan import Plan, from_profile
+from tokencomp.plan.schedules import NATURAL, SCHEDULES, aim, check_ramp, natural_aim
 from tokencomp.reducers._batch import top_k_of_spans
 from tokencomp.reducers._rows import signal_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reduction import Reduction
-from tokencomp.schedules import NATURAL, SCHEDULES, aim, check_ramp, natural_aim
 from tokencomp.signals import Attention, Signal
 from tokencomp.tokens import SpanBatch
 from tokencomp.validation import check_range
@@ -33,7 +33,7 @@ class Prune(Reducer):
         arXiv 2410.17247; FastV, arXiv 2403.06764). "text_query": mean over the text tokens after
         the span (ours).
     schedule
-        "aim", "pyramid" or "fastv" (see `tokencomp.schedules`).
+        "aim", "pyramid" or "fastv" (see `tokencomp.plan.schedules`).
     layer
         Whose attention: "previous", the layer before the stage (AIM, FastV), or "next", the layer
         after it, by its own queries and keys of the tokens before the stage (PyramidDrop). Where

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tokencomp.errors import ScoreError
 from tokencomp.method import MethodSpec
+from tokencomp.plan.stages import StageReducer, TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
-from tokencomp.stages import StageReducer, TowerStage
 from tokencomp.tokens import Grid, ModelFacts, VisualSpan, VisualTokens
 
 Special = Literal["none", "rows", "end"]

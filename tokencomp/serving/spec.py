@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokencomp.errors import OptionError, RatioError
-from tokencomp.keep_counts import MAX_RATIO, check_ratio
 from tokencomp.method import MethodSpec, resolve_auto
+from tokencomp.plan.counts import MAX_RATIO, check_ratio
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
 from tokencomp.serving.servable import check_name, check_servable, check_servable_tower

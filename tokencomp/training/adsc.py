@@ -18,7 +18,7 @@ import tokencomp
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MissingDependencyError, OptionError, WeightsError
 from tokencomp.evaluation.settings import Setting
-from tokencomp.keep_counts import check_ratio
+from tokencomp.plan.counts import check_ratio
 from tokencomp.reducers.registry import make_reducer
 from tokencomp.storage import write_json
 from tokencomp.trained.cards import check_card, model_card, model_facts

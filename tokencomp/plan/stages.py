@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokencomp.errors import PlanError
-from tokencomp.keep_counts import keep_count, split_evenly
+from tokencomp.plan.counts import keep_count, split_evenly
 from tokencomp.validation import check_effect, describe_type, fits
 
 if TYPE_CHECKING:

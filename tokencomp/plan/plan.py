@@ -1,6 +1,6 @@
 """Plans: which reducer acts before which layer or tower block, and what fraction it leaves.
 
-Plans and stages, with `tokencomp.keep_counts`, alone turn fractions into token counts. All of them
+Plans and stages, with `tokencomp.plan.counts`, alone turn fractions into token counts. All of them
 are plain Python, without tensors.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tokencomp.errors import PlanError
-from tokencomp.stages import Stage, StageReducer, TowerStage
+from tokencomp.plan.stages import Stage, StageReducer, TowerStage
 
 if TYPE_CHECKING:
     from tokencomp.tokens import ModelFacts, VisualSpan

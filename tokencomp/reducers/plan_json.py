@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import PlanError
-from tokencomp.plan import Plan
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage, TowerStage
 from tokencomp.reducers.registry import make_reducer
-from tokencomp.stages import Stage, TowerStage
 from tokencomp.validation import fits
 
 PlanLike = Plan | list[dict[str, Any]] | str | PathLike[str]
