@@ -11,7 +11,7 @@ from support.families import Family, text
 
 import tokencomp
 from tokencomp.reducers.merge import Merge
-from tokencomp.tokens import VisualTokens
+from tokencomp.tokens.spans import VisualTokens
 
 
 def merge_frame_reference(x: list[list[float]], keep: int) -> list[tuple[int, list[float]]]:

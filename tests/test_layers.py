@@ -28,7 +28,7 @@ ROOMS = (
     ("tokencomp", "patching", "handle", "method", "conformance"),
     ("engine", "context_window"),
     ("adapters", "trained", "reducers"),
-    ("plan", "tokens", "reduction", "signals"),
+    ("plan", "tokens"),
     ("torchlib",),
     ("validation", "errors", "yarn", "storage"),
     ("kernels",),

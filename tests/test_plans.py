@@ -15,8 +15,8 @@ from support.families import FAMILIES, text
 
 import tokencomp
 from tokencomp import Plan, Reducer, Stage, errors, make_reducer
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import VisualSpan, VisualTokens
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import VisualSpan, VisualTokens
 
 
 def test_plans_as_json_and_files(tmp_path: Path) -> None:

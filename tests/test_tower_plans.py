@@ -23,7 +23,7 @@ from tokencomp.errors import (
 )
 from tokencomp.method import MethodSpec
 from tokencomp.plan.counts import split_evenly
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.spans import VisualSpan
 
 UNIFORM = make_reducer("uniform")
 

@@ -34,8 +34,8 @@ _LAZY = {
     "plan_from_json": "tokencomp.reducers.plan_json",
     "plan_to_json": "tokencomp.reducers.plan_json",
     "available_models": "tokencomp.adapters.registry",
-    "Reduction": "tokencomp.reduction",
-    "VisualTokens": "tokencomp.tokens",
+    "Reduction": "tokencomp.tokens.reduction",
+    "VisualTokens": "tokencomp.tokens.spans",
     "TokenCompError": "tokencomp.errors",
 }
 
@@ -71,8 +71,8 @@ if TYPE_CHECKING:
     from tokencomp.reducers.base import Reducer
     from tokencomp.reducers.plan_json import plan_from_json, plan_to_json
     from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer
-    from tokencomp.reduction import Reduction
-    from tokencomp.tokens import VisualTokens
+    from tokencomp.tokens.reduction import Reduction
+    from tokencomp.tokens.spans import VisualTokens
 
 
 def __getattr__(name: str) -> Any:

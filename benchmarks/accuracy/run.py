@@ -43,7 +43,7 @@ from tokencomp.shapesqa.difficulty import DIFFICULTIES
 from tokencomp.shapesqa.examples import shapesqa
 from tokencomp.shapesqa.items import items
 from tokencomp.shapesqa.questions import FAMILIES
-from tokencomp.signals import TOWER_SIGNALS
+from tokencomp.tokens.signals import TOWER_SIGNALS
 from tokencomp.zoo import available_models, load
 
 RATIOS = (0.5, 0.75, 0.9, 0.95)

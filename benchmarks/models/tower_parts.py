@@ -15,8 +15,8 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.profiling import shapes
 from tokencomp.profiling.shapes import SHAPES
 from tokencomp.reducers.kcentre import KCentre
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import SpanBatch
 from tokencomp.torchlib.replace import Hooked
 
 TEXT = 48

@@ -13,7 +13,7 @@ from torch import Tensor
 import tokencomp
 from tokencomp import Plan, Reduction, Stage, make_reducer
 from tokencomp.engine.layout import LiveSpan, RowLayout, Selection, compact, full_layout, take
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.spans import VisualSpan
 
 
 def by_hand(x: Tensor, index: Tensor, dim: int, valid: Tensor) -> Tensor:

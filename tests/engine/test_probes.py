@@ -10,8 +10,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from tokencomp.engine.layout import Prompt, full_layout
 from tokencomp.engine.probes import input_scores
-from tokencomp.signals import Attention
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.signals import Attention
+from tokencomp.tokens.spans import VisualSpan
 
 PAST, WIDTH, DRAFT = 7, 44, 2
 LENGTHS = [44, 39]

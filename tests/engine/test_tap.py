@@ -13,8 +13,8 @@ from tokencomp.engine.layout import Prompt, full_layout
 from tokencomp.engine.probes import input_scores, layer_scores
 from tokencomp.engine.tap import attention_of, tap
 from tokencomp.errors import UnsupportedModelError
-from tokencomp.signals import Attention
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.signals import Attention
+from tokencomp.tokens.spans import VisualSpan
 from tokencomp.torchlib.compat import CACHE_NAMES
 
 SIZES: dict[str, Any] = dict(

@@ -24,7 +24,7 @@ from tokencomp.engine.tower_attention import attention_blocks
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
-from tokencomp.signals import TOWER_ATTENTION, TOWER_KEYS, Signal
+from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, Signal
 
 SEEN: list[VisualTokens] = []
 OUTPUTS = ("out_proj", "proj", "projection_layer")

@@ -12,7 +12,7 @@ import tokencomp
 from tokencomp.evaluation import Setting, patches, runner, sweep
 from tokencomp.evaluation.subsets import Subsets, per_question
 from tokencomp.reducers.random import Random
-from tokencomp.tokens import VisualTokens
+from tokencomp.tokens.spans import VisualTokens
 from tokencomp.training.measure import Measurement
 
 HOW = {"max_new_tokens": 2, "progress": False}

@@ -16,9 +16,9 @@ from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.uniform import Uniform
-from tokencomp.reduction import Reduction
-from tokencomp.signals import QUERY, Attention
-from tokencomp.tokens import VisualTokens
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.signals import QUERY, Attention
+from tokencomp.tokens.spans import VisualTokens
 from tokencomp.torchlib import compat
 
 CI = Path(__file__).parents[2] / ".ci" / "run"

@@ -10,7 +10,7 @@ from support.families import FAMILIES, IMAGE, VIDEO, Media, text
 
 import tokencomp
 from tokencomp.errors import SpanError
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.spans import VisualSpan
 
 
 def spans(name: str, *media: Media, before: int = 3) -> list[VisualSpan]:

@@ -13,7 +13,7 @@ from support.matrix import Case
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import PlanError
 from tokencomp.reducers.oracle import truth
-from tokencomp.reduction import Reduction
+from tokencomp.tokens.reduction import Reduction
 
 GRIDS = [((1, 4, 5), 0), ((4, 3, 4), 3), ((1, 4, 5), 2), ((2, 2, 7), 0), ((4, 3, 4), 0)]
 

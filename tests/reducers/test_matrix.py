@@ -23,7 +23,7 @@ from tokencomp import make_reducer
 from tokencomp.errors import OptionError, RatioError, ScoreError, TokenCompError
 from tokencomp.plan.counts import keep_count
 from tokencomp.reducers.compose import Compose
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.spans import VisualSpan
 
 every_case = pytest.mark.parametrize("case", matrix.cases(), ids=matrix.case_id)
 every_step = pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)

@@ -15,7 +15,7 @@ from tokencomp.reducers.registry import available_reducers, make_reducer
 from tokencomp.serving.item_plan import ItemPlan, Layout
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.tower import kept_cells
-from tokencomp.tokens import ModelFacts, VisualSpan, VisualTokens
+from tokencomp.tokens.spans import ModelFacts, VisualSpan, VisualTokens
 
 LAYOUTS = [
     Layout((1, 5, 7)),

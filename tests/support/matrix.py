@@ -19,7 +19,7 @@ from torch import Tensor
 from tokencomp import Reduction, VisualTokens, available_reducers, make_reducer
 from tokencomp.reducers.oracle import truth
 from tokencomp.reducers.selector import SelectorNet
-from tokencomp.tokens import SpanBatch
+from tokencomp.tokens.spans import SpanBatch
 from tokencomp.trained.cards import model_card, write
 from tokencomp.trained.ccam import CCAMConfig, CCAMProjector
 from tokencomp.training.capture import capture

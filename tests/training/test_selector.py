@@ -15,7 +15,7 @@ from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import OptionError, ScoreError
 from tokencomp.reducers.oracle import truth
 from tokencomp.reducers.selector import SelectorNet, load_selector
-from tokencomp.signals import Attention
+from tokencomp.tokens.signals import Attention
 from tokencomp.training.capture import capture
 from tokencomp.training.data import load_batch, questions
 from tokencomp.training.selector.train import AttentionRow, SelectorConfig

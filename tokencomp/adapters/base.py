@@ -20,7 +20,7 @@ from tokencomp.adapters.structure import (
 )
 from tokencomp.adapters.towers import Tower, unknown_cells
 from tokencomp.errors import SpanError
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.spans import VisualSpan
 
 ENCODED = "mm_encoder_outputs"  # features that `generate` has encoded beforehand, by kind
 TYPES = "mm_token_type_ids"  # 0 text, 1 image, 2 video, 3 audio, from the processor
@@ -44,9 +44,9 @@ class Adapter:
     family, model_types
         Display name, and the `config.model_type` values that a subclass serves.
     signals
-        Sources of the signals that reducers may need (`tokencomp.signals.Signal`). "attention" is
-        recomputed from the queries and keys of the layer before a stage (of layer 0 at entry);
-        "tower" is the vision tower's own attention (`tokencomp.engine.tower`).
+        Sources of the signals that reducers may need (`tokencomp.tokens.signals.Signal`).
+        "attention" is recomputed from the queries and keys of the layer before a stage (of layer 0
+        at entry); "tower" is the vision tower's own attention (`tokencomp.engine.tower`).
     packer
         Method of the body that lays out the tiles of images as tokens, where that needs more than
         what the tower returns; None: none.

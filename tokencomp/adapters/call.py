@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokencomp.signals import Signal
-from tokencomp.tokens import Kind
+from tokencomp.tokens.signals import Signal
+from tokencomp.tokens.spans import Kind
 
 KINDS: dict[int, Kind] = {1: "image", 2: "video", 3: "audio"}
 CODES: dict[Kind, int] = {kind: code for code, kind in KINDS.items()}

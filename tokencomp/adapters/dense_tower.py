@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.towers import Cells, EncoderCall, Kind, Tower
 from tokencomp.errors import OptionError, SpanError, UnsupportedModelError
-from tokencomp.tokens import Grid
+from tokencomp.tokens.spans import Grid
 
 if TYPE_CHECKING:
     from tokencomp.plan.stages import TowerStage

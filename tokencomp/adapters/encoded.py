@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.call import CODES
-from tokencomp.tokens import Kind
+from tokencomp.tokens.spans import Kind
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import MethodReplacement
 

@@ -17,7 +17,7 @@ from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.tiles import TileAdapter
 from tokencomp.adapters.towers import EncoderCall
 from tokencomp.errors import SpanError
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.spans import VisualSpan
 
 
 def _tower(adapter: TileAdapter, kind: type[DenseTower], **options: Any) -> DenseTower:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokencomp.adapters.dense_tower import DenseTower
 from tokencomp.adapters.towers import Cells, EncoderCall
 from tokencomp.errors import SpanError
-from tokencomp.tokens import Grid
+from tokencomp.tokens.spans import Grid
 
 if TYPE_CHECKING:
     from tokencomp.plan.stages import TowerStage

@@ -11,7 +11,7 @@ from tokencomp.adapters.encoded import encoded_by_kind
 from tokencomp.adapters.qwen_vl import Qwen2VLAdapter
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.errors import SpanError
-from tokencomp.tokens import Grid, VisualSpan
+from tokencomp.tokens.spans import Grid, VisualSpan
 
 
 @register_adapter

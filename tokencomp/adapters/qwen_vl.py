@@ -16,7 +16,7 @@ from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.spans import raster_grid
 from tokencomp.errors import SpanError
-from tokencomp.tokens import Grid, VisualSpan
+from tokencomp.tokens.spans import Grid, VisualSpan
 from tokencomp.torchlib import compat
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from tokencomp.adapters.call import Call
-from tokencomp.tokens import Grid, Kind, VisualSpan
+from tokencomp.tokens.spans import Grid, Kind, VisualSpan
 
 Run = tuple[int, int, Kind]
 Size = tuple[int, int, int]

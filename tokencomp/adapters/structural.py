@@ -13,7 +13,7 @@ from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.spans import Medium, cut_media, span_of, square
 from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers import Tower
-from tokencomp.tokens import Kind, VisualSpan
+from tokencomp.tokens.spans import Kind, VisualSpan
 from tokencomp.torchlib.replace import Hooked
 
 PACKED = ("qwen3_5", "qwen3_5_moe")

@@ -11,7 +11,7 @@ from torch import nn
 
 from tokencomp.adapters.call import CODES
 from tokencomp.errors import NoDecoderError, NoPlaceholderError
-from tokencomp.tokens import Kind
+from tokencomp.tokens.spans import Kind
 
 # Names of placeholder ids in configs, by what stands behind them; the first that exists counts.
 IDS: dict[Kind, tuple[str, ...]] = {

@@ -14,7 +14,7 @@ from tokencomp.adapters.patch_tables import squares
 from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers import Tower
 from tokencomp.errors import SpanError
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.spans import VisualSpan
 
 
 class TileAdapter(Adapter):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from tokencomp.errors import PlanError, UnsupportedModelError
-from tokencomp.tokens import Grid
+from tokencomp.tokens.spans import Grid
 
 if TYPE_CHECKING:
     from tokencomp.plan.stages import TowerStage

@@ -15,7 +15,7 @@ from tokencomp.adapters.structure import Parts
 from tokencomp.adapters.towers import EncoderCall, unknown_cells
 from tokencomp.adapters.vila_remote import VilaPortAdapter
 from tokencomp.errors import SpanError
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.spans import VisualSpan
 
 
 @register_adapter

@@ -16,7 +16,7 @@ from tokencomp.adapters.dense_tower import DenseTower
 from tokencomp.adapters.structure import Parts
 from tokencomp.adapters.towers import unknown_cells
 from tokencomp.errors import SpanError
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.spans import VisualSpan
 from tokencomp.torchlib.replace import Hooked, MethodReplacement
 
 

@@ -37,8 +37,8 @@ from tokencomp.engine.tower_flops import TowerCost
 from tokencomp.engine.window import CHUNKED, CONVOLUTION, Windows
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
-from tokencomp.signals import Attention, Signal
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.signals import Attention, Signal
+from tokencomp.tokens.spans import VisualSpan
 from tokencomp.torchlib import compat
 
 

@@ -15,7 +15,7 @@ from tokencomp.engine.tap import attention_of
 from tokencomp.engine.window import Windows
 from tokencomp.errors import copy_error
 from tokencomp.plan.plan import Plan
-from tokencomp.signals import Attention
+from tokencomp.tokens.signals import Attention
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import Hooked
 

@@ -18,7 +18,7 @@ from tokencomp.engine.window import (
 )
 from tokencomp.errors import PlanError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
-from tokencomp.signals import Attention
+from tokencomp.tokens.signals import Attention
 from tokencomp.torchlib import compat
 
 # Options of text configs whose decoders tokens cannot leave between layers, if they are above a

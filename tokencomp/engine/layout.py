@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine.host_tables import HostTables
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import VisualSpan
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokencomp.engine.layout import LiveSpan, Prompt, RowLayout
 from tokencomp.errors import PaddingError
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.spans import VisualSpan
 
 
 def real_columns(mask: Tensor | None, shape: torch.Size) -> Tensor:

@@ -22,7 +22,7 @@ from tokencomp.engine.layout import RowLayout
 from tokencomp.engine.parallel import gather_heads, unsharded
 from tokencomp.engine.queries_keys import Probe, questions_of, with_past
 from tokencomp.engine.tap import attention_of
-from tokencomp.signals import Attention
+from tokencomp.tokens.signals import Attention
 from tokencomp.torchlib import compat
 
 Table = np.ndarray[Any, np.dtype[np.int64]]

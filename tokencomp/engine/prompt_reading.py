@@ -25,7 +25,7 @@ from tokencomp.engine.refusals import check_prefill
 from tokencomp.engine.segments import build_segments
 from tokencomp.errors import UnknownGridError
 from tokencomp.plan.plan import Plan
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.spans import VisualSpan
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine.layout import Prompt
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import VisualSpan, VisualTokens
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import VisualSpan, VisualTokens
 from tokencomp.torchlib.replace import Hooked, MethodReplacement
 
 IGNORED = -100  # label of a column that is not trained, as in transformers

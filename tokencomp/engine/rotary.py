@@ -7,7 +7,7 @@ from typing import Any
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.plan.plan import Plan
-from tokencomp.signals import Attention
+from tokencomp.tokens.signals import Attention
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import Hooked, MethodReplacement
 

@@ -14,9 +14,9 @@ from tokencomp.engine.host_tables import HostTables
 from tokencomp.engine.layout import RowLayout, Selection
 from tokencomp.engine.question import keep_last
 from tokencomp.plan.stages import Stage
-from tokencomp.reduction import Reduction
-from tokencomp.signals import QUERY, TOWER_KEYS, TOWER_SIGNALS, Signal
-from tokencomp.tokens import SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.signals import QUERY, TOWER_KEYS, TOWER_SIGNALS, Signal
+from tokencomp.tokens.spans import SpanBatch
 
 
 @dataclass(frozen=True)

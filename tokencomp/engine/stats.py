@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tokencomp.engine.layout import RowLayout
     from tokencomp.engine.tower_flops import TowerCost
     from tokencomp.plan.plan import Plan
-    from tokencomp.tokens import VisualSpan
+    from tokencomp.tokens.spans import VisualSpan
 
 
 @dataclass

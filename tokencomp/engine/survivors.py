@@ -8,7 +8,7 @@ from torch import Tensor
 from tokencomp.engine.layout import LiveSpan, RowLayout, Selection
 from tokencomp.errors import SpanError
 from tokencomp.plan.plan import Plan
-from tokencomp.reduction import Reduction
+from tokencomp.tokens.reduction import Reduction
 
 
 def surviving_rows(x: Tensor, layout: RowLayout, plan: Plan) -> Selection:

@@ -23,8 +23,8 @@ from tokencomp.engine.tower_attention import (
     rotated,
 )
 from tokencomp.errors import OptionError, SpanError
-from tokencomp.signals import TOWER_ATTENTION, TOWER_KEYS, TOWER_SIGNALS, Signal
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, TOWER_SIGNALS, Signal
+from tokencomp.tokens.spans import VisualSpan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import Hooked, MethodReplacement
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokencomp.adapters.towers import Cells
 from tokencomp.plan.stages import TowerStage
-from tokencomp.tokens import SpanBatch
+from tokencomp.tokens.spans import SpanBatch
 
 
 @torch.no_grad()

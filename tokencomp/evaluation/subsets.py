@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from tokencomp.evaluation.settings import RANDOM, Setting
 from tokencomp.reducers.random import Random
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import VisualTokens
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import VisualTokens
 
 
 @dataclass(frozen=True)

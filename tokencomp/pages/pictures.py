@@ -19,7 +19,7 @@ from tokencomp.inputs.questions import media_kind
 if TYPE_CHECKING:
     from tokencomp.engine.stats import Stats
     from tokencomp.inputs.questions import Example
-    from tokencomp.tokens import VisualSpan
+    from tokencomp.tokens.spans import VisualSpan
 
 DIM = 0.16
 TINT = np.array([18.0, 22.0, 38.0])

@@ -16,7 +16,7 @@ from tokencomp.errors import PlanError
 from tokencomp.plan.stages import Stage, StageReducer, TowerStage
 
 if TYPE_CHECKING:
-    from tokencomp.tokens import ModelFacts, VisualSpan
+    from tokencomp.tokens.spans import ModelFacts, VisualSpan
 
 LEAST = 1e-9
 """A fraction so small that only mandatory tokens (special tokens and one patch) remain."""

@@ -15,9 +15,9 @@ from tokencomp.validation import check_effect, describe_type, fits
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tokencomp.reduction import Reduction
-    from tokencomp.signals import Signal
-    from tokencomp.tokens import Grid, ModelFacts, SpanBatch, VisualSpan, VisualTokens
+    from tokencomp.tokens.reduction import Reduction
+    from tokencomp.tokens.signals import Signal
+    from tokencomp.tokens.spans import Grid, ModelFacts, SpanBatch, VisualSpan, VisualTokens
 
 MEDIA = ("image", "video", "audio")
 

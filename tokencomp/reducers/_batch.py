@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.reducers._rows import check_whole
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import SpanBatch
 
 K = TypeVar("K", bound=Hashable)
 Places = np.ndarray[Any, np.dtype[np.int64]]

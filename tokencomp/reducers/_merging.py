@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.reducers._batch import Patches, by_group
-from tokencomp.reduction import Reduction
+from tokencomp.tokens.reduction import Reduction
 
 BLOCK = 1 << 24  # cosines computed at once
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.errors import PlanError, ScoreError
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import Grid, SpanBatch, VisualTokens
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import Grid, SpanBatch, VisualTokens
 
 
 def patch_rows(tokens: VisualTokens, keep: int) -> tuple[Tensor, int]:

@@ -16,8 +16,8 @@ from tokencomp.plan.schedules import bisect, early
 from tokencomp.reducers._batch import Patches, Places
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import Grid, SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import Grid, SpanBatch
 from tokencomp.validation import check_range
 
 MOST = 1 << 20  # tokens; more than any frame has

@@ -10,8 +10,8 @@ from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan.counts import check_ratio, keep_count
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage, StageReducer
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import ModelFacts, SpanBatch, VisualSpan, VisualTokens
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import ModelFacts, SpanBatch, VisualSpan, VisualTokens
 from tokencomp.validation import check_effect, check_types
 
 PROBE_RATIOS = (0.1, 0.5, 0.9)

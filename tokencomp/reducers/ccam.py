@@ -17,8 +17,8 @@ from tokencomp.reducers._batch import Patches, evenly, grouped
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import ModelFacts, SpanBatch, VisualSpan
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import ModelFacts, SpanBatch, VisualSpan
 
 if TYPE_CHECKING:
     from tokencomp.trained.ccam import CCAMProjector

@@ -15,9 +15,9 @@ from tokencomp.reducers._batch import Patches, segment, spread
 from tokencomp.reducers._rows import finite_features, supplied_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reduction import Reduction
-from tokencomp.signals import QUERY, Attention, Signal
-from tokencomp.tokens import SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.signals import QUERY, Attention, Signal
+from tokencomp.tokens.spans import SpanBatch
 
 Relevance = Literal["query", "attention", "none"]
 RELEVANCE: tuple[Relevance, ...] = get_args(Relevance)

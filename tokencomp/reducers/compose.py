@@ -11,7 +11,7 @@ from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.reducers.base import Reducer
-from tokencomp.tokens import ModelFacts
+from tokencomp.tokens.spans import ModelFacts
 from tokencomp.validation import check_range
 
 PROBE = (0.5, 32)  # ratio and number of layers at which the stages of a part are examined

@@ -17,9 +17,9 @@ from tokencomp.reducers._rows import finite_features, round_to_sum, supplied_sco
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.selector import Selector
-from tokencomp.reduction import Reduction
-from tokencomp.signals import TOWER_ATTENTION, Attention, Signal
-from tokencomp.tokens import ModelFacts, SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.signals import TOWER_ATTENTION, Attention, Signal
+from tokencomp.tokens.spans import ModelFacts, SpanBatch
 from tokencomp.validation import check_range, field_types
 
 SignalName = Literal["attention", "selector", "vit_attention", "norm", "novelty", "none"]

@@ -12,8 +12,8 @@ from tokencomp.reducers._batch import Patches, evenly, previous_similarity
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import SpanBatch
 
 
 @register_reducer("evs")

@@ -17,8 +17,8 @@ from tokencomp.reducers._pixels import NO_PIXELS, appearance
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import SpanBatch
 from tokencomp.validation import check_range
 
 

@@ -16,9 +16,9 @@ from tokencomp.reducers._batch import Patches
 from tokencomp.reducers._rows import finite_features, tower_keys
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reduction import Reduction
-from tokencomp.signals import TOWER_KEYS, Signal
-from tokencomp.tokens import SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.signals import TOWER_KEYS, Signal
+from tokencomp.tokens.spans import SpanBatch
 
 
 @register_reducer("merge")

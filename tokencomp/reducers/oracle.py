@@ -13,8 +13,8 @@ from tokencomp.errors import ScoreError
 from tokencomp.reducers._rows import top_k
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import VisualTokens
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import VisualTokens
 
 _TRUTH: ContextVar[Iterator[Tensor] | None] = ContextVar("tokencomp_oracle", default=None)
 

@@ -16,8 +16,8 @@ from tokencomp.reducers._batch import Patches, Places, grouped
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import ModelFacts, SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import ModelFacts, SpanBatch
 from tokencomp.validation import check_range
 
 GROUPS = (2, 4, 8)

@@ -13,9 +13,9 @@ from tokencomp.reducers._batch import top_k_of_spans
 from tokencomp.reducers._rows import signal_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reduction import Reduction
-from tokencomp.signals import Attention, Signal
-from tokencomp.tokens import SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.signals import Attention, Signal
+from tokencomp.tokens.spans import SpanBatch
 from tokencomp.validation import check_range
 
 

@@ -14,8 +14,8 @@ from tokencomp.errors import OptionError
 from tokencomp.reducers._batch import Patches, random_ranks
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import SpanBatch
 
 
 @register_reducer("random")

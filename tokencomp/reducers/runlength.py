@@ -14,8 +14,8 @@ from tokencomp.reducers._batch import Patches, by_group
 from tokencomp.reducers._pixels import NO_PIXELS, appearance
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import Grid, SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import Grid, SpanBatch
 from tokencomp.validation import check_range
 
 HALVINGS = 24  # of the interval that holds the threshold: to 6e-8 of the largest distance

@@ -18,9 +18,9 @@ from tokencomp.reducers._batch import Patches, by_group, top_k_of_spans
 from tokencomp.reducers._rows import signal_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reduction import Reduction
-from tokencomp.signals import Attention, Signal
-from tokencomp.tokens import ModelFacts, SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.signals import Attention, Signal
+from tokencomp.tokens.spans import ModelFacts, SpanBatch
 
 TRAIN = "tokencomp train selector --model MODEL --data DATA --output FOLDER"
 CHANNELS = (32, 64, 128, 256, 512)

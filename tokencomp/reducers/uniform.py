@@ -10,8 +10,8 @@ import numpy as np
 from tokencomp.reducers._batch import Patches, evenly
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import SpanBatch
 
 
 @register_reducer("uniform")

@@ -16,8 +16,8 @@ from tokencomp.reducers._batch import Patches, by_group
 from tokencomp.reducers._rows import feature_norms, finite_features, round_to_sum
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reduction import Reduction
-from tokencomp.tokens import Grid, SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import Grid, SpanBatch
 from tokencomp.validation import check_range
 
 BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))

@@ -21,7 +21,7 @@ from tokencomp.method import MethodSpec
 from tokencomp.plan.stages import StageReducer, TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
-from tokencomp.tokens import Grid, ModelFacts, VisualSpan, VisualTokens
+from tokencomp.tokens.spans import Grid, ModelFacts, VisualSpan, VisualTokens
 
 Special = Literal["none", "rows", "end"]
 

@@ -19,7 +19,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import WeightsError
 from tokencomp.storage import replace_file, write_json
-from tokencomp.tokens import ModelFacts
+from tokencomp.tokens.spans import ModelFacts
 from tokencomp.validation import fits
 
 FINGERPRINT = 16

@@ -18,8 +18,8 @@ from tokencomp.engine.padding import left_padded, real_columns
 from tokencomp.engine.probes import input_scores
 from tokencomp.engine.question import build_prompts
 from tokencomp.errors import OptionError, PaddingError
-from tokencomp.signals import Attention
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.signals import Attention
+from tokencomp.tokens.spans import VisualSpan
 from tokencomp.torchlib import compat
 
 INPUT_ONLY = ("labels", "logits_to_keep", "use_cache")

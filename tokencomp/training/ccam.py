@@ -16,7 +16,7 @@ import tokencomp
 from tokencomp.errors import OptionError
 from tokencomp.reducers.ccam import Ccam
 from tokencomp.storage import write_json
-from tokencomp.tokens import ModelFacts, VisualSpan
+from tokencomp.tokens.spans import ModelFacts, VisualSpan
 from tokencomp.trained.cards import model_card
 from tokencomp.trained.ccam import CCAMProjector
 from tokencomp.trained.ccam_config import read_card

@@ -10,7 +10,7 @@ from tokencomp.errors import OptionError
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
-from tokencomp.tokens import VisualSpan
+from tokencomp.tokens.spans import VisualSpan
 from tokencomp.training.capture import capture
 from tokencomp.training.ccam_config import CcamConfig
 from tokencomp.training.data import EMBEDDED, load_batch, questions

@@ -36,11 +36,11 @@ from tokencomp.inputs.loading import load_model
 from tokencomp.reducers._batch import Patches
 from tokencomp.reducers._pixels import appearance
 from tokencomp.reducers.kcentre import KCentre
-from tokencomp.reduction import Reduction
 from tokencomp.shapesqa.examples import shapesqa
 from tokencomp.shapesqa.items import items
 from tokencomp.storage import write_json
-from tokencomp.tokens import SpanBatch
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import SpanBatch
 from tokencomp.trained.cards import weights_hash
 
 MODEL, RATIO, TOWER = "tiny-qwen2-vl", 0.75, (0.6, 0.75)

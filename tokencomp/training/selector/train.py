@@ -15,10 +15,10 @@ from tokencomp.inputs.questions import Example
 from tokencomp.reducers._rows import signal_scores, top_k
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.selector import SelectorNet
-from tokencomp.reduction import Reduction
-from tokencomp.signals import Attention, Signal
 from tokencomp.storage import write_json
-from tokencomp.tokens import VisualTokens
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.signals import Attention, Signal
+from tokencomp.tokens.spans import VisualTokens
 from tokencomp.trained.cards import model_card, write
 from tokencomp.training.checks import check_folder, without_patch
 from tokencomp.training.data import questions

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.errors import PlanError
-from tokencomp.tokens import SpanBatch, VisualTokens
+from tokencomp.tokens.spans import SpanBatch, VisualTokens
 
 
 @dataclass
