@@ -16,7 +16,7 @@ from transformers import Qwen2VLVideoProcessor
 import tokencomp
 from tokencomp import Plan, TowerStage, VisualTokens, make_reducer
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.adapters.towers import EncoderCall
+from tokencomp.adapters.towers.base import EncoderCall
 
 
 def span(

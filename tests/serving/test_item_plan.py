@@ -8,7 +8,7 @@ from support import families
 from support.serving.cases import SERVABLE
 
 import tokencomp
-from tokencomp.adapters.towers import Cells
+from tokencomp.adapters.towers.base import Cells
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.method import MethodSpec
 from tokencomp.reducers.registry import available_reducers, make_reducer

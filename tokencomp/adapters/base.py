@@ -18,7 +18,7 @@ from tokencomp.adapters.structure import (
     mrope_rows,
     parameters_of,
 )
-from tokencomp.adapters.towers import Tower, unknown_cells
+from tokencomp.adapters.towers.base import Tower, unknown_cells
 from tokencomp.errors import SpanError
 from tokencomp.tokens.spans import VisualSpan
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from tokencomp.adapters.base import ENCODED
 from tokencomp.adapters.call import Call, TowerCall
-from tokencomp.adapters.dense_tower import DenseTower
-from tokencomp.adapters.mosaic_tower import MosaicTower
-from tokencomp.adapters.patch_tables import bilinear, squares
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.tiles import TileAdapter
-from tokencomp.adapters.towers import EncoderCall
+from tokencomp.adapters.towers.base import EncoderCall
+from tokencomp.adapters.towers.dense import DenseTower
+from tokencomp.adapters.towers.mosaic import MosaicTower
+from tokencomp.adapters.towers.tables import bilinear, squares
 from tokencomp.errors import SpanError
 from tokencomp.tokens.spans import VisualSpan
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call, TowerCall
-from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.spans import raster_grid
+from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.errors import SpanError
 from tokencomp.tokens.spans import Grid, VisualSpan
 from tokencomp.torchlib import compat

@@ -9,10 +9,10 @@ from torch import nn
 from tokencomp.adapters.base import ENCODED, Adapter
 from tokencomp.adapters.call import Call
 from tokencomp.adapters.encoded import EncodedMedia, Encoding, encoded_by_kind
-from tokencomp.adapters.packed_tower import PackedTower
 from tokencomp.adapters.spans import Medium, cut_media, span_of, square
 from tokencomp.adapters.structure import square_side
-from tokencomp.adapters.towers import Tower
+from tokencomp.adapters.towers.base import Tower
+from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.tokens.spans import Kind, VisualSpan
 from tokencomp.torchlib.replace import Hooked
 

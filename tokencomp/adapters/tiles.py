@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tokencomp.adapters.base import Adapter, block_means
 from tokencomp.adapters.call import Call, TowerCall
-from tokencomp.adapters.dense_tower import DenseTower
-from tokencomp.adapters.patch_tables import squares
 from tokencomp.adapters.structure import square_side
-from tokencomp.adapters.towers import Tower
+from tokencomp.adapters.towers.base import Tower
+from tokencomp.adapters.towers.dense import DenseTower
+from tokencomp.adapters.towers.tables import squares
 from tokencomp.errors import SpanError
 from tokencomp.tokens.spans import VisualSpan
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter, block_means
 from tokencomp.adapters.call import Call, TowerCall
-from tokencomp.adapters.dense_tower import DenseTower
-from tokencomp.adapters.patch_tables import pooled, squares
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structure import Parts
-from tokencomp.adapters.towers import EncoderCall, unknown_cells
+from tokencomp.adapters.towers.base import EncoderCall, unknown_cells
+from tokencomp.adapters.towers.dense import DenseTower
+from tokencomp.adapters.towers.tables import pooled, squares
 from tokencomp.adapters.vila_remote import VilaPortAdapter
 from tokencomp.errors import SpanError
 from tokencomp.tokens.spans import VisualSpan

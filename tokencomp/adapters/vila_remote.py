@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call
-from tokencomp.adapters.dense_tower import DenseTower
 from tokencomp.adapters.structure import Parts
-from tokencomp.adapters.towers import unknown_cells
+from tokencomp.adapters.towers.base import unknown_cells
+from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.errors import SpanError
 from tokencomp.tokens.spans import VisualSpan
 from tokencomp.torchlib.replace import Hooked, MethodReplacement

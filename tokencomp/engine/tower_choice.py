@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.towers import Cells
+from tokencomp.adapters.towers.base import Cells
 from tokencomp.plan.stages import TowerStage
 from tokencomp.tokens.spans import SpanBatch
 

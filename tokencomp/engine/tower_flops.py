@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokencomp.adapters.towers import Tower
+from tokencomp.adapters.towers.base import Tower
 from tokencomp.engine.tower_attention import attention_blocks
 
 

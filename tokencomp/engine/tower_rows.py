@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from tokencomp.adapters.towers import Cells
+from tokencomp.adapters.towers.base import Cells
 from tokencomp.engine.mask_compat import block_mask, visible_columns
 from tokencomp.engine.tower_flops import TowerCost
 

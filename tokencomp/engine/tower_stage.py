@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.dense_tower import DenseTower
-from tokencomp.adapters.packed_tower import PackedTower
-from tokencomp.adapters.towers import Cells, EncoderCall, Tower
+from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower
+from tokencomp.adapters.towers.dense import DenseTower
+from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.engine.tower_choice import chosen_cells, patch_values
 from tokencomp.engine.tower_flops import TowerCost, TowerShape
 from tokencomp.engine.tower_rows import PackedRows, TowerRows, equal_bounds, rows_of

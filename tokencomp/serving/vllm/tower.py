@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.packed_tower import PackedTower
-from tokencomp.adapters.towers import Cells, EncoderCall
+from tokencomp.adapters.towers.base import Cells, EncoderCall
+from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.engine.tower_choice import chosen_cells
 from tokencomp.engine.tower_rows import PackedRows
 from tokencomp.errors import TokenCompError

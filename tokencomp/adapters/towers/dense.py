@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.towers import Cells, EncoderCall, Kind, Tower
+from tokencomp.adapters.towers.base import Cells, EncoderCall, Kind, Tower
 from tokencomp.errors import OptionError, SpanError, UnsupportedModelError
 from tokencomp.tokens.spans import Grid
 

@@ -1,8 +1,8 @@
 """What the engine must know of a vision tower: its blocks, and the patches that a token reads.
 
 The patches that one visual token reads are a *cell*. Two layouts of towers exist. A *packed* tower
-(`tokencomp.adapters.packed_tower`) takes the patches of all pictures in one row, with bounds of
-independent sequences. A *dense* tower (`tokencomp.adapters.dense_tower`) takes a batch of pictures
+(`tokencomp.adapters.towers.packed`) takes the patches of all pictures in one row, with bounds of
+independent sequences. A *dense* tower (`tokencomp.adapters.towers.dense`) takes a batch of pictures
 of equal size.
 """
 

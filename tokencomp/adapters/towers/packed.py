@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokencomp.adapters.towers import Cells, EncoderCall, Tower
+from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower
 from tokencomp.errors import SpanError
 
 if TYPE_CHECKING:

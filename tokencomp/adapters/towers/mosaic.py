@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.dense_tower import DenseTower
-from tokencomp.adapters.towers import Cells, EncoderCall
+from tokencomp.adapters.towers.base import Cells, EncoderCall
+from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.errors import SpanError
 from tokencomp.tokens.spans import Grid
 
