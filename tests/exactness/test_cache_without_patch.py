@@ -13,7 +13,7 @@ from support.family.hybrid import HYBRID
 from torch import Tensor
 
 import tokencomp
-from tokencomp.engine.cache_rows import first_with_rows, physical_length
+from tokencomp.engine.cache.rows import first_with_rows, physical_length
 from tokencomp.errors import UnsupportedCacheError
 
 NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]

@@ -1,7 +1,7 @@
 """Decoder calls on a cache that holds a compressed prompt, and what a prefill leaves in it.
 
 Later tokens need no work of their own but the right mask; where rows lie and how long the sequence
-is, the cache layers know themselves (`tokencomp.engine.cache`).
+is, the cache layers know themselves (`tokencomp.engine.cache.layers`).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine import mask_compat
-from tokencomp.engine.cache import CompressedLayer, CompressedStaticLayer, InForce
-from tokencomp.engine.cache_rows import (
+from tokencomp.engine.cache.check import check_cache
+from tokencomp.engine.cache.compress import compress_layer
+from tokencomp.engine.cache.layers import CompressedLayer, CompressedStaticLayer, InForce
+from tokencomp.engine.cache.rows import (
     REFERENCE,
     filled,
     first_with_rows,
     physical_length,
     segment_heads,
 )
-from tokencomp.engine.cache_support import check_cache
-from tokencomp.engine.compress_layer import compress_layer
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.layout import RowLayout
 from tokencomp.engine.prepared_mask import read_mask

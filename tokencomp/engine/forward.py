@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache_rows import filled, first_with_rows
+from tokencomp.engine.cache.rows import filled, first_with_rows
 from tokencomp.engine.layer_arguments import (
     column_arguments,
     layer_positions,

@@ -27,8 +27,8 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.context_window import is_extended
 from tokencomp.engine.batching import BatchGuard
-from tokencomp.engine.cache import CompressedLayer, InForce
-from tokencomp.engine.cache_support import check_cache
+from tokencomp.engine.cache.check import check_cache
+from tokencomp.engine.cache.layers import CompressedLayer, InForce
 from tokencomp.engine.call_notes import CallNotes
 from tokencomp.engine.decode import LaterTokens, compact_cache, first_layer, split_mask
 from tokencomp.engine.forward import ForwardPass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache_rows import REFERENCE
+from tokencomp.engine.cache.rows import REFERENCE
 from tokencomp.engine.tap import attention_of
 from tokencomp.engine.window import (
     CHUNKED,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine import mask_compat
-from tokencomp.engine.cache_rows import REFERENCE, first_with_rows, keeps_window
+from tokencomp.engine.cache.rows import REFERENCE, first_with_rows, keeps_window
 from tokencomp.engine.window import CHUNKED, CONVOLUTION, INDEXED, LINEAR, Windows
 
 if TYPE_CHECKING:

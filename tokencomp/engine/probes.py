@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.engine.cache_rows import is_reference, keeps_window, physical_length
+from tokencomp.engine.cache.rows import is_reference, keeps_window, physical_length
 from tokencomp.engine.host_tables import HostTables
 from tokencomp.engine.layout import RowLayout
 from tokencomp.engine.parallel import gather_heads, unsharded

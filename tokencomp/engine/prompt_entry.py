@@ -11,7 +11,7 @@ from torch import Tensor
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of, scales_queries
 from tokencomp.engine.arguments import gather_arguments
-from tokencomp.engine.cache_rows import REFERENCE
+from tokencomp.engine.cache.rows import REFERENCE
 from tokencomp.engine.decode import first_layer
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.packing import sequence_lengths, text_positions

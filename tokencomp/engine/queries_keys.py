@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine.arguments import each
-from tokencomp.engine.cache_rows import stored_keys
+from tokencomp.engine.cache.rows import stored_keys
 from tokencomp.engine.layout import LiveSpan, RowLayout, take
 from tokencomp.engine.tap import Past, Tapped, tap
 from tokencomp.torchlib import compat

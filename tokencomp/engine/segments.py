@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.engine.cache import CompressedLayer
-from tokencomp.engine.cache_rows import first_with_rows, physical_length
+from tokencomp.engine.cache.layers import CompressedLayer
+from tokencomp.engine.cache.rows import first_with_rows, physical_length
 from tokencomp.engine.layout import RowLayout
 from tokencomp.engine.outputs import cached_columns
 from tokencomp.errors import UnsupportedModelError

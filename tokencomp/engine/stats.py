@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tokencomp.engine.cache_rows import first_with_rows
+from tokencomp.engine.cache.rows import first_with_rows
 from tokencomp.engine.flops import DecoderShape
 from tokencomp.errors import RatioWarning
 

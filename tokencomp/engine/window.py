@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokencomp.engine.cache_rows import REFERENCE, keeps_window
+from tokencomp.engine.cache.rows import REFERENCE, keeps_window
 from tokencomp.errors import RowIndexedAttentionError, UnsupportedModelError
 from tokencomp.torchlib import compat
 

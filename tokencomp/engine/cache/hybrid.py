@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from tokencomp.engine.cache import CompressedDynamicLayer, CompressedSlidingLayer
+from tokencomp.engine.cache.layers import CompressedDynamicLayer, CompressedSlidingLayer
 from tokencomp.torchlib import compat
 
 HYBRID: Any = compat.hybrid_layer(sliding=False)

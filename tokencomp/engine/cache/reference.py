@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokencomp.engine.cache import CompressedDynamicLayer
+from tokencomp.engine.cache.layers import CompressedDynamicLayer
 
 
 class CompressedReferenceLayer(CompressedDynamicLayer):

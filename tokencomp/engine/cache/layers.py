@@ -14,7 +14,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from tokencomp.engine.cache_rows import physical_length
+from tokencomp.engine.cache.rows import physical_length
 from tokencomp.errors import UnsupportedCacheError
 from tokencomp.torchlib import compat
 

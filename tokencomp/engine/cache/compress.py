@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from tokencomp.engine.cache import (
+from tokencomp.engine.cache.hybrid import (
+    HYBRID,
+    HYBRID_SLIDING,
+    CompressedHybridLayer,
+    CompressedHybridSlidingLayer,
+)
+from tokencomp.engine.cache.layers import (
     COUNTS_ROWS,
     INDEXED,
     CompressedDynamicLayer,
@@ -17,14 +23,8 @@ from tokencomp.engine.cache import (
     CompressedSlidingLayer,
     CompressedStaticLayer,
 )
-from tokencomp.engine.cache_rows import is_reference
-from tokencomp.engine.hybrid_cache import (
-    HYBRID,
-    HYBRID_SLIDING,
-    CompressedHybridLayer,
-    CompressedHybridSlidingLayer,
-)
-from tokencomp.engine.reference_cache import CompressedReferenceLayer, compressed_reference
+from tokencomp.engine.cache.reference import CompressedReferenceLayer, compressed_reference
+from tokencomp.engine.cache.rows import is_reference
 
 # Compressed classes by transformers' own; those of quantized layers enter when a cache has them.
 _COMPRESSED: dict[type, type] = {

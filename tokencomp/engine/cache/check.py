@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from tokencomp.engine.cache_rows import is_reference
+from tokencomp.engine.cache.rows import is_reference
 from tokencomp.errors import UnsupportedCacheError
 from tokencomp.torchlib import compat
 
