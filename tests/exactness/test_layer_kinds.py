@@ -10,7 +10,7 @@ from support.family import hybrid
 from support.family.hybrid import HYBRID
 
 import tokencomp
-from tokencomp.engine.window import Windows
+from tokencomp.engine.kinds.windows import Windows
 from tokencomp.errors import (
     OptionError,
     PlanError,

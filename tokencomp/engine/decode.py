@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine import mask_compat
 from tokencomp.engine.cache.check import check_cache
 from tokencomp.engine.cache.compress import compress_layer
 from tokencomp.engine.cache.layers import CompressedLayer, CompressedStaticLayer, InForce
@@ -26,10 +25,11 @@ from tokencomp.engine.cache.rows import (
     segment_heads,
 )
 from tokencomp.engine.forward import ForwardPass
+from tokencomp.engine.kinds import mask_compat
+from tokencomp.engine.kinds.prepared_mask import read_mask
+from tokencomp.engine.kinds.windows import CHUNKED, INDEXED, Windows, check_windows
 from tokencomp.engine.layout import RowLayout
-from tokencomp.engine.prepared_mask import read_mask
 from tokencomp.engine.segments import Segment
-from tokencomp.engine.window import CHUNKED, INDEXED, Windows, check_windows
 from tokencomp.errors import UnsupportedCacheError
 from tokencomp.torchlib import compat
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.rows import filled, first_with_rows
+from tokencomp.engine.kinds.masks import MaskSource
+from tokencomp.engine.kinds.windows import CHUNKED, CONVOLUTION, Windows
 from tokencomp.engine.layer_arguments import (
     column_arguments,
     layer_positions,
@@ -26,7 +28,6 @@ from tokencomp.engine.layout import (
     take,
     write_merged,
 )
-from tokencomp.engine.masks import MaskSource
 from tokencomp.engine.outputs import restore_map
 from tokencomp.engine.packing import sequence_lengths, text_positions
 from tokencomp.engine.probes import input_scores, layer_scores
@@ -34,7 +35,6 @@ from tokencomp.engine.segments import Segment
 from tokencomp.engine.stage_input import StageInput
 from tokencomp.engine.survivors import surviving_rows
 from tokencomp.engine.tower_flops import TowerCost
-from tokencomp.engine.window import CHUNKED, CONVOLUTION, Windows
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.signals import Attention, Signal

@@ -33,6 +33,8 @@ from tokencomp.engine.call_notes import CallNotes
 from tokencomp.engine.decode import LaterTokens, compact_cache, first_layer, split_mask
 from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.gate import CallGate
+from tokencomp.engine.kinds.relative import RelativePositions
+from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.outputs import restore_states
 from tokencomp.engine.own_embeddings import with_embeddings
 from tokencomp.engine.parallel import refuse_replica
@@ -42,12 +44,10 @@ from tokencomp.engine.prompt_entry import enter_prompt
 from tokencomp.engine.prompt_reading import PrefillCall, PromptReader
 from tokencomp.engine.proportional import ProportionalAttention, check_windows
 from tokencomp.engine.question import PromptLength
-from tokencomp.engine.relative_positions import RelativePositions
 from tokencomp.engine.segments import check_entered
 from tokencomp.engine.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.survivors import refuse_missing
 from tokencomp.engine.uncounted import UncountedPrompt, can_wait
-from tokencomp.engine.window import Windows
 from tokencomp.errors import TokenCompError, copy_error
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat

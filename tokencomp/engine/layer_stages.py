@@ -6,8 +6,7 @@ from typing import Any
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.rows import REFERENCE
-from tokencomp.engine.tap import attention_of
-from tokencomp.engine.window import (
+from tokencomp.engine.kinds.windows import (
     CHUNKED,
     FULL,
     INDEXED,
@@ -16,6 +15,7 @@ from tokencomp.engine.window import (
     WITHOUT_ATTENTION,
     Windows,
 )
+from tokencomp.engine.tap import attention_of
 from tokencomp.errors import PlanError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention

@@ -14,9 +14,9 @@ from tokencomp.engine.arguments import gather_arguments
 from tokencomp.engine.cache.rows import REFERENCE
 from tokencomp.engine.decode import first_layer
 from tokencomp.engine.forward import ForwardPass
+from tokencomp.engine.kinds.relative import DISTANCE
+from tokencomp.engine.kinds.windows import check_windows
 from tokencomp.engine.packing import sequence_lengths, text_positions
-from tokencomp.engine.relative_positions import DISTANCE
-from tokencomp.engine.window import check_windows
 from tokencomp.errors import (
     OptionError,
     RowIndexedAttentionError,

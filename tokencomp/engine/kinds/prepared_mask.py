@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from tokencomp.engine import mask_compat
-from tokencomp.engine.window import FULL, LINEAR
+from tokencomp.engine.kinds import mask_compat
+from tokencomp.engine.kinds.windows import FULL, LINEAR
 from tokencomp.errors import UnsupportedCacheError
 
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokencomp.engine import mask_compat
 from tokencomp.engine.cache.rows import REFERENCE, first_with_rows, keeps_window
-from tokencomp.engine.window import CHUNKED, CONVOLUTION, INDEXED, LINEAR, Windows
+from tokencomp.engine.kinds import mask_compat
+from tokencomp.engine.kinds.windows import CHUNKED, CONVOLUTION, INDEXED, LINEAR, Windows
 
 if TYPE_CHECKING:
     from tokencomp.engine.segments import Segment

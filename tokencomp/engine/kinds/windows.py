@@ -46,7 +46,7 @@ class Windows:
     convolves
         Whether layers with attention also hold short convolutions, which take a mask of their own.
     relative
-        Whether attention has a bias by distance, see `tokencomp.engine.relative_positions`.
+        Whether attention has a bias by distance, see `tokencomp.engine.kinds.relative`.
     """
 
     kinds: tuple[str, ...]
