@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from benchmarks.real.batches import BatchMaker, Mixture
-from tokencomp.engine.question import IGNORED
+from tokencomp.engine.rows.question import IGNORED
 from tokencomp.shapesqa.lettering import WORDS
 from tokencomp.training.steps import Phase, Steps
 from tokencomp.zoo.packing import attention_mask

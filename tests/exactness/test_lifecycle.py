@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 import tokencomp
 from tokencomp.engine import forward
-from tokencomp.engine.layout import RowLayout
+from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.errors import AlreadyCompressedError, CopyError
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokencomp.engine.question import IGNORED
+from tokencomp.engine.rows.question import IGNORED
 from tokencomp.shapesqa.items import stream
 from tokencomp.shapesqa.lettering import Text
 from tokencomp.shapesqa.render import owner_map

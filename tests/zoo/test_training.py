@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokencomp.engine.question import IGNORED
+from tokencomp.engine.rows.question import IGNORED
 from tokencomp.errors import UnknownNameError
 from tokencomp.models import register_auto_classes
 from tokencomp.shapesqa.items import item

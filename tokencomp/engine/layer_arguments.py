@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.engine.arguments import SET_APART, gather_arguments
-from tokencomp.engine.layout import take
+from tokencomp.engine.rows.arguments import SET_APART, gather_arguments
+from tokencomp.engine.rows.layout import take
 from tokencomp.engine.segments import Segment
 from tokencomp.torchlib import compat
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine.cache.rows import is_reference, keeps_window, physical_length
-from tokencomp.engine.host_tables import HostTables
-from tokencomp.engine.layout import RowLayout
 from tokencomp.engine.parallel import gather_heads, unsharded
 from tokencomp.engine.queries_keys import Probe, questions_of, with_past
+from tokencomp.engine.rows.host_tables import HostTables
+from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.tap import attention_of
 from tokencomp.tokens.signals import Attention
 from tokencomp.torchlib import compat

@@ -13,15 +13,15 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call
 from tokencomp.context_window import check_window
 from tokencomp.engine.forward import ForwardPass
-from tokencomp.engine.layout import RowLayout, full_layout
-from tokencomp.engine.padding import aligned_layout, left_padded, real_columns
-from tokencomp.engine.question import (
+from tokencomp.engine.refusals import check_prefill
+from tokencomp.engine.rows.layout import RowLayout, full_layout
+from tokencomp.engine.rows.padding import aligned_layout, left_padded, real_columns
+from tokencomp.engine.rows.question import (
     PromptLength,
     build_prompts,
     packed_starts,
     starts_from_lengths,
 )
-from tokencomp.engine.refusals import check_prefill
 from tokencomp.engine.segments import build_segments
 from tokencomp.errors import UnknownGridError
 from tokencomp.plan.plan import Plan

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.engine.arguments import each
 from tokencomp.engine.cache.rows import stored_keys
-from tokencomp.engine.layout import LiveSpan, RowLayout, take
+from tokencomp.engine.rows.arguments import each
+from tokencomp.engine.rows.layout import LiveSpan, RowLayout, take
 from tokencomp.engine.tap import Past, Tapped, tap
 from tokencomp.torchlib import compat
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokencomp.engine.cache.layers import CompressedLayer
 from tokencomp.engine.cache.rows import first_with_rows, physical_length
-from tokencomp.engine.layout import RowLayout
-from tokencomp.engine.outputs import cached_columns
+from tokencomp.engine.rows.layout import RowLayout
+from tokencomp.engine.rows.outputs import cached_columns
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage

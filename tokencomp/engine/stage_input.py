@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.engine.host_tables import HostTables
-from tokencomp.engine.layout import RowLayout, Selection
-from tokencomp.engine.question import keep_last
+from tokencomp.engine.rows.host_tables import HostTables
+from tokencomp.engine.rows.layout import RowLayout, Selection
+from tokencomp.engine.rows.question import keep_last
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import QUERY, TOWER_KEYS, TOWER_SIGNALS, Signal

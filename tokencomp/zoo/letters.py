@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tokencomp.engine.question import IGNORED
+from tokencomp.engine.rows.question import IGNORED
 from tokencomp.shapesqa.lettering import WORDS
 from tokencomp.shapesqa.prompt_forms import (
     LETTERS,

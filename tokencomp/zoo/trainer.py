@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from tokencomp.engine.question import IGNORED
+from tokencomp.engine.rows.question import IGNORED
 from tokencomp.shapesqa.items import stream
 from tokencomp.shapesqa.prompt_forms import LETTERS
 from tokencomp.training.steps import Steps

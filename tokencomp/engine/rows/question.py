@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.engine.layout import Prompt
+from tokencomp.engine.rows.layout import Prompt
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import VisualSpan, VisualTokens
 from tokencomp.torchlib.replace import Hooked, MethodReplacement

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokencomp.engine.layout import LiveSpan, Prompt, RowLayout
+from tokencomp.engine.rows.layout import LiveSpan, Prompt, RowLayout
 from tokencomp.errors import PaddingError
 from tokencomp.tokens.spans import VisualSpan
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.engine.layout import RowLayout
+from tokencomp.engine.rows.layout import RowLayout
 
 CUMULATIVE = ("cu_seq_lens_q", "cu_seq_lens_k")
 LONGEST = ("max_length_q", "max_length_k")

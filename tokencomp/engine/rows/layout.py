@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.engine.host_tables import HostTables
+from tokencomp.engine.rows.host_tables import HostTables
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import VisualSpan
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.engine.layout import RowLayout
+from tokencomp.engine.rows.layout import RowLayout
 
 
 def restore(x: Tensor, layout: RowLayout, width: int) -> Tensor:
