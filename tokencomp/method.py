@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from tokencomp.engine.proportional import check_merges, check_share
+from tokencomp.engine.scores.proportional import check_merges, check_share
 from tokencomp.errors import OptionError, PlanError, RatioError
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan

@@ -18,8 +18,8 @@ from tokencomp.context_window import (
 )
 from tokencomp.engine.hooks import Hooks
 from tokencomp.engine.kinds.windows import Windows
-from tokencomp.engine.proportional import check_windows
 from tokencomp.engine.refusals import refuse_foreign
+from tokencomp.engine.scores.proportional import check_windows
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.handle import ATTRIBUTE, Handle, make_plan
 from tokencomp.method import MethodSpec, two_ratios

@@ -11,7 +11,7 @@ from support import ranks
 from support.families import FAMILIES
 
 import tokencomp
-from tokencomp.engine.parallel import gather_heads
+from tokencomp.engine.scores.parallel import gather_heads
 from tokencomp.errors import UnsupportedModelError
 
 pytestmark = pytest.mark.long

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from tokencomp.engine.probes import input_scores
 from tokencomp.engine.rows.layout import Prompt, full_layout
+from tokencomp.engine.scores.probes import input_scores
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.spans import VisualSpan
 

@@ -9,9 +9,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tokencomp.engine.probes import input_scores, layer_scores
 from tokencomp.engine.rows.layout import Prompt, full_layout
-from tokencomp.engine.tap import attention_of, tap
+from tokencomp.engine.scores.probes import input_scores, layer_scores
+from tokencomp.engine.scores.tap import attention_of, tap
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.spans import VisualSpan

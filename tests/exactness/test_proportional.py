@@ -25,7 +25,7 @@ from tokencomp.conformance.build import tiny_model
 from tokencomp.conformance.prompts import Prompts
 from tokencomp.conformance.run import model_classes
 from tokencomp.conformance.variants import variants
-from tokencomp.engine.proportional import widen
+from tokencomp.engine.scores.proportional import widen
 from tokencomp.errors import OptionError, UnsupportedModelError
 
 Case = tuple[str, dict[str, Any]]

@@ -20,7 +20,6 @@ from tokencomp.engine.layer_arguments import (
     layer_tables,
     table_parts,
 )
-from tokencomp.engine.probes import input_scores, layer_scores
 from tokencomp.engine.rows.layout import (
     RowLayout,
     Selection,
@@ -31,6 +30,7 @@ from tokencomp.engine.rows.layout import (
 )
 from tokencomp.engine.rows.outputs import restore_map
 from tokencomp.engine.rows.packing import sequence_lengths, text_positions
+from tokencomp.engine.scores.probes import input_scores, layer_scores
 from tokencomp.engine.segments import Segment
 from tokencomp.engine.stage_input import StageInput
 from tokencomp.engine.survivors import surviving_rows

@@ -36,14 +36,14 @@ from tokencomp.engine.gate import CallGate
 from tokencomp.engine.kinds.relative import RelativePositions
 from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.own_embeddings import with_embeddings
-from tokencomp.engine.parallel import refuse_replica
 from tokencomp.engine.plan_hooks import PlanHooks
 from tokencomp.engine.prefill import ChunkedPrefill, whole_output
 from tokencomp.engine.prompt_entry import enter_prompt
 from tokencomp.engine.prompt_reading import PrefillCall, PromptReader
-from tokencomp.engine.proportional import ProportionalAttention, check_windows
 from tokencomp.engine.rows.outputs import restore_states
 from tokencomp.engine.rows.question import PromptLength
+from tokencomp.engine.scores.parallel import refuse_replica
+from tokencomp.engine.scores.proportional import ProportionalAttention, check_windows
 from tokencomp.engine.segments import check_entered
 from tokencomp.engine.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.survivors import refuse_missing

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.engine.parallel import gather_heads
+from tokencomp.engine.scores.parallel import gather_heads
 from tokencomp.torchlib import compat
 
 

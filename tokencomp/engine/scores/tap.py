@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.structure import parameters_of
-from tokencomp.engine.parallel import tensor_parallel_group, unwrapped
 from tokencomp.engine.rows.layout import take
+from tokencomp.engine.scores.parallel import tensor_parallel_group, unwrapped
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.attribute_view import AttributeView

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokencomp.engine.cache.rows import stored_keys
 from tokencomp.engine.rows.arguments import each
 from tokencomp.engine.rows.layout import LiveSpan, RowLayout, take
-from tokencomp.engine.tap import Past, Tapped, tap
+from tokencomp.engine.scores.tap import Past, Tapped, tap
 from tokencomp.torchlib import compat
 
 # Arguments of a layer that a probe leaves out: it knows what is padding.

@@ -15,7 +15,7 @@ from tokencomp.engine.kinds.windows import (
     WITHOUT_ATTENTION,
     Windows,
 )
-from tokencomp.engine.tap import attention_of
+from tokencomp.engine.scores.tap import attention_of
 from tokencomp.errors import PlanError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention

@@ -1,9 +1,10 @@
 """Attention scores without touching the model's attention backend.
 
-The query rows that vote are recomputed from the layer's own input (`tokencomp.engine.tap`); keys
-come from the KV cache. Softmax columns are summed by `tokencomp.kernels.attention_colsum`: no rows
-× keys tensor exists. A sliding window of the layer is left out, and so is what its indexer would
-choose: the scores say what attention each token would receive if the whole prompt were visible.
+The query rows that vote are recomputed from the layer's own input (`tokencomp.engine.scores.tap`);
+keys come from the KV cache. Softmax columns are summed by `tokencomp.kernels.attention_colsum`: no
+rows × keys tensor exists. A sliding window of the layer is left out, and so is what its indexer
+would choose: the scores say what attention each token would receive if the whole prompt were
+visible.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine.cache.rows import is_reference, keeps_window, physical_length
-from tokencomp.engine.parallel import gather_heads, unsharded
-from tokencomp.engine.queries_keys import Probe, questions_of, with_past
 from tokencomp.engine.rows.host_tables import HostTables
 from tokencomp.engine.rows.layout import RowLayout
-from tokencomp.engine.tap import attention_of
+from tokencomp.engine.scores.parallel import gather_heads, unsharded
+from tokencomp.engine.scores.queries_keys import Probe, questions_of, with_past
+from tokencomp.engine.scores.tap import attention_of
 from tokencomp.tokens.signals import Attention
 from tokencomp.torchlib import compat
 
