@@ -13,8 +13,8 @@ from tokencomp.engine.hooks import Hooks
 from tokencomp.engine.scores.layer_stages import check_entry, check_kinds, check_layer_stages
 from tokencomp.engine.scores.tap import attention_of
 from tokencomp.engine.stats import Stats
-from tokencomp.engine.tower import check_signals
-from tokencomp.engine.tower_stage import check_tower_stage
+from tokencomp.engine.tower.signals import check_signals
+from tokencomp.engine.tower.stage import check_tower_stage
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan.plan import Plan

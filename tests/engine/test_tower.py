@@ -20,7 +20,7 @@ from torch import Tensor
 import tokencomp
 from tokencomp import Reducer, Reduction, VisualTokens
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.engine.tower_attention import attention_blocks
+from tokencomp.engine.tower.attention import attention_blocks
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
@@ -258,7 +258,7 @@ def test_families_that_do_not_offer_it_refuse_at_patch() -> None:
 
 
 def test_nothing_is_computed_while_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokencomp.engine import tower
+    from tokencomp.engine.tower.signals import signals as tower
 
     family = FAMILIES["llava"]
     model, inputs, calls = family.build(), prompts(family), []

@@ -46,7 +46,7 @@ class Adapter:
     signals
         Sources of the signals that reducers may need (`tokencomp.tokens.signals.Signal`).
         "attention" is recomputed from the queries and keys of the layer before a stage (of layer 0
-        at entry); "tower" is the vision tower's own attention (`tokencomp.engine.tower`).
+        at entry); "tower" is the vision tower's own attention (`tokencomp.engine.tower.signals`).
     packer
         Method of the body that lays out the tiles of images as tokens, where that needs more than
         what the tower returns; None: none.

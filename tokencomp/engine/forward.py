@@ -34,7 +34,7 @@ from tokencomp.engine.scores.probes import input_scores, layer_scores
 from tokencomp.engine.segments import Segment
 from tokencomp.engine.stage_input import StageInput
 from tokencomp.engine.survivors import surviving_rows
-from tokencomp.engine.tower_flops import TowerCost
+from tokencomp.engine.tower.flops import TowerCost
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.signals import Attention, Signal

@@ -15,7 +15,7 @@ from tokencomp.errors import RatioWarning
 if TYPE_CHECKING:
     from tokencomp.engine.forward import ForwardPass
     from tokencomp.engine.rows.layout import RowLayout
-    from tokencomp.engine.tower_flops import TowerCost
+    from tokencomp.engine.tower.flops import TowerCost
     from tokencomp.plan.plan import Plan
     from tokencomp.tokens.spans import VisualSpan
 

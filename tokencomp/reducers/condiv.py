@@ -57,7 +57,8 @@ class ConDiv(Reducer):
         What r is. "attention": layer 0's attention of the text after the span, mean over heads
         and tokens. "selector": the output of the trained network of `selector` for that row, as
         shares. "vit_attention": attention received in the vision tower's last block but one
-        (see `tokencomp.engine.tower`), question-agnostic. "norm": length of the feature. "novelty":
+        (see `tokencomp.engine.tower.signals`), question-agnostic.
+        "norm": length of the feature. "novelty":
         1 - cosine with the same place of the frame before (1 in the first frame; videos, at
         entry). "none": r = 1.
     margin

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.packed import PackedTower
-from tokencomp.engine.tower_choice import chosen_cells, patch_values
-from tokencomp.engine.tower_flops import TowerCost, TowerShape
-from tokencomp.engine.tower_rows import PackedRows, TowerRows, equal_bounds, rows_of
+from tokencomp.engine.tower.choice import chosen_cells, patch_values
+from tokencomp.engine.tower.flops import TowerCost, TowerShape
+from tokencomp.engine.tower.rows import PackedRows, TowerRows, equal_bounds, rows_of
 from tokencomp.errors import OptionError
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import TowerStage

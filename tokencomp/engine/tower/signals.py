@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.call import TowerCall
-from tokencomp.engine.tower_attention import (
+from tokencomp.engine.tower.attention import (
     attention_blocks,
     attention_received,
     queries_and_keys,

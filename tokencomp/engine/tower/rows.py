@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from tokencomp.adapters.towers.base import Cells
 from tokencomp.engine.kinds.mask_compat import block_mask, visible_columns
-from tokencomp.engine.tower_flops import TowerCost
+from tokencomp.engine.tower.flops import TowerCost
 
 
 class TowerRows(ABC):
