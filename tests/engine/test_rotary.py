@@ -13,7 +13,7 @@ from support.families import FAMILIES, text
 from torch import Tensor
 
 import tokencomp
-from tokencomp.engine import forward
+from tokencomp.engine.stage import forward
 
 NAMES = ("qwen2_vl", "qwen3_vl", "llava_onevision", "internvl")
 

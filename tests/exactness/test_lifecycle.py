@@ -18,8 +18,8 @@ from support.hooks import hooks_of, prompt
 from transformers.cache_utils import DynamicLayer
 
 import tokencomp
-from tokencomp.engine import forward
 from tokencomp.engine.rows.layout import RowLayout
+from tokencomp.engine.stage import forward
 from tokencomp.errors import AlreadyCompressedError, CopyError
 
 

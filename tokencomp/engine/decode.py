@@ -24,12 +24,12 @@ from tokencomp.engine.cache.rows import (
     physical_length,
     segment_heads,
 )
-from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.kinds import mask_compat
 from tokencomp.engine.kinds.prepared_mask import read_mask
 from tokencomp.engine.kinds.windows import CHUNKED, INDEXED, Windows, check_windows
 from tokencomp.engine.rows.layout import RowLayout
-from tokencomp.engine.segments import Segment
+from tokencomp.engine.stage.forward import ForwardPass
+from tokencomp.engine.stage.segments import Segment
 from tokencomp.errors import UnsupportedCacheError
 from tokencomp.torchlib import compat
 

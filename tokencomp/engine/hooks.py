@@ -31,7 +31,6 @@ from tokencomp.engine.cache.check import check_cache
 from tokencomp.engine.cache.layers import CompressedLayer, InForce
 from tokencomp.engine.call_notes import CallNotes
 from tokencomp.engine.decode import LaterTokens, compact_cache, first_layer, split_mask
-from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.gate import CallGate
 from tokencomp.engine.kinds.relative import RelativePositions
 from tokencomp.engine.kinds.windows import Windows
@@ -44,9 +43,10 @@ from tokencomp.engine.rows.outputs import restore_states
 from tokencomp.engine.rows.question import PromptLength
 from tokencomp.engine.scores.parallel import refuse_replica
 from tokencomp.engine.scores.proportional import ProportionalAttention, check_windows
-from tokencomp.engine.segments import check_entered
+from tokencomp.engine.stage.forward import ForwardPass
+from tokencomp.engine.stage.segments import check_entered
+from tokencomp.engine.stage.survivors import refuse_missing
 from tokencomp.engine.stats import Stats, collect, warn_if_ratio_missed
-from tokencomp.engine.survivors import refuse_missing
 from tokencomp.engine.uncounted import UncountedPrompt, can_wait
 from tokencomp.errors import TokenCompError, copy_error
 from tokencomp.plan.plan import Plan

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.scores.layer_stages import scored_before, scored_layer
 from tokencomp.engine.scores.tap import attention_of
+from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import copy_error
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.rows.arguments import gather_arguments
+from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import PrefillWarning
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import Hooked, MethodReplacement

@@ -12,11 +12,11 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of, scales_queries
 from tokencomp.engine.cache.rows import REFERENCE
 from tokencomp.engine.decode import first_layer
-from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.kinds.relative import DISTANCE
 from tokencomp.engine.kinds.windows import check_windows
 from tokencomp.engine.rows.arguments import gather_arguments
 from tokencomp.engine.rows.packing import sequence_lengths, text_positions
+from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import (
     OptionError,
     RowIndexedAttentionError,

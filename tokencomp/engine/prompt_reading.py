@@ -12,7 +12,6 @@ from torch import Tensor
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call
 from tokencomp.context_window import check_window
-from tokencomp.engine.forward import ForwardPass
 from tokencomp.engine.refusals import check_prefill
 from tokencomp.engine.rows.layout import RowLayout, full_layout
 from tokencomp.engine.rows.padding import aligned_layout, left_padded, real_columns
@@ -22,7 +21,8 @@ from tokencomp.engine.rows.question import (
     packed_starts,
     starts_from_lengths,
 )
-from tokencomp.engine.segments import build_segments
+from tokencomp.engine.stage.forward import ForwardPass
+from tokencomp.engine.stage.segments import build_segments
 from tokencomp.errors import UnknownGridError
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.spans import VisualSpan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.forward import ForwardPass
+from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention
 from tokencomp.torchlib import compat

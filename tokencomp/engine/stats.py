@@ -13,8 +13,8 @@ from tokencomp.engine.flops import DecoderShape
 from tokencomp.errors import RatioWarning
 
 if TYPE_CHECKING:
-    from tokencomp.engine.forward import ForwardPass
     from tokencomp.engine.rows.layout import RowLayout
+    from tokencomp.engine.stage.forward import ForwardPass
     from tokencomp.engine.tower.flops import TowerCost
     from tokencomp.plan.plan import Plan
     from tokencomp.tokens.spans import VisualSpan

@@ -21,7 +21,7 @@ from tokencomp.engine.kinds import mask_compat
 from tokencomp.engine.kinds.windows import CHUNKED, CONVOLUTION, INDEXED, LINEAR, Windows
 
 if TYPE_CHECKING:
-    from tokencomp.engine.segments import Segment
+    from tokencomp.engine.stage.segments import Segment
 
 
 @dataclass(frozen=True)

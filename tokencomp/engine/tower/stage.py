@@ -5,7 +5,7 @@ tokens (or of the tower, where that module needs the whole picture) gets its ful
 because the model fills placeholders by number. Rows that were dropped are NaN, "not computed": NaN
 passes through every later resampling, marks exactly the tokens that read a dropped patch, needs no
 table beside the features, and makes the output NaN if something bypasses the entry of the decoder,
-where these tokens leave (`tokencomp.engine.forward`).
+where these tokens leave (`tokencomp.engine.stage.forward`).
 """
 
 from __future__ import annotations

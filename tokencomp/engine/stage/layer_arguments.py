@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokencomp.engine.rows.arguments import SET_APART, gather_arguments
 from tokencomp.engine.rows.layout import take
-from tokencomp.engine.segments import Segment
+from tokencomp.engine.stage.segments import Segment
 from tokencomp.torchlib import compat
 
 # Arguments that `layer_positions`, `layer_tables` and the masks of a segment provide.

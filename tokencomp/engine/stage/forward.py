@@ -14,12 +14,6 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.rows import filled, first_with_rows
 from tokencomp.engine.kinds.masks import MaskSource
 from tokencomp.engine.kinds.windows import CHUNKED, CONVOLUTION, Windows
-from tokencomp.engine.layer_arguments import (
-    column_arguments,
-    layer_positions,
-    layer_tables,
-    table_parts,
-)
 from tokencomp.engine.rows.layout import (
     RowLayout,
     Selection,
@@ -31,9 +25,15 @@ from tokencomp.engine.rows.layout import (
 from tokencomp.engine.rows.outputs import restore_map
 from tokencomp.engine.rows.packing import sequence_lengths, text_positions
 from tokencomp.engine.scores.probes import input_scores, layer_scores
-from tokencomp.engine.segments import Segment
-from tokencomp.engine.stage_input import StageInput
-from tokencomp.engine.survivors import surviving_rows
+from tokencomp.engine.stage.layer_arguments import (
+    column_arguments,
+    layer_positions,
+    layer_tables,
+    table_parts,
+)
+from tokencomp.engine.stage.segments import Segment
+from tokencomp.engine.stage.stage_input import StageInput
+from tokencomp.engine.stage.survivors import surviving_rows
 from tokencomp.engine.tower.flops import TowerCost
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
