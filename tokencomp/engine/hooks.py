@@ -30,6 +30,7 @@ from tokencomp.engine.batching import BatchGuard
 from tokencomp.engine.cache.check import check_cache
 from tokencomp.engine.cache.layers import CompressedLayer, InForce
 from tokencomp.engine.call_notes import CallNotes
+from tokencomp.engine.count.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.decode import LaterTokens, compact_cache, first_layer, split_mask
 from tokencomp.engine.gate import CallGate
 from tokencomp.engine.kinds.relative import RelativePositions
@@ -46,7 +47,6 @@ from tokencomp.engine.scores.proportional import ProportionalAttention, check_wi
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.engine.stage.segments import check_entered
 from tokencomp.engine.stage.survivors import refuse_missing
-from tokencomp.engine.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.uncounted import UncountedPrompt, can_wait
 from tokencomp.errors import TokenCompError, copy_error
 from tokencomp.plan.plan import Plan

@@ -21,7 +21,7 @@ from tokencomp.inputs.questions import Example, media_kind
 from tokencomp.profiling.work import vision_work
 
 if TYPE_CHECKING:
-    from tokencomp.engine.stats import Stats
+    from tokencomp.engine.count.stats import Stats
 
 Loaded = tuple[Example, list[Any]]
 """A question and its media, decoded."""

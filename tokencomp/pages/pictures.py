@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from tokencomp.inputs.questions import media_kind
 
 if TYPE_CHECKING:
-    from tokencomp.engine.stats import Stats
+    from tokencomp.engine.count.stats import Stats
     from tokencomp.inputs.questions import Example
     from tokencomp.tokens.spans import VisualSpan
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tokencomp.engine.cache.rows import first_with_rows
-from tokencomp.engine.flops import DecoderShape
+from tokencomp.engine.count.flops import DecoderShape
 from tokencomp.errors import RatioWarning
 
 if TYPE_CHECKING:
