@@ -11,9 +11,9 @@ import torch
 from support.families import FAMILIES, V4, Family, text
 
 import tokencomp
-from tokencomp.context_window import VISUAL_WINDOW
+from tokencomp.engine.context.visual_window import VISUAL_WINDOW
+from tokencomp.engine.context.yarn import yarn
 from tokencomp.errors import CopyError, OptionError, UnsupportedModelError
-from tokencomp.yarn import yarn
 
 
 def test_ramp_of_qwen2() -> None:

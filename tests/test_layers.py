@@ -26,11 +26,11 @@ ROOMS = (
     ("serving", "training", "evaluation", "lmms", "pages", "zoo"),
     ("profiling", "inputs", "models", "shapesqa"),
     ("tokencomp", "patching", "handle", "method", "conformance"),
-    ("engine", "context_window"),
+    ("engine",),
     ("adapters", "trained", "reducers"),
     ("plan", "tokens"),
     ("torchlib",),
-    ("validation", "errors", "yarn", "storage"),
+    ("validation", "errors", "storage"),
     ("kernels",),
 )
 Edge = tuple[str, str]

@@ -23,7 +23,7 @@ _LAZY = {
     "patch": "tokencomp.patching",
     "unpatch": "tokencomp.patching",
     "Handle": "tokencomp.handle",
-    "extend_visual_context": "tokencomp.context_window",
+    "extend_visual_context": "tokencomp.engine.context.visual_window",
     "Plan": "tokencomp.plan.plan",
     "Stage": "tokencomp.plan.stages",
     "TowerStage": "tokencomp.plan.stages",
@@ -62,7 +62,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from tokencomp.adapters.registry import available_models
-    from tokencomp.context_window import extend_visual_context
+    from tokencomp.engine.context.visual_window import extend_visual_context
     from tokencomp.errors import TokenCompError
     from tokencomp.handle import Handle
     from tokencomp.patching import patch, unpatch

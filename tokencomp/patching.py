@@ -11,7 +11,7 @@ from torch import nn
 from tokencomp.adapters.registry import adapter_for, unwrap
 from tokencomp.adapters.verified import unverified_accepted
 from tokencomp.conformance.verify import verify_model
-from tokencomp.context_window import (
+from tokencomp.engine.context.visual_window import (
     VISUAL_WINDOW,
     extend_visual_context,
     restore_visual_context,

@@ -11,7 +11,7 @@ from support.families import FAMILIES, Family
 from support.hooks import hooks_of, prompt
 
 import tokencomp
-from tokencomp.context_window import restore_visual_context
+from tokencomp.engine.context.visual_window import restore_visual_context
 from tokencomp.engine.hooks import Hooks
 
 

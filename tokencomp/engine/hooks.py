@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of
-from tokencomp.context_window import is_extended
 from tokencomp.engine.batching import BatchGuard
 from tokencomp.engine.cache.check import check_cache
 from tokencomp.engine.cache.layers import CompressedLayer, InForce
 from tokencomp.engine.call_notes import CallNotes
+from tokencomp.engine.context.visual_window import is_extended
 from tokencomp.engine.count.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.decode import LaterTokens, compact_cache, first_layer, split_mask
 from tokencomp.engine.gate import CallGate

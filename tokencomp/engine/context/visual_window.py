@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from tokencomp.engine.context.yarn import Yarn, rope_base, yarn
 from tokencomp.errors import CopyError, OptionError, SpanError, UnsupportedModelError
 from tokencomp.torchlib import compat
-from tokencomp.yarn import Yarn, rope_base, yarn
 
 if TYPE_CHECKING:
     from torch import Tensor
