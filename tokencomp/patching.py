@@ -11,14 +11,14 @@ from torch import nn
 from tokencomp.adapters.registry import adapter_for, unwrap
 from tokencomp.adapters.verified import unverified_accepted
 from tokencomp.conformance.verify import verify_model
+from tokencomp.engine.call.hooks import Hooks
+from tokencomp.engine.call.refusals import refuse_foreign
 from tokencomp.engine.context.visual_window import (
     VISUAL_WINDOW,
     extend_visual_context,
     restore_visual_context,
 )
-from tokencomp.engine.hooks import Hooks
 from tokencomp.engine.kinds.windows import Windows
-from tokencomp.engine.refusals import refuse_foreign
 from tokencomp.engine.scores.proportional import check_windows
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.handle import ATTRIBUTE, Handle, make_plan

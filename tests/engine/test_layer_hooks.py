@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList
 
 import tokencomp
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.engine.layer_hooks import LayerHooks
+from tokencomp.engine.call.layer_hooks import LayerHooks
 from tokencomp.errors import UnsupportedModelError
 
 FAMILY = FAMILIES["qwen2_vl"]

@@ -11,7 +11,7 @@ import transformers
 from support.families import FAMILIES, text
 
 import tokencomp
-from tokencomp.engine.gate import CallGate
+from tokencomp.engine.call.gate import CallGate
 
 NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]
 # transformers 4 replaces the forward methods of layers while a call records hidden states, which

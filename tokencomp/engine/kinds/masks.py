@@ -117,7 +117,7 @@ class MaskSource:
     def _reference_mask(self, segment: Segment, x: Tensor) -> Any:
         """All rows of the prompt, and a window of the later ones, among which no column is missing.
 
-        Media of later calls are refused, see `tokencomp.engine.prompt_entry`.
+        Media of later calls are refused, see `tokencomp.engine.call.entry`.
         """
         layer = first_with_rows(self.layers, segment.first)
         evicted = max(layer.cumulative_length - layer.sliding_window + 1, 0)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.decode import begins_prompt
+from tokencomp.engine.call.later import begins_prompt
 from tokencomp.errors import NoVisualInputError, UncompressedWarning
 from tokencomp.torchlib import compat
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of, scales_queries
 from tokencomp.engine.cache.rows import REFERENCE
-from tokencomp.engine.decode import first_layer
+from tokencomp.engine.call.later import first_layer
 from tokencomp.engine.kinds.relative import DISTANCE
 from tokencomp.engine.kinds.windows import check_windows
 from tokencomp.engine.rows.arguments import gather_arguments

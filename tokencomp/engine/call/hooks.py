@@ -11,7 +11,7 @@ rotary
     Gets the original positions of the kept tokens, in decoders with one position per token.
 
 The hooks on decoder layers, their attention and the vision tower depend on the plan, see
-`tokencomp.engine.plan_hooks`.
+`tokencomp.engine.call.plan_hooks`.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of
-from tokencomp.engine.batching import BatchGuard
 from tokencomp.engine.cache.check import check_cache
 from tokencomp.engine.cache.layers import CompressedLayer, InForce
-from tokencomp.engine.call_notes import CallNotes
+from tokencomp.engine.call.batching import BatchGuard
+from tokencomp.engine.call.chunks import ChunkedPrefill, whole_output
+from tokencomp.engine.call.embeddings import with_embeddings
+from tokencomp.engine.call.entry import enter_prompt
+from tokencomp.engine.call.gate import CallGate
+from tokencomp.engine.call.later import LaterTokens, compact_cache, first_layer, split_mask
+from tokencomp.engine.call.notes import CallNotes
+from tokencomp.engine.call.plan_hooks import PlanHooks
+from tokencomp.engine.call.reading import PrefillCall, PromptReader
+from tokencomp.engine.call.uncounted import UncountedPrompt, can_wait
 from tokencomp.engine.context.visual_window import is_extended
 from tokencomp.engine.count.stats import Stats, collect, warn_if_ratio_missed
-from tokencomp.engine.decode import LaterTokens, compact_cache, first_layer, split_mask
-from tokencomp.engine.gate import CallGate
 from tokencomp.engine.kinds.relative import RelativePositions
 from tokencomp.engine.kinds.windows import Windows
-from tokencomp.engine.own_embeddings import with_embeddings
-from tokencomp.engine.plan_hooks import PlanHooks
-from tokencomp.engine.prefill import ChunkedPrefill, whole_output
-from tokencomp.engine.prompt_entry import enter_prompt
-from tokencomp.engine.prompt_reading import PrefillCall, PromptReader
 from tokencomp.engine.rows.outputs import restore_states
 from tokencomp.engine.rows.question import PromptLength
 from tokencomp.engine.scores.parallel import refuse_replica
@@ -47,7 +48,6 @@ from tokencomp.engine.scores.proportional import ProportionalAttention, check_wi
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.engine.stage.segments import check_entered
 from tokencomp.engine.stage.survivors import refuse_missing
-from tokencomp.engine.uncounted import UncountedPrompt, can_wait
 from tokencomp.errors import TokenCompError, copy_error
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat

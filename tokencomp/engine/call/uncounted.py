@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import feature_kind
+from tokencomp.engine.call.later import first_layer
+from tokencomp.engine.call.reading import PrefillCall, PromptReader
 from tokencomp.engine.count.stats import Stats, collect
-from tokencomp.engine.decode import first_layer
-from tokencomp.engine.prompt_reading import PrefillCall, PromptReader
 from tokencomp.errors import TokenCompError
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat

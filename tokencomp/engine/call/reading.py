@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call
+from tokencomp.engine.call.refusals import check_prefill
 from tokencomp.engine.context.visual_window import check_window
-from tokencomp.engine.refusals import check_prefill
 from tokencomp.engine.rows.layout import RowLayout, full_layout
 from tokencomp.engine.rows.padding import aligned_layout, left_padded, real_columns
 from tokencomp.engine.rows.question import (

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.layer_hooks import LayerHooks
-from tokencomp.engine.rotary import SharedTables
+from tokencomp.engine.call.layer_hooks import LayerHooks
+from tokencomp.engine.call.rotary import SharedTables
 from tokencomp.engine.tower.signals import TowerProbe, check_signals
 from tokencomp.engine.tower.stage import TowerDrop
 from tokencomp.plan.plan import Plan
