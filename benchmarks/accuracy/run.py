@@ -31,13 +31,13 @@ from benchmarks.accuracy.summary import MAIN
 from tokencomp import available_reducers, make_reducer
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
-from tokencomp.evaluation.lost import LostItem, draw_lost
 from tokencomp.evaluation.native import has_budget
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, INPUT_BASELINES, NATIVE, PROPORTIONAL, Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.method import DEFAULT_REDUCER
+from tokencomp.pages.lost import LostItem, draw_lost
 from tokencomp.patching import check
 from tokencomp.shapesqa.difficulty import DIFFICULTIES
 from tokencomp.shapesqa.examples import shapesqa

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.lost import LostItem
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.method import DEFAULT_REDUCER, DEFAULT_SERVED_REDUCER
+from tokencomp.pages.lost import LostItem
 from tokencomp.shapesqa.difficulty import is_image_family
 from tokencomp.storage import write_text
 from tokencomp.zoo import metrics

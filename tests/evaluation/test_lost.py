@@ -11,8 +11,8 @@ from support.console import run
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation import Setting, sweep
-from tokencomp.evaluation.lost import FILE, draw_lost, lost_ids, read_lost, write_lost
 from tokencomp.evaluation.runs import EvalRun
+from tokencomp.pages.lost import FILE, draw_lost, lost_ids, read_lost, write_lost
 
 
 def by_hand(scores: dict[str, int], kinds: dict[str, str]) -> EvalRun:

@@ -10,11 +10,11 @@ from typing import Any
 
 from tokencomp.errors import MissingDependencyError, OptionError, unknown_name
 from tokencomp.evaluation.environment import model_identity, public_name
-from tokencomp.evaluation.lost import draw_lost, write_lost
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import RANDOM, Setting
 from tokencomp.evaluation.store import AnswerStore
 from tokencomp.lmms.data import LocalData, cache_dirs, from_hub, use_home
+from tokencomp.pages.lost import draw_lost, write_lost
 
 
 @dataclass(frozen=True)

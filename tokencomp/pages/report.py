@@ -10,11 +10,11 @@ from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.cost import PARTS
-from tokencomp.evaluation.lost import lost_ids, read_lost
 from tokencomp.evaluation.metrics import McNemar, Retention
 from tokencomp.evaluation.rivals import Rivals, losses, paired_tests, rivals
 from tokencomp.evaluation.runs import IDENTITY, EvalRun
 from tokencomp.evaluation.settings import FULL
+from tokencomp.pages.lost import lost_ids, read_lost
 
 
 @dataclass(frozen=True)
