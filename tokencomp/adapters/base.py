@@ -198,6 +198,10 @@ class Adapter:
             kinds |= set(KINDS)
         return kinds
 
+    def encodes(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a call with these arguments encodes its media itself."""
+        return inputs.get(ENCODED) is None and bool(self.feature_kinds(inputs))
+
     def kinds(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Where the features of a call of `body` go.
 

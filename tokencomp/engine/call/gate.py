@@ -24,9 +24,8 @@ class CallGate(Hooked):
 
     A thread that has died, or the thread that makes the change, never blocks it.
 
-    `generate` counts as one call, because it encodes media before it calls the model: features of
-    one setting must not meet the plan of another. torch runs hooks for `module(...)` alone, so a
-    direct call of `module.forward(...)` is sent through it.
+    torch runs hooks for `module(...)` alone, so a direct call of `module.forward(...)` is sent
+    through it. Longer calls (`generate`) enter and leave by themselves.
 
     Parameters
     ----------
@@ -52,7 +51,6 @@ class CallGate(Hooked):
             leave = module.register_forward_hook(self._leave, always_call=True)
             direct = functools.partial(self._forward, module)
             self._handles += [enter, leave, MethodReplacement(module, "forward", direct)]
-            self._handles.append(MethodReplacement(module, "generate", self._generate))
 
     def remove(self) -> None:
         """Undo `install`; safe to call twice."""
@@ -84,14 +82,6 @@ class CallGate(Hooked):
         except BaseException:  # not after an interrupt from the keyboard
             self.leave(id(module))
             raise
-
-    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        name = id(kwargs)
-        self.enter(name)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self.leave(name)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():

@@ -32,6 +32,7 @@ from tokencomp.engine.call.chunks import ChunkedPrefill, whole_output
 from tokencomp.engine.call.embeddings import with_embeddings
 from tokencomp.engine.call.entry import enter_prompt
 from tokencomp.engine.call.gate import CallGate
+from tokencomp.engine.call.generate import GenerateCall
 from tokencomp.engine.call.later import LaterTokens, compact_cache, first_layer, split_mask
 from tokencomp.engine.call.notes import CallNotes
 from tokencomp.engine.call.plan_hooks import PlanHooks
@@ -42,7 +43,6 @@ from tokencomp.engine.count.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.kinds.relative import RelativePositions
 from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.rows.outputs import restore_states
-from tokencomp.engine.rows.question import PromptLength
 from tokencomp.engine.scores.parallel import refuse_replica
 from tokencomp.engine.scores.proportional import ProportionalAttention, check_windows
 from tokencomp.engine.stage.forward import ForwardPass
@@ -102,11 +102,11 @@ class Hooks(Hooked):
         self._relative = RelativePositions(adapter, self._local)
         self._batches = BatchGuard(adapter, self._compresses, strict)
         self._prefill = ChunkedPrefill(adapter, self._local, self._compresses, self._forget_stats)
-        length = PromptLength(adapter.top)
-        self._reader = PromptReader(adapter, proportional > 0, length)
-        parts = (self.proportional, self._relative, self._prefill, self._batches, length)
-        self._parts: list[Any] = [part for part in parts if part is not None]
         self.gate = CallGate(type(adapter.model).__name__)
+        self._generate = GenerateCall(adapter, self.gate)
+        self._reader = PromptReader(adapter, proportional > 0, self._generate)
+        parts = (self.proportional, self._relative, self._prefill, self._batches, self._generate)
+        self._parts: list[Any] = [part for part in parts if part is not None]
         # Qwen2-VL before transformers 5 swallows the argument and returns all logits.
         self._slices = "logits_to_keep" in parameters_of(adapter.top)
 
@@ -293,7 +293,13 @@ class Hooks(Hooked):
         return None
 
     def _refuse_missing(self, kwargs: dict[str, Any]) -> None:
-        """Refuse features of a tower stage in a call whose plan, or lack of one, has none."""
+        """Refuse features of a tower stage in a call whose plan, or lack of one, has none.
+
+        NaN in features that this call has encoded itself is the model's own.
+        """
+        inputs = getattr(self._local, "inputs", None) or {}
+        if self._generate.encodes or self.adapter.encodes(inputs):
+            return
         if self.adapter.body in _HAD_TOWER and kwargs.get("inputs_embeds") is not None:
             refuse_missing(kwargs["inputs_embeds"])
 

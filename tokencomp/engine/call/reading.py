@@ -11,12 +11,12 @@ from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call
+from tokencomp.engine.call.generate import GenerateCall
 from tokencomp.engine.call.refusals import check_prefill
 from tokencomp.engine.context.visual_window import check_window
 from tokencomp.engine.rows.layout import RowLayout, full_layout
 from tokencomp.engine.rows.padding import aligned_layout, left_padded, real_columns
 from tokencomp.engine.rows.question import (
-    PromptLength,
     build_prompts,
     packed_starts,
     starts_from_lengths,
@@ -63,13 +63,13 @@ class PromptReader:
     ----------
     proportional
         Whether sizes of merged tokens are added to the attention logits.
-    prompt_length
-        Knows how many columns the prompt of a running `generate` has.
+    running
+        The `generate` call that runs, if one does.
     """
 
-    def __init__(self, adapter: Adapter, proportional: bool, prompt_length: PromptLength) -> None:
+    def __init__(self, adapter: Adapter, proportional: bool, running: GenerateCall) -> None:
         self.adapter, self.proportional = adapter, proportional
-        self.prompt_length = prompt_length
+        self.running = running
 
     def read(self, call: PrefillCall, plan: Plan) -> tuple[ForwardPass, Tensor]:
         """Read a prefill call.
@@ -116,7 +116,7 @@ class PromptReader:
         if mask is None and past == 0:  # the only case in which transformers looks for packing
             starts = packed_starts(None if text is None else text.cpu())
             starts = starts or starts_from_lengths(call.arguments.get("cu_seq_lens_q"), *shape)
-        generated = self.prompt_length.generated(past, shape[1])
+        generated = self.running.generated(past, shape[1])
         if generated is None:
             # `logits_to_keep` beyond the text at the end cannot be a count of draft tokens: the
             # caller wants logits of visual columns.

@@ -92,8 +92,10 @@ def refuse_foreign(model: nn.Module) -> None:
 def _only_wrapped(module: Any) -> bool:
     """Whether `module.forward` was replaced by accelerate, or by torch.compile of the original."""
     own = module.__dict__
-    compiled = getattr(own["forward"], "_torchdynamo_orig_callable", None)
-    method = getattr(compiled or own["forward"], "__func__", None)
-    while method is not None and method is not type(module).forward and PREPARED in own:
-        method = getattr(method, "__wrapped__", None)
-    return method is type(module).forward or "_old_forward" in own
+    forward = getattr(own["forward"], "_torchdynamo_orig_callable", None) or own["forward"]
+    while forward is not None:
+        original = getattr(forward, "__func__", None) is type(module).forward
+        if original or forward is type(module).forward or MethodReplacement.replaces(forward):
+            return True
+        forward = getattr(forward, "__wrapped__", None) if PREPARED in own else None
+    return "_old_forward" in own

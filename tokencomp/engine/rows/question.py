@@ -8,8 +8,6 @@ without a cache) or draft tokens (assisted decoding).
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,10 +17,8 @@ from torch import Tensor
 from tokencomp.engine.rows.layout import Prompt
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import VisualSpan, VisualTokens
-from tokencomp.torchlib.replace import Hooked, MethodReplacement
 
 IGNORED = -100  # label of a column that is not trained, as in transformers
-GENERATE = "generate"
 
 
 def build_prompts(
@@ -134,46 +130,3 @@ def keep_last(reduction: Reduction, tokens: VisualTokens) -> Reduction:
     if sizes is not None:
         sizes = torch.cat([sizes[rest], sizes.new_ones(1)])
     return Reduction(torch.cat([keep[rest], end]), merged, sizes)
-
-
-class PromptLength(Hooked):
-    """Knows, inside of `model.generate`, how many columns the prompt has.
-
-    `generate` calls the model with the prompt and whatever it has drafted or generated since; only
-    the caller of `generate` knows where one ends and the other begins. A patched model therefore
-    carries a `generate` of its own that notes this and calls the original.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model, self._local = model, threading.local()
-
-    @property
-    def columns(self) -> int | None:
-        """Columns of the prompt of the `generate` call that runs in this thread, if one does."""
-        return getattr(self._local, "columns", None)
-
-    def generated(self, past: int, width: int) -> int | None:
-        """How many columns of a call of `width` columns behind `past` ones are not the prompt's.
-
-        None outside of `generate`.
-        """
-        return None if self.columns is None else max(0, past + width - self.columns)
-
-    def install(self) -> None:
-        """Replace `model.generate`, if the model has it."""
-        self._handles.append(MethodReplacement(self.model, GENERATE, self._generate))
-
-    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before, self._local.columns = self.columns, prompt_columns(args, kwargs)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self._local.columns = before
-
-
-def prompt_columns(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Columns of the prompt that `generate` was called with, or None if they do not show it."""
-    for name in ("inputs_embeds", "input_ids", "inputs"):
-        if isinstance(kwargs.get(name), Tensor):
-            return int(kwargs[name].shape[1])
-    return int(args[0].shape[1]) if args and isinstance(args[0], Tensor) else None
