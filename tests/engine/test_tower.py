@@ -258,7 +258,7 @@ def test_families_that_do_not_offer_it_refuse_at_patch() -> None:
 
 
 def test_nothing_is_computed_while_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokencomp.engine.tower.signals import signals as tower
+    from tokencomp.engine.tower import signals as tower
 
     family = FAMILIES["llava"]
     model, inputs, calls = family.build(), prompts(family), []

@@ -13,7 +13,7 @@ from tokencomp.errors import OptionError, UnknownNameError, WeightsError
 from tokencomp.evaluation import Setting, grid, sweep
 from tokencomp.evaluation.patches import Patches
 from tokencomp.method import DEFAULT_REDUCER, DEFAULT_SERVED_REDUCER, MethodSpec, resolve_auto
-from tokencomp.plan.plan import counts as keep_counts
+from tokencomp.plan import counts as keep_counts
 from tokencomp.reducers import base
 from tokencomp.reducers.uniform import Uniform
 from tokencomp.storage import check_identity
