@@ -147,10 +147,11 @@ def test_eval(proportional, folder, tmp_path, file, monkeypatch):
     monkeypatch.setattr(benchmarks, "run_setting", run_setting)
     more = ["--proportional-attention", "1"] if proportional else []
     assert run("eval", "--model", folder, "--plan", file, "-o", tmp_path / "runs", *more) == 0
-    (full, _), (random, _), *others, (small, _), (plan, name) = calls
+    (full, _), (random, _), *others, (even, _), (small, _), (plan, name) = calls
     assert [s for s, _ in others] == [Setting("random", 0.625, {"seed": k}) for k in (1, 2)]
     assert full == Setting()
     assert random == Setting("random", 0.625) and small == Setting("downscale", 0.625)
+    assert even == Setting("uniform", 0.625)
     extra = {"proportional_attention": True} if proportional else {}
     stages = tokencomp.plan_from_json(STAGES)
     assert plan.ratio == 0.625

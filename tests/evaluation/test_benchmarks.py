@@ -53,7 +53,10 @@ def test_missing_data_say_what_to_put_where(tmp_path):
     with pytest.raises(OptionError, match="no such folder"):
         local_data(str(tmp_path / "nowhere"))
     content = str(LocalData(tmp_path).missing("mlvu_dev", MLVU))
-    assert str(tmp_path / "sy1998/MLVU_dev") in content and "huggingface-cli" in content
+    assert (
+        str(tmp_path / "sy1998/MLVU_dev") in content
+        and "`hf download --repo-type dataset" in content
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,7 +246,7 @@ def test_data_that_are_not_there_say_what_to_put_where(folder, tmp_path):
     (tmp_path / "copy").mkdir()
     done = tokencomp("--model", folder, "--data", tmp_path / "copy", "--tasks", "mlvu_dev")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "copy/sy1998/MLVU_dev" in done.stderr and "huggingface-cli" in done.stderr
+    assert "copy/sy1998/MLVU_dev" in done.stderr and "hf download" in done.stderr
 
 
 @needs_lmms

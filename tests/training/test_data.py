@@ -156,7 +156,7 @@ def test_orders_are_whole_passes_that_the_seed_decides() -> None:
         ('{"question": "a", "answer": null, "media": "x"}', "the answer is empty"),
         ('{"question": "a", "answer": "b", "media": "x"}', "x does not exist"),
         ('{"question": "a", "answer": "b", "media": []}', "no image or video"),
-        ("", "holds no questions"),
+        ("", "is empty: expected one JSON object per line"),
     ],
 )
 def test_broken_files_are_refused(tmp_path: Path, line: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""`tokencomp eval`: MLVU, MVBench and any other lmms-eval task, with baselines."""
+"""`tokencomp eval`: your own questions, or any task of lmms-eval, with baselines."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
-from tokencomp.cli import _parse as parse
 from tokencomp.cli._methods import settings
 
-TASKS = "mlvu_dev,mvbench"
 COLUMNS = 6
 
 
@@ -31,23 +29,33 @@ def command(
             "shapesqa also the one-word task shapesqa.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Items per task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The first so many items per task or file.")
+    ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Local copy in hub layout (owner/name folders), or 'shapesqa'."),
+        typer.Option(
+            help="Your questions: a .jsonl file, one object with question, answer and media per "
+            "line. Or for tasks: a local copy in hub layout (owner/name folders), or 'shapesqa'."
+        ),
     ] = None,
     frames: opt.Frames = 8,
     batch_size: opt.BatchSize = 8,
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folders.")] = Path("runs"),
     baselines: Annotated[
-        bool, typer.Option(help="Also run random dropping and equal-token downscaling.")
+        bool,
+        typer.Option(help="Also run random and uniform dropping and equal-token downscaling."),
     ] = True,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the baseline random.")] = 3,
 ) -> None:
-    """Run lmms-eval's tasks, prompts and scoring on the compressed model.
+    """Answer questions with and without compression, and compare the answers with baselines.
 
-    The full model, random dropping and equal-token downscaling run, too. Kill it and run it
-    again: finished answers are kept. `tokencomp report` makes a page of the run folders.
+    Your own questions: --data questions.jsonl, where a line is {"question": "What colour is the
+    car?", "answer": "red", "media": "car.jpg"}; an answer is right if it has the same words, or
+    names the same option (A to H). Without such a file: tasks, prompts and scoring of lmms-eval.
+
+    The full model, random and uniform dropping and equal-token downscaling run, too. Kill it and
+    run it again: finished answers are kept. `tokencomp report` makes a page of the run folders.
 
     Several processes share the items: `accelerate launch -m tokencomp.cli eval …` on GPUs,
     `torchrun --nproc-per-node N -m tokencomp.cli eval …` anywhere.
@@ -55,36 +63,35 @@ def command(
     settings_of = settings(context, method)
     from rich.console import Console
 
-    from tokencomp.lmms.data import PER_TASK, SHAPESQA, local_data
-    from tokencomp.lmms.tasks import find_tasks, run_setting
+    from tokencomp.cli._eval import questions_in, run_questions, run_tasks, tasks_in
+    from tokencomp.evaluation.native import has_budget
 
-    names = tasks or (f"{SHAPESQA},{TASKS}" if data == SHAPESQA else TASKS)
     console = Console(quiet=int(os.environ.get("RANK", 0)) > 0)  # one process speaks for all
+    questions = questions_in(data, limit)
+    if questions is not None:
+        fix = "leave it out, or leave out the file"
+        opt.refuse_options(context, ("tasks",), f"--data {data}", fix)
     with tempfile.TemporaryDirectory() as home:
-        local = None if data is None else local_data(data, per_task=max(limit or 0, PER_TASK))
-        single_tasks = find_tasks(parse.names(names), local, Path(home))
-        from tokencomp.evaluation.native import has_budget
-
+        found = [] if questions else tasks_in(tasks, data, limit, Path(home), console)
         loaded = source.load()
-        chosen, manifests = settings_of(loaded[0]), {}
+        chosen = settings_of(loaded[0])
         if baselines:
             chosen = _with_baselines(chosen, seeds, has_budget(loaded[1]))
-        how: dict[str, Any] = {"limit": limit, "frames": frames, "batch_size": batch_size}
-        how["full"] = next((output / s.label for s in chosen if s.off), None)
-        for k, setting in enumerate(chosen):
-            console.print(f"[dim]{k + 1}/{len(chosen)}[/] {setting.label}")
-            out = output / setting.label
-            manifests[setting] = run_setting(
-                loaded, source.model, single_tasks, setting, out, **how
-            )
+        folders = {setting: output / setting.label for setting in chosen}
+        how: dict[str, Any] = {"frames": frames, "batch_size": batch_size}
+        if questions is not None:
+            manifests = run_questions(loaded, source.model, questions, folders, **how)
+        else:
+            how["limit"] = limit
+            manifests = run_tasks(loaded, source.model, found, folders, console, **how)
     if not console.quiet:
-        _print(console, manifests, [output / setting.label for setting in chosen])
+        _print(console, manifests, list(folders.values()))
     console.print(f"\nRun folders: [bold]{output}[/]. Next: tokencomp report {output}/*")
 
 
 def _with_baselines(settings: list[Any], seeds: int, native: bool = False) -> list[Any]:
     """The full model, the baselines at the same ratios, then the requested settings."""
-    from tokencomp.evaluation.settings import DOWNSCALE, NATIVE, RANDOM, Setting, grid
+    from tokencomp.evaluation.settings import DOWNSCALE, NATIVE, RANDOM, UNIFORM, Setting, grid
 
     at: list[Any] = [s.ratios or s.ratio for s in settings if not s.off]
     numbers = [
@@ -92,7 +99,9 @@ def _with_baselines(settings: list[Any], seeds: int, native: bool = False) -> li
     ]  # all that an input baseline takes
     more = [Setting(RANDOM, r, {"seed": k}) for k in range(1, seeds) for r in at]
     small = grid([DOWNSCALE, NATIVE] if native else [DOWNSCALE], numbers)
-    return list(dict.fromkeys([*grid([RANDOM], at), *more, *small, *settings]))
+    return list(
+        dict.fromkeys([*grid([RANDOM], at), *more, *grid([UNIFORM], at), *small, *settings])
+    )
 
 
 def _print(console: Any, manifests: dict[Any, dict[str, Any]], folders: list[Path]) -> None:
@@ -104,7 +113,7 @@ def _print(console: Any, manifests: dict[Any, dict[str, Any]], folders: list[Pat
     if not manifests:
         return
     print_lines(console, report.lines(find_runs(folders)))
-    if len(manifests) <= COLUMNS:
+    if len(manifests) <= COLUMNS and any(m.get("scores") for m in manifests.values()):
         _print_scores(console, manifests)
 
 

@@ -73,6 +73,7 @@ def sweep(
     max_new_tokens: int = 16,
     seed: int = 0,
     name: str = "",
+    data: str = "",
     progress: bool | str = True,
     shard: bool = True,
     around: Around | None = None,
@@ -105,6 +106,8 @@ def sweep(
         Seeds torch before every batch.
     name
         Model name for the manifest; default `model.name_or_path`.
+    data
+        What the items are, for the manifest: answers about other data are not taken up.
     progress
         Whether to show a progress bar, or its title.
     shard
@@ -132,7 +135,7 @@ def sweep(
     how = {"frames": frames, "max_new_tokens": max_new_tokens, "seed": seed}
     distinct, patches = list(dict.fromkeys(settings)), Patches(models)
     answerer = Answerer(models, processor, patches, how, isinstance(model, dict), around)
-    one = _Sweep(answerer, items, distinct, name)
+    one = _Sweep(answerer, items, distinct, name, data)
     one.batch_size, one.shard, one.draw = batch_size, shard, draw
     one.timed, one.counted = times, work
     if out_dir is not None:
@@ -144,7 +147,12 @@ class _Sweep:
     """One call of `sweep`."""
 
     def __init__(
-        self, answerer: Answerer, items: Sequence[Example], settings: Sequence[Setting], name: str
+        self,
+        answerer: Answerer,
+        items: Sequence[Example],
+        settings: Sequence[Setting],
+        name: str,
+        data: str,
     ) -> None:
         self.answerer, self.items, self.halved = answerer, list(items), False
         self.batch_size, self.shard = 16, True
@@ -159,6 +167,7 @@ class _Sweep:
         self.stores: dict[Setting, AnswerStore] = {}
         plain = answerer.plain
         shared = {**model_identity(plain, answerer.processor, name), **answerer.how}
+        shared |= {"data": data} if data else {}
         self.identities = {s: {**shared, **s.identity} for s in self.runs}
         self.facts = {**environment(), "attention": attention_backend(plain)}
         self.layers = len(adapter_for(plain).layers)

@@ -16,6 +16,7 @@ from tokencomp.reducers.plan_json import plan_from_json, plan_to_json
 FULL = "full"
 PLAN = "plan"
 RANDOM = "random"
+UNIFORM = "uniform"
 PROPORTIONAL = "proportional_attention"
 TOWER = ("tower_ratio", "tower_reducer")
 DOWNSCALE = "downscale"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from tokencomp.inputs.questions import Example
 EMBEDDED = "shapesqa"
 HELD_OUT = 20
 """One picture or video in so many is held out for evaluation."""
+FIELDS = "with question, answer and media"
 
 
 class FileQuestions(Sequence[Example]):
@@ -35,13 +37,23 @@ class FileQuestions(Sequence[Example]):
     OptionError
         No file, no UTF-8, no lines, a line without a question, answer or media that exists, or
         two lines with the same id.
+
+    Attributes
+    ----------
+    rows
+        The questions.
+    label
+        The file's name and a hash of its text: stored answers depend on it.
     """
 
     def __init__(self, path: Path, held_out: bool | None = None, count: int | None = None) -> None:
         file = questions_file(path)
-        lines = [line for line in _text(file).split("\n") if line.strip()]
-        rows = [_example(file, n, line) for n, line in enumerate(lines)]
-        _check_ids(file, rows)
+        text = _text(file)
+        self.label = f"{file.name} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        numbered = enumerate(text.split("\n"), 1)
+        lines = [(number, line) for number, line in numbered if line.strip()]
+        rows = [_example(file, *line, str(n)) for n, line in enumerate(lines)]
+        _check_ids(file, rows, [number for number, _ in lines])
         if held_out is not None:
             root = file.parent.resolve()
             media = [[_name(Path(m), root) for m in row.media] for row in rows]
@@ -49,6 +61,8 @@ class FileQuestions(Sequence[Example]):
             chosen = zip(rows, media, strict=True)
             rows = [row for row, names in chosen if (names[0] in aside) is held_out]
         self.rows = rows[:count]
+        if not lines:
+            raise OptionError(f"{file} is empty: expected one JSON object per line, {FIELDS}.")
         if not self.rows:
             raise OptionError(
                 f"{file} holds no questions for this purpose ({len(lines)} lines). Part of the "
@@ -63,31 +77,31 @@ class FileQuestions(Sequence[Example]):
         return self.rows[index]
 
 
-def _example(file: Path, number: int, line: str) -> Example:
+def _example(file: Path, number: int, line: str, key: str) -> Example:
+    """The question in line `number` of a file, whose id is `key` if it has none."""
+    where = f"{file}, line {number}"
     try:
         row = json.loads(line)
         media = row["media"] if isinstance(row["media"], list) else [row["media"]]
-        question, answer = str(row["question"]), row["answer"]
+        question, answer = row["question"], row["answer"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise OptionError(
-            f"{file}, line {number + 1}: expected a JSON object with question, answer and "
-            f"media ({error!r})."
-        ) from error
-    if answer is None or not str(answer).strip():
-        raise OptionError(f"{file}, line {number + 1}: the answer is empty.")
+        raise OptionError(f"{where}: expected a JSON object {FIELDS} ({error!r}).") from error
+    for name, text in (("question", question), ("answer", answer)):
+        if text is None or not str(text).strip():
+            raise OptionError(f"{where}: the {name} is empty.")
     paths = tuple(str(file.parent / str(m)) for m in media)
     missing = [p for p in paths if not Path(p).exists()]
     if missing or not paths:
         reason = f"{missing[0]} does not exist" if missing else "there is no image or video"
-        raise OptionError(f"{file}, line {number + 1}: {reason}. Every question needs media.")
-    key = str(row.get("id", number))
-    return Example(key, question, str(answer).strip(), paths, str(row.get("family", "")))
+        raise OptionError(f"{where}: {reason}. Every question needs media.")
+    name, family = str(row.get("id", key)), str(row.get("family", ""))
+    return Example(name, str(question), str(answer).strip(), paths, family)
 
 
-def _check_ids(file: Path, rows: Sequence[Example]) -> None:
+def _check_ids(file: Path, rows: Sequence[Example], numbers: Sequence[int]) -> None:
     """Refuse ids that occur twice: answers are stored and paired by id."""
     seen: set[str] = set()
-    for number, row in enumerate(rows, 1):
+    for number, row in zip(numbers, rows, strict=True):
         if row.id in seen:
             raise OptionError(f"{file}, line {number}: id {row.id!r} is taken by an earlier line.")
         seen.add(row.id)
@@ -105,7 +119,7 @@ def questions_file(path: Path) -> Path:
     if not file.is_file():
         raise OptionError(
             f"data {str(path)!r}: expected '{EMBEDDED}', a JSON Lines file, or a folder with "
-            "questions.jsonl (one object with question, answer and media per line)."
+            f"questions.jsonl (one object {FIELDS} per line)."
         )
     return file
 

@@ -66,7 +66,7 @@ class LocalData:
         what = f" (configuration {name!r})" if name else ""
         return OptionError(
             f"task {task!r} needs the data set {config['dataset_path']}{what}, which is not in "
-            f"{folder}. On a machine with network: `huggingface-cli download --repo-type dataset "
+            f"{folder}. On a machine with network: `hf download --repo-type dataset "
             f"{config['dataset_path']} --local-dir {folder}`, unpack its video archives there, "
             "and copy the folder over. Or use --data shapesqa, which needs no network."
         )
@@ -85,8 +85,9 @@ def local_data(data: str, cache: Path | None = None, per_task: int = PER_TASK) -
     root = Path(data).expanduser()
     if not root.is_dir():
         raise OptionError(
-            f"--data {data}: no such folder. Expected <owner>/<name> folders as on the hub, e.g. "
-            "OpenGVLab/MVBench and sy1998/MLVU_dev, or the word shapesqa."
+            f"--data {data}: no such folder. Expected a .jsonl file with your questions, a folder "
+            "of <owner>/<name> folders as on the hub, e.g. OpenGVLab/MVBench and sy1998/MLVU_dev, "
+            "or the word shapesqa."
         )
     return LocalData(root)
 

@@ -1,0 +1,109 @@
+"""`tokencomp eval --data questions.jsonl`: the user's own questions and media."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.console import run
+
+from tokencomp.inputs.prompts import build_inputs, generate
+
+SETTINGS = ("full", "random-0.75", "random-0.75-seed=1", "random-0.75-seed=2", "uniform-0.75",
+            "downscale-0.75", "condiv-0.75")  # fmt: skip
+
+
+@pytest.fixture
+def questions(examples, loaded, tmp_path) -> tuple[Path, list[str]]:
+    """A file of four lines, one of them blank, and what the full model answers to each."""
+    said, lines = [], []
+    for k, e in enumerate(examples[:2] + examples[3:4]):
+        said.append(generate(*loaded, build_inputs(loaded[1], [e.load(8)], [e.prompt]), 16)[0])
+        answer = said[-1] if k else "something else"
+        lines.append(json.dumps({"question": e.prompt, "answer": answer, "media": str(e.media[0])}))
+    file = tmp_path / "my.jsonl"
+    file.write_text("\n".join([lines[0], "", *lines[1:]]) + "\n")
+    return file, said
+
+
+@pytest.fixture
+def evaluate(questions, folder, tmp_path) -> Callable[..., int]:
+    def call(*more: object) -> int:
+        known = ("--data", questions[0], "--model", folder, "--ratio", "0.75", "--device", "cpu")
+        return run("eval", *known, "-o", tmp_path / "runs", *more)
+
+    return call
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+def test_every_baseline_answers_and_the_report_has_intervals(questions, evaluate, tmp_path, capsys):
+    assert evaluate("-r", "condiv") == 0
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == set(SETTINGS)
+    rows = records(tmp_path / "runs" / "full")
+    assert [r["prediction"] for r in rows] == questions[1]
+    assert [r["correct"] for r in rows] == [False, True, True]
+    for name in SETTINGS[1:]:
+        assert all(abs(r["ratio"] - 0.75) < 0.1 for r in records(tmp_path / "runs" / name)), name
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    assert run("report", tmp_path / "runs", "-o", page, "--json") == 0
+    table = {
+        (r["reducer"], r["options"].get("seed")): r for r in json.loads(capsys.readouterr().out)
+    }
+    assert table["full", None]["accuracy"] == pytest.approx(2 / 3)
+    assert table["condiv", None]["retention"]["items"] == 3
+    assert table["condiv", None]["rivals"]["seeds"] == 3
+
+
+def test_finished_answers_are_kept_and_other_questions_are_refused(
+    questions, evaluate, tmp_path, capsys
+):
+    assert evaluate("--no-baselines", "-r", "uniform") == 0
+    file = tmp_path / "runs" / "uniform-0.75" / "records.jsonl"
+    first, second, third = file.read_text().splitlines()
+    known = json.dumps({**json.loads(first), "prediction": "kept"})
+    file.write_text(f"{known}\n{second}\n{third[:20]}")  # killed while it wrote the third
+    assert evaluate("--no-baselines", "-r", "uniform") == 0
+    again = records(file.parent)
+    assert again[0]["prediction"] == "kept" and again[2] == json.loads(third) | {
+        k: again[2][k] for k in ("seconds",)
+    }
+    questions[0].write_text(questions[0].read_text().replace("something else", "blue"))
+    capsys.readouterr()
+    assert evaluate("--no-baselines", "-r", "uniform") == 2
+    assert "Give another --output folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("not json", "line 3: expected a JSON object with question, answer and media"),
+        ('{"question": "q", "media": "m.png"}', "line 3: expected a JSON object"),
+        ('["q", "a", "m.png"]', "line 3: expected a JSON object"),
+        ('{"question": null, "answer": "a", "media": "m.png"}', "line 3: the question is empty"),
+        ('{"question": "q", "answer": "a", "media": "no.png"}', "no.png does not exist"),
+        ('{"question": "q", "answer": "a", "media": []}', "line 3: there is no image or video"),
+    ],
+)
+def test_a_bad_line_is_one_message_with_its_number(questions, evaluate, line, message, capsys):
+    first, blank, *_ = questions[0].read_text().split("\n")
+    questions[0].write_text(f"{first}\n{blank}\n{line}\n")
+    assert evaluate() == 2
+    err = capsys.readouterr().err
+    assert message in err.replace("\n", " ") and "my.jsonl, line 3" in err and len(err) < 600
+
+
+def test_files_that_are_missing_or_empty_and_tasks_beside_a_file(questions, evaluate, capsys):
+    assert evaluate("--tasks", "mvbench") == 2
+    assert "--tasks: no effect with --data" in capsys.readouterr().err
+    questions[0].write_text("\n")
+    assert evaluate() == 2
+    assert "is empty: expected one JSON object per line" in capsys.readouterr().err
+    questions[0].unlink()
+    assert evaluate() == 2
+    assert "expected 'shapesqa', a JSON Lines file" in capsys.readouterr().err

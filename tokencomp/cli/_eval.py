@@ -1,0 +1,98 @@
+"""The work behind `tokencomp eval`: questions of a file, and tasks of lmms-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokencomp.cli import _parse as parse
+from tokencomp.evaluation.environment import process_rank, public_name
+from tokencomp.evaluation.settings import RANDOM, Setting
+from tokencomp.inputs.files import FileQuestions
+
+TASKS = "mlvu_dev,mvbench"
+Manifests = dict[Setting, dict[str, Any]]
+Folders = Mapping[Setting, Path]
+"""The run folder of every setting."""
+
+
+def questions_in(data: str | None, limit: int | None) -> FileQuestions | None:
+    """The user's own questions that --data names; None if it names data of tasks, or nothing.
+
+    Raises
+    ------
+    OptionError
+        The file is missing or damaged; the message has the number of the line.
+    """
+    path = Path(data or "").expanduser()
+    own = (
+        path.is_file() or path.suffix in (".jsonl", ".json") or (path / "questions.jsonl").exists()
+    )
+    return FileQuestions(path, count=limit) if data and own else None
+
+
+def run_questions(
+    loaded: tuple[Any, Any],
+    name: str,
+    questions: FileQuestions,
+    folders: Folders,
+    *,
+    frames: int,
+    batch_size: int,
+) -> Manifests:
+    """Answer the questions under every setting, and draw what compression loses."""
+    from tokencomp.evaluation.runner import sweep
+    from tokencomp.pages.lost import draw_lost, write_lost
+    from tokencomp.pages.pictures import save_kept
+
+    how: dict[str, Any] = {"name": public_name(name), "data": questions.label, "draw": save_kept}
+    runs = sweep(
+        *loaded,
+        questions,
+        list(folders),
+        dict(folders),
+        frames=frames,
+        batch_size=batch_size,
+        **how,
+    )
+    by_id, full = {e.id: e for e in questions}, next((s for s in folders if s.off), None)
+    for setting, run in runs.items():
+        if full and setting.active and setting.name != RANDOM and process_rank()[0] == 0:
+            out = folders[setting]
+            write_lost(out, draw_lost(*loaded, run, runs[full], by_id, out, frames=frames))
+    return {setting: run.manifest for setting, run in runs.items()}
+
+
+def tasks_in(
+    names: str | None, data: str | None, limit: int | None, home: Path, console: Any
+) -> Sequence[Any]:
+    """The tasks of lmms-eval that --tasks and --data name; `home` is where it looks for media."""
+    from tokencomp.lmms.data import PER_TASK, SHAPESQA, local_data
+    from tokencomp.lmms.tasks import find_tasks
+
+    names = names or (f"{SHAPESQA},{TASKS}" if data == SHAPESQA else TASKS)
+    local = None
+    if data is not None:
+        if data == SHAPESQA:
+            console.print("[dim]rendering ShapesQA's images and videos, unless they are there …[/]")
+        local = local_data(data, per_task=max(limit or 0, PER_TASK))
+    return find_tasks(parse.names(names), local, home)
+
+
+def run_tasks(
+    loaded: tuple[Any, Any],
+    name: str,
+    tasks: Sequence[Any],
+    folders: Folders,
+    console: Any,
+    **how: Any,
+) -> Manifests:
+    """Run tasks of lmms-eval under one setting after the other; `how` as in `run_setting`."""
+    from tokencomp.lmms.tasks import run_setting
+
+    full, manifests = next((out for s, out in folders.items() if s.off), None), {}
+    for k, (setting, out) in enumerate(folders.items()):
+        console.print(f"[dim]{k + 1}/{len(folders)}[/] {setting.label}")
+        manifests[setting] = run_setting(loaded, name, tasks, setting, out, full=full, **how)
+    return manifests
