@@ -9,6 +9,7 @@ from support import oracle
 from support.families import IMAGE, START, text
 from support.family.llava import LlavaOnevision
 from support.family.mistral import Mistral3
+from support.family.structural import STRUCTURAL
 
 import tokencomp
 from tokencomp.adapters.encoded import per_medium, sizes_in, token_counts
@@ -99,6 +100,22 @@ def test_an_unknown_grid_is_refused_by_reducers_that_read_places() -> None:
             model(**inputs)
         handle.set(reducer="divprune")
         model(**inputs)
+        assert not any(s.grid_known for s in handle.stats.spans[0])
+
+
+def test_features_in_place_have_no_sizes_of_another_prompt() -> None:
+    """The model encoded another image of as many tokens before."""
+    if "kimi_k25" not in STRUCTURAL:
+        pytest.skip("the release has no Kimi K2.5")
+    family = STRUCTURAL["kimi_k25"]
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(1), text(5)]])
+    types = (inputs["input_ids"] == IMAGE).int()
+    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="uniform") as handle:
+        model(**inputs)
+        assert [s.grid for s in handle.stats.spans[0]] == [(1, 2, 4)]
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        model(inputs_embeds=embeds, mm_token_type_ids=types)
         assert not any(s.grid_known for s in handle.stats.spans[0])
 
 

@@ -27,16 +27,25 @@ class Encoding:
     ----------
     lengths
         Tokens of each medium, or of each of its tiles where the body encodes tiles.
-    sizes
-        (t, h, w) of each medium in whatever unit the call gives it: patches or pixels. Empty where
-        the call gives none.
+    tables
+        Arguments of the call that may hold the sizes of the media.
     map : tuple of two int, or None
         Height and width of the feature map, for towers that return one.
     """
 
     lengths: list[int] = field(default_factory=list)
-    sizes: list[tuple[int, int, int]] = field(default_factory=list)
+    tables: list[Any] = field(default_factory=list)
     map: tuple[int, int] | None = None
+
+    @functools.cached_property
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """(t, h, w) of each medium in whatever unit the call gives it: patches or pixels.
+
+        Empty where the call gives none. Read when asked for, because the host waits for a table
+        on the device, and most positions draw the grid already.
+        """
+        tables = (per_medium(sizes_in(table), self.lengths) for table in self.tables)
+        return next(filter(None, tables), [])
 
 
 class EncodedMedia(threading.local):
@@ -70,11 +79,9 @@ class EncodedMedia(threading.local):
 
     @compat.not_compiled
     def _note(self, kind: Kind, arguments: list[Any], out: Any) -> None:
-        lengths = token_counts(features_of(out))
-        tables = (per_medium(sizes_in(argument), lengths) for argument in arguments)
-        sizes = next(filter(None, tables), [])
         last = getattr(out, "last_hidden_state", None)
-        encoding = Encoding(lengths, sizes)
+        tables = [argument for argument in arguments if _may_be_table(argument)]
+        encoding = Encoding(token_counts(features_of(out)), tables)
         if isinstance(last, Tensor) and last.ndim == 4:
             encoding.map = last.shape[-2], last.shape[-1]
         self.latest[kind] = encoding
@@ -128,9 +135,7 @@ def sizes_in(argument: Any) -> list[tuple[int, int, int]]:
     if isinstance(argument, list | tuple) and argument:
         rows = [tuple(row) for row in argument if isinstance(row, list | tuple)]
         argument = torch.tensor(rows) if len(rows) == len(argument) and _even(rows) else None
-    if not isinstance(argument, Tensor) or argument.is_floating_point():
-        return []
-    if argument.dtype == torch.bool or argument.ndim not in (2, 3):
+    if not isinstance(argument, Tensor) or not _may_be_table(argument):
         return []
     if argument.ndim == 3:
         if argument.shape[-1] != 2:
@@ -140,6 +145,13 @@ def sizes_in(argument: Any) -> list[tuple[int, int, int]]:
         return []
     rows = argument.tolist()
     return [(row[0] if len(row) == 3 else 1, row[-2], row[-1]) for row in rows]
+
+
+def _may_be_table(argument: Any) -> bool:
+    """Whether an argument has the type of a table of sizes, or of places, see `sizes_in`."""
+    if not isinstance(argument, Tensor):
+        return isinstance(argument, list | tuple)
+    return argument.dtype in (torch.int32, torch.int64) and argument.ndim in (2, 3)
 
 
 def per_medium(sizes: list[tuple[int, int, int]], lengths: list[int]) -> list[tuple[int, int, int]]:

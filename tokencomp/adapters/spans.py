@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from tokencomp.tokens.spans import Grid, Kind, VisualSpan
 
 Run = tuple[int, int, Kind]
 Size = tuple[int, int, int]
+GivenSize = Callable[[], Size | None]
 Column = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -85,14 +86,14 @@ def _cut_row(runs: list[Run], pending: dict[Kind, deque[int]]) -> list[Medium] |
 
 
 def span_of(
-    medium: Medium, row: int, call: Call, size: Size | None, fallback: Grid | None
+    medium: Medium, row: int, call: Call, size: GivenSize, fallback: Grid | None
 ) -> list[VisualSpan]:
     """The spans of one medium: one, or one per piece where text stands between its pieces.
 
     Parameters
     ----------
     size
-        (t, h, w) of the medium in any unit, if the encoder was called with it.
+        Gives (t, h, w) of the medium in any unit; None if nothing tells it.
     fallback
         The grid of a medium of which nothing else tells it.
     """
@@ -101,7 +102,7 @@ def span_of(
     if len(medium.pieces) == 1:
         start, stop = medium.pieces[0]
         grid = grid_from_positions(call.positions, row, start, stop)
-        grid = grid or grid_from_size(size, stop - start) or fallback
+        grid = grid or grid_from_size(size(), stop - start) or fallback
         return [_span(start, stop, medium.kind, grid)]
     joined = _joined(medium, row, call, size)
     if joined is not None:
@@ -122,7 +123,7 @@ def _span(start: int, stop: int, kind: Kind, grid: Grid | None) -> VisualSpan:
     return VisualSpan(start, stop - start, shape, kind, grid_known=known)
 
 
-def _joined(medium: Medium, row: int, call: Call, size: Size | None) -> VisualSpan | None:
+def _joined(medium: Medium, row: int, call: Call, size: GivenSize) -> VisualSpan | None:
     """Equal pieces with gaps between them as one span, or None.
 
     Rows of a picture have the same single token between them, which is special: a line break.
@@ -136,14 +137,14 @@ def _joined(medium: Medium, row: int, call: Call, size: Size | None) -> VisualSp
     offsets = tuple(column - start for a, b in gaps for column in range(a, b))
     n = len(pieces)
     if _line_breaks(call.embeds[row], gaps):
-        grid = grid_from_size(size, medium.count)
+        grid = grid_from_size(size(), medium.count)
         if grid is None or (grid[1], grid[2]) == (n, length):
             return VisualSpan(start, stop - start, (1, n, length), medium.kind, special=offsets)
     if medium.kind != "video":
         return None
     frame = grid_from_positions(call.positions, row, *pieces[0])
     if frame is None:
-        whole = grid_from_size(size, medium.count)
+        whole = grid_from_size(size(), medium.count)
         frame = (1, *whole[1:]) if whole is not None and whole[0] == n else None
     known = frame is not None and math.prod(frame) == length
     grid = (n, frame[1], frame[2]) if known and frame is not None else (n, 1, length)

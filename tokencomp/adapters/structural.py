@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokencomp.adapters.base import ENCODED, Adapter
 from tokencomp.adapters.call import Call
 from tokencomp.adapters.encoded import EncodedMedia, Encoding, encoded_by_kind
-from tokencomp.adapters.spans import Medium, cut_media, span_of, square
+from tokencomp.adapters.spans import Medium, Size, cut_media, span_of, square
 from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers.base import Tower
 from tokencomp.adapters.towers.packed import PackedTower
@@ -59,50 +64,50 @@ class StructuralAdapter(Adapter, Hooked):
     def spans(self, call: Call) -> list[list[VisualSpan]]:
         rows = [call.runs(b) for b in range(call.kinds.shape[0])]
         kinds: set[Kind] = {kind for runs in rows for _, _, kind in runs}
-        latest, handed = self._encoded.latest, encoded_by_kind(call.inputs.get(ENCODED))
-        lengths = {kind: handed.get(kind) or latest.get(kind, Encoding()).lengths for kind in kinds}
-        media = cut_media(rows, lengths)
+        encodings = {kind: self._encoding(kind, call.inputs) for kind in kinds}
+        media = cut_media(rows, {kind: e.lengths for kind, e in encodings.items()})
         if media is None:
-            media = [[Medium(kind, [(a, b)]) for a, b, kind in runs] for runs in rows]
-        sizes = {kind: self._sizes(kind, media) for kind in kinds}
-        spans: list[list[VisualSpan]] = []
+            media = [[medium for run in runs for medium in self._uncut(*run)] for runs in rows]
+        sizes = {
+            kind: functools.cache(partial(sizes_of, e, kind, media))
+            for kind, e in encodings.items()
+        }
+        numbers = {kind: itertools.count() for kind in kinds}
+        spans: list[list[VisualSpan]] = [[] for _ in media]
         for b, row in enumerate(media):
-            spans.append([])
             for medium in row:
-                size = next(sizes[medium.kind], None)
-                fallback = self._fallback(medium)
+                size = partial(_nth, sizes[medium.kind], next(numbers[medium.kind]))
+                fallback = self._fallback(medium, encodings[medium.kind])
                 spans[b] += span_of(medium, b, call, size, fallback)
         return spans
 
-    def _sizes(self, kind: Kind, media: list[list[Medium]]) -> Any:
-        """Sizes of all media of a kind, in the order of the batch; nothing where unknown.
+    def _encoding(self, kind: Kind, inputs: Mapping[str, Any]) -> Encoding:
+        """What is known of the media of a kind that a call brings.
 
-        Beam search repeats the rows of a batch after the media were encoded, one copy of a row
-        after the other.
+        What was encoded last belongs to a call with pixels or encoded features. Features that
+        stand in `inputs_embeds` may come from anywhere: the grids beside them describe them.
         """
-        encoding = self._encoded.latest.get(kind, Encoding())
-        known = encoding.sizes
-        own = [[m for m in row if m.kind == kind] for row in media]
-        total = sum(map(len, own))
-        if not known or total % len(known) or len(media) % (total // len(known) or 1):
-            return iter(())
-        copies = total // len(known)
-        order, cursor = [], 0
-        for i, row in enumerate(own):
-            first = i % copies == 0
-            if first:
-                chunk = known[cursor : cursor + len(row)]
-                cursor += len(row)
-            order += chunk
-        return iter(order if len(order) == total else ())
+        latest = self._encoded.latest.get(kind)
+        if latest is None or not self.carries_features(inputs):
+            latest = self._described(inputs.get(f"{kind}_grid_thw"))
+        handed = encoded_by_kind(inputs.get(ENCODED)).get(kind)
+        return replace(latest, lengths=handed) if handed else latest
 
-    def _fallback(self, medium: Medium) -> tuple[int, int, int] | None:
+    def _described(self, grids: Tensor | None) -> Encoding:
+        """Media of the grids (t, h, w) in patches that stand beside a prompt."""
+        side = getattr(getattr(self.config, "vision_config", None), "spatial_merge_size", None)
+        if grids is None or side is None:
+            return Encoding()
+        return Encoding((grids.prod(-1) // side**2).tolist(), [grids])
+
+    def _uncut(self, start: int, stop: int, kind: Kind) -> list[Medium]:
+        """Media of a run of placeholders of which nothing tells where one ends."""
+        return [Medium(kind, [(start, stop)])]
+
+    def _fallback(self, medium: Medium, encoding: Encoding) -> tuple[int, int, int] | None:
         """The grid of a piece of a medium where neither positions nor an image size give it."""
         start, stop = medium.pieces[0]
-        encoding = self._encoded.latest.get(medium.kind)
-        if encoding is not None and encoding.map is not None:
-            return 1, *encoding.map
-        return square(stop - start, self._patches)
+        return (1, *encoding.map) if encoding.map else square(stop - start, self._patches)
 
     def _patches_per_side(self) -> int | None:
         """Patches per side of the vision tower's input; None for other than square ones."""
@@ -111,6 +116,28 @@ class StructuralAdapter(Adapter, Hooked):
             return None
         image, patch = (square_side(getattr(vision, n, None)) for n in ("image_size", "patch_size"))
         return image // patch if image and patch else None
+
+
+def sizes_of(encoding: Encoding, kind: Kind, media: list[list[Medium]]) -> list[Size]:
+    """Sizes of all media of a kind, in the order of the batch; empty where unknown.
+
+    Beam search repeats the rows of a batch after the media were encoded, one copy of a row after
+    the other.
+    """
+    known, order, cursor = encoding.sizes, [], 0
+    counts = [sum(medium.kind == kind for medium in row) for row in media]
+    copies, rest = divmod(sum(counts), len(known) or 1)
+    if not known or rest or len(counts) % copies:
+        return []
+    for count in counts[::copies]:
+        order += known[cursor : cursor + count] * copies
+        cursor += count
+    return order if len(order) == sum(counts) else []
+
+
+def _nth(sizes: Callable[[], list[Size]], number: int) -> Size | None:
+    known = sizes()
+    return known[number] if known else None
 
 
 def learned_queries(body: nn.Module) -> bool:
