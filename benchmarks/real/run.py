@@ -4,8 +4,9 @@
     python -m benchmarks.real.run --per-family 150   # more questions
     python -m benchmarks.real.run --report           # README.md from results.json alone
 
-Needs the model that `python -m benchmarks.real.build` made. All settings answer the same questions,
-greedily. A run that was stopped goes on from the answers in the ignored folder `build/real/runs/`.
+Needs the model that `python -m recipes.photographs.build` made. All settings answer the same
+questions, greedily. A run that was stopped goes on from the answers in the ignored folder
+`build/real/runs/`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from benchmarks import publishing
 from benchmarks.accuracy.run import VARIANTS
 from benchmarks.accuracy.store import MARGIN
 from benchmarks.gpu.contribution import label_of, row_of
-from benchmarks.real.build import FOLDER
-from benchmarks.real.items import LETTERS, StampItem, item, items
 from benchmarks.real.page import PAGE, RESULTS, write_page
-from benchmarks.real.questions import FAMILIES
-from benchmarks.real.scenes import Library
-from benchmarks.real.sources import TUXPAINT, Photos
+from recipes.photographs.build import FOLDER
+from recipes.photographs.items import LETTERS, StampItem, item, items
+from recipes.photographs.questions import FAMILIES
+from recipes.photographs.scenes import Library
+from recipes.photographs.sources import TUXPAINT, Photos
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.packed import PackedAnswers
@@ -150,7 +151,7 @@ def main() -> None:
     if not args.report:
         facts = publishing.published_from(args.out, args.allow_dirty)
         torch.set_num_threads(args.threads)
-        from benchmarks.real.model import load
+        from recipes.photographs.model import load
 
         model, processor = load(args.model)
         training = json.loads((args.model / "training.json").read_text())

@@ -8,13 +8,13 @@ import torch
 
 
 def build(folder: Path, hidden: int = 512, layers: int = 8) -> Path:
-    """Write a Qwen2.5-VL folder with the zoo's tokenizer and processors."""
+    """Write a Qwen2.5-VL folder with the embedded models' tokenizer and processors."""
     from safetensors.torch import save_file
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+    from recipes.tiny.families import family
+    from recipes.tiny.tokenizer import load_tokenizer, write_tokenizer
     from tokencomp.storage import write_json
-    from tokencomp.zoo.families import family
-    from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
 
     recipe = family("tiny-qwen2-vl")
     write_tokenizer(folder, recipe.chat_template)

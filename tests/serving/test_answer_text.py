@@ -20,7 +20,7 @@ TEXTS = ("Grüße: 東京 and 🙂🙃, e\u0301 …", "a b  c\n\n\td", "\ud55c\u
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tokenizer of bytes and a few words, so that characters take several tokens."""
-    from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
+    from recipes.tiny.tokenizer import load_tokenizer, write_tokenizer
 
     folder: Path = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder, "")

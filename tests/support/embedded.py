@@ -1,4 +1,4 @@
-"""Fixtures: an embedded architecture as the zoo writes it, real processor, random weights."""
+"""Fixtures: an embedded architecture as the recipes write it, real processor, random weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2-VL folder as the zoo writes it."""
-    from tokencomp.zoo.export import export
-    from tokencomp.zoo.families.qwen2_vl import FAMILY
-    from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
+    """A Qwen2-VL folder as the recipes write it."""
+    from recipes.tiny.export import export
+    from recipes.tiny.families.qwen2_vl import FAMILY
+    from recipes.tiny.tokenizer import load_tokenizer, write_tokenizer
 
     path = tmp_path_factory.mktemp("untrained")
     torch.manual_seed(0)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from recipes.tiny.export import export
+from recipes.tiny.families import family
+from recipes.tiny.tokenizer import load_tokenizer
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.training.selector.train import SelectorConfig
-from tokencomp.zoo.export import export
-from tokencomp.zoo.families import family
-from tokencomp.zoo.tokenizer import load_tokenizer
 
 SELECTOR = SelectorConfig(
     samples=6, kind="image", batch=3, epochs=1, held_out=3, evaluate=2, max_new_tokens=2
@@ -22,7 +22,7 @@ SELECTOR = SelectorConfig(
 
 
 def tiny(folder: Path, seed: int = 0, name: str = "tiny-qwen2-vl") -> tuple[Any, Any]:
-    """Model and processor of a zoo architecture, the smallest one, with random weights."""
+    """Model and processor of an embedded architecture, the smallest one, with random weights."""
     from tokencomp.inputs.loading import load_model
 
     made = family(name)

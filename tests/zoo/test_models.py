@@ -5,6 +5,9 @@ import json
 import pytest
 import torch
 
+from recipes.tiny.card import render_card
+from recipes.tiny.evaluate import evaluate
+from recipes.tiny.families import family
 from tokencomp import zoo
 from tokencomp.errors import UnknownNameError
 from tokencomp.inputs.media import load_media
@@ -13,9 +16,6 @@ from tokencomp.inputs.questions import option_letter
 from tokencomp.shapesqa.examples import by_family
 from tokencomp.shapesqa.items import item, items
 from tokencomp.shapesqa.prompt_forms import mvbench_prompt
-from tokencomp.zoo.card import render_card
-from tokencomp.zoo.evaluate import evaluate
-from tokencomp.zoo.families import family
 
 BARS = ("attribute", "existence", "needle")
 MORE = {  # what a model has to know besides

@@ -1,4 +1,4 @@
-"""Tiny multimodal models that ship with the package, and how they are trained.
+"""Tiny multimodal models that ship with the package; `recipes/tiny` in a checkout trains them.
 
 The models are stock Hugging Face folders: `AutoModelForImageTextToText.from_pretrained` loads them
 without tokencomp. They exist so that accuracy under compression can be measured on any machine.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
+from recipes.tiny.tokenizer import load_tokenizer, write_tokenizer
 
 SHARPER = 2.5
 DECODER: dict[str, Any] = dict(
@@ -35,7 +35,7 @@ def sharpen(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def tokenizer_with(folder: Path, tokens: list[str]) -> Any:
-    """Write the zoo's tokenizer with further special tokens, and return it."""
+    """Write the embedded models' tokenizer with further special tokens, and return it."""
     write_tokenizer(folder, "")
     tokenizer = load_tokenizer(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})

@@ -1,4 +1,4 @@
-"""Tiny random Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5, with the zoo's tokenizer and prompts."""
+"""Tiny random Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5, with embedded tokenizer and prompts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 
+from recipes.tiny.export import export
+from recipes.tiny.families import family
+from recipes.tiny.tokenizer import load_tokenizer, write_tokenizer
 from support.serving.models.building import (
     DECODER,
     PIXELS,
@@ -19,13 +22,10 @@ from support.serving.models.building import (
     write_weights,
 )
 from tokencomp.storage import write_json
-from tokencomp.zoo.export import export
-from tokencomp.zoo.families import family
-from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
 
 
 def qwen2_vl(folder: Path) -> Path:
-    """Write the zoo's Qwen2-VL with random weights."""
+    """Write the embedded Qwen2-VL with random weights."""
     torch.manual_seed(0)
     spec = family("tiny-qwen2-vl")
     write_tokenizer(folder, spec.chat_template)

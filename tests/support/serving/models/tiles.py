@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import transformers as hf
 
+from recipes.tiny.tokenizer import load_tokenizer, write_tokenizer
 from support.serving.models.building import (
     DECODER,
     TILE_TOWER,
@@ -15,7 +16,6 @@ from support.serving.models.building import (
     vocabulary,
     write,
 )
-from tokencomp.zoo.tokenizer import load_tokenizer, write_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"

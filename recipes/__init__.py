@@ -1,0 +1,1 @@
+"""How the models of this repository were trained; not part of the package, see README.md."""

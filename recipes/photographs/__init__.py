@@ -1,0 +1,1 @@
+"""A FastVLM of real weights, trained to answer questions about composed photographs."""
