@@ -17,11 +17,7 @@ from tokencomp.serving.spec import ServerOptions
 
 RANDOM = make_reducer("random")
 ALONE = [
-    ("condiv", {"signal": "none", "power": 3.0}, "power=3.0 has no effect with signal='none'"),
-    ("condiv", {"signal": "none", "margin": 0.9}, "margin=0.9 has no effect where"),
-    ("condiv", {"power": 0.0, "margin": 0.9}, "margin=0.9 has no effect where"),
-    ("condiv", {"power": 0.0, "signal": "norm"}, "signal='norm' has no effect with power=0"),
-    ("condiv", {"weights": "x"}, "weights='x' has no effect without signal='selector'"),
+    ("condiv", {"power": 0.0, "margin": 0.9}, "margin=0.9 has no effect with power=0"),
     ("prune", {"score": "last_query", "iterations": 50}, "iterations=50 has no effect with score"),
     ("prune", {"score": "text_query", "temperature": 5.0}, "temperature=5.0 has no effect"),
     ("prune", {"schedule": "fastv", "start": 0.2}, "start=0.2 has no effect with schedule"),

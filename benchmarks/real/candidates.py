@@ -33,7 +33,7 @@ from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun, paired_scores
-from tokencomp.evaluation.settings import FULL, PROPORTIONAL, RANDOM, Setting
+from tokencomp.evaluation.settings import FULL, PROPORTIONAL, RANDOM, Setting, label_of
 from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.storage import write_json, write_text
 
@@ -52,9 +52,6 @@ CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("cdpruner", {"relevance": "attention"}),
     *((DEFAULT_REDUCER, {"power": p, "margin": 0.2}) for p in (0.35, 0.5, 1.0)),
     (DEFAULT_REDUCER, {"power": 0.5, "margin": 0.5}),
-    (DEFAULT_REDUCER, {"power": "auto", "margin": 0.1}),
-    (DEFAULT_REDUCER, {"power": 0.0, "centred": True}),
-    (DEFAULT_REDUCER, {"power": 0.5, "margin": 0.1, "signal": "norm"}),
     (DEFAULT_REDUCER, {"power": 1.0, "margin": 0.1, "merge_rest": 0.8}),
     (DEFAULT_REDUCER, {"merge_rest": -1.0}),
     *((DEFAULT_REDUCER, {"merge_rest": -1.0, PROPORTIONAL: p}) for p in (0.25, 0.5, True)),
@@ -92,9 +89,9 @@ def photographs(path: Path = RESULTS) -> Photographs:
     correct = {FULL: answers.correct[FULL]}
     for row in stored["rows"]:
         if row["reducer"] != FULL:
-            setting = Setting(row["reducer"], row["ratio"], row["options"])
-            rows[setting.label] = {"reducer": setting.reducer, "ratio": setting.ratio, "run": 0}
-            correct[setting.label] = answers.correct[row["label"]]
+            label = label_of(row["reducer"], f"{row['ratio']:g}", row["options"])
+            rows[label] = {"reducer": row["reducer"], "ratio": row["ratio"], "run": 0}
+            correct[label] = answers.correct[row["label"]]
     count, learnt = len(answers.questions), tuple(dict.fromkeys(answers.questions.families))
     about = {"model": MODEL, "split": "validation", "items": count, "runs": [stored["about"]]}
     manifest = {**about, "settings": rows}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import plans
 from support.accuracy import BLIND, SHARES, sweep_runs, write_results
 from support.family.hybrid import HYBRID
 from torch import nn
@@ -182,7 +183,7 @@ def test_settings_of_a_run() -> None:
         run.usable(None, [Setting("condvi", 0.5)])
     runs_anywhere = run.settings(["downscale"], [0.5])
     assert run.usable(None, runs_anywhere) == (runs_anywhere, {})
-    watching = Setting("condiv", 0.5, {"signal": "vit_attention"})
+    watching = Setting(plans.TowerTop(), 0.5)
     grid = [Setting(), Setting("condiv", 0.5), Setting("downscale", 0.5), watching]
     assert [run.watches_tower(s) for s in grid] == [False, False, False, True]
 

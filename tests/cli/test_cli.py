@@ -25,8 +25,8 @@ def test_list_is_generated_from_the_registries(capsys):
     merge = next(r for r in printed["reducers"] if r["name"] == "merge")
     assert merge["options"]["weighted"] is True and merge["stage"] == "entry"
     assert next(r for r in printed["reducers"] if r["name"] == "aim")["stage"] == "entry + layers"
-    condiv = next(r for r in printed["reducers"] if r["name"] == "condiv")
-    assert not condiv["serving_safe"] and "norm" in condiv["serving_safe_with"]
+    cdpruner = next(r for r in printed["reducers"] if r["name"] == "cdpruner")
+    assert not cdpruner["serving_safe"] and "none" in cdpruner["serving_safe_with"]
     assert merge["serving_safe"] and merge["serving_safe_with"] == ""
     qwen = next(r for r in printed["models"] if r["family"] == "Qwen2-VL")
     assert len(qwen["transformers"]) > 1 and "tiny-qwen2-vl" in qwen["embedded"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import ranks
+from support import plans, ranks
 from support.families import FAMILIES
 
 import tokencomp
@@ -37,10 +37,10 @@ def decoder_plan() -> dict[str, str]:
 
 
 TOWER_CASES: dict[str, dict[str, Any]] = {
-    "attention": {"reducer": "condiv", "signal": "vit_attention"},
+    "attention": {"reducer": plans.TowerTop()},
     "keys": {"reducer": "merge", "metric": "vit_keys"},
     "stage": {"reducer": "condiv", "tower_ratio": 0.4},
-    "stage and attention": {"reducer": "condiv", "signal": "vit_attention", "tower_ratio": 0.4},
+    "stage and attention": {"reducer": plans.TowerTop(), "tower_ratio": 0.4},
 }
 
 

@@ -32,7 +32,7 @@ SETTINGS: dict[str, Callable[[Family], dict[str, Any]]] = {
     "weights": lambda f: {
         "ratio": 0.6,
         "reducer": "condiv",
-        "signal": "norm",
+        "power": 0.0,
         "merge_rest": -1.0,
         "proportional_attention": True,
     },

@@ -23,7 +23,7 @@ import tokencomp
 from tokencomp import Plan, Stage, make_reducer
 
 STEPS = 4
-MERGE = make_reducer("condiv", signal="norm", merge_rest=-1.0)
+MERGE = make_reducer("condiv", power=0.0, merge_rest=-1.0)
 PLANS = {
     "entry": Plan((Stage(0, 0.25, MERGE),)),
     "layer": Plan((Stage(2, 0.25, MERGE),)),

@@ -32,7 +32,7 @@ Case = tuple[str, dict[str, Any]]
 MERGERS: list[Case] = [
     ("merge", {}),
     ("merge", {"weighted": False, "position": "first"}),
-    ("condiv", {"signal": "norm", "merge_rest": -1.0}),
+    ("condiv", {"power": 0.0, "merge_rest": -1.0}),
     ("pool", {}),
     ("aim", {}),
     ("merge+fastv", {}),

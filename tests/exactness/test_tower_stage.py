@@ -227,7 +227,7 @@ def test_the_question_counts_with_signals_of_the_tower(family: Family) -> None:
     """Reducers that read the tower's attention or keys get those of the cells that are left."""
     model, inputs = tower.build(tower.deep(family)), prompts(family, family.build().double())
     for reducer, options in (
-        ("condiv", {"signal": "vit_attention"}),
+        (plans.TowerTop(), {}),
         ("merge", {"metric": "vit_keys"}),
     ):
         spec = dict(reducer=reducer, tower_ratio=0.4, tower_reducer="random", **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from support import oracle
+from support import oracle, plans
 from support.families import IMAGE, START, text
 from support.family.llava import LlavaOnevision
 from support.family.mistral import Mistral3
@@ -72,7 +72,7 @@ def test_dropping_equals_masking_and_rows_are_joined() -> None:
 def test_signals_of_the_tower_are_refused() -> None:
     model = Mistral3().build()
     with pytest.raises(OptionError, match="vision tower"):
-        tokencomp.patch(model, 0.5, reducer="condiv", signal="vit_attention")
+        tokencomp.patch(model, 0.5, reducer=plans.TowerTop())
 
 
 @needs_mistral

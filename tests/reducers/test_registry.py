@@ -141,7 +141,7 @@ def test_what_servers_can_run_is_computed() -> None:
     cited = {"divprune", "evs", "merge", "pool", "vidcom2"}
     assert safe == cited | {"kcentre", "keyframes", "random", "runlength", "uniform"}
     assert UserReducer().serving_safe
-    for name, options in (("condiv", {"signal": "norm"}), ("cdpruner", {"relevance": "none"})):
+    for name, options in (("condiv", {"power": 0.0}), ("cdpruner", {"relevance": "none"})):
         assert tokencomp.make_reducer(name, **options).serving_safe
     assert not tokencomp.make_reducer("merge", metric="vit_keys").serving_safe
     assert not tokencomp.make_reducer("merge+adsc").serving_safe

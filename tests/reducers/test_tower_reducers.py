@@ -178,7 +178,7 @@ def test_a_small_budget_is_not_all_first_frame() -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("divprune", {}), ("condiv", {"signal": "none"}), ("kcentre", {}), ("uniform", {})],
+    [("divprune", {}), ("condiv", {"power": 0.0}), ("kcentre", {}), ("uniform", {})],
 )
 def test_reducers_at_later_blocks_see_mean_hidden_states(name: str, options: dict) -> None:
     """Any reducer that reads the picture alone chooses cells before block 1 of the tower."""

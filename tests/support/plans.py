@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 
 from support.families import Family
 from tokencomp import Plan, Reducer, Reduction, Stage, VisualTokens, make_reducer
+from tokencomp.reducers._batch import top_k_of_spans
+from tokencomp.reducers._rows import supplied_scores
+from tokencomp.tokens.signals import TOWER_ATTENTION
+from tokencomp.tokens.spans import SpanBatch
 
 RELEVANT = make_reducer("condiv", power=1.0)
+
 """Scores tokens at entry by attention, on images too."""
+
+
+@dataclass(frozen=True)
+class TowerTop(Reducer):
+    """Keeps the tokens that the vision tower's last block but one attends to most."""
+
+    needs = frozenset({TOWER_ATTENTION})
+
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        return top_k_of_spans(supplied_scores(batch, "tower top"), batch, keeps)
 
 
 @dataclass(frozen=True)

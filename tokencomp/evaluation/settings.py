@@ -172,11 +172,15 @@ class Setting(MethodSpec):
         """Name of the run folder, e.g. "aim-0.75" or "prune-0.9-schedule=fastv"."""
         if self.off:
             return self.name
-        options = sorted(self.written_options.items())
-        extra = [f"{k}={v}" for k, v in options if k != PLAN]
-        return "-".join([self.name, self.shown_ratio, *extra]).replace("/", "_")
+        return label_of(self.name, self.shown_ratio, self.written_options)
 
     __hash__ = MethodSpec.__hash__
+
+
+def label_of(name: str, shown_ratio: str, options: Mapping[str, Any]) -> str:
+    """The label of a setting; also of stored ones, whose options this release may not have."""
+    extra = [f"{k}={v}" for k, v in sorted(options.items()) if k != PLAN]
+    return "-".join([name, shown_ratio, *extra]).replace("/", "_")
 
 
 def grid(reducers: Iterable[str], ratios: Iterable[Any], /, **options: Any) -> list[Setting]:

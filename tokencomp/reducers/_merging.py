@@ -14,7 +14,7 @@ from tokencomp.tokens.reduction import Reduction
 BLOCK = 1 << 24  # cosines computed at once
 
 
-def merge_dropped(patches: Patches, chosen: Tensor, floor: float, centred: bool) -> Reduction:
+def merge_dropped(patches: Patches, chosen: Tensor, floor: float) -> Reduction:
     """Merge every dropped patch into the nearest kept one of its span.
 
     Kept patches become means, weighted by the number of tokens that patches already stand for.
@@ -26,8 +26,6 @@ def merge_dropped(patches: Patches, chosen: Tensor, floor: float, centred: bool)
         Patches that stay, ascending: of every span as many as its budget.
     floor
         Smallest cosine at which a dropped patch is merged; below it the patch is lost.
-    centred
-        Subtract the mean feature of the span before the cosine.
     """
     from tokencomp.kernels import merge_rows
 
@@ -44,7 +42,7 @@ def merge_dropped(patches: Patches, chosen: Tensor, floor: float, centred: bool)
         own = own.view(len(members), budget)
         places_in_span = own - patches.table([starts[m] for m in members])[:, None]
         features = rows.float().view(len(members), -1, rows.shape[1])
-        return _nearest(features, own, places_in_span, floor, centred).flatten()
+        return _nearest(features, own, places_in_span, floor).flatten()
 
     groups = list(zip(patches.lengths, patches.budgets, strict=True))
     target = by_group(patches, groups, x, nearest)
@@ -53,7 +51,7 @@ def merge_dropped(patches: Patches, chosen: Tensor, floor: float, centred: bool)
     return patches.replaced(chosen, merged.x, merged.sizes.float())
 
 
-def _nearest(x: Tensor, kept: Tensor, places: Tensor, floor: float, centred: bool) -> Tensor:
+def _nearest(x: Tensor, kept: Tensor, places: Tensor, floor: float) -> Tensor:
     """Numbers of the nearest kept patches, (spans, n); -1 where the cosine is below `floor`.
 
     Parameters
@@ -62,7 +60,7 @@ def _nearest(x: Tensor, kept: Tensor, places: Tensor, floor: float, centred: boo
     kept, places : Tensor of int64, shape (spans, k)
         Numbers of the kept patches in the batch, and in their span.
     """
-    unit = torch.nn.functional.normalize(x - x.mean(1, keepdim=True) if centred else x, dim=2)
+    unit = torch.nn.functional.normalize(x, dim=2)
     others = unit.gather(1, places[:, :, None].expand(-1, -1, x.shape[2])).mT
     step = max(1, BLOCK // kept.numel())
     blocks = [(unit[:, at : at + step] @ others).max(2) for at in range(0, x.shape[1], step)]

@@ -25,6 +25,7 @@ from benchmarks.accuracy.studies.ranking import (
     by_kind,
     keys,
     rank,
+    runs,
     settings,
 )
 from benchmarks.accuracy.tables import table
@@ -55,7 +56,7 @@ IMAGES: Candidate = ("condiv", {"power": 0.35, "margin": 0.2})
 NORM: Candidate = ("condiv", {"power": 0.5, "margin": 0.1, "signal": "norm"})
 PREVIOUS = by_kind(IMAGES, VIDEOS)
 """The default before this choice, which stays where candidates are equal."""
-CANDIDATES: list[Candidate] = [
+CANDIDATES: list[Candidate] = [  # some have options of release 0.1, see `ranking.runs`
     *(("condiv", {"power": p, "margin": 0.2}) for p in (0.35, 0.5, 1.0)),
     ("condiv", {"power": 0.5, "margin": 0.5}),
     ("condiv", {"power": "auto", "margin": 0.1}),
@@ -167,14 +168,10 @@ def missing(folder: Path, candidates: list[Candidate]) -> list[Setting]:
     """
     stored = (folder / "validation.json").exists()
     known = Results.read(folder, "validation").settings if stored else {}
-    old = {k for k, one in known.items() if "method" in one and one["method"] != _method(one)}
-    grid = [s for c in candidates for s in settings(c) if s.label not in known or s.label in old]
+    every = [s for c in candidates if runs(c) for s in settings(c)]
+    grid = [s for s in every if known.get(s.label, {}).get("method", s.method) != s.method]
+    grid += [s for s in every if s.label not in known]
     return [Setting(), *grid] if grid else []
-
-
-def _method(setting: dict[str, Any]) -> str:
-    """The method that this release runs for a stored setting."""
-    return Setting(setting["reducer"], setting["ratio"], setting["options"]).method
 
 
 def run_missing(

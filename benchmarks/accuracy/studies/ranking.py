@@ -10,7 +10,8 @@ import numpy as np
 
 from benchmarks.accuracy.run import RATIOS
 from benchmarks.accuracy.store import BARS, KINDS, Results
-from tokencomp.evaluation.settings import FULL, Setting
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.settings import FULL, Setting, label_of
 
 Candidate = tuple[str, dict[str, Any]]
 """A reducer with its options; or `BY_KIND` with a candidate for images and one for videos."""
@@ -36,6 +37,17 @@ def settings(candidate: Candidate) -> list[Setting]:
     return [Setting(name, ratio, options) for name, options in unique for ratio in RATIOS]
 
 
+def runs(candidate: Candidate) -> bool:
+    """Whether this release has the options of a candidate.
+
+    Of those that only release 0.1 had, such as signals of condiv, the stored answers count.
+    """
+    try:
+        return bool(settings(candidate))
+    except OptionError:
+        return False
+
+
 def answered(results: list[Results], candidate: Candidate) -> bool:
     """Whether every model has results at every ratio, on the kinds of media that it was asked."""
     return all(label(candidate, *key[1:]) in results[key[0]].settings for key in keys(results))
@@ -44,7 +56,7 @@ def answered(results: list[Results], candidate: Candidate) -> bool:
 def label(candidate: Candidate, ratio: float, kind: str) -> str:
     """The setting whose answers count in a cell."""
     name, options = part(candidate, kind)
-    return Setting(name, ratio, options).label
+    return label_of(name, f"{ratio:g}", options)
 
 
 def keys(results: list[Results]) -> list[tuple[int, float, str]]:
