@@ -107,7 +107,7 @@ def test_repeated_extension_and_extension_with_patch(family: Family) -> None:
     with tokencomp.patch(model, 0.5, reducer="pool", extend_context=12544) as handle:
         assert rotary.attention_scaling == pytest.approx(0.1 * math.log(2) + 1)
         model(**family.batch([[text(3), family.video(4), text(4, 2)]]))
-        assert handle.stats is not None
+        assert handle.stats
     assert torch.equal(rotary.inv_freq, before)
     with tokencomp.patch(model, 0.5, extend_context=True, reducer="pool"):
         assert rotary.attention_scaling == pytest.approx(0.1 * math.log(4) + 1)

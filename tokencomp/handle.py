@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.hooks import Hooks
 from tokencomp.engine.context.visual_window import VisualContext, extend_visual_context, is_extended
+from tokencomp.engine.count.flops import DecoderShape
 from tokencomp.engine.count.stats import Stats
 from tokencomp.engine.scores.layer_stages import check_entry, check_kinds, check_layer_stages
 from tokencomp.engine.scores.tap import attention_of
@@ -18,6 +19,7 @@ from tokencomp.engine.tower.stage import check_tower_stage
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan
 from tokencomp.trained.cards import model_facts
@@ -172,21 +174,38 @@ class Handle:
         return self._hooks.plan
 
     @property
-    def stats(self) -> Stats | None:
+    def stats(self) -> Stats:
         """Counts of the last prompt, also at ratio 0; in whichever thread it ran.
 
-        None before the first, after `set`, and after a prompt without visual input. Prompts under
-        `disabled()` change nothing.
+        Before the first, after `set`, and after a prompt without visual input they are empty, and
+        `bool(handle.stats)` is False. Prompts under `disabled()` change nothing.
 
         A prompt at ratio 0 is counted when its stats are read, so that it costs nothing before.
         Until then its tokens and embeddings stay in memory.
         """
-        return self._hooks.stats
+        adapter, stats = self._hooks.adapter, self._hooks.stats
+        return stats or Stats.empty(DecoderShape.from_config(adapter.text_config))
 
     def __repr__(self) -> str:
         family = self._hooks.adapter.family
-        state = "active" if self._active else "removed"
-        stages = [f"{s.reducer.name}@{s.layer}→{s.fraction:.3g}" for s in self.plan.stages]
+        asked = "plan" if self._spec.plan is not None else f"ratio {self._spec.shown_ratio}"
+        places = _places(self.plan.stages)
         if tower := self.plan.tower:
-            stages.insert(0, f"{tower.reducer.name}@tower {tower.block}→{tower.fraction:.3g}")
-        return f"<tokencomp.Handle {family}: {', '.join(stages) or 'off'} ({state})>"
+            places.insert(0, f"{tower.reducer.name} before tower block {tower.block}")
+        how = f" ({', '.join(places)})" if places else ""
+        state = self.stats if self._active else "removed"
+        return f"<tokencomp.Handle {family}, {asked}{how}: {state}>"
+
+
+def _places(stages: Sequence[Stage]) -> list[str]:
+    """Which reducers act where, e.g. "merge at entry", "prune before layers 4, 8"."""
+    by_name: dict[str, list[int]] = {}
+    for stage in stages:
+        by_name.setdefault(stage.reducer.name, []).append(stage.layer)
+    places = []
+    for name, layers in by_name.items():
+        entry, later = layers[0] == 0, [str(layer) for layer in layers if layer]
+        parts = ["at entry"] if entry else []
+        parts += [f"before layer{'s' * (len(later) > 1)} {', '.join(later)}"] if later else []
+        places.append(f"{name} {' and '.join(parts)}")
+    return places

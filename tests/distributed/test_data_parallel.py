@@ -90,6 +90,6 @@ def test_wrappers_in_any_order() -> None:
     ):
         assert unwrap(outer) is model
         handle = tokencomp.patch(outer, 0.5)
-        assert unwrap(outer) is model and "active" in repr(handle)
+        assert unwrap(outer) is model and "removed" not in repr(handle)
         tokencomp.unpatch(outer)
         assert "removed" in repr(handle)

@@ -49,7 +49,7 @@ def test_decoding_finds_no_hooks(reducer: str) -> None:
             seen = hooks_by_call(model, inputs, 3)
             assert seen[0] >= len(FAMILY.decoder(model).layers) and seen[1:] == [0, 0]
         assert torch.equal(model(**inputs).logits, first)
-        assert handle.stats is not None and handle.stats.ratio > 0.4
+        assert handle.stats and handle.stats.ratio > 0.4
     assert hooks(FAMILY, model) == 0
 
 

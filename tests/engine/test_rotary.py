@@ -55,7 +55,7 @@ def test_tables_equal_those_of_the_decoder(name: str, turns: int) -> None:
         with mock.patch.object(type(rotary), "forward", wraps=type(rotary).forward) as forward:
             model(**inputs)
         assert forward.call_count == 1  # for the scores
-        assert handle.stats is not None and handle.stats.ratio > 0.4
+        assert handle.stats and handle.stats.ratio > 0.4
         length = parts(tables.got[-1])[0].shape[-2]
         assert length < inputs["input_ids"].shape[1]
         for own, expected in zip(parts(tables.got[-1]), tables.computed(), strict=True):

@@ -26,7 +26,7 @@ def test_counts_are_those_that_a_compressed_prompt_starts_from(name: str) -> Non
         model.generate(**short, max_new_tokens=2)
         model.generate(**inputs, max_new_tokens=2)
         stats = handle.stats
-    assert stats is not None and handle.stats is stats
+    assert stats and handle.stats is stats
     assert stats.spans == expected.spans
     assert (stats.tokens_before, stats.lengths) == (expected.tokens_before, expected.lengths)
     assert stats.flops_before == stats.flops_after == expected.flops_before

@@ -89,10 +89,10 @@ def test_fullgraph_at_ratio_zero(family: Family) -> None:
         expected = model(**inputs).logits
         with tokencomp.patch(model, 0.0) as handle:
             model(**single(family))
-            assert handle.stats is not None
+            assert handle.stats
             whole = torch.compile(model, fullgraph=True, backend="eager")
             assert torch.equal(whole(**inputs).logits, expected)
-            assert handle.stats is None  # of a prompt that was not counted
+            assert not handle.stats  # of a prompt that was not counted
             positional = whole(inputs["input_ids"], attention_mask=inputs["attention_mask"])
             assert torch.equal(positional.logits, expected)
 
@@ -148,7 +148,7 @@ def test_layer_hooks_act_after_calls_without_them(change: Any, early: bool) -> N
         for inputs in (plain, prompt):
             out = oracle.generate(model, inputs, 4)
         assert torch.equal(out.sequences, expected.sequences)
-        assert handle.stats is not None and handle.stats.ratio > 0.1
+        assert handle.stats and handle.stats.ratio > 0.1
 
 
 def test_decoding_is_one_graph_with_scores_at_entry(family: Family) -> None:

@@ -90,7 +90,7 @@ def test_stats_are_of_the_last_prompt(family: Family) -> None:
     model, inputs = family.build(), prompt(family)
     plain = model(**inputs, use_cache=True)
     with tokencomp.patch(model, 0.0) as handle, torch.no_grad():
-        assert handle.stats is None
+        assert not handle.stats
         out = model(**inputs, use_cache=True)
         assert torch.equal(out.logits, plain.logits)
         stats = handle.stats
@@ -103,12 +103,12 @@ def test_stats_are_of_the_last_prompt(family: Family) -> None:
         one = sum(t[0, :, 0].numel() * t.element_size() for x in layers for t in (x.keys, x.values))
         assert stats.kv_bytes_after == stats.kv_bytes_before == rows * one
         handle.set(ratio=0.5)
-        assert handle.stats is None
+        assert not handle.stats
         model.generate(**inputs, max_new_tokens=3)
         assert handle.stats.ratio == pytest.approx(0.5, abs=0.05)
         assert handle.stats.tokens_before == visual
         model.generate(**family.batch([[text(5)]]), max_new_tokens=3)
-        assert handle.stats is None
+        assert not handle.stats
 
 
 @pytest.mark.parametrize("change", ["set", "patch", "unpatch and patch"])

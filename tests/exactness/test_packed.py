@@ -37,7 +37,7 @@ def test_packed_equals_alone(family: Family, name: str, backend: str) -> None:
             inputs = family.batch([row])
             positions = family.positions(model, inputs)
             alone.append(model(**inputs, position_ids=positions, use_cache=False).logits[0])
-            if handle.stats is not None:
+            if handle.stats:
                 expected += [span for stage in handle.stats.kept(0) for span in stage]
     assert kept == expected
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-4, rtol=1e-4)

@@ -77,7 +77,8 @@ class Qwen2VLAdapter(Adapter):
                 raise SpanError(
                     f"visual tokens {start} … {stop - 1} of sample {row} do not form one t×h×w "
                     "grid. Expected whole images or videos, each between its own start and end "
-                    "tokens, with the positions the model computes."
+                    "tokens, with the positions the model computes. In a later turn with new media "
+                    "pass position_ids of the whole conversation (model.model.get_rope_index)."
                 )
             spans.append(VisualSpan(start, stop - start, grid, kind))
         return spans

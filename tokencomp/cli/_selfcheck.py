@@ -37,7 +37,7 @@ def self_check(model: Any, processor: Any) -> list[Finding]:
         with tokencomp.patch(model, RATIO, reducer=reducer) as handle, counted_rows(model) as rows:
             compressed = _logits(model, inputs)
             stats = handle.stats
-        if stats is None:
+        if not stats:
             checks.append(Finding(reducer, False, "the prompt ran uncompressed"))
             continue
         text = stats.lengths[0] - stats.tokens_before[0]

@@ -78,7 +78,7 @@ def _pictures(
     stats: Any, media: Sequence[Any], shrunk: Sequence[Any]
 ) -> tuple[list[Any], list[tuple[int, list[Any]]], list[list[Any]]]:
     """The fields `pictures`, `layers` and `clips` of an answer."""
-    if stats is None or not media:
+    if not stats or not media:
         return [plain(m) for m in shrunk], [], [plain_tiles(m) for m in shrunk if _is_video(m)]
     groups = zip(media, group_spans(stats.spans[0], media), strict=True)
     spans = [(m, group) for m, group in groups if group]

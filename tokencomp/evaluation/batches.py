@@ -153,7 +153,7 @@ class Answerer:
             assert handle is not None
             model(**inputs, use_cache=True, logits_to_keep=1)
             stats = handle.stats
-        assert stats is not None
+        assert stats
         return stats
 
     def _costs(

@@ -82,12 +82,12 @@ def prefill_costs(
     inputs
         What the model got.
     stats
-        Of the handle that compressed this prefill; None if nothing was compressed.
+        Of the handle that compressed this prefill; None or empty if nothing was compressed.
     full
         Per sample: visual tokens before an input baseline shrank the media; None if nothing was
         shrunk.
     """
-    if stats is not None:
+    if stats:
         rows = zip(stats.lengths, stats.tokens_before, stats.tokens_after, strict=True)
         return [_cost(stats.shape, n, visual, seen, visual) for n, visual, seen in rows]
     shape = DecoderShape.from_config(adapter_for(model).text_config, model.dtype.itemsize)

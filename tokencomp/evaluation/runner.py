@@ -251,7 +251,7 @@ class _Sweep:
     def _keep(self, setting: Setting, rows: list[Loaded], batch: Batch) -> None:
         self.seconds[setting] += batch.seconds
         self._write(setting, batch.records)
-        if self.draw and setting in self.stores and not self.rank and batch.stats is not None:
+        if self.draw and setting in self.stores and not self.rank and batch.stats:
             self.draw(self.stores[setting].path, *rows[0], batch.stats)
         if self.timed and not self.rank and setting not in self.times:
             self.times[setting] = self.answerer.time_parts(setting, rows[0])

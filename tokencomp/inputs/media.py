@@ -29,6 +29,9 @@ VIDEO_SUFFIXES = frozenset(
     ]
 )
 
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for files that it cannot open."""
+
 
 def is_video(path: str | Path) -> bool:
     """Whether `path` is a video: by suffix, a folder of frames, or an animated picture."""
@@ -38,7 +41,7 @@ def is_video(path: str | Path) -> bool:
     try:
         with Image.open(path) as image:
             return getattr(image, "n_frames", 1) > 1
-    except OSError:
+    except UNREADABLE:  # `load_image` says what is wrong with it
         return False
 
 
@@ -88,8 +91,10 @@ def load_image(path: str | Path) -> Image.Image:
             f"{path}: neither an image that Pillow can read nor a known video suffix "
             f"({', '.join(sorted(VIDEO_SUFFIXES))}). Convert it to PNG, JPEG or MP4."
         ) from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{path}: the image is damaged or too large ({error}).") from error
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{path}: the image is too large; make it smaller ({error}).") from error
+    except UNREADABLE as error:
+        raise MediaError(f"{path}: the image is damaged ({error}).") from error
 
 
 def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:

@@ -7,6 +7,7 @@ a `Reducer` subclass, or a module that registers its classes when it is imported
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import pkgutil
 import threading
@@ -21,6 +22,14 @@ from tokencomp.reducers.compose import Compose, assign_options, part_names
 
 PACKAGE = "tokencomp.reducers"
 GROUP = "tokencomp.reducers"
+
+# Arguments of `patch` and `Handle.set` that stand beside the options of a reducer.
+ARGUMENTS = (
+    "ratio", "reducer", "plan", "tower_ratio", "tower_reducer", "strict", "positions",
+    "extend_context", "proportional_attention", "verify",
+)  # fmt: skip
+KEPT_SHARE = ("keep", "keep_ratio", "keep_rate", "retention", "fraction")
+SYNONYMS = {"method": "reducer", "prune_ratio": "ratio", "rate": "ratio"}
 
 R = TypeVar("R", bound=type[Reducer])
 _REGISTRY: dict[str, type[Reducer]] = {}
@@ -131,10 +140,24 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
     wrong = sorted(set(options) - set(allowed))
     if wrong:
         raise OptionError(
-            f"reducer {name!r} has no option {', '.join(map(repr, wrong))}. "
-            f"It has: {', '.join(allowed) or 'none'}."
+            f"reducer {name!r} has no option {', '.join(map(repr, wrong))}."
+            f"{_meant(wrong, allowed)} It has: {', '.join(allowed) or 'none'}."
         )
     return cls(**options)
+
+
+def _meant(wrong: list[str], allowed: list[str]) -> str:
+    """A sentence about what was perhaps meant, or ""."""
+    known = [*allowed, *ARGUMENTS]
+    for name in wrong:
+        if name in ARGUMENTS:
+            return f" {name} is no option of a reducer, and stands beside them."
+        if name in KEPT_SHARE:
+            return " Did you mean ratio? It is the share that is removed, not the share that stays."
+        close = [SYNONYMS[name]] if name in SYNONYMS else difflib.get_close_matches(name, known, 1)
+        if close:
+            return f" Did you mean {close[0]}?"
+    return ""
 
 
 def _class_of(name: str) -> type[Reducer]:

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from tokencomp.tokens.spans import VisualSpan
 
 
-@dataclass
+@dataclass(repr=False)
 class Stats:
     """Counts of one prefill. All but the ratio is computed on access.
+
+    False where no prefill was counted: before the first, and after a prompt without media. Then all
+    numbers are 0, and all lists empty.
 
     Attributes
     ----------
@@ -67,6 +70,33 @@ class Stats:
     tower_costs: list[TowerCost] = field(default_factory=list, repr=False)
     _kept: list[RowLayout] = field(default_factory=list, repr=False)
     _survivors: RowLayout | None = field(default=None, repr=False)
+
+    @classmethod
+    def empty(cls, shape: DecoderShape) -> Stats:
+        """Counts of no prefill."""
+        return cls([], [], [], [], [], shape)
+
+    def __bool__(self) -> bool:
+        return bool(self.spans)
+
+    def __str__(self) -> str:
+        """What was saved, e.g. "130 → 33 visual tokens, LLM work 36 %, cache 38 %"."""
+        if not self:
+            return "no prompt with media counted"
+        layers = [sum(seen) for seen in zip(*self.tokens_after, strict=True)]
+        left = sum(layers) / len(layers)
+        mean = " in the mean layer" if len(set(layers)) > 1 else ""
+        parts = [f"{sum(self.tokens_before)} → {left:.0f} visual tokens{mean}"]
+        for name, before, after in (
+            ("LLM work", self.flops_before, self.flops_after),
+            ("cache", self.kv_bytes_before, self.kv_bytes_after),
+            ("tower work", *self.tower_flops),
+        ):
+            parts += [f"{name} {100 * after / before:.0f} %"] if before else []
+        return ", ".join(parts)
+
+    def __repr__(self) -> str:
+        return f"<tokencomp.Stats: {self}>"
 
     @property
     def tokens_before(self) -> list[int]:

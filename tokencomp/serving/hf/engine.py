@@ -234,7 +234,7 @@ class Engine:
         seen: list[list[int]] = [[visual] for visual in before]  # by every decoder layer
         if batch[0].prompt.spec.active and any(before):
             stats = self._handle.stats
-            if stats is not None:
+            if stats:
                 seen = stats.tokens_after
                 self.metrics.ratio.set(stats.ratio)
                 self.metrics.reduce.inc(stats.reduce_seconds)
