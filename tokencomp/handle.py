@@ -131,7 +131,8 @@ class Handle:
     def set(
         self,
         *,
-        ratio: float | Mapping[str, float] | None = None,
+        ratio: float | Mapping[str, float] | Sequence[float] | None = None,
+        budget: int | Mapping[str, int] | None = None,
         reducer: str | Reducer | None = None,
         plan: PlanLike | None = None,
         tower_ratio: float | Literal["auto"] | None = None,
@@ -139,6 +140,8 @@ class Handle:
         **options: Any,
     ) -> Handle:
         """Change ratios, reducers or options in place; arguments left out keep their values.
+
+        A ratio replaces a budget, and the other way round.
 
         A new reducer starts from its own default options. A plan replaces all of them; after a
         plan, a new ratio needs a reducer too.
@@ -151,7 +154,8 @@ class Handle:
                 f"tokencomp.patch(model, ..., {fixed[0]}={options[fixed[0]]!r}) again."
             )
         stages = None if plan is None else as_plan(plan)
-        spec = self._spec.changed(ratio, reducer, stages, options, tower_ratio, tower_reducer)
+        tower = tower_ratio, tower_reducer
+        spec = self._spec.changed(ratio, reducer, stages, options, *tower, budget)
         new_plan = make_plan(spec, self._hooks.adapter)
         self._spec = spec
         try:
@@ -188,7 +192,8 @@ class Handle:
 
     def __repr__(self) -> str:
         family = self._hooks.adapter.family
-        asked = "plan" if self._spec.plan is not None else f"ratio {self._spec.shown_ratio}"
+        spec = self._spec
+        asked = "plan" if spec.plan is not None else spec.amount or f"ratio {spec.shown_ratio}"
         places = _places(self.plan.stages)
         if tower := self.plan.tower:
             places.insert(0, f"{tower.reducer.name} before tower block {tower.block}")

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from tokencomp.engine.scores.proportional import check_merges, check_share
 from tokencomp.errors import OptionError, PlanError, RatioError
+from tokencomp.plan.amounts import Amount
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan
+from tokencomp.plan.solved import by_item
 from tokencomp.plan.stages import MEDIA, Stage, TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
@@ -59,7 +61,7 @@ class MethodSpec:
         A registered name, two of them ("merge+prune"), a `Reducer`, or "auto".
     ratio
         Fraction of visual-token work to remove, in [0, 1); 0 is off. A mapping from kinds of media
-        ("image", "video", "audio") to ratios goes to `ratios`.
+        ("image", "video", "audio") to ratios goes to `ratios`, and a list to `item_ratios`.
     options
         Options of the named reducer.
     plan
@@ -73,6 +75,11 @@ class MethodSpec:
         Ratios by kind of media, in place of `ratio`; kinds that are not named stay whole.
     tower_reducer
         Chooses the cells of the vision tower: a name, a `Reducer`, or "auto".
+    budget
+        In place of a ratio: at most so many visual tokens of every item (image, clip or sound) as
+        a mean over the decoder layers; `{"prompt": 4096}`: of all items of a prompt together.
+    item_ratios
+        Ratios of the items of a prompt, in order, in place of `ratio`.
     carried
         Names of fields that an earlier setting left behind (`changed`). They may wait for another
         ratio; any other field that has no effect is refused.
@@ -80,8 +87,9 @@ class MethodSpec:
     Raises
     ------
     RatioError, UnknownNameError, OptionError
-        A bad ratio, reducer name or option; a plan beside a reducer or options; proportional
-        attention for a reducer that merges nothing; a tower reducer without a tower ratio, or
+        A bad ratio, budget, reducer name or option; two of ratio, budget and plan; a plan beside a
+        reducer or options; proportional attention for a reducer that merges nothing; a budget or
+        ratios by item beside a tower ratio; a tower reducer without a tower ratio, or
         tower_ratio="auto" at ratio 0.
     PlanError
         A tower ratio above the ratio, or a reducer that cannot act in the tower.
@@ -95,6 +103,8 @@ class MethodSpec:
     tower_ratio: float | Literal["auto"] = 0.0
     tower_reducer: str | Reducer = "auto"
     ratios: dict[str, float] = field(default_factory=dict)
+    budget: int | Mapping[str, int] | None = None
+    item_ratios: tuple[float, ...] = ()
     carried: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -102,6 +112,9 @@ class MethodSpec:
             if not self.ratio:
                 raise RatioError(f"ratio={{}}: names no kind of media. Use {', '.join(MEDIA)}.")
             object.__setattr__(self, "ratios", dict(self.ratio))
+            object.__setattr__(self, "ratio", 0.0)
+        elif isinstance(self.ratio, list | tuple):  # by item
+            object.__setattr__(self, "item_ratios", Amount.in_order(self.ratio).ratios)
             object.__setattr__(self, "ratio", 0.0)
         self._check_ratios()
         object.__setattr__(self, "ratio", check_ratio(self.ratio))
@@ -146,6 +159,13 @@ class MethodSpec:
                 f"ratio={self.ratios!r} beside a plan or tower_ratio, which know no kinds. "
                 'Give the stages of a plan fractions by kind ("by_kind"), or leave one out.'
             )
+        if self.budget is not None and (self.ratio or self.ratios or self.item_ratios):
+            check_one_amount(self.item_ratios or self.ratios or self.ratio, self.budget)
+        if self.amount is not None and (self.plan is not None or self.tower_ratio):
+            raise OptionError(
+                f"{self.amount} beside a plan or tower_ratio, which treat all "
+                "items alike. Leave one out."
+            )
 
     def _check_tower(self) -> None:
         """Refuse what the tower stage cannot do, whichever model the spec is for."""
@@ -189,8 +209,9 @@ class MethodSpec:
 
     @property
     def off(self) -> bool:
-        """Whether the ratio is 0 for all kinds of media."""
-        return self.ratio == 0 and not any(self.ratios.values())
+        """Whether the ratio is 0 for all media."""
+        ratios = (self.ratio, *self.ratios.values(), *self.item_ratios)
+        return self.budget is None and not any(ratios)
 
     @property
     def active(self) -> bool:
@@ -199,8 +220,25 @@ class MethodSpec:
 
     @property
     def shown_ratio(self) -> str:
-        """The ratio in words, as the command line takes it: "0.75", or "video=0.75,audio=0.5"."""
-        return ratio_text(self.ratios or self.ratio)
+        """The ratio in words, as the command line takes it: "0.75", or "video=0.75,audio=0.5".
+
+        Of a budget: "budget=512", or "budget=prompt=4096".
+        """
+        return ratio_text(self.ratios or self.ratio) if self.amount is None else str(self.amount)
+
+    @property
+    def requested(self) -> dict[str, Any]:
+        """What was asked for, as arguments: `{"ratio": 0.75}`, or `{"budget": 512}`."""
+        if self.budget is not None:
+            return {"budget": self.budget}
+        return {"ratio": list(self.item_ratios) or self.ratios or self.ratio}
+
+    @cached_property
+    def amount(self) -> Amount | None:
+        """What stays of every item, where items differ; None: all have one ratio (by kind)."""
+        if self.budget is not None:
+            return Amount.of(self.budget)
+        return Amount.in_order(self.item_ratios) if self.item_ratios else None
 
     @cached_property
     def _plans(self) -> dict[tuple[int, int], Plan]:
@@ -227,6 +265,8 @@ class MethodSpec:
                 plan = plan.behind(tower, num_layers)
             if self.ratios:
                 plan = self._by_kind(num_layers, first_layer_stage)
+            if self.amount is not None:
+                plan = by_item(self.amount, self.built_reducer, num_layers, first_layer_stage)
             self._plans[key] = plan
         return self._plans[key]
 
@@ -247,41 +287,42 @@ class MethodSpec:
 
     def changed(
         self,
-        ratio: float | Mapping[str, float] | None,
+        ratio: float | Mapping[str, float] | Sequence[float] | None,
         reducer: str | Reducer | None,
         plan: Plan | None,
         options: dict[str, Any],
         tower_ratio: float | Literal["auto"] | None = None,
         tower_reducer: str | Reducer | None = None,
+        budget: int | Mapping[str, int] | None = None,
     ) -> MethodSpec:
         """The spec after `Handle.set` with these arguments; None and {} change nothing."""
         keep: dict[str, Any] = {"proportional_attention": self.proportional_attention}
         tower: dict[str, Any] = {"tower_ratio": tower_ratio, "tower_reducer": tower_reducer}
         changed = {name: value for name, value in tower.items() if value is not None}
         keep["carried"] = frozenset(tower) - set(changed)
+        asked = check_one_amount(ratio, budget, plan)
         if plan is not None:
-            if ratio is not None:
-                raise OptionError(two_ratios(ratio))
             return MethodSpec(reducer or "auto", self.ratio, options, plan, **keep, **changed)
-        new_ratio: Any = (self.ratios or self.ratio) if ratio is None else ratio
+        asked = {"ratio": 0.0, "budget": None, **(asked or self.requested)}
         keep |= {"tower_ratio": self.tower_ratio, "tower_reducer": self.tower_reducer, **changed}
         if reducer is not None:
-            return MethodSpec(reducer, new_ratio, options, **keep)
-        if self.plan is not None and (ratio is not None or options or changed):
+            return MethodSpec(reducer, options=options, **asked, **keep)
+        given = ratio is not None or budget is not None
+        if self.plan is not None and (given or options or changed):
             raise OptionError(
                 "the current stages come from plan=..., so there is no reducer that could plan for "
                 "another ratio or option. Give set(reducer=...) too, or a new plan."
             )
         options = {**self.options, **options}
-        return dataclasses.replace(self, ratio=new_ratio, ratios={}, options=options, **keep)
+        keep |= {"ratios": {}, "item_ratios": (), "options": options}
+        return dataclasses.replace(self, **asked, **keep)
 
     def describe(self) -> dict[str, Any]:
         """Plain form with every option of the reducer; the same for all inactive specs."""
         if not self.active:
             return {"ratio": 0.0}
         options = self.built_reducer.options()
-        ratio: Any = self.ratios or self.ratio
-        plain = {"reducer": self.built_reducer.name, "ratio": ratio, "options": options}
+        plain = {"reducer": self.built_reducer.name, **self.requested, "options": options}
         if self.dropped_cells:
             tower = self.built_tower_reducer
             own = {"ratio": self.dropped_cells, "reducer": tower.name, "options": tower.options()}
@@ -291,16 +332,33 @@ class MethodSpec:
     def __hash__(self) -> int:
         options = json.dumps(self.options, sort_keys=True, default=str)
         tower, ratios = (self.tower_ratio, self.tower_reducer), tuple(sorted(self.ratios.items()))
-        return hash((self.reducer, self.ratio, ratios, options, self.plan, *tower))
+        return hash((self.reducer, self.ratio, ratios, options, self.plan, self.amount, *tower))
 
 
-def ratio_text(ratio: float | Mapping[str, float]) -> str:
+def ratio_text(ratio: Any) -> str:
     """A ratio, or ratios by kind of media, as the command line takes them."""
     if isinstance(ratio, Mapping):
         return ",".join(f"{kind}={value:g}" for kind, value in ratio.items())
-    return f"{ratio:g}"
+    return ratio if isinstance(ratio, str) else f"{ratio:g}"
 
 
-def two_ratios(ratio: Any) -> str:
-    """The message for a plan beside a ratio."""
-    return f"plan=... together with ratio={ratio!r}: a plan has its own fractions. Leave one out."
+def check_one_amount(ratio: Any, budget: Any, plan: Any = None) -> dict[str, Any]:
+    """The one of ratio and budget that is not None, as arguments; {} for none.
+
+    Raises
+    ------
+    OptionError
+        Both, or one of them beside a plan.
+    """
+    given = {k: v for k, v in {"ratio": ratio, "budget": budget}.items() if v is not None}
+    words = [f"{name}={value!r}" for name, value in given.items()]
+    if len(given) > 1:
+        raise OptionError(
+            f"{words[0]} together with {words[1]}: a budget says in tokens what a ratio says as a "
+            "fraction. Leave one out."
+        )
+    if given and plan is not None:
+        raise OptionError(
+            f"plan=... together with {words[0]}: a plan has its own fractions. Leave one out."
+        )
+    return given

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -22,8 +22,7 @@ from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.scores.proportional import check_windows
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.handle import ATTRIBUTE, Handle, make_plan
-from tokencomp.method import MethodSpec, two_ratios
-from tokencomp.plan.counts import check_ratio
+from tokencomp.method import MethodSpec, check_one_amount
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan
 from tokencomp.validation import check_choice
@@ -31,8 +30,9 @@ from tokencomp.validation import check_choice
 
 def patch(
     model: nn.Module,
-    ratio: float | Mapping[str, float] | None = None,
+    ratio: float | Mapping[str, float] | Sequence[float] | None = None,
     *,
+    budget: int | Mapping[str, int] | None = None,
     reducer: str | Reducer = "auto",
     plan: PlanLike | None = None,
     tower_ratio: float | Literal["auto"] = 0.0,
@@ -55,7 +55,13 @@ def patch(
         Fraction of visual-token work removed from the LLM, in [0, 1): 1 - mean over decoder layers
         of visual tokens seen / visual tokens of the prompt. 0 = off. None: 0.5, or what `plan` has.
         A mapping gives ratios by kind of media, `{"video": 0.75, "audio": 0.5}`; kinds that it does
-        not name stay whole.
+        not name stay whole. A list gives ratios of the items of a prompt, in order: one for every
+        image, clip or sound.
+    budget
+        In place of `ratio`: at most so many visual tokens of every item, so its ratio is
+        1 - budget / its tokens; schedules are solved for that ratio. Smaller items stay whole.
+        `{"prompt": 4096}` is a budget of all items of a prompt together. Special tokens stay, as
+        at any ratio.
     reducer
         A name from `tokencomp.available_reducers()`, a `Reducer`, or "auto": condiv, or kcentre if
         the first decoder layer has no attention that could score tokens.
@@ -117,8 +123,9 @@ def patch(
     Raises
     ------
     RatioError, UnknownNameError, OptionError
-        A bad ratio, reducer name, reducer option or `positions`; a plan beside a ratio, reducer or
-        options; proportional attention for a reducer that merges nothing.
+        A bad ratio, budget, reducer name, reducer option or `positions`; two of ratio, budget and
+        plan; a plan beside a reducer or options; a budget or list beside a tower ratio;
+        proportional attention for a reducer that merges nothing.
     PlanError
         A plan that cannot be read, or not be executed on this model; a tower ratio above the ratio;
         a reducer that cannot act in the tower.
@@ -129,12 +136,15 @@ def patch(
     AlreadyCompressedError
         The model carries another method's changes.
     """
-    if plan is not None and ratio is not None:
-        raise OptionError(two_ratios(ratio if isinstance(ratio, Mapping) else check_ratio(ratio)))
-    stages = None if plan is None else as_plan(plan)
-    amount: Any = 0.5 if ratio is None else ratio
+    asked = check_one_amount(ratio, budget, plan) or {"ratio": 0.5}
     spec = MethodSpec(
-        reducer, amount, options, stages, proportional_attention, tower_ratio, tower_reducer
+        reducer,
+        options=options,
+        plan=None if plan is None else as_plan(plan),
+        proportional_attention=proportional_attention,
+        tower_ratio=tower_ratio,
+        tower_reducer=tower_reducer,
+        **asked,
     )
     with _checked(model, spec) if verify else contextlib.nullcontext():
         return apply(model, spec, strict=strict, positions=positions, extend_context=extend_context)

@@ -128,8 +128,9 @@ class LlavaNextAdapter(TileAdapter):
             while i < len(breaks) and breaks[i] - breaks[i - 1] == width + 1:
                 rows, i = rows + 1, i + 1
             special = tuple((width + 1) * r + width for r in range(rows))
-            spans.append(VisualSpan(cursor, tile, (1, side, side)))
-            spans.append(VisualSpan(first, rows * (width + 1), (1, rows, width), special=special))
+            spans.append(VisualSpan(cursor, tile, (1, side, side), item=cursor))
+            mosaic, grid = rows * (width + 1), (1, rows, width)
+            spans.append(VisualSpan(first, mosaic, grid, special=special, item=cursor))
             cursor = first + rows * (width + 1)
         return spans
 

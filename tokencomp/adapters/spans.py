@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,7 @@ def span_of(
         The grid of a medium of which nothing else tells it.
     """
     if medium.kind == "audio":
-        return [_audio(a, b) for a, b in medium.pieces]
+        return [replace(_audio(a, b), item=medium.pieces[0][0]) for a, b in medium.pieces]
     if len(medium.pieces) == 1:
         start, stop = medium.pieces[0]
         grid = grid_from_positions(call.positions, row, start, stop)
@@ -107,9 +107,11 @@ def span_of(
     joined = _joined(medium, row, call, size)
     if joined is not None:
         return [joined]
+    item = medium.pieces[0][0]
+    grids = [grid_from_positions(call.positions, row, a, b) for a, b in medium.pieces]
     return [
-        _span(a, b, medium.kind, grid_from_positions(call.positions, row, a, b) or fallback)
-        for a, b in medium.pieces
+        replace(_span(a, b, medium.kind, grid or fallback), item=item)
+        for (a, b), grid in zip(medium.pieces, grids, strict=True)
     ]
 
 

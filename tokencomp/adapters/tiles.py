@@ -72,7 +72,7 @@ class TileAdapter(Adapter):
                     "fixed tile size of its vision config."
                 )
             spans += [
-                VisualSpan(start + i * side * side, side * side, (1, side, side), kind)
+                VisualSpan(start + i * side * side, side * side, (1, side, side), kind, item=start)
                 for i in range(tiles)
             ]
         return spans

@@ -88,9 +88,11 @@ class EvalRun:
         return " ".join([self.identity["reducer"], *options])
 
     @property
-    def ratio(self) -> float | dict[str, float]:
-        """As requested: a number, or numbers by kind of media."""
+    def ratio(self) -> float | dict[str, float] | str:
+        """As requested: a number, numbers by kind of media, or a budget in words."""
         ratio = self.identity["ratio"]
+        if isinstance(ratio, str):
+            return ratio
         return dict(ratio) if isinstance(ratio, dict) else float(ratio)
 
     @property

@@ -19,6 +19,7 @@ RANDOM = "random"
 UNIFORM = "uniform"
 PROPORTIONAL = "proportional_attention"
 TOWER = ("tower_ratio", "tower_reducer")
+BUDGET = "budget"
 DOWNSCALE = "downscale"
 FEWER_FRAMES = "fewer_frames"
 NATIVE = "native"
@@ -58,30 +59,36 @@ class Setting(MethodSpec):
     target: str = ""
 
     def __post_init__(self) -> None:
-        if self.reducer == FULL and self.plan is None and (self.ratio or self.options):
+        asked = self.ratio or self.options or self.budget is not None
+        if self.reducer == FULL and self.plan is None and asked:
             raise OptionError(
                 f"the uncompressed model ('{FULL}') takes no ratio and no options; got "
-                f"ratio={self.ratio}, options={self.options}."
+                f"ratio={self.ratio}, budget={self.budget}, options={self.options}."
             )
         if self.input_baseline and self.options:
             raise OptionError(f"{self.reducer!r} has no options; got {self.options}.")
-        if self.input_baseline and isinstance(self.ratio, Mapping):
-            raise OptionError(
-                f"{self.reducer!r} makes all media smaller by one ratio; got {dict(self.ratio)}. "
-                "Give it a number, or leave it out."
-            )
         options = dict(self.options)
-        for field in (PROPORTIONAL, *TOWER):
+        for field in (PROPORTIONAL, BUDGET, *TOWER):
             self._assign(**{field: options.pop(field, getattr(self, field))})
         self._assign(options=options)
         if self.reducer == PLAN or self.plan is not None:
             self._take_plan(options)
         super().__post_init__()
+        if self.input_baseline and (self.amount is not None or self.ratios):
+            raise OptionError(
+                f"{self.reducer!r} makes all media smaller by one ratio; got {self.shown_ratio}. "
+                "Give it a number, or leave it out."
+            )
         if not self.name:
             self._assign(name=FULL if self.off else self._reducer_name())
         if self.off:
             self._assign(
-                ratios={}, reducer=FULL, options={}, plan=None, proportional_attention=False
+                ratios={},
+                item_ratios=(),
+                reducer=FULL,
+                options={},
+                plan=None,
+                proportional_attention=False,
             )
             self._assign(tower_ratio=0.0, tower_reducer="auto")
 
@@ -151,7 +158,7 @@ class Setting(MethodSpec):
 
     def moved(self, layers: int) -> str:
         """How a decoder of `layers` layers moves the method's cuts, in words; "" if it does not."""
-        if not self.active or self.plan is not None or self.ratios:
+        if not self.active or self.plan is not None or self.ratios or self.amount is not None:
             return ""
         return self.built_reducer.moved(self.ratio, layers)
 
@@ -159,6 +166,7 @@ class Setting(MethodSpec):
     def identity(self) -> dict[str, Any]:
         """What the answers of this setting depend on, ready for JSON."""
         ratio: Any = self.ratios or self.ratio
+        ratio = ratio if self.amount is None else self.shown_ratio
         values = {"ratio": ratio, "options": self.written_options, "method": self.method}
         return {"reducer": self.name, **values}
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tokencomp.errors import PlanError
+from tokencomp.plan.amounts import Place
 from tokencomp.plan.stages import Stage, StageReducer, TowerStage
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ class Plan:
         for kind in {kind for s in self.stages for kind, _ in s.by_kind}:
             self._check_fractions(kind)
         self._check_fractions(None)
+        budgets = [s.amount.budget for s in self.stages if s.amount and s.amount.budget]
+        fixed = [s for s in self.stages if s.amount and s.share is None]
+        if len(fixed) == len(budgets) and budgets != sorted(budgets, reverse=True):
+            raise PlanError(f"stage budgets {budgets}: expected numbers that do not grow.")
 
     def _check_fractions(self, kind: str | None) -> None:
         """Raise `PlanError` if the stages are in another order, for one kind of media."""
@@ -73,7 +78,9 @@ class Plan:
             )
         later = self.stages if self.tower else self.stages[1:]
         for (name, fraction), stage in zip(before, later, strict=False):
-            if stage.reducer.whole_spans and fraction < 1:
+            # What a budget leaves depends on the item, so it may be less than all.
+            cut = fraction < 1 or any(s.amount for s in self.stages if s.layer < stage.layer)
+            if stage.reducer.whole_spans and cut:
                 fix = "Make it the first stage"
                 if self.tower:
                     fix = "Use tower_ratio=0, or a reducer that needs no whole grid, as condiv"
@@ -96,21 +103,24 @@ class Plan:
     def layer_stages(self) -> tuple[Stage, ...]:
         return tuple(s for s in self.stages if s.layer > 0)
 
-    def fractions(self, num_layers: int, kind: str | None = None) -> list[float]:
+    def fractions(
+        self, num_layers: int, kind: str | None = None, place: Place | None = None
+    ) -> list[float]:
         """Fraction of the tokens of a kind of media seen by each of `num_layers` decoder layers.
 
-        None: of kinds to which the stages give no fraction of their own.
+        None: of kinds to which the stages give no fraction of their own. `place` says which item
+        of a prompt it is, for plans that treat every item by itself.
         """
         current = self.tower.fraction if self.tower else 1.0
-        seen, stages = [], {s.layer: s.fraction_of(kind) for s in self.stages}
+        seen, stages = [], {s.layer: s.fraction_of(kind, place) for s in self.stages}
         for layer in range(num_layers):
             current = stages.get(layer, current)
             seen.append(current)
         return seen
 
-    def ratio(self, num_layers: int, kind: str | None = None) -> float:
+    def ratio(self, num_layers: int, kind: str | None = None, place: Place | None = None) -> float:
         """1 - mean over layers of the fraction seen: the ratio before rounding to tokens."""
-        return 1.0 - sum(self.fractions(num_layers, kind)) / num_layers
+        return 1.0 - sum(self.fractions(num_layers, kind, place)) / num_layers
 
     def check(self, num_layers: int, first: int = 1) -> None:
         """Raise `PlanError` if a stage lies outside the decoder, or between layers before `first`.
@@ -142,14 +152,18 @@ class Plan:
         reducers = self._reducers(self.stages[0].reducer, num_layers)
         return _stages_at_changes(_delayed(self.fractions(num_layers), first), reducers)
 
-    def counts(self, span: VisualSpan, num_layers: int) -> list[int]:
+    def counts(self, span: VisualSpan, num_layers: int, place: Place | None = None) -> list[int]:
         """Visual tokens of `span` left after each stage, non-increasing.
 
         Special tokens always stay, so a late stage may be unable to go as low as its fraction
         says. The earlier stages then keep fewer tokens, as far as they can, so that the ratio of
-        the plan is met (ours).
+        the plan is met (ours). `place` says which item of a prompt it is, for plans that treat
+        every item by itself.
         """
-        fractions = [s.fraction_of(span.kind) for s in self.stages]
+        fractions = [s.fraction_of(span.kind, place) for s in self.stages]
+        if place is not None:
+            pairs = zip(self.stages, fractions, strict=True)
+            fractions = [s.amount.of_part(f, place) if s.amount else f for s, f in pairs]
         kept = list(self._falling(span, fractions))
         least = list(self._falling(span, [min(f, LEAST) for f in fractions]))
         target = [span.visual * f for f in fractions]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokencomp.errors import PlanError
+from tokencomp.plan.amounts import Amount, Place
 from tokencomp.plan.counts import keep_count, split_evenly
 from tokencomp.validation import check_effect, describe_type, fits
 
@@ -142,6 +143,11 @@ class Stage:
     by_kind
         Fractions of kinds of media ("image", "video", "audio") that differ from `fraction`, as
         sorted pairs.
+    amount
+        What stays of every item, in place of `fraction`: a budget in tokens, for example.
+    share
+        From the fraction of an item that all layers see on average to the one from `layer` on;
+        None: the same.
 
     Raises
     ------
@@ -157,6 +163,8 @@ class Stage:
     fraction: float
     reducer: StageReducer
     by_kind: tuple[tuple[str, float], ...] = ()
+    amount: Amount | None = None
+    share: Callable[[float], float] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by_kind", tuple(sorted(dict(self.by_kind).items())))
@@ -185,8 +193,14 @@ class Stage:
                 "stands before the first layer. Move the stage to layer 0, or take another reducer."
             )
 
-    def fraction_of(self, kind: str | None) -> float:
-        """The fraction of a kind of media; None: of kinds without one of their own."""
+    def fraction_of(self, kind: str | None, place: Place | None = None) -> float:
+        """The fraction of a kind of media; None: of kinds without one of their own.
+
+        `place` says which item of a prompt it is, for stages with an amount of their own.
+        """
+        if self.amount is not None and place is not None:
+            left = self.amount.left(place)
+            return left if self.share is None else self.share(left)
         return dict(self.by_kind).get(kind, self.fraction) if kind else self.fraction
 
     @property

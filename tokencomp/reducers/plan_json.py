@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import PlanError
+from tokencomp.plan.amounts import Amount
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage, TowerStage
 from tokencomp.reducers.registry import make_reducer
@@ -39,13 +40,26 @@ def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
     return [
         {
             **({"tower": s.block} if isinstance(s, TowerStage) else {"layer": int(s.layer)}),
-            "fraction": float(s.fraction),
+            **_size(s),
             "reducer": s.reducer.name,
             "options": s.reducer.options(),
             **({"by_kind": dict(s.by_kind)} if isinstance(s, Stage) and s.by_kind else {}),
         }
         for s in stages
     ]
+
+
+def _size(stage: Stage | TowerStage) -> dict[str, Any]:
+    """The fraction or the budget of a stage."""
+    amount = stage.amount if isinstance(stage, Stage) else None
+    if amount is None:
+        return {"fraction": float(stage.fraction)}
+    if isinstance(stage, Stage) and amount.budget is not None and stage.share is None:
+        return {"budget": amount.budget}
+    raise PlanError(
+        f"a stage with {amount} depends on all items of a prompt, or on a schedule solved for each "
+        "of them. Write down the reducer and its ratio or budget instead of the plan."
+    )
 
 
 def plan_from_json(data: list[dict[str, Any]]) -> Plan:
@@ -68,28 +82,35 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
                 f"stage {i} of the plan is {item!r}; expected an object with layer (an integer), "
                 "fraction (a number), reducer (a name) and, if needed, options (an object) and "
                 "by_kind (fractions of kinds of media that differ), e.g. "
-                '{"layer": 0, "fraction": 0.5, "reducer": "merge"}. The first may have tower (a '
-                "block of the vision tower) instead of layer."
+                '{"layer": 0, "fraction": 0.5, "reducer": "merge"}. A stage at a layer may have '
+                "budget (visual tokens left of every item) instead of fraction. The first may have "
+                "tower (a block of the vision tower) instead of layer."
             )
         reducer = make_reducer(item["reducer"], **item.get("options", {}))
         if "tower" in item:
             tower = TowerStage(item["tower"], float(item["fraction"]), reducer)
         else:
             kinds = tuple(item.get("by_kind", {}).items())
-            stages.append(Stage(item["layer"], float(item["fraction"]), reducer, kinds))
+            amount = Amount.of(item["budget"]) if "budget" in item else None
+            fraction = float(item.get("fraction", 1.0))
+            stages.append(Stage(item["layer"], fraction, reducer, kinds, amount))
     return Plan(tuple(stages), tower)
 
 
 def _is_stage(item: Any, place: str) -> bool:
     """Whether `item` describes a stage before a "layer", or before a block of the "tower"."""
-    hints = {place: int, "fraction": float, "reducer": str}
-    further = {"options", "by_kind"} if place == "layer" else {"options"}
-    if not isinstance(item, dict) or set(item) - further != set(hints):
+    if not isinstance(item, dict):
+        return False
+    budget = place == "layer" and "budget" in item  # `Amount` says what is wrong with its value
+    size = {"budget": object} if budget else {"fraction": float}
+    hints: dict[str, Any] = {place: int, **size, "reducer": str}
+    further = {"options", "by_kind"} if place == "layer" and not budget else {"options"}
+    if set(item) - further != set(hints):
         return False
     if not isinstance(item.get("by_kind", {}), dict):
         return False
     options = item.get("options", {})
-    typed = all(fits(item[key], hint) for key, hint in hints.items())
+    typed = all(fits(item[key], hint) for key, hint in hints.items() if hint is not object)
     return typed and isinstance(options, dict) and all(isinstance(key, str) for key in options)
 
 

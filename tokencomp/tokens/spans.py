@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -39,6 +39,10 @@ class VisualSpan:
     grid_known
         False where nothing tells how the tokens lie in the picture. `grid` is then (1, 1, n), and
         reducers that read places in it (`Reducer.needs_grid`) refuse the span.
+    item
+        Number of the image, clip or sound in its sample: tiles of one image are several spans of
+        one item. While an adapter reads a prompt: any number that the spans of an item share, or
+        None for an item of its own (`numbered`).
     """
 
     start: int
@@ -48,6 +52,7 @@ class VisualSpan:
     special: tuple[int, ...] = ()
     text: tuple[int, ...] = ()
     grid_known: bool = True
+    item: int | None = field(default=None, compare=False)
 
     @property
     def stop(self) -> int:
@@ -73,6 +78,16 @@ class VisualSpan:
         mask = torch.zeros(self.length, dtype=torch.bool)
         mask[list(self.text)] = True
         return mask.to(device)
+
+
+def numbered(spans: Sequence[VisualSpan]) -> list[VisualSpan]:
+    """The spans of a sample with the number of their item, from 0 on."""
+    result: list[VisualSpan] = []
+    for before, span in zip([None, *spans], spans, strict=False):
+        number = result[-1].item or 0 if result else 0
+        same = before is not None and span.item is not None and span.item == before.item
+        result.append(replace(span, item=number if same or not result else number + 1))
+    return result
 
 
 @dataclass

@@ -25,7 +25,7 @@ from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.engine.stage.segments import build_segments
 from tokencomp.errors import UnknownGridError
 from tokencomp.plan.plan import Plan
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.spans import VisualSpan, numbered
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class PromptReader:
         check_prefill(adapter, arguments, call.kinds, layered, self.proportional)
         positions, text = read_positions(adapter, arguments, cache)
         rows = positions[-3:].cpu() if adapter.mrope else None
-        spans = adapter.spans(Call(call.kinds, x, rows, adapter.body, call.inputs))
+        found = adapter.spans(Call(call.kinds, x, rows, adapter.body, call.inputs))
+        spans = [numbered(row) for row in found]
         check_grids(plan, spans)
         check_window(adapter, call.kinds, cache)
         layout = self._layout(call, spans, text)
@@ -137,7 +138,9 @@ def check_grids(plan: Plan, spans: list[list[VisualSpan]]) -> None:
     """
     unknown = next((s for row in spans for s in row if not s.grid_known), None)
     for stage in plan.stages:
-        if unknown is None or not stage.reducer.needs_grid or stage.fraction_of(unknown.kind) == 1:
+        if unknown is None or not stage.reducer.needs_grid:
+            continue
+        if stage.amount is None and stage.fraction_of(unknown.kind) == 1:
             continue
         raise UnknownGridError(
             f"reducer {stage.reducer.name!r} reads places in the grid of an {unknown.kind}, but "

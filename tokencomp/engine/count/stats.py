@@ -54,6 +54,9 @@ class Stats:
     tower_costs
         Work of the calls of the vision tower; empty without a stage in the tower, or if the tower
         ran in another thread or for other prompts in between.
+    requested_ratio
+        The ratio that the plan was to reach, before rounding to tokens and special tokens; of a
+        budget: what it comes to for these items.
     """
 
     spans: list[list[VisualSpan]]
@@ -68,6 +71,7 @@ class Stats:
     prefill_chunk: int | None = None
     entering: list[list[int]] = field(default_factory=list)
     tower_costs: list[TowerCost] = field(default_factory=list, repr=False)
+    requested_ratio: float = 0.0
     _kept: list[RowLayout] = field(default_factory=list, repr=False)
     _survivors: RowLayout | None = field(default=None, repr=False)
 
@@ -198,6 +202,7 @@ class Stats:
             "tokens_before": self.tokens_before,
             "tokens_after": self.tokens_after,
             "ratio": self.ratio,
+            "requested_ratio": self.requested_ratio,
             "flops_before": self.flops_before,
             "flops_after": self.flops_after,
             "kv_bytes_before": self.kv_bytes_before,
@@ -248,13 +253,11 @@ def warn_if_ratio_missed(stats: Stats, plan: Plan, warned: set[str]) -> None:
     """
     spans, before = sum(map(len, stats.spans)), sum(stats.tokens_before)
     every = [span for row in stats.spans for span in row]
-    layers = stats.shape.num_layers
-    planned = sum(plan.ratio(layers, s.kind) * s.visual for s in every) / max(1, before)
-    achieved = stats.ratio
+    planned, achieved = stats.requested_ratio, stats.ratio
     if not before or abs(planned - achieved) <= max(0.05 * (1 - planned), spans / before):
         return
     own = [s.reducer.own_count for s in plan.stages]
-    name = str([(s.layer, s.fraction, s.by_kind, s.reducer.name) for s in plan.stages])
+    name = str([(s.layer, s.fraction, s.by_kind, s.amount, s.reducer.name) for s in plan.stages])
     name += str(plan.tower and plan.tower.fraction)
     if name in warned or (own and all(own)):
         return
@@ -296,6 +299,20 @@ def collect(forward: ForwardPass, cache: Any) -> Stats:
         prefill_chunk=forward.chunk,
         entering=[[forward.plan.entering(s) for s in row] for row in forward.spans],
         tower_costs=forward.tower_costs,
+        requested_ratio=_requested(forward),
         _survivors=forward.survivors,
         _kept=forward.kept,
     )
+
+
+def _requested(forward: ForwardPass) -> float:
+    """The ratio of the plan for these items, before rounding to tokens."""
+    plan, layers = forward.plan, len(forward.adapter.layers)
+    pairs = [
+        (span, place)
+        for row, places in zip(forward.spans, forward.places, strict=True)
+        for span, place in zip(row, places, strict=True)
+    ]
+    before = sum(span.visual for span, _ in pairs)
+    removed = sum(span.visual * plan.ratio(layers, span.kind, place) for span, place in pairs)
+    return removed / max(1, before)

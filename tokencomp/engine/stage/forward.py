@@ -35,6 +35,7 @@ from tokencomp.engine.stage.segments import Segment
 from tokencomp.engine.stage.stage_input import StageInput
 from tokencomp.engine.stage.survivors import surviving_rows
 from tokencomp.engine.tower.flops import TowerCost
+from tokencomp.plan.amounts import Place, places
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.signals import Attention, Signal
@@ -53,6 +54,8 @@ class ForwardPass:
         Columns of the call in the caller's batch.
     layout
         Where tokens stand after the latest stage.
+    places
+        Per sample, per span: where it stands among the items of its prompt.
     tail
         Last columns that stand where the caller put them, whatever leaves.
     tower
@@ -94,7 +97,11 @@ class ForwardPass:
             for prompts, row in zip(layout.prompts, layout.spans, strict=False)
         ]
         layers = len(adapter.layers)
-        self.counts = [[plan.counts(s, layers) for s in row] for row in spans]
+        self.places = [_places(row, own) for row, own in zip(spans, self.prompts, strict=False)]
+        self.counts = [
+            [plan.counts(s, layers, place) for s, place in zip(row, own, strict=True)]
+            for row, own in zip(spans, self.places, strict=True)
+        ]
         self.tail = min((width - row[-1].stop for row in spans if row), default=width)
         if layout.origin is not None:  # the caller's last columns may be padding
             self.tail = 0
@@ -374,3 +381,13 @@ class ForwardPass:
                 weights = restore_map(weights, layout, self.width, past, segment.logical)
             full.append(weights)
         return tuple(full)
+
+
+def _places(row: list[VisualSpan], prompts: list[tuple[int, list[int]]]) -> list[Place]:
+    """The place of every span of a sample; every prompt packed into it has items of its own."""
+    found = {
+        j: place
+        for _, own in prompts
+        for j, place in zip(own, places([row[j] for j in own]), strict=True)
+    }
+    return [found[j] for j in range(len(row))]

@@ -1,0 +1,242 @@
+"""Budgets in tokens and ratios by item: exact, and as many tokens as asked for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from support import oracle
+from support.families import CORE, FAMILIES, text
+
+import tokencomp
+from tokencomp import Plan, Stage, make_reducer, plan_from_json, plan_to_json
+from tokencomp.errors import OptionError, PlanError, RatioError
+
+BUDGET = 6
+SHORT = ("qwen2_vl", "llava_onevision")
+SETTINGS: list[dict[str, Any]] = [
+    {"budget": BUDGET, "reducer": "kcentre"},
+    {"budget": BUDGET, "reducer": "condiv"},
+    {"budget": BUDGET, "reducer": "pyramiddrop"},
+    {"budget": {"prompt": 14}, "reducer": "kcentre"},
+    {"ratio": [0.0, 0.75, 0.5], "reducer": "divprune"},
+    {"ratio": [0.0, 0.75, 0.5], "reducer": "fastv"},
+]
+
+
+def ragged(family: Any) -> dict[str, torch.Tensor]:
+    """Two prompts of different length with three images each, of sizes in another order."""
+    rows = []
+    for order, words in (((0, 1, 2), 4), ((2, 0, 1), 2)):
+        row: list[Any] = [text(3)]
+        for size in order:
+            row += [family.image(size), text(words, size)]
+        rows.append(row)
+    return family.batch(rows)
+
+
+def by_item(stats: Any, sample: int) -> list[tuple[int, list[int], int]]:
+    """Of every item: its visual tokens, those left after each stage, and its special tokens."""
+    items: dict[int, list[int]] = {}
+    for j, span in enumerate(stats.spans[sample]):
+        items.setdefault(span.item, []).append(j)
+    assert [*items] == [*range(len(items))]
+    spans, counts = stats.spans[sample], stats.counts[sample]
+    return [
+        (
+            sum(spans[j].visual for j in own),
+            [sum(left) for left in zip(*(counts[j] for j in own), strict=True)],
+            sum(len(spans[j].special) for j in own),
+        )
+        for own in items.values()
+    ]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in SHORT else pytest.mark.long) for n in CORE],
+)
+@pytest.mark.filterwarnings("ignore::tokencomp.errors.RatioWarning")
+def test_dropping_equals_masking(name: str, setting: dict[str, Any]) -> None:
+    """Ragged batch, prefill and decoding, against the masked run of full length."""
+    family = FAMILIES[name]
+    model, inputs = family.build(), ragged(family)
+    with tokencomp.patch(model, **setting) as handle:
+        out = oracle.generate(model, inputs, 3)
+        stats, masks = handle.stats, oracle.kept_columns(handle, inputs, family.layers)
+    length = inputs["input_ids"].shape[1]
+    new = out.sequences[:, length:]
+    expected = oracle.masked_logits(model, family, inputs, masks, new[:, :-1])
+    for step, logits in enumerate(out.logits):
+        assert (logits - expected[:, length - 1 + step]).abs().max() < 1e-5, f"step {step}"
+    assert sum(stats.tokens_after[0]) < family.layers * stats.tokens_before[0]
+
+
+@pytest.mark.parametrize("reducer", ["kcentre", "fastv", "pyramiddrop", "aim", "merge+prune"])
+@pytest.mark.parametrize("budget", [4, 6, 13, 1000])
+def test_no_item_is_above_its_budget(reducer: str, budget: int) -> None:
+    """On average over the layers; and less than one token per stage below it."""
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), ragged(family)
+    with torch.no_grad(), tokencomp.patch(model, reducer=reducer, budget=budget) as handle:
+        model(**inputs)
+        stats, starts = handle.stats, [s.layer for s in handle.plan.stages]
+    ends = [*starts[1:], family.layers]
+    for sample in range(2):
+        for size, left, _ in by_item(stats, sample):
+            layers = [starts[0], *(b - a for a, b in zip(starts, ends, strict=True))]
+            seen = sum(n * k for n, k in zip(layers, [size, *left], strict=True)) / family.layers
+            assert min(size, budget) - 1 < seen <= min(size, budget)
+    sizes = [size for sample in range(2) for size, _, _ in by_item(stats, sample)]
+    asked = 1 - sum(min(size, budget) for size in sizes) / sum(sizes)
+    assert stats.requested_ratio == pytest.approx(asked)
+    assert stats.summary()["requested_ratio"] == pytest.approx(asked)
+    assert asked <= stats.ratio + 1e-9 < asked + sum(map(len, stats.spans)) / sum(sizes)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "internvl"])
+def test_tiles_of_an_image_share_its_budget(name: str) -> None:
+    family = FAMILIES[name]
+    model, inputs = family.build(), ragged(family)
+    with torch.no_grad(), tokencomp.patch(model, reducer="uniform", budget=21) as handle:
+        model(**inputs)
+        stats = handle.stats
+    assert len(stats.spans[0]) > 3
+    for sample in range(2):
+        assert [left for _, left, _ in by_item(stats, sample)] == [
+            [min(size, 21)] for size, _, _ in by_item(stats, sample)
+        ]
+
+
+def test_what_an_item_keeps_does_not_depend_on_its_prompt() -> None:
+    """So a cached prefix of a conversation stays valid when more media follow."""
+    family = FAMILIES["qwen3_vl"]
+    model = family.build()
+    first = [text(3), family.image(0), text(4)]
+    kept = []
+    for row in (first, [*first, family.image(2), text(3)]):
+        with torch.no_grad(), tokencomp.patch(model, reducer="kcentre", budget=5) as handle:
+            model(**family.batch([row]))
+            kept.append(handle.stats.kept(0)[0][0])
+    assert kept[0] == kept[1] and len(kept[0]) == 5
+
+
+def test_a_prompt_budget_is_divided_by_size() -> None:
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), ragged(family)
+    with torch.no_grad(), tokencomp.patch(model, reducer="uniform", budget=1) as handle:
+        for total in (3, 4, 14, 38, 39, 500):
+            handle.set(budget={"prompt": total})
+            model(**inputs)
+            for sample in range(2):
+                items = by_item(handle.stats, sample)
+                sizes, left = [n for n, _, _ in items], [k[0] for _, k, _ in items]
+                assert sum(left) == min(total, sum(sizes))
+                assert all(1 <= k <= n for k, n in zip(left, sizes, strict=True))
+                assert all(
+                    abs(k - total * n / sum(sizes)) <= 2 or total > sum(sizes)
+                    for k, n in zip(left, sizes, strict=True)
+                )
+        handle.set(budget={"prompt": 2})
+        with pytest.raises(RatioError, match="below one token for each of the 3 items"):
+            model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "reducer"), [("llava_onevision", "fastv"), ("internvl", "pyramiddrop")]
+)
+def test_equal_ratios_of_all_items_are_one_ratio(name: str, reducer: str) -> None:
+    family = FAMILIES[name]
+    model, inputs = family.build(), ragged(family)
+    logits = []
+    for ratio in (0.6, [0.6, 0.6, 0.6]):
+        with torch.no_grad(), tokencomp.patch(model, ratio, reducer=reducer):
+            logits.append(model(**inputs).logits)
+    assert torch.allclose(*logits, atol=1e-5)
+
+
+def test_every_prompt_needs_as_many_items_as_ratios() -> None:
+    family = FAMILIES["qwen2_vl"]
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(0), text(4)]])
+    wrong = pytest.raises(RatioError, match="has 2 ratios, but a prompt has 1 items")
+    with tokencomp.patch(model, [0.5, 0.75], reducer="uniform"), wrong:
+        model(**inputs)
+
+
+def test_a_plan_with_budgets_survives_json() -> None:
+    """Stages by hand have budgets of their own; those of a schedule cannot be written down."""
+    data = [
+        {"layer": 0, "budget": 9, "reducer": "uniform", "options": {}},
+        {"layer": 2, "budget": 4, "reducer": "prune"},
+    ]
+    plan = plan_from_json(data)
+    assert plan_from_json(plan_to_json(plan)) == plan
+    assert plan_to_json(plan)[0] == data[0]
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), ragged(family)
+    with torch.no_grad(), tokencomp.patch(model, plan=data) as handle:
+        model(**inputs)
+        for size, left, _ in by_item(handle.stats, 0):
+            assert left == [min(size, 9), min(size, 4)]
+        handle.set(reducer="kcentre", budget=7)
+        assert plan_to_json(handle.plan)[0]["budget"] == 7
+        handle.set(reducer="fastv", budget=7)
+        with pytest.raises(PlanError, match="schedule solved"):
+            plan_to_json(handle.plan)
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, "512", True, math.nan, None, 10**7, {}])
+def test_bad_budgets(budget: Any) -> None:
+    model = FAMILIES["qwen2_vl"].build()
+    for given in (budget, {"prompt": budget}):
+        if given is not None:
+            with pytest.raises(RatioError, match="budget"):
+                tokencomp.patch(model, budget=given)
+    with pytest.raises((RatioError, PlanError), match="budget"):
+        plan_from_json([{"layer": 0, "budget": budget, "reducer": "uniform"}])
+
+
+def test_one_amount_at_a_time() -> None:
+    model = FAMILIES["qwen2_vl"].build()
+    plan = Plan((Stage(0, 0.5, make_reducer("uniform")),))
+    for wrong in (
+        {"ratio": 0.5, "budget": 8},
+        {"ratio": 0.0, "budget": 8},
+        {"ratio": [0.5], "budget": 8},
+        {"plan": plan, "budget": 8},
+        {"budget": 8, "tower_ratio": 0.5},
+        {"budget": 8, "tower_ratio": "auto"},
+        {"ratio": [0.5], "tower_ratio": 0.25},
+    ):
+        with pytest.raises(OptionError):
+            tokencomp.patch(model, **wrong)
+    for ratio in ([], [0.5, 1.0], [0.5, "x"]):
+        with pytest.raises(RatioError):
+            tokencomp.patch(model, ratio)
+    with tokencomp.patch(model, 0.5, tower_ratio=0.25) as handle, pytest.raises(OptionError):
+        handle.set(budget=8)
+    with pytest.raises(PlanError, match="do not grow"):
+        plan_from_json([{"layer": i, "budget": 4 + i, "reducer": "uniform"} for i in (0, 2)])
+
+
+def test_set_changes_the_amount() -> None:
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), ragged(family)
+    with torch.no_grad(), tokencomp.patch(model, reducer="uniform", budget=4) as handle:
+        for change, expected in (
+            ({}, [4, 4, 4]),
+            ({"budget": 9}, [9, 8, 9]),
+            ({"reducer": "kcentre"}, [9, 8, 9]),
+            ({"ratio": 0.5}, [8, 4, 8]),
+            ({"ratio": [0.0, 0.5, 0.75]}, [16, 4, 4]),
+            ({"reducer": "uniform"}, [16, 4, 4]),
+            ({"budget": 4}, [4, 4, 4]),
+        ):
+            handle.set(**change)
+            model(**inputs)
+            assert [left for (left,) in handle.stats.counts[0]] == expected
+        assert "budget=4 (uniform at entry)" in repr(handle)

@@ -1,0 +1,155 @@
+"""How much of every item leaves, where the items of a prompt differ: budgets, ratios in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tokencomp.errors import RatioError
+from tokencomp.plan.counts import check_ratio, split_evenly
+from tokencomp.validation import fits
+
+if TYPE_CHECKING:
+    from tokencomp.tokens.spans import VisualSpan
+
+MAX_BUDGET = 1_000_000
+PROMPT = "prompt"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one span stands among the items of its prompt.
+
+    Attributes
+    ----------
+    number
+        Of its item in the prompt, from 0 on.
+    items
+        Visual tokens of every item of the prompt.
+    parts
+        Visual tokens of every span of its item.
+    part
+        Which of these spans it is.
+    """
+
+    number: int
+    items: tuple[int, ...]
+    parts: tuple[int, ...]
+    part: int
+
+
+def places(spans: Sequence[VisualSpan]) -> list[Place]:
+    """The place of every span of one prompt; spans with one `item` number belong together."""
+    parts: dict[int | None, list[int]] = {}
+    for span in spans:
+        parts.setdefault(span.item, []).append(span.visual)
+    numbers, items = {item: i for i, item in enumerate(parts)}, tuple(map(sum, parts.values()))
+    seen = dict.fromkeys(parts, -1)
+    result = []
+    for span in spans:
+        seen[span.item] += 1
+        own = tuple(parts[span.item])
+        result.append(Place(numbers[span.item], items, own, seen[span.item]))
+    return result
+
+
+@dataclass(frozen=True)
+class Amount:
+    """What stays of every item. Exactly one of the fields is set.
+
+    Attributes
+    ----------
+    budget
+        At most so many visual tokens of every item, as a mean over the decoder layers.
+    prompt
+        At most so many of all items of a prompt together. Every item keeps one, and the others
+        are divided in proportion to the size of the items.
+    ratios
+        Ratios of the items of a prompt, in order.
+    """
+
+    budget: int | None = None
+    prompt: int | None = None
+    ratios: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        if self.ratios:
+            return f"ratio=[{','.join(f'{r:g}' for r in self.ratios)}]"
+        return f"budget={self.budget or f'{PROMPT}={self.prompt}'}"
+
+    @classmethod
+    def of(cls, budget: Any) -> Amount:
+        """The amount that `budget=512` or `budget={"prompt": 4096}` asks for.
+
+        Raises
+        ------
+        RatioError
+            No whole number from 1 to a million; a mapping with another key.
+        """
+        if isinstance(budget, Mapping):
+            if set(budget) != {PROMPT}:
+                raise RatioError(
+                    f"budget={dict(budget)!r}: expected one key, {PROMPT!r}, for a budget of all "
+                    'media of a prompt together. Use e.g. budget={"prompt": 4096}, or budget=512 '
+                    "for every image or clip."
+                )
+            return cls(prompt=_checked(budget[PROMPT]))
+        return cls(budget=_checked(budget))
+
+    @classmethod
+    def in_order(cls, ratios: Sequence[Any]) -> Amount:
+        """The amount of `ratio=[0.5, 0.75]`; raises `RatioError` for a bad or no ratio."""
+        if not ratios:
+            raise RatioError("ratio=[]: expected one ratio for every item of the prompt, in order.")
+        return cls(ratios=tuple(check_ratio(r, f"ratio[{i}]") for i, r in enumerate(ratios)))
+
+    def left(self, place: Place) -> float:
+        """Fraction of the item at `place` that stays, as a mean over the decoder layers.
+
+        Raises
+        ------
+        RatioError
+            Another number of items than of ratios; or a budget below one token for every item.
+        """
+        count, size = len(place.items), place.items[place.number]
+        if self.ratios:
+            if len(self.ratios) != count:
+                raise RatioError(
+                    f"ratio={list(self.ratios)!r} has {len(self.ratios)} ratios, but a prompt has "
+                    f"{count} items (images, clips or sounds). Give one for each, in order, or one "
+                    "number for all."
+                )
+            return 1.0 - self.ratios[place.number]
+        if self.budget is not None:
+            return min(1.0, self.budget / max(1, size))
+        total = self.prompt or 0
+        if total < count:
+            raise RatioError(
+                f'budget={{"prompt": {total}}}: below one token for each of the {count} items of a '
+                "prompt. Raise it, or send fewer items."
+            )
+        if total >= sum(place.items):
+            return 1.0
+        more = split_evenly(total - count, [n - 1 for n in place.items])
+        return (1 + more[place.number]) / max(1, size)
+
+    def of_part(self, fraction: float, place: Place) -> float:
+        """Fraction that stays of one span of an item of which `fraction` stays.
+
+        The spans share a budget, so that rounding in each of them does not exceed it.
+        """
+        if self.ratios or fraction <= 0.0:
+            return fraction
+        total = max(1, math.floor(sum(place.parts) * fraction + 1e-9))
+        return split_evenly(total, list(place.parts))[place.part] / place.parts[place.part]
+
+
+def _checked(budget: Any) -> int:
+    if not fits(budget, int) or not 1 <= budget <= MAX_BUDGET:
+        raise RatioError(
+            f"budget={budget!r}: expected a whole number of visual tokens from 1 to {MAX_BUDGET:,}."
+            " Use e.g. budget=512."
+        )
+    return int(budget)

@@ -1,0 +1,87 @@
+"""Plans whose stages leave of every item what a method's schedule leaves at that item's ratio."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tokencomp.plan.amounts import Amount
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage, StageReducer
+
+PROBES = tuple(i / 50 for i in range(1, 50))
+"""Ratios at which a method is asked before which layers it cuts."""
+MOST_SOLVED = 1024
+
+
+class Method(Protocol):
+    """A reducer that plans, `tokencomp.Reducer`."""
+
+    def plan(self, ratio: float, num_layers: int) -> Plan: ...
+
+
+def by_item(amount: Amount, method: Method, num_layers: int, first: int) -> Plan:
+    """The plan that gives every item the schedule of its own ratio.
+
+    Hooks are installed before it is known how large an item is, so the plan has a stage before
+    every layer before which the method cuts at some ratio. Where an item's own schedule has none,
+    its count stays the same.
+
+    Parameters
+    ----------
+    first
+        Earliest layer before which the model allows a stage between layers.
+    """
+    schedule = Schedule(method, num_layers, first)
+    reducers: dict[int, StageReducer] = {}
+    for ratio in PROBES:
+        reducers |= {s.layer: s.reducer for s in schedule.plan(1.0 - ratio).stages}
+    layers = sorted(reducers)
+    if layers == [0]:
+        return Plan((Stage(0, 1.0, reducers[0], amount=amount),))
+    ends = [*layers[1:], num_layers]
+    return Plan(
+        tuple(
+            Stage(a, 1.0, reducers[a], amount=amount, share=Share(schedule, a, b))
+            for a, b in zip(layers, ends, strict=True)
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A method's schedule in one decoder, solved once for every ratio that occurs."""
+
+    method: Method
+    num_layers: int
+    first: int
+    _solved: dict[float, list[float]] = field(default_factory=dict, compare=False, repr=False)
+
+    def plan(self, left: float) -> Plan:
+        """The plan under which all layers see the fraction `left` on average."""
+        plan = self.method.plan(1.0 - left, self.num_layers)
+        return plan.not_before(self.first, self.num_layers)
+
+    def seen(self, left: float) -> list[float]:
+        """Fraction that every layer then sees."""
+        if left not in self._solved:
+            if len(self._solved) > MOST_SOLVED:
+                self._solved.clear()
+            self._solved[left] = self.plan(left).fractions(self.num_layers)
+        return self._solved[left]
+
+
+@dataclass(frozen=True)
+class Share:
+    """From the fraction that all layers see on average to what layers `start … stop - 1` see.
+
+    A step of the schedule between these layers is spread over them, so that the average stays.
+    """
+
+    schedule: Schedule
+    start: int
+    stop: int
+
+    def __call__(self, left: float) -> float:
+        seen = self.schedule.seen(left)[self.start : self.stop]
+        return sum(seen) / len(seen)
