@@ -7,6 +7,7 @@ packs are plain chats of several turns. Only answers are predicted.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -127,6 +128,11 @@ class Packer:
             at += n
             offset += n if dialog else 0
         return {**out, "positions": positions}
+
+
+def stacked(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Rows of equal shapes as one batch: a first axis for every key."""
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 _FILL = {"ids": 0, "labels": IGNORED, "segment": -1, "which": -1}

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from recipes.packing import Packer
+from recipes.packing import Packer, stacked
 from recipes.photographs.model import CELL, IMAGE, planes
 from recipes.photographs.questions import COUNTS, EDGES, FAMILIES, outermost
-from recipes.photographs.scenes import SIZE, Library, Scene, cell_names, render, sample
+from recipes.photographs.scenes import SIZE, Library, StampScene, cell_names, render, sample
 from tokencomp.shapesqa.items import stream
 from tokencomp.shapesqa.prompt_forms import letter, letters_prompt
 
@@ -52,7 +52,7 @@ class Mixture:
     letters: int = 0
 
 
-class BatchMaker:
+class StampBatches:
     """Builds the batch of one step.
 
     Parameters
@@ -69,11 +69,13 @@ class BatchMaker:
         self.packer = Packer(tokenizer, Placeholders())
         self.library, self.seed = library, seed
 
-    def scenes(self, stage: int, step: int, batch: int) -> tuple[np.random.Generator, list[Scene]]:
+    def scenes(
+        self, stage: int, step: int, batch: int
+    ) -> tuple[np.random.Generator, list[StampScene]]:
         rng = stream("train", "stamps batches", self.seed, stage, step)
         return rng, [sample(rng, self.library, "train") for _ in range(batch)]
 
-    def pixels(self, scenes: list[Scene]) -> Any:
+    def pixels(self, scenes: list[StampScene]) -> Any:
         """float32 (batch, 3, SIZE, SIZE)."""
         import torch
 
@@ -94,11 +96,10 @@ class BatchMaker:
         for one in filled:
             segments = [segment for _, segment in one]
             rows.append(self.packer.pack("image", (1, SIZE, SIZE), segments, prefix + longest))
-        stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-        return {**stacked, "pixels": self.pixels(scenes), "names": names}
+        return {**stacked(rows), "pixels": self.pixels(scenes), "names": names}
 
     def segments(
-        self, scene: Scene, mixture: Mixture, rng: np.random.Generator
+        self, scene: StampScene, mixture: Mixture, rng: np.random.Generator
     ) -> list[tuple[str, Segment]]:
         """Primers and questions in random order, with the name under which each is scored."""
         out: list[tuple[str, Segment]] = []
@@ -119,7 +120,7 @@ class BatchMaker:
         return [out[int(i)] for i in rng.permutation(len(out))]
 
 
-def primers(scene: Scene) -> list[tuple[str, str, str]]:
+def primers(scene: StampScene) -> list[tuple[str, str, str]]:
     """One-hop pairs (name, key, value), three or four tokens each.
 
     Questions about places stay at chance for long without labels that name a place.

@@ -37,9 +37,9 @@ def build(folder: Path, photos: Path, share: float, seed: int, stop_after: int |
     bool
         Whether the recipe is done.
     """
-    from recipes.photographs.batches import BatchMaker
+    from recipes.photographs.batches import StampBatches
     from recipes.photographs.model import assemble, load, save
-    from recipes.photographs.train import RECIPE, Trainer, shortened
+    from recipes.photographs.train import RECIPE, StampTrainer, shortened
 
     library = Photos(photos)
     library.files, library.landscapes  # noqa: B018 - says now what is missing
@@ -48,9 +48,9 @@ def build(folder: Path, photos: Path, share: float, seed: int, stop_after: int |
         print("reading the weights of both packages", flush=True)
         save(*assemble(weights(TOWER), weights(LANGUAGE)), base)
     model, processor = load(base)
-    maker = BatchMaker(processor.tokenizer, library, seed)
+    maker = StampBatches(processor.tokenizer, library, seed)
     recipe = shortened(RECIPE, share)
-    trainer = Trainer(model, maker, recipe, folder)
+    trainer = StampTrainer(model, maker, recipe, folder)
     done = trainer.run(stop_after)
     facts = {
         "seed": seed,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from recipes.photographs.questions import FAMILIES
-from recipes.photographs.scenes import Library, Scene, render, sample
+from recipes.photographs.scenes import Library, StampScene, render, sample
 from tokencomp.inputs.questions import Deferred
 from tokencomp.shapesqa.items import QueryFields, stream
 from tokencomp.shapesqa.prompt_forms import letter, letters_prompt
@@ -22,7 +22,7 @@ class StampItem(QueryFields):
     """One question with its scene; pixels are composed when they are needed."""
 
     id: str
-    scene: Scene
+    scene: StampScene
     query: Question
     library: Library
 

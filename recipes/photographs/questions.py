@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from recipes.photographs.scenes import SIZE, Scene, Thing
+from recipes.photographs.scenes import SIZE, Stamp, StampScene
 from tokencomp.shapesqa.lettering import WORDS
 from tokencomp.shapesqa.questions import Question, draw_options
 
@@ -16,15 +16,15 @@ NEARER = 1.35  # times by which the nearest thing is nearer than the next
 LARGER = 1.7  # times by which the biggest thing is bigger than the next
 EDGES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
 
-Asker = Callable[[Scene, tuple[str, ...], np.random.Generator], Question | None]
+Asker = Callable[[StampScene, tuple[str, ...], np.random.Generator], Question | None]
 
 
-def _pick(things: Sequence[Thing], rng: np.random.Generator) -> Thing:
+def _pick(things: Sequence[Stamp], rng: np.random.Generator) -> Stamp:
     return things[int(rng.integers(len(things)))]
 
 
 def _names(
-    family: str, text: str, answer: str, scene: Scene, names: tuple[str, ...], rng
+    family: str, text: str, answer: str, scene: StampScene, names: tuple[str, ...], rng
 ) -> Question:
     """A question whose answer is a thing's name; the scene's other things are options first."""
     others = [t.name for t in scene.things if t.name != answer]
@@ -37,14 +37,16 @@ def _article(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
-def naming(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
+def naming(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
     """What is in the picture? For scenes of one thing."""
     if len(scene.things) != 1:
         return None
     return _names("name", "What is in the picture?", scene.things[0].name, scene, names, rng)
 
 
-def existence(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
+def existence(
+    scene: StampScene, names: tuple[str, ...], rng: np.random.Generator
+) -> Question | None:
     """Is there an X? Half yes."""
     if not scene.things:
         return None
@@ -56,7 +58,7 @@ def existence(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) ->
     return Question("existence", f"Is there {_article(name)}?", "yes" if is_shown else "no", order)
 
 
-def half(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
+def half(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
     """In which half of the picture is the X?"""
     axis = int(rng.integers(2))
     clear = [t for t in scene.things if abs(t.center[axis] - SIZE / 2) >= MARGIN / 2]
@@ -69,7 +71,7 @@ def half(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) -> Ques
     return Question("half", f"Is the {thing.name} at the {words[0]} or {words[1]}?", answer, order)
 
 
-def place(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
+def place(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
     """What is at the left, right, top or bottom? The outermost of at least two things."""
     edge = str(rng.choice([*EDGES]))
     thing = outermost(scene, edge)
@@ -78,7 +80,7 @@ def place(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) -> Que
     return _names("place", f"What is at the {edge}?", thing.name, scene, names, rng)
 
 
-def outermost(scene: Scene, edge: str) -> Thing | None:
+def outermost(scene: StampScene, edge: str) -> Stamp | None:
     """The thing clearly nearest to an edge of the picture, of at least two."""
     axis, sign = EDGES[edge]
     order = sorted(scene.things, key=lambda t: -sign * t.center[axis])
@@ -87,13 +89,13 @@ def outermost(scene: Scene, edge: str) -> Thing | None:
     return order[0]
 
 
-def near(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
+def near(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
     """What is next to the X? The nearest of at least two other things."""
     if len(scene.things) < 3:
         return None
     thing = _pick(scene.things, rng)
 
-    def distance(other: Thing) -> float:
+    def distance(other: Stamp) -> float:
         return float(np.hypot(*np.subtract(other.center, thing.center)))
 
     order = sorted((t for t in scene.things if t is not thing), key=distance)
@@ -104,7 +106,7 @@ def near(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) -> Ques
     return None if thing.name == order[0].name else question
 
 
-def size(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
+def size(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
     """Which is the biggest, or the smallest, thing? By the area of its box."""
     if len(scene.things) < 2:
         return None
@@ -117,7 +119,7 @@ def size(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) -> Ques
     return _names("size", f"What is the {word} thing?", answer, scene, names, rng)
 
 
-def count(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
+def count(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
     """How many things are there? One to four; a word is no thing."""
     if not scene.things:
         return None
@@ -125,7 +127,7 @@ def count(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) -> Que
     return Question("count", "How many things are there?", answer, COUNTS)
 
 
-def reading(scene: Scene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
+def reading(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
     """What does the text say?"""
     if scene.text is None:
         return None

@@ -37,7 +37,7 @@ class Library(Protocol):
 
 
 @dataclass(frozen=True)
-class Thing:
+class Stamp:
     """One photograph in a scene; its box in pixels holds what is visible of it, tightly."""
 
     name: str
@@ -67,20 +67,20 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Scene:
+class StampScene:
     """Things with distinct names on a crop (fractions of the photograph) of a background."""
 
     split: str
-    things: tuple[Thing, ...]
+    things: tuple[Stamp, ...]
     background: int
     crop: tuple[float, float, float]
     text: Text | None = None
 
 
-def sample(rng: np.random.Generator, library: Library, split: str) -> Scene:
+def sample(rng: np.random.Generator, library: Library, split: str) -> StampScene:
     """A random scene; photographs keep their aspect ratio and do not overlap."""
     count = int(rng.integers(1, 5))
-    things: list[Thing] = []
+    things: list[Stamp] = []
     for name in rng.permutation(library.names)[:count]:
         thing = _place(rng, library, str(name), things)
         if thing is not None:
@@ -88,12 +88,12 @@ def sample(rng: np.random.Generator, library: Library, split: str) -> Scene:
     text = _place_text(rng, things) if rng.random() < TEXT_SHARE else None
     background = int(rng.integers(library.backgrounds(split)))
     crop = (float(rng.uniform(0.4, 1.0)), float(rng.random()), float(rng.random()))
-    return Scene(split, tuple(things), background, crop, text)
+    return StampScene(split, tuple(things), background, crop, text)
 
 
 def _place(
-    rng: np.random.Generator, library: Library, name: str, things: list[Thing]
-) -> Thing | None:
+    rng: np.random.Generator, library: Library, name: str, things: list[Stamp]
+) -> Stamp | None:
     number = int(rng.integers(library.variants(name)))
     original = library.picture(name, number).size
     for _ in range(30):
@@ -102,11 +102,11 @@ def _place(
         left = int(rng.integers(0, SIZE - width + 1))
         top = int(rng.integers(0, SIZE - height + 1))
         if not any(t.overlaps(left, top, left + width, top + height) for t in things):
-            return Thing(name, number, left, top, width, height, bool(rng.random() < 0.5))
+            return Stamp(name, number, left, top, width, height, bool(rng.random() < 0.5))
     return None
 
 
-def _place_text(rng: np.random.Generator, things: list[Thing]) -> Text | None:
+def _place_text(rng: np.random.Generator, things: list[Stamp]) -> Text | None:
     word = WORDS[int(rng.integers(len(WORDS)))]
     font = TEXT_FONTS[int(rng.integers(len(TEXT_FONTS)))]
     size, dark = int(rng.integers(TEXT_SIZES[0], TEXT_SIZES[1] + 1)), bool(rng.random() < 0.5)
@@ -119,7 +119,7 @@ def _place_text(rng: np.random.Generator, things: list[Thing]) -> Text | None:
     return None
 
 
-def _canvas(scene: Scene, library: Library) -> Image.Image:
+def _canvas(scene: StampScene, library: Library) -> Image.Image:
     """A square crop of the background photograph, brought to the size of a scene."""
     photo = library.background(scene.split, scene.background)
     share, x, y = scene.crop
@@ -129,14 +129,14 @@ def _canvas(scene: Scene, library: Library) -> Image.Image:
     return photo.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box)
 
 
-def _scaled(thing: Thing, library: Library) -> Image.Image:
+def _scaled(thing: Stamp, library: Library) -> Image.Image:
     picture = library.picture(thing.name, thing.number)
     size = (thing.width, thing.height)
     scaled = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
     return scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if thing.flip else scaled
 
 
-def render(scene: Scene, library: Library) -> np.ndarray:
+def render(scene: StampScene, library: Library) -> np.ndarray:
     """The picture, uint8 (SIZE, SIZE, 3)."""
     canvas = _canvas(scene, library)
     for thing in scene.things:
@@ -146,7 +146,7 @@ def render(scene: Scene, library: Library) -> np.ndarray:
     return pixels if scene.text is None else draw_text(pixels, scene.text)
 
 
-def cell_names(scene: Scene, library: Library, cell: int) -> list[list[str]]:
+def cell_names(scene: StampScene, library: Library, cell: int) -> list[list[str]]:
     """What each cell of ``cell`` px shows: the name of a thing, a word, or "" for the background.
 
     A thing has to cover 30 % of the cell, a word's box 15 %.

@@ -17,11 +17,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
-from recipes.packing import attention_mask
-from recipes.photographs.batches import BatchMaker, Mixture
-from tokencomp.engine.rows.question import IGNORED
+from recipes.photographs.batches import Mixture, StampBatches
+from recipes.trainer import Trainer, share_right, text_inputs
 from tokencomp.shapesqa.lettering import WORDS
-from tokencomp.training.steps import Phase, Steps
+from tokencomp.training.steps import Phase
 
 RANK = 16
 SHARPNESS = 14.0  # of the softmax over cosines of a visual token and the names' embeddings
@@ -32,7 +31,7 @@ BACKGROUND_WEIGHT = 0.15  # of a token that shows no thing: most tokens do
 
 
 @dataclass(frozen=True)
-class Stage(Phase):
+class StampStage(Phase):
     """Optimizer steps of one kind.
 
     Attributes
@@ -53,21 +52,21 @@ class Stage(Phase):
 
 
 RECIPE = (
-    Stage("names", 400, 16, 2e-3, end=0.1),
-    Stage("primers", 400, 8, 2e-4, Mixture(), 1e-3),
-    Stage("questions", 1200, 8, 2e-4, Mixture(True, 6, 1), 1e-3, end=0.1),
+    StampStage("names", 400, 16, 2e-3, end=0.1),
+    StampStage("primers", 400, 8, 2e-4, Mixture(), 1e-3),
+    StampStage("questions", 1200, 8, 2e-4, Mixture(True, 6, 1), 1e-3, end=0.1),
 )
 
 
-def shortened(recipe: tuple[Stage, ...], share: float) -> tuple[Stage, ...]:
+def shortened(recipe: tuple[StampStage, ...], share: float) -> tuple[StampStage, ...]:
     """The recipe with a share of the steps of the stages in which the decoder runs."""
     return tuple(
         replace(s, steps=max(1, round(s.steps * share))) if s.mixture else s for s in recipe
     )
 
 
-class Trainer(Steps):
-    """Runs a recipe and keeps ``folder/checkpoint.pt`` up to date.
+class StampTrainer(Trainer):
+    """Trains the projector and adapters of a FastVLM, which stays as it is otherwise.
 
     Batches depend on seed, stage and step alone.
 
@@ -77,8 +76,8 @@ class Trainer(Steps):
         A FastVLM with bfloat16 or float32 weights; adapters are added to its decoder.
     maker
         Of the batches.
-    recipe
-        Stages in order.
+    stages
+        In order.
     folder
         Of the checkpoint.
     save_every
@@ -90,14 +89,14 @@ class Trainer(Steps):
     def __init__(
         self,
         model: Any,
-        maker: BatchMaker,
-        recipe: tuple[Stage, ...],
+        maker: StampBatches,
+        stages: tuple[StampStage, ...],
         folder: Path,
         save_every: int = 20,
         rank: int = RANK,
     ) -> None:
         torch.manual_seed(maker.seed)
-        self.model, self.maker, self.recipe = model.eval(), maker, recipe
+        self.model, self.maker, self.bf16 = model.eval(), maker, True
         names = r".*language_model.*\.(q|k|v|o)_proj"
         adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
         self.adapted = get_peft_model(model, adapters)
@@ -113,29 +112,23 @@ class Trainer(Steps):
         self.names = Names(maker, model)
         self._features: dict[int, tuple[torch.Tensor, list[list[list[str]]]]] = {}
         super().__init__(
-            recipe,
+            stages,
             parts["projector"] | parts["adapter"],
             [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)],
             folder / "checkpoint.pt",
-            {"seed": maker.seed, "rank": rank, "recipe": [asdict(stage) for stage in recipe]},
+            {"seed": maker.seed, "rank": rank, "stages": [asdict(stage) for stage in stages]},
             maker.seed,
             save_every,
         )
 
-    def batches(self) -> Iterator[Stage]:
+    def batches(self) -> Iterator[StampStage]:
         """The stage, for every step: what a batch holds is cheap to make, or kept in memory."""
-        stage = self.recipe[self.phase]
-        return itertools.repeat(stage, stage.steps - self.step)
+        return itertools.repeat(self.stage, self.stage.steps - self.step)
 
-    def peak(self, group: dict[str, Any]) -> float:
-        stage = self.recipe[self.phase]
-        return stage.projector_lr if group["part"] == "projector" else stage.adapter_lr
+    def stage_loss(self, batch: StampStage) -> torch.Tensor:
+        return self._names_loss(batch) if batch.mixture is None else self._text_loss(batch)
 
-    def loss(self, batch: Stage) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return self._names_loss(batch) if batch.mixture is None else self._answer_loss(batch)
-
-    def _names_loss(self, stage: Stage) -> torch.Tensor:
+    def _names_loss(self, stage: StampStage) -> torch.Tensor:
         number = self.step % stage.batches
         if number not in self._features:
             pixels, cells = self.maker.cells(self.phase, number, stage.batch)
@@ -146,22 +139,12 @@ class Trainer(Steps):
         tokens = self.model.model.multi_modal_projector(features)
         return self.names.loss(tokens.float(), cells, self.scores.note)
 
-    def _answer_loss(self, stage: Stage) -> torch.Tensor:
-        """Cross entropy over answer tokens alone; the head runs on those positions only."""
+    def _text_loss(self, stage: StampStage) -> torch.Tensor:
         assert stage.mixture is not None
         batch = self.maker.make(self.phase, self.step, stage.batch, stage.mixture)
-        labels = torch.from_numpy(batch["labels"])
-        hidden = self.model.model(
-            input_ids=torch.from_numpy(batch["ids"]),
-            attention_mask=attention_mask(torch.from_numpy(batch["segment"])),
-            position_ids=torch.from_numpy(batch["positions"])[:, 0],
-            pixel_values=batch["pixels"].to(self.model.dtype),
-            use_cache=False,
-        ).last_hidden_state
-        is_answer = labels != IGNORED
-        logits = self.model.lm_head(hidden[is_answer]).float()
-        self.scores.note_answers(batch, is_answer, logits.argmax(-1) == labels[is_answer])
-        return F.cross_entropy(logits, labels[is_answer])
+        pixels = batch["pixels"].to(self.model.dtype)
+        out = self.model.model(**text_inputs(batch), pixel_values=pixels, use_cache=False)
+        return self.answer_loss(batch, out.last_hidden_state)
 
     def merged(self) -> Any:
         """The model with its adapters in its weights: a stock FastVLM again."""
@@ -175,7 +158,7 @@ class Names:
     column and the row that it is in; the decoder reads text, so this is what it can read.
     """
 
-    def __init__(self, maker: BatchMaker, model: Any) -> None:
+    def __init__(self, maker: StampBatches, model: Any) -> None:
         table = model.get_input_embeddings().weight.detach().float()
 
         def embedded(words: tuple[str, ...]) -> torch.Tensor:
@@ -207,7 +190,7 @@ class Names:
         weight = torch.where(shown, 1.0, BACKGROUND_WEIGHT)
         logits = SHARPNESS * F.normalize(tokens, dim=-1) @ F.normalize(self.words, dim=-1).T
         loss = (F.cross_entropy(logits, names, reduction="none") * weight).sum() / weight.sum()
-        note("token name", _share(logits[shown], names[shown]))
+        note("token name", share_right(logits[shown], names[shown]))
         target = self.words[names]
         for what, places, table in zip(
             ("column", "row"), (columns, rows), self.places, strict=True
@@ -215,10 +198,6 @@ class Names:
             by = SHARPNESS * F.normalize(tokens[shown], dim=-1) @ F.normalize(table, dim=-1).T
             loss = loss + 0.3 * F.cross_entropy(by, places[shown])
             target = target + PLACE_WEIGHT * shown[:, None] * table[places]
-            note(f"token {what}", _share(by, places[shown]))
+            note(f"token {what}", share_right(by, places[shown]))
         distance = (tokens - target).square().mean(1) / self.words.square().mean()
         return loss + 0.5 * (distance * weight).sum() / weight.sum()
-
-
-def _share(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    return float((logits.argmax(-1) == labels).float().mean())

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from recipes.packing import Packer
+from recipes.packing import Packer, stacked
 from recipes.tiny.labels import cell_labels, text_labels
 from recipes.tiny.letters import FORMS, Segment, dense_options, whole_form
 from recipes.tiny.primers import primer_pairs
@@ -119,10 +119,10 @@ class BatchMaker:
                 labels = [*labels, "spelling"]
             rows.append(row)
             names.append(labels)
-        stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-        used = int((stacked["segment"] >= 0).any(0).sum())
-        stacked = {key: value[..., :used] for key, value in stacked.items()}
-        return {**stacked, "frames": np.stack(pixels), "media": source.media, "names": names}
+        filled = stacked(rows)
+        used = int((filled["segment"] >= 0).any(0).sum())
+        filled = {key: value[..., :used] for key, value in filled.items()}
+        return {**filled, "frames": np.stack(pixels), "media": source.media, "names": names}
 
     def spell(self, row: dict, scene: Scene, media: str, number: int) -> None:
         """Label the visual tokens of `row` that show a word or a digit with its token.
@@ -205,7 +205,5 @@ class BatchMaker:
             scene = training_scene(rng, source.scene, shape, source.objects, source.text)
             pixels.append(_codec_noise(_frames(scene, times[: scene.frames]), rng))
             both = [cell_labels(scene, time, self.cell) for time in times]
-            stacked = {key: np.stack([one[key] for one in both]) for key in both[0]}
-            labels.append({**stacked, **text_labels(scene, self.cell)})
-        stacked = {key: np.stack([one[key] for one in labels]) for key in labels[0]}
-        return {**stacked, "frames": np.stack(pixels), "media": source.media}
+            labels.append({**stacked(both), **text_labels(scene, self.cell)})
+        return {**stacked(labels), "frames": np.stack(pixels), "media": source.media}

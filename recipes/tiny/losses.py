@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recipes.tiny.labels import PLACES, UNCLEAR
+from recipes.trainer import share_right
 from tokencomp.shapesqa.lettering import GLYPHS, WORDS
 from tokencomp.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES
 
@@ -72,7 +73,7 @@ class Heads(nn.Module):
         if not bool(at.any()):
             return torch.zeros(())
         guess = self.digits(tokens[at]).float().unflatten(-1, (2, 10))
-        note("digits", _share_right(guess, digits[at]))
+        note("digits", share_right(guess, digits[at]))
         return F.cross_entropy(guess.flatten(0, 1), digits[at].flatten())
 
     def clock_loss(self, hidden: Tensor, visual: Tensor, pairs: int, note: Note) -> Tensor:
@@ -81,7 +82,7 @@ class Heads(nn.Module):
         rows = visual.shape[0]
         each = len(guess) // (rows * pairs)
         target = torch.arange(pairs).repeat_interleave(each).repeat(rows)
-        note("clock", _share_right(guess, target))
+        note("clock", share_right(guess, target))
         return F.cross_entropy(guess, target)
 
     def letter_loss(self, hidden: Tensor, letters: Tensor, note: Note) -> Tensor:
@@ -90,7 +91,7 @@ class Heads(nn.Module):
         if not bool(at.any()):
             return torch.zeros(())
         guess = self.letter(hidden[at]).float()
-        note("option", _share_right(guess, letters[at]))
+        note("option", share_right(guess, letters[at]))
         return F.cross_entropy(guess, letters[at])
 
 
@@ -111,7 +112,7 @@ def _frame_loss(out: Tensor, labels: dict[str, Tensor], media: str, note: Note) 
         for k, (name, logits) in enumerate(zip(("column", "row"), places, strict=True)):
             target = labels["place"][..., k][on]
             loss = loss + 0.5 * F.cross_entropy(logits[on], target)
-            note(name, _share_right(logits[on], target))
+            note(name, share_right(logits[on], target))
     return loss
 
 
@@ -123,7 +124,7 @@ def _word_loss(name: str, logits: Tensor, targets: Tensor, share: Tensor, note: 
     weight = torch.where(targets > 0, share, 0.1) * (targets != UNCLEAR)
     main = share == 1.0
     if bool(main.any()):
-        note(name, _share_right(logits[main], targets[main]))
+        note(name, share_right(logits[main], targets[main]))
     return (each * weight).sum() / weight.sum().clamp(min=1)
 
 
@@ -135,9 +136,5 @@ def _class_loss(
     each = F.cross_entropy(logits, targets, ignore_index=UNCLEAR, reduction="none")
     weight = torch.where(targets > 0, 1.0, background) * (targets != UNCLEAR)
     if bool((targets > 0).any()):
-        note(name, _share_right(logits[targets > 0], targets[targets > 0]))
+        note(name, share_right(logits[targets > 0], targets[targets > 0]))
     return (each * weight).sum() / weight.sum().clamp(min=1)
-
-
-def _share_right(logits: Tensor, targets: Tensor) -> float:
-    return (logits.argmax(-1) == targets).float().mean().item()

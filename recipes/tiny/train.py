@@ -81,7 +81,7 @@ def run(
     from recipes.tiny.families import family
     from recipes.tiny.recipes import RECIPES, WARM_STARTS, shorten
     from recipes.tiny.tokenizer import load_tokenizer
-    from recipes.tiny.trainer import Trainer
+    from recipes.tiny.trainer import TinyTrainer
     from tokencomp.storage import write_json
 
     arch = family(name)
@@ -89,7 +89,7 @@ def run(
     # Before anything is written, so that a wrong name leaves no folder behind.
     before = finished(start or name) if from_stage else {"steps": 0, "seconds": 0.0}
     arch.write_tokenizer(out / "tokenizer")
-    trainer = Trainer(
+    trainer = TinyTrainer(
         arch, load_tokenizer(out / "tokenizer"), stages, out, seed, workers, bf16=bf16
     )
     if (trainer.phase, trainer.step) == (0, 0):

@@ -1,4 +1,4 @@
-"""Staged, seeded, resumable training of a tiny model. Knows no architecture by name."""
+"""The training of a tiny model. Knows no architecture by name."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from recipes.packing import Packer, attention_mask
+from recipes.packing import Packer
 from recipes.tiny.batches import BatchMaker
 from recipes.tiny.families.parts import Family
 from recipes.tiny.losses import PAIRS, Heads
 from recipes.tiny.muon import optimizers
 from recipes.tiny.stage import Stage
+from recipes.trainer import Trainer, text_inputs
 from tokencomp.engine.rows.question import IGNORED
 from tokencomp.shapesqa.items import stream
 from tokencomp.shapesqa.prompt_forms import LETTERS
-from tokencomp.training.steps import Steps
 
 EARLY = 2  # decoder layer from whose hidden states heads predict times and letters
 
@@ -43,8 +42,8 @@ class _Steps(Dataset):
         return source.kind, self.maker.make(self.number, step, source)
 
 
-class Trainer(Steps):
-    """Runs the stages of a recipe and keeps ``folder/checkpoint.pt`` up to date.
+class TinyTrainer(Trainer):
+    """Trains a tiny model from scratch, or on from weights that are copied into it.
 
     Batches depend on (seed, stage, step) only.
 
@@ -61,8 +60,7 @@ class Trainer(Steps):
     save_every : int
         Steps between checkpoints.
     bf16 : bool
-        Forward and backward pass in bfloat16 (weights stay float32): faster on CPUs with units for
-        it, many times slower on others.
+        See `Trainer`; weights stay float32.
     """
 
     def __init__(
@@ -77,10 +75,10 @@ class Trainer(Steps):
         bf16: bool = False,
     ):
         torch.manual_seed(seed)
-        self.family, self.stages, self.workers, self.bf16 = family, stages, workers, bf16
+        self.family, self.workers, self.bf16 = family, workers, bf16
         self.packer = Packer(tokenizer, family)
         self.maker = BatchMaker(self.packer, seed, family.cell)
-        self.model: Any = family.build(tokenizer).float().train()
+        self.model = family.build(tokenizer).float().train()
         self.heads = Heads(family.language_config(self.model).hidden_size)
         self._early: list[torch.Tensor] = []
         decoder: Any = family.parts(self.model)["decoder"]
@@ -106,40 +104,23 @@ class Trainer(Steps):
         self._early[:] = [output[0] if isinstance(output, tuple) else output]
 
     def batches(self) -> DataLoader:
-        data = _Steps(self.maker, self.phase, self.stages[self.phase], self.step)
+        data = _Steps(self.maker, self.phase, self.stage, self.step)
         return DataLoader(data, batch_size=None, shuffle=False, num_workers=self.workers)
 
-    def peak(self, group: dict[str, Any]) -> float:
-        stage = self.stages[self.phase]
-        return stage.vision_lr if group["part"] == "vision" else stage.text_lr
-
-    def loss(self, batch: tuple[str, dict]) -> torch.Tensor:
+    def stage_loss(self, batch: tuple[str, dict]) -> torch.Tensor:
         kind, inputs = batch
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            return self._vision_loss(inputs) if kind == "vision" else self._answer_loss(inputs)
+        return self._vision_loss(inputs) if kind == "vision" else self._text_loss(inputs)
 
     def _vision_loss(self, batch: dict) -> torch.Tensor:
-        labels = {k: v if k == "media" else _tensor(v) for k, v in batch.items()}
+        labels = {k: v if k == "media" else torch.as_tensor(v) for k, v in batch.items()}
         tokens = self.family.tokens(self.model, labels["frames"], batch["media"])[:, 0]
         return self.heads.vision_loss(tokens, labels, self.scores.note)
 
-    def _answer_loss(self, batch: dict) -> torch.Tensor:
-        """Cross entropy over answer tokens alone; the head runs on those positions only."""
-        ids, labels, segment = (_tensor(batch[k]) for k in ("ids", "labels", "segment"))
-        pixels = self.family.pixels(_tensor(batch["frames"]), batch["media"])
-        positions = _tensor(batch["positions"]).transpose(0, 1)
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": attention_mask(segment),
-            "position_ids": positions if len(positions) > 1 else positions[0],
-            **pixels,
-        }
-        hidden = self.family.hidden(self.model, inputs)
-        is_answer = labels != IGNORED
-        logits = self.model.get_output_embeddings()(hidden[is_answer])
-        self.scores.note_answers(batch, is_answer, logits.argmax(-1) == labels[is_answer])
-        loss = F.cross_entropy(logits.float(), labels[is_answer])
-        return loss + self.stages[self.phase].helpers * self._helper_loss(batch, ids)
+    def _text_loss(self, batch: dict) -> torch.Tensor:
+        inputs = text_inputs(batch)
+        pixels = self.family.pixels(torch.as_tensor(batch["frames"]), batch["media"])
+        loss = self.answer_loss(batch, self.family.hidden(self.model, {**inputs, **pixels}))
+        return loss + self.stage.helpers * self._helper_loss(batch, inputs["input_ids"])
 
     def _helper_loss(self, batch: dict, ids: torch.Tensor) -> torch.Tensor:
         """Losses on an early layer's hidden states: the time of a frame, the letter of an option.
@@ -148,7 +129,7 @@ class Trainer(Steps):
         within a hundred steps.
         """
         early = self._early.pop()
-        if not self.stages[self.phase].helpers:
+        if not self.stage.helpers:
             return torch.zeros(())
         loss = self.heads.letter_loss(early, self._letters(ids), self.scores.note)
         if batch["media"] == "video":
@@ -167,7 +148,3 @@ class Trainer(Steps):
                 at = (ids[:, :-2] == first) & (ids[:, 1:-1] == second)
                 letters[:, 2:][at] = number
         return letters
-
-
-def _tensor(array) -> torch.Tensor:
-    return array if isinstance(array, torch.Tensor) else torch.from_numpy(array)

@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from support.photographs import Drawings, toy
 
-from recipes.photographs.batches import BatchMaker, Mixture
+from recipes.photographs.batches import Mixture, StampBatches
 from recipes.photographs.items import items
 from recipes.photographs.model import CELL, IMAGE, build_processor
 from recipes.photographs.scenes import SIZE
-from recipes.photographs.train import Stage, Trainer
+from recipes.photographs.train import StampStage, StampTrainer
 from tokencomp.inputs.prompts import build_inputs
 
 RECIPE = (
-    Stage("names", 3, 2, 1e-3, batches=2),
-    Stage("questions", 3, 2, 1e-3, Mixture(True, 2, 1), 1e-3, end=0.1),
+    StampStage("names", 3, 2, 1e-3, batches=2),
+    StampStage("questions", 3, 2, 1e-3, Mixture(True, 2, 1), 1e-3, end=0.1),
 )
 
 
@@ -26,8 +26,8 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
         for stop in stops:
             model, tokenizer = toy()
             build_processor(tokenizer)
-            maker = BatchMaker(tokenizer, Drawings())
-            trainer = Trainer(model, maker, RECIPE, tmp_path / name, rank=2)
+            maker = StampBatches(tokenizer, Drawings())
+            trainer = StampTrainer(model, maker, RECIPE, tmp_path / name, rank=2)
             assert trainer.run(stop) is (stop is None)
         weights.append(trainer.parameters)
     assert weights[0].keys() == weights[1].keys()
@@ -40,7 +40,7 @@ def test_training_sequences_are_the_prompts_of_inference() -> None:
     """Packed segment by segment, a question has the ids and positions of its own prompt."""
     _, tokenizer = toy()
     processor = build_processor(tokenizer)
-    maker = BatchMaker(tokenizer, Drawings())
+    maker = StampBatches(tokenizer, Drawings())
     (one,) = items(Drawings(), "train", 1, ("place",))
     segment = maker.packer.segment("image", one.query.text, f" {one.answer}")
     prefix, _ = maker.packer.prefix("image", (1, SIZE, SIZE))

@@ -11,7 +11,7 @@ from recipes.tiny.families import FAMILIES, family
 from recipes.tiny.labels import cell_labels
 from recipes.tiny.recipes import Stage
 from recipes.tiny.tokenizer import load_tokenizer, write_tokenizer
-from recipes.tiny.trainer import Trainer
+from recipes.tiny.trainer import TinyTrainer
 from tokencomp.engine.rows.question import IGNORED
 from tokencomp.errors import UnknownNameError
 from tokencomp.models import register_auto_classes
@@ -198,7 +198,9 @@ def test_interrupted_and_resumed_run_ends_with_the_same_weights(tmp_path, cut):
     tokenizer = load_tokenizer(tmp_path)
 
     def trainer(folder):
-        return Trainer(arch, tokenizer, TINY, tmp_path / folder, seed=3, workers=0, save_every=2)
+        return TinyTrainer(
+            arch, tokenizer, TINY, tmp_path / folder, seed=3, workers=0, save_every=2
+        )
 
     whole = trainer("whole")
     start = {k: v.clone() for k, v in whole.model.state_dict().items()}

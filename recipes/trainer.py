@@ -1,0 +1,68 @@
+"""The training of a model that learns to answer: rates by part, and the loss on answers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from recipes.packing import attention_mask
+from tokencomp.engine.rows.question import IGNORED
+from tokencomp.training.steps import Steps
+
+
+class Trainer(Steps):
+    """Runs the stages of a recipe, which have a peak rate `PART_lr` for every part of the model.
+
+    A subclass sets `model` and `bf16`: forward and backward pass in bfloat16, which is faster on
+    CPUs with units for it, and many times slower on others.
+    """
+
+    model: Any
+    bf16: bool
+
+    @property
+    def stage(self) -> Any:
+        """The current one."""
+        return self.phases[self.phase]
+
+    def peak(self, group: dict[str, Any]) -> float:
+        return getattr(self.stage, f"{group['part']}_lr")
+
+    def loss(self, batch: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            return self.stage_loss(batch)
+
+    @abstractmethod
+    def stage_loss(self, batch: Any) -> Tensor:
+        """The loss of one batch of the current stage."""
+
+    def answer_loss(self, batch: dict[str, Any], hidden: Tensor) -> Tensor:
+        """Cross entropy over answer tokens alone; the head runs on those positions only.
+
+        `batch` is `stacked` rows with the `names` of their segments, `hidden` (batch, length,
+        width) what the decoder gives for its `text_inputs`.
+        """
+        labels = torch.as_tensor(batch["labels"])
+        is_answer = labels != IGNORED
+        logits = self.model.get_output_embeddings()(hidden[is_answer])
+        self.scores.note_answers(batch, is_answer, logits.argmax(-1) == labels[is_answer])
+        return F.cross_entropy(logits.float(), labels[is_answer])
+
+
+def text_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Ids, mask and positions of a batch of `stacked` rows, as decoders take them."""
+    positions = torch.as_tensor(batch["positions"]).transpose(0, 1)
+    return {
+        "input_ids": torch.as_tensor(batch["ids"]),
+        "attention_mask": attention_mask(torch.as_tensor(batch["segment"])),
+        "position_ids": positions if len(positions) > 1 else positions[0],
+    }
+
+
+def share_right(logits: Tensor, targets: Tensor) -> float:
+    """Share of the rows of logits (..., classes) whose largest is that of the target."""
+    return (logits.argmax(-1) == targets).float().mean().item()
