@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tokencomp import zoo
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.pages.demo_data import Demo, Row
+from tokencomp.pages.measured import PREFILL, prefill_speed
 from tokencomp.pages.pictures import animation_uri, layer_survival, picture, survival, tiles
 from tokencomp.profiling.timing import Split
 from tokencomp.shapesqa.items import item
@@ -77,3 +79,29 @@ def test_pictures_leave_out_the_times_between_frames():
     assert share.shape == (4, 8, 8) == handle.stats.spans[0][0].grid
     assert {*share.ravel()} == {0.0, 1.0} and share.sum() == handle.stats.tokens_after[0][0]
     assert (layer_survival(handle.stats, 0)[0] == share).all()
+
+
+def test_frames_that_share_a_position_have_the_same_patches():
+    """Eight frames in four positions: frame k is dark unless position k // 2 is kept."""
+    media = [Image.new("RGB", (56, 56), (200, 200, 200)) for _ in range(8)]
+    share = np.zeros((4, 1, 1))
+    share[2] = 1
+    light = [np.asarray(tile).mean() for tile in tiles(media, [share], 56)]
+    assert [k for k, mean in enumerate(light) if mean > 150] == [4, 5]
+
+
+def test_times_of_real_shapes_are_those_of_the_result_file(tmp_path):
+    lines = [json.loads(line) for line in PREFILL.read_text().splitlines()]
+    (known,) = [
+        r["speedup"]
+        for r in lines
+        if (r["model"], r["visual_tokens"], r["reducer"], r["ratio"])
+        == ("qwen2-vl-2b", 4096, "merge", 0.75)
+    ]
+    speed = prefill_speed(reducer="merge")
+    (row,) = [
+        values for model, tokens, values in speed.rows if (model, tokens) == ("qwen2-vl-2b", 4096)
+    ]
+    assert row[speed.ratios.index(0.75)] == known > 1
+    assert lines[-1]["environment"]["hardware"]["cpu"] in speed.where
+    assert prefill_speed(tmp_path / "none.jsonl") is None

@@ -28,23 +28,33 @@ def demo_embedded(
     processor: Any,
     name: str,
     settings: Sequence[Setting],
-    per_family: int,
+    per_family: int | None,
     picture_ratio: float,
     out: Path | None,
     say: Say,
 ) -> Demo:
-    """Accuracy on held-out ShapesQA items, time on videos, and the packaged sample files."""
+    """Accuracy, time on videos, and answers about the packaged sample files.
+
+    Parameters
+    ----------
+    per_family
+        Held-out ShapesQA questions of every family; None: the questions about the packaged files.
+    """
     from tokencomp.shapesqa.items import items as shapesqa_items
 
-    say("rendering held-out questions and their image and video files")
     with tempfile.TemporaryDirectory() as folder:
-        examples = shapesqa(shapesqa_items("test", per_family), folder)
+        if per_family is None:
+            examples = packaged_questions()
+        else:
+            say("rendering held-out questions and their image and video files")
+            examples = shapesqa(shapesqa_items("test", per_family), folder)
         say(f"{len(examples)} questions, {len(settings)} settings")
         how: dict[str, Any] = {"batch_size": 18, "max_new_tokens": 4, "name": name}
         runs = sweep(model, processor, examples, settings, out, draw=save_kept, **how)
         videos = [e for e in examples if str(e.media[0]).endswith(".mp4")][:TIMED_ROWS]
         say("timing the prefill of every setting in turn")
-        rows = _rows(model, processor, videos, settings, runs)
+        budget = 3.0 if per_family is None else 8.0
+        rows = _rows(model, processor, videos, settings, runs, budget)
     say("answering questions about the sample files")
     questions = [
         AnsweredQuestion(
@@ -56,7 +66,9 @@ def demo_embedded(
         for e in samples()
     ]
     full = runs[Setting()]
-    return Demo(name, model_facts(model), rows, questions, len(full.answered), len(full.failed))
+    where = "held-out ShapesQA questions" if per_family else "questions about the packaged files"
+    counts = (len(full.answered), len(full.failed), where)
+    return Demo(name, model_facts(model), rows, questions, *counts)
 
 
 def demo_files(
@@ -77,16 +89,23 @@ def demo_files(
     return Demo(name, model_facts(model), rows, [AnsweredQuestion(label, question, None, answers)])
 
 
-def samples() -> list[Example]:
-    """One question about each packaged sample file."""
+def packaged_questions() -> list[Example]:
+    """The questions about the packaged sample files."""
     from tokencomp.zoo import SAMPLES
 
-    examples: dict[str, Example] = {}
-    for row in json.loads((SAMPLES / "questions.json").read_text()):
-        media = (SAMPLES / row["media"],)
-        example = Example(row["id"], row["question"], row["answer"], media, row["family"])
-        examples.setdefault(row["media"], example)
-    return list(examples.values())
+    rows = json.loads((SAMPLES / "questions.json").read_text())
+    return [
+        Example(f"{n} {r['id']}", r["question"], r["answer"], (SAMPLES / r["media"],), r["family"])
+        for n, r in enumerate(rows)
+    ]
+
+
+def samples() -> list[Example]:
+    """The first question about each packaged sample file."""
+    first: dict[Any, Example] = {}
+    for example in packaged_questions():
+        first.setdefault(example.media, example)
+    return list(first.values())
 
 
 def _answers(
@@ -102,10 +121,11 @@ def _rows(
     timed: Sequence[Example],
     settings: Sequence[Setting],
     runs: dict[Setting, EvalRun] | None,
+    budget: float = 8.0,
 ) -> list[Row]:
     media, texts = [e.load(8) for e in timed], [e.prompt for e in timed]
     maker = PromptMaker(model, processor, media, texts)
-    splits = time_prefill(maker, settings, budget=8.0)
+    splits = time_prefill(maker, settings, budget=budget)
     rows = []
     for setting in settings:
         cost = _batch_cost(maker, setting)

@@ -181,6 +181,17 @@ def flat(command: Any = None, /, **defaults: Any) -> Any:
     return call
 
 
+def given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter of the command was given on the command line."""
+    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+
+
+def instead(context: typer.Context, group: Any, defaults: dict[str, str]) -> Any:
+    """`group` with other `defaults` for the options that were not given on the command line."""
+    new = {name: value for name, value in defaults.items() if not given(context, name)}
+    return dataclasses.replace(group, **new)
+
+
 def refuse_options(context: typer.Context, options: Sequence[str], where: str, fix: str) -> None:
     """Raise `OptionError` for options on the command line that would have no effect.
 
@@ -192,11 +203,7 @@ def refuse_options(context: typer.Context, options: Sequence[str], where: str, f
         What makes them ineffective, e.g. "--engine vllm"; what to do instead.
     """
     flags = {str(p.name): p.opts[0] for p in context.command.params}
-    useless = [
-        flags[name]
-        for name in options
-        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
+    useless = [flags[name] for name in options if given(context, name)]
     if useless:
         raise OptionError(f"{', '.join(useless)}: no effect with {where}; {fix}.")
 

@@ -28,11 +28,11 @@ LINES = (
     ("peak memory", "peak_bytes", "bytes"),
     ("KV cache", "kv_bytes", "bytes"),
     ("LLM FLOPs", "flops", "count"),
-    ("LLM speed-up", "speedup", "{:.2f}×"),
+    ("LLM, times as fast", "speedup", "{:.2f}×"),
     ("limit by FLOPs", "flop_limit", "{:.2f}×"),
     ("limit reached", "limit_reached", "{:.0%}"),
     ("reducer overhead", "reduce_overhead", "{:.1%}"),
-    ("speed-up in all", "total_speedup", "{:.2f}×"),
+    ("in all, times as fast", "total_speedup", "{:.2f}×"),
 )
 """Lines of the table: name, key of the row, and the form of its value."""
 
@@ -240,6 +240,6 @@ def _print(report: dict[str, Any]) -> None:
     where = report["hardware"]
     device = ", ".join(where["gpus"]) or f"{where['cpu']}, {where['threads']} threads"
     console.print(
-        f"[dim]{device}; variants interleaved in one process, medians. LLM speed-up: prefill with "
-        "reducer; in all: vision tower included, preprocessing not.[/]"
+        f"[dim]{device}; variants interleaved in one process, medians. 2×: twice as fast. LLM: "
+        "prefill with reducer; in all: vision tower included, preprocessing not.[/]"
     )

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from tokencomp.inputs.questions import Example
 from tokencomp.pages.demo_data import Answer, AnsweredQuestion, Demo, Row
 from tokencomp.pages.html import compact, render
-from tokencomp.pages.pictures import animation_uri, data_uri
+from tokencomp.pages.measured import TOY, prefill_speed
+from tokencomp.pages.pictures import animation_uri, data_uri, stacked
 from tokencomp.pages.plots import Point, lines
 
 
@@ -21,7 +24,15 @@ def write(demo: Demo, path: str | Path) -> Path:
         demo=demo,
         plots=_plots(demo) if demo.items else [],
         questions=[_question(q) for q in demo.questions],
+        measured=prefill_speed(),
+        toy=TOY,
     )
+
+
+def kept_sheet(demo: Demo) -> Image.Image:
+    """One picture of all questions: under each other, the media and what the last method kept."""
+    rows = [[*q.answers[0].pictures, *q.answers[-1].pictures] for q in demo.questions]
+    return stacked([stacked(row, across=True) for row in rows])
 
 
 def _plots(demo: Demo) -> list[Any]:

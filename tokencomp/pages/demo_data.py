@@ -93,7 +93,9 @@ class Demo:
     questions
         Shown with pictures.
     items, failed
-        How many ShapesQA questions were answered, and how many could not be.
+        How many questions were answered for the table, and how many could not be.
+    asked
+        Which questions these are.
     """
 
     model: str
@@ -102,6 +104,7 @@ class Demo:
     questions: list[AnsweredQuestion]
     items: int = 0
     failed: int = 0
+    asked: str = "held-out ShapesQA questions"
 
     @property
     def opening(self) -> str:

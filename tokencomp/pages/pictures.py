@@ -105,11 +105,28 @@ def strip(images: Sequence[Image.Image], columns: int = 4) -> Image.Image:
     return sheet
 
 
-def frames_of(media: Any, grid: tuple[int, int, int]) -> list[Image.Image]:
-    """The picture behind every temporal position of a span."""
+def stacked(images: Sequence[Image.Image], across: bool = False, gap: int = 12) -> Image.Image:
+    """Pictures of any size on white, under each other or (`across`) side by side."""
+    length = sum(i.width if across else i.height for i in images) + gap * (len(images) - 1)
+    width = max(i.height if across else i.width for i in images)
+    sheet, at = Image.new("RGB", (length, width) if across else (width, length), "white"), 0
+    for image in images:
+        sheet.paste(image, (at, 0) if across else (0, at))
+        at += (image.width if across else image.height) + gap
+    return sheet
+
+
+def frames_of(media: Any, t: int) -> tuple[list[Image.Image], list[int]]:
+    """The pictures of a span, and the temporal position (0 to t - 1) that each belongs to.
+
+    Several frames may share a position: what is kept of it is kept of all of them.
+    """
     if media_kind(media) == "image":
-        return [media] * grid[0]
-    return [media[min(k * len(media) // grid[0], len(media) - 1)] for k in range(grid[0])]
+        return [media] * t, [*range(t)]
+    if len(media) < t:
+        return [media[min(k * len(media) // t, len(media) - 1)] for k in range(t)], [*range(t)]
+    per = -(-len(media) // t)
+    return list(media), [k // per for k in range(len(media))]
 
 
 def picture(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> Image.Image:
@@ -129,8 +146,8 @@ def tiles(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> list[Im
     """The pictures of one sheet, of one size: see `picture`."""
     out = []
     for share in shares:
-        frames = frames_of(media, share.shape)
-        out += [overlay(frames[k], share[k], side) for k in _shown(frames)]
+        frames, positions = frames_of(media, share.shape[0])
+        out += [overlay(frames[k], share[positions[k]], side) for k in _shown(frames)]
     size = max((t.size for t in out), key=lambda s: s[0] * s[1])
     return [t if t.size == size else t.resize(size) for t in out]
 

@@ -1,0 +1,56 @@
+"""Times that were measured on the shapes of real models, from the repository's result files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokencomp.method import DEFAULT_REDUCER
+
+TOY = 50_000_000
+"""Parameters below which the time of a model says nothing about real ones."""
+PREFILL = Path(__file__).parents[2] / "benchmarks" / "models" / "prefill.jsonl"
+"""What `benchmarks/models/prefill.py` wrote; a wheel does not have it."""
+
+
+@dataclass(frozen=True)
+class PrefillSpeed:
+    """How many times as fast the LLM prefill is with one reducer.
+
+    Attributes
+    ----------
+    ratios
+        Of the columns.
+    rows
+        Name of the shape, visual tokens, and one value per ratio (None: not measured).
+    where
+        Hardware, versions, command and date.
+    """
+
+    reducer: str
+    ratios: list[float]
+    rows: list[tuple[str, int, list[float | None]]]
+    where: str
+
+
+def prefill_speed(file: Path = PREFILL, reducer: str = DEFAULT_REDUCER) -> PrefillSpeed | None:
+    """The measured times of one reducer; None where this copy of tokencomp has no results."""
+    if not file.exists():
+        return None
+    every = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in every if line["reducer"] == reducer]
+    if not lines:
+        return None
+    ratios = sorted({line["ratio"] for line in lines})
+    known = {(r["model"], r["visual_tokens"], r["ratio"]): r["speedup"] for r in lines}
+    shapes = dict.fromkeys((line["model"], line["visual_tokens"]) for line in lines)
+    rows = [(*shape, [known.get((*shape, ratio)) for ratio in ratios]) for shape in shapes]
+    facts = lines[-1]["environment"]
+    hardware = facts["hardware"]
+    device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['threads']} threads"
+    where = (
+        f"{device}, {lines[-1]['dtype']}, random weights, without the vision tower; torch "
+        f"{facts['versions']['torch']}, {facts['date'][:10]}; benchmarks/models/prefill.md."
+    )
+    return PrefillSpeed(reducer, ratios, rows, where)
