@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList
 import tokencomp
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.call.layer_hooks import LayerHooks
+from tokencomp.engine.call.state import RunningCalls
 from tokencomp.errors import UnsupportedModelError
 
 FAMILY = FAMILIES["qwen2_vl"]
@@ -66,7 +67,7 @@ def test_padded_steps_keep_them() -> None:
 
 
 def layer_hooks(model: Any) -> LayerHooks:
-    own = LayerHooks(adapter_for(model), threading.local())
+    own = LayerHooks(adapter_for(model), RunningCalls())
     own.install(LAYERS)
     return own
 
@@ -130,7 +131,7 @@ def test_threads_that_decode_beside_prompts() -> None:
 def test_a_hook_on_its_way_out_gets_no_keyword_arguments() -> None:
     """torch looks twice where a hook is; in between, another thread may remove it."""
     own = layer_hooks(FAMILY.build())
-    own.local.forward = object()
+    own.calls.own.forward = object()
     assert own._layer(0, torch.nn.Identity(), ()) is None
     own._attention(3, None, torch.nn.Identity(), (), torch.zeros(1))
 

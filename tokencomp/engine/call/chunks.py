@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.engine.call.state import RunningCalls
 from tokencomp.engine.rows.arguments import gather_arguments
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import PrefillWarning
@@ -35,8 +36,8 @@ class ChunkedPrefill(Hooked):
 
     Parameters
     ----------
-    local
-        State of the calling thread; `chunk` is set on it while `generate` runs a prefill.
+    calls
+        Gets `chunk` while `generate` runs a prefill.
     active
         Whether prompts with media are compressed in the calling thread.
     uncounted
@@ -47,11 +48,11 @@ class ChunkedPrefill(Hooked):
     def __init__(
         self,
         adapter: Adapter,
-        local: Any,
+        calls: RunningCalls,
         active: Callable[[], bool],
         uncounted: Callable[[], None],
     ) -> None:
-        self.adapter, self.local = adapter, local
+        self.adapter, self.calls = adapter, calls
         self.active, self.uncounted = active, uncounted
 
     def install(self) -> None:
@@ -78,15 +79,16 @@ class ChunkedPrefill(Hooked):
             return out
         whole = copy.copy(generation_config)
         whole.prefill_chunk_size = None
-        self.local.chunk = size
+        state = self.calls.own
+        state.chunk = size
         for option in ("output_hidden_states", "output_attentions"):
             if getattr(generation_config, option, False):
                 _one_pass(size, f"{option}=True needs every column of one pass")
-                self.local.chunk = None
+                state.chunk = None
         try:
             return original(whole, model_kwargs, *args, **kwargs)
         finally:
-            self.local.chunk = None
+            state.chunk = None
 
     def advance(
         self, decoder: nn.Module, kwargs: dict[str, Any], forward: ForwardPass, logits: int
@@ -108,7 +110,7 @@ class ChunkedPrefill(Hooked):
         dict
             Arguments of the last chunk.
         """
-        size, width = getattr(self.local, "chunk", None), forward.layout.width
+        size, width = self.calls.running.chunk, forward.layout.width
         if size is None or width <= size:
             return kwargs
         if len(forward.segments) > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,13 +9,14 @@ from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.gate import CallGate
+from tokencomp.engine.call.state import RunningCalls
 from tokencomp.torchlib.replace import Hooked, MethodReplacement
 
 GENERATE = "generate"
 
 
 class GenerateCall(Hooked):
-    """Notes, per thread, what the running `generate` was called with.
+    """Notes what the running `generate` was called with.
 
     `generate` calls the model with the prompt and whatever it has drafted or generated since; only
     its caller knows where one ends and the other begins. It encodes media before it calls the
@@ -24,38 +24,30 @@ class GenerateCall(Hooked):
     another. A patched model therefore carries a `generate` of its own that calls the original.
     """
 
-    def __init__(self, adapter: Adapter, gate: CallGate) -> None:
-        self.adapter, self.gate, self._local = adapter, gate, threading.local()
-
-    @property
-    def columns(self) -> int | None:
-        """Columns of the prompt of the `generate` call that runs in this thread, if one does."""
-        return getattr(self._local, "columns", None)
-
-    @property
-    def encodes(self) -> bool:
-        """Whether a `generate` call runs in this thread that encodes its media itself."""
-        return getattr(self._local, "encodes", False)
+    def __init__(self, adapter: Adapter, gate: CallGate, calls: RunningCalls) -> None:
+        self.adapter, self.gate, self.calls = adapter, gate, calls
 
     def generated(self, past: int, width: int) -> int | None:
         """How many columns of a call of `width` columns behind `past` ones are not the prompt's.
 
         None outside of `generate`.
         """
-        return None if self.columns is None else max(0, past + width - self.columns)
+        columns = self.calls.running.columns
+        return None if columns is None else max(0, past + width - columns)
 
     def install(self) -> None:
         """Replace `model.generate`, if the model has it."""
         self._handles.append(MethodReplacement(self.adapter.top, GENERATE, self._generate))
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        local, name, earlier = self._local, id(kwargs), (self.columns, self.encodes)
+        state, name = self.calls.own, id(kwargs)
+        earlier = state.columns, state.encodes
         self.gate.enter(name)
-        local.columns, local.encodes = prompt_columns(args, kwargs), self.adapter.encodes(kwargs)
+        state.columns, state.encodes = prompt_columns(args, kwargs), self.adapter.encodes(kwargs)
         try:
             return original(*args, **kwargs)
         finally:
-            local.columns, local.encodes = earlier
+            state.columns, state.encodes = earlier
             self.gate.leave(name)
 
 

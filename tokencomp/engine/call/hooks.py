@@ -16,7 +16,6 @@ The hooks on decoder layers, their attention and the vision tower depend on the 
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 from weakref import WeakSet
 
@@ -37,6 +36,7 @@ from tokencomp.engine.call.later import LaterTokens, compact_cache, first_layer,
 from tokencomp.engine.call.notes import CallNotes
 from tokencomp.engine.call.plan_hooks import PlanHooks
 from tokencomp.engine.call.reading import PrefillCall, PromptReader
+from tokencomp.engine.call.state import RunningCalls
 from tokencomp.engine.call.uncounted import UncountedPrompt, can_wait
 from tokencomp.engine.context.visual_window import is_extended
 from tokencomp.engine.count.stats import Stats, collect, warn_if_ratio_missed
@@ -94,16 +94,16 @@ class Hooks(Hooked):
         self._stats: Stats | None = None
         self._uncounted: UncountedPrompt | None = None
         self._missed_plans: set[str] = set()  # plans that have warned of a missed ratio
-        self._local = threading.local()
-        self._notes = CallNotes(adapter, self._local, strict)
-        self._plan_hooks = PlanHooks(adapter, self._local, off=lambda: self.disabled)
+        self._calls = calls = RunningCalls()
+        self._notes = CallNotes(adapter, calls, strict)
+        self._plan_hooks = PlanHooks(adapter, calls, off=lambda: self.disabled)
         self._in_force = InForce(compact_positions)
-        self._later = LaterTokens(adapter, self._local, self._in_force, proportional > 0)
-        self._relative = RelativePositions(adapter, self._local)
+        self._later = LaterTokens(adapter, calls, self._in_force, proportional > 0)
+        self._relative = RelativePositions(adapter, calls)
         self._batches = BatchGuard(adapter, self._compresses, strict)
-        self._prefill = ChunkedPrefill(adapter, self._local, self._compresses, self._forget_stats)
+        self._prefill = ChunkedPrefill(adapter, calls, self._compresses, self._forget_stats)
         self.gate = CallGate(type(adapter.model).__name__)
-        self._generate = GenerateCall(adapter, self.gate)
+        self._generate = GenerateCall(adapter, self.gate, calls)
         self._reader = PromptReader(adapter, proportional > 0, self._generate)
         parts = (self.proportional, self._relative, self._prefill, self._batches, self._generate)
         self._parts: list[Any] = [part for part in parts if part is not None]
@@ -160,11 +160,11 @@ class Hooks(Hooked):
 
     @property
     def disabled(self) -> bool:
-        return getattr(self._local, "disabled", 0) > 0
+        return self._calls.running.disabled > 0
 
     def disable(self, by: int) -> None:
         """Count calls of `Handle.disabled()` in this thread up or down."""
-        self._local.disabled = getattr(self._local, "disabled", 0) + by
+        self._calls.own.disabled += by
 
     def _compresses(self) -> bool:
         """Whether prompts with media are compressed in this thread."""
@@ -192,12 +192,9 @@ class Hooks(Hooked):
 
     def _traced(self, arguments: dict[str, Any]) -> bool:
         """Whether Dynamo may trace through a hook: it does nothing, or tensor operations."""
-        kinds = getattr(self._local, "kinds", None)
-        return kinds is None and self._later.traceable(arguments, self.plan.active)
-
-    def _busy(self, *names: str) -> bool:
-        """Whether this thread notes something for the running call; Dynamo guards on it."""
-        return any(getattr(self._local, name, None) is not None for name in names)
+        return self._calls.running.kinds is None and self._later.traceable(
+            arguments, self.plan.active
+        )
 
     def _top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         refuse_replica(module)
@@ -231,7 +228,8 @@ class Hooks(Hooked):
         return idle and can_wait(self.adapter, arguments)
 
     def _body_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        if self._busy("inputs", "forward"):
+        state = self._calls.running
+        if state.inputs is not None or state.forward is not None:
             self._notes.forget_prompt()
 
     # -- decoder --------------------------------------------------------------------------------
@@ -257,7 +255,7 @@ class Hooks(Hooked):
             Whether Dynamo has compiled the caller.
         """
         arguments = self._arguments(module, kwargs)
-        forward: ForwardPass | None = getattr(self._local, "forward", None)
+        forward = self._calls.running.forward
         needed = forward is not None and len(forward.segments) > 1
         self._plan_hooks.layers.prepare(needed, traced)
         return arguments
@@ -275,15 +273,14 @@ class Hooks(Hooked):
                     self._refuse_missing(kwargs)
                 check_cache(cache, bool(self.plan.layer_stages))
                 self._later.adopt(getattr(cache, "layers", []))
-                kwargs, prepared = split_mask(kwargs, cache, self._local.body_mask)
-                self._compress(kwargs, kinds, cache, prepared)
-                keep, forward = getattr(self._local, "logits", 0), self._local.forward
-                if "logits_to_keep" in kwargs and (
-                    len(forward.segments) > 1 or keep > forward.tail
-                ):
+                state = self._calls.own
+                kwargs, prepared = split_mask(kwargs, cache, state.body_mask)
+                forward = state.forward = self._compress(kwargs, kinds, cache, prepared)
+                whole = len(forward.segments) > 1 or state.logits > forward.tail
+                if whole and "logits_to_keep" in kwargs:
                     # Decoders with shared keys (Gemma 4) cut their hidden states to these columns.
                     kwargs["logits_to_keep"] = 0
-                return (), self._prefill.advance(module, kwargs, self._local.forward, keep)
+                return (), self._prefill.advance(module, kwargs, forward, state.logits)
             self._count(kwargs, kinds, cache)
         self._refuse_missing(kwargs)
         if isinstance(first_layer(cache), CompressedLayer):
@@ -297,27 +294,27 @@ class Hooks(Hooked):
 
         NaN in features that this call has encoded itself is the model's own.
         """
-        inputs = getattr(self._local, "inputs", None) or {}
-        if self._generate.encodes or self.adapter.encodes(inputs):
+        state = self._calls.running
+        if state.encodes or self.adapter.encodes(state.inputs or {}):
             return
         if self.adapter.body in _HAD_TOWER and kwargs.get("inputs_embeds") is not None:
             refuse_missing(kwargs["inputs_embeds"])
 
     def _kinds_of(self, kwargs: dict[str, Any]) -> Tensor | None:
         """Kind of feature in every column of a decoder call; None where it is not needed."""
-        kinds, inputs = getattr(self._local, "kinds", None), getattr(self._local, "inputs", None)
-        if kinds is not None or inputs is None:
-            return kinds
+        state = self._calls.running
+        if state.kinds is not None or state.inputs is None:
+            return state.kinds
         if UncountedPrompt.readable(kwargs):
-            self._uncounted = UncountedPrompt(kwargs, inputs, getattr(self._local, "labels", None))
+            self._uncounted = UncountedPrompt(kwargs, state.inputs, state.labels)
             return None
-        kinds = self.adapter.kinds(inputs)
+        kinds = self.adapter.kinds(state.inputs)
         return None if kinds is None else kinds.cpu()
 
     def _count(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
         """Stats of a prefill at ratio 0, which stays as it is; None where it cannot be read."""
         try:
-            plain, _ = split_mask(kwargs, cache, self._local.body_mask)
+            plain, _ = split_mask(kwargs, cache, self._calls.running.body_mask)
             forward = self._read(plain, kinds, cache)[0]
             self.stats = collect(forward, cache)
         except TokenCompError:
@@ -327,11 +324,13 @@ class Hooks(Hooked):
         self, kwargs: dict[str, Any], kinds: Tensor, cache: Any
     ) -> tuple[ForwardPass, Tensor]:
         """The forward pass of a prefill with visual tokens, and its positions."""
-        labels, draft = getattr(self._local, "labels", None), getattr(self._local, "draft", 0)
-        call = PrefillCall(kwargs, kinds, cache, self._local.inputs, labels, draft)
+        state = self._calls.running
+        call = PrefillCall(kwargs, kinds, cache, state.inputs or {}, state.labels, state.drafts)
         return self._reader.read(call, self.plan)
 
-    def _compress(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any, prepared: Any) -> None:
+    def _compress(
+        self, kwargs: dict[str, Any], kinds: Tensor, cache: Any, prepared: Any
+    ) -> ForwardPass:
         """Read a prefill with visual tokens, and change its arguments by the entry stage."""
         forward, positions = self._read(kwargs, kinds, cache)
         forward.prepared = prepared
@@ -341,27 +340,28 @@ class Hooks(Hooked):
             media = {s.kind for row in forward.spans for s in row} - {"audio"}
             forward.tower_costs = self._plan_hooks.drop.collect(len(media))
         enter_prompt(self.adapter, forward, positions, kwargs, cache, self.compact_positions)
-        self._local.forward = forward
+        return forward
 
     @compat.not_compiled
     def _sizes(self, layer: int) -> Tensor | None:
         """How many tokens the first rows of `layer` stand for in the call that runs now."""
-        forward: ForwardPass | None = getattr(self._local, "forward", None)
+        forward = self._calls.running.forward
         if forward is not None:
             return forward.segment_of(layer).all_sizes()
-        cached = getattr(self._local, "cached", None)
+        cached = self._calls.running.cached
         return cached[layer].sizes if cached else None
 
     def _decoder_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-        return (
-            self._finish_decoder(module, kwargs, out) if self._busy("forward", "cached") else None
-        )
+        state = self._calls.running
+        if state.forward is None and state.cached is None:
+            return None
+        return self._finish_decoder(module, kwargs, out)
 
     @compat.not_compiled
     def _finish_decoder(self, module: nn.Module, kwargs: dict[str, Any], out: Any) -> Any:
         """The output of a decoder call with full length; None where it stays as it is."""
-        forward: ForwardPass | None = getattr(self._local, "forward", None)
-        self._local.forward = self._local.cached = None
+        state = self._calls.own
+        forward, state.forward, state.cached = state.forward, None, None
         self._plan_hooks.layers.finish()
         if forward is None or out is None:
             return None
@@ -376,17 +376,19 @@ class Hooks(Hooked):
         out = whole_output(out, forward.earlier)
         self.stats = stats = collect(forward, cache)
         warn_if_ratio_missed(stats, forward.plan, self._missed_plans)
-        text_only = 0 < getattr(self._local, "logits", 0) <= forward.tail
+        text_only = 0 < state.logits <= forward.tail
         return restore_states(out, forward.layer_layouts(), forward.width, text_only)
 
     # -- positions ------------------------------------------------------------------------------
 
     def _rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._true_positions(args, kwargs) if self._busy("forward") else None
+        if self._calls.running.forward is None:
+            return None
+        return self._true_positions(args, kwargs)
 
     @compat.not_compiled
     def _true_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        forward: ForwardPass | None = getattr(self._local, "forward", None)
+        forward = self._calls.running.forward
         if forward is None or forward.rotary is None:
             return None
         if "position_ids" in kwargs:

@@ -24,6 +24,7 @@ from tokencomp.engine.cache.rows import (
     physical_length,
     segment_heads,
 )
+from tokencomp.engine.call.state import RunningCalls
 from tokencomp.engine.kinds import mask_compat
 from tokencomp.engine.kinds.prepared_mask import read_mask
 from tokencomp.engine.kinds.windows import CHUNKED, INDEXED, Windows, check_windows
@@ -41,8 +42,8 @@ class LaterTokens:
 
     Parameters
     ----------
-    local
-        State of the calling thread; `forward` or `cached` is set on it for the running call.
+    calls
+        Gets `forward` or `cached` for the running call.
     in_force
         The patch that these calls are made under.
     proportional
@@ -52,11 +53,11 @@ class LaterTokens:
     def __init__(
         self,
         adapter: Adapter,
-        local: Any,
+        calls: RunningCalls,
         in_force: InForce,
         proportional: bool,
     ) -> None:
-        self.adapter, self.local, self.in_force = adapter, local, in_force
+        self.adapter, self.calls, self.in_force = adapter, calls, in_force
         self.compact_positions, self.proportional = in_force.compact, proportional
         mask_compat.mask_parameters()  # before a step is compiled
 
@@ -132,7 +133,7 @@ class LaterTokens:
         if self.compact_positions:
             kwargs["position_ids"] = layer.real_rows().expand(x.shape[0], 1)
         if self.proportional:
-            self.local.cached = layers
+            self.calls.own.cached = layers
 
     def _continue(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
         """Any number of tokens, padded or not, on layers that hold the same rows or other ones."""
@@ -162,14 +163,14 @@ class LaterTokens:
         masked = {INDEXED, REFERENCE}.intersection(windows.kinds)  # the decoder builds them anyway
         # transformers leaves a mask out only below the window, so at the window it is ours too.
         if maskless and not windows.bind(total + 1) and not masked and not windows.relative:
-            kwargs["attention_mask"], self.local.cached = None, layers
+            kwargs["attention_mask"], self.calls.own.cached = None, layers
             return
         forward = ForwardPass.continuation(self.adapter, layers, new, n)
         forward.by_column, forward.prepared = by_column, prepared
         source, first = forward.mask_source(new, compat.get_cache(kwargs)), forward.segments[0]
         explicit = source.explicit(first, total)
         if maskless and not explicit and len(forward.segments) == 1 and not windows.relative:
-            kwargs["attention_mask"], self.local.cached = None, layers
+            kwargs["attention_mask"], self.calls.own.cached = None, layers
             return
         if len(forward.segments) > 1 and "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = 0  # layers with shared keys would get the last rows alone
@@ -177,13 +178,13 @@ class LaterTokens:
             kwargs["attention_mask"] = source.decoder_mask(first, x)
         else:
             kwargs["attention_mask"] = first.padding_mask(new, x.shape[0], x.device)
-        self.local.forward = forward
+        self.calls.own.forward = forward
 
     def _columns_of_call(
         self, kwargs: Mapping[str, Any], n: int, layer: Any
     ) -> tuple[Tensor | None, Any]:
         """Which of the `n` columns of a call are real, and what the body prepared for them."""
-        body = getattr(self.local, "body_mask", None)
+        body = self.calls.running.body_mask
         mask, prepared = read_mask(kwargs.get("attention_mask"), body, n, layer.rows)
         new = None if mask is None else mask[:, -n:].bool()
         return (None if new is None or bool(new.all()) else new), prepared

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.engine.call.state import RunningCalls
 from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.scores.layer_stages import scored_before, scored_layer
 from tokencomp.engine.scores.tap import attention_of
-from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import copy_error
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention
@@ -35,12 +35,12 @@ class LayerHooks(Hooked):
 
     Parameters
     ----------
-    local
-        State of the calling thread; `forward` is its forward pass, or None.
+    calls
+        The forward pass of every thread.
     """
 
-    def __init__(self, adapter: Adapter, local: Any) -> None:
-        self.adapter, self.local = adapter, local
+    def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
+        self.adapter, self.calls = adapter, calls
         self._staged = self._compiled = False
         self._scored: list[tuple[nn.Module, int, Attention]] = []  # attention, stage, signal
         self._users: dict[int, threading.Thread] = {}
@@ -126,31 +126,31 @@ class LayerHooks(Hooked):
     # calls the hook without keyword arguments; that thread's own call does not need it.
 
     def _layer(self, i: int, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
-        if kwargs is None or getattr(self.local, "forward", None) is None:
+        if kwargs is None or self.calls.running.forward is None:
             return None
         return self._arguments(i, args, kwargs)
 
     @compat.not_compiled
     def _arguments(self, i: int, args: Any, kwargs: dict[str, Any]) -> Any:
-        forward: ForwardPass = self.local.forward
+        forward: Any = self.calls.running.forward  # set, as the caller has seen
         return forward.before_layer(i, args, kwargs)
 
     def _attention(self, stage: int, signal: Any, module: nn.Module, args: Any, *rest: Any) -> None:
-        if len(rest) == 2 and getattr(self.local, "forward", None) is not None:
+        if len(rest) == 2 and self.calls.running.forward is not None:
             self._score(stage, signal, module, args, rest[0])
 
     @compat.not_compiled
     def _score(self, stage: int, signal: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
-        forward: ForwardPass = self.local.forward
+        forward: Any = self.calls.running.forward  # set, as the caller has seen
         if forward.compresses:
             forward.score(stage, module, compat.bind(module, args, kwargs), signal)
 
     def _projected(self, stage: int, module: nn.Module, args: Any, out: Any) -> None:
-        if getattr(self.local, "forward", None) is not None:
+        if self.calls.running.forward is not None:
             self._note(stage, out)
 
     @compat.not_compiled
     def _note(self, stage: int, projected: Any) -> None:
-        forward: ForwardPass = self.local.forward
+        forward: Any = self.calls.running.forward  # set, as the caller has seen
         if forward.compresses and isinstance(projected, Tensor) and projected.ndim == 3:
             forward.projected[stage] = projected.detach()

@@ -8,6 +8,7 @@ from typing import Any
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.later import begins_prompt
+from tokencomp.engine.call.state import RunningCalls
 from tokencomp.errors import NoVisualInputError, UncompressedWarning
 from tokencomp.torchlib import compat
 
@@ -20,16 +21,14 @@ class CallNotes:
 
     Parameters
     ----------
-    local
-        State of the calling thread. `labels`, `logits` (last columns whose logits the call
-        returns; 0: all) and `draft` (speculative tokens at its end) come from the model; `kinds`,
-        `inputs` (see `Adapter.kinds`) and `body_mask` (its `attention_mask`) from its body.
+    calls
+        Gets the notes of the model and of its body.
     strict
         Whether prompts without media are refused.
     """
 
-    def __init__(self, adapter: Adapter, local: Any, strict: bool) -> None:
-        self.adapter, self.local, self.strict = adapter, local, strict
+    def __init__(self, adapter: Adapter, calls: RunningCalls, strict: bool) -> None:
+        self.adapter, self.calls, self.strict = adapter, calls, strict
         self._warned_hidden = False
 
     @compat.not_compiled
@@ -46,15 +45,15 @@ class CallNotes:
         keep, labels = arguments.get("logits_to_keep", 0), arguments.get("labels")
         if labels is not None or not isinstance(keep, int):
             keep = 0
-        self.local.labels = labels
-        self.local.draft = max(keep - 1, 0)  # assisted decoding: speculative tokens at the end
-        self.local.logits = keep if slices else 0
+        state = self.calls.own
+        state.labels, state.logits = labels, keep if slices else 0
+        state.drafts = max(keep - 1, 0)  # assisted decoding: speculative tokens at the end
 
     @compat.not_compiled
     def forget_call(self) -> None:
         """Undo `note_call`."""
-        self.local.logits = self.local.draft = 0
-        self.local.labels = None
+        state = self.calls.own
+        state.labels, state.logits, state.drafts = None, 0, 0
 
     def note_prompt(self, arguments: dict[str, Any], disabled: bool) -> bool:
         """Note where the visual features of a call go.
@@ -74,22 +73,25 @@ class CallNotes:
         self.forget_prompt()
         if disabled:
             return False
-        self.local.body_mask = arguments.get("attention_mask")
+        state = self.calls.own
+        state.body_mask = arguments.get("attention_mask")
         kinds = self.adapter.kinds(arguments)
         if kinds is None:
             return begins_prompt(arguments)
-        self.local.kinds, self.local.inputs = kinds.cpu(), arguments
+        state.kinds, state.inputs = kinds.cpu(), arguments
         return False
 
     def note_uncounted(self, arguments: dict[str, Any]) -> None:
         """Note the arguments of the body alone, for a prompt that is read later."""
         self.forget_prompt()
-        self.local.body_mask, self.local.inputs = arguments.get("attention_mask"), arguments
+        state = self.calls.own
+        state.body_mask, state.inputs = arguments.get("attention_mask"), arguments
 
     @compat.not_compiled
     def forget_prompt(self) -> None:
         """Undo `note_prompt`, and forget the forward pass of the decoder."""
-        self.local.kinds = self.local.inputs = self.local.forward = self.local.body_mask = None
+        state = self.calls.own
+        state.kinds = state.inputs = state.forward = state.body_mask = None
 
     def called_alone(self, arguments: Mapping[str, Any]) -> None:
         """Treat a decoder that is called on its own like a prompt that brings no features."""

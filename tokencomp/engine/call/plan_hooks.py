@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.layer_hooks import LayerHooks
 from tokencomp.engine.call.rotary import SharedTables
+from tokencomp.engine.call.state import RunningCalls
 from tokencomp.engine.tower.signals import TowerProbe, check_signals
 from tokencomp.engine.tower.stage import TowerDrop
 from tokencomp.plan.plan import Plan
@@ -18,16 +18,16 @@ class PlanHooks:
 
     Parameters
     ----------
-    local
-        State of the calling thread; `forward` is its forward pass, or None.
+    calls
+        The forward pass of every thread.
     off
         Whether compression is off in the calling thread.
     """
 
-    def __init__(self, adapter: Adapter, local: Any, off: Callable[[], bool]) -> None:
+    def __init__(self, adapter: Adapter, calls: RunningCalls, off: Callable[[], bool]) -> None:
         self.adapter, self.off = adapter, off
-        self.layers = LayerHooks(adapter, local)
-        self.tables = SharedTables(adapter, local)
+        self.layers = LayerHooks(adapter, calls)
+        self.tables = SharedTables(adapter, calls)
         self.tower: TowerProbe | None = None
         self.drop: TowerDrop | None = None
 

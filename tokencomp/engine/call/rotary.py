@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.stage.forward import ForwardPass
+from tokencomp.engine.call.state import RunningCalls
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention
 from tokencomp.torchlib import compat
@@ -21,12 +21,12 @@ class SharedTables(Hooked):
 
     Parameters
     ----------
-    local
-        State of the calling thread; `forward` is its forward pass, or None.
+    calls
+        The forward pass of every thread.
     """
 
-    def __init__(self, adapter: Adapter, local: Any) -> None:
-        self.adapter, self.local = adapter, local
+    def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
+        self.adapter, self.calls = adapter, calls
 
     def install(self, plan: Plan) -> None:
         """Replace `forward`, if the entry stage of `plan` computes tables."""
@@ -37,14 +37,14 @@ class SharedTables(Hooked):
 
     def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         tables = None
-        if getattr(self.local, "forward", None) is not None:
+        if self.calls.running.forward is not None:
             tables = self._tables(args, kwargs)
         return original(*args, **kwargs) if tables is None else tables
 
     @compat.not_compiled
     def _tables(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The tables of the entry stage; None if the call asks for others, as a chunk does."""
-        forward: ForwardPass = self.local.forward
+        forward: Any = self.calls.running.forward  # set, as the caller has seen
         arguments = compat.bind(self.adapter.rotary, args, kwargs)
         positions = arguments.get("position_ids")
         if positions is None or positions.shape[-1] != forward.layout.width:

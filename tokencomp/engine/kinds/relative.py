@@ -29,8 +29,8 @@ class RelativePositions(Hooked):
 
     Parameters
     ----------
-    local
-        State of the calling thread; `forward` is its forward pass, or None.
+    calls
+        The forward pass of every thread (`RunningCalls`).
 
     Raises
     ------
@@ -38,8 +38,8 @@ class RelativePositions(Hooked):
         A layer of the decoder has such a bias, and takes neither of the two.
     """
 
-    def __init__(self, adapter: Adapter, local: Any) -> None:
-        self.local = local
+    def __init__(self, adapter: Adapter, calls: Any) -> None:
+        self.calls = calls
         self._layers: dict[int, nn.Module] = {}
         self._biases: list[tuple[int, nn.Module]] = []
         extent = getattr(adapter.decoder.config, "rel_extent", None)
@@ -71,7 +71,7 @@ class RelativePositions(Hooked):
     @compat.not_compiled
     def _columns(self, layer: int, batch: int, device: torch.device) -> Tensor | None:
         """Columns of all rows that layer `layer` has seen, (B, rows); None if rows are right."""
-        forward = getattr(self.local, "forward", None)
+        forward = self.calls.running.forward
         if forward is None or not forward.by_column:
             return None
         columns: Tensor | None = forward.segment_of(layer).columns(batch, device)
