@@ -28,7 +28,6 @@ PIXELS = [
     ("kcentre", {"contrast": 5.0}),
     ("kcentre", {"change": 0.0}),
     ("runlength", {"thumb": 1}),
-    ("keyframes", {"thumb": 2}),
 ]
 
 

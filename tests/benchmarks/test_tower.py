@@ -77,14 +77,14 @@ def test_stored_sets_are_packed(tmp_path: Path) -> None:
     """What is read is what was written, and later rows stand in the order of the table."""
     answers = {"full@0": [1, 1, 0, 1], "entry only@0": [1, 0, 0, 1], "random@0.5": [0, 0, 0, 1]}
     stored = {**entry(answers, ["count", "needle"]), "vivid": [0, 1, 1, 0]}
-    more = PackedAnswers(stored["answers"].questions, {"keyframes@0.75": [1, 0, 1, 0]})
+    more = PackedAnswers(stored["answers"].questions, {"runlength@0.75": [1, 0, 1, 0]})
     grown = tower_book.with_rows(stored, more, {"commit": "c"})
     tower_book.write(tmp_path / "tower.json", {"set": grown})
     (back,) = tower_book.read(tmp_path / "tower.json").values()
     assert back == grown and back["commits"] == ["c"] and "provenance" not in stored
-    expected = ["full@0", "entry only@0", "keyframes@0.75", "random@0.5"]
+    expected = ["full@0", "entry only@0", "runlength@0.75", "random@0.5"]
     assert list(back["answers"].correct) == expected
-    assert back["answers"].correct["keyframes@0.75"] == [1, 0, 1, 0]
+    assert back["answers"].correct["runlength@0.75"] == [1, 0, 1, 0]
     other = entry({"full@0": [1, 1]}, ["count", "needle"])["answers"]
     with pytest.raises(OptionError, match="questions differ"):
         tower_book.with_rows(stored, other, {"commit": "c"})

@@ -139,7 +139,7 @@ def test_what_servers_can_run_is_computed() -> None:
     """A reducer declares nothing: signals, later stages and counts of its own exclude it."""
     safe = {n for n, cls in tokencomp.available_reducers().items() if cls().serving_safe}
     cited = {"divprune", "evs", "merge", "pool", "vidcom2"}
-    assert safe == cited | {"kcentre", "keyframes", "random", "runlength", "uniform"}
+    assert safe == cited | {"kcentre", "random", "runlength", "uniform"}
     assert UserReducer().serving_safe
     for name, options in (("condiv", {"power": 0.0}), ("cdpruner", {"relevance": "none"})):
         assert tokencomp.make_reducer(name, **options).serving_safe

@@ -156,19 +156,6 @@ def test_runlength_keeps_what_changed() -> None:
     assert best <= own and {(2, 1), (3, 4), (4, 4)} <= own
 
 
-@pytest.mark.parametrize("by", ["thumbnails", "even"])
-def test_keyframes_of_features(by: str) -> None:
-    """Frames by their means, then tokens of these frames, both by k-centre."""
-    torch.manual_seed(6)
-    frames = torch.randn(7, 6, 5) + 2 * torch.randn(7, 1, 5)
-    kept = make_reducer("keyframes", by=by, slack=1.5).reduce(
-        span(frames.flatten(0, 1), (7, 2, 3)), 11
-    )
-    chosen = k_centre(frames.mean(1), 3) if by == "thumbnails" else [1, 3, 5]
-    tokens = k_centre(frames[chosen].flatten(0, 1), 11)
-    assert kept.keep.tolist() == [chosen[i // 6] * 6 + i % 6 for i in tokens]
-
-
 def test_a_small_budget_is_not_all_first_frame() -> None:
     torch.manual_seed(4)
     frames = torch.randn(4, 9, 5)
@@ -194,10 +181,3 @@ def test_reducers_at_later_blocks_see_mean_hidden_states(name: str, options: dic
         with torch.no_grad():
             assert model(**inputs).logits.isfinite().all()
         assert handle.stats.tower_kept(0) == [expected]
-
-
-def test_reducers_that_drop_no_frames_keep_all_of_a_video() -> None:
-    """Five frames of four tokens: numbers of frames, whatever stays of each."""
-    looks = torch.zeros(5, 3)
-    assert make_reducer("random").chosen_frames(looks, 4, 10) == [0, 1, 2, 3, 4]
-    assert make_reducer("random").needed_frames(5, 4, 10, lambda: looks) == [0, 1, 2, 3, 4]

@@ -132,11 +132,10 @@ def test_reducers_that_a_request_may_name_are_listed(field: str, name: Any) -> N
 
 def test_reducers_that_cannot_act_in_the_tower_of_an_engine_are_refused() -> None:
     """They would fail in the engine, and take all other requests with them."""
-    for name, reason in (("keyframes", "where the prompt is made"), ("adsc", "cannot run inside")):
-        options = {"ratio": 0.75, "tower_ratio": 0.5, "tower_reducer": name}
-        with pytest.raises(OptionError, match=reason):
-            ServerOptions().resolve(options, "vllm")
-        assert ServerOptions().resolve(options, "hf").dropped_cells == 0.5
+    options = {"ratio": 0.75, "tower_ratio": 0.5, "tower_reducer": "adsc"}
+    with pytest.raises(OptionError, match="cannot run inside"):
+        ServerOptions().resolve(options, "vllm")
+    assert ServerOptions().resolve(options, "hf").dropped_cells == 0.5
 
 
 def test_a_ratio_that_no_float_can_hold_is_refused() -> None:

@@ -240,7 +240,7 @@ def test_malformed_requests_get_4xx_and_the_server_continues(served: Any) -> Non
                 ask(client, bad)
             assert 400 <= error.value.status_code < 500, (bad, error.value)
     wrong = [{"ratio": 2}, {"ratio": "x"}, {"reducer": "none"}, {"reducer": "fastv"}, {"rate": 1}]
-    wrong += [{"tower_ratio": 0.4, "tower_reducer": name} for name in ("oracle", "keyframes")]
+    wrong += [{"tower_ratio": 0.4, "tower_reducer": name} for name in ("oracle", "adsc")]
     wrong += [{"ratio": 0.5, "options": text} for text in ("[" * 10**5, "1" * 5000)]
     for options in wrong:
         with pytest.raises(openai.BadRequestError, match=r"ratio|reducer|Allowed|options are not"):

@@ -12,7 +12,6 @@ from tokencomp.adapters.base import ENCODED
 from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.tiles import TileAdapter
-from tokencomp.adapters.towers.base import EncoderCall
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.mosaic import MosaicTower
 from tokencomp.adapters.towers.tables import bilinear, squares
@@ -25,18 +24,6 @@ def _tower(adapter: TileAdapter, kind: type[DenseTower], **options: Any) -> Dens
     projector, layer = adapter.projector, adapter.model.config.vision_feature_layer
     options = {"restorer": projector, "layer": layer, "owner": adapter.body, **options}
     return kind(adapter.tower, projector, squares(adapter.patches_per_side, 1), **options)
-
-
-def _frames_of_videos(call: EncoderCall) -> list[int]:
-    """Frames of every video of a call; all videos of a batch have equally many."""
-    names = ("pixel_values_videos", "pixel_values")  # the second one before transformers 5
-    videos = next((call.arguments[n] for n in names if n in call.arguments), None)
-    if videos is None or videos.ndim != 5:
-        raise SpanError(
-            "the vision tower was called outside of get_video_features, so which frames belong to "
-            "one video is unknown. Pass pixel_values_videos to the model."
-        )
-    return [int(videos.shape[1])] * int(videos.shape[0])
 
 
 @register_adapter
@@ -199,9 +186,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def tower_layout(self) -> DenseTower:
         side = self.patches_per_side
         video = bilinear(side, math.ceil(side / 2))
-        return _tower(
-            self, MosaicTower, body=self.body, video=video, video_frames=_frames_of_videos
-        )
+        return _tower(self, MosaicTower, body=self.body, video=video)
 
     def _pooled(self, patches: Tensor) -> Tensor:
         pooled: Tensor = self.body.apply_pooling(patches)

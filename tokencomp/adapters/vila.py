@@ -10,7 +10,7 @@ from tokencomp.adapters.base import Adapter, block_means
 from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structure import Parts
-from tokencomp.adapters.towers.base import EncoderCall, unknown_cells
+from tokencomp.adapters.towers.base import unknown_cells
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.tables import pooled, squares
 from tokencomp.adapters.vila_remote import VilaPortAdapter
@@ -56,7 +56,6 @@ class VilaAdapter(Adapter):
         return DenseTower(
             self.model.vision_tower, projector, image, video, layer=config.select_layer,
             owner=self.model, methods=("encode_videos",), pooled_frames=t,
-            video_frames=_frames_of_videos,
         )  # fmt: skip
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
@@ -102,8 +101,3 @@ class VilaAdapter(Adapter):
                 "input_ids with VilaProcessor."
             )
         return VisualSpan(start, stop - start, grid, kind, special=tuple(special))
-
-
-def _frames_of_videos(call: EncoderCall) -> list[int]:
-    """Frames of every video of a call of `encode_videos`."""
-    return [int(n) for n in call.arguments["frames"]]

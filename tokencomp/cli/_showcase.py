@@ -9,7 +9,6 @@ from tokencomp.evaluation.cost import Cost, prefill_costs
 from tokencomp.evaluation.patches import patched
 from tokencomp.evaluation.setting_inputs import SettingInputs
 from tokencomp.evaluation.settings import Setting
-from tokencomp.inputs.frames import frame_plan
 from tokencomp.inputs.prompts import generate, prompt_lengths, to_model
 from tokencomp.inputs.questions import media_kind
 from tokencomp.pages.demo_data import Answer
@@ -40,10 +39,10 @@ class PromptMaker:
         return self._setting_inputs.shrunk(setting, self.media)
 
     def inputs(self, setting: Setting) -> dict[str, Any]:
-        key = setting if setting.input_baseline or frame_plan(self.model, setting) else None
+        key = setting if setting.input_baseline else None
         if key not in self._inputs:
             media = self.media_for(setting)
-            inputs = self._setting_inputs.build(setting, self.model, media, self.texts)
+            inputs = self._setting_inputs.build(setting, media, self.texts)
             self._inputs[key] = to_model(inputs, self.model)
         return self._inputs[key]
 

@@ -120,7 +120,7 @@ def _real(
         shrunk, times = setting_inputs.shrunk(setting, [media]), []
         for _ in range(3):
             start = time.perf_counter()
-            inputs = setting_inputs.build(setting, loaded, shrunk, [question])
+            inputs = setting_inputs.build(setting, shrunk, [question])
             times.append(time.perf_counter() - start)
         patch = functools.partial(patched, loaded, setting)
         variants[setting] = (patch, to_model(inputs, loaded), statistics.median(times))

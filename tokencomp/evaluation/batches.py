@@ -15,7 +15,6 @@ from tokencomp.evaluation.patches import Patches
 from tokencomp.evaluation.setting_inputs import SettingInputs
 from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.time_parts import time_parts
-from tokencomp.inputs.frames import frame_plan
 from tokencomp.inputs.prompts import generate, to_model
 from tokencomp.inputs.questions import Example, media_kind
 from tokencomp.profiling.work import vision_work
@@ -80,21 +79,12 @@ class Answerer:
         self.models, self.processor, self.patches, self.how = models, processor, patches, how
         self.disable_adapters, self.around = disable_adapters, around
         self.plain = next(iter(models.values()))
-        self._own: dict[Setting, bool] = {}
         self.setting_inputs = SettingInputs(self.plain, processor)
 
     def inputs(self, rows: Sequence[Loaded], setting: Setting) -> dict[str, Any]:
         """What the processor makes of a batch; input baselines shrink the media first."""
-        model = self.models[setting.variant] if setting.active else self.plain
         media = self.setting_inputs.shrunk(setting, [m for _, m in rows])
-        return self.setting_inputs.build(setting, model, media, [e.prompt for e, _ in rows])
-
-    def has_own_inputs(self, setting: Setting) -> bool:
-        """Whether other settings cannot use the inputs of this one."""
-        if setting not in self._own:
-            frames = frame_plan(self.models[setting.variant], setting) is not None
-            self._own[setting] = setting.input_baseline or frames
-        return self._own[setting]
+        return self.setting_inputs.build(setting, media, [e.prompt for e, _ in rows])
 
     def answer(
         self, setting: Setting, rows: Sequence[Loaded], inputs: dict[str, Any], answers: Answers

@@ -228,7 +228,7 @@ class _Sweep:
             if not rows:
                 continue
             try:
-                if self.answerer.has_own_inputs(setting) or len(rows) < len(loaded):
+                if setting.input_baseline or len(rows) < len(loaded):
                     inputs = self.answerer.inputs(rows, setting)
                 else:
                     inputs = shared = shared or self.answerer.inputs(loaded, _FULL)

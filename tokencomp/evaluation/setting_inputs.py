@@ -11,7 +11,6 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.native import budget_of
 from tokencomp.evaluation.settings import NATIVE, Setting
-from tokencomp.inputs.frames import frame_plan
 from tokencomp.inputs.prompts import build_inputs
 
 
@@ -46,16 +45,14 @@ class SettingInputs:
         return [[shrink(m, setting.ratio) for m in row] for row in media]
 
     def build(
-        self, setting: Setting, model: Any, media: Sequence[Sequence[Any]], prompts: Sequence[str]
+        self, setting: Setting, media: Sequence[Sequence[Any]], prompts: Sequence[str]
     ) -> dict[str, Tensor]:
         """The inputs of one batch on the CPU.
 
         Parameters
         ----------
-        model
-            The variant that will run; a plan of it may drop frames before they are processed.
         media
             Per row, as `shrunk` returns them.
         """
         with budget_of(self.processor, setting):
-            return build_inputs(self.processor, media, prompts, frame_plan(model, setting))
+            return build_inputs(self.processor, media, prompts)

@@ -12,10 +12,8 @@ from torch import Tensor
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MediaError
 from tokencomp.inputs.frame_times import frame_times
-from tokencomp.inputs.frames import with_frames
 from tokencomp.inputs.questions import media_kind
 from tokencomp.inputs.video import Sampling, sampling_of
-from tokencomp.plan.plan import Plan
 
 Chat = list[dict[str, Any]]
 """Messages as chat templates take them: role, and content with text and media placeholders."""
@@ -33,7 +31,6 @@ def chat_inputs(
     images: Sequence[Any],
     videos: Sequence[Any],
     samplings: Sequence[Sampling] = (),
-    plan: Plan | None = None,
 ) -> dict[str, Tensor]:
     """One left-padded batch of conversations that end where the answer begins, on the CPU.
 
@@ -47,9 +44,6 @@ def chat_inputs(
         PIL images, and uint8 arrays (frames, height, width, 3), of all rows in prompt order.
     samplings
         When the frames of each video were shown, for processors that write their times.
-    plan
-        Of the patch under which the model will read the prompt. Frames that it drops whole are not
-        processed; their pixels are NaN, and so is what a model without that patch computes.
     """
     texts = [
         processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -59,7 +53,6 @@ def chat_inputs(
     if videos:
         media.update(videos=list(videos), do_sample_frames=False)
         media.update(frame_times(processor, samplings))
-        processor = with_frames(processor, plan)
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -91,10 +84,7 @@ def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def build_inputs(
-    processor: Any,
-    media: Sequence[Sequence[Any]],
-    prompts: Sequence[str],
-    plan: Plan | None = None,
+    processor: Any, media: Sequence[Sequence[Any]], prompts: Sequence[str]
 ) -> dict[str, Tensor]:
     """One left-padded batch of single questions, on the CPU.
 
@@ -107,8 +97,6 @@ def build_inputs(
         `tokencomp.inputs.video.Video` says when its frames were shown.
     prompts
         Per row: the text after the media.
-    plan
-        See `chat_inputs`.
 
     Raises
     ------
@@ -122,7 +110,7 @@ def build_inputs(
     videos = [np.stack([np.asarray(f) for f in m]) for m in clips]
     try:
         samplings = [*map(sampling_of, clips)]
-        return chat_inputs(processor, chats, images, videos, samplings, plan)
+        return chat_inputs(processor, chats, images, videos, samplings)
     except ValueError as error:
         sizes = ", ".join(f"{image.width}×{image.height}" for image in images) or "no images"
         raise MediaError(

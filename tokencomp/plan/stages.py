@@ -14,8 +14,6 @@ from tokencomp.plan.counts import keep_count, split_evenly
 from tokencomp.validation import check_effect, describe_type, fits
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tokencomp.tokens.reduction import Reduction
     from tokencomp.tokens.signals import Signal
     from tokencomp.tokens.spans import Grid, ModelFacts, SpanBatch, VisualSpan, VisualTokens
@@ -31,38 +29,6 @@ class StageReducer(ABC):
     """
 
     name: ClassVar[str] = ""
-    drops_frames: ClassVar[bool] = False
-    """Whether it drops frames of a video whole, so that their pixels need not be computed."""
-
-    @property
-    def reads_thumbnails(self) -> bool:
-        """Whether it chooses frames by their looks, where the prompt is made."""
-        return False
-
-    def needed_frames(
-        self, t: int, places: int, keep: int, looks: Callable[[], Tensor]
-    ) -> list[int]:
-        """Frames whose pixels have to be computed: all, unless the reducer drops frames.
-
-        Parameters
-        ----------
-        t, places
-            Frames of the video in the grid, and tokens of each.
-        keep
-            Tokens of the video that stay.
-        looks
-            Returns what the frames look like, (t, d).
-
-        Returns
-        -------
-        list of int
-            Their numbers, ascending.
-        """
-        return list(range(t))
-
-    def chosen_frames(self, looks: Tensor, places: int, keep: int) -> list[int]:
-        """Numbers of the frames that stay: all, unless the reducer drops frames (`KeyFrames`)."""
-        return list(range(len(looks)))
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -219,7 +185,7 @@ class TowerStage:
     Attributes
     ----------
     block
-        Number of the first block that sees fewer patches; 0: none sees all of them.
+        Number of the first block that sees fewer patches; 0: no block sees all patches.
     fraction
         Of the cells of every image or video, in (0, 1].
     reducer
@@ -227,10 +193,6 @@ class TowerStage:
     frames_apart
         Whether the cells of every frame of a video are chosen by themselves, and equally many.
         Set when a model is patched: towers that take pictures as one dense batch need it.
-    frame
-        (pictures, cells) of one frame of a video's grid where such a tower knows which pictures
-        belong to one video, and the reducer drops frames whole; only frames that are left are equal
-        then. Set when a model is patched; None elsewhere.
 
     Raises
     ------
@@ -246,7 +208,6 @@ class TowerStage:
     fraction: float
     reducer: StageReducer
     frames_apart: bool = False
-    frame: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not fits(self.block, int) or self.block < 0:
@@ -284,34 +245,10 @@ class TowerStage:
         """At most this many of a part of `cells` cells stay, whichever parts share its budget."""
         return min(cells, math.ceil(cells * self.fraction + 0.5))
 
-    def cells_of_frames(self, looks: Tensor) -> list[int]:
-        """Cells that stay of every frame of a video: none of frames that are dropped whole.
-
-        Parameters
-        ----------
-        looks : Tensor, shape (t, d)
-            Pixels of the frames; NaN where they were not computed.
-
-        Raises
-        ------
-        SpanError
-            The reducer chooses frames before their pixels are computed, and others are missing.
-        """
-        if self.frame is None:
-            raise AssertionError("the stage does not drop frames whole")
-        t, places = len(looks), self.frame[1]
-        keep = self.cells([(t, 1, places)])[0]
-        chosen = self.reducer.chosen_frames(looks, places, keep)
-        counts = [0] * t
-        for i, count in zip(chosen, split_evenly(keep, [places] * len(chosen)), strict=True):
-            counts[i] = count
-        return counts
-
     def tokens(self, span: VisualSpan) -> int:
         """Visual tokens of `span` that leave the tower, special ones included."""
         t, h, w = span.grid
-        apart = self.frames_apart and (self.frame is None or span.kind != "video")
-        parts, grid = (t, (1, h, w)) if apart else (1, span.grid)
+        parts, grid = (t, (1, h, w)) if self.frames_apart else (1, span.grid)
         return parts * self.cells([grid])[0] + len(span.special)
 
 

@@ -87,20 +87,3 @@ def check_servable(reducer: Reducer) -> Reducer:
         f"before the vision tower runs and caches media across questions. These can: {able}. "
         f"Serve {reducer.name!r} with `--engine hf` instead."
     )
-
-
-def check_servable_tower(reducer: Reducer) -> None:
-    """Check that an engine can run `reducer` in its vision tower.
-
-    Raises
-    ------
-    OptionError
-        As `check_servable`, or it needs a prompt with frames left out, which engines do not make.
-    """
-    check_servable(reducer)
-    if reducer.reads_thumbnails:
-        raise OptionError(
-            f"tower_reducer {reducer.name!r} chooses frames where the prompt is made, which the "
-            "processors of engines do not do. Use another one, such as 'kcentre', or serve with "
-            "`--engine hf`."
-        )

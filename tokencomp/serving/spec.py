@@ -13,7 +13,7 @@ from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan.counts import MAX_RATIO, check_ratio
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
-from tokencomp.serving.servable import check_name, check_servable, check_servable_tower
+from tokencomp.serving.servable import check_name, check_servable
 
 TOWER_KEYS = ("tower_ratio", "tower_reducer")
 REQUEST_KEYS = ("reducer", "ratio", "options", *TOWER_KEYS)
@@ -146,7 +146,7 @@ class ServerOptions:
             return self._with_tower(reducer, ratio, values)
         spec = self._with_tower(check_servable(reducer), ratio, values)
         if spec.dropped_cells:
-            check_servable_tower(spec.built_tower_reducer)
+            check_servable(spec.built_tower_reducer)
             spec.stages(num_layers=1, first_layer_stage=1)  # raises if they do not fit together
         return spec
 

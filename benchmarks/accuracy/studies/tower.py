@@ -54,7 +54,7 @@ ONEVISION, VILA = "tiny-llava-onevision", "tiny-vila"
 SIDES = {ONEVISION: (144, 128, 96), VILA: (192, 160, 128)}
 """Pixels per side of smaller pictures, for towers that take pictures of one size."""
 STILLS = ("kcentre", "random", "uniform")
-CLIPS = ("kcentre", "runlength", "keyframes", "random", "uniform")
+CLIPS = ("kcentre", "runlength", "random", "uniform")
 SINGLE = tuple(name for name in CLIPS if name != "runlength")  # sees frames one by one there
 BOTH = (DOWNSCALE, FEWER_FRAMES)
 

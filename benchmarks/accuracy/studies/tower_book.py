@@ -19,6 +19,7 @@ DISTANCE = "tower_distance.json"
 """Where `benchmarks.accuracy.studies.tower_distance` keeps its answers."""
 FULL, CEILING = "full@0", "entry only@0"
 CHOSEN = ("kcentre", "runlength", "keyframes", "random", "uniform")
+"""Methods in the tower; keyframes has stored rows alone, see the head of the page."""
 SMALLER = (DOWNSCALE, FEWER_FRAMES)
 ORDER = ("full", "entry only", "random at entry", *CHOSEN, *SMALLER)
 """Rows of a table, from top to bottom."""

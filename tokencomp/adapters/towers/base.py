@@ -65,10 +65,6 @@ class Cells:
         Patches of every picture that stay in a dense tower.
     order : Tensor of int64, shape (cells,), or None
         Number of the cell at every place of a packed tower; None: cells stand in order.
-    keeps
-        Cells of every part that stay; None: as many as the stage says.
-    kept
-        Pictures of a dense tower that stay; None: all of them.
     """
 
     pixels: Tensor
@@ -78,8 +74,6 @@ class Cells:
     pictures: int = 0
     rows: int = 0
     order: Tensor | None = None
-    keeps: list[list[int]] | None = None
-    kept: list[int] | None = None
 
 
 class Tower(ABC):
@@ -99,12 +93,9 @@ class Tower(ABC):
         Methods of `owner` whose arguments say what a call of the tower encodes.
     frames_apart
         See `TowerStage.frames_apart`.
-    frame
-        See `TowerStage.frame`; None where frames cannot be dropped whole, or share a budget anyway.
     """
 
     frames_apart = False
-    frame: tuple[int, int] | None = None
 
     def __init__(
         self,

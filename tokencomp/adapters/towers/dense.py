@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +30,6 @@ class DenseTower(Tower):
         Frames of a video that one token reads.
     projects_tokens
         Whether the projector gets the tokens of a video, pooled before, instead of all patches.
-    video_frames
-        Pictures of every video of a call; None: which pictures make one video is not known.
     """
 
     frames_apart = True
@@ -50,7 +46,6 @@ class DenseTower(Tower):
         methods: tuple[str, ...] = ("get_image_features", "get_video_features"),
         pooled_frames: int = 1,
         projects_tokens: bool = False,
-        video_frames: Callable[[EncoderCall], list[int]] | None = None,
     ) -> None:
         blocks = dense_blocks(module)
         self.layer, self.pooled_frames = layer, pooled_frames
@@ -66,9 +61,6 @@ class DenseTower(Tower):
             "image": image,
             "video": image if video is None else video,
         }
-        self.video_frames = video_frames
-        if video_frames is not None:
-            self.frame = (pooled_frames, len(self.tables["video"]))
 
     def projected(self, kind: Kind) -> int:
         """Rows that the projector gets of one whole picture or frame."""
@@ -116,36 +108,9 @@ class DenseTower(Tower):
         patch = table.to(pixels.device)[:, None]
         members = torch.where(patch < 0, -1, (first + frame) * per_picture + patch).flatten(2)
         parts: list[list[Grid]] = [[(1, side, side)]] * (count // t)
-        cells = Cells(pixels, members.flatten(0, 1), parts, call.kind, count)
-        if stage.frame is not None and call.kind == "video":
-            keeps = self._cells_of_frames(call, stage)
-        else:
-            keeps = stage.cells([(1, side, side)])
-        cells = self._with_frames(cells, keeps, t) if len(keeps) > 1 else cells
-        return replace(cells, rows=min(per_picture, table.shape[1] * max(keeps)))
-
-    def _cells_of_frames(self, call: EncoderCall, stage: TowerStage) -> list[int]:
-        """Cells that stay of every frame of the grids of all videos, one video after the other."""
-        if self.video_frames is None:
-            raise AssertionError("the stage drops whole frames and needs the counts of videos")
-        keeps: list[int] = []
-        lengths = self.video_frames(call)
-        if sum(lengths) != len(call.pixels) or any(n % self.pooled_frames for n in lengths):
-            raise SpanError(
-                f"videos of {lengths} frames, of which the vision tower got {len(call.pixels)}, "
-                f"where multiples of {self.pooled_frames} were expected. Pass pixels of the "
-                "model's own processor."
-            )
-        for video in call.pixels.split(lengths):
-            looks = video.unflatten(0, (-1, self.pooled_frames)).flatten(1)
-            keeps += stage.cells_of_frames(looks)
-        return keeps
-
-    @staticmethod
-    def _with_frames(cells: Cells, keeps: list[int], t: int) -> Cells:
-        """The cells of a call of which only some frames of `t` pictures each stay."""
-        kept = [i * t + j for i, keep in enumerate(keeps) if keep for j in range(t)]
-        return replace(cells, keeps=[[keep] for keep in keeps], kept=kept)
+        (keep,) = stage.cells([(1, side, side)])
+        rows = min(per_picture, table.shape[1] * keep)
+        return Cells(pixels, members.flatten(0, 1), parts, call.kind, count, rows)
 
     def patches(self, pixels: Tensor) -> Tensor:
         """Pixels (pictures, channels, H, W) → (pictures · patches, channels, 1, height, width)."""

@@ -30,8 +30,7 @@ def chosen_cells(
     from tokencomp.kernels.dispatch import no_autocast
 
     grids = list(itertools.chain.from_iterable(cells.parts))
-    shares = map(stage.cells, cells.parts) if cells.keeps is None else cells.keeps
-    keeps = list(itertools.chain.from_iterable(shares))
+    keeps = list(itertools.chain.from_iterable(map(stage.cells, cells.parts)))
     lengths = [math.prod(grid) for grid in grids]
     numbers = np.split(np.arange(sum(lengths), dtype=np.int64), np.cumsum(lengths[:-1]))
 

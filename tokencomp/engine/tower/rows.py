@@ -24,7 +24,7 @@ class TowerRows(ABC):
     cells
         The cells of the call.
     index : Tensor of int64
-        The rows, ascending: (rows,) of a packed tower, (pictures that stay, rows) of a dense one.
+        The rows, ascending: (rows,) of a packed tower, (pictures, rows) of a dense one.
     entered
         Whether the block from which on rows are missing has begun.
     """
@@ -131,14 +131,13 @@ class DenseRows(TowerRows):
 
     Attributes
     ----------
-    unread : Tensor of bool, shape (pictures that stay, rows)
+    unread : Tensor of bool, shape (pictures, rows)
         Rows that stay to make all pictures equally long, and that no token reads.
     """
 
     def __init__(self, cells: Cells, index: Tensor, unread: Tensor) -> None:
         super().__init__(cells, index)
         self.unread = unread
-        self._kept = _kept_pictures(cells, index.device)
         self._patches = len(cells.pixels) // cells.pictures  # of one picture
 
     @classmethod
@@ -152,8 +151,6 @@ class DenseRows(TowerRows):
         read = torch.zeros(total + 1, dtype=torch.bool, device=chosen.device)
         read[cells.members[chosen].flatten()] = True
         read = read[:total].view(-1, total // cells.pictures)
-        kept = _kept_pictures(cells, chosen.device)
-        read = read if kept is None else read[kept]
         # Patches that are read come first, then the first of the others, up to the common number.
         index = (~read).to(torch.uint8).argsort(dim=1, stable=True)[:, : cells.rows].sort(1).values
         return cls(cells, index, ~read.gather(1, index))
@@ -177,7 +174,6 @@ class DenseRows(TowerRows):
 
     def _enter(self, hidden: Tensor) -> Tensor:
         """The rows of the input of the first block that sees fewer of them."""
-        hidden = self._pictures(hidden)
         first = hidden.shape[1] - self._patches
         if first:  # the class token stays
             head = torch.arange(first, device=self.index.device).expand(len(self.index), -1)
@@ -190,7 +186,7 @@ class DenseRows(TowerRows):
         """A mask (pictures, 1, rows, rows) or (pictures, rows) for the rows that are left."""
         if isinstance(mask, BlockMask):
             return block_mask(self._mask(visible_columns(mask)))
-        index, mask = self.index, self._pictures(mask)
+        index = self.index
         if mask.ndim == 2:
             return mask.gather(1, index)
         columns = index[:, None, None].expand(-1, *mask.shape[1:3], -1)
@@ -215,16 +211,7 @@ class DenseRows(TowerRows):
             index, unread, head = index[:, head:] - head, unread[:, head:], 0
         x = x.masked_fill(unread[..., None], math.nan)
         full = x.new_full((len(x), head + self._patches, x.shape[-1]), math.nan)
-        full = full.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), x)
-        if self._kept is None:
-            return full
-        return full.new_full((self.cells.pictures, *full.shape[1:]), math.nan).index_copy(
-            0, self._kept, full
-        )
-
-    def _pictures(self, x: Tensor) -> Tensor:
-        """What belongs to the pictures that stay; one row for all pictures is left as it is."""
-        return x if self._kept is None or len(x) != self.cells.pictures else x[self._kept]
+        return full.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), x)
 
     def restored(self, out: Any) -> Any:
         if isinstance(out, Tensor):
@@ -242,11 +229,6 @@ class DenseRows(TowerRows):
 def rows_of(cells: Cells, chosen: Tensor) -> TowerRows:
     """The rows that the cells with the numbers `chosen` read."""
     return DenseRows.of(cells, chosen) if cells.pictures else PackedRows.of(cells, chosen)
-
-
-def _kept_pictures(cells: Cells, device: torch.device) -> Tensor | None:
-    """Numbers of the pictures that stay, int64; None where none is dropped whole."""
-    return None if cells.kept is None else torch.tensor(cells.kept, device=device)
 
 
 def equal_bounds(count: int, length: int) -> Tensor:

@@ -51,8 +51,7 @@ def check_tower_stage(plan: Plan, adapter: Adapter) -> Plan:
         return plan
     layout, stage = adapter.tower_layout(), plan.tower
     layout.check(stage, adapter.family)
-    frame = layout.frame if stage.reducer.drops_frames and not stage.block else None
-    return Plan(plan.stages, replace(stage, frames_apart=layout.frames_apart, frame=frame))
+    return Plan(plan.stages, replace(stage, frames_apart=layout.frames_apart))
 
 
 class _Local(threading.local):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -32,12 +31,7 @@ class VilaProcessor:
         The tokenizer of the LLM and the image processor of the tower.
     num_frames
         Number of frames that are sampled from a video, at first `config.num_video_frames`.
-    needed_frames
-        From a video, uint8 (frames, H, W, 3), to the numbers of the frames whose pixels are
-        computed; those of the others are NaN. None: all are computed.
     """
-
-    needed_frames: Callable[[np.ndarray], list[int]] | None = None
 
     image_token, video_token = IMAGE, VIDEO
     model_input_names = (
@@ -198,7 +192,9 @@ class VilaProcessor:
         if pixels:
             out["pixel_values"] = self._pixels(pixels)
         if frames:
-            out["pixel_values_videos"] = torch.cat([self._frames(video) for video in frames])
+            out["pixel_values_videos"] = torch.cat(
+                [self._pixels(self._plain(video)) for video in frames]
+            )
             out["video_frames"] = torch.tensor([len(f) for f in frames])
         return BatchFeature(data=out)
 
@@ -255,16 +251,6 @@ class VilaProcessor:
             r, g, b = (int(255 * mean) for mean in self.image_processor.image_mean)
             return [pad_square(image, (r, g, b)) for image in images]
         return [image.resize((size, size)) for image in images]
-
-    def _frames(self, video: list[Image.Image]) -> Tensor:
-        """Pixels (frames, 3, S, S) of a video; NaN in frames that are not needed."""
-        if self.needed_frames is None:
-            return self._pixels(self._plain(video))
-        needed = self.needed_frames(np.stack([np.asarray(frame) for frame in video]))
-        pixels = self._pixels(self._plain([video[i] for i in needed]))
-        full = pixels.new_full((len(video), *pixels.shape[1:]), torch.nan)
-        full[needed] = pixels
-        return full
 
     def _pixels(self, images: list[Image.Image]) -> Tensor:
         size = self.config.vision_config.image_size

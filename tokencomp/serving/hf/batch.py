@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokencomp.inputs.frames import frame_plan
 from tokencomp.inputs.prompts import chat_inputs, to_model
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.prompt import Prompt
@@ -22,9 +21,8 @@ def build_inputs(model: Any, processor: Any, prompts: list[Prompt]) -> dict[str,
     videos = [video for prompt in prompts for video in prompt.videos]
     samplings = [sampling for prompt in prompts for sampling in prompt.samplings]
     try:
-        plan = frame_plan(model, prompts[0].spec)
         chats = [prompt.chat for prompt in prompts]
-        inputs = chat_inputs(processor, chats, images, videos, samplings, plan)
+        inputs = chat_inputs(processor, chats, images, videos, samplings)
     except Exception as error:  # templates and processors raise undocumented types
         raise RequestError(f"the model's processor refuses the prompt: {error}") from error
     return to_model(inputs, model)
