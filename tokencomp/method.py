@@ -211,7 +211,8 @@ class MethodSpec:
     def off(self) -> bool:
         """Whether the ratio is 0 for all media."""
         ratios = (self.ratio, *self.ratios.values(), *self.item_ratios)
-        return self.budget is None and not any(ratios)
+        own = self.plan is not None and any(stage.amount for stage in self.plan.stages)
+        return self.budget is None and not own and not any(ratios)
 
     @property
     def active(self) -> bool:
@@ -224,7 +225,14 @@ class MethodSpec:
 
         Of a budget: "budget=512", or "budget=prompt=4096".
         """
-        return ratio_text(self.ratios or self.ratio) if self.amount is None else str(self.amount)
+        return ratio_text(self.written_ratio)
+
+    @property
+    def written_ratio(self) -> float | dict[str, float] | str:
+        """What stands for the ratio in stored runs: numbers, or a budget in words."""
+        if self.plan is not None and any(stage.amount for stage in self.plan.stages):
+            return "budgets"
+        return (self.ratios or self.ratio) if self.amount is None else str(self.amount)
 
     @property
     def requested(self) -> dict[str, Any]:

@@ -66,6 +66,26 @@ def test_ratios_by_kind_of_media(command, folder, tmp_path, specs, capsys):
     ]
 
 
+@pytest.mark.parametrize("command", SHORT)
+def test_budgets_in_tokens(command, folder, tmp_path, specs, capsys):
+    assert ask(command, folder, tmp_path, "-r", "divprune", "--budget", "16,prompt=24") == 0
+    texts = list(dict.fromkeys(spec.shown_ratio for spec, _ in specs))
+    assert texts == ["budget=16", "budget=prompt=24"]
+    assert "budget=16" in capsys.readouterr().out
+
+
+def test_bad_budgets(folder, tmp_path, capsys):
+    for wrong in ("0", "1.5", "many", "image=4", "prompt=", "-3", "10000000"):
+        assert ask("inspect", folder, tmp_path, "--budget", wrong) == 2
+        assert "budget" in capsys.readouterr().err
+    assert ask("inspect", folder, tmp_path, "--budget", "16", "--ratio", "0.5") == 2
+    assert "--ratio: no effect with --budget" in capsys.readouterr().err
+    assert run("serve", "--budget", "16", "--ratio", "0.5") == 2
+    assert "--ratio: no effect with --budget" in capsys.readouterr().err
+    with pytest.raises(OptionError, match="makes all media smaller by one ratio"):
+        Setting("downscale", budget=16)
+
+
 @pytest.mark.parametrize(
     ("text", "settings"),
     [

@@ -99,6 +99,20 @@ def test_equals_a_direct_call(served: Any, reducer: str, ratio: float) -> None:
         assert usage["ratio"] == pytest.approx(1 - after / before)
 
 
+def test_a_budget_equals_a_direct_call(served: Any) -> None:
+    """At most so many tokens of each of two images of different size."""
+    _, client, folder, _ = served
+    urls = [http.image_url(1), http.image_url(3, 168, 280)]
+    for reducer in ("uniform", "fastv"):
+        spec = {"reducer": reducer, "budget": 12}
+        answer = ask(client, *urls, tokencomp=spec)
+        text, prompt, before, after = expected(folder, urls, spec)
+        assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
+        usage = answer.usage.model_extra["tokencomp"]
+        assert usage["visual_tokens_after"] == pytest.approx(after)
+        assert usage["visual_tokens_before"] == before > 24 >= after
+
+
 def test_ratios_by_kind_and_low_detail_equal_direct_calls(served: Any) -> None:
     _, client, folder, _ = served
     urls, kinds = [http.image_url(1), http.video_url(2)], {"image": 0.25, "video": 0.75}

@@ -96,6 +96,19 @@ def test_layouts_are_the_spans_of_the_adapters() -> None:
         assert span.special_mask().tolist() == special_by_loops(layout)
 
 
+@pytest.mark.parametrize("budget", [7, 13, 30, 500])
+def test_tiles_share_a_budget_as_on_the_patched_model(budget: int) -> None:
+    family = families.FAMILIES["llava_onevision"]
+    model, spec = family.build(), MethodSpec("uniform", budget=budget)
+    with tokencomp.patch(model, reducer="uniform", budget=budget) as handle:
+        model(**family.batch([[family.image(1), [5], family.video(4)]]))
+        counts = [left for (left,) in handle.stats.counts[0]]
+    image = ItemPlan.make("image", [Layout((1, 4, 4)), Layout((1, 4, 8), "rows")], spec)
+    video = ItemPlan.make("video", [Layout((4, 2, 2), "end")], spec)
+    assert [*image.keep, *video.keep] == counts
+    assert video.kept == min(budget, 17) and image.kept == min(budget, 52)
+
+
 def test_plans_travel_unchanged() -> None:
     plan = ItemPlan.make("image", LAYOUTS, MethodSpec(make_reducer("random", seed=3), 0.4))
     data = plan.to_tensor()

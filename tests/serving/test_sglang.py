@@ -59,6 +59,7 @@ def split(total: int, size: int) -> list[int]:
 
 CASES = [("qwen2_vl", media, name) for media in MEDIA for name in ("divprune", "merge")]
 CASES += [("qwen3_vl", media, "divprune") for media in MEDIA]
+CASES += [("qwen2_vl", media, "uniform") for media in MEDIA]  # at a budget
 
 
 @pytest.mark.parametrize(("name", "media", "reducer"), CASES)
@@ -67,10 +68,13 @@ def test_equals_the_patched_model(name: str, media: Any, reducer: str, tiny_fold
     """Rows and positions through SGLang's own code give the decoder the same first token."""
     folder = tiny_folder(name)
     model, _ = hf_reference.load(folder)
-    job = cases.job(name, media, 0.75, reducer=reducer, tokens=1)
+    amount: dict[str, Any] = {"ratio": 0.75}
+    if reducer == "uniform":
+        amount = {"budget": 12}
+    job = cases.job(name, media, **{"ratio": 0.75, **amount}, reducer=reducer, tokens=1)
     with hf_reference.with_true_positions(folder, job):
         want = hf_reference.answer(folder, job)
-    output = compress(processed(folder, job), MethodSpec(reducer, 0.75), 2)
+    output = compress(processed(folder, job), MethodSpec(reducer, **amount), 2)
     n = len(output.input_ids)
     assert n == want["prompt"] and output.mrope_positions.shape == (3, n)
     true = hf_reference.true_positions(folder, job)

@@ -48,6 +48,39 @@ def test_ratios_by_kind_of_media() -> None:
     assert tower.resolve({"ratio": {"video": 0.5}, "tower_ratio": 0}, "hf").ratios
 
 
+def test_budgets_in_tokens() -> None:
+    """As the default and of a request, on every engine; not beside a ratio or its bound."""
+    for engine in ("hf", "vllm", "sglang"):
+        server = ServerOptions.parse({"ratio": 0.5}, engine)
+        spec = server.resolve({"budget": 512, "reducer": "uniform"}, engine)
+        assert spec.describe() == {"reducer": "uniform", "budget": 512, "options": {}}
+        default = ServerOptions.parse({"budget": 64}, engine)
+        assert default.default.budget == 64 and default.default.active
+        assert default.resolve({"reducer": "uniform"}, engine).budget == 64
+        other = default.resolve({"ratio": 0.25}, engine)
+        assert (other.budget, other.ratio) == (None, 0.25)
+        assert not default.resolve({"ratio": 0}, engine).active
+        for wrong in (0, 1.5, "512", None, True, [512], 10**7, {"image": 4}):
+            with pytest.raises(RatioError, match="budget"):
+                server.resolve({"budget": wrong}, engine)
+        with pytest.raises(OptionError, match="Leave one out"):
+            server.resolve({"budget": 512, "ratio": 0.5}, engine)
+        with pytest.raises(OptionError, match="Leave one out"):
+            ServerOptions.parse({"budget": 512, "ratio": 0.5}, engine)
+        with pytest.raises(OptionError, match="every image and clip by itself"):
+            server.resolve({"budget": {"prompt": 512}}, engine)
+        bounded = ServerOptions.parse({"budget": 64, "max_ratio": 0.8}, engine)
+        assert bounded.resolve({"reducer": "uniform"}, engine).budget == 64
+        with pytest.raises(RatioError, match="depends on the media"):
+            bounded.resolve({"budget": 512}, engine)
+    detail = ServerOptions.parse({"budget": 64, "low_detail_ratio": 0.75}, "hf")
+    assert detail.low_detail(videos=False).ratio == 0.75
+    with pytest.raises(OptionError, match="Send them apart"):
+        detail.low_detail(videos=True)
+    tower = ServerOptions.parse({"ratio": 0.5, "tower_ratio": 0.5}, "hf")
+    assert tower.resolve({"budget": 8}, "hf").dropped_cells == 0
+
+
 def test_only_the_operator_may_set_paths() -> None:
     options = {"reducer": "selector", "ratio": 0.5, "options": {"weights": "somewhere"}}
     server = ServerOptions.parse(options, "hf")

@@ -40,7 +40,8 @@ def error_runs(model: str) -> list[list[dict]]:
     wrong = [
         {"ratio": 1.5}, {"ratio": "much"}, {"ratio": 0.99}, {"reducer": "nothing", "ratio": 0.5},
         {"reducer": "fastv", "ratio": 0.5}, {"ratoi": 0.5}, {"ratio": float("nan")}, [0.5],
-        {"reducer": "uniform", "ratio": 0.5, "options": {"x": 1}},
+        {"reducer": "uniform", "ratio": 0.5, "options": {"x": 1}}, {"ratio": 0.5, "budget": 8},
+        {"budget": 0}, {"budget": 1.5}, {"budget": {"prompt": 8}},
     ]  # fmt: skip
     base = cases.job(model, [cases.IMAGE], 0.5)
     bad = [[{**base, "tokencomp": w, "name": f"wrong {i}"}] for i, w in enumerate(wrong)]
@@ -83,6 +84,8 @@ def test_bad_options_are_refused_and_the_engine_continues(answered: tuple) -> No
     for job in bad:
         message = results[job["name"]]["error"]
         assert message.startswith(("OptionError", "RatioError", "ValueError")), message
-        assert any(w in message for w in ("ratio", "reducer", "expected", "Allowed")), message
+        assert any(w in message for w in ("ratio", "reducer", "expected", "Allowed", "budget")), (
+            message
+        )
     assert "uniform" in results["wrong 4"]["error"]  # the error of a reducer with layer stages
     check(results, [good], folder, model)

@@ -170,7 +170,7 @@ def _accuracy(runs: dict[Setting, EvalRun], setting: Setting) -> dict[str, Any]:
         kind = "image" if is_image_family(record["family"]) else "video"
         kinds[kind].append(float(record["correct"]))
     values["by_kind"] = {k: sum(v) / len(v) for k, v in kinds.items() if v}
-    if setting.ratio and run.answered:
+    if not setting.off and run.answered:
         values |= paired_tests(run, list(runs.values()))
     return values
 

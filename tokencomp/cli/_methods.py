@@ -55,11 +55,14 @@ def settings(context: typer.Context, chosen: opt.Method) -> Settings:
             fix = "give the share to remove there, e.g. --tower-ratio auto"
             opt.refuse_options(context, ("tower_reducer",), "--tower-ratio 0", fix)
         every = {**parse.reducer_options(chosen.options), **more, **chosen.tower}
-        ratios = parse.ratios(chosen.ratio)
+        if chosen.budget is not None:
+            opt.refuse_options(context, ("ratio",), "--budget", "leave one out")
+            every["budgets"] = parse.budgets(chosen.budget)
+        ratios = parse.ratios(chosen.ratio) if chosen.budget is None else []
         grid(reducers(chosen.reducer), ratios, **every)
         return lambda model: checked(grid(reducers(chosen.reducer, model), ratios, **every), model)
     fix = "the stages in the file have reducers, fractions and options of their own"
-    names = ("reducer", "ratio", "options", "tower_ratio", "tower_reducer")
+    names = ("reducer", "ratio", "budget", "options", "tower_ratio", "tower_reducer")
     opt.refuse_options(context, names, "--plan", fix)
     stages = as_plan(chosen.plan)
     return lambda model: checked(planned(stages, model, **more), model)

@@ -36,6 +36,14 @@ Ratios = Annotated[
         "video=0.75,audio=0.5; several of these are separated by semicolons.",
     ),
 ]
+Budgets = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        help="In place of --ratio: visual tokens that stay of every image or clip, separated by "
+        "commas; prompt=4096: of all media of a prompt together.",
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Reducer option; may be repeated."),
@@ -98,6 +106,7 @@ class Method(Tower):
 
     reducer: Reducers = "auto"
     ratio: Ratios = "0.5,0.75,0.9"
+    budget: Budgets = None
     options: Set = None
     plan: PlanFile = None
     proportional: Proportional = 0.0

@@ -43,6 +43,25 @@ def ratios(text: str) -> list[float | dict[str, float]]:
     return settings
 
 
+def budgets(text: str | None) -> list[int | dict[str, int]]:
+    """ "512,prompt=4096" → [512, {"prompt": 4096}]; None → [].
+
+    Raises
+    ------
+    OptionError, RatioError
+        No budget, or no whole number of tokens.
+    """
+    from tokencomp.plan.amounts import Amount
+
+    found: list[int | dict[str, int]] = []
+    for piece in names(text) if text is not None else ():
+        name, mark, value = piece.rpartition("=")
+        number: Any = int(value) if value.strip().isdecimal() else value
+        found.append({name.strip(): number} if mark else number)
+        Amount.of(found[-1])
+    return found
+
+
 def _by_kind(pairs: list[str]) -> dict[str, float]:
     """["video=0.75", "audio=0.5"] → {"video": 0.75, "audio": 0.5}."""
     from tokencomp.errors import RatioError

@@ -93,15 +93,16 @@ def _with_baselines(settings: list[Any], seeds: int, native: bool = False) -> li
     """The full model, the baselines at the same ratios, then the requested settings."""
     from tokencomp.evaluation.settings import DOWNSCALE, NATIVE, RANDOM, UNIFORM, Setting, grid
 
-    at: list[Any] = [s.ratios or s.ratio for s in settings if not s.off]
-    numbers = [
-        ratio for ratio in at if isinstance(ratio, float)
-    ]  # all that an input baseline takes
-    more = [Setting(RANDOM, r, {"seed": k}) for k in range(1, seeds) for r in at]
+    at = [s.requested for s in settings if not s.off]
+    ratios: list[Any] = [asked["ratio"] for asked in at if "ratio" in asked]
+    numbers = [r for r in ratios if isinstance(r, float)]  # all that an input baseline takes
+    budgets = [asked["budget"] for asked in at if "budget" in asked]
+    more = [
+        Setting(RANDOM, options={"seed": seed}, **asked) for seed in range(1, seeds) for asked in at
+    ]
     small = grid([DOWNSCALE, NATIVE] if native else [DOWNSCALE], numbers)
-    return list(
-        dict.fromkeys([*grid([RANDOM], at), *more, *grid([UNIFORM], at), *small, *settings])
-    )
+    same = {name: grid([name], ratios, budgets) for name in (RANDOM, UNIFORM)}
+    return list(dict.fromkeys([*same[RANDOM], *more, *same[UNIFORM], *small, *settings]))
 
 
 def _print(console: Any, manifests: dict[Any, dict[str, Any]], folders: list[Path]) -> None:

@@ -187,7 +187,7 @@ def _rows(profiles: dict[Any, Any]) -> list[dict[str, Any]]:
     return [
         {
             "reducer": s.name,
-            "ratio": s.ratios or s.ratio,
+            "ratio": s.written_ratio,
             "options": s.written_options,
             "achieved_ratio": p.ratio,
             "tower_ratio": p.tower_ratio,

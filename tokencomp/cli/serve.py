@@ -22,6 +22,10 @@ def command(
     tower: opt.Tower,
     model: opt.Model = DEFAULT_MODEL,
     ratio: Annotated[str, typer.Option("--ratio", help="Default ratio in [0, 1).")] = "0.5",
+    budget: Annotated[
+        int | None,
+        typer.Option("--budget", help="Default number of visual tokens per item, not --ratio."),
+    ] = None,
     reducer: Annotated[
         str,
         typer.Option("--reducer", "-r", help="Default reducer (tokencomp list); auto is kcentre."),
@@ -88,7 +92,7 @@ def command(
     `--engine hf` serves every supported model with every reducer; `--engine vllm` runs
     `vllm serve` with tokencomp's plugin, and hands it all further arguments (after `--`).
 
-    Requests may bring `{"tokencomp": {"ratio": 0.75}}` (hf) or
+    Requests may bring `{"tokencomp": {"ratio": 0.75}}` or `{"tokencomp": {"budget": 512}}` (hf), or
     `{"mm_processor_kwargs": {"tokencomp": {"ratio": 0.75}}}` (both).
     """
     from tokencomp.errors import OptionError
@@ -97,9 +101,11 @@ def command(
     from tokencomp.serving.hf.media import Limits
     from tokencomp.serving.launch import run_hf, run_vllm
 
+    if budget is not None:
+        opt.refuse_options(context, ("ratio",), "--budget", "leave one out")
     options = {
         "reducer": reducer,
-        "ratio": parse.one_ratio(ratio, "serve"),
+        **({"ratio": parse.one_ratio(ratio, "serve")} if budget is None else {"budget": budget}),
         "options": parse.reducer_options(set_),
         **tower.tower,
         "per_request": per_request,

@@ -165,9 +165,11 @@ class Setting(MethodSpec):
     @property
     def identity(self) -> dict[str, Any]:
         """What the answers of this setting depend on, ready for JSON."""
-        ratio: Any = self.ratios or self.ratio
-        ratio = ratio if self.amount is None else self.shown_ratio
-        values = {"ratio": ratio, "options": self.written_options, "method": self.method}
+        values = {
+            "ratio": self.written_ratio,
+            "options": self.written_options,
+            "method": self.method,
+        }
         return {"reducer": self.name, **values}
 
     @property
@@ -191,12 +193,20 @@ def label_of(name: str, shown_ratio: str, options: Mapping[str, Any]) -> str:
     return "-".join([name, shown_ratio, *extra]).replace("/", "_")
 
 
-def grid(reducers: Iterable[str], ratios: Iterable[Any], /, **options: Any) -> list[Setting]:
-    """The full model, then every reducer at every ratio above 0, or ratios by kind of media."""
-    above = [r for r in ratios if (any(r.values()) if isinstance(r, Mapping) else r > 0)]
+def grid(
+    reducers: Iterable[str], ratios: Iterable[Any], /, budgets: Iterable[Any] = (), **options: Any
+) -> list[Setting]:
+    """The full model, then every reducer at every ratio above 0 (or by kind), and every budget."""
+    asked = [{"budget": budget} for budget in budgets]
+    asked += [
+        {"ratio": r} for r in ratios if (any(r.values()) if isinstance(r, Mapping) else r > 0)
+    ]
     media = {name: value for name, value in options.items() if name not in TOWER}
     each = {name: media if name in INPUT_BASELINES else options for name in reducers}
-    return [Setting(), *(Setting(name, r, own) for name, own in each.items() for r in above)]
+    return [
+        Setting(),
+        *(Setting(name, options=own, **a) for name, own in each.items() for a in asked),
+    ]
 
 
 def planned(plan: Plan, model: Any, **options: Any) -> list[Setting]:

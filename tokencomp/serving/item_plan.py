@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tokencomp.errors import ScoreError
 from tokencomp.method import MethodSpec
+from tokencomp.plan.amounts import places
 from tokencomp.plan.stages import StageReducer, TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
@@ -55,10 +56,10 @@ class Layout:
         return math.prod(self.grid) + self.num_special
 
     def span(self, kind: Literal["image", "video"]) -> VisualSpan:
-        """The span as plans and reducers know it, with the offsets of its special tokens."""
+        """The span as plans and reducers know it: of one item, with its special tokens."""
         width, length = self.grid[2], self.length
         offsets = {"none": (), "rows": range(width, length, width + 1), "end": (length - 1,)}
-        return VisualSpan(0, length, self.grid, kind, tuple(offsets[self.special]))
+        return VisualSpan(0, length, self.grid, kind, tuple(offsets[self.special]), item=0)
 
 
 class ItemSize(NamedTuple):
@@ -104,7 +105,10 @@ class ItemPlan:
         plan = spec.stages(num_layers=1, first_layer_stage=1).bind(facts)
         spans = [layout.span(kind) for layout in layouts]
         # Behind a tower stage that leaves no more than the ratio asks for, the entry has no stage.
-        counts = [plan.counts(span, 1) or [plan.entering(span)] for span in spans]
+        counts = [
+            plan.counts(span, 1, place) or [plan.entering(span)]
+            for span, place in zip(spans, places(spans), strict=True)
+        ]
         name, options = _described(spec.built_reducer.bind(facts))
         tower = None
         if plan.tower is not None:

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokencomp.errors import OptionError, RatioError
-from tokencomp.method import MethodSpec, resolve_auto
+from tokencomp.method import MethodSpec, check_one_amount, resolve_auto
+from tokencomp.plan.amounts import Amount
 from tokencomp.plan.counts import MAX_RATIO, check_ratio
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
 from tokencomp.serving.servable import check_name, check_servable
 
 TOWER_KEYS = ("tower_ratio", "tower_reducer")
-REQUEST_KEYS = ("reducer", "ratio", "options", *TOWER_KEYS)
+REQUEST_KEYS = ("reducer", "ratio", "budget", "options", *TOWER_KEYS)
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
 SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "low_detail_ratio", "per_request", "only_own")
 
@@ -30,7 +31,8 @@ class ServerOptions:
     default : MethodSpec
         Its reducer is an object, or "auto" where the server compresses nothing by default.
     max_ratio : float
-        Largest ratio a request may ask for.
+        Largest ratio a request may ask for. Below 0.95 it may ask for no budget in tokens, as what
+        ratio that comes to depends on the media.
     per_request : bool
         False refuses requests that bring their own reducer, ratio or options.
     low_detail_ratio : float or None
@@ -77,7 +79,9 @@ class ServerOptions:
                 raise OptionError(f"{name}={flags[name]!r}: expected true or false.")
         base = cls(max_ratio=max_ratio)
         request = {k: v for k, v in values.items() if k in REQUEST_KEYS}
-        spec = base._resolve({**request, "ratio": ratio}, engine)
+        if "budget" not in request:
+            request["ratio"] = ratio
+        spec = base._resolve(request, engine)
         return cls(spec, max_ratio, **flags, low_detail_ratio=low)
 
     def low_detail(self, videos: bool) -> MethodSpec:
@@ -98,9 +102,14 @@ class ServerOptions:
                 'detail "low" has no ratio on this server (--low-detail-ratio). Leave it out.'
             )
         ratio: Any = self.low_detail_ratio
+        if videos and self.default.amount is not None:
+            raise OptionError(
+                f'detail "low" beside a video: the default of this server is {self.default.amount},'
+                " which videos cannot have beside a ratio of images. Send them apart."
+            )
         if videos:
             ratio = {"image": ratio, "video": self.default.ratio}
-        return self._with_tower(self._reducer({}), ratio, {})
+        return self._with_tower(self._reducer({}), {"ratio": ratio}, {})
 
     def resolve(self, request: Any, engine: str = "vllm") -> MethodSpec:
         """The spec of a request with these tokencomp options (None: the server's default).
@@ -122,19 +131,22 @@ class ServerOptions:
         closed = [k for k in options if str(k).rpartition(".")[2] in OPERATOR_OPTIONS]
         if closed:
             raise OptionError(f"option {', '.join(closed)} is set by the server's operator only.")
+        if values.get("budget") is not None and self.max_ratio < MAX_RATIO:
+            raise RatioError(
+                f"budget={values['budget']!r}: this server allows ratios from 0 to "
+                f"{self.max_ratio}, and what ratio a budget comes to depends on the media. Give a "
+                "ratio."
+            )
         return self._resolve(values, engine)
 
     def _resolve(self, values: Mapping[str, Any], engine: str) -> MethodSpec:
-        ratio = values.get("ratio", self.default.ratio)
-        if isinstance(ratio, Mapping) and engine == "sglang":
-            raise OptionError(f"ratio={ratio!r}: the SGLang plugin has no ratios by kind of media.")
-        by_kind = ratio if isinstance(ratio, Mapping) else {"": ratio}
-        checked = {k: check_ratio(v, f"ratio of {k}" if k else "ratio") for k, v in by_kind.items()}
-        if (largest := max(checked.values(), default=0.0)) > self.max_ratio:
-            raise RatioError(
-                f"ratio={largest}: this server allows ratios from 0 to {self.max_ratio}."
-            )
-        ratio = checked if isinstance(ratio, Mapping) else checked[""]
+        asked = {key: values[key] for key in ("ratio", "budget") if key in values}
+        check_one_amount(**{"ratio": None, "budget": None, **asked})
+        asked = asked or self.default.requested
+        if "budget" in asked:
+            _check_budget(asked["budget"])
+        else:
+            asked = {"ratio": self._checked_ratio(asked["ratio"], engine)}
         reducer = self._reducer(values)
         tower = [key for key in TOWER_KEYS if values.get(key)]
         if engine == "sglang" and tower:
@@ -143,22 +155,43 @@ class ServerOptions:
                 "tower. Leave it out, or serve with vLLM or `--engine hf`."
             )
         if engine == "hf":
-            return self._with_tower(reducer, ratio, values)
-        spec = self._with_tower(check_servable(reducer), ratio, values)
+            return self._with_tower(reducer, asked, values)
+        spec = self._with_tower(check_servable(reducer), asked, values)
         if spec.dropped_cells:
             check_servable(spec.built_tower_reducer)
             spec.stages(num_layers=1, first_layer_stage=1)  # raises if they do not fit together
         return spec
 
-    def _with_tower(self, reducer: Reducer, ratio: Any, values: Mapping[str, Any]) -> MethodSpec:
+    def _checked_ratio(self, ratio: Any, engine: str) -> Any:
+        """A ratio, or ratios by kind of media, within the bound of the server.
+
+        Raises
+        ------
+        RatioError, OptionError
+            A bad ratio, or one that `engine` does not take.
+        """
+        if isinstance(ratio, Mapping) and engine == "sglang":
+            raise OptionError(f"ratio={ratio!r}: the SGLang plugin has no ratios by kind of media.")
+        by_kind = ratio if isinstance(ratio, Mapping) else {"": ratio}
+        checked = {k: check_ratio(v, f"ratio of {k}" if k else "ratio") for k, v in by_kind.items()}
+        if (largest := max(checked.values(), default=0.0)) > self.max_ratio:
+            raise RatioError(
+                f"ratio={largest}: this server allows ratios from 0 to {self.max_ratio}."
+            )
+        return checked if isinstance(ratio, Mapping) else checked[""]
+
+    def _with_tower(
+        self, reducer: Reducer, asked: dict[str, Any], values: Mapping[str, Any]
+    ) -> MethodSpec:
         """The spec with the stage in the vision tower of a request, else that of the default.
 
-        `ratio` is a number, or a mapping from kinds of media to numbers.
+        `asked` has a "ratio", which is a number or a mapping from kinds of media to numbers, or a
+        "budget".
 
         The default's stage is for the default's ratio; a request for a lower one gets as much of
         it as that allows, down to none.
         """
-        tower = values.get("tower_ratio")
+        tower, ratio = values.get("tower_ratio"), asked.get("ratio", 0.0)
         if tower is None:
             tower = self.default.tower_ratio if ratio else 0.0
             if tower != "auto" and not isinstance(ratio, dict):
@@ -167,7 +200,7 @@ class ServerOptions:
         if values.get("tower_reducer") is not None:
             name = check_name("tower_reducer", values["tower_reducer"])
         try:
-            return MethodSpec(reducer, ratio, tower_ratio=tower, tower_reducer=name)
+            return MethodSpec(reducer, **asked, tower_ratio=tower, tower_reducer=name)
         except TypeError as error:  # it has required options
             raise OptionError(f"tower_reducer={name!r}: {error}") from None
 
@@ -186,6 +219,15 @@ class ServerOptions:
             raise OptionError(f"reducer {name!r}, options {own_options}: {error}") from None
 
 
+def _check_budget(budget: Any) -> None:
+    """Raise `RatioError` for a bad budget, or `OptionError` for one of a whole prompt."""
+    if Amount.of(budget).budget is None:
+        raise OptionError(
+            f"budget={budget!r}: servers treat every image and clip by itself, so that caches stay "
+            "valid. Give a number, which is for each of them."
+        )
+
+
 def as_mapping(value: Any, allowed: tuple[str, ...] | None) -> dict[str, Any]:
     """A dict with checked keys, from None, a mapping, or JSON text."""
     if isinstance(value, str):
@@ -200,7 +242,7 @@ def as_mapping(value: Any, allowed: tuple[str, ...] | None) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise OptionError(
             f"tokencomp={reprlib.repr(value)}: expected an object such as "
-            '{"reducer": "divprune", "ratio": 0.5, "options": {}}.'
+            '{"reducer": "divprune", "ratio": 0.5, "options": {}} or {"budget": 512}.'
         )
     wrong = [k for k in value if allowed is not None and k not in allowed]
     if wrong:

@@ -36,11 +36,15 @@ ODD = ["video", 3, 7, 140, 84]
 def job(
     model: str, media: list[list[Any]], ratio: float | None, question: str = QUESTION, **more: Any
 ) -> dict[str, Any]:
-    """Return a job whose name lists its parts; with `ratio` None it has no options."""
+    """Return a job whose name lists its parts; with `ratio` None it has no options.
+
+    `budget` takes the place of the ratio.
+    """
     image, video = MARKS[model]
     marks = " then ".join(image if kind == "image" else video for kind, *_ in media)
     reducer = more.pop("reducer", "uniform")
     options = more.pop("options", {})
+    budget = more.pop("budget", None)
     tower = {n: more.pop(n) for n in ("tower_ratio", "tower_reducer") if n in more}
     result: dict[str, Any] = {
         "prompt": TURN.format(marks, question),
@@ -50,8 +54,9 @@ def job(
     }
     label = "plain"
     if ratio is not None:
-        result["tokencomp"] = {"reducer": reducer, "ratio": ratio, **tower}
-        label = f"{reducer}@{ratio}" + (f" {tower}" if tower else "")
+        amount = {"ratio": ratio} if budget is None else {"budget": budget}
+        result["tokencomp"] = {"reducer": reducer, **amount, **tower}
+        label = f"{reducer}@{ratio if budget is None else amount}" + (f" {tower}" if tower else "")
         if options:
             result["tokencomp"]["options"] = options
             label += f" {options}"
@@ -67,6 +72,7 @@ def matrix(model: str) -> list[dict[str, Any]]:
         jobs += [job(model, [m], 0.5, reducer=name) for m in (IMAGE, VIDEO)]
         jobs.append(job(model, [IMAGE, VIDEO, OTHER], 0.75, reducer=name))
     jobs.append(job(model, [IMAGE, OTHER], 0.5))
+    jobs += [job(model, [IMAGE, VIDEO, OTHER], 0, reducer="divprune", budget=n) for n in (9, 21)]
     jobs.append(job(model, [["image", 2, 420, 112]], 0.6))
     jobs.append(job(model, [["image", 3, 60, 60]], 0.5))
     jobs.append(job(model, [IMAGE], 0.5, reducer="random", options={"seed": 3}))

@@ -56,11 +56,12 @@ def answer(folder: Path, job: dict[str, Any], positions: str = "original") -> di
     inputs = inputs_of(folder, job)
     spec = job.get("tokencomp") or {}
     removed, handle, kept = 0, None, None
-    if spec.get("ratio", 0) > 0:
+    if spec.get("ratio", 0) > 0 or "budget" in spec:
         tower = {name: spec[name] for name in ("tower_ratio", "tower_reducer") if name in spec}
         handle = tokencomp.patch(
-            model, spec["ratio"], reducer=spec.get("reducer", "kcentre"), positions=positions,
-            **tower, **spec.get("options", {}),
+            model, spec.get("ratio"), budget=spec.get("budget"),
+            reducer=spec.get("reducer", "kcentre"), positions=positions, **tower,
+            **spec.get("options", {}),
         )  # fmt: skip
     try:
         out = model.generate(

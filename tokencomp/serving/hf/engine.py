@@ -81,7 +81,9 @@ class Engine:
         self._ends, self._penalty = take_end_tokens(model), take_penalty(model)
         self.grammars = Grammars(self.text.tokenizer, self._ends)
         check(model, options.default)
-        off = replace(options.default, ratio=0.0, tower_ratio=0.0, tower_reducer="auto")
+        off = replace(
+            options.default, ratio=0.0, budget=None, tower_ratio=0.0, tower_reducer="auto"
+        )
         self._handle: Handle = apply(model, off)
         self._wake = threading.Condition()
         self._closed = False
@@ -223,7 +225,7 @@ class Engine:
         if not spec.active:
             return self._handle.disabled()
         self._handle.set(
-            ratio=spec.ratios or spec.ratio, reducer=spec.reducer,
+            **spec.requested, reducer=spec.reducer,
             tower_ratio=spec.tower_ratio, tower_reducer=spec.tower_reducer,
         )  # fmt: skip
         return contextlib.nullcontext()

@@ -154,9 +154,9 @@ def log_start(engine: Engine, name: str, limits: Limits, bind: Bind) -> None:
     described = default.describe()
     requests = f"up to {options.max_ratio:g}" if options.per_request else "fixed"
     logger.info(
-        "serving %r (%s) on %s in %s: reducer %s, ratio %g, ratio of requests %s",
+        "serving %r (%s) on %s in %s: reducer %s, ratio %s, ratio of requests %s",
         name, type(model).__name__, model.device, str(model.dtype).removeprefix("torch."),
-        described.get("reducer"), default.ratio, requests,
+        described.get("reducer"), default.shown_ratio, requests,
     )  # fmt: skip
     logger.info(
         "limits: %d tokens, %d requests per batch, %d waiting; media of %d MiB, %d items, %g "

@@ -10,8 +10,8 @@ and nothing is refused, on any version. With options, the model is a subclass of
 Its processor emits fewer placeholders, and its `embed_multimodal` returns as many rows.
 
 Options
-    The options are `reducer`, `ratio`, `options`, `tower_ratio` and `tower_reducer`; a server also
-    has `max_ratio`, `per_request` and `only_own`. A request passes its own options in
+    The options are `reducer`, `ratio` or `budget`, `options`, `tower_ratio` and `tower_reducer`; a
+    server also has `max_ratio`, `per_request` and `only_own`. A request passes its own options in
     `mm_processor_kwargs={"tokencomp": {...}}` to an engine that was started with options, for which
     `{}` is enough: the engine then compresses only what requests ask for. Over HTTP, vLLM passes
     options of requests on only with `--trust-request-mm-kwargs`. `tokencomp serve` sets this flag

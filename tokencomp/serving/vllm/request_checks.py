@@ -68,9 +68,7 @@ def _with_detail(request: dict[str, Any], options: ServerOptions) -> bytes | Non
     if not isinstance(kwargs, dict) or KEY in kwargs or not in_low_detail(details):
         return None
     spec = options.low_detail("video_url" in dict(details))
-    return json.dumps(
-        {**request, "mm_processor_kwargs": {**kwargs, KEY: {"ratio": spec.ratios or spec.ratio}}}
-    ).encode()
+    return json.dumps({**request, "mm_processor_kwargs": {**kwargs, KEY: spec.requested}}).encode()
 
 
 def _check_text(value: Any) -> None:
