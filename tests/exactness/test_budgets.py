@@ -240,3 +240,34 @@ def test_set_changes_the_amount() -> None:
             model(**inputs)
             assert [left for (left,) in handle.stats.counts[0]] == expected
         assert "budget=4 (uniform at entry)" in repr(handle)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_what_stays_keeps_its_coordinates(name: str) -> None:
+    """Rows and columns that the decoder reads are those of the tokens in the whole picture."""
+    family = FAMILIES[name]
+    model, inputs = family.build(), ragged(family)
+    seen: list[torch.Tensor] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1])
+
+    with tokencomp.patch(model, reducer="random", budget=5) as handle:
+        hook = family.decoder(model).rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
+        with torch.no_grad():
+            model(**inputs)
+        hook.remove()
+        stats = handle.stats
+    got = seen[0]
+    for sample, spans in enumerate(stats.spans):
+        left = stats.lengths[sample] - stats.tokens_before[sample] + stats.tokens_after[sample][0]
+        padding = inputs["input_ids"].shape[1] - stats.lengths[sample]
+        moved = padding - (got.shape[-1] - left)  # columns before a span that are gone
+        for span, offsets in zip(spans, stats.kept(sample)[0], strict=True):
+            column = span.start - moved
+            _, rows, columns = span.grid
+            base = got[:, sample, column - 1].max() + 1
+            expected = [[0, o // columns % rows, o % columns] for o in offsets]
+            place = got[:, sample, column : column + len(offsets)].T - base
+            assert place.tolist() == expected and len(offsets) == 5
+            moved += span.length - len(offsets)

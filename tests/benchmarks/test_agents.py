@@ -1,0 +1,39 @@
+"""Counts of an agent's prompts, against a cache of single tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.serving import agents
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("name", agents.POLICIES)
+def test_counts_equal_a_cache_of_single_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts as lists of tokens, in a smaller case; every token that is not cached counts."""
+    monkeypatch.setattr(agents, "HEAD", 5)
+    monkeypatch.setattr(agents, "TEXT", 3)
+    monkeypatch.setattr(agents, "SCREEN", 40)
+    policy, cached, total = agents.POLICIES[name], set(), 0
+    for step in range(12):
+        tokens: list[object] = [("head", n) for n in range(5)]
+        for i in range(step + 1):
+            kept = int(40 * policy(step, i) + 0.5)
+            tokens += [(i, kept, n) for n in range(kept)] + [(i, "text", n) for n in range(3)]
+        prefixes = [tuple(tokens[: n + 1]) for n in range(len(tokens))]
+        total += sum(prefix not in cached for prefix in prefixes)
+        cached.update(prefixes)
+    assert agents.count(policy, 12)["prefilled"] == total
+
+
+def test_pages_have_the_stored_counts() -> None:
+    report = json.loads(agents.OUT.read_text())
+    rows = {row.pop("policy"): row for row in report["rows"]}
+    assert rows == {name: agents.count(policy) for name, policy in agents.POLICIES.items()}
+    report = json.loads(agents.OUT.read_text())
+    assert agents.OUT.with_suffix(".md").read_text() == agents.page(report)
+    assert agents.table(report) in (DOCS / "agents.md").read_text()
