@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import support.family
 import torch
 from PIL import Image
+from support.console import run
 from support.embedded import folder, loaded
+from support.family.base import Family
 
 import tokencomp
-from tokencomp.errors import MediaError, OptionError, UnsupportedModelError
+from tokencomp.errors import MediaError, OptionError, UnsupportedModelError, install
 from tokencomp.inputs.media import is_video, load_media
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.reducers.registry import ARGUMENTS
@@ -48,6 +53,9 @@ def test_a_handle_says_what_was_asked_for_and_what_happened(loaded, inputs):
         handle.set(ratio={"image": 0.5})
         model(**inputs)
         assert f"ratio image=0.5 (kcentre at entry): {visual} → {visual // 2}" in repr(handle)
+        handle.set(budget=8)
+        model(**inputs)
+        assert f"budget=8 (kcentre at entry): {visual} → 8 visual tokens" in repr(handle)
         plan = [{"layer": k, "fraction": 1 - k / 4, "reducer": "prune"} for k in (1, 2)]
         handle.set(plan=plan)
         model(**inputs)
@@ -74,6 +82,7 @@ def test_stats_of_a_prompt_of_text_are_empty(loaded, inputs):
     [
         ({"ration": 0.5}, "Did you mean ratio?"),
         ({"keep_ratio": 0.5}, "Did you mean ratio? It is the share that is removed"),
+        ({"max_tokens": 512}, "Did you mean budget?"),
         ({"method": "divprune"}, "Did you mean reducer?"),
         ({"postions": "compact"}, "Did you mean positions?"),
         ({"merge_rst": 1}, "Did you mean merge_rest?"),
@@ -122,3 +131,37 @@ def test_the_lines_about_a_video_run_as_they_stand(loaded, tmp_path, monkeypatch
     with tokencomp.patch(loaded[0], 0.5) as handle:
         loaded[0].generate(**known["inputs"], max_new_tokens=2)
         assert handle.stats.ratio == pytest.approx(0.5, abs=0.05)
+
+
+def test_extras_are_installed_from_a_checkout():
+    """tokencomp is on no package index, so no message names it as if it were."""
+    package = Path(tokencomp.__file__).parent
+    for file in package.rglob("*.py"):
+        assert "tokencomp[" not in re.sub(r"tokencomp\[\w+\]\W*=", "", file.read_text()), file
+    project = (package.parent / "pyproject.toml").read_text()
+    for extra in ("serve", "vllm", "train", "eval"):
+        assert f"'.[{extra}]'" in install(extra) and re.search(rf"^{extra} = \[", project, re.M)
+
+
+def test_every_family_of_the_tests_is_listed_in_a_suite():
+    """A subclass of `Family` that is in no list runs no test."""
+    for module in pkgutil.iter_modules(support.family.__path__):
+        importlib.import_module(f"support.family.{module.name}")
+    tests = "\n".join(f.read_text() for f in Path(__file__).parent.rglob("*.py"))
+    classes, named = list(Family.__subclasses__()), set()
+    while classes:
+        cls = classes.pop()
+        classes += cls.__subclasses__()
+        if cls.__module__.startswith("support.family.") and "name" in vars(cls):
+            named.add(cls.__name__)
+    assert len(named) > 20
+    assert not {name for name in named if not re.search(rf"\b{name}\(\)", tests)}
+
+
+def test_ctrl_c_leaves_a_word(monkeypatch, capsys):
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokencomp.cli.list.reducers", stop)
+    assert run("list", "reducers") == 130
+    assert capsys.readouterr().err.startswith("stopped. ")

@@ -118,6 +118,11 @@ class MissingDependencyError(TokenCompError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra: tokencomp is on no package index."""
+    return f"pip install '.[{extra}]' in a checkout of tokencomp"
+
+
 def copy_error(model_name: str) -> CopyError:
     """Build the error for a copy of a patched model of that class."""
     return CopyError(

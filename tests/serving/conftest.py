@@ -38,7 +38,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Function that runs jobs in a vLLM engine with its own process, see `vllm_driver`."""
     if not HAS_VLLM:
-        pytest.skip("vllm is not installed (pip install tokencomp[vllm])")
+        pytest.skip("vllm is not installed (pip install '.[vllm]')")
     root = tmp_path_factory.mktemp("engines")
 
     def run(model: Path, runs: list[list[dict]], plugin: bool = True, **engine: Any) -> dict:

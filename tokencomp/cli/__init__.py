@@ -20,9 +20,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             with contextlib.suppress(ValueError):  # closed
                 stream.reconfigure(errors="replace")
-    with one_message():
+    with one_message(), interrupted():
         # Not list(...): the command module of that name is an attribute of this package.
         build_app()(args=[*(sys.argv[1:] if argv is None else argv)], prog_name="tokencomp")
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells and typer have it."""
+
+
+@contextlib.contextmanager
+def interrupted() -> Iterator[None]:
+    """Say a word at Ctrl-C, which typer turns into an exit code alone."""
+    try:
+        yield
+    except SystemExit as leave:
+        if leave.code == INTERRUPTED:
+            print(
+                "stopped. Where a command keeps its answers in a folder, the same command goes on.",
+                file=sys.stderr,
+            )
+        raise
 
 
 @contextlib.contextmanager

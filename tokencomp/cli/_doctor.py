@@ -7,7 +7,7 @@ import platform
 from typing import Any
 
 from tokencomp.cli._finding import Finding
-from tokencomp.errors import TokenCompError, UnsupportedModelError
+from tokencomp.errors import TokenCompError, UnsupportedModelError, install
 
 FLOOR, CEILING = "4.57", "6"
 
@@ -142,7 +142,7 @@ def _video() -> Finding:
 def _optional(extra: str, module: str, what: str) -> Finding:
     if importlib.util.find_spec(module) is not None:
         return Finding(f"extra [{extra}]", True, f"{what} can run")
-    return Finding(f"extra [{extra}]", None, f"{what} needs `pip install tokencomp[{extra}]`")
+    return Finding(f"extra [{extra}]", None, f"{what} needs {install(extra)}")
 
 
 def model_checks(name: str, device: str) -> list[Finding]:

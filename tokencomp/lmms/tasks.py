@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokencomp.errors import MissingDependencyError, OptionError, unknown_name
+from tokencomp.errors import MissingDependencyError, OptionError, install, unknown_name
 from tokencomp.evaluation.environment import model_identity, public_name
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import RANDOM, Setting
@@ -77,7 +77,7 @@ def _manager() -> Any:
         import lmms_eval.tasks as tasks
     except ImportError as error:
         raise MissingDependencyError(
-            f"running benchmarks needs lmms-eval ({error}): pip install 'tokencomp[eval]'."
+            f"running benchmarks needs lmms-eval ({error}): {install('eval')}."
         ) from error
     _quiet()
     return tasks.TaskManager("ERROR", include_path=str(Path(__file__).parent))

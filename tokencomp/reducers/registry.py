@@ -25,11 +25,17 @@ GROUP = "tokencomp.reducers"
 
 # Arguments of `patch` and `Handle.set` that stand beside the options of a reducer.
 ARGUMENTS = (
-    "ratio", "reducer", "plan", "tower_ratio", "tower_reducer", "strict", "positions",
+    "ratio", "budget", "reducer", "plan", "tower_ratio", "tower_reducer", "strict", "positions",
     "extend_context", "proportional_attention", "verify",
 )  # fmt: skip
 KEPT_SHARE = ("keep", "keep_ratio", "keep_rate", "retention", "fraction")
-SYNONYMS = {"method": "reducer", "prune_ratio": "ratio", "rate": "ratio"}
+SYNONYMS = {
+    "method": "reducer",
+    "tokens": "budget",
+    "max_tokens": "budget",
+    "prune_ratio": "ratio",
+    "rate": "ratio",
+}
 
 R = TypeVar("R", bound=type[Reducer])
 _REGISTRY: dict[str, type[Reducer]] = {}

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokencomp.errors import MissingDependencyError, OptionError, UnsupportedModelError
+from tokencomp.errors import MissingDependencyError, OptionError, UnsupportedModelError, install
 from tokencomp.method import MethodSpec
 from tokencomp.serving import ENV_OPTIONS, ENV_RULES
 from tokencomp.serving.bind import Bind, check_port
@@ -53,8 +53,8 @@ def vllm_command(
     """
     if importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError(
-            "`--engine vllm` needs vLLM: pip install 'tokencomp[vllm]' (in its own environment), "
-            "or use --engine hf."
+            f"`--engine vllm` needs vLLM: {install('vllm')} (in its own environment), or use "
+            "--engine hf."
         )
     for flag in ("--host", "--api-key", "--allowed-local-media-path"):
         if _sets(extra, flag):
@@ -248,9 +248,7 @@ def run_hf(
         from tokencomp.serving.hf.metrics import Metrics
         from tokencomp.serving.hf.server import log_start, server
     except ImportError as error:
-        raise MissingDependencyError(
-            f"serving needs {error.name}: pip install 'tokencomp[serve]'."
-        ) from None
+        raise MissingDependencyError(f"serving needs {error.name}: {install('serve')}.") from None
     from tokencomp.inputs.loading import load_model
 
     check_port(bind)

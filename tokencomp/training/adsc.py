@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tokencomp
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.errors import MissingDependencyError, OptionError, WeightsError
+from tokencomp.errors import MissingDependencyError, OptionError, WeightsError, install
 from tokencomp.evaluation.settings import Setting
 from tokencomp.plan.counts import check_ratio
 from tokencomp.reducers.registry import make_reducer
@@ -170,9 +170,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise MissingDependencyError(
-            "adapters need PEFT: pip install 'tokencomp[train]'."
-        ) from error
+        raise MissingDependencyError(f"adapters need PEFT: {install('train')}.") from error
     return peft
 
 
