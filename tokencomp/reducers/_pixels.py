@@ -46,9 +46,16 @@ def looks(patches: Patches, thumb: int, contrast: float, change: float) -> Tenso
     with the means m and standard deviations s of the pixels of a square, both as mean squares over
     squares, channels and frames. A cell with the change c, the root mean square difference of the
     averages in successive frames of the cell, stands at p = c · (cos, sin)/√2 of an angle that
-    grows by the golden angle from step to step of the video. Cells of all steps that look the same
-    and do not change coincide. Of those that change alike, two steps are c apart in the root mean
-    square over pairs of steps.
+    grows by the golden angle from step to step of the video. Three steps, for example, are three
+    points of a circle around 0 with radius c/√2:
+
+        137.5°  *
+                     0      *  0°
+                      *  275°
+
+    Cells that look the same and do not change (c = 0) coincide, whatever their step. Cells that
+    flash alike in several steps do not: over many steps, the mean square distance of two of them is
+    twice the square of the radius, c². So each flash can be kept.
     """
     x, pixels = finite_features(patches.features).float(), patches.batch.pixels
     if pixels is None:

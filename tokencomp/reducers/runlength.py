@@ -99,8 +99,8 @@ def _changes(grids: list[Grid], budgets: list[int], members: list[int], x: Tenso
     Returns
     -------
     Tensor of float32, shape (members · t · places,)
-        Distance to the token last kept at the place; those above the smallest threshold that
-        as many tokens as the budget or fewer exceed come before all others.
+        Distance to the token last kept at the place. Tokens that changed by more than a threshold
+        come first. The threshold is the smallest that at most the budget's tokens exceed.
     """
     t, h, w = grids[members[0]]
     frames = x.view(len(members), t, h * w, -1)

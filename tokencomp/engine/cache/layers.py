@@ -1,4 +1,18 @@
-"""KV cache layers that know their logical length apart from the rows they hold."""
+"""KV cache layers that know their logical length apart from the rows they hold.
+
+A prompt of eight tokens of which three have left:
+
+    columns of the prompt    0  1  2  3  4  5  6  7
+    rows that are held       0  1        4     6  7
+    get_seq_length()  8      logical: the column of the next token
+    rows              5      physical: what there is to attend to
+    dropped           3      the difference
+
+The caller owns the cache, and other objects may hold the layer. A layer therefore stays the same
+object, and only its class changes: `compress_layer` makes a `DynamicLayer` a
+`CompressedDynamicLayer`, which inherits from it and overrides the two lengths, and `reset` makes
+it a `DynamicLayer` again.
+"""
 
 from __future__ import annotations
 

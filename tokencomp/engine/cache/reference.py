@@ -54,7 +54,8 @@ class CompressedReferenceLayer(CompressedDynamicLayer):
 def compressed_reference(plain: type) -> type:
     """The compressed class of a model's own class of such layers."""
     name, kind = f"Compressed{plain.__name__}", vars(plain)["_layer_type"]
-    # transformers enters a class with a kind of its own as that which new caches take.
+    # transformers would use a subclass that is defined with `_layer_type` for all new caches, so
+    # the kind is set afterwards.
     members = {"plain": plain, "_layer_type": None}
     own: Any = type(name, (CompressedReferenceLayer, plain), members)
     own._layer_type = kind

@@ -34,8 +34,8 @@ RAGGED_TURN = (
 
 
 LATER_MEDIA = (
-    "a later turn brings media, of which {} keeps a window of {} tokens, as of all that follows "
-    "the first prompt. Give the whole conversation as one prompt, whose tokens are all seen."
+    "a later turn brings media. {} keeps only a window of {} tokens of every turn after the first, "
+    "so they would be cut. Give the whole conversation as one prompt, whose tokens are all seen."
 )
 
 

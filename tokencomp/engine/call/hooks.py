@@ -133,8 +133,8 @@ class Hooks(Hooked):
     def change(self, plan: Plan) -> None:
         """Put another plan in force, between the calls of all threads.
 
-        Only hooks inside of the decoder and the tower change. A call that waits meanwhile has
-        already read the list of the hooks around it, which therefore must stay.
+        Only hooks inside of the decoder and the tower change. Another thread may wait at the gate
+        with a call for which torch has already read the list of outer hooks, so these must stay.
         """
         with self.gate.change():
             self._plan_hooks.remove()

@@ -5,6 +5,13 @@ is measured in the columns of the uncompressed prompt, as long as the rotary emb
 too. Dropping a token then equals masking it: no other token comes into the window in its place.
 Masks that the body of a model has prepared, which let the tokens of an image see each other, are
 gathered and never built again.
+
+A window of four columns, seen by the last token, when columns 2, 3 and 5 have left:
+
+    column of the prompt   0  1  2  3  4  5  6  7
+    kept                   x  x  .  .  x  .  x  x
+    four columns                       x  .  x  x    what this module lets it see: 4, 6, 7
+    four rows                 x        x     x  x    what a window of rows would: 1, 4, 6, 7
 """
 
 from __future__ import annotations

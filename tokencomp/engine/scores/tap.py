@@ -3,6 +3,12 @@
 A shallow copy of the module, whose config names a backend of ours, runs up to the call of that
 backend. Projections, norms, rotary embeddings, scales, gates and latent projections are therefore
 the module's own, whatever its family, and neither the module nor its config changes.
+
+    module ─ shallow copy ─ q_proj, k_proj ─ norms ─ RoPE ─ backend(query, key, …)
+                                                                │ `_tap` raises `Tapped`
+    caller ◄────────────────────────────────────────────────────┘ with query, key and scaling
+
+The exception ends the copy's call before attention is computed, because nobody reads its output.
 """
 
 from __future__ import annotations

@@ -6,6 +6,12 @@ because the model fills placeholders by number. Rows that were dropped are NaN, 
 passes through every later resampling, marks exactly the tokens that read a dropped patch, needs no
 table beside the features, and makes the output NaN if something bypasses the entry of the decoder,
 where these tokens leave (`tokencomp.engine.stage.forward`).
+
+    patches        0    1    2    3    4    5    6    7
+    blocks ≥ k     0    1              4    5              fewer rows
+    restored       0    1   NaN  NaN   4    5   NaN  NaN   full length again
+    tokens of 2    a        NaN        c        NaN        NaN marks those that read a dropped patch
+    decoder        a                   c                   only tokens without NaN enter
 """
 
 from __future__ import annotations
