@@ -158,6 +158,12 @@ def test_every_family_of_the_tests_is_listed_in_a_suite():
     assert not {name for name in named if not re.search(rf"\b{name}\(\)", tests)}
 
 
+def test_a_folder_that_is_not_there_is_called_so(capsys):
+    for name in ("./nofolder", "/no/folder", "~/no/folder"):
+        assert run("inspect", "--model", name, "--image", SAMPLES / "test-position-00003.jpg") == 2
+        assert f"model '{name}': no such folder." in capsys.readouterr().err
+
+
 def test_ctrl_c_leaves_a_word(monkeypatch, capsys):
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt

@@ -98,13 +98,16 @@ def _is_video(media: Any) -> bool:
 def time_prefill(
     maker: PromptMaker, settings: Sequence[Setting], budget: float
 ) -> dict[Setting, Split]:
-    """Median split of one prefill per setting, settings interleaved in one process."""
+    """Median split of one prefill per setting, settings interleaved in one process, with a bar."""
+    from tqdm.auto import tqdm
 
     def variant(setting: Setting) -> Any:
         def run() -> Split:
+            bar.update()
             with patched(maker.model, setting):
                 return prefill_split(maker.model, maker.inputs(setting))
 
         return run
 
-    return interleaved({s: variant(s) for s in settings}, budget=budget)
+    with tqdm(desc="timing", unit=" prefills") as bar:
+        return interleaved({s: variant(s) for s in settings}, budget=budget)

@@ -67,8 +67,8 @@ def in_words(answer: Any, full: Any) -> str:
         f"{setting.name} at ratio {setting.shown_ratio}: a decoder layer sees {kept:.0f} of "
         f"{before:.0f} visual tokens on average, which leaves "
         f"{answer.cost.flops / full.cost.flops:.0%} of the decoder's work and "
-        f"{answer.cost.kv_bytes / full.cost.kv_bytes:.0%} of its cache. The answer is "
-        + ("the same." if same else "another one.")
+        f"{answer.cost.kv_bytes / full.cost.kv_bytes:.0%} of its cache. The answer "
+        + ("stays the same." if same else "differs from that of the full model.")
     )
 
 

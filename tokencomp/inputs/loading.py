@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +73,10 @@ def load_model(
     from tokencomp.adapters.registry import adapter_for
 
     path = resolve(name)
+    if path.startswith((".", "/", "~")):  # no hub id does
+        if not Path(path).expanduser().is_dir():
+            raise UnsupportedModelError(f"model {path!r}: no such folder.")
+        path = str(Path(path).expanduser())
     device = pick_device(device)
     options = {} if attention is None else {"attn_implementation": attention}
     try:
