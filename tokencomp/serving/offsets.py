@@ -1,7 +1,11 @@
 """Offsets of media tokens from the base position of their item, and their digits in extra columns.
 
 Digits to the base 256 are exact in every dtype of a model: bfloat16 represents integers up to 256
-exactly, float16 up to 2048.
+exactly, float16 up to 2048. A kept token that stands (t, h, w) = (3, 0, 300) behind the base:
+
+                       high digits   low digits     300 = 1 · 256 + 44
+    | d features |      0   0   1     3   0  44 |   one row of the engine's media embeddings
+                        t   h   w     t   h   w
 """
 
 from __future__ import annotations
