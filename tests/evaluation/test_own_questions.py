@@ -60,6 +60,23 @@ def test_every_baseline_answers_and_the_report_has_intervals(questions, evaluate
     assert table["condiv", None]["rivals"]["seeds"] == 3
 
 
+def test_budgets_stand_beside_ratios(questions, evaluate, folder, tmp_path, capsys):
+    """Baselines have the same budgets, and the report takes runs of both kinds."""
+    assert evaluate("--no-baselines", "-r", "uniform") == 0
+    runs, known = tmp_path / "runs", ("--data", questions[0], "--model", folder, "--device", "cpu")
+    assert run("eval", *known, "-r", "uniform", "--budget", "32,9", "-o", runs, "--seeds", 1) == 0
+    assert {p.name for p in runs.iterdir()} == {
+        "full", "uniform-0.75", *(f"{r}-budget={n}" for r in ("random", "uniform") for n in (9, 32))
+    }  # fmt: skip
+    for n in (9, 32):
+        rows = [records(runs / f"{name}-budget={n}") for name in ("random", "uniform")]
+        assert [r["ratio"] for r in rows[0]] == [r["ratio"] for r in rows[1]]
+    capsys.readouterr()
+    assert run("report", runs, "-o", tmp_path / "page.html", "--json") == 0
+    rows = [r for r in json.loads(capsys.readouterr().out) if r["reducer"] == "uniform"]
+    assert [r["ratio"] for r in rows] == [0.75, "budget=9", "budget=32"]
+
+
 def test_finished_answers_are_kept_and_other_questions_are_refused(
     questions, evaluate, tmp_path, capsys
 ):

@@ -155,7 +155,7 @@ def test_equal_ratios_of_all_items_are_one_ratio(name: str, reducer: str) -> Non
     for ratio in (0.6, [0.6, 0.6, 0.6]):
         with torch.no_grad(), tokencomp.patch(model, ratio, reducer=reducer):
             logits.append(model(**inputs).logits)
-    assert torch.allclose(*logits, atol=1e-5)
+    assert torch.allclose(logits[0], logits[1], atol=1e-5)
 
 
 def test_every_prompt_needs_as_many_items_as_ratios() -> None:
@@ -214,7 +214,8 @@ def test_one_amount_at_a_time() -> None:
     ):
         with pytest.raises(OptionError):
             tokencomp.patch(model, **wrong)
-    for ratio in ([], [0.5, 1.0], [0.5, "x"]):
+    bad: list[Any] = [[], [0.5, 1.0], [0.5, "x"]]
+    for ratio in bad:
         with pytest.raises(RatioError):
             tokencomp.patch(model, ratio)
     with tokencomp.patch(model, 0.5, tower_ratio=0.25) as handle, pytest.raises(OptionError):

@@ -113,7 +113,7 @@ def losses(runs: Sequence[EvalRun]) -> list[Loss]:
     return sorted(out, key=lambda loss: (loss.test.p, loss.accuracy - loss.rival_accuracy))
 
 
-def _at(name: str, ratio: float | dict[str, float], runs: Sequence[EvalRun]) -> list[EvalRun]:
+def _at(name: str, ratio: float | dict[str, float] | str, runs: Sequence[EvalRun]) -> list[EvalRun]:
     """Runs of one baseline at a ratio, several of them where it has several seeds."""
     return [r for r in runs if r.identity["reducer"] == name and r.ratio == ratio]
 

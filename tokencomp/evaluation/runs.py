@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,7 +200,11 @@ def find_runs(paths: Sequence[Path]) -> list[EvalRun]:
 
 def _order(run: EvalRun) -> tuple[int, str, list[float]]:
     name, ratio = run.identity["reducer"], run.ratio
-    numbers = [1.0, *ratio.values()] if isinstance(ratio, dict) else [ratio]
+    numbers: list[float]
+    if isinstance(ratio, str):  # a budget
+        numbers = [2.0, *map(float, re.findall(r"\d+", ratio))]
+    else:
+        numbers = [1.0, *ratio.values()] if isinstance(ratio, dict) else [ratio]
     return (FIRST.index(name) if name in FIRST else len(FIRST), run.label, numbers)
 
 
