@@ -21,7 +21,6 @@ from benchmarks.accuracy.tables import BASELINES, kept
 from tokencomp.cli import one_message
 from tokencomp.inputs.media import load_media
 from tokencomp.inputs.prompts import build_inputs, generate
-from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.pages.pictures import overlay, survival
 from tokencomp.zoo import SAMPLES, load
 
@@ -47,11 +46,11 @@ def kept_patches() -> tuple[Image.Image, Image.Image, str, str]:
 
 def curve(axes: Any, results: Results) -> None:
     """Retention with its 95 % interval, for the default and the baselines."""
-    for name in (DEFAULT_REDUCER, *BASELINES):
+    for name in (results.default, *BASELINES):
         points = [(r, kept(results, f"{name}-{r:g}", "both")) for r in results.ratios]
         ratios = [r for r, value in points if value is not None]
         values = [value for _, value in points if value is not None]
-        default = name == DEFAULT_REDUCER
+        default = name == results.default
         color = "#2563eb" if default else COLORS[name]
         label = f"{name} (default)" if default else name
         accuracy = [100 * value.value for value in values]

@@ -23,7 +23,7 @@ from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
 from tokencomp.validation import check_effect
 
-DEFAULT_REDUCER = "condiv"  # chosen on validation data: docs/decisions/0001-default-reducer.md
+DEFAULT_REDUCER = "auto"  # kcentre on images, condiv on videos and audio: reducers/auto.py
 DEFAULT_SERVED_REDUCER = "kcentre"  # ignores the question, so media caches serve every question
 DEFAULT_TOWER_REDUCER = "kcentre"
 # tower_ratio="auto" keeps this many times the cells that the decoder will see, so that its reducer,
@@ -43,8 +43,8 @@ def resolve_auto(
         "hf": a patched model in this process. "server": a server that may reuse the media of one
         request for the question of another.
     scored
-        Whether the first decoder layer has attention, by which the default scores tokens. Where it
-        has none, as in Qwen3.5, the default of servers takes its place.
+        Whether the first decoder layer has attention, by which the default scores the tokens of
+        videos. Where it has none, as in Qwen3.5, the default of servers takes its place.
     """
     if not isinstance(reducer, str) or reducer != "auto":
         return reducer

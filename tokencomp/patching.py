@@ -63,8 +63,9 @@ def patch(
         `{"prompt": 4096}` is a budget of all items of a prompt together. Special tokens stay, as
         at any ratio.
     reducer
-        A name from `tokencomp.available_reducers()`, a `Reducer`, or "auto": condiv, or kcentre if
-        the first decoder layer has no attention that could score tokens.
+        A name from `tokencomp.available_reducers()`, or a `Reducer`. "auto": kcentre on images and
+        condiv on videos and audio; kcentre on all media if the first decoder layer has no attention
+        that could score tokens.
     plan
         Explicit stages, instead of `ratio`, `reducer` and options: a `Plan`, its JSON form
         `[{"layer": 0, "fraction": 0.5, "reducer": "merge"}, ...]` (see `plan_to_json`), or the

@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy.run                       # test split → results/, README.md
     python -m benchmarks.accuracy.run --split validation    # for choosing, see studies/choose.py
     python -m benchmarks.accuracy.run --reducers downscale  # runs that again, the rest stays
-    python -m benchmarks.accuracy.run --reducers condiv --per-family 5 --out try
+    python -m benchmarks.accuracy.run --reducers auto --per-family 5 --out try
 
 All settings answer the same questions, greedily, through real JPEG and mp4 files, the processor and
 `generate`. Results are merged into those in `results/` (see store.py), from which tables and plots
@@ -29,12 +29,14 @@ from benchmarks.accuracy.report import write_report
 from benchmarks.accuracy.store import LOST, RESULTS, Results, add_lost, collected, merged
 from benchmarks.accuracy.summary import MAIN
 from tokencomp import available_reducers, make_reducer
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
 from tokencomp.evaluation.native import has_budget
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, INPUT_BASELINES, NATIVE, PROPORTIONAL, Setting
+from tokencomp.handle import resolve_in
 from tokencomp.inputs.questions import Example
 from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.pages.lost import LostItem, draw_lost
@@ -52,7 +54,7 @@ TOWERS = ("visual", "vision_tower", "vision_model")
 LOST_RATIOS, LOST_PER_KIND, LOST_SIDE = (0.75, 0.9), 2, 128
 LEFT_OUT = ("oracle", "ccam")  # one needs the answer, one always returns the same token count
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "condiv": ({}, *({"merge_rest": -1.0, PROPORTIONAL: share} for share in (0.5, True))),
+    "auto": ({}, *({"merge_rest": -1.0, PROPORTIONAL: share} for share in (0.5, True))),
     "random": ({}, {"seed": 1}, {"seed": 2}),
     "cdpruner": ({}, {"relevance": "attention"}),
     "pool": ({}, {"stride": 1.0}),
@@ -231,7 +233,8 @@ def main() -> None:
         model, processor = load(name)
         native = [NATIVE] if has_budget(processor) else []
         names = args.reducers or [*BASELINES, *native, *methods]
-        ready, refused = usable(model, settings(names, args.ratios))
+        names = [str(resolve_in(name, adapter_for(model))) for name in names]
+        ready, refused = usable(model, settings(dict.fromkeys(names), args.ratios))
         for label, reason in refused.items():
             print(f"{name}: left out {label}: {reason}")
         answer_all(name, args.split, ready, args, facts)

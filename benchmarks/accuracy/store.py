@@ -27,6 +27,8 @@ ACCURACY = Path(__file__).parent
 RESULTS = ACCURACY / "results"
 LOST = "lost"
 """Folder beside the results with pictures of what the default loses."""
+STORED_DEFAULT = "condiv"
+"""What results of release 0.1 call the default, whose condiv was a k-centre on images."""
 KINDS = ("images", "videos")
 BARS = {0.5: 0.97, 0.75: 0.97, 0.9: 0.94, 0.95: 0.80}
 """Retention that the default has to reach, on images and on videos of every model."""
@@ -112,8 +114,8 @@ class Results:
     def default(self) -> str:
         """What "auto" stands for on this model: another reducer where the default cannot run."""
         ran = {setting["reducer"] for setting in self.settings.values()}
-        replaced = DEFAULT_REDUCER not in ran and DEFAULT_SERVED_REDUCER in ran
-        return DEFAULT_SERVED_REDUCER if replaced else DEFAULT_REDUCER
+        names = (DEFAULT_REDUCER, STORED_DEFAULT, DEFAULT_SERVED_REDUCER)
+        return next((name for name in names if name in ran), STORED_DEFAULT)
 
     @property
     def ratios(self) -> list[float]:

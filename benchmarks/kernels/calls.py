@@ -37,7 +37,7 @@ REDUCERS = (
     "random",
     "divprune",
     "merge",
-    "condiv",
+    "auto",
     "cdpruner",
     "pool",
     "evs",

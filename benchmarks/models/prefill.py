@@ -13,7 +13,7 @@ the compressed prompt ("native"). Records of other models and lengths stay in th
 benchmark can be run in pieces. The file and the page are written after every repeat.
 
 `--quick` takes less than ten minutes on two quiet cores: Qwen2-VL-2B at 4,096 tokens with merge,
-condiv and aim, and aim at 0.5 on the 0.5B shape. It leaves out the peaks of memory, each of which
+auto and aim, and aim at 0.5 on the 0.5B shape. It leaves out the peaks of memory, each of which
 takes another run.
 """
 
@@ -41,7 +41,7 @@ from tokencomp.storage import write_lines
 
 FOLDER = Path(__file__).parent
 TEXT_BEFORE, TEXT_AFTER = 16, 48
-REDUCERS = ("uniform", "merge", "condiv", "aim")
+REDUCERS = ("uniform", "merge", "auto", "aim")
 RATIOS = (0.5, 0.75, 0.9)
 Case = tuple[str, float]
 

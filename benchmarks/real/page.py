@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.store import STORED_DEFAULT
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import losing, runs_of, table_lines
 from benchmarks.publishing import MARK, provenance, table
@@ -132,12 +133,13 @@ def _against_uniform(runs: list[EvalRun]) -> str:
     """The default against keeping every n-th token: the next section knows random alone."""
     plain = [run for run in runs if not run.identity["options"]]
     by_name = {(run.identity["reducer"], run.ratio): run for run in plain}
-    rows = []
+    rows, ran = [], {name for name, _ in by_name}
+    default = DEFAULT_REDUCER if DEFAULT_REDUCER in ran else STORED_DEFAULT
     for name, ratio in by_name:
-        if name == DEFAULT_REDUCER and ("uniform", ratio) in by_name:
+        if name == default and ("uniform", ratio) in by_name:
             pair = paired_scores(by_name[name, ratio], by_name["uniform", ratio])
             rows.append(f"- ratio {ratio:g}: {difference(*pair)} points")
-    title = f"The default, {DEFAULT_REDUCER}, against uniform, with paired 95 % intervals:\n"
+    title = f"The default, {default}, against uniform, with paired 95 % intervals:\n"
     return "\n".join([title, *rows, ""]) if rows else ""
 
 

@@ -40,7 +40,7 @@ from tokencomp.shapesqa.examples import blind_guess
 from tokencomp.storage import write_json
 
 RATIOS = (0.5, 0.75, 0.9)
-METHODS = ("uniform", DOWNSCALE, "condiv", "divprune", "merge", "fastv", "prune", "pyramiddrop")
+METHODS = ("uniform", DOWNSCALE, "auto", "divprune", "merge", "fastv", "prune", "pyramiddrop")
 SEEDS = (0, 1, 2)
 LETTERS_START = 50_000  # index of the first item that is asked with letters
 

@@ -95,7 +95,7 @@ def test_ratio_0_adds_nothing_to_a_prefill(model: Any) -> None:
         assert (row.calls, row.reads) == (0, 0)
 
 
-@pytest.mark.parametrize("reducer", (OFF, "condiv", "merge", "fastv", "pyramiddrop"))
+@pytest.mark.parametrize("reducer", (OFF, "auto", "merge", "fastv", "pyramiddrop"))
 def test_a_decode_step_runs_no_python_per_layer(model: Any, deep: Any, reducer: str) -> None:
     """Neither entry plans nor layer plans do; these reducers have as many stages in both models."""
     steps = [step_functions(m, reducer) for m in (deep, model)]

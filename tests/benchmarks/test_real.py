@@ -25,7 +25,7 @@ def test_toy_run_makes_a_page(
     monkeypatch.setattr(run, "MARGIN", margin)
     model, tokenizer = toy()
     args = argparse.Namespace(
-        per_family=2, batch=18, methods=("uniform", "downscale", "condiv", "fastv"), ratios=(0.75,)
+        per_family=2, batch=18, methods=("uniform", "downscale", "auto", "fastv"), ratios=(0.75,)
     )
     results = run.answer(model.eval(), build_processor(tokenizer), Drawings(), args, tmp_path)
     facts = {
@@ -39,11 +39,11 @@ def test_toy_run_makes_a_page(
     if margin > 1:
         return
     by_label = {row["label"]: row for row in results["rows"]}
-    assert by_label["condiv at 0.75"]["reached"] == pytest.approx(0.75, abs=0.01)
+    assert by_label["auto at 0.75"]["reached"] == pytest.approx(0.75, abs=0.01)
     assert by_label["downscale at 0.75"]["visual_tokens"] == 12  # of 49
     merged = [label for label in by_label if "merge_rest" in label]
     assert len(by_label) == 1 + 3 + 4 + len(merged) and len(merged) == 2  # two weights
-    assert "| condiv | 0.75 |" in text and "random seed=2" in text
+    assert "| auto | 0.75 |" in text and "random seed=2" in text
 
 
 def test_candidates_stand_on_a_page_with_their_difference_to_random(tmp_path: Path) -> None:

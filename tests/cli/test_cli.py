@@ -92,16 +92,16 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
     assert run("demo", "--model", folder) == 0
     out = capsys.readouterr().out
     rows = [
-        line.split()[:2] for line in out.splitlines() if re.match(r"(full|random|condiv) +0", line)
+        line.split()[:2] for line in out.splitlines() if re.match(r"(full|random|auto) +0", line)
     ]
-    assert rows == [["full", "0"], ["random", "0.75"], ["condiv", "0.75"]]
+    assert rows == [["full", "0"], ["random", "0.75"], ["auto", "0.75"]]
     assert f"{len(asked)} questions, 3 settings" in out and "tokencomp demo --full" in out
     assert "as fast" in out and "toy" in out and "AMD EPYC" in out
     page = (tmp_path / "tokencomp-demo.html").read_text()
     assert "Time on real shapes" in page and "AMD EPYC" in page
     with Image.open(tmp_path / "tokencomp-demo.png") as sheet:
         assert sheet.width > 8 * 224 and sheet.height > len({r["media"] for r in asked}) * 224
-    monkeypatch.setattr(measured.prefill_speed, "__defaults__", (tmp_path / "none", "condiv"))
+    monkeypatch.setattr(measured.prefill_speed, "__defaults__", (tmp_path / "none", "auto"))
     assert run("demo", "--model", folder, "--image", SAMPLES / asked[0]["media"]) == 0
     assert "benchmarks/models/prefill.md in the repository" in capsys.readouterr().out
     assert "comes without the measured times" in (tmp_path / "tokencomp-demo.html").read_text()
@@ -122,7 +122,7 @@ def test_demo_in_full_has_more_methods_unless_they_are_named(folder, monkeypatch
     run("demo", "--model", folder)
     (every, six), (named, _), (short, none) = calls
     assert len(every) == 1 + 7 * 3 and six == 6 and none is None
-    assert named == ["full@0", "merge@0.9"] and short == ["full@0", "random@0.75", "condiv@0.75"]
+    assert named == ["full@0", "merge@0.9"] and short == ["full@0", "random@0.75", "auto@0.75"]
 
 
 def test_demo_on_a_video_of_ones_own(folder, tmp_path, capsys):

@@ -99,7 +99,8 @@ def test_auto_depends_on_the_engine_alone() -> None:
     assert resolve_auto("merge", "server") == "merge"
     reducer = Uniform()
     assert resolve_auto(reducer, "server") is reducer
-    assert MethodSpec("auto", 0.5).built_reducer.name == DEFAULT_REDUCER
+    assert resolve_auto("auto", scored=False) == "kcentre"
+    assert "Auto(image=KCentre(" in repr(MethodSpec("auto", 0.5).stages(28, 1))
 
 
 def test_specs_are_equal_by_their_fields() -> None:

@@ -72,10 +72,10 @@ def test_auto_does_not_need_attention_that_the_first_layer_lacks(family: Family)
     linear = family.name in ("lfm2_vl", "minicpmv4_6", "qwen3_5", UNSCORED)
     with tokencomp.patch(model, 0.5) as handle, torch.no_grad():
         model(**ragged(family))
-        assert handle.plan.entry.reducer.name == ("kcentre" if linear else "condiv")
+        assert handle.plan.entry.reducer.name == ("kcentre" if linear else "auto")
         assert handle.stats.ratio > 0.3
         handle.set(ratio=0.25)
-        assert handle.plan.entry.reducer.name == ("kcentre" if linear else "condiv")
+        assert handle.plan.entry.reducer.name == ("kcentre" if linear else "auto")
     if linear:
         with pytest.raises(PlanError, match="first decoder layer"):
             tokencomp.patch(model, 0.5, reducer="condiv")

@@ -85,13 +85,13 @@ def test_the_margin_keeps_like_things_before_the_background() -> None:
     assert set(things) <= set(kept[0.1]) and len(set(things) & set(kept[0.0])) == 1
 
 
-def test_condiv_chooses_by_the_kind_of_media() -> None:
+def test_the_default_chooses_by_the_kind_of_media() -> None:
     """Spans of one batch have powers of their own; images have no relevance."""
     spans = [
         dataclasses.replace(matrix.tokens((t, 4, 4), special=1, seed=seed), kind=kind)
         for seed, (t, kind) in enumerate([(1, "image"), (2, "video"), (1, "audio")])
     ]
-    got = make_reducer("condiv").reduce_batch(matrix.joined(spans), [9, 12, 7])
+    got = make_reducer("auto").reduce_batch(matrix.joined(spans), [9, 12, 7])
     kept, start, expected = got.keep.tolist(), 0, []
     for span, keep in zip(spans, (9, 12, 7), strict=True):
         places, x = rows_of(span)
@@ -108,14 +108,13 @@ def test_condiv_chooses_by_the_kind_of_media() -> None:
 
 
 @pytest.mark.parametrize("merge_rest", [None, -1.0])
-def test_condiv_on_images_needs_no_scores(merge_rest: float | None) -> None:
-    """Without a power; what it keeps is then a k-centre, whatever the other options are."""
+def test_the_default_on_images_needs_no_scores(merge_rest: float | None) -> None:
+    """What it keeps is a k-centre."""
     given = dataclasses.replace(matrix.tokens((1, 5, 6), special=2), scores=None)
     places, x = rows_of(given)
-    reducer = make_reducer("condiv", margin=1.0, merge_rest=merge_rest)
+    reducer = make_reducer("auto", merge_rest=merge_rest)
     assert not reducer.needs_for(["image"]) and reducer.needs_for(["image", "video"])
-    for power in (0.35, 1.0):
-        assert make_reducer("condiv", power=power).needs_for(["image"]) == reducer.needs
+    assert make_reducer("condiv").needs_for(["image"]) == reducer.needs
     special = given.special.nonzero()[:, 0].tolist()
     expected = sorted(
         [*(places[i] for i in k_centre(torch.tensor(x, dtype=torch.float64), 9)), *special]

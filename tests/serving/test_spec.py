@@ -126,7 +126,7 @@ def test_fixed_servers_refuse_request_options() -> None:
 
 
 def test_refused_reducers_are_answered_with_those_that_can_run() -> None:
-    refused = [name for name in available_reducers() if name not in (*SERVABLE, "oracle")]
+    refused = [name for name in available_reducers() if name not in (*SERVABLE, "oracle", "auto")]
     assert {"fastv", "aim"} <= set(refused)
     for name in refused:
         with pytest.raises(OptionError) as error:

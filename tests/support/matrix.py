@@ -64,6 +64,7 @@ ROWS = {
     "adsc": Row(({}, {"lattice": "grid"}, {"offset": 0}), blind=True),
     "ccam": Row(({"weights": small_weights("ccam", DIM)},), fixed=QUERIES),
     "cdpruner": Row(({}, {"relevance": "attention"}, {"relevance": "none"}), ties=True),
+    "auto": Row(({}, {"merge_rest": 0.5}), ties=True),
     "condiv": Row(
         (
             {},

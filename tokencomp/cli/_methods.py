@@ -14,9 +14,9 @@ Settings = Callable[[Any], list[Any]]
 
 
 def reducers(text: str, model: Any = None) -> list[str]:
-    """ "auto,merge+prune" → ["condiv", "merge+prune"]: "auto" becomes the reducer it stands for.
+    """ "auto,merge+prune" → ["auto", "merge+prune"].
 
-    What it stands for can depend on `model`; None: one whose first layer has attention.
+    "auto" becomes "kcentre" if the first decoder layer of `model` has no attention to score by.
 
     Raises
     ------

@@ -161,9 +161,7 @@ def _model_type(name: str) -> str:
 def _print_reducers(console: Any, rows: list[dict[str, Any]]) -> None:
     inputs = [row for row in rows if row["stage"] == "input"]
     _print_table(console, "Reducers", [row for row in rows if row not in inputs])
-    console.print(
-        '[dim]"auto" picks the reducer marked so. Set options with --set NAME=VALUE.[/]\n'
-    )
+    console.print('[dim]"auto" is the default. Set options with --set NAME=VALUE.[/]\n')
     _print_table(console, "Baselines on the input, for eval, demo and profile alone", inputs)
     console.print()
 
@@ -178,7 +176,7 @@ def _print_table(console: Any, title: str, rows: list[dict[str, Any]]) -> None:
         width = 14 if name == "vLLM" else None
         table.add_column(name, overflow="fold", no_wrap=name in ("name", "stage"), max_width=width)
     for row in rows:
-        name = f"[bold]{row['name']}[/]" + (" (auto)" if row["default"] else "")
+        name = f"[bold]{row['name']}[/]" + (" (default)" if row["default"] else "")
         options = ", ".join(f"{k}={_short(v)}" for k, v in row["options"].items())
         safe = "yes" if row["serving_safe"] else row["serving_safe_with"] or "–"
         about = escape(row["summary"]) + (f"\n[dim]{escape(options)}[/]" if options else "")

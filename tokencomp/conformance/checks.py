@@ -29,7 +29,7 @@ EFFECT = 1e-2
 """Compression must change the logits by this much: else a wrong mask would pass as well."""
 STEPS = 4
 SCORED: dict[str, dict[str, Any]] = {
-    "condiv": {"power": 1.0},  # as on a video: without a power it reads no attention on images
+    "condiv": {},
     "fastv": {},
     "prune": {},
     "pyramiddrop": {},

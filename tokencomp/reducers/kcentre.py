@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tokencomp.reducers._batch import Patches
 from tokencomp.reducers._pixels import NO_PIXELS, looks
 from tokencomp.reducers.base import Reducer
@@ -68,8 +70,13 @@ class KCentre(Reducer):
         return {} if pixels else dict.fromkeys(("thumb", "contrast", "change"), NO_PIXELS)
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        patches = Patches.of(batch, keeps)
+        return patches.kept(self.chosen(patches))
+
+    def chosen(self, patches: Patches) -> Tensor:
+        """Patches that stay, ascending."""
         from tokencomp.kernels import maxmin_select
 
-        patches = Patches.of(batch, keeps)
         x = looks(patches, self.thumb, self.contrast, self.change)
-        return patches.kept(maxmin_select(x, patches.budgets, spans=patches.lengths, metric="rms"))
+        chosen: Tensor = maxmin_select(x, patches.budgets, spans=patches.lengths, metric="rms")
+        return chosen

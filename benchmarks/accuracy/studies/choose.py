@@ -32,7 +32,7 @@ from benchmarks.accuracy.tables import table
 from benchmarks.real.candidates import photographs
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import PROPORTIONAL, Setting
-from tokencomp.method import DEFAULT_REDUCER
+from tokencomp.method import DEFAULT_SERVED_REDUCER
 from tokencomp.shapesqa.questions import FAMILIES
 from tokencomp.storage import write_json, write_text
 from tokencomp.zoo import available_models
@@ -76,7 +76,7 @@ MERGERS: list[Candidate] = [
     for weight in ({}, *({PROPORTIONAL: share} for share in (0.25, 0.5, True)))
 ]
 MERGED = [*(by_kind(one, VIDEOS) for one in MERGERS), *MERGERS]
-"""The default with dropped tokens merged into kept ones, on images or on all media.
+"""The default of 0.1 with dropped tokens merged into kept ones: stored results, never run again.
 
 They cannot be the default, which has to run on every model and to equal masking.
 """
@@ -118,7 +118,7 @@ def mean_of(values: list[float], cells: list[tuple[float, str]], column: tuple[f
 def evidence(folder: Path) -> list[Results]:
     """Validation results of the models in a folder that can run condiv, and of photographs."""
     every = read_all(folder, "validation")
-    return [*(one for one in every if one.default == DEFAULT_REDUCER), photographs()]
+    return [*(one for one in every if one.default != DEFAULT_SERVED_REDUCER), photographs()]
 
 
 def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def run_missing(
 
 
 def main() -> None:
-    folder = run_missing(str(__doc__), [*CANDIDATES, *MERGED], 40, QUESTION_FAMILIES, RESULTS)
+    folder = run_missing(str(__doc__), CANDIDATES, 40, QUESTION_FAMILIES, RESULTS)
     chosen = write_choice(evidence(folder), page_folder(folder.resolve()))
     print(f"chosen: {title((chosen['reducer'], chosen['options']))}")
 

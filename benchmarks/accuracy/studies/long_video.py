@@ -36,7 +36,7 @@ FAMILIES = ("needle", "video_existence")
 TOKENS_AT_ONCE = 12288  # visual tokens of a batch
 PLAIN = "pool stride=1"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "condiv": ("condiv", {}),
+    "condiv": ("auto", {}),
     "pool": ("pool", {}),
     PLAIN: ("pool", {"stride": 1.0}),
     "random": ("random", {}),

@@ -130,11 +130,11 @@ CEILING = "entry only"
 
 def settings() -> dict[str, Setting]:
     """Rows of the table, by name and tower ratio."""
-    rows = {"full": Setting(), CEILING: Setting("condiv", RATIO)}
+    rows = {"full": Setting(), CEILING: Setting("auto", RATIO)}
     for number, (name, reducer) in enumerate(VARIANTS.items()):
         for tower in TOWER:
             options = {"tower_ratio": tower, "tower_reducer": reducer}
-            setting = Setting("condiv", RATIO, options, name=f"variant {number}, {tower}")
+            setting = Setting("auto", RATIO, options, name=f"variant {number}, {tower}")
             rows[f"{name}@{tower:g}"] = setting
     return rows
 

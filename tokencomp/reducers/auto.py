@@ -1,0 +1,81 @@
+"""The default: another method for every kind of media. Ours."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from tokencomp.reducers._batch import Patches
+from tokencomp.reducers._merging import merge_dropped
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.condiv import ConDiv
+from tokencomp.reducers.kcentre import KCentre
+from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.signals import Signal
+from tokencomp.tokens.spans import SpanBatch
+from tokencomp.validation import check_range
+
+
+@register_reducer("auto")
+@dataclass(frozen=True, repr=False)
+class Auto(Reducer):
+    """`kcentre` on images, `condiv` on videos, and `condiv` with `power=0.35` on audio.
+
+    On images attention has no part, because that of early layers leans towards the end of a picture
+    (arXiv 2412.13180), so prompts of images alone are not scored. On videos it has: what happens
+    again looks like what is already kept, and relevance has to speak for it. Chosen on validation
+    questions: docs/decisions/0001-default-reducer.md.
+
+    Attributes
+    ----------
+    merge_rest
+        As in `condiv`, on all kinds of media.
+    """
+
+    merge_rest: float | None = None
+
+    by_kind: ClassVar[dict[str, KCentre | ConDiv]] = {
+        "image": KCentre(),
+        "video": ConDiv(),
+        "audio": ConDiv(power=0.35),
+    }
+    summary = "the default: kcentre on images, condiv on videos and audio"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.merge_rest is not None:
+            check_range("auto", "merge_rest", self.merge_rest, -1, 1)
+
+    def __repr__(self) -> str:
+        parts = {**self.by_kind, **self.options()}
+        return f"Auto({', '.join(f'{name}={value!r}' for name, value in parts.items())})"
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return self.needs_for(self.by_kind)
+
+    def needs_for(self, kinds: Collection[str]) -> frozenset[Signal]:
+        return frozenset().union(*(self.by_kind[kind].needs for kind in kinds))
+
+    @property
+    def merges(self) -> bool:
+        return self.merge_rest is not None
+
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        patches = Patches.of(batch, keeps)
+        kinds = [*dict.fromkeys(batch.kinds)]
+        parts = [self.by_kind[kind].chosen(of_kind(patches, kind)) for kind in kinds]
+        chosen = parts[0] if len(parts) == 1 else torch.cat(parts).sort().values
+        if self.merge_rest is None:
+            return patches.kept(chosen)
+        return merge_dropped(patches, chosen, self.merge_rest)
+
+
+def of_kind(patches: Patches, kind: str) -> Patches:
+    """The same patches with a budget of 0 for the spans of other kinds."""
+    pairs = zip(patches.budgets, patches.batch.kinds, strict=True)
+    return replace(patches, budgets=[n if own == kind else 0 for n, own in pairs])
