@@ -28,7 +28,6 @@ from tokencomp.tokens.spans import Kind, VisualSpan
 
 OWN_SPANS = ("llava_next", "llava_next_video", "llava_onevision", "vila")
 FAMILY_NAMES = [name for name in FAMILIES if name not in OWN_SPANS]
-TILES = ("llava", "internvl")  # several side by side in one run
 TILE = (1, 4, 4)  # of every family without grids
 Row = list[Any]
 
@@ -127,77 +126,67 @@ def encoded(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     return {**inputs, ENCODED: features}
 
 
-@pytest.fixture(params=[False, True], ids=["own", "structural"])
-def structural(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the adapter of models without a family takes the place of the family's own."""
-    if request.param:
-        monkeypatch.setattr("tokencomp.adapters.registry.available_models", dict)
-    return bool(request.param)
+@pytest.mark.parametrize("seed", range(3))
+def test_random_batches(family: Family, seed: int) -> None:
+    model, rows = family.build(), random_rows(family, seed)
+    with found_spans(model) as spans:
+        model(**family.batch(rows))
+        assert spans() == expectations(rows)
 
 
-@pytest.mark.usefixtures("structural")
-class TestSpans:
-    @pytest.mark.parametrize("seed", range(3))
-    def test_random_batches(self, family: Family, seed: int) -> None:
-        model, rows = family.build(), random_rows(family, seed)
-        with found_spans(model) as spans:
-            model(**family.batch(rows))
-            assert spans() == expectations(rows)
+def test_videos_beside_images(family: Family) -> None:
+    rows = [
+        [text(2), family.video(4), family.video(2), text(1), family.image(2), text(3)],
+        [family.image(1), family.video(6), text(9)],
+    ]
+    model = family.build()
+    with found_spans(model) as spans:
+        model(**family.batch(rows))
+        assert spans() == expectations(rows)
 
-    def test_videos_beside_images(self, family: Family) -> None:
-        rows = [
-            [text(2), family.video(4), family.video(2), text(1), family.image(2), text(3)],
-            [family.image(1), family.video(6), text(9)],
-        ]
-        model = family.build()
-        with found_spans(model) as spans:
-            model(**family.batch(rows))
-            assert spans() == expectations(rows)
 
-    def test_packed(self, family: Family) -> None:
-        model = family.build()
-        rows = [
-            [text(3), family.image(0), family.image(1), text(9, 3)],
-            [text(5, 8), family.image(2), text(4, 5)],
-            [text(4, 9)],
-        ]
-        with found_spans(model) as spans:
-            model(**pack(family, model, rows))
-            assert spans() == [expected([item for row in rows for item in row], 0)]
+def test_packed(family: Family) -> None:
+    model = family.build()
+    rows = [
+        [text(3), family.image(0), family.image(1), text(9, 3)],
+        [text(5, 8), family.image(2), text(4, 5)],
+        [text(4, 9)],
+    ]
+    with found_spans(model) as spans:
+        model(**pack(family, model, rows))
+        assert spans() == [expected([item for row in rows for item in row], 0)]
 
-    def test_features_in_place(self, family: Family, structural: bool) -> None:
-        """Types say where they stand; a prompt of other media ran before.
 
-        Where the model encodes no media itself, only a family knows how many tokens a tile has.
-        """
-        if structural and family.name in TILES:
-            pytest.skip("nothing tells where a tile ends")
-        model = family.build()
-        rows = [
-            [text(3), family.image(0), text(2), family.image(2), text(9, 3)],
-            [text(6), family.video(4), text(2)],
-        ]
-        inputs = family.batch(rows)
-        given = embedded(family, model, inputs)
-        other = family.batch([[text(2), family.image(1), family.image(1), text(3)]])
-        with found_spans(model) as spans:
-            model(**other)
-            model(**given)
-            assert spans() == expectations(rows)
+def test_features_in_place(family: Family) -> None:
+    """Types say where they stand; a prompt of other media ran before."""
+    model = family.build()
+    rows = [
+        [text(3), family.image(0), text(2), family.image(2), text(9, 3)],
+        [text(6), family.video(4), text(2)],
+    ]
+    inputs = family.batch(rows)
+    given = embedded(family, model, inputs)
+    other = family.batch([[text(2), family.image(1), family.image(1), text(3)]])
+    with found_spans(model) as spans:
+        model(**other)
+        model(**given)
+        assert spans() == expectations(rows)
 
-    def test_encoded_by_generate(self, family: Family) -> None:
-        model, rows = family.build(), random_rows(family, 11)
-        with found_spans(model) as spans:
-            model.generate(**family.batch(rows), max_new_tokens=1)
-            assert spans() == expectations(rows)
 
-    def test_encoded_before_the_patch(self, family: Family) -> None:
-        model, rows = family.build(), random_rows(family, 12)
-        if ENCODED not in inspect.signature(model.forward).parameters:
-            pytest.skip("the release encodes media inside of the model alone")
-        inputs = encoded(model, family.batch(rows))
-        other = family.batch([[text(2), family.image(1), family.image(1), text(3)]])
-        with found_spans(model) as spans:
-            model(**other)
-            model(**inputs)
-            assert spans() == expectations(rows)
+def test_encoded_by_generate(family: Family) -> None:
+    model, rows = family.build(), random_rows(family, 11)
+    with found_spans(model) as spans:
+        model.generate(**family.batch(rows), max_new_tokens=1)
+        assert spans() == expectations(rows)
+
+
+def test_encoded_before_the_patch(family: Family) -> None:
+    model, rows = family.build(), random_rows(family, 12)
+    if ENCODED not in inspect.signature(model.forward).parameters:
+        pytest.skip("the release encodes media inside of the model alone")
+    inputs = encoded(model, family.batch(rows))
+    other = family.batch([[text(2), family.image(1), family.image(1), text(3)]])
+    with found_spans(model) as spans:
+        model(**other)
+        model(**inputs)
+        assert spans() == expectations(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -171,10 +172,12 @@ def test_grid_from_size(size, count: int, grid) -> None:
 
 
 def test_grid_from_positions() -> None:
-    raster = torch.arange(6)
-    positions = torch.stack([torch.full((6,), 3), 3 + raster // 3, 3 + raster % 3])[:, None]
+    raster = np.arange(6)
+    positions = np.stack([np.full(6, 3), 3 + raster // 3, 3 + raster % 3])[:, None]
     assert grid_from_positions(positions, 0, 0, 6) == (1, 2, 3)
-    assert grid_from_positions(raster.expand(3, 1, 6), 0, 0, 6) is None  # one position per token
+    assert (
+        grid_from_positions(np.stack([raster] * 3)[:, None], 0, 0, 6) is None
+    )  # one position per token
     assert grid_from_positions(positions, 0, 1, 6) is None
     assert grid_from_positions(None, 0, 0, 6) is None
 

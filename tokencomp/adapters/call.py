@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from tokencomp.tokens.signals import Signal
@@ -39,6 +41,11 @@ class Call:
     positions: Tensor | None
     body: nn.Module
     inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def position_array(self) -> np.ndarray[Any, Any] | None:
+        """`positions` as a NumPy array, converted once."""
+        return None if self.positions is None else self.positions.numpy()
 
     def runs(self, row: int) -> list[tuple[int, int, Kind]]:
         """(start, stop, kind) of every run of equal placeholders in a sample."""

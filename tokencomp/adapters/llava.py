@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.base import ENCODED
+from tokencomp.adapters.base import ENCODED, Adapter
 from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.tiles import TileAdapter
@@ -47,6 +47,8 @@ class LlavaNextAdapter(TileAdapter):
     family = "LLaVA-NeXT"
     model_types = ("llava_next",)
     packer = "pack_image_features"
+    spans = Adapter.spans  # by `row_spans`: the tokens of a medium tell nothing of its parts
+    install = Adapter.install
 
     def tower_layout(self) -> DenseTower:
         return _tower(self, MosaicTower, body=self.body)

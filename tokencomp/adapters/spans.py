@@ -23,7 +23,7 @@ from tokencomp.tokens.spans import Grid, Kind, VisualSpan
 Run = tuple[int, int, Kind]
 Size = tuple[int, int, int]
 GivenSize = Callable[[], Size | None]
-Column = np.ndarray[Any, np.dtype[np.int64]]
+Array = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass
@@ -101,14 +101,14 @@ def span_of(
         return [replace(_audio(a, b), item=medium.pieces[0][0]) for a, b in medium.pieces]
     if len(medium.pieces) == 1:
         start, stop = medium.pieces[0]
-        grid = grid_from_positions(call.positions, row, start, stop)
+        grid = grid_from_positions(call.position_array, row, start, stop)
         grid = grid or grid_from_size(size(), stop - start) or fallback
         return [_span(start, stop, medium.kind, grid)]
     joined = _joined(medium, row, call, size)
     if joined is not None:
         return [joined]
     item = medium.pieces[0][0]
-    grids = [grid_from_positions(call.positions, row, a, b) for a, b in medium.pieces]
+    grids = [grid_from_positions(call.position_array, row, a, b) for a, b in medium.pieces]
     return [
         replace(_span(a, b, medium.kind, grid or fallback), item=item)
         for (a, b), grid in zip(medium.pieces, grids, strict=True)
@@ -144,7 +144,7 @@ def _joined(medium: Medium, row: int, call: Call, size: GivenSize) -> VisualSpan
             return VisualSpan(start, stop - start, (1, n, length), medium.kind, special=offsets)
     if medium.kind != "video":
         return None
-    frame = grid_from_positions(call.positions, row, *pieces[0])
+    frame = grid_from_positions(call.position_array, row, *pieces[0])
     if frame is None:
         whole = grid_from_size(size(), medium.count)
         frame = (1, *whole[1:]) if whole is not None and whole[0] == n else None
@@ -161,7 +161,7 @@ def _line_breaks(embeds: Tensor, gaps: list[tuple[int, int]]) -> bool:
     return bool((tokens == tokens[0]).all())
 
 
-def grid_from_positions(positions: Tensor | None, row: int, start: int, stop: int) -> Grid | None:
+def grid_from_positions(positions: Array | None, row: int, start: int, stop: int) -> Grid | None:
     """The grid that M-RoPE positions (3, B, L) of a run draw; None if they draw none.
 
     Decoders for three rows that get one position per token have three equal rows, which tell
@@ -169,13 +169,13 @@ def grid_from_positions(positions: Tensor | None, row: int, start: int, stop: in
     """
     if positions is None:
         return None
-    time, h, w = positions[:, row, start:stop].numpy()
+    time, h, w = positions[:, row, start:stop]
     if len(h) > 1 and np.array_equal(time, h) and np.array_equal(h, w):
         return None
     return raster_grid(h, w)
 
 
-def raster_grid(h: Column, w: Column) -> Grid | None:
+def raster_grid(h: Array, w: Array) -> Grid | None:
     """The grid (t, rows, columns) whose cells have the positions `h` and `w`, in raster order.
 
     NumPy, because short tensor operations cost ten times as much.

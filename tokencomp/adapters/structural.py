@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tokencomp.adapters.base import ENCODED, Adapter
 from tokencomp.adapters.call import Call
@@ -64,10 +63,10 @@ class StructuralAdapter(Adapter, Hooked):
     def spans(self, call: Call) -> list[list[VisualSpan]]:
         rows = [call.runs(b) for b in range(call.kinds.shape[0])]
         kinds: set[Kind] = {kind for runs in rows for _, _, kind in runs}
-        encodings = {kind: self._encoding(kind, call.inputs) for kind in kinds}
+        encodings = {kind: self.encoding(kind, call) for kind in kinds}
         media = cut_media(rows, {kind: e.lengths for kind, e in encodings.items()})
         if media is None:
-            media = [[medium for run in runs for medium in self._uncut(*run)] for runs in rows]
+            media = [[Medium(kind, [(a, b)]) for a, b, kind in runs] for runs in rows]
         sizes = {
             kind: functools.cache(partial(sizes_of, e, kind, media))
             for kind, e in encodings.items()
@@ -81,28 +80,25 @@ class StructuralAdapter(Adapter, Hooked):
                 spans[b] += span_of(medium, b, call, size, fallback)
         return spans
 
-    def _encoding(self, kind: Kind, inputs: Mapping[str, Any]) -> Encoding:
+    def encoding(self, kind: Kind, call: Call) -> Encoding:
         """What is known of the media of a kind that a call brings.
 
         What was encoded last belongs to a call with pixels or encoded features. Features that
-        stand in `inputs_embeds` may come from anywhere: the grids beside them describe them.
+        stand in `inputs_embeds` may come from anywhere.
         """
         latest = self._encoded.latest.get(kind)
-        if latest is None or not self.carries_features(inputs):
-            latest = self._described(inputs.get(f"{kind}_grid_thw"))
-        handed = encoded_by_kind(inputs.get(ENCODED)).get(kind)
+        if latest is None or not self.carries_features(call.inputs):
+            latest = self.described(kind, call)
+        handed = encoded_by_kind(call.inputs.get(ENCODED)).get(kind)
         return replace(latest, lengths=handed) if handed else latest
 
-    def _described(self, grids: Tensor | None) -> Encoding:
-        """Media of the grids (t, h, w) in patches that stand beside a prompt."""
+    def described(self, kind: Kind, call: Call) -> Encoding:
+        """What the arguments of a call say of media that the body did not encode."""
+        grids = call.inputs.get(f"{kind}_grid_thw")  # (t, h, w) in patches
         side = getattr(getattr(self.config, "vision_config", None), "spatial_merge_size", None)
         if grids is None or side is None:
             return Encoding()
         return Encoding((grids.prod(-1) // side**2).tolist(), [grids])
-
-    def _uncut(self, start: int, stop: int, kind: Kind) -> list[Medium]:
-        """Media of a run of placeholders of which nothing tells where one ends."""
-        return [Medium(kind, [(start, stop)])]
 
     def _fallback(self, medium: Medium, encoding: Encoding) -> tuple[int, int, int] | None:
         """The grid of a piece of a medium where neither positions nor an image size give it."""

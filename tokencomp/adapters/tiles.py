@@ -1,29 +1,35 @@
-"""Models whose images are square tiles of equal size: LLaVA-1.5, InternVL, SmolVLM, Idefics3."""
+"""Towers that see images as square tiles of equal size: InternVL, SmolVLM, Idefics3, LLaVA."""
 
 from __future__ import annotations
 
+import bisect
 import math
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from tokencomp.adapters.base import Adapter, block_means
-from tokencomp.adapters.call import Call, TowerCall
+from tokencomp.adapters.base import block_means
+from tokencomp.adapters.call import CODES, Call, TowerCall
+from tokencomp.adapters.encoded import Encoding
+from tokencomp.adapters.registry import register_adapter
+from tokencomp.adapters.structural import StructuralAdapter
 from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers.base import Tower
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.tables import squares
 from tokencomp.errors import SpanError
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.spans import Kind, VisualSpan
 
 
-class TileAdapter(Adapter):
+class TileAdapter(StructuralAdapter):
     """Every tile (crop, thumbnail, or frame) is a span; tokens between tiles are text.
 
     Subclasses say how many tokens a tile has on each side.
     """
 
-    signals = (*Adapter.signals, "tower")
+    signals = (*StructuralAdapter.signals, "tower")
+    layers_read_positions = False
 
     @property
     def class_token(self) -> bool:
@@ -61,21 +67,19 @@ class TileAdapter(Adapter):
         image, patch = (_side(vision, name) for name in ("image_size", "patch_size"))
         return image // patch
 
-    def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
-        side, spans = self.tile_side, []
-        for start, stop, kind in call.runs(row):
-            tiles, rest = divmod(stop - start, side * side)
-            if rest:
-                raise SpanError(
-                    f"image tokens {start} … {stop - 1} of sample {row}: {stop - start} tokens are "
-                    f"no whole number of {side}×{side} tiles. {self.family} is supported with the "
-                    "fixed tile size of its vision config."
-                )
-            spans += [
-                VisualSpan(start + i * side * side, side * side, (1, side, side), kind, item=start)
-                for i in range(tiles)
-            ]
-        return spans
+    def spans(self, call: Call) -> list[list[VisualSpan]]:
+        """Tiles side by side in one run are one item."""
+        rows = super().spans(call)
+        for b, row in enumerate(rows):
+            starts = [start for start, _, _ in call.runs(b)]
+            firsts = [starts[bisect.bisect(starts, span.start) - 1] for span in row]
+            rows[b] = [replace(span, item=first) for span, first in zip(row, firsts, strict=True)]
+        return rows
+
+    def described(self, kind: Kind, call: Call) -> Encoding:
+        """All tiles have equally many tokens, wherever their features come from."""
+        tile = self.tile_side**2
+        return Encoding([tile] * (int((call.kinds == CODES[kind]).sum()) // tile))
 
 
 def _side(config: object, name: str) -> int:
@@ -90,3 +94,38 @@ def _side(config: object, name: str) -> int:
 def shrunk(side: int, factor: float) -> int:
     """Side of a grid after pixel shuffle by `factor`."""
     return math.floor(side * factor + 1e-6)
+
+
+@register_adapter
+class InternVLAdapter(TileAdapter):
+    """Tiles by aspect ratio, then a thumbnail, in one run; frames of a video are single tiles.
+
+    The class token of the vision tower never reaches the decoder.
+    """
+
+    family = "InternVL"
+    model_types = ("internvl",)
+
+    @property
+    def tile_side(self) -> int:
+        return shrunk(self.patches_per_side, self.model.config.downsample_ratio)
+
+
+@register_adapter
+class SmolVLMAdapter(TileAdapter):
+    """Pixel-shuffled tiles between row and column tokens; frames are single tiles."""
+
+    family = "SmolVLM"
+    model_types = ("smolvlm", "idefics3")
+
+    @property
+    def tower(self) -> Any:
+        return self.body.vision_model
+
+    @property
+    def projector(self) -> Any:
+        return self.body.connector
+
+    @property
+    def tile_side(self) -> int:
+        return shrunk(self.patches_per_side, 1 / self.model.config.scale_factor)

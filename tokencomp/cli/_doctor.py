@@ -74,7 +74,7 @@ def _transformers() -> Finding:
 
 def _mrope() -> Finding:
     """Positions that the installed release computes, as `patch` looks at them."""
-    from tokencomp.adapters.qwen_vl import Qwen2VLAdapter, Qwen25VLAdapter
+    from tokencomp.adapters.qwen import Qwen2VLAdapter, Qwen25VLAdapter
     from tokencomp.torchlib.compat import check_rope_index
 
     faults = []

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL: three-row rotary positions, one run per image or video."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the towers, and places that M-RoPE positions tell."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call, TowerCall
+from tokencomp.adapters.encoded import Encoding
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.spans import raster_grid
+from tokencomp.adapters.structural import StructuralAdapter
 from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.errors import SpanError
-from tokencomp.tokens.spans import Grid, VisualSpan
+from tokencomp.tokens.spans import Grid, Kind, VisualSpan
 from tokencomp.torchlib import compat
 
 
 @register_adapter
-class Qwen2VLAdapter(Adapter):
-    """Grids are read back from the M-RoPE positions, which every version hands to the decoder."""
+class Qwen2VLAdapter(StructuralAdapter):
+    """The tower packs patches of all media; some releases get the positions of videos wrong."""
 
     family = "Qwen2-VL"
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
-    mrope = True
-    signals = (*Adapter.signals, "tower")
+    signals = (*StructuralAdapter.signals, "tower")
+    layers_read_positions = False
     _video_checked = False
 
     @classmethod
@@ -61,27 +63,24 @@ class Qwen2VLAdapter(Adapter):
         rows = [] if grids is None else grids.tolist()
         return [(t, h // side, w // side) for t, h, w in rows]
 
-    def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
-        if call.positions is None:
-            raise SpanError(
-                "the decoder got no M-RoPE positions for a prompt with visual tokens. Pass "
-                "input_ids (and mm_token_type_ids) as the processor returns them."
-            )
-        spans, positions = [], call.positions.numpy()
-        for start, stop, kind in call.runs(row):
-            if kind == "video":
-                self.check_video()
-            _, h, w = positions[:, row, start:stop]
-            grid = raster_grid(h, w)
-            if grid is None:
-                raise SpanError(
-                    f"visual tokens {start} … {stop - 1} of sample {row} do not form one t×h×w "
-                    "grid. Expected whole images or videos, each between its own start and end "
-                    "tokens, with the positions the model computes. In a later turn with new media "
-                    "pass position_ids of the whole conversation (model.model.get_rope_index)."
-                )
-            spans.append(VisualSpan(start, stop - start, grid, kind))
-        return spans
+    def spans(self, call: Call) -> list[list[VisualSpan]]:
+        places = call.position_array
+        for row in range(call.kinds.shape[0]):
+            for start, stop, _ in call.runs(row):
+                if places is None or raster_grid(*places[1:, row, start:stop]) is None:
+                    raise SpanError(
+                        f"visual tokens {start} … {stop - 1} of sample {row} do not form one t×h×w "
+                        "grid. Expected whole images or videos, each between its own start and end "
+                        "tokens, with the positions the model computes. In a later turn with new "
+                        "media pass position_ids of the whole conversation "
+                        "(model.model.get_rope_index)."
+                    )
+        return super().spans(call)
+
+    def encoding(self, kind: Kind, call: Call) -> Encoding:
+        if kind == "video":
+            self.check_video()
+        return super().encoding(kind, call)
 
     def check_video(self) -> None:
         """Raise `UnsupportedModelError` if the release gets positions of videos wrong."""
@@ -155,3 +154,23 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
     def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
         order = compat.window_order(self.tower, call.grids).to(values.device)
         return super().tower_tokens(values, kind, call)[order.argsort()]
+
+
+@register_adapter
+class Qwen3VLAdapter(Qwen2VLAdapter):
+    """A video is one span of all its frames; the timestamps between them are text.
+
+    Features of intermediate vision layers ("deepstack", arXiv 2406.04334) are added to the hidden
+    states of visual tokens after each of the first decoder layers, so they are gathered with the
+    tokens at entry, and tokens can leave between layers only after the last addition.
+    """
+
+    family = "Qwen3-VL"
+    model_types = ("qwen3_vl", "qwen3_vl_moe")
+
+    def check_video(self) -> None:
+        """Frames have positions of their own, like images: every release gets them right."""
+
+    def _token_grids(self, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+        grids = super()._token_grids(inputs, kind)
+        return [(1, h, w) for t, h, w in grids for _ in range(t)]  # text stands between frames
