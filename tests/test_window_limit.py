@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from support.families import FAMILIES, IMAGE, VIDEO, Family, text
-from support.family.vila_port import VilaPort
 from transformers import DynamicCache
 
 import tokencomp
@@ -88,17 +87,3 @@ def test_all_rows_of_an_older_cache_count() -> None:
             pytest.raises(SpanError, match="after 9 in the cache"),
         ):
             model(**image, past_key_values=cache)
-
-
-def test_too_many_tokens_for_remote_code() -> None:
-    """If the input has no placeholders, the patch still knows the visual tokens."""
-    port = VilaPort(FAMILIES["vila"].build(), IMAGE, VIDEO).eval()
-    pixels = FAMILIES["vila"].video(4).inputs["pixel_values_videos"]
-    ids = torch.tensor([[*text(3), VIDEO, *text(4)]])
-    prompt = (ids, {"image": [], "video": [pixels]}, torch.ones_like(ids))
-    with torch.no_grad(), tokencomp.patch(port, 0.5, reducer="uniform") as handle:
-        port(*prompt)
-        visual = handle.stats.tokens_before[0]
-    tokencomp.patch(port, 0.5, reducer="uniform", extend_context=visual - 1)
-    with torch.no_grad(), pytest.raises(SpanError, match=f"has {visual} visual tokens"):
-        port(*prompt)

@@ -13,15 +13,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from support.families import FAMILIES, IMAGE, VIDEO, Family, Media, text
-from support.family.vila_port import VilaPort
+from support.families import FAMILIES, VIDEO, Family, Media, text
 from torch import Tensor
 
 import tokencomp
 from tokencomp import Reducer, Reduction, VisualTokens
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.tower.attention import attention_blocks
-from tokencomp.errors import OptionError, SpanError
+from tokencomp.errors import SpanError
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, Signal
@@ -249,12 +248,6 @@ def test_features_from_elsewhere_are_refused() -> None:
     inputs |= {"mm_encoder_outputs": encoded, "image_grid_thw": pixels["image_grid_thw"]}
     with pytest.raises(SpanError, match="did not run"):
         spied(model, inputs, TOWER_KEYS)
-
-
-def test_families_that_do_not_offer_it_refuse_at_patch() -> None:
-    port = VilaPort(FAMILIES["vila"].build(), IMAGE, VIDEO)
-    with pytest.raises(OptionError, match="vision tower"):
-        tokencomp.patch(port, plan=Plan((Stage(0, 0.5, Spy()),)))
 
 
 def test_nothing_is_computed_while_disabled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from support.families import FAMILIES, IMAGE, VIDEO, Media, text
 
 import tokencomp
-from tokencomp.errors import UnknownGridError
+from tokencomp.errors import UnknownGridError, UnsupportedModelError
 from tokencomp.tokens.spans import VisualSpan
 
 
@@ -154,3 +154,10 @@ def test_a_tile_that_the_config_does_not_describe_has_no_grid(name: str) -> None
         handle.set(reducer="pool")
         with pytest.raises(UnknownGridError, match="pool"):
             model(**inputs)
+
+
+def test_published_code_of_vila_is_refused() -> None:
+    model = FAMILIES["vila"].build()
+    model._embed = None  # what its class splices media with
+    with pytest.raises(UnsupportedModelError, match="VilaForConditionalGeneration"):
+        tokencomp.patch(model)

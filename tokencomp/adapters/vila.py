@@ -1,4 +1,4 @@
-"""VILA and NVILA in tokencomp's own class; `vila_remote` serves their published code."""
+"""VILA and NVILA in tokencomp's own class."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from tokencomp.adapters.structure import Parts
 from tokencomp.adapters.towers.base import unknown_cells
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.tables import pooled, squares
-from tokencomp.adapters.vila_remote import VilaPortAdapter
-from tokencomp.errors import SpanError
+from tokencomp.errors import SpanError, UnsupportedModelError
 from tokencomp.tokens.spans import VisualSpan
 
 
@@ -32,7 +31,13 @@ class VilaAdapter(Adapter):
 
     @classmethod
     def of(cls, model: nn.Module) -> Adapter:
-        return VilaPortAdapter(model) if hasattr(model, "_embed") else cls(model)
+        if hasattr(model, "_embed"):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is the published code of VILA, which transformers >= 4.57 "
+                "cannot import. Load the checkpoint with "
+                "tokencomp.models.VilaForConditionalGeneration."
+            )
+        return cls(model)
 
     def find_parts(self, model: Any) -> Parts:
         return Parts(model, model, model.llm.model)

@@ -41,8 +41,7 @@ class VisualContext:
     ------
     SpanError
         In a forward call with more visual tokens. The longest sample of a batch counts in every
-        call. If a cache was filled before the extension, all of its rows count as visual. The
-        visual tokens of VILA's remote code can be counted only while a patch is active.
+        call. If a cache was filled before the extension, all of its rows count as visual.
     CopyError
         If the model is copied with `copy.deepcopy` or pickled.
     """
