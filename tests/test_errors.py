@@ -13,6 +13,7 @@ from support.families import FAMILIES, Family, text
 
 import tokencomp
 from tokencomp import Plan, Stage, errors, make_reducer
+from tokencomp.adapters.registry import adapter_for
 
 
 def prompt(family: Family) -> dict[str, torch.Tensor]:
@@ -86,7 +87,7 @@ def test_a_failed_install_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(self: object) -> None:
         raise RuntimeError("out of memory, say")
 
-    monkeypatch.setattr(tokencomp.adapters.base.Adapter, "install", fail)
+    monkeypatch.setattr(type(adapter_for(model)), "install", fail)
     with pytest.raises(RuntimeError, match="say"):
         tokencomp.patch(model, 0.5, reducer="aim", proportional_attention=True, extend_context=True)
     assert before == [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]

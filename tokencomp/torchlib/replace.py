@@ -53,10 +53,13 @@ class MethodReplacement:
         """
         own = vars(self._owner)
         if self._active and own.get(self._name) is self._installed:
-            if self._earlier is _ABSENT:
+            earlier = self._earlier
+            while self.replaces(earlier) and not earlier.func.__self__._active:
+                earlier = earlier.func.__self__._earlier  # a replacement removed meanwhile
+            if earlier is _ABSENT:
                 del own[self._name]
             else:
-                own[self._name] = self._earlier
+                own[self._name] = earlier
         self._active = False
 
     def _original(self) -> Callable[..., Any]:
