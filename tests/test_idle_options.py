@@ -83,7 +83,7 @@ def test_such_options_change_nothing(name: str, options: dict[str, Any], monkeyp
 
 
 def test_reducers_of_the_tower_without_a_stage_there() -> None:
-    """A handle that is changed keeps what it was told before, for a later ratio."""
+    """A handle that is changed keeps its earlier options for a later ratio."""
     model = FAMILIES["qwen2_vl"].build()
     for ratio in (0.0, 0.5):
         with pytest.raises(OptionError, match="tower_reducer='random' has no effect"):

@@ -294,10 +294,10 @@ class Hooks(Hooked):
 
         NaN in features that this call has encoded itself is the model's own.
         """
-        state = self._calls.running
-        if state.encodes or self.adapter.encodes(state.inputs or {}):
+        if self.adapter.body not in _HAD_TOWER or kwargs.get("inputs_embeds") is None:
             return
-        if self.adapter.body in _HAD_TOWER and kwargs.get("inputs_embeds") is not None:
+        state = self._calls.running
+        if not (state.encodes or self.adapter.encodes(state.inputs or {})):
             refuse_missing(kwargs["inputs_embeds"])
 
     def _kinds_of(self, kwargs: dict[str, Any]) -> Tensor | None:
