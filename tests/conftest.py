@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zlib
+from datetime import date
 
 import pytest
 import torch
@@ -21,6 +23,28 @@ from support.family.structural import STRUCTURAL  # noqa: E402
 
 # They share decoder and adapter with smolvlm, llava_next, qwen3_vl and qwen3_5.
 TWINS = {"idefics3", "llava", "llava_next_video", "qwen3_vl_moe", "minicpmv4_6"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--today", action="store_true", help="a module's share of the day, not all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --today, a module with `DAYS = n` runs every long test once in n days."""
+    if not config.getoption("--today"):
+        return
+    day = date.today().toordinal()
+
+    def due(item: pytest.Item) -> bool:
+        days = getattr(getattr(item, "module", None), "DAYS", 1)
+        return (
+            not item.get_closest_marker("long")
+            or zlib.crc32(item.name.encode()) % days == day % days
+        )
+
+    late = [item for item in items if not due(item)]
+    items[:] = [item for item in items if due(item)]
+    config.hook.pytest_deselected(items=late)
 
 
 @pytest.fixture(autouse=True)

@@ -97,6 +97,6 @@ def test_heads_are_refused_in_a_call() -> None:
     family = FAMILIES["qwen2_vl"]
     model = family.build()
     family.decoder(model).config.num_attention_heads = 8
-    patched = tokencomp.patch(model, 0.5, power=1.0)  # which scores pictures by attention
+    patched = tokencomp.patch(model, 0.5, reducer="condiv")  # scores pictures by attention
     with patched, pytest.raises(UnsupportedModelError, match="4 of its 8"):
         model(**ranks.prompts(family))
