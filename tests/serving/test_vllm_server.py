@@ -65,6 +65,16 @@ def expected(folder: Any, urls: list[str], spec: dict[str, Any]) -> tuple[str, i
     return text.rstrip("\ufffd"), n - removed, removed  # an incomplete character is not sent
 
 
+def test_models_have_cards(served: Any) -> None:
+    _, client, _, _ = served
+    card, listed = client.models.retrieve("tiny"), next(iter(client.models.list()))
+    assert (card.id, card.max_model_len) == (listed.id, listed.max_model_len) == ("tiny", 8192)
+    with pytest.raises(openai.NotFoundError, match="model 'other': this server has tiny"):
+        client.models.retrieve("other")
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").models.retrieve("tiny")
+
+
 @pytest.mark.parametrize("reducer", ["divprune", "merge"])
 def test_equals_the_patched_model_over_http(served: Any, reducer: str) -> None:
     _, client, folder, _ = served

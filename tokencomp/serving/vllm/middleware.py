@@ -26,12 +26,13 @@ from tokencomp.serving.hf.guard import error_response
 from tokencomp.serving.hf.head import OPEN_PATHS, check_head, has_body
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.spec import ServerOptions
+from tokencomp.serving.vllm.model_card import MODELS, names_model, send_card
 from tokencomp.serving.vllm.request_checks import check_request
 from tokencomp.serving.vllm.rules import Rules
 
 logger = logging.getLogger("vllm.tokencomp")
 
-PATHS = (*OPEN_PATHS, "/v1/chat/completions", "/v1/models", "/version")
+PATHS = (*OPEN_PATHS, "/v1/chat/completions", MODELS, "/version")
 CHECKING = 4  # number of requests whose media are checked at the same time
 UNREADABLE = (OSError, RuntimeError, ZeroDivisionError, DecompressionBombError)
 
@@ -62,6 +63,9 @@ class Guard:
         exchange = _Exchange(receive, send)
         try:
             check_head(scope, self.bind)
+            if names_model(scope):
+                await send_card(self.app, scope, exchange.receive, exchange.send)
+                return
             if scope["path"] not in PATHS:
                 known = ", ".join(PATHS)
                 raise RequestError(f"no path {scope['path']!r}; this server has {known}.", 404)
