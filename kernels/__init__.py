@@ -20,6 +20,7 @@ if __name__ != "kernels":
     from tokencomp.kernels.dispatch import status
     from tokencomp.kernels.dpp_select import dpp_select
     from tokencomp.kernels.errors import KernelError
+    from tokencomp.kernels.facility_select import facility_select
     from tokencomp.kernels.frame_pool import frame_pool
     from tokencomp.kernels.gather_rows import gather_rows
     from tokencomp.kernels.maxmin_select import maxmin_select, mean_distance
@@ -34,6 +35,7 @@ __all__ = [
     "bipartite_match",
     "ccam_attention",
     "dpp_select",
+    "facility_select",
     "frame_pool",
     "gather_rows",
     "join_heads",

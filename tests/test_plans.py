@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 import warnings
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from support.families import FAMILIES, text
 
 import tokencomp
 from tokencomp import Plan, Reducer, Stage, errors, make_reducer
+from tokencomp.plan.counts import frame_budgets
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import VisualSpan, VisualTokens
 
@@ -188,3 +191,27 @@ def test_what_cannot_be_met_keeps_the_special_tokens_and_one_patch() -> None:
     plain = VisualSpan(0, 64, (1, 8, 8))
     plan = Plan((Stage(0, 0.5, make_reducer("merge")), Stage(3, 0.25, make_reducer("prune"))))
     assert plan.counts(plain, 6) == [32, 16]
+
+
+def test_budgets_of_frames_against_exact_fractions() -> None:
+    """Shares in whole numbers of fractions, then one token at a time to the largest remainder."""
+    draw = random.Random(3)
+    for _ in range(300):
+        frames, least = draw.randint(1, 6), draw.randint(0, 2)
+        weights = [draw.choice([0, 0, 1, 2, 5, 40]) for _ in range(frames)]
+        most = [draw.randint(0, 7) for _ in range(frames)]
+        total = draw.randint(0, sum(most))
+        base = [min(least, n) for n in most]
+        if sum(base) > total:
+            base = [0] * frames
+        even = weights if any(weights) else [1] * frames
+        rest = total - sum(base)
+        shares = [b + Fraction(w * rest, sum(even)) for b, w in zip(base, even, strict=True)]
+        wanted = [min(n, math.floor(share)) for n, share in zip(most, shares, strict=True)]
+        extra = [0] * frames
+        while sum(wanted) + sum(extra) < total:
+            left = [f for f in range(frames) if wanted[f] + extra[f] < most[f]]
+            remainder = [share - math.floor(share) for share in shares]
+            extra[min(left, key=lambda f: (extra[f], -remainder[f], f))] += 1
+        expected = [a + b for a, b in zip(wanted, extra, strict=True)]
+        assert frame_budgets([float(w) for w in weights], total, most, least) == expected

@@ -22,10 +22,12 @@ def maxmin_select(
     start: Tensor | Literal["isolated"] | None = None,
     metric: str = "cosine",
     ordered: bool = False,
+    bonus: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     r"""Choose rows one by one, each as far as possible from those chosen before.
 
-    .. math:: next = \arg\max_i \; w_i \cdot (\mu + \min_{j \in chosen} d(x_i, x_j))
+    .. math:: next = \arg\max_i \; w_i \cdot (\mu + \min_{j \in chosen} d(x_i, x_j)) + b_i
 
     within every span; ties go to the lower index, and scores that differ by less than a share of
     4e-6 are ties: of two rows each is as far from the other, and rounding must not decide.
@@ -52,8 +54,9 @@ def maxmin_select(
         has no effect.
     start
         First choice of every span, int ``(spans,)``, counted within the span. None means the row
-        with the largest weight, or without weights the row farthest from the span's mean;
-        ``"isolated"`` the row whose nearest other row is farthest (DivPrune).
+        with the largest bonus, without one that with the largest weight, and without weights the
+        row farthest from the span's mean; ``"isolated"`` the row whose nearest other row is
+        farthest (DivPrune). With `given`, several first choices, int ``(Σ k,)``.
     metric
         The distance d: ``"cosine"``, 1 - cos, or ``"rms"``, the root mean square of the
         differences, √(|x_i - x_j|² / D). The second keeps what the lengths of rows say, which
@@ -61,6 +64,11 @@ def maxmin_select(
     ordered
         Whether the rows come in the order of their choice, span by span: the first m rows of a
         span are then what ``k=m`` chooses.
+    bonus
+        b ≥ 0 of every row, ``(n,)``, which is added to its score. None means 0.
+    given
+        How many first choices every span has in `start`, int ``(spans,)``, from 1 to its `k`. Of
+        the k entries of a span those behind are not read, so that the number may depend on data.
 
     Returns
     -------
@@ -70,8 +78,8 @@ def maxmin_select(
     Raises
     ------
     KernelError
-        If `k` exceeds a span, the spans do not cover `x`, weights or margins are negative or not
-        finite, a start is outside its span, the metric is not known, or features are NaN or
+        If `k` exceeds a span, the spans do not cover `x`, weights, margins or bonuses are negative
+        or not finite, a start is outside its span, the metric is not known, or features are NaN or
         infinite.
 
     Notes
@@ -107,23 +115,38 @@ def maxmin_select(
     if isinstance(start, str):
         checks.choice("start", start, ("isolated",))
         start = None
-    checks.same_device(x=x, weights=weights, margin=margin, start=start)
-    if weights is not None:
-        if weights.shape != (len(x),):
-            raise KernelError(f"weights must be ({len(x)},); got {tuple(weights.shape)}")
-        weights = checks.plain(weights).float().contiguous()
-    if margin is not None:
-        if margin.shape != (len(lengths),):
-            raise KernelError(f"margin must be ({len(lengths)},); got {tuple(margin.shape)}")
-        margin = checks.plain(margin).float().contiguous()
-    if start is not None:
-        checks.integer("start", start)
-        if start.shape != (len(lengths),):
-            raise KernelError(f"start must be ({len(lengths)},); got {tuple(start.shape)}")
-        start = start.long().contiguous()
+    checks.same_device(x=x, weights=weights, margin=margin, start=start, bonus=bonus, given=given)
+    weights = _numbers("weights", weights, len(x))
+    bonus = _numbers("bonus", bonus, len(x))
+    margin = _numbers("margin", margin, len(lengths))
+    if given is not None and start is None:
+        raise KernelError("given counts first choices; name them with `start`")
+    start = _indices("start", start, len(lengths) if given is None else sum(counts))
+    given = _indices("given", given, len(lengths))
     x = checks.plain(x)
-    chosen = _op(x, counts, weights, lengths, centred, margin, start, metric, isolated)
+    chosen = _op(
+        x, counts, weights, lengths, centred, margin, start, metric, isolated, bonus, given
+    )
     return chosen if ordered else chosen.sort().values
+
+
+def _numbers(name: str, values: Tensor | None, size: int) -> Tensor | None:
+    """Return `values` ``(size,)`` in fp32."""
+    if values is None:
+        return None
+    if values.shape != (size,):
+        raise KernelError(f"{name} must be ({size},); got {tuple(values.shape)}")
+    return checks.plain(values).float().contiguous()
+
+
+def _indices(name: str, values: Tensor | None, size: int) -> Tensor | None:
+    """Return the integers `values` ``(size,)`` as int64."""
+    if values is None:
+        return None
+    checks.integer(name, values)
+    if values.shape != (size,):
+        raise KernelError(f"{name} must be ({size},); got {tuple(values.shape)}")
+    return values.long().contiguous()
 
 
 def mean_distance(
@@ -187,20 +210,19 @@ def _op(
     start: Tensor | None,
     metric: str,
     isolated: bool,
+    bonus: Tensor | None,
+    given: Tensor | None,
 ) -> Tensor:
-    _check_values(x, weights, lengths, margin, start)
+    _check_values(x, lengths, counts, [weights, margin, bonus], start, given)
+    how = (counts, weights, lengths, centred, margin, start, metric, isolated, bonus, given)
     if dispatch.which(x) == "naive":
-        return naive.maxmin_select(
-            x, counts, weights, lengths, centred, margin, start, metric, isolated
-        )
+        return naive.maxmin_select(x, *how)
     from tokencomp.kernels.maxmin_select import triton
 
     checks.triton_dtype("x", x)
     x = checks.rows_contiguous(x)
     with dispatch.on_device(x):
-        return triton.maxmin_select(
-            x, counts, weights, lengths, centred, margin, start, metric, isolated
-        )
+        return triton.maxmin_select(x, *how)
 
 
 @_op.register_fake
@@ -210,21 +232,30 @@ def _(x: Tensor, counts: list[int], *_: object) -> Tensor:
 
 def _check_values(
     x: Tensor,
-    weights: Tensor | None,
     lengths: list[int],
-    margin: Tensor | None,
+    counts: list[int],
+    factors: list[Tensor | None],
     start: Tensor | None,
+    given: Tensor | None,
 ) -> None:
-    """Require finite features, finite weights and margins >= 0, and starts inside their spans."""
+    """Require finite features, finite factors >= 0, and first choices inside their spans."""
     if not dispatch.checks_enabled(x):
         return
     # A sum is finite only if no element is NaN or infinite. Model features are far too small for
     # an fp32 sum to overflow by itself.
     checks.holds(x.sum(dtype=torch.float32).isfinite(), "x has NaN or infinite features")
-    factors = [t for t in (weights, margin) if t is not None]
-    if factors:
-        good = torch.stack([(t.isfinite() & (t >= 0)).all() for t in factors]).all()
-        checks.holds(good, "weights and margins must be finite and at least 0")
-    if start is not None:
-        length = segments.table(lengths, x.device, torch.int64)
-        checks.holds(((start >= 0) & (start < length)).all(), "start must lie inside its span")
+    good = [(t.isfinite() & (t >= 0)).all() for t in factors if t is not None]
+    if good:
+        checks.holds(
+            torch.stack(good).all(), "weights, margins and bonuses must be finite and at least 0"
+        )
+    if start is None:
+        return
+    length = segments.table(lengths, x.device, torch.int64)
+    if given is not None:
+        count = segments.table(counts, x.device, torch.int64)
+        checks.holds(
+            ((given <= count) & (given >= count.clamp(max=1))).all(), "given must be from 1 to k"
+        )
+        start, length = naive.read_starts(start, given, counts), length.repeat_interleave(count)
+    checks.holds(((start >= 0) & (start < length)).all(), "start must lie inside its span")

@@ -1,5 +1,7 @@
 """Plain PyTorch version of :func:`tokencomp.kernels.maxmin_select`."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from tokencomp.kernels.bipartite_match.naive import normalise
@@ -30,6 +32,8 @@ def maxmin_select(
     start: Tensor | None,
     metric: str = "cosine",
     isolated: bool = False,
+    bonus: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Return the chosen rows of `x` in the order of their choice, spans one after the other.
 
@@ -37,7 +41,9 @@ def maxmin_select(
     those of :func:`tokencomp.kernels.maxmin_select` with one entry of `counts` and `lengths` per
     span.
     """
-    first_row = starts(lengths)
+    first_row, first_pick = starts(lengths), starts(counts)
+    if start is not None and given is not None:
+        start = read_starts(start, given, counts)
     chosen: list[Tensor] = [torch.empty(0, dtype=torch.int64, device=x.device)] * len(lengths)
     for (length, count), spans in same_shape(lengths, counts).items():
         size = max(1, GRAM_ELEMENTS // max(1, length * length))
@@ -46,15 +52,40 @@ def maxmin_select(
             rows = torch.tensor([first_row[s] for s in members], device=x.device)[:, None]
             rows = rows + torch.arange(length, device=x.device)
             weight = None if weights is None else weights[rows]
+            extra = None if bonus is None else bonus[rows]
             member_index = torch.tensor(members, device=x.device)
-            first_choice = None if start is None else start[member_index]
+            first = None
+            if start is not None and given is None:
+                first = First(start[member_index][:, None])
+            elif start is not None and given is not None:
+                places = torch.tensor([first_pick[s] for s in members], device=x.device)[:, None]
+                own = start[places + torch.arange(count, device=x.device)]
+                first = First(own, given[member_index])
             margins = x.new_zeros(len(members)) if margin is None else margin[member_index]
             order = _greedy(
-                x[rows], count, weight, centred, margins, first_choice, metric, isolated
+                x[rows], count, weight, centred, margins, first, metric, isolated, extra
             )
             for member, picks in zip(members, rows.gather(1, order), strict=True):
                 chosen[member] = picks
     return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=x.device)
+
+
+def read_starts(start: Tensor, given: Tensor, counts: list[int]) -> Tensor:
+    """First choices ``(Σ counts,)`` with 0 behind the `given` ones of every span."""
+    place = torch.cat([torch.arange(count) for count in counts] or [torch.arange(0)])
+    count = torch.tensor(counts, device=start.device)
+    return start.masked_fill(place.to(start.device) >= given.repeat_interleave(count), 0)
+
+
+class First(NamedTuple):
+    """First choices of spans: rows ``(S, m)``, and how many of them count, ``(S,)``; None: all."""
+
+    rows: Tensor
+    given: Tensor | None = None
+
+    def of_span(self, span: int) -> Tensor:
+        """The first choices of one span."""
+        return self.rows[span] if self.given is None else self.rows[span, : int(self.given[span])]
 
 
 def _greedy(
@@ -63,13 +94,14 @@ def _greedy(
     weight: Tensor | None,
     centred: bool,
     margin: Tensor,
-    start: Tensor | None,
+    first: First | None,
     metric: str,
     isolated: bool,
+    bonus: Tensor | None,
 ) -> Tensor:
     """Choose `count` rows of every span ``(L, D)`` in `x` ``(S, L, D)``; result ``(S, count)``.
 
-    `weight` is ``(S, L)``, `margin` and `start` are ``(S,)``.
+    `weight` and `bonus` are ``(S, L)``, `margin` is ``(S,)``.
     """
     measure = METRICS[metric]
     x = x if x.dtype == torch.float64 else x.float()
@@ -80,20 +112,25 @@ def _greedy(
     short = x.shape[1] <= MAX_GRAM_ROWS
     distance = measure.pairs(rows, rows) if short else None
     if isolated:
-        start = isolated_row(rows, measure, distance)
-    elif start is None:
-        if weight is not None:
+        first = First(isolated_row(rows, measure, distance)[:, None])
+    elif first is None:
+        if bonus is not None:
+            start = first_best(bonus)
+        elif weight is not None:
             start = weight.argmax(1)
         elif measure is Cosine:
             far = 1 - (normalise(x) @ normalise(mean).transpose(1, 2)).squeeze(2)
             start = first_best(far)
         else:
             start = first_best((x - mean).square().sum(2))
+        first = First(start[:, None])
     weight = x.new_ones(x.shape[:2]) if weight is None else weight.to(x.dtype)
+    bonus = torch.zeros_like(weight) if bonus is None else bonus.to(x.dtype)
     margin = margin.to(x.dtype)
     if distance is not None:
-        return _at_once(distance, weight, margin, start, count)
-    spans = zip(rows, weight, margin, start, strict=True)
+        return _at_once(distance, weight, margin, first, count, bonus)
+    starts_of = [first.of_span(span) for span in range(len(rows))]
+    spans = zip(rows, weight, margin, starts_of, bonus, strict=True)
     return torch.stack([Rounds(*span, count, measure).run() for span in spans])
 
 
@@ -115,7 +152,9 @@ def isolated_row(rows: Tensor, measure: Metric, distance: Tensor | None) -> Tens
     return first_best(torch.cat(nearest, dim=1))
 
 
-def _at_once(distance: Tensor, weight: Tensor, margin: Tensor, start: Tensor, count: int) -> Tensor:
+def _at_once(
+    distance: Tensor, weight: Tensor, margin: Tensor, first: First, count: int, bonus: Tensor
+) -> Tensor:
     """Take each step for all spans at once, from the distances ``(S, L, L)`` of their rows.
 
     The steps run on the host in NumPy. They are many short operations, so their start-up cost
@@ -123,16 +162,22 @@ def _at_once(distance: Tensor, weight: Tensor, margin: Tensor, start: Tensor, co
     """
     distances = distance.cpu().numpy()
     weights, margins = weight.cpu().numpy().copy(), margin.cpu().numpy()[:, None]
-    last, spans = start.cpu().numpy(), np.arange(len(distances))
+    extra, starts_of = bonus.cpu().numpy().copy(), first.rows.cpu().numpy()
+    given = None if first.given is None else first.given.cpu().numpy()
+    most = 1 if given is None else int(given.max())
+    last, spans = starts_of[:, 0], np.arange(len(distances))
     nearest, scores = np.full_like(weights, np.inf), np.empty_like(weights)
     order = np.empty((count, len(distances)), dtype=np.int64)
     with np.errstate(over="ignore"):
         for step in range(count):
             order[step] = last
-            weights[spans, last] = TAKEN
+            weights[spans, last], extra[spans, last] = TAKEN, 0.0
             np.minimum(nearest, distances[spans, last], out=nearest)
             np.multiply(np.add(nearest, margins, out=scores), weights, out=scores)
+            np.add(scores, extra, out=scores)
             last = (scores >= scores.max(1, keepdims=True) * TIED).argmax(1)  # the first of them
+            if given is not None and step + 1 < most:
+                last = np.where(step + 1 < given, starts_of[:, step + 1], last)
     return torch.from_numpy(order.T.copy()).to(distance.device)
 
 

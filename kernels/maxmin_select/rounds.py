@@ -46,17 +46,20 @@ class Rounds:
         weight: Tensor,
         margin: Tensor,
         start: Tensor,
+        bonus: Tensor,
         count: int,
         measure: Metric,
     ) -> None:
         self.rows, self.weight, self.margin, self.measure = rows, weight.clone(), margin, measure
-        self.order, self.done = start.new_empty(count), 1
-        self.order[0] = start
+        self.bonus = bonus.clone()
+        self.order, self.done = start.new_empty(count), len(start)
+        self.order[: self.done] = start
         self.chosen = rows.new_empty(count, rows.shape[1])
-        self.chosen[0] = rows[start]
-        self.weight[start] = TAKEN
-        self.nearest = measure.closest(rows, self.chosen[:1])
-        self.seen = torch.ones_like(self.nearest, dtype=torch.int64)
+        self.chosen[: self.done] = rows[start]
+        self.weight[start], self.bonus[start] = TAKEN, 0.0
+        parts = rows.split(max(1, GRAM_ELEMENTS // self.done))
+        self.nearest = torch.cat([measure.closest(p, self.chosen[: self.done]) for p in parts])
+        self.seen = torch.full_like(self.nearest, self.done, dtype=torch.int64)
 
     def run(self) -> Tensor:
         """Run rounds until all rows are chosen; return `order`."""
@@ -67,12 +70,13 @@ class Rounds:
             distance, weight = self.measure.pairs(rows, rows).cpu(), self.weight[candidates].cpu()
             limit = len(self.order) - self.done
             bars = highest(score[others], tied[others]), highest(score[others], ~tied[others])
-            picks = _round(distance, weight, nearest, float(self.margin), bars, limit)
+            extra = self.bonus[candidates].cpu()
+            picks = _round(distance, weight, nearest, extra, float(self.margin), bars, limit)
             picked = torch.tensor(picks, device=candidates.device)
             new, place = candidates[picked], slice(self.done, self.done + len(picks))
             self.order[place], self.chosen[place], self.done = new, rows[picked], place.stop
             self.nearest[candidates], self.seen[candidates] = nearest.to(rows.device), self.done
-            self.weight[new] = TAKEN
+            self.weight[new], self.bonus[new] = TAKEN, 0.0
         return self.order
 
     def ranked(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +88,7 @@ class Rounds:
         The rows with the best bounds are updated, which can only lower their scores, until the best
         `count` rows are all up to date. The others then have lower bounds, hence lower scores.
         """
-        score, reach = (self.nearest + self.margin) * self.weight, count
+        score, reach = (self.nearest + self.margin) * self.weight + self.bonus, count
         while True:
             tied = score >= score.max() * TIED
             ranked = score.masked_fill(tied, torch.inf).sort(descending=True, stable=True).indices
@@ -94,7 +98,7 @@ class Rounds:
             rows = ranked[: max(reach, needed)]
             rows = rows[self.stale(rows)]
             self.refresh(rows)
-            score[rows] = (self.nearest[rows] + self.margin) * self.weight[rows]
+            score[rows] = (self.nearest[rows] + self.margin) * self.weight[rows] + self.bonus[rows]
             reach *= 2  # without doubling, bounds that keep falling would take many sorts
 
     def stale(self, rows: Tensor) -> Tensor:
@@ -121,6 +125,7 @@ def _round(
     distance: Tensor,
     weight: Tensor,
     nearest: Tensor,
+    bonus: Tensor,
     margin: float,
     bars: tuple[float, float],
     limit: int,
@@ -128,22 +133,24 @@ def _round(
     """Choose candidates, at least one and at most `limit`, while no other row could come first.
 
     `bars` are the highest scores, when the round began, of the other rows that tied with the best,
-    and of those that did not. `weight` and `nearest` change in place. The steps run on the host in
-    NumPy: a choice is five operations on short rows, whose start-up cost dominates.
+    and of those that did not. `weight`, `nearest` and `bonus` change in place. The steps run on the
+    host in NumPy: a choice is six operations on short rows, whose start-up cost dominates.
     """
     picks: list[int] = []
     distances, weights, near = distance.numpy(), weight.numpy(), nearest.numpy()
+    extra = bonus.numpy()
     scores, number = np.empty_like(near), near.dtype.type
     behind, below, share = map(number, (*bars, TIED))
     with np.errstate(over="ignore"):
         while len(picks) < limit:
             np.multiply(np.add(near, margin, out=scores), weights, out=scores)
+            np.add(scores, extra, out=scores)
             best = scores.max()
             line = max(best, behind) * share
             if picks and (best < behind or line <= below):
                 break
             first = int((scores >= line).argmax())
             picks.append(first)
-            weights[first] = TAKEN
+            weights[first], extra[first] = TAKEN, 0.0
             np.minimum(near, distances[first], out=near)
     return picks

@@ -8,6 +8,7 @@ number of choices.
 """
 
 import itertools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -50,15 +51,15 @@ def isolated_kernel(gram, first_row, first_gram, nearest, BLOCK: tl.constexpr):
 @triton.jit
 def greedy_kernel(
     gram, first_row, first_gram, first_pick, start_row, weights, picks,
-    margins, nearest, behind, below, steps_taken,
-    WEIGHTED: tl.constexpr, MARGIN: tl.constexpr, ROUND: tl.constexpr,
-    BLOCK: tl.constexpr, TIED: tl.constexpr,
+    margins, bonuses, given, nearest, behind, below, steps_taken,
+    WEIGHTED: tl.constexpr, MARGIN: tl.constexpr, BONUS: tl.constexpr, GIVEN: tl.constexpr,
+    ROUND: tl.constexpr, BLOCK: tl.constexpr, TIED: tl.constexpr,
 ):  # fmt: skip
     """Take all steps of one span in one program.
 
     Every step depends on the one before, so a span cannot be shared between programs. The distances
     from the choices stay in registers, and each step reads one row of `gram`, the distances of all
-    pairs.
+    pairs. With GIVEN, `start_row` has an entry per choice, and the first `given` of them stand.
 
     With ROUND, the rows are the candidates of a round and `nearest` holds their distances from
     earlier choices. The loop ends when another row could come first: `behind` and `below` are the
@@ -85,7 +86,16 @@ def greedy_kernel(
     margin = 0.0
     if MARGIN:
         margin = tl.load(margins + span)
-    last = tl.load(start_row + span).to(tl.int32)
+    bonus = 0.0
+    if BONUS:
+        bonus = tl.load(bonuses + start + row, mask=inside, other=0.0)
+    if GIVEN:
+        start_row += begin
+        ready = tl.load(given + span)
+    else:
+        start_row += span
+        ready = 0
+    last = tl.load(start_row, mask=count > 0, other=0).to(tl.int32)
     step = 0
     while step < count:
         tl.store(picks + begin + step, (start + last).to(tl.int64))
@@ -94,11 +104,14 @@ def greedy_kernel(
         # loads be wide. Entries in between are never chosen, because their weight is negative.
         at = gram + last.to(tl.int64) * pitch(rows) + row
         distance = tl.minimum(distance, tl.load(at, mask=row < pitch(rows), other=0.0))
-        score = tl.where(weight < 0.0, -1.0, (distance + margin) * weight)
+        score = tl.where(weight < 0.0, -1.0, (distance + margin) * weight + bonus)
         best = tl.max(score, axis=0)
         line = best * TIED
         last = tl.min(tl.where(score >= line, row, BLOCK), axis=0)  # the first of those that tie
         step += 1
+        if GIVEN:
+            named = tl.load(start_row + step, mask=step < ready, other=-1).to(tl.int32)
+            last = tl.where(named < 0, last, named)
         if ROUND:
             over = (best < highest_behind) | (line <= highest_below)
             count = tl.where(over, step, count)
@@ -116,6 +129,8 @@ def maxmin_select(
     start: Tensor | None,
     metric: str = "cosine",
     isolated: bool = False,
+    bonus: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """See :func:`tokencomp.kernels.maxmin_select.naive.maxmin_select`."""
     picks = torch.empty(sum(counts), dtype=torch.int64, device=x.device)
@@ -123,12 +138,41 @@ def maxmin_select(
         return picks
     rms = metric == "rms"
     unit, inverse, far = unit_rows(x, lengths, centred and not rms, rms)
-    if start is None and not isolated:
+    if start is None and bonus is not None:
+        start = first_choice(bonus, lengths)
+    elif start is None and not isolated:
         start = first_choice(far, lengths) if weights is None else first_choice(weights, lengths, 1)
     rows: Rows = Differences(x.T.float().contiguous()) if rms else Cosines(unit, inverse)
+    factors = Factors(weights, margin, bonus)
     for group in grouped(lengths):
-        run(group, rows, weights, lengths, counts, margin, start, picks)
+        run(group, rows, factors, lengths, counts, First(start, given), picks)
     return picks
+
+
+class Factors(NamedTuple):
+    """What makes a score of a distance: weights and bonuses per row, a margin per span."""
+
+    weights: Tensor | None
+    margin: Tensor | None
+    bonus: Tensor | None
+
+    def of(self, rows: slice, spans: slice) -> "Factors":
+        """The factors of some rows, and of their spans."""
+        weights, bonus = (None if t is None else t[rows] for t in (self.weights, self.bonus))
+        return Factors(weights, None if self.margin is None else self.margin[spans], bonus)
+
+
+class First(NamedTuple):
+    """First choices of all spans, and how many each of them has; see `maxmin_select`."""
+
+    start: Tensor | None
+    given: Tensor | None = None
+
+    def of(self, picks: slice, spans: slice) -> "First":
+        """The first choices of some spans."""
+        if self.start is None or self.given is None:
+            return First(None if self.start is None else self.start[spans])
+        return First(self.start[picks], self.given[spans])
 
 
 def grouped(lengths: list[int]) -> list[list[int]]:
@@ -151,42 +195,38 @@ def grouped(lengths: list[int]) -> list[list[int]]:
 def run(
     group: list[int],
     rows: Rows,
-    weights: Tensor | None,
+    factors: Factors,
     lengths: list[int],
     counts: list[int],
-    margin: Tensor | None,
-    start: Tensor | None,
+    first: First,
     picks: Tensor,
 ) -> None:
     """Choose the rows of the spans in one group and write them to `picks` ``(Σ counts,)``."""
     longest = max(lengths[span] for span in group)
-    first, last = group[0], group[-1] + 1
+    spans = slice(group[0], group[-1] + 1)
     row, pick = starts([*lengths, 0]), starts([*counts, 0])
-    group_margin = None if margin is None else margin[first:last]
-    group_picks = picks[pick[first] : pick[last]]
+    own = slice(pick[spans.start], pick[spans.stop])
+    group_picks = picks[own]
     if not len(group_picks):
         return
+    first = first.of(own, spans)
     if longest > MAX_GRAM_ROWS:
-        span, length = slice(row[first], row[last]), lengths[first]
-        span_weights = None if weights is None else weights[span]
+        span, length = slice(row[spans.start], row[spans.stop]), lengths[spans.start]
         part = rows.part(span)
-        begin = part.isolated() if start is None else start[first:]
-        run_rounds(part, span_weights, length, group_margin, begin, group_picks)
-        group_picks += row[first]
+        begin = part.isolated() if first.start is None else first.start
+        begin = begin[:1] if first.given is None else begin[: int(first.given[0])]
+        run_rounds(part, factors.of(span, spans), length, begin, group_picks)
+        group_picks += row[spans.start]
         return
-    firsts = table(pick[first : last + 1], picks.device)
-    begin = None if start is None else start[first:]
-    greedy(rows, row[first : last + 1], firsts, begin, weights, group_margin, picks)
+    firsts = table([p - own.start for p in pick[spans.start : spans.stop + 1]], picks.device)
+    every = slice(None)
+    greedy(
+        rows, row[spans.start : spans.stop + 1], firsts, first, factors.of(every, spans),
+        group_picks,
+    )  # fmt: skip
 
 
-def run_rounds(
-    rows: Rows,
-    weights: Tensor | None,
-    length: int,
-    margin: Tensor | None,
-    start: Tensor,
-    picks: Tensor,
-) -> None:
+def run_rounds(rows: Rows, factors: Factors, length: int, start: Tensor, picks: Tensor) -> None:
     """Choose in one long span of `length` rows and write them to `picks`.
 
     The algorithm is that of :class:`tokencomp.kernels.maxmin_select.rounds.Rounds`, except that
@@ -195,8 +235,9 @@ def run_rounds(
     """
     device = picks.device
     nearest = torch.full((length,), torch.inf, device=device)
+    weights, margin, bonus = factors
     remaining = torch.ones_like(nearest) if weights is None else weights.clone()
-    new, done = start[:1], 0
+    new, done = start, 0
     while True:
         picks[done : done + len(new)] = new
         done += len(new)
@@ -205,6 +246,8 @@ def run_rounds(
         if done == len(picks):
             return
         score = (nearest if margin is None else nearest + margin) * remaining
+        if bonus is not None:
+            score = torch.where(remaining < 0, score, score + bonus)
         tied = score >= score.max() * TIED
         ranked = score.masked_fill(tied, torch.inf).sort(descending=True, stable=True).indices
         candidates, others = ranked[:CANDIDATES].sort().values, ranked[CANDIDATES:]
@@ -215,9 +258,11 @@ def run_rounds(
         limit = min(len(candidates), len(picks) - done)
         steps_taken = torch.full((1,), limit, dtype=torch.int32, device=device)
         local = torch.zeros(limit, dtype=torch.int64, device=device)
+        extra = None if bonus is None else bonus[candidates]
         greedy(
             rows.part(candidates), [0, len(candidates)], table([0, limit], device),
-            torch.searchsorted(candidates, ranked[:1]), remaining[candidates], margin, local,
+            First(torch.searchsorted(candidates, ranked[:1])),
+            Factors(remaining[candidates], margin, extra), local,
             (nearest[candidates], *bars, steps_taken),
         )  # fmt: skip
         new = candidates[local[: int(steps_taken)]]
@@ -227,16 +272,15 @@ def greedy(
     rows: Rows,
     bounds: list[int],
     first_pick: Tensor,
-    start: Tensor | None,
-    weights: Tensor | None,
-    margin: Tensor | None,
+    first: First,
+    factors: Factors,
     picks: Tensor,
     resume: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """Compute all distances of spans that begin at rows `bounds`, then take all steps.
 
-    The last of the bounds is the end of the last span. `start` is None for the rows whose nearest
-    other row is farthest. `resume` holds the last four tensors of
+    The last of the bounds is the end of the last span. Without first choices they are the rows
+    whose nearest other row is farthest. `resume` holds the last four tensors of
     :func:`greedy_kernel` for a round, and is None otherwise.
     """
     lengths, device = [end - begin for begin, end in itertools.pairwise(bounds)], picks.device
@@ -244,6 +288,7 @@ def greedy(
     gram = torch.empty(sum(squares), dtype=torch.float32, device=device)
     first_row, first_gram = table(bounds, device), table(starts(squares), device, torch.int64)
     rows.pairs(first_row, first_gram, gram, max(lengths))
+    start, given = first
     if start is None:
         nearest = torch.empty(bounds[-1], dtype=torch.float32, device=device)
         isolated_kernel[(max(lengths), len(lengths))](
@@ -251,11 +296,12 @@ def greedy(
         )
         start = first_choice(nearest[bounds[0] :], lengths)
     wide = padded(max(lengths))
+    weights, margin, bonus = factors
     greedy_kernel[(len(lengths),)](
         gram, first_row, first_gram, first_pick, start, weights, picks,
-        margin, *(resume or (None,) * 4), WEIGHTED=weights is not None,
-        MARGIN=margin is not None, ROUND=resume is not None, BLOCK=wide, TIED=TIED,
-        num_warps=greedy_warps(wide),
+        margin, bonus, given, *(resume or (None,) * 4), WEIGHTED=weights is not None,
+        MARGIN=margin is not None, BONUS=bonus is not None, GIVEN=given is not None,
+        ROUND=resume is not None, BLOCK=wide, TIED=TIED, num_warps=greedy_warps(wide),
     )  # fmt: skip
 
 

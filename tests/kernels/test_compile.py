@@ -36,6 +36,7 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     ),
     "mean_distance": lambda x: kernels.mean_distance(x.view(12, 8), spans=[5, 7]),
     "dpp_select": lambda x: kernels.dpp_select(x.view(12, 8), 2, x[:12].abs() + 0.1, spans=6),
+    "facility_select": lambda x: kernels.facility_select(x.view(12, 8), 2, x[:12].abs(), spans=6),
     "topk_of_spans": lambda x: kernels.topk_stable(x, [2, 5], spans=[40, 56]),
     "topk_stable": lambda x: kernels.topk_stable(x.view(2, 48), 5),
 }

@@ -13,12 +13,17 @@ from torch import Tensor
 ordered_choices = functools.partial(maxmin_select, ordered=True)
 
 
-def by_hand(x: Tensor, weights: Tensor, k: int, start: int, margin: float = 0.0) -> list[int]:
+def by_hand(
+    x: Tensor, weights: Tensor, k: int, start: list[int], margin: float = 0.0,
+    bonus: list[float] | None = None,
+) -> list[int]:  # fmt: skip
     """Apply the rule in plain loops; ties go to the lower row."""
-    distance, weights, order = distances(x).tolist(), weights.tolist(), [start]
+    distance, weights, order = distances(x).tolist(), weights.tolist(), [*start]
+    more = [0.0] * len(x) if bonus is None else bonus
     while len(order) < k:
         remaining = [i for i in range(len(x)) if i not in order]
-        score = {i: weights[i] * (margin + min(distance[i][j] for j in order)) for i in remaining}
+        near = {i: margin + min(distance[i][j] for j in order) for i in remaining}
+        score = {i: weights[i] * near[i] + more[i] for i in remaining}
         order.append(max(remaining, key=score.__getitem__))
     return order
 
@@ -65,6 +70,38 @@ def test_greedy(
 
 
 @pytest.mark.parametrize("rounds", [False, True], ids=["at once", "in rounds"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bonuses_and_several_first_choices(
+    place: torch.device, weighted: bool, rounds: bool, request: pytest.FixtureRequest
+) -> None:
+    """Spans with as many first choices as stand in `given`; what stands behind is not read."""
+    if rounds:
+        request.getfixturevalue("short_rounds")
+    lengths, counts, given = [100, 30, 100, 7, 100], [40, 12, 40, 0, 40], [9, 1, 40, 0, 1]
+    x, bonus = torch.randn(sum(lengths), 20), torch.rand(sum(lengths))
+    weights = torch.rand(len(x)) if weighted else None
+    starts = [torch.randperm(n)[:k] for n, k in zip(lengths, counts, strict=True)]
+    entries = [
+        torch.cat([s[:g], torch.full((k - g,), 10**9)])
+        for s, g, k in zip(starts, given, counts, strict=True)
+    ]
+    how = {"spans": lengths, "bonus": bonus.to(place)}
+    if weights is not None:
+        how["weights"] = weights.to(place)
+    several = {"start": torch.cat(entries).to(place), "given": torch.tensor(given, device=place)}
+    for options in (several, {}):
+        got, first = ordered_choices(x.to(place), counts, **how, **options).cpu(), 0
+        for picks, n, s, g in zip(got.split(counts), lengths, starts, given, strict=True):
+            own = slice(first, first + n)
+            w = torch.ones(n) if weights is None else weights[own]
+            if len(picks):
+                begin = s[:g].tolist() if options else [int(bonus[own].argmax())]
+                want = by_hand(x[own], w, len(picks), begin, bonus=bonus[own].tolist())
+                assert (picks - first).tolist() == want
+            first += n
+
+
+@pytest.mark.parametrize("rounds", [False, True], ids=["at once", "in rounds"])
 @pytest.mark.parametrize("k", [90, 100])
 @pytest.mark.parametrize("margin", [0.0, 0.25])
 def test_ties_everywhere(
@@ -77,7 +114,7 @@ def test_ties_everywhere(
     weights = 0.5 ** torch.randint(4, (100,)).float()
     margins = torch.tensor([margin], device=place)
     got = ordered_choices(x.to(place), k, weights.to(place), margin=margins)
-    assert got.tolist() == by_hand(x, weights, k, int(weights.argmax()), margin)
+    assert got.tolist() == by_hand(x, weights, k, [int(weights.argmax())], margin)
 
 
 @pytest.mark.parametrize("rounds", [False, True], ids=["at once", "in rounds"])
@@ -170,11 +207,17 @@ def test_identical_rows_have_no_direction(place: torch.device) -> None:
         ({"k": [2, 2]}, "2 values of k for 1 spans"),
         ({"spans": 3}, "spans"),
         ({"weights": torch.ones(9)}, "weights must be"),
-        ({"weights": -torch.ones(10)}, "weights and margins must be finite and at least 0"),
+        (
+            {"weights": -torch.ones(10)},
+            "weights, margins and bonuses must be",
+        ),
         ({"weights": torch.full((10,), math.nan)}, "at least 0"),
-        ({"margin": torch.tensor([-0.1])}, "margins must be finite and at least 0"),
-        ({"margin": torch.tensor([math.inf])}, "margins must be finite and at least 0"),
-        ({"margin": torch.tensor([-0.1]), "weights": torch.ones(10)}, "margins must be finite"),
+        ({"margin": torch.tensor([-0.1])}, "margins and bonuses must be finite"),
+        ({"margin": torch.tensor([math.inf])}, "margins and bonuses must be finite"),
+        (
+            {"margin": torch.tensor([-0.1]), "weights": torch.ones(10)},
+            "margins and bonuses must be finite",
+        ),
         ({"margin": torch.zeros(2)}, r"margin must be \(1,\)"),
         ({"margin": torch.zeros(1, device="meta")}, "one device"),
         ({"metric": "l1"}, "metric='l1' is not known; allowed: cosine, rms"),
@@ -182,6 +225,13 @@ def test_identical_rows_have_no_direction(place: torch.device) -> None:
         ({"start": torch.tensor([10])}, "inside its span"),
         ({"start": torch.tensor([0, 1])}, "start must be"),
         ({"start": torch.tensor([0.0])}, "int32 or int64"),
+        ({"bonus": torch.ones(9)}, r"bonus must be \(10,\)"),
+        ({"bonus": -torch.ones(10)}, "bonuses must be finite and at least 0"),
+        ({"given": torch.tensor([2])}, "with `start`"),
+        ({"given": torch.tensor([2]), "start": torch.tensor([0])}, r"start must be \(3,\)"),
+        ({"given": torch.tensor([0]), "start": torch.arange(3)}, "given must be from 1 to k"),
+        ({"given": torch.tensor([4]), "start": torch.arange(3)}, "given must be from 1 to k"),
+        ({"given": torch.tensor([2]), "start": torch.tensor([0, 10, 0])}, "inside its span"),
         ({"x": torch.full((10, 4), math.nan)}, "NaN or infinite"),
         ({"x": torch.full((10, 4), math.inf)}, "NaN or infinite"),
         ({"weights": torch.ones(10, device="meta")}, "one device"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 from tokencomp.errors import RatioError
 
@@ -58,3 +59,35 @@ def split_evenly(total: int, counts: list[int]) -> list[int]:
     everything = max(sum(counts), 1)
     ends = [total * c // everything for c in itertools.accumulate(counts, initial=0)]
     return [b - a for a, b in itertools.pairwise(ends)]
+
+
+def frame_budgets(
+    weights: Sequence[float], total: int, most: Sequence[int], least: int = 0
+) -> list[int]:
+    """Split `total` tokens over frames in proportion to `weights`: whole numbers of that sum.
+
+    Every frame gets `least`, where the total allows it, and its share of the rest. Shares are
+    rounded down, and what is left over goes to the largest remainders, one token each; ties go to
+    the lower frame. What a full frame cannot take, the others get in the same order.
+
+    Parameters
+    ----------
+    weights
+        At least 0; of frames that all have 0, each has the same share.
+    most
+        Tokens of every frame; `total` is at most their sum.
+    """
+    assert total <= sum(most), "more tokens than all frames hold"
+    base = [min(least, n) for n in most]
+    if sum(base) > total:
+        base = [0] * len(base)
+    everything, rest = sum(weights), total - sum(base)
+    if everything <= 0:
+        weights, everything = [1.0] * len(base), float(len(base))
+    shares = [b + w / everything * rest for b, w in zip(base, weights, strict=True)]
+    budgets = [min(n, int(share)) for n, share in zip(most, shares, strict=True)]
+    order = sorted(range(len(shares)), key=lambda i: (round(int(shares[i]) - shares[i], 9), i))
+    while (missing := total - sum(budgets)) > 0:
+        for i in [i for i in order if budgets[i] < most[i]][:missing]:
+            budgets[i] += 1
+    return budgets

@@ -77,17 +77,6 @@ def replace_patches(tokens: VisualTokens, rows: Tensor, x: Tensor, sizes: Tensor
     return Reduction(keep, merged, torch.cat([ones, sizes])[order])
 
 
-def round_to_sum(shares: list[float], total: int, most: int) -> list[int]:
-    """Round `shares` to whole numbers in 0 … `most` that sum to `total`, by largest remainders."""
-    rounded = [min(most, int(v)) for v in shares]
-    order = sorted(range(len(rounded)), key=lambda i: (int(shares[i]) - shares[i], i))
-    while (missing := total - sum(rounded)) > 0:
-        below_most = [i for i in order if rounded[i] < most]
-        for i in below_most[:missing]:
-            rounded[i] += 1
-    return rounded
-
-
 def top_k(scores: Tensor, special: Tensor, keep: int) -> Tensor:
     """Rows of the `keep` best-scored tokens, all special ones among them, ascending.
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.errors import OptionError
+from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers._batch import Patches, by_group
-from tokencomp.reducers._rows import feature_norms, finite_features, round_to_sum
+from tokencomp.reducers._rows import feature_norms, finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
@@ -78,7 +79,7 @@ class VidCom2(Reducer):
             logits = -own / self.temperature
             share = np.exp(logits - logits.max())
             share /= share.sum()
-            quota += round_to_sum((budget / t * (1 + share - 1 / t)).tolist(), budget, h * w)
+            quota += frame_budgets((1 + share - 1 / t).tolist(), budget, [h * w] * t)
             first += t * h * w
         return patches.kept(topk_stable(-values[:, 0], quota, spans=frames))
 
