@@ -1,7 +1,7 @@
 # Shortcuts; every target is a command that also works alone.
 PYTHON ?= python
 
-.PHONY: style test bench docs
+.PHONY: style test bench docs release
 
 style:  ## lint, format check, types
 	$(PYTHON) -m ruff check .
@@ -28,3 +28,13 @@ docs:  ## rebuild every page and picture from the stored results
 	$(PYTHON) -m benchmarks.gpu.recompute
 	$(PYTHON) -m benchmarks.kernels.roofline
 	$(PYTHON) -m benchmarks.picture
+
+release:  ## build both wheels and the sdists into dist/, check them, run the demo of a fresh environment
+	rm -rf dist build zoo/build
+	$(PYTHON) -m build --outdir dist .
+	$(PYTHON) -m build --outdir dist zoo
+	$(PYTHON) -m twine check --strict dist/*
+	$(PYTHON) -m venv dist/fresh
+	dist/fresh/bin/pip install -q "$$(echo dist/tokencomp-*.whl)[cli]" dist/tokencomp_zoo-*.whl
+	cd dist && HF_HUB_OFFLINE=1 fresh/bin/tokencomp demo
+	rm -rf dist/fresh dist/tokencomp-demo* build zoo/build

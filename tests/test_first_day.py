@@ -19,7 +19,7 @@ from support.embedded import folder, loaded
 from support.family.base import Family
 
 import tokencomp
-from tokencomp.errors import MediaError, OptionError, UnsupportedModelError, install
+from tokencomp.errors import MediaError, OptionError, UnsupportedModelError
 from tokencomp.inputs.media import is_video, load_media
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.reducers.registry import ARGUMENTS
@@ -131,16 +131,6 @@ def test_the_lines_about_a_video_run_as_they_stand(loaded, tmp_path, monkeypatch
     with tokencomp.patch(loaded[0], 0.5) as handle:
         loaded[0].generate(**known["inputs"], max_new_tokens=2)
         assert handle.stats.ratio == pytest.approx(0.5, abs=0.05)
-
-
-def test_extras_are_installed_from_a_checkout():
-    """tokencomp is on no package index, so no message names it as if it were."""
-    package = Path(tokencomp.__file__).parent
-    for file in package.rglob("*.py"):
-        assert "tokencomp[" not in re.sub(r"tokencomp\[\w+\]\W*=", "", file.read_text()), file
-    project = (package.parent / "pyproject.toml").read_text()
-    for extra in ("serve", "vllm", "train", "eval"):
-        assert f"'.[{extra}]'" in install(extra) and re.search(rf"^{extra} = \[", project, re.M)
 
 
 def test_every_family_of_the_tests_is_listed_in_a_suite():

@@ -1,24 +1,47 @@
-"""What the wheel holds: every package, all data files, and nothing that only a checkout needs."""
+"""What the wheels hold, what they need, and what is said when an optional package is missing."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.console import run
+
+from tokencomp.cli import one_message
+from tokencomp.errors import EXTRAS, INSTALL, MissingDependencyError, install
+from tokencomp.inputs import packaged
+from tokencomp.inputs.media import load_media
 
 ROOT = Path(__file__).parents[1]
+ZOO = ROOT / "zoo" / "tokencomp_zoo"
+TOML = pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is new in Python 3.11")
+IMPORTED = {"pillow": "PIL"}  # distributions whose module has another name
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is new in Python 3.11")
-def test_every_package_is_listed() -> None:
+def project(folder: Path = ROOT) -> dict[str, Any]:
     import tomllib
 
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    return tomllib.loads((folder / "pyproject.toml").read_text())
+
+
+def modules_of(requirements: list[str]) -> set[str]:
+    """Names under which the packages of a list of requirements are imported."""
+    names = {re.split(r"[^\w-]", requirement)[0].lower() for requirement in requirements}
+    return {IMPORTED.get(name, name.replace("-", "_")) for name in names}
+
+
+@TOML
+def test_every_package_is_listed() -> None:
+    listed = project()["tool"]["setuptools"]["packages"]
     found = set()
     for folder, name in (
         (ROOT / "tokencomp", "tokencomp"),
@@ -43,32 +66,139 @@ def test_a_checkout_in_the_working_directory_has_its_kernels() -> None:
     assert Path(process.stdout.strip()) == ROOT / "kernels" / "__init__.py"
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is new in Python 3.11")
+# -- what it needs ------------------------------------------------------------------------------
+
+
+@TOML
+def test_every_import_is_a_dependency() -> None:
+    """Of the core, or of an extra; `EXTRAS` knows the extra of what commands and media need."""
+    described = project()["project"]
+    extras = described["optional-dependencies"]
+    for module, extra in EXTRAS.items():
+        assert module in modules_of(extras[extra]) | {"markupsafe"}, module  # jinja2 brings it
+    known = modules_of(described["dependencies"]) | set(EXTRAS) | {"tokencomp", "tokencomp_zoo"}
+    known |= modules_of([r for requirements in extras.values() for r in requirements])
+    for part in ("tokencomp", "kernels"):
+        for path in (ROOT / part).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+                beyond = tops - known - THEIRS
+                assert not beyond, f"{path} imports {sorted(beyond)}"
+
+
+THEIRS = {"sglang", "huggingface_hub", "packaging", "starlette", "anyio", "h11", "loguru"}
+"""What other packages bring that these modules run in or import first."""
+
+
+@TOML
+def test_patch_runs_with_the_core_alone() -> None:
+    """One prompt of an image, as tensors, in a process that lacks all of `EXTRAS`."""
+    dependencies = modules_of(project()["project"]["dependencies"])
+    assert dependencies == {"torch", "transformers", "safetensors", "numpy"}
+    brought = {"tqdm", "jinja2", "markupsafe", "typer", "rich"}  # by torch and transformers
+    code = f"""
+import sys
+for name in {sorted(set(EXTRAS) - brought)}:
+    sys.modules[name] = None
+import torch, tokencomp
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained({str(ZOO / "models" / "tiny-qwen2-vl")!r})
+vision, config = model.config.vision_config, model.config
+pixels = torch.randn(64, 3 * vision.temporal_patch_size * vision.patch_size**2)
+ids = [config.vision_start_token_id, *[config.image_token_id] * 16, config.vision_end_token_id, 5]
+ids = torch.tensor([ids])
+kinds = (ids == config.image_token_id).int()
+inputs = dict(input_ids=ids, pixel_values=pixels, image_grid_thw=torch.tensor([[1, 8, 8]]))
+with tokencomp.patch(model, ratio=0.75) as handle:
+    model.generate(**inputs, mm_token_type_ids=kinds, max_new_tokens=2)
+    print(handle.stats)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("16 → 4 visual tokens"), done.stderr
+
+
+def test_the_command_line_names_its_extra(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "tokencomp.cli._app", raising=False)
+    assert run("--version") == 2
+    assert f"this needs typer, which is not installed: {install('cli')}." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_a_package_that_a_command_lacks(name: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit), one_message():
+        importlib.import_module(f"{name}.part")
+    said = f"this needs {name}, which is not installed: {install(EXTRAS[name])}."
+    assert said in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError), one_message():  # nothing to advise
+        importlib.import_module("no_such_package")
+
+
+def test_media_name_their_extra(monkeypatch: Any) -> None:
+    for name in ("av", "decord"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependencyError, match=re.escape(install("media"))):
+        load_media(ZOO / "samples" / "test-needle-00001.mp4")
+    code = "import sys; sys.modules['PIL'] = None; import tokencomp.inputs.media"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert install("media") in done.stderr.splitlines()[-1]
+
+
+def test_one_place_says_how_to_install() -> None:
+    """tokencomp is on no package index, so no message names it as if it were."""
+    for file in (ROOT / "tokencomp").rglob("*.py"):
+        code = re.sub(r"tokencomp\[\w+\]\W*=", "", file.read_text(encoding="utf-8"))
+        assert "tokencomp[" not in code, file
+        if file.name != "errors.py":
+            assert not re.search(r"pip install .*(\.\[|\./|tokencomp)", code), file
+    text = (ROOT / "pyproject.toml").read_text()
+    for extra in {"serve", "vllm", "train", "eval", *EXTRAS.values()}:
+        assert f"'.[{extra}]'" in install(extra) and re.search(rf"^{extra} = \[", text, re.M)
+
+
+# -- the embedded models --------------------------------------------------------------------------
+
+
+@TOML
 def test_model_folders_are_package_data_and_small() -> None:
-    """The globs reach every file, also in the nested folders of VILA, and all stay below 25 MB."""
-    import tomllib
-
-    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    shipped: set[Path] = set()
-    for package, globs in tool["package-data"].items():
-        folder = ROOT.joinpath(*package.split("."))
-        shipped |= {path for glob in globs for path in folder.glob(glob) if path.is_file()}
-    zoo = ROOT / "tokencomp" / "zoo"
-    kept = {path for part in ("models", "samples") for path in (zoo / part).rglob("*")}
+    """The globs reach every file, also in the nested folders of VILA, and all stay below 40 MB."""
+    tool = project(ROOT / "zoo")["tool"]["setuptools"]
+    shipped = {p for glob in tool["package-data"]["tokencomp_zoo"] for p in ZOO.glob(glob)}
+    kept = {path for part in ("models", "samples") for path in (ZOO / part).rglob("*")}
     assert {path for path in kept if path.is_file()} <= shipped
-    assert tool["include-package-data"] is False  # else pip warns that folders are no packages
-    assert 5e6 < sum(path.stat().st_size for path in shipped) <= 40e6
+    assert 5e6 < sum(path.stat().st_size for path in shipped if path.is_file()) <= 40e6
+    for folder in (ROOT, ROOT / "zoo"):  # else pip warns that folders are no packages
+        assert project(folder)["tool"]["setuptools"]["include-package-data"] is False
+    assert (ROOT / "zoo" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
 
-def test_the_zoo_is_models_samples_and_what_loads_them() -> None:
-    """What trains the models stands in `recipes/`."""
-    zoo = ROOT / "tokencomp" / "zoo"
-    assert [path.relative_to(zoo).as_posix() for path in zoo.rglob("*.py")] == ["__init__.py"]
-    weights = {path.stem for path in zoo.rglob("*.safetensors")}
+def test_the_zoo_is_models_and_samples() -> None:
+    """What loads them is `tokencomp.zoo`, and what trains the models stands in `recipes/`."""
+    assert [path.relative_to(ZOO).as_posix() for path in ZOO.rglob("*.py")] == ["__init__.py"]
+    weights = {path.stem for path in ZOO.rglob("*.safetensors")}
     assert weights == {"model", "ccam", "selector"}
-    asked = {row["media"] for row in json.loads((zoo / "samples" / "questions.json").read_text())}
-    assert {path.name for path in (zoo / "samples").iterdir()} == {*asked, "questions.json"}
+    asked = {row["media"] for row in json.loads((ZOO / "samples" / "questions.json").read_text())}
+    assert {path.name for path in (ZOO / "samples").iterdir()} == {*asked, "questions.json"}
 
+
+def test_without_the_zoo_its_models_say_how_to_install_it(
+    monkeypatch: Any, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr(packaged, "CHECKOUT", tmp_path / "none")
+    monkeypatch.setattr(sys, "path", [])
+    assert packaged.available_models() == []
+    assert packaged.resolve("some/model") == "some/model"
+    for call in (packaged.resolve, packaged.model_path):
+        with pytest.raises(MissingDependencyError, match=re.escape(INSTALL["zoo"])):
+            call("tiny-qwen2-vl")
+    assert run("demo", "-o", tmp_path / "demo.html") == 2
+    assert INSTALL["zoo"] in capsys.readouterr().err
+
+
+# -- wheels ---------------------------------------------------------------------------------------
 
 USE = """
 import importlib.util, json
@@ -83,25 +213,29 @@ row = json.loads((zoo.SAMPLES / "questions.json").read_text())[0]
 inputs = build_inputs(processor, [[load_media(zoo.SAMPLES / row["media"])]], [row["question"]])
 with tokencomp.patch(model, ratio=0.5):
     (answer,) = generate(model, processor, inputs, 8)
-print(json.dumps([tokencomp.__file__, answer == row["answer"]]))
+print(json.dumps([tokencomp.__file__, str(zoo.SAMPLES), answer == row["answer"]]))
 """
 
 
 @pytest.mark.long
-def test_a_wheel_alone_answers_a_sample(tmp_path: Path) -> None:
+def test_two_wheels_answer_a_sample(tmp_path: Path) -> None:
     """Built from the committed files, unpacked, and used where no checkout can be imported."""
     source, site = tmp_path / "source", tmp_path / "site"
     copy = ["git", "-C", str(ROOT), "checkout-index", "--all", f"--prefix={source}/"]
     subprocess.run(copy, check=True)
-    build = f"from setuptools.build_meta import build_wheel as b; print(b({str(tmp_path)!r}))"
-    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
+    for folder in (source, source / "zoo"):
+        build = f"from setuptools.build_meta import build_wheel as b; print(b({str(tmp_path)!r}))"
+        command = [sys.executable, "-c", build]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    library, models = sorted(tmp_path.glob("*.whl"))
+    assert library.stat().st_size < 2e6 < models.stat().st_size
+    for wheel in (library, models):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
     tops = {path.name.partition("-")[0] for path in site.iterdir()}
-    assert tops == {"tokencomp"}
+    assert tops == {"tokencomp", "tokencomp_zoo"}
     env = {**os.environ, "PYTHONPATH": str(site)}
     command = [sys.executable, "-c", USE]
     out = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-    place, right = json.loads(out.stdout.splitlines()[-1])
-    assert Path(place).is_relative_to(site) and right
+    *places, right = json.loads(out.stdout.splitlines()[-1])
+    assert all(Path(place).is_relative_to(site) for place in places) and right

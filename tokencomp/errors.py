@@ -118,9 +118,40 @@ class MissingDependencyError(TokenCompError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
 
+INSTALL = {
+    "extra": "pip install '.[{}]' in a checkout of tokencomp",
+    "zoo": "pip install ./zoo in a checkout of tokencomp",
+}
+"""How parts of this project are installed while it is on no package index; a release changes it."""
+
+EXTRAS = {
+    "PIL": "media",
+    "torchvision": "media",
+    "av": "media",
+    "decord": "media",
+    "typer": "cli",
+    "rich": "cli",
+    "tqdm": "cli",
+    "jinja2": "cli",
+    "markupsafe": "cli",
+    "matplotlib": "cli",
+}
+"""The extra that brings an optional package, by the name under which it is imported."""
+
+
 def install(extra: str) -> str:
-    """The command that installs an extra: tokencomp is on no package index."""
-    return f"pip install '.[{extra}]' in a checkout of tokencomp"
+    """The command that installs an extra."""
+    return INSTALL["extra"].format(extra)
+
+
+def missing_package(error: ModuleNotFoundError) -> MissingDependencyError | None:
+    """The typed error for an optional package that is not installed; None for other modules."""
+    name = (error.name or "").partition(".")[0]
+    if name not in EXTRAS:
+        return None
+    return MissingDependencyError(
+        f"this needs {name}, which is not installed: {install(EXTRAS[name])}."
+    )
 
 
 def copy_error(model_name: str) -> CopyError:

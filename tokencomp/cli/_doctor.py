@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import platform
 from typing import Any
 
 from tokencomp.cli._finding import Finding
@@ -135,8 +134,9 @@ def _video() -> Finding:
     readers = video_readers()
     if readers:
         return Finding("video files", True, f"read with {', then '.join(readers)}")
-    fix = "pip install av" + (" decord" if platform.machine() == "x86_64" else "")
-    return Finding("video files", False, f"neither decord nor PyAV is installed: {fix}")
+    return Finding(
+        "video files", False, f"neither decord nor PyAV is installed: {install('media')}"
+    )
 
 
 def _optional(extra: str, module: str, what: str) -> Finding:

@@ -86,14 +86,15 @@ def _picture_ratio(settings: list[Any]) -> float:
 
 def _needs_files(model: str, media: list[Any]) -> None:
     from tokencomp.errors import OptionError
-    from tokencomp.inputs.packaged import available_models
+    from tokencomp.inputs.packaged import available_models, resolve
 
+    resolve(model)
     known = available_models()
     if not media and Path(model).name not in known and not (Path(model) / "config.json").exists():
         raise OptionError(
             f"model {model!r} was not trained on ShapesQA: give it something to look at with "
             f"--image FILE or --video FILE, and --question. Embedded models need no files: "
-            f"{', '.join(known) or 'none is packaged'}."
+            f"{', '.join(known) or 'none is installed'}."
         )
 
 

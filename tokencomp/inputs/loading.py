@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tokencomp.errors import OptionError, UnsupportedModelError
+from tokencomp.errors import OptionError, UnsupportedModelError, missing_package
 from tokencomp.inputs.packaged import DEFAULT_MODEL, available_models, resolve
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -84,7 +84,7 @@ def load_model(
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModelError(
             f"{name!r} cannot be loaded as an image-text model: {_first_line(error)} "
-            f"Give an embedded model ({', '.join(available_models()) or 'none packaged'}), a "
+            f"Give an embedded model ({', '.join(available_models()) or 'none is installed'}), a "
             "folder in the Hugging Face layout, or the id of a hub model that can be reached."
         ) from error
     adapter_for(model)
@@ -102,7 +102,17 @@ def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> 
         Default float32.
     **options
         Passed to `from_pretrained` of the model.
+
+    Raises
+    ------
+    MissingDependencyError
+        Pillow or torchvision, which processors need, is not installed.
     """
+    try:
+        import PIL  # noqa: F401
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise missing_package(error) or error from None
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     from tokencomp.models import register_auto_classes

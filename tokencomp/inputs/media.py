@@ -6,9 +6,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tokencomp.errors import MediaError, MissingDependencyError
+from tokencomp.errors import MediaError, MissingDependencyError, install
+
+try:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+except ModuleNotFoundError:
+    raise MissingDependencyError(f"reading images needs Pillow: {install('media')}.") from None
+
 from tokencomp.inputs.video import Video
 
 VIDEO_SUFFIXES = frozenset(
@@ -158,8 +163,7 @@ def _first_that_works(path: Path, frames: int, readers: Iterable[tuple[str, Read
         failures.append(f"{name}: no frames")
     if not failures:
         raise MissingDependencyError(
-            f"{path}: reading a video needs one of {', '.join(missing)}. "
-            "Run `pip install av` (or decord)."
+            f"{path}: reading a video needs one of {', '.join(missing)}. Run {install('media')}."
         )
     raise MediaError(
         f"{path}: no frame of this video can be decoded ({'; '.join(failures)}). "

@@ -1,41 +1,69 @@
-"""Names and folders of the models that ship with the package."""
+"""Names and folders of the embedded models, which are a distribution of their own."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
-from tokencomp.errors import unknown_name
+from tokencomp.errors import INSTALL, MissingDependencyError, unknown_name
 
 DEFAULT_MODEL = "tiny-qwen3-vl"
-MODELS = Path(__file__).parents[1] / "zoo" / "models"
+CHECKOUT = Path(__file__).parents[2] / "zoo" / "tokencomp_zoo"
 
 
-def available_models() -> list[str]:
-    """Names of the packaged models."""
-    return sorted(config.parent.name for config in MODELS.glob("*/config.json"))
+def zoo_folder() -> Path | None:
+    """Folder of the package `tokencomp_zoo`: beside this one in a checkout, else as installed."""
+    if CHECKOUT.is_dir():
+        return CHECKOUT
+    spec = importlib.util.find_spec("tokencomp_zoo")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
-def model_path(name: str) -> Path:
-    """Folder of a packaged model.
+def zoo_part(name: str) -> Path:
+    """The folder "models" or "samples".
 
     Raises
     ------
-    UnknownNameError
-        No model of that name is packaged; the message names close matches.
+    MissingDependencyError
+        The package is not installed; the message says how to install it.
     """
+    folder = zoo_folder()
+    if folder is None:
+        raise MissingDependencyError(f"the embedded models are not installed: {INSTALL['zoo']}.")
+    return folder / name
+
+
+def available_models() -> list[str]:
+    """Names of the embedded models; none if their package is not installed."""
+    folder = zoo_folder()
+    configs = () if folder is None else folder.glob("models/*/config.json")
+    return sorted(config.parent.name for config in configs)
+
+
+def model_path(name: str) -> Path:
+    """Folder of an embedded model.
+
+    Raises
+    ------
+    MissingDependencyError
+        The embedded models are not installed.
+    UnknownNameError
+        There is no embedded model of that name; the message names close matches.
+    """
+    models = zoo_part("models")
     if name not in available_models():
         raise unknown_name("embedded model", name, available_models())
-    return MODELS / name
+    return models / name
 
 
 def resolve(name_or_path: str | Path) -> str:
-    """A packaged model's folder for its name; anything else (path, hub id) unchanged.
+    """An embedded model's folder for its name; anything else (path, hub id) unchanged.
 
-    A bare name that looks like a packaged model but is none raises instead of going to the hub.
+    A bare name that looks like an embedded model but is none raises instead of going to the hub.
     """
     name = str(name_or_path)
     if name in available_models():
-        return str(MODELS / name)
+        return str(model_path(name))
     if name.startswith("tiny-") and "/" not in name and not Path(name).exists():
         model_path(name)
     return name

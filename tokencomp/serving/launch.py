@@ -247,7 +247,7 @@ def run_hf(
         from tokencomp.serving.hf.engine import Engine
         from tokencomp.serving.hf.metrics import Metrics
         from tokencomp.serving.hf.server import log_start, server
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MissingDependencyError(f"serving needs {error.name}: {install('serve')}.") from None
     from tokencomp.inputs.loading import load_model
 

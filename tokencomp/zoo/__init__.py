@@ -1,26 +1,33 @@
-"""Tiny multimodal models that ship with the package; `recipes/tiny` in a checkout trains them.
+"""Tiny multimodal models of the package `tokencomp_zoo`; `recipes/tiny` in a checkout trains them.
 
-The models are stock Hugging Face folders: `AutoModelForImageTextToText.from_pretrained` loads them
-without tokencomp. They exist so that accuracy under compression can be measured on any machine.
+Without that package the import raises a `MissingDependencyError`. The models are stock Hugging Face
+folders: `AutoModelForImageTextToText.from_pretrained` loads them without tokencomp. They exist so
+that accuracy under compression can be measured on any machine.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokencomp.inputs.packaged import DEFAULT_MODEL, available_models, model_path, resolve
+from tokencomp.inputs.packaged import (
+    DEFAULT_MODEL,
+    available_models,
+    model_path,
+    resolve,
+    zoo_part,
+)
 
 if TYPE_CHECKING:
     import torch
 
-SAMPLES = Path(__file__).parent / "samples"
+SAMPLES = zoo_part("samples")
+"""Folder of a few images and videos, and of `questions.json`, which asks about them."""
 
 __all__ = ["SAMPLES", "available_models", "load", "metrics", "model_path", "resolve"]
 
 
 def load(name: str = DEFAULT_MODEL, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """Load a packaged model and its processor with the stock auto classes.
+    """Load an embedded model and its processor with the stock auto classes.
 
     Parameters
     ----------
