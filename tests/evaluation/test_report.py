@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -67,6 +68,25 @@ def test_page_is_one_file_and_says_what_failed(runs, tmp_path):
     assert content.count("<svg") == 2 and not re.search(r'(src|href)="(?!data:|#)', content)
     assert "no frame of this video" in content and "+1 failed" in content
     assert 'name="viewport"' in content
+
+
+def test_the_table_is_a_file_for_programs_and_papers(runs, tmp_path, capsys):
+    page, files = tmp_path / "r.html", (tmp_path / "t.csv", tmp_path / "t.tex")
+    for file in files:
+        assert run("report", runs, "-o", page, "--table", file) == 0
+    with files[0].open() as file:
+        full, random, aim = csv.DictReader(file)
+    assert [float(row["accuracy"]) for row in (full, random, aim)] == [5 / 6, 2 / 6, 5 / 6]
+    assert (full["retention"], aim["failed"], float(random["retention"])) == ("", "1", 2 / 5)
+    assert float(aim["against_random"]) == pytest.approx(3 / 6)
+    low, high = float(aim["retention_low"]), float(aim["retention_high"])
+    assert low < 1 < high
+    tabular = files[1].read_text().splitlines()
+    assert tabular[0] == r"\begin{tabular}{lrrrrr}" and tabular[-1] == r"\end{tabular}"
+    assert tabular[6].startswith(rf"aim & 0.5 & 83.3\% & 100.0\% [{100 * low:.1f}\%, ")
+    assert {line.count(" & ") for line in tabular if line.endswith(r"\\")} == {5}
+    assert run("report", runs, "-o", page, "--table", tmp_path / "t.xls") == 2
+    assert ".csv or .tex" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", ["mixed", "no full", "nothing", "unfinished"])

@@ -17,13 +17,19 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML page.")] = Path(
         "tokencomp-report.html"
     ),
+    table_file: Annotated[
+        Path | None, typer.Option("--table", help="Also write the table: a .csv or .tex file.")
+    ] = None,
     as_json: opt.Json = False,
 ) -> None:
     """Retention with paired intervals, McNemar against random, plots and pictures in one file."""
     from tokencomp.evaluation.runs import find_runs
     from tokencomp.pages import report
+    from tokencomp.pages import table_file as files
 
     table = report.lines(find_runs(runs))
+    if table_file is not None:
+        files.write_table(table, table_file)
     report.write(table, output)
     if as_json:
         typer.echo(report.as_json(table))

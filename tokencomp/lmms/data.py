@@ -114,7 +114,7 @@ def write_shapesqa(cache: Path, per_task: int) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / ".lock"):
         if not done.exists():
-            mixed = (one for k in range(per_task) for one in items("test", 1, start=k))
+            mixed = [one for k in range(per_task) for one in items("test", 1, start=k)]
             write_freeform(mixed, root / SHAPESQA_ID)
             write_mvbench(root / "OpenGVLab" / "MVBench", "test", per_task)
             write_mlvu(root / "sy1998" / "MLVU_dev", "test", per_task)

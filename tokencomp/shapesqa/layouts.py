@@ -6,11 +6,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from tokencomp.shapesqa.items import Item, item
 from tokencomp.shapesqa.prompt_forms import mlvu_question
 from tokencomp.shapesqa.render import render_image, write_mp4
 from tokencomp.storage import replace_file, write_lines
+
+T = TypeVar("T")
 
 # ShapesQA family -> (MVBench task, folder in which lmms-eval looks for its videos)
 MVBENCH_TASKS = {
@@ -61,7 +64,7 @@ def record(item: Item, root: Path) -> dict:
 def write_freeform(items: Iterable[Item], root: Path) -> Path:
     """``root/questions.jsonl``, ``root/media/*`` and a card. Returns the path of the JSONL file."""
     root = Path(root)
-    rows = [record(write_media(one, root / "media"), root) for one in items]
+    rows = [record(write_media(one, root / "media"), root) for one in _shown(items, "files")]
     write_lines(root / "questions.jsonl", rows)
     _write_card(root, {"default": "questions.jsonl"}, split="test")
     return root / "questions.jsonl"
@@ -78,7 +81,7 @@ def write_mvbench(root: Path, split: str, per_task: int, **scene) -> Path:
     (root / "json").mkdir(parents=True, exist_ok=True)
     for family, (task, folder) in MVBENCH_TASKS.items():
         rows = []
-        for index in range(per_task):
+        for index in _shown(range(per_task), task):
             one = write_media(item(split, family, index, **scene), root / "video" / folder)
             assert one.media is not None
             rows.append(
@@ -103,7 +106,7 @@ def write_mlvu(root: Path, split: str, per_task: int, **scene) -> Path:
     """
     root = Path(root)
     rows = []
-    for index in range(per_task):
+    for index in _shown(range(per_task), "MLVU"):
         for family, task in MLVU_TASKS.items():
             one = write_media(item(split, family, index, **scene), root / "video" / task)
             assert one.media is not None
@@ -120,6 +123,13 @@ def write_mlvu(root: Path, split: str, per_task: int, **scene) -> Path:
     write_lines(root / "test.jsonl", rows)
     _write_card(root, {"default": "test.jsonl"}, split="test")
     return root
+
+
+def _shown(of: Iterable[T], what: str) -> Iterable[T]:
+    """The same with a progress bar in a terminal."""
+    from tqdm.auto import tqdm
+
+    return tqdm(of, f"rendering {what}", leave=False, disable=None)
 
 
 def _write_card(root: Path, configs: dict[str, str], split: str) -> None:

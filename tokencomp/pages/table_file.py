@@ -1,0 +1,83 @@
+"""The table of a report as a file: CSV for programs, LaTeX for papers."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokencomp.errors import OptionError
+from tokencomp.pages.report import Line
+from tokencomp.storage import replace_file
+
+LATEX = str.maketrans({c: f"\\{c}" for c in "_%&#$"} | {"†": r"$^\dagger$", "→": r"$\to$"})
+
+
+def write_table(table: Sequence[Line], path: Path) -> Path:
+    """Write `table` to a .csv or .tex file.
+
+    Raises
+    ------
+    OptionError
+        The file has another suffix.
+    """
+    makers = {".csv": as_csv, ".tex": as_latex}
+    if path.suffix not in makers:
+        raise OptionError(f"--table {path}: the suffix says what is written: .csv or .tex.")
+    text = makers[path.suffix](table)
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+    return path
+
+
+def as_csv(table: Sequence[Line]) -> str:
+    """One row per setting; fractions, empty where there is no value."""
+    out = io.StringIO()
+    rows = [_row(line) for line in table]
+    writer = csv.DictWriter(out, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _row(line: Line) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "method": line.label,
+        "ratio": line.run.shown_ratio,
+        "achieved_ratio": line.run.mean("ratio"),
+        "items": len(line.run.answered),
+        "failed": len(line.run.records) - len(line.run.answered),
+        "accuracy": line.accuracy,
+        "flops": line.flops,
+        "kv_bytes": line.kv_bytes,
+    }
+    rivals = line.rivals
+    for name, pair in (
+        ("retention", line.retention),
+        ("against_full", rivals.full),
+        ("against_random", rivals.random),
+        ("against_downscale", rivals.downscale),
+    ):
+        for part, end in (("value", ""), ("low", "_low"), ("high", "_high")):
+            row[name + end] = "" if pair is None else getattr(pair, part)
+    return row
+
+
+def as_latex(table: Sequence[Line]) -> str:
+    """A tabular in the style of booktabs; percentages, 95 % intervals in brackets."""
+    rows = [
+        (
+            line.label,
+            str(line.run.shown_ratio),
+            f"{line.accuracy:.1%}",
+            "--" if line.retention is None else str(line.retention),
+            "--" if line.rivals.random is None else str(line.rivals.random),
+            f"{line.flops:.0%}",
+        )
+        for line in table
+    ]
+    head = ("method", "ratio", "accuracy", "accuracy kept", "points over random", "LLM FLOPs")
+    lines = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in (head, *rows)]
+    body = [r"\begin{tabular}{lrrrrr}", r"\toprule", lines[0], r"\midrule", *lines[1:]]
+    return "\n".join([*body, r"\bottomrule", r"\end{tabular}", ""])

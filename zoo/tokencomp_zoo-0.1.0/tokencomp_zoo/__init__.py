@@ -1,0 +1,1 @@
+"""Tiny trained multimodal models and sample media, as data; `tokencomp.zoo` loads them."""
