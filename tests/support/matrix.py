@@ -82,8 +82,15 @@ ROWS = {
     "pool": Row(({}, {"stride": 1.0}, {"group": 3, "stride": 1.5}, {"mode": "bilinear"})),
     "prune": Row(({}, {"score": "last_query", "schedule": "pyramid"}), ties=True),
     "random": Row(({}, {"seed": 7}), blind=True),
-    "selector": Row(({"weights": small_weights("selector", DIM)},)),
+    "scope": Row(({}, {"saliency": "none"}), ties=True),
+    "selector": Row(
+        (
+            {"weights": small_weights("selector", DIM)},
+            {"weights": small_weights("selector", DIM), "pick": "mmr"},
+        )
+    ),
     "uniform": Row(blind=True),
+    "vcast": Row(ties=True),
     "vidcom2": Row(ties=True),
 }
 

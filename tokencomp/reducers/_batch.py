@@ -224,6 +224,13 @@ def spread(values: Tensor, lengths: Sequence[int], owners: Tensor | None = None)
     return values.index_select(0, owners)
 
 
+def min_max(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(v - min) / (max - min + 1e-6) of every run of values (n,) of these lengths, none empty."""
+    low, high = (segment(values, lengths, how) for how in ("min", "max"))
+    low, width = spread(torch.stack([low, high - low + 1e-6], 1), lengths).unbind(1)
+    return (values - low) / width
+
+
 def evenly(n: int, k: int) -> Places:
     """Places floor((i + ½)·n/k) of k of n things."""
     steps = np.arange(k)

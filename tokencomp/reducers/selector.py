@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, WeightsError
-from tokencomp.reducers._batch import Patches, by_group, top_k_of_spans
-from tokencomp.reducers._rows import signal_scores
+from tokencomp.reducers._batch import Patches, by_group, min_max, top_k_of_spans
+from tokencomp.reducers._rows import finite_features, signal_scores, supplied_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
@@ -150,6 +150,11 @@ class Selector(Reducer):
     weights : str or None
         `selector.safetensors`, or the folder that holds it. None: in the
         model's folder or its subfolder `tokencomp`.
+    pick
+        "top": the most important tokens. "mmr": one by one those of the largest
+        I - max cos(x_i, x_j) over the chosen j, I the importance scaled to 0 … 1 in the span. This
+        is the rule of IDPruner (arXiv 2602.13315) with its λ of 0.5; its importance is the raw
+        output of VisionSelector, ours are this network's logits.
 
     Raises
     ------
@@ -158,10 +163,11 @@ class Selector(Reducer):
     """
 
     weights: str | None = None
+    pick: Literal["top", "mmr"] = "top"
 
     entry_only = True
     needs_grid = True
-    summary = "trained on explainability labels, sees layer-0 attention (2506.01097)"
+    summary = "trained on explainability labels (2506.01097), pick=mmr: IDPruner (2602.13315)"
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, PathLike):  # text, so that options are ready for JSON
@@ -178,12 +184,21 @@ class Selector(Reducer):
         path = locate(self.weights, facts, "selector", TRAIN).absolute()
         net, card = load_selector(path)
         check_card(card, facts, path, TRAIN)
-        return BoundSelector(str(path), net)
+        return BoundSelector(str(path), self.pick, net)
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         patches = Patches.of(batch, keeps)
-        row = patches.of_patches(signal_scores(batch, "selector"))
-        return top_k_of_spans(self.importances(patches, row), batch, keeps, patches)
+        if self.pick == "top":
+            row = patches.of_patches(signal_scores(batch, "selector"))
+            return top_k_of_spans(self.importances(patches, row), batch, keeps, patches)
+        from tokencomp.kernels import maxmin_select
+
+        row = patches.of_patches(supplied_scores(batch, "selector"))
+        x = finite_features(patches.features, row)
+        # With λ = 0.5, λ·I - (1-λ)·max cos orders as I + min (1 - cos).
+        importance = min_max(self.importances(patches, row), patches.lengths)
+        how = {"spans": patches.lengths, "bonus": importance}
+        return patches.kept(maxmin_select(x, patches.budgets, **how))
 
     def importances(self, patches: Patches, row: Tensor) -> Tensor:
         """`importance` of the patches of every span, float32, shape (patches,)."""
@@ -216,4 +231,4 @@ class BoundSelector(Selector):
         return super().network(device) if self.net is None else _on(self.net, device)
 
     def options(self) -> dict[str, Any]:
-        return {"weights": self.weights}
+        return {"weights": self.weights, "pick": self.pick}

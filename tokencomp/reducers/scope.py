@@ -1,0 +1,60 @@
+"""Comparator: saliency × covering."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.nn.functional import normalize
+
+from tokencomp.reducers._batch import Patches
+from tokencomp.reducers._rows import finite_features, supplied_scores
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.signals import TOWER_ATTENTION, Signal
+from tokencomp.tokens.spans import SpanBatch
+
+
+@register_reducer("scope")
+@dataclass(frozen=True)
+class Scope(Reducer):
+    """Greedy choice of tokens that are salient and cover tokens which no chosen one resembles.
+
+    SCOPE (arXiv 2510.24214): the next token is the one of the largest
+    a_j · Σ_i max(0, cos(x_i, x_j) - the largest cosine of x_i with a chosen token), a the attention
+    that the vision tower pays to the token. Facility location with a factor per token.
+
+    Attributes
+    ----------
+    saliency
+        "tower": a as in the paper (its α = 1). "none": a = 1, plain facility location (ours as a
+        setting), which needs no signal and therefore runs in servers and in the vision tower.
+
+    Notes
+    -----
+    Attention is that of the tower's last block but one and is averaged over the patches of a token,
+    features are those after the projector; the release reads the same block for LLaVA, with the
+    features before the projector, and the last one in its copy for Qwen. On the release's own
+    inputs the rule gave the same sets in 60 of 60 random cases.
+    """
+
+    saliency: Literal["tower", "none"] = "tower"
+
+    summary = "saliency × covering (SCOPE 2510.24214), saliency=none: facility location"
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({TOWER_ATTENTION} if self.saliency == "tower" else ())
+
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        from tokencomp.kernels import facility_select
+
+        patches = Patches.of(batch, keeps)
+        weights = None
+        if self.saliency == "tower":
+            weights = patches.of_patches(supplied_scores(batch, "scope"))
+        unit = normalize(finite_features(patches.features, weights).float(), dim=1)
+        chosen = facility_select(unit, patches.budgets, weights, spans=patches.lengths)
+        return patches.kept(chosen)
