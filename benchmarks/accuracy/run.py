@@ -45,7 +45,6 @@ from tokencomp.shapesqa.difficulty import DIFFICULTIES
 from tokencomp.shapesqa.examples import shapesqa
 from tokencomp.shapesqa.items import items
 from tokencomp.shapesqa.questions import FAMILIES
-from tokencomp.tokens.signals import TOWER_SIGNALS
 from tokencomp.zoo import available_models, load
 
 RATIOS = (0.5, 0.75, 0.9, 0.95)
@@ -110,7 +109,8 @@ def watches_tower(setting: Setting) -> bool:
     """Whether the reducer reads signals of the vision tower, which then has to run."""
     if not setting.active:
         return False
-    return bool(make_reducer(setting.reducer, **setting.options).needs & TOWER_SIGNALS)
+    needs = make_reducer(setting.reducer, **setting.options).needs
+    return any(signal.source == "tower" for signal in needs)
 
 
 def stored_families(folder: Path, split: str) -> list[str]:

@@ -14,18 +14,21 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from support.families import FAMILIES, VIDEO, Family, Media, text
+from support.tower import deep
 from torch import Tensor
 
 import tokencomp
-from tokencomp import Reducer, Reduction, VisualTokens
+from tokencomp import Reducer, Reduction, VisualTokens, make_reducer
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.tower.attention import attention_blocks
-from tokencomp.errors import SpanError
+from tokencomp.errors import OptionError, SpanError
 from tokencomp.plan.plan import Plan
-from tokencomp.plan.stages import Stage
-from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, Signal
+from tokencomp.plan.stages import Stage, TowerStage
+from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, Attention, Signal, TowerSignal
 
 SEEN: list[VisualTokens] = []
+# Hidden state of the tower that the model uses, where it is not the last one.
+LAYERS = dict.fromkeys(("LLaVA-1.5", "LLaVA-NeXT", "LLaVA-NeXT-Video", "VILA"), -2)
 OUTPUTS = ("out_proj", "proj", "projection_layer")
 
 
@@ -34,11 +37,11 @@ class Spy(Reducer):
     """Notes what it sees; keeps the first tokens."""
 
     name: ClassVar[str] = "spy"
-    signal: Signal = TOWER_KEYS
+    signals: tuple[Signal, ...] = (TOWER_KEYS,)
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({self.signal})
+        return frozenset(self.signals)
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         SEEN.append(tokens)
@@ -47,10 +50,10 @@ class Spy(Reducer):
 
 
 def spied(
-    model: Any, inputs: dict[str, Any], signal: Signal, **generate: Any
+    model: Any, inputs: dict[str, Any], *signals: Signal, **generate: Any
 ) -> list[VisualTokens]:
     SEEN.clear()
-    plan = Plan((Stage(0, 0.8, Spy(signal=signal)),))
+    plan = Plan((Stage(0, 0.8, Spy(signals=signals)),))
     with tokencomp.patch(model, plan=plan), torch.no_grad():
         if generate:
             model.generate(**inputs, do_sample=False, **generate)
@@ -59,9 +62,11 @@ def spied(
     return list(SEEN)
 
 
-def watched(model: Any) -> Any:
+def watched(model: Any, block: int = -1) -> Any:
+    """The attention of a block, counted among those whose output the model uses."""
+    layer = LAYERS.get(adapter_for(model).family, -1)
     blocks = attention_blocks(adapter_for(model).tower)
-    return blocks[max(len(blocks) - 2, 0)]
+    return blocks[: len(blocks) + 1 + layer][block]
 
 
 def prompts(family: Family) -> dict[str, Tensor]:
@@ -150,32 +155,88 @@ def check(model: Any, inputs: dict[str, Tensor], values: Tensor, got: list[Tenso
 def test_keys_are_those_of_a_tokens_own_patches(family: Family) -> None:
     model, inputs = family.build(), prompts(family)
     hidden, _ = members(model, inputs)  # silences the tower's attention for good
-    got = [t.keys for t in spied(model, inputs, TOWER_KEYS)]
+    got = [t.tower[TOWER_KEYS] for t in spied(model, inputs, TOWER_KEYS)]
     check(model, inputs, keys(watched(model), torch.cat(hidden)), got)
 
 
-def test_attention_is_what_eager_attention_says(
-    family: Family, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, inputs = family.build("eager"), prompts(family)
-    members(model, inputs)
-    attn, weights = watched(model), []
-    home = sys.modules[type(attn).__module__]
+def attention_of(
+    model: Any, inputs: dict[str, Tensor], blocks: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> list[Tensor]:
+    """What every row of the tower receives in each of `blocks`, from eager attention weights."""
+    weights: dict[Any, list[Tensor]] = {block: [] for block in blocks}
+    home = sys.modules[type(blocks[0]).__module__]
     run = home.eager_attention_forward
 
     def eager(module: Any, *args: Any, **kwargs: Any) -> Any:
         if "output_attentions" in kwargs:  # before transformers 5
             kwargs["output_attentions"] = True
         out, found = run(module, *args, **kwargs)
-        if module is attn:
-            weights.append(found.detach().float().mean(1))
+        if module in weights:
+            weights[module].append(found.detach().float().mean(1))
         return out, found
 
-    monkeypatch.setattr(home, "eager_attention_forward", eager)
-    got = [t.scores for t in spied(model, inputs, TOWER_ATTENTION)]
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(home, "eager_attention_forward", eager)
+        model(**inputs, use_cache=False)
     first = adapter_for(model).class_token
-    received = [w[:, 0] if first else w.mean(1) for w in weights]
-    check(model, inputs, torch.cat([r.flatten() for r in received])[:, None], got)
+    return [
+        torch.cat([(w[:, 0] if first else w.mean(1)).flatten() for w in weights[block]])
+        for block in blocks
+    ]
+
+
+def test_attention_is_what_eager_attention_says(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two blocks at once, with the keys of one and the decoder's attention beside them."""
+    family = deep(family, 4)
+    model, inputs = family.build("eager"), prompts(family)
+    members(model, inputs)  # silences the tower's attention for good
+    used = 5 + LAYERS.get(adapter_for(model).family, -1)
+    last, middle = TOWER_ATTENTION, TowerSignal("attention", 0.5)
+    blocks = [watched(model), watched(model, used // 2)]
+    expected = attention_of(model, inputs, blocks, monkeypatch)
+    alone = [t.scores for t in spied(model, inputs, Attention("text"))]
+    seen = spied(model, inputs, last, middle, TOWER_KEYS, Attention("text"))
+    for signal, received in zip((last, middle), expected, strict=True):
+        check(model, inputs, received[:, None], [t.tower[signal] for t in seen])
+    assert not torch.allclose(*expected)
+    assert all(torch.equal(t.scores, s) for t, s in zip(seen, alone, strict=True))
+
+
+@pytest.mark.parametrize(("name", "patches"), [("qwen2_vl", 4), ("llava", 1)])
+def test_attention_among_the_patches_that_the_tower_keeps(
+    name: str, patches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stage in the tower the softmax is over the rows of one picture that stay."""
+    family = deep(FAMILIES[name], 4)
+    model = family.build("eager")
+    rows = [[text(3), family.image(0), text(2, 2), family.image(1), text(5)]]
+    signal, stage = TowerSignal("attention", -2), TowerStage(1, 0.5, make_reducer("random"))
+    plan = Plan((Stage(0, 0.2, Spy(signals=(signal,))),), stage)
+    SEEN.clear()
+    with tokencomp.patch(model, plan=plan):
+        (received,) = attention_of(model, family.batch(rows), [watched(model, -2)], monkeypatch)
+    if adapter_for(model).class_token:  # the first row of both pictures
+        received = received.view(2, -1)[:, 1:].flatten()
+    expected = received.view(-1, patches).mean(1)  # rows of a token stand side by side, in order
+    found = torch.cat([t.tower[signal] for t in SEEN])
+    assert len(SEEN) == 2 and all(t.index is not None for t in SEEN)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_block_that_the_tower_does_not_use_is_refused() -> None:
+    family = deep(FAMILIES["llava_next"])  # reads hidden state -2
+    model = family.build()
+    plan = Plan((Stage(0, 0.8, Spy(signals=(TowerSignal("keys", 2),))),))
+    with pytest.raises(OptionError, match=r"reads block 2 .* uses the blocks 0 … 1"):
+        tokencomp.patch(model, plan=plan)
+
+
+def test_two_ways_to_read_the_decoder_are_refused() -> None:
+    both = Spy(signals=(Attention("text"), Attention("last")))
+    with pytest.raises(OptionError, match="in two ways"):
+        tokencomp.patch(FAMILIES["llava"].build(), plan=Plan((Stage(0, 0.8, both),)))
 
 
 def test_pooled_frames_have_bilinear_means() -> None:
@@ -198,14 +259,15 @@ def test_pooled_frames_have_bilinear_means() -> None:
         weights[i, low] += 1 - (at - low)
         weights[i, min(low + 1, side - 1)] += at - low
     expected = torch.einsum("ih,jw,thwd->tijd", weights, weights, grid)
-    torch.testing.assert_close(seen.keys[~seen.special], expected.flatten(0, 2))
+    found = seen.tower[TOWER_KEYS][~seen.special].flatten(1)
+    torch.testing.assert_close(found, expected.flatten(0, 2))
 
 
 def test_generation_with_beams_sees_the_same(family: Family) -> None:
     """Newer releases encode media before they expand beams, older ones after."""
     one, two = [text(3), family.image(0), text(5)], [text(9), family.image(2), text(2)]
     model, inputs = family.build(), family.batch([one, two])
-    once = [t.keys for t in spied(model, inputs, TOWER_KEYS)]
+    once = [t.tower[TOWER_KEYS] for t in spied(model, inputs, TOWER_KEYS)]
     both = spied(model, inputs, TOWER_KEYS, max_new_tokens=2, num_beams=2)
     rows = iter(both)
     counts = [len(row) for row in spans_of(model, inputs)]
@@ -214,7 +276,7 @@ def test_generation_with_beams_sees_the_same(family: Family) -> None:
         expected = [next(single) for _ in range(count)]
         for _ in range(2):
             for keys_ in expected:
-                torch.testing.assert_close(next(rows).keys, keys_)
+                torch.testing.assert_close(next(rows).tower[TOWER_KEYS], keys_)
 
 
 def spans_of(model: Any, inputs: dict[str, Tensor]) -> list[list[Any]]:

@@ -23,9 +23,10 @@ def without(tokens: VisualTokens, places: list[int]) -> VisualTokens:
     left = torch.ones(len(tokens), dtype=torch.bool)
     left[places] = False
     left |= tokens.special
-    names = ("features", "special", "scores", "sizes", "keys")
+    names = ("features", "special", "scores", "sizes")
     values: dict[str, Any] = {name: getattr(tokens, name) for name in names}
     values = {name: None if v is None else v[left] for name, v in values.items()}
+    values["tower"] = {signal: v[left] for signal, v in tokens.tower.items()}
     return VisualTokens(
         grid=tokens.grid, index=left.nonzero()[:, 0], query=tokens.query, kind=tokens.kind, **values
     )

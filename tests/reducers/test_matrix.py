@@ -59,6 +59,7 @@ def test_inputs_are_left_alone(case: Case) -> None:
         before, after = getattr(same, field.name), getattr(given, field.name)
         if isinstance(before, torch.Tensor):
             assert torch.equal(before, after), field.name
+    assert all(torch.equal(same.tower[signal], given.tower[signal]) for signal in same.tower)
 
 
 @every_step
@@ -67,6 +68,7 @@ def test_ties_go_to_the_lower_index(case: Case) -> None:
     row, given = matrix.row(case[0]), matrix.tokens((1, 4, 5))
     given.features = torch.ones_like(given.features)
     given.scores = torch.full((20,), 0.25)
+    given.tower = {signal: torch.ones_like(values) for signal, values in given.tower.items()}
     kept = matrix.reduce(case, given, row.keep(7, given)).keep.tolist()
     assert kept == matrix.reduce(case, given, row.keep(7, given)).keep.tolist()
     if row.ties:
@@ -100,7 +102,8 @@ def test_scored_in_fp32(case: Case, dtype: torch.dtype) -> None:
 def test_not_finite(case: Case) -> None:
     """NaN in what a reducer looks at is a typed error, or the reducer does not look at it."""
     row, given = matrix.row(case[0]), matrix.tokens((2, 3, 4))
-    given.features[3], given.scores[3] = torch.nan, torch.nan
+    for values in (given.features, given.scores, *given.tower.values()):
+        values[3] = torch.nan
     if row.blind:
         assert len(matrix.reduce(case, given, 6).keep) == 6
         return

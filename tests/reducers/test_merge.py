@@ -9,6 +9,7 @@ import torch
 from support import matrix, merge_loops
 
 from tokencomp import VisualTokens, make_reducer
+from tokencomp.tokens.signals import TOWER_KEYS
 
 
 def left_over(grid: tuple[int, int, int], special: tuple[int, ...], seed: int) -> VisualTokens:
@@ -54,7 +55,7 @@ def test_uneven_frames(grid: tuple[int, int, int], special: tuple[int, ...], see
 def test_keys_of_the_tower_decide_and_merge_along(keep: int) -> None:
     given = matrix.tokens((2, 3, 5), seed=3)
     width = given.features.shape[1]
-    both = torch.cat([given.features, given.keys], dim=1)
+    both = torch.cat([given.features, given.tower[TOWER_KEYS].flatten(1)], dim=1)
     frames = merge_loops.rows_of(both, list(range(30)), {i: i // 15 for i in range(30)})
     frames = [[row._replace(metric=width) for row in frame] for frame in frames]
     expected = merge_loops.merge(frames, keep)

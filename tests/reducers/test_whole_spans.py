@@ -30,8 +30,9 @@ class Corners(Reducer):
 def refuses_part(case: Case) -> bool:
     """Whether the reducer's own step refuses a span that has lost four of its 24 tokens."""
     whole = matrix.tokens((2, 3, 4))
-    per_token = ("features", "special", "scores", "sizes", "keys")
+    per_token = ("features", "special", "scores", "sizes")
     left = {n: v[:20] for n in per_token if (v := getattr(whole, n)) is not None}
+    left["tower"] = {signal: v[:20] for signal, v in whole.tower.items()}
     part = dataclasses.replace(whole, index=torch.arange(20), **left)
     try:
         matrix.reduce(case, part, matrix.row(case[0]).keep(6, part))

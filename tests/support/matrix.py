@@ -19,6 +19,7 @@ from torch import Tensor
 from tokencomp import Reduction, VisualTokens, available_reducers, make_reducer
 from tokencomp.reducers.oracle import truth
 from tokencomp.reducers.selector import SelectorNet
+from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, TowerSignal
 from tokencomp.tokens.spans import SpanBatch
 from tokencomp.trained.cards import model_card, write
 from tokencomp.trained.ccam import CCAMConfig, CCAMProjector
@@ -99,6 +100,7 @@ COMPOSITIONS = [
     ("condiv+fastv", {"share": 0.7, "condiv.power": 1.0}),
     ("pool+adsc", {"mode": "bilinear"}),
 ]
+TOWER = (TOWER_ATTENTION, TOWER_KEYS)
 GRIDS = [(1, 1, 1), (1, 3, 5), (1, 8, 8), (4, 2, 4), (5, 3, 3), (9, 1, 1), (2, 1, 7)]
 RATIOS = [0.05 * i for i in range(20)]
 
@@ -166,9 +168,15 @@ def tokens(
         special=mask,
         scores=torch.rand(n, generator=g),
         query=torch.randn(5, dim, generator=g),
-        keys=torch.randn(n, 6, generator=g),
+        tower={signal: signal_of(signal, n, g) for signal in TOWER},
         kind="video" if grid[0] > 1 else "image",
     )
+
+
+def signal_of(signal: TowerSignal, n: int, g: torch.Generator) -> Tensor:
+    """Random values of a signal of the vision tower: attention, or keys of two heads."""
+    attention = signal.part == "attention"
+    return torch.rand(n, generator=g) if attention else torch.randn(n, 2, 3, generator=g)
 
 
 def joined(spans: list[VisualTokens]) -> SpanBatch:
@@ -190,6 +198,6 @@ def joined(spans: list[VisualTokens]) -> SpanBatch:
         index=torch.cat([t.offsets for t in spans]) if missing else None,
         scores=cat("scores"),
         sizes=cat("sizes"),
-        keys=cat("keys"),
+        tower={s: torch.cat([t.tower[s] for t in spans]) for s in spans[0].tower},
         queries=[t.query for t in spans],
     )

@@ -10,7 +10,7 @@ import pytest
 from support.families import Family
 from tokencomp import Plan, Reducer, Reduction, Stage, VisualTokens, make_reducer
 from tokencomp.reducers._batch import top_k_of_spans
-from tokencomp.reducers._rows import supplied_scores
+from tokencomp.reducers._rows import tower_signal
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.spans import SpanBatch
 
@@ -21,12 +21,13 @@ RELEVANT = make_reducer("condiv", power=1.0)
 
 @dataclass(frozen=True)
 class TowerTop(Reducer):
-    """Keeps the tokens that the vision tower's last block but one attends to most."""
+    """Keeps the tokens that the vision tower's last block attends to most."""
 
     needs = frozenset({TOWER_ATTENTION})
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        return top_k_of_spans(supplied_scores(batch, "tower top"), batch, keeps)
+        received = tower_signal(batch, TOWER_ATTENTION, "tower top")
+        return top_k_of_spans(received, batch, keeps)
 
 
 @dataclass(frozen=True)

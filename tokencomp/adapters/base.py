@@ -142,6 +142,20 @@ class Adapter:
         return self.body.vision_tower
 
     @property
+    def feature_layer(self) -> int | list[int]:
+        """Which hidden state of the vision tower the model uses, or which several.
+
+        Counted as transformers does: 0 is the input of the first block, -1 the output of the last.
+        """
+        return -1
+
+    def used_blocks(self, blocks: int) -> int:
+        """How many of the `blocks` of the vision tower the model uses, from the first on."""
+        layers = self.feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        return max(layer + blocks + 1 if layer < 0 else layer for layer in layers)
+
+    @property
     def class_token(self) -> bool:
         """Whether the first row of every picture in the tower is no patch."""
         return False

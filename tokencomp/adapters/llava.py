@@ -21,7 +21,7 @@ from tokencomp.tokens.spans import VisualSpan
 
 def _tower(adapter: TileAdapter, kind: type[DenseTower], **options: Any) -> DenseTower:
     """A tower whose patches are the tokens of images, and go through the projector one by one."""
-    projector, layer = adapter.projector, adapter.model.config.vision_feature_layer
+    projector, layer = adapter.projector, adapter.feature_layer
     options = {"restorer": projector, "layer": layer, "owner": adapter.body, **options}
     return kind(adapter.tower, projector, squares(adapter.patches_per_side, 1), **options)
 

@@ -32,6 +32,11 @@ class TileAdapter(StructuralAdapter):
     layers_read_positions = False
 
     @property
+    def feature_layer(self) -> int | list[int]:
+        layer: int | list[int] = getattr(self.model.config, "vision_feature_layer", -1)
+        return layer
+
+    @property
     def class_token(self) -> bool:
         return getattr(self.model.config, "vision_feature_select_strategy", "full") == "default"
 
@@ -47,7 +52,7 @@ class TileAdapter(StructuralAdapter):
     def tower_layout(self) -> Tower:
         side = self.patches_per_side
         table = squares(side, side // self.tile_side)
-        layer = getattr(self.model.config, "vision_feature_layer", -1)
+        layer = self.feature_layer
         return DenseTower(self.tower, self.projector, table, layer=layer, owner=self.body)
 
     @property

@@ -51,6 +51,11 @@ class VilaAdapter(Adapter):
         pooled: Tensor = grid.unflatten(2, (-1, w)).unflatten(1, (-1, h)).unflatten(0, (-1, t))
         return pooled.mean(dim=(1, 3, 5)).flatten(0, 2)
 
+    @property
+    def feature_layer(self) -> int | list[int]:
+        layer: int = self.model.config.select_layer
+        return layer
+
     def tower_layout(self) -> DenseTower:
         projector, config = self.model.mm_projector, self.model.config
         (t, h, w), order = self._pool, projector.order
@@ -59,7 +64,7 @@ class VilaAdapter(Adapter):
         image = squares(config.patches_per_side, projector.factor, order)
         video = pooled(image, h)
         return DenseTower(
-            self.model.vision_tower, projector, image, video, layer=config.select_layer,
+            self.model.vision_tower, projector, image, video, layer=self.feature_layer,
             owner=self.model, methods=("encode_videos",), pooled_frames=t,
         )  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokencomp.errors import PlanError, ScoreError
 from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.signals import TowerSignal
 from tokencomp.tokens.spans import Grid, SpanBatch, VisualTokens
 
 
@@ -179,17 +180,17 @@ def signal_scores(tokens: VisualTokens | SpanBatch, reducer: str) -> Tensor:
     return finite_values(supplied_scores(tokens, reducer), "scores")
 
 
-def tower_keys(tokens: VisualTokens | SpanBatch, reducer: str) -> Tensor:
-    """The vision tower's keys that the engine supplies for `TOWER_KEYS`, float32, shape (n, c).
+def tower_signal(tokens: VisualTokens | SpanBatch, signal: TowerSignal, reducer: str) -> Tensor:
+    """What the engine supplies for `signal`, float32, shape (n,) or (n, heads, head_dim).
 
     Raises
     ------
     ScoreError
-        There are none.
+        There is nothing.
     """
-    if tokens.keys is None:
+    if signal not in tokens.tower:
         raise ScoreError(
-            f"reducer {reducer!r} needs keys of the vision tower and got none. Run it through "
-            "tokencomp.patch, or set VisualTokens.keys."
+            f"reducer {reducer!r} needs {signal.part} of the vision tower and got none. Run it "
+            "through tokencomp.patch, or set VisualTokens.tower."
         )
-    return tokens.keys
+    return tokens.tower[signal]

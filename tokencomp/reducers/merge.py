@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import Patches
-from tokencomp.reducers._rows import finite_features, tower_keys
+from tokencomp.reducers._rows import finite_features, tower_signal
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
@@ -41,8 +41,8 @@ class Merge(Reducer):
         Position of a merged token: "keep" (the odd-placed one's) or "first" (its first member's).
     metric
         What is compared: "features", the projected tokens (AIM for video), or "vit_keys", keys of
-        the vision tower's last block but one (AIM for images, where the tower is CLIP's). Keys are
-        merged together with the features.
+        the last block of the vision tower whose output the model uses (AIM for images: that is
+        the last but one of LLaVA's CLIP). Keys are merged together with the features.
 
     Notes
     -----
@@ -61,6 +61,11 @@ class Merge(Reducer):
     merges = True
 
     @property
+    def revision(self) -> int:
+        """Since revision 2 keys are those of the last block in use."""
+        return 2 if self.metric == "vit_keys" else 1
+
+    @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({TOWER_KEYS} if self.metric == "vit_keys" else ())
 
@@ -69,7 +74,7 @@ class Merge(Reducer):
         x = finite_features(patches.features)
         width, compared = x.shape[1], slice(None)
         if self.metric == "vit_keys":
-            keys = patches.of_patches(tower_keys(batch, "merge")).to(x)
+            keys = patches.of_patches(tower_signal(batch, TOWER_KEYS, "merge")).flatten(1).to(x)
             x, compared = torch.cat([x, keys], dim=1), slice(width, None)
         groups, quota = [], []
         per_frame = None if self.temporal else patches.per_frame()

@@ -14,13 +14,10 @@ class Signal:
     ----------
     source
         What the model family must offer (`Adapter.signals`): "query", the embeddings of the text
-        after the span; "attention", see `Attention`; "tower", the vision tower's own attention.
-    part
-        Which part of the source, where there are several.
+        after the span; "attention", see `Attention`; "tower", see `TowerSignal`.
     """
 
     source: Literal["query", "attention", "tower"]
-    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,6 @@ class Attention(Signal):
     """
 
     source: Literal["query", "attention", "tower"] = field(default="attention", init=False)
-    part: str = field(default="", init=False)
     rows: Literal["last", "text", "all"] = "last"
     iterations: int = 0
     temperature: float = 1.0
@@ -52,7 +48,33 @@ class Attention(Signal):
     layer: Literal["previous", "next"] = "previous"
 
 
+@dataclass(frozen=True)
+class TowerSignal(Signal):
+    """What a block of the vision tower says about visual tokens: the mean over their patches.
+
+    Attributes
+    ----------
+    part
+        "attention": the attention that a patch receives, mean over heads, (n,): from the class
+        token where the tower has one, else the mean over all patches that may attend to it.
+        "keys": keys before any rotation, (n, heads, head_dim).
+    block
+        Which block, of those whose output the model uses: 0, 1, … from the first on, -1, -2, …
+        from the last on, or a fraction of the depth: 0.5 is block ⌊n / 2⌋ of n.
+    """
+
+    source: Literal["query", "attention", "tower"] = field(default="tower", init=False)
+    part: Literal["attention", "keys"] = "attention"
+    block: int | float = -1
+
+    def place(self, blocks: int) -> int | None:
+        """Number of the block among `blocks` in use; None if there is none."""
+        if isinstance(self.block, float):
+            return int(self.block * blocks) if 0 <= self.block < 1 else None
+        number = self.block + blocks if self.block < 0 else self.block
+        return number if 0 <= number < blocks else None
+
+
 QUERY = Signal("query")
-TOWER_KEYS = Signal("tower", "keys")
-TOWER_ATTENTION = Signal("tower", "attention")
-TOWER_SIGNALS = frozenset({TOWER_KEYS, TOWER_ATTENTION})
+TOWER_KEYS = TowerSignal("keys")
+TOWER_ATTENTION = TowerSignal("attention")

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokencomp.tokens.signals import Signal
+
 Grid = tuple[int, int, int]
 Kind = Literal["image", "video", "audio"]
 CPU = torch.device("cpu")
@@ -106,16 +108,16 @@ class VisualTokens:
     index : Tensor of int64, shape (n,), or None
         Offsets of the tokens inside the uncompressed span, ascending. None while none is missing.
     scores : Tensor of float32, shape (n,), or None
-        Importance from the signal that the reducer needs.
+        Attention in the decoder, if the reducer needs it (`Attention`).
     query : Tensor, shape (m, d), or None
         Embeddings of the text tokens after the span.
     kind
         "image", "video" or "audio".
     sizes : Tensor of float32, shape (n,), or None
         How many original tokens every row stands for; None: one each.
-    keys : Tensor of float32, shape (n, c), or None
-        Keys of the vision tower (`TOWER_KEYS`), all heads side by side, mean over a token's
-        patches; 0 at special tokens.
+    tower : dict
+        By `TowerSignal` that the reducer needs, float32, shape (n,) or (n, heads, head_dim); 0 at
+        special tokens.
     pixels
         (frames, height, width) of a patch where `features` are pixels, before the first block of
         the vision tower: they are the last three axes of
@@ -133,7 +135,7 @@ class VisualTokens:
     query: Tensor | None = None
     kind: Kind = "image"
     sizes: Tensor | None = None
-    keys: Tensor | None = None
+    tower: dict[Signal, Tensor] = field(default_factory=dict)
     pixels: tuple[int, int, int] | None = None
     place: tuple[int, int] = (0, 0)
 
@@ -181,7 +183,8 @@ class SpanBatch:
     index : Tensor of int64, shape (n,), or None
         Offsets of the tokens inside their uncompressed span. None while no token is missing.
     scores, sizes : Tensor of float32, shape (n,), or None
-    keys : Tensor of float32, shape (n, c), or None
+    tower : dict
+        As in `VisualTokens`, of all spans.
     queries : list of Tensor, or None
         Embeddings of the text after every span.
     pixels
@@ -197,7 +200,7 @@ class SpanBatch:
     index: Tensor | None = None
     scores: Tensor | None = None
     sizes: Tensor | None = None
-    keys: Tensor | None = None
+    tower: dict[Signal, Tensor] = field(default_factory=dict)
     queries: list[Tensor | None] | None = None
     pixels: tuple[int, int, int] | None = None
     places: list[tuple[int, int]] = field(default_factory=list)
@@ -219,7 +222,7 @@ class SpanBatch:
             index=tokens.index,
             scores=tokens.scores,
             sizes=tokens.sizes,
-            keys=tokens.keys,
+            tower=tokens.tower,
             queries=None if tokens.query is None else [tokens.query],
             pixels=tokens.pixels,
             places=[tokens.place],
@@ -230,7 +233,7 @@ class SpanBatch:
         start = 0
         for number, length in enumerate(self.lengths):
             rows = slice(start, start + length)
-            names = ("features", "special", "index", "scores", "sizes", "keys")
+            names = ("features", "special", "index", "scores", "sizes")
             parts = {n: t[rows] for n in names if (t := getattr(self, n)) is not None}
             if self.special is None:
                 none = torch.zeros(1, dtype=torch.bool, device=self.features.device)
@@ -238,6 +241,7 @@ class SpanBatch:
             yield VisualTokens(
                 **parts,
                 grid=self.grids[number],
+                tower={signal: values[rows] for signal, values in self.tower.items()},
                 query=None if self.queries is None else self.queries[number],
                 kind=self.kinds[number],
                 pixels=self.pixels,

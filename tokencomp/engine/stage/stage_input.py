@@ -15,7 +15,7 @@ from tokencomp.engine.rows.layout import RowLayout, Selection
 from tokencomp.engine.rows.question import keep_last
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.signals import QUERY, TOWER_KEYS, TOWER_SIGNALS, Signal
+from tokencomp.tokens.signals import QUERY, Signal, TowerSignal
 from tokencomp.tokens.spans import SpanBatch
 
 
@@ -161,7 +161,7 @@ class StageInput:
             queries=self._queries(stage, chosen),
             places=chosen,
         )
-        self._add_tower(batch, stage, full)
+        batch.tower = self._tower(stage, chosen, full)
         return batch
 
     def _rows_of(self, chosen: list[tuple[int, int]]) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -173,16 +173,17 @@ class StageInput:
                 last += live.count
         return np.concatenate([np.arange(*stops[key]) for key in chosen])
 
-    def _add_tower(self, batch: SpanBatch, stage: Stage, full: Tensor | None) -> None:
-        """Add the signals of the vision tower that the stage needs, for the rows that are left."""
-        for signal in TOWER_SIGNALS & stage.reducer.needs:
-            values = torch.cat([self.tower[signal][b][j] for b, j in batch.places])
-            values = values.to(self.x.device)
-            values = values if full is None else values.index_select(0, full)
-            if signal == TOWER_KEYS:
-                batch.keys = values
-            else:
-                batch.scores = values[:, 0]
+    def _tower(
+        self, stage: Stage, chosen: list[tuple[int, int]], full: Tensor | None
+    ) -> dict[Signal, Tensor]:
+        """Signals of the vision tower that the stage needs, for the rows that are left."""
+        signals = {}
+        for signal in stage.reducer.needs:
+            if isinstance(signal, TowerSignal):
+                values = torch.cat([self.tower[signal][b][j] for b, j in chosen])
+                values = values.to(self.x.device)
+                signals[signal] = values if full is None else values.index_select(0, full)
+        return signals
 
     def _queries(self, stage: Stage, chosen: list[tuple[int, int]]) -> list[Tensor | None] | None:
         """Text embeddings after the last span of a prompt, for reducers that need them."""

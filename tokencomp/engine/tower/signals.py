@@ -1,14 +1,15 @@
 """Signals of the vision tower about visual tokens, without a change of its attention backend.
 
-One block of the tower is watched: its keys, or the attention that every patch receives in it, are
-recomputed from the input of the block's attention and carried along to the decoder's visual tokens.
+Blocks of the tower are watched: their keys, or the attention that every patch receives in them, are
+recomputed from the input of their attention and carried along to the decoder's visual tokens.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from tokencomp.engine.tower.attention import (
     rotated,
 )
 from tokencomp.errors import OptionError, SpanError
-from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, TOWER_SIGNALS, Signal
+from tokencomp.tokens.signals import Attention, Signal, TowerSignal
 from tokencomp.tokens.spans import VisualSpan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import Hooked, MethodReplacement
@@ -41,17 +42,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class _RecordedCalls(threading.local):
-    """The latest calls of the tower in this thread, and the grids of the call that runs."""
+    """The latest calls of the tower in this thread, and the call that runs."""
 
     grids: Tensor | None = None
+    running: TowerCall | None = None
     calls: deque[TowerCall] = field(default_factory=lambda: deque(maxlen=2))
 
 
 class TowerProbe(Hooked):
-    """Watches the last block but one of the vision tower for the signals that a plan needs.
-
-    AIM (arXiv 2412.03248) and VisionZip (arXiv 2412.04467) read the last block but one as well,
-    because many models do not use the output of the last block, whose attention serves pooling.
+    """Watches blocks of the vision tower for the signals that a plan needs.
 
     Parameters
     ----------
@@ -67,23 +66,23 @@ class TowerProbe(Hooked):
     def __init__(
         self,
         adapter: Adapter,
-        signals: frozenset[Signal],
+        signals: frozenset[TowerSignal],
         off: Callable[[], bool] = lambda: False,
         full_length: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.adapter, self.signals, self.off = adapter, signals, off
         self.full_length = full_length or (lambda values: values)
         self._recorded = _RecordedCalls()
+        self._heads = 1
 
     def install(self) -> None:
         """Hook the tower, and the method of the body that packs tiles, if there is one."""
         tower, packer = self.adapter.tower, self.adapter.packer
-        blocks = attention_blocks(tower)
-        block = blocks[max(len(blocks) - 2, 0)]
-        self._handles += [
-            tower.register_forward_pre_hook(self._tower, with_kwargs=True),
-            block.register_forward_pre_hook(self._block, with_kwargs=True),
-        ]
+        self._handles.append(tower.register_forward_pre_hook(self._tower, with_kwargs=True))
+        watched = watched_blocks(self.adapter, self.signals)
+        for order, (block, signals) in enumerate(watched):
+            hook = functools.partial(self._block, signals, order == 0, order == len(watched) - 1)
+            self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
         if packer:
             self._handles.append(MethodReplacement(self.adapter.body, packer, self._pack))
 
@@ -97,23 +96,34 @@ class TowerProbe(Hooked):
 
     @compat.not_compiled
     @torch.no_grad()
-    def _block(self, attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.off():
+    def _block(
+        self,
+        signals: list[TowerSignal],
+        first: bool,
+        last: bool,
+        attn: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Record `signals` of one block, the first or last of those that are watched."""
+        recorded = self._recorded
+        if first:
+            recorded.running = None if self.off() else TowerCall({}, recorded.grids)
+        if recorded.running is None:
             return
         arguments = compat.bind(attn, args, kwargs)
         q, k = queries_and_keys(attn, arguments)
-        values: dict[Signal, Tensor] = {}
-        if TOWER_KEYS in self.signals:
-            values[TOWER_KEYS] = k.flatten(-2).float()
-        if TOWER_ATTENTION in self.signals:
-            received = attention_received(
-                *rotated(attn, q, k, arguments),
-                arguments.get("cu_seqlens"),
-                self.adapter.class_token,
-            )
-            values[TOWER_ATTENTION] = received[..., None]
-        values = {name: self.full_length(x) for name, x in values.items()}
-        self._recorded.calls.append(TowerCall(values, self._recorded.grids))
+        self._heads = k.shape[-2]
+        for signal in signals:
+            if signal.part == "keys":
+                values = k.flatten(-2).float()
+            else:
+                rows, bounds = rotated(attn, q, k, arguments), arguments.get("cu_seqlens")
+                values = attention_received(*rows, bounds, self.adapter.class_token)[..., None]
+            recorded.running.values[signal] = self.full_length(values)
+        if last:
+            recorded.calls.append(recorded.running)
+            recorded.running = None
 
     def _pack(self, original: Callable[..., Any], features: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the packer of the body, and record how it was called."""
@@ -125,7 +135,7 @@ class TowerProbe(Hooked):
         return original(features, *args, **kwargs)
 
     def collect(self, spans: list[list[VisualSpan]]) -> dict[Signal, list[list[Tensor]]]:
-        """Values of every span by signal: float32 (length, d), 0 at tokens that carry no patch.
+        """Values of every span by signal, float32, see `TowerSignal`; 0 where there is no patch.
 
         Parameters
         ----------
@@ -154,17 +164,47 @@ class TowerProbe(Hooked):
                 kind: self.adapter.tower_tokens(call.values[name], kind, call)
                 for kind, call in zip(kinds, calls, strict=True)
             }
-            values[name] = _spread(spans, tokens)
+            apart = (self._heads, -1) if name.part == "keys" else ()
+            values[name] = [
+                [table.unflatten(-1, apart) if apart else table[:, 0] for table in row]
+                for row in _spread(spans, tokens)
+            ]
         return values
 
 
-def check_signals(plan: Plan, adapter: Adapter) -> frozenset[Signal]:
+def watched_blocks(
+    adapter: Adapter, signals: Collection[TowerSignal]
+) -> list[tuple[nn.Module, list[TowerSignal]]]:
+    """Attention modules that `signals` are read from, in order, and which from each.
+
+    Raises
+    ------
+    OptionError
+        The tower has no such block in use.
+    """
+    blocks = attention_blocks(adapter.tower)
+    blocks = blocks[: adapter.used_blocks(len(blocks))]
+    by_place: dict[int, list[TowerSignal]] = {}
+    for signal in signals:
+        place = signal.place(len(blocks))
+        if place is None:
+            raise OptionError(
+                f"a reducer reads block {signal.block} of the vision tower, but {adapter.family} "
+                f"uses the blocks 0 … {len(blocks) - 1}. Choose one of them, counted from the end "
+                "if negative, or a fraction of the depth below 1."
+            )
+        by_place.setdefault(place, []).append(signal)
+    return [(blocks[place], by_place[place]) for place in sorted(by_place)]
+
+
+def check_signals(plan: Plan, adapter: Adapter) -> frozenset[TowerSignal]:
     """Signals of the vision tower that the reducers of `plan` need.
 
     Raises
     ------
     OptionError
-        The model does not offer a signal that a reducer reads.
+        The model does not offer a signal that a reducer reads, or a reducer reads two signals of
+        the decoder's attention.
     """
     for stage in plan.stages:
         for signal in stage.reducer.needs:
@@ -173,7 +213,16 @@ def check_signals(plan: Plan, adapter: Adapter) -> frozenset[Signal]:
                     f"reducer {stage.reducer.name!r} reads {SOURCES[signal.source]}, which "
                     f"{adapter.family} does not offer. Use another signal or metric."
                 )
-    return frozenset(n for s in plan.stages for n in TOWER_SIGNALS & s.reducer.needs)
+        if sum(isinstance(signal, Attention) for signal in stage.reducer.needs) > 1:
+            raise OptionError(
+                f"reducer {stage.reducer.name!r} reads the decoder's attention in two ways, but "
+                "`VisualTokens.scores` holds one. Let `needs` name one Attention."
+            )
+    needs = [signal for stage in plan.stages for signal in stage.reducer.needs]
+    signals = frozenset(signal for signal in needs if isinstance(signal, TowerSignal))
+    if signals:
+        watched_blocks(adapter, signals)
+    return signals
 
 
 def _spread(spans: list[list[VisualSpan]], tokens: dict[str, Tensor]) -> list[list[Tensor]]:
