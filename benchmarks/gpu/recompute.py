@@ -14,6 +14,7 @@ from benchmarks import publishing
 from benchmarks.gpu import serving_file
 from benchmarks.gpu.catalogue import LOADS, TABLES, LoadTable, Table
 from benchmarks.gpu.contribution import Contribution, Row, read, schema
+from benchmarks.gpu.hour_file import MANIFEST, HourFile, hours_page, read_hour
 from benchmarks.gpu.serving_file import ServingFile
 from tokencomp.evaluation.metrics import Difference
 from tokencomp.evaluation.packed import PackedAnswers
@@ -51,9 +52,11 @@ def runs_of(rows: Sequence[Row], packed: PackedAnswers) -> list[EvalRun]:
     return out
 
 
-def page(files: Sequence[Contribution | ServingFile]) -> str:
+def page(
+    files: Sequence[Contribution | ServingFile], hours: Sequence[tuple[str, HourFile]] = ()
+) -> str:
     """Markdown of all tables; tables without a file are listed with their command."""
-    parts, every = [HEAD], [*TABLES.values(), *LOADS.values()]
+    parts, every = [HEAD, hours_page(hours)], [*TABLES.values(), *LOADS.values()]
     for table in every:
         parts.append(f"\n## {table.title}\n\n{_command(table)}\n")
         sent = [file for file in files if file.table == table.name]
@@ -156,7 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT)
     options = parser.parse_args(arguments)
     files = [read(path) for path in sorted(options.results.glob("*/*.json"))]
-    pages = {"tables.md": page(files), "schema.json": schema()}
+    found = sorted(options.results.glob(f"hour/*/{MANIFEST}"))
+    hours = [(path.parent.name, read_hour(path)) for path in found]
+    pages = {"tables.md": page(files, hours), "schema.json": schema()}
     stale = []
     for name, text in pages.items():
         path = options.results / name

@@ -1,20 +1,25 @@
-"""Fill a table of serving under load: one server, all ratios in turn at every number of clients."""
+"""Fill a table of serving under load: one server, all ratios in turn at every number of clients.
+
+python -m benchmarks.gpu.serve_table --model FOLDER --engine vllm --runs FOLDER   # a short one
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from benchmarks.gpu.catalogue import LoadTable
+from benchmarks.gpu.catalogue import LOADS, LoadTable
 from benchmarks.gpu.load import load, server
-from benchmarks.gpu.serving_file import ServingFile
+from benchmarks.gpu.serving_file import Load, ServingFile, table_lines
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.environment import environment
-from tokencomp.storage import read_object, write_json, write_lines
+from tokencomp.storage import read_object, write_json, write_lines, write_text
 
 RECORDS, MANIFEST, LOG = "loads.jsonl", "manifest.json", "server.log"
 
@@ -81,3 +86,28 @@ def collect_loads(table: LoadTable, folder: Path) -> ServingFile:
         return ServingFile.model_validate({"table": table.name, "about": about, "loads": loads})
     except ValidationError as error:
         raise OptionError(f"these loads cannot be contributed: {error}.") from error
+
+
+def main() -> None:
+    """Measure a few loads of any model, for the first hour on a GPU."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--model", required=True, help="folder or hub name")
+    parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm")
+    parser.add_argument("--runs", type=Path, required=True, help="where the files go")
+    parser.add_argument("--trial", action="store_true", help="two small requests of each load")
+    args = parser.parse_args()
+    table = next(iter(LOADS.values()))
+    if args.trial:
+        table = table.dry()
+    arguments = table.arguments if args.engine == table.engine else ("--max-batch", "16")
+    table = replace(table, model=args.model, engine=args.engine, arguments=arguments)
+    if not args.trial:
+        table = replace(table, ratios=(0.0, 0.75), clients=(1, 16), per_client=2, least=16)
+    folder = run_loads(table, args.runs)
+    loads = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
+    checked = [Load.model_validate(load) for load in loads]
+    write_text(folder / "loads.md", "\n".join(table_lines(checked)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The parts of the first hour on a GPU: what each answers, its command, and its time limit."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokencomp.inputs.packaged import DEFAULT_MODEL
+
+PYTHON, TOKENCOMP = (sys.executable, "-m"), (sys.executable, "-m", "tokencomp.cli")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part.
+
+    Attributes
+    ----------
+    name, question
+    minutes
+        Time limit. It is an estimate until a GPU has run the part.
+    command, trial
+        Arguments of the process, and of its rehearsal with small shapes on a CPU. Every command
+        goes on where it stopped, or starts anew in the same folder.
+    needs_model
+        Whether it runs real weights, so that it is left out where none are given.
+    """
+
+    name: str
+    question: str
+    minutes: float
+    command: tuple[str, ...]
+    trial: tuple[str, ...]
+    needs_model: bool = False
+
+
+def parts(model: str | None, folder: Path) -> tuple[Part, ...]:
+    """All parts in order of worth, for a folder of weights and the folder for their files."""
+
+    def profile(config: str, tokens: int, *more: str) -> tuple[str, ...]:
+        """Time and memory of a whole prompt, of a model with random weights."""
+        return (*TOKENCOMP, "profile", "--config", config, "--tokens", str(tokens), *more)
+
+    small = ("--layers", "1", "--vision-layers", "1", "--device", "cpu", "--rounds", "1")
+    small = (*small, "--ratio", "0.75")
+    gpu = ("--device", "cuda", "--dtype", "bfloat16")
+    methods = ("--reducer", "auto,merge,pyramiddrop", "--ratio", "0.5,0.75,0.9")
+    files = {name: str(folder / name) for name in ("prefill", "tower", "accuracy", "serving")}
+    decoded, held = (("-o", str(folder / name / "profile.json")) for name in ("decode", "memory"))
+    prefill = (*PYTHON, "benchmarks.gpu.prefill", "--out", files["prefill"])
+    tower = (*PYTHON, "benchmarks.models.tower", "--output", files["tower"])
+    accuracy = (*TOKENCOMP, "eval", "--data", "shapesqa", "--output", files["accuracy"])
+    serving = (*PYTHON, "benchmarks.gpu.serve_table", "--runs", files["serving"])
+    engine = "vllm" if importlib.util.find_spec("vllm") else "hf"
+    tests = (*PYTHON, "pytest", "-m", "gpu", "-n", "0")
+    return (
+        Part(
+            "tests", "Are the kernels right, and is dropping exact, on this card?", 8,
+            (*tests, "tests/kernels", "tests/exactness"), (*tests, "tests/exactness/test_gpu.py"),
+        ),
+        Part(
+            "prefill", "How close are prefills to their FLOP limit, and kernels to theirs?", 14,
+            prefill, (*prefill, "--dry-run"),
+        ),
+        Part(
+            "tower", "How much sooner is the first token when patches leave before the tower?", 6,
+            (*tower, *gpu, "--rounds", "3", "--minutes", "5"),
+            (*tower, "--part", "28", "--side", "56", "--rounds", "1", "--cases", "qwen-video"),
+        ),
+        Part(
+            "decode", "How fast is decoding after a compressed prompt?", 4,
+            (*profile("qwen2-vl-2b", 8192, *gpu, *methods), *decoded),
+            (*profile("llava-onevision-0.5b", 200, *small, "--reducer", "auto"), *decoded),
+        ),
+        Part(
+            "memory", "How much memory does a long clip need?", 6,
+            (*profile("qwen2.5-vl-3b", 32768, *gpu, "--rounds", "2", "--ratio", "0.5,0.9"), *held),
+            (*profile("llava-onevision-0.5b", 400, *small, "--reducer", "auto"), *held),
+        ),
+        Part(
+            "accuracy", "How much of its accuracy does this model keep?", 12,
+            (*accuracy, "--model", str(model), "--limit", "55", "--ratio", "0.75",
+             "--reducer", "auto,uniform,divprune,fastv"),
+            (*accuracy, "--model", DEFAULT_MODEL, "--limit", "2", "--ratio", "0.75",
+             "--no-baselines"),
+            needs_model=True,
+        ),
+        Part(
+            "serving", "How many more requests per second does a server answer?", 10,
+            (*serving, "--model", str(model), "--engine", engine),
+            (*serving, "--model", DEFAULT_MODEL, "--engine", "hf", "--trial"), needs_model=True,
+        ),
+    )  # fmt: skip

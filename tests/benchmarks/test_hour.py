@@ -1,0 +1,116 @@
+"""The first hour on a GPU: every part runs on a CPU, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import hour, recompute
+from benchmarks.gpu.hour_file import MANIFEST
+from benchmarks.gpu.hour_parts import Part, parts
+from tokencomp.errors import OptionError
+
+COMMANDS = {
+    "good": "print('fine')",
+    "bad": "raise SystemExit('broken')",
+    "slow": "import time; time.sleep(60)",
+}
+
+
+def script(name: str, minutes: float = 1.0, needs_model: bool = False) -> Part:
+    command = (sys.executable, "-c", COMMANDS[name])
+    return Part(name, f"{name}?", minutes, command, command, needs_model)
+
+
+@pytest.fixture
+def three(monkeypatch: pytest.MonkeyPatch) -> dict[str, Part]:
+    """One part that ends well, one that fails, one that takes too long."""
+    chosen = {name: script(name) for name in ("good", "bad")} | {"slow": script("slow", 0.01)}
+    monkeypatch.setattr(hour, "parts", lambda model, folder: tuple(chosen.values()))
+    return chosen
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    return {part["name"]: part["status"] for part in manifest["parts"]}
+
+
+def test_every_end_is_noted_and_only_what_is_missing_runs_again(
+    three: dict[str, Part], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--rehearse", "--out", str(tmp_path)]
+    assert hour.main(arguments) == 1
+    assert statuses(tmp_path) == {"good": "done", "bad": "failed", "slow": "out of time"}
+    note = json.loads((tmp_path / MANIFEST).read_text())["parts"][1]["note"]
+    assert "broken" in note and (tmp_path / "good/log.txt").read_text() == "fine\n"
+    capsys.readouterr()
+    three.update({name: script("good") for name in ("bad", "slow")})
+    three["bad"], three["slow"] = (
+        Part(n, "?", 1, script("good").command, script("good").command) for n in ("bad", "slow")
+    )
+    assert hour.main(arguments) == 0
+    assert "good?" not in capsys.readouterr().out
+    assert set(statuses(tmp_path).values()) == {"done"}
+
+
+@pytest.mark.usefixtures("three")
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    hour.main(["--rehearse", "--out", str(tmp_path)])
+    with pytest.raises(OptionError, match=r"of model random weights, and this one has m\."):
+        hour.hour("folder/m", tmp_path, rehearse=True)
+
+
+def test_parts_with_real_weights_are_left_out_without_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hour, "parts", lambda model, folder: (script("bad", needs_model=True),))
+    monkeypatch.setattr(hour, "environment", _clean)
+    assert hour.hour(None, tmp_path, rehearse=False).parts[0].status == "left out"
+    assert hour.hour("m", tmp_path / "other", rehearse=False).parts[0].status == "failed"
+
+
+def _clean() -> dict[str, Any]:
+    facts = {"date": "2026-11-28", "versions": {"torch": "2"}, "hardware": {"gpus": ["H100"]}}
+    return {**facts, "commit": "0" * 40}
+
+
+@pytest.mark.usefixtures("three")
+def test_a_result_comes_into_the_page_and_a_rehearsal_does_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hour, "environment", _clean)
+    hour.hour("models/m", tmp_path / "hour/h100", rehearse=False)
+    assert recompute.main(["--results", str(tmp_path)]) == 0
+    page = (tmp_path / "tables.md").read_text()
+    assert "H100; m; commit 000000000; 2026-11-28." in page
+    assert "| good? | [good](hour/h100/good) | done | 0.0 of 1 |" in page
+    hour.hour("models/m", tmp_path / "hour/cpu", rehearse=True)
+    with pytest.raises(OptionError, match="a rehearsal measures nothing"):
+        recompute.main(["--results", str(tmp_path)])
+
+
+def test_an_hour_needs_a_gpu_or_a_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hour.torch.cuda, "is_available", lambda: False)
+    for arguments, message in (([], "no GPU is present"), (["--rehearse"], "measures nothing")):
+        with pytest.raises(SystemExit):
+            hour.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_limits_fit_into_an_hour() -> None:
+    assert sum(part.minutes for part in parts("m", Path())) <= 60
+
+
+@pytest.mark.long
+def test_the_rehearsal_takes_every_part(tmp_path: Path) -> None:
+    assert hour.main(["--rehearse", "--out", str(tmp_path)]) == 0
+    assert set(statuses(tmp_path).values()) == {"done"}
+    for name in ("decode", "memory"):
+        assert json.loads((tmp_path / name / "profile.json").read_text())
+    assert (tmp_path / "tower/tower.md").exists() and (tmp_path / "serving/loads.md").exists()
