@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import adapter_for, unwrap
 from tokencomp.adapters.verified import unverified_accepted
 from tokencomp.conformance.verify import verify_model
@@ -20,7 +21,7 @@ from tokencomp.engine.context.visual_window import (
 )
 from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.scores.proportional import check_windows
-from tokencomp.errors import OptionError, PlanError
+from tokencomp.errors import AlreadyCompressedError, OptionError, PlanError
 from tokencomp.handle import ATTRIBUTE, Handle, make_plan
 from tokencomp.method import MethodSpec, check_one_amount
 from tokencomp.reducers.base import Reducer
@@ -49,8 +50,9 @@ def patch(
     Parameters
     ----------
     model
-        A Hugging Face multimodal model (PEFT and torch.compile wrappers are looked through). Its
-        weights, config, class and attention backend are left alone.
+        A Hugging Face multimodal model (PEFT and torch.compile wrappers are looked through), or
+        its body, as `AutoModel` loads it and embedding models call it. Its weights, config, class
+        and attention backend are left alone.
     ratio
         Fraction of visual-token work removed from the LLM, in [0, 1): 1 - mean over decoder layers
         of visual tokens seen / visual tokens of the prompt. 0 = off. None: 0.5, or what `plan` has.
@@ -135,7 +137,8 @@ def patch(
     UnsupportedModelError
         No adapter serves the model, or its vision tower has no known cells (`tower_ratio`).
     AlreadyCompressedError
-        The model carries another method's changes.
+        The model carries another method's changes, or it is the body of a patched model, or the
+        model around a patched body.
     """
     asked = check_one_amount(ratio, budget, plan) or {"ratio": 0.5}
     spec = MethodSpec(
@@ -175,8 +178,7 @@ def apply(
     extend_context: bool | int = False,
 ) -> Handle:
     """`patch` with a ready method spec, under which everything else is as described there."""
-    adapter = adapter_for(model)
-    refuse_foreign(adapter.model)
+    adapter = _free_adapter(model)
     check_choice("patch", "positions", positions, ("original", "compact"))
     if positions == "compact" and adapter.mrope:
         raise OptionError(
@@ -199,6 +201,26 @@ def apply(
         raise
 
 
+def _free_adapter(model: nn.Module) -> Adapter:
+    """The adapter of a model that nobody else has changed; its own patch may be in force.
+
+    Raises
+    ------
+    AlreadyCompressedError
+    """
+    adapter = adapter_for(model)
+    refuse_foreign(adapter.model)
+    for hook in adapter.decoder._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Hooks) and owner.adapter.model is not adapter.model:
+            raise AlreadyCompressedError(
+                f"the decoder of this {type(adapter.model).__name__} is patched through a "
+                f"{type(owner.adapter.model).__name__} already. Patch the one of the two that you "
+                "call, and call tokencomp.unpatch on the other first."
+            )
+    return adapter
+
+
 def check(model: nn.Module, spec: MethodSpec) -> None:
     """Raise what `apply(model, spec)` would raise, without touching the model.
 
@@ -211,8 +233,7 @@ def check(model: nn.Module, spec: MethodSpec) -> None:
     UnsupportedModelError, AlreadyCompressedError
         No adapter serves the model, or another method has changed it.
     """
-    adapter = adapter_for(model)
-    refuse_foreign(adapter.model)
+    adapter = _free_adapter(model)
     check_windows(float(spec.proportional_attention), Windows.of(adapter.decoder).sizes)
     make_plan(spec, adapter)
 

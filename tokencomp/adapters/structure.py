@@ -42,7 +42,8 @@ class Parts:
     Attributes
     ----------
     top
-        The module that generates, and whose forward takes `labels` and `logits_to_keep`.
+        The module that generates, and whose forward takes `labels` and `logits_to_keep`; the body
+        where nothing generates (`AutoModel`, embedding models).
     body
         The module that puts features into the embeddings and calls the decoder.
     decoder
@@ -66,11 +67,6 @@ def find_parts(model: Any) -> Parts:
     """
     thinker = getattr(model, "thinker", None)  # omni models: it reads, the talker only speaks
     top = thinker if isinstance(thinker, nn.Module) else model
-    if not hasattr(top, "generate"):
-        raise NoDecoderError(
-            f"{type(model).__name__} does not generate text. Pass the whole model, such as its "
-            "...ForConditionalGeneration class."
-        )
     _refuse_other_decoders(model, top)
     decoder = _decoder(top)
     beside = [name for name in BESIDE if name in parameters_of(decoder)]
@@ -79,7 +75,16 @@ def find_parts(model: Any) -> Parts:
             f"the decoder of {type(model).__name__} takes {', '.join(beside)}: it reads features "
             "of media by cross-attention, so no token of its sequence could leave."
         )
-    return Parts(top, _body(top, decoder), decoder)
+    body = _body(top, decoder)
+    if hasattr(top, "generate"):
+        return Parts(top, body, decoder)
+    takes_media = any(feature_kind(name) for name in parameters_of(body))
+    if not takes_media or type(body.config) is not type(top.config):  # it has more than a body
+        raise NoDecoderError(
+            f"{type(model).__name__} does not generate text. Pass the whole model, such as its "
+            "...ForConditionalGeneration class, or its body, as AutoModel loads it."
+        )
+    return Parts(body, body, decoder)
 
 
 def _refuse_other_decoders(model: Any, top: Any) -> None:

@@ -29,11 +29,17 @@ def verify_model(model: Any, compress: Compress) -> Result:
     Raises
     ------
     UnverifiedModelError
-        A check fails, or no tiny model can be built.
+        A check fails, no tiny model can be built, or the model generates no text.
     UnsupportedModelError
         The model is refused by its structure.
     """
     own = type(model)
+    if not hasattr(model, "generate"):
+        raise UnverifiedModelError(
+            f"{own.__name__} is a body, and only models that generate can be checked. Check the "
+            "one around it, or call patch() without verify=True, which takes bodies of types that "
+            "have passed."
+        )
     key = own, str(model.config.to_json_string(use_diff=False))
     if key in _passed:
         return _passed[key]

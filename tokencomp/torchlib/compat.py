@@ -279,7 +279,7 @@ def check_rope_index(model: Any, kind: str) -> None:
     if kind == "video" and hasattr(config.vision_config, "tokens_per_second"):
         grids["second_per_grid_ts"] = torch.tensor([1.0])
     with torch.device("cpu"):
-        positions = rope_index(model.model, ids, kinds, **grids)[:, 0, 4 : 4 + n]
+        positions = rope_index(getattr(model, "model", model), ids, kinds, **grids)[:, 0, 4 : 4 + n]
     time = torch.arange(frames).repeat_interleave(2) * step
     expected = 4 + torch.stack([time, torch.zeros(n).long(), torch.arange(n) % 2])
     if not torch.equal(positions.long(), expected):

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from tokencomp.engine.cache.rows import first_with_rows
 from tokencomp.engine.count.flops import DecoderShape
-from tokencomp.errors import RatioWarning
+from tokencomp.errors import OptionError, RatioWarning
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tokencomp.engine.rows.layout import RowLayout
     from tokencomp.engine.stage.forward import ForwardPass
     from tokencomp.engine.tower.flops import TowerCost
@@ -195,6 +197,45 @@ class Stats:
     def kept(self, sample: int = 0) -> list[list[list[int]]]:
         """Offsets inside each span that are left, per stage: `kept(b)[stage][span]`."""
         return [_offsets(layout, sample) for layout in self._kept]
+
+    def pooling_mask(self, attention_mask: Tensor) -> Tensor:
+        """The padding mask of a batch, without the columns that have left.
+
+        Hidden states have full length, and a dropped column repeats the one before it. A mean over
+        tokens, or an index of page vectors, must take kept columns alone.
+
+        Parameters
+        ----------
+        attention_mask : Tensor, shape (B, L)
+            Of the batch that was counted last; it stays as it is.
+
+        Returns
+        -------
+        Tensor
+            The same shape and dtype.
+
+        Raises
+        ------
+        OptionError
+            The mask is that of another batch, or no batch was counted.
+        """
+        width = max((span.stop for row in self.spans for span in row), default=0)
+        if len(self.spans) != len(attention_mask) or width > attention_mask.shape[1]:
+            raise OptionError(
+                f"pooling_mask({tuple(attention_mask.shape)}): the batch counted last has "
+                f"{len(self.spans)} samples of at least {width} columns. Pass the attention mask "
+                "of the last batch with media."
+            )
+        mask = attention_mask.clone()
+        for b, spans in enumerate(self.spans):
+            for span, offsets in zip(spans, self._last_kept(b), strict=True):
+                gone = set(range(span.length)).difference(offsets)
+                mask[b, [span.start + offset for offset in sorted(gone)]] = 0
+        return mask
+
+    def _last_kept(self, sample: int) -> list[list[int]]:
+        """Offsets inside each span that are left in the last layer."""
+        return self.kept(sample)[-1] if self._kept else self.tower_kept(sample)
 
     def summary(self) -> dict[str, Any]:
         """The numbers as plain types, ready for JSON."""

@@ -1,0 +1,195 @@
+"""Bodies, as AutoModel loads them, and retrieval models: exact, and undone without trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support import oracle, plans
+from support.families import FAMILIES, Family, text
+from support.family.base import IMAGE
+from support.hooks import hooks_of, prompt
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    ColPaliConfig,
+    ColPaliForRetrieval,
+    ColQwen2Config,
+    ColQwen2ForRetrieval,
+)
+
+import tokencomp
+from tokencomp.adapters.registry import adapter_for
+from tokencomp.adapters.structure import find_parts
+from tokencomp.errors import (
+    AlreadyCompressedError,
+    NoDecoderError,
+    NoVisualInputError,
+    OptionError,
+    UnverifiedModelError,
+)
+
+FAMILY_NAMES = sorted(set(FAMILIES) - {"vila"})  # its one module generates
+
+
+@pytest.mark.parametrize("name", ["entry", "both"])
+def test_states_of_a_body(family: Family, name: str) -> None:
+    """Hidden states are those of the full-length body whose dropped columns are masked."""
+    model, inputs = family.build(), prompt(family)
+    body = adapter_for(model).body
+    with torch.no_grad():
+        plain = body(**inputs)[0]  # some modules note things at their first call
+        clean = hooks_of(model)
+        with tokencomp.patch(body, plan=plans.make(name, family.layers), strict=True) as handle:
+            calls = [body(**inputs)[0], body.forward(**inputs)[0]]
+            masks = oracle.kept_columns(handle, inputs, family.layers)
+            mask = handle.stats.pooling_mask(inputs["attention_mask"])
+            assert torch.equal(mask, masks[-1].to(mask))
+            with pytest.raises(OptionError, match="last batch"):
+                handle.stats.pooling_mask(mask[:1])
+        positions = family.positions(model, inputs)
+        with oracle.layer_masks(model, family, masks):
+            full = body(**inputs, position_ids=positions, use_cache=False)[0]
+        assert torch.equal(body(**inputs)[0], plain)
+    assert hooks_of(model) == clean
+    assert torch.equal(*calls)
+    assert (calls[0] - oracle.repeated(full, masks[-1])).abs().max() < 1e-5
+    assert (plain - full)[masks[-1]].abs().max() > 1e-3
+
+
+def test_a_body_at_ratio_zero(family: Family) -> None:
+    body, inputs = adapter_for(family.build()).body, prompt(family)
+    with torch.no_grad():
+        plain = body(**inputs)[0]
+        with tokencomp.patch(body, 0) as handle:
+            assert torch.equal(body(**inputs)[0], plain)
+            mask = inputs["attention_mask"]
+            assert torch.equal(handle.stats.pooling_mask(mask), mask)
+            assert handle.stats.ratio == 0 and sum(handle.stats.tokens_before) > 0
+
+
+def colpali() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """ColPali, whose inner body takes the pixels. Dropped columns before the first are zeros."""
+    text_config = {
+        **{"model_type": "gemma", "hidden_size": 64, "intermediate_size": 64, "vocab_size": 200},
+        **{"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"head_dim": 16, "num_image_tokens": 16},
+    }
+    tower = {
+        **{"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 32},
+        **{"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56, "patch_size": 14},
+    }
+    inner = {
+        **{"model_type": "paligemma", "image_token_index": IMAGE, "text_config": text_config},
+        **{"vision_config": tower, "projection_dim": 64, "hidden_size": 64},
+    }
+    model = ColPaliForRetrieval(ColPaliConfig(vlm_config=inner, embedding_dim=16)).eval()
+    ids = torch.tensor([[*text(2), *[IMAGE] * 16, *text(5, 3)]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return model, {**inputs, "pixel_values": torch.randn(1, 3, 56, 56)}, None
+
+
+def colqwen2() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """ColQwen2, which puts the features into the embeddings itself; pages of two sizes."""
+    family = FAMILIES["qwen2_vl"]
+    inner = family.config().to_dict()
+    model = ColQwen2ForRetrieval(ColQwen2Config(vlm_config=inner, embedding_dim=16)).eval()
+    rows = [[text(3), family.image(i), text(6, 3)] for i in (0, 1)]
+    inputs = family.batch(rows)
+    grids = inputs["image_grid_thw"]
+    patches = inputs["pixel_values"].split(grids.prod(-1).tolist())
+    inputs["pixel_values"] = pad_sequence(list(patches), batch_first=True)
+    inputs.pop("mm_token_type_ids", None)
+    width = inputs["input_ids"].shape[1]
+    whole = family.model_class()(family.config())
+    positions = family.positions(whole, family.batch(rows))
+    if int(transformers.__version__.split(".")[0]) > 4:  # since then: the number of the column
+        positions = torch.arange(width).expand(3, 2, -1)
+    return model, inputs, positions
+
+
+@pytest.mark.parametrize("build", [colpali, colqwen2])
+def test_page_vectors(build: Any) -> None:
+    """Vectors of kept columns are those of the full-length model with masks."""
+    torch.manual_seed(0)
+    model, inputs, positions = build()
+    decoder = adapter_for(model).decoder
+    for p in decoder.parameters():
+        if p.ndim == 2:
+            p.data.mul_(5)
+    family = type("Inner", (Family,), {"decoder": lambda self, model: decoder})()
+    with torch.no_grad():
+        plain, clean = model(**inputs).embeddings, hooks_of(model)
+        with tokencomp.patch(model, 0.5, reducer="kcentre", strict=True) as handle:
+            found = [model(**inputs).embeddings, model.forward(**inputs).embeddings]
+            masks = oracle.kept_columns(handle, inputs, len(decoder.layers))
+            assert handle.stats.ratio == pytest.approx(0.5, abs=0.05)
+            with pytest.raises(NoVisualInputError):
+                model(input_ids=inputs["input_ids"][:, :3])
+        extra = {} if positions is None else {"position_ids": positions}
+        if positions is None:  # PaliGemma's prefix sees in both directions
+            seen = masks[0][:, None, None].expand(-1, 1, masks[0].shape[1], -1)
+            hooks = [
+                layer.register_forward_pre_hook(
+                    lambda m, a, k: (a, {**k, "attention_mask": seen}), with_kwargs=True
+                )
+                for layer in decoder.layers
+            ]
+            full = model(**inputs).embeddings
+            for hook in hooks:
+                hook.remove()
+        else:
+            with oracle.layer_masks(model, family, masks):
+                full = model(**inputs, **extra).embeddings
+        assert hooks_of(model) == clean
+        real, left = inputs["attention_mask"].bool(), masks[-1]
+        assert torch.equal(model(**inputs).embeddings[real], plain[real])
+    assert torch.equal(found[0][real], found[1][real])
+    assert (found[0] - full)[left].abs().max() < 1e-5
+    assert (plain - full)[left].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava"])
+def test_one_patch_per_decoder(name: str) -> None:
+    """A body and the model around it share it; the second patch would count tokens twice."""
+    model, inputs = FAMILIES[name].build(), prompt(FAMILIES[name])
+    body = adapter_for(model).body
+    for first, second in ((model, body), (body, model)):
+        with tokencomp.patch(first, 0.5, reducer="uniform") as handle, torch.no_grad():
+            with pytest.raises(AlreadyCompressedError, match="unpatch"):
+                tokencomp.patch(second, 0.5)
+            model(**inputs)
+            assert handle.stats.ratio == pytest.approx(0.5, abs=0.05)
+        tokencomp.patch(second, 0.5).remove()
+
+
+def test_a_decoder_alone_is_refused() -> None:
+    family = FAMILIES["qwen3_vl"]
+    with pytest.raises(NoDecoderError, match="AutoModel"):
+        tokencomp.patch(family.decoder(family.build()), 0.5)
+
+
+def test_a_body_cannot_be_verified() -> None:
+    body = FAMILIES["qwen3_vl"].build().model
+    with pytest.raises(UnverifiedModelError, match="is a body"):
+        tokencomp.patch(body, 0.5, verify=True)
+    tokencomp.patch(body, 0.5)
+
+
+def test_parts_of_a_greater_model_are_no_body() -> None:
+    """PI0 reads the cache of its language model too."""
+    config = type("Config", (), {"is_encoder_decoder": False})
+    body = FAMILIES["qwen3_vl"].build().model
+
+    class Robot(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config, self.vlm = config(), body
+
+        def get_decoder(self) -> nn.Module:
+            return body.language_model
+
+    with pytest.raises(NoDecoderError, match="does not generate text"):
+        find_parts(Robot())

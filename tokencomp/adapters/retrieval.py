@@ -1,0 +1,38 @@
+"""Retrieval models, which turn every token of a page into a vector: ColPali, ColQwen2."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+from tokencomp.adapters.registry import register_adapter
+from tokencomp.adapters.structural import StructuralAdapter
+from tokencomp.adapters.structure import Parts, find_parts
+
+
+@register_adapter
+class ColPaliAdapter(StructuralAdapter):
+    """It hands pixels to the body of PaliGemma."""
+
+    family = "ColPali"
+    model_types: ClassVar[tuple[str, ...]] = ("colpali",)
+
+    def find_parts(self, model: nn.Module) -> Parts:
+        return find_parts(model.vlm)
+
+
+@register_adapter
+class ColQwen2Adapter(StructuralAdapter):
+    """It puts features into the embeddings itself, and calls the body of Qwen2-VL with these alone.
+
+    Its arguments tell the grids of images, because since transformers 5 all positions are those of
+    text.
+    """
+
+    family = "ColQwen2"
+    model_types = ("colqwen2",)
+
+    def find_parts(self, model: nn.Module) -> Parts:
+        inner = find_parts(model.vlm)
+        return Parts(inner.top, model, inner.decoder)
