@@ -9,6 +9,7 @@ import torch
 from support import matrix
 
 from tokencomp import VisualTokens, make_reducer
+from tokencomp.tokens.signals import TOWER_ATTENTION
 
 GRIDS = [(1, 5, 6), (4, 3, 4), (6, 2, 3)]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -130,7 +131,8 @@ def covering(cover: list[list[float]], weight: list[float], k: int) -> list[int]
 def test_scope(grid: tuple[int, int, int], saliency: str) -> None:
     given = matrix.tokens(grid, special=2)
     places, x = patches_of(given)
-    weight = given.scores[places].tolist() if saliency == "tower" else [1.0] * len(x)
+    saliencies = given.tower[TOWER_ATTENTION][places].tolist()
+    weight = saliencies if saliency == "tower" else [1.0] * len(x)
     chosen = covering([[cosine(a, b) for b in x] for a in x], weight, 9)
     got = make_reducer("scope", saliency=saliency).reduce(given, 11).keep.tolist()
     assert got == with_special(given, [places[i] for i in chosen])

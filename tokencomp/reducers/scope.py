@@ -9,7 +9,7 @@ from typing import Literal
 from torch.nn.functional import normalize
 
 from tokencomp.reducers._batch import Patches
-from tokencomp.reducers._rows import finite_features, supplied_scores
+from tokencomp.reducers._rows import finite_features, tower_signal
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
@@ -34,9 +34,9 @@ class Scope(Reducer):
 
     Notes
     -----
-    Attention is that of the tower's last block but one and is averaged over the patches of a token,
-    features are those after the projector; the release reads the same block for LLaVA, with the
-    features before the projector, and the last one in its copy for Qwen. On the release's own
+    Attention is that of the last block in use, averaged over the patches of a token, and features
+    are those after the projector; the release reads the same block for LLaVA, with the features
+    before the projector, and in its copy for Qwen. On the release's own
     inputs the rule gave the same sets in 60 of 60 random cases.
     """
 
@@ -54,7 +54,7 @@ class Scope(Reducer):
         patches = Patches.of(batch, keeps)
         weights = None
         if self.saliency == "tower":
-            weights = patches.of_patches(supplied_scores(batch, "scope"))
+            weights = patches.of_patches(tower_signal(batch, TOWER_ATTENTION, "scope"))
         unit = normalize(finite_features(patches.features, weights).float(), dim=1)
         chosen = facility_select(unit, patches.budgets, weights, spans=patches.lengths)
         return patches.kept(chosen)
