@@ -70,8 +70,8 @@ def test_published_pages_are_those_of_the_published_results() -> None:
     assert {*baselines.largest(every)} == expected_pairs
 
 
-def test_the_readme_says_what_the_page_says() -> None:
-    page, readme = ((FOLDER / n).read_text() for n in ("baselines.md", "../../README.md"))
+def test_the_results_in_short_say_what_the_page_says() -> None:
+    page, short = ((FOLDER / n).read_text() for n in ("baselines.md", "../../docs/results.md"))
     match = re.search(
         r"In (\d+) comparisons .* better in (\d+) .* equal in (\d+), and worse in (\d+) "
         r"\((\d+) significant, (\d+) on families .* correction (\S+)\)",
@@ -79,18 +79,20 @@ def test_the_readme_says_what_the_page_says() -> None:
     )
     assert match is not None
     every, better, equal, worse, significant, learned, _ = match.groups()
-    text = " ".join(readme.split())
-    assert f"better in {better} of [{every} comparisons](benchmarks/accuracy/baselines.md)" in text
+    text = " ".join(short.split())
+    assert (
+        f"better in {better} of [{every} comparisons](../benchmarks/accuracy/baselines.md)" in text
+    )
     assert f"equal in {equal}, and worse in {worse}" in text
     assert f"{significant} of the {worse} are significant" in text
     assert f"{learned} of the {worse} concern a question family that the model has learned" in text
 
 
-def test_the_table_of_the_readme_is_part_of_the_summary() -> None:
+def test_the_table_of_the_results_in_short_is_part_of_the_summary() -> None:
     summary = (FOLDER / "summary.md").read_text().splitlines()
-    readme = (FOLDER / "../../README.md").read_text().splitlines()
-    start = readme.index(next(line for line in summary if line.startswith("| method")))
-    rows = [*itertools.takewhile(lambda line: line.startswith("|"), readme[start:])]
+    short = (FOLDER / "../../docs/results.md").read_text().splitlines()
+    start = short.index(next(line for line in summary if line.startswith("| method")))
+    rows = [*itertools.takewhile(lambda line: line.startswith("|"), short[start:])]
     assert 4 < len(rows) <= 10 and [row for row in rows if row not in summary] == []
 
 
