@@ -20,12 +20,13 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 FOLDERS = {"tokencomp": REPOSITORY / "tokencomp", "tokencomp.kernels": REPOSITORY / "kernels"}
 # From the top down; a module may import from its own room and from those below it. The package
-# itself (`import tokencomp`) offers the public names and stands with `patching`.
+# itself (`import tokencomp`) offers the public names, the highest of which is `Session`.
 ROOMS = (
     ("cli",),
     ("serving", "training", "evaluation", "lmms", "pages", "zoo"),
+    ("tokencomp", "session"),
     ("profiling", "inputs", "models", "shapesqa"),
-    ("tokencomp", "patching", "handle", "method", "conformance"),
+    ("patching", "handle", "method", "conformance"),
     ("engine",),
     ("adapters", "trained", "reducers"),
     ("plan", "tokens"),

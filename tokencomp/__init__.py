@@ -23,6 +23,7 @@ _LAZY = {
     "patch": "tokencomp.patching",
     "unpatch": "tokencomp.patching",
     "Handle": "tokencomp.handle",
+    "Session": "tokencomp.session.session",
     "extend_visual_context": "tokencomp.engine.context.visual_window",
     "Plan": "tokencomp.plan.plan",
     "Stage": "tokencomp.plan.stages",
@@ -44,6 +45,7 @@ __all__ = [
     "Plan",
     "Reducer",
     "Reduction",
+    "Session",
     "Stage",
     "TokenCompError",
     "TowerStage",
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from tokencomp.reducers.base import Reducer
     from tokencomp.reducers.plan_json import plan_from_json, plan_to_json
     from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer
+    from tokencomp.session.session import Session
     from tokencomp.tokens.reduction import Reduction
     from tokencomp.tokens.spans import VisualTokens
 

@@ -90,6 +90,10 @@ class NoVisualInputError(TokenCompError, ValueError):
     """`strict=True` and a prompt without any image or video."""
 
 
+class SessionError(TokenCompError, RuntimeError):
+    """A session that cannot take what was given: too much for its budget, or closed."""
+
+
 class AlreadyCompressedError(TokenCompError, RuntimeError):
     """Another method has already shortened the visual tokens of this model."""
 
@@ -104,6 +108,10 @@ class ScoreError(TokenCompError, ValueError):
 
 class MediaError(TokenCompError, ValueError):
     """An image or video file that cannot be read, is empty, or is too small."""
+
+
+class FrameOrderError(MediaError):
+    """Frames of a session whose times do not ascend."""
 
 
 class CheckpointError(TokenCompError, ValueError):

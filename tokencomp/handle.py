@@ -178,6 +178,16 @@ class Handle:
         return self._hooks.plan
 
     @property
+    def compresses(self) -> bool:
+        """Whether prompts with media are compressed in the calling thread."""
+        return self.plan.active and not self._hooks.disabled
+
+    @property
+    def compact(self) -> bool:
+        """Whether positions count the kept tokens only."""
+        return self._hooks.compact_positions
+
+    @property
     def stats(self) -> Stats:
         """Counts of the last prompt, also at ratio 0; in whichever thread it ran.
 

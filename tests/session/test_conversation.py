@@ -1,0 +1,214 @@
+"""Parts of a conversation on one cache equal one prompt; evictions equal a staircase mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import plans, staircase
+from support.families import FAMILIES, Family, text
+from support.family.hybrid import HYBRID
+from torch import Tensor, nn
+
+import tokencomp
+from tokencomp.engine.cache.evict import evict, held_columns
+from tokencomp.errors import (
+    OptionError,
+    SessionError,
+    UnsupportedCacheError,
+    UnsupportedModelError,
+)
+from tokencomp.session.conversation import Conversation
+
+ALL = {**FAMILIES, **HYBRID}
+NAMES = ("qwen2_vl", "qwen3_vl", "qwen3_5", "llava_onevision")
+EVICTED = ("qwen2_vl", "qwen3_vl", "llava_onevision")
+Parts = list[list[Any]]
+
+
+def parts_of(family: Family) -> Parts:
+    torch.manual_seed(3)
+    return [
+        [text(4, 1)],
+        [family.video(4), text(2, 7)],
+        [text(3, 2)],
+        [family.image(0), text(1, 4)],
+        [family.video(4), text(2, 5)],
+        [text(5, 3)],
+    ]
+
+
+def part(family: Family, row: list[Any]) -> dict[str, Tensor]:
+    inputs = family.batch([row])
+    inputs.pop("attention_mask")
+    return inputs
+
+
+def whole(family: Family, parts: Parts) -> dict[str, Tensor]:
+    return family.batch([[x for row in parts for x in row]])
+
+
+def one_prompt(model: nn.Module, family: Family, parts: Parts) -> Tensor:
+    inputs = whole(family, parts)
+    with torch.no_grad():
+        return model(**inputs, position_ids=family.positions(model, inputs)).logits[:, -1]
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("ratio", [None, 0.0, 0.5, 0.75])
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_equal_one_prompt(name: str, ratio: float | None) -> None:
+    family = ALL[name]
+    model, parts = family.build(), parts_of(family)
+    if ratio is not None:
+        tokencomp.patch(model, ratio, reducer="kcentre")
+    conversation = Conversation(model, None, "oldest")
+    for row in parts:
+        logits = conversation.add(part(family, row))
+    expected = one_prompt(model, family, parts)
+    assert difference(logits, expected) < 1e-5
+    assert difference(logits, one_prompt(model, family, [parts[0], *parts[2:]])) > 1e-3
+    assert conversation.rows < conversation.tokens or not ratio
+
+
+@pytest.mark.parametrize("setting", [None, 0.0, 0.5, "both"])
+@pytest.mark.parametrize("name", EVICTED)
+def test_eviction_equals_a_staircase_mask(name: str, setting: Any) -> None:
+    """Two evictions; the second takes rows of every age, and layers may hold different ones."""
+    family = FAMILIES[name]
+    model, parts, log = family.build(), parts_of(family), staircase.Log()
+    if setting is not None:
+        both = {"plan": plans.make("both", 4)}
+        kcentre = {"ratio": setting, "reducer": "kcentre"}
+        handle = tokencomp.patch(model, **(both if setting == "both" else kcentre))
+    conversation = Conversation(model, None, "oldest")
+    for i, row in enumerate(parts):
+        logits = conversation.add(part(family, row))
+        log.added(conversation.cache, conversation.tokens)
+        if i in (1, 3):
+            held = held_columns(conversation.cache.layers[0])[0]
+            gone = held[5:11] if i == 1 else held[6::3]
+            assert evict(conversation.cache, gone) == len(gone)
+            log.evicted(conversation.cache, conversation.tokens)
+    if setting is not None:
+        handle.remove()
+    inputs = whole(family, parts)
+    assert difference(logits, staircase.logits(model, family, inputs, log)) < 1e-5
+    plain = log.without_evictions()
+    assert difference(logits, staircase.logits(model, family, inputs, plain)) > 1e-3
+
+
+@pytest.mark.parametrize("policy", [pytest.param("oldest", marks=pytest.mark.long), "redundant"])
+def test_150_chunks_at_constant_rows(policy: str) -> None:
+    """Rows never exceed the budget between calls, and the last answer is that of the staircase."""
+    family, budget, log, parts = FAMILIES["qwen3_vl"], 120, staircase.Log(), []
+    model = family.build()
+    handle = tokencomp.patch(model, 0.5, reducer="kcentre")
+    conversation = Conversation(model, budget, policy)
+    torch.manual_seed(5)
+    for i in range(150):
+        parts.append([family.video(2) if i else text(4, 1)])
+        logits = conversation.add(part(family, parts[-1]))
+        log.added(conversation.cache, conversation.tokens)
+        conversation.shrink()
+        log.evicted(conversation.cache, conversation.tokens)
+        assert conversation.rows <= budget
+        assert held_columns(conversation.cache.layers[0])[0, :4].tolist() == [0, 1, 2, 3]
+    assert conversation.rows == budget and conversation.tokens > 15 * budget
+    parts.append([text(3, 9)])
+    logits = conversation.add(part(family, parts[-1]))
+    handle.remove()
+    expected = staircase.logits(model, family, whole(family, parts), log)
+    assert difference(logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5"])
+def test_a_mark_forgets_what_came_after(name: str) -> None:
+    family = ALL[name]
+    model, parts = family.build(), parts_of(family)
+    tokencomp.patch(model, 0.5, reducer="kcentre")
+    conversation = Conversation(model, None, "oldest")
+    for row in parts[:3]:
+        conversation.add(part(family, row))
+    mark = conversation.mark()
+    for row in parts[3:]:
+        first = conversation.add(part(family, row))
+    mark.rewind()
+    for row in parts[3:]:
+        second = conversation.add(part(family, row))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_5"])
+def test_nothing_is_lost_by_a_failure(name: str) -> None:
+    """A part that fails in the last layer leaves the conversation as it was."""
+    family = ALL[name]
+    model, parts = family.build(), parts_of(family)
+    tokencomp.patch(model, 0.5, reducer="kcentre")
+    conversation = Conversation(model, None, "oldest")
+    layer = family.decoder(model).layers[-1]
+    for i, row in enumerate(parts):
+        if i in (0, 3):
+            failing = layer.register_forward_hook(lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                conversation.add(part(family, row))
+            failing.remove()
+        logits = conversation.add(part(family, row))
+    assert difference(logits, one_prompt(model, family, parts)) < 1e-5
+
+
+def test_batches_are_refused() -> None:
+    family = FAMILIES["qwen2_vl"]
+    conversation = Conversation(family.build(), None, "oldest")
+    with pytest.raises(SessionError, match="one conversation, and this part has 2"):
+        conversation.add({"input_ids": torch.ones(2, 4, dtype=torch.long)})
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [("qwen3_5", "linear attention"), ("gemma3", "attention window")],
+)
+def test_eviction_is_refused_where_it_is_not_exact(name: str, match: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=match):
+        Conversation(ALL[name].build(), 100, "oldest")
+
+
+def test_eviction_is_refused_where_queries_count_rows() -> None:
+    model = FAMILIES["qwen2_vl"].build()
+    model.config.text_config.attn_temperature_tuning = True
+    with pytest.raises(UnsupportedModelError, match="number of their row"):
+        Conversation(model, 100, "oldest")
+
+
+def test_images_that_see_themselves_are_refused() -> None:
+    """transformers lets no image of a later turn see all of itself, see test_layer_kinds.py."""
+    family = HYBRID["gemma3"]
+    conversation = Conversation(family.build(), None, "oldest")
+    conversation.add(part(family, [text(4, 1)]))
+    with pytest.raises(UnsupportedModelError, match="see each other"):
+        conversation.add(part(family, [family.image(0), text(2, 7)]))
+    assert conversation.tokens == conversation.rows == 4
+
+
+def test_ragged_caches_are_refused() -> None:
+    family = FAMILIES["qwen2_vl"]
+    model = family.build()
+    rows = [[text(3), family.image(0), text(4)], [text(3), family.image(1), text(4)]]
+    with tokencomp.patch(model, 0.5, reducer="kcentre"), torch.no_grad():
+        out = model(**family.batch(rows), use_cache=True)
+        cache = getattr(out, "cache", None) or out.past_key_values
+        with pytest.raises(UnsupportedCacheError, match="different rows"):
+            evict(cache, torch.tensor([3]))
+
+
+def test_the_last_row_stays() -> None:
+    family = FAMILIES["qwen2_vl"]
+    conversation = Conversation(family.build(), None, "oldest")
+    conversation.add(part(family, [text(4, 1)]))
+    with pytest.raises(OptionError, match="no row in a layer"):
+        evict(conversation.cache, torch.arange(4))
+    assert conversation.rows == 4

@@ -1,0 +1,136 @@
+"""The order in which rows leave, against plain loops; and rows that eviction leaves as they are."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from tokencomp.engine.cache.compress import compress_layer
+from tokencomp.engine.cache.evict import evict, held_columns
+from tokencomp.session.held import NOWHERE, TEXT, Held, Places, oldest, redundant
+from tokencomp.tokens.spans import VisualSpan
+
+
+def random_rows(seed: int, n: int = 60) -> Held:
+    """Rows of text and of six items, with many equal looks."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high, (n,), generator=generator)
+
+    items = draw(0, 6).sort().values
+    items[draw(0, 5) == 0] = TEXT
+    places = torch.where((items == TEXT) | (draw(0, 4) == 0), NOWHERE, draw(0, 9))
+    looks = torch.randn(4, 5, generator=generator)[draw(0, 4)]
+    return Held(torch.arange(n) * 2 + 3, items, places, looks)
+
+
+def slow_redundant(held: Held) -> list[int]:
+    """One row after the other: the most alike patch, and delimiters once their patches are gone."""
+    n = len(held)
+    patches = [i for i in range(n) if held.items[i] != TEXT and held.places[i] != NOWHERE]
+
+    def score(i: int) -> float:
+        newest = max(j for j in patches if held.places[j] == held.places[i])
+        if newest == i:
+            return -2.0
+        return float(torch.nn.functional.cosine_similarity(held.looks[i], held.looks[newest], 0))
+
+    order: list[int] = []
+
+    def orphans() -> None:
+        for i in range(n):
+            own = held.items[i]
+            if own == TEXT or held.places[i] != NOWHERE or i in order:
+                continue
+            if all(j in order for j in patches if held.items[j] == own):
+                order.append(i)
+
+    orphans()
+    for i in sorted(patches, key=lambda i: (-round(score(i), 4), i)):
+        order.append(i)
+        orphans()
+    return order
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_redundant_rows_go_as_in_plain_loops(seed: int) -> None:
+    held = random_rows(seed)
+    assert redundant(held).tolist() == slow_redundant(held)
+
+
+def test_oldest_rows_go_and_text_stays() -> None:
+    held = random_rows(1)
+    expected = [i for i in range(len(held)) if held.items[i] != TEXT]
+    assert oldest(held).tolist() == expected
+    assert sorted(redundant(held).tolist()) == expected
+
+
+def test_what_changed_stays_longest() -> None:
+    """Four frames of two places; the second changes once and back again."""
+    a, b, c = torch.eye(3)
+    looks = torch.stack([a, b, a, c, a, b, a, b])
+    rows = torch.arange(8)
+    held = Held(rows, rows // 2, rows % 2, looks)
+    assert redundant(held).tolist() == [0, 1, 2, 4, 5, 3, 6, 7]
+
+
+def test_places() -> None:
+    places = Places()
+    video = VisualSpan(2, 14, (2, 2, 3), "video", text=(6, 7), item=0)
+    image = VisualSpan(1, 6, (1, 2, 3), "image", item=0)
+    unknown = VisualSpan(0, 4, (1, 1, 4), "image", grid_known=False, item=0)
+    first = places.of([video], 17).tolist()
+    assert first == [-1, -1, 0, 1, 2, 3, 4, 5, -1, -1, 0, 1, 2, 3, 4, 5, -1]
+    assert places.of([image], 7).tolist() == [-1, 6, 7, 8, 9, 10, 11]
+    assert places.of([video], 17).tolist() == first
+    assert places.of([unknown], 4).tolist() == [-1] * 4
+    tiles = [VisualSpan(0, 2, (1, 1, 2), item=5), VisualSpan(2, 2, (1, 1, 2), item=5)]
+    assert places.of(tiles, 4).tolist() == [12, 13, 14, 15]
+    assert places.of(tiles[1:], 4).tolist() == [-1, -1, 12, 13]
+
+
+def filled_cache(columns: list[int], sizes: list[float] | None) -> DynamicCache:
+    """Two layers whose keys are the columns of their rows."""
+    cache, n = DynamicCache(), len(columns)
+    rows = torch.tensor(columns).float()[None, None, :, None].expand(1, 2, n, 3)
+    for i in range(2):
+        cache.update(rows.clone(), -rows, i)
+    known = None if columns == [*range(n)] else torch.tensor([columns])
+    for layer in cache.layers:
+        if known is not None:
+            own = None if sizes is None else torch.tensor([sizes])
+            compress_layer(layer, columns[-1] + 1 - n, n, None, False, own, known)
+            layer.needs_patch = False
+    return cache
+
+
+@pytest.mark.parametrize("columns", [[*range(9)], [0, 1, 2, 5, 6, 8, 11]])
+def test_rows_keep_what_belongs_to_them(columns: list[int]) -> None:
+    """After two evictions and a write in between, every row still has its column and size."""
+    sizes = [1.0, 1, 4, 2, 1, 3, 1] if columns[-1] == 11 else None
+    cache, top = filled_cache(columns, sizes), columns[-1] + 1
+    assert evict(cache, torch.tensor([2, 3, 5])) == sum(c in (2, 3, 5) for c in columns)
+    for i, layer in enumerate(cache.layers):
+        assert layer.get_seq_length() == top
+        new = torch.tensor([top, top + 1.0])[None, None, :, None].expand(1, 2, 2, 3)
+        cache.update(new, -new, i)
+    evict(cache, torch.tensor([1, top]))
+    left = [c for c in [*columns, top, top + 1] if c not in (1, 2, 3, 5, top)]
+    for layer in cache.layers:
+        assert layer.keys[0, 0, :, 0].tolist() == held_columns(layer)[0].tolist() == left
+        assert torch.equal(layer.values, -layer.keys)
+        assert layer.get_seq_length() == top + 2
+        if sizes is not None:
+            known = dict(zip(columns, sizes, strict=True))
+            assert layer.sizes[0].tolist() == [known.get(c, 1.0) for c in left]
+
+
+def test_a_copy_is_not_evicted() -> None:
+    cache = filled_cache([0, 1, 2, 5, 6, 8, 11], None)
+    other = copy.deepcopy(cache)
+    evict(cache, torch.tensor([5]))
+    assert held_columns(other.layers[0])[0].tolist() == [0, 1, 2, 5, 6, 8, 11]

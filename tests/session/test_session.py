@@ -1,0 +1,270 @@
+"""`tokencomp.Session` on an embedded model: equal to one prompt, without a trace, in a budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import tokencomp
+from tokencomp import zoo
+from tokencomp.errors import (
+    FrameOrderError,
+    MediaError,
+    OptionError,
+    SessionError,
+    UnsupportedModelError,
+)
+from tokencomp.inputs.media import load_media
+from tokencomp.inputs.video import Video
+
+KCENTRE = {"reducer": "kcentre"}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return zoo.load("tiny-qwen3-vl")
+
+
+@pytest.fixture(scope="module")
+def clip() -> tuple[list[Image.Image], str, str]:
+    """Eight small frames, a question about them, and its answer."""
+    items = json.loads((zoo.SAMPLES / "questions.json").read_text())
+    item = next(q for q in items if q["kind"] == "video")
+    frames = load_media(zoo.SAMPLES / item["media"], frames=8)
+    return list(frames), item["question"], item["answer"]
+
+
+class Record:
+    """What a model is called with, and the logits that it returns."""
+
+    def __init__(self, model: Any) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.logits: list[Tensor] = []
+        before = model.register_forward_pre_hook(
+            lambda m, args, kwargs: self.calls.append(dict(kwargs)), with_kwargs=True
+        )
+        after = model.register_forward_hook(
+            lambda m, args, out: self.logits.append(out.logits[:, -1])
+        )
+        self.hooks = [before, after]
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def one_prompt(self) -> dict[str, Tensor]:
+        """All calls as one prompt, for which the model computes the positions itself."""
+        joined = {}
+        ids = [call["input_ids"] for call in self.calls]
+        types = [
+            call.get("mm_token_type_ids", torch.zeros_like(own).int())
+            for call, own in zip(self.calls, ids, strict=True)
+        ]
+        joined["input_ids"] = torch.cat(ids, 1)
+        joined["mm_token_type_ids"] = torch.cat([t.int() for t in types], 1)
+        joined["attention_mask"] = torch.ones_like(joined["input_ids"])
+        for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+            found = [call[name] for call in self.calls if name in call]
+            if found:
+                joined[name] = torch.cat(found)
+        return joined
+
+
+@pytest.fixture
+def record(loaded: tuple[Any, Any]) -> Iterator[Record]:
+    found = Record(loaded[0])
+    yield found
+    found.remove()
+    tokencomp.unpatch(loaded[0])
+
+
+def logits_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    model.model.rope_deltas = None
+    with torch.no_grad():
+        return model(**inputs, logits_to_keep=1).logits[:, -1]
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_a_session_equals_one_prompt(
+    loaded: tuple[Any, Any], clip: Any, record: Record, ratio: float | None
+) -> None:
+    """Chunks, text, an image, a question that stays and one that does not."""
+    model, processor = loaded
+    frames, question, answer = clip
+    if ratio is not None:
+        tokencomp.patch(model, ratio, **KCENTRE)
+    session = tokencomp.Session(model, processor)
+    for i in range(0, 8, 2):
+        session.append(frames[i : i + 2], seconds=0.5)
+    assert session.ask(question) == answer
+    forgotten = len(record.calls)
+    first = record.logits[4]
+    assert session.ask(question) == answer  # the same words, and the same numbers
+    assert torch.equal(record.logits[forgotten], first)
+    del record.calls[4:], record.logits[4:]
+    assert session.ask(question, keep=True) == answer
+    session.say("And this?").append(frames[0])
+    assert session.ask("What is there?", max_new_tokens=1)
+    inputs, last = record.one_prompt(), record.logits[-1]
+    text = processor.tokenizer.decode(inputs["input_ids"][0])
+    assert text.count("<|im_start|>user") == 2 and text.count("<|im_start|>assistant") == 2
+    assert f"{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n" in text
+    assert [s for s in ("<0.2 seconds>", "<1.2 seconds>", "<3.2 seconds>") if s not in text] == []
+    assert float((last - logits_of(model, inputs)).abs().max()) < 2e-5
+    asked = len(processor.tokenizer("What is there?")["input_ids"]) + len(session._turns.answer)
+    assert session.tokens == inputs["input_ids"].shape[1] - asked
+    session.close()
+
+
+def test_a_session_leaves_no_trace(loaded: tuple[Any, Any], clip: Any, record: Record) -> None:
+    """Of the cache after a question, every tensor is what it was; of the model, everything."""
+    model, processor = loaded
+    with tokencomp.Session(model, processor) as session:
+        session.append(clip[0][:4], seconds=0.5)
+        before = [(layer.keys.clone(), layer.values.clone()) for layer in session.cache.layers]
+        rows, deltas = session.rows, model.model.rope_deltas
+        session.ask(clip[1])
+        for (keys, values), layer in zip(before, session.cache.layers, strict=True):
+            assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+        assert session.rows == rows and model.model.rope_deltas is deltas
+    record.remove()
+    assert not model._forward_pre_hooks and not model.model.language_model._forward_pre_hooks
+
+
+def test_rows_stay_in_the_budget(loaded: tuple[Any, Any], clip: Any, record: Record) -> None:
+    model, processor = loaded
+    tokencomp.patch(model, 0.5, **KCENTRE)
+    session = tokencomp.Session(model, processor, budget=100, policy="redundant")
+    for i in range(12):
+        session.append(clip[0][i % 4 * 2 :][:2], seconds=0.5)
+        assert session.rows <= 100
+    assert session.tokens > 800 and session.rows == 100
+    session.ask(clip[1], keep=True)
+    assert session.rows == 100
+    session.close()
+
+
+@pytest.mark.parametrize("budget", [0, -3, 1.5, True, "many"])
+def test_bad_budgets(loaded: tuple[Any, Any], budget: Any) -> None:
+    with pytest.raises(OptionError, match="whole number of cache rows above 0"):
+        tokencomp.Session(*loaded, budget=budget)
+
+
+def test_bad_options(loaded: tuple[Any, Any], clip: Any) -> None:
+    model, processor = loaded
+    with pytest.raises(OptionError, match=r"'oldest', 'redundant'"):
+        tokencomp.Session(model, processor, policy="newest")
+    with pytest.raises(SessionError, match=r"budget=3\. Allowed are 3 rows"):
+        tokencomp.Session(model, processor, budget=3)
+    template, processor.chat_template = processor.chat_template, None
+    with pytest.raises(OptionError, match="no chat template"):
+        tokencomp.Session(model, processor)
+    processor.chat_template = "{% for m in messages %}{{ loop.index }}{% endfor %}"
+    with pytest.raises(OptionError, match="cannot be cut into turns"):
+        tokencomp.Session(model, processor)
+    processor.chat_template = template
+
+
+def test_bad_input_loses_nothing(loaded: tuple[Any, Any], clip: Any, record: Record) -> None:
+    """Every refusal says what is allowed, and the conversation goes on as if it had not been."""
+    model, processor = loaded
+    frames, question, _ = clip
+    with tokencomp.Session(model, processor, budget=160) as session:
+        session.append(frames[:2], seconds=[0.0, 0.5])
+        rows, tokens = session.rows, session.tokens
+        bad: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
+            (SessionError, "a chunk of .* tokens", frames, {"seconds": 0.5}),
+            (FrameOrderError, "0.5 s", frames[:2], {"seconds": [0.5, 1.0]}),
+            (FrameOrderError, "2 s follows one of 3 s", frames[:2], {"seconds": [3.0, 2.0]}),
+            (OptionError, "one finite time per frame", frames[:2], {"seconds": [3.0]}),
+            (OptionError, "one finite time per frame", frames[:2], {"seconds": "now"}),
+            (OptionError, "a distance above 0", frames[:2], {"seconds": -1}),
+            (OptionError, "reads when each frame was shown", frames[:2], {}),
+            (OptionError, "times belong to frames", frames[0], {"seconds": 1.0}),
+            (MediaError, "0 frames", [], {"seconds": 0.5}),
+            (MediaError, "of sizes", [frames[0], frames[1].resize((28, 28))], {"seconds": 0.5}),
+            (MediaError, "load_media", "clip.mp4", {}),
+            (MediaError, "array", np.zeros((4, 4)), {}),
+        ]
+        for error, match, media, options in bad:
+            with pytest.raises(error, match=match):
+                session.append(media, **options)
+            assert (session.rows, session.tokens) == (rows, tokens)
+        with pytest.raises(SessionError, match="tokens of text"):
+            session.say("word " * 200)
+        with pytest.raises(SessionError, match="tokens of text"):
+            session.ask(question, keep=True, max_new_tokens=200)
+        with pytest.raises(OptionError, match="not empty"):
+            session.ask("")
+        with pytest.raises(OptionError, match="max_new_tokens=0"):
+            session.ask(question, max_new_tokens=0)
+        assert (session.rows, session.tokens) == (rows, tokens)
+        session.append(Video(frames[2:4], fps=2.0, indices=[2, 3]))
+        del record.calls[:1]
+        assert session.ask(question, max_new_tokens=1)
+    with pytest.raises(SessionError, match="closed"):
+        session.append(frames[0])
+
+
+def test_an_error_names_the_rows_after_compression(loaded: Any, clip: Any, record: Record) -> None:
+    model, processor = loaded
+    tokencomp.patch(model, 0.5, **KCENTRE)
+    with (
+        tokencomp.Session(model, processor, budget=60) as session,
+        pytest.raises(SessionError, match=r"a chunk of \d+ tokens \(\d+ rows after compression\)"),
+    ):
+        session.append(clip[0], seconds=0.5)
+
+
+def test_a_second_session_of_a_patched_model(loaded: Any, clip: Any, record: Record) -> None:
+    model, processor = loaded
+    first = tokencomp.Session(model, processor)
+    second = tokencomp.Session(model, processor)  # a model without a patch serves many
+    tokencomp.patch(model, 0.5, **KCENTRE)
+    with pytest.raises(SessionError, match="other session of it is open"):
+        second.append(clip[0][0])
+    with pytest.raises(SessionError, match="Close the other one"):
+        tokencomp.Session(model, processor)
+    second.close()
+    first.append(clip[0][0])
+    first.close()
+    tokencomp.Session(model, processor).close()
+
+
+@pytest.mark.parametrize("options", [{}, {"reducer": "fastv"}, {"reducer": "cdpruner"}])
+def test_reducers_that_read_questions(
+    loaded: Any, clip: Any, record: Record, options: dict[str, Any]
+) -> None:
+    """ "auto" is condiv on videos, which reads the question, and kcentre on images."""
+    model, processor = loaded
+    tokencomp.patch(model, 0.5, **options)
+    with tokencomp.Session(model, processor) as session:
+        with pytest.raises(OptionError, match="does not know the questions yet"):
+            session.append(clip[0][:2], seconds=0.5)
+        assert session.tokens == 0
+        if not options:
+            assert session.append(clip[0][0]).rows > 0
+
+
+def test_compact_positions(loaded: Any, clip: Any) -> None:
+    model, processor = zoo.load("tiny-llava-onevision")
+    with (
+        tokencomp.patch(model, 0.5, positions="compact", **KCENTRE),
+        tokencomp.Session(model, processor) as session,
+        pytest.raises(OptionError, match='positions="compact"'),
+    ):
+        session.append(clip[0][0])
+
+
+def test_models_that_keep_states_need_no_budget() -> None:
+    model, processor = zoo.load("tiny-qwen3-5")
+    with pytest.raises(UnsupportedModelError, match="budget=None"):
+        tokencomp.Session(model, processor)
+    assert tokencomp.Session(model, processor, budget=None).rows == 0

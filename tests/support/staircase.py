@@ -1,0 +1,69 @@
+"""The oracle of eviction: one run of full length under a mask with a step at every eviction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from support.families import Family
+from tokencomp.engine.cache.evict import held_columns
+
+NEVER, DROPPED = 1 << 40, -1
+
+
+class Log:
+    """From which token on every column is hidden, in every layer of a cache."""
+
+    def __init__(self) -> None:
+        self.ends: list[Tensor] = []
+
+    def _note(self, cache: Any, tokens: int, end: int) -> None:
+        layers = [layer for layer in cache.layers if layer.is_initialized]
+        self.ends = self.ends or [torch.zeros(0, dtype=torch.long) for _ in layers]
+        for i, layer in enumerate(layers):
+            new = torch.full((tokens - len(self.ends[i]),), NEVER)
+            ends = torch.cat([self.ends[i], new])
+            gone = torch.ones(tokens, dtype=torch.bool)
+            gone[held_columns(layer)[0]] = False
+            self.ends[i] = torch.where(gone & (ends == NEVER), end, ends)
+
+    def added(self, cache: Any, tokens: int) -> None:
+        """A part was added. What is missing now was dropped before any token could see it."""
+        self._note(cache, tokens, DROPPED)
+
+    def evicted(self, cache: Any, tokens: int) -> None:
+        """An eviction. What is missing in addition is hidden from the next token on."""
+        self._note(cache, tokens, tokens)
+
+    def mask(self, layer: int, n: int) -> Tensor:
+        """Which column every token sees, bool (n, n)."""
+        ends, rows = torch.full((n,), NEVER), torch.arange(n)
+        ends[: len(self.ends[layer])] = self.ends[layer]
+        seen = (rows[:, None] >= rows) & (rows[:, None] < ends)
+        return seen | torch.eye(n, dtype=torch.bool)  # no row without any key
+
+    def without_evictions(self) -> Log:
+        """The same, where only what reducers have dropped is hidden."""
+        plain = Log()
+        plain.ends = [torch.where(ends == DROPPED, ends, NEVER) for ends in self.ends]
+        return plain
+
+
+def logits(model: nn.Module, family: Family, inputs: dict[str, Tensor], log: Log) -> Tensor:
+    """Logits (1, V) behind the last token of an unpatched run under the staircase."""
+    n, hooks = inputs["input_ids"].shape[1], []
+    for i, layer in enumerate(family.decoder(model).layers):
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, i: int = i) -> Any:
+            return args, {**kwargs, "attention_mask": log.mask(i, n)[None, None]}
+
+        hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            positions = family.positions(model, inputs)
+            return model(**inputs, position_ids=positions, use_cache=False).logits[:, -1]
+    finally:
+        for h in hooks:
+            h.remove()

@@ -1,0 +1,1 @@
+"""A cached conversation that media, text and evictions extend: `tokencomp.Session`."""

@@ -1,0 +1,248 @@
+"""One conversation on a KV cache: parts are added at their positions, and rows leave by a budget.
+
+Everything here is tensors; `tokencomp.session.session` has the processor and the chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from tokencomp.adapters.registry import adapter_for
+from tokencomp.adapters.structure import parameters_of
+from tokencomp.engine.cache.evict import check_eviction, evict, held_columns
+from tokencomp.engine.cache.mark import Mark
+from tokencomp.engine.cache.rows import first_with_rows, physical_length
+from tokencomp.errors import OptionError, SessionError
+from tokencomp.session.held import POLICIES, TEXT, Held, Places
+from tokencomp.session.patched import check_patch, handle_of, rows_of
+from tokencomp.session.positions import Positions
+from tokencomp.session.watch import Watch
+from tokencomp.tokens.spans import VisualSpan
+from tokencomp.validation import check_choice, fits
+
+BY_TOKEN = ("input_ids", "mm_token_type_ids", "token_type_ids")
+
+
+class Conversation:
+    """The cache of one conversation, and where it has come to.
+
+    Parameters
+    ----------
+    model
+        A multimodal model, patched or not.
+    budget
+        Rows that stay in the widest layer between calls; None: all.
+    policy
+        Which rows of media go first, see `tokencomp.session.held`.
+
+    Raises
+    ------
+    OptionError
+        Another policy, or a budget that is no whole number above 0.
+    UnsupportedModelError
+        A budget for a decoder from whose cache no row can leave, or unknown positions.
+    """
+
+    def __init__(self, model: nn.Module, budget: int | None, policy: str) -> None:
+        check_choice("Session", "policy", policy, tuple(POLICIES))
+        if budget is not None and (not fits(budget, int) or budget < 1):
+            raise OptionError(
+                f"Session: budget={budget!r}; allowed: a whole number of cache rows above 0, or "
+                "None for no limit. Use e.g. budget=16_384."
+            )
+        self.adapter = adapter_for(model)
+        if budget is not None:
+            check_eviction(self.adapter)
+        self.model, self.budget, self.policy = model, budget, policy
+        self.positions = Positions(self.adapter)
+        self.cache: Any = DynamicCache(config=self.adapter.config)
+        self.tokens, self.items = 0, 0
+        self._held: Held | None = None
+        self._places = Places()
+        top = parameters_of(self.adapter.top)
+        self._cache_name = "cache" if "cache" in top else "past_key_values"
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in top else {}
+
+    @property
+    def rows(self) -> int:
+        """Rows in the widest layer."""
+        layer = first_with_rows(self.cache.layers)
+        return 0 if layer is None or not layer.is_initialized else physical_length(layer)
+
+    @property
+    def texts(self) -> int:
+        """Rows that never go."""
+        return 0 if self._held is None else self._held.texts
+
+    def mark(self) -> _Place:
+        """Where the conversation is; `rewind` on it forgets what came after."""
+        return _Place(self)
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def add(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Run one part of the conversation and keep it; nothing is lost if that fails.
+
+        Parameters
+        ----------
+        inputs
+            Arguments of the model by name: token ids (1, n), and pixels with their grids.
+
+        Returns
+        -------
+        Tensor, shape (1, vocabulary)
+            Logits behind the last token.
+
+        Raises
+        ------
+        SessionError
+            More than one conversation; or more rows than the budget can hold.
+        OptionError
+            The patch chooses tokens by a question, or renumbers them.
+        """
+        place = self.mark()
+        try:
+            return self.run(inputs)
+        except BaseException:
+            place.rewind()
+            raise
+
+    @torch.no_grad()
+    def run(self, inputs: Mapping[str, Tensor], bounded: bool = True) -> Tensor:
+        """`add` for callers that hold a mark: after an error, they must rewind.
+
+        Parameters
+        ----------
+        bounded
+            Whether text must fit into the budget; not if it is forgotten again.
+        """
+        ids = inputs["input_ids"]
+        if ids.shape[0] != 1:
+            raise SessionError(
+                f"a session holds one conversation, and this part has {ids.shape[0]}. Open a "
+                "session per conversation."
+            )
+        device = self.adapter.decoder.embed_tokens.weight.device
+        inputs = {k: v.to(device) for k, v in inputs.items() if isinstance(v, Tensor)}
+        kinds = self.adapter.kinds(inputs) if self.adapter.carries_features(inputs) else None
+        check_patch(handle_of(self.adapter), kinds)
+        if kinds is None and bounded:
+            self.check_text(ids.shape[1])
+        positions, following = self.positions.of(inputs, kinds)
+        looks = self.budget is not None and self.policy == "redundant"
+        with Watch(self.adapter, inputs, kinds, positions, self.check_chunk, looks) as watch:
+            out = self.model(
+                **inputs, **self._options, position_ids=positions, use_cache=True,
+                **{self._cache_name: self.cache},
+            )  # fmt: skip
+        n = ids.shape[1]
+        if self.budget is not None:
+            self._note(n, watch)
+        self.positions.following, self.tokens = following, self.tokens + n
+        self.items += kinds is not None
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def _note(self, n: int, watch: Watch) -> None:
+        """Note what the new rows of the widest layer are."""
+        layer = first_with_rows(self.cache.layers)
+        columns = held_columns(layer)[0]
+        columns = columns[columns >= self.tokens]
+        own, device = columns - self.tokens, columns.device
+        item = TEXT if watch.spans is None else self.items
+        places = self._places.of(watch.spans or [], n).to(device)[own]
+        looks = torch.zeros(len(own), 0, device=device)
+        if watch.looks is not None:
+            looks = watch.looks.to(device)[own]
+        new = Held(columns, torch.full_like(columns, item), places, looks)
+        before = Held.empty(device) if self._held is None else self._held
+        self._held = before.joined(new)
+
+    # -- limits ---------------------------------------------------------------------------------
+
+    def shrink(self) -> int:
+        """Let rows of media leave down to the budget; returns how many have left."""
+        if self.budget is None or self._held is None or len(self._held) <= self.budget:
+            return 0
+        held = self._held
+        going = POLICIES[self.policy](held)[: len(held) - self.budget]
+        left = evict(self.cache, held.columns[going])
+        stays = torch.ones(len(held), dtype=torch.bool, device=going.device)
+        stays[going] = False
+        self._held = held.rows(stays.nonzero()[:, 0])
+        return left
+
+    def check_text(self, tokens: int) -> None:
+        """Raise `SessionError` if text of `tokens` more tokens could not stay."""
+        self._check_room(tokens, tokens, kept_text=True)
+
+    def _check_room(self, rows: int, tokens: int, kept_text: bool) -> None:
+        budget = self.budget
+        if budget is None or self.texts + rows <= budget:
+            return
+        what = f"{tokens} tokens of text" if kept_text else f"a chunk of {tokens} tokens"
+        after = "" if rows == tokens else f" ({rows} rows after compression)"
+        fix = (
+            "open a new session"
+            if kept_text
+            else "append fewer or smaller frames at once, raise the ratio of the patch"
+        )
+        raise SessionError(
+            f"{what}{after} beside {self.texts} rows of text that always stay: more than "
+            f"budget={budget}. Allowed are {max(0, budget - self.texts)} rows. Raise the budget, "
+            f"or {fix}. Nothing was added."
+        )
+
+    def check_chunk(self, spans: Sequence[VisualSpan], n: int) -> None:
+        """Raise `SessionError` if media that are about to run could not stay.
+
+        Parameters
+        ----------
+        spans
+            Of the part.
+        n
+            Its columns.
+        """
+        rows = rows_of(handle_of(self.adapter), spans, n, len(self.adapter.layers))
+        self._check_room(rows, n, kept_text=False)
+
+
+class _Place:
+    """A point of a conversation. Rows may have been added since, but none evicted."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation, self._mark = conversation, Mark(conversation.cache)
+        names = ("tokens", "items", "_held")
+        self._values = {name: getattr(conversation, name) for name in names}
+        self._following = conversation.positions.following
+
+    def rewind(self) -> None:
+        """Forget what came after."""
+        self._mark.rewind()
+        vars(self._conversation).update(self._values)
+        self._conversation.positions.following = self._following
+
+
+def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One part of several: what runs along the tokens is put side by side, pixels below each other.
+
+    Token types of text without any are 0.
+    """
+    names = dict.fromkeys(name for part in parts for name in part)
+    joined = {}
+    for name in names:
+        own = [part.get(name) for part in parts]
+        if name in BY_TOKEN:
+            known = next(x for x in own if x is not None)
+            zeros = [torch.zeros_like(part["input_ids"]).to(known.dtype) for part in parts]
+            joined[name] = torch.cat(
+                [z if x is None else x for x, z in zip(own, zeros, strict=True)], 1
+            )
+        else:
+            joined[name] = torch.cat([x for x in own if x is not None])
+    return joined

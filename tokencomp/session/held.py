@@ -1,0 +1,146 @@
+"""What every row of a session's cache is, and which rows go first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.tokens.spans import VisualSpan
+
+TEXT = -1
+"""Item number of system text and of what was said, which never go."""
+NOWHERE = -1
+"""Place of rows that are no patch of a picture."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Rows of the widest layer, one entry per row, in the order of the conversation.
+
+    Attributes
+    ----------
+    columns : Tensor of int64, shape (n,)
+        Column of the uncompressed sequence.
+    items : Tensor of int64, shape (n,)
+        Number of the appended item; `TEXT` for rows that never go. Timestamps and delimiters
+        belong to their item.
+    places : Tensor of int64, shape (n,)
+        What two patches share that show the same place of pictures of one shape; `NOWHERE` for
+        other rows.
+    looks : Tensor, shape (n, d), or shape (n, 0)
+        Features of patches as they entered the decoder, where the policy compares them.
+    """
+
+    columns: Tensor
+    items: Tensor
+    places: Tensor
+    looks: Tensor
+
+    @classmethod
+    def empty(cls, device: torch.device) -> Held:
+        """No rows."""
+        none = torch.zeros(0, dtype=torch.long, device=device)
+        return cls(none, none, none, torch.zeros(0, 0, device=device))
+
+    def __len__(self) -> int:
+        return self.columns.numel()
+
+    @property
+    def texts(self) -> int:
+        """Rows that never go."""
+        return int((self.items == TEXT).sum())
+
+    def joined(self, new: Held) -> Held:
+        """These rows and newer ones."""
+        width = max(self.looks.shape[1], new.looks.shape[1])
+        looks = torch.cat([_padded(self.looks, width), _padded(new.looks, width)])
+        names = ("columns", "items", "places")
+        return Held(*(torch.cat([getattr(self, n), getattr(new, n)]) for n in names), looks)
+
+    def rows(self, index: Tensor) -> Held:
+        """Some of the rows."""
+        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+
+def _padded(looks: Tensor, width: int) -> Tensor:
+    return looks if looks.shape[1] == width else looks.new_zeros(len(looks), width)
+
+
+class Places:
+    """Gives one number to all patches that show the same place of pictures of one shape.
+
+    Frames of videos of one shape share their places, and so do images of one shape: tile k of an
+    image has those of tile k of the next.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[Any, ...], int] = {}
+        self._next = 0
+
+    def of(self, spans: Sequence[VisualSpan], width: int) -> Tensor:
+        """Places of the columns of a call, int64 (width,); `NOWHERE` where none is known."""
+        places = torch.full((width,), NOWHERE)
+        part, before = 0, None
+        for span in spans:
+            part = part + 1 if span.item == before else 0
+            before = span.item
+            t, h, w = span.grid
+            patches = (~span.special_mask()).nonzero()[:, 0]
+            if not span.grid_known or len(patches) != t * h * w:
+                continue
+            key = (span.kind, h, w, part)
+            if key not in self._first:
+                self._first[key], self._next = self._next, self._next + h * w
+            places[span.start + patches] = self._first[key] + torch.arange(h * w).repeat(t)
+        return places
+
+
+Order = Callable[[Held], Tensor]
+
+
+def oldest(held: Held) -> Tensor:
+    """Rows of media, the oldest first."""
+    return (held.items != TEXT).nonzero()[:, 0]
+
+
+def redundant(held: Held) -> Tensor:
+    """Rows of media, those first whose place still looks as they do.
+
+    A patch is compared (cosine) with the newest row that is held of its place; the more alike, the
+    earlier it goes, and of equal ones the older. Patches whose place has no newer row come behind
+    all of these, the oldest first. Timestamps and delimiters go with the last patch of their item.
+    """
+    n, media = len(held), held.items != TEXT
+    patch = media & (held.places != NOWHERE)
+    rows = patch.nonzero()[:, 0]
+    alike = _alike(held.places[rows], held.looks[rows].float())
+    order = rows[torch.sort(alike, descending=True, stable=True).indices]
+    rank = torch.full((n,), -1, device=rows.device)
+    rank[order] = torch.arange(len(order), device=rows.device)
+    other = (media & ~patch).nonzero()[:, 0]
+    if len(other):
+        size = int(held.items.max()) + 1
+        last = rank.new_full((size,), -1).scatter_reduce(0, held.items[rows], rank[rows], "amax")
+        rank[other] = last[held.items[other]]
+    # The patch that closes an item comes before its delimiters: both have its rank.
+    going = media.nonzero()[:, 0]
+    key = 2 * rank[going] + (held.places[going] == NOWHERE)
+    return going[torch.sort(key, stable=True).indices]
+
+
+def _alike(places: Tensor, looks: Tensor) -> Tensor:
+    """Cosine of every row with the newest row of its place, float32 (n,); -2 of the newest."""
+    if not len(places):
+        return looks.new_zeros(0)
+    rows = torch.arange(len(places), device=places.device)
+    newest = rows.new_zeros(int(places.max()) + 1).scatter_reduce(0, places, rows, "amax")[places]
+    cosine = torch.nn.functional.cosine_similarity(looks, looks[newest], dim=-1)
+    # Rounded, so that of equal pictures the oldest goes and not one that rounding picks.
+    return torch.where(newest == rows, -2.0, cosine.round(decimals=4))
+
+
+POLICIES: dict[str, Order] = {"oldest": oldest, "redundant": redundant}

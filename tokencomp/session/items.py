@@ -1,0 +1,186 @@
+"""What a session is given: images and chunks of frames, checked, with their times."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from tokencomp.errors import FrameOrderError, MediaError, OptionError
+from tokencomp.inputs.frame_times import frame_times, reads_times
+from tokencomp.inputs.media import to_rgb
+from tokencomp.inputs.video import Sampling, Video
+from tokencomp.validation import fits
+
+CLOCK = 1000
+"""Ticks per second in which the times of frames are handed to a processor."""
+
+
+class Clock:
+    """When the frames of a session were shown: later ones come later.
+
+    Attributes
+    ----------
+    last : float or None
+        Seconds of the last frame.
+    step : float
+        Seconds between the last two frames.
+    """
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+        self.step = 1.0
+
+    def times(self, frames: Sequence[Any], seconds: Any, needed: bool) -> list[float] | None:
+        """Seconds of every frame, or None where nobody tells and nobody asks.
+
+        Parameters
+        ----------
+        seconds
+            One time per frame, or the distance between frames; None: those of a `Video`.
+        needed
+            Whether the processor writes times.
+
+        Raises
+        ------
+        OptionError
+            Times are needed and not given, or of another number or type.
+        FrameOrderError
+            They do not ascend, or begin before the last frame.
+        """
+        if seconds is None:
+            times = self._own(frames)
+            if times is None and needed:
+                raise OptionError(
+                    "append(frames): the model reads when each frame was shown. Allowed: "
+                    "seconds=[…] with one time per frame, seconds=0.5 for frames half a second "
+                    "apart that follow the last ones, or a tokencomp.inputs.video.Video(frames, "
+                    "fps=…)."
+                )
+        elif fits(seconds, float):
+            if not seconds > 0:
+                raise OptionError(
+                    f"append: seconds={seconds!r}; allowed: a distance above 0 between frames, or "
+                    "one time per frame."
+                )
+            first = 0.0 if self.last is None else self.last + seconds
+            times = [first + i * seconds for i in range(len(frames))]
+        else:
+            times = _listed(seconds, len(frames))
+        if times is not None:
+            self._check(times)
+        return times
+
+    def advance(self, times: Sequence[float] | None) -> None:
+        """Note that frames with these times were taken."""
+        if times:
+            before = times[-2] if len(times) > 1 else self.last
+            self.step = times[-1] - before if before is not None else self.step
+            self.last = times[-1]
+
+    def sampling(self, times: Sequence[float]) -> Sampling:
+        """The same for `frame_times`. The rate is that of these frames (Qwen2.5-VL reads it)."""
+        before = [self.last] if self.last is not None and len(times) == 1 else []
+        known = [*before, *times]
+        step = (known[-1] - known[0]) / (len(known) - 1) if len(known) > 1 else self.step
+        total = max(1, round(len(times) * step * CLOCK))
+        return Sampling(tuple(round(t * CLOCK) for t in times), total, float(CLOCK))
+
+    @staticmethod
+    def _own(frames: Sequence[Any]) -> list[float] | None:
+        sampling = frames.sampling if isinstance(frames, Video) else None
+        if sampling is None or sampling.fps is None:
+            return None
+        return [i / sampling.fps for i in sampling.indices]
+
+    def _check(self, times: list[float]) -> None:
+        known = times if self.last is None else [self.last, *times]
+        for earlier, later in itertools.pairwise(known):
+            if later <= earlier:
+                raise FrameOrderError(
+                    f"frames out of order: one of {later:g} s follows one of {earlier:g} s. "
+                    "Allowed are times that ascend, also over the calls of append"
+                    + ("" if self.last is None else f" (the last frame was at {self.last:g} s)")
+                    + ". Sort the frames, or open a new session for another video. Nothing was "
+                    "added."
+                )
+
+
+def _listed(seconds: Any, count: int) -> list[float]:
+    try:
+        times = [float(t) for t in seconds]
+    except (TypeError, ValueError):
+        times = []
+    if len(times) != count or not np.isfinite(times).all():
+        raise OptionError(
+            f"append: seconds={seconds!r} for {count} frames; allowed: one finite time per frame, "
+            "or one distance between frames."
+        )
+    return times
+
+
+def as_image(image: Any) -> Image.Image:
+    """One RGB image."""
+    if isinstance(image, np.ndarray) and image.ndim == 3 and image.dtype == np.uint8:
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise MediaError(
+            f"append: {_described(image)}; allowed: a PIL image, a uint8 array (height, width, 3), "
+            "or a list of such frames. Files: tokencomp.inputs.media.load_media(path)."
+        )
+    return to_rgb(image)
+
+
+def as_frames(frames: Any) -> np.ndarray[Any, Any]:
+    """Frames as uint8 (n, height, width, 3).
+
+    Raises
+    ------
+    MediaError
+        No frames, or frames of several sizes.
+    """
+    images = [as_image(frame) for frame in frames]
+    sizes = sorted({image.size for image in images})
+    if len(sizes) != 1:
+        raise MediaError(
+            f"append: {len(images)} frames of sizes {sizes}; allowed: one or more frames of one "
+            "size. Resize them, or append images one by one."
+        )
+    return np.stack([np.asarray(image) for image in images])
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array {value.shape} of {value.dtype}"
+    return f"{type(value).__name__} {value!r:.60}"
+
+
+def item_inputs(
+    processor: Any, text: str, kind: str, medium: Any, sampling: Sampling | None
+) -> dict[str, Tensor]:
+    """Arguments of the model for one item and the text around it, by name.
+
+    Raises
+    ------
+    MediaError
+        The processor refuses it.
+    """
+    media: dict[str, Any] = {"images": [medium]}
+    if kind == "video":
+        media = {"videos": [medium], "do_sample_frames": False}
+        media.update(frame_times(processor, [sampling] if sampling is not None else []))
+    try:
+        inputs = processor(text=[text], return_tensors="pt", add_special_tokens=False, **media)
+    except ValueError as error:
+        size = getattr(medium, "size", None) or getattr(medium, "shape", None)
+        raise MediaError(f"the model's processor refuses a {kind} of {size}: {error}") from error
+    return {k: v for k, v in inputs.items() if isinstance(v, Tensor) and k != "attention_mask"}
+
+
+def needs_times(processor: Any) -> bool:
+    """Whether the processor writes when frames were shown."""
+    return reads_times(processor)

@@ -1,0 +1,65 @@
+"""What a session has to know of the patch of its model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.call import KINDS
+from tokencomp.errors import OptionError
+from tokencomp.handle import ATTRIBUTE, Handle
+from tokencomp.plan.amounts import places
+from tokencomp.tokens.signals import Attention
+from tokencomp.tokens.spans import VisualSpan
+
+
+def handle_of(adapter: Adapter) -> Handle | None:
+    """The patch of a model, if it has one."""
+    handle: Handle | None = adapter.model.__dict__.get(ATTRIBUTE)
+    return handle
+
+
+def check_patch(handle: Handle | None, kinds: Tensor | None) -> None:
+    """Refuse a patch under which later parts would not equal one prompt.
+
+    Parameters
+    ----------
+    kinds : Tensor of int8, or None
+        Of the part that comes next, see `Adapter.kinds`; None for text.
+
+    Raises
+    ------
+    OptionError
+        It renumbers positions, or chooses tokens by the text behind them.
+    """
+    if handle is None or not handle.compresses:
+        return
+    if handle.compact:
+        raise OptionError(
+            'the patch has positions="compact", which are counted again for every part. A session '
+            'needs positions="original" (the default of patch).'
+        )
+    names = [] if kinds is None else [KINDS[int(code)] for code in kinds.unique() if code]
+    for stage in handle.plan.stages:
+        for signal in stage.reducer.needs_for(names) if names else ():
+            reads = signal.rows if isinstance(signal, Attention) else signal.source
+            if reads in ("last", "text", "query"):
+                raise OptionError(
+                    f"reducer {stage.reducer.name!r} chooses tokens of a {names[0]} by the text "
+                    "behind them, and a session does not know the questions yet when it "
+                    "compresses. Take one that looks at the media alone: "
+                    "tokencomp.patch(model, ratio, reducer='kcentre')."
+                )
+
+
+def rows_of(handle: Handle | None, spans: Sequence[VisualSpan], n: int, layers: int) -> int:
+    """Rows that a part of `n` columns with these spans adds to the widest of `layers` layers."""
+    if handle is None or not handle.compresses:
+        return n
+    plan, text = handle.plan, n - sum(span.visual for span in spans)
+    if plan.entry is None:
+        return text + sum(plan.entering(span) for span in spans)
+    pairs = zip(spans, places(spans), strict=True)
+    return text + sum(plan.counts(span, layers, place)[0] for span, place in pairs)

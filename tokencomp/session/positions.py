@@ -1,0 +1,95 @@
+"""Positions of the parts of a conversation: each continues where the one before has ended."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.errors import UnsupportedModelError
+from tokencomp.torchlib import compat
+
+ALONG = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+class Positions:
+    """Positions as the model itself would compute them for the whole conversation as one prompt.
+
+    A model with several rows of positions (M-RoPE) computes those of one part from 0 on. They are
+    moved behind the largest position so far, as the model does with what follows an image. That
+    this gives the positions of one prompt is checked once per kind of media, on a part that is
+    put twice into one prompt.
+
+    Attributes
+    ----------
+    following
+        The position of the next token.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The model takes several rows of positions, and nothing tells how it computes them.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter, self.following = adapter, 0
+        self._checked: set[int] = set()
+        if adapter.mrope and (
+            adapter.mrope_rows > 3 or not hasattr(adapter.body, "get_rope_index")
+        ):
+            raise UnsupportedModelError(
+                f"{type(adapter.body).__name__} takes {adapter.mrope_rows} rows of positions and "
+                "does not say how they continue behind an image (get_rope_index), so a session "
+                "could not place its later turns. Give the whole conversation as one prompt."
+            )
+
+    def of(self, inputs: Mapping[str, Tensor], kinds: Tensor | None) -> tuple[Tensor, int]:
+        """Positions of a part, and the position that follows it.
+
+        Parameters
+        ----------
+        inputs
+            Arguments of the model by name, of one sample.
+        kinds : Tensor of int8, shape (1, n), or None
+            See `Adapter.kinds`; None for text.
+
+        Returns
+        -------
+        Tensor of int64, shape (3, 1, n) for M-RoPE, else (1, n)
+        int
+        """
+        ids = inputs["input_ids"]
+        own = torch.arange(ids.shape[1], device=ids.device)[None]
+        if self._adapter.mrope:
+            own = own.expand(3, 1, -1)
+            if kinds is not None:
+                own = self._local(inputs, kinds)
+                self._check(inputs, kinds, own)
+        moved = own + self.following
+        return moved, int(moved.max()) + 1
+
+    def _local(self, inputs: Mapping[str, Tensor], kinds: Tensor, copies: int = 1) -> Tensor:
+        """Positions from 0 on of a part that is put into one prompt `copies` times."""
+        body = self._adapter.body
+        names = inspect.signature(body.get_rope_index).parameters
+        grids = {k: v for k, v in inputs.items() if k in names and k not in ALONG}
+        grids = {k: torch.cat([v] * copies) for k, v in grids.items()}
+        types = inputs.get("mm_token_type_ids", kinds.int())
+        ids, types = (torch.cat([t] * copies, 1) for t in (inputs["input_ids"], types))
+        return compat.rope_index(body, ids, types, **grids)
+
+    def _check(self, inputs: Mapping[str, Tensor], kinds: Tensor, own: Tensor) -> None:
+        new = {int(code) for code in kinds.unique() if code} - self._checked
+        if not new:
+            return
+        twice = self._local(inputs, kinds, copies=2)
+        if not torch.equal(twice, torch.cat([own, own + own.max() + 1], -1)):
+            raise UnsupportedModelError(
+                f"{type(self._adapter.body).__name__} does not place what follows an image or "
+                "video behind its largest position, so a session could not place later turns. "
+                "Give the whole conversation as one prompt."
+            )
+        self._checked |= new

@@ -1,0 +1,131 @@
+"""A chat template cut into the pieces that a growing conversation is made of.
+
+    system text, begin of a user turn │ media │ text │ end of the turn, begin of an answer │ …
+
+A template is rendered a few times, and what differs between the results is the pieces. Each is
+tokenized once, when it is needed: ids that are in the cache are never made again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokencomp.errors import OptionError, UnsupportedModelError
+
+A, B, C = "first-question", "first-answer", "second-question"
+NO_TEMPLATE = (
+    "the processor has no chat template, so a session does not know how turns begin and end. Set "
+    "processor.chat_template, or load a processor of an instruct model."
+)
+
+
+class Turns:
+    """The pieces of the chat template of a processor.
+
+    Attributes
+    ----------
+    open : list of int
+        Ids of the system text and of what begins the first user turn.
+    answer : list of int
+        Ids that end a user turn and begin an answer.
+    reopen : list of int
+        Ids that end an answer and begin a user turn.
+
+    Raises
+    ------
+    OptionError
+        No chat template, or one whose turns are not made of such pieces.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        empty, one = self._render(), self._render(_text(A))
+        before, _, after = one.partition(A)
+        tail = _common_end(empty, after)
+        self._head, self._tail = empty[: len(empty) - len(tail)], tail
+        self._before, self._after = before[len(self._head) :], after[: len(after) - len(tail)]
+        if not before.startswith(self._head):
+            raise self._uneven("text")
+        later = self._render(_text(A), answer=B, later=_text(C))
+        _, _, rest = later.partition(B)
+        between, _, end = rest.partition(self._before + C)
+        if not rest or end != self._after + tail:
+            raise self._uneven("a second turn")
+        self.open, self.answer = self._opening(), self.ids(tail)
+        self.reopen = self.ids(between)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a piece."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def words(self, text: str) -> list[int]:
+        """Ids of text in a user turn, as the template writes it."""
+        return self.ids(self._before + text + self._after)
+
+    def media(self, kind: str) -> str:
+        """What stands in a prompt for one "image" or "video".
+
+        Raises
+        ------
+        UnsupportedModelError
+            The template has nothing for this kind.
+        OptionError
+            It is written in another way when it is the second one.
+        """
+        piece = self._between(self._render({"type": kind}), kind)
+        if not piece:
+            raise UnsupportedModelError(
+                f"the chat template writes nothing for a {kind}, so the model takes none. Append "
+                "its frames as images, one by one, if it takes images."
+            )
+        twice = self._between(self._render({"type": kind}, {"type": kind}), kind)
+        mixed = self._between(self._render({"type": kind}, _text(A)), kind)
+        if twice != piece + piece or mixed != piece + self._before + A + self._after:
+            raise self._uneven(f"a {kind}")
+        return piece
+
+    def _render(self, *content: dict[str, str], answer: str = "", later: Any = None) -> str:
+        chat: list[dict[str, Any]] = [{"role": "user", "content": list(content)}]
+        if later is not None:
+            chat.append({"role": "assistant", "content": [_text(answer)]})
+            chat.append({"role": "user", "content": [later]})
+        if getattr(self._processor, "chat_template", None) is None:
+            raise OptionError(NO_TEMPLATE)
+        text: str = self._processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=False
+        )
+        return text
+
+    def _between(self, text: str, what: str) -> str:
+        if not (text.startswith(self._head) and text.endswith(self._tail)):
+            raise self._uneven(f"a {what}")
+        return text[len(self._head) : len(text) - len(self._tail)]
+
+    def _opening(self) -> list[int]:
+        """Ids of the head, with the token that begins every text of this tokenizer."""
+        plain, whole = self.ids(self._head), self.tokenizer(self._head)["input_ids"]
+        bos = getattr(self.tokenizer, "bos_token", None)
+        written = bos and self._head.startswith(bos)
+        return plain if written or whole[1:] != plain else whole
+
+    def _uneven(self, what: str) -> OptionError:
+        return OptionError(
+            f"the chat template of {type(self._processor).__name__} writes {what} in a way that "
+            "depends on what follows or came before, so a conversation cannot be cut into turns. "
+            "Give the whole conversation as one prompt, or set processor.chat_template to one that "
+            "writes every item by itself."
+        )
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _common_end(a: str, b: str) -> str:
+    """The longest text with which both end."""
+    n = 0
+    while n < min(len(a), len(b)) and a[-n - 1] == b[-n - 1]:
+        n += 1
+    return a[len(a) - n :]

@@ -1,0 +1,92 @@
+"""What a part of a conversation looks like when it enters the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.call import Call
+from tokencomp.errors import UnsupportedModelError
+from tokencomp.tokens.spans import VisualSpan, numbered
+
+
+class Watch:
+    """Looks at the input of the decoder in one call: its spans, and the features of its patches.
+
+    It runs before the hooks of a patch, which then shorten this input. For text it does nothing.
+
+    Parameters
+    ----------
+    inputs
+        Arguments of the model by name.
+    kinds : Tensor of int8, shape (1, n), or None
+        See `Adapter.kinds`; None for text.
+    positions : Tensor of int64, shape (3, 1, n) for M-RoPE, else (1, n)
+    check
+        Called with the spans and the number of columns before the decoder runs; it may refuse.
+    looks
+        Whether features are kept.
+
+    Attributes
+    ----------
+    spans : list of VisualSpan, or None
+    looks : Tensor, shape (n, d), or None
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        inputs: Mapping[str, Tensor],
+        kinds: Tensor | None,
+        positions: Tensor,
+        check: Callable[[Sequence[VisualSpan], int], None],
+        looks: bool,
+    ) -> None:
+        self._adapter, self._inputs, self._kinds = adapter, inputs, kinds
+        self._positions, self._check, self._wanted = positions, check, looks
+        self.spans: list[VisualSpan] | None = None
+        self.looks: Tensor | None = None
+
+    def __enter__(self) -> Watch:
+        if self._kinds is not None:
+            self._adapter.install()
+            self._hook = self._adapter.decoder.register_forward_pre_hook(
+                self._look, with_kwargs=True, prepend=True
+            )
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._kinds is not None:
+            self._hook.remove()
+            self._adapter.uninstall()
+
+    def _look(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Read the spans of the call.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Tokens of images see each other, or the decoder puts features in place itself.
+        """
+        name, embeds = type(self._adapter.body).__name__, kwargs.get("inputs_embeds")
+        if kwargs.get("attention_mask") is not None:  # this call has none
+            raise UnsupportedModelError(
+                f"{name} makes masks of its own, because the tokens of an image see each other. "
+                "transformers does this in the first turn only, so a session would not equal one "
+                "prompt. Give the whole conversation as one prompt, or take a causal model such as "
+                "Qwen3-VL."
+            )
+        if embeds is None or self._kinds is None:
+            raise UnsupportedModelError(
+                f"the decoder of {name} fills in the media itself, so a session cannot tell what "
+                "its rows are. Give the whole conversation as one prompt."
+            )
+        rows = self._positions.cpu() if self._adapter.mrope else None
+        call = Call(self._kinds.cpu(), embeds, rows, self._adapter.body, self._inputs)
+        self.spans = numbered(self._adapter.spans(call)[0])
+        self._check(self.spans, embeds.shape[1])
+        if self._wanted:
+            self.looks = embeds[0].detach()
