@@ -9,7 +9,10 @@ import torch
 from support import matrix
 
 from tokencomp import VisualTokens, make_reducer
+from tokencomp.errors import ScoreError
+from tokencomp.reducers._batch import Patches
 from tokencomp.tokens.signals import TOWER_ATTENTION
+from tokencomp.tokens.spans import SpanBatch
 
 GRIDS = [(1, 5, 6), (4, 3, 4), (6, 2, 3)]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -136,3 +139,109 @@ def test_scope(grid: tuple[int, int, int], saliency: str) -> None:
     chosen = covering([[cosine(a, b) for b in x] for a in x], weight, 9)
     got = make_reducer("scope", saliency=saliency).reduce(given, 11).keep.tolist()
     assert got == with_special(given, [places[i] for i in chosen])
+
+
+@every_grid
+@pytest.mark.parametrize("keep", [2, 9, 20])
+def test_anchorprune(grid: tuple[int, int, int], keep: int) -> None:
+    given = matrix.tokens(grid, special=2)
+    places, x = patches_of(given)
+    text = given.query.double().tolist()
+    importance = given.tower[TOWER_ATTENTION][places].tolist()
+    match = [max(cosine(row, q) for q in text) for row in x]
+    ranked = sorted(range(len(x)), key=lambda i: (-match[i], i))
+    least = max(1, round(0.15625 * keep))
+    most = max(least, keep // 2)
+    size, novel = most, 0
+    for t in range(least + 1, most + 1):
+        novel += 1 - max(cosine(x[ranked[t - 1]], x[j]) for j in ranked[:least]) > 0.2
+        if novel == 3:
+            size = t
+            break
+    chosen = ranked[:size]
+    while len(chosen) < keep:
+        chosen.append(
+            first_of_largest(
+                {
+                    i: importance[i] * min(1 - cosine(x[i], x[j]) for j in chosen)
+                    for i in range(len(x))
+                    if i not in chosen
+                }
+            )
+        )
+    got = make_reducer("anchorprune").reduce(given, keep + 2).keep.tolist()
+    assert got == with_special(given, [places[i] for i in chosen])
+
+
+def test_the_anchor_grows_only_until_three_tokens_are_novel() -> None:
+    """Tokens much like each other: the anchor is half of the budget; unlike ones: least + 3."""
+    given = matrix.tokens((1, 8, 8))
+    sizes = {}
+    for name, noise in (("alike", 0.01), ("unlike", 1.0)):
+        x = torch.ones(64, matrix.DIM) + noise * given.features
+        tokens = VisualTokens(x, given.grid, given.special)
+        patches = Patches.of(SpanBatch.of(tokens), [32])
+        unit = torch.nn.functional.normalize(x, dim=1)
+        relevance = (unit @ torch.nn.functional.normalize(given.query, dim=1).T).amax(1)
+        _, own = make_reducer("anchorprune")._anchors(patches, unit, relevance)
+        sizes[name] = int(own)
+    assert sizes["alike"] == 16 and sizes["unlike"] < 16
+
+
+@every_grid
+@pytest.mark.parametrize("question", [True, False])
+def test_mmtok(grid: tuple[int, int, int], question: bool) -> None:
+    given = matrix.tokens(grid, special=2)
+    places, x = patches_of(given)
+
+    def softmax(row: list[float], temperature: float, weight: float) -> list[float]:
+        shifted = [math.exp((v - max(row)) / temperature) for v in row]
+        return [weight * v / sum(shifted) for v in shifted]
+
+    cover = [softmax([cosine(a, b) for b in x], 0.2, 0.5 / len(x)) for a in x]
+    if question:
+        text = given.query.double().tolist()
+        cover += [softmax([cosine(q, b) for b in x], 0.02, 1 / len(text)) for q in text]
+    chosen = covering([[1e3 * v for v in row] for row in cover], [1.0] * len(x), 9)
+    got = make_reducer("mmtok", question=question).reduce(given, 11).keep.tolist()
+    assert got == with_special(given, [places[i] for i in chosen])
+
+
+@pytest.mark.parametrize("name", ["anchorprune", "mmtok"])
+def test_no_question(name: str) -> None:
+    given = matrix.tokens((1, 3, 3))
+    given.query = given.query[:0]
+    with pytest.raises(ScoreError, match="Put the question after the image"):
+        make_reducer(name).reduce(given, 3)
+
+
+@pytest.mark.parametrize("frames", [4, 5, 8, 10])
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.31])
+def test_dycoke(frames: int, share: float) -> None:
+    """Frame 0 of every group stays, 1 and 2 are compared with it, and 3 with 2."""
+    n, keep = 12, round(share * 12 * frames)
+    given = matrix.tokens((frames, 3, 4))
+    _, x = patches_of(given)
+    groups = range(0, frames, 4)
+    compared = {f: 4 * (f // 4) if f % 4 < 3 else f - 1 for f in range(frames) if f % 4}
+    rest = keep - n * len(groups)
+    expected = [i for g in groups for i in range(g * n, g * n + n)]
+    counts = []
+    for f, other in compared.items():
+        own = [i for i in make_reducer("dycoke").reduce(given, keep).keep.tolist() if i // n == f]
+        counts.append(len(own))
+        change = sorted(range(n), key=lambda j: (cosine(x[f * n + j], x[other * n + j]), j))
+        expected += [f * n + j for j in change[: len(own)]]
+    if rest >= 0:
+        assert max(counts) - min(counts) <= 1 and sum(counts) == rest
+        kept = make_reducer("dycoke").reduce(given, keep).keep.tolist()
+        assert kept == sorted(expected)
+
+
+def test_dycoke_beyond_its_rule() -> None:
+    """Only first frames of groups, evenly spaced; images too; tables mark the ratio."""
+    reducer = make_reducer("dycoke")
+    kept = reducer.reduce(matrix.tokens((8, 3, 4)), 6).keep.tolist()
+    assert kept == [2, 6, 10, 48 + 2, 48 + 6, 48 + 10]
+    assert reducer.reduce(matrix.tokens((1, 3, 4)), 3).keep.tolist() == [2, 6, 10]
+    assert reducer.moved(0.8, 28) and not reducer.moved(0.75, 28)

@@ -65,6 +65,7 @@ ROWS = {
     "adsc": Row(({}, {"lattice": "grid"}, {"offset": 0}), blind=True),
     "ccam": Row(({"weights": small_weights("ccam", DIM)},), fixed=QUERIES),
     "cdpruner": Row(({}, {"relevance": "attention"}, {"relevance": "none"}), ties=True),
+    "anchorprune": Row(ties=True),
     "auto": Row(({}, {"merge_rest": 0.5}), ties=True),
     "condiv": Row(
         (
@@ -76,6 +77,7 @@ ROWS = {
         ties=True,
     ),
     "divprune": Row(ties=True),
+    "mmtok": Row(({}, {"question": False}), ties=True),
     "merge": Row(
         ({}, {"weighted": False}, {"temporal": True}, {"position": "first"}, {"metric": "vit_keys"})
     ),

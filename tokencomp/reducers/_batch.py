@@ -16,7 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from tokencomp.errors import ScoreError
 from tokencomp.reducers._rows import check_whole
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
@@ -260,6 +262,24 @@ def top_k_of_spans(
     if batch.special is not None:
         scores = scores.masked_fill(batch.special, torch.inf)
     return Reduction(topk_stable(scores, keeps, spans=batch.lengths))
+
+
+def questions(batch: SpanBatch, reducer: str, instead: str) -> list[Tensor]:
+    """Unit embeddings of the text after every span, float32, (m, d); spans of a prompt share one.
+
+    Raises
+    ------
+    ScoreError
+        There is no text after a span. `instead` is the option that does without.
+    """
+    queries = batch.queries
+    if queries is None or any(q is None or not len(q) for q in queries):
+        raise ScoreError(
+            f"{reducer} compares visual tokens with the text after them, and there is none. Put "
+            f"the question after the image, or use {instead}."
+        )
+    texts = {id(q): normalize(q.float(), dim=1) for q in queries if q is not None}
+    return [texts[id(query)] for query in queries]
 
 
 def previous_similarity(patches: Patches, x: Tensor) -> Tensor:

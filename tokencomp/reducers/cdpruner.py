@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.errors import ScoreError
-from tokencomp.reducers._batch import Patches, segment, spread
+from tokencomp.reducers._batch import Patches, questions, segment, spread
 from tokencomp.reducers._rows import finite_features, supplied_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -82,17 +81,10 @@ class CDPruner(Reducer):
 
     def _likeness(self, patches: Patches, unit: Tensor, owners: Tensor | None) -> Tensor:
         """Mean cosine of every patch with the embeddings of the text after its span."""
-        queries = patches.batch.queries
-        if queries is None or any(q is None or not len(q) for q in queries):
-            raise ScoreError(
-                "cdpruner compares visual tokens with the text after them, and there is none. Put "
-                "the question after the image, or use relevance='none'."
-            )
-        texts = {id(q): q for q in queries if q is not None}  # the spans of a prompt share one
+        queries = questions(patches.batch, "cdpruner", "relevance='none'")
+        texts = {id(q): q for q in queries}  # the spans of a prompt share one
         prompt = [list(texts).index(id(query)) for query in queries]
-        unit_text = normalize(torch.cat(list(texts.values())).float(), dim=1)
-        parts = unit_text.split([len(text) for text in texts.values()])
-        table = torch.stack([part.mean(0) for part in parts])
+        table = torch.stack([text.mean(0) for text in texts.values()])
         # Products and sums row by row: no batch changes a rounding.
         if owners is None:
             return (unit * table).sum(1)

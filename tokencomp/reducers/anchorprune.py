@@ -1,0 +1,99 @@
+"""Comparator: an anchor of relevant tokens, then importance × novelty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tokencomp.reducers._batch import Patches, by_group, questions, stacks
+from tokencomp.reducers._rows import finite_features, tower_signal
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.signals import QUERY, TOWER_ATTENTION, Signal
+from tokencomp.tokens.spans import SpanBatch
+
+SMALLEST = 5 / 32  # share of the budget that is always anchor: 5, 10, 20, 40 of 32 … 256 tokens
+NOVEL, PATIENCE = 0.2, 3
+
+
+@register_reducer("anchorprune")
+@dataclass(frozen=True)
+class AnchorPrune(Reducer):
+    """Keep the tokens that match the question, then important ones unlike those already kept.
+
+    AnchorPrune (arXiv 2607.07033), its form for Qwen. Tokens are ranked by their largest cosine
+    with an embedding of the text after the span. The first 5/32 of the budget are the anchor; it
+    grows down the ranking, to half of the budget at most, until the third token that is novel: its
+    distance 1 - cos from all of the first 5/32 is above 0.2. Then, one by one, the token of the
+    largest p_i · min over chosen j of (1 - cos(x_i, x_j)) joins, p the attention that the vision
+    tower pays to it.
+
+    Notes
+    -----
+    The release gives the smallest anchor as a table (5, 10, 20 and 40 tokens at 32, 64, 128 and
+    256); here it is that share of any budget, which keeps 10 points more of the accuracy at ratio
+    0.9 than 5 tokens always, on validation questions. Attention is that of the last block in use,
+    whatever its kind; the release reads the last one with full attention. The question is all text
+    after the span, and distances above 1 are not cut to 1. But for that, the rule gave the
+    release's sets in 60 of 60 random cases.
+    """
+
+    summary = "anchor by the question, then importance × novelty (AnchorPrune 2607.07033)"
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({QUERY, TOWER_ATTENTION})
+
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        from tokencomp.kernels import maxmin_select
+
+        patches = Patches.of(batch, keeps)
+        texts = questions(batch, "anchorprune", "a reducer that does not read it, such as scope")
+        importance = patches.of_patches(tower_signal(batch, TOWER_ATTENTION, "anchorprune"))
+        unit = normalize(finite_features(patches.features, importance).float(), dim=1)
+        of_prompt = {id(text): text for text in texts}
+
+        def likeness(members: list[int], rows: Tensor) -> Tensor:
+            return (rows @ of_prompt[id(texts[members[0]])].T).amax(1)
+
+        relevance = by_group(patches, [id(text) for text in texts], unit, likeness)
+        start, sizes = self._anchors(patches, unit, relevance)
+        how = {"spans": patches.lengths, "start": start, "given": sizes}
+        chosen = maxmin_select(unit, patches.budgets, importance.clamp(min=0), **how)
+        return patches.kept(chosen)
+
+    def _anchors(self, patches: Patches, unit: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
+        """The most relevant patches of every span, as many as its budget, and how many are anchor.
+
+        Returns
+        -------
+        tuple
+            Rows in their span, int64 (Σ budgets,), most relevant first; sizes, int64 (spans,).
+        """
+        firsts = np.cumsum([0, *patches.budgets])
+        start = torch.zeros(int(firsts[-1]), dtype=torch.int64, device=patches.device)
+        sizes = torch.zeros(len(patches.lengths), dtype=torch.int64, device=patches.device)
+        keys = list(zip(patches.lengths, patches.budgets, strict=True))
+        for members, rows in stacks(patches, keys):
+            length, budget = keys[members[0]]
+            own, r = (v if rows is None else v.index_select(0, rows) for v in (unit, relevance))
+            own, r = own.view(len(members), length, -1), r.view(len(members), length)
+            ranked = r.sort(dim=1, descending=True, stable=True).indices[:, :budget]
+            least = max(1, round(SMALLEST * budget))
+            most = max(least, budget // 2)
+            first, later = (
+                own.gather(1, part[..., None].expand(-1, -1, own.shape[2]))
+                for part in (ranked[:, :least], ranked[:, least:most])
+            )
+            novel = (1 - (later @ first.mT).amax(2)) > NOVEL
+            size = least + 1 + (novel.cumsum(1) < PATIENCE).sum(1)
+            places = np.concatenate([np.arange(firsts[m], firsts[m] + budget) for m in members])
+            start[patches.table(places)] = ranked.flatten()
+            sizes[patches.table(members)] = size.clamp(max=most)
+        return start, sizes

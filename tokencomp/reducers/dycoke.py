@@ -1,0 +1,83 @@
+"""Comparator: merging of what does not change in groups of four frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import cosine_similarity
+
+from tokencomp.plan.counts import split_evenly
+from tokencomp.reducers._batch import Patches, evenly
+from tokencomp.reducers._rows import finite_features
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import SpanBatch
+
+GROUP = 4
+REFERENCE = np.array([0, 0, 0, 2])  # frame of the group that each frame is compared with
+LARGEST = 1 - 1 / GROUP
+
+
+@register_reducer("dycoke")
+@dataclass(frozen=True)
+class DyCoke(Reducer):
+    """Drop tokens that repeat the same place of an earlier frame of their group of four.
+
+    The first stage of DyCoke (arXiv 2411.15024): the first frame of every group stays whole; of the
+    second and third the tokens least similar (cosine) to the first stay, of the fourth those least
+    similar to the third. All of these frames keep as many tokens, up to one, as the ratio leaves.
+
+    Notes
+    -----
+    The rule removes at most 0.75, where only the first frames of groups are left. Above, these keep
+    evenly spaced tokens, as many each; this is ours, and tables mark it (†). An image keeps evenly
+    spaced tokens. Frames that are spans of their own (InternVL, SmolVLM) are such images: use
+    another reducer there. Rows stay in raster order and an incomplete last group follows the same
+    rule; the release orders them by similarity, skips the third frame of the last group and loses
+    an odd last frame. The second stage, which chooses cache entries anew at every decoding step, is
+    not here.
+    """
+
+    summary = "drop what repeats in groups of four frames, first stage (DyCoke 2411.15024)"
+    whole_spans = True
+
+    def moved(self, ratio: float, num_layers: int) -> str:
+        if ratio <= LARGEST:
+            return ""
+        return f"thins out the first frames of groups; the paper's rule removes at most {LARGEST}"
+
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        from tokencomp.kernels import topk_stable
+
+        patches = Patches.whole(batch, keeps, "dycoke")
+        x = finite_features(patches.features).float()
+        quota, frames, reference, rank = [], list[int](), [], []
+        for (t, h, w), budget in zip(batch.grids, patches.budgets, strict=True):
+            frame, size = np.arange(t), h * w
+            compared = frame // GROUP * GROUP + REFERENCE[frame % GROUP]
+            places = np.arange(t * size) + np.repeat((compared - frame) * size, size)
+            reference.append(places + sum(frames))
+            first = frame % GROUP == 0
+            whole = [size] * int(first.sum())
+            share = split_evenly(min(budget, sum(whole)), whole)
+            rest = split_evenly(budget - sum(share), [size] * (t - len(whole)))
+            own = np.empty(t, dtype=np.int64)
+            own[first], own[~first] = share, rest
+            # 0: by similarity; 1 and -1: before and behind all others, because of the place alone
+            order = np.zeros((t, size), dtype=np.int64)
+            order[first] = -1
+            for number in np.flatnonzero(first):
+                order[number, evenly(size, own[number])] = 1
+            rank.append(order.flatten())
+            quota += own.tolist()
+            frames += [size] * t
+        similarity = cosine_similarity(
+            x, x.index_select(0, patches.table(np.concatenate(reference)))
+        )
+        at = patches.table(np.concatenate(rank))
+        score = torch.where(at == 0, -similarity, at * torch.inf)
+        return patches.kept(topk_stable(score, quota, spans=frames))
