@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-# serve_*.py need a running server: tests/serving runs them
+# serve_*.py need a running server (tests/serving runs them), embed.py needs sentence-transformers
+# (tests/embedding)
 FOLDER = Path(__file__).parents[1] / "examples"
-EXAMPLES = sorted(p for p in FOLDER.glob("*.py") if not p.stem.startswith("serve_"))
+EXAMPLES = sorted(p for p in FOLDER.glob("*.py") if not p.stem.startswith(("serve_", "embed")))
 
 
 # Runs the scripts that its arguments name, and prints a line before each.
