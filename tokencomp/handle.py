@@ -189,16 +189,17 @@ class Handle:
 
     @property
     def stats(self) -> Stats:
-        """Counts of the last prompt, also at ratio 0; in whichever thread it ran.
+        """Counts of the last compressed prompt, in whichever thread it ran.
 
         Before the first, after `set`, and after a prompt without visual input they are empty, and
         `bool(handle.stats)` is False. Prompts under `disabled()` change nothing.
 
-        A prompt at ratio 0 is counted when its stats are read, so that it costs nothing before.
-        Until then its tokens and embeddings stay in memory.
+        At ratio 0 they stay empty, because nothing of ours runs there.
+        `tokencomp.inputs.prompts.prompt_lengths(model, inputs)` counts the tokens of a prompt.
         """
-        adapter, stats = self._hooks.adapter, self._hooks.stats
-        return stats or Stats.empty(DecoderShape.from_config(adapter.text_config))
+        hooks = self._hooks
+        shape = DecoderShape.from_config(hooks.adapter.text_config)
+        return hooks.stats or Stats.empty(shape, hooks.plan.active)
 
     def __repr__(self) -> str:
         family = self._hooks.adapter.family

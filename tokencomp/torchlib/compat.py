@@ -6,6 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,22 @@ def not_compiled(function: F) -> F:
     """`torch.compiler.disable`, which has no types: compiled models call `function` as it is."""
     disabled: F = torch.compiler.disable(function)
     return disabled
+
+
+def forget_compiled() -> None:
+    """Let Dynamo compile calls of modules anew.
+
+    It does not look whether hooks have come or gone since it compiled a call, so that code compiled
+    before would run without new hooks, and with old ones. Functions of torch that are compiled
+    by themselves, such as flex attention, are left alone.
+    """
+    from torch._dynamo import convert_frame, reset_code
+
+    own, calls = str(Path(torch.__file__).parent), nn.Module.__call__.__code__.co_filename
+    for reference in convert_frame.input_codes.seen + convert_frame.output_codes.seen:
+        code = reference()
+        if code is not None and (code.co_filename == calls or own not in code.co_filename):
+            reset_code(code)
 
 
 def tested_with(model_type: str) -> list[str]:

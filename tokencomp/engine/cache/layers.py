@@ -28,6 +28,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from tokencomp.engine.cache.need import PatchNeed
 from tokencomp.engine.cache.rows import physical_length
 from tokencomp.errors import UnsupportedCacheError
 from tokencomp.torchlib import compat
@@ -59,6 +60,9 @@ class InForce:
     def __deepcopy__(self, memo: dict[int, Any]) -> InForce:
         return self
 
+    def __reduce__(self) -> Any:  # a cache that is loaded from a file has lost its patch
+        return InForce, (self.compact,)
+
 
 # Python lets an object change its class only to one of the same memory layout. A base class other
 # than CacheLayerMixin would have another layout.
@@ -87,8 +91,8 @@ class CompressedLayer(CacheLayerMixin):
         True where this layer holds other rows than the layer before it.
     patch : InForce
         The patch under which the cache is written.
-    needs_patch : bool
-        Whether a decoder without hooks would read the rows of the cache wrongly.
+    needs_patch : PatchNeed or None
+        Set where a decoder without hooks would read the rows of the cache wrongly.
     """
 
     plain: ClassVar[type]
@@ -98,7 +102,7 @@ class CompressedLayer(CacheLayerMixin):
     starts: Tensor | None
     starts_segment: bool
     patch: InForce
-    needs_patch: bool
+    needs_patch: PatchNeed | None
     _valid: Tensor | None
     keys: Any  # for transformers they may be None; what is called here has rows
     values: Any

@@ -40,20 +40,10 @@ class ChunkedPrefill(Hooked):
         Gets `chunk` while `generate` runs a prefill.
     active
         Whether prompts with media are compressed in the calling thread.
-    uncounted
-        Called when transformers has chunked a prompt with media, of which every chunk was counted
-        as a prompt of its own.
     """
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        calls: RunningCalls,
-        active: Callable[[], bool],
-        uncounted: Callable[[], None],
-    ) -> None:
-        self.adapter, self.calls = adapter, calls
-        self.active, self.uncounted = active, uncounted
+    def __init__(self, adapter: Adapter, calls: RunningCalls, active: Callable[[], bool]) -> None:
+        self.adapter, self.calls, self.active = adapter, calls, active
 
     def install(self) -> None:
         """Replace `model._prefill`, where the release has it."""
@@ -71,12 +61,9 @@ class ChunkedPrefill(Hooked):
         size = getattr(generation_config, "prefill_chunk_size", None)
         original = functools.partial(original, input_ids)
         media = size is not None and self.adapter.carries_features(model_kwargs)
-        if not media or compat.get_cache(model_kwargs) is None:  # transformers refuses the latter
+        # transformers refuses to chunk without a cache
+        if not (media and self.active()) or compat.get_cache(model_kwargs) is None:
             return original(generation_config, model_kwargs, *args, **kwargs)
-        if not self.active():
-            out = original(generation_config, model_kwargs, *args, **kwargs)
-            self.uncounted()
-            return out
         whole = copy.copy(generation_config)
         whole.prefill_chunk_size = None
         state = self.calls.own

@@ -10,43 +10,54 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tokencomp.engine.call.stacks import in_running_call, threads_in
 from tokencomp.errors import copy_error
 from tokencomp.torchlib.replace import Hooked, MethodReplacement
 
 if TYPE_CHECKING:
     from torch import nn
 
-POLL_SECONDS = 0.1  # how often a waiting change looks whether a calling thread has died
+POLL_SECONDS = 0.01  # how often a waiting change looks at the threads that it waits for
 
 
 class CallGate(Hooked):
     """Knows which threads are in a call, and lets one thread at a time change what calls read.
 
-    A thread that has died, or the thread that makes the change, never blocks it.
+    A thread that has died, or the thread that makes the change, never blocks it. Calls are counted
+    by hooks, which a change installs first, so that no call can begin while it waits. Calls that
+    began before are found on the stacks of their threads, and wait for nobody.
 
     torch runs hooks for `module(...)` alone, so a direct call of `module.forward(...)` is sent
     through it. Longer calls (`generate`) enter and leave by themselves.
 
     Parameters
     ----------
-    model_name
-        Class of the patched model, for errors.
+    modules
+        The model and its body, whose calls are counted; they may call each other.
     """
 
-    def __init__(self, model_name: str) -> None:
-        self._model_name = model_name
+    def __init__(self, *modules: nn.Module) -> None:
+        self._modules = tuple(dict.fromkeys(modules))
         self._condition = threading.Condition()
         self._calls: dict[int, tuple[threading.Thread, list[int]]] = {}
+        self._waiting: set[int] = set()  # threads whose calls wait for the change
         self._changing: int | None = None
+        self._uncounted = False  # whether calls may be running that began before `install`
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise copy_error(self._model_name)
+        raise copy_error(type(self._modules[0]).__name__)
 
-    def install(self, *modules: nn.Module) -> None:
-        """Count calls of these modules, which may call each other. Safe to call twice."""
+    @property
+    def installed(self) -> bool:
+        """Whether calls are counted."""
+        return bool(self._handles)
+
+    def install(self) -> None:
+        """Count calls from here on; safe to call twice."""
         if self._handles:
             return
-        for module in dict.fromkeys(modules):
+        self._uncounted = True
+        for module in self._modules:
             enter = module.register_forward_pre_hook(self._enter)
             leave = module.register_forward_hook(self._leave, always_call=True)
             direct = functools.partial(self._forward, module)
@@ -59,9 +70,13 @@ class CallGate(Hooked):
             self._calls.clear()  # the hooks that would end them are gone
 
     def inside(self, *modules: nn.Module) -> bool:
-        """Whether this thread is in a call of one of these modules."""
+        """Whether this thread is in a counted call of one of these modules."""
         _, names = self._calls.get(threading.get_ident(), (None, []))
         return any(id(module) in names for module in modules)
+
+    def busy(self) -> bool:
+        """Whether this thread is in a counted call, `generate` included."""
+        return threading.get_ident() in self._calls
 
     def _forward(
         self, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
@@ -99,11 +114,20 @@ class CallGate(Hooked):
         own = threading.get_ident()
         with self._condition:
             _, names = self._calls.get(own, (None, []))
-            while not names and self._changing not in (None, own):
-                self._condition.wait()
+            if not names and not (self._uncounted and in_running_call(self._modules)):
+                self._wait(own)
             # A name that is there already is left over from a call that was interrupted.
             names = [*names[: names.index(name)], name] if name in names else [*names, name]
             self._calls[own] = threading.current_thread(), names
+
+    def _wait(self, own: int) -> None:
+        """Wait while another thread makes a change."""
+        self._waiting.add(own)
+        try:
+            while self._changing not in (None, own):
+                self._condition.wait()
+        finally:
+            self._waiting.discard(own)
 
     def leave(self, name: int) -> None:
         """Note that the call of this thread has ended; safe to call twice."""
@@ -125,11 +149,19 @@ class CallGate(Hooked):
             while self._changing is not None:
                 self._condition.wait()
             self._changing = own
-            while any(i != own and t.is_alive() for i, (t, _) in self._calls.items()):
-                self._condition.wait(POLL_SECONDS)
         try:
+            self.install()
+            with self._condition:
+                while self._called_by_others(own):
+                    self._condition.wait(POLL_SECONDS)
+                self._uncounted = False
             yield
         finally:
             with self._condition:
                 self._changing = None
                 self._condition.notify_all()
+
+    def _called_by_others(self, own: int) -> bool:
+        if any(i != own and thread.is_alive() for i, (thread, _) in self._calls.items()):
+            return True
+        return self._uncounted and bool(threads_in(self._modules) - self._waiting)

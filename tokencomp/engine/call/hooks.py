@@ -26,6 +26,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.cache.check import check_cache
 from tokencomp.engine.cache.layers import CompressedLayer, InForce
+from tokencomp.engine.cache.need import PatchNeed
 from tokencomp.engine.call.batching import BatchGuard
 from tokencomp.engine.call.chunks import ChunkedPrefill, whole_output
 from tokencomp.engine.call.embeddings import with_embeddings
@@ -37,8 +38,6 @@ from tokencomp.engine.call.notes import CallNotes
 from tokencomp.engine.call.plan_hooks import PlanHooks
 from tokencomp.engine.call.reading import PrefillCall, PromptReader
 from tokencomp.engine.call.state import RunningCalls
-from tokencomp.engine.call.uncounted import UncountedPrompt, can_wait
-from tokencomp.engine.context.visual_window import is_extended
 from tokencomp.engine.count.stats import Stats, collect, warn_if_ratio_missed
 from tokencomp.engine.kinds.relative import RelativePositions
 from tokencomp.engine.kinds.windows import Windows
@@ -48,7 +47,7 @@ from tokencomp.engine.scores.proportional import ProportionalAttention, check_wi
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.engine.stage.segments import check_entered
 from tokencomp.engine.stage.survivors import refuse_missing
-from tokencomp.errors import TokenCompError, copy_error
+from tokencomp.errors import copy_error
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import Hooked
@@ -63,6 +62,8 @@ class Hooks(Hooked):
     What belongs to a running call lives in thread-local storage; `stats` is shared: the counts of
     the prefill that ended last, in whichever thread. Dynamo cannot trace the callbacks, so they
     run between the graphs of a compiled model.
+
+    A plan without stages has no hooks, unless what an earlier plan has left may still come.
 
     Parameters
     ----------
@@ -91,8 +92,7 @@ class Hooks(Hooked):
             if proportional
             else None
         )
-        self._stats: Stats | None = None
-        self._uncounted: UncountedPrompt | None = None
+        self.stats: Stats | None = None
         self._missed_plans: set[str] = set()  # plans that have warned of a missed ratio
         self._calls = calls = RunningCalls()
         self._notes = CallNotes(adapter, calls, strict)
@@ -101,8 +101,8 @@ class Hooks(Hooked):
         self._later = LaterTokens(adapter, calls, self._in_force, proportional > 0)
         self._relative = RelativePositions(adapter, calls)
         self._batches = BatchGuard(adapter, self._compresses, strict)
-        self._prefill = ChunkedPrefill(adapter, calls, self._compresses, self._forget_stats)
-        self.gate = CallGate(type(adapter.model).__name__)
+        self._prefill = ChunkedPrefill(adapter, calls, self._compresses)
+        self.gate = CallGate(adapter.top, adapter.body)
         self._generate = GenerateCall(adapter, self.gate, calls)
         self._reader = PromptReader(adapter, proportional > 0, self._generate)
         parts = (self.proportional, self._relative, self._prefill, self._batches, self._generate)
@@ -113,9 +113,39 @@ class Hooks(Hooked):
     # -- installation ---------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Install the hooks that every plan needs; `change` installs those of one plan."""
+        """Put the plan in force, between the calls of all threads."""
+        if self._needed():
+            with self.gate.change():
+                self._hook()
+
+    def change(self, plan: Plan) -> None:
+        """Put another plan in force, between the calls of all threads.
+
+        Outer hooks stay as long as any are needed: another thread may wait at the gate with a call
+        for which torch has already read the list of its hooks.
+        """
+        if not (self._handles or plan.active or self._needed()):
+            self.plan, self.stats = plan, None
+            return
+        with self.gate.change():
+            self._plan_hooks.remove()
+            self.plan, self.stats = plan, None
+            if not (self._needed() or self.gate.busy()):
+                self._unhook()
+            elif self._handles:
+                self._install_plan()
+            else:
+                self._hook()
+
+    def _needed(self) -> bool:
+        """Whether anything must be done to calls: to prompts, or to what earlier plans have left.
+
+        Those are caches that only a patched model reads right, and features with tokens missing.
+        """
+        return self.plan.active or self.adapter.body in _HAD_TOWER or PatchNeed.is_held()
+
+    def _hook(self) -> None:
         a, add = self.adapter, self._handles.append
-        self.gate.install(a.top, a.body)  # first, so that a waiting call has run no other hook
         for module, pre, post in (
             (a.top, self._top, self._top_done),
             (a.body, self._body, self._body_done),
@@ -128,32 +158,27 @@ class Hooks(Hooked):
         self._install_plan()
         for part in (*self._parts, a):
             part.install()
+        compat.forget_compiled()
         self._in_force.active = True
-
-    def change(self, plan: Plan) -> None:
-        """Put another plan in force, between the calls of all threads.
-
-        Only hooks inside of the decoder and the tower change. Another thread may wait at the gate
-        with a call for which torch has already read the list of outer hooks, so these must stay.
-        """
-        with self.gate.change():
-            self._plan_hooks.remove()
-            self.plan, self.stats = plan, None
-            self._install_plan()
 
     def _install_plan(self) -> None:
         self._plan_hooks.install(self.plan)
         if self.plan.tower is not None:
             _HAD_TOWER.add(self.adapter.body)
 
+    def _unhook(self) -> None:
+        self._in_force.active = False
+        super().remove()
+        for part in (*reversed(self._parts), self._plan_hooks, self.gate):
+            part.remove()
+        self.adapter.uninstall()
+        compat.forget_compiled()
+
     def remove(self) -> None:
         """Undo `install`, between the calls of all threads; safe to call twice."""
-        with self.gate.change():
-            self._in_force.active = False
-            super().remove()
-            for part in (*reversed(self._parts), self._plan_hooks, self.gate):
-                part.remove()
-            self.adapter.uninstall()
+        if self._handles or self.gate.installed:
+            with self.gate.change():
+                self._unhook()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise copy_error(type(self.adapter.model).__name__)
@@ -170,24 +195,6 @@ class Hooks(Hooked):
         """Whether prompts with media are compressed in this thread."""
         return self.plan.active and not self.disabled
 
-    def _forget_stats(self) -> None:
-        self.stats = None
-
-    @property
-    def stats(self) -> Stats | None:
-        """Counts of the last prefill; those of one at ratio 0 are made when they are read."""
-        prompt = self._uncounted
-        if prompt is None:
-            return self._stats
-        stats = prompt.stats(self.adapter, self._reader)
-        if self._uncounted is prompt:  # no other thread has run a prompt meanwhile
-            self.stats = stats
-        return stats
-
-    @stats.setter
-    def stats(self, stats: Stats | None) -> None:
-        self._stats, self._uncounted = stats, None
-
     # -- top and body ---------------------------------------------------------------------------
 
     def _traced(self, arguments: dict[str, Any]) -> bool:
@@ -196,8 +203,13 @@ class Hooks(Hooked):
             arguments, self.plan.active
         )
 
-    def _top(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    # A call that has waited at the gate may find the hooks gone, which torch then calls without
+    # keyword arguments.
+
+    def _top(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         refuse_replica(module)
+        if kwargs is None:
+            return
         arguments = compat.bind(module, args, kwargs)
         if not self._traced(arguments):
             self._notes.note_call(arguments, self._slices)
@@ -206,26 +218,18 @@ class Hooks(Hooked):
         if not self._traced(compat.bind(module, args, kwargs)):
             self._notes.forget_call()
 
-    def _body(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _body(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        if kwargs is None:
+            return
         arguments = compat.bind(module, args, kwargs)
         if not self._traced(arguments):
             self._note_prompt(arguments)
-        elif compat.get_cache(arguments) is None or self.adapter.carries_features(arguments):
-            self.stats = None  # a compiled prompt at ratio 0, which is not counted
 
     @compat.not_compiled
     def _note_prompt(self, arguments: dict[str, Any]) -> None:
-        if self._waits(arguments):
-            self._notes.note_uncounted(arguments)
-        elif self._notes.note_prompt(arguments, self.disabled):
+        if self._notes.note_prompt(arguments, self._compresses()):
             self.stats = None  # not those of another prompt
-            if self.plan.active:
-                self._notes.without_features(arguments)
-
-    def _waits(self, arguments: dict[str, Any]) -> bool:
-        """Whether the tokens of a prompt are counted only when `handle.stats` is read."""
-        idle = not (self.plan.active or self.disabled or is_extended(self.adapter))
-        return idle and can_wait(self.adapter, arguments)
+            self._notes.without_features(arguments)
 
     def _body_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         state = self._calls.running
@@ -262,26 +266,24 @@ class Hooks(Hooked):
 
     def _arguments(self, module: nn.Module, kwargs: dict[str, Any]) -> Any:
         """Arguments of a decoder call; None where they stay as they are."""
-        kinds, cache = self._kinds_of(kwargs), compat.get_cache(kwargs)
+        kinds, cache = self._calls.running.kinds, compat.get_cache(kwargs)
         if self._compresses() and not self.gate.inside(self.adapter.top, self.adapter.body):
             self._notes.called_alone(kwargs)
         if kinds is not None and kinds.numpy().any():
             if kwargs.get("inputs_embeds") is None:
                 kwargs = with_embeddings(module, kwargs)
-            if self.plan.active:
-                if self.plan.tower is None:
-                    self._refuse_missing(kwargs)
-                check_cache(cache, bool(self.plan.layer_stages))
-                self._later.adopt(getattr(cache, "layers", []))
-                state = self._calls.own
-                kwargs, prepared = split_mask(kwargs, cache, state.body_mask)
-                forward = state.forward = self._compress(kwargs, kinds, cache, prepared)
-                whole = len(forward.segments) > 1 or state.logits > forward.tail
-                if whole and "logits_to_keep" in kwargs:
-                    # Decoders with shared keys (Gemma 4) cut their hidden states to these columns.
-                    kwargs["logits_to_keep"] = 0
-                return (), self._prefill.advance(module, kwargs, forward, state.logits)
-            self._count(kwargs, kinds, cache)
+            if self.plan.tower is None:
+                self._refuse_missing(kwargs)
+            check_cache(cache, bool(self.plan.layer_stages))
+            self._later.adopt(getattr(cache, "layers", []))
+            state = self._calls.own
+            kwargs, prepared = split_mask(kwargs, cache, state.body_mask)
+            forward = state.forward = self._compress(kwargs, kinds, cache, prepared)
+            whole = len(forward.segments) > 1 or state.logits > forward.tail
+            if whole and "logits_to_keep" in kwargs:
+                # Decoders with shared keys (Gemma 4) cut their hidden states to these columns.
+                kwargs["logits_to_keep"] = 0
+            return (), self._prefill.advance(module, kwargs, forward, state.logits)
         self._refuse_missing(kwargs)
         if isinstance(first_layer(cache), CompressedLayer):
             kwargs = dict(kwargs)
@@ -300,39 +302,13 @@ class Hooks(Hooked):
         if not (state.encodes or self.adapter.encodes(state.inputs or {})):
             refuse_missing(kwargs["inputs_embeds"])
 
-    def _kinds_of(self, kwargs: dict[str, Any]) -> Tensor | None:
-        """Kind of feature in every column of a decoder call; None where it is not needed."""
-        state = self._calls.running
-        if state.kinds is not None or state.inputs is None:
-            return state.kinds
-        if UncountedPrompt.readable(kwargs):
-            self._uncounted = UncountedPrompt(kwargs, state.inputs, state.labels)
-            return None
-        kinds = self.adapter.kinds(state.inputs)
-        return None if kinds is None else kinds.cpu()
-
-    def _count(self, kwargs: dict[str, Any], kinds: Tensor, cache: Any) -> None:
-        """Stats of a prefill at ratio 0, which stays as it is; None where it cannot be read."""
-        try:
-            plain, _ = split_mask(kwargs, cache, self._calls.running.body_mask)
-            forward = self._read(plain, kinds, cache)[0]
-            self.stats = collect(forward, cache)
-        except TokenCompError:
-            self.stats = None
-
-    def _read(
-        self, kwargs: dict[str, Any], kinds: Tensor, cache: Any
-    ) -> tuple[ForwardPass, Tensor]:
-        """The forward pass of a prefill with visual tokens, and its positions."""
-        state = self._calls.running
-        call = PrefillCall(kwargs, kinds, cache, state.inputs or {}, state.labels, state.drafts)
-        return self._reader.read(call, self.plan)
-
     def _compress(
         self, kwargs: dict[str, Any], kinds: Tensor, cache: Any, prepared: Any
     ) -> ForwardPass:
         """Read a prefill with visual tokens, and change its arguments by the entry stage."""
-        forward, positions = self._read(kwargs, kinds, cache)
+        state = self._calls.running
+        call = PrefillCall(kwargs, kinds, cache, state.inputs or {}, state.labels, state.drafts)
+        forward, positions = self._reader.read(call, self.plan)
         forward.prepared = prepared
         if self._plan_hooks.tower is not None:
             forward.tower = self._plan_hooks.tower.collect(forward.spans)

@@ -17,6 +17,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.check import check_cache
 from tokencomp.engine.cache.compress import compress_layer
 from tokencomp.engine.cache.layers import CompressedLayer, CompressedStaticLayer, InForce
+from tokencomp.engine.cache.need import PatchNeed
 from tokencomp.engine.cache.rows import (
     REFERENCE,
     filled,
@@ -283,5 +284,6 @@ def _note_patch(forward: ForwardPass, layers: list[Any], patch: InForce) -> None
     heads, windows = segment_heads(layers), forward.windows
     needed = len(heads) > 1 or patch.compact or bool(windows.sizes) or windows.relative
     needed |= any(head.valid is not None or head.sizes is not None for head in heads)
+    need = PatchNeed() if needed or REFERENCE in windows.kinds else None
     for layer in filled(layers):
-        layer.patch, layer.needs_patch = patch, needed or REFERENCE in windows.kinds
+        layer.patch, layer.needs_patch = patch, need

@@ -55,15 +55,15 @@ class CallNotes:
         state = self.calls.own
         state.labels, state.logits, state.drafts = None, 0, 0
 
-    def note_prompt(self, arguments: dict[str, Any], disabled: bool) -> bool:
+    def note_prompt(self, arguments: dict[str, Any], compresses: bool) -> bool:
         """Note where the visual features of a call go.
 
         Parameters
         ----------
         arguments
             Arguments of the body by name.
-        disabled
-            Whether compression is off in this thread, so that nothing is noted.
+        compresses
+            Whether prompts are compressed in this thread; else the arguments alone are noted.
 
         Returns
         -------
@@ -71,21 +71,13 @@ class CallNotes:
             Whether the call begins a prompt that brings no features.
         """
         self.forget_prompt()
-        if disabled:
-            return False
         state = self.calls.own
         state.body_mask = arguments.get("attention_mask")
-        kinds = self.adapter.kinds(arguments)
-        if kinds is None:
+        kinds = self.adapter.kinds(arguments) if compresses else None
+        if compresses and kinds is None:
             return begins_prompt(arguments)
-        state.kinds, state.inputs = kinds.cpu(), arguments
+        state.inputs, state.kinds = arguments, None if kinds is None else kinds.cpu()
         return False
-
-    def note_uncounted(self, arguments: dict[str, Any]) -> None:
-        """Note the arguments of the body alone, for a prompt that is read later."""
-        self.forget_prompt()
-        state = self.calls.own
-        state.body_mask, state.inputs = arguments.get("attention_mask"), arguments
 
     @compat.not_compiled
     def forget_prompt(self) -> None:

@@ -31,7 +31,7 @@ class CallState:
     drafts
         From the model: speculative tokens at the end of the call.
     inputs
-        From the body: its arguments by name, if the call may bring media.
+        From the body: its arguments by name.
     kinds : Tensor of int8 on the CPU, shape (B, L), or None
         From the body: the kind of feature in every column, see `Adapter.kinds`.
     body_mask

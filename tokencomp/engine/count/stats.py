@@ -22,12 +22,18 @@ if TYPE_CHECKING:
     from tokencomp.tokens.spans import VisualSpan
 
 
+OFF = (
+    "prompts are not counted where nothing is compressed; "
+    "tokencomp.inputs.prompts.prompt_lengths(model, inputs) counts their tokens"
+)
+
+
 @dataclass(repr=False)
 class Stats:
     """Counts of one prefill. All but the ratio is computed on access.
 
-    False where no prefill was counted: before the first, and after a prompt without media. Then all
-    numbers are 0, and all lists empty.
+    False where no prefill was counted: before the first, after a prompt without media, and at ratio
+    0. Then all numbers are 0, and all lists empty.
 
     Attributes
     ----------
@@ -76,11 +82,12 @@ class Stats:
     requested_ratio: float = 0.0
     _kept: list[RowLayout] = field(default_factory=list, repr=False)
     _survivors: RowLayout | None = field(default=None, repr=False)
+    _why_empty: str = field(default="no prompt with media counted", repr=False)
 
     @classmethod
-    def empty(cls, shape: DecoderShape) -> Stats:
-        """Counts of no prefill."""
-        return cls([], [], [], [], [], shape)
+    def empty(cls, shape: DecoderShape, active: bool) -> Stats:
+        """Counts of no prefill, under a plan that has stages or (False) none."""
+        return cls([], [], [], [], [], shape, **({} if active else {"_why_empty": OFF}))
 
     def __bool__(self) -> bool:
         return bool(self.spans)
@@ -88,7 +95,7 @@ class Stats:
     def __str__(self) -> str:
         """What was saved, e.g. "130 → 33 visual tokens, LLM work 36 %, cache 38 %"."""
         if not self:
-            return "no prompt with media counted"
+            return self._why_empty
         layers = [sum(seen) for seen in zip(*self.tokens_after, strict=True)]
         left = sum(layers) / len(layers)
         mean = " in the mean layer" if len(set(layers)) > 1 else ""
