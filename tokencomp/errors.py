@@ -26,6 +26,10 @@ class FrameRateWarning(UserWarning):
     """A processor writes frame times, and assumes a frame rate because the video's is unknown."""
 
 
+class FrameChoiceWarning(UserWarning):
+    """Frames of a video that the policy asked for did not choose, or that replace damaged ones."""
+
+
 class PrefillWarning(UserWarning):
     """A prompt that runs in one pass although `prefill_chunk_size` was given."""
 

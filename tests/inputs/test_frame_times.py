@@ -87,7 +87,8 @@ def test_the_server_says_the_same_as_a_file(processor, clip):
 
 def test_both_decoders_know_the_times(clip):
     pytest.importorskip("decord")
-    one, two = (read(clip, FRAMES).sampling for read in (media._read_decord, media._read_pyav))
+    both = (media.load_media(clip, FRAMES, decoder=name) for name in ("decord", "pyav"))
+    one, two = (video.sampling for video in both)
     assert one == two and one.fps == FPS and one.total == 32
 
 

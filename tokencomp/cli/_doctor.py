@@ -43,8 +43,9 @@ def attention_backends() -> list[str]:
 
 
 def video_readers() -> list[str]:
-    """Installed video decoders, in the order in which they are tried."""
-    return [name for name in ("decord", "av") if importlib.util.find_spec(name) is not None]
+    """Installed video decoders; only PyAV (av) is used without being asked for."""
+    names = ("av", "torchcodec", "decord")
+    return [name for name in names if importlib.util.find_spec(name) is not None]
 
 
 def environment_checks() -> list[Finding]:
@@ -132,11 +133,10 @@ def _gpu() -> Finding:
 
 def _video() -> Finding:
     readers = video_readers()
-    if readers:
-        return Finding("video files", True, f"read with {', then '.join(readers)}")
-    return Finding(
-        "video files", False, f"neither decord nor PyAV is installed: {install('media')}"
-    )
+    if "av" not in readers:
+        return Finding("video files", False, f"PyAV is not installed: {install('media')}")
+    others = f"; by name also with {', '.join(readers[1:])}" if readers[1:] else ""
+    return Finding("video files", True, f"read with PyAV{others}")
 
 
 def _optional(extra: str, module: str, what: str) -> Finding:

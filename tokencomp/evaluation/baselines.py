@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from tokencomp.errors import MediaError
-from tokencomp.inputs.media import frame_indices
+from tokencomp.inputs.frames import frame_indices
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.questions import media_kind
 from tokencomp.inputs.video import with_frames

@@ -1,20 +1,18 @@
-"""Reading image and video files, with errors that say what is wrong with the file."""
+"""Reading image and video files: the frames of a video are chosen before they are decoded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from tokencomp.errors import MediaError, MissingDependencyError, install
-
-try:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-except ModuleNotFoundError:
-    raise MissingDependencyError(f"reading images needs Pillow: {install('media')}.") from None
-
-from tokencomp.inputs.video import Video
+from tokencomp.errors import FrameChoiceWarning, MediaError, OptionError
+from tokencomp.inputs.clips import AnimationClip, Clip, FileClip, FolderClip
+from tokencomp.inputs.decoders import DECODERS
+from tokencomp.inputs.frames import Frames, frame_policy
+from tokencomp.inputs.images import UNREADABLE, Image, load_image
+from tokencomp.inputs.video import Sampling, Video
 
 VIDEO_SUFFIXES = frozenset(
     [
@@ -34,9 +32,6 @@ VIDEO_SUFFIXES = frozenset(
     ]
 )
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for files that it cannot open."""
-
 
 def is_video(path: str | Path) -> bool:
     """Whether `path` is a video: by suffix, a folder of frames, or an animated picture."""
@@ -50,193 +45,88 @@ def is_video(path: str | Path) -> bool:
         return False
 
 
-def load_media(path: str | Path, frames: int = 8) -> Image.Image | Video:
-    """Read an image, or evenly spaced frames of a video.
+def load_media(
+    path: str | Path,
+    frames: Frames = 8,
+    size: int | None = None,
+    question: str = "",
+    decoder: str = "pyav",
+) -> Image.Image | Video:
+    """Read an image, or chosen frames of a video.
 
     Parameters
     ----------
     path : str or Path
         An image file, a video file, an animated GIF/WebP, or a folder of frame images.
-    frames : int
-        Frames to take from a video: the middles of `frames` equal parts. A shorter video gives all
-        the frames it has.
+    frames : int, str or policy
+        Which frames of a video are decoded, see `tokencomp.inputs.frames`: a number of evenly
+        spaced ones (a shorter video gives all the frames it has), `"1fps"`, or a policy.
+    size : int or None
+        Longest side of a frame in pixels. Larger frames are scaled while their colours are
+        converted, so that pictures of full size never exist. None leaves them as they are.
+    question : str
+        What will be asked; policies with a scorer may read it.
+    decoder : str
+        "pyav"; "torchcodec" or "torchcodec:cuda" where TorchCodec is installed; or "decord". All
+        give the same frames, up to rounding of colours.
 
     Returns
     -------
     PIL.Image.Image or Video
-        RGB. A video is a list of frames that knows when they were shown; the frame rate is read
-        from the file, and unknown for a folder of frame images.
+        RGB. A video is a list of frames that knows which they are and when they were shown; the
+        times are read from the file, and unknown for a folder of frame images.
 
     Raises
     ------
     MediaError
-        File missing, empty, corrupt or without frames; `frames` below 1.
+        File missing, empty, corrupt or without frames, or without those that `frames` names.
+    OptionError
+        `frames`, `size` or `decoder` is none of the above.
+    ScoreError
+        A scorer does not return one finite number per frame.
     MissingDependencyError
-        A video, and neither decord nor PyAV is installed.
+        The decoder is not installed.
     """
-    path = Path(path)
-    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
-        raise MediaError(f"frames={frames!r}: a video needs at least 1 frame; use e.g. frames=8.")
+    path, policy = Path(path), frame_policy(frames)
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise OptionError(f"size={size!r}: give the longest side in pixels, e.g. 448, or None.")
+    if decoder.partition(":")[0] not in DECODERS:
+        raise OptionError(f"decoder={decoder!r}: use one of {', '.join(DECODERS)}.")
     if not path.exists():
         raise MediaError(f"{path}: no such file. Give the path of a local image or video.")
+    if not (path.is_file() or path.is_dir()):
+        raise MediaError(f"{path}: a device or a pipe, which may have no end. Save it as a file.")
     if path.is_file() and path.stat().st_size == 0:
         raise MediaError(f"{path}: the file is empty (0 bytes). Download or export it again.")
-    return load_video(path, frames) if is_video(path) else load_image(path)
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """Read one image as RGB, upright (EXIF orientation applied). Raises `MediaError`."""
-    try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image), image.format)
-    except MediaError as error:
-        raise MediaError(f"{path}: {error}") from None
-    except UnidentifiedImageError as error:
-        raise MediaError(
-            f"{path}: neither an image that Pillow can read nor a known video suffix "
-            f"({', '.join(sorted(VIDEO_SUFFIXES))}). Convert it to PNG, JPEG or MP4."
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise MediaError(f"{path}: the image is too large; make it smaller ({error}).") from error
-    except UNREADABLE as error:
-        raise MediaError(f"{path}: the image is damaged ({error}).") from error
-
-
-def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
-    """An RGB picture of 8 bits per channel; 16-bit grey ones are scaled, not cut off.
-
-    Parameters
-    ----------
-    file_format : str or None
-        Of the file it was read from, as Pillow names it: of PNG and PPM, numbers of 32 bits are
-        16-bit ones; of others, those up to 255 are 8-bit ones.
-
-    Raises
-    ------
-    MediaError
-        The picture has 32-bit numbers of unknown range.
-    """
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return image.convert("RGB")
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
-    if image.mode == "F" or low < 0 or high >= 1 << 16:
-        raise MediaError(
-            f"a picture of 32-bit numbers (mode {image.mode}, {low:g} to {high:g}), of unknown "
-            "range. Save it with 8 or 16 bits per channel."
-        )
-    deep = image.mode != "I" or high > 255 or file_format in ("PNG", "PPM")
-    return Image.fromarray((values // (257 if deep else 1)).astype(np.uint8)).convert("RGB")
-
-
-def load_video(path: str | Path, frames: int = 8) -> Video:
-    """Read evenly spaced frames with decord, or with PyAV where decord is missing or fails.
-
-    Parameters and errors as in `load_media`.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return _read_folder(path, frames)
-    if path.suffix.lower() not in VIDEO_SUFFIXES:
-        return _read_animation(path, frames)
-    return _first_that_works(path, frames, (("decord", _read_decord), ("av", _read_pyav)))
-
-
-Reader = Callable[[Path, int], Video]
-
-
-def _first_that_works(path: Path, frames: int, readers: Iterable[tuple[str, Reader]]) -> Video:
-    failures, missing = [], []
-    for name, reader in readers:
-        try:
-            images = reader(path, frames)
-        except ImportError:
-            missing.append(name)
-            continue
-        except Exception as error:  # decoders raise their own, undocumented types
-            failures.append(
-                f"{name}: {str(error).strip().splitlines()[0] if str(error) else error!r}"
+    if not is_video(path):
+        return load_image(path)
+    with open_clip(path, decoder) as clip:
+        choice = policy.choose(clip.index, lambda at: [*_pictures(clip, at, size)[1]], question)
+        places, images = _pictures(clip, choice.places, size)
+        if set(places) != set(choice.places):
+            lost = sorted(set(choice.places) - set(places))
+            warnings.warn(
+                f"{path}: {len(lost)} of {len(choice.places)} chosen frames cannot be decoded, the "
+                f"first is number {lost[0]}. The frames shown before them take their places.",
+                FrameChoiceWarning,
+                stacklevel=2,
             )
-            continue
-        if images:
-            return images
-        failures.append(f"{name}: no frames")
-    if not failures:
-        raise MissingDependencyError(
-            f"{path}: reading a video needs one of {', '.join(missing)}. Run {install('media')}."
-        )
-    raise MediaError(
-        f"{path}: no frame of this video can be decoded ({'; '.join(failures)}). "
-        "Check the file with ffprobe, or encode it again as H.264 MP4."
-    )
+        index = clip.index
+        times = index.uneven_times(places)
+        sampling = Sampling(tuple(places), index.total, index.fps, times, choice.rule)
+    return Video.of(images, sampling)
 
 
-def frame_indices(total: int, frames: int) -> list[int]:
-    """Middles of `frames` equal parts of `total` frames; all of them when there are fewer."""
-    if total <= frames:
-        return list(range(total))
-    return [int((k + 0.5) * total / frames) for k in range(frames)]
+def open_clip(path: Path, decoder: str = "pyav") -> Clip:
+    """The frames of a video, to be chosen and read; errors as in `load_media`."""
+    if path.is_dir():
+        return FolderClip(path)
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        return FileClip(path, decoder)
+    return AnimationClip(path)
 
 
-def _read_decord(path: Path, frames: int) -> Video:
-    import decord
-
-    reader = decord.VideoReader(str(path), num_threads=1)
-    indices = frame_indices(len(reader), frames)
-    images = [Image.fromarray(frame) for frame in reader.get_batch(indices).asnumpy()]
-    return Video(images, reader.get_avg_fps() or None, indices, len(reader))
-
-
-def _read_pyav(path: Path, frames: int) -> Video:
-    """Decodes the stream twice when the container does not tell how many frames it has."""
-    import av
-
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise MediaError("no video stream")
-        total, rate = container.streams.video[0].frames, container.streams.video[0].average_rate
-    if not total:
-        with av.open(str(path)) as container:
-            total = sum(1 for _ in container.decode(video=0))
-    chosen, images = frame_indices(total, frames), []
-    with av.open(str(path)) as container:
-        for index, frame in enumerate(container.decode(video=0)):
-            if index in chosen:
-                images.append(Image.fromarray(frame.to_ndarray(format="rgb24")))
-            if len(images) == len(chosen):
-                break
-    # A damaged file may end before the number of frames in its header.
-    return Video(images, float(rate) if rate else None, chosen[: len(images)], total)
-
-
-def _read_animation(path: Path, frames: int) -> Video:
-    try:
-        with Image.open(path) as image:
-            total, images, milliseconds = getattr(image, "n_frames", 1), [], 0.0
-            indices = frame_indices(total, frames)
-            for index in range(total):
-                image.seek(index)
-                milliseconds += image.info.get("duration", 0)
-                if index in indices:
-                    images.append(to_rgb(image))
-            rate = 1000 * total / milliseconds if milliseconds else None
-            return Video(images, rate, indices, total)
-    except (OSError, ValueError, EOFError) as error:
-        raise MediaError(f"{path}: the animation is damaged ({error}).") from error
-
-
-def _read_folder(path: Path, frames: int) -> Video:
-    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in suffixes)
-    if not files:
-        raise MediaError(
-            f"{path}: the folder holds no frame images ({', '.join(sorted(suffixes))})."
-        )
-    indices = frame_indices(len(files), frames)
-    images = [load_image(files[k]) for k in indices]
-    sizes = {image.size for image in images}
-    if len(sizes) > 1:
-        raise MediaError(
-            f"{path}: frames differ in size ({sorted(sizes)}). Resize them to one size."
-        )
-    return Video(images, None, indices, len(files))
+def _pictures(clip: Clip, at: Sequence[int], size: int | None) -> tuple[list[int], list[Any]]:
+    """Places and PIL images of the frames at some places, ascending."""
+    read = clip.read(at, size)
+    return sorted(read), [read[place] for place in sorted(read)]

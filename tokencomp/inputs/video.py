@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,19 +21,33 @@ class Sampling:
     total
         Frames of the whole video.
     fps
-        Frames per second of the whole video; None if unknown.
+        Frames per second of the whole video, a mean if the rate varies; None if unknown.
+    times
+        When each frame was shown, seconds from the first frame of the video; None if its number
+        and `fps` say it.
+    rule
+        How the frames were chosen.
     """
 
     indices: tuple[int, ...]
     total: int
     fps: float | None = None
+    times: tuple[float, ...] | None = None
+    rule: str = "even"
 
     def metadata(self) -> dict[str, Any]:
-        """The same in the form of `video_metadata`, an argument of transformers' processors."""
+        """The same in the form of `video_metadata`, an argument of transformers' processors.
+
+        Processors divide the numbers of frames by the rate. Where the rate varies, the numbers are
+        therefore those that the frames would have at the mean rate, which need not be whole.
+        """
+        at: list[Any] = list(self.indices)
+        if self.times is not None and self.fps is not None:
+            at = [time * self.fps for time in self.times]
         return {
             "total_num_frames": self.total,
             "fps": self.fps,
-            "frames_indices": list(self.indices),
+            "frames_indices": at,
             "duration": None if self.fps is None else self.total / self.fps,
         }
 
@@ -77,6 +92,13 @@ class Video(list[Any]):
         last = at[-1] + 1 if at else 0
         self.sampling = Sampling(at, last if total is None else max(int(total), last), fps)
 
+    @classmethod
+    def of(cls, frames: Iterable[Any], sampling: Sampling) -> Video:
+        """A video of frames whose times are known already."""
+        video = cls(frames, sampling.fps, sampling.indices, sampling.total)
+        video.sampling = sampling
+        return video
+
 
 def sampling_of(video: Sequence[Any]) -> Sampling:
     """The times of the frames; the frame rate of plain lists and arrays is unknown."""
@@ -89,5 +111,7 @@ def with_frames(
 ) -> Video:
     """Other pictures with the times of the frames of `video` at `places` (None: of all frames)."""
     known = sampling_of(video)
-    at = [known.indices[k] for k in (range(len(video)) if places is None else places)]
-    return Video(frames, known.fps, at, known.total)
+    kept = range(len(video)) if places is None else places
+    times = None if known.times is None else tuple(known.times[k] for k in kept)
+    indices = tuple(known.indices[k] for k in kept)
+    return Video.of(frames, dataclasses.replace(known, indices=indices, times=times))

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from tokencomp.errors import UnknownNameError
-from tokencomp.inputs.media import frame_indices
+from tokencomp.inputs.frames import frame_indices
 from tokencomp.inputs.video import Video
 from tokencomp.shapesqa.difficulty import SIZE, sample_scene
 from tokencomp.shapesqa.prompt_forms import letter

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from tokencomp.errors import MediaError
-from tokencomp.inputs.media import load_image, load_media, to_rgb
+from tokencomp.inputs.images import load_image, to_rgb
+from tokencomp.inputs.media import load_media
 
 
 def as_image(item: Any, where: str) -> Image.Image:

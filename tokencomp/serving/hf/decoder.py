@@ -28,6 +28,7 @@ from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.video import Clip, decode_container, too_much_memory
 
+SAMPLING = [field.name for field in dataclasses.fields(Sampling)]
 GRACE = 5  # seconds after the end of its time when the kernel ends a process that hangs
 ENV = {
     "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",  # both reserve memory per core
@@ -96,7 +97,12 @@ def _answer(stream: IO[bytes]) -> Clip | None:
         if not count:
             return None
         filled += count
-    return frames, Sampling(tuple(head["indices"]), head["total"], head["fps"])
+    return frames, Sampling(**{name: _plain(head[name]) for name in SAMPLING})
+
+
+def _plain(value: Any) -> Any:
+    """A value of JSON, which has no tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def main() -> None:

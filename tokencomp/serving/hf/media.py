@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image, ImageOps
 
 from tokencomp.errors import MediaError
-from tokencomp.inputs.media import to_rgb
+from tokencomp.inputs.images import to_rgb
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.jpeg import check_jpeg

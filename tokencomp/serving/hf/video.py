@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tokencomp.inputs.media import frame_indices
+from tokencomp.errors import MediaError
+from tokencomp.inputs.container import VideoFile
+from tokencomp.inputs.frames import frame_indices
 from tokencomp.inputs.video import Sampling
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
@@ -83,6 +85,8 @@ def decode_container(content: bytes, limits: Limits, deadline: Deadline) -> Clip
         return _Container(content, limits, deadline).frames()
     except RequestError:
         raise
+    except MediaError as error:
+        raise RequestError(f"a video: {error}") from None
     except ImportError:
         raise RequestError("this server has no video decoder (pip install av).", 501) from None
     except (MemoryError, BlockingIOError):  # no memory for a buffer, or for a thread of the decoder
@@ -184,7 +188,7 @@ class _Container:
 
     def __init__(self, content: bytes, limits: Limits, deadline: Deadline) -> None:
         self.content, self.limits, self.deadline = content, limits, deadline
-        self.rate: float | None = None
+        self.packets, self.pixels, self.count = 0, 0, 1
         self.format = "mov" if content[4:8] == b"ftyp" else CONTAINERS.get(content[:4])
         if self.format is None:
             raise RequestError(
@@ -192,58 +196,42 @@ class _Container:
             )
 
     def frames(self) -> Clip:
-        """Decode the file once; a second time if it has not as many frames as packets."""
-        total = self.count_packets()
-        frames, decoded = self._collect(total)
-        if decoded != total:
-            frames, _ = self._collect(decoded)
-        selected = frame_indices(decoded, self.limits.frames)
-        return frames.array(), Sampling(tuple(selected), decoded, self.rate)
-
-    def _open(self) -> tuple[Any, Any]:
-        import av
-
-        opened = av.open(self.deadline.reader(self.content), "r", format=self.format)
-        if not opened.streams.video:
-            opened.close()
-            raise RequestError("the file has no video stream.")
-        stream = opened.streams.video[0]
-        self.rate = float(stream.average_rate) if stream.average_rate else None
+        """List the packets of the file, choose frames, and decode these."""
         # A frame may be larger than the header says. The decoder refuses it before it makes one. As
         # it counts rows as up to 63 pixels wider than they are, the exact limit is checked later.
-        stream.codec_context.options = {"max_pixels": str(2 * self.limits.max_pixels)}
-        return opened, stream
-
-    def count_packets(self) -> int:
-        """Return the number of frames that the file promises, and check it, without decoding.
-
-        Headers often lack this number, or state a wrong one.
-        """
-        opened, stream = self._open()
-        total = 0
-        with opened:
-            for packet in opened.demux(stream):
-                self.deadline.check()
-                total += packet.size > 0  # the last packet is empty
-                if total > self.limits.max_decoded:
-                    break
-            _check_video(total, stream.width or 0, stream.height or 0, self.limits)
-        return total
-
-    def _collect(self, total: int) -> tuple[Frames, int]:
-        """Return the sampled ones of `total` frames, and the number of frames there really are."""
-        opened, stream = self._open()
-        selected = set(frame_indices(total, self.limits.frames))
-        frames, decoded, pixels = Frames(len(selected)), 0, 0
-        with opened:
-            for frame in opened.decode(stream):
-                self.deadline.check()
-                # The size in the header may be wrong, so every frame is checked.
-                check_size(frame.width, frame.height, self.limits, max(len(selected), 1))
-                pixels += frame.width * frame.height
-                if decoded >= self.limits.max_decoded or pixels > self.limits.max_decoded_pixels:
-                    raise RequestError("more frames or pixels than the file promises.", 413)
-                if decoded in selected:
+        options = {"max_pixels": str(2 * self.limits.max_pixels)}
+        with VideoFile(self._open, 1, self._watch, options, strict=True) as file:
+            index = file.index
+            _check_video(index.total, file.width, file.height, self.limits)
+            places = frame_indices(index.total, self.limits.frames)
+            self.count = len(places)
+            frames, taken = Frames(len(places)), []
+            for place, frame in file.frames(places):
+                if place not in taken:
                     frames.add(frame.to_ndarray(format="rgb24"))
-                decoded += 1
-        return frames, decoded
+                    taken.append(place)
+        array, times = frames.array(), index.uneven_times(sorted(taken))
+        if taken != sorted(taken):
+            array = array[np.argsort(taken)]
+        return array, Sampling(tuple(sorted(taken)), index.total, index.fps, times)
+
+    def _open(self) -> Any:
+        import av
+
+        return av.open(self.deadline.reader(self.content), "r", format=self.format)
+
+    def _watch(self, frame: Any = None) -> None:
+        """Stop at a limit: called for every packet, and with every decoded frame.
+
+        Headers lie about the number of frames and their size, so each one is counted and checked.
+        """
+        self.deadline.check()
+        if frame is None:
+            self.packets += self.pixels == 0
+            if self.packets > self.limits.max_decoded + 1:  # the last packet is empty
+                _check_video(self.packets, 0, 0, self.limits)
+            return
+        check_size(frame.width, frame.height, self.limits, self.count)
+        self.pixels += frame.width * frame.height
+        if self.pixels > self.limits.max_decoded_pixels:
+            raise RequestError("more pixels than the file promises.", 413)

@@ -1,0 +1,196 @@
+"""Chosen frames are those of a whole decode, for every codec, and few others are decoded."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+from support.clips import CODECS, pictures, write_clip
+
+from tokencomp.errors import FrameChoiceWarning, MediaError
+from tokencomp.inputs.container import VideoFile
+from tokencomp.inputs.media import load_media
+from tokencomp.inputs.packets import packets_of
+
+av = pytest.importorskip("av")
+COUNT = 60
+CHOICES = ([3, 22, 40, 59], [0], [19, 20, 21], [37, 41, 55])
+SHORT_GROUPS = {"g": "16"}
+OWN_GROUPS = ("h264-open", "h264-refresh", "hevc", "hevc-open", "av1", "mjpeg", "gif")
+
+
+def whole(path):
+    """Every frame and when it is shown, decoded from the start."""
+    with av.open(str(path)) as container:
+        shown = [(f.time, f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
+    return [time for time, _ in shown], [picture for _, picture in shown]
+
+
+def costs(path, choice):
+    """Frames from the key frame before each chosen frame up to it, in plain loops."""
+    with av.open(str(path)) as container:
+        listed = [(p.pts, p.is_keyframe) for p in container.demux(video=0) if p.size]
+    shown = sorted(pts for pts, _ in listed)
+    last_of = {}
+    for place in choice:
+        keys = [pts for pts, key in listed if key and pts <= shown[place]]
+        last_of.setdefault(max(keys), []).append(shown[place])
+    numbers = [pts for pts, _ in listed]
+    return sum(max(map(numbers.index, wanted)) - numbers.index(key) + 1
+               for key, wanted in last_of.items())  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CODECS)
+def clip(request, tmp_path_factory):
+    more = {} if request.param in OWN_GROUPS else SHORT_GROUPS
+    folder = tmp_path_factory.mktemp("clips")
+    return request.param, write_clip(folder, request.param, pictures(COUNT), **more)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_chosen_frames_are_those_of_a_whole_decode(clip, threads):
+    name, path = clip
+    _, every = whole(path)
+    with VideoFile(lambda: av.open(str(path)), threads) as file:
+        assert file.index.total == len(every) == COUNT
+        for choice in CHOICES:
+            before = file.decoded
+            got = {place: f.to_ndarray(format="rgb24") for place, f in file.frames(choice)}
+            assert sorted(got) == choice
+            assert all(np.array_equal(got[place], every[place]) for place in choice)
+            # A key frame that is spread over several frames needs those before it as well.
+            once_more = 2 * COUNT if name == "h264-refresh" else 0
+            assert file.decoded - before <= costs(path, choice) + once_more
+
+
+def test_frames_that_no_other_needs_are_left_out(tmp_path):
+    """Half of the frames and more in a stream of three B-frames in a row."""
+    options = {"x264-params": "bframes=3:b-adapt=0:b-pyramid=none:keyint=60"}
+    path = write_clip(tmp_path, "h264", pictures(COUNT), **options)
+    with VideoFile(lambda: av.open(str(path))) as file:
+        dict(file.frames([56]))
+        assert file.decoded <= COUNT / 4 + 2
+
+
+def test_layers_in_time_stay_exact(tmp_path):
+    """In HEVC with layers, frames that are left out must not be those that others need."""
+    options = {"x265-params": "log-level=none:temporal-layers=3:keyint=40"}
+    path = write_clip(tmp_path, "hevc", pictures(COUNT), **options)
+    _, every = whole(path)
+    with VideoFile(lambda: av.open(str(path))) as file:
+        for place in range(0, COUNT, 3):
+            ((at, frame),) = file.frames([place])
+            assert at == place and np.array_equal(frame.to_ndarray(format="rgb24"), every[place])
+
+
+def test_frames_of_variable_rate_have_their_own_times(tmp_path):
+    ticks = np.cumsum(np.random.default_rng(0).choice([1, 2, 9], 40)).tolist()
+    path = write_clip(tmp_path, "h264", pictures(40), times=ticks)
+    times, every = whole(path)
+    video = load_media(path, 6)
+    sampling = video.sampling
+    at = [time - times[0] for time in times]
+    assert sampling.times == pytest.approx([at[k] for k in sampling.indices])
+    said = sampling.metadata()
+    stamps = [k / said["fps"] for k in said["frames_indices"]]
+    assert stamps == pytest.approx(sampling.times)
+    assert said["total_num_frames"] / said["fps"] == pytest.approx(at[-1], rel=0.05)
+    shown = load_media(path, "2fps")
+    middles = [0.25 + k / 2 for k in range(round(2 * at[-1] * 40 / 39))]
+    plain = sorted({max(k for k, time in enumerate(at) if time <= m + 1e-9) for m in middles})
+    assert [*shown.sampling.indices] == plain
+    assert all(np.array_equal(p, every[k]) for p, k in zip(shown, plain, strict=True))
+
+
+def test_a_header_that_lies_about_the_rate(tmp_path):
+    """Qwen3-VL would write wrong times; the packets say when frames are shown."""
+    path = write_clip(tmp_path, "vp9", pictures(30), times=[3 * k for k in range(30)])
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate == 24  # DefaultDuration of the header
+    sampling = load_media(path, 4).sampling
+    assert sampling.fps == pytest.approx(8) and sampling.times is None
+
+
+@pytest.mark.parametrize("size", [96, 48])
+def test_frames_are_scaled_while_they_are_converted(tmp_path, size):
+    path = write_clip(tmp_path, "h264", pictures(COUNT, 192, 128))
+    full, small = load_media(path, 4), load_media(path, 4, size=size)
+    assert small.sampling == full.sampling
+    for one, other in zip(full, small, strict=True):
+        assert other.size == (size, round(size * 2 / 3))
+        wanted = np.asarray(one.resize(other.size, 3), float)  # Pillow's bicubic filter
+        error = ((np.asarray(other, float) - wanted) ** 2).mean()
+        assert 10 * math.log10(255**2 / error) > 30
+    same = load_media(path, 4, size=192)
+    assert all(np.array_equal(a, b) for a, b in zip(full, same, strict=True))
+
+
+@pytest.mark.parametrize("name", ["h264", "hevc", "vp9", "av1", "mpeg4"])
+def test_a_damaged_part_costs_its_own_frames_alone(tmp_path, name):
+    more = {} if name in OWN_GROUPS else SHORT_GROUPS
+    if name == "hevc":
+        more = {"x265-params": "log-level=none:keyint=16"}
+    path = write_clip(tmp_path, name, pictures(COUNT), **more)
+    _, every = whole(path)
+    with av.open(str(path)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    content = bytearray(path.read_bytes())
+    start, length = packets[2 * COUNT // 5]
+    head = 8 if path.suffix == ".webm" else 0  # of the container, before what is compressed
+    content[start + head : start + length] = bytes(length - head)
+    path.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FrameChoiceWarning)
+        video = load_media(path, 20)
+    assert len(video) > 12
+    right = [
+        np.array_equal(p, every[k]) for p, k in zip(video, video.sampling.indices, strict=True)
+    ]
+    assert right[0] and right[-1]
+
+
+def test_a_truncated_file_gives_what_is_left(tmp_path):
+    path = write_clip(tmp_path, "h264-ts", pictures(COUNT))
+    _, every = whole(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FrameChoiceWarning)
+        video = load_media(path, 4)
+    assert video.sampling.total < COUNT
+    assert np.array_equal(video[0], every[video.sampling.indices[0]])
+    path.write_bytes(content[:100])
+    with pytest.raises(MediaError, match=r"h264-ts\.ts"):
+        load_media(path, 4)
+
+
+def test_a_lost_frame_is_replaced_by_the_one_before_it(tmp_path):
+    path = write_clip(tmp_path, "mjpeg", pictures(COUNT))
+    with av.open(str(path)) as container:
+        start, length = [(p.pos, p.size) for p in container.demux(video=0) if p.size][22]
+    content = bytearray(path.read_bytes())
+    content[start : start + length] = bytes(length)
+    path.write_bytes(content)
+    with pytest.warns(FrameChoiceWarning, match="number 22"):
+        video = load_media(path, 4)
+    assert video.sampling.indices == (7, 21, 37, 52)
+
+
+def test_endless_files_are_refused(tmp_path):
+    import os
+
+    path = tmp_path / "pipe.mp4"
+    os.mkfifo(path)
+    with pytest.raises(MediaError, match="no end"):
+        load_media(path)
+
+
+def test_types_of_packets_from_their_order():
+    """Decoded as I P B b, shown as I B b P."""
+    packets = packets_of([(0, 90, True), (3, 40, False), (1, 20, False), (2, 10, False)])
+    assert packets.pts.tolist() == [0, 1, 2, 3] and packets.sizes.tolist() == [90, 20, 10, 40]
+    assert packets.order.tolist() == [0, 2, 3, 1]
+    assert packets.backward.tolist() == [False, True, True, False]
+    assert packets.starts.tolist() == [0, 0, 0, 0]

@@ -1,0 +1,276 @@
+"""Video files with PyAV: their packets are listed first, and only chosen frames are decoded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from tokencomp.errors import MediaError
+from tokencomp.inputs.packets import ClipIndex, Packets, index_of, packets_of
+
+SKIPS = frozenset(["h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"])
+"""Decoders that leave out a frame if told so with its packet, and decode the others as ever."""
+
+
+def ignore(frame: Any = None) -> None:
+    """Watch nothing."""
+
+
+class VideoFile:
+    """The frames of a video file.
+
+    Parameters
+    ----------
+    opened
+        Opens the file; called again where a file cannot be searched.
+    threads
+        Of the decoder.
+    watch
+        Called without an argument for every packet, and with every decoded frame: may raise.
+    options
+        Of the decoder.
+    strict
+        Raise what the decoder raises; else another frame stands in for a damaged one.
+
+    Attributes
+    ----------
+    decoded
+        How many frames were decoded so far.
+    width, height
+        Of the frames, as the header says.
+    """
+
+    def __init__(
+        self,
+        opened: Callable[[], Any],
+        threads: int = 1,
+        watch: Callable[..., None] = ignore,
+        options: dict[str, str] | None = None,
+        strict: bool = False,
+    ) -> None:
+        self._opened, self._threads, self._watch = opened, threads, watch
+        self._options, self._strict = options or {}, strict
+        self.decoded = 0
+        self._open()
+        self.width, self.height = self._stream.width or 0, self._stream.height or 0
+
+    def _open(self) -> None:
+        self._container = self._opened()
+        if not self._container.streams.video:
+            what = "only sound" if self._container.streams.audio else "no video stream"
+            self.close()
+            raise MediaError(f"the file has {what}. Give a file with pictures.")
+        self._stream = self._container.streams.video[0]
+        context = self._stream.codec_context
+        context.thread_type, context.thread_count = "AUTO", self._threads
+        if self._options:
+            context.options = self._options
+
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
+
+    def __enter__(self) -> VideoFile:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    @cached_property
+    def index(self) -> ClipIndex:
+        """All frames of the file; nothing is decoded if their packets say when they are shown."""
+        clock, rate = self._stream.time_base, self._stream.average_rate
+        seen, timed = [], True
+        for packet in self._demux():
+            timed &= packet.pts is not None
+            if not packet.is_discard:
+                seen.append((packet.pts or 0, packet.size, packet.is_keyframe))
+        if not timed:
+            self._start_again()
+            total = sum(1 for _ in self._decode(self._demux()))
+            return ClipIndex(total, float(rate) if rate else None, None, self._codec)
+        if not seen:
+            raise MediaError("the file has no frames. Check it with ffprobe.")
+        return index_of(packets_of(seen), clock, rate, self._codec)
+
+    def frames(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """Decode the frames at `places`: place and `av.VideoFrame`, in no particular order.
+
+        Decoding starts at the key frame before a chosen frame, unless an earlier chosen one has the
+        same; frames in between that no other one needs are left out. For a frame that is damaged,
+        the one that is shown before it is given with its own place.
+        """
+        if self.index.packets is None:
+            yield from self._in_order(set(places))
+            return
+        groups: dict[int, list[int]] = {}
+        for place in sorted(places):
+            groups.setdefault(max(int(self._starts[place]), 0), []).append(place)
+        for start, wanted in groups.items():
+            left = set(wanted)
+            for place, frame in self._run(start, wanted):
+                if place in left:
+                    left.remove(place)
+                    yield place, frame
+            if left:
+                yield from self._stand_ins(start, sorted(left))
+
+    def _stand_ins(self, start: int, left: list[int]) -> Iterator[tuple[int, Any]]:
+        """Frames at `left`, or those shown before them, from one key frame earlier than `start`.
+
+        Streams whose key frames are spread over several frames show nothing before the last of
+        them is decoded, so one group earlier may have what the packets promise.
+        """
+        shown = None
+        for place, frame in self._run(
+            int(self._starts[start - 1]) if start else 0, left, all_=True
+        ):
+            while left and left[0] < place:
+                left.pop(0)
+                if shown is not None:
+                    yield shown
+            if left and left[0] == place:
+                left.pop(0)
+                yield place, frame
+            shown = place, frame
+        if left and shown is not None:
+            yield shown
+
+    @cached_property
+    def _packets(self) -> Packets:
+        packets = self.index.packets
+        assert packets is not None  # else `_in_order` reads the file
+        return packets
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return self._packets.starts
+
+    @cached_property
+    def _place_of(self) -> dict[int, int]:
+        return {int(pts): place for place, pts in enumerate(self._packets.pts)}
+
+    def _run(
+        self, start: int, wanted: Sequence[int], all_: bool = False
+    ) -> Iterator[tuple[int, Any]]:
+        """Decode from the key frame at `start` up to the last of `wanted`, and no further.
+
+        Frames that none of `wanted` needs are left out, except with `all_`.
+        """
+        order, pts = self._packets.order, self._packets.pts
+        chosen = self._between(start, max(int(order[place]) for place in wanted))
+        for frame in self._decode(chosen, None if all_ else {int(pts[p]) for p in wanted}):
+            if frame.pts in self._place_of:
+                yield self._place_of[frame.pts], frame
+
+    def _between(self, start: int, last: int) -> Iterator[Any]:
+        """Packets from the frame at `start` to number `last` in the order of decoding."""
+        order, first = self._packets.order, int(self._packets.order[start])
+        for from_start in (False, True):
+            self._seek(int(self._packets.pts[start]), from_start)
+            reached = False
+            for packet in self._demux():
+                place = self._place_of.get(packet.pts)
+                number = -1 if place is None else int(order[place])
+                if not reached and number > first:
+                    break  # the search went too far: read the file from its start
+                reached |= number == first
+                if reached:
+                    yield packet
+                if number >= last:
+                    return
+            if reached:
+                return
+
+    def _seek(self, pts: int, from_start: bool) -> None:
+        """Go to a packet at or before `pts`."""
+        if not from_start:
+            with contextlib.suppress(OSError, ValueError):
+                self._container.seek(pts, stream=self._stream)
+                return
+        self._start_again()
+
+    def _start_again(self) -> None:
+        self.close()
+        self._open()
+
+    def _demux(self) -> Iterator[Any]:
+        """Packets that hold something, up to the first that cannot be read."""
+        packets = self._container.demux(self._stream)
+        while True:
+            self._watch()
+            try:
+                packet = next(packets, None)
+            except (MemoryError, BlockingIOError):
+                raise
+            except (OSError, ValueError) as error:  # the end of a truncated file
+                if self._strict or not _damage(error):
+                    raise
+                return
+            if packet is None:
+                return
+            if packet.size:
+                yield packet
+
+    def _decode(self, packets: Iterator[Any], targets: set[int] | None = None) -> Iterator[Any]:
+        """Frames of `packets`; with `targets`, others that no frame needs are left out."""
+        context = self._stream.codec_context  # reading packets may open the file again
+        for packet in packets:
+            context = self._stream.codec_context
+            if targets is not None and context.name in SKIPS:
+                context.skip_frame = "DEFAULT" if packet.pts in targets else "NONREF"
+            yield from self._frames(context, packet)
+        yield from self._frames(context, None)
+
+    def _frames(self, context: Any, packet: Any) -> Iterator[Any]:
+        try:
+            frames = context.decode(packet)
+        except (MemoryError, BlockingIOError):
+            raise
+        except (OSError, ValueError) as error:
+            if self._strict or not _damage(error):
+                raise
+            return
+        for frame in frames:
+            self.decoded += 1
+            self._watch(frame)
+            yield frame
+
+    def _in_order(self, wanted: set[int]) -> Iterator[tuple[int, Any]]:
+        """Frames of a file that does not say when they are shown: all are decoded."""
+        self._start_again()
+        for place, frame in enumerate(self._decode(self._demux())):
+            if place in wanted:
+                yield place, frame
+
+    @property
+    def _codec(self) -> str:
+        return str(self._stream.codec_context.name)
+
+
+def _damage(error: Exception) -> bool:
+    """Whether an error comes from the content of the file."""
+    import av
+
+    return isinstance(error, av.error.FFmpegError)
+
+
+def scaled_size(width: int, height: int, size: int | None) -> tuple[int, int]:
+    """Width and height with a longer side of at most `size` pixels."""
+    longest = max(width, height)
+    if size is None or longest <= size:
+        return width, height
+    return max(1, round(width * size / longest)), max(1, round(height * size / longest))
+
+
+def rgb(frame: Any, size: tuple[int, int]) -> np.ndarray:
+    """An `av.VideoFrame` as uint8 (height, width, 3), scaled while its colours are converted."""
+    if (frame.width, frame.height) == size:
+        return np.asarray(frame.to_ndarray(format="rgb24"))
+    width, height = size
+    scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC")
+    return np.asarray(scaled.to_ndarray())

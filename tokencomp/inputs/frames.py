@@ -1,0 +1,166 @@
+"""Frame policies: which frames of a clip are decoded.
+
+A policy is a number of evenly spaced frames (`8`), a rate (`"1fps"`), or a choice by the scores of
+a callable (`Scored`, in text `"scorer:aks:8"`). It is deterministic and sees the index of the file;
+only `Scored` looks at pictures.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from tokencomp.errors import MediaError, OptionError
+from tokencomp.inputs.packets import ClipIndex
+from tokencomp.inputs.scored import RULES, checked_scores
+
+FORMS = '8 (evenly spaced), "1fps" (by time), or "scorer:aks:8" (by scores)'
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a policy chose.
+
+    Attributes
+    ----------
+    places
+        Numbers of the frames, ascending.
+    rule
+        How they were chosen, in words for results.
+    """
+
+    places: tuple[int, ...]
+    rule: str
+
+
+Look = Callable[[Sequence[int]], list[Any]]
+"""Decodes the frames at some places, as PIL images."""
+
+
+class Policy(Protocol):
+    """Chooses frames of a clip. `str(policy)` is its text, from which it can be made again."""
+
+    def choose(self, index: ClipIndex, look: Look, question: str) -> Choice:
+        """Choose frames; raises `MediaError` if the file cannot have them."""
+
+
+@dataclass(frozen=True)
+class Even:
+    """The middles of `count` equal parts of the clip; all frames where there are fewer."""
+
+    count: int
+
+    def __str__(self) -> str:
+        return str(self.count)
+
+    def choose(self, index: ClipIndex, look: Look, question: str) -> Choice:
+        return Choice(tuple(frame_indices(index.total, self.count)), "even")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """So many frames per second of the clip: those shown in the middles of equal times."""
+
+    fps: float
+
+    def __str__(self) -> str:
+        return f"{self.fps:g}fps"
+
+    def choose(self, index: ClipIndex, look: Look, question: str) -> Choice:
+        if index.times is None or index.fps is None or index.duration is None:
+            raise MediaError(
+                f'frames="{self}": the clip does not say when its frames are shown. Give a number '
+                "of frames, such as frames=8."
+            )
+        if self.fps > index.fps * (1 + 1e-3):
+            raise MediaError(
+                f'frames="{self}": the clip has {index.fps:.4g} frames per second. Ask for at most '
+                "as many."
+            )
+        count = max(1, round(index.duration * self.fps))
+        middles = (np.arange(count) + 0.5) / self.fps
+        shown = np.searchsorted(index.times, middles, side="right") - 1
+        return Choice(tuple(np.unique(shown).tolist()), "rate")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The frames that a rule takes by scores of candidates, one candidate per second.
+
+    Parameters
+    ----------
+    count
+        Frames to take.
+    scorer
+        `scorer(frames, question)` gives one finite number per PIL image, the higher the better.
+        None is for text such as "scorer:aks:8": whoever has a model puts its own scorer there.
+    rule
+        "aks": AKS (2502.21271) halves the clip where scores do not stand out.
+    """
+
+    count: int
+    scorer: Callable[[Sequence[Any], str], Any] | None = None
+    rule: str = "aks"
+
+    def __post_init__(self) -> None:
+        _positive(self.count, "count", self.count)
+        if self.rule not in RULES:
+            raise OptionError(f"rule {self.rule!r} of a scorer: use one of {', '.join(RULES)}.")
+
+    def __str__(self) -> str:
+        return f"scorer:{self.rule}:{self.count}"
+
+    def choose(self, index: ClipIndex, look: Look, question: str) -> Choice:
+        if self.scorer is None:
+            raise OptionError(
+                f'frames="{self}": there is no scorer. In Python give '
+                f"Scored({self.count}, scorer) of tokencomp.inputs.frames, where scorer(frames, "
+                "question) returns a number for every frame."
+            )
+        seconds = index.duration or 0.0
+        candidates = frame_indices(index.total, max(self.count, round(seconds)))
+        scores = checked_scores(self.scorer(look(candidates), question), len(candidates))
+        taken = sorted(candidates[k] for k in RULES[self.rule](scores, self.count))
+        return Choice(tuple(taken), self.rule)
+
+
+Frames = int | str | Policy
+
+
+def frame_policy(frames: Frames) -> Policy:
+    """The policy that a number or a text names; policies themselves pass.
+
+    Raises
+    ------
+    OptionError
+        No policy has this name, or a number is not positive.
+    """
+    if isinstance(frames, bool) or not isinstance(frames, int | str):
+        if hasattr(frames, "choose"):
+            return frames
+        raise OptionError(f"frames={frames!r}: expected {FORMS}, or a frame policy.")
+    text = str(frames).strip()
+    if match := re.fullmatch(r"([+-]?\d+)", text):
+        return Even(_positive(int(match[1]), "frames", frames))
+    if match := re.fullmatch(r"([+-]?\d*\.?\d+)\s*fps", text):
+        return Rate(_positive(float(match[1]), "frames", frames))
+    if match := re.fullmatch(r"scorer:(\w+):([+-]?\d+)", text):
+        return Scored(_positive(int(match[2]), "frames", frames), None, match[1])
+    raise OptionError(f"frames={frames!r} names no frame policy: expected {FORMS}.")
+
+
+def _positive(value: Any, name: str, given: Any) -> Any:
+    if isinstance(value, bool) or not value > 0:
+        raise OptionError(f"{name}={given!r}: a video needs at least 1 frame; use e.g. frames=8.")
+    return value
+
+
+def frame_indices(total: int, frames: int) -> list[int]:
+    """Middles of `frames` equal parts of `total` frames; all of them when there are fewer."""
+    if total <= frames:
+        return list(range(total))
+    return [int((k + 0.5) * total / frames) for k in range(frames)]

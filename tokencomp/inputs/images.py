@@ -1,0 +1,63 @@
+"""Reading images, with errors that say what is wrong with the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tokencomp.errors import MediaError, MissingDependencyError, install
+
+try:
+    from PIL import Image as Image
+    from PIL import ImageOps, UnidentifiedImageError
+except ModuleNotFoundError:
+    raise MissingDependencyError(f"reading images needs Pillow: {install('media')}.") from None
+
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for files that it cannot open."""
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Read one image as RGB, upright (EXIF orientation applied). Raises `MediaError`."""
+    try:
+        with Image.open(path) as image:
+            return to_rgb(ImageOps.exif_transpose(image), image.format)
+    except MediaError as error:
+        raise MediaError(f"{path}: {error}") from None
+    except UnidentifiedImageError as error:
+        raise MediaError(
+            f"{path}: neither an image that Pillow can read nor a video by its suffix. Convert it "
+            "to PNG, JPEG or MP4."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{path}: the image is too large; make it smaller ({error}).") from error
+    except UNREADABLE as error:
+        raise MediaError(f"{path}: the image is damaged ({error}).") from error
+
+
+def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
+    """An RGB picture of 8 bits per channel; 16-bit grey ones are scaled, not cut off.
+
+    Parameters
+    ----------
+    file_format : str or None
+        Of the file it was read from, as Pillow names it: of PNG and PPM, numbers of 32 bits are
+        16-bit ones; of others, those up to 255 are 8-bit ones.
+
+    Raises
+    ------
+    MediaError
+        The picture has 32-bit numbers of unknown range.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image.convert("RGB")
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F" or low < 0 or high >= 1 << 16:
+        raise MediaError(
+            f"a picture of 32-bit numbers (mode {image.mode}, {low:g} to {high:g}), of unknown "
+            "range. Save it with 8 or 16 bits per channel."
+        )
+    deep = image.mode != "I" or high > 255 or file_format in ("PNG", "PPM")
+    return Image.fromarray((values // (257 if deep else 1)).astype(np.uint8)).convert("RGB")

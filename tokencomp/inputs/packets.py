@@ -1,0 +1,114 @@
+"""What a file says about its frames before any of them is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+NEAR = 0.01
+"""A mean frame rate this close to the one in the header is that rate, which is an exact number."""
+
+
+@dataclass(frozen=True)
+class Packets:
+    """The compressed frames of a video, in the order in which they are shown.
+
+    Attributes
+    ----------
+    pts
+        When each frame is shown, on the clock of the stream: int64 (n,), strictly ascending.
+    order
+        The place of each frame in the order of decoding: int64 (n,), a permutation.
+    sizes
+        Bytes of each frame: int64 (n,).
+    keys
+        Whether decoding can start at the frame: bool (n,).
+    """
+
+    pts: np.ndarray
+    order: np.ndarray
+    sizes: np.ndarray
+    keys: np.ndarray
+
+    @property
+    def backward(self) -> np.ndarray:
+        """Whether a frame is shown before one that is decoded before it (B-frames): bool (n,)."""
+        decoded = np.argsort(self.order)
+        latest = np.maximum.accumulate(decoded)
+        late = np.zeros(len(decoded), bool)
+        late[decoded] = decoded < latest
+        return late
+
+    @property
+    def starts(self) -> np.ndarray:
+        """The key frame from which each frame is decoded: places, int64 (n,), -1 if none."""
+        return np.maximum.accumulate(np.where(self.keys, np.arange(len(self.keys)), -1))
+
+
+@dataclass(frozen=True)
+class ClipIndex:
+    """The frames of a clip: how many, when they are shown, and how they are stored.
+
+    Attributes
+    ----------
+    total
+        Number of frames.
+    fps
+        Frames per second, a mean if the rate varies; None if it is unknown.
+    times
+        When each frame is shown, seconds from the first one: float64 (total,); None if unknown.
+    codec
+        Name of the decoder, or "frames" for a folder of pictures.
+    packets
+        Sizes of the compressed frames; None where the file does not tell them.
+    """
+
+    total: int
+    fps: float | None = None
+    times: np.ndarray | None = None
+    codec: str = "frames"
+    packets: Packets | None = None
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds, up to the end of the last frame; None if unknown."""
+        if self.times is None or not self.fps:
+            return None
+        return float(self.times[-1]) + 1 / self.fps
+
+    def uneven_times(self, places: Iterable[int]) -> tuple[float, ...] | None:
+        """When the frames at `places` are shown, where their numbers and the rate do not say it."""
+        at = np.asarray(list(places), int)
+        if self.times is None or not self.fps:
+            return None
+        own = self.times[at]
+        return None if np.abs(own * self.fps - at).max(initial=0) < 0.5 else tuple(own.tolist())
+
+
+def packets_of(seen: Iterable[tuple[int, int, bool]]) -> Packets:
+    """Packets from (pts, size, key) in the order of decoding; of one pts the first counts."""
+    rows = np.asarray(list(seen), np.int64).reshape(-1, 3)
+    pts, first = np.unique(rows[:, 0], return_index=True)
+    order = np.argsort(np.argsort(first))
+    return Packets(pts, order, rows[first, 1], rows[first, 2].astype(bool))
+
+
+def index_of(packets: Packets, clock: Any, rate: Any, codec: str) -> ClipIndex:
+    """The index of a file.
+
+    Parameters
+    ----------
+    clock
+        Seconds per tick of the packets' clock.
+    rate
+        Frames per second as the header says; the packets decide if they differ.
+    """
+    times = (packets.pts - packets.pts[:1]) * float(clock)
+    total, fps = len(times), float(rate) if rate else None
+    if total > 1:
+        mean = (total - 1) / float(times[-1])
+        fps = fps if fps and abs(fps / mean - 1) < NEAR else mean
+    return ClipIndex(total, fps, times, codec, packets)

@@ -1,0 +1,73 @@
+"""Rules that choose frames by scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tokencomp.errors import ScoreError
+
+DEPTH, STANDS_OUT = 5, 0.8  # of the published code
+
+
+def checked_scores(scores: Any, count: int) -> np.ndarray:
+    """Scores as float64 (count,).
+
+    Raises
+    ------
+    ScoreError
+        They are not one finite number per frame.
+    """
+    try:
+        values = np.asarray(scores, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ScoreError(f"the scorer must return {count} numbers ({error}).") from None
+    if values.shape != (count,):
+        raise ScoreError(
+            f"the scorer returned {list(values.shape)} scores for {count} frames: return one "
+            "number per frame."
+        )
+    if not np.isfinite(values).all():
+        bad = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ScoreError(
+            f"the scorer returned {values[bad]} for frame {bad}: return finite numbers."
+        )
+    return values
+
+
+def aks(scores: np.ndarray, count: int) -> list[int]:
+    """Places that AKS takes (2502.21271), `count` of them, ascending.
+
+    A part of the clip whose best scores stand out from its mean gives its best frames; any other
+    part is halved, and each half gets half as many. The published code stops at 32 parts, and
+    so takes nothing where fewer than 32 frames are wanted and none stands out; here it stops at
+    parts of one frame, and the best frames that are left fill the count.
+
+    Parameters
+    ----------
+    scores
+        float64 (n,).
+    """
+    spread = float(np.ptp(scores))
+    known = (scores - scores.min()) / spread if spread else np.zeros_like(scores)
+    best = np.argsort(-known, kind="stable")
+    deepest = min(DEPTH, count.bit_length() - 1)
+    taken: set[int] = set()
+    parts = [(0, len(known), 0)]
+    while parts:
+        start, stop, depth = parts.pop()
+        part = [int(k) for k in best if start <= k < stop]
+        top = known[part[:count]].mean() if part else 0.0
+        if depth == deepest or len(part) < 2 or top - known[part].mean() > STANDS_OUT:
+            taken.update(part[: count >> depth])
+            continue
+        middle = (start + stop) // 2
+        parts += [(start, middle, depth + 1), (middle, stop, depth + 1)]
+    rest = [int(k) for k in best if int(k) not in taken]
+    return sorted([*taken, *rest[: max(0, count - len(taken))]])
+
+
+Rule = Callable[[np.ndarray, int], list[int]]
+RULES: dict[str, Rule] = {"aks": aks}
