@@ -34,3 +34,30 @@ def test_ramps_of_videos_and_images(name: str, first: int, last: int, layers: in
 def test_ramps_outside_the_depth_are_refused(name: str, options: dict) -> None:
     with pytest.raises(OptionError, match="start < stop"):
         make_reducer(name, **options)
+
+
+@pytest.mark.parametrize("name", ["random", "uniform"])
+def test_a_late_baseline_cuts_once_at_its_depth(name: str) -> None:
+    """20 layers of 28 see all tokens; the other 8 see what the ratio leaves of the work."""
+    reducer = make_reducer(name, at=20 / 28)
+    (cut,) = reducer.plan(0.2, 28).stages
+    assert (cut.layer, cut.fraction) == (20, pytest.approx(1 - 0.2 * 28 / 8))
+    assert not reducer.serving_safe and not reducer.moved(0.2, 28)
+    both = make_reducer(f"condiv+{name}", at=20 / 28, share=0.8)
+    stages = both.plan(0.5, 28).stages
+    assert [s.layer for s in stages] == [0, 20] and both.plan(0.5, 28).ratio(28) == pytest.approx(
+        0.5
+    )
+    assert [s.reducer.name for s in stages] == ["condiv", name]
+
+
+def test_a_cut_that_cannot_meet_the_ratio_is_earlier_and_marked() -> None:
+    late = make_reducer("random", at=0.9)
+    (cut,) = late.plan(0.5, 28).stages
+    assert cut.layer == 13 and "before layer 13" in late.moved(0.5, 28)
+    both = make_reducer("divprune+random", at=0.9)
+    assert both.moved(0.75, 28) and not both.moved(0.05, 28)
+    with pytest.raises(OptionError, match="give random and uniform a depth"):
+        make_reducer("divprune+random")
+    with pytest.raises(OptionError, match=r"at=1\.0; allowed: a number from 0"):
+        make_reducer("uniform", at=1.0)

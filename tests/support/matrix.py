@@ -84,7 +84,7 @@ ROWS = {
     "oracle": Row(ties=True),
     "pool": Row(({}, {"stride": 1.0}, {"group": 3, "stride": 1.5}, {"mode": "bilinear"})),
     "prune": Row(({}, {"score": "last_query", "schedule": "pyramid"}), ties=True),
-    "random": Row(({}, {"seed": 7}), blind=True),
+    "random": Row(({}, {"seed": 7}, {"at": 0.5}), blind=True),
     "scope": Row(({}, {"saliency": "none"}), ties=True),
     "selector": Row(
         (
@@ -101,6 +101,7 @@ COMPOSITIONS = [
     ("merge+prune", {}),
     ("condiv+fastv", {"share": 0.7, "condiv.power": 1.0}),
     ("pool+adsc", {"mode": "bilinear"}),
+    ("divprune+random", {"at": 0.7}),
 ]
 TOWER = (TOWER_ATTENTION, TOWER_KEYS)
 GRIDS = [(1, 1, 1), (1, 3, 5), (1, 8, 8), (4, 2, 4), (5, 3, 3), (9, 1, 1), (2, 1, 7)]

@@ -92,13 +92,18 @@ def pyramid(num_layers: int, target: float) -> list[float]:
     return natural_pyramid(num_layers, factor)
 
 
-def fastv(num_layers: int, target: float) -> list[float]:
-    """FastV: one cut after layer 2 (arXiv 2403.06764); earlier where the target is too small."""
-    for free in (2, 1, 0):
+def once(num_layers: int, target: float, first: int, least: float) -> list[float]:
+    """One cut before layer `first`, or earlier where it would leave less than `least`."""
+    for free in range(first, -1, -1):
         left = (target * num_layers - free) / max(num_layers - free, 1)
-        if left >= target / 2 or free == 0:
+        if left >= least or free == 0:
             return [1.0] * free + [left] * (num_layers - free)
     return [target] * num_layers
+
+
+def fastv(num_layers: int, target: float) -> list[float]:
+    """FastV: one cut after layer 2 (arXiv 2403.06764); earlier where the target is too small."""
+    return once(num_layers, target, 2, target / 2)
 
 
 def natural_pyramid(num_layers: int, factor: float = 0.5) -> list[float]:

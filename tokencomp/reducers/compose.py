@@ -53,7 +53,8 @@ class Compose(Reducer):
         if not _acts(self.layer, at_entry=False):
             raise OptionError(
                 f"{self.name}: {self.layer.name!r} does not act between layers only, so it cannot "
-                "come second. Name a layer reducer second, such as prune, fastv or adsc."
+                "come second. Name a layer reducer second, such as prune, fastv or adsc, or give "
+                "random and uniform a depth (at=0.7)."
             )
 
     @property
@@ -69,17 +70,27 @@ class Compose(Reducer):
         return max(self.entry.revision, self.layer.revision)
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
-        left = 1.0 - check_ratio(ratio)
-        if left == 1.0:
+        if not check_ratio(ratio):
             return Plan()
-        first = left**self.share
-        later = self.layer.plan(max(1.0 - left / first, 0.0), num_layers).stages
+        first, rest = self._parts(ratio)
+        later = self.layer.plan(rest, num_layers).stages
         # A layer schedule that cannot meet its ratio between layers alone begins with a stage at
         # entry. That stage and ours become one.
         start = later[0].fraction if later and later[0].layer == 0 else 1.0
         entry = (Stage(0, first * start, self.entry),) if first * start < 1 else ()
         scaled = [Stage(s.layer, first * s.fraction, s.reducer) for s in later if s.layer > 0]
         return Plan((*entry, *scaled))
+
+    def moved(self, ratio: float, num_layers: int) -> str:
+        first, rest = self._parts(ratio)
+        parts = self.entry.moved(1.0 - first, num_layers), self.layer.moved(rest, num_layers)
+        return "; ".join(part for part in parts if part)
+
+    def _parts(self, ratio: float) -> tuple[float, float]:
+        """What the entry stage leaves, and the ratio of the layer reducer."""
+        left = 1.0 - check_ratio(ratio)
+        first = left**self.share
+        return first, max(1.0 - left / first, 0.0)
 
     def bind(self, facts: ModelFacts) -> Reducer:
         return dataclasses.replace(self, entry=self.entry.bind(facts), layer=self.layer.bind(facts))

@@ -12,7 +12,7 @@ import torch
 
 from tokencomp.errors import OptionError
 from tokencomp.reducers._batch import Patches, random_ranks
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers._late import Baseline
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
@@ -20,7 +20,7 @@ from tokencomp.tokens.spans import SpanBatch
 
 @register_reducer("random")
 @dataclass(frozen=True)
-class Random(Reducer):
+class Random(Baseline):
     """Keep a random subset.
 
     The choice depends only on the seed and the patch indices, so it is identical across batches,

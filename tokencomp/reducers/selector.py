@@ -163,7 +163,8 @@ class Selector(Reducer):
     """
 
     weights: str | None = None
-    pick: Literal["top", "mmr"] = "top"
+    # Not in the repr, by which stored answers know a method; theirs stands among their options.
+    pick: Literal["top", "mmr"] = field(default="top", repr=False)
 
     entry_only = True
     needs_grid = True

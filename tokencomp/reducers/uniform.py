@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokencomp.reducers._batch import Patches, evenly
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers._late import Baseline
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
@@ -16,7 +16,7 @@ from tokencomp.tokens.spans import SpanBatch
 
 @register_reducer("uniform")
 @dataclass(frozen=True)
-class Uniform(Reducer):
+class Uniform(Baseline):
     """Keep evenly spaced tokens: token floor((i + ½)·n/k) of the n patches, i = 0 … k-1. Ours."""
 
     summary = "evenly spaced tokens in raster order (baseline)"
