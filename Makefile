@@ -1,7 +1,7 @@
 # Shortcuts; every target is a command that also works alone.
 PYTHON ?= python
 
-.PHONY: style test bench docs release
+.PHONY: style test bench docs site release
 
 style:  ## lint, format check, types
 	$(PYTHON) -m ruff check .
@@ -28,6 +28,9 @@ docs:  ## rebuild every page and picture from the stored results
 	$(PYTHON) -m benchmarks.gpu.recompute
 	$(PYTHON) -m benchmarks.kernels.roofline
 	$(PYTHON) -m benchmarks.picture
+
+site:  ## build the site into build/site; needs the extra [docs]
+	$(PYTHON) -m mkdocs build --strict
 
 release:  ## build both wheels and the sdists into dist/, check them, run the demo of a fresh environment
 	rm -rf dist build zoo/build
