@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import tokencomp.kernels
 import torch
@@ -10,6 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from tokencomp.engine.rows.layout import Prompt, full_layout
 from tokencomp.engine.scores.probes import input_scores
+from tokencomp.engine.scores.raters import rater_weights
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.spans import VisualSpan
 
@@ -50,18 +53,34 @@ def scores(
     tables = {"position_embeddings": model.rotary_emb(x[:, PAST:], positions[:, PAST:])}
     prompts = [[Prompt(WIDTH - n, WIDTH, DRAFT)] for n in LENGTHS]
     layout = full_layout(WIDTH, LENGTHS, spans(), prompts)
+    layout.raters = rater_weights(x[:, PAST:], layout)
     flat = input_scores(model.layers[0], x[:, PAST:], tables, signal, layout, cache)
     parts = iter(flat.split([span.length for row in spans() for span in row]))
     return [[next(parts) for _ in row] for row in spans()]
 
 
-def expected(maps: Tensor, sample: int, span: VisualSpan, signal: Attention) -> Tensor:
+def raters(x: Tensor, sample: int) -> list[int]:
+    """Text behind the last span that is rated at least as high as the mean, or the last token."""
+    row, end = x[sample, PAST:].double().tolist(), WIDTH - DRAFT
+    text = list(range(spans()[sample][-1].stop, end))
+    ratings = [0.0] * len(text)
+    for span in spans()[sample]:
+        for column in range(span.start, span.stop):
+            logits = [sum(a * b for a, b in zip(row[column], row[m], strict=True)) for m in text]
+            powers = [math.exp(v - max(logits)) for v in logits]
+            ratings = [r + p / sum(powers) for r, p in zip(ratings, powers, strict=True)]
+    chosen = [m for m, r in zip(text, ratings, strict=True) if r >= sum(ratings) / len(ratings)]
+    return chosen or [end - 1]
+
+
+def expected(maps: Tensor, sample: int, span: VisualSpan, signal: Attention, x: Tensor) -> Tensor:
     """Mean over the voters of one span, heads joined, from dense maps (heads, N, N)."""
     visual = {c for s in spans()[sample] for c in range(s.start, s.stop)}
     end = WIDTH - DRAFT
     voters = {
         "text": [c for c in range(span.stop, end) if c not in visual] or [end - 1],
         "last": [end - 1],
+        "raters": raters(x, sample),
         "all": list(range(WIDTH - LENGTHS[sample], end)),
     }[signal.rows]
     columns = slice(PAST + span.start, PAST + span.stop)
@@ -71,11 +90,12 @@ def expected(maps: Tensor, sample: int, span: VisualSpan, signal: Attention) -> 
 
 @pytest.mark.parametrize("past", [PAST, 0])
 @pytest.mark.parametrize("heads", ["mean", "rms"])
-@pytest.mark.parametrize("rows", ["text", "last", "all"])
+@pytest.mark.parametrize("rows", ["text", "last", "raters", "all"])
 @torch.no_grad()
 def test_scores_are_those_of_the_dense_map(two_turns, rows: str, heads: str, past: int) -> None:
     """Several spans, left-padded, drafts at the end; alone, or behind an earlier turn."""
     model, x, mask = two_turns
+    x /= 3  # so that several tokens share the ratings
     if not past:
         mask[:, :PAST] = 0
     positions = mask.cumsum(1).sub(1).clamp(min=0)
@@ -86,7 +106,7 @@ def test_scores_are_those_of_the_dense_map(two_turns, rows: str, heads: str, pas
     got = scores(model, x, mask, signal, past)
     for b, row in enumerate(spans()):
         for found, span in zip(got[b], row, strict=True):
-            want = expected(dense[b], b, span, signal)
+            want = expected(dense[b], b, span, signal, x)
             torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-4)
 
 

@@ -61,3 +61,13 @@ def test_a_cut_that_cannot_meet_the_ratio_is_earlier_and_marked() -> None:
         make_reducer("divprune+random")
     with pytest.raises(OptionError, match=r"at=1\.0; allowed: a number from 0"):
         make_reducer("uniform", at=1.0)
+
+
+def test_sparsevlm_at_its_published_ratio() -> None:
+    """Layers 0 … 2 of 32 see 576 tokens, and those behind layers 2, 6 and 15 300, 200 and 118."""
+    seen = [576.0] * 3 + [300.0] * 4 + [200.0] * 9 + [118.0] * 16
+    ratio = 1 - sum(seen) / 32 / 576
+    reducer = make_reducer("sparsevlm")
+    assert reducer.plan(ratio, 32).fractions(32) == pytest.approx([n / 576 for n in seen])
+    assert not reducer.moved(ratio, 32) and reducer.moved(0.9, 32)
+    assert all(s.reducer.score == "rater_query" for s in reducer.plan(ratio, 32).stages)

@@ -116,9 +116,31 @@ def natural_fastv(num_layers: int) -> list[float]:
     return [1.0 if layer < 2 else 0.5 for layer in range(num_layers)]
 
 
+def sparsevlm(num_layers: int, target: float) -> list[float]:
+    """SparseVLM's cuts (arXiv 2410.04417), each to a larger share if the target allows."""
+    natural = natural_sparsevlm(num_layers)
+    if target <= sum(natural) / num_layers:
+        return early(natural, target)
+    power = bisect(lambda p: [f ** (1 - p) for f in natural], target, 0.0, 1.0)
+    return [f ** (1 - power) for f in natural]
+
+
+def natural_sparsevlm(num_layers: int) -> list[float]:
+    """SparseVLM's published shape: 300, 200 and 118 of 576 behind layers 2, 6 and 15 of 32."""
+    cuts = {16: 118 / 576, 7: 200 / 576, 3: 300 / 576}
+    layers = [layer * 32 // num_layers for layer in range(num_layers)]
+    return [next((f for first, f in cuts.items() if at >= first), 1.0) for at in layers]
+
+
 NATURAL: dict[str, Callable[[int], list[float]]] = {
     "aim": natural_aim,
     "pyramid": natural_pyramid,
     "fastv": natural_fastv,
+    "sparsevlm": natural_sparsevlm,
 }
-SCHEDULES: dict[str, Schedule] = {"aim": aim, "pyramid": pyramid, "fastv": fastv}
+SCHEDULES: dict[str, Schedule] = {
+    "aim": aim,
+    "pyramid": pyramid,
+    "fastv": fastv,
+    "sparsevlm": sparsevlm,
+}

@@ -18,6 +18,12 @@ from tokencomp.tokens.signals import Attention, Signal
 from tokencomp.tokens.spans import SpanBatch
 from tokencomp.validation import check_range
 
+VOTERS: dict[str, Literal["last", "text", "raters"]] = {
+    "last_query": "last",
+    "text_query": "text",
+    "rater_query": "raters",
+}
+
 
 @register_reducer("prune")
 @dataclass(frozen=True)
@@ -31,9 +37,10 @@ class Prune(Reducer):
         from the uniform vector, per head, root mean square over heads (AIM, arXiv 2412.03248).
         "last_query": attention of the last prompt token, mean over heads (PyramidDrop,
         arXiv 2410.17247; FastV, arXiv 2403.06764). "text_query": mean over the text tokens after
-        the span (ours).
+        the span (ours). "rater_query": mean over the text tokens that the visual ones resemble
+        most (SparseVLM, arXiv 2410.04417).
     schedule
-        "aim", "pyramid" or "fastv" (see `tokencomp.plan.schedules`).
+        "aim", "pyramid", "fastv" or "sparsevlm" (see `tokencomp.plan.schedules`).
     layer
         Whose attention: "previous", the layer before the stage (AIM, FastV), or "next", the layer
         after it, by its own queries and keys of the tokens before the stage (PyramidDrop). Where
@@ -55,8 +62,8 @@ class Prune(Reducer):
     differ (Jaccard 0.97 over 100 random cases), because there masked rows still vote.
     """
 
-    score: Literal["pagerank", "last_query", "text_query"] = "pagerank"
-    schedule: Literal["aim", "pyramid", "fastv"] = "aim"
+    score: Literal["pagerank", "last_query", "text_query", "rater_query"] = "pagerank"
+    schedule: Literal["aim", "pyramid", "fastv", "sparsevlm"] = "aim"
     temperature: float = 0.1
     iterations: int = 5
     start: float = 0.5
@@ -89,7 +96,7 @@ class Prune(Reducer):
         if self.score == "pagerank":
             signal = Attention("all", self.iterations, self.temperature, "rms")
         else:
-            signal = Attention("last" if self.score == "last_query" else "text")
+            signal = Attention(VOTERS[self.score])
         if self.layer == "next":
             signal = replace(signal, layer="next")
         return frozenset({signal})

@@ -28,7 +28,9 @@ class Attention(Signal):
     ----------
     rows
         Query rows whose attention counts: "last" (the last prompt token), "text" (text tokens
-        after the span), "all" (every token: column sums of the whole causal map).
+        after the span), "raters" (those after the last span that the visual tokens resemble most,
+        see `tokencomp.engine.scores.raters`), "all" (every token: column sums of the whole causal
+        map).
     iterations
         0 sums the softmax columns once; n > 0 repeats s ← s·M from the uniform vector (PageRank).
     temperature
@@ -41,7 +43,7 @@ class Attention(Signal):
     """
 
     source: Literal["query", "attention", "tower"] = field(default="attention", init=False)
-    rows: Literal["last", "text", "all"] = "last"
+    rows: Literal["last", "text", "raters", "all"] = "last"
     iterations: int = 0
     temperature: float = 1.0
     heads: Literal["mean", "rms"] = "mean"

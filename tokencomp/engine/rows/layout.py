@@ -102,6 +102,9 @@ class RowLayout:
     prompts
         Prompts per row, in order; together they cover the real columns. Empty before a layout has
         visual tokens.
+    raters : Tensor of float32, shape (B, width), or None
+        Weight of every column among the raters of its prompt, 0 for all others; None where no
+        stage asks for them.
     """
 
     width: int
@@ -110,6 +113,7 @@ class RowLayout:
     origin: Tensor | None = None
     sizes: Tensor | None = None
     prompts: list[list[Prompt]] = field(default_factory=list)
+    raters: Tensor | None = None
     _valid: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -132,8 +136,9 @@ class RowLayout:
 
     def to(self, device: torch.device) -> RowLayout:
         """This layout with its tensors on `device`."""
-        origin, sizes = (None if t is None else t.to(device) for t in (self.origin, self.sizes))
-        return replace(self, origin=origin, sizes=sizes)
+        tensors = self.origin, self.sizes, self.raters
+        origin, sizes, raters = (None if t is None else t.to(device) for t in tensors)
+        return replace(self, origin=origin, sizes=sizes, raters=raters)
 
     def index_of(self, sample: int, live: LiveSpan) -> Tensor | None:
         """Offsets in its span of what is left of it, int64, shape (count,); None: all of them."""
@@ -218,6 +223,7 @@ def compact(
     origin = index if layout.origin is None else layout.origin.gather(1, index)
     after = RowLayout(width, lengths, spans, origin, prompts=prompts)
     after.sizes = _sizes(layout, after, index, reduction, place)
+    after.raters = None if layout.raters is None else layout.raters.gather(1, index)
     return after, index, place
 
 

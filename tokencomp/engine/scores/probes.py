@@ -126,12 +126,18 @@ def _scores(
         for group in groups:
             probe = Probe(root, attn, hidden, arguments, group, projected)
             known = keys is not None and probe.caches_keys(keys)
-            parts.append(_span_scores(probe, signal, cached, past, keys if known else None))
+            own = keys if known else None
+            parts.append(_span_scores(probe, signal, cached, past, own, layout.raters))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _span_scores(
-    probe: Probe, signal: Attention, cached: Any, past: int, keys: Tensor | None
+    probe: Probe,
+    signal: Attention,
+    cached: Any,
+    past: int,
+    keys: Tensor | None,
+    raters: Tensor | None,
 ) -> Tensor:
     """Attention to every token of every span, mean over the rows that vote on the span.
 
@@ -143,7 +149,7 @@ def _span_scores(
     passes, columns, voters = _votes(probe, signal.rows)
     host, every = HostTables(probe.device), signal.rows == "all"
     column, count = host.add(columns), host.add(voters)
-    tables = [_voting(probe, votes, every) for votes in passes]
+    tables = [_voting(probe, votes, every) for votes in passes.values()]
     index = np.concatenate(tables, axis=1)
     last = np.asarray([[q.stop - 1 - probe.first] for q in probe.questions])
     voting = host.add(np.where(index < 0, last, index).ravel(), not every)
@@ -161,19 +167,23 @@ def _span_scores(
         k, offset = k[:, :, offset:], 0
     visible = torch.from_numpy(_visible(probe, index, offset)).to(k.device)
     sums, at = [], 0
-    for table in tables:
+    for rows, table in zip(passes, tables, strict=True):
         part = slice(at, at + table.shape[1])
         whole = len(tables) == 1
         query = tapped.query if whole else tapped.query[:, :, part]
         seen = visible if whole else visible[:, :, part]
-        sums.append(_column_sums(probe, query, k, seen, tapped.scaling, signal))
+        weights = None
+        if rows == "raters" and raters is not None and chosen is not None:
+            own = probe.of_samples(raters).to(k.device)
+            weights = own.gather(1, chosen[:, part].to(k.device) + probe.first)
+        sums.append(_column_sums(probe, query, k, seen, tapped.scaling, signal, weights))
         at = part.stop
     sums = [s[..., offset:] if offset else s for s in sums]
     flat = (torch.cat(sums) if len(sums) > 1 else sums[0]).flatten()
     return flat.index_select(0, column()) / count()
 
 
-def _votes(probe: Probe, signal_rows: str) -> tuple[list[list[list[int]]], Table, Table]:
+def _votes(probe: Probe, signal_rows: str) -> tuple[dict[str, list[list[int]]], Table, Table]:
     """Which columns vote on which tokens.
 
     Parameters
@@ -183,31 +193,36 @@ def _votes(probe: Probe, signal_rows: str) -> tuple[list[list[list[int]]], Table
 
     Returns
     -------
-    list per pass over the keys of list per question of list of int
-        The columns that vote.
+    dict
+        By pass over the keys, per question: the columns that vote.
     ndarray, shape (visual tokens,)
         Place of every token of every span in the sums of all passes, one after the other.
     ndarray, shape (visual tokens,)
-        How many columns vote on it.
+        How many columns vote on it; 1 where their weights say it, as those of raters do.
     """
     questions = probe.questions
     passes: dict[str, list[list[int]]] = {}
     places, voters = [], []
     for number, question in enumerate(questions):
-        text = question.text if signal_rows == "text" else []
+        text = question.text if signal_rows in ("text", "raters") else []
+        if signal_rows == "raters":
+            text = [column for column in text if column >= question.spans[-1].stop]
         votes = {
             "text": text,
+            "raters": text,
             "last": [question.stop - 1],
             "all": list(range(question.first, question.stop)),
         }
         for span in question.spans:
             later = len(text) - bisect.bisect_left(text, span.stop)
-            rows = "last" if signal_rows == "text" and not later else signal_rows
+            silent = signal_rows in ("text", "raters") and not later
+            rows = "last" if silent else signal_rows
             passes.setdefault(rows, [[] for _ in questions])[number] = votes[rows]
             order = list(passes).index(rows) * len(questions) + number
             places.append(np.arange(span.start, span.stop) + order * probe.width - probe.first)
-            voters.append(np.full(span.count, later if rows == "text" else len(votes[rows])))
-    return list(passes.values()), np.concatenate(places), np.concatenate(voters)
+            count = {"text": later, "raters": 1}.get(rows, len(votes[rows]))
+            voters.append(np.full(span.count, count))
+    return passes, np.concatenate(places), np.concatenate(voters)
 
 
 def _visible(probe: Probe, index: Table, offset: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -235,14 +250,24 @@ def _voting(probe: Probe, votes: list[list[int]], every: bool) -> Table:
 
 
 def _column_sums(
-    probe: Probe, query: Tensor, k: Tensor, visible: Tensor, scaling: float, signal: Attention
+    probe: Probe,
+    query: Tensor,
+    k: Tensor,
+    visible: Tensor,
+    scaling: float,
+    signal: Attention,
+    weights: Tensor | None,
 ) -> Tensor:
-    """Attention to each of the N keys, summed over the rows `query`, heads joined, (S, N)."""
+    """Attention to each of the N keys, summed over the rows `query`, heads joined, (S, N).
+
+    The rows count by their `weights` (S, R), or once each.
+    """
     from tokencomp.kernels import attention_colsum, join_heads
 
     sums = attention_colsum(
         query,
         k,
+        weights,
         visible=visible,
         scale=scaling,
         temperature=signal.temperature,

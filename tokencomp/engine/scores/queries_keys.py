@@ -89,6 +89,12 @@ class Probe:
     def device(self) -> torch.device:
         return self._hidden.device
 
+    def of_samples(self, values: Tensor) -> Tensor:
+        """The rows of values (B, …) that belong to the samples of these questions."""
+        if self.samples is None or isinstance(self.samples, slice):
+            return values if self.samples is None else values[self.samples]
+        return values[self.samples.to(values.device)]
+
     def columns(self, keys: Tensor) -> Tensor:
         """The part (S, kv heads, width, D) of keys (B, kv heads, n, D) that belongs to these."""
         keys = keys if self.samples is None else keys[self.samples]

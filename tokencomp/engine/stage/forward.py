@@ -25,6 +25,7 @@ from tokencomp.engine.rows.layout import (
 from tokencomp.engine.rows.outputs import restore_map
 from tokencomp.engine.rows.packing import sequence_lengths, text_positions
 from tokencomp.engine.scores.probes import input_scores, layer_scores
+from tokencomp.engine.scores.raters import rater_weights
 from tokencomp.engine.stage.layer_arguments import (
     column_arguments,
     layer_positions,
@@ -167,6 +168,8 @@ class ForwardPass:
         if self.plan.tower is not None:  # before anything scores what is not there
             with self._timed():
                 x, positions = self._leave_tower(x, positions)
+        if self._needs_raters():
+            self.layout.raters = rater_weights(x, self.layout)
         stage = self.plan.entry
         if stage is None:
             self.segments[0].layout = self.layout
@@ -187,6 +190,11 @@ class ForwardPass:
             self.tables[kind] = tuple(parts) if isinstance(tables, tuple) else parts[0]
         self.segments[0].layout = self.layout
         return x, positions, self.layout.origin
+
+    def _needs_raters(self) -> bool:
+        """Whether a stage asks which text tokens rate the visual ones."""
+        signals = [s for stage in self.plan.stages for s in stage.reducer.needs]
+        return any(isinstance(s, Attention) and s.rows == "raters" for s in signals)
 
     def _reduce(self, stage: Stage, tensors: list[Tensor], dims: list[int]) -> list[Tensor]:
         """Apply a stage: the first of `tensors` is x (B, n, d), the others follow its columns."""
