@@ -245,3 +245,33 @@ def test_dycoke_beyond_its_rule() -> None:
     assert kept == [2, 6, 10, 48 + 2, 48 + 6, 48 + 10]
     assert reducer.reduce(matrix.tokens((1, 3, 4)), 3).keep.tolist() == [2, 6, 10]
     assert reducer.moved(0.8, 28) and not reducer.moved(0.75, 28)
+
+
+@pytest.mark.parametrize("keep", [29, 20, 15, 7, 3, 1])
+def test_fusion(keep: int) -> None:
+    """Runs of similar neighbours, round by round; rows that stand for several tokens weigh more."""
+    given = matrix.tokens((30, 1, 1), special=2)
+    given.kind, given.sizes = "audio", 1.0 + torch.arange(32.0) % 3
+    places, x = patches_of(given)
+    runs = [(p, v, float(given.sizes[p])) for p, v in zip(places, x, strict=True)]
+    while len(runs) > keep:
+        target = max(keep, len(runs) // 2)
+        alike = {i: cosine(runs[i][1], runs[i + 1][1]) for i in range(len(runs) - 1)}
+        joined = sorted(alike, key=lambda i: (-alike[i], i))[: len(runs) - target]
+        groups: list[list[tuple[int, list[float], float]]] = []
+        for i, run in enumerate(runs):
+            if i - 1 in joined:
+                groups[-1].append(run)
+            else:
+                groups.append([run])
+        runs = []
+        for group in groups:
+            size = sum(s for *_, s in group)
+            mean = [sum(s * v[c] for _, v, s in group) / size for c in range(matrix.DIM)]
+            runs.append((group[0][0], mean, size))
+    got = make_reducer("fusion").reduce(given, keep + 2)
+    assert got.keep.tolist() == with_special(given, [p for p, *_ in runs])
+    stay = ~given.special[got.keep]
+    means = torch.tensor([mean for _, mean, _ in runs])
+    torch.testing.assert_close(got.merged[stay], means, atol=1e-5, rtol=0)
+    assert got.sizes[stay].tolist() == [s for *_, s in runs]
