@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tokencomp import Reduction, VisualTokens, available_reducers, make_reducer
+from tokencomp.reducers.hiprune import MIDDLE
 from tokencomp.reducers.oracle import truth
 from tokencomp.reducers.selector import SelectorNet
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, TowerSignal
@@ -77,6 +78,10 @@ ROWS = {
         ties=True,
     ),
     "divprune": Row(ties=True),
+    "fastvid": Row(({"least": 2},), ties=True),
+    "flashvid": Row(({"least": 2},), ties=True),
+    "hiprune": Row(ties=True),
+    "holitom": Row(ties=True),
     "mmtok": Row(({}, {"question": False}), ties=True),
     "merge": Row(
         ({}, {"weighted": False}, {"temporal": True}, {"position": "first"}, {"metric": "vit_keys"})
@@ -95,6 +100,7 @@ ROWS = {
     "uniform": Row(blind=True),
     "vcast": Row(ties=True),
     "vidcom2": Row(ties=True),
+    "visionzip": Row(ties=True),
 }
 
 COMPOSITIONS = [
@@ -103,7 +109,7 @@ COMPOSITIONS = [
     ("pool+adsc", {"mode": "bilinear"}),
     ("divprune+random", {"at": 0.7}),
 ]
-TOWER = (TOWER_ATTENTION, TOWER_KEYS)
+TOWER = (TOWER_ATTENTION, TOWER_KEYS, MIDDLE)
 GRIDS = [(1, 1, 1), (1, 3, 5), (1, 8, 8), (4, 2, 4), (5, 3, 3), (9, 1, 1), (2, 1, 7)]
 RATIOS = [0.05 * i for i in range(20)]
 

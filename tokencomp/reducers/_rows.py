@@ -194,3 +194,19 @@ def tower_signal(tokens: VisualTokens | SpanBatch, signal: TowerSignal, reducer:
             "through tokencomp.patch, or set VisualTokens.tower."
         )
     return tokens.tower[signal]
+
+
+def salient_rows(
+    tokens: VisualTokens, keep: int, signal: TowerSignal, reducer: str
+) -> tuple[Tensor, int, Tensor, Tensor]:
+    """`patch_rows`, and features (n, d) and tower attention (n,) of the patches, float32.
+
+    Raises
+    ------
+    ScoreError
+        There is no such signal, or a value is NaN or infinite.
+    """
+    rows, budget = patch_rows(tokens, keep)
+    attention = tower_signal(tokens, signal, reducer)[rows]
+    features = finite_features(tokens.features[rows], attention)
+    return rows, budget, features.float(), attention
