@@ -52,8 +52,8 @@ def test_a_bad_request_keeps_the_earlier_patch(family: Family) -> None:
         tokencomp.patch(model, 0.9, reducer="uniform", extend_context=-1)
     attention = family.decoder(model).layers[-1].self_attn
     config, attention.config = attention.config, None
-    with pytest.raises(errors.UnsupportedModelError, match="proportional_attention"):
-        tokencomp.patch(model, 0.9, reducer="merge", proportional_attention=True)
+    with pytest.raises(errors.UnsupportedModelError, match="rest='merge'"):
+        tokencomp.patch(model, 0.9, reducer="kcentre", rest="merge")
     attention.config = config
     assert torch.equal(model(**inputs).logits, expected)
 
@@ -89,7 +89,7 @@ def test_a_failed_install_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(type(adapter_for(model)), "install", fail)
     with pytest.raises(RuntimeError, match="say"):
-        tokencomp.patch(model, 0.5, reducer="aim", proportional_attention=True, extend_context=True)
+        tokencomp.patch(model, 0.5, reducer="kcentre", rest="merge", extend_context=True)
     assert before == [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
     for layer in model.model.language_model.layers:
         assert isinstance(layer.self_attn.config, transformers.PretrainedConfig)

@@ -85,7 +85,7 @@ def test_stats_of_a_prompt_of_text_are_empty(loaded, inputs):
         ({"max_tokens": 512}, "Did you mean budget?"),
         ({"method": "divprune"}, "Did you mean reducer?"),
         ({"postions": "compact"}, "Did you mean positions?"),
-        ({"merge_rst": 1}, "Did you mean merge_rest?"),
+        ({"rst": "merge"}, "Did you mean rest?"),
         ({"zzz": 1}, "has no option 'zzz'. It has: "),
     ],
 )

@@ -13,13 +13,14 @@ from tokencomp.engine.context.visual_window import VisualContext, extend_visual_
 from tokencomp.engine.count.flops import DecoderShape
 from tokencomp.engine.count.stats import Stats
 from tokencomp.engine.scores.layer_stages import check_entry, check_kinds, check_layer_stages
+from tokencomp.engine.scores.proportional import check_weights
 from tokencomp.engine.scores.tap import attention_of
 from tokencomp.engine.tower.signals import check_signals
 from tokencomp.engine.tower.stage import check_tower_stage
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan.plan import Plan
-from tokencomp.plan.stages import Stage
+from tokencomp.plan.stages import Rest, Stage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan
 from tokencomp.trained.cards import model_facts
@@ -27,7 +28,7 @@ from tokencomp.trained.cards import model_facts
 # Where a patched model keeps its handle: both are freed together, and no state_dict shows it.
 ATTRIBUTE = "_tokencomp_handle"
 # Arguments of `patch` that `Handle.set` cannot change.
-FIXED = {"strict", "positions", "extend_context", "proportional_attention", "verify"}
+FIXED = {"strict", "positions", "extend_context", "verify"}
 
 
 def resolve_in(reducer: str | Reducer, adapter: Adapter) -> str | Reducer:
@@ -50,6 +51,8 @@ def make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
     check_entry(plan, adapter)
     check_layer_stages(plan, adapter)
     check_signals(plan, adapter)
+    if plan.merges_rest:
+        check_weights(adapter)
     return check_tower_stage(plan, adapter).bind(model_facts(adapter))
 
 
@@ -137,6 +140,7 @@ class Handle:
         plan: PlanLike | None = None,
         tower_ratio: float | Literal["auto"] | None = None,
         tower_reducer: str | Reducer | None = None,
+        rest: Rest | None = None,
         **options: Any,
     ) -> Handle:
         """Change ratios, reducers or options in place; arguments left out keep their values.
@@ -155,7 +159,7 @@ class Handle:
             )
         stages = None if plan is None else as_plan(plan)
         tower = tower_ratio, tower_reducer
-        spec = self._spec.changed(ratio, reducer, stages, options, *tower, budget)
+        spec = self._spec.changed(ratio, reducer, stages, options, *tower, budget, rest)
         new_plan = make_plan(spec, self._hooks.adapter)
         self._spec = spec
         try:
@@ -217,7 +221,8 @@ def _places(stages: Sequence[Stage]) -> list[str]:
     """Which reducers act where, e.g. "merge at entry", "prune before layers 4, 8"."""
     by_name: dict[str, list[int]] = {}
     for stage in stages:
-        by_name.setdefault(stage.reducer.name, []).append(stage.layer)
+        merging = ", merging the rest," if stage.rest == "merge" else ""
+        by_name.setdefault(f"{stage.reducer.name}{merging}", []).append(stage.layer)
     places = []
     for name, layers in by_name.items():
         entry, later = layers[0] == 0, [str(layer) for layer in layers if layer]

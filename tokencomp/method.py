@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from tokencomp.engine.scores.proportional import check_merges, check_share
 from tokencomp.errors import OptionError, PlanError, RatioError
 from tokencomp.plan.amounts import Amount
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.solved import by_item
-from tokencomp.plan.stages import MEDIA, Stage, TowerStage
+from tokencomp.plan.stages import MEDIA, Rest, Stage, TowerStage, check_rest
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
 from tokencomp.validation import check_effect
@@ -66,9 +65,9 @@ class MethodSpec:
         Options of the named reducer.
     plan
         Explicit stages instead of a reducer and its options.
-    proportional_attention
-        How much a merged token weighs, by the number of tokens it stands for: the number to this
-        power, in [0, 1]. True is 1, and False 0: as much as one token.
+    rest
+        What happens in the decoder to the tokens that the reducer does not keep: "drop", or
+        "merge", see `Stage`. The stages of a plan have their own.
     tower_ratio
         Fraction of the cells that the vision tower does not see, in [0, 1), or "auto"; 0 is off.
     ratios
@@ -88,7 +87,7 @@ class MethodSpec:
     ------
     RatioError, UnknownNameError, OptionError
         A bad ratio, budget, reducer name or option; two of ratio, budget and plan; a plan beside a
-        reducer or options; proportional attention for a reducer that merges nothing; a budget or
+        reducer, options or `rest`; rest="merge" for a reducer that merges by itself; a budget or
         ratios by item beside a tower ratio; a tower reducer without a tower ratio, or
         tower_ratio="auto" at ratio 0.
     PlanError
@@ -99,7 +98,7 @@ class MethodSpec:
     ratio: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
-    proportional_attention: bool | float = False
+    rest: Rest = "drop"
     tower_ratio: float | Literal["auto"] = 0.0
     tower_reducer: str | Reducer = "auto"
     ratios: dict[str, float] = field(default_factory=dict)
@@ -126,6 +125,7 @@ class MethodSpec:
         conflicts += (
             [] if self.tower_reducer == "auto" else [f"tower_reducer={self.tower_reducer!r}"]
         )
+        conflicts += [f"rest={self.rest!r}"] if self.rest != "drop" else []
         conflicts += [f"{name}={value!r}" for name, value in self.options.items()]
         if self.plan is not None and conflicts:
             raise OptionError(
@@ -133,10 +133,7 @@ class MethodSpec:
                 "their options, in its stages. Leave out the plan, or everything else."
             )
         reducer = self.built_reducer if self.plan is None and self.names_reducer else None
-        share = check_share(self.proportional_attention)
-        object.__setattr__(self, "proportional_attention", share)
-        if share:
-            check_merges(self.plan or Plan(), reducer)
+        check_rest(self.rest, reducer)
         if self.plan is None:
             self._check_tower()
 
@@ -275,7 +272,7 @@ class MethodSpec:
                 plan = self._by_kind(num_layers, first_layer_stage)
             if self.amount is not None:
                 plan = by_item(self.amount, self.built_reducer, num_layers, first_layer_stage)
-            self._plans[key] = plan
+            self._plans[key] = plan.merging_rest() if self.rest == "merge" else plan
         return self._plans[key]
 
     def _by_kind(self, num_layers: int, first: int) -> Plan:
@@ -302,9 +299,10 @@ class MethodSpec:
         tower_ratio: float | Literal["auto"] | None = None,
         tower_reducer: str | Reducer | None = None,
         budget: int | Mapping[str, int] | None = None,
+        rest: Rest | None = None,
     ) -> MethodSpec:
         """The spec after `Handle.set` with these arguments; None and {} change nothing."""
-        keep: dict[str, Any] = {"proportional_attention": self.proportional_attention}
+        keep: dict[str, Any] = {} if rest is None else {"rest": rest}
         tower: dict[str, Any] = {"tower_ratio": tower_ratio, "tower_reducer": tower_reducer}
         changed = {name: value for name, value in tower.items() if value is not None}
         keep["carried"] = frozenset(tower) - set(changed)
@@ -312,11 +310,12 @@ class MethodSpec:
         if plan is not None:
             return MethodSpec(reducer or "auto", self.ratio, options, plan, **keep, **changed)
         asked = {"ratio": 0.0, "budget": None, **(asked or self.requested)}
+        keep = {"rest": self.rest, **keep}
         keep |= {"tower_ratio": self.tower_ratio, "tower_reducer": self.tower_reducer, **changed}
         if reducer is not None:
             return MethodSpec(reducer, options=options, **asked, **keep)
         given = ratio is not None or budget is not None
-        if self.plan is not None and (given or options or changed):
+        if self.plan is not None and (given or options or changed or rest is not None):
             raise OptionError(
                 "the current stages come from plan=..., so there is no reducer that could plan for "
                 "another ratio or option. Give set(reducer=...) too, or a new plan."
@@ -335,12 +334,13 @@ class MethodSpec:
             tower = self.built_tower_reducer
             own = {"ratio": self.dropped_cells, "reducer": tower.name, "options": tower.options()}
             plain["tower"] = own
-        return plain
+        return {**plain, "rest": self.rest} if self.rest != "drop" else plain
 
     def __hash__(self) -> int:
         options = json.dumps(self.options, sort_keys=True, default=str)
         tower, ratios = (self.tower_ratio, self.tower_reducer), tuple(sorted(self.ratios.items()))
-        return hash((self.reducer, self.ratio, ratios, options, self.plan, self.amount, *tower))
+        own = (self.reducer, self.ratio, ratios, options, self.plan, self.amount, self.rest)
+        return hash((*own, *tower))
 
 
 def ratio_text(ratio: Any) -> str:

@@ -19,11 +19,10 @@ from tokencomp.engine.context.visual_window import (
     extend_visual_context,
     restore_visual_context,
 )
-from tokencomp.engine.kinds.windows import Windows
-from tokencomp.engine.scores.proportional import check_windows
 from tokencomp.errors import AlreadyCompressedError, OptionError, PlanError
 from tokencomp.handle import ATTRIBUTE, Handle, make_plan
 from tokencomp.method import MethodSpec, check_one_amount
+from tokencomp.plan.stages import Rest
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan
 from tokencomp.validation import check_choice
@@ -36,12 +35,12 @@ def patch(
     budget: int | Mapping[str, int] | None = None,
     reducer: str | Reducer = "auto",
     plan: PlanLike | None = None,
+    rest: Rest = "drop",
     tower_ratio: float | Literal["auto"] = 0.0,
     tower_reducer: str | Reducer = "auto",
     strict: bool = False,
     positions: Literal["original", "compact"] = "original",
     extend_context: bool | int = False,
-    proportional_attention: bool | float = False,
     verify: bool = False,
     **options: Any,
 ) -> Handle:
@@ -72,6 +71,12 @@ def patch(
         Explicit stages, instead of `ratio`, `reducer` and options: a `Plan`, its JSON form
         `[{"layer": 0, "fraction": 0.5, "reducer": "merge"}, ...]` (see `plan_to_json`), or the
         path of a JSON file. A first stage with "tower" instead of "layer" acts in the vision tower.
+    rest
+        What happens to the tokens that the reducer does not keep. "drop": they leave. "merge": each
+        is merged into the kept token nearest to it (by cosine), which becomes the mean and weighs
+        in attention as much as the tokens it stands for: your attention backend adds the log of
+        their number to the logits, on a few more head dimensions. Special tokens stay as they are,
+        and what a tower stage drops is gone before. Scores for later stages are taken without.
     tower_ratio
         Fraction of the vision tower's work to remove, in [0, `ratio`]: the patches of this share of
         the visual tokens leave before the first block of the tower, and the decoder never gets
@@ -91,11 +96,6 @@ def patch(
         tokens of the uncompressed prompt; True: four times LLaVA-OneVision's 6272, which is taken
         for the window of training (up to it nothing is stretched; of other windows call
         `extend_visual_context(model, target, window=...)`).
-    proportional_attention
-        Let a merged token weigh as much as the tokens it stands for, for reducers that merge: the
-        log of their number is added to the attention logits. A number in [0, 1] adds this share of
-        the log; True is 1. Your attention backend does the adding, on a few more head dimensions;
-        the cache does not grow. Scores for pruning are taken without.
     verify
         Check first that compression is exact on a tiny random model with the config of `model`
         (about a second; the same checks as `tokencomp doctor --conformance`). Needed for types
@@ -127,15 +127,16 @@ def patch(
     ------
     RatioError, UnknownNameError, OptionError
         A bad ratio, budget, reducer name, reducer option or `positions`; two of ratio, budget and
-        plan; a plan beside a reducer or options; a budget or list beside a tower ratio;
-        proportional attention for a reducer that merges nothing.
+        plan; a plan beside a reducer, options or `rest`; a budget or list beside a tower ratio;
+        rest="merge" for a reducer that merges by itself, or in a decoder with attention windows.
     PlanError
         A plan that cannot be read, or not be executed on this model; a tower ratio above the ratio;
         a reducer that cannot act in the tower.
     UnverifiedModelError
         The model's type has never passed conformance, and `verify` is False or fails.
     UnsupportedModelError
-        No adapter serves the model, or its vision tower has no known cells (`tower_ratio`).
+        No adapter serves the model, its vision tower has no known cells (`tower_ratio`), or
+        nothing can add weights to its attention (`rest="merge"`).
     AlreadyCompressedError
         The model carries another method's changes, or it is the body of a patched model, or the
         model around a patched body.
@@ -145,7 +146,7 @@ def patch(
         reducer,
         options=options,
         plan=None if plan is None else as_plan(plan),
-        proportional_attention=proportional_attention,
+        rest=rest,
         tower_ratio=tower_ratio,
         tower_reducer=tower_reducer,
         **asked,
@@ -186,7 +187,7 @@ def apply(
             "width), which cannot be renumbered without losing the grid. Leave it at 'original'."
         )
     plan = make_plan(spec, adapter)
-    hooks = Hooks(adapter, plan, strict, positions == "compact", float(spec.proportional_attention))
+    hooks = Hooks(adapter, plan, strict, positions == "compact")
     earlier, context = adapter.model.__dict__.get(ATTRIBUTE), None
     if earlier is not None:
         earlier.suspend()  # before its window is replaced, so that it can restore that window
@@ -234,7 +235,6 @@ def check(model: nn.Module, spec: MethodSpec) -> None:
         No adapter serves the model, or another method has changed it.
     """
     adapter = _free_adapter(model)
-    check_windows(float(spec.proportional_attention), Windows.of(adapter.decoder).sizes)
     make_plan(spec, adapter)
 
 

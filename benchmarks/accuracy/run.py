@@ -35,7 +35,7 @@ from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
 from tokencomp.evaluation.native import has_budget
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
-from tokencomp.evaluation.settings import DOWNSCALE, INPUT_BASELINES, NATIVE, PROPORTIONAL, Setting
+from tokencomp.evaluation.settings import DOWNSCALE, INPUT_BASELINES, NATIVE, REST, Setting
 from tokencomp.handle import resolve_in
 from tokencomp.inputs.questions import Example
 from tokencomp.method import DEFAULT_REDUCER
@@ -53,7 +53,7 @@ TOWERS = ("visual", "vision_tower", "vision_model")
 LOST_RATIOS, LOST_PER_KIND, LOST_SIDE = (0.75, 0.9), 2, 128
 LEFT_OUT = ("oracle", "ccam")  # one needs the answer, one always returns the same token count
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "auto": ({}, *({"merge_rest": -1.0, PROPORTIONAL: share} for share in (0.5, True))),
+    "auto": ({}, {REST: "merge"}),
     "random": ({}, {"seed": 1}, {"seed": 2}),
     "cdpruner": ({}, {"relevance": "attention"}),
     "pool": ({}, {"stride": 1.0}),

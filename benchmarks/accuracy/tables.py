@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks import publishing
 from benchmarks.accuracy.store import KINDS, LOST, Results, kind_of
+from tokencomp.errors import TokenCompError
 from tokencomp.evaluation.cost import PARTS
 from tokencomp.evaluation.metrics import McNemar, Retention, difference, mcnemar, retention
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, Setting
@@ -87,12 +88,18 @@ def ratio_table(results: Results, ratio: float, default: str) -> str:
 
 
 def moved(results: Results, setting: dict[str, Any]) -> str:
-    """How the depth of this model moves the method's cuts; "" where it does not."""
+    """How the depth of this model moves the method's cuts; "" where it does not.
+
+    Of a method with options that only an earlier release had, that it has.
+    """
     model = results.manifest["model"]
     if model not in available_models():
         return ""
     layers = metrics(model)["model"]["layers"]
-    return Setting(setting["reducer"], setting["ratio"], setting["options"]).moved(layers)
+    try:
+        return Setting(setting["reducer"], setting["ratio"], setting["options"]).moved(layers)
+    except TokenCompError:
+        return "has options of release 0.1"
 
 
 def rivals_table(results: Results, ratio: float, default: str) -> str:

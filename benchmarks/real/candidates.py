@@ -33,7 +33,7 @@ from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun, paired_scores
-from tokencomp.evaluation.settings import FULL, PROPORTIONAL, RANDOM, Setting, label_of
+from tokencomp.evaluation.settings import FULL, RANDOM, REST, Setting, label_of
 from tokencomp.storage import write_json, write_text
 
 RESULTS = HERE / "candidates.json"
@@ -51,9 +51,7 @@ CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("cdpruner", {"relevance": "attention"}),
     *(("condiv", {"power": p, "margin": 0.2}) for p in (0.35, 0.5, 1.0)),
     ("condiv", {"power": 0.5, "margin": 0.5}),
-    ("condiv", {"power": 1.0, "margin": 0.1, "merge_rest": 0.8}),
-    ("auto", {"merge_rest": -1.0}),
-    *(("auto", {"merge_rest": -1.0, PROPORTIONAL: p}) for p in (0.25, 0.5, True)),
+    ("auto", {REST: "merge"}),
 )
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 HEAD = """# Candidates for the default on photographs

@@ -41,8 +41,8 @@ def test_toy_run_makes_a_page(
     by_label = {row["label"]: row for row in results["rows"]}
     assert by_label["auto at 0.75"]["reached"] == pytest.approx(0.75, abs=0.01)
     assert by_label["downscale at 0.75"]["visual_tokens"] == 12  # of 49
-    merged = [label for label in by_label if "merge_rest" in label]
-    assert len(by_label) == 1 + 3 + 4 + len(merged) and len(merged) == 2  # two weights
+    merged = [label for label in by_label if "rest=merge" in label]
+    assert len(by_label) == 1 + 3 + 4 + len(merged) and len(merged) == 1
     assert "| auto | 0.75 |" in text and "random seed=2" in text
 
 

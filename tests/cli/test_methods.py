@@ -1,4 +1,4 @@
-"""--reducer, --plan, --set and --proportional-attention: what the commands ask `patch` for."""
+"""--reducer, --plan, --set and --rest: what the commands ask `patch` for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from support.console import run
 
 import tokencomp
+from tokencomp import Plan, Stage
 from tokencomp.cli._parse import ratios
 from tokencomp.errors import OptionError, RatioError
 from tokencomp.evaluation import Setting, patches
@@ -127,11 +128,21 @@ def test_ratios_by_kind_where_one_number_counts(capsys):
 def test_a_composition(command, folder, tmp_path, specs, capsys):
     code = ask(
         command, folder, tmp_path,
-        "-r", "merge+prune", "--ratio", "0.6", *SETS, "--proportional-attention", "1",
+        "-r", "merge+prune", "--ratio", "0.6", *SETS,
     )  # fmt: skip
     assert code == 0 and "merge+prune" in capsys.readouterr().out
     stages = tokencomp.make_reducer("merge+prune", **COMPOSED).plan(0.6, 6)
-    setting = Setting("merge+prune", 0.6, {**COMPOSED, "proportional_attention": True})
+    setting = Setting("merge+prune", 0.6, COMPOSED)
+    assert specs and all(call == (setting, stages) for call in specs)
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_the_rest(command, folder, tmp_path, specs, capsys):
+    args = ("-r", "kcentre", "--ratio", "0.5", "--rest", "merge")
+    assert ask(command, folder, tmp_path, *args) == 0
+    assert "kcentre" in capsys.readouterr().out
+    stage = Stage(0, 0.5, tokencomp.make_reducer("kcentre"), rest="merge")
+    setting, stages = Setting("kcentre", 0.5, {"rest": "merge"}), Plan((stage,))
     assert specs and all(call == (setting, stages) for call in specs)
 
 
@@ -152,8 +163,8 @@ def test_missing_weights_are_told_before_any_work(command, folder, tmp_path, cap
     assert "tokencomp train ccam" in said.err and not said.out.strip()
 
 
-@pytest.mark.parametrize("proportional", [False, True])
-def test_eval(proportional, folder, tmp_path, file, monkeypatch):
+@pytest.mark.parametrize("merging", [False, True])
+def test_eval(merging, folder, tmp_path, file, monkeypatch):
     """Its settings reach lmms-eval as objects; what is stored of them gives them back."""
     calls = []
 
@@ -165,18 +176,18 @@ def test_eval(proportional, folder, tmp_path, file, monkeypatch):
 
     monkeypatch.setattr(benchmarks, "find_tasks", lambda *args: [])
     monkeypatch.setattr(benchmarks, "run_setting", run_setting)
-    more = ["--proportional-attention", "1"] if proportional else []
-    assert run("eval", "--model", folder, "--plan", file, "-o", tmp_path / "runs", *more) == 0
+    uniform = {"reducer": "uniform", "options": {}}
+    stored = [{**stage, **uniform, "rest": "merge"} for stage in STAGES] if merging else STAGES
+    file.write_text(json.dumps(stored))
+    assert run("eval", "--model", folder, "--plan", file, "-o", tmp_path / "runs") == 0
     (full, _), (random, _), *others, (even, _), (small, _), (plan, name) = calls
     assert [s for s, _ in others] == [Setting("random", 0.625, {"seed": k}) for k in (1, 2)]
     assert full == Setting()
     assert random == Setting("random", 0.625) and small == Setting("downscale", 0.625)
     assert even == Setting("uniform", 0.625)
-    extra = {"proportional_attention": True} if proportional else {}
-    stages = tokencomp.plan_from_json(STAGES)
-    assert plan.ratio == 0.625
-    assert plan.plan == stages and plan.proportional_attention is proportional
-    assert name == "-".join(["plan-0.625", *(f"{k}={v}" for k, v in extra.items())])
+    stages = tokencomp.plan_from_json(stored)
+    assert plan.ratio == 0.625 and name == "plan-0.625"
+    assert plan.plan == stages and stages.merges_rest is merging
     calls.clear()
     args = ("-r", "merge+prune", "--ratio", "0.5", "--set", "share=0.7", "--no-baselines")
     assert run("eval", "--model", folder, *args, "-o", tmp_path / "runs") == 0
@@ -219,7 +230,9 @@ def test_parts_that_do_not_go_together(command, reducer, message, capsys):
         (["-r", "merge", "--set", "name=x"], "no option 'name'"),
         (["-r", "merge", "--set", "reducers=x"], "no option 'reducers'"),
         (["-r", "merge", "--set", "plan=x"], "no option 'plan'"),
-        (["--proportional-attention", "0.5", "-r", "uniform"], "'uniform' merges no tokens"),
+        (["--rest", "merge", "-r", "pool"], "'pool' merges tokens by itself"),
+        (["--rest", "keep"], "rest='keep'; allowed: 'drop', 'merge'"),
+        (["--plan", "FILE", "--rest", "merge"], "--rest: no effect with --plan"),
     ],
 )
 def test_mistakes(command, args, message, file, capsys):
@@ -237,12 +250,12 @@ def test_a_plan_of_a_deeper_model(folder, tmp_path, file, capsys):
 
 def test_settings_refuse_what_patch_would(loaded):
     uniform = [{"layer": 0, "fraction": 0.5, "reducer": "uniform"}]
-    more = {"proportional_attention": True}
+    more = {"rest": "merge"}
     for reducer, options in (
         ("plan", {"plan": uniform, **more}),
         ("plan", {"plan": uniform, "seed": 1}),
         ("plan", {}),
-        ("prune", more),
+        ("merge", more),
         ("downscale", more),
     ):
         with pytest.raises(tokencomp.TokenCompError):

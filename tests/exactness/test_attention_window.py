@@ -128,11 +128,11 @@ def test_queries_that_are_scaled_by_row_are_refused() -> None:
             model(**inputs)
 
 
-def test_windows_have_no_proportional_attention() -> None:
-    """Refused by `patch`, and before a long run by `check`; without sizes merging works."""
+def test_windows_have_no_weights() -> None:
+    """Refused by `patch`, and before a long run by `check`; without weights merging works."""
     model = Windowed(transformers.MistralConfig, 60).build()
-    spec = MethodSpec("merge", 0.5, proportional_attention=0.5)
+    spec = MethodSpec("kcentre", 0.5, rest="merge")
     for refuse in (check, apply):
-        with pytest.raises(OptionError, match=r"proportional_attention=0.5: .* window"):
+        with pytest.raises(OptionError, match=r"rest='merge': .* window"):
             refuse(model, spec)
     tokencomp.patch(model, 0.5, reducer="merge").remove()

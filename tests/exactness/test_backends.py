@@ -32,10 +32,8 @@ SETTINGS: dict[str, Callable[[Family], dict[str, Any]]] = {
     "compact": lambda f: {"ratio": 0.5, "reducer": "uniform", "positions": "compact"},
     "weights": lambda f: {
         "ratio": 0.6,
-        "reducer": "condiv",
-        "power": 0.0,
-        "merge_rest": -1.0,
-        "proportional_attention": True,
+        "reducer": "kcentre",
+        "rest": "merge",
     },
     "tower": lambda f: {
         "plan": Plan((Stage(0, 0.4, UNIFORM),), TowerStage(0, 0.6, make_reducer("random")))

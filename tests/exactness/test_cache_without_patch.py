@@ -105,7 +105,7 @@ def test_windows_are_counted_in_columns_by_the_patch_alone(name: str) -> None:
 
 
 def test_weights_of_merged_tokens_are_read_by_the_patch_alone() -> None:
-    chat = Chat(FAMILIES["llava"], 1, ratio=0.5, reducer="merge", proportional_attention=True)
+    chat = Chat(FAMILIES["llava"], 1, ratio=0.5, reducer="kcentre", rest="merge")
     chat.handle.remove()
     chat.refused("merged tokens with weights")
 

@@ -23,11 +23,11 @@ import tokencomp
 from tokencomp import Plan, Stage, make_reducer
 
 STEPS = 4
-MERGE = make_reducer("condiv", power=0.0, merge_rest=-1.0)
+KCENTRE = make_reducer("kcentre")
 PLANS = {
-    "entry": Plan((Stage(0, 0.25, MERGE),)),
-    "layer": Plan((Stage(2, 0.25, MERGE),)),
-    "both": Plan((Stage(0, 0.5, MERGE), Stage(3, 0.2, MERGE))),
+    "entry": Plan((Stage(0, 0.25, KCENTRE, rest="merge"),)),
+    "layer": Plan((Stage(2, 0.25, KCENTRE, rest="merge"),)),
+    "both": Plan((Stage(0, 0.5, KCENTRE, rest="merge"), Stage(3, 0.2, KCENTRE, rest="merge"))),
 }
 
 
@@ -154,7 +154,7 @@ def test_merged_rows_with_deepstack_features(levels: int, plan: str, backend: st
     """Prefill and decode steps of a ragged batch."""
     family = FAMILIES["qwen3_vl"] if levels == 1 else TwoLevels()
     model, inputs = family.build(backend), batch(family)
-    with tokencomp.patch(model, plan=PLANS[plan], proportional_attention=True) as handle:
+    with tokencomp.patch(model, plan=PLANS[plan]) as handle:
         out = oracle.generate(model, inputs, STEPS)
         stats, layers = handle.stats, [s.layer for s in handle.plan.stages]
     new = out.sequences[:, -STEPS:-1]

@@ -53,14 +53,14 @@ def test_gradient_checkpointing(family: Family, reducer: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
-def test_proportional_attention_is_not_recomputed(name: str) -> None:
+def test_weights_are_not_recomputed(name: str) -> None:
     """The backward pass would not know how many tokens each one stands for."""
     family = FAMILIES[name]
     model = family.build().train()
     inputs = family.batch([[text(3), family.image(), text(5, 2)]])
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    with tokencomp.patch(model, 0.5, reducer="merge", proportional_attention=True):
-        with pytest.raises(OptionError, match="proportional attention"):
+    with tokencomp.patch(model, 0.5, reducer="kcentre", rest="merge"):
+        with pytest.raises(OptionError, match="rest='merge'"):
             step(model, inputs)
         model.eval()(**inputs)
 

@@ -168,7 +168,6 @@ def test_any_option_value_is_refused_when_planned_or_works(case: Case) -> None:
         ("adsc", {"stages": [0.1, "x"]}, r"expected a list \(a finite number, …\)"),
         ("adsc", {"offset": 2**40}, "offset="),
         ("aim", {"start": 0.8}, "0 ≤ start < stop ≤ 1"),
-        ("condiv", {"merge_rest": "x"}, "expected a finite number or None"),
         ("vidcom2", {"temperature": 1e-320}, "temperature="),
         ("merge+prune", {"share": "x"}, r"merge\+prune: share='x'; expected a finite number"),
         ("merge+prune", {"iterations": 1.5}, "prune: iterations=1.5; expected an integer"),

@@ -107,12 +107,11 @@ def test_the_default_chooses_by_the_kind_of_media() -> None:
     assert kept == expected
 
 
-@pytest.mark.parametrize("merge_rest", [None, -1.0])
-def test_the_default_on_images_needs_no_scores(merge_rest: float | None) -> None:
+def test_the_default_on_images_needs_no_scores() -> None:
     """What it keeps is a k-centre."""
     given = dataclasses.replace(matrix.tokens((1, 5, 6), special=2), scores=None)
     places, x = rows_of(given)
-    reducer = make_reducer("auto", merge_rest=merge_rest)
+    reducer = make_reducer("auto")
     assert not reducer.needs_for(["image"]) and reducer.needs_for(["image", "video"])
     assert make_reducer("condiv").needs_for(["image"]) == reducer.needs
     special = given.special.nonzero()[:, 0].tolist()
@@ -120,33 +119,6 @@ def test_the_default_on_images_needs_no_scores(merge_rest: float | None) -> None
         [*(places[i] for i in k_centre(torch.tensor(x, dtype=torch.float64), 9)), *special]
     )
     assert reducer.reduce(given, 11).keep.tolist() == expected
-
-
-def test_condiv_merges_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokencomp.reducers import _merging as merging_rows
-
-    given = matrix.tokens((1, 5, 6), special=1)
-    places, x = rows_of(given)
-    plain = make_reducer("condiv", power=0.0)
-    merging = make_reducer("condiv", power=0.0, merge_rest=0.2)
-    kept = plain.reduce(given, 8).keep.tolist()
-    members: dict[int, list[int]] = {k: [k] for k in kept}
-    for place, row in zip(places, x, strict=True):
-        if place in kept:
-            continue
-        near = [(cosine(row, x[places.index(k)]), -k) for k in kept if k in places]
-        best, minus = max(near)
-        if best >= 0.2:
-            members[-minus].append(place)
-    for block in (1 << 24, 16):
-        monkeypatch.setattr(merging_rows, "BLOCK", block)
-        got = merging.reduce(given, 8)
-        assert got.keep.tolist() == kept
-        for i, k in enumerate(kept):
-            mean = given.features[members[k]].mean(0)
-            assert (got.merged[i] - mean).abs().max() < 1e-5
-            assert got.sizes[i] == len(members[k])
-    assert any(len(m) > 1 for m in members.values())
 
 
 @pytest.mark.parametrize("relevance", ["query", "attention", "none"])
@@ -277,7 +249,6 @@ def test_whole_grids_only(name: str) -> None:
         ("condiv", {"power": -1}),
         ("condiv", {"power": math.nan}),
         ("condiv", {"margin": -0.1}),
-        ("condiv", {"merge_rest": 2.0}),
         ("cdpruner", {"relevance": "magic"}),
         ("vidcom2", {"temperature": 0.0}),
         ("vidcom2", {"channels": 1.5}),

@@ -67,13 +67,12 @@ ROWS = {
     "ccam": Row(({"weights": small_weights("ccam", DIM)},), fixed=QUERIES),
     "cdpruner": Row(({}, {"relevance": "attention"}, {"relevance": "none"}), ties=True),
     "anchorprune": Row(ties=True),
-    "auto": Row(({}, {"merge_rest": 0.5}), ties=True),
+    "auto": Row(ties=True),
     "condiv": Row(
         (
             {},
             {"power": 0.35},
             {"power": 0.0},
-            {"power": 0.0, "merge_rest": 0.5},
         ),
         ties=True,
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,24 +45,69 @@ def repeated(rows: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
+class Merged:
+    """Merges what leaves at the stages of a patch, in full-length hidden states and plain loops.
+
+    A column that leaves is added to the kept patch of its span with the largest cosine, which
+    becomes the mean weighted by sizes. Attention logits gain the logarithm of the size.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        stats, stages = handle.stats, handle.plan.stages
+        rows = range(len(stats.spans))
+        self.spans, self.kept = stats.spans, [stats.kept(b) for b in rows]
+        self.stages = {s.layer: i for i, s in enumerate(stages)}
+        self.merging = {s.layer for s in stages if s.rest == "merge"}
+        self.left = [stats.tower_kept(b) for b in rows]
+        self.sizes = torch.ones(0)  # of all columns, (B, L)
+
+    def __call__(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, L, d) before a layer, and what its logits gain, (B, L)."""
+        if layer in self.stages:
+            x = x.clone()
+            for b, row in enumerate(self.spans):
+                for j, span in enumerate(row):
+                    kept = self.kept[b][self.stages[layer]][j]
+                    special = [*span.special, *span.text]
+                    if layer in self.merging:
+                        self._merge(b, span.start, self.left[b][j], kept, special, x)
+                    self.left[b][j] = kept
+        return x, self.sizes.log()
+
+    def _merge(
+        self, b: int, start: int, left: list[int], kept: list[int], special: list[int], x: Tensor
+    ) -> None:
+        targets = [start + o for o in kept if o not in special]
+        groups = {column: [column] for column in targets}
+        before = x[b].clone()
+        for column in (start + o for o in left if o not in kept and targets):
+            near = torch.cosine_similarity(before[column], before[targets], dim=1)
+            groups[targets[int(near.argmax())]].append(column)
+        for column, members in groups.items():
+            weights = self.sizes[b, members]
+            x[b, column] = (weights[:, None] * before[members]).sum(0) / weights.sum()
+            self.sizes[b, column] = weights.sum()
+
+
 @contextlib.contextmanager
 def layer_masks(
-    model: nn.Module, family: Family, masks: list[Tensor], bias: Tensor | None = None
+    model: nn.Module, family: Family, masks: list[Tensor], merged: Merged | None = None
 ) -> Iterator[None]:
-    """Give every decoder layer its own causal mask with hidden columns.
-
-    `bias` (B, L) is added to the attention logits of every column.
-    """
+    """Give every decoder layer its own causal mask with hidden columns; `merged` merges these."""
     hooks = []
-    for layer, mask in zip(family.decoder(model).layers, masks, strict=True):
+    for i, (layer, mask) in enumerate(zip(family.decoder(model).layers, masks, strict=True)):
 
-        def hook(module: nn.Module, args: Any, kwargs: Any, mask: Tensor = mask) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, i: int = i, mask: Tensor = mask) -> Any:
             n = mask.shape[1]
             seen = torch.ones(n, n, dtype=torch.bool).tril()[None, None] & mask[:, None, None]
             seen = seen | torch.eye(n, dtype=torch.bool)  # no row without any key
             eager = family.decoder(model).config._attn_implementation == "eager"
-            if eager or bias is not None:
-                added = torch.zeros(mask.shape) if bias is None else bias
+            added = torch.zeros(mask.shape)
+            if merged is not None:
+                x = args[0] if args else kwargs.pop("hidden_states")
+                x, added = merged(i, x)
+                args = (x, *args[1:])
+            if eager or merged is not None:
                 floor = torch.finfo(torch.float32).min
                 dense = torch.where(seen, added[:, None, None], floor)
                 return args, {**kwargs, "attention_mask": dense}
@@ -81,9 +127,12 @@ def masked_logits(
     inputs: dict[str, Tensor],
     masks: list[Tensor],
     new: Tensor | None = None,
-    bias: Tensor | None = None,
+    merged: Merged | None = None,
 ) -> Tensor:
-    """Logits (B, L + T, V) of the masked run over the prompt and T further tokens `new`."""
+    """Logits (B, L + T, V) of the masked run over the prompt and T further tokens `new`.
+
+    With `merged` hidden columns are merged into others first, and all is float64.
+    """
     positions = family.positions(model, inputs)
     inputs = dict(inputs)
     if new is not None:
@@ -99,8 +148,11 @@ def masked_logits(
             types = inputs["mm_token_type_ids"]
             inputs["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(new).to(types)], 1)
         masks = [torch.cat([m, ones.bool()], 1) for m in masks]
-        bias = None if bias is None else torch.cat([bias, torch.zeros(new.shape)], 1)
-    with torch.no_grad(), layer_masks(model, family, masks, bias):
+    if merged is not None:
+        model = copy.deepcopy(model).double()
+        inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+        merged.sizes = torch.ones(inputs["input_ids"].shape, dtype=torch.float64)
+    with torch.no_grad(), layer_masks(model, family, masks, merged):
         return model(**inputs, position_ids=positions, use_cache=False).logits
 
 

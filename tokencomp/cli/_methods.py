@@ -46,15 +46,14 @@ def settings(context: typer.Context, chosen: opt.Method) -> Settings:
     Mistakes that can be found without a model are reported at once. The result takes a model and
     returns the full model, then each reducer at each ratio, or the plan.
     """
-    from tokencomp.evaluation.settings import PROPORTIONAL, grid, planned
+    from tokencomp.evaluation.settings import grid, planned
     from tokencomp.reducers.plan_json import as_plan
 
-    more = {PROPORTIONAL: chosen.proportional} if chosen.proportional else {}
     if chosen.plan is None:
         if not chosen.tower.get("tower_ratio"):
             fix = "give the share to remove there, e.g. --tower-ratio auto"
             opt.refuse_options(context, ("tower_reducer",), "--tower-ratio 0", fix)
-        every = {**parse.reducer_options(chosen.options), **more, **chosen.tower}
+        every = {**parse.reducer_options(chosen.options), **chosen.merging, **chosen.tower}
         if chosen.budget is not None:
             opt.refuse_options(context, ("ratio",), "--budget", "leave one out")
             every["budgets"] = parse.budgets(chosen.budget)
@@ -62,10 +61,10 @@ def settings(context: typer.Context, chosen: opt.Method) -> Settings:
         grid(reducers(chosen.reducer), ratios, **every)
         return lambda model: checked(grid(reducers(chosen.reducer, model), ratios, **every), model)
     fix = "the stages in the file have reducers, fractions and options of their own"
-    names = ("reducer", "ratio", "budget", "options", "tower_ratio", "tower_reducer")
+    names = ("reducer", "ratio", "budget", "options", "rest", "tower_ratio", "tower_reducer")
     opt.refuse_options(context, names, "--plan", fix)
     stages = as_plan(chosen.plan)
-    return lambda model: checked(planned(stages, model, **more), model)
+    return lambda model: checked(planned(stages, model), model)
 
 
 def checked(settings: list[Any], model: Any) -> list[Any]:

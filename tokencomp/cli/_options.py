@@ -54,14 +54,12 @@ PlanFile = Annotated[
         "--plan", help="JSON file with explicit stages, instead of --reducer, --ratio and --set."
     ),
 ]
-Proportional = Annotated[
-    float,
+Rest = Annotated[
+    str,
     typer.Option(
-        "--proportional-attention",
-        min=0,
-        max=1,
-        help="1: a merged token weighs as much as the tokens it stands for; 0.5: as their "
-        "number's root; 0: as one.",
+        "--rest",
+        help='What happens to tokens that do not stay: "drop", or "merge" into the nearest that '
+        "does, which then weighs as much as the tokens it stands for.",
     ),
 ]
 TowerRatio = Annotated[
@@ -109,7 +107,12 @@ class Method(Tower):
     budget: Budgets = None
     options: Set = None
     plan: PlanFile = None
-    proportional: Proportional = 0.0
+    rest: Rest = "drop"
+
+    @property
+    def merging(self) -> dict[str, Any]:
+        """`rest` as an option of a setting; empty for the default."""
+        return {} if self.rest == "drop" else {"rest": self.rest}
 
 
 @dataclasses.dataclass(frozen=True)

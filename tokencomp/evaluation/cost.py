@@ -64,11 +64,20 @@ def work_parts(counted: VisionWork, cost: Cost) -> dict[str, int | None]:
     return {**vars(counted), **decoder}
 
 
-def _cost(shape: DecoderShape, length: int, visual: int, per_layer: list[int], full: int) -> Cost:
+def _cost(
+    shape: DecoderShape,
+    length: int,
+    visual: int,
+    per_layer: list[int],
+    full: int,
+    merged_from: int | None = None,
+) -> Cost:
+    """`merged_from` is the first layer whose rows have weights, see `Stats`."""
     rows = [length - visual + n for n in per_layer]
-    flops = sum(shape.layer_flops(n, layer=i) for i, n in enumerate(rows))
+    first = len(rows) if merged_from is None else merged_from
+    flops = sum(shape.layer_flops(n, 0, i, i >= first) for i, n in enumerate(rows))
     kv_bytes = sum(shape.kv_bytes(n, i) for i, n in enumerate(rows))
-    decode = sum(shape.layer_flops(1, past=n, layer=i) for i, n in enumerate(rows))
+    decode = sum(shape.layer_flops(1, n, i, i >= first) for i, n in enumerate(rows))
     return Cost(full, per_layer, flops, kv_bytes, decode)
 
 
@@ -89,7 +98,8 @@ def prefill_costs(
     """
     if stats:
         rows = zip(stats.lengths, stats.tokens_before, stats.tokens_after, strict=True)
-        return [_cost(stats.shape, n, visual, seen, visual) for n, visual, seen in rows]
+        shape, first = stats.shape, stats.merged_from
+        return [_cost(shape, n, visual, seen, visual, first) for n, visual, seen in rows]
     shape = DecoderShape.from_config(adapter_for(model).text_config, model.dtype.itemsize)
     lengths = prompt_lengths(model, inputs)
     before = full or [visual for _, visual in lengths]

@@ -17,7 +17,7 @@ FULL = "full"
 PLAN = "plan"
 RANDOM = "random"
 UNIFORM = "uniform"
-PROPORTIONAL = "proportional_attention"
+REST = "rest"
 TOWER = ("tower_ratio", "tower_reducer")
 BUDGET = "budget"
 DOWNSCALE = "downscale"
@@ -42,9 +42,8 @@ class Setting(MethodSpec):
     ratio
         In [0, 1); every method at 0 is the full model.
     options
-        Options of the reducer. `proportional_attention`, `tower_ratio`, `tower_reducer`, and for
-        "plan" its stages in JSON form as `plan`, may stand among them and are moved to the fields
-        of these names.
+        Options of the reducer. `rest`, `tower_ratio`, `tower_reducer`, and for "plan" its stages
+        in JSON form as `plan`, may stand among them and are moved to the fields of these names.
     name
         Row label; by default the name of the reducer, or "plan".
     variant
@@ -65,14 +64,14 @@ class Setting(MethodSpec):
                 f"the uncompressed model ('{FULL}') takes no ratio and no options; got "
                 f"ratio={self.ratio}, budget={self.budget}, options={self.options}."
             )
-        if self.input_baseline and self.options:
-            raise OptionError(f"{self.reducer!r} has no options; got {self.options}.")
         options = dict(self.options)
-        for field in (PROPORTIONAL, BUDGET, *TOWER):
+        for field in (REST, BUDGET, *TOWER):
             self._assign(**{field: options.pop(field, getattr(self, field))})
         self._assign(options=options)
         if self.reducer == PLAN or self.plan is not None:
             self._take_plan(options)
+        if self.input_baseline and self.written_options:
+            raise OptionError(f"{self.reducer!r} has no options; got {self.written_options}.")
         super().__post_init__()
         if self.input_baseline and (self.amount is not None or self.ratios):
             raise OptionError(
@@ -88,7 +87,7 @@ class Setting(MethodSpec):
                 reducer=FULL,
                 options={},
                 plan=None,
-                proportional_attention=False,
+                rest="drop",
             )
             self._assign(tower_ratio=0.0, tower_reducer="auto")
 
@@ -127,11 +126,10 @@ class Setting(MethodSpec):
 
     @property
     def written_options(self) -> dict[str, Any]:
-        """All options in their JSON form, a plan and proportional attention included."""
+        """All options in their JSON form, a plan and `rest` included."""
         plan = {} if self.plan is None else {"plan": plan_to_json(self.plan)}
-        share = self.proportional_attention
-        proportional = {PROPORTIONAL: share} if share else {}
-        return {**plan, **self.options, **proportional, **self._written_tower}
+        rest = {REST: self.rest} if self.rest != "drop" else {}
+        return {**plan, **self.options, **rest, **self._written_tower}
 
     @property
     def _written_tower(self) -> dict[str, Any]:
@@ -154,7 +152,8 @@ class Setting(MethodSpec):
         revision = f", revision {reducer.revision}" if reducer.revision > 1 else ""
         subsets = ", a subset per question" if self.reducer == RANDOM else ""
         tower = f", behind {self.built_tower_reducer!r}" if self.dropped_cells else ""
-        return f"{reducer!r}{revision}{subsets}{tower}"
+        rest = ", merging the rest" if self.rest == "merge" else ""
+        return f"{reducer!r}{revision}{subsets}{rest}{tower}"
 
     def moved(self, layers: int) -> str:
         """How a decoder of `layers` layers moves the method's cuts, in words; "" if it does not."""
@@ -201,7 +200,7 @@ def grid(
     asked += [
         {"ratio": r} for r in ratios if (any(r.values()) if isinstance(r, Mapping) else r > 0)
     ]
-    media = {name: value for name, value in options.items() if name not in TOWER}
+    media = {name: value for name, value in options.items() if name not in (REST, *TOWER)}
     each = {name: media if name in INPUT_BASELINES else options for name in reducers}
     return [
         Setting(),

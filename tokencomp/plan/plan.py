@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tokencomp.errors import PlanError
+from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan.amounts import Place
 from tokencomp.plan.stages import Stage, StageReducer, TowerStage
 
@@ -39,6 +39,8 @@ class Plan:
     PlanError
         Objects that are not stages; another order; or a reducer that acts on whole spans only,
         after a stage that drops tokens.
+    OptionError
+        A stage that merges the rest beside a reducer that merges by itself.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -55,6 +57,12 @@ class Plan:
         for kind in {kind for s in self.stages for kind, _ in s.by_kind}:
             self._check_fractions(kind)
         self._check_fractions(None)
+        mergers = [s.reducer.name for s in self.stages if s.reducer.merges]
+        if self.merges_rest and mergers:
+            raise OptionError(
+                f"rest='merge' beside {mergers[0]!r}, which merges tokens by itself: its tokens "
+                "have no weights. Merge in one of the two ways."
+            )
         budgets = [s.amount.budget for s in self.stages if s.amount and s.amount.budget]
         fixed = [s for s in self.stages if s.amount and s.share is None]
         if len(fixed) == len(budgets) and budgets != sorted(budgets, reverse=True):
@@ -93,6 +101,11 @@ class Plan:
     def active(self) -> bool:
         """Whether there is a stage, in the tower or in the decoder."""
         return bool(self.stages) or self.tower is not None
+
+    @property
+    def merges_rest(self) -> bool:
+        """Whether a stage merges the tokens that do not stay into kept ones."""
+        return any(s.rest == "merge" for s in self.stages)
 
     @property
     def entry(self) -> Stage | None:
@@ -206,6 +219,16 @@ class Plan:
         if tower is not None:
             tower = replace(tower, reducer=tower.reducer.bind(facts))
         return Plan(tuple(replace(s, reducer=s.reducer.bind(facts)) for s in self.stages), tower)
+
+    def merging_rest(self) -> Plan:
+        """The same stages with `rest="merge"`.
+
+        Raises
+        ------
+        OptionError
+            A reducer merges tokens by itself.
+        """
+        return Plan(tuple(replace(s, rest="merge") for s in self.stages), self.tower)
 
     def behind(self, tower: TowerStage, num_layers: int) -> Plan:
         """The plan at the same ratio behind a tower stage (ours).

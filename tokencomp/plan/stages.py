@@ -6,9 +6,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from tokencomp.errors import PlanError
+from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan.amounts import Amount, Place
 from tokencomp.plan.counts import keep_count, split_evenly
 from tokencomp.validation import check_effect, describe_type, fits
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tokencomp.tokens.spans import Grid, ModelFacts, SpanBatch, VisualSpan, VisualTokens
 
 MEDIA = ("image", "video", "audio")
+Rest = Literal["drop", "merge"]
+RESTS: tuple[Rest, ...] = get_args(Rest)
 
 
 class StageReducer(ABC):
@@ -114,6 +116,10 @@ class Stage:
     share
         From the fraction of an item that all layers see on average to the one from `layer` on;
         None: the same.
+    rest
+        What happens to the tokens that do not stay: "drop", or "merge": each is merged into the
+        kept token nearest to it, which then weighs as much as the tokens it stands for. Where no
+        token of a span stays, all are dropped.
 
     Raises
     ------
@@ -122,7 +128,8 @@ class Stage:
         reducer that only plans the steps of others (a preset or a composition); or a stage between
         layers for a reducer that was trained for the entry.
     OptionError
-        An option of the reducer that has no effect there.
+        An option of the reducer that has no effect there; another `rest`, or "merge" for a reducer
+        that merges by itself.
     """
 
     layer: int
@@ -131,6 +138,7 @@ class Stage:
     by_kind: tuple[tuple[str, float], ...] = ()
     amount: Amount | None = None
     share: Callable[[float], float] | None = None
+    rest: Rest = "drop"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by_kind", tuple(sorted(dict(self.by_kind).items())))
@@ -153,6 +161,7 @@ class Stage:
                 "patch(reducer=...), or use the stages that its plan(ratio, num_layers) makes."
             )
         check_effect(self.reducer.name, self.reducer, self.reducer.idle(pixels=False))
+        check_rest(self.rest, self.reducer)
         if self.layer > 0 and self.reducer.entry_only:
             raise PlanError(
                 f"stage at layer {self.layer}: reducer {self.reducer.name!r} was trained on what "
@@ -250,6 +259,23 @@ class TowerStage:
         t, h, w = span.grid
         parts, grid = (t, (1, h, w)) if self.frames_apart else (1, span.grid)
         return parts * self.cells([grid])[0] + len(span.special)
+
+
+def check_rest(rest: str, reducer: StageReducer | None) -> None:
+    """Check what is to happen to the tokens that `reducer` does not keep.
+
+    Raises
+    ------
+    OptionError
+        Neither "drop" nor "merge", or "merge" for a reducer that merges tokens by itself.
+    """
+    if rest not in RESTS:
+        raise OptionError(f"rest={rest!r}; allowed: {', '.join(map(repr, RESTS))}.")
+    if rest == "merge" and reducer is not None and reducer.merges:
+        raise OptionError(
+            f"rest='merge': {reducer.name!r} merges tokens by itself, so it leaves none to merge. "
+            "Leave rest out, or take a reducer that keeps tokens as they are, such as 'kcentre'."
+        )
 
 
 def _unfit_for_tower(reducer: StageReducer) -> str:

@@ -12,10 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-from tokencomp.errors import PlanError, ScoreError
+from tokencomp.errors import ScoreError
+from tokencomp.tokens.patches import check_whole
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TowerSignal
-from tokencomp.tokens.spans import Grid, SpanBatch, VisualTokens
+from tokencomp.tokens.spans import SpanBatch, VisualTokens
 
 
 def patch_rows(tokens: VisualTokens, keep: int) -> tuple[Tensor, int]:
@@ -35,16 +36,6 @@ def whole_grid(tokens: VisualTokens, keep: int, reducer: str) -> tuple[Tensor, i
     rows, budget = patch_rows(tokens, keep)
     check_whole(tokens.grid, rows.numel(), reducer)
     return rows, budget
-
-
-def check_whole(grid: Grid, patches: int, reducer: str) -> None:
-    """Raise `PlanError` unless as many patches are left of a span as its grid (t, h, w) has."""
-    t, h, w = grid
-    if patches != t * h * w:
-        raise PlanError(
-            f"reducer {reducer!r} compares places of a whole {t}×{h}×{w} grid, but {patches} of "
-            "its tokens are left. Use it at decoder entry (layer 0)."
-        )
 
 
 def keep_patches(tokens: VisualTokens, rows: Tensor) -> Reduction:

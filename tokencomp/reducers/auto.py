@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 
 from tokencomp.reducers._batch import Patches
-from tokencomp.reducers._merging import merge_dropped
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.condiv import ConDiv
 from tokencomp.reducers.kcentre import KCentre
@@ -17,7 +16,6 @@ from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import Signal
 from tokencomp.tokens.spans import SpanBatch
-from tokencomp.validation import check_range
 
 
 @register_reducer("auto")
@@ -29,14 +27,7 @@ class Auto(Reducer):
     (arXiv 2412.13180), so prompts of images alone are not scored. On videos it has: what happens
     again looks like what is already kept, and relevance has to speak for it. Chosen on validation
     questions: docs/decisions/0001-default-reducer.md.
-
-    Attributes
-    ----------
-    merge_rest
-        As in `condiv`, on all kinds of media.
     """
-
-    merge_rest: float | None = None
 
     by_kind: ClassVar[dict[str, KCentre | ConDiv]] = {
         "image": KCentre(),
@@ -45,14 +36,8 @@ class Auto(Reducer):
     }
     summary = "the default: kcentre on images, condiv on videos and audio"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.merge_rest is not None:
-            check_range("auto", "merge_rest", self.merge_rest, -1, 1)
-
     def __repr__(self) -> str:
-        parts = {**self.by_kind, **self.options()}
-        return f"Auto({', '.join(f'{name}={value!r}' for name, value in parts.items())})"
+        return f"Auto({', '.join(f'{name}={value!r}' for name, value in self.by_kind.items())})"
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -61,18 +46,12 @@ class Auto(Reducer):
     def needs_for(self, kinds: Collection[str]) -> frozenset[Signal]:
         return frozenset().union(*(self.by_kind[kind].needs for kind in kinds))
 
-    @property
-    def merges(self) -> bool:
-        return self.merge_rest is not None
-
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         patches = Patches.of(batch, keeps)
         kinds = [*dict.fromkeys(batch.kinds)]
         parts = [self.by_kind[kind].chosen(of_kind(patches, kind)) for kind in kinds]
         chosen = parts[0] if len(parts) == 1 else torch.cat(parts).sort().values
-        if self.merge_rest is None:
-            return patches.kept(chosen)
-        return merge_dropped(patches, chosen, self.merge_rest)
+        return patches.kept(chosen)
 
 
 def of_kind(patches: Patches, kind: str) -> Patches:

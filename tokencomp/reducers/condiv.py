@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokencomp.reducers._batch import Patches, segment, spread
-from tokencomp.reducers._merging import merge_dropped
 from tokencomp.reducers._rows import finite_features, supplied_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -41,16 +40,10 @@ class ConDiv(Reducer):
     margin
         m, 0 to 8: share of the span's mean distance d̄ (over all pairs, those of a token with
         itself included) that is added to every distance. Without effect at power 0.
-    merge_rest
-        Kept tokens become the mean of themselves and the dropped tokens nearest to them, of
-        cosine at least this (-1: of all of them); None leaves kept tokens as they are. With
-        `patch(..., proportional_attention=True)` a mean counts in attention as often as the tokens
-        it stands for, so that the background keeps its share of the attention.
     """
 
     power: float = 1.0
     margin: float = 0.2
-    merge_rest: float | None = None
 
     summary = "greedy: relevance × diversity (ours)"
 
@@ -58,8 +51,6 @@ class ConDiv(Reducer):
         super().__post_init__()
         check_range("condiv", "power", self.power, 0, 8)
         check_range("condiv", "margin", self.margin, 0, 8)
-        if self.merge_rest is not None:
-            check_range("condiv", "merge_rest", self.merge_rest, -1, 1)
 
     def idle(self, pixels: bool) -> dict[str, str]:
         why = "with power=0, which makes all tokens equally relevant"
@@ -74,16 +65,9 @@ class ConDiv(Reducer):
         """Since revision 3 it is the same on all kinds of media."""
         return 3
 
-    @property
-    def merges(self) -> bool:
-        return self.merge_rest is not None
-
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         patches = Patches.of(batch, keeps)
-        chosen = self.chosen(patches)
-        if self.merge_rest is None:
-            return patches.kept(chosen)
-        return merge_dropped(patches, chosen, self.merge_rest)
+        return patches.kept(self.chosen(patches))
 
     def chosen(self, patches: Patches) -> Tensor:
         """Patches that stay, ascending."""

@@ -44,6 +44,7 @@ def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
             "reducer": s.reducer.name,
             "options": s.reducer.options(),
             **({"by_kind": dict(s.by_kind)} if isinstance(s, Stage) and s.by_kind else {}),
+            **({"rest": s.rest} if isinstance(s, Stage) and s.rest != "drop" else {}),
         }
         for s in stages
     ]
@@ -80,8 +81,8 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
         if not _is_stage(item, "layer") and not (i == 0 and _is_stage(item, "tower")):
             raise PlanError(
                 f"stage {i} of the plan is {item!r}; expected an object with layer (an integer), "
-                "fraction (a number), reducer (a name) and, if needed, options (an object) and "
-                "by_kind (fractions of kinds of media that differ), e.g. "
+                "fraction (a number), reducer (a name) and, if needed, options (an object), "
+                "by_kind (fractions of kinds of media that differ) and rest (drop or merge), e.g. "
                 '{"layer": 0, "fraction": 0.5, "reducer": "merge"}. A stage at a layer may have '
                 "budget (visual tokens left of every item) instead of fraction. The first may have "
                 "tower (a block of the vision tower) instead of layer."
@@ -93,7 +94,8 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
             kinds = tuple(item.get("by_kind", {}).items())
             amount = Amount.of(item["budget"]) if "budget" in item else None
             fraction = float(item.get("fraction", 1.0))
-            stages.append(Stage(item["layer"], fraction, reducer, kinds, amount))
+            rest = item.get("rest", "drop")
+            stages.append(Stage(item["layer"], fraction, reducer, kinds, amount, rest=rest))
     return Plan(tuple(stages), tower)
 
 
@@ -104,7 +106,8 @@ def _is_stage(item: Any, place: str) -> bool:
     budget = place == "layer" and "budget" in item  # `Amount` says what is wrong with its value
     size = {"budget": object} if budget else {"fraction": float}
     hints: dict[str, Any] = {place: int, **size, "reducer": str}
-    further = {"options", "by_kind"} if place == "layer" and not budget else {"options"}
+    further = {"options"} if place == "tower" else {"options", "rest"}
+    further |= {"by_kind"} if place == "layer" and not budget else set()
     if set(item) - further != set(hints):
         return False
     if not isinstance(item.get("by_kind", {}), dict):

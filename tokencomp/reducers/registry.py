@@ -26,7 +26,7 @@ GROUP = "tokencomp.reducers"
 # Arguments of `patch` and `Handle.set` that stand beside the options of a reducer.
 ARGUMENTS = (
     "ratio", "budget", "reducer", "plan", "tower_ratio", "tower_reducer", "strict", "positions",
-    "extend_context", "proportional_attention", "verify",
+    "extend_context", "rest", "verify",
 )  # fmt: skip
 KEPT_SHARE = ("keep", "keep_ratio", "keep_rate", "retention", "fraction")
 SYNONYMS = {

@@ -17,7 +17,7 @@ from tokencomp.reducers.registry import make_reducer
 from tokencomp.serving.servable import check_name, check_servable
 
 TOWER_KEYS = ("tower_ratio", "tower_reducer")
-REQUEST_KEYS = ("reducer", "ratio", "budget", "options", *TOWER_KEYS)
+REQUEST_KEYS = ("reducer", "ratio", "budget", "options", "rest", *TOWER_KEYS)
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
 SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "low_detail_ratio", "per_request", "only_own")
 
@@ -57,7 +57,8 @@ class ServerOptions:
         ------
         OptionError, PlanError, RatioError
             Unknown key, reducer, option or ratio; a reducer that `engine` ("hf", "vllm" or
-            "sglang") cannot run; a stage that the vision tower cannot have.
+            "sglang") cannot run; `rest="merge"` for vLLM or SGLang; a stage that the vision tower
+            cannot have.
         """
         if options is None:
             return cls()
@@ -109,7 +110,8 @@ class ServerOptions:
             )
         if videos:
             ratio = {"image": ratio, "video": self.default.ratio}
-        return self._with_tower(self._reducer({}), {"ratio": ratio}, {})
+        asked = {"ratio": ratio, "rest": self.default.rest}
+        return self._with_tower(self._reducer({}), asked, {})
 
     def resolve(self, request: Any, engine: str = "vllm") -> MethodSpec:
         """The spec of a request with these tokencomp options (None: the server's default).
@@ -148,6 +150,14 @@ class ServerOptions:
         else:
             asked = {"ratio": self._checked_ratio(asked["ratio"], engine)}
         reducer = self._reducer(values)
+        rest = values.get("rest") or self.default.rest
+        if engine != "hf" and rest == "merge":
+            raise OptionError(
+                "rest='merge': merged tokens weigh as much as the tokens they stand for, and the "
+                "attention of vLLM and SGLang has no weights for the rows of its cache. Leave it "
+                "out, or serve with `--engine hf`."
+            )
+        asked["rest"] = rest
         tower = [key for key in TOWER_KEYS if values.get(key)]
         if engine == "sglang" and tower:
             raise OptionError(
@@ -186,7 +196,7 @@ class ServerOptions:
         """The spec with the stage in the vision tower of a request, else that of the default.
 
         `asked` has a "ratio", which is a number or a mapping from kinds of media to numbers, or a
-        "budget".
+        "budget"; and perhaps `rest`.
 
         The default's stage is for the default's ratio; a request for a lower one gets as much of
         it as that allows, down to none.

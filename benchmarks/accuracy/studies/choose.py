@@ -31,7 +31,7 @@ from benchmarks.accuracy.studies.ranking import (
 from benchmarks.accuracy.tables import table
 from benchmarks.real.candidates import photographs
 from tokencomp.cli import one_message
-from tokencomp.evaluation.settings import PROPORTIONAL, Setting
+from tokencomp.evaluation.settings import Setting
 from tokencomp.method import DEFAULT_SERVED_REDUCER
 from tokencomp.shapesqa.questions import FAMILIES
 from tokencomp.storage import write_json, write_text
@@ -46,10 +46,10 @@ The [decision record](../../docs/decisions/0001-default-reducer.md) explains the
 came about; [methods](METHODS.md) explains the rest."""
 
 BEYOND = """The same tokens are kept, and every other token is merged into the one that it
-resembles most, on images or on all media. `proportional_attention` is the power of the number of
-merged tokens with which their mean counts in attention. These candidates are not for the default:
-they do not equal masking, and proportional attention is refused for layers with windows and for
-gradient checkpointing."""
+resembles most, on images or on all media. `merge_rest` and `proportional_attention`, the power of
+the number of merged tokens with which their mean counts in attention, were options of release 0.1;
+of their forms `rest="merge"` is `merge_rest=-1.0, proportional_attention=True`. These candidates
+are not for the default: they do not equal masking."""
 
 VIDEOS: Candidate = ("condiv", {"power": 1.0, "margin": 0.2})
 IMAGES: Candidate = ("condiv", {"power": 0.35, "margin": 0.2})
@@ -73,7 +73,7 @@ CANDIDATES: list[Candidate] = [  # some have options of release 0.1, see `rankin
 ]
 MERGERS: list[Candidate] = [
     ("condiv", {"merge_rest": -1.0, **weight})
-    for weight in ({}, *({PROPORTIONAL: share} for share in (0.25, 0.5, True)))
+    for weight in ({}, *({"proportional_attention": share} for share in (0.25, 0.5, True)))
 ]
 MERGED = [*(by_kind(one, VIDEOS) for one in MERGERS), *MERGERS]
 """The default of 0.1 with dropped tokens merged into kept ones: stored results, never run again.

@@ -52,16 +52,18 @@ class InForce:
         Whether positions count the kept tokens only.
     active
         Whether the hooks of the patch are installed.
+    weights
+        Whether rows of a cache weigh as much as several tokens.
     """
 
-    def __init__(self, compact: bool) -> None:
-        self.compact, self.active = compact, False
+    def __init__(self, compact: bool, weights: bool = False) -> None:
+        self.compact, self.active, self.weights = compact, False, weights
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InForce:
         return self
 
     def __reduce__(self) -> Any:  # a cache that is loaded from a file has lost its patch
-        return InForce, (self.compact,)
+        return InForce, (self.compact, self.weights)
 
 
 # Python lets an object change its class only to one of the same memory layout. A base class other
@@ -81,8 +83,8 @@ class CompressedLayer(CacheLayerMixin):
     dropped : int
         Logical length - rows held, the same for every sample.
     sizes : Tensor of float32, shape (B, m), or None
-        Tokens that the first m rows stand for under proportional attention; the others, or all
-        where it is None, stand for one.
+        Tokens that the first m rows weigh as much as (`rest="merge"`); the others, or all where it
+        is None, weigh as one.
     columns : Tensor of int64, shape (B, m), or None
         Column of the uncompressed sequence of the first m rows; the others follow without a gap.
     starts : Tensor of int64, shape (B,), or None

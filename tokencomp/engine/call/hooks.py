@@ -43,7 +43,7 @@ from tokencomp.engine.kinds.relative import RelativePositions
 from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.rows.outputs import restore_states
 from tokencomp.engine.scores.parallel import refuse_replica
-from tokencomp.engine.scores.proportional import ProportionalAttention, check_windows
+from tokencomp.engine.scores.proportional import ProportionalAttention
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.engine.stage.segments import check_entered
 from tokencomp.engine.stage.survivors import refuse_missing
@@ -71,8 +71,6 @@ class Hooks(Hooked):
         Whether prompts without media are refused.
     compact_positions
         Whether positions count the kept tokens only.
-    proportional
-        Share of the log sizes of merged tokens that is added to the attention logits; 0: none.
     """
 
     def __init__(
@@ -81,32 +79,25 @@ class Hooks(Hooked):
         plan: Plan,
         strict: bool,
         compact_positions: bool = False,
-        proportional: float = 0.0,
     ) -> None:
-        windows = Windows.of(adapter.decoder)  # refuses kinds of layers that are not known
-        check_windows(proportional, windows.sizes)
+        Windows.of(adapter.decoder)  # refuses kinds of layers that are not known
         self.adapter, self.plan = adapter, plan
         self.compact_positions = compact_positions
-        self.proportional = (
-            ProportionalAttention(adapter.layers, self._sizes, proportional)
-            if proportional
-            else None
-        )
         self.stats: Stats | None = None
         self._missed_plans: set[str] = set()  # plans that have warned of a missed ratio
         self._calls = calls = RunningCalls()
+        self._weights = ProportionalAttention(adapter.layers, self._sizes)
         self._notes = CallNotes(adapter, calls, strict)
         self._plan_hooks = PlanHooks(adapter, calls, off=lambda: self.disabled)
         self._in_force = InForce(compact_positions)
-        self._later = LaterTokens(adapter, calls, self._in_force, proportional > 0)
+        self._later = LaterTokens(adapter, calls, self._in_force, self._weights)
         self._relative = RelativePositions(adapter, calls)
         self._batches = BatchGuard(adapter, self._compresses, strict)
         self._prefill = ChunkedPrefill(adapter, calls, self._compresses)
         self.gate = CallGate(adapter.top, adapter.body)
         self._generate = GenerateCall(adapter, self.gate, calls)
-        self._reader = PromptReader(adapter, proportional > 0, self._generate)
-        parts = (self.proportional, self._relative, self._prefill, self._batches, self._generate)
-        self._parts: list[Any] = [part for part in parts if part is not None]
+        self._reader = PromptReader(adapter, self._generate)
+        self._parts: list[Any] = [self._relative, self._prefill, self._batches, self._generate]
         # Qwen2-VL before transformers 5 swallows the argument and returns all logits.
         self._slices = "logits_to_keep" in parameters_of(adapter.top)
 
@@ -163,13 +154,15 @@ class Hooks(Hooked):
 
     def _install_plan(self) -> None:
         self._plan_hooks.install(self.plan)
+        if self.plan.merges_rest:  # stays until `remove`: caches remember the weights of their rows
+            self._weights.install()
         if self.plan.tower is not None:
             _HAD_TOWER.add(self.adapter.body)
 
     def _unhook(self) -> None:
         self._in_force.active = False
         super().remove()
-        for part in (*reversed(self._parts), self._plan_hooks, self.gate):
+        for part in (*reversed(self._parts), self._weights, self._plan_hooks, self.gate):
             part.remove()
         self.adapter.uninstall()
         compat.forget_compiled()
@@ -323,7 +316,7 @@ class Hooks(Hooked):
         """How many tokens the first rows of `layer` stand for in the call that runs now."""
         forward = self._calls.running.forward
         if forward is not None:
-            return forward.segment_of(layer).all_sizes()
+            return forward.weights(forward.segment_of(layer))
         cached = self._calls.running.cached
         return cached[layer].sizes if cached else None
 
@@ -348,7 +341,7 @@ class Hooks(Hooked):
         if not forward.compresses:
             forward.extend_valid(cache)
             return out
-        compact_cache(forward, cache, self.proportional is not None, self._in_force)
+        compact_cache(forward, cache, self._in_force)
         out = whole_output(out, forward.earlier)
         self.stats = stats = collect(forward, cache)
         warn_if_ratio_missed(stats, forward.plan, self._missed_plans)

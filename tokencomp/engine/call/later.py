@@ -30,6 +30,7 @@ from tokencomp.engine.kinds import mask_compat
 from tokencomp.engine.kinds.prepared_mask import read_mask
 from tokencomp.engine.kinds.windows import CHUNKED, INDEXED, Windows, check_windows
 from tokencomp.engine.rows.layout import RowLayout
+from tokencomp.engine.scores.proportional import ProportionalAttention
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.engine.stage.segments import Segment
 from tokencomp.errors import UnsupportedCacheError
@@ -47,8 +48,8 @@ class LaterTokens:
         Gets `forward` or `cached` for the running call.
     in_force
         The patch that these calls are made under.
-    proportional
-        Whether attention reads how many tokens the cached rows stand for.
+    weights
+        Hands attention the number of tokens that cached rows stand for.
     """
 
     def __init__(
@@ -56,10 +57,10 @@ class LaterTokens:
         adapter: Adapter,
         calls: RunningCalls,
         in_force: InForce,
-        proportional: bool,
+        weights: ProportionalAttention,
     ) -> None:
         self.adapter, self.calls, self.in_force = adapter, calls, in_force
-        self.compact_positions, self.proportional = in_force.compact, proportional
+        self.compact_positions, self.weights = in_force.compact, weights
         mask_compat.mask_parameters()  # before a step is compiled
 
     def traceable(self, inputs: Mapping[str, Any], stages: bool) -> bool:
@@ -75,9 +76,11 @@ class LaterTokens:
         stages
             Whether the plan has any.
         """
-        if not torch.compiler.is_compiling() or self.proportional:
+        if not torch.compiler.is_compiling() or self.weights.installed:
             return False
         layer = first_layer(compat.get_cache(inputs))
+        if getattr(layer, "sizes", None) is not None:  # of an earlier patch, see `adopt`
+            return False
         if not isinstance(layer, CompressedStaticLayer):
             return not stages and not isinstance(layer, CompressedLayer)
         return _columns(inputs) == 1 and not self.adapter.carries_features(inputs)
@@ -98,7 +101,7 @@ class LaterTokens:
             self._continue(kwargs, layers)
 
     def adopt(self, layers: list[Any]) -> None:
-        """Let this patch continue a cache.
+        """Let this patch continue a cache, whose rows may have weights from an earlier one.
 
         Raises
         ------
@@ -106,6 +109,8 @@ class LaterTokens:
             The rows were written at other kinds of positions.
         """
         patch = getattr(first_with_rows(layers), "patch", None)
+        if patch is not None and patch.weights and not self.weights.installed:
+            self.weights.install()
         if patch is None or patch is self.in_force:
             return
         if patch.compact != self.compact_positions:
@@ -118,6 +123,7 @@ class LaterTokens:
         for layer in layers:
             if isinstance(layer, CompressedLayer):
                 layer.patch = self.in_force
+        self.in_force.weights |= patch.weights
 
     def _static_step(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
         """Prepare one token on a static cache, without a host read and with constant shapes.
@@ -133,7 +139,7 @@ class LaterTokens:
             kwargs["attention_mask"] = mask_compat.causal_mask(config, x, layer.unpadded, view)
         if self.compact_positions:
             kwargs["position_ids"] = layer.real_rows().expand(x.shape[0], 1)
-        if self.proportional:
+        if self.weights.installed:
             self.calls.own.cached = layers
 
     def _continue(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
@@ -243,13 +249,11 @@ def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict
     return {**kwargs, "attention_mask": padding}, prepared
 
 
-def compact_cache(forward: ForwardPass, cache: Any, proportional: bool, patch: InForce) -> None:
+def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> None:
     """Record in the cache layers that a prefill has filled which tokens their rows stand for.
 
     Parameters
     ----------
-    proportional
-        Whether the layers must remember how many tokens each row stands for.
     patch
         The patch under which the prefill has run.
 
@@ -268,7 +272,7 @@ def compact_cache(forward: ForwardPass, cache: Any, proportional: bool, patch: I
             continue
         device, batch = own[0].device, len(segment.layout.lengths)
         valid = segment.all_valid(segment.layout.valid(device))
-        sizes = segment.all_sizes() if proportional else None
+        sizes = forward.weights(segment)
         dropped = forward.width - segment.layout.width
         rows, columns = segment.physical + segment.layout.width, segment.columns(batch, device)
         starts = forward.starts() if CHUNKED in forward.windows.sizes else None
@@ -276,6 +280,7 @@ def compact_cache(forward: ForwardPass, cache: Any, proportional: bool, patch: I
             begins = layer is own[0] and segment.first > 0
             flags = valid if valid is None else valid.to(layer.device)
             compress_layer(layer, dropped, rows, flags, begins, sizes, columns, starts)
+            patch.weights |= sizes is not None
     _note_patch(forward, layers, patch)
 
 

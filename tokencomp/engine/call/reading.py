@@ -61,15 +61,12 @@ class PromptReader:
 
     Parameters
     ----------
-    proportional
-        Whether sizes of merged tokens are added to the attention logits.
     running
         The `generate` call that runs, if one does.
     """
 
-    def __init__(self, adapter: Adapter, proportional: bool, running: GenerateCall) -> None:
-        self.adapter, self.proportional = adapter, proportional
-        self.running = running
+    def __init__(self, adapter: Adapter, running: GenerateCall) -> None:
+        self.adapter, self.running = adapter, running
 
     def read(self, call: PrefillCall, plan: Plan) -> tuple[ForwardPass, Tensor]:
         """Read a prefill call.
@@ -89,7 +86,7 @@ class PromptReader:
         adapter, arguments, cache = self.adapter, call.arguments, call.cache
         x, mask = arguments["inputs_embeds"], arguments.get("attention_mask")
         layered = bool(plan.layer_stages)
-        check_prefill(adapter, arguments, call.kinds, layered, self.proportional)
+        check_prefill(adapter, arguments, call.kinds, layered, plan.merges_rest)
         positions, text = read_positions(adapter, arguments, cache)
         rows = positions[-3:].cpu() if adapter.mrope else None
         found = adapter.spans(Call(call.kinds, x, rows, adapter.body, call.inputs))

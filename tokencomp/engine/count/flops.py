@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tokencomp.engine.scores.proportional import extra_dims
 from tokencomp.torchlib import compat
 
 # Kinds of layers without keys: linear attention, short convolution, and MLPs alone.
@@ -86,18 +87,22 @@ class DecoderShape:
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return 2 * (attention + 3 * self.hidden * self.intermediate)
 
-    def layer_flops(self, tokens: int, past: int = 0, layer: int | None = None) -> int:
+    def layer_flops(
+        self, tokens: int, past: int = 0, layer: int | None = None, weighted: bool = False
+    ) -> int:
         """FLOPs of one layer for `tokens` new tokens after `past` cached ones.
 
         Causal attention counts the visible half: 4 · heads · head_dim per (query, key) pair. The
-        mixer of a linear layer counts as much as the projections of attention.
+        mixer of a linear layer counts as much as the projections of attention. `weighted` rows
+        take a few more dimensions per head to attention (`rest="merge"`).
         """
         shape = self.layer(layer)
         pairs, reach = tokens * past + tokens * (tokens + 1) // 2, shape.reach
         if reach is not None:  # the first queries see fewer than the window holds
             growing = min(max(reach - past, 0), tokens)
             pairs = growing * past + growing * (growing + 1) // 2 + (tokens - growing) * reach
-        attention = 4 * shape.heads * shape.head_dim * pairs
+        dim = shape.head_dim + (extra_dims(shape.head_dim) if weighted else 0)
+        attention = 4 * shape.heads * dim * pairs
         return tokens * shape.linear_flops_per_token + attention
 
     def kv_bytes(self, tokens: int, layer: int | None = None) -> int:

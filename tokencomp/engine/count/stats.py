@@ -65,6 +65,9 @@ class Stats:
     requested_ratio
         The ratio that the plan was to reach, before rounding to tokens and special tokens; of a
         budget: what it comes to for these items.
+    merged_from
+        Decoder layer before which tokens that leave are first merged into kept ones
+        (`rest="merge"`); None: they are dropped everywhere.
     """
 
     spans: list[list[VisualSpan]]
@@ -80,6 +83,7 @@ class Stats:
     entering: list[list[int]] = field(default_factory=list)
     tower_costs: list[TowerCost] = field(default_factory=list, repr=False)
     requested_ratio: float = 0.0
+    merged_from: int | None = None
     _kept: list[RowLayout] = field(default_factory=list, repr=False)
     _survivors: RowLayout | None = field(default=None, repr=False)
     _why_empty: str = field(default="no prompt with media counted", repr=False)
@@ -100,6 +104,7 @@ class Stats:
         left = sum(layers) / len(layers)
         mean = " in the mean layer" if len(set(layers)) > 1 else ""
         parts = [f"{sum(self.tokens_before)} → {left:.0f} visual tokens{mean}"]
+        parts += ["the rest merged"] if self.merged_from is not None else []
         for name, before, after in (
             ("LLM work", self.flops_before, self.flops_after),
             ("cache", self.kv_bytes_before, self.kv_bytes_after),
@@ -158,9 +163,9 @@ class Stats:
     @property
     def flops_after(self) -> int:
         """FLOPs of the decoder layers with compression (the reducer's own work not included)."""
-        pasts, count = self.past_rows, self.shape.layer_flops
-        rows = self._lengths_after()
-        return sum(count(n, pasts[i], i) for row in rows for i, n in enumerate(row))
+        pasts, count, rows = self.past_rows, self.shape.layer_flops, self._lengths_after()
+        first = self.shape.num_layers if self.merged_from is None else self.merged_from
+        return sum(count(n, pasts[i], i, i >= first) for row in rows for i, n in enumerate(row))
 
     @property
     def kv_bytes_before(self) -> int:
@@ -251,6 +256,7 @@ class Stats:
             "tokens_after": self.tokens_after,
             "ratio": self.ratio,
             "requested_ratio": self.requested_ratio,
+            **({} if self.merged_from is None else {"merged_from": self.merged_from}),
             "flops_before": self.flops_before,
             "flops_after": self.flops_after,
             "kv_bytes_before": self.kv_bytes_before,
@@ -348,6 +354,7 @@ def collect(forward: ForwardPass, cache: Any) -> Stats:
         entering=[[forward.plan.entering(s) for s in row] for row in forward.spans],
         tower_costs=forward.tower_costs,
         requested_ratio=_requested(forward),
+        merged_from=next((s.layer for s in forward.plan.stages if s.rest == "merge"), None),
         _survivors=forward.survivors,
         _kept=forward.kept,
     )

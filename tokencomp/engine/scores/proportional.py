@@ -1,7 +1,7 @@
 """Proportional attention: a merged token has the weight of all tokens that it stands for.
 
 Proportional attention adds log(size) to the softmax logits of a merged token (ToMe,
-arXiv 2210.09461), or a share of it. In our implementation the attention backend itself does the
+arXiv 2210.09461). In our implementation the attention backend itself does the
 addition. Queries and keys get a few more dimensions whose product is the logarithm. SDPA,
 FlashAttention and eager attention therefore run unchanged and without an additional mask, and the
 cache holds plain keys.
@@ -10,15 +10,15 @@ cache holds plain keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
-from numbers import Real
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokencomp.adapters.base import Adapter
+from tokencomp.engine.kinds.windows import Windows
 from tokencomp.errors import OptionError, UnsupportedModelError
-from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.attribute_view import AttributeView
 
@@ -43,49 +43,71 @@ class ProportionalAttention:
         Function of the layer index that returns the sizes of the first m cached rows, fp32 (B, m),
         in the current call. Later rows stand for one token each. If it returns None, all rows do,
         and the backend is called unchanged.
-    share
-        What the logarithm of the size is multiplied with, in (0, 1].
 
-    Raises
-    ------
-    UnsupportedModelError
-        There is no attention module, one has no config, or one has an indexer, which masks what
-        it has not chosen under the backends that it knows alone.
+    Attributes
+    ----------
+    installed
+        Whether the modules use it.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], sizes_of: SizesOf, share: float) -> None:
-        modules = [m for layer in layers for m in layer.modules() if hasattr(m, "layer_idx")]
-        self._modules: list[Any] = [m for m in modules if hasattr(m, "is_causal")]
-        if not self._modules or any(getattr(m, "indexer", None) for m in self._modules):
-            names = " and ".join(sorted({type(m).__name__ for m in self._modules or modules}))
-            raise UnsupportedModelError(
-                f"proportional_attention=True does not reach the attention of {names}. Patch "
-                "without it."
-            )
-        self._sizes_of, self._share = sizes_of, share
-        for module in self._modules:
-            if getattr(module, "config", None) is None:
-                raise UnsupportedModelError(
-                    f"{type(module).__name__} has no config that names its attention backend, so "
-                    "proportional_attention=True cannot reach it. Patch without it."
-                )
+    def __init__(self, layers: Iterable[nn.Module], sizes_of: SizesOf) -> None:
+        self._layers, self._sizes_of = list(layers), sizes_of
+        self._modules: list[Any] = []
+        self.installed = False
 
     def install(self) -> None:
-        """Register the attention function and let the modules use it."""
+        """Register the attention function and let the modules use it; safe to call twice.
+
+        Calls that run in other threads are not disturbed: without sizes, the function does what
+        the backend does.
+
+        Raises
+        ------
+        UnsupportedModelError
+            As `attention_modules`.
+        """
+        if self.installed:
+            return
+        self._modules = attention_modules(self._layers)
         compat.register_attention(NAME, attend)
         for module in self._modules:
             module.config = AttributeView(
-                module.config,
-                _attn_implementation=NAME,
-                tokencomp_sizes_of=self._sizes_of,
-                tokencomp_share=self._share,
+                module.config, _attn_implementation=NAME, tokencomp_sizes_of=self._sizes_of
             )
+        self.installed = True
 
     def remove(self) -> None:
         """Give the modules their original config back."""
         for module in self._modules:
             if isinstance(getattr(module, "config", None), AttributeView):
                 module.config = module.config.tokencomp_original
+        self._modules, self.installed = [], False
+
+
+def attention_modules(layers: Iterable[nn.Module]) -> list[Any]:
+    """The attention modules of decoder layers, whose configs name their backend.
+
+    Raises
+    ------
+    UnsupportedModelError
+        There is none, one has no config, or one has an indexer, which masks what it has not chosen
+        under the backends that it knows alone.
+    """
+    modules = [m for layer in layers for m in layer.modules() if hasattr(m, "layer_idx")]
+    found: list[Any] = [m for m in modules if hasattr(m, "is_causal")]
+    if not found or any(getattr(m, "indexer", None) for m in found):
+        names = " and ".join(sorted({type(m).__name__ for m in found or modules}))
+        raise UnsupportedModelError(
+            f"rest='merge': the weights of merged tokens do not reach the attention of {names}. "
+            "Use rest='drop'."
+        )
+    for module in found:
+        if getattr(module, "config", None) is None:
+            raise UnsupportedModelError(
+                f"rest='merge': {type(module).__name__} has no config that names its attention "
+                "backend, so the weights of merged tokens cannot reach it. Use rest='drop'."
+            )
+    return found
 
 
 def attend(
@@ -120,15 +142,15 @@ def attend(
     sizes, dim = config.tokencomp_sizes_of(module.layer_idx), value.shape[-1]
     if sizes is not None:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        query, key, value = widen(query, key, value, sizes, scaling, config.tokencomp_share)
+        query, key, value = widen(query, key, value, sizes, scaling)
     out, weights = backend(plain, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return out[..., :dim], weights
 
 
 def widen(
-    query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, scaling: float, share: float = 1.0
+    query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add dimensions so that scaling · q·k grows by share · log(size) of every key.
+    """Add dimensions so that scaling · q·k grows by the log(size) of every key.
 
     The head dimension grows to the next multiple of 8 that has two more dimensions. The first holds
     the logarithm in the dtype of the keys, and the second the part that rounding removed from it.
@@ -147,9 +169,9 @@ def widen(
         The widened tensors, of the same dtypes.
     """
     dim, rows = query.shape[-1], key.shape[-2]
-    extra = -(-(dim + 2) // MULTIPLE) * MULTIPLE - dim
+    extra = extra_dims(dim)
     factor = 2.0 ** round(-math.log2(scaling))  # a power of two is exact in every dtype
-    log_sizes = share * sizes.to(key.device).float().log() / (scaling * factor)
+    log_sizes = sizes.to(key.device).float().log() / (scaling * factor)
     log_sizes = nn.functional.pad(log_sizes, (0, rows - log_sizes.shape[1]))
     high = log_sizes.to(key.dtype)
     key_extra = key.new_zeros(key.shape[0], 1, rows, extra)
@@ -163,44 +185,24 @@ def widen(
     )
 
 
-def check_share(value: Any) -> bool | float:
-    """The share of log sizes as False, True or a number between 0 and 1.
+def extra_dims(dim: int) -> int:
+    """Dimensions that heads of `dim` dimensions get for the weights of rows: at least two."""
+    return -(-(dim + 2) // MULTIPLE) * MULTIPLE - dim
+
+
+def check_weights(adapter: Adapter) -> None:
+    """Refuse weights of merged tokens where the attention of a decoder cannot have them.
 
     Raises
     ------
     OptionError
-        If `value` is neither a bool nor a number in [0, 1].
+        The decoder has layers with an attention window.
+    UnsupportedModelError
+        There is no attention module, one has no config, or one has an indexer.
     """
-    if not (isinstance(value, Real) and 0 <= float(value) <= 1):
+    if Windows.of(adapter.decoder).sizes:
         raise OptionError(
-            f"proportional_attention={value!r}; allowed: False, True, or a number from 0 to 1, the "
-            "share of the log size that a merged token's attention logits get."
+            "rest='merge': layers with an attention window keep the last rows of their cache "
+            "alone, and sizes count all rows. Use rest='drop'."
         )
-    return bool(value) if value in (0, 1) else float(value)
-
-
-def check_windows(share: float, windows: Collection[Any]) -> None:
-    """Raise `OptionError` if a share of log sizes is wanted in a decoder with `windows`."""
-    if share and windows:
-        raise OptionError(
-            f"proportional_attention={share:g}: layers with an attention window keep the last rows "
-            "of their cache alone, and sizes count all rows. Patch without it."
-        )
-
-
-def check_merges(plan: Plan, reducer: Any = None) -> None:
-    """Check that the reducer, or a stage of an explicit plan, merges tokens.
-
-    Raises
-    ------
-    OptionError
-        If none of them merges tokens, so that proportional attention would have no effect.
-    """
-    reducers = [reducer] if reducer is not None else [s.reducer for s in plan.stages]
-    if not any(r.merges for r in reducers):
-        names = ", ".join(repr(r.name) for r in reducers) or "a plan without stages"
-        raise OptionError(
-            f"proportional_attention=True: {names} merges no tokens, so every token stands for "
-            'itself. Use a reducer that merges ("merge", "aim", "pool", "condiv" with '
-            "merge_rest=...), or leave the option out."
-        )
+    attention_modules(adapter.layers)

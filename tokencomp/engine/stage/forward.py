@@ -146,6 +146,13 @@ class ForwardPass:
         """The layout of every decoder layer."""
         return [s.layout for s in self.segments for _ in range(s.first, s.stop)]
 
+    def weights(self, segment: Segment) -> Tensor | None:
+        """Tokens that the first rows of `segment` weigh as much as, (B, m); None: one each.
+
+        Rows of reducers that merge by themselves weigh as much as others.
+        """
+        return segment.all_sizes() if self.plan.merges_rest else segment.past_sizes
+
     # -- entry ----------------------------------------------------------------------------------
 
     def entry(

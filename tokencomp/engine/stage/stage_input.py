@@ -13,6 +13,7 @@ from torch import Tensor
 from tokencomp.engine.rows.host_tables import HostTables
 from tokencomp.engine.rows.layout import RowLayout, Selection
 from tokencomp.engine.rows.question import keep_last
+from tokencomp.engine.stage.merging import merge_rest
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import QUERY, Signal, TowerSignal
@@ -66,6 +67,8 @@ class StageInput:
         ]
         if not chosen:  # no reducer is needed where all tokens stay, or none
             return Selection(keeps, [], None)
+        from tokencomp.kernels.dispatch import checked
+
         batch = self._batch(stage, chosen)
         numbers = [keeps[b][j] for b, j in chosen]
         reduction = self._reduced(stage, batch, chosen, numbers, order, counts)
@@ -83,6 +86,10 @@ class StageInput:
             for part, (b, j) in zip(parts, chosen, strict=True):
                 keeps[b][j] = part.keep.numel()
                 counts[b][j][order] = keeps[b][j] - len(spans[b][j].span.text)
+        if stage.rest == "merge":
+            numbers = [keeps[b][j] for b, j in chosen]
+            with checked():  # targets come from tables of the host
+                reduction = merge_rest(batch, reduction, numbers, stage.reducer.name)
         return Selection(keeps, chosen, reduction)
 
     def _ends_question(self, b: int, j: int) -> bool:

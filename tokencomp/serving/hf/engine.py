@@ -82,8 +82,9 @@ class Engine:
         self.grammars = Grammars(self.text.tokenizer, self._ends)
         check(model, options.default)
         off = replace(
-            options.default, ratio=0.0, budget=None, tower_ratio=0.0, tower_reducer="auto"
-        )
+            options.default, ratio=0.0, budget=None, rest="drop",
+            tower_ratio=0.0, tower_reducer="auto",
+        )  # fmt: skip
         self._handle: Handle = apply(model, off)
         self._wake = threading.Condition()
         self._closed = False
@@ -225,7 +226,7 @@ class Engine:
         if not spec.active:
             return self._handle.disabled()
         self._handle.set(
-            **spec.requested, reducer=spec.reducer,
+            **spec.requested, reducer=spec.reducer, rest=spec.rest,
             tower_ratio=spec.tower_ratio, tower_reducer=spec.tower_reducer,
         )  # fmt: skip
         return contextlib.nullcontext()

@@ -1,17 +1,15 @@
-"""Proportional attention equals a dense run with log(size) added to its attention logits."""
+"""`rest="merge"` equals a dense float64 run that merges in loops and adds log(size) to logits."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import math
-from collections.abc import Iterator
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from support import oracle
+from support import matrix, oracle
 from support.families import FAMILIES, Family, text
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,17 +26,12 @@ from tokencomp.conformance.variants import variants
 from tokencomp.engine.scores.proportional import widen
 from tokencomp.errors import OptionError, UnsupportedModelError
 
-Case = tuple[str, dict[str, Any]]
-MERGERS: list[Case] = [
-    ("merge", {}),
-    ("merge", {"weighted": False, "position": "first"}),
-    ("condiv", {"power": 0.0, "merge_rest": -1.0}),
-    ("pool", {}),
-    ("aim", {}),
-    ("merge+fastv", {}),
+MERGERS, KEEPERS = [
+    [c for c in matrix.cases() if make_reducer(c[0], **c[1]).merges is merges and c[0] != "oracle"]
+    for merges in (True, False)
 ]
 two_families = pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
-mergers = pytest.mark.parametrize("case", MERGERS, ids=lambda c: "-".join([c[0], *c[1]]))
+KCENTRE = make_reducer("kcentre")
 
 
 def rows(family: Family) -> list[list[Any]]:
@@ -52,95 +45,84 @@ def rows(family: Family) -> list[list[Any]]:
 
 
 def patched(
-    model: nn.Module, case: Case, ratio: float = 0.8, share: float = 1.0
+    model: nn.Module, ratio: float = 0.8, reducer: str = "kcentre", **options: Any
 ) -> tokencomp.Handle:
-    return tokencomp.patch(model, ratio, reducer=case[0], proportional_attention=share, **case[1])
+    return tokencomp.patch(model, ratio, reducer=reducer, rest="merge", **options)
 
 
-@contextlib.contextmanager
-def merged_at_entry(model: nn.Module, family: Family, handle: Any, bias: Tensor) -> Iterator[None]:
-    """Replace kept embeddings by what the entry stage merges, and note log sizes in `bias`."""
-    reducer, stats = handle.plan.entry.reducer, handle.stats
-    spans, kept = stats.spans, [stats.kept(b)[0] for b in range(len(stats.spans))]
-
-    def replace(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        x = kwargs["inputs_embeds"].clone()
-        for b, row in enumerate(spans):
-            for span, offsets in zip(row, kept[b], strict=True):
-                mask = span.special_mask()
-                given = x[b, span.start : span.stop].clone()
-                tokens = tokencomp.VisualTokens(given, span.grid, mask, kind=span.kind)
-                got = reducer.reduce(tokens, len(offsets))
-                assert got.keep.tolist() == offsets
-                columns = [span.start + o for o in offsets]
-                x[b, columns], bias[b, columns] = got.merged, got.sizes.log()
-        return args, {**kwargs, "inputs_embeds": x}
-
-    hook = family.decoder(model).register_forward_pre_hook(replace, with_kwargs=True)
-    yield
-    hook.remove()
-
-
-def check_dense(model: nn.Module, family: Family, case: Case, share: float = 1.0) -> None:
-    """Prefill and eight decode steps of a ragged batch."""
+def check_dense(model: nn.Module, family: Family, handle: tokencomp.Handle, steps: int = 8) -> None:
+    """Prefill and decode steps of a ragged batch."""
     inputs = family.batch(rows(family))
-    with patched(model, case, share=share) as handle:
-        out = oracle.generate(model, inputs)
+    with handle:
+        out = oracle.generate(model, inputs, steps)
         masks = oracle.kept_columns(handle, inputs, family.layers)
+    merged = oracle.Merged(handle)
     length = inputs["input_ids"].shape[1]
-    new, bias = out.sequences[:, length:][:, :-1], torch.zeros(inputs["input_ids"].shape)
-    with merged_at_entry(model, family, handle, bias):
-        plain = oracle.masked_logits(model, family, inputs, masks, new)
-        assert bias.max() > 0.5
-        dense = oracle.masked_logits(model, family, inputs, masks, new, share * bias)
+    new = out.sequences[:, length:][:, :-1]
+    dense = oracle.masked_logits(model, family, inputs, masks, new, merged)
+    plain = oracle.masked_logits(model, family, inputs, masks, new)
+    assert merged.sizes.max() > 2
     for step, logits in enumerate(out.logits):
         at = length - 1 + step
         assert (logits - dense[:, at]).abs().max() < 1e-5, f"step {step}"
-        assert (logits[:2] - plain[:2, at]).abs().max() > 1e-3  # the bias matters
+        assert (logits[:2] - plain[:2, at]).abs().max() > 1e-3  # merging matters
         assert (logits[2] - plain[2, at]).abs().max() < 1e-5  # but not to text
 
 
 def test_every_family(family: Family, backend: str) -> None:
-    check_dense(family.build(backend), family, MERGERS[0])
+    model = family.build(backend)
+    check_dense(model, family, patched(model))
 
 
 @two_families
-@mergers
-def test_every_reducer(case: Case, name: str, backend: str) -> None:
-    check_dense(FAMILIES[name].build(backend), FAMILIES[name], case)
-
-
-@two_families
-@pytest.mark.parametrize("share", [0.5, 0.25])
-def test_a_share_of_the_logarithm(share: float, name: str, backend: str) -> None:
+@pytest.mark.parametrize("case", KEEPERS, ids=matrix.case_id)
+def test_every_reducer_that_keeps_tokens(case: matrix.Case, name: str) -> None:
+    """At entry and between layers."""
     family = FAMILIES[name]
-    check_dense(family.build(backend), family, MERGERS[2], share)
+    model = family.build()
+    reducer, options = matrix.on_model(case, model)
+    check_dense(model, family, patched(model, 0.6, reducer, **options), 3)
 
 
-def test_bad_shares_are_refused() -> None:
-    model = FAMILIES["qwen2_vl"].build()
-    for share in (-0.5, 1.5, math.nan, "half"):
-        with pytest.raises(OptionError, match="a number from 0 to 1"):
-            tokencomp.patch(model, 0.5, reducer="merge", proportional_attention=share)
-    for share in (0, 0.0):  # as False: every token weighs the same, whatever the reducer
-        tokencomp.patch(model, 0.5, reducer="uniform", proportional_attention=share).remove()
+@pytest.mark.parametrize("case", MERGERS, ids=matrix.case_id)
+def test_reducers_that_merge_by_themselves_are_refused(case: matrix.Case) -> None:
+    with pytest.raises(OptionError, match=r"rest='merge': .* merges tokens by itself"):
+        tokencomp.patch(FAMILIES["qwen2_vl"].build(), 0.5, reducer=case[0], rest="merge", **case[1])
 
 
 @two_families
-def test_sizes_add_up_over_stages(name: str) -> None:
+def test_two_stages(name: str) -> None:
     """Merging again between layers starts from the sizes that merging at entry left."""
     family = FAMILIES[name]
-    model, merge = family.build(), make_reducer("merge")
-    plan = Plan((Stage(0, 0.5, merge), Stage(2, 0.25, merge)))
-    with tokencomp.patch(model, plan=plan, proportional_attention=True) as handle:
-        out = model(**family.batch(rows(family)), use_cache=True)
-    layers = oracle.cache_of(out).layers
-    for layer in (0, 1, 2, 3):
-        for b, spans in enumerate(handle.stats.spans):
-            real = slice(None) if layers[layer].valid is None else layers[layer].valid[b]
-            sizes = layers[layer].sizes[b][real]
-            text_rows = handle.stats.lengths[b] - sum(s.length for s in spans)
-            assert float(sizes.sum()) - text_rows == sum(s.length for s in spans)
+    model = family.build()
+    plan = Plan((Stage(0, 0.5, KCENTRE, rest="merge"), Stage(2, 0.25, KCENTRE, rest="merge")))
+    check_dense(model, family, tokencomp.patch(model, plan=plan))
+
+
+@two_families
+def test_rest_of_one_stage(name: str) -> None:
+    """Each stage has its own; merged rows that a later one drops are gone with their weight."""
+    family = FAMILIES[name]
+    model = family.build()
+    plan = Plan((Stage(0, 0.5, KCENTRE, rest="merge"), Stage(2, 0.25, make_reducer("uniform"))))
+    check_dense(model, family, tokencomp.patch(model, plan=plan))
+    plan = Plan((Stage(0, 0.5, KCENTRE), Stage(2, 0.1, make_reducer("uniform"), rest="merge")))
+    check_dense(model, family, tokencomp.patch(model, plan=plan))
+
+
+def test_behind_the_tower() -> None:
+    """What the tower drops is gone; of what reaches the decoder, the rest is merged."""
+    family = FAMILIES["qwen2_vl"]
+    model = family.build()
+    inputs = family.batch(rows(family)[:1])
+    with patched(model, 0.75, tower_ratio=0.5) as handle:
+        model(**inputs, use_cache=False)
+    sizes = handle.stats.tower_kept(0)
+    with patched(model, 0.75, tower_ratio=0.5):
+        layers = oracle.cache_of(model(**inputs, use_cache=True)).layers
+    (span,) = handle.stats.spans[0]
+    others = handle.stats.lengths[0] - span.length
+    assert float(layers[0].sizes.sum()) - others == len(sizes[0]) < span.length
 
 
 @two_families
@@ -148,7 +130,7 @@ def test_batch_equals_singles_and_beams(name: str) -> None:
     family = FAMILIES[name]
     model, data = family.build(), rows(family)
     options = dict(num_beams=3, num_return_sequences=2)
-    with patched(model, MERGERS[0]):
+    with patched(model):
         batch = oracle.generate(model, family.batch(data))
         beams = oracle.generate(model, family.batch(data), **options)
         for b, row in enumerate(data):
@@ -164,7 +146,7 @@ def test_prompt_lookup_and_no_cache(name: str) -> None:
     """Rejected drafts crop the cache; without a cache every step is a prefill."""
     family = FAMILIES[name]
     model, inputs = family.build(), family.batch([[text(3), family.image(0), text(4, 3) * 3]])
-    with patched(model, MERGERS[0]):
+    with patched(model):
         options = dict(max_new_tokens=12, repetition_penalty=1.5)
         greedy = model.generate(**inputs, **options)
         bare = model.generate(**inputs, **options, use_cache=False)
@@ -183,7 +165,7 @@ def test_second_image_on_the_cache(name: str) -> None:
     whole = family.batch([[*first, *second]])
     positions = family.positions(model, whole)
     n = family.batch([first])["input_ids"].shape[1]
-    with patched(model, MERGERS[0]), torch.no_grad():
+    with patched(model), torch.no_grad():
         out = model(**family.batch([first]), position_ids=positions[..., :n], use_cache=True)
         turn = {**family.batch([second]), "attention_mask": whole["attention_mask"]}
         cache = oracle.cache_of(out)
@@ -193,11 +175,59 @@ def test_second_image_on_the_cache(name: str) -> None:
 
 
 @two_families
+def test_a_cache_keeps_its_weights_under_any_later_patch(name: str) -> None:
+    """A second turn under ratio 0 reads the weights of the first, whoever has written them."""
+    family = FAMILIES[name]
+    model, inputs = family.build(), family.batch([rows(family)[0]])
+    with patched(model) as handle:
+        expected = oracle.generate(model, inputs).logits
+        out = model(**inputs, use_cache=True)
+        handle.set(ratio=0.0, rest="drop")
+        later = oracle.cache_of(out)
+        for step in range(3):
+            out = model(out.logits[:, -1:].argmax(-1), past_key_values=later, use_cache=True)
+            assert (out.logits[:, -1] - expected[step + 1]).abs().max() < 1e-5
+    with patched(model):
+        out = model(**inputs, use_cache=True)
+    later = oracle.cache_of(out)
+    with tokencomp.patch(model, 0.0):
+        for step in range(3):
+            out = model(out.logits[:, -1:].argmax(-1), past_key_values=later, use_cache=True)
+            assert (out.logits[:, -1] - expected[step + 1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_what_merges_by_itself_has_no_weights(cache: str) -> None:
+    """Also while the weights of another plan of the patch can reach attention."""
+    family = FAMILIES["llava_onevision"]
+    model, inputs = family.build(), family.batch(rows(family))
+    how = {} if cache == "dynamic" else {"cache_implementation": cache}
+    with tokencomp.patch(model, 0.8, reducer="merge"):
+        expected = oracle.generate(model, inputs, **how)
+    with patched(model) as handle:
+        handle.set(reducer="merge", rest="drop")
+        got = oracle.generate(model, inputs, **how)
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(got.logits, expected.logits, strict=True))
+
+
+@two_families
+def test_static_cache(name: str) -> None:
+    family = FAMILIES[name]
+    model, inputs = family.build(), family.batch(rows(family))
+    with patched(model):
+        static = oracle.generate(model, inputs, cache_implementation="static")
+        dynamic = oracle.generate(model, inputs)
+    assert all(
+        (a - b).abs().max() < 1e-5 for a, b in zip(static.logits, dynamic.logits, strict=True)
+    )
+
+
+@two_families
 def test_cache_does_not_grow(name: str) -> None:
     family = FAMILIES[name]
     model = family.build()
     inputs = family.batch(rows(family)[:1])
-    with patched(model, MERGERS[0]) as handle:
+    with patched(model) as handle:
         out = model(**inputs, use_cache=True)
     held = sum(t.nbytes for c in oracle.cache_of(out).layers for t in (c.keys, c.values))
     assert held == handle.stats.kv_bytes_after
@@ -210,14 +240,16 @@ def test_leaves_no_trace(name: str, backend: str) -> None:
     model, inputs = family.build(backend), family.batch(rows(family))
     expected, before = model(**inputs).logits, [dict(m.__dict__) for m in model.modules()]
     config = copy.deepcopy(model.config.to_dict())
-    handle = patched(model, MERGERS[0], 0.0)
+    handle = patched(model, 0.0)
     assert torch.equal(model(**inputs).logits, expected)
+    handle.set(ratio=0.5)
     assert model.config.to_dict() == config
     assert family.decoder(model).config._attn_implementation == backend
-    handle.set(ratio=0.5)
     assert not torch.equal(model(**inputs).logits, expected)
     with handle.disabled():
         assert torch.equal(model(**inputs).logits, expected)
+    handle.set(ratio=0.0)
+    assert torch.equal(model(**inputs).logits, expected)
     tokencomp.unpatch(model)
     after = [m.__dict__ for m in model.modules()]
     assert all(a.get("config") is b.get("config") for a, b in zip(after, before, strict=True))
@@ -238,7 +270,7 @@ def test_the_backend_sees_what_flash_attention_takes(name: str) -> None:
     AttentionInterface.register("recorder", recorder)
     AttentionMaskInterface.register("recorder", sdpa_mask)
     model, inputs = family.build(), family.batch(rows(family)[:1])
-    with patched(model, MERGERS[0]):
+    with patched(model):
         expected = model(**inputs).logits
         model.set_attn_implementation("recorder")  # a change while patched counts
         assert torch.equal(model(**inputs).logits, expected)
@@ -251,11 +283,32 @@ def test_runs_in_the_flash_kernel(name: str) -> None:
     """PyTorch's flash kernel, which falls back to nothing here, gives the same."""
     family = FAMILIES[name]
     model, inputs = family.build(), family.batch(rows(family)[:1])
-    with patched(model, MERGERS[0]), torch.no_grad():
+    with patched(model), torch.no_grad():
         expected = oracle.generate(model, inputs).logits
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             got = oracle.generate(model, inputs).logits
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(got, expected, strict=True))
+
+
+def test_what_says_so() -> None:
+    """Handle, stats, FLOPs (a few more dimensions per head), the JSON form of the plan."""
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), family.batch(rows(family)[:1])
+    with tokencomp.patch(model, 0.8, reducer="kcentre") as handle:
+        model(**inputs)
+    plain = handle.stats
+    with patched(model) as handle:
+        model(**inputs)
+        assert "kcentre, merging the rest, at entry" in repr(handle)
+        (stage,) = tokencomp.plan_to_json(handle.plan)
+    stats = handle.stats
+    assert stage["rest"] == "merge"
+    assert "the rest merged" in str(stats) and "merged" not in str(plain)
+    assert stats.summary()["merged_from"] == 0 and "merged_from" not in plain.summary()
+    shape, left = stats.shape, stats.lengths[0] - stats.tokens_before[0] + stats.tokens_after[0][0]
+    more = 4 * shape.heads * 8 * (left * (left + 1) // 2) * shape.num_layers
+    assert stats.flops_after == plain.flops_after + more
+    assert stats.tokens_after == plain.tokens_after and stats.kept() == plain.kept()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -286,8 +339,8 @@ def tiny(model_type: str) -> Any:
 @pytest.mark.parametrize("model_type", ["mistral_large4", "hy_v4_vl"])
 def test_attention_with_an_indexer_is_refused(model_type: str) -> None:
     """It masks what its indexer has not chosen under the names of known backends alone."""
-    with pytest.raises(UnsupportedModelError, match="does not reach the attention of"):
-        tokencomp.patch(tiny(model_type).model, 0.5, reducer="merge", proportional_attention=True)
+    with pytest.raises(UnsupportedModelError, match="do not reach the attention of"):
+        tokencomp.patch(tiny(model_type).model, 0.5, reducer="kcentre", rest="merge")
 
 
 @torch.no_grad()
@@ -298,7 +351,7 @@ def test_attention_by_another_name() -> None:
     attn = next(m for m in model.decoder.modules() if type(m).__name__ == "NemotronHAttention")
     seen: list[Any] = []
     attn.register_forward_hook(lambda *call: seen.append((call[2], call[3])), with_kwargs=True)
-    with tokencomp.patch(model.whole, 0.5, reducer="merge", proportional_attention=True):
+    with tokencomp.patch(model.whole, 0.5, reducer="kcentre", rest="merge"):
         out = prompts.forward(prompts.inputs([0]))
     (kwargs, (found, _)), layer = seen[-1], oracle.cache_of(out).layers[attn.layer_idx]
     x, sizes = kwargs["hidden_states"], layer.sizes
@@ -314,15 +367,33 @@ def test_attention_by_another_name() -> None:
     assert (found - expected).abs().max() < 1e-5
 
 
-def test_refused_where_nothing_merges() -> None:
-    model = FAMILIES["qwen2_vl"].build()
-    for name in ("condiv", "random", "fastv", "condiv+fastv"):
-        with pytest.raises(OptionError, match=f"'{name.replace('+', '.')}' merges no tokens"):
-            tokencomp.patch(model, 0.5, reducer=name, proportional_attention=True)
-    with pytest.raises(OptionError, match="merges no tokens"):
-        plan = Plan((Stage(0, 0.5, make_reducer("uniform")),))
-        tokencomp.patch(model, plan=plan, proportional_attention=True)
-    handle = patched(model, MERGERS[0])
-    with pytest.raises(OptionError, match="merges no tokens"):
-        handle.set(reducer="random")
-    assert handle.plan.entry.reducer.name == "merge"
+def test_refused() -> None:
+    """By name; a refused change leaves the patch as it was."""
+    model, uniform = FAMILIES["qwen2_vl"].build(), make_reducer("uniform")
+    with pytest.raises(OptionError, match="rest='keep'; allowed: 'drop', 'merge'"):
+        tokencomp.patch(model, 0.5, rest="keep")
+    with pytest.raises(OptionError, match=r"rest='merge'.*a plan names its reducers"):
+        tokencomp.patch(model, plan=Plan((Stage(0, 0.5, uniform),)), rest="merge")
+    with pytest.raises(OptionError, match="rest='merge' beside 'merge', which merges"):
+        Plan((Stage(0, 0.5, make_reducer("merge")), Stage(2, 0.2, uniform, rest="merge")))
+    handle = patched(model)
+    with pytest.raises(OptionError, match="rest='merge': 'pool' merges tokens by itself"):
+        handle.set(reducer="pool")
+    assert handle.plan.entry.reducer.name == "kcentre" and handle.plan.merges_rest
+    assert not handle.set(reducer="pool", rest="drop").plan.merges_rest
+
+
+def test_a_reducer_that_merges_without_saying_so() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Silent(tokencomp.Reducer):
+        name = "silent"
+
+        def reduce(self, tokens: Any, keep: int) -> tokencomp.Reduction:
+            rows = torch.arange(keep)
+            return tokencomp.Reduction(rows, tokens.features[rows] * 2)
+
+    family = FAMILIES["qwen2_vl"]
+    model = family.build()
+    own = pytest.raises(OptionError, match="'silent' returns features or sizes of its own")
+    with tokencomp.patch(model, 0.5, reducer=Silent(), rest="merge"), own:
+        model(**family.batch(rows(family)))
