@@ -1,8 +1,9 @@
 """Frame policies: which frames of a clip are decoded.
 
-A policy is a number of evenly spaced frames (`8`), a rate (`"1fps"`), or a choice by the scores of
-a callable (`Scored`, in text `"scorer:aks:8"`). It is deterministic and sees the index of the file;
-only `Scored` looks at pictures.
+A policy is a number of evenly spaced frames (`8`), a rate (`"1fps"`), bursts of the compressed
+stream (`"stream:32"`), or a choice by the scores of a callable (`Scored`, in text
+`"scorer:aks:8"`). It is deterministic and sees the index of the file; only `Scored` looks at
+pictures.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import numpy as np
 from tokencomp.errors import MediaError, OptionError
 from tokencomp.inputs.packets import ClipIndex
 from tokencomp.inputs.scored import RULES, checked_scores
+from tokencomp.inputs.stream import silence, stream_choice
 
-FORMS = '8 (evenly spaced), "1fps" (by time), or "scorer:aks:8" (by scores)'
+FORMS = '8 (evenly spaced), "1fps" (by time), "stream:8" (by bursts) or "scorer:aks:8" (by scores)'
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,13 @@ class Choice:
         Numbers of the frames, ascending.
     rule
         How they were chosen, in words for results.
+    silence
+        Why the policy could not choose by its rule, and these are evenly spaced; "" if it could.
     """
 
     places: tuple[int, ...]
     rule: str
+    silence: str = ""
 
 
 Look = Callable[[Sequence[int]], list[Any]]
@@ -85,6 +90,20 @@ class Rate:
         middles = (np.arange(count) + 0.5) / self.fps
         shown = np.searchsorted(index.times, middles, side="right") - 1
         return Choice(tuple(np.unique(shown).tolist()), "rate")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """`count` frames by the bursts of the compressed stream, see `tokencomp.inputs.stream`."""
+
+    count: int
+
+    def __str__(self) -> str:
+        return f"stream:{self.count}"
+
+    def choose(self, index: ClipIndex, look: Look, question: str) -> Choice:
+        places, rule = stream_choice(index, self.count)
+        return Choice(tuple(places), rule, silence(index))
 
 
 @dataclass(frozen=True)
@@ -148,6 +167,8 @@ def frame_policy(frames: Frames) -> Policy:
         return Even(_positive(int(match[1]), "frames", frames))
     if match := re.fullmatch(r"([+-]?\d*\.?\d+)\s*fps", text):
         return Rate(_positive(float(match[1]), "frames", frames))
+    if match := re.fullmatch(r"stream:([+-]?\d+)", text):
+        return Stream(_positive(int(match[1]), "frames", frames))
     if match := re.fullmatch(r"scorer:(\w+):([+-]?\d+)", text):
         return Scored(_positive(int(match[2]), "frames", frames), None, match[1])
     raise OptionError(f"frames={frames!r} names no frame policy: expected {FORMS}.")

@@ -60,7 +60,8 @@ def load_media(
         An image file, a video file, an animated GIF/WebP, or a folder of frame images.
     frames : int, str or policy
         Which frames of a video are decoded, see `tokencomp.inputs.frames`: a number of evenly
-        spaced ones (a shorter video gives all the frames it has), `"1fps"`, or a policy.
+        spaced ones (a shorter video gives all the frames it has), `"1fps"`, `"stream:8"`, or a
+        policy.
     size : int or None
         Longest side of a frame in pixels. Larger frames are scaled while their colours are
         converted, so that pictures of full size never exist. None leaves them as they are.
@@ -86,6 +87,11 @@ def load_media(
         A scorer does not return one finite number per frame.
     MissingDependencyError
         The decoder is not installed.
+
+    Warns
+    -----
+    FrameChoiceWarning
+        The stream of the file says nothing, or frames are damaged.
     """
     path, policy = Path(path), frame_policy(frames)
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
@@ -102,6 +108,12 @@ def load_media(
         return load_image(path)
     with open_clip(path, decoder) as clip:
         choice = policy.choose(clip.index, lambda at: [*_pictures(clip, at, size)[1]], question)
+        if choice.silence:
+            warnings.warn(
+                f"{path}: frames={str(policy)!r} takes evenly spaced frames: {choice.silence}.",
+                FrameChoiceWarning,
+                stacklevel=2,
+            )
         places, images = _pictures(clip, choice.places, size)
         if set(places) != set(choice.places):
             lost = sorted(set(choice.places) - set(places))
