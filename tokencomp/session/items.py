@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokencomp.errors import FrameOrderError, MediaError, OptionError
 from tokencomp.inputs.frame_times import frame_times, reads_times
-from tokencomp.inputs.media import to_rgb
+from tokencomp.inputs.images import to_rgb
 from tokencomp.inputs.video import Sampling, Video
 from tokencomp.validation import fits
 
