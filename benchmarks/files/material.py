@@ -44,7 +44,7 @@ ENCODINGS: dict[str, tuple[str, str, dict[str, str]]] = {
         "libvpx-vp9", "webm", {"cpu-used": "5", "deadline": "good", "crf": "32", "b": "0",
                                "lag-in-frames": "25", "auto-alt-ref": "1"}),
     "av1": ("libsvtav1", "mp4", {"preset": "12", "crf": "40"}),
-    "mpeg4": ("mpeg4", "mp4", {"b": "500k"}),
+    "mpeg4": ("mpeg4", "mp4", {"b": "500k", "g": "50", "bf": "2"}),
 }  # fmt: skip
 VARIABLE = "h264 variable frame rate"
 """The clip as H.264, without 40 % of its frames."""

@@ -24,13 +24,15 @@ BURST = 0.5
 HEADER = 16
 """Bytes that are added to every size: a frame without content still has its header."""
 CUT = 0.4
-"""A frame of this share of a key frame's bytes renews the picture."""
+"""A burst of this share of a key frame's bytes renews the picture."""
 EARLY = 0.9
 """A key frame that comes after a smaller share of the longest distance is a cut."""
 CUTS, SHOT = 3, 20.0
 """A clip is edited if it has so many cuts, and shots shorter than this, in seconds."""
 APART, BEHIND = 1 / 4, 1 / 12
 """Seconds between two bursts, and from a burst to the frame that is taken."""
+HIDDEN, LATER = frozenset(["vp9", "libdav1d", "av1"]), 0.3
+"""Decoders whose packets also hold hidden frames of later times, and the seconds there."""
 
 
 def stream_choice(index: ClipIndex, count: int) -> tuple[list[int], str]:
@@ -48,7 +50,7 @@ def stream_choice(index: ClipIndex, count: int) -> tuple[list[int], str]:
         return even_gaps([], index.total, count), f"even: an edited clip of {cuts} cuts"
     rate = index.fps or 1.0
     found = _strongest(strength, count // 2, max(1, round(APART * rate)))
-    behind = max(1, round(BEHIND * rate))
+    behind = max(1, round((LATER if index.codec in HIDDEN else BEHIND) * rate))
     taken = {min(place + behind, index.total - 1) for place in found}
     if not taken:
         return even_gaps([], index.total, count), "even: the stream has no burst"
@@ -78,9 +80,10 @@ def bursts(packets: Packets) -> tuple[np.ndarray, int]:
         strength[behind] = sizes[behind] - np.maximum(_running_median(sizes[behind]), usual[near])
     at = np.flatnonzero(keys)
     renewed = CUT * np.median(packets.sizes[at]) if len(at) else math.inf
-    cuts = int((~keys & (packets.sizes > renewed)).sum())
+    cuts = int((~keys & (packets.sizes > renewed) & (strength >= BURST)).sum())
     # Encoders place key frames at equal distances, and earlier only where they see a cut.
     distances = np.diff(np.append(at, len(sizes)))
+    strength[at] = sizes[at] - _running_median(sizes[at])
     if len(at) > 1:
         early = at[1:][distances[:-1] < EARLY * distances.max()]
         strength[early] = sizes[early] - np.median(sizes[~keys])
