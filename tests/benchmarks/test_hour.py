@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -108,6 +109,7 @@ def test_limits_fit_into_an_hour() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.skipif(not importlib.util.find_spec("lmms_eval"), reason="needs the extra [eval]")
 def test_the_rehearsal_takes_every_part(tmp_path: Path) -> None:
     assert hour.main(["--rehearse", "--out", str(tmp_path)]) == 0
     assert set(statuses(tmp_path).values()) == {"done"}
