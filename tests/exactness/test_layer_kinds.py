@@ -225,7 +225,7 @@ def test_scores_of_the_nearest_full_layer(family: Family) -> None:
     if family.name in ("gemma4_e", UNSCORED):
         pytest.skip("its stages stand before the first full layer, or it has no scores")
     model = family.build("eager")
-    kinds_of_layers = Windows.of(family.decoder(model)).kinds
+    kinds_of_layers = [kind.name for kind in Windows.of(family.decoder(model)).kinds]
     scored = kinds_of_layers.index("full_attention")
     stage = scored + (2 if kinds_of_layers[scored + 1] != "full_attention" else 1)
     inputs = family.batch([[text(3), family.image(0), text(5, 3)]])

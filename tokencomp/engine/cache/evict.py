@@ -21,8 +21,9 @@ from transformers.cache_utils import DynamicLayer
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.compress import compress_layer
 from tokencomp.engine.cache.layers import CompressedDynamicLayer, CompressedLayer, InForce
-from tokencomp.engine.cache.rows import REFERENCE, filled, holds_rows, physical_length
-from tokencomp.engine.kinds.windows import INDEXED, Windows
+from tokencomp.engine.cache.rows import filled, holds_rows, physical_length
+from tokencomp.engine.kinds.indexed import Indexed
+from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.rows.outputs import cached_columns
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
 from tokencomp.torchlib import compat
@@ -64,9 +65,11 @@ def check_eviction(adapter: Adapter) -> None:
             windows.linear
         ),
         "layers with an attention window, whose cache has let rows go already": bool(
-            windows.sizes or windows.cut or REFERENCE in windows.kinds
+            windows.sizes or windows.cut or windows.cut_later_turns
         ),
-        "layers with an indexer, which holds rows of its own": INDEXED in windows.kinds,
+        "layers with an indexer, which holds rows of its own": any(
+            isinstance(kind, Indexed) for kind in windows.kinds
+        ),
         "attention with a bias by distance": windows.relative,
         "queries that are scaled by the number of their row": any(
             getattr(config, name, None) for name in BY_ROW_NUMBER

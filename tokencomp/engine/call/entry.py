@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of, scales_queries
-from tokencomp.engine.cache.rows import REFERENCE
 from tokencomp.engine.call.later import first_layer
 from tokencomp.engine.kinds.relative import DISTANCE
 from tokencomp.engine.kinds.windows import check_windows
@@ -74,7 +73,7 @@ def enter_prompt(
     """
     forward.by_column = not compact
     first = forward.segments[0]
-    if first.physical and REFERENCE in forward.windows.kinds:
+    if first.physical and forward.windows.cut_later_turns:
         window = first_layer(cache).sliding_window
         raise UnsupportedCacheError(LATER_MEDIA.format(type(adapter.decoder).__name__, window))
     if compact:

@@ -19,7 +19,6 @@ from tokencomp.engine.cache.compress import compress_layer
 from tokencomp.engine.cache.layers import CompressedLayer, CompressedStaticLayer, InForce
 from tokencomp.engine.cache.need import PatchNeed
 from tokencomp.engine.cache.rows import (
-    REFERENCE,
     filled,
     first_with_rows,
     physical_length,
@@ -28,7 +27,7 @@ from tokencomp.engine.cache.rows import (
 from tokencomp.engine.call.state import RunningCalls
 from tokencomp.engine.kinds import mask_compat
 from tokencomp.engine.kinds.prepared_mask import read_mask
-from tokencomp.engine.kinds.windows import CHUNKED, INDEXED, Windows, check_windows
+from tokencomp.engine.kinds.windows import Windows, check_windows
 from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.scores.proportional import ProportionalAttention
 from tokencomp.engine.stage.forward import ForwardPass
@@ -167,7 +166,7 @@ class LaterTokens:
         # `MASKLESS` may still require a tensor. `cached` stands for the ForwardPass that such a
         # call does without: proportional attention reads the sizes of the rows from it.
         maskless = n == 1 and plain and any(name in backend for name in MASKLESS)
-        masked = {INDEXED, REFERENCE}.intersection(windows.kinds)  # the decoder builds them anyway
+        masked = any(kind.masks_single_tokens for kind in windows.kinds)
         # transformers leaves a mask out only below the window, so at the window it is ours too.
         if maskless and not windows.bind(total + 1) and not masked and not windows.relative:
             kwargs["attention_mask"], self.calls.own.cached = None, layers
@@ -275,7 +274,7 @@ def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> None:
         sizes = forward.weights(segment)
         dropped = forward.width - segment.layout.width
         rows, columns = segment.physical + segment.layout.width, segment.columns(batch, device)
-        starts = forward.starts() if CHUNKED in forward.windows.sizes else None
+        starts = forward.starts() if forward.windows.count_from_start else None
         for layer in own:
             begins = layer is own[0] and segment.first > 0
             flags = valid if valid is None else valid.to(layer.device)
@@ -289,6 +288,6 @@ def _note_patch(forward: ForwardPass, layers: list[Any], patch: InForce) -> None
     heads, windows = segment_heads(layers), forward.windows
     needed = len(heads) > 1 or patch.compact or bool(windows.sizes) or windows.relative
     needed |= any(head.valid is not None or head.sizes is not None for head in heads)
-    need = PatchNeed() if needed or REFERENCE in windows.kinds else None
+    need = PatchNeed() if needed or windows.cut_later_turns else None
     for layer in filled(layers):
         layer.patch, layer.needs_patch = patch, need

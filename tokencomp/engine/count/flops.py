@@ -5,16 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tokencomp.engine.kinds.registry import FULL, KINDS
 from tokencomp.engine.scores.proportional import extra_dims
 from tokencomp.torchlib import compat
-
-# Kinds of layers without keys: linear attention, short convolution, and MLPs alone.
-NO_ATTENTION = frozenset({"linear_attention", "conv", "moe", "mlp"})
-WINDOWS = {
-    "sliding_attention": "sliding_window",
-    "hybrid_sliding": "sliding_window",
-    "chunked_attention": "attention_chunk_size",
-}
 
 
 @dataclass(frozen=True)
@@ -51,14 +44,15 @@ class DecoderShape:
         kinds = list(getattr(config, "layer_types", None) or ())[:count]
         per_layer = compat.layer_configs(config)
         first = cls._of_layer(per_layer[0], count, itemsize)
-        if len(set(kinds)) < 2 and not (kinds and kinds[0] in WINDOWS):
+        if len(set(kinds)) < 2 and not (kinds and KINDS.get(kinds[0], FULL).window_field):
             return first
         shared = compat.kv_sharing_modes(config) or ["store"] * count
         own = []
-        for kind, mode, layer in zip(kinds, shared, per_layer, strict=False):
-            shape = cls._of_layer(layer, 1, itemsize, "swa_" if kind == "hybrid_sliding" else "")
-            reach = 0 if kind in NO_ATTENTION else getattr(layer, WINDOWS.get(kind, ""), None)
-            stored = 0 if kind in NO_ATTENTION or str(mode).startswith("reuse") else shape.stored
+        for name, mode, layer in zip(kinds, shared, per_layer, strict=False):
+            shape = cls._of_layer(layer, 1, itemsize, "swa_" if name == "hybrid_sliding" else "")
+            kind = KINDS.get(name, FULL)
+            reach = getattr(layer, kind.window_field or "", None) if kind.attends else 0
+            stored = shape.stored if kind.attends and not str(mode).startswith("reuse") else 0
             own.append(replace(shape, reach=reach, stored=stored))
         return replace(first, own=tuple(own))
 

@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokencomp.engine.cache.rows import REFERENCE, first_with_rows, keeps_window
+from tokencomp.engine.cache.rows import keeps_window
 from tokencomp.engine.kinds import mask_compat
-from tokencomp.engine.kinds.windows import CHUNKED, CONVOLUTION, INDEXED, LINEAR, Windows
+from tokencomp.engine.kinds.base import LayerKind
+from tokencomp.engine.kinds.registry import CONVOLUTION
+from tokencomp.engine.kinds.windows import Windows
 
 if TYPE_CHECKING:
     from tokencomp.engine.stage.segments import Segment
@@ -73,29 +75,25 @@ class MaskSource:
         """
         if self.prepared is not None:
             return True
-        if REFERENCE in self.windows.kinds:  # transformers looks up padding by shifted columns
-            return bool(segment.physical) and segment.past is not None
-        if not self.windows.bind(total):
-            return False
-        if CHUNKED in self.windows.sizes:  # transformers counts chunks from logical columns
-            return segment.gaps
-        return self.by_column and segment.gaps_within(max(self.windows.sizes.values()))
+        return any(kind.misplaced(self, segment, total) for kind in set(self.windows.kinds))
 
     def decoder_mask(self, segment: Segment, x: Tensor) -> Any:
         """What the decoder takes as `attention_mask`, with the masks of all kinds of layers."""
         kinds = set(self.windows.kinds[segment.first : segment.stop])
         masks = {
-            kind: self.layer_mask(kind, segment, x) if kind in kinds else None
+            kind.name: self.layer_mask(kind, segment, x) if kind in kinds else None
             for kind in dict.fromkeys(self.windows.kinds)
         }
         if self.windows.convolves:
-            masks[CONVOLUTION] = self.layer_mask(CONVOLUTION, segment, x)
+            masks[CONVOLUTION.name] = self.layer_mask(CONVOLUTION, segment, x)
         # Decoders without kinds in their config pass one mask on to all layers.
         if isinstance(self.prepared, Mapping) or (self.prepared is None and self.windows.named):
             return masks
-        return masks[self.windows.kinds[segment.first]]
+        return masks[self.windows.kinds[segment.first].name]
 
-    def layer_mask(self, kind: str, segment: Segment, x: Tensor, text: Tensor | None = None) -> Any:
+    def layer_mask(
+        self, kind: LayerKind, segment: Segment, x: Tensor, text: Tensor | None = None
+    ) -> Any:
         """The mask of the layers of one kind in a segment.
 
         Parameters
@@ -105,10 +103,18 @@ class MaskSource:
         text : Tensor of int64, shape (B, n), or None
             Positions that begin again in every prompt of a packed row; there is no cache then.
         """
-        if kind in LINEAR:
-            return None if self.new is None else self.new.to(x.device)
-        if kind == REFERENCE and segment.physical:
-            return self._reference_mask(segment, x)
+        return kind.mask(self, segment, x, text)
+
+    def attention_mask(
+        self, kind: LayerKind, segment: Segment, x: Tensor, text: Tensor | None, skip: bool
+    ) -> Any:
+        """What the queries of a segment see: prepared or causal, real, and in their window.
+
+        Parameters
+        ----------
+        skip
+            Whether the mask may be None where it hides nothing.
+        """
         held = self._held(kind, segment)
         offset = segment.logical - held  # logical column of the first row that is held
         view = mask_compat.MaskView(held, offset)
@@ -118,39 +124,19 @@ class MaskSource:
         block = self._block(kind)
         if block is not None:
             return self._with_block(block, segment, x, padding, window, held, offset)
-        skip = kind != INDEXED
         return mask_compat.causal_mask(self.config, x, padding, view, text, window, skip)
 
-    def _reference_mask(self, segment: Segment, x: Tensor) -> Any:
-        """All rows of the prompt, and a window of the later ones, among which no column is missing.
-
-        Media of later calls are refused, see `tokencomp.engine.call.entry`.
-        """
-        layer = first_with_rows(self.layers, segment.first)
-        evicted = max(layer.cumulative_length - layer.sliding_window + 1, 0)
-        rows = torch.arange(segment.physical + x.shape[1], device=x.device)
-        prompt = rows < layer.prefill_length
-        rows = rows[prompt | (rows >= layer.prefill_cumulative_length + evicted)]
-        new = rows[-x.shape[1] :, None]
-        near = (rows > new - layer.sliding_window) | (rows < layer.prefill_length)
-        visible = near & (rows <= new)
-        visible = visible.expand(x.shape[0], 1, -1, -1)
-        valid = segment.all_valid(self.new)
-        if valid is not None:
-            visible = visible & valid.to(x.device)[:, None, None, rows]
-        return mask_compat.backend_mask(self.config, visible, x)
-
-    def _held(self, kind: str, segment: Segment) -> int:
+    def _held(self, kind: LayerKind, segment: Segment) -> int:
         """Rows of earlier calls that the keys of these layers begin with."""
-        size = self.windows.sizes.get(kind)
+        size = self.windows.sizes.get(kind.name)
         pairs = zip(self.layers, self.windows.kinds, strict=False)
         if size is None or not any(own == kind and keeps_window(x) for x, own in pairs):
             return segment.physical
         return min(segment.physical, size - 1)
 
-    def _window(self, kind: str, segment: Segment, x: Tensor) -> Callable[..., Any] | None:
+    def _window(self, kind: LayerKind, segment: Segment, x: Tensor) -> Callable[..., Any] | None:
         """Whether a key lies in the window of a query, as a function for transformers' masks."""
-        size = self.windows.sizes.get(kind)
+        size = self.windows.sizes.get(kind.name)
         if size is None or segment.logical + segment.span_of_call <= size:
             return None
         columns = segment.columns(x.shape[0], x.device) if self.by_column else None
@@ -162,10 +148,7 @@ class MaskSource:
 
         def within(sample: Any, head: Any, query: Any, key: Any) -> Any:
             query, key = place(sample, query), place(sample, key)
-            if kind == CHUNKED:
-                first = starts[sample]
-                return (key - first) // size == (query - first) // size
-            return key > query - size
+            return kind.visible(query, key, size, starts[sample])
 
         return within
 
@@ -178,10 +161,10 @@ class MaskSource:
             return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         return (valid.to(x.device).cumsum(1) == 0).sum(1)
 
-    def _block(self, kind: str) -> Any:
+    def _block(self, kind: LayerKind) -> Any:
         """What the body has prepared for layers of this kind, or None."""
         prepared = self.prepared
-        return prepared.get(kind) if isinstance(prepared, Mapping) else prepared
+        return prepared.get(kind.name) if isinstance(prepared, Mapping) else prepared
 
     def _with_block(
         self,

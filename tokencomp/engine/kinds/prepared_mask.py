@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from tokencomp.engine.kinds import mask_compat
-from tokencomp.engine.kinds.windows import FULL, LINEAR
+from tokencomp.engine.kinds.registry import FULL, KINDS
 from tokencomp.errors import UnsupportedCacheError
 
 
@@ -81,10 +81,10 @@ def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
         The mask hides more than padding and what is to come.
     """
     if isinstance(mask, Mapping):
-        attention = {k: m for k, m in mask.items() if k not in LINEAR}
-        if set(attention) != {FULL}:
+        attention = {k: m for k, m in mask.items() if k not in KINDS or KINDS[k].attends}
+        if set(attention) != {FULL.name}:
             raise _refusal(f"a mask for each of {', '.join(sorted(mask))}")
-        mask = mask[FULL]
+        mask = mask[FULL.name]
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return mask
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2] != queries:

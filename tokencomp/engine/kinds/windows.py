@@ -7,18 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokencomp.engine.cache.rows import REFERENCE, keeps_window
+from tokencomp.engine.cache.rows import keeps_window
+from tokencomp.engine.kinds.base import LayerKind
+from tokencomp.engine.kinds.registry import CONVOLVING, FULL, KINDS, SLIDING, unknown_kinds
+from tokencomp.engine.kinds.without import State
 from tokencomp.errors import RowIndexedAttentionError, UnsupportedModelError
 from tokencomp.torchlib import compat
 
-FULL, INDEXED = "full_attention", "indexed_attention"
-SLIDING, CHUNKED = "sliding_attention", "chunked_attention"
-# Attention whose keys and values run through short convolutions: what its masks are those of.
-HYBRID = {"hybrid": FULL, "hybrid_sliding": SLIDING}
-CONVOLUTION = "linear_attention"  # the kind under which decoders take the mask of convolutions
-LINEAR = frozenset({"linear_attention", "conv"})  # they keep a state, and take a 2-D mask
-WITHOUT_ATTENTION = frozenset({"moe", "mlp"})
-SERVED = LINEAR | WITHOUT_ATTENTION | {FULL, INDEXED, SLIDING, CHUNKED, REFERENCE}
 # Fields of configs that let attention depend on the numbers of rows, where they are above 1.
 BY_ROW = {
     "index_kpool": "an indexer scores pools of {} consecutive rows",
@@ -35,9 +30,10 @@ class Windows:
     Attributes
     ----------
     kinds
-        Of every layer, as transformers' configs name them.
+        Of every layer.
     sizes
-        By kind: tokens that a query sees at most, itself included, or tokens per chunk.
+        By the name of a kind: tokens that a query sees at most, itself included, or tokens per
+        chunk.
     named
         Whether the config names the kinds, so that the decoder takes a mask for each.
     cut
@@ -49,7 +45,7 @@ class Windows:
         Whether attention has a bias by distance, see `tokencomp.engine.kinds.relative`.
     """
 
-    kinds: tuple[str, ...]
+    kinds: tuple[LayerKind, ...]
     sizes: Mapping[str, int]
     named: bool
     cut: int | None = None
@@ -68,28 +64,25 @@ class Windows:
             A layer is of a kind that tokencomp does not know, or windows differ in size.
         """
         config, count = decoder.config, len(decoder.layers)
-        used = getattr(config, "use_sliding_window", True) is not False
-        sliding = _size(config, "sliding_window") if used else None
-        sizes = {SLIDING: sliding, CHUNKED: _size(config, "attention_chunk_size")}
-        names, cut = getattr(config, "layer_types", None), None
+        names, cut = tuple(getattr(config, "layer_types", None) or ())[:count], None
+        _refuse_row_numbers(decoder, names)
+        if unknown := unknown_kinds(names):
+            raise UnsupportedModelError(
+                f"{type(decoder).__name__} has {', '.join(unknown)} layers, for "
+                "which it is not checked that dropping a token equals masking it. Served are "
+                f"{', '.join(sorted(KINDS))}. Run it without patch()."
+            )
         if names:
-            kinds = tuple([HYBRID.get(name, name) for name in names[:count]])
+            kinds = tuple(KINDS[name] for name in names)
         else:
             # Some decoders whose config names no kinds (Mistral) apply `sliding_window`, others
             # (Llama) only let the cache read it. The former import the factory of such masks.
-            code = vars(sys.modules[type(decoder).__module__])
-            applies = sliding is not None and "create_sliding_window_causal_mask" in code
-            kinds, cut = (SLIDING if applies else FULL,) * count, None if applies else sliding
-        _refuse_row_numbers(decoder, kinds)
-        unknown = set(kinds) - SERVED
-        if unknown:
-            raise UnsupportedModelError(
-                f"{type(decoder).__name__} has {', '.join(sorted(unknown))} layers, for "
-                "which it is not checked that dropping a token equals masking it. Served are "
-                f"{', '.join(sorted(SERVED))}. Run it without patch()."
-            )
-        own = {kind: int(size) for kind, size in sizes.items() if size and kind in kinds}
-        convolves = not HYBRID.keys().isdisjoint(names or ())
+            code, size = vars(sys.modules[type(decoder).__module__]), _size(config, SLIDING)
+            applies = size is not None and "create_sliding_window_causal_mask" in code
+            kinds, cut = (SLIDING if applies else FULL,) * count, None if applies else size
+        sizes = {kind.name: _size(config, kind) for kind in dict.fromkeys(kinds)}
+        own = {name: int(size) for name, size in sizes.items() if size}
+        convolves = not CONVOLVING.keys().isdisjoint(names)
         relative = isinstance(getattr(config, "rel_extent", None), int)
         return cls(kinds, own, bool(names), cut, convolves, relative)
 
@@ -101,34 +94,49 @@ class Windows:
         """Rows that a cache keeps of decoder layers that attend to all; None: all of them."""
         pairs = zip(layers, self.kinds, strict=False)
         cuts = [
-            layer.sliding_window for layer, kind in pairs if kind == FULL and keeps_window(layer)
+            layer.sliding_window for layer, kind in pairs if kind is FULL and keeps_window(layer)
         ]
         return min(cuts) if cuts else self.cut
 
     @property
     def linear(self) -> bool:
         """Whether a layer keeps a state, instead of rows or beside them."""
-        return self.convolves or not LINEAR.isdisjoint(self.kinds)
+        return self.convolves or any(isinstance(kind, State) for kind in self.kinds)
+
+    @property
+    def count_from_start(self) -> bool:
+        """Whether a window is counted from the first real column of every sample."""
+        return any(kind.counts_from_start for kind in self.kinds if kind.name in self.sizes)
+
+    @property
+    def cut_later_turns(self) -> bool:
+        """Whether a layer keeps only the first prompt whole."""
+        return any(kind.cuts_later_turns for kind in self.kinds)
 
 
-def _size(config: Any, name: str) -> int | None:
-    """The one size of all windows that a field of a text config gives; None: there are none.
+def _size(config: Any, kind: LayerKind) -> int | None:
+    """The one size of all windows of a kind that a text config gives; None: there are none.
 
     Raises
     ------
     UnsupportedModelError
     """
-    found: set[int] = {size for size in compat.layer_values(config, name) if size}
+    if kind.window_field is None:
+        return None
+    if kind is SLIDING and getattr(config, "use_sliding_window", True) is False:
+        return None
+    found: set[int] = {size for size in compat.layer_values(config, kind.window_field) if size}
     if len(found) > 1:
+        sizes = ", ".join(map(str, sorted(found)))
         raise UnsupportedModelError(
-            f"{name} of the layers is {', '.join(map(str, sorted(found)))}. Served are decoders "
-            "whose windows have one size. Run it without patch()."
+            f"{kind.window_field} of the layers is {sizes}. Served are decoders whose windows have "
+            "one size. Run it without patch()."
         )
     return found.pop() if found else None
 
 
 def _refuse_row_numbers(decoder: Any, kinds: Sequence[str]) -> None:
-    """Refuse layers whose attention would change for other tokens when one is dropped.
+    """Refuse layers of kinds `kinds` whose attention would change for other tokens by a drop.
 
     Raises
     ------

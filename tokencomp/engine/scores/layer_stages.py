@@ -5,16 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache.rows import REFERENCE
-from tokencomp.engine.kinds.windows import (
-    CHUNKED,
-    FULL,
-    INDEXED,
-    LINEAR,
-    SLIDING,
-    WITHOUT_ATTENTION,
-    Windows,
-)
+from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.scores.tap import attention_of
 from tokencomp.errors import PlanError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
@@ -164,11 +155,11 @@ def scored_layer(windows: Windows, plan: Plan, stage: int) -> int:
     kinds = windows.kinds
     behind = max((s.layer for s in plan.stages if s.layer < stage), default=0)
     for first in (behind, 0):
-        for usable in ((FULL, INDEXED, REFERENCE), (SLIDING, CHUNKED)):
-            layers = [i for i in range(first, stage) if kinds[i] in usable]
-            if layers:
-                return layers[-1]
-    scored = (i for i, kind in enumerate(kinds) if kind not in LINEAR | WITHOUT_ATTENTION)
+        scoring = [i for i in range(first, stage) if kinds[i].attends]
+        whole = [i for i in scoring if kinds[i].window_field is None]
+        if scoring:
+            return (whole or scoring)[-1]
+    scored = (i for i, kind in enumerate(kinds) if kind.attends)
     raise PlanError(
         f"a stage at layer {stage} is to be scored by the attention of a layer before it, but none "
         f"of the layers 0 to {stage - 1} has attention. The first that has is layer "

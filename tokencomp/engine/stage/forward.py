@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.rows import filled, first_with_rows
+from tokencomp.engine.kinds.base import LayerKind
 from tokencomp.engine.kinds.masks import MaskSource
-from tokencomp.engine.kinds.windows import CHUNKED, CONVOLUTION, Windows
+from tokencomp.engine.kinds.registry import CONVOLUTION
+from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.rows.layout import (
     RowLayout,
     Selection,
@@ -291,7 +293,7 @@ class ForwardPass:
         kwargs["position_ids"] = self._layer_positions(segment, kwargs)
         kwargs.update(segment.lengths)
         if "position_embeddings" in kwargs:
-            kwargs["position_embeddings"] = layer_tables(segment, kind, kwargs, hidden.device)
+            kwargs["position_embeddings"] = layer_tables(segment, kind.name, kwargs, hidden.device)
         if args:
             return (hidden,), kwargs
         kwargs["hidden_states"] = hidden
@@ -308,7 +310,7 @@ class ForwardPass:
         read = self.adapter.layers_read_positions and self.rotary is None and not counts
         return layer_positions(segment, kwargs, read)
 
-    def _mask(self, segment: Segment, kind: str, hidden: Tensor, cache: Any) -> Any:
+    def _mask(self, segment: Segment, kind: LayerKind, hidden: Tensor, cache: Any) -> Any:
         """The mask of the layers of one kind in `segment`."""
         if kind not in segment.masks:
             source = self.mask_source(self._new_columns(segment, hidden.device), cache)
@@ -323,7 +325,7 @@ class ForwardPass:
     def mask_source(self, new: Tensor | None, cache: Any) -> MaskSource:
         """What the masks of this call are built from; `new` is False at padding, (B, n)."""
         layers = list(getattr(cache, "layers", None) or ())
-        starts = self.starts() if CHUNKED in self.windows.sizes else None
+        starts = self.starts() if self.windows.count_from_start else None
         config, windows = self.adapter.text_config, self.windows
         return MaskSource(config, windows, layers, new, self.prepared, self.by_column, starts)
 
@@ -345,7 +347,7 @@ class ForwardPass:
         previous = self.segments[self.segments.index(segment) - 1]
         segment.index = previous.index
         if segment.stage is not None:
-            kind, device = self.windows.kinds[segment.first], hidden.device
+            kind, device = self.windows.kinds[segment.first].name, hidden.device
             tables = layer_tables(previous, kind, kwargs, device)
             for signal in segment.stage.reducer.needs:
                 known = segment.first in self._scores  # by a layer before, this one has none
