@@ -249,9 +249,15 @@ def test_batch_equals_singles(case: Case, name: str, ratio: float) -> None:
 
 
 FIRST = list({case[0]: case for case in reversed(matrix.cases())}.values())[::-1]
+# They read the signals that visionzip and fastvid read, so they run on every family with -m long.
+LATE = ("flashvid", "hiprune", "holitom", "holov", "tango", "visprune")
 
 
-@pytest.mark.parametrize("case", FIRST, ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[pytest.mark.long] if c[0] in LATE else []) for c in FIRST],
+    ids=lambda c: c[0],
+)
 def test_every_family(case: Case, family: Family) -> None:
     """The first option set of every method; `test_achieved_ratio` has more ratios."""
     check_batch(case, 0.75, family)
