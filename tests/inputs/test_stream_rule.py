@@ -69,7 +69,6 @@ def strengths_by_loops(packets):
         return result
 
     forward, backward = medians("forward"), medians("backward")
-    of_keys = medians("key")
     keys = [k for k, row in enumerate(rows) if row[2] == "key"]
     renewed = stream.CUT * statistics.median(rows[k][1] for k in keys)
     others = statistics.median(logs[k] for k in range(len(rows)) if k not in keys)
@@ -81,8 +80,6 @@ def strengths_by_loops(packets):
         elif kind == "backward":
             later = [j for j in forward if j > k] or [max(forward)]
             strength[k] = logs[k] - max(backward[k], forward[min(later)])
-        else:
-            strength[k] = logs[k] - of_keys[k]
         if kind == "key" and k and k - max(j for j in keys if j < k) < stream.EARLY * longest:
             strength[k], cuts = logs[k] - others, cuts + 1
         cuts += kind != "key" and size > renewed and strength[k] >= stream.BURST

@@ -83,7 +83,6 @@ def bursts(packets: Packets) -> tuple[np.ndarray, int]:
     cuts = int((~keys & (packets.sizes > renewed) & (strength >= BURST)).sum())
     # Encoders place key frames at equal distances, and earlier only where they see a cut.
     distances = np.diff(np.append(at, len(sizes)))
-    strength[at] = sizes[at] - _running_median(sizes[at])
     if len(at) > 1:
         early = at[1:][distances[:-1] < EARLY * distances.max()]
         strength[early] = sizes[early] - np.median(sizes[~keys])
