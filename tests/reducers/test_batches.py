@@ -27,9 +27,9 @@ def without(tokens: VisualTokens, places: list[int]) -> VisualTokens:
     values: dict[str, Any] = {name: getattr(tokens, name) for name in names}
     values = {name: None if v is None else v[left] for name, v in values.items()}
     values["tower"] = {signal: v[left] for signal, v in tokens.tower.items()}
-    return VisualTokens(
-        grid=tokens.grid, index=left.nonzero()[:, 0], query=tokens.query, kind=tokens.kind, **values
-    )
+    same = ("grid", "query", "query_scores", "norm", "kind")
+    values |= {name: getattr(tokens, name) for name in same}
+    return VisualTokens(index=left.nonzero()[:, 0], **values)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -275,3 +275,27 @@ def test_fusion(keep: int) -> None:
     means = torch.tensor([mean for _, mean, _ in runs])
     torch.testing.assert_close(got.merged[stay], means, atol=1e-5, rtol=0)
     assert got.sizes[stay].tolist() == [s for *_, s in runs]
+
+
+@every_grid
+@pytest.mark.parametrize("keep", [2, 6, 11, 17])
+@pytest.mark.parametrize("texts", [0, 2, 5])
+def test_dart(grid: tuple[int, int, int], keep: int, texts: int) -> None:
+    """Pivots by the length of their keys, visual ones first; each adds what is least like it."""
+    given = matrix.tokens(grid, special=2)
+    given.query, given.query_scores = given.query[:texts], given.query_scores[:texts]
+    places, _ = patches_of(given)
+    x = given.norm(given.features[places]).double().tolist()
+    lengths = given.scores[places].tolist()
+    chosen = sorted(range(len(x)), key=lambda i: (-lengths[i], i))[: min(4, keep)]
+    own = given.query_scores.tolist()
+    text = given.norm(given.query).double().tolist()
+    pivots = [x[i] for i in chosen]
+    pivots += [text[m] for m in sorted(range(texts), key=lambda m: (-own[m], m))[:4]]
+    share = math.ceil((keep - len(chosen)) / len(pivots))
+    for pivot in pivots:
+        rest = [i for i in range(len(x)) if i not in chosen]
+        rest.sort(key=lambda i: (cosine(pivot, x[i]), i))
+        chosen += rest[: min(share, keep - len(chosen))]
+    got = make_reducer("dart").reduce(given, keep + 2).keep.tolist()
+    assert got == with_special(given, [places[i] for i in chosen])

@@ -76,6 +76,7 @@ ROWS = {
         ),
         ties=True,
     ),
+    "dart": Row(ties=True),
     "divprune": Row(ties=True),
     "fastvid": Row(({"least": 2},), ties=True),
     "flashvid": Row(({"least": 2},), ties=True),
@@ -176,9 +177,16 @@ def tokens(
         special=mask,
         scores=torch.rand(n, generator=g),
         query=torch.randn(5, dim, generator=g),
+        query_scores=torch.rand(5, generator=g),
+        norm=weighted_channels,
         tower={signal: signal_of(signal, n, g) for signal in TOWER},
         kind="video" if grid[0] > 1 else "image",
     )
+
+
+def weighted_channels(x: Tensor) -> Tensor:
+    """Stands for a final norm, whose weights change directions."""
+    return x * torch.linspace(0, 1, x.shape[-1], dtype=x.dtype)
 
 
 def signal_of(signal: TowerSignal, n: int, g: torch.Generator) -> Tensor:
@@ -208,4 +216,6 @@ def joined(spans: list[VisualTokens]) -> SpanBatch:
         sizes=cat("sizes"),
         tower={s: torch.cat([t.tower[s] for t in spans]) for s in spans[0].tower},
         queries=[t.query for t in spans],
+        query_scores=[t.query_scores for t in spans if t.query_scores is not None],
+        norm=spans[0].norm,
     )

@@ -25,6 +25,8 @@ from tokencomp.tokens.spans import VisualSpan
 ENCODED = "mm_encoder_outputs"  # features that `generate` has encoded beforehand, by kind
 TYPES = "mm_token_type_ids"  # 0 text, 1 image, 2 video, 3 audio, from the processor
 
+FINAL_NORMS = ("norm", "final_layernorm", "final_norm", "norm_f", "ln_f")
+
 
 def block_means(x: Tensor, factor: int) -> Tensor:
     """Means over factor × factor blocks of (N, H, W, d); blocks at the edge may be partial."""
@@ -93,6 +95,12 @@ class Adapter:
     def layers(self) -> nn.ModuleList:
         layers: nn.ModuleList = self.decoder.layers
         return layers
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm behind the last decoder layer; None if it has no usual name."""
+        found = (getattr(self.decoder, name, None) for name in FINAL_NORMS)
+        return next((norm for norm in found if isinstance(norm, nn.Module)), None)
 
     @property
     def config(self) -> Any:

@@ -45,7 +45,7 @@ def check_patch(handle: Handle | None, kinds: Tensor | None) -> None:
     for stage in handle.plan.stages:
         for signal in stage.reducer.needs_for(names) if names else ():
             reads = signal.rows if isinstance(signal, Attention) else signal.source
-            if reads in ("last", "text", "raters", "query"):
+            if reads in ("last", "text", "raters", "none", "query"):
                 raise OptionError(
                     f"reducer {stage.reducer.name!r} chooses tokens of a {names[0]} by the text "
                     "behind them, and a session does not know the questions yet when it "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+Source = Literal["query", "attention", "tower", "norm"]
+
 
 @dataclass(frozen=True)
 class Signal:
@@ -14,10 +16,11 @@ class Signal:
     ----------
     source
         What the model family must offer (`Adapter.signals`): "query", the embeddings of the text
-        after the span; "attention", see `Attention`; "tower", see `TowerSignal`.
+        after the span (between layers, its hidden states); "attention", see `Attention`; "tower",
+        see `TowerSignal`; "norm", the norm behind the last decoder layer, as a function.
     """
 
-    source: Literal["query", "attention", "tower"]
+    source: Source
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Attention(Signal):
         Query rows whose attention counts: "last" (the last prompt token), "text" (text tokens
         after the span), "raters" (those after the last span that the visual tokens resemble most,
         see `tokencomp.engine.scores.raters`), "all" (every token: column sums of the whole causal
-        map).
+        map), "none" (no row: the score of a token is the length of its own key, the sum of
+        absolute values over all heads before rotation, and so for the text in
+        `VisualTokens.query_scores`).
     iterations
         0 sums the softmax columns once; n > 0 repeats s ← s·M from the uniform vector (PageRank).
     temperature
@@ -42,8 +47,8 @@ class Attention(Signal):
         there is none). "next": that of the layer after the stage, as if it ran on all tokens.
     """
 
-    source: Literal["query", "attention", "tower"] = field(default="attention", init=False)
-    rows: Literal["last", "text", "raters", "all"] = "last"
+    source: Source = field(default="attention", init=False)
+    rows: Literal["last", "text", "raters", "all", "none"] = "last"
     iterations: int = 0
     temperature: float = 1.0
     heads: Literal["mean", "rms"] = "mean"
@@ -65,7 +70,7 @@ class TowerSignal(Signal):
         from the last on, or a fraction of the depth: 0.5 is block ⌊n / 2⌋ of n.
     """
 
-    source: Literal["query", "attention", "tower"] = field(default="tower", init=False)
+    source: Source = field(default="tower", init=False)
     part: Literal["attention", "keys"] = "attention"
     block: int | float = -1
 
@@ -78,5 +83,6 @@ class TowerSignal(Signal):
 
 
 QUERY = Signal("query")
+NORM = Signal("norm")
 TOWER_KEYS = TowerSignal("keys")
 TOWER_ATTENTION = TowerSignal("attention")

@@ -15,6 +15,7 @@ from tokencomp.tokens.signals import Signal
 
 Grid = tuple[int, int, int]
 Kind = Literal["image", "video", "audio"]
+Norm = Callable[[Tensor], Tensor]
 CPU = torch.device("cpu")
 
 
@@ -110,7 +111,11 @@ class VisualTokens:
     scores : Tensor of float32, shape (n,), or None
         Attention in the decoder, if the reducer needs it (`Attention`).
     query : Tensor, shape (m, d), or None
-        Embeddings of the text tokens after the span.
+        Embeddings of the text tokens after the span; between layers, their hidden states.
+    query_scores : Tensor of float32, shape (m,), or None
+        Lengths of their keys, if the reducer needs `Attention("none")`.
+    norm
+        The norm behind the last decoder layer, (…, d) to (…, d), if the reducer needs `NORM`.
     kind
         "image", "video" or "audio".
     sizes : Tensor of float32, shape (n,), or None
@@ -133,6 +138,8 @@ class VisualTokens:
     index: Tensor | None = None
     scores: Tensor | None = None
     query: Tensor | None = None
+    query_scores: Tensor | None = None
+    norm: Norm | None = None
     kind: Kind = "image"
     sizes: Tensor | None = None
     tower: dict[Signal, Tensor] = field(default_factory=dict)
@@ -185,8 +192,10 @@ class SpanBatch:
     scores, sizes : Tensor of float32, shape (n,), or None
     tower : dict
         As in `VisualTokens`, of all spans.
-    queries : list of Tensor, or None
-        Embeddings of the text after every span.
+    queries, query_scores : list of Tensor, or None
+        Embeddings of the text after every span, and lengths of keys.
+    norm
+        As in `VisualTokens`.
     pixels
         As in `VisualTokens`, of all spans.
     """
@@ -202,6 +211,8 @@ class SpanBatch:
     sizes: Tensor | None = None
     tower: dict[Signal, Tensor] = field(default_factory=dict)
     queries: list[Tensor | None] | None = None
+    query_scores: list[Tensor] | None = None
+    norm: Norm | None = None
     pixels: tuple[int, int, int] | None = None
     places: list[tuple[int, int]] = field(default_factory=list)
 
@@ -224,6 +235,8 @@ class SpanBatch:
             sizes=tokens.sizes,
             tower=tokens.tower,
             queries=None if tokens.query is None else [tokens.query],
+            query_scores=None if tokens.query_scores is None else [tokens.query_scores],
+            norm=tokens.norm,
             pixels=tokens.pixels,
             places=[tokens.place],
         )
@@ -243,6 +256,8 @@ class SpanBatch:
                 grid=self.grids[number],
                 tower={signal: values[rows] for signal, values in self.tower.items()},
                 query=None if self.queries is None else self.queries[number],
+                query_scores=None if self.query_scores is None else self.query_scores[number],
+                norm=self.norm,
                 kind=self.kinds[number],
                 pixels=self.pixels,
                 place=self.places[number] if self.places else (0, 0),

@@ -53,7 +53,7 @@ def layer_scores(
     Returns
     -------
     Tensor, float32, shape (visual tokens that are left,)
-        Spans of all samples one after the other.
+        Spans of all samples one after the other. Where no row votes: (B, n), see `_key_lengths`.
     """
     hidden = kwargs["hidden_states"]
     cached = _cached_layer(compat.get_cache(kwargs), attn.layer_idx)
@@ -92,7 +92,7 @@ def input_scores(
     Returns
     -------
     Tensor, float32, shape (visual tokens that are left,)
-        Spans of all samples one after the other.
+        Spans of all samples one after the other. Where no row votes: (B, n), see `_key_lengths`.
     """
     cached = _cached_layer(cache, index)
     past, attn = physical_length(cached), attention_of(layer)
@@ -121,6 +121,11 @@ def _scores(
 
     questions = questions_of(layout)
     groups = [[q] for q in questions] if layout.packed or past else [questions]
+    if signal.rows == "none":
+        lengths = hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
+        for group in groups:
+            _key_lengths(Probe(root, attn, hidden, arguments, group), lengths)
+        return lengths
     parts = []
     with checked():  # columns come from the layout
         for group in groups:
@@ -181,6 +186,21 @@ def _span_scores(
     sums = [s[..., offset:] if offset else s for s in sums]
     flat = (torch.cat(sums) if len(sums) > 1 else sums[0]).flatten()
     return flat.index_select(0, column()) / count()
+
+
+def _key_lengths(probe: Probe, lengths: Tensor) -> None:
+    """Write Σ|k| over all heads of every token of some questions to `lengths` (B, n).
+
+    Keys are those before rotation. Rotated ones would make the sum depend on where the prompt
+    begins, and in a padded batch on the longest prompt.
+    """
+    keys = probe.unrotated_keys().float().abs().sum(3)
+    groups = getattr(probe.attn, "num_key_value_groups", 1)  # queries that share one key
+    shared = keys.repeat_interleave(groups, dim=1)
+    found = gather_heads(probe.attn, shared, dim=1).sum(1) / groups
+    columns = slice(probe.first, probe.first + probe.width)
+    for question, row_lengths in zip(probe.questions, found, strict=True):
+        lengths[question.sample, columns] = row_lengths
 
 
 def _votes(probe: Probe, signal_rows: str) -> tuple[dict[str, list[list[int]]], Table, Table]:

@@ -120,6 +120,17 @@ class Probe:
         query = tapped.query if rows is None else gather_rows([tapped.query], rows, 2, 0)[0]
         return Tapped(query, with_past(cached, past, sample, tapped.key), tapped.scaling)
 
+    def unrotated_keys(self) -> Tensor:
+        """Keys (S, kv heads, width, D) of all tokens before the rotary embedding."""
+        arguments, tables = dict(self._arguments), self._arguments.get("position_embeddings")
+        if isinstance(tables, Tensor):  # complex factors
+            arguments["position_embeddings"] = torch.ones_like(tables)
+        elif tables is not None:
+            cos, sin = tables
+            arguments["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
+        skipped = ("q_proj", "v_proj")
+        return tap(self.root, self.attn, self._hidden, arguments, skipped).key
+
     def caches_keys(self, stored: Tensor) -> bool:
         """Whether a cache of these rows holds the keys that attention reads.
 

@@ -16,6 +16,7 @@ from tokencomp.engine.kinds.base import LayerKind
 from tokencomp.engine.kinds.masks import MaskSource
 from tokencomp.engine.kinds.registry import CONVOLUTION
 from tokencomp.engine.kinds.windows import Windows
+from tokencomp.engine.rows.column_values import text_values, visual_values
 from tokencomp.engine.rows.layout import (
     RowLayout,
     Selection,
@@ -120,6 +121,7 @@ class ForwardPass:
         self.kept: list[RowLayout] = []
         self.survivors: RowLayout | None = None
         self._scores: dict[int, Tensor] = {}
+        self._text_scores: dict[int, list[list[Tensor]]] = {}
         self.projected: dict[int, Tensor] = {}
         self.windows = Windows.of(adapter.decoder)
         self.by_column = True
@@ -214,7 +216,9 @@ class ForwardPass:
             self.layout = self.layout.to(x.device)  # layers may lie on several devices
             scores = self._scores.pop(stage.layer, None)
             scores = None if scores is None else scores.to(x.device)
-            before = StageInput(x, self.layout, scores, self.tower)
+            texts = self._text_scores.pop(stage.layer, None)
+            norm = self.adapter.final_norm
+            before = StageInput(x, self.layout, scores, self.tower, texts, norm)
             selection = before.selection(stage, self.plan.stages.index(stage), self.counts)
             tensors = self._compact(selection, tensors, dims)
             self.kept.append(self.layout)
@@ -253,7 +257,8 @@ class ForwardPass:
         """Scores for the stage before `layer`, from the attention call that has just run."""
         with self._timed():
             projected = self.projected.pop(layer, None)
-            self._scores[layer] = layer_scores(attn, kwargs, signal, self.layout, projected)
+            scores = layer_scores(attn, kwargs, signal, self.layout, projected)
+            self._take_scores(layer, signal, scores)
 
     def _score_input(
         self,
@@ -267,9 +272,17 @@ class ForwardPass:
         """Scores for the stage before `layer`, from that layer's own queries and keys of x."""
         arguments = {"position_embeddings": tables, "position_ids": position_ids}
         with self._timed():
-            self._scores[layer] = input_scores(
+            scores = input_scores(
                 self.adapter.layers[layer], x, arguments, signal, self.layout, cache, layer
             )
+            self._take_scores(layer, signal, scores)
+
+    def _take_scores(self, layer: int, signal: Any, scores: Tensor) -> None:
+        """Note scores for the stage before `layer`; those of all columns, (B, n), in two parts."""
+        if signal.rows == "none":
+            self._text_scores[layer] = text_values(scores, self.layout)
+            scores = visual_values(scores, self.layout)
+        self._scores[layer] = scores
 
     def before_layer(
         self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokencomp.engine.rows.host_tables import HostTables
 from tokencomp.engine.rows.layout import RowLayout, Selection
@@ -16,7 +16,7 @@ from tokencomp.engine.rows.question import keep_last
 from tokencomp.engine.stage.merging import merge_rest
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.signals import QUERY, Signal, TowerSignal
+from tokencomp.tokens.signals import NORM, QUERY, Signal, TowerSignal
 from tokencomp.tokens.spans import SpanBatch
 
 
@@ -34,12 +34,19 @@ class StageInput:
         Attention scores of the tokens of all spans of all samples, one after the other.
     tower
         By signal, values of every span of every sample for all of its tokens, see `TowerProbe`.
+    text_scores
+        Per sample, per prompt: lengths of the keys of the text after the last span, (m,); None
+        where no reducer reads them.
+    norm
+        The norm behind the last decoder layer, if there is one.
     """
 
     x: Tensor
     layout: RowLayout
     scores: Tensor | None
     tower: Mapping[Signal, list[list[Tensor]]]
+    text_scores: list[list[Tensor]] | None = None
+    norm: nn.Module | None = None
 
     def selection(self, stage: Stage, order: int, counts: list[list[list[int]]]) -> Selection:
         """Which tokens of every span stay, by the reducer of `stage`.
@@ -166,6 +173,8 @@ class StageInput:
             scores=scores,
             sizes=None if sizes is None else sizes.flatten().index_select(0, columns()),
             queries=self._queries(stage, chosen),
+            query_scores=self._query_scores(chosen),
+            norm=self.norm if NORM in stage.reducer.needs else None,
             places=chosen,
         )
         batch.tower = self._tower(stage, chosen, full)
@@ -191,6 +200,17 @@ class StageInput:
                 values = values.to(self.x.device)
                 signals[signal] = values if full is None else values.index_select(0, full)
         return signals
+
+    def _query_scores(self, chosen: list[tuple[int, int]]) -> list[Tensor] | None:
+        """Lengths of the keys of the text after the last span of a prompt, for every span."""
+        if self.text_scores is None:
+            return None
+        scores = []
+        for b, j in chosen:
+            prompts = self.layout.prompts[b]
+            number = prompts.index(self.layout.prompt_of(b, self.layout.spans[b][j]))
+            scores.append(self.text_scores[b][number].to(self.x.device))
+        return scores
 
     def _queries(self, stage: Stage, chosen: list[tuple[int, int]]) -> list[Tensor | None] | None:
         """Text embeddings after the last span of a prompt, for reducers that need them."""

@@ -33,6 +33,7 @@ SOURCES = {
     "query": "the text of the question",
     "attention": "the attention of decoder layers",
     "tower": "the vision tower's attention",
+    "norm": "the norm behind the last decoder layer",
 }
 
 if TYPE_CHECKING:
@@ -208,7 +209,8 @@ def check_signals(plan: Plan, adapter: Adapter) -> frozenset[TowerSignal]:
     """
     for stage in plan.stages:
         for signal in stage.reducer.needs:
-            if signal.source not in adapter.signals:
+            norm = signal.source == "norm" and adapter.final_norm is not None
+            if not norm and signal.source not in adapter.signals:
                 raise OptionError(
                     f"reducer {stage.reducer.name!r} reads {SOURCES[signal.source]}, which "
                     f"{adapter.family} does not offer. Use another signal or metric."
