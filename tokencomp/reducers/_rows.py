@@ -15,7 +15,7 @@ from torch import Tensor
 from tokencomp.errors import ScoreError
 from tokencomp.tokens.patches import check_whole
 from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.signals import TowerSignal
+from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
 from tokencomp.tokens.spans import SpanBatch, VisualTokens
 
 
@@ -188,16 +188,23 @@ def tower_signal(tokens: VisualTokens | SpanBatch, signal: TowerSignal, reducer:
 
 
 def salient_rows(
-    tokens: VisualTokens, keep: int, signal: TowerSignal, reducer: str
+    tokens: VisualTokens, keep: int, reducer: str, whole: bool = False
 ) -> tuple[Tensor, int, Tensor, Tensor]:
-    """`patch_rows`, and features (n, d) and tower attention (n,) of the patches, float32.
+    """`patch_rows`, and features (n, d) and `TOWER_ATTENTION` (n,) of the patches, float32.
+
+    Parameters
+    ----------
+    whole
+        Whether no patch may be missing (`whole_grid`).
 
     Raises
     ------
+    PlanError
+        An earlier stage has already dropped tokens of a whole span.
     ScoreError
         There is no such signal, or a value is NaN or infinite.
     """
-    rows, budget = patch_rows(tokens, keep)
-    attention = tower_signal(tokens, signal, reducer)[rows]
+    rows, budget = whole_grid(tokens, keep, reducer) if whole else patch_rows(tokens, keep)
+    attention = tower_signal(tokens, TOWER_ATTENTION, reducer)[rows]
     features = finite_features(tokens.features[rows], attention)
     return rows, budget, features.float(), attention

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ def segments(means: Tensor, threshold: float, least: int) -> list[int]:
     like = (unit[:-1] * unit[1:]).sum(1)
     cuts = max(int((like < threshold).sum()), min(least, frames) - 1)
     ends = (topk_stable(-like, cuts) + 1).tolist()
-    return np.diff([0, *ends, frames]).tolist()
+    return [stop - start for start, stop in itertools.pairwise([0, *ends, frames])]
 
 
 def static_segments(static: np.ndarray) -> list[int]:
@@ -60,7 +61,7 @@ def static_segments(static: np.ndarray) -> list[int]:
     ends = [frames]
     while ends[-1]:
         ends.append(start[ends[-1]])
-    return np.diff(ends[::-1]).tolist()
+    return [stop - start for start, stop in itertools.pairwise(ends[::-1])]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._clusters import cluster_sums, distances, dpc_knn
-from tokencomp.reducers._rows import check_whole, replace_patches, salient_rows
+from tokencomp.reducers._rows import replace_patches, salient_rows
 from tokencomp.reducers._segments import segments
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -63,8 +63,7 @@ class FastVid(Reducer):
         check_range("fastvid", "least", self.least, 1, 1024)
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        rows, budget, x, attention = salient_rows(tokens, keep, TOWER_ATTENTION, "fastvid")
-        check_whole(tokens.grid, len(rows), "fastvid")
+        rows, budget, x, attention = salient_rows(tokens, keep, "fastvid", whole=True)
         t, n = tokens.grid[0], len(rows) // tokens.grid[0]
         x, attention = x.view(t, n, -1), attention.view(t, n)
         lengths = segments(x.mean(1), THRESHOLD, self.least)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers._clusters import cluster_sums, distances, dpc_knn
-from tokencomp.reducers._rows import check_whole, replace_patches, salient_rows
+from tokencomp.reducers._rows import replace_patches, salient_rows
 from tokencomp.reducers._segments import still_windows
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -49,8 +49,7 @@ class HoliTom(Reducer):
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         from tokencomp.kernels import topk_stable
 
-        rows, budget, x, attention = salient_rows(tokens, keep, TOWER_ATTENTION, "holitom")
-        check_whole(tokens.grid, len(rows), "holitom")
+        rows, budget, x, attention = salient_rows(tokens, keep, "holitom", whole=True)
         t, n = tokens.grid[0], len(rows) // tokens.grid[0]
         frames, windows = x.view(t, n, -1), still_windows(x.view(t, n, -1), budget, STATIC)
         moving = torch.cat([~window.static.expand(window.length, n) for window in windows])

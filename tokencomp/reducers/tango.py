@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers._clusters import distances, dpc_knn
-from tokencomp.reducers._rows import check_whole, replace_patches, salient_rows
+from tokencomp.reducers._rows import replace_patches, salient_rows
 from tokencomp.reducers._segments import still_windows
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -47,8 +47,7 @@ class Tango(Reducer):
     needs = frozenset({TOWER_ATTENTION})
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        rows, budget, x, attention = salient_rows(tokens, keep, TOWER_ATTENTION, "tango")
-        check_whole(tokens.grid, len(rows), "tango")
+        rows, budget, x, attention = salient_rows(tokens, keep, "tango", whole=True)
         t, n = tokens.grid[0], len(rows) // tokens.grid[0]
         x, attention = x.view(t, n, -1), attention.view(t, n)
         groups = []
@@ -86,7 +85,8 @@ def representatives(y: Tensor, saliency: Tensor, count: int) -> Tensor:
     # A stable sort by cluster leaves the most salient of each in front.
     by_cluster = order[labels[order].sort(stable=True).indices]
     counts = torch.bincount(labels, minlength=count)
-    return candidates[by_cluster[counts.cumsum(0) - counts]].sort().values
+    chosen: Tensor = candidates[by_cluster[counts.cumsum(0) - counts]]
+    return chosen.sort().values
 
 
 def rotated(x: Tensor, places: Tensor, grid: Grid) -> Tensor:

@@ -43,7 +43,7 @@ class VisionZip(Reducer):
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         from tokencomp.kernels import merge_rows, topk_stable
 
-        rows, budget, x, attention = salient_rows(tokens, keep, TOWER_ATTENTION, "visionzip")
+        rows, budget, x, attention = salient_rows(tokens, keep, "visionzip")
         keys = tower_signal(tokens, TOWER_KEYS, "visionzip")[rows].mean(1)
         contextual = max(1, round(budget * CONTEXTUAL))
         dominant = topk_stable(attention, budget - contextual)

@@ -40,7 +40,7 @@ class VisPrune(Reducer):
     needs = frozenset({TOWER_ATTENTION})
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        rows, budget, x, attention = salient_rows(tokens, keep, TOWER_ATTENTION, "visprune")
+        rows, budget, x, attention = salient_rows(tokens, keep, "visprune")
         order = attention.sort(descending=True, stable=True).indices
         important, others = order.split([budget // 2, len(order) - budget // 2])
         diverse = without_copies(normalize(x, dim=1), others, budget - budget // 2)

@@ -193,7 +193,7 @@ class StageInput:
         self, stage: Stage, chosen: list[tuple[int, int]], full: Tensor | None
     ) -> dict[Signal, Tensor]:
         """Signals of the vision tower that the stage needs, for the rows that are left."""
-        signals = {}
+        signals: dict[Signal, Tensor] = {}
         for signal in stage.reducer.needs:
             if isinstance(signal, TowerSignal):
                 values = torch.cat([self.tower[signal][b][j] for b, j in chosen])
