@@ -19,6 +19,7 @@ from support.embedded import folder, loaded
 from support.family.base import Family
 
 import tokencomp
+from tokencomp.cli.list import MAKERS
 from tokencomp.errors import MediaError, OptionError, UnsupportedModelError
 from tokencomp.inputs.media import is_video, load_media
 from tokencomp.inputs.prompts import build_inputs
@@ -158,6 +159,6 @@ def test_ctrl_c_leaves_a_word(monkeypatch, capsys):
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tokencomp.cli.list.reducers", stop)
+    monkeypatch.setitem(MAKERS, "reducers", stop)
     assert run("list", "reducers") == 130
     assert capsys.readouterr().err.startswith("stopped. ")

@@ -140,7 +140,6 @@ EXTRAS = {
     "PIL": "media",
     "torchvision": "media",
     "av": "media",
-    "decord": "media",
     "typer": "cli",
     "rich": "cli",
     "tqdm": "cli",

@@ -13,6 +13,9 @@ import torch
 from PIL import Image
 from support.console import run
 
+from tokencomp.cli import _catalogue
+from tokencomp.cli.list import MAKERS
+
 
 def test_list_is_generated_from_the_registries(capsys):
     from tokencomp import available_models, available_reducers
@@ -38,6 +41,34 @@ def test_list_prints_every_reducer(capsys):
     assert run("list", "reducers") == 0
     out = capsys.readouterr().out
     assert all(re.search(rf"^{re.escape(name)}\b", out, re.M) for name in available_reducers())
+
+
+def test_the_list_of_a_release_needs_no_torch(tmp_path, monkeypatch):
+    """A stored list of the same rows, which counts only for the source that it was made from."""
+    monkeypatch.setattr(_catalogue, "FILE", tmp_path / "catalogue.json")
+    _catalogue.write({name: make() for name, make in MAKERS.items()})
+    made = json.loads(_catalogue.FILE.read_text())["rows"]
+    code = f"""
+import sys
+from pathlib import Path
+from tokencomp.cli import _catalogue, main
+_catalogue.FILE = Path({str(_catalogue.FILE)!r})
+try:
+    main(["list", "--json"])
+finally:
+    print(sorted({{"torch", "transformers"}} & {{*sys.modules}}), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+    listed = json.loads(done.stdout)
+    assert listed["reducers"] == made["reducers"] and listed["types"]["types"]
+    assert [{**row, "embedded": None} for row in listed["models"]] == [
+        {**row, "embedded": None} for row in made["models"]
+    ]
+    monkeypatch.delitem(sys.modules, "torch")
+    assert _catalogue.stored() == made
+    monkeypatch.setattr(_catalogue, "source", lambda: "another")
+    assert _catalogue.stored() is None
 
 
 def test_doctor_proves_that_layers_saw_fewer_tokens(folder, capsys):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 
 from tokencomp.cli import _options as opt
+from tokencomp.cli._catalogue import stored, write
 
 WHAT = ("reducers", "models")
 
@@ -21,9 +23,14 @@ def command(
 
     if what not in ("all", *WHAT):
         raise unknown_name("list", what, ("all", *WHAT))
-    makers = {"reducers": reducers, "models": models}
-    rows: dict[str, Any] = {name: makers[name]() for name in WHAT if what in ("all", name)}
+    known = stored()
+    rows: dict[str, Any] = {
+        name: MAKERS[name]() if known is None else known[name]
+        for name in WHAT
+        if what in ("all", name)
+    }
     if "models" in rows:
+        rows["models"] = with_embedded(rows["models"])
         rows["types"] = types()
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
@@ -98,9 +105,8 @@ def _stage(cls: Any) -> str:
 
 
 def models() -> list[dict[str, Any]]:
-    """Every family: model types, stages, signals, positions, tested releases, embedded models."""
+    """Every family: model types, stages, signals, positions, tested releases."""
     from tokencomp.adapters.registry import available_models
-    from tokencomp.inputs.packaged import available_models as embedded
     from tokencomp.torchlib.compat import tested_with
 
     rows: dict[type, dict[str, Any]] = {}
@@ -114,25 +120,33 @@ def models() -> list[dict[str, Any]]:
                 "signals": list(cls.signals),
                 "positions": "M-RoPE" if cls.mrope else "1-D",
                 "transformers": [],
-                "embedded": [],
             },
         )
         row["model_types"].append(model_type)
         row["transformers"] = sorted({*row["transformers"], *tested_with(model_type)}, key=_numbers)
-    kinds = {name: _model_type(name) for name in embedded()}
-    for row in rows.values():
-        row["embedded"] = [n for n, kind in kinds.items() if kind in row["model_types"]]
     return sorted(rows.values(), key=lambda r: r["family"])
+
+
+def with_embedded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows, each with the names of its embedded models."""
+    from tokencomp.inputs.packaged import available_models
+
+    kinds = {name: _model_type(name) for name in available_models()}
+    return [
+        {**row, "embedded": [n for n, kind in kinds.items() if kind in row["model_types"]]}
+        for row in rows
+    ]
 
 
 def types() -> dict[str, Any]:
     """Conformance of all model types, from the results that `patch` goes by."""
-    import transformers
-
     from tokencomp.adapters.verified import load, nearest
     from tokencomp.conformance.table import short
 
-    return short(load(nearest(transformers.__version__)))
+    return short(load(nearest(version("transformers"))))
+
+
+MAKERS = {"reducers": reducers, "models": models}
 
 
 def _first_layer(model_type: str) -> int:
@@ -214,13 +228,12 @@ def _print_models(console: Any, rows: list[dict[str, Any]]) -> None:
 
 def _print_types(console: Any, table: dict[str, Any]) -> None:
     """The types by status, without what the table of families shows."""
-    import transformers
     from rich.markup import escape
 
     from tokencomp.adapters.verified import TESTED
     from tokencomp.conformance.table import STATUSES
 
-    release, installed = table["transformers"], transformers.__version__
+    release, installed = table["transformers"], version("transformers")
     console.print(f"\n[bold]Conformance on transformers {release}[/]")
     if installed != release:
         console.print(f"transformers {installed} has no results of its own and takes these.")
@@ -232,3 +245,7 @@ def _print_types(console: Any, table: dict[str, Any]) -> None:
         f"{', '.join(sorted(TESTED))}, tested with a real tower. "
         "`tokencomp doctor --conformance` repeats the run.[/]"
     )
+
+
+if __name__ == "__main__":
+    write({name: make() for name, make in MAKERS.items()})
