@@ -194,6 +194,32 @@ def test_eval(merging, folder, tmp_path, file, monkeypatch):
     assert [s for s, _ in calls] == [Setting(), Setting("merge+prune", 0.5, {"share": 0.7})]
 
 
+def test_all_reducers_that_fit(folder, tmp_path, monkeypatch, capsys):
+    """Every registered one at every ratio, but for those that this model or --rest refuses."""
+    calls = []
+    monkeypatch.setattr(benchmarks, "find_tasks", lambda *args: [])
+    monkeypatch.setattr(benchmarks, "run_setting", lambda *args, **how: calls.append(args[3]) or {})
+    given = ("eval", "--model", folder, "-o", tmp_path / "runs", "-r", "all")
+    assert run(*given, "--ratio", "0.5,0.75") == 0
+    names, said = {s.reducer for s in calls}, capsys.readouterr().err
+    left_out = set(tokencomp.available_reducers()) - names
+    assert "oracle" in left_out and left_out - {"oracle"} == {
+        name for name in tokencomp.available_reducers() if f"left out: {name}, because" in said
+    }
+    assert {"auto", "random", "uniform", "downscale", "divprune", "prune", "vcast"} <= names
+    assert "ccam" in left_out and "tokencomp train ccam" in said
+    active = [s for s in calls if s.active and not s.options]
+    assert len(active) == 2 * len(names - {"downscale", "full"})
+    assert len([s for s in calls if s.reducer == "random"]) == 2 * 3
+    calls.clear()
+    assert run(*given, "--ratio", "0.5", "--rest", "merge", "--no-baselines") == 0
+    merging = {s.reducer for s in calls}
+    assert "divprune" in merging and merging.isdisjoint({"merge", "pool", "fusion"})
+    assert run(*given, "--set", "seed=1") == 2
+    assert "name the reducer that has the option" in capsys.readouterr().err
+    assert run(*given[:-1], "all,ccam") == 2
+
+
 def test_tune_with_a_composition(folder, tmp_path):
     out = tmp_path / "tuned.json"
     code = run(

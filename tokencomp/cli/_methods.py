@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from tokencomp.cli import _options as opt
 from tokencomp.cli import _parse as parse
 
 Settings = Callable[[Any], list[Any]]
+ALL = "all"
 
 
 def reducers(text: str, model: Any = None) -> list[str]:
@@ -58,6 +60,10 @@ def settings(context: typer.Context, chosen: opt.Method) -> Settings:
             opt.refuse_options(context, ("ratio",), "--budget", "leave one out")
             every["budgets"] = parse.budgets(chosen.budget)
         ratios = parse.ratios(chosen.ratio) if chosen.budget is None else []
+        if ALL in parse.names(chosen.reducer):
+            fix = "name the reducer that has the option"
+            opt.refuse_options(context, ("options",), f"--reducer {ALL}", fix)
+            return lambda model: fitting(chosen.reducer, ratios, every, model)
         grid(reducers(chosen.reducer), ratios, **every)
         return lambda model: checked(grid(reducers(chosen.reducer, model), ratios, **every), model)
     fix = "the stages in the file have reducers, fractions and options of their own"
@@ -65,6 +71,33 @@ def settings(context: typer.Context, chosen: opt.Method) -> Settings:
     opt.refuse_options(context, names, "--plan", fix)
     stages = as_plan(chosen.plan)
     return lambda model: checked(planned(stages, model), model)
+
+
+def fitting(text: str, ratios: list[Any], every: dict[str, Any], model: Any) -> list[Any]:
+    """The full model, and of all reducers those that `model` accepts; says what is left out.
+
+    Raises
+    ------
+    TokenCompError
+        A reducer that `text` names does not fit, or none does.
+    """
+    from tokencomp.errors import OptionError, TokenCompError
+    from tokencomp.evaluation.settings import grid
+    from tokencomp.reducers.registry import available_reducers
+
+    named, found = [name for name in parse.names(text) if name != ALL], list[Any]()
+    others = [name for name in available_reducers() if name != "oracle"]  # that needs the answers
+    for name in reducers(",".join([*named, "auto", *others]), model):
+        try:
+            found += checked(grid([name], ratios, **every), model)
+        except TokenCompError as error:
+            if name in named:
+                raise
+            if int(os.environ.get("RANK", 0)) == 0:
+                typer.echo(f"left out: {name}, because {error}", err=True)
+    if not found:
+        raise OptionError(f"--reducer {text}: no reducer fits this model and these options.")
+    return list(dict.fromkeys(found))
 
 
 def checked(settings: list[Any], model: Any) -> list[Any]:

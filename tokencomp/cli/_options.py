@@ -26,7 +26,13 @@ Videos = Annotated[
 ]
 Question = Annotated[str, typer.Option("--question", "-q", help="What to ask.")]
 Reducers = Annotated[
-    str, typer.Option("--reducer", "-r", help="Reducers, separated by commas (tokencomp list).")
+    str,
+    typer.Option(
+        "--reducer",
+        "-r",
+        help="Reducers, separated by commas (tokencomp list). In eval, demo and inspect all: every "
+        "one that fits the model.",
+    ),
 ]
 Ratios = Annotated[
     str,
