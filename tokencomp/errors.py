@@ -146,6 +146,7 @@ EXTRAS = {
     "jinja2": "cli",
     "markupsafe": "cli",
     "matplotlib": "cli",
+    "gradio": "play",
 }
 """The extra that brings an optional package, by the name under which it is imported."""
 

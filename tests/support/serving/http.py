@@ -41,10 +41,12 @@ def server(log: Path, *arguments: Any, **env: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def process(log: Path, *arguments: Any, **env: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """Run `tokencomp serve …` until the block ends; yield its base URL and its process."""
+def process(
+    log: Path, *arguments: Any, name: str = "serve", ready: str = "/health", **env: str
+) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Run `tokencomp NAME …` until the block ends; yield its base URL and its process."""
     port = free_port()
-    command = [sys.executable, "-m", "tokencomp.cli", "serve", "--port", port, *arguments]
+    command = [sys.executable, "-m", "tokencomp.cli", name, "--port", port, *arguments]
     with log.open("w") as out:
         running = subprocess.Popen(
             list(map(str, command)), stdout=out, stderr=subprocess.STDOUT,
@@ -52,7 +54,7 @@ def process(log: Path, *arguments: Any, **env: str) -> Iterator[tuple[str, subpr
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait(url, running, log)
+        _wait(url + ready, running, log)
         yield url, running
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -65,12 +67,12 @@ def process(log: Path, *arguments: Any, **env: str) -> Iterator[tuple[str, subpr
 
 
 def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
-    """Wait until the server answers /health; fail if its process ends before."""
+    """Wait until `url` answers; fail if the process ends before."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         assert process.poll() is None, log.read_text()[-4000:]
         with contextlib.suppress(OSError):
-            if get(url + "/health")[0] == 200:
+            if get(url)[0] == 200:
                 return
         time.sleep(0.3)
     raise AssertionError("the server did not start:\n" + log.read_text()[-4000:])

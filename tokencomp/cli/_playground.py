@@ -1,0 +1,163 @@
+"""The page of `tokencomp play`: one prompt with and without compression, side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tokencomp.cli._showcase import PromptMaker, answer_prompt, time_prefill
+from tokencomp.errors import TokenCompError, missing_package
+from tokencomp.evaluation.environment import public_name
+from tokencomp.evaluation.settings import Setting
+from tokencomp.inputs.media import load_media
+from tokencomp.inputs.packaged import zoo_folder
+from tokencomp.pages.html import compact
+from tokencomp.pages.pictures import plain
+from tokencomp.profiling.timing import Split
+from tokencomp.reducers.registry import available_reducers
+
+HEAD = ("", "without", "with compression")
+TIMING_SECONDS = 2.0
+NOTHING = "Drop a picture or a clip first."
+
+
+class Playground:
+    """Answers one question about one file under one setting.
+
+    Parameters
+    ----------
+    model, processor
+    name
+        Of the model, for the title.
+    frames
+        Frames that are read from a clip.
+    """
+
+    def __init__(self, model: Any, processor: Any, name: str, frames: int) -> None:
+        self.model, self.processor, self.frames = model, processor, frames
+        self.title = f"tokencomp: what {public_name(name)} sees"
+        self.methods = ["auto", *available_reducers()]
+
+    def ask(
+        self,
+        image: str | None,
+        video: str | None,
+        question: str,
+        method: str,
+        ratio: float,
+        tower_ratio: float,
+        merge: bool,
+    ) -> tuple[str, str, list[list[str]], list[Any]]:
+        """Both answers, a table of what they cost, and pictures of what the model sees.
+
+        Raises
+        ------
+        TokenCompError
+            There is no file, or it cannot be read, or the setting does not fit the model.
+        """
+        paths = [path for path in (image, video) if path]
+        if not paths:
+            raise TokenCompError(NOTHING)
+        media = [load_media(path, self.frames) for path in paths]
+        more = {"tower_ratio": tower_ratio} if tower_ratio else {}
+        more |= {"rest": "merge"} if merge else {}
+        setting = Setting(method, ratio, **more)
+        settings = [Setting(), setting]
+        full, own = answer_prompt(self.model, self.processor, media, question, settings)
+        maker = PromptMaker(self.model, self.processor, [media], [question])
+        times = time_prefill(maker, settings, TIMING_SECONDS)
+        pictures = [(plain(m), "all patches") for m in media]
+        pictures += [(picture, "on average over the layers") for picture in own.pictures]
+        for layer, sheets in own.layers if len(own.layers) > 1 else ():
+            pictures += [(sheet, f"from layer {layer} on") for sheet in sheets]
+        return full.text, own.text, _table(full, own, times), pictures
+
+
+def _table(full: Any, own: Any, times: dict[Setting, Split]) -> list[list[str]]:
+    """One row per cost: its name, without, and with compression."""
+    first, second = (times[answer.setting] for answer in (full, own))
+    return [
+        ["visual tokens per layer", compact(full.cost.per_layer), compact(own.cost.per_layer)],
+        ["work of the LLM", "100%", f"{own.cost.flops / full.cost.flops:.0%}"],
+        ["KV cache", "100%", f"{own.cost.kv_bytes / full.cost.kv_bytes:.0%}"],
+        ["first token, seconds", f"{first.total:.3f}", f"{second.total:.3f}"],
+    ]
+
+
+def build(play: Playground) -> Any:
+    """The page as Gradio blocks.
+
+    Raises
+    ------
+    MissingDependencyError
+        Gradio is not installed.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio as gr
+    except ModuleNotFoundError as error:
+        raise missing_package(error) or error from None
+
+    def ask(*values: Any) -> Any:
+        try:
+            return play.ask(*values)
+        except TokenCompError as error:
+            raise gr.Error(str(error), duration=None) from None
+
+    with gr.Blocks(title=play.title, analytics_enabled=False) as page:
+        gr.Markdown(f"## {play.title}")
+        with gr.Row():
+            with gr.Column():
+                image = gr.Image(type="filepath", label="Picture")
+                video = gr.Video(label="Clip")
+                question = gr.Textbox("Describe what you see.", label="Question")
+                method = gr.Dropdown(play.methods, value="auto", label="Method")
+                ratio = gr.Slider(
+                    0, 0.95, 0.75, step=0.05, label="Ratio of visual tokens to remove"
+                )
+                tower = gr.Slider(
+                    0, 0.95, 0, step=0.05, label="Ratio that leaves before the vision tower"
+                )
+                merge = gr.Checkbox(False, label="Merge what does not stay")
+                button = gr.Button("Ask", variant="primary")
+            with gr.Column(scale=2):
+                with gr.Row():
+                    full = gr.Textbox(label="Answer without compression")
+                    own = gr.Textbox(label="Answer with compression")
+                costs = gr.Dataframe(headers=list(HEAD), label="Cost", interactive=False)
+                pictures = gr.Gallery(label="What the model sees", columns=2, object_fit="contain")
+        inputs = [image, video, question, method, ratio, tower, merge]
+        button.click(ask, inputs, [full, own, costs, pictures])
+        if rows := _samples():
+            gr.Examples(rows, [image, video, question], label="Embedded samples")
+    return page
+
+
+def _samples() -> list[list[str | None]]:
+    """Picture, clip and question of the embedded samples; none where they are not installed."""
+    folder = zoo_folder()
+    if folder is None:
+        return []
+    samples = json.loads((folder / "samples" / "questions.json").read_text())
+    rows: list[list[str | None]] = []
+    for sample in samples:
+        path = folder / "samples" / sample["media"]
+        own = [str(path), None] if path.suffix == ".jpg" else [None, str(path)]
+        rows.append([*own, sample["question"]])
+    return rows
+
+
+def serve(play: Playground, host: str, port: int, browser: bool) -> None:
+    """Serve the page until the process is interrupted."""
+    folder = zoo_folder()
+    allowed = [] if folder is None else [str(Path(folder) / "samples")]
+    build(play).queue(default_concurrency_limit=1).launch(
+        server_name=host,
+        server_port=port or None,
+        inbrowser=browser,
+        share=False,
+        allowed_paths=allowed,
+        show_error=True,
+    )
