@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from support import attention as support
+from support import plans
 from support.families import Family, text
 
 import tokencomp
@@ -109,22 +110,22 @@ def test_pagerank_scores(family: Family) -> None:
         assert kept == sorted(best)
 
 
-@pytest.mark.parametrize("score", ["last_query", "text_query"])
-def test_attention_scores(family: Family, score: str) -> None:
+@pytest.mark.parametrize("rows", ["last", "text"])
+def test_attention_scores(family: Family, rows: str) -> None:
     """Kept tokens are the best by transformers' own eager attention maps."""
     model = family.build("eager")
     inputs = family.batch([[text(3), family.image(0), text(6, 3)]])
     with torch.no_grad():
         attention = model(**inputs, output_attentions=True).attentions[1][0].mean(0)
-    reducer = tokencomp.make_reducer("prune", score=score)
-    plan = tokencomp.Plan((tokencomp.Stage(2, 0.4, reducer),))
+    reducer = {"last": tokencomp.make_reducer("prune", score="last_query"), "text": plans.TextTop()}
+    plan = tokencomp.Plan((tokencomp.Stage(2, 0.4, reducer[rows]),))
     with tokencomp.patch(model, plan=plan) as handle, torch.no_grad():
         model(**inputs)
         stats = handle.stats
     visual = {c for span in stats.spans[0] for c in range(span.start, span.stop)}
     for span, kept in zip(stats.spans[0], stats.kept(0)[0], strict=True):
         later = [i for i in range(span.stop, attention.shape[0]) if i not in visual]
-        rows = attention[-1] if score == "last_query" else attention[later].mean(0)
-        here = rows[span.start : span.stop].masked_fill(span.special_mask(), torch.inf)
+        received = attention[-1] if rows == "last" else attention[later].mean(0)
+        here = received[span.start : span.stop].masked_fill(span.special_mask(), torch.inf)
         best = here.sort(descending=True, stable=True).indices[: len(kept)].sort().values
         assert kept == best.tolist()

@@ -194,7 +194,7 @@ def test_demo_on_a_video_of_ones_own(folder, tmp_path, capsys):
         (["inspect", "-i", "x.png", "-o", "x.gif"], r"x.gif: the name must end in one of .html"),
         (["serve", "--engine", "vllm", "--max-batch", "2"], "--max-batch: no effect with"),
         (["serve", "--ratio", "0.5", "--max-ratio", "0.2"], "ratio=0.5 is above max_ratio=0.2"),
-        (["serve", "--reducer", "oracle"], "'oracle' needs the answer"),
+        (["serve", "--reducer", "oracle"], "unknown reducer 'oracle'"),
     ],
 )
 def test_mistakes_end_in_one_clean_message(args, message, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import kinds, oracle
+from support import kinds, oracle, plans
 from support.families import IMAGE, Family, text
 from support.family import hybrid
 from support.family.hybrid import HYBRID
@@ -236,7 +236,7 @@ def test_scores_of_the_nearest_full_layer(family: Family) -> None:
     if len(weights) == family.layers:
         weights = [weights[scored]]
     received = weights[0][0].mean(0)[visual[-1] + 1 :][:, visual].mean(0)
-    reducer = tokencomp.make_reducer("prune", score="text_query")
+    reducer = plans.TextTop()
     plan = tokencomp.Plan((tokencomp.Stage(stage, 0.25, reducer),))
     with tokencomp.patch(model, plan=plan) as handle, torch.no_grad():
         model(**inputs)
@@ -252,7 +252,7 @@ def test_two_stages_behind_one_layer_with_attention(family: Family) -> None:
         pytest.skip("every layer has attention, or none has scores")
     inputs = family.batch([[text(3), family.image(0), text(5, 3)]])
     visual = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
-    reducer, other = tokencomp.make_reducer("prune", score="text_query"), ENTRY.entry.reducer
+    reducer, other = plans.TextTop(), ENTRY.entry.reducer
     stages = ((2, 0.75, other), (3, 0.25, reducer))  # layer 1 has attention, and layer 2 has none
     plan = tokencomp.Plan(tuple(tokencomp.Stage(*stage) for stage in stages))
     with torch.no_grad():
@@ -286,7 +286,7 @@ def test_reducers_by_name(family: Family, reducer: str) -> None:
 
 def test_stages_that_nothing_can_score_are_refused(family: Family) -> None:
     """No layer before the second has attention, where the first one is linear."""
-    model, reducer = family.build(), tokencomp.make_reducer("prune", score="text_query")
+    model, reducer = family.build(), plans.TextTop()
     plan = tokencomp.Plan((tokencomp.Stage(1, 0.25, reducer),))
     if not Windows.of(family.decoder(model)).linear:
         with tokencomp.patch(model, plan=plan) as handle, torch.no_grad():

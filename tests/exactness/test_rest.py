@@ -27,7 +27,7 @@ from tokencomp.engine.scores.proportional import widen
 from tokencomp.errors import OptionError, UnsupportedModelError
 
 MERGERS, KEEPERS = [
-    [c for c in matrix.cases() if make_reducer(c[0], **c[1]).merges is merges and c[0] != "oracle"]
+    [c for c in matrix.cases() if make_reducer(c[0], **c[1]).merges is merges]
     for merges in (True, False)
 ]
 two_families = pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])

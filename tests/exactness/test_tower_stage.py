@@ -228,7 +228,7 @@ def test_the_question_counts_with_signals_of_the_tower(family: Family) -> None:
     model, inputs = tower.build(tower.deep(family)), prompts(family, family.build().double())
     for reducer, options in (
         (plans.TowerTop(), {}),
-        ("merge", {"metric": "vit_keys"}),
+        ("visionzip", {}),
     ):
         spec = dict(reducer=reducer, tower_ratio=0.4, tower_reducer="random", **options)
         with tokencomp.patch(model, 0.7, **spec) as handle, torch.no_grad():

@@ -38,7 +38,7 @@ def kept(model: Any, inputs: dict[str, Any], case: matrix.Case, ratio: float) ->
     name, options = matrix.on_model(case, model)
     try:
         with tokencomp.patch(model, ratio, reducer=name, **options) as handle:
-            with matrix.informed(case, handle, model, inputs), torch.no_grad():
+            with torch.no_grad():
                 model(**inputs)
             return [handle.stats.kept(b) for b in range(len(inputs["input_ids"]))]
     except (tokencomp.TokenCompError, NotImplementedError) as error:

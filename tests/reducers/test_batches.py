@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from support.matrix import Case
 
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import PlanError
-from tokencomp.reducers.oracle import truth
 from tokencomp.tokens.reduction import Reduction
 
 GRIDS = [((1, 4, 5), 0), ((4, 3, 4), 3), ((1, 4, 5), 2), ((2, 2, 7), 0), ((4, 3, 4), 0)]
@@ -43,9 +41,7 @@ def test_a_batch_is_its_spans_one_by_one(case: Case, whole: bool) -> None:
     if not whole:
         spans = [without(t, [3 + i, 7, 11]) for i, t in enumerate(spans)]
     batch, keeps = matrix.joined(spans), [row.keep(9 + i % 2, t) for i, t in enumerate(spans)]
-    informed = truth([[t.scores for t in spans]]) if case[0] == "oracle" else None
-    with informed or contextlib.nullcontext():
-        together = reducer.reduced_batch(batch, keeps)
+    together = reducer.reduced_batch(batch, keeps)
     for tokens, keep, part in zip(spans, keeps, together.split(batch, keeps), strict=True):
         alone = matrix.reduce(case, tokens, keep)
         assert part.keep.tolist() == alone.keep.tolist()

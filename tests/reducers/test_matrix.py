@@ -160,13 +160,11 @@ def test_any_option_value_is_refused_when_planned_or_works(case: Case) -> None:
         ("random", {"seed": True}, "seed=True; expected an integer"),
         ("random", {"seed": -1}, r"2\*\*63"),
         ("merge", {"weighted": "x"}, "weighted='x'; expected true or false"),
-        ("pool", {"group": math.nan}, "group=nan; expected an integer"),
         ("pool", {"stride": math.inf}, "stride=inf; expected a finite number"),
         ("pool", {"stride": 1e300}, "stride=1e\\+300; allowed: a number from 1 to 1024"),
         ("prune", {"temperature": 0}, "temperature=0; allowed: a number from 0.001 to 1000"),
         ("prune", {"iterations": -3}, "iterations=-3; allowed: a number from 1 to 100"),
         ("adsc", {"stages": [0.1, "x"]}, r"expected a list \(a finite number, …\)"),
-        ("adsc", {"offset": 2**40}, "offset="),
         ("aim", {"start": 0.8}, "0 ≤ start < stop ≤ 1"),
         ("vidcom2", {"temperature": 1e-320}, "temperature="),
         ("merge+prune", {"share": "x"}, r"merge\+prune: share='x'; expected a finite number"),
@@ -226,8 +224,7 @@ def check_batch(case: Case, ratio: float, family: Family) -> None:
 
     def last_logits(rows: list[list[Any]]) -> torch.Tensor:
         inputs = family.batch(rows)
-        with matrix.informed(case, handle, model, inputs):
-            return model(**inputs, logits_to_keep=1).logits[:, -1]
+        return model(**inputs, logits_to_keep=1).logits[:, -1]
 
     with tokencomp.patch(model, ratio, reducer=case[0], **case[1]) as handle, torch.no_grad():
         together = last_logits(rows)
@@ -270,7 +267,7 @@ def check_achieved(case: Case, family: Family, ratios: Sequence[float]) -> None:
     case, fixed = matrix.on_model(case, model), matrix.row(case[0]).fixed
     for ratio in ratios:
         handle = tokencomp.patch(model, ratio, reducer=case[0], **case[1])
-        with torch.no_grad(), matrix.informed(case, handle, model, inputs):
+        with torch.no_grad():
             model(**inputs, logits_to_keep=1)
         if ratio == 0:
             assert (handle.stats.ratio, handle.stats.kept()) == (0.0, [])

@@ -121,7 +121,7 @@ def test_the_default_on_images_needs_no_scores() -> None:
     assert reducer.reduce(given, 11).keep.tolist() == expected
 
 
-@pytest.mark.parametrize("relevance", ["query", "attention", "none"])
+@pytest.mark.parametrize("relevance", ["query", "attention"])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_cdpruner(grid: tuple[int, int, int], relevance: str) -> None:
     """Each step adds the token with the largest determinant, computed from scratch."""
@@ -132,7 +132,7 @@ def test_cdpruner(grid: tuple[int, int, int], relevance: str) -> None:
         question = given.query.double().tolist()
         r = [-sum(cosine(row, q) for q in question) / len(question) for row in x]
     else:
-        r = given.scores.tolist() if relevance == "attention" else [1.0] * n
+        r = given.scores.tolist()
     low, high = min(r), max(r)
     r = [(s - low + 1e-6) / (high - low + 1e-6) for s in r]
     kernel = np.array([[r[i] * cosine(x[i], x[j]) * r[j] for j in range(n)] for i in range(n)])
@@ -158,7 +158,7 @@ def test_cdpruner_beyond_the_rank() -> None:
 def test_cdpruner_without_a_question() -> None:
     given = matrix.tokens((1, 3, 3))
     given.query = given.query[:0]
-    with pytest.raises(ScoreError, match="relevance='none'"):
+    with pytest.raises(ScoreError, match="or use divprune"):
         make_reducer("cdpruner").reduce(given, 3)
 
 
@@ -252,10 +252,7 @@ def test_whole_grids_only(name: str) -> None:
         ("cdpruner", {"relevance": "magic"}),
         ("vidcom2", {"temperature": 0.0}),
         ("vidcom2", {"channels": 1.5}),
-        ("pool", {"group": -1}),
-        ("pool", {"group": 2.5}),
         ("pool", {"stride": 0.5}),
-        ("pool", {"mode": "max"}),
     ],
 )
 def test_refused_options(name: str, options: dict[str, object]) -> None:

@@ -47,14 +47,13 @@ def test_spans_of_one_prompt_do_not_mix(case: Case, name: str) -> None:
     halves = [[text(3), first, text(4, 2)], [second, text(5, 3)]]
     case, found = matrix.on_model(case, model), []
     with (
-        tokencomp.patch(model, 0.6, reducer=case[0], **case[1]) as handle,
+        tokencomp.patch(model, 0.6, reducer=case[0], **case[1]),
         layer_input(model, family, 0) as seen,
         torch.no_grad(),
     ):
         for row in [[*halves[0], *halves[1]], *halves]:
             inputs = family.batch([row])
-            with matrix.informed(case, handle, model, inputs):
-                model(**inputs, logits_to_keep=1)
+            model(**inputs, logits_to_keep=1)
             found.append(seen[-1])
     torch.testing.assert_close(found[0], torch.cat(found[1:]), atol=1e-5, rtol=1e-5)
 

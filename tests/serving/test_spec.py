@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from typing import Any
 
@@ -126,7 +125,7 @@ def test_fixed_servers_refuse_request_options() -> None:
 
 
 def test_refused_reducers_are_answered_with_those_that_can_run() -> None:
-    refused = [name for name in available_reducers() if name not in (*SERVABLE, "oracle", "auto")]
+    refused = [name for name in available_reducers() if name not in (*SERVABLE, "auto")]
     assert {"fastv", "aim"} <= set(refused)
     for name in refused:
         with pytest.raises(OptionError) as error:
@@ -135,19 +134,18 @@ def test_refused_reducers_are_answered_with_those_that_can_run() -> None:
         assert ServerOptions.parse({"reducer": name, "ratio": 0.5}, engine="hf").default.active
 
 
-@pytest.mark.parametrize("engine", ["hf", "vllm", "sglang"])
-def test_oracle_cannot_be_served(engine: str) -> None:
-    for name in ("oracle", " oracle +prune", "merge+oracle"):
-        with pytest.raises(OptionError, match="'oracle' needs the answer"):
-            ServerOptions.parse({"reducer": name, "ratio": 0.5}, engine)
-
-
-@pytest.mark.parametrize("engine", ["hf", "vllm"])
-def test_the_tower_of_a_server_has_no_oracle(engine: str) -> None:
-    for tower in ({"tower_ratio": 0.5}, {}):
-        options = {"ratio": 0.75, "tower_reducer": "oracle", **tower}
-        with pytest.raises(OptionError, match="tower_reducer 'oracle' needs the answer"):
-            ServerOptions().resolve(options, engine)
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_merging_the_rest_is_for_our_server_alone(engine: str) -> None:
+    """Said by name; whether the operator or a request asks for it."""
+    asked = {"ratio": 0.5, "rest": "merge"}
+    assert ServerOptions.parse(asked, "hf").default.rest == "merge"
+    assert ServerOptions.parse({"ratio": 0.5}, "hf").resolve(asked, "hf").rest == "merge"
+    assert ServerOptions.parse(asked, "hf").resolve({"rest": "drop"}, "hf").rest == "drop"
+    for resolve in (ServerOptions.parse, ServerOptions.parse({"ratio": 0.5}, engine).resolve):
+        with pytest.raises(OptionError, match=r"rest='merge': .* no weights for the rows"):
+            resolve(asked, engine)
+    with pytest.raises(OptionError, match="rest='some'; allowed"):
+        ServerOptions.parse({"ratio": 0.5, "rest": "some"}, "hf")
 
 
 @pytest.mark.parametrize("name", ["nothing", "orcle", "orcle+prune", "", "+", 3, None, [], {}])
@@ -159,8 +157,7 @@ def test_reducers_that_a_request_may_name_are_listed(field: str, name: Any) -> N
         return
     with pytest.raises(OptionError) as error:
         ServerOptions().resolve(options, "hf")
-    assert all(good in str(error.value) for good in available_reducers() if good != "oracle")
-    assert "oracle" not in str(error.value)
+    assert all(good in str(error.value) for good in available_reducers())
 
 
 def test_reducers_that_cannot_act_in_the_tower_of_an_engine_are_refused() -> None:
@@ -186,17 +183,13 @@ def test_default_ratio_above_the_maximum_is_refused(engine: str) -> None:
 
 def test_options_that_make_a_reducer_servable_are_named() -> None:
     """The error names exactly the choices that do not depend on the text, found by trying all."""
-    from tokencomp.reducers.cdpruner import RELEVANCE
 
     with pytest.raises(OptionError) as error:
         ServerOptions.parse({"reducer": "condiv", "ratio": 0.5})
-    able = []
-    for value in RELEVANCE:
-        options = {"reducer": "cdpruner", "ratio": 0.5, "options": {"relevance": value}}
-        with contextlib.suppress(OptionError):
-            able.append(ServerOptions.parse(options).default.reducer.options()["relevance"])
-    assert "none" in able and not make_reducer("cdpruner").serving_safe
-    assert f"cdpruner with relevance={' or '.join(able)}," in str(error.value)
+    assert not make_reducer("scope").serving_safe
+    assert "scope with saliency=none," in str(error.value)
+    options = {"reducer": "scope", "ratio": 0.5, "options": {"saliency": "none"}}
+    assert ServerOptions.parse(options).default.reducer == make_reducer("scope", saliency="none")
 
 
 def test_options_are_plain_json() -> None:

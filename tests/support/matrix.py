@@ -6,9 +6,7 @@ that equal scores must leave the tokens of lowest index.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,11 @@ from torch import Tensor
 
 from tokencomp import Reduction, VisualTokens, available_reducers, make_reducer
 from tokencomp.reducers.hiprune import MIDDLE
-from tokencomp.reducers.oracle import truth
 from tokencomp.reducers.selector import SelectorNet
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, TowerSignal
 from tokencomp.tokens.spans import SpanBatch
 from tokencomp.trained.cards import model_card, write
 from tokencomp.trained.ccam import CCAMConfig, CCAMProjector
-from tokencomp.training.capture import capture
 
 Case = tuple[str, dict[str, Any]]
 DIM, QUERIES = 12, 3
@@ -63,9 +59,9 @@ class Row:
 
 
 ROWS = {
-    "adsc": Row(({}, {"lattice": "grid"}, {"offset": 0}), blind=True),
+    "adsc": Row(blind=True),
     "ccam": Row(({"weights": small_weights("ccam", DIM)},), fixed=QUERIES),
-    "cdpruner": Row(({}, {"relevance": "attention"}, {"relevance": "none"}), ties=True),
+    "cdpruner": Row(({}, {"relevance": "attention"}), ties=True),
     "anchorprune": Row(ties=True),
     "auto": Row(ties=True),
     "condiv": Row(
@@ -83,11 +79,8 @@ ROWS = {
     "hiprune": Row(ties=True),
     "holitom": Row(ties=True),
     "mmtok": Row(({}, {"question": False}), ties=True),
-    "merge": Row(
-        ({}, {"weighted": False}, {"temporal": True}, {"position": "first"}, {"metric": "vit_keys"})
-    ),
-    "oracle": Row(ties=True),
-    "pool": Row(({}, {"stride": 1.0}, {"group": 3, "stride": 1.5}, {"mode": "bilinear"})),
+    "merge": Row(({}, {"weighted": False})),
+    "pool": Row(({}, {"stride": 1.0})),
     "prune": Row(({}, {"score": "last_query", "schedule": "pyramid"}), ties=True),
     "random": Row(({}, {"seed": 7}, {"at": 0.5}), blind=True),
     "scope": Row(({}, {"saliency": "none"}), ties=True),
@@ -106,7 +99,7 @@ ROWS = {
 COMPOSITIONS = [
     ("merge+prune", {}),
     ("condiv+fastv", {"share": 0.7, "condiv.power": 1.0}),
-    ("pool+adsc", {"mode": "bilinear"}),
+    ("pool+adsc", {}),
     ("divprune+random", {"at": 0.7}),
 ]
 TOWER = (TOWER_ATTENTION, TOWER_KEYS, MIDDLE)
@@ -137,25 +130,8 @@ def on_model(case: Case, model: Any) -> Case:
 
 
 def reduce(case: Case, given: VisualTokens, keep: int) -> Reduction:
-    """One step of the case's reducer; the oracle reads the scores as the truth."""
-    with truth([[given.scores]]) if case[0] == "oracle" else contextlib.nullcontext():
-        return make_reducer(case[0], **case[1]).reduce(given, keep)
-
-
-@contextlib.contextmanager
-def informed(case: Case, handle: Any, model: Any, inputs: dict[str, Any]) -> Iterator[None]:
-    """Tell the oracle a relevance that depends on a span's length alone."""
-    if case[0] != "oracle" or not any(key.startswith("pixel") for key in inputs):
-        yield
-        return
-
-    def relevance(length: int) -> torch.Tensor:
-        return torch.rand(length, generator=torch.Generator().manual_seed(length))
-
-    with handle.disabled():
-        spans = capture(model, inputs, layers=False).spans
-    with truth([[relevance(s.length) for s in row] for row in spans]):
-        yield
+    """One step of the case's reducer."""
+    return make_reducer(case[0], **case[1]).reduce(given, keep)
 
 
 def step_cases() -> list[Case]:

@@ -10,8 +10,8 @@ import pytest
 from support.families import Family
 from tokencomp import Plan, Reducer, Reduction, Stage, VisualTokens, make_reducer
 from tokencomp.reducers._batch import top_k_of_spans
-from tokencomp.reducers._rows import tower_signal
-from tokencomp.tokens.signals import TOWER_ATTENTION
+from tokencomp.reducers._rows import signal_scores, tower_signal
+from tokencomp.tokens.signals import TOWER_ATTENTION, Attention
 from tokencomp.tokens.spans import SpanBatch
 
 RELEVANT = make_reducer("condiv", power=1.0)
@@ -28,6 +28,16 @@ class TowerTop(Reducer):
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         received = tower_signal(batch, TOWER_ATTENTION, "tower top")
         return top_k_of_spans(received, batch, keeps)
+
+
+@dataclass(frozen=True)
+class TextTop(Reducer):
+    """Keeps the tokens that the text after their span attends to most."""
+
+    needs = frozenset({Attention("text")})
+
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        return top_k_of_spans(signal_scores(batch, "text top"), batch, keeps)
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,11 @@ def tokens(
     )
 
 
-def loop_windows(live: list[int], quota: int, offset: int) -> list[int]:
+def loop_windows(live: list[int], quota: int) -> list[int]:
     kept = []
     for i in range(quota):
         window = live[i * len(live) // quota : (i + 1) * len(live) // quota]
-        place = len(window) + offset if offset < 0 else offset
-        kept.append(window[min(max(place, 0), len(window) - 1)])
+        kept.append(window[-1])
     return kept
 
 
@@ -48,17 +47,16 @@ def loop_quotas(keep: int, counts: list[int]) -> list[int]:
     return quotas
 
 
-@pytest.mark.parametrize("offset", [-1, -2, 0, 1, 9])
 @pytest.mark.parametrize("grid", [(1, 8, 8), (3, 3, 5), (7, 1, 1), (4, 2, 3)])
-def test_windows_match_a_plain_loop(grid: tuple[int, int, int], offset: int) -> None:
+def test_windows_match_a_plain_loop(grid: tuple[int, int, int]) -> None:
     t, h, w = grid
     for keep in range(1, t * h * w):
         quotas = loop_quotas(keep, [h * w] * t)
         expected: list[int] = []
         for frame, quota in enumerate(quotas):
             live = list(range(frame * h * w, (frame + 1) * h * w))
-            expected += loop_windows(live, quota, offset)
-        got = make_reducer("adsc", offset=offset).reduce(tokens(grid), keep)
+            expected += loop_windows(live, quota)
+        got = make_reducer("adsc").reduce(tokens(grid), keep)
         assert got.keep.tolist() == expected
 
 
@@ -71,48 +69,9 @@ def test_later_stages_count_live_tokens_and_keep_special_ones() -> None:
         for mine, quota in zip(
             frames, loop_quotas(keep - 3, [len(f) for f in frames]), strict=True
         ):
-            expected |= set(loop_windows(mine, quota, -1))
+            expected |= set(loop_windows(mine, quota))
         got = make_reducer("adsc").reduce(tokens(grid, special, live), keep)
         assert {live[i] for i in got.keep.tolist()} == expected
-
-
-def test_powers_of_two_give_regular_lattices() -> None:
-    reducer = make_reducer("adsc", lattice="grid")
-    columns = reducer.reduce(tokens((1, 4, 8)), 16).keep
-    assert columns.tolist() == [r * 8 + c for r in range(4) for c in (1, 3, 5, 7)]
-    quarter = reducer.reduce(tokens((1, 4, 8)), 8).keep
-    assert quarter.tolist() == [r * 8 + c for r in (1, 3) for c in (1, 3, 5, 7)]
-    first = make_reducer("adsc", lattice="grid", offset=0).reduce(tokens((1, 4, 8)), 8).keep
-    assert first.tolist() == [r * 8 + c for r in (0, 2) for c in (0, 2, 4, 6)]
-
-
-@pytest.mark.parametrize("grid", [(1, 5, 7), (2, 3, 3), (1, 1, 6), (3, 4, 4)])
-def test_lattice_matches_a_plain_loop_and_is_nested(grid: tuple[int, int, int]) -> None:
-    t, h, w = grid
-
-    def outlives(row: int, column: int) -> int:
-        level, step = 0, 2
-        while step <= 2 * max(h, w):
-            if (w - 1 - column) % step:
-                return level
-            level += 1
-            if (h - 1 - row) % step:
-                return level
-            level, step = level + 1, step * 2
-        return level
-
-    reducer = make_reducer("adsc", lattice="grid")
-    for keep in range(1, t * h * w):
-        expected: list[int] = []
-        for frame, quota in enumerate(loop_quotas(keep, [h * w] * t)):
-            levels: dict[int, list[int]] = {}
-            for cell in range(h * w):
-                levels.setdefault(outlives(cell // w, cell % w), []).append(frame * h * w + cell)
-            for level in sorted(levels, reverse=True):
-                n = min(quota, len(levels[level]))
-                expected += loop_windows(levels[level], n, -1) if n else []
-                quota -= n
-        assert reducer.reduce(tokens(grid), keep).keep.tolist() == sorted(expected)
 
 
 @pytest.mark.parametrize("layers", [2, 4, 6, 24, 28, 32])
@@ -131,11 +90,10 @@ def test_natural_plan_is_the_published_mean() -> None:
     assert natural * 576 == pytest.approx(192, abs=2)
 
 
-@pytest.mark.parametrize("lattice", ["raster", "grid"])
-def test_stages_act_on_every_family(family: Family, lattice: str) -> None:
+def test_stages_act_on_every_family(family: Family) -> None:
     model = family.build()
     inputs = family.batch([[text(5), family.image(), text(4)], [family.video(), text(9)]])
-    with tokencomp.patch(model, 0.67, reducer="adsc", lattice=lattice) as handle, torch.no_grad():
+    with tokencomp.patch(model, 0.67, reducer="adsc") as handle, torch.no_grad():
         model(**inputs, use_cache=False)
         assert handle.stats.ratio == pytest.approx(0.67, abs=0.05)
         for sample in (0, 1):
@@ -146,7 +104,6 @@ def test_stages_act_on_every_family(family: Family, lattice: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"lattice": "hex"},
         {"stages": (0.5, 0.25)},
         {"stages": (1.0,)},
         {"stages": ()},

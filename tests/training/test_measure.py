@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tokencomp.evaluation import Setting, batches
+from tokencomp.evaluation.oracle import Oracle
 from tokencomp.inputs.questions import Example
 from tokencomp.training import measure
 from tokencomp.training.data import answer_ids, append, load_batch, questions
@@ -63,8 +64,8 @@ def test_the_oracle_is_told_the_relevance_of_the_target(
 
     monkeypatch.setattr(measure, "relevance", spy)
     measured = Measurement({"": model}, processor)
-    ways = [Setting("oracle", ratio, name=str(ratio), target=target) for ratio in (0.5, 0.75)]
-    others = [Setting("oracle", 0.5, name=t, target=t) for t in TARGETS if t != target]
+    ways = [Setting(Oracle(), ratio, name=str(ratio), target=target) for ratio in (0.5, 0.75)]
+    others = [Setting(Oracle(), 0.5, name=t, target=t) for t in TARGETS if t != target]
     measured.run(examples_with(data, "red"), [*ways, *others])
     inputs, _ = load_batch(examples_with(data, "red"), processor, 8)
     answer = measured.runs["full@0"].records[0]["prediction"] or "?"

@@ -13,7 +13,7 @@ from support.families import Family, text
 import tokencomp
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import OptionError, ScoreError
-from tokencomp.reducers.oracle import truth
+from tokencomp.evaluation.oracle import Oracle, truth
 from tokencomp.reducers.selector import SelectorNet, load_selector
 from tokencomp.tokens.signals import Attention
 from tokencomp.training.capture import capture
@@ -117,7 +117,7 @@ def test_oracle_keeps_the_relevant_tokens_or_says_what_is_missing(family: Family
     inputs = family.batch([[text(4), family.video(), text(5)], [family.image(), text(3)]])
     spans = capture(model, inputs, layers=False).spans
     relevance = [[torch.rand(s.length) for s in row] for row in spans]
-    with tokencomp.patch(model, 0.5, reducer="oracle") as handle:
+    with tokencomp.patch(model, 0.5, reducer=Oracle()) as handle:
         with truth(relevance):
             model(**inputs)
         for b, row in enumerate(spans):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -17,8 +16,7 @@ from tokencomp.reducers._batch import Patches, Places
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import Grid, SpanBatch
-from tokencomp.validation import check_range
+from tokencomp.tokens.spans import SpanBatch
 
 MOST = 1 << 20  # tokens; more than any frame has
 
@@ -42,24 +40,20 @@ class Adsc(Reducer):
     window : float
         Window of each stage at the natural ratio. Other ratios widen or narrow all windows, or
         add one before the first layer, so that the mean over layers meets the ratio.
-    lattice : str
-        "raster": windows of consecutive live tokens inside each frame. "grid": a two-dimensional
-        lattice per frame, halved along width and height in turn.
-    offset : int
-        Which token of its window stays; -1 is the last, the only one that has seen the whole
-        window under a causal mask. Clamped to the window.
+
+    Notes
+    -----
+    Windows are runs of live tokens of one frame. The last token of a window stays: under a causal
+    mask it is the only one that has seen all of it.
     """
 
     stages: tuple[float, ...] = (1 / 8, 1 / 3, 1 / 2)
     window: float = 2.0
-    lattice: Literal["raster", "grid"] = "raster"
-    offset: int = -1
 
     summary = "uniform downsampling between layers; training-free form of ADSC (2602.12618)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("adsc", "offset", self.offset, -MOST, MOST)
         object.__setattr__(self, "stages", tuple(float(s) for s in self.stages))
         if not self.stages or list(self.stages) != sorted(self.stages):
             raise OptionError(f"adsc: stages={self.stages}; expected ascending fractions of depth.")
@@ -87,10 +81,6 @@ class Adsc(Reducer):
         starts = [round(s * num_layers) for s in self.stages]
         return [factor ** sum(s <= layer for s in starts) for layer in range(num_layers)]
 
-    @property
-    def needs_grid(self) -> bool:
-        return self.lattice == "grid"
-
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         """Places alone decide, so that all is computed on the host."""
         patches, chosen = Patches.of(batch, keeps), []
@@ -101,42 +91,11 @@ class Adsc(Reducer):
             starts = itertools.accumulate(counts, initial=0)
             quotas = split_evenly(budget, counts)
             for start, count, quota in zip(starts, counts, quotas, strict=False):
-                if self.lattice == "grid":
-                    rows = lattice(cells[start : start + count] % area, grid, quota, self.offset)
-                else:
-                    rows = windows(count, quota, self.offset)
-                chosen.append(np.sort(rows) + start + first)
+                chosen.append(window_ends(count, quota) + start + first)
         return patches.kept(patches.table(np.concatenate(chosen)))
 
 
-def windows(count: int, quota: int, offset: int) -> Places:
-    """One row of each of `quota` windows that cut `count` rows as evenly as possible."""
-    ends = np.arange(quota + 1) * count // max(quota, 1)
-    first, size = ends[:-1], np.diff(ends)
-    place = np.maximum(size + offset if offset < 0 else np.full_like(size, offset), 0)
-    rows: Places = first + np.minimum(place, size - 1)
-    return rows
-
-
-def lattice(cells: Places, grid: Grid, quota: int, offset: int) -> Places:
-    """`quota` of the live cells of one frame on a lattice, as row numbers.
-
-    Width and height are halved in turn; a cell's level is the number of halvings after which it
-    is still on the lattice. The highest levels stay whole, and the first level that exceeds the
-    rest of the quota is thinned evenly.
-    """
-    _, height, width = grid
-    down = cells // width - (offset if offset >= 0 else height + offset)
-    right = cells % width - (offset if offset >= 0 else width + offset)
-    level, alive = np.zeros_like(cells), np.ones_like(cells, dtype=np.bool_)
-    for halving in range(max(height, width).bit_length()):
-        for distance in (right, down):
-            alive = alive & (distance % 2 ** (halving + 1) == 0)
-            level += alive
-    chosen = []
-    for value in range(int(level.max()) if len(level) else -1, -1, -1):
-        rows = np.flatnonzero(level == value)
-        take = min(quota, len(rows))
-        chosen.append(rows[windows(len(rows), take, offset)])
-        quota -= take
-    return np.concatenate(chosen) if chosen else cells
+def window_ends(count: int, quota: int) -> Places:
+    """The last row of each of `quota` windows that cut `count` rows as evenly as possible."""
+    ends: Places = np.arange(1, quota + 1) * count // max(quota, 1) - 1
+    return ends

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
@@ -27,7 +26,7 @@ class Aim(Reducer):
 
     Attributes
     ----------
-    weighted, metric
+    weighted
         As in `merge`.
     start, stop
         The ramp as fractions of the depth; published: 14/28 … 22/28 for video, 13/32 … 21/32 for
@@ -35,7 +34,6 @@ class Aim(Reducer):
     """
 
     weighted: bool = True
-    metric: Literal["features", "vit_keys"] = "features"
     start: float = 0.5
     stop: float = 22 / 28
 
@@ -45,7 +43,6 @@ class Aim(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Merge(self.weighted, metric=self.metric)  # checks both options
         check_ramp("aim", self.start, self.stop)
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
@@ -58,7 +55,7 @@ class Aim(Reducer):
             return from_profile(aim(num_layers, target, self.start, self.stop), Prune())
         entry = target / mean
         prune = from_profile([entry * f for f in natural], Prune()).stages
-        merge = Stage(0, entry, Merge(self.weighted, metric=self.metric))
+        merge = Stage(0, entry, Merge(self.weighted))
         return Plan((merge, *(s for s in prune if s.layer > 0)))
 
     def published_layers(self, num_layers: int) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,11 +12,10 @@ from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import Patches
-from tokencomp.reducers._rows import finite_features, tower_signal
+from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.signals import TOWER_KEYS, Signal
 from tokencomp.tokens.spans import SpanBatch
 
 
@@ -35,65 +33,43 @@ class Merge(Reducer):
     weighted
         True (ours): means weighted by how many tokens a row stands for. False: AIM's plain mean
         of means.
-    temporal
-        True: pairs may lie in different frames of a video (ours).
-    position
-        Position of a merged token: "keep" (the odd-placed one's) or "first" (its first member's).
-    metric
-        What is compared: "features", the projected tokens (AIM for video), or "vit_keys", keys of
-        the last block of the vision tower whose output the model uses (AIM for images: that is
-        the last but one of LLaVA's CLIP). Keys are merged together with the features.
 
     Notes
     -----
-    Output stays in raster order (ours; the authors' code reorders where r < N/2). A video with
-    fewer kept tokens than frames merges groups of neighbouring frames (ours). Where an earlier
-    stage has left frames of different length, every frame that has tokens keeps one, and the rest
-    of the budget is split in proportion to what is left of each (ours).
+    What is compared are the projected tokens, as AIM does for videos; for images it compares keys
+    of CLIP. A merged token has the place of its odd-placed member. Output stays in raster order
+    (ours; the authors' code reorders where r < N/2). A video with fewer kept tokens than frames
+    merges groups of neighbouring frames (ours). Where an earlier stage has left frames of
+    different length, every frame that has tokens keeps one, and the rest of the budget is split in
+    proportion to what is left of each (ours).
     """
 
     weighted: bool = True
-    temporal: bool = False
-    position: Literal["keep", "first"] = "keep"
-    metric: Literal["features", "vit_keys"] = "features"
 
     summary = "similarity merging inside each frame (AIM 2412.03248, ToMe 2210.09461)"
     merges = True
 
-    @property
-    def revision(self) -> int:
-        """Since revision 2 keys are those of the last block in use."""
-        return 2 if self.metric == "vit_keys" else 1
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return frozenset({TOWER_KEYS} if self.metric == "vit_keys" else ())
-
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         patches = Patches.of(batch, keeps)
         x = finite_features(patches.features)
-        width, compared = x.shape[1], slice(None)
-        if self.metric == "vit_keys":
-            keys = patches.of_patches(tower_signal(batch, TOWER_KEYS, "merge")).flatten(1).to(x)
-            x, compared = torch.cat([x, keys], dim=1), slice(width, None)
         groups, quota = [], []
-        per_frame = None if self.temporal else patches.per_frame()
+        per_frame = patches.per_frame()
         for number, budget in enumerate(patches.budgets):
             own = [patches.lengths[number]]
-            if per_frame is not None and batch.grids[number][0] > 1:
+            if batch.grids[number][0] > 1:
                 own = frame_runs(per_frame[number], budget)
             groups += own
             quota += [1 + q for q in split_evenly(budget - len(own), [n - 1 for n in own])]
-        x, sizes, places = self._merge(x, compared, patches.sizes(), groups, quota)
-        return patches.replaced(places, x[:, :width], sizes)
+        x, sizes, places = self._merge(x, patches.sizes(), groups, quota)
+        return patches.replaced(places, x, sizes)
 
     def _merge(
-        self, x: Tensor, compared: slice, sizes: Tensor, lengths: list[int], quota: list[int]
+        self, x: Tensor, sizes: Tensor, lengths: list[int], quota: list[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Merge every group down to its quota; returns x, sizes and places of what is left.
 
-        Similarity is that of the columns `compared`; all columns of x are merged. A group that has
-        reached its quota takes no part in further steps, so that no rounding depends on the others.
+        A group that has reached its quota takes no part in further steps, so that no rounding
+        depends on the others.
         """
         done: list[tuple[Tensor, Tensor, Tensor]] = []
         rows = torch.arange(len(x), device=x.device)
@@ -115,7 +91,7 @@ class Merge(Reducer):
                     [v for v, end in zip(part, finished, strict=True) if not end]
                     for part in (lengths, quota, steps)
                 )
-            x, sizes, rows = self._step(x, compared, sizes, rows, lengths, steps)
+            x, sizes, rows = self._step(x, sizes, rows, lengths, steps)
             lengths = [n - r for n, r in zip(lengths, steps, strict=True)]
         if len(done) == 1:
             return done[0]
@@ -123,36 +99,21 @@ class Merge(Reducer):
         return x, sizes, rows
 
     def _step(
-        self,
-        x: Tensor,
-        compared: slice,
-        sizes: Tensor,
-        rows: Tensor,
-        lengths: list[int],
-        steps: list[int],
+        self, x: Tensor, sizes: Tensor, rows: Tensor, lengths: list[int], steps: list[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Merge the `steps` most similar pairs of every group."""
         from tokencomp.kernels import bipartite_match, merge_rows, topk_stable
 
-        similarity, partner = bipartite_match(x[:, compared].contiguous(), lengths)
+        similarity, partner = bipartite_match(x, lengths)
         gone = topk_stable(similarity, steps, spans=lengths)
         target = torch.arange(len(x), device=x.device)
         target = target.index_copy(0, gone, partner.to(target).index_select(0, gone))
         left = torch.ones(len(x), dtype=torch.uint8, device=x.device).index_fill_(0, gone, 0)
         # Sorting instead of `nonzero`, whose length the host would have to read.
         keep = left.sort(descending=True, stable=True).indices[: len(x) - sum(steps)]
-        x, sizes, moved = merge_rows(
-            x,
-            target,
-            keep,
-            sizes,
-            frames=lengths,
-            positions=rows,
-            weighted=self.weighted,
-            position=self.position,
-        )
-        assert moved is not None
-        return x, sizes, moved
+        how = {"frames": lengths, "weighted": self.weighted}
+        x, sizes, _ = merge_rows(x, target, keep, sizes, **how)
+        return x, sizes, rows.index_select(0, keep)
 
 
 def frame_runs(per_frame: list[int], budget: int) -> list[int]:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.errors import OptionError
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import Patches, Places, grouped
 from tokencomp.reducers._rows import finite_features
@@ -22,7 +21,6 @@ from tokencomp.validation import check_range
 
 GROUPS = (2, 4, 8)
 STRIDE = 2.0  # of the paper's figure
-COARSEST = 4.0  # largest stride where none is set
 MOST_STRIDE = 1024  # tokens; no frame has longer sides
 
 
@@ -31,40 +29,32 @@ MOST_STRIDE = 1024  # tokens; no frame has longer sides
 class Pool(Reducer):
     """Pool frames: the first of every group finely, the others coarsely (arXiv 2409.20018).
 
-    A single image is pooled to the nearest grid. Pooled tokens are area means (or bilinear) of the
-    whole map.
+    A single image is pooled to the nearest grid. Pooled tokens are area means of the whole map.
 
     Attributes
     ----------
-    group
-        Frames per group; None: the one of 2, 4, 8 for which whole first frames and others at
-        `stride` (where None: 2) come nearest to the budget.
     stride
-        How much coarser the sides of the other frames are, at most; 2 in the paper's figure. None:
-        as much as whole first frames need, up to 4. 1 pools all frames equally.
-    mode
-        "area" or "bilinear".
+        How much coarser the sides of the other frames are, at most; 2 in the paper's figure. 1
+        pools all frames equally.
     position
         Position of a pooled token: "mean" (that of the member at its rounded mean place), "first"
         (its first member's), or None: "first" on models with one position per token, else "mean".
 
     Notes
     -----
-    The paper leaves the numbers open; these rules are ours. First frames stay whole as long as the
-    stride allows it; below that they get stride² times the tokens of the others. The tokens of
-    each group are split evenly over its frames. A count that no grid has is met by rows of unequal
-    length, so that it is always exact. Every frame keeps a token while there are enough for all;
-    first frames are the last to lose theirs.
+    The paper leaves the numbers open; these rules are ours. A group has 2, 4 or 8 frames, as many
+    as bring whole first frames and others at `stride` nearest to the budget. First frames stay
+    whole as long as the stride allows it; below that they get stride² times the tokens of the
+    others. The tokens of each group are split evenly over its frames. A count that no grid has is
+    met by rows of unequal length, so that it is always exact. Every frame keeps a token while
+    there are enough for all; first frames are the last to lose theirs.
 
     The default is the paper's. On videos of the embedded models, down to a quarter of the tokens,
-    plain pooling (stride=1) answers more questions correctly, and stride=None fewer: whole first
-    frames cost the other frames too much (benchmarks/accuracy/choice.md compares the three on
-    validation questions).
+    plain pooling (stride=1) answers more questions correctly, because whole first frames cost the
+    other frames too much (benchmarks/accuracy/choice.md, validation questions).
     """
 
-    group: int | None = None
-    stride: float | None = STRIDE
-    mode: Literal["area", "bilinear"] = "area"
+    stride: float = STRIDE
     position: Literal["mean", "first"] | None = None
 
     summary = "progressive pooling of frames, 2-D pooling of images (2409.20018)"
@@ -73,15 +63,7 @@ class Pool(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stride is not None:
-            check_range("pool", "stride", self.stride, 1, MOST_STRIDE)
-        if self.group is not None and self.group < 1:
-            raise OptionError(f"pool: group={self.group!r}; allowed: None (solved), 1, 2, 3, ...")
-
-    def idle(self, pixels: bool) -> dict[str, str]:
-        return (
-            {"group": "with stride=1, which pools all frames equally"} if self.stride == 1 else {}
-        )
+        check_range("pool", "stride", self.stride, 1, MOST_STRIDE)
 
     def bind(self, facts: ModelFacts) -> Pool:
         if self.position is None and not facts.mrope:
@@ -102,7 +84,7 @@ class Pool(Reducer):
             counts = [sum(widths) for widths in lines]
             rows = patches.table(np.add.outer(frames, np.arange(h * w)).ravel())
             stack = x.index_select(0, rows).view(len(frames), h, w, -1)
-            pooled.append(pool_lines(stack, lines, self.mode))
+            pooled.append(pool_lines(stack, lines))
             place = places(lines, h, w, self.position or "mean")
             chosen.append(place + np.repeat(frames, counts))
             sizes.append(np.repeat(h * w / np.asarray(counts), counts))
@@ -112,10 +94,10 @@ class Pool(Reducer):
 
     def frame_quota(self, frames: int, cells: int, budget: int) -> list[int]:
         """Tokens of every frame: whole numbers in 0 … cells that sum to `budget`."""
-        group = self.group or solved_group(frames, cells, budget, self.stride or STRIDE)
+        group = solved_group(frames, cells, budget, self.stride)
         high = -(-frames // group)
         low = frames - high
-        fine = min(budget / (high + low / (self.stride or COARSEST) ** 2), cells)
+        fine = min(budget / (high + low / self.stride**2), cells)
         least, most = min(high, budget), max(high, budget - low)  # one each, first frames before
         firsts = min(max(round(high * fine), least), most)
         fines = iter(split_evenly(firsts, [1] * high))
@@ -146,14 +128,14 @@ def line_widths(tokens: int, height: int, width: int) -> list[int]:
     return split_evenly(tokens, [1] * lines)
 
 
-def pool_lines(x: Tensor, lines: list[list[int]], mode: str) -> Tensor:
+def pool_lines(x: Tensor, lines: list[list[int]]) -> Tensor:
     """Pool frames x (T, H, W, d) to `lines[f]`: first the height, then every line's width."""
     from tokencomp.kernels import frame_pool
 
     _, _, width, dim = x.shape
-    tall = frame_pool(x, [(len(widths), width) for widths in lines], mode)
+    tall = frame_pool(x, [(len(widths), width) for widths in lines])
     flat = [n for widths in lines for n in widths]
-    pooled: Tensor = frame_pool(tall.view(len(flat), 1, width, dim), [(1, n) for n in flat], mode)
+    pooled: Tensor = frame_pool(tall.view(len(flat), 1, width, dim), [(1, n) for n in flat])
     return pooled
 
 

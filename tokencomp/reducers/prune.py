@@ -18,9 +18,8 @@ from tokencomp.tokens.signals import Attention, Signal
 from tokencomp.tokens.spans import SpanBatch
 from tokencomp.validation import check_range
 
-VOTERS: dict[str, Literal["last", "text", "raters"]] = {
+VOTERS: dict[str, Literal["last", "raters"]] = {
     "last_query": "last",
-    "text_query": "text",
     "rater_query": "raters",
 }
 
@@ -36,9 +35,8 @@ class Prune(Reducer):
         "pagerank": five steps s ← s·M of the layer's causal attention M = softmax(logits / τ)
         from the uniform vector, per head, root mean square over heads (AIM, arXiv 2412.03248).
         "last_query": attention of the last prompt token, mean over heads (PyramidDrop,
-        arXiv 2410.17247; FastV, arXiv 2403.06764). "text_query": mean over the text tokens after
-        the span (ours). "rater_query": mean over the text tokens that the visual ones resemble
-        most (SparseVLM, arXiv 2410.04417).
+        arXiv 2410.17247; FastV, arXiv 2403.06764). "rater_query": mean over the text tokens that
+        the visual ones resemble most (SparseVLM, arXiv 2410.04417).
     schedule
         "aim", "pyramid", "fastv" or "sparsevlm" (see `tokencomp.plan.schedules`).
     layer
@@ -62,7 +60,7 @@ class Prune(Reducer):
     differ (Jaccard 0.97 over 100 random cases), because there masked rows still vote.
     """
 
-    score: Literal["pagerank", "last_query", "text_query", "rater_query"] = "pagerank"
+    score: Literal["pagerank", "last_query", "rater_query"] = "pagerank"
     schedule: Literal["aim", "pyramid", "fastv", "sparsevlm"] = "aim"
     temperature: float = 0.1
     iterations: int = 5

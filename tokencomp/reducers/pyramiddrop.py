@@ -17,6 +17,10 @@ class PyramidDrop(Preset):
     prompt token, mean over heads, in the layer after the cut: its own queries and keys of the
     tokens before the cut, as in the authors' code. If three halvings cannot meet the ratio, there
     is one more cut at the start (ours).
+
+    The authors' code differs in two ways. It renumbers positions from 0 after every cut, and here
+    tokens keep theirs, so that from the second cut on scores and kept tokens differ. It rounds
+    counts down, and here half a token is rounded up.
     """
 
     revision = 2  # 1: attention of the layer before the cut

@@ -9,13 +9,6 @@ from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import available_reducers
 from tokencomp.validation import choices, field_types
 
-NEED_ANSWER = ("oracle",)  # reducers that no server can run
-
-
-def requestable() -> list[str]:
-    """Names of the reducers that a server may run, on one engine at least."""
-    return [name for name in available_reducers() if name not in NEED_ANSWER]
-
 
 def check_name(field_name: str, name: Any) -> str:
     """Return the name of a reducer, or of a composition, if a server may run it.
@@ -23,15 +16,14 @@ def check_name(field_name: str, name: Any) -> str:
     Raises
     ------
     OptionError
-        No text, an unknown name, or a reducer that needs the answer.
+        No text, or an unknown name.
     """
     if not isinstance(name, str):
-        raise OptionError(f"{field_name}={name!r}: expected one of {', '.join(requestable())}.")
+        names = ", ".join(available_reducers())
+        raise OptionError(f"{field_name}={name!r}: expected one of {names}.")
     for part in [part.strip() for part in name.split("+") if part.strip()] or [name]:
-        if part in NEED_ANSWER:
-            raise OptionError(f"{field_name} {part!r} needs the answer, so it cannot be served.")
         if part not in available_reducers():
-            raise OptionError(str(unknown_name(field_name, part, requestable())))
+            raise OptionError(str(unknown_name(field_name, part, available_reducers())))
     return name
 
 

@@ -10,13 +10,13 @@ from typing import Any, cast
 from tokencomp.errors import MediaError
 from tokencomp.evaluation.batches import Answers
 from tokencomp.evaluation.metrics import mcnemar, retention
+from tokencomp.evaluation.oracle import Oracle, truth
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
 from tokencomp.patching import unpatched
-from tokencomp.reducers.oracle import truth
 from tokencomp.training.data import answer_ids, append
 from tokencomp.training.relevance import TARGET, Target, relevance
 
@@ -31,7 +31,7 @@ class Measurement:
     ----------
     models
         Variants of one model by name, see `sweep`; the uncompressed answers of "" are the
-        reference, and are what `oracle` explains.
+        reference, and are what `Oracle` explains.
     processor
         Shared by all variants.
     frames, batch
@@ -117,7 +117,7 @@ class Measurement:
 
 
 class OracleTruth:
-    """Gives the reducer `oracle` the relevance of the full model's own answers, batch by batch."""
+    """Gives `Oracle` the relevance of the full model's own answers, batch by batch."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
@@ -127,7 +127,7 @@ class OracleTruth:
     def __call__(
         self, setting: Setting, inputs: dict[str, Any], answers: Answers
     ) -> AbstractContextManager[Any]:
-        if setting.reducer != "oracle":
+        if not isinstance(setting.reducer, Oracle):
             return nullcontext()
         if inputs is not self._batch:
             self._batch, self._relevance = inputs, {}

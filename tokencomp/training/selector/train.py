@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tokencomp.evaluation.oracle import Oracle
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.reducers._rows import signal_scores, top_k
@@ -103,7 +104,7 @@ def comparison(
     """The selector and its rivals at every ratio; `oracles` name what the upper bound explains."""
     settings = []
     for ratio in ratios:
-        settings += [Setting("oracle", ratio, name=oracle_name(t), target=t) for t in oracles]
+        settings += [Setting(Oracle(), ratio, name=oracle_name(t), target=t) for t in oracles]
         settings += [
             Setting("selector", ratio, {"weights": str(weights)}),
             Setting(AttentionRow(), ratio, name="attention"),

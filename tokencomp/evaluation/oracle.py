@@ -1,4 +1,4 @@
-"""Upper bound for evaluation: selection by the true relevance of the answer."""
+"""Upper bound of selection: the tokens of true relevance, which need the answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from tokencomp.errors import ScoreError
 from tokencomp.reducers._rows import top_k
 from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import VisualTokens
 
@@ -36,15 +35,16 @@ def truth(relevance: list[list[Tensor]]) -> Iterator[None]:
         _TRUTH.reset(token)
 
 
-@register_reducer("oracle")
 @dataclass(frozen=True)
 class Oracle(Reducer):
     """Keep the tokens that the right answer depends on most (labels of arXiv 2506.01097).
 
     It must know the answer before the prompt is read, so it is not a method to use but the upper
-    bound for `selector`. Call the model inside `with truth(relevance): ...`.
+    bound for `selector`, and has no name in the registry: `patch(model, reducer=Oracle())`. Call
+    the model inside `with truth(relevance): ...`.
     """
 
+    name = "oracle"
     summary = "upper bound of selector, for evaluation: needs the answer (2506.01097)"
     serving_safe = False  # the relevance comes from `truth`, not from the media item
 
@@ -56,6 +56,6 @@ class Oracle(Reducer):
             raise ScoreError(
                 "oracle has no relevance for this span. Compute it with "
                 "tokencomp.training.relevance.relevance(model, inputs, labels) and call the model "
-                "inside `with tokencomp.reducers.oracle.truth(relevance): ...`."
+                "inside `with tokencomp.evaluation.oracle.truth(relevance): ...`."
             )
         return Reduction(top_k(scores.to(tokens.features.device), tokens.special, keep))
