@@ -28,8 +28,8 @@ def test_list_is_generated_from_the_registries(capsys):
     merge = next(r for r in printed["reducers"] if r["name"] == "merge")
     assert merge["options"]["weighted"] is True and merge["stage"] == "entry"
     assert next(r for r in printed["reducers"] if r["name"] == "aim")["stage"] == "entry + layers"
-    cdpruner = next(r for r in printed["reducers"] if r["name"] == "cdpruner")
-    assert not cdpruner["serving_safe"] and "none" in cdpruner["serving_safe_with"]
+    scope = next(r for r in printed["reducers"] if r["name"] == "scope")
+    assert not scope["serving_safe"] and scope["serving_safe_with"] == "saliency=none"
     assert merge["serving_safe"] and merge["serving_safe_with"] == ""
     qwen = next(r for r in printed["models"] if r["family"] == "Qwen2-VL")
     assert len(qwen["transformers"]) > 1 and "tiny-qwen2-vl" in qwen["embedded"]

@@ -12,9 +12,8 @@ from support.families import EOS, PAD, VOCAB, text
 from support.family.llava import Llava
 
 import tokencomp
-from tokencomp.errors import OptionError, RowIndexedAttentionError, UnsupportedModelError
-from tokencomp.method import MethodSpec
-from tokencomp.patching import apply, check
+from tokencomp import Plan, Stage, make_reducer
+from tokencomp.errors import RowIndexedAttentionError, UnsupportedModelError
 
 
 class Windowed(Llava):
@@ -128,11 +127,28 @@ def test_queries_that_are_scaled_by_row_are_refused() -> None:
             model(**inputs)
 
 
-def test_windows_have_no_weights() -> None:
-    """Refused by `patch`, and before a long run by `check`; without weights merging works."""
-    model = Windowed(transformers.MistralConfig, 60).build()
-    spec = MethodSpec("kcentre", 0.5, rest="merge")
-    for refuse in (check, apply):
-        with pytest.raises(OptionError, match=r"rest='merge': .* window"):
-            refuse(model, spec)
-    tokencomp.patch(model, 0.5, reducer="merge").remove()
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_weights_in_a_window(backend: str, between: bool) -> None:
+    """The last rows of a cache have their own weights, also in a second turn."""
+    family = Windowed(transformers.MistralConfig, 12)
+    model, steps = family.build(backend), 14
+    inputs = family.batch([[text(3), family.image(), text(5, 2)], [text(9)]])
+    width, kcentre = inputs["input_ids"].shape[1], make_reducer("kcentre")
+    stages = [Stage(0, 0.5, kcentre, rest="merge")]
+    stages += [Stage(2, 0.2, kcentre, rest="merge")] * between
+    with tokencomp.patch(model, plan=Plan(tuple(stages))) as handle, torch.no_grad():
+        out = oracle.generate(model, inputs, steps)
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+        first = model(**inputs, use_cache=True)
+        more = {"input_ids": out.sequences[:, width : width + 5]}
+        more["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 5), value=1)
+        later = model(**more, past_key_values=oracle.cache_of(first)).logits
+    merged, new = oracle.Merged(handle), out.sequences[:, width:-1]
+    expected = kinds.expected_logits(model, family, inputs, masks, new, merged)
+    plain = kinds.expected_logits(model, family, inputs, masks, new)
+    assert merged.sizes.max() > 2
+    logits = torch.stack(out.logits, 1)
+    assert (logits - expected[:, width - 1 :]).abs().max() < 2e-5
+    assert (later - expected[:, width : width + 5]).abs().max() < 2e-5
+    assert (logits[0, 0] - plain[0, width - 1]).abs().max() > 1e-3

@@ -8,6 +8,7 @@ linear layers run on the kept columns alone: there, dropping a token means that 
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -15,22 +16,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from support.oracle import Merged
+
 CACHES = ("cache", "past_key_values", "cache_params")
 MASKS = ("attention_mask", "conv_mask")
 LINEAR = re.compile("GatedDeltaNet|ShortConv$|ShortConvolution$|Mamba2Mixer|LinearAttention$")
 
 
 @contextlib.contextmanager
-def hidden_columns(decoder: nn.Module, masks: list[Tensor]) -> Iterator[None]:
-    """Hide columns in every decoder layer: `masks` has a bool (B, L) for each. Needs eager."""
-    hooks, mixers = [], []
-    for layer, mask in zip(decoder.layers, masks, strict=True):
+def hidden_columns(
+    decoder: nn.Module, masks: list[Tensor], merged: Merged | None = None
+) -> Iterator[None]:
+    """Hide columns in every decoder layer: `masks` has a bool (B, L) for each. Needs eager.
 
-        def hide(module: nn.Module, args: Any, kwargs: Any, mask: Tensor = mask) -> Any:
-            own = kwargs.get("attention_mask")
+    `merged` merges them into others first.
+    """
+    hooks, mixers = [], []
+    for i, (layer, mask) in enumerate(zip(decoder.layers, masks, strict=True)):
+
+        def hide(module: nn.Module, args: Any, kwargs: Any, i: int = i, mask: Tensor = mask) -> Any:
+            own, bias = kwargs.get("attention_mask"), None
+            if merged is not None:
+                x = args[0] if args else kwargs.pop("hidden_states")
+                x, bias = merged(i, x)
+                args = (x, *args[1:])
             if own is None or own.ndim != 4:
-                return None
-            low, shown = torch.finfo(own.dtype).min, mask[:, None, None, -own.shape[-1] :]
+                return args, kwargs
+            # Softmax is taken in float32 even where the masks are float64.
+            low, shown = torch.finfo(torch.float32).min, mask[:, None, None, -own.shape[-1] :]
+            own = own if bias is None else (own.clamp(min=low) + bias[:, None, None])
             return args, {**kwargs, "attention_mask": own.masked_fill(~shown, low)}
 
         hooks.append(layer.register_forward_pre_hook(hide, with_kwargs=True))
@@ -78,16 +92,28 @@ def continued(inputs: dict[str, Tensor], positions: Tensor, new: Tensor) -> dict
 
 
 def expected_logits(
-    model: nn.Module, family: Any, inputs: dict[str, Tensor], masks: list[Tensor], new: Tensor
+    model: nn.Module,
+    family: Any,
+    inputs: dict[str, Tensor],
+    masks: list[Tensor],
+    new: Tensor,
+    merged: Merged | None = None,
 ) -> Tensor:
-    """Logits (B, L + T, V) of the oracle over the prompt and T further tokens."""
+    """Logits (B, L + T, V) of the oracle over the prompt and T further tokens.
+
+    With `merged` hidden columns are merged into others first, and all is float64.
+    """
     full = continued(inputs, family.positions(model, inputs), new)
     ones = torch.ones_like(new).bool()
     masks = [torch.cat([mask, ones], 1) for mask in masks]
+    if merged is not None:
+        model = copy.deepcopy(model).double()
+        full = {k: v.double() if v.is_floating_point() else v for k, v in full.items()}
+        merged.sizes = torch.ones(full["input_ids"].shape, dtype=torch.float64)
     backend = model.config.get_text_config()._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        with torch.no_grad(), hidden_columns(family.decoder(model), masks):
+        with torch.no_grad(), hidden_columns(family.decoder(model), masks, merged):
             return model(**full, use_cache=False).logits
     finally:
         model.set_attn_implementation(backend)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.cache.check import check_cache
-from tokencomp.engine.cache.layers import CompressedLayer, InForce
+from tokencomp.engine.cache.layers import CompressedLayer, CompressedSlidingLayer, InForce
 from tokencomp.engine.cache.need import PatchNeed
 from tokencomp.engine.call.batching import BatchGuard
 from tokencomp.engine.call.chunks import ChunkedPrefill, whole_output
@@ -44,6 +44,7 @@ from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.rows.outputs import restore_states
 from tokencomp.engine.scores.parallel import refuse_replica
 from tokencomp.engine.scores.proportional import ProportionalAttention
+from tokencomp.engine.scores.recomputed import Recomputation
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.engine.stage.segments import check_entered
 from tokencomp.engine.stage.survivors import refuse_missing
@@ -87,6 +88,7 @@ class Hooks(Hooked):
         self._missed_plans: set[str] = set()  # plans that have warned of a missed ratio
         self._calls = calls = RunningCalls()
         self._weights = ProportionalAttention(adapter.layers, self._sizes)
+        self._recomputation = Recomputation(calls)
         self._notes = CallNotes(adapter, calls, strict)
         self._plan_hooks = PlanHooks(adapter, calls, off=lambda: self.disabled)
         self._in_force = InForce(compact_positions)
@@ -162,7 +164,8 @@ class Hooks(Hooked):
     def _unhook(self) -> None:
         self._in_force.active = False
         super().remove()
-        for part in (*reversed(self._parts), self._weights, self._plan_hooks, self.gate):
+        weights = (self._weights, self._recomputation)
+        for part in (*reversed(self._parts), *weights, self._plan_hooks, self.gate):
             part.remove()
         self.adapter.uninstall()
         compat.forget_compiled()
@@ -303,6 +306,8 @@ class Hooks(Hooked):
         call = PrefillCall(kwargs, kinds, cache, state.inputs or {}, state.labels, state.drafts)
         forward, positions = self._reader.read(call, self.plan)
         forward.prepared = prepared
+        if self.plan.merges_rest and compat.recomputed(self.adapter.layers[0]):
+            self._recomputation.prepare(self.adapter.layers)
         if self._plan_hooks.tower is not None:
             forward.tower = self._plan_hooks.tower.collect(forward.spans)
         if self._plan_hooks.drop is not None:
@@ -312,13 +317,25 @@ class Hooks(Hooked):
         return forward
 
     @compat.not_compiled
-    def _sizes(self, layer: int) -> Tensor | None:
-        """How many tokens the first rows of `layer` stand for in the call that runs now."""
-        forward = self._calls.running.forward
+    def _sizes(self, layer: int, keys: int) -> Tensor | None:
+        """How many tokens the first of `keys` rows of `layer` stand for in the call that runs now.
+
+        A layer with a window hands the last of its rows to attention, and `sizes` begin with the
+        first row of the sequence.
+        """
+        state = self._calls.running
+        forward, cached = state.recomputed or state.forward, state.cached
         if forward is not None:
-            return forward.weights(forward.segment_of(layer))
-        cached = self._calls.running.cached
-        return cached[layer].sizes if cached else None
+            segment = forward.segment_of(layer)
+            sizes, rows = forward.weights(segment), segment.physical + segment.layout.width
+            gone = rows - keys if forward.chunk is None else 0  # a chunk has the first rows alone
+        elif cached:
+            own = cached[min(layer, len(cached) - 1)]  # later layers share the keys of the last
+            sizes = own.sizes
+            gone = own.rows - keys if isinstance(own, CompressedSlidingLayer) else 0
+        else:
+            return None
+        return sizes if sizes is None or gone <= 0 else sizes[:, gone:]
 
     def _decoder_done(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         state = self._calls.running

@@ -86,7 +86,7 @@ class PromptReader:
         adapter, arguments, cache = self.adapter, call.arguments, call.cache
         x, mask = arguments["inputs_embeds"], arguments.get("attention_mask")
         layered = bool(plan.layer_stages)
-        check_prefill(adapter, arguments, call.kinds, layered, plan.merges_rest)
+        check_prefill(adapter, arguments, call.kinds, layered)
         positions, text = read_positions(adapter, arguments, cache)
         rows = positions[-3:].cpu() if adapter.mrope else None
         found = adapter.spans(Call(call.kinds, x, rows, adapter.body, call.inputs))

@@ -23,7 +23,6 @@ def check_prefill(
     kwargs: Mapping[str, Any],
     kinds: Tensor,
     between_layers: bool,
-    weights: bool,
 ) -> None:
     """Look at the arguments of a decoder call with visual tokens.
 
@@ -33,8 +32,6 @@ def check_prefill(
         Of the prompt, see `Adapter.kinds`.
     between_layers
         Whether tokens leave between layers.
-    weights
-        Whether merged tokens have weights, which are added to the attention logits.
 
     Raises
     ------
@@ -47,10 +44,10 @@ def check_prefill(
             "something else already shortened it. Undo the other method before patch()."
         )
     if compat.recomputed(adapter.layers[0]):
-        _check_recomputation(between_layers, weights)
+        _check_recomputation(between_layers)
 
 
-def _check_recomputation(between_layers: bool, weights: bool) -> None:
+def _check_recomputation(between_layers: bool) -> None:
     """Refuse what a checkpointed layer would compute in another way in the backward pass."""
     fix = "or model.gradient_checkpointing_disable()."
     if between_layers and compat.recomputes_hooks():
@@ -58,11 +55,6 @@ def _check_recomputation(between_layers: bool, weights: bool) -> None:
             "gradient checkpointing with tokens dropped between layers: this transformers release "
             "would drop them again in the backward pass. Use transformers >= 5.23, an entry "
             f"reducer, {fix}"
-        )
-    if weights:
-        raise OptionError(
-            "gradient checkpointing with rest='merge': the weights of merged tokens are gone in "
-            f"the backward pass. Use rest='drop', {fix}"
         )
 
 

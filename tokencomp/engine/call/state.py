@@ -40,6 +40,8 @@ class CallState:
         From the decoder: its forward pass, where rows, masks or positions are not its own.
     cached
         From the decoder: the cache layers of a later token that needs no forward pass.
+    recomputed
+        The forward pass of the call whose layer runs now, where it is checkpointed.
     disabled
         How often this thread is inside of `Handle.disabled()`.
     """
@@ -55,6 +57,7 @@ class CallState:
     body_mask: Any = None
     forward: ForwardPass | None = None
     cached: list[Any] | None = None
+    recomputed: ForwardPass | None = None
     disabled: int = 0
 
 

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.kinds.windows import Windows
-from tokencomp.errors import OptionError, UnsupportedModelError
+from tokencomp.errors import UnsupportedModelError
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.attribute_view import AttributeView
 
 NAME = "tokencomp_proportional"
 MULTIPLE = 8  # FlashAttention requires head dimensions that are multiples of 8
 
-SizesOf = Callable[[int], Tensor | None]
+SizesOf = Callable[[int, int], Tensor | None]
 
 
 class ProportionalAttention:
@@ -40,9 +39,9 @@ class ProportionalAttention:
     layers
         Decoder layers of one model.
     sizes_of
-        Function of the layer index that returns the sizes of the first m cached rows, fp32 (B, m),
-        in the current call. Later rows stand for one token each. If it returns None, all rows do,
-        and the backend is called unchanged.
+        Function of the layer index and the number of keys of an attention call. It returns the
+        sizes of the first m of them, fp32 (B, m); later rows stand for one token each. If it
+        returns None, all rows do, and the backend is called unchanged.
 
     Attributes
     ----------
@@ -139,7 +138,7 @@ def attend(
     config = module.config
     plain = AttributeView(module, config=config.tokencomp_original)
     backend = compat.attention_function(module, plain.config)
-    sizes, dim = config.tokencomp_sizes_of(module.layer_idx), value.shape[-1]
+    sizes, dim = config.tokencomp_sizes_of(module.layer_idx, key.shape[-2]), value.shape[-1]
     if sizes is not None:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         query, key, value = widen(query, key, value, sizes, scaling)
@@ -195,14 +194,7 @@ def check_weights(adapter: Adapter) -> None:
 
     Raises
     ------
-    OptionError
-        The decoder has layers with an attention window.
     UnsupportedModelError
         There is no attention module, one has no config, or one has an indexer.
     """
-    if Windows.of(adapter.decoder).sizes:
-        raise OptionError(
-            "rest='merge': layers with an attention window keep the last rows of their cache "
-            "alone, and sizes count all rows. Use rest='drop'."
-        )
     attention_modules(adapter.layers)
