@@ -9,24 +9,23 @@ from dataclasses import dataclass
 import torch
 
 import tokencomp
-from tokencomp import Reduction, VisualTokens, zoo
+from tokencomp import zoo
 from tokencomp.inputs.media import load_media
-from tokencomp.reducers import top_k
+from tokencomp.reducers import Patches, ScoreReducer
 
 
 @tokencomp.register_reducer("loudest")
 @dataclass(frozen=True)
-class Loudest(tokencomp.Reducer):
+class Loudest(ScoreReducer):
     """Keep the tokens with the largest norm."""
 
     p: float = 2.0
 
     summary = "tokens with the largest norm (example)"
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        """Score every token by its norm; `top_k` always keeps special tokens."""
-        norms = torch.linalg.vector_norm(tokens.features.float(), ord=self.p, dim=1)
-        return Reduction(top_k(norms, tokens.special, keep))
+    def scores(self, patches: Patches) -> torch.Tensor:
+        """The best-scored patches of every image or video stay; special tokens always do."""
+        return torch.linalg.vector_norm(patches.features.float(), ord=self.p, dim=1)
 
 
 model, processor = zoo.load("tiny-qwen2-vl")

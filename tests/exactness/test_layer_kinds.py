@@ -266,6 +266,27 @@ def test_two_stages_behind_one_layer_with_attention(family: Family) -> None:
     assert len(second) == 4 and len(first) == 12
 
 
+WEIGHTED = [n if n in ("gemma3", "gemma4_e") else pytest.param(n, marks=pytest.mark.long)
+            for n in FAMILY_NAMES if n != UNSCORED]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weights_of_merged_rows(name: str) -> None:
+    """In windows, in blocks of images that see each other, and where layers share keys."""
+    family = HYBRID[name]
+    model, inputs, steps = family.build(), ragged(family), 12
+    width = inputs["input_ids"].shape[1]
+    with tokencomp.patch(model, 0.6, reducer="kcentre", rest="merge") as handle:
+        out = oracle.generate(model, inputs, steps, suppress_tokens=[*range(IMAGE, IMAGE + 5)])
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+    merged, new = oracle.Merged(handle), out.sequences[:, width:-1]
+    expected = kinds.expected_logits(model, family, inputs, masks, new, merged)
+    plain = kinds.expected_logits(model, family, inputs, masks, new)
+    logits = torch.stack(out.logits, 1)
+    assert difference(logits, expected[:, width - 1 :]) < 5e-5
+    assert difference(logits, plain[:, width - 1 :]) > 1e-3
+
+
 @pytest.mark.parametrize("reducer", ["prune", "pyramiddrop", *ENTRY_REDUCERS])
 def test_reducers_by_name(family: Family, reducer: str) -> None:
     """At entry, and with stages before and behind layers of every kind."""

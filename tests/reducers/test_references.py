@@ -13,6 +13,7 @@ from support.max_min import k_centre
 
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import OptionError, PlanError, ScoreError
+from tokencomp.reducers import Patches, ScoreReducer
 
 GRIDS = [(1, 5, 6), (4, 3, 4), (6, 2, 3)]
 
@@ -258,3 +259,28 @@ def test_whole_grids_only(name: str) -> None:
 def test_refused_options(name: str, options: dict[str, object]) -> None:
     with pytest.raises(OptionError, match=r"allowed|expected"):
         make_reducer(name, **options)
+
+
+@pytest.mark.parametrize("special", [0, 3])
+def test_a_score_is_a_whole_reducer(special: int) -> None:
+    """The best patches of every span stay; of equal ones the lower, and special tokens always."""
+
+    class Rounded(ScoreReducer):
+        name = "rounded"
+
+        def scores(self, patches: Patches) -> torch.Tensor:
+            return patches.features[:, 0].round()
+
+    spans = [matrix.tokens((1, 4, 5), special), matrix.tokens((3, 2, 3), seed=1)]
+    batch, keeps = matrix.joined(spans), [7 + special, 6]
+    got = Rounded().reduced_batch(batch, keeps).keep.tolist()
+    expected, start = [], 0
+    for tokens, keep in zip(spans, keeps, strict=True):
+        score = tokens.features[:, 0].round().tolist()
+        order = sorted(range(len(tokens)), key=lambda i: (not tokens.special[i], -score[i], i))
+        expected += sorted(start + i for i in order[:keep])
+        start += len(tokens)
+    assert got == expected
+    spans[0].features[3, 0] = torch.nan
+    with pytest.raises(ScoreError, match="NaN or infinite"):
+        Rounded().reduced(spans[0], 7 + special)

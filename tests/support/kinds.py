@@ -32,13 +32,20 @@ def hidden_columns(
     `merged` merges them into others first.
     """
     hooks, mixers = [], []
+
+    def merge(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """At entry; a decoder may make more of its input than the states before layer 0."""
+        return args, {**kwargs, "inputs_embeds": merged(0, kwargs["inputs_embeds"])[0]}
+
+    if merged is not None:
+        hooks.append(decoder.register_forward_pre_hook(merge, with_kwargs=True))
     for i, (layer, mask) in enumerate(zip(decoder.layers, masks, strict=True)):
 
         def hide(module: nn.Module, args: Any, kwargs: Any, i: int = i, mask: Tensor = mask) -> Any:
             own, bias = kwargs.get("attention_mask"), None
             if merged is not None:
                 x = args[0] if args else kwargs.pop("hidden_states")
-                x, bias = merged(i, x)
+                x, bias = merged(i, x) if i else (x, merged.sizes.log())
                 args = (x, *args[1:])
             if own is None or own.ndim != 4:
                 return args, kwargs

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
+from torch import Tensor
 
 from support.families import Family
 from tokencomp import Plan, Reducer, Reduction, Stage, VisualTokens, make_reducer
-from tokencomp.reducers._batch import top_k_of_spans
-from tokencomp.reducers._rows import signal_scores, tower_signal
+from tokencomp.reducers import Patches, ScoreReducer
+from tokencomp.reducers._rows import supplied_scores, tower_signal
 from tokencomp.tokens.signals import TOWER_ATTENTION, Attention
-from tokencomp.tokens.spans import SpanBatch
 
 RELEVANT = make_reducer("condiv", power=1.0)
 
@@ -20,24 +19,23 @@ RELEVANT = make_reducer("condiv", power=1.0)
 
 
 @dataclass(frozen=True)
-class TowerTop(Reducer):
+class TowerTop(ScoreReducer):
     """Keeps the tokens that the vision tower's last block attends to most."""
 
     needs = frozenset({TOWER_ATTENTION})
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        received = tower_signal(batch, TOWER_ATTENTION, "tower top")
-        return top_k_of_spans(received, batch, keeps)
+    def scores(self, patches: Patches) -> Tensor:
+        return patches.of_patches(tower_signal(patches.batch, TOWER_ATTENTION, "tower top"))
 
 
 @dataclass(frozen=True)
-class TextTop(Reducer):
+class TextTop(ScoreReducer):
     """Keeps the tokens that the text after their span attends to most."""
 
     needs = frozenset({Attention("text")})
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        return top_k_of_spans(signal_scores(batch, "text top"), batch, keeps)
+    def scores(self, patches: Patches) -> Tensor:
+        return patches.of_patches(supplied_scores(patches.batch, "text top"))
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,13 @@ from tokencomp.reducers._rows import (
 )
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer
+from tokencomp.reducers.score import ScoreReducer
+from tokencomp.tokens.patches import Patches
 
 __all__ = [
+    "Patches",
     "Reducer",
+    "ScoreReducer",
     "available_reducers",
     "finite_features",
     "finite_values",

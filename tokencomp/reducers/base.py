@@ -58,6 +58,10 @@ class Reducer(StageReducer):
         return type(self).reduce is Reducer.reduce and not self._batched
 
     @property
+    def own_count(self) -> bool:
+        return type(self).keep_count is not Reducer.keep_count
+
+    @property
     def _batched(self) -> bool:
         """Whether `reduce_batch` counts; a subclass may override `reduce` alone."""
         for base in type(self).__mro__:

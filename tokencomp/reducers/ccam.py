@@ -80,7 +80,6 @@ class Ccam(Reducer):
     summary = "trained projector: always as many tokens, however many frames (2408.14023)"
     whole_spans = True
     merges = True
-    own_count = True
     entry_only = True
 
     def __post_init__(self) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
+
+from torch import Tensor
 
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import NATURAL, SCHEDULES, aim, check_ramp, natural_aim
-from tokencomp.reducers._batch import top_k_of_spans
-from tokencomp.reducers._rows import signal_scores
+from tokencomp.reducers._rows import supplied_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.reducers.score import ScoreReducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.signals import Attention, Signal
-from tokencomp.tokens.spans import SpanBatch
 from tokencomp.validation import check_range
 
 VOTERS: dict[str, Literal["last", "raters"]] = {
@@ -26,7 +26,7 @@ VOTERS: dict[str, Literal["last", "raters"]] = {
 
 @register_reducer("prune")
 @dataclass(frozen=True)
-class Prune(Reducer):
+class Prune(ScoreReducer):
     """Drop the visual tokens that a layer beside the stage attends to least.
 
     Attributes
@@ -116,8 +116,8 @@ class Prune(Reducer):
             natural = NATURAL[self.schedule](num_layers)
         return tuple(stage.layer for stage in from_profile(natural, self).stages)
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        return top_k_of_spans(signal_scores(batch, "prune"), batch, keeps)
+    def scores(self, patches: Patches) -> Tensor:
+        return patches.of_patches(supplied_scores(patches.batch, "prune"))
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.cache.check import check_cache
-from tokencomp.engine.cache.layers import CompressedLayer, CompressedSlidingLayer, InForce
+from tokencomp.engine.cache.layers import CompressedLayer, InForce
 from tokencomp.engine.cache.need import PatchNeed
 from tokencomp.engine.call.batching import BatchGuard
 from tokencomp.engine.call.chunks import ChunkedPrefill, whole_output
@@ -330,9 +331,9 @@ class Hooks(Hooked):
             sizes, rows = forward.weights(segment), segment.physical + segment.layout.width
             gone = rows - keys if forward.chunk is None else 0  # a chunk has the first rows alone
         elif cached:
-            own = cached[min(layer, len(cached) - 1)]  # later layers share the keys of the last
+            own = cached[min(layer, len(cached) - 1)]  # later layers share the keys of earlier ones
             sizes = own.sizes
-            gone = own.rows - keys if isinstance(own, CompressedSlidingLayer) else 0
+            gone = 0 if isinstance(own, StaticLayer) else own.rows - keys
         else:
             return None
         return sizes if sizes is None or gone <= 0 else sizes[:, gone:]

@@ -89,8 +89,8 @@ def attention_modules(layers: Iterable[nn.Module]) -> list[Any]:
     Raises
     ------
     UnsupportedModelError
-        There is none, one has no config, or one has an indexer, which masks what it has not chosen
-        under the backends that it knows alone.
+        There is none, one has no config, one caps its logits, which would cap weights too, or one
+        has an indexer, which masks what it has not chosen under the backends that it knows alone.
     """
     modules = [m for layer in layers for m in layer.modules() if hasattr(m, "layer_idx")]
     found: list[Any] = [m for m in modules if hasattr(m, "is_causal")]
@@ -101,6 +101,12 @@ def attention_modules(layers: Iterable[nn.Module]) -> list[Any]:
             "Use rest='drop'."
         )
     for module in found:
+        if getattr(module, "attn_logit_softcapping", None):
+            raise UnsupportedModelError(
+                f"rest='merge': {type(module).__name__} caps its attention logits "
+                "(attn_logit_softcapping of its config), and the weights of merged tokens would be "
+                "capped with them. Use rest='drop'."
+            )
         if getattr(module, "config", None) is None:
             raise UnsupportedModelError(
                 f"rest='merge': {type(module).__name__} has no config that names its attention "
@@ -195,6 +201,6 @@ def check_weights(adapter: Adapter) -> None:
     Raises
     ------
     UnsupportedModelError
-        There is no attention module, one has no config, or one has an indexer.
+        See `attention_modules`.
     """
     attention_modules(adapter.layers)

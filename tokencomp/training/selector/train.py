@@ -13,13 +13,12 @@ import torch
 from tokencomp.evaluation.oracle import Oracle
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.questions import Example
-from tokencomp.reducers._rows import signal_scores, top_k
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers._rows import supplied_scores
+from tokencomp.reducers.score import ScoreReducer
 from tokencomp.reducers.selector import SelectorNet
 from tokencomp.storage import write_json
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.signals import Attention, Signal
-from tokencomp.tokens.spans import VisualTokens
 from tokencomp.trained.cards import model_card, write
 from tokencomp.training.checks import check_folder, without_patch
 from tokencomp.training.data import questions
@@ -87,15 +86,15 @@ def train_selector(
 
 
 @dataclass(frozen=True)
-class AttentionRow(Reducer):
+class AttentionRow(ScoreReducer):
     """The tokens that the user's text attends to most in layer 0: the selector's raw input."""
 
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({Attention("text")})
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        return Reduction(top_k(signal_scores(tokens, "attention"), tokens.special, keep))
+    def scores(self, patches: Patches) -> torch.Tensor:
+        return patches.of_patches(supplied_scores(patches.batch, "attention"))
 
 
 def comparison(

@@ -1,0 +1,213 @@
+"""What `rest="merge"` costs beside dropping, and what else could carry the weights of merged rows.
+
+    python -m benchmarks.kernels.weights [--report] [--out DIR]
+
+Three tables, in `weights.json` and `weights.md`. Calls and host reads of a prefill and a decode
+step are those of the calls page, on its tiny random Qwen2-VL. FLOPs follow from the shapes of real
+models. The third table is one attention call of a decoder layer on a CPU, by what carries the
+logarithms: further head dimensions, a mask that SDPA adds, or a function of FlexAttention. Seconds
+are those of the process on one thread, the least of several runs: they order carriers on a CPU and
+say nothing about a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import tokencomp
+from benchmarks import publishing
+from benchmarks.kernels.calls import RATIO, counted, prefill, prompt, tiny_model
+from tokencomp.engine.count.flops import DecoderShape
+from tokencomp.engine.scores.proportional import extra_dims, widen
+
+FOLDER = Path(__file__).parent
+REDUCERS = ("kcentre", "auto", "fastv")
+SHAPES = {
+    "Qwen2.5-VL 7B": DecoderShape(28, 3584, 18944, 28, 4, 128),
+    "Qwen3-VL 8B": DecoderShape(36, 4096, 12288, 32, 8, 128),
+    "LLaVA-OneVision 0.5B": DecoderShape(24, 896, 4864, 14, 2, 64),
+}
+LENGTHS = (1024, 8192)  # rows that are left
+HEADS, KV_HEADS, DIM, ROWS = 14, 2, 64, 1024  # the attention call that is timed
+RUNS = 5
+
+
+def calls(reducer: str, rest: str) -> dict[str, Any]:
+    """Calls and reads that a patch adds to a prefill of four images, and to a decode step."""
+    model, inputs = tiny_model(), prompt(1, 4)
+    token = torch.tensor([[7]])
+
+    def step() -> Callable[[], Any]:
+        with torch.no_grad():
+            cache = model(**inputs, use_cache=True).past_key_values
+        return lambda: model(input_ids=token, past_key_values=cache)
+
+    plain = counted(prefill(model, inputs)), counted(step())
+    with tokencomp.patch(model, RATIO, reducer=reducer, rest=rest):  # type: ignore[arg-type]
+        found = counted(prefill(model, inputs)), counted(step())
+    pairs = zip(found, plain, strict=True)
+    added = [(a.calls - b.calls, a.reads - b.reads) for a, b in pairs]
+    return {"reducer": reducer, "rest": rest, "prefill": added[0], "step": added[1]}
+
+
+def flops(name: str, rows: int) -> dict[str, Any]:
+    """Share of the work of a prefill, and of attention alone, that weights add."""
+    shape = SHAPES[name]
+    drop, merge = (shape.layer_flops(rows, 0, None, weighted) for weighted in (False, True))
+    attention = extra_dims(shape.head_dim) / shape.head_dim
+    return {"model": name, "rows": rows, "attention": attention, "prefill": merge / drop - 1}
+
+
+def carriers(queries: int) -> dict[str, Callable[[], Tensor]]:
+    """One attention call of the last `queries` of ROWS rows, by what carries the weights."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, HEADS, queries, DIM, generator=g)
+    k, v = (torch.randn(1, KV_HEADS, ROWS, DIM, generator=g) for _ in range(2))
+    sizes = torch.randint(1, 9, (1, ROWS), generator=g).float()
+    causal, scale = queries > 1, DIM**-0.5
+    seen = torch.ones(queries, ROWS, dtype=torch.bool).tril(ROWS - queries)
+    groups = HEADS // KV_HEADS
+
+    def dropped() -> Tensor:
+        return sdpa(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+
+    def widened() -> Tensor:
+        wide = widen(q, k, v, sizes, scale)
+        return sdpa(*wide, is_causal=causal, scale=scale, enable_gqa=True)[..., :DIM]
+
+    def masked() -> Tensor:
+        bias = sizes.log()[:, None, None].expand(-1, 1, queries, -1)
+        mask = bias.masked_fill(~seen, -torch.inf)
+        full = [t.repeat_interleave(groups, 1) for t in (k, v)]  # SDPA takes no mask beside groups
+        return sdpa(q, *full, attn_mask=mask, scale=scale)
+
+    return {"no weights": dropped, "head dimensions": widened, "mask": masked}
+
+
+def flex(queries: int) -> Callable[[], Tensor] | None:
+    """The same by FlexAttention, compiled; None where this machine cannot compile it."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    one = carriers(queries)["no weights"].__closure__
+    named = dict(zip(carriers(queries)["no weights"].__code__.co_freevars, one or (), strict=True))
+    q, k, v = (named[n].cell_contents for n in "qkv")
+    logs = torch.randint(1, 9, (ROWS,), generator=torch.Generator().manual_seed(0)).float().log()
+
+    def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return i + ROWS - queries >= j
+
+    def add(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return score + logs[j]
+
+    mask = create_block_mask(seen, None, None, queries, ROWS, device="cpu")
+    run = torch.compile(flex_attention)
+    try:
+        run(q, k, v, score_mod=add, block_mask=mask, enable_gqa=True)
+    except Exception as error:  # no compiler, or a shape that the CPU form does not have
+        print(f"FlexAttention: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
+    return lambda: run(q, k, v, score_mod=add, block_mask=mask, enable_gqa=True)
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Processor time of one call, the least of RUNS."""
+    call()
+    best = float("inf")
+    for _ in range(RUNS):
+        before = time.process_time()
+        for _ in range(4):
+            call()
+        best = min(best, (time.process_time() - before) / 4)
+    return best
+
+
+def timed(queries: int) -> dict[str, float]:
+    """Milliseconds of processor time, by carrier; their results are compared first."""
+    found = carriers(queries)
+    torch.testing.assert_close(found["mask"](), found["head dimensions"](), atol=1e-5, rtol=1e-4)
+    own = flex(queries)
+    if own is not None:
+        found["FlexAttention"] = own
+    return {name: 1e3 * seconds(call) for name, call in found.items()}
+
+
+INTRO = """# What merging with weights costs
+
+Made by `python -m benchmarks.kernels.weights`. `rest="merge"` adds the logarithm of a number to the
+attention logits of every merged row. [Reducers](../../docs/reducers.md) says what it is for.
+
+A few further head dimensions carry it under every backend. The kernel stays the user's:
+FlashAttention, SDPA on its fast path, FlexAttention and eager attention run unchanged, the cache
+holds plain keys, and nothing of size rows × rows exists. They cost what the tables say, and in a
+decode step a copy of the keys and values of a layer.
+
+The two other carriers exist under one backend each. A mask that SDPA adds takes prompts off the
+flash kernel, has a number for every pair of rows, and is rounded to the dtype of the queries, where
+head dimensions carry the rounded part as well. A function of FlexAttention has to be compiled, and
+cannot be handed in through transformers, which builds its own."""
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """The page."""
+    rows = [
+        [r["reducer"], r["rest"], *(f"{c} + {n}" for c, n in (r["prefill"], r["step"]))]
+        for r in data["calls"]
+    ]
+    work = [
+        [r["model"], str(r["rows"]), f"{r['attention']:.1%}", f"{r['prefill']:.2%}"]
+        for r in data["flops"]
+    ]
+    names = list(data["time"]["prefill"])
+    times = [[n, *(f"{data['time'][kind].get(n, float('nan')):.2f}" for kind in data["time"])]
+             for n in names]  # fmt: skip
+    table = publishing.table
+    return (
+        "\n\n".join(
+            [
+                INTRO,
+                "## Calls + host reads that a patch adds\n\nFour images, ratio "
+                f"{RATIO}, a tiny Qwen2-VL of 8 layers.",
+                table(["reducer", "rest", "prefill", "decode step"], rows),
+                "## FLOPs that weights add\n\nOf scores and sums of attention, and of a prefill.",
+                table(["model", "rows left", "attention", "prefill"], work),
+                f"## One attention call on a CPU\n\nMilliseconds, one thread; {HEADS} heads, {KV_HEADS} "
+                f"of keys, {DIM} dimensions, {ROWS} rows, float32. {data['machine']}",
+                table(["carrier", "prefill", "decode step"], times),
+            ]
+        )
+        + "\n"
+    )
+
+
+def main() -> int:
+    """Count, time, write the page."""
+    parser = publishing.parser(__doc__, FOLDER)
+    arguments = parser.parse_args()
+    path = arguments.out / "weights.json"
+    if not arguments.report:
+        facts = publishing.published_from(arguments.out, arguments.allow_dirty)
+        torch.set_num_threads(1)
+        data = {
+            **facts,
+            "machine": f"torch {torch.__version__}.",
+            "calls": [calls(r, rest) for r in REDUCERS for rest in ("drop", "merge")],
+            "flops": [flops(name, rows) for name in SHAPES for rows in LENGTHS],
+            "time": {"prefill": timed(ROWS), "step": timed(1)},
+        }
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    page = markdown(json.loads(path.read_text(encoding="utf-8")))
+    (arguments.out / "weights.md").write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
