@@ -28,6 +28,7 @@ from benchmarks import publishing
 from benchmarks.kernels.calls import RATIO, counted, prefill, prompt, tiny_model
 from tokencomp.engine.count.flops import DecoderShape
 from tokencomp.engine.scores.proportional import extra_dims, widen
+from tokencomp.plan.stages import RESTS, Rest
 
 FOLDER = Path(__file__).parent
 REDUCERS = ("kcentre", "auto", "fastv")
@@ -41,7 +42,7 @@ HEADS, KV_HEADS, DIM, ROWS = 14, 2, 64, 1024  # the attention call that is timed
 RUNS = 5
 
 
-def calls(reducer: str, rest: str) -> dict[str, Any]:
+def calls(reducer: str, rest: Rest) -> dict[str, Any]:
     """Calls and reads that a patch adds to a prefill of four images, and to a decode step."""
     model, inputs = tiny_model(), prompt(1, 4)
     token = torch.tensor([[7]])
@@ -52,7 +53,7 @@ def calls(reducer: str, rest: str) -> dict[str, Any]:
         return lambda: model(input_ids=token, past_key_values=cache)
 
     plain = counted(prefill(model, inputs)), counted(step())
-    with tokencomp.patch(model, RATIO, reducer=reducer, rest=rest):  # type: ignore[arg-type]
+    with tokencomp.patch(model, RATIO, reducer=reducer, rest=rest):
         found = counted(prefill(model, inputs)), counted(step())
     pairs = zip(found, plain, strict=True)
     added = [(a.calls - b.calls, a.reads - b.reads) for a, b in pairs]
@@ -179,8 +180,8 @@ def markdown(data: dict[str, Any]) -> str:
                 table(["reducer", "rest", "prefill", "decode step"], rows),
                 "## FLOPs that weights add\n\nOf scores and sums of attention, and of a prefill.",
                 table(["model", "rows left", "attention", "prefill"], work),
-                f"## One attention call on a CPU\n\nMilliseconds, one thread; {HEADS} heads, {KV_HEADS} "
-                f"of keys, {DIM} dimensions, {ROWS} rows, float32. {data['machine']}",
+                f"## One attention call on a CPU\n\nMilliseconds of one thread; {HEADS} heads, "
+                f"{KV_HEADS} of keys, {DIM} dimensions, {ROWS} rows, float32. {data['machine']}",
                 table(["carrier", "prefill", "decode step"], times),
             ]
         )
@@ -199,7 +200,7 @@ def main() -> int:
         data = {
             **facts,
             "machine": f"torch {torch.__version__}.",
-            "calls": [calls(r, rest) for r in REDUCERS for rest in ("drop", "merge")],
+            "calls": [calls(r, rest) for r in REDUCERS for rest in RESTS],
             "flops": [flops(name, rows) for name in SHAPES for rows in LENGTHS],
             "time": {"prefill": timed(ROWS), "step": timed(1)},
         }
