@@ -61,9 +61,7 @@ class Playground:
         if not paths:
             raise TokenCompError(NOTHING)
         media = [load_media(path, self.frames) for path in paths]
-        more = {"tower_ratio": tower_ratio} if tower_ratio else {}
-        more |= {"rest": "merge"} if merge else {}
-        setting = Setting(method, ratio, **more)
+        setting = Setting(method, ratio, tower_ratio=tower_ratio, rest="merge" if merge else "drop")
         settings = [Setting(), setting]
         full, own = answer_prompt(self.model, self.processor, media, question, settings)
         maker = PromptMaker(self.model, self.processor, [media], [question])

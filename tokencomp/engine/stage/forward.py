@@ -325,11 +325,11 @@ class ForwardPass:
 
     def _mask(self, segment: Segment, kind: LayerKind, hidden: Tensor, cache: Any) -> Any:
         """The mask of the layers of one kind in `segment`."""
-        if kind not in segment.masks:
+        if kind.name not in segment.masks:
             source = self.mask_source(self._new_columns(segment, hidden.device), cache)
             text = segment.text_positions
-            segment.masks[kind] = source.layer_mask(kind, segment, hidden, text)
-        return segment.masks[kind]
+            segment.masks[kind.name] = source.layer_mask(kind, segment, hidden, text)
+        return segment.masks[kind.name]
 
     def _new_columns(self, segment: Segment, device: torch.device) -> Tensor | None:
         """False at padding among the columns of this call, bool (B, n); None if there is none."""
