@@ -17,10 +17,17 @@ from torch import Tensor
 import tokencomp
 from benchmarks.gpu.prompts import TEXT_AFTER, TEXT_BEFORE, Prompt, inputs_of, text_of
 
-REDUCERS = ("uniform", "merge", "condiv", "aim")
+MERGED = ", rest merged"  # of a name: what it does not keep is merged, with weights
+REDUCERS = ("uniform", "merge", "kcentre", "kcentre" + MERGED, "condiv", "aim")
 RATIOS = (0.5, 0.75, 0.9)
-# Reducers that compare attention backends: two at entry, one between layers.
-COMPARED = ("condiv", "merge", "aim")
+# Reducers that compare attention backends: three at entry, one between layers.
+COMPARED = ("condiv", "merge", "kcentre" + MERGED, "aim")
+
+
+def method(name: str) -> dict[str, Any]:
+    """Options of `patch` for a name."""
+    rest = "merge" if name.endswith(MERGED) else "drop"
+    return {"reducer": name.removesuffix(MERGED), "rest": rest}
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -64,7 +71,7 @@ def prefills(model: Any, prompt: Prompt, warmup: int, repeats: int) -> Iterator[
             with handle.disabled():
                 _note(full, repeat, seconds(lambda: run(model, inputs), model.device))
             for name, ratio in cases:
-                handle.set(ratio=ratio, reducer=REDUCERS[0] if ratio == 0 else name)
+                handle.set(ratio=ratio, **method(REDUCERS[0] if ratio == 0 else name))
                 time_ = seconds(lambda: run(model, inputs), model.device)
                 _note(patched[name, ratio], repeat, time_)
                 stats[name, ratio] = handle.stats
@@ -138,7 +145,7 @@ def backends(model: Any, prompt: Prompt, other: str) -> Iterator[dict[str, Any]]
             model.set_attn_implementation(backend)
             answers[backend] = {"unpatched": (run(model, inputs).logits[:, -1].float(), None)}
             for name in COMPARED:
-                with tokencomp.patch(model, ratio, reducer=name) as handle:
+                with tokencomp.patch(model, ratio, **method(name)) as handle:
                     logits = run(model, inputs).logits[:, -1].float()
                     answers[backend][name] = (logits, handle.stats.kept()[-1])
     finally:
