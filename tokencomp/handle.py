@@ -10,7 +10,6 @@ from typing import Any, Literal
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.hooks import Hooks
 from tokencomp.engine.context.visual_window import VisualContext, extend_visual_context, is_extended
-from tokencomp.engine.count.flops import DecoderShape
 from tokencomp.engine.count.stats import Stats
 from tokencomp.engine.scores.layer_stages import check_entry, check_kinds, check_layer_stages
 from tokencomp.engine.scores.proportional import check_weights
@@ -202,8 +201,7 @@ class Handle:
         `tokencomp.inputs.prompts.prompt_lengths(model, inputs)` counts the tokens of a prompt.
         """
         hooks = self._hooks
-        shape = DecoderShape.from_config(hooks.adapter.text_config)
-        return hooks.stats or Stats.empty(shape, hooks.plan.active)
+        return hooks.stats or Stats.empty(hooks.adapter.text_config, hooks.plan.active)
 
     def __repr__(self) -> str:
         family = self._hooks.adapter.family

@@ -14,6 +14,7 @@ from tokencomp.adapters.verified import unverified_accepted
 from tokencomp.conformance.verify import verify_model
 from tokencomp.engine.call.hooks import Hooks
 from tokencomp.engine.call.refusals import refuse_foreign
+from tokencomp.engine.call.state import CallHooks
 from tokencomp.engine.context.visual_window import (
     VISUAL_WINDOW,
     extend_visual_context,
@@ -213,7 +214,7 @@ def _free_adapter(model: nn.Module) -> Adapter:
     refuse_foreign(adapter.model)
     for hook in adapter.decoder._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
-        if isinstance(owner, Hooks) and owner.adapter.model is not adapter.model:
+        if isinstance(owner, CallHooks) and owner.adapter.model is not adapter.model:
             raise AlreadyCompressedError(
                 f"the decoder of this {type(adapter.model).__name__} is patched through a "
                 f"{type(owner.adapter.model).__name__} already. Patch the one of the two that you "

@@ -130,10 +130,18 @@ def test_threads_that_decode_beside_prompts() -> None:
 
 def test_a_hook_on_its_way_out_gets_no_keyword_arguments() -> None:
     """torch looks twice where a hook is; in between, another thread may remove it."""
-    own = layer_hooks(FAMILY.build())
+    model = FAMILY.build()
+    with tokencomp.patch(model, 0.5, reducer="fastv") as handle:
+        plan = handle.plan
+    own = LayerHooks(adapter_for(model), RunningCalls())
+    own.install(plan)
+    own.prepare(True, False)
     own.calls.own.forward = object()
-    assert own._layer(0, torch.nn.Identity(), ()) is None
-    own._attention(3, None, torch.nn.Identity(), (), torch.zeros(1))
+    before = [(m, hook) for m in model.modules() for hook in m._forward_pre_hooks.values()]
+    after = [(m, hook) for m in model.modules() for hook in m._forward_hooks.values()]
+    assert len(before) == len(FAMILY.decoder(model).layers) and after
+    assert all(hook(module, ()) is None for module, hook in before)
+    assert all(hook(module, (), torch.zeros(1)) is None for module, hook in after)
 
 
 def test_layers_without_their_hooks_are_an_error() -> None:
@@ -156,6 +164,7 @@ def test_queries_are_projected_once(inputs: dict[str, torch.Tensor]) -> None:
     with tokencomp.patch(model, 0.5, reducer="prune"), torch.no_grad():
         logits = model(**inputs).logits
         assert len(calls) == len(set(calls)) == len(FAMILY.decoder(model).layers)
-        with mock.patch.object(LayerHooks, "_note"):
-            assert torch.equal(model(**inputs).logits, logits)
+    unseen = mock.patch.object(LayerHooks, "_note", return_value=None)
+    with unseen, tokencomp.patch(model, 0.5, reducer="prune"), torch.no_grad():
+        assert torch.equal(model(**inputs).logits, logits)
         assert len(calls) > 2 * len(set(calls))

@@ -26,7 +26,7 @@ from tokencomp.engine.cache.layers import (
 from tokencomp.engine.cache.reference import CompressedReferenceLayer, compressed_reference
 from tokencomp.engine.cache.rows import is_reference
 
-# Compressed classes by transformers' own; those of quantized layers enter when a cache has them.
+# Compressed classes by transformers' own; others enter when a cache has them.
 _COMPRESSED: dict[type, type] = {
     DynamicLayer: CompressedDynamicLayer,
     DynamicSlidingWindowLayer: CompressedSlidingLayer,
@@ -38,13 +38,11 @@ _COMPRESSED: dict[type, type] = {
 
 
 def _compressed_class(plain: type) -> type:
-    """The compressed class of a transformers class of cache layers."""
+    """The compressed class of a class of cache layers that `_COMPRESSED` does not have yet."""
     if is_reference(plain):
         return compressed_reference(plain)
-    if plain not in _COMPRESSED:  # rows are quantized as before: only the counting changes
-        name = f"Compressed{plain.__name__}"
-        _COMPRESSED[plain] = type(name, (CompressedLayer, plain), {"plain": plain})
-    return _COMPRESSED[plain]
+    # Rows are quantized as before: only the counting changes.
+    return type(f"Compressed{plain.__name__}", (CompressedLayer, plain), {"plain": plain})
 
 
 def compress_layer(
@@ -70,12 +68,16 @@ def compress_layer(
     if isinstance(layer, CompressedLayer):
         before, starts_segment = layer.dropped, starts_segment or layer.starts_segment
     else:
-        static = isinstance(layer, StaticLayer)
-        layer.__class__ = _compressed_class(type(layer))
+        static, plain = isinstance(layer, StaticLayer), type(layer)
+        if plain not in _COMPRESSED:
+            _COMPRESSED[plain] = _compressed_class(plain)
+        layer.__class__ = _COMPRESSED[plain]
         if static and not COUNTS_ROWS:
             layer.cumulative_length = torch.tensor(rows, device=layer.device)
             torch._dynamo.mark_static_address(layer.cumulative_length)
-    layer.dropped, layer.valid, layer.sizes = before + dropped, valid, sizes
+    layer.dropped, layer.sizes, layer._valid = before + dropped, sizes, None
+    if valid is not None:
+        layer.valid = valid
     layer.columns, layer.starts_segment, layer.starts = columns, starts_segment, starts
     if isinstance(layer, CompressedStaticLayer):
         layer.offset = torch.tensor(layer.dropped, device=layer.device)

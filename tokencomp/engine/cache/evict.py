@@ -152,5 +152,5 @@ def _keep(layer: Any, rows: Tensor) -> int:
     left = before - rows.numel()
     compress_layer(layer, left, rows.numel(), None, False, sizes, held[:, rows])
     if plain:
-        layer.patch, layer.needs_patch = InForce(compact=False), False
+        layer.patch, layer.needs_patch = InForce(compact=False), None
     return left

@@ -114,14 +114,16 @@ class CallGate(Hooked):
         own = threading.get_ident()
         with self._condition:
             _, names = self._calls.get(own, (None, []))
-            if not names and not (self._uncounted and in_running_call(self._modules)):
+            if not names and self._changing not in (None, own):
                 self._wait(own)
             # A name that is there already is left over from a call that was interrupted.
             names = [*names[: names.index(name)], name] if name in names else [*names, name]
             self._calls[own] = threading.current_thread(), names
 
     def _wait(self, own: int) -> None:
-        """Wait while another thread makes a change."""
+        """Wait while another thread makes a change, unless it waits for this thread."""
+        if self._uncounted and in_running_call(self._modules):
+            return
         self._waiting.add(own)
         try:
             while self._changing not in (None, own):

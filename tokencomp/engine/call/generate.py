@@ -27,14 +27,6 @@ class GenerateCall(Hooked):
     def __init__(self, adapter: Adapter, gate: CallGate, calls: RunningCalls) -> None:
         self.adapter, self.gate, self.calls = adapter, gate, calls
 
-    def generated(self, past: int, width: int) -> int | None:
-        """How many columns of a call of `width` columns behind `past` ones are not the prompt's.
-
-        None outside of `generate`.
-        """
-        columns = self.calls.running.columns
-        return None if columns is None else max(0, past + width - columns)
-
     def install(self) -> None:
         """Replace `model.generate`, if the model has it."""
         self._handles.append(MethodReplacement(self.adapter.top, GENERATE, self._generate))

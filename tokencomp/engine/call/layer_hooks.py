@@ -1,4 +1,4 @@
-"""Hooks on decoder layers and their attention, which are there only while a call needs them."""
+"""Hooks inside of the decoder that depend on the plan: on layers, attention and rotary tables."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.call.state import RunningCalls
+from tokencomp.engine.call.state import CallHooks, RunningCalls
 from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.scores.layer_stages import scored_before, scored_layer
 from tokencomp.engine.scores.tap import attention_of
-from tokencomp.errors import copy_error
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention
 from tokencomp.torchlib import compat
-from tokencomp.torchlib.replace import Hooked
+from tokencomp.torchlib.replace import MethodReplacement
 
 
-class LayerHooks(Hooked):
+class LayerHooks(CallHooks):
     """Installs the hooks of the layers for calls whose layers hold different rows.
 
     These are prompts with stages between layers, and later tokens whose masks differ by layer. A
@@ -32,22 +31,14 @@ class LayerHooks(Hooked):
     them; in the calls of other threads they return at once. Dynamo does not look whether hooks
     have come or gone since it compiled a layer, so that once the model is compiled they are there
     for good.
-
-    Parameters
-    ----------
-    calls
-        The forward pass of every thread.
     """
 
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
-        self.adapter, self.calls = adapter, calls
+        super().__init__(adapter, calls)
         self._staged = self._compiled = False
         self._scored: list[tuple[nn.Module, int, Attention]] = []  # attention, stage, signal
         self._users: dict[int, threading.Thread] = {}
         self._lock = threading.Lock()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise copy_error(type(self.adapter.model).__name__)
 
     def install(self, plan: Plan) -> None:
         """Serve the calls of this plan.
@@ -110,47 +101,59 @@ class LayerHooks(Hooked):
 
     def _hook(self) -> None:
         for i, layer in enumerate(self.adapter.layers):
-            hook = functools.partial(self._layer, i)
             # Before the hooks of others, which then see the rows that the layer gets.
-            handle = layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-            self._handles.append(handle)
+            run = functools.partial(self._layer, i)
+            self._before(layer, run, self._has_forward, prepend=True)
         for attn, stage, signal in self._scored:
             query = getattr(attn, "q_proj", None)
             if signal.rows == "all" and isinstance(query, nn.Module):
-                note = functools.partial(self._projected, stage)
-                self._handles.append(query.register_forward_hook(note))
-            score = functools.partial(self._attention, stage, signal)
-            self._handles.append(attn.register_forward_hook(score, with_kwargs=True))
+                note = functools.partial(self._note, stage)
+                self._after(query, note, self._has_forward)
+            score = functools.partial(self._score, stage, signal)
+            self._after(attn, score, self._has_forward)
 
-    # A thread may reach a module just while another one registers or removes its hook. torch then
-    # calls the hook without keyword arguments; that thread's own call does not need it.
-
-    def _layer(self, i: int, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
-        if kwargs is None or self.calls.running.forward is None:
-            return None
-        return self._arguments(i, args, kwargs)
-
-    @compat.not_compiled
-    def _arguments(self, i: int, args: Any, kwargs: dict[str, Any]) -> Any:
-        forward: Any = self.calls.running.forward  # set, as the caller has seen
+    def _layer(self, i: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        forward: Any = self.calls.running.forward
         return forward.before_layer(i, args, kwargs)
 
-    def _attention(self, stage: int, signal: Any, module: nn.Module, args: Any, *rest: Any) -> None:
-        if len(rest) == 2 and self.calls.running.forward is not None:
-            self._score(stage, signal, module, args, rest[0])
-
-    @compat.not_compiled
-    def _score(self, stage: int, signal: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
-        forward: Any = self.calls.running.forward  # set, as the caller has seen
+    def _score(self, stage: int, signal: Any, module: nn.Module, args: Any, *rest: Any) -> None:
+        forward: Any = self.calls.running.forward
         if forward.compresses:
-            forward.score(stage, module, compat.bind(module, args, kwargs), signal)
+            forward.score(stage, module, compat.bind(module, args, rest[0]), signal)
 
-    def _projected(self, stage: int, module: nn.Module, args: Any, out: Any) -> None:
+    def _note(self, stage: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        forward: Any = self.calls.running.forward
+        if forward.compresses and isinstance(out, Tensor) and out.ndim == 3:
+            forward.projected[stage] = out.detach()
+
+
+class SharedTables(CallHooks):
+    """Gives the decoder the rotary tables with which the entry stage has scored the prompt.
+
+    An entry of a table depends on its own position alone, so that the columns which are left of
+    these tables equal what the decoder would compute anew. No hook can leave a call out. Therefore
+    `forward` of the rotary module is replaced, and only under plans that score tokens at entry.
+    """
+
+    def install(self, plan: Plan) -> None:
+        """Replace `forward`, if the entry stage of `plan` computes tables."""
+        needs = plan.entry.reducer.needs if plan.entry is not None else ()
+        if self.adapter.rotary is not None and any(isinstance(s, Attention) for s in needs):
+            replaced = MethodReplacement(self.adapter.rotary, "forward", self._forward)
+            self._handles.append(replaced)
+
+    def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        tables = None
         if self.calls.running.forward is not None:
-            self._note(stage, out)
+            tables = self._tables(args, kwargs)
+        return original(*args, **kwargs) if tables is None else tables
 
     @compat.not_compiled
-    def _note(self, stage: int, projected: Any) -> None:
+    def _tables(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The tables of the entry stage; None if the call asks for others, as a chunk does."""
         forward: Any = self.calls.running.forward  # set, as the caller has seen
-        if forward.compresses and isinstance(projected, Tensor) and projected.ndim == 3:
-            forward.projected[stage] = projected.detach()
+        arguments = compat.bind(self.adapter.rotary, args, kwargs)
+        positions = arguments.get("position_ids")
+        if positions is None or positions.shape[-1] != forward.layout.width:
+            return None
+        return forward.tables.get(arguments.get("layer_type"))

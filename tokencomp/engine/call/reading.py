@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +10,7 @@ from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call
-from tokencomp.engine.call.generate import GenerateCall
-from tokencomp.engine.call.refusals import check_prefill
-from tokencomp.engine.context.visual_window import check_window
+from tokencomp.engine.call.state import CallState
 from tokencomp.engine.rows.layout import RowLayout, full_layout
 from tokencomp.engine.rows.padding import aligned_layout, left_padded, real_columns
 from tokencomp.engine.rows.question import (
@@ -23,53 +20,31 @@ from tokencomp.engine.rows.question import (
 )
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.engine.stage.segments import build_segments
-from tokencomp.errors import UnknownGridError
+from tokencomp.errors import AlreadyCompressedError, OptionError, UnknownGridError
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.spans import VisualSpan, numbered
-
-
-@dataclass(frozen=True)
-class PrefillCall:
-    """A decoder call that carries visual tokens, and what the calls around it said.
-
-    Attributes
-    ----------
-    arguments
-        Arguments of the decoder by name, with the 2-D mask of padding as `attention_mask`.
-    kinds : Tensor of int8 on the CPU, shape (B, L)
-        See `Adapter.kinds`.
-    cache
-        The KV cache, or None.
-    inputs
-        Arguments of the model's body by name.
-    labels : Tensor of int64, shape (B, L), or None
-        Labels of a training call.
-    draft
-        Number of draft tokens at the end of the call, where it is not known from `generate`.
-    """
-
-    arguments: dict[str, Any]
-    kinds: Tensor
-    cache: Any
-    inputs: Mapping[str, Any]
-    labels: Tensor | None
-    draft: int
+from tokencomp.torchlib import compat
 
 
 class PromptReader:
-    """Turns a prefill call into a `ForwardPass`, before anything is computed or changed.
+    """Turns a prefill call into a `ForwardPass`, before anything is computed or changed."""
 
-    Parameters
-    ----------
-    running
-        The `generate` call that runs, if one does.
-    """
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
 
-    def __init__(self, adapter: Adapter, running: GenerateCall) -> None:
-        self.adapter, self.running = adapter, running
-
-    def read(self, call: PrefillCall, plan: Plan) -> tuple[ForwardPass, Tensor]:
+    def read(
+        self, arguments: dict[str, Any], cache: Any, state: CallState, plan: Plan
+    ) -> tuple[ForwardPass, Tensor]:
         """Read a prefill call.
+
+        Parameters
+        ----------
+        arguments
+            Arguments of the decoder by name, with the 2-D mask of padding as `attention_mask`.
+        cache
+            The KV cache, or None.
+        state
+            What the calls around it said; its `kinds` are known.
 
         Returns
         -------
@@ -83,23 +58,34 @@ class PromptReader:
         TokenCompError
             The call cannot be compressed, or not exactly.
         """
-        adapter, arguments, cache = self.adapter, call.arguments, call.cache
+        adapter, kinds = self.adapter, state.kinds
+        assert kinds is not None
         x, mask = arguments["inputs_embeds"], arguments.get("attention_mask")
-        layered = bool(plan.layer_stages)
-        check_prefill(adapter, arguments, call.kinds, layered)
+        if x.shape[:2] != kinds.shape:
+            raise AlreadyCompressedError(
+                f"the decoder got {tuple(x.shape[:2])} tokens for a prompt of "
+                f"{tuple(kinds.shape)}: something else already shortened it. Undo the other "
+                "method before patch()."
+            )
+        if compat.recomputed(adapter.layers[0]):
+            check_recomputation(bool(plan.layer_stages))
         positions, text = read_positions(adapter, arguments, cache)
         rows = positions[-3:].cpu() if adapter.mrope else None
-        found = adapter.spans(Call(call.kinds, x, rows, adapter.body, call.inputs))
+        found = adapter.spans(Call(kinds, x, rows, adapter.body, state.inputs or {}))
         spans = [numbered(row) for row in found]
         check_grids(plan, spans)
-        check_window(adapter, call.kinds, cache)
-        layout = self._layout(call, spans, text)
+        layout = self._layout(arguments, cache, state, spans, text)
         forward = ForwardPass(adapter, plan, spans, layout, x.shape[1])
         forward.segments = build_segments(plan, len(adapter.layers), cache, mask, x.shape[1])
         return forward, positions
 
     def _layout(
-        self, call: PrefillCall, spans: list[list[VisualSpan]], text: Tensor | None
+        self,
+        arguments: dict[str, Any],
+        cache: Any,
+        state: CallState,
+        spans: list[list[VisualSpan]],
+        text: Tensor | None,
     ) -> RowLayout:
         """Where the tokens of a prefill stand: real columns, prompts, and the end of questions.
 
@@ -108,22 +94,43 @@ class PromptReader:
         text : Tensor of int64, shape (B, L) or (1, L), or None
             Positions of the caller that begin again in every packed prompt.
         """
-        shape = call.arguments["inputs_embeds"].shape[:2]
-        mask, past = call.arguments.get("attention_mask"), cached_length(call.cache)
+        shape = arguments["inputs_embeds"].shape[:2]
+        mask, past = arguments.get("attention_mask"), cached_length(cache)
         real, starts = real_columns(mask, shape), None
         if mask is None and past == 0:  # the only case in which transformers looks for packing
             starts = packed_starts(None if text is None else text.cpu())
-            starts = starts or starts_from_lengths(call.arguments.get("cu_seq_lens_q"), *shape)
-        generated = self.running.generated(past, shape[1])
-        if generated is None:
+            starts = starts or starts_from_lengths(arguments.get("cu_seq_lens_q"), *shape)
+        if state.columns is None:
             # `logits_to_keep` beyond the text at the end cannot be a count of draft tokens: the
             # caller wants logits of visual columns.
             tail = min((shape[1] - row[-1].stop for row in spans if row), default=0)
-            generated = call.draft if call.draft <= tail else 0
-        prompts = build_prompts(real, spans, starts, call.labels, generated)
+            generated = state.drafts if state.drafts <= tail else 0
+        else:
+            generated = max(0, past + shape[1] - state.columns)
+        prompts = build_prompts(real, spans, starts, state.labels, generated)
         if left_padded(real):
             return full_layout(shape[1], real.numpy().sum(1).tolist(), spans, prompts)
         return aligned_layout(real, spans, prompts)
+
+
+def check_recomputation(between_layers: bool) -> None:
+    """Refuse what a checkpointed layer would compute in another way in the backward pass.
+
+    Parameters
+    ----------
+    between_layers
+        Whether tokens leave between layers.
+
+    Raises
+    ------
+    OptionError
+    """
+    if between_layers and compat.recomputes_hooks():
+        raise OptionError(
+            "gradient checkpointing with tokens dropped between layers: this transformers release "
+            "would drop them again in the backward pass. Use transformers >= 5.23, an entry "
+            "reducer, or model.gradient_checkpointing_disable()."
+        )
 
 
 def check_grids(plan: Plan, spans: list[list[VisualSpan]]) -> None:

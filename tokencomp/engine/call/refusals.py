@@ -1,61 +1,18 @@
-"""Refuses what cannot be compressed exactly, with the fix, before anything is computed."""
+"""Refuses models of other methods, and prompts in which nothing can be compressed."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.errors import (
-    AlreadyCompressedError,
-    OptionError,
-)
-from tokencomp.torchlib import compat
+from tokencomp.errors import AlreadyCompressedError, NoVisualInputError, UncompressedWarning
 from tokencomp.torchlib.replace import MethodReplacement
 
 PREPARED = "_original_forward"  # where Accelerator.prepare keeps what mixed precision wraps
-
-
-def check_prefill(
-    adapter: Adapter,
-    kwargs: Mapping[str, Any],
-    kinds: Tensor,
-    between_layers: bool,
-) -> None:
-    """Look at the arguments of a decoder call with visual tokens.
-
-    Parameters
-    ----------
-    kinds : Tensor, shape (B, L)
-        Of the prompt, see `Adapter.kinds`.
-    between_layers
-        Whether tokens leave between layers.
-
-    Raises
-    ------
-    AlreadyCompressedError, OptionError
-    """
-    shape = kwargs["inputs_embeds"].shape[:2]
-    if shape != kinds.shape:
-        raise AlreadyCompressedError(
-            f"the decoder got {tuple(shape)} tokens for a prompt of {tuple(kinds.shape)}: "
-            "something else already shortened it. Undo the other method before patch()."
-        )
-    if compat.recomputed(adapter.layers[0]):
-        _check_recomputation(between_layers)
-
-
-def _check_recomputation(between_layers: bool) -> None:
-    """Refuse what a checkpointed layer would compute in another way in the backward pass."""
-    fix = "or model.gradient_checkpointing_disable()."
-    if between_layers and compat.recomputes_hooks():
-        raise OptionError(
-            "gradient checkpointing with tokens dropped between layers: this transformers release "
-            "would drop them again in the backward pass. Use transformers >= 5.23, an entry "
-            f"reducer, {fix}"
-        )
 
 
 def refuse_foreign(model: nn.Module) -> None:
@@ -91,3 +48,48 @@ def _only_wrapped(module: Any) -> bool:
             return True
         forward = getattr(forward, "__wrapped__", None) if PREPARED in own else None
     return "_old_forward" in own
+
+
+class FeaturelessPrompts:
+    """Lets prompts that bring no features run uncompressed, or refuses them.
+
+    Parameters
+    ----------
+    strict
+        Whether they are refused.
+    """
+
+    def __init__(self, adapter: Adapter, strict: bool) -> None:
+        self.adapter, self.strict = adapter, strict
+        self._warned = False
+
+    def meet(self, arguments: Mapping[str, Any]) -> None:
+        """Warn, once per patch, that a prompt with features at unknown places runs uncompressed.
+
+        Parameters
+        ----------
+        arguments
+            Arguments of the call by name.
+
+        Raises
+        ------
+        NoVisualInputError
+            `strict=True`: a prompt must bring features.
+        """
+        if self.strict:
+            raise NoVisualInputError(
+                "strict=True and this prompt brings no image or video, so nothing can be "
+                "compressed. Pass pixel_values / pixel_values_videos; beside inputs_embeds with "
+                "features in place pass mm_token_type_ids (0 text, 1 image, 2 video) too; or use "
+                "patch(..., strict=False)."
+            )
+        if not self._warned and self.adapter.hides_features(arguments):
+            self._warned = True
+            warnings.warn(
+                "a prompt came as inputs_embeds without pixels. If image or video features already "
+                "stand in it, they run uncompressed, because their columns are unknown. "
+                "Pass mm_token_type_ids (0 text, 1 image, 2 video) beside it. This warning appears "
+                "once per patch.",
+                UncompressedWarning,
+                stacklevel=2,
+            )

@@ -6,7 +6,11 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.errors import copy_error
+from tokencomp.torchlib.replace import Hooked
 
 if TYPE_CHECKING:
     from tokencomp.engine.stage.forward import ForwardPass
@@ -30,6 +34,8 @@ class CallState:
         From the model: last columns whose logits the call returns; 0: all.
     drafts
         From the model: speculative tokens at the end of the call.
+    in_body
+        From the body: whether it is running.
     inputs
         From the body: its arguments by name.
     kinds : Tensor of int8 on the CPU, shape (B, L), or None
@@ -52,6 +58,7 @@ class CallState:
     labels: Tensor | None = None
     logits: int = 0
     drafts: int = 0
+    in_body: bool = False
     inputs: dict[str, Any] | None = None
     kinds: Tensor | None = None
     body_mask: Any = None
@@ -79,6 +86,27 @@ class RunningCalls:
     @property
     def own(self) -> CallState:
         """The state of this thread, to be written. Dynamo cannot trace this."""
-        if self.running is _IDLE:
-            self._local.state = CallState()
-        return self.running
+        state: CallState | None = getattr(self._local, "state", None)
+        if state is None:
+            state = self._local.state = CallState()
+        return state
+
+
+class CallHooks(Hooked):
+    """Hooks that read what is known of the running call.
+
+    Parameters
+    ----------
+    calls
+        The call state of every thread.
+    """
+
+    def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
+        self.adapter, self.calls = adapter, calls
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise copy_error(type(self.adapter.model).__name__)
+
+    def _has_forward(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
+        """Whether the decoder is in a call whose rows, masks or positions are not its own."""
+        return self.calls.running.forward is not None

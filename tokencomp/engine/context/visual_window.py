@@ -17,8 +17,6 @@ from tokencomp.errors import CopyError, OptionError, SpanError, UnsupportedModel
 from tokencomp.torchlib import compat
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tokencomp.adapters.base import Adapter
 
 VISUAL_WINDOW = 6272  # LLaVA-OneVision was trained on 32 frames of 196 tokens
@@ -200,25 +198,3 @@ def restore_visual_context(model: nn.Module) -> None:
         context = getattr(module, EXTENSION, None)
         if context is not None:
             context.remove()
-
-
-def check_window(adapter: Adapter, kinds: Tensor, cache: Any) -> None:
-    """Count the visual tokens of a patched call against an extended window.
-
-    Parameters
-    ----------
-    adapter
-        Adapter of the model.
-    kinds : Tensor, shape (B, L)
-        Kind of every token; 0 is text.
-    cache
-        The KV cache of the call, or None.
-
-    Raises
-    ------
-    SpanError
-        If a sample has more visual tokens than the extended window allows.
-    """
-    context = getattr(adapter.rotary, EXTENSION, None)
-    if context is not None:
-        context.count((kinds != 0).sum(1).tolist(), cache)

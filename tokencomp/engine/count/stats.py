@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tokencomp.engine.cache.rows import first_with_rows
 from tokencomp.engine.count.flops import DecoderShape
-from tokencomp.errors import OptionError, RatioWarning
+from tokencomp.errors import OptionError
+from tokencomp.plan.amounts import Place
+from tokencomp.plan.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from tokencomp.engine.rows.layout import RowLayout
     from tokencomp.engine.stage.forward import ForwardPass
     from tokencomp.engine.tower.flops import TowerCost
-    from tokencomp.plan.plan import Plan
     from tokencomp.tokens.spans import VisualSpan
 
 
@@ -30,7 +31,7 @@ OFF = (
 
 @dataclass(repr=False)
 class Stats:
-    """Counts of one prefill. All but the ratio is computed on access.
+    """Counts of one prefill, most of which are computed on access.
 
     False where no prefill was counted: before the first, after a prompt without media, and at ratio
     0. Then all numbers are 0, and all lists empty.
@@ -45,8 +46,6 @@ class Stats:
         Real tokens per sample, uncompressed (text and visual).
     prompts
         Per sample, per prompt packed into it (usually one): its tokens, and numbers of its spans.
-    stage_layers
-        Decoder layer of each stage.
     past
         Logical tokens that were in the cache before, padding included.
     past_rows
@@ -57,41 +56,76 @@ class Stats:
     prefill_chunk
         Columns of the compressed prompt that the decoder took at a time (`prefill_chunk_size`);
         None: all.
-    entering
-        Per sample, per span: visual tokens that left the vision tower and reached the decoder.
     tower_costs
         Work of the calls of the vision tower; empty without a stage in the tower, or if the tower
         ran in another thread or for other prompts in between.
-    requested_ratio
-        The ratio that the plan was to reach, before rounding to tokens and special tokens; of a
-        budget: what it comes to for these items.
-    merged_from
-        Decoder layer before which tokens that leave are first merged into kept ones
-        (`rest="merge"`); None: they are dropped everywhere.
     """
 
     spans: list[list[VisualSpan]]
     counts: list[list[list[int]]]
     lengths: list[int]
     prompts: list[list[tuple[int, list[int]]]]
-    stage_layers: list[int]
-    shape: DecoderShape
     past: int = 0
     past_rows: list[int] = field(default_factory=list)
     reduce_seconds: float = 0.0
     prefill_chunk: int | None = None
-    entering: list[list[int]] = field(default_factory=list)
     tower_costs: list[TowerCost] = field(default_factory=list, repr=False)
-    requested_ratio: float = 0.0
-    merged_from: int | None = None
+    _config: Any = None
+    _itemsize: int = 2
+    _plan: Plan = field(default_factory=Plan)
+    _places: list[list[Place]] = field(default_factory=list)
     _kept: list[RowLayout] = field(default_factory=list, repr=False)
     _survivors: RowLayout | None = field(default=None, repr=False)
-    _why_empty: str = field(default="no prompt with media counted", repr=False)
+    _off: bool = field(default=False, repr=False)
 
     @classmethod
-    def empty(cls, shape: DecoderShape, active: bool) -> Stats:
-        """Counts of no prefill, under a plan that has stages or (False) none."""
-        return cls([], [], [], [], [], shape, **({} if active else {"_why_empty": OFF}))
+    def empty(cls, config: Any, active: bool) -> Stats:
+        """Counts of no prefill.
+
+        Parameters
+        ----------
+        config
+            Of the decoder.
+        active
+            Whether prompts are compressed, and thus counted.
+        """
+        return cls([], [], [], [], _config=config, _off=not active)
+
+    @functools.cached_property
+    def shape(self) -> DecoderShape:
+        """Sizes of the decoder."""
+        return DecoderShape.from_config(self._config, self._itemsize)
+
+    @property
+    def stage_layers(self) -> list[int]:
+        """Decoder layer of each stage."""
+        return [stage.layer for stage in self._plan.stages]
+
+    @property
+    def merged_from(self) -> int | None:
+        """Decoder layer before which tokens that leave are first merged into kept ones.
+
+        None: they are dropped everywhere (`rest="drop"`).
+        """
+        return next((s.layer for s in self._plan.stages if s.rest == "merge"), None)
+
+    @functools.cached_property
+    def entering(self) -> list[list[int]]:
+        """Per sample, per span: visual tokens that left the vision tower for the decoder."""
+        return [[self._plan.entering(span) for span in row] for row in self.spans]
+
+    @functools.cached_property
+    def requested_ratio(self) -> float:
+        """The ratio that the plan was to reach, before rounding to tokens and special tokens.
+
+        Of a budget: what it comes to for these items.
+        """
+        plan, layers, before, removed = self._plan, self.shape.num_layers, 0, 0.0
+        for row, places in zip(self.spans, self._places, strict=True):
+            for span, place in zip(row, places, strict=True):
+                before += span.visual
+                removed += span.visual * plan.ratio(layers, span.kind, place)
+        return removed / max(1, before)
 
     def __bool__(self) -> bool:
         return bool(self.spans)
@@ -99,7 +133,7 @@ class Stats:
     def __str__(self) -> str:
         """What was saved, e.g. "130 → 33 visual tokens, LLM work 36 %, cache 38 %"."""
         if not self:
-            return self._why_empty
+            return OFF if self._off else "no prompt with media counted"
         layers = [sum(seen) for seen in zip(*self.tokens_after, strict=True)]
         left = sum(layers) / len(layers)
         mean = " in the mean layer" if len(set(layers)) > 1 else ""
@@ -135,10 +169,10 @@ class Stats:
 
     def _left(self, counts: list[list[int]], entering: list[int]) -> list[int]:
         """Visual tokens of some spans that every decoder layer sees."""
-        left, current = [], sum(entering)
+        left, current, stages = [], sum(entering), self.stage_layers
         for layer in range(self.shape.num_layers):
-            if layer in self.stage_layers:
-                current = sum(c[self.stage_layers.index(layer)] for c in counts)
+            if layer in stages:
+                current = sum(c[stages.index(layer)] for c in counts)
             left.append(current)
         return left
 
@@ -231,6 +265,8 @@ class Stats:
         OptionError
             The mask is that of another batch, or no batch was counted.
         """
+        if self._off:
+            return attention_mask.clone()
         width = max((span.stop for row in self.spans for span in row), default=0)
         if len(self.spans) != len(attention_mask) or width > attention_mask.shape[1]:
             raise OptionError(
@@ -294,80 +330,26 @@ def _sums(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
     return first, second
 
 
-def warn_if_ratio_missed(stats: Stats, plan: Plan, warned: set[str]) -> None:
-    """Warn, once per plan, if a prompt misses its ratio by more than rounding.
-
-    Rounding is a token per span, or a twentieth of what should be left. A plan whose reducers all
-    choose the number of tokens themselves promises no ratio.
-
-    Parameters
-    ----------
-    warned
-        Names of the plans that have warned before; the name of `plan` is added.
-    """
-    spans, before = sum(map(len, stats.spans)), sum(stats.tokens_before)
-    every = [span for row in stats.spans for span in row]
-    planned, achieved = stats.requested_ratio, stats.ratio
-    if not before or abs(planned - achieved) <= max(0.05 * (1 - planned), spans / before):
-        return
-    own = [s.reducer.own_count for s in plan.stages]
-    name = str([(s.layer, s.fraction, s.by_kind, s.amount, s.reducer.name) for s in plan.stages])
-    name += str(plan.tower and plan.tower.fraction)
-    if name in warned or (own and all(own)):
-        return
-    warned.add(name)
-    most = max(every, key=lambda span: len(span.special) / max(1, span.visual))
-    why = "a reducer of this plan leaves a number of tokens of its own"
-    if not own:
-        why = "the vision tower keeps a cell or more of every frame, and special tokens always stay"
-    elif most.special and achieved < planned and not any(own):
-        why = (
-            f"special tokens, such as line breaks, always stay, {len(most.special)} of "
-            f"{most.visual} in one {most.kind}"
-        )
-    warnings.warn(
-        f"a prompt was planned for ratio {planned:.5g} and reached {achieved:.5g}: {why}. The "
-        "handle's stats have the counts of every prompt. This warning appears once per plan.",
-        RatioWarning,
-        stacklevel=2,
-    )
-
-
 def collect(forward: ForwardPass, cache: Any) -> Stats:
-    """Stats of a finished forward pass."""
-    weight = next(forward.adapter.decoder.parameters())
-    dtype = weight.dtype
+    """Stats of a finished forward pass; what follows from the config and the plan comes later."""
     layer = first_with_rows(getattr(cache, "layers", None))
-    if layer is not None and layer.keys is not None:
-        dtype = layer.keys.dtype
+    keys = layer.keys if layer is not None else None
+    if keys is None:
+        keys = next(forward.adapter.decoder.parameters())
     return Stats(
         spans=forward.spans,
         counts=forward.counts,
         lengths=forward.lengths,
         prompts=forward.prompts,
-        stage_layers=[s.layer for s in forward.plan.stages],
-        shape=DecoderShape.from_config(forward.adapter.text_config, dtype.itemsize),
         past=forward.segments[0].logical,
         past_rows=[s.physical for s in forward.segments for _ in range(s.first, s.stop)],
         reduce_seconds=forward.reduce_seconds,
         prefill_chunk=forward.chunk,
-        entering=[[forward.plan.entering(s) for s in row] for row in forward.spans],
         tower_costs=forward.tower_costs,
-        requested_ratio=_requested(forward),
-        merged_from=next((s.layer for s in forward.plan.stages if s.rest == "merge"), None),
+        _config=forward.adapter.text_config,
+        _itemsize=keys.element_size(),
+        _plan=forward.plan,
+        _places=forward.places,
         _survivors=forward.survivors,
         _kept=forward.kept,
     )
-
-
-def _requested(forward: ForwardPass) -> float:
-    """The ratio of the plan for these items, before rounding to tokens."""
-    plan, layers = forward.plan, len(forward.adapter.layers)
-    pairs = [
-        (span, place)
-        for row, places in zip(forward.spans, forward.places, strict=True)
-        for span, place in zip(row, places, strict=True)
-    ]
-    before = sum(span.visual for span, _ in pairs)
-    removed = sum(span.visual * plan.ratio(layers, span.kind, place) for span, place in pairs)
-    return removed / max(1, before)

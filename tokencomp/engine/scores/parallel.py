@@ -130,7 +130,6 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
-def refuse_replica(module: nn.Module) -> None:
+def refuse_replica() -> None:
     """Raise `UnsupportedModelError` in a copy of a patched model that `DataParallel` creates."""
-    if getattr(module, "_is_replica", False):
-        raise UnsupportedModelError(DATA_PARALLEL)
+    raise UnsupportedModelError(DATA_PARALLEL)

@@ -1,0 +1,272 @@
+"""What a patch does before, within and after a call of the decoder.
+
+Before the call, the entry stage is applied, and masks and positions are set. After it, the cache
+layers are compressed, and the output gets its full length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.engine.cache.check import check_cache
+from tokencomp.engine.cache.layers import CompressedLayer, InForce
+from tokencomp.engine.call.chunks import ChunkedPrefill, whole_output
+from tokencomp.engine.call.embeddings import with_embeddings
+from tokencomp.engine.call.entry import enter_prompt
+from tokencomp.engine.call.later import (
+    LaterTokens,
+    begins_prompt,
+    compact_cache,
+    first_layer,
+    split_mask,
+)
+from tokencomp.engine.call.layer_hooks import LayerHooks, SharedTables
+from tokencomp.engine.call.reading import PromptReader
+from tokencomp.engine.call.refusals import FeaturelessPrompts
+from tokencomp.engine.call.state import CallHooks, RunningCalls
+from tokencomp.engine.call.weights import RowWeights
+from tokencomp.engine.count.missed import MissedRatios
+from tokencomp.engine.count.stats import Stats, collect
+from tokencomp.engine.rows.outputs import restore_states
+from tokencomp.engine.stage.forward import ForwardPass
+from tokencomp.engine.stage.segments import check_entered
+from tokencomp.engine.stage.survivors import refuse_missing
+from tokencomp.engine.tower.signals import TowerProbe, check_signals
+from tokencomp.engine.tower.stage import TowerDrop
+from tokencomp.plan.plan import Plan
+from tokencomp.torchlib import compat
+
+# Bodies that have had a tower stage: their features may come later, with tokens missing.
+_HAD_TOWER: WeakSet[nn.Module] = WeakSet()
+
+
+class DecoderHooks(CallHooks):
+    """Compresses what the decoder gets, and puts the plan in force on its layers and the tower.
+
+    Attributes
+    ----------
+    plan
+        The plan in force.
+    stats
+        Counts of the compressed prefill that ended last, in whichever thread.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        calls: RunningCalls,
+        plan: Plan,
+        in_force: InForce,
+        prefill: ChunkedPrefill,
+        featureless: FeaturelessPrompts,
+    ) -> None:
+        super().__init__(adapter, calls)
+        self.plan = plan
+        self.stats: Stats | None = None
+        self._in_force, self._prefill, self._featureless = in_force, prefill, featureless
+        self._missed = MissedRatios()
+        self._weights = RowWeights(adapter, calls)
+        self._later = LaterTokens(adapter, calls, in_force, self._weights.attention)
+        self._reader = PromptReader(adapter)
+        self._layers, self._tables = LayerHooks(adapter, calls), SharedTables(adapter, calls)
+        self.drop: TowerDrop | None = None
+        self.probe: TowerProbe | None = None
+
+    # -- installation ---------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Hook the decoder, and its rotary module where that must get other positions."""
+        a = self.adapter
+        before = a.decoder.register_forward_pre_hook(self._decoder, with_kwargs=True)
+        self._handles.append(before)
+        self._after(a.decoder, self._leave, self._entered, always_call=True)
+        if not a.mrope and a.rotary is not None:
+            self._before(a.rotary, self._true_positions, self._has_forward)
+        self.put_in_force()
+
+    def put_in_force(self) -> None:
+        """Hook what the stages of the plan need inside of the decoder and the tower."""
+        plan, off = self.plan, self.is_off
+        self._layers.install(plan)
+        self._tables.install(plan)
+        self._weights.install(plan)
+        if plan.tower is not None:  # before the probe, which reads rows that are left
+            _HAD_TOWER.add(self.adapter.body)
+            self.drop = TowerDrop(self.adapter, plan.tower, off)
+            self.drop.install()
+        signals = check_signals(plan, self.adapter)
+        if signals:
+            full = self.drop.full_length if self.drop else None
+            self.probe = TowerProbe(self.adapter, signals, off, full)
+            self.probe.install()
+
+    def change(self, plan: Plan) -> None:
+        """Undo `put_in_force`, and take another plan."""
+        self._withdraw()
+        self.plan, self.stats = plan, None
+
+    def _withdraw(self) -> None:
+        for part in (self._layers, self._tables, self.drop, self.probe):
+            if part is not None:
+                part.remove()
+        self.drop = self.probe = None
+
+    def remove(self) -> None:
+        """Undo `install`; safe to call twice."""
+        super().remove()
+        self._weights.remove()
+        self._withdraw()
+
+    @property
+    def had_tower(self) -> bool:
+        """Whether features may come in which a stage in the vision tower has left tokens out."""
+        return self.adapter.body in _HAD_TOWER
+
+    def is_off(self) -> bool:
+        """Whether compression is off in this thread."""
+        return self.calls.running.disabled > 0
+
+    def compresses(self) -> bool:
+        """Whether prompts with media are compressed in this thread."""
+        return self.plan.active and self.calls.running.disabled == 0
+
+    # -- before a call --------------------------------------------------------------------------
+
+    def apart(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
+        """Whether a call is prepared between the graphs of a compiled model.
+
+        Elsewhere there is nothing to do, or Dynamo traces what is done to the decoder.
+
+        Parameters
+        ----------
+        module, args, kwargs
+            A call of the model, its body or its decoder.
+        """
+        if not torch.compiler.is_compiling() or self.calls.running.kinds is not None:
+            return True
+        arguments = compat.bind(module, args, kwargs)
+        return not self._later.traceable(arguments, self.plan.active)
+
+    def _decoder(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        """A hook that Dynamo traces: it sets the mask of a step on a static cache."""
+        if kwargs is None:  # see `tokencomp.torchlib.replace`
+            return None
+        arguments = compat.bind(module, args, kwargs)
+        if self.apart(module, args, kwargs):
+            return self._enter(module, arguments, torch.compiler.is_compiling())
+        return self._continue(arguments, compat.get_cache(arguments))
+
+    def _continue(self, arguments: dict[str, Any], cache: Any) -> Any:
+        """Arguments of later tokens; None where they stay as they are."""
+        if not isinstance(first_layer(cache), CompressedLayer):
+            return None
+        arguments = dict(arguments)
+        self._later.prepare(arguments, cache.layers)
+        return (), arguments
+
+    @compat.not_compiled
+    def _enter(self, module: nn.Module, arguments: dict[str, Any], traced: bool) -> Any:
+        """Arguments of a decoder call, whose layers then have the hooks that they need.
+
+        Parameters
+        ----------
+        traced
+            Whether Dynamo has compiled the caller.
+        """
+        state, cache = self.calls.own, compat.get_cache(arguments)
+        if state.kinds is not None and state.kinds.numpy().any():
+            result = self._compress(module, arguments, cache)
+        else:
+            if not state.in_body and self.compresses() and begins_prompt(arguments):
+                self._featureless.meet(arguments)  # the decoder was called on its own
+            self._refuse_missing(arguments)
+            result = self._continue(arguments, cache)
+        several = state.forward is not None and len(state.forward.segments) > 1
+        self._layers.prepare(several, traced)
+        return result
+
+    def _compress(self, module: nn.Module, arguments: dict[str, Any], cache: Any) -> Any:
+        """Read a prefill with visual tokens, and change its arguments by the entry stage."""
+        state, plan = self.calls.own, self.plan
+        if arguments.get("inputs_embeds") is None:
+            arguments = with_embeddings(module, arguments)
+        if plan.tower is None:
+            self._refuse_missing(arguments)
+        check_cache(cache, bool(plan.layer_stages))
+        self._later.adopt(getattr(cache, "layers", []))
+        arguments, prepared = split_mask(arguments, cache, state.body_mask)
+        forward, positions = self._reader.read(arguments, cache, state, plan)
+        state.forward, forward.prepared = forward, prepared
+        self._weights.prepare(plan)
+        self._add_tower(forward)
+        enter_prompt(self.adapter, forward, positions, arguments, cache, self._in_force.compact)
+        whole = len(forward.segments) > 1 or state.logits > forward.tail
+        if whole and "logits_to_keep" in arguments:
+            # Decoders with shared keys (Gemma 4) cut their hidden states to these columns.
+            arguments["logits_to_keep"] = 0
+        if state.chunk is not None:
+            arguments = self._prefill.advance(module, arguments, forward, state.logits)
+        return (), arguments
+
+    def _add_tower(self, forward: ForwardPass) -> None:
+        """Give the forward pass what was noted in the calls of the vision tower."""
+        if self.probe is not None:
+            forward.tower = self.probe.collect(forward.spans)
+        if self.drop is not None:
+            media = {s.kind for row in forward.spans for s in row} - {"audio"}
+            forward.tower_costs = self.drop.collect(len(media))
+
+    def _refuse_missing(self, arguments: dict[str, Any]) -> None:
+        """Refuse features of a tower stage in a call whose plan, or lack of one, has none.
+
+        NaN in features that this call has encoded itself is the model's own.
+        """
+        if self.adapter.body not in _HAD_TOWER or arguments.get("inputs_embeds") is None:
+            return
+        state = self.calls.running
+        if not (state.encodes or self.adapter.encodes(state.inputs or {})):
+            refuse_missing(arguments["inputs_embeds"])
+
+    # -- within and after a call ----------------------------------------------------------------
+
+    def _true_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Arguments of the rotary module, with the original positions of the kept tokens."""
+        forward: Any = self.calls.running.forward
+        if forward.rotary is None:
+            return None
+        if "position_ids" in kwargs:
+            return args, {**kwargs, "position_ids": forward.rotary}
+        hidden, _, *rest = args
+        return (hidden, forward.rotary, *rest), kwargs
+
+    def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
+        state = self.calls.running
+        return state.forward is not None or state.cached is not None
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        """The output of a decoder call with full length; None where it stays as it is."""
+        state = self.calls.own
+        forward, state.forward, state.cached = state.forward, None, None
+        if forward is not None and len(forward.segments) > 1:
+            self._layers.finish()
+        if forward is None or out is None:
+            return None
+        check_entered(forward.segments, module)
+        cache = compat.get_cache(kwargs, out)
+        if getattr(out, "attentions", None) is not None:
+            out.attentions = forward.full_maps(out.attentions)
+        if not forward.compresses:
+            forward.extend_valid(cache)
+            return out
+        compact_cache(forward, cache, self._in_force)
+        if forward.earlier:
+            out = whole_output(out, forward.earlier)
+        self.stats = stats = collect(forward, cache)
+        self._missed.look(stats, forward.plan)
+        text_only = 0 < state.logits <= forward.tail
+        return restore_states(out, forward.layer_layouts(), forward.width, text_only)
