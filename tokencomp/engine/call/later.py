@@ -166,7 +166,7 @@ class LaterTokens:
         # `MASKLESS` may still require a tensor. `cached` stands for the ForwardPass that such a
         # call does without: proportional attention reads the sizes of the rows from it.
         maskless = n == 1 and plain and any(name in backend for name in MASKLESS)
-        masked = any(kind.masks_single_tokens for kind in windows.kinds)
+        masked = any(kind.masks_single_tokens for kind in set(windows.kinds))
         # transformers leaves a mask out only below the window, so at the window it is ours too.
         if maskless and not windows.bind(total + 1) and not masked and not windows.relative:
             kwargs["attention_mask"], self.calls.own.cached = None, layers

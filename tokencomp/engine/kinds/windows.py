@@ -73,7 +73,7 @@ class Windows:
                 f"{', '.join(sorted(KINDS))}. Run it without patch()."
             )
         if names:
-            kinds = tuple(KINDS[name] for name in names)
+            kinds = tuple([KINDS[name] for name in names])  # no frame per layer
         else:
             # Some decoders whose config names no kinds (Mistral) apply `sliding_window`, others
             # (Llama) only let the cache read it. The former import the factory of such masks.
