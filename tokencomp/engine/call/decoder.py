@@ -10,7 +10,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.check import check_cache
