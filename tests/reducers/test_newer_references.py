@@ -189,8 +189,8 @@ def test_the_anchor_grows_only_until_three_tokens_are_novel() -> None:
 
 
 @every_grid
-@pytest.mark.parametrize("question", [True, False])
-def test_mmtok(grid: tuple[int, int, int], question: bool) -> None:
+@pytest.mark.parametrize("cover", ["both", "picture"])
+def test_mmtok(grid: tuple[int, int, int], cover: str) -> None:
     given = matrix.tokens(grid, special=2)
     places, x = patches_of(given)
 
@@ -198,12 +198,12 @@ def test_mmtok(grid: tuple[int, int, int], question: bool) -> None:
         shifted = [math.exp((v - max(row)) / temperature) for v in row]
         return [weight * v / sum(shifted) for v in shifted]
 
-    cover = [softmax([cosine(a, b) for b in x], 0.2, 0.5 / len(x)) for a in x]
-    if question:
+    matrices = [softmax([cosine(a, b) for b in x], 0.2, 0.5 / len(x)) for a in x]
+    if cover == "both":
         text = given.query.double().tolist()
-        cover += [softmax([cosine(q, b) for b in x], 0.02, 1 / len(text)) for q in text]
-    chosen = covering([[1e3 * v for v in row] for row in cover], [1.0] * len(x), 9)
-    got = make_reducer("mmtok", question=question).reduce(given, 11).keep.tolist()
+        matrices += [softmax([cosine(q, b) for b in x], 0.02, 1 / len(text)) for q in text]
+    chosen = covering([[1e3 * v for v in row] for row in matrices], [1.0] * len(x), 9)
+    got = make_reducer("mmtok", cover=cover).reduce(given, 11).keep.tolist()
     assert got == with_special(given, [places[i] for i in chosen])
 
 

@@ -78,7 +78,7 @@ ROWS = {
     "flashvid": Row(({"least": 2},), ties=True),
     "hiprune": Row(ties=True),
     "holitom": Row(ties=True),
-    "mmtok": Row(({}, {"question": False}), ties=True),
+    "mmtok": Row(({}, {"cover": "picture"}), ties=True),
     "merge": Row(({}, {"weighted": False})),
     "pool": Row(({}, {"stride": 1.0})),
     "prune": Row(({}, {"score": "last_query", "schedule": "pyramid"}), ties=True),

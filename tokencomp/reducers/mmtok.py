@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,9 +34,9 @@ class MMTok(Reducer):
 
     Attributes
     ----------
-    question
-        False: the second matrix alone (ours as a setting). It needs no signal and therefore runs in
-        servers and in the vision tower.
+    cover
+        "both": question and picture. "picture": the second matrix alone (ours as a setting), which
+        needs no signal and therefore runs in servers and in the vision tower.
 
     Notes
     -----
@@ -45,13 +46,13 @@ class MMTok(Reducer):
     projector the rule gave the release's sets in 60 of 60 random cases.
     """
 
-    question: bool = True
+    cover: Literal["both", "picture"] = "both"
 
     summary = "covers question and picture (MMTok 2508.18264)"
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({QUERY} if self.question else ())
+        return frozenset({QUERY} if self.cover == "both" else ())
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import facility_select
@@ -59,8 +60,8 @@ class MMTok(Reducer):
         patches = Patches.of(batch, keeps)
         unit = normalize(finite_features(patches.features).float(), dim=1)
         texts: list[Tensor | None] = [None] * len(patches.lengths)
-        if self.question:
-            texts = [*questions(batch, "mmtok", "question=False")]
+        if self.cover == "both":
+            texts = [*questions(batch, "mmtok", "cover='picture'")]
         points, offsets, reach = [], [], []
         for rows, text in zip(unit.split(patches.lengths), texts, strict=True):
             covered = [(rows, VISION, SHARE)]
