@@ -86,8 +86,7 @@ def fitting(text: str, ratios: list[Any], every: dict[str, Any], model: Any) -> 
     from tokencomp.reducers.registry import available_reducers
 
     named, found = [name for name in parse.names(text) if name != ALL], list[Any]()
-    others = [name for name in available_reducers() if name != "oracle"]  # that needs the answers
-    for name in reducers(",".join([*named, "auto", *others]), model):
+    for name in reducers(",".join([*named, "auto", *available_reducers()]), model):
         try:
             found += checked(grid([name], ratios, **every), model)
         except TokenCompError as error:
