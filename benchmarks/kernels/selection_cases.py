@@ -20,7 +20,6 @@ def maxmin(
     tokens: int,
     dim: int,
     keep: float,
-    centred: bool = False,
     metric: str = "cosine",
     start: str | None = None,
 ) -> Case:
@@ -46,7 +45,6 @@ def maxmin(
             k,
             weights,
             spans=length,
-            centred=centred,
             margin=margin,
             metric=metric,
             start=start,
@@ -58,14 +56,14 @@ def maxmin(
 
 
 @prepared
-def mean_distance(at: Place, name: str, spans: int, tokens: int, dim: int, centred: bool) -> Case:
+def mean_distance(at: Place, name: str, spans: int, tokens: int, dim: int) -> Case:
     """Mean distance of all pairs of rows of every span."""
     count = max(1, int(spans * at.scale))
     x = at.values(count * tokens, dim)
     return Case(
         op="maxmin_select",
         name=name,
-        call=lambda: kernels.mean_distance(x, centred, spans=[tokens] * count),
+        call=lambda: kernels.mean_distance(x, spans=[tokens] * count),
         flops=8.0 * x.numel(),
         bytes=3.0 * x.numel() * x.element_size(),
     )

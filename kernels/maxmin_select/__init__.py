@@ -17,7 +17,6 @@ def maxmin_select(
     weights: Tensor | None = None,
     *,
     spans: int | Sequence[int] | Tensor | None = None,
-    centred: bool = False,
     margin: Tensor | None = None,
     start: Tensor | Literal["isolated"] | None = None,
     metric: str = "cosine",
@@ -46,8 +45,6 @@ def maxmin_select(
         power of the relevance computes it beforehand.
     spans
         Rows per span, as an int for equal spans or as one length per span. None means one span.
-    centred
-        Whether the span's mean is subtracted before the cosine. Without effect on differences.
     margin
         μ ≥ 0 of every span, ``(spans,)``, which is added to all of its distances. Among distances
         that are small compared with μ, the weights decide. None means 0. Without weights the margin
@@ -124,9 +121,7 @@ def maxmin_select(
     start = _indices("start", start, len(lengths) if given is None else sum(counts))
     given = _indices("given", given, len(lengths))
     x = checks.plain(x)
-    chosen = _op(
-        x, counts, weights, lengths, centred, margin, start, metric, isolated, bonus, given
-    )
+    chosen = _op(x, counts, weights, lengths, margin, start, metric, isolated, bonus, given)
     return chosen if ordered else chosen.sort().values
 
 
@@ -149,17 +144,13 @@ def _indices(name: str, values: Tensor | None, size: int) -> Tensor | None:
     return values.long().contiguous()
 
 
-def mean_distance(
-    x: Tensor, centred: bool = False, *, spans: Sequence[int] | None = None
-) -> Tensor:
+def mean_distance(x: Tensor, *, spans: Sequence[int] | None = None) -> Tensor:
     """Compute the mean distance (1 - cos) of :func:`maxmin_select` over all pairs of rows.
 
     Parameters
     ----------
     x
         Features ``(n, D)``, of any floating dtype.
-    centred
-        Whether the span's mean is subtracted before the cosine.
     spans
         Rows per span. None means one span.
 
@@ -176,25 +167,25 @@ def mean_distance(
     Notes
     -----
     The mean over all pairs, a row with itself included, is 1 - |mean unit vector|². It therefore
-    takes one pass over the rows (two if centred).
+    takes one pass over the rows.
     """
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)
-    return _mean_op(checks.plain(x), segments.lengths_of("spans", spans, len(x)), centred)
+    return _mean_op(checks.plain(x), segments.lengths_of("spans", spans, len(x)))
 
 
 @dispatch.custom_op("mean_distance")
-def _mean_op(x: Tensor, lengths: list[int], centred: bool) -> Tensor:
+def _mean_op(x: Tensor, lengths: list[int]) -> Tensor:
     if dispatch.which(x) == "naive" or x.dtype == torch.float64:
-        return naive.mean_distance(x, lengths, centred)
+        return naive.mean_distance(x, lengths)
     from tokencomp.kernels.maxmin_select import triton_rows
 
     with dispatch.on_device(x):
-        return triton_rows.mean_distance(checks.rows_contiguous(x), lengths, centred)
+        return triton_rows.mean_distance(checks.rows_contiguous(x), lengths)
 
 
 @_mean_op.register_fake
-def _(x: Tensor, lengths: list[int], centred: bool) -> Tensor:
+def _(x: Tensor, lengths: list[int]) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty(len(lengths), dtype=dtype)
 
@@ -205,7 +196,6 @@ def _op(
     counts: list[int],
     weights: Tensor | None,
     lengths: list[int],
-    centred: bool,
     margin: Tensor | None,
     start: Tensor | None,
     metric: str,
@@ -214,7 +204,7 @@ def _op(
     given: Tensor | None,
 ) -> Tensor:
     _check_values(x, lengths, counts, [weights, margin, bonus], start, given)
-    how = (counts, weights, lengths, centred, margin, start, metric, isolated, bonus, given)
+    how = (counts, weights, lengths, margin, start, metric, isolated, bonus, given)
     if dispatch.which(x) == "naive":
         return naive.maxmin_select(x, *how)
     from tokencomp.kernels.maxmin_select import triton

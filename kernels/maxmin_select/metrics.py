@@ -1,7 +1,6 @@
 """Distances that max-min selection can use, in plain PyTorch."""
 
 import torch
-from tokencomp.kernels.bipartite_match.naive import normalise
 from torch import Tensor
 
 # Smallest distance. The cosine of two copies of a row differs from 1 by rounding: 6e-7 in fp32, and
@@ -11,9 +10,6 @@ EPSILON = 1e-5
 # Scores of at least this share of the best one are ties with it. The last bits of features differ
 # between batches of another shape, and must not decide between rows that are equally far.
 TIED = 1 - 4e-6
-# A centred row whose squared norm is below this share of the uncentred row's squared norm consists
-# of rounding. It has no direction, and its cosine is 0 with every row.
-UNDIRECTED = 1e-5
 
 
 class Cosine:
@@ -63,14 +59,3 @@ def first_best(scores: Tensor) -> Tensor:
 def _distance(cosine: Tensor) -> Tensor:
     """Turn cosines into distances 1 - cos of at least EPSILON, in place."""
     return cosine.neg_().add_(1).clamp_(min=EPSILON)
-
-
-def centred_unit(x: Tensor, mean: Tensor) -> Tensor:
-    """Return the unit vectors of ``x - mean``, zero where x equals the mean up to rounding."""
-    offset = x - mean
-    return normalise(offset) * directed(offset.square().sum(-1), x)[..., None]
-
-
-def directed(square: Tensor, x: Tensor) -> Tensor:
-    """Whether a centred row with squared norm `square` is more than the rounding error of `x`."""
-    return square > UNDIRECTED * x.square().sum(-1)

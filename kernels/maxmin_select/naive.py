@@ -10,8 +10,6 @@ from tokencomp.kernels.maxmin_select.metrics import (
     TIED,
     Cosine,
     Metric,
-    centred_unit,
-    directed,
     first_best,
 )
 from tokencomp.kernels.maxmin_select.rounds import GRAM_ELEMENTS, TAKEN, Rounds
@@ -27,7 +25,6 @@ def maxmin_select(
     counts: list[int],
     weights: Tensor | None,
     lengths: list[int],
-    centred: bool,
     margin: Tensor | None,
     start: Tensor | None,
     metric: str = "cosine",
@@ -62,9 +59,7 @@ def maxmin_select(
                 own = start[places + torch.arange(count, device=x.device)]
                 first = First(own, given[member_index])
             margins = x.new_zeros(len(members)) if margin is None else margin[member_index]
-            order = _greedy(
-                x[rows], count, weight, centred, margins, first, metric, isolated, extra
-            )
+            order = _greedy(x[rows], count, weight, margins, first, metric, isolated, extra)
             for member, picks in zip(members, rows.gather(1, order), strict=True):
                 chosen[member] = picks
     return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=x.device)
@@ -92,7 +87,6 @@ def _greedy(
     x: Tensor,
     count: int,
     weight: Tensor | None,
-    centred: bool,
     margin: Tensor,
     first: First | None,
     metric: str,
@@ -108,7 +102,7 @@ def _greedy(
     mean = x.mean(1, keepdim=True)
     rows = x
     if measure is Cosine:
-        rows = centred_unit(x, mean) if centred else normalise(x)
+        rows = normalise(x)
     short = x.shape[1] <= MAX_GRAM_ROWS
     distance = measure.pairs(rows, rows) if short else None
     if isolated:
@@ -181,24 +175,20 @@ def _at_once(
     return torch.from_numpy(order.T.copy()).to(distance.device)
 
 
-def mean_distance(x: Tensor, lengths: list[int], centred: bool) -> Tensor:
+def mean_distance(x: Tensor, lengths: list[int]) -> Tensor:
     """See :func:`tokencomp.kernels.mean_distance`."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not lengths:
         return x.new_zeros(0, dtype=dtype)
-    return torch.cat([_mean_distance(span, centred, dtype) for span in x.split(lengths)])
+    return torch.cat([_mean_distance(span, dtype) for span in x.split(lengths)])
 
 
-def _mean_distance(x: Tensor, centred: bool, dtype: torch.dtype) -> Tensor:
+def _mean_distance(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The mean distance of one span, ``(1,)``."""
     total = x.new_zeros(x.shape[1], dtype=dtype)
-    mean = x.mean(0, dtype=dtype) if centred else total
     for part in x.split(max(1, GRAM_ELEMENTS // max(1, x.shape[1]))):
-        wide = part.to(dtype)
-        rows = wide - mean if centred else wide
+        rows = part.to(dtype)
         norm = rows.norm(dim=1)
         inverse = 1 / norm.clamp(min=torch.finfo(dtype).tiny)
-        if centred:
-            inverse = inverse * directed(norm.square(), wide)
         total = total + inverse @ rows
     return (1 - (total / max(1, len(x))).square().sum(0, keepdim=True)).clamp_(min=0)

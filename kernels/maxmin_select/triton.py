@@ -16,7 +16,7 @@ import triton.language as tl
 from tokencomp.kernels.maxmin_select.metrics import TIED
 from tokencomp.kernels.maxmin_select.naive import TAKEN
 from tokencomp.kernels.maxmin_select.triton_distances import Cosines, Differences, Rows, pitch
-from tokencomp.kernels.maxmin_select.triton_rows import first_choice, unit_rows
+from tokencomp.kernels.maxmin_select.triton_rows import first_choice, inverse_norms
 from tokencomp.kernels.segments import starts, table
 from tokencomp.kernels.tile import padded
 from torch import Tensor
@@ -124,7 +124,6 @@ def maxmin_select(
     counts: list[int],
     weights: Tensor | None,
     lengths: list[int],
-    centred: bool,
     margin: Tensor | None,
     start: Tensor | None,
     metric: str = "cosine",
@@ -137,12 +136,12 @@ def maxmin_select(
     if len(picks) == 0:
         return picks
     rms = metric == "rms"
-    unit, inverse, far = unit_rows(x, lengths, centred and not rms, rms)
+    inverse, far = inverse_norms(x, lengths, rms)
     if start is None and bonus is not None:
         start = first_choice(bonus, lengths)
     elif start is None and not isolated:
         start = first_choice(far, lengths) if weights is None else first_choice(weights, lengths, 1)
-    rows: Rows = Differences(x.T.float().contiguous()) if rms else Cosines(unit, inverse)
+    rows: Rows = Differences(x.T.float().contiguous()) if rms else Cosines(x, inverse)
     factors = Factors(weights, margin, bonus)
     for group in grouped(lengths):
         run(group, rows, factors, lengths, counts, First(start, given), picks)

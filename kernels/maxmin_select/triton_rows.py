@@ -5,7 +5,7 @@ import itertools
 import torch
 import triton
 import triton.language as tl
-from tokencomp.kernels.maxmin_select.metrics import TIED, UNDIRECTED
+from tokencomp.kernels.maxmin_select.metrics import TIED
 from tokencomp.kernels.segments import table
 from tokencomp.kernels.tile import inverse_root
 from torch import Tensor
@@ -15,14 +15,14 @@ MEAN_BLOCK = (32, 64)
 
 
 @triton.jit
-def unit_kernel(
-    x, mean, span_of, unit, inverse, far, stride, dim,
-    CENTRED: tl.constexpr, LIMIT: tl.constexpr, BLOCK_D: tl.constexpr, RMS: tl.constexpr = False,
+def norm_kernel(
+    x, mean, span_of, inverse, far, stride, dim,
+    BLOCK_D: tl.constexpr, RMS: tl.constexpr = False,
 ):  # fmt: skip
-    """Compute 1/norm and the distance to the span's mean of one row, and its centred unit vector.
+    """Compute 1/norm of one row, and its distance to the mean of its span.
 
-    The grid is (rows,). Without CENTRED no unit vector is stored: the products read `x` itself and
-    apply the inverse norms afterwards, which saves a copy of the features.
+    The grid is (rows,). No unit vector is stored: the products read `x` itself and apply the
+    inverse norms afterwards, which saves a copy of the features.
     """
     row = tl.program_id(0).to(tl.int64)
     mean += tl.load(span_of + row).to(tl.int64) * dim
@@ -43,17 +43,7 @@ def unit_kernel(
         tl.store(far + row, around)
     else:
         tl.store(far + row, 1.0 - along * inverse_root(square) * inverse_root(mean_square))
-    if CENTRED:
-        scale = tl.where(around > LIMIT * square, inverse_root(around), 0.0)
-        for chunk in range(0, dim, BLOCK_D):
-            d = chunk + tl.arange(0, BLOCK_D)
-            value = tl.load(x + d, mask=d < dim, other=0.0).to(tl.float32)
-            centre = tl.load(mean + d, mask=d < dim, other=0.0)
-            value = (value - centre) * scale
-            tl.store(unit + row * dim + d, value.to(unit.dtype.element_ty), mask=d < dim)
-        tl.store(inverse + row, 1.0)
-    else:
-        tl.store(inverse + row, inverse_root(square))
+    tl.store(inverse + row, inverse_root(square))
 
 
 @triton.jit
@@ -106,30 +96,23 @@ def first_kernel(score, first_row, first, BLOCK: tl.constexpr, TIED: tl.constexp
     tl.store(first + span, place.to(tl.int64))
 
 
-def unit_rows(
-    x: Tensor, lengths: list[int], centred: bool, rms: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the rows whose cosines are needed, their inverse norms and the distances to the mean.
+def inverse_norms(x: Tensor, lengths: list[int], rms: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the inverse norms of all rows, and their distances to the mean of their span.
 
-    The rows are ``(n, D)``; inverse norms and distances to the span's mean are fp32 ``(n,)``. With
-    `rms` the distances are sums of squared differences, whose order is the same.
-    Centred rows are stored as unit vectors. For 16-bit inputs these are fp16, whose 11 significant
-    bits are more exact than the 8 of bfloat16, and unit vectors need no larger range.
+    Both are fp32 ``(n,)``. With `rms` the distances are sums of squared differences, whose order is
+    the same.
     """
     rows, dim = x.shape
     mean = means(x, None, lengths)
     inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
     far = torch.empty_like(inverse)
-    dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
-    unit = torch.empty(x.shape, dtype=dtype, device=x.device) if centred else x
     span_of = torch.repeat_interleave(table(lengths, x.device, torch.int64), output_size=rows)
     block_d = min(4096, triton.next_power_of_2(max(dim, 64)))
-    unit_kernel[(rows,)](
-        x, mean, span_of, unit, inverse, far, x.stride(0), dim,
-        CENTRED=centred, LIMIT=UNDIRECTED, BLOCK_D=block_d, RMS=rms,
+    norm_kernel[(rows,)](
+        x, mean, span_of, inverse, far, x.stride(0), dim, BLOCK_D=block_d, RMS=rms,
         num_warps=max(1, min(8, block_d // 256)),
     )  # fmt: skip
-    return unit, inverse, far
+    return inverse, far
 
 
 def means(x: Tensor, scale: Tensor | None, lengths: list[int]) -> Tensor:
@@ -143,10 +126,10 @@ def means(x: Tensor, scale: Tensor | None, lengths: list[int]) -> Tensor:
     return mean
 
 
-def mean_distance(x: Tensor, lengths: list[int], centred: bool) -> Tensor:
+def mean_distance(x: Tensor, lengths: list[int]) -> Tensor:
     """See :func:`tokencomp.kernels.mean_distance`."""
-    unit, inverse, _ = unit_rows(x, lengths, centred)
-    return (1 - means(unit, inverse, lengths).square().sum(1)).clamp_(min=0)
+    inverse, _ = inverse_norms(x, lengths)
+    return (1 - means(x, inverse, lengths).square().sum(1)).clamp_(min=0)
 
 
 def first_choice(score: Tensor, lengths: list[int], tied: float = TIED) -> Tensor:

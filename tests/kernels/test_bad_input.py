@@ -21,7 +21,7 @@ CALLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]] = {
         (2, 12, 20),
         lambda x: kernels.gather_rows([x], ROWS.to(x.device).expand(2, -1)),
     ),
-    "maxmin_select": ((12, 20), lambda x: kernels.maxmin_select(x, 4, spans=6, centred=True)),
+    "maxmin_select": ((12, 20), lambda x: kernels.maxmin_select(x, 4, spans=6)),
     "merge_rows": (
         (12, 20),
         lambda x: kernels.merge_rows(

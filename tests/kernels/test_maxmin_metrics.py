@@ -49,7 +49,7 @@ def test_root_mean_square(
         first = far if weights is None else part.double()
         assert first[order[0]] >= first.max() - 1e-4
         check_greedy(
-            rows, order, part, False, 1e-6, 0.0 if margin is None else float(margin[s]),
+            rows, order, part, 1e-6, 0.0 if margin is None else float(margin[s]),
             differences(rows),
         )  # fmt: skip
 

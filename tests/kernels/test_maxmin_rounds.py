@@ -14,11 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ordered_choices = functools.partial(maxmin_select, ordered=True)
 
 
-@pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("margin", [0.0, 0.2])
 def test_long_spans_choose_in_rounds(
-    place: torch.device, margin: float, weighted: bool, centred: bool, short_rounds: None
+    place: torch.device, margin: float, weighted: bool, short_rounds: None
 ) -> None:
     """With noisy copies of a scene, one choice makes most of the best rows useless."""
     x = torch.randn(11, 40).repeat(10, 1) + 0.05 * torch.randn(110, 40)
@@ -26,13 +25,13 @@ def test_long_spans_choose_in_rounds(
     weights = torch.rand(150) if weighted else None
     place_weights = None if weights is None else weights.to(place)
     got = ordered_choices(
-        x.to(place), [60, 9], place_weights, spans=[110, 40], centred=centred,
+        x.to(place), [60, 9], place_weights, spans=[110, 40],
         margin=torch.tensor([margin, 0.0], device=place) if margin else None,
     ).cpu()  # fmt: skip
     part = None if weights is None else weights[:110]
-    check_greedy(x[:110], got[:60].tolist(), part, centred, 1e-6, margin)
+    check_greedy(x[:110], got[:60].tolist(), part, 1e-6, margin)
     part = None if weights is None else weights[110:]
-    check_greedy(x[110:], (got[60:] - 110).tolist(), part, centred, 1e-6)
+    check_greedy(x[110:], (got[60:] - 110).tolist(), part, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +52,7 @@ def test_long_spans_anywhere(
         span = slice(start, start + length)
         if len(picks):
             assert picks[0] - start == weights[span].argmax()
-        check_greedy(x[span], (picks - start).tolist(), weights[span], False, 1e-5, m)
+        check_greedy(x[span], (picks - start).tolist(), weights[span], 1e-5, m)
         start += length
 
 
@@ -94,7 +93,7 @@ def test_most_cosines_are_never_needed(weighted: bool, noise: float, rounds: lis
     x = torch.randn(64, 32).repeat(32, 1) + noise * torch.randn(2048, 32)
     weights = torch.rand(64).repeat(32) if weighted else None
     with Products() as products:
-        naive.maxmin_select(x, [700], weights, [2048], False, torch.tensor([0.1]), None)
+        naive.maxmin_select(x, [700], weights, [2048], torch.tensor([0.1]), None)
     cosines = products.count / 32 - 2048  # one row for the distance to the mean
     assert cosines - len(rounds) * module.ROUND**2 <= 700 * 2048 / 2
     assert len(rounds) <= 700 / 20
@@ -112,7 +111,7 @@ def test_choices_of_a_round_in_a_still_video(
     monkeypatch.setattr(module, "ROUND", 2048)
     x = torch.randn(256, 128).repeat(64, 1) + 0.02 * torch.randn(16384, 128)
     weights = torch.rand(256).repeat(64) * (1 + 0.02 * torch.rand(16384)) if weighted else None
-    naive.maxmin_select(x, [819], weights, [16384], False, torch.tensor([margin]), None)
+    naive.maxmin_select(x, [819], weights, [16384], torch.tensor([margin]), None)
     assert sum(rounds) == 818 and 819 / len(rounds) >= 60
 
 

@@ -29,7 +29,6 @@ def by_hand(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("margins", [False, True])
 @pytest.mark.parametrize(
@@ -44,14 +43,14 @@ def by_hand(
 )
 def test_greedy(
     place: torch.device, lengths: list[int], counts: list[int], dim: int, weighted: bool,
-    margins: bool, centred: bool, dtype: torch.dtype,
+    margins: bool, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     x = (torch.randn(sum(lengths), dim) + 0.3).to(dtype)
     weights = torch.rand(len(x)) if weighted else None
     margin = torch.rand(len(lengths)) if margins else torch.zeros(len(lengths))
     got = ordered_choices(
         x.to(place), counts, None if weights is None else weights.to(place), spans=lengths,
-        centred=centred, margin=margin.to(place) if margins else None,
+        margin=margin.to(place) if margins else None,
     ).cpu()  # fmt: skip
     start = 0
     for rows, picks, m in zip(x.split(lengths), got.split(counts), margin.tolist(), strict=True):
@@ -64,8 +63,7 @@ def test_greedy(
         far = 1 - torch.nn.functional.cosine_similarity(rows.double(), mean[None])
         first = far if part is None else part.double()
         assert first[order[0]] >= first.max() - 1e-6
-        # The Triton path stores centred rows of 16-bit inputs in fp16.
-        check_greedy(rows, order, part, centred, 1e-5 if dtype == torch.float32 else 1e-3, m)
+        check_greedy(rows, order, part, 1e-5 if dtype == torch.float32 else 1e-3, m)
         start += len(rows)
 
 
@@ -130,7 +128,7 @@ def test_copies_go_by_weight_then_by_row(
     start = weights.argmax()[None]
     got = ordered_choices(x.to(place), 70, weights.to(place), start=start.to(place)).tolist()
     assert len({i % 7 for i in got[:7]}) == 7
-    check_greedy(x, got[:7], weights, False, 1e-6)
+    check_greedy(x, got[:7], weights, 1e-6)
     remaining = [i for i in range(105) if i not in got[:7]]
     assert got[7:] == sorted(remaining, key=lambda i: (-weights[i], i))[:63]
 
@@ -166,7 +164,7 @@ def test_strided_weights_margins_and_starts(place: torch.device) -> None:
     got = ordered_choices(x, 6, weights, margin=margin, start=start, **options)
     solid = {"margin": margin.clone(), "start": start.clone()}
     assert got.tolist() == ordered_choices(x, 6, weights.clone(), **solid, **options).tolist()
-    check_greedy(x[:20].cpu(), got[:6].tolist(), weights[:20].cpu(), False, 1e-5, 0.3)
+    check_greedy(x[:20].cpu(), got[:6].tolist(), weights[:20].cpu(), 1e-5, 0.3)
 
 
 def test_prefixes_are_nested(place: torch.device) -> None:
@@ -183,21 +181,6 @@ def test_zero_weights_come_last(place: torch.device) -> None:
     assert maxmin_select(x, 10, weights).tolist() == list(range(10, 20))
     margin = torch.tensor([0.5], device=place)
     assert maxmin_select(x, 10, weights, margin=margin).tolist() == list(range(10, 20))
-
-
-def test_centring_ignores_a_common_offset(place: torch.device) -> None:
-    x = torch.randn(40, 16)
-    start = torch.tensor([0], device=place)
-    want = maxmin_select(x.to(place), 10, start=start, centred=True)
-    got = maxmin_select((x + 2.0).to(place), 10, start=start, centred=True)
-    assert torch.equal(got, want)
-
-
-def test_identical_rows_have_no_direction(place: torch.device) -> None:
-    """Centred copies consist of rounding, so they tie and the lowest rows are chosen."""
-    x = torch.randn(1, 64).repeat(9, 1)
-    start = torch.tensor([0], device=place)
-    assert maxmin_select(x.to(place), 3, centred=True, start=start).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,9 @@ from torch import Tensor
 COPIES = 1e-5  # rows whose distance is smaller count as copies, as the docstring says
 
 
-def distances(x: Tensor, centred: bool = False) -> Tensor:
+def distances(x: Tensor) -> Tensor:
     """Distances 1 - cos of all pairs of rows in fp64, ``(n, n)``."""
     x = x.double()
-    if centred:
-        x = x - x.mean(0)
     norm = x.norm(dim=1, keepdim=True)
     x = torch.where(norm > 0, x / norm, 0.0)
     return (1 - x @ x.T).clamp(min=COPIES)
@@ -39,12 +37,12 @@ def k_centre(x: Tensor, keep: int) -> list[int]:
 
 
 def check_greedy(
-    x: Tensor, order: list[int], weights: Tensor | None, centred: bool, tolerance: float,
+    x: Tensor, order: list[int], weights: Tensor | None, tolerance: float,
     margin: float = 0.0, distance: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Each choice after the first has the best remaining score, up to rounding."""
     assert len(set(order)) == len(order)
-    distance = distances(x, centred) if distance is None else distance
+    distance = distances(x) if distance is None else distance
     weights = torch.ones(len(x)) if weights is None else weights
     nearest = torch.full((len(x),), math.inf, dtype=torch.float64)
     for step, choice in enumerate(order[1:], start=1):
