@@ -159,7 +159,7 @@ class TowerProbe(Hooked):
                 "the reducer reads the vision tower's attention, but the tower did not run for "
                 "this prompt. Pass pixels, not precomputed features, or use another signal."
             )
-        values = {}
+        values: dict[Signal, list[list[Tensor]]] = {}
         for name in self.signals:
             tokens = {
                 kind: self.adapter.tower_tokens(call.values[name], kind, call)
