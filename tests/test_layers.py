@@ -23,7 +23,7 @@ FOLDERS = {"tokencomp": REPOSITORY / "tokencomp", "tokencomp.kernels": REPOSITOR
 # itself (`import tokencomp`) offers the public names, the highest of which is `Session`.
 ROOMS = (
     ("cli",),
-    ("serving", "training", "evaluation", "lmms", "pages", "zoo"),
+    ("serving", "training", "evaluation", "lmms", "mlx", "pages", "zoo"),
     ("tokencomp", "session"),
     ("profiling", "inputs", "models", "shapesqa"),
     ("patching", "handle", "method", "conformance"),

@@ -58,6 +58,7 @@ def environment_checks() -> list[Finding]:
         _video(),
         _optional("eval", "lmms_eval", "tokencomp eval"),
         _optional("serve", "fastapi", "tokencomp serve"),
+        _mlx(),
         _optional("train", "peft", "tokencomp train adsc"),
     ]
 
@@ -143,6 +144,17 @@ def _optional(extra: str, module: str, what: str) -> Finding:
     if importlib.util.find_spec(module) is not None:
         return Finding(f"extra [{extra}]", True, f"{what} can run")
     return Finding(f"extra [{extra}]", None, f"{what} needs {install(extra)}")
+
+
+def _mlx() -> Finding:
+    name = "extra [mlx]"
+    if importlib.util.find_spec("mlx_vlm") is None:
+        return Finding(name, None, f"tokencomp serve --engine mlx needs {install('mlx')}")
+    try:
+        from tokencomp.mlx import version
+    except TokenCompError as error:
+        return Finding(name, False, str(error))
+    return Finding(name, True, f"tokencomp serve --engine mlx can run, on mlx-vlm {version()}")
 
 
 def model_checks(name: str, device: str) -> list[Finding]:

@@ -13,6 +13,7 @@ from tokencomp.cli import _parse as parse
 from tokencomp.inputs.packaged import DEFAULT_MODEL
 
 VLLM_HINT = "use vLLM's own arguments after `--` (--max-num-seqs, ...)"
+MLX_HINT = "use the arguments of mlx_vlm.server after `--` (--max-tokens, ...)"
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -32,7 +33,7 @@ def command(
     ] = "auto",
     set_: opt.Set = None,
     rest: opt.Rest = "drop",
-    engine: Annotated[str, typer.Option("--engine", help='"hf" or "vllm".')] = "hf",
+    engine: Annotated[str, typer.Option("--engine", help='"hf", "vllm" or "mlx".')] = "hf",
     host: Annotated[str, typer.Option("--host")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
     max_ratio: Annotated[
@@ -91,7 +92,8 @@ def command(
     """Serve a model over OpenAI's chat-completions API.
 
     `--engine hf` serves every supported model with every reducer; `--engine vllm` runs
-    `vllm serve` with tokencomp's plugin, and hands it all further arguments (after `--`).
+    `vllm serve` with tokencomp's plugin, and hands it all further arguments (after `--`);
+    `--engine mlx` does the same with mlx_vlm.server, with one ratio for all requests.
 
     Requests may bring `{"tokencomp": {"ratio": 0.75}}` or `{"tokencomp": {"budget": 512}}` (hf), or
     `{"mm_processor_kwargs": {"tokencomp": {"ratio": 0.75}}}` (both).
@@ -99,6 +101,21 @@ def command(
     from tokencomp.errors import OptionError
     from tokencomp.inputs.packaged import resolve
     from tokencomp.serving.bind import Bind
+
+    if engine == "mlx":  # which needs no torch, and the imports below do
+        from tokencomp.mlx.serve import run
+
+        taken = {"context", "model", "ratio", "reducer", "engine", "host", "port"}
+        others = [str(p.name) for p in context.command.params if p.name not in taken]
+        opt.refuse_options(context, others, "--engine mlx", MLX_HINT)
+        if api_key:
+            raise OptionError(
+                "TOKENCOMP_API_KEY: the server of --engine mlx asks its clients for no key. Unset "
+                "it, and let a proxy ask (docs/deploy.md)."
+            )
+        Bind(host, port).warn_if_open()
+        run(resolve(model), parse.one_ratio(ratio, "serve"), reducer, host, port, context.args)
+        return
     from tokencomp.serving.hf.media import Limits
     from tokencomp.serving.launch import run_hf, run_vllm
 
@@ -131,9 +148,11 @@ def command(
         run_vllm(folder, options, bind, limits, extra)
         return
     if engine != "hf":
-        raise OptionError(f"--engine {engine!r}: use 'hf' or 'vllm'.")
+        raise OptionError(f"--engine {engine!r}: use 'hf', 'vllm' or 'mlx'.")
     if context.args:
-        raise OptionError(f"unknown arguments {' '.join(context.args)} (only vllm takes more).")
+        raise OptionError(
+            f"unknown arguments {' '.join(context.args)} (only vllm and mlx take more)."
+        )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_hf(
         model, options, bind, limits, device=device, dtype=dtype, served_name=served_name,

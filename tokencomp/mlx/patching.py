@@ -1,0 +1,277 @@
+"""`patch` and `unpatch` for models of mlx-vlm.
+
+All of mlx-vlm gets the embeddings of a prompt from one method of the model. A patched model has one
+of its own, which leaves rows out, together with their positions and DeepStack features. The Qwen
+families keep the original positions: `rope_deltas`, the distance between the row and the position
+of what comes next, grows by what has left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_vlm.generate.ar import BatchGenerator
+from mlx_vlm.models.base import InputEmbeddingsFeatures
+
+from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
+from tokencomp.mlx.method import Method
+from tokencomp.mlx.spans import Span, find_spans
+from tokencomp.torchlib.replace import Hooked, MethodReplacement
+
+ATTRIBUTE = "_tokencomp_handle"
+EMBED, SALT = "get_input_embeddings", "_apc_semantic_hash"
+PIXELS = ("pixel_values", "pixel_values_videos")
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+MODELS = (*QWEN, "llava", "llava_onevision")
+NOT_SERVED = {
+    "gemma3": "mlx-vlm gives its images no bidirectional mask, so its answers are not those of "
+    "transformers even without compression",
+}
+REUSED = (
+    "the prompt continues a cache, whose rows a compressed prompt does not have one for one. Leave "
+    "out prompt_cache_state and apc_manager, or use the server, whose prefix cache knows what has "
+    "left."
+)
+
+
+def check_model(model_type: Any) -> None:
+    """Refuse a model by its type.
+
+    Raises
+    ------
+    UnsupportedModelError
+    """
+    if model_type not in MODELS:
+        why = f" ({NOT_SERVED[model_type]})" if model_type in NOT_SERVED else ""
+        raise UnsupportedModelError(
+            f"tokencomp.mlx cannot compress models of type {model_type!r}{why}; it can "
+            f"{', '.join(MODELS)}. Run it without patch()."
+        )
+
+
+def patch(model: Any, ratio: float = 0.5, reducer: str = "auto", **options: Any) -> Handle:
+    """Compress the visual tokens of every later prompt of a model of mlx-vlm.
+
+    Parameters
+    ----------
+    model
+        As `mlx_vlm.load` returns it. Its weights and config are left alone.
+    ratio
+        Fraction of visual tokens that leave every image and video before the first decoder layer,
+        in [0, 1); 0 = off.
+    reducer
+        "kcentre" (which "auto" is), "divprune", "vidcom2", "uniform" and "random" need MLX alone.
+        Others that depend on features alone run through torch, if it is installed.
+    **options
+        Options of the reducer.
+
+    Returns
+    -------
+    Handle
+        Undo with `handle.remove()`, `unpatch(model)`, or by leaving a `with` block. Patching a
+        patched model replaces the earlier patch.
+
+    Raises
+    ------
+    UnsupportedModelError
+        No model of mlx-vlm, or one of another type than `MODELS`.
+    RatioError, OptionError, UnknownNameError, MissingDependencyError
+        See `Method`.
+    """
+    if not callable(getattr(model, EMBED, None)) or not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no model of mlx-vlm. Pass what mlx_vlm.load(name) returns "
+            "first; for models of transformers use tokencomp.patch."
+        )
+    check_model(getattr(model.config, "model_type", None))
+    method = Method(ratio, reducer, options)
+    unpatch(model)
+    return Handle(model, method)
+
+
+def unpatch(model: Any) -> None:
+    """Undo `patch(model)`, if it was called."""
+    handle = vars(model).get(ATTRIBUTE)
+    if handle is not None:
+        handle.remove()
+
+
+class Handle(Hooked):
+    """A patch in force. Use as a context manager, or call `remove()`.
+
+    Attributes
+    ----------
+    method
+        What it compresses with.
+    tokens
+        Of the last prompt with media, text among them, before compression.
+    columns
+        Of this prompt: the columns that stayed, ascending.
+    """
+
+    def __init__(self, model: Any, method: Method) -> None:
+        self.model, self.method = model, method
+        self.tokens, self.columns = 0, np.zeros(0, dtype=np.int64)
+        self._last: tuple[mx.array, np.ndarray] | None = None
+        self._handles.append(MethodReplacement(model, EMBED, self._embed))
+        if model.config.model_type not in QWEN:
+            self._handles.append(_ColdPrefill(model.language_model))
+        vars(model)[ATTRIBUTE] = self
+        _insertion.add(self)
+
+    def remove(self) -> None:
+        """Restore the model. Safe to call twice."""
+        super().remove()
+        _insertion.discard(self)
+        if vars(self.model).get(ATTRIBUTE) is self:
+            del vars(self.model)[ATTRIBUTE]
+
+    def __repr__(self) -> str:
+        how = f"ratio {self.method.ratio}, {self.method.name}"
+        return f"<tokencomp.mlx.Handle {how}: {self.tokens} → {len(self.columns)} tokens>"
+
+    def _embed(
+        self,
+        original: Callable[..., Any],
+        input_ids: Any = None,
+        pixel_values: Any = None,
+        **inputs: Any,
+    ) -> Any:
+        """The embeddings of a prompt, without the tokens that leave."""
+        positions = inputs.get("position_ids")
+        if positions is not None and positions.shape[-1] != input_ids.shape[-1]:
+            raise UnsupportedCacheError(REUSED)
+        features = original(input_ids, pixel_values, **inputs)
+        inputs["pixel_values"] = pixel_values
+        brought = [name for name, v in inputs.items() if name in PIXELS and v is not None]
+        if not brought or not self.method.ratio:
+            return features
+        if len(input_ids) != 1:
+            raise OptionError(
+                f"{len(input_ids)} prompts with media came as one array, which cannot hold rows of "
+                "different lengths. Generate them one at a time, or use the server, which batches "
+                "prompts itself."
+            )
+        ids = np.array(input_ids[0])
+        spans = find_spans(self.model, ids, features.inputs_embeds[0], inputs)
+        return self._compress(features, spans, len(ids))
+
+    def _compress(self, features: Any, spans: list[Span], length: int) -> Any:
+        embeds, stays = features.inputs_embeds, np.ones(length, dtype=bool)
+        for span in spans:
+            offsets, merged = self.method.kept(span, embeds[0, mx.array(span.columns)])
+            stays[span.columns] = False
+            stays[span.columns[offsets]] = True
+            if merged is not None:
+                embeds[0, mx.array(span.columns[offsets])] = merged
+        features = shortened(dataclasses.replace(features, inputs_embeds=embeds), stays)
+        self.tokens, self.columns = length, np.flatnonzero(stays)
+        self._last = features.inputs_embeds, self.columns
+        return features
+
+    def queued(self, ids: list[int], inputs: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
+        """A prompt that is put into a queue: its ids get the length of its embeddings.
+
+        The method becomes a part of its key in the prefix cache.
+        """
+        if self._last is None or inputs.get("inputs_embeds") is not self._last[0]:
+            return ids, inputs
+        ids, self._last = [ids[i] for i in self._last[1]], None
+        if SALT in inputs:
+            inputs = {**inputs, SALT: inputs[SALT] ^ self.method.salt}
+        return ids, inputs
+
+
+def shortened(features: InputEmbeddingsFeatures, stays: np.ndarray) -> InputEmbeddingsFeatures:
+    """What a model gives for a prompt, without the columns that leave.
+
+    Parameters
+    ----------
+    features
+        With embeddings (1, L, d), and in the Qwen families positions (3, 1, L), a mask of visual
+        columns (1, L) and DeepStack features (visual columns, d) by layer.
+    stays : ndarray of bool, shape (L,)
+    """
+    index = mx.array(np.flatnonzero(stays))
+    new = {"inputs_embeds": features.inputs_embeds[:, index]}
+    if features.position_ids is not None:
+        new["position_ids"] = features.position_ids[..., index]
+        new["rope_deltas"] = features.rope_deltas + int((~stays).sum())
+    if features.visual_pos_masks is not None:
+        new["visual_pos_masks"] = features.visual_pos_masks[:, index]
+    if features.deepstack_visual_embeds is not None:
+        rows = mx.array(np.flatnonzero(stays[np.array(features.visual_pos_masks[0])]))
+        new["deepstack_visual_embeds"] = [x[rows] for x in features.deepstack_visual_embeds]
+    return dataclasses.replace(features, **new)
+
+
+class _ColdPrefill:
+    """Lets mlx-vlm compute whole prompts of a model without M-RoPE, in place of using its cache.
+
+    Before it continues a cache it asks the language model for positions, if that has any, and
+    computes the whole prompt if they cannot be had.
+    """
+
+    def __init__(self, language_model: Any) -> None:
+        self._own = vars(language_model)
+        self._own.update(get_rope_index=self._refuse, _position_ids=None)
+
+    def _refuse(self, *args: Any) -> Any:
+        raise UnsupportedCacheError(REUSED)
+
+    def remove(self) -> None:
+        for name in ("get_rope_index", "_position_ids"):
+            self._own.pop(name, None)
+
+
+class _Insertion:
+    """`BatchGenerator.insert` while models are patched: it gets ids beside shorter embeddings."""
+
+    def __init__(self) -> None:
+        self._handles: WeakSet[Handle] = WeakSet()
+        self._original: Callable[..., Any] | None = None
+
+    def add(self, handle: Handle) -> None:
+        self._handles.add(handle)
+        if self._original is None:
+            self._original = original = BatchGenerator.insert
+
+            @functools.wraps(original)
+            def insert(
+                batch: Any,
+                prompts: Any,
+                max_tokens: Any = None,
+                prompt_kwargs: Any = None,
+                **options: Any,
+            ) -> Any:
+                prompts, prompt_kwargs = self.changed(prompts, prompt_kwargs, options)
+                return original(batch, prompts, max_tokens, prompt_kwargs, **options)
+
+            BatchGenerator.insert = insert
+
+    def discard(self, handle: Handle) -> None:
+        self._handles.discard(handle)
+        if not self._handles and self._original is not None:
+            BatchGenerator.insert, self._original = self._original, None
+
+    def changed(self, prompts: Any, inputs: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+        """A prompt with as many ids as embeddings; its padding mask, all ones, goes."""
+        if inputs is None or len(prompts) != 1:
+            return prompts, inputs  # arrays of several prompts are never compressed
+        ids = prompts[0].tolist() if isinstance(prompts[0], mx.array) else list(prompts[0])
+        for handle in self._handles:
+            own, kwargs = handle.queued(ids, inputs[0])
+            if kwargs is not inputs[0] or len(own) != len(ids):
+                options.pop("attention_mask", None)
+                return [own], [kwargs]
+        return prompts, inputs
+
+
+_insertion = _Insertion()

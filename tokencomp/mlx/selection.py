@@ -1,0 +1,133 @@
+"""Reducers as MLX arrays: the tokens of `tokencomp.reducers` without torch.
+
+They see patches alone and return kept rows, ascending. Rules, tolerances and ties are those of the
+reducers of the same name; scores are in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from tokencomp.errors import ScoreError
+from tokencomp.plan.counts import frame_budgets
+
+Grid = tuple[int, int, int]
+Select = Callable[..., np.ndarray]
+EPSILON = 1e-5  # smallest distance, so that rounding does not rank copies of a row
+TIED = 1 - 4e-6  # scores of at least this share of the best tie with it
+BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))
+CHUNK = 1024  # rows of a table of distances that are computed at once
+STEPS = 64  # choices between two evaluations, which keep the graph small
+
+
+def kcentre(x: mx.array, grid: Grid, keep: int) -> np.ndarray:
+    """Farthest-point choice by root mean square, from the row farthest from the mean."""
+    x = finite(x)
+    start = _first_best(((x - x.mean(0)) ** 2).sum(1))
+
+    def distance(row: mx.array) -> mx.array:
+        return mx.sqrt(((x - x[row]) ** 2).mean(1))
+
+    return _greedy(distance, start, len(x), keep)
+
+
+def divprune(x: mx.array, grid: Grid, keep: int) -> np.ndarray:
+    """Greedy max-min cosine distance (2503.02175), from the row whose nearest is farthest."""
+    rows = _unit(finite(x))
+
+    def distance(row: mx.array) -> mx.array:
+        return 1 - rows @ rows[row]
+
+    nearest = []
+    for first in range(0, len(rows), CHUNK):
+        part = mx.maximum(1 - rows[first : first + CHUNK] @ rows.T, EPSILON)
+        own = mx.arange(len(rows))[None] == mx.arange(first, first + len(part))[:, None]
+        nearest.append(mx.where(own, mx.inf, part).min(1))
+    return _greedy(distance, _first_best(mx.concatenate(nearest)), len(x), keep)
+
+
+def vidcom2(
+    x: mx.array, grid: Grid, keep: int, temperature: float = 0.01, channels: float = 0.5
+) -> np.ndarray:
+    """Least similar to video and frame, over the quiet channels (2505.14454)."""
+    x = finite(x)
+    t, h, w = grid
+    quiet = np.argsort(np.array(x.var(0)), kind="stable")[: max(1, int(x.shape[1] * channels))]
+    frames = _unit(x[:, mx.array(quiet)]).reshape(t, h * w, -1)
+    video = _similarity(frames, frames.mean((0, 1), keepdims=True))
+    score = np.array(video + _similarity(frames, frames.mean(1, keepdims=True)))
+    logits = -np.array(video.mean(1)) / temperature
+    share = np.exp(logits - logits.max())
+    budgets = frame_budgets((1 + share / share.sum() - 1 / t).tolist(), keep, [h * w] * t)
+    kept = [
+        frame * h * w + np.sort(np.argsort(score[frame], kind="stable")[:budget])
+        for frame, budget in enumerate(budgets)
+    ]
+    return np.concatenate(kept)
+
+
+def uniform(x: mx.array, grid: Grid, keep: int) -> np.ndarray:
+    """Row floor((i + ½)·n/k) for i = 0 … k-1."""
+    return (2 * np.arange(keep) + 1) * len(x) // (2 * keep)
+
+
+def random(x: mx.array, grid: Grid, keep: int, seed: int = 0) -> np.ndarray:
+    """The subset of torch's generator: the low 24 bits of MT19937 are its float32 numbers."""
+    bits = np.random.RandomState(seed % 2**32)._bit_generator.random_raw(len(x)) & 0xFFFFFF
+    return np.sort(np.argsort(-bits.astype(np.int64), kind="stable")[:keep])
+
+
+SELECT: dict[str, Select] = {f.__name__: f for f in (kcentre, divprune, vidcom2, uniform, random)}
+
+
+def finite(x: mx.array) -> mx.array:
+    """Features in float32.
+
+    Raises
+    ------
+    ScoreError
+        A value is not finite, so that nothing could be compared.
+    """
+    x = x.astype(mx.float32)
+    if not bool(mx.isfinite(x).all()):
+        raise ScoreError(
+            "features of an image or video are not finite, so they cannot be compared. Load the "
+            "model in bfloat16 or float32, or use reducer='uniform'."
+        )
+    return x
+
+
+def _greedy(
+    distance: Callable[[mx.array], mx.array], start: mx.array, count: int, keep: int
+) -> np.ndarray:
+    """Choose the row farthest from all chosen so far, `keep` times."""
+    nearest, taken, last = mx.full((count,), mx.inf), mx.zeros((count,)), start
+    chosen = []
+    for step in range(keep):
+        chosen.append(last)
+        taken = mx.where(mx.arange(count) == last, 1, taken)
+        nearest = mx.minimum(nearest, mx.maximum(distance(last), EPSILON))
+        last = _first_best(mx.where(taken > 0, -1, nearest))
+        if step % STEPS == 0:
+            mx.eval(nearest, taken, last)
+    return np.sort(np.array(mx.stack(chosen)).astype(np.int64))
+
+
+def _first_best(scores: mx.array) -> mx.array:
+    """Index of the first of the scores that tie with the best."""
+    best = scores.max()
+    return (scores >= mx.minimum(best, best * TIED)).astype(mx.int32).argmax()
+
+
+def _unit(x: mx.array) -> mx.array:
+    norm = mx.sqrt((x * x).sum(1, keepdims=True))
+    return x / mx.maximum(norm, np.finfo(np.float32).tiny)
+
+
+def _similarity(x: mx.array, centre: mx.array) -> mx.array:
+    """Sum of Gaussians of the distance between x (…, c) and centre, shape (…)."""
+    squared = ((x - centre) ** 2).sum(-1)
+    return mx.stack([mx.exp(-squared / (2 * a)) for a in BANDWIDTHS]).sum(0)

@@ -1,0 +1,95 @@
+"""mlx_vlm.server with compression: `tokencomp serve --engine mlx`, or, without typer and torch,
+
+python -m tokencomp.mlx.serve --ratio 0.5 [--reducer NAME] -- --model MODEL [--port 8080 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_vlm.server import cli, generation
+
+from tokencomp.errors import OptionError, TokenCompError
+from tokencomp.mlx.method import Method
+from tokencomp.mlx.patching import patch
+
+REFUSED = {
+    "--reranker-model": "this model would run uncompressed",
+    "--embedding-model": "this model would run uncompressed",
+    "--draft-model": "drafts on compressed prompts were not tested",
+}
+
+
+def command(
+    model: str, ratio: float, reducer: str, host: str, port: int, extra: Sequence[str]
+) -> list[str]:
+    """The command line that serves a model.
+
+    Parameters
+    ----------
+    extra
+        Further arguments of mlx_vlm.server.
+
+    Raises
+    ------
+    OptionError, RatioError, UnknownNameError, MissingDependencyError
+        An option that mlx_vlm.server would take without compression, or a bad ratio or reducer.
+    """
+    refuse_arguments(extra)
+    Method(ratio, reducer)
+    own = ["--ratio", str(ratio), "--reducer", reducer, "--"]
+    address = ["--model", model, "--host", host, "--port", str(port)]
+    return [sys.executable, "-m", "tokencomp.mlx.serve", *own, *address, *extra]
+
+
+def refuse_arguments(arguments: Sequence[str]) -> None:
+    """Raise `OptionError` for models that the server would run uncompressed, or drafts."""
+    for flag, reason in REFUSED.items():
+        if any(a == flag or a.startswith(f"{flag}=") for a in arguments):
+            raise OptionError(f"{flag}: {reason}. Leave it out, or run mlx_vlm.server itself.")
+
+
+def patch_loaded_models(method: Method) -> None:
+    """Let every model that the server loads be patched; one that cannot be is refused."""
+    original = generation.ResponseGenerator._initialize_model
+
+    def initialize(self: Any) -> None:
+        original(self)
+        patch(self.model, method.ratio, method.reducer, **method.options)
+
+    generation.ResponseGenerator._initialize_model = initialize
+
+
+def main() -> None:
+    """Run the server until the process is interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="tokencomp.mlx.serve",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--ratio", default="0.5", help="fraction of visual tokens that leave")
+    parser.add_argument("--reducer", default="auto", help="which stay: kcentre by default")
+    parser.add_argument("arguments", nargs="*", help="of mlx_vlm.server, after `--`")
+    args = parser.parse_args()
+    try:
+        refuse_arguments(args.arguments)
+        method = Method(args.ratio, args.reducer)
+    except TokenCompError as error:
+        parser.exit(2, f"error: {error}\n")
+    patch_loaded_models(method)
+    sys.argv = ["mlx_vlm.server", *args.arguments]
+    cli.main()
+
+
+def run(*arguments: Any) -> None:
+    """Replace this process with the server. Arguments and errors are those of `command`."""
+    line = command(*arguments)
+    os.execv(line[0], line)
+
+
+if __name__ == "__main__":
+    main()
