@@ -38,7 +38,7 @@ def run_questions(
     questions: FileQuestions,
     folders: Folders,
     *,
-    frames: int,
+    frames: int | str,
     batch_size: int,
 ) -> Manifests:
     """Answer the questions under every setting, and draw what compression loses."""

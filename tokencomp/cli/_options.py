@@ -78,7 +78,14 @@ TowerRatio = Annotated[
 TowerReducer = Annotated[
     str, typer.Option("--tower-reducer", help="What chooses the patches that the tower sees.")
 ]
-Frames = Annotated[int, typer.Option("--frames", min=1, help="Frames read from a video.")]
+Frames = Annotated[
+    str,
+    typer.Option(
+        "--frames",
+        help='Frames of a video: 8 (evenly spaced), "1fps", "stream:8" (by bursts of the file), '
+        '"scorer:aks:8" (by the model\'s own embeddings).',
+    ),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows per batch.")]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda", "cuda:1", ...')]
 Dtype = Annotated[str, typer.Option("--dtype", help='"auto", float32, bfloat16, float16.')]
@@ -131,9 +138,14 @@ class Source:
 
     def load(self) -> tuple[Any, Any]:
         """Model and processor."""
-        from tokencomp.inputs.loading import load_model
+        return _loaded(self.model, self.device, self.dtype)
 
-        return load_model(self.model, device=self.device, dtype=self.dtype)
+
+@functools.cache  # media may need the model, and so does what comes after them
+def _loaded(model: str, device: str, dtype: str) -> tuple[Any, Any]:
+    from tokencomp.inputs.loading import load_model
+
+    return load_model(model, device=device, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,20 +155,37 @@ class Files:
     image: Images = None
     video: Videos = None
     question: Question = "Describe what you see."
-    frames: Frames = 8
+    frames: Frames = "8"
 
     @property
     def label(self) -> str:
         return ", ".join(path.name for path in [*(self.image or ()), *(self.video or ())])
 
-    def load(self) -> list[Any]:
-        """PIL images, and lists of PIL images for videos. Raises `MediaError`."""
+    def load(self, source: Source) -> list[Any]:
+        """PIL images, and lists of PIL images for videos.
+
+        Parameters
+        ----------
+        source
+            The model whose embeddings score frames, if --frames asks for that.
+
+        Raises
+        ------
+        MediaError, OptionError
+            As `load_media`.
+        """
+        from tokencomp.inputs.frames import Frames as Policies
+        from tokencomp.inputs.frames import Scored, frame_policy
         from tokencomp.inputs.media import load_media
+        from tokencomp.inputs.scorer import with_scorer
         from tokencomp.inputs.video import Video
 
-        loaded = [load_media(path, self.frames) for path in self.image or ()]
+        frames: Policies = frame_policy(self.frames)
+        if isinstance(frames, Scored) and (self.image or self.video):
+            frames = with_scorer(frames, *source.load())
+        loaded = [load_media(path, frames, question=self.question) for path in self.image or ()]
         for path in self.video or ():
-            media = load_media(path, self.frames)
+            media = load_media(path, frames, question=self.question)
             loaded.append(media if isinstance(media, list) else Video([media]))
         return loaded
 

@@ -53,7 +53,7 @@ def command(
         own = "give files to ask about with --image or --video"
         opt.refuse_options(context, ("question", "frames"), "ShapesQA's own questions", own)
     opt.check_output(output)
-    media = files.load()
+    media = files.load(source)
     from rich.console import Console
 
     from tokencomp.cli import _demo as work

@@ -39,7 +39,7 @@ def command(
             "line. Or for tasks: a local copy in hub layout (owner/name folders), or 'shapesqa'."
         ),
     ] = None,
-    frames: opt.Frames = 8,
+    frames: opt.Frames = "8",
     batch_size: opt.BatchSize = 8,
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folders.")] = Path("runs"),
     baselines: Annotated[
@@ -61,6 +61,9 @@ def command(
     `torchrun --nproc-per-node N -m tokencomp.cli eval …` anywhere.
     """
     settings_of = settings(context, method)
+    from tokencomp.inputs.frames import plain_frames
+
+    chosen_frames = plain_frames(frames)
     from rich.console import Console
 
     from tokencomp.cli._eval import questions_in, run_questions, run_tasks, tasks_in
@@ -78,7 +81,7 @@ def command(
         if baselines:
             chosen = _with_baselines(chosen, seeds, has_budget(loaded[1]))
         folders = {setting: output / setting.label for setting in chosen}
-        how: dict[str, Any] = {"frames": frames, "batch_size": batch_size}
+        how: dict[str, Any] = {"frames": chosen_frames, "batch_size": batch_size}
         if questions is not None:
             manifests = run_questions(loaded, source.model, questions, folders, **how)
         else:

@@ -35,7 +35,7 @@ def command(
         allowed = ", ".join((*PAGES, *PICTURES))
         raise OptionError(f"--output {output}: the name must end in one of {allowed}.")
     opt.check_output(output)
-    media = files.load()
+    media = files.load(source)
     if not media:
         raise OptionError("nothing to look at: give --image FILE or --video FILE.")
     from rich.console import Console

@@ -73,7 +73,7 @@ def command(
     else:
         opt.refuse_options(context, SHAPE, "--model", "they describe a --config")
     opt.check_output(output)
-    media = files.load()
+    media = files.load(source)
     from tokencomp.evaluation.environment import environment, public_name
 
     if config is not None:

@@ -42,7 +42,7 @@ class Shared:
     evaluate: Annotated[
         int, typer.Option("--evaluate", min=0, help="Held-out questions answered at the end.")
     ] = 200
-    frames: opt.Frames = 8
+    frames: Annotated[int, typer.Option("--frames", min=1, help="Frames of a video.")] = 8
     seed: Annotated[int, typer.Option("--seed", help="Decides order and initial weights.")] = 0
     device: opt.Device = "auto"
     dtype: opt.Dtype = "auto"

@@ -32,7 +32,9 @@ def command(
     ] = None,
     items: Annotated[int, typer.Option(min=1, help="ShapesQA questions per family.")] = 12,
     families: Annotated[str, typer.Option(help="ShapesQA families.")] = VIDEO_FAMILIES,
-    frames: Annotated[str, typer.Option(help="Frames per video to try.")] = "4,8,16",
+    frames: Annotated[
+        str, typer.Option(help="Frames per video to try, each as in `eval`.")
+    ] = "4,8,16",
     scale: Annotated[str, typer.Option(help="Picture sides to try, original = 1.")] = "1,0.75,0.5",
     reducer: opt.Reducers = "auto,uniform",
     ratio: opt.Ratios = "0.5,0.75,0.9",
@@ -46,6 +48,7 @@ def command(
     questions. Prints the Pareto front of accuracy against tokens (or time, with --latency).
     """
     from tokencomp.errors import OptionError
+    from tokencomp.inputs.frames import plain_frames
 
     if tokens is None and latency is None:
         raise OptionError("give a budget: --tokens 128 or --latency 50 (milliseconds per answer).")
@@ -56,7 +59,7 @@ def command(
         fix = "the file decides which questions there are"
         opt.refuse_options(context, ("items", "families"), "--data", fix)
     grid: dict[str, Any] = {
-        "frames": [int(n) for n in _numbers("frames", frames, whole=True)],
+        "frames": [plain_frames(one) for one in parse.names(frames)],
         "scales": _numbers("scale", scale),
         "reducers": reducers(reducer),
         "ratios": parse.numbers(parse.ratios(ratio), "tune"),
@@ -99,16 +102,15 @@ def _shapesqa(families: list[str], count: int, folder: str) -> list[Any]:
     return shapesqa(items("validation", count, tuple(families)), folder)
 
 
-def _numbers(name: str, text: str, whole: bool = False) -> list[float]:
+def _numbers(name: str, text: str) -> list[float]:
     from tokencomp.errors import OptionError
 
     try:
         numbers = [float(part) for part in parse.names(text)]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) <= 0 or (whole and any(n != int(n) for n in numbers)):
-        kind = "whole positive numbers" if whole else "positive numbers"
-        raise OptionError(f"--{name} {text!r}: expected {kind} separated by commas.")
+    if not numbers or min(numbers) <= 0:
+        raise OptionError(f"--{name} {text!r}: expected positive numbers separated by commas.")
     return numbers
 
 

@@ -34,7 +34,9 @@ from tokencomp.evaluation.patches import Patches
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.evaluation.store import AnswerStore
+from tokencomp.inputs.frames import Frames, plain_frames
 from tokencomp.inputs.questions import Example, has_video
+from tokencomp.inputs.scorer import with_scorer
 
 Draw = Callable[[Path, Example, list[Any], Any], None]
 """Run folder, a question, its media, and `handle.stats` of a batch that begins with it."""
@@ -69,7 +71,7 @@ def sweep(
     out_dir: str | Path | dict[Setting, Path] | None = None,
     *,
     batch_size: int = 16,
-    frames: int = 8,
+    frames: Frames = 8,
     max_new_tokens: int = 16,
     seed: int = 0,
     name: str = "",
@@ -99,7 +101,8 @@ def sweep(
     batch_size
         Rows per batch; halved for good when the GPU runs out of memory, which the manifest notes.
     frames
-        Frames read from each video.
+        Which frames of each video are decoded, as in `load_media`. Records say which ones these
+        were, unless `frames` is a number. A policy by scores without a scorer asks the model.
     max_new_tokens
         Longest answer.
     seed
@@ -132,10 +135,11 @@ def sweep(
         `EvalRun` per setting, records in the order of `items`.
     """
     models = model if isinstance(model, dict) else {"": model}
-    how = {"frames": frames, "max_new_tokens": max_new_tokens, "seed": seed}
+    how = {"frames": plain_frames(frames), "max_new_tokens": max_new_tokens, "seed": seed}
     distinct, patches = list(dict.fromkeys(settings)), Patches(models)
     answerer = Answerer(models, processor, patches, how, isinstance(model, dict), around)
     one = _Sweep(answerer, items, distinct, name, data)
+    one.frames = with_scorer(frames, answerer.plain, processor)
     one.batch_size, one.shard, one.draw = batch_size, shard, draw
     one.timed, one.counted = times, work
     if out_dir is not None:
@@ -156,6 +160,7 @@ class _Sweep:
     ) -> None:
         self.answerer, self.items, self.halved = answerer, list(items), False
         self.batch_size, self.shard = 16, True
+        self.frames: Frames = answerer.how["frames"]
         self.draw: Draw | None = None
         self.timed = self.counted = False
         self.times: dict[Setting, dict[str, dict[str, float]]] = {}
@@ -212,7 +217,7 @@ class _Sweep:
         loaded = []
         for example in batch:
             try:
-                loaded.append((example, example.load(self.answerer.how["frames"])))
+                loaded.append((example, example.load(self.frames)))
             except MediaError as error:
                 for setting in self.runs:
                     if example.id not in self.done[setting]:
@@ -250,6 +255,10 @@ class _Sweep:
 
     def _keep(self, setting: Setting, rows: list[Loaded], batch: Batch) -> None:
         self.seconds[setting] += batch.seconds
+        if not isinstance(self.answerer.how["frames"], int):
+            for (_, media), record in zip(rows, batch.records, strict=True):
+                videos = [m.sampling for m in media if hasattr(m, "sampling")]
+                record["frames"] = [[s.rule, *s.indices] for s in videos]
         self._write(setting, batch.records)
         if self.draw and setting in self.stores and not self.rank and batch.stats:
             self.draw(self.stores[setting].path, *rows[0], batch.stats)

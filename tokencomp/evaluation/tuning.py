@@ -20,7 +20,9 @@ from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import INPUT_BASELINES, Setting
+from tokencomp.inputs.frames import Frames
 from tokencomp.inputs.questions import Example
+from tokencomp.inputs.scorer import with_scorer
 from tokencomp.inputs.video import with_frames
 from tokencomp.plan.counts import MAX_RATIO
 
@@ -34,7 +36,7 @@ class Scaled(Example):
 
     scale: float = 1.0
 
-    def load(self, frames: int) -> list[Any]:
+    def load(self, frames: Frames) -> list[Any]:
         return [_scaled(m, self.scale) for m in super().load(frames)]
 
 
@@ -65,7 +67,7 @@ class Candidate:
         True if it was dropped after the first share of the items.
     """
 
-    frames: int
+    frames: int | str
     scale: float
     setting: Setting
     tokens: float = 0.0
@@ -85,7 +87,7 @@ def candidates(
     processor: Any,
     items: Sequence[Example],
     *,
-    frames: Sequence[int],
+    frames: Sequence[int | str],
     scales: Sequence[float],
     reducers: Sequence[str],
     ratios: Sequence[float],
@@ -106,9 +108,9 @@ def candidates(
     """
     counter = EqualTokens(processor, list(adapter_for(model).placeholder_ids()), "downscale")
     fitting: list[Candidate] = []
-    seen: set[tuple[int, float]] = set()
+    seen: set[tuple[int | str, float]] = set()
     for n, scale in itertools.product(frames, sorted(scales, reverse=True)):
-        full = _mean_tokens(counter, items, n, scale)
+        full = _mean_tokens(counter, items, with_scorer(n, model, processor), scale)
         if (n, full) in seen:
             continue
         seen.add((n, full))
@@ -137,7 +139,7 @@ def _settings(reducers: Sequence[str], ratio: float, options: Mapping[str, Any])
 
 
 def _mean_tokens(
-    counter: EqualTokens, items: Sequence[Example], frames: int, scale: float
+    counter: EqualTokens, items: Sequence[Example], frames: Frames, scale: float
 ) -> float:
     """Visual tokens per item, over up to eight of the items."""
     some = items[:: max(1, len(items) // 8)][:8]

@@ -174,6 +174,18 @@ def frame_policy(frames: Frames) -> Policy:
     raise OptionError(f"frames={frames!r} names no frame policy: expected {FORMS}.")
 
 
+def plain_frames(frames: Frames) -> int | str:
+    """The policy as a number or text, for results.
+
+    Raises
+    ------
+    OptionError
+        As `frame_policy`.
+    """
+    policy = frame_policy(frames)
+    return policy.count if isinstance(policy, Even) else str(policy)
+
+
 def _positive(value: Any, name: str, given: Any) -> Any:
     if isinstance(value, bool) or not value > 0:
         raise OptionError(f"{name}={given!r}: a video needs at least 1 frame; use e.g. frames=8.")

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tokencomp.inputs.frames import Frames
+
 Media = Any
 """A path, a PIL image, or a list of PIL images (a video)."""
 
@@ -40,11 +42,20 @@ class Example:
     media: tuple[Media, ...] = ()
     family: str = ""
 
-    def load(self, frames: int) -> list[Any]:
-        """The media as PIL images and lists of PIL images. Raises `MediaError`."""
+    def load(self, frames: Frames) -> list[Any]:
+        """The media as PIL images and lists of PIL images; `frames` as in `load_media`.
+
+        Raises
+        ------
+        MediaError, OptionError, ScoreError
+            As `load_media`.
+        """
         from tokencomp.inputs.media import load_media
 
-        return [load_media(m, frames) if isinstance(m, str | Path) else m for m in self.media]
+        return [
+            load_media(m, frames, question=self.prompt) if isinstance(m, str | Path) else m
+            for m in self.media
+        ]
 
     def correct(self, prediction: str) -> bool:
         """Whether `prediction` is the answer: the same words, or the same option letter."""
@@ -65,7 +76,7 @@ class Deferred(Example):
 
     source: Callable[[], tuple[Media, ...]] = tuple
 
-    def load(self, frames: int) -> list[Any]:
+    def load(self, frames: Frames) -> list[Any]:
         return Example(self.id, self.prompt, self.answer, self.source()).load(frames)
 
 

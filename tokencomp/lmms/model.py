@@ -20,6 +20,7 @@ from tokencomp.errors import OptionError
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.evaluation.store import read_records
+from tokencomp.inputs.frames import plain_frames
 from tokencomp.inputs.packaged import DEFAULT_MODEL
 from tokencomp.inputs.questions import Deferred, Example, Media
 from tokencomp.pages.pictures import save_kept
@@ -48,7 +49,7 @@ class TokenComp(lmms):
     options
         Reducer options as JSON; any further `name=value` argument is an option, too.
     frames
-        Frames read from each video.
+        Which frames of each video are decoded: a number, "1fps", "stream:8" or "scorer:aks:8".
     batch_size, device, dtype, attention
         As in `tokencomp eval`.
     results
@@ -67,7 +68,7 @@ class TokenComp(lmms):
         reducer: str = FULL,
         ratio: float = 0.0,
         options: str = "{}",
-        frames: int = 8,
+        frames: int | str = 8,
         batch_size: int | str = 8,
         device: str | None = None,
         dtype: str = "auto",
@@ -87,7 +88,7 @@ class TokenComp(lmms):
         more.pop("max_batch_size", None)
         all_options = {**json.loads(options), **more}
         self.setting = setting or Setting(reducer, float(ratio), all_options)
-        self.name, self.frames = pretrained, int(frames)
+        self.name, self.frames = pretrained, plain_frames(frames)
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
         self.results = None if results is None else Path(results)
         self.run_manifest: dict[str, Any] = {}

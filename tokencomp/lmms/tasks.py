@@ -121,7 +121,7 @@ def run_setting(
     out: Path,
     *,
     limit: int | None,
-    frames: int,
+    frames: int | str,
     batch_size: int,
     full: Path | None = None,
 ) -> dict[str, Any]:

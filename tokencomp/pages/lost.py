@@ -13,7 +13,9 @@ from tokencomp.errors import OptionError
 from tokencomp.evaluation.batches import Answerer, Loaded
 from tokencomp.evaluation.patches import Patches
 from tokencomp.evaluation.runs import EvalRun
+from tokencomp.inputs.frames import Frames
 from tokencomp.inputs.questions import Example
+from tokencomp.inputs.scorer import with_scorer
 from tokencomp.pages.pictures import SIDE, kept_picture
 from tokencomp.storage import write_json
 
@@ -75,7 +77,7 @@ def draw_lost(
     examples: Mapping[str, Example],
     folder: Path,
     *,
-    frames: int = 8,
+    frames: Frames = 8,
     per_kind: int = PER_KIND,
     side: int = SIDE,
 ) -> list[LostItem]:
@@ -108,7 +110,8 @@ def draw_lost(
     said = {r["id"]: r["prediction"] for r in full.answered}
     own = {r["id"]: r for r in run.answered}
     items, patches = [], Patches({"": model})
-    answerer = Answerer({"": model}, processor, patches, {"frames": frames})
+    answerer = Answerer({"": model}, processor, patches, {})
+    frames = with_scorer(frames, model, processor)
     folder.mkdir(parents=True, exist_ok=True)
     with patches:
         for number, (kind, name) in enumerate(chosen):

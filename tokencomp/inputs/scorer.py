@@ -1,0 +1,79 @@
+"""The default scorer of frames: the model's own embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.adapters.registry import adapter_for
+from tokencomp.inputs.frames import Frames, Scored, frame_policy
+from tokencomp.inputs.prompts import build_inputs, to_model
+
+ROWS = 16
+
+
+def with_scorer(frames: Frames, model: Any, processor: Any) -> Frames:
+    """`frames`, where a policy by scores that names no scorer asks this model."""
+    policy = frame_policy(frames)
+    if isinstance(policy, Scored) and policy.scorer is None:
+        return dataclasses.replace(policy, scorer=EmbeddingScorer(model, processor))
+    return frames
+
+
+class EmbeddingScorer:
+    """How much the embeddings of a frame look like those of the question.
+
+    The largest cosine between a visual token, as the decoder receives it, and the mean of the
+    text. Every candidate passes the vision tower once, and no decoder layer.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+        self.adapter = adapter_for(model)
+
+    def __call__(self, frames: Sequence[Any], question: str) -> list[float]:
+        scores: list[float] = []
+        for start in range(0, len(frames), ROWS):
+            scores += self._batch(frames[start : start + ROWS], question)
+        return scores
+
+    def _batch(self, frames: Sequence[Any], question: str) -> list[float]:
+        media = [[frame] for frame in frames]
+        inputs = to_model(build_inputs(self.processor, media, [question] * len(media)), self.model)
+        rows, ids = self._embeddings(inputs).float(), inputs["input_ids"]
+        visual = torch.zeros_like(ids, dtype=torch.bool)
+        for token in self.adapter.placeholder_ids():
+            visual |= ids == token
+        text = inputs["attention_mask"].bool() & ~visual
+        rows = torch.nn.functional.normalize(rows, dim=-1)
+        mean = (rows * text[..., None]).sum(1, keepdim=True)
+        alike = torch.nn.functional.cosine_similarity(rows, mean, dim=-1)
+        best: list[float] = alike.masked_fill(~visual, -1.0).amax(1).tolist()
+        return best
+
+    @torch.inference_mode()
+    def _embeddings(self, inputs: dict[str, Any]) -> Tensor:
+        """Input of the decoder, (rows, columns, width), before any patch sees it."""
+
+        def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            raise _Embedded(kwargs["inputs_embeds"])
+
+        decoder = self.adapter.decoder
+        hook = decoder.register_forward_pre_hook(keep, prepend=True, with_kwargs=True)
+        try:
+            self.model(**inputs, use_cache=False)
+        except _Embedded as reached:
+            return reached.rows
+        finally:
+            hook.remove()
+        raise AssertionError("the model ran without its decoder")
+
+
+class _Embedded(Exception):  # it is no error: the decoder need not run
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows = rows
