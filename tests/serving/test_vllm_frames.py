@@ -19,6 +19,7 @@ from PIL import Image
 
 from tokencomp.errors import TokenCompError
 from tokencomp.serving.bind import Bind
+from tokencomp.serving.hf.frames import with_request
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.video import load_video
 from tokencomp.serving.launch import vllm_command
@@ -70,6 +71,18 @@ def test_frames_depend_on_the_file_alone(connector: Any, total: int, rate: Fract
         assert np.array_equal(frames, ours)
         assert metadata["frames_indices"] == middles and not metadata["do_sample_frames"]
         assert metadata["fps"] == sampling.fps and metadata["total_num_frames"] == total
+
+
+@pytest.mark.parametrize("frames", [5, "1fps", "stream:6"])
+def test_policies_of_requests(connector: Any, frames: Any) -> None:
+    from vllm.multimodal.media.connector import MediaConnector, merge_media_io_kwargs
+
+    url = numbered(100, Fraction(4))
+    asked = merge_media_io_kwargs(connector.media_io_kwargs, {"video": {"frames": frames}})
+    ours, sampling = load_video(url, with_request({"video": {"frames": frames}}, Limits()))
+    theirs, metadata = MediaConnector(media_io_kwargs=asked).fetch_video(url).media
+    assert np.array_equal(theirs, ours) and len(ours) == {5: 5, "1fps": 25}.get(frames, 6)
+    assert metadata["frames_indices"] == [*sampling.indices]
 
 
 def test_other_containers_and_animations(connector: Any) -> None:

@@ -83,7 +83,12 @@ def command(
     docs: Annotated[bool, typer.Option("--docs", help="Describe the API at /docs (hf).")] = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
-    frames: Annotated[int, typer.Option("--frames", min=1, help="Frames of a video.")] = 32,
+    frames: Annotated[
+        str,
+        typer.Option(
+            "--frames", help='Frames of a video, also the most that requests get: 32, "stream:32".'
+        ),
+    ] = "32",
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Batch size (hf).")] = 8,
     max_model_len: Annotated[
         int | None, typer.Option("--max-model-len", min=1, help="Prompt and answer.")
@@ -99,6 +104,7 @@ def command(
     `{"mm_processor_kwargs": {"tokencomp": {"ratio": 0.75}}}` (both).
     """
     from tokencomp.errors import OptionError
+    from tokencomp.inputs.frames import Even, Stream, frame_policy
     from tokencomp.inputs.packaged import resolve
     from tokencomp.serving.bind import Bind
 
@@ -131,7 +137,14 @@ def command(
         **({} if max_ratio is None else {"max_ratio": max_ratio}),
         **({} if low_detail_ratio is None else {"low_detail_ratio": low_detail_ratio}),
     }
-    limits = Limits(allowed_path=allowed_media_path, frames=frames)
+    policy = frame_policy(frames)
+    if not isinstance(policy, Even | Stream):
+        raise OptionError(
+            f"--frames {frames!r}: a server needs a number, which bounds its requests: 32 or "
+            "stream:32. Requests may ask for a rate."
+        )
+    named = str(policy) if isinstance(policy, Stream) else ""
+    limits = Limits(allowed_path=allowed_media_path, frames=policy.count, policy=named)
     bind = Bind(host, port, api_key, tuple(allowed_host or ()), shutdown_timeout)
     if engine == "vllm":
         ineffective = ("device", "docs", "max_batch")

@@ -8,13 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tokencomp.errors import MediaError, MissingDependencyError, TokenCompError, install
+from tokencomp.inputs.clock import part
 from tokencomp.inputs.container import VideoFile, rgb, scaled_size
 from tokencomp.inputs.decoders import DECODERS
 from tokencomp.inputs.images import Image, load_image, to_rgb
-from tokencomp.inputs.packets import ClipIndex
+from tokencomp.inputs.packets import ClipIndex, animation_index
 
 PICTURES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp"])
 THREADS = 8
@@ -99,7 +98,8 @@ class FileClip(Clip):
             for place, frame in self.file.frames(places):
                 if not found:  # frames of a file that changes its size have that of the first
                     wanted = scaled_size(frame.width, frame.height, size)
-                found[place] = Image.fromarray(rgb(frame, wanted))
+                with part("resize"):
+                    found[place] = Image.fromarray(rgb(frame, wanted))
             return found
 
         found: dict[int, Image.Image] = self._readable(work)
@@ -131,10 +131,7 @@ class AnimationClip(Clip):
                     shown.append(float(image.info.get("duration", 0)) / 1000)
         except (OSError, ValueError, EOFError) as error:
             raise self._damaged(error) from error
-        seconds = sum(shown)
-        if not seconds:
-            return ClipIndex(total, None, None, codec)
-        return ClipIndex(total, total / seconds, np.cumsum([0.0, *shown[:-1]]), codec)
+        return animation_index(shown, codec)
 
     def read(self, places: Sequence[int], size: int | None) -> dict[int, Image.Image]:
         wanted, found = set(places), {}
@@ -179,4 +176,5 @@ class FolderClip(Clip):
 
 def _shrunk(image: Image.Image, size: int | None) -> Image.Image:
     wanted = scaled_size(*image.size, size)
-    return image if wanted == image.size else image.resize(wanted, Image.Resampling.BICUBIC)
+    with part("resize"):
+        return image if wanted == image.size else image.resize(wanted, Image.Resampling.BICUBIC)

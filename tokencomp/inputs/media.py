@@ -9,6 +9,7 @@ from typing import Any
 
 from tokencomp.errors import FrameChoiceWarning, MediaError, OptionError
 from tokencomp.inputs.clips import AnimationClip, Clip, FileClip, FolderClip
+from tokencomp.inputs.clock import part
 from tokencomp.inputs.decoders import DECODERS
 from tokencomp.inputs.frames import Frames, frame_policy
 from tokencomp.inputs.images import UNREADABLE, Image, load_image
@@ -105,9 +106,15 @@ def load_media(
     if path.is_file() and path.stat().st_size == 0:
         raise MediaError(f"{path}: the file is empty (0 bytes). Download or export it again.")
     if not is_video(path):
-        return load_image(path)
-    with open_clip(path, decoder) as clip:
-        choice = policy.choose(clip.index, lambda at: [*_pictures(clip, at, size)[1]], question)
+        with part("decode"):
+            return load_image(path)
+    with part("open"):
+        opened = open_clip(path, decoder)
+    with opened as clip:
+        with part("open"):
+            index = clip.index
+        with part("select"):
+            choice = policy.choose(index, lambda at: _pictures(clip, at, size)[1], question)
         if choice.silence:
             warnings.warn(
                 f"{path}: frames={str(policy)!r} takes evenly spaced frames: {choice.silence}.",
@@ -123,7 +130,6 @@ def load_media(
                 FrameChoiceWarning,
                 stacklevel=2,
             )
-        index = clip.index
         times = index.uneven_times(places)
         sampling = Sampling(tuple(places), index.total, index.fps, times, choice.rule)
     return Video.of(images, sampling)
@@ -140,5 +146,6 @@ def open_clip(path: Path, decoder: str = "pyav") -> Clip:
 
 def _pictures(clip: Clip, at: Sequence[int], size: int | None) -> tuple[list[int], list[Any]]:
     """Places and PIL images of the frames at some places, ascending."""
-    read = clip.read(at, size)
+    with part("decode"):
+        read = clip.read(at, size)
     return sorted(read), [read[place] for place in sorted(read)]

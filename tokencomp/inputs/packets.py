@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,14 @@ class ClipIndex:
             return None
         own = self.times[at]
         return None if np.abs(own * self.fps - at).max(initial=0) < 0.5 else tuple(own.tolist())
+
+
+def animation_index(shown: Sequence[float], codec: str) -> ClipIndex:
+    """The index of pictures that are shown for so many seconds each."""
+    seconds = sum(shown)
+    if not seconds:
+        return ClipIndex(len(shown), None, None, codec)
+    return ClipIndex(len(shown), len(shown) / seconds, np.cumsum([0.0, *shown[:-1]]), codec)
 
 
 def packets_of(seen: Iterable[tuple[int, int, bool]]) -> Packets:

@@ -92,7 +92,9 @@ def vllm_command(
     if not remote:
         # By default vLLM fetches media from any host. This value allows no host.
         command += ["--allowed-media-domains", "invalid."]
-    loading = json.dumps({"video": {"video_backend": LOADER, "num_frames": limits.frames}})
+    policy = {"frames": limits.policy} if limits.policy else {}
+    video = {"video_backend": LOADER, "num_frames": limits.frames, **policy}
+    loading = json.dumps({"video": video})
     if not _sets(extra, "--media-io-kwargs"):
         command += ["--media-io-kwargs", loading]
     elif LOADER not in "".join(extra):

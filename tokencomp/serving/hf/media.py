@@ -43,7 +43,9 @@ class Limits:
         Largest number of pixels in all images and frames of a request. It is limited in addition to
         `max_bytes`, because a few bytes can decode to very many pixels.
     frames
-        Number of evenly spaced frames that are sampled from a video.
+        Largest number of frames that are sampled from a video.
+    policy
+        How they are sampled, see `tokencomp.inputs.frames`; "" is `frames` evenly spaced ones.
     max_decoded
         Largest number of frames of a video.
     max_decoded_pixels
@@ -66,6 +68,7 @@ class Limits:
     max_pixels: int = 50_000_000
     max_total_pixels: int = 300_000_000
     frames: int = 32
+    policy: str = ""
     max_decoded: int = 36_000
     max_decoded_pixels: int = 20_000_000_000
     decode_seconds: float = 60.0

@@ -12,6 +12,7 @@ from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.decoder import decode_apart
 from tokencomp.serving.hf.detail import in_low_detail
 from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.frames import with_request
 from tokencomp.serving.hf.grammar import Grammar, Grammars
 from tokencomp.serving.hf.media import Limits, load_image
 from tokencomp.serving.hf.schema import ChatRequest, Message, Part, read_request
@@ -99,6 +100,7 @@ def parse(
     prompt.grammars = grammars.of(request.response_format, request.n)
     media = [part.type.removesuffix("_url") for part in _media_parts(request)]
     prompt.alone = not all(map(text.verifies, media))
+    limits = with_request(request.media_io_kwargs, limits)
     deadline = deadline or Deadline(limits.decode_seconds)
     deadline.start()
     for part in _media_parts(request):

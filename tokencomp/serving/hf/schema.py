@@ -132,6 +132,7 @@ class ChatRequest(Strict):
     stream_options: StreamOptions | None = None
     tokencomp: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: dict[str, Any] | None = None
 
     @field_validator("stop")
     @classmethod

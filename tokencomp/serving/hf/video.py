@@ -14,10 +14,11 @@ from PIL import Image
 
 from tokencomp.errors import MediaError
 from tokencomp.inputs.container import VideoFile
-from tokencomp.inputs.frames import frame_indices
+from tokencomp.inputs.packets import animation_index
 from tokencomp.inputs.video import Sampling
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.frames import chosen
 from tokencomp.serving.hf.gif import count_frames
 from tokencomp.serving.hf.media import (
     FRAME_LIST,
@@ -101,7 +102,7 @@ Decode = Callable[[bytes, Limits, Deadline], Clip]
 def load_video(
     url: str, limits: Limits, deadline: Deadline | None = None, decode: Decode = decode_container
 ) -> Clip:
-    """Load evenly spaced frames of a video, and when they were shown.
+    """Load the frames of a video that the limits choose, and when they were shown.
 
     The format is MP4, MOV, MKV, WebM, AVI, OGG or an animated GIF or WebP. As in vLLM,
     `data:video/jpeg;base64,A,B,C` is a list of JPEG (or PNG) frames that the client has sampled
@@ -165,18 +166,25 @@ def _animation(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
         if total <= limits.max_decoded:  # else Pillow would count all of them, to the last
             total = getattr(image, "n_frames", 1)
         _check_video(total, image.width, image.height, limits)
-        selected = frame_indices(total, limits.frames)
-        frames, milliseconds = Frames(len(selected)), 0.0
-        for index in range(total):  # a seek over many frames at once could not be interrupted
+        shown = []
+        for place in range(total):  # a seek over many frames at once could not be interrupted
             deadline.check()
-            image.seek(index)
-            milliseconds += image.info.get("duration", 0)
-            if index in selected:
+            image.seek(place)
+            shown.append(float(image.info.get("duration", 0)) / 1000)
+        index = animation_index(shown, str(image.format).lower())
+        choice = chosen(index, limits)
+        frames = Frames(len(choice.places))
+        for place in range(choice.places[-1] + 1):
+            deadline.check()
+            image.seek(place)
+            if place in choice.places:
                 frames.add(np.asarray(image.convert("RGB")))
-        rate = 1000 * total / milliseconds if milliseconds else None
-        return frames.array(), Sampling(tuple(selected), total, rate)
+        times = index.uneven_times(choice.places)
+        return frames.array(), Sampling(choice.places, total, index.fps, times, choice.rule)
     except RequestError:
         raise
+    except MediaError as error:
+        raise RequestError(f"an animation: {error}") from None
     except Image.DecompressionBombError:
         raise RequestError(f"a frame has more than {limits.max_pixels} pixels.", 413) from None
     except Exception as error:  # Pillow raises many types for damaged files
@@ -203,7 +211,8 @@ class _Container:
         with VideoFile(self._open, 1, self._watch, options, strict=True) as file:
             index = file.index
             _check_video(index.total, file.width, file.height, self.limits)
-            places = frame_indices(index.total, self.limits.frames)
+            choice = chosen(index, self.limits)
+            places = choice.places
             self.count = len(places)
             frames, taken = Frames(len(places)), []
             for place, frame in file.frames(places):
@@ -213,7 +222,7 @@ class _Container:
         array, times = frames.array(), index.uneven_times(sorted(taken))
         if taken != sorted(taken):
             array = array[np.argsort(taken)]
-        return array, Sampling(tuple(sorted(taken)), index.total, index.fps, times)
+        return array, Sampling(tuple(sorted(taken)), index.total, index.fps, times, choice.rule)
 
     def _open(self) -> Any:
         import av

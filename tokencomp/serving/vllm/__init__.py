@@ -71,7 +71,7 @@ from typing import Any
 from tokencomp.serving import ENV_RULES
 
 ENV_OFF = "TOKENCOMP_VLLM"
-LOADER = "tokencomp"  # name of `frames.EvenFrames` among vLLM's loaders of videos
+LOADER = "tokencomp"  # name of `frames.ChosenFrames` among vLLM's loaders of videos
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 TESTED_VERSIONS = ("0.32", "0.33")
 

@@ -2,7 +2,8 @@
 
 By itself vLLM chooses the frames of a file by a rule of the model's family. `tokencomp serve` sets
 `--media-io-kwargs '{"video": {"video_backend": "tokencomp", "num_frames": 32}}'`: the frames then
-depend on the file and on their number alone, and the limits on a video file hold.
+depend on the file and on their number alone, and the limits on a video file hold. A policy stands
+beside the number, `"frames": "stream:32"`, also in the `media_io_kwargs` of a request.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.decoder import decode_apart
+from tokencomp.serving.hf.frames import with_request
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.video import load_file
 from tokencomp.serving.vllm import LOADER
@@ -22,24 +24,32 @@ ASSUMED_RATE = 24.0  # frames per second of a file that does not say it, as in t
 
 
 @VIDEO_LOADER_REGISTRY.register(LOADER)
-class EvenFrames(VideoLoader):
-    """Evenly spaced frames of a video file, decoded in a process of its own."""
+class ChosenFrames(VideoLoader):
+    """Chosen frames of a video file, decoded in a process of its own."""
 
     @classmethod
     def load_bytes(
-        cls, data: bytes, num_frames: int = Limits.frames, **kwargs: Any
+        cls,
+        data: bytes,
+        num_frames: int = Limits.frames,
+        frames: int | str = "",
+        **kwargs: Any,
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Return uint8 frames (frames, height, width, 3), and when they were shown.
+
+        `num_frames` is the largest number of them, and `frames` the policy, see
+        `tokencomp.inputs.frames`; by default so many are evenly spaced.
 
         Raises
         ------
         RequestError
             If the video cannot be decoded or exceeds a limit of the transformers server.
         """
-        limits = Limits(frames=num_frames)
+        options = {"video": {"frames": frames}} if frames else None
+        limits = with_request(options, Limits(frames=num_frames))
         deadline = Deadline(limits.decode_seconds)
-        frames, sampling = load_file(data, limits, deadline, decode_apart)
+        pictures, sampling = load_file(data, limits, deadline, decode_apart)
         rate = sampling.fps or ASSUMED_RATE
         # With `do_sample_frames` the processors of some families would take fewer of these frames.
         own = {"fps": rate, "duration": sampling.total / rate, "do_sample_frames": False}
-        return frames, {**sampling.metadata(), "video_backend": LOADER, **own}
+        return pictures, {**sampling.metadata(), "video_backend": LOADER, **own}

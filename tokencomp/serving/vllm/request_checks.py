@@ -12,6 +12,7 @@ from tokencomp.serving import KEY
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.detail import in_low_detail
 from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.frames import with_request
 from tokencomp.serving.hf.media import (
     FRAME_LIST,
     Limits,
@@ -49,8 +50,8 @@ def check_request(body: bytes, rules: Rules, limits: Limits, options: ServerOpti
         raise RequestError(f"the body is not JSON ({type(error).__name__}).") from None
     if not isinstance(request, dict):
         raise RequestError("the body must be a JSON object.")
-    if request.get("media_io_kwargs") and not rules.media_options:
-        raise RequestError("media_io_kwargs is not open to requests on this server.")
+    if not rules.media_options:
+        with_request(request.get("media_io_kwargs"), limits)
     _check_text(request)
     _check_sampling(request)
     _check_media(request, rules, limits)
@@ -129,7 +130,7 @@ def _check_media(request: dict[str, Any], rules: Rules, limits: Limits) -> None:
 def _pixels(name: str, url: str, limits: Limits, deadline: Deadline) -> int:
     """Check an image, or the frames of a list, and return how many pixels they have.
 
-    Files of videos count as 0: `frames.EvenFrames` decodes them, within the same limits for each.
+    Files of videos count as 0: `frames.ChosenFrames` decodes them, within the same limits for each.
     """
     media_type, content = read_url(url, limits)
     if name == "image_url":
