@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from tokencomp.cli import _options as opt
 from tokencomp.cli import _parse as parse
 from tokencomp.cli._methods import Settings, settings
 
-FILES = ("model", "image", "video", "question", "frames")
+FILES = ("model", "file", "image", "video", "question", "frames")
 SHAPE = ("tokens", "layers", "vision_layers")
 LINES = (
     ("ratio reached", "achieved_ratio", "{:.3f}"),
@@ -57,11 +58,14 @@ def command(
     vision_layers: Annotated[
         int | None, typer.Option(min=1, help="Vision layers of --config (default: all).")
     ] = None,
+    file: Annotated[
+        list[Path] | None, typer.Option("--file", help="Image or video file; may be repeated.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds after a warm-up.")] = 5,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Split a prompt's time: preprocess, vision tower, reduce, LLM prefill, decode per token.
+    """Split a prompt's time: file, preprocess, vision tower, reduce, LLM prefill, decode per token.
 
     Full model and every reducer × ratio alternate in one process; medians. With peak memory, KV
     bytes, FLOPs, and the fraction reached of the speed-up that FLOPs allow.
@@ -73,7 +77,11 @@ def command(
     else:
         opt.refuse_options(context, SHAPE, "--model", "they describe a --config")
     opt.check_output(output)
-    media = files.load(source)
+    from tokencomp.inputs.clock import file_times
+
+    files = dataclasses.replace(files, image=[*(files.image or ()), *(file or ())])
+    with file_times() as read:
+        media = files.load(source)
     from tokencomp.evaluation.environment import environment, public_name
 
     if config is not None:
@@ -88,7 +96,8 @@ def command(
     costs = {s: _cost(loaded, s, inputs, full) for s, (_, inputs, _) in variants.items()}
     say = (lambda text: None) if as_json else (lambda text: typer.echo(text, err=True))
     profiles = profile(loaded, variants, costs, rounds=rounds, say=say)
-    report = {"model": name, **environment(), "rows": _rows(profiles)}
+    of_file = {f"{part}_cpu_s": seconds for part, seconds in read.items()} if media else None
+    report = {"model": name, **environment(), "file": of_file, "rows": _rows(profiles)}
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
@@ -111,7 +120,7 @@ def _real(
 
     if not media:
         raise OptionError(
-            "nothing to look at: give --image FILE or --video FILE, or a model shape with "
+            "nothing to look at: give --file FILE, or a model shape with "
             "--config llava-onevision-0.5b."
         )
     loaded, processor = source.load()
@@ -237,6 +246,9 @@ def _print(report: dict[str, Any]) -> None:
             table.add_row(f"[bold]{name}[/]", *("–" if v is None else text(v) for v in values))
     console = Console()
     console.print(table)
+    if report["file"]:
+        parts = (f"{name[:-6]} {1e3 * s:.1f} ms" for name, s in report["file"].items())
+        console.print(f"Before the model, of CPU time: {', '.join(parts)}.")
     where = report["hardware"]
     device = ", ".join(where["gpus"]) or f"{where['cpu']}, {where['threads']} threads"
     console.print(

@@ -1,0 +1,177 @@
+"""CPU seconds from a file to frames: what each reader and policy costs, part by part.
+
+    python -m benchmarks.files.clock            # writes clock.json and clock.md beside this file
+    python -m benchmarks.files.clock --report   # only rebuilds the page
+
+The clip is 720p, 24 frames per second, H.264 (x264 veryfast, its own distance of key frames): two
+minutes of a pattern with moving blocks, and an hour made of the same packets. CPU seconds are those
+of a process of its own, all threads together, so that other work on the machine does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import publishing
+
+FOLDER = Path(__file__).parent
+RATE, SECONDS, WIDTH, HEIGHT = 24, 120, 1280, 720
+COPIES = {"one image": 0, "2 minutes": 1, "1 hour": 30}
+CASES: tuple[dict[str, Any], ...] = (
+    {"frames": 8}, {"frames": "stream:8"}, {"frames": 32}, {"frames": "stream:32"},
+    {"frames": 32, "size": 448}, {"frames": "1fps", "size": 448},
+    {"frames": 8, "decoder": "torchcodec"}, {"frames": 32, "decoder": "torchcodec"},
+    {"frames": 8, "decoder": "decord"}, {"frames": 32, "decoder": "decord"},
+)  # fmt: skip
+CHILD = """
+import json, sys, time
+import torch
+torch.set_num_threads(1)
+from tokencomp.inputs.clock import file_times
+from tokencomp.inputs.media import load_media
+import av
+path, case = sys.argv[1], json.loads(sys.argv[2])
+start = time.process_time()
+if case.get("all"):
+    with av.open(path) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        count = sum(1 for _ in container.decode(video=0))
+    print(json.dumps({"decode": time.process_time() - start, "taken": count}))
+else:
+    with file_times() as parts:
+        media = load_media(path, **case)
+    taken = len(media) if isinstance(media, list) else 1
+    rule = media.sampling.rule if isinstance(media, list) else ""
+    whole = time.process_time() - start
+    print(json.dumps({**parts, "whole": whole, "taken": taken, "rule": rule}))
+"""
+
+
+def picture(number: int, pattern: np.ndarray) -> np.ndarray:
+    """A pattern that drifts slowly, with three blocks that move."""
+    frame = np.roll(pattern, number // 6, axis=1)
+    for k in range(3):
+        left = (7 + 3 * k) * number % (WIDTH - 160)
+        top = (HEIGHT // 4) * (k + 1) - 80
+        frame[top : top + 120, left : left + 160] = (240, 80 * k, 40)
+    return frame
+
+
+def write(path: Path) -> None:
+    """Two minutes of video."""
+    import av
+
+    small = np.random.default_rng(0).integers(30, 200, (HEIGHT // 16, WIDTH // 16, 3))
+    pattern = small.repeat(16, 0).repeat(16, 1).astype(np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE, options={"preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for number in range(RATE * SECONDS):
+            frame = av.VideoFrame.from_ndarray(picture(number, pattern), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, RATE)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def repeat(path: Path, out: Path, copies: int) -> None:
+    """The packets of a file again and again; nothing is encoded."""
+    import av
+
+    with av.open(str(out), "w") as container:
+        stream: Any = None
+        for copy in range(copies):
+            with av.open(str(path)) as source:
+                given = source.streams.video[0]
+                stream = stream or container.add_stream_from_template(given)
+                shift = int(copy * SECONDS / given.time_base)
+                for packet in source.demux(given):
+                    if packet.size:
+                        packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                        packet.stream = stream
+                        container.mux(packet)
+
+
+def measured(path: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """CPU seconds of one case in a process of its own; "error" if its decoder is missing."""
+    command = [sys.executable, "-c", CHILD, str(path), json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1].replace(str(path), path.name)}
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def measure() -> list[dict[str, Any]]:
+    from PIL import Image
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        clip, image = Path(folder) / "clip.mp4", Path(folder) / "image.png"
+        write(clip)
+        pattern = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
+        Image.fromarray(picture(0, pattern)).save(image)
+        for name, copies in COPIES.items():
+            path = image if not copies else clip
+            if copies > 1:
+                path = Path(folder) / "long.mp4"
+                repeat(clip, path, copies)
+            cases = ({"all": True}, *CASES) if copies else ({},)
+            for case in cases:
+                row = {"file": name, "case": case, **measured(path, case)}
+                print(row, flush=True)
+                rows.append(row)
+    return rows
+
+
+def page(report: dict[str, Any]) -> str:
+    """The page of a report."""
+    rows = report["rows"]
+    whole = {r["file"]: r["decode"] for r in rows if r["case"].get("all")}
+    body = []
+    for row in rows:
+        case = row["case"]
+        what = "decode all" if case.get("all") else str(case.get("frames", "–"))
+        what += f", {case['size']} px" if "size" in case else ""
+        decoder = case.get("decoder", "pyav") if row["file"] != "one image" else "Pillow"
+        if "error" in row:
+            body.append((row["file"], what, decoder, "–", "–", "–", "–", "–", "not installed"))
+            continue
+        parts = [row.get(p) for p in ("open", "select", "decode", "resize")]
+        total = row.get("whole", row["decode"])
+        share = f"{total / whole[row['file']]:.1%}" if row["file"] in whole else "–"
+        cells = ["–" if p is None else f"{p:.3f}" for p in parts]
+        body.append(
+            (row["file"], what, decoder, str(row["taken"]), *cells, f"{total:.2f} ({share})")
+        )
+    head = ("file", "frames", "decoder", "taken", "open", "select", "decode", "resize",
+            "CPU s (of decoding all)")  # fmt: skip
+    return (
+        "# From the file to frames\n\n"
+        + publishing.provenance(report)
+        + "\n\n`open` lists the packets of the file, `select` chooses frames from them, `resize` "
+        "converts colours and scales. One thread. 720p, H.264; the hour has the packets of the two "
+        "minutes thirty times.\n\n" + publishing.table(head, body) + "\n"
+    )
+
+
+def main() -> None:
+    args = publishing.parser(__doc__, FOLDER).parse_args()
+    stored = args.out / "clock.json"
+    if not args.report:
+        facts = publishing.published_from(args.out, args.allow_dirty)
+        args.out.mkdir(parents=True, exist_ok=True)
+        report = {**publishing.environment(), **facts, "rows": measure()}
+        stored.write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / "clock.md").write_text(page(json.loads(stored.read_text())))
+
+
+if __name__ == "__main__":
+    main()
