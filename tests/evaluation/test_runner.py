@@ -135,6 +135,21 @@ def test_resumes_where_it_was_killed(loaded, examples, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["finished"] is True
 
 
+def test_a_run_without_answers_leaves_no_folder(loaded, examples, tmp_path, monkeypatch):
+    from tokencomp.evaluation import batches
+
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path / "runs" / "other", **HOW)
+    monkeypatch.setattr(batches, "generate", dies)
+    for folder in ("new/uniform", "runs/uniform"):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path / folder, **HOW)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
+
+
 def test_a_folder_of_another_run_is_refused(loaded, examples, tmp_path):
     evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
     with pytest.raises(OptionError, match=r"ratio: 0.5 there, 0.75 now"):

@@ -97,8 +97,8 @@ def test_a_researcher_asks_her_own_questions(desk: Desk) -> None:
     desk.run(*report[1:], "--table", "results.csv")
     rows = (desk.folder / "results.csv").read_text().splitlines()
     assert len(rows) == 1 + 1 + 2 * (2 + 3 + 2)  # head, full, and per ratio all settings
-    wrong = desk.run("eval", "--model", MODEL, "--data", "none.jsonl", fails=2)
-    assert "none.jsonl" in wrong and not (desk.folder / "none").exists()
+    wrong = desk.run("eval", "--model", MODEL, "--data", "none.jsonl", "-o", "other", fails=2)
+    assert "none.jsonl" in wrong and not (desk.folder / "other").exists()
 
 
 def test_an_operator_serves_and_an_agent_asks(

@@ -142,9 +142,14 @@ def sweep(
     one.frames = with_scorer(frames, answerer.plain, processor)
     one.batch_size, one.shard, one.draw = batch_size, shard, draw
     one.timed, one.counted = times, work
-    if out_dir is not None:
-        one.open_stores(out_dir)
-    return one.run(progress)
+    try:
+        if out_dir is not None:
+            one.open_stores(out_dir)
+        return one.run(progress)
+    except BaseException:
+        for store in reversed(one.stores.values()):
+            store.leave_nothing()
+        raise
 
 
 class _Sweep:

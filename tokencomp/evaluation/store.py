@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,6 +39,7 @@ class AnswerStore:
 
     def __init__(self, path: str | Path, identity: dict[str, Any], rank: int = 0) -> None:
         self.path, self.identity, self.rank = Path(path), identity, rank
+        self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -74,6 +76,15 @@ class AnswerStore:
         with self.file.open("a") as file:
             file.write("".join(json.dumps(r) + "\n" for r in records))
         _merge(self._records, records)
+
+    def leave_nothing(self) -> None:
+        """Remove the folders that this store has made, if there is no answer in them."""
+        if self.path in self._made and not self._records:
+            for file in (self.path / MANIFEST, self.file):
+                file.unlink(missing_ok=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def write(
         self, manifest: dict[str, Any], records: Iterable[dict[str, Any]] | None = None
