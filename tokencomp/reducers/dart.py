@@ -96,8 +96,8 @@ class Dart(Reducer):
                 break
             rows = topk_stable(-cosines - taken, more)
             taken, left = taken.index_fill(0, rows, torch.inf), left - more
-        rows: Tensor = topk_stable(taken, budget)
-        return rows
+        chosen: Tensor = topk_stable(taken, budget)
+        return chosen
 
 
 def longest(lengths: Tensor, count: int) -> Tensor:
