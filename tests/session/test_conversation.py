@@ -75,6 +75,23 @@ def test_parts_equal_one_prompt(name: str, ratio: float | None) -> None:
     assert conversation.rows < conversation.tokens or not ratio
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reducer_sees_the_chunk_before(name: str) -> None:
+    """Chunks one by one keep the tokens that one prompt keeps; without the memory they do not."""
+    family = ALL[name]
+    model, kinds = family.build(), ("video", "image", "video", "video", "image")
+    torch.manual_seed(3)
+    media = [getattr(family, kind)(*([4] if kind == "video" else [])) for kind in kinds]
+    parts: Parts = [[text(3, i), medium, text(2, 9)] for i, medium in enumerate(media)]
+    tokencomp.patch(model, 0.5, reducer="timechat")
+    conversation = Conversation(model, None, "oldest")
+    for row in parts:
+        logits = conversation.add(part(family, row))
+    assert difference(logits, one_prompt(model, family, parts)) < 1e-5
+    tokencomp.patch(model, 0.5, reducer="evs")
+    assert difference(logits, one_prompt(model, family, parts)) > 1e-4
+
+
 @pytest.mark.parametrize("setting", [None, 0.0, 0.5, "both"])
 @pytest.mark.parametrize("name", EVICTED)
 def test_eviction_equals_a_staircase_mask(name: str, setting: Any) -> None:

@@ -63,7 +63,7 @@ class Adapter:
 
     family: ClassVar[str] = ""
     model_types: ClassVar[tuple[str, ...]] = ()
-    signals: ClassVar[tuple[str, ...]] = ("query", "attention")
+    signals: ClassVar[tuple[str, ...]] = ("query", "attention", "frames")
     packer: ClassVar[str | None] = None
     layer_stages: ClassVar[bool] = True
     mrope: bool = False

@@ -63,7 +63,7 @@ class StageReducer(ABC):
 
     @property
     def entry_only(self) -> bool:
-        """Whether its weights were trained on the input of the first layer."""
+        """Whether it reads the input of the first layer alone, as its weights do, for example."""
         return False
 
     def idle(self, pixels: bool) -> dict[str, str]:
@@ -164,8 +164,8 @@ class Stage:
         check_rest(self.rest, self.reducer)
         if self.layer > 0 and self.reducer.entry_only:
             raise PlanError(
-                f"stage at layer {self.layer}: reducer {self.reducer.name!r} was trained on what "
-                "stands before the first layer. Move the stage to layer 0, or take another reducer."
+                f"stage at layer {self.layer}: reducer {self.reducer.name!r} reads what stands "
+                "before the first layer. Move the stage to layer 0, or take another reducer."
             )
 
     def fraction_of(self, kind: str | None, place: Place | None = None) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tokencomp.reducers._batch import Patches, evenly, previous_similarity
 from tokencomp.reducers._rows import finite_features
@@ -36,19 +37,34 @@ class EVS(Reducer):
     whole_spans = True
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        from tokencomp.kernels import topk_stable
-
         patches = Patches.whole(batch, keeps, "evs")
         similarity = previous_similarity(patches, finite_features(patches.features))
-        # 0: by similarity; 1 and -1: before and behind all others, because of the place alone
-        rank = []
-        for (t, h, w), budget in zip(batch.grids, patches.budgets, strict=True):
-            own = np.zeros(t * h * w, dtype=np.int64)
+        return least_similar(patches, similarity, [False] * len(batch))
+
+
+def least_similar(patches: Patches, similarity: Tensor, compared: Sequence[bool]) -> Reduction:
+    """Keep the patches that are least similar to the frame before.
+
+    Parameters
+    ----------
+    similarity : Tensor of float32, shape (patches,)
+    compared
+        Of every span: whether its first frame has been compared too. If not, it stays whole, or
+        evenly spaced tokens of it.
+    """
+    from tokencomp.kernels import topk_stable
+
+    # 0: by similarity; 1 and -1: before and behind all others, because of the place alone
+    rank = []
+    grids = zip(patches.batch.grids, patches.budgets, compared, strict=True)
+    for (t, h, w), budget, known in grids:
+        own = np.zeros(t * h * w, dtype=np.int64)
+        if not known:
             own[: h * w] = 1
             if budget < h * w:
                 own[: h * w] = -1
                 own[evenly(h * w, budget if t == 1 else -(-budget // 2))] = 1
-            rank.append(own)
-        places = patches.table(np.concatenate(rank))
-        score = torch.where(places == 0, -similarity, places * torch.inf)
-        return patches.kept(topk_stable(score, patches.budgets, spans=patches.lengths))
+        rank.append(own)
+    places = patches.table(np.concatenate(rank))
+    score = torch.where(places == 0, -similarity, places * torch.inf)
+    return patches.kept(topk_stable(score, patches.budgets, spans=patches.lengths))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Source = Literal["query", "attention", "tower", "norm"]
+Source = Literal["query", "attention", "tower", "norm", "frames"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Signal:
     source
         What the model family must offer (`Adapter.signals`): "query", the embeddings of the text
         after the span (between layers, its hidden states); "attention", see `Attention`; "tower",
-        see `TowerSignal`; "norm", the norm behind the last decoder layer, as a function.
+        see `TowerSignal`; "norm", the norm behind the last decoder layer, as a function;
+        "frames", the last frame before the span, also of an earlier turn on the same cache.
     """
 
     source: Source
@@ -84,5 +85,6 @@ class TowerSignal(Signal):
 
 QUERY = Signal("query")
 NORM = Signal("norm")
+FRAMES = Signal("frames")
 TOWER_KEYS = TowerSignal("keys")
 TOWER_ATTENTION = TowerSignal("attention")

@@ -116,6 +116,9 @@ class VisualTokens:
         Lengths of their keys, if the reducer needs `Attention("none")`.
     norm
         The norm behind the last decoder layer, (…, d) to (…, d), if the reducer needs `NORM`.
+    frame : Tensor, shape (h · w, d), or None
+        The last frame of this shape before the span, also of an earlier turn on the same cache, if
+        the reducer needs `FRAMES`.
     kind
         "image", "video" or "audio".
     sizes : Tensor of float32, shape (n,), or None
@@ -140,6 +143,7 @@ class VisualTokens:
     query: Tensor | None = None
     query_scores: Tensor | None = None
     norm: Norm | None = None
+    frame: Tensor | None = None
     kind: Kind = "image"
     sizes: Tensor | None = None
     tower: dict[Signal, Tensor] = field(default_factory=dict)
@@ -194,6 +198,8 @@ class SpanBatch:
         As in `VisualTokens`, of all spans.
     queries, query_scores : list of Tensor, or None
         Embeddings of the text after every span, and lengths of keys.
+    frames : list of Tensor or None, or None
+        `VisualTokens.frame` of every span.
     norm
         As in `VisualTokens`.
     pixels
@@ -213,6 +219,7 @@ class SpanBatch:
     queries: list[Tensor | None] | None = None
     query_scores: list[Tensor] | None = None
     norm: Norm | None = None
+    frames: list[Tensor | None] | None = None
     pixels: tuple[int, int, int] | None = None
     places: list[tuple[int, int]] = field(default_factory=list)
 
@@ -237,6 +244,7 @@ class SpanBatch:
             queries=None if tokens.query is None else [tokens.query],
             query_scores=None if tokens.query_scores is None else [tokens.query_scores],
             norm=tokens.norm,
+            frames=None if tokens.frame is None else [tokens.frame],
             pixels=tokens.pixels,
             places=[tokens.place],
         )
@@ -258,6 +266,7 @@ class SpanBatch:
                 query=None if self.queries is None else self.queries[number],
                 query_scores=None if self.query_scores is None else self.query_scores[number],
                 norm=self.norm,
+                frame=None if self.frames is None else self.frames[number],
                 kind=self.kinds[number],
                 pixels=self.pixels,
                 place=self.places[number] if self.places else (0, 0),

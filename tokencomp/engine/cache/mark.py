@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.cache_utils import DynamicLayer
 
+from tokencomp.engine.cache.frames import ATTRIBUTE
 from tokencomp.engine.cache.layers import CompressedDynamicLayer
 from tokencomp.engine.cache.rows import physical_length
 
@@ -27,13 +28,15 @@ class Mark:
     """
 
     def __init__(self, cache: Any) -> None:
-        self._cache = cache
+        self._cache, self._frames = cache, getattr(cache, ATTRIBUTE, None)
         self._layers = [_Rows(layer) if _croppable(layer) else copy.deepcopy(layer)
                         for layer in cache.layers]  # fmt: skip
 
     def rewind(self) -> None:
         """Let the cache hold what it held; to be called once."""
         layers = self._cache.layers
+        if hasattr(self._cache, ATTRIBUTE):
+            setattr(self._cache, ATTRIBUTE, self._frames)
         del layers[len(self._layers) :]  # a cache without a config adds layers as they are written
         for i, saved in enumerate(self._layers):
             if isinstance(saved, _Rows):

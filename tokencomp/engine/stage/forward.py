@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.engine.cache.frames import compared_frames
 from tokencomp.engine.cache.rows import filled, first_with_rows
 from tokencomp.engine.kinds.base import LayerKind
 from tokencomp.engine.kinds.masks import MaskSource
@@ -42,7 +43,7 @@ from tokencomp.engine.tower.flops import TowerCost
 from tokencomp.plan.amounts import Place, places
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
-from tokencomp.tokens.signals import Attention, Signal
+from tokencomp.tokens.signals import FRAMES, Attention, Signal
 from tokencomp.tokens.spans import VisualSpan
 from tokencomp.torchlib import compat
 
@@ -127,6 +128,7 @@ class ForwardPass:
         self.by_column = True
         self.prepared: Any = None
         self._new: Tensor | None = None
+        self._cache: Any = None
 
     @classmethod
     def continuation(
@@ -171,7 +173,7 @@ class ForwardPass:
         index : Tensor of int64, shape (B, n), or None
             Column of the caller's batch that each column was; None if every column stays in place.
         """
-        origin = self.layout.origin
+        origin, self._cache = self.layout.origin, cache
         if origin is not None:  # not left-padded: align the real columns first
             valid = self.layout.valid(x.device)
             tensors = [x, positions.to(x.device)]
@@ -218,7 +220,10 @@ class ForwardPass:
             scores = None if scores is None else scores.to(x.device)
             texts = self._text_scores.pop(stage.layer, None)
             norm = self.adapter.final_norm
-            before = StageInput(x, self.layout, scores, self.tower, texts, norm)
+            frames = None
+            if FRAMES in stage.reducer.needs:
+                frames = compared_frames(x, self.layout, self._cache)
+            before = StageInput(x, self.layout, scores, self.tower, texts, norm, frames)
             selection = before.selection(stage, self.plan.stages.index(stage), self.counts)
             tensors = self._compact(selection, tensors, dims)
             self.kept.append(self.layout)

@@ -39,6 +39,9 @@ class StageInput:
         where no reducer reads them.
     norm
         The norm behind the last decoder layer, if there is one.
+    frames
+        Per sample, per span: the last frame before it, see `compared_frames`; None where no reducer
+        reads them.
     """
 
     x: Tensor
@@ -47,6 +50,7 @@ class StageInput:
     tower: Mapping[Signal, list[list[Tensor]]]
     text_scores: list[list[Tensor]] | None = None
     norm: nn.Module | None = None
+    frames: list[list[Tensor | None]] | None = None
 
     def selection(self, stage: Stage, order: int, counts: list[list[list[int]]]) -> Selection:
         """Which tokens of every span stay, by the reducer of `stage`.
@@ -176,6 +180,7 @@ class StageInput:
             query_scores=self._query_scores(chosen),
             norm=self.norm if NORM in stage.reducer.needs else None,
             places=chosen,
+            frames=None if self.frames is None else [self.frames[b][j] for b, j in chosen],
         )
         batch.tower = self._tower(stage, chosen, full)
         return batch

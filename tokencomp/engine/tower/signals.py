@@ -34,6 +34,7 @@ SOURCES = {
     "attention": "the attention of decoder layers",
     "tower": "the vision tower's attention",
     "norm": "the norm behind the last decoder layer",
+    "frames": "the frames before",
 }
 
 if TYPE_CHECKING:
