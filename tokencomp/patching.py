@@ -129,7 +129,7 @@ def patch(
     RatioError, UnknownNameError, OptionError
         A bad ratio, budget, reducer name, reducer option or `positions`; two of ratio, budget and
         plan; a plan beside a reducer, options or `rest`; a budget or list beside a tower ratio;
-        rest="merge" for a reducer that merges by itself, or in a decoder with attention windows.
+        rest="merge" for a reducer that merges by itself.
     PlanError
         A plan that cannot be read, or not be executed on this model; a tower ratio above the ratio;
         a reducer that cannot act in the tower.

@@ -5,9 +5,8 @@
 Three tables, in `weights.json` and `weights.md`. Calls and host reads of a prefill and a decode
 step are those of the calls page, on its tiny random Qwen2-VL. FLOPs follow from the shapes of real
 models. The third table is one attention call of a decoder layer on a CPU, by what carries the
-logarithms: further head dimensions, a mask that SDPA adds, or a function of FlexAttention. Seconds
-are those of the process on one thread, the least of several runs: they order carriers on a CPU and
-say nothing about a GPU.
+logarithms: further head dimensions, or a mask that SDPA adds. Seconds are those of the process on one
+thread, the least of several runs: they order carriers on a CPU and say nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -94,31 +93,6 @@ def carriers(queries: int) -> dict[str, Callable[[], Tensor]]:
     return {"no weights": dropped, "head dimensions": widened, "mask": masked}
 
 
-def flex(queries: int) -> Callable[[], Tensor] | None:
-    """The same by FlexAttention, compiled; None where this machine cannot compile it."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    one = carriers(queries)["no weights"].__closure__
-    named = dict(zip(carriers(queries)["no weights"].__code__.co_freevars, one or (), strict=True))
-    q, k, v = (named[n].cell_contents for n in "qkv")
-    logs = torch.randint(1, 9, (ROWS,), generator=torch.Generator().manual_seed(0)).float().log()
-
-    def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return i + ROWS - queries >= j
-
-    def add(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
-        return score + logs[j]
-
-    mask = create_block_mask(seen, None, None, queries, ROWS, device="cpu")
-    run = torch.compile(flex_attention)
-    try:
-        run(q, k, v, score_mod=add, block_mask=mask, enable_gqa=True)
-    except Exception as error:  # no compiler, or a shape that the CPU form does not have
-        print(f"FlexAttention: {str(error).splitlines()[0]}", file=sys.stderr)
-        return None
-    return lambda: run(q, k, v, score_mod=add, block_mask=mask, enable_gqa=True)
-
-
 def seconds(call: Callable[[], Any]) -> float:
     """Processor time of one call, the least of RUNS."""
     call()
@@ -135,9 +109,6 @@ def timed(queries: int) -> dict[str, float]:
     """Milliseconds of processor time, by carrier; their results are compared first."""
     found = carriers(queries)
     torch.testing.assert_close(found["mask"](), found["head dimensions"](), atol=1e-5, rtol=1e-4)
-    own = flex(queries)
-    if own is not None:
-        found["FlexAttention"] = own
     return {name: 1e3 * seconds(call) for name, call in found.items()}
 
 
@@ -153,8 +124,8 @@ decode step a copy of the keys and values of a layer.
 
 The two other carriers exist under one backend each. A mask that SDPA adds takes prompts off the
 flash kernel, has a number for every pair of rows, and is rounded to the dtype of the queries, where
-head dimensions carry the rounded part as well. A function of FlexAttention has to be compiled, and
-cannot be handed in through transformers, which builds its own."""
+head dimensions carry the rounded part as well. A function of FlexAttention cannot be handed in
+through transformers, which builds its own, and is not timed here."""
 
 
 def markdown(data: dict[str, Any]) -> str:

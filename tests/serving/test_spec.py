@@ -18,11 +18,11 @@ def test_request_options_override_the_server_default() -> None:
     text = '{"reducer": "random", "ratio": 0.5, "options": {"seed": 7}, "max_ratio": 0.8}'
     server = ServerOptions.parse(text)
     assert server.default.describe() == {
-        "reducer": "random", "ratio": 0.5, "options": {"seed": 7}
+        "reducer": "random", "ratio": 0.5, "options": {"seed": 7, "at": 0.0}
     }  # fmt: skip
     assert server.resolve(None) is server.default
-    assert server.resolve({"ratio": 0.25}).describe()["options"] == {"seed": 7}
-    assert server.resolve({"options": {"seed": 8}}).describe()["options"] == {"seed": 8}
+    assert server.resolve({"ratio": 0.25}).describe()["options"]["seed"] == 7
+    assert server.resolve({"options": {"seed": 8}}).describe()["options"]["seed"] == 8
     assert server.resolve({"reducer": "uniform"}).describe()["reducer"] == "uniform"
     assert server.resolve({"ratio": 0}).describe() == MethodSpec().describe()
     assert hash(server.resolve({"ratio": 0.5})) == hash(server.default)
@@ -52,7 +52,8 @@ def test_budgets_in_tokens() -> None:
     for engine in ("hf", "vllm", "sglang"):
         server = ServerOptions.parse({"ratio": 0.5}, engine)
         spec = server.resolve({"budget": 512, "reducer": "uniform"}, engine)
-        assert spec.describe() == {"reducer": "uniform", "budget": 512, "options": {}}
+        own = make_reducer("uniform").options()
+        assert spec.describe() == {"reducer": "uniform", "budget": 512, "options": own}
         default = ServerOptions.parse({"budget": 64}, engine)
         assert default.default.budget == 64 and default.default.active
         assert default.resolve({"reducer": "uniform"}, engine).budget == 64
