@@ -5,8 +5,8 @@
 Three tables, in `weights.json` and `weights.md`. Calls and host reads of a prefill and a decode
 step are those of the calls page, on its tiny random Qwen2-VL. FLOPs follow from the shapes of real
 models. The third table is one attention call of a decoder layer on a CPU, by what carries the
-logarithms: further head dimensions, or a mask that SDPA adds. Seconds are those of the process on one
-thread, the least of several runs: they order carriers on a CPU and say nothing about a GPU.
+logarithms: further head dimensions, or a mask that SDPA adds. Seconds are those of the process on
+one thread, the least of several runs: they order carriers on a CPU and say nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import tokencomp
 from benchmarks import publishing
 from benchmarks.kernels.calls import RATIO, counted, prefill, prompt, tiny_model
 from tokencomp.engine.count.flops import DecoderShape
-from tokencomp.engine.scores.proportional import extra_dims, widen
+from tokencomp.engine.scores.proportional import extra_dims, further, widen
 from tokencomp.plan.stages import RESTS, Rest
 
 FOLDER = Path(__file__).parent
@@ -74,6 +74,7 @@ def carriers(queries: int) -> dict[str, Callable[[], Tensor]]:
     k, v = (torch.randn(1, KV_HEADS, ROWS, DIM, generator=g) for _ in range(2))
     sizes = torch.randint(1, 9, (1, ROWS), generator=g).float()
     causal, scale = queries > 1, DIM**-0.5
+    more = further(q, k, sizes, scale)  # once for all layers of a call
     seen = torch.ones(queries, ROWS, dtype=torch.bool).tril(ROWS - queries)
     groups = HEADS // KV_HEADS
 
@@ -81,7 +82,7 @@ def carriers(queries: int) -> dict[str, Callable[[], Tensor]]:
         return sdpa(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
 
     def widened() -> Tensor:
-        wide = widen(q, k, v, sizes, scale)
+        wide = widen(q, k, v, more)
         return sdpa(*wide, is_causal=causal, scale=scale, enable_gqa=True)[..., :DIM]
 
     def masked() -> Tensor:

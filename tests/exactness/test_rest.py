@@ -23,7 +23,7 @@ from tokencomp.conformance.build import tiny_model
 from tokencomp.conformance.prompts import Prompts
 from tokencomp.conformance.run import model_classes
 from tokencomp.conformance.variants import variants
-from tokencomp.engine.scores.proportional import widen
+from tokencomp.engine.scores.proportional import further, widen
 from tokencomp.errors import OptionError, UnsupportedModelError
 
 MERGERS, KEEPERS = [
@@ -320,7 +320,7 @@ def test_widened_product(dim: int, dtype: torch.dtype) -> None:
     k, v = (torch.randn(2, 2, 9, dim, generator=g).to(dtype) for _ in range(2))
     sizes = torch.randint(1, 400, (2, 7), generator=g).float()
     scaling = dim**-0.5
-    wide_q, wide_k, wide_v = widen(q, k, v, sizes, scaling)
+    wide_q, wide_k, wide_v = widen(q, k, v, further(q, k, sizes, scaling))
     assert wide_q.shape[-1] == wide_k.shape[-1] == wide_v.shape[-1] == dim + 8
     assert torch.equal(wide_v[..., :dim], v) and not wide_v[..., dim:].any()
     repeated = wide_k.repeat_interleave(2, 1).double()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,13 @@ NAME = "tokencomp_proportional"
 MULTIPLE = 8  # FlashAttention requires head dimensions that are multiples of 8
 
 SizesOf = Callable[[int, int], Tensor | None]
+
+
+class Further(NamedTuple):
+    """Further dimensions of attention heads, see `further`."""
+
+    of_queries: Tensor
+    of_keys: Tensor
 
 
 class ProportionalAttention:
@@ -52,6 +59,7 @@ class ProportionalAttention:
     def __init__(self, layers: Iterable[nn.Module], sizes_of: SizesOf) -> None:
         self._layers, self._sizes_of = list(layers), sizes_of
         self._modules: list[Any] = []
+        self._last: tuple[Any, ...] = (None, None, None)
         self.installed = False
 
     def install(self) -> None:
@@ -71,7 +79,7 @@ class ProportionalAttention:
         compat.register_attention(NAME, attend)
         for module in self._modules:
             module.config = AttributeView(
-                module.config, _attn_implementation=NAME, tokencomp_sizes_of=self._sizes_of
+                module.config, _attn_implementation=NAME, tokencomp_further=self._further
             )
         self.installed = True
 
@@ -81,6 +89,23 @@ class ProportionalAttention:
             if isinstance(getattr(module, "config", None), AttributeView):
                 module.config = module.config.tokencomp_original
         self._modules, self.installed = [], False
+        self._last = (None, None, None)
+
+    @compat.not_compiled
+    def _further(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> Further | None:
+        """The further dimensions of an attention call; None where all rows stand for one token.
+
+        The layers of a call mostly have the same sizes, and then share them.
+        """
+        sizes = self._sizes_of(layer, key.shape[-2])
+        if sizes is None:
+            return None
+        case = key.shape[-2], query.shape[-1], query.dtype, key.dtype, key.device, scaling
+        of, known, found = self._last  # one tuple, so that threads do not mix theirs
+        if of is not sizes or known != case:
+            found = further(query, key, sizes, scaling)
+            self._last = sizes, case, found
+        return found
 
 
 def attention_modules(layers: Iterable[nn.Module]) -> list[Any]:
@@ -144,48 +169,56 @@ def attend(
     config = module.config
     plain = AttributeView(module, config=config.tokencomp_original)
     backend = compat.attention_function(module, plain.config)
-    sizes, dim = config.tokencomp_sizes_of(module.layer_idx, key.shape[-2]), value.shape[-1]
-    if sizes is not None:
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        query, key, value = widen(query, key, value, sizes, scaling)
+    scale, dim = query.shape[-1] ** -0.5 if scaling is None else scaling, value.shape[-1]
+    more = config.tokencomp_further(module.layer_idx, query, key, scale)
+    if more is not None:
+        query, key, value = widen(query, key, value, more)
+        scaling = scale
     out, weights = backend(plain, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return out[..., :dim], weights
 
 
-def widen(
-    query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Add dimensions so that scaling · q·k grows by the log(size) of every key.
+def further(query: Tensor, key: Tensor, sizes: Tensor, scaling: float) -> Further:
+    """Dimensions by which scaling · q·k grows by the log(size) of every key.
 
     The head dimension grows to the next multiple of 8 that has two more dimensions. The first holds
     the logarithm in the dtype of the keys, and the second the part that rounding removed from it.
-    Values are padded with zeros, because some backends require equal head dimensions.
 
     Parameters
     ----------
     query : Tensor, shape (B, H, q, d)
-    key, value : Tensor, shape (B, kv heads, k, d)
+    key : Tensor, shape (B, kv heads, k, d)
     sizes : Tensor of float32, shape (B, m), m ≤ k
         Number of tokens that each of the first m keys stands for; the other keys stand for one.
 
     Returns
     -------
-    query, key, value : Tensor
-        The widened tensors, of the same dtypes.
+    Further
+        For every query, (more,), and for every key, (B, 1, k, more), in their dtypes.
     """
-    dim, rows = query.shape[-1], key.shape[-2]
-    extra = extra_dims(dim)
+    rows, extra = key.shape[-2], extra_dims(query.shape[-1])
     factor = 2.0 ** round(-math.log2(scaling))  # a power of two is exact in every dtype
     log_sizes = sizes.to(key.device).float().log() / (scaling * factor)
     log_sizes = nn.functional.pad(log_sizes, (0, rows - log_sizes.shape[1]))
     high = log_sizes.to(key.dtype)
-    key_extra = key.new_zeros(key.shape[0], 1, rows, extra)
-    key_extra[:, 0, :, 0], key_extra[:, 0, :, 1] = high, log_sizes - high.float()
-    query_extra = query.new_zeros(extra)
-    query_extra[:2] = factor
+    of_keys = key.new_zeros(key.shape[0], 1, rows, extra)
+    of_keys[:, 0, :, 0], of_keys[:, 0, :, 1] = high, log_sizes - high.float()
+    of_queries = query.new_zeros(extra)
+    of_queries[:2] = factor
+    return Further(of_queries, of_keys)
+
+
+def widen(
+    query: Tensor, key: Tensor, value: Tensor, more: Further
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add further dimensions to queries and keys, and zeros to values.
+
+    Some backends require equal head dimensions.
+    """
+    extra = more.of_queries.shape[0]
     return (
-        torch.cat([query, query_extra.expand(*query.shape[:-1], extra)], dim=-1),
-        torch.cat([key, key_extra.expand(*key.shape[:-1], extra)], dim=-1),
+        torch.cat([query, more.of_queries.expand(*query.shape[:-1], extra)], dim=-1),
+        torch.cat([key, more.of_keys.expand(*key.shape[:-1], extra)], dim=-1),
         nn.functional.pad(value, (0, query.shape[-1] + extra - value.shape[-1])),
     )
 
