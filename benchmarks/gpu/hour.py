@@ -13,9 +13,7 @@ part writes its files and a log into a folder of its own, and `manifest.json` sa
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch
 
 from benchmarks.gpu.hour_file import MANIFEST, HourFile, PartRun, read_hour
 from benchmarks.gpu.hour_parts import Part, parts
+from benchmarks.gpu.load import stop
 from benchmarks.publishing import changed_code, environment
 from tokencomp.errors import OptionError, TokenCompError
 from tokencomp.storage import write_text
@@ -48,21 +47,10 @@ def run(part: Part, folder: Path, rehearse: bool) -> PartRun:
         except subprocess.TimeoutExpired:
             status = "out of time"
         finally:
-            _stop(process)
+            stop(process)
     seconds = round(time.monotonic() - started, 1)
     end = "" if status == "done" else (own / "log.txt").read_text(errors="replace")[-TAIL:]
     return _ended(part, status, seconds, end)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a part and all processes that it has started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def _ended(part: Part, status: str, seconds: float, note: str) -> PartRun:
