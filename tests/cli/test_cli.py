@@ -163,12 +163,14 @@ def test_demo_on_a_video_of_ones_own(folder, tmp_path, capsys):
     report = tmp_path / "demo.html"
     code = run(
         "demo", "--model", folder, "--video", video, "-q", "What color is the circle?",
-        "--reducer", "uniform", "--ratio", "0.5", "-o", report,
+        "--reducer", "uniform", "--ratio", "0.5", "-o", report, "--frames", "scorer:aks:8",
     )  # fmt: skip
     out = capsys.readouterr().out
     assert code == 0
     assert "256×6" in out and "128×6" in out
     assert video.name in report.read_text()
+    for text in (" ".join(out.split()), report.read_text()):
+        assert "From the file to the first token: open " in text and "ms of CPU time" in text
 
 
 @pytest.mark.parametrize(
@@ -177,6 +179,12 @@ def test_demo_on_a_video_of_ones_own(folder, tmp_path, capsys):
         (["demo", "--ratio", "1.5"], r"\[0, 1\)"),
         (["demo", "--reducer", "mrge"], "Did you mean 'merge'"),
         (["demo", "--image", "nowhere.png"], "no such file"),
+        (["demo", "--image", "x.png", "--frames", "best"], "names no frame policy"),
+        (["demo", "--image", "x.png", "--frames", "0"], "at least 1 frame"),
+        (["demo", "--image", "x.png", "--frames=-1fps"], "at least 1 frame"),
+        (["eval", "--frames", "scorer:best:8"], "use one of aks"),
+        (["tune", "--tokens", "64", "--frames", "8,best"], "names no frame policy"),
+        (["serve", "--frames", "1fps"], "a server needs a number"),
         (["demo", "--model", "some/model"], "--image FILE"),
         (["demo", "--set", "weighted"], "NAME=VALUE"),
         (["demo", "--device", "gpu"], "allowed: .auto., .cpu., .cuda."),

@@ -18,11 +18,14 @@ IMAGE = next(SAMPLES.glob("*.jpg"))
 
 def test_profile_of_a_video(folder, capsys):
     code = run(
-        "profile", "--model", folder, "--video", VIDEO, "--reducer", "uniform,downscale",
+        "profile", "--model", folder, "--file", VIDEO, "--reducer", "uniform,downscale",
         "--ratio", "0.75", "--rounds", 1, "--json",
     )  # fmt: skip
-    full, half, small = json.loads(capsys.readouterr().out)["rows"]
+    report = json.loads(capsys.readouterr().out)
+    full, half, small = report["rows"]
     assert code == 0
+    assert list(report["file"]) == ["open_cpu_s", "select_cpu_s", "decode_cpu_s", "resize_cpu_s"]
+    assert all(seconds > 0 for seconds in report["file"].values())
     assert full["tokens_per_layer"] == [256] * 6 and half["tokens_per_layer"] == [64] * 6
     assert half["achieved_ratio"] == small["achieved_ratio"] == 0.75
     bytes_per_token = 2 * 2 * 64 * 4 * 6

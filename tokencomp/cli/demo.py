@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,7 +54,10 @@ def command(
         own = "give files to ask about with --image or --video"
         opt.refuse_options(context, ("question", "frames"), "ShapesQA's own questions", own)
     opt.check_output(output)
-    media = files.load(source)
+    from tokencomp.inputs.clock import file_times
+
+    with file_times() as read:
+        media = files.load(source)
     from rich.console import Console
 
     from tokencomp.cli import _demo as work
@@ -68,6 +72,7 @@ def command(
     answered = (loaded, processor, called, chosen)
     if media:
         demo = work.demo_files(*answered, media, files.label, files.question, say)
+        demo = dataclasses.replace(demo, file=read)
     else:
         demo = work.demo_embedded(*answered, items, _picture_ratio(chosen), results, say)
     _print(console, demo)
@@ -101,7 +106,7 @@ def _needs_files(model: str, media: list[Any]) -> None:
 def _print(console: Any, demo: Any) -> None:
     from rich.markup import escape
 
-    for sentence in (demo.opening, *demo.sentences):
+    for sentence in filter(None, (demo.opening, *demo.sentences, demo.clock)):
         console.print(escape(sentence))
     console.print()
     console.print(_table(demo))

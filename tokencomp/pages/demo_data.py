@@ -96,6 +96,8 @@ class Demo:
         How many questions were answered for the table, and how many could not be.
     asked
         Which questions these are.
+    file
+        CPU seconds of reading the user's files, by part; empty without files.
     """
 
     model: str
@@ -105,6 +107,7 @@ class Demo:
     items: int = 0
     failed: int = 0
     asked: str = "held-out ShapesQA questions"
+    file: dict[str, float] = field(default_factory=dict)
 
     @property
     def opening(self) -> str:
@@ -123,6 +126,20 @@ class Demo:
         name = self.rows[-1].setting.name
         chosen = [r for r in self.rows[1:] if r.setting.name == name]
         return [_sentence(row, self.rows, self.items) for row in chosen]
+
+    @property
+    def clock(self) -> str:
+        """Where the time to the first token goes, from the file on; "" without files."""
+        if not self.file:
+            return ""
+        last, spent = self.rows[-1], self.rows[-1].split
+        parts = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in self.file.items())
+        return (
+            f"From the file to the first token: {parts} ms of CPU time. Then, with "
+            f"{last.setting.name} at {last.setting.shown_ratio}: tower {1e3 * spent.vision:.1f}, "
+            f"reduce {1e3 * spent.reduce:.1f}, prefill {1e3 * spent.prefill:.1f}, in all "
+            f"{1e3 * spent.total:.1f} ms."
+        )
 
     @property
     def moves(self) -> list[str]:
