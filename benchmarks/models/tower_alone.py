@@ -60,7 +60,7 @@ class TowerCase:
         with tokencomp.patch(self.model, plan=plan) as handle:
             seconds = self._seconds()
             # The tower ran alone, so there is no prefill whose stats would say this.
-            (cost,) = handle._hooks.decoder.drop.collect(1)
+            (cost,) = handle._hooks.decoder.tower.drop.collect(1)
         before, after = zip(cost.tower_flops, cost.projector_flops, strict=True)
         return seconds, sum(spent), sum(before) / sum(after)
 

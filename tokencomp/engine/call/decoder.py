@@ -7,7 +7,6 @@ layers are compressed, and the output gets its full length.
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -18,31 +17,21 @@ from tokencomp.engine.cache.layers import CompressedLayer, InForce
 from tokencomp.engine.call.chunks import ChunkedPrefill, whole_output
 from tokencomp.engine.call.embeddings import with_embeddings
 from tokencomp.engine.call.entry import enter_prompt
-from tokencomp.engine.call.later import (
-    LaterTokens,
-    begins_prompt,
-    compact_cache,
-    first_layer,
-    split_mask,
-)
+from tokencomp.engine.call.later import LaterTokens, begins_prompt, first_layer, split_mask
 from tokencomp.engine.call.layer_hooks import LayerHooks, SharedTables
 from tokencomp.engine.call.reading import PromptReader
 from tokencomp.engine.call.refusals import FeaturelessPrompts
 from tokencomp.engine.call.state import CallHooks, RunningCalls
 from tokencomp.engine.call.weights import RowWeights
+from tokencomp.engine.call.written import compact_cache
 from tokencomp.engine.count.missed import MissedRatios
 from tokencomp.engine.count.stats import Stats, collect
 from tokencomp.engine.rows.outputs import restore_states
-from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.engine.stage.segments import check_entered
 from tokencomp.engine.stage.survivors import refuse_missing
-from tokencomp.engine.tower.signals import TowerProbe, check_signals
-from tokencomp.engine.tower.stage import TowerDrop
+from tokencomp.engine.tower.hooks import TowerHooks
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
-
-# Bodies that have had a tower stage: their features may come later, with tokens missing.
-_HAD_TOWER: WeakSet[nn.Module] = WeakSet()
 
 
 class DecoderHooks(CallHooks):
@@ -74,8 +63,7 @@ class DecoderHooks(CallHooks):
         self._later = LaterTokens(adapter, calls, in_force, self._weights.attention)
         self._reader = PromptReader(adapter)
         self._layers, self._tables = LayerHooks(adapter, calls), SharedTables(adapter, calls)
-        self.drop: TowerDrop | None = None
-        self.probe: TowerProbe | None = None
+        self.tower = TowerHooks(adapter, self.is_off)
 
     # -- installation ---------------------------------------------------------------------------
 
@@ -91,19 +79,8 @@ class DecoderHooks(CallHooks):
 
     def put_in_force(self) -> None:
         """Hook what the stages of the plan need inside of the decoder and the tower."""
-        plan, off = self.plan, self.is_off
-        self._layers.install(plan)
-        self._tables.install(plan)
-        self._weights.install(plan)
-        if plan.tower is not None:  # before the probe, which reads rows that are left
-            _HAD_TOWER.add(self.adapter.body)
-            self.drop = TowerDrop(self.adapter, plan.tower, off)
-            self.drop.install()
-        signals = check_signals(plan, self.adapter)
-        if signals:
-            full = self.drop.full_length if self.drop else None
-            self.probe = TowerProbe(self.adapter, signals, off, full)
-            self.probe.install()
+        for part in (self._layers, self._tables, self._weights, self.tower):
+            part.install(self.plan)
 
     def change(self, plan: Plan) -> None:
         """Undo `put_in_force`, and take another plan."""
@@ -111,21 +88,14 @@ class DecoderHooks(CallHooks):
         self.plan, self.stats = plan, None
 
     def _withdraw(self) -> None:
-        for part in (self._layers, self._tables, self.drop, self.probe):
-            if part is not None:
-                part.remove()
-        self.drop = self.probe = None
+        for part in (self._layers, self._tables, self.tower):
+            part.remove()
 
     def remove(self) -> None:
         """Undo `install`; safe to call twice."""
         super().remove()
         self._weights.remove()
         self._withdraw()
-
-    @property
-    def had_tower(self) -> bool:
-        """Whether features may come in which a stage in the vision tower has left tokens out."""
-        return self.adapter.body in _HAD_TOWER
 
     def is_off(self) -> bool:
         """Whether compression is off in this thread."""
@@ -203,7 +173,7 @@ class DecoderHooks(CallHooks):
         forward, positions = self._reader.read(arguments, cache, state, plan)
         state.forward, forward.prepared = forward, prepared
         self._weights.prepare(plan)
-        self._add_tower(forward)
+        self.tower.collect(forward)
         enter_prompt(self.adapter, forward, positions, arguments, cache, self._in_force.compact)
         whole = len(forward.segments) > 1 or state.logits > forward.tail
         if whole and "logits_to_keep" in arguments:
@@ -213,20 +183,12 @@ class DecoderHooks(CallHooks):
             arguments = self._prefill.advance(module, arguments, forward, state.logits)
         return (), arguments
 
-    def _add_tower(self, forward: ForwardPass) -> None:
-        """Give the forward pass what was noted in the calls of the vision tower."""
-        if self.probe is not None:
-            forward.tower = self.probe.collect(forward.spans)
-        if self.drop is not None:
-            media = {s.kind for row in forward.spans for s in row} - {"audio"}
-            forward.tower_costs = self.drop.collect(len(media))
-
     def _refuse_missing(self, arguments: dict[str, Any]) -> None:
         """Refuse features of a tower stage in a call whose plan, or lack of one, has none.
 
         NaN in features that this call has encoded itself is the model's own.
         """
-        if self.adapter.body not in _HAD_TOWER or arguments.get("inputs_embeds") is None:
+        if not self.tower.had_stage or arguments.get("inputs_embeds") is None:
             return
         state = self.calls.running
         if not (state.encodes or self.adapter.encodes(state.inputs or {})):

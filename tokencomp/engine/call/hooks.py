@@ -106,7 +106,7 @@ class Hooks(CallHooks):
 
         Those are caches that only a patched model reads right, and features with tokens missing.
         """
-        return self.plan.active or self.decoder.had_tower or PatchNeed.is_held()
+        return self.plan.active or self.decoder.tower.had_stage or PatchNeed.is_held()
 
     def _hook(self) -> None:
         top, body, apart = self.adapter.top, self.adapter.body, self.decoder.apart

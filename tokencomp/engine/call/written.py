@@ -1,0 +1,57 @@
+"""What a compressed prefill leaves in its cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokencomp.engine.cache.check import check_cache
+from tokencomp.engine.cache.compress import compress_layer
+from tokencomp.engine.cache.layers import InForce
+from tokencomp.engine.cache.need import PatchNeed
+from tokencomp.engine.cache.rows import filled, first_with_rows, segment_heads
+from tokencomp.engine.stage.forward import ForwardPass
+
+
+def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> None:
+    """Record in the cache layers that a prefill has filled which tokens their rows stand for.
+
+    Parameters
+    ----------
+    patch
+        The patch under which the prefill has run.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        The callee created a cache whose layers cannot be compressed.
+    """
+    check_cache(cache, bool(forward.plan.layer_stages))
+    layers = getattr(cache, "layers", None)
+    if not layers or first_with_rows(layers).keys is None:  # checkpointed layers write nothing
+        return
+    for segment in forward.segments:
+        own = filled(layers[segment.first : segment.stop])
+        if not own:
+            continue
+        device, batch = own[0].device, len(segment.layout.lengths)
+        valid = segment.all_valid(segment.layout.valid(device))
+        sizes = forward.weights(segment)
+        dropped = forward.width - segment.layout.width
+        rows, columns = segment.physical + segment.layout.width, segment.columns(batch, device)
+        starts = forward.starts() if forward.windows.count_from_start else None
+        for layer in own:
+            begins = layer is own[0] and segment.first > 0
+            flags = valid if valid is None else valid.to(layer.device)
+            compress_layer(layer, dropped, rows, flags, begins, sizes, columns, starts)
+            patch.weights |= sizes is not None
+    _note_patch(forward, layers, patch)
+
+
+def _note_patch(forward: ForwardPass, layers: list[Any], patch: InForce) -> None:
+    """Let the layers of a cache know the patch, and whether later tokens can do without."""
+    heads, windows = segment_heads(layers), forward.windows
+    needed = len(heads) > 1 or patch.compact or bool(windows.sizes) or windows.relative
+    needed |= any(head.valid is not None or head.sizes is not None for head in heads)
+    need = PatchNeed() if needed or windows.cut_later_turns else None
+    for layer in filled(layers):
+        layer.patch, layer.needs_patch = patch, need
