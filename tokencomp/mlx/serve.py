@@ -6,16 +6,18 @@ python -m tokencomp.mlx.serve --ratio 0.5 [--reducer NAME] -- --model MODEL [--p
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mlx_vlm.server import cli, generation
 
 from tokencomp.errors import OptionError, TokenCompError
 from tokencomp.mlx.method import Method
-from tokencomp.mlx.patching import patch
+from tokencomp.mlx.patching import check_model, patch
 
 REFUSED = {
     "--reranker-model": "this model would run uncompressed",
@@ -38,9 +40,14 @@ def command(
     ------
     OptionError, RatioError, UnknownNameError, MissingDependencyError
         An option that mlx_vlm.server would take without compression, or a bad ratio or reducer.
+    UnsupportedModelError
+        A folder with a model of another type; models of the hub are looked at when they are loaded.
     """
     refuse_arguments(extra)
     Method(ratio, reducer)
+    config = Path(model) / "config.json"
+    if config.is_file():
+        check_model(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
     own = ["--ratio", str(ratio), "--reducer", reducer, "--"]
     address = ["--model", model, "--host", host, "--port", str(port)]
     return [sys.executable, "-m", "tokencomp.mlx.serve", *own, *address, *extra]
