@@ -93,6 +93,8 @@ class Clock:
     @staticmethod
     def _own(frames: Sequence[Any]) -> list[float] | None:
         sampling = frames.sampling if isinstance(frames, Video) else None
+        if sampling is not None and sampling.times is not None:
+            return list(sampling.times)
         if sampling is None or sampling.fps is None:
             return None
         return [i / sampling.fps for i in sampling.indices]

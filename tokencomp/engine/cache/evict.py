@@ -146,7 +146,9 @@ def _keep(layer: Any, rows: Tensor) -> int:
         return 0
     sizes = getattr(layer, "sizes", None)
     if sizes is not None:  # rows that were written later stand for one token each
-        sizes = nn.functional.pad(sizes, (0, before - sizes.shape[1]), value=1.0)[:, rows]
+        sizes = nn.functional.pad(sizes, (0, before - sizes.shape[1]), value=1.0)[
+            :, rows.to(sizes.device)
+        ]
     plain = not isinstance(layer, CompressedLayer)
     layer.keys, layer.values = layer.keys[..., rows, :], layer.values[..., rows, :]
     left = before - rows.numel()
