@@ -1,8 +1,10 @@
-"""What mkdocs.yml cannot say: where pages lie, and which methods there are."""
+"""What mkdocs.yml cannot say: where pages lie, which methods there are, links of notebooks."""
 
 from __future__ import annotations
 
 import ast
+import posixpath
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,19 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         for name, path in sorted(methods())
     ]
     return markdown.replace(MARK, "\n".join(parts))
+
+
+def on_page_content(html: str, page: Any, files: Any, **_: Any) -> str:
+    """Let links of notebooks to pages lead to the built pages; mkdocs does so for Markdown."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+
+    def led(link: re.Match[str]) -> str:
+        path = posixpath.join(posixpath.dirname(page.file.src_uri), link[1])
+        file = files.get_file_from_path(posixpath.normpath(path))
+        return link[0] if file is None else f'href="{file.url_relative_to(page.file)}"'
+
+    return re.sub(r'href="([^":#]+\.(?:md|ipynb))"', led, html)
 
 
 def methods() -> Iterator[tuple[str, str]]:
