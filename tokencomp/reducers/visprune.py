@@ -33,7 +33,8 @@ class VisPrune(Reducer):
     -----
     Features are those after the projector, in the release those before it. Where the list has odd
     length the release stops with an error; here the odd places are one more. AngelSlim's copy
-    begins in raster order and keeps other tokens.
+    begins in raster order and keeps other tokens. All cosines of a span are held at once: 4·n²
+    bytes.
     """
 
     summary = "salient tokens, then the rest without its copies (VisPruner 2412.01818)"
