@@ -1,0 +1,139 @@
+"""mlx_vlm.server under `tokencomp serve --engine mlx`: batches, the prefix cache, refusals."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.console import run
+
+from tokencomp import zoo
+
+if importlib.util.find_spec("mlx_vlm") is None:
+    pytest.skip("mlx-vlm is not installed", allow_module_level=True)
+
+ROWS = json.loads((zoo.SAMPLES / "questions.json").read_text())
+IMAGES = [row for row in ROWS if row["kind"] == "image"]
+
+
+@contextmanager
+def server(name: str, ratio: str, log: Path, **env: str) -> Iterator[str]:
+    """The address of a server with one embedded model."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "tokencomp.cli", "serve", "--engine", "mlx", "--model", name]
+    command += ["--ratio", ratio, "--port", str(port), "--", "--max-tokens", "6"]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env={**os.environ, "HF_HUB_OFFLINE": "1", **env}
+        )
+        try:
+            yield wait(f"http://127.0.0.1:{port}", process, log)
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def wait(address: str, process: Any, log: Path) -> str:
+    for _ in range(600):
+        assert process.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            return address
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text())
+
+
+def ask(address: str, name: str, messages: list[Any]) -> tuple[str, int]:
+    """The answer, and how many tokens of the prompt came from the cache."""
+    body = {"model": str(zoo.model_path(name)), "max_tokens": 6, "temperature": 0}
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions",
+        json.dumps({**body, "messages": messages}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=300) as response:
+        reply = json.load(response)
+    usage = reply["usage"]
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    return reply["choices"][0]["message"]["content"], cached
+
+
+def prefilled(log: Path) -> list[int]:
+    """Tokens of every prompt that a server has computed."""
+    return [int(n) for n in re.findall(r"Prefill completed.* prompt_tokens=(\d+)", log.read_text())]
+
+
+def turn(row: Any) -> dict[str, Any]:
+    data = base64.b64encode((zoo.SAMPLES / row["media"]).read_bytes()).decode()
+    image = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
+    return {
+        "role": "user",
+        "content": [image, {"type": "text", "text": row["question"]}],
+    }
+
+
+def test_batches_and_prefix_cache(tmp_path: Path) -> None:
+    """Answers alone, together, and from the cache are the same, with fewer prompt tokens."""
+    name, log = "tiny-qwen3-5", tmp_path / "log"
+    with server(name, "0.75", log, APC_ENABLED="1") as address:
+        alone = [ask(address, name, [turn(row)]) for row in IMAGES]
+        with ThreadPoolExecutor(6) as pool:
+            together = list(pool.map(lambda row: ask(address, name, [turn(row)]), IMAGES * 2))
+        talk = [turn(IMAGES[0]), {"role": "assistant", "content": alone[0][0]}]
+        talk.append({"role": "user", "content": "Is there a pink square?"})
+        second, again = ask(address, name, talk), ask(address, name, talk)
+    assert [row[0] for row in together] == [row[0] for row in alone] * 2
+    assert all(row[0] for row in alone)
+    assert second[0] == again[0] and again[1] > 0
+    with server(name, "0", tmp_path / "whole") as address:
+        assert ask(address, name, talk)[0] == second[0]
+        assert ask(address, name, [turn(IMAGES[0])])[0] == alone[0][0]
+    assert max(prefilled(log)) < min(prefilled(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--budget", "64"), "--budget"),
+        (("--max-batch", "4"), "mlx_vlm.server after"),
+        (("--ratio", "1.5"), "0, 1"),
+        (("--reducer", "fastv"), "cannot run inside an engine"),
+        (("--", "--reranker-model", "x"), "uncompressed"),
+        (("--", "--draft-model=x"), "drafts"),
+    ],
+)
+def test_what_the_server_cannot_do(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("serve", "--engine", "mlx", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_key_that_nobody_asks_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TOKENCOMP_API_KEY", "secret")
+    assert run("serve", "--engine", "mlx") == 2
+    assert "TOKENCOMP_API_KEY" in capsys.readouterr().err
+
+
+def test_other_models_are_refused_before_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("serve", "--engine", "mlx", "--model", "tiny-gemma3") == 2
+    assert "bidirectional" in capsys.readouterr().err
