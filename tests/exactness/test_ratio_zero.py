@@ -41,7 +41,7 @@ def functions(run: Any) -> list[str]:
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-            names.append(frame.f_code.co_qualname)
+            names.append(frame.f_code.co_name)
 
     sys.setprofile(note)
     try:

@@ -172,8 +172,10 @@ class DecoderHooks(CallHooks):
         arguments, prepared = split_mask(arguments, cache, state.body_mask)
         forward, positions = self._reader.read(arguments, cache, state, plan)
         state.forward, forward.prepared = forward, prepared
-        self._weights.prepare(plan)
-        self.tower.collect(forward)
+        if plan.merges_rest:
+            self._weights.prepare()
+        if self.tower.drop is not None or self.tower.probe is not None:
+            self.tower.collect(forward)
         enter_prompt(self.adapter, forward, positions, arguments, cache, self._in_force.compact)
         whole = len(forward.segments) > 1 or state.logits > forward.tail
         if whole and "logits_to_keep" in arguments:

@@ -38,9 +38,9 @@ class RowWeights(CallHooks):
         self.attention.remove()
         self._recomputation.remove()
 
-    def prepare(self, plan: Plan) -> None:
+    def prepare(self) -> None:
         """Let a prefill whose layers are checkpointed know its weights in the backward pass too."""
-        if plan.merges_rest and compat.recomputed(self.adapter.layers[0]):
+        if compat.recomputed(self.adapter.layers[0]):
             self._recomputation.prepare(self.adapter.layers)
 
     @compat.not_compiled
