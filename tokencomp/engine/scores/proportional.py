@@ -105,7 +105,8 @@ class ProportionalAttention:
         if of is not sizes or known != case:
             found = further(query, key, sizes, scaling)
             self._last = sizes, case, found
-        return found
+        own: Further = found
+        return own
 
 
 def attention_modules(layers: Iterable[nn.Module]) -> list[Any]:
