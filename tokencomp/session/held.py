@@ -58,8 +58,12 @@ class Held:
         """These rows and newer ones."""
         width = max(self.looks.shape[1], new.looks.shape[1])
         looks = torch.cat([_padded(self.looks, width), _padded(new.looks, width)])
-        names = ("columns", "items", "places")
-        return Held(*(torch.cat([getattr(self, n), getattr(new, n)]) for n in names), looks)
+        return Held(
+            torch.cat([self.columns, new.columns]),
+            torch.cat([self.items, new.items]),
+            torch.cat([self.places, new.places]),
+            looks,
+        )
 
     def rows(self, index: Tensor) -> Held:
         """Some of the rows."""
