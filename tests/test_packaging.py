@@ -190,7 +190,7 @@ def test_without_the_zoo_its_models_say_how_to_install_it(
     monkeypatch: Any, tmp_path: Path, capsys: Any
 ) -> None:
     monkeypatch.setattr(packaged, "CHECKOUT", tmp_path / "none")
-    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setitem(sys.modules, "tokencomp_zoo", None)
     assert packaged.available_models() == []
     assert packaged.resolve("some/model") == "some/model"
     for call in (packaged.resolve, packaged.model_path):
