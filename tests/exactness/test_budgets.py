@@ -170,7 +170,7 @@ def test_every_prompt_needs_as_many_items_as_ratios() -> None:
 def test_a_plan_with_budgets_survives_json() -> None:
     """Stages by hand have budgets of their own; those of a schedule cannot be written down."""
     data = [
-        {"layer": 0, "budget": 9, "reducer": "uniform", "options": {}},
+        {"layer": 0, "budget": 9, "reducer": "uniform", "options": {"at": 0.0}},
         {"layer": 2, "budget": 4, "reducer": "prune"},
     ]
     plan = plan_from_json(data)
