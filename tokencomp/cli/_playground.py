@@ -11,8 +11,10 @@ from tokencomp.cli._showcase import PromptMaker, answer_prompt, time_prefill
 from tokencomp.errors import TokenCompError, missing_package
 from tokencomp.evaluation.environment import public_name
 from tokencomp.evaluation.settings import Setting
+from tokencomp.inputs.frames import Frames
 from tokencomp.inputs.media import load_media
 from tokencomp.inputs.packaged import zoo_folder
+from tokencomp.inputs.scorer import with_scorer
 from tokencomp.pages.html import compact
 from tokencomp.pages.pictures import plain
 from tokencomp.profiling.timing import Split
@@ -32,11 +34,12 @@ class Playground:
     name
         Of the model, for the title.
     frames
-        Frames that are read from a clip.
+        Which frames of a clip are read, see `tokencomp.inputs.frames`.
     """
 
-    def __init__(self, model: Any, processor: Any, name: str, frames: int) -> None:
-        self.model, self.processor, self.frames = model, processor, frames
+    def __init__(self, model: Any, processor: Any, name: str, frames: Frames) -> None:
+        self.model, self.processor = model, processor
+        self.frames = with_scorer(frames, model, processor)
         self.title = f"tokencomp: what {public_name(name)} sees"
         self.methods = ["auto", *available_reducers()]
 
@@ -60,7 +63,7 @@ class Playground:
         paths = [path for path in (image, video) if path]
         if not paths:
             raise TokenCompError(NOTHING)
-        media = [load_media(path, self.frames) for path in paths]
+        media = [load_media(path, self.frames, question=question) for path in paths]
         setting = Setting(method, ratio, tower_ratio=tower_ratio, rest="merge" if merge else "drop")
         settings = [Setting(), setting]
         full, own = answer_prompt(self.model, self.processor, media, question, settings)

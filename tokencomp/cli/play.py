@@ -12,7 +12,7 @@ from tokencomp.cli import _options as opt
 @opt.flat
 def command(
     source: opt.Source,
-    frames: opt.Frames = 8,
+    frames: opt.Frames = "8",
     host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free one.")] = 7860,
     browser: Annotated[

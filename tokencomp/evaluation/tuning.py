@@ -77,7 +77,7 @@ class Candidate:
     screened: bool = False
 
     @property
-    def key(self) -> tuple[int, float, Setting]:
+    def key(self) -> tuple[int | str, float, Setting]:
         """What tells candidates apart, without the measurements."""
         return self.frames, self.scale, self.setting
 
