@@ -110,14 +110,6 @@ def test_unsupported_models() -> None:
         tokencomp.patch(torch.nn.Linear(2, 2))
 
 
-def test_body_instead_of_the_whole_model(family: Family) -> None:
-    model = family.build()
-    if not hasattr(model, "model"):
-        pytest.skip("the whole model is its own body")
-    with pytest.raises(errors.UnsupportedModelError, match="ForConditionalGeneration"):
-        tokencomp.patch(model.model)
-
-
 def test_stage_outside_the_decoder(family: Family) -> None:
     plan = Plan((Stage(family.layers, 0.5, make_reducer("uniform")),))
     with pytest.raises(errors.PlanError, match=f"{family.layers} layers"):

@@ -71,6 +71,7 @@ def test_candidates_stand_on_a_page_with_their_difference_to_random(tmp_path: Pa
     assert len(stored.scores("full", "images", ["half"])) == 2
 
 
+@pytest.mark.long
 def test_published_pages_are_those_of_their_results() -> None:
     pages = ((page.RESULTS, page.PAGE, page.page), (candidates.RESULTS, None, candidates.page))
     for results, path, make in pages:

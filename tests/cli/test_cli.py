@@ -97,6 +97,7 @@ def test_doctor_without_a_model_is_broken(tmp_path, capsys):
     assert "cannot be loaded" in printed["checks"][-1]["detail"]
 
 
+@pytest.mark.long
 def test_demo_on_held_out_questions(folder, tmp_path, capsys):
     report, results = tmp_path / "demo.html", tmp_path / "runs"
     code = run(

@@ -112,7 +112,7 @@ def test_default_families_are_those_that_the_default_model_has_learned():
 
 @pytest.mark.parametrize(
     "args, message",
-    [([], "give a budget"), (["--tokens", "9", "--frames", "2.5"], "whole positive numbers")],
+    [([], "give a budget"), (["--tokens", "9", "--frames", "2.5"], "names no frame policy")],
 )
 def test_mistakes(args, message, capsys):
     assert run("tune", *args) == 2

@@ -12,7 +12,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels" / "aot.py"
 KERNELS = {
     "lse_kernel", "combine_kernel", "colsum_kernel", "match_kernel", "nearest_kernel",
-    "merge_kernel", "gather_kernel", "pool_kernel", "ccam_kernel", "unit_kernel", "gram_kernel",
+    "merge_kernel", "gather_kernel", "pool_kernel", "ccam_kernel", "norm_kernel", "gram_kernel",
     "greedy_kernel", "closest_kernel", "difference_kernel", "closest_difference_kernel",
     "mean_kernel", "first_kernel", "isolated_kernel", "product_kernel", "cholesky_kernel",
     "rank_kernel", "pack_kernel",

@@ -178,7 +178,7 @@ def test_options_of_another_type_or_range(name: str, options: dict, message: str
 
 def test_numbers_of_numpy_whole_numbers_for_fractions_and_paths_are_fine() -> None:
     for name in ("ccam", "selector"):
-        assert make_reducer(name, weights=Path("a") / "b").options() == {"weights": "a/b"}
+        assert make_reducer(name, weights=Path("a") / "b").options()["weights"] == "a/b"
     assert make_reducer("random", seed=np.int64(7)) == make_reducer("random", seed=7)
     assert make_reducer("pool", stride=2) == make_reducer("pool", stride=np.float64(2.0))
 

@@ -192,6 +192,6 @@ def joined(spans: list[VisualTokens]) -> SpanBatch:
         sizes=cat("sizes"),
         tower={s: torch.cat([t.tower[s] for t in spans]) for s in spans[0].tower},
         queries=[t.query for t in spans],
-        query_scores=[t.query_scores for t in spans if t.query_scores is not None],
+        query_scores=[t.query_scores for t in spans if t.query_scores is not None] or None,
         norm=spans[0].norm,
     )

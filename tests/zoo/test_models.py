@@ -11,6 +11,7 @@ from recipes.tiny.families import family
 from tokencomp import zoo
 from tokencomp.errors import UnknownNameError
 from tokencomp.inputs.media import load_media
+from tokencomp.inputs.packaged import DEFAULT_MODEL
 from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.inputs.questions import option_letter
 from tokencomp.shapesqa.examples import by_family
@@ -50,9 +51,13 @@ def test_something_is_packaged():
     assert "tiny-qwen2-vl" in MODELS
 
 
-def test_answers_held_out_items_from_files(loaded):
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n == DEFAULT_MODEL else [pytest.mark.long]) for n in MODELS],
+)
+def test_answers_held_out_items_from_files(name):
     """Items never trained on, read from JPEG and mp4: at least 80 %, chance is below 30 %."""
-    name, model, processor = loaded
+    model, processor = zoo.load(name)
     rows = evaluate(model, processor, items("validation", 10, bars(name)), batch=10)
     assert len(rows) == 10 * len(bars(name))
     assert sum(row["correct"] for row in rows) >= 0.8 * len(rows), by_family(rows)
