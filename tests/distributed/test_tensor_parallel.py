@@ -38,7 +38,7 @@ def decoder_plan() -> dict[str, str]:
 
 TOWER_CASES: dict[str, dict[str, Any]] = {
     "attention": {"reducer": plans.TowerTop()},
-    "keys": {"reducer": "merge", "metric": "vit_keys"},
+    "keys": {"reducer": "visionzip"},
     "stage": {"reducer": "condiv", "tower_ratio": 0.4},
     "stage and attention": {"reducer": plans.TowerTop(), "tower_ratio": 0.4},
 }

@@ -24,7 +24,7 @@ from tokencomp.errors import TokenCompError, UnsupportedModelError
 FAMILY_NAMES = sorted({**FAMILIES, **HYBRID, **STRUCTURAL})
 QUICK = {"qwen2_vl", "llava_onevision", "gemma3"}
 LONG_FAMILIES = set(FAMILY_NAMES) - QUICK
-DAYS = 4
+DAYS = 6
 UNIFORM = make_reducer("uniform")
 SETTINGS: dict[str, Callable[[Family], dict[str, Any]]] = {
     **{name: lambda f, name=name: {"plan": plans.make(name, f.layers)} for name in plans.NAMES},
