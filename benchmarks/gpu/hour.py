@@ -5,7 +5,7 @@
     python -m benchmarks.gpu.hour --rehearse --out FOLDER    # small shapes on a CPU
 
 It needs one GPU with 24 GB and a checkout without changes. FOLDER holds a model that `patch`
-supports. Stop it at any time: the same command goes on with the parts that are not done. Every
+supports. Stop it at any time: the same command runs the parts that are not done. Every
 part writes its files and a log into a folder of its own, and `manifest.json` says how each ended.
 `docs/gpu.md` says what each part answers.
 """

@@ -23,7 +23,7 @@ class Part:
         Time limit. It is an estimate until a GPU has run the part.
     command, trial
         Arguments of the process, and of its rehearsal with small shapes on a CPU. Every command
-        goes on where it stopped, or starts anew in the same folder.
+        continues after its last finished step, or starts again in the same folder.
     needs_model
         Whether it runs real weights, so that it is left out where none are given.
     """

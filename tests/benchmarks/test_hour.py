@@ -1,4 +1,4 @@
-"""The first hour on a GPU: every part runs on a CPU, and goes on where it stopped."""
+"""The first hour on a GPU: every part runs on a CPU, and finished parts are not repeated."""
 
 from __future__ import annotations
 

@@ -164,8 +164,8 @@ def attention_of(
 ) -> list[Tensor]:
     """What every row of the tower receives in each of `blocks`, from eager attention weights."""
     weights: dict[Any, list[Tensor]] = {block: [] for block in blocks}
-    home = sys.modules[type(blocks[0]).__module__]
-    run = home.eager_attention_forward
+    module = sys.modules[type(blocks[0]).__module__]
+    run = module.eager_attention_forward
 
     def eager(module: Any, *args: Any, **kwargs: Any) -> Any:
         if "output_attentions" in kwargs:  # before transformers 5
@@ -176,7 +176,7 @@ def attention_of(
         return out, found
 
     with monkeypatch.context() as patched, torch.no_grad():
-        patched.setattr(home, "eager_attention_forward", eager)
+        patched.setattr(module, "eager_attention_forward", eager)
         model(**inputs, use_cache=False)
     first = adapter_for(model).class_token
     return [

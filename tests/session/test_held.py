@@ -15,7 +15,7 @@ from tokencomp.tokens.spans import VisualSpan
 
 
 def random_rows(seed: int, n: int = 60) -> Held:
-    """Rows of text and of six items, with many equal looks."""
+    """Rows of text and of six items, with many equal appearances."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> torch.Tensor:
@@ -24,8 +24,8 @@ def random_rows(seed: int, n: int = 60) -> Held:
     items = draw(0, 6).sort().values
     items[draw(0, 5) == 0] = TEXT
     places = torch.where((items == TEXT) | (draw(0, 4) == 0), NOWHERE, draw(0, 9))
-    looks = torch.randn(4, 5, generator=generator)[draw(0, 4)]
-    return Held(torch.arange(n) * 2 + 3, items, places, looks)
+    appearance = torch.randn(4, 5, generator=generator)[draw(0, 4)]
+    return Held(torch.arange(n) * 2 + 3, items, places, appearance)
 
 
 def slow_redundant(held: Held) -> list[int]:
@@ -37,7 +37,9 @@ def slow_redundant(held: Held) -> list[int]:
         newest = max(j for j in patches if held.places[j] == held.places[i])
         if newest == i:
             return -2.0
-        return float(torch.nn.functional.cosine_similarity(held.looks[i], held.looks[newest], 0))
+        return float(
+            torch.nn.functional.cosine_similarity(held.appearance[i], held.appearance[newest], 0)
+        )
 
     order: list[int] = []
 
@@ -72,9 +74,9 @@ def test_oldest_rows_go_and_text_stays() -> None:
 def test_what_changed_stays_longest() -> None:
     """Four frames of two places; the second changes once and back again."""
     a, b, c = torch.eye(3)
-    looks = torch.stack([a, b, a, c, a, b, a, b])
+    appearance = torch.stack([a, b, a, c, a, b, a, b])
     rows = torch.arange(8)
-    held = Held(rows, rows // 2, rows % 2, looks)
+    held = Held(rows, rows // 2, rows % 2, appearance)
     assert redundant(held).tolist() == [0, 1, 2, 4, 5, 3, 6, 7]
 
 

@@ -1,4 +1,4 @@
-"""When the frames of a session were shown, and what a processor is told of it."""
+"""When the frames of a session were shown, and the metadata that a processor gets about it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokencomp.session.items import Clock
 FRAMES = [object(), object()]
 
 
-def test_times_go_on() -> None:
+def test_times_continue() -> None:
     clock = Clock()
     for expected in ([0.0, 0.5], [1.0, 1.5]):
         times = clock.times(FRAMES, 0.5, True)
@@ -45,7 +45,7 @@ def test_a_processor_gets_times_and_the_rate_of_the_frames(times: list[float]) -
     clock = Clock()
     if len(times) == 1:
         clock.advance([9.75])
-    told = clock.sampling(times).metadata()
-    assert [i / told["fps"] for i in told["frames_indices"]] == times
+    metadata = clock.sampling(times).metadata()
+    assert [i / metadata["fps"] for i in metadata["frames_indices"]] == times
     step = times[1] - times[0] if len(times) > 1 else 0.25
-    assert len(times) / told["total_num_frames"] * told["fps"] == pytest.approx(1 / step)
+    assert len(times) / metadata["total_num_frames"] * metadata["fps"] == pytest.approx(1 / step)

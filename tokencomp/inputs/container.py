@@ -13,7 +13,7 @@ from tokencomp.errors import MediaError
 from tokencomp.inputs.packets import ClipIndex, Packets, index_of, packets_of
 
 SKIPS = frozenset(["h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"])
-"""Decoders that leave out a frame if told so with its packet, and decode the others as ever."""
+"""Decoders that leave out a frame where its packet asks for it, and decode all others."""
 
 
 def ignore(frame: Any = None) -> None:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from tokencomp.errors import RatioError
+from tokencomp.errors import PlanError, RatioError
 
 MAX_RATIO = 0.95
 
@@ -76,8 +76,16 @@ def frame_budgets(
         At least 0; of frames that all have 0, each has the same share.
     most
         Tokens of every frame; `total` is at most their sum.
+
+    Raises
+    ------
+    PlanError
+        More tokens than all frames hold.
     """
-    assert total <= sum(most), "more tokens than all frames hold"
+    if total > sum(most):
+        raise PlanError(
+            f"{total} tokens of frames that hold {sum(most)}. Ask for at most as many as there are."
+        )
     base = [min(least, n) for n in most]
     if sum(base) > total:
         base = [0] * len(base)

@@ -134,8 +134,8 @@ class Conversation:
         if kinds is None and bounded:
             self.check_text(ids.shape[1])
         positions, following = self.positions.of(inputs, kinds)
-        looks = self.budget is not None and self.policy == "redundant"
-        with Watch(self.adapter, inputs, kinds, positions, self.check_chunk, looks) as watch:
+        appearance = self.budget is not None and self.policy == "redundant"
+        with Watch(self.adapter, inputs, kinds, positions, self.check_chunk, appearance) as watch:
             out = self.model(
                 **inputs, **self._options, position_ids=positions, use_cache=True,
                 **{self._cache_name: self.cache},
@@ -156,10 +156,10 @@ class Conversation:
         own, device = columns - self.tokens, columns.device
         item = TEXT if watch.spans is None else self.items
         places = self._places.of(watch.spans or [], n).to(device)[own]
-        looks = torch.zeros(len(own), 0, device=device)
-        if watch.looks is not None:
-            looks = watch.looks.to(device)[own]
-        new = Held(columns, torch.full_like(columns, item), places, looks)
+        appearance = torch.zeros(len(own), 0, device=device)
+        if watch.appearance is not None:
+            appearance = watch.appearance.to(device)[own]
+        new = Held(columns, torch.full_like(columns, item), places, appearance)
         before = Held.empty(device) if self._held is None else self._held
         self._held = before.joined(new)
 

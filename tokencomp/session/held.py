@@ -31,14 +31,14 @@ class Held:
     places : Tensor of int64, shape (n,)
         What two patches share that show the same place of pictures of one shape; `NOWHERE` for
         other rows.
-    looks : Tensor, shape (n, d), or shape (n, 0)
+    appearance : Tensor, shape (n, d), or shape (n, 0)
         Features of patches as they entered the decoder, where the policy compares them.
     """
 
     columns: Tensor
     items: Tensor
     places: Tensor
-    looks: Tensor
+    appearance: Tensor
 
     @classmethod
     def empty(cls, device: torch.device) -> Held:
@@ -56,13 +56,13 @@ class Held:
 
     def joined(self, new: Held) -> Held:
         """These rows and newer ones."""
-        width = max(self.looks.shape[1], new.looks.shape[1])
-        looks = torch.cat([_padded(self.looks, width), _padded(new.looks, width)])
+        width = max(self.appearance.shape[1], new.appearance.shape[1])
+        appearance = torch.cat([_padded(self.appearance, width), _padded(new.appearance, width)])
         return Held(
             torch.cat([self.columns, new.columns]),
             torch.cat([self.items, new.items]),
             torch.cat([self.places, new.places]),
-            looks,
+            appearance,
         )
 
     def rows(self, index: Tensor) -> Held:
@@ -70,8 +70,10 @@ class Held:
         return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
-def _padded(looks: Tensor, width: int) -> Tensor:
-    return looks if looks.shape[1] == width else looks.new_zeros(len(looks), width)
+def _padded(appearance: Tensor, width: int) -> Tensor:
+    return (
+        appearance if appearance.shape[1] == width else appearance.new_zeros(len(appearance), width)
+    )
 
 
 class Places:
@@ -112,7 +114,7 @@ def oldest(held: Held) -> Tensor:
 
 
 def redundant(held: Held) -> Tensor:
-    """Rows of media, those first whose place still looks as they do.
+    """Rows of media, those first whose place has the same appearance in its newest row.
 
     A patch is compared (cosine) with the newest row that is held of its place; the more alike, the
     earlier it goes, and of equal ones the older. Patches whose place has no newer row come behind
@@ -121,7 +123,7 @@ def redundant(held: Held) -> Tensor:
     n, media = len(held), held.items != TEXT
     patch = media & (held.places != NOWHERE)
     rows = patch.nonzero()[:, 0]
-    alike = _alike(held.places[rows], held.looks[rows].float())
+    alike = _alike(held.places[rows], held.appearance[rows].float())
     order = rows[torch.sort(alike, descending=True, stable=True).indices]
     rank = torch.full((n,), -1, device=rows.device)
     rank[order] = torch.arange(len(order), device=rows.device)
@@ -136,13 +138,13 @@ def redundant(held: Held) -> Tensor:
     return going[torch.sort(key, stable=True).indices]
 
 
-def _alike(places: Tensor, looks: Tensor) -> Tensor:
+def _alike(places: Tensor, appearance: Tensor) -> Tensor:
     """Cosine of every row with the newest row of its place, float32 (n,); -2 of the newest."""
     if not len(places):
-        return looks.new_zeros(0)
+        return appearance.new_zeros(0)
     rows = torch.arange(len(places), device=places.device)
     newest = rows.new_zeros(int(places.max()) + 1).scatter_reduce(0, places, rows, "amax")[places]
-    cosine = torch.nn.functional.cosine_similarity(looks, looks[newest], dim=-1)
+    cosine = torch.nn.functional.cosine_similarity(appearance, appearance[newest], dim=-1)
     # Rounded, so that of equal pictures the oldest goes and not one that rounding picks.
     return torch.where(newest == rows, -2.0, cosine.round(decimals=4))
 

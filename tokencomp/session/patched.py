@@ -49,7 +49,7 @@ def check_patch(handle: Handle | None, kinds: Tensor | None) -> None:
                 raise OptionError(
                     f"reducer {stage.reducer.name!r} chooses tokens of a {names[0]} by the text "
                     "behind them, and a session does not know the questions yet when it "
-                    "compresses. Take one that looks at the media alone: "
+                    "compresses. Take one that reads the media alone: "
                     "tokencomp.patch(model, ratio, reducer='kcentre')."
                 )
 

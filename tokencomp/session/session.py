@@ -1,4 +1,4 @@
-"""`Session`: a conversation that goes on with images, frames and questions, in bounded memory."""
+"""`Session`: one cached conversation that takes images, frames and questions at any time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Session:
     """Continue one cached conversation with new media, text and questions.
 
     Nothing that is in the cache is computed again. A session equals one prompt of the same items at
-    the same ratio; `ask` leaves no trace in it, unless it is told to. transformers alone continues
+    the same ratio; `ask` leaves no trace in it, unless `keep=True`. transformers alone continues
     no cached conversation with new media, so a session is of use without a patch as well.
 
     Parameters
@@ -39,8 +39,8 @@ class Session:
         every call, and those that are left keep their positions; text stays. None: no limit. A call
         needs memory for its own tokens beside it.
     policy
-        Which rows of media leave first: "oldest", or "redundant": patches whose place still looks
-        the same in the newest row of that place, then the oldest.
+        Which rows of media leave first: "oldest", or "redundant": patches whose place is nearly
+        alike in the newest row of that place, then the oldest.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What a part of a conversation looks like when it enters the decoder."""
+"""The spans and the features of a part of a conversation, as it enters the decoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokencomp.tokens.spans import VisualSpan, numbered
 
 
 class Watch:
-    """Looks at the input of the decoder in one call: its spans, and the features of its patches.
+    """Reads the input of the decoder in one call: its spans, and the features of its patches.
 
     It runs before the hooks of a patch, which then shorten this input. For text it does nothing.
 
@@ -27,13 +27,13 @@ class Watch:
     positions : Tensor of int64, shape (3, 1, n) for M-RoPE, else (1, n)
     check
         Called with the spans and the number of columns before the decoder runs; it may refuse.
-    looks
+    appearance
         Whether features are kept.
 
     Attributes
     ----------
     spans : list of VisualSpan, or None
-    looks : Tensor, shape (n, d), or None
+    appearance : Tensor, shape (n, d), or None
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Watch:
         kinds: Tensor | None,
         positions: Tensor,
         check: Callable[[Sequence[VisualSpan], int], None],
-        looks: bool,
+        appearance: bool,
     ) -> None:
         self._adapter, self._inputs, self._kinds = adapter, inputs, kinds
-        self._positions, self._check, self._wanted = positions, check, looks
+        self._positions, self._check, self._wanted = positions, check, appearance
         self.spans: list[VisualSpan] | None = None
-        self.looks: Tensor | None = None
+        self.appearance: Tensor | None = None
 
     def __enter__(self) -> Watch:
         if self._kinds is not None:
@@ -89,4 +89,4 @@ class Watch:
         self.spans = numbered(self._adapter.spans(call)[0])
         self._check(self.spans, embeds.shape[1])
         if self._wanted:
-            self.looks = embeds[0].detach()
+            self.appearance = embeds[0].detach()
