@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from support import matrix
+from support.tower_loops import cosine, dot
 
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import ScoreError
@@ -22,14 +23,6 @@ def patches_of(tokens: VisualTokens) -> tuple[list[int], list[list[float]]]:
     """Places of the patches, and their features in double precision."""
     places = [i for i in range(len(tokens)) if not tokens.special[i]]
     return places, tokens.features[places].double().tolist()
-
-
-def dot(a: list[float], b: list[float]) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True))
-
-
-def cosine(a: list[float], b: list[float]) -> float:
-    return dot(a, b) / math.sqrt(dot(a, a)) / math.sqrt(dot(b, b))
 
 
 def first_of_largest(values: dict[int, float]) -> int:

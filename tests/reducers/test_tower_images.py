@@ -1,0 +1,115 @@
+"""Methods for pictures that read the vision tower, against plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support import matrix
+from support.tower_loops import Rows, best, check, cosine, kept, mean, rows_of
+
+from tokencomp import VisualTokens, make_reducer
+from tokencomp.reducers.hiprune import MIDDLE
+from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS
+
+GRIDS = [(1, 5, 6), (4, 3, 4), (6, 2, 3)]
+every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
+
+
+@every_grid
+@pytest.mark.parametrize("keep", [1, 2, 9, 20])
+def test_visionzip(grid: tuple[int, int, int], keep: int) -> None:
+    given = matrix.tokens(grid, special=1)
+    x, attention = rows_of(given)
+    keys = given.tower[TOWER_KEYS][~given.special].double().mean(1).tolist()
+    contextual = max(1, round(keep * 10 / 64))
+    dominant = best(dict(enumerate(attention)), keep - contextual)
+    rest = [i for i in range(len(x)) if i not in dominant]
+    step = max(1, len(rest) // contextual)
+    targets = [rest[i * step] for i in range(contextual)]
+    members: dict[int, list[int]] = {target: [target] for target in targets}
+    for i in rest:
+        if i not in targets:
+            members[max(targets, key=lambda j: (cosine(keys[i], keys[j]), -j))].append(i)
+    rows: Rows = [(i, x[i], 1.0) for i in dominant]
+    rows += [(j, mean([x[i] for i in own]), float(len(own))) for j, own in members.items()]
+    check(make_reducer("visionzip").reduce(given, keep + 1), given, rows)
+
+
+@every_grid
+@pytest.mark.parametrize("keep", [1, 3, 8, 16])
+def test_visprune(grid: tuple[int, int, int], keep: int) -> None:
+    given = matrix.tokens(grid, special=1)
+    x, attention = rows_of(given)
+    order = sorted(range(len(x)), key=lambda i: (-attention[i], i))
+    important, places = order[: keep // 2], order[keep // 2 :]
+    while (excess := len(places) - (keep - keep // 2)) > 0:
+        odd, even = places[::2], places[1::2]
+        near = {i: max(cosine(x[i], x[j]) for j in even) for i in odd}
+        odd = sorted(odd, key=lambda i: -near[i])[min(8, excess) :]
+        places = [*odd, *even]
+    assert kept("visprune", given, [*important, *places])
+
+
+@pytest.mark.parametrize("grid", [(1, 8, 8), (2, 6, 7)], ids=str)
+@pytest.mark.parametrize("keep", [20, 40, 60])
+def test_hiprune(grid: tuple[int, int, int], keep: int) -> None:
+    given = matrix.tokens(grid, special=1)
+    _, last = rows_of(given)
+    middle = given.tower[MIDDLE][~given.special].tolist()
+    n, w = len(last), grid[2]
+    chosen: set[int] = set()
+    for i in best(dict(enumerate(middle)), round(keep * 0.1 / 5)):
+        chosen |= {min(max(j, 0), n - 1) for j in (i, i - 1, i + 1, i - w, i + w)}
+    others = {i: a for i, a in enumerate(last) if i not in chosen}
+    assert kept("hiprune", given, [*chosen, *best(others, keep - len(chosen))])
+
+
+def test_hiprune_counts_places_where_tokens_are_missing() -> None:
+    """Of a picture without its cells 42 and 49, the anchor at 50 has two neighbours left."""
+    given = matrix.tokens((1, 8, 8))
+    left = [i for i in range(64) if i not in (42, 49)]
+    part = VisualTokens(
+        given.features[left], given.grid, given.special[left], index=torch.tensor(left),
+        tower={signal: torch.zeros(62) for signal in (MIDDLE, TOWER_ATTENTION)},
+    )  # fmt: skip
+    part.tower[MIDDLE][left.index(50)] = 1.0
+    rows = make_reducer("hiprune").reduce(part, 30).keep.tolist()
+    assert [left[i] for i in rows] == [*range(27), 50, 51, 58]
+
+
+@every_grid
+@pytest.mark.parametrize("keep", [1, 5, 9, 20])
+def test_holov(grid: tuple[int, int, int], keep: int) -> None:
+    """With the variance of the paper, which has no effect on the budgets of crops."""
+    given = matrix.tokens(grid, special=1)
+    x, attention = rows_of(given)
+    n = len(x)
+    crops = min(n, max(1, math.floor(1024 / 576 * n / keep)))
+    parts, first, scores = [], 0, []
+    for number in range(crops):
+        length = n // crops + (number < n % crops)
+        parts.append([*range(first, first + length)])
+        first += length
+    for part in parts:
+        variance = []
+        for i in part:
+            row = [cosine(x[i], x[j]) if i != j else 0.0 for j in part]
+            middle = sum(row) / max(len(part) - 1, 1)
+            variance.append(sum((v - middle) ** 2 for v in row) / max(len(part) - 1, 1))
+        level = sum(attention[i] for i in part) / len(part)
+        spread = sum(variance) / len(part)
+        scaled = [0.09 * v * level / spread if spread else 0.09 * level for v in variance]
+        own = [attention[i] + v for i, v in zip(part, scaled, strict=True)]
+        scores.append(sum(own) / len(part))
+    budgets = [min(len(p), int(keep * s / sum(scores))) for p, s in zip(parts, scores, strict=True)]
+    order = sorted(range(crops), key=lambda c: -scores[c])
+    while sum(budgets) < keep:
+        for c in order:
+            if budgets[c] < len(parts[c]) and sum(budgets) < keep:
+                budgets[c] += 1
+    places = []
+    for part, count in zip(parts, budgets, strict=True):
+        places += best({i: attention[i] for i in part}, count)
+    assert kept("holov", given, places)
