@@ -65,6 +65,14 @@ def expected(folder: Any, urls: list[str], spec: dict[str, Any]) -> tuple[str, i
     return text.rstrip("\ufffd"), n - removed, removed  # an incomplete character is not sent
 
 
+def test_the_first_page_says_what_is_served(served: Any) -> None:
+    url, client, _, _ = served
+    page = client.with_options(base_url=url).get("/", cast_to=str)
+    assert "serves tiny with" in page and '"ratio": 0.5' in page
+    assert f"curl {url}/v1/chat/completions" in page and "TOKENCOMP_API_KEY" in page
+    assert http.get(url + "/")[0] == 401
+
+
 def test_models_have_cards(served: Any) -> None:
     _, client, _, _ = served
     card, listed = client.models.retrieve("tiny"), next(iter(client.models.list()))

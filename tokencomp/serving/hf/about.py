@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from tokencomp import __version__
+from tokencomp.serving.first_page import first_page
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.errors import RequestError
-
-QUESTION = {"max_tokens": 16, "messages": [{"role": "user", "content": "Hello"}]}
 
 
 class About:
@@ -74,10 +72,5 @@ class About:
     async def page(self, request: Request) -> Response:
         """Say in plain text what is served, and how to ask."""
         setting = self.engine.options.default.describe()
-        key = ' -H "Authorization: Bearer $TOKENCOMP_API_KEY"' if self.keyed else ""
-        text = (
-            f"tokencomp {__version__} serves {self.name} with {json.dumps(setting)}\n\n"
-            f"curl {request.url.scheme}://{request.url.netloc}/v1/chat/completions{key} "
-            f"-H 'Content-Type: application/json' -d '{json.dumps(QUESTION)}'\n"
-        )
-        return PlainTextResponse(text, headers={"X-Content-Type-Options": "nosniff"})
+        address = f"{request.url.scheme}://{request.url.netloc}"
+        return first_page(self.name, setting, address, self.keyed)

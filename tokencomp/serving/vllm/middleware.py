@@ -26,7 +26,7 @@ from tokencomp.serving.hf.guard import error_response
 from tokencomp.serving.hf.head import OPEN_PATHS, check_head, has_body
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.spec import ServerOptions
-from tokencomp.serving.vllm.model_card import MODELS, names_model, send_card
+from tokencomp.serving.vllm.model_card import MODELS, names_model, send_card, send_page
 from tokencomp.serving.vllm.request_checks import check_request
 from tokencomp.serving.vllm.rules import Rules
 
@@ -65,6 +65,10 @@ class Guard:
             check_head(scope, self.bind)
             if names_model(scope):
                 await send_card(self.app, scope, exchange.receive, exchange.send)
+                return
+            if scope["path"] == "/" and scope["method"] == "GET":
+                setting, keyed = self.options.default.describe(), bool(self.bind.api_key)
+                await send_page(self.app, scope, exchange.receive, exchange.send, setting, keyed)
                 return
             if scope["path"] not in PATHS:
                 known = ", ".join(PATHS)
