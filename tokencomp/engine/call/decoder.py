@@ -23,7 +23,7 @@ from tokencomp.engine.call.reading import PromptReader
 from tokencomp.engine.call.refusals import FeaturelessPrompts
 from tokencomp.engine.call.state import CallHooks, RunningCalls
 from tokencomp.engine.call.weights import RowWeights
-from tokencomp.engine.call.written import compact_cache
+from tokencomp.engine.call.written import compact_cache, extend_valid
 from tokencomp.engine.count.missed import MissedRatios
 from tokencomp.engine.count.stats import Stats, collect
 from tokencomp.engine.rows.outputs import restore_states
@@ -225,7 +225,7 @@ class DecoderHooks(CallHooks):
         if getattr(out, "attentions", None) is not None:
             out.attentions = forward.full_maps(out.attentions)
         if not forward.compresses:
-            forward.extend_valid(cache)
+            extend_valid(forward, cache)
             return out
         compact_cache(forward, cache, self._in_force)
         if forward.earlier:

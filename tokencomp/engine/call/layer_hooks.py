@@ -124,7 +124,7 @@ class LayerHooks(CallHooks):
     def _note(self, stage: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         forward: Any = self.calls.running.forward
         if forward.compresses and isinstance(out, Tensor) and out.ndim == 3:
-            forward.projected[stage] = out.detach()
+            forward.scores.projected[stage] = out.detach()
 
 
 class SharedTables(CallHooks):

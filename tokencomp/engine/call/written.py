@@ -1,4 +1,4 @@
-"""What a compressed prefill leaves in its cache."""
+"""What a compressed prefill, and later tokens, leave in their cache."""
 
 from __future__ import annotations
 
@@ -55,3 +55,13 @@ def _note_patch(forward: ForwardPass, layers: list[Any], patch: InForce) -> None
     need = PatchNeed() if needed or windows.cut_later_turns else None
     for layer in filled(layers):
         layer.patch, layer.needs_patch = patch, need
+
+
+def extend_valid(forward: ForwardPass, cache: Any) -> None:
+    """Note padding among later tokens (the cache layers assume there is none)."""
+    if forward.new is None or cache is None:
+        return
+    for segment in forward.segments:
+        valid = segment.all_valid(forward.new)
+        for layer in filled(cache.layers[segment.first : segment.stop]):
+            layer.valid = valid

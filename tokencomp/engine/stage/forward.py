@@ -12,23 +12,20 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.frames import compared_frames
-from tokencomp.engine.cache.rows import filled, first_with_rows
+from tokencomp.engine.cache.rows import first_with_rows
 from tokencomp.engine.kinds.base import LayerKind
 from tokencomp.engine.kinds.masks import MaskSource
 from tokencomp.engine.kinds.registry import CONVOLUTION
 from tokencomp.engine.kinds.windows import Windows
-from tokencomp.engine.rows.column_values import text_values, visual_values
 from tokencomp.engine.rows.layout import (
     RowLayout,
     Selection,
     compact,
-    kept_values,
     take,
     write_merged,
 )
 from tokencomp.engine.rows.outputs import restore_map
 from tokencomp.engine.rows.packing import sequence_lengths, text_positions
-from tokencomp.engine.scores.probes import input_scores, layer_scores
 from tokencomp.engine.scores.raters import rater_weights
 from tokencomp.engine.stage.layer_arguments import (
     column_arguments,
@@ -38,6 +35,7 @@ from tokencomp.engine.stage.layer_arguments import (
 )
 from tokencomp.engine.stage.segments import Segment
 from tokencomp.engine.stage.stage_input import StageInput
+from tokencomp.engine.stage.stage_scores import StageScores
 from tokencomp.engine.stage.survivors import surviving_rows
 from tokencomp.engine.tower.flops import TowerCost
 from tokencomp.plan.amounts import Place, places
@@ -74,8 +72,8 @@ class ForwardPass:
     tables
         Rotary tables of the columns that the entry stage leaves, where it has computed them, by
         the kind of layer that they are for (None: all).
-    projected
-        By stage, what the attention call that scores for it has made of its input by `q_proj`.
+    scores
+        Attention scores for stages that have not run yet.
     windows
         Kinds of the decoder layers, and their attention windows.
     by_column
@@ -85,6 +83,8 @@ class ForwardPass:
     chunk, earlier
         Columns per chunk of a chunked prefill (else None), and hidden states of the chunks that
         have run.
+    new
+        Of later tokens: False at padding, (B, n); None if there is none.
     """
 
     def __init__(
@@ -121,13 +121,11 @@ class ForwardPass:
         self.reduce_seconds = 0.0
         self.kept: list[RowLayout] = []
         self.survivors: RowLayout | None = None
-        self._scores: dict[int, Tensor] = {}
-        self._text_scores: dict[int, list[list[Tensor]]] = {}
-        self.projected: dict[int, Tensor] = {}
+        self.scores = StageScores(adapter.layers)
         self.windows = Windows.of(adapter.decoder)
         self.by_column = True
         self.prepared: Any = None
-        self._new: Tensor | None = None
+        self.new: Tensor | None = None
         self._cache: Any = None
 
     @classmethod
@@ -136,7 +134,7 @@ class ForwardPass:
     ) -> ForwardPass:
         """The forward pass of later tokens on a compressed cache."""
         forward = cls(adapter, Plan(), [], RowLayout(width, [], []), width)
-        forward.compresses, forward._new = False, new
+        forward.compresses, forward.new = False, new
         starts = [i for i, layer in enumerate(layers) if getattr(layer, "starts_segment", False)]
         for first, stop in zip([0, *starts], [*starts, len(layers)], strict=True):
             # Where only linear layers see some rows, the layers behind them tell how many.
@@ -193,7 +191,8 @@ class ForwardPass:
                 if tables is None:
                     tables = self.adapter.rotary_tables(x, positions, layer=0)
                 ids = None if self.adapter.mrope else positions
-                self._score_input(0, x, tables, signal, cache, ids)
+                with self._timed():
+                    self.scores.of_input(0, x, tables, ids, signal, self.layout, cache)
         parts = table_parts(tables)
         dims = [1, -1, *map(compat.sequence_dim, parts)]
         with self._timed():
@@ -216,9 +215,7 @@ class ForwardPass:
         x = tensors[0]
         with no_autocast(x):
             self.layout = self.layout.to(x.device)  # layers may lie on several devices
-            scores = self._scores.pop(stage.layer, None)
-            scores = None if scores is None else scores.to(x.device)
-            texts = self._text_scores.pop(stage.layer, None)
+            scores, texts = self.scores.pop(stage.layer, x.device)
             norm = self.adapter.final_norm
             frames = None
             if FRAMES in stage.reducer.needs:
@@ -235,8 +232,7 @@ class ForwardPass:
         """Put the layout after `selection` in force, and take its columns of all tensors."""
         device, before = tensors[0].device, self.layout
         self.layout, index, place = compact(before, selection, device)
-        for stage, scores in self._scores.items():  # of later stages, where no layer scores anew
-            self._scores[stage] = kept_values(scores.to(device), before, self.layout, index)
+        self.scores.follow(before, self.layout, index, device)
         tensors = [t.to(device) for t in tensors]
         tensors = take(tensors, index, dims, self.layout.valid(device))
         write_merged(tensors[0], place, selection.reduction)
@@ -261,33 +257,7 @@ class ForwardPass:
     def score(self, layer: int, attn: nn.Module, kwargs: dict[str, Any], signal: Any) -> None:
         """Scores for the stage before `layer`, from the attention call that has just run."""
         with self._timed():
-            projected = self.projected.pop(layer, None)
-            scores = layer_scores(attn, kwargs, signal, self.layout, projected)
-            self._take_scores(layer, signal, scores)
-
-    def _score_input(
-        self,
-        layer: int,
-        x: Tensor,
-        tables: Any,
-        signal: Any,
-        cache: Any,
-        position_ids: Tensor | None = None,
-    ) -> None:
-        """Scores for the stage before `layer`, from that layer's own queries and keys of x."""
-        arguments = {"position_embeddings": tables, "position_ids": position_ids}
-        with self._timed():
-            scores = input_scores(
-                self.adapter.layers[layer], x, arguments, signal, self.layout, cache, layer
-            )
-            self._take_scores(layer, signal, scores)
-
-    def _take_scores(self, layer: int, signal: Any, scores: Tensor) -> None:
-        """Note scores for the stage before `layer`; those of all columns, (B, n), in two parts."""
-        if signal.rows == "none":
-            self._text_scores[layer] = text_values(scores, self.layout)
-            scores = visual_values(scores, self.layout)
-        self._scores[layer] = scores
+            self.scores.of_call(layer, attn, kwargs, signal, self.layout)
 
     def before_layer(
         self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -338,7 +308,7 @@ class ForwardPass:
 
     def _new_columns(self, segment: Segment, device: torch.device) -> Tensor | None:
         """False at padding among the columns of this call, bool (B, n); None if there is none."""
-        return segment.layout.valid(device) if self.compresses else self._new
+        return segment.layout.valid(device) if self.compresses else self.new
 
     def mask_source(self, new: Tensor | None, cache: Any) -> MaskSource:
         """What the masks of this call are built from; `new` is False at padding, (B, n)."""
@@ -368,11 +338,14 @@ class ForwardPass:
             kind, device = self.windows.kinds[segment.first].name, hidden.device
             tables = layer_tables(previous, kind, kwargs, device)
             for signal in segment.stage.reducer.needs:
-                known = segment.first in self._scores  # by a layer before, this one has none
+                known = self.scores.known(segment.first)  # by a layer before, this one has none
                 if isinstance(signal, Attention) and signal.layer == "next" and not known:
-                    cache = compat.get_cache(kwargs)
+                    cache, layout = compat.get_cache(kwargs), self.layout
                     ids = self._layer_positions(previous, kwargs)
-                    self._score_input(segment.first, hidden, tables, signal, cache, ids)
+                    with self._timed():
+                        self.scores.of_input(
+                            segment.first, hidden, tables, ids, signal, layout, cache
+                        )
             index = previous.index
             if index is None:
                 index = torch.arange(hidden.shape[1], device=device)[None]
@@ -395,15 +368,6 @@ class ForwardPass:
         return hidden
 
     # -- afterwards -----------------------------------------------------------------------------
-
-    def extend_valid(self, cache: Any) -> None:
-        """Note padding among later tokens (the cache layers assume there is none)."""
-        if self._new is None or cache is None:
-            return
-        for segment in self.segments:
-            valid = segment.all_valid(self._new)
-            for layer in filled(cache.layers[segment.first : segment.stop]):
-                layer.valid = valid
 
     def full_maps(self, maps: Any) -> Any:
         """Attention maps (B, H, rows, keys) of all layers, spread over all columns so far."""
