@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import re
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -15,63 +13,8 @@ import pytest
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 
-from support.console import run  # noqa: E402
 from support.serving import hf_reference, http  # noqa: E402
-
-QUESTION = "What color is the circle?"
-
-
-@pytest.fixture(scope="module")
-def served(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder, root = tiny_folder("qwen2_vl"), tmp_path_factory.mktemp("hf")
-    (root / "media").mkdir()
-    arguments = ["--model", folder, "--ratio", 0.5, "--max-batch", 8]
-    arguments += ["--served-model-name", "tiny", "--max-model-len", 1024]
-    arguments += ["--allowed-media-path", root / "media", "--low-detail-ratio", 0.75]
-    with http.server(root / "log", *arguments, OMP_NUM_THREADS="1") as url:
-        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=60)
-        yield url, client, folder, root
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--reducer", "selector"], "needs trained weights"),
-        (["--port", "PORT"], "cannot listen at 127.0.0.1:"),
-    ],
-)
-def test_server_that_cannot_serve_does_not_start(
-    tiny_folder: Any, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with socket.socket() as occupied:
-        occupied.bind(("127.0.0.1", 0))
-        occupied.listen()
-        port = str(occupied.getsockname()[1])
-        args = [port if a == "PORT" else a for a in arguments]
-        assert run("serve", "--model", tiny_folder("qwen2_vl"), *args) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_client_that_disconnects_while_it_sends(served: Any) -> None:
-    url, _, _, root = served
-    host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as client:
-        client.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
-        )
-        time.sleep(0.5)
-    time.sleep(0.5)
-    assert http.get(url + "/health")[0] == 200
-    assert "Traceback" not in (root / "log").read_text()
-
-
-def ask(client: Any, *urls: str, text: str = QUESTION, **more: Any) -> Any:
-    options = more.pop("tokencomp", None)
-    body = {} if options is None else {"tokencomp": options}
-    return client.chat.completions.create(
-        model="tiny", messages=http.messages(text, *urls), max_tokens=more.pop("max_tokens", 8),
-        temperature=0, extra_body=body, **more,
-    )  # fmt: skip
+from support.serving.http import QUESTION, ask  # noqa: E402
 
 
 def expected(folder: Any, urls: list[str], spec: dict[str, Any]) -> tuple[str, int, int, float]:
@@ -84,8 +27,8 @@ def expected(folder: Any, urls: list[str], spec: dict[str, Any]) -> tuple[str, i
 
 @pytest.mark.parametrize("reducer", ["uniform", "fastv"])
 @pytest.mark.parametrize("ratio", [0.3, 0.5])
-def test_equals_a_direct_call(served: Any, reducer: str, ratio: float) -> None:
-    _, client, folder, _ = served
+def test_equals_a_direct_call(hf_server: Any, reducer: str, ratio: float) -> None:
+    _, client, folder, _ = hf_server
     spec = {"reducer": reducer, "ratio": ratio}
     image, video = http.image_url(1), http.video_url(2)
     for urls in ([image], [video], [image, http.image_url(3, 168, 280)], [image, video]):
@@ -99,9 +42,9 @@ def test_equals_a_direct_call(served: Any, reducer: str, ratio: float) -> None:
         assert usage["ratio"] == pytest.approx(1 - after / before)
 
 
-def test_a_budget_equals_a_direct_call(served: Any) -> None:
+def test_a_budget_equals_a_direct_call(hf_server: Any) -> None:
     """At most so many tokens of each of two images of different size."""
-    _, client, folder, _ = served
+    _, client, folder, _ = hf_server
     urls = [http.image_url(1), http.image_url(3, 168, 280)]
     for reducer in ("uniform", "fastv"):
         spec = {"reducer": reducer, "budget": 12}
@@ -113,8 +56,8 @@ def test_a_budget_equals_a_direct_call(served: Any) -> None:
         assert usage["visual_tokens_before"] == before > 24 >= after
 
 
-def test_ratios_by_kind_and_low_detail_equal_direct_calls(served: Any) -> None:
-    _, client, folder, _ = served
+def test_ratios_by_kind_and_low_detail_equal_direct_calls(hf_server: Any) -> None:
+    _, client, folder, _ = hf_server
     urls, kinds = [http.image_url(1), http.video_url(2)], {"image": 0.25, "video": 0.75}
     answer = ask(client, *urls, tokencomp={"ratio": kinds, "reducer": "uniform"})
     text, prompt, _, after = expected(folder, urls, {"ratio": kinds, "reducer": "uniform"})
@@ -128,8 +71,8 @@ def test_ratios_by_kind_and_low_detail_equal_direct_calls(served: Any) -> None:
     assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
 
 
-def test_a_request_may_have_a_stage_in_the_vision_tower(served: Any) -> None:
-    _, client, folder, _ = served
+def test_a_request_may_have_a_stage_in_the_vision_tower(hf_server: Any) -> None:
+    _, client, folder, _ = hf_server
     url, spec = http.image_url(1), {"reducer": "uniform", "ratio": 0.75}
     tower = {**spec, "tower_ratio": 0.5, "tower_reducer": "random"}
     texts = []
@@ -165,8 +108,8 @@ def test_the_default_may_have_a_stage_in_the_vision_tower(tiny_folder: Any) -> N
         engine.close()
 
 
-def test_server_default_and_ratio_zero(served: Any) -> None:
-    _, client, folder, _ = served
+def test_server_default_and_ratio_zero(hf_server: Any) -> None:
+    _, client, folder, _ = hf_server
     url = http.image_url(1)
     default, off = ask(client, url), ask(client, url, tokencomp={"ratio": 0})
     text, prompt, before, _ = expected(folder, [url], {"reducer": "kcentre", "ratio": 0.5})
@@ -175,8 +118,8 @@ def test_server_default_and_ratio_zero(served: Any) -> None:
     assert off.usage.model_extra["tokencomp"]["ratio"] == 0
 
 
-def test_streaming_gives_the_same_text_and_usage(served: Any) -> None:
-    _, client, _, _ = served
+def test_streaming_gives_the_same_text_and_usage(hf_server: Any) -> None:
+    _, client, _, _ = hf_server
     url = http.video_url(2)
     whole = ask(client, url)
     stream = ask(client, url, stream=True, stream_options={"include_usage": True})
@@ -187,8 +130,8 @@ def test_streaming_gives_the_same_text_and_usage(served: Any) -> None:
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
 
 
-def test_concurrent_requests_are_batched_and_none_is_lost(served: Any) -> None:
-    url, client, _, _ = served
+def test_concurrent_requests_are_batched_and_none_is_lost(hf_server: Any) -> None:
+    url, client, _, _ = hf_server
     urls = [http.image_url(seed, 112 + 28 * (seed % 4), 168) for seed in range(8)]
     specs = [{"reducer": "uniform", "ratio": ratio} for ratio in (0.5, 0.75)]
     jobs = [(urls[i % 8], specs[i // 8 % 2]) for i in range(64)]
@@ -203,8 +146,8 @@ def test_concurrent_requests_are_batched_and_none_is_lost(served: Any) -> None:
     assert http.metric(url, "tokencomp_batch_size_count") - count <= 32  # at least 2 per batch
 
 
-def test_a_seed_repeats_the_answer_in_any_batch(served: Any) -> None:
-    _, client, _, _ = served
+def test_a_seed_repeats_the_answer_in_any_batch(hf_server: Any) -> None:
+    _, client, _, _ = hf_server
     media = http.video_url(4)
 
     def sampled(seed: int) -> str:
@@ -219,8 +162,8 @@ def test_a_seed_repeats_the_answer_in_any_batch(served: Any) -> None:
     assert together == alone * 4
 
 
-def test_stop_texts_end_the_answer_before_them(served: Any) -> None:
-    _, client, _, _ = served
+def test_stop_texts_end_the_answer_before_them(hf_server: Any) -> None:
+    _, client, _, _ = hf_server
     url = http.image_url(1)
     text = ask(client, url).choices[0].message.content
     stop = text[len(text) // 2 :][:3]
@@ -231,8 +174,8 @@ def test_stop_texts_end_the_answer_before_them(served: Any) -> None:
     assert "".join(c.choices[0].delta.content or "" for c in stream) == text[: text.index(stop)]
 
 
-def test_an_abandoned_stream_frees_the_server(served: Any) -> None:
-    url, client, _, _ = served
+def test_an_abandoned_stream_frees_the_server(hf_server: Any) -> None:
+    url, client, _, _ = hf_server
     before = http.metric(url, "tokencomp_generated_tokens_total")
     stream = ask(client, http.image_url(1), stream=True, max_tokens=800)
     next(iter(stream))
@@ -242,8 +185,8 @@ def test_an_abandoned_stream_frees_the_server(served: Any) -> None:
     assert generated < 700
 
 
-def test_metrics_count_tokens(served: Any) -> None:
-    url, client, folder, _ = served
+def test_metrics_count_tokens(hf_server: Any) -> None:
+    url, client, folder, _ = hf_server
     names = [f"tokencomp_visual_tokens_{n}_total" for n in ("before", "after")]
     start = [http.metric(url, n) for n in names]
     others = ["prompt_tokens_total", "end_to_end_seconds_count"]
@@ -270,8 +213,8 @@ def test_metrics_count_tokens(served: Any) -> None:
         client.models.retrieve("other")
 
 
-def test_the_log_says_what_is_served_and_what_each_request_cost(served: Any) -> None:
-    _, client, _, root = served
+def test_the_log_says_what_is_served_and_what_each_request_cost(hf_server: Any) -> None:
+    _, client, _, root = hf_server
     answer = ask(
         client, http.image_url(6), tokencomp={"ratio": 0.75, "reducer": "merge"},
         extra_headers={"X-Request-Id": "line-of-the-log"},
@@ -295,18 +238,18 @@ def test_the_log_says_what_is_served_and_what_each_request_cost(served: Any) -> 
         assert part in text, part
 
 
-def test_the_documentation_names_all_metrics(served: Any) -> None:
-    kinds = re.findall(r"^# TYPE (\S+)", http.get(served[0] + "/metrics")[1], re.MULTILINE)
+def test_the_documentation_names_all_metrics(hf_server: Any) -> None:
+    kinds = re.findall(r"^# TYPE (\S+)", http.get(hf_server[0] + "/metrics")[1], re.MULTILINE)
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     named = re.findall(r"^\| `(tokencomp_\w+)", page, re.MULTILINE)
     assert sorted(named) == sorted(name for name in kinds if not name.endswith("_created"))
 
 
-def test_real_video_files_and_allowed_paths(served: Any) -> None:
+def test_real_video_files_and_allowed_paths(hf_server: Any) -> None:
     pytest.importorskip("av")
     import base64
 
-    _, client, _, root = served
+    _, client, _, root = hf_server
     url = http.mp4_url(3)
     sent = ask(client, url)
     file = root / "media" / "a clip.mp4"
@@ -319,90 +262,11 @@ def test_real_video_files_and_allowed_paths(served: Any) -> None:
     assert read.usage == sent.usage
 
 
-def bad_media(root: Any) -> list[str]:
-    good = http.image_url(1)
-    return [
-        *http.outside(root / "media", root / "secret.png"), "https://example.com/x.png",
-        f"file://{root}/media/none.png",
-        "data:image/png,abc", "data:image/png;base64,????", "data:image/png;base64,aGVsbG8=",
-        good[: len(good) // 2], "data:video/mp4;base64,aGVsbG8=", "data:video/jpeg;base64,aGVsbG8=",
-        "data:video/mp4;base64,I0VYVE0zVQojRVhULVgtTUVESUE6VVJJPSJmaWxlOi8vL2V0Yy9wYXNzd2QiCg==",
-        "data:image/svg+xml;base64,PHN2Zy8+", http.image_url(1, 4, 4000),
-    ]  # fmt: skip
-
-
-def test_malformed_requests_get_4xx_and_the_server_continues(served: Any) -> None:
-    url, client, _, root = served
-    with http.unreached_urls() as remote:
-        for bad in [*remote, *bad_media(root)]:
-            with pytest.raises(openai.APIStatusError) as error:
-                ask(client, bad)
-            assert 400 <= error.value.status_code < 500, bad
-            assert "passwd" not in str(error.value) and "secret" not in str(error.value)
-    image = http.image_url(1)
-    for options in (
-        {"ratio": 2},
-        {"ratio": "x"},
-        {"ratio": {"audio": 0.5}},
-        {"ratio": 0.5, "reducer": "kcentre", "options": {"thumb": 1}},
-        {"reducer": "none"},
-        {"rate": 0.5},
-        {"ratio": 0.99},
-        {"tower_ratio": 0.9},
-        {"tower_reducer": "none"},
-        {"tower_reducer": "fastv"},
-    ):
-        with pytest.raises(openai.BadRequestError):
-            ask(client, image, tokencomp=options)
-    for more in ({"n": 17}, {"top_logprobs": 3}, {"max_tokens": 0}, {"stop": 3}, {"n": 0}):
-        with pytest.raises(openai.BadRequestError):
-            ask(client, image, **more)
-    chat = {"model": "tiny", "messages": http.messages(QUESTION, image), "max_tokens": 2}
-    for name, value in (
-        ("top_k", 5), ("frequency_penalty", 0.5), ("min_p", 0.1), ("tool_choice", "auto"),
-        ("mm_processor_kwargs", {"max_pixels": 10**9}), ("anything", "else"),
-    ):  # fmt: skip
-        with pytest.raises(openai.BadRequestError, match=name):
-            client.chat.completions.create(**chat, extra_body={name: value})
-    client.chat.completions.create(**chat, frequency_penalty=0, user="me", tool_choice="none")
-    for weights in ("/etc/passwd", "/etc/none"):
-        with pytest.raises(openai.BadRequestError) as error:
-            options = {"reducer": "selector", "options": {"weights": weights}}
-            ask(client, image, tokencomp=options)
-        assert "/etc" not in str(error.value)
-    for part, reason in (
-        ({"type": "image_url", "image_url": image}, 'expected an object {"url": ...}'),
-        ({"type": "input_image", "image_url": {"url": image}}, "content.0.type"),
-        ({"type": "text", "text": 3}, "content.0.text"),
-    ):
-        body = {"model": "tiny", "messages": [{"role": "user", "content": [part]}]}
-        status, text = http.get(url + "/v1/chat/completions", body)
-        assert status == 400 and reason in json.loads(text)["error"]["message"], text
-    off: Any = {"n": None, "stream": None, "response_format": {"type": "text"}}
-    off |= {"modalities": ["text"], "temperature": 1e-40}
-    turns = [
-        {"role": "developer", "content": "Be brief."},
-        {"role": "user", "content": "Hello."},
-        {"role": "assistant", "content": None},
-        *chat["messages"],
-    ]
-    assert client.chat.completions.create(**{**chat, "messages": turns}, **off).choices
-    with pytest.raises(openai.BadRequestError, match="no trained weights"):
-        ask(client, image, tokencomp={"reducer": "selector"})
-    with pytest.raises(openai.BadRequestError, match="tokens before compression"):
-        ask(client, image, text="What " * 1200)
-    with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(model="other", messages=http.messages("x"))
-    assert ask(client, image).choices[0].message.content
-    assert http.get(url + "/health")[0] == 200
-    assert http.metric(url, "tokencomp_requests_total") > 20
-
-
-def test_the_example_client(served: Any, tmp_path: Any) -> None:
+def test_the_example_client(hf_server: Any, tmp_path: Any) -> None:
     import subprocess
     import sys
 
-    url, _, _, _ = served
+    url, _, _, _ = hf_server
     file = tmp_path / "image.png"
     http.tiny.image(1).save(file)
     script = Path(__file__).parents[2] / "examples" / "serve_client.py"
@@ -414,11 +278,11 @@ def test_the_example_client(served: Any, tmp_path: Any) -> None:
     assert (full - half, full - quarter) == (32, 48)  # of 64 visual tokens
 
 
-def test_the_clients_of_the_documentation(served: Any, tmp_path: Any) -> None:
+def test_the_clients_of_the_documentation(hf_server: Any, tmp_path: Any) -> None:
     import subprocess
     import sys
 
-    url, _, _, _ = served
+    url, _, _, _ = hf_server
     http.tiny.image(1).save(tmp_path / "image.png")
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     page = page.replace("http://127.0.0.1:8000", url)

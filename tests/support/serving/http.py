@@ -24,6 +24,7 @@ from PIL import Image
 from support.serving import media as tiny
 
 START_SECONDS = 400
+QUESTION = "What color is the circle?"
 
 
 def free_port() -> int:
@@ -170,3 +171,13 @@ def messages(text: str, *urls: str) -> list[dict[str, Any]]:
         kind = "video_url" if url.startswith("data:video") else "image_url"
         parts.append({"type": kind, kind: {"url": url}})
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def ask(client: Any, *urls: str, text: str = QUESTION, **more: Any) -> Any:
+    """Return the greedy answer of a server with transformers; `tokencomp` are its options."""
+    options = more.pop("tokencomp", None)
+    body = {} if options is None else {"tokencomp": options}
+    return client.chat.completions.create(
+        model="tiny", messages=messages(text, *urls), max_tokens=more.pop("max_tokens", 8),
+        temperature=0, extra_body=body, **more,
+    )  # fmt: skip
