@@ -113,13 +113,14 @@ class Conversation:
             raise
 
     @torch.no_grad()
-    def run(self, inputs: Mapping[str, Tensor], bounded: bool = True) -> Tensor:
+    def run(self, inputs: Mapping[str, Tensor], kept: bool = True) -> Tensor:
         """`add` for callers that hold a mark: after an error, they must rewind.
 
         Parameters
         ----------
-        bounded
-            Whether text must fit into the budget; not if it is forgotten again.
+        kept
+            Whether the part stays, so that text must fit into the budget; False if the caller
+            rewinds.
         """
         ids = inputs["input_ids"]
         if ids.shape[0] != 1:
@@ -131,7 +132,7 @@ class Conversation:
         inputs = {k: v.to(device) for k, v in inputs.items() if isinstance(v, Tensor)}
         kinds = self.adapter.kinds(inputs) if self.adapter.carries_features(inputs) else None
         check_patch(handle_of(self.adapter), kinds)
-        if kinds is None and bounded:
+        if kinds is None and kept:
             self.check_text(ids.shape[1])
         positions, following = self.positions.of(inputs, kinds)
         appearance = self.budget is not None and self.policy == "redundant"
@@ -141,7 +142,7 @@ class Conversation:
                 **{self._cache_name: self.cache},
             )  # fmt: skip
         n = ids.shape[1]
-        if self.budget is not None:
+        if self.budget is not None and kept:
             self._note(n, watch)
         self.positions.following, self.tokens = following, self.tokens + n
         self.items += kinds is not None

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokencomp.errors import FrameOrderError, MediaError, OptionError
-from tokencomp.inputs.frame_times import frame_times, reads_times
+from tokencomp.inputs.frame_times import frame_times
 from tokencomp.inputs.images import to_rgb
 from tokencomp.inputs.video import Sampling, Video
 from tokencomp.validation import fits
@@ -181,8 +181,3 @@ def item_inputs(
         size = getattr(medium, "size", None) or getattr(medium, "shape", None)
         raise MediaError(f"the model's processor refuses a {kind} of {size}: {error}") from error
     return {k: v for k, v in inputs.items() if isinstance(v, Tensor) and k != "attention_mask"}
-
-
-def needs_times(processor: Any) -> bool:
-    """Whether the processor writes when frames were shown."""
-    return reads_times(processor)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, SessionError
+from tokencomp.inputs.frame_times import reads_times
 from tokencomp.inputs.questions import media_kind
 from tokencomp.session.conversation import Conversation, join
-from tokencomp.session.items import Clock, as_frames, as_image, item_inputs, needs_times
+from tokencomp.session.items import Clock, as_frames, as_image, item_inputs
 from tokencomp.session.patched import handle_of
 from tokencomp.session.turns import Turns
 from tokencomp.validation import fits
@@ -143,7 +144,7 @@ class Session:
             )
         medium: Any = as_image(media) if kind == "image" else as_frames(media)
         if kind == "video":
-            times = self._clock.times(media, seconds, needs_times(self._processor))
+            times = self._clock.times(media, seconds, reads_times(self._processor))
         piece = self._pieces.setdefault(kind, self._turns.media(kind))
         sampling = None if times is None else self._clock.sampling(times)
         inputs = item_inputs(self._processor, piece, kind, medium, sampling)
@@ -207,14 +208,14 @@ class Session:
         """Ids of the answer; all of them are in the cache if they are to be kept."""
         run, stops = self._conversation.run, self._stops()
         answer: list[int] = []
-        logits = run(_ids(ids), bounded=keep)
+        logits = run(_ids(ids), kept=keep)
         while len(answer) < most:
             token = int(logits.argmax())
             if token in stops:
                 break
             answer.append(token)
             if keep or len(answer) < most:
-                logits = run(_ids([token]), bounded=keep)
+                logits = run(_ids([token]), kept=keep)
         return answer
 
     def _stops(self) -> set[int]:
