@@ -2,8 +2,8 @@
 
 A policy is a number of evenly spaced frames (`8`), a rate (`"1fps"`), bursts of the compressed
 stream (`"stream:32"`), or a choice by the scores of a callable (`Scored`, in text
-`"scorer:aks:8"`). It is deterministic and sees the index of the file; only `Scored` looks at
-pictures.
+`"scorer:aks:8"`). It is deterministic and sees the index of the file; only `Scored` decodes
+candidates first.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Choice:
     silence: str = ""
 
 
-Look = Callable[[Sequence[int]], list[Any]]
+Decode = Callable[[Sequence[int]], list[Any]]
 """Decodes the frames at some places, as PIL images."""
 
 
 class Policy(Protocol):
     """Chooses frames of a clip. `str(policy)` is its text, from which it can be made again."""
 
-    def choose(self, index: ClipIndex, look: Look, question: str) -> Choice:
+    def choose(self, index: ClipIndex, decode: Decode, question: str) -> Choice:
         """Choose frames; raises `MediaError` if the file cannot have them."""
 
 
@@ -62,7 +62,7 @@ class Even:
     def __str__(self) -> str:
         return str(self.count)
 
-    def choose(self, index: ClipIndex, look: Look, question: str) -> Choice:
+    def choose(self, index: ClipIndex, decode: Decode, question: str) -> Choice:
         return Choice(tuple(frame_indices(index.total, self.count)), "even")
 
 
@@ -75,7 +75,7 @@ class Rate:
     def __str__(self) -> str:
         return f"{self.fps:g}fps"
 
-    def choose(self, index: ClipIndex, look: Look, question: str) -> Choice:
+    def choose(self, index: ClipIndex, decode: Decode, question: str) -> Choice:
         if index.times is None or index.fps is None or index.duration is None:
             raise MediaError(
                 f'frames="{self}": the clip does not say when its frames are shown. Give a number '
@@ -101,7 +101,7 @@ class Stream:
     def __str__(self) -> str:
         return f"stream:{self.count}"
 
-    def choose(self, index: ClipIndex, look: Look, question: str) -> Choice:
+    def choose(self, index: ClipIndex, decode: Decode, question: str) -> Choice:
         places, rule = stream_choice(index, self.count)
         return Choice(tuple(places), rule, silence(index))
 
@@ -133,7 +133,7 @@ class Scored:
     def __str__(self) -> str:
         return f"scorer:{self.rule}:{self.count}"
 
-    def choose(self, index: ClipIndex, look: Look, question: str) -> Choice:
+    def choose(self, index: ClipIndex, decode: Decode, question: str) -> Choice:
         if self.scorer is None:
             raise OptionError(
                 f'frames="{self}": there is no scorer. In Python give '
@@ -142,7 +142,7 @@ class Scored:
             )
         seconds = index.duration or 0.0
         candidates = frame_indices(index.total, max(self.count, round(seconds)))
-        scores = checked_scores(self.scorer(look(candidates), question), len(candidates))
+        scores = checked_scores(self.scorer(decode(candidates), question), len(candidates))
         taken = sorted(candidates[k] for k in RULES[self.rule](scores, self.count))
         return Choice(tuple(taken), self.rule)
 

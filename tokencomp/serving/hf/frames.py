@@ -64,11 +64,11 @@ def chosen(index: ClipIndex, limits: Limits) -> Choice:
         There are too many of them.
     """
     policy = frame_policy(limits.policy or limits.frames)
-    choice = policy.choose(index, _look, "")
+    choice = policy.choose(index, _decode, "")
     if len(choice.places) > limits.frames:
         raise RequestError(f"{len(choice.places)} frames; the limit is {limits.frames}.", 413)
     return choice
 
 
-def _look(places: Sequence[int]) -> list[Any]:
-    raise AssertionError("only policies by scores look at pictures")
+def _decode(places: Sequence[int]) -> list[Any]:
+    raise AssertionError("only policies by scores decode candidates")
