@@ -44,10 +44,10 @@ class EmbeddingScorer:
     def _batch(self, frames: Sequence[Any], question: str) -> list[float]:
         media = [[frame] for frame in frames]
         inputs = to_model(build_inputs(self.processor, media, [question] * len(media)), self.model)
-        rows, ids = self._embeddings(inputs).float(), inputs["input_ids"]
-        visual = torch.zeros_like(ids, dtype=torch.bool)
-        for token in self.adapter.placeholder_ids():
-            visual |= ids == token
+        rows = self._embeddings(inputs).float()
+        kinds = self.adapter.kinds(inputs)
+        assert kinds is not None  # each row has a frame
+        visual = kinds > 0
         text = inputs["attention_mask"].bool() & ~visual
         rows = torch.nn.functional.normalize(rows, dim=-1)
         mean = (rows * text[..., None]).sum(1, keepdim=True)
