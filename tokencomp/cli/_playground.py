@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
+from tokencomp.cli._demo import packaged_questions
 from tokencomp.cli._showcase import PromptMaker, answer_prompt, time_prefill
 from tokencomp.errors import TokenCompError, missing_package
 from tokencomp.evaluation.environment import public_name
@@ -138,22 +137,18 @@ def build(play: Playground) -> Any:
 
 def _samples() -> list[list[str | None]]:
     """Picture, clip and question of the embedded samples; none where they are not installed."""
-    folder = zoo_folder()
-    if folder is None:
-        return []
-    samples = json.loads((folder / "samples" / "questions.json").read_text())
     rows: list[list[str | None]] = []
-    for sample in samples:
-        path = folder / "samples" / sample["media"]
+    for example in packaged_questions() if zoo_folder() is not None else ():
+        path = example.media[0]
         own = [str(path), None] if path.suffix == ".jpg" else [None, str(path)]
-        rows.append([*own, sample["question"]])
+        rows.append([*own, example.prompt])
     return rows
 
 
 def serve(play: Playground, host: str, port: int, browser: bool) -> None:
     """Serve the page until the process is interrupted."""
     folder = zoo_folder()
-    allowed = [] if folder is None else [str(Path(folder) / "samples")]
+    allowed = [] if folder is None else [str(folder / "samples")]
     build(play).queue(default_concurrency_limit=1).launch(
         server_name=host,
         server_port=port or None,
