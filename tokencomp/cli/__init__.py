@@ -31,13 +31,13 @@ INTERRUPTED = 130
 
 @contextlib.contextmanager
 def interrupted() -> Iterator[None]:
-    """Say a word at Ctrl-C, which typer turns into an exit code alone."""
+    """Print a message at Ctrl-C, which typer turns into an exit code alone."""
     try:
         yield
     except SystemExit as leave:
         if leave.code == INTERRUPTED:
             print(
-                "stopped. Where a command keeps its answers in a folder, the same command goes on.",
+                "stopped. Where a command keeps its answers in a folder, the same command resumes.",
                 file=sys.stderr,
             )
         raise

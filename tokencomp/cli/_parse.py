@@ -43,8 +43,8 @@ def ratios(text: str) -> list[float | dict[str, float]]:
     return settings
 
 
-def budgets(text: str | None) -> list[int | dict[str, int]]:
-    """ "512,prompt=4096" → [512, {"prompt": 4096}]; None → [].
+def budgets(text: str) -> list[int | dict[str, int]]:
+    """ "512,prompt=4096" → [512, {"prompt": 4096}].
 
     Raises
     ------
@@ -54,7 +54,7 @@ def budgets(text: str | None) -> list[int | dict[str, int]]:
     from tokencomp.plan.amounts import Amount
 
     found: list[int | dict[str, int]] = []
-    for piece in names(text) if text is not None else ():
+    for piece in names(text):
         name, mark, value = piece.rpartition("=")
         number: Any = int(value) if value.strip().isdecimal() else value
         found.append({name.strip(): number} if mark else number)
