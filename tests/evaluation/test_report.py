@@ -165,3 +165,13 @@ def test_times_of_the_parts_are_shown_beside_the_full_models(runs, tmp_path):
     assert run("report", runs, "-o", page) == 0
     text = " ".join(re.sub("<[^>]+>", " ", page.read_text()).split())
     assert "Where the time goes" in text and "aim 0.5 12.0 of 12.5 1.0 of 0.0" in text
+
+
+def test_one_ratio_gives_a_row_per_method_and_no_column_of_points():
+    one = {"random": [Point(0.75, 0.7, 0.4, 1.0)], "auto": [Point(0.74, 1.0, 1.0, 1.0)]}
+    rows = lines(one, x="achieved ratio", y="accuracy", reference=0.9)
+    assert all(f">{word}</text>" in rows for word in ("random", "auto", "accuracy", "full model"))
+    assert rows.index(">random</text>") < rows.index(">auto</text>")
+    assert "achieved ratio" not in rows
+    two = lines({**one, "auto": [*one["auto"], Point(0.9, 0.8)]}, x="achieved ratio", y="accuracy")
+    assert "achieved ratio" in two

@@ -36,7 +36,8 @@ def lines(
 ) -> str:
     """One line per series, baselines dashed and grey; returns an `<svg>` element.
 
-    The same points give the same text.
+    Where every series has one point, there is nothing to draw a line through: each gets a row of
+    its own. The same points give the same text.
 
     Parameters
     ----------
@@ -52,6 +53,8 @@ def lines(
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
+    if not diagonal and series and all(len(points) == 1 for points in series.values()):
+        return _rows({name: points[0] for name, points in series.items()}, y, reference)
     figure = Figure(figsize=(5.0, 3.5), layout="constrained")  # legible on a phone
     axes = figure.add_subplot()
     colors = iter(COLORS * (1 + len(series) // len(COLORS)))
@@ -72,6 +75,34 @@ def lines(
     axes.spines[["top", "right"]].set_visible(False)
     if series:
         axes.legend(frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def _rows(points: Mapping[str, Point], label: str, reference: float | None) -> str:
+    """One row per name with its value and interval, the first on top."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(5.0, max(2.0, 0.8 + 0.35 * len(points))), layout="constrained")
+    axes = figure.add_subplot()
+    colors = iter(COLORS * (1 + len(points) // len(COLORS)))
+    for row, (name, point) in enumerate(points.items()):
+        color = GREYS.get(name) or next(colors)
+        axes.plot([point.y], [row], "o", markersize=6, color=color, zorder=3)
+        if point.low is not None and point.high is not None:
+            axes.hlines(row, point.low, point.high, color=color, alpha=0.5)
+    if reference is not None:
+        axes.axvline(reference, color="#111827", linewidth=1, zorder=1)
+        axes.annotate(
+            "full model", (reference, 1), xycoords=("data", "axes fraction"), xytext=(-3, 3),
+            textcoords="offset points", fontsize=9, ha="right",
+        )  # fmt: skip
+    axes.set_yticks(range(len(points)), list(points))
+    axes.set_ylim(len(points) - 0.5, -0.5)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.25, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
 
 
