@@ -317,6 +317,11 @@ def test_stages_that_nothing_can_score_are_refused(family: Family) -> None:
     why = "a bias by distance" if family.name == UNSCORED else "none of the layers 0 to 0 has"
     with pytest.raises(PlanError, match=why):
         tokencomp.patch(model, plan=plan)
+    images = tokencomp.Plan((tokencomp.Stage(1, 0.0, reducer, by_kind=(("image", 0.25),)),))
+    with tokencomp.patch(model, plan=ENTRY) as handle:
+        with pytest.raises(PlanError, match=why):
+            handle.set(plan=images)
+        handle.set(plan=ENTRY)  # the patch is still there
 
 
 @pytest.mark.parametrize("name", [n for n in ("gemma3", "gemma4") if n in HYBRID])

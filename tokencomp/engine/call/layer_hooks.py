@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.state import CallHooks, RunningCalls
-from tokencomp.engine.kinds.windows import Windows
-from tokencomp.engine.scores.layer_stages import scored_before, scored_layer
+from tokencomp.engine.scores.layer_stages import scored_stages
 from tokencomp.engine.scores.tap import attention_of
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention
@@ -48,15 +47,9 @@ class LayerHooks(CallHooks):
         UnsupportedModelError
             Tokens would be scored by a layer that has no attention.
         """
-        windows, layers = Windows.of(self.adapter.decoder), self.adapter.layers
         self._staged = bool(plan.layer_stages)
-        for stage in plan.layer_stages:
-            for signal in stage.reducer.needs if stage.most > 0 else ():
-                if isinstance(signal, Attention) and scored_before(
-                    signal, self.adapter, stage.layer
-                ):
-                    attn = attention_of(layers[scored_layer(windows, plan, stage.layer)])
-                    self._scored.append((attn, stage.layer, signal))
+        for stage, layer, signal in scored_stages(plan, self.adapter):
+            self._scored.append((attention_of(self.adapter.layers[layer]), stage, signal))
 
     def remove(self) -> None:
         """Undo `install`, and remove all hooks; safe to call twice."""

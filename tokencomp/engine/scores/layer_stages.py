@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
@@ -118,14 +119,26 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
             f"layer {last}, and must hold the same tokens. Choose layers up to {last}, or a "
             "reducer that acts at entry."
         )
-    windows = Windows.of(decoder)
+    for stage, layer, _ in scored_stages(plan, adapter):
+        _check_attention(adapter, layer, stage)
+
+
+def scored_stages(plan: Plan, adapter: Adapter) -> Iterator[tuple[int, int, Attention]]:
+    """Stages that a layer before them scores for: layer of the stage, that layer, and the signal.
+
+    Raises
+    ------
+    PlanError
+        No layer before a stage has attention.
+    """
+    windows = Windows.of(adapter.decoder)
     for stage in plan.layer_stages:
-        for signal in stage.reducer.needs if stage.fraction > 0 else ():
-            if isinstance(signal, Attention) and scored_before(signal, adapter, stage.layer):
-                _check_attention(adapter, scored_layer(windows, plan, stage.layer), stage.layer)
+        for signal in stage.reducer.needs if stage.most > 0 else ():
+            if isinstance(signal, Attention) and _scored_before(signal, adapter, stage.layer):
+                yield stage.layer, _scored_layer(windows, plan, stage.layer), signal
 
 
-def scored_before(signal: Attention, adapter: Adapter, stage: int) -> bool:
+def _scored_before(signal: Attention, adapter: Adapter, stage: int) -> bool:
     """Whether a layer before the stage scores for it, and not layer `stage` itself.
 
     That is so where the signal says it, and where layer `stage` has no attention.
@@ -139,7 +152,7 @@ def scored_before(signal: Attention, adapter: Adapter, stage: int) -> bool:
     return False
 
 
-def scored_layer(windows: Windows, plan: Plan, stage: int) -> int:
+def _scored_layer(windows: Windows, plan: Plan, stage: int) -> int:
     """The layer whose attention scores tokens for the stage before layer `stage`.
 
     It is the last one before the stage, and behind the stage before, whose queries see all tokens;
