@@ -22,7 +22,7 @@ from support.tower_loops import (
     mix,
     peaks,
     rows_of,
-)  # fmt: skip
+)
 
 from tokencomp import make_reducer
 from tokencomp.reducers._segments import segments, static_segments

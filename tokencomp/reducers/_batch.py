@@ -13,24 +13,23 @@ from torch.nn.functional import normalize
 
 from tokencomp.errors import ScoreError
 from tokencomp.tokens.patches import Patches, Places, by_group, grouped, stacks
-from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
 
 __all__ = [
     "Patches", "Places", "by_group", "evenly", "grouped", "min_max", "previous_similarity",
-    "questions", "random_ranks", "segment", "spread", "stacks", "top_k_of_spans",
+    "questions", "random_ranks", "segment", "spread", "stacks",
 ]  # fmt: skip
 
 
 def segment(values: Tensor, lengths: Sequence[int], how: str) -> Tensor:
-    """Sum, max or min ("sum", "max", "min") of every span of values (n,); no span is empty."""
+    """Sum, max or min ("sum", "max", "min") of every span of values (n, …); no span is empty."""
     if len(lengths) == 1:
-        single: dict[str, Callable[[Tensor], Tensor]] = {
+        single: dict[str, Callable[..., Tensor]] = {
             "sum": torch.sum,
-            "max": torch.max,
-            "min": torch.min,
+            "max": torch.amax,
+            "min": torch.amin,
         }
-        return single[how](values)[None]
+        return single[how](values, dim=0, keepdim=True)
     counts = torch.tensor(list(lengths), device=values.device)
     return torch.segment_reduce(values, how, lengths=counts, unsafe=True)
 
@@ -62,25 +61,6 @@ def evenly(n: int, k: int) -> Places:
 def random_ranks(seed: int, cells: int) -> Tensor:
     """A random number for every cell of a grid, the same on every device."""
     return torch.rand(cells, generator=torch.Generator().manual_seed(seed))
-
-
-def top_k_of_spans(
-    scores: Tensor, batch: SpanBatch, keeps: Sequence[int], patches: Patches | None = None
-) -> Reduction:
-    """The best-scored tokens of every span, all special ones among them; ties to the lower row.
-
-    Parameters
-    ----------
-    scores : Tensor of float32, without NaN
-        Of all tokens of the batch, or of its `patches` where they are given.
-    """
-    from tokencomp.kernels import topk_stable
-
-    if patches is not None:
-        return patches.kept(topk_stable(scores, patches.budgets, spans=patches.lengths))
-    if batch.special is not None:
-        scores = scores.masked_fill(batch.special, torch.inf)
-    return Reduction(topk_stable(scores, keeps, spans=batch.lengths))
 
 
 def questions(batch: SpanBatch, reducer: str, instead: str) -> list[Tensor]:

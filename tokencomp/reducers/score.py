@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokencomp.reducers._batch import top_k_of_spans
 from tokencomp.reducers._rows import finite_values
 from tokencomp.reducers.base import Reducer
 from tokencomp.tokens.patches import Patches
@@ -42,6 +41,8 @@ class ScoreReducer(Reducer):
         """
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        from tokencomp.kernels import topk_stable
+
         patches = Patches.of(batch, keeps)
         scores = finite_values(self.scores(patches), "scores")
-        return top_k_of_spans(scores, batch, keeps, patches)
+        return patches.kept(topk_stable(scores, patches.budgets, spans=patches.lengths))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, WeightsError
-from tokencomp.reducers._batch import Patches, by_group, min_max, top_k_of_spans
+from tokencomp.reducers._batch import Patches, by_group, min_max
 from tokencomp.reducers._rows import finite_features, signal_scores, supplied_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -188,12 +188,13 @@ class Selector(Reducer):
         return BoundSelector(str(path), self.pick, net)
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        from tokencomp.kernels import maxmin_select, topk_stable
+
         patches = Patches.of(batch, keeps)
         if self.pick == "top":
             row = patches.of_patches(signal_scores(batch, "selector"))
-            return top_k_of_spans(self.importances(patches, row), batch, keeps, patches)
-        from tokencomp.kernels import maxmin_select
-
+            scores = self.importances(patches, row)
+            return patches.kept(topk_stable(scores, patches.budgets, spans=patches.lengths))
         row = patches.of_patches(supplied_scores(batch, "selector"))
         x = finite_features(patches.features, row)
         # With λ = 0.5, λ·I - (1-λ)·max cos orders as I + min (1 - cos).

@@ -67,8 +67,7 @@ class VCast(Reducer):
 
 def frame_means(x: Tensor, lengths: Sequence[int]) -> Tensor:
     """Mean row of every frame of x (n, d), shape (frames, d)."""
-    totals = segment(x, lengths, "sum") if len(lengths) > 1 else x.sum(0, keepdim=True)
-    return totals / torch.tensor(lengths, device=x.device)[:, None]
+    return segment(x, lengths, "sum") / torch.tensor(lengths, device=x.device)[:, None]
 
 
 def curvature(means: Tensor) -> Tensor:
