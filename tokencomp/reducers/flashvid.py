@@ -134,15 +134,15 @@ def trees(x: Tensor, free: Tensor, keep: int) -> Parts:
     similarity = (unit[1:] @ unit[:-1].mT).masked_fill(~free[:-1, None], -torch.inf)
     best, parent = similarity.max(2)
     best = best.masked_fill(~free[1:], -torch.inf)
-    links = int((best > LINK).sum().clamp(max=int(free.sum()) - keep))
+    links = int(torch.minimum((best > LINK).sum(), free.sum() - keep))
     linked = torch.zeros(free.numel(), dtype=torch.bool, device=x.device)
     linked[n + best.flatten().sort(descending=True, stable=True).indices[:links]] = True
     linked = linked.view_as(free)
     sums, sizes = x.clone(), x.new_ones(frames, n)
     for f in range(frames - 1, 0, -1):
-        own = linked[f].nonzero()[:, 0]
-        sums[f - 1].index_add_(0, parent[f - 1, own], sums[f, own])
-        sizes[f - 1].index_add_(0, parent[f - 1, own], sizes[f, own])
+        # Rows that hang on nothing add 0, so that the host need not know which these are.
+        sums[f - 1].index_add_(0, parent[f - 1], sums[f] * linked[f, :, None])
+        sizes[f - 1].index_add_(0, parent[f - 1], sizes[f] * linked[f])
     roots = free & ~linked
     parts: Parts = []
     for f, count in enumerate(split_evenly(keep, roots.sum(1).tolist())):
