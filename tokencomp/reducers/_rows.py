@@ -58,15 +58,15 @@ def replace_patches(tokens: VisualTokens, rows: Tensor, x: Tensor, sizes: Tensor
     rows : Tensor of int64, shape (k,)
         Rows of `tokens.features` that the new patches take, in any order.
     x : Tensor, shape (k, d)
-        Features of the new patches.
-    sizes : Tensor of float32, shape (k,)
+        Features of the new patches, in any dtype; they get that of `tokens.features`.
+    sizes : Tensor, shape (k,)
         How many original tokens each of them stands for.
     """
     special = tokens.special.nonzero()[:, 0]
     keep, order = torch.cat([special, rows]).sort()
     ones = torch.ones(special.numel(), device=sizes.device)
-    merged = torch.cat([tokens.features[special], x])[order]
-    return Reduction(keep, merged, torch.cat([ones, sizes])[order])
+    merged = torch.cat([tokens.features[special], x.to(tokens.features.dtype)])[order]
+    return Reduction(keep, merged, torch.cat([ones, sizes.float()])[order])
 
 
 def top_k(scores: Tensor, special: Tensor, keep: int) -> Tensor:

@@ -75,7 +75,7 @@ class FastVid(Reducer):
             kept += [(places + first * n, values, sizes) for places, values, sizes in part]
             first += length
         places, values, sizes = (torch.cat(column) for column in zip(*kept, strict=True))
-        return replace_patches(tokens, rows[places], values.to(tokens.features.dtype), sizes)
+        return replace_patches(tokens, rows[places], values, sizes)
 
 
 def frame_counts(lengths: list[int], budget: int, n: int) -> tuple[list[int], list[int]]:

@@ -90,7 +90,7 @@ class FlashVid(Reducer):
                 kept += [(places + first * n, value, sizes) for places, value, sizes in own]
             first += length
         at, values, sizes = (torch.cat(column) for column in zip(*kept, strict=True))
-        return replace_patches(tokens, rows[at], values.to(tokens.features.dtype), sizes)
+        return replace_patches(tokens, rows[at], values, sizes)
 
 
 def spread_out(unit: Tensor, weights: Tensor, counts: list[int]) -> Tensor:

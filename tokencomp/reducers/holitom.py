@@ -66,7 +66,7 @@ class HoliTom(Reducer):
                 centres, value, sizes = peaks(means, count)
                 kept.append((window.first * n + own[centres], value, sizes * window.length))
         at, values, sizes = (torch.cat(column) for column in zip(*kept, strict=True))
-        return replace_patches(tokens, rows[at], values.to(tokens.features.dtype), sizes)
+        return replace_patches(tokens, rows[at], values, sizes)
 
 
 def peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor, Tensor]:

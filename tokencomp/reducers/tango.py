@@ -69,8 +69,8 @@ class Tango(Reducer):
             places.append(at[chosen])
             values.append(value[chosen])
             sizes.append(x.new_full((count,), size))
-        merged = torch.cat(values).to(tokens.features.dtype)
-        return replace_patches(tokens, rows[torch.cat(places)], merged, torch.cat(sizes))
+        at, merged = rows[torch.cat(places)], torch.cat(values)
+        return replace_patches(tokens, at, merged, torch.cat(sizes))
 
 
 def representatives(y: Tensor, saliency: Tensor, count: int) -> Tensor:

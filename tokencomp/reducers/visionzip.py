@@ -59,5 +59,4 @@ class VisionZip(Reducer):
         kept = torch.cat([dominant, targets]).sort().values
         sizes = None if tokens.sizes is None else tokens.sizes[rows]
         merged = merge_rows(x, target, kept, sizes, weighted=False)
-        x_new = merged.x.to(tokens.features.dtype)
-        return replace_patches(tokens, rows[kept], x_new, merged.sizes.float())
+        return replace_patches(tokens, rows[kept], merged.x, merged.sizes)
