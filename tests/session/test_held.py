@@ -80,6 +80,15 @@ def test_what_changed_stays_longest() -> None:
     assert redundant(held).tolist() == [0, 1, 2, 4, 5, 3, 6, 7]
 
 
+def test_features_beside_text_keep_their_dtype() -> None:
+    none, features = torch.zeros(2, 0), torch.randn(2, 4).bfloat16()
+    text = Held(torch.arange(2), torch.full((2,), TEXT), torch.full((2,), NOWHERE), none)
+    media = Held(torch.arange(2), torch.zeros(2, dtype=torch.long), torch.arange(2), features)
+    for joined, rows in ((text.joined(media), slice(2, 4)), (media.joined(text), slice(0, 2))):
+        assert joined.appearance.dtype == torch.bfloat16
+        assert torch.equal(joined.appearance[rows], features)
+
+
 def test_places() -> None:
     places = Places()
     video = VisualSpan(2, 14, (2, 2, 3), "video", text=(6, 7), item=0)

@@ -56,8 +56,8 @@ class Held:
 
     def joined(self, new: Held) -> Held:
         """These rows and newer ones."""
-        width = max(self.appearance.shape[1], new.appearance.shape[1])
-        appearance = torch.cat([_padded(self.appearance, width), _padded(new.appearance, width)])
+        wide = max(self.appearance, new.appearance, key=lambda x: x.shape[1])
+        appearance = torch.cat([_padded(x, wide) for x in (self.appearance, new.appearance)])
         return Held(
             torch.cat([self.columns, new.columns]),
             torch.cat([self.items, new.items]),
@@ -70,10 +70,10 @@ class Held:
         return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
-def _padded(appearance: Tensor, width: int) -> Tensor:
-    return (
-        appearance if appearance.shape[1] == width else appearance.new_zeros(len(appearance), width)
-    )
+def _padded(appearance: Tensor, wide: Tensor) -> Tensor:
+    """Zeros as wide as the features of patches, and of their dtype, for rows without any."""
+    same = appearance.shape[1] == wide.shape[1]
+    return appearance if same else wide.new_zeros(len(appearance), wide.shape[1])
 
 
 class Places:
