@@ -6,7 +6,7 @@ Both kinds of scores, of a call that has run and of the input of a layer, are co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class StageScores:
         By stage, what the attention call that scores for it has made of its input by `q_proj`.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: nn.ModuleList) -> None:
         self._layers = layers
         self._spans: dict[int, Tensor] = {}
         self._texts: dict[int, list[list[Tensor]]] = {}
