@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from tokencomp.engine.rows.layout import RowLayout
+from tokencomp.engine.rows.layout import RowLayout, visual_places
 
 
 def visual_values(values: Tensor, layout: RowLayout) -> Tensor:
     """One value per column, (B, width), as one per visual token that is left, (tokens,)."""
-    rows = [
-        np.arange(live.start, live.stop) + b * layout.width
-        for b, row in enumerate(layout.spans)
-        for live in row
-    ]
-    index = torch.from_numpy(np.concatenate(rows)).to(values.device)
-    return values.flatten().index_select(0, index)
+    return values.flatten().index_select(0, visual_places(layout, values.device))
 
 
 def text_values(values: Tensor, layout: RowLayout) -> list[list[Tensor]]:
