@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.compress import compress_layer
-from tokencomp.engine.cache.layers import CompressedDynamicLayer, CompressedLayer, InForce
+from tokencomp.engine.cache.layers import WHOLE, CompressedLayer, InForce
 from tokencomp.engine.cache.rows import filled, holds_rows, physical_length
 from tokencomp.engine.kinds.indexed import Indexed
 from tokencomp.engine.kinds.windows import Windows
@@ -28,8 +27,6 @@ from tokencomp.engine.rows.outputs import cached_columns
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
 from tokencomp.torchlib import compat
 
-EVICTABLE = frozenset({DynamicLayer, CompressedDynamicLayer})
-"""Cache layers whose rows can leave: they hold every row, and nothing beside rows."""
 BY_ROW_NUMBER = ("attn_temperature_tuning", "log_scaling_n_floor")
 """Fields of configs of decoders that scale queries by the number of their row."""
 
@@ -113,7 +110,7 @@ def evict(cache: Any, columns: Tensor) -> int:
     layers = filled(every)
     states = compat.linear_layer()
     rows_or_states = [x for x in every if holds_rows(x) or isinstance(x, states)]
-    wrong = sorted({type(x).__name__ for x in rows_or_states if type(x) not in EVICTABLE})
+    wrong = sorted({type(x).__name__ for x in rows_or_states if type(x) not in WHOLE})
     if wrong or not layers:
         raise UnsupportedCacheError(
             f"{type(cache).__name__} holds {', '.join(wrong) or 'no rows'}; rows can be evicted "

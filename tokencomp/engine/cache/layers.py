@@ -212,6 +212,10 @@ class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
         self.is_initialized = False
 
 
+WHOLE = frozenset({DynamicLayer, CompressedDynamicLayer})
+"""Cache layers that hold every row, and nothing beside rows: any row can leave."""
+
+
 class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
     """A `DynamicSlidingWindowLayer` from which rows have been left out.
 

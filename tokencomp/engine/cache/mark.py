@@ -5,13 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers.cache_utils import DynamicLayer
-
 from tokencomp.engine.cache.frames import ATTRIBUTE
-from tokencomp.engine.cache.layers import CompressedDynamicLayer
+from tokencomp.engine.cache.layers import WHOLE
 from tokencomp.engine.cache.rows import physical_length
-
-CROPPED = frozenset({DynamicLayer, CompressedDynamicLayer})
 
 
 class Mark:
@@ -46,7 +42,7 @@ class Mark:
 
 
 def _croppable(layer: Any) -> bool:
-    return type(layer) in CROPPED and layer.is_initialized
+    return type(layer) in WHOLE and layer.is_initialized
 
 
 class _Rows:
