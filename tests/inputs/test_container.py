@@ -11,6 +11,7 @@ from support.clips import CODECS, pictures, write_clip
 
 from tokencomp.errors import FrameChoiceWarning, MediaError
 from tokencomp.inputs.container import VideoFile
+from tokencomp.inputs.frames import Scored
 from tokencomp.inputs.media import load_media
 from tokencomp.inputs.packets import packets_of
 
@@ -176,6 +177,15 @@ def test_a_lost_frame_is_replaced_by_the_one_before_it(tmp_path):
     with pytest.warns(FrameChoiceWarning, match="number 22"):
         video = load_media(path, 4)
     assert video.sampling.indices == (7, 21, 37, 52)
+    seen = []
+
+    def scorer(frames, question):  # gets every readable frame once, and is not blamed for the lost
+        seen.append(len(frames))
+        return [0.0] * len(frames)
+
+    every = Scored(COUNT, scorer)
+    assert load_media(path, every).sampling.indices == tuple(k for k in range(COUNT) if k != 22)
+    assert seen == [COUNT - 1]
 
 
 def test_endless_files_are_refused(tmp_path):

@@ -57,6 +57,8 @@ def test_other_options(clip):
             load_media(clip, size=size)
     with pytest.raises(OptionError, match="pyav, torchcodec, decord"):
         load_media(clip, decoder="opencv")
+    with pytest.raises(OptionError, match="torchcodec alone"):
+        load_media(clip, decoder="pyav:cuda")
     with pytest.raises(OptionError, match="CPU alone"):
         load_media(clip, decoder="decord:cuda")
 

@@ -42,8 +42,8 @@ class Choice:
     silence: str = ""
 
 
-Decode = Callable[[Sequence[int]], list[Any]]
-"""Decodes the frames at some places, as PIL images."""
+Decode = Callable[[Sequence[int]], tuple[list[int], list[Any]]]
+"""Decodes frames at places; returns those that could be read, ascending, and their PIL images."""
 
 
 class Policy(Protocol):
@@ -142,8 +142,9 @@ class Scored:
             )
         seconds = index.duration or 0.0
         candidates = frame_indices(index.total, max(self.count, round(seconds)))
-        scores = checked_scores(self.scorer(decode(candidates), question), len(candidates))
-        taken = sorted(candidates[k] for k in RULES[self.rule](scores, self.count))
+        places, pictures = decode(candidates)  # of damaged frames those that are shown instead
+        scores = checked_scores(self.scorer(pictures, question), len(places))
+        taken = sorted(places[k] for k in RULES[self.rule](scores, self.count))
         return Choice(tuple(taken), self.rule)
 
 

@@ -97,8 +97,12 @@ def load_media(
     path, policy = Path(path), frame_policy(frames)
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise OptionError(f"size={size!r}: give the longest side in pixels, e.g. 448, or None.")
-    if decoder.partition(":")[0] not in DECODERS:
-        raise OptionError(f"decoder={decoder!r}: use one of {', '.join(DECODERS)}.")
+    name, _, device = decoder.partition(":")
+    if name not in DECODERS or (device and DECODERS[name] is None):
+        raise OptionError(
+            f"decoder={decoder!r}: use one of {', '.join(DECODERS)}. A device may follow "
+            "torchcodec alone, as in torchcodec:cuda."
+        )
     if not path.exists():
         raise MediaError(f"{path}: no such file. Give the path of a local image or video.")
     if not (path.is_file() or path.is_dir()):
@@ -114,7 +118,7 @@ def load_media(
         with part("open"):
             index = clip.index
         with part("select"):
-            choice = policy.choose(index, lambda at: _pictures(clip, at, size)[1], question)
+            choice = policy.choose(index, lambda at: _pictures(clip, at, size), question)
         if choice.silence:
             warnings.warn(
                 f"{path}: frames={str(policy)!r} takes evenly spaced frames: {choice.silence}.",
