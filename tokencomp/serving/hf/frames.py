@@ -70,5 +70,5 @@ def chosen(index: ClipIndex, limits: Limits) -> Choice:
     return choice
 
 
-def _decode(places: Sequence[int]) -> list[Any]:
+def _decode(places: Sequence[int]) -> tuple[list[int], list[Any]]:
     raise AssertionError("only policies by scores decode candidates")
