@@ -57,6 +57,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "random": ({}, {"seed": 1}, {"seed": 2}),
     "cdpruner": ({}, {"relevance": "attention"}),
     "pool": ({}, {"stride": 1.0}),
+    "scope": ({}, {"saliency": "none"}, {"saliency": "none", REST: "merge"}),
+    "mmtok": ({}, {"cover": "picture"}),
+    "flashvid": ({}, {"event": True}),
+    "kcentre": ({}, {REST: "merge"}),
+    "selector": ({}, {"pick": "mmr"}, {"pick": "mmr", REST: "merge"}),
 }
 
 
