@@ -13,7 +13,7 @@ from support.families import FAMILIES, text
 from torch import Tensor
 
 import tokencomp
-from tokencomp.engine.stage import forward
+from tokencomp.engine.stage import stage_scores
 
 NAMES = ("qwen2_vl", "qwen3_vl", "llava_onevision", "internvl")
 
@@ -98,7 +98,7 @@ def test_plans_without_scores_at_entry_replace_nothing() -> None:
 def test_the_default_scores_videos_alone(media: str, calls: int) -> None:
     family = FAMILIES["qwen2_vl"]
     model, inputs = family.build(), family.batch([[text(3), getattr(family, media)(), text(5, 9)]])
-    scored = mock.patch.object(forward, "input_scores", wraps=forward.input_scores)
+    scored = mock.patch.object(stage_scores, "input_scores", wraps=stage_scores.input_scores)
     with scored as scores, tokencomp.patch(model, 0.5) as handle, torch.no_grad():
         model(**inputs)
     assert scores.call_count == calls and handle.stats.ratio > 0.4

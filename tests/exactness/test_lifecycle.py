@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 import tokencomp
 from tokencomp.engine.rows.layout import RowLayout
-from tokencomp.engine.stage import forward
+from tokencomp.engine.stage import stage_scores
 from tokencomp.errors import AlreadyCompressedError, CopyError
 
 
@@ -311,13 +311,13 @@ def test_reduce_seconds_has_the_scores(name: str, monkeypatch: pytest.MonkeyPatc
     """By a clock that only scoring moves."""
     family, clock = FAMILIES["qwen2_vl"], [0.0]
     scores = {"entry": "input_scores", "layer": "layer_scores"}[name]
-    real = getattr(forward, scores)
+    real = getattr(stage_scores, scores)
 
     def slow(*args: object) -> object:
         clock[0] += 5.0
         return real(*args)
 
-    monkeypatch.setattr(forward, scores, slow)
+    monkeypatch.setattr(stage_scores, scores, slow)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     model, reducer = family.build(), {"entry": "condiv", "layer": "fastv"}[name]
     with tokencomp.patch(model, 0.5, reducer=reducer) as handle:
