@@ -1,0 +1,203 @@
+"""What chosen frames are worth: accuracy on clips of two minutes, by rule, count and background.
+
+    python -m benchmarks.files.accuracy            # test clips: accuracy.json, accuracy.md
+    python -m benchmarks.files.accuracy --report   # only rebuilds the page
+
+Questions of every video family of ShapesQA about 240 logical frames of half a second. Every clip is
+encoded three times: with a static camera, in noise, and with a panning camera. Rules choose 8, 16
+and 32 frames, and the model answers from these; 32 frames also at ratio 0.75, where they cost the
+decoder what 8 whole ones cost. The questions come in rounds of one per family, so that a run that
+stops early (`--minutes`) has families and backgrounds alike; what is done is on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import publishing
+from benchmarks.files.accuracy_page import COUNTS, RATIO, page
+from benchmarks.files.material import BACKGROUNDS, RATE, X264
+from tokencomp.evaluation.runner import sweep
+from tokencomp.evaluation.settings import Setting
+from tokencomp.inputs.frames import Even, Policy, Scored, Stream, frame_indices
+from tokencomp.inputs.loading import load_model
+from tokencomp.inputs.media import open_clip
+from tokencomp.inputs.packets import ClipIndex
+from tokencomp.inputs.questions import Example
+from tokencomp.inputs.scorer import EmbeddingScorer
+from tokencomp.inputs.video import Sampling, Video
+from tokencomp.shapesqa.items import Item, item
+from tokencomp.shapesqa.questions import VIDEO_FAMILIES
+from tokencomp.shapesqa.render import canvas_of, paint
+from tokencomp.shapesqa.scenes import Look
+
+FOLDER = Path(__file__).parent
+FAMILIES = (*VIDEO_FAMILIES, "video_existence")
+LOGICAL, HOLD = 240, RATE // 2
+GROUP = {"g": str(2 * RATE)}  # a key frame every two seconds: 60 of a clip
+LOOKS = {"static": Look(), "noisy": Look(grain=4.0), "panning": Look(pan=(-6.0, 0.0))}
+Choose = Callable[[int], Sequence[int]]
+
+
+def write(one: Item, background: str, path: Path) -> None:
+    """The clip of a question, in which things move smoothly; H.264."""
+    import av
+
+    scene = replace(one.scene, look=LOOKS[background])
+    canvas = canvas_of(scene)
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=RATE, options={**X264, **GROUP})
+        stream.width, stream.height, stream.pix_fmt = scene.width, scene.height, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for number in range(LOGICAL * HOLD):
+            picture = paint(scene, number / HOLD, canvas)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, RATE)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def key_frames(index: ClipIndex, count: int) -> list[int]:
+    """Key frames alone, evenly spaced among themselves."""
+    assert index.packets is not None  # these clips are H.264
+    keys = np.flatnonzero(index.packets.keys)
+    return [int(keys[k]) for k in frame_indices(len(keys), count)]
+
+
+def evidence(one: Item) -> frozenset[int]:
+    """Numbers of the frames that show the answer; empty if all do, or none can."""
+    shown = one.evidence.frames
+    some = shown if 0 < len(shown) < LOGICAL else ()
+    return frozenset(k * HOLD + n for k in some for n in range(HOLD))
+
+
+def known(one: Item, total: int, count: int) -> list[int]:
+    """The middle of every showing of the evidence, and even frames beside these: the ceiling."""
+    shown = one.evidence.frames if evidence(one) else ()
+    fixed = [k * HOLD + HOLD // 2 for k in shown][:count]
+    others = [p for p in frame_indices(total, count) if p not in fixed]
+    rest = [others[k] for k in frame_indices(len(others), count - len(fixed))]
+    return sorted([*fixed, *rest])
+
+
+def chosen(path: Path, one: Item, scorer: Any) -> Iterator[tuple[str, int, Video]]:
+    """The frames of every rule and count, as `load_media` gives them."""
+    scores: dict[int, float] = {}
+    with open_clip(path) as clip:
+        index = clip.index
+
+        def decode(places: Sequence[int]) -> tuple[list[int], list[Any]]:
+            read = clip.read(places, None)
+            return sorted(read), [read[place] for place in sorted(read)]
+
+        def score(frames: Sequence[Any], question: str) -> list[float]:
+            if not scores:  # the candidates of all counts are the same: one per second
+                scores.update(enumerate(scorer(frames, question)))
+            return [scores[k] for k in range(len(frames))]
+
+        def by(policy: Callable[[int], Policy]) -> Choose:
+            return lambda count: policy(count).choose(index, decode, one.question).places
+
+        rules: dict[str, Choose] = {
+            "even": by(Even),
+            "stream": by(Stream),
+            "key frames": lambda count: key_frames(index, count),
+            "aks": by(lambda count: Scored(count, score)),
+            "known": lambda count: known(one, index.total, count),
+        }
+        places = {(r, c): tuple(rule(c)) for r, rule in rules.items() for c in COUNTS}
+        pictures = clip.read(sorted({p for some in places.values() for p in some}), None)
+    for (rule, count), some in places.items():
+        sampling = Sampling(some, index.total, index.fps, index.uneven_times(some), rule)
+        yield rule, count, Video.of([pictures[p] for p in some], sampling)
+
+
+def shown(one: Item, video: Video) -> list[int]:
+    """How many showings of the evidence the frames have, and how many there are."""
+    every = evidence(one)
+    seen = {p // HOLD for p in video.sampling.indices if p in every}
+    return [len(seen), len(every) // HOLD]
+
+
+def ask(model: Any, processor: Any, scorer: Any, one: Item) -> list[dict[str, Any]]:
+    """A row per background: what the model answers from the frames of each rule."""
+    rows: dict[str, dict[str, Any]] = {}
+    examples: dict[int, list[Example]] = {count: [] for count in COUNTS}
+    costs: dict[str, list[float]] = {background: [] for background in BACKGROUNDS}
+    for background in BACKGROUNDS:
+        rows[background] = {
+            "id": one.id, "family": one.family, "background": background,
+            "answer": one.answer, "options": list(one.options),
+            "shown": {}, "said": {}, "right": {},
+        }  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "clip.mp4"
+            write(one, background, path)
+            for rule, count, video in chosen(path, one, scorer):
+                name = f"{background}|{rule} {count}"
+                example = Example(name, one.question, one.answer, (video,), one.family)
+                examples[count].append(example)
+                rows[background]["shown"][f"{rule} {count}"] = shown(one, video)
+    for count, some in examples.items():
+        settings = [Setting(), *([Setting("auto", RATIO)] if count == max(COUNTS) else [])]
+        runs = sweep(
+            model, processor, some, settings, batch_size=5, max_new_tokens=4, progress=False
+        )
+        for setting, run in runs.items():
+            for record in run.answered:
+                background, _, key = record["id"].partition("|")
+                key += f" at {setting.ratio:g}" if setting.ratio else ""
+                rows[background]["said"][key] = record["prediction"]
+                rows[background]["right"][key] = int(record["correct"])
+                if setting.ratio:
+                    costs[background].append(record["ratio"])
+    return [{**rows[b], "ratio": round(float(np.mean(costs[b])), 4)} for b in BACKGROUNDS]
+
+
+def measure(args: argparse.Namespace, report: dict[str, Any], stored: Path) -> None:
+    """Add rows until the questions or the minutes of CPU time are used up."""
+    model, processor = load_model(args.model)
+    scorer = EmbeddingScorer(model, processor)
+    for number in range(args.items):
+        if time.process_time() > 60 * args.minutes:
+            return
+        for family in FAMILIES:
+            one = item(args.split, family, number, frames=LOGICAL)
+            report["rows"] += ask(model, processor, scorer, one)
+            report["cpu"] = round(time.process_time())
+            stored.write_text(json.dumps(report) + "\n")
+            print(one.id, report["cpu"], flush=True)
+
+
+def main() -> None:
+    parser = publishing.parser(__doc__, FOLDER)
+    parser.add_argument("--model", default="tiny-qwen3-vl")
+    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--items", type=int, default=20, help="questions of a family")
+    parser.add_argument("--minutes", type=float, default=40, help="CPU time after which it stops")
+    args = parser.parse_args()
+    stored = args.out / "accuracy.json"
+    if not args.report:
+        torch.set_num_threads(1)
+        facts = publishing.published_from(args.out, args.allow_dirty)
+        args.out.mkdir(parents=True, exist_ok=True)
+        command = f"accuracy.py --model {args.model} --split {args.split} --items {args.items}"
+        report = {**publishing.environment(), "command": command, **facts}
+        report |= {"model": args.model, "split": args.split, "cpu": 0, "rows": []}
+        measure(args, report, stored)
+    (args.out / "accuracy.md").write_text(page(json.loads(stored.read_text())))
+
+
+if __name__ == "__main__":
+    main()
