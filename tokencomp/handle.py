@@ -135,6 +135,7 @@ class Handle:
         *,
         ratio: float | Mapping[str, float] | Sequence[float] | None = None,
         budget: int | Mapping[str, int] | None = None,
+        decay: float | None = None,
         reducer: str | Reducer | None = None,
         plan: PlanLike | None = None,
         tower_ratio: float | Literal["auto"] | None = None,
@@ -144,7 +145,8 @@ class Handle:
     ) -> Handle:
         """Change ratios, reducers or options in place; arguments left out keep their values.
 
-        A ratio replaces a budget, and the other way round.
+        A ratio replaces a budget, and the other way round; a decay stays with the ratio until
+        something else than one number replaces that.
 
         A new reducer starts from its own default options. A plan replaces all of them; after a
         plan, a new ratio needs a reducer too.
@@ -158,7 +160,7 @@ class Handle:
             )
         stages = None if plan is None else as_plan(plan)
         tower = tower_ratio, tower_reducer
-        spec = self._spec.changed(ratio, reducer, stages, options, *tower, budget, rest)
+        spec = self._spec.changed(ratio, reducer, stages, options, *tower, budget, rest, decay)
         new_plan = make_plan(spec, self._hooks.adapter)
         self._spec = spec
         try:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from tokencomp.errors import OptionError, PlanError, RatioError
-from tokencomp.plan.amounts import Amount
+from tokencomp.plan.amounts import Amount, check_decay
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.solved import by_item
@@ -79,6 +79,9 @@ class MethodSpec:
         a mean over the decoder layers; `{"prompt": 4096}`: of all items of a prompt together.
     item_ratios
         Ratios of the items of a prompt, in order, in place of `ratio`.
+    decay
+        In (0, 1]: `ratio` is that of the last item of a prompt, and what stays of an item is
+        multiplied by this for every item behind it; 1 is off.
     carried
         Names of fields that an earlier setting left behind (`changed`). They may wait for another
         ratio; any other field that has no effect is refused.
@@ -86,10 +89,10 @@ class MethodSpec:
     Raises
     ------
     RatioError, UnknownNameError, OptionError
-        A bad ratio, budget, reducer name or option; two of ratio, budget and plan; a plan beside a
-        reducer, options or `rest`; rest="merge" for a reducer that merges by itself; a budget or
-        ratios by item beside a tower ratio; a tower reducer without a tower ratio, or
-        tower_ratio="auto" at ratio 0.
+        A bad ratio, budget, decay, reducer name or option; two of ratio, budget and plan; a plan
+        beside a reducer, options or `rest`; rest="merge" for a reducer that merges by itself; a
+        budget, decay or ratios by item beside a tower ratio; a decay beside anything but one
+        ratio; a tower reducer without a tower ratio, or tower_ratio="auto" at ratio 0.
     PlanError
         A tower ratio above the ratio, or a reducer that cannot act in the tower.
     """
@@ -104,6 +107,7 @@ class MethodSpec:
     ratios: dict[str, float] = field(default_factory=dict)
     budget: int | Mapping[str, int] | None = None
     item_ratios: tuple[float, ...] = ()
+    decay: float = 1.0
     carried: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -158,6 +162,13 @@ class MethodSpec:
             )
         if self.budget is not None and (self.ratio or self.ratios or self.item_ratios):
             check_one_amount(self.item_ratios or self.ratios or self.ratio, self.budget)
+        object.__setattr__(self, "decay", check_decay(self.decay))
+        if self.decay < 1 and (self.budget is not None or self.ratios or self.item_ratios):
+            (name, value), *_ = self._amount_asked.items()
+            raise OptionError(
+                f"decay={self.decay:g} beside {name}={value!r}: the decay begins with one ratio, "
+                "that of the last image. Give ratio a number, or leave decay out."
+            )
         if self.amount is not None and (self.plan is not None or self.tower_ratio):
             raise OptionError(
                 f"{self.amount} beside a plan or tower_ratio, which treat all "
@@ -209,7 +220,7 @@ class MethodSpec:
         """Whether the ratio is 0 for all media."""
         ratios = (self.ratio, *self.ratios.values(), *self.item_ratios)
         own = self.plan is not None and any(stage.amount for stage in self.plan.stages)
-        return self.budget is None and not own and not any(ratios)
+        return self.budget is None and self.decay == 1 and not own and not any(ratios)
 
     @property
     def active(self) -> bool:
@@ -220,7 +231,7 @@ class MethodSpec:
     def shown_ratio(self) -> str:
         """The ratio in words, as the command line takes it: "0.75", or "video=0.75,audio=0.5".
 
-        Of a budget: "budget=512", or "budget=prompt=4096".
+        Of a budget: "budget=512", or "budget=prompt=4096"; of a decay: "ratio=0.5,decay=0.8".
         """
         return ratio_text(self.written_ratio)
 
@@ -234,6 +245,10 @@ class MethodSpec:
     @property
     def requested(self) -> dict[str, Any]:
         """What was asked for, as arguments: `{"ratio": 0.75}`, or `{"budget": 512}`."""
+        return {**self._amount_asked, **({"decay": self.decay} if self.decay < 1 else {})}
+
+    @property
+    def _amount_asked(self) -> dict[str, Any]:
         if self.budget is not None:
             return {"budget": self.budget}
         return {"ratio": list(self.item_ratios) or self.ratios or self.ratio}
@@ -243,6 +258,8 @@ class MethodSpec:
         """What stays of every item, where items differ; None: all have one ratio (by kind)."""
         if self.budget is not None:
             return Amount.of(self.budget)
+        if self.decay < 1:
+            return Amount(decay=self.decay, newest=self.ratio)
         return Amount.in_order(self.item_ratios) if self.item_ratios else None
 
     @cached_property
@@ -300,21 +317,28 @@ class MethodSpec:
         tower_reducer: str | Reducer | None = None,
         budget: int | Mapping[str, int] | None = None,
         rest: Rest | None = None,
+        decay: float | None = None,
     ) -> MethodSpec:
-        """The spec after `Handle.set` with these arguments; None and {} change nothing."""
+        """The spec after `Handle.set` with these arguments; None and {} change nothing.
+
+        A decay goes with a ratio that is one number: whatever else replaces that replaces both.
+        """
         keep: dict[str, Any] = {} if rest is None else {"rest": rest}
+        keep |= {} if decay is None else {"decay": decay}
         tower: dict[str, Any] = {"tower_ratio": tower_ratio, "tower_reducer": tower_reducer}
         changed = {name: value for name, value in tower.items() if value is not None}
         keep["carried"] = frozenset(tower) - set(changed)
         asked = check_one_amount(ratio, budget, plan)
         if plan is not None:
             return MethodSpec(reducer or "auto", self.ratio, options, plan, **keep, **changed)
-        asked = {"ratio": 0.0, "budget": None, **(asked or self.requested)}
+        one = budget is None and not isinstance(ratio, Mapping | list | tuple)
+        asked = {"ratio": 0.0, "budget": None, **(asked or self._amount_asked)}
+        asked["decay"] = self.decay if one else 1.0
         keep = {"rest": self.rest, **keep}
         keep |= {"tower_ratio": self.tower_ratio, "tower_reducer": self.tower_reducer, **changed}
         if reducer is not None:
-            return MethodSpec(reducer, options=options, **asked, **keep)
-        given = ratio is not None or budget is not None
+            return MethodSpec(reducer, options=options, **{**asked, **keep})
+        given = ratio is not None or budget is not None or decay is not None
         if self.plan is not None and (given or options or changed or rest is not None):
             raise OptionError(
                 "the current stages come from plan=..., so there is no reducer that could plan for "
@@ -322,7 +346,7 @@ class MethodSpec:
             )
         options = {**self.options, **options}
         keep |= {"ratios": {}, "item_ratios": (), "options": options}
-        return dataclasses.replace(self, **asked, **keep)
+        return dataclasses.replace(self, **{**asked, **keep})
 
     def describe(self) -> dict[str, Any]:
         """Plain form with every option of the reducer; the same for all inactive specs."""

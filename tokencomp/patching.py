@@ -34,6 +34,7 @@ def patch(
     ratio: float | Mapping[str, float] | Sequence[float] | None = None,
     *,
     budget: int | Mapping[str, int] | None = None,
+    decay: float = 1.0,
     reducer: str | Reducer = "auto",
     plan: PlanLike | None = None,
     rest: Rest = "drop",
@@ -64,6 +65,10 @@ def patch(
         1 - budget / its tokens; schedules are solved for that ratio. Smaller items stay whole.
         `{"prompt": 4096}` is a budget of all items of a prompt together. Special tokens stay, as
         at any ratio.
+    decay
+        In (0, 1]: `ratio`, one number, is that of the last item of a prompt, and what stays of an
+        item is multiplied by `decay` for every item behind it, down to one token. So an item keeps
+        less in a prompt in which more follow: a prompt comes as a whole, in one call. 1 = off.
     reducer
         A name from `tokencomp.available_reducers()`, or a `Reducer`. "auto": kcentre on images and
         condiv on videos and audio; kcentre on all media if the first decoder layer has no attention
@@ -127,9 +132,10 @@ def patch(
     Raises
     ------
     RatioError, UnknownNameError, OptionError
-        A bad ratio, budget, reducer name, reducer option or `positions`; two of ratio, budget and
-        plan; a plan beside a reducer, options or `rest`; a budget or list beside a tower ratio;
-        rest="merge" for a reducer that merges by itself.
+        A bad ratio, budget, decay, reducer name, reducer option or `positions`; two of ratio,
+        budget and plan; a plan beside a reducer, options or `rest`; a budget, decay or list beside
+        a tower ratio; a decay beside a budget, mapping or list; rest="merge" for a reducer that
+        merges by itself.
     PlanError
         A plan that cannot be read, or not be executed on this model; a tower ratio above the ratio;
         a reducer that cannot act in the tower.
@@ -150,6 +156,7 @@ def patch(
         rest=rest,
         tower_ratio=tower_ratio,
         tower_reducer=tower_reducer,
+        decay=decay,
         **asked,
     )
     with _checked(model, spec) if verify else contextlib.nullcontext():

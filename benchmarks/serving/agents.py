@@ -4,7 +4,8 @@
     python -m benchmarks.serving.agents --report   # only the page
 
 At every step the prompt has all earlier screenshots. The prefix cache is perfect: it keeps every
-prompt, and a new one reuses its longest beginning that any of them has had.
+prompt, and a new one reuses its longest beginning that any of them has had. Beside it stand the
+counts without any cache.
 """
 
 from __future__ import annotations
@@ -23,10 +24,18 @@ STEPS, HEAD, TEXT = 40, 1500, 200
 SCREEN = 60 * 34  # visual tokens of 1920 × 1080 pixels in Qwen3-VL: 32 × 32 pixels each
 Block = tuple[str, int]
 Policy = Callable[[int, int], float]
+
+
+def halved(age: int) -> float:
+    """What `patch(model, 0, decay=0.5)` leaves: at least one token."""
+    return max(1 / SCREEN, 0.5**age)
+
+
 POLICIES: dict[str, Policy] = {
     "all screenshots whole": lambda step, i: 1.0,
     "the last 3 whole, older ones removed": lambda step, i: float(step - i < 3),
     "halved with every step of age, down to 0.1": lambda step, i: max(0.1, 0.5 ** (step - i)),
+    "halved with every step of age (`decay=0.5`)": lambda step, i: halved(step - i),
     "the newest whole, older ones at 0.1": lambda step, i: 1.0 if i == step else 0.1,
     "**every one at 0.25 from first sight**": lambda step, i: 0.25,
     "0.5 at first sight, 0.1 in batches of 8": lambda step, i: 0.1 if i < step // 8 * 8 else 0.5,
@@ -54,7 +63,7 @@ def shared(a: list[Block], b: list[Block]) -> int:
 
 
 def count(policy: Policy, steps: int = STEPS) -> dict[str, int]:
-    """Tokens prefilled in all steps, and tokens of the mean and the longest prompt."""
+    """Tokens prefilled in all steps, with and without a cache; the mean and the longest prompt."""
     seen: list[list[Block]] = []
     prefilled, lengths = 0, []
     for step in range(steps):
@@ -62,15 +71,16 @@ def count(policy: Policy, steps: int = STEPS) -> dict[str, int]:
         lengths.append(sum(tokens for _, tokens in blocks))
         prefilled += lengths[-1] - max((shared(blocks, old) for old in seen), default=0)
         seen.append(blocks)
-    return {"prefilled": prefilled, "mean": sum(lengths) // steps, "longest": max(lengths)}
+    whole = {"uncached": sum(lengths), "mean": sum(lengths) // steps, "longest": max(lengths)}
+    return {"prefilled": prefilled, **whole}
 
 
 def table(report: dict[str, Any]) -> str:
     """The counts as Markdown."""
-    head = ("screenshots", "tokens prefilled", "mean prompt", "longest prompt")
-    keys = ("prefilled", "mean", "longest")
+    head = ("screenshots", "prefilled, cached", "prefilled, no cache", "mean prompt", "longest")
+    keys = ("prefilled", "uncached", "mean", "longest")
     rows = [[row["policy"], *(f"{row[key]:,}" for key in keys)] for row in report["rows"]]
-    return publishing.table(head, rows, right=3)
+    return publishing.table(head, rows, right=4)
 
 
 def page(report: dict[str, Any]) -> str:
@@ -79,9 +89,9 @@ def page(report: dict[str, Any]) -> str:
         f"{report['steps']} steps of an agent. Every prompt has the system prompt ({HEAD:,} "
         f"tokens) and, for every step so far, a screenshot ({SCREEN:,} visual tokens) and {TEXT} "
         "tokens of text. Numbers in the first column are fractions of a screenshot that stay. The "
-        "others are "
-        "counts of tokens, not times: the prefix cache is perfect. [Compression for "
-        "agents](../../docs/agents.md) says what follows. [All benchmark pages](../README.md)."
+        "others are counts of tokens, not times: the prefix cache is perfect, or there is none. "
+        "[Compression for agents](../../docs/agents.md) says what follows. "
+        "[All benchmark pages](../README.md)."
     )
     parts = ["# When to compress screenshots", case, table(report)]
     return "\n\n".join([*parts, f"Made by: {provenance(report['environment'])}"]) + "\n"

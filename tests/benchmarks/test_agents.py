@@ -18,7 +18,7 @@ def test_counts_equal_a_cache_of_single_tokens(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(agents, "HEAD", 5)
     monkeypatch.setattr(agents, "TEXT", 3)
     monkeypatch.setattr(agents, "SCREEN", 40)
-    policy, cached, total = agents.POLICIES[name], set(), 0
+    policy, cached, total, every = agents.POLICIES[name], set(), 0, 0
     for step in range(12):
         tokens: list[object] = [("head", n) for n in range(5)]
         for i in range(step + 1):
@@ -27,7 +27,9 @@ def test_counts_equal_a_cache_of_single_tokens(name: str, monkeypatch: pytest.Mo
         prefixes = [tuple(tokens[: n + 1]) for n in range(len(tokens))]
         total += sum(prefix not in cached for prefix in prefixes)
         cached.update(prefixes)
-    assert agents.count(policy, 12)["prefilled"] == total
+        every += len(tokens)
+    found = agents.count(policy, 12)
+    assert (found["prefilled"], found["uncached"]) == (total, every)
 
 
 def test_pages_have_the_stored_counts() -> None:

@@ -1,4 +1,4 @@
-"""Budgets in tokens and ratios by item: exact, and as many tokens as asked for."""
+"""Budgets in tokens, ratios by item and by age: exact, and as many tokens as asked for."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"budget": {"prompt": 14}, "reducer": "kcentre"},
     {"ratio": [0.0, 0.75, 0.5], "reducer": "divprune"},
     {"ratio": [0.0, 0.75, 0.5], "reducer": "fastv"},
+    {"ratio": 0.25, "decay": 0.5, "reducer": "kcentre"},
+    {"ratio": 0.0, "decay": 0.6, "reducer": "pyramiddrop"},
 ]
 
 
@@ -158,6 +160,65 @@ def test_equal_ratios_of_all_items_are_one_ratio(name: str, reducer: str) -> Non
     assert torch.allclose(logits[0], logits[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("reducer", ["kcentre", "pyramiddrop"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl"])
+def test_a_decay_is_a_list_of_ratios(name: str, reducer: str) -> None:
+    """One for every item, by its age; `set` keeps it with another ratio, and a list ends it."""
+    family = FAMILIES[name]
+    model, inputs = family.build(), ragged(family)
+    logits = []
+    with torch.no_grad(), tokencomp.patch(model, reducer=reducer, ratio=0) as handle:
+        for setting in (
+            {"ratio": 0.0, "decay": 0.5},
+            {"ratio": [0.75, 0.5, 0.0]},
+            {"ratio": 0.0, "decay": 0.5},
+            {"ratio": 0.25},
+            {"ratio": [1 - 0.75 * 0.25, 1 - 0.75 * 0.5, 0.25]},
+        ):
+            handle.set(**setting)
+            logits.append(model(**inputs).logits)
+    assert torch.equal(logits[0], logits[2])
+    for one, other in ((0, 1), (3, 4)):
+        assert torch.allclose(logits[one], logits[other], atol=1e-6)
+    assert not torch.allclose(logits[0], logits[3], atol=1e-3)
+
+
+@pytest.mark.parametrize("reducer", ["kcentre", "fastv", "aim", "merge+prune"])
+def test_what_stays_by_age(reducer: str) -> None:
+    """Half as much of every older image, down to one token, in a prompt that grows."""
+    family = FAMILIES["qwen2_vl"]
+    model = family.build()
+    with torch.no_grad(), tokencomp.patch(model, 0, decay=0.5, reducer=reducer) as handle:
+        for count in (1, 2, 9):
+            row: list[Any] = [text(3)]
+            for _ in range(count):
+                row += [family.image(0), text(2)]
+            model(**family.batch([row]))
+            starts = [s.layer for s in handle.plan.stages]
+            layers = [starts[0], *map(int.__rsub__, starts, [*starts[1:], family.layers])]
+            for age, (size, left, _) in enumerate(reversed(by_item(handle.stats, 0))):
+                seen = sum(n * k for n, k in zip(layers, [size, *left], strict=True))
+                asked = max(size * 0.5**age, 1)
+                assert asked / 2 <= seen / family.layers <= max(asked + 0.5, 1)
+    assert repr(handle).count("ratio=0,decay=0.5") == 1
+
+
+def test_ages_cannot_change_in_a_cache() -> None:
+    """A later call would make cached images older; text is free to follow."""
+    family = FAMILIES["llava_onevision"]
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(0), text(4), family.image(1), text(2)]])
+    with torch.no_grad(), tokencomp.patch(model, 0, decay=0.5, reducer="uniform") as handle:
+        cache = model(**inputs, use_cache=True).past_key_values
+        length = cache.get_seq_length()
+        more = family.batch([[text(3), family.image(0), text(2)]])
+        with pytest.raises(OptionError, match="continues a cache"):
+            model(**more, past_key_values=cache)
+        assert cache.get_seq_length() == length
+        handle.set(ratio=[0.5])
+        model(**more, past_key_values=cache)
+
+
 def test_every_prompt_needs_as_many_items_as_ratios() -> None:
     family = FAMILIES["qwen2_vl"]
     model = family.build()
@@ -211,6 +272,11 @@ def test_one_amount_at_a_time() -> None:
         {"budget": 8, "tower_ratio": 0.5},
         {"budget": 8, "tower_ratio": "auto"},
         {"ratio": [0.5], "tower_ratio": 0.25},
+        {"ratio": 0.5, "decay": 0.5, "tower_ratio": 0.25},
+        {"ratio": [0.5], "decay": 0.5},
+        {"ratio": {"image": 0.5}, "decay": 0.5},
+        {"budget": 8, "decay": 0.5},
+        {"plan": plan, "decay": 0.5},
     ):
         with pytest.raises(OptionError):
             tokencomp.patch(model, **wrong)
@@ -218,8 +284,13 @@ def test_one_amount_at_a_time() -> None:
     for ratio in bad:
         with pytest.raises(RatioError):
             tokencomp.patch(model, ratio)
-    with tokencomp.patch(model, 0.5, tower_ratio=0.25) as handle, pytest.raises(OptionError):
-        handle.set(budget=8)
+    for wrong in (0, -0.5, 1.5, math.nan, True, "0.5", None, [0.5]):
+        with pytest.raises(RatioError, match="decay"):
+            tokencomp.patch(model, 0.5, decay=wrong)
+    with tokencomp.patch(model, 0.5, tower_ratio=0.25) as handle:
+        for change in ({"budget": 8}, {"decay": 0.5}):
+            with pytest.raises(OptionError):
+                handle.set(**change)
     with pytest.raises(PlanError, match="do not grow"):
         plan_from_json([{"layer": i, "budget": 4 + i, "reducer": "uniform"} for i in (0, 2)])
 
@@ -235,7 +306,13 @@ def test_set_changes_the_amount() -> None:
             ({"ratio": 0.5}, [8, 4, 8]),
             ({"ratio": [0.0, 0.5, 0.75]}, [16, 4, 4]),
             ({"reducer": "uniform"}, [16, 4, 4]),
+            ({"decay": 1.0}, [16, 4, 4]),
+            ({"ratio": 0.5, "decay": 0.5}, [2, 2, 8]),
+            ({"reducer": "kcentre"}, [2, 2, 8]),
+            ({"decay": 1.0}, [8, 4, 8]),
+            ({"decay": 0.25}, [1, 1, 8]),
             ({"budget": 4}, [4, 4, 4]),
+            ({"reducer": "uniform"}, [4, 4, 4]),
         ):
             handle.set(**change)
             model(**inputs)

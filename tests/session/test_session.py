@@ -253,6 +253,25 @@ def test_reducers_that_read_questions(
             assert session.append(clip[0][0]).rows > 0
 
 
+@pytest.mark.parametrize(
+    "amount", [{"ratio": 0, "decay": 0.5}, {"ratio": [0.5]}, {"budget": {"prompt": 40}}]
+)
+def test_amounts_that_depend_on_other_media(
+    loaded: Any, clip: Any, record: Record, amount: dict[str, Any]
+) -> None:
+    """The rows of earlier images are in the cache when a later one comes."""
+    model, processor = loaded
+    handle = tokencomp.patch(model, reducer="kcentre", **amount)
+    with tokencomp.Session(model, processor) as session:
+        session.say("Look.")
+        tokens = session.tokens
+        with pytest.raises(OptionError, match="depends on the others"):
+            session.append(clip[0][0])
+        assert session.tokens == tokens
+        handle.set(budget=8)
+        assert session.append(clip[0][0]).tokens > tokens
+
+
 def test_compact_positions(loaded: Any, clip: Any) -> None:
     model, processor = zoo.load("tiny-llava-onevision")
     with (

@@ -58,11 +58,12 @@ class Setting(MethodSpec):
     target: str = ""
 
     def __post_init__(self) -> None:
-        asked = self.ratio or self.options or self.budget is not None
+        asked = self.ratio or self.options or self.budget is not None or self.decay != 1
         if self.reducer == FULL and self.plan is None and asked:
             raise OptionError(
                 f"the uncompressed model ('{FULL}') takes no ratio and no options; got "
-                f"ratio={self.ratio}, budget={self.budget}, options={self.options}."
+                f"ratio={self.ratio}, budget={self.budget}, decay={self.decay}, "
+                f"options={self.options}."
             )
         options = dict(self.options)
         for field in (REST, BUDGET, *TOWER):

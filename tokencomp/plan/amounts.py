@@ -1,4 +1,4 @@
-"""How much of every item leaves, where the items of a prompt differ: budgets, ratios in order."""
+"""How much of every item leaves, where items differ: budgets, ratios in order or by age."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def places(spans: Sequence[VisualSpan]) -> list[Place]:
 
 @dataclass(frozen=True)
 class Amount:
-    """What stays of every item. Exactly one of the fields is set.
+    """What stays of every item. Exactly one of the first four fields is set.
 
     Attributes
     ----------
@@ -68,13 +68,21 @@ class Amount:
         are divided in proportion to the size of the items.
     ratios
         Ratios of the items of a prompt, in order.
+    decay
+        What stays of an item, times this for every item behind it; at least one token.
+    newest
+        Ratio of the last item of a prompt, beside `decay`.
     """
 
     budget: int | None = None
     prompt: int | None = None
     ratios: tuple[float, ...] = ()
+    decay: float | None = None
+    newest: float = 0.0
 
     def __str__(self) -> str:
+        if self.decay is not None:
+            return f"ratio={self.newest:g},decay={self.decay:g}"
         if self.ratios:
             return f"ratio=[{','.join(f'{r:g}' for r in self.ratios)}]"
         return f"budget={self.budget or f'{PROMPT}={self.prompt}'}"
@@ -105,6 +113,11 @@ class Amount:
             raise RatioError("ratio=[]: expected one ratio for every item of the prompt, in order.")
         return cls(ratios=tuple(check_ratio(r, f"ratio[{i}]") for i, r in enumerate(ratios)))
 
+    @property
+    def alone(self) -> bool:
+        """Whether what stays of an item does not depend on the other items of its prompt."""
+        return self.budget is not None
+
     def left(self, place: Place) -> float:
         """Fraction of the item at `place` that stays, as a mean over the decoder layers.
 
@@ -122,6 +135,9 @@ class Amount:
                     "number for all."
                 )
             return 1.0 - self.ratios[place.number]
+        if self.decay is not None:
+            age = count - 1 - place.number
+            return max((1.0 - self.newest) * self.decay**age, 1.0 / max(1, size))
         if self.budget is not None:
             return min(1.0, self.budget / max(1, size))
         total = self.prompt or 0
@@ -140,10 +156,21 @@ class Amount:
 
         The spans share a budget, so that rounding in each of them does not exceed it.
         """
-        if self.ratios or fraction <= 0.0:
+        if self.ratios or self.decay is not None or fraction <= 0.0:
             return fraction
         total = max(1, math.floor(sum(place.parts) * fraction + 1e-9))
         return split_evenly(total, list(place.parts))[place.part] / place.parts[place.part]
+
+
+def check_decay(decay: Any) -> float:
+    """Return `decay` as a float in (0, 1]; raise `RatioError` otherwise."""
+    if not fits(decay, float) or not 0.0 < decay <= 1.0:
+        raise RatioError(
+            f"decay={decay!r}: expected a number in (0, 1], by which what stays of an image is "
+            "multiplied for every newer one (1 = no decay, 0.5 = half as much of each older one). "
+            "Use e.g. ratio=0, decay=0.5."
+        )
+    return float(decay)
 
 
 def _checked(budget: Any) -> int:

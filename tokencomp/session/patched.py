@@ -32,7 +32,7 @@ def check_patch(handle: Handle | None, kinds: Tensor | None) -> None:
     Raises
     ------
     OptionError
-        It renumbers positions, or chooses tokens by the text behind them.
+        It renumbers positions, or chooses tokens by the text or the media behind them.
     """
     if handle is None or not handle.compresses:
         return
@@ -43,6 +43,13 @@ def check_patch(handle: Handle | None, kinds: Tensor | None) -> None:
         )
     names = [] if kinds is None else [KINDS[int(code)] for code in kinds.unique() if code]
     for stage in handle.plan.stages:
+        if names and stage.amount is not None and not stage.amount.alone:
+            raise OptionError(
+                f"the patch has {stage.amount}, so what stays of an image depends on the others of "
+                "its prompt. A session compresses every part when it comes, and never again. Take "
+                "one ratio or a budget per image: tokencomp.patch(model, budget=512). Older images "
+                "leave by Session(..., budget=16_384)."
+            )
         for signal in stage.reducer.needs_for(names) if names else ():
             reads = signal.rows if isinstance(signal, Attention) else signal.source
             if reads in ("last", "text", "raters", "none", "query"):

@@ -70,6 +70,8 @@ class PromptReader:
         if compat.recomputed(adapter.layers[0]):
             check_recomputation(bool(plan.layer_stages))
         positions, text = read_positions(adapter, arguments, cache)
+        if cached_length(cache):
+            check_ages(plan)
         rows = positions[-3:].cpu() if adapter.mrope else None
         found = adapter.spans(Call(kinds, x, rows, adapter.body, state.inputs or {}))
         spans = [numbered(row) for row in found]
@@ -131,6 +133,22 @@ def check_recomputation(between_layers: bool) -> None:
             "would drop them again in the backward pass. Use transformers >= 5.23, an entry "
             "reducer, or model.gradient_checkpointing_disable()."
         )
+
+
+def check_ages(plan: Plan) -> None:
+    """Refuse media behind a cached prompt where what stays of an item depends on its age.
+
+    Raises
+    ------
+    OptionError
+    """
+    for stage in plan.stages:
+        if stage.amount is not None and stage.amount.decay is not None:
+            raise OptionError(
+                f"{stage.amount} in a prompt that continues a cache: images in the cache are older "
+                "now, but their rows cannot change. Give the whole conversation as one prompt, or "
+                "use a setting that does not depend on age, such as budget=512."
+            )
 
 
 def check_grids(plan: Plan, spans: list[list[VisualSpan]]) -> None:
