@@ -72,12 +72,12 @@ def questions(batch: SpanBatch, reducer: str, instead: str) -> list[Tensor]:
         There is no text after a span. `instead` is the option that does without.
     """
     queries = batch.queries
-    if queries is None or any(q is None or not len(q) for q in queries):
+    if queries is None or not all(map(len, queries)):
         raise ScoreError(
             f"{reducer} compares visual tokens with the text after them, and there is none. Put "
             f"the question after the image, or use {instead}."
         )
-    texts = {id(q): normalize(q.float(), dim=1) for q in queries if q is not None}
+    texts = {id(query): normalize(query.float(), dim=1) for query in queries}
     return [texts[id(query)] for query in queries]
 
 

@@ -216,7 +216,7 @@ class SpanBatch:
     scores: Tensor | None = None
     sizes: Tensor | None = None
     tower: dict[Signal, Tensor] = field(default_factory=dict)
-    queries: list[Tensor | None] | None = None
+    queries: list[Tensor] | None = None
     query_scores: list[Tensor] | None = None
     norm: Norm | None = None
     frames: list[Tensor | None] | None = None

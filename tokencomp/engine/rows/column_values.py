@@ -13,9 +13,8 @@ def visual_values(values: Tensor, layout: RowLayout) -> Tensor:
 
 
 def text_values(values: Tensor, layout: RowLayout) -> list[list[Tensor]]:
-    """Values of the columns (B, width) behind the last span of every prompt of every row."""
-    result = []
-    for b, prompts in enumerate(layout.prompts):
-        stops = [max((s.stop for s in layout.spans[b] if p.holds(s)), default=0) for p in prompts]
-        result.append([values[b, a : p.question_stop] for a, p in zip(stops, prompts, strict=True)])
-    return result
+    """Values (B, width, …) of the text behind the last span of every prompt of every row."""
+    return [
+        [values[b, layout.question_text(b, prompt)] for prompt in prompts]
+        for b, prompts in enumerate(layout.prompts)
+    ]

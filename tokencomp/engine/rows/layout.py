@@ -130,6 +130,19 @@ class RowLayout:
         """The prompt that a live span of row `sample` belongs to."""
         return next(p for p in self.prompts[sample] if p.holds(live))
 
+    def spans_of(self, sample: int, prompt: Prompt) -> list[LiveSpan]:
+        """The live spans of a prompt of row `sample`, in order."""
+        return [live for live in self.spans[sample] if prompt.holds(live)]
+
+    def question_text(self, sample: int, prompt: Prompt) -> slice:
+        """Columns of the question behind the last span of a prompt; all of it without spans."""
+        first = max((live.stop for live in self.spans_of(sample, prompt)), default=prompt.start)
+        return slice(first, prompt.question_stop)
+
+    def ends_question(self, sample: int, live: LiveSpan) -> bool:
+        """Whether a question ends in a span, so that its last column predicts the next token."""
+        return live.stop == self.prompt_of(sample, live).question_stop
+
     @property
     def ragged(self) -> bool:
         return any(n != self.width for n in self.lengths)

@@ -37,11 +37,12 @@ class Question:
 
 def questions_of(layout: RowLayout) -> list[Question]:
     """The questions of all prompts with spans, in order."""
-    result = []
-    for b, (prompts, spans) in enumerate(zip(layout.prompts, layout.spans, strict=True)):
-        pairs = [(p, [s for s in spans if p.holds(s)]) for p in prompts]
-        result += [Question(b, p.start, p.question_stop, own) for p, own in pairs if own]
-    return result
+    return [
+        Question(b, prompt.start, prompt.question_stop, spans)
+        for b, prompts in enumerate(layout.prompts)
+        for prompt in prompts
+        if (spans := layout.spans_of(b, prompt))
+    ]
 
 
 class Probe:

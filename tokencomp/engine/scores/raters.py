@@ -24,10 +24,9 @@ def rater_weights(x: Tensor, layout: RowLayout) -> Tensor:
     weights = x.new_zeros(x.shape[:2], dtype=torch.float32)
     for b, prompts in enumerate(layout.prompts):
         for prompt in prompts:
-            spans = [live for live in layout.spans[b] if prompt.holds(live)]
-            if not spans or spans[-1].stop == prompt.question_stop:
+            spans, text = layout.spans_of(b, prompt), layout.question_text(b, prompt)
+            if not spans or text.start == text.stop:
                 continue
-            text = slice(spans[-1].stop, prompt.question_stop)
             visual = torch.cat([x[b, live.start : live.stop] for live in spans]).float()
             rating = (visual @ x[b, text].float().T).softmax(1).mean(0)
             chosen = (rating >= rating.mean() * (1 - 1e-6)).float()

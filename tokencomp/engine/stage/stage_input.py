@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokencomp.engine.rows.column_values import text_values
 from tokencomp.engine.rows.host_tables import HostTables
 from tokencomp.engine.rows.layout import RowLayout, Selection
 from tokencomp.engine.rows.question import keep_last
@@ -74,7 +75,7 @@ class StageInput:
             (b, j)
             for b, row in enumerate(spans)
             for j, live in enumerate(row)
-            if keeps[b][j] < live.count and (keeps[b][j] or self._ends_question(b, j))
+            if keeps[b][j] < live.count and (keeps[b][j] or self.layout.ends_question(b, live))
         ]
         if not chosen:  # no reducer is needed where all tokens stay, or none
             return Selection(keeps, [], None)
@@ -85,7 +86,7 @@ class StageInput:
         reduction = self._reduced(stage, batch, chosen, numbers, order, counts)
         # The next token is predicted from the last column of a question. If a span ends there, its
         # last token stays in any case.
-        ends = [self._ends_question(b, j) for b, j in chosen]
+        ends = [self.layout.ends_question(b, spans[b][j]) for b, j in chosen]
         if any(ends):
             parts = [
                 keep_last(part, tokens) if end else part
@@ -102,10 +103,6 @@ class StageInput:
             with checked():  # targets come from tables of the host
                 reduction = merge_rest(batch, reduction, numbers, stage.reducer.name)
         return Selection(keeps, chosen, reduction)
-
-    def _ends_question(self, b: int, j: int) -> bool:
-        live = self.layout.spans[b][j]
-        return live.stop == self.layout.prompt_of(b, live).question_stop
 
     def _reduced(
         self,
@@ -166,6 +163,7 @@ class StageInput:
         scores = self.scores
         if scores is not None and some:
             scores = scores.index_select(0, score_rows())
+        queries = text_values(self.x, self.layout) if QUERY in stage.reducer.needs else None
         batch = SpanBatch(
             features=flat[first:last] if neighbours else flat.index_select(0, columns()),
             lengths=lengths,
@@ -176,8 +174,8 @@ class StageInput:
             index=index,
             scores=scores,
             sizes=None if sizes is None else sizes.flatten().index_select(0, columns()),
-            queries=self._queries(stage, chosen),
-            query_scores=self._query_scores(chosen),
+            queries=self._of_prompts(queries, chosen),
+            query_scores=self._of_prompts(self.text_scores, chosen),
             norm=self.norm if NORM in stage.reducer.needs else None,
             places=chosen,
             frames=None if self.frames is None else [self.frames[b][j] for b, j in chosen],
@@ -206,27 +204,13 @@ class StageInput:
                 signals[signal] = values if full is None else values.index_select(0, full)
         return signals
 
-    def _query_scores(self, chosen: list[tuple[int, int]]) -> list[Tensor] | None:
-        """Lengths of the keys of the text after the last span of a prompt, for every span."""
-        if self.text_scores is None:
+    def _of_prompts(
+        self, texts: list[list[Tensor]] | None, chosen: list[tuple[int, int]]
+    ) -> list[Tensor] | None:
+        """Values of the text of its prompt for every span; spans of a prompt share one tensor."""
+        if texts is None:
             return None
-        scores = []
-        for b, j in chosen:
-            prompts = self.layout.prompts[b]
-            number = prompts.index(self.layout.prompt_of(b, self.layout.spans[b][j]))
-            scores.append(self.text_scores[b][number].to(self.x.device))
-        return scores
-
-    def _queries(self, stage: Stage, chosen: list[tuple[int, int]]) -> list[Tensor | None] | None:
-        """Text embeddings after the last span of a prompt, for reducers that need them."""
-        if QUERY not in stage.reducer.needs:
-            return None
-        by_prompt: dict[tuple[int, int], Tensor] = {}
-        queries: list[Tensor | None] = []
-        for b, j in chosen:
-            prompt = self.layout.prompt_of(b, self.layout.spans[b][j])
-            if (b, prompt.start) not in by_prompt:
-                last = max(s.stop for s in self.layout.spans[b] if prompt.holds(s))
-                by_prompt[b, prompt.start] = self.x[b, last : prompt.question_stop]
-            queries.append(by_prompt[b, prompt.start])
-        return queries
+        prompts, spans = self.layout.prompts, self.layout.spans
+        moved = [[text.to(self.x.device) for text in row] for row in texts]
+        owners = [(b, self.layout.prompt_of(b, spans[b][j])) for b, j in chosen]
+        return [moved[b][prompts[b].index(prompt)] for b, prompt in owners]

@@ -39,7 +39,7 @@ def surviving_rows(x: Tensor, layout: RowLayout, plan: Plan) -> Selection:
         for j, live in enumerate(row):
             present = alive[b, live.start : live.stop]
             _check(present, live, plan, b)
-            if not present[-1] and live.stop == layout.prompt_of(b, live).question_stop:
+            if not present[-1] and layout.ends_question(b, live):
                 raise SpanError(
                     f"the question of sample {b} ends in the {live.span.kind} at "
                     f"{live.span.start}, whose last token the vision tower has dropped. Put "
