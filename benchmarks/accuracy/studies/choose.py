@@ -31,7 +31,7 @@ from benchmarks.accuracy.studies.ranking import (
 from benchmarks.accuracy.tables import table
 from benchmarks.real.candidates import photographs
 from tokencomp.cli import one_message
-from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.settings import REST, Setting
 from tokencomp.method import DEFAULT_SERVED_REDUCER
 from tokencomp.shapesqa.questions import FAMILIES
 from tokencomp.storage import write_json, write_text
@@ -50,6 +50,13 @@ resembles most, on images or on all media. `merge_rest` and `proportional_attent
 the number of merged tokens with which their mean counts in attention, were options of release 0.1;
 of their forms `rest="merge"` is `merge_rest=-1.0, proportional_attention=True`. These candidates
 are not for the default: they do not equal masking."""
+
+AGAIN = """`rest="merge"` has since become an option of every reducer. Asked with it, on the
+embedded models alone (the model of photographs was not at hand): the default, a k-centre on all
+media, facility location (`scope` with `saliency="none"`), and marginal relevance on the trained
+selector, which takes no part in the choice. "condiv merge_rest=-1.0, proportional_attention=True"
+is the default with `rest="merge"`. The [decision
+record](../../docs/decisions/0001-default-reducer.md) says what followed."""
 
 VIDEOS: Candidate = ("condiv", {"power": 1.0, "margin": 0.2})
 IMAGES: Candidate = ("condiv", {"power": 0.35, "margin": 0.2})
@@ -80,6 +87,24 @@ MERGED = [*(by_kind(one, VIDEOS) for one in MERGERS), *MERGERS]
 
 They cannot be the default, which has to run on every model and to equal masking.
 """
+WEIGHTED: Candidate = ("condiv", {"merge_rest": -1.0, "proportional_attention": True})
+"""The default with `rest="merge"`, as release 0.1 wrote it."""
+LOCATION: Candidate = ("scope", {"saliency": "none", REST: "merge"})
+ASKED: list[Candidate] = [
+    ("kcentre", {REST: "merge"}),
+    ("scope", {"saliency": "none"}),
+    LOCATION,
+    ("selector", {"pick": "mmr"}),
+    ("selector", {"pick": "mmr", REST: "merge"}),
+]
+"""What `studies.merging` asks; with what is stored already it makes the last table."""
+AGAINST = [
+    *(by_kind(one, VIDEOS) for one in (WEIGHTED, LOCATION)),
+    by_kind(LOCATION, WEIGHTED),
+    WEIGHTED,
+    ("kcentre", {}),
+    *ASKED,
+]
 QUESTION_FAMILIES = (
     "attribute", "existence", "count", "small_object", "needle", "video_existence", "action_count",
 )  # fmt: skip
@@ -146,6 +171,7 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
         "## Beyond dropping",
         BEYOND,
         choice_table(beyond, beyond[0], results),
+        *asked_again(results, (chosen["reducer"], chosen["options"])),
     ]
     for one in results:
         m = one.manifest
@@ -154,6 +180,17 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
     text = "\n\n".join(parts) + "\n"
     write_text(folder / "choice.md", text)
     return chosen
+
+
+def asked_again(results: list[Results], default: Candidate) -> list[str]:
+    """The section about merging, of the models that have answered for all of `ASKED`."""
+    ready = [one for one in results if all(answered([one], c) for c in ASKED)]
+    if not ready:
+        return []
+    rows = rank(ready, [default, *AGAINST])
+    first = next(row for row in rows if (row["reducer"], row["options"]) == default)
+    names = ", ".join(one.manifest["model"] for one in ready)
+    return ["## Asked again, with merging", AGAIN, f"Of {names}.", choice_table(rows, first, ready)]
 
 
 def preference(row: dict[str, Any], previous: Candidate = PREVIOUS) -> tuple[float, bool, float]:
