@@ -78,7 +78,8 @@ def parsed(limits: Limits, *urls: str) -> Prompt:
     """Return the prompt of a request with these media, for a model that takes any text."""
     text: Any = SimpleNamespace(
         check_size=lambda *amount: None,
-        check=lambda chat: 0,
+        render=lambda *chat: "",
+        check=lambda *chat: 0,
         check_images=lambda *images: None,
         verifies=lambda kind: True,
     )

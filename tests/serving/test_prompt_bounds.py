@@ -222,9 +222,7 @@ def test_fields_are_refused_unless_they_ask_for_what_is_done_anyway() -> None:
     for name, same, other in (
         ("add_generation_prompt", True, False),
         ("skip_special_tokens", True, False),
-        ("parallel_tool_calls", True, False),
         ("frequency_penalty", 0, 0.5),
-        ("tools", [], [{}]),
         ("anything", None, False),
     ):
         assert read_request(json.dumps(user("a", **{name: same})).encode())
@@ -233,7 +231,7 @@ def test_fields_are_refused_unless_they_ask_for_what_is_done_anyway() -> None:
 
 
 def test_fields_inside_of_messages_are_refused_unless_they_are_empty() -> None:
-    """A message as a client has received it passes; calls of tools and options of media do not."""
+    """A message as a client has received it passes; options of media do not."""
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     url = IMAGE["image_url"]
     received = {
@@ -251,7 +249,6 @@ def test_fields_inside_of_messages_are_refused_unless_they_are_empty() -> None:
     usage = {"include_usage": True, "include_obfuscation": False}
     assert read(good, received, said("Why?"), stream_options=usage)
     for name, message in (
-        ("messages.0.tool_calls", {**received, "tool_calls": [call]}),
         ("messages.0.function_call", {**received, "function_call": call["function"]}),
         ("messages.0.name", {**said("a"), "name": "Ann"}),
         ("messages.0.content.0.fps", said([{**IMAGE, "fps": 2}])),
@@ -260,7 +257,7 @@ def test_fields_inside_of_messages_are_refused_unless_they_are_empty() -> None:
         with pytest.raises(RequestError, match=f"not served: {name}. Leave it out"):
             read(message)
     with pytest.raises(RequestError, match=r"role.*'assistant'"):
-        read({"role": "tool", "content": "1", "tool_call_id": "a"})
+        read({"role": "function", "content": "1", "name": "a"})
     with pytest.raises(RequestError, match=r"stream_options\.continuous_usage_stats"):
         read(said("a"), stream_options={"continuous_usage_stats": True})
 

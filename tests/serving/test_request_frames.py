@@ -42,7 +42,8 @@ def url(path: Path) -> str:
 
 def parsed(path: Path, **fields: Any) -> Prompt:
     text: Any = SimpleNamespace(
-        check_size=lambda *amount: None, check=lambda chat: 0, check_images=lambda *images: None,
+        check_size=lambda *amount: None, render=lambda *chat: "", check=lambda *chat: 0,
+        check_images=lambda *images: None,
         verifies=lambda kind: True,
     )  # fmt: skip
     part = {"type": "video_url", "video_url": {"url": url(path)}}

@@ -31,6 +31,7 @@ def chat_inputs(
     images: Sequence[Any],
     videos: Sequence[Any],
     samplings: Sequence[Sampling] = (),
+    texts: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """One left-padded batch of conversations that end where the answer begins, on the CPU.
 
@@ -44,8 +45,10 @@ def chat_inputs(
         PIL images, and uint8 arrays (frames, height, width, 3), of all rows in prompt order.
     samplings
         When the frames of each video were shown, for processors that write their times.
+    texts
+        The rendered conversations, if they are known.
     """
-    texts = [
+    texts = [*texts] or [
         processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         for chat in chats
     ]

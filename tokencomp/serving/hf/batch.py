@@ -15,14 +15,15 @@ def build_inputs(model: Any, processor: Any, prompts: list[Prompt]) -> dict[str,
     Raises
     ------
     RequestError
-        The chat template or the processor refuses a prompt.
+        The processor refuses a prompt.
     """
     images = [image for prompt in prompts for image in prompt.images]
     videos = [video for prompt in prompts for video in prompt.videos]
     samplings = [sampling for prompt in prompts for sampling in prompt.samplings]
     try:
         chats = [prompt.chat for prompt in prompts]
-        inputs = chat_inputs(processor, chats, images, videos, samplings)
-    except Exception as error:  # templates and processors raise undocumented types
+        texts = [prompt.text for prompt in prompts]
+        inputs = chat_inputs(processor, chats, images, videos, samplings, texts)
+    except Exception as error:  # processors raise undocumented types
         raise RequestError(f"the model's processor refuses the prompt: {error}") from error
     return to_model(inputs, model)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 from tokencomp.serving.hf.answer import AnswerText
 from tokencomp.serving.hf.job import Event, Job, Piece
 from tokencomp.serving.hf.prompt import Prompt
+from tokencomp.serving.hf.tools import Calls
 from tokencomp.serving.hf.usage import Usage
 
 DEFAULT_TOKENS = 256
@@ -33,9 +34,14 @@ class Completion:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         request, loop = self.request, asyncio.get_running_loop()
         tokens = request.max_completion_tokens or request.max_tokens or DEFAULT_TOKENS
+        stops, form = request.stops, prompt.calls
+        if form is not None and request.parallel_tool_calls is False:
+            stops = [*stops, form.end]
+        names = [tool.function.name for tool in request.offered]
+        self.calls = [Calls(form, names, request.must_call) for _ in prompt.grammars]
         self.jobs = [
             Job(
-                prompt, loop, tokens, AnswerText(tokenizer, request.stops), self.events, index,
+                prompt, loop, tokens, AnswerText(tokenizer, stops), self.events, index,
                 grammar,
             )
             for index, grammar in enumerate(prompt.grammars)
@@ -80,8 +86,12 @@ class Completion:
                 pieces[index].append(value)
         choices = []
         for index, parts in enumerate(pieces):
-            message = {"role": "assistant", "content": "".join(part.text for part in parts)}
-            choice = self._choice(index, finish[index], [e for p in parts for e in p.logprobs])
+            content, calls = self.calls[index].add("".join(part.text for part in parts), final=True)
+            message: dict[str, Any] = {"role": "assistant", "content": content}
+            if calls:
+                message.update(content=content or None, tool_calls=calls)
+            ended = self._reason(index, finish[index])
+            choice = self._choice(index, ended, [e for p in parts for e in p.logprobs])
             choices.append({**choice, "message": message})
         body = {**self.identity, "object": "chat.completion", "choices": choices}
         return {**body, "usage": self.usage.as_dict() if self.usage else None}
@@ -89,6 +99,14 @@ class Completion:
     async def stream(self) -> AsyncIterator[str]:
         """Yield server-sent events; the jobs are cancelled if the client disconnects."""
         base = {**self.identity, "object": "chat.completion.chunk"}
+
+        def grown(index: int, text: str, entries: Any, final: bool = False) -> Iterator[str]:
+            known = len(self.calls[index].found)
+            content, calls = self.calls[index].add(text, final)
+            if content or entries:
+                yield chunk(index, {"content": content}, entries=entries)
+            for i, call in enumerate(calls, known):
+                yield chunk(index, {"tool_calls": [{"index": i, **call}]})
 
         def chunk(index: int, delta: dict[str, Any], finish: Any = None, entries: Any = ()) -> str:
             choice = {**self._choice(index, finish, list(entries)), "delta": delta}
@@ -105,15 +123,22 @@ class Completion:
                     break
                 if kind == "end":
                     running -= 1
-                    yield chunk(index, {}, value)
+                    for event in grown(index, "", (), final=True):
+                        yield event
+                    yield chunk(index, {}, self._reason(index, value))
                 elif kind == "text":
-                    yield chunk(index, {"content": value.text}, entries=value.logprobs)
+                    for event in grown(index, value.text, value.logprobs):
+                        yield event
             options = self.request.stream_options
             if options is not None and options.include_usage and self.usage is not None:
                 yield _event({**base, "choices": [], "usage": self.usage.as_dict()})
             yield "data: [DONE]\n\n"
         finally:
             self.cancel()  # the client has disconnected, or the answer is complete
+
+    def _reason(self, index: int, finish: str) -> str:
+        """Why an answer ended, for clients."""
+        return "tool_calls" if finish == "stop" and self.calls[index].found else finish
 
     def _choice(self, index: int, finish: str | None, entries: list[Any]) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "finish_reason": finish}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Strict(BaseModel):
@@ -14,22 +14,29 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    def unserved(self, where: str, off: Mapping[str, tuple[Any, ...]]) -> list[str]:
-        """Return the unknown fields that ask for something that this server does not do.
+    off: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Values of unknown fields that ask for what the server does anyway."""
+
+    def unserved(self, where: str = "") -> list[str]:
+        """Return the unknown fields, at any depth, that ask for something that is not done.
 
         Parameters
         ----------
         where
             Path of this object in the request, with a dot at its end.
-        off
-            Values of unknown fields that ask for what the server does anyway.
         """
-        fields = (self.model_extra or {}).items()
-        return [
+        wrong = [
             where + name
-            for name, value in fields
-            if value is not None and value not in off.get(name, ())
+            for name, value in (self.model_extra or {}).items()
+            if value is not None and value not in self.off.get(name, ())
         ]
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            items = enumerate(value) if isinstance(value, list) else [("", value)]
+            for i, item in items:
+                if isinstance(item, Strict):
+                    wrong += item.unserved(f"{where}{name}.{i}." if i != "" else f"{where}{name}.")
+        return wrong
 
 
 class JsonSchema(Strict):
@@ -39,6 +46,58 @@ class JsonSchema(Strict):
     description: str | None = None
     strict: bool | None = None
     definition: dict[str, Any] = Field(alias="schema")
+
+
+class StreamOptions(Strict):
+    """Options of a streamed answer."""
+
+    off = {
+        "continuous_usage_stats": (False,),
+        "include_obfuscation": (False, True),  # padding of events, against observers of their sizes
+    }
+
+    include_usage: bool = False
+
+
+class Function(Strict):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """OpenAI's object around a function; as a `tool_choice` it needs a name alone."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(Strict):
+    """A function with its arguments, which are a JSON object as text."""
+
+    name: str
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _object(cls, value: str) -> str:
+        try:
+            if isinstance(json.loads(value), dict):
+                return value
+        except (ValueError, RecursionError):
+            pass
+        raise ValueError('expected a JSON object as text, such as "{}"')
+
+
+class ToolCall(Strict):
+    """A call in an earlier answer."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
 
 
 class ResponseFormat(Strict):
@@ -54,7 +113,17 @@ class ResponseFormat(Strict):
         return self
 
     def schema_text(self) -> str:
-        """Return the JSON schema that an answer in JSON follows, as text."""
+        """Return the JSON schema that an answer in JSON follows, or "" for any answer."""
+        if self.type == "text":
+            return ""
         if self.type == "json_schema" and self.json_schema is not None:
             return json.dumps(self.json_schema.definition)
         return json.dumps({"type": "object"})
+
+
+def call_schema(function: Function) -> dict[str, Any]:
+    """Return the JSON schema of a call of that function."""
+    arguments = function.parameters or {"type": "object", "additionalProperties": False}
+    properties = {"name": {"const": function.name}, "arguments": arguments}
+    closed = {"required": [*properties], "additionalProperties": False}
+    return {"type": "object", "properties": properties, **closed}

@@ -1,4 +1,4 @@
-"""Answers in JSON: `response_format` as a grammar that the tokens of an answer follow."""
+"""Answers in JSON: a schema as a grammar that the tokens of an answer follow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.form import ResponseFormat
 
 # Between the parts of a JSON text: nothing, a space, or a new line and its indentation. Some models
 # write white space without an end where they may.
@@ -69,35 +68,40 @@ class Grammars:
         self._lock = threading.Lock()
         self._vocabulary: Any = None
 
-    def of(self, wanted: ResponseFormat | None, count: int = 1) -> list[Grammar | None]:
-        """Return a grammar for each of `count` answers, or None for answers in any form.
+    def of(self, schema: str, count: int = 1, name: str = "response_format") -> list[Grammar]:
+        """Return a grammar for each of `count` answers.
+
+        Parameters
+        ----------
+        schema
+            JSON schema that the answers follow.
+        count
+            Number of answers.
+        name
+            Field of the request that asks for it.
 
         Raises
         ------
         RequestError
             If llguidance is not installed, cannot use the tokenizer, or refuses the schema.
         """
-        if wanted is None or wanted.type == "text":
-            return [None] * count
         try:
             from llguidance import LLMatcher
 
             vocabulary = self._read_vocabulary()
         except ImportError:
             raise RequestError(
-                f"response_format {wanted.type!r} is not served: this server has no llguidance "
-                "(pip install llguidance)."
+                f"this {name} is not served: the server has no llguidance (pip install llguidance)."
             ) from None
         except ValueError as error:
-            raise RequestError(f"response_format: not for this model: {error}") from None
-        schema = wanted.schema_text()
+            raise RequestError(f"{name}: not for this model: {error}") from None
         if len(schema) > MAX_SCHEMA:
-            raise RequestError(f"response_format: a schema of more than {MAX_SCHEMA} characters.")
+            raise RequestError(f"{name}: a schema of more than {MAX_SCHEMA} characters.")
         options: Any = {"whitespace_pattern": WHITE_SPACE}
         grammar = LLMatcher.grammar_from_json_schema(schema, defaults=options)
         matchers = [LLMatcher(vocabulary, grammar, log_level=0) for _ in range(count)]
         if matchers[0].is_error():
-            raise RequestError(f"response_format: {matchers[0].get_error()}")
+            raise RequestError(f"{name}: {matchers[0].get_error()}")
         return [Grammar(matcher) for matcher in matchers]
 
     def _read_vocabulary(self) -> Any:

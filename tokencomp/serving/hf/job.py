@@ -115,7 +115,9 @@ class Job:
                 self._logprobs.append(logprob)
             if self.grammar is not None:
                 if problem := self.grammar.accept(token):
-                    self.send("error", RequestError(f"response_format cannot go on: {problem}"))
+                    self.send(
+                        "error", RequestError(f"the answer cannot go on in its form: {problem}")
+                    )
                     return
                 stopped = self.grammar.ended
             stopped = stopped or self.text.stopped

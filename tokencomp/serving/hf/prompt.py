@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,11 +13,13 @@ from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.decoder import decode_apart
 from tokencomp.serving.hf.detail import in_low_detail
 from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.form import call_schema
 from tokencomp.serving.hf.frames import with_request
 from tokencomp.serving.hf.grammar import Grammar, Grammars
 from tokencomp.serving.hf.media import Limits, load_image
 from tokencomp.serving.hf.schema import ChatRequest, Message, Part, read_request
 from tokencomp.serving.hf.text import PromptText
+from tokencomp.serving.hf.tools import CallForm
 from tokencomp.serving.hf.video import load_video
 from tokencomp.serving.spec import ServerOptions
 
@@ -42,6 +45,10 @@ class Prompt:
         Reducer and ratio of the request.
     grammars
         What each of its answers must follow, or None.
+    text
+        What the chat template makes of the messages.
+    calls
+        How the model writes calls, if its answers may have any.
     """
 
     request: ChatRequest
@@ -52,6 +59,8 @@ class Prompt:
     videos: list[Any] = field(default_factory=list)
     samplings: list[Any] = field(default_factory=list)
     grammars: list[Grammar | None] = field(default_factory=list)
+    text: str = ""
+    calls: CallForm | None = None
 
     @property
     def pixels(self) -> int:
@@ -92,12 +101,13 @@ def parse(
     request = read_request(content)
     prompt = Prompt(request, [], _spec(request, options))
     _check_amount(request, text, limits)
-    prompt.chat = [
-        {"role": message.template_role, "content": _content(message)}
-        for message in request.messages
-    ]
-    tokens = text.check(prompt.chat)
-    prompt.grammars = grammars.of(request.response_format, request.n)
+    prompt.chat = [_message(message) for message in request.messages]
+    prompt.calls = _call_form(request, text)
+    tools = [tool.model_dump(exclude_none=True) for tool in request.offered]
+    begun = prompt.calls.opening if prompt.calls and request.must_call else ""
+    prompt.text = text.render(prompt.chat, tools) + begun
+    tokens = text.check(prompt.chat, prompt.text)
+    prompt.grammars = _grammars(request, grammars)
     media = [part.type.removesuffix("_url") for part in _media_parts(request)]
     prompt.alone = not all(map(text.verifies, media))
     limits = with_request(request.media_io_kwargs, limits)
@@ -124,7 +134,12 @@ def _media_parts(request: ChatRequest) -> list[Part]:
 def _check_amount(request: ChatRequest, text: PromptText, limits: Limits) -> None:
     """Refuse a request by the amount of its text and its media, before either is processed."""
     parts = [part for message in request.messages for part in _parts(message)]
-    text.check_size(sum(len(part.text or "") for part in parts), len(parts))
+    tools = [tool.model_dump_json() for tool in request.tools or []]
+    called = [
+        c.function.arguments for message in request.messages for c in message.tool_calls or []
+    ]
+    texts = [part.text or "" for part in parts] + tools + called
+    text.check_size(sum(map(len, texts)), len(texts))
     if len(_media_parts(request)) > limits.max_items:
         raise RequestError(f"more than {limits.max_items} images and videos.", 413)
 
@@ -174,6 +189,47 @@ def _content(message: Message) -> list[dict[str, Any]]:
         kind = part.type.removesuffix("_url")
         content.append({"type": kind, "text": value} if kind == "text" else {"type": kind})
     return content
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """Return a message in the form that chat templates expect."""
+    content: Any = _content(message)
+    if message.role == "tool" and all(part["type"] == "text" for part in content):
+        content = "".join(part["text"] for part in content)
+    known: dict[str, Any] = {"role": message.template_role, "content": content}
+    if message.tool_calls:
+        calls = [call.model_dump(exclude_none=True) for call in message.tool_calls]
+        for call in calls:
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        known["tool_calls"] = calls
+    return known
+
+
+def _call_form(request: ChatRequest, text: PromptText) -> CallForm | None:
+    """Return how calls are written, if the request has tools to call.
+
+    Raises
+    ------
+    RequestError
+        If it has tools, calls or results, and the chat template has no place for them.
+    """
+    called = any(message.tool_calls or message.role == "tool" for message in request.messages)
+    if (request.tools or called) and text.calls is None:
+        raise RequestError(
+            "not served: tools. This model's chat template has no place for them, or writes calls "
+            "in a form that is not known here. Describe the calls in the prompt and ask for JSON: "
+            '"response_format": {"type": "json_schema", ...}; or use the vLLM engine.'
+        )
+    return text.calls if request.offered else None
+
+
+def _grammars(request: ChatRequest, grammars: Grammars) -> list[Grammar | None]:
+    """Return what each answer must follow."""
+    if request.must_call:
+        calls = [call_schema(tool.function) for tool in request.offered]
+        return [*grammars.of(json.dumps({"anyOf": calls}), request.n, "tool_choice")]
+    schema = request.response_format.schema_text() if request.response_format else ""
+    return [*grammars.of(schema, request.n)] if schema else [None] * request.n
 
 
 def _load(part: Part, prompt: Prompt, limits: Limits, deadline: Deadline) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tokencomp.serving import KEY
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.form import ResponseFormat, Strict
+from tokencomp.serving.hf.form import (
+    ResponseFormat,
+    StreamOptions,
+    Strict,
+    Tool,
+    ToolCall,
+)
 from tokencomp.serving.spec import REQUEST_KEYS
 
 MAX_STRUCTURE = 1_000_000  # JSON objects, lists and their elements; each costs memory
@@ -39,32 +40,23 @@ OFF: dict[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "min_tokens": (0,),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True,),
     "presence_penalty": (0,),
     "priority": (0,),
     "skip_special_tokens": (True,),
     "stop_token_ids": ([],),
-    "tool_choice": ("none",),
-    "tools": ([],),
     "top_k": (-1, 0),
     "use_beam_search": (False,),
 }
 
-# The same for fields of a message, of its parts, of a part's URL object, and of `stream_options`.
-# Clients send the messages that they have received, with all of their empty fields.
+# The same for a message. Clients send those that they received, with all of their empty fields.
 MESSAGE_OFF: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "reasoning": ("",),
     "reasoning_content": ("",),
     "refusal": ("",),
-    "tool_calls": ([],),
 }
-STREAM_OFF: dict[str, tuple[Any, ...]] = {
-    "continuous_usage_stats": (False,),
-    "include_obfuscation": (False, True),  # padding of events, against observers of their sizes
-}
-
-FORMS = ("str", "list[Part]", "list[str]")  # pydantic's names for the alternative types of a field
+# pydantic's names for the alternative types of a field
+FORMS = ("str", "list[Part]", "list[str]", "literal['none','auto','required']", "Tool")
 
 
 class Url(Strict):
@@ -93,8 +85,20 @@ class Part(Strict):
 class Message(Strict):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None
+    off = MESSAGE_OFF
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _of_role(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f'"tool_calls" belong to the role "assistant", not {self.role!r}')
+        if self.tool_call_id and self.role != "tool":
+            raise ValueError(f'"tool_call_id" belongs to the role "tool", not {self.role!r}')
+        return self
 
     @property
     def template_role(self) -> str:
@@ -102,17 +106,13 @@ class Message(Strict):
         return "system" if self.role == "developer" else self.role
 
 
-class StreamOptions(Strict):
-    """Options of a streamed answer."""
-
-    include_usage: bool = False
-
-
 class ChatRequest(Strict):
     """A chat-completions request.
 
     A sampling parameter that the client leaves out has the value of the model's generation config.
     """
+
+    off = OFF
 
     model: str = ""
     messages: list[Message] = Field(min_length=1, fail_fast=True)
@@ -126,6 +126,9 @@ class ChatRequest(Strict):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     n: int = Field(1, ge=1, le=MAX_ANSWERS)
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
+    parallel_tool_calls: bool | None = True
     stop: str | list[str] | None = None
     ignore_eos: bool | None = False
     stream: bool | None = False
@@ -155,7 +158,27 @@ class ChatRequest(Strict):
             raise ValueError('"top_logprobs" needs "logprobs": true')
         if self.ignore_eos and self.response_format and self.response_format.type != "text":
             raise ValueError('"ignore_eos" beside "response_format": an answer in JSON ends')
+        names = [tool.function.name for tool in self.tools or []]
+        if self.must_call and (self.ignore_eos or not names):
+            raise ValueError('"tool_choice" of a call needs "tools", and no "ignore_eos"')
+        if isinstance(self.tool_choice, Tool) and self.tool_choice.function.name not in names:
+            raise ValueError(f'"tool_choice" names none of the tools {", ".join(names)}')
+        if self.offered and self.response_format and self.response_format.type != "text":
+            raise ValueError('"tools" beside "response_format": a call has a form of its own')
         return self
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is a call in any case."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def offered(self) -> list[Tool]:
+        """Tools that the answer may call."""
+        choice, tools = self.tool_choice, self.tools or []
+        if isinstance(choice, Tool):
+            return [tool for tool in tools if tool.function.name == choice.function.name]
+        return [] if choice == "none" else tools
 
     @property
     def stops(self) -> list[str]:
@@ -220,22 +243,5 @@ def _same_field(fields: list[tuple[Any, ...]]) -> int:
 
 def _unserved(request: ChatRequest) -> list[str]:
     """Return the fields that would change the answer but are not supported."""
-    wrong = [name for name in request.unserved("", OFF) if name not in HARMLESS]
-    wrong += [
-        f"mm_processor_kwargs.{name}" for name in request.mm_processor_kwargs or {} if name != KEY
-    ]
-    for i, message in enumerate(request.messages):
-        wrong += message.unserved(f"messages.{i}.", MESSAGE_OFF)
-        parts = message.content if isinstance(message.content, list) else []
-        for j, part in enumerate(parts):
-            where = f"messages.{i}.content.{j}."
-            wrong += part.unserved(where, {})
-            for name, url in (("image_url", part.image_url), ("video_url", part.video_url)):
-                wrong += url.unserved(f"{where}{name}.", {}) if url is not None else []
-    if request.stream_options is not None:
-        wrong += request.stream_options.unserved("stream_options.", STREAM_OFF)
-    if (wanted := request.response_format) is not None:
-        wrong += wanted.unserved("response_format.", {})
-        if wanted.json_schema is not None:
-            wrong += wanted.json_schema.unserved("response_format.json_schema.", {})
-    return wrong
+    processor = [f"mm_processor_kwargs.{n}" for n in request.mm_processor_kwargs or {} if n != KEY]
+    return [name for name in request.unserved() if name not in HARMLESS] + processor

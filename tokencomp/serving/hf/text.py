@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.tools import CallForm
 
 MAX_CHARACTERS = 4 << 20
 MARKED = ("image", "video")
@@ -47,6 +48,8 @@ class PromptText:
     max_characters : int
         Longer texts are refused without being tokenised. No token stands for more characters than
         the longest entry of the vocabulary has, so they cannot fit.
+    calls : CallForm or None
+        How the chat template writes calls of tools.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class PromptText:
         self._markers = {kind: self._marker(kind) for kind in MARKED}
         self._special = {token for marker in self._markers.values() for token in marker}
         self._special |= self._added & set(placeholders)
+        self.calls = CallForm.of(self.render, self._visible)
 
     def verifies(self, kind: str) -> bool:
         """Whether `check` can count the placeholders of "image" or "video"."""
@@ -81,8 +85,26 @@ class PromptText:
                 f"{self.max_characters} characters. Send less text."
             )
 
-    def check(self, chat: Chat) -> int:
-        """Tokenise a conversation, with one placeholder per medium, and check the result.
+    def render(self, chat: Chat, tools: Sequence[dict[str, Any]] = ()) -> str:
+        """Return the prompt that the chat template makes, with one placeholder per medium.
+
+        Raises
+        ------
+        RequestError
+            If the chat template refuses it.
+        """
+        try:
+            return str(
+                self.processor.apply_chat_template(
+                    chat, add_generation_prompt=True, tokenize=False,
+                    **({"tools": list(tools)} if tools else {}),
+                )
+            )  # fmt: skip
+        except Exception as error:  # templates raise undocumented types
+            raise RequestError(f"the model's processor refuses the prompt: {error}") from error
+
+    def check(self, chat: Chat, text: str) -> int:
+        """Tokenise a rendered conversation, and check the result.
 
         The engine puts the media of several requests into one list, in the order of their
         placeholders. A prompt with another number of placeholders than media would take the media
@@ -96,15 +118,14 @@ class PromptText:
         Raises
         ------
         RequestError
-            If the text has too many tokens, or not one placeholder per medium, or if the chat
-            template refuses it.
+            If the text has too many tokens, or not one placeholder per medium.
         """
-        tokens = self._tokens(chat)
+        tokens = self._tokens(text)
         if len(tokens) >= self.max_model_len:
             raise too_long(len(tokens), self.max_model_len)
         expected: Counter[int] = Counter()
         for message in chat:
-            for part in message["content"]:
+            for part in message["content"] if isinstance(message["content"], list) else ():
                 expected.update(self._markers.get(part["type"], {}))
         present = Counter(token for token in tokens if token in self._special)
         if present != expected:
@@ -137,22 +158,23 @@ class PromptText:
         if total >= self.max_model_len:
             raise too_long(total, self.max_model_len)
 
-    def _tokens(self, chat: Chat) -> list[int]:
+    def _tokens(self, text: str) -> list[int]:
         try:
-            text = self.processor.apply_chat_template(
-                chat, add_generation_prompt=True, tokenize=False
-            )
             with self._lock:
                 return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        except Exception as error:  # templates raise undocumented types
+        except Exception as error:  # tokenizers raise undocumented types
             raise RequestError(f"the model's processor refuses the prompt: {error}") from error
+
+    def _visible(self, text: str) -> bool:
+        """Whether a text survives the decoding of an answer, which leaves special tokens out."""
+        return text in self.tokenizer.decode(self._tokens(text), skip_special_tokens=True)
 
     def _marker(self, kind: str) -> Counter[int]:
         """Return the special tokens that the chat template writes for one medium of that kind."""
         text = {"type": "text", "text": "a"}
         try:
             plain, marked = (
-                Counter(self._tokens([{"role": "user", "content": content}]))
+                Counter(self._tokens(self.render([{"role": "user", "content": content}])))
                 for content in ([text], [{"type": kind}, text])
             )
         except RequestError:  # a model without this kind of media
