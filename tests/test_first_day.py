@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from support.family.base import Family
 import tokencomp
 from tokencomp.cli.list import MAKERS
 from tokencomp.errors import MediaError, OptionError, UnsupportedModelError
+from tokencomp.inputs import loading
 from tokencomp.inputs.media import is_video, load_media
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.reducers.registry import ARGUMENTS
@@ -153,6 +155,32 @@ def test_a_folder_that_is_not_there_is_called_so(capsys):
     for name in ("./nofolder", "/no/folder", "~/no/folder"):
         assert run("inspect", "--model", name, "--image", SAMPLES / "test-position-00003.jpg") == 2
         assert f"model '{name}': no such folder." in capsys.readouterr().err
+
+
+def test_a_file_in_place_of_a_folder_is_called_so(capsys):
+    file = SAMPLES / "test-position-00003.jpg"
+    assert run("inspect", "--model", file, "--image", file) == 2
+    assert "is a file. Give the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("proxies", "local"), [({}, True), ({"https": "http://proxy:1"}, False)])
+def test_a_hub_without_address_is_not_tried_again_and_again(monkeypatch, proxies, local):
+    def no_address(*args: Any) -> None:
+        raise socket.gaierror
+
+    asked: list[dict[str, Any]] = []
+
+    def load(path: str, dtype: torch.dtype, **options: Any) -> None:
+        asked.append(options)
+        raise OSError("not here")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", no_address)
+    monkeypatch.setattr(loading, "getproxies", lambda: proxies)
+    monkeypatch.setattr(loading, "load_folder", load)
+    with pytest.raises(UnsupportedModelError, match="'owner/name' cannot be loaded"):
+        loading.load_model("owner/name")
+    assert asked == [{"local_files_only": True} if local else {}]
 
 
 def test_ctrl_c_leaves_a_word(monkeypatch, capsys):

@@ -208,7 +208,7 @@ class Handle:
     def __repr__(self) -> str:
         family = self._hooks.adapter.family
         spec = self._spec
-        asked = "plan" if spec.plan is not None else spec.amount or f"ratio {spec.shown_ratio}"
+        asked = "plan" if spec.plan is not None else spec.asked
         places = _places(self.plan.stages)
         if tower := self.plan.tower:
             places.insert(0, f"{tower.reducer.name} before tower block {tower.block}")

@@ -236,6 +236,11 @@ class MethodSpec:
         return ratio_text(self.written_ratio)
 
     @property
+    def asked(self) -> str:
+        """What was asked for, in words: "ratio 0.75", or "budget=512"."""
+        return f"ratio {self.shown_ratio}" if self.amount is None else str(self.amount)
+
+    @property
     def written_ratio(self) -> float | dict[str, float] | str:
         """What stands for the ratio in stored runs: numbers, or a budget in words."""
         if self.plan is not None and any(stage.amount for stage in self.plan.stages):

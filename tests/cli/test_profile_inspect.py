@@ -144,17 +144,22 @@ def test_inspect_says_in_words_what_was_kept():
     from types import SimpleNamespace
 
     from tokencomp.cli.inspect import in_words
+    from tokencomp.method import MethodSpec
 
-    def answer(name, ratio, layers, text):
+    def answer(name, ratio, layers, text, **spec):
         cost = SimpleNamespace(per_layer=layers, flops=sum(layers), kv_bytes=2 * sum(layers))
         return SimpleNamespace(
-            setting=SimpleNamespace(name=name, shown_ratio=f"{ratio:g}"), cost=cost, text=text
+            setting=SimpleNamespace(name=name, asked=MethodSpec(name, ratio, **spec).asked),
+            cost=cost,
+            text=text,
         )
 
-    full = answer("full", 0.0, [64, 64], "red")
+    full = answer("uniform", 0.0, [64, 64], "red")
     words = in_words(answer("prune", 0.75, [32, 0], "red "), full)
     assert "prune at ratio 0.75: a decoder layer sees 16 of 64 visual tokens" in words
     assert "25% of the decoder's work" in words and words.endswith("The answer stays the same.")
+    words = in_words(answer("prune", 0.0, [32, 0], "red ", budget=16), full)
+    assert "prune at budget=16: a decoder layer sees 16" in words
     assert in_words(answer("prune", 0.75, [32, 0], "blue"), full).endswith(
         "The answer differs from that of the full model."
     )

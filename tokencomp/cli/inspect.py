@@ -64,7 +64,7 @@ def in_words(answer: Any, full: Any) -> str:
     same = answer.text.strip() == full.text.strip()
     setting = answer.setting
     return (
-        f"{setting.name} at ratio {setting.shown_ratio}: a decoder layer sees {kept:.0f} of "
+        f"{setting.name} at {setting.asked}: a decoder layer sees {kept:.0f} of "
         f"{before:.0f} visual tokens on average, which leaves "
         f"{answer.cost.flops / full.cost.flops:.0%} of the decoder's work and "
         f"{answer.cost.kv_bytes / full.cost.kv_bytes:.0%} of its cache. The answer "

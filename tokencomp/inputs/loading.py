@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 
@@ -74,11 +77,19 @@ def load_model(
 
     path = resolve(name)
     if path.startswith((".", "/", "~")):  # no hub id does
-        if not Path(path).expanduser().is_dir():
+        folder = Path(path).expanduser()
+        if folder.is_file():
+            raise UnsupportedModelError(
+                f"model {path!r} is a file. Give the folder in the Hugging Face layout, with "
+                "config.json and *.safetensors."
+            )
+        if not folder.is_dir():
             raise UnsupportedModelError(f"model {path!r}: no such folder.")
-        path = str(Path(path).expanduser())
+        path = str(folder)
     device = pick_device(device)
-    options = {} if attention is None else {"attn_implementation": attention}
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if not Path(path).is_dir() and hub_is_out_of_reach():
+        options["local_files_only"] = True  # else every file is tried for half a minute
     try:
         model, processor = load_folder(path, pick_dtype(dtype, device), **options)
     except (OSError, ValueError, KeyError) as error:
@@ -101,7 +112,7 @@ def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> 
     dtype
         Default float32.
     **options
-        Passed to `from_pretrained` of the model.
+        Passed to `from_pretrained` of the model; `local_files_only` also to that of the rest.
 
     Raises
     ------
@@ -118,11 +129,27 @@ def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> 
     from tokencomp.models import register_auto_classes
 
     register_auto_classes()  # architectures that transformers lacks
-    AutoConfig.from_pretrained(path)  # its errors name the path; those of processors do not
-    processor = AutoProcessor.from_pretrained(path)
+    local = {name: value for name, value in options.items() if name == "local_files_only"}
+    AutoConfig.from_pretrained(
+        path, **local
+    )  # its errors name the path; those of processors do not
+    processor = AutoProcessor.from_pretrained(path, **local)
     dtype = torch.float32 if dtype is None else dtype
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options)
     return model.eval(), processor
+
+
+def hub_is_out_of_reach() -> bool:
+    """Whether the name of the hub's host has no address here, and no proxy may know it."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return True
+    return False
 
 
 def _first_line(error: Exception) -> str:

@@ -152,7 +152,7 @@ def _sentence(row: Row, rows: list[Row], items: int) -> str:
     full = rows[0]
     kept, before = (sum(r.per_layer) / len(r.per_layer) for r in (row, full))
     text = (
-        f"{row.setting.name} at ratio {row.setting.shown_ratio}: a decoder layer sees "
+        f"{row.setting.name} at {row.setting.asked}: a decoder layer sees "
         f"{kept:.0f} of {before:.0f} visual tokens on average. That leaves "
         f"{row.flops / full.flops:.0%} of the decoder's work and "
         f"{row.kv_bytes / full.kv_bytes:.0%} of its cache."
