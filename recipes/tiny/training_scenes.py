@@ -33,11 +33,13 @@ def training_scene(
     Parameters
     ----------
     kind : {"usual", "plain", "hard", "crowd", "brief", "acts", "page", "numbers"}
-        The first three are those of the benchmark; "crowd" has as many ``objects`` as find room,
-        in one frame or in two between which they move, come and go; "brief" has four to six
-        objects, each in one frame of a video; "acts" has two or three that move and as many that
-        flash one to four times, each number as often; "page" has four to ten words and numbers, of
-        which three in four are numbers in "numbers".
+        "usual", "plain" and "hard" are the scenes of the benchmark. The others:
+
+        - "crowd": as many ``objects`` as find room, in one frame, or in two between which they
+          move, come and go.
+        - "brief": four to six objects, each in one frame of a video.
+        - "acts": two or three objects that move, and as many that flash one to four times.
+        - "page": four to ten words and numbers; "numbers": the same, three in four are numbers.
     text : float
         Share of images with one word or number.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from tokencomp.engine.rows.layout import Prompt, full_layout
+from tokencomp.engine.rows.layout import PromptColumns, full_layout
 from tokencomp.engine.scores.probes import input_scores
 from tokencomp.engine.scores.raters import rater_weights
 from tokencomp.tokens.signals import Attention
@@ -51,7 +51,7 @@ def scores(
         model(**first, attention_mask=mask[:, :PAST], past_key_values=cache)
         cache.layers[0].valid = mask[:, :PAST].bool()
     tables = {"position_embeddings": model.rotary_emb(x[:, PAST:], positions[:, PAST:])}
-    prompts = [[Prompt(WIDTH - n, WIDTH, DRAFT)] for n in LENGTHS]
+    prompts = [[PromptColumns(WIDTH - n, WIDTH, DRAFT)] for n in LENGTHS]
     layout = full_layout(WIDTH, LENGTHS, spans(), prompts)
     layout.raters = rater_weights(x[:, PAST:], layout)
     flat = input_scores(model.layers[0], x[:, PAST:], tables, signal, layout, cache)

@@ -11,7 +11,7 @@ from tokencomp import method, patching
 from tokencomp.cli._methods import checked
 from tokencomp.errors import OptionError, UnknownNameError, WeightsError
 from tokencomp.evaluation import Setting, grid, sweep
-from tokencomp.evaluation.patches import Patches
+from tokencomp.evaluation.patches import PatchedModels
 from tokencomp.method import DEFAULT_REDUCER, DEFAULT_SERVED_REDUCER, MethodSpec, resolve_auto
 from tokencomp.plan import counts as keep_counts
 from tokencomp.reducers import base
@@ -67,7 +67,7 @@ def test_each_setting_has_one_handle(loaded: Any) -> None:
     first, second = Setting("uniform", 0.5), Setting("divprune", 0.9)
     with tokencomp.patch(model, 0.25, reducer="merge") as outer:
         inside = hooks(model)
-        with Patches({"": model}) as patches:
+        with PatchedModels({"": model}) as patches:
             assert hooks(model) == clean
             seen: dict[Setting, list[Any]] = {first: [], second: []}
             for setting in (first, second, first):

@@ -50,7 +50,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, ...]]:
     """Kept places by name of the question."""
     places: dict[str, tuple[int, ...]] = {}
 
-    class Spying(patches.Patches):
+    class Spying(patches.PatchedModels):
         @contextlib.contextmanager
         def applied(self, setting: Setting, names: Any) -> Any:
             with super().applied(setting, names) as handle:
@@ -60,7 +60,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, ...]]:
                     kept = [tuple(handle.stats.kept(b)[0][0]) for b in range(len(names))]
                     places.update(zip(names, kept, strict=True))
 
-    monkeypatch.setattr(runner, "Patches", Spying)
+    monkeypatch.setattr(runner, "PatchedModels", Spying)
     return places
 
 

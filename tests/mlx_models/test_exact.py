@@ -186,11 +186,11 @@ def test_no_torch_is_imported() -> None:
         "import sys; sys.modules['torch'] = None\n"
         "import mlx.core as mx, tokencomp.mlx, tokencomp.mlx.serve\n"
         "from tokencomp.errors import MissingDependencyError\n"
-        "from tokencomp.mlx.method import Method\n"
+        "from tokencomp.mlx.method import ChosenMethod\n"
         "from tokencomp.mlx.selection import SELECT\n"
         "x = mx.random.normal((12, 8))\n"
         "print([len(f(x, (1, 3, 4), 5)) for f in SELECT.values()])\n"
-        "try: Method(0.5, 'merge')\n"
+        "try: ChosenMethod(0.5, 'merge')\n"
         "except MissingDependencyError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

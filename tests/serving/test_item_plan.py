@@ -12,21 +12,21 @@ from tokencomp.adapters.towers.base import Cells
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.method import MethodSpec
 from tokencomp.reducers.registry import available_reducers, make_reducer
-from tokencomp.serving.item_plan import ItemPlan, Layout
+from tokencomp.serving.item_plan import ItemPlan, SpanLayout
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.tower import kept_cells
 from tokencomp.tokens.spans import ModelFacts, VisualSpan, VisualTokens
 
 LAYOUTS = [
-    Layout((1, 5, 7)),
-    Layout((3, 4, 4)),
-    Layout((1, 6, 5), "rows"),
-    Layout((4, 3, 3), "end"),
-    Layout((1, 1, 1)),
+    SpanLayout((1, 5, 7)),
+    SpanLayout((3, 4, 4)),
+    SpanLayout((1, 6, 5), "rows"),
+    SpanLayout((4, 3, 3), "end"),
+    SpanLayout((1, 1, 1)),
 ]
 
 
-def special_by_loops(layout: Layout) -> list[bool]:
+def special_by_loops(layout: SpanLayout) -> list[bool]:
     t, h, w = layout.grid
     if layout.special == "rows":
         return [flag for _ in range(h) for flag in [*[False] * w, True]]
@@ -34,7 +34,7 @@ def special_by_loops(layout: Layout) -> list[bool]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_special_tokens(layout: Layout) -> None:
+def test_special_tokens(layout: SpanLayout) -> None:
     mask = layout.span("image").special_mask().tolist()
     assert mask == special_by_loops(layout)
     assert layout.length == len(mask) and layout.num_special == sum(mask)
@@ -89,7 +89,7 @@ def test_layouts_are_the_spans_of_the_adapters() -> None:
         spans = handle.stats.spans[0]
     for span, layout in zip(
         spans,
-        [Layout((1, 4, 4)), Layout((1, 4, 8), "rows"), Layout((4, 2, 2), "end")],
+        [SpanLayout((1, 4, 4)), SpanLayout((1, 4, 8), "rows"), SpanLayout((4, 2, 2), "end")],
         strict=True,
     ):
         assert (span.grid, span.length) == (layout.grid, layout.length)
@@ -103,8 +103,8 @@ def test_tiles_share_a_budget_as_on_the_patched_model(budget: int) -> None:
     with tokencomp.patch(model, reducer="uniform", budget=budget) as handle:
         model(**family.batch([[family.image(1), [5], family.video(4)]]))
         counts = [left for (left,) in handle.stats.counts[0]]
-    image = ItemPlan.make("image", [Layout((1, 4, 4)), Layout((1, 4, 8), "rows")], spec)
-    video = ItemPlan.make("video", [Layout((4, 2, 2), "end")], spec)
+    image = ItemPlan.make("image", [SpanLayout((1, 4, 4)), SpanLayout((1, 4, 8), "rows")], spec)
+    video = ItemPlan.make("video", [SpanLayout((4, 2, 2), "end")], spec)
     assert [*image.keep, *video.keep] == counts
     assert video.kept == min(budget, 17) and image.kept == min(budget, 52)
 
@@ -122,7 +122,7 @@ def test_behind_a_tower_stage_the_entry_sees_what_the_tower_left(name: str) -> N
     """Rows that the tower dropped are NaN; counts and rows are those of the stages' reducers."""
     grid = (2, 5, 6)
     spec = MethodSpec(name, 0.75, tower_ratio=0.5, tower_reducer="random")
-    plan = ItemPlan.make("video", [Layout(grid)], spec, 6)
+    plan = ItemPlan.make("video", [SpanLayout(grid)], spec, 6)
     assert ItemPlan.from_tensor(plan.to_tensor()) == plan
     assert (plan.entering, plan.kept) == (30, 15)
     present = torch.randperm(60, generator=torch.Generator().manual_seed(2))[:30].sort().values
@@ -144,7 +144,9 @@ def test_behind_a_tower_stage_the_entry_sees_what_the_tower_left(name: str) -> N
 
 
 def test_a_tower_stage_that_leaves_what_the_ratio_asks_for_is_the_only_one() -> None:
-    plan = ItemPlan.make("image", [Layout((1, 4, 5))], MethodSpec("uniform", 0.5, tower_ratio=0.5))
+    plan = ItemPlan.make(
+        "image", [SpanLayout((1, 4, 5))], MethodSpec("uniform", 0.5, tower_ratio=0.5)
+    )
     assert plan.entering == plan.kept == 10
     present = torch.arange(0, 20, 2)
     x = torch.randn(20, 3)
@@ -155,7 +157,7 @@ def test_a_tower_stage_that_leaves_what_the_ratio_asks_for_is_the_only_one() -> 
 @pytest.mark.parametrize(("extent", "position"), [(0, "first"), (40, "mean")])
 def test_pooled_tokens_have_the_positions_of_the_patched_model(extent: int, position: str) -> None:
     """Between line breaks, the place of a pooled token decides the order of the rows."""
-    layout = Layout((1, 6, 5), "rows")
+    layout = SpanLayout((1, 6, 5), "rows")
     plan = ItemPlan.make("image", [layout], MethodSpec(make_reducer("pool"), 0.5), extent)
     x = torch.randn(layout.length, 8)
     mask = layout.span("image").special_mask()
@@ -186,7 +188,7 @@ def test_no_pixels_make_the_stage_in_the_tower_fail(scale: str, kind: str) -> No
         except (OptionError, PlanError):
             continue
         reports: list[str] = []
-        plan = ItemPlan.make(kind, [Layout(grid)], spec)
+        plan = ItemPlan.make(kind, [SpanLayout(grid)], spec)
         kept = kept_cells(cells, plan, lambda plan, error, to=reports: to.append(str(error)))
         assert len(kept) == plan.entering < n and kept.diff().min() > 0
         if reports:

@@ -18,7 +18,7 @@ from vllm.config import CUDAGraphMode
 
 from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
 from tokencomp.method import MethodSpec
-from tokencomp.serving.item_plan import ItemPlan, ItemSize, Layout, batches, field_name
+from tokencomp.serving.item_plan import ItemPlan, ItemSize, SpanLayout, batches, field_name
 from tokencomp.serving.offsets import pack_offsets, unpack_offsets
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import checks, mrope
@@ -187,7 +187,7 @@ def test_positions_beyond_the_tables_are_refused() -> None:
 
 def test_media_from_a_cache_are_counted_without_their_plan() -> None:
     """What is stored of an item has one size, however many frames it has."""
-    plan = ItemPlan.make("video", [Layout((1, 2, 2))] * 500, MethodSpec("uniform", 0.5))
+    plan = ItemPlan.make("video", [SpanLayout((1, 2, 2))] * 500, MethodSpec("uniform", 0.5))
     place = SimpleNamespace(get_num_embeds=lambda: plan.kept)
 
     def result(key: str, item: Any) -> dict[str, Any]:
@@ -270,7 +270,7 @@ def test_features_that_overflowed_do_not_end_the_engine(where: str, value: float
     """An item keeps evenly spaced tokens, as many as planned, and all values become finite."""
     before = counters()["nonfinite"]._value.get()
     for name in SERVABLE:
-        plan = ItemPlan.make("video", [Layout((3, 4, 5))], MethodSpec(name, 0.75), extent=5)
+        plan = ItemPlan.make("video", [SpanLayout((3, 4, 5))], MethodSpec(name, 0.75), extent=5)
         x = torch.randn(60, 9)
         x[:, :6][OVERFLOWS[where]] = value
         rows, index = plan.reduce_rows(x, 6, count_nonfinite)

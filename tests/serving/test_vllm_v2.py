@@ -19,7 +19,7 @@ from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
 
 from tokencomp.method import MethodSpec
-from tokencomp.serving.item_plan import ItemPlan, Layout, field_name
+from tokencomp.serving.item_plan import ItemPlan, SpanLayout, field_name
 from tokencomp.serving.vllm import entry, register
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
@@ -120,7 +120,7 @@ class Prompt:
             ids = model._video_ids(data["timestamps"], [h * w] * t).tolist()
         rows, columns = torch.randn(t * h * w, model.row_width).bfloat16(), list(range(len(ids)))
         if ratio:
-            layouts = [Layout((1, h, w))] * t if self.spans else [Layout(grid)]
+            layouts = [SpanLayout((1, h, w))] * t if self.spans else [SpanLayout(grid)]
             plan = ItemPlan.make(kind, layouts, MethodSpec("random", ratio), extent=1)
             data[field_name(kind)] = plan.to_tensor()
             rows, index = plan.reduce(rows)

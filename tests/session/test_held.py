@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from tokencomp.engine.cache.compress import compress_layer
 from tokencomp.engine.cache.evict import evict, held_columns
-from tokencomp.session.held import NOWHERE, TEXT, Held, Places, oldest, redundant
+from tokencomp.session.held import NOWHERE, TEXT, Held, PatchPlaces, oldest, redundant
 from tokencomp.tokens.spans import VisualSpan
 
 
@@ -90,7 +90,7 @@ def test_features_beside_text_keep_their_dtype() -> None:
 
 
 def test_places() -> None:
-    places = Places()
+    places = PatchPlaces()
     video = VisualSpan(2, 14, (2, 2, 3), "video", text=(6, 7), item=0)
     image = VisualSpan(1, 6, (1, 2, 3), "image", item=0)
     unknown = VisualSpan(0, 4, (1, 1, 4), "image", grid_known=False, item=0)

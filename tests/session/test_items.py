@@ -8,13 +8,13 @@ import pytest
 
 from tokencomp.errors import FrameOrderError, OptionError
 from tokencomp.inputs.video import Video
-from tokencomp.session.items import Clock
+from tokencomp.session.items import FrameClock
 
 FRAMES = [object(), object()]
 
 
 def test_times_continue() -> None:
-    clock = Clock()
+    clock = FrameClock()
     for expected in ([0.0, 0.5], [1.0, 1.5]):
         times = clock.times(FRAMES, 0.5, True)
         assert times == expected
@@ -28,21 +28,21 @@ def test_times_continue() -> None:
 
 def test_a_video_knows_its_times() -> None:
     video = Video(FRAMES, fps=8.0, indices=[4, 12])
-    assert Clock().times(video, None, True) == [0.5, 1.5]
+    assert FrameClock().times(video, None, True) == [0.5, 1.5]
     video.sampling = dataclasses.replace(video.sampling, times=(0.25, 2.0))
-    assert Clock().times(video, None, True) == [0.25, 2.0]
+    assert FrameClock().times(video, None, True) == [0.25, 2.0]
 
 
 def test_times_that_nobody_reads_may_be_missing() -> None:
-    assert Clock().times(FRAMES, None, False) is None
+    assert FrameClock().times(FRAMES, None, False) is None
     with pytest.raises(OptionError, match="reads when each frame was shown"):
-        Clock().times(FRAMES, None, True)
+        FrameClock().times(FRAMES, None, True)
 
 
 @pytest.mark.parametrize("times", [[0.0, 0.5], [3600.25, 3600.5], [10.0]])
 def test_a_processor_gets_times_and_the_rate_of_the_frames(times: list[float]) -> None:
     """Qwen3-VL divides the numbers of frames by the rate; Qwen2.5-VL reads frames per second."""
-    clock = Clock()
+    clock = FrameClock()
     if len(times) == 1:
         clock.advance([9.75])
     metadata = clock.sampling(times).metadata()

@@ -20,7 +20,7 @@ from tokencomp.reducers.selector import SelectorNet
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, TowerSignal
 from tokencomp.tokens.spans import SpanBatch
 from tokencomp.trained.cards import model_card, write
-from tokencomp.trained.ccam import CCAMConfig, CCAMProjector
+from tokencomp.trained.ccam import CCAMProjector, ProjectorConfig
 
 Case = tuple[str, dict[str, Any]]
 DIM, QUERIES = 12, 3
@@ -32,7 +32,7 @@ def small_weights(name: str, dim: int, card: dict[str, Any] | None = None) -> st
     torch.manual_seed(0)
     path = Path(_FOLDER.name) / f"{name}-{len(list(Path(_FOLDER.name).iterdir()))}.safetensors"
     if name == "ccam":
-        config = CCAMConfig(QUERIES, width=8, heads=2, mlp=8, kv_dim=dim, out_dim=dim)
+        config = ProjectorConfig(QUERIES, width=8, heads=2, mlp=8, kv_dim=dim, out_dim=dim)
         return str(CCAMProjector(config).save(path, card))
     channels = (4, 4)
     return str(

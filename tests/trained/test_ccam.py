@@ -11,9 +11,9 @@ import torch
 from support.ccam import dense
 
 from tokencomp.errors import OptionError, UnknownNameError, WeightsError
-from tokencomp.trained.ccam import PRESETS, CCAMConfig, CCAMProjector, places_2d
+from tokencomp.trained.ccam import PRESETS, CCAMProjector, ProjectorConfig, places_2d
 
-SMALL = CCAMConfig(queries=6, width=16, heads=2, mlp=24, kv_dim=10, out_dim=12)
+SMALL = ProjectorConfig(queries=6, width=16, heads=2, mlp=24, kv_dim=10, out_dim=12)
 
 
 def projector(**changes: object) -> CCAMProjector:
@@ -73,7 +73,7 @@ def test_only_earlier_frames_reach_a_query() -> None:
 
 
 def test_the_published_configuration_is_known_by_name() -> None:
-    assert PRESETS["video-ccam-7b-v1.2"] == CCAMConfig(
+    assert PRESETS["video-ccam-7b-v1.2"] == ProjectorConfig(
         queries=1024, width=1024, heads=16, mlp=4096, kv_dim=1152, out_dim=3584, eps=1e-5
     )
     with torch.device("meta"):
@@ -115,7 +115,7 @@ def test_broken_files_and_inputs_are_refused(tmp_path: Path) -> None:
         ({"queries": 2.5}, "expected an integer"),
     ):
         with pytest.raises(OptionError, match=message):
-            CCAMConfig(**sizes)
+            ProjectorConfig(**sizes)
 
 
 def test_inputs_of_another_dtype_are_cast_in_and_back() -> None:

@@ -19,7 +19,7 @@ from tokencomp.errors import OptionError, SpanError, WeightsError
 from tokencomp.inputs.questions import Example
 from tokencomp.patching import apply
 from tokencomp.trained.cards import model_card
-from tokencomp.trained.ccam import CCAMConfig, CCAMProjector
+from tokencomp.trained.ccam import CCAMProjector, ProjectorConfig
 from tokencomp.training.capture import capture
 from tokencomp.training.ccam import CcamConfig, Live, align_loss, train_ccam
 from tokencomp.training.ccam_evaluation import comparison, sample_spans
@@ -33,7 +33,7 @@ SMALL = CcamConfig(
 def saved(model: Any, folder: Path, queries: int) -> Path:
     width = int(model.get_decoder().config.hidden_size)
     torch.manual_seed(1)
-    config = CCAMConfig(queries, 16, 2, 16, width, width)
+    config = ProjectorConfig(queries, 16, 2, 16, width, width)
     return CCAMProjector(config).save(folder, model_card(model))
 
 

@@ -42,7 +42,7 @@ def reducers(text: str, model: Any = None) -> list[str]:
     return list(dict.fromkeys(str(auto) if name == "auto" else name for name in names))
 
 
-def settings(context: typer.Context, chosen: opt.Method) -> Settings:
+def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
     """Settings for a model that is loaded later: the ratio of a plan depends on the decoder.
 
     Mistakes that can be found without a model are reported at once. The result takes a model and

@@ -93,7 +93,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 
 
 @dataclasses.dataclass(frozen=True)
-class Tower:
+class TowerOptions:
     """The options of the stage in the vision tower."""
 
     tower_ratio: TowerRatio = "0"
@@ -112,7 +112,7 @@ class Tower:
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(Tower):
+class MethodOptions(TowerOptions):
     """What compresses: reducers at ratios, or a plan."""
 
     reducer: Reducers = "auto"

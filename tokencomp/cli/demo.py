@@ -22,7 +22,7 @@ SMALL = (
 @opt.flat(reducer="random,auto", ratio="0.75")
 def command(
     context: typer.Context,
-    method: opt.Method,
+    method: opt.MethodOptions,
     source: opt.Source,
     files: opt.Files,
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML report.")] = Path(

@@ -18,7 +18,7 @@ COLUMNS = 6
 @opt.flat
 def command(
     context: typer.Context,
-    method: opt.Method,
+    method: opt.MethodOptions,
     source: opt.Source,
     tasks: Annotated[
         str | None,

@@ -16,7 +16,7 @@ PAGES, PICTURES = (".html", ".htm"), (".png", ".jpg", ".jpeg")
 @opt.flat(ratio="0.75")
 def command(
     context: typer.Context,
-    method: opt.Method,
+    method: opt.MethodOptions,
     source: opt.Source,
     files: opt.Files,
     output: Annotated[

@@ -41,7 +41,7 @@ LINES = (
 @opt.flat
 def command(
     context: typer.Context,
-    method: opt.Method,
+    method: opt.MethodOptions,
     source: opt.Source,
     files: opt.Files,
     config: Annotated[

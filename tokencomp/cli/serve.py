@@ -20,7 +20,7 @@ CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 @opt.flat
 def command(
     context: typer.Context,
-    tower: opt.Tower,
+    tower: opt.TowerOptions,
     model: opt.Model = DEFAULT_MODEL,
     ratio: Annotated[str, typer.Option("--ratio", help="Default ratio in [0, 1).")] = "0.5",
     budget: Annotated[

@@ -18,7 +18,7 @@ VIDEO_FAMILIES = "needle,video_existence"  # on the others the embedded models g
 @opt.flat
 def command(
     context: typer.Context,
-    tower: opt.Tower,
+    tower: opt.TowerOptions,
     source: opt.Source,
     tokens: Annotated[
         float | None, typer.Option(help="Visual tokens per item and decoder layer, at most.")

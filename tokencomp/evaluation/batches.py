@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokencomp.evaluation.cost import Cost, prefill_costs, work_parts
-from tokencomp.evaluation.patches import Patches
+from tokencomp.evaluation.patches import PatchedModels
 from tokencomp.evaluation.setting_inputs import SettingInputs
 from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.time_parts import time_parts
@@ -71,7 +71,7 @@ class Answerer:
         self,
         models: dict[str, Any],
         processor: Any,
-        patches: Patches,
+        patches: PatchedModels,
         how: dict[str, Any],
         disable_adapters: bool = False,
         around: Around | None = None,

@@ -22,7 +22,7 @@ def patched(model: Any, setting: Setting) -> Iterator[Handle | None]:
         yield handle
 
 
-class Patches:
+class PatchedModels:
     """Handles of several settings, each built once, with at most one of them in force.
 
     Use as a context manager: inside it the models have no other patch, and on leaving it they get
@@ -39,7 +39,7 @@ class Patches:
         self._handles: dict[Setting, Handle] = {}
         self._outer = contextlib.ExitStack()
 
-    def __enter__(self) -> Patches:
+    def __enter__(self) -> PatchedModels:
         for model in self.models.values():
             self._outer.enter_context(unpatched(model))
         return self

@@ -30,7 +30,7 @@ from tokencomp.evaluation.environment import (
     model_identity,
     process_rank,
 )
-from tokencomp.evaluation.patches import Patches
+from tokencomp.evaluation.patches import PatchedModels
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.evaluation.store import AnswerStore
@@ -136,7 +136,7 @@ def sweep(
     """
     models = model if isinstance(model, dict) else {"": model}
     how = {"frames": plain_frames(frames), "max_new_tokens": max_new_tokens, "seed": seed}
-    distinct, patches = list(dict.fromkeys(settings)), Patches(models)
+    distinct, patches = list(dict.fromkeys(settings)), PatchedModels(models)
     answerer = Answerer(models, processor, patches, how, isinstance(model, dict), around)
     one = _Sweep(answerer, items, distinct, name, data)
     one.frames = with_scorer(frames, answerer.plain, processor)

@@ -20,7 +20,7 @@ from tokencomp.plan.counts import check_ratio, keep_count
 
 
 @dataclass(frozen=True)
-class Method:
+class ChosenMethod:
     """A ratio, a reducer by name and its options.
 
     Raises

@@ -21,7 +21,7 @@ from mlx_vlm.generate.ar import BatchGenerator
 from mlx_vlm.models.base import InputEmbeddingsFeatures
 
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
-from tokencomp.mlx.method import Method
+from tokencomp.mlx.method import ChosenMethod
 from tokencomp.mlx.spans import Span, find_spans
 from tokencomp.torchlib.replace import Hooked, MethodReplacement
 
@@ -83,7 +83,7 @@ def patch(model: Any, ratio: float = 0.5, reducer: str = "auto", **options: Any)
     UnsupportedModelError
         No model of mlx-vlm, or one of another type than `MODELS`.
     RatioError, OptionError, UnknownNameError, MissingDependencyError
-        See `Method`.
+        See `ChosenMethod`.
     """
     if not callable(getattr(model, EMBED, None)) or not isinstance(model, nn.Module):
         raise UnsupportedModelError(
@@ -91,7 +91,7 @@ def patch(model: Any, ratio: float = 0.5, reducer: str = "auto", **options: Any)
             "first; for models of transformers use tokencomp.patch."
         )
     check_model(getattr(model.config, "model_type", None))
-    method = Method(ratio, reducer, options)
+    method = ChosenMethod(ratio, reducer, options)
     unpatch(model)
     return Handle(model, method)
 
@@ -116,7 +116,7 @@ class Handle(Hooked):
         Of this prompt: the columns that stayed, ascending.
     """
 
-    def __init__(self, model: Any, method: Method) -> None:
+    def __init__(self, model: Any, method: ChosenMethod) -> None:
         self.model, self.method = model, method
         self.tokens, self.columns = 0, np.zeros(0, dtype=np.int64)
         self._last: tuple[mx.array, np.ndarray] | None = None

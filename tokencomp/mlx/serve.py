@@ -16,7 +16,7 @@ from typing import Any
 from mlx_vlm.server import cli, generation
 
 from tokencomp.errors import OptionError, TokenCompError
-from tokencomp.mlx.method import Method
+from tokencomp.mlx.method import ChosenMethod
 from tokencomp.mlx.patching import check_model, patch
 
 REFUSED = {
@@ -44,7 +44,7 @@ def command(
         A folder with a model of another type; models of the hub are looked at when they are loaded.
     """
     refuse_arguments(extra)
-    Method(ratio, reducer)
+    ChosenMethod(ratio, reducer)
     config = Path(model) / "config.json"
     if config.is_file():
         check_model(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
@@ -60,7 +60,7 @@ def refuse_arguments(arguments: Sequence[str]) -> None:
             raise OptionError(f"{flag}: {reason}. Leave it out, or run mlx_vlm.server itself.")
 
 
-def patch_loaded_models(method: Method) -> None:
+def patch_loaded_models(method: ChosenMethod) -> None:
     """Let every model that the server loads be patched; one that cannot be is refused."""
     original = generation.ResponseGenerator._initialize_model
 
@@ -84,7 +84,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         refuse_arguments(args.arguments)
-        method = Method(args.ratio, args.reducer)
+        method = ChosenMethod(args.ratio, args.reducer)
     except TokenCompError as error:
         parser.exit(2, f"error: {error}\n")
     patch_loaded_models(method)

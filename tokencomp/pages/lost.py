@@ -11,7 +11,7 @@ from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.batches import Answerer, Loaded
-from tokencomp.evaluation.patches import Patches
+from tokencomp.evaluation.patches import PatchedModels
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.inputs.frames import Frames
 from tokencomp.inputs.questions import Example
@@ -109,7 +109,7 @@ def draw_lost(
         chosen += [(kind, name) for name in names[:per_kind]]
     said = {r["id"]: r["prediction"] for r in full.answered}
     own = {r["id"]: r for r in run.answered}
-    items, patches = [], Patches({"": model})
+    items, patches = [], PatchedModels({"": model})
     answerer = Answerer({"": model}, processor, patches, {})
     frames = with_scorer(frames, model, processor)
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,13 +14,13 @@ PROBES = tuple(i / 50 for i in range(1, 50))
 MOST_SOLVED = 1024
 
 
-class Method(Protocol):
+class Planner(Protocol):
     """A reducer that plans, `tokencomp.Reducer`."""
 
     def plan(self, ratio: float, num_layers: int) -> Plan: ...
 
 
-def by_item(amount: Amount, method: Method, num_layers: int, first: int) -> Plan:
+def by_item(amount: Amount, method: Planner, num_layers: int, first: int) -> Plan:
     """The plan that gives every item the schedule of its own ratio.
 
     Hooks are installed before it is known how large an item is, so the plan has a stage before
@@ -52,7 +52,7 @@ def by_item(amount: Amount, method: Method, num_layers: int, first: int) -> Plan
 class Schedule:
     """A method's schedule in one decoder, solved once for every ratio that occurs."""
 
-    method: Method
+    method: Planner
     num_layers: int
     first: int
     _solved: dict[float, list[float]] = field(default_factory=dict, compare=False, repr=False)

@@ -12,12 +12,22 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.errors import ScoreError
-from tokencomp.tokens.patches import Patches, Places, by_group, grouped, stacks
+from tokencomp.tokens.patches import HostIndex, Patches, by_group, grouped, stacks
 from tokencomp.tokens.spans import SpanBatch
 
 __all__ = [
-    "Patches", "Places", "by_group", "evenly", "grouped", "min_max", "previous_similarity",
-    "questions", "random_ranks", "segment", "spread", "stacks",
+    "HostIndex",
+    "Patches",
+    "by_group",
+    "evenly",
+    "grouped",
+    "min_max",
+    "previous_similarity",
+    "questions",
+    "random_ranks",
+    "segment",
+    "spread",
+    "stacks",
 ]  # fmt: skip
 
 
@@ -51,7 +61,7 @@ def min_max(values: Tensor, lengths: Sequence[int]) -> Tensor:
     return (values - low) / width
 
 
-def evenly(n: int, k: int) -> Places:
+def evenly(n: int, k: int) -> HostIndex:
     """Places floor((i + ½)·n/k) of k of n things."""
     steps = np.arange(k)
     return (2 * steps + 1) * n // (2 * max(k, 1))

@@ -12,7 +12,7 @@ from tokencomp.errors import OptionError
 from tokencomp.plan.counts import check_ratio, split_evenly
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import bisect, early
-from tokencomp.reducers._batch import Patches, Places
+from tokencomp.reducers._batch import HostIndex, Patches
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
@@ -95,7 +95,7 @@ class Adsc(Reducer):
         return patches.kept(patches.table(np.concatenate(chosen)))
 
 
-def window_ends(count: int, quota: int) -> Places:
+def window_ends(count: int, quota: int) -> HostIndex:
     """The last row of each of `quota` windows that cut `count` rows as evenly as possible."""
-    ends: Places = np.arange(1, quota + 1) * count // max(quota, 1) - 1
+    ends: HostIndex = np.arange(1, quota + 1) * count // max(quota, 1) - 1
     return ends

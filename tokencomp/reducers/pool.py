@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._batch import Patches, Places, grouped
+from tokencomp.reducers._batch import HostIndex, Patches, grouped
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -139,7 +139,7 @@ def pool_lines(x: Tensor, lines: list[list[int]]) -> Tensor:
     return pooled
 
 
-def places(lines: list[list[int]], height: int, width: int, position: str) -> Places:
+def places(lines: list[list[int]], height: int, width: int, position: str) -> HostIndex:
     """Raster place in its frame of every token: of its "first" member, or of the "mean" one."""
     place = {"first": first, "mean": middle}[position]
     result = []

@@ -33,7 +33,7 @@ def field_name(modality: str) -> str:
 
 
 @dataclass(frozen=True)
-class Layout:
+class SpanLayout:
     """A span before reduction, in the compact form that travels as JSON.
 
     Attributes
@@ -90,7 +90,7 @@ class ItemPlan:
     """
 
     kind: Literal["image", "video"]
-    spans: tuple[Layout, ...]
+    spans: tuple[SpanLayout, ...]
     keep: tuple[int, ...]
     reducer: str
     options: str = "{}"
@@ -98,7 +98,9 @@ class ItemPlan:
     tower: tuple[float, str, str] | None = None
 
     @classmethod
-    def make(cls, kind: Any, layouts: list[Layout], spec: MethodSpec, extent: int = 0) -> ItemPlan:
+    def make(
+        cls, kind: Any, layouts: list[SpanLayout], spec: MethodSpec, extent: int = 0
+    ) -> ItemPlan:
         """Plan an item under an active spec."""
         facts = ModelFacts(mrope=extent > 0)
         # A reducer that can be served has one stage, at entry, however many layers there are.
@@ -132,7 +134,7 @@ class ItemPlan:
         return ItemSize(self.full, self.kept, self.extent)
 
     @property
-    def counted(self) -> list[tuple[Layout, int]]:
+    def counted(self) -> list[tuple[SpanLayout, int]]:
         """Spans with the tokens left of each."""
         return list(zip(self.spans, self.keep, strict=True))
 
@@ -161,7 +163,7 @@ class ItemPlan:
         """Read back what `to_tensor` wrote."""
         values = json.loads(bytes(data.tolist()).decode())
         kind, spans, keep, reducer, options, extent, tower = values
-        layouts = tuple(Layout((t, h, w), special) for t, h, w, special in spans)
+        layouts = tuple(SpanLayout((t, h, w), special) for t, h, w, special in spans)
         tower = tuple(tower) if tower else None
         return cls(kind, layouts, tuple(keep), reducer, options, extent, tower)
 
@@ -255,7 +257,7 @@ class ItemPlan:
 def _reduce_span(
     reducer: Reducer,
     features: Tensor,
-    layout: Layout,
+    layout: SpanLayout,
     keep: int,
     kind: Any,
     present: Tensor | None = None,

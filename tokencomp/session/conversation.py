@@ -18,7 +18,7 @@ from tokencomp.engine.cache.evict import check_eviction, evict, held_columns
 from tokencomp.engine.cache.mark import Mark
 from tokencomp.engine.cache.rows import first_with_rows, physical_length
 from tokencomp.errors import OptionError, SessionError
-from tokencomp.session.held import POLICIES, TEXT, Held, Places
+from tokencomp.session.held import POLICIES, TEXT, Held, PatchPlaces
 from tokencomp.session.patched import check_patch, handle_of, rows_of
 from tokencomp.session.positions import Positions
 from tokencomp.session.watch import Watch
@@ -63,7 +63,7 @@ class Conversation:
         self.cache: Any = DynamicCache(config=self.adapter.config)
         self.tokens, self.items = 0, 0
         self._held: Held | None = None
-        self._places = Places()
+        self._places = PatchPlaces()
         top = parameters_of(self.adapter.top)
         self._cache_name = "cache" if "cache" in top else "past_key_values"
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in top else {}

@@ -76,7 +76,7 @@ def _padded(appearance: Tensor, wide: Tensor) -> Tensor:
     return appearance if same else wide.new_zeros(len(appearance), wide.shape[1])
 
 
-class Places:
+class PatchPlaces:
     """Gives one number to all patches that show the same place of pictures of one shape.
 
     Frames of videos of one shape share their places, and so do images of one shape: tile k of an

@@ -20,7 +20,7 @@ CLOCK = 1000
 """Ticks per second in which the times of frames are handed to a processor."""
 
 
-class Clock:
+class FrameClock:
     """When the frames of a session were shown: later ones come later.
 
     Attributes

@@ -13,7 +13,7 @@ from tokencomp.errors import OptionError, SessionError
 from tokencomp.inputs.frame_times import reads_times
 from tokencomp.inputs.questions import media_kind
 from tokencomp.session.conversation import Conversation, join
-from tokencomp.session.items import Clock, as_frames, as_image, item_inputs
+from tokencomp.session.items import FrameClock, as_frames, as_image, item_inputs
 from tokencomp.session.patched import handle_of
 from tokencomp.session.turns import Turns
 from tokencomp.validation import fits
@@ -70,7 +70,7 @@ class Session:
     ) -> None:
         self._conversation = Conversation(model, budget, policy)
         self._processor, self._turns = processor, Turns(processor)
-        self._clock, self._closed = Clock(), False
+        self._clock, self._closed = FrameClock(), False
         self._pieces: dict[str, str] = {}
         self._waiting: list[int] = self._turns.open  # written in front of what comes next
         self._conversation.check_text(len(self._waiting) + 1)

@@ -21,7 +21,7 @@ from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import Grid, SpanBatch
 
 K = TypeVar("K", bound=Hashable)
-Places = np.ndarray[Any, np.dtype[np.int64]]
+HostIndex = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Patches:
             return torch.ones(sum(self.lengths), device=self.device)
         return self.of_patches(self.batch.sizes)
 
-    def host_cells(self) -> list[Places]:
+    def host_cells(self) -> list[HostIndex]:
         """Raster index in the uncompressed grid of the patches of every span, on the host.
 
         Read from the device only where tokens are missing.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, unknown_name
-from tokencomp.trained.ccam_config import PRESETS, CCAMConfig, misfit, read_card
+from tokencomp.trained.ccam_config import PRESETS, ProjectorConfig, misfit, read_card
 
 
 class CCAMProjector(nn.Module):
@@ -28,7 +28,7 @@ class CCAMProjector(nn.Module):
         Sizes of the projector; `CCAMProjector.preset(name)` has published ones.
     """
 
-    def __init__(self, config: CCAMConfig) -> None:
+    def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()
         self.config, c = config, config
         self.query = nn.Parameter(torch.randn(c.queries, c.width) * 0.02)

@@ -12,7 +12,7 @@ from tokencomp.validation import check_types
 
 
 @dataclass(frozen=True)
-class CCAMConfig:
+class ProjectorConfig:
     """Sizes of a projector.
 
     Attributes
@@ -61,11 +61,11 @@ class CCAMConfig:
 
 PRESETS = {
     # The input is hidden_states[-2] of SigLIP-SO400M, and the output goes to Qwen2-7B.
-    "video-ccam-7b-v1.2": CCAMConfig(),
+    "video-ccam-7b-v1.2": ProjectorConfig(),
 }
 
 
-def read_card(path: Path) -> tuple[dict[str, Any], CCAMConfig]:
+def read_card(path: Path) -> tuple[dict[str, Any], ProjectorConfig]:
     """Read the card of the projector in `path` and its sizes, without the tensors.
 
     Raises
@@ -75,7 +75,7 @@ def read_card(path: Path) -> tuple[dict[str, Any], CCAMConfig]:
     """
     try:
         card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return card, CCAMConfig(**card["ccam"])
+        return card, ProjectorConfig(**card["ccam"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise misfit(path, error) from error
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.trained.ccam_config import CCAMConfig
+from tokencomp.trained.ccam_config import ProjectorConfig
 from tokencomp.training.loop import LoopConfig
 
 
@@ -32,10 +32,10 @@ class CcamConfig(LoopConfig):
     spatial: bool = True
     align: int = 200
 
-    def sizes(self, model: Any) -> CCAMConfig:
+    def sizes(self, model: Any) -> ProjectorConfig:
         """The projector for `model`."""
         config = adapter_for(model).text_config
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
         width = self.width or hidden
         sizes = (self.queries, width, self.heads or heads, self.mlp or 2 * width, hidden, hidden)
-        return CCAMConfig(*sizes, causal=self.causal, spatial=self.spatial)
+        return ProjectorConfig(*sizes, causal=self.causal, spatial=self.spatial)

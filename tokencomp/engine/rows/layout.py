@@ -57,7 +57,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptColumns:
     """Columns `start … stop - 1` of a row: a whole sample, or one of several packed into a row.
 
     Attributes
@@ -112,7 +112,7 @@ class RowLayout:
     spans: list[list[LiveSpan]]
     origin: Tensor | None = None
     sizes: Tensor | None = None
-    prompts: list[list[Prompt]] = field(default_factory=list)
+    prompts: list[list[PromptColumns]] = field(default_factory=list)
     raters: Tensor | None = None
     _valid: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -126,15 +126,15 @@ class RowLayout:
         """Whether a row holds more than one prompt."""
         return any(len(row) > 1 for row in self.prompts)
 
-    def prompt_of(self, sample: int, live: LiveSpan) -> Prompt:
+    def prompt_of(self, sample: int, live: LiveSpan) -> PromptColumns:
         """The prompt that a live span of row `sample` belongs to."""
         return next(p for p in self.prompts[sample] if p.holds(live))
 
-    def spans_of(self, sample: int, prompt: Prompt) -> list[LiveSpan]:
+    def spans_of(self, sample: int, prompt: PromptColumns) -> list[LiveSpan]:
         """The live spans of a prompt of row `sample`, in order."""
         return [live for live in self.spans[sample] if prompt.holds(live)]
 
-    def question_text(self, sample: int, prompt: Prompt) -> slice:
+    def question_text(self, sample: int, prompt: PromptColumns) -> slice:
         """Columns of the question behind the last span of a prompt; all of it without spans."""
         first = max((live.stop for live in self.spans_of(sample, prompt)), default=prompt.start)
         return slice(first, prompt.question_stop)
@@ -174,12 +174,12 @@ def full_layout(
     width: int,
     lengths: list[int],
     spans: list[list[VisualSpan]],
-    prompts: list[list[Prompt]] | None = None,
+    prompts: list[list[PromptColumns]] | None = None,
 ) -> RowLayout:
     """The layout of an uncompressed, left-padded call, by default of one prompt per row."""
     live = [[LiveSpan(s, s.start, s.length) for s in row] for row in spans]
     if prompts is None:
-        prompts = [[Prompt(width - n, width)] for n in lengths]
+        prompts = [[PromptColumns(width - n, width)] for n in lengths]
     return RowLayout(width, lengths, live, prompts=prompts)
 
 
@@ -240,7 +240,9 @@ def compact(
     return after, index, place
 
 
-def _shrunk(layout: RowLayout, sample: int, after: list[LiveSpan], shift: int) -> list[Prompt]:
+def _shrunk(
+    layout: RowLayout, sample: int, after: list[LiveSpan], shift: int
+) -> list[PromptColumns]:
     """The prompts of a row whose spans shrank to `after`, behind `shift` columns of padding."""
     first = layout.width - layout.lengths[sample]
     pairs = list(zip(layout.spans[sample], after, strict=True))
@@ -249,7 +251,9 @@ def _shrunk(layout: RowLayout, sample: int, after: list[LiveSpan], shift: int) -
         removed = sum(old.count - new.count for old, new in pairs if old.start < column)
         return column - first - removed + shift
 
-    return [Prompt(place(p.start), place(p.stop), p.trailing) for p in layout.prompts[sample]]
+    return [
+        PromptColumns(place(p.start), place(p.stop), p.trailing) for p in layout.prompts[sample]
+    ]
 
 
 def _sizes(

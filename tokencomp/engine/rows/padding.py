@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokencomp.engine.rows.layout import LiveSpan, Prompt, RowLayout
+from tokencomp.engine.rows.layout import LiveSpan, PromptColumns, RowLayout
 from tokencomp.errors import PaddingError
 from tokencomp.tokens.spans import VisualSpan
 
@@ -42,7 +42,7 @@ def left_padded(real: Tensor) -> bool:
 
 
 def aligned_layout(
-    real: Tensor, spans: list[list[VisualSpan]], prompts: list[list[Prompt]]
+    real: Tensor, spans: list[list[VisualSpan]], prompts: list[list[PromptColumns]]
 ) -> RowLayout:
     """The layout of a call whose mask is not left-padded: its real columns, aligned to the right.
 
@@ -73,7 +73,7 @@ def aligned_layout(
         live.append([LiveSpan(s, place[b][s.start], s.length) for s in row])
     moved = [
         [
-            Prompt(at[p.start], at[p.stop], at[p.stop] - at[p.question_stop])
+            PromptColumns(at[p.start], at[p.stop], at[p.stop] - at[p.question_stop])
             for p in row
             if at[p.stop] > at[p.start]
         ]

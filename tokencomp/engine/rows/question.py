@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.engine.rows.layout import Prompt
+from tokencomp.engine.rows.layout import PromptColumns
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import VisualSpan, VisualTokens
 
@@ -27,7 +27,7 @@ def build_prompts(
     starts: list[list[int]] | None = None,
     labels: Tensor | None = None,
     generated: int = 0,
-) -> list[list[Prompt]]:
+) -> list[list[PromptColumns]]:
     """The prompts of every row, in columns of the caller's batch.
 
     Parameters
@@ -55,7 +55,7 @@ def build_prompts(
             answer = end - generated
             if labels is not None:
                 answer = answer_start(labels[b], begin, end)
-            prompts.append(Prompt(begin, end, end - max(answer, visual)))
+            prompts.append(PromptColumns(begin, end, end - max(answer, visual)))
         rows.append(prompts)
     return rows
 

@@ -20,7 +20,7 @@ LEFT_OUT = ("hidden_states", "attention_mask", "cache_position", *compat.CACHE_N
 
 
 @dataclass
-class Question:
+class QuestionColumns:
     """The columns of a prompt up to the end of its question, and its spans."""
 
     sample: int
@@ -35,10 +35,10 @@ class Question:
         return [c for c in range(self.spans[0].start, self.stop) if c not in visual]
 
 
-def questions_of(layout: RowLayout) -> list[Question]:
+def questions_of(layout: RowLayout) -> list[QuestionColumns]:
     """The questions of all prompts with spans, in order."""
     return [
-        Question(b, prompt.start, prompt.question_stop, spans)
+        QuestionColumns(b, prompt.start, prompt.question_stop, spans)
         for b, prompts in enumerate(layout.prompts)
         for prompt in prompts
         if (spans := layout.spans_of(b, prompt))
@@ -65,7 +65,7 @@ class Probe:
         attn: Any,
         hidden: Tensor,
         arguments: Mapping[str, Any],
-        questions: list[Question],
+        questions: list[QuestionColumns],
         projected: Tensor | None = None,
     ) -> None:
         self.root, self.attn, self.questions = root, attn, questions

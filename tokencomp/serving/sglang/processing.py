@@ -16,7 +16,7 @@ import tokencomp
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec
 from tokencomp.serving import ENV_OPTIONS, KEY
-from tokencomp.serving.item_plan import ItemPlan, Layout
+from tokencomp.serving.item_plan import ItemPlan, SpanLayout
 from tokencomp.serving.offsets import MAX_OFFSET
 from tokencomp.serving.spec import ServerOptions
 
@@ -131,7 +131,7 @@ def compress(output: Any, spec: MethodSpec, merge: int) -> Any:
         extent = int(offsets.max()) + 1
         if extent > MAX_OFFSET:
             raise OptionError(f"one of the media spans more than {MAX_OFFSET} positions.")
-        plan = ItemPlan.make(kind, [Layout(grid)], spec, extent)
+        plan = ItemPlan.make(kind, [SpanLayout(grid)], spec, extent)
         if plan.full != int((text < 0).sum()):
             raise RuntimeError(f"{int((text < 0).sum())} placeholders for a grid of {grid}")
         if plan.kept == plan.full:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.serving.item_plan import ItemSize, Layout
+from tokencomp.serving.item_plan import ItemSize, SpanLayout
 from tokencomp.serving.offsets import MAX_OFFSET, grid_extent
 from tokencomp.serving.vllm.processing import CompressingProcessor
 from tokencomp.serving.vllm.rotary import TABLE_FACTOR
@@ -17,11 +17,11 @@ class Processor(CompressingProcessor):
     A compressed item keeps the extent of its full grid in positions.
     """
 
-    def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[Layout]]:
+    def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[SpanLayout]]:
         """See `CompressingProcessor.layouts`."""
         merge = self.info.get_hf_config().vision_config.spatial_merge_size  # type: ignore[attr-defined]  # of vLLM's class
         grids = hf_inputs[f"{modality}_grid_thw"].tolist()
-        return [[Layout((t, h // merge, w // merge))] for t, h, w in grids]
+        return [[SpanLayout((t, h // merge, w // merge))] for t, h, w in grids]
 
     def extents(self, modality: str, layouts: Any, hf_inputs: Any) -> list[int]:
         """See `CompressingProcessor.extents`."""

@@ -16,7 +16,7 @@ import tokencomp
 from tokencomp.errors import OptionError
 from tokencomp.method import MethodSpec
 from tokencomp.serving import KEY
-from tokencomp.serving.item_plan import ItemPlan, ItemSize, Layout, field_name
+from tokencomp.serving.item_plan import ItemPlan, ItemSize, SpanLayout, field_name
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.entry import configured_options
 from tokencomp.serving.vllm.metrics import SeenItems, count_request
@@ -58,7 +58,7 @@ class CompressingProcessor:
 
     # -- per model ------------------------------------------------------------------------------
 
-    def layouts(self, modality: str, items: Any, hf_inputs: BatchFeature) -> list[list[Layout]]:
+    def layouts(self, modality: str, items: Any, hf_inputs: BatchFeature) -> list[list[SpanLayout]]:
         """Return the uncompressed spans of every item of a modality."""
         raise OptionError(f"{type(self).__name__} does not define the layout of its media.")
 
