@@ -190,6 +190,20 @@ print(sorted(tops - {"tokencomp"} - sys.stdlib_module_names))
     assert out.stdout.strip() == "[]"
 
 
+def test_mlx_needs_no_torch() -> None:
+    """What `tokencomp.mlx` imports at once of the package, where torch cannot be imported."""
+    own = [tree for name, tree in modules().items() if name.startswith("tokencomp.mlx.")]
+    at_once = ast.Module(
+        [n for tree in own for n in tree.body if isinstance(n, ast.ImportFrom)], []
+    )
+    names = {n for n in imported(at_once, modules()) if n.startswith("tokencomp.")}
+    needed = sorted(n for n in names if not n.startswith("tokencomp.mlx"))
+    assert "tokencomp.errors" in needed
+    code = f"import sys; sys.modules['torch'] = None\nimport {', '.join(needed)}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_ignored_types_have_a_code_and_a_reason() -> None:
     """Behind `# type: ignore[code]` stands a second comment that says why."""
     bare = re.compile(r"type: ignore(?!\[[a-z-]+\]  # \S)")

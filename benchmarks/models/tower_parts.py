@@ -17,7 +17,7 @@ from tokencomp.profiling.shapes import SHAPES
 from tokencomp.reducers.kcentre import KCentre
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
-from tokencomp.torchlib.replace import Hooked
+from tokencomp.torchlib.hooks import Hooked
 
 TEXT = 48
 UNIT = 28  # pixels of a side that become one visual token in Qwen2-VL

@@ -18,7 +18,7 @@ from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers.base import Tower
 from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.tokens.spans import Kind, VisualSpan
-from tokencomp.torchlib.replace import Hooked
+from tokencomp.torchlib.hooks import Hooked
 
 PACKED = ("qwen3_5", "qwen3_5_moe")
 """Model types with the vision tower of Qwen3-VL, where patches of a token stand side by side."""

@@ -23,7 +23,7 @@ from mlx_vlm.models.base import InputEmbeddingsFeatures
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
 from tokencomp.mlx.method import ChosenMethod
 from tokencomp.mlx.spans import Span, find_spans
-from tokencomp.torchlib.replace import Hooked, MethodReplacement
+from tokencomp.torchlib.replace import Installed, MethodReplacement
 
 ATTRIBUTE = "_tokencomp_handle"
 EMBED, SALT = "get_input_embeddings", "_apc_semantic_hash"
@@ -103,7 +103,7 @@ def unpatch(model: Any) -> None:
         handle.remove()
 
 
-class Handle(Hooked):
+class Handle(Installed):
     """A patch in force. Use as a context manager, or call `remove()`.
 
     Attributes

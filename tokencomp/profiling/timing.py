@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.torchlib.replace import Hooked
+from tokencomp.torchlib.hooks import Hooked
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import TokenCompError
 from tokencomp.kernels import dispatch
 from tokencomp.profiling.timing import prefill_split
-from tokencomp.torchlib.replace import Hooked
+from tokencomp.torchlib.hooks import Hooked
 
 # PyTorch's own formulas for these fail on fewer key than query heads in older releases, and it has
 # none for CPUs.

@@ -1,4 +1,7 @@
-"""Replaced methods of one object, and hooks: whatever is installed is taken back exactly."""
+"""Replaced methods of one object: whatever is installed is taken back exactly.
+
+Nothing here imports torch, because `tokencomp.mlx` does without it.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
-
-from tokencomp.torchlib import compat
-
-H = TypeVar("H", bound="Hooked")
-Needed = Callable[[nn.Module, Any, Any], bool]
+Own = TypeVar("Own", bound="Installed")
 _ABSENT: Any = object()  # the object had no attribute of its own, only the method of its class
 
 
@@ -80,13 +78,13 @@ class MethodReplacement:
         return self._replacement(self._original(), *args, **kwargs)
 
 
-class Hooked:
-    """Something that installs hooks and method replacements, and removes them together.
+class Installed:
+    """Something that installs method replacements and hooks, and removes them together.
 
     They also go when a `with` block of it ends.
     """
 
-    def __enter__(self: H) -> H:
+    def __enter__(self: Own) -> Own:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -96,48 +94,8 @@ class Hooked:
     def _handles(self) -> list[Any]:
         return []
 
-    def _before(
-        self, module: nn.Module, run: Callable[..., Any], needed: Needed, **options: Any
-    ) -> None:
-        """Call `run` before the calls of a module that need it.
-
-        Dynamo traces `needed`, and `run` runs between the graphs of a compiled model.
-
-        Parameters
-        ----------
-        run
-            Called as `run(module, args, kwargs)`; gives new args and kwargs, or None.
-        needed
-            Called in the same way: whether there is anything to do.
-        """
-        hook = functools.partial(_hook, 1, needed, run)
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, **options))
-
-    def _after(
-        self, module: nn.Module, run: Callable[..., Any], needed: Needed, **options: Any
-    ) -> None:
-        """Like `_before`, after the calls: `run(module, args, kwargs, out)` gives a new output."""
-        hook = functools.partial(_hook, 2, needed, run)
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, **options))
-
     def remove(self) -> None:
         """Undo `install`, the latest first; safe to call twice."""
         for handle in reversed(self._handles):
             handle.remove()
         self._handles.clear()
-
-
-def _hook(
-    count: int, needed: Needed, run: Callable[..., Any], module: nn.Module, args: Any, *rest: Any
-) -> Any:
-    """What torch calls: `rest` are `count` values, keyword arguments and perhaps the output."""
-    # A thread may reach a module just while another one installs or removes its hooks. torch then
-    # calls a hook without keyword arguments, and the thread's own call does not need it.
-    if len(rest) < count or not needed(module, args, rest[0]):
-        return None
-    return _between_graphs(run, module, args, *rest)
-
-
-@compat.not_compiled
-def _between_graphs(run: Callable[..., Any], *call: Any) -> Any:
-    return run(*call)

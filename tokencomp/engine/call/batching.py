@@ -11,7 +11,8 @@ from typing import Any
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.errors import NoVisualInputError, UnsupportedCacheError
-from tokencomp.torchlib.replace import Hooked, MethodReplacement
+from tokencomp.torchlib.hooks import Hooked
+from tokencomp.torchlib.replace import MethodReplacement
 
 BATCH = "generate_batch"  # the method of transformers' generation that runs it
 FIX = "Use model.generate(...), one prompt or a padded batch at a time, or handle.disabled()."

@@ -23,7 +23,8 @@ from tokencomp.engine.rows.arguments import gather_arguments
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import PrefillWarning
 from tokencomp.torchlib import compat
-from tokencomp.torchlib.replace import Hooked, MethodReplacement
+from tokencomp.torchlib.hooks import Hooked
+from tokencomp.torchlib.replace import MethodReplacement
 
 PREFILL = "_prefill"  # the method of transformers' generation that runs it
 

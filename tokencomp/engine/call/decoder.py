@@ -124,7 +124,7 @@ class DecoderHooks(CallHooks):
 
     def _decoder(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """A hook that Dynamo traces: it sets the mask of a step on a static cache."""
-        if kwargs is None:  # see `tokencomp.torchlib.replace`
+        if kwargs is None:  # see `tokencomp.torchlib.hooks`
             return None
         arguments = compat.bind(module, args, kwargs)
         if self.apart(module, args, kwargs):

@@ -12,7 +12,8 @@ import torch
 
 from tokencomp.engine.call.stacks import in_running_call, threads_in
 from tokencomp.errors import copy_error
-from tokencomp.torchlib.replace import Hooked, MethodReplacement
+from tokencomp.torchlib.hooks import Hooked
+from tokencomp.torchlib.replace import MethodReplacement
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,7 +10,8 @@ from torch import Tensor
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.gate import CallGate
 from tokencomp.engine.call.state import RunningCalls
-from tokencomp.torchlib.replace import Hooked, MethodReplacement
+from tokencomp.torchlib.hooks import Hooked
+from tokencomp.torchlib.replace import MethodReplacement
 
 GENERATE = "generate"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.errors import copy_error
-from tokencomp.torchlib.replace import Hooked
+from tokencomp.torchlib.hooks import Hooked
 
 if TYPE_CHECKING:
     from tokencomp.engine.stage.forward import ForwardPass

@@ -18,7 +18,8 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.errors import RowIndexedAttentionError
 from tokencomp.torchlib import compat
-from tokencomp.torchlib.replace import Hooked, MethodReplacement
+from tokencomp.torchlib.hooks import Hooked
+from tokencomp.torchlib.replace import MethodReplacement
 
 DISTANCE = "relative_distance"  # argument of decoder layers, int64 (queries, keys)
 POSITIONS = ("query_positions", "key_positions")  # of the module of a bias, int64 (n,)

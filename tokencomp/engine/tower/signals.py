@@ -27,7 +27,8 @@ from tokencomp.errors import OptionError, SpanError
 from tokencomp.tokens.signals import Attention, Signal, TowerSignal
 from tokencomp.tokens.spans import VisualSpan
 from tokencomp.torchlib import compat
-from tokencomp.torchlib.replace import Hooked, MethodReplacement
+from tokencomp.torchlib.hooks import Hooked
+from tokencomp.torchlib.replace import MethodReplacement
 
 SOURCES = {
     "query": "the text of the question",

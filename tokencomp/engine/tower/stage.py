@@ -37,7 +37,8 @@ from tokencomp.errors import OptionError
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import TowerStage
 from tokencomp.torchlib import compat
-from tokencomp.torchlib.replace import Hooked, MethodReplacement
+from tokencomp.torchlib.hooks import Hooked
+from tokencomp.torchlib.replace import MethodReplacement
 
 if TYPE_CHECKING:
     from tokencomp.adapters.base import Adapter

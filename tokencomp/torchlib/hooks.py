@@ -1,0 +1,58 @@
+"""Hooks of torch modules, which run between the graphs of compiled models."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.replace import Installed
+
+Needed = Callable[[nn.Module, Any, Any], bool]
+
+
+class Hooked(Installed):
+    """Something that installs hooks, and perhaps method replacements, and removes them together."""
+
+    def _before(
+        self, module: nn.Module, run: Callable[..., Any], needed: Needed, **options: Any
+    ) -> None:
+        """Call `run` before the calls of a module that need it.
+
+        Dynamo traces `needed`, and `run` runs between the graphs of a compiled model.
+
+        Parameters
+        ----------
+        run
+            Called as `run(module, args, kwargs)`; gives new args and kwargs, or None.
+        needed
+            Called in the same way: whether there is anything to do.
+        """
+        hook = functools.partial(_hook, 1, needed, run)
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, **options))
+
+    def _after(
+        self, module: nn.Module, run: Callable[..., Any], needed: Needed, **options: Any
+    ) -> None:
+        """Like `_before`, after the calls: `run(module, args, kwargs, out)` gives a new output."""
+        hook = functools.partial(_hook, 2, needed, run)
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, **options))
+
+
+def _hook(
+    count: int, needed: Needed, run: Callable[..., Any], module: nn.Module, args: Any, *rest: Any
+) -> Any:
+    """What torch calls: `rest` are `count` values, keyword arguments and perhaps the output."""
+    # A thread may reach a module just while another one installs or removes its hooks. torch then
+    # calls a hook without keyword arguments, and the thread's own call does not need it.
+    if len(rest) < count or not needed(module, args, rest[0]):
+        return None
+    return _between_graphs(run, module, args, *rest)
+
+
+@compat.not_compiled
+def _between_graphs(run: Callable[..., Any], *call: Any) -> Any:
+    return run(*call)
