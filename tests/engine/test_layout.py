@@ -12,7 +12,8 @@ from torch import Tensor
 
 import tokencomp
 from tokencomp import Plan, Reduction, Stage, make_reducer
-from tokencomp.engine.rows.layout import LiveSpan, RowLayout, Selection, compact, full_layout, take
+from tokencomp.engine.rows.compaction import Selection, compact, take
+from tokencomp.engine.rows.layout import LiveSpan, RowLayout, full_layout
 from tokencomp.tokens.spans import VisualSpan
 
 

@@ -15,16 +15,15 @@ from tokencomp.engine.cache.hybrid import (
     CompressedHybridSlidingLayer,
 )
 from tokencomp.engine.cache.layers import (
-    COUNTS_ROWS,
     INDEXED,
     CompressedDynamicLayer,
     CompressedIndexedLayer,
     CompressedLayer,
     CompressedSlidingLayer,
-    CompressedStaticLayer,
 )
 from tokencomp.engine.cache.reference import CompressedReferenceLayer, compressed_reference
 from tokencomp.engine.cache.rows import is_reference
+from tokencomp.engine.cache.static import COUNTS_ROWS, CompressedStaticLayer
 
 # Compressed classes by transformers' own; others enter when a cache has them.
 _COMPRESSED: dict[type, type] = {

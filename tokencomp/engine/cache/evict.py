@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.compress import compress_layer
-from tokencomp.engine.cache.layers import WHOLE, CompressedLayer, InForce
+from tokencomp.engine.cache.layers import WHOLE, CompressedLayer
+from tokencomp.engine.cache.need import InForce
 from tokencomp.engine.cache.rows import filled, holds_rows, physical_length
 from tokencomp.engine.kinds.indexed import Indexed
 from tokencomp.engine.kinds.windows import Windows

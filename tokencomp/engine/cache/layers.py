@@ -25,15 +25,13 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    StaticLayer,
 )
 
-from tokencomp.engine.cache.need import PatchNeed
+from tokencomp.engine.cache.need import InForce, PatchNeed
 from tokencomp.engine.cache.rows import physical_length
 from tokencomp.errors import UnsupportedCacheError
 from tokencomp.torchlib import compat
 
-COUNTS_ROWS = compat.counts_static_rows()
 INDEXED: Any = compat.indexed_layer()
 NEEDS_PATCH = (
     "this cache holds a compressed prompt that only a patched model reads right: a padded batch, "
@@ -41,29 +39,6 @@ NEEDS_PATCH = (
     "window. The patch is gone. Call tokencomp.patch(model, ...) again (at any ratio) before you "
     "continue, or start the conversation again."
 )
-
-
-class InForce:
-    """Whether the patch under which a cache was written is still there; copies of a cache share it.
-
-    Attributes
-    ----------
-    compact
-        Whether positions count the kept tokens only.
-    active
-        Whether the hooks of the patch are installed.
-    weights
-        Whether rows of a cache weigh as much as several tokens.
-    """
-
-    def __init__(self, compact: bool, weights: bool = False) -> None:
-        self.compact, self.active, self.weights = compact, False, weights
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> InForce:
-        return self
-
-    def __reduce__(self) -> Any:  # a cache that is loaded from a file has lost its patch
-        return InForce, (self.compact, self.weights)
 
 
 # Python lets an object change its class only to one of the same memory layout. A base class other
@@ -132,7 +107,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_seq_length(self, *args: Any) -> Any:
         """Logical length."""
-        return self.rows + self.dropped if self.rows else 0
+        rows = self.rows
+        return rows + self.dropped if rows else 0
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         """Rows after a write of `query` (a count, or positions in old releases), and `dropped`."""
@@ -266,83 +242,3 @@ class CompressedIndexedLayer(CompressedDynamicLayer, INDEXED):  # type: ignore[m
             self.indexer_keys = self.indexer_keys[:, :rows]
         if self.indexer_position_ids is not None:
             self.indexer_position_ids = self.indexer_position_ids[..., :rows]
-
-
-class CompressedStaticLayer(CompressedLayer, StaticLayer):
-    """A `StaticLayer` that holds a compressed prompt: its rows lie at the front, without gaps.
-
-    The number of written rows is a tensor, and no method that a decode step calls reads it on the
-    host, so that neither a compiled graph nor a CUDA graph is interrupted.
-
-    Attributes
-    ----------
-    cumulative_length : Tensor of int64, shape ()
-        Rows written.
-    offset : Tensor of int64, shape ()
-        `dropped` on the device: a number would be compiled into the graph of every prompt.
-    """
-
-    plain = StaticLayer
-    cumulative_length: Tensor
-    offset: Tensor
-
-    @property
-    def valid(self) -> Tensor | None:
-        """False at rows that pad a ragged batch, bool (B, rows); None when every row is real."""
-        return None if self._valid is None else self._valid[:, : self.rows]
-
-    @valid.setter
-    def valid(self, valid: Tensor | None) -> None:
-        if valid is not None:  # rows that are written later are real
-            free = self.max_cache_len - valid.shape[1]
-            valid = nn.functional.pad(valid, (0, free), value=True).to(self.keys.device)
-        self._valid = valid
-
-    @property
-    def unpadded(self) -> Tensor | None:
-        """The row flags over the whole length of the layer, bool (B, max_cache_len), or None."""
-        return self._valid
-
-    def real_rows(self) -> Tensor:
-        """Real rows of every sample, int64, (B, 1) or (1, 1), without a host read."""
-        rows = self.cumulative_length.view(1, 1)
-        if self._valid is None:
-            return rows
-        return rows - (~self._valid).sum(1, keepdim=True)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Write rows behind those written last; old releases would write at logical columns."""
-        if COUNTS_ROWS:
-            return super().update(key_states, value_states, *args, **kwargs)
-        n = key_states.shape[-2]
-        rows = torch.arange(n, device=key_states.device) + self.cumulative_length
-        self.cumulative_length.add_(n)
-        return super().update(key_states, value_states, {"cache_position": rows})
-
-    def get_seq_length(self, *args: Any) -> Any:
-        """Logical length, a tensor on the layer's device."""
-        return self.cumulative_length + self.offset
-
-    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
-        """Rows that the layer can hold, and the logical column of the first."""
-        self.check_patch()
-        return self.max_cache_len, self.dropped
-
-    def get_max_length(self) -> int:
-        """Logical tokens that fit."""
-        return self.max_cache_len + self.dropped
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.13
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove `-tokens_to_remove` rows."""
-        super().crop(tokens_to_remove)
-        if self._valid is not None:
-            self._valid[:, self.rows :] = True
-
-    def reset(self) -> None:
-        """Set every row to 0 and become a plain layer again; the memory stays where it is."""
-        super().reset()
-        del self.offset
-        if not COUNTS_ROWS:
-            del self.cumulative_length

@@ -1,4 +1,4 @@
-"""Which caches are still there that only a patched model reads right."""
+"""What a compressed cache and its patch know of each other."""
 
 from __future__ import annotations
 
@@ -28,3 +28,26 @@ class PatchNeed:
     def is_held(cls) -> bool:
         """Whether there is such a cache, of any model: caches may pass from one to another."""
         return bool(cls._held)
+
+
+class InForce:
+    """Whether the patch under which a cache was written is still there; copies of a cache share it.
+
+    Attributes
+    ----------
+    compact
+        Whether positions count the kept tokens only.
+    active
+        Whether the hooks of the patch are installed.
+    weights
+        Whether rows of a cache weigh as much as several tokens.
+    """
+
+    def __init__(self, compact: bool, weights: bool = False) -> None:
+        self.compact, self.active, self.weights = compact, False, weights
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InForce:
+        return self
+
+    def __reduce__(self) -> Any:  # a cache that is loaded from a file has lost its patch
+        return InForce, (self.compact, self.weights)

@@ -16,8 +16,7 @@ from torch import nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of
-from tokencomp.engine.cache.layers import InForce
-from tokencomp.engine.cache.need import PatchNeed
+from tokencomp.engine.cache.need import InForce, PatchNeed
 from tokencomp.engine.call.batching import BatchGuard
 from tokencomp.engine.call.chunks import ChunkedPrefill
 from tokencomp.engine.call.decoder import DecoderHooks

@@ -14,12 +14,14 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache.layers import CompressedLayer, CompressedStaticLayer, InForce
+from tokencomp.engine.cache.layers import CompressedLayer
+from tokencomp.engine.cache.need import InForce
 from tokencomp.engine.cache.rows import (
     first_with_rows,
     physical_length,
     segment_heads,
 )
+from tokencomp.engine.cache.static import CompressedStaticLayer
 from tokencomp.engine.call.state import RunningCalls
 from tokencomp.engine.kinds import mask_compat
 from tokencomp.engine.kinds.prepared_mask import read_mask

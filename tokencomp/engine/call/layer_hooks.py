@@ -12,6 +12,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.state import CallHooks, RunningCalls
 from tokencomp.engine.scores.layer_stages import scored_stages
 from tokencomp.engine.scores.tap import attention_of
+from tokencomp.engine.stage.layer_calls import before_layer
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention
 from tokencomp.torchlib import compat
@@ -107,7 +108,7 @@ class LayerHooks(CallHooks):
 
     def _layer(self, i: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         forward: Any = self.calls.running.forward
-        return forward.before_layer(i, args, kwargs)
+        return before_layer(forward, i, args, kwargs)
 
     def _score(self, stage: int, signal: Any, module: nn.Module, args: Any, *rest: Any) -> None:
         forward: Any = self.calls.running.forward

@@ -6,8 +6,7 @@ from typing import Any
 
 from tokencomp.engine.cache.check import check_cache
 from tokencomp.engine.cache.compress import compress_layer
-from tokencomp.engine.cache.layers import InForce
-from tokencomp.engine.cache.need import PatchNeed
+from tokencomp.engine.cache.need import InForce, PatchNeed
 from tokencomp.engine.cache.rows import filled, first_with_rows, segment_heads
 from tokencomp.engine.stage.forward import ForwardPass
 

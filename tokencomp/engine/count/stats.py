@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tokencomp.engine.cache.rows import first_with_rows
 from tokencomp.engine.count.flops import DecoderShape
 from tokencomp.errors import OptionError
 from tokencomp.plan.amounts import Place
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tokencomp.engine.rows.layout import RowLayout
-    from tokencomp.engine.stage.forward import ForwardPass
     from tokencomp.engine.tower.flops import TowerCost
     from tokencomp.tokens.spans import VisualSpan
 
@@ -328,28 +326,3 @@ def _sums(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
     for a, b in pairs:
         first, second = first + a, second + b
     return first, second
-
-
-def collect(forward: ForwardPass, cache: Any) -> Stats:
-    """Stats of a finished forward pass; what follows from the config and the plan comes later."""
-    layer = first_with_rows(getattr(cache, "layers", None))
-    keys = layer.keys if layer is not None else None
-    if keys is None:
-        keys = next(forward.adapter.decoder.parameters())
-    return Stats(
-        spans=forward.spans,
-        counts=forward.counts,
-        lengths=forward.lengths,
-        prompts=forward.prompts,
-        past=forward.segments[0].logical,
-        past_rows=[s.physical for s in forward.segments for _ in range(s.first, s.stop)],
-        reduce_seconds=forward.reduce_seconds,
-        prefill_chunk=forward.chunk,
-        tower_costs=forward.tower_costs,
-        _config=forward.adapter.text_config,
-        _itemsize=keys.element_size(),
-        _plan=forward.plan,
-        _places=forward.places,
-        _survivors=forward.survivors,
-        _kept=forward.kept,
-    )

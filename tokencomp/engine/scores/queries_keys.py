@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tokencomp.engine.cache.rows import stored_keys
 from tokencomp.engine.rows.arguments import each
-from tokencomp.engine.rows.layout import LiveSpan, RowLayout, take
+from tokencomp.engine.rows.compaction import take
+from tokencomp.engine.rows.layout import LiveSpan, RowLayout
 from tokencomp.engine.scores.tap import Past, Tapped, tap
 from tokencomp.torchlib import compat
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.structure import parameters_of
-from tokencomp.engine.rows.layout import take
+from tokencomp.engine.rows.compaction import take
 from tokencomp.engine.scores.parallel import tensor_parallel_group, unwrapped
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.torchlib import compat

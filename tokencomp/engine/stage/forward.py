@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,24 +13,13 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.frames import compared_frames
 from tokencomp.engine.cache.rows import first_with_rows
-from tokencomp.engine.kinds.base import LayerKind
 from tokencomp.engine.kinds.masks import MaskSource
-from tokencomp.engine.kinds.registry import CONVOLUTION
 from tokencomp.engine.kinds.windows import Windows
-from tokencomp.engine.rows.layout import (
-    RowLayout,
-    Selection,
-    compact,
-    take,
-    write_merged,
-)
+from tokencomp.engine.rows.compaction import Selection, compact, take, write_merged
+from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.rows.outputs import restore_map
-from tokencomp.engine.rows.packing import sequence_lengths, text_positions
 from tokencomp.engine.scores.raters import rater_weights
 from tokencomp.engine.stage.layer_arguments import (
-    column_arguments,
-    layer_positions,
-    layer_tables,
     table_parts,
 )
 from tokencomp.engine.stage.segments import Segment
@@ -177,7 +166,7 @@ class ForwardPass:
             tensors = [x, positions.to(x.device)]
             x, positions = take(tensors, origin.to(x.device), [1, -1], valid)
         if self.plan.tower is not None:  # before anything scores what is not there
-            with self._timed():
+            with self.timed():
                 x, positions = self._leave_tower(x, positions)
         if self._needs_raters():
             self.layout.raters = rater_weights(x, self.layout)
@@ -191,12 +180,12 @@ class ForwardPass:
                 if tables is None:
                     tables = self.adapter.rotary_tables(x, positions, layer=0)
                 ids = None if self.adapter.mrope else positions
-                with self._timed():
+                with self.timed():
                     self.scores.of_input(0, x, tables, ids, signal, self.layout, cache)
         parts = table_parts(tables)
         dims = [1, -1, *map(compat.sequence_dim, parts)]
-        with self._timed():
-            x, positions, *parts = self._reduce(stage, [x, positions, *parts], dims)
+        with self.timed():
+            x, positions, *parts = self.reduce(stage, [x, positions, *parts], dims)
         if parts:
             kind = self.adapter.rotary_kind(layer=0)
             self.tables[kind] = tuple(parts) if isinstance(tables, tuple) else parts[0]
@@ -208,7 +197,7 @@ class ForwardPass:
         signals = [s for stage in self.plan.stages for s in stage.reducer.needs]
         return any(isinstance(s, Attention) and s.rows == "raters" for s in signals)
 
-    def _reduce(self, stage: Stage, tensors: list[Tensor], dims: list[int]) -> list[Tensor]:
+    def reduce(self, stage: Stage, tensors: list[Tensor], dims: list[int]) -> list[Tensor]:
         """Apply a stage: the first of `tensors` is x (B, n, d), the others follow its columns."""
         from tokencomp.kernels.dispatch import no_autocast
 
@@ -247,7 +236,8 @@ class ForwardPass:
         return tensors
 
     @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
+    def timed(self) -> Iterator[None]:
+        """Count the time that the block takes as that of the stages."""
         started = time.perf_counter()
         yield
         self.reduce_seconds += time.perf_counter() - started
@@ -256,59 +246,8 @@ class ForwardPass:
 
     def score(self, layer: int, attn: nn.Module, kwargs: dict[str, Any], signal: Any) -> None:
         """Scores for the stage before `layer`, from the attention call that has just run."""
-        with self._timed():
+        with self.timed():
             self.scores.of_call(layer, attn, kwargs, signal, self.layout)
-
-    def before_layer(
-        self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Arguments of layer `i`, with rows, rotary tables and mask of its segment."""
-        segment = self.segment_of(i)
-        if segment.first == 0:
-            return None
-        if len(args) > 1:
-            args, kwargs = args[:1], compat.bind(self.adapter.layers[i], args, kwargs)
-            kwargs.pop("hidden_states", None)
-        kwargs = dict(kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if not segment.ready:
-            hidden = self._enter(segment, hidden, kwargs)
-        kind, cache = self.windows.kinds[i], compat.get_cache(kwargs)
-        kwargs.update(column_arguments(segment, kwargs, self.segments[0].layout.width))
-        kwargs["attention_mask"] = self._mask(segment, kind, hidden, cache)
-        if "conv_mask" in kwargs:
-            kwargs["conv_mask"] = self._mask(segment, CONVOLUTION, hidden, cache)
-        kwargs["position_ids"] = self._layer_positions(segment, kwargs)
-        kwargs.update(segment.lengths)
-        if "position_embeddings" in kwargs:
-            kwargs["position_embeddings"] = layer_tables(segment, kind.name, kwargs, hidden.device)
-        if args:
-            return (hidden,), kwargs
-        kwargs["hidden_states"] = hidden
-        return args, kwargs
-
-    def _layer_positions(self, segment: Segment, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The `position_ids` of layers of a segment, see `layer_positions`.
-
-        Layers read no true positions where `rotary` is set, or where M-RoPE has rows of its own
-        and the layers get the row that counts text tokens.
-        """
-        positions = kwargs.get("position_ids")
-        counts = self.adapter.mrope and positions is not None and positions.ndim < 3
-        read = self.adapter.layers_read_positions and self.rotary is None and not counts
-        return layer_positions(segment, kwargs, read)
-
-    def _mask(self, segment: Segment, kind: LayerKind, hidden: Tensor, cache: Any) -> Any:
-        """The mask of the layers of one kind in `segment`."""
-        if kind.name not in segment.masks:
-            source = self.mask_source(self._new_columns(segment, hidden.device), cache)
-            text = segment.text_positions
-            segment.masks[kind.name] = source.layer_mask(kind, segment, hidden, text)
-        return segment.masks[kind.name]
-
-    def _new_columns(self, segment: Segment, device: torch.device) -> Tensor | None:
-        """False at padding among the columns of this call, bool (B, n); None if there is none."""
-        return segment.layout.valid(device) if self.compresses else self.new
 
     def mask_source(self, new: Tensor | None, cache: Any) -> MaskSource:
         """What the masks of this call are built from; `new` is False at padding, (B, n)."""
@@ -329,43 +268,6 @@ class ForwardPass:
         if origin is None:
             return torch.tensor(pads)
         return origin.cpu().gather(1, torch.tensor(pads)[:, None])[:, 0]
-
-    def _enter(self, segment: Segment, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """First layer of a segment: the stage, if there is one, then tables and mask."""
-        previous = self.segments[self.segments.index(segment) - 1]
-        segment.index = previous.index
-        if segment.stage is not None:
-            kind, device = self.windows.kinds[segment.first].name, hidden.device
-            tables = layer_tables(previous, kind, kwargs, device)
-            for signal in segment.stage.reducer.needs:
-                known = self.scores.known(segment.first)  # by a layer before, this one has none
-                if isinstance(signal, Attention) and signal.layer == "next" and not known:
-                    cache, layout = compat.get_cache(kwargs), self.layout
-                    ids = self._layer_positions(previous, kwargs)
-                    with self._timed():
-                        self.scores.of_input(
-                            segment.first, hidden, tables, ids, signal, layout, cache
-                        )
-            index = previous.index
-            if index is None:
-                index = torch.arange(hidden.shape[1], device=device)[None]
-            parts = table_parts(tables)
-            dims = [1, 1, *map(compat.sequence_dim, parts)]
-            with self._timed():
-                hidden, segment.index, *parts = self._reduce(
-                    segment.stage, [hidden, index, *parts], dims
-                )
-            segment.tables[kind] = parts
-        if self.compresses:
-            segment.layout = self.layout
-        if segment.layout.packed:
-            segment.lengths = sequence_lengths(segment.layout, kwargs)
-        if segment.layout.packed and compat.get_cache(kwargs) is None:
-            # transformers distinguishes packed prompts by positions that start again, and only
-            # where there is neither a mask nor a cache.
-            segment.text_positions = text_positions(segment.layout, hidden.device)
-        segment.ready = True
-        return hidden
 
     # -- afterwards -----------------------------------------------------------------------------
 

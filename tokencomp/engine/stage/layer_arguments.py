@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine.rows.arguments import SET_APART, gather_arguments
-from tokencomp.engine.rows.layout import take
+from tokencomp.engine.rows.compaction import take
 from tokencomp.engine.stage.segments import Segment
 from tokencomp.torchlib import compat
 

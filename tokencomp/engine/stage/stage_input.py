@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.engine.rows.column_values import text_values
+from tokencomp.engine.rows.compaction import Selection
 from tokencomp.engine.rows.host_tables import HostTables
-from tokencomp.engine.rows.layout import RowLayout, Selection
+from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.rows.question import keep_last
 from tokencomp.engine.stage.merging import merge_rest
 from tokencomp.plan.stages import Stage

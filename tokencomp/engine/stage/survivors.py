@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokencomp.engine.rows.layout import LiveSpan, RowLayout, Selection
+from tokencomp.engine.rows.compaction import Selection
+from tokencomp.engine.rows.layout import LiveSpan, RowLayout
 from tokencomp.errors import SpanError
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.reduction import Reduction

@@ -1,0 +1,131 @@
+"""Calls of decoder layers behind a stage: the rows, tables and masks of their segment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.engine.kinds.base import LayerKind
+from tokencomp.engine.kinds.registry import CONVOLUTION
+from tokencomp.engine.rows.packing import sequence_lengths, text_positions
+from tokencomp.engine.stage.forward import ForwardPass
+from tokencomp.engine.stage.layer_arguments import (
+    column_arguments,
+    layer_positions,
+    layer_tables,
+    table_parts,
+)
+from tokencomp.engine.stage.segments import Segment
+from tokencomp.tokens.signals import Attention
+from tokencomp.torchlib import compat
+
+
+def before_layer(
+    forward: ForwardPass, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Arguments of layer `i`, with rows, rotary tables and mask of its segment.
+
+    Returns
+    -------
+    tuple of args and kwargs, or None
+        None in the first segment, for which the decoder itself prepares them.
+    """
+    segment = forward.segment_of(i)
+    if segment.first == 0:
+        return None
+    if len(args) > 1:
+        args, kwargs = args[:1], compat.bind(forward.adapter.layers[i], args, kwargs)
+        kwargs.pop("hidden_states", None)
+    kwargs = dict(kwargs)
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if not segment.ready:
+        hidden = _enter(forward, segment, hidden, kwargs)
+    kind, cache = forward.windows.kinds[i], compat.get_cache(kwargs)
+    kwargs.update(column_arguments(segment, kwargs, forward.segments[0].layout.width))
+    kwargs["attention_mask"] = _mask(forward, segment, kind, hidden, cache)
+    if "conv_mask" in kwargs:
+        kwargs["conv_mask"] = _mask(forward, segment, CONVOLUTION, hidden, cache)
+    kwargs["position_ids"] = _positions(forward, segment, kwargs)
+    kwargs.update(segment.lengths)
+    if "position_embeddings" in kwargs:
+        kwargs["position_embeddings"] = layer_tables(segment, kind.name, kwargs, hidden.device)
+    if args:
+        return (hidden,), kwargs
+    kwargs["hidden_states"] = hidden
+    return args, kwargs
+
+
+def _enter(
+    forward: ForwardPass, segment: Segment, hidden: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """First layer of a segment: the stage, if there is one, then what its rows have in common."""
+    previous = forward.segments[forward.segments.index(segment) - 1]
+    segment.index = previous.index
+    if segment.stage is not None:
+        hidden = _run_stage(forward, segment, previous, hidden, kwargs)
+    if forward.compresses:
+        segment.layout = forward.layout
+    if segment.layout.packed:
+        segment.lengths = sequence_lengths(segment.layout, kwargs)
+    if segment.layout.packed and compat.get_cache(kwargs) is None:
+        # transformers distinguishes packed prompts by positions that start again, and only
+        # where there is neither a mask nor a cache.
+        segment.text_positions = text_positions(segment.layout, hidden.device)
+    segment.ready = True
+    return hidden
+
+
+def _run_stage(
+    forward: ForwardPass,
+    segment: Segment,
+    previous: Segment,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Apply the stage before a segment to the hidden states (B, n, d) and its rotary tables."""
+    stage: Any = segment.stage
+    kind, device = forward.windows.kinds[segment.first].name, hidden.device
+    tables = layer_tables(previous, kind, kwargs, device)
+    for signal in stage.reducer.needs:
+        known = forward.scores.known(segment.first)  # by a layer before, this one has none
+        if isinstance(signal, Attention) and signal.layer == "next" and not known:
+            cache, layout = compat.get_cache(kwargs), forward.layout
+            ids = _positions(forward, previous, kwargs)
+            with forward.timed():
+                forward.scores.of_input(segment.first, hidden, tables, ids, signal, layout, cache)
+    index = previous.index
+    if index is None:
+        index = torch.arange(hidden.shape[1], device=device)[None]
+    parts = table_parts(tables)
+    dims = [1, 1, *map(compat.sequence_dim, parts)]
+    with forward.timed():
+        hidden, segment.index, *parts = forward.reduce(stage, [hidden, index, *parts], dims)
+    segment.tables[kind] = parts
+    return hidden
+
+
+def _positions(forward: ForwardPass, segment: Segment, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The `position_ids` of layers of a segment, see `layer_positions`.
+
+    Layers read no true positions where `rotary` is set, or where M-RoPE has rows of its own and
+    the layers get the row that counts text tokens.
+    """
+    adapter, positions = forward.adapter, kwargs.get("position_ids")
+    counts = adapter.mrope and positions is not None and positions.ndim < 3
+    read = adapter.layers_read_positions and forward.rotary is None and not counts
+    return layer_positions(segment, kwargs, read)
+
+
+def _mask(
+    forward: ForwardPass, segment: Segment, kind: LayerKind, hidden: Tensor, cache: Any
+) -> Any:
+    """The mask of the layers of one kind in a segment, made once for all of them."""
+    if kind.name not in segment.masks:
+        new = segment.layout.valid(hidden.device) if forward.compresses else forward.new
+        source = forward.mask_source(new, cache)
+        text = segment.text_positions
+        segment.masks[kind.name] = source.layer_mask(kind, segment, hidden, text)
+    return segment.masks[kind.name]
