@@ -19,11 +19,11 @@ EDGES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
 Asker = Callable[[StampScene, tuple[str, ...], np.random.Generator], Question | None]
 
 
-def _pick(things: Sequence[Stamp], rng: np.random.Generator) -> Stamp:
+def pick(things: Sequence[Stamp], rng: np.random.Generator) -> Stamp:
     return things[int(rng.integers(len(things)))]
 
 
-def _names(
+def named(
     family: str, text: str, answer: str, scene: StampScene, names: tuple[str, ...], rng
 ) -> Question:
     """A question whose answer is a thing's name; the scene's other things are options first."""
@@ -33,7 +33,7 @@ def _names(
     return Question(family, text, answer, draw_options(answer, pool, rng))
 
 
-def _article(name: str) -> str:
+def article(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
@@ -41,7 +41,7 @@ def naming(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) 
     """What is in the picture? For scenes of one thing."""
     if len(scene.things) != 1:
         return None
-    return _names("name", "What is in the picture?", scene.things[0].name, scene, names, rng)
+    return named("name", "What is in the picture?", scene.things[0].name, scene, names, rng)
 
 
 def existence(
@@ -55,7 +55,7 @@ def existence(
     is_shown = bool(rng.random() < 0.5) or not absent
     name = str(rng.choice(present if is_shown else absent))
     order = ("yes", "no") if rng.random() < 0.5 else ("no", "yes")
-    return Question("existence", f"Is there {_article(name)}?", "yes" if is_shown else "no", order)
+    return Question("existence", f"Is there {article(name)}?", "yes" if is_shown else "no", order)
 
 
 def half(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
@@ -64,7 +64,7 @@ def half(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) ->
     clear = [t for t in scene.things if abs(t.center[axis] - SIZE / 2) >= MARGIN / 2]
     if not clear:
         return None
-    thing = _pick(clear, rng)
+    thing = pick(clear, rng)
     words = (("left", "right"), ("top", "bottom"))[axis]
     answer = words[int(thing.center[axis] > SIZE / 2)]
     order = words if rng.random() < 0.5 else words[::-1]
@@ -77,7 +77,7 @@ def place(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) -
     thing = outermost(scene, edge)
     if thing is None:
         return None
-    return _names("place", f"What is at the {edge}?", thing.name, scene, names, rng)
+    return named("place", f"What is at the {edge}?", thing.name, scene, names, rng)
 
 
 def outermost(scene: StampScene, edge: str) -> Stamp | None:
@@ -93,7 +93,7 @@ def near(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) ->
     """What is next to the X? The nearest of at least two other things."""
     if len(scene.things) < 3:
         return None
-    thing = _pick(scene.things, rng)
+    thing = pick(scene.things, rng)
 
     def distance(other: Stamp) -> float:
         return float(np.hypot(*np.subtract(other.center, thing.center)))
@@ -102,7 +102,7 @@ def near(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) ->
     if distance(order[1]) < NEARER * distance(order[0]):
         return None
     text = f"What is next to the {thing.name}?"
-    question = _names("near", text, order[0].name, scene, names, rng)
+    question = named("near", text, order[0].name, scene, names, rng)
     return None if thing.name == order[0].name else question
 
 
@@ -116,7 +116,7 @@ def size(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) ->
     if first.area < LARGER * second.area:
         return None
     answer = (first if word == "biggest" else second).name
-    return _names("size", f"What is the {word} thing?", answer, scene, names, rng)
+    return named("size", f"What is the {word} thing?", answer, scene, names, rng)
 
 
 def count(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:

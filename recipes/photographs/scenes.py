@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,7 +83,7 @@ def sample(rng: np.random.Generator, library: Library, split: str) -> StampScene
     count = int(rng.integers(1, 5))
     things: list[Stamp] = []
     for name in rng.permutation(library.names)[:count]:
-        thing = _place(rng, library, str(name), things)
+        thing = place(rng, library, str(name), things)
         if thing is not None:
             things.append(thing)
     text = _place_text(rng, things) if rng.random() < TEXT_SHARE else None
@@ -91,16 +92,25 @@ def sample(rng: np.random.Generator, library: Library, split: str) -> StampScene
     return StampScene(split, tuple(things), background, crop, text)
 
 
-def _place(
-    rng: np.random.Generator, library: Library, name: str, things: list[Stamp]
+def place(
+    rng: np.random.Generator,
+    library: Library,
+    name: str,
+    things: Sequence[Stamp],
+    sides: tuple[float, float] = SIDES,
+    area: tuple[int, int, int, int] = (0, 0, SIZE, SIZE),
 ) -> Stamp | None:
+    """A photograph in a free place of ``area`` (left, top, right, bottom); None if none is found.
+
+    Its longer side lies in ``sides``; all in px.
+    """
     number = int(rng.integers(library.variants(name)))
     original = library.picture(name, number).size
     for _ in range(30):
-        scale = rng.uniform(*SIDES) / max(original)
+        scale = rng.uniform(*sides) / max(original)
         width, height = (max(8, round(side * scale)) for side in original)
-        left = int(rng.integers(0, SIZE - width + 1))
-        top = int(rng.integers(0, SIZE - height + 1))
+        left = int(rng.integers(area[0], area[2] - width + 1))
+        top = int(rng.integers(area[1], area[3] - height + 1))
         if not any(t.overlaps(left, top, left + width, top + height) for t in things):
             return Stamp(name, number, left, top, width, height, bool(rng.random() < 0.5))
     return None
@@ -119,30 +129,31 @@ def _place_text(rng: np.random.Generator, things: list[Stamp]) -> Text | None:
     return None
 
 
-def _canvas(scene: StampScene, library: Library) -> Image.Image:
-    """A square crop of the background photograph, brought to the size of a scene."""
+def canvas(scene: StampScene, library: Library, size: int = SIZE) -> Image.Image:
+    """A square crop of the background photograph, brought to ``size`` px."""
     photo = library.background(scene.split, scene.background)
     share, x, y = scene.crop
     side = max(16, int(min(photo.size) * share))
     left, top = int((photo.width - side) * x), int((photo.height - side) * y)
     box = (left, top, left + side, top + side)
-    return photo.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box)
+    return photo.resize((size, size), Image.Resampling.BILINEAR, box)
 
 
-def _scaled(thing: Stamp, library: Library) -> Image.Image:
+def scaled(thing: Stamp, library: Library, factor: float = 1.0) -> Image.Image:
+    """The photograph of a thing (RGBA), at ``factor`` times its size in the scene."""
     picture = library.picture(thing.name, thing.number)
-    size = (thing.width, thing.height)
-    scaled = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-    return scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if thing.flip else scaled
+    size = (round(thing.width * factor), round(thing.height * factor))
+    picture = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if thing.flip else picture
 
 
 def render(scene: StampScene, library: Library) -> np.ndarray:
     """The picture, uint8 (SIZE, SIZE, 3)."""
-    canvas = _canvas(scene, library)
+    picture = canvas(scene, library)
     for thing in scene.things:
-        scaled = _scaled(thing, library)
-        canvas.paste(scaled, (thing.left, thing.top), scaled)
-    pixels = np.asarray(canvas)
+        photo = scaled(thing, library)
+        picture.paste(photo, (thing.left, thing.top), photo)
+    pixels = np.asarray(picture)
     return pixels if scene.text is None else draw_text(pixels, scene.text)
 
 
@@ -155,7 +166,7 @@ def cell_names(scene: StampScene, library: Library, cell: int) -> list[list[str]
     names = [[""] * n for _ in range(n)]
     for thing in scene.things:
         mask = np.zeros((SIZE, SIZE), np.float32)
-        alpha = np.asarray(_scaled(thing, library).getchannel("A"), np.float32) / 255
+        alpha = np.asarray(scaled(thing, library).getchannel("A"), np.float32) / 255
         mask[thing.top : thing.top + thing.height, thing.left : thing.left + thing.width] = alpha
         _mark(names, mask, cell, thing.name, 0.3)
     if scene.text is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -154,16 +155,22 @@ def write_mp4(scene: Scene, path: Path, hold: int = HOLD, fps: int = FPS) -> Pat
     Each logical frame lasts ``hold`` encoded frames with smooth motion in between, so evenly spaced
     sampling of ``scene.frames`` frames meets every logical frame once.
     """
+    times = [k / hold for k in range(scene.frames * hold)]
+    return encode_mp4(render(scene, times), path, fps)
+
+
+def encode_mp4(frames: Iterable[np.ndarray], path: Path, fps: int = FPS) -> Path:
+    """Encode frames, uint8 (height, width, 3), as `write_mp4` does. Both sides must be even."""
     import av
 
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    times = [k / hold for k in range(scene.frames * hold)]
     with av.open(str(path), "w", format="mp4") as container:
         options = {"crf": "20", "preset": "veryfast"} if codec == "libx264" else {"qscale": "3"}
         stream: Any = container.add_stream(codec, rate=fps, options=options)
-        stream.width, stream.height, stream.pix_fmt = scene.width, scene.height, "yuv420p"
-        stream.thread_count = 1  # the same bytes on every machine
-        for array in render(scene, times):
+        stream.pix_fmt, stream.thread_count = "yuv420p", 1  # the same bytes on every machine
+        for number, array in enumerate(frames):
+            if number == 0:
+                stream.height, stream.width = array.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
         container.mux(stream.encode())
     return path
